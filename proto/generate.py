@@ -1,0 +1,60 @@
+"""Generates the stubs beside their sources, or with --check says whether they are up to date."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+from grpc_tools import protoc
+
+ROOT = Path(__file__).parent
+STUB_SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
+
+
+def generate(destination: Path) -> None:
+    """Writes every source's stubs under `destination`, in the sources' own folders."""
+    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.proto"))
+    well_known = resources.files("grpc_tools") / "_proto"
+    arguments = [
+        "protoc",
+        f"--proto_path={ROOT}",
+        f"--proto_path={well_known}",
+        f"--python_out={destination}",
+        f"--grpc_python_out={destination}",
+        f"--mypy_out=quiet:{destination}",
+        f"--mypy_grpc_out=quiet:{destination}",
+        *sources,
+    ]
+    if protoc.main(arguments) != 0:
+        sys.exit("protoc failed")
+
+
+def stubs(folder: Path) -> dict[Path, bytes]:
+    """The generated files below `folder`, by their relative path."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*.py*")
+        if path.name.endswith(STUB_SUFFIXES)
+    }
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a stub differs from its source")
+    if not parser.parse_args().check:
+        generate(ROOT)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        generate(Path(folder))
+        fresh, committed = stubs(Path(folder)), stubs(ROOT)
+    stale = sorted(str(path) for path in fresh.keys() | committed.keys() if fresh.get(path) != committed.get(path))
+    if stale:
+        sys.exit(f"stubs differ from their sources, run `make proto`: {', '.join(stale)}")
+
+
+if __name__ == "__main__":
+    main()

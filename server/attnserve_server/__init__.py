@@ -1,0 +1,1 @@
+"""The attnserve server. Rooms and their order are drawn in ARCHITECTURE.md."""

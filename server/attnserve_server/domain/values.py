@@ -1,0 +1,121 @@
+"""The frozen values that cross rooms: a sequence ready to run, and what comes back for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from attnserve_server.domain.selection import EffectiveSelection
+
+Array = npt.NDArray[Any]
+
+
+class Priority(IntEnum):
+    """How urgent a request is; the value is its rank."""
+
+    LOW = 0
+    NORMAL = 1
+    HIGH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class AxisUnits:
+    """The positions along one axis of one sequence, N in number, before any merging.
+
+    The lists hold N entries each, or none where the thing is not known. `word_ids` gives each position's word, counted
+    from 0 over the whole sequence, and -1 for special tokens; `words` the text of each word, with its place in
+    `word_spans` as (segment, start, end).
+    """
+
+    axis: str
+    length: int
+    texts: tuple[str, ...] = ()
+    starts: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+    special: tuple[bool, ...] = ()
+    segments: tuple[int, ...] = ()
+    word_ids: tuple[int, ...] = ()
+    words: tuple[str, ...] = ()
+    word_spans: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSequence:
+    """One sequence, validated and ready for a batch.
+
+    `tensors` holds every model input without the batch axis, C-contiguous, in the model's dtype. `lengths` gives the
+    length of each axis symbol (without the batch axis). `units` has an entry for each axis that a wanted map names.
+    """
+
+    tensors: Mapping[str, Array]
+    lengths: Mapping[str, int]
+    outputs: tuple[str, ...]
+    attention: EffectiveSelection | None = None
+    units: Mapping[str, AxisUnits] = field(default_factory=dict)
+    response_bytes: int = 0
+    """Bytes of tensor data that its answer will hold; with `min_weight` at most that."""
+
+    @property
+    def tokens(self) -> int:
+        """Positions that carry data, summed over the axes: what batching counts."""
+        return sum(self.lengths.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """The kept weights of a map, row after row (row = head * queries + query), greatest weight first."""
+
+    row_offsets: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.int32]
+    weights: Array
+    residual: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMap:
+    """One map of the answer: `content` is (heads, queries, keys) in the selection's dtype, or links."""
+
+    sites: tuple[str, ...]
+    layer: int
+    kind: str
+    form: str
+    heads: tuple[int, ...]
+    query_axis: str
+    key_axis: str
+    query_indices: tuple[int, ...]
+    key_indices: tuple[int, ...]
+    content: Array | Links
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionAnswer:
+    """All maps of one sequence, with the units of every axis that they name (after merging into words, if asked)."""
+
+    axes: tuple[AxisUnits, ...]
+    maps: tuple[AttentionMap, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """How a sequence was run."""
+
+    batch_size: int
+    useful_tokens: int
+    padded_tokens: int
+    compute_s: float
+    instance: int
+    queue_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceResult:
+    """The answer for one sequence: outputs by name, cropped to its own lengths."""
+
+    outputs: Mapping[str, Array]
+    attention: AttentionAnswer | None
+    run: RunFacts

@@ -1,0 +1,1 @@
+"""Collation, the runtime session and its executor. Only its module `session` imports onnxruntime."""

@@ -1,0 +1,188 @@
+"""The manifest: everything that a bundle says about its model. Reading and writing files is the repository's work."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+VERSION_PATTERN = r"^[1-9][0-9]{0,8}$"
+BATCH = "batch"
+"""The axis symbol of the batch, the first axis of every input and output."""
+
+ModelName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+ModelVersion = Annotated[str, StringConstraints(pattern=VERSION_PATTERN)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Extent = str | Annotated[int, Field(ge=1)]
+
+NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
+    name: np.dtype(name) for name in ("bool", "uint8", "int8", "int32", "int64", "float16", "float32", "float64")
+}
+Dtype = Literal["bool", "uint8", "int8", "int32", "int64", "float16", "float32", "float64"]
+
+
+def is_model_name(name: str) -> bool:
+    """Whether `name` may name a model: it is one path component that cannot climb."""
+    return re.fullmatch(NAME_PATTERN, name) is not None
+
+
+def is_model_version(version: str) -> bool:
+    """Whether `version` is a positive decimal integer."""
+    return re.fullmatch(VERSION_PATTERN, version) is not None
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputRole(StrEnum):
+    """What the server may know about an input beyond its shape."""
+
+    TOKEN_IDS = "token_ids"  # noqa: S105 - a role, no secret
+    """Ids into the vocabulary: checked against its size, and made by the tokenizer."""
+    ATTENTION_MASK = "attention_mask"
+    """1 where there is data, 0 where there is padding."""
+    TOKEN_TYPE_IDS = "token_type_ids"  # noqa: S105 - a role, no secret
+    """0 for the first text, 1 for the second."""
+    DATA = "data"
+    """Anything else."""
+
+
+class InputSpec(_Frozen):
+    """One input. `shape` leaves out the batch axis; `padding` fills positions behind a sequence's end.
+
+    `fill` is the value that the server uses where a caller leaves the input out; None: it must be sent.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[Extent, ...]
+    role: InputRole = InputRole.DATA
+    padding: float = 0
+    fill: float | None = None
+
+
+class OutputSpec(_Frozen):
+    """One output. `shape` leaves out the batch axis."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[Extent, ...]
+
+
+class AxisSpec(_Frozen):
+    """A dynamic axis. `paddable`: padding along it was seen not to change a sequence's own outputs and weights."""
+
+    symbol: str
+    max_length: Annotated[int, Field(ge=1)]
+    paddable: bool
+
+
+class SiteSpec(_Frozen):
+    """One place where attention is computed, and the graph's tap for it.
+
+    The tap reads `items_input` (int64, (n,): rows of the batch) and writes `weights_output` (float32, (n, heads, query,
+    key)). Both are None where the site could not be tapped; `unavailable_reason` then says why.
+    """
+
+    name: str
+    layer: Annotated[int, Field(ge=0)]
+    kind: Literal["self", "causal", "cross"]
+    form: Literal["dense", "windowed", "linear"]
+    operator: str
+    heads: Annotated[int, Field(ge=1)]
+    kv_heads: Annotated[int, Field(ge=1)]
+    head_dim: Annotated[int, Field(ge=0)]
+    query_axis: str
+    key_axis: str
+    items_input: str | None = None
+    weights_output: str | None = None
+    unavailable_reason: str = ""
+
+    @property
+    def available(self) -> bool:
+        """Whether its weights can be had."""
+        return self.weights_output is not None
+
+
+class TextSpec(_Frozen):
+    """How text becomes inputs: the tokenizer runs along `axis`."""
+
+    axis: str
+    max_tokens: Annotated[int, Field(ge=1)]
+
+
+class Provenance(_Frozen):
+    """Where a bundle comes from. `source` is a name, never a path of the machine that built it."""
+
+    source: str
+    source_sha256: Sha256 | None = None
+    exporter: str
+    opset: int
+    created: str
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class CheckReport(_Frozen):
+    """What the check at the end of export or prepare saw; the reference is named in `against`."""
+
+    against: str
+    lengths: tuple[int, ...]
+    output_max_abs_error: float
+    output_tolerance: float
+    weight_max_abs_error: float
+    weight_tolerance: float
+    row_sum_max_abs_error: float
+    padding_max_abs_error: float | None = None
+    tapped_over_source_time: float | None = None
+
+
+class Manifest(_Frozen):
+    """All that a bundle says about its model; `manifest.json` is this, as JSON."""
+
+    format: Literal[1] = 1
+    name: ModelName
+    version: ModelVersion
+    digest: Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+    files: dict[str, Sha256]
+    precision: Literal["fp32", "fp16", "int8"]
+    max_batch_size: Annotated[int, Field(ge=1)]
+    axes: tuple[AxisSpec, ...]
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    sites: tuple[SiteSpec, ...] = ()
+    vocabulary_size: Annotated[int, Field(ge=0)] = 0
+    text: TextSpec | None = None
+    provenance: Provenance
+    check: CheckReport
+
+    @model_validator(mode="after")
+    def _axes_are_declared(self) -> Self:
+        declared = {axis.symbol for axis in self.axes}
+        for spec in (*self.inputs, *self.outputs):
+            unknown = {extent for extent in spec.shape if isinstance(extent, str)} - declared
+            if unknown:
+                raise ValueError(f"{spec.name}: axis symbols {sorted(unknown)} are not declared in axes")
+        if [site.layer for site in self.sites] != list(range(len(self.sites))):
+            raise ValueError("sites must be listed in order of their layers, from 0")
+        return self
+
+    def axis(self, symbol: str) -> AxisSpec:
+        """The axis of this symbol. Raises KeyError if there is none."""
+        return {axis.symbol: axis for axis in self.axes}[symbol]
+
+    def input(self, name: str) -> InputSpec:
+        """The input of this name. Raises KeyError if there is none."""
+        return {spec.name: spec for spec in self.inputs}[name]
+
+    def output(self, name: str) -> OutputSpec:
+        """The output of this name. Raises KeyError if there is none."""
+        return {spec.name: spec for spec in self.outputs}[name]
+
+    def input_of_role(self, role: InputRole) -> InputSpec | None:
+        """The input of this role, if the model has one."""
+        return next((spec for spec in self.inputs if spec.role is role), None)

@@ -1,0 +1,221 @@
+"""Every metric that the server exports, declared once. `docs/metrics.md` is generated from this module.
+
+Labels are models, versions and small closed sets; never text from a caller, so the number of series is bounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.metrics import MetricWrapperBase
+
+MODEL: Final = ("model", "version")
+RPC: Final = ("grpc_type", "grpc_service", "grpc_method")
+
+MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One declared metric; `why_buckets` gives the reason for a histogram's bounds."""
+
+    kind: type[MetricWrapperBase]
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    why_buckets: str = ""
+
+
+_LATENCY: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_WHY_LATENCY: Final = "1 ms is a short sequence on a GPU, 10 s a caller's patience; steps of about two keep a quantile within a factor of two"
+_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+
+RPC_STARTED: Final = MetricSpec(Counter, "grpc_server_started_total", "RPCs started on the server.", RPC)
+RPC_HANDLED: Final = MetricSpec(
+    Counter, "grpc_server_handled_total", "RPCs completed on the server, by status code.", (*RPC, "grpc_code")
+)
+RPC_SECONDS: Final = MetricSpec(
+    Histogram, "grpc_server_handling_seconds", "Time to handle an RPC, whole.", RPC, _LATENCY, _WHY_LATENCY
+)
+REQUESTS: Final = MetricSpec(
+    Counter,
+    "attnserve_requests_total",
+    "Requests by how they ended, unary and streamed alike. `code` is a gRPC status name.",
+    (*MODEL, "code"),
+)
+SEQUENCES: Final = MetricSpec(Counter, "attnserve_sequences_total", "Sequences that came out of the runtime.", MODEL)
+QUEUE_SECONDS: Final = MetricSpec(
+    Histogram,
+    "attnserve_queue_seconds",
+    "From a sequence's arrival to the start of its run.",
+    MODEL,
+    _LATENCY,
+    _WHY_LATENCY,
+)
+COMPUTE_SECONDS: Final = MetricSpec(
+    Histogram, "attnserve_compute_seconds", "Time of one run of the runtime.", MODEL, _LATENCY, _WHY_LATENCY
+)
+BATCH_SIZE: Final = MetricSpec(
+    Histogram, "attnserve_batch_size", "Sequences in one run.", MODEL, _SIZES, "powers of two, as batches are planned"
+)
+USEFUL_TOKENS: Final = MetricSpec(
+    Counter, "attnserve_useful_tokens_total", "Positions that carried data, over all runs.", MODEL
+)
+PADDED_TOKENS: Final = MetricSpec(
+    Counter,
+    "attnserve_padded_tokens_total",
+    "Positions that the runtime worked on, padding included, over all runs.",
+    MODEL,
+)
+QUEUE_DEPTH: Final = MetricSpec(Gauge, "attnserve_queue_depth", "Sequences waiting for a run.", MODEL)
+QUEUE_BYTES: Final = MetricSpec(
+    Gauge, "attnserve_queue_bytes", "Bytes that waiting sequences and their answers need.", MODEL
+)
+RUNNING: Final = MetricSpec(Gauge, "attnserve_running_batches", "Runs under way.", MODEL)
+REFUSED: Final = MetricSpec(
+    Counter,
+    "attnserve_refused_total",
+    "Requests refused before any work. `reason` is an ErrorInfo reason, or for overload its cause.",
+    (*MODEL, "reason"),
+)
+DROPPED: Final = MetricSpec(
+    Counter,
+    "attnserve_dropped_total",
+    "Sequences given up after admission: `expired`, `cancelled` (never run), `terminated` (run stopped), `failed`.",
+    (*MODEL, "reason"),
+)
+ATTENTION_BYTES: Final = MetricSpec(
+    Counter, "attnserve_attention_bytes_total", "Bytes of attention sent to callers.", (*MODEL, "form")
+)
+ATTENTION_SECONDS: Final = MetricSpec(
+    Histogram,
+    "attnserve_attention_seconds",
+    "Time to reduce one sequence's attention to what was asked.",
+    MODEL,
+    (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),
+    "0.1 ms is a mean over one short layer, 250 ms everything of a long sequence",
+)
+SESSION_BYTES: Final = MetricSpec(
+    Gauge,
+    "attnserve_session_memory_bytes",
+    "Growth of the process's resident memory while the model was loaded.",
+    MODEL,
+)
+EXECUTION_PROVIDER: Final = MetricSpec(
+    Gauge, "attnserve_execution_provider_info", "1 for the onnxruntime execution provider in use.", (*MODEL, "provider")
+)
+MODEL_STATE: Final = MetricSpec(
+    Gauge,
+    "attnserve_model_state",
+    "1 for the state that the model is in: loading, ready, draining or failed.",
+    (*MODEL, "state"),
+)
+
+SPECS: Final[tuple[MetricSpec, ...]] = tuple(
+    value for value in list(globals().values()) if isinstance(value, MetricSpec)
+)
+
+
+class ModelMetrics:
+    """One model's series with their labels already looked up, so that the hot path touches no label."""
+
+    def __init__(self, metrics: Metrics, model: str, version: str) -> None:
+        self._metrics = metrics
+        self._labels = (model, version)
+        self.sequences = metrics.counter(SEQUENCES).labels(*self._labels)
+        self.queue_seconds = metrics.histogram(QUEUE_SECONDS).labels(*self._labels)
+        self.compute_seconds = metrics.histogram(COMPUTE_SECONDS).labels(*self._labels)
+        self.batch_size = metrics.histogram(BATCH_SIZE).labels(*self._labels)
+        self.useful_tokens = metrics.counter(USEFUL_TOKENS).labels(*self._labels)
+        self.padded_tokens = metrics.counter(PADDED_TOKENS).labels(*self._labels)
+        self.queue_depth = metrics.gauge(QUEUE_DEPTH).labels(*self._labels)
+        self.queue_bytes = metrics.gauge(QUEUE_BYTES).labels(*self._labels)
+        self.running = metrics.gauge(RUNNING).labels(*self._labels)
+        self.attention_seconds = metrics.histogram(ATTENTION_SECONDS).labels(*self._labels)
+        self.session_bytes = metrics.gauge(SESSION_BYTES).labels(*self._labels)
+        self._attention_bytes = {
+            form: metrics.counter(ATTENTION_BYTES).labels(*self._labels, form)
+            for form in ("dense", "windowed", "linear")
+        }
+        self._dropped = {
+            reason: metrics.counter(DROPPED).labels(*self._labels, reason)
+            for reason in ("expired", "cancelled", "terminated", "failed")
+        }
+
+    def attention_bytes(self, form: str) -> Counter:
+        """Bytes of attention sent, for one form."""
+        return self._attention_bytes[form]
+
+    def dropped(self, reason: str) -> Counter:
+        """Sequences given up, for one reason."""
+        return self._dropped[reason]
+
+    def ended(self, code: str) -> None:
+        """Counts a request that ended with this gRPC status name."""
+        self._metrics.counter(REQUESTS).labels(*self._labels, code).inc()
+
+    def refused(self, reason: str) -> None:
+        """Counts a request that was refused before any work."""
+        self._metrics.counter(REFUSED).labels(*self._labels, reason).inc()
+
+    def provider(self, provider: str) -> None:
+        """Says which execution provider is in use."""
+        self._metrics.gauge(EXECUTION_PROVIDER).labels(*self._labels, provider).set(1)
+
+    def state(self, state: str) -> None:
+        """Says which state the model is in."""
+        for other in ("loading", "ready", "draining", "failed"):
+            self._metrics.gauge(MODEL_STATE).labels(*self._labels, other).set(other == state)
+
+
+class Metrics:
+    """All metrics of one server, in a registry of their own, with the process's and the interpreter's beside them."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self._made: dict[str, Any] = {}
+        for spec in SPECS:
+            buckets = {"buckets": spec.buckets} if spec.buckets else {}
+            self._made[spec.name] = spec.kind(
+                spec.name,
+                spec.help,
+                spec.labels,
+                registry=self.registry,
+                **buckets,  # type: ignore[arg-type]
+            )
+
+    def model(self, model: str, version: str) -> ModelMetrics:
+        """One model's series. Call it for loaded models only, so that the number of series stays bounded."""
+        return ModelMetrics(self, model, version)
+
+    def counter(self, spec: MetricSpec) -> Counter:
+        """The counter that `spec` declares."""
+        return self._get(spec, Counter)
+
+    def gauge(self, spec: MetricSpec) -> Gauge:
+        """The gauge that `spec` declares."""
+        return self._get(spec, Gauge)
+
+    def histogram(self, spec: MetricSpec) -> Histogram:
+        """The histogram that `spec` declares."""
+        return self._get(spec, Histogram)
+
+    def _get(self, spec: MetricSpec, kind: type[MetricT]) -> MetricT:
+        metric = self._made[spec.name]
+        if not isinstance(metric, kind):
+            raise TypeError(f"{spec.name} is no {kind.__name__}")
+        return metric
