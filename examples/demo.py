@@ -1,0 +1,112 @@
+"""The demo: serves a bundle, asks it about a contract, a patient note and a line of code, and shows where it looked.
+
+`make demo` sets up everything and runs this. Nothing is left running when it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from attnserve_client import Attention, AttentionMap, Client
+from rich.console import Console
+from rich.table import Table
+
+SENTENCES = {
+    "contract": (
+        "The buyer agrees to assume all liabilities, except those specifically excluded in Schedule B, which includes "
+        "environmental damages from the 1995 incident."
+    ),
+    "patient": (
+        "Patient takes metformin for diabetes, started lisinopril last month for hypertension, and reports occasional "
+        "dizziness since then."
+    ),
+    "code": "if processed: result.append(processed)",
+}
+START_TIMEOUT_S = 60.0
+SHOWN_METRICS = (
+    "attnserve_sequences_total",
+    "attnserve_useful_tokens_total",
+    "attnserve_padded_tokens_total",
+    "attnserve_attention_bytes_total",
+    "attnserve_compute_seconds_sum",
+    "attnserve_execution_provider_info",
+)
+
+
+@contextmanager
+def running_server(repository: Path) -> Iterator[tuple[int, int]]:
+    """Runs `attnserve-server serve` on free loopback ports; gives (gRPC port, HTTP port); stops it with SIGTERM."""
+    with tempfile.TemporaryDirectory() as folder:
+        ports_file, log = Path(folder, "ports.json"), Path(folder, "server.log")
+        command = [str(Path(sys.executable).with_name("attnserve-server")), "serve", "--repository", str(repository)]
+        command += ["--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file)]
+        with log.open("wb") as stream:
+            server = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            until = time.monotonic() + START_TIMEOUT_S
+            while not ports_file.exists():
+                if server.poll() is not None or time.monotonic() > until:
+                    sys.exit(f"the server did not start:\n{log.read_text()}")
+                time.sleep(0.05)
+            ports = json.loads(ports_file.read_text())
+            yield ports["grpc"], ports["http"]
+        finally:
+            server.send_signal(signal.SIGTERM)
+            exit_code = server.wait(timeout=30)
+        if exit_code != 0:
+            sys.exit(f"the server ended with {exit_code}:\n{log.read_text()}")
+
+
+def show(console: Console, name: str, text: str, client: Client, output: Path) -> None:
+    """Asks about one text, prints its strongest word links, and writes the map as HTML and PNG."""
+    # One map: the last layer, the mean over its heads, by word, without [CLS] and [SEP].
+    selection = Attention(layers=[-1], head_reduction="mean", unit="word", special_tokens="drop")
+    result = client.infer("minilm", text, attention=selection)
+    attention: AttentionMap = result.attention[0]
+    norm = float(np.linalg.norm(result.outputs["embedding"]))
+    console.rule(f"[bold]{name}")
+    console.print(text, style="italic")
+    console.print(f"embedding: {result.outputs['embedding'].shape[0]} dimensions, norm {norm:.4f}")
+    table = Table("query", "looks at", "weight", title="strongest word links, last layer, mean over heads", title_justify="left")
+    for link in attention.links(top=8):
+        table.add_row(link.query, link.key, f"{link.weight:.3f}")
+    console.print(table)
+    html, png = output / f"{name}.html", output / f"{name}.png"
+    html.write_text(attention.to_html(), encoding="utf-8")
+    attention.plot().savefig(png, dpi=120, bbox_inches="tight")
+    console.print(f"wrote {html} and {png}\n")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repository", type=Path, required=True, help="folder of bundles, with a model named minilm")
+    parser.add_argument("--output", type=Path, required=True, help="where the HTML and PNG files go")
+    options = parser.parse_args()
+    console = Console(highlight=False)
+    with running_server(options.repository) as (grpc_port, http_port):
+        with Client(f"127.0.0.1:{grpc_port}") as client:
+            while not client.ready("minilm"):
+                time.sleep(0.05)
+            for name, text in SENTENCES.items():
+                show(console, name, text, client, options.output)
+        console.rule(f"[bold]some of http://127.0.0.1:{http_port}/metrics")
+        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/metrics") as reply:
+            for line in reply.read().decode().splitlines():
+                if line.startswith(SHOWN_METRICS):
+                    console.print(line)
+
+
+if __name__ == "__main__":
+    main()
