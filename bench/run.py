@@ -1,0 +1,143 @@
+"""Prints our ratios, all measured within one run: `make bench`, or `python -m bench.run --repository FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench import service
+from bench.runtime import BareSession, untapped
+from bench.workload import sequence, sequences, sorted_batches
+
+CALLERS = 64
+VOCABULARY_SIZE = 30_522
+WIRE_TOKENS = 128
+TAPPED_LIMIT = 1.03
+"""What a tap may cost those who do not ask: `make bench` fails above it."""
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Minimum, median and maximum."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def tapped_over_untapped(model: Path, rounds: int, count: int) -> dict[str, Any]:
+    """CPU time of the tapped session with nobody asking over the untapped one's, round by round, in turns."""
+    batches = sorted_batches(sequences(count, VOCABULARY_SIZE))
+    tapped, plain = BareSession(str(model)), BareSession(untapped(model))
+    for session in (tapped, plain):
+        session.cpu_seconds(batches[::4])
+    ratios = []
+    for number in track(range(rounds), description="tapped / untapped", transient=True):
+        # Batch by batch in turns, and in the other order every second time, so that drift falls on both alike.
+        first, second = (tapped, plain) if number % 2 else (plain, tapped)
+        times = {tapped: 0.0, plain: 0.0}
+        for batch in batches:
+            times[first] += first.cpu_seconds([batch])
+            times[second] += second.cpu_seconds([batch])
+        ratios.append(times[tapped] / times[plain])
+    return {"ratio": spread(ratios), "rounds": rounds, "sequences": count}
+
+
+def server_over_bare(repository: Path, model: Path, rounds: int, count: int) -> dict[str, Any]:
+    """The server's CPU a sequence, under 64 callers, over the bare runtime's with sorted batches, in turns."""
+    items = sequences(count, VOCABULARY_SIZE)
+    batches = sorted_batches(items)
+    requests = [service.request(ids) for ids in items]
+    bare = BareSession(untapped(model))
+    bare.cpu_seconds_of_two_threads(batches)
+    ratios, ours, theirs, padding = [], [], [], []
+    with service.running(repository) as server:
+        asyncio.run(service.drive(server.target, requests, CALLERS))
+        for _ in track(range(rounds), description="server / bare runtime", transient=True):
+            before = server.cpu_seconds()
+            answers = asyncio.run(service.drive(server.target, requests, CALLERS))
+            ours.append((server.cpu_seconds() - before) / count)
+            theirs.append(bare.cpu_seconds_of_two_threads(batches)[0] / count)
+            ratios.append(ours[-1] / theirs[-1])
+            runs = [answer.results[0].run for answer in answers]
+            padding.append(
+                sum(run.padded_tokens / run.batch_size for run in runs)
+                / sum(run.useful_tokens / run.batch_size for run in runs)
+            )
+    return {
+        "ratio": spread(ratios),
+        "server_cpu_ms_per_sequence": spread([1e3 * value for value in ours]),
+        "bare_cpu_ms_per_sequence": spread([1e3 * value for value in theirs]),
+        "padded_over_useful_tokens": spread(padding),
+        "callers": CALLERS,
+        "rounds": rounds,
+        "sequences": count,
+    }
+
+
+def bytes_on_wire(repository: Path) -> dict[str, int]:
+    """Bytes of one answer, serialised, for a text of 128 tokens whose embedding alone is wanted as output."""
+    ids = sequence(WIRE_TOKENS, VOCABULARY_SIZE, np.random.default_rng(0))
+    sizes = {}
+    with service.running(repository) as server:
+        for name, selection in service.wire_selections().items():
+            message = service.request(ids, selection)
+            message.outputs.names[:] = ["embedding"]
+            (answer,) = asyncio.run(service.drive(server.target, [message], 1))
+            sizes[name] = answer.ByteSize()
+    return sizes
+
+
+def show(console: Console, report: dict[str, Any]) -> None:
+    """The report as tables."""
+    table = Table("ratio", "median", "min", "max", title="CPU time, as ratios within this run", title_justify="left")
+    for key, label in (
+        ("tapped_over_untapped", f"tapped session, nobody asking / untapped (limit {TAPPED_LIMIT})"),
+        ("server_over_bare", f"server a sequence, {CALLERS} callers / bare runtime, sorted batches"),
+    ):
+        ratio = report[key]["ratio"]
+        table.add_row(label, *(f"{ratio[figure]:.3f}" for figure in ("median", "min", "max")))
+    padding = report["server_over_bare"]["padded_over_useful_tokens"]
+    table.add_row("padded / useful tokens in the server", *(f"{padding[f]:.3f}" for f in ("median", "min", "max")))
+    console.print(table)
+    wire = report["bytes_on_wire"]
+    table = Table(
+        "asked for", "bytes", "share of all maps", title=f"Answer, {WIRE_TOKENS} tokens", title_justify="left"
+    )
+    for name, size in wire.items():
+        table.add_row(name, f"{size:,}", f"{size / wire['all maps']:.4%}")
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repository", type=Path, required=True, help="folder of bundles, with MiniLM as minilm")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each comparison")
+    parser.add_argument("--sequences", type=int, default=400, help="sequences in a round")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = parser.parse_args()
+    model = max(options.repository.glob("minilm/*/model.onnx"))
+    report = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "tapped_over_untapped": tapped_over_untapped(model, options.rounds, options.sequences),
+        "server_over_bare": server_over_bare(options.repository, model, options.rounds, options.sequences),
+        "bytes_on_wire": bytes_on_wire(options.repository),
+    }
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(Console(), report)
+    if report["tapped_over_untapped"]["ratio"]["median"] > TAPPED_LIMIT:
+        raise SystemExit(f"the tap costs those who do not ask more than {TAPPED_LIMIT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The bare runtime: what a graph costs without any server, tapped and untapped."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+
+Array = npt.NDArray[Any]
+
+ITEMS_PREFIX, WEIGHTS_PREFIX = "attention_items.", "attention."
+
+
+def untapped(model_path: Path) -> bytes:
+    """The bundle's graph as it was before `prepare`: without tap inputs, tap outputs and what only they need."""
+    model = onnx.load(model_path)
+    graph = model.graph
+    outputs = [value for value in graph.output if not value.name.startswith(WEIGHTS_PREFIX)]
+    needed = {value.name for value in outputs}
+    kept = []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            kept.append(node)
+            needed |= set(node.input)
+    inputs = [value for value in graph.input if not value.name.startswith(ITEMS_PREFIX)]
+    weights = [tensor for tensor in graph.initializer if tensor.name in needed]
+    for field, values in (("node", kept[::-1]), ("input", inputs), ("output", outputs), ("initializer", weights)):
+        graph.ClearField(field)
+        getattr(graph, field).extend(values)
+    return model.SerializeToString()
+
+
+class BareSession:
+    """One session of one thread, fed batches of ids."""
+
+    def __init__(self, model: bytes | str) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in self._session.get_inputs()]
+        self._items = {name: np.empty(0, np.int64) for name in names if name.startswith(ITEMS_PREFIX)}
+        self._types = "token_type_ids" in names
+        self._fetches = [
+            value.name for value in self._session.get_outputs() if not value.name.startswith(WEIGHTS_PREFIX)
+        ]
+
+    def run(self, ids: Array) -> None:
+        """Runs one batch (B, T); 0 is padding."""
+        feeds = {"input_ids": ids, "attention_mask": (ids != 0).astype(np.int64), **self._items}
+        if self._types:
+            feeds["token_type_ids"] = np.zeros_like(ids)
+        self._session.run(self._fetches, feeds)
+
+    def cpu_seconds(self, batches: list[Array]) -> float:
+        """CPU time of one thread that runs all batches."""
+        started = time.thread_time()
+        for batch in batches:
+            self.run(batch)
+        return time.thread_time() - started
+
+    def cpu_seconds_of_two_threads(self, batches: list[Array]) -> tuple[float, float]:
+        """CPU and wall time of the process while two threads share the batches."""
+        halves = (batches[::2], batches[1::2])
+        threads = [threading.Thread(target=lambda half=half: [self.run(batch) for batch in half]) for half in halves]
+        cpu, wall = time.process_time(), time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return time.process_time() - cpu, time.perf_counter() - wall

@@ -1,0 +1,101 @@
+"""The service under 64 callers: CPU of the server's process a sequence, and bytes on the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy.typing as npt
+import psutil
+from attnserve.v1 import attention_pb2, inference_service_pb2, inference_service_pb2_grpc, tensor_pb2
+
+Array = npt.NDArray[Any]
+START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server process of ours."""
+
+    target: str
+    process: psutil.Process
+
+    def cpu_seconds(self) -> float:
+        """User and system time of the process so far."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+
+@contextmanager
+def running(repository: Path) -> Iterator[Server]:
+    """`attnserve-server serve` with its defaults, on free loopback ports, until the block ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        ports_file = Path(folder, "ports.json")
+        command = [str(Path(sys.executable).with_name("attnserve-server")), "serve", "--repository", str(repository)]
+        command += ["--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file), "--log-level", "warning"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            until = time.monotonic() + START_TIMEOUT_S
+            while not (ports_file.exists() and ports_file.stat().st_size):
+                if process.poll() is not None or time.monotonic() > until:
+                    sys.exit("the server did not start")
+                time.sleep(0.05)
+            port = json.loads(ports_file.read_text())["grpc"]
+            yield Server(f"127.0.0.1:{port}", psutil.Process(process.pid))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=30)
+
+
+def request(ids: Array, attention: attention_pb2.AttentionSelection | None = None) -> Any:
+    """A request for one sequence of ids, made beforehand so that the callers' own work stays small."""
+    tensor = tensor_pb2.Tensor(
+        name="input_ids", dtype=tensor_pb2.DATA_TYPE_INT64, shape=[len(ids)], data=ids.astype("<i8").tobytes()
+    )
+    sequence = inference_service_pb2.Sequence(tensors=inference_service_pb2.TensorInput(tensors=[tensor]))
+    outputs = inference_service_pb2.OutputSelection(names=["last_hidden_state"])
+    return inference_service_pb2.InferRequest(
+        model="minilm", sequences=[sequence], outputs=outputs, attention=attention
+    )
+
+
+async def drive(target: str, requests: list[Any], callers: int) -> list[Any]:
+    """All requests through `callers` closed loops on one channel; answers in the requests' order."""
+    options = [("grpc.max_receive_message_length", 64 << 20)]
+    answers: list[Any] = [None] * len(requests)
+    waiting = iter(enumerate(requests))
+    async with grpc.aio.insecure_channel(target, options=options) as channel:
+        stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
+
+        async def caller() -> None:
+            for index, message in waiting:
+                answers[index] = await stub.Infer(message, timeout=60)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(callers):
+                group.create_task(caller())
+    return answers
+
+
+def wire_selections() -> dict[str, attention_pb2.AttentionSelection | None]:
+    """What is asked of one text, from nothing to everything."""
+    selection = attention_pb2.AttentionSelection
+    return {
+        "no attention": None,
+        "top-16 links of one row": selection(
+            layers=[-1], head_reduction=attention_pb2.HEAD_REDUCTION_MEAN, queries=[0], top_k=16
+        ),
+        "one layer's mean": selection(layers=[-1], head_reduction=attention_pb2.HEAD_REDUCTION_MEAN),
+        "all maps": selection(),
+    }

@@ -1,0 +1,59 @@
+"""The same answers from a GPU. Skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attnserve_client import Client
+from eager import Reference
+from serving import serve
+
+# TF32 is off by default in onnxruntime's matrix products only for some kernels: two decimal digits less than on a CPU.
+OUTPUT_TOLERANCE = 5e-3
+WEIGHT_TOLERANCE = 2e-3
+
+
+def _why_not() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "no NVIDIA GPU here: nvidia-smi is not installed"
+    if subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).stdout.strip() == b"":
+        return "no NVIDIA GPU here: nvidia-smi lists none"
+    import onnxruntime  # noqa: PLC0415 - asked only where there is a GPU
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "a GPU, but no CUDA provider: pip uninstall onnxruntime; pip install 'attnserve[server-gpu]'"
+    return ""
+
+
+WHY_NOT = _why_not()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
+
+
+def test_cuda_answers_equal_eager_attention(
+    minilm_repository: Path, minilm_references: list[Reference], tmp_path: Path
+) -> None:
+    with (
+        serve(minilm_repository, tmp_path, "--require-provider", "CUDAExecutionProvider") as server,
+        Client(server.target) as client,
+    ):
+        answers = client.infer("minilm", [reference.text for reference in minilm_references], attention=True)
+        provider = server.metric("attnserve_execution_provider_info", provider="CUDAExecutionProvider")
+    assert provider == 1
+    for answer, reference in zip(answers, minilm_references, strict=True):
+        assert answer.receipt.execution_provider == "CUDAExecutionProvider"
+        np.testing.assert_allclose(answer.outputs["embedding"], reference.embedding, rtol=0, atol=OUTPUT_TOLERANCE)
+        weights = np.stack([site.weights for site in answer.attention])
+        np.testing.assert_allclose(weights, reference.weights, rtol=0, atol=WEIGHT_TOLERANCE)
+
+
+def test_cuda_answer_does_not_depend_on_batch_mates(
+    minilm_repository: Path, minilm_references: list[Reference], tmp_path: Path
+) -> None:
+    with serve(minilm_repository, tmp_path) as server, Client(server.target) as client:
+        alone = client.infer("minilm", minilm_references[1].text, attention=True)
+        together = client.infer("minilm", [reference.text for reference in minilm_references], attention=True)[1]
+    np.testing.assert_allclose(together.outputs["embedding"], alone.outputs["embedding"], rtol=0, atol=OUTPUT_TOLERANCE)

@@ -1,0 +1,72 @@
+"""A real server process for a test's own use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server process and where it listens."""
+
+    process: subprocess.Popen[bytes]
+    grpc_port: int
+    http_port: int
+    log: Path
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of the samples of this name that carry these labels, as a scrape sees them now."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=10) as reply:
+            families = list(text_string_to_metric_families(reply.read().decode()))
+        return sum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+
+def command(name: str) -> str:
+    """One of our commands, from the environment that runs the tests."""
+    return str(Path(sys.executable).with_name(name))
+
+
+@contextlib.contextmanager
+def serve(repository: Path, folder: Path, *arguments: str) -> Iterator[RunningServer]:
+    """Runs `attnserve-server serve` on free loopback ports until the block ends, then expects a clean exit."""
+    ports_file, log = folder / "ports.json", folder / "server.log"
+    line = [command("attnserve-server"), "serve", "--repository", str(repository)]
+    line += ["--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file), *arguments]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(line, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        until = time.monotonic() + START_TIMEOUT_S
+        while not (ports_file.exists() and ports_file.stat().st_size):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.02)
+        ports = json.loads(ports_file.read_text())
+        yield RunningServer(process, ports["grpc"], ports["http"], log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
