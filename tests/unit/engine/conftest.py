@@ -1,0 +1,139 @@
+"""Tiny ONNX models, made here with plain operators, each with one behaviour that a test needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+VOCABULARY = 50
+HEADS = 2
+HEAD_DIM = 4
+WIDTH = HEADS * HEAD_DIM
+TABLE = np.random.default_rng(7).standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
+"""Each id's embedding, (vocabulary, width)."""
+POISON_ID = 49
+"""The id that `poisoned` cannot look up."""
+NAN_ID = 48
+"""The id whose embedding in `poisoned` is not a number."""
+
+
+def save(
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Mapping[str, tuple[int, Sequence[str | int]]],
+    outputs: Mapping[str, tuple[int, Sequence[str | int]]],
+    constants: Mapping[str, np.ndarray],
+) -> Path:
+    graph = helper.make_graph(
+        list(nodes),
+        "tiny",
+        [helper.make_tensor_value_info(name, kind, list(shape)) for name, (kind, shape) in inputs.items()],
+        [helper.make_tensor_value_info(name, kind, list(shape)) for name, (kind, shape) in outputs.items()],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    return path
+
+
+def encoder(path: Path, table: np.ndarray, *, sites: int = 2) -> Path:
+    """Embeds ids, masks, sums, and taps `sites` places: softmax(q k / 2 + mask), with q = k = the embedding."""
+    node = helper.make_node
+    nodes = [
+        node("Gather", ["table", "input_ids"], ["hidden"]),
+        node("Cast", ["attention_mask"], ["keep"], to=TensorProto.FLOAT),
+        node("Unsqueeze", ["keep", "last"], ["keep_hidden"]),
+        node("Mul", ["hidden", "keep_hidden"], ["masked"]),
+        node("Identity", ["masked"], ["last_hidden_state"]),
+        node("ReduceSum", ["masked", "one"], ["embedding"], keepdims=0),
+        node("Sub", ["keep", "ones"], ["minus"]),
+        node("Mul", ["minus", "huge"], ["bias"]),
+        node("Unsqueeze", ["bias", "middle"], ["bias_4d"]),
+    ]
+    inputs: dict[str, tuple[int, Sequence[str | int]]] = {
+        "input_ids": (TensorProto.INT64, ("batch", "seq")),
+        "attention_mask": (TensorProto.INT64, ("batch", "seq")),
+    }
+    outputs: dict[str, tuple[int, Sequence[str | int]]] = {
+        "last_hidden_state": (TensorProto.FLOAT, ("batch", "seq", WIDTH)),
+        "embedding": (TensorProto.FLOAT, ("batch", WIDTH)),
+    }
+    for site in range(sites):
+        name = f"site{site}"
+        items = f"attention_items.{name}"
+        inputs[items] = (TensorProto.INT64, (f"items{site}",))
+        outputs[f"attention.{name}"] = (TensorProto.FLOAT, (f"items{site}", HEADS, "seq", "seq_key"))
+        nodes += [
+            node("Gather", ["hidden", items], [f"{name}.h"]),
+            node("Reshape", [f"{name}.h", "split"], [f"{name}.split"]),
+            node("Transpose", [f"{name}.split"], [f"{name}.q"], perm=[0, 2, 1, 3]),
+            node("Transpose", [f"{name}.split"], [f"{name}.k"], perm=[0, 2, 3, 1]),
+            node("MatMul", [f"{name}.q", f"{name}.k"], [f"{name}.raw"]),
+            node("Mul", [f"{name}.raw", f"scale{site}"], [f"{name}.scaled"]),
+            node("Gather", ["bias_4d", items], [f"{name}.bias"]),
+            node("Add", [f"{name}.scaled", f"{name}.bias"], [f"{name}.scores"]),
+            node("Softmax", [f"{name}.scores"], [f"attention.{name}"], axis=-1),
+        ]
+    constants = {
+        "table": table,
+        "last": np.array([2], np.int64),
+        "one": np.array([1], np.int64),
+        "middle": np.array([1, 2], np.int64),
+        "ones": np.array(1, np.float32),
+        "huge": np.array(1e9, np.float32),
+        "split": np.array([0, 0, HEADS, HEAD_DIM], np.int64),
+        **{f"scale{site}": np.array(0.5 * (site + 1), np.float32) for site in range(sites)},
+    }
+    return save(path, nodes, inputs, outputs, constants)
+
+
+@pytest.fixture
+def embedder_path(tmp_path: Path) -> Path:
+    return encoder(tmp_path / "embedder.onnx", TABLE)
+
+
+@pytest.fixture
+def poisoned_path(tmp_path: Path) -> Path:
+    """Fails on POISON_ID, which lies past its table, and gives NaN for NAN_ID."""
+    table = TABLE[:POISON_ID].copy()
+    table[NAN_ID] = np.nan
+    return encoder(tmp_path / "poisoned.onnx", table)
+
+
+@pytest.fixture
+def slow_path(tmp_path: Path) -> Path:
+    """Runs 2^40 small steps, which is for ever; only a terminate ends it."""
+    node = helper.make_node
+    body = helper.make_graph(
+        [node("Identity", ["going"], ["still"]), node("Mul", ["state", "decay"], ["next"])],
+        "body",
+        [
+            helper.make_tensor_value_info("step", TensorProto.INT64, []),
+            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["batch", "seq"]),
+        ],
+        [
+            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, ["batch", "seq"]),
+        ],
+        [numpy_helper.from_array(np.array(0.5, np.float32), "decay")],
+    )
+    return save(
+        tmp_path / "slow.onnx",
+        [node("Loop", ["steps", "always", "x"], ["y"], body=body)],
+        {"x": (TensorProto.FLOAT, ("batch", "seq"))},
+        {"y": (TensorProto.FLOAT, ("batch", "seq"))},
+        {"steps": np.array(2**40, np.int64), "always": np.array(True)},
+    )
+
+
+@pytest.fixture
+def embed() -> Callable[[np.ndarray], np.ndarray]:
+    """What `embedder` computes for one sequence's ids, (T,) -> (width,), from its definition."""
+    return lambda ids: TABLE[ids].sum(axis=0)

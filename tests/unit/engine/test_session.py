@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from attnserve_server.engine import session as session_module
+from attnserve_server.engine.session import (
+    LoadFailed,
+    ProviderUnavailable,
+    RunFailed,
+    RunHandle,
+    RunTerminated,
+    RuntimeSession,
+)
+
+NOBODY = {f"attention_items.site{site}": np.empty(0, np.int64) for site in (0, 1)}
+
+
+def feeds(ids: list[list[int]]) -> dict[str, np.ndarray]:
+    array = np.array(ids, np.int64)
+    return {"input_ids": array, "attention_mask": np.ones_like(array), **NOBODY}
+
+
+def test_names_and_the_provider_in_use_are_read_from_the_session(embedder_path: Path) -> None:
+    session = RuntimeSession.load(embedder_path, intra_op_threads=1)
+    assert session.provider == "CPUExecutionProvider" or "CUDAExecutionProvider" in ort.get_available_providers()
+    assert set(session.input_names) == set(feeds([[1]]))
+    assert session.output_names == ("last_hidden_state", "embedding", "attention.site0", "attention.site1")
+
+
+def test_run_gives_the_fetched_outputs_in_order(embedder_path: Path, embed) -> None:
+    session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    embedding, hidden = session.run(feeds([[1, 2, 3]]), ["embedding", "last_hidden_state"])
+    # float32 sums of three terms: rounding only
+    np.testing.assert_allclose(embedding[0], embed(np.array([1, 2, 3])), atol=1e-6)
+    assert hidden.shape == (1, 3, 8)
+
+
+def test_empty_items_give_an_empty_tap(embedder_path: Path) -> None:
+    session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    (weights,) = session.run(feeds([[1, 2]]), ["attention.site0"])
+    assert weights.shape == (0, 2, 2, 2)
+
+
+def test_a_failing_run_says_nothing_of_the_runtime_to_the_caller(poisoned_path: Path, capfd) -> None:
+    session = RuntimeSession.load(poisoned_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    with pytest.raises(RunFailed) as caught:
+        session.run(feeds([[49]]), ["embedding"])
+    assert str(caught.value) == "the run failed"
+    assert caught.value.__cause__ is not None
+    assert capfd.readouterr() == ("", ""), "the runtime writes no lines of its own"
+    session.run(feeds([[1]]), ["embedding"])
+
+
+def test_a_missing_feed_fails_the_run_and_not_the_process(embedder_path: Path) -> None:
+    session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    with pytest.raises(RunFailed):
+        session.run({}, ["embedding"])
+
+
+def test_terminate_from_another_thread_stops_the_run(slow_path: Path) -> None:
+    session = RuntimeSession.load(slow_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    handle = RunHandle()
+    stopper = threading.Timer(0.05, handle.terminate)  # the run itself is real time: it would never end
+    stopper.start()
+    with pytest.raises(RunTerminated):
+        session.run({"x": np.ones((1, 4), np.float32)}, ["y"], handle)
+    stopper.join()
+
+
+def test_a_terminated_handle_keeps_a_run_from_starting(slow_path: Path) -> None:
+    session = RuntimeSession.load(slow_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    handle = RunHandle()
+    assert not handle.terminated
+    handle.terminate()
+    assert handle.terminated
+    with pytest.raises(RunTerminated):
+        session.run({"x": np.ones((1, 4), np.float32)}, ["y"], handle)
+
+
+def test_a_handle_serves_one_run_after_another(embedder_path: Path) -> None:
+    session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    handle = RunHandle()
+    for _ in range(2):
+        session.run(feeds([[1]]), ["embedding"], handle)
+    handle.terminate()
+    with pytest.raises(RunTerminated):
+        session.run(feeds([[1]]), ["embedding"], handle)
+
+
+def test_a_provider_that_is_not_offered_is_refused_by_name(embedder_path: Path) -> None:
+    with pytest.raises(ProviderUnavailable, match=r"NoSuchProvider is not available: .*CPUExecutionProvider"):
+        RuntimeSession.load(embedder_path, provider="NoSuchProvider", intra_op_threads=1)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="the runtime here offers CUDA")
+def test_a_required_provider_refuses_to_run_on_another(embedder_path: Path) -> None:
+    with pytest.raises(ProviderUnavailable) as caught:
+        RuntimeSession.load(embedder_path, intra_op_threads=1, required_provider="CUDAExecutionProvider")
+    assert caught.value.wanted == "CUDAExecutionProvider"
+    assert "CPUExecutionProvider" in caught.value.available
+
+
+def test_a_required_provider_against_another_chosen_one_is_refused(embedder_path: Path) -> None:
+    with pytest.raises(ProviderUnavailable):
+        RuntimeSession.load(
+            embedder_path,
+            provider="CPUExecutionProvider",
+            intra_op_threads=1,
+            required_provider="CUDAExecutionProvider",
+        )
+
+
+def test_the_required_provider_is_taken_when_the_choice_is_auto(embedder_path: Path) -> None:
+    session = RuntimeSession.load(embedder_path, intra_op_threads=1, required_provider="CPUExecutionProvider")
+    assert session.provider == "CPUExecutionProvider"
+
+
+@pytest.fixture
+def pretends_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime that offers CUDA and then cannot load it, as on a machine without a driver."""
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("the runtime here offers CUDA")
+    real = ort.InferenceSession
+
+    def refusing(path: str, *, providers: list, **options: object) -> ort.InferenceSession:
+        if providers[0][0] == "CUDAExecutionProvider":
+            raise RuntimeError("libcuda.so.1 is not there")
+        return real(path, providers=providers, **options)
+
+    monkeypatch.setattr(
+        session_module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", session_module.CPU]
+    )
+    monkeypatch.setattr(session_module.ort, "InferenceSession", refusing)
+
+
+def test_auto_falls_back_to_the_cpu_where_cuda_does_not_load(embedder_path: Path, pretends_cuda: None) -> None:
+    assert RuntimeSession.load(embedder_path, intra_op_threads=1).provider == "CPUExecutionProvider"
+
+
+def test_cuda_by_name_does_not_fall_back(embedder_path: Path, pretends_cuda: None) -> None:
+    with pytest.raises(ProviderUnavailable):
+        RuntimeSession.load(embedder_path, provider="CUDAExecutionProvider", intra_op_threads=1)
+    with pytest.raises(ProviderUnavailable):
+        RuntimeSession.load(embedder_path, intra_op_threads=1, required_provider="CUDAExecutionProvider")
+
+
+def test_a_file_that_is_no_model_is_refused_without_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(LoadFailed) as caught:
+        RuntimeSession.load(path, intra_op_threads=1)
+    assert str(tmp_path) not in str(caught.value)
