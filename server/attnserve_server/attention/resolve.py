@@ -1,0 +1,161 @@
+"""A caller's selection against a model's sites: indices checked and made non-negative, defaults filled in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from attnserve_server.domain.errors import AttentionUnavailable, FieldViolation, InvalidRequest
+from attnserve_server.domain.selection import AttentionSelection, EffectiveSelection, HeadReduction, LayerReduction
+from attnserve_server.model.manifest import SiteSpec
+
+MAX_NAMES_SHOWN = 20
+"""Site names in a message; a model may have hundreds, and error details travel in bounded headers."""
+
+
+def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str) -> EffectiveSelection:
+    """Check a selection against a model's sites and fill in its defaults.
+
+    Args:
+        selection: what the caller sent.
+        sites: the model's sites in order of their layers.
+        model: the model's name, for messages.
+
+    Returns:
+        The selection with sites as ascending layers without doubles and each site's heads as indices from 0. Where
+        the caller named no site, the sites whose weights can be had.
+
+    Raises:
+        InvalidRequest: with every field at fault.
+        AttentionUnavailable: the model has no sites, or one that was named (or, with none named, all) cannot be had.
+    """
+    if not sites:
+        raise AttentionUnavailable(model, "it has no attention sites")
+    violations: list[FieldViolation] = []
+    layers = _layers(selection, sites, violations)
+    heads = tuple(_heads(selection.heads, sites[layer], violations) for layer in layers)
+    _check_values(selection, violations)
+    head_reduction = _head_reduction(selection, violations)
+    chosen = [sites[layer] for layer in layers]
+    if not violations:
+        _check_joinable(selection.layer_reduction, head_reduction, chosen, heads, violations)
+    if violations:
+        raise InvalidRequest(*dict.fromkeys(violations))
+    missing = [site for site in chosen if not site.available]
+    if missing:
+        why = "; ".join(f"site {site.name!r}: {site.unavailable_reason or 'not tapped'}" for site in missing)
+        raise AttentionUnavailable(model, why)
+    return EffectiveSelection(
+        layers=layers,
+        heads=heads,
+        head_reduction=head_reduction,
+        layer_reduction=selection.layer_reduction,
+        queries=selection.queries,
+        unit=selection.unit,
+        special_tokens=selection.special_tokens,
+        top_k=selection.top_k,
+        min_weight=selection.min_weight,
+        dtype=selection.dtype,
+        all_heads=not selection.heads,
+    )
+
+
+def from_end(index: int, length: int) -> int | None:
+    """The index counted from 0, where negative ones count from the end; None where it is out of range."""
+    if not -length <= index < length:
+        return None
+    return index % length
+
+
+def _layers(
+    selection: AttentionSelection, sites: Sequence[SiteSpec], violations: list[FieldViolation]
+) -> tuple[int, ...]:
+    if not selection.sites and not selection.layers:
+        # A site that cannot be tapped must not deny a caller the others: nobody asked for it by name.
+        return tuple(layer for layer, site in enumerate(sites) if site.available) or tuple(range(len(sites)))
+    by_name = {site.name: layer for layer, site in enumerate(sites)}
+    chosen: set[int] = set()
+    for position, name in enumerate(selection.sites):
+        if name in by_name:
+            chosen.add(by_name[name])
+        else:
+            known = ", ".join(list(by_name)[:MAX_NAMES_SHOWN]) + (", ..." if len(by_name) > MAX_NAMES_SHOWN else "")
+            violations.append(
+                FieldViolation(f"attention.sites[{position}]", f"no site {name!r}; the model's sites are {known}")
+            )
+    for position, index in enumerate(selection.layers):
+        layer = from_end(index, len(sites))
+        if layer is None:
+            limit = f"the model has {len(sites)} sites: -{len(sites)} to {len(sites) - 1}"
+            violations.append(
+                FieldViolation(f"attention.layers[{position}]", f"layer {index} is out of range; {limit}")
+            )
+        else:
+            chosen.add(layer)
+    return tuple(sorted(chosen))
+
+
+def _heads(heads: tuple[int, ...], site: SiteSpec, violations: list[FieldViolation]) -> tuple[int, ...]:
+    if not heads:
+        return tuple(range(site.heads))
+    chosen: list[int] = []
+    for position, index in enumerate(heads):
+        field = f"attention.heads[{position}]"
+        head = from_end(index, site.heads)
+        if head is None:
+            limit = f"site {site.name!r} has {site.heads} heads: -{site.heads} to {site.heads - 1}"
+            violations.append(FieldViolation(field, f"head {index} is out of range; {limit}"))
+        elif head in chosen:
+            violations.append(FieldViolation(field, f"head {index} names head {head} of site {site.name!r} again"))
+        else:
+            chosen.append(head)
+    return tuple(chosen)
+
+
+def _check_values(selection: AttentionSelection, violations: list[FieldViolation]) -> None:
+    for position, query in enumerate(selection.queries):
+        if query in selection.queries[:position]:
+            violations.append(FieldViolation(f"attention.queries[{position}]", f"query {query} is named again"))
+    if selection.top_k < 0:
+        violations.append(FieldViolation("attention.top_k", f"{selection.top_k} is below 0"))
+    if not (math.isfinite(selection.min_weight) and 0 <= selection.min_weight <= 1):
+        violations.append(FieldViolation("attention.min_weight", f"{selection.min_weight:g} is not from 0 to 1"))
+
+
+def _head_reduction(selection: AttentionSelection, violations: list[FieldViolation]) -> HeadReduction:
+    rollout = selection.layer_reduction is LayerReduction.ROLLOUT
+    if selection.head_reduction is None:
+        return HeadReduction.MEAN if rollout else HeadReduction.EACH
+    if rollout and selection.head_reduction is HeadReduction.EACH:
+        violations.append(
+            FieldViolation("attention.head_reduction", "each head by itself has no rollout: take mean or max")
+        )
+    return selection.head_reduction
+
+
+def _check_joinable(
+    layer_reduction: LayerReduction,
+    head_reduction: HeadReduction,
+    chosen: Sequence[SiteSpec],
+    heads: Sequence[tuple[int, ...]],
+    violations: list[FieldViolation],
+) -> None:
+    """Add a violation where the chosen sites' maps cannot be joined as asked."""
+    if layer_reduction is LayerReduction.EACH:
+        return
+    field = "attention.layer_reduction"
+    axes = sorted({(site.query_axis, site.key_axis) for site in chosen})
+    if len(axes) > 1:
+        seen = ", ".join(f"{query} x {key}" for query, key in axes)
+        violations.append(FieldViolation(field, f"{layer_reduction} needs sites of the same axes; these have {seen}"))
+    if layer_reduction is LayerReduction.ROLLOUT:
+        violations.extend(
+            FieldViolation(field, f"rollout needs sites that attend within one sequence; {site.name!r} does not")
+            for site in chosen
+            if site.kind == "cross" or site.query_axis != site.key_axis
+        )
+    counts = sorted({len(each) for each in heads})
+    if layer_reduction is LayerReduction.MEAN and head_reduction is HeadReduction.EACH and len(counts) > 1:
+        violations.append(
+            FieldViolation(field, f"mean with each head by itself needs the same number of heads; these have {counts}")
+        )

@@ -1,0 +1,44 @@
+"""How many bytes of tensor data an answer will hold, told before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from attnserve_server.attention.units import plan_axes
+from attnserve_server.domain.selection import EffectiveSelection, HeadReduction, LayerReduction
+from attnserve_server.domain.values import AxisUnits
+from attnserve_server.model.manifest import SiteSpec
+
+ROW_OFFSET_BYTES, KEY_BYTES, RESIDUAL_BYTES = 8, 4, 4
+"""int64, int32 and float32: the other tensors of links."""
+
+
+def predicted_bytes(effective: EffectiveSelection, sites: Sequence[SiteSpec], units: Mapping[str, AxisUnits]) -> int:
+    """Bytes of tensor data in the answer for one sequence.
+
+    Args:
+        effective: the resolved selection, checked against the units.
+        sites: the model's sites.
+        units: the units of every axis that a chosen site names.
+
+    Returns:
+        The sum of the sizes of all tensors of all maps: exact, but with `min_weight` an upper bound, since how many
+        weights reach it is known only afterwards. Costs time and memory in proportion to the sequence's length.
+    """
+    plans = plan_axes(effective, sites, units)
+    total = 0
+    for index, layer in enumerate(effective.layers):
+        heads = len(effective.heads[index]) if effective.head_reduction is HeadReduction.EACH else 1
+        rows = heads * plans[sites[layer].query_axis].row_count
+        keys = plans[sites[layer].key_axis].column_count
+        total += _map_bytes(effective, rows, keys)
+        if effective.layer_reduction is not LayerReduction.EACH:
+            break  # joined layers come back as one map, of the axes and heads of any of them
+    return total
+
+
+def _map_bytes(effective: EffectiveSelection, rows: int, keys: int) -> int:
+    if not effective.sparse:
+        return rows * keys * effective.dtype.item_bytes
+    links = rows * (min(effective.top_k, keys) if effective.top_k else keys)
+    return (rows + 1) * ROW_OFFSET_BYTES + links * (KEY_BYTES + effective.dtype.item_bytes) + rows * RESIDUAL_BYTES

@@ -1,0 +1,225 @@
+"""Text to token ids, with every token's and word's place in the caller's text. Batches and tensors are not here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer, models
+
+from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.domain.values import AxisUnits
+
+
+class TokenizerInvalid(AttnserveError):
+    """A tokenizer file cannot be used. The message never holds its path."""
+
+    reason = "TOKENIZER_INVALID"
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"the tokenizer cannot be loaded: {why}")
+
+    def metadata(self) -> dict[str, str]:
+        """What was wrong."""
+        return {"why": self.why}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenizedText:
+    """A text, or a pair, as a model takes it: ids and type ids int64 (N,), and what each position stands for."""
+
+    ids: npt.NDArray[np.int64]
+    type_ids: npt.NDArray[np.int64]
+    units: AxisUnits
+
+
+@dataclass(slots=True)
+class _Words:
+    """Words in the order of their first pieces, counted over all segments."""
+
+    ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def add(self, encoding: Encoding, texts: Sequence[str]) -> None:
+        """Append the words of an encoding of `texts`, one for each segment."""
+        number: dict[tuple[int, int], int] = {}
+        extents: list[tuple[int, int, int]] = []
+        base = len(self.texts)
+        for word, segment, (start, end) in zip(encoding.word_ids, encoding.sequence_ids, encoding.offsets, strict=True):
+            if word is None or segment is None:
+                self.ids.append(-1)
+                continue
+            # The tokenizer counts the words of each segment from 0.
+            index = number.setdefault((segment, word), len(number))
+            self.ids.append(base + index)
+            if index == len(extents):
+                extents.append((segment, start, end))
+            else:
+                _, first, last = extents[index]
+                extents[index] = (segment, min(first, start), max(last, end))
+        for segment, start, end in extents:
+            inner = _without_outer_space(texts[segment], start, end)
+            self.spans.append((segment, *inner))
+            self.texts.append(texts[segment][slice(*inner)])
+
+
+class TextTokenizer:
+    """A tokenizer that neither cuts nor pads, and for which the text of a special token is text like any other.
+
+    Any number of threads may use it at once: after loading nothing in it changes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, axis: str) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self._axis = axis
+        self._special_ids = _special_ids(tokenizer)
+        self._knows_words = _cuts_words(tokenizer)
+
+    @classmethod
+    def load(cls, path: Path, axis: str) -> TextTokenizer:
+        """Read a `tokenizer.json`.
+
+        Args:
+            path: the file.
+            axis: symbol of the axis that tokens run along.
+
+        Raises:
+            TokenizerInvalid: the file cannot be read, or does not hold a tokenizer.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise TokenizerInvalid(error.strerror or type(error).__name__) from error
+        try:
+            # From bytes and not from the file, so that no message of the library can hold the path.
+            tokenizer = Tokenizer.from_buffer(content)
+        except ValueError as error:
+            raise TokenizerInvalid(str(error)) from error
+        return cls(tokenizer, axis)
+
+    @property
+    def axis(self) -> str:
+        """Symbol of the axis that tokens run along."""
+        return self._axis
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that mark structure, such as [CLS] and [SEP]. The unknown token is not among them: it stands for text."""
+        return self._special_ids
+
+    def encode(self, text: str, pair: str = "") -> TokenizedText:
+        """Tokenize a text, or a pair of texts, with the special tokens that the model wants around them.
+
+        Args:
+            text: the first text.
+            pair: the second; empty: there is none.
+
+        Returns:
+            N positions; none where the tokenizer adds no special tokens and its normalisation leaves nothing. Offsets count Unicode code points in the text that the caller sent, before any normalisation;
+            a token's are as its tokenizer tells them (some count the space before a word as part of its first token),
+            and a word's leave out white space at both ends.
+        """
+        encoding = self._tokenizer.encode(text, pair) if pair else self._tokenizer.encode(text)
+        words = _Words()
+        if self._knows_words:
+            words.add(encoding, (text, pair))
+        special = tuple(flag == 1 for flag in encoding.special_tokens_mask)
+        offsets = [(0, 0) if flag else span for flag, span in zip(special, encoding.offsets, strict=True)]
+        units = AxisUnits(
+            axis=self._axis,
+            length=len(encoding.ids),
+            texts=tuple(encoding.tokens),
+            starts=tuple(start for start, _ in offsets),
+            ends=tuple(end for _, end in offsets),
+            special=special,
+            segments=tuple(segment or 0 for segment in encoding.sequence_ids),
+            word_ids=tuple(words.ids),
+            words=tuple(words.texts),
+            word_spans=tuple(words.spans),
+        )
+        return TokenizedText(
+            ids=np.array(encoding.ids, dtype=np.int64),
+            type_ids=np.array(encoding.type_ids, dtype=np.int64),
+            units=units,
+        )
+
+    def units_of_ids(self, ids: npt.NDArray[np.integer]) -> AxisUnits:
+        """What each position of a sequence of token ids stands for.
+
+        There is no text of the caller's to point into, so offsets and segments stay empty. Words are told only if each
+        stretch between special tokens, decoded and encoded again, gives the same ids.
+
+        Args:
+            ids: token ids, (N,). An id that the tokenizer does not have has the text "".
+        """
+        numbers = [int(number) for number in ids]
+        words = self._words_of_ids(numbers) if self._knows_words else _Words()
+        return AxisUnits(
+            axis=self._axis,
+            length=len(numbers),
+            texts=tuple(self._token_text(number) for number in numbers),
+            special=tuple(number in self._special_ids for number in numbers),
+            word_ids=tuple(words.ids),
+            words=tuple(words.texts),
+        )
+
+    def _words_of_ids(self, numbers: Sequence[int]) -> _Words:
+        words = _Words()
+        if min(numbers, default=0) < 0:
+            return words
+        for special, run in _runs(numbers, self._special_ids):
+            if special:
+                words.ids.extend([-1] * len(run))
+                continue
+            text = self._tokenizer.decode(run, skip_special_tokens=False)
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            if encoding.ids != run:
+                return _Words()
+            words.add(encoding, (text,))
+        return words
+
+    def _token_text(self, number: int) -> str:
+        return self._tokenizer.id_to_token(number) or "" if number >= 0 else ""
+
+
+def _runs(numbers: Sequence[int], special_ids: frozenset[int]) -> Iterator[tuple[bool, list[int]]]:
+    for special, run in groupby(numbers, key=special_ids.__contains__):
+        yield special, list(run)
+
+
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    marks = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    if isinstance(tokenizer.model, models.Unigram):
+        # The library tells this one model's unknown token in its file only.
+        return frozenset(marks - {json.loads(tokenizer.to_str())["model"]["unk_id"]})
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    return frozenset(marks - ({tokenizer.token_to_id(unknown)} if unknown else set()))
+
+
+def _cuts_words(tokenizer: Tokenizer) -> bool:
+    """Whether words can be told at all: without a pre-tokenizer that cuts, the whole text counts as one word."""
+    if tokenizer.pre_tokenizer is None:
+        return False
+    probe = "a b"
+    if tokenizer.normalizer is not None:
+        probe = tokenizer.normalizer.normalize_str(probe)
+    return len(tokenizer.pre_tokenizer.pre_tokenize_str(probe)) > 1
+
+
+def _without_outer_space(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span without white space at its ends; as it is where it is nothing else."""
+    inner = text[start:end].strip()
+    if not inner:
+        return start, end
+    first = start + text[start:end].index(inner[0])
+    return first, first + len(inner)
