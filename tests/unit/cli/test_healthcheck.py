@@ -1,0 +1,82 @@
+"""The container's health command against a real HTTP server: its exit code is all that an orchestrator sees."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import typer
+from attnserve_server.cli import healthcheck
+from typer.testing import CliRunner
+
+
+class _Probe(BaseHTTPRequestHandler):
+    status = 200
+    asked: tuple[str, ...] = ()
+
+    def do_GET(self) -> None:
+        type(self).asked += (self.path,)
+        self.send_response(type(self).status)
+        self.end_headers()
+        self.wfile.write(b"minilm/1 is loading")
+
+    def log_message(self, *args: object) -> None:
+        """Keeps quiet."""
+
+
+@pytest.fixture
+def probe() -> Iterator[tuple[type[_Probe], int]]:
+    class Probe(_Probe):
+        pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Probe)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield Probe, server.server_address[1]
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    app = typer.Typer()
+    healthcheck.register(app)
+    return app
+
+
+def test_ready_server_gives_exit_code_0(probe: tuple[type[_Probe], int], app: typer.Typer) -> None:
+    handler, port = probe
+    result = CliRunner().invoke(app, ["--http-port", str(port)])
+    assert (result.exit_code, handler.asked) == (0, ("/readyz",))
+
+
+def test_unready_server_gives_exit_code_1_and_its_reason(probe: tuple[type[_Probe], int], app: typer.Typer) -> None:
+    handler, port = probe
+    handler.status = 503
+    result = CliRunner().invoke(app, ["--http-port", str(port)])
+    assert result.exit_code == 1
+    assert "/readyz answered 503: minilm/1 is loading" in result.output
+
+
+def test_silence_gives_exit_code_1(probe: tuple[type[_Probe], int], app: typer.Typer) -> None:
+    # Port 1 on loopback: nothing of ours listens there.
+    result = CliRunner().invoke(app, ["--http-port", "1"])
+    assert result.exit_code == 1
+    assert "no answer from port 1" in result.output
+
+
+def test_server_s_own_variables_say_where_to_ask(probe: tuple[type[_Probe], int], app: typer.Typer) -> None:
+    _, port = probe
+    settings = {"ATTNSERVE_HOST": "0.0.0.0", "ATTNSERVE_HTTP_PORT": str(port)}
+    assert CliRunner(env=settings).invoke(app, []).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("listens", "asked"),
+    [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("127.0.0.1", "127.0.0.1"), ("10.1.2.3", "10.1.2.3"), ("box", "box")],
+)
+def test_server_that_listens_everywhere_is_asked_on_loopback(listens: str, asked: str) -> None:
+    assert healthcheck.reachable_host(listens) == asked
