@@ -1,0 +1,294 @@
+"""Wire messages to domain values and back. On the hot path nothing else touches a protobuf message's contents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, TypeVar
+
+import numpy as np
+from attnserve.v1 import attention_pb2, inference_service_pb2, model_pb2, tensor_pb2
+
+from attnserve_server.domain.errors import FieldViolation, InvalidRequest
+from attnserve_server.domain.selection import (
+    AttentionSelection,
+    AttentionUnit,
+    EffectiveSelection,
+    HeadReduction,
+    LayerReduction,
+    SpecialTokens,
+    WeightDtype,
+)
+from attnserve_server.domain.values import (
+    Array,
+    AttentionAnswer,
+    AttentionMap,
+    AxisUnits,
+    Links,
+    Priority,
+    SequenceResult,
+)
+from attnserve_server.model.manifest import NUMPY_DTYPES, Manifest, SiteSpec
+
+T = TypeVar("T")
+
+DTYPE_NAMES: Final[Mapping[int, str]] = {
+    tensor_pb2.DATA_TYPE_BOOL: "bool",
+    tensor_pb2.DATA_TYPE_UINT8: "uint8",
+    tensor_pb2.DATA_TYPE_INT8: "int8",
+    tensor_pb2.DATA_TYPE_INT32: "int32",
+    tensor_pb2.DATA_TYPE_INT64: "int64",
+    tensor_pb2.DATA_TYPE_FLOAT16: "float16",
+    tensor_pb2.DATA_TYPE_FLOAT32: "float32",
+    tensor_pb2.DATA_TYPE_FLOAT64: "float64",
+}
+WIRE_DTYPES: Final = {name: tensor_pb2.DataType.ValueType(number) for number, name in DTYPE_NAMES.items()}
+# The contract is little-endian whatever the machine is; on a little-endian one these are the native dtypes.
+WIRE_NUMPY: Final = {name: dtype.newbyteorder("<") for name, dtype in NUMPY_DTYPES.items()}
+
+MAX_CHOSEN: Final = 65_536
+"""Most entries in one list of a selection: more than any model has sites, heads or positions."""
+
+_HEADS: Final[Mapping[int, HeadReduction | None]] = {
+    attention_pb2.HEAD_REDUCTION_UNSPECIFIED: None,
+    attention_pb2.HEAD_REDUCTION_EACH: HeadReduction.EACH,
+    attention_pb2.HEAD_REDUCTION_MEAN: HeadReduction.MEAN,
+    attention_pb2.HEAD_REDUCTION_MAX: HeadReduction.MAX,
+}
+_LAYERS: Final[Mapping[int, LayerReduction]] = {
+    attention_pb2.LAYER_REDUCTION_UNSPECIFIED: LayerReduction.EACH,
+    attention_pb2.LAYER_REDUCTION_EACH: LayerReduction.EACH,
+    attention_pb2.LAYER_REDUCTION_MEAN: LayerReduction.MEAN,
+    attention_pb2.LAYER_REDUCTION_ROLLOUT: LayerReduction.ROLLOUT,
+}
+_UNITS: Final[Mapping[int, AttentionUnit]] = {
+    attention_pb2.ATTENTION_UNIT_UNSPECIFIED: AttentionUnit.TOKEN,
+    attention_pb2.ATTENTION_UNIT_TOKEN: AttentionUnit.TOKEN,
+    attention_pb2.ATTENTION_UNIT_WORD: AttentionUnit.WORD,
+}
+_SPECIAL: Final[Mapping[int, SpecialTokens]] = {
+    attention_pb2.SPECIAL_TOKENS_UNSPECIFIED: SpecialTokens.KEEP,
+    attention_pb2.SPECIAL_TOKENS_KEEP: SpecialTokens.KEEP,
+    attention_pb2.SPECIAL_TOKENS_DROP: SpecialTokens.DROP,
+}
+_WEIGHTS: Final[Mapping[int, WeightDtype]] = {
+    tensor_pb2.DATA_TYPE_UNSPECIFIED: WeightDtype.FLOAT32,
+    tensor_pb2.DATA_TYPE_FLOAT32: WeightDtype.FLOAT32,
+    tensor_pb2.DATA_TYPE_FLOAT16: WeightDtype.FLOAT16,
+    tensor_pb2.DATA_TYPE_UINT8: WeightDtype.UINT8,
+}
+_PRIORITIES: Final[Mapping[int, Priority]] = {
+    inference_service_pb2.PRIORITY_UNSPECIFIED: Priority.NORMAL,
+    inference_service_pb2.PRIORITY_LOW: Priority.LOW,
+    inference_service_pb2.PRIORITY_NORMAL: Priority.NORMAL,
+    inference_service_pb2.PRIORITY_HIGH: Priority.HIGH,
+}
+KINDS: Final = {
+    "self": attention_pb2.ATTENTION_KIND_SELF,
+    "causal": attention_pb2.ATTENTION_KIND_CAUSAL,
+    "cross": attention_pb2.ATTENTION_KIND_CROSS,
+}
+FORMS: Final = {
+    "dense": attention_pb2.ATTENTION_FORM_DENSE,
+    "windowed": attention_pb2.ATTENTION_FORM_WINDOWED,
+    "linear": attention_pb2.ATTENTION_FORM_LINEAR,
+}
+_HEADS_OUT: Final = {value: number for number, value in _HEADS.items() if value is not None}
+_LAYERS_OUT: Final = {value: number for number, value in _LAYERS.items() if number}
+_UNITS_OUT: Final = {value: number for number, value in _UNITS.items() if number}
+_SPECIAL_OUT: Final = {value: number for number, value in _SPECIAL.items() if number}
+_WEIGHTS_OUT: Final = {value: number for number, value in _WEIGHTS.items() if number}
+
+
+def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelection:
+    """The selection as the caller sent it.
+
+    Raises:
+        InvalidRequest: An enum holds a number that the contract does not name, or a list is absurdly long.
+    """
+    violations: list[FieldViolation] = []
+    for name in ("sites", "layers", "heads", "queries"):
+        count = len(getattr(message, name))
+        if count > MAX_CHOSEN:
+            violations.append(FieldViolation(f"attention.{name}", f"{count} entries exceed {MAX_CHOSEN}"))
+    heads = _named(_HEADS, message.head_reduction, "attention.head_reduction", violations)
+    layers = _named(_LAYERS, message.layer_reduction, "attention.layer_reduction", violations)
+    unit = _named(_UNITS, message.unit, "attention.unit", violations)
+    special = _named(_SPECIAL, message.special_tokens, "attention.special_tokens", violations)
+    dtype = _named(_WEIGHTS, message.dtype, "attention.dtype", violations)
+    if violations:
+        raise InvalidRequest(*violations)
+    return AttentionSelection(
+        sites=tuple(message.sites),
+        layers=tuple(message.layers),
+        heads=tuple(message.heads),
+        head_reduction=heads,
+        layer_reduction=layers,
+        queries=tuple(message.queries),
+        unit=unit,
+        special_tokens=special,
+        top_k=message.top_k,
+        min_weight=message.min_weight,
+        dtype=dtype,
+    )
+
+
+def priority_of(number: int) -> Priority:
+    """The priority. Raises InvalidRequest for a number that the contract does not name."""
+    violations: list[FieldViolation] = []
+    priority = _named(_PRIORITIES, number, "priority", violations)
+    if violations:
+        raise InvalidRequest(*violations)
+    return priority
+
+
+def _named(table: Mapping[int, T], number: int, field: str, violations: list[FieldViolation]) -> T:
+    if number not in table:
+        allowed = ", ".join(str(known) for known in sorted(table))
+        violations.append(FieldViolation(field, f"{number} is not one of {allowed}"))
+        return next(iter(table.values()))
+    return table[number]
+
+
+def array_of(data: bytes, dtype: str, shape: Sequence[int]) -> Array:
+    """A read-only view of `data`, which must be exactly as long as `dtype` and `shape` say."""
+    if dtype == "bool":
+        return np.frombuffer(data, np.uint8).view(np.bool_).reshape(shape)
+    return np.frombuffer(data, WIRE_NUMPY[dtype]).reshape(shape)
+
+
+def tensor_of(array: Array, name: str = "") -> tensor_pb2.Tensor:
+    """`array` as a wire tensor: one copy, into the message."""
+    dtype = array.dtype.name
+    return tensor_pb2.Tensor(
+        name=name,
+        dtype=WIRE_DTYPES[dtype],
+        shape=array.shape,
+        data=array.astype(WIRE_NUMPY[dtype], copy=False).tobytes(),
+    )
+
+
+def effective_message(effective: EffectiveSelection, sites: Sequence[SiteSpec]) -> attention_pb2.AttentionSelection:
+    """The selection that was carried out; sent again, it means the same."""
+    return attention_pb2.AttentionSelection(
+        sites=[sites[layer].name for layer in effective.layers],
+        layers=effective.layers,
+        heads=() if effective.all_heads else effective.heads[0],
+        head_reduction=_HEADS_OUT[effective.head_reduction],  # type: ignore[arg-type]
+        layer_reduction=_LAYERS_OUT[effective.layer_reduction],  # type: ignore[arg-type]
+        queries=effective.queries,
+        unit=_UNITS_OUT[effective.unit],  # type: ignore[arg-type]
+        special_tokens=_SPECIAL_OUT[effective.special_tokens],  # type: ignore[arg-type]
+        top_k=effective.top_k,
+        min_weight=effective.min_weight,
+        dtype=_WEIGHTS_OUT[effective.dtype],  # type: ignore[arg-type]
+    )
+
+
+def result_message(result: SequenceResult, outputs: Sequence[str]) -> inference_service_pb2.SequenceResult:
+    """The answer for one sequence, its outputs in the order asked for."""
+    run = result.run
+    return inference_service_pb2.SequenceResult(
+        outputs=[tensor_of(result.outputs[name], name) for name in outputs],
+        attention=None if result.attention is None else attention_message(result.attention),
+        run=inference_service_pb2.Run(
+            batch_size=run.batch_size,
+            useful_tokens=run.useful_tokens,
+            padded_tokens=run.padded_tokens,
+            queue_seconds=run.queue_s,
+            compute_seconds=run.compute_s,
+            instance=run.instance,
+        ),
+    )
+
+
+def attention_message(answer: AttentionAnswer) -> attention_pb2.Attention:
+    """All maps of one sequence."""
+    return attention_pb2.Attention(
+        axes=[_units_message(units) for units in answer.axes],
+        maps=[_map_message(found) for found in answer.maps],
+    )
+
+
+def _units_message(units: AxisUnits) -> attention_pb2.AxisUnits:
+    return attention_pb2.AxisUnits(
+        axis=units.axis,
+        length=units.length,
+        texts=units.texts,
+        starts=units.starts,
+        ends=units.ends,
+        special=units.special,
+        segments=units.segments,
+    )
+
+
+def _map_message(found: AttentionMap) -> attention_pb2.AttentionMap:
+    message = attention_pb2.AttentionMap(
+        sites=found.sites,
+        layer=found.layer,
+        kind=KINDS[found.kind],
+        form=FORMS[found.form],
+        heads=found.heads,
+        query_axis=found.query_axis,
+        key_axis=found.key_axis,
+        query_indices=found.query_indices,
+        key_indices=found.key_indices,
+    )
+    if isinstance(found.content, Links):
+        message.links.CopyFrom(
+            attention_pb2.Links(
+                row_offsets=tensor_of(found.content.row_offsets),
+                keys=tensor_of(found.content.keys),
+                weights=tensor_of(found.content.weights),
+                residual=tensor_of(found.content.residual),
+            )
+        )
+    else:
+        message.weights.CopyFrom(tensor_of(found.content))
+    return message
+
+
+def spec_messages(
+    specs: Iterable[tuple[str, str, Sequence[str | int], bool]],
+) -> list[model_pb2.TensorSpec]:
+    """Inputs or outputs, given as (name, dtype, shape, optional)."""
+    return [
+        model_pb2.TensorSpec(
+            name=name,
+            dtype=WIRE_DTYPES[dtype],
+            shape=[
+                model_pb2.Dimension(symbol=extent) if isinstance(extent, str) else model_pb2.Dimension(size=extent)
+                for extent in shape
+            ],
+            optional=optional,
+        )
+        for name, dtype, shape, optional in specs
+    ]
+
+
+def describe(message: model_pb2.Model, manifest: Manifest) -> None:
+    """Writes into `message` what the manifest says about a model."""
+    message.digest = manifest.digest
+    message.inputs.extend(
+        spec_messages((spec.name, spec.dtype, spec.shape, spec.fill is not None) for spec in manifest.inputs)
+    )
+    message.outputs.extend(spec_messages((spec.name, spec.dtype, spec.shape, False) for spec in manifest.outputs))
+    message.axes.extend(
+        model_pb2.Axis(symbol=axis.symbol, max_length=axis.max_length, paddable=axis.paddable) for axis in manifest.axes
+    )
+    message.sites.extend(
+        model_pb2.Site(
+            name=site.name,
+            layer=site.layer,
+            kind=KINDS[site.kind],
+            form=FORMS[site.form],
+            heads=site.heads,
+            kv_heads=site.kv_heads,
+            head_dim=site.head_dim,
+            query_axis=site.query_axis,
+            key_axis=site.key_axis,
+            unavailable_reason=site.unavailable_reason,
+        )
+        for site in manifest.sites
+    )
+    message.vocabulary_size = manifest.vocabulary_size
+    message.precision = manifest.precision

@@ -1,0 +1,205 @@
+"""Everything that is checked before a request may wait for a run: all faults of a request are told together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from attnserve.v1 import inference_service_pb2
+
+from attnserve_server.attention import check_units, predicted_bytes, resolve
+from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest, ResponseTooLarge
+from attnserve_server.domain.selection import EffectiveSelection
+from attnserve_server.domain.values import AxisUnits, PreparedSequence, Priority
+from attnserve_server.model.manifest import InputRole, is_model_name, is_model_version
+from attnserve_server.transport.codec import priority_of, selection_of
+from attnserve_server.transport.inputs import Inputs, Intake, Violations, inputs_of, shown
+
+MAX_REQUEST_ID: Final = 128
+_REQUEST_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that may run."""
+
+    sequences: tuple[PreparedSequence, ...]
+    outputs: tuple[str, ...]
+    effective: EffectiveSelection | None
+    priority: Priority
+    predicted_bytes: int
+
+
+def is_request_id(request_id: str) -> bool:
+    """Whether `request_id` may be echoed, logged and matched by: 1 to 128 printable ASCII characters."""
+    return _REQUEST_ID.fullmatch(request_id) is not None
+
+
+def check_request_id(request_id: str) -> None:
+    """Raises InvalidRequest for a request id that may not be echoed."""
+    if not is_request_id(request_id):
+        count = len(request_id)
+        fault = f"{count} characters exceed {MAX_REQUEST_ID}" if count > MAX_REQUEST_ID else "not printable ASCII"
+        raise InvalidRequest.of("request_id", f"{fault}: {shown(request_id)}")
+
+
+def check_model_reference(model: str, version: str) -> None:
+    """Raises InvalidRequest where `model` or `version` could name none; nothing is looked up or opened by then."""
+    violations = Violations()
+    if not model:
+        violations.add("model", "empty: a model's name is needed")
+    elif not is_model_name(model):
+        violations.add("model", f"{shown(model)} is no model name: 1 to 128 of A-Z a-z 0-9 . _ -")
+    if version and not is_model_version(version):
+        violations.add("version", f"{shown(version)} is no positive decimal integer of at most 9 digits")
+    violations.raise_any()
+
+
+def prepare(message: inference_service_pb2.InferRequest, intake: Intake) -> PreparedRequest:
+    """Checks a whole request and makes it ready for batching. Computes nothing but tokens.
+
+    Raises:
+        InvalidRequest: With every fault found, at most 16.
+        TextUnavailable: Text was sent, and the model has no tokenizer.
+        AttentionUnavailable: The model cannot give the wanted attention.
+        ResponseTooLarge: The answer would hold more tensor data than is allowed.
+    """
+    violations = Violations()
+    priority = Priority.NORMAL
+    try:
+        priority = priority_of(message.priority)
+    except InvalidRequest as error:
+        violations.extend(error.violations)
+    effective = _effective(message, intake, violations)
+    outputs = _outputs(message, intake, violations)
+    found = _all_inputs(message.sequences, intake, violations)
+    violations.raise_any()
+    sequences: list[PreparedSequence] = []
+    for index, inputs in enumerate(found):
+        units: dict[str, AxisUnits] = {}
+        attention_bytes = 0
+        if effective is not None:
+            units = _units(effective, inputs, intake)
+            attention_bytes = _attention_bytes(effective, intake, units, index, violations)
+        sequences.append(
+            PreparedSequence(
+                tensors=inputs.tensors,
+                lengths=inputs.lengths,
+                outputs=outputs,
+                attention=effective,
+                units=units,
+                response_bytes=_output_bytes(outputs, inputs.lengths, intake) + attention_bytes,
+            )
+        )
+        if violations.full:
+            break
+    violations.raise_any()
+    total = sum(sequence.response_bytes for sequence in sequences)
+    if total > intake.max_response_bytes:
+        raise ResponseTooLarge(total, intake.max_response_bytes)
+    return PreparedRequest(tuple(sequences), outputs, effective, priority, total)
+
+
+def _effective(
+    message: inference_service_pb2.InferRequest, intake: Intake, violations: Violations
+) -> EffectiveSelection | None:
+    if not message.HasField("attention"):
+        return None
+    try:
+        return resolve(selection_of(message.attention), intake.manifest.sites, intake.manifest.name)
+    except InvalidRequest as error:
+        violations.extend(error.violations)
+        return None
+
+
+def _outputs(message: inference_service_pb2.InferRequest, intake: Intake, violations: Violations) -> tuple[str, ...]:
+    if not message.HasField("outputs"):
+        return intake.outputs
+    names = tuple(message.outputs.names)
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        if violations.full:
+            break
+        if name not in intake.output_shapes:
+            violations.add(
+                f"outputs.names[{index}]", f"no output {shown(name)}; the model gives {', '.join(intake.outputs)}"
+            )
+        elif name in seen:
+            violations.add(f"outputs.names[{index}]", f"output {name!r} is asked for twice")
+        seen.add(name)
+    if not names and not message.HasField("attention"):
+        violations.add("outputs.names", "empty, and no attention is asked for: there is nothing to answer")
+    return names
+
+
+def _all_inputs(
+    sequences: Sequence[inference_service_pb2.Sequence], intake: Intake, violations: Violations
+) -> list[Inputs]:
+    """The inputs of all sequences, without those that were wrong."""
+    count = len(sequences)
+    if not 1 <= count <= intake.max_batch_size:
+        limit = f"exceed {intake.max_batch_size}" if count else "are less than 1"
+        violations.add("sequences", f"{count} sequences {limit}")
+        return []
+    found: list[Inputs] = []
+    for index, sequence in enumerate(sequences):
+        inputs = inputs_of(sequence, intake, f"sequences[{index}]", violations)
+        if inputs is not None:
+            found.append(inputs)
+        if violations.full:
+            break
+    return found
+
+
+def _units(effective: EffectiveSelection, inputs: Inputs, intake: Intake) -> dict[str, AxisUnits]:
+    """The units of every axis that a wanted map names."""
+    units: dict[str, AxisUnits] = {}
+    for layer in effective.layers:
+        site = intake.manifest.sites[layer]
+        for axis in (site.query_axis, site.key_axis):
+            if axis in units:
+                continue
+            if axis not in inputs.lengths:
+                raise AttentionUnavailable(
+                    intake.manifest.name, f"the length of axis {axis!r} of site {site.name!r} is not known before a run"
+                )
+            units[axis] = _axis_units(axis, inputs, intake)
+    return units
+
+
+def _axis_units(axis: str, inputs: Inputs, intake: Intake) -> AxisUnits:
+    if inputs.units is not None and inputs.units.axis == axis:
+        return inputs.units
+    text, ids = intake.manifest.text, intake.manifest.input_of_role(InputRole.TOKEN_IDS)
+    if inputs.units is None and intake.tokenizer and text and ids and text.axis == axis and ids.shape == (axis,):
+        return intake.tokenizer.units_of_ids(inputs.tensors[ids.name])
+    return AxisUnits(axis=axis, length=inputs.lengths[axis])
+
+
+def _attention_bytes(
+    effective: EffectiveSelection,
+    intake: Intake,
+    units: Mapping[str, AxisUnits],
+    index: int,
+    violations: Violations,
+) -> int:
+    try:
+        check_units(effective, intake.manifest.sites, units, intake.manifest.name, index)
+    except InvalidRequest as error:
+        violations.extend(error.violations)
+        return 0
+    return predicted_bytes(effective, intake.manifest.sites, units)
+
+
+def _output_bytes(outputs: Sequence[str], lengths: Mapping[str, int], intake: Intake) -> int:
+    """Bytes of the outputs; an axis that no input has counts with its greatest length."""
+    total = 0
+    for name in outputs:
+        extents, item_bytes = intake.output_shapes[name]
+        total += item_bytes * math.prod(
+            extent if isinstance(extent, int) else lengths.get(extent, intake.max_lengths[extent]) for extent in extents
+        )
+    return total

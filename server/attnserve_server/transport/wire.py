@@ -1,0 +1,84 @@
+"""Bytes to messages. Bytes that are no message become InvalidRequest, naming the field whose UTF-8 is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Final, TypeVar
+
+from attnserve.v1 import attention_pb2, inference_service_pb2, model_pb2, tensor_pb2
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+
+from attnserve_server.domain.errors import FieldViolation, InvalidRequest
+
+M = TypeVar("M", bound=message.Message)
+
+_MAX_VIOLATIONS: Final = 16
+_STRING: Final = descriptor_pb2.FieldDescriptorProto.TYPE_STRING
+_BYTES: Final = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """The message in `data`.
+
+    Raises:
+        InvalidRequest: `data` is no such message; a field that is not UTF-8 is named, with the byte.
+    """
+    try:
+        return kind.FromString(data)
+    except message.DecodeError:
+        pass
+    lenient = parse_leniently(kind, data)
+    broken = [] if lenient is None else list(_not_utf8(lenient, kind.DESCRIPTOR, ""))
+    if not broken:
+        broken = [FieldViolation(kind.DESCRIPTOR.name, f"the bytes are no {kind.DESCRIPTOR.full_name} message")]
+    raise InvalidRequest(*broken[:_MAX_VIOLATIONS])
+
+
+def parse_leniently(kind: type[message.Message], data: bytes) -> message.Message | None:
+    """`data` with every string field as bytes, so that broken UTF-8 can be looked at; None if it is no message."""
+    try:
+        return _twin(kind.DESCRIPTOR.full_name).FromString(data)
+    except message.DecodeError:
+        return None
+
+
+@cache
+def _pool() -> descriptor_pool.DescriptorPool:
+    """A private copy of the contract in which every string is bytes."""
+    pool = descriptor_pool.DescriptorPool()
+    for module in (tensor_pb2, attention_pb2, model_pb2, inference_service_pb2):
+        file = descriptor_pb2.FileDescriptorProto()
+        module.DESCRIPTOR.CopyToProto(file)
+        del file.service[:]
+        for kind in file.message_type:
+            for field in kind.field:
+                if field.type == _STRING:
+                    field.type = _BYTES
+        pool.Add(file)
+    return pool
+
+
+@cache
+def _twin(full_name: str) -> type[message.Message]:
+    return message_factory.GetMessageClass(_pool().FindMessageTypeByName(full_name))
+
+
+def _not_utf8(twin: message.Message, kind: Any, path: str) -> Iterator[FieldViolation]:
+    """The fields of `twin` that are strings in the descriptor `kind` (each runtime has its own class) and no UTF-8."""
+    for field, value in twin.ListFields():
+        declared = kind.fields_by_name[field.name]
+        values = list(value) if field.is_repeated else [value]
+        for index, item in enumerate(values):
+            where = f"{path}{field.name}[{index}]" if field.is_repeated else f"{path}{field.name}"
+            if declared.message_type is not None:
+                yield from _not_utf8(item, declared.message_type, f"{where}.")
+            elif declared.type == _STRING:
+                yield from _broken(where, item)
+
+
+def _broken(where: str, item: bytes) -> Iterator[FieldViolation]:
+    try:
+        item.decode()
+    except UnicodeDecodeError as error:
+        yield FieldViolation(where, f"not UTF-8: byte {error.start} is 0x{item[error.start]:02x}")
