@@ -8,6 +8,25 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from attnserve_server.domain.selection import (
+    AttentionUnit,
+    EffectiveSelection,
+    HeadReduction,
+    LayerReduction,
+    SpecialTokens,
+    WeightDtype,
+)
+from attnserve_server.domain.values import AxisUnits, PreparedSequence
+from attnserve_server.model.manifest import (
+    AxisSpec,
+    CheckReport,
+    InputRole,
+    InputSpec,
+    Manifest,
+    OutputSpec,
+    Provenance,
+    SiteSpec,
+)
 from onnx import TensorProto, helper, numpy_helper
 
 VOCABULARY = 50
@@ -137,3 +156,105 @@ def slow_path(tmp_path: Path) -> Path:
 def embed() -> Callable[[np.ndarray], np.ndarray]:
     """What `embedder` computes for one sequence's ids, (T,) -> (width,), from its definition."""
     return lambda ids: TABLE[ids].sum(axis=0)
+
+
+def manifest_of(*, sites: int = 2, paddable: bool = True) -> Manifest:
+    """The manifest of `encoder`."""
+    return Manifest(
+        name="tiny",
+        version="1",
+        digest="sha256:" + "0" * 64,
+        files={},
+        precision="fp32",
+        max_batch_size=16,
+        axes=(AxisSpec(symbol="seq", max_length=128, paddable=paddable),),
+        inputs=(
+            InputSpec(name="input_ids", dtype="int64", shape=("seq",), role=InputRole.TOKEN_IDS, padding=1),
+            InputSpec(name="attention_mask", dtype="int64", shape=("seq",), role=InputRole.ATTENTION_MASK),
+        ),
+        outputs=(
+            OutputSpec(name="last_hidden_state", dtype="float32", shape=("seq", WIDTH)),
+            OutputSpec(name="embedding", dtype="float32", shape=(WIDTH,)),
+        ),
+        sites=tuple(
+            SiteSpec(
+                name=f"site{layer}",
+                layer=layer,
+                kind="self",
+                form="dense",
+                operator="MatMul",
+                heads=HEADS,
+                kv_heads=HEADS,
+                head_dim=HEAD_DIM,
+                query_axis="seq",
+                key_axis="seq",
+                items_input=f"attention_items.site{layer}",
+                weights_output=f"attention.site{layer}",
+            )
+            for layer in range(sites)
+        ),
+        vocabulary_size=VOCABULARY,
+        provenance=Provenance(source="test", exporter="test", opset=20, created="2026-01-01T00:00:00Z"),
+        check=CheckReport(
+            against="test",
+            lengths=(),
+            output_max_abs_error=0,
+            output_tolerance=0,
+            weight_max_abs_error=0,
+            weight_tolerance=0,
+            row_sum_max_abs_error=0,
+        ),
+    )
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    return manifest_of()
+
+
+def whole_maps(*layers: int) -> EffectiveSelection:
+    """Every head of these layers, nothing reduced."""
+    return EffectiveSelection(
+        layers=layers,
+        heads=tuple(tuple(range(HEADS)) for _ in layers),
+        head_reduction=HeadReduction.EACH,
+        layer_reduction=LayerReduction.EACH,
+        queries=(),
+        unit=AttentionUnit.TOKEN,
+        special_tokens=SpecialTokens.KEEP,
+        top_k=0,
+        min_weight=0.0,
+        dtype=WeightDtype.FLOAT32,
+    )
+
+
+@pytest.fixture
+def sequence_of() -> Callable[..., PreparedSequence]:
+    """A sequence of these ids, which asks for the maps of these layers."""
+
+    def make(
+        ids: Sequence[int], layers: Sequence[int] = (), outputs: tuple[str, ...] = ("embedding",)
+    ) -> PreparedSequence:
+        array = np.array(ids, np.int64)
+        return PreparedSequence(
+            tensors={"input_ids": array, "attention_mask": np.ones_like(array)},
+            lengths={"seq": len(array)},
+            outputs=outputs,
+            attention=whole_maps(*layers) if layers else None,
+            units={"seq": AxisUnits("seq", len(array))} if layers else {},
+        )
+
+    return make
+
+
+@pytest.fixture
+def weights_by_hand() -> Callable[[Sequence[int], int], np.ndarray]:
+    """The weights of one site for one sequence, from the definition: (H, T, T)."""
+
+    def compute(ids: Sequence[int], layer: int) -> np.ndarray:
+        heads = TABLE[np.array(ids)].reshape(len(ids), HEADS, HEAD_DIM).transpose(1, 0, 2).astype(np.float64)
+        scores = heads @ heads.transpose(0, 2, 1) * 0.5 * (layer + 1)
+        exponents = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return exponents / exponents.sum(axis=-1, keepdims=True)
+
+    return compute

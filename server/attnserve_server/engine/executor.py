@@ -1,0 +1,189 @@
+"""The executor: N instances, each a thread, over one session. What to run and when is scheduling's business."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from attnserve_server import attention
+from attnserve_server.domain.clock import Clock
+from attnserve_server.domain.errors import AttnserveError, InternalFault, RequestCancelled
+from attnserve_server.domain.values import Array, AttentionAnswer, PreparedSequence, RunFacts, SequenceResult
+from attnserve_server.engine import warmup
+from attnserve_server.engine.collation import CollatedBatch, collate, outputs_of, weights_of
+from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
+from attnserve_server.engine.warmup import CostModel
+from attnserve_server.model.manifest import Manifest
+from attnserve_server.observability.metrics import ModelMetrics
+
+_log = logging.getLogger(__name__)
+
+Outcome = SequenceResult | AttnserveError
+
+
+class Runner(Protocol):
+    """What scheduling needs of an executor."""
+
+    @property
+    def instances(self) -> int:
+        """How many runs may be under way at once."""
+        ...
+
+    @property
+    def cost(self) -> CostModel | None:
+        """What runs cost, as seen at warm-up; None before."""
+        ...
+
+    async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
+        """Runs one batch; one outcome for each sequence, in order."""
+        ...
+
+
+class Executor:
+    """Runs batches. Each instance's thread collates, runs, crops and reduces; the event loop only waits for it."""
+
+    def __init__(
+        self, session: RuntimeSession, manifest: Manifest, metrics: ModelMetrics, clock: Clock, instances: int
+    ) -> None:
+        self._session = session
+        self._manifest = manifest
+        self._metrics = metrics
+        self._clock = clock
+        self._instances = instances
+        # Event loop only.
+        self._threads: list[ThreadPoolExecutor] = []
+        self._cost: CostModel | None = None
+
+    @property
+    def instances(self) -> int:
+        """How many runs may be under way at once."""
+        return self._instances
+
+    @property
+    def provider(self) -> str:
+        """The execution provider in use."""
+        return self._session.provider
+
+    @property
+    def cost(self) -> CostModel | None:
+        """What runs cost, as seen at warm-up; None before."""
+        return self._cost
+
+    def start(self) -> None:
+        """Makes the instances' threads."""
+        name = f"{self._manifest.name}-{self._manifest.version}"
+        self._threads = [
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-{instance}")
+            for instance in range(self._instances)
+        ]
+
+    async def aclose(self) -> None:
+        """Ends the threads, after the runs under way. Terminate those first for a quick end."""
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            await asyncio.to_thread(thread.shutdown)
+
+    async def warm_up(self) -> None:
+        """Really runs batches of a few shapes on every instance, attention of every site included, and times them.
+
+        Raises:
+            RunFailed: the model cannot run on valid inputs.
+        """
+        loop = asyncio.get_running_loop()
+        for instance in reversed(range(self._instances)):
+            self._cost = await loop.run_in_executor(
+                self._threads[instance], warmup.measure, self._session, self._manifest, self._clock
+            )
+
+    async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
+        """Runs one batch on one instance.
+
+        A run that fails is split in halves until the sequence that breaks it is found: that one gets InternalFault, its
+        batch mates get their answers. After `handle.terminate()` whatever has not come out yet is RequestCancelled.
+
+        Args:
+            sequences: one or more; lengths agree along axes that do not pad.
+            handle: stops the runs.
+            instance: which thread, from 0.
+
+        Returns:
+            One outcome for each sequence, in order.
+        """
+        loop = asyncio.get_running_loop()
+        self._metrics.running.inc()
+        try:
+            return await loop.run_in_executor(
+                self._threads[instance], self._run_all, tuple(sequences), handle, instance
+            )
+        finally:
+            self._metrics.running.dec()
+
+    def _run_all(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
+        """Instance's thread. Runs the batch, and its halves where it fails."""
+        try:
+            return self._run_once(sequences, handle, instance)
+        except RunTerminated:
+            return [RequestCancelled() for _ in sequences]
+        except Exception:  # noqa: BLE001 - the boundary of a run: whatever went wrong may cost one sequence only
+            if len(sequences) == 1:
+                _log.exception("a sequence failed to run", extra={"model": self._manifest.name})
+                return [InternalFault()]
+            middle = len(sequences) // 2
+            first = self._run_all(sequences[:middle], handle, instance)
+            return first + self._run_all(sequences[middle:], handle, instance)
+
+    def _run_once(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
+        batch = collate(sequences, self._manifest)
+        started = self._clock.now()
+        outputs = self._session.run(batch.feeds, batch.fetches, handle)
+        compute_s = self._clock.now() - started
+        self._metrics.compute_seconds.observe(compute_s)
+        self._metrics.batch_size.observe(batch.size)
+        self._metrics.useful_tokens.inc(batch.useful_tokens)
+        self._metrics.padded_tokens.inc(batch.padded_tokens)
+        self._metrics.sequences.inc(batch.size)
+        fetched = dict(zip(batch.fetches, outputs, strict=True))
+        facts = RunFacts(batch.size, batch.useful_tokens, batch.padded_tokens, compute_s, instance)
+        return [self._outcome(batch, fetched, row, sequence, facts) for row, sequence in enumerate(sequences)]
+
+    def _outcome(
+        self, batch: CollatedBatch, fetched: dict[str, Array], row: int, sequence: PreparedSequence, facts: RunFacts
+    ) -> Outcome:
+        """One sequence's answer. What goes wrong here is this sequence's alone, so the run need not be split."""
+        try:
+            outputs = outputs_of(batch, fetched, row, sequence, self._manifest)
+            weights = weights_of(batch, fetched, row, sequence, self._manifest)
+            for name, values in (*outputs.items(), *((self._manifest.sites[at].name, w) for at, w in weights.items())):
+                if values.dtype.kind == "f" and not np.isfinite(values).all():
+                    _log.error("a value that is not finite", extra={"model": self._manifest.name, "tensor": name})
+                    return InternalFault()
+            if sequence.attention is None:
+                return SequenceResult(outputs, None, facts)
+            started = self._clock.now()
+            answer = attention.answer(weights, sequence.attention, self._manifest.sites, sequence.units)
+            answer = _owned(answer, fetched.values(), alone=batch.size == 1)
+            self._metrics.attention_seconds.observe(self._clock.now() - started)
+            return SequenceResult(outputs, answer, facts)
+        except Exception:  # noqa: BLE001 - the boundary of one sequence's answer: its batch mates have theirs
+            _log.exception("an answer could not be made", extra={"model": self._manifest.name})
+            return InternalFault()
+
+
+def _owned(answer: AttentionAnswer, arrays: Iterable[Array], *, alone: bool) -> AttentionAnswer:
+    """Copies maps that are still views into the run's arrays, for the reason that collation gives."""
+    if alone:
+        return answer
+    arrays = tuple(arrays)
+    maps = tuple(
+        replace(made, content=made.content.copy())
+        if isinstance(made.content, np.ndarray) and any(np.may_share_memory(made.content, array) for array in arrays)
+        else made
+        for made in answer.maps
+    )
+    return replace(answer, maps=maps)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from attnserve_server.domain.values import PreparedSequence
+from attnserve_server.engine.collation import collate, outputs_of, weights_of
+from attnserve_server.model.manifest import AxisSpec, InputSpec, Manifest, OutputSpec
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def test_inputs_are_padded_with_their_own_padding_values(manifest: Manifest, sequence_of) -> None:
+    batch = collate([sequence_of([5, 6, 7]), sequence_of([8])], manifest)
+    np.testing.assert_array_equal(batch.feeds["input_ids"], [[5, 6, 7], [8, 1, 1]])
+    np.testing.assert_array_equal(batch.feeds["attention_mask"], [[1, 1, 1], [1, 0, 0]])
+    assert batch.feeds["input_ids"].dtype == np.int64
+    assert (batch.size, batch.useful_tokens, batch.padded_tokens) == (2, 4, 6)
+
+
+def test_only_the_sequences_that_asked_are_items_of_a_tap(manifest: Manifest, sequence_of) -> None:
+    batch = collate([sequence_of([1]), sequence_of([2], [1]), sequence_of([3]), sequence_of([4], [1])], manifest)
+    np.testing.assert_array_equal(batch.feeds["attention_items.site1"], [1, 3])
+    assert batch.feeds["attention_items.site1"].dtype == np.int64
+    assert batch.feeds["attention_items.site0"].shape == (0,)
+    assert batch.fetches == ("embedding", "attention.site1")
+
+
+def test_the_fetch_list_is_the_union_of_what_is_wanted(manifest: Manifest, sequence_of) -> None:
+    wants = [sequence_of([1], outputs=("embedding",)), sequence_of([2], outputs=("last_hidden_state", "embedding"))]
+    assert collate(wants, manifest).fetches == ("embedding", "last_hidden_state")
+
+
+def test_a_sequence_that_asks_for_nothing_fetches_nothing(manifest: Manifest, sequence_of) -> None:
+    assert collate([sequence_of([1], [0], outputs=())], manifest).fetches == ("attention.site0",)
+
+
+def test_unequal_lengths_on_an_axis_that_does_not_pad_are_a_fault(manifest: Manifest, sequence_of) -> None:
+    rigid = manifest.model_copy(update={"axes": (AxisSpec(symbol="seq", max_length=128, paddable=False),)})
+    with pytest.raises(ValueError, match="does not pad: lengths 1 and 2"):
+        collate([sequence_of([1]), sequence_of([1, 2])], rigid)
+    assert collate([sequence_of([3, 4]), sequence_of([1, 2])], rigid).size == 2
+
+
+def test_a_tensor_of_another_rank_than_its_input_is_a_fault(manifest: Manifest, sequence_of) -> None:
+    good = sequence_of([1, 2])
+    bad = PreparedSequence({**good.tensors, "input_ids": np.ones((2, 2), np.int64)}, good.lengths, good.outputs)
+    with pytest.raises(ValueError, match="input_ids"):
+        collate([bad], manifest)
+
+
+def two_axes(*, paddable: bool = True) -> Manifest:
+    """Inputs (T, 2), (S,), (T, S) and outputs that mirror them."""
+    from_conftest = {"x": ("T", 2), "y": ("S",), "z": ("T", "S")}
+    base = _BASE.model_copy(
+        update={
+            "axes": tuple(AxisSpec(symbol=symbol, max_length=64, paddable=paddable) for symbol in "TS"),
+            "inputs": tuple(
+                InputSpec(name=name, dtype="float32", shape=shape, padding=-7) for name, shape in from_conftest.items()
+            ),
+            "outputs": tuple(OutputSpec(name=n, dtype="float32", shape=shape) for n, shape in from_conftest.items()),
+            "sites": (),
+        }
+    )
+    return Manifest.model_validate(base.model_dump())
+
+
+@pytest.fixture(autouse=True)
+def _base(manifest: Manifest) -> None:
+    global _BASE  # noqa: PLW0603 - hypothesis runs many examples on one manifest
+    _BASE = manifest
+
+
+_BASE: Manifest
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8),
+    wanted=st.lists(st.sets(st.sampled_from("xyz")), min_size=8, max_size=8),
+)
+def test_unpadding_undoes_collation(sizes: list[tuple[int, int]], wanted: list[set[str]]) -> None:
+    manifest = two_axes()
+    random = np.random.default_rng(0)
+    sequences = []
+    for (t, s), names in zip(sizes, wanted, strict=False):
+        shapes = {"x": (t, 2), "y": (s,), "z": (t, s)}
+        tensors = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        sequences.append(PreparedSequence(tensors, {"T": t, "S": s}, tuple(sorted(names))))
+    batch = collate(sequences, manifest)
+    for row, sequence in enumerate(sequences):
+        outputs = outputs_of(batch, batch.feeds, row, sequence, manifest)
+        assert set(outputs) == set(sequence.outputs)
+        for name, output in outputs.items():
+            np.testing.assert_array_equal(output, sequence.tensors[name])
+            assert output.flags.c_contiguous
+    assert batch.padded_tokens == len(sizes) * sum(max(column) for column in zip(*sizes, strict=True))
+    assert batch.useful_tokens == sum(map(sum, sizes))
+
+
+def test_answers_share_no_memory_with_the_batch_or_with_each_other(manifest: Manifest, sequence_of) -> None:
+    pair = [sequence_of([1, 2], outputs=("last_hidden_state",)), sequence_of([3, 4], outputs=("last_hidden_state",))]
+    batch = collate(pair, manifest)
+    fetched = {"last_hidden_state": np.zeros((2, 2, 8), np.float32)}
+    first, second = (outputs_of(batch, fetched, row, pair[row], manifest)["last_hidden_state"] for row in (0, 1))
+    assert first.base is None
+    first[:] = 1
+    assert not fetched["last_hidden_state"].any()
+    assert not second.any()
+
+
+def test_a_sequence_alone_takes_the_runs_own_array(manifest: Manifest, sequence_of) -> None:
+    alone = sequence_of([1, 2], outputs=("last_hidden_state",))
+    fetched = {"last_hidden_state": np.zeros((1, 2, 8), np.float32)}
+    taken = outputs_of(collate([alone], manifest), fetched, 0, alone, manifest)["last_hidden_state"]
+    assert np.shares_memory(taken, fetched["last_hidden_state"])
+
+
+def test_weights_are_cropped_to_a_sequences_own_lengths(manifest: Manifest, sequence_of) -> None:
+    mixed = [sequence_of([1, 2, 3]), sequence_of([4], [0, 1]), sequence_of([5, 6], [1])]
+    batch = collate(mixed, manifest)
+    fetched = {
+        "attention.site0": np.full((1, 2, 3, 3), 10.0, np.float32),
+        "attention.site1": np.stack([np.full((2, 3, 3), row, np.float32) for row in (21, 22)]),
+    }
+    assert weights_of(batch, fetched, 0, mixed[0], manifest) == {}
+    first = weights_of(batch, fetched, 1, mixed[1], manifest)
+    assert {layer: (w.shape, float(w.flat[0])) for layer, w in first.items()} == {
+        0: ((2, 1, 1), 10.0),
+        1: ((2, 1, 1), 21.0),
+    }
+    second = weights_of(batch, fetched, 2, mixed[2], manifest)
+    assert {layer: (w.shape, float(w.flat[0])) for layer, w in second.items()} == {1: ((2, 2, 2), 22.0)}
+
+
+def test_an_axis_that_the_model_derives_by_itself_is_left_whole(manifest: Manifest, sequence_of) -> None:
+    axes = (*manifest.axes, AxisSpec(symbol="patch", max_length=9, paddable=False))
+    outputs = (OutputSpec(name="patches", dtype="float32", shape=("patch",)),)
+    derived = manifest.model_copy(update={"axes": axes, "outputs": outputs})
+    asks = sequence_of([1, 2], outputs=("patches",))
+    batch = collate([asks], derived)
+    assert outputs_of(batch, {"patches": np.ones((1, 5), np.float32)}, 0, asks, derived)["patches"].shape == (5,)
+
+
+def test_a_site_without_a_tap_gets_no_items_and_gives_no_weights(manifest: Manifest, sequence_of) -> None:
+    blind = manifest.sites[0].model_copy(
+        update={"items_input": None, "weights_output": None, "unavailable_reason": "unknown form"}
+    )
+    partly = manifest.model_copy(update={"sites": (blind, manifest.sites[1])})
+    asks = sequence_of([1], [0])
+    batch = collate([asks], partly)
+    assert "attention_items.site0" not in batch.feeds
+    with pytest.raises(ValueError, match="no tap"):
+        weights_of(batch, {}, 0, asks, partly)

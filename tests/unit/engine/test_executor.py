@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attnserve_server.domain.clock import MonotonicClock
+from attnserve_server.domain.errors import InternalFault, RequestCancelled
+from attnserve_server.domain.values import PreparedSequence, SequenceResult
+from attnserve_server.engine.executor import Executor
+from attnserve_server.engine.session import RunFailed, RunHandle, RuntimeSession
+from attnserve_server.engine.warmup import CostModel, fit, synthetic
+from attnserve_server.model.manifest import AxisSpec, InputSpec, Manifest, OutputSpec
+from attnserve_server.observability.metrics import Metrics
+
+NAN_ID, POISON_ID = 48, 49
+
+Make = Callable[..., PreparedSequence]
+
+
+@asynccontextmanager
+async def executor_of(
+    path: Path, manifest: Manifest, instances: int = 1, metrics: Metrics | None = None
+) -> AsyncIterator[Executor]:
+    session = RuntimeSession.load(path, provider="CPUExecutionProvider", intra_op_threads=1)
+    model_metrics = (metrics or Metrics()).model(manifest.name, manifest.version)
+    executor = Executor(session, manifest, model_metrics, MonotonicClock(), instances)
+    executor.start()
+    try:
+        yield executor
+    finally:
+        await executor.aclose()
+
+
+async def test_mixed_lengths_give_what_each_sequence_gives_by_itself(
+    embedder_path: Path, manifest: Manifest, sequence_of: Make, embed, weights_by_hand
+) -> None:
+    random = np.random.default_rng(3)
+    texts = [random.integers(0, 48, length).tolist() for length in (1, 9, 4, 30, 4, 17)]
+    asked = [(), (0,), (1,), (), (0, 1), (1,)]
+    sequences = [sequence_of(ids, layers) for ids, layers in zip(texts, asked, strict=True)]
+    async with executor_of(embedder_path, manifest) as executor:
+        results = await executor.run(sequences, RunHandle(), 0)
+    for ids, layers, result in zip(texts, asked, results, strict=True):
+        assert isinstance(result, SequenceResult)
+        # sums of at most 30 float32 values near 1
+        np.testing.assert_allclose(result.outputs["embedding"], embed(np.array(ids)), atol=1e-5)
+        maps = {made.layer: made.content for made in result.attention.maps} if result.attention else {}
+        assert set(maps) == set(layers)
+        for layer, content in maps.items():
+            # softmax in float32 against float64
+            np.testing.assert_allclose(content, weights_by_hand(ids, layer), atol=1e-6)
+        assert (result.run.batch_size, result.run.useful_tokens, result.run.padded_tokens) == (6, 65, 180)
+
+
+async def test_maps_keep_no_batch_alive(embedder_path: Path, manifest: Manifest, sequence_of: Make) -> None:
+    async with executor_of(embedder_path, manifest) as executor:
+        results = await executor.run([sequence_of([1, 2, 3], [0]), sequence_of([4, 5, 6], [0])], RunHandle(), 0)
+    for result in results:
+        assert isinstance(result, SequenceResult)
+        assert result.attention is not None
+        content = result.attention.maps[0].content
+        while content.base is not None:
+            content = content.base
+        assert content.size == 2 * 3 * 3, "the memory behind a map holds that map alone"
+
+
+@pytest.mark.parametrize("culprits", [(0,), (4,), (2, 3), (0, 1, 2, 3, 4)])
+async def test_a_failing_run_costs_its_culprits_only(
+    poisoned_path: Path, manifest: Manifest, sequence_of: Make, embed, culprits: tuple[int, ...]
+) -> None:
+    texts = [[POISON_ID, 1] if row in culprits else [row, row + 1] for row in range(5)]
+    async with executor_of(poisoned_path, manifest) as executor:
+        results = await executor.run([sequence_of(ids) for ids in texts], RunHandle(), 0)
+    for row, result in enumerate(results):
+        if row in culprits:
+            assert isinstance(result, InternalFault)
+        else:
+            assert isinstance(result, SequenceResult)
+            # sums of two float32 values
+            np.testing.assert_allclose(result.outputs["embedding"], embed(np.array(texts[row])), atol=1e-6)
+
+
+async def test_a_value_that_is_not_finite_is_a_fault_of_its_sequence_only(
+    poisoned_path: Path, manifest: Manifest, sequence_of: Make
+) -> None:
+    async with executor_of(poisoned_path, manifest) as executor:
+        first, second = await executor.run([sequence_of([NAN_ID]), sequence_of([1])], RunHandle(), 0)
+        (weights,) = await executor.run([sequence_of([NAN_ID, 1], [0], outputs=())], RunHandle(), 0)
+    assert isinstance(first, InternalFault)
+    assert isinstance(second, SequenceResult)
+    assert isinstance(weights, InternalFault)
+
+
+async def test_an_answer_that_cannot_be_made_is_a_fault_of_its_sequence_only(
+    embedder_path: Path, manifest: Manifest, sequence_of: Make
+) -> None:
+    good = sequence_of([1, 2], [0])
+    bad = PreparedSequence(good.tensors, good.lengths, ("no such output",))
+    async with executor_of(embedder_path, manifest) as executor:
+        results = await executor.run([good, bad], RunHandle(), 0)
+    assert isinstance(results[0], SequenceResult)
+    assert isinstance(results[1], InternalFault)
+
+
+async def test_terminate_ends_a_run_that_would_never_end(slow_path: Path, manifest: Manifest) -> None:
+    slow = manifest.model_copy(
+        update={
+            "inputs": (InputSpec(name="x", dtype="float32", shape=("seq",)),),
+            "outputs": (OutputSpec(name="y", dtype="float32", shape=("seq",)),),
+            "sites": (),
+        }
+    )
+    sequence = PreparedSequence({"x": np.ones(3, np.float32)}, {"seq": 3}, ("y",))
+    handle = RunHandle()
+    async with executor_of(slow_path, slow) as executor:
+        run = asyncio.create_task(executor.run([sequence, sequence], handle, 0))
+        await asyncio.sleep(0)  # the run begins; terminate works before and during it
+        handle.terminate()
+        assert [type(result) for result in await run] == [RequestCancelled, RequestCancelled]
+
+
+async def test_instances_run_at_the_same_time_in_threads_of_their_own(
+    embedder_path: Path, manifest: Manifest, sequence_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with executor_of(embedder_path, manifest, instances=2) as executor:
+        meeting = threading.Barrier(2, timeout=10)  # passes only if both instances are inside a run at once
+        real = executor._session.run
+
+        def meet(*args: object) -> list[np.ndarray]:
+            meeting.wait()
+            return real(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(executor._session, "run", meet)
+        runs = [executor.run([sequence_of([1])], RunHandle(), instance) for instance in (0, 1)]
+        results = [result for outcomes in await asyncio.gather(*runs) for result in outcomes]
+    assert {result.run.instance for result in results if isinstance(result, SequenceResult)} == {0, 1}
+
+
+async def test_runs_are_counted(embedder_path: Path, manifest: Manifest, sequence_of: Make) -> None:
+    metrics = Metrics()
+    async with executor_of(embedder_path, manifest, metrics=metrics) as executor:
+        await executor.run([sequence_of([1, 2, 3]), sequence_of([4], [0])], RunHandle(), 0)
+    labels = {"model": "tiny", "version": "1"}
+    seen = {
+        name: metrics.registry.get_sample_value(f"attnserve_{name}", labels)
+        for name in (
+            "sequences_total",
+            "useful_tokens_total",
+            "padded_tokens_total",
+            "batch_size_sum",
+            "compute_seconds_count",
+            "attention_seconds_count",
+            "running_batches",
+        )
+    }
+    assert seen == {
+        "sequences_total": 2,
+        "useful_tokens_total": 4,
+        "padded_tokens_total": 6,
+        "batch_size_sum": 2,
+        "compute_seconds_count": 1,
+        "attention_seconds_count": 1,
+        "running_batches": 0,
+    }
+
+
+async def test_warm_up_runs_valid_inputs_with_attention_and_learns_what_runs_cost(
+    embedder_path: Path, manifest: Manifest
+) -> None:
+    async with executor_of(embedder_path, manifest, instances=2) as executor:
+        assert executor.cost is None
+        fetched: list[str] = []
+        real = executor._session.run
+
+        def watch(feeds: dict[str, np.ndarray], fetches: tuple[str, ...]) -> list[np.ndarray]:
+            fetched.extend(fetches)
+            assert 0 <= feeds["input_ids"].min() <= feeds["input_ids"].max() < manifest.vocabulary_size
+            return real(feeds, fetches)
+
+        executor._session.run = watch  # type: ignore[method-assign, assignment]
+        await executor.warm_up()
+    assert executor.cost is not None
+    assert executor.cost.seconds_per_token > 0
+    assert set(fetched) == {"embedding", "last_hidden_state", "attention.site0", "attention.site1"}
+
+
+async def test_warm_up_of_a_model_that_cannot_run_fails(poisoned_path: Path, manifest: Manifest) -> None:
+    async with executor_of(poisoned_path, manifest) as executor:
+        with pytest.raises(RunFailed):
+            await executor.warm_up()  # its shapes go through the whole vocabulary, the poisoned id among it
+
+
+def test_synthetic_sequences_stay_within_the_axes(manifest: Manifest) -> None:
+    short = manifest.model_copy(update={"axes": (AxisSpec(symbol="seq", max_length=5, paddable=True),)})
+    assert synthetic(short, 64).lengths == {"seq": 5}
+
+
+def test_the_cost_model_is_found_from_exact_times() -> None:
+    cost = fit([(tokens, 0.002 + 0.0002 * tokens) for tokens in (8, 32, 128, 512)])
+    # a least-squares fit of numbers that fit: rounding only
+    assert cost.run_overhead_s == pytest.approx(0.002)
+    assert cost.seconds_per_token == pytest.approx(0.0002)
+    assert cost.run_overhead_tokens == pytest.approx(10)
+
+
+def test_the_cost_model_is_never_negative() -> None:
+    assert fit([(8, 0.001), (512, 0.1)]).run_overhead_s == 0
+    assert fit([(8, 0.0), (512, 0.0)]).seconds_per_token > 0
+    assert fit([(8, 0.1), (512, 0.001)]).seconds_per_token > 0
+    assert isinstance(fit([(8, 0.1), (16, 0.1)]), CostModel)
