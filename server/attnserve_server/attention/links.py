@@ -41,7 +41,7 @@ def links_of(weights: Weights, columns: Indices | None, top_k: int, min_weight: 
         weights left out, before rounding; it is never negative, and 0 where nothing was left out.
     """
     heads, queries, keys = weights.shape
-    flat = weights.reshape(-1, keys)
+    flat = weights.reshape(heads * queries, keys)
     limit = min(top_k, keys) if top_k else keys
     if min_weight > 0:
         reached = np.count_nonzero(flat >= np.float32(min_weight), axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -64,10 +65,14 @@ class _Words:
             else:
                 _, first, last = extents[index]
                 extents[index] = (segment, min(first, start), max(last, end))
+        claimed = {(segment, start) for segment, start, _ in extents}
         for segment, start, end in extents:
-            inner = _without_outer_space(texts[segment], start, end)
-            self.spans.append((segment, *inner))
-            self.texts.append(texts[segment][slice(*inner)])
+            first, last = _without_outer_space(texts[segment], start, end)
+            if last == end:
+                while (segment, last) not in claimed and _is_mark(texts[segment], last):
+                    last += 1
+            self.spans.append((segment, first, last))
+            self.texts.append(texts[segment][first:last])
 
 
 class TextTokenizer:
@@ -125,9 +130,10 @@ class TextTokenizer:
             pair: the second; empty: there is none.
 
         Returns:
-            N positions; none where the tokenizer adds no special tokens and its normalisation leaves nothing. Offsets count Unicode code points in the text that the caller sent, before any normalisation;
-            a token's are as its tokenizer tells them (some count the space before a word as part of its first token),
-            and a word's leave out white space at both ends.
+            N positions; none where the tokenizer adds no special tokens and its normalisation leaves nothing. Offsets
+            count Unicode code points in the text that the caller sent, before any normalisation; a token's are as its
+            tokenizer tells them (some count the space before a word as part of its first token), and a word's leave
+            out white space at both ends and take in the combining marks that normalisation strips from its end.
         """
         encoding = self._tokenizer.encode(text, pair) if pair else self._tokenizer.encode(text)
         words = _Words()
@@ -223,3 +229,8 @@ def _without_outer_space(text: str, start: int, end: int) -> tuple[int, int]:
         return start, end
     first = start + text[start:end].index(inner[0])
     return first, first + len(inner)
+
+
+def _is_mark(text: str, position: int) -> bool:
+    """Whether a combining mark stands there, which belongs to the character before it."""
+    return position < len(text) and unicodedata.category(text[position]).startswith("M")
