@@ -23,7 +23,27 @@ def encode(weights: Weights, dtype: WeightDtype) -> Array:
         np.rint(scaled, out=scaled)
         np.clip(scaled, 0, 255, out=scaled)
         return scaled.astype(np.uint8)
-    return np.ascontiguousarray(weights, dtype=np.dtype(dtype.value))
+    if dtype is WeightDtype.FLOAT16:
+        return _half(weights)
+    return np.ascontiguousarray(weights, dtype=np.float32)
+
+
+def _half(weights: Weights) -> Array:
+    """float32 from 0 to 65504 to float16, rounded to nearest even: what `astype` gives, bit by bit.
+
+    NumPy's own conversion takes twenty times as long for weights below 2^-14, which a long sequence is full of.
+    """
+    bits = np.ascontiguousarray(weights, dtype=np.float32).view(np.uint32)
+    # Normal numbers: drop 13 bits of the fraction, rounding half to even, and move the exponent's bias from 127 to 15.
+    half = bits >> np.uint32(13)
+    half &= np.uint32(1)
+    half += bits
+    half += np.uint32(0xFFF + 2**32 - ((127 - 15) << 23))  # modulo 2^32: a subtraction
+    half >>= np.uint32(13)
+    # Subnormal numbers are multiples of 2^-24; the one that rounds up to 1024 of them has the bits of 2^-14.
+    steps = np.multiply(weights, np.float32(2**24), order="C")
+    np.copyto(half, np.rint(steps, out=steps).astype(np.uint32), where=weights < np.float32(2**-14))
+    return half.astype(np.uint16).view(np.float16)
 
 
 def links_of(weights: Weights, columns: Indices | None, top_k: int, min_weight: float, dtype: WeightDtype) -> Links:

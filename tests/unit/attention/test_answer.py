@@ -194,6 +194,16 @@ def test_float16_rounds_to_nearest_even():
     assert encode(halfway, WeightDtype.FLOAT16).tolist() == [1.0, 1 + 2 * 2.0**-10]
 
 
+def test_float16_is_what_numpy_gives_for_every_half_its_midpoints_and_their_neighbours():
+    halves = np.arange(0x3C01, dtype=np.uint16).view(np.float16).astype(np.float32)  # all of 0 to 1
+    midpoints = (halves[:-1] + halves[1:]) / np.float32(2)  # exact: float32 has 13 bits more
+    around = [halves, midpoints, np.nextafter(midpoints, np.float32(0)), np.nextafter(midpoints, np.float32(2))]
+    weights = np.concatenate([*around, np.float32([1e-45, 1e-38, 2.0**-25])])
+    np.testing.assert_array_equal(
+        encode(weights, WeightDtype.FLOAT16).view(np.uint16), weights.astype(np.float16).view(np.uint16)
+    )
+
+
 def test_residual_is_never_negative_nor_anything_but_zero_when_all_is_kept():
     random = np.random.default_rng(5)
     weights = random.dirichlet(np.ones(300), (4, 50)).astype(np.float32)
