@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,13 +83,11 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, axis: str) -> None:
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True
-        self._tokenizer = tokenizer
         self._axis = axis
-        self._special_ids = _special_ids(tokenizer)
-        self._knows_words = _cuts_words(tokenizer)
+        self._special = _special_tokens(tokenizer)
+        self._special_ids = frozenset(self._special)
+        self._tokenizer = _sealed(tokenizer, self._special)
+        self._knows_words = _cuts_words(self._tokenizer)
 
     @classmethod
     def load(cls, path: Path, axis: str) -> TextTokenizer:
@@ -144,7 +143,7 @@ class TextTokenizer:
         units = AxisUnits(
             axis=self._axis,
             length=len(encoding.ids),
-            texts=tuple(encoding.tokens),
+            texts=tuple(self._token_text(number) for number in encoding.ids),
             starts=tuple(start for start, _ in offsets),
             ends=tuple(end for _, end in offsets),
             special=special,
@@ -195,7 +194,9 @@ class TextTokenizer:
         return words
 
     def _token_text(self, number: int) -> str:
-        return self._tokenizer.id_to_token(number) or "" if number >= 0 else ""
+        if number < 0:
+            return ""
+        return self._special.get(number) or self._tokenizer.id_to_token(number) or ""
 
 
 def _runs(numbers: Sequence[int], special_ids: frozenset[int]) -> Iterator[tuple[bool, list[int]]]:
@@ -203,13 +204,54 @@ def _runs(numbers: Sequence[int], special_ids: frozenset[int]) -> Iterator[tuple
         yield special, list(run)
 
 
-def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    marks = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+def _special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """Ids and names of the tokens that mark structure: all special ones but the unknown token, which is text."""
+    tokens = {number: token for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     if isinstance(tokenizer.model, models.Unigram):
         # The library tells this one model's unknown token in its file only.
-        return frozenset(marks - {json.loads(tokenizer.to_str())["model"]["unk_id"]})
-    unknown = getattr(tokenizer.model, "unk_token", None)
-    return frozenset(marks - ({tokenizer.token_to_id(unknown)} if unknown else set()))
+        tokens.pop(json.loads(tokenizer.to_str())["model"]["unk_id"], None)
+    else:
+        unknown = tokenizer.model.unk_token
+        tokens = {number: token for number, token in tokens.items() if token.content != unknown}
+    return {number: token.content for number, token in tokens.items()}
+
+
+def _sealed(tokenizer: Tokenizer, special: dict[int, str]) -> Tokenizer:
+    """The tokenizer, set so that no text becomes a special token, and that nothing is cut or padded.
+
+    `encode_special_tokens` keeps the library from looking for special tokens in the text. But a model whose own
+    vocabulary holds them (Unigram and word-level ones do) may still put them together from their letters. There they
+    get a name that nobody can guess; ids and scores stay.
+    """
+    _set_plain(tokenizer)
+    leaking = {
+        number: content
+        for number, content in special.items()
+        if any(
+            number in tokenizer.encode(probe, add_special_tokens=False).ids
+            for probe in (content, f"a {content} b", f"a{content}b")
+        )
+    }
+    if not leaking:
+        return tokenizer
+    state = json.loads(tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    for number, content in leaking.items():
+        name = secrets.token_hex(16)
+        if isinstance(vocabulary, list):
+            vocabulary[number][0] = name
+        else:
+            vocabulary[name] = vocabulary.pop(content)
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in leaking]
+    sealed = Tokenizer.from_str(json.dumps(state))
+    _set_plain(sealed)
+    return sealed
+
+
+def _set_plain(tokenizer: Tokenizer) -> None:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
 
 
 def _cuts_words(tokenizer: Tokenizer) -> bool:
