@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Final, TypeVar
 
-from attnserve.v1 import attention_pb2, inference_service_pb2, model_pb2, tensor_pb2
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from attnserve_server.domain.errors import FieldViolation, InvalidRequest
@@ -38,30 +37,34 @@ def parse(kind: type[M], data: bytes) -> M:
 def parse_leniently(kind: type[message.Message], data: bytes) -> message.Message | None:
     """`data` with every string field as bytes, so that broken UTF-8 can be looked at; None if it is no message."""
     try:
-        return _twin(kind.DESCRIPTOR.full_name).FromString(data)
+        return _twin(kind).FromString(data)
     except message.DecodeError:
         return None
 
 
 @cache
-def _pool() -> descriptor_pool.DescriptorPool:
-    """A private copy of the contract in which every string is bytes."""
+def _twin(kind: Any) -> type[message.Message]:
+    """`kind` in a private copy of its contract, in which every string is bytes."""
     pool = descriptor_pool.DescriptorPool()
-    for module in (tensor_pb2, attention_pb2, model_pb2, inference_service_pb2):
-        file = descriptor_pb2.FileDescriptorProto()
-        module.DESCRIPTOR.CopyToProto(file)
-        del file.service[:]
-        for kind in file.message_type:
-            for field in kind.field:
-                if field.type == _STRING:
-                    field.type = _BYTES
-        pool.Add(file)
-    return pool
+    _add(pool, kind.DESCRIPTOR.file, set())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(kind.DESCRIPTOR.full_name))
 
 
-@cache
-def _twin(full_name: str) -> type[message.Message]:
-    return message_factory.GetMessageClass(_pool().FindMessageTypeByName(full_name))
+def _add(pool: descriptor_pool.DescriptorPool, file: Any, added: set[str]) -> None:
+    """Adds a file to the pool, after the files that it imports."""
+    if file.name in added:
+        return
+    added.add(file.name)
+    for imported in file.dependencies:
+        _add(pool, imported, added)
+    proto = descriptor_pb2.FileDescriptorProto()
+    file.CopyToProto(proto)
+    del proto.service[:]
+    for kind in proto.message_type:
+        for field in kind.field:
+            if field.type == _STRING:
+                field.type = _BYTES
+    pool.Add(proto)
 
 
 def _not_utf8(twin: message.Message, kind: Any, path: str) -> Iterator[FieldViolation]:

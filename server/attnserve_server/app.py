@@ -1,0 +1,318 @@
+"""The composition root: builds the rooms' objects, loads the models, and starts, drains and stops the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from attnserve_server.config import Settings, cores
+from attnserve_server.domain.clock import Clock, MonotonicClock
+from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.engine.executor import Executor
+from attnserve_server.engine.session import ProviderUnavailable, RuntimeSession
+from attnserve_server.model.manifest import Manifest
+from attnserve_server.model.repository import Bundle, BundleFault, Repository, verify
+from attnserve_server.model.tokenizer import TextTokenizer
+from attnserve_server.observability.logs import logger
+from attnserve_server.observability.metrics import Metrics
+from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
+from attnserve_server.scheduling.policy import SchedulingSettings
+from attnserve_server.scheduling.scheduler import Scheduler
+from attnserve_server.transport.dataplane import DataPlane
+from attnserve_server.transport.health import OVERALL, Health
+from attnserve_server.transport.http import HttpServer
+from attnserve_server.transport.server import GrpcServer
+from attnserve_server.transport.servicer import SERVICE
+
+_log = logger(__name__)
+
+EXIT_DRAINED: Final = 0
+EXIT_FORCED: Final = 1
+EXIT_FAULTED: Final = 70
+"""As sysexits.h has it for an internal fault: whoever watches the process should start it again."""
+_LEAST_STOP_S: Final = 0.5
+"""What gRPC gets at least, after a drain, to send the last answers."""
+
+
+class StartFailed(AttnserveError):
+    """The server cannot start."""
+
+    reason = "START_FAILED"
+
+
+@dataclass(slots=True, eq=False)
+class _Loaded:
+    """What must be closed of one model."""
+
+    model: ServedModel
+    scheduler: Scheduler
+    executor: Executor
+
+
+class Application:
+    """One server. Event loop only."""
+
+    def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.clock = clock or MonotonicClock()
+        self.metrics = Metrics()
+        self.catalog = Catalog()
+        self.health = Health()
+        self.plane = DataPlane(self.catalog, settings)
+        self.grpc = GrpcServer(settings, self.plane, self.health, self.metrics, self.clock)
+        self.http = HttpServer(settings, self.catalog, self.health, self.metrics, lambda: not self.fault.is_set())
+        self.fault = asyncio.Event()
+        self.grpc_port = 0
+        self.http_port = 0
+        self._bundles: list[Bundle] = []
+        self._loaded: list[_Loaded] = []
+
+    async def start(self) -> None:
+        """Looks what there is, opens both ports and loads the models; until one is warm, all answers are UNAVAILABLE.
+
+        Raises:
+            StartFailed: There is no model, or none could be loaded.
+            PortUnavailable: A port is taken.
+            ProviderUnavailable: The execution provider that was asked for is not there.
+        """
+        bundles, faults = _chosen(self.settings)
+        for fault in faults:
+            self._add_broken(fault)
+        waiting = [(bundle, self._add(bundle)) for bundle in bundles]
+        self.http_port = await self.http.start()
+        self.grpc_port = await self.grpc.start()
+        _log.info("listening", host=self.settings.host, grpc_port=self.grpc_port, http_port=self.http_port)
+        _write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
+        for bundle, model in waiting:
+            await self._load(bundle, model)
+        ready = [model for model in self.catalog.all() if model.state is ModelState.READY]
+        if not ready:
+            raise StartFailed(
+                "no model could be loaded: "
+                + "; ".join(f"{model.name}/{model.version}: {model.state_reason}" for model in self.catalog.all())
+            )
+        self.health.set(SERVICE, serving=True)
+        self.health.set(OVERALL, serving=True)
+        _log.info("ready", models=[f"{model.name}/{model.version}" for model in ready])
+
+    async def run(self) -> int:
+        """Serves until a signal or a fault. Returns the process's exit code; raises what `start` raises."""
+        stop, force = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def on_signal(number: int) -> None:
+            _log.info("signal", signal=signal.Signals(number).name, forced=stop.is_set())
+            (force if stop.is_set() else stop).set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal, number)
+        starting = asyncio.create_task(self.start(), name="start")
+        try:
+            await _first(starting, stop, self.fault)
+            if starting.done():
+                starting.result()
+                await _first(None, stop, self.fault)
+            else:
+                starting.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await starting
+            if self.fault.is_set():
+                return EXIT_FAULTED
+            draining = asyncio.create_task(self.drain(), name="drain")
+            await _first(draining, force)
+            if not draining.done():
+                draining.cancel()
+                return EXIT_FORCED
+            draining.result()
+            return EXIT_DRAINED
+        finally:
+            await self.aclose()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+            _log.info("stopped")
+
+    async def drain(self) -> None:
+        """Says so first, takes no more, and lets what is under way finish within the grace."""
+        end = self.clock.now() + self.settings.drain_grace_s
+        self.health.drain()
+        for model in self.catalog.all():
+            if model.state is ModelState.READY:
+                model.move(ModelState.DRAINING)
+        _log.info("draining", grace_s=self.settings.drain_grace_s)
+        self.grpc.drain()
+        try:
+            async with asyncio.timeout(self.settings.drain_grace_s):
+                await asyncio.gather(*(loaded.scheduler.drain() for loaded in self._loaded))
+        except TimeoutError:
+            _log.warning("grace is over", grace_s=self.settings.drain_grace_s)
+        self.health.close()
+        await self.grpc.stop(max(_LEAST_STOP_S, end - self.clock.now()))
+
+    async def aclose(self) -> None:
+        """Stops everything at once; what is under way is cancelled."""
+        self.health.drain()
+        self.health.close()
+        await self.grpc.stop(0)
+        for loaded in self._loaded:
+            await loaded.scheduler.aclose()
+            await loaded.executor.aclose()
+        self.plane.close()
+        await self.http.stop()
+
+    def _add(self, bundle: Bundle) -> ServedModel:
+        manifest = bundle.manifest
+        model = ServedModel(
+            manifest.name, manifest.version, self.metrics.model(manifest.name, manifest.version), manifest
+        )
+        model.move(ModelState.LOADING)
+        self.catalog.add(model)
+        self.health.set(model.name, serving=False)
+        return model
+
+    def _add_broken(self, fault: BundleFault) -> None:
+        model = ServedModel(fault.name, fault.version, self.metrics.model(fault.name, fault.version))
+        model.move(ModelState.FAILED, fault.why)
+        self.catalog.add(model)
+        self.health.set(model.name, serving=False)
+        _log.warning("bundle is broken", model=fault.name, version=fault.version, reason=fault.why)
+
+    async def _load(self, bundle: Bundle, model: ServedModel) -> None:
+        """Loads one model and warms it up. A model that fails says why, and hinders no other."""
+        began, bytes_before = self.clock.now(), resident_bytes()
+        executor: Executor | None = None
+        try:
+            session, model.tokenizer = await asyncio.to_thread(_open, bundle, self.settings)
+            model.provider = session.provider
+            model.metrics.provider(session.provider)
+            instances = self.settings.instances or (cores() if session.provider == "CPUExecutionProvider" else 1)
+            executor = Executor(session, bundle.manifest, model.metrics, self.clock, instances)
+            executor.start()
+            await executor.warm_up()
+            scheduler = Scheduler(
+                executor,
+                bundle.manifest,
+                scheduling_settings(self.settings, bundle.manifest),
+                self.clock,
+                model.metrics,
+                on_fault=lambda: self._on_fault(model),
+            )
+            scheduler.start()
+        except ProviderUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary of a model's load: the others are served
+            if executor is not None:
+                await executor.aclose()
+            why = str(error) if isinstance(error, AttnserveError) else "it failed to load; the log has the rest"
+            model.move(ModelState.FAILED, why)
+            _log.exception("model failed to load", model=model.name, version=model.version, reason=why)
+            return
+        self._loaded.append(_Loaded(model, scheduler, executor))
+        model.scheduler = scheduler
+        model.metrics.session_bytes.set(max(0, resident_bytes() - bytes_before))
+        model.move(ModelState.READY)
+        self.health.set(model.name, serving=self.catalog.find(model.name).state is ModelState.READY)
+        _log.info(
+            "model ready",
+            model=model.name,
+            version=model.version,
+            digest=bundle.manifest.digest,
+            provider=session.provider,
+            instances=instances,
+            sites=len(bundle.manifest.sites),
+            sites_available=sum(site.available for site in bundle.manifest.sites),
+            load_s=round(self.clock.now() - began, 3),
+        )
+
+    def _on_fault(self, model: ServedModel) -> None:
+        """A batching loop that died, which it logs itself, must not leave a server that looks well."""
+        self.health.drain()
+        model.move(ModelState.FAILED, "its scheduler died")
+        self.fault.set()
+
+
+def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSettings:
+    """The part of the settings that one model's scheduling needs."""
+    return SchedulingSettings(
+        max_batch_size=min(settings.max_batch_size or manifest.max_batch_size, manifest.max_batch_size),
+        max_batch_bytes=settings.max_batch_bytes,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_queue_size=settings.max_queue_size,
+        max_queue_bytes=settings.max_queue_bytes,
+    )
+
+
+def resident_bytes() -> int:
+    """The process's resident memory; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _chosen(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]:
+    """The bundles that are wanted, and those in their places that are broken."""
+    bundles, faults = Repository(settings.repository).bundles()
+    names = [(bundle.manifest.name, bundle.manifest.version) for bundle in bundles]
+    names += [(fault.name, fault.version) for fault in faults]
+    if not names:
+        raise StartFailed(
+            f"no model in {settings.repository}: make one with `attnserve-server export` or `attnserve-server prepare`"
+        )
+    wanted = settings.models
+    unknown = [entry for entry in wanted if not any(_matches(entry, *name) for name in names)]
+    if unknown:
+        there = ", ".join(f"{name}/{version}" for name, version in names)
+        raise StartFailed(f"no model {', '.join(unknown)} in {settings.repository}; it has {there}")
+
+    def is_wanted(name: str, version: str) -> bool:
+        return not wanted or any(_matches(entry, name, version) for entry in wanted)
+
+    return (
+        [bundle for bundle in bundles if is_wanted(bundle.manifest.name, bundle.manifest.version)],
+        [fault for fault in faults if is_wanted(fault.name, fault.version)],
+    )
+
+
+def _matches(entry: str, name: str, version: str) -> bool:
+    return entry in (name, f"{name}/{version}")
+
+
+def _open(bundle: Bundle, settings: Settings) -> tuple[RuntimeSession, TextTokenizer | None]:
+    """Verifies and loads a bundle's files. Runs in a thread."""
+    verify(bundle)
+    tokenizer = None
+    if bundle.tokenizer_path is not None and bundle.manifest.text is not None:
+        tokenizer = TextTokenizer.load(bundle.tokenizer_path, bundle.manifest.text.axis)
+    session = RuntimeSession.load(
+        bundle.model_path,
+        provider=settings.provider,
+        intra_op_threads=settings.intra_op_threads,
+        required_provider=settings.require_provider,
+    )
+    return session, tokenizer
+
+
+def _write_ports(path: Path | None, grpc_port: int, http_port: int) -> None:
+    """Writes the ports, whole or not at all: whoever waits for the file may read it as soon as it is there."""
+    if path is None:
+        return
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"grpc": grpc_port, "http": http_port}) + "\n", encoding="ascii")
+    partial.replace(path)
+
+
+async def _first(task: asyncio.Task[None] | None, *events: asyncio.Event) -> None:
+    """Waits until `task` is done or one of the events is set."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait([*waits, *([task] if task else [])], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

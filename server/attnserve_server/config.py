@@ -1,0 +1,182 @@
+"""Settings: one field is one setting, one `ATTNSERVE_*` variable, one flag and one line of docs/configuration.md."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from attnserve_server.domain.errors import AttnserveError
+
+PREFIX = "ATTNSERVE_"
+MIB = 2**20
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class SettingsInvalid(AttnserveError):
+    """Settings are wrong; all faults are told together."""
+
+    reason = "SETTINGS_INVALID"
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(faults))
+
+
+class Settings(BaseSettings):
+    """Everything that an operator can set. Each description ends with the reason for the default."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
+
+    repository: Path = Field(
+        Path("models"),
+        description="Folder of the bundles, `<repository>/<name>/<version>/`. Default: where the demo puts them.",
+    )
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Models to load, as `name` or `name/version`, separated by commas. Default: all of them."
+    )
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address that both ports listen on. Default: loopback, as nothing here authenticates callers.",
+    )
+    grpc_port: Port = Field(
+        8001, description="Port of gRPC; 0 lets the system choose. Default: where Triton's users expect it."
+    )
+    http_port: Port = Field(
+        8002,
+        description="Port of `/metrics`, `/livez`, `/readyz`; 0 lets the system choose. Default: as Triton's metrics.",
+    )
+    ports_file: Path | None = Field(
+        None,
+        description="File to write the ports to, as JSON, once both listen. Default: none, as ports are mostly fixed.",
+    )
+    provider: str = Field(
+        "auto",
+        min_length=1,
+        description="onnxruntime execution provider, or `auto`: CUDA where it loads, else CPU. Default: what is there.",
+    )
+    require_provider: str | None = Field(
+        None,
+        description="Refuse to start unless this execution provider is in use. Default: none, as CPUs serve too.",
+    )
+    instances: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="Runs at a time for each model; 0: one for each core on a CPU, one on a GPU. Default: that."
+    )
+    intra_op_threads: Annotated[int, Field(ge=1, le=256)] = Field(
+        1, description="Threads within one run. Default: 1, as parallel runs use cores better than parallel operators."
+    )
+    max_batch_size: Annotated[int, Field(ge=0, le=4096)] = Field(
+        0, description="Most sequences in one run and in one request; 0: as each bundle says. Default: that."
+    )
+    max_batch_tokens: Annotated[int, Field(ge=1)] = Field(
+        16_384,
+        description="Most positions in one run, padding included. Default: 32 sequences of 512, a GPU's fill; "
+        "CPU batches stay far below it by themselves.",
+    )
+    max_batch_bytes: Count = Field(
+        1024 * MIB,
+        description="Most bytes of tensors in one run, whole attention maps included; a sequence that needs more runs "
+        "alone. Default: fits beside the weights in a container of a few GiB.",
+    )
+    max_queue_size: Count = Field(
+        4096, description="Most sequences that wait for one model. Default: seconds of work on a CPU, not minutes."
+    )
+    max_queue_bytes: Count = Field(
+        512 * MIB,
+        description="Most bytes that waiting sequences and their answers need, for one model. Default: eight requests "
+        "of the greatest size.",
+    )
+    max_text_bytes: Count = Field(
+        65_536,
+        description="Most bytes of UTF-8 in one text, counted before tokenizing. Default: 8192 English tokens, twice.",
+    )
+    max_request_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = Field(
+        64 * MIB, description="Most bytes of one gRPC message from a caller. Default: what the SDK allows both ways."
+    )
+    max_response_bytes: Annotated[int, Field(ge=1, le=2**31 - 64 * MIB)] = Field(
+        48 * MIB,
+        description="Most bytes of tensor data in one answer. Default: leaves room for tokens under a 64 MiB message.",
+    )
+    max_stream_in_flight: Annotated[int, Field(ge=1, le=65_536)] = Field(
+        256,
+        description="Requests under way on one stream; at the bound the server reads no further. Default: keeps a "
+        "batch full while another runs.",
+    )
+    keepalive_s: Annotated[float, Field(ge=1, le=7200)] = Field(
+        60.0,
+        description="Idle seconds before a connection is pinged. Default: less than load balancers' 350 s.",
+    )
+    keepalive_min_interval_s: Annotated[float, Field(ge=0, le=7200)] = Field(
+        5.0,
+        description="Least seconds between a caller's pings; faster ones are cut off. Default: gRPC's own is minutes.",
+    )
+    drain_grace_s: Annotated[float, Field(ge=0, le=3600)] = Field(
+        25.0,
+        description="Seconds that requests under way get after SIGTERM. Default: below Kubernetes' 30 s to SIGKILL.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level that is logged. Default: callers' faults show, each answer does not."
+    )
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("ports_file", "require_provider", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.grpc_port == self.http_port != 0:
+            raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; they must differ")
+        return self
+
+    @classmethod
+    def load(cls, flags: Mapping[str, Any]) -> Settings:
+        """Settings from flags, then variables, then defaults.
+
+        Args:
+            flags: What the command line gave, by field; None means not given.
+
+        Raises:
+            SettingsInvalid: With every fault.
+        """
+        given = {name: value for name, value in flags.items() if value is not None}
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise SettingsInvalid([_fault(dict(fault)) for fault in error.errors(include_url=False)]) from None
+
+
+def variable_of(field: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + field.upper()
+
+
+def flag_of(field: str) -> str:
+    """The command line flag of a setting."""
+    return "--" + field.replace("_", "-")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _fault(fault: dict[str, Any]) -> str:
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if not fault["loc"]:
+        return message
+    field = str(fault["loc"][0])
+    message = message[0].lower() + message[1:]
+    return f"{flag_of(field)} ({variable_of(field)}): {message}, got {str(fault['input'])!r}"

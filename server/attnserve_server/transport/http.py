@@ -1,0 +1,103 @@
+"""HTTP beside gRPC, on the same event loop: metrics for Prometheus, liveness and readiness for whoever restarts us."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import uvicorn
+from prometheus_client import exposition
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from attnserve_server.config import Settings
+from attnserve_server.observability.metrics import Metrics
+from attnserve_server.scheduling.catalog import Catalog
+from attnserve_server.transport.health import Health
+from attnserve_server.transport.server import PortUnavailable
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without signal handlers: the application owns the process's signals."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """HTTP on one port. Event loop only."""
+
+    def __init__(
+        self, settings: Settings, catalog: Catalog, health: Health, metrics: Metrics, alive: Callable[[], bool]
+    ) -> None:
+        self._settings = settings
+        self._server = _QuietServer(
+            uvicorn.Config(
+                routes(catalog, health, metrics, alive),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Listens. Returns the port.
+
+        Raises:
+            PortUnavailable: The address is taken or not ours.
+        """
+        host, port = self._settings.host, self._settings.http_port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            listener = socket.create_server((host, port), family=family, backlog=128)
+        except OSError:
+            raise PortUnavailable(host, port) from None
+        bound: int = listener.getsockname()[1]
+        self._serving = asyncio.create_task(self._server.serve([listener]), name="http")
+        return bound
+
+    async def stop(self) -> None:
+        """Ends after at most a second for answers under way."""
+        self._server.should_exit = True
+        if self._serving is not None:
+            with suppress(asyncio.CancelledError):
+                await self._serving
+
+
+def routes(catalog: Catalog, health: Health, metrics: Metrics, alive: Callable[[], bool]) -> Starlette:
+    """The application.
+
+    Args:
+        catalog: Whose models' states `/readyz` tells.
+        health: Whether the server as a whole answers.
+        metrics: What `/metrics` tells.
+        alive: Whether the server still works; if not, `/livez` says so, and whoever watches restarts it.
+    """
+
+    async def metrics_page(request: Request) -> Response:
+        encode, content_type = exposition.choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics.registry), media_type=content_type)
+
+    async def livez(_: Request) -> Response:
+        living = alive()
+        return JSONResponse({"status": "alive" if living else "faulted"}, 200 if living else 503)
+
+    async def readyz(_: Request) -> Response:
+        ready = health.serving()
+        models = [
+            {"name": model.name, "version": model.version, "state": model.state.value, "reason": model.state_reason}
+            for model in catalog.all()
+        ]
+        return JSONResponse({"status": "ready" if ready else "not ready", "models": models}, 200 if ready else 503)
+
+    return Starlette(
+        routes=[Route("/metrics", metrics_page), Route("/livez", livez), Route("/readyz", readyz)],
+    )

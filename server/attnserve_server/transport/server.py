@@ -1,0 +1,77 @@
+"""The gRPC server: its port, limits and handlers. What the methods do is in the servicers."""
+
+from __future__ import annotations
+
+import grpc
+
+from attnserve_server.config import Settings
+from attnserve_server.domain.clock import Clock
+from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.observability.metrics import Metrics
+from attnserve_server.transport.boundary import RpcMetrics
+from attnserve_server.transport.dataplane import DataPlane
+from attnserve_server.transport.health import Health
+from attnserve_server.transport.servicer import InferenceServicer
+from attnserve_server.transport.stream import Streams
+
+MAX_METADATA_BYTES = 16 * 1024
+
+
+class PortUnavailable(AttnserveError):
+    """The address cannot be listened on."""
+
+    reason = "PORT_UNAVAILABLE"
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(f"cannot listen on {host}:{port}: the port is taken, or the address is not this machine's")
+
+
+class GrpcServer:
+    """gRPC on one port. Event loop only."""
+
+    def __init__(self, settings: Settings, plane: DataPlane, health: Health, metrics: Metrics, clock: Clock) -> None:
+        self._settings = settings
+        self._streams = Streams(plane, clock, settings.max_stream_in_flight)
+        rpc_metrics = RpcMetrics(metrics, clock)
+        servicer = InferenceServicer(plane, self._streams, clock)
+        self._server = grpc.aio.server(options=_options(settings))
+        self._server.add_generic_rpc_handlers((servicer.handlers(rpc_metrics), health.handlers(rpc_metrics)))
+
+    async def start(self) -> int:
+        """Listens. Returns the port.
+
+        Raises:
+            PortUnavailable: The address is taken or not ours.
+        """
+        host, port = self._settings.host, self._settings.grpc_port
+        try:
+            bound = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        except RuntimeError:
+            raise PortUnavailable(host, port) from None
+        await self._server.start()
+        return bound
+
+    def drain(self) -> None:
+        """Ends every stream once the requests under way on it have been answered."""
+        self._streams.drain()
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more RPCs, waits `grace_s` for those under way, and cancels what is left."""
+        await self._server.stop(grace_s)
+
+
+def _options(settings: Settings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_request_bytes),
+        # Answers are bounded before they are computed, by `max_response_bytes`.
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        # Callers may ping between calls, so that they notice a dead server before the next call.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", round(settings.keepalive_min_interval_s * 1000)),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.keepalive_min_interval_s * 1000)),
+        # A second server on the port must fail to start, and not take half of the connections.
+        ("grpc.so_reuseport", 0),
+    ]

@@ -1,0 +1,254 @@
+"""StreamInfer: many requests pipelined on one stream, each answered once as it becomes ready. Running is elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+from attnserve.v1 import inference_service_pb2
+
+from attnserve_server.domain.clock import Clock
+from attnserve_server.domain.errors import AttnserveError, FieldViolation, InvalidRequest, NotServing, RequestCancelled
+from attnserve_server.transport.boundary import QUIET, Context, remaining_s
+from attnserve_server.transport.dataplane import DataPlane, log_failure
+from attnserve_server.transport.status import status_of
+from attnserve_server.transport.validation import check_request_id, is_request_id
+from attnserve_server.transport.wire import parse, parse_leniently
+
+CHUNK_BYTES: Final = 4 * 2**20 - 65_536
+"""Answers of more than this come in pieces: with its envelope each stays below gRPC's default limit of 4 MiB."""
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One request under way. Event loop only."""
+
+    task: asyncio.Task[None] | None = None
+    computing: bool = False
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Withdraws it, unless its answer is being sent already."""
+        if self.task is not None and self.computing and not self.cancelled:
+            self.task.cancel()
+        self.cancelled = True
+
+
+class Streams:
+    """All open streams. Event loop only."""
+
+    def __init__(self, plane: DataPlane, clock: Clock, max_in_flight: int) -> None:
+        self._plane = plane
+        self._clock = clock
+        self._max_in_flight = max_in_flight
+        self._open: set[_Stream] = set()
+        self._draining = False
+
+    async def stream_infer(self, _: object, context: Context) -> None:
+        """Serves one stream until the caller closes its half and has its answers, or the server drains."""
+        if self._draining:
+            raise NotServing("", "draining")
+        stream = _Stream(self._plane, self._clock, self._max_in_flight, context)
+        self._open.add(stream)
+        try:
+            await stream.serve()
+        finally:
+            self._open.discard(stream)
+
+    def drain(self) -> None:
+        """Reads no more from any stream: each gets the answers under way and ends with UNAVAILABLE."""
+        self._draining = True
+        for stream in self._open:
+            stream.stop_reading()
+
+
+class _Stream:
+    """One stream: a reader, a task for each request, and one writer at a time."""
+
+    def __init__(self, plane: DataPlane, clock: Clock, max_in_flight: int, context: Context) -> None:
+        self._plane = plane
+        self._clock = clock
+        self._context = context
+        remaining = remaining_s(context)
+        self._deadline = None if remaining is None else clock.now() + remaining
+        # A slot is taken before a message is read: at the bound nothing is read, and HTTP/2 holds the caller back.
+        self._slots = asyncio.Semaphore(max_in_flight)
+        self._writing = asyncio.Lock()
+        self._flights: dict[str, _Flight] = {}
+        self._stop = asyncio.Event()
+
+    def stop_reading(self) -> None:
+        """Ends the stream once what is under way has been answered."""
+        self._stop.set()
+
+    async def serve(self) -> None:
+        """Reads, runs and answers. Raises what ends the stream itself; the requests under way are withdrawn then."""
+        failure: AttnserveError | None = None
+        async with asyncio.TaskGroup() as group:
+            reading = group.create_task(self._read_all(group))
+            stopping = group.create_task(self._stop.wait())
+            await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if reading.done():
+                failure = reading.result()
+                if failure is not None:
+                    self._withdraw_all()
+            else:
+                reading.cancel()
+                failure = NotServing("", "draining")
+        if failure is not None:
+            raise failure
+
+    async def _read_all(self, group: asyncio.TaskGroup) -> AttnserveError | None:
+        """Reads until the caller closes its half (None), or sends what ends the stream (the error)."""
+        while True:
+            await self._slots.acquire()
+            data: Any = await self._context.read()
+            if data is grpc.aio.EOF:
+                return None
+            try:
+                taken = await self._take(data, group)
+            except AttnserveError as error:
+                return error
+            if not taken:
+                self._slots.release()
+
+    async def _take(self, data: bytes, group: asyncio.TaskGroup) -> bool:
+        """Starts what one message asks for; whether it took the slot.
+
+        Raises:
+            InvalidRequest: It cannot be answered by itself, so the stream ends.
+        """
+        try:
+            message = parse(inference_service_pb2.StreamInferRequest, data)
+        except InvalidRequest as error:
+            request_id = _salvaged_id(data)
+            if not request_id:
+                raise
+            await self._refuse(request_id, _within_request(error))
+            return False
+        kind = message.WhichOneof("message")
+        if kind == "cancel_request_id":
+            flight = self._flights.get(message.cancel_request_id)
+            if flight is not None:
+                flight.cancel()
+            return False
+        if kind is None:
+            raise InvalidRequest.of("message", "neither request nor cancel_request_id is set")
+        request_id = message.request.request_id
+        if not request_id:
+            raise InvalidRequest.of("request.request_id", "empty: on a stream every request needs a name")
+        check_request_id(request_id)
+        if request_id in self._flights:
+            await self._refuse(
+                request_id, InvalidRequest.of("request_id", f"{request_id!r} is the name of a request under way")
+            )
+            return False
+        flight = _Flight()
+        self._flights[request_id] = flight
+        flight.task = group.create_task(self._fly(message, flight))
+        return True
+
+    async def _fly(self, message: inference_service_pb2.StreamInferRequest, flight: _Flight) -> None:
+        """Runs and answers one request."""
+        request_id = message.request.request_id
+        try:
+            answer = await self._answer(message, flight)
+            await self._send(request_id, answer)
+        finally:
+            del self._flights[request_id]
+            self._slots.release()
+
+    async def _answer(self, message: inference_service_pb2.StreamInferRequest, flight: _Flight) -> bytes | Exception:
+        deadline = self._deadline
+        if message.timeout_ms:
+            own = self._clock.now() + message.timeout_ms / 1000
+            deadline = own if deadline is None else min(own, deadline)
+        request_id = message.request.request_id
+        if flight.cancelled:
+            return RequestCancelled()
+        flight.computing = True
+        try:
+            response = await self._plane.infer(message.request, request_id, deadline)
+            return response.SerializeToString()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            # The caller's cancellation takes back one request of cancellation; one more comes from the stream's end.
+            if task is None or not flight.cancelled or task.uncancel() > 0:
+                raise
+            return RequestCancelled()
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: its neighbours on the stream go on
+            if not isinstance(error, QUIET):
+                log_failure(error, request_id, "StreamInfer")
+            return error
+        finally:
+            flight.computing = False
+
+    async def _refuse(self, request_id: str, error: AttnserveError) -> None:
+        log_failure(error, request_id, "StreamInfer")
+        await self._send(request_id, error)
+
+    async def _send(self, request_id: str, answer: bytes | Exception) -> None:
+        """Sends an answer, in pieces if it is large; pieces of other answers may come between them."""
+        envelope = inference_service_pb2.StreamInferResponse(request_id=request_id)
+        if isinstance(answer, Exception):
+            envelope.status = status_of(answer, request_id).SerializeToString()
+            await self._write(envelope.SerializeToString())
+        elif len(answer) <= CHUNK_BYTES:
+            await self._write(envelope.SerializeToString() + _RESPONSE_TAG + _varint(len(answer)) + answer)
+        else:
+            pieces = [answer[start : start + CHUNK_BYTES] for start in range(0, len(answer), CHUNK_BYTES)]
+            for index, piece in enumerate(pieces):
+                envelope.chunk.CopyFrom(inference_service_pb2.ResponseChunk(index=index, count=len(pieces), data=piece))
+                await self._write(envelope.SerializeToString())
+
+    async def _write(self, data: bytes) -> None:
+        """One message; waits while the caller does not read, and keeps the request's slot meanwhile."""
+        async with self._writing:
+            try:
+                await self._context.write(data)
+            except Exception:
+                # A caller that has left gets nothing more; gRPC is about to cancel this stream.
+                if not self._context.done():
+                    raise
+
+    def _withdraw_all(self) -> None:
+        for flight in self._flights.values():
+            if flight.task is not None:
+                flight.task.cancel()
+
+
+# Field 2 of StreamInferResponse, length-delimited. The answer is spliced in as it was serialised: protobuf joins
+# fields that follow one another, so a large answer need not be copied into a second message.
+_RESPONSE_TAG: Final = bytes([inference_service_pb2.StreamInferResponse.RESPONSE_FIELD_NUMBER << 3 | 2])
+
+
+def _varint(value: int) -> bytes:
+    """`value` as protobuf writes lengths: seven bits a byte, least first."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _salvaged_id(data: bytes) -> str:
+    """The request id in a message whose other strings are no UTF-8; empty if there is none to answer under."""
+    lenient: Any = parse_leniently(inference_service_pb2.StreamInferRequest, data)
+    if lenient is None or lenient.WhichOneof("message") != "request":
+        return ""
+    request_id = lenient.request.request_id.decode(errors="replace")
+    return request_id if is_request_id(request_id) else ""
+
+
+def _within_request(error: InvalidRequest) -> InvalidRequest:
+    """The error with paths that start at the request, as those of every other fault do."""
+    return InvalidRequest(
+        *(
+            FieldViolation(violation.field.removeprefix("request."), violation.description)
+            for violation in error.violations
+        )
+    )
