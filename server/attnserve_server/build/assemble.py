@@ -1,0 +1,150 @@
+"""From a source graph to everything that a bundle needs: the tapped graph and the facts about it. Writes no bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx
+import onnx_ir as ir
+
+from attnserve_server.build.check import Tolerances
+from attnserve_server.build.errors import BuildRefused
+from attnserve_server.build.feeds import Sampler
+from attnserve_server.build.graph import expose, precision_of, save, tapped, tapped_at
+from attnserve_server.build.probe import Axes, padding_error, probe_axes
+from attnserve_server.build.progress import Steps
+from attnserve_server.build.runtime import Runner
+from attnserve_server.build.signature import dtype_of
+from attnserve_server.build.sites import FoundSite
+from attnserve_server.build.taps import ITEMS_PREFIX, WEIGHTS_PREFIX
+from attnserve_server.model.manifest import AxisSpec, OutputSpec, SiteSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """A tapped graph beside its source, opened for checks, and what was learnt about both."""
+
+    model_path: Path
+    source: Runner
+    checker: Runner
+    sampler: Sampler
+    sites: tuple[SiteSpec, ...]
+    found: Mapping[str, FoundSite]
+    outputs: tuple[OutputSpec, ...]
+    site_axes: Mapping[str, tuple[str, str]]
+    tolerances: Tolerances
+    precision: Literal["fp32", "fp16", "int8"]
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The output of each available site, by its name."""
+        return {name: WEIGHTS_PREFIX + name for name in self.site_axes}
+
+
+def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps) -> Assembled:
+    """Tap a graph and learn by running what it does not say.
+
+    Args:
+        proto: the source, with inferred shapes.
+        sampler: makes sequences for it.
+        work: a folder for the files; `model.onnx` there is the tapped graph.
+        steps: is told of every step, and of what is left out.
+
+    Raises:
+        BuildRefused: the graph does not run, or has no output that could be served.
+    """
+    _refuse_reserved_names(proto.graph)
+    steps.begin("adding taps")
+    source_path, checker_path, model_path = work / "source.onnx", work / "checker.onnx", work / "model.onnx"
+    save(ir.from_proto(proto), source_path)
+    checker_model, found = tapped(proto)
+    exposed = [site.output.value for site in found.values() if site.output] + [
+        site.value.value for site in found.values() if site.value
+    ]
+    expose(checker_model, exposed)
+    save(checker_model, checker_path)
+    steps.begin("probing axes")
+    source, checker = Runner(source_path), Runner(checker_path)
+    output_names = [value.name for value in proto.graph.output]
+    axes = probe_axes(checker, sampler, output_names, found)
+    outputs = _outputs(proto.graph, axes, steps)
+    sites = tuple(_site(layer, name, site, axes) for layer, (name, site) in enumerate(found.items()))
+    for site in sites:
+        if not site.available:
+            steps.warn(f"site {site.name} gives no weights: {site.unavailable_reason}")
+    available = {site.name: (site.query_axis, site.key_axis) for site in sites if site.available}
+    save(tapped_at(proto, available), model_path)
+    precision = precision_of(proto)
+    tolerances = Tolerances.of(precision)
+    return Assembled(model_path, source, checker, sampler, sites, found, outputs, available, tolerances, precision)
+
+
+def axes_of(
+    assembled: Assembled, max_lengths: Mapping[str, int], steps: Steps
+) -> tuple[tuple[AxisSpec, ...], float | None]:
+    """Every dynamic axis, whether padding along it is harmless, and the greatest difference on those where it is."""
+    steps.begin("probing padding")
+    specs: list[AxisSpec] = []
+    harmless: list[float] = []
+    for symbol, max_length in max_lengths.items():
+        error = padding_error(assembled.checker, assembled.sampler, symbol, assembled.outputs, assembled.site_axes)
+        paddable = error <= max(assembled.tolerances.weight, assembled.tolerances.output)
+        if paddable:
+            harmless.append(error)
+        else:
+            steps.warn(f"padding along {symbol!r} changes the answer: only sequences of one length share a batch")
+        specs.append(AxisSpec(symbol=symbol, max_length=max_length, paddable=paddable))
+    return tuple(specs), max(harmless, default=None)
+
+
+def _refuse_reserved_names(graph: onnx.GraphProto) -> None:
+    for value in (*graph.input, *graph.output):
+        if value.name.startswith((ITEMS_PREFIX, WEIGHTS_PREFIX)):
+            raise BuildRefused(f"{value.name!r} is a name of taps: this graph has been prepared already")
+
+
+def _outputs(graph: onnx.GraphProto, axes: Axes, steps: Steps) -> tuple[OutputSpec, ...]:
+    specs: list[OutputSpec] = []
+    for value in graph.output:
+        if value.name in axes.unbatched_outputs:
+            steps.warn(f"output {value.name!r} is left out: its first axis is not the batch")
+            continue
+        shape = tuple(extent for extent in axes.outputs[value.name] if extent is not None)
+        if len(shape) != len(axes.outputs[value.name]):
+            steps.warn(f"output {value.name!r} is left out: an axis of it follows no axis of the inputs")
+            continue
+        element_type = value.type.tensor_type.elem_type
+        specs.append(OutputSpec(name=value.name, dtype=dtype_of(element_type, value.name), shape=shape))
+    if not specs:
+        raise BuildRefused("no output could be served: the first axis must be the batch, the others axes of the inputs")
+    return tuple(specs)
+
+
+def _site(layer: int, name: str, site: FoundSite, axes: Axes) -> SiteSpec:
+    query_axis, key_axis = axes.sites.get(name, (None, None))
+    reason = site.unavailable_reason
+    if not reason and name in axes.unbatched_sites:
+        reason = "its first axis is not the batch"
+    for role, axis in (("query", query_axis), ("key", key_axis)):
+        if not reason and not isinstance(axis, str):
+            reason = f"its {role} axis is no dynamic axis of an input"
+    causal = site.causal or name in axes.causal_sites
+    crossed = query_axis != key_axis
+    return SiteSpec(
+        name=name,
+        layer=layer,
+        kind="causal" if causal else "cross" if crossed else "self",
+        form=site.form,
+        operator=site.operator,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        head_dim=site.head_dim,
+        query_axis=query_axis if isinstance(query_axis, str) else "",
+        key_axis=key_axis if isinstance(key_axis, str) else "",
+        items_input=None if reason else ITEMS_PREFIX + name,
+        weights_output=None if reason else WEIGHTS_PREFIX + name,
+        unavailable_reason=reason,
+    )

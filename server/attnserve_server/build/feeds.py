@@ -1,0 +1,65 @@
+"""Inputs made up for probes and checks: random sequences of given lengths, padded into one batch as the server does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnserve_server.build.signature import Signature
+from attnserve_server.domain.values import Array
+from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec
+
+Lengths = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Draws sequences. `vocabulary_size` 0: not known, ids stay at 0 and 1."""
+
+    signature: Signature
+    vocabulary_size: int
+    seed: int = 0
+
+    def sequence(self, lengths: Lengths, number: int = 0) -> dict[str, Array]:
+        """One sequence, without the batch axis; the same number and lengths give the same one."""
+        rng = np.random.default_rng([self.seed, number, *lengths.values()])
+        return {spec.name: self._draw(spec, lengths, rng) for spec in self.signature.inputs}
+
+    def batch(self, sequences: Sequence[Mapping[str, Array]], padded: Lengths) -> dict[str, Array]:
+        """Sequences as one batch, padded to `padded` at the end of each dynamic axis."""
+        feeds: dict[str, Array] = {}
+        for spec in self.signature.inputs:
+            shape = tuple(_extent(extent, padded) for extent in spec.shape)
+            array = np.full((len(sequences), *shape), spec.padding, NUMPY_DTYPES[spec.dtype])
+            for row, sequence in enumerate(sequences):
+                own = sequence[spec.name]
+                array[row][tuple(slice(extent) for extent in own.shape)] = own
+            feeds[spec.name] = array
+        return feeds
+
+    def mixed(self, lengths: Sequence[int]) -> tuple[dict[str, Array], list[dict[str, int]]]:
+        """A padded batch, one sequence for each length (on every axis), and the lengths of each."""
+        each = [dict.fromkeys(self.signature.symbols, length) for length in lengths]
+        padded = dict.fromkeys(self.signature.symbols, max(lengths))
+        return self.batch([self.sequence(own, row) for row, own in enumerate(each)], padded), each
+
+    def _draw(self, spec: InputSpec, lengths: Lengths, rng: np.random.Generator) -> Array:
+        shape = tuple(_extent(extent, lengths) for extent in spec.shape)
+        dtype = NUMPY_DTYPES[spec.dtype]
+        if spec.role is InputRole.TOKEN_IDS:
+            ids = rng.integers(0, max(self.vocabulary_size, 2), shape)
+            # Padding's own id inside a sequence would be masked by models that derive their mask from the ids.
+            return np.where(ids == spec.padding, (ids + 1) % max(self.vocabulary_size, 2), ids).astype(dtype)
+        if spec.fill is not None:
+            return np.full(shape, spec.fill, dtype)
+        if spec.name == "position_ids":
+            return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
+        if np.issubdtype(dtype, np.floating):
+            return rng.normal(size=shape).astype(dtype)
+        return np.ones(shape, dtype) if dtype == np.bool_ else rng.integers(0, 2, shape).astype(dtype)
+
+
+def _extent(extent: str | int, lengths: Lengths) -> int:
+    return lengths[extent] if isinstance(extent, str) else extent

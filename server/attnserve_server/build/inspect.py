@@ -1,0 +1,159 @@
+"""Inspect: what a bundle or a bare ONNX file is, as a person or a program wants to read it. Runs and writes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import onnx
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from attnserve_server.build.errors import BuildRefused
+from attnserve_server.build.finders import find_sites
+from attnserve_server.build.graph import read_graph
+from attnserve_server.build.sites import FoundSite
+from attnserve_server.model.manifest import BATCH, Manifest
+from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository, verify
+
+
+class TensorDescription(BaseModel):
+    """An input or an output. `shape` has the batch axis; an extent that the file does not name is "?"."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+
+
+class SiteDescription(BaseModel):
+    """One site. Axes are empty where only running the graph would tell them (a bare file)."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    layer: int
+    kind: str
+    form: str
+    operator: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    query_axis: str
+    key_axis: str
+    available: bool
+    unavailable_reason: str
+
+
+class ModelDescription(BaseModel):
+    """What `inspect` tells."""
+
+    model_config = ConfigDict(frozen=True)
+    what: Literal["bundle", "onnx"]
+    name: str
+    version: str = ""
+    digest: str = ""
+    axis_symbols: tuple[str, ...]
+    inputs: tuple[TensorDescription, ...]
+    outputs: tuple[TensorDescription, ...]
+    sites: tuple[SiteDescription, ...]
+
+
+def inspect_model(path: Path) -> ModelDescription:
+    """Describe a bundle's folder, whose files are verified, or a bare ONNX file.
+
+    Raises:
+        BuildRefused: it is neither.
+        BundleInvalid: it is a broken bundle.
+    """
+    if path.is_dir():
+        place = path.resolve()
+        if not (place / MANIFEST_FILE).is_file():
+            raise BuildRefused(f"{place.name} is no bundle: it has no {MANIFEST_FILE}")
+        bundle = Repository(place.parents[1]).bundle(place.parent.name, place.name)
+        verify(bundle)
+        return _of_bundle(bundle)
+    return _of_graph(path.name, read_graph(path))
+
+
+def show(description: ModelDescription, console: Console) -> None:
+    """Print a description as tables."""
+    title = f"{description.name}/{description.version}" if description.version else description.name
+    symbols = ", ".join(description.axis_symbols) or "none"
+    console.print(f"[bold]{title}[/bold]  {description.digest}", highlight=False)
+    console.print(f"axis symbols: {symbols}", highlight=False, markup=False)
+    tensors = Table("", "name", "dtype", "shape", title="inputs and outputs", title_justify="left")
+    for what, entries in (("input", description.inputs), ("output", description.outputs)):
+        for entry in entries:
+            tensors.add_row(what, entry.name, entry.dtype, " x ".join(str(extent) for extent in entry.shape))
+    console.print(tensors)
+    if not description.sites:
+        console.print("no attention sites")
+        return
+    sites = Table(title="attention sites", title_justify="left")
+    for column in ("layer", "site", "kind", "operator", "heads", "query, key", "weights"):
+        sites.add_column(column, overflow="fold")
+    for site in description.sites:
+        heads = str(site.heads) if site.heads == site.kv_heads else f"{site.heads} over {site.kv_heads}"
+        axes = f"{site.query_axis}, {site.key_axis}" if site.query_axis else "?"
+        weights = "yes" if site.available else f"no: {site.unavailable_reason}"
+        sites.add_row(str(site.layer), site.name, f"{site.kind}, {site.form}", site.operator, heads, axes, weights)
+    console.print(sites)
+
+
+def _of_bundle(bundle: Bundle) -> ModelDescription:
+    manifest: Manifest = bundle.manifest
+    return ModelDescription(
+        what="bundle",
+        name=manifest.name,
+        version=manifest.version,
+        digest=manifest.digest,
+        axis_symbols=(BATCH, *(axis.symbol for axis in manifest.axes)),
+        inputs=tuple(TensorDescription(name=s.name, dtype=s.dtype, shape=(BATCH, *s.shape)) for s in manifest.inputs),
+        outputs=tuple(TensorDescription(name=s.name, dtype=s.dtype, shape=(BATCH, *s.shape)) for s in manifest.outputs),
+        sites=tuple(
+            SiteDescription(**site.model_dump(exclude={"items_input", "weights_output"}), available=site.available)
+            for site in manifest.sites
+        ),
+    )
+
+
+def _of_graph(name: str, proto: onnx.ModelProto) -> ModelDescription:
+    sites = find_sites(ir.from_proto(proto).graph)
+    initialized = {tensor.name for tensor in proto.graph.initializer}
+    inputs = tuple(_tensor(value) for value in proto.graph.input if value.name not in initialized)
+    outputs = tuple(_tensor(value) for value in proto.graph.output)
+    symbols = {extent: None for tensor in (*inputs, *outputs) for extent in tensor.shape if isinstance(extent, str)}
+    return ModelDescription(
+        what="onnx",
+        name=name,
+        axis_symbols=tuple(symbol for symbol in symbols if symbol != "?"),
+        inputs=inputs,
+        outputs=outputs,
+        sites=tuple(_found(layer, name, site) for layer, (name, site) in enumerate(sites.items())),
+    )
+
+
+def _found(layer: int, name: str, site: FoundSite) -> SiteDescription:
+    return SiteDescription(
+        name=name,
+        layer=layer,
+        kind="causal" if site.causal else "self",
+        form=site.form,
+        operator=site.operator,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        head_dim=site.head_dim,
+        query_axis="",
+        key_axis="",
+        available=site.scores is not None,
+        unavailable_reason=site.unavailable_reason,
+    )
+
+
+def _tensor(value: onnx.ValueInfoProto) -> TensorDescription:
+    kind = value.type.tensor_type
+    shape = tuple(axis.dim_param or (axis.dim_value if axis.HasField("dim_value") else "?") for axis in kind.shape.dim)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name if kind.elem_type else "?"
+    return TensorDescription(name=value.name, dtype=dtype, shape=shape)

@@ -1,0 +1,59 @@
+"""Names of sites: readable, stable from one export to the next, unique in their model."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+WRAPPER = "attnserve_source"
+"""The attribute under which export wraps the source module; it is no part of a site's name."""
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+"""The metadata in which torch's exporter keeps the path of modules that a node comes from."""
+_INNER = {"self", "attn_fn", "sdpa", "core_attention"}
+"""Modules that only hold the computation inside the module that people call the attention."""
+
+
+def site_names(nodes: Sequence[ir.Node]) -> list[str]:
+    """A name for each node: the module's path where the exporter left one, else `attention_<position>`.
+
+    Nodes of one module, and modules that share a path, are told apart by `_1`, `_2` in their order.
+    """
+    names: list[str] = []
+    for position, node in enumerate(nodes):
+        base = _module_path(node) or f"attention_{position}"
+        name, twin = base, 0
+        while name in names:
+            twin += 1
+            name = f"{base}_{twin}"
+        names.append(name)
+    return names
+
+
+def _module_path(node: ir.Node) -> str:
+    """The module that a node comes from, as a dotted path; empty where that is not known."""
+    parts = _scopes(node) or _slashes(node)
+    if parts and parts[0] == WRAPPER:
+        parts = parts[1:]
+    while parts and parts[-1] in _INNER:
+        parts = parts[:-1]
+    return ".".join(re.sub(r"[^A-Za-z0-9_-]", "_", part) for part in parts)
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    """From the metadata of torch's dynamo exporter: the last scope is the operation, the one before it its module."""
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))
+    except (ValueError, SyntaxError):
+        return []
+    if not isinstance(scopes, list) or len(scopes) < 2 or not isinstance(scopes[-2], str):
+        return []
+    return [part for part in scopes[-2].split(".") if part]
+
+
+def _slashes(node: ir.Node) -> list[str]:
+    """From a node name such as `/encoder/layer.0/attention/Attention`, as torch's older exporter writes them."""
+    path, slash, _ = (node.name or "").rpartition("/")
+    return [part for step in path.split("/") for part in step.split(".") if part] if slash else []

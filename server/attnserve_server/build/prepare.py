@@ -1,0 +1,204 @@
+"""Prepare: from a bare ONNX file, that somebody else exported, to a bundle that was seen to answer like it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from attnserve_server.build.assemble import Assembled, assemble, axes_of
+from attnserve_server.build.check import CHECK_LENGTHS, judge, product_error, row_sum_error
+from attnserve_server.build.errors import BuildRefused
+from attnserve_server.build.export import now
+from attnserve_server.build.feeds import Sampler
+from attnserve_server.build.graph import read_graph
+from attnserve_server.build.probe import croppers, max_abs, probe_max_length
+from attnserve_server.build.progress import Steps
+from attnserve_server.build.runtime import Runner, time_ratio
+from attnserve_server.build.signature import Signature, signature_of
+from attnserve_server.build.vocabulary import vocabulary_size_of
+from attnserve_server.domain.values import Array
+from attnserve_server.model.manifest import CheckReport, InputRole, InputSpec, Manifest, Provenance, TextSpec
+from attnserve_server.model.repository import (
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    UNSEALED,
+    Bundle,
+    Repository,
+    sha256_of,
+    write_bundle,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareRequest:
+    """What to prepare. `max_length` bounds every dynamic axis; the graph may turn out to take less."""
+
+    file: Path
+    name: str
+    repository: Path
+    version: str = ""
+    tokenizer: Path | None = None
+    max_length: int = 512
+    max_batch_size: int = 32
+
+
+def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundle:
+    """Tap an ONNX file and write its bundle, unless the check at the end finds a difference.
+
+    A file without attention is prepared too, with a warning: it is served like any other, without weights.
+
+    Raises:
+        BuildRefused: the file cannot be served; CheckFailed where the tapped graph answers otherwise.
+        BundleInvalid: there is such a version already, or the disk refused.
+    """
+    steps = steps or Steps.silent()
+    with steps.shown(total=7), tempfile.TemporaryDirectory(prefix="attnserve-prepare-") as work:
+        steps.begin("reading the file")
+        padding_id = _padding_id(request.tokenizer)
+        proto = read_graph(request.file)
+        return _prepare(request, proto, padding_id, Path(work), steps)
+
+
+def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, work: Path, steps: Steps) -> Bundle:
+    signature = signature_of(proto.graph, padding_id)
+    ids = next((spec for spec in signature.inputs if spec.role is InputRole.TOKEN_IDS), None)
+    vocabulary_size = vocabulary_size_of(proto.graph, ids.name) if ids else 0
+    if ids and not vocabulary_size:
+        steps.warn(f"the vocabulary behind {ids.name!r} cannot be told: ids past its end will fail at run time")
+    if request.tokenizer and not ids:
+        raise BuildRefused(f"{request.file.name} has no input named input_ids that a tokenizer could fill")
+    max_batch_size = signature.fixed_batch or request.max_batch_size
+    if signature.fixed_batch:
+        steps.warn("the batch axis is fixed at 1: every sequence will run alone")
+    sampler = Sampler(signature, vocabulary_size)
+    assembled = assemble(proto, sampler, work, steps)
+    if not assembled.sites:
+        steps.warn(f"{request.file.name} has no attention that is known: it will be served without weights")
+    max_lengths = _max_lengths(assembled, signature, request.max_length)
+    axes, padding = axes_of(assembled, max_lengths, steps)
+    steps.begin("checking against the source")
+    report = _check(assembled, max_lengths, padding, paddable=all(axis.paddable for axis in axes))
+    judge(report, assembled.tolerances.row_sum)
+    steps.begin("writing the bundle")
+    files = {MODEL_FILE: assembled.model_path}
+    if request.tokenizer is not None:
+        files[TOKENIZER_FILE] = request.tokenizer
+    manifest = Manifest(
+        name=request.name,
+        version=request.version or Repository(request.repository).next_version(request.name),
+        digest=UNSEALED,
+        files={},
+        precision=assembled.precision,
+        max_batch_size=max_batch_size,
+        axes=axes,
+        inputs=signature.inputs,
+        outputs=assembled.outputs,
+        sites=assembled.sites,
+        vocabulary_size=vocabulary_size,
+        text=_text(ids, max_lengths) if request.tokenizer is not None and ids else None,
+        provenance=Provenance(
+            source=request.file.name,
+            source_sha256=sha256_of(request.file),
+            exporter=" ".join(part for part in (proto.producer_name, proto.producer_version) if part) or "unknown",
+            opset=next((entry.version for entry in proto.opset_import if entry.domain in {"", "ai.onnx"}), 0),
+            created=now(),
+            versions={"onnx": onnx.__version__},
+        ),
+        check=report,
+    )
+    return write_bundle(request.repository, manifest, files)
+
+
+def _max_lengths(assembled: Assembled, signature: Signature, wanted: int) -> dict[str, int]:
+    """For each axis symbol the greatest length on which the graph runs, up to `wanted`."""
+    output = assembled.outputs[0].name
+    return {
+        symbol: probe_max_length(assembled.source, assembled.sampler, symbol, wanted, output)
+        for symbol in signature.symbols
+    }
+
+
+def _text(ids: InputSpec, max_lengths: dict[str, int]) -> TextSpec:
+    axis = ids.shape[0]
+    if not isinstance(axis, str):
+        raise BuildRefused(f"input {ids.name!r} has a fixed length of {axis}: text needs a dynamic axis")
+    return TextSpec(axis=axis, max_tokens=max_lengths[axis])
+
+
+def _padding_id(tokenizer: Path | None) -> int:
+    """The id that a tokenizer pads with: its own setting, else that of a token named like padding, else 0."""
+    if tokenizer is None:
+        return 0
+    try:
+        described = json.loads(tokenizer.read_text(encoding="utf-8"))
+        padding = described.get("padding") or {}
+        if "pad_id" in padding:
+            return int(padding["pad_id"])
+        named = {token["content"]: token["id"] for token in described.get("added_tokens") or []}
+        return int(next((named[name] for name in ("[PAD]", "<pad>", "<|pad|>") if name in named), 0))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise BuildRefused(f"{tokenizer.name} is no tokenizer.json") from None
+
+
+def _check(assembled: Assembled, max_lengths: dict[str, int], padding: float | None, *, paddable: bool) -> CheckReport:
+    """Tapped against untapped, and weights @ value against each operator's own output.
+
+    On mixed lengths in one padded batch; sequences of one length where padding is not harmless, one sequence where the
+    graph takes no more.
+    """
+    longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))
+    lengths = tuple(min(length, longest) for length in CHECK_LENGTHS)
+    if assembled.sampler.signature.fixed_batch:
+        lengths = lengths[:1]
+    if not paddable:
+        lengths = (lengths[-1],) * len(lengths)
+    feeds, each = assembled.sampler.mixed(lengths)
+    tapped = Runner(assembled.model_path)
+    outputs = [spec.name for spec in assembled.outputs]
+    expected = assembled.source.run(feeds, outputs)
+    found = tapped.run(feeds, [*outputs, *assembled.weights.values()])
+    worst_output = 0.0
+    for row, own in enumerate(each):
+        for name, crop in croppers(assembled.outputs, {}, own).items():
+            worst_output = max(worst_output, max_abs(crop(found[name][row]), crop(expected[name][row])))
+    inner = _inner_values(assembled, feeds)
+    weights_of = assembled.weights
+    products = [
+        product_error(assembled.found[name], found[weights_of[name]], *inner[name]) for name in assembled.site_axes
+    ]
+    sums = [row_sum_error(found[output]) for output in weights_of.values()]
+    return CheckReport(
+        against="the file itself, weights @ value with each operator's own output",
+        lengths=lengths,
+        output_max_abs_error=worst_output,
+        output_tolerance=assembled.tolerances.output,
+        weight_max_abs_error=max(products, default=0.0),
+        weight_tolerance=assembled.tolerances.output,
+        row_sum_max_abs_error=max(sums, default=0.0),
+        padding_max_abs_error=padding,
+        tapped_over_source_time=time_ratio(tapped, assembled.source, feeds, outputs) if assembled.site_axes else None,
+    )
+
+
+def _inner_values(assembled: Assembled, feeds: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
+    """Value and own output of each available site, as the graph computes them for these feeds."""
+    constants: dict[str, Array] = {}
+    places: dict[str, tuple[str, str]] = {}
+    for name in assembled.site_axes:
+        site = assembled.found[name]
+        assert site.value is not None
+        assert site.output is not None
+        value, output = site.value.value, site.output.value
+        assert value.name is not None
+        assert output.name is not None
+        places[name] = (value.name, output.name)
+        if value.const_value is not None:
+            constants[value.name] = value.const_value.numpy()
+    known = {**constants, **feeds}
+    fetches = sorted({name for pair in places.values() for name in pair} - set(known))
+    known.update(assembled.checker.run(feeds, fetches) if fetches else {})
+    return {name: (known[value], known[output]) for name, (value, output) in places.items()}

@@ -1,0 +1,173 @@
+"""Learns by running what a graph does not say: axes of outputs and sites, how long, whether padding is harmless."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnserve_server.build.errors import BuildRefused
+from attnserve_server.build.feeds import Sampler
+from attnserve_server.build.runtime import Runner
+from attnserve_server.build.sites import FoundSite
+from attnserve_server.build.taps import WEIGHTS_PREFIX
+from attnserve_server.domain.values import Array
+from attnserve_server.model.manifest import OutputSpec
+
+_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+_PADDING = 3
+"""How far a probe pads: enough that a leak of padding into a softmax or a mean is far above any tolerance."""
+
+Extents = tuple[str | int | None, ...]
+"""Axis symbols, fixed extents, and None for what is neither."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """What two runs with distinct prime lengths say about shapes; all without the batch axis."""
+
+    outputs: dict[str, Extents]
+    sites: dict[str, tuple[str | int | None, str | int | None]]
+    unbatched_outputs: tuple[str, ...]
+    unbatched_sites: frozenset[str]
+    causal_sites: frozenset[str]
+
+
+def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: Mapping[str, FoundSite]) -> Axes:
+    """Match every extent of every output and of every tapped site with the axis symbols of the inputs.
+
+    Two runs, in which each symbol has a prime of its own: an extent that follows a symbol in both is that symbol, one
+    that stays is fixed, and any other is derived from several and has no symbol.
+
+    Raises:
+        BuildRefused: the graph does not run on such lengths, mostly because axes with distinct symbols must be equal.
+    """
+    symbols = sampler.signature.symbols
+    if len(symbols) >= len(_PRIMES):
+        raise BuildRefused(f"{len(symbols)} dynamic axes exceed the {len(_PRIMES) - 1} that can be told apart")
+    batches = (1, 1) if sampler.signature.fixed_batch else (2, 3)
+    weights = {name: WEIGHTS_PREFIX + name for name, site in sites.items() if site.scores is not None}
+    own = {name: _own_output(site) for name, site in sites.items() if name in weights}
+    runs: list[tuple[dict[str, int], dict[str, Array]]] = []
+    for shift, batch in enumerate(batches):
+        lengths = {symbol: _PRIMES[position + shift] for position, symbol in enumerate(symbols)}
+        feeds = sampler.batch([sampler.sequence(lengths, row) for row in range(batch)], lengths)
+        try:
+            runs.append((lengths, runner.run(feeds, [*outputs, *weights.values(), *own.values()])))
+        except BuildRefused as fault:
+            tried = ", ".join(f"{symbol}={length}" for symbol, length in lengths.items()) or "its fixed shapes"
+            raise BuildRefused(f"{fault}, on {tried}; axes that must be equal need the same symbol") from None
+    (first_lengths, first), (second_lengths, second) = runs
+
+    def extents(name: str) -> Extents:
+        pairs = zip(first[name].shape[1:], second[name].shape[1:], strict=True)
+        return tuple(_symbol(*pair, first_lengths, second_lengths) for pair in pairs)
+
+    unbatched = [
+        name for name in outputs if not first[name].ndim or (first[name].shape[0], second[name].shape[0]) != batches
+    ]
+    strange = [name for name, output in own.items() if (first[output].shape[0], second[output].shape[0]) != batches]
+    site_axes = {name: extents(output)[1:3] for name, output in weights.items()}
+    return Axes(
+        outputs={name: extents(name) for name in outputs if name not in unbatched},
+        sites={name: (axes[0], axes[1]) for name, axes in site_axes.items()},
+        unbatched_outputs=tuple(unbatched),
+        unbatched_sites=frozenset(strange),
+        causal_sites=frozenset(name for name, output in weights.items() if _is_causal(first[output])),
+    )
+
+
+def _own_output(site: FoundSite) -> str:
+    """The name of the operator's own output; a finder that taps a site also says where its output is."""
+    assert site.output is not None
+    assert site.output.value.name is not None
+    return site.output.value.name
+
+
+def _symbol(
+    first: int, second: int, first_lengths: Mapping[str, int], second_lengths: Mapping[str, int]
+) -> str | int | None:
+    for symbol, length in first_lengths.items():
+        if (first, second) == (length, second_lengths[symbol]):
+            return symbol
+    return first if first == second else None
+
+
+def _is_causal(weights: Array) -> bool:
+    """Whether no query looks past itself, on square maps of more than one row."""
+    return weights.shape[2] == weights.shape[3] > 1 and not np.triu(weights, 1).any()
+
+
+def probe_max_length(runner: Runner, sampler: Sampler, symbol: str, wanted: int, output: str) -> int:
+    """The greatest length up to `wanted` on which the graph runs, other axes kept short. By bisection."""
+
+    def runs(length: int) -> bool:
+        lengths = {**dict.fromkeys(sampler.signature.symbols, _PRIMES[0]), symbol: length}
+        try:
+            runner.run(sampler.batch([sampler.sequence(lengths)], lengths), [output], tap=False)
+        except BuildRefused:
+            return False
+        return True
+
+    if runs(wanted):
+        return wanted
+    low, high = _PRIMES[0], wanted
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if runs(middle) else (low, middle)
+    return low
+
+
+def padding_error(
+    runner: Runner, sampler: Sampler, symbol: str, outputs: Sequence[OutputSpec], sites: Mapping[str, tuple[str, str]]
+) -> float:
+    """How much padding along one axis changes a sequence's own outputs and weights: the greatest difference.
+
+    Args:
+        runner: the tapped graph.
+        sampler: makes the sequence.
+        symbol: the axis that is padded; the others are as long as the sequence.
+        outputs: what is compared, cropped to the sequence's own lengths.
+        sites: query and key axis of each site whose weights are compared.
+
+    Returns:
+        Infinity where the graph does not run on the padded sequence.
+    """
+    lengths = {name: _PRIMES[position] for position, name in enumerate(sampler.signature.symbols)}
+    sequence = sampler.sequence(lengths)
+    fetches = [*(spec.name for spec in outputs), *(WEIGHTS_PREFIX + name for name in sites)]
+    alone = runner.run(sampler.batch([sequence], lengths), fetches)
+    try:
+        feeds = sampler.batch([sequence], {**lengths, symbol: lengths[symbol] + _PADDING})
+        padded = runner.run(feeds, fetches)
+    except BuildRefused:
+        return float("inf")
+    crops = croppers(outputs, sites, lengths)
+    return max(max_abs(crops[name](alone[name][0]), crops[name](padded[name][0])) for name in fetches)
+
+
+def croppers(
+    outputs: Sequence[OutputSpec], sites: Mapping[str, tuple[str, str]], lengths: Mapping[str, int]
+) -> dict[str, Callable[[Array], Array]]:
+    """For every output and every site's weights: what cuts one row of them (no batch axis) to a sequence's lengths."""
+
+    def cutter(shape: Sequence[str | int]) -> Callable[[Array], Array]:
+        cuts = tuple(slice(lengths[extent] if isinstance(extent, str) else extent) for extent in shape)
+        return lambda array: array[cuts]
+
+    crops = {spec.name: cutter(spec.shape) for spec in outputs}
+    for name, (query_axis, key_axis) in sites.items():
+        cuts = (slice(None), slice(lengths[query_axis]), slice(lengths[key_axis]))
+        crops[WEIGHTS_PREFIX + name] = lambda array, cuts=cuts: array[cuts]  # type: ignore[misc]
+    return crops
+
+
+def max_abs(one: Array, other: Array) -> float:
+    """The greatest absolute difference of two arrays of one shape; infinity where either has a NaN alone."""
+    if one.shape != other.shape:
+        return float("inf")
+    difference = np.abs(one.astype(np.float64) - other.astype(np.float64))
+    same = (one == other) | (np.isnan(one.astype(np.float64)) & np.isnan(other.astype(np.float64)))
+    difference = np.where(same, 0.0, difference)
+    return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0))

