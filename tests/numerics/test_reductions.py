@@ -232,7 +232,9 @@ def assert_equals_reference(
     assert size <= predicted
     if effective.min_weight == 0:
         assert size == predicted
-    assert all(tensor.flags.c_contiguous for tensor in tensors(result))
+    for tensor in tensors(result):
+        assert tensor.flags.c_contiguous
+        assert not any(np.shares_memory(tensor, each) for each in weights.values())
     return result
 
 

@@ -41,8 +41,8 @@ def answer(
         units: the units of every axis that a chosen site names.
 
     Returns:
-        The maps in order of their layers, every array C-contiguous, with the units of each axis after merging. A
-        float32 map with nothing to reduce shares its memory with `weights` where that is contiguous.
+        The maps in order of their layers, every array C-contiguous and its own, with the units of each axis after
+        merging.
     """
     plans = plan_axes(effective, sites, units)
     chosen = [sites[layer] for layer in effective.layers]

@@ -16,7 +16,7 @@ HALF_BITS = np.uint64(32)
 def encode(weights: Weights, dtype: WeightDtype) -> Array:
     """Weights from 0 to 1 in the dtype asked for, C-contiguous; uint8 is the weight times 255, rounded to nearest even.
 
-    float32 weights that are C-contiguous already come back as they are, without a copy.
+    A view is copied, so that an answer owns its numbers and does not keep a whole batch's in memory.
     """
     if dtype is WeightDtype.UINT8:
         scaled = np.multiply(weights, np.float32(255), order="C")
@@ -25,7 +25,7 @@ def encode(weights: Weights, dtype: WeightDtype) -> Array:
         return scaled.astype(np.uint8)
     if dtype is WeightDtype.FLOAT16:
         return _half(weights)
-    return np.ascontiguousarray(weights, dtype=np.float32)
+    return weights if weights.flags.owndata and weights.flags.c_contiguous else np.array(weights, order="C")
 
 
 def _half(weights: Weights) -> Array:

@@ -44,7 +44,7 @@ def join_heads(weights: Weights, heads: Indices, reduction: HeadReduction, rows:
         rows: which of the L rows, in order; None: all.
 
     Returns:
-        (heads, rows, S), or (1, rows, S) where joined.
+        (heads, rows, S), or (1, rows, S) where joined. An array of its own or a view, never `weights` itself.
     """
     chosen = take(take(weights, rows, axis=1), heads, axis=0)
     if reduction is HeadReduction.MEAN:
