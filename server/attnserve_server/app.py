@@ -88,7 +88,6 @@ class Application:
         self.http_port = await self.http.start()
         self.grpc_port = await self.grpc.start()
         _log.info("listening", host=self.settings.host, grpc_port=self.grpc_port, http_port=self.http_port)
-        _write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
         for bundle, model in waiting:
             await self._load(bundle, model)
         ready = [model for model in self.catalog.all() if model.state is ModelState.READY]
@@ -99,6 +98,7 @@ class Application:
             )
         self.health.set(SERVICE, serving=True)
         self.health.set(OVERALL, serving=True)
+        _write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
         _log.info("ready", models=[f"{model.name}/{model.version}" for model in ready])
 
     async def run(self) -> int:
@@ -135,7 +135,8 @@ class Application:
             await self.aclose()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
-            _log.info("stopped")
+            if self.grpc_port:
+                _log.info("stopped")
 
     async def drain(self) -> None:
         """Says so first, takes no more, and lets what is under way finish within the grace."""

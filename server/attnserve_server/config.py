@@ -36,7 +36,7 @@ class Settings(BaseSettings):
 
     repository: Path = Field(
         Path("models"),
-        description="Folder of the bundles, `<repository>/<name>/<version>/`. Default: where the demo puts them.",
+        description="Folder of the bundles, `<repository>/<name>/<version>/`. Default: `models` in the working folder.",
     )
     models: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Models to load, as `name` or `name/version`, separated by commas. Default: all of them."
@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     )
     ports_file: Path | None = Field(
         None,
-        description="File to write the ports to, as JSON, once both listen. Default: none, as ports are mostly fixed.",
+        description="File to write both ports to, as JSON, once models answer. Default: none: ports are mostly fixed.",
     )
     provider: str = Field(
         "auto",

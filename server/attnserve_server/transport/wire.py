@@ -34,17 +34,18 @@ def parse(kind: type[M], data: bytes) -> M:
     raise InvalidRequest(*broken[:_MAX_VIOLATIONS])
 
 
-def parse_leniently(kind: type[message.Message], data: bytes) -> message.Message | None:
+def parse_leniently(kind: type[message.Message], data: bytes) -> Any:
     """`data` with every string field as bytes, so that broken UTF-8 can be looked at; None if it is no message."""
+    hashable: Any = kind  # message classes are, though their declared type says otherwise
     try:
-        return _twin(kind).FromString(data)
+        return _twin(hashable).FromString(data)
     except message.DecodeError:
         return None
 
 
 @cache
-def _twin(kind: Any) -> type[message.Message]:
-    """`kind` in a private copy of its contract, in which every string is bytes."""
+def _twin(kind: Any) -> Any:
+    """The class `kind` in a private copy of its contract, in which every string is bytes."""
     pool = descriptor_pool.DescriptorPool()
     _add(pool, kind.DESCRIPTOR.file, set())
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(kind.DESCRIPTOR.full_name))
