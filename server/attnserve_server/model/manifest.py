@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from enum import StrEnum
 from typing import Annotated, Literal, Self
@@ -17,7 +18,10 @@ BATCH = "batch"
 ModelName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 ModelVersion = Annotated[str, StringConstraints(pattern=VERSION_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Extent = str | Annotated[int, Field(ge=1)]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
+"""A file beside the manifest: one path component that cannot climb."""
+Symbol = Annotated[str, StringConstraints(min_length=1)]
+Extent = Symbol | Annotated[int, Field(ge=1)]
 
 NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
     name: np.dtype(name) for name in ("bool", "uint8", "int8", "int32", "int64", "float16", "float32", "float64")
@@ -36,7 +40,8 @@ def is_model_version(version: str) -> bool:
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Padding may be infinite (a bias that masks); as a string it is valid JSON and reads back as what it was.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class InputRole(StrEnum):
@@ -65,6 +70,13 @@ class InputSpec(_Frozen):
     padding: float = 0
     fill: float | None = None
 
+    @model_validator(mode="after")
+    def _values_fit_the_dtype(self) -> Self:
+        for field, value in (("padding", self.padding), ("fill", self.fill)):
+            if value is not None and not _fits(value, NUMPY_DTYPES[self.dtype]):
+                raise ValueError(f"{self.name}: {field} {value:g} is no {self.dtype}")
+        return self
+
 
 class OutputSpec(_Frozen):
     """One output. `shape` leaves out the batch axis."""
@@ -77,7 +89,7 @@ class OutputSpec(_Frozen):
 class AxisSpec(_Frozen):
     """A dynamic axis. `paddable`: padding along it was seen not to change a sequence's own outputs and weights."""
 
-    symbol: str
+    symbol: Symbol
     max_length: Annotated[int, Field(ge=1)]
     paddable: bool
 
@@ -108,6 +120,16 @@ class SiteSpec(_Frozen):
         """Whether its weights can be had."""
         return self.weights_output is not None
 
+    @model_validator(mode="after")
+    def _tap_is_whole(self) -> Self:
+        if (self.items_input is None) != (self.weights_output is None):
+            raise ValueError(f"site {self.name}: a tap has both an input and an output, or neither")
+        if self.available == bool(self.unavailable_reason):
+            raise ValueError(f"site {self.name}: either a tap or a reason why there is none")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"site {self.name}: {self.kv_heads} key heads do not divide {self.heads} heads")
+        return self
+
 
 class TextSpec(_Frozen):
     """How text becomes inputs: the tokenizer runs along `axis`."""
@@ -130,6 +152,8 @@ class Provenance(_Frozen):
 class CheckReport(_Frozen):
     """What the check at the end of export or prepare saw; the reference is named in `against`."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     against: str
     lengths: tuple[int, ...]
     output_max_abs_error: float
@@ -148,7 +172,7 @@ class Manifest(_Frozen):
     name: ModelName
     version: ModelVersion
     digest: Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
-    files: dict[str, Sha256]
+    files: dict[FileName, Sha256]
     precision: Literal["fp32", "fp16", "int8"]
     max_batch_size: Annotated[int, Field(ge=1)]
     axes: tuple[AxisSpec, ...]
@@ -161,15 +185,46 @@ class Manifest(_Frozen):
     check: CheckReport
 
     @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        fed = [site.items_input for site in self.sites if site.items_input is not None]
+        fetched = [site.weights_output for site in self.sites if site.weights_output is not None]
+        named = {
+            "axis": [BATCH, *(axis.symbol for axis in self.axes)],
+            "site": [site.name for site in self.sites],
+            "input": [*(spec.name for spec in self.inputs), *fed],
+            "output": [*(spec.name for spec in self.outputs), *fetched],
+            "role": [str(spec.role) for spec in self.inputs if spec.role is not InputRole.DATA],
+        }
+        for what, names in named.items():
+            doubled = sorted({name for name in names if names.count(name) > 1})
+            if doubled:
+                raise ValueError(f"{what} names are used twice: {doubled}")
+        return self
+
+    @model_validator(mode="after")
     def _axes_are_declared(self) -> Self:
         declared = {axis.symbol for axis in self.axes}
         shapes = {spec.name: spec.shape for spec in self.inputs} | {spec.name: spec.shape for spec in self.outputs}
-        for name, shape in shapes.items():
-            unknown = {extent for extent in shape if isinstance(extent, str)} - declared
-            if unknown:
-                raise ValueError(f"{name}: axis symbols {sorted(unknown)} are not declared in axes")
+        used = {name: {extent for extent in shape if isinstance(extent, str)} for name, shape in shapes.items()}
+        # A site that gives no weights may well have axes that nothing else names.
+        used |= {f"site {site.name}": {site.query_axis, site.key_axis} for site in self.sites if site.available}
+        for name, symbols in used.items():
+            if symbols - declared:
+                raise ValueError(f"{name}: axis symbols {sorted(symbols - declared)} are not declared in axes")
         if [site.layer for site in self.sites] != list(range(len(self.sites))):
             raise ValueError("sites must be listed in order of their layers, from 0")
+        return self
+
+    @model_validator(mode="after")
+    def _text_has_a_place(self) -> Self:
+        if self.text is None:
+            return self
+        ids = self.input_of_role(InputRole.TOKEN_IDS)
+        if ids is None or ids.shape != (self.text.axis,):
+            raise ValueError(f"text: there is no input of token ids of shape ({self.text.axis},)")
+        longest = self.axis(self.text.axis).max_length
+        if self.text.max_tokens > longest:
+            raise ValueError(f"text: {self.text.max_tokens} tokens exceed {longest}, the axis's greatest length")
         return self
 
     def axis(self, symbol: str) -> AxisSpec:
@@ -187,3 +242,13 @@ class Manifest(_Frozen):
     def input_of_role(self, role: InputRole) -> InputSpec | None:
         """The input of this role, if the model has one."""
         return next((spec for spec in self.inputs if spec.role is role), None)
+
+
+def _fits(value: float, dtype: np.dtype[np.generic]) -> bool:
+    """Whether a dtype holds the value: within its range if of fractions, exactly if of whole numbers."""
+    if np.issubdtype(dtype, np.floating):
+        return math.isinf(value) or abs(value) <= float(np.finfo(dtype.name).max)
+    if dtype == np.bool_:
+        return value in {0, 1}
+    range_ = np.iinfo(dtype.name)
+    return float(value).is_integer() and range_.min <= value <= range_.max

@@ -1,0 +1,210 @@
+"""A manifest holds together, or is refused with what is wrong; and reads back as what was written."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from attnserve_server.model.manifest import (
+    AxisSpec,
+    CheckReport,
+    InputRole,
+    InputSpec,
+    Manifest,
+    OutputSpec,
+    Provenance,
+    SiteSpec,
+    TextSpec,
+    is_model_name,
+    is_model_version,
+)
+from pydantic import ValidationError
+
+CHECK = CheckReport(
+    against="eager",
+    lengths=(3, 5),
+    output_max_abs_error=1e-6,
+    output_tolerance=1e-4,
+    weight_max_abs_error=1e-7,
+    weight_tolerance=1e-5,
+    row_sum_max_abs_error=1e-7,
+)
+
+
+def ids(name="input_ids", role=InputRole.TOKEN_IDS, **fields):
+    return InputSpec(name=name, dtype="int64", shape=("seq",), role=role, **fields)
+
+
+def site(layer=0, name="", **fields):
+    name = name or f"encoder.{layer}"
+    tap = {"items_input": f"attention_items.{name}", "weights_output": f"attention.{name}"}
+    defaults = {
+        "name": name,
+        "layer": layer,
+        "kind": "self",
+        "form": "dense",
+        "operator": "Attention",
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "query_axis": "seq",
+        "key_axis": "seq",
+    }
+    return SiteSpec(**(defaults | tap | fields))
+
+
+def manifest(**fields):
+    defaults = {
+        "name": "minilm",
+        "version": "1",
+        "digest": "sha256:" + "0" * 64,
+        "files": {"model.onnx": "0" * 64},
+        "precision": "fp32",
+        "max_batch_size": 8,
+        "axes": (AxisSpec(symbol="seq", max_length=512, paddable=True),),
+        "inputs": (ids(),),
+        "outputs": (OutputSpec(name="last_hidden_state", dtype="float32", shape=("seq", 384)),),
+        "sites": (site(0), site(1)),
+        "vocabulary_size": 30522,
+        "text": TextSpec(axis="seq", max_tokens=512),
+        "provenance": Provenance(source="m", exporter="dynamo", opset=23, created="2026-01-01"),
+        "check": CHECK,
+    }
+    return Manifest(**(defaults | fields))
+
+
+def test_a_manifest_reads_back_as_it_was_written():
+    bias = InputSpec(name="bias", dtype="float32", shape=("seq",), padding=-math.inf)
+    written = manifest(inputs=(ids(), bias))
+    assert Manifest.model_validate_json(written.model_dump_json()) == written
+    assert written.input("bias").padding == -math.inf
+
+
+def test_things_are_found_by_name_and_role():
+    found = manifest()
+    assert found.axis("seq").max_length == 512
+    assert found.output("last_hidden_state").shape == ("seq", 384)
+    assert found.input_of_role(InputRole.TOKEN_IDS) == found.input("input_ids")
+    assert found.input_of_role(InputRole.ATTENTION_MASK) is None
+    with pytest.raises(KeyError):
+        found.input("nowhere")
+
+
+@pytest.mark.parametrize("name", ["minilm", "a", "A.b_c-9", "x" * 128])
+def test_plain_names_are_model_names(name):
+    assert is_model_name(name)
+    assert manifest(name=name).name == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "a\\b", "a\n", "a\x00", " a", ".hidden", "x" * 129, "é"]
+)
+def test_names_that_could_climb_or_hide_are_refused(name):
+    assert not is_model_name(name)
+    with pytest.raises(ValidationError):
+        manifest(name=name)
+
+
+@pytest.mark.parametrize("version", ["", "0", "01", "-1", "1.0", "1\n", "latest", "1234567890", "１"])
+def test_versions_are_positive_decimal_integers(version):
+    assert not is_model_version(version)
+    with pytest.raises(ValidationError):
+        manifest(version=version)
+
+
+@pytest.mark.parametrize("file", ["../model.onnx", "/model.onnx", "a/b", "", ".hidden", "a\n"])
+def test_files_are_single_names_that_cannot_climb(file):
+    with pytest.raises(ValidationError, match="files"):
+        manifest(files={file: "0" * 64})
+
+
+def refused(match, **fields):
+    with pytest.raises(ValidationError, match=match):
+        manifest(**fields)
+
+
+def test_axes_of_inputs_outputs_and_sites_must_be_declared():
+    wild = OutputSpec(name="out", dtype="float32", shape=("patch",))
+    refused(r"out: axis symbols \['patch'\] are not declared", outputs=(wild,))
+    refused(r"site encoder\.0: axis symbols \['patch'\]", sites=(site(0, key_axis="patch"),))
+
+
+def test_a_site_without_weights_may_have_axes_that_are_not_declared():
+    gone = site(0, items_input=None, weights_output=None, unavailable_reason="no dynamic axis", key_axis="")
+    assert not manifest(sites=(gone,)).sites[0].available
+
+
+def test_the_batch_is_no_axis_of_a_sequence():
+    batch = AxisSpec(symbol="batch", max_length=8, paddable=True)
+    refused(r"axis names are used twice: \['batch'\]", axes=(*manifest().axes, batch))
+
+
+def test_sites_come_in_order_of_their_layers():
+    refused("in order of their layers", sites=(site(1), site(0)))
+
+
+def test_names_are_used_once():
+    refused("site names are used twice", sites=(site(0, "a"), site(1, "a")))
+    refused(r"input names are used twice: \['input_ids'\]", inputs=(ids(), ids(role=InputRole.DATA)))
+    refused(r"role names are used twice: \['token_ids'\]", inputs=(ids(), ids("more")))
+    refused("output names are used twice", sites=(site(0, weights_output="last_hidden_state"),))
+    refused("axis names are used twice", axes=manifest().axes * 2)
+
+
+@pytest.mark.parametrize("missing", ["items_input", "weights_output"])
+def test_half_a_tap_is_refused(missing):
+    with pytest.raises(ValidationError, match="both an input and an output, or neither"):
+        site(0, **{missing: None})
+
+
+def test_a_site_has_a_tap_or_a_reason_and_not_both():
+    with pytest.raises(ValidationError, match="either a tap or a reason"):
+        site(0, items_input=None, weights_output=None)
+    with pytest.raises(ValidationError, match="either a tap or a reason"):
+        site(0, unavailable_reason="but there it is")
+
+
+def test_key_heads_divide_heads():
+    with pytest.raises(ValidationError, match="3 key heads do not divide 4 heads"):
+        site(0, kv_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        ("uint8", -1),
+        ("uint8", 256),
+        ("int64", 0.5),
+        ("int64", math.inf),
+        ("bool", 2),
+        ("float16", 1e5),
+        ("int8", math.nan),
+    ],
+)
+def test_padding_and_fill_must_fit_their_dtype(dtype, value):
+    for field in ("padding", "fill"):
+        with pytest.raises(ValidationError, match=f"x: {field} .* is no {dtype}"):
+            InputSpec(name="x", dtype=dtype, shape=(), **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("uint8", 255), ("int64", -1), ("bool", 1), ("float16", -65504), ("float32", -math.inf)]
+)
+def test_values_at_the_edge_of_a_dtype_fit(dtype, value):
+    assert InputSpec(name="x", dtype=dtype, shape=(), padding=value, fill=value).padding == value
+
+
+def test_text_needs_token_ids_along_its_axis():
+    refused("no input of token ids", inputs=(ids(role=InputRole.DATA),))
+    refused("no input of token ids", text=TextSpec(axis="patch", max_tokens=5))
+    refused("513 tokens exceed 512", text=TextSpec(axis="seq", max_tokens=513))
+
+
+def test_a_check_that_saw_no_number_is_refused():
+    with pytest.raises(ValidationError, match="finite"):
+        CheckReport(**(CHECK.model_dump() | {"weight_max_abs_error": math.nan}))
+
+
+def test_unknown_fields_are_refused():
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Manifest.model_validate(manifest().model_dump() | {"surprise": 1})
