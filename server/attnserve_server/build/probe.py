@@ -134,7 +134,21 @@ def padding_error(
     Returns:
         Infinity where the graph does not run on the padded sequence.
     """
-    lengths = {name: _PRIMES[position] for position, name in enumerate(sampler.signature.symbols)}
+    symbols = sampler.signature.symbols
+    # Both orders: under a causal frontier, padded keys are seen only by queries that outnumber the keys.
+    orders = (symbols, symbols[::-1]) if len(symbols) > 1 else (symbols,)
+    assigned = ({name: _PRIMES[position] for position, name in enumerate(order)} for order in orders)
+    return max(_padding_error(runner, sampler, symbol, outputs, sites, lengths) for lengths in assigned)
+
+
+def _padding_error(
+    runner: Runner,
+    sampler: Sampler,
+    symbol: str,
+    outputs: Sequence[OutputSpec],
+    sites: Mapping[str, tuple[str, str]],
+    lengths: Mapping[str, int],
+) -> float:
     sequence = sampler.sequence(lengths)
     fetches = [*(spec.name for spec in outputs), *(WEIGHTS_PREFIX + name for name in sites)]
     alone = runner.run(sampler.batch([sequence], lengths), fetches)
