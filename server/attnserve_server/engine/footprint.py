@@ -1,0 +1,64 @@
+"""How many bytes of tensors a sequence brings into a run, as terms in the run's padded lengths."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from math import prod
+
+from attnserve_server.domain.values import PreparedSequence
+from attnserve_server.model.manifest import NUMPY_DTYPES, Extent, InputSpec, Manifest, OutputSpec
+
+Terms = Mapping[tuple[int, ...], int]
+"""Axis indices -> bytes for each position of the product of those axes' padded lengths; () is constant."""
+
+_SCRATCH_COPIES = 2
+"""While a tap computes its weights, it also holds the scores before and after the mask."""
+
+
+class Footprint:
+    """Counts bytes for one model. Counts every output, asked or not: what one asks for, the run makes for all."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._index = {axis.symbol: at for at, axis in enumerate(manifest.axes)}
+        self._longest = {axis.symbol: axis.max_length for axis in manifest.axes}
+        self._given = {extent for spec in manifest.inputs for extent in spec.shape if isinstance(extent, str)}
+        rows: Counter[tuple[int, ...]] = Counter()
+        arrays: tuple[InputSpec | OutputSpec, ...] = (*manifest.inputs, *manifest.outputs)
+        for spec in arrays:
+            self._count(rows, spec.shape, NUMPY_DTYPES[spec.dtype].itemsize)
+        self._rows: Terms = dict(rows)
+        self._by_layers: dict[tuple[int, ...], Terms] = {}  # bounded by the distinct choices of layers, see `of`
+
+    def of(self, sequence: PreparedSequence) -> Terms:
+        """The terms of one sequence."""
+        if sequence.attention is None:
+            return self._rows
+        layers = sequence.attention.layers
+        known = self._by_layers.get(layers)
+        if known is None:
+            known = self._with_layers(layers)
+            if len(self._by_layers) < 1024:  # callers choose layers: remember the common choices, not all of them
+                self._by_layers[layers] = known
+        return known
+
+    def _with_layers(self, layers: Iterable[int]) -> Terms:
+        terms = Counter(self._rows)
+        for layer in layers:
+            site = self._manifest.sites[layer]
+            self._count(terms, (site.heads, site.query_axis, site.key_axis), 4)
+        scratch: Counter[tuple[int, ...]] = Counter()
+        for site in (self._manifest.sites[layer] for layer in layers):
+            one: Counter[tuple[int, ...]] = Counter()
+            self._count(one, (site.heads, site.query_axis, site.key_axis), 4 * _SCRATCH_COPIES)
+            scratch |= one
+        return dict(terms + scratch)
+
+    def _count(self, terms: Counter[tuple[int, ...]], shape: tuple[Extent, ...], item_bytes: int) -> None:
+        """Adds an array; an axis that no input has is counted at its greatest length."""
+        axes = tuple(
+            sorted(self._index[extent] for extent in shape if isinstance(extent, str) and extent in self._given)
+        )
+        rest = (self._longest[e] if isinstance(e, str) else e for e in shape if e not in self._given)
+        terms[axes] += item_bytes * prod(rest)

@@ -1,0 +1,271 @@
+"""The scheduler: takes sequences in, gives each idle instance its next run, and answers every caller exactly once.
+
+It decides nothing by itself: `admission` says who may wait and `policy` who goes next. Everything here happens on the
+event loop; the runs themselves are the executor's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+
+from attnserve_server.domain.clock import Clock
+from attnserve_server.domain.errors import AttnserveError, DeadlineExpired, InternalFault, NotServing
+from attnserve_server.domain.values import PreparedSequence, Priority, SequenceResult
+from attnserve_server.engine.executor import Outcome, Runner
+from attnserve_server.engine.footprint import Footprint
+from attnserve_server.engine.session import RunHandle
+from attnserve_server.model.manifest import Manifest
+from attnserve_server.observability.metrics import ModelMetrics
+from attnserve_server.scheduling.admission import Demand, Load, refusal
+from attnserve_server.scheduling.policy import SchedulingSettings, Waiting, plan, rank_s
+from attnserve_server.scheduling.queue import Entry, Queue, Request, Run
+from attnserve_server.scheduling.speed import Speed
+from attnserve_server.scheduling.timer import DeadlineTimer
+
+_log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Batches the sequences of one loaded model. Event loop only, every method and all state."""
+
+    def __init__(
+        self,
+        executor: Runner,
+        manifest: Manifest,
+        settings: SchedulingSettings,
+        clock: Clock,
+        metrics: ModelMetrics,
+        on_fault: Callable[[], None] | None = None,
+    ) -> None:
+        self._executor = executor
+        self._manifest = manifest
+        self._settings = settings
+        self._clock = clock
+        self._metrics = metrics
+        self._on_fault = on_fault
+        self._footprint = Footprint(manifest)
+        self._rigid = tuple(at for at, axis in enumerate(manifest.axes) if not axis.paddable)
+        self._speed = Speed()
+        self._queue = Queue()
+        self._runs: set[Run] = set()
+        self._numbers = count()
+        self._wake = asyncio.Event()
+        self._draining = False
+        self._faulted = False
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are being worked on: started, not ended, and nothing broke."""
+        return self._task is not None and not self._task.done() and not self._faulted
+
+    def start(self) -> None:
+        """Starts the instances' loops. Warm the executor up first: what runs cost is taken from it."""
+        cost = self._executor.cost
+        if cost is not None:
+            self._speed = Speed(cost.seconds_per_token)
+            if self._settings.run_overhead_tokens is None:
+                self._settings = replace(self._settings, run_overhead_tokens=cost.run_overhead_tokens)
+        self._task = asyncio.create_task(self._serve(), name=f"scheduler {self._manifest.name}")
+        self._task.add_done_callback(self._ended)
+
+    async def drain(self) -> None:
+        """Takes no more requests, and returns when all that were taken have ended."""
+        self._draining = True
+        self._wake.set()
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
+    async def aclose(self) -> None:
+        """Ends at once: whoever still waits gets NotServing, and runs under way are terminated."""
+        self._draining = True
+        self._fail_all(lambda: NotServing(self._manifest.name, "draining"))
+        await self.drain()
+
+    async def submit(
+        self,
+        sequences: Sequence[PreparedSequence],
+        *,
+        deadline: float | None = None,
+        priority: Priority = Priority.NORMAL,
+    ) -> list[SequenceResult]:
+        """Answers for all of these sequences, in their order. Cancelling the awaiting task withdraws them.
+
+        Args:
+            sequences: prepared for this model.
+            deadline: monotonic seconds on the scheduler's clock; None: wait for ever.
+            priority: moves their place in line.
+
+        Raises:
+            NotServing: draining, not started, or broken.
+            Overloaded: the queue is full, or the wait would outlast the deadline.
+            DeadlineExpired: the deadline passed; raised then, also while the sequences run.
+            InternalFault: one of the sequences failed; the others of this request were withdrawn.
+        """
+        if self._draining or not self.healthy:
+            raise NotServing(self._manifest.name, self._state())
+        if not sequences:
+            return []
+        now = self._clock.now()
+        if deadline is not None and deadline <= now:
+            raise DeadlineExpired(0.0)
+        sizes = [sum(tensor.nbytes for tensor in one.tensors.values()) + one.response_bytes for one in sequences]
+        self._admit(Demand(len(sequences), sum(one.tokens for one in sequences), sum(sizes)), now, deadline)
+        loop = asyncio.get_running_loop()
+        request = Request(loop.create_future(), now, deadline)
+        for sequence, size in zip(sequences, sizes, strict=True):
+            self._enqueue(request, sequence, size, priority)
+        self._gauge()
+        self._wake.set()
+        timer = None if deadline is None else DeadlineTimer(loop, self._clock, deadline, lambda: self._expire(request))
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            self._withdraw(request, "cancelled")
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _state(self) -> str:
+        if self._task is None:
+            return "loading"
+        return "failed" if self._faulted or not self._draining else "draining"
+
+    def _admit(self, demand: Demand, now: float, deadline: float | None) -> None:
+        load = Load(
+            waiting=self._queue.totals,
+            running_tokens=sum(run.tokens for run in self._runs),
+            instances=self._executor.instances,
+            seconds_per_token=self._speed.seconds_per_token,
+        )
+        refused = refusal(demand, load, None if deadline is None else deadline - now, self._settings)
+        if refused is not None:
+            self._metrics.refused(refused.cause)
+            raise refused
+
+    def _enqueue(self, request: Request, sequence: PreparedSequence, size: int, priority: Priority) -> None:
+        lengths = tuple(sequence.lengths.get(axis.symbol, 0) for axis in self._manifest.axes)
+        view = Waiting(
+            rank_s=rank_s(request.arrived_s, priority, self._settings),
+            lengths=lengths,
+            deadline_s=request.deadline_s,
+            rigid=tuple(lengths[at] for at in self._rigid),
+            footprint=self._footprint.of(sequence),
+        )
+        entry = Entry(request, len(request.entries), next(self._numbers), sequence, view, size)
+        request.entries.append(entry)
+        self._queue.push(entry)
+
+    async def _serve(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for instance in range(self._executor.instances):
+                group.create_task(self._work(instance), name=f"instance {instance} of {self._manifest.name}")
+
+    async def _work(self, instance: int) -> None:
+        """One instance: idle only while nothing waits; ends when draining and nothing waits."""
+        while True:
+            entries = self._next_entries()
+            if entries:
+                await self._run(entries, instance)
+            elif self._draining:
+                return
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+
+    def _next_entries(self) -> list[Entry]:
+        """Forms a batch; what expired is given up here, so that it never reaches the runtime."""
+        while len(self._queue):
+            front = self._queue.front(self._settings.look_ahead)
+            planned = plan([entry.view for entry in front], self._clock.now(), self._settings)
+            for at in planned.expired:
+                self._expire(front[at].request)
+            entries = [front[at] for at in planned.indices if front[at].waiting]
+            for entry in entries:
+                self._queue.remove(entry)
+            self._gauge()
+            if entries:
+                return entries
+        return []
+
+    async def _run(self, entries: list[Entry], instance: int) -> None:
+        sequences = [entry.sequence for entry in entries]
+        run = Run(RunHandle(), entries, len(entries), sum(one.tokens for one in sequences))
+        started = self._clock.now()
+        for entry in entries:
+            entry.run = run
+            self._metrics.queue_seconds.observe(started - entry.request.arrived_s)
+        self._runs.add(run)
+        # Should this raise, the run stays among the runs, so that `_ended` finds those who wait for it.
+        outcomes = await self._executor.run(sequences, run.handle, instance)
+        self._runs.discard(run)
+        for entry in entries:
+            entry.run = None
+        if run.handle.terminated:
+            self._metrics.dropped("terminated").inc(len(entries))
+            return
+        self._speed.saw(self._clock.now() - started, run.tokens)
+        for entry, outcome in zip(entries, outcomes, strict=True):
+            self._resolve(entry, outcome, started)
+
+    def _resolve(self, entry: Entry, outcome: Outcome, started: float) -> None:
+        request = entry.request
+        if isinstance(outcome, AttnserveError):
+            self._metrics.dropped("failed").inc()
+            self._fail(request, outcome, "failed")
+        elif not request.future.done():
+            facts = replace(outcome.run, queue_s=started - request.arrived_s)
+            request.results[entry.index] = replace(outcome, run=facts)
+            if len(request.results) == len(request.entries):
+                request.future.set_result([request.results[index] for index in range(len(request.entries))])
+
+    def _expire(self, request: Request) -> None:
+        self._fail(request, DeadlineExpired(self._clock.now() - request.arrived_s), "expired")
+
+    def _fail(self, request: Request, error: AttnserveError, reason: str) -> None:
+        if not request.future.done():
+            request.future.set_exception(error)
+            self._withdraw(request, reason)
+
+    def _withdraw(self, request: Request, reason: str) -> None:
+        """Takes a request out of the queue and of its runs. A run that nobody waits for any more is terminated."""
+        for entry in request.entries:
+            if entry.waiting:
+                self._queue.remove(entry)
+                self._metrics.dropped(reason).inc()
+            elif entry.run is not None:
+                entry.run.present -= 1
+                if not entry.run.present:
+                    entry.run.handle.terminate()
+                entry.run = None
+        self._gauge()
+
+    def _fail_all(self, error: Callable[[], AttnserveError]) -> None:
+        pending: dict[Request, None] = dict.fromkeys(entry.request for entry in self._queue)
+        pending.update(dict.fromkeys(entry.request for run in self._runs for entry in run.entries))
+        for request in pending:
+            self._fail(request, error(), "failed")
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """The loops have ended. Unless that was asked for, nobody may be left waiting for them."""
+        if not task.cancelled() and task.exception() is None:
+            return
+        self._faulted = True
+        _log.critical(
+            "the scheduler's loop died",
+            exc_info=None if task.cancelled() else task.exception(),
+            extra={"model": self._manifest.name},
+        )
+        self._fail_all(InternalFault)
+        if self._on_fault is not None:
+            self._on_fault()
+
+    def _gauge(self) -> None:
+        totals = self._queue.totals
+        self._metrics.queue_depth.set(totals.sequences)
+        self._metrics.queue_bytes.set(totals.bytes)

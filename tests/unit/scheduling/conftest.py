@@ -1,0 +1,194 @@
+"""Virtual time: an event loop whose clock jumps to the next timer when nothing is ready. Nothing here ever waits."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from attnserve_server.domain.errors import RequestCancelled
+from attnserve_server.domain.values import PreparedSequence, RunFacts, SequenceResult
+from attnserve_server.engine.executor import Outcome
+from attnserve_server.engine.session import RunHandle
+from attnserve_server.engine.warmup import CostModel
+from attnserve_server.model.manifest import (
+    AxisSpec,
+    CheckReport,
+    InputRole,
+    InputSpec,
+    Manifest,
+    OutputSpec,
+    Provenance,
+)
+from attnserve_server.observability.metrics import Metrics
+from attnserve_server.scheduling.policy import SchedulingSettings
+from attnserve_server.scheduling.scheduler import Scheduler
+
+
+class ManualClock:
+    """Time that moves only when told."""
+
+    def __init__(self) -> None:
+        self.time_s = 1000.0
+
+    def now(self) -> float:
+        return self.time_s
+
+
+class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[valid-type, misc]
+    clock: ManualClock
+
+    def select(self, timeout: float | None = None) -> list:
+        assert timeout is not None, "everything waits and no timer is set: this would hang"
+        self.clock.time_s += max(timeout, 0)
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self, clock: ManualClock) -> None:
+        selector = _JumpingSelector()
+        selector.clock = clock
+        super().__init__(selector)
+        self._virtual = clock
+
+    def time(self) -> float:
+        return self._virtual.now()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def virtually(clock: ManualClock) -> Callable[[Coroutine], object]:
+    """Runs a coroutine in virtual time."""
+
+    def run(coroutine: Coroutine) -> object:
+        with asyncio.Runner(loop_factory=lambda: VirtualLoop(clock)) as runner:
+            return runner.run(coroutine)
+
+    return run
+
+
+@dataclass
+class FakeExecutor:
+    """Answers each sequence with its own tag, after `seconds` of virtual time; a terminated run ends at once."""
+
+    clock: ManualClock
+    instances: int = 1
+    seconds: Callable[[Sequence[PreparedSequence]], float] = lambda sequences: 1.0
+    cost: CostModel | None = None
+    runs: list[list[int]] = field(default_factory=list)
+    terminated: list[list[int]] = field(default_factory=list)
+    busy: set[int] = field(default_factory=set)
+    poisoned: dict[int, Exception] = field(default_factory=dict)
+    breaks: bool = False
+
+    async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
+        assert instance not in self.busy, "one run at a time on an instance"
+        self.busy.add(instance)
+        tags = [tag_of(one) for one in sequences]
+        self.runs.append(tags)
+        if self.breaks:
+            raise RuntimeError("the executor broke")
+        until = self.clock.now() + self.seconds(sequences)
+        while self.clock.now() < until - 1e-9 and not handle.terminated:  # noqa: ASYNC110 - a handle has no event
+            await asyncio.sleep(min(0.01, until - self.clock.now()))  # virtual: the loop jumps
+        self.busy.discard(instance)
+        if handle.terminated:
+            self.terminated.append(tags)
+            return [RequestCancelled() for _ in sequences]
+        facts = RunFacts(len(sequences), 0, 0, self.seconds(sequences), instance)
+        return [
+            self.poisoned.get(tag) or SequenceResult({"tag": np.array(tag)}, None, facts)  # type: ignore[misc]
+            for tag in tags
+        ]
+
+
+def tag_of(sequence: PreparedSequence) -> int:
+    return int(sequence.tensors["input_ids"][0])
+
+
+def tagged(tag: int, length: int = 4) -> PreparedSequence:
+    ids = np.full(length, tag, np.int64)
+    return PreparedSequence({"input_ids": ids}, {"seq": length}, ("embedding",), response_bytes=8)
+
+
+def tags(results: Sequence[SequenceResult]) -> list[int]:
+    return [int(result.outputs["tag"]) for result in results]
+
+
+MANIFEST = Manifest(
+    name="tiny",
+    version="1",
+    digest="sha256:" + "0" * 64,
+    files={},
+    precision="fp32",
+    max_batch_size=16,
+    axes=(AxisSpec(symbol="seq", max_length=512, paddable=True),),
+    inputs=(InputSpec(name="input_ids", dtype="int64", shape=("seq",), role=InputRole.TOKEN_IDS, padding=0.0),),
+    outputs=(OutputSpec(name="embedding", dtype="float32", shape=(8,)),),
+    provenance=Provenance(source="test", exporter="test", opset=20, created="2026-01-01T00:00:00Z"),
+    check=CheckReport(
+        against="test",
+        lengths=(),
+        output_max_abs_error=0,
+        output_tolerance=0,
+        weight_max_abs_error=0,
+        weight_tolerance=0,
+        row_sum_max_abs_error=0,
+    ),
+)
+
+
+@dataclass
+class Bench:
+    """A scheduler on a fake executor, with its metrics."""
+
+    clock: ManualClock
+    executor: FakeExecutor
+    settings: SchedulingSettings = field(default_factory=SchedulingSettings)
+    metrics: Metrics = field(default_factory=Metrics)
+    faults: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.scheduler: Scheduler | None = None
+
+    async def __aenter__(self) -> Scheduler:
+        self.scheduler = Scheduler(
+            self.executor,
+            MANIFEST,
+            self.settings,
+            self.clock,
+            self.metrics.model("tiny", "1"),
+            on_fault=lambda: self.faults.append("fault"),
+        )
+        self.scheduler.start()
+        return self.scheduler
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self.scheduler is not None
+        await self.scheduler.aclose()
+
+    def metric(self, name: str, **labels: str) -> float:
+        value = self.metrics.registry.get_sample_value(f"attnserve_{name}", {"model": "tiny", "version": "1", **labels})
+        return value or 0.0
+
+
+@pytest.fixture
+def bench(clock: ManualClock) -> Bench:
+    return Bench(clock, FakeExecutor(clock))
+
+
+@pytest.fixture
+def sequence() -> Callable[..., PreparedSequence]:
+    return tagged
+
+
+@pytest.fixture
+def tags_of() -> Callable[[Sequence[SequenceResult]], list[int]]:
+    return tags

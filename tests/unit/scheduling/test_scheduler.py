@@ -1,0 +1,507 @@
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+
+import pytest
+from attnserve_server.domain.errors import (
+    AttnserveError,
+    DeadlineExpired,
+    InternalFault,
+    NotServing,
+    Overloaded,
+)
+from attnserve_server.domain.values import Priority
+from attnserve_server.engine.warmup import CostModel
+from attnserve_server.model.manifest import AxisSpec
+from attnserve_server.scheduling.policy import SchedulingSettings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+
+async def ticks(count: int = 20) -> None:
+    """Lets everything that is ready run; no time passes."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def end_of(task: asyncio.Task) -> BaseException | None:
+    """The exception that a task ended with."""
+    await asyncio.wait({task})
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+def test_an_idle_instance_takes_a_sequence_at_once(virtually, bench, sequence, tags_of) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            (result,) = await scheduler.submit([sequence(7)])
+            assert tags_of([result]) == [7]
+            assert result.run.queue_s == 0
+            assert bench.clock.now() == pytest.approx(1001)
+
+    virtually(story())
+
+
+def test_requests_gather_while_the_instance_is_busy(virtually, bench, sequence, tags_of) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            first = asyncio.create_task(scheduler.submit([sequence(0)]))
+            await ticks()
+            others = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in (1, 2, 3)]
+            await ticks()
+            assert bench.metric("queue_depth") == 3
+            assert bench.metric("queue_bytes") == 3 * (4 * 8 + 8)
+            assert [tags_of(await task) for task in (first, *others)] == [[0], [1], [2], [3]]
+            assert bench.executor.runs == [[0], [1, 2, 3]]
+            assert bench.metric("queue_depth") == bench.metric("queue_bytes") == 0
+            assert others[0].result()[0].run.queue_s == pytest.approx(1)
+
+    virtually(story())
+
+
+def test_every_instance_works(virtually, bench, sequence) -> None:
+    bench.executor.instances = 3
+    bench.settings = SchedulingSettings(max_batch_size=1)
+
+    async def story() -> None:
+        async with bench as scheduler:
+            await asyncio.gather(*(scheduler.submit([sequence(tag)]) for tag in range(3)))
+            assert bench.clock.now() == pytest.approx(1001)
+
+    virtually(story())
+
+
+def test_a_request_of_many_sequences_is_answered_in_its_order(virtually, bench, sequence, tags_of) -> None:
+    bench.settings = SchedulingSettings(max_batch_size=4)
+    lengths = [9, 3, 50, 3, 9, 50, 1, 2, 3, 9]
+
+    async def story() -> None:
+        async with bench as scheduler:
+            results = await scheduler.submit([sequence(tag, length) for tag, length in enumerate(lengths)])
+            assert tags_of(results) == list(range(10))
+            assert await scheduler.submit([]) == []
+
+    virtually(story())
+
+
+def test_the_first_error_fails_a_request_and_withdraws_the_rest(virtually, bench, sequence, tags_of) -> None:
+    bench.settings = SchedulingSettings(max_batch_size=2)
+    bench.executor.poisoned[1] = InternalFault()
+
+    async def story() -> None:
+        async with bench as scheduler:
+            many = asyncio.create_task(scheduler.submit([sequence(tag) for tag in range(6)]))
+            other = asyncio.create_task(scheduler.submit([sequence(9)]))
+            assert isinstance(await end_of(many), InternalFault)
+            assert tags_of(await other) == [9]
+            assert bench.executor.runs == [[0, 1], [9]], "what is still queued of a failed request is not run"
+            assert bench.metric("dropped_total", reason="failed") == 5
+
+    virtually(story())
+
+
+def test_a_poisoned_sequence_leaves_its_batch_mates_untouched(virtually, bench, sequence, tags_of) -> None:
+    bench.executor.poisoned[2] = InternalFault()
+
+    async def story() -> None:
+        async with bench as scheduler:
+            tasks = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in range(4)]
+            assert isinstance(await end_of(tasks[2]), InternalFault)
+            assert [tags_of(await tasks[tag]) for tag in (0, 1, 3)] == [[0], [1], [3]]
+            assert bench.executor.runs == [[0, 1, 2, 3]]
+
+    virtually(story())
+
+
+def test_a_caller_who_leaves_the_queue_is_never_run(virtually, bench, sequence, tags_of) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            first = asyncio.create_task(scheduler.submit([sequence(0)]))
+            await ticks()
+            leaver = asyncio.create_task(scheduler.submit([sequence(1), sequence(2)]))
+            stayer = asyncio.create_task(scheduler.submit([sequence(3)]))
+            await ticks()
+            leaver.cancel()
+            assert isinstance(await end_of(leaver), asyncio.CancelledError)
+            assert tags_of(await first) + tags_of(await stayer) == [0, 3]
+            assert bench.executor.runs == [[0], [3]]
+            assert bench.metric("dropped_total", reason="cancelled") == 2
+
+    virtually(story())
+
+
+def test_a_caller_who_leaves_before_submit_even_began_leaves_nothing_behind(virtually, bench, sequence) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            leaver = asyncio.create_task(scheduler.submit([sequence(1)]))
+            leaver.cancel()
+            await end_of(leaver)
+            await ticks()
+            assert bench.executor.runs == []
+
+    virtually(story())
+
+
+def test_a_caller_who_leaves_mid_run_leaves_batch_mates_untouched(virtually, bench, sequence, tags_of) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            leaver = asyncio.create_task(scheduler.submit([sequence(1)]))
+            stayer = asyncio.create_task(scheduler.submit([sequence(2)]))
+            await asyncio.sleep(0.5)
+            leaver.cancel()
+            assert tags_of(await stayer) == [2]
+            assert bench.executor.runs == [[1, 2]]
+            assert bench.executor.terminated == []
+
+    virtually(story())
+
+
+def test_a_run_whose_members_all_left_is_terminated(virtually, bench, sequence, tags_of) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            leavers = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in (1, 2)]
+            await asyncio.sleep(0.5)
+            leavers[0].cancel()
+            await ticks()
+            assert not next(iter(scheduler._runs)).handle.terminated
+            leavers[1].cancel()
+            await ticks()
+            assert tags_of(await scheduler.submit([sequence(3)])) == [3]
+            assert bench.executor.terminated == [[1, 2]]
+            assert bench.metric("dropped_total", reason="terminated") == 2
+            assert bench.clock.now() < 1001.6, "the instance was free at once"
+
+    virtually(story())
+
+
+def test_a_caller_who_leaves_when_the_answer_is_there_changes_nothing(virtually, bench, sequence, tags_of) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            leaver = asyncio.create_task(scheduler.submit([sequence(1)]))
+            stayer = asyncio.create_task(scheduler.submit([sequence(2)]))
+            real = scheduler._resolve
+
+            def resolve_and_leave(entry, outcome, started) -> None:
+                real(entry, outcome, started)
+                if entry.number == 0:
+                    leaver.cancel()
+
+            scheduler._resolve = resolve_and_leave
+            assert tags_of(await stayer) == [2]
+            assert isinstance(await end_of(leaver), asyncio.CancelledError)
+
+    virtually(story())
+
+
+def test_a_deadline_that_has_passed_is_not_admitted(virtually, bench, sequence) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            with pytest.raises(DeadlineExpired):
+                await scheduler.submit([sequence(1)], deadline=1000.0)
+            assert bench.executor.runs == []
+
+    virtually(story())
+
+
+def test_a_deadline_in_the_queue_is_kept_and_the_sequence_never_run(virtually, bench, sequence) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            first = asyncio.create_task(scheduler.submit([sequence(0)]))
+            await ticks()
+            with pytest.raises(DeadlineExpired) as caught:
+                await scheduler.submit([sequence(1)], deadline=1000.5)
+            assert bench.clock.now() == pytest.approx(1000.5)
+            assert caught.value.waited_s == pytest.approx(0.5)
+            await first
+            assert bench.executor.runs == [[0]]
+            assert bench.metric("dropped_total", reason="expired") == 1
+
+    virtually(story())
+
+
+def test_a_deadline_during_the_run_is_kept_by_the_scheduler(virtually, bench, sequence, tags_of) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            patient = asyncio.create_task(scheduler.submit([sequence(0)]))
+            hasty = asyncio.create_task(scheduler.submit([sequence(1)], deadline=1000.3))
+            assert isinstance(await end_of(hasty), DeadlineExpired)
+            assert bench.clock.now() == pytest.approx(1000.3)
+            assert tags_of(await patient) == [0]
+            assert bench.clock.now() == pytest.approx(1001)
+            with pytest.raises(DeadlineExpired):
+                await scheduler.submit([sequence(2)], deadline=1001.5)
+            await asyncio.sleep(0.1)
+            assert bench.executor.terminated == [[2]], "nobody waits for that run any more"
+
+    virtually(story())
+
+
+def test_what_expired_while_the_loop_was_held_up_is_still_never_run(virtually, bench, sequence) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            late = asyncio.create_task(scheduler.submit([sequence(1)], deadline=1000.5))
+            in_time = asyncio.create_task(scheduler.submit([sequence(2)], deadline=1009))
+            for _ in range(2):  # both submitted, the instance not yet woken
+                await asyncio.sleep(0)
+                if len(scheduler._queue) == 2:
+                    bench.clock.time_s += 1  # something blocked the loop for a second
+                    break
+            assert isinstance(await end_of(late), DeadlineExpired)
+            await in_time
+            assert bench.executor.runs == [[2]]
+
+    virtually(story())
+
+
+def test_a_deadline_is_kept_by_the_injected_clock_when_the_loops_runs_ahead(virtually, bench, sequence) -> None:
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        ahead = 0.0
+        real = loop.time
+        loop.time = lambda: real() + ahead  # type: ignore[method-assign]
+        async with bench as scheduler:
+            task = asyncio.create_task(scheduler.submit([sequence(1)], deadline=1000.5))
+            await ticks()
+            ahead = 10.0  # every timer set so far fires now
+            await ticks()
+            assert not task.done()
+            assert isinstance(await end_of(task), DeadlineExpired)
+            assert bench.clock.now() == pytest.approx(1000.5)
+
+    virtually(story())
+
+
+def test_a_full_queue_refuses_with_a_retry_delay(virtually, bench, sequence) -> None:
+    bench.settings = SchedulingSettings(max_queue_size=2, max_batch_size=1)
+
+    async def story() -> None:
+        async with bench as scheduler:
+            tasks = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in range(1)]
+            await ticks()
+            tasks += [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in (1, 2)]
+            await ticks()
+            with pytest.raises(Overloaded) as caught:
+                await scheduler.submit([sequence(3)])
+            assert (caught.value.cause, caught.value.limit, caught.value.value) == ("queue_full", 2, 3)
+            assert caught.value.retry_delay_s > 0
+            assert bench.metric("refused_total", reason="queue_full") == 1
+            await asyncio.gather(*tasks)
+            await scheduler.submit([sequence(3)])
+
+    virtually(story())
+
+
+def test_a_wait_that_would_outlast_the_deadline_is_refused_at_once(virtually, bench, sequence) -> None:
+    bench.executor.cost = CostModel(run_overhead_s=0.0, seconds_per_token=0.25)  # four tokens a second: as the fake
+    bench.settings = SchedulingSettings(max_batch_size=1)
+
+    async def story() -> None:
+        async with bench as scheduler:
+            tasks = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in range(3)]
+            await ticks()
+            with pytest.raises(Overloaded) as caught:
+                await scheduler.submit([sequence(3)], deadline=1001.5)
+            assert caught.value.cause == "predicted_wait"
+            assert bench.clock.now() == 1000.0
+            # honest: half of the run under way, two waiting and its own run are 3.5 s, of which 1.5 s were allowed
+            assert caught.value.retry_delay_s == pytest.approx(2.0)
+            await asyncio.sleep(caught.value.retry_delay_s)
+            await scheduler.submit([sequence(3)], deadline=bench.clock.now() + 3)
+            await asyncio.gather(*tasks)
+
+    virtually(story())
+
+
+def test_priorities_move_places_in_line(virtually, bench, sequence) -> None:
+    bench.settings = SchedulingSettings(max_batch_size=1)
+
+    async def story() -> None:
+        async with bench as scheduler:
+            order = [Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH]
+            await asyncio.gather(
+                *(scheduler.submit([sequence(tag)], priority=priority) for tag, priority in enumerate(order))
+            )
+            assert bench.executor.runs == [[3], [0], [2], [1]]
+
+    virtually(story())
+
+
+def test_low_priority_is_overtaken_by_those_who_came_within_its_delay_only(virtually, bench, sequence) -> None:
+    bench.settings = SchedulingSettings(max_batch_size=1, low_delay_s=0.95)
+    bench.executor.seconds = lambda sequences: 0.3
+
+    async def story() -> None:
+        async with bench as scheduler:
+            tasks = []
+            for tag in range(20):  # one arrives every 0.1 s, and one is done every 0.3 s: the line only grows
+                priority = Priority.LOW if tag == 1 else Priority.NORMAL
+                tasks.append(asyncio.create_task(scheduler.submit([sequence(tag)], priority=priority)))
+                await asyncio.sleep(0.1)
+            await asyncio.gather(*tasks)
+            assert [tag for (tag,) in bench.executor.runs].index(1) == 10
+
+    virtually(story())
+
+
+def test_drain_takes_no_more_and_finishes_what_there_is(virtually, bench, sequence, tags_of) -> None:
+    bench.settings = SchedulingSettings(max_batch_size=1)
+
+    async def story() -> None:
+        async with bench as scheduler:
+            tasks = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in range(3)]
+            await ticks()
+            draining = asyncio.create_task(scheduler.drain())
+            await ticks()
+            with pytest.raises(NotServing, match="draining"):
+                await scheduler.submit([sequence(9)])
+            await draining
+            assert [tags_of(task.result()) for task in tasks] == [[0], [1], [2]]
+            assert not scheduler.healthy
+            assert bench.faults == []
+
+    virtually(story())
+
+
+def test_an_idle_scheduler_drains_at_once(virtually, bench) -> None:
+    bench.executor.instances = 2
+
+    async def story() -> None:
+        async with bench as scheduler:
+            await ticks()
+            await scheduler.drain()
+            assert bench.clock.now() == 1000.0
+
+    virtually(story())
+
+
+def test_close_answers_everyone_and_terminates_runs(virtually, bench, sequence) -> None:
+    bench.settings = SchedulingSettings(max_batch_size=1)
+    bench.executor.seconds = lambda sequences: 1e9
+
+    async def story() -> None:
+        async with bench as scheduler:
+            tasks = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in range(3)]
+            await asyncio.sleep(1)
+            await scheduler.aclose()
+            assert [type(await end_of(task)) for task in tasks] == [NotServing] * 3
+            assert bench.executor.terminated == [[0]]
+
+    virtually(story())
+
+
+def test_a_scheduler_that_was_not_started_does_not_serve(virtually, bench, sequence) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            await scheduler.drain()
+            scheduler._task, scheduler._draining = None, False
+            with pytest.raises(NotServing, match="loading"):
+                await scheduler.submit([sequence(1)])
+            await scheduler.drain()
+
+    virtually(story())
+
+
+@pytest.mark.parametrize("how", ["policy", "executor", "cancelled"])
+def test_a_dead_loop_is_no_zombie(virtually, bench, sequence, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    bench.executor.instances = 2
+    bench.settings = SchedulingSettings(max_batch_size=1)
+
+    async def story() -> None:
+        async with bench as scheduler:
+            assert scheduler.healthy
+            running = asyncio.create_task(scheduler.submit([sequence(1)]))
+            await ticks()
+            if how == "policy":
+                monkeypatch.setattr(
+                    "attnserve_server.scheduling.scheduler.plan", lambda *_: (_ for _ in ()).throw(KeyError("bug"))
+                )
+            elif how == "executor":
+                bench.executor.breaks = True
+            else:
+                scheduler._task.cancel()
+            queued = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in (2, 3)]
+            assert [type(await end_of(task)) for task in (running, *queued)] == [InternalFault] * 3
+            assert not scheduler.healthy
+            assert bench.faults == ["fault"]
+            with pytest.raises(NotServing, match="failed"):
+                await scheduler.submit([sequence(4)])
+            assert bench.metric("queue_depth") == 0
+
+    virtually(story())
+
+
+def test_the_overhead_measured_at_warm_up_makes_large_batches_where_launches_dominate(
+    virtually, bench, sequence
+) -> None:
+    bench.executor.cost = CostModel(run_overhead_s=1.0, seconds_per_token=0.001)  # as a thousand tokens
+
+    async def story() -> None:
+        async with bench as scheduler:
+            await scheduler.submit([sequence(tag, length) for tag, length in enumerate([4, 40, 80, 120])])
+            assert [set(run) for run in bench.executor.runs] == [{0, 1, 2, 3}]
+
+    virtually(story())
+
+
+def test_sequences_of_other_lengths_on_a_rigid_axis_run_apart(virtually, bench, sequence, monkeypatch) -> None:
+    module = __import__(type(bench).__module__, fromlist=["MANIFEST"])
+    rigid = module.MANIFEST.model_copy(update={"axes": (AxisSpec(symbol="seq", max_length=9, paddable=False),)})
+    monkeypatch.setattr(module, "MANIFEST", rigid)
+
+    async def story() -> None:
+        async with bench as scheduler:
+            await scheduler.submit([sequence(0, 4), sequence(1, 5), sequence(2, 4), sequence(3, 5)])
+            assert bench.executor.runs == [[0, 2], [1, 3]]
+
+    virtually(story())
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_no_request_is_lost_doubled_or_given_anothers_answer(virtually, bench, sequence, tags_of, seed: int) -> None:
+    chance = random.Random(seed)
+    bench = replace(bench, metrics=type(bench.metrics)(), faults=[])
+    bench.executor = replace(bench.executor, instances=chance.choice([1, 2, 3]), runs=[], terminated=[], busy=set())
+    bench.executor.seconds = lambda sequences: 0.02 + 0.01 * len(sequences)
+    bench.executor.poisoned = {tag: InternalFault() for tag in range(300) if chance.random() < 0.02}
+    bench.settings = SchedulingSettings(max_batch_size=chance.choice([1, 4, 16]), max_queue_size=40)
+    ends: dict[int, object] = {}
+
+    async def caller(scheduler, first: int, many: int) -> None:
+        await asyncio.sleep(chance.random() * 2)
+        wanted = list(range(first, first + many))
+        deadline = bench.clock.now() + chance.random() * 0.3 if chance.random() < 0.3 else None
+        submitted = asyncio.create_task(
+            scheduler.submit(
+                [sequence(tag, chance.randint(1, 60)) for tag in wanted],
+                deadline=deadline,
+                priority=chance.choice(list(Priority)),
+            )
+        )
+        ended_s: list[float] = []
+        submitted.add_done_callback(lambda _: ended_s.append(bench.clock.now()))
+        if chance.random() < 0.3:
+            await asyncio.sleep(chance.random() * 0.1)
+            submitted.cancel()
+        error = await end_of(submitted)
+        assert first not in ends
+        ends[first] = error or tags_of(submitted.result()) == wanted
+        if deadline is not None:
+            assert ended_s[0] <= deadline + 1e-3
+
+    async def story() -> None:
+        async with bench as scheduler:
+            sizes = [chance.choice([1, 1, 1, 2, 5]) for _ in range(60)]
+            await asyncio.gather(*(caller(scheduler, sum(sizes[:at]), size) for at, size in enumerate(sizes)))
+            await scheduler.drain()
+            assert len(ends) == 60
+            for end in ends.values():
+                assert end is True or isinstance(end, AttnserveError | asyncio.CancelledError), end
+            ran = [tag for run in bench.executor.runs for tag in run]
+            assert len(ran) == len(set(ran)), "nothing runs twice"
+            assert not scheduler._runs
+            assert len(scheduler._queue) == 0
+            assert bench.metric("queue_depth") == bench.metric("queue_bytes") == 0
+
+    virtually(story())
