@@ -17,6 +17,9 @@ from tokenizers import Encoding, Tokenizer, models
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import AxisUnits
 
+ID_BOUND = 2**32
+"""Ids from here on, and those below 0, cannot be asked of the library."""
+
 
 class TokenizerInvalid(AttnserveError):
     """A tokenizer file cannot be used. The message never holds its path."""
@@ -180,7 +183,7 @@ class TextTokenizer:
 
     def _words_of_ids(self, numbers: Sequence[int]) -> _Words:
         words = _Words()
-        if min(numbers, default=0) < 0:
+        if any(not 0 <= number < ID_BOUND for number in numbers):
             return words
         for special, run in _runs(numbers, self._special_ids):
             if special:
@@ -194,7 +197,7 @@ class TextTokenizer:
         return words
 
     def _token_text(self, number: int) -> str:
-        if number < 0:
+        if not 0 <= number < ID_BOUND:
             return ""
         return self._special.get(number) or self._tokenizer.id_to_token(number) or ""
 

@@ -267,9 +267,10 @@ def test_unknown_token_stands_for_text_and_is_not_special(minilm):
     assert unigram().special_ids == {1}
 
 
-def test_ids_outside_the_vocabulary_have_no_text(minilm):
-    units = minilm.units_of_ids(np.array([101, 10**6, -1, 102]))
-    assert units.texts == ("[CLS]", "", "", "[SEP]")
+@pytest.mark.parametrize("number", [30522, 10**6, -1, 2**32 - 1, 2**32, 2**63 - 1, -(2**63)])
+def test_ids_outside_the_vocabulary_have_no_text(minilm, number):
+    units = minilm.units_of_ids(np.array([101, number, 102]))
+    assert units.texts == ("[CLS]", "", "[SEP]")
     assert units.word_ids == ()
 
 
