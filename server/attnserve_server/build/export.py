@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,12 +54,13 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
         raise BuildRefused(f"pooling {request.pooling!r} is not known; 'mean' is")
     if request.normalize and not request.pooling:
         raise BuildRefused("normalising needs a pooled output: add --pooling mean")
+    version = Repository(request.repository).free_version(request.name, request.version)
     with steps.shown(total=8), tempfile.TemporaryDirectory(prefix="attnserve-export-") as work:
         steps.begin("verifying the source")
         folder = model_folder(request.source, request.expect_sha256)
         if request.pooling and folder.normalises() and not request.normalize:
             steps.warn("the source also scales its embedding to length 1; --normalize does the same")
-        return _export(request, folder, Path(work), steps)
+        return _export(replace(request, version=version), folder, Path(work), steps)
 
 
 def _export(request: ExportRequest, folder: ModelFolder, work: Path, steps: Steps) -> Bundle:
@@ -83,7 +84,7 @@ def _export(request: ExportRequest, folder: ModelFolder, work: Path, steps: Step
         files[TOKENIZER_FILE] = folder.tokenizer_path
     manifest = Manifest(
         name=request.name,
-        version=request.version or Repository(request.repository).next_version(request.name),
+        version=request.version,
         digest=UNSEALED,
         files={},
         precision=assembled.precision,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import load_external_data_for_model
@@ -40,6 +41,9 @@ def read_graph(path: Path) -> onnx.ModelProto:
         load_external_data_for_model(proto, str(path.parent))
     except Exception:  # noqa: BLE001 - the boundary to onnx, which raises many types here
         raise BuildRefused(f"{name}: its external data is missing, cut short, or outside its own folder") from None
+    if proto.functions:
+        # Finders look through the graph alone.
+        proto = onnx.inliner.inline_local_functions(proto)
     return checked(proto, name)
 
 

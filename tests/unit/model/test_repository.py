@@ -1,0 +1,258 @@
+"""The repository: what it finds, what it reports as broken, and that a bundle is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from attnserve_server.domain.errors import ModelNotFound
+from attnserve_server.model import repository as room
+from attnserve_server.model.manifest import CheckReport, InputSpec, Manifest, OutputSpec, Provenance
+from attnserve_server.model.repository import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    UNSEALED,
+    Bundle,
+    BundleInvalid,
+    Repository,
+    digest_of,
+    verify,
+    write_bundle,
+)
+
+
+def manifest(name: str = "ranker", version: str = "1") -> Manifest:
+    return Manifest(
+        name=name,
+        version=version,
+        digest=UNSEALED,
+        files={},
+        precision="fp32",
+        max_batch_size=4,
+        axes=(),
+        inputs=(InputSpec(name="x", dtype="float32", shape=(3,)),),
+        outputs=(OutputSpec(name="y", dtype="float32", shape=(3,)),),
+        provenance=Provenance(source="test", exporter="test", opset=23, created="2026-01-01T00:00:00+00:00"),
+        check=CheckReport(
+            against="nothing",
+            lengths=(1,),
+            output_max_abs_error=0,
+            output_tolerance=0,
+            weight_max_abs_error=0,
+            weight_tolerance=0,
+            row_sum_max_abs_error=0,
+        ),
+    )
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, Path]:
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "graph").write_bytes(b"a graph" * 1000)
+    (folder / "tokens").write_text("{}", encoding="utf-8")
+    return {MODEL_FILE: folder / "graph", TOKENIZER_FILE: folder / "tokens"}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def bundle(root: Path, sources: dict[str, Path]) -> Bundle:
+    return write_bundle(root, manifest(), sources)
+
+
+def rewrite(bundle: Bundle, **changes: object) -> None:
+    path = bundle.path / MANIFEST_FILE
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def test_written_bundle_is_found_and_verified(root: Path, bundle: Bundle, sources: dict[str, Path]) -> None:
+    found, faults = Repository(root).bundles()
+    assert found == [bundle]
+    assert faults == []
+    verify(found[0])
+    assert found[0].path == root / "ranker" / "1"
+    assert found[0].model_path.read_bytes() == sources[MODEL_FILE].read_bytes()
+    assert found[0].tokenizer_path == root / "ranker" / "1" / TOKENIZER_FILE
+    assert found[0].manifest.digest == digest_of(found[0].manifest.files)
+
+
+def test_bundle_without_tokenizer_says_so(root: Path, sources: dict[str, Path]) -> None:
+    assert write_bundle(root, manifest(), {MODEL_FILE: sources[MODEL_FILE]}).tokenizer_path is None
+
+
+def test_digest_is_that_of_sorted_names_and_sums() -> None:
+    one, two = "1" * 64, "2" * 64
+    assert digest_of({"b": two, "a": one}) == digest_of({"a": one, "b": two})
+    assert digest_of({"a": one, "b": two}) != digest_of({"a": two, "b": one})
+
+
+def test_highest_version_is_the_latest_by_number(root: Path, sources: dict[str, Path]) -> None:
+    for version in ("2", "10", "9"):
+        write_bundle(root, manifest(version=version), sources)
+    repository = Repository(root)
+    assert repository.bundle("ranker").manifest.version == "10"
+    assert repository.bundle("ranker", "9").manifest.version == "9"
+    assert repository.next_version("ranker") == "11"
+    assert [found.manifest.version for found in repository.bundles()[0]] == ["2", "9", "10"]
+
+
+def test_first_version_is_one(root: Path) -> None:
+    assert Repository(root).next_version("ranker") == "1"
+    assert Repository(root).free_version("ranker") == "1"
+
+
+def test_missing_root_holds_nothing(root: Path) -> None:
+    assert Repository(root).bundles() == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [("other", ""), ("ranker", "2"), ("../ranker", ""), ("ranker", "../1"), ("ranker/1", ""), ("", ""), (".", ""),
+     ("ranker\0", ""), ("ranker\n", ""), ("ranker", "01"), ("ranker", "0"), ("ranker", "-1"), ("ranker", "1\n")],
+)  # fmt: skip
+def test_unknown_and_impossible_names_are_not_found(root: Path, bundle: Bundle, name: str, version: str) -> None:
+    with pytest.raises(ModelNotFound):
+        Repository(root).bundle(name, version)
+
+
+def test_stray_entries_are_ignored(root: Path, bundle: Bundle) -> None:
+    (root / "README.md").write_text("models", encoding="utf-8")
+    (root / ".git").mkdir()
+    (root / "lost+found").mkdir()
+    (root / "ranker" / "latest").mkdir()
+    (root / "ranker" / "notes.txt").write_text("", encoding="utf-8")
+    (root / "ranker" / ".2.abc.partial").mkdir()
+    (root / "ranker" / "0").mkdir()
+    (root / "empty").mkdir()
+    assert Repository(root).bundles() == ([bundle], [])
+
+
+BREAKAGES = {
+    "no manifest": lambda bundle: (bundle.path / MANIFEST_FILE).unlink(),
+    "truncated manifest": lambda bundle: os.truncate(bundle.path / MANIFEST_FILE, 100),
+    "empty manifest": lambda bundle: os.truncate(bundle.path / MANIFEST_FILE, 0),
+    "unknown format": lambda bundle: rewrite(bundle, format=2),
+    "unknown field": lambda bundle: rewrite(bundle, favourite_colour="blue"),
+    "another model's": lambda bundle: rewrite(bundle, name="other"),
+    "another version's": lambda bundle: rewrite(bundle, version="7"),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_broken_bundle_is_reported_and_hinders_no_other(
+    breakage: str, root: Path, bundle: Bundle, sources: dict[str, Path]
+) -> None:
+    whole = write_bundle(root, manifest(name="whole"), sources)
+    BREAKAGES[breakage](bundle)
+    found, faults = Repository(root).bundles()
+    assert found == [whole]
+    assert [(fault.name, fault.version) for fault in faults] == [("ranker", "1")]
+    assert str(root) not in faults[0].why
+    with pytest.raises(BundleInvalid, match="ranker/1"):
+        Repository(root).bundle("ranker")
+
+
+def test_huge_manifest_is_not_read(root: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MAX_MANIFEST_BYTES", 10)
+    (fault,) = Repository(root).bundles()[1]
+    assert "exceed 10" in fault.why
+
+
+def test_symbolic_links_are_refused_wherever_they_stand(root: Path, bundle: Bundle, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(root / "ranker", elsewhere)
+    (root / "ranker" / "2").symlink_to(elsewhere / "1")
+    (root / "linked").symlink_to(elsewhere)
+    assert [(fault.name, fault.version) for fault in Repository(root).bundles()[1]] == [
+        ("linked", "1"),
+        ("ranker", "2"),
+    ]
+    manifest_path = bundle.path / MANIFEST_FILE
+    manifest_path.rename(tmp_path / "real.json")
+    manifest_path.symlink_to(tmp_path / "real.json")
+    with pytest.raises(BundleInvalid, match=r"manifest\.json is a symbolic link"):
+        Repository(root).bundle("ranker", "1")
+
+
+def tamper(bundle: Bundle) -> None:
+    content = bytearray(bundle.model_path.read_bytes())
+    content[50] ^= 1
+    bundle.model_path.write_bytes(content)
+
+
+def link(bundle: Bundle) -> None:
+    target = bundle.path.parents[2] / "model-elsewhere"
+    bundle.model_path.rename(target)
+    bundle.model_path.symlink_to(target)
+
+
+def climb(bundle: Bundle) -> None:
+    rewrite(bundle, files={**bundle.manifest.files, "../secret": "0" * 64})
+
+
+TAMPERINGS = {
+    "one bit": (tamper, r"model\.onnx: sha256"),
+    "truncated": (lambda bundle: os.truncate(bundle.model_path, 10), r"model\.onnx: sha256"),
+    "missing": (lambda bundle: bundle.model_path.unlink(), r"model\.onnx: No such file"),
+    "a link": (link, r"model\.onnx is a symbolic link"),
+    "unlisted data": (lambda bundle: (bundle.path / "weights.bin").touch(), r"'weights\.bin' is not listed"),
+    "a name that climbs": (climb, r"manifest\.json: files"),
+    "digest": (lambda bundle: rewrite(bundle, digest=UNSEALED), "digest"),
+    "no model": (lambda bundle: rewrite(bundle, files={}), r"model\.onnx is not listed"),
+}
+
+
+@pytest.mark.parametrize("tampering", TAMPERINGS)
+def test_changed_files_do_not_verify(tampering: str, root: Path, bundle: Bundle) -> None:
+    change, words = TAMPERINGS[tampering]
+    verify(bundle)
+    change(bundle)
+    with pytest.raises(BundleInvalid, match=words) as refusal:
+        verify(Repository(root).bundle("ranker"))
+    assert str(root) not in str(refusal.value)
+
+
+def test_versions_are_never_overwritten(root: Path, bundle: Bundle, sources: dict[str, Path]) -> None:
+    with pytest.raises(BundleInvalid, match="never overwritten"):
+        write_bundle(root, manifest(), sources)
+    with pytest.raises(BundleInvalid, match="never overwritten"):
+        Repository(root).free_version("ranker", "1")
+    verify(Repository(root).bundle("ranker"))
+
+
+def test_failed_write_leaves_nothing(root: Path, sources: dict[str, Path]) -> None:
+    with pytest.raises(BundleInvalid, match="could not be written: No such file"):
+        write_bundle(root, manifest(), {**sources, TOKENIZER_FILE: sources[TOKENIZER_FILE].with_name("missing")})
+    assert list(root.iterdir()) == []
+
+
+def test_bundle_is_invisible_until_it_is_whole(
+    root: Path, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[Bundle], list[room.BundleFault]]] = []
+    real = room._sync
+
+    def look(path: Path) -> None:
+        if path != root / "ranker":  # that one comes after the rename
+            seen.append(Repository(root).bundles())
+        real(path)
+
+    monkeypatch.setattr(room, "_sync", look)
+    write_bundle(root, manifest(), sources)
+    assert len(seen) == 4
+    assert all(sight == ([], []) for sight in seen)
+    assert len(Repository(root).bundles()[0]) == 1
+
+
+def test_root_that_is_a_file_is_told_in_words(tmp_path: Path, sources: dict[str, Path]) -> None:
+    (tmp_path / "models").write_text("", encoding="utf-8")
+    with pytest.raises(BundleInvalid, match="could not be written"):
+        write_bundle(tmp_path / "models", manifest(), sources)
