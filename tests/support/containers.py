@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -166,13 +166,12 @@ def _local_folders(settings: dict[str, str]) -> Iterable[str]:
                 yield str(Path(path).parent if Path(path).name == "simple" else path)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Container:
     """A container that runs detached; `stop` and `remove` are for its owner."""
 
     engine: Engine
     id: str
-    exit_code: int | None = field(default=None)
 
     def logs(self) -> str:
         """All that it wrote so far."""
@@ -192,8 +191,11 @@ class Container:
     def stop(self, grace_s: int) -> int:
         """Sends the image's stop signal, and SIGKILL after `grace_s`. Returns the exit code."""
         self.engine.run("podman", "stop", "--time", str(grace_s), self.id, timeout_s=grace_s + 30)
-        self.exit_code = int(self.engine.run("podman", "inspect", "--format", "{{.State.ExitCode}}", self.id))
-        return self.exit_code
+        return self.exit_code()
+
+    def exit_code(self) -> int:
+        """With what its process ended."""
+        return int(self.engine.run("podman", "inspect", "--format", "{{.State.ExitCode}}", self.id))
 
     def remove(self) -> None:
         """Ends it, if it still runs, and takes it away."""

@@ -1,0 +1,95 @@
+"""The project's image, built and run hardened on this machine, with a real model in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from containers import ROOT, CommandFailed, Container, Engine, build_base, build_image, missing_tools, run_hardened
+from scraping import free_port, wait_until
+
+START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """A container that serves, and its ports on loopback."""
+
+    container: Container
+    grpc_port: int
+    http_port: int
+
+    @property
+    def target(self) -> str:
+        """Where the SDK finds it."""
+        return f"127.0.0.1:{self.grpc_port}"
+
+    def healthy(self) -> bool:
+        """Whether the image's own health command says so, inside."""
+        try:
+            self.container.exec("attnserve-server", "healthcheck")
+        except CommandFailed:
+            assert self.container.running(), self.container.logs()
+            return False
+        return True
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """buildah and podman, with the base image and earlier builds in ATTNSERVE_E2E_CACHE (default: .e2e)."""
+    if reason := missing_tools():
+        pytest.skip(reason)
+    return Engine.at(Path(os.environ.get("ATTNSERVE_E2E_CACHE", ROOT / ".e2e")).absolute())
+
+
+@pytest.fixture(scope="session")
+def image(engine: Engine) -> str:
+    """The name of the project's image, built from the working tree."""
+    return build_image(engine, build_base(engine))
+
+
+@pytest.fixture(scope="session")
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with MiniLM: the one of ATTNSERVE_E2E_REPOSITORY, else one that is exported now."""
+    given = os.environ.get("ATTNSERVE_E2E_REPOSITORY")
+    repository = Path(given) if given else request.getfixturevalue("minilm_repository")
+    # The command's own copy and modes, in a folder that a mount may come from whatever the checkout's modes are.
+    return Path(shutil.copytree(repository, tmp_path_factory.mktemp("mounted") / "models"))
+
+
+@contextmanager
+def running(engine: Engine, image: str, models: Path, **env: str) -> Iterator[Served]:
+    """Serves `models` from a hardened container, ready, until the block ends. No shell can run in it."""
+    ports = {"ATTNSERVE_GRPC_PORT": str(free_port()), "ATTNSERVE_HTTP_PORT": str(free_port())}
+    container = run_hardened(
+        engine,
+        image,
+        env={"ATTNSERVE_HOST": "127.0.0.1", **ports, **env},
+        # A shell that is an empty file cannot be started: whatever needs one fails.
+        volumes=[f"{models}:/models:ro", "/dev/null:/usr/bin/dash:ro", "/dev/null:/usr/bin/bash:ro"],
+    )
+    served = Served(container, int(ports["ATTNSERVE_GRPC_PORT"]), int(ports["ATTNSERVE_HTTP_PORT"]))
+    try:
+        wait_until(served.healthy, container.logs, START_TIMEOUT_S)
+        yield served
+    finally:
+        container.remove()
+
+
+@pytest.fixture(scope="session")
+def served(engine: Engine, image: str, models: Path) -> Iterator[Served]:
+    """One container for all tests that leave it running."""
+    with running(engine, image, models) as served:
+        yield served
+
+
+@pytest.fixture
+def own_served(engine: Engine, image: str, models: Path) -> Iterator[Served]:
+    """A container for one test alone."""
+    with running(engine, image, models) as served:
+        yield served
