@@ -1,0 +1,71 @@
+"""The client of attnserve: sequences in, outputs and the attention behind them out.
+
+from attnserve_client import Attention, Client
+
+with Client("localhost:8001") as client:
+    result = client.infer("minilm", "a sentence", attention=Attention(layers=[-1], heads="mean", unit="word"))
+    print(result.outputs["embedding"].shape)
+    for link in result.attention[0].links(top=5):
+        print(f"{link.query} looks at {link.key}: {link.weight:.2f}")
+"""
+
+from attnserve_client._async_client import AsyncClient
+from attnserve_client._attention import AttentionMap, Link, RawLinks, Token
+from attnserve_client._client import Client
+from attnserve_client._errors import (
+    AttentionUnavailable,
+    AttnserveError,
+    BadAnswer,
+    DeadlineExpired,
+    FieldViolation,
+    InternalFault,
+    InvalidRequest,
+    ModelNotFound,
+    NotServing,
+    Overloaded,
+    RequestCancelled,
+    ResponseTooLarge,
+    ServerUnreachable,
+    TextUnavailable,
+)
+from attnserve_client._inputs import Input, Inputs, Priority
+from attnserve_client._models import Axis, ModelInfo, Site, TensorSpec
+from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
+from attnserve_client._retry import RetryPolicy
+from attnserve_client._selection import Attention
+
+__all__ = [
+    "AsyncClient",
+    "Attention",
+    "AttentionMap",
+    "AttentionUnavailable",
+    "AttnserveError",
+    "Axis",
+    "BadAnswer",
+    "Client",
+    "DeadlineExpired",
+    "FieldViolation",
+    "InferenceResult",
+    "Input",
+    "Inputs",
+    "InternalFault",
+    "InvalidRequest",
+    "Link",
+    "ModelInfo",
+    "ModelNotFound",
+    "NotServing",
+    "Overloaded",
+    "Priority",
+    "RawLinks",
+    "Receipt",
+    "RequestCancelled",
+    "ResponseTooLarge",
+    "RetryPolicy",
+    "Run",
+    "ServerUnreachable",
+    "Site",
+    "StreamAnswer",
+    "TensorSpec",
+    "TextUnavailable",
+    "Token",
+]

@@ -1,0 +1,273 @@
+"""The attention over one sequence: weights that know their tokens. Drawing them is `_html`'s and `_plot`'s."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One unit of an axis: a token, a word, or a position of a tensor.
+
+    Attributes:
+        index: Its place on the axis, special tokens counted.
+        text: The token as the vocabulary spells it, the word as it stands in the text, or else its index.
+        start: Its first character in the caller's text, in Unicode code points; 0 for special tokens.
+        end: The character behind its last.
+        special: Whether it is a special token.
+        segment: Which of the caller's texts it is from: 0, or 1 for the second of a pair.
+    """
+
+    index: int
+    text: str
+    start: int = 0
+    end: int = 0
+    special: bool = False
+    segment: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One weight with its ends: `query` looks at `key`. `head` is None where heads were joined."""
+
+    query: str
+    key: str
+    weight: float
+    head: int | None
+    query_token: Token
+    key_token: Token
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawLinks:
+    """The kept weights as they came, row after row. Row r is (head h, query q) with r = h * queries + q.
+
+    Attributes:
+        row_offsets: int64 (H * L + 1): row r's links are the entries from `row_offsets[r]` to `row_offsets[r + 1]`.
+        keys: int32 (N): the key's index on its axis, special tokens counted.
+        weights: (N), in the dtype asked for.
+    """
+
+    row_offsets: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.int32]
+    weights: Array
+
+
+@dataclass(frozen=True, eq=False)  # no slots: the decoded weights are kept beside the fields
+class AttentionMap:
+    """The attention of one site, or of several joined ones, over one sequence.
+
+    Letters in shapes: H heads (1 where they were joined), L queries, S keys.
+
+    Attributes:
+        sites: The site it is from; with joined layers all of them, in order.
+        layer: The site's position in the model's list; -1 where several were joined.
+        kind: `self`, `causal` or `cross`.
+        form: `dense`, `windowed` or `linear`.
+        heads: The heads along the first axis; with joined heads the ones that went in.
+        query_axis: Axis symbol of the queries.
+        key_axis: Axis symbol of the keys.
+        query_tokens: What the L rows stand for.
+        key_tokens: What the S columns stand for.
+        axis_tokens: All units of each axis, special tokens included, by axis symbol.
+        raw: What came: weights (H, L, S) in the dtype asked for, a view of the answer's bytes; or links.
+        residual: float32 (H, L), what each row's left-out links weigh together; None where all weights came.
+        model: The model's name.
+    """
+
+    sites: tuple[str, ...]
+    layer: int
+    kind: str
+    form: str
+    heads: tuple[int, ...]
+    query_axis: str
+    key_axis: str
+    query_tokens: tuple[Token, ...]
+    key_tokens: tuple[Token, ...]
+    raw: Array | RawLinks = field(repr=False)
+    residual: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    axis_tokens: dict[str, tuple[Token, ...]] = field(default_factory=dict, repr=False)
+    model: str = ""
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """What the columns stand for; with self-attention over all rows, what the rows stand for too."""
+        return self.key_tokens
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether only the strongest links came, so that `weights` has zeros where others were left out."""
+        return isinstance(self.raw, RawLinks)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the heads were joined into one."""
+        return self._head_count == 1 and len(self.heads) != 1
+
+    @property
+    def title(self) -> str:
+        """What it shows, in a few words, for example `layer 5 (encoder.5), mean of 12 heads`."""
+        where = f"layer {self.layer} ({self.sites[0]})" if self.layer >= 0 else f"{len(self.sites)} layers joined"
+        rows = len(self.heads)
+        heads = f"{rows} heads joined" if self.is_joined else f"{rows} heads" if rows != 1 else f"head {self.heads[0]}"
+        return f"{where}, {heads}"
+
+    @cached_property
+    def weights(self) -> npt.NDArray[np.float32]:
+        """Weights, float32 (H, L, S), read-only; rows sum to 1 where nothing was left out.
+
+        float32 weights are a view of the answer's bytes; others are decoded when first asked for, and links are put in
+        their places with zeros between.
+        """
+        if isinstance(self.raw, RawLinks):
+            return self._densified(self.raw)
+        decoded = as_float32(self.raw)
+        decoded.flags.writeable = False
+        return decoded
+
+    def links(
+        self,
+        top: int | None = 10,
+        *,
+        exclude_special: bool = True,
+        head: int | None = None,
+        include_self: bool = True,
+    ) -> list[Link]:
+        """The strongest links, greatest weight first; equal ones in the order of head, query and key.
+
+        Args:
+            top: How many at most; None for all that are above 0.
+            exclude_special: Leave out links from and to special tokens.
+            head: One head only, by its number in `heads`; None for all of them.
+            include_self: Keep links of a unit to itself.
+
+        Raises:
+            ValueError: There is no such head in this map.
+        """
+        weights, numbers = self._chosen(head)
+        wanted = np.ones(weights.shape[1:], dtype=np.bool_)
+        if exclude_special:
+            wanted[[token.special for token in self.query_tokens], :] = False
+            wanted[:, [token.special for token in self.key_tokens]] = False
+        if not include_self and self.query_axis == self.key_axis:
+            rows = np.array([token.index for token in self.query_tokens], dtype=np.int64)
+            columns = np.array([token.index for token in self.key_tokens], dtype=np.int64)
+            wanted &= rows[:, None] != columns[None, :]
+        flat = np.where(wanted, weights, 0.0).ravel()
+        count = flat.size if top is None else max(0, top)
+        order = np.argsort(-flat, kind="stable")[:count]
+        found = []
+        for place in order[flat[order] > 0]:
+            at_head, row, column = np.unravel_index(place, weights.shape)
+            query, key = self.query_tokens[row], self.key_tokens[column]
+            found.append(Link(query.text, key.text, float(flat[place]), numbers[at_head], query, key))
+        return found
+
+    def head_weights(self, head: int | None = None) -> npt.NDArray[np.float32]:
+        """Weights of one head by its number in `heads`, or with None the mean over this map's heads, float32 (L, S).
+
+        Raises:
+            ValueError: There is no such head in this map.
+        """
+        weights, _ = self._chosen(head)
+        return np.asarray(weights[0] if len(weights) == 1 else weights.mean(axis=0), dtype=np.float32)
+
+    def to_html(self) -> str:
+        """A page that shows the map: heatmap, sentence and strongest links. It loads nothing and is safe to open."""
+        from attnserve_client._html import page  # noqa: PLC0415 - drawing is loaded when something is drawn
+
+        return page(self)
+
+    def plot(self, head: int | None = None) -> Figure:
+        """The map as a matplotlib figure: one head, or with None the mean over this map's heads.
+
+        Raises:
+            ImportError: matplotlib is missing; the message has the line that installs it.
+        """
+        from attnserve_client._plot import figure  # noqa: PLC0415 - matplotlib is an extra
+
+        return figure(self, head)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The map in plain types, ready for JSON."""
+        return {
+            "sites": list(self.sites),
+            "layer": self.layer,
+            "kind": self.kind,
+            "form": self.form,
+            "heads": list(self.heads),
+            "query_axis": self.query_axis,
+            "key_axis": self.key_axis,
+            "queries": [_plain(token) for token in self.query_tokens],
+            "keys": [_plain(token) for token in self.key_tokens],
+            "weights": self.weights.tolist(),
+            "residual": None if self.residual is None else self.residual.tolist(),
+        }
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that it and the notebook leave each other alone."""
+        rows = min(len(self.query_tokens), 40)
+        source = html.escape(self.to_html(), quote=True)
+        return (
+            f'<iframe sandbox="allow-scripts" srcdoc="{source}" title="attention map" '
+            f'style="width:100%;height:{460 + 18 * rows}px;border:0"></iframe>'
+        )
+
+    @property
+    def _head_count(self) -> int:
+        """H, without decoding anything."""
+        if isinstance(self.raw, RawLinks):
+            return (len(self.raw.row_offsets) - 1) // len(self.query_tokens) if self.query_tokens else 1
+        return int(self.raw.shape[0])
+
+    def _chosen(self, head: int | None) -> tuple[npt.NDArray[np.float32], list[int | None]]:
+        """Weights (H', L, S) of the wanted heads, and their numbers (None for joined ones)."""
+        if self.is_joined:
+            if head is not None:
+                raise ValueError(f"head {head}: this map's heads are joined")
+            return self.weights, [None]
+        if head is None:
+            return self.weights, list(self.heads)
+        if head not in self.heads:
+            raise ValueError(f"head {head} is not in this map; it has {', '.join(map(str, self.heads))}")
+        at = self.heads.index(head)
+        return self.weights[at : at + 1], [head]
+
+    def _densified(self, links: RawLinks) -> npt.NDArray[np.float32]:
+        heads, rows, columns = self._head_count, len(self.query_tokens), len(self.key_tokens)
+        dense = np.zeros((heads * rows, columns), dtype=np.float32)
+        places = np.full(max((token.index for token in self.key_tokens), default=-1) + 1, -1, dtype=np.int64)
+        places[[token.index for token in self.key_tokens]] = np.arange(columns)
+        row_of = np.repeat(np.arange(heads * rows), np.diff(links.row_offsets))
+        dense[row_of, places[links.keys]] = as_float32(links.weights)
+        dense.flags.writeable = False
+        return dense.reshape(heads, rows, columns)
+
+
+def as_float32(weights: Array) -> npt.NDArray[np.float32]:
+    """Weights in float32; uint8 ones were written as the weight times 255. float32 ones are given back as a view."""
+    if weights.dtype == np.uint8:
+        return np.divide(weights, np.float32(255), dtype=np.float32)
+    return weights.astype(np.float32, copy=False).view()
+
+
+def _plain(token: Token) -> dict[str, Any]:
+    return {
+        "index": token.index,
+        "text": token.text,
+        "start": token.start,
+        "end": token.end,
+        "special": token.special,
+        "segment": token.segment,
+    }

@@ -1,0 +1,117 @@
+"""One stream's bookkeeping, without input or output: who is under way, joining pieces, and order."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from attnserve.v1 import inference_service_pb2 as wire
+from google.protobuf.message import DecodeError
+
+from attnserve_client._errors import AttnserveError
+from attnserve_client._results import InferenceResult, StreamAnswer, results_of
+from attnserve_client._status import bad_answer, from_status_bytes
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request under way: its place among the inputs, and the pieces of its answer that have come."""
+
+    index: int
+    pieces: list[bytes] = field(default_factory=list)
+
+
+class Exchange:
+    """The requests of one stream and their answers, each exactly once.
+
+    `open` is called by whoever feeds the stream, `take` by whoever reads it, in another thread: they share `_pending`
+    alone, by single operations on a dict, and a request is entered before it is sent.
+    """
+
+    def __init__(self, timeout: float | None, *, validate_only: bool, prefix: str | None = None) -> None:
+        # Rounded up: a timeout below a millisecond must not become 0, which means none.
+        self._timeout_ms = 0 if timeout is None else min(2**32 - 1, max(1, round(timeout * 1000)))
+        self._validate_only = validate_only
+        self._prefix = prefix or uuid.uuid4().hex
+        self._pending: dict[str, _Pending] = {}
+        self._opened = 0
+
+    @property
+    def pending(self) -> int:
+        """How many requests are under way."""
+        return len(self._pending)
+
+    def open(self, request: wire.InferRequest) -> wire.StreamInferRequest:
+        """Names a request and enters it; gives what to send."""
+        request.request_id = f"{self._prefix}-{self._opened}"
+        self._pending[request.request_id] = _Pending(self._opened)
+        self._opened += 1
+        return wire.StreamInferRequest(request=request, timeout_ms=self._timeout_ms)
+
+    def take(self, message: wire.StreamInferResponse) -> StreamAnswer | None:
+        """Takes what came; gives the answer that is complete with it, if one is.
+
+        Raises:
+            BadAnswer: The answer is nobody's, or its pieces do not follow one another.
+        """
+        request_id = message.request_id
+        pending = self._pending.get(request_id)
+        if pending is None:
+            raise bad_answer(f"an answer came for {request_id!r}, which is not under way", request_id)
+        outcome = self._outcome(message, pending)
+        if outcome is None:
+            return None
+        del self._pending[request_id]
+        return StreamAnswer(pending.index, request_id, outcome)
+
+    def check_done(self) -> None:
+        """The server has ended the stream well: then nothing may be under way.
+
+        Raises:
+            BadAnswer: Something is.
+        """
+        if self._pending:
+            raise bad_answer(f"the stream ended with {len(self._pending)} requests unanswered")
+
+    def _outcome(self, message: wire.StreamInferResponse, pending: _Pending) -> InferenceResult | AttnserveError | None:
+        kind = message.WhichOneof("message")
+        if kind == "status":
+            return from_status_bytes(message.status, message.request_id)
+        if kind == "response":
+            return self._result(message.response)
+        if kind != "chunk":
+            raise bad_answer("a stream message holds neither answer nor status", message.request_id)
+        chunk = message.chunk
+        if chunk.index != len(pending.pieces) or chunk.index >= chunk.count:
+            said = f"piece {chunk.index} of {chunk.count} came after {len(pending.pieces)} others"
+            raise bad_answer(said, message.request_id)
+        pending.pieces.append(chunk.data)
+        if chunk.index + 1 < chunk.count:
+            return None
+        try:
+            return self._result(wire.InferResponse.FromString(b"".join(pending.pieces)))
+        except DecodeError:
+            raise bad_answer("the joined pieces are no answer", message.request_id) from None
+
+    def _result(self, response: wire.InferResponse) -> InferenceResult:
+        return results_of(response, 1, validate_only=self._validate_only)[0]
+
+
+class Ordering:
+    """Hands answers on in the order of the inputs, or at once."""
+
+    def __init__(self, *, ordered: bool) -> None:
+        self._ordered = ordered
+        self._next = 0
+        self._waiting: dict[int, StreamAnswer] = {}
+
+    def add(self, answer: StreamAnswer) -> Iterator[StreamAnswer]:
+        """The answers whose turn it is now that this one has come."""
+        if not self._ordered:
+            yield answer
+            return
+        self._waiting[answer.index] = answer
+        while self._next in self._waiting:
+            yield self._waiting.pop(self._next)
+            self._next += 1

@@ -1,0 +1,144 @@
+"""What callers may pass as input, and its way into a request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+from attnserve.v1 import inference_service_pb2 as wire
+
+from attnserve_client._errors import InvalidRequest
+from attnserve_client._models import ModelInfo
+from attnserve_client._selection import Attention, selection_of
+from attnserve_client._tensors import to_tensor
+
+TokenIds: TypeAlias = "list[int] | npt.NDArray[Any]"
+Input: TypeAlias = "str | tuple[str, str] | TokenIds | Mapping[str, npt.ArrayLike]"
+"""One sequence: text, a pair of texts, token ids, or an array for each input of the model, without the batch axis."""
+Inputs: TypeAlias = "Input | Sequence[Input]"
+Priority = Literal["low", "normal", "high"]
+
+_PRIORITIES: Final[dict[str, wire.Priority.ValueType]] = {
+    "low": wire.PRIORITY_LOW,
+    "normal": wire.PRIORITY_NORMAL,
+    "high": wire.PRIORITY_HIGH,
+}
+DEFAULT_TOKEN_INPUT: Final = "input_ids"  # noqa: S105 - the name of an input, no secret
+
+
+def split(inputs: Inputs) -> tuple[list[Input], bool]:
+    """The sequences of a call, and whether the caller passed a list of them.
+
+    One sequence is a text, a tuple of two texts, a list of integers, an array of rank 1, or a mapping. Any other list,
+    and an array of rank 2, is a list of sequences.
+    """
+    if isinstance(inputs, str | tuple | Mapping):
+        return [inputs], False
+    if isinstance(inputs, np.ndarray):
+        return ([inputs], False) if inputs.ndim < 2 else (list(inputs), True)
+    if isinstance(inputs, list):
+        one = bool(inputs) and all(isinstance(each, int | np.integer) for each in inputs)
+        return ([cast("Input", inputs)], False) if one else (cast("list[Input]", list(inputs)), True)
+    raise TypeError(f"an input must be text, a pair of texts, token ids or arrays by name, not {type(inputs).__name__}")
+
+
+def takes_ids(inputs: Iterable[Input]) -> bool:
+    """Whether some of them are bare token ids, so that the name and type of the model's input must be known."""
+    return any(isinstance(each, list | np.ndarray) for each in inputs)
+
+
+def sequence_of(one: Input, model: ModelInfo | None) -> wire.Sequence:
+    """The message for one sequence.
+
+    Args:
+        one: What the caller passed.
+        model: The model's description, where it is known: it says which input bare token ids are for.
+    """
+    if isinstance(one, str):
+        return wire.Sequence(text=wire.TextInput(text=_text(one)))
+    if isinstance(one, tuple):
+        texts: tuple[Any, ...] = one  # callers without a type checker pass anything
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+            raise TypeError("a tuple is a pair of two texts; pass token ids as a list or an array")
+        return wire.Sequence(text=wire.TextInput(text=_text(one[0]), text_pair=_text(one[1])))
+    if isinstance(one, Mapping):
+        tensors = [to_tensor(name, np.asarray(value)) for name, value in one.items()]
+        return wire.Sequence(tensors=wire.TensorInput(tensors=tensors))
+    if isinstance(one, list | np.ndarray):
+        name = DEFAULT_TOKEN_INPUT if model is None else _token_input(model)
+        ids = _ids(name, one, model.input_dtype(name) if model is not None else None)
+        return wire.Sequence(tensors=wire.TensorInput(tensors=[to_tensor(name, ids)]))
+    raise TypeError(f"an input must be text, a pair of texts, token ids or arrays by name, not {type(one).__name__}")
+
+
+def request_of(
+    *,
+    model: str,
+    version: str,
+    sequences: Iterable[wire.Sequence],
+    outputs: Sequence[str] | None,
+    attention: Attention | bool | None,
+    priority: str,
+    request_id: str,
+    validate_only: bool,
+) -> wire.InferRequest:
+    """The message for a call."""
+    if priority not in _PRIORITIES:
+        raise InvalidRequest.of("priority", f"{priority!r} is not one of {', '.join(_PRIORITIES)}")
+    if isinstance(outputs, str):
+        raise TypeError("outputs must be a list of names, not one name")
+    return wire.InferRequest(
+        model=model,
+        version=str(version),
+        sequences=sequences,
+        outputs=None if outputs is None else wire.OutputSelection(names=outputs),
+        attention=selection_of(attention),
+        priority=_PRIORITIES[priority],
+        validate_only=validate_only,
+        request_id=request_id,
+    )
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Refuses a timeout that cannot become a deadline.
+
+    Raises:
+        InvalidRequest: It is zero, negative or no number.
+    """
+    if timeout is not None and not (timeout > 0 and math.isfinite(timeout)):
+        raise InvalidRequest.of("timeout", f"{timeout} is not a positive number of seconds")
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        described = f"not Unicode text: a lone surrogate at character {error.start}"
+        raise InvalidRequest.of("text", described) from None
+    return text
+
+
+def _token_input(model: ModelInfo) -> str:
+    name = model.token_input
+    if name is None:
+        names = ", ".join(spec.name for spec in model.inputs)
+        said = f"token ids need one input that is plainly theirs; pass a dict with arrays for: {names}"
+        raise InvalidRequest.of("inputs", said)
+    return name
+
+
+def _ids(name: str, ids: Any, dtype: str | None) -> npt.NDArray[Any]:
+    array = np.asarray(ids)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        said = f"token ids must be integers of rank 1, not {array.dtype} of rank {array.ndim}"
+        raise InvalidRequest.of(name, said)
+    target = np.dtype(dtype if dtype in ("int32", "int64") else "int64")
+    bounds = np.iinfo(target)
+    if array.size and not (bounds.min <= int(array.min()) and int(array.max()) <= bounds.max):
+        raise InvalidRequest.of(name, f"token ids do not fit {target}")
+    return array.astype(target, copy=False)

@@ -1,0 +1,173 @@
+"""What a model is, as the server describes it: inputs, outputs, axes, sites and limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from attnserve.v1 import attention_pb2, model_pb2
+
+from attnserve_client._tensors import dtype_name
+
+KINDS: Final[dict[int, str]] = {
+    attention_pb2.ATTENTION_KIND_SELF: "self",
+    attention_pb2.ATTENTION_KIND_CAUSAL: "causal",
+    attention_pb2.ATTENTION_KIND_CROSS: "cross",
+}
+FORMS: Final[dict[int, str]] = {
+    attention_pb2.ATTENTION_FORM_DENSE: "dense",
+    attention_pb2.ATTENTION_FORM_WINDOWED: "windowed",
+    attention_pb2.ATTENTION_FORM_LINEAR: "linear",
+}
+_STATES: Final[dict[int, str]] = {
+    model_pb2.MODEL_STATE_LOADING: "loading",
+    model_pb2.MODEL_STATE_READY: "ready",
+    model_pb2.MODEL_STATE_DRAINING: "draining",
+    model_pb2.MODEL_STATE_FAILED: "failed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output. `shape` has an axis symbol or a fixed length for each axis, without the batch axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A dynamic axis: its symbol, its greatest length, and whether sequences of other lengths may share its batch."""
+
+    symbol: str
+    max_length: int
+    paddable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place in the graph where attention is computed. `unavailable_reason` is empty where it answers."""
+
+    name: str
+    layer: int
+    kind: str
+    form: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    query_axis: str
+    key_axis: str
+    unavailable_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One version of a model.
+
+    Attributes:
+        name: Its name.
+        version: Its version, a positive integer in decimal.
+        digest: `sha256:` and the hexadecimal digest of its bundle.
+        state: `loading`, `ready`, `draining`, `failed`, or `unknown`.
+        state_reason: Why it is failed; empty otherwise.
+        inputs: What it takes.
+        outputs: What it gives.
+        axes: Its dynamic axes, without the batch axis.
+        sites: Where it attends.
+        accepts_text: Whether it takes text.
+        vocabulary_size: Token ids run from 0 to this less 1; 0 where it takes none.
+        max_batch_size: Most sequences in one request.
+        max_text_bytes: Most bytes of UTF-8 in one text.
+        max_response_bytes: Most bytes of tensor data in one answer.
+        precision: `fp32`, `fp16` or `int8`.
+        execution_provider: What runs it; empty until loaded.
+    """
+
+    name: str
+    version: str
+    digest: str
+    state: str
+    state_reason: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    axes: tuple[Axis, ...]
+    sites: tuple[Site, ...]
+    accepts_text: bool
+    vocabulary_size: int
+    max_batch_size: int
+    max_text_bytes: int
+    max_response_bytes: int
+    precision: str
+    execution_provider: str
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answers."""
+        return self.state == "ready"
+
+    @property
+    def token_input(self) -> str | None:
+        """The input that bare token ids are for; None where that is not plain.
+
+        It is `input_ids` where there is one, else the only input of rank 1 and integer type that a caller must give.
+        """
+        names = [spec.name for spec in self.inputs]
+        if "input_ids" in names:
+            return "input_ids"
+        fits = [spec for spec in self.inputs if not spec.optional and len(spec.shape) == 1 and "int" in spec.dtype]
+        return fits[0].name if len(fits) == 1 else None
+
+    def input_dtype(self, name: str) -> str | None:
+        """The element type of one input; None where there is no such input."""
+        return next((spec.dtype for spec in self.inputs if spec.name == name), None)
+
+
+def model_of(message: model_pb2.Model) -> ModelInfo:
+    """The description that a message holds."""
+    return ModelInfo(
+        name=message.name,
+        version=message.version,
+        digest=message.digest,
+        state=_STATES.get(message.state, "unknown"),
+        state_reason=message.state_reason,
+        inputs=tuple(_spec(each) for each in message.inputs),
+        outputs=tuple(_spec(each) for each in message.outputs),
+        axes=tuple(Axis(each.symbol, each.max_length, each.paddable) for each in message.axes),
+        sites=tuple(_site(each) for each in message.sites),
+        accepts_text=message.accepts_text,
+        vocabulary_size=message.vocabulary_size,
+        max_batch_size=message.max_batch_size,
+        max_text_bytes=message.max_text_bytes,
+        max_response_bytes=message.max_response_bytes,
+        precision=message.precision,
+        execution_provider=message.execution_provider,
+    )
+
+
+def is_ready(models: list[ModelInfo]) -> bool:
+    """Whether there is a model and the highest version of each is ready."""
+    highest: dict[str, ModelInfo] = {}
+    for model in models:
+        best = highest.get(model.name)
+        if best is None or _rank(model) > _rank(best):
+            highest[model.name] = model
+    return bool(highest) and all(model.ready for model in highest.values())
+
+
+def _rank(model: ModelInfo) -> int:
+    return int(model.version) if model.version.isdecimal() else -1
+
+
+def _spec(message: model_pb2.TensorSpec) -> TensorSpec:
+    shape = tuple(each.symbol if each.WhichOneof("extent") == "symbol" else each.size for each in message.shape)
+    return TensorSpec(message.name, dtype_name(message.dtype), shape, message.optional)
+
+
+def _site(message: model_pb2.Site) -> Site:
+    facts: dict[str, Any] = {
+        name: getattr(message, name)
+        for name in ("name", "layer", "heads", "kv_heads", "head_dim", "query_axis", "key_axis", "unavailable_reason")
+    }
+    return Site(kind=KINDS.get(message.kind, "unknown"), form=FORMS.get(message.form, "unknown"), **facts)

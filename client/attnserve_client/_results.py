@@ -1,0 +1,231 @@
+"""What comes back for a call, and its way from the wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from attnserve.v1 import attention_pb2
+from attnserve.v1 import inference_service_pb2 as wire
+
+from attnserve_client._attention import AttentionMap, RawLinks, Token
+from attnserve_client._errors import AttnserveError, BadAnswer
+from attnserve_client._models import FORMS, KINDS
+from attnserve_client._selection import Attention
+from attnserve_client._status import bad_answer
+from attnserve_client._tensors import to_array
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How one sequence was run; all zeros where nothing was.
+
+    Attributes:
+        batch_size: Sequences that shared the run, this one included.
+        useful_tokens: Positions of all those sequences that carry data.
+        padded_tokens: Positions that the runtime worked on, padding included.
+        queue_s: From arrival to the start of the run, in seconds.
+        compute_s: The run itself, in seconds.
+        instance: The instance it ran on, from 0.
+    """
+
+    batch_size: int = 0
+    useful_tokens: int = 0
+    padded_tokens: int = 0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    instance: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What answered: model, version, bundle digest, execution provider and the weights' element type."""
+
+    request_id: str
+    model: str
+    version: str
+    digest: str
+    execution_provider: str
+    precision: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InferenceResult:
+    """The answer for one sequence.
+
+    Attributes:
+        outputs: The wanted outputs by name, without the batch axis: read-only views of the answer's bytes.
+        attention: One map for each chosen site, or one for all with joined layers; empty where none was asked for.
+        run: How it was run.
+        receipt: What answered; the same for all sequences of one call.
+        effective_attention: The selection that was carried out, with defaults filled in; None without attention.
+        predicted_bytes: Bytes of tensor data in the whole answer, all sequences of the call together.
+    """
+
+    outputs: dict[str, npt.NDArray[Any]]
+    attention: list[AttentionMap]
+    run: Run
+    receipt: Receipt
+    effective_attention: Attention | None
+    predicted_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StreamAnswer:
+    """One input's end on a stream: a result or an error.
+
+    Attributes:
+        index: The input's place among all that the stream took, from 0.
+        request_id: The request's id on the stream.
+        error: Why it failed; None where it went well.
+    """
+
+    index: int
+    request_id: str
+    outcome: InferenceResult | AttnserveError
+
+    @property
+    def error(self) -> AttnserveError | None:
+        """Why it failed; None where it went well."""
+        return self.outcome if isinstance(self.outcome, AttnserveError) else None
+
+    @property
+    def result(self) -> InferenceResult:
+        """The result.
+
+        Raises:
+            AttnserveError: This one request failed.
+        """
+        if isinstance(self.outcome, AttnserveError):
+            raise self.outcome
+        return self.outcome
+
+
+def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bool) -> list[InferenceResult]:
+    """The results of one answer, as many as the call had sequences; with `validate_only` without outputs.
+
+    Raises:
+        BadAnswer: The answer breaks the contract.
+    """
+    receipt = Receipt(
+        request_id=message.receipt.request_id,
+        model=message.receipt.model,
+        version=message.receipt.version,
+        digest=message.receipt.digest,
+        execution_provider=message.receipt.execution_provider,
+        precision=message.receipt.precision,
+    )
+    asked = message.HasField("effective_attention")
+    effective = Attention.from_wire(message.effective_attention) if asked else None
+    items = [wire.SequenceResult()] * sequences if validate_only else message.results
+    if len(items) != sequences:
+        raise bad_answer(f"{len(items)} results for {sequences} sequences", receipt.request_id)
+    try:
+        return [
+            InferenceResult(
+                outputs={tensor.name: to_array(tensor) for tensor in item.outputs},
+                attention=_maps_of(item.attention, receipt.model),
+                run=_run_of(item.run),
+                receipt=receipt,
+                effective_attention=effective,
+                predicted_bytes=message.predicted_bytes,
+            )
+            for item in items
+        ]
+    except BadAnswer as error:
+        error.request_id = receipt.request_id
+        raise
+
+
+def _run_of(message: wire.Run) -> Run:
+    return Run(
+        batch_size=message.batch_size,
+        useful_tokens=message.useful_tokens,
+        padded_tokens=message.padded_tokens,
+        queue_s=message.queue_seconds,
+        compute_s=message.compute_seconds,
+        instance=message.instance,
+    )
+
+
+def _maps_of(message: attention_pb2.Attention, model: str) -> list[AttentionMap]:
+    axes = {units.axis: _tokens_of(units) for units in message.axes}
+    return [_map_of(each, axes, model) for each in message.maps]
+
+
+def _tokens_of(units: attention_pb2.AxisUnits) -> tuple[Token, ...]:
+    count = units.length
+    for name in ("texts", "starts", "ends", "special", "segments"):
+        if len(getattr(units, name)) not in (0, count):
+            raise bad_answer(f"axis {units.axis!r} has {count} units and {len(getattr(units, name))} {name}")
+    return tuple(
+        Token(
+            index=index,
+            text=units.texts[index] if units.texts else str(index),
+            start=units.starts[index] if units.starts else 0,
+            end=units.ends[index] if units.ends else 0,
+            special=units.special[index] if units.special else False,
+            segment=units.segments[index] if units.segments else 0,
+        )
+        for index in range(count)
+    )
+
+
+def _map_of(message: attention_pb2.AttentionMap, axes: dict[str, tuple[Token, ...]], model: str) -> AttentionMap:
+    rows = _chosen(axes, message.query_axis, message.query_indices)
+    columns = _chosen(axes, message.key_axis, message.key_indices)
+    residual: npt.NDArray[np.float32] | None = None
+    raw: npt.NDArray[Any] | RawLinks
+    if message.WhichOneof("content") == "links":
+        links = message.links
+        raw = RawLinks(to_array(links.row_offsets), to_array(links.keys), to_array(links.weights))
+        residual = to_array(links.residual)
+        _check_links(raw, residual, len(rows), {token.index for token in columns})
+    else:
+        raw = to_array(message.weights)
+        if raw.shape[1:] != (len(rows), len(columns)) or raw.shape[0] not in (1, len(message.heads)):
+            raise bad_answer(f"a map of shape {raw.shape} came for {len(rows)} queries and {len(columns)} keys")
+    return AttentionMap(
+        sites=tuple(message.sites),
+        layer=message.layer,
+        kind=KINDS.get(message.kind, "unknown"),
+        form=FORMS.get(message.form, "unknown"),
+        heads=tuple(message.heads),
+        query_axis=message.query_axis,
+        key_axis=message.key_axis,
+        query_tokens=rows,
+        key_tokens=columns,
+        raw=raw,
+        residual=residual,
+        axis_tokens=axes,
+        model=model,
+    )
+
+
+def _chosen(axes: dict[str, tuple[Token, ...]], axis: str, indices: Any) -> tuple[Token, ...]:
+    if axis not in axes:
+        raise bad_answer(f"a map names the axis {axis!r}, of which the answer has no units")
+    tokens = axes[axis]
+    if not indices:
+        return tokens
+    if max(indices) >= len(tokens):
+        raise bad_answer(f"a map names unit {max(indices)} of the axis {axis!r}, which has {len(tokens)}")
+    return tuple(tokens[index] for index in indices)
+
+
+def _check_links(links: RawLinks, residual: npt.NDArray[np.float32], rows: int, columns: set[int]) -> None:
+    offsets = links.row_offsets
+    fits = (
+        offsets.ndim == residual.ndim - 1 == links.keys.ndim == links.weights.ndim == 1
+        and residual.shape[1] == rows
+        and len(offsets) == residual.size + 1
+        and bool(np.all(np.diff(offsets) >= 0))
+        and offsets[0] == 0
+        and offsets[-1] == len(links.keys) == len(links.weights)
+    )
+    if not fits:
+        raise bad_answer("the offsets, keys, weights and residual of its links do not fit together")
+    if not columns.issuperset(links.keys.tolist()):
+        raise bad_answer("a link names a key that is not among the map's columns")

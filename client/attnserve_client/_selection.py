@@ -1,0 +1,166 @@
+"""What part of the attention to ask for, in friendly names, and its way to the wire and back."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeVar, get_args
+
+from attnserve.v1 import attention_pb2 as wire
+from attnserve.v1 import tensor_pb2
+
+from attnserve_client._errors import InvalidRequest
+
+HeadReduction = Literal["each", "mean", "max"]
+LayerReduction = Literal["each", "mean", "rollout"]
+Unit = Literal["token", "word"]
+SpecialTokens = Literal["keep", "drop"]
+WeightDtype = Literal["float32", "float16", "uint8"]
+
+_HEADS: Final[dict[str, wire.HeadReduction.ValueType]] = {
+    "each": wire.HEAD_REDUCTION_EACH,
+    "mean": wire.HEAD_REDUCTION_MEAN,
+    "max": wire.HEAD_REDUCTION_MAX,
+}
+_LAYERS: Final[dict[str, wire.LayerReduction.ValueType]] = {
+    "each": wire.LAYER_REDUCTION_EACH,
+    "mean": wire.LAYER_REDUCTION_MEAN,
+    "rollout": wire.LAYER_REDUCTION_ROLLOUT,
+}
+_UNITS: Final[dict[str, wire.AttentionUnit.ValueType]] = {
+    "token": wire.ATTENTION_UNIT_TOKEN,
+    "word": wire.ATTENTION_UNIT_WORD,
+}
+_SPECIAL: Final[dict[str, wire.SpecialTokens.ValueType]] = {
+    "keep": wire.SPECIAL_TOKENS_KEEP,
+    "drop": wire.SPECIAL_TOKENS_DROP,
+}
+_DTYPES: Final[dict[str, tensor_pb2.DataType.ValueType]] = {
+    "float32": tensor_pb2.DATA_TYPE_FLOAT32,
+    "float16": tensor_pb2.DATA_TYPE_FLOAT16,
+    "uint8": tensor_pb2.DATA_TYPE_UINT8,
+}
+_V = TypeVar("_V", bound=int)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """A part of the attention. Everything left out means: all of it, as it is.
+
+    The server takes these steps in this order: sites, heads, layers, words, special tokens, query rows, links, dtype.
+
+    Attributes:
+        sites: Names of sites, as `Client.model` lists them.
+        layers: Positions in the model's list of sites; negative ones count from the end.
+        heads: Which heads to take, by index, negative ones from the end; or `"each"`, `"mean"`, `"max"` over all.
+        head_reduction: How the chosen heads are joined, where `heads` lists some.
+        layer_reduction: `"each"` site by itself, their `"mean"`, or the `"rollout"` (Abnar and Zuidema 2020).
+        queries: Which rows, as indices of units with special tokens counted; negative ones count from the end.
+        unit: What a row and a column stand for: `"token"` or `"word"`.
+        special_tokens: `"keep"` them, or `"drop"` them and bring the rows back to sum 1.
+        top_k: Keep this many weights of each row, the greatest; 0 keeps all.
+        min_weight: Keep weights of at least this, from 0 to 1; 0 keeps all.
+        dtype: How weights travel: `"float32"`, `"float16"` (half of it), `"uint8"` (a quarter, off by 1/510).
+    """
+
+    sites: Sequence[str] = ()
+    layers: Sequence[int] = ()
+    heads: Sequence[int] | HeadReduction = ()
+    head_reduction: HeadReduction | None = None
+    layer_reduction: LayerReduction | None = None
+    queries: Sequence[int] = ()
+    unit: Unit | None = None
+    special_tokens: SpecialTokens | None = None
+    top_k: int = 0
+    min_weight: float = 0.0
+    dtype: WeightDtype | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sites, str):
+            object.__setattr__(self, "sites", (self.sites,))
+        for name in ("sites", "layers", "queries"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.heads, str):
+            if self.head_reduction not in (None, self.heads):
+                said = f"heads {self.heads!r} and head_reduction {self.head_reduction!r} differ"
+                raise InvalidRequest.of("attention.head_reduction", said)
+            object.__setattr__(self, "head_reduction", self.heads)
+            object.__setattr__(self, "heads", ())
+        object.__setattr__(self, "heads", tuple(self.heads))
+
+    def to_wire(self) -> wire.AttentionSelection:
+        """The message for it.
+
+        Raises:
+            InvalidRequest: A choice is not one of the known ones, or a number does not fit its field.
+        """
+        message = wire.AttentionSelection(sites=self.sites)
+        message.layers.extend(_integers("layers", self.layers))
+        message.heads.extend(_integers("heads", () if isinstance(self.heads, str) else self.heads))
+        message.queries.extend(_integers("queries", self.queries))
+        if self.head_reduction is not None:
+            message.head_reduction = _choice("head_reduction", self.head_reduction, _HEADS)
+        if self.layer_reduction is not None:
+            message.layer_reduction = _choice("layer_reduction", self.layer_reduction, _LAYERS)
+        if self.unit is not None:
+            message.unit = _choice("unit", self.unit, _UNITS)
+        if self.special_tokens is not None:
+            message.special_tokens = _choice("special_tokens", self.special_tokens, _SPECIAL)
+        if self.dtype is not None:
+            message.dtype = _choice("dtype", self.dtype, _DTYPES)
+        (message.top_k,) = _integers("top_k", (self.top_k,), least=0, most=2**32 - 1)
+        message.min_weight = self.min_weight
+        return message
+
+    @classmethod
+    def from_wire(cls, message: wire.AttentionSelection) -> Attention:
+        """The selection that a server says it carried out."""
+        return cls(
+            sites=tuple(message.sites),
+            layers=tuple(message.layers),
+            heads=tuple(message.heads),
+            head_reduction=_named(message.head_reduction, _HEADS, get_args(HeadReduction)),
+            layer_reduction=_named(message.layer_reduction, _LAYERS, get_args(LayerReduction)),
+            queries=tuple(message.queries),
+            unit=_named(message.unit, _UNITS, get_args(Unit)),
+            special_tokens=_named(message.special_tokens, _SPECIAL, get_args(SpecialTokens)),
+            top_k=message.top_k,
+            min_weight=message.min_weight,
+            dtype=_named(message.dtype, _DTYPES, get_args(WeightDtype)),
+        )
+
+
+def selection_of(attention: Attention | bool | None) -> wire.AttentionSelection | None:
+    """The message for what callers may pass: a selection, True for all of it, False or None for nothing."""
+    if attention is None or attention is False:
+        return None
+    if attention is True:
+        return wire.AttentionSelection()
+    if isinstance(attention, Attention):
+        return attention.to_wire()
+    raise TypeError(f"attention must be an Attention, True, or None, not {type(attention).__name__}")
+
+
+def _integers(field: str, values: Sequence[int], least: int = -(2**31), most: int = 2**31 - 1) -> list[int]:
+    checked = []
+    for position, value in enumerate(values):
+        number = operator.index(value)
+        if not least <= number <= most:
+            where = f"attention.{field}" if field == "top_k" else f"attention.{field}[{position}]"
+            raise InvalidRequest.of(where, f"{number} is not from {least} to {most}")
+        checked.append(number)
+    return checked
+
+
+def _choice(field: str, value: str, known: dict[str, _V]) -> _V:
+    if value not in known:
+        raise InvalidRequest.of(f"attention.{field}", f"{value!r} is not one of {', '.join(known)}")
+    return known[value]
+
+
+_N = TypeVar("_N", bound=str)
+
+
+def _named(code: int, known: dict[str, _V], names: tuple[_N, ...]) -> _N | None:
+    return next((name for name in names if known[name] == code), None)

@@ -1,0 +1,293 @@
+"""Made-up answers: embeddings and attention that follow from the text alone, and keep the contract's promises."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from attnserve.v1 import attention_pb2, model_pb2, tensor_pb2
+from attnserve.v1 import inference_service_pb2 as wire
+
+from attnserve_client._errors import AttentionUnavailable, InvalidRequest
+from attnserve_client._selection import Attention
+from attnserve_client._tensors import to_array, to_tensor
+
+AXIS: Final = "seq"
+PIECE: Final = 6
+"""Longest token in characters: longer words are cut into pieces, so that tokens and words differ."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How large the made-up model is."""
+
+    dimensions: int
+    layers: int
+    heads: int
+    max_length: int
+
+    def describe(self, name: str, state: str) -> model_pb2.Model:
+        """What `GetModel` says of it."""
+        seq = model_pb2.Dimension(symbol=AXIS)
+        width = model_pb2.Dimension(size=self.dimensions)
+        return model_pb2.Model(
+            name=name,
+            version="1",
+            digest="sha256:" + hashlib.sha256(name.encode()).hexdigest(),
+            state=model_pb2.ModelState.Value(f"MODEL_STATE_{state.upper()}"),
+            inputs=[model_pb2.TensorSpec(name="input_ids", dtype=tensor_pb2.DATA_TYPE_INT64, shape=[seq])],
+            outputs=[
+                model_pb2.TensorSpec(name="embedding", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[width]),
+                model_pb2.TensorSpec(name="last_hidden_state", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[seq, width]),
+            ],
+            axes=[model_pb2.Axis(symbol=AXIS, max_length=self.max_length, paddable=True)],
+            sites=[
+                model_pb2.Site(
+                    name=f"layer.{layer}",
+                    layer=layer,
+                    kind=attention_pb2.ATTENTION_KIND_SELF,
+                    form=attention_pb2.ATTENTION_FORM_DENSE,
+                    heads=self.heads,
+                    kv_heads=self.heads,
+                    head_dim=8,
+                    query_axis=AXIS,
+                    key_axis=AXIS,
+                )
+                for layer in range(self.layers)
+            ],
+            accepts_text=True,
+            vocabulary_size=2**31,
+            max_batch_size=64,
+            max_text_bytes=1 << 20,
+            max_response_bytes=64 << 20,
+            precision="fp32",
+            execution_provider="FakeExecutionProvider",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One token of a made-up tokenizer; `word` counts words, and is -1 for special tokens."""
+
+    text: str
+    word: int = -1
+    start: int = 0
+    end: int = 0
+    segment: int = 0
+
+    @property
+    def special(self) -> bool:
+        """Whether it is [CLS] or [SEP]."""
+        return self.word < 0
+
+
+def tokenize(sequence: wire.Sequence) -> list[Unit]:
+    """The tokens of a sequence: words in pieces between [CLS] and [SEP], or ids as they came.
+
+    Raises:
+        InvalidRequest: There is no text and no `input_ids`, or nothing in it.
+    """
+    if sequence.WhichOneof("input") == "tensors":
+        tensors = {tensor.name: to_array(tensor) for tensor in sequence.tensors.tensors}
+        if set(tensors) != {"input_ids"} or tensors["input_ids"].ndim != 1 or not tensors["input_ids"].size:
+            raise InvalidRequest.of("tensors", "the fake model takes one tensor `input_ids` of rank 1, not empty")
+        return [Unit(str(token), word) for word, token in enumerate(tensors["input_ids"].tolist())]
+    if not sequence.text.text:
+        raise InvalidRequest.of("text", "length 0 is below 1")
+    units, word = [Unit("[CLS]")], 0
+    for segment, text in enumerate((sequence.text.text, sequence.text.text_pair)):
+        for match in re.finditer(r"\w+|[^\w\s]", text):
+            for start in range(match.start(), match.end(), PIECE):
+                end = min(match.end(), start + PIECE)
+                mark = "" if start == match.start() else "##"
+                units.append(Unit(mark + text[start:end], word, start, end, segment))
+            word += 1
+        if text:
+            units.append(Unit("[SEP]"))
+    return units
+
+
+def outputs_of(units: list[Unit], shape: Shape) -> dict[str, Array]:
+    """Outputs by name: a hidden state (L, D) from each token's text, and their normalised mean."""
+    hidden = np.stack([_vector(unit.text, shape.dimensions) for unit in units])
+    mean = hidden.mean(axis=0)
+    return {"embedding": mean / max(float(np.linalg.norm(mean)), 1e-9), "last_hidden_state": hidden}
+
+
+def attention_of(units: list[Unit], selection: Attention, shape: Shape, model: str) -> attention_pb2.Attention:
+    """The attention that a selection asks for, reduced in the contract's order.
+
+    Raises:
+        InvalidRequest: A site, layer, head or query is out of range.
+        AttentionUnavailable: The model has no sites.
+    """
+    layers = chosen_layers(selection, shape, model)
+    heads = _indices("heads", selection.heads, shape.heads) or list(range(shape.heads))
+    rollout = selection.layer_reduction == "rollout"
+    by_layer = [_join(_weights(units, layer, shape)[heads], selection, rollout=rollout) for layer in layers]
+    if rollout:
+        identity, joined = np.eye(len(units)), np.eye(len(units))
+        for weights in by_layer:
+            joined = (weights[0] + identity) / 2 @ joined
+        by_layer = [joined[None]]
+    elif selection.layer_reduction == "mean":
+        by_layer = [np.mean(by_layer, axis=0)]
+    if selection.unit == "word":
+        by_layer = [_by_word(weights, units) for weights in by_layer]
+        units = _words(units)
+    special = np.array([unit.special for unit in units])
+    keys = list(range(len(units)))
+    queries = _indices("queries", selection.queries, len(units)) or keys
+    if selection.special_tokens == "drop":
+        keys = [index for index in keys if not special[index]]
+        queries = queries if selection.queries else keys
+        by_layer = [_renormalised(weights[:, :, keys]) for weights in by_layer]
+    answer = attention_pb2.Attention(axes=[_axis(units)])
+    for position, weights in enumerate(by_layer):
+        single = len(by_layer) == len(layers) and selection.layer_reduction not in ("mean", "rollout")
+        names = [f"layer.{layer}" for layer in ([layers[position]] if single else layers)]
+        answer.maps.append(
+            attention_pb2.AttentionMap(
+                sites=names,
+                layer=layers[position] if single else -1,
+                kind=attention_pb2.ATTENTION_KIND_SELF,
+                form=attention_pb2.ATTENTION_FORM_DENSE,
+                heads=heads,
+                query_axis=AXIS,
+                key_axis=AXIS,
+                query_indices=queries if len(queries) < len(units) or selection.queries else [],
+                key_indices=keys if len(keys) < len(units) else [],
+            )
+        )
+        _fill(answer.maps[-1], weights[:, queries].astype(np.float32), keys, selection)
+    return answer
+
+
+def chosen_layers(selection: Attention, shape: Shape, model: str) -> list[int]:
+    """The positions of the chosen sites, ascending."""
+    if not shape.layers:
+        raise AttentionUnavailable(
+            f"model {model!r}: it has no attention sites",
+            code="FAILED_PRECONDITION",
+            reason="ATTENTION_UNAVAILABLE",
+            metadata={"model": model},
+        )
+    names = [f"layer.{layer}" for layer in range(shape.layers)]
+    for position, name in enumerate(selection.sites):
+        if name not in names:
+            raise InvalidRequest.of(f"attention.sites[{position}]", f"{name!r} is not one of {', '.join(names)}")
+    chosen = {names.index(name) for name in selection.sites}
+    chosen |= set(_indices("layers", selection.layers, shape.layers))
+    return sorted(chosen) or list(range(shape.layers))
+
+
+def _indices(field: str, values: Any, length: int) -> list[int]:
+    found = []
+    for position, value in enumerate(values):
+        if not -length <= value < length:
+            raise InvalidRequest.of(f"attention.{field}[{position}]", f"{value} is out of range for {length}")
+        found.append(value % length)
+    return found
+
+
+def _vector(text: str, width: int) -> Array:
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return np.random.default_rng(seed).standard_normal(width).astype(np.float32)
+
+
+def _weights(units: list[Unit], layer: int, shape: Shape) -> Array:
+    """Weights (H, L, L) of one layer; rows sum to 1."""
+    maps = []
+    for head in range(shape.heads):
+        queries = np.stack([_vector(f"q{layer}.{head}.{unit.text}", 8) for unit in units])
+        keys = np.stack([_vector(f"k{layer}.{head}.{unit.text}", 8) for unit in units])
+        scores = np.exp(queries.astype(np.float64) @ keys.T / np.sqrt(8))
+        maps.append(scores / scores.sum(axis=-1, keepdims=True))
+    return np.stack(maps)
+
+
+def _join(weights: Array, selection: Attention, *, rollout: bool) -> Array:
+    reduction = selection.head_reduction or ("mean" if rollout else "each")
+    if reduction == "each":
+        if rollout:
+            raise InvalidRequest.of("attention.head_reduction", "`each` cannot be had together with `rollout`")
+        return weights
+    joined: Array = weights.mean(axis=0) if reduction == "mean" else weights.max(axis=0)
+    return _renormalised(joined[None]) if rollout else joined[None]
+
+
+def _groups(units: list[Unit]) -> list[list[int]]:
+    groups: list[list[int]] = []
+    for index, unit in enumerate(units):
+        if groups and not unit.special and units[groups[-1][0]].word == unit.word:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _words(units: list[Unit]) -> list[Unit]:
+    words = []
+    for group in _groups(units):
+        first, last = units[group[0]], units[group[-1]]
+        text = first.text + "".join(units[index].text.removeprefix("##") for index in group[1:])
+        words.append(Unit(text, first.word, first.start, last.end, first.segment))
+    return words
+
+
+def _by_word(weights: Array, units: list[Unit]) -> Array:
+    """Pieces summed over keys and averaged over queries."""
+    groups = _groups(units)
+    summed: Array = np.stack([weights[:, :, group].sum(axis=2) for group in groups], axis=2)
+    averaged: Array = np.stack([summed[:, group].mean(axis=1) for group in groups], axis=1)
+    return averaged
+
+
+def _renormalised(weights: Array) -> Array:
+    total = weights.sum(axis=-1, keepdims=True)
+    divided: Array = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return divided
+
+
+def _axis(units: list[Unit]) -> attention_pb2.AxisUnits:
+    return attention_pb2.AxisUnits(
+        axis=AXIS,
+        length=len(units),
+        texts=[unit.text for unit in units],
+        starts=[unit.start for unit in units],
+        ends=[unit.end for unit in units],
+        special=[unit.special for unit in units],
+        segments=[unit.segment for unit in units],
+    )
+
+
+def _encoded(weights: Array, dtype: str | None) -> Array:
+    if dtype == "uint8":
+        return np.asarray(np.rint(weights * 255), dtype=np.uint8)
+    return weights.astype(np.float16 if dtype == "float16" else np.float32)
+
+
+def _fill(target: attention_pb2.AttentionMap, weights: Array, keys: list[int], selection: Attention) -> None:
+    if not selection.top_k and not selection.min_weight:
+        target.weights.CopyFrom(to_tensor("", _encoded(weights, selection.dtype)))
+        return
+    rows = weights.reshape(-1, weights.shape[-1])
+    offsets, columns, kept, residual = [0], list[int](), list[float](), list[float]()
+    for row in rows:
+        order = np.argsort(-row, kind="stable")[: selection.top_k or len(row)]
+        order = order[row[order] >= selection.min_weight]
+        columns.extend(keys[place] for place in order)
+        kept.extend(row[order])
+        residual.append(row.sum() - row[order].sum())
+        offsets.append(len(columns))
+    target.links.row_offsets.CopyFrom(to_tensor("", np.array(offsets, dtype=np.int64)))
+    target.links.keys.CopyFrom(to_tensor("", np.array(columns, dtype=np.int32)))
+    target.links.weights.CopyFrom(to_tensor("", _encoded(np.array(kept, dtype=np.float32), selection.dtype)))
+    left_out = np.array(residual, dtype=np.float32).reshape(weights.shape[:2])
+    target.links.residual.CopyFrom(to_tensor("", left_out))

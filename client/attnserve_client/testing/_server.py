@@ -1,0 +1,310 @@
+"""The fake server itself: gRPC, programmable failures and delays, and a record of what was asked."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent import futures
+from types import TracebackType
+from typing import Any, Final, NoReturn, Self
+
+import grpc
+from attnserve.v1 import attention_pb2, inference_service_pb2_grpc
+from attnserve.v1 import inference_service_pb2 as wire
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from attnserve_client._errors import AttnserveError, InvalidRequest, ModelNotFound, NotServing, Overloaded
+from attnserve_client._selection import Attention
+from attnserve_client._status import DOMAIN
+from attnserve_client._tensors import to_tensor
+from attnserve_client.testing._answers import Shape, attention_of, chosen_layers, outputs_of, tokenize
+
+_THREADS: Final = 64
+"""Each connection holds one with its health watch; the pool makes them as they are needed."""
+_SERVING: Final = b"\x08\x01"
+"""`grpc.health.v1.HealthCheckResponse(status=SERVING)`, written out: its package is not among the client's needs."""
+_OUTPUTS: Final = ("embedding", "last_hidden_state")
+
+
+class FakeServer:
+    """A server on a free loopback port with one made-up model. Use it as a context manager.
+
+    The same text always gives the same embedding and the same attention; rows of attention sum to 1. Words longer than
+    six characters are cut into pieces, so that tokens and words differ.
+
+    Args:
+        model: The model's name; its version is `1`.
+        dimensions: Length of the `embedding` output and of each row of `last_hidden_state`.
+        layers: Attention sites; with 0 asking for attention fails as it does on a real model without sites.
+        heads: Heads of each site.
+        max_length: Longest sequence in tokens.
+        chunk_bytes: Answers on a stream that are larger come in pieces of this size; 0 never cuts.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "fake",
+        dimensions: int = 16,
+        layers: int = 2,
+        heads: int = 4,
+        max_length: int = 256,
+        chunk_bytes: int = 0,
+    ) -> None:
+        self.model = model
+        self.latency_s = 0.0
+        """Seconds that each request takes; set it at any time."""
+        self.state = "ready"
+        """`ready`, `loading`, `draining` or `failed`: what `GetModel` says, and whether `Infer` answers."""
+        self.requests: list[wire.InferRequest] = []
+        """Every request to run something, in the order they came, failed ones too."""
+        self.metadata: list[dict[str, Any]] = []
+        """The metadata of every call, in the order they came."""
+        self.shape = Shape(dimensions, layers, heads, max_length)
+        self.chunk_bytes = chunk_bytes
+        self._failures: deque[AttnserveError] = deque()  # taken by the server's threads, single operations only
+        self._stopping = threading.Event()
+        self._server = grpc.server(futures.ThreadPoolExecutor(_THREADS))
+        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(_Servicer(self), self._server)
+        self._server.add_generic_rpc_handlers((self._health(),))
+        self._port = self._server.add_insecure_port("127.0.0.1:0")
+
+    def __enter__(self) -> Self:
+        self._server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def target(self) -> str:
+        """Where it listens, for `Client` and `AsyncClient`."""
+        return f"127.0.0.1:{self._port}"
+
+    def stop(self) -> None:
+        """Ends it at once; calls under way fail. Leaving the context does the same."""
+        self._stopping.set()
+        self._server.stop(None).wait()
+
+    def fail_next(self, error: AttnserveError, times: int = 1) -> None:
+        """Lets the next request fail, or the next few, with the error that the client shall see."""
+        self._failures.extend([error] * times)
+
+    @staticmethod
+    def overloaded(retry_delay_s: float | None = 0.0) -> Overloaded:
+        """A refusal that the client may retry after `retry_delay_s`."""
+        return Overloaded(
+            "overloaded (queue_full): 64 exceeds 64",
+            code="RESOURCE_EXHAUSTED",
+            reason="OVERLOADED",
+            metadata={"cause": "queue_full", "limit": "64", "value": "64"},
+            retry_delay_s=retry_delay_s,
+        )
+
+    def not_serving(self, state: str = "draining", retry_delay_s: float | None = 0.0) -> NotServing:
+        """A refusal because the model is not there now."""
+        return NotServing(
+            f"model {self.model!r} is {state}",
+            code="UNAVAILABLE",
+            reason="NOT_SERVING",
+            metadata={"model": self.model, "state": state},
+            retry_delay_s=retry_delay_s,
+        )
+
+    def answer(self, request: wire.InferRequest) -> wire.InferResponse:
+        """What it answers to a request; raises what it refuses it with."""
+        self.requests.append(request)
+        if self.latency_s:
+            self._stopping.wait(self.latency_s)
+        if self._failures:
+            raise self._failures.popleft()
+        self.check_model(request.model, request.version)
+        if self.state != "ready":
+            raise self.not_serving(self.state)
+        return self._respond(request)
+
+    def check_model(self, model: str, version: str) -> None:
+        """Refuses models that it does not have."""
+        if model != self.model or version not in ("", "1"):
+            raise ModelNotFound(
+                f"no model {model!r}" + (f" of version {version!r}" if version else ""),
+                code="NOT_FOUND",
+                reason="MODEL_NOT_FOUND",
+                metadata={"model": model, "version": version},
+            )
+
+    def _respond(self, request: wire.InferRequest) -> wire.InferResponse:
+        if not request.sequences:
+            raise InvalidRequest.of("sequences", "0 sequences are below 1")
+        wanted = list(request.outputs.names) if request.HasField("outputs") else list(_OUTPUTS)
+        for position, name in enumerate(wanted):
+            if name not in _OUTPUTS:
+                raise InvalidRequest.of(f"outputs.names[{position}]", f"{name!r} is not one of {', '.join(_OUTPUTS)}")
+        selection = Attention.from_wire(request.attention) if request.HasField("attention") else None
+        response = wire.InferResponse(
+            receipt=wire.Receipt(
+                request_id=request.request_id or f"fake-{len(self.requests)}",
+                model=self.model,
+                version="1",
+                digest=self.shape.describe(self.model, self.state).digest,
+                execution_provider="FakeExecutionProvider",
+                precision="fp32",
+            ),
+            effective_attention=None if selection is None else self._effective(selection),
+        )
+        for position, sequence in enumerate(request.sequences):
+            response.results.append(
+                self._result(f"sequences[{position}]", sequence, wanted, selection, len(request.sequences))
+            )
+        response.predicted_bytes = sum(_tensor_bytes(each) for each in response.results)
+        if request.validate_only:
+            del response.results[:]
+        return response
+
+    def _result(
+        self, field: str, sequence: wire.Sequence, wanted: list[str], selection: Attention | None, batch: int
+    ) -> wire.SequenceResult:
+        units = tokenize(sequence)
+        if len(units) > self.shape.max_length:
+            raise InvalidRequest.of(field, f"length {len(units)} exceeds {self.shape.max_length}")
+        arrays = outputs_of(units, self.shape)
+        return wire.SequenceResult(
+            outputs=[to_tensor(name, arrays[name]) for name in wanted],
+            attention=None if selection is None else attention_of(units, selection, self.shape, self.model),
+            run=wire.Run(batch_size=batch, useful_tokens=len(units), padded_tokens=len(units), compute_seconds=0.001),
+        )
+
+    def _health(self) -> grpc.GenericRpcHandler:
+        """Answers the client's health check, which is part of its default channel."""
+
+        def watch(request: bytes, context: Any) -> Iterator[bytes]:  # noqa: ARG001 - gRPC's shape
+            gone = threading.Event()
+            if context.add_callback(gone.set):
+                yield _SERVING
+                gone.wait()
+
+        handlers = {"Watch": grpc.unary_stream_rpc_method_handler(watch)}
+        return grpc.method_handlers_generic_handler("grpc.health.v1.Health", handlers)
+
+    def _effective(self, selection: Attention) -> attention_pb2.AttentionSelection:
+        layers = chosen_layers(selection, self.shape, self.model)
+        rollout = selection.layer_reduction == "rollout"
+        return Attention(
+            sites=[f"layer.{layer}" for layer in layers],
+            layers=layers,
+            heads=[head % self.shape.heads for head in selection.heads if isinstance(head, int)],
+            head_reduction=selection.head_reduction or ("mean" if rollout else "each"),
+            layer_reduction=selection.layer_reduction or "each",
+            queries=selection.queries,
+            unit=selection.unit or "token",
+            special_tokens=selection.special_tokens or "keep",
+            top_k=selection.top_k,
+            min_weight=selection.min_weight,
+            dtype=selection.dtype or "float32",
+        ).to_wire()
+
+
+class _Servicer(inference_service_pb2_grpc.InferenceServiceServicer):
+    """gRPC's side of it: answers as messages, errors as statuses."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self._server = server
+
+    def Infer(self, request: wire.InferRequest, context: Any) -> wire.InferResponse:  # noqa: N802 - the contract's name
+        self._note(context)
+        try:
+            return self._server.answer(request)
+        except AttnserveError as error:
+            _abort(context, error, request.request_id)
+
+    def StreamInfer(  # noqa: N802 - the contract's name
+        self, request_iterator: Iterator[wire.StreamInferRequest], context: Any
+    ) -> Iterator[wire.StreamInferResponse]:
+        self._note(context)
+        for message in request_iterator:
+            if message.WhichOneof("message") != "request":
+                continue
+            request_id = message.request.request_id
+            try:
+                response = self._server.answer(message.request)
+            except AttnserveError as error:
+                status = _status(error, request_id).SerializeToString()
+                yield wire.StreamInferResponse(request_id=request_id, status=status)
+            else:
+                yield from self._pieces(request_id, response)
+
+    def ListModels(  # noqa: N802 - the contract's name
+        self,
+        request: wire.ListModelsRequest,  # noqa: ARG002 - it is empty
+        context: Any,
+    ) -> wire.ListModelsResponse:
+        self._note(context)
+        return wire.ListModelsResponse(models=[self._server.shape.describe(self._server.model, self._server.state)])
+
+    def GetModel(  # noqa: N802 - the contract's name
+        self, request: wire.GetModelRequest, context: Any
+    ) -> wire.GetModelResponse:
+        self._note(context)
+        try:
+            self._server.check_model(request.model, request.version)
+        except AttnserveError as error:
+            _abort(context, error, "")
+        return wire.GetModelResponse(model=self._server.shape.describe(self._server.model, self._server.state))
+
+    def _pieces(self, request_id: str, response: wire.InferResponse) -> Iterator[wire.StreamInferResponse]:
+        size = self._server.chunk_bytes
+        data = response.SerializeToString()
+        if not size or len(data) <= size:
+            yield wire.StreamInferResponse(request_id=request_id, response=response)
+            return
+        count = -(-len(data) // size)
+        for index in range(count):
+            chunk = wire.ResponseChunk(index=index, count=count, data=data[index * size : (index + 1) * size])
+            yield wire.StreamInferResponse(request_id=request_id, chunk=chunk)
+
+    def _note(self, context: Any) -> None:
+        self._server.metadata.append(dict(context.invocation_metadata()))
+
+
+def _tensor_bytes(result: wire.SequenceResult) -> int:
+    total = sum(len(tensor.data) for tensor in result.outputs)
+    for each in result.attention.maps:
+        links = each.links
+        tensors = (each.weights, links.row_offsets, links.keys, links.weights, links.residual)
+        total += sum(len(tensor.data) for tensor in tensors)
+    return total
+
+
+def _abort(context: Any, error: AttnserveError, request_id: str) -> NoReturn:
+    context.abort_with_status(rpc_status.to_status(_status(error, request_id)))
+    raise AssertionError("abort_with_status raises")
+
+
+def _status(error: AttnserveError, request_id: str) -> status_pb2.Status:
+    """The status that a real server sends for an error."""
+    details: list[Any] = []
+    if error.reason:
+        details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=dict(error.metadata)))
+    if error.violations:
+        fields = [
+            error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.description)
+            for each in error.violations
+        ]
+        details.append(error_details_pb2.BadRequest(field_violations=fields))
+    if error.retry_delay_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_delay_s * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if request_id:
+        details.append(error_details_pb2.RequestInfo(request_id=request_id))
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
