@@ -154,7 +154,10 @@ def _fill(view: Sequence[Waiting], oldest: int, mates: Sequence[int], settings: 
             default=(0.0, []),
         )
         if best <= score:
-            break
+            if len(first.lengths) == 1 or not side:
+                break  # along one axis, what lies further out than a mate that does not pay pays even less
+            side.pop()  # along several, the next may still fit: equal totals can hide unlike lengths
+            continue
         at = side.pop()
         if run.bytes_with(view[at]) <= settings.max_batch_bytes:
             run.add(at, view[at])

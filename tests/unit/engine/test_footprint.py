@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from attnserve_server.engine.footprint import Footprint
+from attnserve_server.model.manifest import AxisSpec, Manifest, OutputSpec
+
+
+def test_inputs_and_outputs_count_for_each_position(manifest: Manifest, sequence_of) -> None:
+    # two int64 inputs along seq, float32 (seq, 8) and (8,)
+    assert Footprint(manifest).of(sequence_of([1])) == {(0,): 8 + 8 + 8 * 4, (): 8 * 4}
+
+
+def test_maps_count_for_each_pair_of_positions_with_one_sites_scratch(manifest: Manifest, sequence_of) -> None:
+    footprint = Footprint(manifest)
+    plain = footprint.of(sequence_of([1]))
+    heads = 2
+    assert footprint.of(sequence_of([1], [0])) == {**plain, (0, 0): heads * 4 * (1 + 2)}
+    assert footprint.of(sequence_of([1], [0, 1])) == {**plain, (0, 0): heads * 4 * (2 + 2)}
+    assert footprint.of(sequence_of([5], [0])) is footprint.of(sequence_of([6], [0])), "worked out once"
+
+
+def test_what_callers_choose_is_not_remembered_without_bound(manifest: Manifest, sequence_of) -> None:
+    footprint = Footprint(manifest)
+    footprint._by_layers.update({(0, 0, at): {} for at in range(2000)})
+    footprint.of(sequence_of([1], [1]))
+    assert (1,) not in footprint._by_layers
+
+
+def test_an_axis_that_no_input_has_counts_at_its_greatest_length(manifest: Manifest, sequence_of) -> None:
+    derived = manifest.model_copy(
+        update={
+            "axes": (*manifest.axes, AxisSpec(symbol="patch", max_length=9, paddable=False)),
+            "outputs": (OutputSpec(name="patches", dtype="float32", shape=("patch", "seq")),),
+        }
+    )
+    assert Footprint(derived).of(sequence_of([1])) == {(0,): 8 + 8 + 9 * 4}
