@@ -114,7 +114,10 @@ def _with_rows_of_sum_1(weights: Weights, rows: Indices | None) -> Weights:
 
 
 def merge_queries(weights: Weights, sizes: Indices | None) -> Weights:
-    """The mean over the pieces of each query unit, (H, L, S) to (H, units, S). `sizes`: how many pieces each has."""
+    """The mean over the pieces of each query unit, (H, L, S) to (H, units, S). `sizes`: how many pieces each has.
+
+    Source: Clark et al. 2019, "What Does BERT Look At? An Analysis of BERT's Attention", section 4.1, also for keys.
+    """
     if sizes is None or not len(sizes) or bool((sizes == 1).all()):
         return weights
     firsts = np.cumsum(sizes) - sizes

@@ -227,3 +227,21 @@ def test_least_weight_and_number_of_links_hold_together():
     assert links.row_offsets.tolist() == [0, 2, 3]
     assert links.keys.tolist() == [1, 2, 0]
     np.testing.assert_allclose(links.residual, [[0.3, 0.03]], atol=1e-6)
+
+
+def test_the_example_by_hand_in_the_guide():
+    """docs/attention.md, "By hand": change both together."""
+    rest = [[0.2, 0.2, 0.4, 0.2], [0.0, 0.6, 0.2, 0.2], [0.1, 0.1, 0.1, 0.7]]
+    weights = {0: np.array([[[0.6, 0.0, 0.2, 0.2], *rest], [[0.2, 0.2, 0.2, 0.4], *rest]], dtype=np.float32)}
+    units = {"seq": AxisUnits("seq", 4, special=(False, False, False, True), word_ids=(0, 1, 1, -1))}
+
+    def content(**fields):
+        selection = AttentionSelection(head_reduction=HeadReduction.MEAN, unit=WORD, **fields)
+        return ask(selection, units=units, weights=weights).maps[0].content
+
+    np.testing.assert_allclose(content(), [[[0.4, 0.3, 0.3], [0.1, 0.7, 0.2], [0.1, 0.2, 0.7]]], atol=1e-6)
+    drop = {"special_tokens": SpecialTokens.DROP}
+    np.testing.assert_allclose(content(**drop), [[[4 / 7, 3 / 7], [0.125, 0.875]]], atol=1e-6)
+    links = content(**drop, queries=(1,), top_k=1, dtype=WeightDtype.UINT8)
+    assert (links.keys.tolist(), links.weights.tolist()) == ([1], [223])
+    np.testing.assert_allclose(links.residual, [[0.125]], atol=1e-6)
