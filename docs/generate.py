@@ -72,15 +72,15 @@ def errors() -> str:
         "How failures are told. Each carries a `google.rpc.Status` in the trailer `grpc-status-details-bin` (on a "
         f"stream: in the message's `status`), with an `ErrorInfo` of domain `{DOMAIN}` whose `metadata` holds the keys "
         f"below. A `BadRequest` names up to {MAX_VIOLATIONS} fields by their path in the request, each with its limit "
-        "and the value received. No message holds a path of the server, a traceback or an unprintable character, and no failure is "
-        "UNKNOWN.",
+        "and the value received. "
+        "No message holds a path of the server, a traceback or an unprintable character, and no failure is UNKNOWN.",
         ("Code", "Reason", "Details", "Metadata", "What happened", "What to do"),
         rows,
     )
     return page + (
         "\nSome come from gRPC itself, without details: `UNIMPLEMENTED` for a method that there is none of, "
         "`RESOURCE_EXHAUSTED` for a message over `max_request_bytes`, `DEADLINE_EXCEEDED` and `CANCELLED` where the "
-        "caller's own side noticed first; and `NOT_FOUND` from the health service for a name that it does not know.\n"
+        "caller's own side noticed first; and `NOT_FOUND` from the health service for a name that it has never heard.\n"
     )
 
 

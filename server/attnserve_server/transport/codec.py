@@ -45,8 +45,8 @@ WIRE_DTYPES: Final = {name: tensor_pb2.DataType.ValueType(number) for number, na
 # The contract is little-endian whatever the machine is; on a little-endian one these are the native dtypes.
 WIRE_NUMPY: Final = {name: dtype.newbyteorder("<") for name, dtype in NUMPY_DTYPES.items()}
 
-MAX_CHOSEN: Final = 65_536
-"""Most entries in one list of a selection: more than any model has sites, heads or positions."""
+MAX_CHOSEN: Final = 4096
+"""Most entries in one list of a selection; each is looked at, so the cost of a hostile one must be bounded."""
 
 _HEADS: Final[Mapping[int, HeadReduction | None]] = {
     attention_pb2.HEAD_REDUCTION_UNSPECIFIED: None,

@@ -1,0 +1,174 @@
+"""Wire to domain and back: nothing is lost, nothing is copied that need not be, and odd numbers are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from attnserve.v1 import attention_pb2, model_pb2, tensor_pb2
+from attnserve_server.attention import resolve
+from attnserve_server.domain import selection as domain
+from attnserve_server.domain.errors import InvalidRequest
+from attnserve_server.domain.values import (
+    AttentionAnswer,
+    AttentionMap,
+    AxisUnits,
+    Links,
+    Priority,
+    RunFacts,
+    SequenceResult,
+)
+from attnserve_server.model.manifest import OutputSpec
+from attnserve_server.transport import codec
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from tiny_bundle import tiny_manifest
+
+DTYPES = sorted(codec.WIRE_DTYPES)
+MANIFEST = tiny_manifest()
+
+
+@given(data=st.data(), dtype=st.sampled_from(DTYPES))
+def test_an_array_comes_back_as_it_went(data: st.DataObject, dtype: str) -> None:
+    shape = data.draw(npst.array_shapes(min_dims=0, max_dims=4, max_side=4))
+    array = data.draw(npst.arrays(np.dtype(dtype), shape))
+    message = codec.tensor_of(array, "x")
+    wire = tensor_pb2.Tensor.FromString(message.SerializeToString())
+    back = codec.array_of(wire.data, codec.DTYPE_NAMES[wire.dtype], tuple(wire.shape))
+    assert back.dtype == array.dtype
+    assert back.tobytes() == array.tobytes()  # bytes, so that NaN and -0.0 count too
+    assert back.shape == array.shape
+
+
+def test_bytes_on_the_wire_are_little_endian_and_row_major() -> None:
+    big = np.array([[1, 2], [3, 4]], ">i4").T
+    message = codec.tensor_of(big)
+    assert message.data == bytes([1, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_array_is_a_read_only_view_of_its_bytes(dtype: str) -> None:
+    data = bytes(8 * 2)
+    array = codec.array_of(data, dtype, (len(data) // np.dtype(dtype).itemsize,))
+    assert not array.flags.writeable
+    assert np.shares_memory(array, np.frombuffer(data, np.uint8))
+
+
+def test_a_bare_selection_means_the_defaults() -> None:
+    assert codec.selection_of(attention_pb2.AttentionSelection()) == domain.AttentionSelection()
+
+
+def test_every_field_of_a_selection_arrives() -> None:
+    message = attention_pb2.AttentionSelection(
+        sites=["a"],
+        layers=[-1],
+        heads=[1],
+        head_reduction=attention_pb2.HEAD_REDUCTION_MAX,
+        layer_reduction=attention_pb2.LAYER_REDUCTION_MEAN,
+        queries=[0, -1],
+        unit=attention_pb2.ATTENTION_UNIT_WORD,
+        special_tokens=attention_pb2.SPECIAL_TOKENS_DROP,
+        top_k=3,
+        min_weight=0.5,
+        dtype=tensor_pb2.DATA_TYPE_UINT8,
+    )
+    assert codec.selection_of(message) == domain.AttentionSelection(
+        sites=("a",),
+        layers=(-1,),
+        heads=(1,),
+        head_reduction=domain.HeadReduction.MAX,
+        layer_reduction=domain.LayerReduction.MEAN,
+        queries=(0, -1),
+        unit=domain.AttentionUnit.WORD,
+        special_tokens=domain.SpecialTokens.DROP,
+        top_k=3,
+        min_weight=0.5,
+        dtype=domain.WeightDtype.UINT8,
+    )
+
+
+def test_every_odd_number_in_a_selection_is_told() -> None:
+    odd = attention_pb2.AttentionSelection(
+        head_reduction=9, layer_reduction=9, unit=9, special_tokens=9, dtype=tensor_pb2.DATA_TYPE_BOOL
+    )
+    with pytest.raises(InvalidRequest) as caught:
+        codec.selection_of(odd)
+    assert [violation.field for violation in caught.value.violations] == [
+        "attention.head_reduction",
+        "attention.layer_reduction",
+        "attention.unit",
+        "attention.special_tokens",
+        "attention.dtype",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "priority"), [(0, Priority.NORMAL), (1, Priority.LOW), (2, Priority.NORMAL), (3, Priority.HIGH)]
+)
+def test_a_priority_arrives(number: int, priority: Priority) -> None:
+    assert codec.priority_of(number) is priority
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        attention_pb2.AttentionSelection(),
+        attention_pb2.AttentionSelection(layers=[-1], heads=[-1, 0], top_k=2, dtype=tensor_pb2.DATA_TYPE_FLOAT16),
+        attention_pb2.AttentionSelection(
+            sites=["layer0"], layers=[1], layer_reduction=attention_pb2.LAYER_REDUCTION_ROLLOUT, queries=[-1]
+        ),
+    ],
+    ids=["everything", "a part", "rollout"],
+)
+def test_the_echo_of_a_selection_means_the_same_when_it_is_sent(message: attention_pb2.AttentionSelection) -> None:
+    effective = resolve(codec.selection_of(message), MANIFEST.sites, "tiny")
+    echo = codec.effective_message(effective, MANIFEST.sites)
+    again = resolve(codec.selection_of(echo), MANIFEST.sites, "tiny")
+    assert codec.effective_message(again, MANIFEST.sites) == echo
+    assert (again.layers, again.heads, again.queries) == (effective.layers, effective.heads, effective.queries)
+    assert echo.head_reduction
+    assert echo.layer_reduction
+    assert echo.dtype
+
+
+def test_the_answer_for_one_sequence_carries_outputs_in_the_order_asked_for_maps_and_run() -> None:
+    units = AxisUnits("seq", 2, ("a", "b"), (0, 2), (1, 3), (False, True), (0, 0))
+    whole = np.arange(4, dtype=np.float16).reshape(1, 2, 2)
+    links = Links(np.array([0, 1]), np.array([1], np.int32), np.array([0.5], np.float32), np.array([[0.5]], np.float32))
+    maps = (
+        AttentionMap(("x",), 0, "cross", "windowed", (1,), "seq", "seq", (), (1,), whole),
+        AttentionMap(("x", "y"), -1, "causal", "linear", (0,), "seq", "seq", (0,), (), links),
+    )
+    result = SequenceResult(
+        {"one": np.zeros(2, np.float32), "two": np.ones(1, np.int64)},
+        AttentionAnswer((units,), maps),
+        RunFacts(3, 10, 12, 0.5, 1, 0.25),
+    )
+    message = codec.result_message(result, ("two", "one"))
+    assert [tensor.name for tensor in message.outputs] == ["two", "one"]
+    assert list(message.attention.axes[0].texts) == ["a", "b"]
+    first, second = message.attention.maps
+    assert (first.kind, first.form) == (attention_pb2.ATTENTION_KIND_CROSS, attention_pb2.ATTENTION_FORM_WINDOWED)
+    assert (first.WhichOneof("content"), first.weights.data) == ("weights", whole.tobytes())
+    assert (second.WhichOneof("content"), list(second.links.keys.shape)) == ("links", [1])
+    assert second.layer == -1
+    assert (message.run.batch_size, message.run.queue_seconds, message.run.instance) == (3, 0.25, 1)
+
+
+def test_a_sequence_without_attention_has_none() -> None:
+    message = codec.result_message(SequenceResult({}, None, RunFacts(1, 1, 1, 0.1, 0)), ())
+    assert not message.HasField("attention")
+
+
+def test_a_description_says_what_the_manifest_says() -> None:
+    manifest = MANIFEST.model_copy(
+        update={"outputs": (*MANIFEST.outputs, OutputSpec(name="mark", dtype="bool", shape=()))}
+    )
+    message = model_pb2.Model()
+    codec.describe(message, manifest)
+    assert [(spec.name, spec.optional) for spec in message.inputs] == [("input_ids", False), ("attention_mask", True)]
+    assert message.inputs[0].shape[0].symbol == "seq"
+    assert [extent.WhichOneof("extent") for extent in message.outputs[0].shape] == ["symbol", "size"]
+    assert message.outputs[2].dtype == tensor_pb2.DATA_TYPE_BOOL
+    assert [site.name for site in message.sites] == ["layer0", "layer1"]
+    assert message.vocabulary_size == manifest.vocabulary_size

@@ -1,0 +1,545 @@
+"""Every fault that the contract names: the field, the limit and the value that its violation tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from attnserve.v1 import attention_pb2, tensor_pb2
+from attnserve.v1 import inference_service_pb2 as pb
+from attnserve_server.domain.errors import (
+    AttentionUnavailable,
+    InvalidRequest,
+    ModelNotFound,
+    ResponseTooLarge,
+    TextUnavailable,
+)
+from attnserve_server.domain.values import Priority
+from attnserve_server.model.manifest import AxisSpec, InputRole, InputSpec, OutputSpec
+from attnserve_server.model.tokenizer import TextTokenizer
+from attnserve_server.transport.inputs import MAX_VIOLATIONS, Intake, Violations, shown
+from attnserve_server.transport.validation import check_model_reference, check_request_id, prepare
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_bundle import VOCABULARY, WIDTH, tiny_manifest, tiny_tokenizer
+
+MAX_TEXT_BYTES = 100
+TOKENIZER = TextTokenizer(tiny_tokenizer(), "seq")
+MANIFEST = tiny_manifest()
+# A model of other kinds of input: one without a fill, floats, bools, a scalar, and two axes.
+MIXED = MANIFEST.model_copy(
+    update={
+        "name": "mixed",
+        "axes": (
+            AxisSpec(symbol="seq", max_length=32, paddable=True),
+            AxisSpec(symbol="patch", max_length=6, paddable=True),
+            AxisSpec(symbol="made", max_length=5, paddable=False),
+        ),
+        "inputs": (
+            *MANIFEST.inputs,
+            InputSpec(name="types", dtype="int32", shape=("seq",), role=InputRole.TOKEN_TYPE_IDS, fill=0),
+            InputSpec(name="pixels", dtype="float32", shape=("patch", 3), fill=None),
+            InputSpec(name="flags", dtype="bool", shape=(2,), fill=0),
+            InputSpec(name="scale", dtype="float64", shape=(), fill=1),
+            InputSpec(name="pair", dtype="int64", shape=("seq", "seq"), fill=1),
+        ),
+        "outputs": (
+            OutputSpec(name="patches", dtype="float16", shape=("patch", 4)),
+            OutputSpec(name="found", dtype="int64", shape=("made",)),
+        ),
+        "text": None,
+    }
+)
+
+
+def intake_of(manifest=MANIFEST, tokenizer: TextTokenizer | None = TOKENIZER, **limits: int) -> Intake:
+    bounds = {"max_batch_size": 8, "max_text_bytes": MAX_TEXT_BYTES, "max_response_bytes": 10_000} | limits
+    return Intake.of(manifest, tokenizer, **bounds)
+
+
+TINY = intake_of()
+OTHER = intake_of(MIXED, None)
+
+
+def tensor(name: str, values: object, dtype: str = "int64", shape: tuple[int, ...] | None = None) -> tensor_pb2.Tensor:
+    array = np.array(values, dtype)
+    number = tensor_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}")
+    return tensor_pb2.Tensor(
+        name=name, dtype=number, shape=array.shape if shape is None else shape, data=array.tobytes()
+    )
+
+
+def of_tensors(*tensors: tensor_pb2.Tensor) -> pb.Sequence:
+    return pb.Sequence(tensors=pb.TensorInput(tensors=tensors))
+
+
+def of_text(text: str, pair: str = "") -> pb.Sequence:
+    return pb.Sequence(text=pb.TextInput(text=text, text_pair=pair))
+
+
+def asking(*sequences: pb.Sequence, **fields: object) -> pb.InferRequest:
+    return pb.InferRequest(model="tiny", sequences=sequences, **fields)
+
+
+def attending(**fields: object) -> pb.InferRequest:
+    return asking(of_text("the cat sat"), attention=attention_pb2.AttentionSelection(**fields))
+
+
+IDS = tensor("input_ids", [2, 4, 3])
+PIXELS = tensor("pixels", np.zeros((2, 3)), "float32")
+FIRST = "sequences[0].tensors.tensors[0]"
+SECOND = "sequences[0].tensors.tensors[1]"
+TEXT = "sequences[0].text.text"
+
+FAULTS: dict[str, tuple[pb.InferRequest, Intake, str, str]] = {
+    "no sequence": (asking(), TINY, "sequences", "0 sequences are less than 1"),
+    "more sequences than a batch": (asking(*[of_text("a")] * 9), TINY, "sequences", "9 sequences exceed 8"),
+    "neither text nor tensors": (asking(pb.Sequence()), TINY, "sequences[0]", "neither text nor tensors is set"),
+    "the fourth sequence": (
+        asking(*[of_text("a")] * 3, of_text("")),
+        TINY,
+        "sequences[3].text.text",
+        "empty: at least 1 character is needed",
+    ),
+    "empty text": (asking(of_text("")), TINY, TEXT, "empty: at least 1 character is needed"),
+    "text over the byte limit": (asking(of_text("x" * 101)), TINY, TEXT, "101 bytes exceed 100"),
+    "bytes and not characters are counted": (asking(of_text("é" * 51)), TINY, TEXT, "102 bytes exceed 100"),
+    "second text over the byte limit": (
+        asking(of_text("a", "x" * 101)),
+        TINY,
+        "sequences[0].text.text_pair",
+        "101 bytes exceed 100",
+    ),
+    "too many tokens": (asking(of_text("a " * 31)), TINY, TEXT, "33 tokens exceed 32"),
+    "unknown input": (
+        asking(of_tensors(tensor("nope", [1]), IDS)),
+        TINY,
+        f"{FIRST}.name",
+        "no input 'nope'; the model takes input_ids, attention_mask",
+    ),
+    "doubled input": (asking(of_tensors(IDS, IDS)), TINY, f"{SECOND}.name", "input 'input_ids' is given twice"),
+    "missing input": (
+        asking(of_tensors(tensor("attention_mask", [1]))),
+        TINY,
+        "sequences[0].tensors.tensors",
+        "input 'input_ids' is missing",
+    ),
+    "no tensors at all": (
+        asking(of_tensors()),
+        TINY,
+        "sequences[0].tensors.tensors",
+        "input 'input_ids' is missing",
+    ),
+    "wrong dtype": (
+        asking(of_tensors(tensor("input_ids", [1.0], "float32"))),
+        TINY,
+        f"{FIRST}.dtype",
+        "float32, but input 'input_ids' is int64",
+    ),
+    "no dtype": (
+        asking(of_tensors(tensor_pb2.Tensor(name="input_ids", shape=[1], data=b"\0" * 8))),
+        TINY,
+        f"{FIRST}.dtype",
+        "0, but input 'input_ids' is int64",
+    ),
+    "a dtype that the contract does not name": (
+        asking(of_tensors(tensor_pb2.Tensor(name="input_ids", dtype=99, shape=[1], data=b"\0" * 8))),
+        TINY,
+        f"{FIRST}.dtype",
+        "99, but input 'input_ids' is int64",
+    ),
+    "rank over 8": (
+        asking(of_tensors(tensor("input_ids", [1], shape=(1,) * 9))),
+        TINY,
+        f"{FIRST}.shape",
+        "rank 9 exceeds 8",
+    ),
+    "another rank than the model's": (
+        asking(of_tensors(tensor("input_ids", [[1, 2]]))),
+        TINY,
+        f"{FIRST}.shape",
+        "rank 2, but input 'input_ids' has rank 1 without batch: [seq]",
+    ),
+    "zero dim": (
+        asking(of_tensors(tensor("input_ids", [], shape=(0,)))),
+        TINY,
+        f"{FIRST}.shape[0]",
+        "length 0 is less than 1",
+    ),
+    "negative dim": (
+        asking(of_tensors(IDS, tensor("pixels", [], "float32", shape=(2, -3)))),
+        OTHER,
+        f"{SECOND}.shape[1]",
+        "length -3 is less than 1",
+    ),
+    "product that overflows": (
+        asking(of_tensors(tensor("input_ids", [1], shape=(2**62, 2**62)))),
+        TINY,
+        f"{FIRST}.shape",
+        f"{2**124} elements exceed {2**63 - 1}",
+    ),
+    "product that wraps round to the right size": (
+        asking(of_tensors(tensor("input_ids", [1], shape=(2**62, 4, 1)))),
+        TINY,
+        f"{FIRST}.shape",
+        f"{2**64} elements exceed {2**63 - 1}",
+    ),
+    "sequence over the limit": (
+        asking(of_tensors(tensor("input_ids", [1] * 33))),
+        TINY,
+        f"{FIRST}.shape[0]",
+        "length 33 exceeds 32 of axis 'seq'",
+    ),
+    "a fixed axis of another length": (
+        asking(of_tensors(IDS, tensor("pixels", np.zeros((2, 4)), "float32"))),
+        OTHER,
+        f"{SECOND}.shape[1]",
+        "length 4, but the model takes 3",
+    ),
+    "one axis with two lengths": (
+        asking(of_tensors(IDS, tensor("attention_mask", [1, 1]))),
+        TINY,
+        f"{SECOND}.shape[0]",
+        "length 2 of axis 'seq' differs from 3 of an input before it",
+    ),
+    "less data than the shape says": (
+        asking(of_tensors(tensor("input_ids", [1, 2], shape=(3,)))),
+        TINY,
+        f"{FIRST}.data",
+        "16 bytes; shape [3] of int64 needs 24",
+    ),
+    "id below 0": (
+        asking(of_tensors(tensor("input_ids", [2, -1, 3]))),
+        TINY,
+        f"{FIRST}.data",
+        f"element 1 is -1; input 'input_ids' runs from 0 to {len(VOCABULARY) - 1}",
+    ),
+    "id at the vocabulary's size": (
+        asking(of_tensors(tensor("input_ids", [2, 3, len(VOCABULARY)]))),
+        TINY,
+        f"{FIRST}.data",
+        f"element 2 is {len(VOCABULARY)}; input 'input_ids' runs from 0 to {len(VOCABULARY) - 1}",
+    ),
+    "id of 2^63 - 1": (
+        asking(of_tensors(tensor("input_ids", [2**63 - 1]))),
+        TINY,
+        f"{FIRST}.data",
+        f"element 0 is {2**63 - 1}; input 'input_ids' runs from 0 to {len(VOCABULARY) - 1}",
+    ),
+    "a mark of 2": (
+        asking(of_tensors(IDS, tensor("attention_mask", [1, 2, 0]))),
+        TINY,
+        f"{SECOND}.data",
+        "element 1 is 2; input 'attention_mask' runs from 0 to 1",
+    ),
+    "a type of 2": (
+        asking(of_tensors(IDS, tensor("types", [0, 1, 2], "int32"), PIXELS)),
+        OTHER,
+        f"{SECOND}.data",
+        "element 2 is 2; input 'types' runs from 0 to 1",
+    ),
+    "NaN": (
+        asking(of_tensors(IDS, tensor("pixels", [[0, 0, math.nan]], "float32"))),
+        OTHER,
+        f"{SECOND}.data",
+        "element 2 is nan; floats must be finite",
+    ),
+    "infinity": (
+        asking(of_tensors(IDS, PIXELS, tensor("scale", -math.inf, "float64"))),
+        OTHER,
+        "sequences[0].tensors.tensors[2].data",
+        "element 0 is -inf; floats must be finite",
+    ),
+    "a bool of 2": (
+        asking(of_tensors(IDS, tensor_pb2.Tensor(name="flags", dtype=1, shape=[2], data=b"\1\2"), PIXELS)),
+        OTHER,
+        f"{SECOND}.data",
+        "element 1 is byte 2; a bool is 0 or 1",
+    ),
+    "unknown output": (
+        asking(of_text("a"), outputs=pb.OutputSelection(names=["embedding", "nope"])),
+        TINY,
+        "outputs.names[1]",
+        "no output 'nope'; the model gives hidden, embedding",
+    ),
+    "doubled output": (
+        asking(of_text("a"), outputs=pb.OutputSelection(names=["hidden", "hidden"])),
+        TINY,
+        "outputs.names[1]",
+        "output 'hidden' is asked for twice",
+    ),
+    "nothing to answer": (
+        asking(of_text("a"), outputs=pb.OutputSelection()),
+        TINY,
+        "outputs.names",
+        "empty, and no attention is asked for: there is nothing to answer",
+    ),
+    "unknown priority": (asking(of_text("a"), priority=9), TINY, "priority", "9 is not one of 0, 1, 2, 3"),
+    "layer out of range": (
+        attending(layers=[0, 2]),
+        TINY,
+        "attention.layers[1]",
+        "layer 2 is out of range; the model has 2 sites: -2 to 1",
+    ),
+    "head out of range": (
+        attending(heads=[-3]),
+        TINY,
+        "attention.heads[0]",
+        "head -3 is out of range; site 'layer0' has 2 heads: -2 to 1",
+    ),
+    "unknown enum": (attending(unit=7), TINY, "attention.unit", "7 is not one of 0, 1, 2"),
+    "a dtype that weights cannot have": (
+        attending(dtype=tensor_pb2.DATA_TYPE_INT64),
+        TINY,
+        "attention.dtype",
+        "5 is not one of 0, 2, 6, 7",
+    ),
+    "a selection without end": (attending(queries=[0] * 4097), TINY, "attention.queries", "4097 entries exceed 4096"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told_with_its_field_its_limit_and_its_value(fault: str) -> None:
+    request, intake, field, description = FAULTS[fault]
+    with pytest.raises(InvalidRequest) as caught:
+        prepare(request, intake)
+    assert (field, description) in [(found.field, found.description) for found in caught.value.violations]
+
+
+def test_a_query_out_of_range_names_the_sequence_the_limit_and_the_value() -> None:
+    request = asking(
+        of_text("the cat sat"), of_text("a"), attention=attention_pb2.AttentionSelection(queries=[4], layers=[0])
+    )
+    with pytest.raises(InvalidRequest) as caught:
+        prepare(request, TINY)
+    (violation,) = caught.value.violations
+    assert violation.field == "attention.queries[0]"
+    for part in ("4", "3", "1"):  # the value, the number of tokens of `a`, the sequence
+        assert part in violation.description
+
+
+def test_all_faults_of_a_request_are_told_together() -> None:
+    request = asking(of_text(""), pb.Sequence(), of_text("y" * 200), outputs=pb.OutputSelection(names=["nope"]))
+    with pytest.raises(InvalidRequest) as caught:
+        prepare(request, TINY)
+    assert [violation.field for violation in caught.value.violations] == [
+        "outputs.names[0]",
+        "sequences[0].text.text",
+        "sequences[1]",
+        "sequences[2].text.text",
+    ]
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        lambda: asking(of_tensors(*[tensor("nope", [1])] * 40)),
+        lambda: asking(of_text("a"), outputs=pb.OutputSelection(names=["nope"] * 40)),
+        lambda: asking(*[pb.Sequence()] * 40),
+        lambda: asking(*[of_text("a")] * 40, attention=attention_pb2.AttentionSelection(queries=[30], layers=[0])),
+    ],
+    ids=["tensors", "outputs", "sequences", "queries"],
+)
+def test_at_most_sixteen_faults_are_told(request_of: Callable[[], pb.InferRequest]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        prepare(request_of(), intake_of(max_batch_size=40))
+    assert len(caught.value.violations) == MAX_VIOLATIONS
+
+
+def test_violations_beyond_the_limit_are_dropped() -> None:
+    violations = Violations()
+    for number in range(MAX_VIOLATIONS + 3):
+        violations.add("field", str(number))
+    assert len(violations) == MAX_VIOLATIONS
+    assert violations.full
+
+
+def test_text_for_a_model_without_a_tokenizer_is_a_precondition() -> None:
+    with pytest.raises(TextUnavailable):
+        prepare(asking(of_text("a")), OTHER)
+
+
+def test_attention_of_a_model_without_sites_is_a_precondition() -> None:
+    bare = intake_of(MANIFEST.model_copy(update={"sites": ()}))
+    with pytest.raises(AttentionUnavailable):
+        prepare(attending(), bare)
+
+
+def test_attention_along_an_axis_that_no_input_has_is_a_precondition() -> None:
+    site = MANIFEST.sites[0].model_copy(update={"key_axis": "elsewhere"})
+    odd = intake_of(MANIFEST.model_copy(update={"sites": (site,)}))
+    with pytest.raises(AttentionUnavailable, match="elsewhere"):
+        prepare(attending(), odd)
+
+
+def test_an_input_that_text_cannot_make_is_named() -> None:
+    manifest = MIXED.model_copy(update={"text": MANIFEST.text})
+    with pytest.raises(InvalidRequest) as caught:
+        prepare(asking(of_text("a")), intake_of(manifest))
+    assert [(v.field, v.description) for v in caught.value.violations] == [
+        ("sequences[0].text", "input 'pixels' cannot be made from text: send tensors")
+    ]
+
+
+def test_an_input_left_out_whose_length_nothing_tells_is_named() -> None:
+    inputs = (*MANIFEST.inputs, InputSpec(name="pixels", dtype="float32", shape=("patch", 3), fill=0))
+    manifest = MIXED.model_copy(update={"inputs": inputs})
+    with pytest.raises(InvalidRequest) as caught:
+        prepare(asking(of_tensors(IDS)), intake_of(manifest, None))
+    assert caught.value.violations[0].description == (
+        "input 'pixels' is missing, and nothing else tells the length of axis 'patch'"
+    )
+
+
+def test_a_tokenizer_that_knows_more_than_its_model_is_caught_before_the_batch() -> None:
+    small = intake_of(MANIFEST.model_copy(update={"vocabulary_size": 5}))
+    with pytest.raises(InvalidRequest) as caught:
+        prepare(asking(of_text("the cat sat")), small)
+    assert caught.value.violations[0].field == "sequences[0].text.text"
+
+
+def test_a_text_of_no_tokens_is_refused() -> None:
+    bare = tiny_tokenizer()
+    bare.post_processor = None
+    with pytest.raises(InvalidRequest, match="0 tokens are less than 1"):
+        prepare(asking(of_text(" ")), intake_of(tokenizer=TextTokenizer(bare, "seq")))
+
+
+def test_a_model_of_text_without_token_ids_takes_what_its_tokenizer_makes() -> None:
+    only_mask = MANIFEST.model_copy(update={"inputs": MANIFEST.inputs[1:]})
+    prepared = prepare(asking(of_text("the cat")), intake_of(only_mask))
+    assert set(prepared.sequences[0].tensors) == {"attention_mask"}
+
+
+def test_a_text_becomes_ids_a_mask_and_units() -> None:
+    prepared = prepare(attending(layers=[0]), TINY)
+    (sequence,) = prepared.sequences
+    assert sequence.tensors["input_ids"].tolist() == [2, 4, 5, 6, 3]
+    assert sequence.tensors["attention_mask"].tolist() == [1, 1, 1, 1, 1]
+    assert sequence.lengths == {"seq": 5}
+    assert sequence.units["seq"].texts == ("[CLS]", "the", "cat", "sat", "[SEP]")
+    assert prepared.priority is Priority.NORMAL
+
+
+def test_special_token_text_in_a_text_is_plain_text() -> None:
+    (sequence,) = prepare(asking(of_text("[SEP]")), TINY).sequences
+    assert 3 not in sequence.tensors["input_ids"][1:-1]
+
+
+def test_token_ids_get_the_tokenizers_texts_as_units() -> None:
+    request = asking(of_tensors(IDS), attention=attention_pb2.AttentionSelection(layers=[0]))
+    (sequence,) = prepare(request, TINY).sequences
+    assert sequence.units["seq"].texts == ("[CLS]", "the", "[SEP]")
+
+
+def test_tensors_of_a_model_without_a_tokenizer_have_bare_units() -> None:
+    request = asking(of_tensors(IDS), attention=attention_pb2.AttentionSelection(layers=[0]))
+    (sequence,) = prepare(request, intake_of(tokenizer=None)).sequences
+    assert (sequence.units["seq"].length, sequence.units["seq"].texts) == (3, ())
+
+
+def test_inputs_left_out_are_filled_as_the_manifest_says() -> None:
+    (sequence,) = prepare(asking(of_tensors(IDS, PIXELS)), OTHER).sequences
+    assert sequence.tensors["attention_mask"].tolist() == [1, 1, 1]
+    assert sequence.tensors["types"].dtype == np.int32
+    assert sequence.tensors["flags"].tolist() == [False, False]
+    assert sequence.tensors["scale"].shape == ()
+    assert sequence.tensors["pair"].shape == (3, 3)
+
+
+def test_tensors_are_views_of_the_callers_bytes_and_cannot_be_written() -> None:
+    request = asking(of_tensors(IDS, tensor("flags", [True, False], "bool"), PIXELS))
+    (sequence,) = prepare(request, OTHER).sequences
+    assert not sequence.tensors["input_ids"].flags.owndata
+    assert not sequence.tensors["input_ids"].flags.writeable
+    assert sequence.tensors["flags"].tolist() == [True, False]
+
+
+def test_the_predicted_bytes_are_those_of_outputs_and_attention() -> None:
+    prepared = prepare(attending(layers=[0]), TINY)
+    assert prepared.predicted_bytes == 4 * (5 * WIDTH + WIDTH) + 4 * 2 * 5 * 5
+
+
+def test_an_output_axis_that_no_input_has_counts_with_its_greatest_length() -> None:
+    prepared = prepare(asking(of_tensors(IDS, PIXELS)), OTHER)
+    assert prepared.predicted_bytes == 2 * 2 * 4 + 8 * 5
+
+
+@pytest.mark.parametrize("spare", [0, -1])
+def test_an_answer_over_the_limit_is_refused_with_both_byte_counts(spare: int) -> None:
+    needed = 4 * (5 * WIDTH + WIDTH) + 4 * 2 * 5 * 5
+    intake = replace(TINY, max_response_bytes=needed + spare)
+    if spare == 0:
+        assert prepare(attending(layers=[0]), intake).predicted_bytes == needed
+        return
+    with pytest.raises(ResponseTooLarge) as caught:
+        prepare(attending(layers=[0]), intake)
+    assert caught.value.metadata() == {"predicted_bytes": str(needed), "allowed_bytes": str(needed - 1)}
+
+
+@pytest.mark.parametrize("request_id", ["a", "x" * 128, "a b~!"])
+def test_a_request_id_of_printable_ascii_is_taken(request_id: str) -> None:
+    check_request_id(request_id)
+
+
+@pytest.mark.parametrize(
+    ("request_id", "description"),
+    [
+        ("x" * 129, "129 characters exceed 128: '" + "x" * 64 + "...'"),
+        ("a\nb", r"not printable ASCII: 'a\nb'"),
+        ("\x1b[31m", r"not printable ASCII: '\x1b[31m'"),
+        ("é", r"not printable ASCII: '\xe9'"),
+    ],
+)
+def test_a_request_id_that_may_not_be_echoed_is_refused(request_id: str, description: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_request_id(request_id)
+    (violation,) = caught.value.violations
+    assert (violation.field, violation.description) == ("request_id", description)
+
+
+@pytest.mark.parametrize(
+    ("model", "version", "field"),
+    [
+        ("", "", "model"),
+        ("../etc", "", "model"),
+        ("a/b", "", "model"),
+        ("a\0b", "", "model"),
+        ("a\nb", "", "model"),
+        ("x" * 129, "", "model"),
+        ("tiny", "0", "version"),
+        ("tiny", "-1", "version"),
+        ("tiny", "1.0", "version"),
+        ("tiny", "1" * 10, "version"),
+    ],
+)
+def test_a_name_that_could_be_no_model_is_refused_before_any_look_up(model: str, version: str, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_model_reference(model, version)
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert len(caught.value.violations[0].description) < 200
+
+
+def test_a_possible_name_passes() -> None:
+    check_model_reference("all-MiniLM-L6-v2", "12")
+    check_model_reference("tiny", "")
+
+
+def test_what_a_caller_sent_is_shown_escaped_and_cut() -> None:
+    assert shown("a\x1b") == r"'a\x1b'"
+    assert len(shown("x" * 1000)) == 64 + 3 + 2
+
+
+def test_model_not_found_is_no_fault_of_the_request() -> None:
+    assert not isinstance(ModelNotFound("a", ""), InvalidRequest)
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=10))
+def test_no_shape_makes_anything_but_a_violation(shape: list[int]) -> None:
+    wrong = tensor_pb2.Tensor(name="input_ids", dtype=tensor_pb2.DATA_TYPE_INT64, shape=shape, data=b"x")
+    with pytest.raises(InvalidRequest) as caught:
+        prepare(asking(of_tensors(wrong)), TINY)
+    assert all(found.field.startswith(FIRST) for found in caught.value.violations)
