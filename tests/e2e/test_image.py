@@ -19,6 +19,7 @@ TEXT = "Patient takes metformin for diabetes, started lisinopril last month for 
 # float32 sums of up to 512 weights.
 ROW_SUM_TOLERANCE = 1e-5
 GRACE_S = 30
+PROBE = ("python", "-m", "attnserve_server.observability.probe")
 
 
 def test_text_comes_back_as_embedding_and_attention(served) -> None:
@@ -42,17 +43,23 @@ def test_process_has_no_rights_and_nowhere_to_write(served) -> None:
             served.container.exec("python", "-c", f"open('{folder}/written', 'w')")
 
 
+def test_runtime_does_not_try_to_report_to_its_makers(served) -> None:
+    """It would say so in the log: it finds no place to keep its mark of the machine in."""
+    assert "telemetry" not in served.container.logs()
+
+
 def test_no_shell_can_run_in_it(served) -> None:
     with pytest.raises(CommandFailed):
         served.container.exec("/bin/sh", "-c", "true")
 
 
 def test_image_s_health_command_says_ready_and_is_its_healthcheck(engine: Engine, image: str, served) -> None:
-    assert served.container.exec("attnserve-server", "healthcheck") == "ready\n"
+    assert served.container.exec("attnserve-server", "healthcheck").strip() == "ready"
     [described] = json.loads(engine.run("podman", "image", "inspect", image))
-    assert described["Healthcheck"]["Test"] == ["CMD", "attnserve-server", "healthcheck"]
+    assert described["Healthcheck"]["Test"] == ["CMD", *PROBE]
     assert described["Config"]["StopSignal"] in ("SIGTERM", "15")
     assert described["User"] == "65532:65532"
+    assert served.container.exec(*PROBE).strip() == "ready"
     engine.run("podman", "healthcheck", "run", served.container.id)
 
 

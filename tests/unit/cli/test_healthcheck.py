@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import typer
 from attnserve_server.cli import healthcheck
+from attnserve_server.observability import probe as health
 from typer.testing import CliRunner
 
 
@@ -79,4 +83,27 @@ def test_server_s_own_variables_say_where_to_ask(probe: tuple[type[_Probe], int]
     [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("127.0.0.1", "127.0.0.1"), ("10.1.2.3", "10.1.2.3"), ("box", "box")],
 )
 def test_server_that_listens_everywhere_is_asked_on_loopback(listens: str, asked: str) -> None:
-    assert healthcheck.reachable_host(listens) == asked
+    assert health.reachable_host(listens) == asked
+
+
+def test_module_alone_asks_where_the_variables_say(
+    probe: tuple[type[_Probe], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler, port = probe
+    monkeypatch.setenv("ATTNSERVE_HOST", "0.0.0.0")
+    monkeypatch.setenv("ATTNSERVE_HTTP_PORT", str(port))
+    assert health.main() == 0
+    handler.status = 503
+    assert health.main() == 1
+    assert capsys.readouterr().out == "ready\nnot ready: /readyz answered 503: minilm/1 is loading\n"
+
+
+def test_module_alone_loads_the_standard_library_only() -> None:
+    """It runs every few seconds beside the server and shares its cores."""
+    code = "import sys, attnserve_server.observability.probe; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=_bare(), check=True)
+    assert set(done.stdout.split()) - sys.stdlib_module_names - {"__main__"} == {"attnserve_server"}
+
+
+def _bare() -> dict[str, str]:
+    return {"PYTHONPATH": str(Path(health.__file__).parents[2])}

@@ -12,6 +12,7 @@ import pytest
 import watching
 import yaml
 from attnserve_server.config import Settings, variable_of
+from attnserve_server.observability import probe
 from attnserve_server.observability.metrics import SPECS, Metrics
 
 ROOT = watching.DEPLOY.parent
@@ -194,7 +195,8 @@ def test_dockerfile_runs_as_a_number_without_shell_forms_at_run_time() -> None:
     assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["65532:65532"]
     for instruction in ("ENTRYPOINT", "CMD"):
         assert all(line.startswith("[") for line in re.findall(rf"^{instruction} (.*)$", text, re.MULTILINE))
-    assert re.search(r'^HEALTHCHECK .* CMD \["attnserve-server", "healthcheck"\]$', text, re.MULTILINE)
+    [checked] = re.findall(r"^HEALTHCHECK [^[]*CMD (\[.*\])$", text, re.MULTILINE)
+    assert json.loads(checked) == ["python", "-m", probe.__name__]
     ports = {str(Settings.model_fields[field].default) for field in ("grpc_port", "http_port")}
     assert set(re.search(r"^EXPOSE (.*)$", text, re.MULTILINE)[1].split()) == ports  # type: ignore[index]
 
@@ -209,13 +211,10 @@ def test_image_carries_one_runtime_only() -> None:
     assert ".[server]" not in installs["build-gpu"]
 
 
-def test_healthcheck_asks_where_the_settings_say() -> None:
-    source = (ROOT / "server/attnserve_server/cli/healthcheck.py").read_text()
+def test_probe_asks_where_the_settings_say() -> None:
     fields = Settings.model_fields
-    for field in ("host", "http_port"):
-        assert f'envvar="{variable_of(field)}"' in source
-    assert f'= "{fields["host"].default}"' in source
-    assert f"= {fields['http_port'].default}" in source
+    assert (variable_of("host"), variable_of("http_port")) == (probe.HOST_VARIABLE, probe.PORT_VARIABLE)
+    assert (fields["host"].default, fields["http_port"].default) == (probe.DEFAULT_HOST, probe.DEFAULT_PORT)
 
 
 def test_docker_context_holds_what_the_dockerfile_copies_and_nothing_else() -> None:
