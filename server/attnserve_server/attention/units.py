@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from attnserve_server.attention.faults import Faults
 from attnserve_server.attention.resolve import from_end
-from attnserve_server.domain.errors import AttentionUnavailable, FieldViolation, InvalidRequest
+from attnserve_server.domain.errors import AttentionUnavailable
 from attnserve_server.domain.selection import AttentionUnit, EffectiveSelection, SpecialTokens
 from attnserve_server.domain.values import AxisUnits
 from attnserve_server.model.manifest import SiteSpec
@@ -159,31 +160,30 @@ def check_units(
             )
     if not effective.queries:
         return
-    violations: dict[FieldViolation, None] = {}
+    faults = Faults()
     for axis in dict.fromkeys(sites[layer].query_axis for layer in effective.layers):
         merged = merge_words(units[axis])[0] if effective.unit is AttentionUnit.WORD else units[axis]
-        violations |= dict.fromkeys(_query_violations(effective.queries, merged, effective.unit, sequence))
-    if violations:
-        raise InvalidRequest(*violations)
+        _check_queries(effective.queries, merged, effective.unit, sequence, faults)
+    faults.raise_any()
 
 
-def _query_violations(
-    queries: tuple[int, ...], merged: AxisUnits, unit: AttentionUnit, sequence: int
-) -> list[FieldViolation]:
-    violations = []
+def _check_queries(
+    queries: tuple[int, ...], merged: AxisUnits, unit: AttentionUnit, sequence: int, faults: Faults
+) -> None:
     seen: dict[int, int] = {}
     where = f"of sequence {sequence} along axis {merged.axis!r}"
     for position, query in enumerate(queries):
+        if faults.full:
+            break
         field = f"attention.queries[{position}]"
         row = from_end(query, merged.length)
         if row is None:
             limit = f"it has {merged.length} {unit}s: -{merged.length} to {merged.length - 1}"
-            violations.append(FieldViolation(field, f"query {query} is out of range {where}; {limit}"))
+            faults.add(field, f"query {query} is out of range {where}; {limit}")
         elif row in seen:
-            violations.append(FieldViolation(field, f"query {query} is the same row {where} as query {seen[row]}"))
+            faults.add(field, f"query {query} is the same row {where} as query {seen[row]}")
         else:
             seen[row] = query
-    return violations
 
 
 def _axes(effective: EffectiveSelection, sites: Sequence[SiteSpec]) -> tuple[str, ...]:

@@ -124,6 +124,21 @@ def test_a_negative_number_of_links_is_refused():
     assert list(violations(AttentionSelection(top_k=-1))) == ["attention.top_k"]
 
 
+@pytest.mark.parametrize("field", ["queries", "heads", "layers", "sites"])
+def test_a_hundred_thousand_faults_are_answered_with_a_few(field):
+    """Quadratic work here would hold up every other caller for a minute."""
+    values = tuple(f"x{number}" * 100 if field == "sites" else number // 2 + 9 for number in range(100_000))
+    found = violations(AttentionSelection(**{field: values}))
+    assert len(found) == 16
+    assert sum(len(description) for description in found.values()) < 4096
+
+
+def test_a_field_at_fault_for_several_sites_is_told_once():
+    with pytest.raises(InvalidRequest) as refused:
+        resolve(AttentionSelection(heads=(9,)), SITES, "m")
+    assert len(refused.value.violations) == 1
+
+
 def test_every_fault_is_reported_at_once():
     selection = AttentionSelection(
         sites=("nowhere",), layers=(9, 0), heads=(7,), queries=(1, 1), min_weight=2.0, top_k=-3
