@@ -122,7 +122,7 @@ def _check_values(selection: AttentionSelection, faults: Faults) -> None:
     if selection.top_k < 0:
         faults.add("attention.top_k", f"{selection.top_k} is below 0")
     if not (math.isfinite(selection.min_weight) and 0 <= selection.min_weight <= 1):
-        faults.add("attention.min_weight", f"{selection.min_weight:g} is not from 0 to 1")
+        faults.add("attention.min_weight", f"{selection.min_weight!r} is not from 0 to 1")
 
 
 def _head_reduction(selection: AttentionSelection, faults: Faults) -> HeadReduction:

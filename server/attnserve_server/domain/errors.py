@@ -117,11 +117,12 @@ class Overloaded(AttnserveError):
 
     def __init__(self, cause: str, limit: float, value: float, retry_delay_s: float) -> None:
         self.cause, self.limit, self.value, self.retry_delay_s = cause, limit, value, retry_delay_s
-        super().__init__(f"overloaded ({cause}): {value:g} exceeds {limit:g}; try again in {retry_delay_s:.3f} s")
+        said = f"{_shown(value)} exceeds {_shown(limit)}; try again in {retry_delay_s:.3f} s"
+        super().__init__(f"overloaded ({cause}): {said}")
 
     def metadata(self) -> dict[str, str]:
         """Which bound, its limit and the value that met it."""
-        return {"cause": self.cause, "limit": f"{self.limit:g}", "value": f"{self.value:g}"}
+        return {"cause": self.cause, "limit": _shown(self.limit), "value": _shown(self.value)}
 
 
 class NotServing(AttnserveError):
@@ -169,3 +170,8 @@ class InternalFault(AttnserveError):
     def metadata(self) -> dict[str, str]:
         """The request id, to find the log line by."""
         return {"request_id": self.request_id} if self.request_id else {}
+
+
+def _shown(number: float) -> str:
+    """Whole numbers (bytes, sequences) in full, seconds to six digits."""
+    return str(int(number)) if float(number).is_integer() else f"{number:g}"
