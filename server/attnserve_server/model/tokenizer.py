@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import secrets
-import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer, models
+from tokenizers import Tokenizer, models
 
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import AxisUnits
+from attnserve_server.model.words import Words, cuts_words
 
 ID_BOUND = 2**32
 """Ids from here on, and those below 0, cannot be asked of the library."""
@@ -44,41 +44,6 @@ class TokenizedText:
     units: AxisUnits
 
 
-@dataclass(slots=True)
-class _Words:
-    """Words in the order of their first pieces, counted over all segments."""
-
-    ids: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    spans: list[tuple[int, int, int]] = field(default_factory=list)
-
-    def add(self, encoding: Encoding, texts: Sequence[str]) -> None:
-        """Append the words of an encoding of `texts`, one for each segment."""
-        number: dict[tuple[int, int], int] = {}
-        extents: list[tuple[int, int, int]] = []
-        base = len(self.texts)
-        for word, segment, (start, end) in zip(encoding.word_ids, encoding.sequence_ids, encoding.offsets, strict=True):
-            if word is None or segment is None:
-                self.ids.append(-1)
-                continue
-            # The tokenizer counts the words of each segment from 0.
-            index = number.setdefault((segment, word), len(number))
-            self.ids.append(base + index)
-            if index == len(extents):
-                extents.append((segment, start, end))
-            else:
-                _, first, last = extents[index]
-                extents[index] = (segment, min(first, start), max(last, end))
-        claimed = {(segment, start) for segment, start, _ in extents}
-        for segment, start, end in extents:
-            first, last = _without_outer_space(texts[segment], start, end)
-            if last == end:
-                while (segment, last) not in claimed and _is_mark(texts[segment], last):
-                    last += 1
-            self.spans.append((segment, first, last))
-            self.texts.append(texts[segment][first:last])
-
-
 class TextTokenizer:
     """A tokenizer that neither cuts nor pads, and for which the text of a special token is text like any other.
 
@@ -90,7 +55,7 @@ class TextTokenizer:
         self._special = _special_tokens(tokenizer)
         self._special_ids = frozenset(self._special)
         self._tokenizer = _sealed(tokenizer, self._special)
-        self._knows_words = _cuts_words(self._tokenizer)
+        self._knows_words = cuts_words(self._tokenizer)
 
     @classmethod
     def load(cls, path: Path, axis: str) -> TextTokenizer:
@@ -138,7 +103,7 @@ class TextTokenizer:
             out white space at both ends and take in the combining marks that normalisation strips from its end.
         """
         encoding = self._tokenizer.encode(text, pair) if pair else self._tokenizer.encode(text)
-        words = _Words()
+        words = Words()
         if self._knows_words:
             words.add(encoding, (text, pair))
         special = tuple(flag == 1 for flag in encoding.special_tokens_mask)
@@ -171,7 +136,7 @@ class TextTokenizer:
             ids: token ids, (N,). An id that the tokenizer does not have has the text "".
         """
         numbers = [int(number) for number in ids]
-        words = self._words_of_ids(numbers) if self._knows_words else _Words()
+        words = self._words_of_ids(numbers) if self._knows_words else Words()
         return AxisUnits(
             axis=self._axis,
             length=len(numbers),
@@ -181,8 +146,8 @@ class TextTokenizer:
             words=tuple(words.texts),
         )
 
-    def _words_of_ids(self, numbers: Sequence[int]) -> _Words:
-        words = _Words()
+    def _words_of_ids(self, numbers: Sequence[int]) -> Words:
+        words = Words()
         if any(not 0 <= number < ID_BOUND for number in numbers):
             return words
         for special, run in _runs(numbers, self._special_ids):
@@ -192,7 +157,7 @@ class TextTokenizer:
             text = self._tokenizer.decode(run, skip_special_tokens=False)
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
             if encoding.ids != run:
-                return _Words()
+                return Words()
             words.add(encoding, (text,))
         return words
 
@@ -255,27 +220,3 @@ def _set_plain(tokenizer: Tokenizer) -> None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
-
-
-def _cuts_words(tokenizer: Tokenizer) -> bool:
-    """Whether words can be told at all: without a pre-tokenizer that cuts, the whole text counts as one word."""
-    if tokenizer.pre_tokenizer is None:
-        return False
-    probe = "a b"
-    if tokenizer.normalizer is not None:
-        probe = tokenizer.normalizer.normalize_str(probe)
-    return len(tokenizer.pre_tokenizer.pre_tokenize_str(probe)) > 1
-
-
-def _without_outer_space(text: str, start: int, end: int) -> tuple[int, int]:
-    """The span without white space at its ends; as it is where it is nothing else."""
-    inner = text[start:end].strip()
-    if not inner:
-        return start, end
-    first = start + text[start:end].index(inner[0])
-    return first, first + len(inner)
-
-
-def _is_mark(text: str, position: int) -> bool:
-    """Whether a combining mark stands there, which belongs to the character before it."""
-    return position < len(text) and unicodedata.category(text[position]).startswith("M")
