@@ -21,7 +21,10 @@ class Request:
     future: asyncio.Future[list[SequenceResult]]
     arrived_s: float
     deadline_s: float | None
+    size: int
+    """How many sequences it has."""
     entries: list[Entry] = field(default_factory=list)
+    """Its sequences; emptied at its end, so that nothing is kept alive by a circle of references."""
     results: dict[int, SequenceResult] = field(default_factory=dict)
 
 

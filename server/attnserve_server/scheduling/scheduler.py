@@ -10,7 +10,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
+from typing import Final
 
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError, DeadlineExpired, InternalFault, NotServing
@@ -27,6 +29,9 @@ from attnserve_server.scheduling.speed import Speed
 from attnserve_server.scheduling.timer import DeadlineTimer
 
 _log = logging.getLogger(__name__)
+
+_LEAST_RUN_OVERHEAD_TOKENS: Final = 4.0
+"""Below what any runtime was seen to need: a noisy measurement must not talk us out of batching."""
 
 
 class Scheduler:
@@ -69,7 +74,8 @@ class Scheduler:
         if cost is not None:
             self._speed = Speed(cost.seconds_per_token)
             if self._settings.run_overhead_tokens is None:
-                self._settings = replace(self._settings, run_overhead_tokens=cost.run_overhead_tokens)
+                overhead = max(cost.run_overhead_tokens, _LEAST_RUN_OVERHEAD_TOKENS)
+                self._settings = replace(self._settings, run_overhead_tokens=overhead)
         self._task = asyncio.create_task(self._serve(), name=f"scheduler {self._manifest.name}")
         self._task.add_done_callback(self._ended)
 
@@ -116,12 +122,12 @@ class Scheduler:
         sizes = [sum(tensor.nbytes for tensor in one.tensors.values()) + one.response_bytes for one in sequences]
         self._admit(Demand(len(sequences), sum(one.tokens for one in sequences), sum(sizes)), now, deadline)
         loop = asyncio.get_running_loop()
-        request = Request(loop.create_future(), now, deadline)
+        request = Request(loop.create_future(), now, deadline, len(sequences))
         for sequence, size in zip(sequences, sizes, strict=True):
             self._enqueue(request, sequence, size, priority)
         self._gauge()
         self._wake.set()
-        timer = None if deadline is None else DeadlineTimer(loop, self._clock, deadline, lambda: self._expire(request))
+        timer = None if deadline is None else DeadlineTimer(loop, self._clock, deadline, partial(self._expire, request))
         try:
             return await request.future
         except asyncio.CancelledError:
@@ -130,6 +136,8 @@ class Scheduler:
         finally:
             if timer is not None:
                 timer.cancel()
+            request.entries.clear()
+            del request, timer  # an error's traceback holds this frame: let the frame not hold the error as well
 
     def _state(self) -> str:
         if self._task is None:
@@ -221,8 +229,8 @@ class Scheduler:
         elif not request.future.done():
             facts = replace(outcome.run, queue_s=started - request.arrived_s)
             request.results[entry.index] = replace(outcome, run=facts)
-            if len(request.results) == len(request.entries):
-                request.future.set_result([request.results[index] for index in range(len(request.entries))])
+            if len(request.results) == request.size:
+                request.future.set_result([request.results[index] for index in range(request.size)])
 
     def _expire(self, request: Request) -> None:
         self._fail(request, DeadlineExpired(self._clock.now() - request.arrived_s), "expired")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from attnserve_server.domain.errors import RequestCancelled
+from attnserve_server.domain.errors import InternalFault, RequestCancelled
 from attnserve_server.domain.values import PreparedSequence, RunFacts, SequenceResult
 from attnserve_server.engine.executor import Outcome
 from attnserve_server.engine.session import RunHandle
@@ -85,7 +85,7 @@ class FakeExecutor:
     runs: list[list[int]] = field(default_factory=list)
     terminated: list[list[int]] = field(default_factory=list)
     busy: set[int] = field(default_factory=set)
-    poisoned: dict[int, Exception] = field(default_factory=dict)
+    poisoned: set[int] = field(default_factory=set)
     breaks: bool = False
 
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
@@ -104,7 +104,7 @@ class FakeExecutor:
             return [RequestCancelled() for _ in sequences]
         facts = RunFacts(len(sequences), 0, 0, self.seconds(sequences), instance)
         return [
-            self.poisoned.get(tag) or SequenceResult({"tag": np.array(tag)}, None, facts)  # type: ignore[misc]
+            InternalFault() if tag in self.poisoned else SequenceResult({"tag": np.array(tag)}, None, facts)
             for tag in tags
         ]
 
