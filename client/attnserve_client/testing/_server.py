@@ -188,7 +188,7 @@ class FakeServer:
                 yield _SERVING
                 gone.wait()
 
-        handlers = {"Watch": grpc.unary_stream_rpc_method_handler(watch)}
+        handlers: Any = {"Watch": grpc.unary_stream_rpc_method_handler(watch)}
         return grpc.method_handlers_generic_handler("grpc.health.v1.Health", handlers)
 
     def _effective(self, selection: Attention) -> attention_pb2.AttentionSelection:

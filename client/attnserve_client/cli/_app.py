@@ -1,0 +1,200 @@
+"""The commands `infer`, `explain` and `models`: they read the command line, call the client and print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, cast
+
+import typer
+from rich.console import Console
+
+from attnserve_client import Attention, Client, InferenceResult
+from attnserve_client.cli._errors import CODES_HELP, reported
+from attnserve_client.cli._show import show_explanation, show_model, show_models, show_results
+
+app = typer.Typer(
+    name="attnserve",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Ask an attnserve server: sentences in, their embeddings and where the model looked out.",
+    epilog=CODES_HELP,
+)
+
+Server = Annotated[
+    str, typer.Option("--server", envvar="ATTNSERVE_SERVER", metavar="HOST:PORT", help="Where the server listens.")
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=0.001, help="Seconds until the command gives up, retries included.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; errors too, on stderr.")]
+Version = Annotated[str, typer.Option("--model-version", help="The model's version.", show_default="the highest")]
+
+_DEFAULT_SERVER: Final = "localhost:8001"
+_DEFAULT_TIMEOUT_S: Final = 30.0
+
+
+@app.command(
+    epilog='Examples: `attnserve infer minilm "first text" "second text"`, '
+    "`cat texts.txt | attnserve infer minilm - --json`",
+)
+def infer(
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    text: Annotated[list[str], typer.Argument(help="Texts; `-` reads one from each line of standard input.")],
+    version: Version = "",
+    output: Annotated[list[str] | None, typer.Option("--output", help="An output to bring; may be repeated.")] = None,
+    server: Server = _DEFAULT_SERVER,
+    timeout: Timeout = _DEFAULT_TIMEOUT_S,
+    as_json: AsJson = False,
+) -> None:
+    """Run texts through a model and print its outputs."""
+    texts = _texts(text)
+    with reported(server, as_json=as_json), Client(server) as client:
+        results = client.infer(model, cast("list[Any]", texts), version=version, outputs=output, timeout=timeout)
+    if as_json:
+        _print_json({"receipt": asdict(results[0].receipt), "results": [_plain(result) for result in results]})
+    else:
+        show_results(Console(highlight=False), texts, results)
+
+
+@app.command(
+    epilog='Examples: `attnserve explain minilm "The buyer assumes all liabilities."`, '
+    "`attnserve explain minilm - --layer 3 --head 5 --html map.html < contract.txt`",
+)
+def explain(  # noqa: PLR0913, PLR0917 - the options of a command
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    text: Annotated[str, typer.Argument(help="The text; `-` reads it from standard input.")],
+    version: Version = "",
+    pair: Annotated[str, typer.Option("--pair", help="A second text, for models that take pairs.")] = "",
+    layer: Annotated[
+        str, typer.Option("--layer", help="A layer, -1 for the last; or `mean` or `rollout` over all of them.")
+    ] = "-1",
+    heads: Annotated[
+        str, typer.Option("--heads", "--head", help="`mean`, `max`, `each`, one head, or several with commas.")
+    ] = "mean",
+    unit: Annotated[Literal["word", "token"], typer.Option("--unit", help="What a row stands for.")] = "word",
+    top: Annotated[int, typer.Option("--top", min=0, help="How many of the strongest links to list.")] = 10,
+    keep_special: Annotated[bool, typer.Option("--keep-special", help="Keep tokens such as [CLS] and [SEP].")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write an interactive page to this file.")] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Write a picture to this file (needs the extra `plot`).")
+    ] = None,
+    server: Server = _DEFAULT_SERVER,
+    timeout: Timeout = _DEFAULT_TIMEOUT_S,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a model looks: a heatmap and the strongest links, by default of the last layer's words."""
+    (sentence,) = _texts([text], whole=True)
+    selection = _selection(layer, heads, unit, keep_special=keep_special)
+    with reported(server, as_json=as_json), Client(server) as client:
+        one = (sentence, pair) if pair else sentence
+        result = client.infer(model, one, version=version, outputs=[], attention=selection, timeout=timeout)
+    attention = result.attention[0]
+    if html is not None:
+        _write(html, attention.to_html().encode())
+    if png is not None:
+        _write_png(png, attention)
+    if as_json:
+        links = attention.links(top=top, exclude_special=not keep_special)
+        described = [{"query": each.query, "key": each.key, "weight": each.weight, "head": each.head} for each in links]
+        _print_json({"receipt": asdict(result.receipt), "links": described, "attention": attention.to_dict()})
+    else:
+        console = Console(highlight=False)
+        show_explanation(console, sentence, attention, top=top, keep_special=keep_special)
+        for written in (html, png):
+            if written is not None:
+                console.print(f"wrote {written}", markup=False, style="dim")
+
+
+@app.command(epilog="Examples: `attnserve models`, `attnserve models minilm --json`")
+def models(
+    name: Annotated[str | None, typer.Argument(help="One model; without it, all of them.")] = None,
+    version: Version = "",
+    server: Server = _DEFAULT_SERVER,
+    timeout: Timeout = _DEFAULT_TIMEOUT_S,
+    as_json: AsJson = False,
+) -> None:
+    """List the server's models, or describe one: inputs, outputs, axes, attention sites and limits."""
+    console = Console(highlight=False)
+    with reported(server, as_json=as_json), Client(server) as client:
+        if name is None:
+            listed = client.models(timeout=timeout)
+            if as_json:
+                _print_json([asdict(each) for each in listed])
+            else:
+                show_models(console, listed)
+        else:
+            described = client.model(name, version, timeout=timeout)
+            if as_json:
+                _print_json(asdict(described))
+            else:
+                show_model(console, described)
+
+
+def _texts(given: list[str], *, whole: bool = False) -> list[str]:
+    """The texts, with `-` replaced by standard input: each of its lines, or all of it as one."""
+    texts: list[str] = []
+    for text in given:
+        if text != "-":
+            texts.append(text)
+        elif whole:
+            texts.append(sys.stdin.read().strip())
+        else:
+            texts.extend(line for line in sys.stdin.read().splitlines() if line.strip())
+    if not texts:
+        raise typer.BadParameter("standard input has no text", param_hint="TEXT")
+    return texts
+
+
+def _selection(layer: str, heads: str, unit: Literal["word", "token"], *, keep_special: bool) -> Attention:
+    special: Literal["keep", "drop"] = "keep" if keep_special else "drop"
+    chosen: Any = heads if heads in ("mean", "max", "each") else _numbers(heads, "--heads")
+    if layer in ("mean", "rollout"):
+        joined = cast("Literal['mean', 'rollout']", layer)
+        return Attention(heads=chosen, layer_reduction=joined, unit=unit, special_tokens=special)
+    layers = _numbers(layer, "--layer")
+    if len(layers) != 1:
+        raise typer.BadParameter("one layer, `mean` or `rollout`", param_hint="--layer")
+    return Attention(layers=layers, heads=chosen, unit=unit, special_tokens=special)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor a known word", param_hint=option) from None
+
+
+def _plain(result: InferenceResult) -> dict[str, Any]:
+    outputs = {
+        name: {"dtype": array.dtype.name, "shape": list(array.shape), "data": array.tolist()}
+        for name, array in result.outputs.items()
+    }
+    return {"outputs": outputs, "run": asdict(result.run)}
+
+
+def _print_json(value: Any) -> None:
+    # The JSON's own escapes keep control characters in texts from reaching a terminal.
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from None
+
+
+def _write_png(path: Path, attention: Any) -> None:
+    try:
+        figure = attention.plot()
+    except ImportError as error:
+        raise typer.BadParameter(str(error), param_hint="--png") from None
+    try:
+        figure.savefig(path, format="png", dpi=120, bbox_inches="tight")
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from None

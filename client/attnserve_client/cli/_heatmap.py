@@ -1,0 +1,103 @@
+"""A heatmap for the terminal, readable in 80 columns: columns are numbered, and go into blocks where they do not fit.
+
+A row's label carries its number, so in self-attention the number above a column is the number of that row's word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from rich.cells import cell_len
+from rich.color import Color
+from rich.color_triplet import ColorTriplet
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from attnserve_client import AttentionMap, Token
+from attnserve_client.cli._text import clean, fitted
+
+MAX_ROWS: Final = 40
+"""More rows than fit on a screen: then only those with the strongest weights are shown, and the rest counted."""
+_SHADES: Final = " .:-=+*#%@"
+_RAMP: Final = ((44, 36, 88), (99, 43, 134), (184, 61, 124), (240, 116, 62), (255, 220, 134))
+_GAMMA: Final = 0.6
+"""Below 1, so that weak weights can be told from none."""
+_LONGEST_LABEL: Final = 18
+
+Weights = npt.NDArray[Any]
+
+
+def heatmap(attention: AttentionMap, weights: Weights, console: Console) -> Iterator[Text]:
+    """The lines of a heatmap of weights (L, S)."""
+    rows = _strongest_rows(weights)
+    query_width = len(str(max((token.index for token in attention.query_tokens), default=0)))
+    longest = max((cell_len(clean(attention.query_tokens[row].text)) for row in rows), default=0)
+    label_width = query_width + 1 + min(_LONGEST_LABEL, longest) + 1
+    room = max(8, console.width - label_width - 1)
+    columns = len(attention.key_tokens)
+    # Two cells make a square; one is still told from its neighbours, and shows twice as many.
+    cell = 2 if columns * 2 <= room else 1
+    greatest = float(weights.max(initial=0.0)) or 1.0
+    colours = console.color_system is not None
+    if attention.query_axis != attention.key_axis:
+        yield _legend(attention.key_tokens)
+    for start in range(0, columns, room // cell):
+        block = range(start, min(columns, start + room // cell))
+        yield from _header([attention.key_tokens[column].index for column in block], label_width, cell)
+        for row in rows:
+            token = attention.query_tokens[row]
+            line = Text(f"{token.index:>{query_width}} {fitted(token.text, label_width - query_width - 2)} ")
+            for column in block:
+                line.append(*_cell(float(weights[row, column]) / greatest, cell, colours=colours))
+            yield line
+    if len(rows) < len(weights):
+        yield Text(f"{len(rows)} of {len(weights)} rows, those with the strongest links", style="dim")
+    yield _scale(greatest, colours=colours)
+
+
+def _strongest_rows(weights: Weights) -> list[int]:
+    if len(weights) <= MAX_ROWS:
+        return list(range(len(weights)))
+    order = np.argsort(-weights.max(axis=1), kind="stable")[:MAX_ROWS]
+    return sorted(order.tolist())
+
+
+def _header(numbers: list[int], label_width: int, cell: int) -> Iterator[Text]:
+    """The columns' numbers, written downwards."""
+    digits = len(str(max(numbers)))
+    for place in range(digits):
+        written = "".join(f"{number:>{digits}}"[place].rjust(cell) for number in numbers)
+        yield Text(" " * label_width + written, style="dim")
+
+
+def _legend(tokens: tuple[Token, ...]) -> Text:
+    return Text("columns: " + "  ".join(f"{token.index} {clean(token.text)}" for token in tokens), style="dim")
+
+
+def _cell(share: float, width: int, *, colours: bool) -> tuple[str, Style]:
+    bright = min(1.0, max(0.0, share)) ** _GAMMA
+    if not colours:
+        return _SHADES[round(bright * (len(_SHADES) - 1))] * width, Style.null()
+    if bright < 0.02:  # nothing at all stays the terminal's own colour, light or dark
+        return " " * width, Style.null()
+    return " " * width, Style(bgcolor=Color.from_triplet(_blend(bright)))
+
+
+def _blend(bright: float) -> ColorTriplet:
+    place = bright * (len(_RAMP) - 1)
+    low = min(int(place), len(_RAMP) - 2)
+    red, green, blue = (
+        round(start + (end - start) * (place - low)) for start, end in zip(_RAMP[low], _RAMP[low + 1], strict=True)
+    )
+    return ColorTriplet(red, green, blue)
+
+
+def _scale(greatest: float, *, colours: bool) -> Text:
+    line = Text("0 ", style="dim")
+    for step in range(20):
+        line.append(*_cell((step + 1) / 20, 1, colours=colours))
+    return line.append(f" {greatest:.3f}", style="dim")

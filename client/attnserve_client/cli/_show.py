@@ -1,0 +1,104 @@
+"""Answers for people to read, in a terminal. Nothing here calls the server."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from attnserve_client import AttentionMap, InferenceResult, ModelInfo, TensorSpec
+from attnserve_client.cli._heatmap import heatmap
+from attnserve_client.cli._text import clean
+
+_SHOWN_VALUES = 5
+_BAR_CELLS = 16
+
+
+def show_results(console: Console, texts: list[str], results: list[InferenceResult]) -> None:
+    """Each text with its outputs: shape, norm and first values."""
+    for text, result in zip(texts, results, strict=True):
+        console.print(Text(clean(text), style="bold"))
+        for name, array in result.outputs.items():
+            shape = " × ".join(map(str, array.shape)) or "scalar"
+            line = Text(f"  {clean(name)}  ").append(f"{array.dtype.name} {shape}", style="dim")
+            if array.ndim == 1 and array.dtype.kind == "f":
+                values = "  ".join(f"{value: .4f}" for value in array[:_SHOWN_VALUES])
+                more = " …" if array.size > _SHOWN_VALUES else ""
+                line.append(f"  norm {float(np.linalg.norm(array)):.4f}  [{values}{more}]")
+            console.print(line)
+        run = result.run
+        took = f"queue {1000 * run.queue_s:.1f} ms, compute {1000 * run.compute_s:.1f} ms, batch of {run.batch_size}"
+        console.print(Text(f"  {took}", style="dim"))
+
+
+def show_explanation(console: Console, text: str, attention: AttentionMap, *, top: int, keep_special: bool) -> None:
+    """The heatmap and the strongest links of one text."""
+    console.print(Text(clean(text), style="italic"))
+    console.print(Text(f"{clean(attention.model)}, {clean(attention.title)}", style="dim"))
+    if not attention.is_joined and len(attention.heads) > 1:
+        console.print(Text("The heatmap is the mean of these heads; each link names its own.", style="dim"))
+    for line in heatmap(attention, attention.head_weights(), console):
+        console.print(line, soft_wrap=attention.query_axis == attention.key_axis)
+    if top:
+        console.print(_links_table(attention, top=top, keep_special=keep_special))
+
+
+def _links_table(attention: AttentionMap, *, top: int, keep_special: bool) -> Table:
+    links = attention.links(top=top, exclude_special=not keep_special)
+    table = Table(title="strongest links", title_justify="left", box=None, pad_edge=False)
+    with_heads = any(link.head is not None for link in links)
+    for name in ("query", "looks at", *(("head",) if with_heads else ()), "weight", ""):
+        table.add_column(name, justify="right" if name in ("weight", "head") else "left", overflow="fold")
+    for link in links:
+        bar = "━" * max(1, round(_BAR_CELLS * link.weight / links[0].weight))
+        head = (str(link.head),) if with_heads else ()
+        texts = (Text(clean(link.query)), Text(clean(link.key)))
+        table.add_row(*texts, *head, f"{link.weight:.3f}", Text(bar, style="magenta"))
+    return table
+
+
+def show_models(console: Console, listed: list[ModelInfo]) -> None:
+    """All models, a line for each."""
+    table = Table("model", "version", "state", "text", "sites", "precision", "runs on", box=None, pad_edge=False)
+    for model in listed:
+        state = Text(model.state, style="green" if model.ready else "yellow")
+        facts = (
+            "yes" if model.accepts_text else "no",
+            str(len(model.sites)),
+            model.precision,
+            model.execution_provider,
+        )
+        table.add_row(Text(clean(model.name)), clean(model.version), state, *facts)
+    console.print(table if listed else "The server has no models.")
+
+
+def show_model(console: Console, model: ModelInfo) -> None:
+    """One model: inputs, outputs, axes, sites and limits."""
+    console.print(
+        Text(f"{clean(model.name)} {clean(model.version)}", style="bold").append(f"  {model.state}", style="dim")
+    )
+    if model.state_reason:
+        console.print(Text(f"  {clean(model.state_reason)}", style="yellow"))
+    for what, specs in (("input", model.inputs), ("output", model.outputs)):
+        for spec in specs:
+            console.print(Text(f"  {what:<7}{_spec(spec)}"))
+    for axis in model.axes:
+        pads = "" if axis.paddable else ", not padded"
+        console.print(Text(f"  axis   {clean(axis.symbol)}, at most {axis.max_length}{pads}"))
+    for site in model.sites:
+        why = f", unavailable: {clean(site.unavailable_reason)}" if site.unavailable_reason else ""
+        facts = f"{site.kind}, {site.form}, {site.heads} heads, {clean(site.query_axis)} × {clean(site.key_axis)}"
+        console.print(Text(f"  site   {site.layer}: {clean(site.name)} ({facts}{why})"))
+    limits = (
+        f"{model.max_batch_size} sequences, {model.max_text_bytes} bytes of text, {model.max_response_bytes} bytes out"
+    )
+    console.print(Text(f"  limits {limits}"))
+    console.print(
+        Text(f"  runs   {model.precision} on {model.execution_provider or 'nothing yet'}, {model.digest}", style="dim")
+    )
+
+
+def _spec(spec: TensorSpec) -> str:
+    shape = " × ".join(clean(str(extent)) for extent in spec.shape) or "scalar"
+    return f"{clean(spec.name)}  {spec.dtype} {shape}" + (" (optional)" if spec.optional else "")
