@@ -90,16 +90,18 @@ class Executor:
             await asyncio.to_thread(thread.shutdown)
 
     async def warm_up(self) -> None:
-        """Really runs batches of a few shapes on every instance, attention of every site included, and times them.
+        """Really runs batches on every instance, attention of every site included, and times a few shapes on one.
 
         Raises:
             RunFailed: the model cannot run on valid inputs.
         """
         loop = asyncio.get_running_loop()
-        for instance in reversed(range(self._instances)):
-            self._cost = await loop.run_in_executor(
-                self._threads[instance], warmup.measure, self._session, self._manifest, self._clock
-            )
+        for thread in self._threads:
+            await loop.run_in_executor(thread, warmup.touch, self._session, self._manifest)
+        # Alone, so that no other instance's run distorts what it sees.
+        self._cost = await loop.run_in_executor(
+            self._threads[0], warmup.measure, self._session, self._manifest, self._clock
+        )
 
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         """Runs one batch on one instance.

@@ -158,6 +158,8 @@ class RuntimeSession:
             RunTerminated: the handle was used, before or during the run.
             RunFailed: the runtime failed; its exception is the cause.
         """
+        if not fetches:
+            return []  # the runtime would take an empty list for all outputs
         options = ort.RunOptions()
         options.only_execute_path_to_fetches = True
         options.log_severity_level = _FATAL_ONLY

@@ -42,8 +42,8 @@ class CostModel:
         return self.run_overhead_s / self.seconds_per_token
 
 
-def measure(session: RuntimeSession, manifest: Manifest, clock: Clock) -> CostModel:
-    """Runs a few shapes, first with attention of every site, then without and timed.
+def touch(session: RuntimeSession, manifest: Manifest) -> None:
+    """Runs two small batches with every output and with attention of every site, on the calling thread.
 
     Raises:
         RunFailed: the model cannot run on these inputs.
@@ -51,6 +51,14 @@ def measure(session: RuntimeSession, manifest: Manifest, clock: Clock) -> CostMo
     everything = selection_of_all(manifest)
     for size, length in ((1, 4), (2, 16)):
         _run(session, manifest, [synthetic(manifest, length, attention=everything)] * size)
+
+
+def measure(session: RuntimeSession, manifest: Manifest, clock: Clock) -> CostModel:
+    """Runs a few shapes with every output and times them, on the calling thread.
+
+    Raises:
+        RunFailed: the model cannot run on these inputs.
+    """
     seen: list[tuple[int, float]] = []
     for size, length in _SHAPES:
         sequences = [synthetic(manifest, length)] * min(size, manifest.max_batch_size)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attnserve_server import attention
 from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.domain.errors import InternalFault, RequestCancelled
 from attnserve_server.domain.values import PreparedSequence, SequenceResult
 from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.session import RunFailed, RunHandle, RuntimeSession
-from attnserve_server.engine.warmup import CostModel, fit, synthetic
+from attnserve_server.engine.warmup import CostModel, fit, selection_of_all, synthetic
 from attnserve_server.model.manifest import AxisSpec, InputSpec, Manifest, OutputSpec
 from attnserve_server.observability.metrics import Metrics
 
@@ -97,6 +98,23 @@ async def test_a_value_that_is_not_finite_is_a_fault_of_its_sequence_only(
 
 
 async def test_an_answer_that_cannot_be_made_is_a_fault_of_its_sequence_only(
+    embedder_path: Path, manifest: Manifest, sequence_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = attention.answer
+
+    def failing(weights, effective, sites, units):
+        if effective.layers == (1,):
+            raise KeyError("a bug")
+        return real(weights, effective, sites, units)
+
+    monkeypatch.setattr(attention, "answer", failing)
+    async with executor_of(embedder_path, manifest) as executor:
+        results = await executor.run([sequence_of([1, 2], [0]), sequence_of([1, 2], [1])], RunHandle(), 0)
+    assert isinstance(results[0], SequenceResult)
+    assert isinstance(results[1], InternalFault)
+
+
+async def test_an_output_that_does_not_exist_is_a_fault_of_its_sequence_only(
     embedder_path: Path, manifest: Manifest, sequence_of: Make
 ) -> None:
     good = sequence_of([1, 2], [0])
@@ -198,6 +216,17 @@ async def test_warm_up_of_a_model_that_cannot_run_fails(poisoned_path: Path, man
 def test_synthetic_sequences_stay_within_the_axes(manifest: Manifest) -> None:
     short = manifest.model_copy(update={"axes": (AxisSpec(symbol="seq", max_length=5, paddable=True),)})
     assert synthetic(short, 64).lengths == {"seq": 5}
+
+
+def test_synthetic_sequences_are_valid_for_every_role(manifest: Manifest) -> None:
+    inputs = (*manifest.inputs, InputSpec(name="scale", dtype="float32", shape=("seq", 2), fill=3.0))
+    sequence = synthetic(manifest.model_copy(update={"inputs": inputs}), 4)
+    assert sequence.tensors["attention_mask"].tolist() == [1, 1, 1, 1]
+    assert sequence.tensors["scale"].tolist() == [[3.0, 3.0]] * 4
+
+
+def test_a_model_without_sites_has_no_attention_to_warm_up(manifest: Manifest) -> None:
+    assert selection_of_all(manifest.model_copy(update={"sites": ()})) is None
 
 
 def test_the_cost_model_is_found_from_exact_times() -> None:

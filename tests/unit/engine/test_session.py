@@ -45,6 +45,11 @@ def test_empty_items_give_an_empty_tap(embedder_path: Path) -> None:
     assert weights.shape == (0, 2, 2, 2)
 
 
+def test_fetching_nothing_gives_nothing(embedder_path: Path) -> None:
+    session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    assert session.run(feeds([[1, 2]]), []) == []
+
+
 def test_a_failing_run_says_nothing_of_the_runtime_to_the_caller(poisoned_path: Path, capfd) -> None:
     session = RuntimeSession.load(poisoned_path, provider="CPUExecutionProvider", intra_op_threads=1)
     with pytest.raises(RunFailed) as caught:
