@@ -1,0 +1,59 @@
+"""A repository with the tiny model, a real server over it on loopback, and one whose runs the test holds back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from attnserve_server.app import Application
+from attnserve_server.config import Settings
+from gated import Gate
+from tiny_bundle import write_tiny_files, write_tiny_repository
+
+OPTIONS = [("grpc.max_receive_message_length", 64 * 2**20), ("grpc.max_send_message_length", 128 * 2**20)]
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_tiny_files(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(tmp_path_factory: pytest.TempPathFactory, tiny_files: dict[str, Path]) -> Path:
+    return write_tiny_repository(tmp_path_factory.mktemp("repository"), tiny_files)
+
+
+@pytest.fixture
+def settings(tiny_repository: Path) -> Settings:
+    return Settings(
+        repository=tiny_repository, grpc_port=0, http_port=0, instances=2, drain_grace_s=5, max_stream_in_flight=4
+    )
+
+
+@pytest.fixture
+async def server(settings: Settings) -> AsyncIterator[Application]:
+    application = Application(settings)
+    await application.start()
+    yield application
+    await application.aclose()
+
+
+@pytest.fixture
+async def channel(server: Application) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=OPTIONS) as opened:
+        yield opened
+        # Calls that a test left open end with the channel, and before its loop.
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def gate(server: Application) -> Gate:
+    """Holds back what is asked of `tiny`, version 2."""
+    model = server.catalog.get("tiny", "2")
+    assert model.manifest is not None
+    made = Gate(model.manifest)
+    model.scheduler = made
+    return made

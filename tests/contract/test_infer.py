@@ -1,0 +1,235 @@
+"""One request, one answer, through a real server over loopback."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import numpy as np
+import pytest
+from attnserve.v1 import attention_pb2, model_pb2, tensor_pb2
+from attnserve.v1 import inference_service_pb2 as pb
+from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
+from attnserve_server.app import Application
+from attnserve_server.domain.errors import InternalFault
+from gated import Gate, until
+from google.rpc import error_details_pb2, status_pb2
+from tiny_bundle import HEADS, VOCABULARY, WIDTH
+
+TEXTS = ("the cat sat on a mat", "a dog", "the dog looked at the cat and the mat")
+METHODS = ("Infer", "ListModels", "GetModel")
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> InferenceServiceStub:
+    return InferenceServiceStub(channel)
+
+
+def asking(*texts: str, **fields: object) -> pb.InferRequest:
+    sequences = [pb.Sequence(text=pb.TextInput(text=text)) for text in texts]
+    return pb.InferRequest(model="tiny", sequences=sequences, **fields)
+
+
+def array(tensor: tensor_pb2.Tensor) -> np.ndarray:
+    assert tensor.dtype == tensor_pb2.DATA_TYPE_FLOAT32
+    return np.frombuffer(tensor.data, "<f4").reshape(tensor.shape)
+
+
+def status_of(error: grpc.aio.AioRpcError) -> status_pb2.Status:
+    (data,) = [value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin"]
+    return status_pb2.Status.FromString(data)
+
+
+async def test_texts_give_outputs_and_attention_in_their_order(stub: InferenceServiceStub) -> None:
+    answer = await stub.Infer(asking(*TEXTS, attention=attention_pb2.AttentionSelection()))
+    assert len(answer.results) == len(TEXTS)
+    for text, result in zip(TEXTS, answer.results, strict=True):
+        hidden, embedding = map(array, result.outputs)
+        assert hidden.shape == (len(text.split()) + 2, WIDTH)
+        # The mean in float32 over at most eleven rows.
+        np.testing.assert_allclose(hidden.mean(axis=0), embedding, atol=1e-5)
+        assert [list(found.sites) for found in result.attention.maps] == [["layer0"], ["layer1"]]
+        for found in result.attention.maps:
+            weights = array(found.weights)
+            assert weights.shape == (HEADS, len(hidden), len(hidden))
+            np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-5)
+        assert list(result.attention.axes[0].texts)[1:-1] == text.split()
+
+
+async def test_tensors_give_what_their_text_gives(stub: InferenceServiceStub) -> None:
+    ids = np.array([2, *(VOCABULARY.index(word) for word in TEXTS[0].split()), 3])
+    tensor = tensor_pb2.Tensor(name="input_ids", dtype=tensor_pb2.DATA_TYPE_INT64, shape=ids.shape, data=ids.tobytes())
+    by_ids = pb.InferRequest(model="tiny", sequences=[pb.Sequence(tensors=pb.TensorInput(tensors=[tensor]))])
+    one, other = await asyncio.gather(stub.Infer(asking(TEXTS[0])), stub.Infer(by_ids))
+    for left, right in zip(one.results[0].outputs, other.results[0].outputs, strict=True):
+        np.testing.assert_allclose(array(left), array(right), atol=1e-6)
+
+
+async def test_only_what_is_asked_for_comes_back(stub: InferenceServiceStub) -> None:
+    answer = await stub.Infer(asking(TEXTS[0], outputs=pb.OutputSelection(names=["embedding"])))
+    assert [output.name for output in answer.results[0].outputs] == ["embedding"]
+    assert not answer.results[0].HasField("attention")
+    assert not answer.HasField("effective_attention")
+    only_attention = asking(
+        TEXTS[0], outputs=pb.OutputSelection(), attention=attention_pb2.AttentionSelection(layers=[-1], top_k=2)
+    )
+    answer = await stub.Infer(only_attention)
+    assert not answer.results[0].outputs
+    assert answer.results[0].attention.maps[0].WhichOneof("content") == "links"
+
+
+async def test_validating_only_tells_the_bytes_that_the_answer_then_has(
+    stub: InferenceServiceStub, server: Application
+) -> None:
+    selection = attention_pb2.AttentionSelection(layers=[0], dtype=tensor_pb2.DATA_TYPE_FLOAT16)
+    dry = await stub.Infer(asking(*TEXTS, attention=selection, validate_only=True))
+    assert not dry.results
+    assert list(dry.effective_attention.sites) == ["layer0"]
+    wet = await stub.Infer(asking(*TEXTS, attention=selection))
+    tensors = [tensor for result in wet.results for tensor in result.outputs]
+    tensors += [found.weights for result in wet.results for found in result.attention.maps]
+    assert dry.predicted_bytes == wet.predicted_bytes == sum(len(tensor.data) for tensor in tensors)
+
+
+async def test_the_receipt_says_what_answered(stub: InferenceServiceStub) -> None:
+    described = (await stub.GetModel(pb.GetModelRequest(model="tiny"))).model
+    mine, unnamed = await asyncio.gather(
+        stub.Infer(asking("a", request_id="mine")), stub.Infer(asking("a", version="1"))
+    )
+    assert mine.receipt.request_id == "mine"
+    assert len(unnamed.receipt.request_id) == 32
+    assert (mine.receipt.version, unnamed.receipt.version) == ("2", "1")
+    assert mine.receipt.digest == described.digest
+    assert mine.receipt.execution_provider == described.execution_provider == "CPUExecutionProvider"
+    assert mine.results[0].run.padded_tokens >= mine.results[0].run.useful_tokens
+
+
+async def test_models_are_listed_by_name_and_version(stub: InferenceServiceStub) -> None:
+    models = (await stub.ListModels(pb.ListModelsRequest())).models
+    assert [(model.name, model.version) for model in models] == [("plain", "1"), ("tiny", "1"), ("tiny", "2")]
+    assert [model.accepts_text for model in models] == [False, True, True]
+    assert {model.state for model in models} == {model_pb2.MODEL_STATE_READY}
+    assert models[0].max_response_bytes == 48 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("request_of", "code", "reason"),
+    [
+        (asking(""), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+        (pb.InferRequest(), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+        (pb.InferRequest(model="../tiny"), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+        (asking("a", request_id="a\nb"), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+        (pb.InferRequest(model="nope"), grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+        (pb.InferRequest(model="tiny", version="9"), grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+        (
+            pb.InferRequest(model="plain", sequences=asking("a").sequences),
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "TEXT_UNAVAILABLE",
+        ),
+    ],
+    ids=["empty text", "no model", "a path", "a line end", "unknown model", "unknown version", "no tokenizer"],
+)
+async def test_a_failure_carries_its_code_and_details(
+    stub: InferenceServiceStub, request_of: pb.InferRequest, code: grpc.StatusCode, reason: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Infer(request_of)
+    assert caught.value.code() is code
+    status = status_of(caught.value)
+    assert status.message == caught.value.details()
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert (info.reason, info.domain) == (reason, "attnserve")
+
+
+async def test_a_failure_echoes_the_request_id(stub: InferenceServiceStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Infer(asking("", request_id="mine"))
+    info = error_details_pb2.ErrorInfo()
+    assert status_of(caught.value).details[0].Unpack(info)
+    assert info.metadata["request_id"] == "mine"
+
+
+async def test_a_fault_of_ours_tells_nothing_but_the_request_id(stub: InferenceServiceStub, gate: Gate) -> None:
+    for fault in (InternalFault(), ValueError("/home/secret")):
+        call = stub.Infer(asking("a", request_id="mine"))
+        await until(lambda: bool(gate.waiting))
+        gate.release(error=fault)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert caught.value.details() == "internal error; request id mine"
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_no_bytes_are_answered_with_unknown(channel: grpc.aio.Channel, method: str) -> None:
+    random = np.random.default_rng(3)
+    call = channel.unary_unary(f"/attnserve.v1.InferenceService/{method}")
+    good = asking("the cat", request_id="x", attention=attention_pb2.AttentionSelection(layers=[0]))
+    corpus = [random.bytes(int(size)) for size in random.integers(0, 60, 40)]
+    for _ in range(60):
+        mutated = bytearray(good.SerializeToString())
+        mutated[random.integers(len(mutated))] = random.integers(256)
+        corpus.append(bytes(mutated))
+    answers = await asyncio.gather(*(call(data) for data in corpus), return_exceptions=True)
+    codes = {answer.code() for answer in answers if isinstance(answer, grpc.aio.AioRpcError)}
+    assert codes <= {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.FAILED_PRECONDITION,
+    }
+    assert all(isinstance(answer, bytes | grpc.aio.AioRpcError) for answer in answers)
+
+
+async def test_broken_utf8_names_the_field(channel: grpc.aio.Channel) -> None:
+    data = asking("MARK").SerializeToString().replace(b"MARK", b"MA\xffK")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await channel.unary_unary("/attnserve.v1.InferenceService/Infer")(data)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == "sequences[0].text.text: not UTF-8: byte 2 is 0xff"
+
+
+async def test_a_message_over_the_limit_is_resource_exhausted(stub: InferenceServiceStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Infer(asking("x" * (65 * 2**20)))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_megabyte_of_text_is_refused_before_it_is_tokenized(stub: InferenceServiceStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Infer(asking("x" * 2**20))
+    assert caught.value.details() == "sequences[0].text.text: 1048576 bytes exceed 65536"
+
+
+async def test_a_large_request_is_prepared_aside_and_answered_alike(stub: InferenceServiceStub) -> None:
+    # Longer than what is tokenized on the loop, by white space that makes no tokens.
+    padded = TEXTS[0] + " " * 10_000
+    small, large = await asyncio.gather(stub.Infer(asking(TEXTS[0])), stub.Infer(asking(padded)))
+    for left, right in zip(small.results[0].outputs, large.results[0].outputs, strict=True):
+        np.testing.assert_allclose(array(left), array(right), atol=1e-6)
+
+
+async def test_a_deadline_reaches_the_scheduler_and_the_work_is_withdrawn(
+    stub: InferenceServiceStub, gate: Gate, server: Application
+) -> None:
+    before = server.clock.now()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Infer(asking("a"), timeout=0.2)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(lambda: gate.withdrawn == 1)
+    (deadline,) = gate.deadlines
+    assert deadline is not None
+    assert before < deadline < before + 0.25
+
+
+async def test_a_caller_without_a_deadline_waits_for_ever(stub: InferenceServiceStub, gate: Gate) -> None:
+    gate.open()
+    await stub.Infer(asking("a"))
+    assert gate.deadlines == [None]
+
+
+async def test_a_caller_that_leaves_withdraws_its_request(stub: InferenceServiceStub, gate: Gate) -> None:
+    call = stub.Infer(asking("a"))
+    await until(lambda: bool(gate.waiting))
+    call.cancel()
+    await until(lambda: gate.withdrawn == 1)

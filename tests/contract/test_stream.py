@@ -1,0 +1,290 @@
+"""Many requests on one stream: each answered once, by name, whatever happens to the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+import numpy as np
+import pytest
+from attnserve.v1 import attention_pb2
+from attnserve.v1 import inference_service_pb2 as pb
+from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
+from attnserve_server.app import Application
+from attnserve_server.domain.errors import Overloaded
+from attnserve_server.transport import stream as stream_module
+from gated import Gate, until
+from google.rpc import status_pb2
+
+MAX_IN_FLIGHT = 4  # as the settings fixture has it
+
+
+class Talk:
+    """One stream, seen from the caller."""
+
+    def __init__(self, channel: grpc.aio.Channel, timeout: float | None = None) -> None:
+        self.call = InferenceServiceStub(channel).StreamInfer(timeout=timeout)
+
+    async def ask(self, request_id: str, text: str = "the cat", timeout_ms: int = 0, **fields: object) -> None:
+        sequence = pb.Sequence(text=pb.TextInput(text=text))
+        request = pb.InferRequest(model="tiny", sequences=[sequence], request_id=request_id, **fields)
+        await self.call.write(pb.StreamInferRequest(request=request, timeout_ms=timeout_ms))
+
+    async def cancel(self, request_id: str) -> None:
+        await self.call.write(pb.StreamInferRequest(cancel_request_id=request_id))
+
+    async def read(self) -> pb.StreamInferResponse:
+        async with asyncio.timeout(10):
+            answer = await self.call.read()
+        assert answer is not grpc.aio.EOF
+        return answer
+
+    async def ended(self) -> grpc.StatusCode:
+        async with asyncio.timeout(10):
+            code = await self.call.code()
+        assert isinstance(code, grpc.StatusCode)
+        return code
+
+
+@pytest.fixture
+def talk_of(channel: grpc.aio.Channel) -> Callable[..., Talk]:
+    return lambda **fields: Talk(channel, **fields)
+
+
+@pytest.fixture
+def talk(channel: grpc.aio.Channel) -> Talk:
+    return Talk(channel)
+
+
+def failure(answer: pb.StreamInferResponse) -> tuple[str, int, str]:
+    assert answer.WhichOneof("message") == "status"
+    status = status_pb2.Status.FromString(answer.status)
+    return answer.request_id, status.code, status.message
+
+
+async def test_every_request_is_answered_once_by_its_name(talk: Talk) -> None:
+    names = [f"r{number}" for number in range(50)]
+
+    async def ask_all() -> None:
+        for name in names:
+            await talk.ask(name)
+        await talk.call.done_writing()
+
+    asking = asyncio.create_task(ask_all())
+    answers = [answer async for answer in talk.call]
+    await asking
+    assert sorted(answer.request_id for answer in answers) == sorted(names)
+    for answer in answers:
+        assert answer.response.receipt.request_id == answer.request_id
+        assert len(answer.response.results) == 1
+    assert await talk.ended() is grpc.StatusCode.OK
+
+
+async def test_answers_come_as_they_become_ready(talk: Talk, gate: Gate) -> None:
+    for name in ("slow", "fast"):
+        await talk.ask(name)
+    await until(lambda: len(gate.waiting) == 2)
+    gate.release(1)
+    assert (await talk.read()).request_id == "fast"
+    gate.release(0)
+    assert (await talk.read()).request_id == "slow"
+
+
+async def test_one_requests_failure_leaves_the_others_as_they_are(talk: Talk) -> None:
+    await talk.ask("bad", text="")
+    assert failure(await talk.read()) == ("bad", 3, "sequences[0].text.text: empty: at least 1 character is needed")
+    await talk.ask("good")
+    assert (await talk.read()).response.results
+
+
+async def test_overload_is_told_in_the_requests_own_status(talk: Talk, gate: Gate) -> None:
+    await talk.ask("a")
+    await until(lambda: bool(gate.waiting))
+    gate.release(error=Overloaded("queue_full", 1, 2, 0.5))
+    request_id, code, _ = failure(await talk.read())
+    assert (request_id, code) == ("a", grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+
+
+async def test_a_cancelled_request_is_answered_with_cancelled_and_withdrawn(talk: Talk, gate: Gate) -> None:
+    for name in ("stays", "goes"):
+        await talk.ask(name)
+    await until(lambda: len(gate.waiting) == 2)
+    await talk.cancel("goes")
+    assert failure(await talk.read()) == ("goes", 1, "cancelled by the caller")
+    assert gate.withdrawn == 1
+    gate.release(0)
+    assert (await talk.read()).request_id == "stays"
+
+
+async def test_a_request_cancelled_at_once_is_still_answered(talk: Talk, gate: Gate) -> None:
+    await talk.ask("goes")
+    await talk.cancel("goes")
+    assert failure(await talk.read())[:2] == ("goes", 1)
+
+
+async def test_cancelling_what_is_not_there_does_nothing(talk: Talk) -> None:
+    await talk.cancel("nobody")
+    await talk.ask("a")
+    assert (await talk.read()).request_id == "a"
+
+
+async def test_a_name_is_free_again_once_it_was_answered(talk: Talk) -> None:
+    for _ in range(2):
+        await talk.ask("a")
+        assert (await talk.read()).response.results
+
+
+async def test_a_name_under_way_is_refused_and_the_first_goes_on(talk: Talk, gate: Gate) -> None:
+    await talk.ask("a")
+    await until(lambda: bool(gate.waiting))
+    await talk.ask("a")
+    assert failure(await talk.read()) == ("a", 3, "request_id: 'a' is the name of a request under way")
+    gate.release()
+    assert (await talk.read()).response.results
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pb.StreamInferRequest(),
+        pb.StreamInferRequest(request=pb.InferRequest(model="tiny")),
+        pb.StreamInferRequest(request=pb.InferRequest(model="tiny", request_id="a\nb")),
+    ],
+    ids=["neither set", "no name", "a name that may not be echoed"],
+)
+async def test_a_message_that_cannot_be_answered_ends_the_stream(
+    talk: Talk, gate: Gate, message: pb.StreamInferRequest
+) -> None:
+    await talk.ask("a")
+    await until(lambda: bool(gate.waiting))
+    await talk.call.write(message)
+    assert await talk.ended() is grpc.StatusCode.INVALID_ARGUMENT
+    await until(lambda: gate.withdrawn == 1)
+
+
+async def test_bytes_that_are_no_message_end_the_stream_with_invalid_argument(channel: grpc.aio.Channel) -> None:
+    call = channel.stream_stream("/attnserve.v1.InferenceService/StreamInfer")()
+    await call.write(b"\xff\xff")
+    assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_broken_utf8_fails_its_request_alone(channel: grpc.aio.Channel) -> None:
+    call = channel.stream_stream("/attnserve.v1.InferenceService/StreamInfer")()
+    sequence = pb.Sequence(text=pb.TextInput(text="MARK"))
+    request = pb.InferRequest(model="tiny", sequences=[sequence], request_id="bad")
+    data = pb.StreamInferRequest(request=request).SerializeToString()
+    await call.write(data.replace(b"MARK", b"MA\xffK"))
+    answer = pb.StreamInferResponse.FromString(await call.read())
+    assert failure(answer) == ("bad", 3, "sequences[0].text.text: not UTF-8: byte 2 is 0xff")
+    await call.write(data)
+    assert pb.StreamInferResponse.FromString(await call.read()).response.results
+
+
+async def test_a_requests_own_timeout_is_its_deadline(talk: Talk, gate: Gate, server: Application) -> None:
+    before = server.clock.now()
+    await talk.ask("a", timeout_ms=60_000)
+    await talk.ask("b")
+    await until(lambda: len(gate.waiting) == 2)
+    first, second = gate.deadlines
+    assert first is not None
+    assert before + 60 <= first <= server.clock.now() + 60
+    assert second is None
+
+
+async def test_the_streams_deadline_bounds_every_request(
+    talk_of: Callable[..., Talk], gate: Gate, server: Application
+) -> None:
+    talk = talk_of(timeout=30.0)
+    await talk.ask("a", timeout_ms=60_000)
+    await talk.ask("b", timeout_ms=10_000)
+    await until(lambda: len(gate.waiting) == 2)
+    now = server.clock.now()
+    assert [deadline is not None and deadline - now for deadline in gate.deadlines] == [
+        pytest.approx(30, abs=5),
+        pytest.approx(10, abs=5),
+    ]
+
+
+async def test_an_expired_request_is_answered_and_the_stream_goes_on(talk: Talk, server: Application) -> None:
+    # A run of a thousand tokens takes longer than a millisecond only sometimes: what is asked of the clock is that
+    # either answer comes, and that the stream then still works.
+    await talk.ask("a", timeout_ms=1)
+    answer = await talk.read()
+    assert answer.WhichOneof("message") == "response" or failure(answer)[1] in (4, 8)
+    await talk.ask("b")
+    assert (await talk.read()).response.results
+
+
+async def test_closing_the_sending_half_lets_the_rest_finish(talk: Talk, gate: Gate) -> None:
+    for name in ("a", "b"):
+        await talk.ask(name)
+    await talk.call.done_writing()
+    await until(lambda: len(gate.waiting) == 2)
+    gate.open()
+    assert {answer.request_id async for answer in talk.call} == {"a", "b"}
+    assert await talk.ended() is grpc.StatusCode.OK
+
+
+async def test_leaving_withdraws_everything(talk: Talk, gate: Gate) -> None:
+    for name in ("a", "b", "c"):
+        await talk.ask(name)
+    await until(lambda: len(gate.waiting) == 3)
+    talk.call.cancel()
+    await until(lambda: gate.withdrawn == 3)
+
+
+async def test_no_more_than_the_bound_are_under_way(talk: Talk, gate: Gate) -> None:
+    names = [f"r{number}" for number in range(3 * MAX_IN_FLIGHT)]
+
+    async def ask_all() -> None:
+        for name in names:
+            await talk.ask(name)
+
+    asking = asyncio.create_task(ask_all())
+    answered = []
+    for _ in names:
+        await until(lambda: bool(gate.waiting))
+        assert len(gate.waiting) <= MAX_IN_FLIGHT
+        gate.release()
+        answered.append((await talk.read()).request_id)
+    await asking
+    assert sorted(answered) == sorted(names)
+
+
+async def test_a_large_answer_comes_in_pieces_and_small_ones_between(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "CHUNK_BYTES", 700)
+    everything = attention_pb2.AttentionSelection()
+    await talk.ask("large", text="the cat sat on a mat", attention=everything)
+    await talk.ask("small", text="a", outputs=pb.OutputSelection(names=["embedding"]))
+    pieces: list[pb.ResponseChunk] = []
+    small = None
+    while small is None or not pieces or len(pieces) < pieces[0].count:
+        answer = await talk.read()
+        if answer.request_id == "small":
+            small = answer.response
+        else:
+            pieces.append(answer.chunk)
+    assert [piece.index for piece in pieces] == list(range(pieces[0].count))
+    assert {piece.count for piece in pieces} == {len(pieces)}
+    assert all(len(piece.data) <= 700 for piece in pieces)
+    whole = pb.InferResponse.FromString(b"".join(piece.data for piece in pieces))
+    assert whole.receipt.request_id == "large"
+    weights = whole.results[0].attention.maps[1].weights
+    sums = np.frombuffer(weights.data, "<f4").reshape(weights.shape).sum(axis=-1)
+    np.testing.assert_allclose(sums, 1, atol=1e-5)
+
+
+async def test_a_drain_answers_what_is_under_way_and_then_ends_the_stream(
+    talk: Talk, gate: Gate, server: Application
+) -> None:
+    await talk.ask("a")
+    await until(lambda: bool(gate.waiting))
+    draining = asyncio.create_task(server.drain())
+    await until(lambda: not server.health.serving())
+    gate.open()
+    assert (await talk.read()).response.results
+    assert await talk.ended() is grpc.StatusCode.UNAVAILABLE
+    await draining
