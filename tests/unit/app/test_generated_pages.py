@@ -1,0 +1,27 @@
+"""The generated pages say what the code says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+def test_the_pages_are_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, str(DOCS / "generate.py"), "--check"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_page_that_was_changed_is_noticed(tmp_path: Path) -> None:
+    script = tmp_path / "generate.py"
+    script.write_text((DOCS / "generate.py").read_text())
+    line = [sys.executable, str(script)]
+    subprocess.run(line, check=True, timeout=60)
+    assert subprocess.run([*line, "--check"], check=False, timeout=60).returncode == 0
+    (tmp_path / "errors.md").write_text("old")
+    done = subprocess.run([*line, "--check"], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "out of date: errors.md; run `make docs`\n")
