@@ -26,8 +26,6 @@ from hypothesis import strategies as st
 
 # Sums of at most 24 weights of at most 1 in float32 (unit roundoff 6e-8), through at most 4 layers.
 TOLERANCE = 1e-6
-# What the written dtype may add: half a step of float16 below 1 and of uint8.
-WRITING = {WeightDtype.FLOAT32: 0.0, WeightDtype.FLOAT16: 2.0**-12, WeightDtype.UINT8: 1 / 510}
 
 
 def site(layer: int, heads: int, kind: str = "self", query_axis: str = "seq", key_axis: str = "seq") -> SiteSpec:
@@ -160,13 +158,18 @@ def tensors(result: AttentionAnswer) -> list[np.ndarray]:
     return found
 
 
+def half_step(dtype: WeightDtype, values: np.ndarray) -> float:
+    """What rounding to the written dtype may add: half its step at the greatest value."""
+    if dtype is WeightDtype.FLOAT16:
+        return float(np.spacing(np.float16(values.max(initial=0)))) / 2
+    return 1 / 510 if dtype is WeightDtype.UINT8 else 0.0
+
+
 def assert_dense(content: np.ndarray, wanted: np.ndarray, dtype: WeightDtype) -> None:
     assert content.shape == wanted.shape
     # MAX may sum past 1 in a word; what is written as uint8 stops at 1.
-    limit = np.minimum(wanted, 1) if dtype is WeightDtype.UINT8 else wanted
-    assert np.abs(read(content, dtype) - limit).max(initial=0) <= TOLERANCE + WRITING[dtype] * max(
-        1, wanted.max(initial=0)
-    )
+    shown = np.minimum(wanted, 1) if dtype is WeightDtype.UINT8 else wanted
+    assert np.abs(read(content, dtype) - shown).max(initial=0) <= TOLERANCE + half_step(dtype, wanted)
 
 
 def assert_links(links: Links, key_units: list[int], wanted: np.ndarray, effective: EffectiveSelection) -> None:
@@ -181,7 +184,7 @@ def assert_links(links: Links, key_units: list[int], wanted: np.ndarray, effecti
     assert (links.residual >= 0).all()
     column = {unit: position for position, unit in enumerate(key_units)}
     values = read(links.weights, effective.dtype)
-    writing = WRITING[effective.dtype] * max(1, wanted.max(initial=0))
+    writing = half_step(effective.dtype, wanted)
     for row in range(heads * queries):
         weights = wanted[row // queries][row % queries]
         span = slice(int(links.row_offsets[row]), int(links.row_offsets[row + 1]))
