@@ -24,6 +24,7 @@ from attnserve_server.build.torch_source import TorchModel
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import CheckReport, Manifest, Provenance, TextSpec
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, Repository, write_bundle
+from attnserve_server.model.tokenizer import TextTokenizer
 
 POOLINGS = ("", "mean")
 
@@ -46,6 +47,7 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
     """Export a model and write its bundle, unless the check at the end finds a difference.
 
     Raises:
+        TokenizerInvalid: the folder's tokenizer cannot be used.
         BuildRefused: the source is no model that can be exported; CheckFailed where the graph answers otherwise.
         BundleInvalid: there is such a version already, or the disk refused.
     """
@@ -64,6 +66,8 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
 
 
 def _export(request: ExportRequest, folder: ModelFolder, work: Path, steps: Steps) -> Bundle:
+    if folder.tokenizer_path is not None:
+        TextTokenizer.load(folder.tokenizer_path, SEQUENCE)
     steps.begin("loading the model")
     model = torch_source.load(folder.path, "sdpa", request.pooling, normalize=request.normalize)
     steps.begin("exporting to ONNX")

@@ -35,7 +35,8 @@ class Sampler:
             array = np.full((len(sequences), *shape), spec.padding, NUMPY_DTYPES[spec.dtype])
             for row, sequence in enumerate(sequences):
                 own = sequence[spec.name]
-                array[row][tuple(slice(extent) for extent in own.shape)] = own
+                place: tuple[int | slice, ...] = (row, *(slice(extent) for extent in own.shape))
+                array[place] = own
             feeds[spec.name] = array
         return feeds
 

@@ -31,6 +31,7 @@ from attnserve_server.model.repository import (
     sha256_of,
     write_bundle,
 )
+from attnserve_server.model.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundl
     A file without attention is prepared too, with a warning: it is served like any other, without weights.
 
     Raises:
+        TokenizerInvalid: the tokenizer cannot be used.
         BuildRefused: the file cannot be served; CheckFailed where the tapped graph answers otherwise.
         BundleInvalid: there is such a version already, or the disk refused.
     """
@@ -72,6 +74,8 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         steps.warn(f"the vocabulary behind {ids.name!r} cannot be told: ids past its end will fail at run time")
     if request.tokenizer and not ids:
         raise BuildRefused(f"{request.file.name} has no input named input_ids that a tokenizer could fill")
+    if request.tokenizer and ids:
+        TextTokenizer.load(request.tokenizer, str(ids.shape[0]))
     max_batch_size = signature.fixed_batch or request.max_batch_size
     if signature.fixed_batch:
         steps.warn("the batch axis is fixed at 1: every sequence will run alone")

@@ -1,0 +1,171 @@
+"""The commands that bring a model: what they print, one clear sentence and exit code 2 for what cannot be."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import typer
+from attention_graphs import Case
+from attnserve_server.build.inspect import inspect_model
+from attnserve_server.cli import bring
+from attnserve_server.model.repository import Repository
+from onnx_files import encoder, saved
+from typer.testing import CliRunner, Result
+
+
+@pytest.fixture(scope="module")
+def app() -> typer.Typer:
+    app = typer.Typer()
+    bring.register(app)
+    return app
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return saved(encoder(), tmp_path / "ranker.onnx")
+
+
+def call(app: typer.Typer, *arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def test_prepare_reports_the_bundle_and_its_check(app: typer.Typer, file: Path, tmp_path: Path) -> None:
+    result = call(app, "prepare", file, "--name", "ranker", "--repository", tmp_path / "models")
+    assert result.exit_code == 0, result.output
+    assert "ranker/1: 1 of 1 attention sites, fp32" in result.stdout
+    assert "checked against the file itself" in result.stdout
+    steps = [line for line in result.stderr.splitlines() if line]
+    assert steps[0] == "reading the file"
+    assert steps[-1] == "writing the bundle"
+
+
+def test_json_is_the_manifest_and_nothing_else(app: typer.Typer, file: Path, tmp_path: Path) -> None:
+    result = call(app, "prepare", file, "--name", "ranker", "--repository", tmp_path / "models", "--json")
+    manifest = Repository(tmp_path / "models").bundle("ranker").manifest
+    assert json.loads(result.stdout) == json.loads(manifest.model_dump_json())
+
+
+def test_versions_count_up_and_a_taken_one_is_refused(app: typer.Typer, file: Path, tmp_path: Path) -> None:
+    line = ("prepare", file, "--name", "ranker", "--repository", tmp_path / "models")
+    assert "ranker/5:" in call(app, *line, "--version", "5").stdout
+    assert "ranker/6:" in call(app, *line).stdout
+    refused = call(app, *line, "--version", "5")
+    assert refused.exit_code == 2
+    assert "error: bundle ranker/5: there is such a version already" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "source"),
+    [("prepare", "text.onnx"), ("prepare", "missing.onnx"), ("export", "folder"), ("inspect", "text.onnx"),
+     ("inspect", "missing.onnx"), ("inspect", "folder"), ("export", "package:no_such_package_here")],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_exit_code_two(
+    command: str, source: str, app: typer.Typer, tmp_path: Path
+) -> None:
+    (tmp_path / "text.onnx").write_text("no model", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    place = source if source.startswith("package:") else tmp_path / source
+    options = () if command == "inspect" else ("--name", "x", "--repository", tmp_path / "models")
+    result = call(app, command, place, *options)
+    assert result.exit_code == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in result.output
+    assert str(tmp_path) not in errors[0]
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--name", "../up"), ("--name", ""), ("--name", "x", "--version", "0"), ("--name", "x", "--version", "v1")],
+)
+def test_impossible_names_and_versions_are_usage_errors(options: tuple[str, ...], app: typer.Typer, file: Path) -> None:
+    result = call(app, "prepare", file, "--repository", file.parent / "models", *options)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+
+
+def test_missing_extra_is_told_with_its_install_line(
+    app: typer.Typer, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [name for name in sys.modules if name.startswith("attnserve_server.build")]:
+        monkeypatch.delitem(sys.modules, module)
+    real = importlib.import_module("builtins").__import__
+
+    def without_onnx(name: str, *arguments: object, **named: object) -> object:
+        if name.partition(".")[0] == "onnx":
+            raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+        return real(name, *arguments, **named)
+
+    monkeypatch.setattr("builtins.__import__", without_onnx)
+    result = call(app, "prepare", file, "--name", "ranker", "--repository", tmp_path / "models")
+    assert result.exit_code == 2
+    assert (
+        result.stderr == "error: onnx is not installed; bringing a model needs: pip install 'attnserve[build,server]'\n"
+    )
+
+
+def test_help_needs_none_of_the_heavy_libraries() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; import typer; from attnserve_server.cli import bring\n"
+        "app = typer.Typer(); bring.register(app)\n"
+        "result = CliRunner().invoke(app, ['export', '--help']); assert result.exit_code == 0, result.output\n"
+        "assert 'Examples' in result.output\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnx_ir'} & set(sys.modules); assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inspect_shows_a_bare_file(app: typer.Typer, tmp_path: Path) -> None:
+    model = Case(heads=4, kv_heads=2, attributes={"is_causal": 1}).model()
+    result = call(app, "inspect", saved(model, tmp_path / "bare.onnx"))
+    assert result.exit_code == 0
+    for words in ("axis symbols: batch, query_len, key_len", "batch x 4 x query_len x 8", "attention_0", "4 over 2"):
+        assert words in result.stdout
+    assert "causal, dense" in result.stdout
+
+
+def test_inspect_says_why_a_site_gives_no_weights(app: typer.Typer, tmp_path: Path) -> None:
+    model = Case(kv_heads=4).model()
+    model.graph.node[0].input.extend(["", "past"])
+    model.graph.input.append(
+        onnx.helper.make_tensor_value_info("past", onnx.TensorProto.FLOAT, ["batch", 4, "past", 8])
+    )
+    path = saved(model, tmp_path / "cached.onnx")
+    said = json.loads(call(app, "inspect", path, "--json").stdout)
+    assert said["sites"][0]["available"] is False
+    assert "past_key" in said["sites"][0]["unavailable_reason"]
+    assert "no: it takes past_key" in call(app, "inspect", path).stdout
+
+
+def test_inspect_tells_the_same_facts_of_a_bundle_in_both_ways(app: typer.Typer, file: Path, tmp_path: Path) -> None:
+    call(app, "prepare", file, "--name", "ranker", "--repository", tmp_path / "models")
+    folder = tmp_path / "models" / "ranker" / "1"
+    facts = json.loads(call(app, "inspect", folder, "--json").stdout)
+    assert facts == json.loads(inspect_model(folder).model_dump_json())
+    assert facts["axis_symbols"] == ["batch", "seq"]
+    assert facts["sites"][0] | {"available": True, "query_axis": "seq", "heads": 4} == facts["sites"][0]
+    shown = call(app, "inspect", folder).stdout
+    for words in ("ranker/1", facts["digest"], "block.0.attention", "self, dense", "seq, seq", "batch x seq x 16"):
+        assert words in shown
+
+
+def test_inspect_of_a_model_without_attention_says_so(app: typer.Typer, tmp_path: Path) -> None:
+    path = saved(encoder(attend=False), tmp_path / "plain.onnx")
+    assert "no attention sites" in call(app, "inspect", path).stdout
+
+
+def test_inspect_of_a_tampered_bundle_is_refused(app: typer.Typer, file: Path, tmp_path: Path) -> None:
+    call(app, "prepare", file, "--name", "ranker", "--repository", tmp_path / "models")
+    model = tmp_path / "models" / "ranker" / "1" / "model.onnx"
+    model.write_bytes(model.read_bytes() + b"\0")
+    result = call(app, "inspect", model.parent)
+    assert result.exit_code == 2
+    assert "error: bundle ranker/1: model.onnx: sha256" in result.stderr
