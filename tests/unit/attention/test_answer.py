@@ -245,3 +245,10 @@ def test_the_example_by_hand_in_the_guide():
     links = content(**drop, queries=(1,), top_k=1, dtype=WeightDtype.UINT8)
     assert (links.keys.tolist(), links.weights.tolist()) == ([1], [223])
     np.testing.assert_allclose(links.residual, [[0.125]], atol=1e-6)
+
+
+def test_a_weight_of_just_the_least_is_kept():
+    weights = np.array([[[0.25, 0.1, 0.65]]], dtype=np.float32)
+    assert links_of(weights, None, 0, 0.25, WeightDtype.FLOAT32).keys.tolist() == [2, 0]
+    # 0.1 has no float32 of its own: the bound is rounded as the weights are.
+    assert links_of(weights, None, 0, 0.1, WeightDtype.FLOAT32).keys.tolist() == [2, 0, 1]
