@@ -124,6 +124,20 @@ def test_decoder_is_seen_to_be_causal(tmp_path: Path) -> None:
     assert [(site.name, site.kind) for site in manifest.sites] == [("h.0.attn", "causal"), ("h.1.attn", "causal")]
 
 
+def test_rotary_positions_are_exported(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path / "source", "Llama", num_key_value_heads=2)
+    manifest = exported(source, tmp_path / "models", pooling="mean").manifest
+    sites = [(site.name, site.kind, site.heads) for site in manifest.sites]
+    assert sites == [("layers.0.self_attn", "causal", 4), ("layers.1.self_attn", "causal", 4)]
+    assert manifest.check.weight_max_abs_error <= WEIGHT_TOLERANCE
+
+
+def test_architecture_without_fused_attention_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BuildRefused, match="MPNetModel does not support an attention implementation") as refusal:
+        exported(tiny_source(tmp_path / "source", "MPNet"), tmp_path / "models")
+    assert "http" not in str(refusal.value)
+
+
 def test_bundle_that_answers_otherwise_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_source(tmp_path / "source")
     honest = torch_source.eager_answers

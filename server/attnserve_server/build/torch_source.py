@@ -22,6 +22,7 @@ import torch
 
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.names import WRAPPER
+from attnserve_server.build.rotary import widen_rotary_caches
 from attnserve_server.build.signature import SEQUENCE
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import BATCH
@@ -93,8 +94,8 @@ def load(path: Path, attention: str, pooling: str, *, normalize: bool) -> TorchM
                 path, attn_implementation=attention, dtype=torch.float32, local_files_only=True
             )
         except Exception as fault:  # noqa: BLE001 - the boundary to transformers, which raises many types here
-            first = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
-            raise BuildRefused(f"transformers cannot load the model: {first.replace(str(path), path.name)}") from None
+            words = " ".join(str(fault).split()).replace(str(path), path.name) or type(fault).__name__
+            raise BuildRefused(f"transformers cannot load the model: {words.partition('. ')[0]}") from None
     source.config.use_cache = False
     config = source.config
     names = _input_names(source)
@@ -135,6 +136,7 @@ def to_graph(model: TorchModel) -> onnx.ModelProto:
             raise BuildRefused(f"torch cannot export the model: {first[:300]}") from None
     assert program is not None
     _name_outputs(program.model.graph, model.output_names)
+    widen_rotary_caches(program.model.graph)
     return program.model_proto
 
 

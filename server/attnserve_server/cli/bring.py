@@ -146,6 +146,11 @@ def _spoken() -> Iterator[None]:
     except AttnserveError as fault:
         console.print(f"error: {fault}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(REFUSED) from None
+    except OSError as fault:
+        place = f"{Path(str(fault.filename)).name}: " if fault.filename else ""
+        line = f"error: {place}{fault.strerror or fault}"
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(REFUSED) from None
     except ModuleNotFoundError as fault:
         missing = (fault.name or "").partition(".")[0]
         if missing == "attnserve_server":

@@ -168,7 +168,10 @@ def verify(bundle: Bundle) -> None:
 
     if MODEL_FILE not in files:
         raise fault(f"{MODEL_FILE} is not listed in {MANIFEST_FILE}")
-    unknown = sorted(entry.name for entry in bundle.path.iterdir() if entry.name not in {*files, MANIFEST_FILE})
+    try:
+        unknown = sorted({entry.name for entry in bundle.path.iterdir()} - {*files, MANIFEST_FILE})
+    except OSError as why:
+        raise fault(f"its folder cannot be read: {why.strerror}") from None
     if unknown:
         raise fault(f"{unknown[0]!r} is not listed in {MANIFEST_FILE}")
     for name, expected in files.items():

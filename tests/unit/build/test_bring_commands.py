@@ -91,6 +91,17 @@ def test_impossible_names_and_versions_are_usage_errors(options: tuple[str, ...]
     assert "Usage" in result.stderr
 
 
+def test_what_the_disk_refuses_is_one_sentence(app: typer.Typer, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("a file stands here", encoding="utf-8")
+    result = call(app, "prepare", file, "--name", "ranker", "--repository", tmp_path / "models")
+    assert result.exit_code == 2
+    assert "error: bundle ranker/1: could not be written" in result.stderr
+    tokenizer = ("--tokenizer", tmp_path)
+    refused = call(app, "prepare", file, "--name", "ranker", "--repository", tmp_path / "elsewhere", *tokenizer)
+    assert refused.exit_code == 2
+    assert "Traceback" not in refused.output
+
+
 def test_missing_extra_is_told_with_its_install_line(
     app: typer.Typer, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

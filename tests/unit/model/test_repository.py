@@ -220,6 +220,12 @@ def test_changed_files_do_not_verify(tampering: str, root: Path, bundle: Bundle)
     assert str(root) not in str(refusal.value)
 
 
+def test_folder_that_goes_away_does_not_verify(root: Path, bundle: Bundle) -> None:
+    shutil.rmtree(bundle.path)
+    with pytest.raises(BundleInvalid, match="its folder cannot be read"):
+        verify(bundle)
+
+
 def test_versions_are_never_overwritten(root: Path, bundle: Bundle, sources: dict[str, Path]) -> None:
     with pytest.raises(BundleInvalid, match="never overwritten"):
         write_bundle(root, manifest(), sources)
