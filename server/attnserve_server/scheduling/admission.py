@@ -68,10 +68,10 @@ def refusal(demand: Demand, load: Load, remaining_s: float | None, settings: Sch
     if remaining_s is None:
         return None
     # The request's own sequences spread over the instances; what is ahead of them does too.
-    predicted_s = load.wait_s(load.tokens_ahead + demand.tokens)
+    predicted_s = load.wait_s(load.tokens_ahead + demand.tokens) * settings.wait_headroom
     if predicted_s <= remaining_s or not load.tokens_ahead:
         return None
-    over_s = min(predicted_s - remaining_s, load.wait_s(load.tokens_ahead))
+    over_s = min((predicted_s - remaining_s) / settings.wait_headroom, load.wait_s(load.tokens_ahead))
     return Overloaded("predicted_wait", remaining_s, predicted_s, _clamp(over_s))
 
 

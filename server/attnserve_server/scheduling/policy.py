@@ -35,6 +35,9 @@ class SchedulingSettings:
     """How many of the oldest are looked at for a run: more find better mates, and let a run's mates overtake more."""
     run_overhead_tokens: float | None = None
     """What one run costs before its first token, in tokens; None: as measured at warm-up."""
+    wait_headroom: float = 1.25
+    """Refuse when the predicted wait times this exceeds what the deadline leaves: predictions err by a fifth or so, and
+    a refusal at once serves a caller better than an expiry after the wait."""
     high_head_start_s: float = 0.25
     """HIGH counts as having come this much earlier."""
     low_delay_s: float = 1.0

@@ -190,6 +190,11 @@ class Scheduler:
         """Forms a batch; what expired is given up here, so that it never reaches the runtime."""
         while len(self._queue):
             front = self._queue.front(self._settings.look_ahead)
+            left = {entry.request for entry in front if entry.request.future.done()}
+            if left:  # cancelled in this very turn of the loop: their tasks have not come to withdraw them yet
+                for request in left:
+                    self._withdraw(request, "cancelled")
+                continue
             planned = plan([entry.view for entry in front], self._clock.now(), self._settings)
             for at in planned.expired:
                 self._expire(front[at].request)
@@ -238,7 +243,7 @@ class Scheduler:
     def _fail(self, request: Request, error: AttnserveError, reason: str) -> None:
         if not request.future.done():
             request.future.set_exception(error)
-            self._withdraw(request, reason)
+        self._withdraw(request, reason)
 
     def _withdraw(self, request: Request, reason: str) -> None:
         """Takes a request out of the queue and of its runs. A run that nobody waits for any more is terminated."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from attnserve_server.scheduling.admission import Demand, Load, refusal
 from attnserve_server.scheduling.policy import SchedulingSettings
@@ -7,7 +9,7 @@ from attnserve_server.scheduling.speed import Speed
 from hypothesis import given
 from hypothesis import strategies as st
 
-SETTINGS = SchedulingSettings(max_queue_size=10, max_queue_bytes=1000)
+SETTINGS = SchedulingSettings(max_queue_size=10, max_queue_bytes=1000, wait_headroom=1.0)
 ONE = Demand(sequences=1, tokens=20, bytes=100)
 
 
@@ -54,6 +56,17 @@ def test_a_wait_beyond_the_deadline_is_refused_with_the_time_until_it_would_fit(
     assert refused.cause == "predicted_wait"
     assert (refused.limit, refused.value) == (0.4, pytest.approx(0.7))
     assert refused.retry_delay_s == pytest.approx(0.3)
+
+
+def test_a_prediction_is_given_room_to_err() -> None:
+    busy = load(Demand(5, 100, 100), running=40)  # 0.7 s, as above
+    roomy = replace(SETTINGS, wait_headroom=1.5)
+    assert refusal(ONE, busy, 1.06, roomy) is None
+    refused = refusal(ONE, busy, 0.9, roomy)
+    assert refused is not None
+    assert refused.value == pytest.approx(1.05)
+    # in 0.1 s the wait is 0.6 s, and with room to err 0.9
+    assert refused.retry_delay_s == pytest.approx(0.1)
 
 
 def test_a_deadline_too_short_for_the_run_itself_is_no_overload() -> None:

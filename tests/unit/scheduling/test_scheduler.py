@@ -145,6 +145,25 @@ def test_a_caller_who_leaves_before_submit_even_began_leaves_nothing_behind(virt
     virtually(story())
 
 
+@pytest.mark.parametrize("deadline", [None, 1000.5])
+def test_a_caller_who_leaves_in_the_very_turn_of_the_loop_is_never_run(virtually, bench, sequence, deadline) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            first = asyncio.create_task(scheduler.submit([sequence(0)]))
+            await ticks()
+            leaver = asyncio.create_task(scheduler.submit([sequence(1)], deadline=deadline))
+            await ticks()
+            leaver.cancel()  # its future is done, and its task has not run yet
+            bench.clock.time_s += 0.7
+            assert scheduler._next_entries() == []
+            assert isinstance(await end_of(leaver), asyncio.CancelledError)
+            await first
+            assert bench.executor.runs == [[0]]
+            assert bench.metric("dropped_total", reason="cancelled") == 1
+
+    virtually(story())
+
+
 def test_a_caller_who_leaves_mid_run_leaves_batch_mates_untouched(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
         async with bench as scheduler:
@@ -296,7 +315,7 @@ def test_a_full_queue_refuses_with_a_retry_delay(virtually, bench, sequence) -> 
 
 def test_a_wait_that_would_outlast_the_deadline_is_refused_at_once(virtually, bench, sequence) -> None:
     bench.executor.cost = CostModel(run_overhead_s=0.0, seconds_per_token=0.25)  # four tokens a second: as the fake
-    bench.settings = SchedulingSettings(max_batch_size=1)
+    bench.settings = SchedulingSettings(max_batch_size=1, wait_headroom=1.0)
 
     async def story() -> None:
         async with bench as scheduler:
@@ -565,10 +584,13 @@ def lost(self: Scheduler, entry, outcome, started) -> None:
 
 
 def late(self: Scheduler, request) -> None:
-    """A bug: deadlines are not kept."""
+    """A bug: deadlines are not kept while a sequence runs."""
+    if any(entry.waiting for entry in request.entries):
+        REAL_EXPIRE(self, request)
 
 
 REAL_RESOLVE = Scheduler._resolve
+REAL_EXPIRE = Scheduler._expire
 
 
 @pytest.mark.parametrize(("method", "bug"), [("_resolve", swapped), ("_resolve", lost), ("_expire", late)])
