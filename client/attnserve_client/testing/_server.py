@@ -67,6 +67,7 @@ class FakeServer:
         self.chunk_bytes = chunk_bytes
         self._failures: deque[AttnserveError] = deque()  # taken by the server's threads, single operations only
         self._stopping = threading.Event()
+        self._arrived = threading.Condition()
         self._server = grpc.server(futures.ThreadPoolExecutor(_THREADS))
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(_Servicer(self), self._server)
         self._server.add_generic_rpc_handlers((self._health(),))
@@ -90,6 +91,12 @@ class FakeServer:
         """Ends it at once; calls under way fail. Leaving the context does the same."""
         self._stopping.set()
         self._server.stop(None).wait()
+
+    def wait_for_requests(self, count: int, timeout_s: float = 10.0) -> None:
+        """Waits until so many requests have come in all; raises TimeoutError if they do not."""
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: len(self.requests) >= count, timeout_s):
+                raise TimeoutError(f"{len(self.requests)} of {count} requests came within {timeout_s} s")
 
     def fail_next(self, error: AttnserveError, times: int = 1) -> None:
         """Lets the next request fail, or the next few, with the error that the client shall see."""
@@ -118,7 +125,9 @@ class FakeServer:
 
     def answer(self, request: wire.InferRequest) -> wire.InferResponse:
         """What it answers to a request; raises what it refuses it with."""
-        self.requests.append(request)
+        with self._arrived:
+            self.requests.append(request)
+            self._arrived.notify_all()
         if self.latency_s:
             self._stopping.wait(self.latency_s)
         if self._failures:

@@ -1,0 +1,98 @@
+"""Fixtures for the client's tests: a fake server, and one driver for both clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from attnserve_client import AsyncClient, Client, RetryPolicy, StreamAnswer
+from attnserve_client.testing import FakeServer
+
+
+class SyncDriver:
+    """Drives `Client` from an event loop, so that one test serves both clients."""
+
+    def __init__(self, target: Any, **arguments: Any) -> None:
+        self.client = Client(target, **arguments)
+        self.waits: list[float] = []
+        self.client._sleep = self.waits.append
+
+    async def infer(self, *arguments: Any, **options: Any) -> Any:
+        return await asyncio.to_thread(self.client.infer, *arguments, **options)
+
+    async def stream(self, model: str, inputs: Any, **options: Any) -> list[StreamAnswer]:
+        return await asyncio.to_thread(lambda: list(self.client.stream(model, inputs, **options)))
+
+    async def models(self, **options: Any) -> Any:
+        return await asyncio.to_thread(self.client.models, **options)
+
+    async def model(self, *arguments: Any, **options: Any) -> Any:
+        return await asyncio.to_thread(self.client.model, *arguments, **options)
+
+    async def ready(self, *arguments: Any, **options: Any) -> bool:
+        return await asyncio.to_thread(self.client.ready, *arguments, **options)
+
+    async def close(self) -> None:
+        with self.client:
+            pass
+
+
+class AsyncDriver:
+    """The same for `AsyncClient`."""
+
+    def __init__(self, target: Any, **arguments: Any) -> None:
+        self.client = AsyncClient(target, **arguments)
+        self.waits: list[float] = []
+        self.client._sleep = self._note
+
+        self.infer = self.client.infer
+        self.models = self.client.models
+        self.model = self.client.model
+        self.ready = self.client.ready
+
+    async def _note(self, wait_s: float) -> None:
+        self.waits.append(wait_s)
+
+    async def stream(self, model: str, inputs: Any, **options: Any) -> list[StreamAnswer]:
+        return [answer async for answer in self.client.stream(model, inputs, **options)]
+
+    async def close(self) -> None:
+        async with self.client:
+            pass
+
+
+@pytest.fixture(scope="session")
+def shared_server() -> Iterator[FakeServer]:
+    """A server for tests that only ask."""
+    with FakeServer() as server:
+        yield server
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    """A server of one's own, to break."""
+    with FakeServer(chunk_bytes=400) as server:
+        yield server
+
+
+@pytest.fixture(params=[SyncDriver, AsyncDriver], ids=["sync", "async"])
+def driver_class(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+async def driver(driver_class: Any, server: FakeServer) -> AsyncIterator[Any]:
+    """A client of either kind at `server`, that notes its waits instead of waiting."""
+    made = driver_class(server.target)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def patient_driver(driver_class: Any, server: FakeServer) -> AsyncIterator[Any]:
+    """The same, with a budget that never ends: the control for tests of the budget."""
+    made = driver_class(server.target, retry=RetryPolicy(budget_tokens=1e9))
+    yield made
+    await made.close()

@@ -1,0 +1,167 @@
+"""When a request is sent again: the policy with a clock of its own, then both clients against a failing server."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from attnserve_client import (
+    InternalFault,
+    InvalidRequest,
+    NotServing,
+    Overloaded,
+    ResponseTooLarge,
+    RetryPolicy,
+    ServerUnreachable,
+)
+from attnserve_client._errors import AttnserveError
+from attnserve_client._retry import RetryBudget, Retrying
+from attnserve_client.testing import FakeServer
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def retrying(policy: RetryPolicy, clock: Clock, jitter: float = 1.0) -> Retrying:
+    return Retrying(policy, RetryBudget(policy), clock, lambda: jitter)
+
+
+@given(
+    attempt=st.integers(1, 10_000),
+    retry_delay_s=st.none() | st.floats(0, 1e6),
+    jitter=st.floats(0, 1),
+    initial=st.floats(0, 10),
+    multiplier=st.floats(1, 100),
+    most=st.floats(0, 100),
+)
+def test_backoff_lies_between_the_servers_delay_and_that_plus_the_cap(
+    attempt: int, retry_delay_s: float | None, jitter: float, initial: float, multiplier: float, most: float
+) -> None:
+    policy = RetryPolicy(initial_backoff_s=initial, multiplier=multiplier, max_backoff_s=most)
+    least = retry_delay_s or 0.0
+    assert least <= policy.backoff_s(attempt, retry_delay_s, jitter) <= least + most
+
+
+def test_backoff_doubles_up_to_its_cap() -> None:
+    policy = RetryPolicy(initial_backoff_s=0.1, multiplier=2.0, max_backoff_s=0.5)
+    assert [policy.backoff_s(attempt, None, 1.0) for attempt in range(1, 5)] == pytest.approx([0.1, 0.2, 0.4, 0.5])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_attempts": 0}, {"initial_backoff_s": -1.0}, {"budget_return": -0.1}, {"multiplier": 0.5}]
+)
+def test_policy_refuses_values_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"below|negative"):
+        RetryPolicy(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("error", "retried"),
+    [
+        (NotServing("draining"), True),
+        (ServerUnreachable("gone"), True),
+        (Overloaded("full"), True),
+        (ResponseTooLarge("too large"), False),
+        (InvalidRequest("wrong"), False),
+        (InternalFault("ours"), False),
+        (AttnserveError("message too large", code="RESOURCE_EXHAUSTED"), False),
+    ],
+)
+def test_only_what_another_attempt_may_mend_is_retried(error: AttnserveError, retried: bool) -> None:
+    attempts = retrying(RetryPolicy(), Clock()).call(None)
+    assert (attempts.wait_after(error) is not None) is retried
+
+
+def test_attempts_end_at_their_maximum() -> None:
+    attempts = retrying(RetryPolicy(max_attempts=3), Clock()).call(None)
+    waits = [attempts.wait_after(Overloaded("full")) for _ in range(3)]
+    assert [wait is not None for wait in waits] == [True, True, False]
+
+
+def test_wait_that_would_end_past_the_deadline_is_not_begun() -> None:
+    clock = Clock()
+    attempts = retrying(RetryPolicy(), clock).call(1.0)
+    assert attempts.wait_after(Overloaded("full", retry_delay_s=0.5)) is not None
+    clock.now += 0.6
+    assert attempts.remaining_s() == pytest.approx(0.4)
+    assert attempts.wait_after(Overloaded("full", retry_delay_s=0.5)) is None
+
+
+def test_remaining_time_is_never_negative() -> None:
+    clock = Clock()
+    attempts = retrying(RetryPolicy(), clock).call(1.0)
+    clock.now += 5.0
+    assert attempts.remaining_s() == 0.0
+
+
+def test_budget_stops_retries_at_half_and_grows_back_by_successes() -> None:
+    budget = RetryBudget(RetryPolicy(budget_tokens=10, budget_return=0.1))
+    assert [budget.failed() for _ in range(6)] == [True, True, True, True, False, False]
+    for _ in range(21):
+        budget.succeeded()
+    assert budget.failed()  # 4 + 2.1 - 1 is above half again
+    for _ in range(1000):
+        budget.succeeded()
+    assert budget.tokens == 10
+
+
+def test_budget_never_falls_below_nothing() -> None:
+    budget = RetryBudget(RetryPolicy(budget_tokens=2))
+    for _ in range(10):
+        budget.failed()
+    assert budget.tokens == 0
+
+
+async def test_refusal_is_hidden_by_a_retry_that_waits_as_the_server_told(driver: Any, server: FakeServer) -> None:
+    server.fail_next(server.overloaded(retry_delay_s=0.25))
+    server.fail_next(server.not_serving("loading", retry_delay_s=0.5))
+    answer = await driver.infer("fake", "a text", request_id="mine")
+    assert answer.receipt.request_id == "mine"
+    assert [request.request_id for request in server.requests] == ["mine"] * 3
+    first, second = driver.waits
+    assert 0.25 <= first <= 0.25 + 0.1
+    assert 0.5 <= second <= 0.5 + 0.2
+
+
+async def test_answer_too_large_is_not_asked_for_again(driver: Any, server: FakeServer) -> None:
+    metadata = {"predicted_bytes": "200", "allowed_bytes": "100"}
+    error = ResponseTooLarge("too large", code="RESOURCE_EXHAUSTED", reason="RESPONSE_TOO_LARGE", metadata=metadata)
+    server.fail_next(error)
+    with pytest.raises(ResponseTooLarge) as caught:
+        await driver.infer("fake", "a text")
+    assert (caught.value.predicted_bytes, caught.value.allowed_bytes) == (200, 100)
+    assert len(server.requests) == 1
+
+
+async def attempts_per_call(driver: Any, server: FakeServer, calls: int) -> float:
+    server.fail_next(server.not_serving(), times=calls * 10)
+    for _ in range(calls):
+        with pytest.raises(NotServing):
+            await driver.infer("fake", "a text")
+    return len(server.requests) / calls
+
+
+async def test_failing_server_gets_at_most_a_tenth_more_requests(driver: Any, server: FakeServer) -> None:
+    assert await attempts_per_call(driver, server, 60) <= 1.1
+
+
+async def test_without_the_budget_a_failing_server_gets_a_retry_storm(patient_driver: Any, server: FakeServer) -> None:
+    assert await attempts_per_call(patient_driver, server, 20) == 4.0
+
+
+async def test_timeout_covers_all_attempts(driver: Any, server: FakeServer) -> None:
+    clock = itertools.count(step=1.0)  # every look at the clock finds a second gone
+    retries = driver.client._retrying
+    driver.client._retrying = Retrying(retries.policy, retries.budget, lambda: float(next(clock)), lambda: 0.5)
+    server.fail_next(server.overloaded(), times=10)
+    with pytest.raises(Overloaded):
+        await driver.infer("fake", "a text", timeout=5.0)
+    assert len(server.requests) < 4
