@@ -1,0 +1,277 @@
+"""The command `attnserve`: what it prints, as text and as JSON, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from attnserve_client import (
+    AttentionMap,
+    AttnserveError,
+    InternalFault,
+    Overloaded,
+    RequestCancelled,
+    ResponseTooLarge,
+    Token,
+)
+from attnserve_client import cli as cli_package
+from attnserve_client.cli._app import app
+from attnserve_client.cli._errors import EXIT_CODES, exit_code_of, sentence_of
+from attnserve_client.cli._heatmap import heatmap
+from attnserve_client.cli._text import clean, fitted
+from attnserve_client.testing import FakeServer
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+TEXT = "The buyer agrees to assume all liabilities, except those specifically excluded in Schedule B."
+
+
+@pytest.fixture
+def attnserve(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("ATTNSERVE_SERVER", server.target)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*line: str, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(app, list(line), input=stdin)
+
+    return run
+
+
+def test_infer_prints_each_output(attnserve: Any) -> None:
+    result = attnserve("infer", "fake", "hello world", "again")
+    assert result.exit_code == 0, result.output
+    assert "hello world" in result.stdout
+    assert "embedding  float32 16  norm 1.0000" in result.stdout
+    assert "batch of 2" in result.stdout
+
+
+def test_infer_prints_json(attnserve: Any) -> None:
+    result = attnserve("infer", "fake", "hello", "--json", "--output", "embedding", "--model-version", "1")
+    answer = json.loads(result.stdout)
+    assert answer["receipt"]["model"] == "fake"
+    (one,) = answer["results"]
+    assert one["outputs"]["embedding"]["shape"] == [16]
+    # The embedding's norm is 1 to float32.
+    assert np.linalg.norm(one["outputs"]["embedding"]["data"]) == pytest.approx(1.0, abs=1e-6)
+    assert one["run"]["batch_size"] == 1
+    assert list(one["outputs"]) == ["embedding"]
+
+
+def test_infer_reads_a_text_from_each_line_of_standard_input(attnserve: Any, server: FakeServer) -> None:
+    result = attnserve("infer", "fake", "-", "--json", stdin="first\n\nsecond\n")
+    assert len(json.loads(result.stdout)["results"]) == 2
+    assert [each.text.text for each in server.requests[0].sequences] == ["first", "second"]
+
+
+def test_nothing_on_standard_input_is_told(attnserve: Any) -> None:
+    result = attnserve("infer", "fake", "-", stdin="\n")
+    assert result.exit_code == 2
+    assert "no text" in result.stderr
+
+
+def test_explain_shows_the_last_layers_words_by_default(attnserve: Any, server: FakeServer) -> None:
+    result = attnserve("explain", "fake", TEXT)
+    assert result.exit_code == 0, result.output
+    asked = server.requests[0].attention
+    assert list(asked.layers) == [-1]
+    assert (asked.head_reduction, asked.unit, asked.special_tokens) == (2, 2, 2)
+    assert "fake, layer 1 (layer.1), 4 heads joined" in result.stdout
+    assert "liabilities" in result.stdout
+    assert "[CLS]" not in result.stdout
+    assert "strongest links" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_explain_passes_its_options_on(attnserve: Any, server: FakeServer) -> None:
+    attnserve("explain", "fake", "a b", "--layer", "0", "--heads", "0,2", "--unit", "token", "--keep-special")
+    asked = server.requests[0].attention
+    assert (list(asked.layers), list(asked.heads)) == ([0], [0, 2])
+    assert (asked.unit, asked.special_tokens) == (1, 1)
+    result = attnserve("explain", "fake", "a b", "--head", "each", "--layer", "rollout")
+    assert result.exit_code == 3
+    assert server.requests[1].attention.layer_reduction == 3
+    several = attnserve("explain", "fake", "a b", "--head", "1,2")
+    assert "mean of these heads" in several.stdout
+    pair = attnserve("explain", "fake", "a query", "--pair", "a passage", "--top", "0")
+    assert server.requests[-1].sequences[0].text.text_pair == "a passage"
+    assert "strongest links" not in pair.stdout
+
+
+def test_explain_prints_json(attnserve: Any) -> None:
+    result = attnserve("explain", "fake", "-", "--json", "--top", "3", stdin="The buyer\nagrees\n")
+    answer = json.loads(result.stdout)
+    assert [token["text"] for token in answer["attention"]["keys"]] == ["The", "buyer", "agrees"]
+    assert np.shape(answer["attention"]["weights"]) == (1, 3, 3)
+    weights = [link["weight"] for link in answer["links"]]
+    assert len(weights) == 3
+    assert weights == sorted(weights, reverse=True)
+
+
+def test_explain_writes_page_and_picture(attnserve: Any, tmp_path: Path) -> None:
+    html, png = tmp_path / "map.html", tmp_path / "map.png"
+    result = attnserve("explain", "fake", TEXT, "--html", str(html), "--png", str(png))
+    assert result.exit_code == 0, result.output
+    assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "wrote" in result.stdout
+
+
+def test_file_that_cannot_be_written_is_told(attnserve: Any, tmp_path: Path) -> None:
+    for option in ("--html", "--png"):
+        result = attnserve("explain", "fake", "text", option, str(tmp_path / "none" / "map"))
+        assert result.exit_code == 2
+        assert "cannot write" in result.stderr
+
+
+def test_picture_without_matplotlib_says_what_to_install(
+    attnserve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    result = attnserve("explain", "fake", "text", "--png", str(tmp_path / "map.png"))
+    assert result.exit_code == 2
+    assert "attnserve[plot]" in result.stderr
+
+
+@pytest.mark.parametrize("line", [("--layer", "last"), ("--layer", "1,2"), ("--heads", "middle"), ("--unit", "line")])
+def test_options_that_mean_nothing_are_refused(attnserve: Any, line: tuple[str, str]) -> None:
+    result = attnserve("explain", "fake", "text", *line)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_models_are_listed_and_described(attnserve: Any) -> None:
+    listed = attnserve("models")
+    assert "fake" in listed.stdout
+    assert "ready" in listed.stdout
+    described = attnserve("models", "fake")
+    assert "input_ids" in described.stdout
+    assert "layer.1 (self, dense, 4 heads, seq × seq)" in described.stdout
+    assert json.loads(attnserve("models", "--json").stdout)[0]["name"] == "fake"
+    assert json.loads(attnserve("models", "fake", "--json").stdout)["sites"][0]["name"] == "layer.0"
+
+
+def test_error_is_one_sentence_with_field_limit_and_value(attnserve: Any) -> None:
+    result = attnserve("explain", "fake", "text", "--layer", "9")
+    assert result.exit_code == 3
+    assert result.stderr == "attnserve: attention.layers[0]: 9 is out of range for 2\n"
+    assert result.stdout == ""
+
+
+def test_error_as_json_goes_to_stderr(attnserve: Any) -> None:
+    result = attnserve("models", "other", "--json")
+    assert result.exit_code == 4
+    error = json.loads(result.stderr)["error"]
+    assert (error["reason"], error["metadata"]["model"]) == ("MODEL_NOT_FOUND", "other")
+
+
+def test_server_that_is_not_there_is_named(attnserve: Any, server: FakeServer) -> None:
+    server.stop()
+    result = attnserve("models", "--timeout", "0.5")
+    assert result.exit_code in (8, 9)
+    assert server.target in result.stderr
+
+
+def test_slow_server_ends_with_its_own_code(attnserve: Any, server: FakeServer) -> None:
+    server.latency_s = 30.0
+    result = attnserve("infer", "fake", "text", "--timeout", "0.3")
+    assert result.exit_code == 9
+    assert "--timeout" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Overloaded("full"), 7),
+        (ResponseTooLarge("too large"), 6),
+        (InternalFault("internal error"), 10),
+        (RequestCancelled("gone"), 11),
+        (AttnserveError("else"), 1),
+    ],
+)
+def test_each_thing_to_do_has_its_exit_code(error: AttnserveError, code: int) -> None:
+    assert exit_code_of(error) == code
+    assert sentence_of(error, "here:1") == error.message
+    assert len(EXIT_CODES) == len({kind for kind, _ in EXIT_CODES})
+
+
+def test_servers_fault_names_the_request() -> None:
+    assert "request id mine" in sentence_of(InternalFault("internal error", request_id="mine"), "here:1")
+
+
+def test_help_has_examples_and_exit_codes(attnserve: Any) -> None:
+    assert "Exit codes" in attnserve("--help").stdout
+    for command in ("infer", "explain", "models"):
+        shown = attnserve(command, "--help").stdout
+        assert "Examples:" in shown
+        assert "ATTNSERVE_SERVER" in shown
+
+
+def test_texts_cannot_steer_the_terminal(attnserve: Any) -> None:
+    assert clean("a\x1b[31mb\x07\u202ec") == "a [31mb  c"
+    result = attnserve("infer", "fake", "hello\x1b]0;owned\x07 [bold]world[/bold]")
+    assert "\x1b" not in result.stdout
+    assert "[bold]world[/bold]" in result.stdout
+
+
+def test_labels_are_as_wide_as_they_are_told() -> None:
+    assert fitted("liabilities", 6) == "liabi…"
+    assert fitted("ab", 4) == "ab  "
+    assert fitted("責任責任", 5) == "責任…"
+
+
+def square(count: int, key_axis: str = "seq") -> AttentionMap:
+    tokens = tuple(Token(index, f"word{index}") for index in range(count))
+    weights = np.random.default_rng(3).dirichlet(np.ones(count), size=(1, count)).astype(np.float32)
+    return AttentionMap(
+        ("s",), 0, "self", "dense", (0,), "seq", key_axis, tokens, tokens, weights, axis_tokens={}, model="m"
+    )
+
+
+def lines(found: AttentionMap, **console: Any) -> list[str]:
+    shown = Console(width=80, **console)
+    with shown.capture() as capture:
+        for line in heatmap(found, found.head_weights(), shown):
+            shown.print(line)
+    return capture.get().splitlines()
+
+
+@pytest.mark.parametrize("count", [1, 5, 30, 60, 200])
+def test_heatmap_fits_into_eighty_columns(count: int) -> None:
+    shown = lines(square(count), color_system=None)
+    assert max(map(len, shown)) <= 80
+    numbered = "".join(line for line in shown if line.startswith("  ") and not line.strip().startswith("word"))
+    assert numbered
+
+
+def test_long_sentence_shows_its_strongest_rows_and_counts_the_rest() -> None:
+    shown = lines(square(200), color_system=None)
+    assert "40 of 200 rows, those with the strongest links" in [line.strip() for line in shown]
+
+
+def test_colours_are_used_where_the_terminal_has_them() -> None:
+    shown = lines(square(5), color_system="truecolor", force_terminal=True, no_color=False)
+    assert any("\x1b[48;2;" in line for line in shown)
+
+
+def test_keys_of_another_axis_get_a_legend() -> None:
+    assert any("columns: 0 word0  1 word1" in line for line in lines(square(4, "patch"), color_system=None))
+
+
+def test_entry_point_runs_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["attnserve", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        cli_package.main()
+    assert caught.value.code == 0
+
+
+def test_entry_point_without_its_extra_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "typer", None)
+    with pytest.raises(SystemExit) as caught:
+        cli_package.main()
+    assert caught.value.code == 2
+    assert "pip install 'attnserve[cli]'" in capsys.readouterr().err

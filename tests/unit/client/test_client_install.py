@@ -1,0 +1,57 @@
+"""The base install: the client, its fake server and its pages need no extra."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ImportError(name + " is blocked", name=name)
+        return None
+
+sys.meta_path.insert(0, Blocker())
+"""
+EXTRAS = ("rich", "typer", "matplotlib", "pydantic", "onnxruntime", "torch", "grpc_health", "attnserve_server")
+
+
+def run(program: str, blocked: tuple[str, ...] = EXTRAS) -> subprocess.CompletedProcess[str]:
+    source = BLOCKED.replace("{blocked}", repr(set(blocked))) + program
+    line = [sys.executable, "-W", "error", "-c", source]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_client_works_without_any_extra() -> None:
+    done = run(
+        "from attnserve_client import Client\n"
+        "from attnserve_client.testing import FakeServer\n"
+        "with FakeServer() as server, Client(server.target) as client:\n"
+        "    found = client.infer('fake', 'a text', attention=True).attention[0]\n"
+        "    assert '<h1>' in found.to_html()\n"
+        "    try:\n"
+        "        found.plot()\n"
+        "    except ImportError as error:\n"
+        "        print(error)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "plot() needs matplotlib: pip install 'attnserve[plot]'\n"
+
+
+@pytest.mark.parametrize("missing", ["rich", "typer"])
+def test_command_without_its_extra_says_so_in_one_sentence(missing: str) -> None:
+    done = run("from attnserve_client.cli import main\nmain()\n", blocked=(missing,))
+    assert done.returncode == 2
+    assert done.stderr == f"attnserve needs {missing}: pip install 'attnserve[cli]'\n"
+    assert done.stdout == ""
+
+
+def test_blocker_blocks() -> None:
+    done = run("import rich\n")
+    assert done.returncode == 1, "the control: an extra that is imported must be seen"
+    assert "rich is blocked" in done.stderr
