@@ -17,8 +17,8 @@ from attnserve_server.domain.errors import AttnserveError, InternalFault, Reques
 from attnserve_server.domain.values import Array, AttentionAnswer, PreparedSequence, RunFacts, SequenceResult
 from attnserve_server.engine import warmup
 from attnserve_server.engine.collation import CollatedBatch, collate, outputs_of, weights_of
-from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
-from attnserve_server.engine.warmup import CostModel
+from attnserve_server.engine.session import CPU, RunHandle, RunTerminated, RuntimeSession
+from attnserve_server.engine.warmup import CostModel, ThreadCpuClock
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
 
@@ -98,10 +98,9 @@ class Executor:
         loop = asyncio.get_running_loop()
         for thread in self._threads:
             await loop.run_in_executor(thread, warmup.touch, self._session, self._manifest)
-        # Alone, so that no other instance's run distorts what it sees.
-        self._cost = await loop.run_in_executor(
-            self._threads[0], warmup.measure, self._session, self._manifest, self._clock
-        )
+        # On a CPU by processor time: by the clock on the wall, whatever else starts on the machine would be counted in.
+        clock = ThreadCpuClock() if self._session.provider == CPU else self._clock
+        self._cost = await loop.run_in_executor(self._threads[0], warmup.measure, self._session, self._manifest, clock)
 
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         """Runs one batch on one instance.

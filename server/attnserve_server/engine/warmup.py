@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -40,6 +41,14 @@ class CostModel:
     def run_overhead_tokens(self) -> float:
         """How many padded tokens one run's overhead is worth."""
         return self.run_overhead_s / self.seconds_per_token
+
+
+class ThreadCpuClock:
+    """The calling thread's own processor time: what a run costs on a CPU, whoever else uses the cores meanwhile."""
+
+    def now(self) -> float:
+        """Processor seconds of the calling thread, from an arbitrary origin."""
+        return time.thread_time()
 
 
 def touch(session: RuntimeSession, manifest: Manifest) -> None:
