@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +15,11 @@ from rich.table import Table
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.finders import find_sites
 from attnserve_server.build.graph import read_graph
-from attnserve_server.build.sites import FoundSite
+from attnserve_server.build.sites import FoundSite, Operand
 from attnserve_server.model.manifest import BATCH, Manifest
 from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository, verify
+
+_INFERRED = "unk__"
 
 
 class TensorDescription(BaseModel):
@@ -29,7 +32,7 @@ class TensorDescription(BaseModel):
 
 
 class SiteDescription(BaseModel):
-    """One site. Axes are empty where only running the graph would tell them (a bare file)."""
+    """One site. Axes are empty where a bare file does not name them: only running it would tell."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -125,35 +128,54 @@ def _of_graph(name: str, proto: onnx.ModelProto) -> ModelDescription:
     inputs = tuple(_tensor(value) for value in proto.graph.input if value.name not in initialized)
     outputs = tuple(_tensor(value) for value in proto.graph.output)
     symbols = {extent: None for tensor in (*inputs, *outputs) for extent in tensor.shape if isinstance(extent, str)}
+    symbols.pop("?", None)
     return ModelDescription(
         what="onnx",
         name=name,
-        axis_symbols=tuple(symbol for symbol in symbols if symbol != "?"),
+        axis_symbols=tuple(symbols),
         inputs=inputs,
         outputs=outputs,
-        sites=tuple(_found(layer, name, site) for layer, (name, site) in enumerate(sites.items())),
+        sites=tuple(_found(layer, name, site, symbols) for layer, (name, site) in enumerate(sites.items())),
     )
 
 
-def _found(layer: int, name: str, site: FoundSite) -> SiteDescription:
+def _found(layer: int, name: str, site: FoundSite, symbols: Collection[str]) -> SiteDescription:
+    query_axis, key_axis = (
+        (_axis(site.scores.query, symbols), _axis(site.scores.key, symbols)) if site.scores else ("", "")
+    )
+    crossed = query_axis and key_axis and query_axis != key_axis
     return SiteDescription(
         name=name,
         layer=layer,
-        kind="causal" if site.causal else "self",
+        kind="causal" if site.causal else "cross" if crossed else "self",
         form=site.form,
         operator=site.operator,
         heads=site.heads,
         kv_heads=site.kv_heads,
         head_dim=site.head_dim,
-        query_axis="",
-        key_axis="",
+        query_axis=query_axis,
+        key_axis=key_axis,
         available=site.scores is not None,
         unavailable_reason=site.unavailable_reason,
     )
 
 
+def _symbol(name: str) -> str:
+    """A symbol of the file's own; shape inference makes up others."""
+    return "?" if not name or name.startswith(_INFERRED) else name
+
+
+def _axis(operand: Operand, symbols: Collection[str]) -> str:
+    """The symbol of the axis that positions run along, if it is one of the file's own."""
+    if operand.value.shape is None:
+        return ""
+    extent = operand.value.shape[1 if operand.packed else 2]
+    symbol = extent.value if isinstance(extent, ir.SymbolicDim) else None
+    return symbol if symbol is not None and symbol in symbols else ""
+
+
 def _tensor(value: onnx.ValueInfoProto) -> TensorDescription:
     kind = value.type.tensor_type
-    shape = tuple(axis.dim_param or (axis.dim_value if axis.HasField("dim_value") else "?") for axis in kind.shape.dim)
+    shape = tuple(axis.dim_value if axis.HasField("dim_value") else _symbol(axis.dim_param) for axis in kind.shape.dim)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name if kind.elem_type else "?"
     return TensorDescription(name=value.name, dtype=dtype, shape=shape)

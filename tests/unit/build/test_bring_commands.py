@@ -141,6 +141,15 @@ def test_inspect_shows_a_bare_file(app: typer.Typer, tmp_path: Path) -> None:
     for words in ("axis symbols: batch, query_len, key_len", "batch x 4 x query_len x 8", "attention_0", "4 over 2"):
         assert words in result.stdout
     assert "causal, dense" in result.stdout
+    assert "query_len, key_len" in result.stdout
+
+
+def test_inspect_tells_cross_attention_by_its_axes(tmp_path: Path) -> None:
+    (cross,) = inspect_model(saved(Case().model(), tmp_path / "cross.onnx")).sites
+    assert (cross.kind, cross.query_axis, cross.key_axis) == ("cross", "query_len", "key_len")
+    model = encoder(length=None)
+    (unnamed,) = inspect_model(saved(model, tmp_path / "unnamed.onnx")).sites
+    assert (unnamed.kind, unnamed.query_axis, unnamed.key_axis) == ("self", "", "")
 
 
 def test_inspect_says_why_a_site_gives_no_weights(app: typer.Typer, tmp_path: Path) -> None:
