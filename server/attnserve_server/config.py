@@ -109,6 +109,11 @@ class Settings(BaseSettings):
         description="Requests under way on one stream; at the bound the server reads no further. Default: keeps a "
         "batch full while another runs.",
     )
+    max_stream_answer_bytes: Count = Field(
+        128 * MIB,
+        description="Most bytes of tensor data in answers that one stream computes or has not been read from yet; more "
+        "requests wait. Default: a few of the greatest answers, so that a slow reader cannot fill the memory.",
+    )
     keepalive_s: Annotated[float, Field(ge=1, le=7200)] = Field(
         60.0,
         description="Idle seconds before a connection is pinged. Default: less than load balancers' 350 s.",

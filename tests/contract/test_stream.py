@@ -252,6 +252,31 @@ async def test_no_more_than_the_bound_are_under_way(talk: Talk, gate: Gate) -> N
     assert sorted(answered) == sorted(names)
 
 
+async def test_a_stream_holds_no_more_answer_bytes_than_its_allowance(
+    talk_of: Callable[..., Talk], gate: Gate, server: Application
+) -> None:
+    # An answer to two words is 4 rows and their mean, of 8 floats: 160 bytes. Room for two, and not for three.
+    server.grpc._streams._settings = server.settings.model_copy(update={"max_stream_answer_bytes": 350})
+    talk = talk_of()
+    for name, timeout_ms in (("a", 0), ("b", 0), ("late", 50), ("c", 0)):
+        await talk.ask(name, timeout_ms=timeout_ms)
+    assert failure(await talk.read())[:2] == ("late", grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
+    assert len(gate.waiting) == 2
+    gate.release()
+    assert (await talk.read()).request_id == "a"
+    await until(lambda: len(gate.waiting) == 2)
+    gate.open()
+    assert {(await talk.read()).request_id, (await talk.read()).request_id} == {"b", "c"}
+
+
+async def test_a_cancellation_is_heard_while_every_slot_is_taken(talk: Talk, gate: Gate) -> None:
+    for number in range(MAX_IN_FLIGHT):
+        await talk.ask(str(number))
+    await until(lambda: len(gate.waiting) == MAX_IN_FLIGHT)
+    await talk.cancel("0")
+    assert failure(await talk.read())[:2] == ("0", 1)
+
+
 async def test_a_large_answer_comes_in_pieces_and_small_ones_between(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

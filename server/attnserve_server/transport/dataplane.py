@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 from uuid import uuid4
@@ -10,7 +11,7 @@ from uuid import uuid4
 from attnserve.v1 import inference_service_pb2, model_pb2
 
 from attnserve_server.config import Settings
-from attnserve_server.domain.errors import AttnserveError, NotServing
+from attnserve_server.domain.errors import AttnserveError, InternalFault, NotServing
 from attnserve_server.domain.values import Array, AttentionMap, Links, SequenceResult
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.logs import logger
@@ -21,6 +22,8 @@ from attnserve_server.transport.status import is_fault, plain, row_of
 from attnserve_server.transport.validation import PreparedRequest, check_model_reference, check_request_id, prepare
 
 _log = logger(__name__)
+
+Reserve = Callable[[int], Awaitable[None]]
 
 OFFLOAD_TEXT_BYTES: Final = 4096
 """Texts of more than this are tokenized in a thread: the loop would stand still for over 2 ms."""
@@ -49,7 +52,11 @@ class DataPlane:
         self._preparing.shutdown(wait=False, cancel_futures=True)
 
     async def infer(
-        self, request: inference_service_pb2.InferRequest, request_id: str, deadline: float | None
+        self,
+        request: inference_service_pb2.InferRequest,
+        request_id: str,
+        deadline: float | None,
+        reserve: Reserve | None = None,
     ) -> inference_service_pb2.InferResponse:
         """Checks, runs and answers one request, and counts how it ended.
 
@@ -57,6 +64,7 @@ class DataPlane:
             request: What was asked.
             request_id: Its name: the caller's, or one that `name_of` made.
             deadline: Monotonic seconds; None: the caller waits forever.
+            reserve: Waits until there is room for an answer of so many bytes; None: there always is.
 
         Raises:
             AttnserveError: Whatever the status table has a row for.
@@ -69,6 +77,8 @@ class DataPlane:
             prepared = await self._prepare(request, self._intake(served, manifest))
             results: list[SequenceResult] = []
             if not request.validate_only:
+                if reserve is not None:
+                    await reserve(prepared.predicted_bytes)
                 started = True
                 results = await scheduler.submit(prepared.sequences, deadline=deadline, priority=prepared.priority)
             response = _response(served, manifest, request_id, prepared, results)
@@ -141,7 +151,9 @@ def name_of(request_id: str) -> str:
 def log_failure(error: BaseException, request_id: str, method: str) -> None:
     """Logs how a request failed: a caller's fault at info, ours with its traceback. Call it once, at the boundary."""
     if is_fault(error):
-        _log.error("request failed", request_id=plain(request_id), method=method, exc_info=error)
+        # An InternalFault was logged with its traceback where it happened.
+        trace = None if isinstance(error, InternalFault) else error
+        _log.error("request failed", request_id=plain(request_id), method=method, exc_info=trace)
         return
     reason = error.reason if isinstance(error, AttnserveError) else type(error).__name__
     level = _log.debug if isinstance(error, NotServing) else _log.info

@@ -31,7 +31,7 @@ class GrpcServer:
 
     def __init__(self, settings: Settings, plane: DataPlane, health: Health, metrics: Metrics, clock: Clock) -> None:
         self._settings = settings
-        self._streams = Streams(plane, clock, settings.max_stream_in_flight)
+        self._streams = Streams(plane, clock, settings)
         rpc_metrics = RpcMetrics(metrics, clock)
         servicer = InferenceServicer(plane, self._streams, clock)
         self._server = grpc.aio.server(options=_options(settings))

@@ -9,8 +9,17 @@ from typing import Any, Final
 import grpc
 from attnserve.v1 import inference_service_pb2
 
+from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
-from attnserve_server.domain.errors import AttnserveError, FieldViolation, InvalidRequest, NotServing, RequestCancelled
+from attnserve_server.domain.errors import (
+    AttnserveError,
+    DeadlineExpired,
+    FieldViolation,
+    InvalidRequest,
+    NotServing,
+    RequestCancelled,
+)
+from attnserve_server.transport.allowance import Allowance
 from attnserve_server.transport.boundary import QUIET, Context, remaining_s
 from attnserve_server.transport.dataplane import DataPlane, log_failure
 from attnserve_server.transport.status import status_of
@@ -25,7 +34,9 @@ CHUNK_BYTES: Final = 4 * 2**20 - 65_536
 class _Flight:
     """One request under way. Event loop only."""
 
+    deadline: float | None
     task: asyncio.Task[None] | None = None
+    reserved_bytes: int = 0
     computing: bool = False
     cancelled: bool = False
 
@@ -39,10 +50,10 @@ class _Flight:
 class Streams:
     """All open streams. Event loop only."""
 
-    def __init__(self, plane: DataPlane, clock: Clock, max_in_flight: int) -> None:
+    def __init__(self, plane: DataPlane, clock: Clock, settings: Settings) -> None:
         self._plane = plane
         self._clock = clock
-        self._max_in_flight = max_in_flight
+        self._settings = settings
         self._open: set[_Stream] = set()
         self._draining = False
 
@@ -50,7 +61,7 @@ class Streams:
         """Serves one stream until the caller closes its half and has its answers, or the server drains."""
         if self._draining:
             raise NotServing("", "draining")
-        stream = _Stream(self._plane, self._clock, self._max_in_flight, context)
+        stream = _Stream(self._plane, self._clock, self._settings, context)
         self._open.add(stream)
         try:
             await stream.serve()
@@ -67,14 +78,16 @@ class Streams:
 class _Stream:
     """One stream: a reader, a task for each request, and one writer at a time."""
 
-    def __init__(self, plane: DataPlane, clock: Clock, max_in_flight: int, context: Context) -> None:
+    def __init__(self, plane: DataPlane, clock: Clock, settings: Settings, context: Context) -> None:
         self._plane = plane
         self._clock = clock
         self._context = context
         remaining = remaining_s(context)
         self._deadline = None if remaining is None else clock.now() + remaining
-        # A slot is taken before a message is read: at the bound nothing is read, and HTTP/2 holds the caller back.
-        self._slots = asyncio.Semaphore(max_in_flight)
+        # Without a slot nothing more is read, and HTTP/2 holds the caller back.
+        self._slots = asyncio.Semaphore(settings.max_stream_in_flight)
+        # Answers that wait to be read count until they are sent: a caller that does not read holds no more than this.
+        self._answers = Allowance(settings.max_stream_answer_bytes)
         self._writing = asyncio.Lock()
         self._flights: dict[str, _Flight] = {}
         self._stop = asyncio.Event()
@@ -104,19 +117,16 @@ class _Stream:
     async def _read_all(self, group: asyncio.TaskGroup) -> AttnserveError | None:
         """Reads until the caller closes its half (None), or sends what ends the stream (the error)."""
         while True:
-            await self._slots.acquire()
             data: Any = await self._context.read()
             if data is grpc.aio.EOF:
                 return None
             try:
-                taken = await self._take(data, group)
+                await self._take(data, group)
             except AttnserveError as error:
                 return error
-            if not taken:
-                self._slots.release()
 
-    async def _take(self, data: bytes, group: asyncio.TaskGroup) -> bool:
-        """Starts what one message asks for; whether it took the slot.
+    async def _take(self, data: bytes, group: asyncio.TaskGroup) -> None:
+        """Starts what one message asks for, once there is a slot for it.
 
         Raises:
             InvalidRequest: It cannot be answered by itself, so the stream ends.
@@ -128,13 +138,13 @@ class _Stream:
             if not request_id:
                 raise
             await self._refuse(request_id, _within_request(error))
-            return False
+            return
         kind = message.WhichOneof("message")
         if kind == "cancel_request_id":
             flight = self._flights.get(message.cancel_request_id)
             if flight is not None:
                 flight.cancel()
-            return False
+            return
         if kind is None:
             raise InvalidRequest.of("message", "neither request nor cancel_request_id is set")
         request_id = message.request.request_id
@@ -145,33 +155,48 @@ class _Stream:
             await self._refuse(
                 request_id, InvalidRequest.of("request_id", f"{request_id!r} is the name of a request under way")
             )
-            return False
-        flight = _Flight()
+            return
+        flight = _Flight(self._deadline_of(message))
+        await self._slots.acquire()
         self._flights[request_id] = flight
-        flight.task = group.create_task(self._fly(message, flight))
-        return True
+        flight.task = group.create_task(self._fly(message.request, flight))
 
-    async def _fly(self, message: inference_service_pb2.StreamInferRequest, flight: _Flight) -> None:
+    def _deadline_of(self, message: inference_service_pb2.StreamInferRequest) -> float | None:
+        """When one request expires: after its own timeout, and no later than the stream."""
+        if not message.timeout_ms:
+            return self._deadline
+        own = self._clock.now() + message.timeout_ms / 1000
+        return own if self._deadline is None else min(own, self._deadline)
+
+    async def _fly(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> None:
         """Runs and answers one request."""
-        request_id = message.request.request_id
         try:
-            answer = await self._answer(message, flight)
-            await self._send(request_id, answer)
+            answer = await self._answer(request, flight)
+            await self._send(request.request_id, answer)
         finally:
-            del self._flights[request_id]
+            del self._flights[request.request_id]
+            self._answers.give(flight.reserved_bytes)
             self._slots.release()
 
-    async def _answer(self, message: inference_service_pb2.StreamInferRequest, flight: _Flight) -> bytes | Exception:
-        deadline = self._deadline
-        if message.timeout_ms:
-            own = self._clock.now() + message.timeout_ms / 1000
-            deadline = own if deadline is None else min(own, deadline)
-        request_id = message.request.request_id
+    async def _reserve(self, flight: _Flight, count: int) -> None:
+        """Waits for room for an answer of `count` bytes, no longer than the request does."""
+        began = self._clock.now()
+        try:
+            async with asyncio.timeout(None if flight.deadline is None else max(0.0, flight.deadline - began)):
+                await self._answers.take(count)
+        except TimeoutError:
+            raise DeadlineExpired(self._clock.now() - began) from None
+        flight.reserved_bytes = count
+
+    async def _answer(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> bytes | Exception:
+        request_id = request.request_id
         if flight.cancelled:
             return RequestCancelled()
         flight.computing = True
         try:
-            response = await self._plane.infer(message.request, request_id, deadline)
+            response = await self._plane.infer(
+                request, request_id, flight.deadline, lambda count: self._reserve(flight, count)
+            )
             return response.SerializeToString()
         except asyncio.CancelledError:
             task = asyncio.current_task()
