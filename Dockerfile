@@ -61,7 +61,8 @@ ENTRYPOINT ["attnserve-server"]
 CMD ["serve"]
 
 FROM runtime AS gpu
-# onnxruntime looks for CUDA beside itself only when told; a GPU image that quietly serves from the CPU is a fault.
+# A GPU image that quietly serves from the CPU is a fault: refuse to start instead. The driver comes from the host; CUDA
+# lies among the Python packages, from where the engine loads it.
 ENV ATTNSERVE_REQUIRE_PROVIDER=CUDAExecutionProvider \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     NVIDIA_VISIBLE_DEVICES=all

@@ -58,8 +58,10 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A repository with MiniLM: the one of ATTNSERVE_E2E_REPOSITORY, else one that is exported now."""
     given = os.environ.get("ATTNSERVE_E2E_REPOSITORY")
     repository = Path(given) if given else request.getfixturevalue("minilm_repository")
-    # The command's own copy and modes, in a folder that a mount may come from whatever the checkout's modes are.
-    return Path(shutil.copytree(repository, tmp_path_factory.mktemp("mounted") / "models"))
+    mounted = Path(shutil.copytree(repository, tmp_path_factory.mktemp("mounted") / "models"))
+    # The bundles' own modes let others read them; the folder above them may be a private one.
+    mounted.chmod(0o755)
+    return mounted
 
 
 @contextmanager

@@ -193,6 +193,12 @@ class Container:
         self.engine.run("podman", "stop", "--time", str(grace_s), self.id, timeout_s=grace_s + 30)
         return self.exit_code()
 
+    def kill(self) -> int:
+        """Sends SIGKILL and waits. Returns the exit code."""
+        self.engine.run("podman", "kill", "--signal", "KILL", self.id)
+        self.engine.run("podman", "wait", self.id)
+        return self.exit_code()
+
     def exit_code(self) -> int:
         """With what its process ended."""
         return int(self.engine.run("podman", "inspect", "--format", "{{.State.ExitCode}}", self.id))
