@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from attention_graphs import Array, Case
 from attnserve_server.build.graph import checked, save, tapped
@@ -149,6 +150,25 @@ def test_operator_answers_the_same_bits_with_and_without_a_tap_asked(tmp_path: P
     (quiet,) = run(case, tmp_path, [], ("output",))
     asked, _ = run(case, tmp_path, [0, 1, 2], ("output", WEIGHTS))
     np.testing.assert_array_equal(quiet, asked)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (1, 1, 5, 5), (3, 1, 5, 5)])
+def test_sites_that_share_a_mask_are_asked_for_rows_of_their_own(shape: tuple[int, ...], tmp_path: Path) -> None:
+    case = Case(mask=mask_of(shape, "bool"))
+    model = case.model()
+    model.graph.node.append(
+        onnx.helper.make_node("Attention", ["query", "key", "value", "mask"], ["second"], scale=0.9)
+    )
+    model.graph.output.append(onnx.helper.make_tensor_value_info("second", onnx.TensorProto.FLOAT, [None] * 4))
+    graph, sites = tapped(checked(model, "case"))
+    assert list(sites) == ["attention_0", "attention_1"]
+    save(graph, tmp_path / "model.onnx")
+    session = RuntimeSession.load(tmp_path / "model.onnx", provider="CPUExecutionProvider")
+    feeds = {**case.feeds(), ITEMS: np.array([2]), "attention_items.attention_1": np.array([0, 1])}
+    first, second = session.run(feeds, [WEIGHTS, "attention.attention_1"])
+    other = replace(case, attributes={"scale": 0.9}).reference()
+    np.testing.assert_allclose(first, case.reference()[[2]], rtol=0, atol=FLOAT32_TOLERANCE)
+    np.testing.assert_allclose(second, other[[0, 1]], rtol=0, atol=FLOAT32_TOLERANCE)
 
 
 def test_definition_notices_a_tap_that_forgets_its_scale(tmp_path: Path) -> None:

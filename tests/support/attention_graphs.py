@@ -63,7 +63,10 @@ class Case:
             attributes |= {"q_num_heads": self.heads, "kv_num_heads": self.kv_heads}
         if self.mask is not None:
             mask_kind = helper.np_dtype_to_tensor_dtype(self.mask.dtype)
-            inputs.append(helper.make_tensor_value_info("mask", mask_kind, [None] * self.mask.ndim))
+            extents: list[str | None] = [None] * self.mask.ndim
+            if self.mask.ndim == 4 and self.mask.shape[0] == self.batch > 1:
+                extents[0] = "batch"
+            inputs.append(helper.make_tensor_value_info("mask", mask_kind, extents))
         node = helper.make_node("Attention", [spec.name for spec in inputs], ["output"], name="attend", **attributes)
         output = helper.make_tensor_value_info("output", kind, shape(self.heads, "query_len", self.value_dim))
         graph = helper.make_graph([node], "attention", inputs, [output])

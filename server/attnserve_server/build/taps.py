@@ -10,7 +10,7 @@ next to nothing. The site's own operator is left as it was, and so is everything
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -34,17 +34,19 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> None:
     `attention.<name>`: float32 (n, H, L, S); rows sum to 1, fully masked rows are 0.
     Source: Vaswani et al. 2017, eq. 1, in the form of ONNX Attention-23.
     """
-    masks: dict[ir.Value, ir.Value] = {}
+    shared: dict[tuple[str, ir.Value], ir.Value] = {}
     for name, site in sites.items():
         if site.scores is not None:
-            _Tap(graph, name, site, masks).add()
+            _Tap(graph, name, site, shared).add()
 
 
 class _Tap:
     """The nodes of one tap, gathered in order and put behind the site's node at the end."""
 
-    def __init__(self, graph: ir.Graph, name: str, site: FoundSite, masks: dict[ir.Value, ir.Value]) -> None:
-        self._graph, self._name, self._site, self._masks = graph, name, site, masks
+    def __init__(
+        self, graph: ir.Graph, name: str, site: FoundSite, shared: dict[tuple[str, ir.Value], ir.Value]
+    ) -> None:
+        self._graph, self._name, self._site, self._shared = graph, name, site, shared
         self._nodes: list[ir.Node] = []
         self._items = ir.val(ITEMS_PREFIX + name, ir.DataType.INT64, ir.Shape([f"{ITEMS_PREFIX}{name}.count"]))
 
@@ -61,7 +63,9 @@ class _Tap:
 
     def _weights(self, scores: Scores) -> ir.Value:
         """Float32 (n, H, L, S)."""
-        query = self._op("Mul", [self._gathered(scores.query, scores.head_dim), self._float(scores.scale)])
+        query = self._gathered(scores.query, scores.head_dim)
+        if scores.scale != 1:
+            query = self._op("Mul", [query, self._float(scores.scale)])
         key = self._gathered(scores.key, scores.head_dim)
         logits = self._product(query, key, scores)
         if scores.softcap:
@@ -69,7 +73,7 @@ class _Tap:
             logits = self._op("Mul", [self._op("Tanh", [self._op("Div", [logits, cap])]), cap])
         kept: list[ir.Value] = []
         for mask in scores.masks:
-            rows = self._rows_of(mask)
+            rows = self._rows_of(mask, scores.query.value)
             if mask.boolean:
                 kept.append(rows)
                 continue
@@ -112,16 +116,23 @@ class _Tap:
         shape = self._op("Concat", [count, self._ints(heads), *lengths], axis=0)
         return self._op("Reshape", [product, shape], allowzero=1)
 
-    def _rows_of(self, mask: Mask) -> ir.Value:
+    def _rows_of(self, mask: Mask, query: ir.Value) -> ir.Value:
         """The mask's rows for the items, rank 4. A mask of one row serves them all, whatever the batch."""
         full = mask.value
+        if mask.rank == 4 and _same_batch(full, query):
+            return self._op("Gather", [full, self._items], axis=0)
         if mask.rank < 4:
-            if full not in self._masks:
-                axes = self._ints(*range(4 - mask.rank))
-                self._masks[full] = self._op("Unsqueeze", [full, axes])
-            full = self._masks[full]
-        last_row = self._op("Sub", [self._shape(full, 0, 1), self._ints(1)])
+            axes = self._ints(*range(4 - mask.rank))
+            full = self._once("rank 4", full, lambda value: self._op("Unsqueeze", [value, axes]))
+        one = self._ints(1)
+        last_row = self._once("last row", full, lambda value: self._op("Sub", [self._shape(value, 0, 1), one]))
         return self._op("Gather", [full, self._op("Min", [self._items, last_row])], axis=0)
+
+    def _once(self, what: str, value: ir.Value, make: Callable[[ir.Value], ir.Value]) -> ir.Value:
+        """One for all taps that need it: the nodes of the first tap stand before those of the others."""
+        if (what, value) not in self._shared:
+            self._shared[what, value] = make(value)
+        return self._shared[what, value]
 
     def _causal(self, query: ir.Value, key: ir.Value) -> ir.Value:
         """Bool (n, 1, L, S): key j is kept for query i where j <= i. Has n as its extent to be empty with it."""
@@ -167,3 +178,11 @@ class _Tap:
             )
             self._graph.register_initializer(value)
         return self._graph.initializers[name]
+
+
+def _same_batch(mask: ir.Value, query: ir.Value) -> bool:
+    """Whether the graph itself says that a mask has a row for every row of the batch."""
+    if mask.shape is None or query.shape is None:
+        return False
+    one, other = mask.shape[0], query.shape[0]
+    return isinstance(one, ir.SymbolicDim) and one.value is not None and one == other
