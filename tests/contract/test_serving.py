@@ -250,6 +250,20 @@ async def test_a_bundle_that_fails_to_load_is_failed_and_the_others_are_served(
         await application.aclose()
 
 
+async def test_a_model_that_does_not_run_fails_at_warm_up_and_not_at_its_first_caller(
+    settings: Settings, tiny_files: dict[str, Path], tmp_path: Path
+) -> None:
+    manifest = tiny_manifest("wrong")
+    outputs = (manifest.outputs[0].model_copy(update={"name": "nowhere"}), *manifest.outputs[1:])
+    write_bundle(tmp_path, manifest.model_copy(update={"outputs": outputs}), tiny_files)
+    write_bundle(tmp_path, tiny_manifest(), tiny_files)
+    application = Application(settings.model_copy(update={"repository": tmp_path}))
+    await application.start()
+    assert application.catalog.find("wrong").state is ModelState.FAILED
+    assert application.catalog.find("tiny").state is ModelState.READY
+    await application.aclose()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
@@ -376,6 +390,27 @@ async def test_a_scheduler_that_dies_ends_the_server_and_its_health_says_so(
     loop_of_a_model.cancel()
     assert await task == EXIT_FAULTED
     assert not application.health.serving()
+
+
+class Stuck:
+    """A scheduler that does not come to an end."""
+
+    async def drain(self) -> None:
+        await asyncio.Event().wait()
+
+    async def aclose(self) -> None:
+        pass
+
+
+async def test_a_drain_ends_with_its_grace(settings: Settings) -> None:
+    application = Application(settings.model_copy(update={"drain_grace_s": 0.1}))
+    await application.start()
+    scheduler = application._loaded[0].scheduler
+    application._loaded[0].scheduler = Stuck()  # type: ignore[assignment]
+    async with asyncio.timeout(5):
+        await application.drain()
+    await scheduler.aclose()
+    await application.aclose()
 
 
 # A real process

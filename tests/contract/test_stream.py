@@ -8,6 +8,7 @@ from collections.abc import Callable
 import grpc
 import numpy as np
 import pytest
+import structlog
 from attnserve.v1 import attention_pb2
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -300,6 +301,32 @@ async def test_a_large_answer_comes_in_pieces_and_small_ones_between(
     weights = whole.results[0].attention.maps[1].weights
     sums = np.frombuffer(weights.data, "<f4").reshape(weights.shape).sum(axis=-1)
     np.testing.assert_allclose(sums, 1, atol=1e-5)
+
+
+async def test_leaving_in_the_middle_of_an_answer_is_no_fault_of_the_server(
+    talk_of: Callable[..., Talk], server: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "CHUNK_BYTES", 1)
+    with structlog.testing.capture_logs() as logged:
+        for _ in range(5):
+            talk = talk_of()
+            await talk.ask("large", text="the cat sat on a mat", attention=attention_pb2.AttentionSelection())
+            assert (await talk.read()).chunk.count > 1
+            talk.call.cancel()
+        await until(lambda: not server.grpc._streams._open)
+    assert [line for line in logged if line["log_level"] == "error"] == []
+
+
+async def test_cancelling_twice_is_cancelling_once(talk: Talk, gate: Gate) -> None:
+    await talk.ask("a")
+    await until(lambda: bool(gate.waiting))
+    await talk.cancel("a")
+    await talk.cancel("a")
+    assert failure(await talk.read())[:2] == ("a", 1)
+    await talk.ask("b")
+    await until(lambda: len(gate.waiting) == 2)
+    gate.release(1)
+    assert (await talk.read()).request_id == "b"
 
 
 async def test_a_drain_answers_what_is_under_way_and_then_ends_the_stream(

@@ -92,6 +92,16 @@ def remaining_s(context: Context) -> float | None:
     return None if remaining is None or remaining > FOREVER_S else max(0.0, remaining)
 
 
+async def send(context: Context, data: bytes) -> bool:
+    """Writes one message to a stream; whether the caller was still there to get it."""
+    try:
+        await context.write(data)
+    except grpc.aio.InternalError:
+        # The call has ended on the caller's side, and gRPC is about to cancel the handler: no fault of anyone here.
+        return False
+    return True
+
+
 def parsed(kind: type[M], call: Callable[[M, Context], Awaitable[message.Message]]) -> Callable[[bytes, Context], Any]:
     """A handler on bytes: bytes that are no message are INVALID_ARGUMENT here, where gRPC would answer UNKNOWN."""
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2
 
-from attnserve_server.transport.boundary import Context, RpcMetrics, parsed
+from attnserve_server.transport.boundary import Context, RpcMetrics, parsed, send
 from attnserve_server.transport.wire import parse
 
 SERVICE: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -73,7 +73,8 @@ class Health:
             status = self._status(request.service)
             if status != told:
                 told = status
-                await context.write(health_pb2.HealthCheckResponse(status=status).SerializeToString())
+                if not await send(context, health_pb2.HealthCheckResponse(status=status).SerializeToString()):
+                    return
             await changed.wait()
 
     def _status(self, service: str) -> Any:

@@ -20,7 +20,7 @@ from attnserve_server.domain.errors import (
     RequestCancelled,
 )
 from attnserve_server.transport.allowance import Allowance
-from attnserve_server.transport.boundary import QUIET, Context, remaining_s
+from attnserve_server.transport.boundary import QUIET, Context, remaining_s, send
 from attnserve_server.transport.dataplane import DataPlane, log_failure
 from attnserve_server.transport.status import status_of
 from attnserve_server.transport.validation import check_request_id, is_request_id
@@ -91,6 +91,7 @@ class _Stream:
         self._writing = asyncio.Lock()
         self._flights: dict[str, _Flight] = {}
         self._stop = asyncio.Event()
+        self._left = False
 
     def stop_reading(self) -> None:
         """Ends the stream once what is under way has been answered."""
@@ -224,20 +225,17 @@ class _Stream:
         elif len(answer) <= CHUNK_BYTES:
             await self._write(envelope.SerializeToString() + _RESPONSE_TAG + _varint(len(answer)) + answer)
         else:
-            pieces = [answer[start : start + CHUNK_BYTES] for start in range(0, len(answer), CHUNK_BYTES)]
-            for index, piece in enumerate(pieces):
-                envelope.chunk.CopyFrom(inference_service_pb2.ResponseChunk(index=index, count=len(pieces), data=piece))
+            starts = range(0, len(answer), CHUNK_BYTES)
+            for index, start in enumerate(starts):
+                piece = answer[start : start + CHUNK_BYTES]
+                envelope.chunk.CopyFrom(inference_service_pb2.ResponseChunk(index=index, count=len(starts), data=piece))
                 await self._write(envelope.SerializeToString())
 
     async def _write(self, data: bytes) -> None:
         """One message; waits while the caller does not read, and keeps the request's slot meanwhile."""
         async with self._writing:
-            try:
-                await self._context.write(data)
-            except Exception:
-                # A caller that has left gets nothing more; gRPC is about to cancel this stream.
-                if not self._context.done():
-                    raise
+            if not self._left:
+                self._left = not await send(self._context, data)
 
     def _withdraw_all(self) -> None:
         for flight in self._flights.values():
