@@ -274,21 +274,27 @@ class AsyncClient:
 
     async def _answers(self, feed: _Feed, exchange: Exchange, ordering: Ordering) -> AsyncIterator[StreamAnswer]:
         call = self._stub.StreamInfer(feed.messages(), metadata=self._metadata)
+        watch = asyncio.create_task(_watch(exchange, call.cancel))
         try:
+            exchange.reading()
             async for message in call:
                 answer = exchange.take(message)
                 for ready in ordering.add(answer) if answer is not None else ():
                     yield ready
                     feed.answered()
+                exchange.reading()
             exchange.check_done()
             if feed.error is not None:
                 raise feed.error
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # grpc.aio's word for a call that this side has ended
+            if watch.done() and watch.result():
+                raise exchange.stalled() from None
             self._tell_closed_from_cancelled()
             raise
         finally:
+            watch.cancel()
             call.cancel()
 
     def _tell_closed_from_cancelled(self) -> None:
@@ -296,6 +302,16 @@ class AsyncClient:
         task = asyncio.current_task()
         if self._closed and (task is None or not task.cancelling()):
             raise closed() from None
+
+
+async def _watch(exchange: Exchange, cancel: Callable[[], object]) -> bool:
+    """Ends a stream that has stalled; says whether it did."""
+    if exchange.patience_s is None:
+        return False
+    while (left_s := exchange.stalled_in_s(exchange.patience_s)) > 0:  # noqa: ASYNC110 - it waits for time itself
+        await asyncio.sleep(left_s)
+    cancel()
+    return True
 
 
 class _Feed:

@@ -189,7 +189,8 @@ class Client:
 
         Inputs are taken as there is room for them, in a thread of the stream's own; answers come while others are under
         way. One input's failure is that input's answer. A stream that breaks raises; what `inputs` raises, or an input
-        that cannot be sent, ends it when all before it are answered. Nothing is sent twice.
+        that cannot be sent, ends it when all before it are answered. Nothing is sent twice. A stream on which nothing
+        comes for longer than `timeout` ends with `DeadlineExpired`.
 
         Args:
             model: The model's name.
@@ -297,20 +298,47 @@ class Client:
         if self._closed:
             raise closed()
         call = self._stub.StreamInfer(feed, metadata=self._metadata)
+        watch = _Watch(exchange, call.cancel)
         try:
+            exchange.reading()
             for message in call:
                 answer = exchange.take(message)
                 for ready in ordering.add(answer) if answer is not None else ():
                     yield ready
                     feed.answered()
+                exchange.reading()
             exchange.check_done()
             if feed.error is not None:
                 raise feed.error
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+            raise (exchange.stalled() if watch.stalled else from_rpc_error(error)) from error
         finally:
+            watch.stop()
             feed.close()
             call.cancel()
+
+
+class _Watch:
+    """Ends a stream that has stalled, from a thread of its own. `stop` is the reader's."""
+
+    def __init__(self, exchange: Exchange, cancel: Callable[[], object]) -> None:
+        self._exchange = exchange
+        self._cancel = cancel
+        self._stopped = threading.Event()
+        self.stalled = False  # written by the thread before it cancels, read by the reader after
+        if exchange.patience_s is not None:
+            threading.Thread(target=self._run, args=(exchange.patience_s,), name="attnserve-watch", daemon=True).start()
+
+    def _run(self, patience_s: float) -> None:
+        while (left_s := self._exchange.stalled_in_s(patience_s)) > 0:
+            if self._stopped.wait(left_s):
+                return
+        self.stalled = True
+        self._cancel()
+
+    def stop(self) -> None:
+        """The stream is over."""
+        self._stopped.set()
 
 
 class _Feed:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from attnserve.v1 import inference_service_pb2 as wire
 from google.protobuf.message import DecodeError
 
-from attnserve_client._errors import AttnserveError
+from attnserve_client._errors import AttnserveError, DeadlineExpired
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._status import bad_answer, from_status_bytes
+
+GRACE_S: Final = 0.25
+"""What the server gets beyond a request's timeout to say that it has passed."""
 
 
 @dataclass(slots=True)
@@ -29,13 +34,25 @@ class Exchange:
     alone, by single operations on a dict, and a request is entered before it is sent.
     """
 
-    def __init__(self, timeout: float | None, *, validate_only: bool, prefix: str | None = None) -> None:
+    def __init__(
+        self,
+        timeout: float | None,
+        *,
+        validate_only: bool,
+        prefix: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         # Rounded up: a timeout below a millisecond must not become 0, which means none.
         self._timeout_ms = 0 if timeout is None else min(2**32 - 1, max(1, round(timeout * 1000)))
         self._validate_only = validate_only
         self._prefix = prefix or uuid.uuid4().hex
         self._pending: dict[str, _Pending] = {}
         self._opened = 0
+        self._clock = clock
+        self._opened_at = clock()
+        self._reading_since: float | None = None
+        self.patience_s = None if timeout is None else timeout + GRACE_S
+        """How long the reader waits for any answer while requests are under way; None for ever."""
 
     @property
     def pending(self) -> int:
@@ -47,7 +64,28 @@ class Exchange:
         request.request_id = f"{self._prefix}-{self._opened}"
         self._pending[request.request_id] = _Pending(self._opened)
         self._opened += 1
+        self._opened_at = self._clock()
         return wire.StreamInferRequest(request=request, timeout_ms=self._timeout_ms)
+
+    def reading(self) -> None:
+        """The reader waits from now on. While it does other things, answers may lie unread: that is no stall."""
+        self._reading_since = self._clock()
+
+    def stalled_in_s(self, patience_s: float) -> float:
+        """Seconds until the stream counts as stalled, unless something happens before; 0 or less where it is.
+
+        Each request's timeout is the server's to keep. This is for a server that keeps nothing any more: requests are
+        under way, and neither an answer nor a refusal has come for longer than any of them may take.
+        """
+        since = self._reading_since
+        if since is None or not self._pending:
+            return patience_s
+        return max(since, self._opened_at) + patience_s - self._clock()
+
+    def stalled(self) -> DeadlineExpired:
+        """The error for it."""
+        said = f"the stream gave no answer for {self.patience_s} s with {len(self._pending)} requests under way"
+        return DeadlineExpired(said, code="DEADLINE_EXCEEDED")
 
     def take(self, message: wire.StreamInferResponse) -> StreamAnswer | None:
         """Takes what came; gives the answer that is complete with it, if one is.
@@ -55,6 +93,7 @@ class Exchange:
         Raises:
             BadAnswer: The answer is nobody's, or its pieces do not follow one another.
         """
+        self._reading_since = None
         request_id = message.request_id
         pending = self._pending.get(request_id)
         if pending is None:

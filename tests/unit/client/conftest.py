@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent import futures
 from typing import Any
 
+import grpc
 import pytest
+from attnserve.v1 import inference_service_pb2_grpc
 from attnserve_client import AsyncClient, Client, RetryPolicy, StreamAnswer
 from attnserve_client.testing import FakeServer
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 
 class SyncDriver:
@@ -61,6 +65,33 @@ class AsyncDriver:
     async def close(self) -> None:
         async with self.client:
             pass
+
+
+class RawServer:
+    """A server whose `Infer`, `GetModel` and `StreamInfer` are functions of the test's own."""
+
+    def __init__(self, **methods: Callable[..., Any]) -> None:
+        servicer = type("Servicer", (inference_service_pb2_grpc.InferenceServiceServicer,), {})()
+        for name, method in methods.items():
+            setattr(servicer, name, method)
+        self.server = grpc.server(futures.ThreadPoolExecutor(8))
+        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, self.server)
+        self.health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        self.health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+
+    def __enter__(self) -> RawServer:
+        self.server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop(None).wait()
+
+
+@pytest.fixture
+def raw_server() -> type[RawServer]:
+    return RawServer
 
 
 @pytest.fixture(scope="session")

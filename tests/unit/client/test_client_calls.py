@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Callable
-from concurrent import futures
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from attnserve.v1 import inference_service_pb2 as wire
-from attnserve.v1 import inference_service_pb2_grpc, model_pb2, tensor_pb2
+from attnserve.v1 import model_pb2, tensor_pb2
 from attnserve_client import (
     AsyncClient,
     Attention,
@@ -31,29 +29,7 @@ from attnserve_client import (
 )
 from attnserve_client._channel import options_of, target_of
 from attnserve_client.testing import FakeServer
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-
-
-class RawServer:
-    """A server whose `Infer`, `GetModel` and `StreamInfer` are functions of the test's own."""
-
-    def __init__(self, **methods: Callable[..., Any]) -> None:
-        servicer = type("Servicer", (inference_service_pb2_grpc.InferenceServiceServicer,), {})()
-        for name, method in methods.items():
-            setattr(servicer, name, method)
-        self.server = grpc.server(futures.ThreadPoolExecutor(8))
-        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, self.server)
-        self.health = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        self.health.set("", health_pb2.HealthCheckResponse.SERVING)
-        self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
-
-    def __enter__(self) -> RawServer:
-        self.server.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.stop(None).wait()
+from grpc_health.v1 import health_pb2
 
 
 async def test_text_comes_back_as_arrays_that_are_views_of_the_answers_bytes(driver: Any) -> None:
@@ -255,8 +231,8 @@ async def test_calls_are_spread_over_addresses_and_survive_the_loss_of_one(drive
         await driver.close()
 
 
-async def test_server_whose_health_says_not_serving_gets_no_calls(driver_class: Any) -> None:
-    with RawServer(ListModels=lambda request, context: wire.ListModelsResponse()) as server:
+async def test_server_whose_health_says_not_serving_gets_no_calls(driver_class: Any, raw_server: Any) -> None:
+    with raw_server(ListModels=lambda request, context: wire.ListModelsResponse()) as server:
         server.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         driver = driver_class(server.target, retry=RetryPolicy(max_attempts=1))
         with pytest.raises(ServerUnreachable):
@@ -299,7 +275,9 @@ def described(**fields: Any) -> model_pb2.Model:
     )
 
 
-async def test_token_ids_take_the_models_own_name_and_type_and_ask_for_them_once(driver_class: Any) -> None:
+async def test_token_ids_take_the_models_own_name_and_type_and_ask_for_them_once(
+    driver_class: Any, raw_server: Any
+) -> None:
     seen: list[wire.InferRequest] = []
     asked: list[wire.GetModelRequest] = []
 
@@ -311,7 +289,7 @@ async def test_token_ids_take_the_models_own_name_and_type_and_ask_for_them_once
         seen.append(request)
         return wire.InferResponse(results=[wire.SequenceResult()])
 
-    with RawServer(GetModel=get_model, Infer=infer) as server:
+    with raw_server(GetModel=get_model, Infer=infer) as server:
         driver = driver_class(server.target)
         await driver.infer("m", [1, 2])
         await driver.infer("m", [1, 2])
@@ -334,8 +312,10 @@ async def test_token_ids_take_the_models_own_name_and_type_and_ask_for_them_once
     ],
     ids=["no result", "unknown type", "too few bytes"],
 )
-async def test_answer_that_breaks_the_contract_is_refused(driver_class: Any, response: wire.InferResponse) -> None:
-    with RawServer(Infer=lambda request, context: response) as server:
+async def test_answer_that_breaks_the_contract_is_refused(
+    driver_class: Any, response: wire.InferResponse, raw_server: Any
+) -> None:
+    with raw_server(Infer=lambda request, context: response) as server:
         driver = driver_class(server.target)
         with pytest.raises(BadAnswer):
             await driver.infer("m", "text")

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from attnserve.v1 import inference_service_pb2 as wire
-from attnserve_client import AsyncClient, Attention, BadAnswer, Client, InvalidRequest, ModelNotFound, ServerUnreachable
+from attnserve_client import (
+    AsyncClient,
+    Attention,
+    BadAnswer,
+    Client,
+    DeadlineExpired,
+    InvalidRequest,
+    ModelNotFound,
+    ServerUnreachable,
+)
 from attnserve_client._exchange import Exchange
 from attnserve_client.testing import FakeServer
 
@@ -172,6 +182,43 @@ def test_stream_that_ends_too_early_is_told() -> None:
     assert exchange.pending == 2
     with pytest.raises(BadAnswer, match="2 requests unanswered"):
         exchange.check_done()
+
+
+def test_stall_is_counted_only_while_somebody_waits_for_an_answer() -> None:
+    now = [100.0]
+    exchange = Exchange(1.0, validate_only=False, clock=lambda: now[0])
+    assert exchange.patience_s == 1.25
+    exchange.reading()
+    now[0] += 60.0
+    assert exchange.stalled_in_s(1.25) == 1.25, "nothing is under way"
+    request_id = exchange.open(wire.InferRequest()).request.request_id
+    exchange.open(wire.InferRequest())
+    now[0] += 1.0
+    assert exchange.stalled_in_s(1.25) == pytest.approx(0.25)
+    exchange.take(wire.StreamInferResponse(request_id=request_id, response=response(request_id)))
+    now[0] += 60.0
+    assert exchange.stalled_in_s(1.25) == 1.25, "the reader is busy with what came"
+    exchange.reading()
+    now[0] += 2.0
+    assert exchange.stalled_in_s(1.25) < 0
+
+
+async def test_server_that_says_nothing_any_more_does_not_hold_the_stream(driver_class: Any, raw_server: Any) -> None:
+    def hang(request_iterator: Any, context: Any) -> Iterator[wire.StreamInferResponse]:
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        gone.wait()
+        yield from ()
+
+    with raw_server(StreamInfer=hang) as server:
+        driver = driver_class(server.target)
+        with pytest.raises(DeadlineExpired, match=r"no answer for 0\.35 s with 2 requests"):
+            await driver.stream("fake", ["a", "b"], timeout=0.1)
+        await driver.close()
+
+
+async def test_stream_without_a_timeout_is_never_cut(driver: Any) -> None:
+    assert len(await driver.stream("fake", ["a", "b"], timeout=None)) == 2
 
 
 async def test_attention_selection_goes_with_every_input(driver: Any, server: FakeServer) -> None:

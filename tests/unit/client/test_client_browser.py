@@ -1,0 +1,86 @@
+"""The page of an attention map in a real browser: it draws itself, and hostile tokens stay text."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attnserve_client import AttentionMap, Token
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt-get install chromium fonts-dejavu-core"),
+]
+
+HOSTILE = (
+    "<img src=x onerror=document.title='owned'>",
+    "</script><script>document.title='owned'</script>",
+    "\"'><svg>",
+)
+
+
+class Elements(HTMLParser):
+    """Tags, the title, and the texts of the sentence's tokens, as the browser wrote its document out."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.tokens: list[str] = []
+        self.title = ""
+        self._into = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if "token" in (dict(attrs).get("class") or "").split():
+            self.tokens.append("")
+            self._into = "token"
+        else:
+            self._into = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._into = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._into == "token":
+            self.tokens[-1] += data
+        elif self._into == "title":
+            self.title += data
+
+
+def document(source: str, tmp_path: Path) -> Elements:
+    """What a browser makes of a page."""
+    page = tmp_path / "page.html"
+    page.write_text(source, encoding="utf-8")
+    line = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    line += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
+    return Elements(done.stdout)
+
+
+def hostile_map() -> AttentionMap:
+    tokens = tuple(Token(index, text, index, index + 1) for index, text in enumerate(HOSTILE))
+    weights = np.full((2, 3, 3), 1 / 3, dtype=np.float32)
+    return AttentionMap(("s",), 0, "self", "dense", (0, 1), "seq", "seq", tokens, tokens, weights)
+
+
+def test_page_draws_itself_and_hostile_tokens_stay_text(tmp_path: Path) -> None:
+    seen = document(hostile_map().to_html(), tmp_path)
+    assert seen.tokens == list(HOSTILE), "its script must have run under its own policy"
+    assert seen.tags.count("li") == 9
+    assert not {"img", "svg"} & set(seen.tags)
+    assert seen.title == "Attention, layer 0 (s), 2 heads"
+
+
+def test_browser_would_run_what_is_not_escaped(tmp_path: Path) -> None:
+    seen = document(f"<title>mine</title>{HOSTILE[1]}", tmp_path)
+    assert seen.title == "owned", "the control: the test above must see a script that runs"
+
+
+def test_policy_stops_a_script_that_gets_in(tmp_path: Path) -> None:
+    source = hostile_map().to_html().replace("</main>", "<script>document.title='owned'</script></main>")
+    assert "owned" not in document(source, tmp_path).title
