@@ -6,13 +6,15 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Self, TypeVar, overload
 
 import grpc
 import grpc.aio
 from attnserve.v1 import inference_service_pb2 as wire
 from attnserve.v1 import inference_service_pb2_grpc
 
+from attnserve_client._async_stream import Feed
+from attnserve_client._async_stream import watch as watching
 from attnserve_client._channel import metadata_of, options_of, target_of
 from attnserve_client._client import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, MAX_IN_FLIGHT, READY_TIMEOUT_S
 from attnserve_client._errors import AttnserveError, DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
@@ -178,7 +180,7 @@ class AsyncClient:
             )
 
         exchange = Exchange(timeout, validate_only=validate_only)
-        return self._answers(_Feed(inputs, message, exchange, max_in_flight), exchange, Ordering(ordered=ordered))
+        return self._answers(Feed(inputs, message, exchange, max_in_flight), exchange, Ordering(ordered=ordered))
 
     async def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> list[ModelInfo]:  # noqa: ASYNC109 - as above
         """All models that the server has, in order of name and version."""
@@ -272,9 +274,9 @@ class AsyncClient:
             self._tell_closed_from_cancelled()
             raise
 
-    async def _answers(self, feed: _Feed, exchange: Exchange, ordering: Ordering) -> AsyncIterator[StreamAnswer]:
+    async def _answers(self, feed: Feed, exchange: Exchange, ordering: Ordering) -> AsyncIterator[StreamAnswer]:
         call = self._stub.StreamInfer(feed.messages(), metadata=self._metadata)
-        watch = asyncio.create_task(_watch(exchange, call.cancel))
+        watch = asyncio.create_task(watching(exchange, call.cancel))
         try:
             exchange.reading()
             async for message in call:
@@ -302,56 +304,3 @@ class AsyncClient:
         task = asyncio.current_task()
         if self._closed and (task is None or not task.cancelling()):
             raise closed() from None
-
-
-async def _watch(exchange: Exchange, cancel: Callable[[], object]) -> bool:
-    """Ends a stream that has stalled; says whether it did."""
-    if exchange.patience_s is None:
-        return False
-    while (left_s := exchange.stalled_in_s(exchange.patience_s)) > 0:  # noqa: ASYNC110 - it waits for time itself
-        await asyncio.sleep(left_s)
-    cancel()
-    return True
-
-
-class _Feed:
-    """What the stream's requests come from, taken by gRPC's own task; `answered` is the reader's. Event loop only."""
-
-    def __init__(
-        self,
-        inputs: Iterable[Input] | AsyncIterable[Input],
-        message: Callable[[Input], Awaitable[wire.InferRequest]],
-        exchange: Exchange,
-        max_in_flight: int,
-    ) -> None:
-        if max_in_flight < 1:
-            raise InvalidRequest.of("max_in_flight", f"{max_in_flight} is below 1")
-        self._inputs = inputs
-        self._message = message
-        self._exchange = exchange
-        self._slots = asyncio.Semaphore(max_in_flight)
-        self.error: Exception | None = None
-        """Why there were no more inputs, for the reader to raise when what is under way has been answered."""
-
-    async def messages(self) -> AsyncIterator[wire.StreamInferRequest]:
-        """The requests, as there is room for them."""
-        try:
-            async for one in _each(self._inputs):
-                message = await self._message(one)
-                await self._slots.acquire()
-                yield self._exchange.open(message)
-        except Exception as error:  # noqa: BLE001 - the boundary to gRPC's task: the reader raises it
-            self.error = error
-
-    def answered(self) -> None:
-        """There is room for another."""
-        self._slots.release()
-
-
-async def _each(inputs: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
-    if isinstance(inputs, AsyncIterable):
-        async for one in inputs:
-            yield one
-    else:
-        for one in inputs:
-            yield one

@@ -12,15 +12,13 @@ from typing import Any, Final, NoReturn, Self
 import grpc
 from attnserve.v1 import attention_pb2, inference_service_pb2_grpc
 from attnserve.v1 import inference_service_pb2 as wire
-from google.protobuf import any_pb2, duration_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from attnserve_client._errors import AttnserveError, InvalidRequest, ModelNotFound, NotServing, Overloaded
 from attnserve_client._selection import Attention
-from attnserve_client._status import DOMAIN
 from attnserve_client._tensors import to_tensor
 from attnserve_client.testing._answers import Shape, attention_of, chosen_layers, outputs_of, tokenize
+from attnserve_client.testing._refusals import status_of
 
 _THREADS: Final = 64
 """Each connection holds one with its health watch; the pool makes them as they are needed."""
@@ -242,7 +240,7 @@ class _Servicer(inference_service_pb2_grpc.InferenceServiceServicer):
             try:
                 response = self._server.answer(message.request)
             except AttnserveError as error:
-                status = _status(error, request_id).SerializeToString()
+                status = status_of(error, request_id).SerializeToString()
                 yield wire.StreamInferResponse(request_id=request_id, status=status)
             else:
                 yield from self._pieces(request_id, response)
@@ -290,30 +288,5 @@ def _tensor_bytes(result: wire.SequenceResult) -> int:
 
 
 def _abort(context: Any, error: AttnserveError, request_id: str) -> NoReturn:
-    context.abort_with_status(rpc_status.to_status(_status(error, request_id)))
+    context.abort_with_status(rpc_status.to_status(status_of(error, request_id)))
     raise AssertionError("abort_with_status raises")
-
-
-def _status(error: AttnserveError, request_id: str) -> status_pb2.Status:
-    """The status that a real server sends for an error."""
-    details: list[Any] = []
-    if error.reason:
-        details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=dict(error.metadata)))
-    if error.violations:
-        fields = [
-            error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.description)
-            for each in error.violations
-        ]
-        details.append(error_details_pb2.BadRequest(field_violations=fields))
-    if error.retry_delay_s is not None:
-        delay = duration_pb2.Duration()
-        delay.FromNanoseconds(round(error.retry_delay_s * 1e9))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    if request_id:
-        details.append(error_details_pb2.RequestInfo(request_id=request_id))
-    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message)
-    for detail in details:
-        packed = any_pb2.Any()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return status

@@ -16,7 +16,7 @@ from attnserve_client._models import is_ready, model_of
 from attnserve_client._selection import HeadReduction, LayerReduction, SpecialTokens, Unit, WeightDtype, selection_of
 from attnserve_client._status import BY_CODE, BY_REASON, from_status_bytes
 from attnserve_client._tensors import dtype_name, to_array, to_tensor
-from attnserve_client.testing._server import _status
+from attnserve_client.testing._refusals import status_of
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from hypothesis import given
@@ -265,7 +265,7 @@ def test_each_reason_comes_back_as_its_class_with_all_its_facts(reason: str) -> 
         violations=(errors.FieldViolation("text", "length 0 is below 1"),),
         retry_delay_s=1.5,
     )
-    came = from_status_bytes(_status(sent, "mine").SerializeToString())
+    came = from_status_bytes(status_of(sent, "mine").SerializeToString())
     assert type(came) is type(sent)
     assert (came.message, came.reason, came.code, came.request_id) == ("what went wrong", reason, "UNAVAILABLE", "mine")
     assert dict(came.metadata) == dict(sent.metadata)
@@ -280,7 +280,7 @@ def test_facts_of_errors_have_names() -> None:
 
 
 def test_reasons_of_other_services_are_not_taken_for_ours() -> None:
-    status = _status(AttnserveError("busy", code="RESOURCE_EXHAUSTED", reason="OVERLOADED"), "")
+    status = status_of(AttnserveError("busy", code="RESOURCE_EXHAUSTED", reason="OVERLOADED"), "")
     info = error_details_pb2.ErrorInfo()
     status.details[0].Unpack(info)
     info.domain = "elsewhere.example"

@@ -1,0 +1,66 @@
+"""The event loop's side of a stream: what feeds it, and what ends it when nothing comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
+
+from attnserve.v1 import inference_service_pb2 as wire
+
+from attnserve_client._errors import InvalidRequest
+from attnserve_client._exchange import Exchange
+from attnserve_client._inputs import Input
+
+
+async def watch(exchange: Exchange, cancel: Callable[[], object]) -> bool:
+    """Ends a stream that has stalled; says whether it did."""
+    if exchange.patience_s is None:
+        return False
+    while (left_s := exchange.stalled_in_s(exchange.patience_s)) > 0:  # noqa: ASYNC110 - it waits for time itself
+        await asyncio.sleep(left_s)
+    cancel()
+    return True
+
+
+class Feed:
+    """What the stream's requests come from, taken by gRPC's own task; `answered` is the reader's. Event loop only."""
+
+    def __init__(
+        self,
+        inputs: Iterable[Input] | AsyncIterable[Input],
+        message: Callable[[Input], Awaitable[wire.InferRequest]],
+        exchange: Exchange,
+        max_in_flight: int,
+    ) -> None:
+        if max_in_flight < 1:
+            raise InvalidRequest.of("max_in_flight", f"{max_in_flight} is below 1")
+        self._inputs = inputs
+        self._message = message
+        self._exchange = exchange
+        self._slots = asyncio.Semaphore(max_in_flight)
+        self.error: Exception | None = None
+        """Why there were no more inputs, for the reader to raise when what is under way has been answered."""
+
+    async def messages(self) -> AsyncIterator[wire.StreamInferRequest]:
+        """The requests, as there is room for them."""
+        try:
+            async for one in _each(self._inputs):
+                message = await self._message(one)
+                await self._slots.acquire()
+                yield self._exchange.open(message)
+        except Exception as error:  # noqa: BLE001 - the boundary to gRPC's task: the reader raises it
+            self.error = error
+
+    def answered(self) -> None:
+        """There is room for another."""
+        self._slots.release()
+
+
+async def _each(inputs: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    if isinstance(inputs, AsyncIterable):
+        async for one in inputs:
+            yield one
+    else:
+        for one in inputs:
+            yield one

@@ -1,0 +1,36 @@
+"""Errors on their way out, as a real server tells them: a google.rpc.Status with its details."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from attnserve_client._errors import AttnserveError
+from attnserve_client._status import DOMAIN
+
+
+def status_of(error: AttnserveError, request_id: str) -> status_pb2.Status:
+    """The status that a real server sends for an error."""
+    details: list[Any] = []
+    if error.reason:
+        details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=dict(error.metadata)))
+    if error.violations:
+        fields = [
+            error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.description)
+            for each in error.violations
+        ]
+        details.append(error_details_pb2.BadRequest(field_violations=fields))
+    if error.retry_delay_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_delay_s * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if request_id:
+        details.append(error_details_pb2.RequestInfo(request_id=request_id))
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
