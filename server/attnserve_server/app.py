@@ -245,6 +245,8 @@ def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSet
         max_batch_tokens=settings.max_batch_tokens,
         max_queue_size=settings.max_queue_size,
         max_queue_bytes=settings.max_queue_bytes,
+        look_ahead=settings.look_ahead,
+        run_overhead_tokens=settings.run_overhead_tokens,
     )
 
 

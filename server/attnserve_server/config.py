@@ -85,6 +85,16 @@ class Settings(BaseSettings):
         description="Most bytes of tensors in one run, whole attention maps included; a sequence that needs more runs "
         "alone. Default: fits beside the weights in a container of a few GiB.",
     )
+    run_overhead_tokens: Annotated[float, Field(ge=0, le=1e9)] | None = Field(
+        None,
+        description="What one run costs before its first position, in positions: more of it makes fuller batches with "
+        "more padding. Default: as measured at warm-up on this machine.",
+    )
+    look_ahead: Annotated[int, Field(ge=1, le=4096)] = Field(
+        64,
+        description="How many of the oldest waiting sequences are looked at for a run. Default: enough to find near-equal"
+        " lengths, few enough to plan in a fraction of a millisecond.",
+    )
     max_queue_size: Count = Field(
         4096, description="Most sequences that wait for one model. Default: seconds of work on a CPU, not minutes."
     )
@@ -135,7 +145,7 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("ports_file", "require_provider", mode="before")
+    @field_validator("ports_file", "require_provider", "run_overhead_tokens", mode="before")
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value
