@@ -5,12 +5,14 @@ settings, its certificates) is read from that machine and mounted while building
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +106,8 @@ def debian_mirror() -> str:
 
 def build_base(engine: Engine) -> str:
     """Makes the base image out of Debian's packages, unless the storage has it. Returns its name."""
-    tag = f"localhost/attnserve-e2e-base:{SUITE}"
+    contents = hashlib.sha256(" ".join((SUITE, *BASE_PACKAGES)).encode()).hexdigest()
+    tag = f"localhost/attnserve-e2e-base:{SUITE}-{contents[:12]}"
     if engine.has_image(tag):
         return tag
     rootfs = engine.root / "rootfs"
@@ -232,5 +235,12 @@ def run_hardened(
     """Starts the image detached and hardened, as the image's own user."""
     settings = [part for name, value in env.items() for part in ("--env", f"{name}={value}")]
     mounted = [part for volume in volumes for part in ("--volume", volume)]
-    started = engine.run("podman", "run", "--detach", *HARDENED, *extra, *settings, *mounted, image, *command)
+    name = f"attnserve-e2e-{uuid.uuid4().hex[:12]}"
+    options = [*HARDENED, *extra, *settings, *mounted]
+    try:
+        started = engine.run("podman", "run", "--detach", "--name", name, *options, image, *command)
+    except CommandFailed:
+        # It may have been made and not started.
+        Container(engine, name).remove()
+        raise
     return Container(engine, started.strip().splitlines()[-1])

@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
+import containers
 import pytest
 import watching
 import yaml
@@ -230,3 +232,19 @@ def test_docker_context_holds_what_the_dockerfile_copies_and_nothing_else() -> N
 def test_ci_packages_are_sorted_and_unlike() -> None:
     packages = Path(watching.DEPLOY / "ci-packages.txt").read_text().split()
     assert packages == sorted(set(packages))
+
+
+def test_absent_container_tools_are_named_with_the_line_that_installs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    reason = containers.missing_tools()
+    assert reason.startswith("buildah, debootstrap, podman, prometheus, promtool, runc not found; apt-get install -y")
+    assert {"buildah", "debootstrap", "podman", "prometheus", "runc"} <= set(reason.split())
+
+
+def test_image_s_version_is_the_distribution_s() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    labelled = re.findall(r"^ARG VERSION=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert labelled == [project["version"]]
