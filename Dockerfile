@@ -1,6 +1,6 @@
 # The server's image. `--target cpu` (the default) carries onnxruntime, `--target gpu` carries onnxruntime-gpu and the
 # CUDA libraries it needs; never both, as the two overwrite each other's files. Any Debian-like image with Python 3.11
-# or newer and its venv module serves as BASE_IMAGE; both stages use it, so that the copied environment finds its Python.
+# or newer and its venv module serves as BASE_IMAGE. Both stages use it, so the copied environment finds its Python.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
