@@ -15,6 +15,9 @@ from attnserve_server.transport.servicer import InferenceServicer
 from attnserve_server.transport.stream import Streams
 
 MAX_METADATA_BYTES = 16 * 1024
+MAX_PENDING_RPCS = 65_536
+"""RPCs that gRPC has received and not handed to us yet. At its own bound of 1,000 it drops some of a burst as CANCELLED,
+without a word; refusing is admission's work, which says why and when to come back."""
 
 
 class PortUnavailable(AttnserveError):
@@ -66,6 +69,8 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         # Answers are bounded before they are computed, by `max_response_bytes`.
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.server.max_pending_requests", MAX_PENDING_RPCS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_RPCS),
         ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", 20_000),
         # Callers may ping between calls, so that they notice a dead server before the next call.
