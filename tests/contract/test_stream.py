@@ -339,4 +339,6 @@ async def test_a_drain_answers_what_is_under_way_and_then_ends_the_stream(
     gate.open()
     assert (await talk.read()).response.results
     assert await talk.ended() is grpc.StatusCode.UNAVAILABLE
+    # In our words: gRPC's own, after the whole grace, would be others.
+    assert await talk.call.details() == "the server is draining"
     await draining

@@ -107,8 +107,6 @@ class _Stream:
             stopping.cancel()
             if reading.done():
                 failure = reading.result()
-                if failure is not None:
-                    self._withdraw_all()
             else:
                 reading.cancel()
                 failure = NotServing("", "draining")
@@ -124,6 +122,7 @@ class _Stream:
             try:
                 await self._take(data, group)
             except AttnserveError as error:
+                self._withdraw_all()
                 return error
 
     async def _take(self, data: bytes, group: asyncio.TaskGroup) -> None:

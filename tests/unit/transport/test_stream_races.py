@@ -1,0 +1,103 @@
+"""What happens on a stream within one turn of the event loop, which no network can be made to show."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+from attnserve.v1 import inference_service_pb2 as pb
+from attnserve_server.config import Settings
+from attnserve_server.domain.clock import MonotonicClock
+from attnserve_server.domain.errors import InvalidRequest, NotServing
+from attnserve_server.model.tokenizer import TextTokenizer
+from attnserve_server.observability.metrics import Metrics
+from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
+from attnserve_server.transport.dataplane import DataPlane
+from attnserve_server.transport.stream import Streams
+from gated import Gate, until
+from google.rpc import status_pb2
+from tiny_bundle import tiny_manifest, tiny_tokenizer
+
+
+class Wire:
+    """The server's side of a stream whose messages have all arrived already."""
+
+    def __init__(self, *messages: pb.StreamInferRequest, closed: bool = True) -> None:
+        self.incoming = [message.SerializeToString() for message in messages]
+        self.sent: list[pb.StreamInferResponse] = []
+        self.closed = closed
+        self.more = asyncio.Event()
+
+    def arrive(self, *messages: pb.StreamInferRequest) -> None:
+        self.incoming += [message.SerializeToString() for message in messages]
+        self.more.set()
+
+    async def read(self) -> object:
+        if not self.incoming and not self.closed:
+            await self.more.wait()
+        return self.incoming.pop(0) if self.incoming else grpc.aio.EOF
+
+    async def write(self, data: bytes) -> None:
+        self.sent.append(pb.StreamInferResponse.FromString(data))
+
+    def time_remaining(self) -> None:
+        return None
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate(tiny_manifest())
+
+
+@pytest.fixture
+def streams(gate: Gate) -> Streams:
+    settings = Settings(repository=Path("none"))
+    catalog = Catalog()
+    model = ServedModel("tiny", "1", Metrics().model("tiny", "1"), gate.manifest, scheduler=gate)
+    model.tokenizer = TextTokenizer(tiny_tokenizer(), "seq")
+    model.move(ModelState.READY)
+    catalog.add(model)
+    return Streams(DataPlane(catalog, settings), MonotonicClock(), settings)
+
+
+def asking(request_id: str) -> pb.StreamInferRequest:
+    sequence = pb.Sequence(text=pb.TextInput(text="the cat"))
+    return pb.StreamInferRequest(request=pb.InferRequest(model="tiny", sequences=[sequence], request_id=request_id))
+
+
+async def test_a_request_cancelled_before_its_task_ran_is_answered_and_never_submitted(
+    streams: Streams, gate: Gate
+) -> None:
+    wire = Wire(asking("a"), pb.StreamInferRequest(cancel_request_id="a"))
+    await streams.stream_infer(None, wire)  # type: ignore[arg-type]
+    (answer,) = wire.sent
+    assert answer.request_id == "a"
+    assert status_pb2.Status.FromString(answer.status).code == grpc.StatusCode.CANCELLED.value[0]
+    assert gate.deadlines == []
+
+
+async def test_a_request_cancelled_in_the_turn_that_ends_its_stream_is_sent_nothing(
+    streams: Streams, gate: Gate
+) -> None:
+    wire = Wire(asking("a"), closed=False)
+    serving = asyncio.create_task(streams.stream_infer(None, wire))  # type: ignore[arg-type]
+    await until(lambda: bool(gate.waiting))
+    wire.arrive(pb.StreamInferRequest(cancel_request_id="a"), pb.StreamInferRequest())
+    with pytest.raises(InvalidRequest):
+        await serving
+    assert wire.sent == []
+    assert gate.withdrawn == 1
+
+
+async def test_a_drain_while_a_message_waits_for_a_slot_ends_the_stream(streams: Streams, gate: Gate) -> None:
+    streams._settings = streams._settings.model_copy(update={"max_stream_in_flight": 1})
+    wire = Wire(asking("a"), asking("b"), closed=False)
+    serving = asyncio.create_task(streams.stream_infer(None, wire))  # type: ignore[arg-type]
+    await until(lambda: bool(gate.waiting))
+    streams.drain()
+    gate.open()
+    with pytest.raises(NotServing, match="the server is draining"):
+        await serving
+    assert [answer.request_id for answer in wire.sent][:1] == ["a"]
