@@ -92,8 +92,8 @@ class Settings(BaseSettings):
     )
     look_ahead: Annotated[int, Field(ge=1, le=4096)] = Field(
         64,
-        description="How many of the oldest waiting sequences are looked at for a run. Default: enough to find near-equal"
-        " lengths, few enough to plan in a fraction of a millisecond.",
+        description="How many of the oldest waiting sequences are looked at for a run. Default: enough to find near-"
+        "equal lengths, few enough to plan in a fraction of a millisecond.",
     )
     max_queue_size: Count = Field(
         4096, description="Most sequences that wait for one model. Default: seconds of work on a CPU, not minutes."

@@ -16,8 +16,8 @@ from attnserve_server.transport.stream import Streams
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_PENDING_RPCS = 65_536
-"""RPCs that gRPC has received and not handed to us yet. At its own bound of 1,000 it drops some of a burst as CANCELLED,
-without a word; refusing is admission's work, which says why and when to come back."""
+"""RPCs that gRPC has received and not handed to us yet. At its own bound of 1,000 it drops some of a burst: CANCELLED,
+and no word why. Refusing is admission's work, which says when to come back."""
 
 
 class PortUnavailable(AttnserveError):
