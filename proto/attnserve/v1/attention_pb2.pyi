@@ -186,7 +186,8 @@ class _SpecialTokensEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Special
     """They stay in the map."""
     SPECIAL_TOKENS_DROP: _SpecialTokens.ValueType  # 2
     """They are left out of the keys, and each row is divided by what is left of its sum (a row with nothing left is all
-    zeros); they are also left out of the queries, except where `queries` names them.
+    zeros); they are also left out of the queries, except where `queries` names them. Refused with FAILED_PRECONDITION
+    where the server cannot tell which they are.
     """
 
 class SpecialTokens(_SpecialTokens, metaclass=_SpecialTokensEnumTypeWrapper):
@@ -198,7 +199,8 @@ SPECIAL_TOKENS_KEEP: SpecialTokens.ValueType  # 1
 """They stay in the map."""
 SPECIAL_TOKENS_DROP: SpecialTokens.ValueType  # 2
 """They are left out of the keys, and each row is divided by what is left of its sum (a row with nothing left is all
-zeros); they are also left out of the queries, except where `queries` names them.
+zeros); they are also left out of the queries, except where `queries` names them. Refused with FAILED_PRECONDITION
+where the server cannot tell which they are.
 """
 Global___SpecialTokens: _TypeAlias = SpecialTokens  # noqa: Y015
 
