@@ -10,46 +10,15 @@ from typing import Final
 import numpy as np
 from attnserve.v1 import inference_service_pb2, tensor_pb2
 
-from attnserve_server.domain.errors import FieldViolation, InvalidRequest, TextUnavailable
+from attnserve_server.domain.errors import TextUnavailable
 from attnserve_server.domain.values import Array, AxisUnits
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.transport.codec import DTYPE_NAMES, array_of
+from attnserve_server.transport.violations import Violations, shown
 
 MAX_RANK: Final = 8
 MAX_ELEMENTS: Final = 2**63 - 1
-MAX_VIOLATIONS: Final = 16
-_MAX_SHOWN: Final = 64
-
-
-class Violations:
-    """What is wrong with one request, all told at once; at most 16, so that a bad request costs little."""
-
-    def __init__(self) -> None:
-        self._found: list[FieldViolation] = []
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    @property
-    def full(self) -> bool:
-        """Whether there is no room for more, so that looking further is no use."""
-        return len(self._found) >= MAX_VIOLATIONS
-
-    def add(self, field: str, description: str) -> None:
-        """Notes that `field` is at fault."""
-        if not self.full:
-            self._found.append(FieldViolation(field, description))
-
-    def extend(self, violations: Iterable[FieldViolation]) -> None:
-        """Notes all of these, as far as there is room."""
-        for violation in violations:
-            self.add(violation.field, violation.description)
-
-    def raise_any(self) -> None:
-        """Raises InvalidRequest if anything is wrong."""
-        if self._found:
-            raise InvalidRequest(*self._found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +73,6 @@ class Inputs:
     tensors: dict[str, Array]
     lengths: dict[str, int]
     units: AxisUnits | None = None
-
-
-def shown(text: str) -> str:
-    """A caller's text as it may stand in a message: quoted, escaped, cut to 64 characters."""
-    return ascii(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...")
 
 
 def inputs_of(

@@ -11,12 +11,12 @@ from google.protobuf import any_pb2, message
 from google.rpc import error_details_pb2, status_pb2
 
 from attnserve_server.domain import errors
+from attnserve_server.transport.violations import MAX_VIOLATIONS
 
 DOMAIN: Final = "attnserve"
 DETAILS_KEY: Final = "grpc-status-details-bin"
 """The trailer that gRPC clients in every language look for the serialised google.rpc.Status in."""
 
-MAX_VIOLATIONS: Final = 16
 _MAX_TEXT: Final = 200
 _MAX_MESSAGE: Final = 512
 _MAX_STATUS_BYTES: Final = 4096

@@ -16,7 +16,8 @@ from attnserve_server.domain.selection import EffectiveSelection
 from attnserve_server.domain.values import AxisUnits, PreparedSequence, Priority
 from attnserve_server.model.manifest import InputRole, is_model_name, is_model_version
 from attnserve_server.transport.codec import priority_of, selection_of
-from attnserve_server.transport.inputs import Inputs, Intake, Violations, inputs_of, shown
+from attnserve_server.transport.inputs import Inputs, Intake, inputs_of
+from attnserve_server.transport.violations import Violations, shown
 
 MAX_REQUEST_ID: Final = 128
 _REQUEST_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")

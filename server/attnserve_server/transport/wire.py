@@ -9,10 +9,10 @@ from typing import Any, Final, TypeVar
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from attnserve_server.domain.errors import FieldViolation, InvalidRequest
+from attnserve_server.transport.violations import MAX_VIOLATIONS
 
 M = TypeVar("M", bound=message.Message)
 
-_MAX_VIOLATIONS: Final = 16
 _STRING: Final = descriptor_pb2.FieldDescriptorProto.TYPE_STRING
 _BYTES: Final = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
 
@@ -31,7 +31,7 @@ def parse(kind: type[M], data: bytes) -> M:
     broken = [] if lenient is None else list(_not_utf8(lenient, kind.DESCRIPTOR, ""))
     if not broken:
         broken = [FieldViolation(kind.DESCRIPTOR.name, f"the bytes are no {kind.DESCRIPTOR.full_name} message")]
-    raise InvalidRequest(*broken[:_MAX_VIOLATIONS])
+    raise InvalidRequest(*broken[:MAX_VIOLATIONS])
 
 
 def parse_leniently(kind: type[message.Message], data: bytes) -> Any:

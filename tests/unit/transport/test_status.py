@@ -7,7 +7,6 @@ import pytest
 from attnserve_server.domain import errors
 from attnserve_server.transport.status import (
     DETAILS_KEY,
-    MAX_VIOLATIONS,
     TABLE,
     code_of,
     is_fault,
@@ -16,6 +15,7 @@ from attnserve_server.transport.status import (
     status_of,
     trailers_of,
 )
+from attnserve_server.transport.violations import MAX_VIOLATIONS
 from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st

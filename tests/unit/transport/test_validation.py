@@ -20,8 +20,9 @@ from attnserve_server.domain.errors import (
 from attnserve_server.domain.values import Priority
 from attnserve_server.model.manifest import AxisSpec, InputRole, InputSpec, OutputSpec
 from attnserve_server.model.tokenizer import TextTokenizer
-from attnserve_server.transport.inputs import MAX_VIOLATIONS, Intake, Violations, shown
+from attnserve_server.transport.inputs import Intake
 from attnserve_server.transport.validation import check_model_reference, check_request_id, prepare
+from attnserve_server.transport.violations import MAX_VIOLATIONS, Violations, shown
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_bundle import VOCABULARY, WIDTH, tiny_manifest, tiny_tokenizer
