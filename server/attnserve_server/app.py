@@ -1,11 +1,13 @@
-"""The composition root: builds the rooms' objects, loads the models, and starts, drains and stops the server."""
+"""The composition root: builds the rooms' objects, loads the models, and starts, drains and stops the server.
+
+It is one module, a little past the usual size, because start and stop must be read against each other.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, BundleFault, Repository, verify
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.observability.logs import logger
+from attnserve_server.observability.memory import resident_bytes
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.scheduling.policy import SchedulingSettings
@@ -248,15 +251,6 @@ def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSet
         look_ahead=settings.look_ahead,
         run_overhead_tokens=settings.run_overhead_tokens,
     )
-
-
-def resident_bytes() -> int:
-    """The process's resident memory; 0 where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _chosen(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]:
