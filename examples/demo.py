@@ -81,7 +81,7 @@ def show(console: Console, name: str, text: str, client: Client, output: Path) -
     table = Table(
         "query", "looks at", "weight", title="strongest word links, last layer, mean over heads", title_justify="left"
     )
-    for link in attention.links(top=8):
+    for link in attention.links(top=8, include_self=False, exclude_punctuation=True):
         table.add_row(link.query, link.key, f"{link.weight:.3f}")
     console.print(table)
     html, png = output / f"{name}.html", output / f"{name}.png"

@@ -143,6 +143,7 @@ class AttentionMap:
         exclude_special: bool = True,
         head: int | None = None,
         include_self: bool = True,
+        exclude_punctuation: bool = False,
     ) -> list[Link]:
         """The strongest links, greatest weight first; equal ones in the order of head, query and key.
 
@@ -151,15 +152,22 @@ class AttentionMap:
             exclude_special: Leave out links from and to special tokens.
             head: One head only, by its number in `heads`; None for all of them.
             include_self: Keep links of a unit to itself.
+            exclude_punctuation: Leave out links from and to units that have no letter and no digit.
 
         Raises:
             ValueError: There is no such head in this map.
         """
         weights, numbers = self._chosen(head)
+        rows_out, columns_out = (
+            [
+                (exclude_special and token.special) or (exclude_punctuation and not any(map(str.isalnum, token.text)))
+                for token in tokens
+            ]
+            for tokens in (self.query_tokens, self.key_tokens)
+        )
         wanted = np.ones(weights.shape[1:], dtype=np.bool_)
-        if exclude_special:
-            wanted[[token.special for token in self.query_tokens], :] = False
-            wanted[:, [token.special for token in self.key_tokens]] = False
+        wanted[rows_out, :] = False
+        wanted[:, columns_out] = False
         if not include_self and self.query_axis == self.key_axis:
             rows = np.array([token.index for token in self.query_tokens], dtype=np.int64)
             columns = np.array([token.index for token in self.key_tokens], dtype=np.int64)

@@ -39,8 +39,9 @@ _DEFAULT_TIMEOUT_S: Final = 30.0
 
 
 @app.command(
-    epilog='Examples: `attnserve infer minilm "first text" "second text"`, '
-    "`cat texts.txt | attnserve infer minilm - --json`",
+    epilog="Examples:\n\n"
+    'attnserve infer minilm "first text" "second text"\n\n'
+    "cat texts.txt | attnserve infer minilm - --json",
 )
 def infer(
     model: Annotated[str, typer.Argument(help="The model's name.")],
@@ -62,8 +63,9 @@ def infer(
 
 
 @app.command(
-    epilog='Examples: `attnserve explain minilm "The buyer assumes all liabilities."`, '
-    "`attnserve explain minilm - --layer 3 --head 5 --html map.html < contract.txt`",
+    epilog="Examples:\n\n"
+    'attnserve explain minilm "The buyer assumes all liabilities."\n\n'
+    "attnserve explain minilm - --layer 3 --head 5 --html map.html < contract.txt",
 )
 def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     model: Annotated[str, typer.Argument(help="The model's name.")],
@@ -78,6 +80,9 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     ] = "mean",
     unit: Annotated[Literal["word", "token"], typer.Option("--unit", help="What a row stands for.")] = "word",
     top: Annotated[int, typer.Option("--top", min=0, help="How many of the strongest links to list.")] = 10,
+    all_links: Annotated[
+        bool, typer.Option("--all-links", help="List links of punctuation, and of a unit to itself, too.")
+    ] = False,
     keep_special: Annotated[bool, typer.Option("--keep-special", help="Keep tokens such as [CLS] and [SEP].")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write an interactive page to this file.")] = None,
     png: Annotated[
@@ -98,19 +103,21 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
         _write(html, attention.to_html().encode())
     if png is not None:
         _write_png(png, attention)
+    links = attention.links(
+        top=top, exclude_special=not keep_special, include_self=all_links, exclude_punctuation=not all_links
+    )
     if as_json:
-        links = attention.links(top=top, exclude_special=not keep_special)
         described = [{"query": each.query, "key": each.key, "weight": each.weight, "head": each.head} for each in links]
         _print_json({"receipt": asdict(result.receipt), "links": described, "attention": attention.to_dict()})
     else:
         console = Console(highlight=False)
-        show_explanation(console, sentence, attention, top=top, keep_special=keep_special)
+        show_explanation(console, sentence, attention, links)
         for written in (html, png):
             if written is not None:
                 console.print(f"wrote {written}", markup=False, style="dim")
 
 
-@app.command(epilog="Examples: `attnserve models`, `attnserve models minilm --json`")
+@app.command(epilog="Examples:\n\nattnserve models\n\nattnserve models minilm --json")
 def models(
     name: Annotated[str | None, typer.Argument(help="One model; without it, all of them.")] = None,
     version: Version = "",

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attnserve_client import AttentionMap, InferenceResult, ModelInfo, TensorSpec
+from attnserve_client import AttentionMap, InferenceResult, Link, ModelInfo, TensorSpec
 from attnserve_client.cli._heatmap import heatmap
 from attnserve_client.cli._text import clean
 
@@ -32,7 +32,7 @@ def show_results(console: Console, texts: list[str], results: list[InferenceResu
         console.print(Text(f"  {took}", style="dim"))
 
 
-def show_explanation(console: Console, text: str, attention: AttentionMap, *, top: int, keep_special: bool) -> None:
+def show_explanation(console: Console, text: str, attention: AttentionMap, links: list[Link]) -> None:
     """The heatmap and the strongest links of one text."""
     console.print(Text(clean(text), style="italic"))
     console.print(Text(f"{clean(attention.model)}, {clean(attention.title)}", style="dim"))
@@ -40,12 +40,11 @@ def show_explanation(console: Console, text: str, attention: AttentionMap, *, to
         console.print(Text("The heatmap is the mean of these heads; each link names its own.", style="dim"))
     for line in heatmap(attention, attention.head_weights(), console):
         console.print(line, soft_wrap=attention.query_axis == attention.key_axis)
-    if top:
-        console.print(_links_table(attention, top=top, keep_special=keep_special))
+    if links:
+        console.print(_links_table(links))
 
 
-def _links_table(attention: AttentionMap, *, top: int, keep_special: bool) -> Table:
-    links = attention.links(top=top, exclude_special=not keep_special)
+def _links_table(links: list[Link]) -> Table:
     table = Table(title="strongest links", title_justify="left", box=None, pad_edge=False)
     with_heads = any(link.head is not None for link in links)
     for name in ("query", "looks at", *(("head",) if with_heads else ()), "weight", ""):

@@ -116,6 +116,15 @@ def test_links_of_one_head_of_all_tokens_and_without_ones_to_themselves(shared_s
     assert found.links(top=0) == []
 
 
+def test_links_of_punctuation_can_be_left_out(shared_server: FakeServer) -> None:
+    with Client(shared_server.target) as client:
+        found = client.infer("fake", "Stop, now!", attention=True).attention[0]
+    assert {",", "!"} <= {link.key for link in found.links(top=None)}
+    words = found.links(top=None, exclude_punctuation=True)
+    assert words
+    assert {text for link in words for text in (link.query, link.key)} == {"Stop", "now"}
+
+
 def test_head_that_is_not_there_is_named(shared_server: FakeServer) -> None:
     chosen, joined = ask(shared_server, heads=[1, 3]), ask(shared_server, heads="max")
     assert chosen.heads == (1, 3)
