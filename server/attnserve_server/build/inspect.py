@@ -86,22 +86,20 @@ def show(description: ModelDescription, console: Console) -> None:
     symbols = ", ".join(description.axis_symbols) or "none"
     console.print(f"[bold]{title}[/bold]  {description.digest}", highlight=False)
     console.print(f"axis symbols: {symbols}", highlight=False, markup=False)
-    tensors = Table("", "name", "dtype", "shape", title="inputs and outputs", title_justify="left")
+    tensors = _table("inputs and outputs", "", "name", "dtype", "shape")
     for what, entries in (("input", description.inputs), ("output", description.outputs)):
         for entry in entries:
             tensors.add_row(what, entry.name, entry.dtype, " x ".join(str(extent) for extent in entry.shape))
     console.print(tensors)
-    if not description.sites:
-        console.print("no attention sites")
-        return
-    sites = Table(title="attention sites", title_justify="left")
-    for column in ("layer", "site", "kind", "operator", "heads", "query, key", "weights"):
-        sites.add_column(column, overflow="fold")
+    operators = sorted({site.operator for site in description.sites})
+    sites = _table(
+        f"attention sites ({', '.join(operators) or 'none'})", "layer", "site", "kind", "heads", "query, key", "weights"
+    )
     for site in description.sites:
         heads = str(site.heads) if site.heads == site.kv_heads else f"{site.heads} over {site.kv_heads}"
         axes = f"{site.query_axis}, {site.key_axis}" if site.query_axis else "?"
         weights = "yes" if site.available else f"no: {site.unavailable_reason}"
-        sites.add_row(str(site.layer), site.name, f"{site.kind}, {site.form}", site.operator, heads, axes, weights)
+        sites.add_row(str(site.layer), site.name, f"{site.kind}, {site.form}", heads, axes, weights)
     console.print(sites)
 
 
@@ -179,3 +177,11 @@ def _tensor(value: onnx.ValueInfoProto) -> TensorDescription:
     shape = tuple(axis.dim_value if axis.HasField("dim_value") else _symbol(axis.dim_param) for axis in kind.shape.dim)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name if kind.elem_type else "?"
     return TensorDescription(name=value.name, dtype=dtype, shape=shape)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table without lines, so that a model's longest names still fit into 80 columns."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
