@@ -79,7 +79,7 @@ e2e: $(VENV)/.dev $(DEMO_BUNDLE) ## Build the image, run it hardened, scrape it 
 
 image: ## Build the CPU image with buildah (TARGET=gpu for the GPU one)
 	buildah bud --format docker --target $(or $(TARGET),cpu) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
-		--tag localhost/attnserve:$(or $(TARGET),cpu) .
+		--build-arg REVISION=$$(git rev-parse HEAD) --tag localhost/attnserve:$(or $(TARGET),cpu) .
 
 clean: ## Remove what make made, the virtual environment included
 	rm -rf $(VENV) $(DEMO) .e2e dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,15 +254,22 @@ def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSet
     )
 
 
+def _why_none(repository: Path) -> str:
+    """Why a repository has no model, for the operator who named it: this alone may name the folder."""
+    if not repository.is_dir():
+        return f"no model in {repository}: there is no such folder"
+    if not os.access(repository, os.R_OK | os.X_OK):
+        return f"no model in {repository}: user {os.getuid()} may not read that folder"
+    return f"no model in {repository}: make one with `attnserve-server export` or `attnserve-server prepare`"
+
+
 def _chosen(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]:
     """The bundles that are wanted, and those in their places that are broken."""
     bundles, faults = Repository(settings.repository).bundles()
     names = [(bundle.manifest.name, bundle.manifest.version) for bundle in bundles]
     names += [(fault.name, fault.version) for fault in faults]
     if not names:
-        raise StartFailed(
-            f"no model in {settings.repository}: make one with `attnserve-server export` or `attnserve-server prepare`"
-        )
+        raise StartFailed(_why_none(settings.repository))
     wanted = settings.models
     unknown = [entry for entry in wanted if not any(_matches(entry, *name) for name in names)]
     if unknown:

@@ -267,7 +267,7 @@ async def test_a_model_that_does_not_run_fails_at_warm_up_and_not_at_its_first_c
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"repository": Path("nowhere")}, StartFailed, "no model in nowhere: make one with"),
+        ({"repository": Path("nowhere")}, StartFailed, "no model in nowhere: there is no such folder"),
         ({"models": ("tiny/7",)}, StartFailed, "it has plain/1, tiny/1, tiny/2"),
         ({"require_provider": "CUDAExecutionProvider"}, ProviderUnavailable, "CUDAExecutionProvider is not available"),
     ],

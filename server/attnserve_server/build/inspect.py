@@ -91,10 +91,11 @@ def show(description: ModelDescription, console: Console) -> None:
         for entry in entries:
             tensors.add_row(what, entry.name, entry.dtype, " x ".join(str(extent) for extent in entry.shape))
     console.print(tensors)
-    operators = sorted({site.operator for site in description.sites})
-    sites = _table(
-        f"attention sites ({', '.join(operators) or 'none'})", "layer", "site", "kind", "heads", "query, key", "weights"
-    )
+    if not description.sites:
+        console.print("no attention sites")
+        return
+    operators = ", ".join(sorted({site.operator for site in description.sites}))
+    sites = _table(f"attention sites ({operators})", "layer", "site", "kind", "heads", "query, key", "weights")
     for site in description.sites:
         heads = str(site.heads) if site.heads == site.kv_heads else f"{site.heads} over {site.kv_heads}"
         axes = f"{site.query_axis}, {site.key_axis}" if site.query_axis else "?"

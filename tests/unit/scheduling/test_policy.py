@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import random
-import sys
-import time
 from dataclasses import replace
 from math import prod
 
@@ -186,21 +184,3 @@ def test_lengths_along_several_axes_are_weighed_together() -> None:
 @pytest.mark.parametrize(("priority", "rank"), [(Priority.LOW, 11.0), (Priority.NORMAL, 10.0), (Priority.HIGH, 9.75)])
 def test_priority_moves_the_arrival(priority: Priority, rank: float) -> None:
     assert rank_s(10.0, priority, SchedulingSettings()) == rank
-
-
-@pytest.mark.skipif(sys.gettrace() is not None, reason="coverage traces every line: times mean nothing")
-@pytest.mark.parametrize("overhead", [9.0, 5000.0])
-def test_a_plan_for_64_waiting_takes_no_time_worth_naming(overhead: float) -> None:
-    chance = random.Random(0)
-    view = [
-        Waiting(float(at), (min(256, max(4, round(chance.lognormvariate(3.47, 0.8)))),), None, (), {(): 8, (0,): 3000})
-        for at in range(64)
-    ]
-    settings = SchedulingSettings(max_batch_size=64, run_overhead_tokens=overhead)
-    spent = []
-    for _ in range(20):
-        started = time.thread_time()
-        plan(view, NOW, settings)
-        spent.append(time.thread_time() - started)
-    # 0.3 ms is a tenth of the shortest run on a CPU. The quickest of twenty: others use these cores too.
-    assert min(spent) < 0.0003 * (1 if overhead < 100 else 3)
