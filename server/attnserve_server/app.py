@@ -1,14 +1,10 @@
-"""The composition root: builds the rooms' objects, loads the models, and starts, drains and stops the server.
-
-It is one module, a little past the usual size, because start and stop must be read against each other.
-"""
+"""The composition root: builds the rooms' objects, loads the models, and starts, drains and stops the server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +14,13 @@ from attnserve_server.config import Settings, cores
 from attnserve_server.domain.clock import Clock, MonotonicClock
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.engine.executor import Executor
-from attnserve_server.engine.session import ProviderUnavailable, RuntimeSession
-from attnserve_server.model.manifest import Manifest
-from attnserve_server.model.repository import Bundle, BundleFault, Repository, verify
-from attnserve_server.model.tokenizer import TextTokenizer
+from attnserve_server.engine.session import ProviderUnavailable
+from attnserve_server.loading import StartFailed, open_bundle, scheduling_settings, wanted_bundles
+from attnserve_server.model.repository import Bundle, BundleFault
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.memory import resident_bytes
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
-from attnserve_server.scheduling.policy import SchedulingSettings
 from attnserve_server.scheduling.scheduler import Scheduler
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import OVERALL, Health
@@ -42,12 +36,6 @@ EXIT_FAULTED: Final = 70
 """As sysexits.h has it for an internal fault: whoever watches the process should start it again."""
 _LEAST_STOP_S: Final = 0.5
 """What gRPC gets at least, after a drain, to send the last answers."""
-
-
-class StartFailed(AttnserveError):
-    """The server cannot start."""
-
-    reason = "START_FAILED"
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +73,7 @@ class Application:
             PortUnavailable: A port is taken.
             ProviderUnavailable: The execution provider that was asked for is not there.
         """
-        bundles, faults = _chosen(self.settings)
+        bundles, faults = wanted_bundles(self.settings)
         for fault in faults:
             self._add_broken(fault)
         waiting = [(bundle, self._add(bundle)) for bundle in bundles]
@@ -192,7 +180,7 @@ class Application:
         began, bytes_before = self.clock.now(), resident_bytes()
         executor: Executor | None = None
         try:
-            session, model.tokenizer = await asyncio.to_thread(_open, bundle, self.settings)
+            session, model.tokenizer = await asyncio.to_thread(open_bundle, bundle, self.settings)
             model.provider = session.provider
             model.metrics.provider(session.provider)
             instances = self.settings.instances or (cores() if session.provider == "CPUExecutionProvider" else 1)
@@ -239,69 +227,6 @@ class Application:
         self.health.drain()
         model.move(ModelState.FAILED, "its scheduler died")
         self.fault.set()
-
-
-def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSettings:
-    """The part of the settings that one model's scheduling needs."""
-    return SchedulingSettings(
-        max_batch_size=min(settings.max_batch_size or manifest.max_batch_size, manifest.max_batch_size),
-        max_batch_bytes=settings.max_batch_bytes,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_queue_size=settings.max_queue_size,
-        max_queue_bytes=settings.max_queue_bytes,
-        look_ahead=settings.look_ahead,
-        run_overhead_tokens=settings.run_overhead_tokens,
-    )
-
-
-def _why_none(repository: Path) -> str:
-    """Why a repository has no model, for the operator who named it: this alone may name the folder."""
-    if not repository.is_dir():
-        return f"no model in {repository}: there is no such folder"
-    if not os.access(repository, os.R_OK | os.X_OK):
-        return f"no model in {repository}: user {os.getuid()} may not read that folder"
-    return f"no model in {repository}: make one with `attnserve-server export` or `attnserve-server prepare`"
-
-
-def _chosen(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]:
-    """The bundles that are wanted, and those in their places that are broken."""
-    bundles, faults = Repository(settings.repository).bundles()
-    names = [(bundle.manifest.name, bundle.manifest.version) for bundle in bundles]
-    names += [(fault.name, fault.version) for fault in faults]
-    if not names:
-        raise StartFailed(_why_none(settings.repository))
-    wanted = settings.models
-    unknown = [entry for entry in wanted if not any(_matches(entry, *name) for name in names)]
-    if unknown:
-        there = ", ".join(f"{name}/{version}" for name, version in names)
-        raise StartFailed(f"no model {', '.join(unknown)} in {settings.repository}; it has {there}")
-
-    def is_wanted(name: str, version: str) -> bool:
-        return not wanted or any(_matches(entry, name, version) for entry in wanted)
-
-    return (
-        [bundle for bundle in bundles if is_wanted(bundle.manifest.name, bundle.manifest.version)],
-        [fault for fault in faults if is_wanted(fault.name, fault.version)],
-    )
-
-
-def _matches(entry: str, name: str, version: str) -> bool:
-    return entry in (name, f"{name}/{version}")
-
-
-def _open(bundle: Bundle, settings: Settings) -> tuple[RuntimeSession, TextTokenizer | None]:
-    """Verifies and loads a bundle's files. Runs in a thread."""
-    verify(bundle)
-    tokenizer = None
-    if bundle.tokenizer_path is not None and bundle.manifest.text is not None:
-        tokenizer = TextTokenizer.load(bundle.tokenizer_path, bundle.manifest.text.axis)
-    session = RuntimeSession.load(
-        bundle.model_path,
-        provider=settings.provider,
-        intra_op_threads=settings.intra_op_threads,
-        required_provider=settings.require_provider,
-    )
-    return session, tokenizer
 
 
 def _write_ports(path: Path | None, grpc_port: int, http_port: int) -> None:

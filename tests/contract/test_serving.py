@@ -15,9 +15,10 @@ import pytest
 from attnserve.v1 import attention_pb2, model_pb2
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
-from attnserve_server.app import EXIT_DRAINED, EXIT_FAULTED, EXIT_FORCED, Application, StartFailed
+from attnserve_server.app import EXIT_DRAINED, EXIT_FAULTED, EXIT_FORCED, Application
 from attnserve_server.config import Settings
 from attnserve_server.engine.session import ProviderUnavailable
+from attnserve_server.loading import StartFailed
 from attnserve_server.model.repository import write_bundle
 from attnserve_server.scheduling.catalog import ModelState
 from attnserve_server.transport.server import PortUnavailable
