@@ -63,7 +63,18 @@ def total(found: dict[tuple[str, tuple[tuple[str, str], ...]], float], name: str
     )
 
 
+def settled(server: Application) -> bool:
+    """Whether every RPC that started has been counted as ended, which happens just after its caller has the answer."""
+    found = [sample for family in server.metrics.registry.collect() for sample in family.samples]
+    started, handled = (
+        sum(sample.value for sample in found if sample.name == f"grpc_server_{what}_total")
+        for what in ("started", "handled")
+    )
+    return started == handled
+
+
 async def scrape(server: Application) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    await until(lambda: settled(server))
     return samples((await get(server.http_port, "/metrics"))[2])
 
 

@@ -42,6 +42,16 @@ class RunningServer:
             if sample.name == name and labels.items() <= sample.labels.items()
         )
 
+    def settled(self, method: str, timeout_s: float = 5.0) -> bool:
+        """Whether all calls of a method end: each is counted so just after its caller has the answer."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            started = self.metric("grpc_server_started_total", grpc_method=method)
+            if started == self.metric("grpc_server_handled_total", grpc_method=method):
+                return True
+            time.sleep(0.05)
+        return False
+
 
 def command(name: str) -> str:
     """One of our commands, from the environment that runs the tests."""
