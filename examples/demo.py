@@ -78,9 +78,8 @@ def show(console: Console, name: str, text: str, client: Client, output: Path) -
     console.rule(f"[bold]{name}")
     console.print(text, style="italic")
     console.print(f"embedding: {result.outputs['embedding'].shape[0]} dimensions, norm {norm:.4f}")
-    table = Table(
-        "query", "looks at", "weight", title="strongest word links, last layer, mean over heads", title_justify="left"
-    )
+    console.print("strongest links between words (last layer, mean over heads):")
+    table = Table("query", "looks at", "weight")
     for link in attention.links(top=8, include_self=False, exclude_punctuation=True):
         table.add_row(link.query, link.key, f"{link.weight:.3f}")
     console.print(table)
