@@ -1,46 +1,31 @@
-"""`attnserve-server`: the commands, each in a module of its own, and how their failures are told."""
+"""`attnserve-server`: its entry point. The commands are in modules of their own, and `_app` puts them together."""
 
 from __future__ import annotations
 
 import sys
-from importlib import metadata
-from typing import Annotated
-
-import typer
-
-from attnserve_server.cli import bring, healthcheck, serve
-from attnserve_server.domain.errors import AttnserveError
 
 EXIT_REFUSED = 2
 """As for every command line that cannot be carried out."""
-
-app = typer.Typer(name="attnserve-server", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"attnserve-server {metadata.version('attnserve')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _attnserve_server(
-    _: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
-    ] = False,
-) -> None:
-    """Serve ONNX attention models over gRPC, and bring them into a repository."""
-
-
-serve.register(app)
-bring.register(app)
-healthcheck.register(app)
 
 
 def main() -> None:
     """Runs the command line. A failure that we know is told in one sentence on standard error, without a traceback."""
     try:
+        from attnserve_server.cli._app import app  # noqa: PLC0415 - the base install has none of what it imports
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").startswith("attnserve"):
+            raise
+        # Whether a runtime for CPUs or for GPUs is wanted only the person knows.
+        needs = f"attnserve-server needs {missing.name}: pip install 'attnserve[server]'"
+        sys.exit(_refused(f"{needs} (with a GPU: 'attnserve[server-gpu]')"))
+    from attnserve_server.domain.errors import AttnserveError  # noqa: PLC0415 - as above
+
+    try:
         app()
     except AttnserveError as error:
-        typer.echo(f"attnserve-server: {error}", err=True)
-        sys.exit(EXIT_REFUSED)
+        sys.exit(_refused(f"attnserve-server: {error}"))
+
+
+def _refused(sentence: str) -> int:
+    sys.stderr.write(f"{sentence}\n")
+    return EXIT_REFUSED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,15 @@ def test_every_command_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     shown = capsys.readouterr().out
     for command in ("serve", "export", "prepare", "inspect", "healthcheck"):
         assert command in shown
+
+
+@pytest.mark.parametrize("missing", ["typer", "pydantic_settings", "onnxruntime", "grpc_health"])
+def test_the_command_without_its_extra_says_so_in_one_sentence(missing: str) -> None:
+    # None in sys.modules is how Python itself marks a module that is not to be found.
+    program = f"import sys; sys.modules[{missing!r}] = None; from attnserve_server.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == cli.EXIT_REFUSED
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"attnserve-server needs {missing}")
+    assert done.stderr.endswith(": pip install 'attnserve[server]' (with a GPU: 'attnserve[server-gpu]')\n")
+    assert done.stderr.count("\n") == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from attnserve_server.cli import app
+from attnserve_server.cli._app import app
 from attnserve_server.config import Settings, SettingsInvalid, cores, flag_of, variable_of
 from typer.testing import CliRunner
 
