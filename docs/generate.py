@@ -9,7 +9,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from annotated_types import Ge, Le, MinLen
 from attnserve_server.config import Settings, flag_of, variable_of
@@ -105,6 +105,10 @@ def _row(cells: Iterable[str]) -> str:
 def _kind(annotation: Any) -> str:
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_kind(part) for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is Annotated:
+        # Limits of an optional setting stand within its type, where pydantic gives them as one field.
+        kind, *fields = get_args(annotation)
+        return ", ".join([_kind(kind), *(limits for field in fields if (limits := _limits(field.metadata)))])
     if get_origin(annotation) is tuple:
         return "list"
     names = {int: "integer", float: "number", str: "text", Path: "path"}
