@@ -56,7 +56,7 @@ class Application:
         self.metrics = Metrics()
         self.catalog = Catalog()
         self.health = Health()
-        self.plane = DataPlane(self.catalog, settings)
+        self.plane = DataPlane(self.catalog, settings, self.clock)
         self.grpc = GrpcServer(settings, self.plane, self.health, self.metrics, self.clock)
         self.http = HttpServer(settings, self.catalog, self.health, self.metrics, lambda: not self.fault.is_set())
         self.fault = asyncio.Event()

@@ -229,6 +229,7 @@ async def test_a_deadline_and_a_departure_are_counted_as_such(
     found = await scrape(server)
     for code in ("DEADLINE_EXCEEDED", "CANCELLED"):
         assert total(found, "grpc_server_handled_total", grpc_method="Infer", grpc_code=code) == 1
+        assert total(found, "attnserve_requests_total", model="tiny", code=code) == 1
 
 
 # Start

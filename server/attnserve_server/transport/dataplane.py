@@ -11,6 +11,7 @@ from uuid import uuid4
 from attnserve.v1 import inference_service_pb2, model_pb2
 
 from attnserve_server.config import Settings
+from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError, InternalFault, NotServing
 from attnserve_server.domain.values import Array, AttentionMap, Links, SequenceResult
 from attnserve_server.model.manifest import Manifest
@@ -29,6 +30,8 @@ OFFLOAD_TEXT_BYTES: Final = 4096
 """Texts of more than this are tokenized in a thread: the loop would stand still for over 2 ms."""
 OFFLOAD_TENSOR_BYTES: Final = 2**20
 """Tensors of more than this are checked in a thread, for the same reason."""
+DEADLINE_SLACK_S: Final = 0.005
+"""gRPC keeps a caller's deadline on a clock of its own, so it may end a call this much before ours has come to it."""
 _STATES: Final = {
     ModelState.LOADING: model_pb2.MODEL_STATE_LOADING,
     ModelState.READY: model_pb2.MODEL_STATE_READY,
@@ -40,9 +43,10 @@ _STATES: Final = {
 class DataPlane:
     """Answers requests from the catalog's models. Event loop only."""
 
-    def __init__(self, catalog: Catalog, settings: Settings) -> None:
+    def __init__(self, catalog: Catalog, settings: Settings, clock: Clock) -> None:
         self._catalog = catalog
         self._settings = settings
+        self._clock = clock
         self._intakes: dict[ServedModel, Intake] = {}
         # One thread: more would take cores from the runs without making tokens come sooner than runs can use them.
         self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
@@ -83,7 +87,7 @@ class DataPlane:
                 results = await scheduler.submit(prepared.sequences, deadline=deadline, priority=prepared.priority)
             response = _response(served, manifest, request_id, prepared, results)
         except asyncio.CancelledError:
-            served.metrics.ended("CANCELLED")
+            served.metrics.ended("DEADLINE_EXCEEDED" if self._is_past(deadline) else "CANCELLED")
             raise
         except Exception as error:
             served.metrics.ended(row_of(error).code.name)
@@ -93,6 +97,10 @@ class DataPlane:
         served.metrics.ended("OK")
         _count_attention(served, results)
         return response
+
+    def _is_past(self, deadline: float | None) -> bool:
+        """Whether a deadline ended a call: gRPC cancels its handler then, just as when the caller leaves."""
+        return deadline is not None and self._clock.now() >= deadline - DEADLINE_SLACK_S
 
     async def _prepare(self, request: inference_service_pb2.InferRequest, intake: Intake) -> PreparedRequest:
         if not _is_large(request):

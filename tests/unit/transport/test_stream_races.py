@@ -59,7 +59,8 @@ def streams(gate: Gate) -> Streams:
     model.tokenizer = TextTokenizer(tiny_tokenizer(), "seq")
     model.move(ModelState.READY)
     catalog.add(model)
-    return Streams(DataPlane(catalog, settings), MonotonicClock(), settings)
+    clock = MonotonicClock()
+    return Streams(DataPlane(catalog, settings, clock), clock, settings)
 
 
 def asking(request_id: str) -> pb.StreamInferRequest:
