@@ -73,7 +73,9 @@ class Settings(BaseSettings):
         1, description="Threads within one run. Default: 1, as parallel runs use cores better than parallel operators."
     )
     max_batch_size: Annotated[int, Field(ge=0, le=4096)] = Field(
-        0, description="Most sequences in one run and in one request; 0: as each bundle says. Default: that."
+        0,
+        description="Most sequences in one run and in one request; 0: as each bundle says, which "
+        "no setting exceeds. Default: that.",
     )
     max_batch_tokens: Annotated[int, Field(ge=1)] = Field(
         16_384,
