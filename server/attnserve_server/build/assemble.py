@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,7 @@ class Assembled:
     found: Mapping[str, FoundSite]
     outputs: tuple[OutputSpec, ...]
     site_axes: Mapping[str, tuple[str, str]]
+    fixed_axes: Mapping[str, int]
     tolerances: Tolerances
     precision: Literal["fp32", "fp16", "int8"]
 
@@ -71,7 +72,8 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     output_names = [value.name for value in proto.graph.output]
     axes = probe_axes(checker, sampler, output_names, found)
     outputs = _outputs(proto.graph, axes, steps)
-    sites = tuple(_site(layer, name, site, axes) for layer, (name, site) in enumerate(found.items()))
+    fixed_axes = _fixed_axes(axes, sampler.signature.symbols)
+    sites = tuple(_site(layer, name, site, axes, fixed_axes) for layer, (name, site) in enumerate(found.items()))
     for site in sites:
         if not site.available:
             steps.warn(f"site {site.name} gives no weights: {site.unavailable_reason}")
@@ -79,13 +81,29 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     save(tapped_at(proto, available), model_path)
     precision = precision_of(proto)
     tolerances = Tolerances.of(precision)
-    return Assembled(model_path, source, checker, sampler, sites, found, outputs, available, tolerances, precision)
+    named = {symbol for pair in available.values() for symbol in pair}
+    return Assembled(
+        model_path=model_path,
+        source=source,
+        checker=checker,
+        sampler=sampler,
+        sites=sites,
+        found=found,
+        outputs=outputs,
+        site_axes=available,
+        fixed_axes={symbol: length for length, symbol in fixed_axes.items() if symbol in named},
+        tolerances=tolerances,
+        precision=precision,
+    )
 
 
 def axes_of(
     assembled: Assembled, max_lengths: Mapping[str, int], steps: Steps
 ) -> tuple[tuple[AxisSpec, ...], float | None]:
-    """Every dynamic axis, whether padding along it is harmless, and the greatest difference on those where it is."""
+    """Every axis, whether padding along it is harmless, and the greatest difference on those where it is.
+
+    Fixed axes that sites name come last.
+    """
     steps.begin("probing padding")
     specs: list[AxisSpec] = []
     harmless: list[float] = []
@@ -97,6 +115,8 @@ def axes_of(
         else:
             steps.warn(f"padding along {symbol!r} changes the answer: only sequences of one length share a batch")
         specs.append(AxisSpec(symbol=symbol, max_length=max_length, paddable=paddable))
+    for symbol, length in assembled.fixed_axes.items():
+        specs.append(AxisSpec(symbol=symbol, max_length=length, paddable=False, fixed=True))
     return tuple(specs), max(harmless, default=None)
 
 
@@ -123,14 +143,28 @@ def _outputs(graph: onnx.GraphProto, axes: Axes, steps: Steps) -> tuple[OutputSp
     return tuple(specs)
 
 
-def _site(layer: int, name: str, site: FoundSite, axes: Axes) -> SiteSpec:
-    query_axis, key_axis = axes.sites.get(name, (None, None))
+def _fixed_axes(axes: Axes, symbols: Collection[str]) -> dict[int, str]:
+    """A symbol for each fixed extent of a site, by its length: nothing else could tell two of one length apart."""
+    lengths = sorted({extent for pair in axes.sites.values() for extent in pair if isinstance(extent, int)})
+    named: dict[int, str] = {}
+    for length in lengths:
+        symbol = f"fixed_{length}"
+        while symbol in symbols:
+            symbol += "_"
+        named[length] = symbol
+    return named
+
+
+def _site(layer: int, name: str, site: FoundSite, axes: Axes, fixed_axes: Mapping[int, str]) -> SiteSpec:
+    query_axis, key_axis = (
+        fixed_axes[extent] if isinstance(extent, int) else extent for extent in axes.sites.get(name, (None, None))
+    )
     reason = site.unavailable_reason
     if not reason and name in axes.unbatched_sites:
         reason = "its first axis is not the batch"
     for role, axis in (("query", query_axis), ("key", key_axis)):
-        if not reason and not isinstance(axis, str):
-            reason = f"its {role} axis is no dynamic axis of an input"
+        if not reason and axis is None:
+            reason = f"its {role} axis follows no axis of an input, and is not fixed"
     causal = site.causal or name in axes.causal_sites
     crossed = query_axis != key_axis
     return SiteSpec(
@@ -142,8 +176,8 @@ def _site(layer: int, name: str, site: FoundSite, axes: Axes) -> SiteSpec:
         heads=site.heads,
         kv_heads=site.kv_heads,
         head_dim=site.head_dim,
-        query_axis=query_axis if isinstance(query_axis, str) else "",
-        key_axis=key_axis if isinstance(key_axis, str) else "",
+        query_axis=query_axis or "",
+        key_axis=key_axis or "",
         items_input=None if reason else ITEMS_PREFIX + name,
         weights_output=None if reason else WEIGHTS_PREFIX + name,
         unavailable_reason=reason,

@@ -59,7 +59,19 @@ class Sampler:
             return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
         if np.issubdtype(dtype, np.floating):
             return rng.normal(size=shape).astype(dtype)
-        return np.ones(shape, dtype) if dtype == np.bool_ else rng.integers(0, 2, shape).astype(dtype)
+        return _marks(shape, rng).astype(dtype)
+
+
+def _marks(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Zeros and ones, both along the last axis: a mask of either sense then keeps something, and hides something.
+
+    With everything hidden, padding that leaks into an answer would be hidden too.
+    """
+    marks = rng.integers(0, 2, shape)
+    if shape:
+        marks[..., -1] = 0
+        marks[..., 0] = 1
+    return marks
 
 
 def _extent(extent: str | int, lengths: Lengths) -> int:

@@ -86,7 +86,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     max_lengths = _max_lengths(assembled, signature, request.max_length)
     axes, padding = axes_of(assembled, max_lengths, steps)
     steps.begin("checking against the source")
-    report = _check(assembled, max_lengths, padding, paddable=all(axis.paddable for axis in axes))
+    report = _check(assembled, max_lengths, padding, paddable=all(axis.paddable or axis.fixed for axis in axes))
     judge(report, assembled.tolerances.row_sum)
     steps.begin("writing the bundle")
     files = {MODEL_FILE: assembled.model_path}

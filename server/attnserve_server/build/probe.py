@@ -75,7 +75,7 @@ def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: 
         sites={name: (axes[0], axes[1]) for name, axes in site_axes.items()},
         unbatched_outputs=tuple(unbatched),
         unbatched_sites=frozenset(strange),
-        causal_sites=frozenset(name for name, output in weights.items() if _is_causal(first[output])),
+        causal_sites=frozenset(name for name, output in weights.items() if _is_causal((first[output], second[output]))),
     )
 
 
@@ -95,9 +95,14 @@ def _symbol(
     return first if first == second else None
 
 
-def _is_causal(weights: Array) -> bool:
-    """Whether no query looks past itself, on square maps of more than one row."""
-    return weights.shape[2] == weights.shape[3] > 1 and not np.triu(weights, 1).any()
+def _is_causal(runs: Sequence[Array]) -> bool:
+    """Whether no query looks past itself, on square maps, though keys behind the first one are looked at."""
+    square = all(weights.shape[2] == weights.shape[3] for weights in runs)
+    return (
+        square
+        and not any(np.triu(weights, 1).any() for weights in runs)
+        and any(weights[..., 1:].any() for weights in runs)
+    )
 
 
 def probe_max_length(runner: Runner, sampler: Sampler, symbol: str, wanted: int, output: str) -> int:
@@ -173,7 +178,8 @@ def croppers(
 
     crops = {spec.name: cutter(spec.shape) for spec in outputs}
     for name, (query_axis, key_axis) in sites.items():
-        cuts = (slice(None), slice(lengths[query_axis]), slice(lengths[key_axis]))
+        # An axis without a length is fixed, and whole as it is.
+        cuts = (slice(None), slice(lengths.get(query_axis)), slice(lengths.get(key_axis)))
         crops[WEIGHTS_PREFIX + name] = lambda array, cuts=cuts: array[cuts]  # type: ignore[misc]
     return crops
 

@@ -59,7 +59,8 @@ def touch(session: RuntimeSession, manifest: Manifest) -> None:
     """
     everything = selection_of_all(manifest)
     for size, length in ((1, 4), (2, 16)):
-        _run(session, manifest, [synthetic(manifest, length, attention=everything)] * size)
+        sequences = [synthetic(manifest, length, attention=everything)] * min(size, manifest.max_batch_size)
+        _run(session, manifest, sequences)
 
 
 def measure(session: RuntimeSession, manifest: Manifest, clock: Clock) -> CostModel:
@@ -110,7 +111,7 @@ def selection_of_all(manifest: Manifest) -> EffectiveSelection | None:
 
 def synthetic(manifest: Manifest, length: int, *, attention: EffectiveSelection | None = None) -> PreparedSequence:
     """A valid sequence of `length` along every axis, or of the axis's greatest length where that is less."""
-    lengths = {axis.symbol: min(length, axis.max_length) for axis in manifest.axes}
+    lengths = {axis.symbol: min(length, axis.max_length) for axis in manifest.axes} | manifest.fixed_lengths
     tensors = {spec.name: _values(spec, lengths, manifest.vocabulary_size) for spec in manifest.inputs}
     return PreparedSequence(tensors, lengths, tuple(spec.name for spec in manifest.outputs), attention)
 

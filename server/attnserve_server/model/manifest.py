@@ -87,11 +87,22 @@ class OutputSpec(_Frozen):
 
 
 class AxisSpec(_Frozen):
-    """A dynamic axis. `paddable`: padding along it was seen not to change a sequence's own outputs and weights."""
+    """A dynamic axis. `paddable`: padding along it was seen not to change a sequence's own outputs and weights.
+
+    `fixed`: not dynamic after all; the graph always has `max_length` positions here (of patches, of latent queries, of
+    an input whose length was fixed at export), and the symbol is there for sites to name. Inputs and outputs do not.
+    """
 
     symbol: Symbol
     max_length: Annotated[int, Field(ge=1)]
     paddable: bool
+    fixed: bool = False
+
+    @model_validator(mode="after")
+    def _fixed_is_never_padded(self) -> Self:
+        if self.fixed and self.paddable:
+            raise ValueError(f"axis {self.symbol}: a fixed axis has one length, so nothing along it is padded")
+        return self
 
 
 class SiteSpec(_Frozen):
@@ -226,6 +237,11 @@ class Manifest(_Frozen):
         if self.text.max_tokens > longest:
             raise ValueError(f"text: {self.text.max_tokens} tokens exceed {longest}, the axis's greatest length")
         return self
+
+    @property
+    def fixed_lengths(self) -> dict[str, int]:
+        """Length of each axis that is the same for every sequence, whatever is sent."""
+        return {axis.symbol: axis.max_length for axis in self.axes if axis.fixed}
 
     def axis(self, symbol: str) -> AxisSpec:
         """The axis of this symbol. Raises KeyError if there is none."""

@@ -107,7 +107,7 @@ def _from_text(
         limit = f"exceed {intake.max_tokens}" if count else "are less than 1"
         violations.add(f"{path}.text", f"{count} tokens {limit}")
         return None
-    lengths = {spec.axis: count}
+    lengths = {**intake.manifest.fixed_lengths, spec.axis: count}
     tensors: dict[str, Array] = {}
     made = {InputRole.TOKEN_IDS: encoded.ids, InputRole.TOKEN_TYPE_IDS: encoded.type_ids}
     for wanted in intake.manifest.inputs:
@@ -145,7 +145,7 @@ def _from_tensors(
 ) -> Inputs | None:
     before = len(violations)
     tensors: dict[str, Array] = {}
-    lengths: dict[str, int] = {}
+    lengths = intake.manifest.fixed_lengths
     seen: set[str] = set()
     for index, message in enumerate(messages):
         if violations.full:

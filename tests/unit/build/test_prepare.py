@@ -17,6 +17,7 @@ from attnserve_server.build.runtime import Runner
 from attnserve_server.model.manifest import AxisSpec, InputRole
 from attnserve_server.model.repository import Bundle, Repository, verify
 from attnserve_server.model.tokenizer import TokenizerInvalid
+from foreign_graphs import Foreign
 from onnx import helper
 from onnx_files import HEADS, VOCABULARY, WIDTH, encoder, saved
 from rich.console import Console
@@ -150,14 +151,45 @@ def test_output_that_follows_no_input_axis_is_left_out(tmp_path: Path) -> None:
     assert [spec.name for spec in Repository(tmp_path / "models").bundle("ranker").manifest.outputs] == ["hidden"]
 
 
-def test_site_over_a_fixed_axis_is_listed_without_weights(tmp_path: Path) -> None:
+def test_fixed_axis_of_a_site_gets_a_symbol_and_its_one_length(tmp_path: Path) -> None:
     model = Case().model()
     for value in (*model.graph.input[1:],):
         value.type.tensor_type.shape.dim[2].dim_value = 5
+    manifest = prepared(model, tmp_path).manifest
+    (site,) = manifest.sites
+    assert (site.query_axis, site.key_axis, site.kind) == ("query_len", "fixed_5", "cross")
+    assert manifest.axes[-1] == AxisSpec(symbol="fixed_5", max_length=5, paddable=False, fixed=True)
+    assert manifest.fixed_lengths == {"fixed_5": 5}
+    assert manifest.input("key").shape == (4, 5, 8)
+
+
+def test_symbol_of_a_fixed_axis_is_no_one_elses(tmp_path: Path) -> None:
+    model = Case().model()
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "fixed_5"
+    for value in (*model.graph.input[1:],):
+        value.type.tensor_type.shape.dim[2].dim_value = 5
+    manifest = prepared(model, tmp_path).manifest
+    assert [(axis.symbol, axis.fixed) for axis in manifest.axes] == [("fixed_5", False), ("fixed_5_", True)]
+
+
+def test_site_over_an_axis_that_follows_none_is_listed_without_weights(tmp_path: Path) -> None:
+    model = Case().model()
+    (attend,) = model.graph.node
+    twice = [helper.make_node("Concat", [name, name], [f"{name}_2"], axis=2) for name in ("key", "value")]
+    attend.input[1:] = ["key_2", "value_2"]
+    del model.graph.node[:]
+    model.graph.node.extend([*twice, attend])
     (site,) = prepared(model, tmp_path).manifest.sites
     assert not site.available
-    assert site.unavailable_reason == "its key axis is no dynamic axis of an input"
+    assert site.unavailable_reason == "its key axis follows no axis of an input, and is not fixed"
     assert site.items_input is None
+
+
+def test_mask_that_leaves_out_where_it_is_true_is_seen_to_let_padding_in(tmp_path: Path) -> None:
+    # Zeros pad it, and keep. A probe that left everything out would see nothing of that, nor of what is attended to.
+    manifest = prepared(Foreign(mask="inverted", projected=False).model(), tmp_path).manifest
+    assert not manifest.axis("frames").paddable
+    assert manifest.sites[0].kind == "self"
 
 
 def test_site_whose_rows_are_not_the_batch_is_listed_without_weights(tmp_path: Path) -> None:

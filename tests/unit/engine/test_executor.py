@@ -207,6 +207,21 @@ async def test_warm_up_runs_valid_inputs_with_attention_and_learns_what_runs_cos
     assert set(fetched) == {"embedding", "last_hidden_state", "attention.site0", "attention.site1"}
 
 
+async def test_warm_up_keeps_to_the_largest_batch(embedder_path: Path, manifest: Manifest) -> None:
+    single = manifest.model_copy(update={"max_batch_size": 1})
+    async with executor_of(embedder_path, single) as executor:
+        rows: set[int] = set()
+        real = executor._session.run
+
+        def watch(feeds: dict[str, np.ndarray], fetches: tuple[str, ...]) -> list[np.ndarray]:
+            rows.add(len(feeds["input_ids"]))
+            return real(feeds, fetches)
+
+        executor._session.run = watch  # type: ignore[method-assign, assignment]
+        await executor.warm_up()
+    assert rows == {1}
+
+
 async def test_warm_up_of_a_model_that_cannot_run_fails(poisoned_path: Path, manifest: Manifest) -> None:
     async with executor_of(poisoned_path, manifest) as executor:
         with pytest.raises(RunFailed):
@@ -216,6 +231,14 @@ async def test_warm_up_of_a_model_that_cannot_run_fails(poisoned_path: Path, man
 def test_synthetic_sequences_stay_within_the_axes(manifest: Manifest) -> None:
     short = manifest.model_copy(update={"axes": (AxisSpec(symbol="seq", max_length=5, paddable=True),)})
     assert synthetic(short, 64).lengths == {"seq": 5}
+
+
+def test_synthetic_sequences_have_a_fixed_axis_as_it_is(manifest: Manifest) -> None:
+    patches = AxisSpec(symbol="patches", max_length=49, paddable=False, fixed=True)
+    assert synthetic(manifest.model_copy(update={"axes": (*manifest.axes, patches)}), 4).lengths == {
+        "seq": 4,
+        "patches": 49,
+    }
 
 
 def test_synthetic_sequences_are_valid_for_every_role(manifest: Manifest) -> None:

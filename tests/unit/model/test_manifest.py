@@ -208,3 +208,14 @@ def test_a_check_that_saw_no_number_is_refused():
 def test_unknown_fields_are_refused():
     with pytest.raises(ValidationError, match="Extra inputs"):
         Manifest.model_validate(manifest().model_dump() | {"surprise": 1})
+
+
+def test_fixed_axis_is_never_padded():
+    with pytest.raises(ValidationError, match="a fixed axis has one length"):
+        AxisSpec(symbol="patches", max_length=49, paddable=True, fixed=True)
+
+
+def test_fixed_lengths_are_those_of_fixed_axes():
+    seq = AxisSpec(symbol="seq", max_length=512, paddable=True)
+    patches = AxisSpec(symbol="patches", max_length=49, paddable=False, fixed=True)
+    assert manifest(axes=(seq, patches)).fixed_lengths == {"patches": 49}

@@ -1,0 +1,115 @@
+"""Models that nobody prepared for the server, from a bare file to answers on the wire, against NumPy in float64."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from attnserve_client import Attention, Client, InvalidRequest
+from foreign_graphs import Foreign
+from onnx_files import saved
+from serving import command, serve
+
+CASES = {
+    "masked": Foreign(mask="bool"),
+    "unmasked": Foreign(),
+    "crossed": Foreign(target="target_seq", source="source_seq", cross=True, mask="bool"),
+    "grouped": Foreign(kv_heads=2, attributes={"is_causal": 1}, opset=24),
+    "half": Foreign(mask="bool", dtype=np.float16),
+    "capped": Foreign(mask="float", attributes={"softcap": 2.0, "scale": 0.7}),
+    "inverted": Foreign(mask="inverted", projected=False),
+    "fixed": Foreign(target=16, mask="bool"),
+    "patches": Foreign(target="text", source=10, cross=True),
+    "rigid": Foreign(target=8, source=10, cross=True, batch=1),
+    "nameless": Foreign(target=None, batch=None),
+    "inferred": Foreign(target="unk__7", batch="unk__6"),
+}
+LENGTHS = ((3, 9), (12, 2), (7, 7), (12, 5))
+"""Of queries and keys; two sequences have one length."""
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A client of a server over all cases, the first brought by the command that users call."""
+    folder = tmp_path_factory.mktemp("foreign")
+    # Not at the top: it imports the runtime, which the tests of the client alone can do without.
+    from attnserve_server.build.prepare import PrepareRequest, prepare_bundle  # noqa: PLC0415
+
+    for at, (name, case) in enumerate(CASES.items()):
+        file = saved(case.model(), folder / f"{name}.onnx")
+        if at:
+            prepare_bundle(PrepareRequest(file=file, name=name, repository=folder / "models"))
+            continue
+        line = [command("attnserve-server"), "prepare", str(file), "--name", name]
+        line += ["--repository", str(folder / "models")]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+    with serve(folder / "models", folder) as server, Client(server.target) as client:
+        yield client
+
+
+def feeds_of(case: Foreign) -> list[dict[str, np.ndarray]]:
+    """A sequence for each pair of lengths; fixed ones stay as they are."""
+    each = [
+        case.feeds(
+            case.target if isinstance(case.target, int) else queries,
+            case.source if isinstance(case.source, int) else keys,
+            seed,
+        )
+        for seed, (queries, keys) in enumerate(LENGTHS)
+    ]
+    return each[:1] if case.batch == 1 else each
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_weights_are_those_of_the_definition(client: Client, name: str) -> None:
+    case = CASES[name]
+    # float32 sums in another order; float16 keeps 11 bits of values up to 10.
+    output_tolerance, weight_tolerance = (1e-2, 1e-2) if case.dtype is np.float16 else (1e-4, 1e-5)
+    each = feeds_of(case)
+    for feeds, result in zip(each, client.infer(name, each, attention=True), strict=True):
+        output, weights = case.reference(feeds)
+        np.testing.assert_allclose(result.outputs["attended"], output, atol=output_tolerance, rtol=0)
+        (map_,) = result.attention
+        np.testing.assert_allclose(map_.weights, weights, atol=weight_tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["masked", "crossed", "grouped", "half", "fixed", "patches"])
+def test_where_padding_is_harmless_mixed_lengths_share_a_run(client: Client, name: str) -> None:
+    assert {result.run.batch_size for result in client.infer(name, feeds_of(CASES[name]))} == {len(LENGTHS)}
+
+
+@pytest.mark.parametrize("name", ["unmasked", "capped", "inverted", "nameless"])
+def test_where_padding_would_tell_only_equal_lengths_share_a_run(client: Client, name: str) -> None:
+    assert [result.run.batch_size for result in client.infer(name, feeds_of(CASES[name]))] == [1, 2, 1, 2]
+
+
+def test_selections_of_cross_attention_know_both_sides(client: Client) -> None:
+    case = CASES["crossed"]
+    feeds = case.feeds(7, 4)
+    _, weights = case.reference(feeds)
+
+    def asked(selection: Attention) -> np.ndarray:
+        (map_,) = client.infer("crossed", feeds, attention=selection).attention
+        assert (map_.query_axis, map_.key_axis, map_.kind) == ("target_seq", "source_seq", "cross")
+        return map_.weights
+
+    # Weights are float32; a mean of four of them is within their own rounding.
+    np.testing.assert_allclose(asked(Attention(queries=[-1, 2])), weights[:, [6, 2]], atol=1e-5)
+    np.testing.assert_allclose(asked(Attention(head_reduction="mean")), weights.mean(0, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(asked(Attention(layer_reduction="mean")), weights, atol=1e-5)
+    with pytest.raises(InvalidRequest, match="rollout needs sites that attend within one sequence"):
+        asked(Attention(layer_reduction="rollout"))
+    with pytest.raises(InvalidRequest, match="query 7 is out of range"):
+        asked(Attention(queries=[7]))
+
+
+def test_fixed_lengths_are_told_and_held_to(client: Client) -> None:
+    (site,) = client.model("patches").sites
+    assert (site.query_axis, site.key_axis) == ("text", "fixed_10")
+    axes = {axis.symbol: (axis.max_length, axis.paddable) for axis in client.model("patches").axes}
+    assert axes == {"text": (512, True), "fixed_10": (10, False)}
+    with pytest.raises(InvalidRequest, match="length 9, but the model takes 10"):
+        client.infer("patches", CASES["patches"].feeds(3, 9))
