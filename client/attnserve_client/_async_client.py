@@ -298,6 +298,7 @@ class AsyncClient:
         finally:
             watch.cancel()
             call.cancel()
+            feed.close()
 
     def _tell_closed_from_cancelled(self) -> None:
         """grpc.aio says CancelledError for both; only a cancelled task may end by it."""

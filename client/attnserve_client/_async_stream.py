@@ -24,7 +24,10 @@ async def watch(exchange: Exchange, cancel: Callable[[], object]) -> bool:
 
 
 class Feed:
-    """What the stream's requests come from, taken by gRPC's own task; `answered` is the reader's. Event loop only."""
+    """What the stream's requests come from, taken by gRPC's own task.
+
+    `answered` and `close` are the reader's. Event loop only.
+    """
 
     def __init__(
         self,
@@ -39,11 +42,16 @@ class Feed:
         self._message = message
         self._exchange = exchange
         self._slots = asyncio.Semaphore(max_in_flight)
+        self._task: asyncio.Task[object] | None = None
+        self._closed = False
         self.error: Exception | None = None
         """Why there were no more inputs, for the reader to raise when what is under way has been answered."""
 
     async def messages(self) -> AsyncIterator[wire.StreamInferRequest]:
         """The requests, as there is room for them."""
+        if self._closed:
+            return
+        self._task = asyncio.current_task()
         try:
             async for one in _each(self._inputs):
                 message = await self._message(one)
@@ -55,6 +63,12 @@ class Feed:
     def answered(self) -> None:
         """There is room for another."""
         self._slots.release()
+
+    def close(self) -> None:
+        """Nobody reads any more. Where the server ended the call, gRPC leaves its task waiting for ever."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 async def _each(inputs: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from attnserve.v1 import inference_service_pb2 as wire
@@ -224,3 +225,34 @@ async def test_stream_without_a_timeout_is_never_cut(driver: Any) -> None:
 async def test_attention_selection_goes_with_every_input(driver: Any, server: FakeServer) -> None:
     await driver.stream("fake", ["a", "b"], attention=Attention(top_k=2), outputs=[])
     assert [request.attention.top_k for request in server.requests] == [2, 2]
+
+
+@pytest.mark.parametrize("end", ["server", "reader", "cancelled"])
+async def test_nothing_of_a_stream_that_ended_stays_behind(raw_server: Any, end: str) -> None:
+    def once(request_iterator: Any, context: Any) -> Iterator[wire.StreamInferResponse]:
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        request_id = next(request_iterator).request.request_id
+        if end == "server":  # while the client waits for room to send the next one
+            context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
+        yield wire.StreamInferResponse(request_id=request_id, response=response(request_id))
+        gone.wait()
+
+    async def read(client: AsyncClient) -> None:
+        answers = client.stream("fake", ["answered", "never answered", "never sent"], max_in_flight=1)
+        async for _ in answers:
+            if end == "reader":
+                await answers.aclose()  # type: ignore[attr-defined] # a generator
+                return
+            if end == "cancelled":
+                reading.cancel()
+
+    with raw_server(StreamInfer=once) as server:
+        async with AsyncClient(server.target) as client:
+            before = asyncio.all_tasks()
+            reading = asyncio.create_task(read(client))
+            await asyncio.wait({reading})
+            assert reading.cancelled() == (end == "cancelled")
+            assert isinstance(None if reading.cancelled() else reading.exception(), ServerUnreachable | None)
+            async with asyncio.timeout(5):
+                await asyncio.gather(*(asyncio.all_tasks() - before), return_exceptions=True)
