@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from attnserve_server.domain.errors import FieldViolation, InvalidRequest
+from attnserve_server.transport.structure import check_structure
 from attnserve_server.transport.violations import MAX_VIOLATIONS
 
 M = TypeVar("M", bound=message.Message)
@@ -21,8 +22,10 @@ def parse(kind: type[M], data: bytes) -> M:
     """The message in `data`.
 
     Raises:
-        InvalidRequest: `data` is no such message; a field that is not UTF-8 is named, with the byte.
+        InvalidRequest: `data` is no such message; a field that is not UTF-8 is named, with the byte. Or it would take
+            far more memory as a message than it has bytes.
     """
+    check_structure(kind.DESCRIPTOR, data)
     try:
         return kind.FromString(data)
     except message.DecodeError:
@@ -35,11 +38,12 @@ def parse(kind: type[M], data: bytes) -> M:
 
 
 def parse_leniently(kind: type[message.Message], data: bytes) -> Any:
-    """`data` with every string field as bytes, so that broken UTF-8 can be looked at; None if it is no message."""
+    """`data` with every string field as bytes, so that broken UTF-8 can be looked at; None if it cannot be built."""
     hashable: Any = kind  # message classes are, though their declared type says otherwise
     try:
+        check_structure(kind.DESCRIPTOR, data)
         return _twin(hashable).FromString(data)
-    except message.DecodeError:
+    except (InvalidRequest, message.DecodeError):
         return None
 
 
