@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 
 import grpc
@@ -180,6 +181,39 @@ async def test_broken_utf8_fails_its_request_alone(channel: grpc.aio.Channel) ->
     assert failure(answer) == ("bad", 3, "sequences[0].text.text: not UTF-8: byte 2 is 0xff")
     await call.write(data)
     assert pb.StreamInferResponse.FromString(await call.read()).response.results
+
+
+async def test_a_message_too_much_to_build_fails_its_request_alone(talk: Talk) -> None:
+    swollen = attention_pb2.AttentionSelection(heads=[0] * 2**20)
+    await talk.ask("bad", attention=swollen)
+    name, code, said = failure(await talk.read())
+    assert (name, code) == ("bad", 3)
+    assert said.startswith("attention.heads: over 524288 of the message's ")
+    await talk.ask("good")
+    assert (await talk.read()).response.results
+
+
+async def test_a_request_expires_while_it_waits_to_be_prepared(talk: Talk, gate: Gate, server: Application) -> None:
+    busy = threading.Event()
+    server.plane._preparing.submit(busy.wait)
+    try:
+        await talk.ask("late", text="a" + " " * 10_000, timeout_ms=20)
+        assert failure(await talk.read())[:2] == ("late", grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
+        assert not busy.is_set()
+    finally:
+        busy.set()
+    assert gate.deadlines == []
+
+
+async def test_a_request_expires_while_every_slot_is_taken(talk: Talk, gate: Gate) -> None:
+    for number in range(MAX_IN_FLIGHT):
+        await talk.ask(str(number))
+    await talk.ask("late", timeout_ms=20)
+    assert failure(await talk.read())[:2] == ("late", grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
+    await talk.ask("next")
+    gate.open()
+    answered = {(await talk.read()).request_id for _ in range(MAX_IN_FLIGHT + 1)}
+    assert answered == {*map(str, range(MAX_IN_FLIGHT)), "next"}
 
 
 async def test_a_requests_own_timeout_is_its_deadline(talk: Talk, gate: Gate, server: Application) -> None:

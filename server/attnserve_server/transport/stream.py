@@ -23,6 +23,7 @@ from attnserve_server.transport.allowance import Allowance
 from attnserve_server.transport.boundary import QUIET, Context, remaining_s, send
 from attnserve_server.transport.dataplane import DataPlane, log_failure
 from attnserve_server.transport.status import status_of
+from attnserve_server.transport.structure import MAX_STRUCTURE_BYTES, peek
 from attnserve_server.transport.validation import check_request_id, is_request_id
 from attnserve_server.transport.wire import parse, parse_leniently
 
@@ -157,7 +158,13 @@ class _Stream:
             )
             return
         flight = _Flight(self._deadline_of(message))
-        await self._slots.acquire()
+        began = self._clock.now()
+        try:
+            async with asyncio.timeout(self._patience_of(flight)):
+                await self._slots.acquire()
+        except TimeoutError:
+            await self._send(request_id, DeadlineExpired(self._clock.now() - began))
+            return
         self._flights[request_id] = flight
         flight.task = group.create_task(self._fly(message.request, flight))
 
@@ -167,6 +174,10 @@ class _Stream:
             return self._deadline
         own = self._clock.now() + message.timeout_ms / 1000
         return own if self._deadline is None else min(own, self._deadline)
+
+    def _patience_of(self, flight: _Flight) -> float | None:
+        """Seconds until a request expires; None: it never does."""
+        return None if flight.deadline is None else max(0.0, flight.deadline - self._clock.now())
 
     async def _fly(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> None:
         """Runs and answers one request."""
@@ -178,15 +189,22 @@ class _Stream:
             self._answers.give(flight.reserved_bytes)
             self._slots.release()
 
-    async def _reserve(self, flight: _Flight, count: int) -> None:
-        """Waits for room for an answer of `count` bytes, no longer than the request does."""
+    async def _compute(
+        self, request: inference_service_pb2.InferRequest, flight: _Flight
+    ) -> inference_service_pb2.InferResponse:
+        """The plane's answer. Until the request is in the scheduler, which keeps deadlines itself, this keeps it."""
         began = self._clock.now()
         try:
-            async with asyncio.timeout(None if flight.deadline is None else max(0.0, flight.deadline - began)):
-                await self._answers.take(count)
+            async with asyncio.timeout(self._patience_of(flight)) as patience:
+
+                async def reserve(count: int) -> None:
+                    await self._answers.take(count)
+                    flight.reserved_bytes = count
+                    patience.reschedule(None)
+
+                return await self._plane.infer(request, request.request_id, flight.deadline, reserve)
         except TimeoutError:
             raise DeadlineExpired(self._clock.now() - began) from None
-        flight.reserved_bytes = count
 
     async def _answer(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> bytes | Exception:
         request_id = request.request_id
@@ -194,9 +212,7 @@ class _Stream:
             return RequestCancelled()
         flight.computing = True
         try:
-            response = await self._plane.infer(
-                request, request_id, flight.deadline, lambda count: self._reserve(flight, count)
-            )
+            response = await self._compute(request, flight)
             return response.SerializeToString()
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -246,6 +262,11 @@ class _Stream:
 # fields that follow one another, so a large answer need not be copied into a second message.
 _RESPONSE_TAG: Final = bytes([inference_service_pb2.StreamInferResponse.RESPONSE_FIELD_NUMBER << 3 | 2])
 
+_NAME_OF_REQUEST: Final = (
+    inference_service_pb2.StreamInferRequest.REQUEST_FIELD_NUMBER,
+    inference_service_pb2.InferRequest.REQUEST_ID_FIELD_NUMBER,
+)
+
 
 def _varint(value: int) -> bytes:
     """`value` as protobuf writes lengths: seven bits a byte, least first."""
@@ -258,11 +279,13 @@ def _varint(value: int) -> bytes:
 
 
 def _salvaged_id(data: bytes) -> str:
-    """The request id in a message whose other strings are no UTF-8; empty if there is none to answer under."""
-    lenient: Any = parse_leniently(inference_service_pb2.StreamInferRequest, data)
-    if lenient is None or lenient.WhichOneof("message") != "request":
-        return ""
-    request_id = lenient.request.request_id.decode(errors="replace")
+    """The request id in a message that is too much to build, or whose other strings are no UTF-8; empty if none."""
+    if len(data) > MAX_STRUCTURE_BYTES:
+        name = peek(data, *_NAME_OF_REQUEST)
+    else:
+        lenient: Any = parse_leniently(inference_service_pb2.StreamInferRequest, data)
+        name = lenient.request.request_id if lenient is not None and lenient.HasField("request") else b""
+    request_id = name.decode(errors="replace")
     return request_id if is_request_id(request_id) else ""
 
 
