@@ -57,6 +57,7 @@ class Scheduler:
         self._speed = Speed()
         self._queue = Queue()
         self._runs: set[Run] = set()
+        self._requests: set[Request] = set()  # all that are not answered yet, wherever they are
         self._numbers = count()
         self._wake = asyncio.Event()
         self._draining = False
@@ -87,10 +88,14 @@ class Scheduler:
             await asyncio.wait({self._task})
 
     async def aclose(self) -> None:
-        """Ends at once: whoever still waits gets NotServing, and runs under way are terminated."""
+        """Ends at once, see `give_up`; returns when the runs under way have ended."""
+        self.give_up()
+        await self.drain()
+
+    def give_up(self) -> None:
+        """Whoever still waits gets NotServing now, and runs under way are terminated. Takes no more requests."""
         self._draining = True
         self._fail_all(lambda: NotServing(self._manifest.name, "draining"))
-        await self.drain()
 
     async def submit(
         self,
@@ -123,6 +128,7 @@ class Scheduler:
         self._admit(Demand(len(sequences), sum(one.tokens for one in sequences), sum(sizes)), now, deadline)
         loop = asyncio.get_running_loop()
         request = Request(loop.create_future(), now, deadline, len(sequences))
+        self._requests.add(request)
         for sequence, size in zip(sequences, sizes, strict=True):
             self._enqueue(request, sequence, size, priority)
         self._gauge()
@@ -136,6 +142,7 @@ class Scheduler:
         finally:
             if timer is not None:
                 timer.cancel()
+            self._requests.discard(request)
             request.entries.clear()
             del request, timer  # an error's traceback holds this frame: let the frame not hold the error as well
 
@@ -214,7 +221,6 @@ class Scheduler:
             entry.run = run
             self._metrics.queue_seconds.observe(started - entry.request.arrived_s)
         self._runs.add(run)
-        # Should this raise, the run stays among the runs, so that `_ended` finds those who wait for it.
         outcomes = await self._executor.run(sequences, run.handle, instance)
         self._runs.discard(run)
         for entry in entries:
@@ -259,9 +265,7 @@ class Scheduler:
         self._gauge()
 
     def _fail_all(self, error: Callable[[], AttnserveError]) -> None:
-        pending: dict[Request, None] = dict.fromkeys(entry.request for entry in self._queue)
-        pending.update(dict.fromkeys(entry.request for run in self._runs for entry in run.entries))
-        for request in pending:
+        for request in self._requests:
             self._fail(request, error(), "failed")
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -423,7 +423,7 @@ def test_a_scheduler_that_was_not_started_does_not_serve(virtually, bench, seque
     virtually(story())
 
 
-@pytest.mark.parametrize("how", ["policy", "executor", "cancelled"])
+@pytest.mark.parametrize("how", ["policy", "executor", "answer", "cancelled"])
 def test_a_dead_loop_is_no_zombie(virtually, bench, sequence, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     bench.executor.instances = 2
     bench.settings = SchedulingSettings(max_batch_size=1)
@@ -439,6 +439,8 @@ def test_a_dead_loop_is_no_zombie(virtually, bench, sequence, monkeypatch: pytes
                 )
             elif how == "executor":
                 bench.executor.breaks = True
+            elif how == "answer":
+                monkeypatch.setattr(scheduler, "_resolve", lambda *_: (_ for _ in ()).throw(KeyError("bug")))
             else:
                 scheduler._task.cancel()
             queued = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in (2, 3)]
