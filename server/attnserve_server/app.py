@@ -114,15 +114,13 @@ class Application:
                 starting.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await starting
-            if self.fault.is_set():
-                return EXIT_FAULTED
             draining = asyncio.create_task(self.drain(), name="drain")
             await _first(draining, force)
             if not draining.done():
                 draining.cancel()
                 return EXIT_FORCED
             draining.result()
-            return EXIT_DRAINED
+            return EXIT_FAULTED if self.fault.is_set() else EXIT_DRAINED
         finally:
             await self.aclose()
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -131,7 +129,7 @@ class Application:
                 _log.info("stopped")
 
     async def drain(self) -> None:
-        """Says so first, takes no more, and lets what is under way finish within the grace."""
+        """Says so first, takes no more, and lets what is under way finish within the grace; what is left is refused."""
         end = self.clock.now() + self.settings.drain_grace_s
         self.health.drain()
         for model in self.catalog.all():
@@ -144,6 +142,9 @@ class Application:
                 await asyncio.gather(*(loaded.scheduler.drain() for loaded in self._loaded))
         except TimeoutError:
             _log.warning("grace is over", grace_s=self.settings.drain_grace_s)
+            # Each caller is told to come back elsewhere, where gRPC would only say that it cancelled the call.
+            for loaded in self._loaded:
+                loaded.scheduler.give_up()
         self.health.close()
         await self.grpc.stop(max(_LEAST_STOP_S, end - self.clock.now()))
 

@@ -405,11 +405,36 @@ async def test_a_scheduler_that_dies_ends_the_server_and_its_health_says_so(
     assert not application.health.serving()
 
 
+async def test_a_scheduler_that_dies_leaves_other_models_callers_their_answers(
+    ran: tuple[Application, asyncio.Task[int]],
+) -> None:
+    application, task = ran
+    model = application.catalog.get("tiny", "2")
+    assert model.manifest is not None
+    gate = model.scheduler = Gate(model.manifest)
+    loop_of_a_model = next(one for one in application._loaded if one.model is not model).scheduler._task
+    assert loop_of_a_model is not None
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{application.grpc_port}") as channel:
+        call = InferenceServiceStub(channel).Infer(asking())
+        await until(lambda: bool(gate.waiting))
+        loop_of_a_model.cancel()
+        await until(lambda: application.health._closed)
+        gate.open()
+        assert (await call).results
+    assert await task == EXIT_FAULTED
+
+
 class Stuck:
     """A scheduler that does not come to an end."""
 
+    def __init__(self) -> None:
+        self.gave_up = False
+
     async def drain(self) -> None:
         await asyncio.Event().wait()
+
+    def give_up(self) -> None:
+        self.gave_up = True
 
     async def aclose(self) -> None:
         pass
@@ -419,9 +444,10 @@ async def test_a_drain_ends_with_its_grace(settings: Settings) -> None:
     application = Application(settings.model_copy(update={"drain_grace_s": 0.1}))
     await application.start()
     scheduler = application._loaded[0].scheduler
-    application._loaded[0].scheduler = Stuck()  # type: ignore[assignment]
+    stuck = application._loaded[0].scheduler = Stuck()  # type: ignore[assignment]
     async with asyncio.timeout(5):
         await application.drain()
+    assert stuck.gave_up
     await scheduler.aclose()
     await application.aclose()
 
