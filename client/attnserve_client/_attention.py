@@ -202,6 +202,7 @@ class AttentionMap:
 
         Raises:
             ImportError: matplotlib is missing; the message has the line that installs it.
+            ValueError: There is no such head in this map.
         """
         from attnserve_client._plot import figure  # noqa: PLC0415 - matplotlib is an extra
 
@@ -264,7 +265,7 @@ class AttentionMap:
 
 
 def as_float32(weights: Array) -> npt.NDArray[np.float32]:
-    """Weights in float32; uint8 ones were written as the weight times 255. float32 ones are given back as a view."""
+    """Weights of any shape in float32; uint8 ones were written as the weight times 255. float32 ones come as a view."""
     if weights.dtype == np.uint8:
         return np.divide(weights, np.float32(255), dtype=np.float32)
     return weights.astype(np.float32, copy=False).view()

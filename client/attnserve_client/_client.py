@@ -148,6 +148,7 @@ class Client:
 
         Raises:
             AttnserveError: One of its subclasses, see `attnserve_client.AttnserveError`.
+            TypeError: An argument can be no input, selection or list of outputs.
         """
         check_timeout(timeout)
         items, many = split(inputs)

@@ -34,6 +34,9 @@ def split(inputs: Inputs) -> tuple[list[Input], bool]:
 
     One sequence is a text, a tuple of two texts, a list of integers, an array of rank 1, or a mapping. Any other list,
     and an array of rank 2, is a list of sequences.
+
+    Raises:
+        TypeError: It is none of these.
     """
     if isinstance(inputs, str | tuple | Mapping):
         return [inputs], False
@@ -56,6 +59,10 @@ def sequence_of(one: Input, model: ModelInfo | None) -> wire.Sequence:
     Args:
         one: What the caller passed.
         model: The model's description, where it is known: it says which input bare token ids are for.
+
+    Raises:
+        TypeError: It can be no input.
+        InvalidRequest: It can be one, but not of this model or not in the contract's types.
     """
     if isinstance(one, str):
         return wire.Sequence(text=wire.TextInput(text=_text(one)))
@@ -85,7 +92,12 @@ def request_of(
     request_id: str,
     validate_only: bool,
 ) -> wire.InferRequest:
-    """The message for a call."""
+    """The message for a call.
+
+    Raises:
+        TypeError: `outputs` is one name, or `attention` no selection.
+        InvalidRequest: A choice is not one of the known ones, or a number does not fit its field.
+    """
     if priority not in _PRIORITIES:
         raise InvalidRequest.of("priority", f"{priority!r} is not one of {', '.join(_PRIORITIES)}")
     if isinstance(outputs, str):

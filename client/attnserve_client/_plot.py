@@ -17,7 +17,12 @@ _LONGEST_TITLE: Final = 120
 
 
 def figure(attention: AttentionMap, head: int | None) -> Figure:
-    """A heatmap with the tokens along both sides, of one head or of the mean over the map's heads."""
+    """A heatmap with the tokens along both sides, of one head or of the mean over the map's heads.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: There is no such head in this map.
+    """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError:

@@ -79,7 +79,7 @@ class StreamAnswer:
     Attributes:
         index: The input's place among all that the stream took, from 0.
         request_id: The request's id on the stream.
-        error: Why it failed; None where it went well.
+        outcome: The result or the error, whichever it is; `result` and `error` are for telling them apart.
     """
 
     index: int

@@ -33,7 +33,7 @@ def dtype_name(code: tensor_pb2.DataType.ValueType) -> str:
 
 
 def to_tensor(name: str, array: Array) -> tensor_pb2.Tensor:
-    """Writes an array as little-endian, row-major bytes.
+    """Writes an array of any shape as little-endian, row-major bytes.
 
     Raises:
         InvalidRequest: The array's element type has no place in the contract.

@@ -170,7 +170,12 @@ def attention_of(units: list[Unit], selection: Attention, shape: Shape, model: s
 
 
 def chosen_layers(selection: Attention, shape: Shape, model: str) -> list[int]:
-    """The positions of the chosen sites, ascending."""
+    """The positions of the chosen sites, ascending.
+
+    Raises:
+        InvalidRequest: A site or layer is none of the model's.
+        AttentionUnavailable: The model has no sites.
+    """
     if not shape.layers:
         raise AttentionUnavailable(
             f"model {model!r}: it has no attention sites",

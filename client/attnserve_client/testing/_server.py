@@ -136,7 +136,7 @@ class FakeServer:
         return self._respond(request)
 
     def check_model(self, model: str, version: str) -> None:
-        """Refuses models that it does not have."""
+        """Refuses models that it does not have: raises ModelNotFound."""
         if model != self.model or version not in ("", "1"):
             raise ModelNotFound(
                 f"no model {model!r}" + (f" of version {version!r}" if version else ""),

@@ -14,9 +14,10 @@ HALF_BITS = np.uint64(32)
 
 
 def encode(weights: Weights, dtype: WeightDtype) -> Array:
-    """Weights from 0 to 1 in the dtype asked for, C-contiguous; uint8 is the weight times 255, rounded to nearest even.
+    """Weights of any shape, from 0 to 1, in the dtype asked for, C-contiguous.
 
-    A view is copied, so that an answer owns its numbers and does not keep a whole batch's in memory.
+    uint8 is the weight times 255, rounded to nearest even. A view is copied, so that an answer owns its
+    numbers and does not keep a whole batch's in memory.
     """
     if dtype is WeightDtype.UINT8:
         scaled = np.multiply(weights, np.float32(255), order="C")

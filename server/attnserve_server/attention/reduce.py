@@ -22,7 +22,10 @@ LONG_WORD = 8
 
 
 def take(array: Array, indices: Indices | None, axis: int) -> Array:
-    """The entries of an axis, in the order of the indices; None: all. A view where they stand in one run."""
+    """The entries of an axis, in the order of the indices, of an array of any shape; None: all.
+
+    A view where they stand in one run.
+    """
     if indices is None:
         return array
     count = len(indices)
@@ -142,7 +145,10 @@ def merge_keys(weights: Weights, starts: Indices | None) -> Weights:
 
 
 def renormalise(weights: Weights, columns: Indices | None) -> Weights:
-    """Keep some columns, and divide each row by what is left of its sum; a row with nothing left is all zeros."""
+    """Keep some columns of (H, L, S), and divide each row by what is left of its sum: (H, L, columns).
+
+    A row with nothing left is all zeros. `columns`: ascending positions among the S; None: all.
+    """
     kept = take(weights, columns, axis=2)
     sums = kept.sum(axis=2, keepdims=True)
     sums[sums == 0] = 1

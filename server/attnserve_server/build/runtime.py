@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Collection, Mapping
@@ -22,12 +23,12 @@ class Runner:
         try:
             self._session = RuntimeSession.load(path, provider="CPUExecutionProvider", intra_op_threads=1)
         except LoadFailed as fault:
-            raise BuildRefused(f"the runtime cannot load the model: {_own_words(fault)}") from None
+            raise BuildRefused(f"the runtime cannot load the model: {_own_words(fault, path)}") from None
         self.output_names = self._session.output_names
         self._items = [name for name in self._session.input_names if name.startswith(ITEMS_PREFIX)]
 
     def run(self, feeds: Mapping[str, Array], fetches: Collection[str], *, tap: bool = True) -> dict[str, Array]:
-        """The fetched outputs by name. `tap`: whether the taps are asked for every row.
+        """The fetched outputs by name, (B, ...); with `tap` the taps are asked for every row, else for none.
 
         Raises:
             BuildRefused: the run failed; the message has the runtime's own words, which name no file here.
@@ -56,7 +57,12 @@ def time_ratio(tapped: Runner, source: Runner, feeds: Mapping[str, Array], fetch
     return round(ratio, 3)
 
 
-def _own_words(fault: Exception) -> str:
-    """The runtime's message, one line, without the places in its own source that it likes to name."""
+def _own_words(fault: Exception, path: Path | None = None) -> str:
+    """The runtime's message, one line, without the model's place and those in its own source that it likes to name."""
     words = " ".join(str(fault.__cause__ or fault).split())
-    return words.rpartition("Status Message: ")[2][:300]
+    if path is not None:
+        words = words.replace(str(path), "the file")
+    words = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", words.rpartition("Status Message: ")[2])
+    # A file and line of its source, then the whole signature of a function of it.
+    words = re.sub(r"/\S+\.(?:h|cc|cpp):\d+ (?:.*?\)(?: const)?(?: \[with [^\]]*\])? )?", "", words)
+    return words[:300]

@@ -88,7 +88,11 @@ def outputs_of(
 def weights_of(
     batch: CollatedBatch, fetched: Mapping[str, Array], row: int, sequence: PreparedSequence, manifest: Manifest
 ) -> dict[int, Array]:
-    """The weights that the sequence in `row` asked for, cropped: layer -> (H, L, S). Views into the run's arrays."""
+    """The weights that the sequence in `row` asked for, cropped: layer -> (H, L, S). Views into the run's arrays.
+
+    Raises:
+        ValueError: it asks for a site without a tap, which a resolved selection never does.
+    """
     if sequence.attention is None:
         return {}
     weights: dict[int, Array] = {}

@@ -147,7 +147,7 @@ class RuntimeSession:
         """Runs the model once, on the calling thread; only what leads to `fetches` is computed.
 
         Args:
-            feeds: an array for each input.
+            feeds: an array for each input, (B, ...) as the graph declares it.
             fetches: names of wanted outputs.
             handle: stops the run from another thread.
 

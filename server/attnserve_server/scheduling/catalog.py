@@ -73,7 +73,7 @@ class Catalog:
         self._models: dict[str, dict[str, ServedModel]] = {}
 
     def add(self, model: ServedModel) -> None:
-        """Adds a model. Its name and version must be new."""
+        """Adds a model. Raises ValueError if its name and version are there already."""
         versions = self._models.setdefault(model.name, {})
         if model.version in versions:
             raise ValueError(f"model {model.name}/{model.version} is in the catalog already")
