@@ -51,6 +51,9 @@ BY_CODE: Final[dict[str, type[AttnserveError]]] = {
     "INTERNAL": InternalFault,
 }
 
+# What gRPC has only its own short words for, which vary with how it noticed.
+_OWN_WORDS: Final = {"DEADLINE_EXCEEDED": "the timeout passed before the answer was there"}
+
 _RETRYABLE: Final = (NotServing, Overloaded)
 
 
@@ -63,7 +66,7 @@ def from_rpc_error(error: Any, request_id: str = "") -> AttnserveError:
     """What a failed call means. Takes the errors of both `grpc` and `grpc.aio`."""
     # Both kinds of grpc.RpcError have these methods; the base class itself declares none of them.
     code: grpc.StatusCode = error.code()
-    message: str = error.details() or ""
+    message: str = _OWN_WORDS.get(code.name) or error.details() or ""
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY:
             return from_status_bytes(value, request_id)
