@@ -14,7 +14,7 @@ from attnserve_server.build.check import Tolerances
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.graph import expose, precision_of, save, tapped, tapped_at
-from attnserve_server.build.probe import Axes, padding_error, probe_axes
+from attnserve_server.build.probe import Axes, batch_error, padding_error, probe_axes
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner
 from attnserve_server.build.signature import dtype_of
@@ -109,7 +109,7 @@ def axes_of(
     harmless: list[float] = []
     for symbol, max_length in max_lengths.items():
         error = padding_error(assembled.checker, assembled.sampler, symbol, assembled.outputs, assembled.site_axes)
-        paddable = error <= max(assembled.tolerances.weight, assembled.tolerances.output)
+        paddable = error <= assembled.tolerances.company
         if paddable:
             harmless.append(error)
         else:
@@ -118,6 +118,17 @@ def axes_of(
     for symbol, length in assembled.fixed_axes.items():
         specs.append(AxisSpec(symbol=symbol, max_length=length, paddable=False, fixed=True))
     return tuple(specs), max(harmless, default=None)
+
+
+def rows_are_independent(assembled: Assembled, steps: Steps) -> bool:
+    """Whether sequences of one length answer in a batch as they do alone; if not, says so."""
+    if assembled.sampler.signature.fixed_batch:
+        return True
+    error = batch_error(assembled.checker, assembled.sampler, assembled.outputs, assembled.site_axes)
+    independent = error <= assembled.tolerances.company
+    if not independent:
+        steps.warn("rows of a batch change each other's answers: every sequence will run alone")
+    return independent
 
 
 def _refuse_reserved_names(graph: onnx.GraphProto) -> None:

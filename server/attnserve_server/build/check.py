@@ -23,6 +23,11 @@ class Tolerances:
     weight: float
     row_sum: float = 1e-5
 
+    @property
+    def company(self) -> float:
+        """What padding and batch mates may change."""
+        return max(self.output, self.weight)
+
     @classmethod
     def of(cls, precision: str) -> Tolerances:
         """By the precision of the model: float16 keeps 11 bits, and int8 kernels round as coarsely."""
@@ -53,6 +58,8 @@ def row_sum_error(weights: Array) -> float:
 def product_error(site: FoundSite, weights: Array, value: Array, output: Array) -> float:
     """The greatest difference of weights @ value from the operator's own output, over rows that are not fully masked.
 
+    In parts of the greatest value, where that is beyond 1: rounding grows with it, and errors of weights do too.
+
     Args:
         site: has the layout of both.
         weights: (B, H, L, S).
@@ -66,7 +73,7 @@ def product_error(site: FoundSite, weights: Array, value: Array, output: Array) 
     values = np.repeat(values, site.heads // site.kv_heads, axis=1)
     product = weights.astype(np.float64) @ values
     seen = weights.any(axis=-1, keepdims=True)
-    return float(np.abs(np.where(seen, product - own, 0.0)).max(initial=0.0))
+    return float(np.abs(np.where(seen, product - own, 0.0)).max(initial=0.0)) / max(1.0, float(np.abs(values).max()))
 
 
 def _heads_first(array: Array, operand: Operand) -> Array:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from attnserve_server.build import torch_source
-from attnserve_server.build.assemble import Assembled, assemble, axes_of
+from attnserve_server.build.assemble import Assembled, assemble, axes_of, rows_are_independent
 from attnserve_server.build.check import CHECK_LENGTHS, judge, row_sum_error
 from attnserve_server.build.errors import BuildRefused, CheckFailed
 from attnserve_server.build.feeds import Sampler
@@ -92,7 +92,7 @@ def _export(request: ExportRequest, folder: ModelFolder, work: Path, steps: Step
         digest=UNSEALED,
         files={},
         precision=assembled.precision,
-        max_batch_size=request.max_batch_size,
+        max_batch_size=request.max_batch_size if rows_are_independent(assembled, steps) else 1,
         axes=axes,
         inputs=signature.inputs,
         outputs=assembled.outputs,

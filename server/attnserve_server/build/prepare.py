@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from attnserve_server.build.assemble import Assembled, assemble, axes_of
+from attnserve_server.build.assemble import Assembled, assemble, axes_of, rows_are_independent
 from attnserve_server.build.check import CHECK_LENGTHS, judge, product_error, row_sum_error
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.export import now
@@ -83,6 +83,8 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     assembled = assemble(proto, sampler, work, steps)
     if not assembled.sites:
         steps.warn(f"{request.file.name} has no attention that is known: it will be served without weights")
+    if not rows_are_independent(assembled, steps):
+        max_batch_size = 1
     max_lengths = _max_lengths(assembled, signature, request.max_length)
     axes, padding = axes_of(assembled, max_lengths, steps)
     steps.begin("checking against the source")

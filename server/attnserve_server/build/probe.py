@@ -130,6 +130,8 @@ def padding_error(
 ) -> float:
     """How much padding along one axis changes a sequence's own outputs and weights: the greatest difference.
 
+    In parts of each array's greatest value, where that is beyond 1, as rounding is.
+
     Args:
         runner: the tapped graph.
         sampler: makes the sequence.
@@ -164,7 +166,30 @@ def _padding_error(
     except BuildRefused:
         return float("inf")
     crops = croppers(outputs, sites, lengths)
-    return max(max_abs(crops[name](alone[name][0]), crops[name](padded[name][0])) for name in fetches)
+    return max(_scaled(crops[name](padded[name][0]), crops[name](alone[name][0])) for name in fetches)
+
+
+def batch_error(
+    runner: Runner, sampler: Sampler, outputs: Sequence[OutputSpec], sites: Mapping[str, tuple[str, str]]
+) -> float:
+    """How much a batch mate changes a sequence's own outputs and weights: the greatest difference.
+
+    Measured as padding's is, on sequences of one length.
+    """
+    lengths = {symbol: _PRIMES[position] for position, symbol in enumerate(sampler.signature.symbols)}
+    sequences = [sampler.sequence(lengths, row) for row in range(3)]
+    fetches = [*(spec.name for spec in outputs), *(WEIGHTS_PREFIX + name for name in sites)]
+    together = runner.run(sampler.batch(sequences, lengths), fetches)
+    worst = 0.0
+    for row, sequence in enumerate(sequences):
+        alone = runner.run(sampler.batch([sequence], lengths), fetches)
+        worst = max(worst, *(_scaled(together[name][row], alone[name][0]) for name in fetches))
+    return worst
+
+
+def _scaled(one: Array, reference: Array) -> float:
+    wide = np.abs(np.nan_to_num(reference.astype(np.float64), posinf=0.0, neginf=0.0))
+    return max_abs(one, reference) / max(1.0, float(wide.max(initial=0.0)))
 
 
 def croppers(

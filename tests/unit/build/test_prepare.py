@@ -139,6 +139,27 @@ def test_tapped_bundle_answers_the_bits_of_its_source(tmp_path: Path) -> None:
     assert tapped["attention.block.0.attention"].shape == (2, HEADS, 7, 7)
 
 
+@pytest.mark.parametrize(("dtype", "factor"), [(np.float32, 1000), (np.float16, 100)])
+def test_large_values_are_no_error_of_the_weights(dtype: type, factor: int, tmp_path: Path) -> None:
+    # Rounding grows with what is rounded: float32 keeps 7 digits of a thousand too.
+    model = Foreign(mask="bool", dtype=dtype).model()
+    (values,) = (tensor for tensor in model.graph.initializer if tensor.name == "wv")
+    values.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(values) * dtype(factor), "wv"))
+    manifest = prepared(model, tmp_path).manifest
+    assert manifest.axis("frames").paddable
+    assert manifest.check.weight_max_abs_error < manifest.check.weight_tolerance
+
+
+def test_rows_that_change_each_other_run_alone(tmp_path: Path) -> None:
+    model = encoder()
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "rows"))
+    model.graph.node.append(helper.make_node("ReduceMean", ["hidden", "rows"], ["mean"]))
+    model.graph.node.append(helper.make_node("Sub", ["hidden", "mean"], ["centred"]))
+    model.graph.output.append(helper.make_tensor_value_info("centred", onnx.TensorProto.FLOAT, ["batch", "seq", WIDTH]))
+    assert "rows of a batch change each other's answers: every sequence will run alone" in warnings_of(model, tmp_path)
+    assert Repository(tmp_path / "models").bundle("ranker").manifest.max_batch_size == 1
+
+
 def test_output_that_follows_no_input_axis_is_left_out(tmp_path: Path) -> None:
     model = encoder()
     model.graph.node.append(helper.make_node("ReduceSum", ["hidden"], ["total"], keepdims=0))
@@ -293,6 +314,15 @@ def test_what_is_no_model_is_refused_in_one_sentence(content: bytes, words: str,
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildRefused, match="no such file"):
         prepare_bundle(PrepareRequest(file=tmp_path / "x.onnx", name="ranker", repository=tmp_path / "models"))
+
+
+@pytest.mark.parametrize("way", ["cannot load", "does not run"])
+def test_the_runtimes_refusal_is_told_without_places(way: str, tmp_path: Path) -> None:
+    model = encoder(opset=99) if way == "cannot load" else encoder(positions=3)
+    with pytest.raises(BuildRefused, match=way) as refusal:
+        prepared(model, tmp_path)
+    assert "/" not in str(refusal.value)
+    assert "::" not in str(refusal.value)
 
 
 def test_fixed_batch_of_more_than_one_is_refused(tmp_path: Path) -> None:
