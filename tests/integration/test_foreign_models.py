@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from attnserve_client import Attention, Client, InvalidRequest
-from foreign_graphs import Foreign
+from foreign_graphs import Foreign, scorer, tabular, words
 from onnx_files import saved
 from serving import command, serve
 
@@ -37,8 +37,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     # Not at the top: it imports the runtime, which the tests of the client alone can do without.
     from attnserve_server.build.prepare import PrepareRequest, prepare_bundle  # noqa: PLC0415
 
-    for at, (name, case) in enumerate(CASES.items()):
-        file = saved(case.model(), folder / f"{name}.onnx")
+    files = {name: case.model() for name, case in CASES.items()} | {"tabular": tabular(), "scorer": scorer()}
+    for at, (name, model) in enumerate(files.items()):
+        file = saved(model, folder / f"{name}.onnx")
         if at:
             prepare_bundle(PrepareRequest(file=file, name=name, repository=folder / "models"))
             continue
@@ -104,6 +105,43 @@ def test_selections_of_cross_attention_know_both_sides(client: Client) -> None:
         asked(Attention(layer_reduction="rollout"))
     with pytest.raises(InvalidRequest, match="query 7 is out of range"):
         asked(Attention(queries=[7]))
+
+
+def test_rows_without_any_axis_share_a_run(client: Client) -> None:
+    rows = [{"row": np.full(8, number, np.float32)} for number in range(8)]
+    results = client.infer("tabular", rows)
+    assert {result.run.batch_size for result in results} == {8}
+    assert [result.outputs["score"].tolist() for result in results] == [8.0 * number for number in range(8)]
+
+
+def test_scalars_bools_and_narrow_ids_go_in_and_come_out(client: Client) -> None:
+    each = [
+        {
+            "input_ids": np.arange(1, length + 1, dtype=np.int32),
+            "keep": np.arange(length) != 1,
+            "temperature": np.float32(temperature),
+        }
+        for length, temperature in ((3, 0.5), (6, 2.0))
+    ]
+    table = words().astype(np.float64)
+    for feeds, result in zip(each, client.infer("scorer", each, attention=True), strict=True):
+        keep = feeds["keep"]
+        embedded = table[feeds["input_ids"]] * float(feeds["temperature"]) * 1.5
+        heads = embedded.reshape(-1, 4, 4).transpose(1, 0, 2)
+        exponents = np.exp(heads @ heads.transpose(0, 2, 1) / 2) * keep
+        weights = exponents / exponents.sum(-1, keepdims=True)
+        pooled = ((weights @ heads).transpose(1, 0, 2).reshape(-1, 16) * keep[:, None]).sum(0)
+        assert result.run.batch_size == 2
+        assert result.outputs["label"] == pooled.argmax()
+        assert result.outputs["score"].shape == ()
+        # float32 sums of up to 96 numbers of magnitude 10.
+        np.testing.assert_allclose(result.outputs["pooled"], pooled, atol=1e-4)
+        np.testing.assert_allclose(result.outputs["score"], pooled.sum(), atol=1e-3)
+        np.testing.assert_allclose(result.attention[0].weights, weights, atol=1e-5)
+    with pytest.raises(InvalidRequest, match="input 'temperature' is missing"):
+        client.infer("scorer", {name: each[0][name] for name in ("input_ids", "keep")})
+    with pytest.raises(InvalidRequest, match="element 0 is 50; input 'input_ids' runs from 0 to 49"):
+        client.infer("scorer", each[0] | {"input_ids": np.array([50, 1, 1], np.int32)})
 
 
 def test_fixed_lengths_are_told_and_held_to(client: Client) -> None:

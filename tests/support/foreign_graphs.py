@@ -129,3 +129,61 @@ class Foreign:
                 else ~kept
             )
         return feeds
+
+
+def tabular() -> onnx.ModelProto:
+    """Rows of 8 numbers, each to its sum: no axis but the batch, and an output of nothing else."""
+    info = helper.make_tensor_value_info
+    node = helper.make_node("ReduceSum", ["row", "last"], ["score"], keepdims=0)
+    inputs, outputs = [info("row", onnx.TensorProto.FLOAT, ["n", 8])], [info("score", onnx.TensorProto.FLOAT, ["n"])]
+    graph = helper.make_graph([node], "tabular", inputs, outputs, [numpy_helper.from_array(np.array([1]), "last")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+def words() -> Array:
+    """The table of `scorer`, (50, 16)."""
+    return np.random.default_rng(11).normal(size=(50, WIDTH)).astype(np.float32)
+
+
+def scorer() -> onnx.ModelProto:
+    """Narrow ids, a mask of bools and a number for each row; an input with a default; outputs with and without axes."""
+    info, node = helper.make_tensor_value_info, helper.make_node
+    nodes = [
+        node("Gather", ["words", "input_ids"], ["found"]),
+        node("Unsqueeze", ["temperature", "inner"], ["factor"]),
+        node("Mul", ["found", "factor"], ["tempered"]),
+        node("Mul", ["tempered", "gain"], ["embedded"]),
+        node("Unsqueeze", ["keep", "inner"], ["row"]),
+        node("Shape", ["input_ids"], ["count"], start=0, end=1),
+        node("Shape", ["input_ids"], ["length"], start=1, end=2),
+        node("Concat", ["count", "last", "length", "length"], ["square"], axis=0),
+        node("Expand", ["row", "square"], ["mask"]),
+        node("Attention", ["embedded"] * 3 + ["mask"], ["attended"], q_num_heads=4, kv_num_heads=4),
+        node("Cast", ["keep"], ["kept"], to=onnx.TensorProto.FLOAT),
+        node("Unsqueeze", ["kept", "wide"], ["column"]),
+        node("Mul", ["attended", "column"], ["masked"]),
+        node("ReduceSum", ["masked", "last"], ["pooled"], keepdims=0),
+        node("ReduceSum", ["pooled", "last"], ["score"], keepdims=0),
+        node("ArgMax", ["pooled"], ["label"], axis=1, keepdims=0),
+    ]
+    inputs = [
+        info("input_ids", onnx.TensorProto.INT32, ["n", "t"]),
+        info("keep", onnx.TensorProto.BOOL, ["n", "t"]),
+        info("temperature", onnx.TensorProto.FLOAT, ["n"]),
+        info("gain", onnx.TensorProto.FLOAT, []),
+    ]
+    outputs = [
+        info("pooled", onnx.TensorProto.FLOAT, ["n", WIDTH]),
+        info("score", onnx.TensorProto.FLOAT, ["n"]),
+        info("label", onnx.TensorProto.INT64, ["n"]),
+    ]
+    constants = {
+        "words": words(),
+        "gain": np.array(1.5, np.float32),
+        "inner": np.array([1, 2]),
+        "wide": np.array([2]),
+        "last": np.array([1]),
+    }
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "scorer", inputs, outputs, initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)

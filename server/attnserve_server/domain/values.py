@@ -62,8 +62,8 @@ class PreparedSequence:
 
     @property
     def tokens(self) -> int:
-        """Positions that carry data, summed over the axes: what batching counts."""
-        return sum(self.lengths.values())
+        """Positions that carry data, summed over the axes: what batching counts. Without axes, one."""
+        return sum(self.lengths.values()) or 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> Collat
         rows={layer: tuple(asking) for layer, asking in rows.items()},
         size=len(sequences),
         useful_tokens=sum(sequence.tokens for sequence in sequences),
-        padded_tokens=len(sequences) * sum(greatest.values()),
+        padded_tokens=len(sequences) * (sum(greatest.values()) or 1),
     )
 
 

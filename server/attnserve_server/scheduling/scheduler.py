@@ -164,7 +164,8 @@ class Scheduler:
             raise refused
 
     def _enqueue(self, request: Request, sequence: PreparedSequence, size: int, priority: Priority) -> None:
-        lengths = tuple(sequence.lengths.get(axis.symbol, 0) for axis in self._manifest.axes)
+        # A model without axes takes sequences of one position: of none, no batch of them would be worth its run.
+        lengths = tuple(sequence.lengths.get(axis.symbol, 0) for axis in self._manifest.axes) or (1,)
         view = Waiting(
             rank_s=rank_s(request.arrived_s, priority, self._settings),
             lengths=lengths,

@@ -96,6 +96,14 @@ def test_unpadding_undoes_collation(sizes: list[tuple[int, int]], wanted: list[s
     assert batch.useful_tokens == sum(map(sum, sizes))
 
 
+def test_sequences_without_axes_are_one_position_each(manifest: Manifest) -> None:
+    rows = InputSpec(name="row", dtype="float32", shape=(3,))
+    table = manifest.model_copy(update={"axes": (), "inputs": (rows,), "outputs": (), "sites": (), "text": None})
+    sequence = PreparedSequence({"row": np.zeros(3, np.float32)}, {}, ())
+    batch = collate([sequence] * 4, table)
+    assert (batch.useful_tokens, batch.padded_tokens) == (4, 4)
+
+
 def test_answers_share_no_memory_with_the_batch_or_with_each_other(manifest: Manifest, sequence_of) -> None:
     pair = [sequence_of([1, 2], outputs=("last_hidden_state",)), sequence_of([3, 4], outputs=("last_hidden_state",))]
     batch = collate(pair, manifest)
