@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from attnserve_server.build import export as room
 from attnserve_server.build import torch_source
 from attnserve_server.build.errors import BuildRefused, CheckFailed
 from attnserve_server.build.export import ExportRequest, export_bundle
+from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner
 from attnserve_server.model.manifest import InputRole
 from attnserve_server.model.repository import Bundle, BundleInvalid, Repository, verify
 from eager import OUTPUT_TOLERANCE, WEIGHT_TOLERANCE, Reference
+from rich.console import Console
 
 LAYERS, HEADS = 6, 12
 
@@ -122,6 +125,19 @@ def test_decoder_is_seen_to_be_causal(tmp_path: Path) -> None:
     source = tiny_source(tmp_path / "source", "GPT2", bos_token_id=1, eos_token_id=1)
     manifest = exported(source, tmp_path / "models").manifest
     assert [(site.name, site.kind) for site in manifest.sites] == [("h.0.attn", "causal"), ("h.1.attn", "causal")]
+
+
+def test_head_that_is_left_behind_is_told(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["architectures"] = ["BertForSequenceClassification"]
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with (tmp_path / "console").open("w", encoding="utf-8") as stream:
+        console = Console(record=True, width=200, file=stream)
+        request = ExportRequest(source=str(source), name="tiny", repository=tmp_path / "models")
+        bundle = export_bundle(request, Steps(console))
+    assert "BertForSequenceClassification is brought as BertModel: its head and its scores" in console.export_text()
+    assert [spec.name for spec in bundle.manifest.outputs] == ["last_hidden_state"]
 
 
 def test_rotary_positions_are_exported(tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def _export(request: ExportRequest, folder: ModelFolder, work: Path, steps: Step
         TextTokenizer.load(folder.tokenizer_path, SEQUENCE)
     steps.begin("loading the model")
     model = torch_source.load(folder.path, "sdpa", request.pooling, normalize=request.normalize)
+    if folder.architecture() not in {"", model.architecture}:
+        steps.warn(f"{folder.architecture()} is brought as {model.architecture}: its head and its scores are left out")
     steps.begin("exporting to ONNX")
     proto = checked(torch_source.to_graph(model), folder.name)
     signature = signature_of(proto.graph, model.padding_id)

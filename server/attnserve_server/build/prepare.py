@@ -76,6 +76,9 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         raise BuildRefused(f"{request.file.name} has no input named input_ids that a tokenizer could fill")
     if request.tokenizer and ids:
         TextTokenizer.load(request.tokenizer, str(ids.shape[0]))
+        beyond = [spec.name for spec in signature.inputs if spec.fill is None and spec is not ids]
+        if beyond:
+            steps.warn(f"input {beyond[0]!r} cannot be made from text: clients must send tensors")
     max_batch_size = signature.fixed_batch or request.max_batch_size
     if signature.fixed_batch:
         steps.warn("the batch axis is fixed at 1: every sequence will run alone")

@@ -35,6 +35,11 @@ class ModelFolder:
         # Tokenizers without a limit write 1e30.
         return int(limit) if isinstance(limit, int | float) and 1 <= limit < 2**31 else None
 
+    def architecture(self) -> str:
+        """The class that its weights were saved from; empty where the configuration does not say."""
+        named = self._json("config.json").get("architectures")
+        return str(named[0]) if isinstance(named, list) and named else ""
+
     def normalises(self) -> bool:
         """Whether sentence-transformers would scale the pooled vector to length 1."""
         modules = self._json("modules.json", [])

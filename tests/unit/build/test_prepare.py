@@ -129,6 +129,17 @@ def test_tokenizer_gives_text_and_the_padding_id(tmp_path: Path) -> None:
     assert bundle.tokenizer_path.read_bytes() == tokenizer.read_bytes()
 
 
+def test_input_that_no_text_fills_is_told(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "vocabulary.json"
+    Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).save(str(tokenizer))
+    model = encoder()
+    model.graph.input.append(helper.make_tensor_value_info("gain", onnx.TensorProto.FLOAT, ["batch", 1, 1]))
+    model.graph.node[-1].output[:] = ["plain"]
+    model.graph.node.append(helper.make_node("Mul", ["plain", "gain"], ["hidden"]))
+    said = warnings_of(model, tmp_path, tokenizer=tokenizer)
+    assert "input 'gain' cannot be made from text: clients must send tensors" in said
+
+
 def test_tapped_bundle_answers_the_bits_of_its_source(tmp_path: Path) -> None:
     bundle = prepared(encoder(), tmp_path)
     ids = np.arange(14).reshape(2, 7)
