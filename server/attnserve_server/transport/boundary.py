@@ -14,7 +14,7 @@ from google.rpc import status_pb2
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import DeadlineExpired, RequestCancelled
 from attnserve_server.observability.metrics import RPC_HANDLED, RPC_SECONDS, RPC_STARTED, Metrics
-from attnserve_server.transport.dataplane import log_failure
+from attnserve_server.transport.dataplane import DEADLINE_SLACK_S, log_failure
 from attnserve_server.transport.status import code_of, status_of, trailers_of
 from attnserve_server.transport.wire import parse
 
@@ -69,7 +69,8 @@ class RpcMetrics:
                 return answer  # noqa: TRY300 - the branches below end otherwise
             except asyncio.CancelledError:
                 # gRPC cancels the handler both when the caller leaves and when its deadline passes.
-                code = "DEADLINE_EXCEEDED" if remaining_s(context) == 0 else "CANCELLED"
+                left = remaining_s(context)
+                code = "DEADLINE_EXCEEDED" if left is not None and left <= DEADLINE_SLACK_S else "CANCELLED"
                 raise
             except grpc.aio.AbortError:
                 code = _aborted_with(context)
