@@ -351,6 +351,29 @@ async def test_leaving_in_the_middle_of_an_answer_is_no_fault_of_the_server(
     assert [line for line in logged if line["log_level"] == "error"] == []
 
 
+async def test_a_stream_that_ends_in_the_middle_of_its_first_answer_is_told_why(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = asyncio.Event()
+    sending = stream_module.send
+
+    async def cut_short(context: grpc.aio.ServicerContext, data: bytes) -> bool:
+        task = asyncio.current_task()
+        assert task is not None
+        # In the next turn of the loop gRPC has the write and has not told of its end.
+        asyncio.get_running_loop().call_soon(task.cancel)
+        cut.set()
+        return await sending(context, data)
+
+    monkeypatch.setattr(stream_module, "send", cut_short)
+    await talk.ask("a")
+    await cut.wait()
+    await talk.call.write(pb.StreamInferRequest())
+    # The caller hears of the end once it has read what came before.
+    assert (await talk.read()).request_id == "a"
+    assert await talk.ended() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_cancelling_twice_is_cancelling_once(talk: Talk, gate: Gate) -> None:
     await talk.ask("a")
     await until(lambda: bool(gate.waiting))

@@ -101,6 +101,8 @@ class _Stream:
     async def serve(self) -> None:
         """Reads, runs and answers. Raises what ends the stream itself; the requests under way are withdrawn then."""
         failure: AttnserveError | None = None
+        # Before any write that may be cancelled: gRPC would take its headers for unsent, send them again, and never end.
+        await self._context.send_initial_metadata(())
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(self._read_all(group))
             stopping = group.create_task(self._stop.wait())

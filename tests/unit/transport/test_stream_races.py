@@ -39,6 +39,9 @@ class Wire:
             await self.more.wait()
         return self.incoming.pop(0) if self.incoming else grpc.aio.EOF
 
+    async def send_initial_metadata(self, _: object) -> None:
+        pass
+
     async def write(self, data: bytes) -> None:
         self.sent.append(pb.StreamInferResponse.FromString(data))
 
