@@ -101,7 +101,7 @@ class _Stream:
     async def serve(self) -> None:
         """Reads, runs and answers. Raises what ends the stream itself; the requests under way are withdrawn then."""
         failure: AttnserveError | None = None
-        # Before any write that may be cancelled: gRPC would take its headers for unsent, send them again, and never end.
+        # Before any write that may be cancelled: gRPC would take its headers for unsent, send them again and never end.
         await self._context.send_initial_metadata(())
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(self._read_all(group))
@@ -214,8 +214,7 @@ class _Stream:
             return RequestCancelled()
         flight.computing = True
         try:
-            response = await self._compute(request, flight)
-            return response.SerializeToString()
+            return (await self._compute(request, flight)).SerializeToString()
         except asyncio.CancelledError:
             task = asyncio.current_task()
             # The caller's cancellation takes back one request of cancellation; one more comes from the stream's end.
