@@ -104,9 +104,11 @@ def merge_words(units: AxisUnits) -> tuple[AxisUnits, Indices | None]:
     starts = np.flatnonzero(begins)
     firsts = starts.tolist()
     words = [units.word_ids[first] for first in firsts]
+    # Where there is no word there is none whose text or place could be unknown.
+    wordless = max(words, default=-1) < 0
 
     def spans(of_position: tuple[int, ...], part: int) -> tuple[int, ...]:
-        if not of_position or not units.word_spans:
+        if not of_position or not (units.word_spans or wordless):
             return ()
         return tuple(
             of_position[first] if word < 0 else units.word_spans[word][part]
@@ -114,7 +116,7 @@ def merge_words(units: AxisUnits) -> tuple[AxisUnits, Indices | None]:
         )
 
     texts: tuple[str, ...] = ()
-    if units.texts and units.words:
+    if units.texts and (units.words or wordless):
         texts = tuple(
             units.texts[first] if word < 0 else units.words[word] for first, word in zip(firsts, words, strict=True)
         )

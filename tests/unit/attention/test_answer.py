@@ -95,6 +95,21 @@ def test_words_known_without_a_text_have_no_offsets():
     assert (axis.texts, axis.starts, axis.ends, axis.segments) == (("a", "b"), (), (), ())
 
 
+def test_units_without_a_word_among_them_keep_their_texts_and_places():
+    blank = AxisUnits(
+        axis="seq",
+        length=2,
+        texts=("[CLS]", "[SEP]"),
+        starts=(0, 0),
+        ends=(0, 0),
+        special=(True, True),
+        segments=(0, 0),
+        word_ids=(-1, -1),
+    )
+    [axis] = ask(AttentionSelection(unit=WORD), units={"seq": blank}, weights={0: uniform(keys=2, queries=2)}).axes
+    assert (axis.texts, axis.starts, axis.ends, axis.segments) == (("[CLS]", "[SEP]"), (0, 0), (0, 0), (0, 0))
+
+
 def test_dropped_special_tokens_leave_both_axes_and_rows_sum_to_1():
     [each] = ask(AttentionSelection(special_tokens=SpecialTokens.DROP)).maps
     assert each.query_indices == each.key_indices == (1, 2, 3, 4)
