@@ -89,12 +89,14 @@ class TextTokenizer:
         """Ids that mark structure, such as [CLS] and [SEP]. The unknown token is not among them: it stands for text."""
         return self._special_ids
 
-    def encode(self, text: str, pair: str = "") -> TokenizedText:
+    def encode(self, text: str, pair: str = "", *, limit: int | None = None) -> TokenizedText:
         """Tokenize a text, or a pair of texts, with the special tokens that the model wants around them.
 
         Args:
             text: the first text.
             pair: the second; empty: there is none.
+            limit: past so many tokens nobody will look at the units, which take as long as the tokens: they are only
+                counted. None: they are always told.
 
         Returns:
             N positions; none where the tokenizer adds no special tokens and its normalisation leaves nothing. Offsets
@@ -103,6 +105,10 @@ class TextTokenizer:
             out white space at both ends and take in the combining marks that normalisation strips from its end.
         """
         encoding = self._tokenizer.encode(text, pair) if pair else self._tokenizer.encode(text)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        type_ids = np.array(encoding.type_ids, dtype=np.int64)
+        if limit is not None and len(ids) > limit:
+            return TokenizedText(ids, type_ids, AxisUnits(axis=self._axis, length=len(ids)))
         words = Words()
         if self._knows_words:
             words.add(encoding, (text, pair))
@@ -110,7 +116,7 @@ class TextTokenizer:
         offsets = [(0, 0) if flag else span for flag, span in zip(special, encoding.offsets, strict=True)]
         units = AxisUnits(
             axis=self._axis,
-            length=len(encoding.ids),
+            length=len(ids),
             texts=tuple(self._token_text(number) for number in encoding.ids),
             starts=tuple(start for start, _ in offsets),
             ends=tuple(end for _, end in offsets),
@@ -120,11 +126,7 @@ class TextTokenizer:
             words=tuple(words.texts),
             word_spans=tuple(words.spans),
         )
-        return TokenizedText(
-            ids=np.array(encoding.ids, dtype=np.int64),
-            type_ids=np.array(encoding.type_ids, dtype=np.int64),
-            units=units,
-        )
+        return TokenizedText(ids, type_ids, units)
 
     def units_of_ids(self, ids: npt.NDArray[np.integer]) -> AxisUnits:
         """What each position of a sequence of token ids stands for.

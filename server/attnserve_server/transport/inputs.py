@@ -101,7 +101,7 @@ def _from_text(
     if not _check_text(message, intake, path, violations):
         return None
     before = len(violations)
-    encoded = intake.tokenizer.encode(message.text, message.text_pair)
+    encoded = intake.tokenizer.encode(message.text, message.text_pair, limit=intake.max_tokens)
     count = len(encoded.ids)
     if not 1 <= count <= intake.max_tokens:
         limit = f"exceed {intake.max_tokens}" if count else "are less than 1"

@@ -88,6 +88,16 @@ def test_a_pair_has_offsets_and_words_of_each_text(minilm):
     assert all(segment == 0 for segment, special in zip(units.segments, units.special, strict=True) if special)
 
 
+def test_past_the_limit_tokens_are_only_counted():
+    tokenizer = byte_level()
+    whole = tokenizer.encode("the buyer agrees")
+    count = len(whole.ids)
+    within, past = (tokenizer.encode("the buyer agrees", limit=limit) for limit in (count, count - 1))
+    assert within.units == whole.units
+    assert (past.units.length, past.units.texts, past.units.word_ids) == (count, (), ())
+    np.testing.assert_array_equal(past.ids, whole.ids)
+
+
 @pytest.mark.parametrize("name", ["[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]"])
 def test_the_text_of_a_special_token_is_text(minilm, name):
     tokenized = minilm.encode(f"a {name} b")
