@@ -11,7 +11,7 @@ from attnserve.v1 import attention_pb2, model_pb2, tensor_pb2
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.app import Application
-from attnserve_server.domain.errors import InternalFault
+from attnserve_server.domain.errors import InternalFault, Overloaded
 from gated import Gate, until
 from google.rpc import error_details_pb2, status_pb2
 from tiny_bundle import HEADS, VOCABULARY, WIDTH
@@ -159,6 +159,17 @@ async def test_a_fault_of_ours_tells_nothing_but_the_request_id(stub: InferenceS
             await call
         assert caught.value.code() is grpc.StatusCode.INTERNAL
         assert caught.value.details() == "internal error; request id mine"
+
+
+async def test_overload_is_told_before_a_request_is_prepared(stub: InferenceServiceStub, gate: Gate) -> None:
+    gate.full = Overloaded("queue_full", 2, 3, 0.5)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Infer(asking(""))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, "an empty text is seen only by preparing it"
+    assert gate.deadlines == []
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Infer(asking("", validate_only=True))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, "what runs nothing needs no room"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -21,6 +21,13 @@ class Gate:
     deadlines: list[float | None] = field(default_factory=list)
     withdrawn: int = 0
     is_open: bool = False
+    full: AttnserveError | None = None
+    """What it refuses requests with before they are prepared."""
+
+    def check_room(self, deadline: float | None) -> None:
+        """There is, unless the test says otherwise."""
+        if self.full is not None:
+            raise self.full
 
     async def submit(
         self, sequences: Sequence[PreparedSequence], *, deadline: float | None, priority: Priority

@@ -26,6 +26,10 @@ class ModelState(StrEnum):
 class Submitter(Protocol):
     """Something that runs sequences: a model's scheduler."""
 
+    def check_room(self, deadline: float | None) -> None:
+        """Raises what `submit` would raise now for the smallest of requests."""
+        ...
+
     async def submit(
         self, sequences: Sequence[PreparedSequence], *, deadline: float | None, priority: Priority
     ) -> list[SequenceResult]:

@@ -97,6 +97,10 @@ class Scheduler:
         self._draining = True
         self._fail_all(lambda: NotServing(self._manifest.name, "draining"))
 
+    def check_room(self, deadline: float | None) -> None:
+        """Raises what `submit` would raise now for the smallest of requests, before any work goes into a real one."""
+        self._admit(Demand(1, 1, 0), self._serving_at(deadline), deadline)
+
     async def submit(
         self,
         sequences: Sequence[PreparedSequence],
@@ -117,13 +121,9 @@ class Scheduler:
             DeadlineExpired: the deadline passed; raised then, also while the sequences run.
             InternalFault: one of the sequences failed; the others of this request were withdrawn.
         """
-        if self._draining or not self.healthy:
-            raise NotServing(self._manifest.name, self._state())
+        now = self._serving_at(deadline)
         if not sequences:
             return []
-        now = self._clock.now()
-        if deadline is not None and deadline <= now:
-            raise DeadlineExpired(0.0)
         sizes = [sum(tensor.nbytes for tensor in one.tensors.values()) + one.response_bytes for one in sequences]
         self._admit(Demand(len(sequences), sum(one.tokens for one in sequences), sum(sizes)), now, deadline)
         loop = asyncio.get_running_loop()
@@ -137,7 +137,8 @@ class Scheduler:
         try:
             return await request.future
         except asyncio.CancelledError:
-            self._withdraw(request, "cancelled")
+            expired = deadline is not None and self._clock.now() >= deadline
+            self._withdraw(request, "expired" if expired else "cancelled")
             raise
         finally:
             if timer is not None:
@@ -145,6 +146,15 @@ class Scheduler:
             self._requests.discard(request)
             request.entries.clear()
             del request, timer  # an error's traceback holds this frame: let the frame not hold the error as well
+
+    def _serving_at(self, deadline: float | None) -> float:
+        """The time, if there is any left and the model serves."""
+        if self._draining or not self.healthy:
+            raise NotServing(self._manifest.name, self._state())
+        now = self._clock.now()
+        if deadline is not None and deadline <= now:
+            raise DeadlineExpired(0.0)
+        return now
 
     def _state(self) -> str:
         if self._task is None:

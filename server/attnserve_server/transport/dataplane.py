@@ -78,6 +78,11 @@ class DataPlane:
         started = False
         try:
             manifest, scheduler = served.serving()
+            if not request.validate_only:
+                # Overload is told before any work: what is spent on those who must come back is taken from the others.
+                started = True
+                scheduler.check_room(deadline)
+                started = False
             prepared = await self._prepare(request, self._intake(served, manifest))
             results: list[SequenceResult] = []
             if not request.validate_only:

@@ -307,7 +307,10 @@ def test_a_full_queue_refuses_with_a_retry_delay(virtually, bench, sequence) -> 
             assert (caught.value.cause, caught.value.limit, caught.value.value) == ("queue_full", 2, 3)
             assert caught.value.retry_delay_s > 0
             assert bench.metric("refused_total", reason="queue_full") == 1
+            with pytest.raises(Overloaded):
+                scheduler.check_room(None)
             await asyncio.gather(*tasks)
+            scheduler.check_room(None)
             await scheduler.submit([sequence(3)])
 
     virtually(story())
