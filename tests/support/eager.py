@@ -30,7 +30,7 @@ SENTENCES = (
     "Who?",
     "A café in Zürich serves crème brûlée, naïvely priced at 5 € apiece.",
     "Rain fell.",
-    "The CEO said she was excited about the merger, but her tone suggested otherwise.",
+    "The director said she was excited about the merger, but her tone suggested otherwise.",
     "return [transform(item) for item in items if item.is_valid()]",
     "In 1905 he published four papers, and each of them changed a different part of physics for good.",
     "Never mind.",

@@ -164,7 +164,7 @@ class RuntimeSession:
         options.only_execute_path_to_fetches = True
         options.log_severity_level = _FATAL_ONLY
         if handle is not None:
-            handle._attach(options)  # noqa: SLF001 - the handle is this session's other half
+            handle._attach(options)  # noqa: SLF001 - handle and session are two halves of one thing
         try:
             outputs: list[Array] = self._session.run(list(fetches), dict(feeds), options)
         except Exception as error:
