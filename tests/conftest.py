@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 from eager import Reference, references
+from hypothesis import settings
 from serving import RunningServer, command, serve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# How long an example takes says nothing on a machine that others use too, least of all under coverage.
+settings.register_profile("attnserve", deadline=None, print_blob=True)
+settings.load_profile("attnserve")
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
