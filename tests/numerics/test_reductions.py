@@ -315,9 +315,7 @@ def cases(draw: st.DrawFn, *, cross: bool, layers: LayerReduction | None = None)
 
 
 # A plain-loop reference is slow, and says nothing about the code under test being so.
-thorough = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+thorough = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 @given(case=cases(cross=False))

@@ -214,7 +214,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_any_combination_equals_the_definition(case: Case) -> None:
     with TemporaryDirectory() as folder:

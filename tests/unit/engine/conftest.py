@@ -19,14 +19,13 @@ from attnserve_server.domain.selection import (
 from attnserve_server.domain.values import AxisUnits, PreparedSequence
 from attnserve_server.model.manifest import (
     AxisSpec,
-    CheckReport,
     InputRole,
     InputSpec,
     Manifest,
     OutputSpec,
-    Provenance,
     SiteSpec,
 )
+from made_by_hand import CHECK, PROVENANCE
 from onnx import TensorProto, helper, numpy_helper
 
 VOCABULARY = 50
@@ -194,16 +193,8 @@ def manifest_of(*, sites: int = 2, paddable: bool = True) -> Manifest:
             for layer in range(sites)
         ),
         vocabulary_size=VOCABULARY,
-        provenance=Provenance(source="test", exporter="test", opset=20, created="2026-01-01T00:00:00Z"),
-        check=CheckReport(
-            against="test",
-            lengths=(),
-            output_max_abs_error=0,
-            output_tolerance=0,
-            weight_max_abs_error=0,
-            weight_tolerance=0,
-            row_sum_max_abs_error=0,
-        ),
+        provenance=PROVENANCE,
+        check=CHECK,
     )
 
 

@@ -164,7 +164,7 @@ def test_words_are_slices_of_the_text_before_normalisation(minilm, text, words):
 
 
 @given(text=st.text(max_size=40), pair=st.text(max_size=20))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_gives_units_that_fit_together(minilm, text, pair):
     assert_fits(minilm.encode(text, pair), text, pair)
 
@@ -174,7 +174,7 @@ def test_any_text_gives_units_that_fit_together_for_other_tokenizers(make):
     tokenizer = make()
 
     @given(text=st.text(max_size=40), pair=st.text(max_size=20))
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def check(text, pair):
         assert_fits(tokenizer.encode(text, pair), text, pair)
 

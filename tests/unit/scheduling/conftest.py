@@ -16,16 +16,15 @@ from attnserve_server.engine.session import RunHandle
 from attnserve_server.engine.warmup import CostModel
 from attnserve_server.model.manifest import (
     AxisSpec,
-    CheckReport,
     InputRole,
     InputSpec,
     Manifest,
     OutputSpec,
-    Provenance,
 )
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.policy import SchedulingSettings
 from attnserve_server.scheduling.scheduler import Scheduler
+from made_by_hand import CHECK, PROVENANCE
 
 
 class ManualClock:
@@ -132,16 +131,8 @@ MANIFEST = Manifest(
     axes=(AxisSpec(symbol="seq", max_length=512, paddable=True),),
     inputs=(InputSpec(name="input_ids", dtype="int64", shape=("seq",), role=InputRole.TOKEN_IDS, padding=0.0),),
     outputs=(OutputSpec(name="embedding", dtype="float32", shape=(8,)),),
-    provenance=Provenance(source="test", exporter="test", opset=20, created="2026-01-01T00:00:00Z"),
-    check=CheckReport(
-        against="test",
-        lengths=(),
-        output_max_abs_error=0,
-        output_tolerance=0,
-        weight_max_abs_error=0,
-        weight_tolerance=0,
-        row_sum_max_abs_error=0,
-    ),
+    provenance=PROVENANCE,
+    check=CHECK,
 )
 
 
