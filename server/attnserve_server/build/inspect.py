@@ -154,7 +154,7 @@ def _found(layer: int, name: str, site: FoundSite, symbols: Collection[str]) -> 
         head_dim=site.head_dim,
         query_axis=query_axis,
         key_axis=key_axis,
-        available=site.scores is not None,
+        available=site.tappable,
         unavailable_reason=site.unavailable_reason,
     )
 

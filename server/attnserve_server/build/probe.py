@@ -47,7 +47,7 @@ def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: 
     if len(symbols) >= len(_PRIMES):
         raise BuildRefused(f"{len(symbols)} dynamic axes exceed the {len(_PRIMES) - 1} that can be told apart")
     batches = (1, 1) if sampler.signature.fixed_batch else (2, 3)
-    weights = {name: WEIGHTS_PREFIX + name for name, site in sites.items() if site.scores is not None}
+    weights = {name: WEIGHTS_PREFIX + name for name, site in sites.items() if site.tappable}
     own = {name: _own_output(site) for name, site in sites.items() if name in weights}
     runs: list[tuple[dict[str, int], dict[str, Array]]] = []
     for shift, batch in enumerate(batches):

@@ -47,11 +47,37 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class Factor:
+    """One meaning of an axis: what it counts, and how many there are (None: as many as the inputs make it).
+
+    A folded axis has several, the slowest first: (batch, head) is batch-major. `window` counts windows, or chunks, that
+    queries are cut into; the queries of all windows, in order, are the site's queries.
+    """
+
+    role: Literal["batch", "head", "window", "query", "key", "one"]
+    extent: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Probabilities:
+    """The weights of a site as the graph itself has them, after softmax and whatever guards follow it.
+
+    `key_axis` is the axis of `value` that softmax runs over. What its other axes are (batch, heads, queries, or several
+    of them folded into one) is learnt by running the graph; `axes` is empty before.
+    """
+
+    value: ir.Value
+    key_axis: int
+    axes: tuple[tuple[Factor, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class FoundSite:
     """A site in a graph.
 
-    `scores` is None where the site cannot be tapped, and `unavailable_reason` says why. `value` and `output`, where the
-    graph has them, let a check compare weights @ value with what the graph itself computes.
+    Its weights come from `scores`, where its operator keeps them to itself, or from `probabilities`, where the graph
+    has them; both are None where the site cannot be tapped, and `unavailable_reason` says why. `value` and `output`,
+    where the graph has them, let a check compare weights @ value with what the graph itself computes.
     """
 
     node: ir.Node
@@ -62,6 +88,12 @@ class FoundSite:
     form: Literal["dense", "windowed", "linear"] = "dense"
     causal: bool = False
     scores: Scores | None = None
+    probabilities: Probabilities | None = None
     value: Operand | None = None
     output: Operand | None = None
     unavailable_reason: str = ""
+
+    @property
+    def tappable(self) -> bool:
+        """Whether its weights can be had."""
+        return self.scores is not None or self.probabilities is not None

@@ -1,0 +1,32 @@
+"""Taps: nodes beside a site's own operator that give its weights for the batch rows that ask. Finds no sites.
+
+Everything behind a tap's first Gather has n, the number of rows asked for, as its first extent. With none, every tensor
+is empty and the tap costs next to nothing. The site's own operator is left as it was, and so is the rest of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from attnserve_server.build.sites import FoundSite
+from attnserve_server.build.taps.nodes import ITEMS_PREFIX, WEIGHTS_PREFIX, TapNodes
+from attnserve_server.build.taps.scores import weights_of_scores
+
+__all__ = ["ITEMS_PREFIX", "WEIGHTS_PREFIX", "add_taps"]
+
+
+def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> None:
+    """Add to a graph, for every site that can have one, the input and the output of its tap.
+
+    Input `attention_items.<name>`: int64 (n,), rows of the batch, in any order, n may be 0. Output
+    `attention.<name>`: float32 (n, H, L, S); rows sum to 1, fully masked rows are 0.
+    Source: Vaswani et al. 2017, eq. 1, in the form of ONNX Attention-23.
+    """
+    shared: dict[tuple[str, ir.Value], ir.Value] = {}
+    for name, site in sites.items():
+        if site.scores is None:
+            continue
+        tap = TapNodes(graph, name, shared)
+        tap.finish(weights_of_scores(tap, site.scores), site.heads, behind=site.node)
