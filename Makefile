@@ -19,7 +19,7 @@ DEMO := .demo
 DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format e2e proto docs bench image clean
+.PHONY: help demo test coverage check format e2e proto docs bench complexity image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 12
@@ -46,12 +46,15 @@ $(DEMO_BUNDLE): | $(VENV)/.run
 demo: $(VENV)/.run $(DEMO_BUNDLE) ## Set everything up, serve a real model, ask it where it looked
 	@$(BIN)/python examples/demo.py --repository $(DEMO)/models --output $(DEMO)
 
-test: $(VENV)/.dev ## Run the tests (all but e2e), with coverage
+test: $(VENV)/.dev ## Run the tests (all but coverage and e2e), with branch coverage
 	@rm -f .coverage .coverage.*
-	$(BIN)/python -m coverage run -m pytest -m "not e2e" $(PYTEST_ARGS)
+	$(BIN)/python -m coverage run -m pytest -m "not e2e and not coverage" $(PYTEST_ARGS)
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --format total > /dev/null || ($(BIN)/python -m coverage report; exit 1)
 	@$(BIN)/python -m coverage report --include='$(WHOLLY_COVERED)' --fail-under 100
+
+coverage: $(VENV)/.dev ## Bring every architecture through every exporter, and write docs/coverage.md
+	$(BIN)/python -m pytest -m coverage tests/coverage $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, contract, generated files
 	$(BIN)/ruff format --check $(SOURCES)
@@ -77,6 +80,9 @@ docs: $(VENV)/.dev ## Generate the reference pages of docs/
 
 bench: $(VENV)/.dev $(DEMO_BUNDLE) ## Print our ratios, all within one run
 	@$(BIN)/python -m bench.run --repository $(DEMO)/models
+
+complexity: $(VENV)/.dev ## Measure time and memory of every form over the length, and plot them into docs/
+	@$(BIN)/python -m bench.complexity
 
 e2e: $(VENV)/.dev $(DEMO_BUNDLE) ## Build the image, run it hardened, scrape it with a real Prometheus
 	ATTNSERVE_E2E_REPOSITORY=$(abspath $(DEMO)/models) $(BIN)/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
