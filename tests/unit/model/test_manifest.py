@@ -85,6 +85,8 @@ def test_things_are_found_by_name_and_role():
     assert found.axis("seq").max_length == 512
     assert found.output("last_hidden_state").shape == ("seq", 384)
     assert found.input_of_role(InputRole.TOKEN_IDS) == found.input("input_ids")
+    assert found.input_of_role(InputRole.TOKEN_IDS, "seq") == found.input("input_ids")
+    assert found.input_of_role(InputRole.TOKEN_IDS, "patch") is None
     assert found.input_of_role(InputRole.ATTENTION_MASK) is None
     with pytest.raises(KeyError):
         found.input("nowhere")
@@ -146,7 +148,7 @@ def test_sites_come_in_order_of_their_layers():
 def test_names_are_used_once():
     refused("site names are used twice", sites=(site(0, "a"), site(1, "a")))
     refused(r"input names are used twice: \['input_ids'\]", inputs=(ids(), ids(role=InputRole.DATA)))
-    refused(r"role names are used twice: \['token_ids'\]", inputs=(ids(), ids("more")))
+    refused(r"role names are used twice: \['token_ids along seq'\]", inputs=(ids(), ids("more")))
     refused("output names are used twice", sites=(site(0, weights_output="last_hidden_state"),))
     refused("axis names are used twice", axes=manifest().axes * 2)
 
@@ -219,3 +221,55 @@ def test_fixed_lengths_are_those_of_fixed_axes():
     seq = AxisSpec(symbol="seq", max_length=512, paddable=True)
     patches = AxisSpec(symbol="patches", max_length=49, paddable=False, fixed=True)
     assert manifest(axes=(seq, patches)).fixed_lengths == {"patches": 49}
+
+
+def patches(**fields):
+    return AxisSpec(**({"symbol": "patches", "max_length": 50, "paddable": False, "fixed": True} | fields))
+
+
+def test_patch_grid_and_what_leads_it_are_the_whole_axis():
+    assert patches(grid=(7, 7), leading=1).grid == (7, 7)
+    for words, fields in {
+        "0 positions and 7 x 7 patches are not 50": {"grid": (7, 7)},
+        "a grid needs a fixed axis": {"grid": (7, 7), "leading": 1, "fixed": False},
+        "there is no grid behind them": {"leading": 1},
+    }.items():
+        with pytest.raises(ValidationError, match=words):
+            patches(**fields)
+
+
+def test_each_axis_of_an_encoder_decoder_has_its_own_ids_mask_and_vocabulary():
+    target = {"dtype": "int64", "shape": ("target",)}
+    found = manifest(
+        axes=(
+            AxisSpec(symbol="seq", max_length=512, paddable=True),
+            AxisSpec(symbol="target", max_length=64, paddable=True),
+        ),
+        inputs=(
+            ids(),
+            ids("mask", InputRole.ATTENTION_MASK),
+            InputSpec(name="decoder_input_ids", role=InputRole.TOKEN_IDS, vocabulary_size=100, **target),
+            InputSpec(name="decoder_mask", role=InputRole.ATTENTION_MASK, **target),
+        ),
+        text=TextSpec(axis="seq", max_tokens=512, pair_axis="target", pair_max_tokens=64, pair_start=2),
+    )
+    decoder = found.input_of_role(InputRole.TOKEN_IDS, "target")
+    assert decoder == found.input("decoder_input_ids")
+    assert [found.vocabulary_of(spec) for spec in (decoder, found.input("input_ids"))] == [100, 30522]
+    assert found.text.axes == {"seq": 512, "target": 64}
+    assert Manifest.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        ("no input of token ids of shape .target.", {"pair_axis": "target", "pair_max_tokens": 8}),
+        ("both texts have the axis seq", {"pair_axis": "seq", "pair_max_tokens": 8}),
+        ("go together", {"pair_axis": "target"}),
+        ("go together", {"pair_max_tokens": 8}),
+        ("pair_start needs a pair_axis", {"pair_start": 2}),
+    ],
+)
+def test_second_text_needs_an_axis_with_token_ids(words, fields):
+    with pytest.raises(ValidationError, match=words):
+        manifest(text=TextSpec(axis="seq", max_tokens=512, **fields))

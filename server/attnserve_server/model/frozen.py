@@ -1,0 +1,31 @@
+"""What every part of a manifest is built from: a frozen base, names that cannot climb, and element types."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+VERSION_PATTERN = r"^[1-9][0-9]{0,8}$"
+
+ModelName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+ModelVersion = Annotated[str, StringConstraints(pattern=VERSION_PATTERN)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
+"""A file beside the manifest: one path component that cannot climb."""
+Symbol = Annotated[str, StringConstraints(min_length=1)]
+Extent = Symbol | Annotated[int, Field(ge=1)]
+
+NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
+    name: np.dtype(name) for name in ("bool", "uint8", "int8", "int32", "int64", "float16", "float32", "float64")
+}
+Dtype = Literal["bool", "uint8", "int8", "int32", "int64", "float16", "float32", "float64"]
+
+
+class Frozen(BaseModel):
+    """A part of a manifest: cannot be changed, and knows no other fields."""
+
+    # Padding may be infinite (a bias that masks); as a string it is valid JSON and reads back as what it was.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")

@@ -1,0 +1,46 @@
+"""Attention sites as a manifest describes them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from attnserve_server.model.frozen import Frozen
+
+
+class SiteSpec(Frozen):
+    """One place where attention is computed, and the graph's tap for it.
+
+    The tap reads `items_input` (int64, (n,): rows of the batch) and writes `weights_output` (float32, (n, heads, query,
+    key)). Both are None where the site could not be tapped; `unavailable_reason` then says why.
+    """
+
+    name: str
+    layer: Annotated[int, Field(ge=0)]
+    kind: Literal["self", "causal", "cross"]
+    form: Literal["dense", "windowed", "linear"]
+    operator: str
+    heads: Annotated[int, Field(ge=1)]
+    kv_heads: Annotated[int, Field(ge=1)]
+    head_dim: Annotated[int, Field(ge=0)]
+    query_axis: str
+    key_axis: str
+    items_input: str | None = None
+    weights_output: str | None = None
+    unavailable_reason: str = ""
+
+    @property
+    def available(self) -> bool:
+        """Whether its weights can be had."""
+        return self.weights_output is not None
+
+    @model_validator(mode="after")
+    def _tap_is_whole(self) -> Self:
+        if (self.items_input is None) != (self.weights_output is None):
+            raise ValueError(f"site {self.name}: a tap has both an input and an output, or neither")
+        if self.available == bool(self.unavailable_reason):
+            raise ValueError(f"site {self.name}: either a tap or a reason why there is none")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"site {self.name}: {self.kv_heads} key heads do not divide {self.heads} heads")
+        return self

@@ -1,0 +1,133 @@
+"""Inputs, outputs, axes and text as a manifest describes them. How they fit together is the manifest's to check."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from typing import Annotated, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from attnserve_server.model.frozen import NUMPY_DTYPES, Dtype, Extent, Frozen, Symbol
+
+
+class InputRole(StrEnum):
+    """What the server may know about an input beyond its shape."""
+
+    TOKEN_IDS = "token_ids"  # noqa: S105 - a role, no secret
+    """Ids into the vocabulary: checked against its size, and made by the tokenizer."""
+    ATTENTION_MASK = "attention_mask"
+    """1 where there is data, 0 where there is padding."""
+    TOKEN_TYPE_IDS = "token_type_ids"  # noqa: S105 - a role, no secret
+    """0 for the first text, 1 for the second."""
+    DATA = "data"
+    """Anything else."""
+
+
+class InputSpec(Frozen):
+    """One input. `shape` leaves out the batch axis; `padding` fills positions behind a sequence's end.
+
+    `fill` is the value that the server uses where a caller leaves the input out; None: it must be sent.
+    `vocabulary_size`: of an input of token ids, how many it knows; 0: as many as the manifest says of all of them.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[Extent, ...]
+    role: InputRole = InputRole.DATA
+    padding: float = 0
+    fill: float | None = None
+    vocabulary_size: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _values_fit_the_dtype(self) -> Self:
+        for field, value in (("padding", self.padding), ("fill", self.fill)):
+            if value is not None and not _fits(value, NUMPY_DTYPES[self.dtype]):
+                raise ValueError(f"{self.name}: {field} {value:g} is no {self.dtype}")
+        return self
+
+
+class OutputSpec(Frozen):
+    """One output. `shape` leaves out the batch axis."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[Extent, ...]
+
+
+class AxisSpec(Frozen):
+    """A dynamic axis. `paddable`: padding along it was seen not to change a sequence's own outputs and weights.
+
+    `fixed`: not dynamic after all; the graph always has `max_length` positions here (of patches, of latent queries, of
+    an input whose length was fixed at export), and the symbol is there for sites to name. Inputs and outputs do not.
+    `grid`: rows and columns of the patches that a fixed axis runs over, row by row; `leading` positions, such as
+    that of a class token, stand before them.
+    """
+
+    symbol: Symbol
+    max_length: Annotated[int, Field(ge=1)]
+    paddable: bool
+    fixed: bool = False
+    grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    leading: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _fixed_is_never_padded(self) -> Self:
+        if self.fixed and self.paddable:
+            raise ValueError(f"axis {self.symbol}: a fixed axis has one length, so nothing along it is padded")
+        return self
+
+    @model_validator(mode="after")
+    def _grid_is_the_whole_axis(self) -> Self:
+        if self.grid is None:
+            if self.leading:
+                raise ValueError(f"axis {self.symbol}: positions lead, but there is no grid behind them")
+            return self
+        rows, columns = self.grid
+        if not self.fixed:
+            raise ValueError(f"axis {self.symbol}: a grid needs a fixed axis")
+        if self.leading + rows * columns != self.max_length:
+            said = f"{self.leading} positions and {rows} x {columns} patches are not {self.max_length}"
+            raise ValueError(f"axis {self.symbol}: {said}")
+        return self
+
+
+class TextSpec(Frozen):
+    """How text becomes inputs: the tokenizer runs along `axis`.
+
+    `pair_axis` empty: a second text stands behind the first on the same axis. Else it has that axis, and its token ids,
+    to itself (of a decoder, say), behind the token `pair_start`, if there is one.
+    """
+
+    axis: Symbol
+    max_tokens: Annotated[int, Field(ge=1)]
+    pair_axis: str = ""
+    pair_max_tokens: Annotated[int, Field(ge=0)] = 0
+    pair_start: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _pair_is_whole(self) -> Self:
+        if self.pair_axis == self.axis:
+            raise ValueError(f"text: both texts have the axis {self.axis}; a pair on one axis names no pair_axis")
+        if bool(self.pair_axis) != bool(self.pair_max_tokens):
+            raise ValueError("text: pair_axis and pair_max_tokens go together")
+        if self.pair_start is not None and not self.pair_axis:
+            raise ValueError("text: pair_start needs a pair_axis")
+        return self
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The axes that texts run along, with the most tokens on each: the first text's, then the second's."""
+        pair = {self.pair_axis: self.pair_max_tokens} if self.pair_axis else {}
+        return {self.axis: self.max_tokens, **pair}
+
+
+def _fits(value: float, dtype: np.dtype[np.generic]) -> bool:
+    """Whether a dtype holds the value: within its range if of fractions, exactly if of whole numbers."""
+    if np.issubdtype(dtype, np.floating):
+        return math.isinf(value) or abs(value) <= float(np.finfo(dtype.name).max)
+    if dtype == np.bool_:
+        return value in {0, 1}
+    range_ = np.iinfo(dtype.name)
+    return float(value).is_integer() and range_.min <= value <= range_.max
