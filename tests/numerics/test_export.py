@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attnserve_server.build import export as room
-from attnserve_server.build import torch_source
+from attnserve_server.build import hugging_face
 from attnserve_server.build.errors import BuildRefused, CheckFailed
 from attnserve_server.build.export import ExportRequest, export_bundle
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner
+from attnserve_server.build.source_model import Reference as Answers
+from attnserve_server.build.torch_export import quiet
 from attnserve_server.model.manifest import InputRole
 from attnserve_server.model.repository import Bundle, BundleInvalid, Repository, verify
 from eager import OUTPUT_TOLERANCE, WEIGHT_TOLERANCE, Reference
@@ -36,7 +37,7 @@ def tiny_source(folder: Path, architecture: str = "Bert", **changes: Any) -> Pat
 
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"intermediate_size": 37, "max_position_embeddings": 64}
-    with torch_source.quiet():
+    with quiet():
         torch.manual_seed(0)
         config = getattr(transformers, f"{architecture}Config")(**{**sizes, **changes})
         transformers.logging.disable_progress_bar()
@@ -148,22 +149,17 @@ def test_rotary_positions_are_exported(tmp_path: Path) -> None:
     assert manifest.check.weight_max_abs_error <= WEIGHT_TOLERANCE
 
 
-def test_architecture_without_fused_attention_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BuildRefused, match="MPNetModel does not support an attention implementation") as refusal:
-        exported(tiny_source(tmp_path / "source", "MPNet"), tmp_path / "models")
-    assert "http" not in str(refusal.value)
-
-
 def test_bundle_that_answers_otherwise_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_source(tmp_path / "source")
-    honest = torch_source.eager_answers
+    honest = hugging_face.HuggingFaceModel.reference
 
-    def shifted(*arguments: Any) -> Any:
-        outputs, weights = honest(*arguments)
-        weights[1] = weights[1] + np.float32(1e-4)
-        return outputs, weights
+    def shifted(*arguments: Any) -> Answers:
+        answers = honest(*arguments)
+        assert answers.weights[1] is not None
+        answers.weights[1] = answers.weights[1] + np.float32(1e-4)
+        return answers
 
-    monkeypatch.setattr(room.torch_source, "eager_answers", shifted)
+    monkeypatch.setattr(hugging_face.HuggingFaceModel, "reference", shifted)
     with pytest.raises(CheckFailed, match=r"attention weights differ .* no bundle was written"):
         exported(source, tmp_path / "models")
     assert Repository(tmp_path / "models").bundles() == ([], [])
@@ -172,8 +168,13 @@ def test_bundle_that_answers_otherwise_is_never_written(tmp_path: Path, monkeypa
 
 def test_fewer_attention_tensors_than_sites_fail_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_source(tmp_path / "source")
-    honest = torch_source.eager_answers
-    monkeypatch.setattr(room.torch_source, "eager_answers", lambda *a: (honest(*a)[0], honest(*a)[1][:1]))
+    honest = hugging_face.HuggingFaceModel.reference
+
+    def fewer(*arguments: Any) -> Answers:
+        answers = honest(*arguments)
+        return Answers(answers.outputs, answers.weights[:1])
+
+    monkeypatch.setattr(hugging_face.HuggingFaceModel, "reference", fewer)
     with pytest.raises(CheckFailed, match="2 sites in the graph, but BertModel gives 1"):
         exported(source, tmp_path / "models")
 

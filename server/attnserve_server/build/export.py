@@ -1,14 +1,12 @@
-"""Export: from a Hugging Face model folder to a bundle that was seen to answer like it."""
+"""Export: from a source model, of Hugging Face or of the zoo, to a bundle that was seen to answer like it."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from attnserve_server.build import torch_source
 from attnserve_server.build.assemble import Assembled, assemble, axes_of, rows_are_independent
 from attnserve_server.build.check import CHECK_LENGTHS, judge, row_sum_error
 from attnserve_server.build.errors import BuildRefused, CheckFailed
@@ -18,20 +16,24 @@ from attnserve_server.build.probe import croppers, max_abs
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner, time_ratio
 from attnserve_server.build.signature import SEQUENCE, signature_of
-from attnserve_server.build.source import ModelFolder, model_folder
+from attnserve_server.build.source_model import AUTO, Reference, SourceModel, graph_of, source_model
 from attnserve_server.build.taps import WEIGHTS_PREFIX
-from attnserve_server.build.torch_source import TorchModel
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import CheckReport, Manifest, Provenance, TextSpec
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, Repository, write_bundle
 from attnserve_server.model.tokenizer import TextTokenizer
 
 POOLINGS = ("", "mean")
+TOKENS = "input_ids"
+"""The input whose vocabulary the manifest gives: the first text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
-    """What to export. `version` empty: the next one. `pooling` "mean" adds the output `embedding`."""
+    """What to export. `version` empty: the next one. `pooling` "mean" adds the output `embedding`.
+
+    `exporter` is `auto`, `dynamo` or `torchscript`; `opset` 0 is the exporter's own default.
+    """
 
     source: str
     name: str
@@ -41,6 +43,8 @@ class ExportRequest:
     normalize: bool = False
     max_batch_size: int = 32
     expect_sha256: str = ""
+    exporter: str = AUTO
+    opset: int = 0
 
 
 def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
@@ -59,35 +63,36 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
     version = Repository(request.repository).free_version(request.name, request.version)
     with steps.shown(total=8), tempfile.TemporaryDirectory(prefix="attnserve-export-") as work:
         steps.begin("verifying the source")
-        folder = model_folder(request.source, request.expect_sha256)
-        if request.pooling and folder.normalises() and not request.normalize:
-            steps.warn("the source also scales its embedding to length 1; --normalize does the same")
-        return _export(replace(request, version=version), folder, Path(work), steps)
+        source = source_model(
+            request.source,
+            pooling=request.pooling,
+            normalize=request.normalize,
+            expect_sha256=request.expect_sha256,
+            steps=steps,
+        )
+        return _export(replace(request, version=version), source, Path(work), steps)
 
 
-def _export(request: ExportRequest, folder: ModelFolder, work: Path, steps: Steps) -> Bundle:
-    if folder.tokenizer_path is not None:
-        TextTokenizer.load(folder.tokenizer_path, SEQUENCE)
-    steps.begin("loading the model")
-    model = torch_source.load(folder.path, "sdpa", request.pooling, normalize=request.normalize)
-    if folder.architecture() not in {"", model.architecture}:
-        steps.warn(f"{folder.architecture()} is brought as {model.architecture}: its head and its scores are left out")
+def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Steps) -> Bundle:
+    if source.tokenizer_path is not None:
+        TextTokenizer.load(source.tokenizer_path, SEQUENCE)
     steps.begin("exporting to ONNX")
-    proto = checked(torch_source.to_graph(model), folder.name)
-    signature = signature_of(proto.graph, model.padding_id)
-    sampler = Sampler(signature, model.vocabulary_size)
+    graph, exporter, opset = graph_of(source, request.exporter, request.opset, steps)
+    proto = checked(graph, source.name)
+    signature = signature_of(proto.graph, source.padding_id)
+    sampler = Sampler(signature, vocabulary_sizes=source.vocabulary_sizes)
     assembled = assemble(proto, sampler, work, steps)
     if not assembled.sites:
-        raise BuildRefused(f"{model.architecture} exports without attention operators, so there is nothing to tap")
-    max_length = min(model.max_length, folder.tokenizer_max_length() or model.max_length)
-    axes, padding = axes_of(assembled, {SEQUENCE: max_length}, steps)
+        raise BuildRefused(f"{source.architecture} exports without attention that is known, so there is nothing to tap")
+    max_lengths = {symbol: source.max_lengths[symbol] for symbol in signature.symbols}
+    axes, padding = axes_of(assembled, max_lengths, steps)
     steps.begin("checking against the source")
-    report = _check(assembled, folder, request, padding)
+    report = _check(assembled, source, padding)
     judge(report, assembled.tolerances.row_sum)
     steps.begin("writing the bundle")
     files = {MODEL_FILE: assembled.model_path}
-    if folder.tokenizer_path is not None:
-        files[TOKENIZER_FILE] = folder.tokenizer_path
+    if source.tokenizer_path is not None:
+        files[TOKENIZER_FILE] = source.tokenizer_path
     manifest = Manifest(
         name=request.name,
         version=request.version,
@@ -99,33 +104,34 @@ def _export(request: ExportRequest, folder: ModelFolder, work: Path, steps: Step
         inputs=signature.inputs,
         outputs=assembled.outputs,
         sites=assembled.sites,
-        vocabulary_size=model.vocabulary_size,
-        text=TextSpec(axis=SEQUENCE, max_tokens=max_length) if folder.tokenizer_path is not None else None,
+        vocabulary_size=source.vocabulary_sizes.get(TOKENS, 0),
+        text=TextSpec(axis=SEQUENCE, max_tokens=max_lengths[SEQUENCE]) if source.tokenizer_path is not None else None,
         provenance=Provenance(
-            source=folder.name,
-            source_sha256=folder.sha256,
-            exporter="torch.onnx.export, dynamo",
-            opset=torch_source.OPSET,
+            source=source.name,
+            source_sha256=source.sha256,
+            exporter=f"torch.onnx.export, {exporter}",
+            opset=opset,
             created=now(),
-            versions=model.versions,
+            versions=dict(source.versions),
         ),
         check=report,
     )
     return write_bundle(request.repository, manifest, files)
 
 
-def _check(assembled: Assembled, folder: ModelFolder, request: ExportRequest, padding: float | None) -> CheckReport:
-    """Compare the tapped graph with the source's eager mode, on mixed lengths in one padded batch."""
-    eager = torch_source.load(folder.path, "eager", request.pooling, normalize=request.normalize)
+def _check(assembled: Assembled, source: SourceModel, padding: float | None) -> CheckReport:
+    """Compare the tapped graph with the source's own answers, on mixed lengths in one padded batch."""
     tapped = Runner(assembled.model_path)
     feeds, lengths = assembled.sampler.mixed(CHECK_LENGTHS)
     outputs = [spec.name for spec in assembled.outputs]
     found = tapped.run(feeds, [*outputs, *assembled.weights.values()])
-    expected_outputs, attentions = torch_source.eager_answers(eager, feeds)
-    expected = {**expected_outputs, **_by_site(assembled, eager, attentions)}
+    reference = source.reference(feeds)
+    expected = {**reference.outputs, **_by_site(assembled, source, reference)}
     worst_output = worst_weight = worst_sum = 0.0
     for row, own in enumerate(lengths):
         for name, crop in croppers(assembled.outputs, assembled.site_axes, own).items():
+            if name not in expected:
+                continue
             error = max_abs(crop(found[name][row]), crop(expected[name][row]))
             if name.startswith(WEIGHTS_PREFIX):
                 worst_weight = max(worst_weight, error)
@@ -133,7 +139,7 @@ def _check(assembled: Assembled, folder: ModelFolder, request: ExportRequest, pa
             else:
                 worst_output = max(worst_output, error)
     return CheckReport(
-        against=f"{eager.architecture} in torch, eager attention",
+        against=f"{source.architecture} in torch, eager attention",
         lengths=CHECK_LENGTHS,
         output_max_abs_error=worst_output,
         output_tolerance=assembled.tolerances.output,
@@ -145,14 +151,15 @@ def _check(assembled: Assembled, folder: ModelFolder, request: ExportRequest, pa
     )
 
 
-def _by_site(assembled: Assembled, eager: TorchModel, attentions: Sequence[Array]) -> dict[str, Array]:
+def _by_site(assembled: Assembled, source: SourceModel, reference: Reference) -> dict[str, Array]:
     """The source's weights under the names of the taps' outputs: both count their layers in order."""
-    if len(attentions) != len(assembled.sites):
+    if len(reference.weights) != len(assembled.sites):
         raise CheckFailed(
-            f"check failed: {len(assembled.sites)} sites in the graph, but {eager.architecture} gives "
-            f"{len(attentions)} attention tensors; no bundle was written"
+            f"check failed: {len(assembled.sites)} sites in the graph, but {source.architecture} gives "
+            f"{len(reference.weights)} attention tensors; no bundle was written"
         )
-    return {WEIGHTS_PREFIX + site.name: attentions[site.layer] for site in assembled.sites}
+    pairs = ((site, reference.weights[site.layer]) for site in assembled.sites)
+    return {WEIGHTS_PREFIX + site.name: weights for site, weights in pairs if weights is not None}
 
 
 def now() -> str:

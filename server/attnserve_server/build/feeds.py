@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,11 +16,19 @@ Lengths = Mapping[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """Draws sequences. `vocabulary_size` 0: not known, ids stay at 0 and 1."""
+    """Draws sequences.
+
+    Args:
+        signature: of the graph.
+        vocabulary_size: of the input of token ids; 0: not known, ids stay at 0 and 1.
+        seed: of what is drawn.
+        vocabulary_sizes: by the name of each input that holds ids, where that is known of more than one.
+    """
 
     signature: Signature
-    vocabulary_size: int
+    vocabulary_size: int = 0
     seed: int = 0
+    vocabulary_sizes: Mapping[str, int] = field(default_factory=dict)
 
     def sequence(self, lengths: Lengths, number: int = 0) -> dict[str, Array]:
         """One sequence, without the batch axis; the same number and lengths give the same one."""
@@ -49,10 +57,11 @@ class Sampler:
     def _draw(self, spec: InputSpec, lengths: Lengths, rng: np.random.Generator) -> Array:
         shape = tuple(_extent(extent, lengths) for extent in spec.shape)
         dtype = NUMPY_DTYPES[spec.dtype]
-        if spec.role is InputRole.TOKEN_IDS:
-            ids = rng.integers(0, max(self.vocabulary_size, 2), shape)
+        size = self.vocabulary_sizes.get(spec.name, self.vocabulary_size if spec.role is InputRole.TOKEN_IDS else 0)
+        if size or spec.role is InputRole.TOKEN_IDS:
+            ids = rng.integers(0, max(size, 2), shape)
             # Padding's own id inside a sequence would be masked by models that derive their mask from the ids.
-            return np.where(ids == spec.padding, (ids + 1) % max(self.vocabulary_size, 2), ids).astype(dtype)
+            return np.where(ids == spec.padding, (ids + 1) % max(size, 2), ids).astype(dtype)
         if spec.fill is not None:
             return np.full(shape, spec.fill, dtype)
         if spec.name == "position_ids":

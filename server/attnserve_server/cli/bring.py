@@ -69,6 +69,12 @@ def export(  # noqa: PLR0913 - the options of a command
     expect_sha256: Annotated[
         str, typer.Option("--expect-sha256", help="Refuse unless model.safetensors has this sha256.", metavar="HEX")
     ] = "",
+    exporter: Annotated[
+        str, typer.Option("--exporter", help="dynamo, torchscript, or auto for the first of them that can.")
+    ] = "auto",
+    opset: Annotated[
+        int, typer.Option("--opset", min=0, help="The operator set. 0: dynamo's 23 or torchscript's 17.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Turn a Hugging Face model folder into a bundle, and check it against the model it came from."""
@@ -86,6 +92,8 @@ def export(  # noqa: PLR0913 - the options of a command
             normalize=normalize,
             max_batch_size=max_batch_size,
             expect_sha256=expect_sha256,
+            exporter=exporter,
+            opset=opset,
         )
         _report(export_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
 
