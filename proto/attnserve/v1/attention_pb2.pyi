@@ -59,7 +59,7 @@ class _AttentionFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Attenti
     ATTENTION_FORM_DENSE: _AttentionForm.ValueType  # 1
     """Every query has a weight for every key."""
     ATTENTION_FORM_WINDOWED: _AttentionForm.ValueType  # 2
-    """A query has weights for a band of keys around it only."""
+    """A query has weights for a band of keys only, for example those around it. See `AttentionMap.band_keys`."""
     ATTENTION_FORM_LINEAR: _AttentionForm.ValueType  # 3
     """Kernelised attention: the weights are implied, not computed by the model."""
 
@@ -71,7 +71,7 @@ ATTENTION_FORM_UNSPECIFIED: AttentionForm.ValueType  # 0
 ATTENTION_FORM_DENSE: AttentionForm.ValueType  # 1
 """Every query has a weight for every key."""
 ATTENTION_FORM_WINDOWED: AttentionForm.ValueType  # 2
-"""A query has weights for a band of keys around it only."""
+"""A query has weights for a band of keys only, for example those around it. See `AttentionMap.band_keys`."""
 ATTENTION_FORM_LINEAR: AttentionForm.ValueType  # 3
 """Kernelised attention: the weights are implied, not computed by the model."""
 Global___AttentionForm: _TypeAlias = AttentionForm  # noqa: Y015
@@ -305,10 +305,19 @@ class AxisUnits(_message.Message):
     ENDS_FIELD_NUMBER: _builtins.int
     SPECIAL_FIELD_NUMBER: _builtins.int
     SEGMENTS_FIELD_NUMBER: _builtins.int
+    GRID_ROWS_FIELD_NUMBER: _builtins.int
+    GRID_COLUMNS_FIELD_NUMBER: _builtins.int
+    LEADING_FIELD_NUMBER: _builtins.int
     axis: _builtins.str
     """The axis symbol, for example `seq`."""
     length: _builtins.int
     """How many units there are; always set."""
+    grid_rows: _builtins.int
+    """Rows of the grid of image patches that the units are, row by row; 0: they are no patches."""
+    grid_columns: _builtins.int
+    """Columns of that grid."""
+    leading: _builtins.int
+    """How many units stand before the patches, for example one for a class token; they count as special tokens."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The units' texts: the token as the vocabulary spells it, or the word as it stands in the caller's text."""
@@ -339,10 +348,13 @@ class AxisUnits(_message.Message):
         ends: _abc.Iterable[_builtins.int] | None = ...,
         special: _abc.Iterable[_builtins.bool] | None = ...,
         segments: _abc.Iterable[_builtins.int] | None = ...,
+        grid_rows: _builtins.int = ...,
+        grid_columns: _builtins.int = ...,
+        leading: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "ends", b"ends", "length", b"length", "segments", b"segments", "special", b"special", "starts", b"starts", "texts", b"texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "ends", b"ends", "grid_columns", b"grid_columns", "grid_rows", b"grid_rows", "leading", b"leading", "length", b"length", "segments", b"segments", "special", b"special", "starts", b"starts", "texts", b"texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -409,6 +421,7 @@ class AttentionMap(_message.Message):
     KEY_INDICES_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
+    BAND_KEYS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """Position of the site in the model's list; -1 where several were joined."""
     kind: Global___AttentionKind.ValueType
@@ -437,11 +450,22 @@ class AttentionMap(_message.Message):
 
     @_builtins.property
     def weights(self) -> _tensor_pb2.Tensor:
-        """All weights: shape [heads, queries, keys], of the selection's dtype; heads is 1 where they were joined."""
+        """All weights: shape [heads, queries, keys], or [heads, queries, columns of the band] where `band_keys` is set; of
+        the selection's dtype. heads is 1 where they were joined.
+        """
 
     @_builtins.property
     def links(self) -> Global___Links:
         """The kept weights, where `top_k` or `min_weight` was set."""
+
+    @_builtins.property
+    def band_keys(self) -> _tensor_pb2.Tensor:
+        """Set where `weights` hold a band: int32, shape [queries, columns of the band]. The key that each column of a row stands
+        for, as a unit of the key axis, and -1 where it stands for none. No row names a key twice, and a key that a row does
+        not name has weight 0 there. Maps of WINDOWED sites are bands, unless the unit is WORD, special tokens are dropped, or
+        layers are joined by rollout or by a mean over sites whose bands differ: those are laid out over all keys. Links name
+        keys of the band alone where it would be a band.
+        """
 
     def __init__(
         self,
@@ -457,10 +481,11 @@ class AttentionMap(_message.Message):
         key_indices: _abc.Iterable[_builtins.int] | None = ...,
         weights: _tensor_pb2.Tensor | None = ...,
         links: Global___Links | None = ...,
+        band_keys: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "links", b"links", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["band_keys", b"band_keys", "content", b"content", "links", b"links", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "form", b"form", "heads", b"heads", "key_axis", b"key_axis", "key_indices", b"key_indices", "kind", b"kind", "layer", b"layer", "links", b"links", "query_axis", b"query_axis", "query_indices", b"query_indices", "sites", b"sites", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["band_keys", b"band_keys", "content", b"content", "form", b"form", "heads", b"heads", "key_axis", b"key_axis", "key_indices", b"key_indices", "kind", b"kind", "layer", b"layer", "links", b"links", "query_axis", b"query_axis", "query_indices", b"query_indices", "sites", b"sites", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["weights", "links"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015

@@ -69,7 +69,10 @@ class TextInput(_message.Message):
     taken as plain text. Too many tokens: INVALID_ARGUMENT, nothing is cut off silently.
     """
     text_pair: _builtins.str
-    """A second text for models that take pairs, for example a query's passage. Empty, the default: none."""
+    """A second text for models that take pairs, for example a query's passage. Empty, the default: none. Where the second
+    text has an axis of its own (`Model.text_pair_axis`), it is tokenized by itself, behind the token that the model starts
+    it with; needed unless the model has such a token.
+    """
     def __init__(
         self,
         *,

@@ -26,23 +26,23 @@ from attnserve.v1 import attention_pb2 as attnserve_dot_v1_dot_attention__pb2
 from attnserve.v1 import tensor_pb2 as attnserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61ttnserve/v1/model.proto\x12\x0c\x61ttnserve.v1\x1a\x1c\x61ttnserve/v1/attention.proto\x1a\x19\x61ttnserve/v1/tensor.proto\"7\n\tDimension\x12\x10\n\x06symbol\x18\x01 \x01(\tH\x00\x12\x0e\n\x04size\x18\x02 \x01(\x03H\x00\x42\x08\n\x06\x65xtent\"{\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05\x64type\x18\x02 \x01(\x0e\x32\x16.attnserve.v1.DataType\x12&\n\x05shape\x18\x03 \x03(\x0b\x32\x17.attnserve.v1.Dimension\x12\x10\n\x08optional\x18\x04 \x01(\x08\"<\n\x04\x41xis\x12\x0e\n\x06symbol\x18\x01 \x01(\t\x12\x12\n\nmax_length\x18\x02 \x01(\r\x12\x10\n\x08paddable\x18\x03 \x01(\x08\"\xee\x01\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.attnserve.v1.AttentionKind\x12)\n\x04\x66orm\x18\x04 \x01(\x0e\x32\x1b.attnserve.v1.AttentionForm\x12\r\n\x05heads\x18\x05 \x01(\r\x12\x10\n\x08kv_heads\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\x12\x12\n\nquery_axis\x18\x08 \x01(\t\x12\x10\n\x08key_axis\x18\t \x01(\t\x12\x1a\n\x12unavailable_reason\x18\n \x01(\t\"\xb9\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.attnserve.v1.ModelState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12(\n\x06inputs\x18\x06 \x03(\x0b\x32\x18.attnserve.v1.TensorSpec\x12)\n\x07outputs\x18\x07 \x03(\x0b\x32\x18.attnserve.v1.TensorSpec\x12 \n\x04\x61xes\x18\x08 \x03(\x0b\x32\x12.attnserve.v1.Axis\x12!\n\x05sites\x18\t \x03(\x0b\x32\x12.attnserve.v1.Site\x12\x14\n\x0c\x61\x63\x63\x65pts_text\x18\n \x01(\x08\x12\x17\n\x0fvocabulary_size\x18\x0b \x01(\r\x12\x16\n\x0emax_batch_size\x18\x0c \x01(\r\x12\x16\n\x0emax_text_bytes\x18\r \x01(\r\x12\x1a\n\x12max_response_bytes\x18\x0e \x01(\x04\x12\x11\n\tprecision\x18\x0f \x01(\t\x12\x1a\n\x12\x65xecution_provider\x18\x10 \x01(\t*\x8b\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61ttnserve/v1/model.proto\x12\x0c\x61ttnserve.v1\x1a\x1c\x61ttnserve/v1/attention.proto\x1a\x19\x61ttnserve/v1/tensor.proto\"7\n\tDimension\x12\x10\n\x06symbol\x18\x01 \x01(\tH\x00\x12\x0e\n\x04size\x18\x02 \x01(\x03H\x00\x42\x08\n\x06\x65xtent\"\x94\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05\x64type\x18\x02 \x01(\x0e\x32\x16.attnserve.v1.DataType\x12&\n\x05shape\x18\x03 \x03(\x0b\x32\x17.attnserve.v1.Dimension\x12\x10\n\x08optional\x18\x04 \x01(\x08\x12\x17\n\x0fvocabulary_size\x18\x05 \x01(\r\"v\n\x04\x41xis\x12\x0e\n\x06symbol\x18\x01 \x01(\t\x12\x12\n\nmax_length\x18\x02 \x01(\r\x12\x10\n\x08paddable\x18\x03 \x01(\x08\x12\x11\n\tgrid_rows\x18\x04 \x01(\r\x12\x14\n\x0cgrid_columns\x18\x05 \x01(\r\x12\x0f\n\x07leading\x18\x06 \x01(\r\"\xee\x01\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.attnserve.v1.AttentionKind\x12)\n\x04\x66orm\x18\x04 \x01(\x0e\x32\x1b.attnserve.v1.AttentionForm\x12\r\n\x05heads\x18\x05 \x01(\r\x12\x10\n\x08kv_heads\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\x12\x12\n\nquery_axis\x18\x08 \x01(\t\x12\x10\n\x08key_axis\x18\t \x01(\t\x12\x1a\n\x12unavailable_reason\x18\n \x01(\t\"\xe4\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.attnserve.v1.ModelState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12(\n\x06inputs\x18\x06 \x03(\x0b\x32\x18.attnserve.v1.TensorSpec\x12)\n\x07outputs\x18\x07 \x03(\x0b\x32\x18.attnserve.v1.TensorSpec\x12 \n\x04\x61xes\x18\x08 \x03(\x0b\x32\x12.attnserve.v1.Axis\x12!\n\x05sites\x18\t \x03(\x0b\x32\x12.attnserve.v1.Site\x12\x14\n\x0c\x61\x63\x63\x65pts_text\x18\n \x01(\x08\x12\x17\n\x0fvocabulary_size\x18\x0b \x01(\r\x12\x16\n\x0emax_batch_size\x18\x0c \x01(\r\x12\x16\n\x0emax_text_bytes\x18\r \x01(\r\x12\x1a\n\x12max_response_bytes\x18\x0e \x01(\x04\x12\x11\n\tprecision\x18\x0f \x01(\t\x12\x1a\n\x12\x65xecution_provider\x18\x10 \x01(\t\x12\x11\n\ttext_axis\x18\x11 \x01(\t\x12\x16\n\x0etext_pair_axis\x18\x12 \x01(\t*\x8b\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attnserve.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=1029
-  _globals['_MODELSTATE']._serialized_end=1168
+  _globals['_MODELSTATE']._serialized_start=1156
+  _globals['_MODELSTATE']._serialized_end=1295
   _globals['_DIMENSION']._serialized_start=99
   _globals['_DIMENSION']._serialized_end=154
-  _globals['_TENSORSPEC']._serialized_start=156
-  _globals['_TENSORSPEC']._serialized_end=279
-  _globals['_AXIS']._serialized_start=281
-  _globals['_AXIS']._serialized_end=341
-  _globals['_SITE']._serialized_start=344
-  _globals['_SITE']._serialized_end=582
-  _globals['_MODEL']._serialized_start=585
-  _globals['_MODEL']._serialized_end=1026
+  _globals['_TENSORSPEC']._serialized_start=157
+  _globals['_TENSORSPEC']._serialized_end=305
+  _globals['_AXIS']._serialized_start=307
+  _globals['_AXIS']._serialized_end=425
+  _globals['_SITE']._serialized_start=428
+  _globals['_SITE']._serialized_end=666
+  _globals['_MODEL']._serialized_start=669
+  _globals['_MODEL']._serialized_end=1153
 # @@protoc_insertion_point(module_scope)

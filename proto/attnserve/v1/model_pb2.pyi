@@ -91,12 +91,15 @@ class TensorSpec(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     OPTIONAL_FIELD_NUMBER: _builtins.int
+    VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the graph."""
     dtype: _tensor_pb2.DataType.ValueType
     """Its element type."""
     optional: _builtins.bool
     """For an input: whether a caller may leave it out, because the server fills it (for example the mask, with ones)."""
+    vocabulary_size: _builtins.int
+    """For an input of token ids: they run from 0 to this less 1. 0 where that is not known, and for any other."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dimension]:
         """Its axes, without the batch axis, outermost first."""
@@ -108,10 +111,11 @@ class TensorSpec(_message.Message):
         dtype: _tensor_pb2.DataType.ValueType = ...,
         shape: _abc.Iterable[Global___Dimension] | None = ...,
         optional: _builtins.bool = ...,
+        vocabulary_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "optional", b"optional", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "optional", b"optional", "shape", b"shape", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -126,6 +130,9 @@ class Axis(_message.Message):
     SYMBOL_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
     PADDABLE_FIELD_NUMBER: _builtins.int
+    GRID_ROWS_FIELD_NUMBER: _builtins.int
+    GRID_COLUMNS_FIELD_NUMBER: _builtins.int
+    LEADING_FIELD_NUMBER: _builtins.int
     symbol: _builtins.str
     """Its name."""
     max_length: _builtins.int
@@ -134,16 +141,25 @@ class Axis(_message.Message):
     """Whether sequences of different lengths along it may share a batch without changing each other's answers. Found out
     by running the model, not declared.
     """
+    grid_rows: _builtins.int
+    """Rows of the grid of image patches that the axis runs over, row by row; 0: it runs over none."""
+    grid_columns: _builtins.int
+    """Columns of that grid."""
+    leading: _builtins.int
+    """How many positions stand before the patches, for example one for a class token."""
     def __init__(
         self,
         *,
         symbol: _builtins.str = ...,
         max_length: _builtins.int = ...,
         paddable: _builtins.bool = ...,
+        grid_rows: _builtins.int = ...,
+        grid_columns: _builtins.int = ...,
+        leading: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_length", b"max_length", "paddable", b"paddable", "symbol", b"symbol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grid_columns", b"grid_columns", "grid_rows", b"grid_rows", "leading", b"leading", "max_length", b"max_length", "paddable", b"paddable", "symbol", b"symbol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -229,6 +245,8 @@ class Model(_message.Message):
     MAX_RESPONSE_BYTES_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     EXECUTION_PROVIDER_FIELD_NUMBER: _builtins.int
+    TEXT_AXIS_FIELD_NUMBER: _builtins.int
+    TEXT_PAIR_AXIS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     version: _builtins.str
@@ -242,7 +260,7 @@ class Model(_message.Message):
     accepts_text: _builtins.bool
     """Whether it takes text. If not, only tensors."""
     vocabulary_size: _builtins.int
-    """Token ids run from 0 to this less 1; 0 where the model takes none."""
+    """Token ids run from 0 to this less 1, unless their input says otherwise; 0 where the model takes none."""
     max_batch_size: _builtins.int
     """Most sequences in one run, and so in one request."""
     max_text_bytes: _builtins.int
@@ -253,6 +271,12 @@ class Model(_message.Message):
     """Element type that most weights are held in: `fp32`, `fp16` or `int8`."""
     execution_provider: _builtins.str
     """The onnxruntime execution provider in use, for example `CPUExecutionProvider`; empty until loaded."""
+    text_axis: _builtins.str
+    """Axis symbol of the tokens of `text`; empty where the model takes no text."""
+    text_pair_axis: _builtins.str
+    """Axis symbol of the tokens of `text_pair`: another than `text_axis` where the second text has an input of its own, as
+    in an encoder-decoder. Empty where the model takes no text.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """What it takes."""
@@ -288,10 +312,12 @@ class Model(_message.Message):
         max_response_bytes: _builtins.int = ...,
         precision: _builtins.str = ...,
         execution_provider: _builtins.str = ...,
+        text_axis: _builtins.str = ...,
+        text_pair_axis: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_text", b"accepts_text", "axes", b"axes", "digest", b"digest", "execution_provider", b"execution_provider", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "name", b"name", "outputs", b"outputs", "precision", b"precision", "sites", b"sites", "state", b"state", "state_reason", b"state_reason", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_text", b"accepts_text", "axes", b"axes", "digest", b"digest", "execution_provider", b"execution_provider", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "name", b"name", "outputs", b"outputs", "precision", b"precision", "sites", b"sites", "state", b"state", "state_reason", b"state_reason", "text_axis", b"text_axis", "text_pair_axis", b"text_pair_axis", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -128,6 +128,9 @@ def merge_words(units: AxisUnits) -> tuple[AxisUnits, Indices | None]:
         ends=spans(units.ends, 2),
         special=tuple(units.special[first] for first in firsts) if units.special else (),
         segments=spans(units.segments, 0),
+        # Patches are no words, so that none of them were merged.
+        grid=units.grid,
+        leading=units.leading,
     )
     return merged, starts if len(starts) < len(ids) else None
 

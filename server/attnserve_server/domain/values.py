@@ -29,7 +29,8 @@ class AxisUnits:
 
     The lists hold N entries each, or none where the thing is not known. `word_ids` gives each position's word, counted
     from 0 over the whole sequence, and -1 for special tokens; `words` the text of each word, with its place in
-    `word_spans` as (segment, start, end).
+    `word_spans` as (segment, start, end). `grid`: rows and columns of the image patches that the positions behind the
+    first `leading` ones are, row by row.
     """
 
     axis: str
@@ -42,6 +43,8 @@ class AxisUnits:
     word_ids: tuple[int, ...] = ()
     words: tuple[str, ...] = ()
     word_spans: tuple[tuple[int, int, int], ...] = ()
+    grid: tuple[int, int] | None = None
+    leading: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,10 @@ class Links:
 
 @dataclass(frozen=True, slots=True)
 class AttentionMap:
-    """One map of the answer: `content` is (heads, queries, keys) in the selection's dtype, or links."""
+    """One map of the answer: `content` is (heads, queries, keys) in the selection's dtype, or links.
+
+    With `band_keys`, int32 (queries, W), `content` is (heads, queries, W): the key unit of each column, -1 for none.
+    """
 
     sites: tuple[str, ...]
     layer: int
@@ -90,6 +96,7 @@ class AttentionMap:
     query_indices: tuple[int, ...]
     key_indices: tuple[int, ...]
     content: Array | Links
+    band_keys: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, TypeVar
 
 import numpy as np
-from attnserve.v1 import attention_pb2, inference_service_pb2, model_pb2, tensor_pb2
+from attnserve.v1 import attention_pb2, inference_service_pb2, tensor_pb2
 
 from attnserve_server.domain.errors import FieldViolation, InvalidRequest
 from attnserve_server.domain.selection import (
@@ -27,7 +27,7 @@ from attnserve_server.domain.values import (
     Priority,
     SequenceResult,
 )
-from attnserve_server.model.manifest import NUMPY_DTYPES, Manifest, SiteSpec
+from attnserve_server.model.manifest import NUMPY_DTYPES, SiteSpec
 
 T = TypeVar("T")
 
@@ -218,6 +218,9 @@ def _units_message(units: AxisUnits) -> attention_pb2.AxisUnits:
         ends=units.ends,
         special=units.special,
         segments=units.segments,
+        grid_rows=units.grid[0] if units.grid else 0,
+        grid_columns=units.grid[1] if units.grid else 0,
+        leading=units.leading,
     )
 
 
@@ -244,51 +247,6 @@ def _map_message(found: AttentionMap) -> attention_pb2.AttentionMap:
         )
     else:
         message.weights.CopyFrom(tensor_of(found.content))
+    if found.band_keys is not None:
+        message.band_keys.CopyFrom(tensor_of(found.band_keys))
     return message
-
-
-def spec_messages(
-    specs: Iterable[tuple[str, str, Sequence[str | int], bool]],
-) -> list[model_pb2.TensorSpec]:
-    """Inputs or outputs, given as (name, dtype, shape, optional)."""
-    return [
-        model_pb2.TensorSpec(
-            name=name,
-            dtype=WIRE_DTYPES[dtype],
-            shape=[
-                model_pb2.Dimension(symbol=extent) if isinstance(extent, str) else model_pb2.Dimension(size=extent)
-                for extent in shape
-            ],
-            optional=optional,
-        )
-        for name, dtype, shape, optional in specs
-    ]
-
-
-def describe(message: model_pb2.Model, manifest: Manifest) -> None:
-    """Writes into `message` what the manifest says about a model."""
-    message.digest = manifest.digest
-    message.inputs.extend(
-        spec_messages((spec.name, spec.dtype, spec.shape, spec.fill is not None) for spec in manifest.inputs)
-    )
-    message.outputs.extend(spec_messages((spec.name, spec.dtype, spec.shape, False) for spec in manifest.outputs))
-    message.axes.extend(
-        model_pb2.Axis(symbol=axis.symbol, max_length=axis.max_length, paddable=axis.paddable) for axis in manifest.axes
-    )
-    message.sites.extend(
-        model_pb2.Site(
-            name=site.name,
-            layer=site.layer,
-            kind=KINDS[site.kind],
-            form=FORMS[site.form],
-            heads=site.heads,
-            kv_heads=site.kv_heads,
-            head_dim=site.head_dim,
-            query_axis=site.query_axis,
-            key_axis=site.key_axis,
-            unavailable_reason=site.unavailable_reason,
-        )
-        for site in manifest.sites
-    )
-    message.vocabulary_size = manifest.vocabulary_size
-    message.precision = manifest.precision

@@ -18,6 +18,7 @@ from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.logs import logger
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport import codec
+from attnserve_server.transport.description import describe
 from attnserve_server.transport.inputs import Intake
 from attnserve_server.transport.status import is_fault, plain, row_of
 from attnserve_server.transport.validation import PreparedRequest, check_model_reference, check_request_id, prepare
@@ -131,7 +132,7 @@ class DataPlane:
         )
         if served.manifest is not None:
             intake = self._intake(served, served.manifest)
-            codec.describe(message, served.manifest)
+            describe(message, served.manifest)
             message.accepts_text = served.manifest.text is not None
             message.max_batch_size = intake.max_batch_size
             message.max_text_bytes = intake.max_text_bytes

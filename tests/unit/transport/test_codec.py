@@ -17,8 +17,9 @@ from attnserve_server.domain.values import (
     RunFacts,
     SequenceResult,
 )
-from attnserve_server.model.manifest import OutputSpec
+from attnserve_server.model.manifest import AxisSpec, OutputSpec, TextSpec
 from attnserve_server.transport import codec
+from attnserve_server.transport.description import describe
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -165,10 +166,33 @@ def test_a_description_says_what_the_manifest_says() -> None:
         update={"outputs": (*MANIFEST.outputs, OutputSpec(name="mark", dtype="bool", shape=()))}
     )
     message = model_pb2.Model()
-    codec.describe(message, manifest)
+    describe(message, manifest)
     assert [(spec.name, spec.optional) for spec in message.inputs] == [("input_ids", False), ("attention_mask", True)]
     assert message.inputs[0].shape[0].symbol == "seq"
     assert [extent.WhichOneof("extent") for extent in message.outputs[0].shape] == ["symbol", "size"]
     assert message.outputs[2].dtype == tensor_pb2.DATA_TYPE_BOOL
     assert [site.name for site in message.sites] == ["layer0", "layer1"]
     assert message.vocabulary_size == manifest.vocabulary_size
+    assert [spec.vocabulary_size for spec in message.inputs] == [manifest.vocabulary_size, 0]
+    assert (message.text_axis, message.text_pair_axis) == ("seq", "seq")
+    assert message.axes[0].grid_rows == 0
+
+
+def test_a_description_tells_patch_grids_and_the_axis_of_the_second_text() -> None:
+    patches = AxisSpec(symbol="patches", max_length=7, paddable=False, fixed=True, grid=(2, 3), leading=1)
+    text = TextSpec(axis="seq", max_tokens=8, pair_axis="target", pair_max_tokens=8)
+    message = model_pb2.Model()
+    describe(message, MANIFEST.model_copy(update={"axes": (patches,), "text": text}))
+    (axis,) = message.axes
+    assert (axis.grid_rows, axis.grid_columns, axis.leading) == (2, 3, 1)
+    assert (message.text_axis, message.text_pair_axis) == ("seq", "target")
+    message = model_pb2.Model()
+    describe(message, MANIFEST.model_copy(update={"text": None}))
+    assert (message.text_axis, message.text_pair_axis) == ("", "")
+
+
+def test_units_of_patches_carry_their_grid() -> None:
+    units = AxisUnits(axis="patches", length=7, grid=(2, 3), leading=1)
+    message = codec.result_message(SequenceResult({}, AttentionAnswer((units,), ()), RunFacts(1, 1, 1, 0.1, 0)), ())
+    (axis,) = message.attention.axes
+    assert (axis.grid_rows, axis.grid_columns, axis.leading) == (2, 3, 1)

@@ -1,0 +1,78 @@
+"""What the manifest says about a model, as the contract's message. Its state and limits are the data plane's to add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from attnserve.v1 import model_pb2
+
+from attnserve_server.model.manifest import InputRole, Manifest
+from attnserve_server.transport import codec
+
+
+def spec_messages(
+    specs: Iterable[tuple[str, str, Sequence[str | int], bool, int]],
+) -> list[model_pb2.TensorSpec]:
+    """Inputs or outputs, given as (name, dtype, shape, optional, vocabulary size)."""
+    return [
+        model_pb2.TensorSpec(
+            name=name,
+            dtype=codec.WIRE_DTYPES[dtype],
+            shape=[
+                model_pb2.Dimension(symbol=extent) if isinstance(extent, str) else model_pb2.Dimension(size=extent)
+                for extent in shape
+            ],
+            optional=optional,
+            vocabulary_size=vocabulary_size,
+        )
+        for name, dtype, shape, optional, vocabulary_size in specs
+    ]
+
+
+def describe(message: model_pb2.Model, manifest: Manifest) -> None:
+    """Writes into `message` what the manifest says about a model."""
+    message.digest = manifest.digest
+    message.inputs.extend(
+        spec_messages(
+            (
+                spec.name,
+                spec.dtype,
+                spec.shape,
+                spec.fill is not None,
+                manifest.vocabulary_of(spec) if spec.role is InputRole.TOKEN_IDS else 0,
+            )
+            for spec in manifest.inputs
+        )
+    )
+    message.outputs.extend(spec_messages((spec.name, spec.dtype, spec.shape, False, 0) for spec in manifest.outputs))
+    message.axes.extend(
+        model_pb2.Axis(
+            symbol=axis.symbol,
+            max_length=axis.max_length,
+            paddable=axis.paddable,
+            grid_rows=axis.grid[0] if axis.grid else 0,
+            grid_columns=axis.grid[1] if axis.grid else 0,
+            leading=axis.leading,
+        )
+        for axis in manifest.axes
+    )
+    message.sites.extend(
+        model_pb2.Site(
+            name=site.name,
+            layer=site.layer,
+            kind=codec.KINDS[site.kind],
+            form=codec.FORMS[site.form],
+            heads=site.heads,
+            kv_heads=site.kv_heads,
+            head_dim=site.head_dim,
+            query_axis=site.query_axis,
+            key_axis=site.key_axis,
+            unavailable_reason=site.unavailable_reason,
+        )
+        for site in manifest.sites
+    )
+    message.vocabulary_size = manifest.vocabulary_size
+    if manifest.text is not None:
+        message.text_axis = manifest.text.axis
+        message.text_pair_axis = manifest.text.pair_axis or manifest.text.axis
+    message.precision = manifest.precision
