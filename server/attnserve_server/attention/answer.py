@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from attnserve_server.attention.bands import band_keys, band_of, by_key, lay_out
 from attnserve_server.attention.links import encode, links_of
 from attnserve_server.attention.reduce import (
     Weights,
@@ -35,7 +36,8 @@ def answer(
     pieces' rows, which are kept together), so this changes no number; rollout says for itself why it may.
 
     Args:
-        weights: layer -> (H, L, S) float32, all heads, cropped to the sequence's own lengths. Not written to.
+        weights: layer -> (H, L, S) float32, all heads, cropped to the sequence's own lengths; (H, L, W) where the site
+            has a band. Not written to.
         effective: the resolved selection, checked against the units.
         sites: the model's sites.
         units: the units of every axis that a chosen site names.
@@ -67,11 +69,25 @@ def _site_weights(
     *,
     all_rows: bool = False,
 ) -> tuple[Weights, Indices | None]:
-    """Of the chosen site at `index`: its weights with heads joined, (heads, rows, S), and the positions of the rows."""
+    """Of the chosen site at `index`: its weights with heads joined, (heads, rows, S), and the positions of the rows.
+
+    A band stays one, (heads, rows, W), where its map is to be one.
+    """
     layer = effective.layers[index]
-    rows = None if all_rows else plans[sites[layer].query_axis].row_positions()
+    site = sites[layer]
+    queries, keys = plans[site.query_axis], plans[site.key_axis]
+    rows = None if all_rows else queries.row_positions()
     heads = np.array(effective.heads[index], dtype=np.intp)
-    return join_heads(weights[layer], heads, effective.head_reduction, rows), rows
+    joined = join_heads(weights[layer], heads, effective.head_reduction, rows)
+    if site.band is not None and band_of(effective, _joined(effective, sites, layer)) is None:
+        joined = lay_out(joined, band_keys(site.band, queries.positions, keys.positions, rows), keys.positions)
+    return joined, rows
+
+
+def _joined(effective: EffectiveSelection, sites: Sequence[SiteSpec], layer: int) -> list[SiteSpec]:
+    """The sites whose map the site at `layer` goes into."""
+    layers = (layer,) if effective.layer_reduction is LayerReduction.EACH else effective.layers
+    return [sites[each] for each in layers]
 
 
 def _join_layers(
@@ -100,13 +116,18 @@ def _map(
 ) -> AttentionMap:
     """Words, special tokens, links and dtype: what is left to do once heads and layers are joined."""
     queries, keys = plans[sites[0].query_axis], plans[sites[0].key_axis]
-    weights = merge_queries(weights, queries.row_sizes())
-    weights = merge_keys(weights, keys.starts)
-    if effective.special_tokens is SpecialTokens.DROP:
-        weights = renormalise(weights, keys.columns)
+    band, columns = band_of(effective, sites), None
+    if band is not None:
+        columns = band_keys(band, queries.positions, keys.positions, queries.rows)
+    else:
+        weights = merge_queries(weights, queries.row_sizes())
+        weights = merge_keys(weights, keys.starts)
+        if effective.special_tokens is SpecialTokens.DROP:
+            weights = renormalise(weights, keys.columns)
     content: Array | Links
     if effective.sparse:
-        content = links_of(weights, keys.columns, effective.top_k, effective.min_weight, effective.dtype)
+        weights, names = (weights, keys.columns) if columns is None else by_key(weights, columns)
+        content = links_of(weights, names, effective.top_k, effective.min_weight, effective.dtype)
     else:
         content = encode(weights, effective.dtype)
     kinds, forms = {site.kind for site in sites}, {site.form for site in sites}
@@ -122,6 +143,7 @@ def _map(
         query_indices=_names(queries.rows),
         key_indices=_names(keys.columns),
         content=content,
+        band_keys=None if effective.sparse else columns,
     )
 
 

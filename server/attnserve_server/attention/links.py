@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from attnserve_server.attention.bands import BandKeys
 from attnserve_server.attention.reduce import Weights
 from attnserve_server.attention.units import Indices
 from attnserve_server.domain.selection import WeightDtype
@@ -47,12 +48,15 @@ def _half(weights: Weights) -> Array:
     return half.astype(np.uint16).view(np.float16)
 
 
-def links_of(weights: Weights, columns: Indices | None, top_k: int, min_weight: float, dtype: WeightDtype) -> Links:
+def links_of(
+    weights: Weights, columns: Indices | BandKeys | None, top_k: int, min_weight: float, dtype: WeightDtype
+) -> Links:
     """Keep the greatest weights of each row.
 
     Args:
         weights: (H, L, S), not negative.
-        columns: the key unit of each of the S columns, ascending; None: the column's own index.
+        columns: the key unit of each of the S columns, ascending, (S,), or (L, S) where it differs from row to row; -1
+            for columns that stand for none, which come last and weigh nothing. None: the column's own index.
         top_k: how many a row keeps at most; 0: any number.
         min_weight: the least weight kept, compared in float32 and before rounding to `dtype`.
         dtype: how kept weights are written.
@@ -64,12 +68,13 @@ def links_of(weights: Weights, columns: Indices | None, top_k: int, min_weight: 
     heads, queries, keys = weights.shape
     flat = weights.reshape(heads * queries, keys)
     limit = min(top_k, keys) if top_k else keys
+    whole = np.full(len(flat), keys, dtype=np.intp)
+    if columns is not None and columns.ndim == 2:
+        whole = np.tile(np.count_nonzero(columns >= 0, axis=1), heads)
+    counts = np.minimum(whole, limit)
     if min_weight > 0:
-        reached = np.count_nonzero(flat >= np.float32(min_weight), axis=1)
-        counts = np.minimum(reached, limit)
-        limit = int(counts.max(initial=0))
-    else:
-        counts = np.full(len(flat), limit, dtype=np.intp)
+        counts = np.minimum(counts, np.count_nonzero(flat >= np.float32(min_weight), axis=1))
+    limit = int(counts.max(initial=0))
     values, order = _greatest(flat, limit)
     offsets = np.zeros(len(flat) + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
@@ -77,11 +82,14 @@ def links_of(weights: Weights, columns: Indices | None, top_k: int, min_weight: 
     kept = np.arange(limit) < counts[:, np.newaxis]
     # In float64 the difference is exact to 1e-15; what rounding leaves of it where it must be 0 is taken off.
     residual = flat.sum(axis=1, dtype=np.float64) - np.where(kept, values, 0).sum(axis=1, dtype=np.float64)
-    residual = np.where(counts == keys, 0, np.maximum(residual, 0))
+    residual = np.where(counts == whole, 0, np.maximum(residual, 0))
     chosen = order[kept]
+    if columns is not None:
+        row_of = np.repeat(np.arange(len(flat)) % max(queries, 1), counts)
+        chosen = columns[chosen] if columns.ndim == 1 else columns[row_of, chosen]
     return Links(
         row_offsets=offsets,
-        keys=(chosen if columns is None else columns[chosen]).astype(np.int32),
+        keys=chosen.astype(np.int32),
         weights=encode(values[kept], dtype),
         residual=residual.astype(np.float32).reshape(heads, queries),
     )

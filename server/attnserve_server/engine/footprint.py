@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from math import prod
 
 from attnserve_server.domain.values import PreparedSequence
-from attnserve_server.model.manifest import NUMPY_DTYPES, Extent, InputSpec, Manifest, OutputSpec
+from attnserve_server.model.manifest import NUMPY_DTYPES, Extent, InputSpec, Manifest, OutputSpec, SiteSpec
 
 Terms = Mapping[tuple[int, ...], int]
 """Axis indices -> bytes for each position of the product of those axes' padded lengths; () is constant."""
@@ -47,11 +47,11 @@ class Footprint:
         terms = Counter(self._rows)
         for layer in layers:
             site = self._manifest.sites[layer]
-            self._count(terms, (site.heads, site.query_axis, site.key_axis), 4)
+            self._count(terms, _weights(site), 4)
         scratch: Counter[tuple[int, ...]] = Counter()
         for site in (self._manifest.sites[layer] for layer in layers):
             one: Counter[tuple[int, ...]] = Counter()
-            self._count(one, (site.heads, site.query_axis, site.key_axis), 4 * _SCRATCH_COPIES)
+            self._count(one, _weights(site), 4 * _SCRATCH_COPIES)
             scratch |= one
         return dict(terms + scratch)
 
@@ -62,3 +62,8 @@ class Footprint:
         )
         rest = (self._longest[e] if isinstance(e, str) else e for e in shape if e not in self._given)
         terms[axes] += item_bytes * prod(rest)
+
+
+def _weights(site: SiteSpec) -> tuple[Extent, ...]:
+    """The shape of a site's weights, without the batch axis."""
+    return (site.heads, site.query_axis, site.key_axis if site.band is None else site.band.width)

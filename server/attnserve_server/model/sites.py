@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from attnserve_server.model.bands import BandSpec
 from attnserve_server.model.frozen import Frozen
 
 
@@ -13,7 +14,8 @@ class SiteSpec(Frozen):
     """One place where attention is computed, and the graph's tap for it.
 
     The tap reads `items_input` (int64, (n,): rows of the batch) and writes `weights_output` (float32, (n, heads, query,
-    key)). Both are None where the site could not be tapped; `unavailable_reason` then says why.
+    key), or with a `band` (n, heads, query, columns of the band)). Both are None where the site could not be tapped;
+    `unavailable_reason` then says why.
     """
 
     name: str
@@ -29,6 +31,8 @@ class SiteSpec(Frozen):
     items_input: str | None = None
     weights_output: str | None = None
     unavailable_reason: str = ""
+    band: BandSpec | None = None
+    """Which keys the columns of a windowed site's weights stand for; None: each of the S columns is a key."""
 
     @property
     def available(self) -> bool:
@@ -43,4 +47,6 @@ class SiteSpec(Frozen):
             raise ValueError(f"site {self.name}: either a tap or a reason why there is none")
         if self.heads % self.kv_heads:
             raise ValueError(f"site {self.name}: {self.kv_heads} key heads do not divide {self.heads} heads")
+        if self.band is not None and self.form != "windowed":
+            raise ValueError(f"site {self.name}: a band is of windowed sites, and this one is {self.form}")
         return self
