@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from attnserve_server.build.roles import is_position
 from attnserve_server.build.signature import Signature
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec
@@ -57,14 +58,15 @@ class Sampler:
     def _draw(self, spec: InputSpec, lengths: Lengths, rng: np.random.Generator) -> Array:
         shape = tuple(_extent(extent, lengths) for extent in spec.shape)
         dtype = NUMPY_DTYPES[spec.dtype]
-        size = self.vocabulary_sizes.get(spec.name, self.vocabulary_size if spec.role is InputRole.TOKEN_IDS else 0)
+        known = spec.vocabulary_size or self.vocabulary_size
+        size = self.vocabulary_sizes.get(spec.name, known if spec.role is InputRole.TOKEN_IDS else 0)
         if size or spec.role is InputRole.TOKEN_IDS:
             ids = rng.integers(0, max(size, 2), shape)
             # Padding's own id inside a sequence would be masked by models that derive their mask from the ids.
             return np.where(ids == spec.padding, (ids + 1) % max(size, 2), ids).astype(dtype)
         if spec.fill is not None:
             return np.full(shape, spec.fill, dtype)
-        if spec.name == "position_ids":
+        if is_position(spec.name):
             return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
         if np.issubdtype(dtype, np.floating):
             return rng.normal(size=shape).astype(dtype)

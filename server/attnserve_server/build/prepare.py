@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +18,9 @@ from attnserve_server.build.probe import croppers, max_abs, probe_max_length
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner, time_ratio
 from attnserve_server.build.signature import Signature, signature_of
-from attnserve_server.build.vocabulary import vocabulary_size_of
+from attnserve_server.build.text import padding_id_of, text_of
 from attnserve_server.domain.values import Array
-from attnserve_server.model.manifest import CheckReport, InputRole, InputSpec, Manifest, Provenance, TextSpec
+from attnserve_server.model.manifest import CheckReport, InputRole, Manifest, Provenance
 from attnserve_server.model.repository import (
     MODEL_FILE,
     TOKENIZER_FILE,
@@ -36,7 +35,10 @@ from attnserve_server.model.tokenizer import TextTokenizer
 
 @dataclass(frozen=True, slots=True)
 class PrepareRequest:
-    """What to prepare. `max_length` bounds every dynamic axis; the graph may turn out to take less."""
+    """What to prepare. `max_length` bounds every dynamic axis; the graph may turn out to take less.
+
+    `pair_start`: where the second text has an input of its own, the id of the token that it starts behind.
+    """
 
     file: Path
     name: str
@@ -45,6 +47,7 @@ class PrepareRequest:
     tokenizer: Path | None = None
     max_length: int = 512
     max_batch_size: int = 32
+    pair_start: int | None = None
 
 
 def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundle:
@@ -61,28 +64,23 @@ def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundl
     version = Repository(request.repository).free_version(request.name, request.version)
     with steps.shown(total=7), tempfile.TemporaryDirectory(prefix="attnserve-prepare-") as work:
         steps.begin("reading the file")
-        padding_id = _padding_id(request.tokenizer)
+        padding_id = padding_id_of(request.tokenizer)
         proto = read_graph(request.file)
         return _prepare(replace(request, version=version), proto, padding_id, Path(work), steps)
 
 
 def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, work: Path, steps: Steps) -> Bundle:
     signature = signature_of(proto.graph, padding_id)
-    ids = next((spec for spec in signature.inputs if spec.role is InputRole.TOKEN_IDS), None)
-    vocabulary_size = vocabulary_size_of(proto.graph, ids.name) if ids else 0
-    if ids and not vocabulary_size:
-        steps.warn(f"the vocabulary behind {ids.name!r} cannot be told: ids past its end will fail at run time")
-    if request.tokenizer and not ids:
-        raise BuildRefused(f"{request.file.name} has no input named input_ids that a tokenizer could fill")
-    if request.tokenizer and ids:
-        TextTokenizer.load(request.tokenizer, str(ids.shape[0]))
-        beyond = [spec.name for spec in signature.inputs if spec.fill is None and spec is not ids]
-        if beyond:
-            steps.warn(f"input {beyond[0]!r} cannot be made from text: clients must send tensors")
+    ids = [spec for spec in signature.inputs if spec.role is InputRole.TOKEN_IDS]
+    for spec in ids:
+        if not spec.vocabulary_size:
+            steps.warn(f"the vocabulary behind {spec.name!r} cannot be told: ids past its end will fail at run time")
+    if request.tokenizer is not None:
+        _check_text(request, request.tokenizer, signature, steps)
     max_batch_size = signature.fixed_batch or request.max_batch_size
     if signature.fixed_batch:
         steps.warn("the batch axis is fixed at 1: every sequence will run alone")
-    sampler = Sampler(signature, vocabulary_size)
+    sampler = Sampler(signature)
     assembled = assemble(proto, sampler, work, steps)
     if not assembled.sites:
         steps.warn(f"{request.file.name} has no attention that is known: it will be served without weights")
@@ -108,8 +106,8 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         inputs=signature.inputs,
         outputs=assembled.outputs,
         sites=assembled.sites,
-        vocabulary_size=vocabulary_size,
-        text=_text(ids, max_lengths) if request.tokenizer is not None and ids else None,
+        vocabulary_size=ids[0].vocabulary_size if ids else 0,
+        text=text_of(signature.inputs, max_lengths, request.pair_start) if request.tokenizer is not None else None,
         provenance=Provenance(
             source=request.file.name,
             source_sha256=sha256_of(request.file),
@@ -123,6 +121,17 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     return write_bundle(request.repository, manifest, files)
 
 
+def _check_text(request: PrepareRequest, tokenizer: Path, signature: Signature, steps: Steps) -> None:
+    """Before the long steps: whether a tokenizer can be used, and with it text; says what text cannot fill."""
+    text = text_of(signature.inputs, dict.fromkeys(signature.symbols, request.max_length), request.pair_start)
+    if text is None:
+        raise BuildRefused(f"{request.file.name} has no input of token ids, such as input_ids, that text could fill")
+    TextTokenizer.load(tokenizer, text.axis)
+    beyond = [spec.name for spec in signature.inputs if spec.fill is None and spec.role is not InputRole.TOKEN_IDS]
+    if beyond:
+        steps.warn(f"input {beyond[0]!r} cannot be made from text: clients must send tensors")
+
+
 def _max_lengths(assembled: Assembled, signature: Signature, wanted: int) -> dict[str, int]:
     """For each axis symbol the greatest length on which the graph runs, up to `wanted`."""
     output = assembled.outputs[0].name
@@ -130,28 +139,6 @@ def _max_lengths(assembled: Assembled, signature: Signature, wanted: int) -> dic
         symbol: probe_max_length(assembled.source, assembled.sampler, symbol, wanted, output)
         for symbol in signature.symbols
     }
-
-
-def _text(ids: InputSpec, max_lengths: dict[str, int]) -> TextSpec:
-    axis = ids.shape[0]
-    if not isinstance(axis, str):
-        raise BuildRefused(f"input {ids.name!r} has a fixed length of {axis}: text needs a dynamic axis")
-    return TextSpec(axis=axis, max_tokens=max_lengths[axis])
-
-
-def _padding_id(tokenizer: Path | None) -> int:
-    """The id that a tokenizer pads with: its own setting, else that of a token named like padding, else 0."""
-    if tokenizer is None:
-        return 0
-    try:
-        described = json.loads(tokenizer.read_text(encoding="utf-8"))
-        padding = described.get("padding") or {}
-        if "pad_id" in padding:
-            return int(padding["pad_id"])
-        named = {token["content"]: token["id"] for token in described.get("added_tokens") or []}
-        return int(next((named[name] for name in ("[PAD]", "<pad>", "<|pad|>") if name in named), 0))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise BuildRefused(f"{tokenizer.name} is no tokenizer.json") from None
 
 
 def _check(assembled: Assembled, max_lengths: dict[str, int], padding: float | None, *, paddable: bool) -> CheckReport:

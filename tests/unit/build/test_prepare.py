@@ -351,7 +351,7 @@ def test_axes_that_must_be_equal_need_one_symbol(tmp_path: Path) -> None:
 def test_tokenizer_without_ids_to_fill_is_refused(tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}", encoding="utf-8")
-    with pytest.raises(BuildRefused, match="no input named input_ids"):
+    with pytest.raises(BuildRefused, match="no input of token ids, such as input_ids"):
         prepared(Case().model(), tmp_path, tokenizer=tokenizer)
 
 
