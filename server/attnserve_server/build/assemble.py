@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,13 +13,16 @@ import onnx_ir as ir
 from attnserve_server.build.check import Tolerances
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
-from attnserve_server.build.graph import expose, precision_of, save, tapped, tapped_at
-from attnserve_server.build.probe import Axes, batch_error, padding_error, probe_axes
+from attnserve_server.build.finders import find_sites
+from attnserve_server.build.graph import expose, precision_of, save, tapped_at
+from attnserve_server.build.layout import settle
+from attnserve_server.build.probe import Axes, batch_error, padding_error, probe_axes, probe_lengths
+from attnserve_server.build.products import product_errors
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner
 from attnserve_server.build.signature import dtype_of
 from attnserve_server.build.sites import FoundSite
-from attnserve_server.build.taps import ITEMS_PREFIX, WEIGHTS_PREFIX
+from attnserve_server.build.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps
 from attnserve_server.model.manifest import AxisSpec, OutputSpec, SiteSpec
 
 
@@ -61,15 +64,18 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     steps.begin("adding taps")
     source_path, checker_path, model_path = work / "source.onnx", work / "checker.onnx", work / "model.onnx"
     save(ir.from_proto(proto), source_path)
-    checker_model, found = tapped(proto)
-    exposed = [site.output.value for site in found.values() if site.output] + [
-        site.value.value for site in found.values() if site.value
-    ]
-    expose(checker_model, exposed)
+    source = Runner(source_path)
+    checker_model = ir.from_proto(proto)
+    found = find_sites(checker_model.graph)
+    expose(checker_model, found.values())
+    found = _settled(checker_model, found, sampler, work / "untapped.onnx")
+    add_taps(checker_model.graph, found)
     save(checker_model, checker_path)
     steps.begin("probing axes")
-    source, checker = Runner(source_path), Runner(checker_path)
+    checker = Runner(checker_path)
     output_names = [value.name for value in proto.graph.output]
+    tolerances = Tolerances.of(precision_of(proto))
+    found = _verified(checker, sampler, found, tolerances)
     axes = probe_axes(checker, sampler, output_names, found)
     outputs = _outputs(proto.graph, axes, steps)
     fixed_axes = _fixed_axes(axes, sampler.signature.symbols)
@@ -78,9 +84,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
         if not site.available:
             steps.warn(f"site {site.name} gives no weights: {site.unavailable_reason}")
     available = {site.name: (site.query_axis, site.key_axis) for site in sites if site.available}
-    save(tapped_at(proto, available), model_path)
-    precision = precision_of(proto)
-    tolerances = Tolerances.of(precision)
+    save(tapped_at(proto, {name: found[name] for name in available}), model_path)
     named = {symbol for pair in available.values() for symbol in pair}
     return Assembled(
         model_path=model_path,
@@ -93,8 +97,42 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
         site_axes=available,
         fixed_axes={symbol: length for length, symbol in fixed_axes.items() if symbol in named},
         tolerances=tolerances,
-        precision=precision,
+        precision=precision_of(proto),
     )
+
+
+def _settled(model: ir.Model, found: dict[str, FoundSite], sampler: Sampler, path: Path) -> dict[str, FoundSite]:
+    """The sites with the layout of their probabilities, which the untapped graph is run for."""
+    if not any(site.probabilities for site in found.values()):
+        return found
+    save(model, path)
+    return settle(Runner(path), sampler, found, probe_lengths(sampler.signature.symbols))
+
+
+def _verified(
+    checker: Runner, sampler: Sampler, found: dict[str, FoundSite], tolerances: Tolerances
+) -> dict[str, FoundSite]:
+    """The sites; those whose weights do not make their own output, or do not run, are no longer tappable."""
+    lengths, _ = probe_lengths(sampler.signature.symbols)
+    rows = range(sampler.signature.fixed_batch or 3)
+    feeds = sampler.batch([sampler.sequence(lengths, row) for row in rows], lengths)
+    verified = dict(found)
+    for name, site in found.items():
+        if not site.tappable:
+            continue
+        try:
+            weights = checker.run(feeds, [WEIGHTS_PREFIX + name])[WEIGHTS_PREFIX + name]
+            error = product_errors(checker, found, {name: weights}, feeds)[name]
+        except BuildRefused as fault:
+            reason = f"its tap does not run: {fault}"
+        except ValueError:  # shapes of weights and value do not fit
+            reason = "its first axis is not the batch"
+        else:
+            reason = f"its weights @ value differ from its own output by {error:.3g}, more than {tolerances.output:g}"
+            if error <= tolerances.output:
+                continue
+        verified[name] = replace(site, scores=None, probabilities=None, unavailable_reason=reason)
+    return verified
 
 
 def axes_of(

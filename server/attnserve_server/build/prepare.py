@@ -9,17 +9,17 @@ from pathlib import Path
 import onnx
 
 from attnserve_server.build.assemble import Assembled, assemble, axes_of, rows_are_independent
-from attnserve_server.build.check import CHECK_LENGTHS, judge, product_error, row_sum_error
+from attnserve_server.build.check import CHECK_LENGTHS, judge, row_sum_error
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.export import now
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.graph import read_graph
 from attnserve_server.build.probe import croppers, max_abs, probe_max_length
+from attnserve_server.build.products import product_errors
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner, time_ratio
 from attnserve_server.build.signature import Signature, signature_of
 from attnserve_server.build.text import padding_id_of, text_of
-from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import CheckReport, InputRole, Manifest, Provenance
 from attnserve_server.model.repository import (
     MODEL_FILE,
@@ -162,40 +162,17 @@ def _check(assembled: Assembled, max_lengths: dict[str, int], padding: float | N
     for row, own in enumerate(each):
         for name, crop in croppers(assembled.outputs, {}, own).items():
             worst_output = max(worst_output, max_abs(crop(found[name][row]), crop(expected[name][row])))
-    inner = _inner_values(assembled, feeds)
-    weights_of = assembled.weights
-    products = [
-        product_error(assembled.found[name], found[weights_of[name]], *inner[name]) for name in assembled.site_axes
-    ]
-    sums = [row_sum_error(found[output]) for output in weights_of.values()]
+    weights = {name: found[output] for name, output in assembled.weights.items()}
+    products = product_errors(assembled.checker, assembled.found, weights, feeds)
+    sums = [row_sum_error(own) for name, own in weights.items() if assembled.found[name].rows_sum_to_one]
     return CheckReport(
         against="the file itself, weights @ value with each operator's own output",
         lengths=lengths,
         output_max_abs_error=worst_output,
         output_tolerance=assembled.tolerances.output,
-        weight_max_abs_error=max(products, default=0.0),
+        weight_max_abs_error=max(products.values(), default=0.0),
         weight_tolerance=assembled.tolerances.output,
         row_sum_max_abs_error=max(sums, default=0.0),
         padding_max_abs_error=padding,
         tapped_over_source_time=time_ratio(tapped, assembled.source, feeds, outputs) if assembled.site_axes else None,
     )
-
-
-def _inner_values(assembled: Assembled, feeds: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
-    """Value and own output of each available site, as the graph computes them for these feeds."""
-    constants: dict[str, Array] = {}
-    places: dict[str, tuple[str, str]] = {}
-    for name in assembled.site_axes:
-        site = assembled.found[name]
-        assert site.value is not None
-        assert site.output is not None
-        value, output = site.value.value, site.output.value
-        assert value.name is not None
-        assert output.name is not None
-        places[name] = (value.name, output.name)
-        if value.const_value is not None:
-            constants[value.name] = value.const_value.numpy()
-    known = {**constants, **feeds}
-    fetches = sorted({name for pair in places.values() for name in pair} - set(known))
-    known.update(assembled.checker.run(feeds, fetches) if fetches else {})
-    return {name: (known[value], known[output]) for name, (value, output) in places.items()}

@@ -44,14 +44,12 @@ def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: 
         BuildRefused: the graph does not run on such lengths, mostly because axes with distinct symbols must be equal.
     """
     symbols = sampler.signature.symbols
-    if len(symbols) >= len(_PRIMES):
-        raise BuildRefused(f"{len(symbols)} dynamic axes exceed the {len(_PRIMES) - 1} that can be told apart")
     batches = (1, 1) if sampler.signature.fixed_batch else (2, 3)
     weights = {name: WEIGHTS_PREFIX + name for name, site in sites.items() if site.tappable}
-    own = {name: _own_output(site) for name, site in sites.items() if name in weights}
-    runs: list[tuple[dict[str, int], dict[str, Array]]] = []
-    for shift, batch in enumerate(batches):
-        lengths = {symbol: _PRIMES[position + shift] for position, symbol in enumerate(symbols)}
+    # Where the graph has the weights itself, their layout is known already, and that of its output may be any.
+    own = {name: _own_output(site) for name, site in sites.items() if site.scores is not None}
+    runs: list[tuple[Mapping[str, int], dict[str, Array]]] = []
+    for lengths, batch in zip(probe_lengths(symbols), batches, strict=True):
         feeds = sampler.batch([sampler.sequence(lengths, row) for row in range(batch)], lengths)
         try:
             runs.append((lengths, runner.run(feeds, [*outputs, *weights.values(), *own.values()])))
@@ -77,6 +75,14 @@ def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: 
         unbatched_sites=frozenset(strange),
         causal_sites=frozenset(name for name, output in weights.items() if _is_causal((first[output], second[output]))),
     )
+
+
+def probe_lengths(symbols: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Two sets of lengths, in each of which every symbol has a prime of its own. Raises BuildRefused for too many."""
+    if len(symbols) >= len(_PRIMES):
+        raise BuildRefused(f"{len(symbols)} dynamic axes exceed the {len(_PRIMES) - 1} that can be told apart")
+    first, second = ({symbol: _PRIMES[at + shift] for at, symbol in enumerate(symbols)} for shift in (0, 1))
+    return first, second
 
 
 def _own_output(site: FoundSite) -> str:

@@ -9,24 +9,78 @@ import onnx_ir as ir
 
 
 @dataclass(frozen=True, slots=True)
+class Columns:
+    """Some columns of a value, from `start` to before `stop` of its last axis."""
+
+    value: ir.Value
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotation of each head's first 2 * R numbers by the angles of its position, R being the width of the tables.
+
+    The position of row t is `first` (a value whose first number counts; None: 0) plus t. `interleaved`: neighbours make
+    a pair; else the first half with the second. Source: Su et al. 2021, eq. 34.
+    """
+
+    cos: ir.Value
+    sin: ir.Value
+    interleaved: bool = False
+    first: ir.Value | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Operand:
-    """A value that carries heads: (B, H, T, D), or, when `packed`, (B, T, H * D)."""
+    """A value that carries heads: (B, H, T, D), or, when `packed`, (B, T, H * D).
+
+    What the operator itself does to the value before it is that, in this order: multiplies it with `weights`, a matrix
+    that serves several operands; takes `columns` of its last axis (start, stop), or of (B, T, H, parts, D) one `part`;
+    adds `bias`, (H * D,); rotates it.
+    """
 
     value: ir.Value
     heads: int
     packed: bool
+    weights: ir.Value | None = None
+    columns: tuple[int, int] | None = None
+    part: int | None = None
+    bias: Columns | None = None
+    rotary: Rotary | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the value is the operand as it stands."""
+        return not (self.weights or self.columns or self.part is not None or self.bias or self.rotary)
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
     """A mask or bias that broadcasts to (B, H, L, S) from the right.
 
-    A boolean one keeps where it is true; any other is added to the scores after softcap.
+    A boolean one keeps where it is true; any other is added to the scores after softcap, and masks where it is not
+    above `masked_up_to` (None: half the lowest number of its type).
     """
 
     value: ir.Value
     rank: int
     boolean: bool
+    masked_up_to: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPadding:
+    """Integers that say which keys count; `filter_value` is added to the scores of the others.
+
+    By rank: 1, the first B are ends of each row's keys (exclusive), and of 2 * B numbers the second half are starts;
+    2, (B, S), above 0 for keys that count; 3, (B, L, S) likewise; 4, (B, 1, M, M), of which the first L rows and S
+    columns are used.
+    """
+
+    value: ir.Value
+    rank: int
+    filter_value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +88,14 @@ class Scores:
     """How a site's scores come about: softcap(query @ key^T * scale) + masks, then softmax over the keys.
 
     Heads of the query are grouped in order over the heads of the key. `causal`: query i sees keys up to i, counted
-    from the first of both. Source: ONNX operators, Attention-23.
+    from the first of both; `window`: of those the last so many (0: all). `key_ends`, int32 (B,): keys up to and with
+    that position count.
+
+    `zeroed`: a row in which every key is masked is 0. Where it is False, masks are merely added, and such a row is what
+    softmax makes of it; and the frontier of `causal` leaves out the last query, as onnxruntime's kernel does (which
+    matters only where keys outnumber queries).
+
+    Source: ONNX operators, Attention-23; for the others, onnxruntime's own CPU kernels.
     """
 
     query: Operand
@@ -43,7 +104,10 @@ class Scores:
     scale: float
     softcap: float = 0.0
     causal: bool = False
-    masks: tuple[Mask, ...] = ()
+    window: int = 0
+    masks: tuple[Mask | KeyPadding, ...] = ()
+    key_ends: ir.Value | None = None
+    zeroed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +128,21 @@ class Probabilities:
 
     `key_axis` is the axis of `value` that softmax runs over. What its other axes are (batch, heads, queries, or several
     of them folded into one) is learnt by running the graph; `axes` is empty before.
+
+    `product` multiplies them with the site's value; they are its operand at `position`. `query_axes` are those axes of
+    `value`, counted from the end, that the product does not share with the site's value: queries, and query heads that
+    share a key head. `scores` are the nodes that multiply queries and keys. `whole`: rows sum to 1, since nothing
+    between softmax and product takes any weight away.
     """
 
     value: ir.Value
     key_axis: int
     axes: tuple[tuple[Factor, ...], ...] = ()
+    product: ir.Node | None = None
+    position: int = 0
+    query_axes: tuple[int, ...] = ()
+    scores: tuple[ir.Node, ...] = ()
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +171,8 @@ class FoundSite:
     def tappable(self) -> bool:
         """Whether its weights can be had."""
         return self.scores is not None or self.probabilities is not None
+
+    @property
+    def rows_sum_to_one(self) -> bool:
+        """Whether rows of weights sum to 1 (or are 0): nothing behind softmax takes any weight away."""
+        return self.probabilities is None or self.probabilities.whole

@@ -293,7 +293,7 @@ def test_external_data_from_elsewhere_is_refused(way: str, tmp_path: Path) -> No
 
 
 def test_check_that_sees_wrong_weights_writes_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "product_error", lambda *arguments: 0.5)
+    monkeypatch.setattr(room, "product_errors", lambda *arguments: {"attention_0": 0.5})
     with pytest.raises(CheckFailed, match=r"attention weights differ .* by 0\.5.*no bundle was written"):
         prepared(encoder(), tmp_path)
     assert not (tmp_path / "models").exists()

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
-from attnserve_server.build.finders import onnx_attention
+from attnserve_server.build.finders import decomposed, onnx_attention
 from attnserve_server.build.names import site_names
 from attnserve_server.build.sites import FoundSite
 
 Finder = Callable[[ir.Graph], Iterable[FoundSite]]
 """Looks through a graph and yields the sites that it knows; it must leave the graph as it is."""
 
-FINDERS: tuple[Finder, ...] = (onnx_attention.find,)
+FINDERS: tuple[Finder, ...] = (onnx_attention.find, decomposed.find)
 """In order of precedence: where two finders claim one node, the first one's word counts."""
 
 

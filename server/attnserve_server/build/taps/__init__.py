@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.build.taps.nodes import ITEMS_PREFIX, WEIGHTS_PREFIX, TapNodes
+from attnserve_server.build.taps.probabilities import weights_of_probabilities
 from attnserve_server.build.taps.scores import weights_of_scores
 
 __all__ = ["ITEMS_PREFIX", "WEIGHTS_PREFIX", "add_taps"]
@@ -26,7 +27,10 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> None:
     """
     shared: dict[tuple[str, ir.Value], ir.Value] = {}
     for name, site in sites.items():
-        if site.scores is None:
-            continue
         tap = TapNodes(graph, name, shared)
-        tap.finish(weights_of_scores(tap, site.scores), site.heads, behind=site.node)
+        if site.scores is not None:
+            tap.finish(weights_of_scores(tap, site.scores), site.heads, behind=site.node)
+        elif site.probabilities is not None and site.probabilities.axes:
+            last = site.probabilities.value.producer()
+            assert last is not None
+            tap.finish(weights_of_probabilities(tap, site.probabilities), site.heads, behind=last)

@@ -1,0 +1,200 @@
+"""Finds attention that a graph computes step by step: a softmax over keys whose result multiplies the value.
+
+What makes a softmax attention: its scores come, through steps that change numbers one by one or move axes about, from
+a product of two activations (or of an activation with constant queries), and the product with the value, an activation
+too, sums over the axis of softmax. Classifiers, gates of mixtures and pooling by a constant vector lack one of these.
+Source: Vaswani et al. 2017, eq. 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from attnserve_server.build.finders.decomposed_products import Product
+from attnserve_server.build.finders.decomposed_softmax import Softmax, softmaxes
+from attnserve_server.build.finders.decomposed_walk import (
+    Axis,
+    backward,
+    dynamic_values,
+    extent_of,
+    forward,
+    rank_of,
+)
+from attnserve_server.build.sites import FoundSite, Operand, Probabilities
+
+_TAKES_AWAY = {
+    "Slice",
+    "Split",
+    "Gather",
+    "GatherElements",
+    "Mul",
+    "Div",
+    "Where",
+    "Add",
+    "Sub",
+    "Clip",
+    "Trilu",
+    "Min",
+}
+"""Steps behind softmax after which rows need not sum to 1."""
+_PARTS = {"Slice", "Split", "Gather"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Contraction:
+    """A product of weights and value. `axis` is None where the keys got lost on the way."""
+
+    product: Product
+    position: int
+    axis: Axis
+    whole: bool
+    part: ir.Value | None
+
+    @property
+    def weights(self) -> ir.Value:
+        return self.product.operand(self.position)
+
+    @property
+    def value(self) -> ir.Value:
+        return self.product.operand(1 - self.position)
+
+
+def find(graph: ir.Graph) -> Iterator[FoundSite]:
+    """All of a graph, those in subgraphs too."""
+    dynamic = dynamic_values(graph)
+    for softmax in softmaxes(graph):
+        scores = _score_products(softmax, dynamic)
+        contractions = _contractions(softmax, dynamic) if scores else []
+        if contractions:
+            yield _site(softmax, scores, contractions, graph)
+
+
+def _score_products(softmax: Softmax, dynamic: set[ir.Value]) -> list[ir.Node]:
+    """The products that scores come from and that make them attention's."""
+    products: list[ir.Node] = []
+    open_: list[tuple[ir.Value, Axis]] = [(softmax.scores, softmax.axis)]
+    seen: set[ir.Value] = set()
+    while open_:
+        value, axis = open_.pop()
+        node = value.producer()
+        if node is None or value in seen or value not in dynamic:
+            continue
+        seen.add(value)
+        product = Product.of(node)
+        if product is not None:
+            if _of_attention(product, axis, dynamic):
+                products.append(node)
+        elif node.op_type == "ReduceSum":
+            if _written_out(node, dynamic):
+                products.append(node)
+        elif not (node.op_type == "Sub" and _is_mean(node.inputs[1])):
+            open_.extend(backward(node, axis))
+    return products
+
+
+def _of_attention(product: Product, axis: Axis, dynamic: set[ir.Value]) -> bool:
+    """Whether queries meet keys in a product: two activations, or constant queries and keys along softmax's axis."""
+    active = [product.operand(position) in dynamic for position in (0, 1)]
+    if all(active):
+        return True
+    if not any(active) or axis is None:
+        return False
+    position = active.index(False)
+    constant = product.operand(position)
+    if position == 1 and rank_of(constant) in {1, 2}:
+        return False  # a linear layer, whose columns are no queries
+    from_constant, from_keys = product.sources(axis)[position], product.sources(axis)[1 - position]
+    return from_keys and not from_constant and product.rows_of_constant(position) >= 2
+
+
+def _written_out(node: ir.Node, dynamic: set[ir.Value]) -> bool:
+    """Whether a sum is that of two activations multiplied one by one."""
+    factors = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return factors is not None and factors.op_type == "Mul" and all(value in dynamic for value in factors.inputs)
+
+
+def _is_mean(value: ir.Value | None) -> bool:
+    """Behind a normalisation written out stands a residual stream, which has products of its own."""
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type == "ReduceMean"
+
+
+def _contractions(softmax: Softmax, dynamic: set[ir.Value]) -> list[_Contraction]:
+    """Products with an activation that sum over softmax's axis, nearest first."""
+    found: list[_Contraction] = []
+    open_: list[tuple[ir.Value, Axis, bool, ir.Value | None]] = [(softmax.node.outputs[0], softmax.axis, True, None)]
+    seen: set[ir.Value] = set()
+    while open_:
+        value, axis, whole, part = open_.pop(0)
+        if value in seen:
+            continue
+        seen.add(value)
+        for node, position in value.uses():
+            product = Product.of(node)
+            if product is not None:
+                other = product.operand(1 - position) if position < 2 else value
+                if other in dynamic and other is not value and (axis is None or product.sums_over(position, axis)):
+                    found.append(_Contraction(product, position, axis, whole, part))
+                continue
+            moved = forward(node, position, axis)
+            if moved is not False:
+                kept = whole and node.op_type not in _TAKES_AWAY
+                open_ += [(out, moved, kept, out if node.op_type in _PARTS else part) for out in node.outputs]
+    return found
+
+
+def _site(softmax: Softmax, scores: list[ir.Node], contractions: list[_Contraction], graph: ir.Graph) -> FoundSite:
+    first = contractions[0]
+    operator = f"{scores[0].op_type}-{softmax.spelling}-{first.product.node.op_type}"
+    score = Product.of(scores[0])
+    head_dim = score.summed_extent() if score else 0
+    heads, kv_heads = _heads(first)
+    reason = softmax.refused or _reason(softmax, contractions, graph)
+    if reason:
+        return FoundSite(softmax.node, operator, heads, kv_heads, head_dim, unavailable_reason=reason)
+    assert first.axis is not None
+    kept = first.product.kept(first.position)
+    return FoundSite(
+        softmax.node,
+        operator,
+        heads,
+        kv_heads,
+        head_dim,
+        probabilities=Probabilities(
+            first.weights,
+            first.axis,
+            product=first.product.node,
+            position=first.position,
+            query_axes=kept,
+            scores=tuple(scores),
+            whole=first.whole,
+        ),
+        value=Operand(first.value, kv_heads, packed=False),
+        output=Operand(first.product.node.outputs[0], heads, packed=False),
+    )
+
+
+def _reason(softmax: Softmax, contractions: list[_Contraction], graph: ir.Graph) -> str:
+    """Why such a site cannot be tapped; empty where nothing is known against it."""
+    first = contractions[0]
+    if softmax.node.graph is not graph or first.product.node.graph is not graph:
+        return "it stands inside a subgraph, whose values the outer graph cannot see"
+    if first.axis is None:
+        return "its keys cannot be followed from softmax to the product with the value"
+    parts = {other.part for other in contractions}
+    if len(parts) > 1:
+        return "parts of its keys are multiplied with values apart"
+    if not first.product.kept(first.position):
+        return "its weights have no axis of queries"
+    return ""
+
+
+def _heads(contraction: _Contraction) -> tuple[int, int]:
+    """Heads of query and of key, as far as shapes tell; 1 where they do not, which running the graph sets right."""
+    if rank_of(contraction.weights) != 4:
+        return 1, 1
+    heads = extent_of(contraction.weights, -3) or 1
+    return heads, extent_of(contraction.value, -3) or heads

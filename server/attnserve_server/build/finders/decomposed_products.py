@@ -1,0 +1,97 @@
+"""Products of two values, by MatMul or Einsum: which axis comes from which operand, and which is summed over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from attnserve_server.build.finders.decomposed_walk import extent_of, rank_of
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product as an einsum: a letter for each axis; "." stands for all axes in front of those with letters."""
+
+    node: ir.Node
+    terms: tuple[str, str]
+    output: str
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Product | None:
+        """The node as a product of two values, if it is one."""
+        if len(node.inputs) < 2 or any(value is None for value in node.inputs[:2]):
+            return None
+        if node.op_type == "Einsum" and len(node.inputs) == 2:
+            return _einsum(node)
+        if node.op_type == "MatMul" and node.domain in {"", "ai.onnx"}:
+            return cls(node, (".ij", ".jk"), ".ik")
+        if node.op_type == "FusedMatMul" and node.domain == "com.microsoft":
+            if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
+                return None
+            left = ".ji" if node.attributes.get_int("transA", 0) else ".ij"
+            return cls(node, (left, ".kj" if node.attributes.get_int("transB", 0) else ".jk"), ".ik")
+        return None
+
+    @property
+    def equation(self) -> str:
+        """In the notation of einsum."""
+        return f"{self.terms[0]},{self.terms[1]}->{self.output}".replace(".", "...")
+
+    def operand(self, position: int) -> ir.Value:
+        """The left (0) or right (1) one."""
+        value = self.node.inputs[position]
+        assert value is not None
+        return value
+
+    def sums_over(self, position: int, axis: int) -> bool:
+        """Whether the product sums over an axis of an operand, along with one of the other operand."""
+        letter = _letter(self.terms[position], axis)
+        return letter != "" and letter in self.terms[1 - position] and letter not in self.output
+
+    def sources(self, axis: int) -> tuple[bool, bool]:
+        """Whether an axis of the output comes from the left operand, and whether from the right."""
+        letter = _letter(self.output, axis)
+        return tuple(letter != "" and letter in term for term in self.terms)  # type: ignore[return-value]
+
+    def kept(self, position: int) -> tuple[int, ...]:
+        """The axes of an operand that are in the output and not in the other operand: those that it brings along."""
+        term, other = self.terms[position], self.terms[1 - position]
+        return tuple(
+            place - len(term) for place, letter in enumerate(term) if letter not in other and letter in self.output
+        )
+
+    def rows_of_constant(self, position: int) -> int:
+        """How many vectors a constant operand holds, one for each query: at least 2 where that is not known."""
+        value, term = self.operand(position), self.terms[position]
+        count = 1
+        for place in range(-(rank_of(value) or len(term)), 0):
+            if not self.sums_over(position, place):
+                extent = extent_of(value, place)
+                count *= 2 if extent is None else extent
+        return count
+
+    def summed_extent(self) -> int:
+        """How many numbers are multiplied and summed for each of the output, 0 where the graph does not say."""
+        for position, term in enumerate(self.terms):
+            for place in range(-len(term), 0):
+                if self.sums_over(position, place) and (extent := extent_of(self.operand(position), place)):
+                    return extent
+        return 0
+
+
+def _letter(term: str, axis: int) -> str:
+    letter = term[axis] if -axis <= len(term) else ""
+    return "" if letter == "." else letter
+
+
+def _einsum(node: ir.Node) -> Product | None:
+    equation = node.attributes.get_string("equation", "").replace(" ", "").replace("...", ".")
+    inputs, arrow, output = equation.partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2:
+        return None
+    if not arrow:
+        letters = [letter for letter in sorted(set(inputs)) if letter not in ",." and inputs.count(letter) == 1]
+        output = ("." if "." in inputs else "") + "".join(letters)
+    return Product(node, (terms[0], terms[1]), output)

@@ -1,0 +1,167 @@
+"""How an axis fares through the nodes of a graph, one node at a time, either way. Knows nothing of attention.
+
+Axes count from the end, -1 the last, since broadcasting leaves that count alone. None stands for an axis that is there
+but can no longer be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import onnx_ir as ir
+
+Axis = int | None
+
+ELEMENTWISE = {
+    *("Add", "Sub", "Mul", "Div", "Neg", "Exp", "Min", "Max", "Sum", "Clip", "Tanh", "Pow", "Where", "Trilu"),
+    *("Cast", "CastLike", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear", "ScatterND", "ScatterElements"),
+}
+"""What changes numbers one by one, and leaves every axis in its place."""
+_KEPT = {"Expand", "Slice", "Concat", "Split", "GatherElements", "Pad", "Tile"}
+"""What changes extents, and leaves every axis in its place."""
+_FIRST_ONLY = {
+    *("Clip", "Cast", "CastLike", "Trilu", "QuantizeLinear", "DequantizeLinear", "Pow", "Dropout", "Div"),
+    *("ScatterND", "ScatterElements"),
+}
+
+
+def rank_of(value: ir.Value | None) -> int | None:
+    """How many axes a value has, where the graph says so."""
+    return len(value.shape) if value is not None and value.shape is not None else None
+
+
+def extent_of(value: ir.Value | None, axis: int) -> int | None:
+    """The extent of an axis, where the graph says so."""
+    rank = rank_of(value)
+    if value is None or value.shape is None or rank is None or not -rank <= axis < rank:
+        return None
+    extent = value.shape[axis]
+    return extent if isinstance(extent, int) else None
+
+
+def constant_ints(value: ir.Value | None) -> list[int] | None:
+    """The numbers of a constant, where it is one."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return [int(number) for number in tensor.numpy().reshape(-1)] if tensor is not None else None
+
+
+def axes_of(node: ir.Node) -> list[int] | None:
+    """The axes of Squeeze, Unsqueeze and reductions: an attribute once, an input since."""
+    if "axes" in node.attributes:
+        return list(node.attributes.get_ints("axes", ()))
+    return constant_ints(node.inputs[1]) if len(node.inputs) > 1 else None
+
+
+def carries_data(node: ir.Node, position: int) -> bool:
+    """Whether an input is what the node passes on, rather than a shape, an index or a condition."""
+    if node.op_type == "Where":
+        return position > 0
+    if node.op_type in ELEMENTWISE:
+        return position == 0 or node.op_type not in _FIRST_ONLY
+    return position == 0 or node.op_type == "Concat"
+
+
+def forward(node: ir.Node, position: int, axis: Axis) -> Axis | bool:
+    """Where an axis of an input is in the outputs; False where the node is none that values merely pass through."""
+    if node.domain not in {"", "ai.onnx"} or not carries_data(node, position):
+        return False
+    if node.op_type in ELEMENTWISE or node.op_type in _KEPT:
+        return axis
+    move = _MOVES.get(node.op_type)
+    return move(node, axis, False) if move else False
+
+
+def backward(node: ir.Node, axis: Axis) -> Iterator[tuple[ir.Value, Axis]]:
+    """The inputs that a node passes on, and where an axis of its output is in them; none where it does more."""
+    if node.domain not in {"", "ai.onnx"}:
+        return
+    move = _MOVES.get(node.op_type)
+    if node.op_type not in ELEMENTWISE and node.op_type not in _KEPT and move is None:
+        return
+    for position, value in enumerate(node.inputs):
+        if value is not None and carries_data(node, position):
+            yield value, move(node, axis, True) if move else axis
+
+
+def _transpose(node: ir.Node, axis: Axis, back: bool) -> Axis:
+    rank = rank_of(node.inputs[0]) or rank_of(node.outputs[0])
+    order = list(node.attributes.get_ints("perm", ())) or (list(range(rank))[::-1] if rank else [])
+    if axis is None or not 1 <= -axis <= len(order):
+        return None
+    place = axis + len(order)
+    return (order[place] if back else order.index(place)) - len(order)
+
+
+def _reshape(node: ir.Node, axis: Axis, back: bool) -> Axis:  # noqa: ARG001 - it is the same both ways
+    """An axis keeps its place as long as it and all behind it keep their extents, as far as the graph tells."""
+    if axis is None:
+        return None
+    before, after = node.inputs[0], node.outputs[0]
+    for place in range(axis, 0):
+        one, other = extent_of(before, place), extent_of(after, place)
+        if one != other and one is not None and other is not None:
+            return None
+        if place < -2 and one is None:
+            return None
+    return axis
+
+
+def _inserted(node: ir.Node, axis: Axis, back: bool) -> Axis:
+    """Unsqueeze, and Squeeze taken the other way."""
+    grows = node.op_type == "Unsqueeze"
+    wide, narrow = (node.outputs[0], node.inputs[0]) if grows else (node.inputs[0], node.outputs[0])
+    axes, rank = axes_of(node), rank_of(wide)
+    if axis is None or axes is None:
+        return None
+    if rank is None:
+        low = rank_of(narrow)
+        rank = low + len(axes) if low is not None else None
+    if rank is None:
+        return axis if not grows and all(0 <= place < 2 for place in axes) else None
+    ones = {place % rank for place in axes}
+    kept = [place - rank for place in range(rank) if place not in ones]
+    if grows != back:  # from narrow to wide
+        return kept[axis] if -axis <= len(kept) else None
+    return kept.index(axis) - len(kept) if axis in kept else None
+
+
+def _gather(node: ir.Node, axis: Axis, back: bool) -> Axis:
+    """Gather puts the axes of its index in the place of one axis."""
+    rank, added = rank_of(node.inputs[0]), rank_of(node.inputs[1])
+    if axis is None or rank is None or added is None:
+        return None
+    at = node.attributes.get_int("axis", 0) % rank
+    behind = rank - 1 - at
+    if -axis <= behind:
+        return axis
+    if back:
+        place = axis + (rank - 1 + added)
+        return (place - rank) if place < at else (at - rank if added == 1 else None)
+    place = axis + rank
+    if place == at:
+        return axis if added == 1 else None
+    return place - (rank - 1 + added)
+
+
+_MOVES: dict[str, Callable[[ir.Node, Axis, bool], Axis]] = {
+    "Transpose": _transpose,
+    "Reshape": _reshape,
+    "Flatten": _reshape,
+    "Unsqueeze": _inserted,
+    "Squeeze": _inserted,
+    "Gather": _gather,
+}
+
+
+def dynamic_values(graph: ir.Graph) -> set[ir.Value]:
+    """Values that depend on what the inputs hold, not merely on their shapes. What subgraphs answer counts as such."""
+    dynamic: set[ir.Value] = {value for value in graph.inputs if value.const_value is None}
+    for subgraph in graph.subgraphs():
+        if subgraph is not graph:
+            dynamic.update(subgraph.inputs)
+    for node in graph.all_nodes():
+        if node.op_type in {"Shape", "Size"}:
+            continue
+        if node.op_type in {"If", "Loop", "Scan"} or any(value in dynamic for value in node.inputs):
+            dynamic.update(node.outputs)
+    return dynamic
