@@ -79,6 +79,9 @@ def product_error(site: FoundSite, weights: Array, value: Array, output: Array) 
 def _heads_first(array: Array, operand: Operand) -> Array:
     """Float64 (B, H, T, D)."""
     wide = array.astype(np.float64)
+    if operand.order:
+        wide = wide.transpose(operand.order)
+        return wide if wide.ndim == 4 else wide[:, None]
     if not operand.packed:
         return wide
     batch, length, width = wide.shape

@@ -38,6 +38,8 @@ class Operand:
     What the operator itself does to the value before it is that, in this order: multiplies it with `weights`, a matrix
     that serves several operands; takes `columns` of its last axis (start, stop), or of (B, T, H, parts, D) one `part`;
     adds `bias`, (H * D,); rotates it.
+
+    `order`, where it is set: which axes of the value are B, H (not there where there is one head), T and D.
     """
 
     value: ir.Value
@@ -48,6 +50,7 @@ class Operand:
     part: int | None = None
     bias: Columns | None = None
     rotary: Rotary | None = None
+    order: tuple[int, ...] = ()
 
     @property
     def plain(self) -> bool:
@@ -146,11 +149,31 @@ class Probabilities:
 
 
 @dataclass(frozen=True, slots=True)
+class Features:
+    """What a feature map makes of queries or keys. `order`: which axes of the value are B, H, T and the features.
+
+    Three places where there is a single head, which has no axis.
+    """
+
+    value: ir.Value
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """The weights that linear attention implies: products of features, each row divided by its sum over the keys."""
+
+    query: Features
+    key: Features
+
+
+@dataclass(frozen=True, slots=True)
 class FoundSite:
     """A site in a graph.
 
-    Its weights come from `scores`, where its operator keeps them to itself, or from `probabilities`, where the graph
-    has them; both are None where the site cannot be tapped, and `unavailable_reason` says why. `value` and `output`,
+    Its weights come from `scores`, where its operator keeps them to itself, from `probabilities`, where the graph has
+    them, or from `linear`, where nothing has them and they are merely implied; all are None where the site cannot be
+    tapped, and `unavailable_reason` says why. `value` and `output`,
     where the graph has them, let a check compare weights @ value with what the graph itself computes.
     """
 
@@ -163,6 +186,7 @@ class FoundSite:
     causal: bool = False
     scores: Scores | None = None
     probabilities: Probabilities | None = None
+    linear: Linear | None = None
     value: Operand | None = None
     output: Operand | None = None
     unavailable_reason: str = ""
@@ -170,7 +194,7 @@ class FoundSite:
     @property
     def tappable(self) -> bool:
         """Whether its weights can be had."""
-        return self.scores is not None or self.probabilities is not None
+        return self.scores is not None or self.probabilities is not None or self.linear is not None
 
     @property
     def rows_sum_to_one(self) -> bool:

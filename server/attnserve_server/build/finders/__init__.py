@@ -6,14 +6,30 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
-from attnserve_server.build.finders import decomposed, onnx_attention
+from attnserve_server.build.finders import (
+    decomposed,
+    linear,
+    microsoft_attention,
+    microsoft_group_query,
+    microsoft_multi_head,
+    microsoft_others,
+    onnx_attention,
+)
 from attnserve_server.build.names import site_names
 from attnserve_server.build.sites import FoundSite
 
 Finder = Callable[[ir.Graph], Iterable[FoundSite]]
 """Looks through a graph and yields the sites that it knows; it must leave the graph as it is."""
 
-FINDERS: tuple[Finder, ...] = (onnx_attention.find, decomposed.find)
+FINDERS: tuple[Finder, ...] = (
+    onnx_attention.find,
+    microsoft_attention.find,
+    microsoft_multi_head.find,
+    microsoft_group_query.find,
+    microsoft_others.find,
+    decomposed.find,
+    linear.find,
+)
 """In order of precedence: where two finders claim one node, the first one's word counts."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from attnserve_server.build.sites import FoundSite
+from attnserve_server.build.taps.linear import weights_of_linear
 from attnserve_server.build.taps.nodes import ITEMS_PREFIX, WEIGHTS_PREFIX, TapNodes
 from attnserve_server.build.taps.probabilities import weights_of_probabilities
 from attnserve_server.build.taps.scores import weights_of_scores
@@ -30,6 +31,8 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> None:
         tap = TapNodes(graph, name, shared)
         if site.scores is not None:
             tap.finish(weights_of_scores(tap, site.scores), site.heads, behind=site.node)
+        elif site.linear is not None:
+            tap.finish(weights_of_linear(tap, site.linear), site.heads, behind=site.node)
         elif site.probabilities is not None and site.probabilities.axes:
             last = site.probabilities.value.producer()
             assert last is not None

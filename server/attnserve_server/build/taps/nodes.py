@@ -81,6 +81,20 @@ class TapNodes:
             return self.op("Unsqueeze", [value, self.ints(*axes)])
         return self.op("Unsqueeze", [value], axes=axes)
 
+    def reduce_sum(self, value: ir.Value, axis: int) -> ir.Value:
+        """The sum over one axis, which stays with an extent of 1."""
+        if self._opset >= _AXES_ARE_AN_INPUT:
+            return self.op("ReduceSum", [value, self.ints(axis)], keepdims=1)
+        return self.op("ReduceSum", [value], axes=(axis,), keepdims=1)
+
+    def not_less(self, one: ir.Value, other: ir.Value) -> ir.Value:
+        """Bool: one >= other. The operator of that name is younger than opset 11."""
+        return self.op("Not", [self.op("Less", [one, other])])
+
+    def lesser(self, one: ir.Value, other: ir.Value) -> ir.Value:
+        """The lesser of two int64 values. Min takes no integers before opset 12."""
+        return self.op("Where", [self.op("Less", [one, other]), one, other])
+
     def float(self, number: float) -> ir.Value:
         """A float32 constant."""
         return self._constant(f"float32.{number!r}", np.array(number, np.float32))
