@@ -1,0 +1,89 @@
+"""Brings an operand into (n, H, T, D) as its site's operator does: projected, cut, biased, rotated. Knows no scores."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from attnserve_server.build.sites import Columns, Operand, Rotary
+from attnserve_server.build.taps.nodes import TapNodes
+
+
+class Operands:
+    """The operands of one tap; two of them that share a value are gathered, and projected, once."""
+
+    def __init__(self, tap: TapNodes) -> None:
+        self._tap = tap
+        self._rows: dict[tuple[ir.Value, ir.Value | None], ir.Value] = {}
+
+    def heads_first(self, operand: Operand, head_dim: int) -> ir.Value:
+        """Float32 (n, H, T, D) of the rows that were asked for."""
+        tap, rows = self._tap, self._projected(operand)
+        if operand.columns is not None:
+            start, stop = operand.columns
+            rows = tap.op("Slice", [rows, tap.ints(start), tap.ints(stop), tap.ints(2)])
+        if operand.part is not None:
+            rows = tap.op("Gather", [rows, tap.scalar(operand.part)], axis=3)
+        if operand.value.dtype is not ir.DataType.FLOAT:
+            rows = tap.float32(rows)
+        if operand.part is None and operand.packed:
+            rows = tap.reshape(rows, [tap.shape(rows, 0, 2), tap.ints(operand.heads, head_dim)])
+        if operand.bias is not None:
+            bias = tap.reshape(tap.float32(self._cut(operand.bias)), [tap.ints(operand.heads, head_dim)])
+            rows = tap.op("Add", [rows, bias])
+        if operand.part is not None or operand.packed:
+            rows = tap.op("Transpose", [rows], perm=[0, 2, 1, 3])
+        return rows if operand.rotary is None else self._rotated(rows, operand.rotary, head_dim)
+
+    def _projected(self, operand: Operand) -> ir.Value:
+        """The rows, multiplied with the whole of the packed weights, in the type that the graph computes in.
+
+        The product with the value's columns, a third of the work, is made for nothing. Slices of the weights would
+        save it and, being constants, have the runtime hold a second copy of two thirds of them for as long as it
+        serves, asked or not.
+        """
+        wanted = (operand.value, operand.weights)
+        if wanted not in self._rows:
+            rows = self._tap.rows_of(operand.value)
+            self._rows[wanted] = rows if operand.weights is None else self._tap.op("MatMul", [rows, operand.weights])
+        return self._rows[wanted]
+
+    def _cut(self, columns: Columns) -> ir.Value:
+        tap = self._tap
+        return tap.op("Slice", [columns.value, tap.ints(columns.start), tap.ints(columns.stop), tap.ints(0)])
+
+    def _rotated(self, rows: ir.Value, rotary: Rotary, head_dim: int) -> ir.Value:
+        """Float32 (n, H, T, D): each pair (a, b) becomes (a cos - b sin, b cos + a sin)."""
+        tap = self._tap
+        half = _width(rotary.cos)
+        cos, sin = (self._angles(rows, table, rotary) for table in (rotary.cos, rotary.sin))
+        step, second = (2, 1) if rotary.interleaved else (1, half)
+        first_end = 2 * half if rotary.interleaved else half
+
+        def cut(start: int, stop: int, every: int) -> ir.Value:
+            return tap.op("Slice", [rows, *(tap.ints(number) for number in (start, stop, 3, every))])
+
+        one, other = cut(0, first_end, step), cut(second, 2 * half, step)
+        turned_one = tap.op("Sub", [tap.op("Mul", [one, cos]), tap.op("Mul", [other, sin])])
+        turned_other = tap.op("Add", [tap.op("Mul", [other, cos]), tap.op("Mul", [one, sin])])
+        # Pairs stay apart, all first ones before all second ones: the product of query and key does not see the order.
+        parts = [turned_one, turned_other]
+        if 2 * half < head_dim:
+            parts.append(cut(2 * half, head_dim, 1))
+        return tap.op("Concat", parts, axis=3)
+
+    def _angles(self, rows: ir.Value, table: ir.Value, rotary: Rotary) -> ir.Value:
+        """Float32 (T, R): rows of a table from the first position on."""
+        tap = self._tap
+        first, length = tap.ints(0), tap.shape(rows, 2, 3)
+        if rotary.first is not None:
+            flat = tap.reshape(rotary.first, [tap.ints(-1)])
+            first = tap.op("Slice", [flat, tap.ints(0), tap.ints(1), tap.ints(0)])
+        end = tap.op("Add", [first, length])
+        return tap.float32(tap.op("Slice", [table, first, end, tap.ints(0)]))
+
+
+def _width(table: ir.Value) -> int:
+    assert table.shape is not None
+    width = table.shape[-1]
+    assert isinstance(width, int)
+    return width
