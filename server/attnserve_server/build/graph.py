@@ -1,4 +1,4 @@
-"""A graph on its way into a bundle: read with care, its shapes inferred, copied with taps. Runs nothing."""
+"""A graph on its way into a bundle: copied with taps, opened for checks, written. Runs nothing."""
 
 from __future__ import annotations
 
@@ -8,56 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
-import onnx.inliner
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
-from onnx.external_data_helper import load_external_data_for_model
 
-from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.finders import find_sites
+from attnserve_server.build.reading import checked, read_graph
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.build.taps import add_taps
 
-MAX_GRAPH_BYTES = 2**31 - 1
-"""What one protobuf message can hold."""
-
-
-def read_graph(path: Path) -> onnx.ModelProto:
-    """A model from a file, whole (external data is read in) and checked, with inferred shapes.
-
-    Raises:
-        BuildRefused: it is no ONNX file, is cut short, is invalid, reads data from elsewhere, or is over 2 GiB.
-    """
-    name = path.name
-    if not path.is_file():
-        raise BuildRefused(f"{name}: there is no such file")
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError, ValueError):
-        raise BuildRefused(f"{name} is not an ONNX file, or is cut short") from None
-    if not proto.graph.node:
-        raise BuildRefused(f"{name} is not an ONNX file, or is empty: it has no graph")
-    try:
-        # Refuses data outside the model's own folder, and links.
-        load_external_data_for_model(proto, str(path.parent))
-    except Exception:  # noqa: BLE001 - the boundary to onnx, which raises many types here
-        raise BuildRefused(f"{name}: its external data is missing, cut short, or outside its own folder") from None
-    if proto.functions:
-        # Finders look through the graph alone.
-        proto = onnx.inliner.inline_local_functions(proto)
-    return checked(proto, name)
-
-
-def checked(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """A model with inferred shapes. Raises BuildRefused where it is invalid or over 2 GiB."""
-    if proto.ByteSize() > MAX_GRAPH_BYTES:
-        raise BuildRefused(f"{name}: {proto.ByteSize()} bytes exceed the {MAX_GRAPH_BYTES} of one ONNX file")
-    try:
-        onnx.checker.check_model(proto)
-        return onnx.shape_inference.infer_shapes(proto)
-    except Exception as fault:  # noqa: BLE001 - the boundary to onnx, which raises many types here
-        first = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
-        raise BuildRefused(f"{name} is not a valid ONNX model: {first}") from None
+__all__ = ["checked", "expose", "precision_of", "read_graph", "save", "tapped", "tapped_at", "with_layout_of"]
 
 
 def tapped(proto: onnx.ModelProto) -> tuple[ir.Model, dict[str, FoundSite]]:
