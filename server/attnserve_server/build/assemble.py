@@ -131,7 +131,7 @@ def _verified(
             reason = f"its weights @ value differ from its own output by {error:.3g}, more than {tolerances.output:g}"
             if error <= tolerances.output:
                 continue
-        verified[name] = replace(site, scores=None, probabilities=None, unavailable_reason=reason)
+        verified[name] = replace(site, scores=None, probabilities=None, linear=None, unavailable_reason=reason)
     return verified
 
 
