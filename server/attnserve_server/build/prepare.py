@@ -8,11 +8,12 @@ from pathlib import Path
 
 import onnx
 
-from attnserve_server.build.assemble import Assembled, assemble, axes_of, rows_are_independent
+from attnserve_server.build.assemble import Assembled, axes_of, rows_are_independent
 from attnserve_server.build.check import CHECK_LENGTHS, judge, row_sum_error
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.export import now
 from attnserve_server.build.feeds import Sampler
+from attnserve_server.build.fusion import assemble_fused
 from attnserve_server.build.graph import read_graph
 from attnserve_server.build.probe import croppers, max_abs, probe_max_length
 from attnserve_server.build.products import product_errors
@@ -37,7 +38,8 @@ from attnserve_server.model.tokenizer import TextTokenizer
 class PrepareRequest:
     """What to prepare. `max_length` bounds every dynamic axis; the graph may turn out to take less.
 
-    `pair_start`: where the second text has an input of its own, the id of the token that it starts behind.
+    `pair_start`: where the second text has an input of its own, the id of the token that it starts behind. `fuse`: try
+    fused operators in the place of decomposed attention, and keep them where that is faster.
     """
 
     file: Path
@@ -48,6 +50,7 @@ class PrepareRequest:
     max_length: int = 512
     max_batch_size: int = 32
     pair_start: int | None = None
+    fuse: bool = True
 
 
 def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundle:
@@ -62,7 +65,7 @@ def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundl
     """
     steps = steps or Steps.silent()
     version = Repository(request.repository).free_version(request.name, request.version)
-    with steps.shown(total=7), tempfile.TemporaryDirectory(prefix="attnserve-prepare-") as work:
+    with steps.shown(total=8), tempfile.TemporaryDirectory(prefix="attnserve-prepare-") as work:
         steps.begin("reading the file")
         padding_id = padding_id_of(request.tokenizer)
         proto = read_graph(request.file)
@@ -81,7 +84,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     if signature.fixed_batch:
         steps.warn("the batch axis is fixed at 1: every sequence will run alone")
     sampler = Sampler(signature)
-    assembled = assemble(proto, sampler, work, steps)
+    assembled, fusion = assemble_fused(proto, sampler, work, steps, fuse=request.fuse)
     if not assembled.sites:
         steps.warn(f"{request.file.name} has no attention that is known: it will be served without weights")
     if not rows_are_independent(assembled, steps):
@@ -90,6 +93,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     axes, padding = axes_of(assembled, max_lengths, steps)
     steps.begin("checking against the source")
     report = _check(assembled, max_lengths, padding, paddable=all(axis.paddable or axis.fixed for axis in axes))
+    report = report.model_copy(update={"fusion": fusion})
     judge(report, assembled.tolerances.row_sum)
     steps.begin("writing the bundle")
     files = {MODEL_FILE: assembled.model_path}

@@ -14,6 +14,7 @@ from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.model.manifest import NAME_PATTERN, is_model_name, is_model_version
 
 if TYPE_CHECKING:
+    from attnserve_server.model.report import FusionReport
     from attnserve_server.model.repository import Bundle
 
 REFUSED = 2
@@ -98,7 +99,7 @@ def export(  # noqa: PLR0913 - the options of a command
         _report(export_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - the options of a command
     file: Annotated[Path, typer.Argument(help="An ONNX file.", metavar="FILE.onnx")],
     *,
     name: Name,
@@ -111,6 +112,12 @@ def prepare(
         int, typer.Option("--max-length", min=1, help="The greatest length to allow on each dynamic axis.")
     ] = 512,
     max_batch_size: MaxBatchSize = 32,
+    fuse: Annotated[
+        bool,
+        typer.Option(
+            "--fuse/--no-fuse", help="Keep fused operators in the place of plain attention if that is faster."
+        ),
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Turn a bare ONNX file into a bundle: find its attention, add taps, and check them against the file."""
@@ -127,6 +134,7 @@ def prepare(
             tokenizer=tokenizer,
             max_length=max_length,
             max_batch_size=max_batch_size,
+            fuse=fuse,
         )
         _report(prepare_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
 
@@ -190,3 +198,13 @@ def _report(bundle: Bundle, *, as_json: bool) -> None:
         f"checked against {check.against}: outputs within {check.output_max_abs_error:.1e}, "
         f"weights within {check.weight_max_abs_error:.1e}, row sums within {check.row_sum_max_abs_error:.1e}"
     )
+    if check.fusion is not None:
+        typer.echo(_fusion(check.fusion))
+
+
+def _fusion(fusion: FusionReport) -> str:
+    """What came of fused operators, in one line."""
+    where = f"{fusion.sites} attention sites fused to {fusion.operator}"
+    if fusion.kept:
+        return f"{where}: {fusion.fused_over_source_time:.3f} of the source's time"
+    return f"{where}, but not kept: {fusion.reason}"

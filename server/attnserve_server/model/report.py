@@ -18,6 +18,23 @@ class Provenance(Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
+class FusionReport(Frozen):
+    """What came of rewriting decomposed sites to a fused operator before they were tapped.
+
+    `sites`: how many were rewritten. Time and error are against the source, untapped; None where it did not come to
+    that. `reason`: why the rewritten graph was not kept; empty where it was.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    operator: str
+    sites: int
+    kept: bool
+    fused_over_source_time: float | None = None
+    output_max_abs_error: float | None = None
+    reason: str = ""
+
+
 class CheckReport(Frozen):
     """What the check at the end of export or prepare saw; the reference is named in `against`."""
 
@@ -32,3 +49,4 @@ class CheckReport(Frozen):
     row_sum_max_abs_error: float
     padding_max_abs_error: float | None = None
     tapped_over_source_time: float | None = None
+    fusion: FusionReport | None = None
