@@ -219,9 +219,3 @@ def test_folder_that_transformers_cannot_read_is_refused(tmp_path: Path) -> None
     with pytest.raises(BuildRefused, match="transformers cannot load the model") as refusal:
         exported(tmp_path, tmp_path / "models")
     assert str(tmp_path) not in str(refusal.value)
-
-
-def test_encoder_with_decoder_is_refused(tmp_path: Path) -> None:
-    source = tiny_source(tmp_path / "source", "T5", d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
-    with pytest.raises(BuildRefused, match="T5"):
-        exported(source, tmp_path / "models")

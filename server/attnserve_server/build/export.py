@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,16 +17,15 @@ from attnserve_server.build.probe import croppers, max_abs
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner, time_ratio
 from attnserve_server.build.signature import SEQUENCE, signature_of
-from attnserve_server.build.source_model import AUTO, Reference, SourceModel, graph_of, source_model
+from attnserve_server.build.source_model import AUTO, Grid, Reference, SourceModel, TellsMore, graph_of, source_model
 from attnserve_server.build.taps import WEIGHTS_PREFIX
+from attnserve_server.build.text import text_of
 from attnserve_server.domain.values import Array
-from attnserve_server.model.manifest import CheckReport, Manifest, Provenance, TextSpec
+from attnserve_server.model.manifest import AxisSpec, CheckReport, Manifest, Provenance
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, Repository, write_bundle
 from attnserve_server.model.tokenizer import TextTokenizer
 
 POOLINGS = ("", "mean")
-TOKENS = "input_ids"
-"""The input whose vocabulary the manifest gives: the first text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,15 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     graph, exporter, opset = graph_of(source, request.exporter, request.opset, steps)
     proto = checked(graph, source.name)
     signature = signature_of(proto.graph, source.padding_id)
+    more = source if isinstance(source, TellsMore) else None
     sampler = Sampler(signature, vocabulary_sizes=source.vocabulary_sizes)
     assembled = assemble(proto, sampler, work, steps)
     if not assembled.sites:
         raise BuildRefused(f"{source.architecture} exports without attention that is known, so there is nothing to tap")
     max_lengths = {symbol: source.max_lengths[symbol] for symbol in signature.symbols}
+    text = text_of(signature.inputs, max_lengths, more.pair_start if more else None)
     axes, padding = axes_of(assembled, max_lengths, steps)
+    axes = tuple(_gridded(axis, more.grids if more else {}) for axis in axes)
     steps.begin("checking against the source")
     report = _check(assembled, source, padding)
     judge(report, assembled.tolerances.row_sum)
@@ -104,8 +107,8 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         inputs=signature.inputs,
         outputs=assembled.outputs,
         sites=assembled.sites,
-        vocabulary_size=source.vocabulary_sizes.get(TOKENS, 0),
-        text=TextSpec(axis=SEQUENCE, max_tokens=max_lengths[SEQUENCE]) if source.tokenizer_path is not None else None,
+        vocabulary_size=max(source.vocabulary_sizes.values(), default=0),
+        text=text if source.tokenizer_path is not None else None,
         provenance=Provenance(
             source=source.name,
             source_sha256=source.sha256,
@@ -117,6 +120,15 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         check=report,
     )
     return write_bundle(request.repository, manifest, files)
+
+
+def _gridded(axis: AxisSpec, grids: Mapping[int, Grid]) -> AxisSpec:
+    """A fixed axis with its patch grid, where the source knows one of its length."""
+    if not axis.fixed or axis.grid or axis.max_length not in grids:
+        return axis
+    grid = grids[axis.max_length]
+    told = {"grid": (grid.rows, grid.columns), "leading": grid.leading}
+    return AxisSpec.model_validate({**axis.model_dump(), **told})
 
 
 def _check(assembled: Assembled, source: SourceModel, padding: float | None) -> CheckReport:

@@ -50,9 +50,13 @@ class Sampler:
         return feeds
 
     def mixed(self, lengths: Sequence[int]) -> tuple[dict[str, Array], list[dict[str, int]]]:
-        """A padded batch, one sequence for each length (on every axis), and the lengths of each."""
-        each = [dict.fromkeys(self.signature.symbols, length) for length in lengths]
-        padded = dict.fromkeys(self.signature.symbols, max(lengths))
+        """A padded batch, one sequence for each length, and the lengths of each.
+
+        On every further axis the lengths go round by one, so that a sequence's axes differ where the lengths do.
+        """
+        symbols, count = self.signature.symbols, len(lengths)
+        each = [{symbol: lengths[(row + turn) % count] for turn, symbol in enumerate(symbols)} for row in range(count)]
+        padded = dict.fromkeys(symbols, max(lengths))
         return self.batch([self.sequence(own, row) for row, own in enumerate(each)], padded), each
 
     def _draw(self, spec: InputSpec, lengths: Lengths, rng: np.random.Generator) -> Array:

@@ -17,7 +17,7 @@ from attnserve_server.build.names import WRAPPER
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.signature import SEQUENCE
 from attnserve_server.build.source import ModelFolder, model_folder
-from attnserve_server.build.source_model import Reference
+from attnserve_server.build.source_model import Grid, Reference
 from attnserve_server.build.torch_export import Traceable, quiet, trace
 from attnserve_server.domain.values import Array
 
@@ -86,6 +86,16 @@ class HuggingFaceModel:
         return self._folder.tokenizer_path
 
     @property
+    def pair_start(self) -> int | None:
+        """The token behind which a decoder's text starts."""
+        return self._traced.pair_start
+
+    @property
+    def grids(self) -> Mapping[int, Grid]:
+        """Patch grids by the length of their axis."""
+        return self._traced.grids
+
+    @property
     def versions(self) -> Mapping[str, str]:
         """Of torch, transformers and onnx."""
         import transformers  # noqa: PLC0415 - after the variable that `_load` sets
@@ -102,7 +112,8 @@ class HuggingFaceModel:
             output_names=family.output_names,
             max_lengths=family.max_lengths,
         )
-        return trace(traceable, exporter, opset)
+        with family.tracing():
+            return trace(traceable, exporter, opset)
 
     def reference(self, feeds: Mapping[str, Array]) -> Reference:
         """Outputs and weights by the model's own eager attention."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import onnx
 
@@ -35,6 +35,15 @@ class Reference:
 
     outputs: dict[str, Array]
     weights: list[Array | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Patches of an image, row by row, behind `leading` positions such as that of a class token."""
+
+    rows: int
+    columns: int
+    leading: int = 0
 
 
 class SourceModel(Protocol):
@@ -77,6 +86,19 @@ class SourceModel(Protocol):
 
     def reference(self, feeds: Mapping[str, Array]) -> Reference:
         """Its own answer to a batch, from its definition and not from the graph."""
+
+
+@runtime_checkable
+class TellsMore(Protocol):
+    """What some sources know beyond that."""
+
+    @property
+    def pair_start(self) -> int | None:
+        """The token behind which the second text starts, where it has an axis to itself; None: no such."""
+
+    @property
+    def grids(self) -> Mapping[int, Grid]:
+        """The patch grid of each fixed axis that runs over one, by the axis's length."""
 
 
 def source_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import tempfile
 import warnings
@@ -119,8 +120,10 @@ def quiet() -> Iterator[None]:
     """Keep the libraries' own warnings and notes away from the person: none of them can be acted on."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
+    nowhere = io.StringIO()
     try:
-        with warnings.catch_warnings():
+        # The dynamo exporter prints the whole of a graph that it cannot export.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
