@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from attnserve_server.build.feeds import Sampler
+from attnserve_server.build.finders.decomposed_products import Product
 from attnserve_server.build.runtime import Runner
-from attnserve_server.build.sites import Factor, FoundSite, Operand
+from attnserve_server.build.sites import Factor, FoundSite, Operand, Probabilities
 from attnserve_server.domain.values import Array
 
 _ORDER = (1, 2, 0)
@@ -113,7 +114,7 @@ def _settled(site: FoundSite, weights: _Runs, value: Array) -> FoundSite:
     if any(factor.role == "window" for factors in axes for factor in factors):
         return replace(site, probabilities=None, unavailable_reason="its queries are cut into windows")
     heads = _count(axes, "head")
-    kv_heads = _kv_heads(axes, weights.base.shape, value.shape, site.probabilities.query_axes)
+    kv_heads = _kv_heads(axes, weights.base.shape, value.shape, site.probabilities)
     return replace(
         site,
         heads=heads,
@@ -220,10 +221,14 @@ def _count(axes: Axes, role: str) -> int:
     )
 
 
-def _kv_heads(axes: Axes, weights: tuple[int, ...], value: tuple[int, ...], query_axes: tuple[int, ...]) -> int:
-    """Heads that the value has for itself: axes that it shares, and has in full."""
-    shared = [
-        place for place in range(len(axes)) if place - len(axes) not in query_axes and len(axes) - place <= len(value)
-    ]
-    full = [axes[place] for place in shared if weights[place] == value[place - len(axes)]]
-    return _count(tuple(full), "head")
+def _kv_heads(axes: Axes, weights: tuple[int, ...], value: tuple[int, ...], probabilities: Probabilities) -> int:
+    """Heads that the value has for itself: axes of heads that it shares with the weights, and has in full."""
+    assert probabilities.product is not None
+    product = Product.of(probabilities.product)
+    assert product is not None
+    heads = 1
+    for place, extent in enumerate(weights):
+        same = product.counterpart(probabilities.position, place - len(weights))
+        if same is not None and -same <= len(value) and value[same] == extent:
+            heads *= _count((axes[place],), "head")
+    return heads

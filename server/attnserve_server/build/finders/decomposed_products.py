@@ -49,6 +49,15 @@ class Product:
         letter = _letter(self.terms[position], axis)
         return letter != "" and letter in self.terms[1 - position] and letter not in self.output
 
+    def counterpart(self, position: int, axis: int) -> int | None:
+        """The axis of the other operand that runs along with one of an operand."""
+        term, other = self.terms[position], self.terms[1 - position]
+        letter = _letter(term, axis)
+        if letter:
+            return other.index(letter) - len(other) if letter in other else None
+        in_front = axis + len(term) - 1 if "." in term else 0
+        return in_front - len(other) + 1 if in_front <= 0 and "." in other else None
+
     def sources(self, axis: int) -> tuple[bool, bool]:
         """Whether an axis of the output comes from the left operand, and whether from the right."""
         letter = _letter(self.output, axis)

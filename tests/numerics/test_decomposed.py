@@ -1,0 +1,103 @@
+"""Attention written out step by step is found, tapped, and equal to the definition, whatever its form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from attnserve_server.build.assemble import Assembled, assemble
+from attnserve_server.build.feeds import Sampler
+from attnserve_server.build.graph import checked
+from attnserve_server.build.progress import Steps
+from attnserve_server.build.signature import signature_of
+from attnserve_server.engine.session import RuntimeSession
+from decomposed_graphs import BIASES, GUARDS, HEADS, LAYOUTS, MASKS, SCALES, SPELLINGS, Decomposed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def assembled(case: Decomposed, folder: Path) -> Assembled:
+    proto = checked(case.model(), "case")
+    return assemble(proto, Sampler(signature_of(proto.graph), 0), folder, Steps.silent())
+
+
+def assert_equals_definition(case: Decomposed) -> None:
+    with TemporaryDirectory() as folder:
+        done = assembled(case, Path(folder))
+        (site,) = done.sites
+        assert not site.unavailable_reason
+        assert (site.heads, site.kv_heads) == (HEADS, case.kv_heads)
+        session = RuntimeSession.load(done.model_path, provider="CPUExecutionProvider")
+    feeds = case.feeds(4, 6, 9)
+    expected = case.reference(feeds)
+    # float32 sums in another order; float16 keeps 11 bits of scores up to 10; 8 bits of a weight are 1/255 apart.
+    tolerance = 1e-2 if case.dtype is np.float16 else 1e-5
+    if case.guard == "quantised":
+        tolerance = 0.51 / 255
+    for items in ([0, 1, 2, 3], [2], [3, 0], [1, 1, 2], []):
+        asked = {**feeds, site.items_input: np.array(items, np.int64)}
+        (weights,) = session.run(asked, [site.weights_output])
+        assert weights.dtype == np.float32
+        assert weights.shape == (len(items), *expected.shape[1:])
+        np.testing.assert_allclose(weights, expected[items], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_layout_with_every_mask(layout: str, mask: str) -> None:
+    assert_equals_definition(Decomposed(layout=layout, mask=mask))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("divides", [False, True], ids=["Mul", "Div"])
+def test_every_place_of_the_scale(scale: str, divides: bool) -> None:
+    assert_equals_definition(Decomposed(scale=scale, divides=divides, bias="relative"))
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_every_guard(guard: str) -> None:
+    assert_equals_definition(Decomposed(guard=guard, mask="minus infinity", causal=True))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("opset", [11, 12, 13, 18, 21, 23])
+def test_every_spelling_of_softmax(spelling: str, opset: int) -> None:
+    assert_equals_definition(Decomposed(spelling=spelling, opset=opset, mask="added"))
+
+
+@st.composite
+def forms(draw: st.DrawFn) -> Decomposed:
+    layout = draw(st.sampled_from(LAYOUTS))
+    oldest = 12 if "einsum" in layout else 11
+    guard = draw(st.sampled_from(GUARDS))
+    # The runtime quantises no float16.
+    dtype = np.float32 if guard == "quantised" else draw(st.sampled_from([np.float32, np.float32, np.float16]))
+    latent = layout not in {"5-D", "einsum grouped"} and draw(st.booleans())
+    return Decomposed(
+        opset=draw(st.integers(oldest, 23)),
+        layout=layout,
+        scale=draw(st.sampled_from(SCALES)),
+        divides=draw(st.booleans()),
+        mask=draw(st.sampled_from(MASKS)),
+        causal=draw(st.booleans()),
+        bias=draw(st.sampled_from(BIASES)),
+        guard=guard,
+        spelling=draw(st.sampled_from(SPELLINGS)),
+        cross=draw(st.booleans()),
+        latent=latent,
+        direct=draw(st.booleans()),
+        dtype=dtype,
+        wide_softmax=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@settings(max_examples=100)
+@given(forms())
+def test_any_combination_equals_the_definition(case: Decomposed) -> None:
+    assert_equals_definition(case)
