@@ -12,12 +12,14 @@ from attnserve_server.build.zoo.linear import LinearAttention
 from attnserve_server.build.zoo.multi_scale import MultiScaleAttention
 from attnserve_server.build.zoo.self_attention import DenseAttention
 from attnserve_server.build.zoo.skeleton import Encoder, ZooModule, ZooSize
+from attnserve_server.build.zoo.sliding_window import SlidingWindowAttention
 from attnserve_server.build.zoo.top_k import TopKAttention
 
 BUILDERS: dict[str, Callable[[ZooSize], ZooModule]] = {
     "self": partial(Encoder, attention=DenseAttention),
     "causal": partial(Encoder, attention=CausalAttention),
     "cross": EncoderDecoder,
+    "sliding-window": partial(Encoder, attention=SlidingWindowAttention),
     "top-k": partial(Encoder, attention=TopKAttention),
     "linear": partial(Encoder, attention=LinearAttention),
     "multi-scale": partial(Encoder, attention=MultiScaleAttention),
