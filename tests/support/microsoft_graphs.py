@@ -87,9 +87,10 @@ def added(scores: Array, padding: Array, *, causal: bool, bias: Array | None) ->
         behind = np.arange(keys) > np.arange(queries)[:, None]
         behind[-1] = False
         total = total + np.where(behind, np.float32(LOWEST), np.float32(0))
-    if bias is not None:
-        total = total + bias.astype(np.float32)
-    return softmax((scores.astype(np.float32) + total).astype(np.float64))
+    with np.errstate(over="ignore"):  # twice the lowest number is minus infinity, as it is in the kernel
+        if bias is not None:
+            total = total + bias.astype(np.float32)
+        return softmax((scores.astype(np.float32) + total).astype(np.float64))
 
 
 @dataclass
@@ -266,6 +267,7 @@ class GroupQuery:
     positions: Array | None = None
     bias: Array | None = None
     empty_past: bool = False
+    presents: bool = False
     dtype: type = np.float32
     attributes: dict[str, Any] = field(default_factory=dict)
     opset: int = 17
@@ -319,6 +321,8 @@ class GroupQuery:
         for info in model.graph.input:
             if info.name.startswith("past"):
                 info.type.tensor_type.shape.dim[2].dim_value = 0
+        if self.presents:
+            model.graph.node[0].output.extend(["present_key", "present_value"])
         return model
 
     def _turned(self, operand: Array) -> Array:
@@ -355,6 +359,8 @@ class GroupQuery:
             kept &= at > at[:, None] - window
         for row, length in enumerate(self.lengths or ()):
             kept[row] &= at < length
+            if window > 0:
+                kept[row] &= at[:, None] < length
         if self.bias is not None:
             kept &= self.bias > LOWEST
             scores = scores + np.where(self.bias > LOWEST, self.bias, 0.0)

@@ -1,9 +1,11 @@
 """Finds onnxruntime's `GroupQueryAttention` without a past: grouped heads, rotation, windows, lengths of keys.
 
-Measured on onnxruntime 1.32's CPU kernel: softcap comes before `attention_bias`; query i sees the `local_window_size`
-keys up to itself, itself among them, and none behind `seqlens_k`; a row without a key, or whose every score is the
-lowest float32 number or below, is 0; of `position_ids` only the first number counts. `q_norm_weight` and quantized
-caches run on other providers alone.
+Measured on onnxruntime 1.32's CPU kernels: softcap comes before `attention_bias`; query i sees the `local_window_size`
+keys up to itself, itself among them, and none behind `seqlens_k`; of `position_ids` only the first number counts.
+There are two kernels, one of them for nodes that also give their present and have no softcap, and they differ where
+nothing is to be seen: in rows whose every bias is the lowest float32 number or below (0 here; the mean of some values
+or NaN there), and, under a window, in queries behind `seqlens_k`. Weights of such rows are 0. `q_norm_weight` and
+quantized caches run on other providers alone.
 """
 
 from __future__ import annotations

@@ -77,11 +77,17 @@ class MaskRows:
         first = self._tap.op("Sub", [self._queries_down(), self._tap.scalar(width)])
         return self._tap.op("Less", [first, self._positions(self._key)])
 
-    def key_ends(self, ends: ir.Value) -> ir.Value:
+    def keys_up_to(self, ends: ir.Value) -> ir.Value:
         """Bool (n, 1, 1, S): keys up to and with each row's end."""
-        tap = self._tap
-        rows = tap.op("Cast", [tap.rows_of(ends)], to=int(ir.DataType.INT64))
-        return tap.not_less(tap.unsqueeze(rows, 1, 2, 3), self._positions(self._key))
+        return self._tap.not_less(self._ends(ends), self._positions(self._key))
+
+    def queries_up_to(self, ends: ir.Value) -> ir.Value:
+        """Bool (n, 1, L, 1): queries up to and with each row's end."""
+        return self._tap.not_less(self._ends(ends), self._queries_down())
+
+    def _ends(self, ends: ir.Value) -> ir.Value:
+        rows = self._tap.op("Cast", [self._tap.rows_of(ends)], to=int(ir.DataType.INT64))
+        return self._tap.unsqueeze(rows, 1, 2, 3)
 
     def causal_penalty(self) -> ir.Value:
         """Float32 (n, 1, L, S): the lowest number where key j stands behind query i, but for the last query."""

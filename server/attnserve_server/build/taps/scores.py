@@ -60,7 +60,9 @@ class _ScoresTap:
         if scores.window:
             kept.append(masks.window(scores.window))
         if scores.key_ends is not None:
-            kept.append(masks.key_ends(scores.key_ends))
+            kept.append(masks.keys_up_to(scores.key_ends))
+            if scores.window:
+                kept.append(masks.queries_up_to(scores.key_ends))
         if not kept:
             return self._tap.op("Softmax", [logits], axis=-1)
         allowed = kept[0]
