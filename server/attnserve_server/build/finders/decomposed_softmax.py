@@ -18,7 +18,7 @@ _STEADYING = {*_ALONG, "Add", "Max", "Clip", "Unsqueeze", "Expand"}
 
 @dataclass(frozen=True, slots=True)
 class Softmax:
-    """One softmax: its last node, the scores, the axis from the end, and why it cannot be a site's, if so."""
+    """One softmax: its last node, the scores, the axis from the end, and why it cannot be tapped, if so."""
 
     node: ir.Node
     spelling: str

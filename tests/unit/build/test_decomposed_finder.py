@@ -1,0 +1,262 @@
+"""What counts as attention among the softmaxes of a graph, and what only looks like it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from attnserve_server.build.finders import find_sites
+from attnserve_server.build.sites import FoundSite
+from onnx import helper, numpy_helper
+
+Array = np.ndarray[Any, np.dtype[Any]]
+WIDTH, EXPERTS = 8, 4
+
+
+class Steps:
+    """A graph in the making, over features `x` (B, T, W) and `y` (B, S, W)."""
+
+    def __init__(self, opset: int = 17) -> None:
+        self.opset = opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, Array] = {}
+
+    def op(self, op_type: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        output = f"{op_type}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [output], name=name, **attributes))
+        return output
+
+    def const(self, *shape: int, kind: type = np.float32, value: Any = None) -> str:
+        name = f"constant_{len(self.constants)}"
+        rng = np.random.default_rng(len(self.constants))
+        self.constants[name] = np.asarray(rng.normal(size=shape) if value is None else value, kind)
+        return name
+
+    def turned(self, value: str) -> str:
+        return self.op("Transpose", value, perm=[0, 2, 1])
+
+    def sites(self, output: str, meta: dict[str, str] | None = None) -> dict[str, FoundSite]:
+        return find_sites(ir.from_proto(self.model(output, meta)).graph)
+
+    def model(self, output: str, meta: dict[str, str] | None = None) -> onnx.ModelProto:
+        info = helper.make_tensor_value_info
+        inputs = [
+            info("x", onnx.TensorProto.FLOAT, ["batch", "target", WIDTH]),
+            info("y", onnx.TensorProto.FLOAT, ["batch", "source", WIDTH]),
+        ]
+        nodes = [*self.nodes, helper.make_node("Identity", [output], ["out"])]
+        for node in nodes:
+            for key, value in (meta or {}).items():
+                node.metadata_props.add(key=key, value=value)
+        constants = [numpy_helper.from_array(array, name) for name, array in self.constants.items()]
+        graph = helper.make_graph(nodes, "steps", inputs, [info("out", onnx.TensorProto.FLOAT, None)], constants)
+        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+        return onnx.shape_inference.infer_shapes(model)
+
+
+def attention(steps: Steps, *, scores: str = "", value: str = "y") -> str:
+    """The positive control: queries x over keys and values y."""
+    scores = scores or steps.op("MatMul", "x", steps.turned("y"))
+    return steps.op("MatMul", steps.op("Softmax", scores, axis=-1), value)
+
+
+def test_product_of_two_activations_softmax_and_product_with_a_third_are_attention() -> None:
+    steps = Steps()
+    (site,) = steps.sites(attention(steps)).values()
+    assert site.node.op_type == "Softmax"
+    assert site.operator == "MatMul-Softmax-MatMul"
+    assert site.probabilities is not None
+    assert site.probabilities.key_axis == -1
+    assert site.output is not None
+    assert site.output.value.name == steps.nodes[-1].output[0]
+    assert site.head_dim == WIDTH
+
+
+def test_classifier_is_no_attention() -> None:
+    steps = Steps()
+    logits = steps.op("Add", steps.op("MatMul", "x", steps.const(WIDTH, 5)), steps.const(5))
+    assert not steps.sites(steps.op("Softmax", logits, axis=-1))
+
+
+def test_probabilities_that_multiply_no_activation_are_no_attention() -> None:
+    # A prediction turned into an embedding of what is expected.
+    steps = Steps()
+    similarity = steps.op("MatMul", "x", steps.turned("y"))
+    assert not steps.sites(steps.op("Softmax", similarity, axis=-1))
+    steps = Steps()
+    logits = steps.op("Softmax", steps.op("MatMul", "x", steps.const(WIDTH, 5)), axis=-1)
+    assert not steps.sites(steps.op("MatMul", logits, steps.const(5, WIDTH)))
+
+
+def test_mixture_of_experts_is_no_attention() -> None:
+    steps = Steps()
+    gate = steps.op("Softmax", steps.op("MatMul", "x", steps.const(WIDTH, EXPERTS)), axis=-1)
+    experts = steps.op(
+        "MatMul", steps.op("Unsqueeze", "x", steps.const(kind=np.int64, value=[1])), steps.const(EXPERTS, WIDTH, WIDTH)
+    )
+    experts = steps.op("Transpose", experts, perm=[0, 2, 1, 3])
+    row = steps.op("Unsqueeze", gate, steps.const(kind=np.int64, value=[2]))
+    assert not steps.sites(steps.op("MatMul", row, experts))
+
+
+def test_softmax_along_an_axis_of_a_constant_is_no_attention() -> None:
+    # Scores over a fixed number of slots, which weight activations that are as many.
+    steps = Steps()
+    slots = steps.op(
+        "MatMul",
+        steps.const(1, EXPERTS, EXPERTS),
+        steps.op(
+            "MatMul",
+            steps.const(1, EXPERTS, 3),
+            steps.op("Slice", "y", *(steps.const(kind=np.int64, value=[at]) for at in (0, 3, 1))),
+        ),
+    )
+    scores = steps.op("MatMul", "x", steps.const(1, WIDTH, EXPERTS))
+    assert not steps.sites(attention(steps, scores=scores, value=slots))
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_pooling_by_constant_vectors_is_no_attention(columns: int) -> None:
+    steps = Steps()
+    scores = steps.op(
+        "MatMul", steps.op("Tanh", steps.op("MatMul", "y", steps.const(WIDTH, WIDTH))), steps.const(WIDTH, columns)
+    )
+    assert not steps.sites(attention(steps, scores=steps.turned(scores)))
+
+
+def test_constant_queries_over_keys_of_an_input_are_attention() -> None:
+    steps = Steps()
+    scores = steps.op("MatMul", steps.const(3, WIDTH), steps.turned(steps.op("MatMul", "y", steps.const(WIDTH, WIDTH))))
+    assert len(steps.sites(attention(steps, scores=scores))) == 1
+
+
+def test_one_constant_query_is_pooling() -> None:
+    steps = Steps()
+    assert not steps.sites(attention(steps, scores=steps.op("MatMul", steps.const(1, WIDTH), steps.turned("y"))))
+
+
+def test_softmax_over_queries_is_no_attention() -> None:
+    # Weights that each key spreads over the queries; the product sums over keys all the same.
+    steps = Steps()
+    spread = steps.op("Softmax", steps.op("MatMul", "x", steps.turned("y")), axis=1)
+    assert not steps.sites(steps.op("MatMul", spread, "y"))
+
+
+def test_softmax_of_features_is_no_attention() -> None:
+    # Efficient attention: softmax over features of the query, and over positions of each feature of the key.
+    steps = Steps()
+    query = steps.op("Softmax", steps.op("MatMul", "x", steps.const(WIDTH, WIDTH)), axis=-1)
+    key = steps.op("Softmax", steps.turned(steps.op("MatMul", "y", steps.const(WIDTH, WIDTH))), axis=-1)
+    assert not steps.sites(steps.op("MatMul", query, steps.op("MatMul", key, "y")))
+
+
+def test_what_a_residual_stream_went_through_does_not_make_a_gate_attention() -> None:
+    steps = Steps()
+    stream = steps.op("Add", "x", attention(steps))
+    centred = steps.op("Sub", stream, steps.op("ReduceMean", stream, axes=[-1]))
+    features = steps.op("Softmax", centred, axis=-1)
+    steps.op("MatMul", features, steps.op("MatMul", steps.turned("y"), "y"))
+    assert len(steps.sites(steps.nodes[-1].output[0])) == 1
+
+
+def test_keys_from_the_shape_of_an_input_alone_are_constants() -> None:
+    # Positions depend on how long an input is, not on what it says.
+    steps = Steps()
+    length = steps.op("Gather", steps.op("Shape", "x"), steps.const(kind=np.int64, value=1))
+    limits = steps.const(kind=np.int64, value=0), length, steps.const(kind=np.int64, value=1)
+    places = steps.op("Gather", steps.const(64, WIDTH), steps.op("Range", *limits))
+    keys = steps.op("Transpose", steps.op("Unsqueeze", places, steps.const(kind=np.int64, value=[0])), perm=[0, 2, 1])
+    assert not steps.sites(attention(steps, scores=steps.op("MatMul", "x", keys), value="x"))
+
+
+def test_sums_of_several_products_are_one_site() -> None:
+    steps = Steps()
+    scores = steps.op("MatMul", "x", steps.turned("y"))
+    positions = steps.op("MatMul", "x", steps.turned(steps.op("MatMul", "y", steps.const(WIDTH, WIDTH))))
+    (site,) = steps.sites(attention(steps, scores=steps.op("Add", scores, positions))).values()
+    assert site.probabilities is not None
+    assert len(site.probabilities.scores) == 2
+
+
+def test_product_written_out_is_a_product() -> None:
+    steps = Steps()
+    apart = steps.op("Unsqueeze", "x", steps.const(kind=np.int64, value=[2]))
+    with_ = steps.op("Unsqueeze", "y", steps.const(kind=np.int64, value=[1]))
+    axes = steps.const(kind=np.int64, value=[-1])
+    scores = steps.op("ReduceSum", steps.op("Mul", apart, with_), axes, keepdims=0)
+    (site,) = steps.sites(attention(steps, scores=scores)).values()
+    assert site.operator == "ReduceSum-Softmax-MatMul"
+
+
+def test_softmax_of_old_over_several_axes_gives_the_reason() -> None:
+    steps = Steps(opset=11)
+    scores = steps.op("MatMul", "x", steps.turned("y"))
+    (site,) = steps.sites(steps.op("MatMul", steps.op("Softmax", scores, axis=1), "y")).values()
+    assert not site.tappable
+    assert site.unavailable_reason == "its softmax (opset 11) runs over several axes at once"
+
+
+def test_parts_of_the_keys_with_values_of_their_own_give_the_reason() -> None:
+    steps = Steps()
+
+    def part(value: str, axis: int, start: int, end: int) -> str:
+        return steps.op("Slice", value, *(steps.const(kind=np.int64, value=[number]) for number in (start, end, axis)))
+
+    weights = steps.op("Softmax", steps.op("MatMul", "x", steps.turned("y")), axis=-1)
+    near = steps.op("MatMul", part(weights, 2, 0, 2), part("y", 1, 0, 2))
+    far = steps.op("MatMul", part(weights, 2, 2, 9), part("y", 1, 2, 9))
+    (site,) = steps.sites(steps.op("Add", near, far)).values()
+    assert site.unavailable_reason == "parts of its keys are multiplied with values apart"
+
+
+def test_site_in_a_subgraph_gives_the_reason() -> None:
+    steps = Steps()
+    inner = Steps()
+    answer = inner.op("Identity", attention(inner))
+    info = helper.make_tensor_value_info(answer, onnx.TensorProto.FLOAT, None)
+    inner.nodes[-1].output[0] = "inside"
+    info.name = "inside"
+    branch = helper.make_graph(inner.nodes, "branch", [], [info])
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["outside"])],
+        "other",
+        [],
+        [helper.make_tensor_value_info("outside", onnx.TensorProto.FLOAT, None)],
+    )
+    condition = steps.op("Greater", steps.op("ReduceSum", "x", keepdims=0), steps.const(value=0.0))
+    (site,) = steps.sites(steps.op("If", condition, then_branch=branch, else_branch=other)).values()
+    assert "subgraph" in site.unavailable_reason
+
+
+def test_keys_that_get_lost_on_the_way_give_the_reason() -> None:
+    steps = Steps()
+    eight = steps.op("Slice", "y", *(steps.const(kind=np.int64, value=[number]) for number in (0, 8, 1)))
+    eight = steps.op("Reshape", eight, steps.const(kind=np.int64, value=[0, 8, WIDTH]))
+    weights = steps.op("Softmax", steps.op("MatMul", "x", steps.turned(eight)), axis=-1)
+    halves = steps.op("Reshape", weights, steps.const(kind=np.int64, value=[0, -1, 4]))
+    values = steps.op("Reshape", eight, steps.const(kind=np.int64, value=[0, 4, -1]))
+    (site,) = steps.sites(steps.op("MatMul", halves, values)).values()
+    assert site.unavailable_reason == "its keys cannot be followed from softmax to the product with the value"
+
+
+def test_products_of_the_runtime_s_own_are_products() -> None:
+    steps = Steps()
+    scores = steps.op("FusedMatMul", "x", "y", domain="com.microsoft", transB=1, alpha=0.5)
+    weights = steps.op("Softmax", scores, axis=-1)
+    (site,) = steps.sites(steps.op("FusedMatMul", weights, "y", domain="com.microsoft")).values()
+    assert site.operator == "FusedMatMul-Softmax-FusedMatMul"
+    assert site.tappable
+
+
+def test_site_is_named_after_the_module_that_either_exporter_leaves() -> None:
+    steps = Steps()
+    scores = steps.op("MatMul", "x", steps.turned("y"))
+    weights = steps.op("Softmax", scores, axis=-1, name="/encoder/layer.0/attention/self/Softmax")
+    assert list(steps.sites(steps.op("MatMul", weights, "y"))) == ["encoder.layer.0.attention"]
+    steps = Steps()
+    scopes = {"pkg.torch.onnx.name_scopes": "['', 'encoder', 'encoder.layers.0.self_attn', 'softmax']"}
+    assert list(steps.sites(attention(steps), scopes)) == ["encoder.layers.0.self_attn"]
