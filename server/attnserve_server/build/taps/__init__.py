@@ -13,10 +13,11 @@ import onnx_ir as ir
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.build.taps.linear import weights_of_linear
 from attnserve_server.build.taps.nodes import ITEMS_PREFIX, WEIGHTS_PREFIX, TapNodes
+from attnserve_server.build.taps.operands import with_plain_values
 from attnserve_server.build.taps.probabilities import weights_of_probabilities
 from attnserve_server.build.taps.scores import weights_of_scores
 
-__all__ = ["ITEMS_PREFIX", "WEIGHTS_PREFIX", "add_taps"]
+__all__ = ["ITEMS_PREFIX", "WEIGHTS_PREFIX", "add_taps", "with_plain_values"]
 
 
 def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> None:

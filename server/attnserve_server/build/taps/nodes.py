@@ -34,9 +34,13 @@ class TapNodes:
         weights.name = WEIGHTS_PREFIX + self._name
         weights.type = ir.TensorType(ir.DataType.FLOAT)
         weights.shape = ir.Shape([f"{ITEMS_PREFIX}{self._name}.count", heads, None, None])
-        self._graph.insert_after(behind, self._nodes)
+        self.place(behind)
         self._graph.inputs.append(self.items)
         self._graph.outputs.append(weights)
+
+    def place(self, behind: ir.Node) -> None:
+        """Put the nodes behind one of the graph's own."""
+        self._graph.insert_after(behind, self._nodes)
 
     def op(self, op_type: str, inputs: Sequence[Input], **attributes: Attribute) -> ir.Value:
         """One node; its output is named after the tap."""
@@ -119,3 +123,11 @@ class TapNodes:
             )
             self._graph.register_initializer(value)
         return self._graph.initializers[name]
+
+
+class WholeBatch(TapNodes):
+    """Nodes that work on every row of the batch: what a check needs, and no tap."""
+
+    def rows_of(self, value: ir.Value) -> ir.Value:
+        """All of them."""
+        return value

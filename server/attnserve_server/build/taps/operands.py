@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import onnx_ir as ir
 
-from attnserve_server.build.sites import Columns, Operand, Rotary
-from attnserve_server.build.taps.nodes import TapNodes
+from attnserve_server.build.sites import Columns, FoundSite, Operand, Rotary
+from attnserve_server.build.taps.nodes import TapNodes, WholeBatch
+
+
+def with_plain_values(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> dict[str, FoundSite]:
+    """The sites with values, (B, H, S, D), that stand in the graph: where an operator makes its value itself, so do
+    new nodes here. For checks; a graph that serves has no use for them.
+    """
+    shared: dict[tuple[str, ir.Value], ir.Value] = {}
+    plain = dict(sites)
+    for name, site in sites.items():
+        if not site.tappable or site.value is None or site.value.plain:
+            continue
+        nodes = WholeBatch(graph, f"{name}.value", shared)
+        value = Operands(nodes).heads_first(site.value, _head_dim(site.value))
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        nodes.place(site.node)
+        plain[name] = replace(site, value=Operand(value, site.value.heads, packed=False))
+    return plain
+
+
+def _head_dim(operand: Operand) -> int:
+    """From the columns that it takes of a value or of a bias; a part of packed operands needs none."""
+    bias = operand.bias
+    start, stop = operand.columns or ((bias.start, bias.stop) if bias is not None else (0, 0))
+    return (stop - start) // operand.heads
 
 
 class Operands:
