@@ -22,8 +22,8 @@ from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner
 from attnserve_server.build.signature import dtype_of
 from attnserve_server.build.sites import FoundSite
-from attnserve_server.build.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps
-from attnserve_server.model.manifest import AxisSpec, OutputSpec, SiteSpec
+from attnserve_server.build.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps, with_plain_values
+from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec, SiteSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Assembled:
     outputs: tuple[OutputSpec, ...]
     site_axes: Mapping[str, tuple[str, str]]
     fixed_axes: Mapping[str, int]
+    derived_axes: Mapping[str, DerivedLength]
     tolerances: Tolerances
     precision: Literal["fp32", "fp16", "int8"]
 
@@ -66,7 +67,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     save(ir.from_proto(proto), source_path)
     source = Runner(source_path)
     checker_model = ir.from_proto(proto)
-    found = find_sites(checker_model.graph)
+    found = with_plain_values(checker_model.graph, find_sites(checker_model.graph))
     expose(checker_model, found.values())
     found = _settled(checker_model, found, sampler, work / "untapped.onnx")
     add_taps(checker_model.graph, found)
@@ -78,7 +79,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     found = _verified(checker, sampler, found, tolerances)
     axes = probe_axes(checker, sampler, output_names, found)
     outputs = _outputs(proto.graph, axes, steps)
-    fixed_axes = _fixed_axes(axes, sampler.signature.symbols)
+    fixed_axes = _fixed_axes(axes, [*sampler.signature.symbols, *axes.derived])
     sites = tuple(_site(layer, name, site, axes, fixed_axes) for layer, (name, site) in enumerate(found.items()))
     for site in sites:
         if not site.available:
@@ -86,6 +87,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     available = {site.name: (site.query_axis, site.key_axis) for site in sites if site.available}
     save(tapped_at(proto, {name: found[name] for name in available}), model_path)
     named = {symbol for pair in available.values() for symbol in pair}
+    shown = {extent for spec in outputs for extent in spec.shape if isinstance(extent, str)}
     return Assembled(
         model_path=model_path,
         source=source,
@@ -96,6 +98,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
         outputs=outputs,
         site_axes=available,
         fixed_axes={symbol: length for length, symbol in fixed_axes.items() if symbol in named},
+        derived_axes={symbol: form for symbol, form in axes.derived.items() if symbol in named | shown},
         tolerances=tolerances,
         precision=precision_of(proto),
     )
@@ -140,19 +143,26 @@ def axes_of(
 ) -> tuple[tuple[AxisSpec, ...], float | None]:
     """Every axis, whether padding along it is harmless, and the greatest difference on those where it is.
 
-    Fixed axes that sites name come last.
+    Derived and fixed axes that sites name come last.
     """
     steps.begin("probing padding")
     specs: list[AxisSpec] = []
     harmless: list[float] = []
     for symbol, max_length in max_lengths.items():
-        error = padding_error(assembled.checker, assembled.sampler, symbol, assembled.outputs, assembled.site_axes)
+        error = padding_error(
+            assembled.checker, assembled.sampler, symbol, assembled.outputs, assembled.site_axes, assembled.derived_axes
+        )
         paddable = error <= assembled.tolerances.company
         if paddable:
             harmless.append(error)
         else:
             steps.warn(f"padding along {symbol!r} changes the answer: only sequences of one length share a batch")
         specs.append(AxisSpec(symbol=symbol, max_length=max_length, paddable=paddable))
+    sources = {spec.symbol: spec for spec in specs}
+    for symbol, form in assembled.derived_axes.items():
+        source = sources[form.source]
+        longest = max(form.of(source.max_length), 1)
+        specs.append(AxisSpec(symbol=symbol, max_length=longest, paddable=source.paddable, derived=form))
     for symbol, length in assembled.fixed_axes.items():
         specs.append(AxisSpec(symbol=symbol, max_length=length, paddable=False, fixed=True))
     return tuple(specs), max(harmless, default=None)
@@ -215,7 +225,11 @@ def _site(layer: int, name: str, site: FoundSite, axes: Axes, fixed_axes: Mappin
         if not reason and axis is None:
             reason = f"its {role} axis follows no axis of an input, and is not fixed"
     causal = site.causal or name in axes.causal_sites
-    crossed = query_axis != key_axis
+    # Keys pooled from the positions of the queries are still the queries' own sequence.
+    query_source, key_source = (
+        axes.derived[axis].source if axis in axes.derived else axis for axis in (query_axis, key_axis)
+    )
+    crossed = query_source != key_source
     return SiteSpec(
         name=name,
         layer=layer,

@@ -4,41 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from attnserve_server.build.errors import BuildRefused
+from attnserve_server.build.extents import Extents, extents_of
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.runtime import Runner
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.build.taps import WEIGHTS_PREFIX
 from attnserve_server.domain.values import Array
-from attnserve_server.model.manifest import OutputSpec
+from attnserve_server.model.manifest import DerivedLength, OutputSpec
 
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _PADDING = 3
 """How far a probe pads: enough that a leak of padding into a softmax or a mean is far above any tolerance."""
 
-Extents = tuple[str | int | None, ...]
-"""Axis symbols, fixed extents, and None for what is neither."""
-
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """What two runs with distinct prime lengths say about shapes; all without the batch axis."""
+    """What a few runs with distinct prime lengths say about shapes; all without the batch axis.
+
+    `derived` has the form of every symbol that is none of the inputs'.
+    """
 
     outputs: dict[str, Extents]
     sites: dict[str, tuple[str | int | None, str | int | None]]
     unbatched_outputs: tuple[str, ...]
     unbatched_sites: frozenset[str]
     causal_sites: frozenset[str]
+    derived: dict[str, DerivedLength]
 
 
 def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: Mapping[str, FoundSite]) -> Axes:
     """Match every extent of every output and of every tapped site with the axis symbols of the inputs.
 
-    Two runs, in which each symbol has a prime of its own: an extent that follows a symbol in both is that symbol, one
-    that stays is fixed, and any other is derived from several and has no symbol.
+    Runs in which each symbol has a prime of its own: an extent that follows a symbol in all is that symbol, one that
+    stays is fixed, and any other is fitted to a form derived from one symbol, or, where it follows several, has none.
+    The third run is longer by far: an extent that a stride keeps at 1 for a while is not fixed.
 
     Raises:
         BuildRefused: the graph does not run on such lengths, mostly because axes with distinct symbols must be equal.
@@ -57,23 +61,21 @@ def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: 
             tried = ", ".join(f"{symbol}={length}" for symbol, length in lengths.items()) or "its fixed shapes"
             hint = "; axes that must be equal need the same symbol" if len(symbols) > 1 else ""
             raise BuildRefused(f"{fault} (tried on {tried}{hint})") from None
-    (first_lengths, first), (second_lengths, second) = runs
-
-    def extents(name: str) -> Extents:
-        pairs = zip(first[name].shape[1:], second[name].shape[1:], strict=True)
-        return tuple(_symbol(*pair, first_lengths, second_lengths) for pair in pairs)
-
+    (_, first), (_, second) = runs
+    seen = [(lengths, {name: array.shape for name, array in arrays.items()}) for lengths, arrays in runs]
+    extents, derived = extents_of(seen, [*outputs, *weights.values()], runner, sampler)
     unbatched = [
         name for name in outputs if not first[name].ndim or (first[name].shape[0], second[name].shape[0]) != batches
     ]
     strange = [name for name, output in own.items() if (first[output].shape[0], second[output].shape[0]) != batches]
-    site_axes = {name: extents(output)[1:3] for name, output in weights.items()}
+    site_axes = {name: extents[output][1:3] for name, output in weights.items()}
     return Axes(
-        outputs={name: extents(name) for name in outputs if name not in unbatched},
+        outputs={name: extents[name] for name in outputs if name not in unbatched},
         sites={name: (axes[0], axes[1]) for name, axes in site_axes.items()},
         unbatched_outputs=tuple(unbatched),
         unbatched_sites=frozenset(strange),
         causal_sites=frozenset(name for name, output in weights.items() if _is_causal((first[output], second[output]))),
+        derived=derived,
     )
 
 
@@ -90,15 +92,6 @@ def _own_output(site: FoundSite) -> str:
     assert site.output is not None
     assert site.output.value.name is not None
     return site.output.value.name
-
-
-def _symbol(
-    first: int, second: int, first_lengths: Mapping[str, int], second_lengths: Mapping[str, int]
-) -> str | int | None:
-    for symbol, length in first_lengths.items():
-        if (first, second) == (length, second_lengths[symbol]):
-            return symbol
-    return first if first == second else None
 
 
 def _is_causal(runs: Sequence[Array]) -> bool:
@@ -132,7 +125,12 @@ def probe_max_length(runner: Runner, sampler: Sampler, symbol: str, wanted: int,
 
 
 def padding_error(
-    runner: Runner, sampler: Sampler, symbol: str, outputs: Sequence[OutputSpec], sites: Mapping[str, tuple[str, str]]
+    runner: Runner,
+    sampler: Sampler,
+    symbol: str,
+    outputs: Sequence[OutputSpec],
+    sites: Mapping[str, tuple[str, str]],
+    derived: Mapping[str, DerivedLength],
 ) -> float:
     """How much padding along one axis changes a sequence's own outputs and weights: the greatest difference.
 
@@ -144,6 +142,7 @@ def padding_error(
         symbol: the axis that is padded; the others are as long as the sequence.
         outputs: what is compared, cropped to the sequence's own lengths.
         sites: query and key axis of each site whose weights are compared.
+        derived: the forms of symbols that are none of the inputs'.
 
     Returns:
         Infinity where the graph does not run on the padded sequence.
@@ -152,7 +151,7 @@ def padding_error(
     # Both orders: under a causal frontier, padded keys are seen only by queries that outnumber the keys.
     orders = (symbols, symbols[::-1]) if len(symbols) > 1 else (symbols,)
     assigned = ({name: _PRIMES[position] for position, name in enumerate(order)} for order in orders)
-    return max(_padding_error(runner, sampler, symbol, outputs, sites, lengths) for lengths in assigned)
+    return max(_padding_error(runner, sampler, symbol, outputs, sites, derived, lengths) for lengths in assigned)
 
 
 def _padding_error(
@@ -161,6 +160,7 @@ def _padding_error(
     symbol: str,
     outputs: Sequence[OutputSpec],
     sites: Mapping[str, tuple[str, str]],
+    derived: Mapping[str, DerivedLength],
     lengths: Mapping[str, int],
 ) -> float:
     sequence = sampler.sequence(lengths)
@@ -171,7 +171,7 @@ def _padding_error(
         padded = runner.run(feeds, fetches)
     except BuildRefused:
         return float("inf")
-    crops = croppers(outputs, sites, lengths)
+    crops = croppers(outputs, sites, lengths, derived)
     return max(_scaled(crops[name](padded[name][0]), crops[name](alone[name][0])) for name in fetches)
 
 
@@ -199,9 +199,20 @@ def _scaled(one: Array, reference: Array) -> float:
 
 
 def croppers(
-    outputs: Sequence[OutputSpec], sites: Mapping[str, tuple[str, str]], lengths: Mapping[str, int]
+    outputs: Sequence[OutputSpec],
+    sites: Mapping[str, tuple[str, str]],
+    given: Mapping[str, int],
+    derived: Mapping[str, DerivedLength] = MappingProxyType({}),
 ) -> dict[str, Callable[[Array], Array]]:
-    """For every output and every site's weights: what cuts one row of them (no batch axis) to a sequence's lengths."""
+    """For every output and every site's weights: what cuts one row of them (no batch axis) to a sequence's lengths.
+
+    Args:
+        outputs: by whose shapes outputs are cut.
+        sites: query and key axis of each site.
+        given: the sequence's lengths, by the symbols of the inputs.
+        derived: the forms of the other symbols.
+    """
+    lengths = {**given, **{symbol: form.of(given[form.source]) for symbol, form in derived.items()}}
 
     def cutter(shape: Sequence[str | int]) -> Callable[[Array], Array]:
         cuts = tuple(slice(lengths[extent] if isinstance(extent, str) else extent) for extent in shape)

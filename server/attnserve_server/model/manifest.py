@@ -6,6 +6,7 @@ Its parts have modules of their own: `tensors`, `sites`, `report`. They are impo
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -24,7 +25,7 @@ from attnserve_server.model.frozen import (
 )
 from attnserve_server.model.report import CheckReport, Provenance
 from attnserve_server.model.sites import SiteSpec
-from attnserve_server.model.tensors import AxisSpec, InputRole, InputSpec, OutputSpec, TextSpec
+from attnserve_server.model.tensors import AxisSpec, DerivedLength, InputRole, InputSpec, OutputSpec, TextSpec
 
 __all__ = [
     "BATCH",
@@ -32,6 +33,7 @@ __all__ = [
     "NUMPY_DTYPES",
     "AxisSpec",
     "CheckReport",
+    "DerivedLength",
     "Dtype",
     "Extent",
     "InputRole",
@@ -115,6 +117,20 @@ class Manifest(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _derived_axes_have_a_source(self) -> Self:
+        given = {axis.symbol for axis in self.axes if axis.derived is None}
+        for axis in self.axes:
+            if axis.derived is not None and axis.derived.source not in given:
+                raise ValueError(
+                    f"axis {axis.symbol}: it is derived from {axis.derived.source}, which is no other axis"
+                )
+        for spec in self.inputs:
+            derived = {extent for extent in spec.shape if isinstance(extent, str)} - given
+            if derived:
+                raise ValueError(f"input {spec.name}: {sorted(derived)} are derived, so no input has them")
+        return self
+
+    @model_validator(mode="after")
     def _text_has_a_place(self) -> Self:
         if self.text is None:
             return self
@@ -130,6 +146,15 @@ class Manifest(Frozen):
     def fixed_lengths(self) -> dict[str, int]:
         """Length of each axis that is the same for every sequence, whatever is sent."""
         return {axis.symbol: axis.max_length for axis in self.axes if axis.fixed}
+
+    def with_derived(self, lengths: Mapping[str, int]) -> dict[str, int]:
+        """A sequence's lengths by axis symbol, with those of the axes that are derived from them."""
+        derived = {
+            axis.symbol: axis.derived.of(lengths[axis.derived.source])
+            for axis in self.axes
+            if axis.derived is not None and axis.derived.source in lengths
+        }
+        return {**lengths, **derived}
 
     def axis(self, symbol: str) -> AxisSpec:
         """The axis of this symbol. Raises KeyError if there is none."""

@@ -56,6 +56,22 @@ class OutputSpec(Frozen):
     shape: tuple[Extent, ...]
 
 
+class DerivedLength(Frozen):
+    """How long a derived axis is: (length of `source` + `offset`) // `stride`, which has rounding up and down in it.
+
+    Pooling by 4, the last window filled up: stride 4, offset 3. A convolution of width K, stride S and padding P on
+    either side: stride S, offset 2 P - K + S. A token put before all others: stride 1, offset 1.
+    """
+
+    source: Symbol
+    stride: Annotated[int, Field(ge=1)]
+    offset: int = 0
+
+    def of(self, length: int) -> int:
+        """The derived length, in positions; 0 where nothing is left."""
+        return max((length + self.offset) // self.stride, 0)
+
+
 class AxisSpec(Frozen):
     """A dynamic axis. `paddable`: padding along it was seen not to change a sequence's own outputs and weights.
 
@@ -63,6 +79,8 @@ class AxisSpec(Frozen):
     an input whose length was fixed at export), and the symbol is there for sites to name. Inputs and outputs do not.
     `grid`: rows and columns of the patches that a fixed axis runs over, row by row; `leading` positions, such as
     that of a class token, stand before them.
+    `derived`: its length follows that of another axis, of keys that a model pools, say. Inputs do not name it, and its
+    positions are not counted as tokens: those of its source are.
     """
 
     symbol: Symbol
@@ -71,11 +89,14 @@ class AxisSpec(Frozen):
     fixed: bool = False
     grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     leading: Annotated[int, Field(ge=0)] = 0
+    derived: DerivedLength | None = None
 
     @model_validator(mode="after")
     def _fixed_is_never_padded(self) -> Self:
         if self.fixed and self.paddable:
             raise ValueError(f"axis {self.symbol}: a fixed axis has one length, so nothing along it is padded")
+        if self.fixed and self.derived is not None:
+            raise ValueError(f"axis {self.symbol}: a fixed axis has one length, so it follows no other")
         return self
 
     @model_validator(mode="after")
