@@ -58,7 +58,7 @@ def _softmax(node: ir.Node, scores: ir.Value, graph: ir.Graph) -> Softmax:
         shape = scores.shape
         if shape is None or any(extent != 1 for extent in list(shape)[axis + 1 :]):
             return Softmax(
-                node, "Softmax", scores, axis, f"its softmax (opset {version}) runs over several axes at once"
+                node, "Softmax", scores, None, f"its softmax (opset {version}) runs over several axes at once"
             )
     return Softmax(node, "Softmax", scores, axis)
 
