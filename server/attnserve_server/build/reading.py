@@ -15,6 +15,7 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.operators import refuse_unknown_operators, refuse_unknown_versions
 
+HOW_TO_NAME = "name its axes in the file, as onnx.tools.update_model_dims does, or in the export"
 MAX_GRAPH_BYTES = 2**31 - 1
 """What one protobuf message can hold."""
 MAX_NODES = 1_000_000
@@ -57,9 +58,15 @@ def checked(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     if proto.ByteSize() > MAX_GRAPH_BYTES:
         raise _too_large(name, proto.ByteSize())
     refuse_unknown_versions(proto, name)
+    for value in proto.graph.input:
+        if value.type.HasField("tensor_type") and not _has_shape(value):
+            raise BuildRefused(f"input {value.name!r} has no known shape: {HOW_TO_NAME}")
+    outputs = [value.name for value in proto.graph.output]
+    if len(set(outputs)) < len(outputs):
+        raise BuildRefused(f"{name} is not a valid ONNX model: two of its outputs have one name")
     proto = _in_order(proto, name)
     try:
-        onnx.checker.check_model(proto)
+        _check(proto)
         if proto.functions:
             _refuse_too_many_nodes(proto, name)
             # Finders look through the graph alone.
@@ -70,6 +77,25 @@ def checked(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
         raise
     except Exception as fault:  # noqa: BLE001 - the boundary to onnx, which raises many types here
         raise BuildRefused(f"{name} is not a valid ONNX model: {_first_words(fault)}") from None
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    """The library's checker, which wants a shape of every output; running the model will tell those left out."""
+    outputs = list(proto.graph.output)
+    shaped = [value for value in outputs if not value.type.HasField("tensor_type") or _has_shape(value)]
+    try:
+        if len(shaped) < len(outputs):
+            del proto.graph.output[:]
+            proto.graph.output.extend(shaped)
+        onnx.checker.check_model(proto)
+    finally:
+        if len(shaped) < len(outputs):
+            del proto.graph.output[:]
+            proto.graph.output.extend(outputs)
+
+
+def _has_shape(value: onnx.ValueInfoProto) -> bool:
+    return value.type.tensor_type.HasField("shape")
 
 
 def _read_external_data(proto: onnx.ModelProto, path: Path) -> None:

@@ -11,6 +11,7 @@ import onnx
 from onnx import helper
 
 from attnserve_server.build.errors import BuildRefused
+from attnserve_server.build.reading import HOW_TO_NAME
 from attnserve_server.build.roles import is_position, is_second, roles_of
 from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, Dtype, InputRole, InputSpec
 
@@ -18,7 +19,6 @@ SEQUENCE = "seq"
 """The symbol of the axis that token inputs share where the graph does not name it."""
 SECOND_SEQUENCE = "decoder_seq"
 """That of inputs whose names say that they are of a second text."""
-_HOW_TO_NAME = "name its axes in the file, as onnx.tools.update_model_dims does, or in the export"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,14 @@ class Signature:
 
 def dtype_of(element_type: int, name: str) -> Dtype:
     """The manifest's name of an ONNX element type. Raises BuildRefused for those that cannot be served."""
-    numpy_name = np.dtype(helper.tensor_dtype_to_np_dtype(element_type)).name if element_type else "unknown"
-    if numpy_name not in NUMPY_DTYPES:
-        raise BuildRefused(f"{name!r} is of type {numpy_name}; {', '.join(NUMPY_DTYPES)} can be served")
-    return cast("Dtype", numpy_name)
+    try:
+        known = np.dtype(helper.tensor_dtype_to_np_dtype(element_type)).name
+    except (KeyError, ValueError):
+        known = "unknown"
+    if known not in NUMPY_DTYPES:
+        known = "string" if element_type == onnx.TensorProto.STRING else known
+        raise BuildRefused(f"{name!r} is of type {known}; {', '.join(NUMPY_DTYPES)} can be served")
+    return cast("Dtype", known)
 
 
 def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
@@ -95,14 +99,14 @@ def _axes(value: onnx.ValueInfoProto) -> list[Any]:
         kind = value.type.WhichOneof("value") or "unknown_type"
         raise BuildRefused(f"input {value.name!r} is of type {kind.removesuffix('_type')}; only tensors can be served")
     if not value.type.tensor_type.HasField("shape"):
-        raise BuildRefused(f"input {value.name!r} has no known shape: {_HOW_TO_NAME}")
+        raise BuildRefused(f"input {value.name!r} has no known shape: {HOW_TO_NAME}")
     axes = list(value.type.tensor_type.shape.dim)
     if not axes:
         raise BuildRefused(f"input {value.name!r} is a scalar: its first axis must be the batch")
     for position, axis in enumerate(axes):
         if axis.HasField("dim_value") and axis.dim_value < 1:
             said = f"input {value.name!r}: axis {position} has the extent {axis.dim_value}"
-            raise BuildRefused(said if not axis.dim_value else f"{said}: {_HOW_TO_NAME}")
+            raise BuildRefused(said if not axis.dim_value else f"{said}: {HOW_TO_NAME}")
     return axes
 
 
