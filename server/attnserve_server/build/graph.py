@@ -39,7 +39,7 @@ def with_layout_of(site: FoundSite, settled: FoundSite) -> FoundSite:
     if site.probabilities is None or settled.probabilities is None:
         return site
     layout = replace(site.probabilities, axes=settled.probabilities.axes)
-    return replace(site, heads=settled.heads, kv_heads=settled.kv_heads, probabilities=layout)
+    return replace(site, heads=settled.heads, kv_heads=settled.kv_heads, probabilities=layout, windows=settled.windows)
 
 
 def expose(model: ir.Model, sites: Collection[FoundSite]) -> None:
@@ -58,7 +58,8 @@ def save(model: ir.Model, path: Path) -> None:
 
 def precision_of(proto: onnx.ModelProto) -> Literal["fp32", "fp16", "int8"]:
     """What kernels work in: int8 where they are integer ones, fp16 where most weights are float16, else fp32."""
-    if any(node.op_type in {"MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"} for node in proto.graph.node):
+    integral = {"MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits"}
+    if any(node.op_type in integral for node in proto.graph.node):
         return "int8"
     sizes: dict[int, int] = {onnx.TensorProto.FLOAT16: 0, onnx.TensorProto.FLOAT: 0}
     for tensor in proto.graph.initializer:

@@ -1,0 +1,180 @@
+"""Products with constant weights in eight bits: weights rounded per output channel, activations per row as they come.
+
+x (..., K) -+-> greatest |x| of each row -> scale (..., 1) ----------------------------------+
+            +-> / scale, rounded to uint8 -> MatMulIntegerToFloat(weights, their scales) -> * scale -> (..., N)
+
+A row's scale depends on that row alone, so neither batch mates nor padding can change an answer. That is why the
+products are rewritten here: onnxruntime's own `quantize_dynamic` takes one scale for the whole batch, and its blockwise
+`MatMulNBits` does not but is no faster than float32 where a batch has more than a few rows. Both were measured:
+docs/attention.md.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from attnserve_server.domain.values import Array
+
+WEIGHT_ERROR_LIMIT = 0.1
+"""The greatest error of a rounded weight, in parts of a typical one: normal ones have 0.012, MiniLM's to 0.035. With
+more, a few weights far beyond the others leave too few steps for the rest, and the product stays in float32."""
+_LEAST_WIDTH = 16
+"""A product over fewer numbers is over before its rows are rounded."""
+_STEPS = 127
+"""Symmetric, so that 0 stays 0 and the zero point is the same for every row."""
+_ZERO_POINT = 128
+"""Unsigned activations with signed weights: the pair that processors multiply at once (VNNI, and its like on ARM)."""
+_FIRST_AXIS_OPSET = 13
+"""The first in which QuantizeLinear takes a scale for each row."""
+_FIRST_AXES_INPUT_OPSET = 18
+"""The first in which reductions take their axes as an input."""
+
+
+def quantized(model: ir.Model) -> ir.Model:
+    """Rewrite, in place, every product with constant float32 weights that rounding does not hurt.
+
+    Args:
+        model: its opset is 11 or later.
+
+    Returns:
+        The same model; the same object.
+    """
+    LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=_LEAST_WIDTH)(model)
+    graph = model.graph
+    rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    for node in list(graph):
+        weights = _weights(node)
+        if weights is None:
+            continue
+        rounded, scales = rounded_per_channel(weights)
+        if relative_error(weights, rounded, scales) > WEIGHT_ERROR_LIMIT:
+            continue
+        _replace(graph, node, rounded, scales, rows)
+    model.opset_imports.setdefault("com.microsoft", 1)
+    for value in [value for value in graph.initializers.values() if not value.uses() and not value.is_graph_output()]:
+        del graph.initializers[str(value.name)]
+    return model
+
+
+def rounded_per_channel(weights: Array) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Weights (K, N) as int8 (K, N), and the step of each output channel, float32 (N,)."""
+    steps = np.abs(weights).max(axis=0).astype(np.float32) / np.float32(_STEPS)
+    steps[steps == 0] = 1
+    return np.clip(np.rint(weights / steps), -_STEPS, _STEPS).astype(np.int8), steps
+
+
+def relative_error(weights: Array, rounded: Array, steps: Array) -> float:
+    """How far the rounded weights are from the true ones (root mean square), in parts of a typical one of these.
+
+    Typical is the median of those that are not 0: a few weights far beyond the others would hide what they do to them.
+    """
+    wide = np.abs(weights.astype(np.float64))
+    if not wide.any():
+        return 0.0
+    error = rounded * steps.astype(np.float64) - weights
+    return float(np.sqrt(np.mean(error**2)) / np.median(wide[wide > 0]))
+
+
+def _weights(node: ir.Node) -> Array | None:
+    """The constant weights (K, N) of a product that can be rewritten; None where it cannot."""
+    if node.op_type != "MatMul" or node.domain not in {"", "ai.onnx"}:
+        return None
+    first, second = node.inputs
+    if first is None or second is None or second.const_value is None or second.is_graph_input():
+        return None
+    if second.const_value.dtype is not ir.DataType.FLOAT or len(second.const_value.shape) != 2:
+        return None
+    weights = second.const_value.numpy()
+    return weights if weights.shape[0] >= _LEAST_WIDTH and np.isfinite(weights).all() else None
+
+
+def _replace(
+    graph: ir.Graph,
+    node: ir.Node,
+    rounded: npt.NDArray[np.int8],
+    steps: npt.NDArray[np.float32],
+    rows: dict[ir.Value, tuple[ir.Value, ir.Value]],
+) -> None:
+    """Put the integer product in a node's place. Products of one input share its rounded rows, which `rows` keeps."""
+    builder = _Builder(graph, node)
+    source = node.inputs[0]
+    assert source is not None
+    if source not in rows:
+        rows[source] = _rounded_rows(builder, source, rounded.shape[0])
+    numbers, scale = rows[source]
+    product = builder.op(
+        "MatMulIntegerToFloat",
+        [
+            numbers,
+            builder.stored(f"{builder.base}.weights", rounded),
+            builder.stored("int8.one", np.array(1, np.float32)),
+            builder.stored(f"{builder.base}.steps", steps),
+            builder.stored("int8.zero_point", np.array(_ZERO_POINT, np.uint8)),
+        ],
+        domain="com.microsoft",
+    )
+    output = node.outputs[0]
+    result = builder.op("Mul", [product, scale])
+    # Shape inference does not know the integer product; finders need the shapes that come after it.
+    result.shape, result.type = output.shape, output.type
+    name = output.name
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    result.name = name
+
+
+def _rounded_rows(builder: _Builder, source: ir.Value, width: int) -> tuple[ir.Value, ir.Value]:
+    """A value's rows as uint8 (..., K), and each row's scale, float32 (..., 1)."""
+    highest, lowest = builder.extreme("ReduceMax", source), builder.extreme("ReduceMin", source)
+    # The floor keeps a row of zeros from being divided by 0. Two reductions take less time than one of |x|, which would
+    # have to be written first.
+    floor = builder.stored("int8.floor", np.array(1e-20, np.float32))
+    greatest = builder.op("Max", [highest, builder.op("Neg", [lowest]), floor])
+    scale = builder.op("Mul", [greatest, builder.stored("int8.step", np.array(1 / _STEPS, np.float32))])
+    zero_point = builder.stored("int8.zero_point", np.array(_ZERO_POINT, np.uint8))
+    if builder.opset < _FIRST_AXIS_OPSET:
+        one = builder.stored("int8.one", np.array(1, np.float32))
+        return builder.op("QuantizeLinear", [builder.op("Div", [source, scale]), one, zero_point]), scale
+    flat = builder.op("Reshape", [source, builder.stored(f"int8.rows_of_{width}", np.array([-1, width]))])
+    scales = builder.op("Reshape", [scale, builder.stored("int8.flat", np.array([-1]))])
+    zero_points = builder.op("Expand", [zero_point, builder.op("Shape", [scales])])
+    numbers = builder.op("QuantizeLinear", [flat, scales, zero_points], axis=0)
+    return builder.op("Reshape", [numbers, builder.op("Shape", [source])]), scale
+
+
+class _Builder:
+    """Adds nodes before the one that they replace, under names of its own."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
+        self._graph, self._node = graph, node
+        self._count = 0
+        self.base = f"{node.outputs[0].name}.int8"
+        self.opset = graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", 1))
+
+    def op(self, operator: str, inputs: list[ir.Value], domain: str = "", **attributes: int | list[int]) -> ir.Value:
+        """A node with one output; the module that it comes from is that of the node it helps to replace."""
+        made = ir.node(operator, inputs, attributes, domain=domain, name=f"{self.base}.{self._count}")
+        made.outputs[0].name = f"{self.base}.{self._count}"
+        made.metadata_props.update(self._node.metadata_props)
+        self._count += 1
+        self._graph.insert_before(self._node, made)
+        return made.outputs[0]
+
+    def extreme(self, reduction: str, value: ir.Value) -> ir.Value:
+        """The greatest or least number of each row, (..., 1)."""
+        if self.opset < _FIRST_AXES_INPUT_OPSET:
+            return self.op(reduction, [value], axes=[-1], keepdims=1)
+        return self.op(reduction, [value, self.stored("int8.last_axis", np.array([-1]))], keepdims=1)
+
+    def stored(self, name: str, array: Array) -> ir.Value:
+        """An initializer, stored once under its name."""
+        if name not in self._graph.initializers:
+            tensor = ir.tensor(array, name=name)
+            value = ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+            self._graph.register_initializer(value)
+        return self._graph.initializers[name]
