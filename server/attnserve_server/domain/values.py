@@ -52,7 +52,8 @@ class PreparedSequence:
     """One sequence, validated and ready for a batch.
 
     `tensors` holds every model input without the batch axis, C-contiguous, in the model's dtype. `lengths` gives the
-    length of each axis symbol (without the batch axis). `units` has an entry for each axis that a wanted map names.
+    length of each axis symbol (without the batch axis, and without derived axes, whose positions are counted with those
+    of their source). `units` has an entry for each axis that a wanted map names.
     """
 
     tensors: Mapping[str, Array]

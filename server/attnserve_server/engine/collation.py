@@ -78,9 +78,10 @@ def outputs_of(
     batch: CollatedBatch, fetched: Mapping[str, Array], row: int, sequence: PreparedSequence, manifest: Manifest
 ) -> dict[str, Array]:
     """The outputs that the sequence in `row` wants, cropped to its own lengths, in memory of its own."""
+    lengths = manifest.with_derived(sequence.lengths)
     outputs: dict[str, Array] = {}
     for name in sequence.outputs:
-        crop = fetched[name][row][_crop(manifest.output(name).shape, sequence.lengths)]
+        crop = fetched[name][row][_crop(manifest.output(name).shape, lengths)]
         outputs[name] = crop if batch.size == 1 and crop.flags.c_contiguous else crop.copy()
     return outputs
 
@@ -97,13 +98,14 @@ def weights_of(
     """
     if sequence.attention is None:
         return {}
+    lengths = manifest.with_derived(sequence.lengths)
     weights: dict[int, Array] = {}
     for layer in sequence.attention.layers:
         site = manifest.sites[layer]
         if site.weights_output is None:
             raise ValueError(f"site {site.name} has no tap")
         columns = site.key_axis if site.band is None else site.band.width
-        crop = _crop((site.heads, site.query_axis, columns), sequence.lengths)
+        crop = _crop((site.heads, site.query_axis, columns), lengths)
         weights[layer] = fetched[site.weights_output][batch.rows[layer].index(row)][crop]
     return weights
 
@@ -139,5 +141,5 @@ def _padded(spec: InputSpec, tensors: Sequence[Array], greatest: Mapping[str, in
 
 
 def _crop(shape: Sequence[Extent], lengths: Mapping[str, int]) -> tuple[slice, ...]:
-    """Slices to a sequence's own lengths; an axis that the model derives by itself is left whole."""
+    """Slices to a sequence's own lengths; an axis whose length nothing tells is left whole."""
     return tuple(slice(lengths.get(extent)) if isinstance(extent, str) else slice(None) for extent in shape)

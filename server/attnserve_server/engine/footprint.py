@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from math import prod
+from fractions import Fraction
+from math import ceil
 
 from attnserve_server.domain.values import PreparedSequence
 from attnserve_server.model.manifest import NUMPY_DTYPES, Extent, InputSpec, Manifest, OutputSpec, SiteSpec
@@ -23,6 +24,7 @@ class Footprint:
         self._manifest = manifest
         self._index = {axis.symbol: at for at, axis in enumerate(manifest.axes)}
         self._longest = {axis.symbol: axis.max_length for axis in manifest.axes}
+        self._derived = {axis.symbol: axis.derived for axis in manifest.axes if axis.derived is not None}
         self._given = {extent for spec in manifest.inputs for extent in spec.shape if isinstance(extent, str)}
         rows: Counter[tuple[int, ...]] = Counter()
         arrays: tuple[InputSpec | OutputSpec, ...] = (*manifest.inputs, *manifest.outputs)
@@ -56,12 +58,27 @@ class Footprint:
         return dict(terms + scratch)
 
     def _count(self, terms: Counter[tuple[int, ...]], shape: tuple[Extent, ...], item_bytes: int) -> None:
-        """Adds an array; an axis that no input has is counted at its greatest length."""
-        axes = tuple(
-            sorted(self._index[extent] for extent in shape if isinstance(extent, str) and extent in self._given)
-        )
-        rest = (self._longest[e] if isinstance(e, str) else e for e in shape if e not in self._given)
-        terms[axes] += item_bytes * prod(rest)
+        """Adds an array; an axis whose length no input tells is counted at its greatest.
+
+        A derived extent of at most T / stride + offset / stride makes two products out of each.
+        """
+        products: list[tuple[tuple[int, ...], Fraction]] = [((), Fraction(item_bytes))]
+        for extent in shape:
+            derived = self._derived.get(extent) if isinstance(extent, str) else None
+            if derived is not None and derived.source in self._given:
+                at, share = self._index[derived.source], Fraction(1, derived.stride)
+                more = max(derived.offset, 0) * share
+                products = [
+                    *(((*axes, at), size * share) for axes, size in products),
+                    *((axes, size * more) for axes, size in products if more),
+                ]
+            elif extent in self._given:
+                products = [((*axes, self._index[str(extent)]), size) for axes, size in products]
+            else:
+                length = self._longest[extent] if isinstance(extent, str) else extent
+                products = [(axes, size * length) for axes, size in products]
+        for axes, size in products:
+            terms[tuple(sorted(axes))] += ceil(size)
 
 
 def _weights(site: SiteSpec) -> tuple[Extent, ...]:

@@ -111,7 +111,8 @@ def selection_of_all(manifest: Manifest) -> EffectiveSelection | None:
 
 def synthetic(manifest: Manifest, length: int, *, attention: EffectiveSelection | None = None) -> PreparedSequence:
     """A valid sequence of `length` along every axis, or of the axis's greatest length where that is less."""
-    lengths = {axis.symbol: min(length, axis.max_length) for axis in manifest.axes} | manifest.fixed_lengths
+    given = (axis for axis in manifest.axes if axis.derived is None)
+    lengths = {axis.symbol: min(length, axis.max_length) for axis in given} | manifest.fixed_lengths
     tensors = {spec.name: _values(spec, lengths, manifest.vocabulary_of(spec)) for spec in manifest.inputs}
     return PreparedSequence(tensors, lengths, tuple(spec.name for spec in manifest.outputs), attention)
 

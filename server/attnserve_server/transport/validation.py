@@ -10,13 +10,14 @@ from typing import Final
 
 from attnserve.v1 import inference_service_pb2
 
-from attnserve_server.attention import check_units, predicted_bytes, resolve
+from attnserve_server.attention import check_units, pooled_units, predicted_bytes, resolve
 from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest, ResponseTooLarge
 from attnserve_server.domain.selection import EffectiveSelection
 from attnserve_server.domain.values import AxisUnits, PreparedSequence, Priority
-from attnserve_server.model.manifest import InputRole, is_model_name, is_model_version
+from attnserve_server.model.manifest import is_model_name, is_model_version
 from attnserve_server.transport.codec import priority_of, selection_of
 from attnserve_server.transport.inputs import Inputs, Intake, inputs_of
+from attnserve_server.transport.units import axis_units
 from attnserve_server.transport.violations import Violations, shown
 
 MAX_REQUEST_ID: Final = 128
@@ -157,27 +158,23 @@ def _all_inputs(
 
 def _units(effective: EffectiveSelection, inputs: Inputs, intake: Intake) -> dict[str, AxisUnits]:
     """The units of every axis that a wanted map names."""
+    lengths = intake.manifest.with_derived(inputs.lengths)
     units: dict[str, AxisUnits] = {}
     for layer in effective.layers:
         site = intake.manifest.sites[layer]
         for axis in (site.query_axis, site.key_axis):
             if axis in units:
                 continue
-            if axis not in inputs.lengths:
+            if axis not in lengths:
                 raise AttentionUnavailable(
                     intake.manifest.name, f"the length of axis {axis!r} of site {site.name!r} is not known before a run"
                 )
-            units[axis] = _axis_units(axis, inputs, intake)
+            derived = intake.manifest.axis(axis).derived
+            if derived is None:
+                units[axis] = axis_units(axis, inputs, intake)
+            else:
+                units[axis] = pooled_units(axis, axis_units(derived.source, inputs, intake), derived)
     return units
-
-
-def _axis_units(axis: str, inputs: Inputs, intake: Intake) -> AxisUnits:
-    if inputs.units is not None and inputs.units.axis == axis:
-        return inputs.units
-    text, ids = intake.manifest.text, intake.manifest.input_of_role(InputRole.TOKEN_IDS)
-    if inputs.units is None and intake.tokenizer and text and ids and text.axis == axis and ids.shape == (axis,):
-        return intake.tokenizer.units_of_ids(inputs.tensors[ids.name])
-    return AxisUnits(axis=axis, length=inputs.lengths[axis])
 
 
 def _attention_bytes(
@@ -196,7 +193,8 @@ def _attention_bytes(
 
 
 def _output_bytes(outputs: Sequence[str], lengths: Mapping[str, int], intake: Intake) -> int:
-    """Bytes of the outputs; an axis that no input has counts with its greatest length."""
+    """Bytes of the outputs; an axis that no input tells the length of counts with its greatest."""
+    lengths = intake.manifest.with_derived(lengths)
     total = 0
     for name in outputs:
         extents, item_bytes = intake.output_shapes[name]
