@@ -141,7 +141,7 @@ def _check(assembled: Assembled, source: SourceModel, padding: float | None) -> 
     expected = {**reference.outputs, **_by_site(assembled, source, reference)}
     worst_output = worst_weight = worst_sum = 0.0
     for row, own in enumerate(lengths):
-        for name, crop in croppers(assembled.outputs, assembled.site_axes, own).items():
+        for name, crop in croppers(assembled.outputs, assembled.site_axes, own, assembled.derived_axes).items():
             if name not in expected:
                 continue
             error = max_abs(crop(found[name][row]), crop(expected[name][row]))
