@@ -167,22 +167,23 @@ class _Rewriter:
         query, key, _ = operands
         dtype = query.dtype or ir.DataType.FLOAT
         lowest = np.finfo(dtype.numpy()).min
-        hidden = np.nextafter(lowest, dtype.numpy().type(0)) if spare_lowest else lowest
+        spared = float(np.nextafter(lowest, dtype.numpy().type(0)) if spare_lowest else lowest)
+        # Any number this low hides a key; one that swallows the scores also leaves rows of hidden keys uniform.
+        swallows = max(float(lowest) / 2, -1e30)
         bias: ir.Value | None = None
         for step in masks:
             value = self._rank_4(step.value)
-            if step.fill is not None:
-                # Any number this low hides a key; one that swallows the scores also makes rows of hidden keys uniform.
-                fill = self._number(step.fill if np.isinf(step.fill) else hidden, dtype)
-                shown = bias if bias is not None else self._number(0, dtype)
-                bias = self._once("Where", [value, *((fill, shown) if step.inverted else (shown, fill))])
-            else:
-                if value.dtype is not dtype:
-                    value = self._once("Cast", [value], to=int(dtype))
-                if spare_lowest and _may_hold(step.value, float(lowest)):
-                    reaches = self._once("Equal", [value, self._number(lowest, dtype)])
-                    value = self._once("Where", [reaches, self._number(hidden, dtype), value])
+            if step.fill is None:
+                value = value if value.dtype is dtype else self._once("Cast", [value], to=int(dtype))
                 bias = value if bias is None else self._once("Add", [bias, value])
+                continue
+            number = step.fill if np.isinf(step.fill) else max(min(step.fill, swallows), spared)
+            fill, shown = self._number(number, dtype), bias if bias is not None else self._number(0, dtype)
+            bias = self._once("Where", [value, *((fill, shown) if step.inverted else (shown, fill))])
+        added = [step.value for step in masks if step.fill is None]
+        if spare_lowest and bias is not None and added and (len(masks) > 1 or _may_hold(added[0], float(lowest))):
+            reaches = self._once("Equal", [bias, self._number(float(lowest), dtype)])
+            bias = self._once("Where", [reaches, self._number(spared, dtype), bias])
         if bias is None:
             return None
         last = masks[-1].value
@@ -269,7 +270,7 @@ class _Rewriter:
     def _ints(self, *numbers: int) -> ir.Value:
         return self._constant(np.array(numbers, np.int64))
 
-    def _number(self, number: float | np.generic, dtype: ir.DataType) -> ir.Value:
+    def _number(self, number: float, dtype: ir.DataType) -> ir.Value:
         return self._constant(np.array(number, dtype.numpy()))
 
     def _constant(self, array: np.ndarray) -> ir.Value:

@@ -94,7 +94,7 @@ def extent(value: ir.Value, axis: int) -> int | None:
 
 def _plain_site(softmax: ir.Node, opset: int) -> PlainSite:
     scores = softmax.inputs[0]
-    if scores is None or _rank(scores) != 4:
+    if scores is None or _rank(scores) not in {4, None}:
         raise _NotPlain
     if softmax.attributes.get_int("axis", -1 if opset >= 13 else 1) not in {-1, 3}:
         raise _NotPlain
@@ -192,7 +192,9 @@ def _leads_to_product(value: ir.Value, steps: int = 8) -> bool:
     if node.op_type == "MatMul":
         return all(ir.convenience.get_const_tensor(one) is None for one in node.inputs if one is not None)
     if node.op_type in {"Add", "Where", "Mul", "Div", *_NO_OPS}:
-        return any(_leads_to_product(one, steps - 1) for one in node.inputs if one is not None and _rank(one) == 4)
+        return any(
+            _leads_to_product(one, steps - 1) for one in node.inputs if one is not None and _rank(one) in {4, None}
+        )
     return False
 
 

@@ -1,0 +1,121 @@
+"""Fused graphs answer as their sources do, and their taps give the weights of the definition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from attnserve_server.build.fuse import ATTENTION, MULTI_HEAD, candidates
+from attnserve_server.build.graph import checked, tapped
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_graphs import MASKS, OPSETS, SCALES, TURNS, Array, Plain
+
+# float32 sums in another order; float16 keeps eleven bits.
+TOLERANCES = {np.float32: 1e-5, np.float16: 1e-2}
+
+plain = st.builds(
+    Plain,
+    opset=st.sampled_from(OPSETS),
+    scale=st.sampled_from(SCALES),
+    divides=st.booleans(),
+    turn=st.sampled_from(TURNS),
+    masks=st.lists(st.sampled_from(MASKS), max_size=2, unique=True).map(tuple),
+    guard=st.sampled_from(("", "Identity", "Dropout")),
+    cross=st.booleans(),
+    packed=st.booleans(),
+)
+
+
+def session(model: onnx.ModelProto) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def fused(case: Plain, operator: str) -> onnx.ModelProto:
+    (found,) = [each for each in candidates(checked(case.model(), "plain")) if each.operator == operator]
+    assert found.sites == 1
+    assert "Softmax" not in {node.op_type for node in found.proto.graph.node}
+    return found.proto
+
+
+def answers(model: onnx.ModelProto, feeds: dict[str, Array]) -> Array:
+    return np.asarray(session(model).run(["answer"], feeds)[0], np.float64)
+
+
+def worst(found: Array, expected: Array) -> float:
+    """Rows that the source makes NaN (every key hidden by minus infinity, no guard) are nothing to compare with."""
+    return float(np.abs(np.where(np.isnan(expected), 0, found - expected)).max())
+
+
+def weights_of(model: onnx.ModelProto, feeds: dict[str, Array]) -> Array:
+    """All rows, from the tap."""
+    tapped_model, sites = tapped(model)
+    (name,) = sites
+    items = {f"attention_items.{name}": np.arange(len(feeds["queries"]))}
+    return np.asarray(session(ir.to_proto(tapped_model)).run([f"attention.{name}"], {**feeds, **items})[0])
+
+
+@settings(max_examples=60)
+@given(case=plain, shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), hide_all=st.booleans())
+def test_every_plain_form_is_fused_and_answers_as_before(
+    case: Plain, shape: tuple[int, int, int], *, hide_all: bool
+) -> None:
+    # -1e4 leaves fully hidden rows a softmax of scores that have lost their last ten bits.
+    feeds = case.feeds(*shape, hide_all=hide_all and "-1e4" not in case.masks)
+    rewritten = fused(case, ATTENTION)
+    assert worst(answers(rewritten, feeds), answers(case.model(), feeds)) < TOLERANCES[np.float32]
+
+
+@settings(max_examples=40)
+@given(case=plain, shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)))
+def test_tap_of_a_fused_site_gives_the_weights_of_the_definition(case: Plain, shape: tuple[int, int, int]) -> None:
+    feeds = case.feeds(*shape)
+    found = weights_of(fused(case, ATTENTION), feeds)
+    assert np.abs(found - case.reference(feeds)).max() < TOLERANCES[np.float32]
+
+
+@settings(max_examples=15)
+@given(case=plain, hide_all=st.booleans())
+def test_multi_head_attention_answers_as_before_too(case: Plain, *, hide_all: bool) -> None:
+    feeds = case.feeds(2, 5, 6, hide_all=hide_all and "-1e4" not in case.masks)
+    assert worst(answers(fused(case, MULTI_HEAD), feeds), answers(case.model(), feeds)) < TOLERANCES[np.float32]
+
+
+@pytest.mark.parametrize("masks", [("minus infinity",), ("chosen minus infinity",), ("lowest",), ("chosen", "bias")])
+@pytest.mark.parametrize("opset", [13, 23])
+def test_guard_against_fully_hidden_rows_is_kept_by_the_operator(masks: tuple[str, ...], opset: int) -> None:
+    case = Plain(masks=masks, opset=opset, guard="not a number")
+    feeds = case.feeds(3, 6, 6, hide_all=True)
+    expected = answers(case.model(), feeds)
+    assert not np.isnan(expected).any()
+    assert worst(answers(fused(case, ATTENTION), feeds), expected) < TOLERANCES[np.float32]
+
+
+def test_multi_head_attention_is_not_offered_where_it_would_lose_the_guard() -> None:
+    model = checked(Plain(masks=("minus infinity",), guard="not a number").model(), "plain")
+    assert [each.operator for each in candidates(model)] == [ATTENTION]
+
+
+@pytest.mark.parametrize("masks", [(), ("lowest",), ("chosen",), ("bias", "minus infinity")])
+def test_float16_is_fused_within_its_tolerance(masks: tuple[str, ...]) -> None:
+    case = Plain(masks=masks, dtype=np.float16)
+    feeds = case.feeds(2, 7, 7)
+    rewritten = fused(case, ATTENTION)
+    assert worst(answers(rewritten, feeds), answers(case.model(), feeds)) < TOLERANCES[np.float16]
+    assert np.abs(weights_of(rewritten, feeds) - case.reference(feeds)).max() < TOLERANCES[np.float16]
+
+
+def test_fused_graph_takes_any_batch_and_length(tmp_path: Path) -> None:
+    case = Plain(masks=("lowest", "causal"), cross=True)
+    rewritten = session(fused(case, ATTENTION))
+    for shape in ((1, 1, 1), (4, 3, 17), (2, 150, 2)):
+        feeds = case.feeds(*shape)
+        found = np.asarray(rewritten.run(["answer"], feeds)[0])
+        assert worst(found, answers(case.model(), feeds)) < TOLERANCES[np.float32]
