@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -128,7 +128,46 @@ class TextTokenizer:
         )
         return TokenizedText(ids, type_ids, units)
 
-    def units_of_ids(self, ids: npt.NDArray[np.integer]) -> AxisUnits:
+    def encode_second(
+        self, text: str, axis: str, *, start: int | None = None, limit: int | None = None
+    ) -> TokenizedText:
+        """Tokenize the second of two texts that each have an axis to themselves, as a decoder's does.
+
+        Args:
+            text: the text. Empty: nothing but `start`.
+            axis: symbol of the axis that its tokens run along.
+            start: id of the token that it stands behind; None: nothing stands before it.
+            limit: as for `encode`.
+
+        Returns:
+            N positions, told as `encode` tells them; the segment of its tokens is 1.
+        """
+        one = self.encode(text, limit=limit) if text else None
+        known = AxisUnits(axis=axis, length=0) if one is None else one.units
+        ids = np.zeros(0, np.int64) if one is None else one.ids
+        units = replace(
+            known,
+            axis=axis,
+            segments=tuple(0 if special else 1 for special in known.special),
+            word_spans=tuple((1, start, end) for _, start, end in known.word_spans),
+        )
+        if start is None:
+            return TokenizedText(ids, np.zeros(len(ids), np.int64), units)
+        ids = np.concatenate([np.array([start], np.int64), ids])
+        units = replace(units, length=len(ids))
+        if units.texts or len(ids) == 1:
+            units = replace(
+                units,
+                texts=(self._token_text(start), *units.texts),
+                starts=(0, *units.starts),
+                ends=(0, *units.ends),
+                special=(True, *units.special),
+                segments=(0, *units.segments),
+                word_ids=(-1, *units.word_ids) if self._knows_words else (),
+            )
+        return TokenizedText(ids, np.zeros(len(ids), np.int64), units)
+
+    def units_of_ids(self, ids: npt.NDArray[np.integer], axis: str = "") -> AxisUnits:
         """What each position of a sequence of token ids stands for.
 
         There is no text of the caller's to point into, so offsets and segments stay empty. Words are told only if each
@@ -136,11 +175,12 @@ class TextTokenizer:
 
         Args:
             ids: token ids, (N,). An id that the tokenizer does not have has the text "".
+            axis: symbol of the axis that they run along; empty: that of the first text.
         """
         numbers = [int(number) for number in ids]
         words = self._words_of_ids(numbers) if self._knows_words else Words()
         return AxisUnits(
-            axis=self._axis,
+            axis=axis or self._axis,
             length=len(numbers),
             texts=tuple(self._token_text(number) for number in numbers),
             special=tuple(number in self._special_ids for number in numbers),

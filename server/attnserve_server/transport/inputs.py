@@ -1,78 +1,25 @@
-"""One sequence's inputs: wire tensors or text to checked arrays. Checks of the request as a whole are in validation."""
+"""One sequence's inputs: wire tensors to checked arrays. Text is in `texts`, the request as a whole in `validation`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
 from attnserve.v1 import inference_service_pb2, tensor_pb2
 
-from attnserve_server.domain.errors import TextUnavailable
-from attnserve_server.domain.values import Array, AxisUnits
-from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
-from attnserve_server.model.tokenizer import TextTokenizer
+from attnserve_server.domain.values import Array
+from attnserve_server.model.manifest import NUMPY_DTYPES, InputSpec
 from attnserve_server.transport.codec import DTYPE_NAMES, array_of
+from attnserve_server.transport.intake import Inputs, Intake, check_values, fill_in
+from attnserve_server.transport.texts import from_text
 from attnserve_server.transport.violations import Violations, shown
+
+__all__ = ["Inputs", "Intake", "inputs_of"]
 
 MAX_RANK: Final = 8
 MAX_ELEMENTS: Final = 2**63 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Intake:
-    """What one model accepts, laid out once for checking every request against."""
-
-    manifest: Manifest
-    tokenizer: TextTokenizer | None
-    inputs: Mapping[str, InputSpec]
-    max_lengths: Mapping[str, int]
-    outputs: tuple[str, ...]
-    output_shapes: Mapping[str, tuple[tuple[int | str, ...], int]]
-    """By output: its extents and the bytes of one element."""
-    max_batch_size: int
-    max_text_bytes: int
-    max_response_bytes: int
-
-    @classmethod
-    def of(
-        cls,
-        manifest: Manifest,
-        tokenizer: TextTokenizer | None,
-        *,
-        max_batch_size: int,
-        max_text_bytes: int,
-        max_response_bytes: int,
-    ) -> Intake:
-        """The intake of one loaded model."""
-        return cls(
-            manifest=manifest,
-            tokenizer=tokenizer,
-            inputs={spec.name: spec for spec in manifest.inputs},
-            max_lengths={axis.symbol: axis.max_length for axis in manifest.axes},
-            outputs=tuple(spec.name for spec in manifest.outputs),
-            output_shapes={spec.name: (spec.shape, NUMPY_DTYPES[spec.dtype].itemsize) for spec in manifest.outputs},
-            max_batch_size=max_batch_size,
-            max_text_bytes=max_text_bytes,
-            max_response_bytes=max_response_bytes,
-        )
-
-    @property
-    def max_tokens(self) -> int:
-        """Most tokens that one text may have."""
-        text = self.manifest.text
-        return min(text.max_tokens, self.max_lengths[text.axis]) if text else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """One sequence's model inputs, the lengths of its axes, and the units of its token axis where they are known."""
-
-    tensors: dict[str, Array]
-    lengths: dict[str, int]
-    units: AxisUnits | None = None
 
 
 def inputs_of(
@@ -85,59 +32,11 @@ def inputs_of(
     """
     kind = sequence.WhichOneof("input")
     if kind == "text":
-        return _from_text(sequence.text, intake, f"{path}.text", violations)
+        return from_text(sequence.text, intake, f"{path}.text", violations)
     if kind == "tensors":
         return _from_tensors(sequence.tensors.tensors, intake, f"{path}.tensors.tensors", violations)
     violations.add(path, "neither text nor tensors is set")
     return None
-
-
-def _from_text(
-    message: inference_service_pb2.TextInput, intake: Intake, path: str, violations: Violations
-) -> Inputs | None:
-    spec = intake.manifest.text
-    if intake.tokenizer is None or spec is None:
-        raise TextUnavailable(intake.manifest.name)
-    if not _check_text(message, intake, path, violations):
-        return None
-    before = len(violations)
-    encoded = intake.tokenizer.encode(message.text, message.text_pair, limit=intake.max_tokens)
-    count = len(encoded.ids)
-    if not 1 <= count <= intake.max_tokens:
-        limit = f"exceed {intake.max_tokens}" if count else "are less than 1"
-        violations.add(f"{path}.text", f"{count} tokens {limit}")
-        return None
-    lengths = {**intake.manifest.fixed_lengths, spec.axis: count}
-    tensors: dict[str, Array] = {}
-    made = {InputRole.TOKEN_IDS: encoded.ids, InputRole.TOKEN_TYPE_IDS: encoded.type_ids}
-    for wanted in intake.manifest.inputs:
-        if wanted.role in made:
-            tensors[wanted.name] = np.ascontiguousarray(made[wanted.role], NUMPY_DTYPES[wanted.dtype])
-        elif wanted.role is InputRole.ATTENTION_MASK:
-            tensors[wanted.name] = np.ones(count, NUMPY_DTYPES[wanted.dtype])
-    _check_ids(intake, tensors, path, violations)
-    if not _fill(tensors, lengths, intake, path, violations) or len(violations) > before:
-        return None
-    return Inputs(tensors, lengths, encoded.units)
-
-
-def _check_text(message: inference_service_pb2.TextInput, intake: Intake, path: str, violations: Violations) -> bool:
-    """Checks what can be seen without tokenizing: the cost of a refusal must not grow with the text."""
-    before = len(violations)
-    if not message.text:
-        violations.add(f"{path}.text", "empty: at least 1 character is needed")
-    for field, value in (("text", message.text), ("text_pair", message.text_pair)):
-        size = len(value.encode())
-        if size > intake.max_text_bytes:
-            violations.add(f"{path}.{field}", f"{size} bytes exceed {intake.max_text_bytes}")
-    return len(violations) == before
-
-
-def _check_ids(intake: Intake, tensors: Mapping[str, Array], path: str, violations: Violations) -> None:
-    """A bundle whose tokenizer knows more tokens than its model must not fail a whole batch."""
-    spec = intake.manifest.input_of_role(InputRole.TOKEN_IDS)
-    if spec is not None:
-        _check_values(tensors[spec.name], spec, intake, f"{path}.text", violations)
 
 
 def _from_tensors(
@@ -166,7 +65,7 @@ def _from_tensors(
     for name, spec in intake.inputs.items():
         if name not in seen and spec.fill is None:
             violations.add(path, f"input {name!r} is missing")
-    if len(violations) > before or not _fill(tensors, lengths, intake, path, violations):
+    if len(violations) > before or not fill_in(tensors, lengths, intake, path, violations):
         return None
     return Inputs(tensors, lengths)
 
@@ -199,7 +98,7 @@ def _array(
             violations.add(f"{path}.data", f"element {at} is byte {raw[at]}; a bool is 0 or 1")
             return None
     array = array_of(data, spec.dtype, shape)
-    _check_values(array, spec, intake, f"{path}.data", violations)
+    check_values(array, spec, intake, f"{path}.data", violations)
     return array if len(violations) == before else None
 
 
@@ -248,42 +147,3 @@ def _extent_fault(length: int, extent: int | str, intake: Intake, lengths: dict[
         return f"length {length} exceeds {intake.max_lengths[extent]} of axis {extent!r}"
     known = lengths.setdefault(extent, length)
     return "" if known == length else f"length {length} of axis {extent!r} differs from {known} of an input before it"
-
-
-def _check_values(array: Array, spec: InputSpec, intake: Intake, path: str, violations: Violations) -> None:
-    """Values that would poison a batch: ids outside the vocabulary, marks that are no 0 or 1, NaN and infinity."""
-    if array.dtype.kind == "f":
-        finite = np.isfinite(array)
-        if not finite.all():
-            at = int(np.argmin(finite))
-            violations.add(path, f"element {at} is {array.flat[at]}; floats must be finite")
-        return
-    if array.dtype.kind == "b":
-        return
-    limit = {
-        InputRole.TOKEN_IDS: intake.manifest.vocabulary_size or np.iinfo(array.dtype).max,
-        InputRole.ATTENTION_MASK: 2,
-        InputRole.TOKEN_TYPE_IDS: 2,
-    }.get(spec.role)
-    if limit is not None and (array.min() < 0 or array.max() >= limit):
-        at = int(np.argmax((array < 0) | (array >= limit)))
-        violations.add(path, f"element {at} is {array.flat[at]}; input {spec.name!r} runs from 0 to {limit - 1}")
-
-
-def _fill(
-    tensors: dict[str, Array], lengths: Mapping[str, int], intake: Intake, path: str, violations: Violations
-) -> bool:
-    """Fills inputs that were left out with the value that the manifest gives; whether all are there now."""
-    before = len(violations)
-    for name, spec in intake.inputs.items():
-        if name in tensors:
-            continue
-        unknown = [extent for extent in spec.shape if isinstance(extent, str) and extent not in lengths]
-        if spec.fill is None:
-            violations.add(path, f"input {name!r} cannot be made from text: send tensors")
-        elif unknown:
-            violations.add(path, f"input {name!r} is missing, and nothing else tells the length of axis {unknown[0]!r}")
-        else:
-            shape = [lengths[extent] if isinstance(extent, str) else extent for extent in spec.shape]
-            tensors[name] = np.full(shape, spec.fill, NUMPY_DTYPES[spec.dtype])
-    return len(violations) == before

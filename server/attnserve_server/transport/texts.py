@@ -1,0 +1,92 @@
+"""One sequence's inputs from text: one text, a pair on one axis, or two texts that each have an axis to themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+from attnserve.v1 import inference_service_pb2
+
+from attnserve_server.domain.errors import TextUnavailable
+from attnserve_server.domain.values import Array
+from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, TextSpec
+from attnserve_server.model.tokenizer import TextTokenizer, TokenizedText
+from attnserve_server.transport.intake import Inputs, Intake, check_values, fill_in
+from attnserve_server.transport.violations import Violations
+
+
+def from_text(
+    message: inference_service_pb2.TextInput, intake: Intake, path: str, violations: Violations
+) -> Inputs | None:
+    """The inputs, or None if anything was wrong and has been noted.
+
+    Raises:
+        TextUnavailable: The model has no tokenizer.
+    """
+    spec, tokenizer = intake.manifest.text, intake.tokenizer
+    if tokenizer is None or spec is None:
+        raise TextUnavailable(intake.manifest.name)
+    if not _check_text(message, spec, intake, path, violations):
+        return None
+    before = len(violations)
+    encoded = _encoded(message, spec, tokenizer, intake.max_tokens)
+    field_of = {spec.axis: "text", spec.pair_axis: "text_pair"}
+    for axis, tokens in encoded.items():
+        count, most = len(tokens.ids), intake.max_tokens[axis]
+        if not 1 <= count <= most:
+            limit = f"exceed {most}" if count else "are less than 1"
+            violations.add(f"{path}.{field_of[axis]}", f"{count} tokens {limit}")
+    if len(violations) > before:
+        return None
+    lengths = {**intake.manifest.fixed_lengths, **{axis: len(tokens.ids) for axis, tokens in encoded.items()}}
+    tensors: dict[str, Array] = {}
+    for wanted in intake.manifest.inputs:
+        axis = str(wanted.shape[0]) if len(wanted.shape) == 1 else ""
+        made = _made(wanted, encoded[axis]) if axis in encoded else None
+        if made is None:
+            continue
+        tensors[wanted.name] = made
+        if wanted.role is InputRole.TOKEN_IDS:
+            # A bundle whose tokenizer knows more tokens than its model must not fail a whole batch.
+            check_values(made, wanted, intake, f"{path}.{field_of[axis]}", violations)
+    if not fill_in(tensors, lengths, intake, path, violations) or len(violations) > before:
+        return None
+    return Inputs(tensors, lengths, {axis: tokens.units for axis, tokens in encoded.items()})
+
+
+def _encoded(
+    message: inference_service_pb2.TextInput, spec: TextSpec, tokenizer: TextTokenizer, limits: dict[str, int]
+) -> dict[str, TokenizedText]:
+    """The tokens along each axis."""
+    if not spec.pair_axis:
+        return {spec.axis: tokenizer.encode(message.text, message.text_pair, limit=limits[spec.axis])}
+    second = tokenizer.encode_second(
+        message.text_pair, spec.pair_axis, start=spec.pair_start, limit=limits[spec.pair_axis]
+    )
+    return {spec.axis: tokenizer.encode(message.text, limit=limits[spec.axis]), spec.pair_axis: second}
+
+
+def _made(wanted: InputSpec, tokens: TokenizedText) -> Array | None:
+    """What an input along a text's axis holds; None where text does not tell."""
+    dtype = NUMPY_DTYPES[wanted.dtype]
+    if wanted.role is InputRole.TOKEN_IDS:
+        return np.ascontiguousarray(tokens.ids, dtype)
+    if wanted.role is InputRole.TOKEN_TYPE_IDS:
+        return np.ascontiguousarray(tokens.type_ids, dtype)
+    if wanted.role is InputRole.ATTENTION_MASK:
+        return np.ones(len(tokens.ids), dtype)
+    return None
+
+
+def _check_text(
+    message: inference_service_pb2.TextInput, spec: TextSpec, intake: Intake, path: str, violations: Violations
+) -> bool:
+    """Checks what can be seen without tokenizing: the cost of a refusal must not grow with the text."""
+    before = len(violations)
+    if not message.text:
+        violations.add(f"{path}.text", "empty: at least 1 character is needed")
+    if not message.text_pair and spec.pair_axis and spec.pair_start is None:
+        violations.add(f"{path}.text_pair", f"empty: the model needs a second text, along axis {spec.pair_axis!r}")
+    for field, value in (("text", message.text), ("text_pair", message.text_pair)):
+        size = len(value.encode())
+        if size > intake.max_text_bytes:
+            violations.add(f"{path}.{field}", f"{size} bytes exceed {intake.max_text_bytes}")
+    return len(violations) == before
