@@ -175,7 +175,7 @@ def test_fewer_attention_tensors_than_sites_fail_the_check(tmp_path: Path, monke
         return Answers(answers.outputs, answers.weights[:1])
 
     monkeypatch.setattr(hugging_face.HuggingFaceModel, "reference", fewer)
-    with pytest.raises(CheckFailed, match="2 sites in the graph, but BertModel gives 1"):
+    with pytest.raises(CheckFailed, match="2 sites in the graph, but the source gives 1"):
         exported(source, tmp_path / "models")
 
 

@@ -8,19 +8,17 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from attnserve_server.build.against import differences
 from attnserve_server.build.assemble import Assembled, assemble, axes_of, rows_are_independent
-from attnserve_server.build.check import CHECK_LENGTHS, judge, row_sum_error
-from attnserve_server.build.errors import BuildRefused, CheckFailed
+from attnserve_server.build.check import CHECK_LENGTHS, judge
+from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.graph import checked
-from attnserve_server.build.probe import croppers, max_abs
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner, time_ratio
 from attnserve_server.build.signature import SEQUENCE, signature_of
-from attnserve_server.build.source_model import AUTO, Grid, Reference, SourceModel, TellsMore, graph_of, source_model
-from attnserve_server.build.taps import WEIGHTS_PREFIX
+from attnserve_server.build.source_model import AUTO, Grid, SourceModel, TellsMore, graph_of, source_model
 from attnserve_server.build.text import text_of
-from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import AxisSpec, CheckReport, Manifest, Provenance
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, Repository, write_bundle
 from attnserve_server.model.tokenizer import TextTokenizer
@@ -137,41 +135,25 @@ def _check(assembled: Assembled, source: SourceModel, padding: float | None) -> 
     feeds, lengths = assembled.sampler.mixed(CHECK_LENGTHS)
     outputs = [spec.name for spec in assembled.outputs]
     found = tapped.run(feeds, [*outputs, *assembled.weights.values()])
-    reference = source.reference(feeds)
-    expected = {**reference.outputs, **_by_site(assembled, source, reference)}
-    worst_output = worst_weight = worst_sum = 0.0
-    for row, own in enumerate(lengths):
-        for name, crop in croppers(assembled.outputs, assembled.site_axes, own, assembled.derived_axes).items():
-            if name not in expected:
-                continue
-            error = max_abs(crop(found[name][row]), crop(expected[name][row]))
-            if name.startswith(WEIGHTS_PREFIX):
-                worst_weight = max(worst_weight, error)
-                worst_sum = max(worst_sum, row_sum_error(crop(found[name][row])))
-            else:
-                worst_output = max(worst_output, error)
+    named = [_lengths(assembled, own) for own in lengths]
+    seen = differences(assembled.outputs, assembled.sites, found, source.reference(feeds), named)
     return CheckReport(
         against=f"{source.architecture} in torch, eager attention",
         lengths=CHECK_LENGTHS,
-        output_max_abs_error=worst_output,
+        output_max_abs_error=seen.output,
         output_tolerance=assembled.tolerances.output,
-        weight_max_abs_error=worst_weight,
+        weight_max_abs_error=seen.weight,
         weight_tolerance=assembled.tolerances.weight,
-        row_sum_max_abs_error=worst_sum,
+        row_sum_max_abs_error=seen.row_sum,
         padding_max_abs_error=padding,
         tapped_over_source_time=time_ratio(tapped, assembled.source, feeds, outputs),
     )
 
 
-def _by_site(assembled: Assembled, source: SourceModel, reference: Reference) -> dict[str, Array]:
-    """The source's weights under the names of the taps' outputs: both count their layers in order."""
-    if len(reference.weights) != len(assembled.sites):
-        raise CheckFailed(
-            f"check failed: {len(assembled.sites)} sites in the graph, but {source.architecture} gives "
-            f"{len(reference.weights)} attention tensors; no bundle was written"
-        )
-    pairs = ((site, reference.weights[site.layer]) for site in assembled.sites)
-    return {WEIGHTS_PREFIX + site.name: weights for site, weights in pairs if weights is not None}
+def _lengths(assembled: Assembled, own: Mapping[str, int]) -> dict[str, int]:
+    """Lengths of all axes that a sequence has: its own, those derived from them, and the fixed ones."""
+    derived = {symbol: form.of(own[form.source]) for symbol, form in assembled.derived_axes.items()}
+    return {**assembled.fixed_axes, **own, **derived}
 
 
 def now() -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,16 @@ class Swin(Image):
             _over_patches(layer, windows, rows) for layer, windows in zip(layers, seen, strict=True)
         )
         return answer
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Attend step by step: the fused operator takes windows for rows of the batch, and keeps their weights."""
+        before = self.source.config._attn_implementation  # noqa: SLF001 - it has no public name
+        self.source.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.source.set_attn_implementation(before)
 
     def weights(self, answer: Any) -> Sequence[Tensor | None]:
         """One per layer, laid out over all patches."""
