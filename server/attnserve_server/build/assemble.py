@@ -23,6 +23,7 @@ from attnserve_server.build.runtime import Runner
 from attnserve_server.build.signature import dtype_of
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.build.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps, with_plain_values
+from attnserve_server.build.windows import with_key_axes, with_windows
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec, SiteSpec
 
 
@@ -70,6 +71,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     found = with_plain_values(checker_model.graph, find_sites(checker_model.graph))
     expose(checker_model, found.values())
     found = _settled(checker_model, found, sampler, work / "untapped.onnx")
+    found = with_windows(proto, found, sampler, work)
     add_taps(checker_model.graph, found)
     save(checker_model, checker_path)
     steps.begin("probing axes")
@@ -77,16 +79,16 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     output_names = [value.name for value in proto.graph.output]
     tolerances = Tolerances.of(precision_of(proto))
     found = _verified(checker, sampler, found, tolerances)
-    axes = probe_axes(checker, sampler, output_names, found)
+    axes = with_key_axes(probe_axes(checker, sampler, output_names, found), found)
     outputs = _outputs(proto.graph, axes, steps)
     fixed_axes = _fixed_axes(axes, [*sampler.signature.symbols, *axes.derived])
     sites = tuple(_site(layer, name, site, axes, fixed_axes) for layer, (name, site) in enumerate(found.items()))
     for site in sites:
         if not site.available:
             steps.warn(f"site {site.name} gives no weights: {site.unavailable_reason}")
-    available = {site.name: (site.query_axis, site.key_axis) for site in sites if site.available}
+    available = {site.name: site.weight_axes for site in sites if site.available}
     save(tapped_at(proto, {name: found[name] for name in available}), model_path)
-    named = {symbol for pair in available.values() for symbol in pair}
+    named = {symbol for site in sites if site.available for symbol in (site.query_axis, site.key_axis)}
     shown = {extent for spec in outputs for extent in spec.shape if isinstance(extent, str)}
     return Assembled(
         model_path=model_path,
@@ -244,4 +246,5 @@ def _site(layer: int, name: str, site: FoundSite, axes: Axes, fixed_axes: Mappin
         items_input=None if reason else ITEMS_PREFIX + name,
         weights_output=None if reason else WEIGHTS_PREFIX + name,
         unavailable_reason=reason,
+        band=None if reason or site.windows is None else site.windows.band,
     )

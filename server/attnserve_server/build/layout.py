@@ -6,11 +6,13 @@ is folded together with heads, one more run with the batch's rows in another ord
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.finders.decomposed_products import Product
 from attnserve_server.build.runtime import Runner
@@ -21,6 +23,9 @@ _ORDER = (1, 2, 0)
 """Of the rows of a batch of three: no row stays in its place, nor do two change places."""
 _SAME = 1e-3
 """How far weights of a row may differ with its place in the batch: far above rounding, far below another row's."""
+
+_WINDOWS = 3
+"""How many windows the longest sequences fill, where there are any."""
 
 Axes = tuple[tuple[Factor, ...], ...]
 
@@ -64,10 +69,29 @@ def settle(
         return dict(sites)
     fetches = sorted({value for pair in names.values() for value in pair})
     runs = _run(runner, sampler, lengths, fetches)
+    widest = max((_fixed_keys(site.probabilities, runs[names[name][0]]) for name, site in _own(sites)), default=0)
+    if widest and lengths[0]:
+        # As many keys at any length may be a window's: only long sequences have several windows.
+        longer = {symbol: _WINDOWS * widest + at for at, symbol in enumerate(lengths[1])}
+        with contextlib.suppress(BuildRefused):  # of a graph that takes no sequences as long as that
+            runs = _run(runner, sampler, (lengths[0], longer), fetches)
     settled = dict(sites)
     for name, (weights, value) in names.items():
         settled[name] = _settled(sites[name], runs[weights], runs[value].base)
     return settled
+
+
+def _own(sites: Mapping[str, FoundSite]) -> Iterator[tuple[str, FoundSite]]:
+    """The sites whose weights the graph has itself."""
+    return ((name, site) for name, site in sites.items() if site.probabilities is not None)
+
+
+def _fixed_keys(probabilities: Probabilities | None, runs: _Runs) -> int:
+    """How many keys there are, where that is the same for both lengths; else 0."""
+    if probabilities is None or runs.base.ndim != runs.longer.ndim:
+        return 0
+    keys = {each.shape[probabilities.key_axis] for each in (runs.base, runs.longer)}
+    return keys.pop() if len(keys) == 1 else 0
 
 
 def _names(site: FoundSite) -> tuple[str, str]:
@@ -112,7 +136,15 @@ def _settled(site: FoundSite, weights: _Runs, value: Array) -> FoundSite:
     except _NotUnderstood as why:
         return replace(site, probabilities=None, unavailable_reason=str(why))
     if any(factor.role == "window" for factors in axes for factor in factors):
-        return replace(site, probabilities=None, unavailable_reason="its queries are cut into windows")
+        # Which query each row of a window is, and which key each column, is `windows`' to find out.
+        return replace(
+            site,
+            form="windowed",
+            heads=_count(axes, "head"),
+            kv_heads=_count(axes, "head"),
+            head_dim=site.head_dim or value.shape[-1],
+            probabilities=replace(site.probabilities, axes=axes),
+        )
     heads = _count(axes, "head")
     kv_heads = _kv_heads(axes, weights.base.shape, value.shape, site.probabilities)
     return replace(

@@ -10,6 +10,7 @@ from attnserve_server.build.check import product_error
 from attnserve_server.build.finders.decomposed_products import Product
 from attnserve_server.build.runtime import Runner
 from attnserve_server.build.sites import FoundSite, Probabilities
+from attnserve_server.build.windows import band_error
 from attnserve_server.domain.values import Array
 
 
@@ -21,7 +22,7 @@ def product_errors(
     Args:
         checker: a graph that gives every site's value and output.
         sites: by name, those of `weights` among them.
-        weights: (B, H, L, S) by site.
+        weights: (B, H, L, S) by site, or (B, H, L, W) where it has windows.
         feeds: what they were computed for.
     """
     inner = _inner_values(checker, {name: sites[name] for name in weights}, feeds)
@@ -29,7 +30,9 @@ def product_errors(
     for name, own in weights.items():
         site = sites[name]
         value, output = inner[name]
-        if site.probabilities is None:
+        if site.probabilities is not None and site.windows is not None:
+            errors[name] = band_error(site.windows, site.probabilities, own, value, output)
+        elif site.probabilities is None:
             errors[name] = product_error(site, own, value, output)
         else:
             errors[name] = _decomposed_error(site.probabilities, own, value, output)

@@ -7,6 +7,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from attnserve_server.model.bands import BandSpec
+
 
 @dataclass(frozen=True, slots=True)
 class Columns:
@@ -149,6 +151,21 @@ class Probabilities:
 
 
 @dataclass(frozen=True, slots=True)
+class Windows:
+    """What a site's windows are of the sequences: learnt by running the graph, once its weights' axes are.
+
+    `order`: which of the rows of all windows, in order, is each query's, where they stand in another order than the
+    queries; else rows are the queries' own, and end with the second axis of the value named `anchor`. `key` is the axis
+    symbol of the keys, or how many there always are.
+    """
+
+    band: BandSpec
+    anchor: str
+    key: str | int
+    order: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Features:
     """What a feature map makes of queries or keys. `order`: which axes of the value are B, H, T and the features.
 
@@ -187,6 +204,7 @@ class FoundSite:
     scores: Scores | None = None
     probabilities: Probabilities | None = None
     linear: Linear | None = None
+    windows: Windows | None = None
     value: Operand | None = None
     output: Operand | None = None
     unavailable_reason: str = ""

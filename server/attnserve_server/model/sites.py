@@ -39,6 +39,11 @@ class SiteSpec(Frozen):
         """Whether its weights can be had."""
         return self.weights_output is not None
 
+    @property
+    def weight_axes(self) -> tuple[str, str]:
+        """The axis symbols of the rows and of the columns of its weights; the columns of a band have none: empty."""
+        return self.query_axis, self.key_axis if self.band is None else ""
+
     @model_validator(mode="after")
     def _tap_is_whole(self) -> Self:
         if (self.items_input is None) != (self.weights_output is None):

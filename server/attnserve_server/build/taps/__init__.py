@@ -16,6 +16,7 @@ from attnserve_server.build.taps.nodes import ITEMS_PREFIX, WEIGHTS_PREFIX, TapN
 from attnserve_server.build.taps.operands import with_plain_values
 from attnserve_server.build.taps.probabilities import weights_of_probabilities
 from attnserve_server.build.taps.scores import weights_of_scores
+from attnserve_server.build.taps.windows import weights_of_windows
 
 __all__ = ["ITEMS_PREFIX", "WEIGHTS_PREFIX", "add_taps", "with_plain_values"]
 
@@ -24,7 +25,8 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> None:
     """Add to a graph, for every site that can have one, the input and the output of its tap.
 
     Input `attention_items.<name>`: int64 (n,), rows of the batch, in any order, n may be 0. Output
-    `attention.<name>`: float32 (n, H, L, S); rows sum to 1, fully masked rows are 0.
+    `attention.<name>`: float32 (n, H, L, S), or (n, H, L, W) where a site has windows; rows sum to 1, fully masked rows
+    are 0.
     Source: Vaswani et al. 2017, eq. 1, in the form of ONNX Attention-23.
     """
     shared: dict[tuple[str, ir.Value], ir.Value] = {}
@@ -37,4 +39,9 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> None:
         elif site.probabilities is not None and site.probabilities.axes:
             last = site.probabilities.value.producer()
             assert last is not None
-            tap.finish(weights_of_probabilities(tap, site.probabilities), site.heads, behind=last)
+            if site.windows is None:
+                tap.finish(weights_of_probabilities(tap, site.probabilities), site.heads, behind=last)
+                continue
+            anchor = next(value for node in graph for value in node.outputs if value.name == site.windows.anchor)
+            weights = weights_of_windows(tap, site.probabilities, site.windows, anchor)
+            tap.finish(weights, site.heads, behind=last)

@@ -23,9 +23,11 @@ def weights_of_probabilities(tap: TapNodes, probabilities: Probabilities) -> ir.
     """
     axes = probabilities.axes
     at = next(place for place, factors in enumerate(axes) if any(factor.role == "batch" for factor in factors))
-    rows = tap.op("Gather", [probabilities.value, _index(tap, probabilities.value, at, axes[at])], axis=at)
+    rows = tap.op("Gather", [probabilities.value, batch_index(tap, probabilities.value, at, axes[at])], axis=at)
     roles = [
-        factor for place, factors in enumerate(axes) for factor in (_gathered(factors) if place == at else factors)
+        factor
+        for place, factors in enumerate(axes)
+        for factor in (gathered_factors(factors) if place == at else factors)
     ]
     order = sorted(range(len(roles)), key=lambda place: _ORDER[roles[place].role])
     if order != list(range(len(roles))):
@@ -39,12 +41,12 @@ def weights_of_probabilities(tap: TapNodes, probabilities: Probabilities) -> ir.
     return tap.op("Where", [tap.op("IsNaN", [weights]), tap.float(0.0), weights])
 
 
-def _gathered(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+def gathered_factors(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
     """The factors of the batch's axis once its rows are gathered: the batch comes first, whatever it was before."""
     return tuple(sorted(factors, key=lambda factor: factor.role != "batch"))
 
 
-def _index(tap: TapNodes, value: ir.Value, axis: int, factors: tuple[Factor, ...]) -> ir.Value:
+def batch_index(tap: TapNodes, value: ir.Value, axis: int, factors: tuple[Factor, ...]) -> ir.Value:
     """Where along the batch's axis the items are: (n,), or (n, H) where heads are folded into the batch."""
     if len(factors) == 1:
         return tap.items

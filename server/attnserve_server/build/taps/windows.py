@@ -1,0 +1,51 @@
+"""The tap of a site whose weights the graph has window by window: takes the rows asked for, in the queries' order.
+
+weights of the graph -> Gather(items) -> Transpose -> Reshape (n, H, rows of all windows, W) -> rows (n, H, L, W)
+"""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from attnserve_server.build.sites import Probabilities, Windows
+from attnserve_server.build.taps.nodes import TapNodes
+from attnserve_server.build.taps.probabilities import batch_index, gathered_factors
+
+_ORDER = {"batch": 0, "head": 1, "one": 2, "window": 3, "query": 4, "key": 5}
+
+
+def weights_of_windows(tap: TapNodes, probabilities: Probabilities, windows: Windows, anchor: ir.Value) -> ir.Value:
+    """The graph's weights for the rows that ask, float32 (n, H, L, W); NaN is 0.
+
+    Args:
+        tap: under construction.
+        probabilities: with the factors of its axes.
+        windows: which row is which query's.
+        anchor: (B, L, C), whose second axis says how many of the rows are queries' and not padding's.
+    """
+    axes = probabilities.axes
+    at = next(place for place, factors in enumerate(axes) if any(factor.role == "batch" for factor in factors))
+    rows = tap.op("Gather", [probabilities.value, batch_index(tap, probabilities.value, at, axes[at])], axis=at)
+    roles = [
+        factor
+        for place, factors in enumerate(axes)
+        for factor in (gathered_factors(factors) if place == at else factors)
+    ]
+    order = sorted(range(len(roles)), key=lambda place: _ORDER[roles[place].role])
+    if order != list(range(len(roles))):
+        rows = tap.op("Transpose", [rows], perm=order)
+    heads = math.prod(factor.extent or 1 for factor in roles if factor.role == "head")
+    first = next(place for place, at in enumerate(order) if roles[at].role in {"window", "query"})
+    last = len(roles) - 1
+    count = tap.shape(rows, first, first + 1)
+    for place in range(first + 1, last):
+        count = tap.op("Mul", [count, tap.shape(rows, place, place + 1)])
+    rows = tap.reshape(rows, [tap.shape(rows, 0, 1), tap.ints(heads), count, tap.shape(rows, last, last + 1)])
+    if windows.order:
+        rows = tap.op("Gather", [rows, tap.ints(*windows.order)], axis=2)
+    else:
+        rows = tap.op("Slice", [rows, tap.ints(0), tap.shape(anchor, 1, 2), tap.ints(2)])
+    weights = tap.float32(rows)
+    return tap.op("Where", [tap.op("IsNaN", [weights]), tap.float(0.0), weights])
