@@ -12,8 +12,9 @@ from attnserve_server.build.taps.nodes import TapNodes, WholeBatch
 
 
 def with_plain_values(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> dict[str, FoundSite]:
-    """The sites with values, (B, H, S, D), that stand in the graph: where an operator makes its value itself, so do
-    new nodes here. For checks; a graph that serves has no use for them.
+    """The sites with values, (B, H, S, D), that stand in the graph: new nodes make what an operator makes inside.
+
+    For checks; a graph that serves has no use for them.
     """
     shared: dict[tuple[str, ir.Value], ir.Value] = {}
     plain = dict(sites)
