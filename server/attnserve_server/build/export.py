@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from attnserve_server.build.graph import checked
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner, time_ratio
 from attnserve_server.build.signature import SEQUENCE, signature_of
-from attnserve_server.build.source_model import AUTO, Grid, SourceModel, TellsMore, graph_of, source_model
+from attnserve_server.build.source_model import AUTO, Grid, SourceModel, TellsMore, ZooOptions, graph_of, source_model
 from attnserve_server.build.text import text_of
 from attnserve_server.model.manifest import AxisSpec, CheckReport, Manifest, Provenance
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, Repository, write_bundle
@@ -30,7 +30,8 @@ POOLINGS = ("", "mean")
 class ExportRequest:
     """What to export. `version` empty: the next one. `pooling` "mean" adds the output `embedding`.
 
-    `exporter` is `auto`, `dynamo` or `torchscript`; `opset` 0 is the exporter's own default.
+    `exporter` is `auto`, `dynamo` or `torchscript`; `opset` 0 is the exporter's own default. `zoo_options`: of a source
+    that is of the zoo.
     """
 
     source: str
@@ -43,6 +44,7 @@ class ExportRequest:
     expect_sha256: str = ""
     exporter: str = AUTO
     opset: int = 0
+    zoo_options: ZooOptions = field(default_factory=ZooOptions)
 
 
 def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
@@ -66,6 +68,7 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
             pooling=request.pooling,
             normalize=request.normalize,
             expect_sha256=request.expect_sha256,
+            zoo_options=request.zoo_options,
             steps=steps,
         )
         return _export(replace(request, version=version), source, Path(work), steps)

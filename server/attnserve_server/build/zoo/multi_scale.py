@@ -45,6 +45,8 @@ class MultiScaleAttention(ZooAttention):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads)
+        if heads < len(STRIDES):
+            raise ValueError(f"{heads} heads are less than one for each of {len(STRIDES)} strides")
         self.scales = nn.ModuleDict({f"stride_{stride}": Scale(stride) for stride in STRIDES})
         each, more = divmod(heads, len(STRIDES))
         self.groups = [each + (position < more) for position in range(len(STRIDES))]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.names import WRAPPER
-from attnserve_server.build.source_model import ZOO_PREFIX, Reference
+from attnserve_server.build.source_model import ZOO_PREFIX, Grid, Reference, ZooOptions
 from attnserve_server.build.torch_export import Traceable, quiet, trace
+from attnserve_server.build.zoo.cross_modal import IMAGE, PATCH, PATCHES
 from attnserve_server.build.zoo.registry import BUILDERS
 from attnserve_server.build.zoo.skeleton import (
     PADDING_ID,
@@ -57,6 +58,18 @@ class ZooModel:
     module: ZooModule
     sha256: str
     padding_id: int = PADDING_ID
+
+    @property
+    def pair_start(self) -> int | None:
+        """A second text starts with its own first token."""
+        return None
+
+    @property
+    def grids(self) -> Mapping[int, Grid]:
+        """Of the images that the model looks at."""
+        if "pixel_values" not in self.module.shapes:
+            return {}
+        return {PATCHES: Grid(rows=IMAGE // PATCH, columns=IMAGE // PATCH)}
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -107,32 +120,40 @@ class ZooModel:
         return Reference({name: each.numpy() for name, each in zip(OUTPUTS, answer, strict=True)}, weights)
 
 
-def source_model(name: str, size: str | ZooSize = "small", seed: int = 0) -> ZooModel:
+def source_model(name: str, options: ZooOptions | None = None) -> ZooModel:
     """A seeded model of the zoo.
 
     Args:
         name: one of the zoo's.
-        size: the name of one of its sizes, or a size.
-        seed: of the weights.
+        options: how large it is, and the seed of its weights.
 
     Raises:
         BuildRefused: there is no such model or size, or the heads do not divide the width.
     """
+    options = options or ZooOptions()
     if name not in BUILDERS:
         raise BuildRefused(f"the zoo has no {name!r}; it has {', '.join(sorted(BUILDERS))}")
-    if isinstance(size, str):
-        if size not in SIZES:
-            raise BuildRefused(f"size {size!r} is not known; {', '.join(SIZES)} are")
-        size = SIZES[size]
-    if size.width % size.heads or size.width % 2:
-        raise BuildRefused(f"a width of {size.width} is not even, or no multiple of {size.heads} heads")
-    module = BUILDERS[name](size).eval()
-    draw_weights(module, seed)
+    size = _size(options)
+    try:
+        module = BUILDERS[name](size).eval()
+    except ValueError as fault:
+        raise BuildRefused(f"zoo:{name} cannot be that large: {fault}") from None
+    draw_weights(module, options.seed)
     digest = hashlib.sha256()
     for key, tensor in sorted(module.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.numpy().tobytes())
     return ZooModel(f"{ZOO_PREFIX}{name}", type(module).__name__, module, digest.hexdigest())
+
+
+def _size(options: ZooOptions) -> ZooSize:
+    if options.size not in SIZES:
+        raise BuildRefused(f"size {options.size!r} is not known; {', '.join(SIZES)} are")
+    named = SIZES[options.size]
+    size = ZooSize(options.layers or named.layers, options.heads or named.heads, options.width or named.width)
+    if size.width % size.heads or size.width % 2:
+        raise BuildRefused(f"a width of {size.width} is not even, or no multiple of {size.heads} heads")
+    return size
 
 
 def _example(name: str, shape: tuple[str | int, ...]) -> Tensor:
@@ -142,7 +163,7 @@ def _example(name: str, shape: tuple[str | int, ...]) -> Tensor:
     if name == "pixel_values":
         return torch.linspace(-1, 1, len(_TRACE_LENGTHS) * int(np.prod(extents))).reshape(-1, *extents)
     # Symbols that a tracer sees at one length it would take for one and the same.
-    longest += len([axis for axis in shape if axis != "seq"])
+    longest += 2 * (shape != ("seq",))
     mask = torch.zeros(len(_TRACE_LENGTHS), longest, dtype=torch.int64)
     for row, length in enumerate(_TRACE_LENGTHS):
         mask[row, :length] = 1
