@@ -7,11 +7,16 @@ from pathlib import Path
 
 from attnserve_server.config import Settings
 from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.engine.golden import verify_golden
 from attnserve_server.engine.session import RuntimeSession
+from attnserve_server.model.golden import read_golden
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, BundleFault, Repository, verify
 from attnserve_server.model.tokenizer import TextTokenizer
+from attnserve_server.observability.logs import logger
 from attnserve_server.scheduling.policy import SchedulingSettings
+
+_log = logger(__name__)
 
 
 class StartFailed(AttnserveError):
@@ -47,8 +52,17 @@ def wanted_bundles(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]
 
 
 def open_bundle(bundle: Bundle, settings: Settings) -> tuple[RuntimeSession, TextTokenizer | None]:
-    """Verifies and loads a bundle's files. Runs in a thread."""
+    """Verifies and loads a bundle's files, and asks the model for its golden answers. Runs in a thread.
+
+    Raises:
+        BundleInvalid: A file is missing, or another one.
+        TokenizerInvalid: The tokenizer cannot be used.
+        ProviderUnavailable: The execution provider that was asked for is not there.
+        LoadFailed: The runtime refused the model.
+        GoldenMismatch: The model does not answer as it did when it was checked.
+    """
     verify(bundle)
+    golden = read_golden(bundle)
     tokenizer = None
     if bundle.tokenizer_path is not None and bundle.manifest.text is not None:
         tokenizer = TextTokenizer.load(bundle.tokenizer_path, bundle.manifest.text.axis)
@@ -58,6 +72,12 @@ def open_bundle(bundle: Bundle, settings: Settings) -> tuple[RuntimeSession, Tex
         intra_op_threads=settings.intra_op_threads,
         required_provider=settings.require_provider,
     )
+    named = {"model": bundle.manifest.name, "version": bundle.manifest.version}
+    if golden:
+        worst = verify_golden(session, bundle.manifest, golden)
+        _log.info("golden answers hold", **named, sequences=len(golden), error_over_allowed=round(worst, 4))
+    else:
+        _log.warning("bundle has no golden answers: prepare it anew, so that every load is verified", **named)
     return session, tokenizer
 
 

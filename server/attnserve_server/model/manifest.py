@@ -23,7 +23,7 @@ from attnserve_server.model.frozen import (
     ModelVersion,
     Sha256,
 )
-from attnserve_server.model.report import CheckReport, Provenance
+from attnserve_server.model.report import CheckReport, GoldenSpec, Provenance
 from attnserve_server.model.sites import SiteSpec
 from attnserve_server.model.tensors import AxisSpec, DerivedLength, InputRole, InputSpec, OutputSpec, TextSpec
 
@@ -36,6 +36,7 @@ __all__ = [
     "DerivedLength",
     "Dtype",
     "Extent",
+    "GoldenSpec",
     "InputRole",
     "InputSpec",
     "Manifest",
@@ -79,6 +80,7 @@ class Manifest(Frozen):
     text: TextSpec | None = None
     provenance: Provenance
     check: CheckReport
+    golden: GoldenSpec | None = None
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

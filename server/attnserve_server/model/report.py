@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import ConfigDict, Field
 
 from attnserve_server.model.frozen import Frozen, Sha256
@@ -35,6 +37,42 @@ class FusionReport(Frozen):
     reason: str = ""
 
 
+class QualityReport(Frozen):
+    """What a reduced precision costs and brings, seen on many sequences and against the graph that it was made from.
+
+    `output`: whose cosine is told, as a mean and for the worst sequence; averaged over positions where it has them.
+    `top1_agreement`: the share of attention rows (site, head, query) whose strongest key is the same; None without
+    sites. `speed_ratio`: processor time of the reference over that of the reduced graph, in interleaved runs.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    against: str
+    inputs: str
+    sequences: Annotated[int, Field(ge=1)]
+    output: str
+    cosine_mean: float
+    cosine_worst: float
+    top1_agreement: float | None = None
+    attention_rows: Annotated[int, Field(ge=0)] = 0
+    speed_ratio: float | None = None
+
+
+class GoldenSpec(Frozen):
+    """Answers that were checked when the bundle was made, kept in `golden.npz`, and asked for again at every load.
+
+    Of each array at most `sample` numbers are kept, evenly spread. Errors are told in parts of the greatest number of
+    the kept ones; more than `output_tolerance` or `weight_tolerance` is another model.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    sequences: Annotated[int, Field(ge=1, le=16)]
+    sample: Annotated[int, Field(ge=1)]
+    output_tolerance: Annotated[float, Field(gt=0)]
+    weight_tolerance: Annotated[float, Field(gt=0)]
+
+
 class CheckReport(Frozen):
     """What the check at the end of export or prepare saw; the reference is named in `against`."""
 
@@ -50,3 +88,4 @@ class CheckReport(Frozen):
     padding_max_abs_error: float | None = None
     tapped_over_source_time: float | None = None
     fusion: FusionReport | None = None
+    quality: QualityReport | None = None
