@@ -20,7 +20,7 @@ from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.finders import find_sites
 from attnserve_server.build.fuse import Fused, candidates
-from attnserve_server.build.graph import precision_of, save
+from attnserve_server.build.graph import expose, precision_of, save
 from attnserve_server.build.probe import max_abs
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner, paired_seconds
@@ -113,6 +113,8 @@ def tried(fused: Fused, proto: onnx.ModelProto, source: Runner, sampler: Sampler
     tolerance, error = Tolerances.of(precision_of(proto)).output, max(errors)
     if not error <= tolerance:
         return report.model_copy(update={"reason": f"its outputs differ by {error:.3g}, more than {tolerance:g}"})
+    if not _batched(fused.proto, workloads[0], path):
+        return report.model_copy(update={"reason": "its sites attend within windows, which it folds into the batch"})
     seconds = [paired_seconds(source, runner, feeds, outputs) for feeds in workloads]
     judged = verdict([pair[0] for pair in seconds], [pair[1] for pair in seconds])
     slower = f"it takes {judged.ratio:.3f} of the source's time: not clearly less than {WORTH}"
@@ -124,6 +126,18 @@ def tried(fused: Fused, proto: onnx.ModelProto, source: Runner, sampler: Sampler
             "reason": "" if judged.pays else slower,
         }
     )
+
+
+def _batched(proto: onnx.ModelProto, feeds: Feeds, path: Path) -> bool:
+    """Whether each fused operator's first axis is the batch, without which its weights belong to nobody."""
+    model = ir.from_proto(proto)
+    sites = [site for site in find_sites(model.graph).values() if site.scores is not None]
+    expose(model, sites)
+    save(model, path)
+    names = [str(site.output.value.name) for site in sites if site.output is not None]
+    found = Runner(path).run(feeds, names, tap=False)
+    rows = len(next(iter(feeds.values())))
+    return all(found[name].shape[0] == rows for name in names)
 
 
 def _workloads(source: Runner, sampler: Sampler, outputs: Sequence[str]) -> list[Feeds]:
