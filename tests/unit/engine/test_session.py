@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -159,3 +160,21 @@ def test_a_file_that_is_no_model_is_refused_without_its_path(tmp_path: Path) -> 
     with pytest.raises(LoadFailed) as caught:
         RuntimeSession.load(path, intra_op_threads=1)
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_rewriting_that_slows_the_cpu_down_is_off_there_and_on_elsewhere(
+    embedder_path: Path, pretends_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out: dict[str, str] = {}
+    opening = session_module.ort.InferenceSession
+
+    def recording(path: str, *, sess_options: ort.SessionOptions, providers: list, **options: object) -> object:
+        left_out[providers[0][0]] = ""
+        with contextlib.suppress(RuntimeError):  # there is no such entry
+            entry = sess_options.get_session_config_entry("optimization.disable_specified_optimizers")
+            left_out[providers[0][0]] = entry
+        return opening(path, sess_options=sess_options, providers=providers, **options)
+
+    monkeypatch.setattr(session_module.ort, "InferenceSession", recording)
+    RuntimeSession.load(embedder_path, intra_op_threads=1)
+    assert left_out == {"CUDAExecutionProvider": "", "CPUExecutionProvider": "SkipLayerNormFusion"}
