@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,9 @@ from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.finders import find_sites
 from attnserve_server.build.graph import expose, precision_of, save, tapped_at
+from attnserve_server.build.grids import Grid, grids_of
 from attnserve_server.build.layout import settle
+from attnserve_server.build.origins import FixedAxes, fixed_axes, of_one_sequence
 from attnserve_server.build.probe import Axes, batch_error, padding_error, probe_axes, probe_lengths
 from attnserve_server.build.products import product_errors
 from attnserve_server.build.progress import Steps
@@ -40,6 +42,7 @@ class Assembled:
     outputs: tuple[OutputSpec, ...]
     site_axes: Mapping[str, tuple[str, str]]
     fixed_axes: Mapping[str, int]
+    grids: Mapping[str, Grid]
     derived_axes: Mapping[str, DerivedLength]
     tolerances: Tolerances
     precision: Literal["fp32", "fp16", "int8"]
@@ -81,8 +84,8 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     found = _verified(checker, sampler, found, tolerances)
     axes = with_key_axes(probe_axes(checker, sampler, output_names, found), found)
     outputs = _outputs(proto.graph, axes, steps)
-    fixed_axes = _fixed_axes(axes, [*sampler.signature.symbols, *axes.derived])
-    sites = tuple(_site(layer, name, site, axes, fixed_axes) for layer, (name, site) in enumerate(found.items()))
+    fixed = fixed_axes(axes.sites, found, [*sampler.signature.symbols, *axes.derived])
+    sites = tuple(_site(layer, name, site, axes, fixed) for layer, (name, site) in enumerate(found.items()))
     for site in sites:
         if not site.available:
             steps.warn(f"site {site.name} gives no weights: {site.unavailable_reason}")
@@ -99,7 +102,8 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
         found=found,
         outputs=outputs,
         site_axes=available,
-        fixed_axes={symbol: length for length, symbol in fixed_axes.items() if symbol in named},
+        fixed_axes={symbol: length for symbol, length in fixed.lengths.items() if symbol in named},
+        grids=grids_of(sampler.signature, fixed),
         derived_axes={symbol: form for symbol, form in axes.derived.items() if symbol in named | shown},
         tolerances=tolerances,
         precision=precision_of(proto),
@@ -166,7 +170,8 @@ def axes_of(
         longest = max(form.of(source.max_length), 1)
         specs.append(AxisSpec(symbol=symbol, max_length=longest, paddable=source.paddable, derived=form))
     for symbol, length in assembled.fixed_axes.items():
-        specs.append(AxisSpec(symbol=symbol, max_length=length, paddable=False, fixed=True))
+        grid, leading = assembled.grids.get(symbol, (None, 0))
+        specs.append(AxisSpec(symbol=symbol, max_length=length, paddable=False, fixed=True, grid=grid, leading=leading))
     return tuple(specs), max(harmless, default=None)
 
 
@@ -204,21 +209,10 @@ def _outputs(graph: onnx.GraphProto, axes: Axes, steps: Steps) -> tuple[OutputSp
     return tuple(specs)
 
 
-def _fixed_axes(axes: Axes, symbols: Collection[str]) -> dict[int, str]:
-    """A symbol for each fixed extent of a site, by its length: nothing else could tell two of one length apart."""
-    lengths = sorted({extent for pair in axes.sites.values() for extent in pair if isinstance(extent, int)})
-    named: dict[int, str] = {}
-    for length in lengths:
-        symbol = f"fixed_{length}"
-        while symbol in symbols:
-            symbol += "_"
-        named[length] = symbol
-    return named
-
-
-def _site(layer: int, name: str, site: FoundSite, axes: Axes, fixed_axes: Mapping[int, str]) -> SiteSpec:
+def _site(layer: int, name: str, site: FoundSite, axes: Axes, fixed: FixedAxes) -> SiteSpec:
     query_axis, key_axis = (
-        fixed_axes[extent] if isinstance(extent, int) else extent for extent in axes.sites.get(name, (None, None))
+        fixed.symbols[name, side] if isinstance(extent, int) else extent
+        for side, extent in enumerate(axes.sites.get(name, (None, None)))
     )
     reason = site.unavailable_reason
     if not reason and name in axes.unbatched_sites:
@@ -231,7 +225,8 @@ def _site(layer: int, name: str, site: FoundSite, axes: Axes, fixed_axes: Mappin
     query_source, key_source = (
         axes.derived[axis].source if axis in axes.derived else axis for axis in (query_axis, key_axis)
     )
-    crossed = query_source != key_source
+    # Two inputs of one length may share a symbol; what they hold are two sequences all the same.
+    crossed = query_source != key_source or not of_one_sequence(site)
     return SiteSpec(
         name=name,
         layer=layer,
