@@ -26,13 +26,19 @@ from coverage_page import Cell, rendered, settled
 pytestmark = pytest.mark.coverage
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
-EXPORTERS = (("dynamo", 23), ("dynamo", 18), ("torchscript", 17), ("torchscript", 14))
+EXPORTERS = (("dynamo", 23), ("dynamo", 18), ("torchscript", 17), ("torchscript", 11))
 PRECISIONS = ("fp32", "fp16")
 # float32 sums in another order than torch's; float16 keeps 11 bits.
 WEIGHT_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2}
 OUTPUT_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 
-KNOWN: Mapping[tuple[str, str, int, str], str] = {}
+UNTYPED = r"Type 'tensor\(int64\)' of input parameter .* of operator \((?:Min|Clip)\) .* is invalid"
+"""In opset 11, Min and Clip know no whole numbers, and the older exporter writes them all the same."""
+KNOWN: Mapping[tuple[str, str, int, str], str] = {
+    (name, "torchscript", 11, precision): UNTYPED
+    for name in ("MPNet", "DeBERTa", "Longformer", "T5")
+    for precision in PRECISIONS
+}
 """Cells that cannot be filled, and words of the reason that they must give."""
 
 

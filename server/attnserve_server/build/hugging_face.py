@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from attnserve_server.build.architectures import Family, family_of
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.names import WRAPPER
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.signature import SEQUENCE
 from attnserve_server.build.source import ModelFolder, model_folder
 from attnserve_server.build.source_model import Grid, Reference
 from attnserve_server.build.torch_export import Traceable, quiet, trace
 from attnserve_server.domain.values import Array
+
+FUSED_FROM = 14
+"""Below this opset torch's exporters do not know its fused attention, even to take it apart."""
 
 
 class Wrapper(torch.nn.Module):
@@ -73,12 +76,10 @@ class HuggingFaceModel:
 
     @property
     def max_lengths(self) -> Mapping[str, int]:
-        """The model's own; the tokenizer may allow less of the first text."""
-        lengths = dict(self._traced.max_lengths)
+        """The model's own, unless the tokenizer allows less: every dynamic axis holds text."""
+        lengths = self._traced.max_lengths
         limit = self._folder.tokenizer_max_length()
-        if SEQUENCE in lengths and limit is not None:
-            lengths[SEQUENCE] = min(lengths[SEQUENCE], limit)
-        return lengths
+        return {symbol: length if limit is None else min(length, limit) for symbol, length in lengths.items()}
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -112,7 +113,7 @@ class HuggingFaceModel:
             output_names=family.output_names,
             max_lengths=family.max_lengths,
         )
-        with family.tracing():
+        with family.tracing(), _stepwise(family.source) if opset < FUSED_FROM else contextlib.nullcontext():
             return trace(traceable, exporter, opset)
 
     def reference(self, feeds: Mapping[str, Array]) -> Reference:
@@ -157,6 +158,17 @@ def source_model(source: str, pooling: str, *, normalize: bool, expect_sha256: s
     if folder.architecture() not in {"", model.architecture}:
         steps.warn(f"{folder.architecture()} is brought as {model.architecture}: its head and its scores are left out")
     return model
+
+
+@contextlib.contextmanager
+def _stepwise(source: Any) -> Iterator[None]:
+    """While it lasts, the source computes attention step by step."""
+    before = source.config._attn_implementation  # noqa: SLF001 - it has no public name
+    source.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        source.set_attn_implementation(before)
 
 
 def _loaded(path: Path, attention: str) -> Any:

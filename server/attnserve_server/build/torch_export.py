@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,9 +54,16 @@ def trace(traceable: Traceable, exporter: str, opset: int) -> onnx.ModelProto:
         try:
             return exporters[exporter](traceable, opset)
         except Exception as fault:  # noqa: BLE001 - the boundary to torch's exporters, which raise many types
-            lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-            first = lines[0] if lines else type(fault).__name__
-            raise BuildRefused(f"torch's {exporter} exporter cannot export the model: {first[:300]}") from None
+            raise BuildRefused(f"torch's {exporter} exporter cannot export the model: {_words(fault)}") from None
+
+
+def _words(fault: BaseException) -> str:
+    """The first line of what lies at the bottom of a fault; above it, exporters only say that they failed."""
+    while fault.__cause__ is not None:
+        fault = fault.__cause__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(fault))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    return (lines[0] if lines else type(fault).__name__)[:300]
 
 
 def _dynamo(traceable: Traceable, opset: int) -> onnx.ModelProto:

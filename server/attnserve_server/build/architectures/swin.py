@@ -19,7 +19,7 @@ class Swin(Image):
     @property
     def grids(self) -> dict[int, Grid]:
         """One per stage: between them, four patches become one."""
-        sizes = [layer.input_resolution for stage in self.source.encoder.layers for layer in stage.blocks]
+        sizes = [layer.input_resolution for layer in self._layers()]
         return {int(rows * columns): Grid(int(rows), int(columns)) for rows, columns in sizes}
 
     def call(self, tensors: Mapping[str, Tensor], *, weights: bool) -> Any:
@@ -27,7 +27,7 @@ class Swin(Image):
         if not weights:
             return super().call(tensors, weights=False)
         seen: list[Tensor] = []
-        layers = [layer for stage in self.source.encoder.layers for layer in stage.blocks]
+        layers = self._layers()
         hooks = [layer.attention.register_forward_hook(lambda *said: seen.append(said[2][1])) for layer in layers]
         try:
             answer = super().call(tensors, weights=False)
@@ -44,15 +44,22 @@ class Swin(Image):
     def tracing(self) -> Iterator[None]:
         """Attend step by step: the fused operator takes windows for rows of the batch, and keeps their weights."""
         before = self.source.config._attn_implementation  # noqa: SLF001 - it has no public name
+        sizes = [(layer, layer.window_size, layer.shift_size) for layer in self._layers()]
         self.source.set_attn_implementation("eager")
         try:
             yield
         finally:
             self.source.set_attn_implementation(before)
+            # The model clamps windows to small images for good, and with the older exporter to a traced tensor.
+            for layer, window, shift in sizes:
+                layer.window_size, layer.shift_size = window, shift
 
     def weights(self, answer: Any) -> Sequence[Tensor | None]:
         """One per layer, laid out over all patches."""
         return tuple(answer.attentions)
+
+    def _layers(self) -> list[Any]:
+        return [layer for stage in self.source.encoder.layers for layer in stage.blocks]
 
 
 def _over_patches(layer: Any, windows: Tensor, rows: int) -> Tensor:
