@@ -10,7 +10,7 @@ with Client("localhost:8001") as client:
 """
 
 from attnserve_client._async_client import AsyncClient
-from attnserve_client._attention import AttentionMap, Link, RawLinks, Token
+from attnserve_client._attention import AttentionMap
 from attnserve_client._client import Client
 from attnserve_client._errors import (
     AttentionUnavailable,
@@ -33,6 +33,7 @@ from attnserve_client._models import Axis, ModelInfo, Site, TensorSpec
 from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
 from attnserve_client._retry import RetryPolicy
 from attnserve_client._selection import Attention
+from attnserve_client._tokens import Link, RawLinks, Token
 
 __all__ = [
     "AsyncClient",

@@ -10,65 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from attnserve_client._tokens import Array, Link, RawLinks, Token, as_float32, plain_token
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One unit of an axis: a token, a word, or a position of a tensor.
-
-    Attributes:
-        index: Its place on the axis, special tokens counted.
-        text: The token as the vocabulary spells it, the word as it stands in the text, or else its index.
-        start: Its first character in the caller's text, in Unicode code points; 0 for special tokens.
-        end: The character behind its last.
-        special: Whether it is a special token.
-        segment: Which of the caller's texts it is from: 0, or 1 for the second of a pair.
-    """
-
-    index: int
-    text: str
-    start: int = 0
-    end: int = 0
-    special: bool = False
-    segment: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One weight with its ends: `query` looks at `key`. `head` is None where heads were joined."""
-
-    query: str
-    key: str
-    weight: float
-    head: int | None
-    query_token: Token
-    key_token: Token
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RawLinks:
-    """The kept weights as they came, row after row. Row r is (head h, query q) with r = h * queries + q.
-
-    Attributes:
-        row_offsets: int64 (H * L + 1): row r's links are the entries from `row_offsets[r]` to `row_offsets[r + 1]`.
-        keys: int32 (N): the key's index on its axis, special tokens counted.
-        weights: (N), in the dtype asked for.
-    """
-
-    row_offsets: npt.NDArray[np.int64]
-    keys: npt.NDArray[np.int32]
-    weights: Array
 
 
 @dataclass(frozen=True, eq=False)  # no slots: the decoded weights are kept beside the fields
 class AttentionMap:
     """The attention of one site, or of several joined ones, over one sequence.
 
-    Letters in shapes: H heads (1 where they were joined), L queries, S keys.
+    Letters in shapes: H heads (1 where they were joined), L queries, S keys, W columns of a band.
 
     Attributes:
         sites: The site it is from; with joined layers all of them, in order.
@@ -81,7 +33,10 @@ class AttentionMap:
         query_tokens: What the L rows stand for.
         key_tokens: What the S columns stand for.
         axis_tokens: All units of each axis, special tokens included, by axis symbol.
-        raw: What came: weights (H, L, S) in the dtype asked for, a view of the answer's bytes; or links.
+        raw: What came: weights (H, L, S), of a band (H, L, W), in the dtype asked for, a view of the answer's bytes; or
+            links.
+        band_keys: Where a band came, int32 (L, W): the place among `key_tokens` of the key that each column of a row
+            stands for, and -1 where it stands for none; else None.
         residual: float32 (H, L), what each row's left-out links weigh together; None where all weights came.
         model: The model's name.
     """
@@ -97,6 +52,7 @@ class AttentionMap:
     key_tokens: tuple[Token, ...]
     raw: Array | RawLinks = field(repr=False)
     residual: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    band_keys: npt.NDArray[np.int32] | None = field(default=None, repr=False)
     axis_tokens: dict[str, tuple[Token, ...]] = field(default_factory=dict, repr=False)
     model: str = ""
 
@@ -127,14 +83,41 @@ class AttentionMap:
     def weights(self) -> npt.NDArray[np.float32]:
         """Weights, float32 (H, L, S), read-only; rows sum to 1 where nothing was left out.
 
-        float32 weights are a view of the answer's bytes; others are decoded when first asked for, and links are put in
-        their places with zeros between.
+        float32 weights are a view of the answer's bytes; others are decoded when first asked for, and links, or the
+        columns of a band, are put in their places with zeros between. Of long sequences take `band` instead.
         """
         if isinstance(self.raw, RawLinks):
             return self._densified(self.raw)
         decoded = as_float32(self.raw)
+        if self.band_keys is not None:
+            band = decoded
+            decoded = np.zeros((*band.shape[:2], len(self.key_tokens)), dtype=np.float32)
+            rows, columns = np.nonzero(self.band_keys >= 0)
+            decoded[:, rows, self.band_keys[rows, columns]] = band[:, rows, columns]
         decoded.flags.writeable = False
         return decoded
+
+    @property
+    def band(self) -> npt.NDArray[np.float32] | None:
+        """Weights of a windowed site as they came, float32 (H, L, W), read-only; None where no band came.
+
+        `band_keys` says which key each column of a row stands for.
+        """
+        if self.band_keys is None or isinstance(self.raw, RawLinks):
+            return None
+        decoded = as_float32(self.raw)
+        decoded.flags.writeable = False
+        return decoded
+
+    @property
+    def outside(self) -> npt.NDArray[np.bool_] | None:
+        """Which keys lie outside each query's window, so that it cannot look at them: (L, S); None without a band."""
+        if self.band_keys is None:
+            return None
+        beyond = np.ones((len(self.query_tokens), len(self.key_tokens)), dtype=np.bool_)
+        rows, columns = np.nonzero(self.band_keys >= 0)
+        beyond[rows, self.band_keys[rows, columns]] = False
+        return beyond
 
     def links(
         self,
@@ -157,28 +140,32 @@ class AttentionMap:
         Raises:
             ValueError: There is no such head in this map.
         """
-        weights, numbers = self._chosen(head)
+        weights, numbers = self._chosen(head, by_column=True)
+        places = self._places()
         rows_out, columns_out = (
-            [
-                (exclude_special and token.special) or (exclude_punctuation and not any(map(str.isalnum, token.text)))
-                for token in tokens
-            ]
+            np.array(
+                [
+                    (exclude_special and token.special)
+                    or (exclude_punctuation and not any(map(str.isalnum, token.text)))
+                    for token in tokens
+                ],
+                dtype=np.bool_,
+            )
             for tokens in (self.query_tokens, self.key_tokens)
         )
-        wanted = np.ones(weights.shape[1:], dtype=np.bool_)
+        wanted = (places >= 0) & ~columns_out[places]
         wanted[rows_out, :] = False
-        wanted[:, columns_out] = False
         if not include_self and self.query_axis == self.key_axis:
             rows = np.array([token.index for token in self.query_tokens], dtype=np.int64)
             columns = np.array([token.index for token in self.key_tokens], dtype=np.int64)
-            wanted &= rows[:, None] != columns[None, :]
+            wanted &= rows[:, None] != columns[places]
         flat = np.where(wanted, weights, 0.0).ravel()
         count = flat.size if top is None else max(0, top)
         order = np.argsort(-flat, kind="stable")[:count]
         found = []
         for place in order[flat[order] > 0]:
             at_head, row, column = np.unravel_index(place, weights.shape)
-            query, key = self.query_tokens[row], self.key_tokens[column]
+            query, key = self.query_tokens[row], self.key_tokens[places[row, column]]
             found.append(Link(query.text, key.text, float(flat[place]), numbers[at_head], query, key))
         return found
 
@@ -209,7 +196,8 @@ class AttentionMap:
         return figure(self, head)
 
     def to_dict(self) -> dict[str, Any]:
-        """The map in plain types, ready for JSON."""
+        """The map in plain types, ready for JSON. The weights of a band are (H, L, W), with its `band_keys` beside."""
+        band = self.band
         return {
             "sites": list(self.sites),
             "layer": self.layer,
@@ -218,9 +206,10 @@ class AttentionMap:
             "heads": list(self.heads),
             "query_axis": self.query_axis,
             "key_axis": self.key_axis,
-            "queries": [_plain(token) for token in self.query_tokens],
-            "keys": [_plain(token) for token in self.key_tokens],
-            "weights": self.weights.tolist(),
+            "queries": [plain_token(token) for token in self.query_tokens],
+            "keys": [plain_token(token) for token in self.key_tokens],
+            "weights": (self.weights if band is None else band).tolist(),
+            "band_keys": None if self.band_keys is None else self.band_keys.tolist(),
             "residual": None if self.residual is None else self.residual.tolist(),
         }
 
@@ -240,18 +229,34 @@ class AttentionMap:
             return (len(self.raw.row_offsets) - 1) // len(self.query_tokens) if self.query_tokens else 1
         return int(self.raw.shape[0])
 
-    def _chosen(self, head: int | None) -> tuple[npt.NDArray[np.float32], list[int | None]]:
-        """Weights (H', L, S) of the wanted heads, and their numbers (None for joined ones)."""
-        if self.is_joined:
-            if head is not None:
-                raise ValueError(f"head {head}: this map's heads are joined")
-            return self.weights, [None]
-        if head is None:
-            return self.weights, list(self.heads)
-        if head not in self.heads:
+    def _chosen(self, head: int | None, *, by_column: bool = False) -> tuple[npt.NDArray[np.float32], list[int | None]]:
+        """Weights (H', L, S) of the wanted heads, and their numbers (None for joined ones).
+
+        `by_column`: of a band (H', L, W), in the order of `_places`.
+        """
+        if head is not None and self.is_joined:
+            raise ValueError(f"head {head}: this map's heads are joined")
+        if head is not None and head not in self.heads:
             raise ValueError(f"head {head} is not in this map; it has {', '.join(map(str, self.heads))}")
+        band = self.band if by_column else None
+        weights = self.weights if band is None else np.take_along_axis(band, self._column_order()[None], axis=2)
+        if self.is_joined:
+            return weights, [None]
+        if head is None:
+            return weights, list(self.heads)
         at = self.heads.index(head)
-        return self.weights[at : at + 1], [head]
+        return weights[at : at + 1], [head]
+
+    def _places(self) -> npt.NDArray[np.int64]:
+        """The key of each column as its place among `key_tokens`, (L, S); of a band (L, W), ascending in each row."""
+        if self.band_keys is None:
+            return np.tile(np.arange(len(self.key_tokens)), (len(self.query_tokens), 1))
+        return np.take_along_axis(self.band_keys.astype(np.int64), self._column_order(), axis=1)
+
+    def _column_order(self) -> npt.NDArray[np.int64]:
+        """Columns of a band in the order of their keys, (L, W)."""
+        assert self.band_keys is not None
+        return np.argsort(self.band_keys, axis=1, kind="stable")
 
     def _densified(self, links: RawLinks) -> npt.NDArray[np.float32]:
         heads, rows, columns = self._head_count, len(self.query_tokens), len(self.key_tokens)
@@ -262,21 +267,3 @@ class AttentionMap:
         dense[row_of, places[links.keys]] = as_float32(links.weights)
         dense.flags.writeable = False
         return dense.reshape(heads, rows, columns)
-
-
-def as_float32(weights: Array) -> npt.NDArray[np.float32]:
-    """Weights of any shape in float32; uint8 ones were written as the weight times 255. float32 ones come as a view."""
-    if weights.dtype == np.uint8:
-        return np.divide(weights, np.float32(255), dtype=np.float32)
-    return weights.astype(np.float32, copy=False).view()
-
-
-def _plain(token: Token) -> dict[str, Any]:
-    return {
-        "index": token.index,
-        "text": token.text,
-        "start": token.start,
-        "end": token.end,
-        "special": token.special,
-        "segment": token.segment,
-    }

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from attnserve_client._tokens import plain_token
+
 if TYPE_CHECKING:
-    from attnserve_client._attention import AttentionMap, Token
+    from attnserve_client._attention import AttentionMap
 
 _STEPS: Final = 65535
 """Weights travel as 16-bit steps of the map's greatest: finer than any colour, at a third of the bytes of numbers."""
@@ -81,25 +83,17 @@ def _data(attention: AttentionMap) -> dict[str, Any]:
     weights = attention.weights
     scale = float(weights.max(initial=0.0)) or 1.0
     steps = np.rint(weights / np.float32(scale) * _STEPS).astype("<u2")
+    outside = attention.outside
     return {
         "shape": list(weights.shape),
         "heads": ["joined"] if attention.is_joined else list(attention.heads),
         "same": attention.query_axis == attention.key_axis,
-        "queries": [_token(token) for token in attention.query_tokens],
-        "keys": [_token(token) for token in attention.key_tokens],
+        "queries": [plain_token(token) for token in attention.query_tokens],
+        "keys": [plain_token(token) for token in attention.key_tokens],
         "scale": scale,
         "weights": base64.b64encode(steps.tobytes()).decode("ascii"),
-    }
-
-
-def _token(token: Token) -> dict[str, Any]:
-    return {
-        "index": token.index,
-        "text": token.text,
-        "start": token.start,
-        "end": token.end,
-        "special": token.special,
-        "segment": token.segment,
+        # One bit for each cell, row after row, the first in the highest bit.
+        "outside": None if outside is None else base64.b64encode(np.packbits(outside).tobytes()).decode("ascii"),
     }
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from attnserve_client._attention import AttentionMap, Token
+    from attnserve_client._attention import AttentionMap
+    from attnserve_client._tokens import Token
 
 _INSTALL: Final = "plot() needs matplotlib: pip install 'attnserve[plot]'"
 _MOST_LABELS: Final = 80
 _LONGEST_LABEL: Final = 24
 _LONGEST_TITLE: Final = 120
+_OUTSIDE: Final = "#d9dce1"
+"""A key outside a query's window has no weight, which is something else than a weight of 0."""
 
 
 def figure(attention: AttentionMap, head: int | None) -> Figure:
@@ -31,6 +36,10 @@ def figure(attention: AttentionMap, head: int | None) -> Figure:
     rows, columns = weights.shape
     drawn = Figure(figsize=(_inches(columns) + 1.6, _inches(rows) + 1.2), layout="constrained")
     axes = drawn.add_subplot()
+    outside = attention.outside
+    if outside is not None:
+        axes.set_facecolor(_OUTSIDE)
+        weights = np.ma.masked_array(weights, mask=outside)
     image = axes.imshow(weights, cmap="magma_r", vmin=0.0, aspect="equal", interpolation="nearest")
     drawn.colorbar(image, ax=axes, label="weight", shrink=0.8)
     _label(axes.set_xticks, attention.key_tokens, rotation=60.0, ha="left", rotation_mode="anchor")

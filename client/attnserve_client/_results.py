@@ -10,12 +10,13 @@ import numpy.typing as npt
 from attnserve.v1 import attention_pb2
 from attnserve.v1 import inference_service_pb2 as wire
 
-from attnserve_client._attention import AttentionMap, RawLinks, Token
+from attnserve_client._attention import AttentionMap
 from attnserve_client._errors import AttnserveError, BadAnswer
 from attnserve_client._models import FORMS, KINDS
 from attnserve_client._selection import Attention
 from attnserve_client._status import bad_answer
 from attnserve_client._tensors import to_array
+from attnserve_client._tokens import RawLinks, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +178,7 @@ def _map_of(message: attention_pb2.AttentionMap, axes: dict[str, tuple[Token, ..
     rows = _chosen(axes, message.query_axis, message.query_indices)
     columns = _chosen(axes, message.key_axis, message.key_indices)
     residual: npt.NDArray[np.float32] | None = None
+    band_keys: npt.NDArray[np.int32] | None = None
     raw: npt.NDArray[Any] | RawLinks
     if message.WhichOneof("content") == "links":
         links = message.links
@@ -185,8 +187,12 @@ def _map_of(message: attention_pb2.AttentionMap, axes: dict[str, tuple[Token, ..
         _check_links(raw, residual, len(rows), {token.index for token in columns})
     else:
         raw = to_array(message.weights)
-        if raw.shape[1:] != (len(rows), len(columns)) or raw.shape[0] not in (1, len(message.heads)):
-            raise bad_answer(f"a map of shape {raw.shape} came for {len(rows)} queries and {len(columns)} keys")
+        if message.HasField("band_keys"):
+            band_keys = to_array(message.band_keys)
+            _check_band(band_keys, len(rows), len(columns))
+        width = len(columns) if band_keys is None else band_keys.shape[1]
+        if raw.shape[1:] != (len(rows), width) or raw.shape[0] not in (1, len(message.heads)):
+            raise bad_answer(f"a map of shape {raw.shape} came for {len(rows)} queries and {width} keys")
     return AttentionMap(
         sites=tuple(message.sites),
         layer=message.layer,
@@ -199,6 +205,7 @@ def _map_of(message: attention_pb2.AttentionMap, axes: dict[str, tuple[Token, ..
         key_tokens=columns,
         raw=raw,
         residual=residual,
+        band_keys=band_keys,
         axis_tokens=axes,
         model=model,
     )
@@ -229,3 +236,10 @@ def _check_links(links: RawLinks, residual: npt.NDArray[np.float32], rows: int, 
         raise bad_answer("the offsets, keys, weights and residual of its links do not fit together")
     if not columns.issuperset(links.keys.tolist()):
         raise bad_answer("a link names a key that is not among the map's columns")
+
+
+def _check_band(band_keys: npt.NDArray[Any], rows: int, columns: int) -> None:
+    if band_keys.ndim != 2 or len(band_keys) != rows or band_keys.dtype != np.int32:
+        raise bad_answer(f"the keys of a band are {band_keys.dtype} of shape {band_keys.shape}, for {rows} queries")
+    if band_keys.size and not -1 <= band_keys.min() <= band_keys.max() < columns:
+        raise bad_answer(f"the keys of a band are not all from -1 to {columns - 1}")

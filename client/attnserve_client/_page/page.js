@@ -8,6 +8,12 @@
   const stored = new DataView(bytes.buffer);
   const weightAt = (head, row, column) =>
     (stored.getUint16(2 * ((head * rowCount + row) * columnCount + column), true) / 65535) * data.scale;
+  // Keys outside a query's window, one bit for each cell.
+  const beyond = data.outside ? Uint8Array.from(atob(data.outside), (letter) => letter.charCodeAt(0)) : null;
+  const isOutside = (row, column) => {
+    const at = row * columnCount + column;
+    return beyond !== null && ((beyond[at >> 3] >> (7 - (at & 7))) & 1) === 1;
+  };
 
   const RAMPS = {
     light: ["#fbf8f2", "#f8dcbc", "#f0a272", "#d4555d", "#8a1c62", "#3b0f46"],
@@ -222,6 +228,11 @@
     const soft = variable("--soft");
     rows.forEach((row, y) =>
       columns.forEach((column, x) => {
+        if (isOutside(row, column)) {
+          pen.fillStyle = soft;
+          pen.fillRect(left + (x + 0.5) * cell - 1, top + (y + 0.5) * cell - 1, 1, 1);
+          return;
+        }
         const rgb = colour(Math.pow(value(row, column) / greatest, 0.6));
         pen.fillStyle = css(rgb);
         pen.fillRect(left + x * cell, top + y * cell, cell - gap, cell - gap);
@@ -275,7 +286,8 @@
     const cell = cellUnder(event);
     tip.hidden = cell === null;
     if (cell) {
-      tip.textContent = `${queries[cell.row].text} → ${keys[cell.column].text}: ${value(cell.row, cell.column).toFixed(4)}`;
+      const said = isOutside(cell.row, cell.column) ? "outside its window" : value(cell.row, cell.column).toFixed(4);
+      tip.textContent = `${queries[cell.row].text} → ${keys[cell.column].text}: ${said}`;
       tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - 240)}px`;
       tip.style.top = `${event.clientY + 16}px`;
     }

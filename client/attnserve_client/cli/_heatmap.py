@@ -43,6 +43,7 @@ def heatmap(attention: AttentionMap, weights: Weights, console: Console) -> Iter
     cell = 2 if columns * 2 <= room else 1
     greatest = float(weights.max(initial=0.0)) or 1.0
     colours = console.color_system is not None
+    outside = attention.outside
     if attention.query_axis != attention.key_axis:
         yield _legend(attention.key_tokens)
     for start in range(0, columns, room // cell):
@@ -52,11 +53,16 @@ def heatmap(attention: AttentionMap, weights: Weights, console: Console) -> Iter
             token = attention.query_tokens[row]
             line = Text(f"{token.index:>{query_width}} {fitted(token.text, label_width - query_width - 2)} ")
             for column in block:
-                line.append(*_cell(float(weights[row, column]) / greatest, cell, colours=colours))
+                if outside is not None and outside[row, column]:
+                    line.append("·".rjust(cell), Style(dim=True))
+                else:
+                    line.append(*_cell(float(weights[row, column]) / greatest, cell, colours=colours))
             yield line
     if len(rows) < len(weights):
         yield Text(f"{len(rows)} of {len(weights)} rows, those with the strongest links", style="dim")
     yield _scale(greatest, colours=colours)
+    if outside is not None:
+        yield Text("· outside the window", style="dim")
 
 
 def _strongest_rows(weights: Weights) -> list[int]:

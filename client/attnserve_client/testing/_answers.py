@@ -14,7 +14,8 @@ from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._errors import AttentionUnavailable, InvalidRequest
 from attnserve_client._selection import Attention
-from attnserve_client._tensors import to_array, to_tensor
+from attnserve_client._tensors import to_array
+from attnserve_client.testing._weights import band_keys, fill
 
 AXIS: Final = "seq"
 PIECE: Final = 6
@@ -25,12 +26,19 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How large the made-up model is."""
+    """How large the made-up model is. `window`: how many tokens each sees before and behind it; None: all."""
 
     dimensions: int
     layers: int
     heads: int
     max_length: int
+    window: int | None = None
+
+    @property
+    def form(self) -> attention_pb2.AttentionForm.ValueType:
+        """Of every site."""
+        windowed = self.window is not None
+        return attention_pb2.ATTENTION_FORM_WINDOWED if windowed else attention_pb2.ATTENTION_FORM_DENSE
 
     def describe(self, name: str, state: str) -> model_pb2.Model:
         """What `GetModel` says of it."""
@@ -52,7 +60,7 @@ class Shape:
                     name=f"layer.{layer}",
                     layer=layer,
                     kind=attention_pb2.ATTENTION_KIND_SELF,
-                    form=attention_pb2.ATTENTION_FORM_DENSE,
+                    form=self.form,
                     heads=self.heads,
                     kv_heads=self.heads,
                     head_dim=8,
@@ -148,6 +156,8 @@ def attention_of(units: list[Unit], selection: Attention, shape: Shape, model: s
         keys = [index for index in keys if not special[index]]
         queries = queries if selection.queries else keys
         by_layer = [_renormalised(weights[:, :, keys]) for weights in by_layer]
+    whole_rows = rollout or selection.unit == "word" or selection.special_tokens == "drop"
+    band = None if whole_rows or shape.window is None else band_keys(len(units), shape.window)[queries]
     answer = attention_pb2.Attention(axes=[_axis(units)])
     for position, weights in enumerate(by_layer):
         single = len(by_layer) == len(layers) and selection.layer_reduction not in ("mean", "rollout")
@@ -157,7 +167,7 @@ def attention_of(units: list[Unit], selection: Attention, shape: Shape, model: s
                 sites=names,
                 layer=layers[position] if single else -1,
                 kind=attention_pb2.ATTENTION_KIND_SELF,
-                form=attention_pb2.ATTENTION_FORM_DENSE,
+                form=shape.form,
                 heads=heads,
                 query_axis=AXIS,
                 key_axis=AXIS,
@@ -165,7 +175,7 @@ def attention_of(units: list[Unit], selection: Attention, shape: Shape, model: s
                 key_indices=keys if len(keys) < len(units) else [],
             )
         )
-        _fill(answer.maps[-1], weights[:, queries].astype(np.float32), keys, selection)
+        fill(answer.maps[-1], weights[:, queries].astype(np.float32), keys, selection, band)
     return answer
 
 
@@ -213,6 +223,9 @@ def _weights(units: list[Unit], layer: int, shape: Shape) -> Array:
         queries = np.stack([_vector(f"q{layer}.{head}.{unit.text}", 8) for unit in units])
         keys = np.stack([_vector(f"k{layer}.{head}.{unit.text}", 8) for unit in units])
         scores = np.exp(queries.astype(np.float64) @ keys.T / np.sqrt(8))
+        if shape.window is not None:
+            places = np.arange(len(units))
+            scores[abs(places[:, None] - places[None, :]) > shape.window] = 0
         maps.append(scores / scores.sum(axis=-1, keepdims=True))
     return np.stack(maps)
 
@@ -270,29 +283,3 @@ def _axis(units: list[Unit]) -> attention_pb2.AxisUnits:
         special=[unit.special for unit in units],
         segments=[unit.segment for unit in units],
     )
-
-
-def _encoded(weights: Array, dtype: str | None) -> Array:
-    if dtype == "uint8":
-        return np.asarray(np.rint(weights * 255), dtype=np.uint8)
-    return weights.astype(np.float16 if dtype == "float16" else np.float32)
-
-
-def _fill(target: attention_pb2.AttentionMap, weights: Array, keys: list[int], selection: Attention) -> None:
-    if not selection.top_k and not selection.min_weight:
-        target.weights.CopyFrom(to_tensor("", _encoded(weights, selection.dtype)))
-        return
-    rows = weights.reshape(-1, weights.shape[-1])
-    offsets, columns, kept, residual = [0], list[int](), list[float](), list[float]()
-    for row in rows:
-        order = np.argsort(-row, kind="stable")[: selection.top_k or len(row)]
-        order = order[row[order] >= selection.min_weight]
-        columns.extend(keys[place] for place in order)
-        kept.extend(row[order])
-        residual.append(row.sum() - row[order].sum())
-        offsets.append(len(columns))
-    target.links.row_offsets.CopyFrom(to_tensor("", np.array(offsets, dtype=np.int64)))
-    target.links.keys.CopyFrom(to_tensor("", np.array(columns, dtype=np.int32)))
-    target.links.weights.CopyFrom(to_tensor("", _encoded(np.array(kept, dtype=np.float32), selection.dtype)))
-    left_out = np.array(residual, dtype=np.float32).reshape(weights.shape[:2])
-    target.links.residual.CopyFrom(to_tensor("", left_out))

@@ -40,6 +40,8 @@ class FakeServer:
         heads: Heads of each site.
         max_length: Longest sequence in tokens.
         chunk_bytes: Answers on a stream that are larger come in pieces of this size; 0 never cuts.
+        window: With a number of tokens, every site is windowed: a token sees so many before and behind it, and its maps
+            are bands.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class FakeServer:
         heads: int = 4,
         max_length: int = 256,
         chunk_bytes: int = 0,
+        window: int | None = None,
     ) -> None:
         self.model = model
         self.latency_s = 0.0
@@ -61,7 +64,7 @@ class FakeServer:
         """Every request to run something, in the order they came, failed ones too."""
         self.metadata: list[dict[str, Any]] = []
         """The metadata of every call, in the order they came."""
-        self.shape = Shape(dimensions, layers, heads, max_length)
+        self.shape = Shape(dimensions, layers, heads, max_length, window)
         self.chunk_bytes = chunk_bytes
         self._failures: deque[AttnserveError] = deque()  # taken by the server's threads, single operations only
         self._stopping = threading.Event()

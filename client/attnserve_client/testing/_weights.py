@@ -1,0 +1,55 @@
+"""Made-up weights on their way to the wire: whole, as bands, or as links."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from attnserve.v1 import attention_pb2
+
+from attnserve_client._selection import Attention
+from attnserve_client._tensors import to_tensor
+
+Array = npt.NDArray[Any]
+
+
+def band_keys(length: int, window: int) -> Array:
+    """The key of each column of a band, int32 (L, 2 * window + 1); -1 past either end."""
+    keys = np.arange(length)[:, None] + np.arange(-window, window + 1)
+    return np.where((keys >= 0) & (keys < length), keys, -1).astype(np.int32)
+
+
+def fill(
+    target: attention_pb2.AttentionMap, weights: Array, keys: list[int], selection: Attention, band: Array | None
+) -> None:
+    """Writes the weights (H, L, S), or those of the band's columns alone."""
+    if not selection.top_k and not selection.min_weight:
+        if band is not None:
+            weights = np.where(band >= 0, np.take_along_axis(weights, np.maximum(band, 0)[None], axis=2), 0)
+            target.band_keys.CopyFrom(to_tensor("", band))
+        target.weights.CopyFrom(to_tensor("", _encoded(weights, selection.dtype)))
+        return
+    rows = weights.reshape(-1, weights.shape[-1])
+    offsets, columns, kept, residual = [0], list[int](), list[float](), list[float]()
+    for number, row in enumerate(rows):
+        order = np.argsort(-row, kind="stable")
+        if band is not None:
+            order = order[np.isin(order, band[number % len(band)])]
+        order = order[: selection.top_k or len(row)]
+        order = order[row[order] >= selection.min_weight]
+        columns.extend(keys[place] for place in order)
+        kept.extend(row[order])
+        residual.append(row.sum() - row[order].sum())
+        offsets.append(len(columns))
+    target.links.row_offsets.CopyFrom(to_tensor("", np.array(offsets, dtype=np.int64)))
+    target.links.keys.CopyFrom(to_tensor("", np.array(columns, dtype=np.int32)))
+    target.links.weights.CopyFrom(to_tensor("", _encoded(np.array(kept, dtype=np.float32), selection.dtype)))
+    left_out = np.array(residual, dtype=np.float32).reshape(weights.shape[:2])
+    target.links.residual.CopyFrom(to_tensor("", left_out))
+
+
+def _encoded(weights: Array, dtype: str | None) -> Array:
+    if dtype == "uint8":
+        return np.asarray(np.rint(weights * 255), dtype=np.uint8)
+    return weights.astype(np.float16 if dtype == "float16" else np.float32)
