@@ -76,7 +76,9 @@ def _float16(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def _with_shapes(proto: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:
     """A graph with types of its own and the source's shapes: an exporter knows more of them than can be inferred."""
-    shapes = {value.name: value.type.tensor_type.shape for value in source.graph.value_info}
+    typed = {value.name: value.type.tensor_type for value in source.graph.value_info}
+    # A shape that is not known reads as that of a scalar.
+    shapes = {name: tensor.shape for name, tensor in typed.items() if tensor.HasField("shape")}
     del proto.graph.value_info[:]
     proto = onnx.shape_inference.infer_shapes(proto)
     for value in proto.graph.value_info:
