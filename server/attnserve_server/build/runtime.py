@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import re
 import statistics
+import threading
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.taps import ITEMS_PREFIX
 from attnserve_server.domain.values import Array
-from attnserve_server.engine.session import LoadFailed, RunFailed, RuntimeSession
+from attnserve_server.engine.session import LoadFailed, RunFailed, RunHandle, RunTerminated, RuntimeSession
 
 
 class Runner:
     """A graph on the CPU, one thread. Taps are fed with all rows of the batch, or with none."""
+
+    limit_s: ClassVar[float] = 600.0
+    """How long one run may take."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -36,10 +41,22 @@ class Runner:
         rows = next(iter(feeds.values())).shape[0] if tap else 0
         items = np.arange(rows, dtype=np.int64)
         names = list(fetches)
+        handle = RunHandle()
+        # A loop in a file that anybody made may have no end. The runtime looks at the handle between nodes.
+        watch = threading.Timer(self.limit_s, handle.terminate)
+        watch.daemon = True
+        watch.start()
         try:
-            outputs = self._session.run({**feeds, **dict.fromkeys(self._items, items)}, names)
+            outputs = self._session.run({**feeds, **dict.fromkeys(self._items, items)}, names, handle)
+        except RunTerminated:
+            raise BuildRefused(f"the model does not run: one run took more than {self.limit_s:g} s") from None
         except RunFailed as fault:
             raise BuildRefused(f"the model does not run: {_own_words(fault)}") from None
+        finally:
+            watch.cancel()
+        for name, output in zip(names, outputs, strict=True):
+            if not isinstance(output, np.ndarray):
+                raise BuildRefused(f"output {name!r} is no tensor")
         return dict(zip(names, outputs, strict=True))
 
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import sys
 
+from attnserve_server.cli.child import run_in_child
+
 EXIT_REFUSED = 2
 """As for every command line that cannot be carried out."""
+RUN_FOREIGN_MODELS = {"export", "prepare", "inspect", "check"}
+"""Commands that read and run what somebody else made."""
 
 
 def main() -> None:
     """Runs the command line. A failure that we know is told in one sentence on standard error, without a traceback."""
+    if sys.argv[1:2] and sys.argv[1] in RUN_FOREIGN_MODELS:
+        sys.exit(run_in_child(_main))
+    _main()
+
+
+def _main() -> None:
     try:
         from attnserve_server.cli._app import app  # noqa: PLC0415 - the base install has none of what it imports
     except ModuleNotFoundError as missing:
