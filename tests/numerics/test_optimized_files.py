@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.repository import MODEL_FILE, Bundle
-from classic_models import HEADS, LAYERS, VOCABULARY, WIDTH, Array, Decoder, Encoder, exported
+from classic_models import HEADS, LAYERS, VOCABULARY, WIDTH, Array, Decoder, Encoder, Reader, exported
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 
@@ -22,19 +21,23 @@ FLOAT16_TOLERANCE = 1e-2
 LENGTHS = (7, 3, 5)
 
 
-@cache
-def batch() -> dict[str, torch.Tensor]:
+Inputs = dict[str, torch.Tensor]
+
+
+def tokens() -> Inputs:
     """Ids and mask of three sequences, padded."""
-    generator = torch.Generator().manual_seed(2)
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).to(torch.int64)
-    ids = torch.randint(1, VOCABULARY, mask.shape, generator=generator) * mask
+    ids = torch.randint(1, VOCABULARY, mask.shape, generator=torch.Generator().manual_seed(2)) * mask
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def optimized(path: Path, model: torch.nn.Module, kind: str, opset: int, *, raw: bool, half: bool) -> Path:
-    inputs = dict(list(batch().items())[: 2 if kind == "bert" else 1])
+def optimized(
+    path: Path, model: torch.nn.Module, kind: str, inputs: Inputs, opset: int, *, raw: bool = True, half: bool = False
+) -> Path:
+    """A file of the model, after the optimizer; `raw`: with masks as they are, not counted into lengths."""
     options = FusionOptions(kind)
     options.use_raw_attention_mask(raw)
+    options.use_multi_head_attention = kind == "bart"
     plain = exported(model, inputs, path, opset)
     better = optimize_model(
         plain, model_type=kind, num_heads=HEADS, hidden_size=WIDTH, optimization_options=options, opt_level=0
@@ -49,20 +52,17 @@ def prepared(file: Path) -> Bundle:
     return prepare_bundle(PrepareRequest(file=file, name="tiny", repository=file.parent / "models"))
 
 
-def weights_of(bundle: Bundle, feeds: dict[str, Array]) -> list[Array]:
-    session = RuntimeSession.load(bundle.path / MODEL_FILE, provider="CPUExecutionProvider")
-    sites = bundle.manifest.sites
-    items = {str(site.items_input): np.arange(len(LENGTHS)) for site in sites}
-    return list(session.run({**feeds, **items}, [str(site.weights_output) for site in sites]))
-
-
-def assert_equals_eager(
-    bundle: Bundle, model: torch.nn.Module, inputs: dict[str, torch.Tensor], tolerance: float
-) -> None:
+def assert_equals_eager(bundle: Bundle, model: torch.nn.Module, inputs: Inputs, *, half: bool) -> None:
+    """Every site's weights against those that the module itself computes, but for padding."""
     with torch.no_grad():
         _, eager = model.eval()(*inputs.values())
-    found = weights_of(bundle, {name: array.numpy() for name, array in inputs.items()})
+    sites = bundle.manifest.sites
+    session = RuntimeSession.load(bundle.path / MODEL_FILE, provider="CPUExecutionProvider")
+    items = {str(site.items_input): np.arange(len(LENGTHS)) for site in sites}
+    feeds: dict[str, Array] = {name: tensor.numpy() for name, tensor in inputs.items()}
+    found = session.run({**feeds, **items}, [str(site.weights_output) for site in sites])
     assert len(found) == len(eager) == LAYERS
+    tolerance = FLOAT16_TOLERANCE if half else FLOAT32_TOLERANCE
     for own, reference in zip(found, eager, strict=True):
         for row, length in enumerate(LENGTHS):
             np.testing.assert_allclose(own[row, :, :length], reference.numpy()[row, :, :length], rtol=0, atol=tolerance)
@@ -71,19 +71,32 @@ def assert_equals_eager(
 @pytest.mark.parametrize(("opset", "raw"), [(11, False), (14, True), (17, False), (17, True)])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 def test_optimized_encoder_gives_its_own_weights(opset: int, raw: bool, half: bool, tmp_path: Path) -> None:
-    # `raw`: the mask as it is; else the optimizer has it counted into one length for each row.
     model = Encoder()
-    bundle = prepared(optimized(tmp_path / "model.onnx", model, "bert", opset, raw=raw, half=half))
+    bundle = prepared(optimized(tmp_path / "model.onnx", model, "bert", tokens(), opset, raw=raw, half=half))
     assert [site.operator for site in bundle.manifest.sites] == ["com.microsoft.Attention-1"] * LAYERS
     assert {(site.kind, site.query_axis, site.heads) for site in bundle.manifest.sites} == {("self", "seq", HEADS)}
-    assert_equals_eager(bundle, model, batch(), FLOAT16_TOLERANCE if half else FLOAT32_TOLERANCE)
+    assert_equals_eager(bundle, model, tokens(), half=half)
 
 
 @pytest.mark.parametrize(("opset", "half"), [(11, False), (17, False), (17, True)])
 def test_optimized_decoder_gives_its_own_weights(opset: int, half: bool, tmp_path: Path) -> None:
-    model = Decoder()
-    bundle = prepared(optimized(tmp_path / "model.onnx", model, "gpt2", opset, raw=True, half=half))
+    model, inputs = Decoder(), {"input_ids": tokens()["input_ids"]}
+    bundle = prepared(optimized(tmp_path / "model.onnx", model, "gpt2", inputs, opset, half=half))
     assert [site.operator for site in bundle.manifest.sites] == ["com.microsoft.Attention-1"] * LAYERS
     assert {site.kind for site in bundle.manifest.sites} == {"causal"}
-    inputs = {"input_ids": batch()["input_ids"]}
-    assert_equals_eager(bundle, model, inputs, FLOAT16_TOLERANCE if half else FLOAT32_TOLERANCE)
+    assert_equals_eager(bundle, model, inputs, half=half)
+
+
+@pytest.mark.parametrize(("opset", "half"), [(14, False), (17, False), (17, True)])
+def test_optimized_cross_attention_gives_its_own_weights(opset: int, half: bool, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    inputs = {
+        "queries": torch.randn(len(LENGTHS), max(LENGTHS), WIDTH, generator=generator),
+        "memory": torch.randn(len(LENGTHS), 9, WIDTH, generator=generator),
+    }
+    model = Reader()
+    bundle = prepared(optimized(tmp_path / "model.onnx", model, "bart", inputs, opset, half=half))
+    assert [site.operator for site in bundle.manifest.sites] == ["com.microsoft.MultiHeadAttention-1"] * LAYERS
+    sites = {(site.kind, site.query_axis, site.key_axis) for site in bundle.manifest.sites}
+    assert sites == {("cross", "seq", "source_seq")}
+    assert_equals_eager(bundle, model, inputs, half=half)

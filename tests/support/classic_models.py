@@ -70,7 +70,7 @@ class _Answer(nn.Module):
 
 def exported(model: nn.Module, inputs: dict[str, torch.Tensor], path: Path, opset: int) -> onnx.ModelProto:
     """By torch's TorchScript exporter, with a dynamic batch and length; the weights are not among the outputs."""
-    axes = {name: {0: "batch", 1: "seq"} for name in [*inputs, "hidden"]}
+    axes = {name: {0: "batch", 1: "source_seq" if name == "memory" else "seq"} for name in [*inputs, "hidden"]}
     with quiet(), torch.no_grad():
         torch.onnx.export(
             _Answer(model).eval(),
@@ -141,3 +141,41 @@ class _DecoderLayer(nn.Module):
         hidden = hidden + self.out(mixed.view((*mixed.size()[:-2], WIDTH)))
         wide = nn.functional.gelu(self.wide(self.second_norm(hidden)), approximate="tanh")
         return hidden + self.narrow(wide), weights
+
+
+class Reader(nn.Module):
+    """Whisper's cross-attention (Radford et al. 2022): (B, T, W) over (B, S, W), and the weights, (B, H, T, S)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.layers = nn.ModuleList(_ReaderLayer() for _ in range(LAYERS))
+
+    def forward(self, queries: torch.Tensor, memory: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        hidden = self.norm(queries)
+        weights = []
+        for layer in self.layers:
+            hidden, own = layer(hidden, memory)
+            weights.append(own)
+        return hidden, weights
+
+
+class _ReaderLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.key = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.norm, self.last_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.wide, self.narrow = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, hidden: torch.Tensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def heads(array: torch.Tensor, length: int) -> torch.Tensor:
+            return array.view(array.size(0), length, HEADS, WIDTH // HEADS).transpose(1, 2).contiguous()
+
+        query = heads(self.query(hidden) * (WIDTH // HEADS) ** -0.5, hidden.size(1))
+        key, value = heads(self.key(memory), -1), heads(self.value(memory), -1)
+        weights = torch.softmax(torch.matmul(query, key.transpose(2, 3)), dim=-1)
+        mixed = torch.matmul(weights, value).transpose(1, 2).contiguous()
+        hidden = self.norm(hidden + self.out(mixed.reshape(hidden.size(0), hidden.size(1), WIDTH)))
+        return self.last_norm(self.narrow(nn.functional.gelu(self.wide(hidden))) + hidden), weights

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import onnx
 import onnx.defs
 
@@ -12,7 +15,8 @@ IR_VERSIONS = (3, onnx.IR_VERSION)
 OPSETS = (11, onnx.defs.onnx_opset_version())
 """Taps are written in what operator set 11 has."""
 STANDARD = ("", "ai.onnx")
-_KNOWN_DOMAINS = {*STANDARD, "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"}
+_RUNTIME = "com.microsoft"
+_KNOWN_DOMAINS = {*STANDARD, "ai.onnx.ml", _RUNTIME, "com.microsoft.nchwc", "com.ms.internal.nhwc"}
 """Domains whose operators the runtime has; it says for itself which of them it does not know."""
 _PACKAGES = {
     "ai.onnx.contrib": "onnxruntime-extensions",
@@ -21,6 +25,11 @@ _PACKAGES = {
     "ai.onnx.training": "a training runtime",
     "ai.onnx.preview.training": "a training runtime",
 }
+
+
+_RUNTIME_HAS_EARLIER = {"LayerNormalization": 17, "SimplifiedLayerNormalization": OPSETS[1] + 1}
+"""Operators that the runtime has in the standard domain before the version in which the standard has them, if ever;
+its own optimizer writes them into files of any opset."""
 
 
 def opset_of(proto: onnx.ModelProto) -> int:
@@ -55,3 +64,30 @@ def refuse_unknown_operators(proto: onnx.ModelProto, name: str) -> None:
                 raise BuildRefused(f"{name} uses the operator {said}, which the runtime does not know{needs}")
             for attribute in node.attribute:
                 waiting.extend((*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs))
+
+
+@contextmanager
+def without_what_only_the_runtime_has(proto: onnx.ModelProto) -> Iterator[None]:
+    """Within, operators that the standard does not know, and the runtime does, bear the runtime's own domain.
+
+    The library's checker passes over that domain.
+    """
+    opset = opset_of(proto)
+    early = [
+        node
+        for node in proto.graph.node
+        if node.domain in STANDARD and opset < _RUNTIME_HAS_EARLIER.get(node.op_type, 0)
+    ]
+    domains = [node.domain for node in early]
+    added = bool(early) and all(entry.domain != _RUNTIME for entry in proto.opset_import)
+    if added:
+        proto.opset_import.add(domain=_RUNTIME, version=1)
+    try:
+        for node in early:
+            node.domain = _RUNTIME
+        yield
+    finally:
+        for node, domain in zip(early, domains, strict=True):
+            node.domain = domain
+        if added:
+            del proto.opset_import[-1]
