@@ -13,9 +13,13 @@ from attnserve_server.build.assemble import Assembled, assemble, axes_of, rows_a
 from attnserve_server.build.check import CHECK_LENGTHS, judge
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
+from attnserve_server.build.golden import with_golden
 from attnserve_server.build.graph import checked
+from attnserve_server.build.precision import Precision, in_precision
 from attnserve_server.build.progress import Steps
+from attnserve_server.build.quality import with_quality
 from attnserve_server.build.runtime import Runner, time_ratio
+from attnserve_server.build.self_check import check_against_itself
 from attnserve_server.build.signature import SEQUENCE, signature_of
 from attnserve_server.build.source_model import AUTO, Grid, SourceModel, TellsMore, ZooOptions, graph_of, source_model
 from attnserve_server.build.text import text_of
@@ -45,6 +49,7 @@ class ExportRequest:
     exporter: str = AUTO
     opset: int = 0
     zoo_options: ZooOptions = field(default_factory=ZooOptions)
+    precision: Precision = "fp32"
 
 
 def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
@@ -83,7 +88,10 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     signature = signature_of(proto.graph, source.padding_id)
     more = source if isinstance(source, TellsMore) else None
     sampler = Sampler(signature, vocabulary_sizes=source.vocabulary_sizes)
-    assembled = assemble(proto, sampler, work, steps)
+    reduced = in_precision(proto, request.precision)
+    if reduced is not proto:
+        reduced = checked(reduced, source.name)
+    assembled = assemble(reduced, sampler, work, steps)
     if not assembled.sites:
         raise BuildRefused(f"{source.architecture} exports without attention that is known, so there is nothing to tap")
     max_lengths = {symbol: source.max_lengths[symbol] for symbol in signature.symbols}
@@ -91,7 +99,12 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     axes, padding = axes_of(assembled, max_lengths, steps)
     axes = tuple(_gridded(axis, more.grids if more else {}) for axis in axes)
     steps.begin("checking against the source")
-    report = _check(assembled, source, padding)
+    if assembled.precision == "int8":
+        # Rounding to eight bits is no matter of a tolerance for each number; what it costs is told as quality.
+        paddable = all(axis.paddable or axis.fixed for axis in axes)
+        report = check_against_itself(assembled, max_lengths, padding, paddable=paddable)
+    else:
+        report = _check(assembled, source, padding)
     judge(report, assembled.tolerances.row_sum)
     steps.begin("writing the bundle")
     files = {MODEL_FILE: assembled.model_path}
@@ -120,7 +133,10 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         ),
         check=report,
     )
-    return write_bundle(request.repository, manifest, files)
+    if reduced is not proto:
+        manifest = with_quality(manifest, assembled.model_path, proto, sampler, source.tokenizer_path, work, steps)
+    manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps)
+    return write_bundle(request.repository, manifest, {**files, **golden})
 
 
 def _gridded(axis: AxisSpec, grids: Mapping[int, Grid]) -> AxisSpec:

@@ -9,19 +9,21 @@ from pathlib import Path
 import onnx
 
 from attnserve_server.build.assemble import Assembled, axes_of, rows_are_independent
-from attnserve_server.build.check import CHECK_LENGTHS, judge, row_sum_error
+from attnserve_server.build.check import judge
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.export import now
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.fusion import assemble_fused
-from attnserve_server.build.graph import read_graph
-from attnserve_server.build.probe import croppers, max_abs, probe_max_length
-from attnserve_server.build.products import product_errors
+from attnserve_server.build.golden import with_golden
+from attnserve_server.build.graph import checked, read_graph
+from attnserve_server.build.precision import Precision, in_precision
+from attnserve_server.build.probe import probe_max_length
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.runtime import Runner, time_ratio
+from attnserve_server.build.quality import with_quality
+from attnserve_server.build.self_check import check_against_itself
 from attnserve_server.build.signature import Signature, signature_of
 from attnserve_server.build.text import padding_id_of, text_of
-from attnserve_server.model.manifest import CheckReport, InputRole, Manifest, Provenance
+from attnserve_server.model.manifest import InputRole, Manifest, Provenance
 from attnserve_server.model.repository import (
     MODEL_FILE,
     TOKENIZER_FILE,
@@ -39,7 +41,8 @@ class PrepareRequest:
     """What to prepare. `max_length` bounds every dynamic axis; the graph may turn out to take less.
 
     `pair_start`: where the second text has an input of its own, the id of the token that it starts behind. `fuse`: try
-    fused operators in the place of decomposed attention, and keep them where that is faster.
+    fused operators in the place of decomposed attention, and keep them where that is faster. `precision` fp32 keeps the
+    file's own.
     """
 
     file: Path
@@ -51,6 +54,7 @@ class PrepareRequest:
     max_batch_size: int = 32
     pair_start: int | None = None
     fuse: bool = True
+    precision: Precision = "fp32"
 
 
 def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundle:
@@ -84,7 +88,10 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     if signature.fixed_batch:
         steps.warn("the batch axis is fixed at 1: every sequence will run alone")
     sampler = Sampler(signature)
-    assembled, fusion = assemble_fused(proto, sampler, work, steps, fuse=request.fuse)
+    reduced = in_precision(proto, request.precision)
+    if reduced is not proto:
+        reduced = checked(reduced, request.file.name)
+    assembled, fusion = assemble_fused(reduced, sampler, work, steps, fuse=request.fuse)
     if not assembled.sites:
         steps.warn(f"{request.file.name} has no attention that is known: it will be served without weights")
     if not rows_are_independent(assembled, steps):
@@ -92,7 +99,8 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     max_lengths = _max_lengths(assembled, signature, request.max_length)
     axes, padding = axes_of(assembled, max_lengths, steps)
     steps.begin("checking against the source")
-    report = _check(assembled, max_lengths, padding, paddable=all(axis.paddable or axis.fixed for axis in axes))
+    paddable = all(axis.paddable or axis.fixed for axis in axes)
+    report = check_against_itself(assembled, max_lengths, padding, paddable=paddable)
     report = report.model_copy(update={"fusion": fusion})
     judge(report, assembled.tolerances.row_sum)
     steps.begin("writing the bundle")
@@ -122,7 +130,10 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         ),
         check=report,
     )
-    return write_bundle(request.repository, manifest, files)
+    if reduced is not proto:
+        manifest = with_quality(manifest, assembled.model_path, proto, sampler, request.tokenizer, work, steps)
+    manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps)
+    return write_bundle(request.repository, manifest, {**files, **golden})
 
 
 def _check_text(request: PrepareRequest, tokenizer: Path, signature: Signature, steps: Steps) -> None:
@@ -143,40 +154,3 @@ def _max_lengths(assembled: Assembled, signature: Signature, wanted: int) -> dic
         symbol: probe_max_length(assembled.source, assembled.sampler, symbol, wanted, output)
         for symbol in signature.symbols
     }
-
-
-def _check(assembled: Assembled, max_lengths: dict[str, int], padding: float | None, *, paddable: bool) -> CheckReport:
-    """Tapped against untapped, and weights @ value against each operator's own output.
-
-    On mixed lengths in one padded batch; sequences of one length where padding is not harmless, one sequence where the
-    graph takes no more.
-    """
-    longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))
-    lengths = tuple(min(length, longest) for length in CHECK_LENGTHS)
-    if assembled.sampler.signature.fixed_batch:
-        lengths = lengths[:1]
-    if not paddable:
-        lengths = (lengths[-1],) * len(lengths)
-    feeds, each = assembled.sampler.mixed(lengths)
-    tapped = Runner(assembled.model_path)
-    outputs = [spec.name for spec in assembled.outputs]
-    expected = assembled.source.run(feeds, outputs)
-    found = tapped.run(feeds, [*outputs, *assembled.weights.values()])
-    worst_output = 0.0
-    for row, own in enumerate(each):
-        for name, crop in croppers(assembled.outputs, {}, own).items():
-            worst_output = max(worst_output, max_abs(crop(found[name][row]), crop(expected[name][row])))
-    weights = {name: found[output] for name, output in assembled.weights.items()}
-    products = product_errors(assembled.checker, assembled.found, weights, feeds)
-    sums = [row_sum_error(own) for name, own in weights.items() if assembled.found[name].rows_sum_to_one]
-    return CheckReport(
-        against="the file itself, weights @ value with each operator's own output",
-        lengths=lengths,
-        output_max_abs_error=worst_output,
-        output_tolerance=assembled.tolerances.output,
-        weight_max_abs_error=max(products.values(), default=0.0),
-        weight_tolerance=assembled.tolerances.output,
-        row_sum_max_abs_error=max(sums, default=0.0),
-        padding_max_abs_error=padding,
-        tapped_over_source_time=time_ratio(tapped, assembled.source, feeds, outputs) if assembled.site_axes else None,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -14,7 +14,7 @@ from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.model.manifest import NAME_PATTERN, is_model_name, is_model_version
 
 if TYPE_CHECKING:
-    from attnserve_server.model.report import FusionReport
+    from attnserve_server.model.report import FusionReport, QualityReport
     from attnserve_server.model.repository import Bundle
 
 REFUSED = 2
@@ -29,6 +29,10 @@ Version = Annotated[
 ]
 MaxBatchSize = Annotated[
     int, typer.Option("--max-batch-size", min=1, help="The most sequences that the server puts into one batch.")
+]
+PrecisionOption = Annotated[
+    Literal["fp32", "fp16", "int8"],
+    typer.Option("--precision", help="fp32 leaves the source's own; int8 rounds the weights of products."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
@@ -86,6 +90,7 @@ def export(  # noqa: PLR0913 - the options of a command
     heads: Annotated[int, typer.Option("--heads", min=0, help="Of a zoo model. 0: as its size has it.")] = 0,
     width: Annotated[int, typer.Option("--width", min=0, help="Of a zoo model: d_model. 0: as its size has it.")] = 0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of a zoo model's weights.")] = 0,
+    precision: PrecisionOption = "fp32",
     as_json: AsJson = False,
 ) -> None:
     """Turn a Hugging Face model folder, or a model of the zoo, into a bundle, and check it against its source."""
@@ -107,6 +112,7 @@ def export(  # noqa: PLR0913 - the options of a command
             exporter=exporter,
             opset=opset,
             zoo_options=ZooOptions(size=size, layers=layers, heads=heads, width=width, seed=seed),
+            precision=precision,
         )
         _report(export_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
 
@@ -130,6 +136,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
             "--fuse/--no-fuse", help="Keep fused operators in the place of plain attention if that is faster."
         ),
     ] = True,
+    precision: PrecisionOption = "fp32",
     as_json: AsJson = False,
 ) -> None:
     """Turn a bare ONNX file into a bundle: find its attention, add taps, and check them against the file."""
@@ -147,6 +154,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
             max_length=max_length,
             max_batch_size=max_batch_size,
             fuse=fuse,
+            precision=precision,
         )
         _report(prepare_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
 
@@ -212,6 +220,16 @@ def _report(bundle: Bundle, *, as_json: bool) -> None:
     )
     if check.fusion is not None:
         typer.echo(_fusion(check.fusion))
+    if check.quality is not None:
+        typer.echo(quality_line(check.quality))
+
+
+def quality_line(quality: QualityReport) -> str:
+    """What a reduced precision costs and brings, in one line."""
+    rows = "" if quality.top1_agreement is None else f", {quality.top1_agreement:.1%} of attention rows agree"
+    speed = "" if quality.speed_ratio is None else f", {quality.speed_ratio:.2f} times as fast"
+    cosine = f"cosine of {quality.output} {quality.cosine_mean:.4f}, at worst {quality.cosine_worst:.4f}"
+    return f"on {quality.inputs}, beside {quality.against}: {cosine}{rows}{speed}"
 
 
 def _fusion(fusion: FusionReport) -> str:

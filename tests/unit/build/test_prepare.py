@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from attention_graphs import Case
-from attnserve_server.build import prepare as room
+from attnserve_server.build import self_check as room
 from attnserve_server.build.errors import BuildRefused, CheckFailed
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.build.progress import Steps
@@ -254,7 +254,7 @@ def test_external_data_is_taken_into_the_bundle(tmp_path: Path) -> None:
     file.parent.mkdir()
     onnx.save(encoder(), file, save_as_external_data=True, location="ranker.data", size_threshold=0)
     bundle = prepare_bundle(PrepareRequest(file=file, name="ranker", repository=tmp_path / "models"))
-    assert sorted(entry.name for entry in bundle.path.iterdir()) == ["manifest.json", "model.onnx"]
+    assert sorted(entry.name for entry in bundle.path.iterdir()) == ["golden.npz", "manifest.json", "model.onnx"]
     (file.parent / "ranker.data").unlink()
     Runner(bundle.model_path)
 
