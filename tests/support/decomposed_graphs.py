@@ -29,6 +29,7 @@ LAYOUTS = (
     "einsum heads last",
     "einsum grouped",
     "turned",
+    "repeated",
 )
 GUARDS = (
     *(
@@ -75,7 +76,7 @@ class Decomposed:
 
     @property
     def kv_heads(self) -> int:
-        return 2 if self.layout in {"5-D", "einsum grouped"} else HEADS
+        return 2 if self.layout in {"5-D", "einsum grouped", "repeated"} else HEADS
 
     @property
     def fully_masked(self) -> bool:
@@ -230,8 +231,16 @@ class Decomposed:
             scores = self.op("MatMul", query, self.op("Transpose", key, perm=[0, 1, 3, 2]))
             weights = self.op("Transpose", self._weights(scores, query, str), perm=[0, 1, 3, 2])
             return self.op("MatMul", self.op("Transpose", value, perm=[0, 1, 3, 2]), weights)
+        if self.layout == "repeated":
+            key, value = (self._repeated(each) for each in (key, value))
         scores = self.op("MatMul", query, self.op("Transpose", key, perm=[0, 1, 3, 2]))
         return self.op("MatMul", self._weights(scores, query, str), value)
+
+    def _repeated(self, each: str) -> str:
+        """(B, K, S, D), each head twice in a row."""
+        length = self.extent(each, 2)
+        twice = self.op("Expand", self.unsqueeze(each, 2), self.ints(1, 1, 2, 1, 1))
+        return self.op("Reshape", twice, self.op("Concat", self.ints(0, HEADS), length, self.ints(-1), axis=0))
 
     def _batch_first(self, output: str, features: str) -> str:
         """With the batch as its first axis, as an output needs it."""

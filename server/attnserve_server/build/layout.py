@@ -146,7 +146,7 @@ def _settled(site: FoundSite, weights: _Runs, value: Array) -> FoundSite:
             probabilities=replace(site.probabilities, axes=axes),
         )
     heads = _count(axes, "head")
-    kv_heads = _kv_heads(axes, weights.base.shape, value.shape, site.probabilities)
+    kv_heads = _kv_heads(axes, weights.base.shape, value, site.probabilities)
     return replace(
         site,
         heads=heads,
@@ -253,14 +253,34 @@ def _count(axes: Axes, role: str) -> int:
     )
 
 
-def _kv_heads(axes: Axes, weights: tuple[int, ...], value: tuple[int, ...], probabilities: Probabilities) -> int:
-    """Heads that the value has for itself: axes of heads that it shares with the weights, and has in full."""
+def _kv_heads(axes: Axes, weights: tuple[int, ...], value: Array, probabilities: Probabilities) -> int:
+    """Heads that the value has for itself: those that it shares with the weights, without its repetitions of them."""
     assert probabilities.product is not None
     product = Product.of(probabilities.product)
     assert product is not None
     heads = 1
-    for place, extent in enumerate(weights):
-        same = product.counterpart(probabilities.position, place - len(weights))
-        if same is not None and -same <= len(value) and value[same] == extent:
-            heads *= _count((axes[place],), "head")
+    for place, factors in enumerate(axes):
+        same = product.counterpart(probabilities.position, place - len(axes))
+        if same is None or -same > value.ndim or value.shape[same] != weights[place]:
+            continue
+        for at, factor in enumerate(factors):
+            if factor.role == "head" and factor.extent is not None:
+                first = np.moveaxis(value, same, 0)
+                apart = first.reshape(*_extents(factors, weights[place]), -1)
+                heads *= _unlike(np.moveaxis(apart, at, 0))
+    return heads
+
+
+def _extents(factors: tuple[Factor, ...], extent: int) -> list[int]:
+    """Of each factor of an axis; one of them is not known, and is what the others leave."""
+    known = int(np.prod([factor.extent or 1 for factor in factors], dtype=int))
+    return [factor.extent or extent // known for factor in factors]
+
+
+def _unlike(values: Array) -> int:
+    """How many of the heads (H, ...) are left when each of them stands for the equal ones that follow it."""
+    heads = len(values)
+    for count in range(1, heads):
+        if heads % count == 0 and np.array_equal(values, np.repeat(values[:: heads // count], heads // count, axis=0)):
+            return count
     return heads

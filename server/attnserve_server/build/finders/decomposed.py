@@ -197,4 +197,17 @@ def _heads(contraction: _Contraction) -> tuple[int, int]:
     if rank_of(contraction.weights) != 4:
         return 1, 1
     heads = extent_of(contraction.weights, -3) or 1
-    return heads, extent_of(contraction.value, -3) or heads
+    return heads, _repeated_heads(contraction.value) or extent_of(contraction.value, -3) or heads
+
+
+def _repeated_heads(value: ir.Value) -> int:
+    """Heads of a value that repeats each of them, (B, K, 1, S, D) -> (B, K, G, S, D) -> (B, H, S, D); 0 for others."""
+    merged = value.producer()
+    while merged is not None and merged.op_type in {"Cast", "Transpose", "Identity"} and merged.inputs[0] is not None:
+        merged = merged.inputs[0].producer()
+    if merged is None or merged.op_type != "Reshape" or merged.inputs[0] is None:
+        return 0
+    repeated = merged.inputs[0].producer()
+    if repeated is None or repeated.op_type != "Expand" or rank_of(repeated.inputs[0]) != 5:
+        return 0
+    return (extent_of(repeated.inputs[0], -4) or 0) if extent_of(repeated.inputs[0], -3) == 1 else 0
