@@ -32,12 +32,24 @@ def tokens() -> Inputs:
 
 
 def optimized(
-    path: Path, model: torch.nn.Module, kind: str, inputs: Inputs, opset: int, *, raw: bool = True, half: bool = False
+    path: Path,
+    model: torch.nn.Module,
+    kind: str,
+    inputs: Inputs,
+    opset: int,
+    *,
+    raw: bool = True,
+    half: bool = False,
+    fused: bool = True,
 ) -> Path:
-    """A file of the model, after the optimizer; `raw`: with masks as they are, not counted into lengths."""
+    """A file of the model, after the optimizer.
+
+    `raw`: with masks as they are, not counted into lengths. `fused`: with attention as one operator.
+    """
     options = FusionOptions(kind)
     options.use_raw_attention_mask(raw)
     options.use_multi_head_attention = kind == "bart"
+    options.enable_attention = fused
     plain = exported(model, inputs, path, opset)
     better = optimize_model(
         plain, model_type=kind, num_heads=HEADS, hidden_size=WIDTH, optimization_options=options, opt_level=0
@@ -100,3 +112,11 @@ def test_optimized_cross_attention_gives_its_own_weights(opset: int, half: bool,
     sites = {(site.kind, site.query_axis, site.key_axis) for site in bundle.manifest.sites}
     assert sites == {("cross", "seq", "source_seq")}
     assert_equals_eager(bundle, model, inputs, half=half)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_optimized_file_whose_attention_was_left_alone_gives_its_own_weights(half: bool, tmp_path: Path) -> None:
+    model = Encoder()
+    bundle = prepared(optimized(tmp_path / "model.onnx", model, "bert", tokens(), 17, half=half, fused=False))
+    assert [site.available for site in bundle.manifest.sites] == [True] * LAYERS
+    assert_equals_eager(bundle, model, tokens(), half=half)
