@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from attnserve_server.model.repository import Bundle
 from eager import Reference, references
 from hypothesis import settings
 from serving import RunningServer, command, serve
@@ -53,3 +54,17 @@ def minilm_server(minilm_repository: Path, tmp_path_factory: pytest.TempPathFact
     """A real server over MiniLM, shared by tests that leave it as they found it."""
     with serve(minilm_repository, tmp_path_factory.mktemp("minilm-server")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def zoo_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the zoo's bundles, each under the name of its model."""
+    return tmp_path_factory.mktemp("zoo-repository")
+
+
+@pytest.fixture(scope="session")
+def zoo_bundles(zoo_repository: Path) -> dict[str, Bundle]:
+    """The zoo's models as tiny bundles, by name, exported once for the whole run."""
+    from zoo_bundles import export_zoo  # noqa: PLC0415 - torch is slow to import, and few tests need it
+
+    return export_zoo(zoo_repository)

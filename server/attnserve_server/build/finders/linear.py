@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attnserve_server.build.finders.decomposed_walk import axes_of
+from attnserve_server.build.finders.decomposed_walk import axes_of, constant_ints
 from attnserve_server.build.finders.linear_terms import Contraction, Term, contraction
 from attnserve_server.build.sites import Features, FoundSite, Linear, Operand
 
@@ -167,6 +167,22 @@ def _is_sum_of_keys(value: ir.Value, summary: _Summary) -> bool:
     )
 
 
+def _extents(term: Term) -> list[int | None]:
+    """The extents of a value, as far as its shape, or the shape that it was brought into, says them."""
+    shape: list[int | None] = [None] * len(term.letters)
+    if term.value.shape is not None:
+        shape = [extent if isinstance(extent, int) else None for extent in term.value.shape]
+    node = term.value.producer()
+    parts = node.inputs[1].producer() if node is not None and node.op_type == "Reshape" and node.inputs[1] else None
+    if parts is None or parts.op_type != "Concat" or len(parts.inputs) != len(shape):
+        return shape
+    said = [constant_ints(part) for part in parts.inputs]
+    return [
+        numbers[0] if extent is None and numbers and numbers[0] > 0 else extent
+        for extent, numbers in zip(shape, said, strict=True)
+    ]
+
+
 def _bare(value: ir.Value) -> ir.Value:
     """A value before what merely reshapes it, or keeps it from 0."""
     while (node := value.producer()) is not None:
@@ -192,9 +208,8 @@ def _site(node: ir.Node, summary: _Summary) -> FoundSite:
     extents = {
         letter: extent
         for term in (summary.query, summary.key, summary.value)
-        if term.value.shape is not None
-        for letter, extent in zip(term.letters, term.value.shape, strict=True)
-        if isinstance(extent, int)
+        for letter, extent in zip(term.letters, _extents(term), strict=False)
+        if extent is not None
     }
     # The batch is the shared axis that comes first; attention over all heads at once has no other.
     batch, head = summary.shared[0], summary.shared[1:]

@@ -2,8 +2,8 @@
 
 Source: Lu et al. 2019, "ViLBERT: Pretraining Task-Agnostic Visiolinguistic Representations for Vision-and-Language
 Tasks" (co-attention, here from text to image alone), with patches as in Dosovitskiy et al. 2021, "An Image is Worth
-16x16 Words: Transformers for Image Recognition at Scale". With L tokens and P patches, time O(L * P * d_model);
-weights, if asked for, O(H * L * P).
+16x16 Words: Transformers for Image Recognition at Scale". With L tokens and P patches, time O(L * P * d_model)
+and memory O(L * P), beside the text's own O(L^2); weights, if asked for, O(H * L * P).
 """
 
 from __future__ import annotations

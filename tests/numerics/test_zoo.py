@@ -1,0 +1,205 @@
+"""The zoo: every model's bundle against the definition of its attention, in float64, whatever it is padded to."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attnserve_server.build import zoo
+from attnserve_server.build.errors import BuildRefused
+from attnserve_server.build.export import ExportRequest, export_bundle
+from attnserve_server.build.source_model import ZooOptions, source_model
+from attnserve_server.domain.values import PreparedSequence
+from attnserve_server.engine.collation import collate, outputs_of, weights_of
+from attnserve_server.engine.session import RuntimeSession
+from attnserve_server.engine.warmup import selection_of_all
+from attnserve_server.model.manifest import InputRole, Manifest
+from attnserve_server.model.repository import MODEL_FILE, Bundle
+from zoo_bundles import HEADS, NAMES, TINY, Array, Definition
+
+# float32 throughout: sums of 32 products, and of up to 17 exponentials.
+TOLERANCE = 1e-5
+LENGTHS = (1, 9, 4, 17)
+SOURCES = (6, 1, 13, 3)
+KINDS = {
+    "self": [("self", "dense", "seq", "seq")],
+    "causal": [("causal", "dense", "seq", "seq")],
+    "cross": [
+        ("self", "dense", "source_seq", "source_seq"),
+        ("causal", "dense", "seq", "seq"),
+        ("cross", "dense", "seq", "source_seq"),
+    ],
+    "top-k": [("self", "dense", "seq", "seq")],
+    "linear": [("self", "linear", "seq", "seq")],
+    "multi-scale": [
+        ("self", "dense", "seq", "seq"),
+        ("self", "dense", "seq", "seq_by_2"),
+        ("self", "dense", "seq", "seq_by_4"),
+    ],
+    "cross-modal": [("self", "dense", "seq", "seq"), ("cross", "dense", "seq", "fixed_16")],
+}
+
+
+def sequences_of(manifest: Manifest) -> list[PreparedSequence]:
+    """Sequences of mixed lengths on each axis, that want every output and every site."""
+    rng = np.random.default_rng(1)
+    made = []
+    for length, source in zip(LENGTHS, SOURCES, strict=True):
+        lengths = {"seq": length, "source_seq": source}
+        tensors: dict[str, Array] = {}
+        for spec in manifest.inputs:
+            shape = [lengths[extent] if isinstance(extent, str) else extent for extent in spec.shape]
+            if spec.role is InputRole.TOKEN_IDS:
+                tensors[spec.name] = rng.integers(3, 259, shape)
+            elif spec.role is InputRole.ATTENTION_MASK:
+                tensors[spec.name] = np.ones(shape, np.int64)
+            else:
+                tensors[spec.name] = rng.normal(size=shape).astype(np.float32)
+        given = {axis.symbol: lengths[axis.symbol] for axis in manifest.axes if axis.symbol in lengths}
+        outputs = tuple(spec.name for spec in manifest.outputs)
+        made.append(PreparedSequence(tensors, {**given, **manifest.fixed_lengths}, outputs, selection_of_all(manifest)))
+    return made
+
+
+def run(
+    session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence]
+) -> list[tuple[dict[int, Array], dict[str, Array]]]:
+    """Weights by layer and outputs by name, of each sequence, from one batch."""
+    batch = collate(sequences, manifest)
+    fetched = dict(zip(batch.fetches, session.run(batch.feeds, batch.fetches), strict=True))
+    return [
+        (weights_of(batch, fetched, row, one, manifest), outputs_of(batch, fetched, row, one, manifest))
+        for row, one in enumerate(sequences)
+    ]
+
+
+def opened(bundle: Bundle) -> RuntimeSession:
+    return RuntimeSession.load(bundle.path / MODEL_FILE, provider="CPUExecutionProvider", intra_op_threads=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_those_of_the_definition_in_a_padded_batch(name: str, zoo_bundles: dict[str, Bundle]) -> None:
+    manifest = zoo_bundles[name].manifest
+    module = zoo.source_model(name, TINY).module
+    definition = Definition(name, {key: tensor.numpy() for key, tensor in module.state_dict().items()})
+    sequences = sequences_of(manifest)
+    for one, (weights, _) in zip(sequences, run(opened(zoo_bundles[name]), manifest, sequences), strict=True):
+        expected = definition.weights(one.tensors)
+        assert list(expected) == [site.name for site in manifest.sites]
+        for site in manifest.sites:
+            np.testing.assert_allclose(weights[site.layer], expected[site.name], atol=TOLERANCE, rtol=0)
+            np.testing.assert_allclose(weights[site.layer].sum(-1), 1, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_mates_and_padding_change_nothing(name: str, zoo_bundles: dict[str, Bundle]) -> None:
+    manifest = zoo_bundles[name].manifest
+    assert all(axis.paddable or axis.fixed for axis in manifest.axes)
+    session, sequences = opened(zoo_bundles[name]), sequences_of(manifest)
+    together = run(session, manifest, sequences)
+    for one, (weights, outputs) in zip(sequences, together, strict=True):
+        ((own_weights, own_outputs),) = run(session, manifest, [one])
+        for layer, own in own_weights.items():
+            np.testing.assert_allclose(weights[layer], own, atol=TOLERANCE, rtol=0)
+        for output, own in own_outputs.items():
+            # LayerNorm scales hidden states to about 1, and rounding with them.
+            np.testing.assert_allclose(outputs[output], own, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kinds_forms_and_axes_are_told(name: str, zoo_bundles: dict[str, Bundle]) -> None:
+    sites = zoo_bundles[name].manifest.sites
+    assert [(site.kind, site.form, site.query_axis, site.key_axis) for site in sites] == KINDS[name]
+    assert all(site.available for site in sites)
+
+
+def test_top_k_keeps_k_keys_of_each_query(zoo_bundles: dict[str, Bundle]) -> None:
+    bundle = zoo_bundles["top-k"]
+    longest = sequences_of(bundle.manifest)[-1:]
+    (((weights,), _),) = [(list(found.values()), 0) for found, _ in run(opened(bundle), bundle.manifest, longest)]
+    assert set((weights > 0).sum(-1).flat) == {8}
+
+
+def test_the_key_axes_of_scales_are_derived_from_the_tokens(zoo_bundles: dict[str, Bundle]) -> None:
+    manifest = zoo_bundles["multi-scale"].manifest
+    forms = {axis.symbol: axis.derived for axis in manifest.axes if axis.derived}
+    assert {symbol: (form.source, form.stride, form.offset) for symbol, form in forms.items()} == {
+        "seq_by_2": ("seq", 2, 1),
+        "seq_by_4": ("seq", 4, 3),
+    }
+    assert manifest.with_derived({"seq": 9}) == {"seq": 9, "seq_by_2": 5, "seq_by_4": 3}
+
+
+def test_the_patches_of_an_image_have_their_grid(zoo_bundles: dict[str, Bundle]) -> None:
+    assert zoo_bundles["cross-modal"].manifest.axis("fixed_16").grid == (4, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_source_says_itself_what_its_bundle_answers(name: str, zoo_bundles: dict[str, Bundle]) -> None:
+    source = zoo.source_model(name, TINY)
+    manifest = zoo_bundles[name].manifest
+    sequences = sequences_of(manifest)
+    for one, (weights, outputs) in zip(sequences, run(opened(zoo_bundles[name]), manifest, sequences), strict=True):
+        reference = source.reference({key: array[None] for key, array in one.tensors.items()})
+        for site, own in zip(reference.weights, weights.values(), strict=True):
+            assert site is not None
+            np.testing.assert_allclose(site[0], own, atol=TOLERANCE, rtol=0)
+        for output, own in outputs.items():
+            np.testing.assert_allclose(reference.outputs[output][0], own, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "multi-scale"])
+def test_the_older_exporter_makes_a_bundle_of_the_same_sites(
+    name: str, zoo_bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    request = ExportRequest(f"zoo:{name}", name, tmp_path, zoo_options=TINY, exporter="torchscript")
+    manifest = export_bundle(request).manifest
+    assert manifest.check.weight_max_abs_error < TOLERANCE
+    told = [(site.kind, site.form, site.query_axis, site.key_axis, site.available) for site in manifest.sites]
+    assert told == [(*each, True) for each in KINDS[name]]
+
+
+def test_one_seed_makes_one_model_and_another_seed_another() -> None:
+    one, same, other = (zoo.source_model("self", ZooOptions(size="tiny", seed=seed)) for seed in (1, 1, 2))
+    assert one.sha256 == same.sha256 != other.sha256
+
+
+def test_parts_of_a_size_can_be_chosen() -> None:
+    module = zoo.source_model("causal", ZooOptions(size="tiny", layers=3, width=24)).module
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+    assert shapes["layers.2.attention.query.weight"] == (24, 24)
+    assert "layers.3.attention.query.weight" not in shapes
+    assert {attention.heads for attention in module.modules() if hasattr(attention, "heads")} == {HEADS}
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("zoo:", ZooOptions(), "the zoo has no ''; it has causal, cross, cross-modal, linear, multi-scale, self"),
+        ("zoo:dense", ZooOptions(), "the zoo has no 'dense'"),
+        ("zoo:self", ZooOptions(size="vast"), "size 'vast' is not known; tiny, small, base are"),
+        ("zoo:self", ZooOptions(size="tiny", heads=5), "32 is not even, or no multiple of 5 heads"),
+        ("zoo:multi-scale", ZooOptions(size="tiny", heads=2), "2 heads are less than one for each of 3 strides"),
+        ("package:nothing", ZooOptions(seed=1), "a size, or a seed, can be asked of models of the zoo alone"),
+    ],
+)
+def test_what_the_zoo_cannot_make_is_refused(source: str, options: ZooOptions, message: str) -> None:
+    with pytest.raises(BuildRefused, match=message):
+        source_model(source, zoo_options=options)
+
+
+def test_every_model_says_its_cost_and_its_source() -> None:
+    for builder in zoo.BUILDERS.values():
+        parts = {type(module).__module__ for module in builder(zoo.SIZES["tiny"]).modules()}
+        own = [part for part in parts if part.startswith(zoo.__name__) and not part.endswith("skeleton")]
+        assert own
+        for part in own:
+            words = " ".join((__import__(part, fromlist=["__doc__"]).__doc__ or "").split())
+            assert all(word in words for word in ("Source: ", " et al. ", "time ", "memory ", "O(")), part
+
+
+def test_lengths_are_mixed_on_both_axes() -> None:
+    assert any(length > source for length, source in zip(LENGTHS, SOURCES, strict=True))
+    assert all(one != other for one, other in itertools.pairwise(LENGTHS))
