@@ -1,7 +1,7 @@
 """Cross-attention: an encoder reads a source, and a decoder's tokens look at it.
 
 Source: Vaswani et al. 2017, section 3.2.3. With L target and S source tokens, cross-attention takes time
-O(L * S * d_model) and memory O(L * S), as do the encoder O(S^2) and the decoder O(L^2) themselves; its weights, if asked
+O(L * S * d_model) and memory O(L * S), beside the encoder's own O(S^2) and the decoder's O(L^2); its weights, if asked
 for, O(H * L * S).
 """
 

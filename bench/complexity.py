@@ -1,0 +1,181 @@
+"""Time and memory of every form of attention over the length: `make complexity`, or `python -m bench.complexity`.
+
+Each form is a model of the zoo, of one layer, exported as any model is; each point is a process of its own, one thread,
+with taps that nobody asks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from rich.console import Console
+from rich.progress import track
+
+from bench import complexity_page
+
+FORMS = ("self", "causal", "sliding-window", "top-k", "linear", "multi-scale", "cross", "cross-modal")
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+HEADS, WIDTH = 4, 64
+TIME_BUDGET_S, MEMORY_BUDGET_MIB = 40.0, 4096.0
+"""A point is left out where the one before it foretells more: four times as much for twice the length."""
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One form at one length. `seconds`: CPU time of a run, the least of some. `mib`: the most memory beyond idle.
+
+    Both are None where the point was left out, and `skipped` says why.
+    """
+
+    form: str
+    length: int
+    seconds: float | None = None
+    mib: float | None = None
+    skipped: str = ""
+
+
+def export_forms(folder: Path, forms: Sequence[str]) -> dict[str, Path]:
+    """A tapped graph of each form, of one layer."""
+    from attnserve_server.build.export import ExportRequest, export_bundle  # noqa: PLC0415 - torch: not in each point
+    from attnserve_server.build.source_model import ZooOptions  # noqa: PLC0415 - as above
+
+    options = ZooOptions(layers=1, heads=HEADS, width=WIDTH)
+    return {
+        form: export_bundle(ExportRequest(f"zoo:{form}", form, folder, zoo_options=options)).path / "model.onnx"
+        for form in track(forms, description="exporting", transient=True)
+    }
+
+
+def measure(model: Path, length: int) -> tuple[float, float]:
+    """CPU seconds of a run on sequences of one length, and MiB that it takes beyond what the idle session holds.
+
+    In this process, which should do nothing else: its memory is the kernel's count of resident pages.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    # An arena keeps what it was given, in powers of two: that would be its memory, not the graph's.
+    options.enable_cpu_mem_arena = False
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    outputs = [value.name for value in session.get_outputs() if not value.name.startswith("attention.")]
+    session.run(outputs, _feeds(session, 16))
+    feeds = _feeds(session, length)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    idle = _resident("VmRSS")
+    spent: list[float] = []
+    while len(spent) < 5 and sum(spent) < 2:
+        begun = time.process_time()
+        session.run(outputs, feeds)
+        spent.append(time.process_time() - begun)
+    return min(spent), max(_resident("VmHWM") - idle, 0.0)
+
+
+def sweep(models: dict[str, Path], lengths: Sequence[int]) -> list[Point]:
+    """All points, each in a fresh process; the forms one after the other, lengths from the least."""
+    points: list[Point] = []
+    for form, model in track(models.items(), description="measuring", transient=True):
+        last: Point | None = None
+        for length in lengths:
+            reason = _too_much(last)
+            if reason:
+                points.append(Point(form, length, skipped=reason))
+                continue
+            line = [sys.executable, "-m", "bench.complexity", "--point", str(model), str(length)]
+            done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
+            if done.returncode:
+                points.append(Point(form, length, skipped="it did not run: " + done.stderr.strip().splitlines()[-1]))
+                break
+            last = Point(form, length, *json.loads(done.stdout))
+            points.append(last)
+    return points
+
+
+def slopes(points: Sequence[Point]) -> dict[str, dict[str, float]]:
+    """Exponents of time and memory in the length, by form: fitted to its three longest points, on log scales."""
+    found: dict[str, dict[str, float]] = {}
+    for form in dict.fromkeys(point.form for point in points):
+        longest = [point for point in points if point.form == form and point.seconds][-3:]
+        if len(longest) < 2:
+            continue
+        lengths = np.log([point.length for point in longest])
+        found[form] = {
+            what: round(float(np.polyfit(lengths, np.log(values), 1)[0]), 2)
+            for what, values in (
+                ("time", [point.seconds for point in longest]),
+                ("memory", [max(point.mib or 0.0, 1e-3) for point in longest]),
+            )
+        }
+    return found
+
+
+def _too_much(last: Point | None) -> str:
+    if last is None or last.seconds is None or last.mib is None:
+        return ""
+    if 4 * last.seconds > TIME_BUDGET_S:
+        return f"{last.seconds:.3g} s at {last.length} foretell more than {TIME_BUDGET_S:g} s"
+    if 4 * last.mib > MEMORY_BUDGET_MIB:
+        return f"{last.mib:.0f} MiB at {last.length} foretell more than {MEMORY_BUDGET_MIB:g} MiB"
+    return ""
+
+
+def _feeds(session: Any, length: int) -> dict[str, Any]:
+    feeds: dict[str, Any] = {}
+    for value in session.get_inputs():
+        shape = [1, *(extent if isinstance(extent, int) else length for extent in value.shape[1:])]
+        if value.name.startswith("attention_items."):
+            feeds[value.name] = np.empty(0, np.int64)
+        elif value.name.endswith("_ids"):
+            feeds[value.name] = np.arange(np.prod(shape)).reshape(shape) % 256 + 3
+        elif value.name.endswith("_mask"):
+            feeds[value.name] = np.ones(shape, np.int64)
+        else:
+            feeds[value.name] = np.linspace(-1, 1, int(np.prod(shape)), dtype=np.float32).reshape(shape)
+    return feeds
+
+
+def _resident(name: str) -> float:
+    """A line of /proc/self/status, in MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 / _MIB for line in lines if line.startswith(f"{name}:"))
+
+
+def main() -> None:
+    """Measure, print, and write the page and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--point", nargs=2, metavar=("MODEL", "LENGTH"), help="measure one point and print it")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
+    arguments = parser.parse_args()
+    if arguments.point:
+        model, length = arguments.point
+        print(json.dumps(measure(Path(model), int(length))))
+        return
+    with tempfile.TemporaryDirectory(prefix="attnserve-complexity-") as folder:
+        points = sweep(export_forms(Path(folder), arguments.forms), arguments.lengths)
+    report = {
+        "command": "python -m bench.complexity",
+        "machine": f"{platform.machine()}, {platform.system()}, onnxruntime {ort.__version__}, one thread",
+        "heads": HEADS,
+        "width": WIDTH,
+        "points": [asdict(point) for point in points],
+        "slopes": slopes(points),
+    }
+    complexity_page.write(report, arguments.docs)
+    Console().print(complexity_page.table(report), highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The page, the numbers and the plot of `bench.complexity` in docs/. Measures nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_WHAT = {
+    "self": "scaled dot-product",
+    "causal": "causal",
+    "sliding-window": "sliding window of 8, one global token",
+    "top-k": "top-k sparse, k = 8",
+    "linear": "linear, elu + 1",
+    "multi-scale": "multi-scale, strides 1, 2 and 4",
+    "cross": "encoder-decoder: self, causal and cross",
+    "cross-modal": "text self and cross to 16 patches",
+}
+_HEAD = """# What each form of attention costs
+
+Made by `make complexity`; do not edit. One layer, {heads} heads, d_model {width}, one sequence of T tokens (two of T for
+the encoder-decoder), float32, taps in the graph and nobody asking. Each point is a process of its own: CPU time of a
+run, the least of up to five, and the most memory that the process held beyond what it held idle. The exponents are
+fitted to the three longest points of a form: 1 is linear in T, 2 quadratic. Each layer also has parts that are linear
+in T, so that at short lengths all forms look alike.
+
+Measured on: {machine}.
+
+![Time and memory over T](images/complexity.png)
+"""
+
+
+def table(report: dict[str, Any]) -> str:
+    """Two tables in Markdown: time and memory, a form in each row."""
+    lengths = sorted({point["length"] for point in report["points"]})
+    forms = list(dict.fromkeys(point["form"] for point in report["points"]))
+    at = {(point["form"], point["length"]): point for point in report["points"]}
+    parts = []
+    for title, field, unit, exponent in (
+        ("CPU time of a run", "seconds", "ms", "time"),
+        ("Memory of a run", "mib", "MiB", "memory"),
+    ):
+        scale = 1e3 if field == "seconds" else 1.0
+        rows = [
+            f"## {title}, {unit}",
+            "",
+            "| form | " + " | ".join(f"T = {length:,}" for length in lengths) + " | exponent |",
+            "|---|" + "---:|" * (len(lengths) + 1),
+        ]
+        for form in forms:
+            cells = [_cell(at.get((form, length)), field, scale) for length in lengths]
+            fitted = report["slopes"].get(form, {}).get(exponent)
+            rows.append(f"| {_WHAT.get(form, form)} | " + " | ".join(cells) + f" | {fitted or '-'} |")
+        parts.append("\n".join(rows))
+    skipped = [
+        f"- {_WHAT.get(point['form'], point['form'])} at {point['length']:,}: {point['skipped']}"
+        for point in report["points"]
+        if point["skipped"]
+    ]
+    if skipped:
+        parts.append("\n".join(["## Left out", "", *skipped]))
+    return "\n\n".join(parts)
+
+
+def write(report: dict[str, Any], docs: Path) -> None:
+    """Write complexity.md, complexity.json and images/complexity.png into a folder."""
+    (docs / "images").mkdir(parents=True, exist_ok=True)
+    head = _HEAD.format(**{name: report[name] for name in ("heads", "width", "machine")})
+    (docs / "complexity.md").write_text(f"{head}\n{table(report)}\n", encoding="utf-8")
+    (docs / "complexity.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _plot(report, docs / "images" / "complexity.png")
+
+
+def _cell(point: dict[str, Any] | None, field: str, scale: float) -> str:
+    if point is None or point[field] is None:
+        return "-"
+    return f"{point[field] * scale:.3g}" if point[field] * scale < 1000 else f"{point[field] * scale:,.0f}"
+
+
+def _plot(report: dict[str, Any], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
+    from matplotlib.figure import Figure  # noqa: PLC0415 - as above
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for axes, field, title, exponent in (
+        (left, "seconds", "CPU seconds of a run", "time"),
+        (right, "mib", "MiB of a run", "memory"),
+    ):
+        for number, form in enumerate(dict.fromkeys(point["form"] for point in report["points"])):
+            points = [point for point in report["points"] if point["form"] == form and point[field]]
+            slope = report["slopes"].get(form, {}).get(exponent)
+            label = form if slope is None else f"{form} (T^{slope})"
+            lengths = [point["length"] for point in points]
+            marker = "osDv^<>P"[number % 8]
+            axes.loglog(lengths, [point[field] for point in points], marker=marker, markersize=4, label=label)
+        lengths = sorted({point["length"] for point in report["points"]})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
+        axes.set_xlabel("T, tokens")
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
