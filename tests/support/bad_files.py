@@ -176,7 +176,7 @@ BAD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         lambda: _typed(helper.make_tensor_type_proto(TensorProto.INT4, ["n"])),
         "'odd' is of type int4",
     ),
-    "an input of a type from the future": (lambda: _typed(helper.make_tensor_type_proto(99, ["n"])), "odd"),
+    "an input of a type from the future": (lambda: _typed(helper.make_tensor_type_proto(99, ["n"])), "not a valid .*99"),
     "an input without a shape": (lambda: _shaped(None), "'x0' has no known shape: name its axes"),
     "a scalar input": (lambda: _shaped([]), "'x0' is a scalar: its first axis must be the batch"),
     "an axis of negative length": (lambda: _shaped(["n", -1]), "axis 1 has the extent -1: name its axes"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -79,11 +79,12 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     save(checker_model, checker_path)
     steps.begin("probing axes")
     checker = Runner(checker_path)
-    output_names = [value.name for value in proto.graph.output]
+    servable = _servable(proto.graph, steps)
+    output_names = [value.name for value in servable]
     tolerances = Tolerances.of(precision_of(proto))
     found = _verified(checker, sampler, found, tolerances)
     axes = with_key_axes(probe_axes(checker, sampler, output_names, found), found)
-    outputs = _outputs(proto.graph, axes, steps)
+    outputs = _outputs(servable, axes, steps)
     fixed = fixed_axes(axes.sites, found, [*sampler.signature.symbols, *axes.derived])
     sites = tuple(_site(layer, name, site, axes, fixed) for layer, (name, site) in enumerate(found.items()))
     for site in sites:
@@ -192,9 +193,26 @@ def _refuse_reserved_names(graph: onnx.GraphProto) -> None:
             raise BuildRefused(f"{value.name!r} is a name of taps: this graph has been prepared already")
 
 
-def _outputs(graph: onnx.GraphProto, axes: Axes, steps: Steps) -> tuple[OutputSpec, ...]:
-    specs: list[OutputSpec] = []
+def _servable(graph: onnx.GraphProto, steps: Steps) -> list[onnx.ValueInfoProto]:
+    """The outputs of types that can be served; says which cannot."""
+    servable: list[onnx.ValueInfoProto] = []
     for value in graph.output:
+        kind = value.type.WhichOneof("value")
+        if kind not in {None, "tensor_type"}:
+            steps.warn(f"output {value.name!r} is left out: it is of type {str(kind).removesuffix('_type')}, no tensor")
+            continue
+        try:
+            dtype_of(value.type.tensor_type.elem_type, value.name)
+        except BuildRefused as fault:
+            steps.warn(f"output {value.name!r} is left out: {fault}")
+            continue
+        servable.append(value)
+    return servable
+
+
+def _outputs(values: Sequence[onnx.ValueInfoProto], axes: Axes, steps: Steps) -> tuple[OutputSpec, ...]:
+    specs: list[OutputSpec] = []
+    for value in values:
         if value.name in axes.unbatched_outputs:
             steps.warn(f"output {value.name!r} is left out: its first axis is not the batch")
             continue

@@ -63,7 +63,11 @@ def checked(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
         raise _too_large(name, proto.ByteSize())
     refuse_unknown_versions(proto, name)
     for value in proto.graph.input:
-        if value.type.HasField("tensor_type") and not _has_shape(value):
+        kind = value.type.WhichOneof("value") or "unknown_type"
+        if kind != "tensor_type":
+            said = f"input {value.name!r} is of type {kind.removesuffix('_type')}"
+            raise BuildRefused(f"{said}; only tensors can be served")
+        if not _has_shape(value):
             raise BuildRefused(f"input {value.name!r} has no known shape: {HOW_TO_NAME}")
     outputs = [value.name for value in proto.graph.output]
     if len(set(outputs)) < len(outputs):
@@ -76,13 +80,13 @@ def checked(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
             # Finders look through the graph alone.
             proto = onnx.inliner.inline_local_functions(proto)
         refuse_unknown_operators(proto, name)
-        inferred = onnx.shape_inference.infer_shapes(proto)
-        ir.from_proto(inferred)  # whose own checks find what the library's do not
-        return inferred
+        proto = onnx.shape_inference.infer_shapes(proto)
+        ir.from_proto(proto)  # whose own checks find what the library's do not
     except BuildRefused:
         raise
     except Exception as fault:  # noqa: BLE001 - the boundary to onnx, which raises many types here
         raise BuildRefused(f"{name} is not a valid ONNX model: {_first_words(fault)}") from None
+    return proto
 
 
 def _check(proto: onnx.ModelProto) -> None:
@@ -199,7 +203,9 @@ def _too_large(name: str, size: int) -> BuildRefused:
 
 
 def _first_words(fault: Exception) -> str:
-    """The first line of a library's message, and its second where the first ends in a colon."""
+    """The first line of the message of a library's first cause, and its second where the first ends in a colon."""
+    while fault.__cause__ is not None and isinstance(fault.__cause__, Exception):
+        fault = fault.__cause__
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     if not lines:
         return type(fault).__name__
