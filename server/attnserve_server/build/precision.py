@@ -18,6 +18,25 @@ PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "int8")
 
 _FLOAT32_OPERATORS: Final = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "ReduceMean")
 """Sums of squares pass float16's 65,504 at activations that real models have; means lose bits."""
+_BY_ELEMENT: Final = frozenset(
+    (
+        "Abs",
+        "Add",
+        "Cast",
+        "Ceil",
+        "Div",
+        "Floor",
+        "Identity",
+        "Log",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Round",
+        "Sub",
+        "Where",
+    )
+)
 
 
 def in_precision(proto: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
@@ -63,7 +82,10 @@ def _float16(proto: onnx.ModelProto) -> onnx.ModelProto:
             # Numbers too small or too great are clipped, as masks' are meant to be; the check afterwards judges it.
             warnings.simplefilter("ignore")
             converted: onnx.ModelProto = convert_float_to_float16(
-                inferred, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_FLOAT32_OPERATORS]
+                inferred,
+                keep_io_types=True,
+                op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_FLOAT32_OPERATORS],
+                node_block_list=_counting(inferred.graph),
             )
     except Exception as fault:  # noqa: BLE001 - the boundary to the converter, which raises many types
         raise BuildRefused(f"fp16: the graph cannot be converted: {type(fault).__name__}") from None
@@ -72,6 +94,28 @@ def _float16(proto: onnx.ModelProto) -> onnx.ModelProto:
     model = ir.from_proto(converted)
     model.graph.sort()
     return _with_shapes(ir.to_proto(model), inferred)
+
+
+def _counting(graph: onnx.GraphProto) -> list[str]:
+    """Names of the nodes that compute fractions which become whole numbers again, as buckets of distances do.
+
+    Rounded to float16 on the way, a logarithm that is a whole number ends up in the bucket below.
+    """
+    producers = {output: node for node in graph.node for output in node.output}
+    integers = {onnx.TensorProto.INT64, onnx.TensorProto.INT32}
+    waiting = [
+        node.input[0]
+        for node in graph.node
+        if node.op_type == "Cast" and onnx.helper.get_node_attr_value(node, "to") in integers
+    ]
+    names: dict[str, None] = {}
+    while waiting:
+        node = producers.get(waiting.pop())
+        if node is None or node.op_type not in _BY_ELEMENT or node.name in names:
+            continue
+        names[node.name] = None
+        waiting.extend(node.input)
+    return list(names)
 
 
 def _with_shapes(proto: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:

@@ -163,3 +163,30 @@ def test_nothing_to_round_is_refused() -> None:
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(BuildRefused, match="'int4' is not known; fp32, fp16, int8 are"):
         in_precision(products(), "int4")  # type: ignore[arg-type]
+
+
+def test_fp16_puts_distances_into_the_buckets_that_they_were_in() -> None:
+    """As T5 does: logarithms of distances, cut down to whole numbers."""
+    numbers = {"eight": 8.0, "most": float(np.log(np.float32(16))), "width": 3.0}
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["distance"], name="distance", keepdims=0),
+        helper.make_node("Div", ["distance", "eight"], ["part"], name="part"),
+        helper.make_node("Log", ["part"], ["log"], name="log"),
+        helper.make_node("Div", ["log", "most"], ["share"], name="share"),
+        helper.make_node("Mul", ["share", "eight"], ["place"], name="place"),
+        helper.make_node("Cast", ["place"], ["bucket"], name="bucket", to=onnx.TensorProto.INT64),
+        helper.make_node("Cast", ["bucket"], ["number"], name="number", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", ["number", "width"], ["y"], name="y"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "buckets",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch"])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.float32(number), name) for name, number in numbers.items()],
+    )
+    source = checked(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "buckets")
+    reduced = in_precision(source, "fp16")
+    for distance in range(8, 128):
+        x = np.array([distance], np.float32)
+        assert run(reduced, x) == run(source, x), f"distance {distance}"
