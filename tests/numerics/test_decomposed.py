@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from attnserve_server.build.assemble import Assembled, assemble
 from attnserve_server.build.feeds import Sampler
@@ -17,6 +18,7 @@ from attnserve_server.engine.session import RuntimeSession
 from decomposed_graphs import BIASES, GUARDS, HEADS, LAYOUTS, MASKS, SCALES, SPELLINGS, Decomposed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnxruntime.quantization import quantize_dynamic
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -68,6 +70,23 @@ def test_every_guard(guard: str) -> None:
 @pytest.mark.parametrize("opset", [11, 12, 13, 18, 21, 23])
 def test_every_spelling_of_softmax(spelling: str, opset: int) -> None:
     assert_equals_definition(Decomposed(spelling=spelling, opset=opset, mask="added"))
+
+
+def test_products_of_integers_are_tapped_before_they_are_quantised(tmp_path: Path) -> None:
+    case = Decomposed(layout="3-D", mask="added")
+    onnx.save(case.model(), tmp_path / "wide.onnx")
+    integers = {"MatMulConstBOnly": False}
+    quantize_dynamic(tmp_path / "wide.onnx", tmp_path / "narrow.onnx", extra_options=integers)
+    proto = checked(onnx.load(tmp_path / "narrow.onnx"), "case")
+    done = assemble(proto, Sampler(signature_of(proto.graph), 0), tmp_path, Steps.silent())
+    (site,) = done.sites
+    assert (site.operator, site.unavailable_reason) == ("MatMulInteger-Softmax-MatMulInteger", "")
+    session = RuntimeSession.load(done.model_path, provider="CPUExecutionProvider")
+    feeds = case.feeds(4, 6, 9)
+    (weights,) = session.run({**feeds, site.items_input: np.arange(4)}, [site.weights_output])
+    # 8 bits of features, of their tables, and of queries and keys, whose products reach 10.
+    np.testing.assert_allclose(weights, case.reference(feeds), rtol=0, atol=0.1)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=0, atol=1e-5)
 
 
 @st.composite

@@ -55,11 +55,11 @@ class _Contraction:
 
     @property
     def weights(self) -> ir.Value:
-        return self.product.operand(self.position)
+        return self.product.floating(self.position)
 
     @property
     def value(self) -> ir.Value:
-        return self.product.operand(1 - self.position)
+        return self.product.floating(1 - self.position)
 
 
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
@@ -135,15 +135,22 @@ def _contractions(softmax: Softmax, dynamic: set[ir.Value]) -> list[_Contraction
         for node, position in value.uses():
             product = Product.of(node)
             if product is not None:
-                other = product.operand(1 - position) if position < 2 else value
-                if other in dynamic and other is not value and (axis is None or product.sums_over(position, axis)):
-                    found.append(_Contraction(product, position, axis, whole, part))
+                if position in product.inputs and _multiplies(product, product.inputs.index(position), axis, dynamic):
+                    found.append(_Contraction(product, product.inputs.index(position), axis, whole, part))
                 continue
             moved = forward(node, position, axis)
             if moved is not False:
                 kept = whole and node.op_type not in _TAKES_AWAY
-                open_ += [(out, moved, kept, out if node.op_type in _PARTS else part) for out in node.outputs]
+                outputs = node.outputs if node.op_type == "Split" else node.outputs[:1]
+                open_ += [(out, moved, kept, out if node.op_type in _PARTS else part) for out in outputs]
     return found
+
+
+def _multiplies(product: Product, position: int, axis: Axis, dynamic: set[ir.Value]) -> bool:
+    """Whether a product sums weights, over their keys, along with an activation."""
+    other = product.operand(1 - position)
+    same = other is product.operand(position)
+    return other in dynamic and not same and (axis is None or product.sums_over(position, axis))
 
 
 def _site(softmax: Softmax, scores: list[ir.Node], contractions: list[_Contraction], graph: ir.Graph) -> FoundSite:
@@ -173,7 +180,7 @@ def _site(softmax: Softmax, scores: list[ir.Node], contractions: list[_Contracti
             whole=first.whole,
         ),
         value=Operand(first.value, kv_heads, packed=False),
-        output=Operand(first.product.node.outputs[0], heads, packed=False),
+        output=Operand(first.product.floating_output(), heads, packed=False),
     )
 
 
@@ -184,8 +191,7 @@ def _reason(softmax: Softmax, contractions: list[_Contraction], graph: ir.Graph)
         return "it stands inside a subgraph, whose values the outer graph cannot see"
     if first.axis is None:
         return "its keys cannot be followed from softmax to the product with the value"
-    parts = {other.part for other in contractions}
-    if len(parts) > 1:
+    if first.part is not None and any(other.part is not first.part for other in contractions):
         return "parts of its keys are multiplied with values apart"
     if not first.product.kept(first.position):
         return "its weights have no axis of queries"

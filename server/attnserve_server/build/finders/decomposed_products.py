@@ -8,14 +8,21 @@ import onnx_ir as ir
 
 from attnserve_server.build.finders.decomposed_walk import extent_of, rank_of
 
+_PLAIN = {("MatMul", ""), ("MatMul", "ai.onnx"), ("MatMulInteger", ""), ("MatMulIntegerToFloat", "com.microsoft")}
+_TO_FLOATING = {"MatMulInteger": ("Cast", "Mul"), "QLinearMatMul": ("DequantizeLinear",)}
+
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A product as an einsum: a letter for each axis; "." stands for all axes in front of those with letters."""
+    """A product as an einsum: a letter for each axis; "." stands for all axes in front of those with letters.
+
+    `inputs`: which of the node's inputs are its operands.
+    """
 
     node: ir.Node
     terms: tuple[str, str]
     output: str
+    inputs: tuple[int, int] = (0, 1)
 
     @classmethod
     def of(cls, node: ir.Node) -> Product | None:
@@ -24,14 +31,11 @@ class Product:
             return None
         if node.op_type == "Einsum" and len(node.inputs) == 2:
             return _einsum(node)
-        if node.op_type == "MatMul" and node.domain in {"", "ai.onnx"}:
+        if (node.op_type, node.domain) in _PLAIN:
             return cls(node, (".ij", ".jk"), ".ik")
-        if node.op_type == "FusedMatMul" and node.domain == "com.microsoft":
-            if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
-                return None
-            left = ".ji" if node.attributes.get_int("transA", 0) else ".ij"
-            return cls(node, (left, ".kj" if node.attributes.get_int("transB", 0) else ".jk"), ".ik")
-        return None
+        if node.op_type == "QLinearMatMul":
+            return cls(node, (".ij", ".jk"), ".ik", (0, 3))
+        return _fused(node) if node.op_type == "FusedMatMul" and node.domain == "com.microsoft" else None
 
     @property
     def equation(self) -> str:
@@ -40,8 +44,23 @@ class Product:
 
     def operand(self, position: int) -> ir.Value:
         """The left (0) or right (1) one."""
-        value = self.node.inputs[position]
+        value = self.node.inputs[self.inputs[position]]
         assert value is not None
+        return value
+
+    def floating(self, position: int) -> ir.Value:
+        """An operand before it was quantised for the product."""
+        value = self.operand(position)
+        node = value.producer()
+        if node is not None and node.op_type in {"QuantizeLinear", "DynamicQuantizeLinear"}:
+            return node.inputs[0] or value
+        return value
+
+    def floating_output(self) -> ir.Value:
+        """The product once it is no longer quantised."""
+        value = self.node.outputs[0]
+        for step in _TO_FLOATING.get(self.node.op_type, ()):
+            value = next((node.outputs[0] for node in value.consumers() if node.op_type == step), value)
         return value
 
     def sums_over(self, position: int, axis: int) -> bool:
@@ -104,3 +123,10 @@ def _einsum(node: ir.Node) -> Product | None:
         letters = [letter for letter in sorted(set(inputs)) if letter not in ",." and inputs.count(letter) == 1]
         output = ("." if "." in inputs else "") + "".join(letters)
     return Product(node, (terms[0], terms[1]), output)
+
+
+def _fused(node: ir.Node) -> Product | None:
+    if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
+        return None
+    left = ".ji" if node.attributes.get_int("transA", 0) else ".ij"
+    return Product(node, (left, ".kj" if node.attributes.get_int("transB", 0) else ".jk"), ".ik")

@@ -14,7 +14,17 @@ Axis = int | None
 
 ELEMENTWISE = {
     *("Add", "Sub", "Mul", "Div", "Neg", "Exp", "Min", "Max", "Sum", "Clip", "Tanh", "Pow", "Where", "Trilu"),
-    *("Cast", "CastLike", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear", "ScatterND", "ScatterElements"),
+    *(
+        "DynamicQuantizeLinear",
+        "Cast",
+        "CastLike",
+        "Identity",
+        "Dropout",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "ScatterND",
+        "ScatterElements",
+    ),
 }
 """What changes numbers one by one, and leaves every axis in its place."""
 _KEPT = {"Expand", "Slice", "Concat", "Split", "GatherElements", "Pad", "Tile"}
