@@ -18,7 +18,7 @@ _WHAT = {
 }
 _HEAD = """# What each form of attention costs
 
-Made by `make complexity`; do not edit. One layer, {heads} heads, d_model {width}, one sequence of T tokens (two of T for
+Made by `make complexity`; do not edit. One layer, {heads} heads, d_model {width}, one sequence of T tokens (two for
 the encoder-decoder), float32, taps in the graph and nobody asking. Each point is a process of its own: CPU time of a
 run, the least of up to five, and the most memory that the process held beyond what it held idle. The exponents are
 fitted to the three longest points of a form: 1 is linear in T, 2 quadratic. Each layer also has parts that are linear
