@@ -71,8 +71,8 @@ class Decomposed:
     dtype: type = np.float32
     wide_softmax: bool = False
     seed: int = 0
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[str, Array] = field(default_factory=dict)
+    nodes: list[onnx.NodeProto] = field(default_factory=list, repr=False)
+    constants: dict[str, Array] = field(default_factory=dict, repr=False)
 
     @property
     def kv_heads(self) -> int:

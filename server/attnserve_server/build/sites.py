@@ -20,6 +20,19 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantized:
+    """How integers stand for numbers: (value - zero) * scale for a projection's input and for its weights.
+
+    Scales and zeros of the weights may be one for all, or one for each column; a zero that is None is 0.
+    """
+
+    input_scale: ir.Value
+    weight_scale: ir.Value
+    input_zero: ir.Value | None = None
+    weight_zero: ir.Value | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Rotary:
     """Rotation of each head's first 2 * R numbers by the angles of its position, R being the width of the tables.
 
@@ -38,8 +51,8 @@ class Operand:
     """A value that carries heads: (B, H, T, D), or, when `packed`, (B, T, H * D).
 
     What the operator itself does to the value before it is that, in this order: multiplies it with `weights`, a matrix
-    that serves several operands; takes `columns` of its last axis (start, stop), or of (B, T, H, parts, D) one `part`;
-    adds `bias`, (H * D,); rotates it.
+    that serves several operands (integers, as the value is, where there is `quantized`); takes `columns` of its last
+    axis (start, stop), or of (B, T, H, parts, D) one `part`; adds `bias`, (H * D,); rotates it.
 
     `order`, where it is set: which axes of the value are B, H (not there where there is one head), T and D.
     """
@@ -48,6 +61,7 @@ class Operand:
     heads: int
     packed: bool
     weights: ir.Value | None = None
+    quantized: Quantized | None = None
     columns: tuple[int, int] | None = None
     part: int | None = None
     bias: Columns | None = None
@@ -100,6 +114,9 @@ class Scores:
     softmax makes of it; and the frontier of `causal` leaves out the last query, as onnxruntime's kernel does (which
     matters only where keys outnumber queries).
 
+    `sink`: a score beside those of the keys, one for each head, (H,), or one for all. It takes a share of the softmax,
+    and rows of the weights of the keys sum to less than 1.
+
     Source: ONNX operators, Attention-23; for the others, onnxruntime's own CPU kernels.
     """
 
@@ -113,6 +130,7 @@ class Scores:
     masks: tuple[Mask | KeyPadding, ...] = ()
     key_ends: ir.Value | None = None
     zeroed: bool = True
+    sink: ir.Value | float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,5 +234,11 @@ class FoundSite:
 
     @property
     def rows_sum_to_one(self) -> bool:
-        """Whether rows of weights sum to 1 (or are 0): nothing behind softmax takes any weight away."""
-        return self.probabilities is None or self.probabilities.whole
+        """Whether rows of weights sum to 1 (or are 0), but for float32's rounding.
+
+        Nothing in softmax or behind it takes any weight away, nor is any less precise.
+        """
+        if self.scores is not None:
+            return self.scores.sink is None
+        own = self.probabilities
+        return own is None or (own.whole and own.value.dtype is ir.DataType.FLOAT)

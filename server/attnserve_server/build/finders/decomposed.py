@@ -26,18 +26,8 @@ from attnserve_server.build.finders.decomposed_walk import (
 from attnserve_server.build.sites import FoundSite, Operand, Probabilities
 
 _TAKES_AWAY = {
-    "Slice",
-    "Split",
-    "Gather",
-    "GatherElements",
-    "Mul",
-    "Div",
-    "Where",
-    "Add",
-    "Sub",
-    "Clip",
-    "Trilu",
-    "Min",
+    *("Slice", "Split", "Gather", "GatherElements", "Mul", "Div", "Where", "Add", "Sub", "Clip", "Trilu", "Min"),
+    *("QuantizeLinear", "ScatterND", "ScatterElements"),
 }
 """Steps behind softmax after which rows need not sum to 1."""
 _PARTS = {"Slice", "Split", "Gather"}
