@@ -1,6 +1,9 @@
-"""Draws the pictures of attention.md from real runs: a server over all-MiniLM-L6-v2, asked by the client.
+"""Draws the pictures of attention.md from real runs: a server over real bundles, asked by the client.
 
-python docs/pictures.py --repository .demo/models
+for name in self causal cross sliding-window top-k linear multi-scale cross-modal; do
+    attnserve-server export zoo:$name --name $name --repository .demo/zoo
+done
+python docs/pictures.py --repository .demo/models --zoo .demo/zoo
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from examples.demo import SENTENCES, running_server
 
 IMAGES = Path(__file__).parent / "images"
 COLOURS = "magma_r"
+CROSS_SITE = "decoder.0.cross_attention"
 
 
 def _panel(axes: Axes, weights: np.ndarray, title: str, labels: Sequence[str] = ()) -> None:
@@ -64,12 +68,46 @@ def layers(client: Client, text: str) -> Figure:
     return drawn
 
 
+def forms(client: Client) -> Figure:
+    """One layer of each model of the zoo: untrained, so what shows is who may look where, not who does."""
+    text, pair = "The buyer agrees to assume all liabilities.", "Der Käufer übernimmt alles."
+    first = Attention(layers=[0], head_reduction="mean")
+
+    def ask(model: str, selection: Attention = first) -> AttentionMap:
+        return client.infer(model, text, attention=selection).attention[0]
+
+    windowed = ask("sliding-window")
+    pooled = Attention(sites=["layers.0.attention.scales.stride_4"], head_reduction="mean")
+    crossed = Attention(sites=[CROSS_SITE], head_reduction="mean")
+    translated = client.infer("cross", (text, pair), attention=crossed).attention[0]
+    shown = [
+        ("self", ask("self").weights[0]),
+        ("causal", ask("causal").weights[0]),
+        ("windowed, as it travels", np.asarray(windowed.raw)[0]),
+        ("windowed, laid out", windowed.weights[0]),
+        ("top-k", ask("top-k").weights[0]),
+        ("linear", ask("linear").weights[0]),
+        ("multi-scale: keys in fours", ask("multi-scale", pooled).weights[0]),
+        ("cross: one text over another", translated.weights[0]),
+    ]
+    drawn = Figure(figsize=(11, 5.2), layout="constrained")
+    panels = drawn.subplots(2, 4)
+    for place, (title, weights) in enumerate(shown):
+        _panel(panels.flat[place], weights, title)
+        panels.flat[place].set_xlabel(f"{weights.shape[0]} x {weights.shape[1]}", fontsize=8)
+    return drawn
+
+
 def main() -> None:
     """Serves, asks, draws."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repository", type=Path, required=True)
-    repository = parser.parse_args().repository
-    with running_server(repository) as (port, _), Client(f"localhost:{port}") as client:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repository", type=Path, required=True, help="has all-MiniLM-L6-v2 as minilm")
+    parser.add_argument("--zoo", type=Path, required=True, help="has the models of the zoo, by their own names")
+    arguments = parser.parse_args()
+    with running_server(arguments.zoo) as (port, _), Client(f"localhost:{port}") as client:
+        forms(client).savefig(IMAGES / "forms.png", dpi=110)
+        print("docs/images/forms.png")
+    with running_server(arguments.repository) as (port, _), Client(f"localhost:{port}") as client:
         for name, draw, text in (("heads", heads, SENTENCES["contract"]), ("layers", layers, SENTENCES["contract"])):
             draw(client, text).savefig(IMAGES / f"{name}.png", dpi=110)
             print(f"docs/images/{name}.png")
