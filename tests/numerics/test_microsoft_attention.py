@@ -10,7 +10,7 @@ import pytest
 from attnserve_server.build.graph import checked, tapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from microsoft_graphs import Array, Packed, padding_bias
+from microsoft_graphs import Array, Packed, Quantized, padding_bias
 from microsoft_runs import FLOAT32_TOLERANCE, assert_equals_definition, run, run_tap_alone
 
 LENGTH = 5
@@ -112,6 +112,19 @@ def test_only_the_rows_asked_for_come_in_the_order_asked(mask: str, items: list[
     (weights,) = run(case, items)
     assert weights.shape == (len(items), case.heads, LENGTH, LENGTH)
     np.testing.assert_allclose(weights, case.reference()[items], rtol=0, atol=FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("mask", ["none", "ends", "keys"])
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("opset", [11, 17])
+def test_integers_are_projected_as_the_operator_projects_them(
+    mask: str, by_column: bool, zeros: bool, opset: int
+) -> None:
+    attributes = {"unidirectional": int(by_column)}
+    case = Quantized(mask=MASKS[mask], by_column=by_column, zeros=zeros, opset=opset, attributes=attributes)
+    assert_equals_definition(case)
+    assert run(case, [])[0].shape == (0, 2, LENGTH, LENGTH)
 
 
 def test_packed_weights_stand_in_the_file_once() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attnserve_server.build.graph import checked, tapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from microsoft_graphs import LOWEST, GroupQuery
@@ -29,7 +30,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half rotated": {"rotary": 16, "head_dim": 32},
     "neighbours rotated": {"rotary": 16, "attributes": {"rotary_interleaved": 1}},
     "rotated from further on": {"rotary": 16, "positions": np.array([[7, 8, 9, 10, 11], [0, 1, 2, 3, 4]])},
+    "sinks": {"sink": True},
+    "sinks and window": {"sink": True, "attributes": {"local_window_size": 2, "softcap": 1.5}},
+    "one sink for all": {"attributes": {"smooth_softmax": 1}},
     "everything": {
+        "sink": True,
         "rotary": 16,
         "head_dim": 32,
         "lengths": (3, 5),
@@ -70,6 +75,14 @@ def test_biases_are_added_and_rows_of_the_lowest_number_are_zeros(shape: tuple[i
     assert_equals_definition(case, everywhere=False)
     # The kernel that also gives the present answers 0 there; the other one takes the mean of the values, or NaN.
     assert_equals_definition(replace(case, presents=True))
+
+
+def test_rows_of_sites_with_sinks_are_said_not_to_sum_to_one() -> None:
+    for case, whole in ((GroupQuery(), True), (GroupQuery(sink=True), False)):
+        _, sites = tapped(checked(case.model(), "case"))
+        assert [site.rows_sum_to_one for site in sites.values()] == [whole]
+        (weights,) = run(case, [0, 1])
+        assert (weights.sum(axis=-1).min() > 0.999) == whole
 
 
 def test_rows_of_merely_low_numbers_are_even() -> None:
@@ -123,6 +136,8 @@ def cases(draw: st.DrawFn) -> GroupQuery:
     if draw(st.booleans()):
         shape = (draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads])), length, length)
         bias = rng.normal(size=shape).astype(np.float32)
+    if draw(st.booleans()):
+        attributes["smooth_softmax"] = 1
     head_dim = draw(st.sampled_from([16, 32]))
     rotary = draw(st.sampled_from([0, 16, head_dim]))
     if rotary:
@@ -143,6 +158,7 @@ def cases(draw: st.DrawFn) -> GroupQuery:
         positions=positions,
         bias=bias,
         empty_past=draw(st.booleans()),
+        sink=draw(st.booleans()),
         presents=draw(st.booleans()),
         attributes=attributes,
         opset=draw(st.sampled_from([11, 13, 14, 17, 20])),

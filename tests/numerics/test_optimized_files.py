@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.build.torch_export import quiet
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.repository import MODEL_FILE, Bundle
 from classic_models import HEADS, LAYERS, VOCABULARY, WIDTH, Array, Decoder, Encoder, Reader, exported
+from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 
@@ -64,7 +67,9 @@ def prepared(file: Path) -> Bundle:
     return prepare_bundle(PrepareRequest(file=file, name="tiny", repository=file.parent / "models"))
 
 
-def assert_equals_eager(bundle: Bundle, model: torch.nn.Module, inputs: Inputs, *, half: bool) -> None:
+def assert_equals_eager(
+    bundle: Bundle, model: torch.nn.Module, inputs: Inputs, *, half: bool = False, tolerance: float | None = None
+) -> None:
     """Every site's weights against those that the module itself computes, but for padding."""
     with torch.no_grad():
         _, eager = model.eval()(*inputs.values())
@@ -74,7 +79,7 @@ def assert_equals_eager(bundle: Bundle, model: torch.nn.Module, inputs: Inputs, 
     feeds: dict[str, Array] = {name: tensor.numpy() for name, tensor in inputs.items()}
     found = session.run({**feeds, **items}, [str(site.weights_output) for site in sites])
     assert len(found) == len(eager) == LAYERS
-    tolerance = FLOAT16_TOLERANCE if half else FLOAT32_TOLERANCE
+    tolerance = tolerance or (FLOAT16_TOLERANCE if half else FLOAT32_TOLERANCE)
     for own, reference in zip(found, eager, strict=True):
         for row, length in enumerate(LENGTHS):
             np.testing.assert_allclose(own[row, :, :length], reference.numpy()[row, :, :length], rtol=0, atol=tolerance)
@@ -120,3 +125,16 @@ def test_optimized_file_whose_attention_was_left_alone_gives_its_own_weights(hal
     bundle = prepared(optimized(tmp_path / "model.onnx", model, "bert", tokens(), 17, half=half, fused=False))
     assert [site.available for site in bundle.manifest.sites] == [True] * LAYERS
     assert_equals_eager(bundle, model, tokens(), half=half)
+
+
+def test_quantized_attention_gives_its_own_weights(tmp_path: Path) -> None:
+    model, file = Encoder(), tmp_path / "model.onnx"
+    optimized(tmp_path / "plain.onnx", model, "bert", tokens(), 17)
+    with quiet():
+        quantize_dynamic(tmp_path / "plain.onnx", file, extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT})
+    bundle = prepared(file)
+    assert [site.operator for site in bundle.manifest.sites] == ["com.microsoft.QAttention-1"] * LAYERS
+    assert bundle.manifest.precision == "int8"
+    # Against its own output: as near as rounding. Against the module before it was quantized: as near as 8 bits are.
+    assert bundle.manifest.check.weight_max_abs_error <= FLOAT32_TOLERANCE
+    assert_equals_eager(bundle, model, tokens(), tolerance=0.02)

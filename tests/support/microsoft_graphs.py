@@ -163,6 +163,48 @@ class Packed:
 
 
 @dataclass
+class Quantized(Packed):
+    """`QAttention`: the same in integers. `by_column`: a scale and a zero for each column of the weights."""
+
+    by_column: bool = False
+    zeros: bool = True
+
+    def _arrays(self) -> dict[str, Array | None]:
+        rng = np.random.default_rng(self.seed)
+        columns = 3 * self.heads * self.head_dim
+        shape = (columns,) if self.by_column else ()
+        return {
+            "input": rng.integers(0, 256, (self.batch, self.length, self.width)).astype(np.uint8),
+            "weights": rng.integers(-127, 128, (self.width, columns)).astype(np.int8),
+            "bias": rng.normal(size=columns).astype(np.float32),
+            "input_scale": np.array(0.02, np.float32),
+            "weight_scale": rng.uniform(0.005, 0.01, shape).astype(np.float32),
+            "mask": self.mask,
+            "input_zero": np.array(120, np.uint8) if self.zeros else None,
+            "weight_zero": rng.integers(-5, 6, shape).astype(np.int8) if self.zeros else None,
+        }
+
+    def feeds(self) -> dict[str, Array]:
+        kept = {"input", "mask"}
+        return {name: array for name, array in self._arrays().items() if array is not None and name in kept}
+
+    def model(self) -> onnx.ModelProto:
+        arrays = self._arrays()
+        constants = {
+            name: array for name, array in arrays.items() if array is not None and name not in {"input", "mask"}
+        }
+        attributes = {"num_heads": self.heads, **self.attributes}
+        return model_of("QAttention", arrays, constants, self.opset, self.dtype, attributes, self.batch)
+
+    def _projected(self) -> tuple[Array, Array, Array]:
+        wide = {name: array.astype(np.float64) for name, array in self._arrays().items() if array is not None}
+        features = (wide["input"] - wide.get("input_zero", 0)) * wide["input_scale"]
+        weights = (wide["weights"] - wide.get("weight_zero", 0)) * wide["weight_scale"]
+        query, key, value = np.split(features @ weights + wide["bias"], 3, axis=-1)
+        return split(query, self.heads), split(key, self.heads), split(value, self.heads)
+
+
+@dataclass
 class MultiHead:
     """`MultiHeadAttention`. `form`: "apart", "key and value packed", "all packed", or "heads first" (key and value)."""
 
@@ -268,6 +310,7 @@ class GroupQuery:
     bias: Array | None = None
     empty_past: bool = False
     presents: bool = False
+    sink: bool = False
     dtype: type = np.float32
     attributes: dict[str, Any] = field(default_factory=dict)
     opset: int = 17
@@ -304,16 +347,19 @@ class GroupQuery:
             "sin": sin,
             "positions": self.positions,
             "attention_bias": self.bias,
+            "sink": self._sink() if self.sink else None,
         }
 
+    def _sink(self) -> Array:
+        return np.random.default_rng(self.seed + 2).normal(size=self.heads).astype(self.dtype)
+
     def feeds(self) -> dict[str, Array]:
-        return {
-            name: array for name, array in self._arrays().items() if array is not None and name not in {"cos", "sin"}
-        }
+        constants = {"cos", "sin", "sink"}
+        return {name: array for name, array in self._arrays().items() if array is not None and name not in constants}
 
     def model(self) -> onnx.ModelProto:
         arrays = self._arrays()
-        constants = {name: array for name in ("cos", "sin") if (array := arrays[name]) is not None}
+        constants = {name: array for name in ("cos", "sin", "sink") if (array := arrays[name]) is not None}
         attributes = {"num_heads": self.heads, "kv_num_heads": self.kv_heads, **self.attributes}
         if self.rotary:
             attributes["do_rotary"] = 1
@@ -364,7 +410,12 @@ class GroupQuery:
         if self.bias is not None:
             kept &= self.bias > LOWEST
             scores = scores + np.where(self.bias > LOWEST, self.bias, 0.0)
-        return softmax(np.where(kept, scores, -np.inf))
+        scores = np.where(kept, scores, -np.inf)
+        if not self.sink and not self.attributes.get("smooth_softmax"):
+            return softmax(scores)
+        sinks = self._sink().astype(np.float64) if self.sink else np.zeros(self.heads)
+        columns = np.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
+        return softmax(np.concatenate([scores, columns], axis=-1))[..., :-1]
 
     def output_from(self, weights: Array) -> Array:
         """What the operator should answer, (B, L, H * D)."""

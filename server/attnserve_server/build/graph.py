@@ -18,6 +18,13 @@ from attnserve_server.build.taps import add_taps
 __all__ = ["checked", "expose", "precision_of", "read_graph", "save", "tapped", "tapped_at", "with_layout_of"]
 
 
+_INTEGRAL = {
+    *("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits"),
+    *("QAttention", "QLinearMatMul"),
+}
+"""Operators that multiply integers."""
+
+
 def tapped(proto: onnx.ModelProto) -> tuple[ir.Model, dict[str, FoundSite]]:
     """A copy of a model with taps at all sites that can have one, and the sites by name."""
     model = ir.from_proto(proto)
@@ -58,8 +65,7 @@ def save(model: ir.Model, path: Path) -> None:
 
 def precision_of(proto: onnx.ModelProto) -> Literal["fp32", "fp16", "int8"]:
     """What kernels work in: int8 where they are integer ones, fp16 where most weights are float16, else fp32."""
-    integral = {"MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits"}
-    if any(node.op_type in integral for node in proto.graph.node):
+    if any(node.op_type in _INTEGRAL for node in proto.graph.node):
         return "int8"
     sizes: dict[int, int] = {onnx.TensorProto.FLOAT16: 0, onnx.TensorProto.FLOAT: 0}
     for tensor in proto.graph.initializer:

@@ -1,4 +1,4 @@
-"""Finds onnxruntime's own `Attention`, which projects its input with packed weights, as its optimizer writes it.
+"""Finds onnxruntime's own `Attention`, which projects its input with packed weights, and `QAttention`, its int8 form.
 
 Measured on onnxruntime 1.32's CPU kernel: masks are added to the scores (`mask_filter_value` for keys that integers
 leave out, the lowest float32 number behind the frontier, `attention_bias` as it stands), so a row in which every key is
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -25,18 +26,30 @@ from attnserve_server.build.finders.microsoft_nodes import (
     refuse_subgraph,
     required,
 )
-from attnserve_server.build.sites import Columns, FoundSite, Operand, Scores
+from attnserve_server.build.sites import Columns, FoundSite, Operand, Quantized, Scores
 
 _MASK_RANKS = (1, 2, 3, 4)
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Positions of inputs, after input, weights and bias, in which the operators differ."""
+
+    mask: int
+    past: int
+    bias: int | None = None
+
+
+_PLACES = {"Attention": _Places(mask=3, past=4, bias=5), "QAttention": _Places(mask=5, past=8)}
+
+
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
-    """All `Attention` nodes of onnxruntime's domain, in subgraphs too."""
-    return (_site(node, graph) for node in nodes_of(graph, "Attention"))
+    """All such nodes of onnxruntime's domain, in subgraphs too."""
+    return (_site(node, graph, _PLACES[node.op_type]) for node in nodes_of(graph, *_PLACES))
 
 
-def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
-    operator = "com.microsoft.Attention-1"
+def _site(node: ir.Node, graph: ir.Graph, places: _Places) -> FoundSite:
+    operator = f"com.microsoft.{node.op_type}-1"
     causal = node.attributes.get_int("unidirectional", 0) == 1
     heads, head_dim = max(node.attributes.get_int("num_heads", 1), 1), 0
     try:
@@ -44,7 +57,7 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
         hidden, value_hidden = _hidden_sizes(node, heads)
         head_dim = hidden // heads
         refuse_subgraph(node, graph)
-        refuse_inputs(node, {4: "past: weights over a cache are not tapped yet"})
+        refuse_inputs(node, {places.past: "past: weights over a cache are not tapped yet"})
         _refuse_rotation(node)
         scores = Scores(
             query=_operand(node, heads, 0, hidden),
@@ -52,7 +65,10 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
             head_dim=head_dim,
             scale=node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(head_dim),
             causal=causal,
-            masks=(*key_padding(node, 3, _MASK_RANKS), *attention_bias(node, 5)),
+            masks=(
+                *key_padding(node, places.mask, _MASK_RANKS),
+                *(attention_bias(node, places.bias) if places.bias is not None else ()),
+            ),
             zeroed=False,
         )
     except NotTappable as why:
@@ -95,6 +111,14 @@ def _operand(node: ir.Node, heads: int, start: int, stop: int) -> Operand:
         heads,
         packed=True,
         weights=required(node, 1, "weights"),
+        quantized=_quantized(node),
         columns=(start, stop),
         bias=None if bias is None else Columns(bias, start, stop),
     )
+
+
+def _quantized(node: ir.Node) -> Quantized | None:
+    if node.op_type != "QAttention":
+        return None
+    scales = required(node, 3, "input_scale"), required(node, 4, "weight_scale")
+    return Quantized(*scales, input_zero=given(node, 6), weight_zero=given(node, 7))

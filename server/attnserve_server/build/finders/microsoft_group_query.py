@@ -1,7 +1,8 @@
 """Finds onnxruntime's `GroupQueryAttention` without a past: grouped heads, rotation, windows, lengths of keys.
 
 Measured on onnxruntime 1.32's CPU kernels: softcap comes before `attention_bias`; query i sees the `local_window_size`
-keys up to itself, itself among them, and none behind `seqlens_k`; of `position_ids` only the first number counts.
+keys up to itself, itself among them, and none behind `seqlens_k`; of `position_ids` only the first number counts;
+`head_sink` (with `smooth_softmax` alone, 0) is one more score, behind softcap.
 There are two kernels, one of them for nodes that also give their present and have no softcap, and they differ where
 nothing is to be seen: in rows whose every bias is the lowest float32 number or below (0 here; the mean of some values
 or NaN there), and, under a window, in queries behind `seqlens_k`. Weights of such rows are 0. `q_norm_weight` and
@@ -63,6 +64,7 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
             window=max(node.attributes.get_int("local_window_size", -1), 0),
             masks=attention_bias(node, _BIAS, masked_up_to=float(np.finfo(np.float32).min)),
             key_ends=required(node, _LENGTHS, "seqlens_k"),
+            sink=_sink(node),
         )
     except NotTappable as why:
         return FoundSite(node, operator, heads, kv_heads, head_dim, causal=causal, unavailable_reason=str(why))
@@ -88,8 +90,11 @@ def _refuse_what_no_tap_can_do(node: ir.Node) -> None:
     if past is not None and (past.shape is None or past.shape[2] != 0):
         raise NotTappable("it takes past_key: weights over a cache are not tapped yet")
     refuse_inputs(node, _UNKNOWN)
-    if given(node, _SINK) is not None or node.attributes.get_int("smooth_softmax", 0) == 1:
-        raise NotTappable("its softmax has a sink beside the keys: rows of its weights do not sum to 1")
+
+
+def _sink(node: ir.Node) -> ir.Value | float | None:
+    own = given(node, _SINK)
+    return 0.0 if own is None and node.attributes.get_int("smooth_softmax", 0) == 1 else own
 
 
 def _operands(node: ir.Node, heads: int, kv_heads: int, head_dim: int) -> tuple[Operand, Operand, Operand]:

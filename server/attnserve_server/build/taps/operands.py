@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from attnserve_server.build.sites import Columns, FoundSite, Operand, Rotary
+from attnserve_server.build.sites import Columns, FoundSite, Operand, Quantized, Rotary
 from attnserve_server.build.taps.nodes import TapNodes, WholeBatch
 
 
@@ -72,8 +72,18 @@ class Operands:
         wanted = (operand.value, operand.weights)
         if wanted not in self._rows:
             rows = self._tap.rows_of(operand.value)
-            self._rows[wanted] = rows if operand.weights is None else self._tap.op("MatMul", [rows, operand.weights])
+            if operand.weights is not None and operand.quantized is not None:
+                rows = self._integer_product(rows, operand.weights, operand.quantized)
+            elif operand.weights is not None:
+                rows = self._tap.op("MatMul", [rows, operand.weights])
+            self._rows[wanted] = rows
         return self._rows[wanted]
+
+    def _integer_product(self, rows: ir.Value, weights: ir.Value, quantized: Quantized) -> ir.Value:
+        """Float32: exact in integers, as the operator's own, and scaled."""
+        product = self._tap.op("MatMulInteger", [rows, weights, quantized.input_zero, quantized.weight_zero])
+        scale = self._tap.op("Mul", [quantized.input_scale, quantized.weight_scale])
+        return self._tap.op("Mul", [self._tap.float32(product), scale])
 
     def _cut(self, columns: Columns) -> ir.Value:
         tap = self._tap

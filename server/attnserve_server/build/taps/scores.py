@@ -64,14 +64,27 @@ class _ScoresTap:
             if scores.window:
                 kept.append(masks.queries_up_to(scores.key_ends))
         if not kept:
-            return self._tap.op("Softmax", [logits], axis=-1)
+            return self._softmax(logits, scores)
         allowed = kept[0]
         for other in kept[1:]:
             allowed = self._tap.op("And", [allowed, other])
         # Where twice: the first keeps masked keys out of the sum, the second turns a row in which every key is masked
         # (and softmax therefore uniform) into zeros. A selection, since a product would carry a NaN on.
-        softmax = self._tap.op("Softmax", [self._tap.op("Where", [allowed, logits, self._tap.float(LOWEST)])], axis=-1)
+        softmax = self._softmax(self._tap.op("Where", [allowed, logits, self._tap.float(LOWEST)]), scores)
         return self._tap.op("Where", [allowed, softmax, self._tap.float(0.0)])
+
+    def _softmax(self, logits: ir.Value, scores: Scores) -> ir.Value:
+        """Over the keys, and over the sink beside them, whose own share is left out."""
+        tap = self._tap
+        if scores.sink is None:
+            return tap.op("Softmax", [logits], axis=-1)
+        if isinstance(scores.sink, ir.Value):
+            sink = tap.reshape(tap.float32(scores.sink), [tap.ints(1, scores.query.heads, 1, 1)])
+        else:
+            sink = tap.float(scores.sink)
+        column = tap.op("Expand", [sink, tap.op("Concat", [tap.shape(logits, 0, 3), tap.ints(1)], axis=0)])
+        softmax = tap.op("Softmax", [tap.op("Concat", [logits, column], axis=3)], axis=-1)
+        return tap.op("Slice", [softmax, tap.ints(0), tap.ints(-1), tap.ints(3)])
 
     def _added(self, scores: Scores, masks: MaskRows, logits: ir.Value) -> ir.Value:
         """Softmax of the scores and all that is added to them, which is summed first, as onnxruntime does.
