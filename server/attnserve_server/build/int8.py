@@ -44,6 +44,8 @@ def quantized(model: ir.Model) -> ir.Model:
     """
     LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=_LEAST_WIDTH)(model)
     graph = model.graph
+    for node in [node for node in graph if node.op_type == "Gemm" and _is_product_and_bias(node)]:
+        _take_apart(graph, node)
     rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     for node in list(graph):
         weights = _weights(node)
@@ -76,6 +78,36 @@ def relative_error(weights: Array, rounded: Array, steps: Array) -> float:
         return 0.0
     error = rounded * steps.astype(np.float64) - weights
     return float(np.sqrt(np.mean(error**2)) / np.median(wide[wide > 0]))
+
+
+def _is_product_and_bias(node: ir.Node) -> bool:
+    """Whether a `Gemm` is x @ weights + bias, as GPT-2's products are: nothing is scaled, and x is not transposed."""
+    scaled = any(node.attributes.get_float(name, 1.0) != 1 for name in ("alpha", "beta"))
+    weights = node.inputs[1]
+    constant = weights is not None and weights.const_value is not None and not weights.is_graph_input()
+    return constant and not scaled and not node.attributes.get_int("transA", 0)
+
+
+def _take_apart(graph: ir.Graph, node: ir.Node) -> None:
+    """Put a product and a sum in the place of a `Gemm`."""
+    source, weights, *bias = node.inputs
+    assert source is not None
+    assert weights is not None
+    builder = _Builder(graph, node)
+    if node.attributes.get_int("transB", 0):
+        assert weights.const_value is not None
+        turned = np.ascontiguousarray(weights.const_value.numpy().T)
+        weights = builder.stored(f"{builder.base}.turned", turned)
+    result = builder.op("MatMul", [source, weights])
+    output = node.outputs[0]
+    if bias and bias[0] is not None:
+        result.shape, result.type = output.shape, output.type
+        result = builder.op("Add", [result, bias[0]])
+    result.shape, result.type = output.shape, output.type
+    name = output.name
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    result.name = name
 
 
 def _weights(node: ir.Node) -> Array | None:

@@ -190,3 +190,27 @@ def test_fp16_puts_distances_into_the_buckets_that_they_were_in() -> None:
     for distance in range(8, 128):
         x = np.array([distance], np.float32)
         assert run(reduced, x) == run(source, x), f"distance {distance}"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_int8_takes_products_that_come_with_their_bias(turned: bool, biased: bool) -> None:
+    rng = np.random.default_rng(7)
+    weights = rng.normal(0, 0.3, (WIDTH, WIDTH)).astype(np.float32)
+    bias = rng.normal(size=WIDTH).astype(np.float32)
+    stored = {"weights": np.ascontiguousarray(weights.T) if turned else weights, "bias": bias}
+    inputs = ["x", "weights", "bias"] if biased else ["x", "weights"]
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", inputs, ["y"], name="gemm", transB=int(turned))],
+        "gemm",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", WIDTH])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", WIDTH])],
+        [numpy_helper.from_array(stored[name], name) for name in inputs[1:]],
+    )
+    source = checked(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "gemm")
+    reduced = checked(in_precision(source, "int8"), "gemm")
+    assert precision_of(reduced) == "int8"
+    x = sample(5)
+    # Steps of 1/127 of the greatest number on both sides, over 48 terms of size 0.3.
+    np.testing.assert_allclose(run(reduced, x), run(source, x), rtol=0, atol=0.1)
+    np.testing.assert_allclose(run(source, x), x @ weights + (bias if biased else 0), rtol=0, atol=1e-4)
