@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,56 +56,59 @@ def with_windows(
         sampler: makes sequences for it.
         work: a folder for files.
     """
-    windowed = {
-        name: site for name, site in sites.items() if site.form == "windowed" and site.probabilities is not None
-    }
     settled = dict(sites)
-    for name, site in windowed.items():
-        assert site.probabilities is not None
-        try:
-            found = _windows(proto, name, site.probabilities, sampler, work)
-            settled[name] = replace(site, windows=found)
-        except (NotTraced, BuildRefused) as why:
-            reason = f"which keys its windows hold is not known: {why}"
-            settled[name] = replace(site, probabilities=None, unavailable_reason=reason)
+    windowed = {name: site.probabilities for name, site in sites.items() if site.form == "windowed"}
+    found: dict[str, Windows | NotTraced] = {}
+    own = {name: probabilities for name, probabilities in windowed.items() if probabilities is not None}
+    if own:
+        found = _windows(proto, own, sampler, work)
+    for name, each in found.items():
+        if isinstance(each, Windows):
+            settled[name] = replace(sites[name], windows=each)
+            continue
+        reason = f"which keys its windows hold is not known: {each}"
+        settled[name] = replace(sites[name], probabilities=None, unavailable_reason=reason)
     return settled
 
 
-def _windows(proto: onnx.ModelProto, name: str, probabilities: Probabilities, sampler: Sampler, work: Path) -> Windows:
-    anchors = _anchors(proto, name, sampler, work / "anchors.onnx")
+def _windows(
+    proto: onnx.ModelProto, own: Mapping[str, Probabilities], sampler: Sampler, work: Path
+) -> dict[str, Windows | NotTraced]:
+    """All sites of a graph in one copy of it, since graphs are large."""
+    found: dict[str, Windows | NotTraced] = {}
+    anchors: dict[str, _Anchors] = {}
+    for name, anchor in _anchors(proto, own, sampler, work / "anchors.onnx").items():
+        if isinstance(anchor, NotTraced):
+            found[name] = anchor
+        else:
+            anchors[name] = anchor
     model = ir.from_proto(proto)
     values = {value.name: value for node in model.graph for value in node.outputs}
-    products = _products(find_sites(model.graph)[name])
-    query = Tracer(model.graph, values[anchors.query], "query").trace(products.query)
-    key = Tracer(model.graph, values[anchors.key], "key").trace(products.value)
-    shown = [products.key, products.scores, products.weights]
-    for value in shown:
-        if not value.is_graph_output():
-            model.graph.outputs.append(value)
+    sites = find_sites(model.graph)
+    traced: dict[str, tuple[_Products, list[str]]] = {}
+    for number, (name, anchor) in enumerate(anchors.items()):
+        products = _products(sites[name])
+        try:
+            query = Tracer(model.graph, values[anchor.query], f"{number}.query").trace(products.query)
+            key = Tracer(model.graph, values[anchor.key], f"{number}.key").trace(products.value)
+        except NotTraced as why:
+            found[name] = why
+            continue
+        shown = [products.key, products.scores, products.weights]
+        model.graph.outputs.extend(value for value in shown if not value.is_graph_output())
+        traced[name] = products, [str(value.name) for value in (query, key, *shown)]
+    if not traced:
+        return found
     path = work / "provenance.onnx"
     ir.save(model, path)
     runner = Runner(path)
-    names = [str(value.name) for value in (query, key, *shown)]
-    short, long = probe_lengths(sampler.signature.symbols)
-    tables = [_table(runner, sampler, lengths, names, probabilities, products, anchors) for lengths in (short, long)]
-    width = tables[0].keys.shape[1]
-    longest = {symbol: width * _LONGER + at for at, symbol in enumerate(sampler.signature.symbols)}
-    try:
-        if longest:
-            tables.append(_table(runner, sampler, longest, names, probabilities, products, anchors))
-    except BuildRefused:
-        pass  # the graph takes no sequences as long as that
-    orders = {each.order for each in tables}
-    if orders != {()} and (not anchors.fixed or len(orders) > 1):
-        raise NotTraced("its queries change places, and their number is not fixed")
-    spec = fitted([SeenBand(each.keys, each.length, each.block) for each in tables], fixed=anchors.fixed)
-    if spec is None:
-        raise NotTraced("its columns stand for keys in no known order")
-    for each in tables:
-        unnamed = (each.keys >= 0) & (band_keys(spec, len(each.keys), each.length) < 0)
-        if (np.abs(each.weights[..., unnamed]) > _NOTHING).any():
-            raise NotTraced("a row has weights for one key in two columns")
-    return Windows(spec, anchors.query, anchors.key_extent, orders.pop())
+    for name, (products, names) in traced.items():
+        study = _Study(runner, sampler, names, own[name], products, anchors[name])
+        try:
+            found[name] = study.windows()
+        except (NotTraced, BuildRefused) as why:
+            found[name] = NotTraced(str(why))
+    return found
 
 
 def with_key_axes(axes: Axes, sites: Mapping[str, FoundSite]) -> Axes:
@@ -129,8 +133,8 @@ def band_error(windows: Windows, probabilities: Probabilities, weights: Array, v
     """
     batch, _, queries, width = weights.shape
     of_vectors = (*probabilities.axes[:-2], (Factor("query"),), (Factor("key"),))
-    values = arranged(value.astype(np.float64), of_vectors, {"batch": batch})
-    outputs = arranged(output.astype(np.float64), of_vectors, {"batch": batch})
+    values = arranged(value.astype(np.float64), of_vectors, batch)
+    outputs = arranged(output.astype(np.float64), of_vectors, batch)
     count = values.shape[2] // width
     at = np.array(windows.order or range(queries))
     window_of = at // (outputs.shape[2] // count)
@@ -182,37 +186,59 @@ def _products(site: FoundSite) -> _Products:
     )
 
 
-def _anchors(proto: onnx.ModelProto, name: str, sampler: Sampler, path: Path) -> _Anchors:
+def _anchors(
+    proto: onnx.ModelProto, names: Collection[str], sampler: Sampler, path: Path
+) -> dict[str, _Anchors | NotTraced]:
     """The nearest values before queries and keys that are (B, T, C), with T the length of an axis or fixed."""
     model = ir.from_proto(proto)
-    products = _products(find_sites(model.graph)[name])
-    found = {role: [each for each in ancestors(value) if each.producer()] for role, value in _traced(products)}
+    sites = find_sites(model.graph)
+    before: dict[str, dict[str, list[str]]] = {}
     shapes: dict[str, str] = {}
-    for value in {each: None for values in found.values() for each in values}:
-        shape = ir.node("Shape", [value], outputs=[ir.val(f"provenance.shape.{len(shapes)}", ir.DataType.INT64)])
-        model.graph.append(shape)
-        model.graph.outputs.append(shape.outputs[0])
-        shapes[str(value.name)] = str(shape.outputs[0].name)
+    chosen: dict[str, _Anchors | NotTraced] = {}
+    for name in names:
+        try:
+            products = _products(sites[name])
+        except NotTraced as why:
+            chosen[name] = why
+            continue
+        before[name] = {}
+        for role, value in _traced(products):
+            nearest = [each for each in ancestors(value) if each.producer()]
+            before[name][role] = [str(each.name) for each in nearest]
+            for each in nearest:
+                if each.name not in shapes:
+                    shape = ir.val(f"provenance.shape.{len(shapes)}", ir.DataType.INT64)
+                    model.graph.append(ir.node("Shape", [each], outputs=[shape]))
+                    model.graph.outputs.append(shape)
+                    shapes[str(each.name)] = str(shape.name)
+    if not before:
+        return chosen
     ir.save(model, path)
     runner = Runner(path)
-    lengths = probe_lengths(sampler.signature.symbols)
     batches = (1, 1) if sampler.signature.fixed_batch else _BATCHES
-    runs = []
-    for each, batch in zip(lengths, batches, strict=True):
-        feeds = sampler.batch([sampler.sequence(each, row) for row in range(batch)], each)
+    runs: list[_Run] = []
+    for lengths, batch in zip(probe_lengths(sampler.signature.symbols), batches, strict=True):
+        feeds = sampler.batch([sampler.sequence(lengths, row) for row in range(batch)], lengths)
         seen = runner.run(feeds, list(shapes.values()), tap=False)
-        runs.append((batch, each, {value: tuple(seen[shape].tolist()) for value, shape in shapes.items()}))
-    chosen: dict[str, tuple[str, str | int]] = {}
-    for role, values in found.items():
-        fits = [(str(value.name), extent) for value in values if (extent := _extent(str(value.name), runs)) is not None]
-        # One that follows an axis of the inputs before one that is merely of one length.
-        fits.sort(key=lambda fit: isinstance(fit[1], int))
-        if not fits:
-            raise NotTraced(f"nothing that its {role} comes from is a sequence")
-        chosen[role] = fits[0]
-    if chosen["query"][1] != chosen["key"][1]:
-        raise NotTraced("its keys are of another sequence than its queries")
-    return _Anchors(chosen["query"][0], chosen["key"][0], chosen["query"][1], chosen["key"][1])
+        runs.append((batch, lengths, {value: tuple(seen[shape].tolist()) for value, shape in shapes.items()}))
+    for name, roles in before.items():
+        try:
+            query, key = (_nearest(role, values, runs) for role, values in roles.items())
+        except NotTraced as why:
+            chosen[name] = why
+            continue
+        same = query[1] == key[1]
+        other = NotTraced("its keys are of another sequence than its queries")
+        chosen[name] = _Anchors(query[0], key[0], query[1], key[1]) if same else other
+    return chosen
+
+
+def _nearest(role: str, values: Sequence[str], runs: Sequence[_Run]) -> tuple[str, str | int]:
+    """One that follows an axis of the inputs before one that is merely of one length."""
+    fits = [(value, extent) for value in values if (extent := _extent(value, runs)) is not None]
+    if not fits:
+        raise NotTraced(f"nothing that its {role} comes from is a sequence")
+    return min(fits, key=lambda fit: isinstance(fit[1], int))
 
 
 def _traced(products: _Products) -> tuple[tuple[str, ir.Value], tuple[str, ir.Value]]:
@@ -220,9 +246,11 @@ def _traced(products: _Products) -> tuple[tuple[str, ir.Value], tuple[str, ir.Va
     return ("query", products.query), ("key", products.value)
 
 
-def _extent(
-    value: str, runs: Sequence[tuple[int, Mapping[str, int], Mapping[str, tuple[int, ...]]]]
-) -> str | int | None:
+_Run = tuple[int, Mapping[str, int], Mapping[str, tuple[int, ...]]]
+"""A batch, its lengths, and the shapes of values."""
+
+
+def _extent(value: str, runs: Sequence[_Run]) -> str | int | None:
     """What the second of three axes follows, where the first is the batch."""
     shapes = [shapes[value] for _, _, shapes in runs]
     if any(len(shape) != 3 or shape[0] != batch for shape, (batch, _, _) in zip(shapes, runs, strict=True)):
@@ -245,44 +273,66 @@ class _Table:
     order: tuple[int, ...]
 
 
-def _table(
-    runner: Runner,
-    sampler: Sampler,
-    lengths: Mapping[str, int],
-    names: Sequence[str],
-    probabilities: Probabilities,
-    products: _Products,
-    anchors: _Anchors,
-) -> _Table:
-    batch = 1 if sampler.signature.fixed_batch else _BATCHES[0]
-    feeds = sampler.batch([sampler.sequence(lengths, row) for row in range(batch)], lengths)
-    found = runner.run(feeds, names, tap=False)
-    queries, keys, key, scores, weights = (found[each] for each in names)
-    if scores.shape != weights.shape:
-        raise NotTraced("its weights have other axes than its scores")
-    rows = _rows(products.of_scores, queries, key)
-    columns = _columns(products.of_value, 1 - products.position, keys, weights)
-    axes, extents = probabilities.axes, {"batch": batch}
-    rows, columns, own = (arranged(each, axes, extents) for each in (rows, columns, weights))
-    for each in (rows, columns):
-        if (each != each[:1, :1]).any():
+@dataclass(frozen=True, slots=True)
+class _Study:
+    """What is run to learn of one site: names of its query's and value's origins, key, scores and weights."""
+
+    runner: Runner
+    sampler: Sampler
+    names: Sequence[str]
+    probabilities: Probabilities
+    products: _Products
+    anchors: _Anchors
+
+    def windows(self) -> Windows:
+        """What its windows are. Raises NotTraced, or BuildRefused where the graph does not run."""
+        tables = [self._table(lengths) for lengths in probe_lengths(self.sampler.signature.symbols)]
+        width = tables[0].keys.shape[1]
+        longest = {symbol: width * _LONGER + at for at, symbol in enumerate(self.sampler.signature.symbols)}
+        if longest:
+            with contextlib.suppress(BuildRefused):  # of a graph that takes no sequences as long as that
+                tables.append(self._table(longest))
+        orders = {each.order for each in tables}
+        if orders != {()} and (not self.anchors.fixed or len(orders) > 1):
+            raise NotTraced("its queries change places, and their number is not fixed")
+        spec = fitted([SeenBand(each.keys, each.length, each.block) for each in tables], fixed=self.anchors.fixed)
+        if spec is None:
+            raise NotTraced("its columns stand for keys in no known order")
+        for each in tables:
+            unnamed = (each.keys >= 0) & (band_keys(spec, len(each.keys), each.length) < 0)
+            if (np.abs(each.weights[..., unnamed]) > _NOTHING).any():
+                raise NotTraced("a row has weights for one key in two columns")
+        return Windows(spec, self.anchors.query, self.anchors.key_extent, orders.pop())
+
+    def _table(self, lengths: Mapping[str, int]) -> _Table:
+        batch = 1 if self.sampler.signature.fixed_batch else _BATCHES[0]
+        feeds = self.sampler.batch([self.sampler.sequence(lengths, row) for row in range(batch)], lengths)
+        found = self.runner.run(feeds, self.names, tap=False)
+        queries, keys, key, scores, weights = (found[each] for each in self.names)
+        if scores.shape != weights.shape:
+            raise NotTraced("its weights have other axes than its scores")
+        rows = _rows(self.products.of_scores, queries, key)
+        columns = _columns(self.products.of_value, 1 - self.products.position, keys, weights)
+        axes = self.probabilities.axes
+        rows, columns, own = (arranged(each, axes, batch) for each in (rows, columns, weights))
+        if any((each != each[:1, :1]).any() for each in (rows, columns)):
             raise NotTraced("its windows differ from head to head")
-    if (rows != rows[..., :1]).any():
-        raise NotTraced("the columns of a row belong to several queries")
-    places = rows[0, 0, :, 0].astype(np.int64) - 1
-    count = _length(anchors.query_extent, lengths)
-    if sorted(places[places >= 0].tolist()) != list(range(count)):
-        raise NotTraced("its rows are not its queries, each once")
-    at = np.empty(count, dtype=np.int64)
-    at[places[places >= 0]] = np.flatnonzero(places >= 0)
-    straight = np.array_equal(at, np.arange(count))
-    return _Table(
-        keys=columns[0, 0, at].astype(np.int64) - 1,
-        weights=own[:, :, at],
-        length=_length(anchors.key_extent, lengths),
-        block=_rows_of_window(axes, weights.shape),
-        order=() if straight else tuple(at.tolist()),
-    )
+        if (rows != rows[..., :1]).any():
+            raise NotTraced("the columns of a row belong to several queries")
+        places = rows[0, 0, :, 0].astype(np.int64) - 1
+        count = _length(self.anchors.query_extent, lengths)
+        if sorted(places[places >= 0].tolist()) != list(range(count)):
+            raise NotTraced("its rows are not its queries, each once")
+        at = np.empty(count, dtype=np.int64)
+        at[places[places >= 0]] = np.flatnonzero(places >= 0)
+        straight = np.array_equal(at, np.arange(count))
+        return _Table(
+            keys=columns[0, 0, at].astype(np.int64) - 1,
+            weights=own[:, :, at],
+            length=_length(self.anchors.key_extent, lengths),
+            block=_rows_of_window(axes, weights.shape),
+            order=() if straight else tuple(at.tolist()),
+        )
 
 
 def _length(extent: str | int, lengths: Mapping[str, int]) -> int:
@@ -317,24 +367,24 @@ def _columns(product: Product, position: int, values: Array, weights: Array) -> 
     return columns
 
 
-def arranged(array: Array, axes: tuple[tuple[Factor, ...], ...], extents: Mapping[str, int]) -> Array:
+def arranged(array: Array, axes: tuple[tuple[Factor, ...], ...], batch: int) -> Array:
     """An array in a graph's layout as (B, H, M, W), M counting the rows of all windows in order.
 
     Args:
         array: with `axes`, or broadcast to them.
         axes: what each counts.
-        extents: of the batch.
+        batch: B.
     """
     sizes: list[int] = []
     for factors, size in zip(axes, array.shape, strict=True):
-        known = [extents["batch"] if factor.role == "batch" else factor.extent for factor in factors]
+        known = [batch if factor.role == "batch" else factor.extent for factor in factors]
         rest = size // int(np.prod([each for each in known if each is not None], dtype=int))
         sizes += [rest if each is None else each for each in known]
     roles = [factor.role for each in axes for factor in each]
     order = sorted(range(len(roles)), key=lambda place: _ORDER[roles[place]])
     apart = array.reshape(sizes).transpose(order)
     heads = int(np.prod([size for size, role in zip(sizes, roles, strict=True) if role == "head"], dtype=int))
-    return apart.reshape(extents["batch"], heads, -1, apart.shape[-1])
+    return apart.reshape(batch, heads, -1, apart.shape[-1])
 
 
 def _rows_of_window(axes: tuple[tuple[Factor, ...], ...], shape: tuple[int, ...]) -> int:
