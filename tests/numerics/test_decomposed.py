@@ -12,6 +12,7 @@ import pytest
 from attnserve_server.build.assemble import Assembled, assemble
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.graph import checked
+from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.signature import signature_of
 from attnserve_server.engine.session import RuntimeSession
@@ -120,3 +121,15 @@ def forms(draw: st.DrawFn) -> Decomposed:
 @given(forms())
 def test_any_combination_equals_the_definition(case: Decomposed) -> None:
     assert_equals_definition(case)
+
+
+@settings(max_examples=15)
+@given(forms())
+def test_any_combination_is_prepared(case: Decomposed) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "case.onnx"
+        onnx.save(case.model(), path)
+        bundle = prepare_bundle(PrepareRequest(file=path, name="case", repository=Path(folder), max_length=40))
+    (site,) = bundle.manifest.sites
+    assert site.available
+    assert site.heads == HEADS

@@ -12,8 +12,8 @@ WRAPPER = "attnserve_source"
 """The attribute under which export wraps the source module; it is no part of a site's name."""
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """The metadata in which torch's exporter keeps the path of modules that a node comes from."""
-_INNER = {"self", "attn_fn", "sdpa", "core_attention"}
-"""Modules that only hold the computation inside the module that people call the attention."""
+_INNER = {"self", "attn_fn", "sdpa", "core_attention", "softmax", "attend"}
+"""Modules that only hold the computation, or its softmax, inside the module that people call the attention."""
 
 
 def site_names(nodes: Sequence[ir.Node]) -> list[str]:

@@ -153,6 +153,7 @@ def named(name: str = "", scopes: object = None) -> ir.Node:
         (named("node_attention_3"), "attention_0"),
         (named(), "attention_0"),
         (named("/encoder/layer.2/attention/self/MatMul"), "encoder.layer.2.attention"),
+        (named("/encoder/layers.0/attn/softmax/Softmax"), "encoder.layers.0.attn"),
         (named("/Attention"), "attention_0"),
         (named("n", ["", "model.h.0.attn", "sdpa"]), "model.h.0.attn"),
         (named("n", ["", "attnserve_source.encoder.layer.0.attention.self", "sdpa"]), "encoder.layer.0.attention"),
