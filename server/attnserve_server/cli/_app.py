@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from attnserve_server.cli import bring, healthcheck, serve
+from attnserve_server.cli import bring, check, healthcheck, serve
 
 app = typer.Typer(name="attnserve-server", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,4 +29,5 @@ def _attnserve_server(
 
 serve.register(app)
 bring.register(app)
+check.register(app)
 healthcheck.register(app)

@@ -94,7 +94,7 @@ def export(  # noqa: PLR0913 - the options of a command
     as_json: AsJson = False,
 ) -> None:
     """Turn a Hugging Face model folder, or a model of the zoo, into a bundle, and check it against its source."""
-    with _spoken():
+    with spoken():
         _check_names(name, version)
         from attnserve_server.build.export import ExportRequest, export_bundle  # noqa: PLC0415 - slow to import
         from attnserve_server.build.progress import Steps  # noqa: PLC0415 - as above
@@ -140,7 +140,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
     as_json: AsJson = False,
 ) -> None:
     """Turn a bare ONNX file into a bundle: find its attention, add taps, and check them against the file."""
-    with _spoken():
+    with spoken():
         _check_names(name, version)
         from attnserve_server.build.prepare import PrepareRequest, prepare_bundle  # noqa: PLC0415 - slow to import
         from attnserve_server.build.progress import Steps  # noqa: PLC0415 - as above
@@ -163,7 +163,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A bundle's folder, or an ONNX file.")], as_json: AsJson = False
 ) -> None:
     """List inputs, outputs, axis symbols and attention sites of a bundle or a bare ONNX file."""
-    with _spoken():
+    with spoken():
         from attnserve_server.build.inspect import inspect_model, show  # noqa: PLC0415 - slow to import
 
         description = inspect_model(path)
@@ -174,7 +174,7 @@ def inspect(
 
 
 @contextlib.contextmanager
-def _spoken() -> Iterator[None]:
+def spoken() -> Iterator[None]:
     """Say what went wrong in one sentence, and leave with the exit code for it; never with a traceback."""
     console = Console(stderr=True)
     try:

@@ -1,0 +1,172 @@
+"""`attnserve-server check`: what it finds, what it prints, and how it exits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.cli._app import app
+from attnserve_server.model.golden import GOLDEN_FILE
+from attnserve_server.model.repository import Bundle, write_bundle
+from click.testing import Result
+from onnx import numpy_helper
+from onnx_files import encoder, saved
+from tiny_bundle import tiny_manifest, write_tiny_files
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A prepared encoder; `source.onnx` beside its repository is what it was made from."""
+    folder = tmp_path_factory.mktemp("check")
+    file = saved(encoder(), folder / "source.onnx")
+    return prepare_bundle(PrepareRequest(file=file, name="encoder", repository=folder / "models"))
+
+
+def source_of(bundle: Bundle) -> Path:
+    return bundle.path.parents[2] / "source.onnx"
+
+
+def check(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["check", *map(str, arguments)])
+
+
+def findings(*arguments: object) -> dict[str, dict[str, Any]]:
+    done = check(*arguments, "--json")
+    return {finding["what"]: finding for finding in json.loads(done.stdout)["findings"]}
+
+
+def changed(bundle: Bundle, root: Path, change: Any, *, golden: bool = True) -> Path:
+    """The bundle with another graph, sealed anew; with `golden` false its golden answers are left out."""
+    model = onnx.load(bundle.model_path)
+    change(model)
+    file = saved(model, root / "changed.onnx")
+    files = {name: bundle.path / name for name in bundle.manifest.files} | {"model.onnx": file}
+    manifest = bundle.manifest
+    if not golden:
+        manifest = manifest.model_copy(update={"golden": None})
+        del files[GOLDEN_FILE]
+    return write_bundle(root / "models", manifest, files).path
+
+
+def scaled(name: str, factor: float) -> Any:
+    def change(model: onnx.ModelProto) -> None:
+        (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), name))
+
+    return change
+
+
+def test_sound_bundle_passes_every_check(bundle: Bundle) -> None:
+    done = check(bundle.path)
+    assert done.exit_code == 0, done.output
+    for what in ("files", "golden answers", "padding along seq", "company in a batch", "weights @ value"):
+        assert f"ok  {what}" in done.stdout
+    assert "FAILED" not in done.stdout
+
+
+def test_json_tells_the_same_findings(bundle: Bundle) -> None:
+    done = check(bundle.path, "--json")
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["passed"], told["digest"]) == (0, True, bundle.manifest.digest)
+    assert all(finding["passed"] for finding in told["findings"])
+    assert told["quality"] is None
+
+
+def test_bundle_is_compared_with_the_file_it_was_made_from(bundle: Bundle) -> None:
+    outputs = findings(bundle.path, "--against", source_of(bundle))["outputs"]
+    assert outputs["passed"]
+    # The same graph on the same processor: only sums may be taken in another order.
+    assert outputs["error"] < 1e-5
+
+
+def test_another_source_fails(bundle: Bundle, tmp_path: Path) -> None:
+    other = encoder()
+    scaled("words", 1.5)(other)
+    done = check(bundle.path, "--against", saved(other, tmp_path / "other.onnx"))
+    assert done.exit_code == 1
+    assert "FAILED  outputs" in done.stdout
+
+
+def test_source_of_other_inputs_fails(bundle: Bundle, tmp_path: Path) -> None:
+    found = findings(bundle.path, "--against", saved(encoder(masked=False), tmp_path / "other.onnx"))
+    assert found["outputs"]["detail"] == "the source has no input attention_mask"
+
+
+def test_changed_file_fails_and_is_not_even_loaded(bundle: Bundle, tmp_path: Path) -> None:
+    path = changed(bundle, tmp_path, scaled("words", 1.0))
+    with (path / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    found = findings(path)
+    assert list(found) == ["files"]
+    assert "sha256" in found["files"]["detail"]
+    assert check(path).exit_code == 1
+
+
+def test_swapped_graph_under_a_seal_that_fits_fails(bundle: Bundle, tmp_path: Path) -> None:
+    path = changed(bundle, tmp_path, scaled("words", 2.0))
+    found = findings(path)
+    assert found["files"]["passed"]
+    assert not found["golden answers"]["passed"]
+    assert found["golden answers"]["error"] > found["golden answers"]["allowed"]
+
+
+def test_wrong_weights_fail_without_golden_answers_too(bundle: Bundle, tmp_path: Path) -> None:
+    def swap(model: onnx.ModelProto) -> None:
+        """The tap's scores get another scale: still weights, of another model."""
+        (softmax,) = [node for node in model.graph.node if node.op_type == "Softmax"]
+        model.graph.initializer.append(numpy_helper.from_array(np.array(3, np.float32), "three"))
+        tripled = onnx.helper.make_node("Mul", [softmax.input[0], "three"], ["tripled"])
+        softmax.input[0] = "tripled"
+        model.graph.node.insert(list(model.graph.node).index(softmax), tripled)
+
+    found = findings(changed(bundle, tmp_path, swap, golden=False))
+    assert found["golden answers"]["passed"] is None
+    assert not found["weights @ value"]["passed"]
+
+
+def test_old_bundle_without_golden_answers_is_still_checked(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    path = write_bundle(tmp_path / "models", tiny_manifest(), write_tiny_files(tmp_path / "files")).path
+    found = findings(path)
+    assert found["golden answers"] == {
+        "what": "golden answers",
+        "passed": None,
+        "error": None,
+        "allowed": None,
+        "detail": "the bundle has none: it was made before there were any",
+    }
+    assert found["padding along seq"]["passed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["nothing"], "nothing is no bundle"),
+        ([".", "--against", "x"], "is no bundle: it has no manifest.json"),
+    ],
+)
+def test_what_is_no_bundle_is_refused(arguments: list[str], why: str, tmp_path: Path) -> None:
+    done = check(tmp_path / arguments[0], *arguments[1:])
+    assert done.exit_code == 2
+    assert why in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_source_that_cannot_be_read_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no graph")
+    done = check(bundle.path, "--against", broken)
+    assert done.exit_code == 2
+    assert "broken.onnx" in done.stderr
+
+
+def test_help_shows_how_to_compare(tmp_path: Path) -> None:
+    done = check("--help")
+    assert "--against" in done.stdout
+    assert "Exit codes: 0 all is well, 1 the check failed, 2 it could not be made." in " ".join(done.stdout.split())
