@@ -30,6 +30,7 @@ from attnserve_client._errors import (
 )
 from attnserve_client._inputs import Input, Inputs, Priority
 from attnserve_client._models import Axis, ModelInfo, Site, TensorSpec
+from attnserve_client._patches import Panel, PatchGrid
 from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
 from attnserve_client._retry import RetryPolicy
 from attnserve_client._selection import Attention
@@ -56,6 +57,8 @@ __all__ = [
     "ModelNotFound",
     "NotServing",
     "Overloaded",
+    "Panel",
+    "PatchGrid",
     "Priority",
     "RawLinks",
     "Receipt",

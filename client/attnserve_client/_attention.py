@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from attnserve_client._patches import Panel, PatchGrid
 from attnserve_client._tokens import Array, Link, RawLinks, Token, as_float32, plain_token
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class AttentionMap:
         query_tokens: What the L rows stand for.
         key_tokens: What the S columns stand for.
         axis_tokens: All units of each axis, special tokens included, by axis symbol.
+        grids: How the units of an axis cover an image, by axis symbol; none for axes that hold no patches.
         raw: What came: weights (H, L, S), of a band (H, L, W), in the dtype asked for, a view of the answer's bytes; or
             links.
         band_keys: Where a band came, int32 (L, W): the place among `key_tokens` of the key that each column of a row
@@ -54,6 +56,7 @@ class AttentionMap:
     residual: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     band_keys: npt.NDArray[np.int32] | None = field(default=None, repr=False)
     axis_tokens: dict[str, tuple[Token, ...]] = field(default_factory=dict, repr=False)
+    grids: dict[str, PatchGrid] = field(default_factory=dict, repr=False)
     model: str = ""
 
     @property
@@ -177,6 +180,27 @@ class AttentionMap:
         """
         weights, _ = self._chosen(head)
         return np.asarray(weights[0] if len(weights) == 1 else weights.mean(axis=0), dtype=np.float32)
+
+    def over_patches(self, head: int | None = None) -> list[Panel]:
+        """What each query looks at over the patches of an image; where the queries are patches, what looks at each key.
+
+        Args:
+            head: One head, or with None the mean over this map's heads.
+
+        Returns:
+            A panel for each row (or column), in order; empty where neither side is of patches.
+
+        Raises:
+            ValueError: There is no such head in this map.
+        """
+        weights, tokens, others = self.head_weights(head), self.query_tokens, self.key_tokens
+        grid = self.grids.get(self.key_axis)
+        if grid is None:
+            grid = self.grids.get(self.query_axis)
+            weights, tokens, others = weights.T, others, tokens
+        if grid is None:
+            return []
+        return [Panel(token, grid.lay_out(row, others)) for token, row in zip(tokens, weights, strict=True)]
 
     def to_html(self) -> str:
         """A page that shows the map: heatmap, sentence and strongest links. It loads nothing and is safe to open."""

@@ -16,6 +16,7 @@ from attnserve_client._tokens import plain_token
 
 if TYPE_CHECKING:
     from attnserve_client._attention import AttentionMap
+    from attnserve_client._patches import PatchGrid
 
 _STEPS: Final = 65535
 """Weights travel as 16-bit steps of the map's greatest: finer than any colour, at a third of the bytes of numbers."""
@@ -90,11 +91,17 @@ def _data(attention: AttentionMap) -> dict[str, Any]:
         "same": attention.query_axis == attention.key_axis,
         "queries": [plain_token(token) for token in attention.query_tokens],
         "keys": [plain_token(token) for token in attention.key_tokens],
+        "queryGrid": _grid(attention.grids.get(attention.query_axis)),
+        "keyGrid": _grid(attention.grids.get(attention.key_axis)),
         "scale": scale,
         "weights": base64.b64encode(steps.tobytes()).decode("ascii"),
         # One bit for each cell, row after row, the first in the highest bit.
         "outside": None if outside is None else base64.b64encode(np.packbits(outside).tobytes()).decode("ascii"),
     }
+
+
+def _grid(grid: PatchGrid | None) -> dict[str, int] | None:
+    return None if grid is None else {"rows": grid.rows, "columns": grid.columns, "leading": grid.leading}
 
 
 def _inert(data: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from attnserve.v1 import attention_pb2, model_pb2
 
+from attnserve_client._patches import PatchGrid
 from attnserve_client._tensors import dtype_name
 
 KINDS: Final[dict[int, str]] = {
@@ -29,21 +30,29 @@ _STATES: Final[dict[int, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An input or output. `shape` has an axis symbol or a fixed length for each axis, without the batch axis."""
+    """An input or output. `shape` has an axis symbol or a fixed length for each axis, without the batch axis.
+
+    `vocabulary_size`: of an input of token ids, which run from 0 to this less 1; 0 where that is not known.
+    """
 
     name: str
     dtype: str
     shape: tuple[str | int, ...]
     optional: bool = False
+    vocabulary_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A dynamic axis: its symbol, its greatest length, and whether sequences of other lengths may share its batch."""
+    """A dynamic axis: its symbol, its greatest length, and whether sequences of other lengths may share its batch.
+
+    `grid`: how it covers an image; None where it holds no patches.
+    """
 
     symbol: str
     max_length: int
     paddable: bool
+    grid: PatchGrid | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,8 @@ class ModelInfo:
         max_response_bytes: Most bytes of tensor data in one answer.
         precision: `fp32`, `fp16` or `int8`.
         execution_provider: What runs it; empty until loaded.
+        text_axis: Axis symbol of a text's tokens; empty where it takes no text.
+        text_pair_axis: That of a second text's: another where the second text has an input of its own.
     """
 
     name: str
@@ -101,6 +112,8 @@ class ModelInfo:
     max_response_bytes: int
     precision: str
     execution_provider: str
+    text_axis: str = ""
+    text_pair_axis: str = ""
 
     @property
     def ready(self) -> bool:
@@ -134,7 +147,7 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
         state_reason=message.state_reason,
         inputs=tuple(_spec(each) for each in message.inputs),
         outputs=tuple(_spec(each) for each in message.outputs),
-        axes=tuple(Axis(each.symbol, each.max_length, each.paddable) for each in message.axes),
+        axes=tuple(_axis(each) for each in message.axes),
         sites=tuple(_site(each) for each in message.sites),
         accepts_text=message.accepts_text,
         vocabulary_size=message.vocabulary_size,
@@ -143,6 +156,8 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
         max_response_bytes=message.max_response_bytes,
         precision=message.precision,
         execution_provider=message.execution_provider,
+        text_axis=message.text_axis,
+        text_pair_axis=message.text_pair_axis,
     )
 
 
@@ -162,7 +177,12 @@ def _rank(model: ModelInfo) -> int:
 
 def _spec(message: model_pb2.TensorSpec) -> TensorSpec:
     shape = tuple(each.symbol if each.WhichOneof("extent") == "symbol" else each.size for each in message.shape)
-    return TensorSpec(message.name, dtype_name(message.dtype), shape, message.optional)
+    return TensorSpec(message.name, dtype_name(message.dtype), shape, message.optional, message.vocabulary_size)
+
+
+def _axis(message: model_pb2.Axis) -> Axis:
+    grid = PatchGrid(message.grid_rows, message.grid_columns, message.leading) if message.grid_rows else None
+    return Axis(message.symbol, message.max_length, message.paddable, grid)
 
 
 def _site(message: model_pb2.Site) -> Site:

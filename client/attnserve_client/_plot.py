@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from attnserve_client._patches import strongest
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from attnserve_client._attention import AttentionMap
+    from attnserve_client._patches import Panel
     from attnserve_client._tokens import Token
 
 _INSTALL: Final = "plot() needs matplotlib: pip install 'attnserve[plot]'"
 _MOST_LABELS: Final = 80
 _LONGEST_LABEL: Final = 24
 _LONGEST_TITLE: Final = 120
+_MOST_PANELS: Final = 24
+_PANELS_A_LINE: Final = 6
 _OUTSIDE: Final = "#d9dce1"
 """A key outside a query's window has no weight, which is something else than a weight of 0."""
 
@@ -32,6 +38,14 @@ def figure(attention: AttentionMap, head: int | None) -> Figure:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError:
         raise ImportError(_INSTALL) from None
+    which = "" if head is None else f", head {head}"
+    title = _plain(attention.title + which, _LONGEST_TITLE)
+    panels = attention.over_patches(head)
+    if panels:
+        drawn = Figure(layout="constrained")
+        label = "looks at" if attention.key_axis in attention.grids else "is looked at from"
+        _draw_panels(drawn, panels, title, label)
+        return drawn
     weights = attention.head_weights(head)
     rows, columns = weights.shape
     drawn = Figure(figsize=(_inches(columns) + 1.6, _inches(rows) + 1.2), layout="constrained")
@@ -48,9 +62,27 @@ def figure(attention: AttentionMap, head: int | None) -> Figure:
     axes.tick_params(length=0, labelsize=9)
     axes.set_ylabel("looks ...")
     axes.set_xlabel("... at")
-    which = "" if head is None else f", head {head}"
-    axes.set_title(_plain(attention.title + which, _LONGEST_TITLE), fontsize=10)
+    axes.set_title(title, fontsize=10)
     return drawn
+
+
+def _draw_panels(figure: Figure, panels: list[Panel], title: str, label: str) -> None:
+    """A small picture of the image's patches for each unit, the strongest where there are many, all on one scale."""
+    shown = strongest(panels, _MOST_PANELS)
+    columns = min(_PANELS_A_LINE, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    height, width = shown[0].weights.shape
+    figure.set_size_inches(1.6 * columns + 1.4, 1.6 * lines * min(2.0, max(0.5, height / width)) + 0.3 * lines + 0.9)
+    greatest = max(float(np.nanmax(panel.weights, initial=0.0)) for panel in shown) or 1.0
+    places = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in places:
+        axes.set_axis_off()
+    for axes, panel in zip(places, shown, strict=False):
+        image = axes.imshow(panel.weights, cmap="magma_r", vmin=0.0, vmax=greatest, interpolation="nearest")
+        axes.set_title(f"{_plain(panel.token.text)} {label} ...", fontsize=8)
+    figure.colorbar(image, ax=places, label="weight", shrink=0.8)
+    left_out = f" ({len(shown)} of {len(panels)})" if len(shown) < len(panels) else ""
+    figure.suptitle(title + left_out, fontsize=10)
 
 
 def _inches(units: int) -> float:

@@ -13,6 +13,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 from attnserve_client._attention import AttentionMap
 from attnserve_client._errors import AttnserveError, BadAnswer
 from attnserve_client._models import FORMS, KINDS
+from attnserve_client._patches import PatchGrid
 from attnserve_client._selection import Attention
 from attnserve_client._status import bad_answer
 from attnserve_client._tensors import to_array
@@ -153,7 +154,16 @@ def _run_of(message: wire.Run) -> Run:
 
 def _maps_of(message: attention_pb2.Attention, model: str) -> list[AttentionMap]:
     axes = {units.axis: _tokens_of(units) for units in message.axes}
-    return [_map_of(each, axes, model) for each in message.maps]
+    grids = {units.axis: _grid_of(units) for units in message.axes if units.grid_rows}
+    return [_map_of(each, axes, grids, model) for each in message.maps]
+
+
+def _grid_of(units: attention_pb2.AxisUnits) -> PatchGrid:
+    grid = PatchGrid(units.grid_rows, units.grid_columns, units.leading)
+    if grid.leading + grid.rows * grid.columns != units.length:
+        said = f"{grid.leading} and {grid.rows} x {grid.columns} patches"
+        raise bad_answer(f"axis {units.axis!r} has {units.length} units and a grid of {said}")
+    return grid
 
 
 def _tokens_of(units: attention_pb2.AxisUnits) -> tuple[Token, ...]:
@@ -174,7 +184,12 @@ def _tokens_of(units: attention_pb2.AxisUnits) -> tuple[Token, ...]:
     )
 
 
-def _map_of(message: attention_pb2.AttentionMap, axes: dict[str, tuple[Token, ...]], model: str) -> AttentionMap:
+def _map_of(
+    message: attention_pb2.AttentionMap,
+    axes: dict[str, tuple[Token, ...]],
+    grids: dict[str, PatchGrid],
+    model: str,
+) -> AttentionMap:
     rows = _chosen(axes, message.query_axis, message.query_indices)
     columns = _chosen(axes, message.key_axis, message.key_indices)
     residual: npt.NDArray[np.float32] | None = None
@@ -207,6 +222,7 @@ def _map_of(message: attention_pb2.AttentionMap, axes: dict[str, tuple[Token, ..
         residual=residual,
         band_keys=band_keys,
         axis_tokens=axes,
+        grids=grids,
         model=model,
     )
 

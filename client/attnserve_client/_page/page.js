@@ -99,8 +99,8 @@
   // ---- the sentence
   // One entry for each shown token: where it stands among the queries and among the keys, or -1.
   const sentences = [];
-  function line(tokens, rowOf, columnOf) {
-    sentences.push({ tokens, rowOf, columnOf, elements: [] });
+  function line(tokens, rowOf, columnOf, grid) {
+    sentences.push({ tokens, rowOf, columnOf, grid, elements: [] });
   }
   if (same) {
     const places = new Map();
@@ -110,20 +110,29 @@
       places.set(token.index, { ...place, column });
     });
     const all = [...places.values()].sort((one, other) => one.token.index - other.token.index);
-    line(all.map((place) => place.token), all.map((place) => place.row), all.map((place) => place.column));
+    line(all.map((place) => place.token), all.map((place) => place.row), all.map((place) => place.column), data.keyGrid);
   } else {
-    line(queries, [...queries.keys()], queries.map(() => -1));
-    line(keys, keys.map(() => -1), [...keys.keys()]);
+    line(queries, [...queries.keys()], queries.map(() => -1), data.queryGrid);
+    line(keys, keys.map(() => -1), [...keys.keys()], data.keyGrid);
+  }
+  // Patches stand as they do in the image, and what leads them above.
+  function setInGrid(element, token, grid) {
+    const patch = token.index - grid.leading;
+    element.style.gridRow = patch < 0 ? 1 : 2 + Math.floor(patch / grid.columns);
+    element.style.gridColumn = 1 + (patch < 0 ? token.index : patch % grid.columns);
+    element.setAttribute("aria-label", token.text);
+    if (patch >= 0) element.textContent = "";
   }
   function buildSentences() {
     const host = byId("sentences");
     for (const sentence of sentences) {
-      const paragraph = make("div", "sentence");
+      const paragraph = make("div", sentence.grid ? "sentence patches" : "sentence");
       let before = null;
       sentence.tokens.forEach((token, place) => {
         const gap = before && (before.special || token.special || token.segment !== before.segment || token.start !== before.end);
         const element = make("button", `token${gap ? " gap" : ""}${token.special ? " special" : ""}`, token.text);
         element.type = "button";
+        if (sentence.grid) setInGrid(element, token, sentence.grid);
         const at = { row: sentence.rowOf[place], column: sentence.columnOf[place], token };
         element.addEventListener("mouseenter", () => point(at));
         element.addEventListener("focus", () => point(at));

@@ -18,10 +18,13 @@ from rich.style import Style
 from rich.text import Text
 
 from attnserve_client import AttentionMap, Token
+from attnserve_client._patches import Panel, strongest
 from attnserve_client.cli._text import clean, fitted
 
 MAX_ROWS: Final = 40
 """More rows than fit on a screen: then only those with the strongest weights are shown, and the rest counted."""
+MAX_PANELS: Final = 12
+"""Images of patches; more do not fit on a screen either."""
 _SHADES: Final = " .:-=+*#%@"
 _RAMP: Final = ((44, 36, 88), (99, 43, 134), (184, 61, 124), (240, 116, 62), (255, 220, 134))
 _GAMMA: Final = 0.6
@@ -33,6 +36,10 @@ Weights = npt.NDArray[Any]
 
 def heatmap(attention: AttentionMap, weights: Weights, console: Console) -> Iterator[Text]:
     """The lines of a heatmap of weights (L, S)."""
+    panels = attention.over_patches()
+    if panels:
+        yield from _panels(panels, console)
+        return
     rows = _strongest_rows(weights)
     query_width = len(str(max((token.index for token in attention.query_tokens), default=0)))
     longest = max((cell_len(clean(attention.query_tokens[row].text)) for row in rows), default=0)
@@ -63,6 +70,28 @@ def heatmap(attention: AttentionMap, weights: Weights, console: Console) -> Iter
     yield _scale(greatest, colours=colours)
     if outside is not None:
         yield Text("· outside the window", style="dim")
+
+
+def _panels(panels: list[Panel], console: Console) -> Iterator[Text]:
+    """The patches of an image once for each unit, side by side as far as there is room, with its text above."""
+    shown = strongest(panels, MAX_PANELS)
+    greatest = max(float(np.nanmax(panel.weights, initial=0.0)) for panel in shown) or 1.0
+    colours = console.color_system is not None
+    height, width = shown[0].weights.shape
+    room = max(2 * width, _LONGEST_LABEL)
+    for start in range(0, len(shown), a_line := max(1, console.width // (room + 2))):
+        block = shown[start : start + a_line]
+        yield Text("  ".join(fitted(panel.token.text, room) for panel in block))
+        for row in range(height):
+            line = Text()
+            for panel in block:
+                for weight in panel.weights[row]:
+                    line.append(*_cell(0.0 if np.isnan(weight) else float(weight) / greatest, 2, colours=colours))
+                line.append(" " * (room - 2 * width + 2))
+            yield line
+    if len(shown) < len(panels):
+        yield Text(f"{len(shown)} of {len(panels)} units, those with the strongest links", style="dim")
+    yield _scale(greatest, colours=colours)
 
 
 def _strongest_rows(weights: Weights) -> list[int]:

@@ -84,11 +84,14 @@ def show_model(console: Console, model: ModelInfo) -> None:
             console.print(Text(f"  {what:<7}{_spec(spec)}"))
     for axis in model.axes:
         pads = "" if axis.paddable else ", not padded"
-        console.print(Text(f"  axis   {clean(axis.symbol)}, at most {axis.max_length}{pads}"))
+        patches = f", {axis.grid.rows} × {axis.grid.columns} patches" if axis.grid else ""
+        console.print(Text(f"  axis   {clean(axis.symbol)}, at most {axis.max_length}{pads}{patches}"))
     for site in model.sites:
         why = f", unavailable: {clean(site.unavailable_reason)}" if site.unavailable_reason else ""
         facts = f"{site.kind}, {site.form}, {site.heads} heads, {clean(site.query_axis)} × {clean(site.key_axis)}"
         console.print(Text(f"  site   {site.layer}: {clean(site.name)} ({facts}{why})"))
+    if model.text_pair_axis != model.text_axis:
+        console.print(Text(f"  texts  along {clean(model.text_axis)} and, of a pair, {clean(model.text_pair_axis)}"))
     limits = (
         f"{model.max_batch_size} sequences, {model.max_text_bytes} bytes of text, {model.max_response_bytes} bytes out"
     )
