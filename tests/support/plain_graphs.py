@@ -26,7 +26,10 @@ _FILLS = {"chosen": -1e9, "chosen inverted": -1e4, "chosen minus infinity": -np.
 
 @dataclass
 class Plain:
-    """Features (B, L, W) attend to themselves, or to memory (B, S, W), and are projected."""
+    """Features (B, L, W) attend to themselves, or to memory (B, S, W), and are projected.
+
+    `operator`: by ai.onnx Attention on split heads, with nothing but causal and a scale.
+    """
 
     opset: int = 17
     scale: str = "scores"
@@ -36,6 +39,7 @@ class Plain:
     guard: str = ""
     cross: bool = False
     packed: bool = True
+    operator: bool = False
     dtype: type = np.float32
     name: str = "/encoder/layer.0/attention/self/Softmax"
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -77,14 +81,7 @@ class Plain:
             for features, table in (("queries", "wq"), (keys, "wk"), (keys, "wv"))
         )
         query, value = (self.op("Transpose", each, perm=[0, 2, 1, 3]) for each in (query, value))
-        query, turned = self._scaled(query, self._turned(key))
-        scores = self.op("MatMul", query, turned)
-        if self.scale == "scores":
-            scores = self._times(scores, HEAD_DIM**-0.5)
-        for mask in self.masks:
-            scores = self._masked(mask, scores, keys)
-        weights = self._guarded(self.op("Softmax", scores, name=self.name, axis=-1 if self.opset >= 13 else 3))
-        output = self.op("MatMul", weights, value)
+        output = self._by_operator(query, key, value) if self.operator else self._by_steps(query, key, value, keys)
         if self.packed:
             output = self.op("Reshape", self.op("Transpose", output, perm=[0, 2, 1, 3]), self.ints(0, 0, WIDTH))
             output = self.op("MatMul", output, "wo")
@@ -95,6 +92,24 @@ class Plain:
         graph = helper.make_graph(self.nodes, "plain", inputs, [info("answer", kind, shape)], initializers)
         opsets = [helper.make_opsetid("", self.opset)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10 if self.opset > 20 else 7)
+
+    def _by_operator(self, query: str, key: str, value: str) -> str:
+        key = self.op("Transpose", key, perm=[0, 2, 1, 3])
+        attributes = {
+            "is_causal": int("causal" in self.masks),
+            "scale": 1.0 if self.scale == "none" else HEAD_DIM**-0.5,
+        }
+        return self.op("Attention", query, key, value, name=self.name, **attributes)
+
+    def _by_steps(self, query: str, key: str, value: str, keys: str) -> str:
+        query, turned = self._scaled(query, self._turned(key))
+        scores = self.op("MatMul", query, turned)
+        if self.scale == "scores":
+            scores = self._times(scores, HEAD_DIM**-0.5)
+        for mask in self.masks:
+            scores = self._masked(mask, scores, keys)
+        weights = self._guarded(self.op("Softmax", scores, name=self.name, axis=-1 if self.opset >= 13 else 3))
+        return self.op("MatMul", weights, value)
 
     def _times(self, value: str, factor: float) -> str:
         return (

@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from attnserve_server.build.fuse import candidates
-from attnserve_server.build.fusion import verdict
+from attnserve_server.build.fusion.candidates import candidates
+from attnserve_server.build.fusion.decide import verdict
+from attnserve_server.build.fusion.plain import PlainSite, plain_sites
 from attnserve_server.build.graph import checked
 from attnserve_server.build.names import site_names
-from attnserve_server.build.plain import PlainSite, plain_sites
 from onnx import helper, numpy_helper
 from plain_graphs import HEAD_DIM, HEADS, Plain
 
@@ -109,6 +109,17 @@ def scores_are_a_sum_of_two_products(graph: onnx.GraphProto, softmax: onnx.NodeP
     )
 
 
+def hidden_scores_get_a_bias(graph: onnx.GraphProto, softmax: onnx.NodeProto) -> None:
+    graph.initializer.append(numpy_helper.from_array(np.ones((1, HEADS, 1, 1), np.float32), "late"))
+    before_softmax(graph, softmax, helper.make_node("Add", [softmax.input[0], "late"], ["biased"]))
+
+
+def hidden_scores_rank(graph: onnx.GraphProto, softmax: onnx.NodeProto) -> None:
+    (chosen,) = [node for node in graph.node if node.op_type == "Where"]
+    lower = constant(graph, "lower", -1e9)
+    before_softmax(graph, softmax, helper.make_node("Where", [chosen.input[0], softmax.input[0], lower], ["lowered"]))
+
+
 def softmax_runs_over_the_queries(graph: onnx.GraphProto, softmax: onnx.NodeProto) -> None:
     softmax.attribute[0].i = 2
 
@@ -134,6 +145,8 @@ def weights_are_rounded(graph: onnx.GraphProto, softmax: onnx.NodeProto) -> None
         (scores_are_replaced_by_a_number_that_hides_nothing, {"masks": ("chosen",)}),
         (bias_is_made_from_the_queries, {"scale": "none"}),
         (scores_are_a_sum_of_two_products, {"scale": "none"}),
+        (hidden_scores_get_a_bias, {"masks": ("chosen inverted",)}),
+        (hidden_scores_rank, {"masks": ("chosen inverted",)}),
         (softmax_runs_over_the_queries, {}),
         (guard_changes_weights, {"guard": "not a number"}),
         (weights_are_rounded, {}),

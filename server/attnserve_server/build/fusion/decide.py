@@ -1,6 +1,6 @@
 """Fuse where it pays: tries the rewritten graphs on the spot, and keeps one that answers alike and is faster.
 
-Rewriting itself is done in `fuse`; this decides.
+Rewriting itself is done in `candidates`; this decides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from attnserve_server.build.check import CHECK_LENGTHS, Tolerances
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.finders import find_sites
-from attnserve_server.build.fuse import Fused, candidates
+from attnserve_server.build.fusion.candidates import Fused, candidates
 from attnserve_server.build.graph import expose, precision_of, save
 from attnserve_server.build.probe import max_abs
 from attnserve_server.build.progress import Steps

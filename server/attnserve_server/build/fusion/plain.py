@@ -11,26 +11,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from attnserve_server.build.fusion.carried import Carried, carry, constant, permutation, rank
+
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
-HEADS_FIRST = [0, 2, 1, 3]
-"""The permutation between (B, T, H, D) and (B, H, T, D), either way."""
 _HIDES = -1e4
 """A score of this or less has no weight beside any other; exporters write "masked" as this or lower."""
 _NO_OPS = {"Identity", "Dropout", "Cast"}
-
-
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """Query, key or value: (B, H, T, D), and the (B, T, H * D) that the graph makes it from, where it does.
-
-    `heads_last`: the value is (B, T, H, D).
-    """
-
-    value: ir.Value
-    heads_last: bool = False
-    packed: ir.Value | None = None
-    heads: int = 0
-    head_dim: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +64,9 @@ def plain_sites(graph: ir.Graph) -> Iterator[PlainSite]:
                 continue
 
 
-def constant(value: ir.Value | None) -> float | None:
-    """The number that a value always is, if it is one number."""
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is None or tensor.size != 1:
-        return None
-    return float(tensor.numpy().reshape(()))
-
-
-def extent(value: ir.Value, axis: int) -> int | None:
-    """A fixed extent, if the graph says it."""
-    found = value.shape[axis] if value.shape is not None else None
-    return found if isinstance(found, int) else None
-
-
 def _plain_site(softmax: ir.Node, opset: int) -> PlainSite:
     scores = softmax.inputs[0]
-    if scores is None or _rank(scores) not in {4, None}:
+    if scores is None or rank(scores) not in {4, None}:
         raise _NotPlain
     if softmax.attributes.get_int("axis", -1 if opset >= 13 else 1) not in {-1, 3}:
         raise _NotPlain
@@ -104,8 +76,9 @@ def _plain_site(softmax: ir.Node, opset: int) -> PlainSite:
     key, key_scale, heads_last = _turned_key(_input(dot, 1))
     carried = (carry(query), carry(key, heads_last=heads_last), carry(_input(product, 1)))
     for one in carried:
-        if _rank(one.value) != 4 or one.value.dtype not in FLOATS:
+        if rank(one.value) != 4 or one.value.dtype not in FLOATS:
             raise _NotPlain
+    _refuse_fills_that_tell(masks, scores.dtype)
     _refuse_what_depends(masks, {query, key, *(one.packed for one in carried[:2] if one.packed is not None)})
     return PlainSite(
         softmax=softmax,
@@ -184,6 +157,21 @@ def _replaced(node: ir.Node) -> tuple[ir.Value, MaskStep]:
     raise _NotPlain
 
 
+def _refuse_fills_that_tell(masks: tuple[MaskStep, ...], dtype: ir.DataType | None) -> None:
+    """Numbers for hidden keys must be as good as any other so low, for rows in which every key is hidden too.
+
+    They are not where what is added afterwards still tells in them, nor where there are several, which rank the keys.
+    """
+    if any((rank(step.value) or 0) > 4 for step in masks):
+        raise _NotPlain
+    swallows = -3e4 if dtype is ir.DataType.FLOAT16 else -1e9
+    fills = [step.fill for step in masks]
+    told = {fill for fill in fills if fill is not None and fill > -1e30}
+    added_to = any(fill is not None and fill > swallows and None in fills[place:] for place, fill in enumerate(fills))
+    if added_to or len(told) > 1:
+        raise _NotPlain
+
+
 def _leads_to_product(value: ir.Value, steps: int = 8) -> bool:
     """Whether nothing but a few steps of scaling and masking stand between a value and a product of computed ones."""
     node = value.producer()
@@ -193,7 +181,7 @@ def _leads_to_product(value: ir.Value, steps: int = 8) -> bool:
         return all(ir.convenience.get_const_tensor(one) is None for one in node.inputs if one is not None)
     if node.op_type in {"Add", "Where", "Mul", "Div", *_NO_OPS}:
         return any(
-            _leads_to_product(one, steps - 1) for one in node.inputs if one is not None and _rank(one) in {4, None}
+            _leads_to_product(one, steps - 1) for one in node.inputs if one is not None and rank(one) in {4, None}
         )
     return False
 
@@ -233,12 +221,12 @@ def _turned_key(turned: ir.Value) -> tuple[ir.Value, float, bool]:
         turn = _made_by("Transpose", _input(node, 0))
         fold = _made_by("Reshape", _input(turn, 0))
         turns_at_once = False
-        if _permutation(turn) != [0, 2, 1]:
+        if permutation(turn) != [0, 2, 1]:
             raise _NotPlain
         key, inner = _unscaled(_input(fold, 0))
     else:
-        turns_at_once = _permutation(node) == [0, 2, 3, 1]
-        if node.op_type != "Transpose" or not (turns_at_once or _permutation(node) == [0, 1, 3, 2]):
+        turns_at_once = permutation(node) == [0, 2, 3, 1]
+        if node.op_type != "Transpose" or not (turns_at_once or permutation(node) == [0, 1, 3, 2]):
             raise _NotPlain
         key, inner = _unscaled(_input(node, 0))
     return key, outer * inner, turns_at_once
@@ -249,36 +237,6 @@ def _made_by(op_type: str, value: ir.Value) -> ir.Node:
     if node is None or node.op_type != op_type:
         raise _NotPlain
     return node
-
-
-def carry(value: ir.Value, *, heads_last: bool = False) -> Carried:
-    """An operand with the packed value that it was split from, where heads and their size are told by the graph."""
-    split = value.producer()
-    if not heads_last:
-        turns = split is not None and split.op_type == "Transpose" and _permutation(split) == HEADS_FIRST
-        split = _input(split, 0).producer() if split is not None and turns else None
-    if split is None or split.op_type != "Reshape":
-        return Carried(value, heads_last)
-    packed, parts = _input(split, 0), split.outputs[0]
-    if _rank(packed) != 3 or _rank(parts) != 4:
-        return Carried(value, heads_last)
-    width, head_dim = extent(packed, 2), extent(parts, 3) or _last_of(_input(split, 1))
-    if not width or not head_dim or head_dim < 1 or width % head_dim:
-        return Carried(value, heads_last)
-    told = [(extent(packed, axis), extent(parts, axis)) for axis in (0, 1)] + [(width // head_dim, extent(parts, 2))]
-    if any(one is not None and other is not None and one != other for one, other in told):
-        return Carried(value, heads_last)
-    return Carried(value, heads_last, packed, width // head_dim, head_dim)
-
-
-def _last_of(shape: ir.Value) -> int | None:
-    """The last extent that a shape asks for, if it is a number."""
-    tensor = ir.convenience.get_const_tensor(shape)
-    if tensor is not None:
-        return int(tensor.numpy().reshape(-1)[-1])
-    node = shape.producer()
-    last = constant(node.inputs[-1]) if node is not None and node.op_type == "Concat" else None
-    return int(last) if last is not None else None
 
 
 def _refuse_what_depends(masks: tuple[MaskStep, ...], own: set[ir.Value]) -> None:
@@ -306,14 +264,6 @@ def _users(value: ir.Value) -> list[ir.Node]:
     if value.is_graph_output():
         raise _NotPlain
     return list(dict.fromkeys(value.consumers()))
-
-
-def _permutation(node: ir.Node) -> list[int]:
-    return list(node.attributes.get_ints("perm", ()))
-
-
-def _rank(value: ir.Value) -> int | None:
-    return len(value.shape) if value.shape is not None else None
 
 
 def _input(node: ir.Node, position: int) -> ir.Value:
