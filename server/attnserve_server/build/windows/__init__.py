@@ -1,0 +1,10 @@
+"""What a windowed site's windows are of its sequences: which query each row is, and which key each column.
+
+Told by running the graph on the numbers of the positions (`build.provenance`), and put into closed form
+(`build.bands`).
+"""
+
+from attnserve_server.build.windows.check import band_error
+from attnserve_server.build.windows.settle import with_key_axes, with_windows
+
+__all__ = ["band_error", "with_key_axes", "with_windows"]
