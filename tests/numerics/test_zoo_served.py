@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_client import Attention, AttentionUnavailable, Client, InferenceResult
+from attnserve_client import Attention, Client, InferenceResult
 from attnserve_server.build import zoo
 from attnserve_server.model.repository import Bundle
 from attnserve_server.model.tokenizer import TextTokenizer
@@ -96,8 +96,9 @@ def test_selections_reach_pooled_and_linear_maps(client: Client, zoo_bundles: di
         for map_ in client.infer(name, text, attention=Attention(queries=[-1, 2], head_reduction="mean")).attention:
             wanted = expected[map_.sites[0]].mean(0, keepdims=True)[:, [-1, 2]]
             np.testing.assert_allclose(map_.weights, wanted, atol=TOLERANCE, rtol=0)
-    with pytest.raises(AttentionUnavailable, match="the words along axis 'seq_by_2'"):
-        client.infer("multi-scale", text, attention=Attention(unit="word"))
+    by_word = client.infer("multi-scale", text, attention=Attention(unit="word")).attention[-1]
+    assert [token.text for token in by_word.query_tokens] == ["[CLS]", "The", "cat", "sat", "[SEP]"]
+    assert [token.text for token in by_word.key_tokens] == ["[CLS] T h e", "Ġ c a t", "Ġ s a t", "[SEP]"]
 
 
 def test_both_texts_of_an_encoder_decoder_name_their_own_axis(client: Client, zoo_bundles: dict[str, Bundle]) -> None:

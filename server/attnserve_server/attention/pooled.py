@@ -11,7 +11,7 @@ def pooled_units(axis: str, source: AxisUnits, derived: DerivedLength) -> AxisUn
 
     Position j stands for the source's positions from j * stride to before (j + 1) * stride: their texts joined by
     spaces, from the start of the first to the end of the last that has a place in the text. It is special where all of
-    them are. Words are not known: a position may hold parts of two.
+    them are. A position may hold parts of two words, so where words are asked for it stays a unit of its own.
 
     Args:
         axis: its symbol.
@@ -38,6 +38,7 @@ def pooled_units(axis: str, source: AxisUnits, derived: DerivedLength) -> AxisUn
         ends=spans(source.ends, -1),
         special=tuple(all(source.special[at] for at in each) for each in members) if source.special else (),
         segments=spans(source.segments, 0),
+        word_ids=(-1,) * length if source.word_ids else (),
     )
 
 

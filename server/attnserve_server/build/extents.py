@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from attnserve_server.build.errors import BuildRefused
@@ -25,6 +26,7 @@ _MAX_SHIFT = 16
 _LONGEST = 48
 """Lengths are tried up to this: four strides of the greatest kind."""
 _MAX_RUNS = 8
+_GAPS = (2, 7, 13)
 
 
 def extents_of(
@@ -158,8 +160,10 @@ def _telling(
     """The lengths on which the possible forms differ most; None where they differ on none."""
     best: Lengths | None = None
     most = 0
-    for start in range(2, longest - 2 * len(symbols) + 1):
-        lengths = {symbol: start + 2 * place for place, symbol in enumerate(symbols)}
+    span = longest - 1
+    for start, gap in itertools.product(range(max(span, 0)), _GAPS[: len(symbols)]):
+        # Gaps that differ tell apart what follows one symbol and what follows another at a distance.
+        lengths = {symbol: 2 + (start + gap * place) % span for place, symbol in enumerate(symbols)}
         if lengths in tried:
             continue
         told = sum(len({form.of(lengths[form.source]) for form in forms}) - 1 for forms in possible.values())

@@ -79,6 +79,8 @@ def prepare(message: inference_service_pb2.InferRequest, intake: Intake) -> Prep
     outputs = _outputs(message, intake, violations)
     found = _all_inputs(message.sequences, intake, violations)
     violations.raise_any()
+    _check_derived(found, intake, violations)
+    violations.raise_any()
     sequences: list[PreparedSequence] = []
     for index, inputs in enumerate(found):
         units: dict[str, AxisUnits] = {}
@@ -154,6 +156,19 @@ def _all_inputs(
         if violations.full:
             break
     return found
+
+
+def _check_derived(found: Sequence[Inputs], intake: Intake, violations: Violations) -> None:
+    """What is too short for a window of the model would fail a whole batch."""
+    for index, inputs in enumerate(found):
+        for axis in intake.manifest.axes:
+            if axis.derived is None or axis.derived.source not in inputs.lengths:
+                continue
+            length = inputs.lengths[axis.derived.source]
+            if axis.derived.of(length) < 1:
+                least = axis.derived.stride - axis.derived.offset
+                said = f"length {length} of axis {axis.derived.source!r} is less than {least}"
+                violations.add(f"sequences[{index}]", f"{said}, which {axis.symbol!r} needs")
 
 
 def _units(effective: EffectiveSelection, inputs: Inputs, intake: Intake) -> dict[str, AxisUnits]:

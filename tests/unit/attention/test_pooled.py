@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from attnserve_server.attention.pooled import pooled_units
+from attnserve_server.attention.units import merge_words
 from attnserve_server.domain.values import AxisUnits
 from attnserve_server.model.manifest import DerivedLength
 
@@ -55,7 +58,9 @@ def test_a_pooled_position_spans_its_members_from_the_first_to_the_last() -> Non
         ends=(3, 7, 5, 0),
         special=(False, False, False, True),
         segments=(0, 0, 1, 1),
+        word_ids=(-1, -1, -1, -1),
     )
+    assert merge_words(units)[0] == replace(units, word_ids=()), "words are parted by pooling: each stays by itself"
 
 
 def test_where_the_last_window_is_not_full_there_is_none() -> None:

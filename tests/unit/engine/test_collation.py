@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from attnserve_server.domain.values import PreparedSequence
 from attnserve_server.engine.collation import collate, outputs_of, weights_of
-from attnserve_server.model.manifest import AxisSpec, InputSpec, Manifest, OutputSpec
+from attnserve_server.engine.warmup import synthetic
+from attnserve_server.model.manifest import AxisSpec, DerivedLength, InputSpec, Manifest, OutputSpec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -158,3 +159,29 @@ def test_a_site_without_a_tap_gets_no_items_and_gives_no_weights(manifest: Manif
     assert "attention_items.site0" not in batch.feeds
     with pytest.raises(ValueError, match="no tap"):
         weights_of(batch, {}, 0, asks, partly)
+
+
+def test_a_derived_axis_is_cropped_to_what_follows_from_a_sequences_own_length(manifest: Manifest, sequence_of) -> None:
+    form = DerivedLength(source="seq", stride=2, offset=1)
+    pooled = manifest.sites[0].model_copy(update={"key_axis": "pooled"})
+    derived = manifest.model_copy(
+        update={
+            "axes": (*manifest.axes, AxisSpec(symbol="pooled", max_length=16, paddable=True, derived=form)),
+            "outputs": (OutputSpec(name="halves", dtype="float32", shape=("pooled", 4)),),
+            "sites": (pooled, manifest.sites[1]),
+        }
+    )
+    mixed = [sequence_of([1] * length, [0], outputs=("halves",)) for length in (7, 3)]
+    batch = collate(mixed, derived)
+    assert (batch.useful_tokens, batch.padded_tokens) == (10, 14), "pooled positions are no tokens of their own"
+    fetched = {"attention.site0": np.ones((2, 2, 7, 4), np.float32), "halves": np.ones((2, 4, 4), np.float32)}
+    for row, (one, keys) in enumerate(zip(mixed, (4, 2), strict=True)):
+        assert weights_of(batch, fetched, row, one, derived)[0].shape == (2, one.lengths["seq"], keys)
+        assert outputs_of(batch, fetched, row, one, derived)["halves"].shape == (keys, 4)
+
+
+def test_a_derived_axis_needs_no_length_in_a_warm_up(manifest: Manifest) -> None:
+    form = DerivedLength(source="seq", stride=2, offset=1)
+    pooled = AxisSpec(symbol="pooled", max_length=16, paddable=True, derived=form)
+    derived = manifest.model_copy(update={"axes": (*manifest.axes, pooled)})
+    assert synthetic(derived, 8).lengths == {"seq": 8}

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import pytest
 from attnserve_server.engine.footprint import Footprint
-from attnserve_server.model.manifest import AxisSpec, Manifest, OutputSpec
+from attnserve_server.model.manifest import AxisSpec, DerivedLength, Manifest, OutputSpec
 
 
 def test_inputs_and_outputs_count_for_each_position(manifest: Manifest, sequence_of) -> None:
@@ -33,3 +34,22 @@ def test_an_axis_that_no_input_has_counts_at_its_greatest_length(manifest: Manif
         }
     )
     assert Footprint(derived).of(sequence_of([1])) == {(0,): 8 + 8 + 9 * 4}
+
+
+@pytest.mark.parametrize("offset", [0, 3, -3])
+def test_a_derived_axis_counts_for_a_part_of_each_position_of_its_source(
+    manifest: Manifest, sequence_of, offset: int
+) -> None:
+    form = DerivedLength(source="seq", stride=4, offset=offset)
+    derived = manifest.model_copy(
+        update={
+            "axes": (*manifest.axes, AxisSpec(symbol="pooled", max_length=9, paddable=True, derived=form)),
+            "outputs": (OutputSpec(name="pairs", dtype="float32", shape=("pooled", "pooled", 48)),),
+        }
+    )
+    terms = Footprint(derived).of(sequence_of([1]))
+    for length in range(4, 33):
+        counted = sum(size * length ** len(axes) for axes, size in terms.items())
+        exact = (8 + 8) * length + 4 * 48 * form.of(length) ** 2
+        smooth = (8 + 8) * length + 4 * 48 * ((length + max(offset, 0)) / 4) ** 2
+        assert exact <= counted == smooth

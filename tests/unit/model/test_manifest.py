@@ -273,3 +273,31 @@ def test_each_axis_of_an_encoder_decoder_has_its_own_ids_mask_and_vocabulary():
 def test_second_text_needs_an_axis_with_token_ids(words, fields):
     with pytest.raises(ValidationError, match=words):
         manifest(text=TextSpec(axis="seq", max_tokens=512, **fields))
+
+
+def halves(symbol="seq_by_2", source="seq", **fields):
+    return AxisSpec(symbol=symbol, max_length=16, paddable=True, derived={"source": source, "stride": 2}, **fields)
+
+
+def test_a_derived_axis_follows_another_that_is_given():
+    assert manifest(axes=(*manifest().axes, halves())).with_derived({"seq": 5}) == {"seq": 5, "seq_by_2": 2}
+    assert manifest(axes=(*manifest().axes, halves())).with_derived({}) == {}
+    refused("derived from frames, which is no other axis", axes=(*manifest().axes, halves(source="frames")))
+    twice = halves("seq_by_4", "seq_by_2")
+    refused("derived from seq_by_2, which is no other axis", axes=(*manifest().axes, halves(), twice))
+
+
+def test_no_input_has_a_derived_axis():
+    refused(r"input frames: \['seq_by_2'\] are derived", axes=(*manifest().axes, halves()), inputs=(
+        *manifest().inputs, InputSpec(name="frames", dtype="float32", shape=("seq_by_2",))
+    ))  # fmt: skip
+
+
+def test_a_fixed_axis_follows_no_other():
+    with pytest.raises(ValidationError, match="one length, so it follows no other"):
+        AxisSpec(symbol="x", max_length=4, paddable=False, fixed=True, derived={"source": "seq", "stride": 2})
+
+
+def test_a_derived_axis_reads_back_as_it_was_written():
+    written = manifest(axes=(*manifest().axes, halves()))
+    assert type(written).model_validate_json(written.model_dump_json()) == written

@@ -18,7 +18,7 @@ from attnserve_server.domain.errors import (
     TextUnavailable,
 )
 from attnserve_server.domain.values import Priority
-from attnserve_server.model.manifest import AxisSpec, InputRole, InputSpec, OutputSpec
+from attnserve_server.model.manifest import AxisSpec, DerivedLength, InputRole, InputSpec, OutputSpec
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.transport.inputs import Intake
 from attnserve_server.transport.validation import check_model_reference, check_request_id, prepare
@@ -544,3 +544,43 @@ def test_no_shape_makes_anything_but_a_violation(shape: list[int]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         prepare(asking(of_tensors(wrong)), TINY)
     assert all(found.field.startswith(FIRST) for found in caught.value.violations)
+
+
+HALVED = MANIFEST.model_copy(
+    update={
+        "axes": (
+            *MANIFEST.axes,
+            AxisSpec(
+                symbol="half",
+                max_length=16,
+                paddable=True,
+                derived=DerivedLength(source=MANIFEST.axes[0].symbol, stride=2, offset=0),
+            ),
+            AxisSpec(symbol="else", max_length=1, paddable=True, derived=DerivedLength(source="nothing", stride=2)),
+        ),
+        "sites": tuple(site.model_copy(update={"key_axis": "half"}) for site in MANIFEST.sites),
+    }
+)
+
+
+def test_units_of_a_derived_axis_span_those_of_its_source() -> None:
+    request = pb.InferRequest(
+        model="tiny", sequences=[of_text("the cat sat")], attention=attention_pb2.AttentionSelection()
+    )
+    (sequence,) = prepare(request, intake_of(HALVED)).sequences
+    assert sequence.units["half"].texts == ("[CLS] the", "cat sat")
+    assert sequence.lengths == {"seq": 5}, "derived positions are no tokens of their own"
+    whole = prepare(request, TINY).predicted_bytes
+    assert prepare(request, intake_of(HALVED)).predicted_bytes == whole - 4 * sum(
+        site.heads * 5 * (5 - 2) for site in MANIFEST.sites
+    )
+
+
+def test_what_is_too_short_for_a_window_is_refused_before_it_fails_its_batch() -> None:
+    request = pb.InferRequest(
+        model="tiny", sequences=[of_tensors(tensor("input_ids", [1]), tensor("attention_mask", [1]))]
+    )
+    with pytest.raises(InvalidRequest) as refused:
+        prepare(request, intake_of(HALVED))
+    ((field, said),) = [(each.field, each.description) for each in refused.value.violations]
+    assert (field, said) == ("sequences[0]", "length 1 of axis 'seq' is less than 2, which 'half' needs")
