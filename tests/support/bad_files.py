@@ -176,7 +176,10 @@ BAD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         lambda: _typed(helper.make_tensor_type_proto(TensorProto.INT4, ["n"])),
         "'odd' is of type int4",
     ),
-    "an input of a type from the future": (lambda: _typed(helper.make_tensor_type_proto(99, ["n"])), "not a valid .*99"),
+    "an input of a type from the future": (
+        lambda: _typed(helper.make_tensor_type_proto(99, ["n"])),
+        "not a valid .*99",
+    ),
     "an input without a shape": (lambda: _shaped(None), "'x0' has no known shape: name its axes"),
     "a scalar input": (lambda: _shaped([]), "'x0' is a scalar: its first axis must be the batch"),
     "an axis of negative length": (lambda: _shaped(["n", -1]), "axis 1 has the extent -1: name its axes"),
@@ -252,6 +255,92 @@ BAD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         ),
         "too large",
     ),
+}  # fmt: skip
+
+
+def _loop(trips: int) -> onnx.ModelProto:
+    """`x` plus 1, so many times, in a loop."""
+    info = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [node("Identity", "go", "on"), node("Add", "v one", "w")],
+        "body",
+        [info("i", INT64, []), info("go", TensorProto.BOOL, []), info("v", FLOAT, None)],
+        [info("on", TensorProto.BOOL, []), info("w", FLOAT, None)],
+    )
+    constants = {"trips": np.array(trips), "yes": np.array(True), "one": np.array(1, np.float32)}
+    return small([node("Loop", "trips yes x", body=body)], constants=constants)
+
+
+def endless() -> onnx.ModelProto:
+    """A loop that goes on for longer than anybody waits."""
+    return _loop(2**62)
+
+
+def _shuffled() -> onnx.ModelProto:
+    model = encoder()
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    return model
+
+
+def _with_initialisers_as_inputs() -> onnx.ModelProto:
+    model = encoder()
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return model
+
+
+def _calling() -> onnx.ModelProto:
+    """A function that calls another."""
+    return small([node("f2", "x", domain="mine")], functions=_doubling(3), domains=("mine",))
+
+
+def _with_odd_outputs() -> onnx.ModelProto:
+    model = small([node("Tanh", "x"), node("SequenceConstruct", "y y", "many"), node("Cast", "x", "text", to=8)])
+    model.graph.output.append(helper.make_value_info("many", SEQUENCE_TYPE))
+    model.graph.output.append(helper.make_tensor_value_info("text", TensorProto.STRING, ["n", "t", 4]))
+    return model
+
+
+def _of_the_input_alone() -> onnx.ModelProto:
+    model = tanh()
+    model.graph.output.append(model.graph.input[0])
+    return model
+
+
+ODD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
+    "no attention": (tanh, "has no attention that is known: it will be served without weights"),
+    "nodes in the wrong order": (_shuffled, ""),
+    "initialisers that are inputs too": (_with_initialisers_as_inputs, ""),
+    "an initialiser of no length": (
+        lambda: small([node("Concat", "x none", axis=1)], constants={"none": np.zeros((5, 0, 4), np.float32)[:1]}),
+        "",
+    ),
+    "an input that nothing uses": (
+        lambda: changed(tanh(), lambda model: model.graph.input.append(
+            helper.make_tensor_value_info("idle", FLOAT, ["n", "t"]))),
+        "",
+    ),
+    "an output that is an input": (_of_the_input_alone, ""),
+    "an output that is a constant": (
+        lambda: small([node("Tanh", "x")], constants={"c": np.ones(3, np.float32)}, outputs=("y", "c")),
+        "output 'c' is left out: its first axis is not the batch",
+    ),
+    "an output without a shape": (tanh, ""),
+    "outputs that are no tensors, or strings": (
+        _with_odd_outputs,
+        "(?s)'many' is left out: it is of type sequence.*'text' is left out: .*string",
+    ),
+    "nodes of one name": (
+        lambda: changed(encoder(), lambda model: [setattr(each, "name", "same") for each in model.graph.node]), ""
+    ),
+    "functions": (_calling, ""),
+    "branches": (lambda: _nested(3), ""),
+    "a loop": (lambda: _loop(3), ""),
+    "an axis of one": (lambda: _shaped(["n", 1, "t"]), ""),
+    "nameless axes that must be equal": (lambda: _shaped(["n", None, 4], ["n", None, 4]), ""),
+    "nameless axes of which some must be equal": (lambda: _shaped(["n", "t", None], ["n", None, None]), ""),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import onnx
 
 from attnserve_server.build.assemble import Assembled, axes_of, rows_are_independent
 from attnserve_server.build.check import judge
+from attnserve_server.build.equal_axes import with_equal_axes
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.export import now
 from attnserve_server.build.feeds import Sampler
@@ -77,7 +78,7 @@ def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundl
 
 
 def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, work: Path, steps: Steps) -> Bundle:
-    signature = signature_of(proto.graph, padding_id)
+    signature = with_equal_axes(proto, signature_of(proto.graph, padding_id), work)
     ids = [spec for spec in signature.inputs if spec.role is InputRole.TOKEN_IDS]
     for spec in ids:
         if not spec.vocabulary_size:

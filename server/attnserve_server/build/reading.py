@@ -73,6 +73,7 @@ def checked(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     if len(set(outputs)) < len(outputs):
         raise BuildRefused(f"{name} is not a valid ONNX model: two of its outputs have one name")
     proto = _in_order(proto, name)
+    _part_names(proto)
     try:
         _check(proto)
         if proto.functions:
@@ -177,6 +178,16 @@ def _in_order(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
         raise BuildRefused(f"{name} is not a valid ONNX model: {_first_words(fault)}") from None
     except Exception as fault:  # noqa: BLE001 - the boundary to onnx_ir, which raises many types for invalid graphs
         raise BuildRefused(f"{name} is not a valid ONNX model: {_first_words(fault)}") from None
+
+
+def _part_names(proto: onnx.ModelProto) -> None:
+    """Give nodes that share a name names of their own: the standard lets them, and the runtime does not."""
+    seen: set[str] = set()
+    for position, node in enumerate(proto.graph.node):
+        if node.name in seen:
+            node.name = f"{node.name}_{position}"
+        if node.name:
+            seen.add(node.name)
 
 
 def _refuse_too_many_nodes(proto: onnx.ModelProto, name: str) -> None:
