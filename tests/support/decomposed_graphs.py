@@ -45,7 +45,7 @@ GUARDS = (
         "quantised",
     ),
 )
-BIASES = ("none", "relative", "disentangled")
+BIASES = ("none", "relative", "disentangled", "heads mixed", "heads mixed by convolution")
 SPELLINGS = ("Softmax", "Exp", "Exp steady", "LogSoftmax")
 
 
@@ -97,6 +97,7 @@ class Decomposed:
             "latents": drawn(1, HEADS, LATENTS, HEAD_DIM) * 2,
             "bias": drawn(1, HEADS, _MOST, _MOST),
             "distances": drawn(HEADS, HEAD_DIM, 2 * _MOST),
+            "mixture": drawn(HEADS, HEADS) * 2,
             "sink": drawn(1, HEADS, 1, 1),
         }
 
@@ -304,7 +305,8 @@ class Decomposed:
         weights = self._softmax(scores)
         if self.wide_softmax:
             weights = self.op("Cast", weights, to=helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype)))
-        return self._guarded(weights, kept)
+        weights = self._guarded(weights, kept)
+        return self._mixed(weights)
 
     def _length(self, features: str) -> str:
         return self.extent(features, 2 if self.direct else 1) if features else self.ints(LATENTS)
@@ -328,10 +330,25 @@ class Decomposed:
             )
         if self.scale == "scores":
             scores = self._times(scores, self.factor)
+        scores = self._mixed(scores)
         if self.bias == "relative":
             ends = self.op("Concat", queries, keys, axis=0)
             return self.op("Add", scores, into(self.op("Slice", "bias", self.ints(0, 0), ends, self.ints(2, 3))))
         return scores
+
+    @property
+    def mixed(self) -> bool:
+        return self.bias.startswith("heads mixed") and self.layout in {"4-D", "repeated", "einsum"}
+
+    def _mixed(self, each: str) -> str:
+        """(B, H, L, S), each head a mixture of all."""
+        if not self.mixed:
+            return each
+        if self.bias == "heads mixed":
+            mixed = self.op("MatMul", self.op("Transpose", each, perm=[0, 2, 3, 1]), "mixture")
+            return self.op("Transpose", mixed, perm=[0, 3, 1, 2])
+        kernel = self.tables()["mixture"].T[..., None, None]
+        return self.op("Conv", each, self.const(kernel), kernel_shape=[1, 1])
 
     def _frontier(self, keys: str, queries: str) -> str:
         """Bool (L, S): true where key j <= query i."""
@@ -439,6 +456,8 @@ class Decomposed:
             # Scaled as far as the queries are, or their product.
             part = {"none": 1.0, "key": 1.0, "both": self.factor**0.5}.get(self.scale, self.factor)
             scores = scores + part * np.take_along_axis(query @ wide["distances"], apart[None, None], axis=-1)
+        if self.mixed:
+            scores = np.einsum("bhls,hg->bgls", scores, wide["mixture"])
         if self.bias == "relative":
             scores = scores + wide["bias"][..., :length, :keys]
         allowed = np.ones(scores.shape, bool)
@@ -451,7 +470,8 @@ class Decomposed:
         sums = exponents.sum(axis=-1, keepdims=True)
         if self.guard == "sink":
             sums = sums + np.exp(wide["sink"] - np.where(np.isfinite(peak), peak, 0.0))
-        return np.divide(exponents, sums, out=np.zeros_like(exponents), where=sums > 0)
+        weights = np.divide(exponents, sums, out=np.zeros_like(exponents), where=sums > 0)
+        return np.einsum("bhls,hg->bgls", weights, wide["mixture"]) if self.mixed else weights
 
 
 def into_bool(case: Decomposed, keep: str, into: Any) -> str:

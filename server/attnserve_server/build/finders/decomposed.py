@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attnserve_server.build.finders.decomposed_products import Product
+from attnserve_server.build.finders.decomposed_products import Product, mixes_heads
 from attnserve_server.build.finders.decomposed_softmax import Softmax, softmaxes
 from attnserve_server.build.finders.decomposed_walk import (
     Axis,
@@ -74,15 +74,23 @@ def _score_products(softmax: Softmax, dynamic: set[ir.Value]) -> list[ir.Node]:
             continue
         seen.add(value)
         product = Product.of(node)
-        if product is not None:
-            if _of_attention(product, axis, dynamic):
-                products.append(node)
+        if product is not None and _of_attention(product, axis, dynamic):
+            products.append(node)
+        elif _mixed(node, 0, axis, dynamic):
+            assert node.inputs[0] is not None
+            open_.append((node.inputs[0], axis))
         elif node.op_type == "ReduceSum":
             if _written_out(node, dynamic):
                 products.append(node)
         elif not (node.op_type == "Sub" and _is_mean(node.inputs[1])):
             open_.extend(backward(node, axis))
     return products
+
+
+def _mixed(node: ir.Node, position: int, axis: Axis, dynamic: set[ir.Value]) -> bool:
+    """Whether a node mixes heads by a constant table, and leaves the keys where they are."""
+    keys = {"MatMul": (-2, -3), "Conv": (-1, -2)}.get(node.op_type, ())
+    return axis in keys and mixes_heads(node, position) and node.inputs[1] not in dynamic
 
 
 def _of_attention(product: Product, axis: Axis, dynamic: set[ir.Value]) -> bool:
@@ -124,7 +132,9 @@ def _contractions(softmax: Softmax, dynamic: set[ir.Value]) -> list[_Contraction
         seen.add(value)
         for node, position in value.uses():
             product = Product.of(node)
-            if product is not None:
+            if _mixed(node, position, axis, dynamic):
+                open_.append((node.outputs[0], axis, False, part))
+            elif product is not None:
                 if position in product.inputs and _multiplies(product, product.inputs.index(position), axis, dynamic):
                     found.append(_Contraction(product, product.inputs.index(position), axis, whole, part))
                 continue

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from attnserve_server.build.finders.decomposed_walk import extent_of, rank_of
 
 _PLAIN = {("MatMul", ""), ("MatMul", "ai.onnx"), ("MatMulInteger", ""), ("MatMulIntegerToFloat", "com.microsoft")}
+_MOST_HEADS = 128
 _TO_FLOATING = {"MatMulInteger": ("Cast", "Mul"), "QLinearMatMul": ("DequantizeLinear",)}
 
 
@@ -130,3 +131,19 @@ def _fused(node: ir.Node) -> Product | None:
         return None
     left = ".ji" if node.attributes.get_int("transA", 0) else ".ij"
     return Product(node, (left, ".kj" if node.attributes.get_int("transB", 0) else ".jk"), ".ik")
+
+
+def mixes_heads(node: ir.Node, position: int) -> bool:
+    """Whether a node mixes the heads of scores or weights, (B, L, S, H) @ (H, H) or a convolution of size 1.
+
+    Source: Shazeer et al. 2020, "Talking-Heads Attention".
+    """
+    table = node.inputs[1] if len(node.inputs) > 1 else None
+    if position != 0 or table is None or rank_of(node.inputs[0]) != 4:
+        return False
+    kernel = {"MatMul": 2, "Conv": 4}.get(node.op_type)
+    if kernel is None or kernel != rank_of(table):
+        return False
+    heads = [extent_of(table, axis) for axis in (-kernel, 1 - kernel)]
+    apart = [extent_of(table, axis) for axis in range(2 - kernel, 0)]
+    return heads[0] == heads[1] and 1 < (heads[0] or 0) <= _MOST_HEADS and all(extent == 1 for extent in apart)

@@ -34,10 +34,28 @@ _FIRST_ONLY = {
     *("ScatterND", "ScatterElements"),
 }
 
+_LIKE_THEIR_INPUT = {"Softmax", "MatMul", "Conv", "Split", "Slice", "Concat", "Pad"}
+_FAR = 16
+"""How many nodes back a rank is looked for."""
+
 
 def rank_of(value: ir.Value | None) -> int | None:
-    """How many axes a value has, where the graph says so."""
-    return len(value.shape) if value is not None and value.shape is not None else None
+    """How many axes a value has: as inferred, or as a few of the nodes that make it imply."""
+    for _ in range(_FAR):
+        if value is None or value.shape is not None:
+            return len(value.shape) if value is not None and value.shape is not None else None
+        node = value.producer()
+        if node is None:
+            return None
+        if node.op_type == "Transpose" and "perm" in node.attributes:
+            return len(node.attributes.get_ints("perm", ()))
+        if node.op_type == "Reshape":
+            shape = node.inputs[1].shape if node.inputs[1] is not None else None
+            return shape[0] if shape is not None and isinstance(shape[0], int) else None
+        if node.op_type not in ELEMENTWISE and node.op_type not in _LIKE_THEIR_INPUT:
+            return None
+        value = node.inputs[1] if node.op_type == "Where" else node.inputs[0]
+    return None
 
 
 def extent_of(value: ir.Value | None, axis: int) -> int | None:
