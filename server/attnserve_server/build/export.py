@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from attnserve_server.build.against import differences
-from attnserve_server.build.assemble import Assembled, assemble, axes_of, rows_are_independent
+from attnserve_server.build.assemble import Assembled, axes_of, rows_are_independent
 from attnserve_server.build.check import CHECK_LENGTHS, judge
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
+from attnserve_server.build.fusion import assemble_fused
 from attnserve_server.build.golden import with_golden
 from attnserve_server.build.graph import checked
 from attnserve_server.build.precision import Precision, in_precision
@@ -35,7 +36,7 @@ class ExportRequest:
     """What to export. `version` empty: the next one. `pooling` "mean" adds the output `embedding`.
 
     `exporter` is `auto`, `dynamo` or `torchscript`; `opset` 0 is the exporter's own default. `zoo_options`: of a source
-    that is of the zoo.
+    that is of the zoo. `fuse`: try fused operators on packed heads, and keep them where that is faster.
     """
 
     source: str
@@ -50,6 +51,7 @@ class ExportRequest:
     opset: int = 0
     zoo_options: ZooOptions = field(default_factory=ZooOptions)
     precision: Precision = "fp32"
+    fuse: bool = True
 
 
 def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
@@ -66,7 +68,7 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
     if request.normalize and not request.pooling:
         raise BuildRefused("normalising needs a pooled output: add --pooling mean")
     version = Repository(request.repository).free_version(request.name, request.version)
-    with steps.shown(total=8), tempfile.TemporaryDirectory(prefix="attnserve-export-") as work:
+    with steps.shown(total=9), tempfile.TemporaryDirectory(prefix="attnserve-export-") as work:
         steps.begin("verifying the source")
         source = source_model(
             request.source,
@@ -91,7 +93,7 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     reduced = in_precision(proto, request.precision)
     if reduced is not proto:
         reduced = checked(reduced, source.name)
-    assembled = assemble(reduced, sampler, work, steps)
+    assembled, fusion = assemble_fused(reduced, sampler, work, steps, fuse=request.fuse)
     if not assembled.sites:
         raise BuildRefused(f"{source.architecture} exports without attention that is known, so there is nothing to tap")
     max_lengths = {symbol: source.max_lengths[symbol] for symbol in signature.symbols}
@@ -105,6 +107,7 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         report = check_against_itself(assembled, max_lengths, padding, paddable=paddable)
     else:
         report = _check(assembled, source, padding)
+    report = report.model_copy(update={"fusion": fusion})
     judge(report, assembled.tolerances.row_sum)
     steps.begin("writing the bundle")
     files = {MODEL_FILE: assembled.model_path}

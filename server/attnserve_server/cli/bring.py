@@ -14,7 +14,7 @@ from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.model.manifest import NAME_PATTERN, is_model_name, is_model_version
 
 if TYPE_CHECKING:
-    from attnserve_server.model.report import FusionReport, QualityReport
+    from attnserve_server.model.report import QualityReport
     from attnserve_server.model.repository import Bundle
 
 REFUSED = 2
@@ -33,6 +33,9 @@ MaxBatchSize = Annotated[
 PrecisionOption = Annotated[
     Literal["fp32", "fp16", "int8"],
     typer.Option("--precision", help="fp32 leaves the source's own; int8 rounds the weights of products."),
+]
+Fuse = Annotated[
+    bool, typer.Option("--fuse/--no-fuse", help="Keep fused attention operators where they are seen to be faster.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
@@ -91,6 +94,7 @@ def export(  # noqa: PLR0913 - the options of a command
     width: Annotated[int, typer.Option("--width", min=0, help="Of a zoo model: d_model. 0: as its size has it.")] = 0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of a zoo model's weights.")] = 0,
     precision: PrecisionOption = "fp32",
+    fuse: Fuse = True,
     as_json: AsJson = False,
 ) -> None:
     """Turn a Hugging Face model folder, or a model of the zoo, into a bundle, and check it against its source."""
@@ -113,6 +117,7 @@ def export(  # noqa: PLR0913 - the options of a command
             opset=opset,
             zoo_options=ZooOptions(size=size, layers=layers, heads=heads, width=width, seed=seed),
             precision=precision,
+            fuse=fuse,
         )
         _report(export_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
 
@@ -130,13 +135,8 @@ def prepare(  # noqa: PLR0913 - the options of a command
         int, typer.Option("--max-length", min=1, help="The greatest length to allow on each dynamic axis.")
     ] = 512,
     max_batch_size: MaxBatchSize = 32,
-    fuse: Annotated[
-        bool,
-        typer.Option(
-            "--fuse/--no-fuse", help="Keep fused operators in the place of plain attention if that is faster."
-        ),
-    ] = True,
     precision: PrecisionOption = "fp32",
+    fuse: Fuse = True,
     as_json: AsJson = False,
 ) -> None:
     """Turn a bare ONNX file into a bundle: find its attention, add taps, and check them against the file."""
@@ -219,7 +219,7 @@ def _report(bundle: Bundle, *, as_json: bool) -> None:
         f"weights within {check.weight_max_abs_error:.1e}, row sums within {check.row_sum_max_abs_error:.1e}"
     )
     if check.fusion is not None:
-        typer.echo(_fusion(check.fusion))
+        typer.echo(str(check.fusion))
     if check.quality is not None:
         typer.echo(quality_line(check.quality))
 
@@ -230,11 +230,3 @@ def quality_line(quality: QualityReport) -> str:
     speed = "" if quality.speed_ratio is None else f", {quality.speed_ratio:.2f} times as fast"
     cosine = f"cosine of {quality.output} {quality.cosine_mean:.4f}, at worst {quality.cosine_worst:.4f}"
     return f"on {quality.inputs}, beside {quality.against}: {cosine}{rows}{speed}"
-
-
-def _fusion(fusion: FusionReport) -> str:
-    """What came of fused operators, in one line."""
-    where = f"{fusion.sites} attention sites fused to {fusion.operator}"
-    if fusion.kept:
-        return f"{where}: {fusion.fused_over_source_time:.3f} of the source's time"
-    return f"{where}, but not kept: {fusion.reason}"

@@ -36,6 +36,13 @@ class FusionReport(Frozen):
     output_max_abs_error: float | None = None
     reason: str = ""
 
+    def __str__(self) -> str:
+        """One line for a person."""
+        where = f"{self.sites} attention sites rewritten to {self.operator}"
+        if self.kept:
+            return f"{where}: {self.fused_over_source_time:.3f} of the source's time"
+        return f"{where}, but not kept: {self.reason}"
+
 
 class QualityReport(Frozen):
     """What a reduced precision costs and brings, seen on many sequences and against the graph that it was made from.
