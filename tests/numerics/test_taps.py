@@ -219,3 +219,10 @@ def cases(draw: st.DrawFn) -> Case:
 def test_any_combination_equals_the_definition(case: Case) -> None:
     with TemporaryDirectory() as folder:
         assert_equals_definition(case, Path(folder))
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize(("left", "right"), [(2, 1), (0, 0), (3, -1), (-1, 2)])
+def test_windows_of_the_operator_hide_what_is_outside_them(left: int, right: int, causal: int, tmp_path: Path) -> None:
+    attributes = {"left_window_size": left, "right_window_size": right, "is_causal": causal}
+    assert_equals_definition(Case(queries=7, keys=7, opset=25, attributes=attributes), tmp_path)

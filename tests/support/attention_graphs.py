@@ -103,6 +103,10 @@ class Case:
                     scores = scores + np.where(allowed, mask.astype(np.float64), 0)
             if self.attributes.get("is_causal"):
                 allowed &= np.arange(self.keys) <= position
+            for side, sign in (("left", -1), ("right", 1)):
+                reach = self.attributes.get(f"{side}_window_size", -1)
+                if reach >= 0:
+                    allowed &= sign * (np.arange(self.keys) - position) <= reach
             if allowed.any():
                 exponents = np.where(allowed, np.exp(scores - scores[allowed].max()), 0)
                 weights[index] = exponents / exponents.sum()

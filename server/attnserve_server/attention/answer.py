@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from attnserve_server.attention.bands import band_keys, band_of, by_key, lay_out
+from attnserve_server.attention.bands import band_keys, band_of, by_key, columns_of, lay_out
 from attnserve_server.attention.links import encode, links_of
 from attnserve_server.attention.reduce import (
     Weights,
@@ -36,8 +36,8 @@ def answer(
     pieces' rows, which are kept together), so this changes no number; rollout says for itself why it may.
 
     Args:
-        weights: layer -> (H, L, S) float32, all heads, cropped to the sequence's own lengths; (H, L, W) where the site
-            has a band. Not written to.
+        weights: layer -> (H, L, S) float32, all heads, cropped to the sequence's own lengths; (H, L, W) where the tap
+            writes a band. Not written to.
         effective: the resolved selection, checked against the units.
         sites: the model's sites.
         units: the units of every axis that a chosen site names.
@@ -79,8 +79,11 @@ def _site_weights(
     rows = None if all_rows else queries.row_positions()
     heads = np.array(effective.heads[index], dtype=np.intp)
     joined = join_heads(weights[layer], heads, effective.head_reduction, rows)
-    if site.band is not None and band_of(effective, _joined(effective, sites, layer)) is None:
-        joined = lay_out(joined, band_keys(site.band, queries.positions, keys.positions, rows), keys.positions)
+    if site.band is not None:
+        is_band = band_of(effective, _joined(effective, sites, layer), keys.positions) is not None
+        if is_band == site.whole_rows:
+            columns = band_keys(site.band, queries.positions, keys.positions, rows)
+            joined = columns_of(joined, columns) if is_band else lay_out(joined, columns, keys.positions)
     return joined, rows
 
 
@@ -116,7 +119,7 @@ def _map(
 ) -> AttentionMap:
     """Words, special tokens, links and dtype: what is left to do once heads and layers are joined."""
     queries, keys = plans[sites[0].query_axis], plans[sites[0].key_axis]
-    band, columns = band_of(effective, sites), None
+    band, columns = band_of(effective, sites, keys.positions), None
     if band is not None:
         columns = band_keys(band, queries.positions, keys.positions, queries.rows)
     else:

@@ -16,10 +16,11 @@ from attnserve_server.model.manifest import SiteSpec
 BandKeys = npt.NDArray[np.int32]
 
 
-def band_of(effective: EffectiveSelection, joined: Sequence[SiteSpec]) -> BandSpec | None:
+def band_of(effective: EffectiveSelection, joined: Sequence[SiteSpec], keys: int) -> BandSpec | None:
     """The band that the map of one site, or of several joined ones, comes as; None: it is over all keys.
 
-    Words, special tokens left out and rollout need whole rows, and so does the mean over bands that differ.
+    Words, special tokens left out and rollout need whole rows, and so does the mean over bands that differ. Of S keys
+    or more columns than that, whole rows are the smaller map.
     """
     bands = {site.band for site in joined}
     whole_rows = (
@@ -27,7 +28,8 @@ def band_of(effective: EffectiveSelection, joined: Sequence[SiteSpec]) -> BandSp
         or effective.special_tokens is SpecialTokens.DROP
         or effective.layer_reduction is LayerReduction.ROLLOUT
     )
-    return None if whole_rows or len(bands) > 1 else bands.pop()
+    band = None if whole_rows or len(bands) > 1 else bands.pop()
+    return band if band is not None and band.width < keys else None
 
 
 def band_keys(spec: BandSpec, queries: int, keys: int, rows: Indices | None = None) -> BandKeys:
@@ -86,6 +88,13 @@ def lay_out(band: Weights, columns: BandKeys, keys: int) -> Weights:
     rows, places = np.nonzero(columns >= 0)
     dense[:, rows, columns[rows, places]] = band[:, rows, places]
     return dense
+
+
+def columns_of(dense: Weights, columns: BandKeys) -> Weights:
+    """The columns of a band, (H, L, S) to (H, L, W); 0 where one stands for no key. `columns` as for `lay_out`."""
+    taken = np.take_along_axis(dense, np.maximum(columns, 0)[np.newaxis], axis=2)
+    band: Weights = np.where(columns >= 0, taken, np.float32(0))
+    return band
 
 
 def by_key(band: Weights, columns: BandKeys) -> tuple[Weights, BandKeys]:

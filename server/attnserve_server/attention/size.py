@@ -36,7 +36,7 @@ def predicted_bytes(effective: EffectiveSelection, sites: Sequence[SiteSpec], un
         queries, keys = plans[sites[layer].query_axis], plans[sites[layer].key_axis]
         alone = effective.layer_reduction is LayerReduction.EACH
         joined = [sites[layer]] if alone else [sites[each] for each in effective.layers]
-        band = band_of(effective, joined)
+        band = band_of(effective, joined, keys.positions)
         if band is None:
             total += _map_bytes(effective, heads * queries.row_count, keys.column_count)
         else:

@@ -75,6 +75,6 @@ def over_keys(site: SiteSpec, weights: Array, queries: int, keys: int) -> Array:
         keys: S.
     """
     own = weights[:, :queries]
-    if site.band is None:
+    if site.band is None or site.whole_rows:
         return own[:, :, :keys]
     return lay_out(own, band_keys(site.band, queries, keys), keys)

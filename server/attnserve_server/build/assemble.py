@@ -260,4 +260,5 @@ def _site(layer: int, name: str, site: FoundSite, axes: Axes, fixed: FixedAxes) 
         weights_output=None if reason else WEIGHTS_PREFIX + name,
         unavailable_reason=reason,
         band=None if reason or site.windows is None else site.windows.band,
+        whole_rows=not reason and site.windows is not None and site.scores is not None,
     )

@@ -107,7 +107,8 @@ class Scores:
     """How a site's scores come about: softcap(query @ key^T * scale) + masks, then softmax over the keys.
 
     Heads of the query are grouped in order over the heads of the key. `causal`: query i sees keys up to i, counted
-    from the first of both; `window`: of those the last so many (0: all). `key_ends`, int32 (B,): keys up to and with
+    from the first of both; `window`: of those the last so many (0: all); `ahead`: query i sees keys up to i + ahead
+    (None: all). `key_ends`, int32 (B,): keys up to and with
     that position count, and so do, under a window, queries.
 
     `zeroed`: a row in which every key is masked is 0. Where it is False, masks are merely added, and such a row is what
@@ -127,6 +128,7 @@ class Scores:
     softcap: float = 0.0
     causal: bool = False
     window: int = 0
+    ahead: int | None = None
     masks: tuple[Mask | KeyPadding, ...] = ()
     key_ends: ir.Value | None = None
     zeroed: bool = True
@@ -172,14 +174,15 @@ class Probabilities:
 class Windows:
     """What a site's windows are of the sequences: learnt by running the graph, once its weights' axes are.
 
+    Where the weights come from `scores`, the operator says it, and `band` is all there is to know: rows are whole.
     `order`: which of the rows of all windows, in order, is each query's, where they stand in another order than the
     queries; else rows are the queries' own, and end with the second axis of the value named `anchor`. `key` is the axis
     symbol of the keys, or how many there always are.
     """
 
     band: BandSpec
-    anchor: str
-    key: str | int
+    anchor: str = ""
+    key: str | int = ""
     order: tuple[int, ...] = ()
 
 

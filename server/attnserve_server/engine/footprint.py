@@ -83,4 +83,4 @@ class Footprint:
 
 def _weights(site: SiteSpec) -> tuple[Extent, ...]:
     """The shape of a site's weights, without the batch axis."""
-    return (site.heads, site.query_axis, site.key_axis if site.band is None else site.band.width)
+    return (site.heads, site.query_axis, site.columns)

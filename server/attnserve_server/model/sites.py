@@ -14,8 +14,8 @@ class SiteSpec(Frozen):
     """One place where attention is computed, and the graph's tap for it.
 
     The tap reads `items_input` (int64, (n,): rows of the batch) and writes `weights_output` (float32, (n, heads, query,
-    key), or with a `band` (n, heads, query, columns of the band)). Both are None where the site could not be tapped;
-    `unavailable_reason` then says why.
+    key), or with a `band` and without `whole_rows` (n, heads, query, columns of the band)). Both are None where the
+    site could not be tapped; `unavailable_reason` then says why.
     """
 
     name: str
@@ -32,7 +32,9 @@ class SiteSpec(Frozen):
     weights_output: str | None = None
     unavailable_reason: str = ""
     band: BandSpec | None = None
-    """Which keys the columns of a windowed site's weights stand for; None: each of the S columns is a key."""
+    """Which keys a query of a windowed site sees; None: its weights are of all keys."""
+    whole_rows: bool = False
+    """Whether the tap writes (n, heads, query, key) all the same, of which the band's columns are taken afterwards."""
 
     @property
     def available(self) -> bool:
@@ -40,9 +42,14 @@ class SiteSpec(Frozen):
         return self.weights_output is not None
 
     @property
+    def columns(self) -> str | int:
+        """What the last axis of its weights has: the key axis, or so many columns of the band."""
+        return self.key_axis if self.band is None or self.whole_rows else self.band.width
+
+    @property
     def weight_axes(self) -> tuple[str, str]:
         """The axis symbols of the rows and of the columns of its weights; the columns of a band have none: empty."""
-        return self.query_axis, self.key_axis if self.band is None else ""
+        return self.query_axis, self.columns if isinstance(self.columns, str) else ""
 
     @model_validator(mode="after")
     def _tap_is_whole(self) -> Self:
@@ -54,4 +61,6 @@ class SiteSpec(Frozen):
             raise ValueError(f"site {self.name}: {self.kv_heads} key heads do not divide {self.heads} heads")
         if self.band is not None and self.form != "windowed":
             raise ValueError(f"site {self.name}: a band is of windowed sites, and this one is {self.form}")
+        if self.whole_rows and self.band is None:
+            raise ValueError(f"site {self.name}: rows are whole anyway where there is no band")
         return self

@@ -33,6 +33,7 @@ UNITS = {
 }
 counts = st.integers(0, 5)
 BANDS = st.one_of(
+    st.builds(SlidingBand, before=st.integers(0, 2), after=st.integers(0, 2), global_keys=st.integers(0, 1)),
     st.builds(SlidingBand, before=counts, after=counts, dilation=st.integers(1, 3), global_keys=counts),
     st.builds(
         BlockBand, block=st.integers(1, 4), before=st.integers(0, 2), after=st.integers(0, 2), global_keys=counts
@@ -40,7 +41,7 @@ BANDS = st.one_of(
 )
 
 
-def site(layer, band, heads=2):
+def site(layer, band, heads=2, *, whole_rows=False):
     return SiteSpec(
         name=f"encoder.{layer}",
         layer=layer,
@@ -55,6 +56,7 @@ def site(layer, band, heads=2):
         items_input=f"attention_items.{layer}",
         weights_output=f"attention.{layer}",
         band=band,
+        whole_rows=whole_rows,
     )
 
 
@@ -65,9 +67,9 @@ def weights_in(band, seed=0, heads=2, length=LENGTH):
     return (drawn / np.maximum(drawn.sum(axis=2, keepdims=True), 1e-9)).astype(np.float32)
 
 
-def ask(selection, bands, weights):
+def ask(selection, bands, weights, *, whole_rows=False):
     """The answer, and the bytes that were predicted for it."""
-    sites = [site(layer, band) for layer, band in enumerate(bands)]
+    sites = [site(layer, band, whole_rows=whole_rows and band is not None) for layer, band in enumerate(bands)]
     effective = resolve(selection, sites, "m")
     check_units(effective, sites, UNITS, "m", 0)
     return answer(weights, effective, sites, UNITS), predicted_bytes(effective, sites, UNITS)
@@ -172,6 +174,10 @@ def test_a_map_comes_as_its_band_and_is_as_large_as_was_said(band, queries, head
     selection = AttentionSelection(queries=queries, head_reduction=heads, dtype=dtype)
     result, said = ask(selection, [band], weights)
     [each] = result.maps
+    if band.width >= LENGTH:  # whole rows are the smaller map
+        assert each.band_keys is None
+        assert said == each.content.nbytes
+        return
     rows = [query % LENGTH for query in queries] or list(range(LENGTH))
     assert each.content.shape == (2 if heads is HeadReduction.EACH else 1, len(rows), band.width)
     np.testing.assert_array_equal(each.band_keys, band_keys(band, LENGTH, LENGTH)[rows])
@@ -197,6 +203,9 @@ def test_links_of_a_band_are_those_of_the_same_weights_over_all_keys(band, top_k
     twin = ask(selection, [None], dense_twin([band], weights))[0].maps[0].content
     np.testing.assert_allclose(links.residual, twin.residual, atol=1e-6)  # one rounding of a float32 sum
 
+    if band.width >= LENGTH:
+        np.testing.assert_array_equal(links.keys, twin.keys)
+
     def positive(found):
         """Links of weight 0 fill a row of all keys up; a band has none to fill it with."""
         rows = np.repeat(np.arange(len(found.row_offsets) - 1), np.diff(found.row_offsets))
@@ -207,6 +216,26 @@ def test_links_of_a_band_are_those_of_the_same_weights_over_all_keys(band, top_k
         ]
 
     assert positive(links) == positive(twin)
+
+
+@given(BANDS, st.sampled_from([{}, {"top_k": 2}, {"unit": AttentionUnit.WORD}, {"queries": (3, 0)}]))
+def test_a_tap_that_writes_whole_rows_makes_the_same_answers(band, choice):
+    banded = {0: weights_in(band)}
+    selection = AttentionSelection(**choice)
+    expected, said = ask(selection, [band], banded)
+    result, said_of_rows = ask(selection, [band], dense_twin([band], banded), whole_rows=True)
+    assert said == said_of_rows
+    [each], [other] = result.maps, expected.maps
+    if selection.top_k:
+        np.testing.assert_array_equal(each.content.keys, other.content.keys)
+    else:
+        np.testing.assert_array_equal(each.content, other.content)
+        np.testing.assert_array_equal(each.band_keys is None, other.band_keys is None)
+
+
+def test_rows_without_a_band_are_whole_anyway():
+    with pytest.raises(ValueError, match="whole anyway"):
+        SiteSpec.model_validate(site(0, None).model_dump() | {"whole_rows": True})
 
 
 WHOLE_ROWS = [

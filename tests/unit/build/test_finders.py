@@ -13,6 +13,7 @@ from attnserve_server.build.finders import find_sites
 from attnserve_server.build.names import NAME_SCOPES, site_names
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.build.vocabulary import vocabulary_size_of
+from attnserve_server.model.bands import SlidingBand
 from onnx import helper, numpy_helper
 
 
@@ -100,11 +101,19 @@ def test_uneven_groups_are_listed_with_their_reason() -> None:
     assert "3 query heads are no multiple of 2 key heads" in site.unavailable_reason
 
 
-def test_window_is_listed_with_its_form_and_reason() -> None:
-    model = Case(opset=25, attributes={"left_window_size": 2}).model()
-    site = next(iter(find_sites(ir.from_proto(model).graph).values()))
+@pytest.mark.parametrize(
+    ("attributes", "band"),
+    [
+        ({"left_window_size": 2, "right_window_size": 1}, SlidingBand(before=2, after=1)),
+        ({"left_window_size": 2, "is_causal": 1}, SlidingBand(before=2, after=0)),
+        ({"left_window_size": 2}, None),
+        ({"right_window_size": 0}, None),
+    ],
+)
+def test_a_window_with_an_end_on_both_sides_is_a_band(attributes: dict[str, int], band: SlidingBand | None) -> None:
+    site = only_site(Case(opset=25, attributes=attributes).model())
     assert site.form == "windowed"
-    assert "windowed attention is not tapped yet" in site.unavailable_reason
+    assert (site.windows.band if site.windows else None) == band
 
 
 def test_site_inside_a_subgraph_is_listed_with_its_reason() -> None:
@@ -154,6 +163,7 @@ def named(name: str = "", scopes: object = None) -> ir.Node:
         (named(), "attention_0"),
         (named("/encoder/layer.2/attention/self/MatMul"), "encoder.layer.2.attention"),
         (named("/encoder/layers.0/attn/softmax/Softmax"), "encoder.layers.0.attn"),
+        (named("/encoder/attention/softmax_1/Softmax"), "encoder.attention"),
         (named("/Attention"), "attention_0"),
         (named("n", ["", "model.h.0.attn", "sdpa"]), "model.h.0.attn"),
         (named("n", ["", "attnserve_source.encoder.layer.0.attention.self", "sdpa"]), "encoder.layer.0.attention"),

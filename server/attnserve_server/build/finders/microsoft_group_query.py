@@ -28,7 +28,8 @@ from attnserve_server.build.finders.microsoft_nodes import (
     refuse_subgraph,
     required,
 )
-from attnserve_server.build.sites import FoundSite, Operand, Rotary, Scores
+from attnserve_server.build.sites import FoundSite, Operand, Rotary, Scores, Windows
+from attnserve_server.model.bands import SlidingBand
 
 _PAST_KEY, _LENGTHS, _COS, _SIN, _POSITIONS, _BIAS, _SINK = 3, 5, 7, 8, 9, 10, 11
 _UNKNOWN = {
@@ -70,7 +71,17 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
         return FoundSite(node, operator, heads, kv_heads, head_dim, causal=causal, unavailable_reason=str(why))
     output = Operand(node.outputs[0], heads, packed=True)
     return FoundSite(
-        node, operator, heads, kv_heads, head_dim, causal=causal, scores=scores, value=value, output=output
+        node,
+        operator,
+        heads,
+        kv_heads,
+        head_dim,
+        form="windowed" if scores.window else "dense",
+        causal=causal,
+        scores=scores,
+        windows=Windows(SlidingBand(before=scores.window - 1, after=0)) if causal and scores.window else None,
+        value=value,
+        output=output,
     )
 
 

@@ -1,6 +1,6 @@
-"""Finds the `ai.onnx` operator `Attention` (opset 23 and 24, and 25 where it has no window).
+"""Finds the `ai.onnx` operator `Attention` (opset 23 to 25).
 
-Source: ONNX operators, Attention-23 and Attention-24; onnxruntime's CPU kernel agrees with it on the order (scale,
+Source: ONNX operators, Attention-23 to Attention-25; onnxruntime's CPU kernel agrees with it on the order (scale,
 softcap, mask, softmax), on the causal frontier (top left where there is no cache) and on fully masked rows (zeros).
 """
 
@@ -12,7 +12,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from attnserve_server.build.sites import FoundSite, Mask, Operand, Scores
+from attnserve_server.build.sites import FoundSite, Mask, Operand, Scores, Windows
+from attnserve_server.model.bands import SlidingBand
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 _MASK_RANKS = (2, 3, 4)
@@ -50,6 +51,8 @@ def _site(node: ir.Node, graph: ir.Graph, version: int) -> FoundSite:
             scale=node.attributes.get_float("scale", 1.0 / math.sqrt(head_dim)),
             softcap=node.attributes.get_float("softcap", 0.0),
             causal=causal,
+            window=_window(node, "left") + 1,
+            ahead=_window(node, "right") if _window(node, "right") >= 0 else None,
             masks=_masks(node),
         )
     except _NotTappable as why:
@@ -59,7 +62,17 @@ def _site(node: ir.Node, graph: ir.Graph, version: int) -> FoundSite:
     value = Operand(_input(node, 2), kv_heads, query.packed)
     output = Operand(node.outputs[0], heads, query.packed)
     return FoundSite(
-        node, operator, heads, kv_heads, head_dim, causal=causal, scores=scores, value=value, output=output
+        node,
+        operator,
+        heads,
+        kv_heads,
+        head_dim,
+        form=_form(node),
+        causal=causal,
+        scores=scores,
+        windows=_windows(node, causal=causal),
+        value=value,
+        output=output,
     )
 
 
@@ -68,7 +81,18 @@ def _form(node: ir.Node) -> Literal["dense", "windowed"]:
 
 
 def _windowed(node: ir.Node) -> bool:
-    return any(node.attributes.get_int(f"{side}_window_size", -1) >= 0 for side in ("left", "right"))
+    return any(_window(node, side) >= 0 for side in ("left", "right"))
+
+
+def _window(node: ir.Node, side: str) -> int:
+    """How many keys a query sees on one side; -1 for all."""
+    return node.attributes.get_int(f"{side}_window_size", -1)
+
+
+def _windows(node: ir.Node, *, causal: bool) -> Windows | None:
+    """The band, where there is an end to it on both sides."""
+    before, after = _window(node, "left"), 0 if causal else _window(node, "right")
+    return Windows(SlidingBand(before=before, after=after)) if before >= 0 and after >= 0 else None
 
 
 def _refuse_what_no_tap_can_do(node: ir.Node, graph: ir.Graph, query: Operand, key: Operand) -> None:
@@ -77,8 +101,6 @@ def _refuse_what_no_tap_can_do(node: ir.Node, graph: ir.Graph, query: Operand, k
     for position, name in _CACHES.items():
         if position < len(node.inputs) and node.inputs[position] is not None:
             raise _NotTappable(f"it takes {name}: weights over a cache are not tapped yet")
-    if _windowed(node):
-        raise _NotTappable("it attends within a window: windowed attention is not tapped yet")
     if query.heads % key.heads:
         raise _NotTappable(f"{query.heads} query heads are no multiple of {key.heads} key heads")
     if query.packed != key.packed:

@@ -77,6 +77,11 @@ class MaskRows:
         first = self._tap.op("Sub", [self._queries_down(), self._tap.scalar(width)])
         return self._tap.op("Less", [first, self._positions(self._key)])
 
+    def ahead(self, count: int) -> ir.Value:
+        """Bool (n, 1, L, S): key j is kept for query i where j <= i + count."""
+        last = self._tap.op("Add", [self._queries_down(), self._tap.scalar(count)])
+        return self._tap.not_less(last, self._positions(self._key))
+
     def keys_up_to(self, ends: ir.Value) -> ir.Value:
         """Bool (n, 1, 1, S): keys up to and with each row's end."""
         return self._tap.not_less(self._ends(ends), self._positions(self._key))

@@ -59,6 +59,8 @@ class _ScoresTap:
             kept.append(masks.causal())
         if scores.window:
             kept.append(masks.window(scores.window))
+        if scores.ahead is not None:
+            kept.append(masks.ahead(scores.ahead))
         if scores.key_ends is not None:
             kept.append(masks.keys_up_to(scores.key_ends))
             if scores.window:
