@@ -16,8 +16,11 @@ from attnserve_client._selection import Attention, selection_of
 from attnserve_client._tensors import to_tensor
 
 TokenIds: TypeAlias = "list[int] | npt.NDArray[Any]"
-Input: TypeAlias = "str | tuple[str, str] | TokenIds | Mapping[str, npt.ArrayLike]"
-"""One sequence: text, a pair of texts, token ids, or an array for each input of the model, without the batch axis."""
+Arrays: TypeAlias = "Mapping[str, npt.ArrayLike]"
+Text: TypeAlias = "str | tuple[str, str] | tuple[str, Arrays] | tuple[str, str, Arrays]"
+Input: TypeAlias = "Text | TokenIds | Arrays"
+"""One sequence, without the batch axis: text, a pair of texts, either with arrays behind it for the inputs that no text
+makes (the pixels of an image, say), token ids, or an array for each input of the model."""
 Inputs: TypeAlias = "Input | Sequence[Input]"
 Priority = Literal["low", "normal", "high"]
 
@@ -32,8 +35,8 @@ DEFAULT_TOKEN_INPUT: Final = "input_ids"  # noqa: S105 - the name of an input, n
 def split(inputs: Inputs) -> tuple[list[Input], bool]:
     """The sequences of a call, and whether the caller passed a list of them.
 
-    One sequence is a text, a tuple of two texts, a list of integers, an array of rank 1, or a mapping. Any other list,
-    and an array of rank 2, is a list of sequences.
+    One sequence is a text, a tuple of texts and arrays, a list of integers, an array of rank 1, or a mapping. Any other
+    list, and an array of rank 2, is a list of sequences.
 
     Raises:
         TypeError: It is none of these.
@@ -67,10 +70,13 @@ def sequence_of(one: Input, model: ModelInfo | None) -> wire.Sequence:
     if isinstance(one, str):
         return wire.Sequence(text=wire.TextInput(text=_text(one)))
     if isinstance(one, tuple):
-        texts: tuple[Any, ...] = one  # callers without a type checker pass anything
-        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-            raise TypeError("a tuple is a pair of two texts; pass token ids as a list or an array")
-        return wire.Sequence(text=wire.TextInput(text=_text(one[0]), text_pair=_text(one[1])))
+        given: tuple[Any, ...] = one  # callers without a type checker pass anything
+        *texts, last = given if given and isinstance(given[-1], Mapping) else (*given, {})
+        if len(given) < 2 or not 1 <= len(texts) <= 2 or not all(isinstance(text, str) for text in texts):
+            raise TypeError("a tuple is one or two texts, and arrays by name; pass token ids as a list or an array")
+        first, second = (_text(text) for text in (*texts, "")[:2])
+        tensors = [to_tensor(name, np.asarray(value)) for name, value in last.items()]
+        return wire.Sequence(text=wire.TextInput(text=first, text_pair=second, tensors=tensors))
     if isinstance(one, Mapping):
         tensors = [to_tensor(name, np.asarray(value)) for name, value in one.items()]
         return wire.Sequence(tensors=wire.TensorInput(tensors=tensors))

@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
 
+import numpy as np
+import numpy.typing as npt
 import typer
 from rich.console import Console
 
-from attnserve_client import Attention, Client, InferenceResult
+from attnserve_client import Attention, Client, InferenceResult, Input
 from attnserve_client.cli._errors import CODES_HELP, reported
 from attnserve_client.cli._show import show_explanation, show_model, show_models, show_results
 
@@ -65,13 +67,23 @@ def infer(
 @app.command(
     epilog="Examples:\n\n"
     'attnserve explain minilm "The buyer assumes all liabilities."\n\n'
-    "attnserve explain minilm - --layer 3 --head 5 --html map.html < contract.txt",
+    "attnserve explain minilm - --layer 3 --head 5 --html map.html < contract.txt\n\n"
+    'attnserve explain translator "a red dog" --pair "ein roter Hund" --png map.png\n\n'
+    'attnserve explain clip "a red dog" --tensor pixel_values=dog.npy --png map.png',
 )
 def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     model: Annotated[str, typer.Argument(help="The model's name.")],
     text: Annotated[str, typer.Argument(help="The text; `-` reads it from standard input.")],
     version: Version = "",
-    pair: Annotated[str, typer.Option("--pair", help="A second text, for models that take pairs.")] = "",
+    pair: Annotated[
+        str, typer.Option("--pair", help="A second text, for models that take pairs: a passage, or a decoder's text.")
+    ] = "",
+    tensor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor", metavar="NAME=FILE.npy", help="An input that no text makes, as pixels; may be repeated."
+        ),
+    ] = None,
     layer: Annotated[
         str, typer.Option("--layer", help="A layer, -1 for the last; or `mean` or `rollout` over all of them.")
     ] = "-1",
@@ -94,9 +106,10 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
 ) -> None:
     """Show where a model looks: a heatmap and the strongest links, by default of the last layer's words."""
     (sentence,) = _texts([text], whole=True)
+    arrays = _arrays(tensor or [])
     selection = _selection(layer, heads, unit, keep_special=keep_special)
     with reported(server, as_json=as_json), Client(server) as client:
-        one = (sentence, pair) if pair else sentence
+        one = _one(sentence, pair, arrays)
         result = client.infer(model, one, version=version, outputs=[], attention=selection, timeout=timeout)
     attention = result.attention[0]
     if html is not None:
@@ -111,7 +124,7 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
         _print_json({"receipt": asdict(result.receipt), "links": described, "attention": attention.to_dict()})
     else:
         console = Console(highlight=False)
-        show_explanation(console, sentence, attention, links)
+        show_explanation(console, f"{sentence}\n{pair}" if pair else sentence, attention, links)
         for written in (html, png):
             if written is not None:
                 console.print(f"wrote {written}", markup=False, style="dim")
@@ -155,6 +168,30 @@ def _texts(given: list[str], *, whole: bool = False) -> list[str]:
     if not texts:
         raise typer.BadParameter("standard input has no text", param_hint="TEXT")
     return texts
+
+
+def _one(text: str, pair: str, arrays: dict[str, npt.NDArray[Any]]) -> Input:
+    if arrays:
+        return (text, pair, arrays) if pair else (text, arrays)
+    return (text, pair) if pair else text
+
+
+def _arrays(given: list[str]) -> dict[str, npt.NDArray[Any]]:
+    """Arrays from files of NumPy's own format, which hold numbers and nothing that would be run."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for entry in given:
+        name, equals, file = entry.partition("=")
+        if not (name and equals and file):
+            raise typer.BadParameter(f"{entry!r} is not NAME=FILE.npy", param_hint="--tensor")
+        try:
+            arrays[name] = np.load(file, allow_pickle=False)
+        except OSError as error:
+            raise typer.BadParameter(f"cannot read {file}: {error.strerror or error}", param_hint="--tensor") from None
+        except (ValueError, EOFError):
+            raise typer.BadParameter(f"{file} is not a file of one array (.npy)", param_hint="--tensor") from None
+        if not isinstance(arrays[name], np.ndarray):
+            raise typer.BadParameter(f"{file} is not a file of one array (.npy)", param_hint="--tensor")
+    return arrays
 
 
 def _selection(layer: str, heads: str, unit: Literal["word", "token"], *, keep_special: bool) -> Attention:

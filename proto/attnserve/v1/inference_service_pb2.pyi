@@ -64,6 +64,7 @@ class TextInput(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     TEXT_PAIR_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text: UTF-8, at least one character, at most the model's `max_text_bytes`. Text that spells a special token is
     taken as plain text. Too many tokens: INVALID_ARGUMENT, nothing is cut off silently.
@@ -73,15 +74,22 @@ class TextInput(_message.Message):
     text has an axis of its own (`Model.text_pair_axis`), it is tokenized by itself, behind the token that the model starts
     it with; needed unless the model has such a token.
     """
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
+        """Arrays for inputs that no text can make, for example the pixels of an image. An input that the text makes may not be
+        among them (INVALID_ARGUMENT).
+        """
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         text_pair: _builtins.str = ...,
+        tensors: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "text_pair", b"text_pair"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tensors", b"tensors", "text", b"text", "text_pair", b"text_pair"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +52,13 @@ def judge(report: CheckReport, row_sum_tolerance: float) -> None:
                 f"check failed: {what} differ from {report.against} by {error:.3g}, more than {tolerance:g}; "
                 "no bundle was written"
             )
+
+
+def reported(**seen: Any) -> CheckReport:
+    """The report of what a check saw. Raises CheckFailed where that was no number: nothing can be compared with NaN."""
+    if any(isinstance(value, float) and not math.isfinite(value) for value in seen.values()):
+        raise CheckFailed("check failed: the model's own answers are not finite numbers; no bundle was written")
+    return CheckReport(**seen)
 
 
 def row_sum_error(weights: Array) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnserve_server.build.assemble import Assembled
-from attnserve_server.build.check import CHECK_LENGTHS, row_sum_error
+from attnserve_server.build.check import CHECK_LENGTHS, reported, row_sum_error
 from attnserve_server.build.probe import croppers, max_abs
 from attnserve_server.build.products import product_errors
 from attnserve_server.build.runtime import Runner, time_ratio
@@ -36,7 +36,7 @@ def check_against_itself(
     weights = {name: found[output] for name, output in assembled.weights.items()}
     products = product_errors(assembled.checker, assembled.found, weights, feeds)
     sums = [row_sum_error(own) for name, own in weights.items() if assembled.found[name].rows_sum_to_one]
-    return CheckReport(
+    return reported(
         against="the file itself, weights @ value with each operator's own output",
         lengths=lengths,
         output_max_abs_error=worst_output,

@@ -1,25 +1,17 @@
-"""One sequence's inputs: wire tensors to checked arrays. Text is in `texts`, the request as a whole in `validation`."""
+"""One sequence's inputs: what of text and tensors it is made from. The request as a whole is in `validation`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import Final
 
-import numpy as np
 from attnserve.v1 import inference_service_pb2, tensor_pb2
 
-from attnserve_server.domain.values import Array
-from attnserve_server.model.manifest import NUMPY_DTYPES, InputSpec
-from attnserve_server.transport.codec import DTYPE_NAMES, array_of
-from attnserve_server.transport.intake import Inputs, Intake, check_values, fill_in
+from attnserve_server.transport.arrays import read_tensors
+from attnserve_server.transport.intake import Inputs, Intake, fill_in
 from attnserve_server.transport.texts import from_text
-from attnserve_server.transport.violations import Violations, shown
+from attnserve_server.transport.violations import Violations
 
 __all__ = ["Inputs", "Intake", "inputs_of"]
-
-MAX_RANK: Final = 8
-MAX_ELEMENTS: Final = 2**63 - 1
 
 
 def inputs_of(
@@ -43,107 +35,11 @@ def _from_tensors(
     messages: Iterable[tensor_pb2.Tensor], intake: Intake, path: str, violations: Violations
 ) -> Inputs | None:
     before = len(violations)
-    tensors: dict[str, Array] = {}
     lengths = intake.manifest.fixed_lengths
-    seen: set[str] = set()
-    for index, message in enumerate(messages):
-        if violations.full:
-            break
-        where = f"{path}[{index}]"
-        spec = intake.inputs.get(message.name)
-        if spec is None:
-            violations.add(
-                f"{where}.name", f"no input {shown(message.name)}; the model takes {', '.join(intake.inputs)}"
-            )
-        elif spec.name in seen:
-            violations.add(f"{where}.name", f"input {spec.name!r} is given twice")
-        else:
-            seen.add(spec.name)
-            array = _array(message, spec, intake, where, lengths, violations)
-            if array is not None:
-                tensors[spec.name] = array
+    tensors, seen = read_tensors(messages, intake, path, lengths, violations)
     for name, spec in intake.inputs.items():
         if name not in seen and spec.fill is None:
             violations.add(path, f"input {name!r} is missing")
     if len(violations) > before or not fill_in(tensors, lengths, intake, path, violations):
         return None
     return Inputs(tensors, lengths)
-
-
-def _array(
-    message: tensor_pb2.Tensor,
-    spec: InputSpec,
-    intake: Intake,
-    path: str,
-    lengths: dict[str, int],
-    violations: Violations,
-) -> Array | None:
-    """A read-only view of the tensor's data, or None if anything was wrong."""
-    before = len(violations)
-    dtype = DTYPE_NAMES.get(message.dtype)
-    if dtype != spec.dtype:
-        violations.add(f"{path}.dtype", f"{dtype or message.dtype}, but input {spec.name!r} is {spec.dtype}")
-    shape = _shape(message, spec, intake, path, lengths, violations)
-    if shape is None or len(violations) > before:
-        return None
-    data = message.data
-    wanted_bytes = math.prod(shape) * NUMPY_DTYPES[spec.dtype].itemsize
-    if len(data) != wanted_bytes:
-        violations.add(f"{path}.data", f"{len(data)} bytes; shape {list(shape)} of {spec.dtype} needs {wanted_bytes}")
-        return None
-    if spec.dtype == "bool":
-        raw = np.frombuffer(data, np.uint8)
-        if raw.max() > 1:
-            at = int(np.argmax(raw > 1))
-            violations.add(f"{path}.data", f"element {at} is byte {raw[at]}; a bool is 0 or 1")
-            return None
-    array = array_of(data, spec.dtype, shape)
-    check_values(array, spec, intake, f"{path}.data", violations)
-    return array if len(violations) == before else None
-
-
-def _shape(
-    message: tensor_pb2.Tensor,
-    spec: InputSpec,
-    intake: Intake,
-    path: str,
-    lengths: dict[str, int],
-    violations: Violations,
-) -> tuple[int, ...] | None:
-    """The shape, or None if anything was wrong; nothing is allocated, and products are Python's, without overflow."""
-    rank = len(message.shape)
-    if rank > MAX_RANK:
-        violations.add(f"{path}.shape", f"rank {rank} exceeds {MAX_RANK}")
-        return None
-    shape = tuple(message.shape)
-    before = len(violations)
-    for axis, length in enumerate(shape):
-        if length < 1:
-            violations.add(f"{path}.shape[{axis}]", f"length {length} is less than 1")
-    if len(violations) > before:
-        return None
-    if (elements := math.prod(shape)) > MAX_ELEMENTS:
-        violations.add(f"{path}.shape", f"{elements} elements exceed {MAX_ELEMENTS}")
-        return None
-    if rank != len(spec.shape):
-        extents = ", ".join(str(extent) for extent in spec.shape)
-        violations.add(
-            f"{path}.shape",
-            f"rank {rank}, but input {spec.name!r} has rank {len(spec.shape)} without batch: [{extents}]",
-        )
-        return None
-    for axis, (length, extent) in enumerate(zip(shape, spec.shape, strict=True)):
-        fault = _extent_fault(length, extent, intake, lengths)
-        if fault:
-            violations.add(f"{path}.shape[{axis}]", fault)
-    return shape if len(violations) == before else None
-
-
-def _extent_fault(length: int, extent: int | str, intake: Intake, lengths: dict[str, int]) -> str:
-    """What is wrong with one axis's length, or nothing; notes the length of a symbol that is met first."""
-    if isinstance(extent, int):
-        return "" if length == extent else f"length {length}, but the model takes {extent}"
-    if length > intake.max_lengths[extent]:
-        return f"length {length} exceeds {intake.max_lengths[extent]} of axis {extent!r}"
-    known = lengths.setdefault(extent, length)
-    return "" if known == length else f"length {length} of axis {extent!r} differs from {known} of an input before it"

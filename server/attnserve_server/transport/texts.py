@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from attnserve.v1 import inference_service_pb2
 
@@ -9,6 +11,7 @@ from attnserve_server.domain.errors import TextUnavailable
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, TextSpec
 from attnserve_server.model.tokenizer import TextTokenizer, TokenizedText
+from attnserve_server.transport.arrays import read_tensors
 from attnserve_server.transport.intake import Inputs, Intake, check_values, fill_in
 from attnserve_server.transport.violations import Violations
 
@@ -28,28 +31,41 @@ def from_text(
         return None
     before = len(violations)
     encoded = _encoded(message, spec, tokenizer, intake.max_tokens)
-    field_of = {spec.axis: "text", spec.pair_axis: "text_pair"}
+    field_of = {spec.axis: f"{path}.text", spec.pair_axis: f"{path}.text_pair"}
     for axis, tokens in encoded.items():
         count, most = len(tokens.ids), intake.max_tokens[axis]
         if not 1 <= count <= most:
             limit = f"exceed {most}" if count else "are less than 1"
-            violations.add(f"{path}.{field_of[axis]}", f"{count} tokens {limit}")
+            violations.add(field_of[axis], f"{count} tokens {limit}")
     if len(violations) > before:
         return None
     lengths = {**intake.manifest.fixed_lengths, **{axis: len(tokens.ids) for axis, tokens in encoded.items()}}
-    tensors: dict[str, Array] = {}
+    tensors, _ = read_tensors(message.tensors, intake, f"{path}.tensors", lengths, violations)
+    _add_tokens(tensors, encoded, field_of, intake, violations)
+    if not fill_in(tensors, lengths, intake, path, violations) or len(violations) > before:
+        return None
+    return Inputs(tensors, lengths, {axis: tokens.units for axis, tokens in encoded.items()})
+
+
+def _add_tokens(
+    tensors: dict[str, Array],
+    encoded: Mapping[str, TokenizedText],
+    field_of: Mapping[str, str],
+    intake: Intake,
+    violations: Violations,
+) -> None:
+    """Add the inputs that the texts make. Of those the caller may send none."""
     for wanted in intake.manifest.inputs:
         axis = str(wanted.shape[0]) if len(wanted.shape) == 1 else ""
         made = _made(wanted, encoded[axis]) if axis in encoded else None
         if made is None:
             continue
+        if wanted.name in tensors:
+            violations.add(field_of[axis], f"input {wanted.name!r} is made from the text, and came as a tensor too")
         tensors[wanted.name] = made
         if wanted.role is InputRole.TOKEN_IDS:
             # A bundle whose tokenizer knows more tokens than its model must not fail a whole batch.
-            check_values(made, wanted, intake, f"{path}.{field_of[axis]}", violations)
-    if not fill_in(tensors, lengths, intake, path, violations) or len(violations) > before:
-        return None
-    return Inputs(tensors, lengths, {axis: tokens.units for axis, tokens in encoded.items()})
+            check_values(made, wanted, intake, field_of[axis], violations)
 
 
 def _encoded(

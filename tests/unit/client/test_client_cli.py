@@ -11,6 +11,7 @@ import pytest
 from attnserve_client import (
     AttentionMap,
     AttnserveError,
+    Client,
     InternalFault,
     Overloaded,
     RequestCancelled,
@@ -117,6 +118,47 @@ def test_explain_writes_page_and_picture(attnserve: Any, tmp_path: Path) -> None
     assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "wrote" in result.stdout
+
+
+def test_explain_sends_two_texts_and_arrays_from_files(
+    attnserve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "dog.npy", np.ones((3, 2), np.float32))
+    sent: list[Any] = []
+    real = Client.infer
+
+    def noting(self: Client, model: str, inputs: Any, **options: Any) -> Any:
+        sent.append(inputs)
+        return real(self, model, inputs[0] if isinstance(inputs, tuple) else inputs, **options)
+
+    monkeypatch.setattr(Client, "infer", noting)
+    array = ("--tensor", f"pixels={tmp_path / 'dog.npy'}")
+    for line, texts in (((), ("a dog",)), (("--pair", "ein Hund"), ("a dog", "ein Hund"))):
+        result = attnserve("explain", "fake", "a dog", *line, *array)
+        assert result.exit_code == 0, result.output
+        *given, arrays = sent.pop()
+        assert tuple(given) == texts
+        np.testing.assert_array_equal(arrays["pixels"], np.ones((3, 2)))
+    assert "ein Hund" in result.stdout
+
+
+def test_array_files_that_are_none_are_told(attnserve: Any, tmp_path: Path) -> None:
+    (tmp_path / "text.npy").write_text("no array", encoding="utf-8")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.savez(tmp_path / "two.npz", np.ones(2))
+    np.save(tmp_path / "object.npy", np.array([{}], object))
+    for given, words in {
+        "pixels": "is not NAME=FILE.npy",
+        "=x.npy": "is not NAME=FILE.npy",
+        f"x={tmp_path / 'missing.npy'}": "cannot read",
+        f"x={tmp_path / 'text.npy'}": "is not a file of one array",
+        f"x={tmp_path / 'empty.npy'}": "is not a file of one array",
+        f"x={tmp_path / 'two.npz'}": "is not a file of one array",
+        f"x={tmp_path / 'object.npy'}": "is not a file of one array",
+    }.items():
+        result = attnserve("explain", "fake", TEXT, "--tensor", given)
+        assert result.exit_code == 2
+        assert words.replace(" ", "") in "".join(result.stderr.split()).replace("│", "")
 
 
 def test_file_that_cannot_be_written_is_told(attnserve: Any, tmp_path: Path) -> None:

@@ -101,9 +101,19 @@ def test_inputs_of_other_types_are_refused(wrong: Any) -> None:
         sequence_of(wrong, None)
 
 
-@pytest.mark.parametrize("wrong", [("one",), ("a", "b", "c"), (1, 2)])
+@pytest.mark.parametrize(
+    ("one", "texts"),
+    [(("a", {"x": np.ones(2)}), ("a", "")), (("a", "b", {"x": np.ones(2)}), ("a", "b")), (("a", "b", {}), ("a", "b"))],
+)
+def test_arrays_may_stand_behind_texts(one: Any, texts: tuple[str, str]) -> None:
+    sent = sequence_of(one, None).text
+    assert (sent.text, sent.text_pair) == texts
+    assert [(tensor.name, list(tensor.shape)) for tensor in sent.tensors] == [(name, [2]) for name in one[-1]]
+
+
+@pytest.mark.parametrize("wrong", [("one",), ("a", "b", "c"), (1, 2), (), ({},), ("a", "b", "c", {}), (1, {})])
 def test_tuple_that_is_no_pair_of_texts_is_refused(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="pair of two texts"):
+    with pytest.raises(TypeError, match="a tuple is one or two texts"):
         sequence_of(wrong, None)
 
 

@@ -180,6 +180,51 @@ def test_positions_that_are_no_text_stay_units_of_their_own_among_words() -> Non
     assert sequence.units["patches"] == AxisUnits(axis="patches", length=7, special=(False,) * 7, word_ids=(-1,) * 7)
 
 
+def image(**fields: object) -> tensor_pb2.Tensor:
+    data = np.zeros((3, 4, 6), np.float32)
+    told = {"name": "pixel_values", "dtype": tensor_pb2.DATA_TYPE_FLOAT32, "shape": data.shape, "data": data.tobytes()}
+    return tensor_pb2.Tensor(**{**told, **fields})
+
+
+def test_text_may_bring_the_arrays_that_it_cannot_make() -> None:
+    sent = pb.Sequence(text=pb.TextInput(text="the cat", tensors=[image()]))
+    (sequence,) = asked(over_patches(), sent).sequences
+    assert sequence.tensors["pixel_values"].shape == (3, 4, 6)
+    assert sequence.units["seq"].texts == ("[CLS]", "the", "cat", "[SEP]")
+    assert sequence.units["patches"].grid == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "field", "words"),
+    [
+        ([], "text", "input 'pixel_values' cannot be made from text"),
+        ([image(name="pixels")], "text.tensors[0].name", "no input 'pixels'"),
+        ([image(shape=(3, 6, 4))], "text.tensors[0].shape[1]", "length 6, but the model takes 4"),
+        ([image(), image()], "text.tensors[1].name", "given twice"),
+        (
+            [
+                image(),
+                image(
+                    name="input_ids",
+                    dtype=tensor_pb2.DATA_TYPE_INT64,
+                    shape=[4],
+                    data=ids("a", "a", "a", "a").tobytes(),
+                ),
+            ],
+            "text.text",
+            "input 'input_ids' is made from the text, and came as a tensor too",
+        ),
+    ],
+)
+def test_faults_of_arrays_beside_text_are_told(tensors: list[tensor_pb2.Tensor], field: str, words: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        asked(over_patches(), pb.Sequence(text=pb.TextInput(text="the cat", tensors=tensors)))
+    assert any(
+        violation.field == f"sequences[0].{field}" and words in violation.description
+        for violation in refusal.value.violations
+    )
+
+
 def test_frames_of_features_have_positions_and_ids_of_another_kind_have_no_words() -> None:
     inputs = (
         flat("input_ids", "seq", IDS),
