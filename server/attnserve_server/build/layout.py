@@ -45,6 +45,7 @@ class _Runs:
     base: Array
     longer: Array
     turned: Array | None
+    lengths: tuple[Mapping[str, int], Mapping[str, int]]
 
 
 def settle(
@@ -121,7 +122,8 @@ def _run(
     fewer = base if fixed else run(rows[:2], short)
     turned = None if fixed else run([rows[row] for row in _ORDER], short)
     return {
-        name: _Runs(fewer[name], base[name], longer[name], None if turned is None else turned[name]) for name in fetches
+        name: _Runs(fewer[name], base[name], longer[name], None if turned is None else turned[name], lengths)
+        for name in fetches
     }
 
 
@@ -170,8 +172,8 @@ def _axes(runs: _Runs, key_axis: int, query_axes: tuple[int, ...]) -> Axes:
         raise _NotUnderstood("its keys follow the batch")
     batches = [place for place in range(rank) if parts[place][0]]
     query = _query(own, parts, key)
-    if query in batches:
-        raise _NotUnderstood("its queries are folded into the batch")
+    if times := _multiple(parts[query][1], runs.lengths):
+        raise _NotUnderstood(f"its queries are {times} times as many as an input's: heads may be folded into them")
     shared = [place for place in range(rank) if place not in {key, query}]
     if runs.turned is None:
         batches = [_lone_batch(shared, parts)]
@@ -206,7 +208,19 @@ def _query(own: list[int], parts: list[tuple[bool, tuple[int, int]]], key: int) 
     dynamic = [place for place in own if parts[place][1][0] != parts[place][1][1]]
     if len(dynamic) > 1:
         raise _NotUnderstood("several axes of its weights may be that of its queries")
-    return dynamic[0] if dynamic else min(own, key=lambda place: abs(place - key))
+    query = dynamic[0] if dynamic else min(own, key=lambda place: abs(place - key))
+    if parts[query][0]:
+        raise _NotUnderstood("its queries are folded into the batch")
+    return query
+
+
+def _multiple(extents: tuple[int, int], lengths: tuple[Mapping[str, int], Mapping[str, int]]) -> int:
+    """How many times an axis of the inputs, at both sets of lengths, makes the extents; 0 where that is not above 1."""
+    for symbol, short in lengths[0].items():
+        times = extents[0] // short
+        if times > 1 and extents == (times * short, times * lengths[1][symbol]):
+            return times
+    return 0
 
 
 def _lone_batch(shared: list[int], parts: list[tuple[bool, tuple[int, int]]]) -> int:

@@ -37,7 +37,7 @@ def _module_path(node: ir.Node) -> str:
     parts = _scopes(node) or _slashes(node)
     if parts and parts[0] == WRAPPER:
         parts = parts[1:]
-    while parts and parts[-1] in _INNER:
+    while parts and re.sub(r"_\d+$", "", parts[-1]) in _INNER:
         parts = parts[:-1]
     return ".".join(re.sub(r"[^A-Za-z0-9_-]", "_", part) for part in parts)
 

@@ -130,3 +130,13 @@ def test_weights_that_mix_rows_of_the_batch_give_the_reason(tmp_path: Path) -> N
     )
     site = only_site(steps, attention(steps, scores=steps.op("MatMul", "x", steps.turned(shifted))), tmp_path)
     assert site.unavailable_reason == "its weights do not follow the rows of the batch"
+
+
+def test_heads_that_may_be_folded_into_the_queries_give_the_reason(tmp_path: Path) -> None:
+    # Two query heads in a row share the one key head.
+    steps = Steps()
+    pairs = steps.op("Reshape", "x", steps.const(kind=np.int64, value=[0, -1, WIDTH // 2]))
+    keys = steps.op("MatMul", "y", steps.const(WIDTH, WIDTH // 2))
+    attended = attention(steps, scores=steps.op("MatMul", pairs, steps.turned(keys)), value=keys)
+    site = only_site(steps, steps.op("Reshape", attended, steps.const(kind=np.int64, value=[0, -1, WIDTH])), tmp_path)
+    assert site.unavailable_reason == "its queries are 2 times as many as an input's: heads may be folded into them"
