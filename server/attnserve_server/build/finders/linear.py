@@ -8,7 +8,7 @@ query, and features without a divisor. Source: Katharopoulos et al. 2020, eq. 5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -21,6 +21,11 @@ _OPERATOR = "decomposed linear attention"
 _SHAPING = {"Transpose", "Unsqueeze", "Squeeze", "Reshape", "Identity", "Expand"}
 _GUARDS = {"Add", "Max", "Clip", "Where"}
 """What keeps a divisor from 0."""
+_ELEMENTWISE = {
+    *("Add", "Sub", "Mul", "Div", "Max", "Min", "Where", "Cast", "Clip"),
+    *("Elu", "Relu", "Exp", "Softplus", "Softmax", "Sigmoid", "Tanh", "Abs", "Sqrt", "Gelu"),
+}
+"""What feature maps are made of, and leaves axes in their places."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,9 @@ def _is_total(divisor: ir.Value, summary: _Summary, *, inverse: bool) -> bool:
     value = _bare(divisor)
     if inverse:
         node = value.producer()
+        if node is not None and node.op_type == "Mul":  # 1.0 / x is written as the reciprocal of x by 1.0
+            plain = [each for each in node.inputs if each is not None and not _is_constant(each)]
+            node = plain[0].producer() if len(plain) == 1 else None
         if node is None or node.op_type not in {"Reciprocal", "Div"}:
             return False
         source = node.inputs[0] if node.op_type == "Reciprocal" else node.inputs[1]
@@ -167,20 +175,28 @@ def _is_sum_of_keys(value: ir.Value, summary: _Summary) -> bool:
     )
 
 
-def _extents(term: Term) -> list[int | None]:
-    """The extents of a value, as far as its shape, or the shape that it was brought into, says them."""
-    shape: list[int | None] = [None] * len(term.letters)
-    if term.value.shape is not None:
-        shape = [extent if isinstance(extent, int) else None for extent in term.value.shape]
+def _extents(term: Term, depth: int = 8) -> dict[str, int]:
+    """The extents of a value's axes that the graph tells: by its shape, or by that which its parts were brought into.
+
+    Exporters that infer no shapes still say heads where they part them.
+    """
+    found: dict[str, int] = {}
+    shape: Iterable[object] = term.value.shape if term.value.shape is not None else ()
     node = term.value.producer()
-    parts = node.inputs[1].producer() if node is not None and node.op_type == "Reshape" and node.inputs[1] else None
-    if parts is None or parts.op_type != "Concat" or len(parts.inputs) != len(shape):
-        return shape
-    said = [constant_ints(part) for part in parts.inputs]
-    return [
-        numbers[0] if extent is None and numbers and numbers[0] > 0 else extent
-        for extent, numbers in zip(shape, said, strict=True)
-    ]
+    if node is not None and node.op_type == "Reshape":
+        wanted = node.inputs[1]
+        parts = wanted.producer() if wanted is not None else None
+        if parts is not None and parts.op_type == "Concat":
+            numbers = [constant_ints(part) or [0] for part in parts.inputs]
+            shape = [each[0] for each in numbers] if all(len(each) == 1 for each in numbers) else shape
+    elif node is not None and node.op_type in _ELEMENTWISE and depth:
+        for value in node.inputs:
+            if value is not None and not _is_constant(value):
+                part = _extents(Term(value, term.letters).untransposed(), depth - 1)
+                # A part of extent 1 may be spread over another, whose extent is not known.
+                found |= {letter: extent for letter, extent in part.items() if extent > 1}
+    said = zip(term.letters, shape, strict=False)
+    return found | {letter: extent for letter, extent in said if isinstance(extent, int) and extent > 0}
 
 
 def _bare(value: ir.Value) -> ir.Value:
@@ -205,12 +221,9 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 def _site(node: ir.Node, summary: _Summary) -> FoundSite:
     """The site, with every operand's axes told by its letters."""
-    extents = {
-        letter: extent
-        for term in (summary.query, summary.key, summary.value)
-        for letter, extent in zip(term.letters, _extents(term), strict=False)
-        if extent is not None
-    }
+    extents: dict[str, int] = {}
+    for term in (summary.query, summary.key, summary.value):
+        extents |= _extents(term)
     # The batch is the shared axis that comes first; attention over all heads at once has no other.
     batch, head = summary.shared[0], summary.shared[1:]
     heads = extents.get(head, 0) if head else 1

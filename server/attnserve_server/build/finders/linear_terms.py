@@ -69,11 +69,9 @@ def _einsum(node: ir.Node, values: list[ir.Value], ranks: list[int | None]) -> C
         return None
     spread = ""
     if "." in inputs:
-        # What the ellipsis stands for: as many axes as the value has beyond its letters, the same for all.
+        # What the ellipsis stands for: as many axes as a value has beyond its letters, the same for all.
         beyond = {
-            rank - len(each) + 1 if rank is not None else -1
-            for each, rank in zip(letters, ranks, strict=True)
-            if "." in each
+            rank - len(each) + 1 for each, rank in zip(letters, ranks, strict=True) if "." in each and rank is not None
         }
         if len(beyond) != 1 or min(beyond) < 0:
             return None
