@@ -17,6 +17,7 @@ from attnserve_server.build.finders import find_sites
 from attnserve_server.build.graph import read_graph
 from attnserve_server.build.sites import FoundSite, Operand
 from attnserve_server.model.manifest import BATCH, Manifest
+from attnserve_server.model.report import FusionReport
 from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository, verify
 
 _INFERRED = "unk__"
@@ -61,6 +62,7 @@ class ModelDescription(BaseModel):
     inputs: tuple[TensorDescription, ...]
     outputs: tuple[TensorDescription, ...]
     sites: tuple[SiteDescription, ...]
+    fusion: FusionReport | None = None
 
 
 def inspect_model(path: Path) -> ModelDescription:
@@ -102,6 +104,8 @@ def show(description: ModelDescription, console: Console) -> None:
         weights = "yes" if site.available else f"no: {site.unavailable_reason}"
         sites.add_row(str(site.layer), site.name, f"{site.kind}, {site.form}", heads, axes, weights)
     console.print(sites)
+    if description.fusion is not None:
+        console.print(str(description.fusion), highlight=False, markup=False)
 
 
 def _of_bundle(bundle: Bundle) -> ModelDescription:
@@ -118,6 +122,7 @@ def _of_bundle(bundle: Bundle) -> ModelDescription:
             SiteDescription(**site.model_dump(exclude={"items_input", "weights_output"}), available=site.available)
             for site in manifest.sites
         ),
+        fusion=manifest.check.fusion,
     )
 
 

@@ -145,3 +145,5 @@ def test_command_says_what_came_of_it(
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 0, done.output
     assert said in done.output
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "models" / "ranker" / "1")])
+    assert said in " ".join(shown.output.split())
