@@ -157,7 +157,9 @@ def attention_of(units: list[Unit], selection: Attention, shape: Shape, model: s
         queries = queries if selection.queries else keys
         by_layer = [_renormalised(weights[:, :, keys]) for weights in by_layer]
     whole_rows = rollout or selection.unit == "word" or selection.special_tokens == "drop"
-    band = None if whole_rows or shape.window is None else band_keys(len(units), shape.window)[queries]
+    band = None
+    if shape.window is not None and 2 * shape.window + 1 < len(units) and not whole_rows:
+        band = band_keys(len(units), shape.window)[queries]
     answer = attention_pb2.Attention(axes=[_axis(units)])
     for position, weights in enumerate(by_layer):
         single = len(by_layer) == len(layers) and selection.layer_reduction not in ("mean", "rollout")

@@ -461,10 +461,10 @@ class AttentionMap(_message.Message):
     @_builtins.property
     def band_keys(self) -> _tensor_pb2.Tensor:
         """Set where `weights` hold a band: int32, shape [queries, columns of the band]. The key that each column of a row stands
-        for, as a unit of the key axis, and -1 where it stands for none. No row names a key twice, and a key that a row does
-        not name has weight 0 there. Maps of WINDOWED sites are bands, unless the unit is WORD, special tokens are dropped, or
-        layers are joined by rollout or by a mean over sites whose bands differ: those are laid out over all keys. Links name
-        keys of the band alone where it would be a band.
+        for, as a unit of the key axis, and -1 where it stands for none, as past the sequence's end. No row names a key twice;
+        keys that a row does not name have weight 0 there. Maps of WINDOWED sites are bands where the band has fewer columns
+        than there are keys, unless the unit is WORD, special tokens are dropped, or layers are joined by rollout or by a mean
+        over sites whose bands differ: those are over all keys. Where a map would be a band, its links are those of the band.
         """
 
     def __init__(
