@@ -251,8 +251,9 @@ def _site(layer: int, name: str, site: FoundSite, axes: Axes, fixed: FixedAxes) 
         kind="causal" if causal else "cross" if crossed else "self",
         form=site.form,
         operator=site.operator,
-        heads=site.heads,
-        kv_heads=site.kv_heads,
+        # Of a site that is not understood there may be any number.
+        heads=site.heads or 1,
+        kv_heads=site.kv_heads or 1,
         head_dim=site.head_dim,
         query_axis=query_axis or "",
         key_axis=key_axis or "",

@@ -33,7 +33,7 @@ class TensorDescription(BaseModel):
 
 
 class SiteDescription(BaseModel):
-    """One site. Axes are empty where a bare file does not name them: only running it would tell."""
+    """One site. Axes are empty, and heads 0, where a bare file does not name them: only running it would tell."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -99,7 +99,7 @@ def show(description: ModelDescription, console: Console) -> None:
     operators = ", ".join(sorted({site.operator for site in description.sites}))
     sites = _table(f"attention sites ({operators})", "layer", "site", "kind", "heads", "query, key", "weights")
     for site in description.sites:
-        heads = str(site.heads) if site.heads == site.kv_heads else f"{site.heads} over {site.kv_heads}"
+        heads = str(site.heads or "?") if site.heads == site.kv_heads else f"{site.heads} over {site.kv_heads}"
         axes = f"{site.query_axis}, {site.key_axis}" if site.query_axis else "?"
         weights = "yes" if site.available else f"no: {site.unavailable_reason}"
         sites.add_row(str(site.layer), site.name, f"{site.kind}, {site.form}", heads, axes, weights)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from attnserve_server.build.finders import find_sites
+from decomposed_graphs import Decomposed
 from onnx import helper
 from step_graphs import WIDTH, Steps, attention
 
@@ -207,3 +210,19 @@ def test_site_is_named_after_the_module_that_either_exporter_leaves() -> None:
     steps = Steps()
     scopes = {"pkg.torch.onnx.name_scopes": "['', 'encoder', 'encoder.layers.0.self_attn', 'softmax']"}
     assert list(steps.sites(attention(steps), scopes)) == ["encoder.layers.0.self_attn"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "heads"),
+    [("4-D", (4, 4)), ("5-D", (4, 2)), ("einsum grouped", (4, 2)), ("head-major", (4, 4)), ("repeated", (4, 2))],
+)
+def test_heads_are_told_where_shapes_tell(layout: str, heads: tuple[int, int]) -> None:
+    model = onnx.shape_inference.infer_shapes(Decomposed(layout=layout).model())
+    (site,) = find_sites(ir.from_proto(model).graph).values()
+    assert (site.heads, site.kv_heads) == heads
+
+
+def test_heads_folded_into_the_batch_are_not_guessed() -> None:
+    model = onnx.shape_inference.infer_shapes(Decomposed(layout="3-D").model())
+    (site,) = find_sites(ir.from_proto(model).graph).values()
+    assert (site.heads, site.kv_heads) == (0, 0)

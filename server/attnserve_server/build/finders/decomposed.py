@@ -199,11 +199,25 @@ def _reason(softmax: Softmax, contractions: list[_Contraction], graph: ir.Graph)
 
 
 def _heads(contraction: _Contraction) -> tuple[int, int]:
-    """Heads of query and of key, as far as shapes tell; 1 where they do not, which running the graph sets right."""
-    if rank_of(contraction.weights) != 4:
-        return 1, 1
-    heads = extent_of(contraction.weights, -3) or 1
-    return heads, _repeated_heads(contraction.value) or extent_of(contraction.value, -3) or heads
+    """Heads of query and of key, as far as shapes tell; 0 where they do not, which running the graph sets right."""
+    weights, axis, product = contraction.weights, contraction.axis, contraction.product
+    rank, own = rank_of(weights), product.kept(contraction.position)
+    if axis is None or rank is None or rank < 4 or not own:
+        return 0, 0
+    query = min(own, key=lambda place: abs(place - axis))
+    heads = kv_heads = 1
+    not_told = 0
+    for place in range(-rank, 0):
+        extent, other = extent_of(weights, place), product.counterpart(contraction.position, place)
+        if place in {query, axis}:
+            continue
+        not_told += extent is None
+        heads *= extent or 1
+        kv_heads *= (extent_of(contraction.value, other) or 1) if other is not None and extent is not None else 1
+    if not_told > 1:  # the batch alone
+        return 0, 0
+    kv_heads = _repeated_heads(contraction.value) or kv_heads
+    return heads, kv_heads if heads % kv_heads == 0 else heads
 
 
 def _repeated_heads(value: ir.Value) -> int:
