@@ -49,6 +49,7 @@ def assert_band_is_the_definition(case: Windowed, band: SlidingBand | BlockBand)
         assert not site.unavailable_reason
         assert (site.form, site.band, site.heads) == ("windowed", band, 2)
         assert (site.query_axis, site.key_axis) == ("seq", "seq")
+        assert site.kind == ("self" if np.triu(case.allowed(9), 1).any() else "causal")
         session = RuntimeSession.load(done.model_path, provider="CPUExecutionProvider", intra_op_threads=1)
     feeds = case.feeds(*LENGTHS)
     expected = case.reference(feeds)

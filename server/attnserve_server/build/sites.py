@@ -177,13 +177,14 @@ class Windows:
     Where the weights come from `scores`, the operator says it, and `band` is all there is to know: rows are whole.
     `order`: which of the rows of all windows, in order, is each query's, where they stand in another order than the
     queries; else rows are the queries' own, and end with the second axis of the value named `anchor`. `key` is the axis
-    symbol of the keys, or how many there always are.
+    symbol of the keys, or how many there always are. `causal`: no query was seen to look past itself.
     """
 
     band: BandSpec
     anchor: str = ""
     key: str | int = ""
     order: tuple[int, ...] = ()
+    causal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +212,9 @@ class FoundSite:
 
     Its weights come from `scores`, where its operator keeps them to itself, from `probabilities`, where the graph has
     them, or from `linear`, where nothing has them and they are merely implied; all are None where the site cannot be
-    tapped, and `unavailable_reason` says why. `value` and `output`,
-    where the graph has them, let a check compare weights @ value with what the graph itself computes.
+    tapped, and `unavailable_reason` says why. `value` and `output`, where the graph has them, let a check compare
+    weights @ value with what the graph itself computes. `heads` and `kv_heads` are 0 where only running the graph
+    tells them.
     """
 
     node: ir.Node

@@ -88,7 +88,8 @@ def _windows(
 
 
 def with_key_axes(axes: Axes, sites: Mapping[str, FoundSite]) -> Axes:
-    """The axes with those that the keys of windowed sites are on: their weights have columns of a band instead."""
+    """The axes with those that the keys of windowed sites are on, and what is causal: bands have other columns."""
     keys = {name: site.windows.key for name, site in sites.items() if site.windows and site.probabilities}
     banded = {name: (axes.sites[name][0], key) for name, key in keys.items() if name in axes.sites}
-    return replace(axes, sites={**axes.sites, **banded}, causal_sites=axes.causal_sites - set(banded))
+    causal = {name for name in keys if (windows := sites[name].windows) and windows.causal}
+    return replace(axes, sites={**axes.sites, **banded}, causal_sites=(axes.causal_sites - set(banded)) | causal)

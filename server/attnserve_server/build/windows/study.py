@@ -68,7 +68,8 @@ class Study:
             unnamed = (each.keys >= 0) & (band_keys(spec, len(each.keys), each.length) < 0)
             if (np.abs(each.weights[..., unnamed]) > _NOTHING).any():
                 raise NotTraced("a row has weights for one key in two columns")
-        return Windows(spec, self.anchors.query, self.anchors.key_extent, orders.pop())
+        causal = not any(_looked_at(each, 1) for each in tables) and any(_looked_at(each, -1) for each in tables)
+        return Windows(spec, self.anchors.query, self.anchors.key_extent, orders.pop(), causal)
 
     def _table(self, lengths: Mapping[str, int]) -> _Table:
         batch = 1 if self.sampler.signature.fixed_batch else BATCHES[0]
@@ -99,6 +100,12 @@ class Study:
             block=_rows_of_window(axes, weights.shape),
             order=() if straight else tuple(at.tolist()),
         )
+
+
+def _looked_at(table: _Table, side: int) -> bool:
+    """Whether any query looks at a key behind it in the sequence (1), or before it (-1)."""
+    beside = (table.keys >= 0) & ((table.keys - np.arange(len(table.keys))[:, np.newaxis]) * side > 0)
+    return bool((np.abs(table.weights[..., beside]) > _NOTHING).any())
 
 
 def _length(extent: str | int, lengths: Mapping[str, int]) -> int:
