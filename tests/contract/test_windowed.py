@@ -1,0 +1,95 @@
+"""Windowed attention through a real server over loopback: bands, links and sizes, by wire, client and page."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from attnserve_client import AsyncClient, Attention
+from attnserve_server.app import Application
+from attnserve_server.attention.bands import band_keys
+from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.config import Settings
+from attnserve_server.model.bands import BlockBand
+from windowed_graphs import Windowed
+
+CASE = Windowed(block=4, before=1, after=1)
+LENGTHS = (30, 9, 17)
+# float32 sums in another order.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def windowed_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("windowed")
+    file = folder / "windowed.onnx"
+    file.write_bytes(CASE.model().SerializeToString())
+    prepare_bundle(PrepareRequest(file, "windowed", folder / "models", max_length=64))
+    return folder / "models"
+
+
+@pytest.fixture
+async def client(windowed_repository: Path) -> AsyncIterator[AsyncClient]:
+    application = Application(Settings(repository=windowed_repository, grpc_port=0, http_port=0))
+    await application.start()
+    async with AsyncClient(f"127.0.0.1:{application.grpc_port}") as opened:
+        yield opened
+    await application.aclose()
+
+
+def inputs() -> list[dict[str, Any]]:
+    made = []
+    for length in LENGTHS:
+        feeds = CASE.feeds(length, seed=length)
+        made.append({name: array[0] for name, array in feeds.items()})
+    return made
+
+
+async def test_long_sequences_answer_with_their_band_and_short_ones_with_all_keys(client: AsyncClient) -> None:
+    sites = (await client.model("windowed")).sites
+    assert [(site.form, site.unavailable_reason) for site in sites] == [("windowed", "")]
+    results = await client.infer("windowed", inputs(), attention=True)
+    for length, given, result in zip(LENGTHS, inputs(), results, strict=True):
+        [each] = result.attention
+        expected = CASE.reference({name: array[None] for name, array in given.items()})[0]
+        np.testing.assert_allclose(each.weights, expected, rtol=0, atol=TOLERANCE)
+        if length <= 12:  # the columns of three blocks
+            assert each.band is None
+            continue
+        assert each.band.shape == (2, length, 12)
+        np.testing.assert_array_equal(each.band_keys, band_keys(BlockBand(block=4, before=1, after=1), length, length))
+        assert (each.outside == (expected[0] == 0)).all()
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Attention(),
+        Attention(heads="mean", dtype="uint8", queries=[0, -1]),
+        Attention(top_k=9),
+        Attention(layer_reduction="rollout"),
+    ],
+    ids=["all", "two rows", "links", "rollout"],
+)
+async def test_sizes_are_told_exactly_before_anything_runs(client: AsyncClient, selection: Attention) -> None:
+    [told, *_] = await client.infer("windowed", inputs(), outputs=[], attention=selection, validate_only=True)
+    results = await client.infer("windowed", inputs(), outputs=[], attention=selection)
+    held = 0
+    for result in results:
+        for each in result.attention:
+            arrays = [each.raw] if isinstance(each.raw, np.ndarray) else [*map(each.raw.__getattribute__, LINKS)]
+            held += sum(array.nbytes for array in [*arrays, each.band_keys, each.residual] if array is not None)
+    assert told.predicted_bytes == held
+
+
+LINKS = ("row_offsets", "keys", "weights")
+
+
+async def test_links_of_a_band_are_the_strongest_of_the_definition(client: AsyncClient) -> None:
+    results = await client.infer("windowed", inputs(), outputs=[], attention=Attention(top_k=1, heads=[1]))
+    for given, result in zip(inputs(), results, strict=True):
+        expected = CASE.reference({name: array[None] for name, array in given.items()})[0, 1]
+        assert result.attention[0].raw.keys.tolist() == expected.argmax(axis=1).tolist()
