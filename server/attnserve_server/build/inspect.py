@@ -15,7 +15,7 @@ from rich.table import Table
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.finders import find_sites
 from attnserve_server.build.graph import read_graph
-from attnserve_server.build.sites import FoundSite, Operand
+from attnserve_server.build.sites import FoundSite
 from attnserve_server.model.manifest import BATCH, Manifest
 from attnserve_server.model.report import FusionReport
 from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository, verify
@@ -144,9 +144,7 @@ def _of_graph(name: str, proto: onnx.ModelProto) -> ModelDescription:
 
 
 def _found(layer: int, name: str, site: FoundSite, symbols: Collection[str]) -> SiteDescription:
-    query_axis, key_axis = (
-        (_axis(site.scores.query, symbols), _axis(site.scores.key, symbols)) if site.scores else ("", "")
-    )
+    query_axis, key_axis = _axes(site, symbols)
     crossed = query_axis and key_axis and query_axis != key_axis
     return SiteDescription(
         name=name,
@@ -169,11 +167,26 @@ def _symbol(name: str) -> str:
     return "?" if not name or name.startswith(_INFERRED) else name
 
 
-def _axis(operand: Operand, symbols: Collection[str]) -> str:
-    """The symbol of the axis that positions run along, if it is one of the file's own."""
-    if operand.value.shape is None:
+def _axes(site: FoundSite, symbols: Collection[str]) -> tuple[str, str]:
+    """The symbols of the axes that queries and keys run along, where they are the file's own."""
+    if site.scores is not None:
+        query, key = site.scores.query, site.scores.key
+        return (
+            _axis(query.value, 1 if query.packed else 2, symbols),
+            _axis(key.value, 1 if key.packed else 2, symbols),
+        )
+    own = site.probabilities
+    if own is None or not own.query_axes:
+        return "", ""
+    nearest = min(own.query_axes, key=lambda place: abs(place - own.key_axis))
+    return _axis(own.value, nearest, symbols), _axis(own.value, own.key_axis, symbols)
+
+
+def _axis(value: ir.Value, place: int, symbols: Collection[str]) -> str:
+    """The symbol of one axis, if it is one of the file's own."""
+    if value.shape is None:
         return ""
-    extent = operand.value.shape[1 if operand.packed else 2]
+    extent = value.shape[place]
     symbol = extent.value if isinstance(extent, ir.SymbolicDim) else None
     return symbol if symbol is not None and symbol in symbols else ""
 

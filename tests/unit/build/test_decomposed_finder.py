@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from attnserve_server.build.finders import find_sites
+from attnserve_server.build.inspect import inspect_model
 from decomposed_graphs import Decomposed
 from onnx import helper
 from step_graphs import WIDTH, Steps, attention
@@ -226,3 +229,9 @@ def test_heads_folded_into_the_batch_are_not_guessed() -> None:
     model = onnx.shape_inference.infer_shapes(Decomposed(layout="3-D").model())
     (site,) = find_sites(ir.from_proto(model).graph).values()
     assert (site.heads, site.kv_heads) == (0, 0)
+
+
+def test_inspecting_a_bare_file_tells_the_axes_of_its_decomposed_sites(tmp_path: Path) -> None:
+    onnx.save(Decomposed(cross=True).model(), tmp_path / "case.onnx")
+    (site,) = inspect_model(tmp_path / "case.onnx").sites
+    assert (site.query_axis, site.key_axis, site.kind) == ("target", "source", "cross")
