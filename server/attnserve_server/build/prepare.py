@@ -41,9 +41,9 @@ from attnserve_server.model.tokenizer import TextTokenizer
 class PrepareRequest:
     """What to prepare. `max_length` bounds every dynamic axis; the graph may turn out to take less.
 
-    `pair_start`: where the second text has an input of its own, the id of the token that it starts behind. `fuse`: try
-    fused operators in the place of decomposed attention, and keep them where that is faster. `precision` fp32 keeps the
-    file's own.
+    `pair_start`: where the second text has an input of its own, the token that it starts behind; empty: none. `fuse`:
+    try fused operators in the place of decomposed attention, and keep them where that is faster. `precision` fp32 keeps
+    the file's own. `require_attention`: refuse a file none of whose weights can be had, rather than serve it without.
     """
 
     file: Path
@@ -53,7 +53,8 @@ class PrepareRequest:
     tokenizer: Path | None = None
     max_length: int = 512
     max_batch_size: int = 32
-    pair_start: int | None = None
+    pair_start: str = ""
+    require_attention: bool = False
     fuse: bool = True
     precision: Precision = "fp32"
 
@@ -83,8 +84,9 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     for spec in ids:
         if not spec.vocabulary_size:
             steps.warn(f"the vocabulary behind {spec.name!r} cannot be told: ids past its end will fail at run time")
+    pair_start = None
     if request.tokenizer is not None:
-        _check_text(request, request.tokenizer, signature, steps)
+        pair_start = _check_text(request, request.tokenizer, signature, steps)
     max_batch_size = signature.fixed_batch or request.max_batch_size
     if signature.fixed_batch:
         steps.warn("the batch axis is fixed at 1: every sequence will run alone")
@@ -93,8 +95,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     if reduced is not proto:
         reduced = checked(reduced, request.file.name)
     assembled, fusion = assemble_fused(reduced, sampler, work, steps, fuse=request.fuse)
-    if not assembled.sites:
-        steps.warn(f"{request.file.name} has no attention that is known: it will be served without weights")
+    _tell_attention(request, assembled, steps)
     if not rows_are_independent(assembled, steps):
         max_batch_size = 1
     max_lengths = _max_lengths(assembled, signature, request.max_length)
@@ -120,7 +121,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         outputs=assembled.outputs,
         sites=assembled.sites,
         vocabulary_size=ids[0].vocabulary_size if ids else 0,
-        text=text_of(signature.inputs, max_lengths, request.pair_start) if request.tokenizer is not None else None,
+        text=text_of(signature.inputs, max_lengths, pair_start) if request.tokenizer is not None else None,
         provenance=Provenance(
             source=request.file.name,
             source_sha256=sha256_of(request.file),
@@ -137,15 +138,32 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     return write_bundle(request.repository, manifest, {**files, **golden})
 
 
-def _check_text(request: PrepareRequest, tokenizer: Path, signature: Signature, steps: Steps) -> None:
-    """Before the long steps: whether a tokenizer can be used, and with it text; says what text cannot fill."""
-    text = text_of(signature.inputs, dict.fromkeys(signature.symbols, request.max_length), request.pair_start)
+def _tell_attention(request: PrepareRequest, assembled: Assembled, steps: Steps) -> None:
+    """Refuse, or say, that no weights will come."""
+    if request.require_attention and not assembled.site_axes:
+        raise BuildRefused(f"{request.file.name} has no attention whose weights can be had")
+    if not assembled.sites:
+        steps.warn(f"{request.file.name} has no attention that is known: it will be served without weights")
+
+
+def _check_text(request: PrepareRequest, file: Path, signature: Signature, steps: Steps) -> int | None:
+    """Before the long steps: whether a tokenizer can be used, and with it text; says what text cannot fill.
+
+    Returns the id of the token that the second text starts behind, if there is one.
+    """
+    lengths = dict.fromkeys(signature.symbols, request.max_length)
+    text = text_of(signature.inputs, lengths)
     if text is None:
         raise BuildRefused(f"{request.file.name} has no input of token ids, such as input_ids, that text could fill")
-    TextTokenizer.load(tokenizer, text.axis)
+    tokenizer = TextTokenizer.load(file, text.axis)
+    pair_start = tokenizer.id_of(request.pair_start) if request.pair_start else None
+    if request.pair_start and pair_start is None:
+        raise BuildRefused(f"the tokenizer has no token {request.pair_start!r} for the second text to start behind")
+    text_of(signature.inputs, lengths, pair_start)
     beyond = [spec.name for spec in signature.inputs if spec.fill is None and spec.role is not InputRole.TOKEN_IDS]
     if beyond:
         steps.warn(f"input {beyond[0]!r} cannot be made from text: clients must send tensors")
+    return pair_start
 
 
 def _max_lengths(assembled: Assembled, signature: Signature, wanted: int) -> dict[str, int]:

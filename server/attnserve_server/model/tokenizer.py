@@ -188,6 +188,11 @@ class TextTokenizer:
             words=tuple(words.texts),
         )
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, special ones included, as the vocabulary spells it; None where there is no such token."""
+        special = next((number for number, content in self._special.items() if content == token), None)
+        return self._tokenizer.token_to_id(token) if special is None else special
+
     def _words_of_ids(self, numbers: Sequence[int]) -> Words:
         words = Words()
         if any(not 0 <= number < ID_BOUND for number in numbers):

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import typer
 from attnserve_server.build.runtime import Runner
 from attnserve_server.cli import bring
 from attnserve_server.model.repository import Repository, verify
-from bad_files import BAD_MODELS, ODD_MODELS, OUTSIDE, endless, nested_deeply, outside
-from onnx_files import saved
+from bad_files import BAD_MODELS, ODD_MODELS, OUTSIDE, endless, nested_deeply, outside, tanh
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx_files import encoder, saved
+from tiny_bundle import VOCABULARY, tiny_tokenizer
+from two_sided_graphs import encoder_decoder
 from typer.testing import CliRunner, Result
 
 
@@ -66,6 +73,76 @@ def test_odd_model_is_served_all_the_same(what: str, app: typer.Typer, tmp_path:
     assert result.exit_code == 0, (result.output, result.exception)
     assert re.search(words, result.stderr)
     verify(Repository(tmp_path / "bundles").bundle("x"))
+
+
+def test_attention_may_be_required(app: typer.Typer, tmp_path: Path) -> None:
+    said = refused(prepare(app, saved(tanh(), tmp_path / "ranker.onnx"), "--require-attention"), tmp_path)
+    assert "ranker.onnx has no attention whose weights can be had" in said
+    assert prepare(app, saved(encoder(), tmp_path / "ranker.onnx"), "--require-attention").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "start", "words"),
+    [
+        (lambda: encoder_decoder(50), "[NOWHERE]", "the tokenizer has no token '[NOWHERE]'"),
+        (encoder, "[SEP]", "'input_ids' alone holds token ids"),
+        (tanh, "", "has no input of token ids, such as input_ids, that text could fill"),
+        (lambda: encoder(length=16), "", "fixed length of 16: text needs a dynamic axis"),
+    ],
+)
+def test_text_that_a_model_cannot_take_is_refused(
+    model: Callable[[], onnx.ModelProto], start: str, words: str, app: typer.Typer, tmp_path: Path
+) -> None:
+    tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    options = ("--tokenizer", tmp_path / "tokenizer.json", *(("--pair-start", start) if start else ()))
+    assert words in refused(prepare(app, saved(model(), tmp_path / "ranker.onnx"), *options), tmp_path)
+
+
+def test_second_text_starts_behind_the_token_that_was_named(app: typer.Typer, tmp_path: Path) -> None:
+    tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    options = ("--tokenizer", tmp_path / "tokenizer.json", "--pair-start", "[SEP]")
+    assert prepare(app, saved(encoder_decoder(50), tmp_path / "ranker.onnx"), *options).exit_code == 0
+    text = Repository(tmp_path / "bundles").bundle("x").manifest.text
+    assert text is not None
+    assert (text.axis, text.pair_axis, text.pair_start) == ("source_seq", "seq", VOCABULARY.index("[SEP]"))
+
+
+@pytest.mark.parametrize("command", ["export", "prepare", "inspect"])
+def test_exit_codes_are_in_the_help(command: str, app: typer.Typer) -> None:
+    shown = " ".join(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output.split())
+    assert "Exit codes: 0, done; 2, refused" in shown
+
+
+def mutations() -> st.SearchStrategy[bytes]:
+    """A real file, cut anywhere, or with a few of its bytes changed."""
+    whole = encoder().SerializeToString()
+    # Most of it is two tables, of which one change is like another: the rest is changed as often as they are.
+    places = st.one_of(
+        st.integers(0, 1500), st.integers(len(whole) - 800, len(whole) - 1), st.integers(0, len(whole) - 1)
+    )
+    changes = st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=4)
+
+    def changed(pairs: list[tuple[int, int]]) -> bytes:
+        content = bytearray(whole)
+        for place, value in pairs:
+            content[place] = value
+        return bytes(content)
+
+    return st.one_of(st.integers(0, len(whole) - 1).map(lambda end: whole[:end]), changes.map(changed))
+
+
+@settings(max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=mutations())
+def test_file_that_was_cut_or_changed_is_refused_in_one_sentence_or_whole(content: bytes, app: typer.Typer) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = folder / "ranker.onnx"
+        file.write_bytes(content)
+        result = prepare(app, file)
+        if result.exit_code == 0:
+            verify(Repository(folder / "bundles").bundle("x"))
+        else:
+            refused(result, folder)
 
 
 def test_loop_without_end_is_stopped(app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
