@@ -16,7 +16,7 @@ from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.finders import find_sites
 from attnserve_server.build.graph import read_graph
 from attnserve_server.build.sites import FoundSite
-from attnserve_server.model.manifest import BATCH, Manifest
+from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest
 from attnserve_server.model.report import FusionReport
 from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository, verify
 
@@ -30,6 +30,16 @@ class TensorDescription(BaseModel):
     name: str
     dtype: str
     shape: tuple[str | int, ...]
+
+
+class AxisDescription(BaseModel):
+    """One axis of a bundle. `how` says in words what it is beyond a dynamic one: derived, fixed, of patches."""
+
+    model_config = ConfigDict(frozen=True)
+    symbol: str
+    max_length: int
+    paddable: bool
+    how: str = ""
 
 
 class SiteDescription(BaseModel):
@@ -48,6 +58,7 @@ class SiteDescription(BaseModel):
     key_axis: str
     available: bool
     unavailable_reason: str
+    banded: bool = False
 
 
 class ModelDescription(BaseModel):
@@ -59,6 +70,7 @@ class ModelDescription(BaseModel):
     version: str = ""
     digest: str = ""
     axis_symbols: tuple[str, ...]
+    axes: tuple[AxisDescription, ...] = ()
     inputs: tuple[TensorDescription, ...]
     outputs: tuple[TensorDescription, ...]
     sites: tuple[SiteDescription, ...]
@@ -93,6 +105,11 @@ def show(description: ModelDescription, console: Console) -> None:
         for entry in entries:
             tensors.add_row(what, entry.name, entry.dtype, " x ".join(str(extent) for extent in entry.shape))
     console.print(tensors)
+    if description.axes:
+        axes = _table("axes", "axis", "longest", "padding", "")
+        for axis in description.axes:
+            axes.add_row(axis.symbol, str(axis.max_length), "harmless" if axis.paddable else "none", axis.how)
+        console.print(axes)
     if not description.sites:
         console.print("no attention sites")
         return
@@ -100,9 +117,9 @@ def show(description: ModelDescription, console: Console) -> None:
     sites = _table(f"attention sites ({operators})", "layer", "site", "kind", "heads", "query, key", "weights")
     for site in description.sites:
         heads = str(site.heads or "?") if site.heads == site.kv_heads else f"{site.heads} over {site.kv_heads}"
-        axes = f"{site.query_axis}, {site.key_axis}" if site.query_axis else "?"
-        weights = "yes" if site.available else f"no: {site.unavailable_reason}"
-        sites.add_row(str(site.layer), site.name, f"{site.kind}, {site.form}", heads, axes, weights)
+        sides = f"{site.query_axis}, {site.key_axis}" if site.query_axis else "?"
+        weights = ("bands" if site.banded else "yes") if site.available else f"no: {site.unavailable_reason}"
+        sites.add_row(str(site.layer), site.name, f"{site.kind}, {site.form}", heads, sides, weights)
     console.print(sites)
     if description.fusion is not None:
         console.print(str(description.fusion), highlight=False, markup=False)
@@ -116,14 +133,37 @@ def _of_bundle(bundle: Bundle) -> ModelDescription:
         version=manifest.version,
         digest=manifest.digest,
         axis_symbols=(BATCH, *(axis.symbol for axis in manifest.axes)),
+        axes=tuple(axis_of_bundle(axis) for axis in manifest.axes),
         inputs=tuple(TensorDescription(name=s.name, dtype=s.dtype, shape=(BATCH, *s.shape)) for s in manifest.inputs),
         outputs=tuple(TensorDescription(name=s.name, dtype=s.dtype, shape=(BATCH, *s.shape)) for s in manifest.outputs),
         sites=tuple(
-            SiteDescription(**site.model_dump(exclude={"items_input", "weights_output"}), available=site.available)
+            SiteDescription(
+                **site.model_dump(include=set(SiteDescription.model_fields)),
+                available=site.available,
+                banded=site.band is not None,
+            )
             for site in manifest.sites
         ),
         fusion=manifest.check.fusion,
     )
+
+
+def axis_of_bundle(axis: AxisSpec) -> AxisDescription:
+    """An axis in words."""
+    how: list[str] = []
+    if axis.fixed:
+        how.append("fixed")
+    if axis.grid is not None:
+        how.append(f"{axis.grid[0]} x {axis.grid[1]} patches" + (f" behind {axis.leading}" if axis.leading else ""))
+    if axis.derived is not None:
+        offset = f" {'+' if axis.derived.offset > 0 else '-'} {abs(axis.derived.offset)}" if axis.derived.offset else ""
+        stride = f" / {axis.derived.stride}" if axis.derived.stride > 1 else ""
+        how.append(
+            f"({axis.derived.source}{offset}){stride}"
+            if offset and stride
+            else f"{axis.derived.source}{offset}{stride}"
+        )
+    return AxisDescription(symbol=axis.symbol, max_length=axis.max_length, paddable=axis.paddable, how=", ".join(how))
 
 
 def _of_graph(name: str, proto: onnx.ModelProto) -> ModelDescription:

@@ -12,10 +12,12 @@ import onnx
 import pytest
 import typer
 from attention_graphs import Case
-from attnserve_server.build.inspect import inspect_model
+from attnserve_server.build.inspect import axis_of_bundle, inspect_model
 from attnserve_server.cli import bring
+from attnserve_server.model.manifest import AxisSpec, DerivedLength
 from attnserve_server.model.repository import Repository
 from onnx_files import encoder, saved
+from two_sided_graphs import words_over_patches
 from typer.testing import CliRunner, Result
 
 
@@ -189,3 +191,24 @@ def test_inspect_of_a_tampered_bundle_is_refused(app: typer.Typer, file: Path, t
     result = call(app, "inspect", model.parent)
     assert result.exit_code == 2
     assert "error: bundle ranker/1: model.onnx: sha256" in result.stderr
+
+
+def test_inspect_shows_what_the_axes_of_a_bundle_are(app: typer.Typer, tmp_path: Path) -> None:
+    file = saved(words_over_patches(50, leading=1), tmp_path / "clip.onnx")
+    call(app, "prepare", file, "--name", "clip", "--repository", tmp_path / "models")
+    folder = tmp_path / "models" / "clip" / "1"
+    assert [(axis.symbol, axis.how) for axis in inspect_model(folder).axes] == [
+        ("seq", ""),
+        ("fixed_7", "fixed, 2 x 3 patches behind 1"),
+    ]
+    assert "fixed, 2 x 3 patches behind 1" in call(app, "inspect", folder).stdout
+
+
+@pytest.mark.parametrize(
+    ("stride", "offset", "words"),
+    [(4, 3, "(seq + 3) / 4"), (1, 1, "seq + 1"), (2, 0, "seq / 2"), (2, -1, "(seq - 1) / 2")],
+)
+def test_derived_axes_are_shown_as_what_they_are_made_of(stride: int, offset: int, words: str) -> None:
+    form = DerivedLength(source="seq", stride=stride, offset=offset)
+    axis = AxisSpec(symbol="pooled", max_length=9, paddable=True, derived=form)
+    assert axis_of_bundle(axis).how == words
