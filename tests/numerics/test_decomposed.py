@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from attnserve_server.build.assemble import Assembled, assemble
 from attnserve_server.build.feeds import Sampler
@@ -24,14 +25,15 @@ from onnxruntime.quantization import quantize_dynamic
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def assembled(case: Decomposed, folder: Path) -> Assembled:
-    proto = checked(case.model(), "case")
+def assembled(model: onnx.ModelProto, folder: Path) -> Assembled:
+    proto = checked(model, "case")
     return assemble(proto, Sampler(signature_of(proto.graph), 0), folder, Steps.silent())
 
 
-def assert_equals_definition(case: Decomposed) -> None:
+def assert_equals_definition(case: Decomposed, model: onnx.ModelProto | None = None) -> None:
+    """Whether a graph, by default the case's own, gives the case's weights."""
     with TemporaryDirectory() as folder:
-        done = assembled(case, Path(folder))
+        done = assembled(model or case.model(), Path(folder))
         (site,) = done.sites
         assert not site.unavailable_reason
         assert (site.heads, site.kv_heads) == (HEADS, case.kv_heads)
@@ -84,8 +86,7 @@ def test_products_of_integers_are_tapped_before_they_are_quantised(tmp_path: Pat
     onnx.save(case.model(), tmp_path / "wide.onnx")
     integers = {"MatMulConstBOnly": False}
     quantize_dynamic(tmp_path / "wide.onnx", tmp_path / "narrow.onnx", extra_options=integers)
-    proto = checked(onnx.load(tmp_path / "narrow.onnx"), "case")
-    done = assemble(proto, Sampler(signature_of(proto.graph), 0), tmp_path, Steps.silent())
+    done = assembled(onnx.load(tmp_path / "narrow.onnx"), tmp_path)
     (site,) = done.sites
     assert (site.operator, site.unavailable_reason) == ("MatMulInteger-Softmax-MatMulInteger", "")
     session = RuntimeSession.load(done.model_path, provider="CPUExecutionProvider")
@@ -94,6 +95,21 @@ def test_products_of_integers_are_tapped_before_they_are_quantised(tmp_path: Pat
     # 8 bits of features, of their tables, and of queries and keys, whose products reach 10.
     np.testing.assert_allclose(weights, case.reference(feeds), rtol=0, atol=0.1)
     np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("spelling", ["Softmax", "Exp", "LogSoftmax"])
+@pytest.mark.parametrize("layout", ["4-D", "3-D", "turned"])
+def test_file_that_the_runtime_saved_optimised_is_tapped(layout: str, spelling: str, tmp_path: Path) -> None:
+    case = Decomposed(layout=layout, spelling=spelling, mask="chosen", scale="both")
+    onnx.save(case.model(), tmp_path / "source.onnx")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(tmp_path / "source.onnx", options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(tmp_path / "optimised.onnx")
+    # The control: there is something that the runtime's own operators stand for.
+    assert any(node.op_type == "FusedMatMul" for node in optimised.graph.node)
+    assert_equals_definition(case, optimised)
 
 
 @st.composite
