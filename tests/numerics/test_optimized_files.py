@@ -13,6 +13,7 @@ from attnserve_server.build.torch_export import quiet
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.repository import MODEL_FILE, Bundle
 from classic_models import HEADS, LAYERS, VOCABULARY, WIDTH, Array, Decoder, Encoder, Reader, exported
+from onnxruntime import InferenceSession, SessionOptions
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
@@ -138,3 +139,16 @@ def test_quantized_attention_gives_its_own_weights(tmp_path: Path) -> None:
     # Against its own output: as near as rounding. Against the module before it was quantized: as near as 8 bits are.
     assert bundle.manifest.check.weight_max_abs_error <= FLOAT32_TOLERANCE
     assert_equals_eager(bundle, model, tokens(), tolerance=0.02)
+
+
+@pytest.mark.parametrize("opset", [14, 17])
+def test_file_that_a_session_has_saved_gives_its_own_weights(opset: int, tmp_path: Path) -> None:
+    # The runtime's own optimizer, which merges products with their scales and writes LayerNormalization at any opset.
+    model, options = Encoder(), SessionOptions()
+    exported(model, tokens(), tmp_path / "plain.onnx", opset)
+    options.optimized_model_filepath = str(tmp_path / "model.onnx")
+    options.log_severity_level = 3
+    InferenceSession(tmp_path / "plain.onnx", options, providers=["CPUExecutionProvider"])
+    bundle = prepared(tmp_path / "model.onnx")
+    assert [site.kind for site in bundle.manifest.sites] == ["self"] * LAYERS
+    assert_equals_eager(bundle, model, tokens())

@@ -254,6 +254,19 @@ def test_values_that_operators_make_themselves_are_made_for_checks() -> None:
     assert after.value.value.producer() in list(model.graph)
 
 
+@pytest.mark.parametrize(("width", "stop"), [(12, 28), (None, 24)])
+def test_bias_of_unknown_width_ends_where_the_value_does(width: int | None, stop: int) -> None:
+    model = with_input(MultiHead(value_dim=6).model(), 3, "offsets", TensorProto.FLOAT, [None])
+    model.graph.input[2].type.tensor_type.shape.dim[2].Clear()
+    if width is not None:
+        model.graph.input[2].type.tensor_type.shape.dim[2].dim_value = width
+    value = only_site(model).value
+    assert value is not None
+    assert value.bias is not None
+    # Where nothing tells, the value's heads are as wide as the key's.
+    assert (value.bias.start, value.bias.stop) == (16, stop)
+
+
 def test_values_that_stand_in_the_graph_are_left_as_they_are() -> None:
     model = ir.from_proto(checked(MultiHead().model(), "case"))
     sites = find_sites(model.graph)
