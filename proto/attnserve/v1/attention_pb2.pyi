@@ -156,8 +156,8 @@ class _AttentionUnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Attenti
     """One token of the model's vocabulary, or one position of a tensor."""
     ATTENTION_UNIT_WORD: _AttentionUnit.ValueType  # 2
     """One word as the tokenizer's pre-tokenizer cuts them: weights of its pieces are summed over keys and averaged over
-    queries, so rows keep their sum. Each special token stays a unit of its own. Refused with FAILED_PRECONDITION where
-    the server cannot tell the words.
+    queries, so rows keep their sum. Each special token stays a unit of its own, and so do the positions of an axis that
+    holds no text, such as the patches of an image. Refused with FAILED_PRECONDITION where the server cannot tell the words.
     """
 
 class AttentionUnit(_AttentionUnit, metaclass=_AttentionUnitEnumTypeWrapper):
@@ -169,8 +169,8 @@ ATTENTION_UNIT_TOKEN: AttentionUnit.ValueType  # 1
 """One token of the model's vocabulary, or one position of a tensor."""
 ATTENTION_UNIT_WORD: AttentionUnit.ValueType  # 2
 """One word as the tokenizer's pre-tokenizer cuts them: weights of its pieces are summed over keys and averaged over
-queries, so rows keep their sum. Each special token stays a unit of its own. Refused with FAILED_PRECONDITION where
-the server cannot tell the words.
+queries, so rows keep their sum. Each special token stays a unit of its own, and so do the positions of an axis that
+holds no text, such as the patches of an image. Refused with FAILED_PRECONDITION where the server cannot tell the words.
 """
 Global___AttentionUnit: _TypeAlias = AttentionUnit  # noqa: Y015
 
