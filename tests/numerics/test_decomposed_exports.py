@@ -184,9 +184,10 @@ def test_exports_are_tapped(name: str, exporter: str, opset: int, tmp_path: Path
     assert_equals_torch(done, module)
 
 
-def test_file_converted_to_float16_is_tapped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("opset", [11, 17])
+def test_file_converted_to_float16_is_tapped(opset: int, tmp_path: Path) -> None:
     module = Block()
-    model = onnx.load(exported(module, "torchscript", 17, tmp_path / "wide.onnx"))
+    model = onnx.load(exported(module, "torchscript", opset, tmp_path / "wide.onnx"))
     onnx.save(convert_float_to_float16(model), tmp_path / "half.onnx")
     done = assembled(tmp_path / "half.onnx", tmp_path)
     assert done.precision == "fp16"

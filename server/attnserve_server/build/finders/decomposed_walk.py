@@ -40,11 +40,14 @@ _FAR = 16
 
 
 def rank_of(value: ir.Value | None) -> int | None:
-    """How many axes a value has: as inferred, or as a few of the nodes that make it imply."""
+    """How many axes a value has: as inferred, or as a few of the nodes that make it imply.
+
+    A shape without axes is taken as unknown, which converters to float16 write like that; no scalar is asked about.
+    """
     for _ in range(_FAR):
-        if value is None or value.shape is not None:
-            return len(value.shape) if value is not None and value.shape is not None else None
-        node = value.producer()
+        if value is not None and value.shape is not None and len(value.shape):
+            return len(value.shape)
+        node = value.producer() if value is not None else None
         if node is None:
             return None
         if node.op_type == "Transpose" and "perm" in node.attributes:
@@ -155,9 +158,11 @@ def _inserted(node: ir.Node, axis: Axis, back: bool) -> Axis:
 
 def _gather(node: ir.Node, axis: Axis, back: bool) -> Axis:
     """Gather puts the axes of its index in the place of one axis."""
-    rank, added = rank_of(node.inputs[0]), rank_of(node.inputs[1])
-    if axis is None or rank is None or added is None:
+    index = node.inputs[1].shape if node.inputs[1] is not None else None
+    rank = rank_of(node.inputs[0])
+    if axis is None or rank is None or index is None:
         return None
+    added = len(index)
     at = node.attributes.get_int("axis", 0) % rank
     behind = rank - 1 - at
     if -axis <= behind:
