@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from architectures import tiny_source
+from attnserve_client import Client, InferenceResult
+from attnserve_server.build import zoo
 from attnserve_server.build.export import ExportRequest, export_bundle
+from attnserve_server.build.source_model import Reference, source_model
 from attnserve_server.model.manifest import Manifest
+from attnserve_server.model.tokenizer import TextTokenizer
+from serving import serve
+
+# What the zoo's models use: one token a byte.
+TOKENIZER = Path(zoo.__file__).with_name("tokenizer.json")
 
 # float32 sums in another order than torch's.
 OUTPUT_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-5
+START = 2
+"""The token behind which BART's decoder starts."""
+Array = npt.NDArray[Any]
 
 
 def exported(name: str, work: Path, exporter: str = "torchscript") -> Manifest:
@@ -31,6 +47,11 @@ def test_encoder_decoder_gives_its_own_its_causal_and_its_cross_attention(name: 
     assert {spec.name for spec in manifest.outputs} == {"last_hidden_state", "encoder_last_hidden_state"}
 
 
+def test_tokenizer_of_an_encoder_decoder_serves_both_sides(client: Client) -> None:
+    model = client.model("bart")
+    assert (model.text_axis, model.text_pair_axis) == ("source_seq", "seq")
+
+
 def test_image_text_model_knows_its_patches_from_its_words(tmp_path: Path) -> None:
     manifest = exported("CLIP", tmp_path)
     image, text = ("self", "fixed_10", "fixed_10"), ("causal", "seq", "seq")
@@ -46,3 +67,74 @@ def test_exporters_agree_on_the_sites_of_an_architecture(tmp_path: Path) -> None
     exported_by_dynamo = exported("DistilBERT", tmp_path / "dynamo", "dynamo")
     assert [site.name for site in traced.sites] == [site.name for site in exported_by_dynamo.sites]
     assert (traced.provenance.opset, exported_by_dynamo.provenance.opset) == (17, 23)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Sources whose tokenizer knows bytes."""
+    work = tmp_path_factory.mktemp("sources")
+    bart = tiny_source(work / "bart", "BART", vocab_size=300, pad_token_id=0, decoder_start_token_id=START)
+    shutil.copy(TOKENIZER, bart / "tokenizer.json")
+    return {
+        "bart": bart,
+        "clip": tiny_source(work / "clip", "CLIP"),
+        "longformer": tiny_source(work / "l", "Longformer"),
+    }
+
+
+@pytest.fixture(scope="module")
+def client(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A client of one server over the bundles of all of them."""
+    repository = tmp_path_factory.mktemp("architectures")
+    for name, source in folders.items():
+        export_bundle(ExportRequest(source=str(source), name=name, repository=repository, exporter="torchscript"))
+    with serve(repository, tmp_path_factory.mktemp("architectures-server")) as server, Client(server.target) as client:
+        yield client
+
+
+def eager(source: Path, **feeds: Array) -> Reference:
+    """The model's own answer to one sequence, every position of which counts."""
+    masks = {
+        name.replace("input_ids", "attention_mask"): np.ones_like(ids) for name, ids in feeds.items() if ids.ndim == 1
+    }
+    return source_model(str(source)).reference({name: array[None] for name, array in {**feeds, **masks}.items()})
+
+
+def assert_equal(result: InferenceResult, reference: Reference) -> None:
+    for map_, weights in zip(result.attention, reference.weights, strict=True):
+        assert weights is not None
+        np.testing.assert_allclose(map_.weights, weights[0], rtol=0, atol=WEIGHT_TOLERANCE)
+    assert set(result.outputs) == set(reference.outputs)
+    for name, output in result.outputs.items():
+        np.testing.assert_allclose(output, reference.outputs[name][0], rtol=0, atol=OUTPUT_TOLERANCE)
+
+
+def test_pair_of_texts_fills_encoder_and_decoder(client: Client, folders: dict[str, Path]) -> None:
+    tokenizer = TextTokenizer.load(TOKENIZER, "source_seq")
+    ids = tokenizer.encode("A cat sat").ids
+    decoder_ids = tokenizer.encode_second("le chat", "seq", start=START).ids
+    assert (decoder_ids[0], len(ids) == len(decoder_ids)) == (START, False)
+    result = client.infer("bart", ("A cat sat", "le chat"), attention=True)
+    assert [map_.kind for map_ in result.attention] == ["self", "self", "causal", "cross", "causal", "cross"]
+    assert_equal(result, eager(folders["bart"], input_ids=ids, decoder_input_ids=decoder_ids))
+
+
+def test_text_and_image_answer_with_words_and_with_patches(client: Client, folders: dict[str, Path]) -> None:
+    rng = np.random.default_rng(3)
+    ids = rng.integers(2, 97, 7)
+    pixels = rng.normal(size=(3, 24, 24)).astype(np.float32)
+    result = client.infer("clip", {"input_ids": ids, "pixel_values": pixels}, attention=True)
+    grid = result.attention[0].grids["fixed_10"]
+    assert (grid.rows, grid.columns, grid.leading) == (3, 3, 1)
+    assert "fixed_10" not in {result.attention[-1].query_axis, result.attention[-1].key_axis}
+    assert_equal(result, eager(folders["clip"], input_ids=ids, pixel_values=pixels))
+
+
+def test_longformer_answers_with_its_band_whatever_the_length(client: Client, folders: dict[str, Path]) -> None:
+    for length in (3, 16, 29):  # shorter than a window, a multiple of it, and neither
+        ids = np.random.default_rng(length).integers(2, 99, length)
+        result = client.infer("longformer", ids, attention=True)
+        assert [map_.form for map_ in result.attention] == ["windowed", "windowed"]
+        # A band that is no narrower than the keys is laid out over them.
+        assert [map_.band is not None for map_ in result.attention] == [length > 6, length > 12]
+        assert_equal(result, eager(folders["longformer"], input_ids=ids))

@@ -219,3 +219,22 @@ def test_folder_that_transformers_cannot_read_is_refused(tmp_path: Path) -> None
     with pytest.raises(BuildRefused, match="transformers cannot load the model") as refusal:
         exported(tmp_path, tmp_path / "models")
     assert str(tmp_path) not in str(refusal.value)
+
+
+def test_opset_that_an_exporter_cannot_write_is_left_to_the_next(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path / "source")
+    with (tmp_path / "console").open("w", encoding="utf-8") as stream:
+        console = Console(record=True, width=200, file=stream)
+        request = ExportRequest(source=str(source), name="tiny", repository=tmp_path / "models", opset=11)
+        provenance = export_bundle(request, Steps(console)).manifest.provenance
+    assert "dynamo exporter cannot write opset 11 of this model: it wrote 18" in console.export_text()
+    assert (provenance.exporter, provenance.opset) == ("torch.onnx.export, torchscript", 11)
+
+
+def test_exporter_that_fails_is_quoted_in_one_sentence_and_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_source(tmp_path / "source")
+    with pytest.raises(BuildRefused, match="torch's torchscript exporter cannot export the model: Unsupported"):
+        exported(source, tmp_path / "models", exporter="torchscript", opset=5)
+    assert capfd.readouterr() == ("", "")

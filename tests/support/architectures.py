@@ -63,7 +63,9 @@ TINY: Mapping[str, Tiny] = {
         },
         3,
     ),
-    "Longformer": Tiny("LongformerConfig", {**_TEXT, "attention_window": [4, 8], "pad_token_id": 1}, 2),
+    "Longformer": Tiny(
+        "LongformerConfig", {**_TEXT, "attention_window": [4, 8], "pad_token_id": 1, "type_vocab_size": 1}, 2
+    ),
     "GPT-2": Tiny("GPT2Config", {**_TEXT, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 1}, 2),
     "LLaMA": Tiny("LlamaConfig", _ROPE, 2),
     "BART": Tiny("BartConfig", _BART, 6),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,21 +11,23 @@ HEAD = """<!-- Written by `make coverage`; not by hand. -->
 
 Every architecture here is built by Hugging Face transformers at tiny size with random weights, traced by each of
 torch's exporters, tapped, and compared with the model's own eager attention: one padded batch of mixed lengths, of
-which every sequence's own part counts. Longformer and Swin give weights within windows; those are compared where they
-stand among all keys. What an architecture needs beyond that is in [architectures.md](architectures.md).
+which every sequence's own part counts. Models of the zoo are compared with their definition. Weights of windowed sites
+are compared where they stand among all keys. What an architecture needs beyond that is in
+[architectures.md](architectures.md).
 
 - **exporter**: `dynamo` is `torch.onnx.export(dynamo=True)`, `torchscript` the older one. From opset 23, attention is
   one operator for dynamo; below it, and for TorchScript always, it is computed step by step.
-- **precision**: `fp16` is the same graph, as `--precision fp16` makes it; its reference stays float32.
+- **precision**: `fp16` and `int8` are the same graph, as `--precision` makes them; the reference stays float32.
 - **sites**: those whose weights can be had, of all places where the model computes attention.
-- **weight error**, **output error**: the greatest absolute difference, rounded up to a power of ten. The limits are
-  1e-5 and 1e-4 in float32, 1e-2 and 2e-2 in float16.
+- **weight error**, **output error**: the greatest absolute difference. The limits are 1e-5 and 1e-4 in
+  float32, 1e-2 and 2e-2 in float16; last digits differ from machine to machine. In int8 they say little: these weights
+  are random. What eight bits do to a real model is measured in [attention.md](attention.md).
 - **time**: CPU time of the prepared graph over its source's while nobody asks for weights. These models are so small
   that it mostly counts nodes, and it differs from run to run.
 
 """
 COLUMNS = (
-    "architecture", "exporter", "opset", "precision", "sites", "weight error", "output error", "time", "why not"
+    "architecture", "exporter", "opset", "precision", "sites", "weight error", "output error", "time", "note"
 )  # fmt: skip
 _SETTLED = (0, 1, 2, 3, 4, 8)
 """The columns that do not depend on the machine."""
@@ -36,10 +37,7 @@ Settled = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One graph of one architecture. Errors and time are None where there is nothing to measure; then `why` says why.
-
-    `missing`: why sites are missing, or why there is no graph at all.
-    """
+    """One graph of one architecture. Errors and time are None where there is nothing to measure; `note` says why."""
 
     architecture: str
     exporter: str
@@ -50,7 +48,7 @@ class Cell:
     weight_error: float | None = None
     output_error: float | None = None
     time: float | None = None
-    missing: str = ""
+    note: str = ""
 
     def row(self) -> tuple[str, ...]:
         """As text, one for each column."""
@@ -60,16 +58,16 @@ class Cell:
             str(self.opset),
             self.precision,
             f"{self.found}/{self.expected}",
-            _bound(self.weight_error),
-            _bound(self.output_error),
+            _rounded(self.weight_error),
+            _rounded(self.output_error),
             "-" if self.time is None else f"{self.time:.2f}",
-            self.missing.replace("|", "/"),
+            self.note.replace("|", "/"),
         )
 
     @property
     def explained(self) -> bool:
         """Whether every blank has its reason."""
-        return bool(self.missing) or (self.found == self.expected and "-" not in self.row()[5:8])
+        return bool(self.note) or (self.found == self.expected and "-" not in self.row()[5:8])
 
 
 def rendered(cells: Iterable[Cell]) -> str:
@@ -88,8 +86,5 @@ def _cell(row: Sequence[str], column: int) -> str:
     return row[column].strip() if column < len(row) else ""
 
 
-def _bound(error: float | None) -> str:
-    """The next power of ten, so that the last digits of another machine's sums do not show."""
-    if error is None:
-        return "-"
-    return f"1e{math.ceil(math.log10(error)):+03d}" if error > 0 else "0"
+def _rounded(error: float | None) -> str:
+    return "-" if error is None else f"{error:.1e}"

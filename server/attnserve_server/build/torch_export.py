@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,9 +53,14 @@ def trace(traceable: Traceable, exporter: str, opset: int) -> onnx.ModelProto:
     traceable.module.eval()
     with quiet(), torch.no_grad():
         try:
-            return exporters[exporter](traceable, opset)
+            proto = exporters[exporter](traceable, opset)
         except Exception as fault:  # noqa: BLE001 - the boundary to torch's exporters, which raise many types
             raise BuildRefused(f"torch's {exporter} exporter cannot export the model: {_words(fault)}") from None
+    written = next((entry.version for entry in proto.opset_import if not entry.domain), 0)
+    if written != opset:
+        # Dynamo falls back on its own opset where it cannot convert to another.
+        raise BuildRefused(f"torch's {exporter} exporter cannot write opset {opset} of this model: it wrote {written}")
+    return proto
 
 
 def _words(fault: BaseException) -> str:
@@ -92,7 +98,7 @@ def _dynamo(traceable: Traceable, opset: int) -> onnx.ModelProto:
 
 
 def _torchscript(traceable: Traceable, opset: int) -> onnx.ModelProto:
-    with tempfile.TemporaryDirectory(prefix="attnserve-torchscript-") as work:
+    with tempfile.TemporaryDirectory(prefix="attnserve-torchscript-") as work, _unlogged():
         path = Path(work) / "traced.onnx"
         torch.onnx.export(
             traceable.module,
@@ -123,12 +129,34 @@ def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
         output.name = name
 
 
+class _Nowhere(io.StringIO):
+    """Takes what nobody should see; a progress bar that is shown at the time still finds where it was written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rich_proxied_file = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep the older exporter from writing a graph that it cannot export to standard output, past Python's own.
+
+    Its switch for that is turned on again by the exporter itself, so the log is replaced.
+    """
+    log = torch._C._jit_onnx_log  # noqa: SLF001 - the log has no public name
+    torch._C._jit_onnx_log = lambda *_: None  # noqa: SLF001
+    try:
+        yield
+    finally:
+        torch._C._jit_onnx_log = log  # noqa: SLF001
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' own warnings and notes away from the person: none of them can be acted on."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
-    nowhere = io.StringIO()
+    nowhere = _Nowhere()
     try:
         # The dynamo exporter prints the whole of a graph that it cannot export.
         with warnings.catch_warnings(), contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
