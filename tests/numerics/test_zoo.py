@@ -11,12 +11,14 @@ from attnserve_server.build import zoo
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.export import ExportRequest, export_bundle
 from attnserve_server.build.source_model import ZooOptions, source_model
+from attnserve_server.cli._app import app
 from attnserve_server.domain.values import PreparedSequence
 from attnserve_server.engine.collation import collate, outputs_of, weights_of
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.engine.warmup import selection_of_all
 from attnserve_server.model.manifest import InputRole, Manifest
 from attnserve_server.model.repository import MODEL_FILE, Bundle
+from typer.testing import CliRunner
 from zoo_bundles import HEADS, NAMES, TINY, Array, Definition
 
 # float32 throughout: sums of 32 products, and of up to 17 exponentials.
@@ -166,6 +168,27 @@ def test_one_seed_makes_one_model_and_another_seed_another() -> None:
     assert one.sha256 == same.sha256 != other.sha256
 
 
+def test_a_bundle_names_a_source_that_makes_it_again(zoo_bundles: dict[str, Bundle]) -> None:
+    provenance = zoo_bundles["linear"].manifest.provenance
+    assert provenance.source == "zoo:linear?size=tiny&layers=1&seed=5"
+    assert source_model(provenance.source).sha256 == provenance.source_sha256
+    assert zoo.source_model("self").name == "zoo:self"
+
+
+def test_the_command_exports_a_model_and_lists_them_where_it_does_not_know_one(tmp_path: Path) -> None:
+    line = ["export", "--name", "made", "--repository", str(tmp_path), "--size", "tiny", "--layers", "1"]
+    listed = CliRunner().invoke(app, [*line, "zoo:"])
+    assert listed.exit_code == 2
+    assert "causal, cross, cross-modal, linear, multi-scale, self, sliding-window, top-k" in listed.output
+    made = CliRunner().invoke(app, [*line, "zoo:linear", "--seed", "3", "--exporter", "torchscript"])
+    assert made.exit_code == 0, made.output
+    assert "made/1: 1 of 1 attention sites, fp32" in made.output
+    checked = CliRunner().invoke(
+        app, ["check", str(tmp_path / "made" / "1"), "--against", "zoo:linear?size=tiny&layers=1&seed=3"]
+    )
+    assert checked.exit_code == 0, checked.output
+
+
 def test_parts_of_a_size_can_be_chosen() -> None:
     module = zoo.source_model("causal", ZooOptions(size="tiny", layers=3, width=24)).module
     shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
@@ -174,12 +197,23 @@ def test_parts_of_a_size_can_be_chosen() -> None:
     assert {attention.heads for attention in module.modules() if hasattr(attention, "heads")} == {HEADS}
 
 
+def test_nothing_is_expected_of_weights_that_are_made_on_the_spot() -> None:
+    with pytest.raises(BuildRefused, match="it has no digest to expect, and scales nothing"):
+        source_model("zoo:self", expect_sha256="0" * 64)
+
+
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         ("zoo:", ZooOptions(), "the zoo has no ''; it has causal, cross, cross-modal, linear, multi-scale, self"),
         ("zoo:dense", ZooOptions(), "the zoo has no 'dense'"),
         ("zoo:self", ZooOptions(size="vast"), "size 'vast' is not known; tiny, small, base are"),
+        (
+            "zoo:self?colour=red",
+            ZooOptions(),
+            "'colour=red' are no options of the zoo; size, layers, heads, width, seed",
+        ),
+        ("zoo:self?seed", ZooOptions(), "'seed' are no options of the zoo"),
         ("zoo:self", ZooOptions(size="tiny", heads=5), "32 is not even, or no multiple of 5 heads"),
         ("zoo:multi-scale", ZooOptions(size="tiny", heads=2), "2 heads are less than one for each of 3 strides"),
         ("package:nothing", ZooOptions(seed=1), "a size, or a seed, can be asked of models of the zoo alone"),

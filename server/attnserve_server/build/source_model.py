@@ -136,8 +136,9 @@ def source_model(
     """
     steps = steps or Steps.silent()
     if source.startswith(ZOO_PREFIX):
-        if pooling or expect_sha256:
-            raise BuildRefused("models of the zoo are made on the spot: they have no pooling and no expected digest")
+        # Its embedding is the mean anyway.
+        if normalize or expect_sha256:
+            raise BuildRefused("a model of the zoo is made on the spot: it has no digest to expect, and scales nothing")
         zoo = import_module("attnserve_server.build.zoo")  # slow to import
         return cast("SourceModel", zoo.source_model(source.removeprefix(ZOO_PREFIX), zoo_options))
     if zoo_options not in {None, ZooOptions()}:

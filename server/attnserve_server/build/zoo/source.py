@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import onnx
@@ -124,13 +126,15 @@ def source_model(name: str, options: ZooOptions | None = None) -> ZooModel:
     """A seeded model of the zoo.
 
     Args:
-        name: one of the zoo's.
-        options: how large it is, and the seed of its weights.
+        name: one of the zoo's; behind a `?` it may carry options, as the names of bundles' sources do:
+            `linear?size=tiny&seed=7`.
+        options: how large it is, and the seed of its weights; those behind the name go before them.
 
     Raises:
-        BuildRefused: there is no such model or size, or the heads do not divide the width.
+        BuildRefused: there is no such model, option or size, or the heads do not divide the width.
     """
-    options = options or ZooOptions()
+    name, _, query = name.partition("?")
+    options = _with(options or ZooOptions(), query)
     if name not in BUILDERS:
         raise BuildRefused(f"the zoo has no {name!r}; it has {', '.join(sorted(BUILDERS))}")
     size = _size(options)
@@ -143,7 +147,24 @@ def source_model(name: str, options: ZooOptions | None = None) -> ZooModel:
     for key, tensor in sorted(module.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.numpy().tobytes())
-    return ZooModel(f"{ZOO_PREFIX}{name}", type(module).__name__, module, digest.hexdigest())
+    return ZooModel(f"{ZOO_PREFIX}{name}{_query(options)}", type(module).__name__, module, digest.hexdigest())
+
+
+def _with(options: ZooOptions, query: str) -> ZooOptions:
+    """Options with those of a query in their place."""
+    try:
+        pairs = parse_qsl(query, strict_parsing=bool(query))
+        given: dict[str, Any] = {key: value if key == "size" else int(value) for key, value in pairs}
+        return replace(options, **given)
+    except (TypeError, ValueError):
+        known = ", ".join(each.name for each in fields(ZooOptions))
+        raise BuildRefused(f"{query!r} are no options of the zoo; {known} are, as in size=tiny&seed=7") from None
+
+
+def _query(options: ZooOptions) -> str:
+    """The options that are not as they are by default, as a query; empty where all are."""
+    given = {key: value for key, value in asdict(options).items() if value != getattr(ZooOptions(), key)}
+    return f"?{urlencode(given)}" if given else ""
 
 
 def _size(options: ZooOptions) -> ZooSize:
