@@ -1,6 +1,6 @@
 """The zoo: small models of every form of attention, one short module each, seeded and made on the spot.
 
-With `build.hugging_face` and `build.torch_export`, the only place that imports torch.
+With `build.torch_export`, `build.hugging_face` and `build.architectures`, the only place that imports torch.
 """
 
 from attnserve_server.build.zoo.registry import BUILDERS
