@@ -6,46 +6,26 @@ is folded together with heads, one more run with the batch's rows in another ord
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.finders.decomposed_products import Product
+from attnserve_server.build.layout_runs import ORDER, Runs, fixed_keys, lengthen, run_all
 from attnserve_server.build.runtime import Runner
 from attnserve_server.build.sites import Factor, FoundSite, Operand, Probabilities
 from attnserve_server.domain.values import Array
 
-_ORDER = (1, 2, 0)
-"""Of the rows of a batch of three: no row stays in its place, nor do two change places."""
 _SAME = 1e-3
 """How far weights of a row may differ with its place in the batch: far above rounding, far below another row's."""
-
-_WINDOWS = 3
-"""How many windows the longest sequences fill, where there are any."""
 
 Axes = tuple[tuple[Factor, ...], ...]
 
 
 class _NotUnderstood(Exception):
     """What about a layout is not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Runs:
-    """A value of the graph in runs of batch and lengths: (2, A), (3, A), (3, B), and (3, A) in another order.
-
-    All batches are 1 where the graph takes no other; then there is nothing to put into another order.
-    """
-
-    fewer: Array
-    base: Array
-    longer: Array
-    turned: Array | None
-    lengths: tuple[Mapping[str, int], Mapping[str, int]]
 
 
 def settle(
@@ -69,30 +49,18 @@ def settle(
     if not names:
         return dict(sites)
     fetches = sorted({value for pair in names.values() for value in pair})
-    runs = _run(runner, sampler, lengths, fetches)
-    widest = max((_fixed_keys(site.probabilities, runs[names[name][0]]) for name, site in _own(sites)), default=0)
-    if widest and lengths[0]:
-        # As many keys at any length may be a window's: only long sequences have several windows.
-        longer = {symbol: _WINDOWS * widest + at for at, symbol in enumerate(lengths[1])}
-        with contextlib.suppress(BuildRefused):  # of a graph that takes no sequences as long as that
-            runs = _run(runner, sampler, (lengths[0], longer), fetches)
+    runs = run_all(runner, sampler, lengths, fetches)
+    suspects = {
+        weights: keys
+        for name, (weights, _) in names.items()
+        if (keys := fixed_keys(sites[name].probabilities, runs[weights]))
+    }
+    if suspects and lengths[0]:
+        lengthen(runner, sampler, runs, suspects)
     settled = dict(sites)
     for name, (weights, value) in names.items():
         settled[name] = _settled(sites[name], runs[weights], runs[value].base)
     return settled
-
-
-def _own(sites: Mapping[str, FoundSite]) -> Iterator[tuple[str, FoundSite]]:
-    """The sites whose weights the graph has itself."""
-    return ((name, site) for name, site in sites.items() if site.probabilities is not None)
-
-
-def _fixed_keys(probabilities: Probabilities | None, runs: _Runs) -> int:
-    """How many keys there are, where that is the same for both lengths; else 0."""
-    if probabilities is None or runs.base.ndim != runs.longer.ndim:
-        return 0
-    keys = {each.shape[probabilities.key_axis] for each in (runs.base, runs.longer)}
-    return keys.pop() if len(keys) == 1 else 0
 
 
 def _names(site: FoundSite) -> tuple[str, str]:
@@ -104,30 +72,7 @@ def _names(site: FoundSite) -> tuple[str, str]:
     return weights, value
 
 
-def _run(
-    runner: Runner, sampler: Sampler, lengths: tuple[Mapping[str, int], Mapping[str, int]], fetches: list[str]
-) -> dict[str, _Runs]:
-    fixed = sampler.signature.fixed_batch is not None
-    short, long = lengths
-    rows = [sampler.sequence(short, row) for row in range(1 if fixed else len(_ORDER))]
-    other = [sampler.sequence(long, row) for row in range(len(rows))]
-
-    def run(batch: list[dict[str, Array]], padded: Mapping[str, int]) -> dict[str, Array]:
-        feeds = sampler.batch(batch, padded)
-        inner = [name for name in fetches if name not in feeds]
-        return {**feeds, **(runner.run(feeds, inner) if inner else {})}
-
-    base = run(rows, short)
-    longer = run(other, long) if short else base
-    fewer = base if fixed else run(rows[:2], short)
-    turned = None if fixed else run([rows[row] for row in _ORDER], short)
-    return {
-        name: _Runs(fewer[name], base[name], longer[name], None if turned is None else turned[name], lengths)
-        for name in fetches
-    }
-
-
-def _settled(site: FoundSite, weights: _Runs, value: Array) -> FoundSite:
+def _settled(site: FoundSite, weights: Runs, value: Array) -> FoundSite:
     assert site.probabilities is not None
     assert site.value is not None
     assert site.output is not None
@@ -160,7 +105,7 @@ def _settled(site: FoundSite, weights: _Runs, value: Array) -> FoundSite:
     )
 
 
-def _axes(runs: _Runs, key_axis: int, query_axes: tuple[int, ...]) -> Axes:
+def _axes(runs: Runs, key_axis: int, query_axes: tuple[int, ...]) -> Axes:
     """The factors of every axis; a fold with the batch has the batch first, which is only a guess."""
     rank = runs.base.ndim
     if {runs.fewer.ndim, runs.longer.ndim} != {rank}:
@@ -193,7 +138,7 @@ def _axes(runs: _Runs, key_axis: int, query_axes: tuple[int, ...]) -> Axes:
     return tuple(axes)
 
 
-def _part(runs: _Runs, place: int) -> tuple[bool, tuple[int, int]]:
+def _part(runs: Runs, place: int) -> tuple[bool, tuple[int, int]]:
     """Whether an axis follows the batch, and what is left of its extents without it, at both sets of lengths."""
     fewer, base, longer = runs.fewer.shape[place], runs.base.shape[place], runs.longer.shape[place]
     if fewer == base:
@@ -254,9 +199,9 @@ def _in_order(axes: Axes, base: Array, turned: Array) -> Axes:
 
 
 def _error(order: tuple[Factor, ...], base: Array, turned: Array) -> float:
-    rows = len(_ORDER)
+    rows = len(ORDER)
     extents = [rows if factor.role == "batch" else base.shape[0] // rows for factor in order]
-    expected = np.take(base.reshape(*extents, *base.shape[1:]), _ORDER, axis=[f.role for f in order].index("batch"))
+    expected = np.take(base.reshape(*extents, *base.shape[1:]), ORDER, axis=[f.role for f in order].index("batch"))
     difference = expected.astype(np.float64) - turned.reshape(expected.shape)
     return float(np.abs(np.nan_to_num(difference)).max(initial=0.0))
 

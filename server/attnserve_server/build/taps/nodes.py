@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,6 +13,9 @@ WEIGHTS_PREFIX = "attention."
 
 _AXES_ARE_AN_INPUT, _RESHAPE_ALLOWS_ZERO, _SHAPE_HAS_RANGE = 13, 14, 15
 """Versions of the standard operator set from which taps write some operators in another way."""
+
+_SPELLED_OUT = 64
+"""Numbers in the name of a constant; longer ones go by their digest."""
 
 Input = ir.Value | None
 Attribute = int | float | str | Sequence[int]
@@ -105,7 +109,10 @@ class TapNodes:
 
     def ints(self, *numbers: int) -> ir.Value:
         """An int64 constant of rank 1."""
-        return self._constant("int64." + ".".join(map(str, numbers)) + ".list", np.array(numbers, np.int64))
+        label = ".".join(map(str, numbers))
+        if len(numbers) > _SPELLED_OUT:
+            label = hashlib.sha256(label.encode()).hexdigest()
+        return self._constant(f"int64.{label}.list", np.array(numbers, np.int64))
 
     def scalar(self, number: int) -> ir.Value:
         """An int64 constant of rank 0."""

@@ -22,7 +22,7 @@ from attnserve_server.build.windows.arrange import arranged
 from attnserve_server.build.windows.products import Products
 from attnserve_server.domain.values import Array
 
-_LONGER = 3
+_LONGER = (3, 1)
 """How many widths of the band the longest run spans, so that a band is seen to end on both sides."""
 _NOTHING = 1e-6
 """What a masked weight may be."""
@@ -54,10 +54,11 @@ class Study:
         """What its windows are. Raises NotTraced, or BuildRefused where the graph does not run."""
         tables = [self._table(lengths) for lengths in probe_lengths(self.sampler.signature.symbols)]
         width = tables[0].keys.shape[1]
-        longest = {symbol: width * _LONGER + at for at, symbol in enumerate(self.sampler.signature.symbols)}
-        if longest:
+        symbols = self.sampler.signature.symbols
+        for widths in _LONGER if symbols else ():
             with contextlib.suppress(BuildRefused):  # of a graph that takes no sequences as long as that
-                tables.append(self._table(longest))
+                tables.append(self._table({symbol: width * widths + at for at, symbol in enumerate(symbols)}))
+                break
         orders = {each.order for each in tables}
         if orders != {()} and (not self.anchors.fixed or len(orders) > 1):
             raise NotTraced("its queries change places, and their number is not fixed")
