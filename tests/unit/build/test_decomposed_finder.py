@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from attnserve_server.build.finders import find_sites
+from attnserve_server.build.finders.decomposed import find
 from attnserve_server.build.inspect import inspect_model
 from decomposed_graphs import Decomposed
 from onnx import helper
@@ -235,3 +236,69 @@ def test_inspecting_a_bare_file_tells_the_axes_of_its_decomposed_sites(tmp_path:
     onnx.save(Decomposed(cross=True).model(), tmp_path / "case.onnx")
     (site,) = inspect_model(tmp_path / "case.onnx").sites
     assert (site.query_axis, site.key_axis, site.kind) == ("target", "source", "cross")
+
+
+def number(steps: Steps, *numbers: int) -> str:
+    return steps.const(kind=np.int64, value=list(numbers))
+
+
+def there_and_back(steps: Steps, weights: str, way: str) -> str:
+    """Weights (B, L, S), moved about."""
+    if way == "an axis more, and gone":
+        return steps.op("Squeeze", steps.op("Unsqueeze", weights, number(steps, 1)), number(steps, 1))
+    if way == "picked by a list":
+        return steps.op("Gather", weights, number(steps, 0, 1), axis=1)
+    if way == "picked by a number":
+        apart = steps.op("Unsqueeze", weights, number(steps, 0))
+        return steps.op("Gather", apart, steps.const(kind=np.int64, value=0), axis=0)
+    if way == "keys in front":
+        return steps.op("Transpose", steps.op("Transpose", weights, perm=[2, 0, 1]), perm=[1, 2, 0])
+    return steps.op("Reshape", steps.op("Reshape", weights, number(steps, 0, 1, 0, -1)), number(steps, 0, -1, 0))
+
+
+@pytest.mark.parametrize(
+    "way", ["an axis more, and gone", "picked by a list", "picked by a number", "keys in front", "shaped anew"]
+)
+@pytest.mark.parametrize("constant", [False, True])
+def test_keys_are_followed_through_layouts(way: str, constant: bool) -> None:
+    # With constant queries, the way back from the scores must not lose them either.
+    steps = Steps()
+    keys = steps.turned("y")
+    queries = steps.const(1, 3, WIDTH) if constant else "x"
+    scores = there_and_back(steps, steps.op("MatMul", queries, keys), way)
+    weights = there_and_back(steps, steps.op("Softmax", scores, axis=-1), way)
+    (site,) = steps.sites(steps.op("MatMul", weights, "y")).values()
+    assert site.tappable
+
+
+def test_exponentials_times_the_reciprocal_of_their_sum_are_softmax() -> None:
+    steps = Steps()
+    exponents = steps.op("Exp", steps.op("MatMul", "x", steps.turned("y")))
+    total = steps.op("ReduceSum", exponents, number(steps, 2), keepdims=1)
+    weights = steps.op("Mul", exponents, steps.op("Reciprocal", total))
+    (site,) = steps.sites(steps.op("MatMul", weights, "y")).values()
+    assert site.operator == "MatMul-Exp-ReduceSum-Mul-MatMul"
+
+
+def test_products_divided_by_their_sum_are_no_softmax() -> None:
+    # Linear attention has no exponentials.
+    steps = Steps()
+    scores = steps.op("Relu", steps.op("MatMul", "x", steps.turned("y")))
+    total = steps.op("ReduceSum", scores, number(steps, -1), keepdims=1)
+    model = steps.model(steps.op("MatMul", steps.op("Div", scores, total), "y"))
+    assert not list(find(ir.from_proto(model).graph))
+
+
+def test_softmax_of_the_runtime_with_a_bias_is_softmax() -> None:
+    steps = Steps()
+    scores = steps.op("MatMul", "x", steps.turned("y"))
+    bias = steps.const(1, 1, value=[[[0.0]]])
+    weights = steps.op("BiasSoftmax", scores, bias, domain="com.microsoft", axis=2, is_inner_broadcast=0)
+    (site,) = steps.sites(steps.op("MatMul", weights, "y")).values()
+    assert site.operator == "MatMul-BiasSoftmax-MatMul"
+
+
+def test_product_that_turns_its_batch_is_not_read() -> None:
+    steps = Steps()
+    scores = steps.op("FusedMatMul", "x", "y", domain="com.microsoft", transB=1, transBatchB=1)
+    assert not steps.sites(attention(steps, scores=scores))
