@@ -52,6 +52,16 @@ def test_model_that_cannot_be_served_is_refused(what: str, app: typer.Typer, tmp
     assert re.search(words, said), said
 
 
+@pytest.mark.parametrize("what", BAD_MODELS)
+def test_inspect_describes_a_model_or_refuses_it(what: str, app: typer.Typer, tmp_path: Path) -> None:
+    make, _ = BAD_MODELS[what]
+    result = CliRunner().invoke(app, ["inspect", str(saved(make(), tmp_path / "ranker.onnx"))])
+    if result.exit_code == 0:
+        assert "no attention sites" in result.stdout
+    else:
+        refused(result, tmp_path)
+
+
 @pytest.mark.parametrize("way", OUTSIDE)
 def test_external_data_that_is_not_in_the_models_folder_is_refused(way: str, app: typer.Typer, tmp_path: Path) -> None:
     said = refused(prepare(app, outside(tmp_path, way)), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_client import AttentionMap, Token
+from attnserve_client import AttentionMap, PatchGrid, Token
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = [
@@ -30,6 +31,7 @@ class Elements(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.tokens: list[str] = []
+        self.places: list[str] = []
         self.title = ""
         self._into = ""
         self.feed(source)
@@ -38,6 +40,7 @@ class Elements(HTMLParser):
         self.tags.append(tag)
         if "token" in (dict(attrs).get("class") or "").split():
             self.tokens.append("")
+            self.places += re.findall("grid-area:[^;]*;", dict(attrs).get("style") or "")
             self._into = "token"
         else:
             self._into = tag
@@ -74,6 +77,30 @@ def test_page_draws_itself_and_hostile_tokens_stay_text(tmp_path: Path) -> None:
     assert seen.tags.count("li") == 9
     assert not {"img", "svg"} & set(seen.tags)
     assert seen.title == "Attention, layer 0 (s), 2 heads"
+
+
+def test_patches_stand_on_the_page_as_in_the_image(tmp_path: Path) -> None:
+    words = (Token(0, "dog"),)
+    patches = tuple(Token(index, f"p{index}", special=index == 0) for index in range(7))
+    weights = np.full((1, 1, 7), 1 / 7, dtype=np.float32)
+    shown = AttentionMap(
+        ("s",),
+        0,
+        "cross",
+        "dense",
+        (0,),
+        "seq",
+        "patches",
+        words,
+        patches,
+        weights,
+        grids={"patches": PatchGrid(2, 3, 1)},
+    )
+    seen = document(shown.to_html(), tmp_path)
+    assert seen.tokens == ["dog", "p0", *[""] * 6], "patches are cells without a text"
+    assert [place.replace(" ", "") for place in seen.places] == [
+        "grid-area:1/1;", *(f"grid-area:{row}/{column};" for row in (2, 3) for column in (1, 2, 3))
+    ]  # fmt: skip
 
 
 def test_browser_would_run_what_is_not_escaped(tmp_path: Path) -> None:
