@@ -34,24 +34,25 @@ LOOK_ALIKES = (
 )
 
 
-def linear_graph(spelling: str, opset: int = 17) -> onnx.ModelProto:
+def linear_graph(spelling: str, opset: int = 17, dtype: type = np.float32) -> onnx.ModelProto:
     """Inputs `frames` (B, T, W) and `attention_mask` (B, T); output `attended`, the site's with its heads joined."""
-    return _Spelled(spelling, opset).model()
+    return _Spelled(spelling, opset, dtype).model()
 
 
 class _Spelled:
     """A graph under construction. The layout of heads: (B, H, T, D), (B, T, H, D) or, of one head, (B, T, D)."""
 
-    def __init__(self, spelling: str, opset: int) -> None:
-        self.spelling, self.opset = spelling, opset
+    def __init__(self, spelling: str, opset: int, dtype: type) -> None:
+        self.spelling, self.opset, self.dtype = spelling, opset, dtype
+        self.kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         self.one_head = spelling == "matmul-one-head"
         self.heads_last = spelling in {"einsum-heads-last", "einsum-of-three"}
         self.rank = 3 if self.one_head else 4
         self.nodes: list[onnx.NodeProto] = []
         rng = np.random.default_rng(3)
-        self.constants = {f"w{part}": rng.normal(size=(WIDTH, WIDTH)).astype(np.float32) * 0.4 for part in "qkv"}
-        for name, number in (("one", 1), ("two", 2), ("tiny", 1e-9)):
-            self.constants[name] = np.array(number, np.float32)
+        self.constants = {f"w{part}": (rng.normal(size=(WIDTH, WIDTH)) * 0.4).astype(dtype) for part in "qkv"}
+        for name, number in (("one", 1), ("two", 2), ("tiny", 1e-6)):
+            self.constants[name] = np.array(number, dtype)
 
     def ints(self, name: str, *numbers: int) -> str:
         self.constants[name] = np.array(numbers, np.int64)
@@ -62,7 +63,7 @@ class _Spelled:
         return to
 
     def cast(self, value: str, to: str) -> str:
-        self.nodes.append(helper.make_node("Cast", [value], [to], to=onnx.TensorProto.FLOAT))
+        self.nodes.append(helper.make_node("Cast", [value], [to], to=self.kind))
         return to
 
     def over(self, operator: str, value: str, axis: int, to: str, *, keep: int = 1) -> str:
@@ -86,10 +87,10 @@ class _Spelled:
         self.node("Identity", out, to="attended")
         info = helper.make_tensor_value_info
         inputs = [
-            info("frames", onnx.TensorProto.FLOAT, ["batch", "seq", WIDTH]),
+            info("frames", self.kind, ["batch", "seq", WIDTH]),
             info("attention_mask", onnx.TensorProto.INT64, ["batch", "seq"]),
         ]
-        outputs = [info("attended", onnx.TensorProto.FLOAT, ["batch", "seq", WIDTH])]
+        outputs = [info("attended", self.kind, ["batch", "seq", WIDTH])]
         initializers = [numpy_helper.from_array(array, name) for name, array in self.constants.items()]
         graph = helper.make_graph(self.nodes, "linear", inputs, outputs, initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=7)

@@ -93,3 +93,20 @@ def test_a_file_of_this_form_becomes_a_bundle_with_a_linear_site(spelling: str, 
     assert (site.query_axis, site.key_axis) == ("seq", "seq")
     assert manifest.axis("seq").paddable
     assert manifest.check.weight_max_abs_error < TOLERANCE
+
+
+@pytest.mark.parametrize("spelling", ["matmul", "einsum-heads-last"])
+def test_half_precision_features_give_the_weights_that_the_model_uses(spelling: str, tmp_path: Path) -> None:
+    proto = linear_graph(spelling, dtype=np.float16)
+    onnx.save(proto, tmp_path / "half.onnx")
+    request = PrepareRequest(file=tmp_path / "half.onnx", name="half", repository=tmp_path / "models", max_length=64)
+    bundle = prepare_bundle(request)
+    (site,) = bundle.manifest.sites
+    assert (site.form, site.available, bundle.manifest.precision) == ("linear", True, "fp16")
+    given = feeds()
+    given["frames"] = given["frames"].astype(np.float16)
+    weights = Runner(bundle.path / "model.onnx").run(given, [str(site.weights_output)])[str(site.weights_output)]
+    expected = implied_weights(proto, given["frames"], given["attention_mask"])
+    # float16 keeps 11 bits of features up to 5.
+    np.testing.assert_allclose(weights, expected, atol=1e-2, rtol=0)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
