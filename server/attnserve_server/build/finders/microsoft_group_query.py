@@ -7,6 +7,9 @@ There are two kernels, one of them for nodes that also give their present and ha
 nothing is to be seen: in rows whose every bias is the lowest float32 number or below (0 here; the mean of some values
 or NaN there), and, under a window, in queries behind `seqlens_k`. Weights of such rows are 0. `q_norm_weight` and
 quantized caches run on other providers alone.
+
+Weights under a window are given as a whole map, with zeros outside: windows of language models are wider than most
+texts, and a band of that width would be larger than the map.
 """
 
 from __future__ import annotations
