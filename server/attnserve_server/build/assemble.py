@@ -116,7 +116,13 @@ def _settled(model: ir.Model, found: dict[str, FoundSite], sampler: Sampler, pat
     if not any(site.probabilities for site in found.values()):
         return found
     save(model, path)
-    return settle(Runner(path), sampler, found, probe_lengths(sampler.signature.symbols))
+    try:
+        return settle(Runner(path), sampler, found, probe_lengths(sampler.signature.symbols))
+    except BuildRefused as fault:
+        # The probe that follows will fail too, and says on which lengths.
+        reason = f"its layout is not known: {fault}"
+        lost = {name: replace(site, probabilities=None, unavailable_reason=reason) for name, site in found.items()}
+        return {name: lost[name] if site.probabilities else site for name, site in found.items()}
 
 
 def _verified(

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from attnserve_server.build import assemble as room
 from attnserve_server.build.assemble import Assembled, assemble
+from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.progress import Steps as Progress
 from attnserve_server.build.signature import signature_of
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import SiteSpec
+from onnx_files import encoder
 from step_graphs import WIDTH, Steps, attention
 
 
@@ -140,3 +143,35 @@ def test_heads_that_may_be_folded_into_the_queries_give_the_reason(tmp_path: Pat
     attended = attention(steps, scores=steps.op("MatMul", pairs, steps.turned(keys)), value=keys)
     site = only_site(steps, steps.op("Reshape", attended, steps.const(kind=np.int64, value=[0, -1, WIDTH])), tmp_path)
     assert site.unavailable_reason == "its queries are 2 times as many as an input's: heads may be folded into them"
+
+
+def test_graph_that_takes_no_such_lengths_is_refused_with_the_lengths_tried(tmp_path: Path) -> None:
+    # Queries and keys are added up: their axes must be equal, and are not said to be.
+    steps = Steps()
+    both = steps.op("Add", "x", "y")
+    model = steps.model(attention(steps, scores=steps.op("MatMul", both, steps.turned("y"))))
+    with pytest.raises(
+        BuildRefused, match=r"tried on target=5, source=7; axes that must be equal need the same symbol"
+    ):
+        assembled(model, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["decomposed", "operator"])
+def test_site_whose_weights_do_not_make_its_output_is_listed_with_the_difference(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == "operator":
+        model = onnx.shape_inference.infer_shapes(encoder())
+    else:
+        steps = Steps()
+        model = steps.model(heads_apart(steps))
+    monkeypatch.setattr(room, "product_errors", lambda *arguments: dict.fromkeys(arguments[2], 0.5))
+    said: list[str] = []
+    progress = Progress.silent()
+    monkeypatch.setattr(type(progress), "warn", lambda self, words: said.append(words))
+    done = assemble(model, Sampler(signature_of(model.graph), 50), tmp_path, progress)
+    (site,) = done.sites
+    assert site.unavailable_reason == "its weights @ value differ from its own output by 0.5, more than 0.0001"
+    assert [words for words in said if site.unavailable_reason in words]
+    session = RuntimeSession.load(done.model_path, provider="CPUExecutionProvider")
+    assert not [name for name in session.input_names if name.startswith("attention_items")]
