@@ -9,11 +9,13 @@ from pathlib import Path
 import onnx
 
 from attnserve_server.build.assemble import Assembled, axes_of, rows_are_independent
+from attnserve_server.build.calibration import ranges_of
 from attnserve_server.build.check import judge
 from attnserve_server.build.equal_axes import with_equal_axes
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.export import now
 from attnserve_server.build.feeds import Sampler
+from attnserve_server.build.free_length import with_free_length
 from attnserve_server.build.fusion import assemble_fused
 from attnserve_server.build.golden import with_golden
 from attnserve_server.build.graph import checked, read_graph
@@ -35,6 +37,9 @@ from attnserve_server.model.repository import (
     write_bundle,
 )
 from attnserve_server.model.tokenizer import TextTokenizer
+
+_CALIBRATION_TOKENS = 128
+"""How much of a sentence is looked at before it is known how long a text the graph takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,14 @@ def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundl
         steps.begin("reading the file")
         padding_id = padding_id_of(request.tokenizer)
         proto = read_graph(request.file)
-        return _prepare(replace(request, version=version), proto, padding_id, Path(work), steps)
+        request = replace(request, version=version)
+        if request.tokenizer is not None:
+            freed = with_free_length(proto, signature_of(proto.graph, padding_id), Path(work))
+            if freed is not None:
+                proto, length = freed
+                request = replace(request, max_length=min(request.max_length, length))
+                steps.warn(f"the length of {length} is not needed: text of up to {request.max_length} tokens is served")
+        return _prepare(request, proto, padding_id, Path(work), steps)
 
 
 def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, work: Path, steps: Steps) -> Bundle:
@@ -91,9 +103,12 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     if signature.fixed_batch:
         steps.warn("the batch axis is fixed at 1: every sequence will run alone")
     sampler = Sampler(signature)
-    reduced = in_precision(proto, request.precision)
-    if reduced is not proto:
-        reduced = checked(reduced, request.file.name)
+    reduced = proto
+    if request.precision != "fp32":
+        short = dict.fromkeys(signature.symbols, min(request.max_length, _CALIBRATION_TOKENS))
+        text = text_of(signature.inputs, short, pair_start)
+        ranges = ranges_of(proto, signature.inputs, text, request.tokenizer, work)
+        reduced = checked(in_precision(proto, request.precision, ranges), request.file.name)
     assembled, fusion = assemble_fused(reduced, sampler, work, steps, fuse=request.fuse)
     _tell_attention(request, assembled, steps)
     if not rows_are_independent(assembled, steps):

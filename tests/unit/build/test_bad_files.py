@@ -7,16 +7,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import typer
 from attnserve_server.build.runtime import Runner
 from attnserve_server.cli import bring
+from attnserve_server.model.manifest import TextSpec
 from attnserve_server.model.repository import Repository, verify
 from bad_files import BAD_MODELS, ODD_MODELS, OUTSIDE, endless, nested_deeply, outside, tanh
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx_files import encoder, saved
+from onnx_files import WIDTH, encoder, saved
 from tiny_bundle import VOCABULARY, tiny_tokenizer
 from two_sided_graphs import encoder_decoder
 from typer.testing import CliRunner, Result
@@ -91,14 +93,50 @@ def test_attention_may_be_required(app: typer.Typer, tmp_path: Path) -> None:
     assert prepare(app, saved(encoder(), tmp_path / "ranker.onnx"), "--require-attention").exit_code == 0
 
 
+def rigid(length: int) -> onnx.ModelProto:
+    """An encoder whose nodes need the length that it was exported with."""
+    model = encoder(length=length)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1, length, WIDTH]), "shape"))
+    model.graph.node[-1].output[:] = ["before"]
+    model.graph.node.append(onnx.helper.make_node("Reshape", ["before", "shape"], ["hidden"]))
+    return model
+
+
+def averaging(length: int) -> onnx.ModelProto:
+    """An encoder that runs on any length, but divides by the one that it was exported with."""
+    model = encoder(length=length)
+    tensors = {"share": np.array(1 / length, np.float32), "axis": np.array([1])}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in tensors.items())
+    model.graph.node.append(onnx.helper.make_node("Mul", ["hidden", "share"], ["shared"]))
+    model.graph.node.append(onnx.helper.make_node("ReduceSum", ["shared", "axis"], ["mean"], keepdims=0))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, ["batch", WIDTH]))
+    return model
+
+
+def test_fixed_length_that_is_not_needed_is_freed_for_text(app: typer.Typer, tmp_path: Path) -> None:
+    tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    model = saved(encoder(length=12), tmp_path / "ranker.onnx")
+    result = prepare(app, model, "--tokenizer", tmp_path / "tokenizer.json")
+    assert result.exit_code == 0, result.output
+    assert "the length of 12 is not needed: text of up to 12 tokens is served" in result.stderr
+    manifest = Repository(tmp_path / "bundles").bundle("x").manifest
+    assert manifest.text == TextSpec(axis="seq", max_tokens=12)
+    assert [spec.shape for spec in manifest.inputs] == [("seq",), ("seq",)]
+    assert manifest.axis("seq").paddable
+    assert (manifest.sites[0].query_axis, manifest.outputs[0].shape) == ("seq", ("seq", WIDTH))
+
+
 @pytest.mark.parametrize(
     ("model", "start", "words"),
     [
         (lambda: encoder_decoder(50), "[NOWHERE]", "the tokenizer has no token '[NOWHERE]'"),
         (encoder, "[SEP]", "'input_ids' alone holds token ids"),
         (tanh, "", "has no input of token ids, such as input_ids, that text could fill"),
-        (lambda: encoder(length=16), "", "fixed length of 16: text needs a dynamic axis"),
+        (lambda: encoder(length=12, masked=False), "", "fixed length of 12: text needs a dynamic axis"),
+        (lambda: rigid(12), "", "fixed length of 12: text needs a dynamic axis"),
+        (lambda: averaging(12), "", "fixed length of 12: text needs a dynamic axis"),
     ],
+    ids=["no such token", "no second input", "no ids", "no mask", "length is needed", "length is a divisor"],
 )
 def test_text_that_a_model_cannot_take_is_refused(
     model: Callable[[], onnx.ModelProto], start: str, words: str, app: typer.Typer, tmp_path: Path
