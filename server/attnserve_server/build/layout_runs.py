@@ -80,10 +80,11 @@ def lengthen(runner: Runner, sampler: Sampler, runs: dict[str, Runs], suspects: 
     """
     rows = range(sampler.signature.fixed_batch or len(ORDER))
     for windows in _WINDOWS:
-        lengths = {symbol: windows * max(suspects.values()) + at for at, symbol in enumerate(sampler.signature.symbols)}
-        feeds = sampler.batch([sampler.sequence(lengths, row) for row in rows], lengths)
+        longer = {symbol: windows * max(suspects.values()) + at for at, symbol in enumerate(sampler.signature.symbols)}
+        feeds = sampler.batch([sampler.sequence(longer, row) for row in rows], longer)
         with contextlib.suppress(BuildRefused):
             for name in suspects:
                 shape = feeds[name].shape if name in feeds else runner.run(feeds, [name])[name].shape
-                runs[name] = replace(runs[name], longer=np.broadcast_to(np.float32(0), shape))
+                stand_in = np.broadcast_to(np.float32(0), shape)
+                runs[name] = replace(runs[name], longer=stand_in, lengths=(runs[name].lengths[0], longer))
             return
