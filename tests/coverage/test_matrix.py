@@ -41,7 +41,7 @@ KNOWN: Mapping[tuple[str, str, int, str], str] = {
     (name, "torchscript", 11, precision): UNTYPED
     for name in ("MPNet", "DeBERTa", "Longformer", "T5")
     for precision in PRECISIONS
-} | {("Swin", *each, "int8"): "which keys its windows hold is not known" for each in EXPORTERS}
+}
 """Cells that cannot be filled, and words of the reason that they must give."""
 CHOOSING = "not judged: rounding decides which of two close keys is among the first, and the other one has no weight"
 NOT_JUDGED = {("zoo:top-k", "fp16"): CHOOSING, ("zoo:top-k", "int8"): CHOOSING}

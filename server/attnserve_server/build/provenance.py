@@ -24,6 +24,8 @@ _ONE_BY_ONE = {
 """What changes numbers one by one; of several operands the one that is traced says where they come from."""
 _WITHIN_VECTORS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "ReduceMean", "Softmax"}
 """What mixes the numbers of each vector, which is along the last axis."""
+_IN_EIGHT_BITS = {"QuantizeLinear", "MatMulInteger", "MatMulIntegerToFloat"}
+"""Rounding of vectors, and products of rounded vectors with weights."""
 _DATA_INPUTS = {
     "Where": (1, 2),
     "Add": (0, 1),
@@ -56,6 +58,8 @@ def ancestors(value: ir.Value) -> list[ir.Value]:
 
 def _sources(value: ir.Value) -> list[ir.Value]:
     node = value.producer()
+    if node is not None and node.op_type in _IN_EIGHT_BITS:
+        return [] if node.inputs[0] is None else [node.inputs[0]]
     if node is None or node.domain not in {"", "ai.onnx"}:
         return []
     if node.op_type == "Concat":
