@@ -98,6 +98,22 @@ def test_windows_around_each_query_of_any_size(before: int, after: int, global_k
     assert_band_is_the_definition(case, SlidingBand(before=before, after=after, global_keys=global_keys))
 
 
+@pytest.mark.parametrize(
+    ("tangle", "reason"),
+    [
+        ("sums", "nothing that its key comes from is a sequence"),
+        ("backwards", "its queries change places, and their number is not fixed"),
+        ("skips", "its columns stand for keys in no known order"),
+    ],
+)
+def test_windows_that_cannot_be_followed_are_listed_with_the_reason(tangle: str, reason: str, tmp_path: Path) -> None:
+    done = assembled(Windowed(tangle=tangle).model(), tmp_path)
+    (site,) = done.sites
+    assert not site.available
+    assert site.form == "windowed"
+    assert site.unavailable_reason == f"which keys its windows hold is not known: {reason}"
+
+
 ZOO = ZooOptions(size="tiny", layers=2, seed=5)
 
 

@@ -22,7 +22,9 @@ class Windowed:
 
     `style` "blocks": queries in blocks of `block`, keys of `before` blocks before to `after` behind. "gathered": each
     query by itself, with `before` keys before it and `after` behind. `global_keys`: keys that every query sees too.
-    `causal`: no key behind the query; not together with global keys.
+    `causal`: no key behind the query; not together with global keys. `tangle` does what nobody can follow: "sums" makes
+    each value the sum of those before it; "backwards" lets windows run from the end of the sequence; "skips" lets the
+    blocks before and behind a query's own change places.
     """
 
     style: str = "blocks"
@@ -32,6 +34,7 @@ class Windowed:
     global_keys: int = 0
     causal: bool = False
     opset: int = 18
+    tangle: str = ""
 
     @property
     def width(self) -> int:
@@ -104,6 +107,10 @@ class _Graph:
     def model(self) -> onnx.ModelProto:
         case = self.case
         parts = {part: self.split(self.op("MatMul", "x", self.constant(w))) for part, w in case.parameters().items()}
+        if case.tangle == "sums":
+            parts["v"] = self.op("CumSum", parts["v"], self.scalar(2))
+        if case.tangle == "backwards":
+            parts = {part: self.backwards(value) for part, value in parts.items()}
         kept = self.op("Reshape", self.op("Cast", "mask", to=TensorProto.FLOAT), self.ints(0, 1, -1, 1))
         self.length = self.op("Slice", self.op("Shape", "x"), self.ints(1), self.ints(2))
         windows = self.blocks if case.style == "blocks" else self.gathered
@@ -119,6 +126,7 @@ class _Graph:
         product = self.op("MatMul", self.op("Softmax", scores, axis=-1 if case.opset >= 13 else 4), values)
         rows = self.op("Reshape", product, self.ints(0, HEADS, -1, HEAD_DIM))
         rows = self.op("Slice", rows, self.ints(0), self.length, self.ints(2))
+        rows = self.backwards(rows) if case.tangle == "backwards" else rows
         joined = self.op("Reshape", self.op("Transpose", rows, perm=[0, 2, 1, 3]), self.ints(0, 0, WIDTH))
         self.nodes.append(helper.make_node("Add", ["x", joined], ["hidden"]))
         graph = helper.make_graph(
@@ -161,7 +169,14 @@ class _Graph:
         for step in range(case.before + 1 + case.after):
             start = self.ints(step * case.block)
             pieces.append(self.cut(padded, start, self.op("Add", whole, start)))
+        if case.tangle == "skips":
+            pieces.reverse()
         return self.with_global_keys(first, self.op("Concat", *pieces, axis=3))
+
+    def backwards(self, value: str) -> str:
+        """The sequence from its end."""
+        last = self.ints(np.iinfo(np.int64).min)
+        return self.op("Slice", value, self.ints(-1), last, self.ints(2), self.ints(-1))
 
     def cut(self, value: str, start: str, end: str) -> str:
         """Places from `start` to `end`, in blocks."""

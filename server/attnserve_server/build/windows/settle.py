@@ -37,7 +37,10 @@ def with_windows(
     found: dict[str, Windows | NotTraced] = {}
     own = {name: probabilities for name, probabilities in windowed.items() if probabilities is not None}
     if own:
-        found = _windows(proto, own, sampler, work)
+        try:
+            found = _windows(proto, own, sampler, work)
+        except BuildRefused as why:  # the graph with what was added to it does not run
+            found = {name: NotTraced(str(why)) for name in own}
     for name, each in found.items():
         if isinstance(each, Windows):
             settled[name] = replace(sites[name], windows=each)
@@ -84,6 +87,8 @@ def _windows(
             found[name] = study.windows()
         except (NotTraced, BuildRefused) as why:
             found[name] = NotTraced(str(why))
+        except ValueError:  # arrays of shapes that no windows have
+            found[name] = NotTraced("its layout is not understood")
     return found
 
 
