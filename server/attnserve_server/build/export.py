@@ -10,6 +10,7 @@ from pathlib import Path
 
 from attnserve_server.build.against import differences
 from attnserve_server.build.assemble import Assembled, axes_of, rows_are_independent
+from attnserve_server.build.calibration import ranges_of
 from attnserve_server.build.check import CHECK_LENGTHS, judge
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.feeds import Sampler
@@ -90,14 +91,16 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     signature = signature_of(proto.graph, source.padding_id)
     more = source if isinstance(source, TellsMore) else None
     sampler = Sampler(signature, vocabulary_sizes=source.vocabulary_sizes)
-    reduced = in_precision(proto, request.precision)
-    if reduced is not proto:
-        reduced = checked(reduced, source.name)
+    max_lengths = {symbol: source.max_lengths[symbol] for symbol in signature.symbols}
+    text = text_of(signature.inputs, max_lengths, more.pair_start if more else None)
+    reduced = proto
+    if request.precision != "fp32":
+        told = text if request.precision == "int8" else None
+        ranges = ranges_of(proto, signature.inputs, told, source.tokenizer_path, work)
+        reduced = checked(in_precision(proto, request.precision, ranges), source.name)
     assembled, fusion = assemble_fused(reduced, sampler, work, steps, fuse=request.fuse)
     if not assembled.sites:
         raise BuildRefused(f"{source.architecture} exports without attention that is known, so there is nothing to tap")
-    max_lengths = {symbol: source.max_lengths[symbol] for symbol in signature.symbols}
-    text = text_of(signature.inputs, max_lengths, more.pair_start if more else None)
     axes, padding = axes_of(assembled, max_lengths, steps)
     axes = tuple(_gridded(axis, more.grids if more else {}) for axis in axes)
     steps.begin("checking against the source")

@@ -11,11 +11,15 @@ docs/attention.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import MappingProxyType
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
+from attnserve_server.build.calibrated import Normalisation, Ranges, bias_behind, factors_of, normalisation_of
 from attnserve_server.domain.values import Array
 
 WEIGHT_ERROR_LIMIT = 0.1
@@ -27,17 +31,20 @@ _STEPS = 127
 """Symmetric, so that 0 stays 0 and the zero point is the same for every row."""
 _ZERO_POINT = 128
 """Unsigned activations with signed weights: the pair that processors multiply at once (VNNI, and its like on ARM)."""
+_GELU_DEPTH = 0.171
+"""Gelu goes no further below 0, so only its greatest number has to be looked for."""
 _FIRST_AXIS_OPSET = 13
 """The first in which QuantizeLinear takes a scale for each row."""
 _FIRST_AXES_INPUT_OPSET = 18
 """The first in which reductions take their axes as an input."""
 
 
-def quantized(model: ir.Model) -> ir.Model:
+def quantized(model: ir.Model, ranges: Ranges = MappingProxyType({})) -> ir.Model:
     """Rewrite, in place, every product with constant float32 weights that rounding does not hurt.
 
     Args:
         model: its opset is 11 or later.
+        ranges: of normalised values, as they were seen; products of these take one step for all rows.
 
     Returns:
         The same model; the same object.
@@ -51,10 +58,15 @@ def quantized(model: ir.Model) -> ir.Model:
         weights = _weights(node)
         if weights is None:
             continue
-        rounded, scales = rounded_per_channel(weights)
-        if relative_error(weights, rounded, scales) > WEIGHT_ERROR_LIMIT:
+        if relative_error(weights, *rounded_per_channel(weights)) > WEIGHT_ERROR_LIMIT:
             continue
-        _replace(graph, node, rounded, scales, rows)
+        source = node.inputs[0]
+        assert source is not None
+        known = normalisation_of(source) if str(source.name) in ranges else None
+        if known is None:
+            _replace(graph, node, *rounded_per_channel(weights), rows)
+        else:
+            _replace_known(graph, node, weights, known, ranges[str(source.name)], rows)
     model.opset_imports.setdefault("com.microsoft", 1)
     for value in [value for value in graph.initializers.values() if not value.uses() and not value.is_graph_output()]:
         del graph.initializers[str(value.name)]
@@ -158,13 +170,72 @@ def _replace(
     result.name = name
 
 
+def _replace_known(
+    graph: ir.Graph,
+    node: ir.Node,
+    weights: Array,
+    known: Normalisation,
+    seen: Array,
+    rows: dict[ir.Value, tuple[ir.Value, ir.Value]],
+) -> None:
+    """Put the integer product of a normalised value in a node's place, and its bias into the product."""
+    source = node.inputs[0]
+    assert source is not None
+    builder = _Builder(graph, node)
+    if source not in rows:
+        products = [use.node for use in source.uses()]
+        all_weights = [own for own in map(_weights, products) if own is not None]
+        factors = factors_of(seen, all_weights)
+        operands = [
+            known.node.inputs[0],
+            builder.stored(f"{builder.base}.gain", (known.gain / factors).astype(np.float32)),
+            builder.stored(f"{builder.base}.offset", (known.offset / factors).astype(np.float32)),
+        ]
+        assert operands[0] is not None
+        scaled = ir.node("LayerNormalization", operands, name=f"{builder.base}.normalised")
+        scaled.attributes.update(known.node.attributes)
+        scaled.outputs[0].name = f"{builder.base}.normalised"
+        graph.insert_before(node, scaled)
+        one = builder.stored("int8.one", np.array(1, np.float32))
+        zero_point = builder.stored("int8.zero_point", np.array(_ZERO_POINT, np.uint8))
+        numbers = builder.op("QuantizeLinear", [scaled.outputs[0], one, zero_point])
+        rows[source] = (numbers, builder.stored(f"{builder.base}.factors", factors))
+    numbers, kept = rows[source]
+    assert kept.const_value is not None
+    rounded, steps = rounded_per_channel(weights * kept.const_value.numpy()[:, None])
+    operands = [
+        numbers,
+        builder.stored(f"{builder.base}.weights", rounded),
+        builder.stored("int8.one", np.array(1, np.float32)),
+        builder.stored(f"{builder.base}.steps", steps),
+        builder.stored("int8.zero_point", np.array(_ZERO_POINT, np.uint8)),
+    ]
+    biased = bias_behind(node)
+    last = node if biased is None else biased[0]
+    if biased is not None:
+        operands += [None, biased[1]]
+    result = builder.op("MatMulIntegerToFloat", operands, domain="com.microsoft")
+    output = last.outputs[0]
+    result.shape, result.type = output.shape, output.type
+    name = output.name
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    if last is not node:
+        graph.remove(last, safe=True)
+    graph.remove(node, safe=True)
+    result.name = name
+
+
 def _rounded_rows(builder: _Builder, source: ir.Value, width: int) -> tuple[ir.Value, ir.Value]:
     """A value's rows as uint8 (..., K), and each row's scale, float32 (..., 1)."""
-    highest, lowest = builder.extreme("ReduceMax", source), builder.extreme("ReduceMin", source)
-    # The floor keeps a row of zeros from being divided by 0. Two reductions take less time than one of |x|, which would
-    # have to be written first.
-    floor = builder.stored("int8.floor", np.array(1e-20, np.float32))
-    greatest = builder.op("Max", [highest, builder.op("Neg", [lowest]), floor])
+    highest = builder.extreme("ReduceMax", source)
+    maker = source.producer()
+    if maker is not None and maker.op_type == "Gelu":
+        greatest = builder.op("Max", [highest, builder.stored("int8.gelu", np.array(_GELU_DEPTH, np.float32))])
+    else:
+        # The floor keeps a row of zeros from being divided by 0. Two reductions take less time than one of |x|, which
+        # would have to be written first.
+        floor = builder.stored("int8.floor", np.array(1e-20, np.float32))
+        greatest = builder.op("Max", [highest, builder.op("Neg", [builder.extreme("ReduceMin", source)]), floor])
     scale = builder.op("Mul", [greatest, builder.stored("int8.step", np.array(1 / _STEPS, np.float32))])
     zero_point = builder.stored("int8.zero_point", np.array(_ZERO_POINT, np.uint8))
     if builder.opset < _FIRST_AXIS_OPSET:
@@ -186,7 +257,9 @@ class _Builder:
         self.base = f"{node.outputs[0].name}.int8"
         self.opset = graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", 1))
 
-    def op(self, operator: str, inputs: list[ir.Value], domain: str = "", **attributes: int | list[int]) -> ir.Value:
+    def op(
+        self, operator: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: int | list[int]
+    ) -> ir.Value:
         """A node with one output; the module that it comes from is that of the node it helps to replace."""
         made = ir.node(operator, inputs, attributes, domain=domain, name=f"{self.base}.{self._count}")
         made.outputs[0].name = f"{self.base}.{self._count}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
+from types import MappingProxyType
 from typing import Final, Literal
 
 import onnx
 import onnx_ir as ir
 
+from attnserve_server.build.calibrated import Ranges
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.graph import precision_of
 from attnserve_server.build.int8 import quantized
@@ -39,7 +41,9 @@ _BY_ELEMENT: Final = frozenset(
 )
 
 
-def in_precision(proto: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+def in_precision(
+    proto: onnx.ModelProto, precision: Precision, ranges: Ranges = MappingProxyType({})
+) -> onnx.ModelProto:
     """A graph in another precision; taps come after, and see what the model then computes.
 
     Args:
@@ -47,6 +51,7 @@ def in_precision(proto: onnx.ModelProto, precision: Precision) -> onnx.ModelProt
         precision: `fp32` keeps the source's own. `fp16`: float16 weights and activations; inputs and outputs keep
             their types, so that clients need not change, and what float16 cannot hold stays in float32. `int8`: see
             `int8`; inputs, outputs and everything but products with constant weights stay in float32.
+        ranges: for `int8`, what was seen of normalised values; see `ranges_of`.
 
     Raises:
         BuildRefused: the source has another reduced precision already, or has nothing to reduce.
@@ -62,7 +67,7 @@ def in_precision(proto: onnx.ModelProto, precision: Precision) -> onnx.ModelProt
     copy.CopyFrom(proto)
     if precision == "fp16":
         return _float16(copy)
-    reduced = ir.to_proto(quantized(ir.from_proto(copy)))
+    reduced = ir.to_proto(quantized(ir.from_proto(copy), ranges))
     if precision_of(reduced) != "int8":
         raise BuildRefused("int8: the source has no product with constant weights that could be rounded")
     return reduced

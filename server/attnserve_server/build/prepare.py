@@ -106,7 +106,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     reduced = proto
     if request.precision != "fp32":
         short = dict.fromkeys(signature.symbols, min(request.max_length, _CALIBRATION_TOKENS))
-        text = text_of(signature.inputs, short, pair_start)
+        text = text_of(signature.inputs, short, pair_start) if request.precision == "int8" else None
         ranges = ranges_of(proto, signature.inputs, text, request.tokenizer, work)
         reduced = checked(in_precision(proto, request.precision, ranges), request.file.name)
     assembled, fusion = assemble_fused(reduced, sampler, work, steps, fuse=request.fuse)

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,13 @@ from attnserve_server.build.assemble import assemble
 from attnserve_server.build.errors import CheckFailed
 from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.roles import is_position
+from attnserve_server.build.sentences import as_inputs, sentences
 from attnserve_server.domain.values import Array, PreparedSequence
 from attnserve_server.engine.collation import collate, outputs_of, weights_of
 from attnserve_server.engine.golden import lengths_of
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.engine.warmup import selection_of_all
-from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
+from attnserve_server.model.manifest import NUMPY_DTYPES, Manifest
 from attnserve_server.model.report import QualityReport
 from attnserve_server.model.tokenizer import TextTokenizer
 
@@ -56,20 +55,12 @@ class Material:
     sequences: tuple[dict[str, Array], ...]
 
 
-def sentences() -> tuple[str, ...]:
-    """English sentences of 3 to 120 words, written for this purpose."""
-    text = files("attnserve_server.build").joinpath("sentences.txt").read_text(encoding="utf-8")
-    return tuple(line for line in text.splitlines() if line)
-
-
 def material_of(manifest: Manifest, tokenizer: TextTokenizer | None, sampler: Sampler) -> Material:
     """Sentences where a model takes text and nothing that text cannot fill, else random inputs."""
     if tokenizer is not None and manifest.text is not None:
-        texts = sentences()
-        made = [_of_text(manifest, tokenizer, text) for text in texts]
-        known = tuple(sequence for sequence in made if sequence is not None)
-        if len(known) == len(texts):
-            return Material(f"{len(known)} English sentences", known)
+        known = as_inputs(sentences(), manifest.inputs, manifest.text, tokenizer)
+        if known:
+            return Material(f"{len(known)} English sentences", tuple(known))
     symbols = sampler.signature.symbols
     longest = {symbol: manifest.axis(symbol).max_length for symbol in symbols}
     drawn = tuple(
@@ -113,36 +104,6 @@ def measure(reduced: Subject, reference: Subject, material: Material, against: s
         attention_rows=rows,
         speed_ratio=_speed_ratio(reduced, reference, material.sequences, name),
     )
-
-
-def _of_text(manifest: Manifest, tokenizer: TextTokenizer, text: str) -> dict[str, Array] | None:
-    """A text as a model's inputs, cut to its greatest length; both texts of a model of two axes are the same."""
-    assert manifest.text is not None
-    encoded = tokenizer.encode(text)
-    inputs: dict[str, Array] = {}
-    for spec in manifest.inputs:
-        filled = _filled(spec, manifest, encoded.ids, encoded.type_ids)
-        if filled is None:
-            return None
-        inputs[spec.name] = filled.astype(NUMPY_DTYPES[spec.dtype])
-    return inputs
-
-
-def _filled(spec: InputSpec, manifest: Manifest, ids: Array, type_ids: Array) -> Array | None:
-    assert manifest.text is not None
-    axis = spec.shape[0] if len(spec.shape) == 1 else None
-    if not isinstance(axis, str) or axis not in manifest.text.axes:
-        return None
-    if axis == manifest.text.pair_axis and manifest.text.pair_start is not None:
-        ids, type_ids = np.append(manifest.text.pair_start, ids), np.append(0, type_ids)
-    length = min(len(ids), manifest.text.axes[axis])
-    if spec.role is InputRole.TOKEN_IDS:
-        return ids[:length]
-    if spec.role is InputRole.TOKEN_TYPE_IDS:
-        return type_ids[:length]
-    if is_position(spec.name):
-        return np.arange(length)
-    return None if spec.fill is None else np.full(length, spec.fill)
 
 
 def _compared_output(manifest: Manifest) -> str:

@@ -214,3 +214,70 @@ def test_int8_takes_products_that_come_with_their_bias(turned: bool, biased: boo
     # Steps of 1/127 of the greatest number on both sides, over 48 terms of size 0.3.
     np.testing.assert_allclose(run(reduced, x), run(source, x), rtol=0, atol=0.1)
     np.testing.assert_allclose(run(source, x), x @ weights + (bias if biased else 0), rtol=0, atol=1e-4)
+
+
+def normalised(opset: int = 21) -> onnx.ModelProto:
+    """A normalisation whose channels reach far apart, and a product with a bias behind it."""
+    rng = np.random.default_rng(9)
+    gain = np.ones(WIDTH, np.float32)
+    gain[3] = 40.0
+    arrays = {
+        "gain": gain,
+        "offset": rng.normal(size=WIDTH).astype(np.float32),
+        "weights": rng.normal(0, 0.3, (WIDTH, WIDTH)).astype(np.float32),
+        "bias": rng.normal(size=WIDTH).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "gain", "offset"], ["n"], axis=-1, epsilon=1e-5),
+        helper.make_node("MatMul", ["n", "weights"], ["product"], name="/block/MatMul"),
+        helper.make_node("Add", ["product", "bias"], ["biased"]),
+        helper.make_node("Add", ["biased", "n"], ["y"]),
+    ]
+    shape = ["batch", "seq", WIDTH]
+    graph = helper.make_graph(
+        nodes,
+        "normalised",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    return checked(model, "normalised")
+
+
+def reach_of(x: np.ndarray) -> np.ndarray:
+    model = normalised()
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    centred = x - x.mean(-1, keepdims=True)
+    n = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * arrays["gain"] + arrays["offset"]
+    return np.asarray(np.abs(n).reshape(-1, WIDTH).max(axis=0))
+
+
+def test_known_range_takes_all_work_per_row_away() -> None:
+    reduced = checked(in_precision(normalised(), "int8", {"n": reach_of(sample(4, 20))}), "normalised")
+    operators = [node.op_type for node in reduced.graph.node]
+    assert not {"ReduceMax", "ReduceMin", "Div"} & set(operators)
+    # The bias went into the product; what else takes the normalised value still takes the true one.
+    assert operators.count("Add") == 1
+    assert operators.count("LayerNormalization") == 2
+
+
+def test_known_range_keeps_channels_that_reach_far_and_those_that_do_not() -> None:
+    source = normalised()
+    x = sample(2, 9)
+    reduced = in_precision(source, "int8", {"n": reach_of(sample(4, 20))})
+    expected, found = run(source, x), run(reduced, x)
+    # As without a known range: both sides are rounded to 127 steps; one channel reaches 40 times as far as the others.
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.02
+
+
+def test_row_behind_a_known_range_is_the_same_whatever_shares_its_batch() -> None:
+    reduced = in_precision(normalised(), "int8", {"n": reach_of(sample(4, 20))})
+    alone = sample(1, 5)
+    loud = np.concatenate([alone, 1000 * sample(1, 5)])
+    np.testing.assert_array_equal(run(reduced, loud)[:1], run(reduced, alone))
+
+
+def test_range_of_what_is_not_normalised_changes_nothing() -> None:
+    plain = in_precision(products(), "int8", {"x": np.ones(WIDTH)})
+    assert plain.SerializeToString() == in_precision(products(), "int8").SerializeToString()
