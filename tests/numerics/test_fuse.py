@@ -36,6 +36,7 @@ plain = st.builds(
     guard=st.sampled_from(("", "Identity", "Dropout")),
     cross=st.booleans(),
     packed=st.booleans(),
+    shapes_computed=st.booleans(),
 )
 
 

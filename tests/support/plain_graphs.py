@@ -40,6 +40,7 @@ class Plain:
     cross: bool = False
     packed: bool = True
     operator: bool = False
+    shapes_computed: bool = False
     dtype: type = np.float32
     name: str = "/encoder/layer.0/attention/self/Softmax"
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -77,7 +78,7 @@ class Plain:
         if set(self.masks) - {"bias", "causal"}:
             inputs.append(info("keep", onnx.TensorProto.BOOL, ["batch", length]))
         query, key, value = (
-            self.op("Reshape", self.op("MatMul", features, table), self.ints(0, 0, HEADS, HEAD_DIM))
+            self.op("Reshape", self.op("MatMul", features, table), self._split_shape(features))
             for features, table in (("queries", "wq"), (keys, "wk"), (keys, "wv"))
         )
         query, value = (self.op("Transpose", each, perm=[0, 2, 1, 3]) for each in (query, value))
@@ -92,6 +93,12 @@ class Plain:
         graph = helper.make_graph(self.nodes, "plain", inputs, [info("answer", kind, shape)], initializers)
         opsets = [helper.make_opsetid("", self.opset)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10 if self.opset > 20 else 7)
+
+    def _split_shape(self, features: str) -> str:
+        """(B, T, H, D), put together at run time where that is wanted; how many heads there are is then left open."""
+        if not self.shapes_computed:
+            return self.ints(0, 0, HEADS, HEAD_DIM)
+        return self.op("Concat", self._extents(features, 0, 2), self.ints(-1), self.ints(HEAD_DIM), axis=0)
 
     def _by_operator(self, query: str, key: str, value: str) -> str:
         key = self.op("Transpose", key, perm=[0, 2, 1, 3])

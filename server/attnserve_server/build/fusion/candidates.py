@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx
+import onnx.shape_inference
 import onnx.version_converter
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -40,6 +41,10 @@ class Fused:
 
 def candidates(proto: onnx.ModelProto) -> Iterator[Fused]:
     """Rewritten copies of a graph (inferred shapes), the most promising first; none where nothing can be rewritten."""
+    if not {"Softmax", "Attention"} & {node.op_type for node in proto.graph.node}:
+        return
+    # Legacy exports compute the shapes that heads are split by; only following those numbers tells how many there are.
+    proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     for operator, rewrite in ((ATTENTION, _with_attention), (MULTI_HEAD, _with_multi_head)):
         model = ir.from_proto(proto)
         sites = rewrite(model)

@@ -37,7 +37,7 @@ def carry(value: ir.Value, *, heads_last: bool = False) -> Carried:
     if parts is None or split is None or split.op_type != "Reshape":
         return unpacked
     packed, shape = split.inputs[:2]
-    if packed is None or shape is None or rank(packed) != 3 or rank(parts) != 4:
+    if packed is None or shape is None or rank(packed) != 3 or (rank(parts) or extent(shape, 0)) != 4:
         return unpacked
     width, head_dim = extent(packed, 2), extent(parts, 3) or _last_of(shape)
     if not width or not head_dim or head_dim < 1 or width % head_dim:

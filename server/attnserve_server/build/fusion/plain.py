@@ -76,7 +76,7 @@ def _plain_site(softmax: ir.Node, opset: int) -> PlainSite:
     key, key_scale, heads_last = _turned_key(_input(dot, 1))
     carried = (carry(query), carry(key, heads_last=heads_last), carry(_input(product, 1)))
     for one in carried:
-        if rank(one.value) != 4 or one.value.dtype not in FLOATS:
+        if (one.packed is None and rank(one.value) != 4) or one.value.dtype not in FLOATS:
             raise _NotPlain
     _refuse_fills_that_tell(masks, scores.dtype)
     _refuse_what_depends(masks, {query, key, *(one.packed for one in carried[:2] if one.packed is not None)})
