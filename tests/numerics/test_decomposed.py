@@ -20,7 +20,7 @@ from attnserve_server.engine.session import RuntimeSession
 from decomposed_graphs import BIASES, GUARDS, HEADS, LAYOUTS, MASKS, SCALES, SPELLINGS, Decomposed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -95,6 +95,39 @@ def test_products_of_integers_are_tapped_before_they_are_quantised(tmp_path: Pat
     # 8 bits of features, of their tables, and of queries and keys, whose products reach 10.
     np.testing.assert_allclose(weights, case.reference(feeds), rtol=0, atol=0.1)
     np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=0, atol=1e-5)
+
+
+class Examples(CalibrationDataReader):
+    """What a static quantisation measures ranges on."""
+
+    def __init__(self, case: Decomposed) -> None:
+        self._feeds = iter([case.feeds(3, 6, 9, seed) for seed in range(3)])
+
+    def get_next(self) -> dict[str, Array] | None:
+        return next(self._feeds, None)
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        (QuantFormat.QDQ, ""),
+        (QuantFormat.QOperator, "its weights are integers from softmax to product, which are not tapped yet"),
+    ],
+    ids=["around the products", "throughout"],
+)
+def test_statically_quantised_files_are_found(form: QuantFormat, reason: str, tmp_path: Path) -> None:
+    case = Decomposed()
+    onnx.save(onnx.shape_inference.infer_shapes(case.model()), tmp_path / "wide.onnx")
+    quantize_static(tmp_path / "wide.onnx", tmp_path / "narrow.onnx", Examples(case), quant_format=form)
+    done = assembled(onnx.load(tmp_path / "narrow.onnx"), tmp_path)
+    (site,) = done.sites
+    assert site.unavailable_reason == reason
+    if not reason:
+        session = RuntimeSession.load(done.model_path, provider="CPUExecutionProvider")
+        feeds = case.feeds(3, 6, 9, seed=1)
+        (weights,) = session.run({**feeds, site.items_input: np.arange(3)}, [site.weights_output])
+        # 8 bits of everything, of scores up to 10 too.
+        np.testing.assert_allclose(weights, case.reference(feeds), rtol=0, atol=0.15)
 
 
 @pytest.mark.parametrize("spelling", ["Softmax", "Exp", "LogSoftmax"])

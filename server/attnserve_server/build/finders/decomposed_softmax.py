@@ -37,6 +37,9 @@ def softmaxes(graph: ir.Graph) -> Iterator[Softmax]:
             yield _softmax(node, scores, graph)
         elif node.op_type == "BiasSoftmax":
             yield Softmax(node, "BiasSoftmax", scores, -1)
+        elif node.op_type == "QLinearSoftmax":
+            refused = "its weights are integers from softmax to product, which are not tapped yet"
+            yield Softmax(node, "QLinearSoftmax", scores, -1, refused)
         elif node.op_type == "Exp":
             log = _back(scores, _ALONG)
             if log is not None and log.op_type == "LogSoftmax" and log.inputs[0] is not None:

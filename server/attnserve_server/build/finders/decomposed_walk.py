@@ -27,6 +27,8 @@ ELEMENTWISE = {
     ),
 }
 """What changes numbers one by one, and leaves every axis in its place."""
+_OF_INTEGERS = {"QLinearAdd", "QLinearMul"}
+"""The runtime's own, on integers: each operand is followed by its scale and its zero."""
 _KEPT = {"Expand", "Slice", "Concat", "Split", "GatherElements", "Pad", "Tile"}
 """What changes extents, and leaves every axis in its place."""
 _FIRST_ONLY = {
@@ -87,6 +89,8 @@ def carries_data(node: ir.Node, position: int) -> bool:
     """Whether an input is what the node passes on, rather than a shape, an index or a condition."""
     if node.op_type == "Where":
         return position > 0
+    if node.op_type in _OF_INTEGERS:
+        return position in {0, 3}
     if node.op_type in ELEMENTWISE:
         return position == 0 or node.op_type not in _FIRST_ONLY
     return position == 0 or node.op_type == "Concat"
@@ -94,9 +98,9 @@ def carries_data(node: ir.Node, position: int) -> bool:
 
 def forward(node: ir.Node, position: int, axis: Axis) -> Axis | bool:
     """Where an axis of an input is in the outputs; False where the node is none that values merely pass through."""
-    if node.domain not in {"", "ai.onnx"} or not carries_data(node, position):
+    if node.domain not in _domains(node) or not carries_data(node, position):
         return False
-    if node.op_type in ELEMENTWISE or node.op_type in _KEPT:
+    if node.op_type in ELEMENTWISE or node.op_type in _KEPT or node.op_type in _OF_INTEGERS:
         return axis
     move = _MOVES.get(node.op_type)
     return move(node, axis, False) if move else False
@@ -104,14 +108,19 @@ def forward(node: ir.Node, position: int, axis: Axis) -> Axis | bool:
 
 def backward(node: ir.Node, axis: Axis) -> Iterator[tuple[ir.Value, Axis]]:
     """The inputs that a node passes on, and where an axis of its output is in them; none where it does more."""
-    if node.domain not in {"", "ai.onnx"}:
+    if node.domain not in _domains(node):
         return
     move = _MOVES.get(node.op_type)
-    if node.op_type not in ELEMENTWISE and node.op_type not in _KEPT and move is None:
+    if move is None and node.op_type not in (ELEMENTWISE | _KEPT | _OF_INTEGERS):
         return
     for position, value in enumerate(node.inputs):
         if value is not None and carries_data(node, position):
             yield value, move(node, axis, True) if move else axis
+
+
+def _domains(node: ir.Node) -> set[str]:
+    """Whose operator a node must be for us to know what it does."""
+    return {"com.microsoft"} if node.op_type in _OF_INTEGERS else {"", "ai.onnx"}
 
 
 def _transpose(node: ir.Node, axis: Axis, back: bool) -> Axis:
