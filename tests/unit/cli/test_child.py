@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,7 @@ def ran(body: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
         f"def command():\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
         "sys.exit(run_in_child(command))\n"
     )
-    environment = {"TMPDIR": str(scratch), "PATH": "/usr/bin:/bin"}
+    environment = {**os.environ, "TMPDIR": str(scratch)}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False, env=environment
     )
