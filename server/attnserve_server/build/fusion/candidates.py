@@ -81,9 +81,14 @@ def _with_multi_head(model: ir.Model) -> int:
 
 
 def _same_heads(site: PlainSite) -> bool:
-    """Whether query, key and value have as many heads, as far as the graph tells; a product would broadcast them."""
-    heads = {one.heads or extent(one.value, 2 if one.heads_last else 1) for one in (site.query, site.key, site.value)}
-    return len(heads - {None}) == 1
+    """Whether query, key and value have as many heads, as far as the graph tells; a product would broadcast them.
+
+    Where they are not packed, the shapes of query and key must tell, or the fused site could not be tapped.
+    """
+    carried = (site.query, site.key, site.value)
+    told = [extent(one.value, 2 if one.heads_last else 1) for one in carried]
+    heads = {one.heads or number for one, number in zip(carried, told, strict=True)}
+    return len(heads - {None}) == 1 and (is_packed(site) or None not in told[:2])
 
 
 def _multi_head_can(site: PlainSite) -> bool:
