@@ -13,8 +13,10 @@ import pytest
 from architectures import tiny_source
 from attnserve_client import Client, InferenceResult
 from attnserve_server.build import zoo
+from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.export import ExportRequest, export_bundle
 from attnserve_server.build.source_model import Reference, source_model
+from attnserve_server.model.bands import GridBand
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.tokenizer import TextTokenizer
 from serving import serve
@@ -60,6 +62,23 @@ def test_image_text_model_knows_its_patches_from_its_words(tmp_path: Path) -> No
     assert manifest.check.weight_max_abs_error <= WEIGHT_TOLERANCE
     patches = manifest.axis("fixed_10")
     assert (patches.grid, patches.leading) == ((3, 3), 1)
+
+
+def test_windows_of_patches_shift_from_layer_to_layer(tmp_path: Path) -> None:
+    manifest = exported("Swin", tmp_path)
+    bands = [site.band for site in manifest.sites if site.available]
+    shifts = [0, 2]
+    assert bands == [*(GridBand(rows=8, columns=8, window=4, shift=shift) for shift in shifts), None, None]
+    assert [manifest.axis(site.query_axis).grid for site in manifest.sites] == [(8, 8), (8, 8), (4, 4), (4, 4)]
+    assert manifest.check.weight_max_abs_error <= WEIGHT_TOLERANCE
+
+
+def test_mean_over_tokens_needs_a_single_text(tmp_path: Path) -> None:
+    request = ExportRequest(
+        source=str(tiny_source(tmp_path / "source", "ViT")), name="tiny", repository=tmp_path / "models", pooling="mean"
+    )
+    with pytest.raises(BuildRefused, match="ViTModel has no single text whose mean could be taken"):
+        export_bundle(request)
 
 
 def test_exporters_agree_on_the_sites_of_an_architecture(tmp_path: Path) -> None:
