@@ -151,8 +151,8 @@ class Factor:
 class Probabilities:
     """The weights of a site as the graph itself has them, after softmax and whatever guards follow it.
 
-    `key_axis` is the axis of `value` that softmax runs over. What its other axes are (batch, heads, queries, or several
-    of them folded into one) is learnt by running the graph; `axes` is empty before.
+    `key_axis` is the axis of `value`, counted from the end, that softmax runs over. What its other axes are (batch,
+    heads, queries, or several of them folded into one) is learnt by running the graph; `axes` is empty before.
 
     `product` multiplies them with the site's value; they are its operand at `position`. `query_axes` are those axes of
     `value`, counted from the end, that the product does not share with the site's value: queries, and query heads that
