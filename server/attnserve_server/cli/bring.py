@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 REFUSED = 2
 """The exit code of everything that the person can mend."""
+FORESEEN_BY_NOBODY = 1
+"""The exit code of attnserve's own faults."""
+TRACEBACK_VARIABLE = "ATTNSERVE_TRACEBACK"
+"""Set to see the traceback of such a fault, in place of a sentence."""
 EXIT_CODES = (
     "\n\nExit codes: 0, done; 2, refused, with one sentence on standard error that says why, and nothing was written; "
     "1, a fault of attnserve's own."
@@ -220,6 +225,15 @@ def spoken() -> Iterator[None]:
         line = "error: it needs more memory than there is"
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(REFUSED) from None
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as fault:  # the last boundary: what nobody foresaw
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        words = " ".join(str(fault).split())[:200]
+        line = f"error: not foreseen: {type(fault).__name__}: {words} ({TRACEBACK_VARIABLE}=1 shows where)"
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(FORESEEN_BY_NOBODY) from None
 
 
 def _check_names(name: str, version: str) -> None:

@@ -136,6 +136,20 @@ def test_help_needs_none_of_the_heavy_libraries() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_what_nobody_foresaw_is_a_sentence_too_and_its_place_is_told_when_asked(
+    app: typer.Typer, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr(importlib.import_module("attnserve_server.build.inspect"), "inspect_model", broken)
+    result = call(app, "inspect", file)
+    assert result.exit_code == 1
+    assert result.stderr == "error: not foreseen: KeyError: 'lost' (ATTNSERVE_TRACEBACK=1 shows where)\n"
+    monkeypatch.setenv("ATTNSERVE_TRACEBACK", "1")
+    assert isinstance(call(app, "inspect", file).exception, KeyError)
+
+
 def test_inspect_shows_a_bare_file(app: typer.Typer, tmp_path: Path) -> None:
     model = Case(heads=4, kv_heads=2, attributes={"is_causal": 1}).model()
     result = call(app, "inspect", saved(model, tmp_path / "bare.onnx"))
