@@ -291,6 +291,28 @@ def test_shifted_windows_of_swin_name_the_patch_of_every_column(swin: tuple[Swin
                     )
 
 
+def test_the_patches_of_every_stage_have_their_grid(swin: tuple[SwinModel, Bundle]) -> None:
+    _, bundle = swin
+    assert {axis.symbol: axis.grid for axis in bundle.manifest.axes} == {"fixed_64": (8, 8), "fixed_16": (4, 4)}
+
+
+@pytest.mark.parametrize("swin", [2], indirect=True, ids=["even windows"])
+def test_windows_are_followed_through_products_of_eight_bits(swin: tuple[SwinModel, Bundle], tmp_path: Path) -> None:
+    _, bundle = swin
+    file = bundle.path.parents[2] / "swin.onnx"
+    reduced = prepare_bundle(PrepareRequest(file, "swin", tmp_path, precision="int8"))
+    assert [site.band for site in reduced.manifest.sites] == [site.band for site in bundle.manifest.sites]
+    assert reduced.manifest.precision == "int8"
+
+
+def test_windows_are_followed_through_a_graph_of_float16(tmp_path: Path) -> None:
+    case = Windowed(before=2, after=0)
+    (tmp_path / "windowed.onnx").write_bytes(case.model().SerializeToString())
+    request = PrepareRequest(tmp_path / "windowed.onnx", "half", tmp_path, max_length=64, precision="fp16")
+    (site,) = prepare_bundle(request).manifest.sites
+    assert site.band == BlockBand(block=4, before=2, after=0)
+
+
 def windows_of(side: int, window: int, shift: int) -> Array:
     """The patches of each window as Swin makes them: padded at the end, rolled, and cut; -1 for padding."""
     padded = -(-side // window) * window

@@ -25,7 +25,7 @@ from attnserve_server.build.runtime import Runner
 from attnserve_server.build.signature import dtype_of
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.build.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps, with_plain_values
-from attnserve_server.build.windows import with_key_axes, with_windows
+from attnserve_server.build.windows import grid_of_windows, with_key_axes, with_windows
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec, SiteSpec
 
 
@@ -177,7 +177,7 @@ def axes_of(
         longest = max(form.of(source.max_length), 1)
         specs.append(AxisSpec(symbol=symbol, max_length=longest, paddable=source.paddable, derived=form))
     for symbol, length in assembled.fixed_axes.items():
-        grid, leading = assembled.grids.get(symbol, (None, 0))
+        grid, leading = assembled.grids.get(symbol) or (grid_of_windows(assembled.sites, symbol), 0)
         specs.append(AxisSpec(symbol=symbol, max_length=length, paddable=False, fixed=True, grid=grid, leading=leading))
     return tuple(specs), max(harmless, default=None)
 

@@ -5,6 +5,6 @@ Told by running the graph on the numbers of the positions (`build.provenance`), 
 """
 
 from attnserve_server.build.windows.check import band_error
-from attnserve_server.build.windows.settle import with_key_axes, with_windows
+from attnserve_server.build.windows.settle import grid_of_windows, with_key_axes, with_windows
 
-__all__ = ["band_error", "with_key_axes", "with_windows"]
+__all__ = ["band_error", "grid_of_windows", "with_key_axes", "with_windows"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from attnserve_server.build.sites import FoundSite, Probabilities, Windows
 from attnserve_server.build.windows.anchors import Anchors, anchors_of
 from attnserve_server.build.windows.products import Products, products_of
 from attnserve_server.build.windows.study import Study
+from attnserve_server.model.bands import GridBand
+from attnserve_server.model.manifest import SiteSpec
 
 
 def with_windows(
@@ -98,3 +100,10 @@ def with_key_axes(axes: Axes, sites: Mapping[str, FoundSite]) -> Axes:
     banded = {name: (axes.sites[name][0], key) for name, key in keys.items() if name in axes.sites}
     causal = {name for name in keys if (windows := sites[name].windows) and windows.causal}
     return replace(axes, sites={**axes.sites, **banded}, causal_sites=(axes.causal_sites - set(banded)) | causal)
+
+
+def grid_of_windows(sites: Sequence[SiteSpec], axis: str) -> tuple[int, int] | None:
+    """Rows and columns of the patches along an axis, where windows over them tell; None where none do."""
+    bands = {site.band for site in sites if axis in {site.query_axis, site.key_axis}}
+    grids = {(band.rows, band.columns) for band in bands if isinstance(band, GridBand)}
+    return grids.pop() if len(grids) == 1 else None
