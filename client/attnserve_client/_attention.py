@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -230,6 +230,7 @@ class AttentionMap:
             "heads": list(self.heads),
             "query_axis": self.query_axis,
             "key_axis": self.key_axis,
+            "grids": {axis: asdict(grid) for axis, grid in self.grids.items()},
             "queries": [plain_token(token) for token in self.query_tokens],
             "keys": [plain_token(token) for token in self.key_tokens],
             "weights": (self.weights if band is None else band).tolist(),

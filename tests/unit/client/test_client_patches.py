@@ -55,6 +55,11 @@ def words_over_patches() -> AttentionMap:
     return answer(np.random.default_rng(0).dirichlet(np.ones(7), (2, 3)), WORDS, PATCHES)
 
 
+def test_plain_types_have_the_grid_of_the_patches() -> None:
+    plain = json.loads(json.dumps(words_over_patches().to_dict()))
+    assert plain["grids"] == {"patches": {"rows": 2, "columns": 3, "leading": 1}}
+
+
 def test_row_is_laid_out_as_the_image_is() -> None:
     found = words_over_patches()
     assert found.grids == {"patches": GRID}
