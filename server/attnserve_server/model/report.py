@@ -38,7 +38,8 @@ class FusionReport(Frozen):
 
     def __str__(self) -> str:
         """One line for a person."""
-        where = f"{self.sites} attention sites rewritten to {self.operator}"
+        sites = "site" if self.sites == 1 else "sites"
+        where = f"{self.sites} attention {sites} rewritten to {self.operator}"
         if self.kept:
             return f"{where}: {self.fused_over_source_time:.3f} of the source's time"
         return f"{where}, but not kept: {self.reason}"

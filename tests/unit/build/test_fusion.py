@@ -11,7 +11,7 @@ import pytest
 from attnserve_server.build.fusion import decide as room
 from attnserve_server.build.fusion.candidates import ATTENTION, MULTI_HEAD, Fused, candidates
 from attnserve_server.build.fusion.decide import Verdict
-from attnserve_server.build.graph import checked
+from attnserve_server.build.graphs.graph import checked
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.build.runtime import Runner
 from attnserve_server.cli.bring import register
@@ -129,8 +129,8 @@ def test_graph_without_plain_sites_has_nothing_to_report(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("verdict", "said"),
     [
-        (Verdict(0.9, pays=True), "1 attention sites rewritten to ai.onnx.Attention: 0.900 of the source's time"),
-        (Verdict(1.2, pays=False), "1 attention sites rewritten to ai.onnx.Attention, but not kept: it takes 1.200"),
+        (Verdict(0.9, pays=True), "1 attention site rewritten to ai.onnx.Attention: 0.900 of the source's time"),
+        (Verdict(1.2, pays=False), "1 attention site rewritten to ai.onnx.Attention, but not kept: it takes 1.200"),
     ],
     ids=["kept", "not kept"],
 )

@@ -169,4 +169,4 @@ def test_source_that_cannot_be_read_is_refused(bundle: Bundle, tmp_path: Path) -
 def test_help_shows_how_to_compare(tmp_path: Path) -> None:
     done = check("--help")
     assert "--against" in done.stdout
-    assert "Exit codes: 0 all is well, 1 the check failed, 2 it could not be made." in " ".join(done.stdout.split())
+    assert "Exit codes: 0, all is well; 1, the check failed, or a fault" in " ".join(done.stdout.split())
