@@ -15,13 +15,13 @@ from architectures import TINY, tiny_source
 from attnserve_server.build import export
 from attnserve_server.build.assemble import assemble, axes_of
 from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.feeds import Sampler
-from attnserve_server.build.graph import checked
-from attnserve_server.build.precision import PRECISIONS, Precision, in_precision
+from attnserve_server.build.graphs.graph import checked
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.inputs.signature import signature_of
+from attnserve_server.build.precision.choose import PRECISIONS, Precision, in_precision
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.signature import signature_of
-from attnserve_server.build.source_model import SourceModel, ZooOptions, source_model
-from attnserve_server.build.zoo import BUILDERS
+from attnserve_server.build.sources.source_model import SourceModel, ZooOptions, source_model
+from attnserve_server.build.sources.zoo import BUILDERS
 from coverage_page import Cell, rendered, settled
 
 pytestmark = pytest.mark.coverage

@@ -11,11 +11,11 @@ import onnx
 import onnxruntime
 import pytest
 from attnserve_server.build.assemble import Assembled, assemble
-from attnserve_server.build.feeds import Sampler
-from attnserve_server.build.graph import checked
+from attnserve_server.build.graphs.graph import checked
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.inputs.signature import signature_of
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.signature import signature_of
 from attnserve_server.engine.session import RuntimeSession
 from decomposed_graphs import BIASES, GUARDS, HEADS, LAYOUTS, MASKS, SCALES, SPELLINGS, Decomposed
 from hypothesis import given, settings

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from attnserve_server.build.fusion.candidates import ATTENTION, MULTI_HEAD, candidates
-from attnserve_server.build.graph import checked, tapped
+from attnserve_server.build.graphs.graph import checked, tapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_graphs import MASKS, OPSETS, SCALES, TURNS, Array, Plain

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attnserve_server.build.graph import checked, tapped
+from attnserve_server.build.graphs.graph import checked, tapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from microsoft_graphs import LOWEST, GroupQuery

@@ -14,13 +14,13 @@ import torch
 from attnserve_server.attention.bands import band_keys, lay_out
 from attnserve_server.build.assemble import Assembled, assemble
 from attnserve_server.build.export import ExportRequest, export_bundle
-from attnserve_server.build.feeds import Sampler
-from attnserve_server.build.graph import checked
+from attnserve_server.build.graphs.graph import checked
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.inputs.signature import signature_of
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.signature import signature_of
-from attnserve_server.build.source_model import ZooOptions, source_model
-from attnserve_server.build.zoo.sliding_window import SlidingWindowAttention
+from attnserve_server.build.sources.source_model import ZooOptions, source_model
+from attnserve_server.build.sources.zoo.sliding_window import SlidingWindowAttention
 from attnserve_server.domain.values import PreparedSequence
 from attnserve_server.engine.collation import collate, weights_of
 from attnserve_server.engine.session import RuntimeSession

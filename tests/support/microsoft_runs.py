@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-from attnserve_server.build.graph import checked, save, tapped
+from attnserve_server.build.graphs.graph import checked, save, tapped
 from attnserve_server.engine.session import RuntimeSession
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from attnserve_server.build.export import ExportRequest, export_bundle
-from attnserve_server.build.source_model import ZooOptions
+from attnserve_server.build.sources.source_model import ZooOptions
 from attnserve_server.model.repository import Bundle
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -10,22 +10,22 @@ from typing import Literal
 import onnx
 import onnx_ir as ir
 
-from attnserve_server.build.check import Tolerances
+from attnserve_server.build.checking.check import Tolerances
+from attnserve_server.build.checking.products import product_errors
 from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.finders import find_sites
-from attnserve_server.build.graph import expose, precision_of, save, tapped_at
-from attnserve_server.build.grids import Grid, grids_of
-from attnserve_server.build.layout import settle
-from attnserve_server.build.origins import FixedAxes, fixed_axes, of_one_sequence
-from attnserve_server.build.probe import Axes, batch_error, padding_error, probe_axes, probe_lengths
-from attnserve_server.build.products import product_errors
+from attnserve_server.build.graphs.graph import expose, precision_of, save, tapped_at
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.inputs.signature import dtype_of
+from attnserve_server.build.learning.grids import Grid, grids_of
+from attnserve_server.build.learning.layout import settle
+from attnserve_server.build.learning.origins import FixedAxes, fixed_axes, of_one_sequence
+from attnserve_server.build.learning.probe import Axes, batch_error, padding_error, probe_axes, probe_lengths
+from attnserve_server.build.learning.windows import grid_of_windows, with_key_axes, with_windows
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner
-from attnserve_server.build.signature import dtype_of
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.build.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps, with_plain_values
-from attnserve_server.build.windows import grid_of_windows, with_key_axes, with_windows
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec, SiteSpec
 
 

@@ -8,23 +8,31 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from attnserve_server.build.against import differences
 from attnserve_server.build.assemble import Assembled, axes_of, rows_are_independent
-from attnserve_server.build.calibration import ranges_of
-from attnserve_server.build.check import CHECK_LENGTHS, judge
+from attnserve_server.build.checking.against import differences
+from attnserve_server.build.checking.check import CHECK_LENGTHS, judge
+from attnserve_server.build.checking.golden import with_golden
+from attnserve_server.build.checking.self_check import check_against_itself
 from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.fusion import assemble_fused
-from attnserve_server.build.golden import with_golden
-from attnserve_server.build.graph import checked
-from attnserve_server.build.precision import Precision, in_precision
+from attnserve_server.build.graphs.graph import checked
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.inputs.signature import SEQUENCE, signature_of
+from attnserve_server.build.inputs.text import text_of
+from attnserve_server.build.precision.calibration import ranges_of
+from attnserve_server.build.precision.choose import Precision, in_precision
+from attnserve_server.build.precision.quality import with_quality
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.quality import with_quality
 from attnserve_server.build.runtime import Runner, time_ratio
-from attnserve_server.build.self_check import check_against_itself
-from attnserve_server.build.signature import SEQUENCE, signature_of
-from attnserve_server.build.source_model import AUTO, Grid, SourceModel, TellsMore, ZooOptions, graph_of, source_model
-from attnserve_server.build.text import text_of
+from attnserve_server.build.sources.source_model import (
+    AUTO,
+    Grid,
+    SourceModel,
+    TellsMore,
+    ZooOptions,
+    graph_of,
+    source_model,
+)
 from attnserve_server.model.manifest import AxisSpec, CheckReport, Manifest, Provenance
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, Repository, write_bundle
 from attnserve_server.model.tokenizer import TextTokenizer

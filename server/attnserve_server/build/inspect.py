@@ -14,7 +14,7 @@ from rich.table import Table
 
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.finders import find_sites
-from attnserve_server.build.graph import read_graph
+from attnserve_server.build.graphs.graph import read_graph
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest
 from attnserve_server.model.report import FusionReport

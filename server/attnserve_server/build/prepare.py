@@ -9,23 +9,23 @@ from pathlib import Path
 import onnx
 
 from attnserve_server.build.assemble import Assembled, axes_of, rows_are_independent
-from attnserve_server.build.calibration import ranges_of
-from attnserve_server.build.check import judge
-from attnserve_server.build.equal_axes import with_equal_axes
+from attnserve_server.build.checking.check import judge
+from attnserve_server.build.checking.golden import with_golden
+from attnserve_server.build.checking.self_check import check_against_itself
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.export import now
-from attnserve_server.build.feeds import Sampler
-from attnserve_server.build.free_length import with_free_length
 from attnserve_server.build.fusion import assemble_fused
-from attnserve_server.build.golden import with_golden
-from attnserve_server.build.graph import checked, read_graph
-from attnserve_server.build.precision import Precision, in_precision
-from attnserve_server.build.probe import probe_max_length
+from attnserve_server.build.graphs.graph import checked, read_graph
+from attnserve_server.build.inputs.equal_axes import with_equal_axes
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.inputs.free_length import with_free_length
+from attnserve_server.build.inputs.signature import Signature, signature_of
+from attnserve_server.build.inputs.text import padding_id_of, text_of
+from attnserve_server.build.learning.probe import probe_max_length
+from attnserve_server.build.precision.calibration import ranges_of
+from attnserve_server.build.precision.choose import Precision, in_precision
+from attnserve_server.build.precision.quality import with_quality
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.quality import with_quality
-from attnserve_server.build.self_check import check_against_itself
-from attnserve_server.build.signature import Signature, signature_of
-from attnserve_server.build.text import padding_id_of, text_of
 from attnserve_server.model.manifest import InputRole, Manifest, Provenance
 from attnserve_server.model.repository import (
     MODEL_FILE,

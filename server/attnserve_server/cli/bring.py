@@ -116,7 +116,7 @@ def export(  # noqa: PLR0913 - the options of a command
         _check_names(name, version)
         from attnserve_server.build.export import ExportRequest, export_bundle  # noqa: PLC0415 - slow to import
         from attnserve_server.build.progress import Steps  # noqa: PLC0415 - as above
-        from attnserve_server.build.source_model import ZooOptions  # noqa: PLC0415 - as above
+        from attnserve_server.build.sources.source_model import ZooOptions  # noqa: PLC0415 - as above
 
         request = ExportRequest(
             source=source,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from attnserve_server.attention.bands import band_keys
-from attnserve_server.build.bands import SeenBand, fitted
+from attnserve_server.build.learning.bands import SeenBand, fitted
 from attnserve_server.model.bands import BlockBand, GridBand, SlidingBand, TableBand
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.extents import fit, named
+from attnserve_server.build.learning.extents import fit, named
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.model.manifest import DerivedLength
 from hypothesis import given

@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 from attention_graphs import Case
 from attnserve_server.build.finders import find_sites
-from attnserve_server.build.names import NAME_SCOPES, site_names
+from attnserve_server.build.finders.names import NAME_SCOPES, site_names
+from attnserve_server.build.inputs.vocabulary import vocabulary_size_of
 from attnserve_server.build.sites import FoundSite
-from attnserve_server.build.vocabulary import vocabulary_size_of
 from attnserve_server.model.bands import SlidingBand
 from onnx import helper, numpy_helper
 

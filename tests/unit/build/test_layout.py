@@ -10,9 +10,9 @@ import pytest
 from attnserve_server.build import assemble as room
 from attnserve_server.build.assemble import Assembled, assemble
 from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.feeds import Sampler
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.inputs.signature import signature_of
 from attnserve_server.build.progress import Steps as Progress
-from attnserve_server.build.signature import signature_of
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import SiteSpec
 from onnx_files import encoder

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from attnserve_server.build.check import product_error
+from attnserve_server.build.checking.check import product_error
 from attnserve_server.build.finders import find_sites
-from attnserve_server.build.graph import expose, save, tapped
+from attnserve_server.build.graphs.graph import expose, save, tapped
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.build.runtime import Runner
 from linear_graphs import HEADS, LOOK_ALIKES, SPELLINGS, WIDTH, implied_weights, linear_graph

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from attnserve_server.build.finders import find_sites
 from attnserve_server.build.finders.microsoft_nodes import last_extent_of, rank_of
-from attnserve_server.build.reading import checked
+from attnserve_server.build.graphs.reading import checked
 from attnserve_server.build.sites import FoundSite, KeyPadding
 from attnserve_server.build.taps import with_plain_values
 from microsoft_graphs import DOMAIN, GroupQuery, MultiHead, Packed

@@ -7,9 +7,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.graph import checked, precision_of, tapped
-from attnserve_server.build.int8 import relative_error, rounded_per_channel
-from attnserve_server.build.precision import in_precision
+from attnserve_server.build.graphs.graph import checked, precision_of, tapped
+from attnserve_server.build.precision.choose import in_precision
+from attnserve_server.build.precision.int8 import relative_error, rounded_per_channel
 from onnx import helper, numpy_helper
 from onnx_files import encoder
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from attention_graphs import Case
-from attnserve_server.build import self_check as room
+from attnserve_server.build.checking import self_check as room
 from attnserve_server.build.errors import BuildRefused, CheckFailed
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.build.progress import Steps

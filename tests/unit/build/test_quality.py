@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from attnserve_server.build import quality
 from attnserve_server.build.errors import CheckFailed
-from attnserve_server.build.feeds import Sampler
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.inputs.signature import Signature
+from attnserve_server.build.precision import quality
+from attnserve_server.build.precision.quality import Material, Subject, judge_quality, material_of, measure, sentences
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.quality import Material, Subject, judge_quality, material_of, measure, sentences
-from attnserve_server.build.signature import Signature
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.report import QualityReport
 from attnserve_server.model.tokenizer import TextTokenizer

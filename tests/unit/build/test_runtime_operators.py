@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 import pytest
 from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.reading import checked
+from attnserve_server.build.graphs.reading import checked
 from onnx import TensorProto, helper
 
 

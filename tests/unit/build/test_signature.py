@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import pytest
 from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.feeds import Sampler
-from attnserve_server.build.graph import checked, precision_of
-from attnserve_server.build.signature import Signature, signature_of
-from attnserve_server.build.text import text_of
+from attnserve_server.build.graphs.graph import checked, precision_of
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.inputs.signature import Signature, signature_of
+from attnserve_server.build.inputs.text import text_of
 from attnserve_server.model.manifest import InputRole, TextSpec
 from onnx import helper, numpy_helper
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.source_model import AUTO, SourceModel, graph_of, source_model
+from attnserve_server.build.sources.source_model import AUTO, SourceModel, graph_of, source_model
 from rich.console import Console
 
 
@@ -65,6 +65,7 @@ def test_unknown_exporter_is_refused() -> None:
         traced(Picky(()), "optimum")
 
 
-def test_pooling_of_a_zoo_model_is_refused_before_it_is_made() -> None:
+@pytest.mark.parametrize("asked", [{"normalize": True}, {"expect_sha256": "0" * 64}], ids=["scaled", "digest"])
+def test_what_the_zoo_cannot_give_is_refused_before_it_is_made(asked: dict[str, Any]) -> None:
     with pytest.raises(BuildRefused, match="made on the spot"):
-        source_model("zoo:causal", pooling="mean")
+        source_model("zoo:causal", **asked)

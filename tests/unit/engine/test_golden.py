@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import pytest
 from attnserve_server.app import Application
-from attnserve_server.build.feeds import Sampler
-from attnserve_server.build.golden import MAX_GOLDEN_BYTES, with_golden
+from attnserve_server.build.checking.golden import MAX_GOLDEN_BYTES, with_golden
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.inputs.signature import Signature
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.signature import Signature
 from attnserve_server.config import Settings
 from attnserve_server.engine.golden import GoldenMismatch, error_of, verify_golden
 from attnserve_server.engine.session import RuntimeSession

@@ -15,7 +15,7 @@ from attnserve_server.build.finders import (
     microsoft_others,
     onnx_attention,
 )
-from attnserve_server.build.names import site_names
+from attnserve_server.build.finders.names import site_names
 from attnserve_server.build.sites import FoundSite
 
 Finder = Callable[[ir.Graph], Iterable[FoundSite]]

@@ -21,7 +21,7 @@ from attnserve_server.build.fusion.carried import extent
 from attnserve_server.build.fusion.packing import PackableSite, packable_sites
 from attnserve_server.build.fusion.plain import PlainSite, plain_sites
 from attnserve_server.build.fusion.rewriter import PENDING, Rewriter, is_packed
-from attnserve_server.build.graph import checked
+from attnserve_server.build.graphs.graph import checked
 
 ATTENTION, MULTI_HEAD = "ai.onnx.Attention", "com.microsoft.MultiHeadAttention"
 OPSET = 23

@@ -15,13 +15,13 @@ import onnx
 import onnx_ir as ir
 
 from attnserve_server.build.assemble import Assembled, assemble
-from attnserve_server.build.check import CHECK_LENGTHS, Tolerances
+from attnserve_server.build.checking.check import CHECK_LENGTHS, Tolerances
 from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.feeds import Sampler
 from attnserve_server.build.finders import find_sites
 from attnserve_server.build.fusion.candidates import Fused, candidates
-from attnserve_server.build.graph import expose, precision_of, save
-from attnserve_server.build.probe import max_abs
+from attnserve_server.build.graphs.graph import expose, precision_of, save
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.learning.probe import max_abs
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner, paired_seconds
 from attnserve_server.domain.values import Array

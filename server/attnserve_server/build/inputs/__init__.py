@@ -1,0 +1,1 @@
+"""What a graph's inputs are, and made-up ones to run it on."""

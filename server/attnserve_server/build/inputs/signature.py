@@ -1,0 +1,133 @@
+"""What the inputs of a graph are: types, roles, and axis symbols by their shapes. Runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from attnserve_server.build.errors import BuildRefused
+from attnserve_server.build.graphs.reading import HOW_TO_NAME
+from attnserve_server.build.inputs.roles import is_position, is_second, roles_of
+from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, Dtype, InputRole, InputSpec
+
+SEQUENCE = "seq"
+"""The symbol of the axis that token inputs share where the graph does not name it."""
+SECOND_SEQUENCE = "decoder_seq"
+"""That of inputs whose names say that they are of a second text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The inputs, without the batch axis, and the largest batch that the graph takes (None: any)."""
+
+    inputs: tuple[InputSpec, ...]
+    symbols: tuple[str, ...]
+    fixed_batch: int | None = None
+
+
+def dtype_of(element_type: int, name: str) -> Dtype:
+    """The manifest's name of an ONNX element type. Raises BuildRefused for those that cannot be served."""
+    try:
+        known = np.dtype(helper.tensor_dtype_to_np_dtype(element_type)).name
+    except (KeyError, ValueError):
+        known = "unknown"
+    if known not in NUMPY_DTYPES:
+        known = "string" if element_type == onnx.TensorProto.STRING else known
+        raise BuildRefused(f"{name!r} is of type {known}; {', '.join(NUMPY_DTYPES)} can be served")
+    return cast("Dtype", known)
+
+
+def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
+    """Roles, types and axis symbols of a graph's inputs.
+
+    The first axis of every input is the batch, whatever its symbol. Other dynamic axes keep their symbols; a token
+    input's nameless one is `seq` (`decoder_seq` where its name says that it is of a second text), any other becomes
+    `<input>_axis_<position>`.
+
+    Raises:
+        BuildRefused: an input has no axes, no known type, or a fixed batch axis other than 1.
+    """
+    initialized = {tensor.name for tensor in graph.initializer}
+    values = [value for value in graph.input if value.name not in initialized]
+    if not values:
+        raise BuildRefused("the graph has no inputs")
+    axes = {value.name: _axes(value) for value in values}
+    dtypes = {value.name: dtype_of(value.type.tensor_type.elem_type, value.name) for value in values}
+    fixed, batch_symbols = _batch(axes)
+    flat = {
+        name: _sequence_symbol(name, axes[name][1])
+        for name, dtype in dtypes.items()
+        if len(axes[name]) == 2 and (np.issubdtype(NUMPY_DTYPES[dtype], np.integer) or dtype == "bool")
+    }
+    roles, vocabularies = roles_of(graph, flat)
+    specs: list[InputSpec] = []
+    for name, dtype in dtypes.items():
+        role = roles.get(name, InputRole.DATA)
+        along_tokens = role is not InputRole.DATA or (name in flat and is_position(name))
+        shape = tuple(
+            _extent(name, position, axis, along_tokens=along_tokens)
+            for position, axis in enumerate(axes[name][1:], start=1)
+        )
+        padding = padding_id if role is InputRole.TOKEN_IDS else 0
+        fill = {InputRole.ATTENTION_MASK: 1.0, InputRole.TOKEN_TYPE_IDS: 0.0}.get(role)
+        specs.append(
+            InputSpec(
+                name=name,
+                dtype=dtype,
+                shape=shape,
+                role=role,
+                padding=padding,
+                fill=fill,
+                vocabulary_size=vocabularies.get(name, 0),
+            )
+        )
+    symbols = {extent: None for spec in specs for extent in spec.shape if isinstance(extent, str)}
+    clash = [symbol for symbol in symbols if symbol == BATCH or symbol in batch_symbols]
+    if clash:
+        raise BuildRefused(f"axis symbol {clash[0]!r} names the batch axis and another one")
+    return Signature(tuple(specs), tuple(symbols), fixed_batch=1 if fixed else None)
+
+
+def _axes(value: onnx.ValueInfoProto) -> list[Any]:
+    """The axes of an input, the batch first."""
+    if not value.type.HasField("tensor_type"):
+        kind = value.type.WhichOneof("value") or "unknown_type"
+        raise BuildRefused(f"input {value.name!r} is of type {kind.removesuffix('_type')}; only tensors can be served")
+    if not value.type.tensor_type.HasField("shape"):
+        raise BuildRefused(f"input {value.name!r} has no known shape: {HOW_TO_NAME}")
+    axes = list(value.type.tensor_type.shape.dim)
+    if not axes:
+        raise BuildRefused(f"input {value.name!r} is a scalar: its first axis must be the batch")
+    for position, axis in enumerate(axes):
+        if axis.HasField("dim_value") and axis.dim_value < 1:
+            said = f"input {value.name!r}: axis {position} has the extent {axis.dim_value}"
+            raise BuildRefused(said if not axis.dim_value else f"{said}: {HOW_TO_NAME}")
+    return axes
+
+
+def _batch(axes: Mapping[str, Sequence[Any]]) -> tuple[set[int], set[str]]:
+    """Fixed extents (none, or 1) and symbols of the first axes."""
+    firsts = [each[0] for each in axes.values()]
+    fixed = {int(axis.dim_value) for axis in firsts if axis.HasField("dim_value")}
+    if fixed - {1}:
+        raise BuildRefused(f"the batch axis is fixed at {max(fixed)}: export the model with a dynamic first axis")
+    return fixed, {axis.dim_param for axis in firsts if axis.dim_param}
+
+
+def _sequence_symbol(name: str, axis: Any) -> str:
+    if axis.HasField("dim_value"):
+        return str(axis.dim_value)
+    return str(axis.dim_param) or (SECOND_SEQUENCE if is_second(name) else SEQUENCE)
+
+
+def _extent(name: str, position: int, axis: Any, *, along_tokens: bool) -> str | int:
+    if axis.HasField("dim_value"):
+        return int(axis.dim_value)
+    if along_tokens:
+        return _sequence_symbol(name, axis)
+    return str(axis.dim_param) or f"{name}_axis_{position}"

@@ -1,0 +1,111 @@
+"""Finds where a windowed site's queries and keys were still sequences: the nearest values that are (B, T, C)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from attnserve_server.build.finders import find_sites
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.learning.probe import probe_lengths
+from attnserve_server.build.learning.provenance import NotTraced, ancestors
+from attnserve_server.build.learning.windows.products import Products, products_of
+from attnserve_server.build.runtime import Runner
+
+BATCHES = (2, 3)
+"""Of the runs that tell the batch from what else there may be two or three of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """Names of the values whose vectors are the positions of queries and of keys, and the symbols of their axes."""
+
+    query: str
+    key: str
+    query_extent: str | int
+    key_extent: str | int
+
+    @property
+    def fixed(self) -> bool:
+        """Whether there are as many queries and keys at any lengths."""
+        return isinstance(self.query_extent, int) and isinstance(self.key_extent, int)
+
+
+def anchors_of(
+    proto: onnx.ModelProto, names: Collection[str], sampler: Sampler, path: Path
+) -> dict[str, Anchors | NotTraced]:
+    """The nearest values before queries and keys that are (B, T, C), with T the length of an axis or fixed."""
+    model = ir.from_proto(proto)
+    sites = find_sites(model.graph)
+    before: dict[str, dict[str, list[str]]] = {}
+    shapes: dict[str, str] = {}
+    chosen: dict[str, Anchors | NotTraced] = {}
+    for name in names:
+        try:
+            products = products_of(sites[name])
+        except NotTraced as why:
+            chosen[name] = why
+            continue
+        before[name] = {}
+        for role, value in _traced(products):
+            nearest = [each for each in ancestors(value) if each.producer()]
+            before[name][role] = [str(each.name) for each in nearest]
+            for each in nearest:
+                if each.name not in shapes:
+                    shape = ir.val(f"provenance.shape.{len(shapes)}", ir.DataType.INT64)
+                    model.graph.append(ir.node("Shape", [each], outputs=[shape]))
+                    model.graph.outputs.append(shape)
+                    shapes[str(each.name)] = str(shape.name)
+    if not before:
+        return chosen
+    ir.save(model, path)
+    runner = Runner(path)
+    batches = (1, 1) if sampler.signature.fixed_batch else BATCHES
+    runs: list[_Run] = []
+    for lengths, batch in zip(probe_lengths(sampler.signature.symbols), batches, strict=True):
+        feeds = sampler.batch([sampler.sequence(lengths, row) for row in range(batch)], lengths)
+        seen = runner.run(feeds, list(shapes.values()), tap=False)
+        runs.append((batch, lengths, {value: tuple(seen[shape].tolist()) for value, shape in shapes.items()}))
+    for name, roles in before.items():
+        try:
+            query, key = (_nearest(role, values, runs) for role, values in roles.items())
+        except NotTraced as why:
+            chosen[name] = why
+            continue
+        same = query[1] == key[1]
+        other = NotTraced("its keys are of another sequence than its queries")
+        chosen[name] = Anchors(query[0], key[0], query[1], key[1]) if same else other
+    return chosen
+
+
+def _nearest(role: str, values: Sequence[str], runs: Sequence[_Run]) -> tuple[str, str | int]:
+    """One that follows an axis of the inputs before one that is merely of one length."""
+    fits = [(value, extent) for value in values if (extent := _extent(value, runs)) is not None]
+    if not fits:
+        raise NotTraced(f"nothing that its {role} comes from is a sequence")
+    return min(fits, key=lambda fit: isinstance(fit[1], int))
+
+
+def _traced(products: Products) -> tuple[tuple[str, ir.Value], tuple[str, ir.Value]]:
+    """Keys are told by their values, which stand in the same windows and which the weights multiply."""
+    return ("query", products.query), ("key", products.value)
+
+
+_Run = tuple[int, Mapping[str, int], Mapping[str, tuple[int, ...]]]
+"""A batch, its lengths, and the shapes of values."""
+
+
+def _extent(value: str, runs: Sequence[_Run]) -> str | int | None:
+    """What the second of three axes follows, where the first is the batch."""
+    shapes = [shapes[value] for _, _, shapes in runs]
+    if any(len(shape) != 3 or shape[0] != batch for shape, (batch, _, _) in zip(shapes, runs, strict=True)):
+        return None
+    for symbol in runs[0][1]:
+        if all(shape[1] == lengths[symbol] for shape, (_, lengths, _) in zip(shapes, runs, strict=True)):
+            return symbol
+    extents = {shape[1] for shape in shapes}
+    return extents.pop() if len(extents) == 1 and max(extents) > 1 else None

@@ -1,0 +1,1 @@
+"""Graphs in float16 and eight bits, and what that costs and brings."""

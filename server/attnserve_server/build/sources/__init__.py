@@ -1,0 +1,1 @@
+"""Models that are exported: torch behind them, NumPy at their face. Torch is imported here only."""
