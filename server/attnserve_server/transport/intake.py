@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,12 +88,20 @@ def check_values(array: Array, spec: InputSpec, intake: Intake, path: str, viola
 
 
 def fill_in(
-    tensors: dict[str, Array], lengths: Mapping[str, int], intake: Intake, path: str, violations: Violations
+    tensors: dict[str, Array],
+    lengths: Mapping[str, int],
+    intake: Intake,
+    path: str,
+    violations: Violations,
+    sent: Collection[str] = (),
 ) -> bool:
-    """Fill inputs that were left out with the value that the manifest gives; whether all are there now."""
+    """Fill inputs that were left out with the value that the manifest gives; whether nothing was wrong with that.
+
+    Of `sent`, those that are not among the tensors were refused, and that has been noted.
+    """
     before = len(violations)
     for name, spec in intake.inputs.items():
-        if name in tensors:
+        if name in tensors or name in sent:
             continue
         unknown = [extent for extent in spec.shape if isinstance(extent, str) and extent not in lengths]
         if spec.fill is None:

@@ -40,9 +40,9 @@ def from_text(
     if len(violations) > before:
         return None
     lengths = {**intake.manifest.fixed_lengths, **{axis: len(tokens.ids) for axis, tokens in encoded.items()}}
-    tensors, _ = read_tensors(message.tensors, intake, f"{path}.tensors", lengths, violations)
+    tensors, sent = read_tensors(message.tensors, intake, f"{path}.tensors", lengths, violations)
     _add_tokens(tensors, encoded, field_of, intake, violations)
-    if not fill_in(tensors, lengths, intake, path, violations) or len(violations) > before:
+    if not fill_in(tensors, lengths, intake, path, violations, sent) or len(violations) > before:
         return None
     return Inputs(tensors, lengths, {axis: tokens.units for axis, tokens in encoded.items()})
 

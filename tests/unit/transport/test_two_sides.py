@@ -225,6 +225,15 @@ def test_faults_of_arrays_beside_text_are_told(tensors: list[tensor_pb2.Tensor],
     )
 
 
+def test_an_array_that_is_refused_is_not_called_missing_too() -> None:
+    sent = pb.Sequence(text=pb.TextInput(text="the cat", tensors=[image(shape=(3, 6, 4))]))
+    with pytest.raises(InvalidRequest) as refusal:
+        asked(over_patches(), sent)
+    assert {violation.field.partition(".shape")[0] for violation in refusal.value.violations} == {
+        "sequences[0].text.tensors[0]"
+    }
+
+
 def test_frames_of_features_have_positions_and_ids_of_another_kind_have_no_words() -> None:
     inputs = (
         flat("input_ids", "seq", IDS),
