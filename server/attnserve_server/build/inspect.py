@@ -43,7 +43,10 @@ class AxisDescription(BaseModel):
 
 
 class SiteDescription(BaseModel):
-    """One site. Axes are empty, and heads 0, where a bare file does not name them: only running it would tell."""
+    """One site. Axes are empty, and heads 0, where a bare file does not name them: only running it would tell.
+
+    `band`: of a bundle's windowed site, which kind of band its weights come as, of `band_width` columns; else empty.
+    """
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -58,17 +61,26 @@ class SiteDescription(BaseModel):
     key_axis: str
     available: bool
     unavailable_reason: str
-    banded: bool = False
+    band: str = ""
+    band_width: int = 0
 
 
 class ModelDescription(BaseModel):
-    """What `inspect` tells."""
+    """What `inspect` tells. Of a bare file, what only bundles have is empty, or 0.
+
+    `source`: what the bundle was made from, as `check --against` takes it where it is at hand under that name.
+    `text_axes`: the axes that texts go along, the second text's after the first's; empty if clients cannot send text.
+    """
 
     model_config = ConfigDict(frozen=True)
     what: Literal["bundle", "onnx"]
     name: str
     version: str = ""
     digest: str = ""
+    source: str = ""
+    precision: str = ""
+    max_batch_size: int = 0
+    text_axes: tuple[str, ...] = ()
     axis_symbols: tuple[str, ...]
     axes: tuple[AxisDescription, ...] = ()
     inputs: tuple[TensorDescription, ...]
@@ -98,7 +110,9 @@ def show(description: ModelDescription, console: Console) -> None:
     """Print a description as tables."""
     title = f"{description.name}/{description.version}" if description.version else description.name
     symbols = ", ".join(description.axis_symbols) or "none"
-    console.print(f"[bold]{title}[/bold]  {description.digest}", highlight=False)
+    console.print(f"[bold]{title}[/bold]  {description.digest}".rstrip(), highlight=False, soft_wrap=True)
+    if description.what == "bundle":
+        console.print(_facts(description), highlight=False, markup=False, soft_wrap=True)
     console.print(f"axis symbols: {symbols}", highlight=False, markup=False)
     tensors = _table("inputs and outputs", "", "name", "dtype", "shape")
     for what, entries in (("input", description.inputs), ("output", description.outputs)):
@@ -118,29 +132,48 @@ def show(description: ModelDescription, console: Console) -> None:
     for site in description.sites:
         heads = str(site.heads or "?") if site.heads == site.kv_heads else f"{site.heads} over {site.kv_heads}"
         sides = f"{site.query_axis}, {site.key_axis}" if site.query_axis else "?"
-        weights = ("bands" if site.banded else "yes") if site.available else f"no: {site.unavailable_reason}"
-        sites.add_row(str(site.layer), site.name, f"{site.kind}, {site.form}", heads, sides, weights)
+        sites.add_row(str(site.layer), site.name, f"{site.kind}, {site.form}", heads, sides, _weights(site))
     console.print(sites)
     if description.fusion is not None:
         console.print(str(description.fusion), highlight=False, markup=False)
 
 
+def _facts(description: ModelDescription) -> str:
+    """What concerns a bundle as a whole, in one line."""
+    text = f"takes text along {' and '.join(description.text_axes)}" if description.text_axes else "takes no text"
+    batch = f"batches of up to {description.max_batch_size}"
+    return f"made from {description.source}; {description.precision}, {text}, {batch}"
+
+
+def _weights(site: SiteDescription) -> str:
+    """What can be had of a site's weights."""
+    if not site.available:
+        return f"no: {site.unavailable_reason}"
+    return f"band of {site.band_width}" if site.band else "yes"
+
+
 def _of_bundle(bundle: Bundle) -> ModelDescription:
     manifest: Manifest = bundle.manifest
+    text = manifest.text
     return ModelDescription(
         what="bundle",
         name=manifest.name,
         version=manifest.version,
         digest=manifest.digest,
+        source=manifest.provenance.source,
+        precision=manifest.precision,
+        max_batch_size=manifest.max_batch_size,
+        text_axes=() if text is None else tuple(axis for axis in (text.axis, text.pair_axis) if axis),
         axis_symbols=(BATCH, *(axis.symbol for axis in manifest.axes)),
         axes=tuple(axis_of_bundle(axis) for axis in manifest.axes),
         inputs=tuple(TensorDescription(name=s.name, dtype=s.dtype, shape=(BATCH, *s.shape)) for s in manifest.inputs),
         outputs=tuple(TensorDescription(name=s.name, dtype=s.dtype, shape=(BATCH, *s.shape)) for s in manifest.outputs),
         sites=tuple(
             SiteDescription(
-                **site.model_dump(include=set(SiteDescription.model_fields)),
+                **site.model_dump(include=set(SiteDescription.model_fields) - {"band"}),
                 available=site.available,
-                banded=site.band is not None,
+                band="" if site.band is None else site.band.kind,
+                band_width=0 if site.band is None else site.band.width,
             )
             for site in manifest.sites
         ),

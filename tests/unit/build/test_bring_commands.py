@@ -19,6 +19,7 @@ from attnserve_server.model.repository import Repository
 from onnx_files import encoder, saved
 from two_sided_graphs import words_over_patches
 from typer.testing import CliRunner, Result
+from windowed_graphs import Windowed
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +190,28 @@ def test_inspect_tells_the_same_facts_of_a_bundle_in_both_ways(app: typer.Typer,
     assert facts["axis_symbols"] == ["batch", "seq"]
     assert facts["sites"][0] | {"available": True, "query_axis": "seq", "heads": 4} == facts["sites"][0]
     shown = call(app, "inspect", folder).stdout
-    for words in ("ranker/1", facts["digest"], "block.0.attention", "self, dense", "seq, seq", "batch x seq x 16"):
+    assert (facts["source"], facts["precision"], facts["max_batch_size"]) == ("ranker.onnx", "fp32", 32)
+    assert facts["text_axes"] == []
+    whole = "made from ranker.onnx; fp32, takes no text, batches of up to 32"
+    for words in (
+        "ranker/1",
+        whole,
+        facts["digest"],
+        "block.0.attention",
+        "self, dense",
+        "seq, seq",
+        "batch x seq x 16",
+    ):
         assert words in shown
+
+
+def test_inspect_tells_how_wide_a_band_is(app: typer.Typer, tmp_path: Path) -> None:
+    windowed = Windowed(block=4, before=1, after=1)
+    call(app, "prepare", saved(windowed.model(), tmp_path / "long.onnx"), "--name", "long", "--repository", tmp_path)
+    folder = tmp_path / "long" / "1"
+    [site] = inspect_model(folder).sites
+    assert (site.form, site.band, site.band_width) == ("windowed", "blocks", windowed.width)
+    assert f"band of {windowed.width}" in call(app, "inspect", folder).stdout
 
 
 def test_inspect_of_a_model_without_attention_says_so(app: typer.Typer, tmp_path: Path) -> None:
