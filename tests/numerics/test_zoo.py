@@ -205,7 +205,11 @@ def test_nothing_is_expected_of_weights_that_are_made_on_the_spot() -> None:
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("zoo:", ZooOptions(), "the zoo has no ''; it has causal, cross, cross-modal, linear, multi-scale, self"),
+        (
+            "zoo:",
+            ZooOptions(),
+            "zoo: without a name; the zoo has causal, cross, cross-modal, linear, multi-scale, self",
+        ),
         ("zoo:dense", ZooOptions(), "the zoo has no 'dense'"),
         ("zoo:self", ZooOptions(size="vast"), "size 'vast' is not known; tiny, small, base are"),
         (

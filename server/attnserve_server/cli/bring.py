@@ -79,7 +79,7 @@ def export(  # noqa: PLR0913 - the options of a command
         str,
         typer.Argument(
             help="A Hugging Face model folder, package:NAME for one inside a Python package, or zoo:NAME for a model "
-            "of the zoo, made on the spot (any other name lists them)."
+            "of the zoo, made on the spot (zoo: without a name lists them)."
         ),
     ],
     *,

@@ -136,7 +136,8 @@ def source_model(name: str, options: ZooOptions | None = None) -> ZooModel:
     name, _, query = name.partition("?")
     options = _with(options or ZooOptions(), query)
     if name not in BUILDERS:
-        raise BuildRefused(f"the zoo has no {name!r}; it has {', '.join(sorted(BUILDERS))}")
+        lacks = f"the zoo has no {name!r}; it has" if name else f"{ZOO_PREFIX} without a name; the zoo has"
+        raise BuildRefused(f"{lacks} {', '.join(sorted(BUILDERS))}")
     size = _size(options)
     try:
         module = BUILDERS[name](size).eval()
