@@ -11,9 +11,7 @@ import onnx_ir as ir
 
 from attnserve_server.build.sites import Probabilities, Windows
 from attnserve_server.build.taps.nodes import TapNodes
-from attnserve_server.build.taps.probabilities import batch_index, gathered_factors
-
-_ORDER = {"batch": 0, "head": 1, "one": 2, "window": 3, "query": 4, "key": 5}
+from attnserve_server.build.taps.probabilities import asked_rows, without_nan
 
 
 def weights_of_windows(tap: TapNodes, probabilities: Probabilities, windows: Windows, anchor: ir.Value) -> ir.Value:
@@ -25,20 +23,10 @@ def weights_of_windows(tap: TapNodes, probabilities: Probabilities, windows: Win
         windows: which row is which query's.
         anchor: (B, L, C), whose second axis says how many of the rows are queries' and not padding's.
     """
-    axes = probabilities.axes
-    at = next(place for place, factors in enumerate(axes) if any(factor.role == "batch" for factor in factors))
-    rows = tap.op("Gather", [probabilities.value, batch_index(tap, probabilities.value, at, axes[at])], axis=at)
-    roles = [
-        factor
-        for place, factors in enumerate(axes)
-        for factor in (gathered_factors(factors) if place == at else factors)
-    ]
-    order = sorted(range(len(roles)), key=lambda place: _ORDER[roles[place].role])
-    if order != list(range(len(roles))):
-        rows = tap.op("Transpose", [rows], perm=order)
-    heads = math.prod(factor.extent or 1 for factor in roles if factor.role == "head")
-    first = next(place for place, at in enumerate(order) if roles[at].role in {"window", "query"})
-    last = len(roles) - 1
+    rows, factors = asked_rows(tap, probabilities)
+    heads = math.prod(factor.extent or 1 for factor in factors if factor.role == "head")
+    first = next(place for place, factor in enumerate(factors) if factor.role in {"window", "query"})
+    last = len(factors) - 1
     count = tap.shape(rows, first, first + 1)
     for place in range(first + 1, last):
         count = tap.op("Mul", [count, tap.shape(rows, place, place + 1)])
@@ -47,5 +35,4 @@ def weights_of_windows(tap: TapNodes, probabilities: Probabilities, windows: Win
         rows = tap.op("Gather", [rows, tap.ints(*windows.order)], axis=2)
     else:
         rows = tap.op("Slice", [rows, tap.ints(0), tap.shape(anchor, 1, 2), tap.ints(2)])
-    weights = tap.float32(rows)
-    return tap.op("Where", [tap.op("IsNaN", [weights]), tap.float(0.0), weights])
+    return without_nan(tap, rows)
