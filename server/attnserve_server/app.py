@@ -204,7 +204,9 @@ class Application:
                 await executor.aclose()
             why = str(error) if isinstance(error, AttnserveError) else "it failed to load; the log has the rest"
             model.move(ModelState.FAILED, why)
-            _log.exception("model failed to load", model=model.name, version=model.version, reason=why)
+            # A refusal of our own that nothing else caused says all there is in its sentence.
+            traced = not isinstance(error, AttnserveError) or error.__cause__ is not None
+            _log.error("model failed to load", model=model.name, version=model.version, reason=why, exc_info=traced)
             return
         self._loaded.append(_Loaded(model, scheduler, executor))
         model.scheduler = scheduler

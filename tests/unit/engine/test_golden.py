@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import structlog
 from attnserve_server.app import Application
 from attnserve_server.build.checking.golden import MAX_GOLDEN_BYTES, with_golden
 from attnserve_server.build.inputs.feeds import Sampler
@@ -15,7 +16,7 @@ from attnserve_server.build.progress import Steps
 from attnserve_server.config import Settings
 from attnserve_server.engine.golden import GoldenMismatch, error_of, verify_golden
 from attnserve_server.engine.session import RuntimeSession
-from attnserve_server.loading import open_bundle
+from attnserve_server.loading import StartFailed, open_bundle
 from attnserve_server.model.golden import GOLDEN_FILE, read_golden, sample_of
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, BundleInvalid, write_bundle
@@ -105,13 +106,28 @@ async def test_server_fails_the_swapped_model_and_serves_the_others(tmp_path: Pa
     sealed(tmp_path / "models", tmp_path / "swapped", "swapped", change=scaled("table", 2.0))
     server = Application(Settings(repository=tmp_path / "models", host="127.0.0.1", grpc_port=0, http_port=0))
     try:
-        await server.start()
+        with structlog.testing.capture_logs() as logged:
+            await server.start()
         states = {model.name: (model.state, model.state_reason) for model in server.catalog.all()}
     finally:
         await server.aclose()
     assert states["good"][0] is ModelState.READY
     assert states["swapped"][0] is ModelState.FAILED
     assert "output hidden is off by" in states["swapped"][1]
+    [failure] = [line for line in logged if line["event"] == "model failed to load"]
+    assert (failure["reason"], failure["exc_info"]) == (states["swapped"][1], False)
+
+
+async def test_log_has_the_cause_where_the_reason_does_not_tell_it(tmp_path: Path) -> None:
+    sealed(tmp_path / "models", tmp_path / "work", change=lambda model: model.graph.node[0].ClearField("op_type"))
+    server = Application(Settings(repository=tmp_path / "models", host="127.0.0.1", grpc_port=0, http_port=0))
+    try:
+        with structlog.testing.capture_logs() as logged, pytest.raises(StartFailed):
+            await server.start()
+    finally:
+        await server.aclose()
+    [failure] = [line for line in logged if line["event"] == "model failed to load"]
+    assert (failure["reason"], failure["exc_info"]) == ("the runtime could not load the model", True)
 
 
 def test_old_bundle_without_golden_answers_still_loads(tmp_path: Path) -> None:
