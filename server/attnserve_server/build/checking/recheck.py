@@ -223,7 +223,7 @@ def _own(opened: Opened, steps: Steps) -> list[Finding]:
     ]
     if manifest.max_batch_size > 1 and not sampler.signature.fixed_batch:
         company = batch_error(opened.runner, sampler, manifest.outputs, sites)
-        findings.append(Finding.of("company in a batch", company, allowed))
+        findings.append(Finding.of("batch mates", company, allowed))
     if not sites:
         return [*findings, Finding(what="attention", passed=None, detail="no site gives weights")]
     return [*findings, *_weights(opened, sorted(sites))]
