@@ -21,7 +21,7 @@ are compared where they stand among all keys. What an architecture needs beyond 
 - **sites**: those whose weights can be had, of all places where the model computes attention.
 - **weight error**, **output error**: the greatest absolute difference. The limits are 1e-5 and 1e-4 in
   float32, 1e-2 and 2e-2 in float16; last digits differ from machine to machine. In int8 they say little: these weights
-  are random. What eight bits do to a real model is measured in [attention.md](attention.md).
+  are random. What eight bits do to a real model is measured in [precision.md](precision.md).
 - **time**: CPU time of the prepared graph over its source's while nobody asks for weights. These models are so small
   that it mostly counts nodes, and it differs from run to run.
 
