@@ -23,12 +23,15 @@ from examples.demo import SENTENCES, running_server
 
 IMAGES = Path(__file__).parent / "images"
 COLOURS = "magma_r"
+OUTSIDE = "#d9dce1"
+"""Where no key is seen: as in the client's own pictures."""
 CROSS_SITE = "decoder.0.cross_attention"
 
 
 def _panel(axes: Axes, weights: np.ndarray, title: str, labels: Sequence[str] = ()) -> None:
     """One heat map; its colours run from 0 to its own greatest weight, since maps differ in scale."""
     axes.imshow(weights, cmap=COLOURS, vmin=0.0, interpolation="nearest", aspect="auto")
+    axes.set_facecolor(OUTSIDE)
     axes.set_title(title, fontsize=9)
     axes.set_xticks([])
     axes.set_yticks(range(len(labels)), labels=labels, fontsize=7)
@@ -77,21 +80,27 @@ def forms(client: Client) -> Figure:
         return client.infer(model, text, attention=selection).attention[0]
 
     windowed = ask("sliding-window")
+    image = np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)
+    seen = Attention(layers=[1], head_reduction="mean")
+    over_image = client.infer("cross-modal", (text, {"pixel_values": image}), attention=seen).attention[0]
+    panel = over_image.over_patches()[1]
     pooled = Attention(sites=["layers.0.attention.scales.stride_4"], head_reduction="mean")
     crossed = Attention(sites=[CROSS_SITE], head_reduction="mean")
     translated = client.infer("cross", (text, pair), attention=crossed).attention[0]
     shown = [
         ("self", ask("self").weights[0]),
         ("causal", ask("causal").weights[0]),
-        ("windowed, as it travels", np.asarray(windowed.raw)[0]),
-        ("windowed, laid out", windowed.weights[0]),
+        ("windowed, as it travels", np.ma.masked_where(windowed.band_keys < 0, windowed.band[0])),
+        ("windowed, laid out", np.ma.masked_where(windowed.outside, windowed.weights[0])),
         ("top-k", ask("top-k").weights[0]),
         ("linear", ask("linear").weights[0]),
         ("multi-scale: keys in fours", ask("multi-scale", pooled).weights[0]),
         ("cross: one text over another", translated.weights[0]),
+        ("cross-modal: a text over patches", over_image.weights[0]),
+        (f"the same, of {panel.token.text!r}, as they lie", panel.weights),
     ]
-    drawn = Figure(figsize=(11, 5.2), layout="constrained")
-    panels = drawn.subplots(2, 4)
+    drawn = Figure(figsize=(12, 5), layout="constrained")
+    panels = drawn.subplots(2, 5)
     for place, (title, weights) in enumerate(shown):
         _panel(panels.flat[place], weights, title)
         panels.flat[place].set_xlabel(f"{weights.shape[0]} x {weights.shape[1]}", fontsize=8)
