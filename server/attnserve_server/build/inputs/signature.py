@@ -89,6 +89,10 @@ def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
     symbols = {extent: None for spec in specs for extent in spec.shape if isinstance(extent, str)}
     clash = [symbol for symbol in symbols if symbol == BATCH or symbol in batch_symbols]
     if clash:
+        later = next((spec for spec in specs if BATCH in spec.shape and BATCH not in batch_symbols), None)
+        if later is not None:
+            place = later.shape.index(BATCH) + 1
+            raise BuildRefused(f"input {later.name!r} has its batch on axis {place}: it must be the first axis of all")
         raise BuildRefused(f"axis symbol {clash[0]!r} names the batch axis and another one")
     return Signature(tuple(specs), tuple(symbols), fixed_batch=1 if fixed else None)
 
