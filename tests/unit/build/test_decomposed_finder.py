@@ -146,6 +146,98 @@ def test_product_written_out_is_a_product() -> None:
     assert site.operator == "ReduceSum-Softmax-MatMul"
 
 
+def summed(steps: Steps, queries: str = "x", keys: str = "y") -> str:
+    """Scores (B, L, S) of one number for every sum of a query and a key."""
+    apart = steps.op("Unsqueeze", queries, steps.const(kind=np.int64, value=[2]))
+    with_ = steps.op("Unsqueeze", keys, steps.const(kind=np.int64, value=[1]))
+    one = steps.op("MatMul", steps.op("Tanh", steps.op("Add", apart, with_)), steps.const(WIDTH, 1))
+    return steps.op("Squeeze", one, steps.const(kind=np.int64, value=[-1]))
+
+
+def test_sums_of_queries_and_keys_are_scores() -> None:
+    steps = Steps()
+    (site,) = steps.sites(attention(steps, scores=summed(steps))).values()
+    assert (site.operator, site.unavailable_reason) == ("Add-Softmax-MatMul", "")
+    steps = Steps()
+    query, key = (steps.op("MatMul", name, steps.const(WIDTH, 1)) for name in ("x", "y"))
+    pairs = steps.op("LeakyRelu", steps.op("Add", query, steps.turned(key)))
+    (site,) = steps.sites(attention(steps, scores=pairs)).values()
+    assert (site.operator, site.unavailable_reason) == ("Add-Softmax-MatMul", "")
+
+
+def test_sums_that_have_no_queries_are_no_scores() -> None:
+    # The same for every query: pooling that knows of a context.
+    steps = Steps()
+    context = steps.op("ReduceMean", "x", axes=[1], keepdims=1)
+    pooled = steps.op("MatMul", steps.op("Tanh", steps.op("Add", "y", context)), steps.const(WIDTH, 1))
+    assert not steps.sites(attention(steps, scores=steps.turned(pooled)))
+    # Queries that are constants, one for each unit.
+    steps = Steps()
+    assert not steps.sites(attention(steps, scores=summed(steps, queries=steps.const(1, 3, WIDTH))))
+    # A joint of two sequences, whose softmax runs over classes.
+    steps = Steps()
+    apart = steps.op("Unsqueeze", "x", steps.const(kind=np.int64, value=[2]))
+    joint = steps.op("Add", apart, steps.op("Unsqueeze", "y", steps.const(kind=np.int64, value=[1])))
+    assert not steps.sites(steps.op("MatMul", steps.op("Softmax", joint, axis=-1), steps.turned("x")))
+
+
+def test_several_softmaxes_of_one_product_are_one_site() -> None:
+    steps = Steps()
+    scores = [steps.op("MatMul", "x", steps.turned(steps.op(op_type, "y"))) for op_type in ("Tanh", "Neg")]
+    both = steps.op("Sub", *(steps.op("Softmax", each, axis=-1) for each in scores))
+    (site,) = steps.sites(steps.op("MatMul", both, "y")).values()
+    assert site.probabilities is not None
+    assert site.probabilities.value.name == both
+    assert len(site.probabilities.scores) == 2
+    assert not site.rows_sum_to_one
+
+
+@pytest.mark.parametrize(("step", "keeps"), [("Identity", True), ("Sqrt", False), ("Relu", False), ("Tanh", False)])
+def test_rows_sum_to_one_only_behind_steps_that_keep_sums(step: str, keeps: bool) -> None:
+    steps = Steps()
+    weights = steps.op(step, steps.op("Softmax", steps.op("MatMul", "x", steps.turned("y")), axis=-1))
+    (site,) = steps.sites(steps.op("MatMul", weights, "y")).values()
+    assert site.rows_sum_to_one is keeps
+
+
+def test_gemm_is_a_product() -> None:
+    steps = Steps()
+    flat = [steps.op("Reshape", name, steps.const(kind=np.int64, value=[-1, WIDTH])) for name in ("x", "y")]
+    weights = steps.op("Softmax", steps.op("Gemm", *flat, transB=1), axis=-1)
+    (site,) = steps.sites(steps.op("Gemm", weights, flat[1])).values()
+    assert site.operator == "Gemm-Softmax-Gemm"
+    steps = Steps()
+    linear = steps.op("Gemm", steps.op("ReduceMean", "x", axes=[1], keepdims=0), steps.const(WIDTH, 5))
+    assert not steps.sites(steps.op("Gemm", steps.op("Softmax", linear, axis=-1), steps.const(5, WIDTH)))
+
+
+def weighed(steps: Steps, weights: str) -> str:
+    """The sum of y's vectors, each times its weight of (B, S), by no product."""
+    column = steps.op("Unsqueeze", weights, steps.const(kind=np.int64, value=[2]))
+    return steps.op("ReduceSum", steps.op("Mul", column, "y"), steps.const(kind=np.int64, value=[1]), keepdims=0)
+
+
+def test_value_that_is_summed_by_no_product_gives_the_reason() -> None:
+    steps = Steps()
+    query = steps.op("ReduceMean", "x", axes=[1], keepdims=1)
+    scores = steps.op("ReduceSum", steps.op("Mul", query, "y"), steps.const(kind=np.int64, value=[-1]), keepdims=0)
+    (site,) = steps.sites(weighed(steps, steps.op("Softmax", scores, axis=-1))).values()
+    assert not site.tappable
+    assert site.unavailable_reason == "its weights are multiplied with the value number by number, which is not tapped"
+    # Pooling by a constant vector, written out in the same way.
+    steps = Steps()
+    scores = steps.op("MatMul", "y", steps.const(WIDTH))
+    assert not steps.sites(weighed(steps, steps.op("Softmax", scores, axis=-1)))
+
+
+def test_weights_divided_by_their_masked_sum_are_not_summed_with_a_value() -> None:
+    steps = Steps()
+    weights = steps.op("Softmax", steps.op("MatMul", "x", steps.turned("y")), axis=-1)
+    kept = steps.op("Mul", weights, steps.op("Sigmoid", steps.op("MatMul", "x", steps.turned("y"))))
+    total = steps.op("ReduceSum", kept, steps.const(kind=np.int64, value=[-1]), keepdims=1)
+    assert not steps.sites(steps.op("Div", kept, total))
+
+
 def test_softmax_of_old_over_several_axes_gives_the_reason() -> None:
     steps = Steps(opset=11)
     scores = steps.op("MatMul", "x", steps.turned("y"))

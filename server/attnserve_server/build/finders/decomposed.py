@@ -1,15 +1,17 @@
 """Finds attention that a graph computes step by step: a softmax over keys whose result multiplies the value.
 
 What makes a softmax attention: its scores come, through steps that change numbers one by one or move axes about, from
-a product of two activations (or of an activation with constant queries), and the product with the value, an activation
-too, sums over the axis of softmax. Classifiers, gates of mixtures and pooling by a constant vector lack one of these.
+a product of two activations (or of an activation with constant queries), or from sums of such for every query and key;
+and the product with the value, an activation too, sums over the axis of softmax. Classifiers, gates of mixtures and
+pooling by a constant vector lack one of these. Several softmaxes whose results one product takes (their difference,
+say, or each with keys of its own) are one site: its weights are what multiplies the value.
 Source: Vaswani et al. 2017, eq. 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -23,13 +25,17 @@ from attnserve_server.build.finders.decomposed_walk import (
     forward,
     rank_of,
 )
+from attnserve_server.build.finders.decomposed_written_out import (
+    product_written_out,
+    refused_sum,
+    sums_of_queries_and_keys,
+)
 from attnserve_server.build.sites import FoundSite, Operand, Probabilities
 
-_TAKES_AWAY = {
-    *("Slice", "Split", "Gather", "GatherElements", "Mul", "Div", "Where", "Add", "Sub", "Clip", "Trilu", "Min"),
-    *("QuantizeLinear", "ScatterND", "ScatterElements"),
+_KEEPS_SUMS = {
+    *("Cast", "CastLike", "Identity", "Dropout", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand"),
 }
-"""Steps behind softmax after which rows need not sum to 1."""
+"""Steps behind softmax after which rows still sum to 1; behind any other they need not."""
 _PARTS = {"Slice", "Split", "Gather"}
 
 
@@ -55,11 +61,27 @@ class _Contraction:
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
     """All of a graph, those in subgraphs too."""
     dynamic = dynamic_values(graph)
+    found: dict[tuple[ir.Node, int], FoundSite] = {}
     for softmax in softmaxes(graph):
         scores = _score_products(softmax, dynamic)
+        scores = scores or sums_of_queries_and_keys(softmax.scores, softmax.axis, dynamic)
         contractions = _contractions(softmax, dynamic) if scores else []
         if contractions:
-            yield _site(softmax, scores, contractions, graph)
+            site = _site(softmax, scores, contractions, graph)
+            at = contractions[0].product.node, contractions[0].position
+            found[at] = _joined(found[at], site) if at in found else site
+        elif scores and (reason := refused_sum(softmax.node.outputs[0], softmax.axis, dynamic)):
+            operator = f"{scores[0].op_type}-{softmax.spelling}-Mul-ReduceSum"
+            found[softmax.node, 0] = FoundSite(softmax.node, operator, 0, 0, 0, unavailable_reason=reason)
+    yield from found.values()
+
+
+def _joined(site: FoundSite, other: FoundSite) -> FoundSite:
+    """A site whose weights are made of those of two softmaxes."""
+    if site.probabilities is None or other.probabilities is None:
+        return site if site.probabilities is None else other
+    scores = (*site.probabilities.scores, *other.probabilities.scores)
+    return replace(site, probabilities=replace(site.probabilities, scores=scores, whole=False))
 
 
 def _score_products(softmax: Softmax, dynamic: set[ir.Value]) -> list[ir.Node]:
@@ -80,7 +102,7 @@ def _score_products(softmax: Softmax, dynamic: set[ir.Value]) -> list[ir.Node]:
             assert node.inputs[0] is not None
             open_.append((node.inputs[0], axis))
         elif node.op_type == "ReduceSum":
-            if _written_out(node, dynamic):
+            if product_written_out(node, dynamic):
                 products.append(node)
         elif not (node.op_type == "Sub" and _is_mean(node.inputs[1])):
             open_.extend(backward(node, axis))
@@ -106,12 +128,6 @@ def _of_attention(product: Product, axis: Axis, dynamic: set[ir.Value]) -> bool:
         return False  # a linear layer, whose columns are no queries
     from_constant, from_keys = product.sources(axis)[position], product.sources(axis)[1 - position]
     return from_keys and not from_constant and product.rows_of_constant(position) >= 2
-
-
-def _written_out(node: ir.Node, dynamic: set[ir.Value]) -> bool:
-    """Whether a sum is that of two activations multiplied one by one."""
-    factors = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return factors is not None and factors.op_type == "Mul" and all(value in dynamic for value in factors.inputs)
 
 
 def _is_mean(value: ir.Value | None) -> bool:
@@ -140,7 +156,7 @@ def _contractions(softmax: Softmax, dynamic: set[ir.Value]) -> list[_Contraction
                 continue
             moved = forward(node, position, axis)
             if moved is not False:
-                kept = whole and node.op_type not in _TAKES_AWAY
+                kept = whole and node.op_type in _KEEPS_SUMS
                 outputs = node.outputs if node.op_type == "Split" else node.outputs[:1]
                 open_ += [(out, moved, kept, out if node.op_type in _PARTS else part) for out in outputs]
     return found

@@ -1,4 +1,4 @@
-"""Products of two values, by MatMul or Einsum: which axis comes from which operand, and which is summed over."""
+"""Products of two values, by MatMul, Gemm or Einsum: which axis comes from which operand, and which is summed over."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import onnx_ir as ir
 from attnserve_server.build.finders.decomposed_walk import extent_of, rank_of
 
 _PLAIN = {("MatMul", ""), ("MatMul", "ai.onnx"), ("MatMulInteger", ""), ("MatMulIntegerToFloat", "com.microsoft")}
+_TURNED = {("Gemm", ""), ("Gemm", "ai.onnx"), ("FusedMatMul", "com.microsoft")}
 _MOST_HEADS = 128
 _TO_FLOATING = {"MatMulInteger": ("Cast", "Mul"), "QLinearMatMul": ("DequantizeLinear",)}
 
@@ -36,7 +37,7 @@ class Product:
             return cls(node, (".ij", ".jk"), ".ik")
         if node.op_type == "QLinearMatMul":
             return cls(node, (".ij", ".jk"), ".ik", (0, 3))
-        return _fused(node) if node.op_type == "FusedMatMul" and node.domain == "com.microsoft" else None
+        return _turned(node) if (node.op_type, node.domain) in _TURNED else None
 
     @property
     def equation(self) -> str:
@@ -126,11 +127,14 @@ def _einsum(node: ir.Node) -> Product | None:
     return Product(node, (terms[0], terms[1]), output)
 
 
-def _fused(node: ir.Node) -> Product | None:
+def _turned(node: ir.Node) -> Product | None:
+    """A product that may turn its operands first."""
     if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
         return None
-    left = ".ji" if node.attributes.get_int("transA", 0) else ".ij"
-    return Product(node, (left, ".kj" if node.attributes.get_int("transB", 0) else ".jk"), ".ik")
+    front = "" if node.op_type == "Gemm" else "."
+    left = "ji" if node.attributes.get_int("transA", 0) else "ij"
+    right = "kj" if node.attributes.get_int("transB", 0) else "jk"
+    return Product(node, (front + left, front + right), front + "ik")
 
 
 def mixes_heads(node: ir.Node, position: int) -> bool:

@@ -25,6 +25,7 @@ ELEMENTWISE = {
         "ScatterND",
         "ScatterElements",
     ),
+    *("Relu", "LeakyRelu", "PRelu", "Elu", "Sigmoid", "Softplus", "Abs", "Sqrt", "Log"),
 }
 """What changes numbers one by one, and leaves every axis in its place."""
 _OF_INTEGERS = {"QLinearAdd", "QLinearMul"}
@@ -33,7 +34,7 @@ _KEPT = {"Expand", "Slice", "Concat", "Split", "GatherElements", "Pad", "Tile"}
 """What changes extents, and leaves every axis in its place."""
 _FIRST_ONLY = {
     *("Clip", "Cast", "CastLike", "Trilu", "QuantizeLinear", "DequantizeLinear", "Pow", "Dropout", "Div"),
-    *("ScatterND", "ScatterElements"),
+    *("ScatterND", "ScatterElements", "PRelu"),
 }
 
 _LIKE_THEIR_INPUT = {"Softmax", "MatMul", "Conv", "Split", "Slice", "Concat", "Pad"}

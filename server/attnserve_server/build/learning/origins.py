@@ -16,7 +16,7 @@ import onnx_ir as ir
 from attnserve_server.build.sites import FoundSite
 
 _ATTENTION = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention", "LSTM", "GRU"}
-_PRODUCTS = {"MatMul", "Einsum", "MatMulInteger", "FusedMatMul"}
+_PRODUCTS = {"MatMul", "Gemm", "Einsum", "MatMulInteger", "FusedMatMul"}
 _FIRST_ALONE = {"Reshape", "Expand", "Tile", "Slice", "Unsqueeze", "Squeeze", "Pad", "Resize", "TopK", "Split"}
 """Operators whose further inputs are shapes and places, not data."""
 _NO_DATA = {"Shape", "Size", "ConstantOfShape", "Range", "NonZero"}
