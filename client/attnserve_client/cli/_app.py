@@ -184,13 +184,13 @@ def _arrays(given: list[str]) -> dict[str, npt.NDArray[Any]]:
         if not (name and equals and file):
             raise typer.BadParameter(f"{entry!r} is not NAME=FILE.npy", param_hint="--tensor")
         try:
-            arrays[name] = np.load(file, allow_pickle=False)
+            # Not np.load: it takes archives of many arrays too, and leaves them open.
+            with Path(file).open("rb") as stream:
+                arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
         except OSError as error:
             raise typer.BadParameter(f"cannot read {file}: {error.strerror or error}", param_hint="--tensor") from None
         except (ValueError, EOFError):
             raise typer.BadParameter(f"{file} is not a file of one array (.npy)", param_hint="--tensor") from None
-        if not isinstance(arrays[name], np.ndarray):
-            raise typer.BadParameter(f"{file} is not a file of one array (.npy)", param_hint="--tensor")
     return arrays
 
 
