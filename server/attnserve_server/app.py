@@ -13,9 +13,10 @@ from typing import Final
 from attnserve_server.config import Settings, cores
 from attnserve_server.domain.clock import Clock, MonotonicClock
 from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.engine.cost_file import read_costs, write_costs
 from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.session import ProviderUnavailable
-from attnserve_server.loading import StartFailed, open_bundle, scheduling_settings, wanted_bundles
+from attnserve_server.loading import StartFailed, cost_key, open_bundle, scheduling_settings, wanted_bundles
 from attnserve_server.model.repository import Bundle, BundleFault
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.memory import resident_bytes
@@ -185,9 +186,13 @@ class Application:
             model.provider = session.provider
             model.metrics.provider(session.provider)
             instances = self.settings.instances or (cores() if session.provider == "CPUExecutionProvider" else 1)
-            executor = Executor(session, bundle.manifest, model.metrics, self.clock, instances)
+            executor = Executor([session], bundle.manifest, model.metrics, self.clock, instances)
             executor.start()
-            await executor.warm_up()
+            key = cost_key(session, bundle.manifest, self.settings)
+            known = read_costs(bundle, key) if self.settings.remember_costs else ()
+            timed = await executor.warm_up(known)
+            if self.settings.remember_costs and not known and not write_costs(bundle, key, timed):
+                _log.info("costs not kept: they are measured at each start", model=model.name, version=model.version)
             scheduler = Scheduler(
                 executor,
                 bundle.manifest,

@@ -93,9 +93,14 @@ class Settings(BaseSettings):
         "more padding. Default: as measured at warm-up on this machine.",
     )
     look_ahead: Annotated[int, Field(ge=1, le=4096)] = Field(
-        64,
-        description="How many of the oldest waiting sequences are looked at for a run. Default: enough to find near-"
-        "equal lengths, few enough to plan in a fraction of a millisecond.",
+        128,
+        description="How many waiting sequences are looked at as company for the oldest: of all that wait, those "
+        "nearest to it in length. Default: more than a CPU's run takes, and a GPU's fill.",
+    )
+    remember_costs: bool = Field(
+        True,
+        description="Keep what runs cost beside the bundle, by machine and provider, and measure it no more. Default: "
+        "yes, as that saves seconds at each start; real runs correct it either way.",
     )
     max_queue_size: Count = Field(
         4096, description="Most sequences that wait for one model. Default: seconds of work on a CPU, not minutes."

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from attnserve_server.config import Settings
+from attnserve_server.config import Settings, cores
 from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.engine.cost_file import CostKey, machine
 from attnserve_server.engine.golden import verify_golden
-from attnserve_server.engine.session import RuntimeSession
+from attnserve_server.engine.session import RuntimeSession, runtime_version
 from attnserve_server.model.golden import read_golden
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, BundleFault, Repository, verify
@@ -79,6 +80,18 @@ def open_bundle(bundle: Bundle, settings: Settings) -> tuple[RuntimeSession, Tex
     else:
         _log.warning("bundle has no golden answers: prepare it anew, so that every load is verified", **named)
     return session, tokenizer
+
+
+def cost_key(session: RuntimeSession, manifest: Manifest, settings: Settings) -> CostKey:
+    """What the cost of this model's runs depends on, here and with these settings."""
+    return CostKey(
+        digest=manifest.digest,
+        provider=session.provider,
+        runtime=runtime_version(),
+        machine=machine(),
+        cores=cores(),
+        intra_op_threads=settings.intra_op_threads,
+    )
 
 
 def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSettings:

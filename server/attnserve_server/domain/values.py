@@ -63,6 +63,8 @@ class PreparedSequence:
     units: Mapping[str, AxisUnits] = field(default_factory=dict)
     response_bytes: int = 0
     """Bytes of tensor data that its answer will hold; with `min_weight` at most that."""
+    lone: bool = False
+    """Whether it is all of its request: its answer is then encoded as soon as its run ends."""
 
     @property
     def tokens(self) -> int:
@@ -117,7 +119,6 @@ class RunFacts:
     padded_tokens: int
     compute_s: float
     instance: int
-    queue_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,3 +128,5 @@ class SequenceResult:
     outputs: Mapping[str, Array]
     attention: AttentionAnswer | None
     run: RunFacts
+    queue_s: float = 0.0
+    """From its arrival to the start of its run."""

@@ -1,8 +1,8 @@
 """Collation: sequences into the arrays of one run, padded by axis symbols, and the run's arrays back into sequences.
 
-Each input is copied once, into the batch. On the way back every crop is copied too: an answer then owns just its own
-numbers, so that one slow reader does not keep a whole batch in memory, and no two callers ever share memory. A sequence
-that ran alone takes the run's own arrays, which nobody else holds.
+Each input is copied once, into the batch. On the way back the crop of a sequence that is all of its request is a view
+of the run's arrays: its answer is encoded as soon as the run ends, which is the one copy. Others wait for the rest of
+their request, so their crops are copied: each would keep a whole batch in memory.
 """
 
 from __future__ import annotations
@@ -77,13 +77,18 @@ def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> Collat
 def outputs_of(
     batch: CollatedBatch, fetched: Mapping[str, Array], row: int, sequence: PreparedSequence, manifest: Manifest
 ) -> dict[str, Array]:
-    """The outputs that the sequence in `row` wants, cropped to its own lengths, in memory of its own."""
+    """The outputs that the sequence in `row` wants, cropped to its own lengths, as `kept_as_view` says or copied."""
     lengths = manifest.with_derived(sequence.lengths)
     outputs: dict[str, Array] = {}
     for name in sequence.outputs:
         crop = fetched[name][row][_crop(manifest.output(name).shape, lengths)]
-        outputs[name] = crop if batch.size == 1 and crop.flags.c_contiguous else crop.copy()
+        outputs[name] = crop if kept_as_view(batch, sequence) else crop.copy()
     return outputs
+
+
+def kept_as_view(batch: CollatedBatch, sequence: PreparedSequence) -> bool:
+    """Whether an answer may lie in the run's own arrays: nobody else's do, or it is gone before anybody would mind."""
+    return sequence.lone or batch.size == 1
 
 
 def weights_of(

@@ -1,4 +1,4 @@
-"""The executor: N instances, each a thread, over one session. What to run and when is scheduling's business."""
+"""The executor: N instances, each a thread, over one session a device. What to run and when, scheduling says."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError, InternalFault, RequestCancelled
 from attnserve_server.domain.values import Array, AttentionAnswer, PreparedSequence, RunFacts, SequenceResult
 from attnserve_server.engine import warmup
-from attnserve_server.engine.collation import CollatedBatch, collate, outputs_of, weights_of
+from attnserve_server.engine.collation import CollatedBatch, collate, kept_as_view, outputs_of, weights_of
+from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
 from attnserve_server.engine.session import CPU, RunHandle, RunTerminated, RuntimeSession
-from attnserve_server.engine.warmup import CostModel, ThreadCpuClock
+from attnserve_server.engine.warmup import ThreadCpuClock
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
 
@@ -37,7 +38,7 @@ class Runner(Protocol):
 
     @property
     def cost(self) -> CostModel | None:
-        """What runs cost, as seen at warm-up; None before."""
+        """What runs cost, as seen at warm-up and since; None before."""
         ...
 
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
@@ -49,16 +50,24 @@ class Executor:
     """Runs batches. Each instance's thread collates, runs, crops and reduces; the event loop only waits for it."""
 
     def __init__(
-        self, session: RuntimeSession, manifest: Manifest, metrics: ModelMetrics, clock: Clock, instances: int
+        self,
+        sessions: Sequence[RuntimeSession],
+        manifest: Manifest,
+        metrics: ModelMetrics,
+        clock: Clock,
+        instances: int,
     ) -> None:
-        self._session = session
+        """Instance i runs on session i modulo their number: one session holds the weights of one device."""
+        self._sessions = tuple(sessions)
         self._manifest = manifest
         self._metrics = metrics
         self._clock = clock
         self._instances = instances
+        # On a CPU by processor time: by the clock on the wall, whatever else uses the cores would be counted in.
+        self._cost_clock = ThreadCpuClock() if self.provider == CPU else clock
         # Event loop only.
         self._threads: list[ThreadPoolExecutor] = []
-        self._cost: CostModel | None = None
+        self._cost: CostEstimate | None = None
 
     @property
     def instances(self) -> int:
@@ -68,12 +77,12 @@ class Executor:
     @property
     def provider(self) -> str:
         """The execution provider in use."""
-        return self._session.provider
+        return self._sessions[0].provider
 
     @property
     def cost(self) -> CostModel | None:
-        """What runs cost, as seen at warm-up; None before."""
-        return self._cost
+        """What runs cost, as seen at warm-up and since; None before."""
+        return None if self._cost is None else self._cost.model
 
     def start(self) -> None:
         """Makes the instances' threads."""
@@ -89,18 +98,30 @@ class Executor:
         for thread in threads:
             await asyncio.to_thread(thread.shutdown)
 
-    async def warm_up(self) -> None:
+    async def warm_up(self, known: tuple[TimedRun, ...] = ()) -> tuple[TimedRun, ...]:
         """Really runs batches on every instance, attention of every site included, and times a few shapes on one.
+
+        Args:
+            known: what runs were seen to cost on this machine before; nothing is timed then.
+
+        Returns:
+            What runs cost.
 
         Raises:
             RunFailed: the model cannot run on valid inputs.
         """
         loop = asyncio.get_running_loop()
-        for thread in self._threads:
-            await loop.run_in_executor(thread, warmup.touch, self._session, self._manifest)
-        # On a CPU by processor time: by the clock on the wall, whatever else starts on the machine would be counted in.
-        clock = ThreadCpuClock() if self._session.provider == CPU else self._clock
-        self._cost = await loop.run_in_executor(self._threads[0], warmup.measure, self._session, self._manifest, clock)
+        for instance, thread in enumerate(self._threads):
+            await loop.run_in_executor(thread, warmup.touch, self._session_of(instance), self._manifest)
+        if not known:
+            known = await loop.run_in_executor(
+                self._threads[0], warmup.measure, self._session_of(0), self._manifest, self._cost_clock
+            )
+        self._cost = CostEstimate(known)
+        return known
+
+    def _session_of(self, instance: int) -> RuntimeSession:
+        return self._sessions[instance % len(self._sessions)]
 
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         """Runs one batch on one instance.
@@ -119,11 +140,28 @@ class Executor:
         loop = asyncio.get_running_loop()
         self._metrics.running.inc()
         try:
-            return await loop.run_in_executor(
-                self._threads[instance], self._run_all, tuple(sequences), handle, instance
+            outcomes, timed = await loop.run_in_executor(
+                self._threads[instance], self._timed, tuple(sequences), handle, instance
             )
         finally:
             self._metrics.running.dec()
+        if timed is not None and self._cost is not None:
+            self._cost.saw(timed)
+        return outcomes
+
+    def _timed(
+        self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int
+    ) -> tuple[list[Outcome], TimedRun | None]:
+        """Instance's thread. The outcomes, and what the run cost; None where it tells nothing of runs in general."""
+        started = self._cost_clock.now()
+        outcomes = self._run_all(sequences, handle, instance)
+        first = outcomes[0]
+        usual = isinstance(first, SequenceResult) and first.run.batch_size == len(sequences)
+        if not usual or any(one.attention is not None for one in sequences):
+            return outcomes, None
+        assert isinstance(first, SequenceResult)
+        tokens = first.run.padded_tokens // len(sequences)
+        return outcomes, TimedRun(len(sequences), tokens, self._cost_clock.now() - started)
 
     def _run_all(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         """Instance's thread. Runs the batch, and its halves where it fails."""
@@ -142,7 +180,7 @@ class Executor:
     def _run_once(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         batch = collate(sequences, self._manifest)
         started = self._clock.now()
-        outputs = self._session.run(batch.feeds, batch.fetches, handle)
+        outputs = self._session_of(instance).run(batch.feeds, batch.fetches, handle)
         compute_s = self._clock.now() - started
         self._metrics.compute_seconds.observe(compute_s)
         self._metrics.batch_size.observe(batch.size)
@@ -150,25 +188,42 @@ class Executor:
         self._metrics.padded_tokens.inc(batch.padded_tokens)
         self._metrics.sequences.inc(batch.size)
         fetched = dict(zip(batch.fetches, outputs, strict=True))
+        # One look at each whole array: only where something is wrong must each sequence be looked at by itself.
+        finite = all(map(_is_finite, outputs))
         facts = RunFacts(batch.size, batch.useful_tokens, batch.padded_tokens, compute_s, instance)
-        return [self._outcome(batch, fetched, row, sequence, facts) for row, sequence in enumerate(sequences)]
+        return [
+            self._outcome(batch, fetched, row, sequence, facts, finite=finite) for row, sequence in enumerate(sequences)
+        ]
 
     def _outcome(
-        self, batch: CollatedBatch, fetched: dict[str, Array], row: int, sequence: PreparedSequence, facts: RunFacts
+        self,
+        batch: CollatedBatch,
+        fetched: dict[str, Array],
+        row: int,
+        sequence: PreparedSequence,
+        facts: RunFacts,
+        *,
+        finite: bool,
     ) -> Outcome:
-        """One sequence's answer. What goes wrong here is this sequence's alone, so the run need not be split."""
+        """One sequence's answer. What goes wrong here is this sequence's alone, so the run need not be split.
+
+        `finite`: whether all numbers of the run are, padding included.
+        """
         try:
             outputs = outputs_of(batch, fetched, row, sequence, self._manifest)
             weights = weights_of(batch, fetched, row, sequence, self._manifest)
-            for name, values in (*outputs.items(), *((self._manifest.sites[at].name, w) for at, w in weights.items())):
-                if values.dtype.kind == "f" and not np.isfinite(values).all():
-                    _log.error("a value that is not finite", extra={"model": self._manifest.name, "tensor": name})
-                    return InternalFault()
+            if not finite:
+                named = {self._manifest.sites[layer].name: values for layer, values in weights.items()}
+                for name, values in (outputs | named).items():
+                    if not _is_finite(values):
+                        _log.error("a value that is not finite", extra={"model": self._manifest.name, "tensor": name})
+                        return InternalFault()
             if sequence.attention is None:
                 return SequenceResult(outputs, None, facts)
             started = self._clock.now()
             answer = attention.answer(weights, sequence.attention, self._manifest.sites, sequence.units)
-            answer = _owned(answer, fetched.values(), alone=batch.size == 1)
+            if not kept_as_view(batch, sequence):
+                answer = _owned(answer, fetched.values())
             self._metrics.attention_seconds.observe(self._clock.now() - started)
             return SequenceResult(outputs, answer, facts)
         except Exception:  # noqa: BLE001 - the boundary of one sequence's answer: its batch mates have theirs
@@ -176,10 +231,12 @@ class Executor:
             return InternalFault()
 
 
-def _owned(answer: AttentionAnswer, arrays: Iterable[Array], *, alone: bool) -> AttentionAnswer:
+def _is_finite(values: Array) -> bool:
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
+def _owned(answer: AttentionAnswer, arrays: Iterable[Array]) -> AttentionAnswer:
     """Copies maps that are still views into the run's arrays, for the reason that collation gives."""
-    if alone:
-        return answer
     arrays = tuple(arrays)
     maps = tuple(
         replace(made, content=made.content.copy())

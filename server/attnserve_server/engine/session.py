@@ -33,6 +33,11 @@ _FATAL_ONLY: Final = 4
 """The runtime's log level: each of its failures reaches us as an exception, so it need not write lines of its own."""
 
 
+def runtime_version() -> str:
+    """The runtime's name and version."""
+    return f"onnxruntime {ort.__version__}"
+
+
 class ProviderUnavailable(AttnserveError):
     """The execution provider that was asked for is not there, or does not load."""
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -20,27 +18,20 @@ from attnserve_server.domain.selection import (
 )
 from attnserve_server.domain.values import Array, PreparedSequence
 from attnserve_server.engine.collation import collate
+from attnserve_server.engine.cost import TimedRun
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
 
-_SHAPES: Final = ((1, 8), (1, 32), (4, 32), (1, 128), (8, 64))
-"""(batch size, length) of the timed runs: from what launches dominate to what arithmetic does."""
+_FIRST_SHAPES: Final = ((1, 8), (4, 8), (1, 32), (4, 32), (1, 128))
+"""(batch size, length) of the runs that are always timed: the least that tells a run's four parts apart."""
+_MORE_SHAPES: Final = (
+    (16, 8), (16, 32), (4, 128), (1, 512), (16, 128), (64, 32), (4, 512), (64, 128), (32, 512),
+)  # fmt: skip
+"""Larger runs, in order of size, as long as there is time for them: a quick device shows what it is made for."""
+_MORE_SECONDS: Final = 1.0
+"""How long the larger runs may take in all, as foreseen from the largest before."""
 _REPEATS: Final = 3
 """The first repeat also pays for memory and threads; the quickest of them is what a run costs."""
-_LEAST_SECONDS: Final = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class CostModel:
-    """A run costs `run_overhead_s` + `seconds_per_token` for each padded token."""
-
-    run_overhead_s: float
-    seconds_per_token: float
-
-    @property
-    def run_overhead_tokens(self) -> float:
-        """How many padded tokens one run's overhead is worth."""
-        return self.run_overhead_s / self.seconds_per_token
 
 
 class ThreadCpuClock:
@@ -63,31 +54,46 @@ def touch(session: RuntimeSession, manifest: Manifest) -> None:
         _run(session, manifest, sequences)
 
 
-def measure(session: RuntimeSession, manifest: Manifest, clock: Clock) -> CostModel:
-    """Runs a few shapes with every output and times them, on the calling thread.
+def measure(session: RuntimeSession, manifest: Manifest, clock: Clock) -> tuple[TimedRun, ...]:
+    """Times runs over a small grid of (batch, length) with every output, on the calling thread.
+
+    Args:
+        session: the model, loaded and touched.
+        manifest: of the model; its greatest batch and lengths bound the grid.
+        clock: what a run costs is told by: processor time on a CPU, monotonic time elsewhere.
 
     Raises:
         RunFailed: the model cannot run on these inputs.
     """
-    seen: list[tuple[int, float]] = []
-    for size, length in _SHAPES:
-        sequences = [synthetic(manifest, length)] * min(size, manifest.max_batch_size)
-        timings = []
-        for _ in range(_REPEATS):
-            started = clock.now()
-            tokens = _run(session, manifest, sequences)
-            timings.append(clock.now() - started)
-        seen.append((tokens, min(timings)))
-    return fit(seen)
+    seen: dict[tuple[int, int], TimedRun] = {}
+    left_s = _MORE_SECONDS
+    for shapes, bounded in ((_FIRST_SHAPES, False), (_MORE_SHAPES, True)):
+        for size, length in shapes:
+            sequences = [synthetic(manifest, length)] * min(size, manifest.max_batch_size)
+            tokens = sequences[0].tokens
+            if (len(sequences), tokens) in seen:
+                continue  # a bound of the model made it one that was timed before
+            if bounded:
+                # Where attention counts, a larger run takes more than its share of positions: near enough for a bound.
+                largest = max(seen.values(), key=lambda run: run.size * run.tokens)
+                foreseen_s = _REPEATS * largest.seconds * len(sequences) * tokens / (largest.size * largest.tokens)
+                if foreseen_s > left_s:
+                    break
+                left_s -= foreseen_s
+            seen[len(sequences), tokens] = TimedRun(
+                len(sequences), tokens, _quickest(session, manifest, sequences, clock)
+            )
+    return tuple(seen.values())
 
 
-def fit(seen: Iterable[tuple[int, float]]) -> CostModel:
-    """The line through (padded tokens, seconds) that errs least in relation to each time; neither part is negative."""
-    tokens, seconds = (np.array(column, np.float64) for column in zip(*seen, strict=True))
-    seconds = np.maximum(seconds, _LEAST_SECONDS)
-    terms = np.stack([1 / seconds, tokens / seconds], axis=1)
-    overhead, slope = np.linalg.lstsq(terms, np.ones_like(seconds), rcond=None)[0]
-    return CostModel(max(float(overhead), 0.0), max(float(slope), _LEAST_SECONDS))
+def _quickest(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence], clock: Clock) -> float:
+    """Seconds of the quickest of some runs, collation included."""
+    timings = []
+    for _ in range(_REPEATS):
+        started = clock.now()
+        _run(session, manifest, sequences)
+        timings.append(clock.now() - started)
+    return min(timings)
 
 
 def selection_of_all(manifest: Manifest) -> EffectiveSelection | None:
@@ -127,7 +133,6 @@ def _values(spec: InputSpec, lengths: dict[str, int], vocabulary_size: int) -> A
     return np.full(shape, spec.fill or 0, dtype)
 
 
-def _run(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence]) -> int:
+def _run(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence]) -> None:
     batch = collate(sequences, manifest)
     session.run(batch.feeds, batch.fetches)
-    return batch.padded_tokens

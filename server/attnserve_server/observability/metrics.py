@@ -5,6 +5,7 @@ Labels are models, versions and small closed sets; never text from a caller, so 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -141,8 +142,6 @@ class ModelMetrics:
         self.batch_size = metrics.histogram(BATCH_SIZE).labels(*self._labels)
         self.useful_tokens = metrics.counter(USEFUL_TOKENS).labels(*self._labels)
         self.padded_tokens = metrics.counter(PADDED_TOKENS).labels(*self._labels)
-        self.queue_depth = metrics.gauge(QUEUE_DEPTH).labels(*self._labels)
-        self.queue_bytes = metrics.gauge(QUEUE_BYTES).labels(*self._labels)
         self.running = metrics.gauge(RUNNING).labels(*self._labels)
         self.attention_seconds = metrics.histogram(ATTENTION_SECONDS).labels(*self._labels)
         self.session_bytes = metrics.gauge(SESSION_BYTES).labels(*self._labels)
@@ -154,6 +153,7 @@ class ModelMetrics:
             reason: metrics.counter(DROPPED).labels(*self._labels, reason)
             for reason in ("expired", "cancelled", "terminated", "failed")
         }
+        self._ended: dict[str, Counter] = {}
 
     def attention_bytes(self, form: str) -> Counter:
         """Bytes of attention sent, for one form."""
@@ -165,7 +165,15 @@ class ModelMetrics:
 
     def ended(self, code: str) -> None:
         """Counts a request that ended with this gRPC status name."""
-        self._metrics.counter(REQUESTS).labels(*self._labels, code).inc()
+        counter = self._ended.get(code)
+        if counter is None:
+            counter = self._ended[code] = self._metrics.counter(REQUESTS).labels(*self._labels, code)
+        counter.inc()
+
+    def watch_queue(self, depth: Callable[[], float], size: Callable[[], float]) -> None:
+        """Has the queue's gauges read when they are scraped: `depth` in sequences, `size` in bytes."""
+        self._metrics.gauge(QUEUE_DEPTH).labels(*self._labels).set_function(depth)
+        self._metrics.gauge(QUEUE_BYTES).labels(*self._labels).set_function(size)
 
     def refused(self, reason: str) -> None:
         """Counts a request that was refused before any work."""

@@ -6,7 +6,6 @@ import asyncio
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 from attnserve_server.domain.values import PreparedSequence, SequenceResult
 from attnserve_server.engine.session import RunHandle
@@ -53,44 +52,56 @@ class Entry:
     waiting: bool = False
     run: Run | None = None
 
-    @property
-    def key(self) -> tuple[float, int]:
-        """Its place in line."""
-        return self.view.rank_s, self.number
-
 
 class Queue:
-    """Waiting sequences, oldest first, with running totals. Event loop only; admission keeps it bounded."""
+    """Waiting sequences with running totals, in line and by length. Event loop only; admission keeps it bounded."""
 
     def __init__(self) -> None:
-        self._entries: list[Entry] = []
+        self._line: list[Entry] = []  # oldest first
+        self._by_length: list[Entry] = []  # shortest first, and apart where axes do not pad
         self._tokens = 0
         self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._line)
 
     @property
     def totals(self) -> Demand:
         """Everything that waits, together."""
-        return Demand(len(self._entries), self._tokens, self._bytes)
+        return Demand(len(self._line), self._tokens, self._bytes)
 
     def push(self, entry: Entry) -> None:
-        """Puts a sequence in its place in line."""
-        insort(self._entries, entry, key=lambda one: one.key)
+        """Puts a sequence in its place."""
+        insort(self._line, entry, key=_place_in_line)
+        insort(self._by_length, entry, key=_place_by_length)
         entry.waiting = True
         self._tokens += entry.sequence.tokens
         self._bytes += entry.bytes
 
     def remove(self, entry: Entry) -> None:
         """Takes out a sequence that waits."""
-        at = bisect_left(self._entries, entry.key, key=lambda one: one.key)
-        assert self._entries[at] is entry
-        del self._entries[at]
+        for entries, place in ((self._line, _place_in_line), (self._by_length, _place_by_length)):
+            at = bisect_left(entries, place(entry), key=place)
+            assert entries[at] is entry
+            del entries[at]
         entry.waiting = False
         self._tokens -= entry.sequence.tokens
         self._bytes -= entry.bytes
 
-    def front(self, count: int) -> list[Entry]:
-        """The oldest, at most `count`."""
-        return list(islice(self._entries, count))
+    def view(self, count: int) -> list[Entry]:
+        """The oldest, first, and of all others the `count` nearest to it in length, half of them on either side.
+
+        The more there is to choose from, the nearer in length they are.
+        """
+        oldest = self._line[0]
+        at = bisect_left(self._by_length, _place_by_length(oldest), key=_place_by_length)
+        half = (count + 1) // 2
+        return [oldest, *self._by_length[max(0, at - half) : at], *self._by_length[at + 1 : at + 1 + half]]
+
+
+def _place_in_line(entry: Entry) -> tuple[float, int]:
+    return entry.view.rank_s, entry.number
+
+
+def _place_by_length(entry: Entry) -> tuple[tuple[int, ...], int, int]:
+    return entry.view.rigid, entry.view.tokens, entry.number

@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Final
 
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError, DeadlineExpired, InternalFault, NotServing
 from attnserve_server.domain.values import PreparedSequence, Priority, SequenceResult
+from attnserve_server.engine.cost import CostModel
 from attnserve_server.engine.executor import Outcome, Runner
 from attnserve_server.engine.footprint import Footprint
 from attnserve_server.engine.session import RunHandle
@@ -29,9 +28,6 @@ from attnserve_server.scheduling.speed import Speed
 from attnserve_server.scheduling.timer import DeadlineTimer
 
 _log = logging.getLogger(__name__)
-
-_LEAST_RUN_OVERHEAD_TOKENS: Final = 4.0
-"""Below what any runtime was seen to need: a noisy measurement must not talk us out of batching."""
 
 
 class Scheduler:
@@ -56,7 +52,8 @@ class Scheduler:
         self._rigid = tuple(at for at, axis in enumerate(manifest.axes) if not axis.paddable)
         self._speed = Speed()
         self._queue = Queue()
-        self._runs: set[Run] = set()
+        metrics.watch_queue(lambda: len(self._queue), lambda: self._queue.totals.bytes)
+        self._running_tokens = 0
         self._requests: set[Request] = set()  # all that are not answered yet, wherever they are
         self._numbers = count()
         self._wake = asyncio.Event()
@@ -73,10 +70,7 @@ class Scheduler:
         """Starts the instances' loops. Warm the executor up first: what runs cost is taken from it."""
         cost = self._executor.cost
         if cost is not None:
-            self._speed = Speed(cost.seconds_per_token)
-            if self._settings.run_overhead_tokens is None:
-                overhead = max(cost.run_overhead_tokens, _LEAST_RUN_OVERHEAD_TOKENS)
-                self._settings = replace(self._settings, run_overhead_tokens=overhead)
+            self._speed = Speed(cost.token_s)
         self._task = asyncio.create_task(self._serve(), name=f"scheduler {self._manifest.name}")
         self._task.add_done_callback(self._ended)
 
@@ -131,7 +125,6 @@ class Scheduler:
         self._requests.add(request)
         for sequence, size in zip(sequences, sizes, strict=True):
             self._enqueue(request, sequence, size, priority)
-        self._gauge()
         self._wake.set()
         timer = None if deadline is None else DeadlineTimer(loop, self._clock, deadline, partial(self._expire, request))
         try:
@@ -164,7 +157,7 @@ class Scheduler:
     def _admit(self, demand: Demand, now: float, deadline: float | None) -> None:
         load = Load(
             waiting=self._queue.totals,
-            running_tokens=sum(run.tokens for run in self._runs),
+            running_tokens=self._running_tokens,
             instances=self._executor.instances,
             seconds_per_token=self._speed.seconds_per_token,
         )
@@ -206,20 +199,25 @@ class Scheduler:
 
     def _next_entries(self) -> list[Entry]:
         """Forms a batch; what expired is given up here, so that it never reaches the runtime."""
+        cost = (self._executor.cost or CostModel()).with_overhead(self._settings.run_overhead_tokens)
         while len(self._queue):
-            front = self._queue.front(self._settings.look_ahead)
-            left = {entry.request for entry in front if entry.request.future.done()}
-            if left:  # cancelled in this very turn of the loop: their tasks have not come to withdraw them yet
-                for request in left:
+            front = self._queue.view(self._settings.look_ahead)
+            planned = plan([entry.view for entry in front], self._clock.now(), self._settings, cost)
+            # What is done was cancelled in this very turn of the loop: its task has not come to withdraw it yet.
+            for request in {front[at].request for at in planned.expired}:
+                if request.future.done():
                     self._withdraw(request, "cancelled")
-                continue
-            planned = plan([entry.view for entry in front], self._clock.now(), self._settings)
-            for at in planned.expired:
-                self._expire(front[at].request)
+                else:
+                    self._expire(request)
+            # What expired may have taken others of its request with it.
             entries = [front[at] for at in planned.indices if front[at].waiting]
+            left = {entry.request for entry in entries if entry.request.future.done()}
+            for request in left:
+                self._withdraw(request, "cancelled")
+            if left:
+                continue
             for entry in entries:
                 self._queue.remove(entry)
-            self._gauge()
             if entries:
                 return entries
         return []
@@ -231,9 +229,9 @@ class Scheduler:
         for entry in entries:
             entry.run = run
             self._metrics.queue_seconds.observe(started - entry.request.arrived_s)
-        self._runs.add(run)
+        self._running_tokens += run.tokens
         outcomes = await self._executor.run(sequences, run.handle, instance)
-        self._runs.discard(run)
+        self._running_tokens -= run.tokens
         for entry in entries:
             entry.run = None
         if run.handle.terminated:
@@ -249,8 +247,8 @@ class Scheduler:
             self._metrics.dropped("failed").inc()
             self._fail(request, outcome, "failed")
         elif not request.future.done():
-            facts = replace(outcome.run, queue_s=started - request.arrived_s)
-            request.results[entry.index] = replace(outcome, run=facts)
+            waited_s = started - request.arrived_s
+            request.results[entry.index] = SequenceResult(outcome.outputs, outcome.attention, outcome.run, waited_s)
             if len(request.results) == request.size:
                 request.future.set_result([request.results[index] for index in range(request.size)])
 
@@ -273,7 +271,6 @@ class Scheduler:
                 if not entry.run.present:
                     entry.run.handle.terminate()
                 entry.run = None
-        self._gauge()
 
     def _fail_all(self, error: Callable[[], AttnserveError]) -> None:
         for request in self._requests:
@@ -292,8 +289,3 @@ class Scheduler:
         self._fail_all(InternalFault)
         if self._on_fault is not None:
             self._on_fault()
-
-    def _gauge(self) -> None:
-        totals = self._queue.totals
-        self._metrics.queue_depth.set(totals.sequences)
-        self._metrics.queue_bytes.set(totals.bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Final, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from attnserve_server.domain.values import (
     SequenceResult,
 )
 from attnserve_server.model.manifest import NUMPY_DTYPES, SiteSpec
+from attnserve_server.transport.splice import Splice
 
 T = TypeVar("T")
 
@@ -97,6 +99,11 @@ _LAYERS_OUT: Final = {value: number for number, value in _LAYERS.items() if numb
 _UNITS_OUT: Final = {value: number for number, value in _UNITS.items() if number}
 _SPECIAL_OUT: Final = {value: number for number, value in _SPECIAL.items() if number}
 _WEIGHTS_OUT: Final = {value: number for number, value in _WEIGHTS.items() if number}
+_DATA: Final = tensor_pb2.Tensor.DATA_FIELD_NUMBER
+_RESPONSE: Final = inference_service_pb2.InferResponse
+_RESULT: Final = inference_service_pb2.SequenceResult
+_MAP: Final = attention_pb2.AttentionMap
+_LINKS: Final = attention_pb2.Links
 
 
 def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelection:
@@ -156,15 +163,16 @@ def array_of(data: bytes, dtype: str, shape: Sequence[int]) -> Array:
     return np.frombuffer(data, WIRE_NUMPY[dtype]).reshape(shape)
 
 
-def tensor_of(array: Array, name: str = "") -> tensor_pb2.Tensor:
-    """`array` as a wire tensor: one copy, into the message."""
-    dtype = array.dtype.name
-    return tensor_pb2.Tensor(
-        name=name,
-        dtype=WIRE_DTYPES[dtype],
-        shape=array.shape,
-        data=array.astype(WIRE_NUMPY[dtype], copy=False).tobytes(),
-    )
+def tensor_of(array: Array, name: str = "") -> Splice:
+    """`array` as a wire tensor: its data is copied once, when the message around it is joined."""
+    head = _tensor_head(name, array.dtype.name, array.shape)
+    return Splice(head).add(_DATA, np.ascontiguousarray(array, WIRE_NUMPY[array.dtype.name]))
+
+
+@lru_cache(maxsize=4096)
+def _tensor_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """A tensor without its data. Outputs of the same lengths come again and again."""
+    return tensor_pb2.Tensor(name=name, dtype=WIRE_DTYPES[dtype], shape=shape).SerializeToString()
 
 
 def effective_message(effective: EffectiveSelection, sites: Sequence[SiteSpec]) -> attention_pb2.AttentionSelection:
@@ -184,29 +192,33 @@ def effective_message(effective: EffectiveSelection, sites: Sequence[SiteSpec]) 
     )
 
 
-def result_message(result: SequenceResult, outputs: Sequence[str]) -> inference_service_pb2.SequenceResult:
-    """The answer for one sequence, its outputs in the order asked for."""
+def result_of(result: SequenceResult, outputs: Sequence[str]) -> Splice:
+    """The answer for one sequence (a SequenceResult), its outputs in the order asked for."""
     run = result.run
-    return inference_service_pb2.SequenceResult(
-        outputs=[tensor_of(result.outputs[name], name) for name in outputs],
-        attention=None if result.attention is None else attention_message(result.attention),
-        run=inference_service_pb2.Run(
+    message = Splice()
+    for name in outputs:
+        message.add(_RESULT.OUTPUTS_FIELD_NUMBER, tensor_of(result.outputs[name], name))
+    if result.attention is not None:
+        message.add(_RESULT.ATTENTION_FIELD_NUMBER, attention_of(result.attention))
+    return message.add(
+        _RESULT.RUN_FIELD_NUMBER,
+        inference_service_pb2.Run(
             batch_size=run.batch_size,
             useful_tokens=run.useful_tokens,
             padded_tokens=run.padded_tokens,
-            queue_seconds=run.queue_s,
+            queue_seconds=result.queue_s,
             compute_seconds=run.compute_s,
             instance=run.instance,
-        ),
+        ).SerializeToString(),
     )
 
 
-def attention_message(answer: AttentionAnswer) -> attention_pb2.Attention:
-    """All maps of one sequence."""
-    return attention_pb2.Attention(
-        axes=[_units_message(units) for units in answer.axes],
-        maps=[_map_message(found) for found in answer.maps],
-    )
+def attention_of(answer: AttentionAnswer) -> Splice:
+    """All maps of one sequence (an Attention)."""
+    message = Splice(attention_pb2.Attention(axes=map(_units_message, answer.axes)).SerializeToString())
+    for found in answer.maps:
+        message.add(attention_pb2.Attention.MAPS_FIELD_NUMBER, _map_of(found))
+    return message
 
 
 def _units_message(units: AxisUnits) -> attention_pb2.AxisUnits:
@@ -224,8 +236,8 @@ def _units_message(units: AxisUnits) -> attention_pb2.AxisUnits:
     )
 
 
-def _map_message(found: AttentionMap) -> attention_pb2.AttentionMap:
-    message = attention_pb2.AttentionMap(
+def _map_of(found: AttentionMap) -> Splice:
+    head = attention_pb2.AttentionMap(
         sites=found.sites,
         layer=found.layer,
         kind=KINDS[found.kind],
@@ -236,17 +248,44 @@ def _map_message(found: AttentionMap) -> attention_pb2.AttentionMap:
         query_indices=found.query_indices,
         key_indices=found.key_indices,
     )
-    if isinstance(found.content, Links):
-        message.links.CopyFrom(
-            attention_pb2.Links(
-                row_offsets=tensor_of(found.content.row_offsets),
-                keys=tensor_of(found.content.keys),
-                weights=tensor_of(found.content.weights),
-                residual=tensor_of(found.content.residual),
-            )
-        )
+    message = Splice(head.SerializeToString())
+    content = found.content
+    if isinstance(content, Links):
+        links = Splice()
+        links.add(_LINKS.ROW_OFFSETS_FIELD_NUMBER, tensor_of(content.row_offsets))
+        links.add(_LINKS.KEYS_FIELD_NUMBER, tensor_of(content.keys))
+        links.add(_LINKS.WEIGHTS_FIELD_NUMBER, tensor_of(content.weights))
+        links.add(_LINKS.RESIDUAL_FIELD_NUMBER, tensor_of(content.residual))
+        message.add(_MAP.LINKS_FIELD_NUMBER, links)
     else:
-        message.weights.CopyFrom(tensor_of(found.content))
+        message.add(_MAP.WEIGHTS_FIELD_NUMBER, tensor_of(content))
     if found.band_keys is not None:
-        message.band_keys.CopyFrom(tensor_of(found.band_keys))
+        message.add(_MAP.BAND_KEYS_FIELD_NUMBER, tensor_of(found.band_keys))
     return message
+
+
+@lru_cache(maxsize=256)
+def receipt_of(model: str, version: str, digest: str, execution_provider: str, precision: str) -> bytes:
+    """The part of a receipt that is the same for every answer of a model (a Receipt), serialised."""
+    return inference_service_pb2.Receipt(
+        model=model, version=version, digest=digest, execution_provider=execution_provider, precision=precision
+    ).SerializeToString()
+
+
+def response_of(
+    results: Sequence[Splice],
+    request_id: str,
+    receipt: bytes,
+    effective: attention_pb2.AttentionSelection | None,
+    predicted_bytes: int,
+) -> bytes:
+    """A whole answer (an InferResponse), serialised; `receipt` as `receipt_of` gives it."""
+    message = Splice(
+        inference_service_pb2.InferResponse(
+            effective_attention=effective, predicted_bytes=predicted_bytes
+        ).SerializeToString()
+    )
+    for result in results:
+        message.add(_RESPONSE.RESULTS_FIELD_NUMBER, result)
+    named = Splice(receipt).add(inference_service_pb2.Receipt.REQUEST_ID_FIELD_NUMBER, request_id.encode())
+    return message.add(_RESPONSE.RECEIPT_FIELD_NUMBER, named).joined()

@@ -14,7 +14,7 @@ from attnserve_server.domain.errors import InternalFault, RequestCancelled
 from attnserve_server.domain.values import PreparedSequence, SequenceResult
 from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.session import RunFailed, RunHandle, RuntimeSession
-from attnserve_server.engine.warmup import CostModel, fit, selection_of_all, synthetic
+from attnserve_server.engine.warmup import selection_of_all, synthetic
 from attnserve_server.model.manifest import AxisSpec, InputSpec, Manifest, OutputSpec
 from attnserve_server.observability.metrics import Metrics
 
@@ -29,7 +29,7 @@ async def executor_of(
 ) -> AsyncIterator[Executor]:
     session = RuntimeSession.load(path, provider="CPUExecutionProvider", intra_op_threads=1)
     model_metrics = (metrics or Metrics()).model(manifest.name, manifest.version)
-    executor = Executor(session, manifest, model_metrics, MonotonicClock(), instances)
+    executor = Executor([session], manifest, model_metrics, MonotonicClock(), instances)
     executor.start()
     try:
         yield executor
@@ -147,13 +147,13 @@ async def test_instances_run_at_the_same_time_in_threads_of_their_own(
 ) -> None:
     async with executor_of(embedder_path, manifest, instances=2) as executor:
         meeting = threading.Barrier(2, timeout=10)  # passes only if both instances are inside a run at once
-        real = executor._session.run
+        real = executor._sessions[0].run
 
         def meet(*args: object) -> list[np.ndarray]:
             meeting.wait()
             return real(*args)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(executor._session, "run", meet)
+        monkeypatch.setattr(executor._sessions[0], "run", meet)
         runs = [executor.run([sequence_of([1])], RunHandle(), instance) for instance in (0, 1)]
         results = [result for outcomes in await asyncio.gather(*runs) for result in outcomes]
     assert {result.run.instance for result in results if isinstance(result, SequenceResult)} == {0, 1}
@@ -193,17 +193,17 @@ async def test_warm_up_runs_valid_inputs_with_attention_and_learns_what_runs_cos
     async with executor_of(embedder_path, manifest, instances=2) as executor:
         assert executor.cost is None
         fetched: list[str] = []
-        real = executor._session.run
+        real = executor._sessions[0].run
 
         def watch(feeds: dict[str, np.ndarray], fetches: tuple[str, ...]) -> list[np.ndarray]:
             fetched.extend(fetches)
             assert 0 <= feeds["input_ids"].min() <= feeds["input_ids"].max() < manifest.vocabulary_size
             return real(feeds, fetches)
 
-        executor._session.run = watch  # type: ignore[method-assign, assignment]
+        executor._sessions[0].run = watch  # type: ignore[method-assign, assignment]
         await executor.warm_up()
     assert executor.cost is not None
-    assert executor.cost.seconds_per_token > 0
+    assert executor.cost.token_s > 0
     assert set(fetched) == {"embedding", "last_hidden_state", "attention.site0", "attention.site1"}
 
 
@@ -211,13 +211,13 @@ async def test_warm_up_keeps_to_the_largest_batch(embedder_path: Path, manifest:
     single = manifest.model_copy(update={"max_batch_size": 1})
     async with executor_of(embedder_path, single) as executor:
         rows: set[int] = set()
-        real = executor._session.run
+        real = executor._sessions[0].run
 
         def watch(feeds: dict[str, np.ndarray], fetches: tuple[str, ...]) -> list[np.ndarray]:
             rows.add(len(feeds["input_ids"]))
             return real(feeds, fetches)
 
-        executor._session.run = watch  # type: ignore[method-assign, assignment]
+        executor._sessions[0].run = watch  # type: ignore[method-assign, assignment]
         await executor.warm_up()
     assert rows == {1}
 
@@ -250,18 +250,3 @@ def test_synthetic_sequences_are_valid_for_every_role(manifest: Manifest) -> Non
 
 def test_a_model_without_sites_has_no_attention_to_warm_up(manifest: Manifest) -> None:
     assert selection_of_all(manifest.model_copy(update={"sites": ()})) is None
-
-
-def test_the_cost_model_is_found_from_exact_times() -> None:
-    cost = fit([(tokens, 0.002 + 0.0002 * tokens) for tokens in (8, 32, 128, 512)])
-    # a least-squares fit of numbers that fit: rounding only
-    assert cost.run_overhead_s == pytest.approx(0.002)
-    assert cost.seconds_per_token == pytest.approx(0.0002)
-    assert cost.run_overhead_tokens == pytest.approx(10)
-
-
-def test_the_cost_model_is_never_negative() -> None:
-    assert fit([(8, 0.001), (512, 0.1)]).run_overhead_s == 0
-    assert fit([(8, 0.0), (512, 0.0)]).seconds_per_token > 0
-    assert fit([(8, 0.1), (512, 0.001)]).seconds_per_token > 0
-    assert isinstance(fit([(8, 0.1), (16, 0.1)]), CostModel)

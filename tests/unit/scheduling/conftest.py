@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from attnserve_server.domain.errors import InternalFault, RequestCancelled
 from attnserve_server.domain.values import PreparedSequence, RunFacts, SequenceResult
+from attnserve_server.engine.cost import CostModel
 from attnserve_server.engine.executor import Outcome
 from attnserve_server.engine.session import RunHandle
-from attnserve_server.engine.warmup import CostModel
 from attnserve_server.model.manifest import (
     AxisSpec,
     InputRole,

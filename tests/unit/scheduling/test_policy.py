@@ -2,15 +2,27 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import combinations
 from math import prod
 
 import pytest
 from attnserve_server.domain.values import Priority
-from attnserve_server.scheduling.policy import DEFAULT_RUN_OVERHEAD_TOKENS, SchedulingSettings, Waiting, plan, rank_s
+from attnserve_server.engine.cost import CostModel
+from attnserve_server.scheduling.policy import (
+    AGE_SHARE,
+    PADDING_SHARE,
+    SchedulingSettings,
+    Waiting,
+    plan,
+    rank_s,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 NOW = 100.0
+CPU_COST = CostModel()
+LAUNCHES = CostModel(run_s=5e-3, sequence_s=0.0, token_s=2e-6, pair_s=0.0)
+"""A device that takes as long to launch a run as for 2,500 of its tokens."""
 
 
 def line(*lengths: int, **common: object) -> list[Waiting]:
@@ -18,10 +30,15 @@ def line(*lengths: int, **common: object) -> list[Waiting]:
     return [Waiting(rank_s=float(at), lengths=(length,), **common) for at, length in enumerate(lengths)]  # type: ignore[arg-type]
 
 
-def score(view: list[Waiting], members: list[int] | tuple[int, ...], overhead: float) -> float:
-    """Useful tokens per unit of work, from the definition."""
+def score(view: list[Waiting], members: list[int] | tuple[int, ...], cost: CostModel) -> float:
+    """Worth over seconds of a run whose first member is the oldest, from the definition."""
     padded = [max(column) for column in zip(*(view[at].lengths for at in members), strict=True)]
-    return sum(view[at].tokens for at in members) / (overhead + len(members) * sum(padded))
+    oldest_s = NOW - view[members[0]].rank_s
+    ages = [min(max((NOW - view[at].rank_s) / oldest_s, 0.0), 1.0) if oldest_s > 0 else 0.0 for at in members]
+    worth = sum(
+        cost.row_s(view[at].tokens) + AGE_SHARE * cost.run_s * age for at, age in zip(members, ages, strict=True)
+    )
+    return worth / cost.seconds(len(members), sum(padded))
 
 
 def bytes_of(view: list[Waiting], members: tuple[int, ...]) -> int:
@@ -54,14 +71,21 @@ bounds = st.builds(
     max_batch_size=st.integers(1, 8),
     max_batch_tokens=st.integers(1, 600),
     max_batch_bytes=st.integers(1, 30_000),
-    look_ahead=st.integers(1, 12),
-    run_overhead_tokens=st.none() | st.floats(0, 5000),
+)
+costs = st.builds(
+    CostModel,
+    run_s=st.floats(0, 0.1),
+    sequence_s=st.floats(0, 1e-3),
+    token_s=st.floats(1e-6, 1e-3),
+    pair_s=st.floats(0, 1e-6),
 )
 
 
-@given(views(), bounds)
-def test_the_oldest_that_has_not_expired_is_always_in(view: list[Waiting], settings: SchedulingSettings) -> None:
-    planned = plan(view, NOW, settings)
+@given(views(), bounds, costs)
+def test_the_oldest_that_has_not_expired_is_always_in(
+    view: list[Waiting], settings: SchedulingSettings, cost: CostModel
+) -> None:
+    planned = plan(view, NOW, settings, cost)
     alive = [at for at, one in enumerate(view) if one.deadline_s is None or one.deadline_s > NOW]
     assert set(planned.expired) == set(range(len(view))) - set(alive)
     if alive:
@@ -72,9 +96,11 @@ def test_the_oldest_that_has_not_expired_is_always_in(view: list[Waiting], setti
     assert len(set(planned.indices)) == len(planned.indices)
 
 
-@given(views(), bounds)
-def test_bounds_are_never_exceeded_but_by_the_oldest_alone(view: list[Waiting], settings: SchedulingSettings) -> None:
-    members = plan(view, NOW, settings).indices
+@given(views(), bounds, costs)
+def test_bounds_are_never_exceeded_but_by_the_oldest_alone(
+    view: list[Waiting], settings: SchedulingSettings, cost: CostModel
+) -> None:
+    members = plan(view, NOW, settings, cost).indices
     if len(members) < 2:
         return
     assert len(members) <= settings.max_batch_size
@@ -84,44 +110,72 @@ def test_bounds_are_never_exceeded_but_by_the_oldest_alone(view: list[Waiting], 
     assert len({view[at].rigid for at in members}) == 1
 
 
-@given(views(), bounds)
-def test_a_run_is_never_worse_than_the_oldest_alone(view: list[Waiting], settings: SchedulingSettings) -> None:
-    members = plan(view, NOW, settings).indices
-    overhead = DEFAULT_RUN_OVERHEAD_TOKENS if settings.run_overhead_tokens is None else settings.run_overhead_tokens
+@given(views(), bounds, costs)
+def test_a_run_is_never_worse_than_the_oldest_alone(
+    view: list[Waiting], settings: SchedulingSettings, cost: CostModel
+) -> None:
+    members = plan(view, NOW, settings, cost).indices
     if members:
         # the policy adds up in another order: rounding only
-        assert score(view, members, overhead) >= score(view, members[:1], overhead) - 1e-9
+        assert score(view, members, cost) >= score(view, members[:1], cost) * (1 - 1e-9)
 
 
-@given(views(), bounds)
-def test_only_the_oldest_within_the_look_ahead_join(view: list[Waiting], settings: SchedulingSettings) -> None:
-    planned = plan(view, NOW, settings)
-    alive = sorted(set(range(len(view))) - set(planned.expired), key=lambda at: view[at].rank_s)
-    assert set(planned.indices) <= set(alive[: settings.look_ahead])
+@given(views(), bounds, costs)
+def test_nobody_is_padded_by_more_than_half_of_what_a_run_costs_before_its_first_token(
+    view: list[Waiting], settings: SchedulingSettings, cost: CostModel
+) -> None:
+    members = plan(view, NOW, settings, cost).indices
+    if len(members) > 1:
+        padded = [max(column) for column in zip(*(view[at].lengths for at in members), strict=True)]
+        for at in members:
+            added_s = cost.row_s(sum(padded)) - cost.row_s(view[at].tokens)
+            assert added_s <= PADDING_SHARE * cost.run_s * (1 + 1e-9) + 1e-15
 
 
-@given(views(), bounds, st.randoms(use_true_random=False))
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.floats(0, 100)), min_size=1, max_size=7, unique_by=lambda one: one[1]),
+    st.integers(1, 5),
+    costs,
+)
+def test_along_one_axis_no_other_run_with_the_oldest_is_worth_more(
+    arrivals: list[tuple[int, float]], max_batch_size: int, cost: CostModel
+) -> None:
+    view = [Waiting(rank, (length,)) for length, rank in arrivals]
+    members = plan(view, NOW, SchedulingSettings(max_batch_size=max_batch_size), cost).indices
+    oldest = min(range(len(view)), key=lambda at: view[at].rank_s)
+    others = [at for at in range(len(view)) if at != oldest]
+    best = 0.0
+    for count in range(max_batch_size):
+        for mates in combinations(others, count):
+            chosen = (oldest, *mates)
+            longest_s = cost.row_s(max(view[at].tokens for at in chosen))
+            if all(longest_s - cost.row_s(view[at].tokens) <= PADDING_SHARE * cost.run_s for at in chosen):
+                best = max(best, score(view, chosen, cost))
+    assert score(view, members, cost) == pytest.approx(best, rel=1e-9)  # rounding only
+
+
+@given(views(), bounds, costs, st.randoms(use_true_random=False))
 def test_the_order_of_the_view_does_not_matter(
-    view: list[Waiting], settings: SchedulingSettings, shuffle: random.Random
+    view: list[Waiting], settings: SchedulingSettings, cost: CostModel, shuffle: random.Random
 ) -> None:
     order = list(range(len(view)))
     shuffle.shuffle(order)
-    shuffled = plan([view[at] for at in order], NOW, settings)
-    straight = plan(view, NOW, settings)
+    shuffled = plan([view[at] for at in order], NOW, settings, cost)
+    straight = plan(view, NOW, settings, cost)
     assert [order[at] for at in shuffled.indices] == list(straight.indices)
     assert {order[at] for at in shuffled.expired} == set(straight.expired)
 
 
 @given(st.lists(st.integers(4, 256), min_size=1, max_size=60), st.integers(1, 8), st.integers(0, 100))
 def test_nothing_starves(lengths: list[int], max_batch_size: int, seed: int) -> None:
-    settings = SchedulingSettings(max_batch_size=max_batch_size, look_ahead=16)
+    settings = SchedulingSettings(max_batch_size=max_batch_size)
     chance = random.Random(seed)
     waiting = dict(enumerate(line(*lengths)))
     ahead = {at: at for at in waiting}
     runs, newest = 0, len(waiting)
     while any(at < len(lengths) for at in waiting):
         order = list(waiting)
-        for at in plan([waiting[at] for at in order], NOW, settings).indices:
+        for at in plan([waiting[at] for at in order], NOW, settings, CPU_COST).indices:
             number = order[at]
             assert runs <= ahead.get(number, runs), "overtaken more often than there were sequences before it"
             del waiting[number]
@@ -132,53 +186,63 @@ def test_nothing_starves(lengths: list[int], max_batch_size: int, seed: int) -> 
 
 
 def test_nothing_waits_and_nothing_runs() -> None:
-    assert plan([], NOW, SchedulingSettings()).indices == ()
+    assert plan([], NOW, SchedulingSettings(), CPU_COST).indices == ()
 
 
 def test_near_equal_lengths_go_together_on_a_cpu() -> None:
-    assert set(plan(line(32, 250, 31, 8, 33, 120), NOW, SchedulingSettings()).indices) == {0, 2, 4}
+    assert set(plan(line(32, 250, 31, 8, 33, 120), NOW, SchedulingSettings(), CPU_COST).indices) == {0, 2, 4}
 
 
 def test_everything_goes_together_where_launches_dominate() -> None:
-    settings = SchedulingSettings(run_overhead_tokens=5000)
-    assert set(plan(line(32, 120, 31, 24, 33, 60), NOW, settings).indices) == set(range(6))
-    assert len(plan(line(32, 120, 31, 24, 33, 60), NOW, SchedulingSettings()).indices) == 3
+    view = line(32, 120, 31, 24, 33, 60)
+    assert set(plan(view, NOW, SchedulingSettings(), LAUNCHES).indices) == set(range(6))
+    assert len(plan(view, NOW, SchedulingSettings(), CPU_COST).indices) == 3
 
 
-def test_without_overhead_only_equal_lengths_could_join_and_none_needs_to() -> None:
-    assert plan(line(32, 32, 33), NOW, SchedulingSettings(run_overhead_tokens=0)).indices == (0,)
+def test_without_overhead_none_needs_company() -> None:
+    free = CostModel(run_s=0.0, sequence_s=0.0, token_s=1e-4, pair_s=0.0)
+    assert plan(line(32, 33, 31), NOW, SchedulingSettings(), free).indices == (0,)
+
+
+def test_a_short_one_is_not_padded_for_a_large_company_of_long_ones() -> None:
+    assert plan(line(8, *[100] * 20), NOW, SchedulingSettings(), CPU_COST).indices == (0,)
+
+
+def test_of_mates_as_near_those_that_have_waited_longer_join() -> None:
+    view = [Waiting(rank, (32,)) for rank in (0.0, 99.0, 1.0, 98.0)]
+    assert set(plan(view, NOW, SchedulingSettings(max_batch_size=2), CPU_COST).indices) == {0, 2}
 
 
 def test_among_equal_lengths_the_older_joins() -> None:
     settings = SchedulingSettings(max_batch_size=2)
-    assert plan(line(32, 30, 30, 30), NOW, settings).indices == (0, 1)
-    assert plan(line(32, 34, 34, 34), NOW, settings).indices == (0, 1)
-    assert plan(line(32, 32, 32, 32), NOW, settings).indices == (0, 1)
+    assert plan(line(32, 30, 30, 30), NOW, settings, CPU_COST).indices == (0, 1)
+    assert plan(line(32, 34, 34, 34), NOW, settings, CPU_COST).indices == (0, 1)
+    assert plan(line(32, 32, 32, 32), NOW, settings, CPU_COST).indices == (0, 1)
 
 
 def test_a_sequence_too_long_for_any_run_goes_alone() -> None:
     settings = SchedulingSettings(max_batch_tokens=64)
-    assert plan(line(100, 100, 10), NOW, settings).indices == (0,)
+    assert plan(line(100, 100, 10), NOW, settings, CPU_COST).indices == (0,)
 
 
 def test_one_that_needs_too_many_bytes_is_passed_over_for_the_next() -> None:
     settings = SchedulingSettings(max_batch_bytes=100)
     view = line(10, 10, 10)
     view[1] = replace(view[1], footprint={(0, 0): 2})
-    assert plan(view, NOW, settings).indices == (0, 2)
+    assert plan(view, NOW, settings, CPU_COST).indices == (0, 2)
 
 
 def test_attention_maps_count_at_their_padded_size() -> None:
     short_that_asks = replace(line(10)[0], footprint={(0, 0): 1})
     longer = replace(line(20)[0], rank_s=1.0)
-    settings = SchedulingSettings(run_overhead_tokens=1000, max_batch_bytes=399)
-    assert plan([short_that_asks, longer], NOW, settings).indices == (0,), "20 x 20 positions once padded"
-    assert plan([short_that_asks, longer], NOW, replace(settings, max_batch_bytes=400)).indices == (0, 1)
+    settings = SchedulingSettings(max_batch_bytes=399)
+    assert plan([short_that_asks, longer], NOW, settings, LAUNCHES).indices == (0,), "20 x 20 positions once padded"
+    assert plan([short_that_asks, longer], NOW, replace(settings, max_batch_bytes=400), LAUNCHES).indices == (0, 1)
 
 
 def test_lengths_along_several_axes_are_weighed_together() -> None:
     view = [Waiting(float(at), lengths) for at, lengths in enumerate([(30, 10), (10, 30), (30, 11), (29, 10)])]
-    assert set(plan(view, NOW, SchedulingSettings()).indices) == {0, 2, 3}
+    assert set(plan(view, NOW, SchedulingSettings(), CPU_COST).indices) == {0, 2, 3}
 
 
 @pytest.mark.parametrize(("priority", "rank"), [(Priority.LOW, 11.0), (Priority.NORMAL, 10.0), (Priority.HIGH, 9.75)])

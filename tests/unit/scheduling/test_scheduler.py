@@ -15,7 +15,7 @@ from attnserve_server.domain.errors import (
     Overloaded,
 )
 from attnserve_server.domain.values import Priority
-from attnserve_server.engine.warmup import CostModel
+from attnserve_server.engine.cost import CostModel
 from attnserve_server.model.manifest import AxisSpec
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.policy import SchedulingSettings
@@ -39,7 +39,7 @@ def test_an_idle_instance_takes_a_sequence_at_once(virtually, bench, sequence, t
         async with bench as scheduler:
             (result,) = await scheduler.submit([sequence(7)])
             assert tags_of([result]) == [7]
-            assert result.run.queue_s == 0
+            assert result.queue_s == 0
             assert bench.clock.now() == pytest.approx(1001)
 
     virtually(story())
@@ -57,7 +57,7 @@ def test_requests_gather_while_the_instance_is_busy(virtually, bench, sequence, 
             assert [tags_of(await task) for task in (first, *others)] == [[0], [1], [2], [3]]
             assert bench.executor.runs == [[0], [1, 2, 3]]
             assert bench.metric("queue_depth") == bench.metric("queue_bytes") == 0
-            assert others[0].result()[0].run.queue_s == pytest.approx(1)
+            assert others[0].result()[0].queue_s == pytest.approx(1)
 
     virtually(story())
 
@@ -185,7 +185,7 @@ def test_a_run_whose_members_all_left_is_terminated(virtually, bench, sequence, 
             await asyncio.sleep(0.5)
             leavers[0].cancel()
             await ticks()
-            assert not next(iter(scheduler._runs)).handle.terminated
+            assert not next(iter(scheduler._requests)).entries[0].run.handle.terminated
             leavers[1].cancel()
             await ticks()
             assert tags_of(await scheduler.submit([sequence(3)])) == [3]
@@ -317,7 +317,9 @@ def test_a_full_queue_refuses_with_a_retry_delay(virtually, bench, sequence) -> 
 
 
 def test_a_wait_that_would_outlast_the_deadline_is_refused_at_once(virtually, bench, sequence) -> None:
-    bench.executor.cost = CostModel(run_overhead_s=0.0, seconds_per_token=0.25)  # four tokens a second: as the fake
+    bench.executor.cost = CostModel(
+        run_s=0.0, sequence_s=0.0, token_s=0.25, pair_s=0.0
+    )  # four tokens a second: as the fake
     bench.settings = SchedulingSettings(max_batch_size=1, wait_headroom=1.0)
 
     async def story() -> None:
@@ -460,7 +462,7 @@ def test_a_dead_loop_is_no_zombie(virtually, bench, sequence, monkeypatch: pytes
 def test_the_overhead_measured_at_warm_up_makes_large_batches_where_launches_dominate(
     virtually, bench, sequence
 ) -> None:
-    bench.executor.cost = CostModel(run_overhead_s=1.0, seconds_per_token=0.001)  # as a thousand tokens
+    bench.executor.cost = CostModel(run_s=1.0, sequence_s=0.0, token_s=0.001, pair_s=0.0)  # as a thousand tokens
 
     async def story() -> None:
         async with bench as scheduler:
@@ -484,7 +486,7 @@ def test_sequences_of_other_lengths_on_a_rigid_axis_run_apart(virtually, bench, 
 
 
 def test_a_measurement_without_overhead_does_not_talk_us_out_of_batching(virtually, bench, sequence) -> None:
-    bench.executor.cost = CostModel(run_overhead_s=0.0, seconds_per_token=0.001)
+    bench.executor.cost = CostModel(run_s=0.0, sequence_s=0.0, token_s=0.001, pair_s=0.0)
 
     async def story() -> None:
         async with bench as scheduler:
@@ -564,7 +566,7 @@ def storm(virtually, bench, sequence, tags_of, seed: int) -> None:
                 assert end is True or isinstance(end, AttnserveError | asyncio.CancelledError), end
             ran = [tag for run in bench.executor.runs for tag in run]
             assert len(ran) == len(set(ran)), "nothing runs twice"
-            assert not scheduler._runs
+            assert not scheduler._running_tokens
             assert len(scheduler._queue) == 0
             assert bench.metric("queue_depth") == bench.metric("queue_bytes") == 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from attnserve.v1 import attention_pb2, model_pb2, tensor_pb2
+from attnserve.v1 import attention_pb2, inference_service_pb2, model_pb2, tensor_pb2
 from attnserve_server.attention import resolve
 from attnserve_server.domain import selection as domain
 from attnserve_server.domain.errors import InvalidRequest
@@ -29,12 +29,16 @@ DTYPES = sorted(codec.WIRE_DTYPES)
 MANIFEST = tiny_manifest()
 
 
+def result_message(result: SequenceResult, outputs: tuple[str, ...]) -> inference_service_pb2.SequenceResult:
+    """An answer as a caller reads it."""
+    return inference_service_pb2.SequenceResult.FromString(codec.result_of(result, outputs).joined())
+
+
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 def test_an_array_comes_back_as_it_went(data: st.DataObject, dtype: str) -> None:
     shape = data.draw(npst.array_shapes(min_dims=0, max_dims=4, max_side=4))
     array = data.draw(npst.arrays(np.dtype(dtype), shape))
-    message = codec.tensor_of(array, "x")
-    wire = tensor_pb2.Tensor.FromString(message.SerializeToString())
+    wire = tensor_pb2.Tensor.FromString(codec.tensor_of(array, "x").joined())
     back = codec.array_of(wire.data, codec.DTYPE_NAMES[wire.dtype], tuple(wire.shape))
     assert back.dtype == array.dtype
     assert back.tobytes() == array.tobytes()  # bytes, so that NaN and -0.0 count too
@@ -43,7 +47,7 @@ def test_an_array_comes_back_as_it_went(data: st.DataObject, dtype: str) -> None
 
 def test_bytes_on_the_wire_are_little_endian_and_row_major() -> None:
     big = np.array([[1, 2], [3, 4]], ">i4").T
-    message = codec.tensor_of(big)
+    message = tensor_pb2.Tensor.FromString(codec.tensor_of(big).joined())
     assert message.data == bytes([1, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0])
 
 
@@ -143,9 +147,10 @@ def test_the_answer_for_one_sequence_carries_outputs_in_the_order_asked_for_maps
     result = SequenceResult(
         {"one": np.zeros(2, np.float32), "two": np.ones(1, np.int64)},
         AttentionAnswer((units,), maps),
-        RunFacts(3, 10, 12, 0.5, 1, 0.25),
+        RunFacts(3, 10, 12, 0.5, 1),
+        0.25,
     )
-    message = codec.result_message(result, ("two", "one"))
+    message = result_message(result, ("two", "one"))
     assert [tensor.name for tensor in message.outputs] == ["two", "one"]
     assert list(message.attention.axes[0].texts) == ["a", "b"]
     first, second = message.attention.maps
@@ -157,7 +162,7 @@ def test_the_answer_for_one_sequence_carries_outputs_in_the_order_asked_for_maps
 
 
 def test_a_sequence_without_attention_has_none() -> None:
-    message = codec.result_message(SequenceResult({}, None, RunFacts(1, 1, 1, 0.1, 0)), ())
+    message = result_message(SequenceResult({}, None, RunFacts(1, 1, 1, 0.1, 0)), ())
     assert not message.HasField("attention")
 
 
@@ -193,6 +198,6 @@ def test_a_description_tells_patch_grids_and_the_axis_of_the_second_text() -> No
 
 def test_units_of_patches_carry_their_grid() -> None:
     units = AxisUnits(axis="patches", length=7, grid=(2, 3), leading=1)
-    message = codec.result_message(SequenceResult({}, AttentionAnswer((units,), ()), RunFacts(1, 1, 1, 0.1, 0)), ())
+    message = result_message(SequenceResult({}, AttentionAnswer((units,), ()), RunFacts(1, 1, 1, 0.1, 0)), ())
     (axis,) = message.attention.axes
     assert (axis.grid_rows, axis.grid_columns, axis.leading) == (2, 3, 1)

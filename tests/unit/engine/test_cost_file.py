@@ -1,0 +1,65 @@
+"""What runs cost is kept beside the bundle, by machine, and nothing rests on the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from attnserve_server.engine.cost import TimedRun
+from attnserve_server.engine.cost_file import CostKey, cost_path, machine, read_costs, write_costs
+from attnserve_server.model.repository import Bundle, Repository, verify
+from tiny_bundle import write_tiny_files, write_tiny_repository
+
+RUNS = (TimedRun(1, 8, 0.001), TimedRun(4, 32, 0.02))
+KEY = CostKey(
+    digest="sha256:1", provider="CPUExecutionProvider", runtime="one", machine="a", cores=2, intra_op_threads=1
+)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    files, root = tmp_path / "files", tmp_path / "models"
+    files.mkdir()
+    return Repository(write_tiny_repository(root, write_tiny_files(files))).bundle("tiny")
+
+
+def test_costs_come_back_as_they_went_and_leave_the_bundle_as_it_is(bundle: Bundle) -> None:
+    assert read_costs(bundle, KEY) == ()
+    assert write_costs(bundle, KEY, RUNS)
+    assert read_costs(bundle, KEY) == RUNS
+    verify(bundle)
+
+
+@pytest.mark.parametrize("field", ["digest", "provider", "runtime", "machine", "cores", "intra_op_threads"])
+def test_another_machine_has_an_entry_of_its_own(bundle: Bundle, field: str) -> None:
+    other = KEY.model_copy(update={field: 3 if isinstance(getattr(KEY, field), int) else "another"})
+    write_costs(bundle, KEY, RUNS)
+    assert read_costs(bundle, other) == ()
+    write_costs(bundle, other, RUNS[:1])
+    assert read_costs(bundle, KEY) == RUNS
+    assert read_costs(bundle, other) == RUNS[:1]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"entries": [{"runs": []}]}', b" " * 2**21, b'{"entries": 1}'])
+def test_a_file_that_is_none_of_ours_counts_for_nothing_and_is_written_anew(bundle: Bundle, content: bytes) -> None:
+    cost_path(bundle).write_bytes(content)
+    assert read_costs(bundle, KEY) == ()
+    assert write_costs(bundle, KEY, RUNS)
+    assert read_costs(bundle, KEY) == RUNS
+
+
+def test_where_nothing_can_be_written_it_is_said_and_nothing_is_left_behind(bundle: Bundle) -> None:
+    cost_path(bundle).mkdir()  # also root cannot put a file in a folder's place
+    assert not write_costs(bundle, KEY, RUNS)
+    assert [entry.name for entry in bundle.path.parent.iterdir() if entry.is_file()] == []
+
+
+def test_old_machines_give_way(bundle: Bundle) -> None:
+    for number in range(70):
+        write_costs(bundle, KEY.model_copy(update={"cores": number + 1}), RUNS)
+    assert read_costs(bundle, KEY.model_copy(update={"cores": 1})) == ()
+    assert read_costs(bundle, KEY.model_copy(update={"cores": 70})) == RUNS
+
+
+def test_the_machine_has_a_name() -> None:
+    assert machine().strip()
