@@ -7,6 +7,7 @@ import inspect
 from typing import Annotated, Any
 
 import typer
+import uvloop
 
 from attnserve_server.app import Application
 from attnserve_server.config import Settings, flag_of, variable_of
@@ -30,7 +31,8 @@ def _command() -> Any:
         """Serve every model of a repository over gRPC, with metrics and readiness over HTTP."""
         settings = Settings.load(flags)
         configure(settings.log_level)
-        raise typer.Exit(asyncio.run(_serve(settings)))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            raise typer.Exit(runner.run(_serve(settings)))
 
     parameters = [
         inspect.Parameter(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import repeat
 from typing import Final
 
 import numpy as np
@@ -65,7 +66,9 @@ def _array(
     dtype = DTYPE_NAMES.get(message.dtype)
     if dtype != spec.dtype:
         violations.add(f"{path}.dtype", f"{dtype or message.dtype}, but input {spec.name!r} is {spec.dtype}")
-    shape = _shape(message, spec, intake, path, lengths, violations)
+    shape: tuple[int, ...] | None = tuple(message.shape) if len(message.shape) == len(spec.shape) else None
+    if shape is None or not all(map(_fits, shape, spec.shape, repeat(intake.max_lengths), repeat(lengths))):
+        shape = _shape(message, spec, intake, path, lengths, violations)  # which says what is wrong with it
     if shape is None or len(violations) > before:
         return None
     data = message.data
@@ -119,6 +122,13 @@ def _shape(
         if fault:
             violations.add(f"{path}.shape[{axis}]", fault)
     return shape if len(violations) == before else None
+
+
+def _fits(length: int, extent: int | str, max_lengths: Mapping[str, int], lengths: dict[str, int]) -> bool:
+    """Whether one axis's length is right; notes the length of a symbol that is met first."""
+    if isinstance(extent, int):
+        return 0 < length == extent
+    return 0 < length <= max_lengths[extent] and lengths.setdefault(extent, length) == length
 
 
 def _extent_fault(length: int, extent: int | str, intake: Intake, lengths: dict[str, int]) -> str:

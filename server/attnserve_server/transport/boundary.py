@@ -57,7 +57,7 @@ class RpcMetrics:
         started = self._metrics.counter(RPC_STARTED).labels(*labels)
         seconds = self._metrics.histogram(RPC_SECONDS).labels(*labels)
         handled = self._metrics.counter(RPC_HANDLED)
-        handled.labels(*labels, "OK")
+        answered = handled.labels(*labels, "OK")
 
         async def measured_call(request: Any, context: Context) -> Any:
             started.inc()
@@ -80,7 +80,7 @@ class RpcMetrics:
                 code = code_of(status).name
                 await context.abort(code_of(status), status.message, trailers_of(status))
             finally:
-                handled.labels(*labels, code).inc()
+                (answered if code == "OK" else handled.labels(*labels, code)).inc()
                 seconds.observe(self._clock.now() - begun)
 
         return measured_call
@@ -103,12 +103,17 @@ async def send(context: Context, data: bytes) -> bool:
     return True
 
 
-def parsed(kind: type[M], call: Callable[[M, Context], Awaitable[message.Message]]) -> Callable[[bytes, Context], Any]:
-    """A handler on bytes: bytes that are no message are INVALID_ARGUMENT here, where gRPC would answer UNKNOWN."""
+def parsed(
+    kind: type[M], call: Callable[[M, Context], Awaitable[message.Message | bytes]]
+) -> Callable[[bytes, Context], Any]:
+    """A handler on bytes: bytes that are no message are INVALID_ARGUMENT here, where gRPC would answer UNKNOWN.
+
+    `call` answers with a message, or with one that is serialised already.
+    """
 
     async def on_bytes(data: bytes, context: Context) -> bytes:
         answer = await call(parse(kind, data), context)
-        return answer.SerializeToString()
+        return answer if isinstance(answer, bytes) else answer.SerializeToString()
 
     return on_bytes
 

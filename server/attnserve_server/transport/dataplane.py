@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from typing import Final
 from uuid import uuid4
 
@@ -12,7 +13,7 @@ from attnserve.v1 import inference_service_pb2, model_pb2
 
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
-from attnserve_server.domain.errors import AttnserveError, InternalFault, NotServing
+from attnserve_server.domain.errors import AttnserveError, InternalFault, ModelNotFound, NotServing
 from attnserve_server.domain.values import Array, AttentionMap, Links, SequenceResult
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.logs import logger
@@ -41,6 +42,12 @@ _STATES: Final = {
 }
 
 
+_OURS: Final = uuid4().hex[:16]
+_NUMBERS: Final = count()
+"""Names of requests that came without one: this process's, and a number. Drawing a random one for each costs a system
+call, and nobody needs it to be hard to guess."""
+
+
 class DataPlane:
     """Answers requests from the catalog's models. Event loop only."""
 
@@ -62,8 +69,8 @@ class DataPlane:
         request_id: str,
         deadline: float | None,
         reserve: Reserve | None = None,
-    ) -> inference_service_pb2.InferResponse:
-        """Checks, runs and answers one request, and counts how it ended.
+    ) -> bytes:
+        """Checks, runs and answers one request, and counts how it ended. Returns an InferResponse, serialised.
 
         Args:
             request: What was asked.
@@ -74,8 +81,7 @@ class DataPlane:
         Raises:
             AttnserveError: Whatever the status table has a row for.
         """
-        check_model_reference(request.model, request.version)
-        served = self._catalog.find(request.model, request.version)
+        served = self._find(request.model, request.version)
         started = False
         try:
             manifest, scheduler = served.serving()
@@ -104,6 +110,15 @@ class DataPlane:
         _count_attention(served, results)
         return response
 
+    def _find(self, model: str, version: str) -> ServedModel:
+        """The model. Raises InvalidRequest and ModelNotFound."""
+        try:
+            return self._catalog.find(model, version)
+        except ModelNotFound:
+            # What the catalog knows is a valid name; only what it does not know need be looked at.
+            check_model_reference(model, version)
+            raise
+
     def _is_past(self, deadline: float | None) -> bool:
         """Whether a deadline ended a call: gRPC cancels its handler then, just as when the caller leaves."""
         return deadline is not None and self._clock.now() >= deadline - DEADLINE_SLACK_S
@@ -119,8 +134,7 @@ class DataPlane:
 
     def model(self, name: str, version: str) -> model_pb2.Model:
         """One model. Raises InvalidRequest and ModelNotFound."""
-        check_model_reference(name, version)
-        return self._describe(self._catalog.find(name, version))
+        return self._describe(self._find(name, version))
 
     def _describe(self, served: ServedModel) -> model_pb2.Model:
         message = model_pb2.Model(
@@ -157,7 +171,7 @@ class DataPlane:
 def name_of(request_id: str) -> str:
     """The request's name: the caller's, or a new one. Raises InvalidRequest if the caller's may not be echoed."""
     if not request_id:
-        return uuid4().hex
+        return f"{_OURS}{next(_NUMBERS):016x}"
     check_request_id(request_id)
     return request_id
 
@@ -188,21 +202,13 @@ def _response(
     request_id: str,
     prepared: PreparedRequest,
     results: list[SequenceResult],
-) -> inference_service_pb2.InferResponse:
-    return inference_service_pb2.InferResponse(
-        results=[codec.result_message(result, prepared.outputs) for result in results],
-        receipt=inference_service_pb2.Receipt(
-            request_id=request_id,
-            model=served.name,
-            version=served.version,
-            digest=manifest.digest,
-            execution_provider=served.provider,
-            precision=manifest.precision,
-        ),
-        effective_attention=None
-        if prepared.effective is None
-        else codec.effective_message(prepared.effective, manifest.sites),
-        predicted_bytes=prepared.predicted_bytes,
+) -> bytes:
+    return codec.response_of(
+        [codec.result_of(result, prepared.outputs) for result in results],
+        request_id,
+        codec.receipt_of(served.name, served.version, manifest.digest, served.provider, manifest.precision),
+        None if prepared.effective is None else codec.effective_message(prepared.effective, manifest.sites),
+        prepared.predicted_bytes,
     )
 
 

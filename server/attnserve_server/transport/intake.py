@@ -4,13 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from attnserve_server.domain.values import Array, AxisUnits
-from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
+from attnserve_server.model.manifest import NUMPY_DTYPES, AxisSpec, InputRole, InputSpec, Manifest, OutputSpec
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.transport.violations import Violations
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSize:
+    """How many bytes one sequence's output takes: `fixed_bytes` for each position of the product of its axes."""
+
+    fixed_bytes: int
+    axes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, spec: OutputSpec, manifest: Manifest) -> OutputSize:
+        """The size of one output. An axis that no input tells the length of counts with its greatest."""
+        given = {extent for input_ in manifest.inputs for extent in input_.shape}
+        told = given | {axis.symbol for axis in manifest.axes if axis.fixed}
+        told |= {axis.symbol for axis in manifest.axes if axis.derived is not None and axis.derived.source in told}
+        fixed = NUMPY_DTYPES[spec.dtype].itemsize
+        axes: list[str] = []
+        for extent in spec.shape:
+            if isinstance(extent, str) and extent in told:
+                axes.append(extent)
+            else:
+                fixed *= manifest.axis(extent).max_length if isinstance(extent, str) else extent
+        return cls(fixed, tuple(axes))
+
+    def bytes(self, lengths: Mapping[str, int]) -> int:
+        """Bytes at these lengths, those of derived axes among them."""
+        size = self.fixed_bytes
+        for axis in self.axes:
+            size *= lengths[axis]
+        return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +53,13 @@ class Intake:
     inputs: Mapping[str, InputSpec]
     max_lengths: Mapping[str, int]
     outputs: tuple[str, ...]
-    output_shapes: Mapping[str, tuple[tuple[int | str, ...], int]]
-    """By output: its extents and the bytes of one element."""
+    limits: Mapping[str, int | None]
+    """By input: the least number that is too large; None where any will do."""
+    output_sizes: Mapping[str, OutputSize]
+    constants: Mapping[str, Array]
+    """By input that may be left out, where it has one axis of changing length: what it is then, at its longest."""
+    derived: tuple[AxisSpec, ...]
+    """The axes whose lengths follow from others'."""
     max_batch_size: int
     max_text_bytes: int
     max_response_bytes: int
@@ -45,7 +81,14 @@ class Intake:
             inputs={spec.name: spec for spec in manifest.inputs},
             max_lengths={axis.symbol: axis.max_length for axis in manifest.axes},
             outputs=tuple(spec.name for spec in manifest.outputs),
-            output_shapes={spec.name: (spec.shape, NUMPY_DTYPES[spec.dtype].itemsize) for spec in manifest.outputs},
+            limits={spec.name: _limit(spec, manifest) for spec in manifest.inputs},
+            output_sizes={spec.name: OutputSize.of(spec, manifest) for spec in manifest.outputs},
+            constants={
+                spec.name: _constant(spec, manifest.axis(spec.shape[0]).max_length)
+                for spec in manifest.inputs
+                if spec.fill is not None and len(spec.shape) == 1 and isinstance(spec.shape[0], str)
+            },
+            derived=tuple(axis for axis in manifest.axes if axis.derived is not None),
             max_batch_size=max_batch_size,
             max_text_bytes=max_text_bytes,
             max_response_bytes=max_response_bytes,
@@ -75,16 +118,33 @@ def check_values(array: Array, spec: InputSpec, intake: Intake, path: str, viola
             at = int(np.argmin(finite))
             violations.add(path, f"element {at} is {array.flat[at]}; floats must be finite")
         return
-    if array.dtype.kind == "b":
+    limit = intake.limits[spec.name]
+    if limit is None:
         return
-    limit = {
-        InputRole.TOKEN_IDS: intake.manifest.vocabulary_of(spec) or np.iinfo(array.dtype).max,
+    # A negative number of two's complement is a large one without sign: one look finds both faults.
+    unsigned = array if array.dtype.kind == "u" else array.view(f"u{array.dtype.itemsize}")
+    if unsigned.max() >= limit:
+        at = int(np.argmax((array < 0) | (array >= limit)))
+        violations.add(path, f"element {at} is {array.flat[at]}; input {spec.name!r} runs from 0 to {limit - 1}")
+
+
+def _limit(spec: InputSpec, manifest: Manifest) -> int | None:
+    """The least number that an input of whole numbers may not hold; None where any will do."""
+    dtype: np.dtype[Any] = NUMPY_DTYPES[spec.dtype]
+    if dtype.kind not in "iu":
+        return None
+    return {
+        InputRole.TOKEN_IDS: manifest.vocabulary_of(spec) or int(np.iinfo(dtype).max),
         InputRole.ATTENTION_MASK: 2,
         InputRole.TOKEN_TYPE_IDS: 2,
     }.get(spec.role)
-    if limit is not None and (array.min() < 0 or array.max() >= limit):
-        at = int(np.argmax((array < 0) | (array >= limit)))
-        violations.add(path, f"element {at} is {array.flat[at]}; input {spec.name!r} runs from 0 to {limit - 1}")
+
+
+def _constant(spec: InputSpec, length: int) -> Array:
+    """An input of one axis as it is filled in, read-only."""
+    constant = np.full(length, spec.fill, NUMPY_DTYPES[spec.dtype])
+    constant.flags.writeable = False
+    return constant
 
 
 def fill_in(
@@ -102,6 +162,10 @@ def fill_in(
     before = len(violations)
     for name, spec in intake.inputs.items():
         if name in tensors or name in sent:
+            continue
+        constant = intake.constants.get(name)
+        if constant is not None and spec.shape[0] in lengths:
+            tensors[name] = constant[: lengths[str(spec.shape[0])]]
             continue
         unknown = [extent for extent in spec.shape if isinstance(extent, str) and extent not in lengths]
         if spec.fill is None:

@@ -24,10 +24,8 @@ class InferenceServicer:
         self._streams = streams
         self._clock = clock
 
-    async def infer(
-        self, request: inference_service_pb2.InferRequest, context: Context
-    ) -> inference_service_pb2.InferResponse:
-        """One request, one answer."""
+    async def infer(self, request: inference_service_pb2.InferRequest, context: Context) -> bytes:
+        """One request, one answer: an InferResponse, serialised."""
         remaining = remaining_s(context)
         deadline = None if remaining is None else self._clock.now() + remaining
         request_id = name_of(request.request_id)

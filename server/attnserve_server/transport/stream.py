@@ -22,6 +22,7 @@ from attnserve_server.domain.errors import (
 from attnserve_server.transport.allowance import Allowance
 from attnserve_server.transport.boundary import QUIET, Context, remaining_s, send
 from attnserve_server.transport.dataplane import DataPlane, log_failure
+from attnserve_server.transport.splice import Splice
 from attnserve_server.transport.status import status_of
 from attnserve_server.transport.structure import MAX_STRUCTURE_BYTES, peek
 from attnserve_server.transport.validation import check_request_id, is_request_id
@@ -191,9 +192,7 @@ class _Stream:
             self._answers.give(flight.reserved_bytes)
             self._slots.release()
 
-    async def _compute(
-        self, request: inference_service_pb2.InferRequest, flight: _Flight
-    ) -> inference_service_pb2.InferResponse:
+    async def _compute(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> bytes:
         """The plane's answer. Until the request is in the scheduler, which keeps deadlines itself, this keeps it."""
         began = self._clock.now()
         try:
@@ -214,7 +213,7 @@ class _Stream:
             return RequestCancelled()
         flight.computing = True
         try:
-            return (await self._compute(request, flight)).SerializeToString()
+            return await self._compute(request, flight)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             # The caller's cancellation takes back one request of cancellation; one more comes from the stream's end.
@@ -239,7 +238,7 @@ class _Stream:
             envelope.status = status_of(answer, request_id).SerializeToString()
             await self._write(envelope.SerializeToString())
         elif len(answer) <= CHUNK_BYTES:
-            await self._write(envelope.SerializeToString() + _RESPONSE_TAG + _varint(len(answer)) + answer)
+            await self._write(Splice(envelope.SerializeToString()).add(_RESPONSE, answer).joined())
         else:
             starts = range(0, len(answer), CHUNK_BYTES)
             for index, start in enumerate(starts):
@@ -259,24 +258,11 @@ class _Stream:
                 flight.task.cancel()
 
 
-# Field 2 of StreamInferResponse, length-delimited. The answer is spliced in as it was serialised: protobuf joins
-# fields that follow one another, so a large answer need not be copied into a second message.
-_RESPONSE_TAG: Final = bytes([inference_service_pb2.StreamInferResponse.RESPONSE_FIELD_NUMBER << 3 | 2])
-
+_RESPONSE: Final = inference_service_pb2.StreamInferResponse.RESPONSE_FIELD_NUMBER
 _NAME_OF_REQUEST: Final = (
     inference_service_pb2.StreamInferRequest.REQUEST_FIELD_NUMBER,
     inference_service_pb2.InferRequest.REQUEST_ID_FIELD_NUMBER,
 )
-
-
-def _varint(value: int) -> bytes:
-    """`value` as protobuf writes lengths: seven bits a byte, least first."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def _salvaged_id(data: bytes) -> str:

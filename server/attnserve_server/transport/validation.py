@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,8 +78,9 @@ def prepare(message: inference_service_pb2.InferRequest, intake: Intake) -> Prep
     outputs = _outputs(message, intake, violations)
     found = _all_inputs(message.sequences, intake, violations)
     violations.raise_any()
-    _check_derived(found, intake, violations)
-    violations.raise_any()
+    if intake.derived:
+        _check_derived(found, intake, violations)
+        violations.raise_any()
     sequences: list[PreparedSequence] = []
     for index, inputs in enumerate(found):
         units: dict[str, AxisUnits] = {}
@@ -96,6 +96,7 @@ def prepare(message: inference_service_pb2.InferRequest, intake: Intake) -> Prep
                 attention=effective,
                 units=units,
                 response_bytes=_output_bytes(outputs, inputs.lengths, intake) + attention_bytes,
+                lone=len(found) == 1,
             )
         )
         if violations.full:
@@ -127,7 +128,7 @@ def _outputs(message: inference_service_pb2.InferRequest, intake: Intake, violat
     for index, name in enumerate(names):
         if violations.full:
             break
-        if name not in intake.output_shapes:
+        if name not in intake.output_sizes:
             violations.add(
                 f"outputs.names[{index}]", f"no output {shown(name)}; the model gives {', '.join(intake.outputs)}"
             )
@@ -161,7 +162,7 @@ def _all_inputs(
 def _check_derived(found: Sequence[Inputs], intake: Intake, violations: Violations) -> None:
     """What is too short for a window of the model would fail a whole batch."""
     for index, inputs in enumerate(found):
-        for axis in intake.manifest.axes:
+        for axis in intake.derived:
             if axis.derived is None or axis.derived.source not in inputs.lengths:
                 continue
             length = inputs.lengths[axis.derived.source]
@@ -208,12 +209,6 @@ def _attention_bytes(
 
 
 def _output_bytes(outputs: Sequence[str], lengths: Mapping[str, int], intake: Intake) -> int:
-    """Bytes of the outputs; an axis that no input tells the length of counts with its greatest."""
-    lengths = intake.manifest.with_derived(lengths)
-    total = 0
-    for name in outputs:
-        extents, item_bytes = intake.output_shapes[name]
-        total += item_bytes * math.prod(
-            extent if isinstance(extent, int) else lengths.get(extent, intake.max_lengths[extent]) for extent in extents
-        )
-    return total
+    if intake.derived:
+        lengths = intake.manifest.with_derived(lengths)
+    return sum(intake.output_sizes[name].bytes(lengths) for name in outputs)
