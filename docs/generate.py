@@ -111,6 +111,8 @@ def _kind(annotation: Any) -> str:
         return ", ".join([_kind(kind), *(limits for field in fields if (limits := _limits(field.metadata)))])
     if get_origin(annotation) is tuple:
         return "list"
+    if get_origin(annotation) is dict:
+        return "key=value list"
     names = {int: "integer", float: "number", str: "text", Path: "path"}
     return names.get(annotation) or ", ".join(f"`{value}`" for value in get_args(annotation))
 

@@ -10,13 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from attnserve_server.config import Settings, cores
+from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock, MonotonicClock
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.engine.cost_file import read_costs, write_costs
 from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.session import ProviderUnavailable
-from attnserve_server.loading import StartFailed, cost_key, open_bundle, scheduling_settings, wanted_bundles
+from attnserve_server.loading import (
+    StartFailed,
+    cost_key,
+    instances_of,
+    open_bundle,
+    scheduling_settings,
+    wanted_bundles,
+)
 from attnserve_server.model.repository import Bundle, BundleFault
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.memory import resident_bytes
@@ -182,11 +189,12 @@ class Application:
         began, bytes_before = self.clock.now(), resident_bytes()
         executor: Executor | None = None
         try:
-            session, model.tokenizer = await asyncio.to_thread(open_bundle, bundle, self.settings)
+            sessions, model.tokenizer = await asyncio.to_thread(open_bundle, bundle, self.settings)
+            session = sessions[0]
             model.provider = session.provider
             model.metrics.provider(session.provider)
-            instances = self.settings.instances or (cores() if session.provider == "CPUExecutionProvider" else 1)
-            executor = Executor([session], bundle.manifest, model.metrics, self.clock, instances)
+            instances = instances_of(sessions, self.settings)
+            executor = Executor(sessions, bundle.manifest, model.metrics, self.clock, instances)
             executor.start()
             key = cost_key(session, bundle.manifest, self.settings)
             known = read_costs(bundle, key) if self.settings.remember_costs else ()
@@ -224,6 +232,7 @@ class Application:
             version=model.version,
             digest=bundle.manifest.digest,
             provider=session.provider,
+            devices=len(sessions),
             instances=instances,
             sites=len(bundle.manifest.sites),
             sites_available=sum(site.available for site in bundle.manifest.sites),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -66,8 +67,28 @@ class Settings(BaseSettings):
         None,
         description="Refuse to start unless this execution provider is in use. Default: none, as CPUs serve too.",
     )
+    device_ids: Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], NoDecode] = Field(
+        (), description="GPUs to load each model on, as the driver numbers the visible ones. Default: all of them."
+    )
+    cuda_options: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        description="Options of the CUDA provider, `key=value,...`, as onnxruntime documents them, over our own: "
+        "`gpu_mem_limit=8589934592`, `use_tf32=1`. Default: exact float32, memory as it is needed.",
+    )
+    cuda_graphs: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Shapes, `rows x tokens` as `1x32,8x64`, whose runs are recorded as CUDA graphs: smaller runs are "
+        "padded up to them, and runs take turns. Default: none, as it is for latency on a GPU that is mostly idle.",
+    )
+    tensorrt_options: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        description="Options of the TensorRT provider, likewise: `trt_fp16_enable=1,trt_engine_cache_enable=1,"
+        "trt_engine_cache_path=/cache`. Default: none beside a timing cache.",
+    )
     instances: Annotated[int, Field(ge=0, le=256)] = Field(
-        0, description="Runs at a time for each model; 0: one for each core on a CPU, one on a GPU. Default: that."
+        0,
+        description="Runs at a time for each model; 0: one for each core on a CPU, three for each GPU, where one run's "
+        "copies and launches overlap another's kernels. Default: that.",
     )
     intra_op_threads: Annotated[int, Field(ge=1, le=256)] = Field(
         1, description="Threads within one run. Default: 1, as parallel runs use cores better than parallel operators."
@@ -147,10 +168,34 @@ class Settings(BaseSettings):
         "info", description="Least level that is logged. Default: callers' faults show, each answer does not."
     )
 
-    @field_validator("models", mode="before")
+    @field_validator("cuda_graphs")
+    @classmethod
+    def _shapes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [shape for shape in value if re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", shape) is None]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no shape as 8x64")
+        return value
+
+    @field_validator("models", "cuda_graphs", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("device_ids", mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("cuda_options", "tensorrt_options", mode="before")
+    @classmethod
+    def _pairs(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        wrong = [key for key, equals, _ in pairs if not equals or not key.strip()]
+        if wrong:
+            raise ValueError(f"{wrong[0].strip()!r} is no key=value")
+        return {key.strip(): text.strip() for key, _, text in pairs}
 
     @field_validator("ports_file", "require_provider", "run_overhead_tokens", mode="before")
     @classmethod

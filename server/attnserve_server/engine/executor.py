@@ -18,7 +18,8 @@ from attnserve_server.domain.values import Array, AttentionAnswer, PreparedSeque
 from attnserve_server.engine import warmup
 from attnserve_server.engine.collation import CollatedBatch, collate, kept_as_view, outputs_of, weights_of
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
-from attnserve_server.engine.session import CPU, RunHandle, RunTerminated, RuntimeSession
+from attnserve_server.engine.providers import CPU
+from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
 from attnserve_server.engine.warmup import ThreadCpuClock
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics

@@ -13,16 +13,32 @@ import onnxruntime as ort
 
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import Array
+from attnserve_server.engine.binding import PinnedOutputs
+from attnserve_server.engine.cuda_graphs import GraphPlan, RecordedRuns, run_as_ever
+from attnserve_server.engine.providers import (
+    AUTO,
+    CPU,
+    CUDA,
+    GPU_PROVIDERS,
+    TENSORRT,
+    ProviderChoice,
+    ProviderUnavailable,
+)
 
-CPU: Final = "CPUExecutionProvider"
-CUDA: Final = "CUDAExecutionProvider"
-TENSORRT: Final = "TensorrtExecutionProvider"
-AUTO: Final = "auto"
+__all__ = [
+    "AUTO",
+    "CPU",
+    "CUDA",
+    "TENSORRT",
+    "LoadFailed",
+    "ProviderUnavailable",
+    "RunFailed",
+    "RunHandle",
+    "RunTerminated",
+    "RuntimeSession",
+    "runtime_version",
+]
 
-_PROVIDER_OPTIONS: Final[Mapping[str, Mapping[str, str]]] = {
-    # TF32 keeps ten bits of a float32's mantissa: weights would differ from the model's by 1e-3.
-    CUDA: {"use_tf32": "0"},
-}
 _SLOWER_FUSIONS: Final[Mapping[str, str]] = {
     # On the CPU the fused kernel takes longer than Add and LayerNormalization apart: MiniLM as a whole took 9 to 15 %
     # longer with it (batches 1 to 8, lengths 16 to 256, one core, onnxruntime 1.32).
@@ -36,18 +52,6 @@ _FATAL_ONLY: Final = 4
 def runtime_version() -> str:
     """The runtime's name and version."""
     return f"onnxruntime {ort.__version__}"
-
-
-class ProviderUnavailable(AttnserveError):
-    """The execution provider that was asked for is not there, or does not load."""
-
-    reason = "PROVIDER_UNAVAILABLE"
-
-    def __init__(self, wanted: str, available: Sequence[str]) -> None:
-        self.wanted, self.available = wanted, tuple(available)
-        super().__init__(
-            f"execution provider {wanted} is not available: the runtime offers {', '.join(self.available) or 'none'}"
-        )
 
 
 class LoadFailed(AttnserveError):
@@ -113,9 +117,11 @@ class RunHandle:
 class RuntimeSession:
     """One loaded model: one copy of the weights, which any number of threads may run at once."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
+    def __init__(self, session: ort.InferenceSession, device_id: int = 0, graphs: GraphPlan | None = None) -> None:
         self._session = session
         self.provider: str = session.get_providers()[0]
+        self._bound = PinnedOutputs(session, device_id) if self.provider in GPU_PROVIDERS else None
+        self._recorded = RecordedRuns(session, device_id, graphs) if graphs is not None and self._bound else None
         self.input_names: tuple[str, ...] = tuple(node.name for node in session.get_inputs())
         self.output_names: tuple[str, ...] = tuple(node.name for node in session.get_outputs())
 
@@ -125,8 +131,11 @@ class RuntimeSession:
         model_path: Path,
         *,
         provider: str = AUTO,
-        intra_op_threads: int = 1,
         required_provider: str | None = None,
+        device_id: int = 0,
+        provider_options: Mapping[str, Mapping[str, str]] | None = None,
+        graphs: GraphPlan | None = None,
+        intra_op_threads: int = 1,
         allow_spinning: bool = False,
     ) -> RuntimeSession:
         """Loads a model by its path; the runtime then resolves external data beside that file only.
@@ -134,8 +143,11 @@ class RuntimeSession:
         Args:
             model_path: the ONNX file.
             provider: an execution provider of onnxruntime, or `auto`: CUDA where it is offered and loads, else CPU.
-            intra_op_threads: threads within one run, the caller's included; 1 or more.
             required_provider: refuse unless this provider is the one in use.
+            device_id: which of the visible GPUs.
+            provider_options: by provider, over our own.
+            graphs: what to record as CUDA graphs; None: nothing.
+            intra_op_threads: threads within one run, the caller's included; 1 or more.
             allow_spinning: let idle threads of the pool burn their core for a moment instead of sleeping. It helps one
                 instance that has the machine to itself and hurts as soon as instances share cores.
 
@@ -143,17 +155,17 @@ class RuntimeSession:
             ProviderUnavailable: a named or required provider is not offered or did not load.
             LoadFailed: the runtime refused the model.
         """
+        choice = ProviderChoice(
+            provider, required_provider, device_id, provider_options or {}, cuda_graphs=graphs is not None
+        )
         available = ort.get_available_providers()
-        chosen = _choose(provider, required_provider, available)
-        options = _options(chosen, intra_op_threads, allow_spinning=allow_spinning)
-        session = _open(model_path, options, chosen, available)
-        if session is None and provider == AUTO and required_provider is None:
-            chosen = CPU
-            options = _options(chosen, intra_op_threads, allow_spinning=allow_spinning)
-            session = _open(model_path, options, chosen, available)
-        if session is None:
-            raise ProviderUnavailable(chosen, [name for name in available if name != chosen])
-        return cls(session)
+        first = choice.first(available)
+        for name in dict.fromkeys((first, *((CPU,) if choice.may_fall_back else ()))):
+            options = _options(name, intra_op_threads, allow_spinning=allow_spinning)
+            session = _open(model_path, options, choice.chain(name, available))
+            if session is not None:
+                return cls(session, device_id, graphs)
+        raise ProviderUnavailable(first, [name for name in available if name != first])
 
     def run(self, feeds: Mapping[str, Array], fetches: Sequence[str], handle: RunHandle | None = None) -> list[Array]:
         """Runs the model once, on the calling thread; only what leads to `fetches` is computed.
@@ -178,6 +190,8 @@ class RuntimeSession:
         if handle is not None:
             handle._attach(options)  # noqa: SLF001 - handle and session are two halves of one thing
         try:
+            if self._bound is not None:
+                return self._run_bound(self._bound, feeds, fetches, options)
             outputs: list[Array] = self._session.run(list(fetches), dict(feeds), options)
         except Exception as error:
             if handle is not None and handle.terminated:
@@ -188,17 +202,17 @@ class RuntimeSession:
                 handle._detach()  # noqa: SLF001 - as above
         return outputs
 
-
-def _choose(provider: str, required: str | None, available: Sequence[str]) -> str:
-    """The provider to try first. A provider that is not offered is refused before anything is loaded."""
-    wanted = required if provider == AUTO else provider
-    if required is not None and wanted != required:
-        raise ProviderUnavailable(required, [str(wanted)])
-    if wanted is None:
-        return CUDA if CUDA in available else CPU
-    if wanted not in available:
-        raise ProviderUnavailable(wanted, available)
-    return wanted
+    def _run_bound(
+        self, bound: PinnedOutputs, feeds: Mapping[str, Array], fetches: Sequence[str], options: ort.RunOptions
+    ) -> list[Array]:
+        recorded = self._recorded
+        if recorded is None:
+            return bound.run(feeds, fetches, options)
+        with recorded.turn:
+            shape = recorded.covers(feeds, fetches)
+            if shape is not None:
+                return recorded.run(feeds, fetches, shape)
+            return bound.run(feeds, fetches, run_as_ever(options))
 
 
 def _options(provider: str, intra_op_threads: int, *, allow_spinning: bool) -> ort.SessionOptions:
@@ -216,15 +230,19 @@ def _options(provider: str, intra_op_threads: int, *, allow_spinning: bool) -> o
 
 
 def _open(
-    path: Path, options: ort.SessionOptions, chosen: str, available: Sequence[str]
+    path: Path, options: ort.SessionOptions, chain: list[tuple[str, dict[str, str]]]
 ) -> ort.InferenceSession | None:
-    """A session that really uses `chosen`, or None where it cannot be had. Raises LoadFailed for a refused model."""
-    chain = [chosen, *((CUDA,) if chosen == TENSORRT and CUDA in available else ()), *((CPU,) if chosen != CPU else ())]
-    if CUDA in chain and hasattr(ort, "preload_dlls"):
+    """A session that really uses the first of a chain, or None where it cannot be had.
+
+    Raises:
+        LoadFailed: the runtime refused the model.
+    """
+    chosen = chain[0][0]
+    if chosen in GPU_PROVIDERS and hasattr(ort, "preload_dlls"):
         # Finds CUDA's libraries where pip puts them. It prints what it misses; the session's providers tell us instead.
         with contextlib.redirect_stdout(io.StringIO()):
             ort.preload_dlls()
-    providers: list[Any] = [(name, dict(_PROVIDER_OPTIONS.get(name, {}))) for name in chain]
+    providers: list[Any] = list(chain)
     try:
         # Fallback off: a run must never quietly move to another provider than the receipt names.
         session = ort.InferenceSession(str(path), sess_options=options, providers=providers, enable_fallback=0)

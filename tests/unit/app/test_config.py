@@ -82,3 +82,19 @@ def test_every_setting_is_a_flag_of_serve_and_serve_has_no_other() -> None:
 
 def test_there_is_a_core() -> None:
     assert cores() >= 1
+
+
+def test_options_of_a_provider_are_pairs_and_a_fault_names_the_one_at_fault() -> None:
+    assert Settings.load({"cuda_options": "use_tf32=1, gpu_mem_limit=5"}).cuda_options == {
+        "use_tf32": "1",
+        "gpu_mem_limit": "5",
+    }
+    with pytest.raises(SettingsInvalid, match=r"--tensorrt-options .*'trt_fp16_enable' is no key=value"):
+        Settings.load({"tensorrt_options": "trt_fp16_enable"})
+
+
+def test_devices_and_shapes_of_graphs_are_lists() -> None:
+    settings = Settings.load({"device_ids": "0,2", "cuda_graphs": "1x32, 8x64"})
+    assert (settings.device_ids, settings.cuda_graphs) == ((0, 2), ("1x32", "8x64"))
+    with pytest.raises(SettingsInvalid, match="'8x0' is no shape"):
+        Settings.load({"cuda_graphs": "8x0"})
