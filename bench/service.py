@@ -38,12 +38,22 @@ class Server:
 
 
 @contextmanager
-def running(repository: Path) -> Iterator[Server]:
-    """`attnserve-server serve` with its defaults, on free loopback ports, until the block ends."""
+def running(repository: Path, *flags: str) -> Iterator[Server]:
+    """`attnserve-server serve` with its defaults but for `flags`, on free loopback ports, until the block ends."""
     with tempfile.TemporaryDirectory() as folder:
         ports_file = Path(folder, "ports.json")
         command = [str(Path(sys.executable).with_name("attnserve-server")), "serve", "--repository", str(repository)]
-        command += ["--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file), "--log-level", "warning"]
+        command += [
+            "--grpc-port",
+            "0",
+            "--http-port",
+            "0",
+            "--ports-file",
+            str(ports_file),
+            "--log-level",
+            "warning",
+            *flags,
+        ]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             until = time.monotonic() + START_TIMEOUT_S

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from attnserve_client import Client
 from eager import Reference
+from gpus import WHY_NOT
 from serving import serve
 
 # TF32 is off by default in onnxruntime's matrix products only for some kernels: two decimal digits less than on a CPU.
@@ -17,19 +16,6 @@ OUTPUT_TOLERANCE = 5e-3
 WEIGHT_TOLERANCE = 2e-3
 
 
-def _why_not() -> str:
-    if shutil.which("nvidia-smi") is None:
-        return "no NVIDIA GPU here: nvidia-smi is not installed"
-    if subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).stdout.strip() == b"":
-        return "no NVIDIA GPU here: nvidia-smi lists none"
-    import onnxruntime  # noqa: PLC0415 - asked only where there is a GPU
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return "a GPU, but no CUDA provider: pip uninstall onnxruntime; pip install 'attnserve[server-gpu]'"
-    return ""
-
-
-WHY_NOT = _why_not()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
 

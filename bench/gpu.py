@@ -1,0 +1,270 @@
+"""What a GPU gives, through us and bare: `python -m bench.gpu --repository FOLDER --json FILE`.
+
+For each model of the repository, in one run: the bare session at its best batch, in as many threads as serve best; the
+server under unary callers and streams, with nobody, a quarter and everybody asking for attention; and the seconds of a
+run over a grid of batch and length, as `bench.simulate` reads them. Callers are processes of their own, which send
+messages made beforehand and do not parse the answers. Only the pooled embedding, and attention where asked, comes back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from attnserve.v1 import attention_pb2, inference_service_pb2
+from attnserve_server.domain.values import PreparedSequence
+from attnserve_server.engine.collation import collate
+from attnserve_server.engine.providers import CPU
+from attnserve_server.engine.session import RuntimeSession, runtime_version
+from attnserve_server.engine.warmup import synthetic
+from attnserve_server.model.manifest import Manifest
+from attnserve_server.model.repository import Bundle, Repository
+
+from bench import service
+from bench.workload import sequences
+
+BUDGETS = (1024, 2048, 4096, 8192, 16_384)
+THREADS = (1, 2, 3, 4)
+GRID_BATCH, GRID_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128), (16, 32, 64, 128, 256, 512)
+GRID_MOST = 32_768
+METHOD = "/attnserve.v1.InferenceService/"
+SHARES = {"none": 0.0, "a quarter": 0.25, "all": 1.0}
+Sequences = list[PreparedSequence]
+
+
+def prepared(manifest: Manifest, length: int) -> PreparedSequence:
+    """A sequence of a length that wants the first output alone."""
+    made = synthetic(manifest, length)
+    return PreparedSequence(made.tensors, made.lengths, (manifest.outputs[0].name,))
+
+
+def batches(manifest: Manifest, lengths: list[int], budget: int) -> list[Sequences]:
+    """Sorted batches of about so many positions, of at most 128 rows."""
+    made: list[Sequences] = [[]]
+    for length in sorted(lengths):
+        if made[-1] and (length * (len(made[-1]) + 1) > budget or len(made[-1]) == GRID_BATCH[-1]):
+            made.append([])
+        made[-1].append(prepared(manifest, length))
+    return made
+
+
+def bare_rate(session: RuntimeSession, work: list[tuple[Any, Any]], threads: int, seconds: float) -> float:
+    """Sequences a second of so many threads that go through the batches, again and again."""
+    until, done = time.perf_counter() + seconds, [0] * threads
+
+    def loop(number: int) -> None:
+        at = number
+        while time.perf_counter() < until:
+            feeds, fetches, size = work[at % len(work)]  # type: ignore[misc]
+            session.run(feeds, fetches)
+            done[number] += size
+            at += threads
+
+    workers = [threading.Thread(target=loop, args=(number,)) for number in range(threads)]
+    began = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(done) / (time.perf_counter() - began)
+
+
+def bare(bundle: Bundle, session: RuntimeSession, lengths: list[int], seconds: float) -> dict[str, Any]:
+    """Sequences a second of the bare session, over batch budgets and threads."""
+    rates: dict[str, float] = {}
+    for budget in BUDGETS:
+        collated = [collate(batch, bundle.manifest) for batch in batches(bundle.manifest, lengths, budget)]
+        work: Any = [(one.feeds, one.fetches, one.size) for one in collated]
+        np.random.default_rng(0).shuffle(work)
+        for feeds, fetches, _ in work[:: max(1, len(work) // 20)]:
+            session.run(feeds, fetches)
+        for threads in THREADS:
+            rates[f"{budget} tokens, {threads} threads"] = bare_rate(session, work, threads, seconds)
+    best = max(rates, key=lambda name: rates[name])
+    return {"best": best, "sequences_per_s": rates[best], "all": rates}
+
+
+def cost_rows(bundle: Bundle, session: RuntimeSession) -> list[tuple[int, int, float]]:
+    """(rows, positions, seconds) over the grid, collation and the way back included."""
+    rows = []
+    for size in GRID_BATCH:
+        for tokens in GRID_TOKENS:
+            if size * tokens > GRID_MOST or tokens > bundle.manifest.axes[0].max_length:
+                continue
+            batch = collate([prepared(bundle.manifest, tokens)] * size, bundle.manifest)
+            timings = []
+            for _ in range(8):
+                began = time.perf_counter()
+                session.run(batch.feeds, batch.fetches)
+                timings.append(time.perf_counter() - began)
+            rows.append((size, tokens, statistics.median(timings[3:])))
+    return rows
+
+
+def message(model: str, output: str, items: list[Any], *, asking: bool, name: str) -> Any:
+    """A request for some sequences; `asking`: for the last layer's mean map."""
+    made = inference_service_pb2.InferRequest(model=model, request_id=name)
+    for ids in items:
+        made.sequences.append(service.request(ids).sequences[0])
+    made.outputs.names.append(output)
+    if asking:
+        made.attention.CopyFrom(
+            attention_pb2.AttentionSelection(layers=[-1], head_reduction=attention_pb2.HEAD_REDUCTION_MEAN)
+        )
+    return made
+
+
+async def stream_client(target: str, messages: list[Any], sizes: dict[bytes, int], seconds: float) -> int:
+    """Sequences answered on one stream that keeps all messages under way: each goes again once it is answered."""
+    wires = {
+        one.request_id.encode(): inference_service_pb2.StreamInferRequest(request=one).SerializeToString()
+        for one in messages
+    }
+    done, until = 0, time.monotonic() + seconds
+    async with grpc.aio.insecure_channel(target, options=[("grpc.max_receive_message_length", -1)]) as channel:
+        call = channel.stream_stream(METHOD + "StreamInfer")()
+        for wire in wires.values():
+            await call.write(wire)
+        async for answer in call:
+            name = answer[2 : 2 + answer[1]]
+            done += sizes[name]
+            if time.monotonic() > until:
+                call.cancel()
+                break
+            await call.write(wires[name])
+    return done
+
+
+async def unary_client(target: str, messages: list[Any], callers: int, seconds: float) -> tuple[int, list[float]]:
+    """Sequences answered to so many callers, and each call's seconds."""
+    wires = [one.SerializeToString() for one in messages]
+    until, waits, at = time.monotonic() + seconds, [], iter(range(10**9))
+    async with grpc.aio.insecure_channel(target, options=[("grpc.max_receive_message_length", -1)]) as channel:
+        infer = channel.unary_unary(METHOD + "Infer")
+
+        async def caller() -> None:
+            while time.monotonic() < until:
+                began = time.monotonic()
+                await infer(wires[next(at) % len(wires)], timeout=60)
+                waits.append(time.monotonic() - began)
+
+        await asyncio.gather(*(caller() for _ in range(callers)))
+    return len(waits), waits
+
+
+def client(target: str, model: str, output: str, kind: str, share: float, seconds: float, seed: int) -> None:
+    """One process of callers; prints what it got."""
+    items = sequences(2048, service_vocabulary(), seed)
+    random = np.random.default_rng(seed)
+    if kind == "stream":
+        groups = [items[at : at + 32] for at in range(0, 1024, 32)]
+        # A share of the sequences: of the messages, since a message asks for all of its sequences or for none.
+        messages = [
+            message(model, output, group, asking=bool(number < share * len(groups)), name=f"{number:04}")
+            for number, group in enumerate(groups)
+        ]
+        sizes = {one.request_id.encode(): len(one.sequences) for one in messages}
+        began = time.monotonic()
+        answered = asyncio.run(stream_client(target, messages, sizes, seconds))
+        print(json.dumps({"sequences": answered, "seconds": time.monotonic() - began, "waits": []}))
+        return
+    messages = [
+        message(model, output, [ids], asking=bool(random.random() < share), name=f"{number}")
+        for number, ids in enumerate(items)
+    ]
+    began = time.monotonic()
+    answered, waits = asyncio.run(unary_client(target, messages, int(kind), seconds))
+    print(json.dumps({"sequences": answered, "seconds": time.monotonic() - began, "waits": waits}))
+
+
+def service_vocabulary() -> int:
+    """Of BERT's uncased vocabulary, as all models here have it."""
+    return 30_522
+
+
+def served(target: str, bundle: Bundle, kind: str, share: float, seconds: float, processes: int) -> dict[str, Any]:
+    """Sequences a second through the server, from some processes of callers."""
+    callers = kind if kind == "stream" else str(int(kind) // processes)
+    output = bundle.manifest.outputs[0].name
+    line = [sys.executable, "-m", "bench.gpu", "--client", target, bundle.manifest.name, output, callers, str(share)]
+    running = [
+        subprocess.Popen([*line, str(seconds), str(seed)], stdout=subprocess.PIPE, text=True)
+        for seed in range(processes)
+    ]
+    reports = [json.loads(one.communicate(timeout=seconds + 120)[0]) for one in running]
+    waits = [wait for report in reports for wait in report["waits"]]
+    result = {"sequences_per_s": sum(report["sequences"] / report["seconds"] for report in reports)}
+    if waits:
+        result |= {f"p{q}_ms": 1e3 * float(np.percentile(waits, q)) for q in (50, 99)}
+    return result
+
+
+def measure(bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one model."""
+    session = RuntimeSession.load(bundle.model_path)
+    lengths = [len(ids) for ids in sequences(options.sequences, service_vocabulary())]
+    report: dict[str, Any] = {
+        "provider": session.provider,
+        "runtime": runtime_version(),
+        "precision": bundle.manifest.precision,
+        "mean_tokens": statistics.mean(lengths),
+        "bare": bare(bundle, session, lengths, options.seconds / 4),
+    }
+    if not options.no_costs:
+        report["costs"] = cost_rows(bundle, session)
+    del session
+    flags = ("--models", bundle.manifest.name, "--max-stream-in-flight", "512")
+    with service.running(options.repository, *flags) as server:
+        served(server.target, bundle, "stream", 0.0, 1.0, options.processes)
+        for kind in ("stream", *options.callers):
+            for name, share in SHARES.items():
+                report[f"{kind}, {name} asking"] = found = served(
+                    server.target, bundle, kind, share, options.seconds, options.processes
+                )
+                found["over_bare"] = found["sequences_per_s"] / report["bare"]["sequences_per_s"]
+                print(bundle.manifest.name, kind, name, found, flush=True)
+    return report
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repository", type=Path)
+    parser.add_argument("--models", nargs="+", help="only these")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--sequences", type=int, default=4000)
+    parser.add_argument("--processes", type=int, default=4, help="of callers")
+    parser.add_argument("--callers", nargs="+", default=["64", "256"], help="unary callers, over all processes")
+    parser.add_argument("--no-costs", action="store_true", help="leave the grid out")
+    parser.add_argument("--client", nargs=7, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.client:
+        target, model, output, kind, share, seconds, seed = options.client
+        client(target, model, output, kind, float(share), float(seconds), int(seed))
+        return
+    if options.repository is None:
+        parser.error("--repository is needed")
+    report: dict[str, Any] = {}
+    for bundle in Repository(options.repository).bundles()[0]:
+        if not options.models or bundle.manifest.name in options.models:
+            report[bundle.manifest.name] = found = measure(bundle, options)
+            print(bundle.manifest.name, "bare", found["bare"]["best"], found["bare"]["sequences_per_s"], flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="ascii")
+            if found["provider"] == CPU:
+                print("this was no GPU: the runtime used the CPU")
+
+
+if __name__ == "__main__":
+    main()

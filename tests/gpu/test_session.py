@@ -1,0 +1,119 @@
+"""A session on a GPU answers as one on the CPU does: bound to pinned memory, in threads, stopped, and from recordings.
+
+Skipped, with the reason, where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attnserve_server.engine.cuda_graphs import GraphPlan
+from attnserve_server.engine.providers import CPU, CUDA, visible_gpus
+from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
+from gpus import WHY_NOT
+from tiny_bundle import tiny_manifest, write_tiny_files
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
+
+# The same float32 arithmetic in another order, over sums of a few hundred terms.
+TOLERANCE = 1e-4
+MANIFEST = tiny_manifest()
+OUTPUTS = [spec.name for spec in MANIFEST.outputs]
+TAPS = [(site.items_input, site.weights_output) for site in MANIFEST.sites if site.available]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_files(tmp_path_factory.mktemp("tiny"))["model.onnx"]
+
+
+@pytest.fixture(scope="module")
+def cpu(path: Path) -> RuntimeSession:
+    return RuntimeSession.load(path, provider=CPU)
+
+
+@pytest.fixture(scope="module")
+def gpu(path: Path) -> RuntimeSession:
+    return RuntimeSession.load(path, provider=CUDA)
+
+
+def feeds(rows: int, tokens: int, asking: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(rows * 1000 + tokens)
+    mask = np.ones((rows, tokens), np.int64)
+    mask[0, tokens // 2 + 1 :] = 0
+    made = {"input_ids": random.integers(0, MANIFEST.vocabulary_size, (rows, tokens)), "attention_mask": mask}
+    return made | {str(items): np.array(asking, np.int64) for items, _ in TAPS}
+
+
+def assert_alike(left: list[np.ndarray], right: list[np.ndarray]) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=TOLERANCE)
+
+
+def test_there_is_a_gpu_to_run_on() -> None:
+    assert visible_gpus() >= 1
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 9), (5, 16), (32, 40)])
+def test_answers_and_weights_equal_the_cpus(cpu: RuntimeSession, gpu: RuntimeSession, rows: int, tokens: int) -> None:
+    given = feeds(rows, tokens, tuple(range(0, rows, 2)))
+    fetches = [*OUTPUTS, *(str(weights) for _, weights in TAPS)]
+    assert_alike(gpu.run(given, fetches), cpu.run(given, fetches))
+
+
+def test_answers_stay_as_they_are_while_others_run(gpu: RuntimeSession) -> None:
+    first = gpu.run(feeds(4, 16), OUTPUTS)
+    before = [array.copy() for array in first]
+    for tokens in range(8, 40):
+        gpu.run(feeds(4, tokens), OUTPUTS)
+    for array, copy in zip(first, before, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+def test_threads_share_a_session_without_mixing_answers(cpu: RuntimeSession, gpu: RuntimeSession) -> None:
+    shapes = [(rows, tokens) for rows in (1, 3, 8) for tokens in (4, 16, 33)]
+    wanted = {shape: cpu.run(feeds(*shape), OUTPUTS) for shape in shapes}
+    faults: list[BaseException] = []
+
+    def loop(shape: tuple[int, int]) -> None:
+        try:
+            for _ in range(20):
+                assert_alike(gpu.run(feeds(*shape), OUTPUTS), wanted[shape])
+        except BaseException as fault:  # noqa: BLE001 - told by the main thread
+            faults.append(fault)
+
+    threads = [threading.Thread(target=loop, args=(shape,)) for shape in shapes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+def test_a_handle_that_was_used_stops_a_run(gpu: RuntimeSession) -> None:
+    handle = RunHandle()
+    handle.terminate()
+    with pytest.raises(RunTerminated):
+        gpu.run(feeds(1, 4), OUTPUTS, handle)
+
+
+def test_recorded_runs_answer_as_others_do(path: Path, cpu: RuntimeSession) -> None:
+    plan = GraphPlan(((1, 8), (4, 16)), {spec.name: spec.padding for spec in MANIFEST.inputs})
+    session = RuntimeSession.load(path, provider=CUDA, graphs=plan)
+    shapes = [(1, 8), (1, 5), (3, 16), (2, 9), (4, 12), (8, 8), (1, 40)]
+    for _ in range(3):
+        for rows, tokens in shapes:
+            for asking in ((), (0,)):
+                given = feeds(rows, tokens, asking)
+                fetches = [*OUTPUTS, *(str(weights) for _, weights in TAPS if asking)]
+                got = session.run(given, fetches)
+                wanted = cpu.run(given, fetches)
+                # A recording has the rows and tokens that it was padded to; callers take their own.
+                cut = [
+                    one[tuple(slice(extent) for extent in other.shape)] for one, other in zip(got, wanted, strict=True)
+                ]
+                assert_alike(cut, wanted)
