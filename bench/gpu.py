@@ -2,7 +2,7 @@
 
 For each model of the repository, in one run: the bare session at its best batch, in as many threads as serve best; the
 server under unary callers and streams, with nobody, a quarter and everybody asking for attention; and the seconds of a
-run over a grid of batch and length, as `bench.simulate` reads them. Callers are processes of their own, which send
+run over a grid of batch and length. Callers are processes of their own, which send
 messages made beforehand and do not parse the answers. Only the pooled embedding, and attention where asked, comes back.
 """
 

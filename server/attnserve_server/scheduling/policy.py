@@ -22,11 +22,10 @@ Floats = npt.NDArray[np.float64]
 
 PADDING_SHARE: Final = 0.5
 """How much of a run's overhead may be spent on padding one mate. At 1 it would be as cheap to run the mate alone; but a
-mate that is left finds others, nearer in length, that share its overhead. Simulated: 0.35 to 0.7 differ by 0.1 %."""
+mate that is left finds others, nearer in length, that share its overhead."""
 AGE_SHARE: Final = 0.25
 """How much of a run's overhead the oldest is worth more than a newcomer. The longer a mate has waited, the sooner it
-must go with whatever is there. Simulated with 64 callers (`bench/simulate`), this buys a shorter tail of latency for a
-few thousandths of processor time."""
+must go with whatever is there: a shorter tail of latency, for a few thousandths of processor time."""
 
 
 @dataclass(frozen=True, slots=True)
