@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import processors
 import pytest
 from attnserve_server.build.graphs.graph import checked, tapped
 from hypothesis import given, settings
@@ -115,7 +114,6 @@ def test_only_the_rows_asked_for_come_in_the_order_asked(mask: str, items: list[
     np.testing.assert_allclose(weights, case.reference()[items], rtol=0, atol=FLOAT32_TOLERANCE)
 
 
-@pytest.mark.skipif(processors.SATURATES, reason=processors.WHY)
 @pytest.mark.parametrize("mask", ["none", "ends", "keys"])
 @pytest.mark.parametrize("by_column", [False, True])
 @pytest.mark.parametrize("zeros", [False, True])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import processors
 import pytest
 import torch
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
@@ -129,7 +128,6 @@ def test_optimized_file_whose_attention_was_left_alone_gives_its_own_weights(hal
     assert_equals_eager(bundle, model, tokens(), half=half)
 
 
-@pytest.mark.skipif(processors.SATURATES, reason=processors.WHY)
 def test_quantized_attention_gives_its_own_weights(tmp_path: Path) -> None:
     model, file = Encoder(), tmp_path / "model.onnx"
     optimized(tmp_path / "plain.onnx", model, "bert", tokens(), 17)

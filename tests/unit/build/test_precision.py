@@ -43,6 +43,7 @@ def products(opset: int = 21, *, odd: bool = False) -> onnx.ModelProto:
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {"x": x})
     return np.asarray(y)
