@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from attnserve_server.engine import session as session_module
@@ -160,6 +161,35 @@ def test_a_file_that_is_no_model_is_refused_without_its_path(tmp_path: Path) -> 
     with pytest.raises(LoadFailed) as caught:
         RuntimeSession.load(path, intra_op_threads=1)
     assert str(tmp_path) not in str(caught.value)
+
+
+def products_of_bytes(path: Path, *, products: int) -> Path:
+    """Products of the same uint8 (B, 64) with one int8 (64, 8), each all 127, added up."""
+    made = [onnx.helper.make_node("MatMulInteger", ["x", "weights"], [f"y{index}"]) for index in range(products)]
+    floats = [onnx.helper.make_node("Cast", [f"y{index}"], [f"z{index}"], to=1) for index in range(products)]
+    added = onnx.helper.make_node("Sum", [f"z{index}" for index in range(products)], ["y"])
+    graph = onnx.helper.make_graph(
+        [*made, *floats, added],
+        "bytes",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, ["batch", 64])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", 8])],
+        [onnx.numpy_helper.from_array(np.full((64, 8), 127, np.int8), "weights")],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_products_of_bytes_are_exact_on_every_processor(tmp_path: Path) -> None:
+    # 255 * 127, twice, does not fit in the 16 bits in which processors without VNNI add.
+    session = RuntimeSession.load(products_of_bytes(tmp_path / "model.onnx", products=1))
+    (y,) = session.run({"x": np.full((3, 64), 255, np.uint8)}, ["y"])
+    np.testing.assert_array_equal(y, np.full((3, 8), 64 * 255 * 127))
+
+
+def test_weights_of_bytes_that_nodes_share_load_on_every_processor(tmp_path: Path) -> None:
+    session = RuntimeSession.load(products_of_bytes(tmp_path / "model.onnx", products=2))
+    (y,) = session.run({"x": np.ones((3, 64), np.uint8)}, ["y"])
+    np.testing.assert_array_equal(y, np.full((3, 8), 2 * 64 * 127))
 
 
 def test_rewriting_that_slows_the_cpu_down_is_off_there_and_on_elsewhere(

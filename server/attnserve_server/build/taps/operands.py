@@ -42,7 +42,6 @@ class Operands:
     def __init__(self, tap: TapNodes) -> None:
         self._tap = tap
         self._rows: dict[ir.Value, ir.Value] = {}
-        self._products: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     def heads_first(self, operand: Operand, head_dim: int) -> ir.Value:
         """Float32 (n, H, T, D) of the rows that were asked for."""
@@ -74,13 +73,10 @@ class Operands:
             return self._rows_of(operand.value)
         if weights is None:
             return self._columns(Columns(self._rows_of(operand.value), *operand.columns), 2)
+        rows, cut = self._rows_of(operand.value), self._columns(Columns(weights, *operand.columns), 1)
         if operand.quantized is not None:
-            # Integers are a quarter as large, and so is a copy of them; scales of columns need no cutting.
-            wanted = operand.value, weights
-            if wanted not in self._products:
-                self._products[wanted] = self._integer_product(operand.value, weights, operand.quantized)
-            return self._columns(Columns(self._products[wanted], *operand.columns), 2)
-        return tap.op("MatMul", [self._rows_of(operand.value), self._columns(Columns(weights, *operand.columns), 1)])
+            return self._integer_product(rows, cut, operand.quantized, operand.columns)
+        return tap.op("MatMul", [rows, cut])
 
     def _rows_of(self, value: ir.Value) -> ir.Value:
         """Gathered once for all operands that are made of it."""
@@ -88,12 +84,22 @@ class Operands:
             self._rows[value] = self._tap.rows_of(value)
         return self._rows[value]
 
-    def _integer_product(self, value: ir.Value, weights: ir.Value, quantized: Quantized) -> ir.Value:
-        """Float32: exact in integers, as the operator's own, and scaled."""
-        rows = self._rows_of(value)
-        product = self._tap.op("MatMulInteger", [rows, weights, quantized.input_zero, quantized.weight_zero])
-        scale = self._tap.op("Mul", [quantized.input_scale, quantized.weight_scale])
+    def _integer_product(
+        self, rows: ir.Value, weights: ir.Value, quantized: Quantized, columns: tuple[int, int]
+    ) -> ir.Value:
+        """Float32: exact in integers, as the operator's own, and scaled; `weights` are those of the columns alone."""
+        # Zeros, like weights, are cut for each operand: for processors without VNNI the runtime rewrites both to unsigned
+        # numbers, under names that it can give out once.
+        zero = None if quantized.weight_zero is None else self._per_column(quantized.weight_zero, columns)
+        product = self._tap.op("MatMulInteger", [rows, weights, quantized.input_zero, zero])
+        scale = self._tap.op("Mul", [quantized.input_scale, self._per_column(quantized.weight_scale, columns)])
         return self._tap.op("Mul", [self._tap.float32(product), scale])
+
+    def _per_column(self, value: ir.Value, columns: tuple[int, int]) -> ir.Value:
+        """What belongs to some columns: a number for each, of as many, or of one that is for all."""
+        if value.shape is None or all(extent == 1 for extent in value.shape):
+            value = self._tap.op("Expand", [value, self._tap.ints(columns[1])])
+        return self._columns(Columns(value, *columns), 0)
 
     def _columns(self, columns: Columns, axis: int) -> ir.Value:
         tap = self._tap
