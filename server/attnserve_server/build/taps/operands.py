@@ -88,7 +88,7 @@ class Operands:
         self, rows: ir.Value, weights: ir.Value, quantized: Quantized, columns: tuple[int, int]
     ) -> ir.Value:
         """Float32: exact in integers, as the operator's own, and scaled; `weights` are those of the columns alone."""
-        # Zeros, like weights, are cut for each operand: for processors without VNNI the runtime rewrites both to unsigned
+        # Zeros, like weights, are cut for each operand: without VNNI the runtime rewrites both to unsigned
         # numbers, under names that it can give out once.
         zero = None if quantized.weight_zero is None else self._per_column(quantized.weight_zero, columns)
         product = self._tap.op("MatMulInteger", [rows, weights, quantized.input_zero, zero])
