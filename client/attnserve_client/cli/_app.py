@@ -1,4 +1,4 @@
-"""The commands `infer`, `explain` and `models`: they read the command line, call the client and print."""
+"""The command line: `infer`, `explain` and `models`, which call the client and print, and `bench` from `_bench`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,9 @@ import typer
 from rich.console import Console
 
 from attnserve_client import Attention, Client, InferenceResult, Input
+from attnserve_client.cli._bench import EXAMPLES, bench
 from attnserve_client.cli._errors import CODES_HELP, reported
+from attnserve_client.cli._options import DEFAULT_SERVER, DEFAULT_TIMEOUT_S, AsJson, Server, Timeout, Version
 from attnserve_client.cli._show import show_explanation, show_model, show_models, show_results
 
 app = typer.Typer(
@@ -27,17 +29,7 @@ app = typer.Typer(
     epilog=CODES_HELP,
 )
 
-Server = Annotated[
-    str, typer.Option("--server", envvar="ATTNSERVE_SERVER", metavar="HOST:PORT", help="Where the server listens.")
-]
-Timeout = Annotated[
-    float, typer.Option("--timeout", min=0.001, help="Seconds until the command gives up, retries included.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; errors too, on stderr.")]
-Version = Annotated[str, typer.Option("--model-version", help="The model's version.", show_default="the highest")]
-
-_DEFAULT_SERVER: Final = "localhost:8001"
-_DEFAULT_TIMEOUT_S: Final = 30.0
+app.command(epilog=EXAMPLES)(bench)
 
 
 @app.command(
@@ -50,8 +42,8 @@ def infer(
     text: Annotated[list[str], typer.Argument(help="Texts; `-` reads one from each line of standard input.")],
     version: Version = "",
     output: Annotated[list[str] | None, typer.Option("--output", help="An output to bring; may be repeated.")] = None,
-    server: Server = _DEFAULT_SERVER,
-    timeout: Timeout = _DEFAULT_TIMEOUT_S,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
     """Run texts through a model and print its outputs."""
@@ -100,8 +92,8 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     png: Annotated[
         Path | None, typer.Option("--png", help="Write a picture to this file (needs the extra `plot`).")
     ] = None,
-    server: Server = _DEFAULT_SERVER,
-    timeout: Timeout = _DEFAULT_TIMEOUT_S,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
     """Show where a model looks: a heatmap and the strongest links, by default of the last layer's words."""
@@ -134,8 +126,8 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
 def models(
     name: Annotated[str | None, typer.Argument(help="One model; without it, all of them.")] = None,
     version: Version = "",
-    server: Server = _DEFAULT_SERVER,
-    timeout: Timeout = _DEFAULT_TIMEOUT_S,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
     """List the server's models, or describe one: inputs, outputs, axes, attention sites and limits."""

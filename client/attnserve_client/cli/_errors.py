@@ -43,10 +43,13 @@ EXIT_CODES: Final[tuple[tuple[type[AttnserveError], int], ...]] = (
     (AttnserveError, 1),
 )
 
+EXIT_INVALID_RUN: Final = 12
+"""Of a load test that was measured and tells more of the client than of the server."""
+
 CODES_HELP: Final = (
     "Exit codes: 0 well, 2 wrong command line, 3 invalid request, 4 no such model, 5 the model cannot do this, "
     "6 answer too large, 7 overloaded, 8 not serving or unreachable, 9 timed out, 10 the server's fault, 11 cancelled, "
-    "1 anything else."
+    "12 a load test that tells nothing, 1 anything else."
 )
 
 

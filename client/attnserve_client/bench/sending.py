@@ -1,0 +1,170 @@
+"""How requests travel: each as a call of its own, or all on streams. The answers are measured and dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import grpc
+import grpc.aio
+from attnserve.v1 import inference_service_pb2 as wire
+from attnserve.v1 import inference_service_pb2_grpc
+
+from attnserve_client._channel import options_of, target_of
+from attnserve_client._status import from_rpc_error, from_status_bytes
+from attnserve_client.bench.load import Outcome
+from attnserve_client.bench.workload import Workload
+
+if TYPE_CHECKING:
+    Stub: TypeAlias = inference_service_pb2_grpc.InferenceServiceAsyncStub
+
+
+class Sender(Protocol):
+    """Sends one request and waits for what comes of it."""
+
+    async def send(self, index: int) -> Outcome:
+        """Number `index` of the workload, from 0."""
+        ...
+
+
+@asynccontextmanager
+async def connected(target: str, connections: int) -> AsyncIterator[list[Stub]]:
+    """Stubs over connections of their own, until the block ends."""
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(target_of(target), options_of({})))
+            for _ in range(connections)
+        ]
+        yield [inference_service_pb2_grpc.InferenceServiceStub(channel) for channel in channels]
+
+
+async def try_each_kind(stub: Stub, workload: Workload, timeout_s: float) -> None:
+    """Sends one request without attention and one with it, as far as the workload has them.
+
+    Raises:
+        AttnserveError: one of them fails, and so will all that are like it.
+    """
+    kinds = {request.HasField("attention"): request for request in reversed(workload.requests)}
+    for request in kinds.values():
+        try:
+            await stub.Infer(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+
+class Calls:
+    """One call for each request, over the connections in turns."""
+
+    def __init__(self, stubs: Sequence[Stub], workload: Workload, timeout_s: float) -> None:
+        self._stubs = itertools.cycle(stubs)
+        self._workload = workload
+        self._timeout_s = timeout_s
+
+    async def send(self, index: int) -> Outcome:
+        """As `Sender` has it."""
+        try:
+            answer = await next(self._stubs).Infer(self._workload.request(index), timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            failure = from_rpc_error(error)
+            return Outcome(error=failure.reason or failure.code)
+        return outcome_of(answer)
+
+
+class Streams:
+    """All requests on one stream for each connection. One that breaks fails what is under way, and is opened anew."""
+
+    def __init__(self, stubs: Sequence[Stub], workload: Workload, timeout_s: float) -> None:
+        self._workload = workload
+        self._timeout_ms = max(1, round(timeout_s * 1000))
+        self._lanes = [_Lane(stub) for stub in stubs]
+        self._numbers = itertools.count()
+
+    async def send(self, index: int) -> Outcome:
+        """As `Sender` has it."""
+        number = next(self._numbers)
+        request = wire.StreamInferRequest(request=self._workload.request(index), timeout_ms=self._timeout_ms)
+        request.request.request_id = str(number)
+        return await self._lanes[number % len(self._lanes)].ask(request)
+
+    async def aclose(self) -> None:
+        """Ends the streams."""
+        for lane in self._lanes:
+            await lane.aclose()
+
+
+class _Lane:
+    """One stream. Event loop only."""
+
+    def __init__(self, stub: Stub) -> None:
+        self._stub = stub
+        self._turn = asyncio.Lock()  # gRPC takes one message at a time
+        self._waiting: dict[str, asyncio.Future[Outcome]] = {}
+        self._received: dict[str, int] = {}
+        self._call: grpc.aio.StreamStreamCall[wire.StreamInferRequest, wire.StreamInferResponse] | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    async def ask(self, request: wire.StreamInferRequest) -> Outcome:
+        if self._call is None:
+            self._call = self._stub.StreamInfer()
+            self._reader = asyncio.create_task(self._read(self._call))
+        call = self._call
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting[request.request.request_id] = future
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reader tells why
+            async with self._turn:
+                await call.write(request)
+        return await future
+
+    async def _read(self, call: grpc.aio.StreamStreamCall[wire.StreamInferRequest, wire.StreamInferResponse]) -> None:
+        why = Outcome(error="STREAM_ENDED")
+        try:
+            async for message in call:
+                self._take(message)
+        except grpc.RpcError as error:
+            failure = from_rpc_error(error)
+            why = Outcome(error=failure.reason or failure.code)
+        finally:
+            self._call = None
+            broken, self._waiting, self._received = self._waiting, {}, {}
+            for future in broken.values():
+                if not future.done():
+                    future.set_result(why)
+
+    def _take(self, message: wire.StreamInferResponse) -> None:
+        kind, name = message.WhichOneof("message"), message.request_id
+        if kind == "chunk":
+            self._received[name] = self._received.get(name, 0) + len(message.chunk.data)
+            if message.chunk.index + 1 < message.chunk.count:
+                return
+            outcome = Outcome(bytes_received=self._received.pop(name))
+        elif kind == "status":
+            failure = from_status_bytes(message.status, name)
+            outcome = Outcome(error=failure.reason or failure.code)
+        else:
+            outcome = outcome_of(message.response)
+        future = self._waiting.pop(name, None)
+        if future is not None and not future.done():
+            future.set_result(outcome)
+
+    async def aclose(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+        if self._reader is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader
+
+
+def outcome_of(answer: wire.InferResponse) -> Outcome:
+    """What is measured of an answer."""
+    run = answer.results[0].run
+    return Outcome(
+        bytes_received=answer.ByteSize(),
+        batch_size=run.batch_size,
+        useful_tokens=run.useful_tokens,
+        padded_tokens=run.padded_tokens,
+        queue_s=run.queue_seconds,
+    )

@@ -1,0 +1,19 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import typer
+
+Server = Annotated[
+    str, typer.Option("--server", envvar="ATTNSERVE_SERVER", metavar="HOST:PORT", help="Where the server listens.")
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=0.001, help="Seconds until the command gives up, retries included.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; errors too, on stderr.")]
+Version = Annotated[str, typer.Option("--model-version", help="The model's version.", show_default="the highest")]
+
+DEFAULT_SERVER: Final = "localhost:8001"
+DEFAULT_TIMEOUT_S: Final = 30.0
