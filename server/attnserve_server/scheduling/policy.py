@@ -145,7 +145,8 @@ def _choose(line: Sequence[Waiting], now: float, settings: SchedulingSettings, c
     """
     lengths = np.array([one.lengths for one in line], np.float64)  # (N, axes)
     alone_s = cost.rows_s(lengths.sum(axis=1))
-    worth = alone_s + AGE_SHARE * cost.run_s * _ages(line, now)
+    # Left behind, each would have its part in launching another run: a small one where many wait to share it.
+    worth = alone_s + cost.run_s / len(line) + AGE_SHARE * cost.run_s * _ages(line, now)
     order = np.concatenate(([0], 1 + np.argsort(-worth[1:], kind="stable")))  # the oldest, then the worthiest first
     lengths, alone_s, worth = lengths[order], alone_s[order], worth[order]
     shapes = np.maximum(lengths, lengths[0])  # row j: the run that j stretches; row 0: the oldest's own

@@ -13,6 +13,7 @@ from attnserve_server.scheduling.policy import (
     PADDING_SHARE,
     SchedulingSettings,
     Waiting,
+    _mates,
     plan,
     rank_s,
 )
@@ -35,8 +36,10 @@ def score(view: list[Waiting], members: list[int] | tuple[int, ...], cost: CostM
     padded = [max(column) for column in zip(*(view[at].lengths for at in members), strict=True)]
     oldest_s = NOW - view[members[0]].rank_s
     ages = [min(max((NOW - view[at].rank_s) / oldest_s, 0.0), 1.0) if oldest_s > 0 else 0.0 for at in members]
+    launch_s = cost.run_s / (1 + len(_mates(view, members[0], NOW, cost)))
     worth = sum(
-        cost.row_s(view[at].tokens) + AGE_SHARE * cost.run_s * age for at, age in zip(members, ages, strict=True)
+        cost.row_s(view[at].tokens) + launch_s + AGE_SHARE * cost.run_s * age
+        for at, age in zip(members, ages, strict=True)
     )
     return worth / cost.seconds(len(members), sum(padded))
 
@@ -197,6 +200,15 @@ def test_everything_goes_together_where_launches_dominate() -> None:
     view = line(32, 120, 31, 24, 33, 60)
     assert set(plan(view, NOW, SchedulingSettings(), LAUNCHES).indices) == set(range(6))
     assert len(plan(view, NOW, SchedulingSettings(), CPU_COST).indices) == 3
+
+
+def test_few_that_wait_share_one_launch_where_it_is_dear() -> None:
+    # Padding the short ones to 250 costs each less than its part in launching a second run.
+    launches = replace(LAUNCHES, token_s=3e-7, run_s=1.2e-3)
+    assert len(plan(line(250, *[8] * 15), NOW, SchedulingSettings(), launches).indices) == 16
+    # Among many, those of its own length are company enough.
+    crowd = line(250, *[250] * 60, *[8] * 60)
+    assert {crowd[at].tokens for at in plan(crowd, NOW, SchedulingSettings(), launches).indices} == {250}
 
 
 def test_without_overhead_none_needs_company() -> None:

@@ -1,0 +1,54 @@
+"""The policy, simulated over recorded costs: what it is built for, on a processor and on a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OURS = "this server"
+
+
+@pytest.fixture(scope="module")
+def devices() -> dict[str, Any]:
+    line = [sys.executable, "-m", "bench.simulate", "--rounds", "12", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=True, cwd=ROOT)
+    return dict(json.loads(done.stdout))
+
+
+def over_sorted(device: dict[str, Any], policy: str) -> list[float]:
+    return [figures["busy_s"] / device["sorted_s"] for figures in device["policies"][policy].values()]
+
+
+def test_longer_queue_makes_runs_cheaper_and_never_dearer(devices: dict[str, Any]) -> None:
+    for device in devices.values():
+        costs = over_sorted(device, OURS)
+        assert costs == sorted(costs, reverse=True)
+    # The control: first come, first served wastes as much at any length of the queue, or more.
+    first_come = over_sorted(devices["cpu-minilm-fp32"], "first come, 5 ms delay")
+    assert first_come[-1] > first_come[0]
+
+
+def test_small_tight_batches_on_a_processor(devices: dict[str, Any]) -> None:
+    device = devices["cpu-minilm-fp32"]
+    figures = device["policies"][OURS]["64"]
+    assert figures["busy_s"] <= 1.1 * device["sorted_s"]
+    assert figures["padded_over_useful"] <= 1.1
+    assert figures["rows"] < 8
+    assert figures["p99_s"] <= 1.5 * device["policies"]["one at a time"]["64"]["p99_s"]
+
+
+def test_large_batches_where_launches_dominate(devices: dict[str, Any]) -> None:
+    for name in ("h200-minilm-fp32", "h200-minilm-fp16"):
+        figures = devices[name]["policies"]
+        assert figures[OURS]["256"]["rows"] > 32
+        for other in figures:
+            if other != OURS:
+                assert figures[OURS]["256"]["rate"] > figures[other]["256"]["rate"]
+        # Few callers leave nothing to choose from: as good as those who take whatever is there.
+        assert figures[OURS]["16"]["rate"] > 0.9 * figures["first come, 16,384 tokens"]["16"]["rate"]
