@@ -29,6 +29,7 @@ class Server:
     """A server process of ours."""
 
     target: str
+    http: str
     process: psutil.Process
 
     def cpu_seconds(self) -> float:
@@ -61,8 +62,9 @@ def running(repository: Path, *flags: str) -> Iterator[Server]:
                 if process.poll() is not None or time.monotonic() > until:
                     sys.exit("the server did not start")
                 time.sleep(0.05)
-            port = json.loads(ports_file.read_text())["grpc"]
-            yield Server(f"127.0.0.1:{port}", psutil.Process(process.pid))
+            ports = json.loads(ports_file.read_text())
+            targets = (f"127.0.0.1:{ports[kind]}" for kind in ("grpc", "http"))
+            yield Server(*targets, psutil.Process(process.pid))
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=30)

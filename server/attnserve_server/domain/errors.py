@@ -140,13 +140,14 @@ class NotServing(AttnserveError):
 
 
 class DeadlineExpired(AttnserveError):
-    """The caller's deadline passed before the answer was ready."""
+    """The caller's deadline passed before the answer was ready, or is so `early` ahead that no run would end before."""
 
     reason = "DEADLINE_EXPIRED"
 
-    def __init__(self, waited_s: float) -> None:
+    def __init__(self, waited_s: float, *, early: bool = False) -> None:
         self.waited_s = waited_s
-        super().__init__(f"the deadline passed after {waited_s:.3f} s")
+        why = "no run would end before the deadline: given up" if early else "the deadline passed"
+        super().__init__(f"{why} after {waited_s:.3f} s")
 
 
 class RequestCancelled(AttnserveError):

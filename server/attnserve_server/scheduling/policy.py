@@ -8,6 +8,7 @@ ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -78,7 +79,10 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do now: run `indices` of the view, the oldest first (none if nothing waits), and give up `expired`."""
+    """What to do now: run `indices` of the view, the oldest first (none if nothing waits), and give up `expired`.
+
+    These are past their deadlines, or so near to them that even a run of their own would end too late.
+    """
 
     indices: tuple[int, ...]
     expired: tuple[int, ...] = ()
@@ -91,52 +95,56 @@ def rank_s(arrived_s: float, priority: Priority, settings: SchedulingSettings) -
     return arrived_s + (settings.low_delay_s if priority is Priority.LOW else 0.0)
 
 
-def plan(view: Sequence[Waiting], now: float, settings: SchedulingSettings, cost: CostModel) -> Plan:
+def plan(view: Sequence[Waiting], now: float, settings: SchedulingSettings, cost: CostModel, pace: float = 0.0) -> Plan:
     """The next run.
 
     Since the oldest always goes, every sequence is the oldest after at most as many runs as there were sequences before
-    it: nothing starves.
+    it: nothing starves. Nothing is run that would end after its caller has left, unless there is nothing else to do:
+    then it is tried, which is how an estimate that was too dark is corrected.
 
     Args:
         view: the oldest that waits and those that may be its mates, in any order.
         now: monotonic seconds; deadlines at or before it have passed.
         settings: the bounds. They never keep the oldest from going alone.
         cost: what a run costs.
+        pace: seconds on the clock for each second of `cost`; 0: not known, and deadlines count once they have passed.
     """
     expired: list[int] = []
-    oldest = -1
+    late: list[int] = []
+    in_time: list[int] = []
     for at, one in enumerate(view):
-        if one.deadline_s is not None and one.deadline_s <= now:
+        if one.deadline_s is None:
+            in_time.append(at)
+        elif one.deadline_s <= now:
             expired.append(at)
-        elif oldest < 0 or one.rank_s < view[oldest].rank_s:
-            oldest = at
-    if oldest < 0:
-        return Plan((), tuple(expired))
-    mates = _mates(view, oldest, now, cost) if settings.max_batch_size > 1 else []
+        elif one.deadline_s < now + pace * cost.seconds(1, one.tokens):
+            late.append(at)
+        else:
+            in_time.append(at)
+    if not in_time:
+        return Plan(tuple(sorted(late, key=lambda at: view[at].rank_s)[:1]), tuple(expired))
+    given_up = (*expired, *late)
+    oldest = min(in_time, key=lambda at: view[at].rank_s)
+    mates = _mates(view, oldest, in_time, cost) if settings.max_batch_size > 1 else []
     if not mates:
-        return Plan((oldest,), tuple(expired))
+        return Plan((oldest,), given_up)
     line = [oldest, *mates]
-    chosen = _choose([view[at] for at in line], now, settings, cost)
-    return Plan(tuple(line[at] for at in chosen), tuple(expired))
+    chosen = _choose([view[at] for at in line], now, settings, cost, pace)
+    return Plan(tuple(line[at] for at in chosen), given_up)
 
 
-def _mates(view: Sequence[Waiting], oldest: int, now: float, cost: CostModel) -> list[int]:
+def _mates(view: Sequence[Waiting], oldest: int, among: Sequence[int], cost: CostModel) -> list[int]:
     """Those that are near enough in length to share the oldest's run, the older first."""
     first = view[oldest]
     alone_s, most_padding_s = cost.row_s(first.tokens), PADDING_SHARE * cost.run_s
     least, most = cost.row_tokens(alone_s - most_padding_s), cost.row_tokens(alone_s + most_padding_s)
-    near = [
-        at
-        for at, one in enumerate(view)
-        if least <= one.tokens <= most
-        and at != oldest
-        and one.rigid == first.rigid
-        and (one.deadline_s is None or one.deadline_s > now)
-    ]
+    near = [at for at in among if least <= view[at].tokens <= most and at != oldest and view[at].rigid == first.rigid]
     return sorted(near, key=lambda at: (view[at].rank_s, at))
 
 
-def _choose(line: Sequence[Waiting], now: float, settings: SchedulingSettings, cost: CostModel) -> list[int]:
+def _choose(
+    line: Sequence[Waiting], now: float, settings: SchedulingSettings, cost: CostModel, pace: float
+) -> list[int]:
     """Which of the line go: the first, which is the oldest, and the mates that make the most of the run.
 
     A run is as long, along each axis, as the longer of the oldest and one mate, its stretcher; whoever is no longer may
@@ -159,11 +167,18 @@ def _choose(line: Sequence[Waiting], now: float, settings: SchedulingSettings, c
     joins[:, 0] = True
     size = _bytes([line[int(at)] for at in order], shapes)
     joins[:, 1:] &= (size[:, :1] + size[:, 1:]) <= settings.max_batch_bytes
+    hurried = pace > 0 and any(one.deadline_s is not None for one in line)
+    if hurried:
+        left_s = np.array([math.inf if one.deadline_s is None else one.deadline_s - now for one in line])[order]
+        joins[:, 1:] &= left_s[1:] >= pace * (cost.run_s + 2 * row_s[:, None])  # no time for any company
     members = joins.cumsum(axis=1)  # after each prefix of the line
-    score = (joins * worth).cumsum(axis=1) / (cost.run_s + members * row_s[:, None])
+    seconds = cost.run_s + members * row_s[:, None]
+    score = (joins * worth).cumsum(axis=1) / seconds
     fits = members <= np.minimum(settings.max_batch_size, settings.max_batch_tokens // positions)[:, None]
     fits &= (joins * size).cumsum(axis=1) <= settings.max_batch_bytes
     fits &= (padding_s[:, 0] <= PADDING_SHARE * cost.run_s)[:, None]
+    if hurried:
+        fits &= pace * seconds <= np.minimum.accumulate(np.where(joins, left_s, math.inf), axis=1)
     fits[0, 0] = True
     stretcher, last = np.unravel_index(np.argmax(np.where(fits, score, -1.0)), score.shape)
     return [int(order[at]) for at in np.flatnonzero(joins[stretcher, : last + 1])]

@@ -202,7 +202,8 @@ class Scheduler:
         cost = (self._executor.cost or CostModel()).with_overhead(self._settings.run_overhead_tokens)
         while len(self._queue):
             front = self._queue.view(self._settings.look_ahead)
-            planned = plan([entry.view for entry in front], self._clock.now(), self._settings, cost)
+            views = [entry.view for entry in front]
+            planned = plan(views, self._clock.now(), self._settings, cost, self._settings.wait_headroom * self._speed.pace)
             # What is done was cancelled in this very turn of the loop: its task has not come to withdraw it yet.
             for request in {front[at].request for at in planned.expired}:
                 if request.future.done():
@@ -237,9 +238,16 @@ class Scheduler:
         if run.handle.terminated:
             self._metrics.dropped("terminated").inc(len(entries))
             return
-        self._speed.saw(self._clock.now() - started, run.tokens)
+        self._speed.saw(self._clock.now() - started, run.tokens, self._foreseen_s(outcomes[0]))
         for entry, outcome in zip(entries, outcomes, strict=True):
             self._resolve(entry, outcome, started)
+
+    def _foreseen_s(self, first: Outcome) -> float:
+        """What the run that an outcome came from was foreseen to take; 0 where that is not known."""
+        cost = self._executor.cost
+        if cost is None or isinstance(first, AttnserveError):
+            return 0.0
+        return cost.seconds(first.run.batch_size, first.run.padded_tokens / first.run.batch_size)
 
     def _resolve(self, entry: Entry, outcome: Outcome, started: float) -> None:
         request = entry.request
@@ -253,7 +261,9 @@ class Scheduler:
                 request.future.set_result([request.results[index] for index in range(request.size)])
 
     def _expire(self, request: Request) -> None:
-        self._fail(request, DeadlineExpired(self._clock.now() - request.arrived_s), "expired")
+        now = self._clock.now()
+        early = request.deadline_s is not None and now < request.deadline_s
+        self._fail(request, DeadlineExpired(now - request.arrived_s, early=early), "expired")
 
     def _fail(self, request: Request, error: AttnserveError, reason: str) -> None:
         if not request.future.done():

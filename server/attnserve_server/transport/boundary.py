@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 from uuid import uuid4
@@ -78,7 +79,9 @@ class RpcMetrics:
             except Exception as error:  # noqa: BLE001 - the boundary of an RPC
                 status = _status_of(error, method)
                 code = code_of(status).name
-                await context.abort(code_of(status), status.message, trailers_of(status))
+                # Where the call has ended on the caller's side there is nobody to tell any more: no fault of anyone.
+                with contextlib.suppress(grpc.aio.InternalError):
+                    await context.abort(code_of(status), status.message, trailers_of(status))
             finally:
                 (answered if code == "OK" else handled.labels(*labels, code)).inc()
                 seconds.observe(self._clock.now() - begun)

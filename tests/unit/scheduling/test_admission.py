@@ -100,6 +100,16 @@ def test_retry_delays_are_positive_and_bounded(demand: Demand, ahead: Load, rema
         assert refused.value > refused.limit
 
 
+def test_pace_is_what_runs_take_over_what_was_foreseen() -> None:
+    speed = Speed(0.5)
+    assert speed.pace == 0.0
+    speed.saw(1.0, 100)
+    assert speed.pace == 0.0, "nothing was foreseen"
+    for _ in range(200):
+        speed.saw(3.0, 100, 2.0)
+    assert speed.pace == pytest.approx(1.5)
+
+
 def test_speed_starts_from_what_it_was_told_and_learns_from_runs() -> None:
     assert Speed().seconds_per_token is None
     speed = Speed(0.5)

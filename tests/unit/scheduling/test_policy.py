@@ -31,12 +31,17 @@ def line(*lengths: int, **common: object) -> list[Waiting]:
     return [Waiting(rank_s=float(at), lengths=(length,), **common) for at, length in enumerate(lengths)]  # type: ignore[arg-type]
 
 
+def alive(view: list[Waiting]) -> list[int]:
+    """Those whose deadline has not passed."""
+    return [at for at, one in enumerate(view) if one.deadline_s is None or one.deadline_s > NOW]
+
+
 def score(view: list[Waiting], members: list[int] | tuple[int, ...], cost: CostModel) -> float:
     """Worth over seconds of a run whose first member is the oldest, from the definition."""
     padded = [max(column) for column in zip(*(view[at].lengths for at in members), strict=True)]
     oldest_s = NOW - view[members[0]].rank_s
     ages = [min(max((NOW - view[at].rank_s) / oldest_s, 0.0), 1.0) if oldest_s > 0 else 0.0 for at in members]
-    launch_s = cost.run_s / (1 + len(_mates(view, members[0], NOW, cost)))
+    launch_s = cost.run_s / (1 + len(_mates(view, members[0], alive(view), cost)))
     worth = sum(
         cost.row_s(view[at].tokens) + launch_s + AGE_SHARE * cost.run_s * age
         for at, age in zip(members, ages, strict=True)
@@ -89,14 +94,42 @@ def test_the_oldest_that_has_not_expired_is_always_in(
     view: list[Waiting], settings: SchedulingSettings, cost: CostModel
 ) -> None:
     planned = plan(view, NOW, settings, cost)
-    alive = [at for at, one in enumerate(view) if one.deadline_s is None or one.deadline_s > NOW]
-    assert set(planned.expired) == set(range(len(view))) - set(alive)
-    if alive:
-        assert planned.indices[0] == min(alive, key=lambda at: view[at].rank_s)
+    assert set(planned.expired) == set(range(len(view))) - set(alive(view))
+    if alive(view):
+        assert planned.indices[0] == min(alive(view), key=lambda at: view[at].rank_s)
     else:
         assert planned.indices == ()
     assert not set(planned.indices) & set(planned.expired)
     assert len(set(planned.indices)) == len(planned.indices)
+
+
+@given(views(), bounds, costs, st.floats(0.01, 100))
+def test_nothing_runs_that_would_end_after_its_caller_has_left(
+    view: list[Waiting], settings: SchedulingSettings, cost: CostModel, pace: float
+) -> None:
+    planned = plan(view, NOW, settings, cost, pace)
+    members = planned.indices
+    hopeful = [
+        at
+        for at in alive(view)
+        if view[at].deadline_s is None or view[at].deadline_s >= NOW + pace * cost.seconds(1, view[at].tokens)  # type: ignore[operator]
+    ]
+    if not hopeful:
+        assert len(members) == min(1, len(alive(view))), "tried, for want of anything better to do"
+        return
+    assert set(planned.expired) == set(range(len(view))) - set(hopeful)
+    assert members[0] == min(hopeful, key=lambda at: view[at].rank_s)
+    padded = [max(column) for column in zip(*(view[at].lengths for at in members), strict=True)]
+    ends = NOW + pace * cost.seconds(len(members), sum(padded))
+    assert all(view[at].deadline_s is None or view[at].deadline_s >= ends - 1e-6 for at in members)  # type: ignore[operator]
+
+
+def test_mate_that_has_no_time_for_company_is_left_for_a_run_of_its_own() -> None:
+    # A run of one takes about 10 ms, one of two about 17.
+    view = line(32, 32, 32, 32)
+    view[2] = replace(view[2], deadline_s=NOW + 0.015)
+    assert set(plan(view, NOW, SchedulingSettings(), CPU_COST, pace=1.0).indices) == {0, 1, 3}
+    assert set(plan(view, NOW, SchedulingSettings(), CPU_COST, pace=0.1).indices) == {0, 1, 2, 3}
 
 
 @given(views(), bounds, costs)

@@ -275,6 +275,31 @@ def test_what_expired_while_the_loop_was_held_up_is_still_never_run(virtually, b
     virtually(story())
 
 
+def test_what_no_run_could_answer_in_time_is_given_up_for_what_can_be(virtually, bench, sequence) -> None:
+    # A row takes a second on top of two of the run itself, and so it was foreseen.
+    bench.executor.cost = CostModel(run_s=2.0, sequence_s=1.0, token_s=1e-9, pair_s=0.0)
+    bench.executor.seconds = lambda sequences: 2.0 + len(sequences)
+
+    async def story() -> None:
+        async with bench as scheduler:
+            await scheduler.submit([sequence(0)])  # 3 s, from which the pace is known
+            running = asyncio.create_task(scheduler.submit([sequence(1)]))
+            await ticks()
+            hopeless = asyncio.create_task(scheduler.submit([sequence(2)], deadline=bench.clock.now() + 5))
+            patient = asyncio.create_task(scheduler.submit([sequence(3)], deadline=bench.clock.now() + 20))
+            error = await end_of(hopeless)
+            assert isinstance(error, DeadlineExpired)
+            assert error.waited_s == pytest.approx(3), "when the instance became free, 2 s before the deadline"
+            assert "no run would end before the deadline" in str(error)
+            await asyncio.gather(running, patient)
+            assert bench.executor.runs == [[0], [1], [3]]
+            # With nothing else to do it is tried: what was foreseen may have been too dark.
+            bench.executor.seconds = lambda sequences: 0.5
+            await scheduler.submit([sequence(4)], deadline=bench.clock.now() + 1)
+
+    virtually(story())
+
+
 def test_a_deadline_is_kept_by_the_injected_clock_when_the_loops_runs_ahead(virtually, bench, sequence) -> None:
     async def story() -> None:
         loop = asyncio.get_running_loop()
