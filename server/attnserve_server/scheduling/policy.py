@@ -25,8 +25,9 @@ PADDING_SHARE: Final = 0.5
 """How much of a run's overhead may be spent on padding one mate. At 1 it would be as cheap to run the mate alone; but a
 mate that is left finds others, nearer in length, that share its overhead."""
 AGE_SHARE: Final = 0.25
-"""How much of a run's overhead the oldest is worth more than a newcomer. The longer a mate has waited, the sooner it
-must go with whatever is there: a shorter tail of latency, for a few thousandths of processor time."""
+"""How much of a run's overhead the oldest is worth more than a newcomer, though of no more than its own row takes:
+elsewhere age would choose everybody where launches dominate. The longer a mate has waited, the sooner it must go with
+whatever is there: a shorter tail of latency, for a few thousandths of processor time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,8 @@ def _choose(
     lengths = np.array([one.lengths for one in line], np.float64)  # (N, axes)
     alone_s = cost.rows_s(lengths.sum(axis=1))
     # Left behind, each would have its part in launching another run: a small one where many wait to share it.
-    worth = alone_s + cost.run_s / len(line) + AGE_SHARE * cost.run_s * _ages(line, now)
+    age_s = AGE_SHARE * np.minimum(cost.run_s, alone_s) * _ages(line, now)
+    worth = alone_s + cost.run_s / len(line) + age_s
     order = np.concatenate(([0], 1 + np.argsort(-worth[1:], kind="stable")))  # the oldest, then the worthiest first
     lengths, alone_s, worth = lengths[order], alone_s[order], worth[order]
     shapes = np.maximum(lengths, lengths[0])  # row j: the run that j stretches; row 0: the oldest's own

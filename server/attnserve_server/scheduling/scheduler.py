@@ -203,7 +203,9 @@ class Scheduler:
         while len(self._queue):
             front = self._queue.view(self._settings.look_ahead)
             views = [entry.view for entry in front]
-            planned = plan(views, self._clock.now(), self._settings, cost, self._settings.wait_headroom * self._speed.pace)
+            planned = plan(
+                views, self._clock.now(), self._settings, cost, self._settings.wait_headroom * self._speed.pace
+            )
             # What is done was cancelled in this very turn of the loop: its task has not come to withdraw it yet.
             for request in {front[at].request for at in planned.expired}:
                 if request.future.done():

@@ -43,8 +43,8 @@ def score(view: list[Waiting], members: list[int] | tuple[int, ...], cost: CostM
     ages = [min(max((NOW - view[at].rank_s) / oldest_s, 0.0), 1.0) if oldest_s > 0 else 0.0 for at in members]
     launch_s = cost.run_s / (1 + len(_mates(view, members[0], alive(view), cost)))
     worth = sum(
-        cost.row_s(view[at].tokens) + launch_s + AGE_SHARE * cost.run_s * age
-        for at, age in zip(members, ages, strict=True)
+        row_s + launch_s + AGE_SHARE * min(cost.run_s, row_s) * age
+        for row_s, age in zip((cost.row_s(view[at].tokens) for at in members), ages, strict=True)
     )
     return worth / cost.seconds(len(members), sum(padded))
 
