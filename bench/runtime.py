@@ -60,6 +60,14 @@ class BareSession:
             feeds["token_type_ids"] = np.zeros_like(ids)
         self._session.run(self._fetches, feeds)
 
+    def hidden(self, ids: Array) -> Array:
+        """Hidden states (B, T, 384) of one batch."""
+        feeds = {"input_ids": ids, "attention_mask": (ids != 0).astype(np.int64), **self._items}
+        if self._types:
+            feeds["token_type_ids"] = np.zeros_like(ids)
+        (found,) = self._session.run(["last_hidden_state"], feeds)
+        return np.asarray(found)
+
     def cpu_seconds(self, batches: list[Array]) -> float:
         """CPU time of one thread that runs all batches."""
         started = time.thread_time()

@@ -1,0 +1,187 @@
+"""Drives every peer, the bare runtime and this server in turns, and prints what came of it: `python -m bench.peers`.
+
+Each round starts a peer, warms it up, loads it with callers in a closed loop, and ends it. `--only` takes some of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from bench import service
+from bench.peers.install import PEERS, installed, version
+from bench.peers.load import Measured, drive
+from bench.peers.servers import DidNotStart, Running, serving
+from bench.peers.wires import WIRES
+from bench.runtime import BareSession, untapped
+from bench.workload import sequences, sorted_batches
+
+CALLERS = 64
+VOCABULARY_SIZE = 30_522
+REFERENCES = 64
+LIMIT_S = 120.0
+OURS, BARE = "attnserve", "bare runtime"
+
+
+class Comparison:
+    """The runs of all rounds, by system and form."""
+
+    def __init__(self, repository: Path, requests: int, console: Console) -> None:
+        self._repository = repository
+        self._console = console
+        self.items = sequences(requests, VOCABULARY_SIZE)
+        self._model = untapped(max(repository.glob("minilm/*/model.onnx")))
+        self._bare = BareSession(self._model)
+        self._batches = sorted_batches(self.items)
+        self._references = [self._bare.hidden(ids[None])[0] for ids in self.items[:REFERENCES]]
+        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def bare(self) -> None:
+        """Two threads over batches sorted by length: the limit of the machine."""
+        self._bare.cpu_seconds_of_two_threads(self._batches[::4])
+        cpu, wall = self._bare.cpu_seconds_of_two_threads(self._batches)
+        row = self._row(BARE, "sorted batches", f"onnxruntime {metadata.version('onnxruntime')}")
+        row["runs"].append({"rate": len(self.items) / wall, "server_s": cpu / len(self.items)})
+
+    def ours(self, form: str) -> None:
+        """This server, by its defaults or with batching off."""
+        flags = ("--max-batch-size", "1") if form == "single" else ()
+        row = self._row(OURS, "defaults" if form == "dynamic" else form, metadata.version("attnserve"))
+        with service.running(self._repository, *flags) as server:
+            port = int(server.target.rpartition(":")[2])
+            self._load(row, Running(port, WIRES["ours"], server.process))
+
+    def peer(self, peer: Any, form: str, model: Path) -> None:
+        """One peer in one form, or why it does not run."""
+        row = self._row(peer.name, form, version(peer))
+        if row.get("why_not"):
+            return
+        try:
+            with serving(peer, form, model, self.items[0]) as running:
+                self._load(row, running)
+        except DidNotStart as error:
+            row["why_not"] = str(error)
+
+    def write_model(self, path: Path) -> None:
+        """The graph that everybody serves."""
+        path.write_bytes(self._model)
+
+    def _load(self, row: dict[str, Any], running: Running) -> None:
+        self._drive(running, self.items[: max(CALLERS, len(self.items) // 4)])
+        before = running.cpu_seconds()
+        measured = self._drive(running, self.items)
+        answered = max(1, len(self.items) - measured.errors)
+        row["runs"].append({**asdict(measured), "server_s": (running.cpu_seconds() - before) / answered})
+
+    def _drive(self, running: Running, items: list[Any]) -> Measured:
+        return asyncio.run(drive(running.port, running.wire, items, self._references, CALLERS, LIMIT_S))
+
+    def _row(self, name: str, form: str, version_: str) -> dict[str, Any]:
+        self._console.print(f"{name}, {form}", style="dim")
+        return self.rows.setdefault((name, form), {"name": name, "form": form, "version": version_, "runs": []})
+
+
+def summed_up(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians over rounds, the fastest first; each beside the bare runtime's of the same rounds."""
+    bare = [run["rate"] for run in rows[BARE, "sorted batches"]["runs"]]
+    bare_s = [run["server_s"] for run in rows[BARE, "sorted batches"]["runs"]]
+    told = []
+    for row in rows.values():
+        runs = row["runs"]
+        facts = {key: row[key] for key in ("name", "form", "version")} | {"why_not": row.get("why_not", "")}
+        if runs:
+            facts |= {
+                "per_s": statistics.median(run["rate"] for run in runs),
+                "per_s_least": min(run["rate"] for run in runs),
+                "per_s_greatest": max(run["rate"] for run in runs),
+                "rate_over_bare": statistics.median(run["rate"] / one for run, one in zip(runs, bare, strict=False)),
+                "server_ms": 1e3 * statistics.median(run["server_s"] for run in runs),
+                "cpu_over_bare": statistics.median(
+                    run["server_s"] / one for run, one in zip(runs, bare_s, strict=False)
+                ),
+            }
+            for key, unit in (("p50_s", 1e3), ("p99_s", 1e3), ("client_cores", 1.0)):
+                if key in runs[0]:
+                    facts[key.replace("_s", "_ms")] = unit * statistics.median(run[key] for run in runs)
+            facts["errors"] = sum(run.get("errors", 0) for run in runs)
+            facts["wrong"] = sum(run.get("wrong", 0) for run in runs)
+            facts["first_error"] = next((run["first_error"] for run in runs if run.get("first_error")), "")
+        told.append(facts)
+    return sorted(told, key=lambda facts: -facts.get("per_s", 0.0))
+
+
+def show(console: Console, told: list[dict[str, Any]]) -> None:
+    """A table, then what did not run."""
+    columns = ("sequences/s", "/ bare", "server ms", "/ bare", "p50 ms", "p99 ms", "client cores", "wrong, errors")
+    table = Table("", "form", "version", *columns)
+    for facts in told:
+        if "per_s" in facts:
+            spread = f"{facts['per_s']:.1f} ({facts['per_s_least']:.1f} to {facts['per_s_greatest']:.1f})"
+            latency = [f"{facts[key]:.0f}" if key in facts else "" for key in ("p50_ms", "p99_ms")]
+            client = f"{facts['client_cores']:.2f}" if "client_cores" in facts else ""
+            ratios = f"{facts['rate_over_bare']:.2f}", f"{facts['server_ms']:.1f}", f"{facts['cpu_over_bare']:.2f}"
+            faults = f"{facts['wrong']}, {facts['errors']}"
+            table.add_row(facts["name"], facts["form"], facts["version"], spread, *ratios, *latency, client, faults)
+    console.print(table)
+    for facts in told:
+        if facts["why_not"]:
+            console.print(f"{facts['name']}, {facts['form']}: {facts['why_not']}", markup=False)
+        elif facts.get("first_error"):
+            console.print(f"{facts['name']}, {facts['form']}: {facts['first_error']}", markup=False)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repository", type=Path, default=Path(".demo/models"), help="where MiniLM is, as minilm")
+    parser.add_argument("--only", default="", help="names of peers, with commas; default: all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=600, help="sequences in a round")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = parser.parse_args()
+    wanted = {name.strip().lower() for name in options.only.split(",") if name.strip()}
+    peers = [peer for peer in PEERS if not wanted or any(name in peer.name.lower() for name in wanted)]
+    console = Console(stderr=True)
+    comparison = Comparison(options.repository, options.requests, console)
+    why = {peer.name: installed(peer) for peer in peers}
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder, "model.onnx")
+        comparison.write_model(model)
+        for _ in range(options.rounds):
+            comparison.bare()
+            comparison.ours("dynamic")
+            comparison.ours("single")
+            for peer in peers:
+                for form in peer.forms if not why[peer.name] else ():
+                    comparison.peer(peer, form, model)
+    for peer in peers:
+        for form in {"single", "dynamic"} - set(peer.forms if not why[peer.name] else ()):
+            comparison.rows[peer.name, form] = {"name": peer.name, "form": form, "version": "", "runs": []} | {
+                "why_not": why[peer.name] or peer.why_not
+            }
+    told = summed_up(comparison.rows)
+    if options.json:
+        facts = {
+            "cores": psutil.cpu_count(),
+            "callers": CALLERS,
+            "requests": options.requests,
+            "rounds": options.rounds,
+        }
+        print(json.dumps({**facts, "systems": told}, indent=2))
+    else:
+        show(Console(), told)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""mosec: raw bytes over HTTP."""
+
+import sys
+
+import numpy as np
+from model import DYNAMIC, MAX_BATCH, PORT, WAIT_MS, run, session
+from mosec import Server, Worker
+
+
+class MiniLM(Worker):
+    def __init__(self):
+        self.model = session()
+
+    def deserialize(self, data):
+        return np.frombuffer(data, np.int64)
+
+    def serialize(self, data):
+        return data.tobytes()
+
+    def forward(self, data):
+        return run(self.model, data) if DYNAMIC else run(self.model, [data])[0]
+
+
+if __name__ == "__main__":
+    sys.argv = [sys.argv[0], "--address", "127.0.0.1", "--port", str(PORT), "--log-level", "warning"]
+    server = Server()
+    batching = {"max_batch_size": MAX_BATCH, "max_wait_time": WAIT_MS} if DYNAMIC else {}
+    server.append_worker(MiniLM, num=2, **batching)
+    server.run()

@@ -1,0 +1,96 @@
+"""The load that every peer gets: callers in a closed loop, the same loop whatever the protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from bench.peers.wires import Call, HttpCaller, Wire, grpc_call
+
+Array = npt.NDArray[Any]
+TIMEOUT_S = 120.0
+CHECKED = 16
+"""Every so manieth answer is compared with the reference."""
+TOLERANCE = 1e-3
+"""Float32 sums in another order, as another batch has them, differ by some 1e-6 of values around 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One loaded stretch: answers a second, latencies, refusals and wrong answers, and the client's processor time."""
+
+    rate: float
+    p50_s: float
+    p99_s: float
+    errors: int
+    wrong: int
+    first_error: str
+    client_cores: float
+
+
+async def drive(
+    port: int, wire: Wire, items: Sequence[Array], references: Sequence[Array], callers: int, limit_s: float
+) -> Measured:
+    """Sends each of the items once; `references` has hidden states of the first few of them."""
+    requests = [wire.request(ids) for ids in items]
+    latencies: list[float] = []
+    faults: list[str] = []
+    wrong = 0
+    waiting = iter(range(len(items)))
+    until = time.perf_counter() + limit_s
+    async with AsyncExitStack() as stack:
+        calls: list[Call] = []
+        if wire.http:
+            for _ in range(callers):
+                caller = HttpCaller(
+                    port, wire.path, "application/json" if "[" in str(requests[0]) else "application/octet-stream"
+                )
+                stack.push_async_callback(caller.aclose)
+                calls.append(caller)
+        else:
+            options = [("grpc.max_receive_message_length", 64 << 20)]
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options))
+            calls = [grpc_call(channel, wire, TIMEOUT_S)] * callers
+
+        async def caller_loop(call: Call) -> None:
+            nonlocal wrong
+            for index in waiting:
+                if time.perf_counter() > until:
+                    return
+                begun = time.perf_counter()
+                try:
+                    answer = await asyncio.wait_for(call(requests[index]), TIMEOUT_S)
+                except (OSError, EOFError, grpc.RpcError, TimeoutError, ValueError) as error:
+                    faults.append(f"{type(error).__name__}: {error}")
+                    if isinstance(call, HttpCaller):
+                        await call.aclose()
+                    continue
+                latencies.append(time.perf_counter() - begun)
+                if index < len(references) and index % CHECKED == 0:
+                    wrong += not _same(wire.hidden(answer), references[index])
+
+        cpu, started = time.process_time(), time.perf_counter()
+        await asyncio.gather(*map(caller_loop, calls))
+        wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+    seen = np.array(latencies or [0.0])
+    return Measured(
+        rate=len(latencies) / wall,
+        p50_s=float(np.quantile(seen, 0.5)),
+        p99_s=float(np.quantile(seen, 0.99)),
+        errors=len(faults),
+        wrong=wrong,
+        first_error=" ".join(faults[0].split())[:200] if faults else "",
+        client_cores=cpu / wall,
+    )
+
+
+def _same(hidden: Array, reference: Array) -> bool:
+    return hidden.shape == reference.shape and bool(np.abs(hidden - reference).max() <= TOLERANCE)

@@ -1,0 +1,135 @@
+"""Starting and ending what is measured: process trees, awaited by a first right answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.peers.install import APPS, Peer, last_line
+from bench.peers.load import drive
+from bench.peers.wires import WIRES, Wire
+
+START_TIMEOUT_S = 120.0
+PORTS = 3
+"""Neighbouring ports that a peer may use: some want one for HTTP and one for metrics."""
+
+
+class DidNotStart(Exception):
+    """A peer did not come up; the message is the last thing that it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A peer that answers."""
+
+    port: int
+    wire: Wire
+    process: psutil.Process
+
+    def cpu_seconds(self) -> float:
+        """Of the process and all that it started and that still lives."""
+        total = 0.0
+        for each in (self.process, *self.process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = each.cpu_times()
+                total += times.user + times.system
+        return float(total)
+
+
+def wire_of(peer: Peer, form: str) -> Wire:
+    """How a form of a peer is spoken to."""
+    return WIRES.get(f"{peer.wire} {form}", WIRES[peer.wire])
+
+
+@contextmanager
+def serving(peer: Peer, form: str, model: Path, item: Any) -> Iterator[Running]:
+    """A peer with the model, until the block ends.
+
+    Raises:
+        DidNotStart: it gave no answer in time, or ended.
+    """
+    port = _free_ports()
+    bin_folder = peer.python.parent
+    command = [str(bin_folder / peer.command[0]), *peer.command[1:], str(port)] if peer.command else []
+    if peer.command:
+        command += ["--host", "127.0.0.1"]
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))},
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "PEER_FORM": form,
+        "PEER_PORT": str(port),
+        "PEER_MODEL": str(model),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(APPS),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "BENTOML_DO_NOT_TRACK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "ORT_DISABLE_TELEMETRY": "1",
+        # Triton's stub links against Python's own library, which a virtual environment does not have beside it.
+        "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR") or ""),
+    }
+    with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w+") as log:
+        line = command or [str(peer.python), str(APPS / peer.app)]
+        process = subprocess.Popen(
+            line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=APPS, start_new_session=True
+        )
+        tree = psutil.Process(process.pid)
+        try:
+            running = Running(port, wire_of(peer, form), tree)
+            _await(running, process, item, Path(folder, "log"))
+            yield running
+        finally:
+            _end(tree)
+
+
+def _await(running: Running, process: subprocess.Popen[Any], item: Any, log: Path) -> None:
+    until, why = time.monotonic() + START_TIMEOUT_S, ""
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise DidNotStart(last_line(log.read_text(errors="replace")))
+        measured = asyncio.run(drive(running.port, running.wire, [item], [], 1, 20.0))
+        if not measured.errors:
+            return
+        why = measured.first_error
+        time.sleep(0.5)
+    raise DidNotStart(f"no answer in {START_TIMEOUT_S:g} s: {why}")
+
+
+def _end(tree: psutil.Process) -> None:
+    """Ends a process and all that it started, by their ids."""
+    family = [tree, *tree.children(recursive=True)] if tree.is_running() else []
+    for each in family[:1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGTERM)
+    psutil.wait_procs(family, timeout=8)
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(family, timeout=5)
+
+
+def _free_ports() -> int:
+    """The first of neighbouring ports that are free."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                for offset in range(1, PORTS):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + offset))
+                return port
