@@ -278,8 +278,8 @@ def response_of(
     receipt: bytes,
     effective: attention_pb2.AttentionSelection | None,
     predicted_bytes: int,
-) -> bytes:
-    """A whole answer (an InferResponse), serialised; `receipt` as `receipt_of` gives it."""
+) -> Splice:
+    """A whole answer (an InferResponse); `receipt` as `receipt_of` gives it."""
     message = Splice(
         inference_service_pb2.InferResponse(
             effective_attention=effective, predicted_bytes=predicted_bytes
@@ -288,4 +288,4 @@ def response_of(
     for result in results:
         message.add(_RESPONSE.RESULTS_FIELD_NUMBER, result)
     named = Splice(receipt).add(inference_service_pb2.Receipt.REQUEST_ID_FIELD_NUMBER, request_id.encode())
-    return message.add(_RESPONSE.RECEIPT_FIELD_NUMBER, named).joined()
+    return message.add(_RESPONSE.RECEIPT_FIELD_NUMBER, named)

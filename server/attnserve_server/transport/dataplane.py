@@ -21,6 +21,7 @@ from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport import codec
 from attnserve_server.transport.description import describe
 from attnserve_server.transport.inputs import Intake
+from attnserve_server.transport.splice import Splice
 from attnserve_server.transport.status import is_fault, plain, row_of
 from attnserve_server.transport.validation import PreparedRequest, check_model_reference, check_request_id, prepare
 
@@ -68,14 +69,16 @@ class DataPlane:
         request: inference_service_pb2.InferRequest,
         request_id: str,
         deadline: float | None,
+        size: int,
         reserve: Reserve | None = None,
-    ) -> bytes:
-        """Checks, runs and answers one request, and counts how it ended. Returns an InferResponse, serialised.
+    ) -> Splice:
+        """Checks, runs and answers one request, and counts how it ended. Returns an InferResponse.
 
         Args:
             request: What was asked.
             request_id: Its name: the caller's, or one that `name_of` made.
             deadline: Monotonic seconds; None: the caller waits forever.
+            size: Bytes that the request came in: the message itself would have to be written again to tell.
             reserve: Waits until there is room for an answer of so many bytes; None: there always is.
 
         Raises:
@@ -90,7 +93,7 @@ class DataPlane:
                 started = True
                 scheduler.check_room(deadline)
                 started = False
-            prepared = await self._prepare(request, self._intake(served, manifest))
+            prepared = await self._prepare(request, size, self._intake(served, manifest))
             results: list[SequenceResult] = []
             if not request.validate_only:
                 if reserve is not None:
@@ -123,8 +126,8 @@ class DataPlane:
         """Whether a deadline ended a call: gRPC cancels its handler then, just as when the caller leaves."""
         return deadline is not None and self._clock.now() >= deadline - DEADLINE_SLACK_S
 
-    async def _prepare(self, request: inference_service_pb2.InferRequest, intake: Intake) -> PreparedRequest:
-        if not _is_large(request):
+    async def _prepare(self, request: inference_service_pb2.InferRequest, size: int, intake: Intake) -> PreparedRequest:
+        if not _is_large(request, size):
             return prepare(request, intake)
         return await asyncio.get_running_loop().run_in_executor(self._preparing, prepare, request, intake)
 
@@ -188,9 +191,8 @@ def log_failure(error: BaseException, request_id: str, method: str) -> None:
     level("request refused", request_id=plain(request_id), method=method, reason=reason, error=plain(str(error), 512))
 
 
-def _is_large(request: inference_service_pb2.InferRequest) -> bool:
-    # ByteSize walks the message without copying; what is small needs no closer look.
-    size = request.ByteSize()
+def _is_large(request: inference_service_pb2.InferRequest, size: int) -> bool:
+    # What is small needs no closer look.
     if size <= OFFLOAD_TEXT_BYTES:
         return False
     return size > OFFLOAD_TENSOR_BYTES or any(sequence.WhichOneof("input") == "text" for sequence in request.sequences)
@@ -202,7 +204,7 @@ def _response(
     request_id: str,
     prepared: PreparedRequest,
     results: list[SequenceResult],
-) -> bytes:
+) -> Splice:
     return codec.response_of(
         [codec.result_of(result, prepared.outputs) for result in results],
         request_id,

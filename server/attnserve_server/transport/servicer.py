@@ -12,6 +12,7 @@ from attnserve_server.domain.clock import Clock
 from attnserve_server.transport.boundary import Context, Failure, RpcMetrics, parsed, remaining_s
 from attnserve_server.transport.dataplane import DataPlane, name_of
 from attnserve_server.transport.stream import Streams
+from attnserve_server.transport.wire import parse
 
 SERVICE: Final = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -24,13 +25,14 @@ class InferenceServicer:
         self._streams = streams
         self._clock = clock
 
-    async def infer(self, request: inference_service_pb2.InferRequest, context: Context) -> bytes:
-        """One request, one answer: an InferResponse, serialised."""
+    async def infer(self, data: bytes, context: Context) -> bytes:
+        """One request, one answer: an InferRequest and an InferResponse, serialised."""
+        request = parse(inference_service_pb2.InferRequest, data)
         remaining = remaining_s(context)
         deadline = None if remaining is None else self._clock.now() + remaining
         request_id = name_of(request.request_id)
         try:
-            return await self._plane.infer(request, request_id, deadline)
+            return (await self._plane.infer(request, request_id, deadline, len(data))).joined()
         except Exception as error:
             raise Failure(request_id, error) from error
 
@@ -49,7 +51,7 @@ class InferenceServicer:
     def handlers(self, metrics: RpcMetrics) -> grpc.GenericRpcHandler:
         """The service's methods on bytes, as gRPC wants them."""
         unary: Mapping[str, Any] = {
-            "Infer": parsed(inference_service_pb2.InferRequest, self.infer),
+            "Infer": self.infer,
             "ListModels": parsed(inference_service_pb2.ListModelsRequest, self.list_models),
             "GetModel": parsed(inference_service_pb2.GetModelRequest, self.get_model),
         }

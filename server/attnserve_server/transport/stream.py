@@ -37,6 +37,8 @@ class _Flight:
     """One request under way. Event loop only."""
 
     deadline: float | None
+    size: int
+    """Bytes that it came in."""
     task: asyncio.Task[None] | None = None
     reserved_bytes: int = 0
     computing: bool = False
@@ -160,7 +162,7 @@ class _Stream:
                 request_id, InvalidRequest.of("request_id", f"{request_id!r} is the name of a request under way")
             )
             return
-        flight = _Flight(self._deadline_of(message))
+        flight = _Flight(self._deadline_of(message), len(data))
         began = self._clock.now()
         try:
             async with asyncio.timeout(self._patience_of(flight)):
@@ -192,7 +194,7 @@ class _Stream:
             self._answers.give(flight.reserved_bytes)
             self._slots.release()
 
-    async def _compute(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> bytes:
+    async def _compute(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> Splice:
         """The plane's answer. Until the request is in the scheduler, which keeps deadlines itself, this keeps it."""
         began = self._clock.now()
         try:
@@ -203,11 +205,11 @@ class _Stream:
                     flight.reserved_bytes = count
                     patience.reschedule(None)
 
-                return await self._plane.infer(request, request.request_id, flight.deadline, reserve)
+                return await self._plane.infer(request, request.request_id, flight.deadline, flight.size, reserve)
         except TimeoutError:
             raise DeadlineExpired(self._clock.now() - began) from None
 
-    async def _answer(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> bytes | Exception:
+    async def _answer(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> Splice | Exception:
         request_id = request.request_id
         if flight.cancelled:
             return RequestCancelled()
@@ -231,18 +233,18 @@ class _Stream:
         log_failure(error, request_id, "StreamInfer")
         await self._send(request_id, error)
 
-    async def _send(self, request_id: str, answer: bytes | Exception) -> None:
+    async def _send(self, request_id: str, answer: Splice | Exception) -> None:
         """Sends an answer, in pieces if it is large; pieces of other answers may come between them."""
         envelope = inference_service_pb2.StreamInferResponse(request_id=request_id)
         if isinstance(answer, Exception):
             envelope.status = status_of(answer, request_id).SerializeToString()
             await self._write(envelope.SerializeToString())
-        elif len(answer) <= CHUNK_BYTES:
+        elif answer.size <= CHUNK_BYTES:
             await self._write(Splice(envelope.SerializeToString()).add(_RESPONSE, answer).joined())
         else:
-            starts = range(0, len(answer), CHUNK_BYTES)
+            whole, starts = answer.joined(), range(0, answer.size, CHUNK_BYTES)
             for index, start in enumerate(starts):
-                piece = answer[start : start + CHUNK_BYTES]
+                piece = whole[start : start + CHUNK_BYTES]
                 envelope.chunk.CopyFrom(inference_service_pb2.ResponseChunk(index=index, count=len(starts), data=piece))
                 await self._write(envelope.SerializeToString())
 

@@ -1,0 +1,151 @@
+"""What the service itself costs: an identity model through `StreamInfer` beside a bare stream that echoes the same bytes.
+
+`python -m bench.echo --bare PORT_FILE` is the bare server, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import onnx
+from attnserve.v1 import inference_service_pb2, tensor_pb2
+from onnx import TensorProto, helper
+
+from bench import service
+from bench.workload import sequences
+
+WIDTH = 384
+IN_FLIGHT = 8
+"""Messages under way: enough that neither side waits for the other."""
+_METHOD = "/attnserve.v1.InferenceService/StreamInfer"
+_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
+
+
+def write_bundle(folder: Path) -> None:
+    """An identity of (batch, seq, 384) float32 as the bundle `echo`."""
+    shape = ["batch", "seq", WIDTH]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "echo",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+    )
+    path = folder / "echo.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    line = [str(Path(sys.executable).with_name("attnserve-server")), "prepare", str(path), "--name", "echo"]
+    subprocess.run([*line, "--max-length", "4096", "--repository", str(folder)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def messages(count: int, per_message: int, tokens: Sequence[int]) -> list[bytes]:
+    """Stream messages of so many sequences each; all different, so that nothing is cached."""
+    random = np.random.default_rng(0)
+    made = []
+    at = 0
+    for number in range(count):
+        packed = []
+        for _ in range(per_message):
+            x = random.standard_normal((tokens[at % len(tokens)], WIDTH)).astype("<f4")
+            tensor = tensor_pb2.Tensor(
+                name="x", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=list(x.shape), data=x.tobytes()
+            )
+            packed.append(inference_service_pb2.Sequence(tensors=inference_service_pb2.TensorInput(tensors=[tensor])))
+            at += 1
+        request = inference_service_pb2.InferRequest(model="echo", sequences=packed, request_id=str(number))
+        made.append(inference_service_pb2.StreamInferRequest(request=request).SerializeToString())
+    return made
+
+
+async def rate(target: str, sent: list[bytes], seconds: float) -> tuple[float, int]:
+    """Messages a second through one stream, `IN_FLIGHT` under way, and how many answers were refusals.
+
+    The messages are sent in turns. There are many times as many as are under way, for these must have different ids.
+    """
+    assert len(sent) >= 4 * IN_FLIGHT
+    refused = done = 0
+    async with grpc.aio.insecure_channel(target, options=_OPTIONS) as channel:
+        call = channel.stream_stream(_METHOD)()
+        room = asyncio.Semaphore(IN_FLIGHT)
+
+        async def write() -> None:
+            # A task of its own: whoever only writes, while nobody reads, may wait for ever.
+            for message in itertools.cycle(sent):
+                await room.acquire()
+                await call.write(message)
+
+        writer = asyncio.create_task(write())
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < seconds:
+            answer = await asyncio.wait_for(call.read(), 30)
+            refused += len(answer) < 1000
+            done += 1
+            room.release()
+        took = time.perf_counter() - begun
+        writer.cancel()
+        call.cancel()
+    return done / took, refused
+
+
+@contextmanager
+def bare() -> Iterator[str]:
+    """The echo in a process of its own, until the block ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "port")
+        process = subprocess.Popen([sys.executable, "-m", "bench.echo", "--bare", str(file)])
+        try:
+            until = time.monotonic() + service.START_TIMEOUT_S
+            while not (file.exists() and file.stat().st_size):
+                if process.poll() is not None or time.monotonic() > until:
+                    sys.exit("the bare echo did not start")
+                time.sleep(0.05)
+            yield f"127.0.0.1:{json.loads(file.read_text())}"
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def ratios(rounds: int, per_message: int, seconds: float = 2.0) -> dict[str, list[float]]:
+    """Sequences a second, bare and through the service, in turns."""
+    tokens = [len(ids) for ids in sequences(64, 30_522)]
+    sent = messages(8 * IN_FLIGHT, per_message, tokens)
+    found: dict[str, list[float]] = {"bare": [], "service": []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_bundle(Path(folder))
+        with bare() as one, service.running(Path(folder)) as other:
+            for _ in range(rounds + 1):
+                for name, target in (("bare", one), ("service", other.target)):
+                    per_s, refused = asyncio.run(rate(target, sent, seconds))
+                    if refused:
+                        sys.exit(f"{refused} messages were refused")
+                    found[name].append(per_s * per_message)
+    return {name: values[1:] for name, values in found.items()}
+
+
+async def _serve(file: Path) -> None:
+    async def echo(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:  # noqa: ARG001 - gRPC's shape
+        async for message in requests:
+            yield message
+
+    server = grpc.aio.server(options=_OPTIONS)
+    service_name, method = _METHOD[1:].split("/")
+    handlers = {method: grpc.stream_stream_rpc_method_handler(echo)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service_name, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    file.write_text(json.dumps(port))
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(Path(sys.argv[2])))
