@@ -1,4 +1,4 @@
-"""What the service itself costs: an identity model through `StreamInfer` beside a bare stream that echoes the same bytes.
+"""What the service itself costs: an identity model through `StreamInfer` beside a bare stream that echoes its bytes.
 
 `python -m bench.echo --bare PORT_FILE` is the bare server, in a process of its own.
 """
@@ -20,11 +20,11 @@ from typing import Any
 import grpc
 import numpy as np
 import onnx
+import psutil
 from attnserve.v1 import inference_service_pb2, tensor_pb2
 from onnx import TensorProto, helper
 
 from bench import service
-from bench.workload import sequences
 
 WIDTH = 384
 IN_FLIGHT = 8
@@ -45,7 +45,12 @@ def write_bundle(folder: Path) -> None:
     path = folder / "echo.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     line = [str(Path(sys.executable).with_name("attnserve-server")), "prepare", str(path), "--name", "echo"]
-    subprocess.run([*line, "--max-length", "4096", "--repository", str(folder)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [*line, "--max-length", "4096", "--repository", str(folder)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def messages(count: int, per_message: int, tokens: Sequence[int]) -> list[bytes]:
@@ -98,7 +103,7 @@ async def rate(target: str, sent: list[bytes], seconds: float) -> tuple[float, i
 
 
 @contextmanager
-def bare() -> Iterator[str]:
+def bare() -> Iterator[tuple[str, psutil.Process]]:
     """The echo in a process of its own, until the block ends."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "port")
@@ -109,20 +114,19 @@ def bare() -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > until:
                     sys.exit("the bare echo did not start")
                 time.sleep(0.05)
-            yield f"127.0.0.1:{json.loads(file.read_text())}"
+            yield f"127.0.0.1:{json.loads(file.read_text())}", psutil.Process(process.pid)
         finally:
             process.terminate()
             process.wait(timeout=30)
 
 
-def ratios(rounds: int, per_message: int, seconds: float = 2.0) -> dict[str, list[float]]:
-    """Sequences a second, bare and through the service, in turns."""
-    tokens = [len(ids) for ids in sequences(64, 30_522)]
-    sent = messages(8 * IN_FLIGHT, per_message, tokens)
+def ratios(rounds: int, per_message: int, tokens: int, seconds: float = 1.5) -> dict[str, list[float]]:
+    """Sequences a second, bare and through the service, in turns; one round more goes before."""
+    sent = messages(8 * IN_FLIGHT, per_message, [tokens])
     found: dict[str, list[float]] = {"bare": [], "service": []}
     with tempfile.TemporaryDirectory() as folder:
         write_bundle(Path(folder))
-        with bare() as one, service.running(Path(folder)) as other:
+        with bare() as (one, _), service.running(Path(folder)) as other:
             for _ in range(rounds + 1):
                 for name, target in (("bare", one), ("service", other.target)):
                     per_s, refused = asyncio.run(rate(target, sent, seconds))
@@ -143,7 +147,7 @@ async def _serve(file: Path) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service_name, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    file.write_text(json.dumps(port))
+    file.write_text(json.dumps(port))  # noqa: ASYNC240 - once, before anybody is served
     await server.wait_for_termination()
 
 

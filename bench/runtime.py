@@ -55,18 +55,23 @@ class BareSession:
 
     def run(self, ids: Array) -> None:
         """Runs one batch (B, T); 0 is padding."""
-        feeds = {"input_ids": ids, "attention_mask": (ids != 0).astype(np.int64), **self._items}
-        if self._types:
-            feeds["token_type_ids"] = np.zeros_like(ids)
-        self._session.run(self._fetches, feeds)
+        self._session.run(self._fetches, self._feeds(ids))
+
+    def run_asked(self, ids: Array) -> None:
+        """The same with the weights of every site and row."""
+        rows = np.arange(len(ids), dtype=np.int64)
+        self._session.run(None, {**self._feeds(ids), **dict.fromkeys(self._items, rows)})
 
     def hidden(self, ids: Array) -> Array:
         """Hidden states (B, T, 384) of one batch."""
+        (found,) = self._session.run(["last_hidden_state"], self._feeds(ids))
+        return np.asarray(found)
+
+    def _feeds(self, ids: Array) -> dict[str, Array]:
         feeds = {"input_ids": ids, "attention_mask": (ids != 0).astype(np.int64), **self._items}
         if self._types:
             feeds["token_type_ids"] = np.zeros_like(ids)
-        (found,) = self._session.run(["last_hidden_state"], feeds)
-        return np.asarray(found)
+        return feeds
 
     def cpu_seconds(self, batches: list[Array]) -> float:
         """CPU time of one thread that runs all batches."""

