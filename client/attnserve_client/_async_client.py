@@ -18,7 +18,7 @@ from attnserve_client._async_stream import watch as watching
 from attnserve_client._channel import metadata_of, options_of, target_of
 from attnserve_client._client import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, MAX_IN_FLIGHT, READY_TIMEOUT_S
 from attnserve_client._errors import AttnserveError, DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
-from attnserve_client._exchange import Exchange, Ordering
+from attnserve_client._exchange import Exchange, Flow, Ordering
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
 from attnserve_client._models import ModelInfo, is_ready, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
@@ -159,6 +159,7 @@ class AsyncClient:
         validate_only: bool = False,
         ordered: bool = True,
         max_in_flight: int = MAX_IN_FLIGHT,
+        per_message: int = 1,
     ) -> AsyncIterator[StreamAnswer]:
         """Runs many sequences over one stream. Arguments, answers and errors are those of `Client.stream`.
 
@@ -166,12 +167,14 @@ class AsyncClient:
         """
         check_timeout(timeout)
 
-        async def message(one: Input) -> wire.InferRequest:
-            described = await self._description(model, version, timeout) if takes_ids([one]) else None
+        async def sequence(one: Input) -> wire.Sequence:
+            return sequence_of(one, await self._description(model, version, timeout) if takes_ids([one]) else None)
+
+        def message(group: list[wire.Sequence]) -> wire.InferRequest:
             return request_of(
                 model=model,
                 version=version,
-                sequences=[sequence_of(one, described)],
+                sequences=group,
                 outputs=outputs,
                 attention=attention,
                 priority=priority,
@@ -180,7 +183,11 @@ class AsyncClient:
             )
 
         exchange = Exchange(timeout, validate_only=validate_only)
-        return self._answers(Feed(inputs, message, exchange, max_in_flight), exchange, Ordering(ordered=ordered))
+        return self._answers(
+            Feed(inputs, sequence, message, exchange, Flow(max_in_flight, per_message)),
+            exchange,
+            Ordering(ordered=ordered),
+        )
 
     async def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> list[ModelInfo]:  # noqa: ASYNC109 - as above
         """All models that the server has, in order of name and version."""
@@ -280,10 +287,10 @@ class AsyncClient:
         try:
             exchange.reading()
             async for message in call:
-                answer = exchange.take(message)
-                for ready in ordering.add(answer) if answer is not None else ():
-                    yield ready
-                    feed.answered()
+                for answer in exchange.take(message):
+                    for ready in ordering.add(answer):
+                        yield ready
+                        feed.answered()
                 exchange.reading()
             exchange.check_done()
             if feed.error is not None:

@@ -8,8 +8,7 @@ from typing import Any
 
 from attnserve.v1 import inference_service_pb2 as wire
 
-from attnserve_client._errors import InvalidRequest
-from attnserve_client._exchange import Exchange
+from attnserve_client._exchange import Exchange, Flow
 from attnserve_client._inputs import Input
 
 
@@ -32,16 +31,17 @@ class Feed:
     def __init__(
         self,
         inputs: Iterable[Input] | AsyncIterable[Input],
-        message: Callable[[Input], Awaitable[wire.InferRequest]],
+        sequence: Callable[[Input], Awaitable[wire.Sequence]],
+        message: Callable[[list[wire.Sequence]], wire.InferRequest],
         exchange: Exchange,
-        max_in_flight: int,
+        flow: Flow,
     ) -> None:
-        if max_in_flight < 1:
-            raise InvalidRequest.of("max_in_flight", f"{max_in_flight} is below 1")
         self._inputs = inputs
+        self._sequence = sequence
         self._message = message
         self._exchange = exchange
-        self._slots = asyncio.Semaphore(max_in_flight)
+        self._per_message = flow.per_message
+        self._slots = asyncio.Semaphore(flow.max_in_flight)
         self._task: asyncio.Task[object] | None = None
         self._closed = False
         self.error: Exception | None = None
@@ -52,13 +52,18 @@ class Feed:
         if self._closed:
             return
         self._task = asyncio.current_task()
+        group: list[wire.Sequence] = []
         try:
             async for one in _each(self._inputs):
-                message = await self._message(one)
+                group.append(await self._sequence(one))
                 await self._slots.acquire()
-                yield self._exchange.open(message)
+                if len(group) == self._per_message:
+                    full, group = group, []
+                    yield self._exchange.open(self._message(full))
         except Exception as error:  # noqa: BLE001 - the boundary to gRPC's task: the reader raises it
             self.error = error
+        if group:  # what came before the end, or before a fault, is sent all the same
+            yield self._exchange.open(self._message(group))
 
     def answered(self) -> None:
         """There is room for another."""

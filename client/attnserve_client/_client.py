@@ -17,7 +17,7 @@ from attnserve.v1 import inference_service_pb2_grpc
 
 from attnserve_client._channel import metadata_of, options_of, target_of
 from attnserve_client._errors import AttnserveError, DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
-from attnserve_client._exchange import Exchange, Ordering
+from attnserve_client._exchange import Exchange, Flow, Ordering
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
 from attnserve_client._models import ModelInfo, is_ready, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
@@ -188,6 +188,7 @@ class Client:
         validate_only: bool = False,
         ordered: bool = True,
         max_in_flight: int = MAX_IN_FLIGHT,
+        per_message: int = 1,
     ) -> Iterator[StreamAnswer]:
         """Runs many sequences over one stream: the cheapest way for many, and the one for very large answers.
 
@@ -207,6 +208,8 @@ class Client:
             validate_only: Only check the inputs and predict the bytes of their answers; runs nothing.
             ordered: Give answers in the order of the inputs; False gives them as they are ready.
             max_in_flight: Most inputs that are taken and not yet answered.
+            per_message: How many inputs travel in one message, at most the model's `max_batch_size`. They succeed or fail
+                together: for bulk work, where messages cost more than waiting for each other does.
 
         Yields:
             An answer for each input, with `index`, `request_id`, and `result` or `error`.
@@ -216,12 +219,14 @@ class Client:
         """
         check_timeout(timeout)
 
-        def message(one: Input) -> wire.InferRequest:
-            described = self._description(model, version, timeout) if takes_ids([one]) else None
+        def sequence(one: Input) -> wire.Sequence:
+            return sequence_of(one, self._description(model, version, timeout) if takes_ids([one]) else None)
+
+        def message(group: list[wire.Sequence]) -> wire.InferRequest:
             return request_of(
                 model=model,
                 version=version,
-                sequences=[sequence_of(one, described)],
+                sequences=group,
                 outputs=outputs,
                 attention=attention,
                 priority=priority,
@@ -230,7 +235,11 @@ class Client:
             )
 
         exchange = Exchange(timeout, validate_only=validate_only)
-        return self._answers(Feed(inputs, message, exchange, max_in_flight), exchange, Ordering(ordered=ordered))
+        return self._answers(
+            Feed(inputs, sequence, message, exchange, Flow(max_in_flight, per_message)),
+            exchange,
+            Ordering(ordered=ordered),
+        )
 
     def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> list[ModelInfo]:
         """All models that the server has, in order of name and version."""
@@ -306,10 +315,10 @@ class Client:
         try:
             exchange.reading()
             for message in call:
-                answer = exchange.take(message)
-                for ready in ordering.add(answer) if answer is not None else ():
-                    yield ready
-                    feed.answered()
+                for answer in exchange.take(message):
+                    for ready in ordering.add(answer):
+                        yield ready
+                        feed.answered()
                 exchange.reading()
             exchange.check_done()
             if feed.error is not None:

@@ -11,7 +11,7 @@ from typing import Final
 from attnserve.v1 import inference_service_pb2 as wire
 from google.protobuf.message import DecodeError
 
-from attnserve_client._errors import AttnserveError, DeadlineExpired
+from attnserve_client._errors import AttnserveError, DeadlineExpired, InvalidRequest
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._status import bad_answer, from_status_bytes
 
@@ -19,11 +19,32 @@ GRACE_S: Final = 0.25
 """What the server gets beyond a request's timeout to say that it has passed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """How many inputs are under way at once, and how many travel in one message.
+
+    Raises:
+        InvalidRequest: one of them is below 1, or a message would take more than may be under way.
+    """
+
+    max_in_flight: int
+    per_message: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_in_flight", "per_message"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest.of(name, f"{getattr(self, name)} is below 1")
+        if self.per_message > self.max_in_flight:
+            said = f"{self.per_message} exceeds max_in_flight, {self.max_in_flight}"
+            raise InvalidRequest.of("per_message", said)
+
+
 @dataclass(slots=True)
 class _Pending:
-    """A request under way: its place among the inputs, and the pieces of its answer that have come."""
+    """A request under way: the place of its first input among all, how many it has, and the pieces that have come."""
 
     index: int
+    count: int
     pieces: list[bytes] = field(default_factory=list)
 
 
@@ -62,8 +83,9 @@ class Exchange:
     def open(self, request: wire.InferRequest) -> wire.StreamInferRequest:
         """Names a request and enters it; gives what to send."""
         request.request_id = f"{self._prefix}-{self._opened}"
-        self._pending[request.request_id] = _Pending(self._opened)
-        self._opened += 1
+        count = len(request.sequences)
+        self._pending[request.request_id] = _Pending(self._opened, count)
+        self._opened += count
         self._opened_at = self._clock()
         return wire.StreamInferRequest(request=request, timeout_ms=self._timeout_ms)
 
@@ -87,8 +109,8 @@ class Exchange:
         said = f"the stream gave no answer for {self.patience_s} s with {len(self._pending)} requests under way"
         return DeadlineExpired(said, code="DEADLINE_EXCEEDED")
 
-    def take(self, message: wire.StreamInferResponse) -> StreamAnswer | None:
-        """Takes what came; gives the answer that is complete with it, if one is.
+    def take(self, message: wire.StreamInferResponse) -> list[StreamAnswer]:
+        """Takes what came; gives the answers that are complete with it, one for each input of the request.
 
         Raises:
             BadAnswer: The answer is nobody's, or its pieces do not follow one another.
@@ -100,9 +122,12 @@ class Exchange:
             raise bad_answer(f"an answer came for {request_id!r}, which is not under way", request_id)
         outcome = self._outcome(message, pending)
         if outcome is None:
-            return None
+            return []
         del self._pending[request_id]
-        return StreamAnswer(pending.index, request_id, outcome)
+        outcomes: list[InferenceResult | AttnserveError] = (
+            [outcome] * pending.count if isinstance(outcome, AttnserveError) else list(outcome)
+        )
+        return [StreamAnswer(pending.index + place, request_id, each) for place, each in enumerate(outcomes)]
 
     def check_done(self) -> None:
         """The server has ended the stream well: then nothing may be under way.
@@ -113,12 +138,14 @@ class Exchange:
         if self._pending:
             raise bad_answer(f"the stream ended with {len(self._pending)} requests unanswered")
 
-    def _outcome(self, message: wire.StreamInferResponse, pending: _Pending) -> InferenceResult | AttnserveError | None:
+    def _outcome(
+        self, message: wire.StreamInferResponse, pending: _Pending
+    ) -> list[InferenceResult] | AttnserveError | None:
         kind = message.WhichOneof("message")
         if kind == "status":
             return from_status_bytes(message.status, message.request_id)
         if kind == "response":
-            return self._result(message.response)
+            return self._results(message.response, pending)
         if kind != "chunk":
             raise bad_answer("a stream message holds neither answer nor status", message.request_id)
         chunk = message.chunk
@@ -129,12 +156,12 @@ class Exchange:
         if chunk.index + 1 < chunk.count:
             return None
         try:
-            return self._result(wire.InferResponse.FromString(b"".join(pending.pieces)))
+            return self._results(wire.InferResponse.FromString(b"".join(pending.pieces)), pending)
         except DecodeError:
             raise bad_answer("the joined pieces are no answer", message.request_id) from None
 
-    def _result(self, response: wire.InferResponse) -> InferenceResult:
-        return results_of(response, 1, validate_only=self._validate_only)[0]
+    def _results(self, response: wire.InferResponse, pending: _Pending) -> list[InferenceResult]:
+        return results_of(response, pending.count, validate_only=self._validate_only)
 
 
 class Ordering:

@@ -8,8 +8,7 @@ from typing import Self
 
 from attnserve.v1 import inference_service_pb2 as wire
 
-from attnserve_client._errors import InvalidRequest
-from attnserve_client._exchange import Exchange
+from attnserve_client._exchange import Exchange, Flow
 from attnserve_client._inputs import Input
 
 
@@ -42,16 +41,17 @@ class Feed:
     def __init__(
         self,
         inputs: Iterable[Input],
-        message: Callable[[Input], wire.InferRequest],
+        sequence: Callable[[Input], wire.Sequence],
+        message: Callable[[list[wire.Sequence]], wire.InferRequest],
         exchange: Exchange,
-        max_in_flight: int,
+        flow: Flow,
     ) -> None:
-        if max_in_flight < 1:
-            raise InvalidRequest.of("max_in_flight", f"{max_in_flight} is below 1")
         self._inputs = iter(inputs)
+        self._sequence = sequence
         self._message = message
         self._exchange = exchange
-        self._slots = threading.Semaphore(max_in_flight)
+        self._per_message = flow.per_message
+        self._slots = threading.Semaphore(flow.max_in_flight)
         self._closed = threading.Event()
         self.error: Exception | None = None
         """Why there were no more inputs, for the reader to raise when what is under way has been answered."""
@@ -60,16 +60,28 @@ class Feed:
         return self
 
     def __next__(self) -> wire.StreamInferRequest:
-        self._slots.acquire()
-        if self._closed.is_set():
-            raise StopIteration
-        try:
-            return self._exchange.open(self._message(next(self._inputs)))
-        except StopIteration:
-            raise
-        except Exception as error:  # noqa: BLE001 - the boundary to gRPC's thread: the reader raises it
-            self.error = error
-            raise StopIteration from None
+        group = self._group()
+        if group:
+            try:
+                return self._exchange.open(self._message(group))
+            except Exception as error:  # noqa: BLE001 - the boundary to gRPC's thread: the reader raises it
+                self.error = error
+        raise StopIteration
+
+    def _group(self) -> list[wire.Sequence]:
+        """What one message takes of the inputs; what comes before a fault is sent all the same."""
+        group: list[wire.Sequence] = []
+        while len(group) < self._per_message and self.error is None:
+            self._slots.acquire()
+            if self._closed.is_set():
+                return []
+            try:
+                group.append(self._sequence(next(self._inputs)))
+            except StopIteration:
+                break
+            except Exception as error:  # noqa: BLE001 - the inputs' own, or an input that cannot be sent
+                self.error = error
+        return group
 
     def answered(self) -> None:
         """There is room for another."""

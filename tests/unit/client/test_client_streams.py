@@ -87,6 +87,47 @@ async def test_room_for_nobody_is_refused(driver: Any) -> None:
         await driver.stream("fake", ["a"], max_in_flight=0)
 
 
+async def test_message_may_not_hold_more_than_may_be_under_way(driver: Any) -> None:
+    with pytest.raises(InvalidRequest, match="4 exceeds max_in_flight, 3"):
+        await driver.stream("fake", ["a"], max_in_flight=3, per_message=4)
+    with pytest.raises(InvalidRequest, match="per_message"):
+        await driver.stream("fake", ["a"], per_message=0)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_inputs_that_travel_together_are_answered_each_for_itself(
+    driver: Any, server: FakeServer, ordered: bool
+) -> None:
+    texts = [f"text number {number}" for number in range(11)]
+    alone = {answer.index: answer for answer in await driver.stream("fake", texts)}
+    before = len(server.requests)
+    together = await driver.stream("fake", texts, per_message=4, max_in_flight=8, ordered=ordered)
+    assert sorted(answer.index for answer in together) == list(range(11))
+    if ordered:
+        assert [answer.index for answer in together] == list(range(11))
+    for answer in together:
+        expected = alone[answer.index].result.outputs["embedding"]
+        np.testing.assert_array_equal(answer.result.outputs["embedding"], expected)
+    assert [len(request.sequences) for request in server.requests[before:]] == [4, 4, 3]
+
+
+async def test_refused_message_is_the_end_of_all_its_inputs_and_of_no_others(driver: Any, server: FakeServer) -> None:
+    server.fail_next(server.overloaded())
+    answers = await driver.stream("fake", [f"text {number}" for number in range(6)], per_message=3, max_in_flight=3)
+    assert [answer.error is None for answer in answers] == [False] * 3 + [True] * 3
+    assert [answer.index for answer in answers] == list(range(6))
+
+
+async def test_what_came_before_a_fault_of_the_inputs_is_sent(driver: Any, server: FakeServer) -> None:
+    def inputs() -> Iterator[str]:
+        yield from ("one", "two", "three")
+        raise RuntimeError("the file ended in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        await driver.stream("fake", inputs(), per_message=2)
+    assert [len(request.sequences) for request in server.requests] == [2, 1]
+
+
 async def test_timeout_is_sent_with_each_request_and_never_as_none() -> None:
     request = wire.InferRequest(model="m")
     assert Exchange(2.5, validate_only=False).open(request).timeout_ms == 2500
@@ -133,7 +174,9 @@ def response(name: str) -> wire.InferResponse:
 
 def opened(count: int) -> tuple[Exchange, list[str]]:
     exchange = Exchange(None, validate_only=False)
-    return exchange, [exchange.open(wire.InferRequest()).request.request_id for _ in range(count)]
+    return exchange, [
+        exchange.open(wire.InferRequest(sequences=[wire.Sequence()])).request.request_id for _ in range(count)
+    ]
 
 
 def pieces(name: str, count: int) -> list[wire.StreamInferResponse]:
@@ -151,7 +194,7 @@ def test_pieces_of_different_answers_may_interleave() -> None:
     exchange, (one, other) = opened(2)
     first, second = pieces(one, 3), pieces(other, 2)
     order = [first[0], second[0], first[1], second[1], first[2]]
-    came = [answer.index for message in order if (answer := exchange.take(message)) is not None]
+    came = [answer.index for message in order for answer in exchange.take(message)]
     assert came == [1, 0]
     exchange.check_done()
 
@@ -192,8 +235,8 @@ def test_stall_is_counted_only_while_somebody_waits_for_an_answer() -> None:
     exchange.reading()
     now[0] += 60.0
     assert exchange.stalled_in_s(1.25) == 1.25, "nothing is under way"
-    request_id = exchange.open(wire.InferRequest()).request.request_id
-    exchange.open(wire.InferRequest())
+    request_id = exchange.open(wire.InferRequest(sequences=[wire.Sequence()])).request.request_id
+    exchange.open(wire.InferRequest(sequences=[wire.Sequence()]))
     now[0] += 1.0
     assert exchange.stalled_in_s(1.25) == pytest.approx(0.25)
     exchange.take(wire.StreamInferResponse(request_id=request_id, response=response(request_id)))
