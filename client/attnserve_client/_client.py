@@ -208,8 +208,8 @@ class Client:
             validate_only: Only check the inputs and predict the bytes of their answers; runs nothing.
             ordered: Give answers in the order of the inputs; False gives them as they are ready.
             max_in_flight: Most inputs that are taken and not yet answered.
-            per_message: How many inputs travel in one message, at most the model's `max_batch_size`. They succeed or fail
-                together: for bulk work, where messages cost more than waiting for each other does.
+            per_message: How many inputs travel in one message, at most the model's `max_batch_size`. For bulk work,
+                where messages cost more than waiting does: inputs of one message succeed or fail together.
 
         Yields:
             An answer for each input, with `index`, `request_id`, and `result` or `error`.
