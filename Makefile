@@ -19,7 +19,7 @@ DEMO := .demo
 DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage check format e2e proto docs bench complexity image clean
+.PHONY: help demo test coverage check format e2e proto docs bench acceptance peers complexity image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 12
@@ -80,6 +80,12 @@ docs: $(VENV)/.dev ## Generate the reference pages of docs/
 
 bench: $(VENV)/.dev $(DEMO_BUNDLE) ## Print our ratios, all within one run
 	@$(BIN)/python -m bench.run --repository $(DEMO)/models
+
+acceptance: $(VENV)/.dev $(DEMO_BUNDLE) ## Measure what the server promises of its speed, each beside its limit
+	@$(BIN)/python -m bench.acceptance --repository $(DEMO)/models
+
+peers: $(VENV)/.dev $(DEMO_BUNDLE) ## Drive other serving systems beside this one (installs them into .peers)
+	@$(BIN)/python -m bench.peers --repository $(DEMO)/models
 
 complexity: $(VENV)/.dev ## Measure time and memory of every form over the length, and plot them into docs/
 	@$(BIN)/python -m bench.complexity
