@@ -14,6 +14,7 @@ ROOT: Final = Path(__file__).parents[2]
 PLACE: Final = ROOT / ".peers"
 APPS: Final = Path(__file__).parent / "apps"
 INSTALL_TIMEOUT_S: Final = 1200.0
+UNKNOWN: Final = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Peer:
         return self.folder / "bin" / "python" if self.package else Path(sys.executable)
 
 
-_EQUAL = "its batcher joins requests of one shape only, and these have none in common"
+_EQUAL = "its batcher joins what comes whatever the lengths, and cannot reshape it where they differ"
 PEERS: Final = (
     Peer("MLServer", "mlserver", "mlserver_app.py", "v2", ("uvloop<0.22",), ("single",), _EQUAL),
     Peer("KServe", "kserve", "kserve_app.py", "v2", (), ("single",), "its batcher is a container, not in the package"),
@@ -68,9 +69,9 @@ PEERS: Final = (
 
 def installed(peer: Peer) -> str:
     """Installs a peer where it is not yet. Returns why it could not be; empty where it could."""
-    if not peer.package or peer.python.exists():
+    # An install that was broken off leaves an interpreter without the package: the package tells, not the folder.
+    if not peer.package or (peer.python.exists() and version(peer) != UNKNOWN):
         return ""
-    venv.create(peer.folder, with_pip=True)
     line = [
         str(peer.python),
         "-m",
@@ -81,13 +82,19 @@ def installed(peer: Peer) -> str:
         "--only-binary",
         ":all:",
     ]
-    done = subprocess.run(
-        [*line, peer.package, "onnxruntime", "numpy", *peer.more],
-        capture_output=True,
-        text=True,
-        timeout=INSTALL_TIMEOUT_S,
-        check=False,
-    )
+    try:
+        venv.create(peer.folder, with_pip=True)
+        done = subprocess.run(
+            [*line, peer.package, "onnxruntime", "numpy", *peer.more],
+            capture_output=True,
+            text=True,
+            timeout=INSTALL_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"not installed within {INSTALL_TIMEOUT_S:g} s"
+    except (OSError, subprocess.CalledProcessError) as error:
+        return last_line(str(error))
     return "" if done.returncode == 0 else last_line(done.stderr)
 
 
@@ -98,10 +105,10 @@ def version(peer: Peer) -> str:
     name = peer.package.partition("[")[0]
     line = f"import importlib.metadata as m; print(m.version({name!r}))"
     done = subprocess.run([str(peer.python), "-c", line], capture_output=True, text=True, timeout=60, check=False)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip() or UNKNOWN
 
 
 def last_line(text: str) -> str:
     """The last line of a log that says something, without places on this machine."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if any(map(str.isalpha, line))]
     return lines[-1].replace(str(ROOT), "")[-200:] if lines else "it said nothing"

@@ -25,8 +25,9 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One loaded stretch: answers a second, latencies, refusals and wrong answers, and the client's processor time."""
+    """One loaded stretch: answers, also a second; latencies, refusals, wrong answers; the client's processor time."""
 
+    answered: int
     rate: float
     p50_s: float
     p99_s: float
@@ -50,9 +51,8 @@ async def drive(
         calls: list[Call] = []
         if wire.http:
             for _ in range(callers):
-                caller = HttpCaller(
-                    port, wire.path, "application/json" if "[" in str(requests[0]) else "application/octet-stream"
-                )
+                kind = "application/json" if requests[0].startswith(b"{") else "application/octet-stream"
+                caller = HttpCaller(port, wire.path, kind)
                 stack.push_async_callback(caller.aclose)
                 calls.append(caller)
         else:
@@ -82,6 +82,7 @@ async def drive(
         wall, cpu = time.perf_counter() - started, time.process_time() - cpu
     seen = np.array(latencies or [0.0])
     return Measured(
+        answered=len(latencies),
         rate=len(latencies) / wall,
         p50_s=float(np.quantile(seen, 0.5)),
         p99_s=float(np.quantile(seen, 0.99)),

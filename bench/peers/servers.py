@@ -1,4 +1,4 @@
-"""Starting and ending what is measured: process trees, awaited by a first right answer."""
+"""Starting and ending what is measured: process trees, awaited by a first answer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sysconfig
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from bench.peers.load import drive
 from bench.peers.wires import WIRES, Wire
 
 START_TIMEOUT_S = 120.0
+MARK = "PEER_RUN"
+"""In the environment of all that a run starts, with a value of its own: tells orphans of a tree whose root is gone."""
 PORTS = 3
 """Neighbouring ports that a peer may use: some want one for HTTP and one for metrics."""
 
@@ -67,9 +70,11 @@ def serving(peer: Peer, form: str, model: Path, item: Any) -> Iterator[Running]:
     command = [str(bin_folder / peer.command[0]), *peer.command[1:], str(port)] if peer.command else []
     if peer.command:
         command += ["--host", "127.0.0.1"]
+    mark = uuid.uuid4().hex
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))},
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        MARK: mark,
         "PEER_FORM": form,
         "PEER_PORT": str(port),
         "PEER_MODEL": str(model),
@@ -88,12 +93,14 @@ def serving(peer: Peer, form: str, model: Path, item: Any) -> Iterator[Running]:
             line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=APPS, start_new_session=True
         )
         tree = psutil.Process(process.pid)
+        family = {tree}
         try:
             running = Running(port, wire_of(peer, form), tree)
             _await(running, process, item, Path(folder, "log"))
+            family |= _family(tree)
             yield running
         finally:
-            _end(tree)
+            _end(tree, family, mark)
 
 
 def _await(running: Running, process: subprocess.Popen[Any], item: Any, log: Path) -> None:
@@ -109,17 +116,34 @@ def _await(running: Running, process: subprocess.Popen[Any], item: Any, log: Pat
     raise DidNotStart(f"no answer in {START_TIMEOUT_S:g} s: {why}")
 
 
-def _end(tree: psutil.Process) -> None:
-    """Ends a process and all that it started, by their ids."""
-    family = [tree, *tree.children(recursive=True)] if tree.is_running() else []
-    for each in family[:1]:
+def _end(tree: psutil.Process, known: set[psutil.Process], mark: str) -> None:
+    """Ends a process and all that it started, by their ids: first asked, then made to, orphans too."""
+    family = known | _family(tree) | _marked(mark)
+    try:
         with contextlib.suppress(psutil.NoSuchProcess):
-            each.send_signal(signal.SIGTERM)
-    psutil.wait_procs(family, timeout=8)
-    for each in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-    psutil.wait_procs(family, timeout=5)
+            tree.send_signal(signal.SIGTERM)
+        psutil.wait_procs(list(family), timeout=8)
+    finally:  # Ctrl-C while waiting is no reason to leave them
+        for each in family | _marked(mark):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    psutil.wait_procs(list(family), timeout=5)
+
+
+def _family(tree: psutil.Process) -> set[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return {tree, *tree.children(recursive=True)}
+    return set()
+
+
+def _marked(mark: str) -> set[psutil.Process]:
+    """Processes of a run by the mark in their environment, which most keep."""
+    found = set()
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if each.environ().get(MARK) == mark:
+                found.add(each)
+    return found
 
 
 def _free_ports() -> int:

@@ -131,12 +131,7 @@ WIRES = {
     "http": Wire(_ids, _floats, "/infer", http=True),
     "mosec": Wire(_ids, _floats, "/inference", http=True),
     "litserve": Wire(lambda ids: json.dumps({"ids": ids.tolist()}).encode(), _floats, "/predict", http=True),
-    "bentoml": Wire(
-        lambda ids: json.dumps({"ids": ids.tolist()}).encode(),
-        lambda data: _floats(base64.b64decode(data.strip().strip(b'[]"'))),
-        "/infer",
-        http=True,
-    ),
+    "bentoml": Wire(lambda ids: json.dumps({"ids": ids.tolist()}).encode(), _floats, "/infer", http=True),
     "bentoml dynamic": Wire(
         lambda ids: json.dumps({"ids": [ids.tolist()]}).encode(),
         lambda data: _floats(base64.b64decode(json.loads(data)[0])),
