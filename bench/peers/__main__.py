@@ -12,7 +12,9 @@ import signal
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ CALLERS = 64
 VOCABULARY_SIZE = 30_522
 REFERENCES = 64
 LIMIT_S = 120.0
+ATTEMPTS = 2
+"""To start a peer: some fail once without a word, and start the next time."""
 OURS, BARE = "attnserve", "bare runtime"
 
 
@@ -49,12 +53,14 @@ class Comparison:
         self._references = [self._bare.hidden(ids[None])[0] for ids in self.items[:REFERENCES]]
         self.rows: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def bare(self) -> None:
-        """Two threads over batches sorted by length: the limit of the machine."""
-        self._bare.cpu_seconds_of_two_threads(self._batches[::4])
+    def bare(self) -> dict[str, float]:
+        """Two threads over batches sorted by length: the limit of the machine, measured right before each load."""
+        self._bare.cpu_seconds_of_two_threads(self._batches[::8])
         cpu, wall = self._bare.cpu_seconds_of_two_threads(self._batches)
+        run = {"rate": len(self.items) / wall, "server_s": cpu / len(self.items)}
         row = self._row(BARE, "sorted batches", f"onnxruntime {metadata.version('onnxruntime')}")
-        row["runs"].append({"rate": len(self.items) / wall, "server_s": cpu / len(self.items)})
+        row["runs"].append({**run, "bare_rate": run["rate"], "bare_s": run["server_s"]})
+        return run
 
     def ours(self, form: str) -> None:
         """This server, by its defaults or with batching off."""
@@ -67,13 +73,13 @@ class Comparison:
     def peer(self, peer: Any, form: str, model: Path) -> None:
         """One peer in one form, or why it does not run."""
         row = self._row(peer.name, form, version(peer))
-        if row.get("why_not"):
-            return
-        try:
-            with serving(peer, form, model, self.items[0]) as running:
-                self._load(row, running)
-        except DidNotStart as error:
-            row["why_not"] = str(error)
+        for _ in range(ATTEMPTS):
+            try:
+                with serving(peer, form, model, self.items[0]) as running:
+                    return self._load(row, running)
+            except DidNotStart as error:
+                row["why_not"] = str(error)
+        return None
 
     def write_model(self, path: Path) -> None:
         """The graph that everybody serves."""
@@ -81,11 +87,13 @@ class Comparison:
 
     def _load(self, row: dict[str, Any], running: Running) -> None:
         self._drive(running, self.items[: max(CALLERS, len(self.items) // 4)])
+        bare = self.bare()
         before = running.cpu_seconds()
         measured = self._drive(running, self.items)
         # By what was answered: callers stop at their time limit, and what was never sent costs nothing.
         each_s = (running.cpu_seconds() - before) / max(1, measured.answered)
-        row["runs"].append({**asdict(measured), "server_s": each_s})
+        beside = {"bare_rate": bare["rate"], "bare_s": bare["server_s"]}
+        row["runs"].append({**asdict(measured), "server_s": each_s, **beside})
 
     def _drive(self, running: Running, items: list[Any]) -> Measured:
         return asyncio.run(drive(running.port, running.wire, items, self._references, CALLERS, LIMIT_S))
@@ -96,23 +104,20 @@ class Comparison:
 
 
 def summed_up(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over rounds, the fastest first; each beside the bare runtime's of the same rounds."""
-    bare = [run["rate"] for run in rows[BARE, "sorted batches"]["runs"]]
-    bare_s = [run["server_s"] for run in rows[BARE, "sorted batches"]["runs"]]
+    """Medians over rounds, the fastest first; each beside the bare runtime's right before."""
     told = []
     for row in rows.values():
         runs = row["runs"]
-        facts = {key: row[key] for key in ("name", "form", "version")} | {"why_not": row.get("why_not", "")}
+        facts = {key: row[key] for key in ("name", "form", "version")}
+        facts["why_not"] = "" if runs else row.get("why_not", "")
         if runs:
             facts |= {
                 "per_s": statistics.median(run["rate"] for run in runs),
                 "per_s_least": min(run["rate"] for run in runs),
                 "per_s_greatest": max(run["rate"] for run in runs),
-                "rate_over_bare": statistics.median(run["rate"] / one for run, one in zip(runs, bare, strict=False)),
+                "rate_over_bare": statistics.median(run["rate"] / run["bare_rate"] for run in runs),
                 "server_ms": 1e3 * statistics.median(run["server_s"] for run in runs),
-                "cpu_over_bare": statistics.median(
-                    run["server_s"] / one for run, one in zip(runs, bare_s, strict=False)
-                ),
+                "cpu_over_bare": statistics.median(run["server_s"] / run["bare_s"] for run in runs),
             }
             for key, unit in (("p50_s", 1e3), ("p99_s", 1e3), ("client_cores", 1.0)):
                 if key in runs[0]:
@@ -163,13 +168,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model.onnx")
         comparison.write_model(model)
-        for _ in range(options.rounds):
-            comparison.bare()
-            comparison.ours("dynamic")
-            comparison.ours("single")
-            for peer in peers:
-                for form in peer.forms if not why[peer.name] else ():
-                    comparison.peer(peer, form, model)
+        loads: list[Callable[[], None]] = [lambda: comparison.ours("dynamic"), lambda: comparison.ours("single")]
+        able = [peer for peer in peers if not why[peer.name]]
+        loads += [partial(comparison.peer, peer, form, model) for peer in able for form in peer.forms]
+        for number in range(options.rounds):
+            # From another place in each round, so that drift falls on all alike.
+            start = number * len(loads) // options.rounds
+            for load in loads[start:] + loads[:start]:
+                load()
     for peer in peers:
         for form in {"single", "dynamic"} - set(peer.forms if not why[peer.name] else ()):
             comparison.rows[peer.name, form] = {"name": peer.name, "form": form, "version": "", "runs": []} | {
