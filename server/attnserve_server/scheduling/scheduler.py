@@ -203,9 +203,7 @@ class Scheduler:
         while len(self._queue):
             front = self._queue.view(self._settings.look_ahead)
             views = [entry.view for entry in front]
-            planned = plan(
-                views, self._clock.now(), self._settings, cost, self._settings.wait_headroom * self._speed.pace
-            )
+            planned = plan(views, self._clock.now(), self._settings, cost, self._pace())
             # What is done was cancelled in this very turn of the loop: its task has not come to withdraw it yet.
             for request in {front[at].request for at in planned.expired}:
                 if request.future.done():
@@ -243,6 +241,15 @@ class Scheduler:
         self._speed.saw(self._clock.now() - started, run.tokens, self._foreseen_s(outcomes[0]))
         for entry, outcome in zip(entries, outcomes, strict=True):
             self._resolve(entry, outcome, started)
+
+    def _pace(self) -> float:
+        """Seconds on the clock for each of the cost model's, with headroom; 0: not known.
+
+        An overhead that was set by hand says what mates are worth, and not how long a run takes.
+        """
+        if self._settings.run_overhead_tokens is not None:
+            return 0.0
+        return self._settings.wait_headroom * self._speed.pace
 
     def _foreseen_s(self, first: Outcome) -> float:
         """What the run that an outcome came from was foreseen to take; 0 where that is not known."""
