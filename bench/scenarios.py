@@ -11,7 +11,6 @@ import statistics
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,19 +255,12 @@ def sending_ms_per_mb() -> float:
     return float(1e3 * took / (2 * per_s * seconds * len(sent[0]) / 1e6))
 
 
-@contextmanager
-def all_of(*contexts: Any) -> Iterator[list[Any]]:
-    """Several contexts as one."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(context) for context in contexts]
-
-
 def eight_bits(options: Options, repository: Path) -> list[Finding]:
     """The int8 bundle beside our own float32, 64 callers, in turns."""
     items = sequences(options.requests, VOCABULARY_SIZE)
     sent = workload(items)
     ratios, processor = [], []
-    with all_of(service.running(options.repository), service.running(repository)) as (wide, narrow):
+    with service.running(options.repository) as wide, service.running(repository) as narrow:
         for server in (wide, narrow):
             load(server, sent, closed(options.requests // 2))
         for _ in options.rounds_of("int8"):

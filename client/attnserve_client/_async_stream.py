@@ -62,8 +62,15 @@ class Feed:
                     yield self._exchange.open(self._message(full))
         except Exception as error:  # noqa: BLE001 - the boundary to gRPC's task: the reader raises it
             self.error = error
-        if group:  # what came before the end, or before a fault, is sent all the same
-            yield self._exchange.open(self._message(group))
+        if not group:
+            return
+        # What came before the end, or before a fault, is sent all the same.
+        try:
+            rest = self._exchange.open(self._message(group))
+        except Exception as error:  # noqa: BLE001 - as above
+            self.error = error
+        else:
+            yield rest
 
     def answered(self) -> None:
         """There is room for another."""

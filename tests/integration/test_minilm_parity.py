@@ -57,8 +57,9 @@ async def test_mixed_batch_equals_eager_attention_in_every_layer_and_head(
     runs: dict[tuple[int, float], set[bool]] = {}
     for index, answer in enumerate(answers):
         runs.setdefault((answer.run.instance, answer.run.compute_s), set()).add(index % 2 == 0)
-    sizes = [answer.run.batch_size for answer in answers]
-    assert {True, False} in runs.values(), f"askers and others must have met in one batch; batch sizes were {sizes}"
+    shared = [answer.run.batch_size for answer in answers]
+    assert max(shared) >= 8, f"askers and others must have met in one batch; batch sizes were {shared}"
+    assert {True, False} in runs.values()
 
 
 def test_one_request_of_sixteen_sequences_equals_eager_attention(

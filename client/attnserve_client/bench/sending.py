@@ -15,6 +15,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 from attnserve.v1 import inference_service_pb2_grpc
 
 from attnserve_client._channel import options_of, target_of
+from attnserve_client._errors import AttnserveError
 from attnserve_client._status import from_rpc_error, from_status_bytes
 from attnserve_client.bench.load import Outcome
 from attnserve_client.bench.workload import Workload
@@ -69,8 +70,7 @@ class Calls:
         try:
             answer = await next(self._stubs).Infer(self._workload.request(index), timeout=self._timeout_s)
         except grpc.RpcError as error:
-            failure = from_rpc_error(error)
-            return Outcome(error=failure.reason or failure.code)
+            return refusal_of(from_rpc_error(error))
         return outcome_of(answer)
 
 
@@ -125,8 +125,7 @@ class _Lane:
             async for message in call:
                 self._take(message)
         except grpc.RpcError as error:
-            failure = from_rpc_error(error)
-            why = Outcome(error=failure.reason or failure.code)
+            why = refusal_of(from_rpc_error(error))
         finally:
             self._call = None
             broken, self._waiting, self._received = self._waiting, {}, {}
@@ -142,8 +141,7 @@ class _Lane:
                 return
             outcome = Outcome(bytes_received=self._received.pop(name))
         elif kind == "status":
-            failure = from_status_bytes(message.status, name)
-            outcome = Outcome(error=failure.reason or failure.code)
+            outcome = refusal_of(from_status_bytes(message.status, name))
         else:
             outcome = outcome_of(message.response)
         future = self._waiting.pop(name, None)
@@ -156,6 +154,11 @@ class _Lane:
         if self._reader is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reader
+
+
+def refusal_of(error: AttnserveError) -> Outcome:
+    """What is told of a refusal: its reason, or gRPC's code where it gives none."""
+    return Outcome(error=error.reason or error.code)
 
 
 def outcome_of(answer: wire.InferResponse) -> Outcome:

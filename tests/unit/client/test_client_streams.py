@@ -118,6 +118,12 @@ async def test_refused_message_is_the_end_of_all_its_inputs_and_of_no_others(dri
     assert [answer.index for answer in answers] == list(range(6))
 
 
+@pytest.mark.parametrize("texts", [["one"], ["one", "two", "three"]], ids=["rest", "full"])
+async def test_message_that_cannot_be_made_ends_the_stream_with_its_fault(driver: Any, texts: list[str]) -> None:
+    with pytest.raises(InvalidRequest, match="head_reduction"):
+        await driver.stream("fake", texts, attention=Attention(head_reduction="all"), per_message=2)
+
+
 async def test_what_came_before_a_fault_of_the_inputs_is_sent(driver: Any, server: FakeServer) -> None:
     def inputs() -> Iterator[str]:
         yield from ("one", "two", "three")
