@@ -117,6 +117,7 @@ def _session(bundle: Bundle, settings: Settings, device_id: int, provider: str =
         device_id=device_id,
         graphs=_graph_plan(bundle.manifest, settings),
         provider_options={CUDA: settings.cuda_options, TENSORRT: settings.tensorrt_options},
+        left_out=bundle.manifest.left_out,
         intra_op_threads=settings.intra_op_threads,
     )
 

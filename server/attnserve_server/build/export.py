@@ -8,16 +8,20 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
+
 from attnserve_server.build.assemble import Assembled, axes_of, rows_are_independent
 from attnserve_server.build.checking.against import differences
-from attnserve_server.build.checking.check import CHECK_LENGTHS, judge
+from attnserve_server.build.checking.check import CHECK_LENGTHS, Tolerances, judge
 from attnserve_server.build.checking.golden import with_golden
 from attnserve_server.build.checking.self_check import check_against_itself
+from attnserve_server.build.comparing import tappable_sites, workloads
 from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.fusion import assemble_fused
-from attnserve_server.build.graphs.graph import checked
+from attnserve_server.build.fusion import Rewritten, fused
+from attnserve_server.build.graphs.graph import checked, precision_of, save
 from attnserve_server.build.inputs.feeds import Sampler
-from attnserve_server.build.inputs.signature import SEQUENCE, signature_of
+from attnserve_server.build.inputs.signature import SEQUENCE, Signature, signature_of
 from attnserve_server.build.inputs.text import text_of
 from attnserve_server.build.precision.calibration import ranges_of
 from attnserve_server.build.precision.choose import Precision, in_precision
@@ -26,6 +30,7 @@ from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner, time_ratio
 from attnserve_server.build.sources.source_model import (
     AUTO,
+    DEFAULT_OPSETS,
     Grid,
     SourceModel,
     TellsMore,
@@ -33,7 +38,9 @@ from attnserve_server.build.sources.source_model import (
     graph_of,
     source_model,
 )
+from attnserve_server.build.trials import Beside, fastest, tried
 from attnserve_server.model.manifest import AxisSpec, CheckReport, Manifest, Provenance
+from attnserve_server.model.report import TrialReport
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, Repository, write_bundle
 from attnserve_server.model.tokenizer import TextTokenizer
 
@@ -45,7 +52,8 @@ class ExportRequest:
     """What to export. `version` empty: the next one. `pooling` "mean" adds the output `embedding`.
 
     `exporter` is `auto`, `dynamo` or `torchscript`; `opset` 0 is the exporter's own default. `zoo_options`: of a source
-    that is of the zoo. `fuse`: try fused operators on packed heads, and keep them where that is faster.
+    that is of the zoo. `fuse`: try fused operators on packed heads, and keep them where that is faster. `try_more`: try
+    the other exporter (where none is named) and the runtime's own rewritings, and keep what is faster.
     """
 
     source: str
@@ -61,6 +69,7 @@ class ExportRequest:
     zoo_options: ZooOptions = field(default_factory=ZooOptions)
     precision: Precision = "fp32"
     fuse: bool = True
+    try_more: bool = False
 
 
 def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
@@ -77,7 +86,7 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
     if request.normalize and not request.pooling:
         raise BuildRefused("normalising needs a pooled output: add --pooling mean")
     version = Repository(request.repository).free_version(request.name, request.version)
-    with steps.shown(total=9), tempfile.TemporaryDirectory(prefix="attnserve-export-") as work:
+    with steps.shown(total=11), tempfile.TemporaryDirectory(prefix="attnserve-export-") as work:
         steps.begin("verifying the source")
         source = source_model(
             request.source,
@@ -106,7 +115,13 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         told = text if request.precision == "int8" else None
         ranges = ranges_of(proto, signature.inputs, told, source.tokenizer_path, work)
         reduced = checked(in_precision(proto, request.precision, ranges), source.name)
-    assembled, fusion = assemble_fused(reduced, sampler, work, steps, fuse=request.fuse)
+    steps.begin("fusing attention")
+    traced = _Traced(proto, exporter, opset, fused(reduced, sampler, work, fuse=request.fuse))
+    trials: tuple[TrialReport, ...] = ()
+    if request.try_more and request.exporter == AUTO and request.precision == "fp32":
+        steps.begin("trying other exporters")
+        traced, trials = _other_exporters(request, source, traced, signature, sampler, work)
+    assembled = traced.rewritten.assembled(sampler, work, steps)
     if not assembled.sites:
         raise BuildRefused(f"{source.architecture} exports without attention that is known, so there is nothing to tap")
     axes, padding = axes_of(assembled, max_lengths, steps)
@@ -118,8 +133,12 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         report = check_against_itself(assembled, max_lengths, padding, paddable=paddable)
     else:
         report = _check(assembled, source, padding)
-    report = report.model_copy(update={"fusion": fusion})
     judge(report, assembled.tolerances.row_sum)
+    left_out = None
+    if request.try_more:
+        left_out, more_trials = fastest(assembled, work, steps)
+        trials += more_trials
+    report = report.model_copy(update={"fusion": traced.rewritten.report, "trials": trials})
     steps.begin("writing the bundle")
     files = {MODEL_FILE: assembled.model_path}
     if source.tokenizer_path is not None:
@@ -137,11 +156,12 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         sites=assembled.sites,
         vocabulary_size=max(source.vocabulary_sizes.values(), default=0),
         text=text if source.tokenizer_path is not None else None,
+        left_out=left_out,
         provenance=Provenance(
             source=source.name,
             source_sha256=source.sha256,
-            exporter=f"torch.onnx.export, {exporter}",
-            opset=opset,
+            exporter=f"torch.onnx.export, {traced.exporter}",
+            opset=traced.opset,
             created=now(),
             versions=dict(source.versions),
         ),
@@ -151,6 +171,55 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         manifest = with_quality(manifest, assembled.model_path, proto, sampler, source.tokenizer_path, work, steps)
     manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps)
     return write_bundle(request.repository, manifest, {**files, **golden})
+
+
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """A graph as an exporter made it, and what fusing came to."""
+
+    proto: onnx.ModelProto
+    exporter: str
+    opset: int
+    rewritten: Rewritten
+
+
+def _other_exporters(
+    request: ExportRequest,
+    source: SourceModel,
+    first: _Traced,
+    signature: Signature,
+    sampler: Sampler,
+    work: Path,
+) -> tuple[_Traced, tuple[TrialReport, ...]]:
+    """The first exporter's graph, or that of another which answers alike and is faster; and what came of each."""
+    path = work / "first.onnx"
+    save(ir.from_proto(first.rewritten.proto), path)
+    base, outputs = Runner(path), [value.name for value in first.proto.graph.output]
+    tolerance = Tolerances.of(precision_of(first.proto)).output
+    beside = Beside(base, workloads(base, sampler, outputs), outputs, tolerance)
+    trials: list[TrialReport] = []
+    for exporter in list(DEFAULT_OPSETS)[list(DEFAULT_OPSETS).index(first.exporter) + 1 :]:
+        opset = request.opset or DEFAULT_OPSETS[exporter]
+        what = f"{exporter} at opset {opset}, beside {first.exporter}"
+        try:
+            proto = checked(source.to_graph(exporter, opset), source.name)
+            if signature_of(proto.graph, source.padding_id) != signature:
+                trials.append(TrialReport(what=what, reason="its inputs are others"))
+                continue
+            folder = work / exporter
+            folder.mkdir()
+            rewritten = fused(proto, sampler, folder, fuse=request.fuse)
+            if tappable_sites(rewritten.proto) < tappable_sites(first.rewritten.proto):
+                trials.append(TrialReport(what=what, reason="fewer of its sites can be tapped"))
+                continue
+            save(ir.from_proto(rewritten.proto), folder / "other.onnx")
+            trials.append(tried(what, Runner(folder / "other.onnx"), beside))
+        except BuildRefused as fault:
+            trials.append(TrialReport(what=what, reason=str(fault)))
+            continue
+        if trials[-1].kept:
+            return _Traced(proto, exporter, opset, rewritten), tuple(trials)
+    return first, tuple(trials)
 
 
 def _gridded(axis: AxisSpec, grids: Mapping[int, Grid]) -> AxisSpec:

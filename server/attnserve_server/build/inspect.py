@@ -17,7 +17,7 @@ from attnserve_server.build.finders import find_sites
 from attnserve_server.build.graphs.graph import read_graph
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest
-from attnserve_server.model.report import FusionReport
+from attnserve_server.model.report import FusionReport, TrialReport
 from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository, verify
 
 _INFERRED = "unk__"
@@ -87,6 +87,7 @@ class ModelDescription(BaseModel):
     outputs: tuple[TensorDescription, ...]
     sites: tuple[SiteDescription, ...]
     fusion: FusionReport | None = None
+    trials: tuple[TrialReport, ...] = ()
 
 
 def inspect_model(path: Path) -> ModelDescription:
@@ -136,6 +137,8 @@ def show(description: ModelDescription, console: Console) -> None:
     console.print(sites)
     if description.fusion is not None:
         console.print(str(description.fusion), highlight=False, markup=False)
+    for trial in description.trials:
+        console.print(str(trial), highlight=False, markup=False)
 
 
 def _facts(description: ModelDescription) -> str:
@@ -178,6 +181,7 @@ def _of_bundle(bundle: Bundle) -> ModelDescription:
             for site in manifest.sites
         ),
         fusion=manifest.check.fusion,
+        trials=manifest.check.trials,
     )
 
 

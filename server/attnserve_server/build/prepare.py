@@ -14,7 +14,7 @@ from attnserve_server.build.checking.golden import with_golden
 from attnserve_server.build.checking.self_check import check_against_itself
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.export import now
-from attnserve_server.build.fusion import assemble_fused
+from attnserve_server.build.fusion import fused
 from attnserve_server.build.graphs.graph import checked, read_graph
 from attnserve_server.build.inputs.equal_axes import with_equal_axes
 from attnserve_server.build.inputs.feeds import Sampler
@@ -26,7 +26,9 @@ from attnserve_server.build.precision.calibration import ranges_of
 from attnserve_server.build.precision.choose import Precision, in_precision
 from attnserve_server.build.precision.quality import with_quality
 from attnserve_server.build.progress import Steps
+from attnserve_server.build.trials import fastest
 from attnserve_server.model.manifest import InputRole, Manifest, Provenance
+from attnserve_server.model.report import TrialReport
 from attnserve_server.model.repository import (
     MODEL_FILE,
     TOKENIZER_FILE,
@@ -48,7 +50,8 @@ class PrepareRequest:
 
     `pair_start`: where the second text has an input of its own, the token that it starts behind; empty: none. `fuse`:
     try fused operators in the place of decomposed attention, and keep them where that is faster. `precision` fp32 keeps
-    the file's own. `require_attention`: refuse a file none of whose weights can be had, rather than serve it without.
+    the file's own. `try_more`: try the runtime's own rewritings, and keep what is faster. `require_attention`: refuse a
+    file none of whose weights can be had, rather than serve it without.
     """
 
     file: Path
@@ -61,6 +64,7 @@ class PrepareRequest:
     pair_start: str = ""
     require_attention: bool = False
     fuse: bool = True
+    try_more: bool = False
     precision: Precision = "fp32"
 
 
@@ -76,7 +80,7 @@ def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundl
     """
     steps = steps or Steps.silent()
     version = Repository(request.repository).free_version(request.name, request.version)
-    with steps.shown(total=8), tempfile.TemporaryDirectory(prefix="attnserve-prepare-") as work:
+    with steps.shown(total=9), tempfile.TemporaryDirectory(prefix="attnserve-prepare-") as work:
         steps.begin("reading the file")
         padding_id = padding_id_of(request.tokenizer)
         proto = read_graph(request.file)
@@ -109,7 +113,9 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         text = text_of(signature.inputs, short, pair_start) if request.precision == "int8" else None
         ranges = ranges_of(proto, signature.inputs, text, request.tokenizer, work)
         reduced = checked(in_precision(proto, request.precision, ranges), request.file.name)
-    assembled, fusion = assemble_fused(reduced, sampler, work, steps, fuse=request.fuse)
+    steps.begin("fusing attention")
+    rewritten = fused(reduced, sampler, work, fuse=request.fuse)
+    assembled = rewritten.assembled(sampler, work, steps)
     _tell_attention(request, assembled, steps)
     if not rows_are_independent(assembled, steps):
         max_batch_size = 1
@@ -118,8 +124,12 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     steps.begin("checking against the source")
     paddable = all(axis.paddable or axis.fixed for axis in axes)
     report = check_against_itself(assembled, max_lengths, padding, paddable=paddable)
-    report = report.model_copy(update={"fusion": fusion})
     judge(report, assembled.tolerances.row_sum)
+    left_out: tuple[str, ...] | None = None
+    trials: tuple[TrialReport, ...] = ()
+    if request.try_more:
+        left_out, trials = fastest(assembled, work, steps)
+    report = report.model_copy(update={"fusion": rewritten.report, "trials": trials})
     steps.begin("writing the bundle")
     files = {MODEL_FILE: assembled.model_path}
     if request.tokenizer is not None:
@@ -137,6 +147,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         sites=assembled.sites,
         vocabulary_size=ids[0].vocabulary_size if ids else 0,
         text=text_of(signature.inputs, max_lengths, pair_start) if request.tokenizer is not None else None,
+        left_out=left_out,
         provenance=Provenance(
             source=request.file.name,
             source_sha256=sha256_of(request.file),

@@ -6,7 +6,7 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,9 +24,12 @@ class Runner:
     limit_s: ClassVar[float] = 600.0
     """How long one run may take."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, left_out: Sequence[str] | None = None) -> None:
+        """Opens it, without those of the runtime's rewritings that are named; None: as the server does."""
         try:
-            self._session = RuntimeSession.load(path, provider="CPUExecutionProvider", intra_op_threads=1)
+            self._session = RuntimeSession.load(
+                path, provider="CPUExecutionProvider", left_out=left_out, intra_op_threads=1
+            )
         except LoadFailed as fault:
             raise BuildRefused(f"the runtime cannot load the model: {_own_words(fault, path)}") from None
         self.output_names = self._session.output_names

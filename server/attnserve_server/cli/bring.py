@@ -46,6 +46,13 @@ PrecisionOption = Annotated[
 Fuse = Annotated[
     bool, typer.Option("--fuse/--no-fuse", help="Keep fused attention operators where they are seen to be faster.")
 ]
+TryMore = Annotated[
+    bool,
+    typer.Option(
+        "--try/--no-try",
+        help="Try the other exporter (where none is named) and the runtime's own rewritings; keep what is faster.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 _EXPORT_EPILOG = (
@@ -97,7 +104,10 @@ def export(  # noqa: PLR0913 - the options of a command
         str, typer.Option("--expect-sha256", help="Refuse unless model.safetensors has this sha256.", metavar="HEX")
     ] = "",
     exporter: Annotated[
-        str, typer.Option("--exporter", help="dynamo, torchscript, or auto for the first of them that can.")
+        str,
+        typer.Option(
+            "--exporter", help="dynamo, torchscript, or auto for the first of them that can (with --try the faster)."
+        ),
     ] = "auto",
     opset: Annotated[
         int, typer.Option("--opset", min=0, help="The operator set. 0: dynamo's 23 or torchscript's 17.")
@@ -109,6 +119,7 @@ def export(  # noqa: PLR0913 - the options of a command
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of a zoo model's weights.")] = 0,
     precision: PrecisionOption = "fp32",
     fuse: Fuse = True,
+    try_more: TryMore = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a Hugging Face model folder, or a model of the zoo, into a bundle, and check it against its source."""
@@ -132,6 +143,7 @@ def export(  # noqa: PLR0913 - the options of a command
             zoo_options=ZooOptions(size=size, layers=layers, heads=heads, width=width, seed=seed),
             precision=precision,
             fuse=fuse,
+            try_more=try_more,
         )
         _report(export_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
 
@@ -162,6 +174,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
     max_batch_size: MaxBatchSize = 32,
     precision: PrecisionOption = "fp32",
     fuse: Fuse = True,
+    try_more: TryMore = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a bare ONNX file into a bundle: find its attention, add taps, and check them against the file."""
@@ -181,6 +194,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
             require_attention=require_attention,
             max_batch_size=max_batch_size,
             fuse=fuse,
+            try_more=try_more,
             precision=precision,
         )
         _report(prepare_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
@@ -260,6 +274,8 @@ def _report(bundle: Bundle, *, as_json: bool) -> None:
     )
     if check.fusion is not None:
         typer.echo(str(check.fusion))
+    for trial in check.trials:
+        typer.echo(str(trial))
     if check.quality is not None:
         typer.echo(quality_line(check.quality))
 

@@ -29,6 +29,7 @@ __all__ = [
     "AUTO",
     "CPU",
     "CUDA",
+    "LEFT_OUT",
     "TENSORRT",
     "LoadFailed",
     "ProviderUnavailable",
@@ -37,14 +38,13 @@ __all__ = [
     "RunTerminated",
     "RuntimeSession",
     "runtime_version",
+    "write_optimised",
 ]
 
-_SLOWER_FUSIONS: Final[Mapping[str, str]] = {
-    # On the CPU the fused kernel takes longer than Add and LayerNormalization apart: MiniLM as a whole took 9 to 15 %
-    # longer with it (batches 1 to 8, lengths 16 to 256, one core, onnxruntime 1.32).
-    CPU: "SkipLayerNormFusion",
-}
-"""Rewritings that the runtime does better without, by provider."""
+LEFT_OUT: Final = ("SkipLayerNormFusion",)
+"""Rewritings that the runtime does better without on a CPU, unless a bundle knows better: the fused kernel takes longer
+than Add and LayerNormalization apart. MiniLM as a whole took 7 to 15 % longer with it (batches 1 to 8, lengths 16 to
+256, one core, onnxruntime 1.32)."""
 _EXACT_BYTES: Final = "session.x64quantprecision"
 """Without VNNI, x86 adds products of unsigned by signed bytes in 16 bits, which saturate. With this the runtime turns
 signed weights into unsigned ones there, which it multiplies exactly; elsewhere it changes nothing."""
@@ -138,8 +138,8 @@ class RuntimeSession:
         device_id: int = 0,
         provider_options: Mapping[str, Mapping[str, str]] | None = None,
         graphs: GraphPlan | None = None,
+        left_out: Sequence[str] | None = None,
         intra_op_threads: int = 1,
-        allow_spinning: bool = False,
     ) -> RuntimeSession:
         """Loads a model by its path; the runtime then resolves external data beside that file only.
 
@@ -150,9 +150,8 @@ class RuntimeSession:
             device_id: which of the visible GPUs.
             provider_options: by provider, over our own.
             graphs: what to record as CUDA graphs; None: nothing.
+            left_out: names of the runtime's rewritings that are left out on a CPU; None: `LEFT_OUT`.
             intra_op_threads: threads within one run, the caller's included; 1 or more.
-            allow_spinning: let idle threads of the pool burn their core for a moment instead of sleeping. It helps one
-                instance that has the machine to itself and hurts as soon as instances share cores.
 
         Raises:
             ProviderUnavailable: a named or required provider is not offered or did not load.
@@ -164,7 +163,9 @@ class RuntimeSession:
         available = ort.get_available_providers()
         first = choice.first(available)
         for name in dict.fromkeys((first, *((CPU,) if choice.may_fall_back else ()))):
-            options = _options(name, intra_op_threads, allow_spinning=allow_spinning)
+            options = _options(intra_op_threads)
+            if name == CPU:
+                _leave_out(options, LEFT_OUT if left_out is None else left_out)
             session = _open(model_path, options, choice.chain(name, available))
             if session is not None:
                 return cls(session, device_id, graphs)
@@ -218,7 +219,7 @@ class RuntimeSession:
             return bound.run(feeds, fetches, run_as_ever(options))
 
 
-def _options(provider: str, intra_op_threads: int, *, allow_spinning: bool) -> ort.SessionOptions:
+def _options(intra_op_threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1
@@ -226,11 +227,32 @@ def _options(provider: str, intra_op_threads: int, *, allow_spinning: bool) -> o
     # Memory patterns are kept for each combination of input shapes ever seen: with free shapes that is a leak.
     options.enable_mem_pattern = False
     options.log_severity_level = _FATAL_ONLY
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning else "0")
+    # A pool's idle threads sleep: spinning takes cores from the other instances and from the event loop.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry(_EXACT_BYTES, "1")
-    if provider in _SLOWER_FUSIONS:
-        options.add_session_config_entry("optimization.disable_specified_optimizers", _SLOWER_FUSIONS[provider])
     return options
+
+
+def _leave_out(options: ort.SessionOptions, names: Sequence[str]) -> None:
+    if names:
+        options.add_session_config_entry("optimization.disable_specified_optimizers", ";".join(names))
+
+
+def write_optimised(model_path: Path, target: Path) -> None:
+    """Writes a graph as the runtime rewrites it for a CPU, as far as that holds on every CPU.
+
+    Raises:
+        LoadFailed: the runtime refused the model, or to write it.
+    """
+    options = _options(1)
+    _leave_out(options, LEFT_OUT)
+    # One level more would lay weights out for this very processor.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(target)
+    try:
+        ort.InferenceSession(str(model_path), sess_options=options, providers=[CPU])
+    except Exception as error:
+        raise LoadFailed from error
 
 
 def _open(

@@ -52,6 +52,10 @@ BATCH = "batch"
 """The axis symbol of the batch, the first axis of every input and output."""
 
 
+Rewriting = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]{1,64}$")]
+"""The runtime's own name of one of its graph rewritings."""
+
+
 def is_model_name(name: str) -> bool:
     """Whether `name` may name a model: it is one path component that cannot climb."""
     return re.fullmatch(NAME_PATTERN, name) is not None
@@ -78,6 +82,9 @@ class Manifest(Frozen):
     sites: tuple[SiteSpec, ...] = ()
     vocabulary_size: Annotated[int, Field(ge=0)] = 0
     text: TextSpec | None = None
+    left_out: tuple[Rewriting, ...] | None = None
+    """Rewritings that the runtime is told to leave out on a CPU, where this graph is faster without them; None: those
+    that the server leaves out of any graph."""
     provenance: Provenance
     check: CheckReport
     golden: GoldenSpec | None = None

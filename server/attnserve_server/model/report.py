@@ -45,6 +45,30 @@ class FusionReport(Frozen):
         return f"{where}, but not kept: {self.reason}"
 
 
+class TrialReport(Frozen):
+    """What came of one thing that was tried to make a bundle faster, beside the same bundle without it.
+
+    `what`: in words. Time and error are None where it did not come to that. `load_time`: how long it takes to load, in
+    parts of the other's time, where that is what it is about. `reason`: why it was not kept; empty where it was.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    what: str
+    kept: bool = False
+    time: float | None = None
+    load_time: float | None = None
+    output_max_abs_error: float | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        loading = "" if self.load_time is None else f", and {self.load_time:.2f} of the time to load"
+        if self.kept:
+            return f"tried {self.what}: kept, at {self.time or 0:.3f} of the time{loading}"
+        return f"tried {self.what}: not kept, {self.reason}{loading}"
+
+
 class QualityReport(Frozen):
     """What a reduced precision costs and brings, seen on many sequences and against the graph that it was made from.
 
@@ -96,4 +120,5 @@ class CheckReport(Frozen):
     padding_max_abs_error: float | None = None
     tapped_over_source_time: float | None = None
     fusion: FusionReport | None = None
+    trials: tuple[TrialReport, ...] = ()
     quality: QualityReport | None = None

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from attnserve_server.build.comparing import Verdict
 from attnserve_server.build.fusion import decide as room
 from attnserve_server.build.fusion.candidates import ATTENTION, MULTI_HEAD, Fused, candidates
-from attnserve_server.build.fusion.decide import Verdict
 from attnserve_server.build.graphs.graph import checked
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.build.runtime import Runner

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from attnserve_server.build.comparing import verdict
 from attnserve_server.build.finders.names import site_names
 from attnserve_server.build.fusion.candidates import candidates
-from attnserve_server.build.fusion.decide import verdict
 from attnserve_server.build.fusion.plain import PlainSite, plain_sites
 from attnserve_server.build.graphs.graph import checked
 from onnx import helper, numpy_helper

@@ -16,6 +16,7 @@ from attnserve_server.engine.session import (
     RunHandle,
     RunTerminated,
     RuntimeSession,
+    write_optimised,
 )
 
 NOBODY = {f"attention_items.site{site}": np.empty(0, np.int64) for site in (0, 1)}
@@ -192,19 +193,45 @@ def test_weights_of_bytes_that_nodes_share_load_on_every_processor(tmp_path: Pat
     np.testing.assert_array_equal(y, np.full((3, 8), 2 * 64 * 127))
 
 
-def test_rewriting_that_slows_the_cpu_down_is_off_there_and_on_elsewhere(
-    embedder_path: Path, pretends_cuda: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    left_out: dict[str, str] = {}
+@pytest.fixture
+def left_out(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What each provider's session is told to leave out, as it is opened."""
+    told: dict[str, str] = {}
     opening = session_module.ort.InferenceSession
 
     def recording(path: str, *, sess_options: ort.SessionOptions, providers: list, **options: object) -> object:
-        left_out[providers[0][0]] = ""
+        told[providers[0][0]] = ""
         with contextlib.suppress(RuntimeError):  # there is no such entry
             entry = sess_options.get_session_config_entry("optimization.disable_specified_optimizers")
-            left_out[providers[0][0]] = entry
+            told[providers[0][0]] = entry
         return opening(path, sess_options=sess_options, providers=providers, **options)
 
     monkeypatch.setattr(session_module.ort, "InferenceSession", recording)
+    return told
+
+
+def test_rewriting_that_slows_the_cpu_down_is_off_there_and_on_elsewhere(
+    embedder_path: Path, pretends_cuda: None, left_out: dict[str, str]
+) -> None:
     RuntimeSession.load(embedder_path, intra_op_threads=1)
     assert left_out == {"CUDAExecutionProvider": "", "CPUExecutionProvider": "SkipLayerNormFusion"}
+
+
+@pytest.mark.parametrize(("names", "entry"), [((), ""), (("MatMulAddFusion", "Other"), "MatMulAddFusion;Other")])
+def test_bundle_may_know_better_what_is_left_out_on_a_cpu(
+    names: tuple[str, ...], entry: str, embedder_path: Path, pretends_cuda: None, left_out: dict[str, str]
+) -> None:
+    RuntimeSession.load(embedder_path, left_out=names)
+    assert left_out == {"CUDAExecutionProvider": "", "CPUExecutionProvider": entry}
+
+
+def test_graph_that_is_written_as_the_runtime_optimises_it_answers_alike(embedder_path: Path, tmp_path: Path) -> None:
+    write_optimised(embedder_path, tmp_path / "optimised.onnx")
+    plain, optimised = (RuntimeSession.load(path) for path in (embedder_path, tmp_path / "optimised.onnx"))
+    assert (optimised.input_names, optimised.output_names) == (plain.input_names, plain.output_names)
+
+
+def test_what_cannot_be_written_optimised_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    with pytest.raises(LoadFailed):
+        write_optimised(tmp_path / "broken.onnx", tmp_path / "optimised.onnx")

@@ -56,7 +56,9 @@ def with_golden(
         weight_tolerance=weight_tolerance,
     )
     told = manifest.model_copy(update={"golden": golden})
-    session = RuntimeSession.load(model_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    session = RuntimeSession.load(
+        model_path, provider="CPUExecutionProvider", left_out=manifest.left_out, intra_op_threads=1
+    )
     try:
         answered = answers(session, told, _sequences(manifest, sampler, GOLDEN_LENGTHS))
     except RunFailed:

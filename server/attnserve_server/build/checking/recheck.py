@@ -162,7 +162,9 @@ def _opening(bundle: Bundle, steps: Steps) -> Iterator[Finding]:
     yield Finding(what="files", passed=True, detail=f"{len(bundle.manifest.files)} as the manifest has them")
     steps.begin("asking for the golden answers")
     try:
-        session = RuntimeSession.load(bundle.model_path, provider="CPUExecutionProvider")
+        session = RuntimeSession.load(
+            bundle.model_path, provider="CPUExecutionProvider", left_out=bundle.manifest.left_out
+        )
     except LoadFailed as fault:
         yield Finding(what="golden answers", passed=False, detail=str(fault))
         return
@@ -186,7 +188,7 @@ def _opened(bundle: Bundle, work: Path, steps: Steps) -> Opened:
     signature = Signature(manifest.inputs, tuple(symbols), signature_of(proto.graph).fixed_batch)
     sizes = {spec.name: manifest.vocabulary_of(spec) for spec in manifest.inputs if spec.role is InputRole.TOKEN_IDS}
     sampler = Sampler(signature, vocabulary_sizes=sizes)
-    session = RuntimeSession.load(bundle.model_path, provider="CPUExecutionProvider")
+    session = RuntimeSession.load(bundle.model_path, provider="CPUExecutionProvider", left_out=bundle.manifest.left_out)
     place = work / "again"
     place.mkdir()
     steps.begin("finding attention anew")

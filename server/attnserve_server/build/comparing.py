@@ -1,0 +1,75 @@
+"""Two graphs side by side: whether they answer alike, and which is faster. Changes and keeps nothing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from attnserve_server.build.checking.check import CHECK_LENGTHS
+from attnserve_server.build.errors import BuildRefused
+from attnserve_server.build.finders import find_sites
+from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.learning.probe import max_abs
+from attnserve_server.build.runtime import Runner
+from attnserve_server.domain.values import Array
+
+WORTH = 0.98
+"""The ratio of times from which another graph is worth having."""
+_TIMED_LENGTHS = (CHECK_LENGTHS, (128,))
+"""What is run to compare: a padded batch of short sequences, and one of a usual length alone."""
+
+Feeds = dict[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How long a graph takes in parts of another's time, and whether that is reason to keep it."""
+
+    ratio: float
+    pays: bool
+
+
+def verdict(source_s: Sequence[Sequence[float]], other_s: Sequence[Sequence[float]]) -> Verdict:
+    """Whether another graph pays: 2 % faster over all workloads, slower in none, and that in most of the rounds.
+
+    Args:
+        source_s: CPU seconds of the source, for each workload one for each round.
+        other_s: the other graph's, measured in the same rounds.
+    """
+    ratios = [
+        sorted(other / max(source, 1e-9) for source, other in zip(*rounds, strict=True))
+        for rounds in zip(source_s, other_s, strict=True)
+    ]
+    medians = [statistics.median(each) for each in ratios]
+    overall = statistics.geometric_mean(medians)
+    # Three quarters of the rounds: a median that noise alone has moved below 1 does not take them along.
+    steady = statistics.geometric_mean(each[3 * len(each) // 4] for each in ratios) < 1
+    return Verdict(round(overall, 3), pays=overall <= WORTH and max(medians) <= 2 - WORTH and steady)
+
+
+def workloads(source: Runner, sampler: Sampler, outputs: Sequence[str]) -> list[Feeds]:
+    """Those batches that are compared on which the source runs."""
+    found: list[Feeds] = []
+    for lengths in _TIMED_LENGTHS:
+        feeds, _ = sampler.mixed(lengths[:1] if sampler.signature.fixed_batch else lengths)
+        try:
+            source.run(feeds, outputs, tap=False)
+        except BuildRefused:
+            continue
+        found.append(feeds)
+    return found
+
+
+def difference(source: Runner, other: Runner, feeds: Feeds, names: Sequence[str], *, tap: bool = False) -> float:
+    """The greatest difference of any of these outputs; `tap` asks for every row's weights."""
+    expected, found = (runner.run(feeds, names, tap=tap) for runner in (source, other))
+    return max((max_abs(found[name], expected[name]) for name in names), default=0.0)
+
+
+def tappable_sites(proto: onnx.ModelProto) -> int:
+    """Of how many sites the weights can be had, as far as the graph tells."""
+    return sum(site.tappable for site in find_sites(ir.from_proto(proto).graph).values())
