@@ -14,7 +14,7 @@ from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.finders import find_sites
 from attnserve_server.build.inputs.feeds import Sampler
 from attnserve_server.build.learning.probe import max_abs
-from attnserve_server.build.runtime import Runner
+from attnserve_server.build.runtime import Runner, paired_seconds
 from attnserve_server.domain.values import Array
 
 WORTH = 0.98
@@ -26,11 +26,27 @@ Feeds = dict[str, Array]
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """What a graph is compared with: another one, the batches that both are run on, by how much answers may differ."""
+
+    base: Runner
+    batches: Sequence[Feeds]
+    outputs: Sequence[str]
+    output_tolerance: float
+    weights: Sequence[str] = ()
+    weight_tolerance: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """How long a graph takes in parts of another's time, and whether that is reason to keep it."""
 
     ratio: float
     pays: bool
+
+    def reason(self, whose: str) -> str:
+        """Why it is not kept, in parts of `whose` time; empty where it pays."""
+        return "" if self.pays else f"it takes {self.ratio:.3f} of {whose} time: not clearly less than {WORTH}"
 
 
 def verdict(source_s: Sequence[Sequence[float]], other_s: Sequence[Sequence[float]]) -> Verdict:
@@ -66,8 +82,34 @@ def workloads(source: Runner, sampler: Sampler, outputs: Sequence[str]) -> list[
 
 def difference(source: Runner, other: Runner, feeds: Feeds, names: Sequence[str], *, tap: bool = False) -> float:
     """The greatest difference of any of these outputs; `tap` asks for every row's weights."""
+    if not names:
+        return 0.0
     expected, found = (runner.run(feeds, names, tap=tap) for runner in (source, other))
-    return max((max_abs(found[name], expected[name]) for name in names), default=0.0)
+    return max(max_abs(found[name], expected[name]) for name in names)
+
+
+def compared(other: Runner, beside: Beside) -> tuple[float | None, str]:
+    """The greatest difference of any output, None where it did not come to that; and why the graph is not alike."""
+    if not beside.batches:
+        return None, "the source runs on none of the lengths that are compared"
+    try:
+        error = max(difference(beside.base, other, feeds, beside.outputs) for feeds in beside.batches)
+        off = max(difference(beside.base, other, feeds, beside.weights, tap=True) for feeds in beside.batches)
+    except BuildRefused as fault:
+        return None, str(fault)
+    for which, greatest, allowed in (
+        ("outputs", error, beside.output_tolerance),
+        ("weights", off, beside.weight_tolerance),
+    ):
+        if not greatest <= allowed:
+            return None, f"its {which} differ by {greatest:.3g}, more than {allowed:g}"
+    return error, ""
+
+
+def timed(other: Runner, beside: Beside) -> Verdict:
+    """How long a graph takes in parts of the other's time, measured here and now."""
+    seconds = [paired_seconds(beside.base, other, feeds, beside.outputs) for feeds in beside.batches]
+    return verdict([pair[0] for pair in seconds], [pair[1] for pair in seconds])
 
 
 def tappable_sites(proto: onnx.ModelProto) -> int:

@@ -16,7 +16,7 @@ from attnserve_server.build.checking.against import differences
 from attnserve_server.build.checking.check import CHECK_LENGTHS, Tolerances, judge
 from attnserve_server.build.checking.golden import with_golden
 from attnserve_server.build.checking.self_check import check_against_itself
-from attnserve_server.build.comparing import tappable_sites, workloads
+from attnserve_server.build.comparing import Beside, tappable_sites, workloads
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.fusion import Rewritten, fused
 from attnserve_server.build.graphs.graph import checked, precision_of, save
@@ -38,7 +38,7 @@ from attnserve_server.build.sources.source_model import (
     graph_of,
     source_model,
 )
-from attnserve_server.build.trials import Beside, fastest, tried
+from attnserve_server.build.trials import fastest, tried
 from attnserve_server.model.manifest import AxisSpec, CheckReport, Manifest, Provenance
 from attnserve_server.model.report import TrialReport
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, Repository, write_bundle
@@ -86,7 +86,8 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
     if request.normalize and not request.pooling:
         raise BuildRefused("normalising needs a pooled output: add --pooling mean")
     version = Repository(request.repository).free_version(request.name, request.version)
-    with steps.shown(total=11), tempfile.TemporaryDirectory(prefix="attnserve-export-") as work:
+    total = 11 if request.try_more else 9
+    with steps.shown(total), tempfile.TemporaryDirectory(prefix="attnserve-export-") as work:
         steps.begin("verifying the source")
         source = source_model(
             request.source,

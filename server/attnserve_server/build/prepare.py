@@ -80,7 +80,8 @@ def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundl
     """
     steps = steps or Steps.silent()
     version = Repository(request.repository).free_version(request.name, request.version)
-    with steps.shown(total=9), tempfile.TemporaryDirectory(prefix="attnserve-prepare-") as work:
+    total = 9 if request.try_more else 8
+    with steps.shown(total), tempfile.TemporaryDirectory(prefix="attnserve-prepare-") as work:
         steps.begin("reading the file")
         padding_id = padding_id_of(request.tokenizer)
         proto = read_graph(request.file)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from attnserve_server.build.assemble import Assembled
-from attnserve_server.build.comparing import WORTH, Feeds, difference, verdict, workloads
+from attnserve_server.build.comparing import Beside, compared, timed, workloads
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.runtime import Runner, paired_seconds
+from attnserve_server.build.runtime import Runner
 from attnserve_server.engine.session import LEFT_OUT, LoadFailed, write_optimised
 from attnserve_server.model.report import TrialReport
 
@@ -25,18 +24,6 @@ _REWRITINGS: Final[dict[str, tuple[str, ...]]] = {
     "products and sums apart, not as Gemm": (*LEFT_OUT, "MatMulAddFusion"),
 }
 """What the runtime is told to leave out, by what that comes to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Beside:
-    """What a trial is compared with: a graph, the batches that both are run on, and by how much answers may differ."""
-
-    base: Runner
-    batches: Sequence[Feeds]
-    outputs: Sequence[str]
-    output_tolerance: float
-    weights: Sequence[str] = ()
-    weight_tolerance: float = 0.0
 
 
 def fastest(assembled: Assembled, work: Path, steps: Steps) -> tuple[tuple[str, ...] | None, tuple[TrialReport, ...]]:
@@ -83,28 +70,16 @@ def tried(what: str, other: Runner | BuildRefused, beside: Beside) -> TrialRepor
     report = TrialReport(what=what)
     if isinstance(other, BuildRefused):
         return report.model_copy(update={"reason": str(other)})
-    if not beside.batches:
-        return report.model_copy(update={"reason": "the source runs on none of the lengths that are compared"})
-    try:
-        error = max(difference(beside.base, other, feeds, beside.outputs) for feeds in beside.batches)
-        off = max(difference(beside.base, other, feeds, beside.weights, tap=True) for feeds in beside.batches)
-    except BuildRefused as fault:
-        return report.model_copy(update={"reason": str(fault)})
-    for which, greatest, allowed in (
-        ("outputs", error, beside.output_tolerance),
-        ("weights", off, beside.weight_tolerance),
-    ):
-        if not greatest <= allowed:
-            return report.model_copy(update={"reason": f"its {which} differ by {greatest:.3g}, more than {allowed:g}"})
-    seconds = [paired_seconds(beside.base, other, feeds, beside.outputs) for feeds in beside.batches]
-    judged = verdict([pair[0] for pair in seconds], [pair[1] for pair in seconds])
-    slower = f"it takes {judged.ratio:.3f} of the time: not clearly less than {WORTH}"
+    error, reason = compared(other, beside)
+    if reason:
+        return report.model_copy(update={"reason": reason})
+    judged = timed(other, beside)
     return report.model_copy(
         update={
             "kept": judged.pays,
             "time": judged.ratio,
             "output_max_abs_error": error,
-            "reason": "" if judged.pays else slower,
+            "reason": judged.reason("the"),
         }
     )
 

@@ -43,7 +43,7 @@ __all__ = [
 
 LEFT_OUT: Final = ("SkipLayerNormFusion",)
 """Rewritings that the runtime does better without on a CPU, unless a bundle knows better: the fused kernel takes longer
-than Add and LayerNormalization apart. MiniLM as a whole took 7 to 15 % longer with it (batches 1 to 8, lengths 16 to
+than Add and LayerNormalization apart. MiniLM as a whole took 4 to 15 % longer with it (batches 1 to 8, lengths 16 to
 256, one core, onnxruntime 1.32)."""
 _EXACT_BYTES: Final = "session.x64quantprecision"
 """Without VNNI, x86 adds products of unsigned by signed bytes in 16 bits, which saturate. With this the runtime turns

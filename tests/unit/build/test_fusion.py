@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from attnserve_server.build import comparing
 from attnserve_server.build.comparing import Verdict
 from attnserve_server.build.fusion import decide as room
 from attnserve_server.build.fusion.candidates import ATTENTION, MULTI_HEAD, Fused, candidates
@@ -26,7 +27,7 @@ CASE = Plain(masks=("lowest",))
 
 def judged(monkeypatch: pytest.MonkeyPatch, verdict: Verdict) -> None:
     """How long graphs of this size take says nothing: the judgement has tests of its own."""
-    monkeypatch.setattr(room, "verdict", lambda source_s, fused_s: verdict)
+    monkeypatch.setattr(comparing, "verdict", lambda source_s, fused_s: verdict)
 
 
 def prepared(folder: Path, *, model: onnx.ModelProto | None = None, fuse: bool = True) -> Manifest:
@@ -104,7 +105,7 @@ def test_fused_graph_that_does_not_run_is_not_kept(tmp_path: Path, monkeypatch: 
 
 def test_second_operator_is_tried_where_the_first_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = iter((Verdict(1.1, pays=False), Verdict(0.8, pays=True)))
-    monkeypatch.setattr(room, "verdict", lambda source_s, fused_s: next(verdicts))
+    monkeypatch.setattr(comparing, "verdict", lambda source_s, fused_s: next(verdicts))
     manifest = prepared(tmp_path)
     assert manifest.check.fusion is not None
     assert manifest.check.fusion.operator == MULTI_HEAD

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from attnserve_server.build import comparing
 from attnserve_server.build import trials as room
 from attnserve_server.build.comparing import Verdict
 from attnserve_server.build.errors import BuildRefused
@@ -26,7 +27,7 @@ REWRITINGS = list(room._REWRITINGS)
 def judged(monkeypatch: pytest.MonkeyPatch, *ratios: float) -> None:
     """Verdicts in their order: how long graphs of this size take says nothing."""
     verdicts = iter(Verdict(ratio, pays=ratio < 1) for ratio in ratios)
-    monkeypatch.setattr(room, "verdict", lambda source_s, other_s: next(verdicts))
+    monkeypatch.setattr(comparing, "verdict", lambda source_s, other_s: next(verdicts))
 
 
 def prepared(folder: Path, *, try_more: bool = True) -> Manifest:
@@ -60,7 +61,7 @@ def test_nothing_is_kept_where_nothing_pays(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_answers_otherwise_is_not_even_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "difference", lambda *told, tap=False: 0.5 if tap else 0.0)
+    monkeypatch.setattr(comparing, "difference", lambda *told, tap=False: 0.5 if tap else 0.0)
     manifest = prepared(tmp_path)
     assert manifest.left_out is None
     assert all("its weights differ by 0.5, more than" in trial.reason for trial in manifest.check.trials)
@@ -80,7 +81,9 @@ def test_what_was_kept_is_what_the_bundle_is_checked_and_served_with(
 
 
 def exported(folder: Path) -> Manifest:
-    return export_bundle(ExportRequest(source="zoo:self", name="tiny", repository=folder, try_more=True)).manifest
+    return export_bundle(
+        ExportRequest(source="zoo:self", name="tiny", repository=folder, fuse=False, try_more=True)
+    ).manifest
 
 
 def test_faster_exporter_s_graph_becomes_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,14 @@ import onnx_ir as ir
 
 from attnserve_server.build.assemble import Assembled, assemble
 from attnserve_server.build.checking.check import Tolerances
-from attnserve_server.build.comparing import WORTH, Feeds, difference, tappable_sites, verdict, workloads
+from attnserve_server.build.comparing import Beside, Feeds, compared, tappable_sites, timed, workloads
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.finders import find_sites
 from attnserve_server.build.fusion.candidates import Fused, candidates
 from attnserve_server.build.graphs.graph import expose, precision_of, save
 from attnserve_server.build.inputs.feeds import Sampler
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.runtime import Runner, paired_seconds
+from attnserve_server.build.runtime import Runner
 from attnserve_server.model.report import FusionReport
 
 
@@ -80,29 +80,25 @@ def tried(candidate: Fused, proto: onnx.ModelProto, source: Runner, sampler: Sam
     if tappable_sites(candidate.proto) < tappable_sites(proto):
         return report.model_copy(update={"reason": "its sites could not be tapped"})
     outputs = [value.name for value in proto.graph.output]
-    batches = workloads(source, sampler, outputs)
-    if not batches:
-        return report.model_copy(update={"reason": "the source runs on none of the lengths that are compared"})
+    tolerance = Tolerances.of(precision_of(proto)).output
+    beside = Beside(source, workloads(source, sampler, outputs), outputs, tolerance)
     save(ir.from_proto(candidate.proto), path)
     try:
         runner = Runner(path)
-        errors = [difference(source, runner, feeds, outputs) for feeds in batches]
     except BuildRefused as fault:
         return report.model_copy(update={"reason": str(fault)})
-    tolerance, error = Tolerances.of(precision_of(proto)).output, max(errors)
-    if not error <= tolerance:
-        return report.model_copy(update={"reason": f"its outputs differ by {error:.3g}, more than {tolerance:g}"})
-    if not _batched(candidate.proto, batches[0], path):
+    error, reason = compared(runner, beside)
+    if reason:
+        return report.model_copy(update={"reason": reason})
+    if not _batched(candidate.proto, beside.batches[0], path):
         return report.model_copy(update={"reason": "its sites attend within windows, which it folds into the batch"})
-    seconds = [paired_seconds(source, runner, feeds, outputs) for feeds in batches]
-    judged = verdict([pair[0] for pair in seconds], [pair[1] for pair in seconds])
-    slower = f"it takes {judged.ratio:.3f} of the source's time: not clearly less than {WORTH}"
+    judged = timed(runner, beside)
     return report.model_copy(
         update={
             "kept": judged.pays,
             "fused_over_source_time": judged.ratio,
             "output_max_abs_error": error,
-            "reason": "" if judged.pays else slower,
+            "reason": judged.reason("the source's"),
         }
     )
 
