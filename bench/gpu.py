@@ -2,8 +2,8 @@
 
 For each model of the repository, in one run: the bare session at its best batch, in as many threads as serve best; the
 server under unary callers and streams, with nobody, a quarter and everybody asking for attention; and the seconds of a
-run over a grid of batch and length. Callers are processes of their own, which send
-messages made beforehand and do not parse the answers. Only the pooled embedding, and attention where asked, comes back.
+run over a grid of batch and length. Callers are processes of their own, which send messages made beforehand. One
+output, and attention where asked, comes back: with `--output embedding`, as most callers of an encoder want it, pooled.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ SHARES = {"none": 0.0, "a quarter": 0.25, "all": 1.0}
 Sequences = list[PreparedSequence]
 
 
-def prepared(manifest: Manifest, length: int) -> PreparedSequence:
-    """A sequence of a length that wants the first output alone."""
+def prepared(manifest: Manifest, output: str, length: int) -> PreparedSequence:
+    """A sequence of a length that wants one output alone."""
     made = synthetic(manifest, length)
-    return PreparedSequence(made.tensors, made.lengths, (manifest.outputs[0].name,))
+    return PreparedSequence(made.tensors, made.lengths, (output,))
 
 
-def batches(manifest: Manifest, lengths: list[int], budget: int) -> list[Sequences]:
+def batches(manifest: Manifest, output: str, lengths: list[int], budget: int) -> list[Sequences]:
     """Sorted batches of about so many positions, of at most 128 rows."""
     made: list[Sequences] = [[]]
     for length in sorted(lengths):
         if made[-1] and (length * (len(made[-1]) + 1) > budget or len(made[-1]) == GRID_BATCH[-1]):
             made.append([])
-        made[-1].append(prepared(manifest, length))
+        made[-1].append(prepared(manifest, output, length))
     return made
 
 
@@ -79,11 +79,11 @@ def bare_rate(session: RuntimeSession, work: list[tuple[Any, Any]], threads: int
     return sum(done) / (time.perf_counter() - began)
 
 
-def bare(bundle: Bundle, session: RuntimeSession, lengths: list[int], seconds: float) -> dict[str, Any]:
+def bare(bundle: Bundle, output: str, session: RuntimeSession, lengths: list[int], seconds: float) -> dict[str, Any]:
     """Sequences a second of the bare session, over batch budgets and threads."""
     rates: dict[str, float] = {}
     for budget in BUDGETS:
-        collated = [collate(batch, bundle.manifest) for batch in batches(bundle.manifest, lengths, budget)]
+        collated = [collate(batch, bundle.manifest) for batch in batches(bundle.manifest, output, lengths, budget)]
         work: Any = [(one.feeds, one.fetches, one.size) for one in collated]
         np.random.default_rng(0).shuffle(work)
         for feeds, fetches, _ in work[:: max(1, len(work) // 20)]:
@@ -94,14 +94,14 @@ def bare(bundle: Bundle, session: RuntimeSession, lengths: list[int], seconds: f
     return {"best": best, "sequences_per_s": rates[best], "all": rates}
 
 
-def cost_rows(bundle: Bundle, session: RuntimeSession) -> list[tuple[int, int, float]]:
+def cost_rows(bundle: Bundle, output: str, session: RuntimeSession) -> list[tuple[int, int, float]]:
     """(rows, positions, seconds) over the grid, collation and the way back included."""
     rows = []
     for size in GRID_BATCH:
         for tokens in GRID_TOKENS:
             if size * tokens > GRID_MOST or tokens > bundle.manifest.axes[0].max_length:
                 continue
-            batch = collate([prepared(bundle.manifest, tokens)] * size, bundle.manifest)
+            batch = collate([prepared(bundle.manifest, output, tokens)] * size, bundle.manifest)
             timings = []
             for _ in range(8):
                 began = time.perf_counter()
@@ -136,7 +136,10 @@ async def stream_client(target: str, messages: list[Any], sizes: dict[bytes, int
         for wire in wires.values():
             await call.write(wire)
         async for answer in call:
-            name = answer[2 : 2 + answer[1]]
+            told = inference_service_pb2.StreamInferResponse.FromString(answer)
+            if not told.HasField("response"):
+                sys.exit(f"neither whole nor answered: {told}")
+            name = told.request_id.encode()
             done += sizes[name]
             if time.monotonic() > until:
                 call.cancel()
@@ -192,15 +195,13 @@ def service_vocabulary() -> int:
     return 30_522
 
 
-def served(target: str, bundle: Bundle, kind: str, share: float, seconds: float, processes: int) -> dict[str, Any]:
+def served(
+    target: str, name: str, output: str, kind: str, share: float, *, seconds: float, processes: int
+) -> dict[str, Any]:
     """Sequences a second through the server, from some processes of callers."""
     callers = kind if kind == "stream" else str(int(kind) // processes)
-    output = bundle.manifest.outputs[0].name
-    line = [sys.executable, "-m", "bench.gpu", "--client", target, bundle.manifest.name, output, callers, str(share)]
-    running = [
-        subprocess.Popen([*line, str(seconds), str(seed)], stdout=subprocess.PIPE, text=True)
-        for seed in range(processes)
-    ]
+    line = [sys.executable, "-m", "bench.gpu", "--client", target, name, output, callers, str(share), str(seconds)]
+    running = [subprocess.Popen([*line, str(seed)], stdout=subprocess.PIPE, text=True) for seed in range(processes)]
     reports = [json.loads(one.communicate(timeout=seconds + 120)[0]) for one in running]
     waits = [wait for report in reports for wait in report["waits"]]
     result = {"sequences_per_s": sum(report["sequences"] / report["seconds"] for report in reports)}
@@ -212,26 +213,33 @@ def served(target: str, bundle: Bundle, kind: str, share: float, seconds: float,
 def measure(bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one model."""
     session = RuntimeSession.load(bundle.model_path)
+    names = [spec.name for spec in bundle.manifest.outputs]
+    output = options.output if options.output in names else names[0]
     lengths = [len(ids) for ids in sequences(options.sequences, service_vocabulary())]
     report: dict[str, Any] = {
         "provider": session.provider,
         "runtime": runtime_version(),
         "precision": bundle.manifest.precision,
+        "output": output,
         "mean_tokens": statistics.mean(lengths),
-        "bare": bare(bundle, session, lengths, options.seconds / 4),
+        "bare": bare(bundle, output, session, lengths, options.seconds / 4),
     }
     if not options.no_costs:
-        report["costs"] = cost_rows(bundle, session)
+        report["costs"] = cost_rows(bundle, output, session)
     del session
-    flags = ("--models", bundle.manifest.name, "--max-stream-in-flight", "512")
+    flags = ("--models", bundle.manifest.name, "--max-stream-in-flight", "512", *options.flags)
     with service.running(options.repository, *flags) as server:
-        served(server.target, bundle, "stream", 0.0, 1.0, options.processes)
+        how = {"processes": options.processes, "seconds": options.seconds}
+        served(server.target, bundle.manifest.name, output, "stream", 0.0, **how)
         for kind in ("stream", *options.callers):
             for name, share in SHARES.items():
-                report[f"{kind}, {name} asking"] = found = served(
-                    server.target, bundle, kind, share, options.seconds, options.processes
-                )
+                cpu = server.cpu_seconds()
+                found = served(server.target, bundle.manifest.name, output, kind, share, **how)
                 found["over_bare"] = found["sequences_per_s"] / report["bare"]["sequences_per_s"]
+                found["tokens_per_s"] = found["sequences_per_s"] * report["mean_tokens"]
+                # The start of the callers' processes counts in: about a second in which the server idles.
+                found["server_cores"] = (server.cpu_seconds() - cpu) / options.seconds
+                report[f"{kind}, {name} asking"] = found
                 print(bundle.manifest.name, kind, name, found, flush=True)
     return report
 
@@ -246,6 +254,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4000)
     parser.add_argument("--processes", type=int, default=4, help="of callers")
     parser.add_argument("--callers", nargs="+", default=["64", "256"], help="unary callers, over all processes")
+    parser.add_argument("--output", default="embedding", help="what comes back; the first where a model has none such")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to the server")
     parser.add_argument("--no-costs", action="store_true", help="leave the grid out")
     parser.add_argument("--client", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()

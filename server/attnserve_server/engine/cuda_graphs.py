@@ -100,14 +100,12 @@ class _Recording:
     ) -> None:
         self._session = session
         self._options = ort.RunOptions()
-        self._options.only_execute_path_to_fetches = True
         self._options.add_run_config_entry("gpu_graph_id", str(number))
         self._inputs: dict[str, Any] = {
             name: ort.OrtValue.ortvalue_from_numpy(array, "cuda", device_id) for name, array in feeds.items()
         }
         # One run as ever tells the outputs' shapes.
         plain = ort.RunOptions()
-        plain.only_execute_path_to_fetches = True
         shaped = session.run(list(fetches), dict(feeds), run_as_ever(plain))
         self._outputs = [ort.OrtValue.ortvalue_from_numpy(array, "cuda", device_id) for array in shaped]
         self._binding = session.io_binding()

@@ -45,6 +45,9 @@ LEFT_OUT: Final = ("SkipLayerNormFusion",)
 """Rewritings that the runtime does better without on a CPU, unless a bundle knows better: the fused kernel takes longer
 than Add and LayerNormalization apart. MiniLM as a whole took 4 to 15 % longer with it (batches 1 to 8, lengths 16 to
 256, one core, onnxruntime 1.32)."""
+_LEFT_OUT_ON_GPU: Final = ("BiasSoftmaxFusion",)
+"""Rewritings that may not be on a GPU. The kernel that adds a mask and takes the softmax at once divides by the number
+of its rows: a tap for which nobody asks has none, and the process ends by SIGFPE (onnxruntime 1.31, H200)."""
 _EXACT_BYTES: Final = "session.x64quantprecision"
 """Without VNNI, x86 adds products of unsigned by signed bytes in 16 bits, which saturate. With this the runtime turns
 signed weights into unsigned ones there, which it multiplies exactly; elsewhere it changes nothing."""
@@ -164,15 +167,18 @@ class RuntimeSession:
         first = choice.first(available)
         for name in dict.fromkeys((first, *((CPU,) if choice.may_fall_back else ()))):
             options = _options(intra_op_threads)
-            if name == CPU:
-                _leave_out(options, LEFT_OUT if left_out is None else left_out)
+            on_cpu = LEFT_OUT if left_out is None else left_out
+            _leave_out(options, on_cpu if name == CPU else _LEFT_OUT_ON_GPU)
             session = _open(model_path, options, choice.chain(name, available))
             if session is not None:
                 return cls(session, device_id, graphs)
         raise ProviderUnavailable(first, [name for name in available if name != first])
 
     def run(self, feeds: Mapping[str, Array], fetches: Sequence[str], handle: RunHandle | None = None) -> list[Array]:
-        """Runs the model once, on the calling thread; only what leads to `fetches` is computed.
+        """Runs the model once, on the calling thread.
+
+        Every node runs, whatever is fetched: `RunOptions.only_execute_path_to_fetches` leaves none out (onnxruntime
+        1.32). Taps for which nobody asks run over no rows.
 
         Args:
             feeds: an array for each input, (B, ...) as the graph declares it.
@@ -189,7 +195,6 @@ class RuntimeSession:
         if not fetches:
             return []  # the runtime would take an empty list for all outputs
         options = ort.RunOptions()
-        options.only_execute_path_to_fetches = True
         options.log_severity_level = _FATAL_ONLY
         if handle is not None:
             handle._attach(options)  # noqa: SLF001 - handle and session are two halves of one thing

@@ -1,0 +1,62 @@
+"""Random encoders of known sizes, for machines that no checkpoint reaches: `python -m bench.encoders large FOLDER`.
+
+A folder as `attnserve-server export` takes it. Values do not change what a run costs, so all layers hold the same ones,
+cut from one short draw: such a folder, and the bundle made of it, compresses to a few megabytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from attnserve_server.domain.values import Array
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+SIZES: Final = {
+    "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
+    "large": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096},
+}
+"""all-MiniLM-L6-v2's, and BERT-large's (Devlin et al., 2018, section 3)."""
+DRAWN: Final = 1 << 20
+"""Values in the draw."""
+SCALE: Final = 0.02
+"""The standard deviation that BERT begins with."""
+
+
+def filled(shape: torch.Size, draw: Array) -> torch.Tensor:
+    """A tensor of so many values, the draw again and again."""
+    return torch.from_numpy(np.resize(draw, tuple(shape)))
+
+
+def encoder(size: str) -> BertModel:
+    """The model with its values drawn; normalisations stay as they begin, at one and zero."""
+    model = BertModel(BertConfig(**SIZES[size]), add_pooling_layer=False).eval()  # type: ignore[arg-type]
+    draw = np.random.default_rng(0).normal(0.0, SCALE, DRAWN).astype(np.float32)
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if "LayerNorm" not in name:
+                values.copy_(filled(values.shape, draw))
+    return model
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    model = encoder(options.size)
+    model.save_pretrained(options.folder)
+    words = {"[PAD]": 0, "[UNK]": 1} | {f"w{number}": number for number in range(2, model.config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(options.folder)
+
+
+if __name__ == "__main__":
+    main()
