@@ -11,6 +11,7 @@ part is negative. What is measured here is one instance's own time; how instance
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Final
@@ -24,8 +25,8 @@ _LEAST_RUN_TOKENS: Final = 4.0
 """Below what any runtime was seen to need: a noisy measurement must not talk us out of batching."""
 _MEMORY: Final = 0.998
 """How much of what was seen before weighs after each run: the last 500 runs or so count."""
-_REFIT_RUNS: Final = 64
-"""Runs between two fits: a fit takes about as long as answering two requests."""
+_REFIT_RUNS: Final = 128
+"""Runs between two fits: a fit takes about as long as answering a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +83,9 @@ class CostEstimate:
 
     def __init__(self, seen: tuple[TimedRun, ...] = ()) -> None:
         # Normal equations of the fit: of warm-up's runs, which stay, and of real ones, which fade.
-        self._begun = _Equations()
-        self._recent = _Equations()
-        for run in seen:
-            self._begun.add(run)
-        self._unfitted = 0
+        self._begun = _Equations.of(seen, memory=1.0)
+        self._recent = _Equations.of((), memory=_MEMORY)
+        self._unfitted: list[TimedRun] = []
         self._model = self._fit()
 
     @property
@@ -96,15 +95,15 @@ class CostEstimate:
 
     def saw(self, run: TimedRun) -> None:
         """Takes in a real run."""
-        self._recent.forget(_MEMORY)
-        self._recent.add(run)
-        self._unfitted += 1
-        if self._unfitted >= _REFIT_RUNS:
-            self._unfitted = 0
+        self._unfitted.append(run)
+        if len(self._unfitted) >= _REFIT_RUNS:
+            self._recent = self._recent.faded(_MEMORY ** len(self._unfitted)) + _Equations.of(self._unfitted, _MEMORY)
+            self._unfitted.clear()
             self._model = self._fit()
 
     def _fit(self) -> CostModel:
-        parts = _non_negative(self._begun.matrix + self._recent.matrix, self._begun.vector + self._recent.vector)
+        all_seen = self._begun + self._recent
+        parts = _non_negative(all_seen.matrix, all_seen.vector)
         run_s, sequence_s, token_s, pair_s = (float(part) for part in parts)
         return CostModel(run_s, sequence_s, max(token_s, _LEAST_TOKEN_S), pair_s)
 
@@ -114,32 +113,42 @@ def fit(seen: tuple[TimedRun, ...]) -> CostModel:
     return CostEstimate(seen).model
 
 
+@dataclass(frozen=True, slots=True)
 class _Equations:
     """The sums that a least-squares fit of relative errors needs."""
 
-    def __init__(self) -> None:
-        self.matrix = np.zeros((4, 4))
-        self.vector = np.zeros(4)
+    matrix: npt.NDArray[np.float64]
+    vector: npt.NDArray[np.float64]
 
-    def add(self, run: TimedRun) -> None:
-        size, tokens = float(run.size), float(run.tokens)
-        terms = np.array((1.0, size, size * tokens, size * tokens * tokens)) / max(run.seconds, _LEAST_TOKEN_S)
-        self.matrix += np.outer(terms, terms)
-        self.vector += terms
+    @classmethod
+    def of(cls, runs: Sequence[TimedRun], memory: float) -> _Equations:
+        """Of runs in the order in which they were seen; each weighs `memory` times what the next one does."""
+        size, tokens, seconds = np.array([(run.size, run.tokens, run.seconds) for run in runs]).reshape(-1, 3).T
+        terms = np.stack((np.ones_like(size), size, size * tokens, size * tokens**2)) / np.maximum(
+            seconds, _LEAST_TOKEN_S
+        )
+        weights = memory ** np.arange(len(runs))[::-1]
+        return cls((terms * weights) @ terms.T, terms @ weights)
 
-    def forget(self, share: float) -> None:
-        self.matrix *= share
-        self.vector *= share
+    def faded(self, share: float) -> _Equations:
+        return _Equations(self.matrix * share, self.vector * share)
+
+    def __add__(self, other: _Equations) -> _Equations:
+        return _Equations(self.matrix + other.matrix, self.vector + other.vector)
 
 
 def _non_negative(matrix: npt.NDArray[np.float64], vector: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The non-negative x of least x'Mx - 2v'x: of the sixteen ways to leave some of four unknowns at zero, the best."""
+    """The non-negative x of least x'Mx - 2v'x: of the ways to leave some of four unknowns at zero, the best."""
     # Scaled to a unit diagonal first: a square of positions is a million times what the constant is.
     scale = np.sqrt(np.diag(matrix))
     scale[scale == 0] = 1.0
     unit, wanted = matrix / np.outer(scale, scale), vector / scale
+    found, *_ = np.linalg.lstsq(unit, wanted, rcond=1e-9)
+    if (found >= 0).all():  # what is best of all is best of those
+        whole: npt.NDArray[np.float64] = found / scale
+        return whole
     best, least = np.zeros(4), 0.0
-    for count in (1, 2, 3, 4):
+    for count in (1, 2, 3):
         for chosen in combinations(range(4), count):
             part = np.ix_(chosen, chosen)
             found, *_ = np.linalg.lstsq(unit[part], wanted[list(chosen)], rcond=1e-9)

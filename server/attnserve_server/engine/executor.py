@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,6 +16,7 @@ from attnserve_server.domain.values import Array, AttentionAnswer, PreparedSeque
 from attnserve_server.engine import warmup
 from attnserve_server.engine.collation import CollatedBatch, collate, kept_as_view, outputs_of, weights_of
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
+from attnserve_server.engine.instance import InstanceThread
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
 from attnserve_server.engine.warmup import ThreadCpuClock
@@ -67,7 +66,7 @@ class Executor:
         # On a CPU by processor time: by the clock on the wall, whatever else uses the cores would be counted in.
         self._cost_clock = ThreadCpuClock() if self.provider == CPU else clock
         # Event loop only.
-        self._threads: list[ThreadPoolExecutor] = []
+        self._threads: list[InstanceThread] = []
         self._cost: CostEstimate | None = None
 
     @property
@@ -88,16 +87,13 @@ class Executor:
     def start(self) -> None:
         """Makes the instances' threads."""
         name = f"{self._manifest.name}-{self._manifest.version}"
-        self._threads = [
-            ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-{instance}")
-            for instance in range(self._instances)
-        ]
+        self._threads = [InstanceThread(f"{name}-{instance}") for instance in range(self._instances)]
 
     async def aclose(self) -> None:
         """Ends the threads, after the runs under way. Terminate those first for a quick end."""
         threads, self._threads = self._threads, []
         for thread in threads:
-            await asyncio.to_thread(thread.shutdown)
+            await thread.end()
 
     async def warm_up(self, known: tuple[TimedRun, ...] = ()) -> tuple[TimedRun, ...]:
         """Really runs batches on every instance, attention of every site included, and times a few shapes on one.
@@ -111,13 +107,10 @@ class Executor:
         Raises:
             RunFailed: the model cannot run on valid inputs.
         """
-        loop = asyncio.get_running_loop()
         for instance, thread in enumerate(self._threads):
-            await loop.run_in_executor(thread, warmup.touch, self._session_of(instance), self._manifest)
+            await thread.run(warmup.touch, self._session_of(instance), self._manifest)
         if not known:
-            known = await loop.run_in_executor(
-                self._threads[0], warmup.measure, self._session_of(0), self._manifest, self._cost_clock
-            )
+            known = await self._threads[0].run(warmup.measure, self._session_of(0), self._manifest, self._cost_clock)
         self._cost = CostEstimate(known)
         return known
 
@@ -138,12 +131,9 @@ class Executor:
         Returns:
             One outcome for each sequence, in order.
         """
-        loop = asyncio.get_running_loop()
         self._metrics.running.inc()
         try:
-            outcomes, timed = await loop.run_in_executor(
-                self._threads[instance], self._timed, tuple(sequences), handle, instance
-            )
+            outcomes, timed = await self._threads[instance].run(self._timed, sequences, handle, instance)
         finally:
             self._metrics.running.dec()
         if timed is not None and self._cost is not None:

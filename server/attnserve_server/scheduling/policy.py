@@ -159,10 +159,10 @@ def _choose(
     worth = alone_s + cost.run_s / len(line) + age_s
     order = np.concatenate(([0], 1 + np.argsort(-worth[1:], kind="stable")))  # the oldest, then the worthiest first
     lengths, alone_s, worth = lengths[order], alone_s[order], worth[order]
-    shapes = np.maximum(lengths, lengths[0])  # row j: the run that j stretches; row 0: the oldest's own
+    shapes = _different(np.maximum(lengths, lengths[0]))  # a row for each run that one stretches; row 0: the oldest's
     positions = shapes.sum(axis=1)
     row_s = cost.rows_s(positions)
-    # joins[j, k]: whether k may be in the run that j stretches.
+    # joins[j, k]: whether k may be in the run of shape j.
     joins = (lengths[None, :, :] <= shapes[:, None, :]).all(axis=2)
     padding_s = row_s[:, None] - alone_s[None, :]
     joins &= padding_s <= PADDING_SHARE * cost.run_s
@@ -184,6 +184,14 @@ def _choose(
     fits[0, 0] = True
     stretcher, last = np.unravel_index(np.argmax(np.where(fits, score, -1.0)), score.shape)
     return [int(order[at]) for at in np.flatnonzero(joins[stretcher, : last + 1])]
+
+
+def _different(shapes: Floats) -> Floats:
+    """The rows without those that are there already, in the order in which they first come."""
+    first: dict[tuple[float, ...], int] = {}
+    for row, shape in enumerate(map(tuple, shapes.tolist())):
+        first.setdefault(shape, row)
+    return shapes[list(first.values())]
 
 
 def _ages(line: Sequence[Waiting], now: float) -> Floats:

@@ -47,6 +47,9 @@ WIRE_DTYPES: Final = {name: tensor_pb2.DataType.ValueType(number) for number, na
 # The contract is little-endian whatever the machine is; on a little-endian one these are the native dtypes.
 WIRE_NUMPY: Final = {name: dtype.newbyteorder("<") for name, dtype in NUMPY_DTYPES.items()}
 
+_NAMES: Final = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
+"""NumPy puts a dtype's name together each time that it is asked for it."""
+
 MAX_CHOSEN: Final = 4096
 """Most entries in one list of a selection; each is looked at, so the cost of a hostile one must be bounded."""
 
@@ -165,8 +168,8 @@ def array_of(data: bytes, dtype: str, shape: Sequence[int]) -> Array:
 
 def tensor_of(array: Array, name: str = "") -> Splice:
     """`array` as a wire tensor: its data is copied once, when the message around it is joined."""
-    head = _tensor_head(name, array.dtype.name, array.shape)
-    return Splice(head).add(_DATA, np.ascontiguousarray(array, WIRE_NUMPY[array.dtype.name]))
+    dtype = _NAMES.get(array.dtype) or array.dtype.name
+    return Splice(_tensor_head(name, dtype, array.shape)).add(_DATA, np.ascontiguousarray(array, WIRE_NUMPY[dtype]))
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,81 @@
+"""An instance's thread runs what it is given in order, tells how each ended, and ends when told."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+from attnserve_server.engine.instance import InstanceThread
+
+
+async def test_functions_run_one_after_another_on_one_thread() -> None:
+    thread = InstanceThread("tiny-1-0")
+    seen: list[tuple[int, str]] = []
+    calls = [thread.run(lambda at: seen.append((at, threading.current_thread().name)) or at, at) for at in range(9)]
+    assert await asyncio.gather(*calls) == list(range(9))
+    assert seen == [(at, "tiny-1-0") for at in range(9)]
+    await thread.end()
+
+
+async def test_what_a_function_raises_reaches_whoever_waits_and_nobody_else() -> None:
+    thread = InstanceThread("tiny-1-0")
+    broken, whole = thread.run(divmod, 1, 0), thread.run(divmod, 7, 2)
+    with pytest.raises(ZeroDivisionError):
+        await broken
+    assert await whole == (3, 1)
+    await thread.end()
+
+
+async def test_answer_for_somebody_who_left_is_dropped() -> None:
+    thread = InstanceThread("tiny-1-0")
+    go = threading.Event()
+    held, gone, failing, last = (thread.run(what) for what in (go.wait, dict, lambda: 1 // 0, list))
+    gone.cancel()
+    failing.cancel()
+    go.set()
+    assert await held is True
+    assert await last == []
+    await thread.end()
+
+
+async def test_end_waits_for_what_was_given_before() -> None:
+    thread = InstanceThread("tiny-1-0")
+    go = threading.Event()
+    held, last = thread.run(go.wait), thread.run(dict)
+    ending = asyncio.create_task(thread.end())
+    await asyncio.sleep(0.01)
+    assert not ending.done()
+    go.set()
+    await ending
+    assert held.result() is True
+    assert last.result() == {}
+
+
+async def test_nothing_of_a_call_is_kept_until_the_next_one() -> None:
+    thread = InstanceThread("tiny-1-0")
+    array = np.ones(4)
+    watched = weakref.ref(array)
+    assert await thread.run(np.sum, array) == 4
+    del array
+    await thread.run(threading.get_ident)
+    gc.collect()
+    assert watched() is None
+    await thread.end()
+
+
+def test_thread_outlives_a_loop_that_was_closed_by_no_more_than_its_call() -> None:
+    go = threading.Event()
+
+    async def left() -> InstanceThread:
+        thread = InstanceThread("tiny-1-0")
+        thread.run(go.wait)
+        return thread
+
+    thread = asyncio.run(left())
+    go.set()
+    thread._thread.join(5)
+    assert not thread._thread.is_alive()
