@@ -14,6 +14,7 @@ from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputSpec
 from attnserve_server.transport.codec import DTYPE_NAMES, array_of
 from attnserve_server.transport.intake import Intake, check_values
+from attnserve_server.transport.structure import Blobs, data_of
 from attnserve_server.transport.violations import Violations, shown
 
 MAX_RANK: Final = 8
@@ -21,7 +22,12 @@ MAX_ELEMENTS: Final = 2**63 - 1
 
 
 def read_tensors(
-    messages: Iterable[tensor_pb2.Tensor], intake: Intake, path: str, lengths: dict[str, int], violations: Violations
+    messages: Iterable[tensor_pb2.Tensor],
+    intake: Intake,
+    path: str,
+    lengths: dict[str, int],
+    violations: Violations,
+    blobs: Blobs = (),
 ) -> tuple[dict[str, Array], set[str]]:
     """The arrays of tensors that are right, by input, and the inputs that were sent at all.
 
@@ -31,6 +37,7 @@ def read_tensors(
         path: of the field that holds them.
         lengths: of axes that are known; the lengths that the tensors tell are noted in it.
         violations: where all faults are noted.
+        blobs: the data, where the messages hold places in it.
     """
     tensors: dict[str, Array] = {}
     seen: set[str] = set()
@@ -47,7 +54,7 @@ def read_tensors(
             violations.add(f"{where}.name", f"input {spec.name!r} is given twice")
         else:
             seen.add(spec.name)
-            array = _array(message, spec, intake, where, lengths, violations)
+            array = _array(message, data_of(message, blobs), spec, intake, where, lengths, violations)
             if array is not None:
                 tensors[spec.name] = array
     return tensors, seen
@@ -55,13 +62,14 @@ def read_tensors(
 
 def _array(
     message: tensor_pb2.Tensor,
+    data: bytes | memoryview,
     spec: InputSpec,
     intake: Intake,
     path: str,
     lengths: dict[str, int],
     violations: Violations,
 ) -> Array | None:
-    """A read-only view of the tensor's data, or None if anything was wrong."""
+    """A read-only view of the tensor's `data`, which may lie at any address, or None if anything was wrong."""
     before = len(violations)
     dtype = DTYPE_NAMES.get(message.dtype)
     if dtype != spec.dtype:
@@ -71,7 +79,6 @@ def _array(
         shape = _shape(message, spec, intake, path, lengths, violations)  # which says what is wrong with it
     if shape is None or len(violations) > before:
         return None
-    data = message.data
     wanted_bytes = math.prod(shape) * NUMPY_DTYPES[spec.dtype].itemsize
     if len(data) != wanted_bytes:
         violations.add(f"{path}.data", f"{len(data)} bytes; shape {list(shape)} of {spec.dtype} needs {wanted_bytes}")

@@ -159,7 +159,7 @@ def _named(table: Mapping[int, T], number: int, field: str, violations: list[Fie
     return table[number]
 
 
-def array_of(data: bytes, dtype: str, shape: Sequence[int]) -> Array:
+def array_of(data: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Array:
     """A read-only view of `data`, which must be exactly as long as `dtype` and `shape` say."""
     if dtype == "bool":
         return np.frombuffer(data, np.uint8).view(np.bool_).reshape(shape)

@@ -23,6 +23,7 @@ from attnserve_server.transport.description import describe
 from attnserve_server.transport.inputs import Intake
 from attnserve_server.transport.splice import Splice
 from attnserve_server.transport.status import is_fault, plain, row_of
+from attnserve_server.transport.structure import Blobs
 from attnserve_server.transport.validation import PreparedRequest, check_model_reference, check_request_id, prepare
 
 _log = logger(__name__)
@@ -31,7 +32,7 @@ Reserve = Callable[[int], Awaitable[None]]
 
 OFFLOAD_TEXT_BYTES: Final = 4096
 """Texts of more than this are tokenized in a thread: the loop would stand still for over 2 ms."""
-OFFLOAD_TENSOR_BYTES: Final = 2**20
+OFFLOAD_TENSOR_BYTES: Final = 8 * 2**20
 """Tensors of more than this are checked in a thread, for the same reason."""
 DEADLINE_SLACK_S: Final = 0.005
 """gRPC keeps a caller's deadline on a clock of its own, so it may end a call this much before ours has come to it."""
@@ -70,6 +71,7 @@ class DataPlane:
         request_id: str,
         deadline: float | None,
         size: int,
+        blobs: Blobs = (),
         reserve: Reserve | None = None,
     ) -> Splice:
         """Checks, runs and answers one request, and counts how it ended. Returns an InferResponse.
@@ -79,6 +81,7 @@ class DataPlane:
             request_id: Its name: the caller's, or one that `name_of` made.
             deadline: Monotonic seconds; None: the caller waits forever.
             size: Bytes that the request came in: the message itself would have to be written again to tell.
+            blobs: Its tensors' data, where it was parsed in place.
             reserve: Waits until there is room for an answer of so many bytes; None: there always is.
 
         Raises:
@@ -93,7 +96,7 @@ class DataPlane:
                 started = True
                 scheduler.check_room(deadline)
                 started = False
-            prepared = await self._prepare(request, size, self._intake(served, manifest))
+            prepared = await self._prepare(request, size, self._intake(served, manifest), blobs)
             results: list[SequenceResult] = []
             if not request.validate_only:
                 if reserve is not None:
@@ -126,10 +129,12 @@ class DataPlane:
         """Whether a deadline ended a call: gRPC cancels its handler then, just as when the caller leaves."""
         return deadline is not None and self._clock.now() >= deadline - DEADLINE_SLACK_S
 
-    async def _prepare(self, request: inference_service_pb2.InferRequest, size: int, intake: Intake) -> PreparedRequest:
+    async def _prepare(
+        self, request: inference_service_pb2.InferRequest, size: int, intake: Intake, blobs: Blobs
+    ) -> PreparedRequest:
         if not _is_large(request, size):
-            return prepare(request, intake)
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, prepare, request, intake)
+            return prepare(request, intake, blobs)
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, prepare, request, intake, blobs)
 
     def models(self) -> list[model_pb2.Model]:
         """All models in order of name and version."""

@@ -12,7 +12,7 @@ from attnserve_server.domain.clock import Clock
 from attnserve_server.transport.boundary import Context, Failure, RpcMetrics, parsed, remaining_s
 from attnserve_server.transport.dataplane import DataPlane, name_of
 from attnserve_server.transport.stream import Streams
-from attnserve_server.transport.wire import parse
+from attnserve_server.transport.wire import parse_in_place
 
 SERVICE: Final = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -27,12 +27,12 @@ class InferenceServicer:
 
     async def infer(self, data: bytes, context: Context) -> bytes:
         """One request, one answer: an InferRequest and an InferResponse, serialised."""
-        request = parse(inference_service_pb2.InferRequest, data)
+        request, blobs = parse_in_place(inference_service_pb2.InferRequest, data)
         remaining = remaining_s(context)
         deadline = None if remaining is None else self._clock.now() + remaining
         request_id = name_of(request.request_id)
         try:
-            return (await self._plane.infer(request, request_id, deadline, len(data))).joined()
+            return (await self._plane.infer(request, request_id, deadline, len(data), blobs)).joined()
         except Exception as error:
             raise Failure(request_id, error) from error
 

@@ -24,9 +24,9 @@ from attnserve_server.transport.boundary import QUIET, Context, remaining_s, sen
 from attnserve_server.transport.dataplane import DataPlane, log_failure
 from attnserve_server.transport.splice import Splice
 from attnserve_server.transport.status import status_of
-from attnserve_server.transport.structure import MAX_STRUCTURE_BYTES, peek
+from attnserve_server.transport.structure import MAX_STRUCTURE_BYTES, Blobs, peek
 from attnserve_server.transport.validation import check_request_id, is_request_id
-from attnserve_server.transport.wire import parse, parse_leniently
+from attnserve_server.transport.wire import parse_in_place, parse_leniently
 
 CHUNK_BYTES: Final = 4 * 2**20 - 65_536
 """Answers of more than this come in pieces: with its envelope each stays below gRPC's default limit of 4 MiB."""
@@ -39,6 +39,7 @@ class _Flight:
     deadline: float | None
     size: int
     """Bytes that it came in."""
+    blobs: Blobs
     task: asyncio.Task[None] | None = None
     reserved_bytes: int = 0
     computing: bool = False
@@ -138,7 +139,7 @@ class _Stream:
             InvalidRequest: It cannot be answered by itself, so the stream ends.
         """
         try:
-            message = parse(inference_service_pb2.StreamInferRequest, data)
+            message, blobs = parse_in_place(inference_service_pb2.StreamInferRequest, data)
         except InvalidRequest as error:
             request_id = _salvaged_id(data)
             if not request_id:
@@ -162,7 +163,7 @@ class _Stream:
                 request_id, InvalidRequest.of("request_id", f"{request_id!r} is the name of a request under way")
             )
             return
-        flight = _Flight(self._deadline_of(message), len(data))
+        flight = _Flight(self._deadline_of(message), len(data), blobs)
         began = self._clock.now()
         try:
             async with asyncio.timeout(self._patience_of(flight)):
@@ -205,7 +206,9 @@ class _Stream:
                     flight.reserved_bytes = count
                     patience.reschedule(None)
 
-                return await self._plane.infer(request, request.request_id, flight.deadline, flight.size, reserve)
+                return await self._plane.infer(
+                    request, request.request_id, flight.deadline, flight.size, flight.blobs, reserve
+                )
         except TimeoutError:
             raise DeadlineExpired(self._clock.now() - began) from None
 

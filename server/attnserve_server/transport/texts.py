@@ -13,11 +13,12 @@ from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, 
 from attnserve_server.model.tokenizer import TextTokenizer, TokenizedText
 from attnserve_server.transport.arrays import read_tensors
 from attnserve_server.transport.intake import Inputs, Intake, check_values, fill_in
+from attnserve_server.transport.structure import Blobs
 from attnserve_server.transport.violations import Violations
 
 
 def from_text(
-    message: inference_service_pb2.TextInput, intake: Intake, path: str, violations: Violations
+    message: inference_service_pb2.TextInput, intake: Intake, path: str, violations: Violations, blobs: Blobs = ()
 ) -> Inputs | None:
     """The inputs, or None if anything was wrong and has been noted.
 
@@ -40,7 +41,7 @@ def from_text(
     if len(violations) > before:
         return None
     lengths = {**intake.manifest.fixed_lengths, **{axis: len(tokens.ids) for axis, tokens in encoded.items()}}
-    tensors, sent = read_tensors(message.tensors, intake, f"{path}.tensors", lengths, violations)
+    tensors, sent = read_tensors(message.tensors, intake, f"{path}.tensors", lengths, violations, blobs)
     _add_tokens(tensors, encoded, field_of, intake, violations)
     if not fill_in(tensors, lengths, intake, path, violations, sent) or len(violations) > before:
         return None

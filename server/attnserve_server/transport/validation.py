@@ -16,6 +16,7 @@ from attnserve_server.domain.values import AxisUnits, PreparedSequence, Priority
 from attnserve_server.model.manifest import is_model_name, is_model_version
 from attnserve_server.transport.codec import priority_of, selection_of
 from attnserve_server.transport.inputs import Inputs, Intake, inputs_of
+from attnserve_server.transport.structure import Blobs
 from attnserve_server.transport.units import axis_units
 from attnserve_server.transport.violations import Violations, shown
 
@@ -59,8 +60,13 @@ def check_model_reference(model: str, version: str) -> None:
     violations.raise_any()
 
 
-def prepare(message: inference_service_pb2.InferRequest, intake: Intake) -> PreparedRequest:
+def prepare(message: inference_service_pb2.InferRequest, intake: Intake, blobs: Blobs = ()) -> PreparedRequest:
     """Checks a whole request and makes it ready for batching. Computes nothing but tokens.
+
+    Args:
+        message: the request.
+        intake: of the model.
+        blobs: its tensors' data, where it was parsed in place.
 
     Raises:
         InvalidRequest: With every fault found, at most 16.
@@ -76,7 +82,7 @@ def prepare(message: inference_service_pb2.InferRequest, intake: Intake) -> Prep
         violations.extend(error.violations)
     effective = _effective(message, intake, violations)
     outputs = _outputs(message, intake, violations)
-    found = _all_inputs(message.sequences, intake, violations)
+    found = _all_inputs(message.sequences, intake, violations, blobs)
     violations.raise_any()
     if intake.derived:
         _check_derived(found, intake, violations)
@@ -141,7 +147,7 @@ def _outputs(message: inference_service_pb2.InferRequest, intake: Intake, violat
 
 
 def _all_inputs(
-    sequences: Sequence[inference_service_pb2.Sequence], intake: Intake, violations: Violations
+    sequences: Sequence[inference_service_pb2.Sequence], intake: Intake, violations: Violations, blobs: Blobs
 ) -> list[Inputs]:
     """The inputs of all sequences, without those that were wrong."""
     count = len(sequences)
@@ -151,7 +157,7 @@ def _all_inputs(
         return []
     found: list[Inputs] = []
     for index, sequence in enumerate(sequences):
-        inputs = inputs_of(sequence, intake, f"sequences[{index}]", violations)
+        inputs = inputs_of(sequence, intake, f"sequences[{index}]", violations, blobs)
         if inputs is not None:
             found.append(inputs)
         if violations.full:

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from attnserve_server.domain.errors import FieldViolation, InvalidRequest
-from attnserve_server.transport.structure import check_structure
+from attnserve_server.transport.structure import Blobs, check_structure, without_data
 from attnserve_server.transport.violations import MAX_VIOLATIONS
 
 M = TypeVar("M", bound=message.Message)
@@ -26,11 +26,22 @@ def parse(kind: type[M], data: bytes) -> M:
             far more memory as a message than it has bytes.
     """
     check_structure(kind.DESCRIPTOR, data)
+    return _built(kind, data, data)
+
+
+def parse_in_place(kind: type[M], data: bytes) -> tuple[M, Blobs]:
+    """As `parse`, but where `data` is long, its tensors' data stays there: see `data_of`."""
+    short, blobs = without_data(kind.DESCRIPTOR, data)
+    return _built(kind, short, data), blobs
+
+
+def _built(kind: type[M], data: bytes, received: bytes) -> M:
+    """The message in `data`. Raises InvalidRequest, which tells of the bytes as they were `received`."""
     try:
         return kind.FromString(data)
     except message.DecodeError:
         pass
-    lenient = parse_leniently(kind, data)
+    lenient = parse_leniently(kind, received)
     broken = [] if lenient is None else list(_not_utf8(lenient, kind.DESCRIPTOR, ""))
     if not broken:
         broken = [FieldViolation(kind.DESCRIPTOR.name, f"the bytes are no {kind.DESCRIPTOR.full_name} message")]

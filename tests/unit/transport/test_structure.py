@@ -9,8 +9,16 @@ import pytest
 from attnserve.v1 import attention_pb2, tensor_pb2
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve_server.domain.errors import InvalidRequest
-from attnserve_server.transport.structure import MAX_STRUCTURE_BYTES, check_structure, peek
-from attnserve_server.transport.wire import parse, parse_leniently
+from attnserve_server.transport.splice import varint
+from attnserve_server.transport.structure import (
+    LEAST_IN_PLACE_BYTES,
+    MAX_STRUCTURE_BYTES,
+    Blobs,
+    check_structure,
+    data_of,
+    peek,
+)
+from attnserve_server.transport.wire import parse, parse_in_place, parse_leniently
 from google.protobuf import message
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,3 +129,79 @@ def test_a_field_is_found_without_building_its_message() -> None:
     assert peek(data, 1, 7) == b""
     assert peek(data[:-6], 1, 8) == b""
     assert peek(EMPTY_FIELDS + b"\x42\x04mine", 8) == b""
+
+
+TENSORS = st.lists(
+    st.builds(
+        tensor_pb2.Tensor,
+        name=st.sampled_from(["input_ids", "x", ""]),
+        dtype=st.sampled_from([tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_INT64]),
+        shape=st.lists(st.integers(0, 300), max_size=3),
+        data=st.binary(max_size=40),
+    ),
+    max_size=4,
+)
+SEQUENCES = st.lists(
+    st.one_of(
+        st.builds(pb.Sequence, tensors=st.builds(pb.TensorInput, tensors=TENSORS)),
+        st.builds(pb.Sequence, text=st.builds(pb.TextInput, text=st.text(max_size=20), tensors=TENSORS)),
+    ),
+    max_size=4,
+)
+FILLER = tensor_pb2.Tensor(name="filler", data=bytes(range(256)) * (LEAST_IN_PLACE_BYTES // 256))
+
+
+def put_back(request: pb.InferRequest, blobs: Blobs) -> pb.InferRequest:
+    """The request with its tensors' data where protobuf would have it."""
+    for sequence in request.sequences:
+        for tensor in sequence.tensors.tensors if sequence.HasField("tensors") else sequence.text.tensors:
+            tensor.data = bytes(data_of(tensor, blobs))
+    return request
+
+
+@given(SEQUENCES, st.booleans())
+@settings(max_examples=200)
+def test_tensor_data_in_place_is_what_protobuf_would_build(sequences: list[pb.Sequence], on_stream: bool) -> None:
+    sequences = [*sequences, pb.Sequence(tensors=pb.TensorInput(tensors=[FILLER]))]
+    request = pb.InferRequest(model="tiny", request_id="one", sequences=sequences)
+    built: pb.InferRequest
+    if on_stream:
+        message, blobs = parse_in_place(
+            pb.StreamInferRequest, pb.StreamInferRequest(request=request, timeout_ms=5).SerializeToString()
+        )
+        assert message.timeout_ms == 5
+        built = message.request
+    else:
+        built, blobs = parse_in_place(pb.InferRequest, request.SerializeToString())
+    assert len(built.SerializeToString()) < LEAST_IN_PLACE_BYTES
+    assert put_back(built, blobs) == request
+
+
+def test_of_data_sent_twice_the_last_counts_and_messages_sent_in_parts_are_joined() -> None:
+    data = FILLER.SerializeToString() + tensor_pb2.Tensor(data=b"last").SerializeToString()
+    tensors = b"\x0a" + varint(len(data)) + data
+    part = b"\x12" + varint(len(tensors)) + tensors  # Sequence.tensors, twice: protobuf joins the two
+    sequence = b"\x1a" + varint(2 * len(part)) + part + part
+    wanted = pb.InferRequest.FromString(sequence)
+    assert [len(one.tensors.tensors) for one in wanted.sequences] == [2]
+    built, blobs = parse_in_place(pb.InferRequest, sequence)
+    assert len(blobs) == 4
+    assert put_back(built, blobs) == wanted
+
+
+def test_short_messages_and_those_of_too_many_tensors_are_built_whole() -> None:
+    few = pb.InferRequest(sequences=[pb.Sequence(tensors=pb.TensorInput(tensors=[tensor_pb2.Tensor(data=b"1234")]))])
+    assert parse_in_place(pb.InferRequest, few.SerializeToString()) == (few, ())
+    many = pb.InferRequest(
+        sequences=[pb.Sequence(tensors=pb.TensorInput(tensors=[tensor_pb2.Tensor(data=b"1234567890")] * 2**13))]
+    )
+    assert parse_in_place(pb.InferRequest, many.SerializeToString()) == (many, ())
+
+
+@pytest.mark.parametrize("cut", [1, 5, 1000, LEAST_IN_PLACE_BYTES])
+def test_malformed_messages_stay_malformed(cut: int) -> None:
+    whole = pb.InferRequest(
+        model="tiny", sequences=[pb.Sequence(tensors=pb.TensorInput(tensors=[FILLER, FILLER]))]
+    ).SerializeToString()
+    with pytest.raises(InvalidRequest, match="are no attnserve"):
+        parse_in_place(pb.InferRequest, whole[:-cut])
