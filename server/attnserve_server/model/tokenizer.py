@@ -167,7 +167,7 @@ class TextTokenizer:
             )
         return TokenizedText(ids, np.zeros(len(ids), np.int64), units)
 
-    def units_of_ids(self, ids: npt.NDArray[np.integer], axis: str = "") -> AxisUnits:
+    def units_of_ids(self, ids: npt.NDArray[np.integer], axis: str = "", *, words: bool = True) -> AxisUnits:
         """What each position of a sequence of token ids stands for.
 
         There is no text of the caller's to point into, so offsets and segments stay empty. Words are told only if each
@@ -176,16 +176,17 @@ class TextTokenizer:
         Args:
             ids: token ids, (N,). An id that the tokenizer does not have has the text "".
             axis: symbol of the axis that they run along; empty: that of the first text.
+            words: whether words are wanted; finding them takes longer than all the rest.
         """
-        numbers = [int(number) for number in ids]
-        words = self._words_of_ids(numbers) if self._knows_words else Words()
+        numbers: list[int] = ids.tolist()
+        found = self._words_of_ids(numbers) if words and self._knows_words else Words()
         return AxisUnits(
             axis=axis or self._axis,
             length=len(numbers),
             texts=tuple(self._token_text(number) for number in numbers),
             special=tuple(number in self._special_ids for number in numbers),
-            word_ids=tuple(words.ids),
-            words=tuple(words.texts),
+            word_ids=tuple(found.ids),
+            words=tuple(found.texts),
         )
 
     def id_of(self, token: str) -> int | None:

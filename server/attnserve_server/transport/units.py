@@ -9,14 +9,17 @@ from attnserve_server.model.manifest import NUMPY_DTYPES, AxisSpec, InputRole, M
 from attnserve_server.transport.intake import Inputs, Intake
 
 
-def axis_units(axis: str, inputs: Inputs, intake: Intake) -> AxisUnits:
-    """The units along an axis, as far as the model, its tokenizer and what the caller sent tell them."""
+def axis_units(axis: str, inputs: Inputs, intake: Intake, *, words: bool) -> AxisUnits:
+    """The units along an axis, as far as the model, its tokenizer and what the caller sent tell them.
+
+    `words`: whether those of token ids are wanted; of text they are known anyway.
+    """
     if axis in inputs.units:
         return inputs.units[axis]
     text = intake.manifest.text
     ids = intake.manifest.input_of_role(InputRole.TOKEN_IDS, axis)
     if intake.tokenizer and ids and text and axis in text.axes:
-        return intake.tokenizer.units_of_ids(inputs.tensors[ids.name], axis)
+        return intake.tokenizer.units_of_ids(inputs.tensors[ids.name], axis, words=words)
     spec = intake.manifest.axis(axis)
     if spec.grid is not None:
         return patch_units(spec)

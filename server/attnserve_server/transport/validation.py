@@ -11,7 +11,7 @@ from attnserve.v1 import inference_service_pb2
 
 from attnserve_server.attention import check_units, pooled_units, predicted_bytes, resolve
 from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest, ResponseTooLarge
-from attnserve_server.domain.selection import EffectiveSelection
+from attnserve_server.domain.selection import AttentionUnit, EffectiveSelection
 from attnserve_server.domain.values import AxisUnits, PreparedSequence, Priority
 from attnserve_server.model.manifest import is_model_name, is_model_version
 from attnserve_server.transport.codec import priority_of, selection_of
@@ -182,6 +182,7 @@ def _units(effective: EffectiveSelection, inputs: Inputs, intake: Intake) -> dic
     """The units of every axis that a wanted map names."""
     lengths = intake.manifest.with_derived(inputs.lengths)
     units: dict[str, AxisUnits] = {}
+    words = effective.unit is AttentionUnit.WORD
     for layer in effective.layers:
         site = intake.manifest.sites[layer]
         for axis in (site.query_axis, site.key_axis):
@@ -193,9 +194,9 @@ def _units(effective: EffectiveSelection, inputs: Inputs, intake: Intake) -> dic
                 )
             derived = intake.manifest.axis(axis).derived
             if derived is None:
-                units[axis] = axis_units(axis, inputs, intake)
+                units[axis] = axis_units(axis, inputs, intake, words=words)
             else:
-                units[axis] = pooled_units(axis, axis_units(derived.source, inputs, intake), derived)
+                units[axis] = pooled_units(axis, axis_units(derived.source, inputs, intake, words=words), derived)
     return units
 
 
