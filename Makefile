@@ -78,7 +78,7 @@ proto: $(VENV)/.dev ## Generate the stubs from the contract
 docs: $(VENV)/.dev ## Generate the reference pages of docs/
 	$(BIN)/python docs/generate.py
 
-bench: $(VENV)/.dev $(DEMO_BUNDLE) ## Print our ratios, all within one run
+bench: $(VENV)/.dev $(DEMO_BUNDLE) ## Measure what taps cost those who do not ask, and answers on the wire
 	@$(BIN)/python -m bench.run --repository $(DEMO)/models
 
 acceptance: $(VENV)/.dev $(DEMO_BUNDLE) ## Measure what the server promises of its speed, each beside its limit

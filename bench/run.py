@@ -1,4 +1,7 @@
-"""Prints our ratios, all measured within one run: `make bench`, or `python -m bench.run --repository FOLDER`."""
+"""What taps cost those who do not ask, and answers on the wire: `make bench`, or `python -m bench.run`.
+
+What the server as a whole costs beside the bare runtime is in `acceptance`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,6 @@ from bench import service
 from bench.runtime import BareSession, untapped
 from bench.workload import sequence, sequences, sorted_batches
 
-CALLERS = 64
 VOCABULARY_SIZE = 30_522
 WIRE_TOKENS = 128
 TAPPED_LIMIT = 1.03
@@ -50,38 +52,6 @@ def tapped_over_untapped(model: Path, rounds: int, count: int) -> dict[str, Any]
     return {"ratio": spread(ratios), "rounds": rounds, "sequences": count}
 
 
-def server_over_bare(repository: Path, model: Path, rounds: int, count: int) -> dict[str, Any]:
-    """The server's CPU a sequence, under 64 callers, over the bare runtime's with sorted batches, in turns."""
-    items = sequences(count, VOCABULARY_SIZE)
-    batches = sorted_batches(items)
-    requests = [service.request(ids) for ids in items]
-    bare = BareSession(untapped(model))
-    bare.cpu_seconds_of_two_threads(batches)
-    ratios, ours, theirs, padding = [], [], [], []
-    with service.running(repository) as server:
-        asyncio.run(service.drive(server.target, requests, CALLERS))
-        for _ in track(range(rounds), description="server / bare runtime", transient=True):
-            before = server.cpu_seconds()
-            answers = asyncio.run(service.drive(server.target, requests, CALLERS))
-            ours.append((server.cpu_seconds() - before) / count)
-            theirs.append(bare.cpu_seconds_of_two_threads(batches)[0] / count)
-            ratios.append(ours[-1] / theirs[-1])
-            runs = [answer.results[0].run for answer in answers]
-            padding.append(
-                sum(run.padded_tokens / run.batch_size for run in runs)
-                / sum(run.useful_tokens / run.batch_size for run in runs)
-            )
-    return {
-        "ratio": spread(ratios),
-        "server_cpu_ms_per_sequence": spread([1e3 * value for value in ours]),
-        "bare_cpu_ms_per_sequence": spread([1e3 * value for value in theirs]),
-        "padded_over_useful_tokens": spread(padding),
-        "callers": CALLERS,
-        "rounds": rounds,
-        "sequences": count,
-    }
-
-
 def bytes_on_wire(repository: Path) -> dict[str, int]:
     """Bytes of one answer, serialised, for a text of 128 tokens whose embedding alone is wanted as output."""
     ids = sequence(WIRE_TOKENS, VOCABULARY_SIZE, np.random.default_rng(0))
@@ -97,15 +67,10 @@ def bytes_on_wire(repository: Path) -> dict[str, int]:
 
 def show(console: Console, report: dict[str, Any]) -> None:
     """The report as tables."""
-    table = Table("ratio", "median", "min", "max", title="CPU time, as ratios within this run", title_justify="left")
-    for key, label in (
-        ("tapped_over_untapped", f"tapped session, nobody asking / untapped (limit {TAPPED_LIMIT})"),
-        ("server_over_bare", f"server a sequence, {CALLERS} callers / bare runtime, sorted batches"),
-    ):
-        ratio = report[key]["ratio"]
-        table.add_row(label, *(f"{ratio[figure]:.3f}" for figure in ("median", "min", "max")))
-    padding = report["server_over_bare"]["padded_over_useful_tokens"]
-    table.add_row("padded / useful tokens in the server", *(f"{padding[f]:.3f}" for f in ("median", "min", "max")))
+    ratio = report["tapped_over_untapped"]["ratio"]
+    table = Table("ratio", "median", "min", "max", title="CPU time, within this run", title_justify="left")
+    label = f"tapped session, nobody asking / untapped (limit {TAPPED_LIMIT})"
+    table.add_row(label, *(f"{ratio[figure]:.3f}" for figure in ("median", "min", "max")))
     console.print(table)
     wire = report["bytes_on_wire"]
     table = Table(
@@ -128,7 +93,6 @@ def main() -> None:
     report = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "tapped_over_untapped": tapped_over_untapped(model, options.rounds, options.sequences),
-        "server_over_bare": server_over_bare(options.repository, model, options.rounds, options.sequences),
         "bytes_on_wire": bytes_on_wire(options.repository),
     }
     if options.json:

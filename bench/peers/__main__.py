@@ -33,7 +33,7 @@ from bench.workload import sequences, sorted_batches
 
 CALLERS = 64
 VOCABULARY_SIZE = 30_522
-REFERENCES = 64
+REFERENCES = 256
 LIMIT_S = 120.0
 ATTEMPTS = 2
 """To start a peer: some fail once without a word, and start the next time."""

@@ -24,7 +24,6 @@ def test_small_answers_weigh_a_fraction_of_all_maps(minilm_repository: Path) -> 
     all_maps = 6 * 12 * 128 * 128 * 4
     assert all_maps < wire["all maps"] < all_maps * 1.01
     assert wire["no attention"] < wire["top-16 links of one row"] < wire["one layer's mean"] < wire["all maps"] / 50
-    assert report["server_over_bare"]["padded_over_useful_tokens"]["median"] >= 1.0
 
 
 def test_promises_are_measured_beside_their_limits(minilm_repository: Path) -> None:

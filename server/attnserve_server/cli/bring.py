@@ -50,7 +50,7 @@ TryMore = Annotated[
     bool,
     typer.Option(
         "--try/--no-try",
-        help="Try the other exporter (where none is named) and the runtime's own rewritings; keep what is faster.",
+        help="Time the other exporter (where none is named) and the runtime's rewritings; keep what is clearly faster.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -106,7 +106,7 @@ def export(  # noqa: PLR0913 - the options of a command
     exporter: Annotated[
         str,
         typer.Option(
-            "--exporter", help="dynamo, torchscript, or auto for the first of them that can (with --try the faster)."
+            "--exporter", help="dynamo, torchscript, or auto: the faster, and with --no-try the first that can."
         ),
     ] = "auto",
     opset: Annotated[
@@ -119,7 +119,7 @@ def export(  # noqa: PLR0913 - the options of a command
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of a zoo model's weights.")] = 0,
     precision: PrecisionOption = "fp32",
     fuse: Fuse = True,
-    try_more: TryMore = False,
+    try_more: TryMore = True,
     as_json: AsJson = False,
 ) -> None:
     """Turn a Hugging Face model folder, or a model of the zoo, into a bundle, and check it against its source."""
@@ -174,7 +174,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
     max_batch_size: MaxBatchSize = 32,
     precision: PrecisionOption = "fp32",
     fuse: Fuse = True,
-    try_more: TryMore = False,
+    try_more: TryMore = True,
     as_json: AsJson = False,
 ) -> None:
     """Turn a bare ONNX file into a bundle: find its attention, add taps, and check them against the file."""

@@ -15,6 +15,7 @@ from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import Array
 from attnserve_server.engine.binding import PinnedOutputs
 from attnserve_server.engine.cuda_graphs import GraphPlan, RecordedRuns, run_as_ever
+from attnserve_server.engine.exactness import multiplies_bytes_exactly
 from attnserve_server.engine.providers import (
     AUTO,
     CPU,
@@ -49,8 +50,7 @@ _LEFT_OUT_ON_GPU: Final = ("BiasSoftmaxFusion",)
 """Rewritings that may not be on a GPU. The kernel that adds a mask and takes the softmax at once divides by the number
 of its rows: a tap for which nobody asks has none, and the process ends by SIGFPE (onnxruntime 1.31, H200)."""
 _EXACT_BYTES: Final = "session.x64quantprecision"
-"""Without VNNI, x86 adds products of unsigned by signed bytes in 16 bits, which saturate. With this the runtime turns
-signed weights into unsigned ones there, which it multiplies exactly; elsewhere it changes nothing."""
+"""Has the runtime turn signed weights of products into unsigned ones, which it multiplies exactly on any processor."""
 _FATAL_ONLY: Final = 4
 """The runtime's log level: each of its failures reaches us as an exception, so it need not write lines of its own."""
 
@@ -234,7 +234,8 @@ def _options(intra_op_threads: int) -> ort.SessionOptions:
     options.log_severity_level = _FATAL_ONLY
     # A pool's idle threads sleep: spinning takes cores from the other instances and from the event loop.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry(_EXACT_BYTES, "1")
+    if not multiplies_bytes_exactly():
+        options.add_session_config_entry(_EXACT_BYTES, "1")
     return options
 
 

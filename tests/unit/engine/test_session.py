@@ -8,7 +8,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from attnserve_server.engine import exactness
 from attnserve_server.engine import session as session_module
+from attnserve_server.engine.exactness import multiplies_bytes_exactly
 from attnserve_server.engine.session import (
     LoadFailed,
     ProviderUnavailable,
@@ -185,6 +187,46 @@ def test_products_of_bytes_are_exact_on_every_processor(tmp_path: Path) -> None:
     session = RuntimeSession.load(products_of_bytes(tmp_path / "model.onnx", products=1))
     (y,) = session.run({"x": np.full((3, 64), 255, np.uint8)}, ["y"])
     np.testing.assert_array_equal(y, np.full((3, 8), 64 * 255 * 127))
+
+
+def test_weights_are_made_unsigned_only_where_signed_ones_saturate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the runtime is told; whether the processor needs it is not for a test to say."""
+    told: list[str] = []
+    opening = session_module.ort.InferenceSession
+
+    def recording(path: str, *, sess_options: ort.SessionOptions, **options: object) -> object:
+        try:
+            told.append(sess_options.get_session_config_entry("session.x64quantprecision"))
+        except RuntimeError:  # there is no such entry
+            told.append("")
+        return opening(path, sess_options=sess_options, **options)
+
+    monkeypatch.setattr(session_module.ort, "InferenceSession", recording)
+    path = products_of_bytes(tmp_path / "model.onnx", products=1)
+    for exact in (True, False):
+        monkeypatch.setattr(session_module, "multiplies_bytes_exactly", lambda exact=exact: exact)
+        RuntimeSession.load(path)
+    assert told == ["", "1"]
+
+
+def test_the_product_that_tells_is_what_onnx_would_write() -> None:
+    def value(name: str, dtype: int, *shape: str) -> onnx.ValueInfoProto:
+        return onnx.helper.make_tensor_value_info(name, dtype, shape)
+
+    inputs = [value("x", onnx.TensorProto.UINT8, "m", "k"), value("w", onnx.TensorProto.INT8, "k", "n")]
+    node = onnx.helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "", inputs, [value("y", onnx.TensorProto.INT32, "m", "n")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    assert model.SerializeToString() == exactness._PRODUCT
+
+
+def test_processors_with_vnni_multiply_bytes_exactly() -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or "_vnni" not in cpuinfo.read_text():
+        pytest.skip("this processor is not known to have VNNI")
+    assert multiplies_bytes_exactly()
 
 
 def test_weights_of_bytes_that_nodes_share_load_on_every_processor(tmp_path: Path) -> None:
