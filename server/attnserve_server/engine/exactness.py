@@ -1,7 +1,7 @@
 """Whether this processor adds products of unsigned by signed bytes without saturating, as eight-bit models need it.
 
-Without VNNI, x86 adds them in 16 bits, which saturate. The runtime can then turn signed weights into unsigned ones, and
-multiplies these exactly; with VNNI it would do so for nothing, and take more than twice as long (MiniLM, 8 x 40 tokens).
+Without VNNI, x86 adds them in 16 bits, which saturate. The runtime can then turn signed weights into unsigned ones and
+multiply exactly; with VNNI it would do so for nothing, and take more than twice as long (MiniLM, 8 x 40 tokens).
 So we look what comes out, which tells of any processor.
 """
 
