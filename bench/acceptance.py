@@ -99,8 +99,7 @@ def main() -> None:
     for name in chosen:
         found = SCENARIOS[name](shared)
         findings += found
-        if not options.json:
-            show(Console(), found)
+        show(shared.console if options.json else Console(), found)
     if options.json:
         machine: dict[str, Any] = {
             "cores": psutil.cpu_count(),

@@ -19,8 +19,9 @@ from bench.workload import sequences
 
 REQUESTS = 20_000
 LIMIT_MB = 16.0
-COPIES_LIMIT = 0.1
-"""What more instances may add, as a share of the weights' file: their threads, and buffers of runs."""
+COPIES_LIMIT = 0.25
+"""What seven more instances may add, as a share of the weights' file: their threads, and buffers of runs, a megabyte or
+so each. A copy of the weights would be 1 for each."""
 _CONTROL_SHARE = 0.25
 VOCABULARY_SIZE = 30_522
 
@@ -83,11 +84,11 @@ def leaking(repository: Path) -> Iterator[service.Server]:
     """The server with a fault put in: it keeps the bytes of every request, forty times over."""
     code = (
         "import sys, attnserve_server.transport.servicer as servicer\n"
-        "kept, parse = [], servicer.parse\n"
+        "kept, parse = [], servicer.parse_in_place\n"
         "def parse_and_keep(kind, data):\n"
         "    kept.append(bytes(data) * 40)\n"
         "    return parse(kind, data)\n"
-        "servicer.parse = parse_and_keep\n"
+        "servicer.parse_in_place = parse_and_keep\n"
         "from attnserve_server.cli import main\n"
         "sys.argv[0] = 'attnserve-server'\n"
         "main()\n"

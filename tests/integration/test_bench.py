@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.finding import Finding  # noqa: E402
+from bench.memory import leaking, load, resident_mb  # noqa: E402
 
 
 def test_small_answers_weigh_a_fraction_of_all_maps(minilm_repository: Path) -> None:
@@ -43,6 +44,15 @@ def test_promises_are_measured_beside_their_limits(minilm_repository: Path) -> N
     padding = findings["64 callers: padded / useful tokens"]
     assert padding["holds"]
     assert 1.0 <= padding["median"] <= 1.1
+
+
+def test_control_of_the_memory_bench_leaks(minilm_repository: Path) -> None:
+    """Each request is kept forty times over: of 800 that makes 11 MB."""
+    with leaking(minilm_repository) as server:
+        load(server, 200)
+        before = resident_mb(server)
+        load(server, 800)
+        assert resident_mb(server) - before > 6.0
 
 
 def test_finding_holds_by_its_median_and_its_kind_of_limit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -13,7 +14,7 @@ from attnserve.v1 import inference_service_pb2, model_pb2
 
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
-from attnserve_server.domain.errors import AttnserveError, InternalFault, ModelNotFound, NotServing
+from attnserve_server.domain.errors import AttnserveError, InternalFault, ModelNotFound, NotServing, Overloaded
 from attnserve_server.domain.values import Array, AttentionMap, Links, SequenceResult
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.logs import logger
@@ -185,14 +186,20 @@ def name_of(request_id: str) -> str:
 
 
 def log_failure(error: BaseException, request_id: str, method: str) -> None:
-    """Logs how a request failed: a caller's fault at info, ours with its traceback. Call it once, at the boundary."""
+    """Logs how a request failed: a caller's fault at info, ours with its traceback. Call it once, at the boundary.
+
+    Refusals for overload and while draining are told at debug: there are metrics for them, and they come by the hundred
+    a second, just when there is no time to write lines.
+    """
+    if isinstance(error, Overloaded | NotServing) and not logging.getLogger().isEnabledFor(logging.DEBUG):
+        return
     if is_fault(error):
         # An InternalFault was logged with its traceback where it happened.
         trace = None if isinstance(error, InternalFault) else error
         _log.error("request failed", request_id=plain(request_id), method=method, exc_info=trace)
         return
     reason = error.reason if isinstance(error, AttnserveError) else type(error).__name__
-    level = _log.debug if isinstance(error, NotServing) else _log.info
+    level = _log.debug if isinstance(error, Overloaded | NotServing) else _log.info
     level("request refused", request_id=plain(request_id), method=method, reason=reason, error=plain(str(error), 512))
 
 
