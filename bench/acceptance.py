@@ -41,10 +41,17 @@ def memory_kept(options: Options) -> list[Finding]:
     return [memory.copies(options.repository), *memory.growth(options.repository, 50 * options.requests)]
 
 
+ECHOES = (
+    (43, 1, "64 KB"), (43, 16, "16 x 64 KB"), (170, 1, "256 KB"),
+    (680, 1, "1 MB"), (1360, 1, "2 MB"), (2048, 1, "3 MB"),
+)  # fmt: skip
+"""Positions of a sequence, sequences a message, and what that makes."""
+
+
 def echoed(options: Options) -> list[Finding]:
     """The identity model, by the size of a sequence; small ones cost what a request costs, large ones their bytes."""
     found = []
-    for tokens, per_message, what in ((43, 1, "64 KB"), (43, 16, "16 x 64 KB"), (170, 1, "256 KB"), (680, 1, "1 MB")):
+    for tokens, per_message, what in ECHOES:
         rates = echo.ratios(options.rounds, per_message, tokens)
         ratios = [ours / bare for ours, bare in zip(rates["service"], rates["bare"], strict=True)]
         detail = {f"{name}_per_s": sorted(values)[len(values) // 2] for name, values in rates.items()}
