@@ -29,7 +29,7 @@ SCALE: Final = 0.02
 
 def filled(shape: torch.Size, draw: Array) -> torch.Tensor:
     """A tensor of so many values, the draw again and again."""
-    return torch.from_numpy(np.resize(draw, tuple(shape)))
+    return torch.tensor(np.resize(draw, tuple(shape)))
 
 
 def encoder(size: str) -> BertModel:

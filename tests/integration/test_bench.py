@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from bench.encoders import encoder  # noqa: E402
 from bench.finding import Finding  # noqa: E402
 from bench.memory import leaking, load, resident_mb  # noqa: E402
 
@@ -53,6 +54,24 @@ def test_control_of_the_memory_bench_leaks(minilm_repository: Path) -> None:
         before = resident_mb(server)
         load(server, 800)
         assert resident_mb(server) - before > 6.0
+
+
+def test_floor_of_a_call_is_told_for_few_and_many_callers() -> None:
+    line = [sys.executable, "-m", "bench.floor", "--calls", "70"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [int(row[0]) for row in rows] == [1, 64]
+    assert all(float(cell) >= 0 for row in rows for cell in row)
+
+
+def test_random_encoder_has_the_size_and_layers_alike() -> None:
+    model = encoder("minilm")
+    first, *others = [layer.attention.self.query.weight for layer in model.encoder.layer]
+    assert first.shape == (384, 384)
+    assert len(others) == 5
+    assert all(bool((first == other).all()) for other in others)
+    assert 0.01 < first.std().item() < 0.03
 
 
 def test_finding_holds_by_its_median_and_its_kind_of_limit() -> None:
