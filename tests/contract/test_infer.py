@@ -172,6 +172,13 @@ async def test_overload_is_told_before_a_request_is_prepared(stub: InferenceServ
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, "what runs nothing needs no room"
 
 
+async def test_request_counts_as_the_bytes_that_it_came_in(stub: InferenceServiceStub, gate: Gate) -> None:
+    gate.open()
+    request = asking("the cat")
+    await stub.Infer(request)
+    assert gate.received_bytes == [request.ByteSize()]
+
+
 @pytest.mark.parametrize("method", METHODS)
 async def test_no_bytes_are_answered_with_unknown(channel: grpc.aio.Channel, method: str) -> None:
     random = np.random.default_rng(3)

@@ -19,6 +19,7 @@ class Gate:
     manifest: Manifest
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
     deadlines: list[float | None] = field(default_factory=list)
+    received_bytes: list[int] = field(default_factory=list)
     withdrawn: int = 0
     is_open: bool = False
     full: AttnserveError | None = None
@@ -30,10 +31,16 @@ class Gate:
             raise self.full
 
     async def submit(
-        self, sequences: Sequence[PreparedSequence], *, deadline: float | None, priority: Priority
+        self,
+        sequences: Sequence[PreparedSequence],
+        *,
+        deadline: float | None,
+        priority: Priority,
+        received_bytes: int,
     ) -> list[SequenceResult]:
         """Answers with zeros, once it is let go."""
         self.deadlines.append(deadline)
+        self.received_bytes.append(received_bytes)
         if not self.is_open:
             held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.waiting.append(held)

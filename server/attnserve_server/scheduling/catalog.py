@@ -31,7 +31,12 @@ class Submitter(Protocol):
         ...
 
     async def submit(
-        self, sequences: Sequence[PreparedSequence], *, deadline: float | None, priority: Priority
+        self,
+        sequences: Sequence[PreparedSequence],
+        *,
+        deadline: float | None,
+        priority: Priority,
+        received_bytes: int,
     ) -> list[SequenceResult]:
         """The answers in the same order; raises the errors of the domain. Cancelling it withdraws the sequences."""
         ...

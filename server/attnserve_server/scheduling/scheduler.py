@@ -101,6 +101,7 @@ class Scheduler:
         *,
         deadline: float | None = None,
         priority: Priority = Priority.NORMAL,
+        received_bytes: int = 0,
     ) -> list[SequenceResult]:
         """Answers for all of these sequences, in their order. Cancelling the awaiting task withdraws them.
 
@@ -108,6 +109,8 @@ class Scheduler:
             sequences: prepared for this model.
             deadline: monotonic seconds on the scheduler's clock; None: wait for ever.
             priority: moves their place in line.
+            received_bytes: of the message that they came in. It is kept as long as they wait, so that it counts, even
+                where most of it is nothing that they use.
 
         Raises:
             NotServing: draining, not started, or broken.
@@ -118,7 +121,9 @@ class Scheduler:
         now = self._serving_at(deadline)
         if not sequences:
             return []
-        sizes = [sum(tensor.nbytes for tensor in one.tensors.values()) + one.response_bytes for one in sequences]
+        held = [sum(tensor.nbytes for tensor in one.tensors.values()) for one in sequences]
+        unused = max(0, received_bytes - sum(held)) // len(sequences)
+        sizes = [size + unused + one.response_bytes for size, one in zip(held, sequences, strict=True)]
         self._admit(Demand(len(sequences), sum(one.tokens for one in sequences), sum(sizes)), now, deadline)
         loop = asyncio.get_running_loop()
         request = Request(loop.create_future(), now, deadline, len(sequences))

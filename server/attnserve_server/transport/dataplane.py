@@ -103,7 +103,9 @@ class DataPlane:
                 if reserve is not None:
                     await reserve(prepared.predicted_bytes)
                 started = True
-                results = await scheduler.submit(prepared.sequences, deadline=deadline, priority=prepared.priority)
+                results = await scheduler.submit(
+                    prepared.sequences, deadline=deadline, priority=prepared.priority, received_bytes=size
+                )
             response = _response(served, manifest, request_id, prepared, results)
         except asyncio.CancelledError:
             served.metrics.ended("DEADLINE_EXCEEDED" if self._is_past(deadline) else "CANCELLED")

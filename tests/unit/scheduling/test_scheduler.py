@@ -45,6 +45,22 @@ def test_an_idle_instance_takes_a_sequence_at_once(virtually, bench, sequence, t
     virtually(story())
 
 
+def test_message_counts_as_what_it_came_in_however_little_of_it_is_used(virtually, bench, sequence, tags_of) -> None:
+    async def story() -> None:
+        async with bench as scheduler:
+            first = asyncio.create_task(scheduler.submit([sequence(0)]))
+            await ticks()
+            padded = asyncio.create_task(scheduler.submit([sequence(1), sequence(2)], received_bytes=1064))
+            plain = asyncio.create_task(scheduler.submit([sequence(3)], received_bytes=30))
+            await ticks()
+            # Two times 32 bytes of tensors and 8 of the answer, and 1,000 that nothing uses; 30 is less than is used.
+            assert bench.metric("queue_bytes") == 1000 + 3 * (4 * 8 + 8)
+            assert [tags_of(await task) for task in (first, padded, plain)] == [[0], [1, 2], [3]]
+            assert bench.metric("queue_bytes") == 0
+
+    virtually(story())
+
+
 def test_requests_gather_while_the_instance_is_busy(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
         async with bench as scheduler:
