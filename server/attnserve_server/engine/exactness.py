@@ -13,15 +13,17 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime as ort
 
-# y = MatMulInteger(x, w): x (m, k) uint8, w (k, n) int8, y (m, n) int32; opset 17. As onnx.helper writes it.
+_DEPTH, _COLUMNS = 64, 32
+# y = MatMulInteger(x, w): x (m, 64) uint8, w (64, 32) int8, all 127, y (m, 32) int32. As onnx.helper writes it.
+# The weights are constant, so that they are packed as those of models are.
 _PRODUCT: Final = (
-    b'\x08\x08:a\n\x18\n\x01x\n\x01w\x12\x01y"\rMatMulInteger\x12\x00Z\x15\n\x01x\x12\x10\n\x0e\x08\x02\x12\n\n\x03\x12'
-    b"\x01m\n\x03\x12\x01kZ\x15\n\x01w\x12\x10\n\x0e\x08\x03\x12\n\n\x03\x12\x01k\n\x03\x12\x01nb\x15\n\x01y\x12\x10\n"
-    b"\x0e\x08\x06\x12\n\n\x03\x12\x01m\n\x03\x12\x01nB\x04\n\x00\x10\x11"
+    b'\x08\x08:\xd7\x10\n\x18\n\x01x\n\x01w\x12\x01y"\rMatMulInteger\x12\x00*\x8c\x10\x08@\x08 \x10\x03B\x01wJ\x80\x10'
+    + _DEPTH * _COLUMNS * b"\x7f"
+    + b"Z\x14\n\x01x\x12\x0f\n\r\x08\x02\x12\t\n\x03\x12\x01m\n\x02\x08@"
+    + b"b\x14\n\x01y\x12\x0f\n\r\x08\x06\x12\t\n\x03\x12\x01m\n\x02\x08 B\x04\n\x00\x10\x11"
 )
 _ROWS: Final = (1, 8)
 """Of x: one row alone may go another way than several."""
-_DEPTH, _COLUMNS = 64, 32
 
 
 @cache
@@ -30,9 +32,8 @@ def multiplies_bytes_exactly() -> bool:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(_PRODUCT, sess_options=options, providers=["CPUExecutionProvider"])
-    weights = np.full((_DEPTH, _COLUMNS), 127, np.int8)
 
     def product(rows: int) -> Any:
-        return session.run(None, {"x": np.full((rows, _DEPTH), 255, np.uint8), "w": weights})[0]
+        return session.run(None, {"x": np.full((rows, _DEPTH), 255, np.uint8)})[0]
 
     return all((product(rows) == _DEPTH * 255 * 127).all() for rows in _ROWS)

@@ -212,12 +212,14 @@ def test_weights_are_made_unsigned_only_where_signed_ones_saturate(
 
 
 def test_the_product_that_tells_is_what_onnx_would_write() -> None:
-    def value(name: str, dtype: int, *shape: str) -> onnx.ValueInfoProto:
-        return onnx.helper.make_tensor_value_info(name, dtype, shape)
-
-    inputs = [value("x", onnx.TensorProto.UINT8, "m", "k"), value("w", onnx.TensorProto.INT8, "k", "n")]
     node = onnx.helper.make_node("MatMulInteger", ["x", "w"], ["y"])
-    graph = onnx.helper.make_graph([node], "", inputs, [value("y", onnx.TensorProto.INT32, "m", "n")])
+    graph = onnx.helper.make_graph(
+        [node],
+        "",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, ["m", 64])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT32, ["m", 32])],
+        [onnx.numpy_helper.from_array(np.full((64, 32), 127, np.int8), "w")],
+    )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     assert model.SerializeToString() == exactness._PRODUCT
 
