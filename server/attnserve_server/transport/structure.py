@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 MAX_STRUCTURE_BYTES: Final = 2**19
 """Most bytes of a message beside text and tensor data: a request of 4,096 sequences has half of that."""
-LEAST_IN_PLACE_BYTES: Final = 2**17
-"""Messages of less than this are built whole: copying their tensor data twice is quicker than looking for it."""
 _MAX_BLOBS: Final = 2**13
 """A message of more tensors is built whole: looking after each of their places takes more than it holds."""
 _MAX_PEEKED: Final = 10_000
@@ -49,19 +47,19 @@ def check_structure(kind: Any, data: bytes) -> None:
     Raises:
         InvalidRequest: It has more structure than is built; the field in which the bound was passed is named.
     """
-    if len(data) > MAX_STRUCTURE_BYTES:
-        _Walk(data).whole(kind)
+    without_data(kind, data)
 
 
 def without_data(kind: Any, data: bytes) -> tuple[bytes, Blobs]:
     """`data`, a message of the descriptor `kind`, with a place in the blobs for each tensor's data; and these.
 
-    What is malformed stays so.
+    A message that has no room for too much structure is not looked through: copying its data twice takes less. What is
+    malformed stays so.
 
     Raises:
         InvalidRequest: As `check_structure`.
     """
-    if len(data) < LEAST_IN_PLACE_BYTES:
+    if len(data) <= MAX_STRUCTURE_BYTES:
         return data, ()
     walk = _Walk(data)
     short = walk.whole(kind)
