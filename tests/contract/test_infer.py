@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import grpc
 import numpy as np
 import pytest
+import structlog
 from attnserve.v1 import attention_pb2, model_pb2, tensor_pb2
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.app import Application
-from attnserve_server.domain.errors import InternalFault, Overloaded
+from attnserve_server.domain.errors import InternalFault, ModelNotFound, Overloaded
+from attnserve_server.transport.dataplane import log_failure
 from gated import Gate, until
 from google.rpc import error_details_pb2, status_pb2
 from tiny_bundle import HEADS, VOCABULARY, WIDTH
@@ -170,6 +173,17 @@ async def test_overload_is_told_before_a_request_is_prepared(stub: InferenceServ
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Infer(asking("", validate_only=True))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, "what runs nothing needs no room"
+
+
+@pytest.mark.parametrize(("level", "told"), [(logging.INFO, []), (logging.DEBUG, ["debug"])])
+def test_overload_is_told_to_those_who_debug_alone(
+    level: int, told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(level)
+    with structlog.testing.capture_logs() as lines:
+        log_failure(Overloaded("queue_full", 2, 3, 0.5), "mine", "Infer")
+        log_failure(ModelNotFound("other", ""), "mine", "Infer")
+    assert [line["log_level"] for line in lines] == [*told, "info"]
 
 
 async def test_request_counts_as_the_bytes_that_it_came_in(stub: InferenceServiceStub, gate: Gate) -> None:

@@ -1,7 +1,7 @@
 """An instance's thread: runs one function after another, and tells the event loop how each ended.
 
-A ThreadPoolExecutor of one thread does the same for three times the price: a future of its own beside the event loop's,
-with a lock and a condition each, on a path that every batch goes twice.
+A ThreadPoolExecutor of one thread does the same for more: a future of its own beside the event loop's, with a lock and
+a condition each, on a path that every batch goes twice.
 """
 
 from __future__ import annotations

@@ -282,9 +282,11 @@ def _open(
 
     try:
         session = opened()
-    except Exception as error:  # noqa: BLE001 - the boundary to the runtime, which raises many types
+    except Exception as error:
         if chosen != CPU:
             return None
+        if multiplies_bytes_exactly():
+            raise LoadFailed from error
         # The runtime fails to make weights unsigned that several nodes share (1.32). Golden answers refuse such a model
         # where the saturating products that remain make it answer otherwise.
         options.add_session_config_entry(_EXACT_BYTES, "0")

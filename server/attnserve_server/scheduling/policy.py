@@ -188,10 +188,7 @@ def _choose(
 
 def _different(shapes: Floats) -> Floats:
     """The rows without those that are there already, in the order in which they first come."""
-    first: dict[tuple[float, ...], int] = {}
-    for row, shape in enumerate(map(tuple, shapes.tolist())):
-        first.setdefault(shape, row)
-    return shapes[list(first.values())]
+    return np.array(list(dict.fromkeys(map(tuple, shapes.tolist()))))
 
 
 def _ages(line: Sequence[Waiting], now: float) -> Floats:

@@ -193,7 +193,8 @@ def log_failure(error: BaseException, request_id: str, method: str) -> None:
     Refusals for overload and while draining are told at debug: there are metrics for them, and they come by the hundred
     a second, just when there is no time to write lines.
     """
-    if isinstance(error, Overloaded | NotServing) and not logging.getLogger().isEnabledFor(logging.DEBUG):
+    quiet = isinstance(error, Overloaded | NotServing)
+    if quiet and not logging.getLogger().isEnabledFor(logging.DEBUG):
         return
     if is_fault(error):
         # An InternalFault was logged with its traceback where it happened.
@@ -201,7 +202,7 @@ def log_failure(error: BaseException, request_id: str, method: str) -> None:
         _log.error("request failed", request_id=plain(request_id), method=method, exc_info=trace)
         return
     reason = error.reason if isinstance(error, AttnserveError) else type(error).__name__
-    level = _log.debug if isinstance(error, Overloaded | NotServing) else _log.info
+    level = _log.debug if quiet else _log.info
     level("request refused", request_id=plain(request_id), method=method, reason=reason, error=plain(str(error), 512))
 
 

@@ -182,6 +182,32 @@ def products_of_bytes(path: Path, *, products: int) -> Path:
     return path
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ort.SessionOptions]]:
+    """The provider and the options of each session, in the order in which they are opened."""
+    told: list[tuple[str, ort.SessionOptions]] = []
+    opening = session_module.ort.InferenceSession
+
+    def recording(path: str, *, sess_options: ort.SessionOptions, providers: list, **options: object) -> object:
+        told.append((providers[0][0], sess_options))
+        return opening(path, sess_options=sess_options, providers=providers, **options)
+
+    monkeypatch.setattr(session_module.ort, "InferenceSession", recording)
+    return told
+
+
+def entry(options: ort.SessionOptions, name: str) -> str:
+    """One entry of a session's configuration; empty where there is none."""
+    with contextlib.suppress(RuntimeError):
+        return options.get_session_config_entry(name)
+    return ""
+
+
+def left_out(opened: list[tuple[str, ort.SessionOptions]]) -> dict[str, str]:
+    """What each provider's session was told to leave out."""
+    return {provider: entry(options, "optimization.disable_specified_optimizers") for provider, options in opened}
+
+
 def test_products_of_bytes_are_exact_on_every_processor(tmp_path: Path) -> None:
     # 255 * 127, twice, does not fit in the 16 bits in which processors without VNNI add.
     session = RuntimeSession.load(products_of_bytes(tmp_path / "model.onnx", products=1))
@@ -190,25 +216,14 @@ def test_products_of_bytes_are_exact_on_every_processor(tmp_path: Path) -> None:
 
 
 def test_weights_are_made_unsigned_only_where_signed_ones_saturate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[tuple[str, ort.SessionOptions]]
 ) -> None:
     """What the runtime is told; whether the processor needs it is not for a test to say."""
-    told: list[str] = []
-    opening = session_module.ort.InferenceSession
-
-    def recording(path: str, *, sess_options: ort.SessionOptions, **options: object) -> object:
-        try:
-            told.append(sess_options.get_session_config_entry("session.x64quantprecision"))
-        except RuntimeError:  # there is no such entry
-            told.append("")
-        return opening(path, sess_options=sess_options, **options)
-
-    monkeypatch.setattr(session_module.ort, "InferenceSession", recording)
     path = products_of_bytes(tmp_path / "model.onnx", products=1)
     for exact in (True, False):
         monkeypatch.setattr(session_module, "multiplies_bytes_exactly", lambda exact=exact: exact)
         RuntimeSession.load(path)
-    assert told == ["", "1"]
+    assert [entry(options, "session.x64quantprecision") for _, options in opened] == ["", "1"]
 
 
 def test_the_product_that_tells_is_what_onnx_would_write() -> None:
@@ -231,42 +246,45 @@ def test_processors_with_vnni_multiply_bytes_exactly() -> None:
     assert multiplies_bytes_exactly()
 
 
+def test_products_are_exact_and_shared_weights_load_where_weights_are_made_unsigned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of processors without VNNI, which any processor can go."""
+    monkeypatch.setattr(session_module, "multiplies_bytes_exactly", lambda: False)
+    session = RuntimeSession.load(products_of_bytes(tmp_path / "one.onnx", products=1))
+    (y,) = session.run({"x": np.full((3, 64), 255, np.uint8)}, ["y"])
+    np.testing.assert_array_equal(y, np.full((3, 8), 64 * 255 * 127))
+    session = RuntimeSession.load(products_of_bytes(tmp_path / "two.onnx", products=2))
+    (y,) = session.run({"x": np.ones((3, 64), np.uint8)}, ["y"])
+    np.testing.assert_array_equal(y, np.full((3, 8), 2 * 64 * 127))
+
+
 def test_weights_of_bytes_that_nodes_share_load_on_every_processor(tmp_path: Path) -> None:
     session = RuntimeSession.load(products_of_bytes(tmp_path / "model.onnx", products=2))
     (y,) = session.run({"x": np.ones((3, 64), np.uint8)}, ["y"])
     np.testing.assert_array_equal(y, np.full((3, 8), 2 * 64 * 127))
 
 
-@pytest.fixture
-def left_out(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What each provider's session is told to leave out, as it is opened."""
-    told: dict[str, str] = {}
-    opening = session_module.ort.InferenceSession
-
-    def recording(path: str, *, sess_options: ort.SessionOptions, providers: list, **options: object) -> object:
-        told[providers[0][0]] = ""
-        with contextlib.suppress(RuntimeError):  # there is no such entry
-            entry = sess_options.get_session_config_entry("optimization.disable_specified_optimizers")
-            told[providers[0][0]] = entry
-        return opening(path, sess_options=sess_options, providers=providers, **options)
-
-    monkeypatch.setattr(session_module.ort, "InferenceSession", recording)
-    return told
-
-
 def test_each_provider_leaves_out_the_rewritings_that_harm_it(
-    embedder_path: Path, pretends_cuda: None, left_out: dict[str, str]
+    embedder_path: Path, pretends_cuda: None, opened: list[tuple[str, ort.SessionOptions]]
 ) -> None:
     RuntimeSession.load(embedder_path, intra_op_threads=1)
-    assert left_out == {"CUDAExecutionProvider": "BiasSoftmaxFusion", "CPUExecutionProvider": "SkipLayerNormFusion"}
+    assert left_out(opened) == {
+        "CUDAExecutionProvider": "BiasSoftmaxFusion",
+        "CPUExecutionProvider": "SkipLayerNormFusion",
+    }
 
 
-@pytest.mark.parametrize(("names", "entry"), [((), ""), (("MatMulAddFusion", "Other"), "MatMulAddFusion;Other")])
+@pytest.mark.parametrize(("names", "told"), [((), ""), (("MatMulAddFusion", "Other"), "MatMulAddFusion;Other")])
 def test_bundle_may_know_better_what_is_left_out_on_a_cpu(
-    names: tuple[str, ...], entry: str, embedder_path: Path, pretends_cuda: None, left_out: dict[str, str]
+    names: tuple[str, ...],
+    told: str,
+    embedder_path: Path,
+    pretends_cuda: None,
+    opened: list[tuple[str, ort.SessionOptions]],
 ) -> None:
     RuntimeSession.load(embedder_path, left_out=names)
-    assert left_out == {"CUDAExecutionProvider": "BiasSoftmaxFusion", "CPUExecutionProvider": entry}
+    assert left_out(opened) == {"CUDAExecutionProvider": "BiasSoftmaxFusion", "CPUExecutionProvider": told}
 
 
 def test_graph_that_is_written_as_the_runtime_optimises_it_answers_alike(embedder_path: Path, tmp_path: Path) -> None:
