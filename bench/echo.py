@@ -1,6 +1,7 @@
 """What the service itself costs: an identity model through `StreamInfer` beside a bare stream that echoes its bytes.
 
-`python -m bench.echo --bare PORT_FILE` is the bare server, in a process of its own.
+`python -m bench.echo --bare PORT_FILE` is the bare server, in a process of its own. `bench.floor` calls it too, whose
+unary answers have as many bytes as the hidden states of a sequence.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from bench import service
 WIDTH = 384
 IN_FLIGHT = 8
 """Messages under way: enough that neither side waits for the other."""
+ANSWERED = b"a" * 65_000
 _METHOD = "/attnserve.v1.InferenceService/StreamInfer"
+UNARY = "/attnserve.v1.InferenceService/Infer"
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
 
 
@@ -141,9 +144,15 @@ async def _serve(file: Path) -> None:
         async for message in requests:
             yield message
 
+    async def answer(_: bytes, __: Any) -> bytes:
+        return ANSWERED
+
     server = grpc.aio.server(options=_OPTIONS)
     service_name, method = _METHOD[1:].split("/")
-    handlers = {method: grpc.stream_stream_rpc_method_handler(echo)}
+    handlers: dict[str, Any] = {
+        method: grpc.stream_stream_rpc_method_handler(echo),
+        UNARY.rpartition("/")[2]: grpc.unary_unary_rpc_method_handler(answer),
+    }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service_name, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
