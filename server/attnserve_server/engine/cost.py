@@ -25,8 +25,8 @@ _LEAST_RUN_TOKENS: Final = 4.0
 """Below what any runtime was seen to need: a noisy measurement must not talk us out of batching."""
 _MEMORY: Final = 0.998
 """How much of what was seen before weighs after each run: the last 500 runs or so count."""
-_REFIT_RUNS: Final = 128
-"""Runs between two fits: a fit takes about as long as answering a request."""
+_REFIT_RUNS: Final = 64
+"""Runs between two fits: a fit takes up to about as long as answering a request."""
 
 
 @dataclass(frozen=True, slots=True)

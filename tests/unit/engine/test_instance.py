@@ -31,6 +31,8 @@ async def test_what_a_function_raises_reaches_whoever_waits_and_nobody_else() ->
 
 
 async def test_answer_for_somebody_who_left_is_dropped() -> None:
+    faults: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
     thread = InstanceThread("tiny-1-0")
     go = threading.Event()
     held, gone, failing, last = (thread.run(what) for what in (go.wait, dict, lambda: 1 // 0, list))
@@ -40,6 +42,7 @@ async def test_answer_for_somebody_who_left_is_dropped() -> None:
     assert await held is True
     assert await last == []
     await thread.end()
+    assert not faults
 
 
 async def test_end_waits_for_what_was_given_before() -> None:
@@ -61,9 +64,11 @@ async def test_nothing_of_a_call_is_kept_until_the_next_one() -> None:
     watched = weakref.ref(array)
     assert await thread.run(np.sum, array) == 4
     del array
-    await thread.run(threading.get_ident)
-    gc.collect()
-    assert watched() is None
+    # The thread tells first and lets go then.
+    async with asyncio.timeout(5):
+        while watched() is not None:
+            await asyncio.sleep(0.001)
+            gc.collect()
     await thread.end()
 
 
