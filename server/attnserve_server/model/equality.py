@@ -12,7 +12,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.generic]
 
 WEIGHTS_PREFIX: Final = "attention."
-_FLOORS: Final[Mapping[str, tuple[float, float]]] = {
+FLOORS: Final[Mapping[str, tuple[float, float]]] = {
     "fp32": (1e-4, 1e-5),
     "fp16": (2e-2, 1e-2),
     "bf16": (2e-2, 1e-2),
@@ -41,7 +41,7 @@ class Equality:
             name: of an output, or of a tap, which begins with `attention.`.
             reference: the answer of the sequence alone, of any shape.
         """
-        output, weight = _FLOORS[self.precision]
+        output, weight = FLOORS[self.precision]
         noise = self.noise.get(name, 0.0)
         if name.startswith(WEIGHTS_PREFIX):
             return max(weight, noise)

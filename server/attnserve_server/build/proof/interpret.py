@@ -1,0 +1,150 @@
+"""Follows the nodes of a graph in order, each by the rule of its operator. What has no rule is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+import attnserve_server.build.proof.rules  # noqa: F401 - registers the rules
+from attnserve_server.build.proof.context import RULES, Context, constant
+from attnserve_server.build.proof.layout import NotFollowed, is_plain, size_of
+from attnserve_server.build.proof.rules.moving import Mixed
+from attnserve_server.build.proof.values import Cause, Standing, Value
+
+_FOLDED: Final = 1 << 16
+"""Elements up to which what is made of constants alone is computed."""
+_NOT_FOLDED: Final = {"If", "Loop", "Scan", "RandomNormal", "RandomUniform", "Shape", "Size", "ConstantOfShape"}
+
+
+@dataclass
+class Interpreter:
+    """One interpretation of a graph. `values` grows as nodes are followed, graphs within graphs included."""
+
+    ctx: Context
+    values: dict[ir.Value, Value] = field(default_factory=dict)
+
+    def run(self, graph: ir.Graph, given: Mapping[ir.Value, Value]) -> list[Value]:
+        """What is known of a graph's outputs, given its inputs."""
+        self.values.update(given)
+        self.ctx.run_graph = self.run
+        for node in graph:
+            self._follow(node)
+        return [self.value_of(output) for output in graph.outputs]
+
+    def value_of(self, value: ir.Value) -> Value:
+        """What is known of a value so far."""
+        known = self.values.get(value)
+        if known is None:
+            if value.const_value is None:
+                known = self.ctx.unknown(f"{value.name} is made by nothing in the graph")
+            else:
+                known = constant(value.const_value.numpy())
+            self.values[value] = known
+        return known
+
+    def _follow(self, node: ir.Node) -> None:
+        self.ctx.node = node
+        inputs = [None if value is None else self.value_of(value) for value in node.inputs]
+        for output, value in zip(node.outputs, self._outputs(node, inputs), strict=False):
+            self.values[output] = value
+        for output in node.outputs:
+            self.values.setdefault(output, self.ctx.unknown("an output that is not followed"))
+
+    def _outputs(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
+        if node.op_type == "Constant" and node.domain in {"", "ai.onnx"}:
+            return [_constant(node)]
+        folded = self._folded(node, inputs)
+        if folded is not None:
+            return folded
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        registered = RULES.get((domain, node.op_type))
+        if registered is None:
+            name = f"{domain}.{node.op_type}" if domain else node.op_type
+            return self._lost(node, inputs, Standing.UNKNOWN, f"the operator {name} is not known to the proof")
+        if not registered.shapes_only and any(value is not None and value.layout is None for value in inputs):
+            return self._lost(node, inputs, Standing.UNKNOWN, "the axes of an input are not known")
+        try:
+            found = registered.apply(self.ctx, node, inputs)
+        except NotFollowed as why:
+            return self._lost(node, inputs, Standing.UNKNOWN, str(why))
+        except Mixed as why:
+            return self._lost(node, inputs, Standing.DIFFERENT, str(why))
+        except Exception as fault:  # noqa: BLE001 - a graph that anybody made may be beyond any rule: then nothing is proved
+            return self._lost(node, inputs, Standing.UNKNOWN, f"{node.op_type} is not followed ({type(fault).__name__})")
+        outputs = list(found) if isinstance(found, list) else [found]
+        if registered.shapes_only:
+            return outputs
+        standing, cause = _worst(inputs)
+        return [_at_least(value, standing, cause) for value in outputs]
+
+    def _lost(self, node: ir.Node, inputs: Sequence[Value | None], standing: Standing, why: str) -> list[Value]:
+        self.ctx.node = node
+        before, cause = _worst([None if value is None else self.ctx.as_data(value) for value in inputs])
+        if before >= standing:
+            return [Value(None, before, cause) for _ in node.outputs]
+        return [self.ctx.bad(standing, why) for _ in node.outputs]
+
+    def _folded(self, node: ir.Node, inputs: Sequence[Value | None]) -> list[Value] | None:
+        """The outputs of a node all of whose inputs are small constants."""
+        if node.domain not in {"", "ai.onnx"} or node.op_type in _NOT_FOLDED or not inputs:
+            return None
+        arrays = [None if value is None else _whole(value) for value in inputs]
+        if any(value is not None and array is None for value, array in zip(inputs, arrays, strict=True)):
+            return None
+        proto = ir.to_proto(node)
+        names = [name for name in proto.input if name]
+        feeds = dict(zip(names, [array for array in arrays if array is not None], strict=False))
+        try:
+            opset = [onnx.helper.make_opsetid("", self.ctx.opset)]
+            graph = onnx.helper.make_graph(
+                [proto], "folded", [_info(name) for name in feeds], [_info(name) for name in proto.output if name]
+            )
+            model = onnx.helper.make_model(graph, opset_imports=opset)
+            with np.errstate(all="ignore"):
+                found = ReferenceEvaluator(model).run(None, feeds)
+        except Exception:  # noqa: BLE001 - what cannot be computed here is followed by its rule
+            return None
+        if any(not isinstance(array, np.ndarray) or array.size > _FOLDED for array in map(np.asarray, found)):
+            return None
+        return [constant(np.asarray(array)) for array in found]
+
+
+def _info(name: str) -> onnx.ValueInfoProto:
+    return onnx.helper.make_value_info(name, onnx.TypeProto())
+
+
+def _whole(value: Value) -> np.ndarray | None:  # type: ignore[type-arg]
+    """A constant that is all there is of a value, if it is small."""
+    array = value.constant
+    if array is None or value.layout is None or array.size > _FOLDED or value.standing is not Standing.EQUAL:
+        return None
+    if not all(is_plain(axis) for axis in value.layout):
+        return None
+    return array if [size_of(axis).number for axis in value.layout] == list(array.shape) else None
+
+
+def _constant(node: ir.Node) -> Value:
+    for name, found in node.attributes.items():
+        if name == "value":
+            return constant(found.value.numpy())
+        if name in {"value_int", "value_ints"}:
+            return constant(np.array(found.value, np.int64))
+        if name in {"value_float", "value_floats"}:
+            return constant(np.array(found.value, np.float32))
+    return Value(None, Standing.UNKNOWN, Cause(node.name or "", node.op_type, "a constant that is no tensor"))
+
+
+def _worst(values: Sequence[Value | None]) -> tuple[Standing, Cause | None]:
+    known = [value for value in values if value is not None]
+    found = max(known, key=lambda value: value.standing, default=None)
+    return (Standing.EQUAL, None) if found is None else (found.standing, found.cause)
+
+
+def _at_least(value: Value, standing: Standing, cause: Cause | None) -> Value:
+    return value if value.standing >= standing else replace(value, standing=standing, cause=cause)

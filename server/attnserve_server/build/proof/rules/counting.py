@@ -1,0 +1,141 @@
+"""What comparing and counting tell: masks by the padding id or by a number of positions, and places of a tap's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from attnserve_server.build.proof.context import Context, aligned
+from attnserve_server.build.proof.intervals import BINARY, BOOLEAN, Interval, number
+from attnserve_server.build.proof.layout import plain, size_of
+from attnserve_server.build.proof.sizes import Size
+from attnserve_server.build.proof.values import Entry, Standing, Value
+
+
+def counted(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
+    """What a comparison of two values says, if it makes a mask of ids or of a count; None elsewhere."""
+    return _padding_ids(ctx, op, operands) or _up_to_count(ctx, op, operands)
+
+
+def _padding_ids(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
+    """Ids compared with the padding id: the ids that are not it are the allowed positions."""
+    one, other = operands
+    if one.raw and not other.raw:
+        ids, against, flipped = one, other, False
+    elif other.raw and not one.raw:
+        ids, against, flipped = other, one, True
+    else:
+        return None
+    bound = against.span.only
+    if bound is None or against.varies or ids.raw not in ctx.mask_values:
+        return None
+    padding = next((entry.only for (kind, _, _), entry in ids.regions.items() if kind == "pad"), None)
+    if padding is None:
+        return None
+    allowed = _allowed(op, padding, bound, flipped=flipped, least=ids.span.low)
+    behind = BINARY[op](*((number(bound), number(padding)) if flipped else (number(padding), number(bound))))
+    if allowed is None or behind.only is None or behind.only == allowed:
+        return None
+    layout, placed = aligned([ids, against])
+    places = placed[0][1]
+    regions = {
+        (kind, places[first], places[last]): Entry(behind, lit=behind)
+        for (kind, first, last) in ids.regions
+        if kind == "pad"
+    }
+    return Value(
+        layout,
+        ids.standing,
+        ids.cause,
+        span=BOOLEAN,
+        lit=number(allowed),
+        regions=regions,
+        masks=frozenset({ids.raw}),
+        along=frozenset(places.values()),
+    )
+
+
+def _allowed(op: str, padding: float, bound: float, *, flipped: bool, least: float) -> float | None:
+    """What the comparison says of every id that is not the padding id; None where that differs from id to id."""
+    if op == "Equal":
+        return 0.0 if bound == padding else None
+    behind = (bound, "Less") if flipped else (bound, "Greater")
+    if op in {"Greater", "Less"} and op == behind[1] and padding == bound and least >= padding:
+        return 1.0
+    if op in {"GreaterOrEqual", "LessOrEqual"}:
+        asks = op.removesuffix("OrEqual") == behind[1]
+        return 1.0 if asks and padding == bound - 1 and least >= padding else None
+    return None
+
+
+def _up_to_count(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
+    """Positions compared with the number of allowed positions, which is no more than there are."""
+    one, other = operands
+    if one.index is not None and other.count is not None:
+        position, count, smaller = one, other, op in {"Less", "LessOrEqual"}
+    elif other.index is not None and one.count is not None:
+        position, count, smaller = other, one, op in {"Greater", "GreaterOrEqual"}
+    else:
+        return None
+    if ctx.is_batch or op == "Equal" or list((position.index or {}).values()) != [1]:
+        return None
+    plus = None if position.offset is None else position.offset.number
+    if plus is None or count.count is None or not smaller:
+        return None
+    # position + plus < sum - back, or <=; behind the end the position is no less than the sum.
+    strict = op in {"Less", "Greater"}
+    room = plus + count.count
+    if room < (0 if strict else 1):
+        return None
+    layout, placed = aligned([position, count])
+    (factor,) = position.index or {}
+    place = placed[0][1][factor]
+    # The first position is allowed as long as the mask allows one at all, and nothing is taken off that.
+    first_allowed = room == (0 if strict else 1)
+    hidden = Entry(number(0), lit=number(0))
+    standing = max(position.standing, count.standing)
+    cause = position.cause if position.standing >= count.standing else count.cause
+    return Value(
+        layout,
+        standing if standing is not Standing.EQUAL else Standing.EQUAL,
+        cause,
+        span=BOOLEAN,
+        lit=number(1) if first_allowed else BOOLEAN,
+        regions={("pad", place, place): hidden},
+        masks=count.masks,
+        along=frozenset({place}),
+        structured=frozenset({place}),
+    )
+
+
+def as_count(value: Value, sums: Value) -> Value:
+    """The sum of a mask of zeros and ones over all its positions: no more than the sequence's own length."""
+    if not value.masks or value.span != Interval(0, 1) or value.lit.only != 1 or value.structured:
+        return sums
+    return replace(sums, count=0, masks=value.masks)
+
+
+def places_of_rows(op: str, operands: Sequence[Value]) -> Value | None:
+    """Where the rows that a tap was asked for are, in an axis of rows, or of rows and heads; None elsewhere."""
+    asked = next((value for value in operands if value.items), None)
+    if asked is None or len(operands) != 2:
+        return None
+    other = operands[1] if asked is operands[0] else operands[0]
+    if other.sizes is None or other.items:
+        return None
+    sizes = list(other.sizes)
+    if op == "Min" and len(sizes) == 1 and asked.items == "rows":
+        return asked
+    first = sizes[0].number if sizes and sizes[0] is not None else None
+    if op == "Mul" and len(sizes) == 1 and asked.items == "rows" and first:
+        return replace(asked.bare(), items=f"times:{first}")
+    if op != "Add" or asked.layout is None or len(asked.axes) != 2 or size_of(asked.axes[1]).number != 1:
+        return None
+    layout = (asked.axes[0], plain(Size.of(len(sizes))))
+    if asked.items == f"times:{len(sizes)}" and sizes == [Size.of(at) for at in range(len(sizes))]:
+        return replace(asked.bare(), layout=layout, items=f"outer:{len(sizes)}")
+    step = sizes[1] if len(sizes) > 1 else None
+    steps = step is not None and all(size == step * Size.of(at) for at, size in enumerate(sizes))
+    if asked.items == "rows" and (steps or len(sizes) == 1):
+        return replace(asked.bare(), layout=layout, items=f"inner:{len(sizes)}")
+    return None

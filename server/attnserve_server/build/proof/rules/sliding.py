@@ -1,0 +1,112 @@
+"""Windows that slide along axes: convolutions and pools. At a sequence's end they read what stands behind it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from attnserve_server.build.proof.context import Context, attribute, joined, required, rule, wild_anywhere
+from attnserve_server.build.proof.intervals import NAN, Interval
+from attnserve_server.build.proof.layout import Axis, Factor, NotFollowed, is_plain, ordinals, plain, size_of, varying
+from attnserve_server.build.proof.sizes import Size, floor_div
+from attnserve_server.build.proof.values import Entry, Standing, Value
+
+
+@rule("Conv", "ConvInteger", "AveragePool", "MaxPool", "LpPool", "QLinearConv")
+def window(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | list[Value]:
+    """A window over the axes behind rows and channels."""
+    value = ctx.as_data(required(inputs, 0))
+    convolution = node.op_type in {"Conv", "ConvInteger", "QLinearConv"}
+    kernel = attribute(node, "kernel_shape")
+    channels: Axis = value.axes[1]
+    if convolution:
+        weights = required(inputs, 3 if node.op_type == "QLinearConv" else 1)
+        if weights.varies:
+            return ctx.unknown("slides weights that are computed")
+        shape = [size_of(axis) for axis in weights.axes]
+        kernel = [size.number for size in shape[2:]]
+        channels = plain(shape[0])
+    if kernel is None or None in kernel:
+        raise NotFollowed("a window of unknown width")
+    if not is_plain(value.axes[1]) and convolution:
+        return ctx.bad(Standing.DIFFERENT, f"sums over channels, {ctx.others} among them")
+    others = [ctx.as_data(other) for other in inputs[1:] if other is not None]
+    standing, cause = joined([value, *others])
+    axes: list[Axis] = [value.axes[0], channels]
+    for at, width in enumerate(kernel):
+        axis, why = _slid(ctx, node, value, at, int(width))
+        axes.append(axis)
+        if why[0] > standing:
+            standing, cause = why[0], ctx.cause(why[1])
+    layout = tuple(axes)
+    if len(varying(layout)) != len(varying(value.axes)):
+        return ctx.unknown("a window along the padded axis cannot be followed")
+    bits = NAN if wild_anywhere(value) else 0
+    span = Interval(wild=bits) if convolution else Interval(min(value.span.low, 0), max(value.span.high, 0), bits)
+    regions = {}
+    for region in value.regions:
+        if region[0] == "pad":
+            along = varying(value.axes)[region[1]][0] >= 2
+            regions[region] = Entry(Interval(span.low, span.high, bits))
+            if not convolution and not along and value.regions[region].only == 0:
+                regions[region] = value.regions[region]
+    found = Value(layout, standing, cause, span=span, lit=span, regions=regions)
+    return found if len(node.outputs) == 1 else [found, *([Value(layout, standing, cause)] * (len(node.outputs) - 1))]
+
+
+def _slid(ctx: Context, node: ir.Node, value: Value, at: int, width: int) -> tuple[Axis, tuple[Standing, str]]:
+    """The axis that a window makes of one, and whether it reads behind the sequence's end."""
+    axis = value.axes[at + 2]
+    spatial = len(value.axes) - 2
+    pads = attribute(node, "pads") or [0] * (2 * spatial)
+    stride = (attribute(node, "strides") or [1] * spatial)[at]
+    reach = (width - 1) * (attribute(node, "dilations") or [1] * spatial)[at] + 1
+    before, behind = pads[at], pads[at + spatial]
+    automatic = attribute(node, "auto_pad", "NOTSET")
+    up = bool(attribute(node, "ceil_mode", 0))
+    if automatic in {"SAME_UPPER", "SAME_LOWER"}:
+        if stride != 1 and not is_plain(axis):
+            return axis, (Standing.UNKNOWN, "fills the ends of an axis up by its length")
+        before = (reach - 1) // 2 if automatic == "SAME_UPPER" else reach // 2
+        behind = reach - 1 - before
+    if is_plain(axis):
+        return plain(_count(size_of(axis), before + behind, reach, stride, up=up)), (Standing.EQUAL, "")
+    if ctx.is_batch or len(axis) != 1 or axis[0].real is None or axis[0].tail:
+        return axis, (Standing.UNKNOWN, "slides a window along a folded axis")
+    factor, real = axis[0], axis[0].real
+    new = (
+        Factor(
+            _count(factor.size, before + behind, reach, stride, up=up),
+            _count(real, before + behind, reach, stride, up=up),
+        ),
+    )
+    own = ordinals(value.axes, at + 2)[0]
+    neutral = value.pad(own).only == 0 and node.op_type in {"Conv", "QLinearConv"}
+    if node.op_type == "ConvInteger":
+        neutral = False
+    averages = node.op_type == "AveragePool" and bool(attribute(node, "count_include_pad", 0)) and not up
+    neutral = neutral or (averages and value.pad(own).only == 0)
+    whole = behind == 0 and not up
+    if whole or neutral:
+        return new, (Standing.EQUAL, "")
+    return new, (Standing.DIFFERENT, f"slides a window over the sequence's end, behind which {ctx.others} stand")
+
+
+def _count(size: Size, padded: int, reach: int, stride: int, *, up: bool) -> Size:
+    """How many places a window has. Source: the ONNX operators Conv-11 and AveragePool-19."""
+    room = size + Size.of(padded - reach + (stride - 1 if up else 0))
+    return floor_div(room + Size.of(stride), Size.of(stride)) if stride != 1 else room + Size.of(1)
+
+
+@rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+def whole(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """One number of all places."""
+    value = ctx.as_data(required(inputs, 0))
+    standing, cause = value.standing, value.cause
+    if any(not is_plain(axis) for axis in value.axes[2:]):
+        standing, cause = Standing.DIFFERENT, ctx.cause(f"takes one number of all places, {ctx.others} among them")
+    layout = (*value.axes[:2], *([plain(Size.of(1))] * (len(value.axes) - 2)))
+    kept = {place: place for place in range(len(varying(value.axes[:2])))}
+    found = value.moved(layout, kept)
+    return replace(found.bare(), standing=standing, cause=cause)

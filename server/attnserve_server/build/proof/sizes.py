@@ -1,0 +1,204 @@
+"""Sizes of axes as polynomials of symbols, so that shapes are followed for all lengths at once. Knows no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+Monomial = tuple[str, ...]
+"""A product of atoms, sorted, each as often as its power."""
+
+
+@dataclass(frozen=True, slots=True)
+class Atom:
+    """What a polynomial does not look into: a symbol, or a function of polynomials such as a floor.
+
+    `symbols`: on what it depends. `least` and `most`: between what it lies, for every length that is served.
+    """
+
+    name: str
+    symbols: frozenset[str]
+    least: int
+    most: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """A whole number that depends on symbols: a polynomial of atoms. Equal polynomials are equal objects."""
+
+    terms: tuple[tuple[Monomial, int], ...]
+    atoms: Mapping[str, Atom] = field(compare=False, hash=False, default_factory=dict)
+
+    @classmethod
+    def of(cls, value: int) -> Size:
+        """A number."""
+        return cls(((((), value),)) if value else ())
+
+    @classmethod
+    def atom(cls, atom: Atom) -> Size:
+        """One atom."""
+        return cls((((atom.name,), 1),), {atom.name: atom})
+
+    @property
+    def number(self) -> int | None:
+        """The number, where it depends on nothing."""
+        if not self.terms:
+            return 0
+        return self.terms[0][1] if len(self.terms) == 1 and not self.terms[0][0] else None
+
+    @cached_property
+    def symbols(self) -> frozenset[str]:
+        """On what it depends."""
+        names = {name for monomial, _ in self.terms for name in monomial}
+        return frozenset(symbol for name in names for symbol in self.atoms[name].symbols)
+
+    def __add__(self, other: Size) -> Size:
+        terms = dict(self.terms)
+        for monomial, factor in other.terms:
+            terms[monomial] = terms.get(monomial, 0) + factor
+        return _size(terms, (self, other))
+
+    def __neg__(self) -> Size:
+        return Size(tuple((monomial, -factor) for monomial, factor in self.terms), self.atoms)
+
+    def __sub__(self, other: Size) -> Size:
+        return self + -other
+
+    def __mul__(self, other: Size) -> Size:
+        terms: dict[Monomial, int] = {}
+        for one, factor in self.terms:
+            for two, by in other.terms:
+                monomial = tuple(sorted((*one, *two)))
+                terms[monomial] = terms.get(monomial, 0) + factor * by
+        return _size(terms, (self, other))
+
+    def over(self, other: Size) -> Size | None:
+        """The quotient, where it is a polynomial of whole factors; None where it is not."""
+        if not other.terms:
+            return None
+        rest, quotient = self, Size(())
+        lead, by = _leading(other)
+        while rest.terms:
+            monomial, factor = _leading(rest)
+            left = _without(monomial, lead)
+            if left is None or factor % by:
+                return None
+            step = Size(((left, factor // by),), {name: self.atoms[name] for name in left})
+            quotient += step
+            rest -= step * other
+        return quotient
+
+    def bounds(self) -> tuple[float, float]:
+        """Between what it lies, as far as its atoms tell."""
+        least = most = 0.0
+        for monomial, factor in self.terms:
+            low = high = float(factor)
+            for name in monomial:
+                atom = self.atoms[name]
+                corners = [_times(end, by) for end in (low, high) for by in (atom.least, atom.most)]
+                low, high = min(corners), max(corners)
+            least, most = least + low, most + high
+        return least, most
+
+    def __str__(self) -> str:
+        """As a person would write it."""
+        parts = []
+        for monomial, factor in self.terms:
+            names = " * ".join(monomial)
+            parts.append(str(factor) if not names else names if factor == 1 else f"{factor} * {names}")
+        return " + ".join(parts) or "0"
+
+
+ONE = Size.of(1)
+
+
+def function(name: str, arguments: Iterable[Size], least: float, most: float) -> Size:
+    """A size that is no polynomial of others, as one atom: equal names are equal sizes."""
+    parts = list(arguments)
+    text = f"{name}({', '.join(map(str, parts))})"
+    symbols = frozenset(symbol for part in parts for symbol in part.symbols)
+    return Size.atom(Atom(text, symbols, int(least), most))
+
+
+def floor_div(one: Size, by: Size) -> Size:
+    """The quotient rounded down, both positive."""
+    exact = one.over(by)
+    if exact is not None:
+        return exact
+    number, divisor = one.number, by.number
+    if number is not None and divisor:
+        return Size.of(number // divisor)
+    (low, high), (least, most) = one.bounds(), by.bounds()
+    if least < 1 or low < 0:
+        return function("floor", (one, by), 0, float("inf"))
+    return function("floor", (one, by), low // most if most != float("inf") else 0, high // least)
+
+
+def modulo(one: Size, by: Size) -> Size:
+    """The rest of a division, both positive, as the multiple that is left out of it: so that sums cancel."""
+    return one - floor_div(one, by) * by
+
+
+def lesser(one: Size, other: Size) -> Size:
+    """The lesser of two."""
+    if (other - one).bounds()[0] >= 0:
+        return one
+    if (one - other).bounds()[0] >= 0:
+        return other
+    (low, high), (least, most) = one.bounds(), other.bounds()
+    if high <= least:
+        return one
+    if most <= low:
+        return other
+    first, second = sorted((one, other), key=str)
+    return function("min", (first, second), min(low, least), min(high, most))
+
+
+def greater(one: Size, other: Size) -> Size:
+    """The greater of two."""
+    if (other - one).bounds()[0] >= 0:
+        return other
+    if (one - other).bounds()[0] >= 0:
+        return one
+    (low, high), (least, most) = one.bounds(), other.bounds()
+    if low >= most:
+        return one
+    if least >= high:
+        return other
+    first, second = sorted((one, other), key=str)
+    return function("max", (first, second), max(low, least), max(high, most))
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    """Of all; 1 of none."""
+    result = ONE
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _times(one: float, other: float) -> float:
+    """A product in which 0 times a size without a bound is 0."""
+    return 0.0 if not one or not other else one * other
+
+
+def _size(terms: Mapping[Monomial, int], parents: tuple[Size, Size]) -> Size:
+    kept = tuple(sorted((monomial, factor) for monomial, factor in terms.items() if factor))
+    known = {**parents[0].atoms, **parents[1].atoms}
+    names = {name for monomial, _ in kept for name in monomial}
+    return Size(kept, {name: known[name] for name in names})
+
+
+def _leading(size: Size) -> tuple[Monomial, int]:
+    """The term that division begins with: of the highest degree."""
+    return max(size.terms, key=lambda term: (len(term[0]), term[0]))
+
+
+def _without(monomial: Monomial, part: Monomial) -> Monomial | None:
+    rest = list(monomial)
+    for name in part:
+        if name not in rest:
+            return None
+        rest.remove(name)
+    return tuple(rest)
