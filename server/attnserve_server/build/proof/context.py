@@ -10,7 +10,18 @@ from typing import Any, Final
 import onnx_ir as ir
 
 from attnserve_server.build.proof.intervals import Interval, interval_of
-from attnserve_server.build.proof.layout import Axis, Factor, Layout, NotFollowed, Places, broadcast, merged, plain, varying
+from attnserve_server.build.proof.layout import (
+    Axis,
+    Factor,
+    Layout,
+    NotFollowed,
+    Places,
+    broadcast,
+    merged,
+    plain,
+    size_of,
+    varying,
+)
 from attnserve_server.build.proof.sizes import Size
 from attnserve_server.build.proof.values import Cause, Entry, Region, Standing, Value, worst
 from attnserve_server.domain.values import Array
@@ -88,11 +99,12 @@ class Context:
             worst_column, cause = worst([self.as_data(column) for column in value.columns])
             return replace(value.bare(), standing=max(worst_column, value.standing), cause=cause or value.cause)
         said = ""
-        if value.sizes is not None and any(self.depends(size) for size in value.sizes):
+        sizes = value.sizes is not None and any(self.depends(size) for size in value.sizes)
+        if sizes or self.varied in value.symbols:
             said = "the number of rows in the batch" if self.is_batch else "the padded length"
-        elif self.depends(value.offset):
-            said = "positions counted from the padded end"
-        elif self.is_batch and (value.items or (value.index is not None and any(value.index.values()))):
+        elif self.depends(value.offset) or self.depends(value.outer):
+            said = "the number of rows in the batch" if self.is_batch else "positions counted from the padded end"
+        elif self.is_batch and (value.items or value.index):
             said = "the place of the row in the batch"
         if not said:
             return value
@@ -180,9 +192,15 @@ def numbers(value: Value | None) -> list[int] | None:
 
 def sizes_of(value: Value | None) -> list[Size]:
     """The sizes that a value holds. Raises NotFollowed where one is not known."""
-    if value is None or value.sizes is None or any(size is None for size in value.sizes):
+    if value is not None and value.sizes is not None and all(size is not None for size in value.sizes):
+        return [size for size in value.sizes if size is not None]
+    only = value.span.only if value is not None else None
+    if value is None or only is None or not float(only).is_integer() or value.layout is None or len(value.layout) > 1:
         raise NotFollowed("a shape that is computed cannot be followed")
-    return [size for size in value.sizes if size is not None]
+    count = size_of(value.layout[0]).number if value.layout else 1
+    if count is None or value.symbols:
+        raise NotFollowed("a shape that is computed cannot be followed")
+    return [Size.of(int(only))] * count
 
 
 def aligned(values: Sequence[Value]) -> tuple[Layout, list[tuple[Value, Places]]]:
@@ -227,38 +245,54 @@ def wild_anywhere(value: Value) -> int:
     return bits
 
 
-def index_value(ctx: Context, layout: Layout, index: Mapping[int, int], offset: Size) -> Value:
+def index_value(
+    ctx: Context,
+    layout: Layout,
+    index: Mapping[int, Size],
+    offset: Size,
+    *,
+    outer: Size | None = None,
+    below: Size | None = None,
+) -> Value:
     """Whole numbers that count positions along varying factors, with what follows for each region."""
-    index = {factor: by for factor, by in index.items() if by}
-    if not index:
-        value = Value(layout, offset=None, sizes=None)
+    index = {factor: by for factor, by in index.items() if by.terms}
+    if not index and outer is None and below is None:
         least, greatest = offset.bounds()
-        value = replace(value, span=Interval(least, greatest), lit=Interval(least, greatest))
-        return replace(value, offset=offset if ctx.depends(offset) else None)
-    plus = offset.number
-    if plus is None or ctx.is_batch:
-        return Value(layout, index=index, offset=offset)
-    regions: dict[Region, Entry] = {}
+        span = Interval(least, greatest)
+        return Value(layout, span=span, lit=span, offset=offset if ctx.depends(offset) else None)
+    blank = Value(layout, index=index, offset=offset, outer=outer, below=below)
+    plus, steps = offset.number, {factor: by.number for factor, by in index.items()}
+    if plus is None or ctx.is_batch or outer is not None or below is not None or None in steps.values():
+        return blank
+    known = {factor: by for factor, by in steps.items() if by is not None}
+    if len(known) == 1:
+        return _along_one(blank, known, plus)
+    factors = list(known)
+    if len(known) == 2 and known[factors[0]] == -known[factors[1]] and _one_length(layout, factors):
+        return _between_two(blank, known, plus)
+    return blank
+
+
+def _along_one(value: Value, index: Mapping[int, int], plus: int) -> Value:
+    ((factor, by),) = index.items()
+    span = Interval(plus, math.inf) if by > 0 else Interval(-math.inf, plus)
+    behind = Interval(plus + by, math.inf) if by > 0 else Interval(-math.inf, plus + by)
+    regions = {("pad", factor, factor): Entry(behind, lit=behind)}
+    return replace(value, span=span, lit=span, regions=regions)
+
+
+def _between_two(value: Value, index: Mapping[int, int], plus: int) -> Value:
+    """The distance of two positions, times a number: above and below the diagonal it has a sign."""
     factors = list(index)
-    lit = span = Interval()
-    structured: frozenset[int] = frozenset()
-    if len(factors) == 1:
-        (factor,) = factors
-        by = index[factor]
-        span = lit = Interval(plus, math.inf) if by > 0 else Interval(-math.inf, plus)
-        behind = Interval(plus + by, math.inf) if by > 0 else Interval(-math.inf, plus + by)
-        regions["pad", factor, factor] = Entry(behind, lit=behind)
-    elif len(factors) == 2 and index[factors[0]] == -index[factors[1]] and _one_length(layout, factors):
-        for first, last in (factors, factors[::-1]):
-            by = index[last]
-            # `last` counts further than `first` here, by one or more.
-            interval = Interval(plus + by, math.inf) if by > 0 else Interval(-math.inf, plus + by)
-            entry = Entry(interval, lit=interval)
-            regions["above", first, last] = entry
-            regions["pad", last, last] = entry
-        lit = Interval(plus, plus)
-        structured = frozenset(factors)
-    return Value(layout, span=span, lit=lit, regions=regions, index=index, offset=offset, structured=structured)
+    regions: dict[Region, Entry] = {}
+    for first, last in (factors, factors[::-1]):
+        by = index[last]
+        # `last` counts further than `first` here, by one or more.
+        interval = Interval(plus + by, math.inf) if by > 0 else Interval(-math.inf, plus + by)
+        entry = Entry(interval, lit=interval)
+        regions["above", first, last] = entry
+        regions["pad", last, last] = entry
+    return replace(value, lit=Interval(plus, plus), regions=regions, structured=frozenset(factors))
 
 
 def _one_length(layout: Layout, factors: Sequence[int]) -> bool:

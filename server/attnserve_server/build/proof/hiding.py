@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from attnserve_server.build.proof.context import Context
-from attnserve_server.build.proof.intervals import NAN, ZERO, Interval, number
+from attnserve_server.build.proof.intervals import NAN, NEGATIVE, ZERO, Interval
 from attnserve_server.build.proof.layout import ordinals, size_of, varying
 from attnserve_server.build.proof.values import EXACTLY_HIDDEN, HALF_HIDDEN, Cause, Entry, Region, Standing, Value
 
@@ -43,9 +43,7 @@ def softmaxed(ctx: Context, value: Value, axes: Sequence[int]) -> Value:
             wild = NAN  # a row of nothing but minus infinity
     span = Interval(0, 1, NAN if wild else 0)
     norm = 1.0 if len(axes) == 1 else math.inf
-    return Value(
-        value.layout, standing, cause, span=span, lit=span, regions=regions, norm=norm, norm_axis=axes[-1]
-    )
+    return Value(value.layout, standing, cause, span=span, lit=span, regions=regions, norm=norm, norm_axis=axes[-1])
 
 
 def _may_be_empty(entry: Entry) -> bool:
@@ -65,7 +63,7 @@ def hides(ctx: Context, value: Value, factor: int) -> tuple[Standing, Cause | No
         return Standing.UNKNOWN, ctx.cause(f"{keys} may hold infinities or NaN")
     lowest = HALF_HIDDEN if ctx.precision == "fp16" else EXACTLY_HIDDEN
     if entry.high <= lowest or entry.lowered >= -lowest:
-        return _with_a_key(ctx, value, factor, lowest)
+        return _with_a_key(ctx, value, factor)
     if not entry.lowered and not entry.interval.high < min(value.lit.low, 0):
         unmasked = value.span.high > entry.high or not math.isfinite(entry.high)
         said = f"{keys} take a share: no mask hides them"
@@ -77,11 +75,10 @@ def _named(ctx: Context) -> str:
     return "padded keys" if ctx.node is None or ctx.node.op_type in {"Softmax", "Attention"} else "padded positions"
 
 
-def _with_a_key(ctx: Context, value: Value, factor: int, lowest: float) -> tuple[Standing, Cause | None]:
+def _with_a_key(ctx: Context, value: Value, factor: int) -> tuple[Standing, Cause | None]:
     """Hidden exactly; what is left to see is that every query has a key that is not hidden."""
     lit = value.lit
-    emptied = lit.wild & 1 or (math.isfinite(lit.low) and lit.low <= lowest / 2)
-    if emptied and (value.masks or value.structured or value.span.low <= lowest / 2):
+    if lit.masked or lit.wild & NEGATIVE:
         said = "a query may be left without any key, and then shares out over all of them, padded ones too"
         return Standing.UNKNOWN, ctx.cause(said)
     _take_masks(ctx, value, factor)
@@ -103,7 +100,7 @@ def _finite(ctx: Context, value: Value, factor: int, entry: Entry) -> tuple[Stan
     if taken < wanted:
         said = f"a mask takes {taken:g} off the scores of {keys}: {length} of them keep more than is allowed, as each "
         return Standing.DIFFERENT, ctx.cause(f"{said}keeps e^-{taken:g} of a share even where scores are equal")
-    if value.lit.wild:
+    if value.lit.wild or value.lit.masked:
         return Standing.UNKNOWN, ctx.cause("a query may be left without any key")
     _take_masks(ctx, value, factor)
     margin = value.lit.low - entry.high
@@ -122,6 +119,6 @@ def _far_below(ctx: Context, value: Value, entry: Entry) -> bool:
     if entry.interval.wild & (NAN | 2):
         return False
     if entry.high <= lowest or entry.lowered >= -lowest:
-        return not (value.lit.wild & 1)
+        return not (value.lit.wild & NEGATIVE or value.lit.masked)
     margin = value.lit.low - entry.high
     return math.isfinite(margin) and margin >= 104  # e^-104 is 0 in float32

@@ -76,16 +76,21 @@ class Interpreter:
         except Mixed as why:
             return self._lost(node, inputs, Standing.DIFFERENT, str(why))
         except Exception as fault:  # noqa: BLE001 - a graph that anybody made may be beyond any rule: then nothing is proved
-            return self._lost(node, inputs, Standing.UNKNOWN, f"{node.op_type} is not followed ({type(fault).__name__})")
+            return self._lost(
+                node, inputs, Standing.UNKNOWN, f"{node.op_type} is not followed ({type(fault).__name__})"
+            )
         outputs = list(found) if isinstance(found, list) else [found]
         if registered.shapes_only:
             return outputs
         standing, cause = _worst(inputs)
+        if standing is Standing.UNKNOWN:
+            # Of what is not known, nothing worse is known either.
+            return [replace(value, standing=standing, cause=cause) for value in outputs]
         return [_at_least(value, standing, cause) for value in outputs]
 
     def _lost(self, node: ir.Node, inputs: Sequence[Value | None], standing: Standing, why: str) -> list[Value]:
         self.ctx.node = node
-        before, cause = _worst([None if value is None else self.ctx.as_data(value) for value in inputs])
+        before, cause = _worst(inputs)
         if before >= standing:
             return [Value(None, before, cause) for _ in node.outputs]
         return [self.ctx.bad(standing, why) for _ in node.outputs]
@@ -119,7 +124,7 @@ def _info(name: str) -> onnx.ValueInfoProto:
     return onnx.helper.make_value_info(name, onnx.TypeProto())
 
 
-def _whole(value: Value) -> np.ndarray | None:  # type: ignore[type-arg]
+def _whole(value: Value) -> np.ndarray | None:
     """A constant that is all there is of a value, if it is small."""
     array = value.constant
     if array is None or value.layout is None or array.size > _FOLDED or value.standing is not Standing.EQUAL:

@@ -16,15 +16,22 @@ POSITIVE: Final = 2
 NAN: Final = 4
 """Bits of `wild`: minus infinity, infinity and NaN may occur."""
 _FLOAT32_LOWEST: Final = float(np.finfo(np.float32).min)
+_VERY_LOW: Final = -1e37
+MASKED_FROM: Final = -1e3
+"""Numbers this low are written to hide something."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """All numbers between two bounds. A bound that is infinite only means that none is known; `wild` says what occurs."""
+    """All numbers between two bounds. A bound that is infinite only means that none is known; `wild` says what occurs.
+
+    `masked`: among them may be numbers so low that they were made to hide something.
+    """
 
     low: float = -math.inf
     high: float = math.inf
     wild: int = 0
+    masked: bool = False
 
     @property
     def only(self) -> float | None:
@@ -43,7 +50,8 @@ class Interval:
 
     def hull(self, other: Interval) -> Interval:
         """The least interval that holds both."""
-        return Interval(min(self.low, other.low), max(self.high, other.high), self.wild | other.wild)
+        masked = self.masked or other.masked
+        return Interval(min(self.low, other.low), max(self.high, other.high), self.wild | other.wild, masked)
 
 
 ANY: Final = Interval()
@@ -54,7 +62,7 @@ ZERO: Final = Interval(0, 0)
 def number(value: float) -> Interval:
     """The interval of one number."""
     wild = (NEGATIVE if value < 0 else POSITIVE) if math.isinf(value) else NAN if math.isnan(value) else 0
-    return Interval(value, value, wild) if not math.isnan(value) else Interval(wild=wild)
+    return Interval(value, value, wild, value <= MASKED_FROM) if not math.isnan(value) else Interval(wild=wild)
 
 
 def interval_of(array: Array) -> Interval:
@@ -69,7 +77,15 @@ def interval_of(array: Array) -> Interval:
     wild |= (NEGATIVE if np.isneginf(array).any() else 0) | (POSITIVE if np.isposinf(array).any() else 0)
     if wild & NAN:
         return Interval(wild=wild)
-    return Interval(float(array.min()), float(array.max()), wild)
+    low = float(array.min())
+    return Interval(low, float(array.max()), wild, low <= MASKED_FROM)
+
+
+def _low(found: Interval, one: Interval, other: Interval) -> Interval:
+    """A result of arithmetic, marked where a number that only masks have has made it low."""
+    wide = any(part.only is not None and abs(part.only) >= -MASKED_FROM for part in (one, other))
+    masked = found.masked or (wide and found.low <= MASKED_FROM and math.isfinite(found.low))
+    return replace(found, masked=masked)
 
 
 def add(one: Interval, other: Interval) -> Interval:
@@ -78,17 +94,16 @@ def add(one: Interval, other: Interval) -> Interval:
     if (one.wild & NEGATIVE and other.wild & POSITIVE) or (one.wild & POSITIVE and other.wild & NEGATIVE):
         wild |= NAN
     low, high = _plus(one.low, other.low, -math.inf), _plus(one.high, other.high, math.inf)
-    if high < _FLOAT32_LOWEST and math.isfinite(high):  # twice the lowest number is minus infinity
-        wild |= NEGATIVE
-    elif low < _FLOAT32_LOWEST and math.isfinite(low):
-        wild |= NEGATIVE
-    return Interval(low, high, wild)
+    if max(one.low, other.low) < _VERY_LOW and math.isfinite(low) and low < _FLOAT32_LOWEST:
+        wild |= NEGATIVE  # twice the lowest number is minus infinity
+    return _low(Interval(low, high, wild, one.masked or other.masked), one, other)
 
 
 def negated(one: Interval) -> Interval:
     """With the other sign."""
     flipped = (one.wild & NAN) | (NEGATIVE if one.wild & POSITIVE else 0) | (POSITIVE if one.wild & NEGATIVE else 0)
-    return Interval(-one.high, -one.low, flipped)
+    masked = one.masked or (one.only is not None and -one.only <= MASKED_FROM)
+    return Interval(-one.high, -one.low, flipped, masked)
 
 
 def subtract(one: Interval, other: Interval) -> Interval:
@@ -110,7 +125,8 @@ def multiply(one: Interval, other: Interval) -> Interval:
     if not wild and (one.only == 0 or other.only == 0):
         return ZERO
     corners = [_times(left, right) for left in (one.low, one.high) for right in (other.low, other.high)]
-    return Interval(min(corners), max(corners), wild)
+    masked = one.masked or other.masked
+    return _low(Interval(min(corners), max(corners), wild, masked), one, other)
 
 
 def divide(one: Interval, other: Interval) -> Interval:
@@ -120,14 +136,15 @@ def divide(one: Interval, other: Interval) -> Interval:
     wild = one.wild | (other.wild & NAN) | (NAN if one.wild and other.wild else 0)
     if other.low < 0:
         wild = negated(Interval(wild=wild)).wild
-    inverse = Interval(*sorted((_inverse(other.low), _inverse(other.high))))
+    inverse = _between(_inverse(other.low), _inverse(other.high))
     found = multiply(replace(one, wild=0), inverse)
-    return replace(found, wild=wild)
+    return replace(found, wild=wild, masked=one.masked)
 
 
 def least(one: Interval, other: Interval) -> Interval:
     """The lesser of two."""
-    return Interval(min(one.low, other.low), min(one.high, other.high), one.wild | other.wild)
+    masked = one.masked or other.masked
+    return Interval(min(one.low, other.low), min(one.high, other.high), one.wild | other.wild, masked)
 
 
 def most(one: Interval, other: Interval) -> Interval:
@@ -136,7 +153,8 @@ def most(one: Interval, other: Interval) -> Interval:
     low = max(one.low, other.low)
     if math.isfinite(low):
         wild &= ~NEGATIVE
-    return Interval(low, max(one.high, other.high), wild)
+    masked = (one.masked or other.masked) and low <= MASKED_FROM
+    return Interval(low, max(one.high, other.high), wild, masked)
 
 
 def power(one: Interval, other: Interval) -> Interval:
@@ -160,7 +178,7 @@ def monotone(function: Callable[[float], float], domain: float = -math.inf) -> C
     def of(one: Interval) -> Interval:
         if one.low < domain or (one.low == domain and math.isinf(function(domain))):
             return Interval(wild=one.wild | NAN | NEGATIVE)
-        return Interval(function(one.low), function(one.high), one.wild)
+        return Interval(function(one.low), function(one.high), one.wild, one.masked)
 
     return of
 
@@ -238,7 +256,8 @@ def as_whole(one: Interval) -> Interval:
     """Cast to a whole number."""
     if one.wild:
         return ANY
-    return Interval(*(math.trunc(end) if math.isfinite(end) else end for end in (one.low, one.high)))
+    low, high = (float(math.trunc(end)) if math.isfinite(end) else end for end in (one.low, one.high))
+    return Interval(low, high)
 
 
 def _safe_exp(value: float) -> float:
@@ -354,8 +373,12 @@ def _inverse(value: float) -> float:
     return 0.0 if math.isinf(value) else 1.0 / value
 
 
+def _between(one: float, other: float) -> Interval:
+    return Interval(min(one, other), max(one, other))
+
+
 def _power(value: float, exponent: float) -> float:
     try:
-        return value**exponent
+        return float(value**exponent)
     except OverflowError:
         return math.inf

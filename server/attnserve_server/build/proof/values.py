@@ -87,8 +87,10 @@ class Value:
         structured: the varying factors of a frontier or a window, on whose diagonal `lit` holds; empty: there is none.
         constant: the array, of a constant.
         sizes: of whole numbers made of sizes, each, in row-major order; None stands for one that is not known.
-        index: of whole numbers that count positions: the factor by which each varying factor's position counts.
-        offset: what is added to these.
+        symbols: on what numbers depend that were sizes before they were moved.
+        index: of whole numbers that count positions: the number by which each varying factor's position counts.
+        offset: what is added to these; `outer`: and multiples of this, by numbers that are the same in both runs;
+            `below`: and such a number itself, from 0 to below this.
         raw: the input of token ids that it is, element by element.
         items: of places of the rows whose weights a tap was asked for: `rows`; `times:H`, H times that; `outer:H` and
             `inner:H`, places in an axis of rows and H heads, rows outermost or innermost.
@@ -107,8 +109,11 @@ class Value:
     structured: frozenset[int] = frozenset()
     constant: Array | None = None
     sizes: tuple[Size | None, ...] | None = None
-    index: Mapping[int, int] | None = None
+    index: Mapping[int, Size] | None = None
     offset: Size | None = None
+    outer: Size | None = None
+    symbols: frozenset[str] = frozenset()
+    below: Size | None = None
     columns: tuple[Value, ...] | None = None
     raw: str = ""
     items: str = ""
@@ -119,9 +124,12 @@ class Value:
     """Whether every number of the sequence's own part is the place of one of its own positions."""
 
     @property
-    def known(self) -> bool:
-        """Whether its axes are known."""
-        return self.layout is not None
+    def counts(self) -> int | None:
+        """By how much the only varying factor counts, where it counts positions of that one alone, from 0 on."""
+        if self.index is None or len(self.index) != 1 or self.outer is not None or self.below is not None:
+            return None
+        (by,) = self.index.values()
+        return by.number
 
     @property
     def axes(self) -> Layout:
@@ -148,9 +156,13 @@ class Value:
         index = None
         if self.index is not None and all(factor in places for factor in self.index):
             index = {places[factor]: by for factor, by in self.index.items()}
+        symbols = self.symbols
+        if self.sizes is not None:
+            symbols = symbols.union(*(size.symbols for size in self.sizes if size is not None))
         return replace(
             self,
             layout=layout,
+            symbols=symbols,
             regions=regions,
             index=index,
             along=frozenset(places[factor] for factor in self.along if factor in places),
@@ -169,6 +181,8 @@ class Value:
             sizes=None,
             index=None,
             offset=None,
+            outer=None,
+            below=None,
             columns=None,
             raw="",
             items="",

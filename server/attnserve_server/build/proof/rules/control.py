@@ -57,7 +57,8 @@ def either(one: Value, other: Value) -> Value:
         if region in other.regions and not (one.regions[region].lowered or other.regions[region].lowered)
     }
     pads = {
-        ("pad", at, at): Entry(one.pad(at).interval.hull(other.pad(at).interval)) for at in range(len(varying(one.axes)))
+        ("pad", at, at): Entry(one.pad(at).interval.hull(other.pad(at).interval))
+        for at in range(len(varying(one.axes)))
     }
     sizes = one.sizes if one.sizes == other.sizes else None
     return Value(
@@ -90,7 +91,9 @@ def if_(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
     return [replace(value.bare(), standing=max(kind, value.standing), cause=cause) for value in both]
 
 
-def _settled(ctx: Context, body: ir.Graph, first: Sequence[Value], states: list[Value], last: Sequence[Value]) -> list[Value]:
+def _settled(
+    ctx: Context, body: ir.Graph, first: Sequence[Value], states: list[Value], last: Sequence[Value]
+) -> list[Value]:
     """All outputs of a body, once what is known of its states holds before and after each run of it."""
     for turn in range(_ROUNDS):
         outputs = _run(ctx, body, [*first, *states, *last])
@@ -148,9 +151,7 @@ def _stacked(value: Value, axis: Layout | tuple[object, ...], at: int) -> Value:
     layout = (*value.axes[:at], axis, *value.axes[at:])
     before = len(varying(value.axes[:at]))
     added = sum(1 for factor in axis if getattr(factor, "varies", False))
-    places: Places = {
-        place: place if place < before else place + added for place in range(len(varying(value.axes)))
-    }
+    places: Places = {place: place if place < before else place + added for place in range(len(varying(value.axes)))}
     return value.bare().moved(layout, places)  # type: ignore[arg-type]
 
 
@@ -227,7 +228,5 @@ def recurrent(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
     if not is_plain(steps) and ctx.is_batch:
         verdicts = [(Standing.DIFFERENT, ctx.cause("carries on from one row of the batch to the next"))] * 3
     span = Interval(-1, 1)
-    found = [
-        Value(layout, *verdict, span=span, lit=span) for layout, verdict in zip(layouts, verdicts, strict=True)
-    ]
+    found = [Value(layout, *verdict, span=span, lit=span) for layout, verdict in zip(layouts, verdicts, strict=True)]
     return found[: len(node.outputs)]

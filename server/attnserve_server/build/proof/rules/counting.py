@@ -77,7 +77,7 @@ def _up_to_count(ctx: Context, op: str, operands: Sequence[Value]) -> Value | No
         position, count, smaller = other, one, op in {"Greater", "GreaterOrEqual"}
     else:
         return None
-    if ctx.is_batch or op == "Equal" or list((position.index or {}).values()) != [1]:
+    if ctx.is_batch or op == "Equal" or position.counts != 1:
         return None
     plus = None if position.offset is None else position.offset.number
     if plus is None or count.count is None or not smaller:

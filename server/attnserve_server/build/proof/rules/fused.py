@@ -63,7 +63,7 @@ class Scores:
         if not own or len(layout[axis]) != 1:
             return None
         alone = (layout[axis], plain(Size.of(1))) if axis == 2 else (layout[axis],)
-        return index_value(self.ctx, alone, {0: 1}, Size.of(0))
+        return index_value(self.ctx, alone, {0: Size.of(1)}, Size.of(0))
 
     def causal(self, before: int = 0) -> Scores:
         """With keys hidden that stand behind their query; `before`: positions that keys have in front of queries."""
@@ -144,7 +144,11 @@ def attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
     query, key, value = (ctx.as_data(required(inputs, at)) for at in range(3))
     packed = len(query.axes) == 3
     heads, kv_heads = attribute(node, "q_num_heads", 0), attribute(node, "kv_num_heads", 0)
-    query, key, value = heads_first(ctx, query, heads), heads_first(ctx, key, kv_heads), heads_first(ctx, value, kv_heads)
+    query, key, value = (
+        heads_first(ctx, query, heads),
+        heads_first(ctx, key, kv_heads),
+        heads_first(ctx, value, kv_heads),
+    )
     past = optional(inputs, 4), optional(inputs, 5)
     before = 0
     if past[0] is not None and past[1] is not None:
@@ -182,7 +186,7 @@ def _lowest_for_infinite(mask: Value) -> Value:
     def finite(interval: Interval) -> Interval:
         low = LOWEST if math.isinf(interval.low) and interval.wild & 1 else interval.low
         high = LOWEST if interval.only is not None and math.isinf(interval.only) else interval.high
-        return Interval(low, high, interval.wild & ~1)
+        return Interval(low, high, interval.wild & ~1, interval.masked)
 
     regions = {
         region: replace(entry, interval=finite(entry.interval), lit=finite(entry.lit))
@@ -251,7 +255,9 @@ def attention_microsoft(ctx: Context, node: ir.Node, inputs: list[Value | None])
         places = {"mask": 5, "past": 8, "bias": -1}
         # Bytes with scales that are given; where these are of a whole batch, its inputs say so.
         query, key, value = _projected(ctx, node, [inputs[0], None, None], required(inputs, 1))
-        query, key, value = (replace(one, norm=math.inf, span=Interval(), lit=Interval()) for one in (query, key, value))
+        query, key, value = (
+            replace(one, norm=math.inf, span=Interval(), lit=Interval()) for one in (query, key, value)
+        )
     else:
         places = {"mask": 3, "past": 4, "bias": 5}
         query, key, value = _projected(ctx, node, inputs, required(inputs, 1))
@@ -316,7 +322,11 @@ def group_query_attention(ctx: Context, node: ir.Node, inputs: list[Value | None
     past = optional(inputs, 3)
     if past is not None and size_of(past.axes[2]).number != 0:
         raise NotFollowed("attention over a past is not followed")
-    query, key, value = heads_first(ctx, query, heads), heads_first(ctx, key, kv_heads), heads_first(ctx, value, kv_heads)
+    query, key, value = (
+        heads_first(ctx, query, heads),
+        heads_first(ctx, key, kv_heads),
+        heads_first(ctx, value, kv_heads),
+    )
     scale = attribute(node, "scale") or 1 / math.sqrt(head_size(query))
     scores = scores_of(ctx, query, key, float(scale)).causal()
     bias = optional(inputs, 10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +36,11 @@ from attnserve_server.build.proof.rules.moving import sliced
 from attnserve_server.build.proof.rules.pointwise import sizes_value
 from attnserve_server.build.proof.sizes import ONE, Size
 from attnserve_server.build.proof.values import Entry, Standing, Value
+
+_LOWEST: Final = -3.4e38
+_LOWEST_HALF: Final = -65504.0
+"""No finite number of the type is lower, but for rounding in its name."""
+
 
 @rule("Gather")
 def gather(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
@@ -111,8 +117,9 @@ def from_table(ctx: Context, data: Value, index: Value, axis: int) -> Value:
     for place in range(more):
         regions["pad", own + place, own + place] = Entry(Interval(data.span.low, data.span.high, data.span.wild))
     standing, cause = joined([data, index])
-    found = replace(result.bare(), standing=standing, cause=cause, regions=regions, lit=data.span, masks=frozenset())
-    found = replace(found, structured=frozenset(), along=frozenset())
+    found = replace(result.bare(), standing=standing, cause=cause, regions=regions)
+    if size_of(data.axes[axis]).number != 1 or more:
+        found = replace(found, lit=data.span, masks=frozenset(), structured=frozenset(), along=frozenset())
     if data.constant is not None and index.sizes is not None:
         places = numbers(index)
         if places is not None and not data.varies:
@@ -134,8 +141,13 @@ def _table_norm(ctx: Context, data: Value, found: Value, axis: int) -> Value:
 
 def _of_varying(ctx: Context, data: Value, index: Value, axis: int) -> Value:
     """Along the axis that varies: the index must be known to stay within the sequence's own part."""
+    folded = _within_fold(data, index, axis)
+    if folded is not None:
+        return _read_along(data, index, axis, folded[1])
     if ctx.is_batch:
         return _rows(ctx, data, index, axis)
+    if _own_within_fold(data, index, axis):
+        return _own_positions(ctx, data, replace(index, outer=None, below=None, index=None, offset=None), axis)
     places = numbers(index)
     if places is not None and not index.varies and len(places) == 1 and places[0] == 0:
         return _squeezed(sliced(ctx, data, axis, Size.of(0), ONE, 1), axis, index)
@@ -150,23 +162,59 @@ def _of_varying(ctx: Context, data: Value, index: Value, axis: int) -> Value:
 
 
 def _rows(ctx: Context, data: Value, index: Value, axis: int) -> Value:
-    if index.index is not None and index.offset is not None and index.offset.number == 0:
-        if _is_identity(ctx, data, index, axis):
-            return _along_index(ctx, data, index, axis)
+    if _is_identity(ctx, data, index, axis):
+        return _along_index(ctx, data, index, axis)
     return ctx.bad(Standing.DIFFERENT, "takes certain rows of the batch, whichever sequence they belong to")
 
 
 def _is_identity(ctx: Context, data: Value, index: Value, axis: int) -> bool:
     """Whether an index counts the positions of the very axis that it takes them from."""
-    if index.index is None or list(index.index.values()) != [1] or index.offset is None or index.offset.number != 0:
+    if index.counts != 1 or index.offset is None or index.offset.number != 0:
         return False
-    (place,) = index.index
+    (place,) = index.index or {}
     at, factor = varying(index.axes)[place]
     return data.axes[axis] == (factor,) and index.axes[at] == (factor,)
 
 
+def _within_fold(data: Value, index: Value, axis: int) -> tuple[int, int] | None:
+    """Where an axis of rows and positions folded into one is read at places of the same row or position.
+
+    Returns:
+        The varying factor of the axis, and the one of the index that counts it; None where it is read elsewhere.
+    """
+    parts = data.axes[axis]
+    if len(parts) != 2 or not index.index or index.offset is None or index.offset.number != 0:
+        return None
+    outer, inner = parts
+    counted = list(index.index.items())
+    own = ordinals(data.axes, axis)
+    if len(counted) != 1 or len(own) != 1:
+        return None
+    place, by = counted[0]
+    if varying(index.axes)[place][1] != (outer if outer.varies else inner):
+        return None
+    if outer.varies:
+        fits = by == inner.size and index.below == inner.size and index.outer is None
+    else:
+        fits = by.number == 1 and index.outer == inner.size and index.below is None
+    return (own[0], place) if fits else None
+
+
+def _own_within_fold(data: Value, index: Value, axis: int) -> bool:
+    """Whether an axis of rows and positions folded into one is read at one of the sequence's own positions."""
+    parts = data.axes[axis]
+    if len(parts) != 2 or not parts[1].varies or index.index or index.offset is None or index.offset.number != 0:
+        return False
+    return index.valid and index.outer == parts[1].size and index.below == parts[1].size
+
+
 def _along_index(ctx: Context, data: Value, index: Value, axis: int) -> Value:
     (place,) = index.index or {}
+    return _read_along(data, index, axis, place)
+
+
+def _read_along(data: Value, index: Value, axis: int, place: int) -> Value:
+    """What is read along an axis, its varying factor in the place of the index's."""
     layout = (*data.axes[:axis], *index.axes, *data.axes[axis + 1 :])
     before = len(varying(data.axes[:axis]))
     own, more = ordinals(data.axes, axis), len(varying(index.axes))
@@ -248,6 +296,9 @@ def gather_nd(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     for axis, column in enumerate(columns):
         if is_plain(data.axes[axis]):
             standing.append(ctx.as_data(column))
+        elif column.valid or column.count == 1:
+            ctx.need(column.masks, everything=False)
+            standing.append(ctx.as_data(replace(column, count=None)))
         elif _is_identity(ctx, data, column, axis):
             (place,) = column.index or {}
             targets[ordinals(data.axes, axis)[0]] = _place_of_column(column, place, leading)
@@ -291,7 +342,7 @@ def non_zero(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
         layout = (PLAIN_ONE, value.axes[0])
         if not is_plain(value.axes[0]):
-            return index_value(ctx, layout, {0: 1}, Size.of(0))
+            return index_value(ctx, layout, {0: Size.of(1)}, Size.of(0))
         high = max(size_of(value.axes[0]).bounds()[1] - 1, 0)
         return Value(layout, span=Interval(0, high), lit=Interval(0, high))
     if value.varies:
@@ -325,7 +376,9 @@ def scatter(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     elements = node.op_type != "ScatterND"
     if elements:
         written = [axis]
-        rest = all(one == other for at, (one, other) in enumerate(zip(data.axes, index.axes, strict=True)) if at != axis)
+        rest = all(
+            one == other for at, (one, other) in enumerate(zip(data.axes, index.axes, strict=True)) if at != axis
+        )
     else:
         width = size_of(index.axes[-1]).number or len(data.axes)
         written = list(range(width))
@@ -389,15 +442,25 @@ def _top_of_varying(ctx: Context, node: ir.Node, value: Value, axis: int, count:
     own = ordinals(value.axes, axis)
     largest = bool(attribute(node, "largest", 1))
     entry = value.pad(own[0])
-    hidden = entry.only is not None and math.isinf(entry.only) and entry.only < 0
-    if len(own) != 1 or len(value.axes[axis]) != 1 or not largest or not hidden or ctx.depends(count):
+    lowest = _LOWEST_HALF if ctx.precision == "fp16" else _LOWEST
+    below = entry.only is not None and (entry.only == -math.inf or (entry.only <= lowest and not value.span.wild))
+    if len(own) != 1 or len(value.axes[axis]) != 1 or not largest or not below or ctx.depends(count):
         said = f"takes the greatest elements, {ctx.others} among them"
-        standing = Standing.DIFFERENT if not entry.lowered and not hidden else Standing.UNKNOWN
+        standing = Standing.DIFFERENT if not entry.lowered and not below else Standing.UNKNOWN
         return [ctx.bad(standing, said)] * 2
     layout = (*value.axes[:axis], plain(count), *value.axes[axis + 1 :])
     places = _inserted(value.axes, layout, axis)
-    found = replace(value.moved(layout, places).bare(), lit=value.span)
+    found = replace(value.moved(layout, places).bare(), lit=value.span, raw=f"top of {_origin(node)}")
     return [found, ctx.unknown("places of elements that masks hide are not told apart from padded ones")]
+
+
+def _origin(node: ir.Node) -> str:
+    """The value whose greatest elements are taken, before it was filled up to have enough of them."""
+    source = node.inputs[0]
+    producer = source.producer() if source is not None else None
+    if producer is not None and producer.op_type == "Pad":
+        source = producer.inputs[0]
+    return str(source.name) if source is not None else ""
 
 
 @rule("CategoryMapper", "LabelEncoder", domain="ai.onnx.ml")

@@ -251,9 +251,7 @@ class Mixed(Exception):
     """A layout in which the sequence's own positions no longer stand where they stand alone. Carries the reason."""
 
 
-def _joined_regions(
-    values: Sequence[Value], layout: Layout, axis: int, moving: Sequence[int]
-) -> dict[Region, Entry]:
+def _joined_regions(values: Sequence[Value], layout: Layout, axis: int, moving: Sequence[int]) -> dict[Region, Entry]:
     """What all parts agree on, and along the joined axis what its varying part says."""
     regions: dict[Region, Entry] = {}
     for place, (at, _) in enumerate(varying(layout)):
@@ -468,10 +466,9 @@ def _with_axis(value: Value, axis: int, new: tuple[Factor, ...]) -> Value:
     layout = (*value.axes[:axis], new, *value.axes[axis + 1 :])
     before = sum(1 for at, _ in varying(value.axes) if at < axis)
     added = sum(factor.varies for factor in new)
-    places: Places = {
-        place: place if place < before else place + added for place in range(len(varying(value.axes)))
-    }
-    return replace(value.moved(layout, places), raw="", offset=value.offset if value.index is None else None)
+    places: Places = {place: place if place < before else place + added for place in range(len(varying(value.axes)))}
+    raw = value.raw if value.raw.startswith("top of ") else ""
+    return replace(value.moved(layout, places), raw=raw, offset=value.offset if value.index is None else None)
 
 
 def _of_varying(ctx: Context, value: Value, axis: int, first: Size, last: Size, step: int) -> Value:
@@ -502,9 +499,9 @@ def _of_varying(ctx: Context, value: Value, axis: int, first: Size, last: Size, 
         entry = Entry(value.span.hull(value.pad(own).interval))
         gone = {region: known for region, known in result.regions.items() if own not in region[1:]}
         result = replace(result, regions={**gone, ("pad", own, own): entry})
-    if value.index is not None and own in value.index and step == 1:
+    if value.index is not None and own in value.index and step == 1 and value.outer is None:
         index, offset = value.index, value.offset
-        plus = Size.of(index[own]) * first
+        plus = index[own] * first
         return replace(result, index=index, offset=plus if offset is None else offset + plus, regions={})
     return replace(result, index=None, norm=value.norm, norm_axis=value.norm_axis)
 
@@ -585,15 +582,19 @@ def padded(ctx: Context, value: Value, axis: int, before: Size, behind: Size, fi
         return _selected(ctx, value, axis, "repeats positions at the end, where padding stands")
     own = ordinals(value.axes, axis)[0]
     entry = value.pad(own)
-    layout = (*value.axes[:axis], (Factor(total, parts[0].real + before),), *value.axes[axis + 1 :])
+    same = entry.only == fill
+    # Where padding is what the axis is filled up with, the filling is the same in both runs.
+    real = parts[0].real + before + (behind if same else Size.of(0))
+    layout = (*value.axes[:axis], (Factor(total, real),), *value.axes[axis + 1 :])
     places = {place: place for place in range(len(varying(value.axes)))}
     moved = value.moved(layout, places)
     regions = dict(moved.regions)
-    same = entry.only == fill
     regions["pad", own, own] = Entry(entry.interval.hull(number(fill)), 0.0, entry.lit.hull(number(fill)))
     if not same and entry.lowered:
         regions["pad", own, own] = Entry(Interval(wild=entry.interval.wild))
-    return replace(moved, span=span, lit=value.lit.hull(span), regions=regions, index=None)
+    # What every row had, it still has beside what it is filled up with.
+    lit = value.lit if value.masks or value.structured else value.lit.hull(span)
+    return replace(moved, span=span, lit=lit, regions=regions, index=None)
 
 
 @rule("Identity", "StopGradient", domain=MICROSOFT)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import onnx_ir as ir
@@ -64,6 +64,8 @@ def pointwise(ctx: Context, function: Function, operands: Sequence[Value], *, op
         regions[region] = entry
     hides = any(entry.only is not None or entry.lowered for entry in regions.values())
     hides = hides or bool(span.wild or not layout_varies(layout)) and any(value.masks for value in operands)
+    # A window says nothing of regions, and yet that every position sees itself.
+    hides = hides or (lit.only is not None and any(value.structured for value in operands))
     standing, cause = joined(operands)
     result = Value(layout, standing, cause, span=span, lit=lit if hides else span, regions=regions)
     if not hides:
@@ -189,7 +191,7 @@ def cast(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         sizes = None
         if value.sizes is not None:
             sizes = tuple(_truth_of(size) for size in value.sizes)
-        return replace(found, sizes=sizes)
+        return replace(found, sizes=sizes, raw=value.raw if value.raw.startswith("below ") else "")
     whole = kind is not None and kind not in {
         ir.DataType.FLOAT,
         ir.DataType.FLOAT16,
@@ -232,6 +234,10 @@ def binary(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         if op == "Mul" and node.inputs[0] is node.inputs[1]:
             function = lambda one, _other: BINARY["Pow"](one, number(2))  # noqa: E731 - a square
         result = pointwise(ctx, function, operands, op=name)
+    if name == "Less" and operands[1].raw == f"top of {_name(node, 0)}":
+        return replace(result, raw=f"below {operands[1].raw}")
+    if name == "Greater" and operands[0].raw == f"top of {_name(node, 1)}":
+        return replace(result, raw=f"below {operands[0].raw}")
     return _more(ctx, name, operands, result)
 
 
@@ -294,6 +300,10 @@ def where(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     if symbolic is not None:
         return symbolic
     condition = ctx.as_data(condition)
+    if condition.raw.startswith("below ") and condition.raw == f"below top of {_name(node, 2)}":
+        # What is below the k-th greatest is hidden: the greatest is not.
+        found = pointwise(ctx, chosen, [condition, one, other], op="Where")
+        return replace(found, lit=other.lit, masks=other.masks, along=other.along, structured=other.structured)
     if condition.raw == f"nan of {node.inputs[2].name if node.inputs[2] else ''}" and condition.raw != "nan of ":
         other = _without_nan(other)
     if condition.standing is Standing.EQUAL and condition.span.only is not None and not condition.varies:
@@ -302,6 +312,11 @@ def where(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         if picked.layout == layout:
             return picked
     return pointwise(ctx, chosen, [condition, one, other], op="Where")
+
+
+def _name(node: ir.Node, at: int) -> str:
+    value = node.inputs[at] if at < len(node.inputs) else None
+    return str(value.name) if value is not None else ""
 
 
 def _without_nan(value: Value) -> Value:
@@ -402,32 +417,70 @@ def _compared_sizes(ctx: Context, op: str, one: Size, other: Size) -> Size | Non
 
 
 def _positions(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
-    """Sums of positions, and their products with constants."""
-    if op not in {"Add", "Sub", "Mul"} or all(value.index is None for value in operands):
+    """Sums of positions, and their products with sizes."""
+    if op not in {"Add", "Sub", "Mul"} or any(value.standing is not Standing.EQUAL for value in operands):
         return None
-    if any(value.standing is not Standing.EQUAL for value in operands):
+    if all(value.index is None and value.below is None for value in operands):
         return None
     layout, placed = aligned(operands)
-    forms = []
-    for value, places in placed:
-        offset = value.offset
-        if value.index is None and offset is None:
-            if value.sizes is None or len(value.sizes) != 1 or value.sizes[0] is None:
-                return None
-            offset = value.sizes[0]
-        forms.append(({places[at]: by for at, by in (value.index or {}).items()}, offset or Size.of(0)))
-    (one, plus), (other, more) = forms
-    if op == "Mul":
-        if one and other:
-            return None
-        index, by = (one, more.number) if one else (other, plus.number)
-        if by is None:
-            return None
-        own = plus if one else more
-        return index_value(ctx, layout, {at: times * by for at, times in index.items()}, own * Size.of(by))
-    sign = 1 if op == "Add" else -1
-    index = {at: one.get(at, 0) + sign * other.get(at, 0) for at in {*one, *other}}
-    return index_value(ctx, layout, index, plus + more * Size.of(sign))
+    places = [_place(value, there) for value, there in placed]
+    if places[0] is None or places[1] is None:
+        return None
+    found = _scaled_place(places[0], places[1]) if op == "Mul" else _summed_places(places[0], places[1], op)
+    if found is None or (not found.index and found.outer is None and found.below is None and not found.plain):
+        return None
+    whole = index_value(ctx, layout, found.index, found.offset, outer=found.outer, below=found.below)
+    return replace(whole, valid=found.valid) if found.valid else whole
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Positions along factors, an offset, multiples of `outer` by plain numbers, and a plain number below `below`."""
+
+    index: dict[int, Size]
+    offset: Size
+    outer: Size | None = None
+    below: Size | None = None
+    plain: bool = False
+    valid: bool = False
+
+
+def _place(value: Value, places: Mapping[int, int]) -> _Place | None:
+    if value.index is not None:
+        index = {places[at]: by for at, by in value.index.items()}
+        return _Place(index, value.offset or Size.of(0), value.outer, value.below)
+    if value.below is not None:
+        return _Place({}, Size.of(0), below=value.below, valid=value.valid)
+    if value.offset is not None:
+        return _Place({}, value.offset, plain=True)
+    if value.sizes is not None and len(value.sizes) == 1 and value.sizes[0] is not None:
+        return _Place({}, value.sizes[0], plain=True)
+    return None
+
+
+def _scaled_place(one: _Place, other: _Place) -> _Place | None:
+    if one.plain:
+        one, other = other, one
+    if not other.plain or one.outer is not None:
+        return None
+    by = other.offset
+    index = {at: times * by for at, times in one.index.items()}
+    # A plain number times a size is a multiple of it.
+    return _Place(index, one.offset * by, outer=by if one.below is not None else None, plain=one.plain)
+
+
+def _summed_places(one: _Place, other: _Place, op: str) -> _Place | None:
+    if (one.outer and other.outer) or (one.below and other.below):
+        return None
+    if op == "Sub" and (other.outer is not None or other.below is not None):
+        return None
+    sign = Size.of(1 if op != "Sub" else -1)
+    zero = Size.of(0)
+    index = {at: one.index.get(at, zero) + sign * other.index.get(at, zero) for at in {*one.index, *other.index}}
+    offset = one.offset + sign * other.offset
+    plain = one.plain and other.plain
+    valid = one.valid or other.valid
+    return _Place(index, offset, one.outer or other.outer, one.below or other.below, plain, valid)
 
 
 def distance(ctx: Context, queries: Value, keys: Value) -> Value:
@@ -441,6 +494,8 @@ def distance(ctx: Context, queries: Value, keys: Value) -> Value:
 def _compared(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
     """Positions compared with positions, or with a size."""
     if all(value.index is None for value in operands):
+        return None
+    if any(value.outer is not None or value.below is not None for value in operands):
         return None
     difference = _positions(ctx, "Sub", operands)
     if difference is None:

@@ -25,6 +25,7 @@ from attnserve_server.build.proof.rules.moving import permuted
 from attnserve_server.build.proof.rules.pointwise import pointwise
 from attnserve_server.build.proof.values import Entry, Region, Standing, Value
 
+NO_BOUND = 1e12
 LARGEST_NORM = 1 << 22
 """Elements of a matrix up to which its greatest singular value is computed; of larger ones its Frobenius norm."""
 
@@ -56,9 +57,9 @@ def product(ctx: Context, one: Value, first: str, other: Value, second: str, wan
     for letter in dict.fromkeys(first + second):
         if letter in wanted or is_plain(axes[letter]):
             continue
-        bad = _summed(ctx, letter, axes[letter], (first, one), (second, other))
-        if bad:
-            standing, cause = Standing.DIFFERENT, ctx.cause(bad)
+        kind, why = _summed(ctx, letter, axes[letter], (first, one), (second, other))
+        if kind > standing:
+            standing, cause = kind, ctx.cause(why)
     layout = tuple(axes[letter] for letter in wanted)
     places_of = {letter: ordinals(layout, at) for at, letter in enumerate(wanted)}
     bits = wild_anywhere(one) | wild_anywhere(other)
@@ -72,11 +73,11 @@ def product(ctx: Context, one: Value, first: str, other: Value, second: str, wan
 Operand = tuple[str, Value]
 
 
-def _summed(ctx: Context, letter: str, axis: Axis, *operands: Operand) -> str:
-    """Why a sum over a varying axis mixes; empty where padded elements are 0 in one operand, and finite in the other."""
+def _summed(ctx: Context, letter: str, axis: Axis, *operands: Operand) -> tuple[Standing, str]:
+    """Whether a sum over a varying axis mixes: not where padded elements are 0 in one operand, and finite in the other."""
     count = sum(factor.varies for factor in axis)
     if ctx.is_batch:
-        return "sums over the rows of the batch"
+        return Standing.DIFFERENT, "sums over the rows of the batch"
     for place in range(count):
         entries = []
         for letters, value in operands:
@@ -84,12 +85,12 @@ def _summed(ctx: Context, letter: str, axis: Axis, *operands: Operand) -> str:
                 continue
             own = ordinals(value.axes, letters.index(letter))
             entries.append(value.pad(own[place]) if own else Entry(value.span))
-        zero = any(entry.only == 0 for entry in entries)
-        if not zero:
-            return f"sums over {ctx.others} too"
         if any(entry.interval.wild for entry in entries):
-            return f"multiplies 0 by what stands at {ctx.others}, which may be infinite or NaN"
-    return ""
+            said = f"sums over {ctx.others} too, where infinities or NaN may stand: 0 times these is NaN"
+            return Standing.UNKNOWN, said
+        if not any(entry.only == 0 for entry in entries):
+            return Standing.DIFFERENT, f"sums over {ctx.others} too"
+    return Standing.EQUAL, ""
 
 
 def _regions(places_of: dict[str, list[int]], one: Operand, other: Operand, bits: int) -> dict[Region, Entry]:
@@ -125,7 +126,8 @@ def _most(axes: dict[str, Axis], wanted: str, one: Operand, other: Operand) -> f
     greatest = (one[1].span.greatest, other[1].span.greatest)
     if math.inf not in greatest and count < math.inf:
         most = min(most, count * greatest[0] * greatest[1])
-    return most
+    # So wide a bound is none: what is computed with real weights stays far from overflow.
+    return most if most < NO_BOUND else math.inf
 
 
 def _with_norm(ctx: Context, result: Value, one: Operand, other: Operand, wanted: str) -> Value:

@@ -107,7 +107,11 @@ def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: b
             regions[kind, places[one], places[other]] = Entry(_span(op, interval, value, axes))
     count = _span(op, replace(value.span, wild=wild_anywhere(value)), value, axes)
     result = Value(layout, standing, cause, span=count, lit=count, regions=regions)
-    if op == "ReduceSum" and len(gone) == 1 and not any(is_wide(value.axes, at, ordinals(value.axes, at)) for at in axes):
+    if (
+        op == "ReduceSum"
+        and len(gone) == 1
+        and not any(is_wide(value.axes, at, ordinals(value.axes, at)) for at in axes)
+    ):
         return as_count(value, result)
     return result
 
@@ -233,9 +237,7 @@ def normalised(ctx: Context, node: ir.Node, value: Value, scales: Sequence[Value
     layout = value.axes
     if not ctx.is_batch and standing is Standing.DIFFERENT:
         regions = {}
-    result = Value(
-        layout, standing, cause, span=span, lit=span, regions=regions, norm=norm, norm_axis=len(layout) - 1
-    )
+    result = Value(layout, standing, cause, span=span, lit=span, regions=regions, norm=norm, norm_axis=len(layout) - 1)
     if axis != len(layout) - 1:
         result = replace(result, norm=math.inf)
     rest = Value(None, standing, cause)
@@ -309,4 +311,6 @@ def arg_max(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
             standing, cause = Standing.DIFFERENT, ctx.cause(said)
     regions = {("pad", places[one], places[one]): Entry() for _, one, _ in value.regions if one in places}
     high = max(size_of(value.axes[axis]).bounds()[1] - 1, 0)
-    return Value(layout, standing, cause, span=Interval(0, high), lit=Interval(0, high), regions=regions, valid=valid)
+    span = Interval(0, high)
+    count = size_of(value.axes[axis])
+    return Value(layout, standing, cause, span=span, lit=span, regions=regions, valid=valid, below=count)

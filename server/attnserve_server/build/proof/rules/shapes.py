@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,9 +20,20 @@ from attnserve_server.build.proof.context import (
     sizes_of,
 )
 from attnserve_server.build.proof.intervals import BOOLEAN, ZERO, Interval, number
-from attnserve_server.build.proof.layout import Layout, NotFollowed, is_one, plain, size_of, varying
+from attnserve_server.build.proof.layout import (
+    Axis,
+    Layout,
+    NotFollowed,
+    Places,
+    is_plain,
+    merged,
+    ordinals,
+    plain,
+    size_of,
+    varying,
+)
 from attnserve_server.build.proof.rules.pointwise import pointwise, sizes_value
-from attnserve_server.build.proof.sizes import ONE, Size, product
+from attnserve_server.build.proof.sizes import Size, product
 from attnserve_server.build.proof.values import Entry, Standing, Value
 
 
@@ -91,8 +101,9 @@ def range_(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         sizes = None
         if whole is not None and whole <= 64:
             sizes = tuple(first + Size.of(at) for at in range(whole))
-        return Value(layout, span=span, lit=span, sizes=sizes)
-    return index_value(ctx, layout, {0: 1}, first)
+        from_zero = first.number == 0
+        return Value(layout, span=span, lit=span, sizes=sizes, below=last if from_zero else None)
+    return index_value(ctx, layout, {0: Size.of(1)}, first)
 
 
 def _only_size(value: Value) -> Size | None:
@@ -132,27 +143,26 @@ def expanded(ctx: Context, value: Value, sizes: Sequence[Size]) -> Value:
     if value.offset is not None and result.index is None and value.index is None:
         result = replace(result, offset=value.offset)
     shifted = value.norm_axis + shift
-    return replace(result, norm=value.norm, norm_axis=shifted, valid=value.valid, raw=value.raw)
+    kept = replace(result, norm=value.norm, norm_axis=shifted, valid=value.valid, raw=value.raw)
+    return replace(kept, outer=value.outer, below=value.below)
 
 
 @rule("Tile")
 def tile(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     """Repeated along axes; a varying axis cannot be repeated in place."""
     value = required(inputs, 0)
-    times = sizes_of(required(inputs, 1))
-    axes = []
-    for axis, by in zip(value.axes, times, strict=True):
-        if by.number == 1:
-            axes.append(axis)
-        elif is_one(axis):
-            axes.append(ctx.axis_of(by))
-        elif not varying((axis,)) and not ctx.depends(by):
-            axes.append(plain(size_of(axis) * by))
-        else:
+    axes: list[Axis] = []
+    places: Places = {}
+    count = 0
+    for at, (axis, by) in enumerate(zip(value.axes, sizes_of(required(inputs, 1)), strict=True)):
+        if by.number != 1 and not is_plain(axis):
             return ctx.bad(Standing.DIFFERENT, f"repeats positions in the place of {ctx.others}")
-    layout = tuple(axes)
-    _, placed = aligned([replace(value, layout=tuple(a if varying((a,)) else plain(ONE) for a in value.axes)), Value(layout)])
-    return value.moved(layout, placed[0][1])
+        repeated = axis if by.number == 1 else merged((*ctx.axis_of(by), *axis))
+        for place in ordinals(value.axes, at):
+            places[place] = count + place - ordinals(value.axes, at)[0]
+        count += sum(factor.varies for factor in repeated)
+        axes.append(repeated)
+    return value.moved(tuple(axes), places)
 
 
 @rule("Trilu")
@@ -177,7 +187,7 @@ def trilu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         return ctx.unknown("a triangle of unequal lengths cannot be followed")
     row, column = factors
     # Columns minus rows is the index; kept where it is at least (upper) or at most (lower) the shift.
-    index = index_value(ctx, layout, {column: 1, row: -1}, Size.of(-shift[0]))
+    index = index_value(ctx, layout, {column: Size.of(1), row: Size.of(-1)}, Size.of(-shift[0]))
     if ctx.is_batch:
         return ctx.bad(Standing.DIFFERENT, "keeps a triangle over the rows of the batch")
     zero = Value((), span=number(0), lit=number(0))
@@ -220,8 +230,3 @@ def one_hot(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     places = {place: place for place in range(len(varying(value.axes)))}
     moved = value.moved(layout, places)
     return Value(layout, moved.standing, moved.cause, span=Interval(min(span.low, 0), max(span.high, 1)))
-
-
-def exact_ratio(value: float) -> bool:
-    """Whether a number is whole."""
-    return math.isfinite(value) and float(value).is_integer()

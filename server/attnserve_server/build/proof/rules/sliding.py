@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -47,11 +48,15 @@ def window(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | l
     regions = {}
     for region in value.regions:
         if region[0] == "pad":
-            along = varying(value.axes)[region[1]][0] >= 2
             regions[region] = Entry(Interval(span.low, span.high, bits))
-            if not convolution and not along and value.regions[region].only == 0:
+            # The mean, or the greatest, of zeros is zero, also where a window begins behind the sequence's own part.
+            if not convolution and value.regions[region].only == 0 and not bits:
                 regions[region] = value.regions[region]
     found = Value(layout, standing, cause, span=span, lit=span, regions=regions)
+    if node.op_type == "AveragePool" and value.masks and value.lit.low > 0 and not value.structured:
+        # The window around an allowed position has at least its share.
+        lit = Interval(value.lit.low / math.prod(kernel), span.high)
+        found = replace(found, lit=lit, masks=value.masks, along=value.along)
     return found if len(node.outputs) == 1 else [found, *([Value(layout, standing, cause)] * (len(node.outputs) - 1))]
 
 
