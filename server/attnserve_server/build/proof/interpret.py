@@ -12,7 +12,8 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 import attnserve_server.build.proof.rules  # noqa: F401 - registers the rules
-from attnserve_server.build.proof.context import RULES, Context, constant
+from attnserve_server.build.proof.context import RULES, Context, attribute, constant, numbers
+from attnserve_server.build.proof.hiding import softmaxed
 from attnserve_server.build.proof.layout import NotFollowed, is_plain, size_of
 from attnserve_server.build.proof.rules.moving import Mixed
 from attnserve_server.build.proof.values import Cause, Standing, Value
@@ -62,6 +63,9 @@ class Interpreter:
         folded = self._folded(node, inputs)
         if folded is not None:
             return folded
+        written_out = self._softmax(node)
+        if written_out is not None:
+            return [written_out]
         domain = "" if node.domain == "ai.onnx" else node.domain
         registered = RULES.get((domain, node.op_type))
         if registered is None:
@@ -87,6 +91,29 @@ class Interpreter:
             # Of what is not known, nothing worse is known either.
             return [replace(value, standing=standing, cause=cause) for value in outputs]
         return [_at_least(value, standing, cause) for value in outputs]
+
+    def _softmax(self, node: ir.Node) -> Value | None:
+        """A softmax that is written out, exp(x - max x) / sum of exp(x - max x); None of any other division."""
+        if node.op_type != "Div" or any(value is None for value in node.inputs):
+            return None
+        powers, total = (value.producer() if value is not None else None for value in node.inputs)
+        if powers is None or total is None or powers.op_type != "Exp" or total.op_type != "ReduceSum":
+            return None
+        if total.inputs[0] is not powers.outputs[0] or not attribute(total, "keepdims", 1):
+            return None
+        axes = attribute(total, "axes")
+        if axes is None and len(total.inputs) > 1 and total.inputs[1] is not None:
+            axes = numbers(self.value_of(total.inputs[1]))
+        scores = powers.inputs[0]
+        shifted = scores.producer() if scores is not None else None
+        if shifted is not None and shifted.op_type == "Sub" and shifted.inputs[1] is not None:
+            greatest = shifted.inputs[1].producer()
+            if greatest is not None and greatest.op_type == "ReduceMax" and greatest.inputs[0] is shifted.inputs[0]:
+                scores = shifted.inputs[0]
+        value = self.value_of(scores) if scores is not None else None
+        if value is None or value.layout is None or not axes:
+            return None
+        return softmaxed(self.ctx, self.ctx.as_data(value), [axis % len(value.layout) for axis in axes])
 
     def _lost(self, node: ir.Node, inputs: Sequence[Value | None], standing: Standing, why: str) -> list[Value]:
         self.ctx.node = node

@@ -77,10 +77,10 @@ def _up_to_count(ctx: Context, op: str, operands: Sequence[Value]) -> Value | No
         position, count, smaller = other, one, op in {"Greater", "GreaterOrEqual"}
     else:
         return None
-    if ctx.is_batch or op == "Equal" or position.counts != 1:
+    if ctx.is_batch or position.counts != 1:
         return None
     plus = None if position.offset is None else position.offset.number
-    if plus is None or count.count is None or not smaller:
+    if plus is None or count.count is None or not (smaller or op == "Equal"):
         return None
     # position + plus < sum - back, or <=; behind the end the position is no less than the sum.
     strict = op in {"Less", "Greater"}
@@ -91,7 +91,7 @@ def _up_to_count(ctx: Context, op: str, operands: Sequence[Value]) -> Value | No
     (factor,) = position.index or {}
     place = placed[0][1][factor]
     # The first position is allowed as long as the mask allows one at all, and nothing is taken off that.
-    first_allowed = room == (0 if strict else 1)
+    first_allowed = op != "Equal" and room == (0 if strict else 1)
     hidden = Entry(number(0), lit=number(0))
     standing = max(position.standing, count.standing)
     cause = position.cause if position.standing >= count.standing else count.cause

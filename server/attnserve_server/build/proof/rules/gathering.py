@@ -279,8 +279,9 @@ def gather_elements(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> 
 def gather_nd(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     """Elements or slices at places that are given by tuples of indices, along the last axis of the index."""
     data, index = required(inputs, 0), required(inputs, 1)
-    if attribute(node, "batch_dims", 0):
-        raise NotFollowed("a gather by tuples with batch axes of its own is not followed")
+    shared = int(attribute(node, "batch_dims", 0))
+    if shared:
+        return _of_own_rows(ctx, data, index, shared)
     width = size_of(index.axes[-1]).number
     if width is None:
         raise NotFollowed("a gather by tuples of unknown length")
@@ -310,6 +311,26 @@ def gather_nd(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         targets[at] = at - first + more
     worst, cause = joined(standing)
     return replace(result.moved(layout, targets), standing=worst, cause=cause, raw=data.raw)
+
+
+def _of_own_rows(ctx: Context, data: Value, index: Value, shared: int) -> Value:
+    """Each row of the index takes one place of the same row of the data, along the axis behind the shared ones."""
+    if size_of(index.axes[-1]).number != 1 or data.axes[:shared] != index.axes[:shared]:
+        raise NotFollowed("a gather by tuples with batch axes of its own is not followed")
+    rest = len(index.axes) - 1 - shared
+    own = ordinals(data.axes, shared)
+    if own and not (index.valid or index.count == 1):
+        return ctx.unknown("takes positions at places that are not known to be the sequence's own")
+    ctx.need(index.masks if own else frozenset(), everything=False)
+    places = ctx.as_data(replace(index, count=None))
+    if places.layout is None or any(not is_plain(axis) for axis in index.axes[shared:]):
+        raise NotFollowed("places along a varying axis of an index are not followed")
+    data = ctx.as_data(data)
+    standing, cause = joined([data, places])
+    layout = (*data.axes[:shared], *index.axes[shared : shared + rest], *data.axes[shared + 1 :])
+    left = [at for at in range(len(varying(data.axes))) if at not in own]
+    found = data.moved(layout, {place: at for at, place in enumerate(left)})
+    return replace(found.bare(), standing=standing, cause=cause)
 
 
 def _place_of_column(column: Value, place: int, leading: Layout) -> int:

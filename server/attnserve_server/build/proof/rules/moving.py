@@ -605,11 +605,15 @@ def identity(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("ReverseSequence")
 def reverse_sequence(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Parts of an axis turned around: lengths say which, and are not followed."""
-    value = required(inputs, 0)
-    if any(not is_plain(value.axes[attribute(node, name, at)]) for name, at in (("time_axis", 0),)):
+    """Each row turned around up to its own length: what stands behind that stays where it is."""
+    value, lengths = required(inputs, 0), required(inputs, 1)
+    rows, time = attribute(node, "batch_axis", 1), attribute(node, "time_axis", 0)
+    if ctx.is_batch and (not is_plain(value.axes[time]) or value.axes[rows] != lengths.axes[0]):
+        return ctx.bad(Standing.DIFFERENT, "turns the order of the batch around")
+    if not is_plain(value.axes[time]) and (lengths.count is None or lengths.count < 0):
         return ctx.unknown("turns the order of positions around, up to a length that the request gives")
-    return replace(value.bare(), regions={})
+    standing, cause = joined([value, ctx.as_data(replace(lengths, count=None))])
+    return replace(value.bare(), standing=standing, cause=cause)
 
 
 @rule("DepthToSpace", "SpaceToDepth")

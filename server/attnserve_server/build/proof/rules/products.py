@@ -63,9 +63,11 @@ def product(ctx: Context, one: Value, first: str, other: Value, second: str, wan
     layout = tuple(axes[letter] for letter in wanted)
     places_of = {letter: ordinals(layout, at) for at, letter in enumerate(wanted)}
     bits = wild_anywhere(one) | wild_anywhere(other)
-    regions = _regions(places_of, (first, one), (second, other), bits)
+    # What is summed of positive numbers is positive.
+    low = 0.0 if one.span.low >= 0 and other.span.low >= 0 else -math.inf
+    regions = _regions(places_of, (first, one), (second, other), Interval(low, wild=NAN if bits else 0))
     most = _most(axes, wanted, (first, one), (second, other))
-    span = Interval(-most, most, NAN if bits else 0)
+    span = Interval(max(low, -most), most, NAN if bits else 0)
     result = Value(layout, standing, cause, span=span, lit=span, regions=regions)
     return _with_norm(ctx, result, (first, one), (second, other), wanted)
 
@@ -93,7 +95,7 @@ def _summed(ctx: Context, letter: str, axis: Axis, *operands: Operand) -> tuple[
     return Standing.EQUAL, ""
 
 
-def _regions(places_of: dict[str, list[int]], one: Operand, other: Operand, bits: int) -> dict[Region, Entry]:
+def _regions(places_of: dict[str, list[int]], one: Operand, other: Operand, any_: Interval) -> dict[Region, Entry]:
     regions: dict[Region, Entry] = {}
     for letter, places in places_of.items():
         for count, place in enumerate(places):
@@ -103,9 +105,8 @@ def _regions(places_of: dict[str, list[int]], one: Operand, other: Operand, bits
                     own = ordinals(value.axes, letters.index(letter))
                     if count < len(own):
                         entries.append(value.pad(own[count]))
-            zero = any(entry.only == 0 for entry in entries) and not bits
-            wild = NAN if bits else 0
-            regions["pad", place, place] = Entry(ZERO if zero else Interval(wild=wild))
+            zero = any(entry.only == 0 for entry in entries) and not any_.wild
+            regions["pad", place, place] = Entry(ZERO if zero else any_)
     return regions
 
 

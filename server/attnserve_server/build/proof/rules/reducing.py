@@ -21,7 +21,7 @@ from attnserve_server.build.proof.context import (
     wild_anywhere,
 )
 from attnserve_server.build.proof.hiding import softmaxed
-from attnserve_server.build.proof.intervals import NAN, Interval, add
+from attnserve_server.build.proof.intervals import NAN, NEGATIVE, Interval, add
 from attnserve_server.build.proof.layout import (
     PLAIN_ONE,
     Layout,
@@ -35,7 +35,7 @@ from attnserve_server.build.proof.layout import (
 from attnserve_server.build.proof.rules.counting import as_count
 from attnserve_server.build.proof.rules.pointwise import pointwise, sizes_value
 from attnserve_server.build.proof.sizes import product
-from attnserve_server.build.proof.values import Entry, Standing, Value
+from attnserve_server.build.proof.values import EXACTLY_HIDDEN, HALF_HIDDEN, Entry, Standing, Value
 
 _NEUTRAL: Final = {
     "ReduceSum": 0.0,
@@ -97,7 +97,7 @@ def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: b
     gone = [place for at in axes for place in ordinals(value.axes, at)]
     standing, cause = value.standing, value.cause
     for place in gone:
-        if not _neutral(op, value, place):
+        if not _neutral(op, value, place, HALF_HIDDEN if ctx.precision == "fp16" else EXACTLY_HIDDEN):
             word = _WORDS.get(op, f"reduces ({op})")
             standing, cause = Standing.DIFFERENT, ctx.cause(f"{word} {ctx.others} too")
     regions = {}
@@ -106,6 +106,11 @@ def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: b
             interval = _plain(entry)
             regions[kind, places[one], places[other]] = Entry(_span(op, interval, value, axes))
     count = _span(op, replace(value.span, wild=wild_anywhere(value)), value, axes)
+    if op == "ReduceMax" and not value.lit.wild and count.wild == NEGATIVE:
+        # The greatest is no less than what masks leave.
+        ctx.need(value.masks, everything=len(value.masks) > 1 or bool(value.structured))
+        count = Interval(max(count.low, value.lit.low), count.high)
+        regions = {region: Entry(replace(entry.interval, wild=0)) for region, entry in regions.items()}
     result = Value(layout, standing, cause, span=count, lit=count, regions=regions)
     if (
         op == "ReduceSum"
@@ -134,16 +139,16 @@ def _plain(entry: Entry) -> Interval:
     return entry.interval if not entry.lowered else Interval(wild=entry.interval.wild)
 
 
-def _neutral(op: str, value: Value, place: int) -> bool:
+def _neutral(op: str, value: Value, place: int, lowest: float) -> bool:
     """Whether the padded elements change nothing of the result."""
     neutral = _NEUTRAL.get(op)
     entry = value.pad(place)
     if neutral is None or entry.lowered or entry.interval.wild & NAN:
         return False
     if op == "ReduceMax":
-        return entry.high <= value.span.low or entry.only == -math.inf
+        return entry.high <= value.span.low or (entry.only is not None and entry.only <= lowest)
     if op == "ReduceMin":
-        return entry.interval.low >= value.span.high or entry.only == math.inf
+        return entry.interval.low >= value.span.high or (entry.only is not None and entry.only >= -lowest)
     return entry.only == neutral
 
 
