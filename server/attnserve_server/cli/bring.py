@@ -12,9 +12,11 @@ import typer
 from rich.console import Console
 
 from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.model.batching import rulings
 from attnserve_server.model.manifest import NAME_PATTERN, is_model_name, is_model_version
 
 if TYPE_CHECKING:
+    from attnserve_server.model.certificate import Batching
     from attnserve_server.model.report import QualityReport
     from attnserve_server.model.repository import Bundle
 
@@ -52,6 +54,17 @@ TryMore = Annotated[
         "--try/--no-try",
         help="Time the other exporter (where none is named) and the runtime's rewritings; keep what is clearly faster.",
     ),
+]
+BatchingOption = Annotated[
+    Literal["proved", "tested", "off"],
+    typer.Option(
+        "--batching",
+        help="The policy that the report, its warnings and the closing check are for; `serve` has its own.",
+    ),
+]
+AttackSeconds = Annotated[
+    float,
+    typer.Option("--attack-seconds", min=0, help="The most that trying to break what is not proved may take."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
@@ -120,6 +133,8 @@ def export(  # noqa: PLR0913 - the options of a command
     precision: PrecisionOption = "fp32",
     fuse: Fuse = True,
     try_more: TryMore = True,
+    batching: BatchingOption = "proved",
+    attack_seconds: AttackSeconds = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Turn a Hugging Face model folder, or a model of the zoo, into a bundle, and check it against its source."""
@@ -144,8 +159,10 @@ def export(  # noqa: PLR0913 - the options of a command
             precision=precision,
             fuse=fuse,
             try_more=try_more,
+            batching=batching,
+            attack_seconds=attack_seconds,
         )
-        _report(export_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
+        _report(export_bundle(request, Steps(Console(stderr=True))), batching, as_json=as_json)
 
 
 def prepare(  # noqa: PLR0913 - the options of a command
@@ -175,6 +192,8 @@ def prepare(  # noqa: PLR0913 - the options of a command
     precision: PrecisionOption = "fp32",
     fuse: Fuse = True,
     try_more: TryMore = True,
+    batching: BatchingOption = "proved",
+    attack_seconds: AttackSeconds = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Turn a bare ONNX file into a bundle: find its attention, add taps, and check them against the file."""
@@ -196,8 +215,10 @@ def prepare(  # noqa: PLR0913 - the options of a command
             fuse=fuse,
             try_more=try_more,
             precision=precision,
+            batching=batching,
+            attack_seconds=attack_seconds,
         )
-        _report(prepare_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
+        _report(prepare_bundle(request, Steps(Console(stderr=True))), batching, as_json=as_json)
 
 
 def inspect(
@@ -258,7 +279,7 @@ def _check_names(name: str, version: str) -> None:
         raise typer.BadParameter(f"{version!r} is no positive integer", param_hint="--version")
 
 
-def _report(bundle: Bundle, *, as_json: bool) -> None:
+def _report(bundle: Bundle, batching: Batching, *, as_json: bool) -> None:
     """The bundle in a few lines, or its manifest."""
     manifest = bundle.manifest
     if as_json:
@@ -272,6 +293,8 @@ def _report(bundle: Bundle, *, as_json: bool) -> None:
         f"checked against {check.against}: outputs within {check.output_max_abs_error:.1e}, "
         f"weights within {check.weight_max_abs_error:.1e}, row sums within {check.row_sum_max_abs_error:.1e}"
     )
+    for ruling in rulings(manifest, batching):
+        typer.echo(str(ruling))
     if check.fusion is not None:
         typer.echo(str(check.fusion))
     for trial in check.trials:

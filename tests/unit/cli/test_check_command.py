@@ -65,7 +65,7 @@ def scaled(name: str, factor: float) -> Any:
 def test_sound_bundle_passes_every_check(bundle: Bundle) -> None:
     done = check(bundle.path)
     assert done.exit_code == 0, done.output
-    for what in ("files", "golden answers", "padding along seq", "batch mates", "weights @ value"):
+    for what in ("files", "golden answers", "padding along seq", "batch neighbours", "weights @ value"):
         assert f"ok  {what}" in done.stdout
     assert "FAILED" not in done.stdout
 

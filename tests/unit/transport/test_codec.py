@@ -171,7 +171,7 @@ def test_a_description_says_what_the_manifest_says() -> None:
         update={"outputs": (*MANIFEST.outputs, OutputSpec(name="mark", dtype="bool", shape=()))}
     )
     message = model_pb2.Model()
-    describe(message, manifest)
+    describe(message, manifest, "proved")
     assert [(spec.name, spec.optional) for spec in message.inputs] == [("input_ids", False), ("attention_mask", True)]
     assert message.inputs[0].shape[0].symbol == "seq"
     assert [extent.WhichOneof("extent") for extent in message.outputs[0].shape] == ["symbol", "size"]
@@ -187,12 +187,12 @@ def test_a_description_tells_patch_grids_and_the_axis_of_the_second_text() -> No
     patches = AxisSpec(symbol="patches", max_length=7, paddable=False, fixed=True, grid=(2, 3), leading=1)
     text = TextSpec(axis="seq", max_tokens=8, pair_axis="target", pair_max_tokens=8)
     message = model_pb2.Model()
-    describe(message, MANIFEST.model_copy(update={"axes": (patches,), "text": text}))
+    describe(message, MANIFEST.model_copy(update={"axes": (patches,), "text": text}), "proved")
     (axis,) = message.axes
     assert (axis.grid_rows, axis.grid_columns, axis.leading) == (2, 3, 1)
     assert (message.text_axis, message.text_pair_axis) == ("seq", "target")
     message = model_pb2.Model()
-    describe(message, MANIFEST.model_copy(update={"text": None}))
+    describe(message, MANIFEST.model_copy(update={"text": None}), "proved")
     assert (message.text_axis, message.text_pair_axis) == ("", "")
 
 
