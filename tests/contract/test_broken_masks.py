@@ -194,3 +194,16 @@ async def test_model_says_that_its_axis_is_tested(client: AsyncClient) -> None:
     (axis,) = (await client.model("keys")).axes
     assert axis.paddable
     assert (axis.padding_status, axis.padding_reason) == ("tested", "finite mask, unbounded scores")
+
+
+async def test_request_of_several_sequences_runs_one_by_one_where_batching_is_off(repository: Path) -> None:
+    settings = Settings(repository=repository, grpc_port=0, http_port=0, run_overhead_tokens=1e6, batching="off")
+    application = Application(settings)
+    await application.start()
+    async with AsyncClient(f"127.0.0.1:{application.grpc_port}") as client:
+        model = await client.model("keys")
+        assert (model.batching, model.batched, model.max_batch_size) == ("off", False, 8)
+        assert not model.axes[0].paddable
+        results = await client.infer("keys", [{"input_ids": np.arange(1, 4)}] * 3)
+        assert [result.run.batch_size for result in results] == [1, 1, 1]
+    await application.aclose()

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from attnserve_server.cli.bring import AsJson, AttackSeconds, BatchingOption, quality_line, spoken
+from attnserve_server.cli.bring import AsJson, AttackSeconds, BatchingOption, spoken
+from attnserve_server.cli.report import quality_line
 
 if TYPE_CHECKING:
     from attnserve_server.build.checking.findings import BundleCheck, Finding
