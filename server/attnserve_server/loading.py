@@ -157,6 +157,7 @@ def cost_key(session: RuntimeSession, manifest: Manifest, settings: Settings) ->
         machine=machine(),
         cores=cores(),
         intra_op_threads=settings.intra_op_threads,
+        max_batch_size=manifest.max_batch_size,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import structlog
@@ -11,7 +11,7 @@ from attnserve_server import loading
 from attnserve_server.config import Settings
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.loading import open_bundle, under_policy
-from attnserve_server.model.certificate import Clause, Verdict
+from attnserve_server.model.certificate import BATCHING, Clause, Verdict
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, write_bundle
 from made_by_hand import SURVIVED, certificate
@@ -83,3 +83,14 @@ def test_rows_do_not_fill_up_recorded_shapes_where_sequences_run_alone(
     plan = loading._graph_plan(under_policy(Bundle(tmp_path, manifest), settings).manifest, settings)
     assert plan is not None
     assert plan.shapes == shapes
+
+
+def test_costs_of_sequences_that_run_alone_are_not_taken_for_those_of_batches(tmp_path: Path) -> None:
+    session = RuntimeSession.load(write_tiny_files(tmp_path)["model.onnx"], provider="CPUExecutionProvider")
+    settings = Settings(repository=tmp_path)
+    keys = {loading.cost_key(session, rules(tiny_manifest(), tmp_path, policy)[0], settings) for policy in BATCHING}
+    assert len(keys) == 2
+
+
+def test_setting_takes_every_policy() -> None:
+    assert get_args(Settings.model_fields["batching"].annotation) == BATCHING
