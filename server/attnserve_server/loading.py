@@ -132,6 +132,9 @@ def _graph_plan(manifest: Manifest, settings: Settings) -> GraphPlan | None:
     if manifest.max_batch_size == 1:
         # Rows that fill up a recorded shape are neighbours too.
         shapes = tuple((rows, tokens) for rows, tokens in shapes if rows == 1)
+        if not shapes:
+            _log.warning("no CUDA graphs: its sequences run alone, and no shape has one row", model=manifest.name)
+            return None
     return GraphPlan(shapes, {spec.name: spec.padding for spec in manifest.inputs})
 
 

@@ -83,6 +83,10 @@ def test_rows_do_not_fill_up_recorded_shapes_where_sequences_run_alone(
     plan = loading._graph_plan(under_policy(Bundle(tmp_path, manifest), settings).manifest, settings)
     assert plan is not None
     assert plan.shapes == shapes
+    wide = Settings(repository=tmp_path, cuda_graphs="8x64")
+    assert (loading._graph_plan(under_policy(Bundle(tmp_path, manifest), wide).manifest, wide) is None) is (
+        verdict is Verdict.REFUTED
+    )
 
 
 def test_costs_of_sequences_that_run_alone_are_not_taken_for_those_of_batches(tmp_path: Path) -> None:
