@@ -5,7 +5,6 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field
 
@@ -113,12 +112,16 @@ class MaskNeed(Frozen):
         """
         if not values.size:
             return False
-        allowed = values != values.dtype.type(padding)
-        if self.allowed_value is not None and not np.array_equal(
-            values == values.dtype.type(self.allowed_value), allowed
-        ):
-            return False
-        return bool(allowed.all() if self.need == "all" or not values.ndim else allowed.any(axis=-1).all())
+        hidden = values == values.dtype.type(padding)
+        known = True
+        if self.allowed_value is not None:
+            allowed = values == values.dtype.type(self.allowed_value)
+            if allowed.all():  # as most masks are
+                return self.allowed_value != padding
+            known = bool((allowed | hidden).all())
+        if self.need == "all":
+            return known and not hidden.any()
+        return known and not hidden.all(axis=-1 if values.ndim else None).any()
 
 
 class Certificate(Frozen):
