@@ -26,6 +26,19 @@ _STATES: Final[dict[int, str]] = {
     model_pb2.MODEL_STATE_DRAINING: "draining",
     model_pb2.MODEL_STATE_FAILED: "failed",
 }
+_STATUSES: Final[dict[int, str]] = {
+    model_pb2.BATCHING_STATUS_UNSPECIFIED: "",
+    model_pb2.BATCHING_STATUS_PROVED: "proved",
+    model_pb2.BATCHING_STATUS_TESTED: "tested",
+    model_pb2.BATCHING_STATUS_REFUTED: "refuted",
+    model_pb2.BATCHING_STATUS_UNKNOWN: "unknown",
+}
+_POLICIES: Final[dict[int, str]] = {
+    model_pb2.BATCHING_POLICY_UNSPECIFIED: "",
+    model_pb2.BATCHING_POLICY_PROVED: "proved",
+    model_pb2.BATCHING_POLICY_TESTED: "tested",
+    model_pb2.BATCHING_POLICY_OFF: "off",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +59,17 @@ class TensorSpec:
 class Axis:
     """A dynamic axis: its symbol, its greatest length, and whether sequences of other lengths may share its batch.
 
-    `grid`: how it covers an image; None where it holds no patches.
+    `grid`: how it covers an image; None where it holds no patches. `padding_status`: what is known of padding along it,
+    `proved`, `tested`, `refuted` or `unknown`; empty for a fixed axis, and where the server does not tell.
+    `padding_reason`: why it is not proved; empty where it is.
     """
 
     symbol: str
     max_length: int
     paddable: bool
     grid: PatchGrid | None = None
+    padding_status: str = ""
+    padding_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +111,11 @@ class ModelInfo:
         execution_provider: What runs it; empty until loaded.
         text_axis: Axis symbol of a text's tokens; empty where it takes no text.
         text_pair_axis: That of a second text's: another where the second text has an input of its own.
+        batching: The server's policy, `proved`, `tested` or `off`: what it asks for before sequences share a run.
+            Empty where the server does not tell.
+        batch_status: What is known of batch neighbours, `proved`, `tested`, `refuted` or `unknown`; empty likewise.
+        batch_reason: Why it is not proved, in plain words; empty where it is.
+        batched: Whether sequences share runs. If not, each runs alone, also those of one request.
     """
 
     name: str
@@ -114,6 +136,10 @@ class ModelInfo:
     execution_provider: str
     text_axis: str = ""
     text_pair_axis: str = ""
+    batching: str = ""
+    batch_status: str = ""
+    batch_reason: str = ""
+    batched: bool = False
 
     @property
     def ready(self) -> bool:
@@ -158,6 +184,10 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
         execution_provider=message.execution_provider,
         text_axis=message.text_axis,
         text_pair_axis=message.text_pair_axis,
+        batching=_POLICIES.get(message.batching_policy, ""),
+        batch_status=_STATUSES.get(message.batch_status, ""),
+        batch_reason=message.batch_reason,
+        batched=message.batched,
     )
 
 
@@ -182,7 +212,8 @@ def _spec(message: model_pb2.TensorSpec) -> TensorSpec:
 
 def _axis(message: model_pb2.Axis) -> Axis:
     grid = PatchGrid(message.grid_rows, message.grid_columns, message.leading) if message.grid_rows else None
-    return Axis(message.symbol, message.max_length, message.paddable, grid)
+    status = _STATUSES.get(message.padding_status, "")
+    return Axis(message.symbol, message.max_length, message.paddable, grid, status, message.padding_reason)
 
 
 def _site(message: model_pb2.Site) -> Site:

@@ -22,6 +22,7 @@ from attnserve_server.loading import (
     instances_of,
     open_bundle,
     scheduling_settings,
+    under_policy,
     wanted_bundles,
 )
 from attnserve_server.model.repository import Bundle, BundleFault
@@ -84,7 +85,7 @@ class Application:
         bundles, faults = wanted_bundles(self.settings)
         for fault in faults:
             self._add_broken(fault)
-        waiting = [(bundle, self._add(bundle)) for bundle in bundles]
+        waiting = [self._add(bundle) for bundle in bundles]
         self.http_port = await self.http.start()
         self.grpc_port = await self.grpc.start()
         _log.info("listening", host=self.settings.host, grpc_port=self.grpc_port, http_port=self.http_port)
@@ -167,15 +168,21 @@ class Application:
         self.plane.close()
         await self.http.stop()
 
-    def _add(self, bundle: Bundle) -> ServedModel:
+    def _add(self, stored: Bundle) -> tuple[Bundle, ServedModel]:
+        """The bundle under the server's batching policy, and its entry in the catalog."""
+        bundle = under_policy(stored, self.settings)
         manifest = bundle.manifest
         model = ServedModel(
-            manifest.name, manifest.version, self.metrics.model(manifest.name, manifest.version), manifest
+            manifest.name,
+            manifest.version,
+            self.metrics.model(manifest.name, manifest.version),
+            manifest,
+            max_request_size=stored.manifest.max_batch_size,
         )
         model.move(ModelState.LOADING)
         self.catalog.add(model)
         self.health.set(model.name, serving=False)
-        return model
+        return bundle, model
 
     def _add_broken(self, fault: BundleFault) -> None:
         model = ServedModel(fault.name, fault.version, self.metrics.model(fault.name, fault.version))

@@ -96,7 +96,7 @@ class Settings(BaseSettings):
     max_batch_size: Annotated[int, Field(ge=0, le=4096)] = Field(
         0,
         description="Most sequences in one run and in one request; 0: as each bundle says, which "
-        "no setting exceeds. Default: that.",
+        "no setting exceeds. Default: that. Where sequences run alone, a request may still hold as many.",
     )
     max_batch_tokens: Annotated[int, Field(ge=1)] = Field(
         16_384,
@@ -107,6 +107,13 @@ class Settings(BaseSettings):
         1024 * MIB,
         description="Most bytes of tensors in one run, whole attention maps included; a sequence that needs more runs "
         "alone. Default: fits beside the weights in a container of a few GiB.",
+    )
+    batching: Literal["proved", "tested", "off"] = Field(
+        "proved",
+        description="What must be known before sequences share a run: `proved`, that none can change another's answer "
+        "(a finite mask with unbounded scores counts where it withstood the attack at conversion); `tested`, that it "
+        "withstood the attack; `off`: every sequence runs alone. What is refuted is never batched. Default: `proved`, "
+        "as an answer that depends on its neighbours is wrong without an error.",
     )
     run_overhead_tokens: Annotated[float, Field(ge=0, le=1e9)] | None = Field(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,7 @@ from attnserve_server.engine.cuda_graphs import GraphPlan
 from attnserve_server.engine.golden import verify_golden
 from attnserve_server.engine.providers import CUDA, GPU_PROVIDERS, TENSORRT, visible_gpus
 from attnserve_server.engine.session import RuntimeSession, runtime_version
+from attnserve_server.model.batching import cautions
 from attnserve_server.model.golden import read_golden
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, BundleFault, Repository, verify
@@ -59,8 +61,29 @@ def wanted_bundles(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]
     )
 
 
+def under_policy(bundle: Bundle, settings: Settings) -> Bundle:
+    """A bundle with the manifest that holds under the policy of the settings. Logs what limits batching, and why."""
+    manifest = bundle.manifest
+    for caution in cautions(manifest.certificate, settings.batching, alone=manifest.max_batch_size == 1):
+        _log.warning(
+            caution.effect,
+            model=manifest.name,
+            version=manifest.version,
+            axis=caution.axis,
+            status=caution.status,
+            cause=caution.cause,
+            remedy=caution.remedy,
+            batching=settings.batching,
+        )
+    return replace(bundle, manifest=manifest.under(settings.batching))
+
+
 def open_bundle(bundle: Bundle, settings: Settings) -> tuple[list[RuntimeSession], TextTokenizer | None]:
     """Verifies a bundle's files, loads them once a device, and asks each for its golden answers. Runs in a thread.
+
+    Args:
+        bundle: under the policy of the settings, see `under_policy`.
+        settings: say how and where it is loaded.
 
     Raises:
         BundleInvalid: A file is missing, or another one.
@@ -106,6 +129,12 @@ def _graph_plan(manifest: Manifest, settings: Settings) -> GraphPlan | None:
         _log.warning("no CUDA graphs: its inputs do not share one axis that pads", model=manifest.name)
         return None
     shapes = tuple((int(rows), int(tokens)) for rows, _, tokens in (one.partition("x") for one in settings.cuda_graphs))
+    if manifest.max_batch_size == 1:
+        # Rows that fill up a recorded shape are neighbours too.
+        shapes = tuple((rows, tokens) for rows, tokens in shapes if rows == 1)
+        if not shapes:
+            _log.warning("no CUDA graphs: its sequences run alone, and no shape has one row", model=manifest.name)
+            return None
     return GraphPlan(shapes, {spec.name: spec.padding for spec in manifest.inputs})
 
 
@@ -131,6 +160,7 @@ def cost_key(session: RuntimeSession, manifest: Manifest, settings: Settings) ->
         machine=machine(),
         cores=cores(),
         intra_op_threads=settings.intra_op_threads,
+        max_batch_size=manifest.max_batch_size,
     )
 
 

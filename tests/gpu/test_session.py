@@ -117,3 +117,13 @@ def test_recorded_runs_answer_as_others_do(path: Path, cpu: RuntimeSession) -> N
                     one[tuple(slice(extent) for extent in other.shape)] for one, other in zip(got, wanted, strict=True)
                 ]
                 assert_alike(cut, wanted)
+
+
+def test_run_that_must_keep_its_shape_is_not_padded_to_a_recording(path: Path, cpu: RuntimeSession) -> None:
+    plan = GraphPlan(((1, 8),), {spec.name: spec.padding for spec in MANIFEST.inputs})
+    session = RuntimeSession.load(path, provider=CUDA, graphs=plan)
+    given = feeds(1, 5)
+    assert session.run(given, OUTPUTS)[0].shape[1] == 8, "recorded"
+    kept = session.run(given, OUTPUTS, exact_shape=True)
+    assert kept[0].shape[1] == 5
+    assert_alike(kept, cpu.run(given, OUTPUTS))

@@ -1,8 +1,11 @@
-"""What every manifest that a test makes by hand says of where it comes from and how it was checked: nothing."""
+"""What every manifest that a test makes by hand holds: no word of its origin or its check, and a certificate."""
 
 from __future__ import annotations
 
-from attnserve_server.model.manifest import CheckReport, Provenance
+from collections.abc import Sequence
+
+from attnserve_server.model.certificate import AttackReport, Certificate, Clause, MaskNeed, Verdict
+from attnserve_server.model.manifest import BATCH, CheckReport, Provenance
 
 PROVENANCE = Provenance(source="test", exporter="test", opset=20, created="2026-01-01T00:00:00Z")
 CHECK = CheckReport(
@@ -14,3 +17,20 @@ CHECK = CheckReport(
     weight_tolerance=0,
     row_sum_max_abs_error=0,
 )
+SURVIVED = AttackReport(probes=20, seconds=1.0, worst=0.1)
+
+
+def proved(*symbols: str, masks: Sequence[MaskNeed] = ()) -> Certificate:
+    """A certificate that proves the batch and padding along every one of these axes."""
+    return certificate(**dict.fromkeys((BATCH, *symbols), Verdict.PROVED), masks=tuple(masks))
+
+
+def certificate(
+    *, masks: tuple[MaskNeed, ...] = (), clauses: Sequence[Clause] = (), **verdicts: Verdict
+) -> Certificate:
+    """A certificate with a plain clause for each verdict, by axis, behind clauses that the test wrote itself."""
+    plain = (
+        Clause(axis=axis, verdict=verdict, reason="" if verdict is Verdict.PROVED else "made by hand")
+        for axis, verdict in verdicts.items()
+    )
+    return Certificate(clauses=(*clauses, *plain), masks=masks)

@@ -18,6 +18,7 @@ from attnserve_server.model.manifest import (
     TextSpec,
 )
 from attnserve_server.model.repository import UNSEALED, write_bundle
+from made_by_hand import proved
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -164,6 +165,7 @@ def tiny_manifest(name: str = "tiny", version: str = "1", *, text: bool = True) 
             weight_tolerance=1e-5,
             row_sum_max_abs_error=0,
         ),
+        certificate=proved("seq"),
     )
 
 

@@ -83,9 +83,13 @@ def show_model(console: Console, model: ModelInfo) -> None:
         for spec in specs:
             console.print(Text(f"  {what:<7}{_spec(spec)}"))
     for axis in model.axes:
-        pads = "" if axis.paddable else ", not padded"
+        pads = ("padded" if axis.paddable else "not padded") + _known(axis.padding_status, axis.padding_reason)
         patches = f", {axis.grid.rows} × {axis.grid.columns} patches" if axis.grid else ""
-        console.print(Text(f"  axis   {clean(axis.symbol)}, at most {axis.max_length}{pads}{patches}"))
+        console.print(Text(f"  axis   {clean(axis.symbol)}, at most {axis.max_length}, {pads}{patches}"))
+    if model.batching:
+        joined = "rows share runs" if model.batched else "every sequence runs alone"
+        known = _known(model.batch_status, model.batch_reason)
+        console.print(Text(f"  batch  {joined}{known}, under the policy {model.batching!r}"))
     for site in model.sites:
         why = f", unavailable: {clean(site.unavailable_reason)}" if site.unavailable_reason else ""
         facts = f"{site.kind}, {site.form}, {site.heads} heads, {clean(site.query_axis)} × {clean(site.key_axis)}"
@@ -99,6 +103,13 @@ def show_model(console: Console, model: ModelInfo) -> None:
     console.print(
         Text(f"  runs   {model.precision} on {model.execution_provider or 'nothing yet'}, {model.digest}", style="dim")
     )
+
+
+def _known(status: str, reason: str) -> str:
+    """What is known of a batch or an axis, and why; nothing where the server does not tell."""
+    if not status:
+        return ""
+    return f" ({status}: {clean(reason)})" if reason else f" ({status})"
 
 
 def _spec(spec: TensorSpec) -> str:

@@ -54,7 +54,14 @@ class Shape:
                 model_pb2.TensorSpec(name="embedding", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[width]),
                 model_pb2.TensorSpec(name="last_hidden_state", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[seq, width]),
             ],
-            axes=[model_pb2.Axis(symbol=AXIS, max_length=self.max_length, paddable=True)],
+            axes=[
+                model_pb2.Axis(
+                    symbol=AXIS,
+                    max_length=self.max_length,
+                    paddable=True,
+                    padding_status=model_pb2.BATCHING_STATUS_PROVED,
+                )
+            ],
             sites=[
                 model_pb2.Site(
                     name=f"layer.{layer}",
@@ -75,6 +82,9 @@ class Shape:
             max_text_bytes=1 << 20,
             max_response_bytes=64 << 20,
             precision="fp32",
+            batching_policy=model_pb2.BATCHING_POLICY_PROVED,
+            batch_status=model_pb2.BATCHING_STATUS_PROVED,
+            batched=True,
             execution_provider="FakeExecutionProvider",
         )
 

@@ -53,6 +53,66 @@ MODEL_STATE_FAILED: ModelState.ValueType  # 4
 """Could not be loaded: `Infer` answers UNAVAILABLE; `state_reason` says why."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
+class _BatchingStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BatchingStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BatchingStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BATCHING_STATUS_UNSPECIFIED: _BatchingStatus.ValueType  # 0
+    """Not set: of a fixed axis, along which nothing is padded, or of a server that does not tell."""
+    BATCHING_STATUS_PROVED: _BatchingStatus.ValueType  # 1
+    """They cannot: every node on every path of the graph was followed."""
+    BATCHING_STATUS_TESTED: _BatchingStatus.ValueType  # 2
+    """Not proved, but no probe of the attack at conversion changed an answer, and the policy accepts that."""
+    BATCHING_STATUS_REFUTED: _BatchingStatus.ValueType  # 3
+    """They can: a node is known that mixes a sequence with them, or a probe changed an answer."""
+    BATCHING_STATUS_UNKNOWN: _BatchingStatus.ValueType  # 4
+    """The proof does not reach so far, and the policy accepts nothing less; or the bundle has no certificate."""
+
+class BatchingStatus(_BatchingStatus, metaclass=_BatchingStatusEnumTypeWrapper):
+    """What is known of padding or of batch neighbours: whether they can change a sequence's own outputs and weights."""
+
+BATCHING_STATUS_UNSPECIFIED: BatchingStatus.ValueType  # 0
+"""Not set: of a fixed axis, along which nothing is padded, or of a server that does not tell."""
+BATCHING_STATUS_PROVED: BatchingStatus.ValueType  # 1
+"""They cannot: every node on every path of the graph was followed."""
+BATCHING_STATUS_TESTED: BatchingStatus.ValueType  # 2
+"""Not proved, but no probe of the attack at conversion changed an answer, and the policy accepts that."""
+BATCHING_STATUS_REFUTED: BatchingStatus.ValueType  # 3
+"""They can: a node is known that mixes a sequence with them, or a probe changed an answer."""
+BATCHING_STATUS_UNKNOWN: BatchingStatus.ValueType  # 4
+"""The proof does not reach so far, and the policy accepts nothing less; or the bundle has no certificate."""
+Global___BatchingStatus: _TypeAlias = BatchingStatus  # noqa: Y015
+
+class _BatchingPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BatchingPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BatchingPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BATCHING_POLICY_UNSPECIFIED: _BatchingPolicy.ValueType  # 0
+    """Not set; a server that does not tell."""
+    BATCHING_POLICY_PROVED: _BatchingPolicy.ValueType  # 1
+    """What is proved, and finite masks with unbounded scores that withstood the attack."""
+    BATCHING_POLICY_TESTED: _BatchingPolicy.ValueType  # 2
+    """Whatever withstood the attack."""
+    BATCHING_POLICY_OFF: _BatchingPolicy.ValueType  # 3
+    """Nothing: every sequence runs alone."""
+
+class BatchingPolicy(_BatchingPolicy, metaclass=_BatchingPolicyEnumTypeWrapper):
+    """What the server asks for before sequences share a run; its setting `--batching`."""
+
+BATCHING_POLICY_UNSPECIFIED: BatchingPolicy.ValueType  # 0
+"""Not set; a server that does not tell."""
+BATCHING_POLICY_PROVED: BatchingPolicy.ValueType  # 1
+"""What is proved, and finite masks with unbounded scores that withstood the attack."""
+BATCHING_POLICY_TESTED: BatchingPolicy.ValueType  # 2
+"""Whatever withstood the attack."""
+BATCHING_POLICY_OFF: BatchingPolicy.ValueType  # 3
+"""Nothing: every sequence runs alone."""
+Global___BatchingPolicy: _TypeAlias = BatchingPolicy  # noqa: Y015
+
 @_typing.final
 class Dimension(_message.Message):
     """One axis of an input or output, without the batch axis."""
@@ -133,20 +193,24 @@ class Axis(_message.Message):
     GRID_ROWS_FIELD_NUMBER: _builtins.int
     GRID_COLUMNS_FIELD_NUMBER: _builtins.int
     LEADING_FIELD_NUMBER: _builtins.int
+    PADDING_STATUS_FIELD_NUMBER: _builtins.int
+    PADDING_REASON_FIELD_NUMBER: _builtins.int
     symbol: _builtins.str
     """Its name."""
     max_length: _builtins.int
     """Greatest length; a longer one is refused with INVALID_ARGUMENT."""
     paddable: _builtins.bool
-    """Whether sequences of different lengths along it may share a batch without changing each other's answers. Found out
-    by running the model, not declared.
-    """
+    """Whether sequences of different lengths along it share a batch, padded: where the policy accepts `padding_status`."""
     grid_rows: _builtins.int
     """Rows of the grid of image patches that the axis runs over, row by row; 0: it runs over none."""
     grid_columns: _builtins.int
     """Columns of that grid."""
     leading: _builtins.int
     """How many positions stand before the patches, for example one for a class token."""
+    padding_status: Global___BatchingStatus.ValueType
+    """What is known of padding along it, as the policy sees it."""
+    padding_reason: _builtins.str
+    """Why it is not proved, in plain words; empty where it is."""
     def __init__(
         self,
         *,
@@ -156,10 +220,12 @@ class Axis(_message.Message):
         grid_rows: _builtins.int = ...,
         grid_columns: _builtins.int = ...,
         leading: _builtins.int = ...,
+        padding_status: Global___BatchingStatus.ValueType = ...,
+        padding_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grid_columns", b"grid_columns", "grid_rows", b"grid_rows", "leading", b"leading", "max_length", b"max_length", "paddable", b"paddable", "symbol", b"symbol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grid_columns", b"grid_columns", "grid_rows", b"grid_rows", "leading", b"leading", "max_length", b"max_length", "paddable", b"paddable", "padding_reason", b"padding_reason", "padding_status", b"padding_status", "symbol", b"symbol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,6 +313,10 @@ class Model(_message.Message):
     EXECUTION_PROVIDER_FIELD_NUMBER: _builtins.int
     TEXT_AXIS_FIELD_NUMBER: _builtins.int
     TEXT_PAIR_AXIS_FIELD_NUMBER: _builtins.int
+    BATCHING_POLICY_FIELD_NUMBER: _builtins.int
+    BATCH_STATUS_FIELD_NUMBER: _builtins.int
+    BATCH_REASON_FIELD_NUMBER: _builtins.int
+    BATCHED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     version: _builtins.str
@@ -262,7 +332,7 @@ class Model(_message.Message):
     vocabulary_size: _builtins.int
     """Token ids run from 0 to this less 1, unless their input says otherwise; 0 where the model takes none."""
     max_batch_size: _builtins.int
-    """Most sequences in one run, and so in one request."""
+    """Most sequences in one request, and in one run where `batched`; at least 1."""
     max_text_bytes: _builtins.int
     """Most bytes of UTF-8 in one text; more is refused with INVALID_ARGUMENT."""
     max_response_bytes: _builtins.int
@@ -277,6 +347,14 @@ class Model(_message.Message):
     """Axis symbol of the tokens of `text_pair`: another than `text_axis` where the second text has an input of its own, as
     in an encoder-decoder. Empty where the model takes no text.
     """
+    batching_policy: Global___BatchingPolicy.ValueType
+    """The policy in force, which decides what `batched` and each axis's `paddable` make of the status."""
+    batch_status: Global___BatchingStatus.ValueType
+    """What is known of batch neighbours, as the policy sees it."""
+    batch_reason: _builtins.str
+    """Why it is not proved, in plain words; empty where it is."""
+    batched: _builtins.bool
+    """Whether sequences share runs. If not, each runs alone, also those of one request."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """What it takes."""
@@ -314,10 +392,14 @@ class Model(_message.Message):
         execution_provider: _builtins.str = ...,
         text_axis: _builtins.str = ...,
         text_pair_axis: _builtins.str = ...,
+        batching_policy: Global___BatchingPolicy.ValueType = ...,
+        batch_status: Global___BatchingStatus.ValueType = ...,
+        batch_reason: _builtins.str = ...,
+        batched: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_text", b"accepts_text", "axes", b"axes", "digest", b"digest", "execution_provider", b"execution_provider", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "name", b"name", "outputs", b"outputs", "precision", b"precision", "sites", b"sites", "state", b"state", "state_reason", b"state_reason", "text_axis", b"text_axis", "text_pair_axis", b"text_pair_axis", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_text", b"accepts_text", "axes", b"axes", "batch_reason", b"batch_reason", "batch_status", b"batch_status", "batched", b"batched", "batching_policy", b"batching_policy", "digest", b"digest", "execution_provider", b"execution_provider", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "name", b"name", "outputs", b"outputs", "precision", b"precision", "sites", b"sites", "state", b"state", "state_reason", b"state_reason", "text_axis", b"text_axis", "text_pair_axis", b"text_pair_axis", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,13 +20,14 @@ from attnserve_server.build.inputs.signature import dtype_of
 from attnserve_server.build.learning.grids import Grid, grids_of
 from attnserve_server.build.learning.layout import settle
 from attnserve_server.build.learning.origins import FixedAxes, fixed_axes, of_one_sequence
-from attnserve_server.build.learning.probe import Axes, batch_error, padding_error, probe_axes, probe_lengths
+from attnserve_server.build.learning.probe import Axes, probe_axes, probe_lengths
 from attnserve_server.build.learning.windows import grid_of_windows, with_key_axes, with_windows
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.build.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps, with_plain_values
-from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec, SiteSpec
+from attnserve_server.model.certificate import Batching, Certificate
+from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec, SiteSpec, axes_under
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,45 +153,17 @@ def _verified(
 
 
 def axes_of(
-    assembled: Assembled, max_lengths: Mapping[str, int], steps: Steps
-) -> tuple[tuple[AxisSpec, ...], float | None]:
-    """Every axis, whether padding along it is harmless, and the greatest difference on those where it is.
-
-    Derived and fixed axes that sites name come last.
-    """
-    steps.begin("probing padding")
-    specs: list[AxisSpec] = []
-    harmless: list[float] = []
-    for symbol, max_length in max_lengths.items():
-        error = padding_error(
-            assembled.checker, assembled.sampler, symbol, assembled.outputs, assembled.site_axes, assembled.derived_axes
-        )
-        paddable = error <= assembled.tolerances.company
-        if paddable:
-            harmless.append(error)
-        else:
-            steps.warn(f"padding along {symbol!r} changes the answer: only sequences of one length share a batch")
-        specs.append(AxisSpec(symbol=symbol, max_length=max_length, paddable=paddable))
-    sources = {spec.symbol: spec for spec in specs}
+    assembled: Assembled, max_lengths: Mapping[str, int], certificate: Certificate, batching: Batching
+) -> tuple[AxisSpec, ...]:
+    """Every axis, with what its certificate allows under a policy. Derived and fixed axes that sites name come last."""
+    specs = [AxisSpec(symbol=symbol, max_length=longest, paddable=False) for symbol, longest in max_lengths.items()]
     for symbol, form in assembled.derived_axes.items():
-        source = sources[form.source]
-        longest = max(form.of(source.max_length), 1)
-        specs.append(AxisSpec(symbol=symbol, max_length=longest, paddable=source.paddable, derived=form))
+        longest = max(form.of(max_lengths[form.source]), 1)
+        specs.append(AxisSpec(symbol=symbol, max_length=longest, paddable=False, derived=form))
     for symbol, length in assembled.fixed_axes.items():
         grid, leading = assembled.grids.get(symbol) or (grid_of_windows(assembled.sites, symbol), 0)
         specs.append(AxisSpec(symbol=symbol, max_length=length, paddable=False, fixed=True, grid=grid, leading=leading))
-    return tuple(specs), max(harmless, default=None)
-
-
-def rows_are_independent(assembled: Assembled, steps: Steps) -> bool:
-    """Whether sequences of one length answer in a batch as they do alone; if not, says so."""
-    if assembled.sampler.signature.fixed_batch:
-        return True
-    error = batch_error(assembled.checker, assembled.sampler, assembled.outputs, assembled.site_axes)
-    independent = error <= assembled.tolerances.company
-    if not independent:
-        steps.warn("rows of a batch change each other's answers: every sequence will run alone")
-    return independent
+    return axes_under(specs, certificate, batching)
 
 
 def _refuse_reserved_names(graph: onnx.GraphProto) -> None:

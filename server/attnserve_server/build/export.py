@@ -11,7 +11,8 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from attnserve_server.build.assemble import Assembled, axes_of, rows_are_independent
+from attnserve_server.build.assemble import Assembled, axes_of
+from attnserve_server.build.certify import ATTACK_SECONDS, certify
 from attnserve_server.build.checking.against import differences
 from attnserve_server.build.checking.check import CHECK_LENGTHS, Tolerances, judge
 from attnserve_server.build.checking.golden import with_golden
@@ -39,6 +40,7 @@ from attnserve_server.build.sources.source_model import (
     source_model,
 )
 from attnserve_server.build.trials import fastest, tried
+from attnserve_server.model.certificate import Batching
 from attnserve_server.model.manifest import AxisSpec, CheckReport, Manifest, Provenance
 from attnserve_server.model.report import TrialReport
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, Repository, write_bundle
@@ -53,7 +55,8 @@ class ExportRequest:
 
     `exporter` is `auto`, `dynamo` or `torchscript`; `opset` 0 is the exporter's own default. `zoo_options`: of a source
     that is of the zoo. `fuse`: try fused operators on packed heads, and keep them where that is faster. `try_more`: try
-    the other exporter (where none is named) and the runtime's own rewritings, and keep what is faster.
+    the other exporter (where none is named) and the runtime's own rewritings, and keep what is faster. `batching`: the
+    policy that warnings and checks are for. `attack_seconds`: the most that an attack on what is not proved may take.
     """
 
     source: str
@@ -70,6 +73,8 @@ class ExportRequest:
     precision: Precision = "fp32"
     fuse: bool = True
     try_more: bool = False
+    batching: Batching = "proved"
+    attack_seconds: float = ATTACK_SECONDS
 
 
 def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
@@ -125,15 +130,20 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     assembled = traced.rewritten.assembled(sampler, work, steps)
     if not assembled.sites:
         raise BuildRefused(f"{source.architecture} exports without attention that is known, so there is nothing to tap")
-    axes, padding = axes_of(assembled, max_lengths, steps)
-    axes = tuple(_gridded(axis, more.grids if more else {}) for axis in axes)
+    certificate = certify(
+        assembled, max_lengths, steps, batching=request.batching, attack_seconds=request.attack_seconds
+    )
+    axes = tuple(
+        _gridded(axis, more.grids if more else {})
+        for axis in axes_of(assembled, max_lengths, certificate, request.batching)
+    )
     steps.begin("checking against the source")
     if assembled.precision == "int8":
         # Rounding to eight bits is no matter of a tolerance for each number; what it costs is told as quality.
         paddable = all(axis.paddable or axis.fixed for axis in axes)
-        report = check_against_itself(assembled, max_lengths, padding, paddable=paddable)
+        report = check_against_itself(assembled, max_lengths, paddable=paddable)
     else:
-        report = _check(assembled, source, padding)
+        report = _check(assembled, source)
     judge(report, assembled.tolerances.row_sum)
     left_out = None
     if request.try_more:
@@ -150,7 +160,7 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         digest=UNSEALED,
         files={},
         precision=assembled.precision,
-        max_batch_size=request.max_batch_size if rows_are_independent(assembled, steps) else 1,
+        max_batch_size=request.max_batch_size,
         axes=axes,
         inputs=signature.inputs,
         outputs=assembled.outputs,
@@ -167,10 +177,13 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
             versions=dict(source.versions),
         ),
         check=report,
+        certificate=certificate,
     )
     if reduced is not proto:
-        manifest = with_quality(manifest, assembled.model_path, proto, sampler, source.tokenizer_path, work, steps)
-    manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps)
+        manifest = with_quality(
+            manifest, assembled.model_path, proto, sampler, source.tokenizer_path, work, steps, request.batching
+        )
+    manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps, request.batching)
     return write_bundle(request.repository, manifest, {**files, **golden})
 
 
@@ -232,7 +245,7 @@ def _gridded(axis: AxisSpec, grids: Mapping[int, Grid]) -> AxisSpec:
     return AxisSpec.model_validate({**axis.model_dump(), **told})
 
 
-def _check(assembled: Assembled, source: SourceModel, padding: float | None) -> CheckReport:
+def _check(assembled: Assembled, source: SourceModel) -> CheckReport:
     """Compare the tapped graph with the source's own answers, on mixed lengths in one padded batch."""
     tapped = Runner(assembled.model_path)
     feeds, lengths = assembled.sampler.mixed(CHECK_LENGTHS)
@@ -248,7 +261,6 @@ def _check(assembled: Assembled, source: SourceModel, padding: float | None) -> 
         weight_max_abs_error=seen.weight,
         weight_tolerance=assembled.tolerances.weight,
         row_sum_max_abs_error=seen.row_sum,
-        padding_max_abs_error=padding,
         tapped_over_source_time=time_ratio(tapped, assembled.source, feeds, outputs),
     )
 

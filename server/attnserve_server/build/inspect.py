@@ -15,6 +15,7 @@ from rich.table import Table
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.finders import find_sites
 from attnserve_server.build.graphs.graph import read_graph
+from attnserve_server.build.inspect_batching import BatchingDescription, batching_of
 from attnserve_server.build.sites import FoundSite
 from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest
 from attnserve_server.model.report import FusionReport, TrialReport
@@ -70,6 +71,7 @@ class ModelDescription(BaseModel):
 
     `source`: what the bundle was made from, as `check --against` takes it where it is at hand under that name.
     `text_axes`: the axes that texts go along, the second text's after the first's; empty if clients cannot send text.
+    `batching`: what its certificate says; None for a bare file, which has none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -88,6 +90,7 @@ class ModelDescription(BaseModel):
     sites: tuple[SiteDescription, ...]
     fusion: FusionReport | None = None
     trials: tuple[TrialReport, ...] = ()
+    batching: BatchingDescription | None = None
 
 
 def inspect_model(path: Path) -> ModelDescription:
@@ -123,7 +126,7 @@ def show(description: ModelDescription, console: Console) -> None:
     if description.axes:
         axes = _table("axes", "axis", "longest", "padding", "")
         for axis in description.axes:
-            axes.add_row(axis.symbol, str(axis.max_length), "harmless" if axis.paddable else "none", axis.how)
+            axes.add_row(axis.symbol, str(axis.max_length), "yes" if axis.paddable else "no", axis.how)
         console.print(axes)
     if not description.sites:
         console.print("no attention sites")
@@ -156,7 +159,10 @@ def _weights(site: SiteDescription) -> str:
 
 
 def _of_bundle(bundle: Bundle) -> ModelDescription:
-    manifest: Manifest = bundle.manifest
+    # As the server has it by default: what a bundle itself says of padding may be under another policy.
+    manifest: Manifest = bundle.manifest.under("proved").model_copy(
+        update={"max_batch_size": bundle.manifest.max_batch_size}
+    )
     text = manifest.text
     return ModelDescription(
         what="bundle",
@@ -182,6 +188,7 @@ def _of_bundle(bundle: Bundle) -> ModelDescription:
         ),
         fusion=manifest.check.fusion,
         trials=manifest.check.trials,
+        batching=batching_of(manifest),
     )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import onnx
 
-from attnserve_server.build.assemble import Assembled, axes_of, rows_are_independent
+from attnserve_server.build.assemble import Assembled, axes_of
+from attnserve_server.build.certify import ATTACK_SECONDS, certify
 from attnserve_server.build.checking.check import judge
 from attnserve_server.build.checking.golden import with_golden
 from attnserve_server.build.checking.self_check import check_against_itself
@@ -27,6 +28,7 @@ from attnserve_server.build.precision.choose import Precision, in_precision
 from attnserve_server.build.precision.quality import with_quality
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.trials import fastest
+from attnserve_server.model.certificate import Batching
 from attnserve_server.model.manifest import InputRole, Manifest, Provenance
 from attnserve_server.model.report import TrialReport
 from attnserve_server.model.repository import (
@@ -51,7 +53,8 @@ class PrepareRequest:
     `pair_start`: where the second text has an input of its own, the token that it starts behind; empty: none. `fuse`:
     try fused operators in the place of decomposed attention, and keep them where that is faster. `precision` fp32 keeps
     the file's own. `try_more`: try the runtime's own rewritings, and keep what is faster. `require_attention`: refuse a
-    file none of whose weights can be had, rather than serve it without.
+    file none of whose weights can be had, rather than serve it without. `batching`: the policy that warnings and checks
+    are for. `attack_seconds`: the most that trying to break what is not proved may take.
     """
 
     file: Path
@@ -66,6 +69,8 @@ class PrepareRequest:
     fuse: bool = True
     try_more: bool = False
     precision: Precision = "fp32"
+    batching: Batching = "proved"
+    attack_seconds: float = ATTACK_SECONDS
 
 
 def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundle:
@@ -118,13 +123,14 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     rewritten = fused(reduced, sampler, work, fuse=request.fuse)
     assembled = rewritten.assembled(sampler, work, steps)
     _tell_attention(request, assembled, steps)
-    if not rows_are_independent(assembled, steps):
-        max_batch_size = 1
     max_lengths = _max_lengths(assembled, signature, request.max_length)
-    axes, padding = axes_of(assembled, max_lengths, steps)
+    certificate = certify(
+        assembled, max_lengths, steps, batching=request.batching, attack_seconds=request.attack_seconds
+    )
+    axes = axes_of(assembled, max_lengths, certificate, request.batching)
     steps.begin("checking against the source")
     paddable = all(axis.paddable or axis.fixed for axis in axes)
-    report = check_against_itself(assembled, max_lengths, padding, paddable=paddable)
+    report = check_against_itself(assembled, max_lengths, paddable=paddable)
     judge(report, assembled.tolerances.row_sum)
     left_out: tuple[str, ...] | None = None
     trials: tuple[TrialReport, ...] = ()
@@ -158,10 +164,13 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
             versions={"onnx": onnx.__version__},
         ),
         check=report,
+        certificate=certificate,
     )
     if reduced is not proto:
-        manifest = with_quality(manifest, assembled.model_path, proto, sampler, request.tokenizer, work, steps)
-    manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps)
+        manifest = with_quality(
+            manifest, assembled.model_path, proto, sampler, request.tokenizer, work, steps, request.batching
+        )
+    manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps, request.batching)
     return write_bundle(request.repository, manifest, {**files, **golden})
 
 

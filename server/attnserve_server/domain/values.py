@@ -65,6 +65,9 @@ class PreparedSequence:
     """Bytes of tensor data that its answer will hold; with `min_weight` at most that."""
     lone: bool = False
     """Whether it is all of its request: its answer is then encoded as soon as its run ends."""
+    unpadded: bool = False
+    """Whether padding could change its answer, because its masks break a need of the model's certificate. It then runs
+    with sequences of its own lengths only."""
 
     @property
     def tokens(self) -> int:

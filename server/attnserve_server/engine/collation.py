@@ -22,7 +22,10 @@ _NOBODY: Final = np.empty(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class CollatedBatch:
-    """The arrays of one run. `rows` holds, for each asked layer, the batch rows in the order of the tap's items."""
+    """The arrays of one run. `rows` holds, for each asked layer, the batch rows in the order of the tap's items.
+
+    `unpadded`: the run must have just this shape, because a sequence in it must not be padded.
+    """
 
     feeds: Mapping[str, Array]
     fetches: tuple[str, ...]
@@ -30,13 +33,15 @@ class CollatedBatch:
     size: int
     useful_tokens: int
     padded_tokens: int
+    unpadded: bool = False
 
 
 def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> CollatedBatch:
     """Builds the feeds and the fetch list of one run.
 
     Args:
-        sequences: one or more, whose lengths agree along each axis that does not pad.
+        sequences: one or more, whose lengths agree along each axis that does not pad, and along all axes where one of
+            them must not be padded.
         manifest: of the model that they were prepared for.
 
     Returns:
@@ -46,7 +51,8 @@ def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> Collat
     Raises:
         ValueError: lengths differ along an axis that does not pad, or a tensor contradicts its sequence's lengths.
     """
-    greatest = _greatest(sequences, manifest)
+    unpadded = any(sequence.unpadded for sequence in sequences)
+    greatest = _greatest(sequences, manifest, unpadded=unpadded)
     feeds: dict[str, Array] = {}
     for spec in manifest.inputs:
         feeds[spec.name] = _padded(spec, [sequence.tensors[spec.name] for sequence in sequences], greatest)
@@ -71,6 +77,7 @@ def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> Collat
         size=len(sequences),
         useful_tokens=sum(sequence.tokens for sequence in sequences),
         padded_tokens=len(sequences) * (sum(greatest.values()) or 1),
+        unpadded=unpadded,
     )
 
 
@@ -115,15 +122,16 @@ def weights_of(
     return weights
 
 
-def _greatest(sequences: Sequence[PreparedSequence], manifest: Manifest) -> dict[str, int]:
+def _greatest(sequences: Sequence[PreparedSequence], manifest: Manifest, *, unpadded: bool) -> dict[str, int]:
     greatest: dict[str, int] = {}
     for axis in manifest.axes:
         lengths = [sequence.lengths[axis.symbol] for sequence in sequences if axis.symbol in sequence.lengths]
         if not lengths:
             continue
         longest = max(lengths)
-        if not axis.paddable and min(lengths) != longest:
-            raise ValueError(f"axis {axis.symbol} does not pad: lengths {min(lengths)} and {longest} in one batch")
+        if min(lengths) != longest and (unpadded or not axis.paddable):
+            why = f"axis {axis.symbol} does not pad" if not axis.paddable else "a sequence must not be padded"
+            raise ValueError(f"{why}: lengths {min(lengths)} and {longest} in one batch")
         greatest[axis.symbol] = longest
     return greatest
 

@@ -34,6 +34,8 @@ class CostKey(BaseModel):
     machine: str
     cores: int
     intra_op_threads: int
+    max_batch_size: int = 0
+    """The most rows of a run, which is 1 where sequences run alone: more were not timed. 0: of an earlier release."""
 
 
 class _Entry(BaseModel):

@@ -171,7 +171,8 @@ class Executor:
     def _run_once(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         batch = collate(sequences, self._manifest)
         started = self._clock.now()
-        outputs = self._session_of(instance).run(batch.feeds, batch.fetches, handle)
+        session = self._session_of(instance)
+        outputs = session.run(batch.feeds, batch.fetches, handle, exact_shape=batch.unpadded)
         compute_s = self._clock.now() - started
         self._metrics.compute_seconds.observe(compute_s)
         self._metrics.batch_size.observe(batch.size)

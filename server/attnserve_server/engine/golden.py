@@ -69,7 +69,7 @@ def verify_golden(session: RuntimeSession, manifest: Manifest, golden: Sequence[
 def answers(
     session: RuntimeSession, manifest: Manifest, sequences: Sequence[Mapping[str, Array]]
 ) -> list[GoldenSequence]:
-    """Samples of what a session answers to sequences of inputs, padded into one batch wherever that is harmless."""
+    """Samples of what a session answers to sequences of inputs, padded into one batch where the manifest allows it."""
     if manifest.golden is None:
         raise ValueError("the manifest has no golden answers")
     count = manifest.golden.sample
@@ -78,6 +78,7 @@ def answers(
     prepared = [PreparedSequence(inputs, lengths_of(inputs, manifest), names, everything) for inputs in sequences]
     given = [axis for axis in manifest.axes if axis.derived is None and not axis.fixed]
     together = len(prepared) <= manifest.max_batch_size and all(axis.paddable for axis in given)
+    together = together and not any(manifest.breaks_masks(inputs) for inputs in sequences)
     answered: list[GoldenSequence] = []
     for group in [prepared] if together else [[sequence] for sequence in prepared]:
         batch = collate(group, manifest)

@@ -6,11 +6,13 @@ Its parts have modules of their own: `tensors`, `sites`, `report`. They are impo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
+import numpy.typing as npt
 from pydantic import Field, StringConstraints, model_validator
 
+from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.frozen import (
     NAME_PATTERN,
     NUMPY_DTYPES,
@@ -44,6 +46,7 @@ __all__ = [
     "Provenance",
     "SiteSpec",
     "TextSpec",
+    "axes_under",
     "is_model_name",
     "is_model_version",
 ]
@@ -66,10 +69,25 @@ def is_model_version(version: str) -> bool:
     return re.fullmatch(VERSION_PATTERN, version) is not None
 
 
-class Manifest(Frozen):
-    """All that a bundle says about its model; `manifest.json` is this, as JSON."""
+def axes_under(axes: Sequence[AxisSpec], certificate: Certificate | None, batching: Batching) -> tuple[AxisSpec, ...]:
+    """The axes with `paddable` as a policy has it: by the certificate's clauses, derived axes as their sources."""
+    clauses = () if certificate is None else certificate.clauses
+    padded = {clause.axis for clause in clauses if clause.allows(batching)}
+    padded -= {axis.symbol for axis in axes if axis.fixed}
+    return tuple(
+        axis.model_copy(update={"paddable": (axis.derived.source if axis.derived else axis.symbol) in padded})
+        for axis in axes
+    )
 
-    format: Literal[1] = 1
+
+class Manifest(Frozen):
+    """All that a bundle says about its model; `manifest.json` is this, as JSON.
+
+    Format 2 has a batching certificate; format 1, of earlier releases, has none. What may be padded and joined depends
+    on the policy as well: `under` returns the manifest that holds under one, which every run is planned by.
+    """
+
+    format: Literal[1, 2] = 2
     name: ModelName
     version: ModelVersion
     digest: Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -88,6 +106,7 @@ class Manifest(Frozen):
     provenance: Provenance
     check: CheckReport
     golden: GoldenSpec | None = None
+    certificate: Certificate | None = None
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -150,6 +169,45 @@ class Manifest(Frozen):
             if max_tokens > longest:
                 raise ValueError(f"text: {max_tokens} tokens exceed {longest}, the axis's greatest length")
         return self
+
+    @model_validator(mode="after")
+    def _certificate_covers_the_axes(self) -> Self:
+        if (self.certificate is None) is not (self.format == 1):
+            raise ValueError("a manifest of format 2 has a certificate, and one of format 1 has none")
+        if self.certificate is None:
+            return self
+        listed = [clause.axis for clause in self.certificate.clauses]
+        wanted = [BATCH, *(axis.symbol for axis in self.axes if axis.derived is None and not axis.fixed)]
+        missing = sorted(set(wanted) - set(listed))
+        if missing or len(set(listed)) != len(listed):
+            raise ValueError(f"certificate: {listed} must have one clause for each of {wanted}")
+        strangers = sorted({need.input for need in self.certificate.masks} - {spec.name for spec in self.inputs})
+        if strangers:
+            raise ValueError(f"certificate: masks {strangers} are no inputs")
+        return self
+
+    def under(self, batching: Batching) -> Manifest:
+        """The manifest that holds under a policy: `paddable` of each axis, and `max_batch_size` 1 where rows run alone.
+
+        Derived axes follow their sources. Without a certificate no axis is padded; rows of equal lengths are joined.
+        """
+        certificate = self.certificate
+        joined = batching != "off" and (certificate is None or certificate.clause(BATCH).allows(batching))
+        return self.model_copy(
+            update={
+                "axes": axes_under(self.axes, certificate, batching),
+                "max_batch_size": self.max_batch_size if joined else 1,
+            }
+        )
+
+    def breaks_masks(self, tensors: Mapping[str, npt.NDArray[Any]]) -> bool:
+        """Whether one sequence's inputs break a need of the certificate, so that it must not be padded.
+
+        Args:
+            tensors: every input of a need, without the batch axis.
+        """
+        needs = () if self.certificate is None else self.certificate.masks
+        return any(not need.met_by(tensors[need.input], self.input(need.input).padding) for need in needs)
 
     @property
     def fixed_lengths(self) -> dict[str, int]:

@@ -106,7 +106,10 @@ class GoldenSpec(Frozen):
 
 
 class CheckReport(Frozen):
-    """What the check at the end of export or prepare saw; the reference is named in `against`."""
+    """What the check at the end of export or prepare saw; the reference is named in `against`.
+
+    `padding_max_abs_error`: in bundles of format 1 alone; what padding can change is the certificate's to say.
+    """
 
     model_config = ConfigDict(allow_inf_nan=False)
 

@@ -73,7 +73,7 @@ class DerivedLength(Frozen):
 
 
 class AxisSpec(Frozen):
-    """A dynamic axis. `paddable`: padding along it was seen not to change a sequence's own outputs and weights.
+    """A dynamic axis. `paddable`: sequences may be padded along it, under the policy that the manifest is for.
 
     `fixed`: not dynamic after all; the graph always has `max_length` positions here (of patches, of latent queries, of
     an input whose length was fixed at export), and the symbol is there for sites to name. Inputs and outputs do not.

@@ -46,13 +46,16 @@ class Submitter(Protocol):
 class ServedModel:
     """One model and what runs it. Event loop only.
 
-    `manifest` is None for a folder that is no bundle; `scheduler` is there once the model is ready.
+    `manifest`, under the server's batching policy, is None for a folder that is no bundle; `scheduler` is there once
+    the model is ready. `max_request_size`: the most sequences of one request, which may be more than one run takes; 0:
+    as many as the manifest has it.
     """
 
     name: str
     version: str
     metrics: ModelMetrics
     manifest: Manifest | None = None
+    max_request_size: int = 0
     tokenizer: TextTokenizer | None = None
     scheduler: Submitter | None = None
     provider: str = ""

@@ -178,7 +178,8 @@ class Scheduler:
             rank_s=rank_s(request.arrived_s, priority, self._settings),
             lengths=lengths,
             deadline_s=request.deadline_s,
-            rigid=tuple(lengths[at] for at in self._rigid),
+            # All lengths are more than the rigid ones of a model that pads, so that the two never share a run.
+            rigid=lengths if sequence.unpadded else tuple(lengths[at] for at in self._rigid),
             footprint=self._footprint.of(sequence),
         )
         entry = Entry(request, len(request.entries), next(self._numbers), sequence, view, size)

@@ -157,7 +157,7 @@ class DataPlane:
         )
         if served.manifest is not None:
             intake = self._intake(served, served.manifest)
-            describe(message, served.manifest)
+            describe(message, served.manifest, self._settings.batching)
             message.accepts_text = served.manifest.text is not None
             message.max_batch_size = intake.max_batch_size
             message.max_text_bytes = intake.max_text_bytes
@@ -168,10 +168,11 @@ class DataPlane:
         intake = self._intakes.get(served)
         # A model gets its tokenizer while it loads: an intake made before that is made again.
         if intake is None or intake.tokenizer is not served.tokenizer:
+            most = served.max_request_size or manifest.max_batch_size
             intake = Intake.of(
                 manifest,
                 served.tokenizer,
-                max_batch_size=min(self._settings.max_batch_size or manifest.max_batch_size, manifest.max_batch_size),
+                max_batch_size=min(self._settings.max_batch_size or most, most),
                 max_text_bytes=self._settings.max_text_bytes,
                 max_response_bytes=self._settings.max_response_bytes,
             )

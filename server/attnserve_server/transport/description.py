@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from attnserve.v1 import model_pb2
 
+from attnserve_server.model.batching import Ruling, rulings
+from attnserve_server.model.certificate import Batching
 from attnserve_server.model.manifest import InputRole, Manifest
 from attnserve_server.transport import codec
+
+_POLICIES: Final[dict[Batching, model_pb2.BatchingPolicy.ValueType]] = {
+    "proved": model_pb2.BATCHING_POLICY_PROVED,
+    "tested": model_pb2.BATCHING_POLICY_TESTED,
+    "off": model_pb2.BATCHING_POLICY_OFF,
+}
+_STATUSES: Final[dict[str, model_pb2.BatchingStatus.ValueType]] = {
+    "": model_pb2.BATCHING_STATUS_UNSPECIFIED,
+    "proved": model_pb2.BATCHING_STATUS_PROVED,
+    "tested": model_pb2.BATCHING_STATUS_TESTED,
+    "refuted": model_pb2.BATCHING_STATUS_REFUTED,
+    "unknown": model_pb2.BATCHING_STATUS_UNKNOWN,
+}
+_NEVER_PADDED: Final = Ruling("", allowed=False, status="", reason="")
+"""Of a fixed axis, about which there is nothing to know."""
 
 
 def spec_messages(
@@ -29,8 +47,14 @@ def spec_messages(
     ]
 
 
-def describe(message: model_pb2.Model, manifest: Manifest) -> None:
-    """Writes into `message` what the manifest says about a model."""
+def describe(message: model_pb2.Model, manifest: Manifest, batching: Batching) -> None:
+    """Writes into `message` what the manifest, under a policy, says about a model."""
+    batch, *others = rulings(manifest, batching)
+    along = {ruling.axis: ruling for ruling in others}
+    message.batching_policy = _POLICIES[batching]
+    message.batch_status = _STATUSES[batch.status]
+    message.batch_reason = batch.reason
+    message.batched = manifest.max_batch_size > 1
     message.digest = manifest.digest
     message.inputs.extend(
         spec_messages(
@@ -53,6 +77,8 @@ def describe(message: model_pb2.Model, manifest: Manifest) -> None:
             grid_rows=axis.grid[0] if axis.grid else 0,
             grid_columns=axis.grid[1] if axis.grid else 0,
             leading=axis.leading,
+            padding_status=_STATUSES[along.get(axis.symbol, _NEVER_PADDED).status],
+            padding_reason=along.get(axis.symbol, _NEVER_PADDED).reason,
         )
         for axis in manifest.axes
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from attnserve_server.domain.values import Array, AxisUnits
+from attnserve_server.model.certificate import MaskNeed
 from attnserve_server.model.manifest import NUMPY_DTYPES, AxisSpec, InputRole, InputSpec, Manifest, OutputSpec
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.transport.violations import Violations
@@ -45,6 +46,31 @@ class OutputSize:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskCheck:
+    """One need of the certificate, laid out for a look at every sequence.
+
+    `filled`: what the server fills the input with, and `filled_meets`: whether that meets the need. Most masks are the
+    server's own, so that one comparison of identities is all that they cost.
+    """
+
+    need: MaskNeed
+    padding: float
+    filled: Array | None
+    filled_meets: bool
+
+    @classmethod
+    def of(cls, need: MaskNeed, spec: InputSpec, filled: Array | None) -> MaskCheck:
+        """The check of one need."""
+        return cls(need, spec.padding, filled, filled is not None and need.met_by(filled, spec.padding))
+
+    def passes(self, tensor: Array) -> bool:
+        """Whether one sequence's input meets the need."""
+        if self.filled is not None and tensor.base is self.filled:
+            return self.filled_meets
+        return self.need.met_by(tensor, self.padding)
+
+
+@dataclass(frozen=True, slots=True)
 class Intake:
     """What one model accepts, laid out once for checking every request against."""
 
@@ -60,6 +86,8 @@ class Intake:
     """By input that may be left out, where it has one axis of changing length: what it is then, at its longest."""
     derived: tuple[AxisSpec, ...]
     """The axes whose lengths follow from others'."""
+    masks: tuple[MaskCheck, ...]
+    """What sequences must meet to be padded; empty where none is padded."""
     max_batch_size: int
     max_text_bytes: int
     max_response_bytes: int
@@ -75,6 +103,13 @@ class Intake:
         max_response_bytes: int,
     ) -> Intake:
         """The intake of one loaded model."""
+        constants = {
+            spec.name: _constant(spec, manifest.axis(spec.shape[0]).max_length)
+            for spec in manifest.inputs
+            if spec.fill is not None and len(spec.shape) == 1 and isinstance(spec.shape[0], str)
+        }
+        padded = any(axis.paddable for axis in manifest.axes)
+        needs = manifest.certificate.masks if padded and manifest.certificate is not None else ()
         return cls(
             manifest=manifest,
             tokenizer=tokenizer,
@@ -83,12 +118,9 @@ class Intake:
             outputs=tuple(spec.name for spec in manifest.outputs),
             limits={spec.name: _limit(spec, manifest) for spec in manifest.inputs},
             output_sizes={spec.name: OutputSize.of(spec, manifest) for spec in manifest.outputs},
-            constants={
-                spec.name: _constant(spec, manifest.axis(spec.shape[0]).max_length)
-                for spec in manifest.inputs
-                if spec.fill is not None and len(spec.shape) == 1 and isinstance(spec.shape[0], str)
-            },
+            constants=constants,
             derived=tuple(axis for axis in manifest.axes if axis.derived is not None),
+            masks=tuple(MaskCheck.of(need, manifest.input(need.input), constants.get(need.input)) for need in needs),
             max_batch_size=max_batch_size,
             max_text_bytes=max_text_bytes,
             max_response_bytes=max_response_bytes,

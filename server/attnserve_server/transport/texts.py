@@ -58,7 +58,7 @@ def _add_tokens(
     """Add the inputs that the texts make. Of those the caller may send none."""
     for wanted in intake.manifest.inputs:
         axis = str(wanted.shape[0]) if len(wanted.shape) == 1 else ""
-        made = _made(wanted, encoded[axis]) if axis in encoded else None
+        made = _made(wanted, encoded[axis], intake) if axis in encoded else None
         if made is None:
             continue
         if wanted.name in tensors:
@@ -81,7 +81,7 @@ def _encoded(
     return {spec.axis: tokenizer.encode(message.text, limit=limits[spec.axis]), spec.pair_axis: second}
 
 
-def _made(wanted: InputSpec, tokens: TokenizedText) -> Array | None:
+def _made(wanted: InputSpec, tokens: TokenizedText, intake: Intake) -> Array | None:
     """What an input along a text's axis holds; None where text does not tell."""
     dtype = NUMPY_DTYPES[wanted.dtype]
     if wanted.role is InputRole.TOKEN_IDS:
@@ -89,7 +89,8 @@ def _made(wanted: InputSpec, tokens: TokenizedText) -> Array | None:
     if wanted.role is InputRole.TOKEN_TYPE_IDS:
         return np.ascontiguousarray(tokens.type_ids, dtype)
     if wanted.role is InputRole.ATTENTION_MASK:
-        return np.ones(len(tokens.ids), dtype)
+        constant = intake.constants.get(wanted.name)
+        return np.ones(len(tokens.ids), dtype) if constant is None or wanted.fill != 1 else constant[: len(tokens.ids)]
     return None
 
 

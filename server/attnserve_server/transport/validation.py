@@ -103,6 +103,7 @@ def prepare(message: inference_service_pb2.InferRequest, intake: Intake, blobs: 
                 units=units,
                 response_bytes=_output_bytes(outputs, inputs.lengths, intake) + attention_bytes,
                 lone=len(found) == 1,
+                unpadded=not all(check.passes(inputs.tensors[check.need.input]) for check in intake.masks),
             )
         )
         if violations.full:

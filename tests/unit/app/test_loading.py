@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import structlog
+from attnserve_server import loading
 from attnserve_server.config import Settings
 from attnserve_server.engine.session import RuntimeSession
-from attnserve_server.loading import open_bundle
-from attnserve_server.model.repository import write_bundle
+from attnserve_server.loading import open_bundle, under_policy
+from attnserve_server.model.certificate import BATCHING, Clause, Verdict
+from attnserve_server.model.manifest import Manifest
+from attnserve_server.model.repository import Bundle, write_bundle
+from made_by_hand import SURVIVED, certificate
 from tiny_bundle import tiny_manifest, write_tiny_files
 
 
@@ -28,3 +34,67 @@ def test_rewritings_that_a_bundle_leaves_out_are_left_out_when_it_is_served(
     bundle = write_bundle(tmp_path / "models", manifest, write_tiny_files(tmp_path))
     open_bundle(bundle, Settings(repository=tmp_path / "models"))
     assert told == [left_out]
+
+
+def rules(manifest: Manifest, folder: Path, batching: str = "proved") -> tuple[Manifest, list[dict[str, Any]]]:
+    """The manifest of a bundle as the server takes it, and the warnings about it."""
+    bundle = Bundle(folder, manifest)
+    with structlog.testing.capture_logs() as lines:
+        made = under_policy(bundle, Settings(repository=folder, batching=batching)).manifest
+    return made, [line for line in lines if line["log_level"] == "warning"]
+
+
+def test_model_that_is_proved_is_batched_without_a_warning(tmp_path: Path) -> None:
+    manifest, warnings = rules(tiny_manifest(), tmp_path)
+    assert (manifest.max_batch_size, manifest.axis("seq").paddable, warnings) == (8, True, [])
+
+
+def test_batching_that_is_off_runs_every_sequence_alone_without_a_warning(tmp_path: Path) -> None:
+    manifest, warnings = rules(tiny_manifest(), tmp_path, "off")
+    assert (manifest.max_batch_size, manifest.axis("seq").paddable, warnings) == (1, False, [])
+
+
+def test_bundle_of_format_1_is_joined_at_equal_lengths_with_a_warning(tmp_path: Path) -> None:
+    old = tiny_manifest().model_copy(update={"format": 1, "certificate": None})
+    manifest, (warning,) = rules(old, tmp_path)
+    assert (manifest.max_batch_size, manifest.axis("seq").paddable) == (8, False)
+    assert warning["event"] == "sequences share a batch only at equal lengths"
+    assert (warning["model"], warning["version"], warning["axis"]) == ("tiny", "1", "batch")
+    assert "check BUNDLE --certify" in warning["remedy"]
+
+
+def test_axis_that_is_not_proved_is_warned_of_with_its_cause_and_the_way_out(tmp_path: Path) -> None:
+    clause = Clause(axis="seq", verdict=Verdict.UNKNOWN, reason="the operator Foo is not known", attack=SURVIVED)
+    unknown = tiny_manifest().model_copy(update={"certificate": certificate(clauses=(clause,), batch=Verdict.PROVED)})
+    manifest, (warning,) = rules(unknown, tmp_path)
+    assert not manifest.axis("seq").paddable
+    assert (warning["axis"], warning["status"], warning["cause"]) == ("seq", "unknown", "the operator Foo is not known")
+    assert "--batching tested" in warning["remedy"]
+    manifest, warnings = rules(unknown, tmp_path, "tested")
+    assert (manifest.axis("seq").paddable, warnings) == (True, [])
+
+
+@pytest.mark.parametrize(("verdict", "shapes"), [(Verdict.PROVED, ((1, 32), (8, 64))), (Verdict.REFUTED, ((1, 32),))])
+def test_rows_do_not_fill_up_recorded_shapes_where_sequences_run_alone(
+    verdict: Verdict, shapes: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
+    manifest = tiny_manifest().model_copy(update={"certificate": certificate(batch=verdict, seq=Verdict.PROVED)})
+    settings = Settings(repository=tmp_path, cuda_graphs="1x32,8x64")
+    plan = loading._graph_plan(under_policy(Bundle(tmp_path, manifest), settings).manifest, settings)
+    assert plan is not None
+    assert plan.shapes == shapes
+    wide = Settings(repository=tmp_path, cuda_graphs="8x64")
+    assert (loading._graph_plan(under_policy(Bundle(tmp_path, manifest), wide).manifest, wide) is None) is (
+        verdict is Verdict.REFUTED
+    )
+
+
+def test_costs_of_sequences_that_run_alone_are_not_taken_for_those_of_batches(tmp_path: Path) -> None:
+    session = RuntimeSession.load(write_tiny_files(tmp_path)["model.onnx"], provider="CPUExecutionProvider")
+    settings = Settings(repository=tmp_path)
+    keys = {loading.cost_key(session, rules(tiny_manifest(), tmp_path, policy)[0], settings) for policy in BATCHING}
+    assert len(keys) == 2
+
+
+def test_setting_takes_every_policy() -> None:
+    assert get_args(Settings.model_fields["batching"].annotation) == BATCHING

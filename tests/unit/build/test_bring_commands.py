@@ -14,9 +14,12 @@ import typer
 from attention_graphs import Case
 from attnserve_server.build.inspect import axis_of_bundle, inspect_model
 from attnserve_server.cli import bring
+from attnserve_server.model.certificate import Clause, MaskNeed, PathStep, Verdict
 from attnserve_server.model.manifest import AxisSpec, DerivedLength
-from attnserve_server.model.repository import Repository
+from attnserve_server.model.repository import Repository, write_bundle
+from made_by_hand import SURVIVED, certificate
 from onnx_files import encoder, saved
+from tiny_bundle import tiny_manifest, write_tiny_files
 from two_sided_graphs import words_over_patches
 from typer.testing import CliRunner, Result
 from windowed_graphs import Windowed
@@ -149,6 +152,77 @@ def test_what_nobody_foresaw_is_a_sentence_too_and_its_place_is_told_when_asked(
     assert result.stderr == "error: not foreseen: KeyError: 'lost' (ATTNSERVE_TRACEBACK=1 shows where)\n"
     monkeypatch.setenv("ATTNSERVE_TRACEBACK", "1")
     assert isinstance(call(app, "inspect", file).exception, KeyError)
+
+
+def test_report_says_what_holds_for_the_batch_and_for_each_axis(app: typer.Typer, file: Path, tmp_path: Path) -> None:
+    line = ("prepare", file, "--name", "ranker", "--repository", tmp_path / "models")
+    shown = call(app, *line, "--batching", "off").stdout.splitlines()
+    assert any(words.startswith("batch: ") and "rows run alone" in words for words in shown)
+    assert any(words.startswith("axis seq: ") and "equal lengths only" in words for words in shown)
+    shown = call(app, *line).stdout.splitlines()
+    assert any(words.startswith("batch: ") and "rows share runs" in words for words in shown)
+    assert any(words.startswith("axis seq: ") and "padded" in words for words in shown)
+
+
+MEAN = PathStep(node="/mean", operator="ReduceMean", words="averages over all positions")
+REFUTED = Clause(
+    axis="seq",
+    verdict=Verdict.REFUTED,
+    reason="a mean over padded positions",
+    path=(MEAN,),
+    targets={"hidden": Verdict.REFUTED, "attention.layer0": Verdict.PROVED},
+)
+
+
+@pytest.fixture
+def certified(tmp_path: Path) -> Path:
+    """A bundle with a certificate that was made by hand."""
+    need = MaskNeed(input="attention_mask", need="some", allowed_value=1)
+    attacked = Clause(axis="batch", verdict=Verdict.UNKNOWN, reason="Foo is not known", attack=SURVIVED)
+    made = certificate(clauses=(attacked, REFUTED), masks=(need,)).model_copy(update={"noise": {"hidden": 2e-7}})
+    manifest = tiny_manifest().model_copy(update={"certificate": made})
+    (tmp_path / "files").mkdir()
+    return write_bundle(tmp_path / "models", manifest, write_tiny_files(tmp_path / "files")).path
+
+
+def test_inspect_shows_the_path_behind_each_verdict(app: typer.Typer, certified: Path) -> None:
+    needed = "a position in each row of attention_mask allowed equal to 1"
+    assert call(app, "inspect", certified, "--batching").stdout.splitlines() == [
+        "tiny/1",
+        "batch neighbours: unknown, rows share runs under tested",
+        "  why: Foo is not known",
+        "  attack: 20 probes in 1.0 s, worst 0.1 of what counts as equal",
+        "padding along seq: refuted, padded under no policy",
+        "  why: a mean over padded positions, at ReduceMean '/mean'",
+        "  path from the padded position:",
+        "    /mean (ReduceMean): averages over all positions",
+        "  hidden: refuted",
+        "  attention.layer0: proved",
+        f"padded only with {needed}; other sequences run with equal lengths",
+        "noise among batch shapes, identical neighbours: at most 2e-07, at hidden",
+    ]
+
+
+def test_inspect_tells_the_certificate_as_json_too(app: typer.Typer, certified: Path) -> None:
+    described = json.loads(call(app, "inspect", certified, "--batching", "--json").stdout)
+    batch, seq = described["batching"]["clauses"]
+    assert (batch["axis"], batch["under"]) == ("batch", {"proved": False, "tested": True, "off": False})
+    assert seq["path"] == [{"node": "/mean", "operator": "ReduceMean", "words": "averages over all positions"}]
+    assert described["batching"]["masks"][0]["input"] == "attention_mask"
+    assert [axis["paddable"] for axis in described["axes"]] == [False]
+
+
+def test_inspect_of_batching_needs_a_bundle_and_names_certify_for_an_old_one(
+    app: typer.Typer, file: Path, tmp_path: Path
+) -> None:
+    refused = call(app, "inspect", file, "--batching")
+    assert refused.exit_code == 2
+    assert "error: ranker.onnx is no bundle" in refused.stderr
+    (tmp_path / "files").mkdir()
+    old = tiny_manifest().model_copy(update={"format": 1, "certificate": None})
+    path = write_bundle(tmp_path / "models", old, write_tiny_files(tmp_path / "files")).path
+    assert "check BUNDLE --certify" in call(app, "inspect", path, "--batching").stdout
+    assert json.loads(call(app, "inspect", path, "--json").stdout)["batching"]["format"] == 1
 
 
 def test_inspect_shows_a_bare_file(app: typer.Typer, tmp_path: Path) -> None:

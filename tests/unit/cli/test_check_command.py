@@ -12,8 +12,9 @@ import pytest
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.cli._app import app
 from attnserve_server.model.golden import GOLDEN_FILE
-from attnserve_server.model.repository import Bundle, write_bundle
+from attnserve_server.model.repository import Bundle, Repository, verify, write_bundle
 from click.testing import Result
+from made_by_hand import proved
 from onnx import numpy_helper
 from onnx_files import encoder, saved
 from tiny_bundle import tiny_manifest, write_tiny_files
@@ -65,7 +66,7 @@ def scaled(name: str, factor: float) -> Any:
 def test_sound_bundle_passes_every_check(bundle: Bundle) -> None:
     done = check(bundle.path)
     assert done.exit_code == 0, done.output
-    for what in ("files", "golden answers", "padding along seq", "batch mates", "weights @ value"):
+    for what in ("files", "golden answers", "padding along seq", "batch neighbours", "weights @ value"):
         assert f"ok  {what}" in done.stdout
     assert "FAILED" not in done.stdout
 
@@ -170,3 +171,63 @@ def test_help_shows_how_to_compare(tmp_path: Path) -> None:
     done = check("--help")
     assert "--against" in done.stdout
     assert "Exit codes: 0, all is well; 1, the check failed, or a fault" in " ".join(done.stdout.split())
+
+
+def old(bundle: Bundle, root: Path) -> Path:
+    """The bundle as an earlier release wrote it: format 1, without a certificate."""
+    files = {name: bundle.path / name for name in bundle.manifest.files}
+    manifest = bundle.manifest.model_copy(update={"format": 1, "certificate": None})
+    return write_bundle(root / "models", manifest, files).path
+
+
+def test_bundle_of_format_1_passes_and_its_missing_certificate_is_listed(bundle: Bundle, tmp_path: Path) -> None:
+    path = old(bundle, tmp_path)
+    assert check(path).exit_code == 0
+    assert findings(path)["certificate"]["passed"] is None
+    assert "add --certify" in findings(path)["certificate"]["detail"]
+    assert sorted(place.name for place in path.parent.iterdir()) == ["1"]
+
+
+def test_certify_writes_a_version_with_a_certificate_and_says_what_changed(bundle: Bundle, tmp_path: Path) -> None:
+    path = old(bundle, tmp_path)
+    done = check(path, "--certify")
+    assert done.exit_code == 0, done.output
+    assert "wrote encoder/2, sha256:" in done.stdout
+    assert "batch: no certificate -> " in done.stdout
+    assert "padding along seq: no certificate -> " in done.stdout
+    repository = Repository(tmp_path / "models")
+    before, after = repository.bundle("encoder", "1"), repository.bundle("encoder", "2")
+    verify(after)
+    assert (before.manifest.format, after.manifest.format) == (1, 2)
+    assert (after.manifest.digest, after.manifest.files) == (before.manifest.digest, before.manifest.files)
+    assert [clause.axis for clause in after.manifest.certificate.clauses] == ["batch", "seq"]
+    assert after.manifest.golden == before.manifest.golden
+    assert check(after.path).exit_code == 0
+
+
+def test_certify_tells_the_version_it_wrote_as_json_too(bundle: Bundle, tmp_path: Path) -> None:
+    told = json.loads(check(old(bundle, tmp_path), "--certify", "--json").stdout)
+    assert told["certified"]["version"] == "2"
+    assert len(told["certified"]["changes"]) == 2
+
+
+def test_certify_writes_nothing_where_something_is_wrong(bundle: Bundle, tmp_path: Path) -> None:
+    path = changed(bundle, tmp_path, scaled("words", 2.0))
+    done = check(path, "--certify")
+    assert done.exit_code == 1
+    assert "wrote" not in done.stdout
+    assert sorted(place.name for place in path.parent.iterdir()) == ["1"]
+
+
+def test_certificate_that_allows_more_than_the_graph_does_fails(tmp_path: Path) -> None:
+    file = saved(encoder(masked=False), tmp_path / "bare.onnx")
+    made = prepare_bundle(PrepareRequest(file=file, name="bare", repository=tmp_path / "made"))
+    forged = made.manifest.model_copy(update={"certificate": proved("seq")})
+    files = {name: made.path / name for name in made.manifest.files if name != GOLDEN_FILE}
+    path = write_bundle(tmp_path / "models", forged.model_copy(update={"golden": None}), files).path
+    padding = findings(path)["padding along seq"]
+    assert not padding["passed"]
+    assert padding["detail"].startswith("the bundle has it as proved, but it is refuted")
+    assert check(path).exit_code == 1
+    assert check(path, "--certify").exit_code == 0, "a fresh certificate takes its place"
+    assert not Repository(tmp_path / "models").bundle("bare", "2").manifest.under("tested").axis("seq").paddable

@@ -191,6 +191,8 @@ def test_models_are_listed_and_described(attnserve: Any) -> None:
     described = attnserve("models", "fake")
     assert "input_ids" in described.stdout
     assert "layer.1 (self, dense, 4 heads, seq × seq)" in described.stdout
+    assert "batch  rows share runs (proved), under the policy 'proved'" in described.stdout
+    assert json.loads(attnserve("models", "fake", "--json").stdout)["axes"][0]["padding_status"] == "proved"
     assert json.loads(attnserve("models", "--json").stdout)[0]["name"] == "fake"
     assert json.loads(attnserve("models", "fake", "--json").stdout)["sites"][0]["name"] == "layer.0"
 

@@ -156,3 +156,32 @@ def test_model_tells_its_grids_vocabularies_and_texts() -> None:
     shown = console.export_text()
     assert "axis   patches, at most 7, not padded, 2 × 3 patches" in shown
     assert "texts  along source and, of a pair, target" in shown
+    assert "batch  " not in shown, "a server that does not tell of batching"
+
+
+def test_model_tells_what_is_known_of_batching_and_the_policy() -> None:
+    info = model_of(
+        model_pb2.Model(
+            name="int8",
+            batching_policy=model_pb2.BATCHING_POLICY_PROVED,
+            batch_status=model_pb2.BATCHING_STATUS_REFUTED,
+            batch_reason="one scale for all rows",
+            axes=[
+                model_pb2.Axis(
+                    symbol="seq",
+                    max_length=9,
+                    paddable=True,
+                    padding_status=model_pb2.BATCHING_STATUS_TESTED,
+                    padding_reason="finite mask, unbounded scores",
+                )
+            ],
+        )
+    )
+    assert (info.batching, info.batched, info.batch_status) == ("proved", False, "refuted")
+    assert info.batch_reason == "one scale for all rows"
+    assert (info.axes[0].padding_status, info.axes[0].padding_reason) == ("tested", "finite mask, unbounded scores")
+    console = Console(width=200, record=True, file=io.StringIO())
+    show_model(console, info)
+    shown = console.export_text()
+    assert "axis   seq, at most 9, padded (tested: finite mask, unbounded scores)" in shown
+    assert "batch  every sequence runs alone (refuted: one scale for all rows), under the policy 'proved'" in shown

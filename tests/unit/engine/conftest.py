@@ -25,7 +25,7 @@ from attnserve_server.model.manifest import (
     OutputSpec,
     SiteSpec,
 )
-from made_by_hand import CHECK, PROVENANCE
+from made_by_hand import CHECK, PROVENANCE, proved
 from onnx import TensorProto, helper, numpy_helper
 
 VOCABULARY = 50
@@ -195,6 +195,7 @@ def manifest_of(*, sites: int = 2, paddable: bool = True) -> Manifest:
         vocabulary_size=VOCABULARY,
         provenance=PROVENANCE,
         check=CHECK,
+        certificate=proved("seq"),
     )
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from attnserve_server.domain.values import PreparedSequence
@@ -8,6 +10,7 @@ from attnserve_server.engine.warmup import synthetic
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, InputSpec, Manifest, OutputSpec
 from hypothesis import given
 from hypothesis import strategies as st
+from made_by_hand import proved
 
 
 def test_inputs_are_padded_with_their_own_padding_values(manifest: Manifest, sequence_of) -> None:
@@ -49,6 +52,14 @@ def test_a_tensor_of_another_rank_than_its_input_is_a_fault(manifest: Manifest, 
         collate([bad], manifest)
 
 
+def test_sequence_that_must_not_be_padded_is_refused_beside_a_longer_one(manifest: Manifest, sequence_of) -> None:
+    whole = replace(sequence_of([1]), unpadded=True)
+    with pytest.raises(ValueError, match="a sequence must not be padded: lengths 1 and 2"):
+        collate([whole, sequence_of([1, 2])], manifest)
+    assert collate([whole, sequence_of([2])], manifest).unpadded
+    assert not collate([sequence_of([1]), sequence_of([1, 2])], manifest).unpadded
+
+
 def two_axes(*, paddable: bool = True) -> Manifest:
     """Inputs (T, 2), (S,), (T, S) and outputs that mirror them."""
     from_conftest = {"x": ("T", 2), "y": ("S",), "z": ("T", "S")}
@@ -60,6 +71,7 @@ def two_axes(*, paddable: bool = True) -> Manifest:
             ),
             "outputs": tuple(OutputSpec(name=n, dtype="float32", shape=shape) for n, shape in from_conftest.items()),
             "sites": (),
+            "certificate": proved("T", "S"),
         }
     )
     return Manifest.model_validate(base.model_dump())

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -149,9 +150,9 @@ async def test_instances_run_at_the_same_time_in_threads_of_their_own(
         meeting = threading.Barrier(2, timeout=10)  # passes only if both instances are inside a run at once
         real = executor._sessions[0].run
 
-        def meet(*args: object) -> list[np.ndarray]:
+        def meet(*args: object, **named: object) -> list[np.ndarray]:
             meeting.wait()
-            return real(*args)  # type: ignore[arg-type]
+            return real(*args, **named)  # type: ignore[arg-type]
 
         monkeypatch.setattr(executor._sessions[0], "run", meet)
         runs = [executor.run([sequence_of([1])], RunHandle(), instance) for instance in (0, 1)]
@@ -250,3 +251,20 @@ def test_synthetic_sequences_are_valid_for_every_role(manifest: Manifest) -> Non
 
 def test_a_model_without_sites_has_no_attention_to_warm_up(manifest: Manifest) -> None:
     assert selection_of_all(manifest.model_copy(update={"sites": ()})) is None
+
+
+@pytest.mark.parametrize("unpadded", [False, True])
+async def test_run_with_a_sequence_that_must_not_be_padded_keeps_its_shape(
+    unpadded: bool, embedder_path: Path, manifest: Manifest, sequence_of: Make
+) -> None:
+    async with executor_of(embedder_path, manifest) as executor:
+        seen: list[bool] = []
+        real = executor._sessions[0].run
+
+        def watch(feeds: object, fetches: object, handle: object, *, exact_shape: bool) -> list[np.ndarray]:
+            seen.append(exact_shape)
+            return real(feeds, fetches, handle)  # type: ignore[arg-type]
+
+        executor._sessions[0].run = watch  # type: ignore[method-assign, assignment]
+        await executor.run([replace(sequence_of([1, 2]), unpadded=unpadded)], RunHandle(), 0)
+    assert seen == [unpadded]

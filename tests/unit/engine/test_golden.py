@@ -17,10 +17,12 @@ from attnserve_server.config import Settings
 from attnserve_server.engine.golden import GoldenMismatch, error_of, verify_golden
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.loading import StartFailed, open_bundle
+from attnserve_server.model.certificate import Batching, MaskNeed
 from attnserve_server.model.golden import GOLDEN_FILE, read_golden, sample_of
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, BundleInvalid, write_bundle
 from attnserve_server.scheduling.catalog import ModelState
+from made_by_hand import proved
 from onnx import numpy_helper
 from tiny_bundle import VOCABULARY, tiny_graph, tiny_manifest, write_tiny_files
 
@@ -128,6 +130,33 @@ async def test_log_has_the_cause_where_the_reason_does_not_tell_it(tmp_path: Pat
         await server.aclose()
     [failure] = [line for line in logged if line["event"] == "model failed to load"]
     assert (failure["reason"], failure["exc_info"]) == ("the runtime could not load the model", True)
+
+
+@pytest.mark.parametrize(
+    ("masks", "policy", "rows"),
+    [
+        ((), "proved", [3]),
+        ((), "off", [1, 1, 1]),
+        ((MaskNeed(input="input_ids", need="all", allowed_value=-1),), "proved", [1, 1, 1]),
+    ],
+    ids=["padded", "batching is off", "a need is broken"],
+)
+def test_golden_answers_are_asked_for_together_only_where_that_is_allowed(
+    masks: tuple[MaskNeed, ...], policy: Batching, rows: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = sealed(tmp_path / "models", tmp_path / "work")
+    manifest = bundle.manifest.model_copy(update={"certificate": proved("seq", masks=masks)}).under(policy)
+    session = RuntimeSession.load(bundle.model_path, provider="CPUExecutionProvider")
+    seen: list[int] = []
+    run = session.run
+
+    def watch(feeds: dict[str, np.ndarray], fetches: tuple[str, ...]) -> list[np.ndarray]:
+        seen.append(len(feeds["input_ids"]))
+        return run(feeds, fetches)
+
+    monkeypatch.setattr(session, "run", watch)
+    assert verify_golden(session, manifest, read_golden(bundle)) <= 1
+    assert seen == rows
 
 
 def test_old_bundle_without_golden_answers_still_loads(tmp_path: Path) -> None:

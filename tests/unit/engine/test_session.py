@@ -55,6 +55,28 @@ def test_fetching_nothing_gives_nothing(embedder_path: Path) -> None:
     assert session.run(feeds([[1, 2]]), []) == []
 
 
+@pytest.mark.parametrize(("exact_shape", "way"), [(False, "recorded"), (True, "as ever")])
+def test_run_that_must_keep_its_shape_is_not_replayed_from_a_larger_recording(
+    embedder_path: Path, exact_shape: bool, way: str
+) -> None:
+    class Recorded:
+        turn = threading.Lock()
+
+        def covers(self, feeds: object, fetches: object) -> tuple[int, int]:
+            return (1, 8)
+
+        def run(self, feeds: object, fetches: object, shape: object) -> list[str]:
+            return ["recorded"]
+
+    class Bound:
+        def run(self, feeds: object, fetches: object, options: object) -> list[str]:
+            return ["as ever"]
+
+    session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider")
+    session._recorded, session._bound = Recorded(), Bound()  # type: ignore[assignment]
+    assert session.run(feeds([[1, 2]]), ["embedding"], exact_shape=exact_shape) == [way]
+
+
 def test_a_failing_run_says_nothing_of_the_runtime_to_the_caller(poisoned_path: Path, capfd) -> None:
     session = RuntimeSession.load(poisoned_path, provider="CPUExecutionProvider", intra_op_threads=1)
     with pytest.raises(RunFailed) as caught:

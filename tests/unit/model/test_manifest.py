@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+from attnserve_server.model.certificate import BATCHING, Clause, MaskNeed, Verdict
 from attnserve_server.model.manifest import (
     AxisSpec,
     CheckReport,
@@ -18,6 +20,7 @@ from attnserve_server.model.manifest import (
     is_model_name,
     is_model_version,
 )
+from made_by_hand import SURVIVED, certificate, proved
 from pydantic import ValidationError
 
 CHECK = CheckReport(
@@ -70,7 +73,9 @@ def manifest(**fields):
         "provenance": Provenance(source="m", exporter="dynamo", opset=23, created="2026-01-01"),
         "check": CHECK,
     }
-    return Manifest(**(defaults | fields))
+    facts = defaults | fields
+    given = [axis.symbol for axis in facts["axes"] if axis.derived is None and not axis.fixed]
+    return Manifest(**({"certificate": proved(*dict.fromkeys(given))} | facts))
 
 
 def test_a_manifest_reads_back_as_it_was_written():
@@ -301,3 +306,89 @@ def test_a_fixed_axis_follows_no_other():
 def test_a_derived_axis_reads_back_as_it_was_written():
     written = manifest(axes=(*manifest().axes, halves()))
     assert type(written).model_validate_json(written.model_dump_json()) == written
+
+
+UNKNOWN = Clause(axis="seq", verdict=Verdict.UNKNOWN, reason="an operator that is not known", attack=SURVIVED)
+
+
+def test_format_2_has_a_certificate_and_format_1_has_none():
+    assert manifest(format=1, certificate=None).certificate is None
+    refused("format 2 has a certificate", certificate=None)
+    refused("format 1 has none", format=1)
+
+
+def test_certificate_has_a_clause_for_the_batch_and_for_each_axis_that_inputs_have():
+    refused(r"\['batch'\] must have one clause for each of \['batch', 'seq'\]", certificate=proved())
+    refused("must have one clause for each", certificate=proved("seq").model_copy(update={
+        "clauses": proved("seq").clauses * 2
+    }))  # fmt: skip
+    refused(
+        r"masks \['nowhere'\] are no inputs",
+        certificate=proved("seq", masks=[MaskNeed(input="nowhere", need="some")]),
+    )
+
+
+def test_certificate_reads_back_as_it_was_written():
+    broken = SURVIVED.model_copy(update={"worst": math.inf, "broke": "lengths 3 and 9"})
+    clause = UNKNOWN.model_copy(update={"attack": broken})
+    written = manifest(certificate=certificate(clauses=(clause,), batch=Verdict.PROVED))
+    assert Manifest.model_validate_json(written.model_dump_json()) == written
+
+
+def ruled(found, batching):
+    """What a policy makes of a manifest, which is a valid one: the axes that pad, and the most rows of a run."""
+    effective = found.under(batching)
+    assert Manifest.model_validate(effective.model_dump()) == effective
+    assert effective.under(batching) == effective
+    return {axis.symbol for axis in effective.axes if axis.paddable}, effective.max_batch_size
+
+
+AXES = (
+    AxisSpec(symbol="seq", max_length=512, paddable=True),
+    AxisSpec(symbol="seq_by_2", max_length=256, paddable=True, derived={"source": "seq", "stride": 2}),
+    AxisSpec(symbol="patches", max_length=49, paddable=False, fixed=True),
+    AxisSpec(symbol="patches_by_2", max_length=24, paddable=True, derived={"source": "patches", "stride": 2}),
+)
+
+
+def test_proved_axes_are_padded_with_those_derived_from_them_unless_batching_is_off():
+    found = manifest(axes=AXES)
+    padded = {"seq", "seq_by_2"}
+    assert [ruled(found, policy) for policy in BATCHING] == [(padded, 8), (padded, 8), (set(), 1)]
+
+
+def test_what_survived_the_attack_is_padded_where_tested_is_enough():
+    found = manifest(axes=AXES, certificate=certificate(clauses=(UNKNOWN,), batch=Verdict.PROVED))
+    assert [ruled(found, policy) for policy in BATCHING] == [(set(), 8), ({"seq", "seq_by_2"}, 8), (set(), 1)]
+
+
+def test_finite_mask_that_survived_the_attack_is_padded_by_default():
+    finite = UNKNOWN.model_copy(update={"finite_mask": True})
+    found = manifest(certificate=certificate(clauses=(finite,), batch=Verdict.PROVED))
+    assert [ruled(found, policy) for policy in BATCHING] == [({"seq"}, 8), ({"seq"}, 8), (set(), 1)]
+
+
+def test_rows_run_alone_where_the_batch_is_not_allowed():
+    unknown = manifest(certificate=certificate(batch=Verdict.UNKNOWN, seq=Verdict.PROVED))
+    refuted = manifest(certificate=certificate(batch=Verdict.REFUTED, seq=Verdict.REFUTED))
+    assert [ruled(unknown, policy)[1] for policy in BATCHING] == [1, 1, 1]
+    assert [ruled(refuted, policy) for policy in BATCHING] == [(set(), 1)] * 3
+
+
+def test_format_1_is_joined_at_equal_lengths_only():
+    found = manifest(format=1, certificate=None, axes=AXES)
+    assert [ruled(found, policy) for policy in BATCHING] == [(set(), 8), (set(), 8), (set(), 1)]
+
+
+def test_sequence_whose_mask_breaks_a_need_is_known():
+    mask = ids("mask", InputRole.ATTENTION_MASK)
+    needs = [MaskNeed(input="mask", need="some"), MaskNeed(input="input_ids", need="all")]
+    found = manifest(inputs=(ids(), mask), certificate=proved("seq", masks=needs))
+
+    def breaks(mask, ids):
+        return found.breaks_masks({"mask": np.array(mask), "input_ids": np.array(ids)})
+
+    assert not breaks([0, 1], [5, 5])
+    assert breaks([0, 0], [5, 5])
+    assert breaks([1, 1], [5, 0])
+    assert not manifest().breaks_masks({})

@@ -23,6 +23,7 @@ from attnserve_server.model.repository import (
     verify,
     write_bundle,
 )
+from made_by_hand import proved
 
 
 def manifest(name: str = "ranker", version: str = "1") -> Manifest:
@@ -46,6 +47,7 @@ def manifest(name: str = "ranker", version: str = "1") -> Manifest:
             weight_tolerance=0,
             row_sum_max_abs_error=0,
         ),
+        certificate=proved(),
     )
 
 
@@ -139,7 +141,7 @@ BREAKAGES = {
     "no manifest": lambda bundle: (bundle.path / MANIFEST_FILE).unlink(),
     "truncated manifest": lambda bundle: os.truncate(bundle.path / MANIFEST_FILE, 100),
     "empty manifest": lambda bundle: os.truncate(bundle.path / MANIFEST_FILE, 0),
-    "unknown format": lambda bundle: rewrite(bundle, format=2),
+    "unknown format": lambda bundle: rewrite(bundle, format=3),
     "unknown field": lambda bundle: rewrite(bundle, favourite_colour="blue"),
     "another model's": lambda bundle: rewrite(bundle, name="other"),
     "another version's": lambda bundle: rewrite(bundle, version="7"),

@@ -24,7 +24,7 @@ from attnserve_server.model.manifest import (
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.policy import SchedulingSettings
 from attnserve_server.scheduling.scheduler import Scheduler
-from made_by_hand import CHECK, PROVENANCE
+from made_by_hand import CHECK, PROVENANCE, proved
 
 
 class ManualClock:
@@ -133,6 +133,7 @@ MANIFEST = Manifest(
     outputs=(OutputSpec(name="embedding", dtype="float32", shape=(8,)),),
     provenance=PROVENANCE,
     check=CHECK,
+    certificate=proved("seq"),
 )
 
 

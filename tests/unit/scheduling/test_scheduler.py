@@ -6,6 +6,7 @@ import random
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from attnserve_server.domain.errors import (
     AttnserveError,
@@ -14,7 +15,7 @@ from attnserve_server.domain.errors import (
     NotServing,
     Overloaded,
 )
-from attnserve_server.domain.values import Priority
+from attnserve_server.domain.values import PreparedSequence, Priority
 from attnserve_server.engine.cost import CostModel
 from attnserve_server.model.manifest import AxisSpec
 from attnserve_server.observability.metrics import Metrics
@@ -522,6 +523,50 @@ def test_sequences_of_other_lengths_on_a_rigid_axis_run_apart(virtually, bench, 
         async with bench as scheduler:
             await scheduler.submit([sequence(0, 4), sequence(1, 5), sequence(2, 4), sequence(3, 5)])
             assert bench.executor.runs == [[0, 2], [1, 3]]
+
+    virtually(story())
+
+
+@pytest.mark.parametrize(
+    ("unpadded", "runs"),
+    [((), [{0, 1, 2, 3, 4}]), ((1, 2, 3), [{0, 4}, {1, 3}, {2}])],
+    ids=["all may be padded", "three may not"],
+)
+def test_sequence_that_must_not_be_padded_runs_with_sequences_of_its_length_that_must_not_either(
+    virtually, bench, sequence, unpadded: tuple[int, ...], runs: list[set[int]]
+) -> None:
+    bench.executor.cost = CostModel(run_s=1.0, sequence_s=0.0, token_s=0.001, pair_s=0.0)  # as a thousand tokens
+    lengths = [4, 5, 4, 5, 6]
+
+    async def story() -> None:
+        async with bench as scheduler:
+            sequences = [replace(sequence(tag, length), unpadded=tag in unpadded) for tag, length in enumerate(lengths)]
+            await scheduler.submit(sequences)
+            assert [set(run) for run in bench.executor.runs] == runs
+
+    virtually(story())
+
+
+def test_sequence_of_two_axes_that_must_not_be_padded_agrees_on_both(virtually, bench, monkeypatch) -> None:
+    bench.executor.cost = CostModel(run_s=1.0, sequence_s=0.0, token_s=0.001, pair_s=0.0)
+    module = __import__(type(bench).__module__, fromlist=["MANIFEST"])
+    axes = (*module.MANIFEST.axes, AxisSpec(symbol="patch", max_length=9, paddable=False))
+    monkeypatch.setattr(module, "MANIFEST", module.MANIFEST.model_copy(update={"axes": axes}))
+
+    def sequence(tag: int, seq: int, patch: int, *, unpadded: bool = False) -> PreparedSequence:
+        tensors = {"input_ids": np.full(seq, tag, np.int64)}
+        return PreparedSequence(tensors, {"seq": seq, "patch": patch}, ("embedding",), unpadded=unpadded)
+
+    async def story() -> None:
+        async with bench as scheduler:
+            padded = [sequence(0, 4, 2), sequence(1, 6, 2), sequence(2, 4, 3)]
+            whole = [
+                sequence(3, 4, 2, unpadded=True),
+                sequence(4, 4, 2, unpadded=True),
+                sequence(5, 6, 2, unpadded=True),
+            ]
+            await scheduler.submit([*padded, *whole])
+            assert sorted(map(sorted, bench.executor.runs)) == [[0, 1], [2], [3, 4], [5]]
 
     virtually(story())
 

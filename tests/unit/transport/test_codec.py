@@ -17,12 +17,14 @@ from attnserve_server.domain.values import (
     RunFacts,
     SequenceResult,
 )
+from attnserve_server.model.certificate import Batching, Clause, Verdict
 from attnserve_server.model.manifest import AxisSpec, OutputSpec, TextSpec
 from attnserve_server.transport import codec
 from attnserve_server.transport.description import describe
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from made_by_hand import SURVIVED, certificate
 from tiny_bundle import tiny_manifest
 
 DTYPES = sorted(codec.WIRE_DTYPES)
@@ -171,7 +173,7 @@ def test_a_description_says_what_the_manifest_says() -> None:
         update={"outputs": (*MANIFEST.outputs, OutputSpec(name="mark", dtype="bool", shape=()))}
     )
     message = model_pb2.Model()
-    describe(message, manifest)
+    describe(message, manifest, "proved")
     assert [(spec.name, spec.optional) for spec in message.inputs] == [("input_ids", False), ("attention_mask", True)]
     assert message.inputs[0].shape[0].symbol == "seq"
     assert [extent.WhichOneof("extent") for extent in message.outputs[0].shape] == ["symbol", "size"]
@@ -181,18 +183,44 @@ def test_a_description_says_what_the_manifest_says() -> None:
     assert [spec.vocabulary_size for spec in message.inputs] == [manifest.vocabulary_size, 0]
     assert (message.text_axis, message.text_pair_axis) == ("seq", "seq")
     assert message.axes[0].grid_rows == 0
+    assert message.batching_policy == model_pb2.BATCHING_POLICY_PROVED
+    assert (message.batched, message.batch_status) == (True, model_pb2.BATCHING_STATUS_PROVED)
+    assert message.axes[0].padding_status == model_pb2.BATCHING_STATUS_PROVED
+
+
+@pytest.mark.parametrize(
+    ("policy", "padded", "status"),
+    [
+        ("proved", False, model_pb2.BATCHING_STATUS_UNKNOWN),
+        ("tested", True, model_pb2.BATCHING_STATUS_TESTED),
+        ("off", False, model_pb2.BATCHING_STATUS_UNKNOWN),
+    ],
+)
+def test_a_description_says_what_is_known_of_batching_and_what_the_policy_makes_of_it(
+    policy: Batching, padded: bool, status: int
+) -> None:
+    clause = Clause(axis="seq", verdict=Verdict.UNKNOWN, reason="not known", attack=SURVIVED)
+    fixed = AxisSpec(symbol="patches", max_length=7, paddable=False, fixed=True)
+    made = certificate(clauses=(clause,), batch=Verdict.REFUTED)
+    manifest = MANIFEST.model_copy(update={"certificate": made, "axes": (*MANIFEST.axes, fixed)})
+    message = model_pb2.Model()
+    describe(message, manifest.under(policy), policy)
+    assert (message.batched, message.batch_status) == (False, model_pb2.BATCHING_STATUS_REFUTED)
+    assert message.batch_reason == "made by hand"
+    assert [(axis.paddable, axis.padding_status) for axis in message.axes] == [(padded, status), (False, 0)]
+    assert [axis.padding_reason for axis in message.axes] == ["not known", ""]
 
 
 def test_a_description_tells_patch_grids_and_the_axis_of_the_second_text() -> None:
     patches = AxisSpec(symbol="patches", max_length=7, paddable=False, fixed=True, grid=(2, 3), leading=1)
     text = TextSpec(axis="seq", max_tokens=8, pair_axis="target", pair_max_tokens=8)
     message = model_pb2.Model()
-    describe(message, MANIFEST.model_copy(update={"axes": (patches,), "text": text}))
+    describe(message, MANIFEST.model_copy(update={"axes": (patches,), "text": text}), "proved")
     (axis,) = message.axes
     assert (axis.grid_rows, axis.grid_columns, axis.leading) == (2, 3, 1)
     assert (message.text_axis, message.text_pair_axis) == ("seq", "target")
     message = model_pb2.Model()
-    describe(message, MANIFEST.model_copy(update={"text": None}))
+    describe(message, MANIFEST.model_copy(update={"text": None}), "proved")
     assert (message.text_axis, message.text_pair_axis) == ("", "")
 
 

@@ -14,6 +14,7 @@ from attnserve_server.model.manifest import AxisSpec, InputRole, InputSpec, Mani
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.transport.inputs import Intake
 from attnserve_server.transport.validation import PreparedRequest, prepare
+from made_by_hand import proved
 from tiny_bundle import VOCABULARY, tiny_manifest, tiny_tokenizer
 
 IDS, MASK, TYPES = InputRole.TOKEN_IDS, InputRole.ATTENTION_MASK, InputRole.TOKEN_TYPE_IDS
@@ -34,9 +35,9 @@ def crossing(query_axis: str, key_axis: str, **fields: object) -> Manifest:
     tiny = tiny_manifest()
     site = tiny.sites[0].model_copy(update={"kind": "cross", "query_axis": query_axis, "key_axis": key_axis})
     output = OutputSpec(name="hidden", dtype="float32", shape=(query_axis, 4))
-    return Manifest(
-        **{**dict(tiny), "sites": (site,), "outputs": (output,), "vocabulary_size": len(VOCABULARY), **fields}
-    )
+    given = [each.symbol for each in fields["axes"] if each.derived is None and not each.fixed]
+    own = {"outputs": (output,), "vocabulary_size": len(VOCABULARY), "certificate": proved(*given)}
+    return Manifest(**{**dict(tiny), "sites": (site,), **own, **fields})
 
 
 def encoder_decoder(start: int | None = SEP, target_vocabulary: int = 0) -> Manifest:

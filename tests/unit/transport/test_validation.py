@@ -18,6 +18,7 @@ from attnserve_server.domain.errors import (
     TextUnavailable,
 )
 from attnserve_server.domain.values import Priority
+from attnserve_server.model.certificate import MaskNeed
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, InputRole, InputSpec, OutputSpec
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.transport.inputs import Intake
@@ -25,6 +26,7 @@ from attnserve_server.transport.validation import check_model_reference, check_r
 from attnserve_server.transport.violations import MAX_VIOLATIONS, Violations, shown
 from hypothesis import given
 from hypothesis import strategies as st
+from made_by_hand import proved
 from tiny_bundle import VOCABULARY, WIDTH, tiny_manifest, tiny_tokenizer
 
 MAX_TEXT_BYTES = 100
@@ -449,6 +451,57 @@ def test_inputs_left_out_are_filled_as_the_manifest_says() -> None:
     assert sequence.tensors["flags"].tolist() == [False, False]
     assert sequence.tensors["scale"].shape == ()
     assert sequence.tensors["pair"].shape == (3, 3)
+
+
+def needing(*masks: MaskNeed, paddable: bool = True) -> Intake:
+    """The intake of the tiny model with these needs."""
+    axes = tuple(axis.model_copy(update={"paddable": paddable}) for axis in MANIFEST.axes)
+    return intake_of(MANIFEST.model_copy(update={"axes": axes, "certificate": proved("seq", masks=masks)}))
+
+
+SOME = MaskNeed(input="attention_mask", need="some", allowed_value=1)
+ALL_IDS = MaskNeed(input="input_ids", need="all")
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "unpadded"),
+    [
+        ([5, 6, 7], None, False),
+        ([5, 6, 7], [0, 1, 0], False),
+        ([5, 6, 7], [0, 0, 0], True),
+        ([5, 0, 7], None, True),
+    ],
+    ids=["mask left out", "mask with holes", "mask of zeros", "padding id in the text"],
+)
+def test_sequence_that_breaks_a_need_of_the_certificate_is_not_padded(
+    ids: list[int], mask: list[int] | None, unpadded: bool
+) -> None:
+    tensors = [tensor("input_ids", ids), *([tensor("attention_mask", mask)] if mask else [])]
+    (sequence,) = prepare(asking(of_tensors(*tensors)), needing(SOME, ALL_IDS)).sequences
+    assert sequence.unpadded is unpadded
+
+
+def test_nothing_is_looked_at_where_no_axis_is_padded() -> None:
+    intake = needing(SOME, paddable=False)
+    assert intake.masks == ()
+    (sequence,) = prepare(asking(of_tensors(IDS, tensor("attention_mask", [0, 0, 0]))), intake).sequences
+    assert not sequence.unpadded
+
+
+@pytest.mark.parametrize("message", [of_text("the cat"), of_tensors(IDS)], ids=["text", "tensors"])
+def test_mask_that_the_server_made_costs_no_look_at_its_values(
+    message: pb.Sequence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intake = needing(SOME)
+    monkeypatch.setattr(MaskNeed, "met_by", lambda *arguments: pytest.fail("it was looked at"))
+    (sequence,) = prepare(asking(message), intake).sequences
+    assert not sequence.unpadded
+    assert sequence.tensors["attention_mask"].tolist() == [1] * sequence.lengths["seq"]
+
+
+def test_fill_that_breaks_a_need_is_known_once_for_all() -> None:
+    (sequence,) = prepare(asking(of_tensors(IDS)), needing(SOME.model_copy(update={"allowed_value": 3}))).sequences
+    assert sequence.unpadded
 
 
 def test_tensors_are_views_of_the_callers_bytes_and_cannot_be_written() -> None:

@@ -12,6 +12,7 @@ from attnserve_server.build.progress import Steps
 from attnserve_server.domain.values import Array
 from attnserve_server.engine.golden import answers
 from attnserve_server.engine.session import RunFailed, RuntimeSession
+from attnserve_server.model.certificate import Batching
 from attnserve_server.model.golden import GOLDEN_FILE, write_golden
 from attnserve_server.model.manifest import GoldenSpec, Manifest
 
@@ -36,7 +37,7 @@ TOLERANCES = {
 
 
 def with_golden(
-    manifest: Manifest, sampler: Sampler, model_path: Path, work: Path, steps: Steps
+    manifest: Manifest, sampler: Sampler, model_path: Path, work: Path, steps: Steps, batching: Batching = "proved"
 ) -> tuple[Manifest, dict[str, Path]]:
     """Golden answers of a graph, as a manifest that tells of them and as a file for the bundle.
 
@@ -46,6 +47,7 @@ def with_golden(
         model_path: the tapped graph, which was checked.
         work: a folder for the file.
         steps: is told where the graph does not run on such sequences; the bundle then has no golden answers.
+        batching: the policy that says whether the sequences share a batch.
     """
     arrays = len(GOLDEN_LENGTHS) * (len(manifest.outputs) + len(manifest.sites))
     output_tolerance, weight_tolerance = TOLERANCES[manifest.precision]
@@ -60,7 +62,7 @@ def with_golden(
         model_path, provider="CPUExecutionProvider", left_out=manifest.left_out, intra_op_threads=1
     )
     try:
-        answered = answers(session, told, _sequences(manifest, sampler, GOLDEN_LENGTHS))
+        answered = answers(session, told.under(batching), _sequences(manifest, sampler, GOLDEN_LENGTHS))
     except RunFailed:
         steps.warn(f"no golden answers: the model does not run on lengths of {', '.join(map(str, GOLDEN_LENGTHS))}")
         return manifest, {}

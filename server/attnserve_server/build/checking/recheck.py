@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from pydantic import BaseModel, ConfigDict
 
 from attnserve_server.build.assemble import Assembled, assemble
+from attnserve_server.build.certify import ATTACK_SECONDS, certify
 from attnserve_server.build.checking.check import CHECK_LENGTHS, Tolerances, row_sum_error
+from attnserve_server.build.checking.findings import BundleCheck, Finding
 from attnserve_server.build.checking.products import product_errors
+from attnserve_server.build.checking.recertify import certificate_findings, write_certified
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.graphs.reading import read_graph
 from attnserve_server.build.inputs.feeds import Sampler
 from attnserve_server.build.inputs.signature import Signature, signature_of
-from attnserve_server.build.learning.probe import batch_error, padding_error
 from attnserve_server.build.precision.quality import COSINE_FLOOR, COSINE_TARGET
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner
@@ -28,45 +29,20 @@ from attnserve_server.build.taps import ITEMS_PREFIX, WEIGHTS_PREFIX
 from attnserve_server.domain.values import Array
 from attnserve_server.engine.golden import GoldenMismatch, verify_golden
 from attnserve_server.engine.session import LoadFailed, RuntimeSession
+from attnserve_server.model.batching import NO_CERTIFICATE
+from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.golden import read_golden
 from attnserve_server.model.manifest import InputRole, Manifest
 from attnserve_server.model.report import QualityReport
 from attnserve_server.model.repository import MANIFEST_FILE, Bundle, BundleInvalid, Repository, verify
 
 
-class Finding(BaseModel):
-    """One thing that was looked at. `passed` None: there was nothing to look at, and `detail` says why."""
-
-    # An error may be infinite: shapes that differ, a run that failed.
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
-    what: str
-    passed: bool | None
-    error: float | None = None
-    allowed: float | None = None
-    detail: str = ""
-
-    @classmethod
-    def of(cls, what: str, error: float, allowed: float, detail: str = "") -> Finding:
-        """Passed where the error is no more than what is allowed."""
-        return cls(what=what, passed=bool(error <= allowed), error=error, allowed=allowed, detail=detail)
-
-
-class BundleCheck(BaseModel):
-    """All that was found. `quality` is the report that a reduced precision was made with, or is made anew."""
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
-    name: str
-    version: str
-    digest: str
-    precision: str
-    passed: bool
-    findings: tuple[Finding, ...]
-    quality: QualityReport | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A bundle on the bench: its own graph opened for running, and that graph without taps, found and tapped anew."""
+    """A bundle on the bench: its own graph opened for running, and that graph without taps, found and tapped anew.
+
+    The bundle's manifest is the one that holds under the policy that is checked.
+    """
 
     bundle: Bundle
     session: RuntimeSession
@@ -84,6 +60,21 @@ class Opened:
     def tolerances(self) -> Tolerances:
         """By the bundle's precision."""
         return Tolerances.of(self.manifest.precision)
+
+    @property
+    def bundled(self) -> Assembled:
+        """The bundle's own tapped graph with its own sites, opened for a proof."""
+        manifest = self.manifest
+        return replace(
+            self.again,
+            model_path=self.bundle.model_path,
+            checker=self.runner,
+            sites=manifest.sites,
+            outputs=manifest.outputs,
+            site_axes={site.name: site.weight_axes for site in manifest.sites if site.available},
+            derived_axes={axis.symbol: axis.derived for axis in manifest.axes if axis.derived is not None},
+            precision=manifest.precision,
+        )
 
     def mixed(self) -> tuple[dict[str, Array], list[dict[str, int]]]:
         """A batch of mixed lengths, as far as the model takes them, and each sequence's lengths on every axis."""
@@ -111,25 +102,45 @@ def bundle_at(path: Path) -> Bundle:
     return Repository(place.parents[1]).bundle(place.parent.name, place.name)
 
 
-def check_bundle(path: Path, against: str = "", steps: Steps | None = None) -> BundleCheck:
-    """Repeat the check of a bundle.
+@dataclass(frozen=True, slots=True)
+class CheckRequest:
+    """What to check.
 
-    Args:
+    Attributes:
         path: the bundle's folder.
         against: a source to compare with: an .onnx file, a Hugging Face folder, `package:NAME`, `zoo:NAME`; or empty.
-        steps: is told of every step.
+        certify: whether to write a new version with a fresh certificate, unless the check fails.
+        batching: the policy under which the bundle is run.
+        attack_seconds: the most that trying to break what is not proved may take.
+    """
+
+    path: Path
+    against: str = ""
+    certify: bool = False
+    batching: Batching = "proved"
+    attack_seconds: float = ATTACK_SECONDS
+
+
+def check_bundle(request: CheckRequest, steps: Steps | None = None) -> BundleCheck:
+    """Repeat the check of a bundle; `steps` is told of every step.
 
     Raises:
         BuildRefused: there is no bundle, or the source cannot be read.
-        BundleInvalid: the manifest is broken.
+        BundleInvalid: the manifest is broken, or the disk refused the new version.
     """
-    steps = steps or Steps.silent()
-    bundle = bundle_at(path)
+    steps, against = steps or Steps.silent(), request.against
+    stored = bundle_at(request.path)
+    bundle = replace(stored, manifest=stored.manifest.under(request.batching))
     quality = bundle.manifest.check.quality
-    with steps.shown(total=5), tempfile.TemporaryDirectory(prefix="attnserve-check-") as work:
+    certificate: Certificate | None = None
+    with steps.shown(total=6), tempfile.TemporaryDirectory(prefix="attnserve-check-") as work:
         findings = list(_opening(bundle, steps))
         if all(finding.passed is not False for finding in findings):
             opened = _opened(bundle, Path(work), steps)
+            certificate = _certified(opened, request, steps)
+            if stored.manifest.certificate is None and not request.certify:
+                findings.append(Finding(what="certificate", passed=None, detail=f"{NO_CERTIFICATE}: add --certify"))
+            findings += certificate_findings(None if request.certify else stored.manifest.certificate, certificate)
             findings += _own(opened, steps)
             if against:
                 from attnserve_server.build.checking.recheck_source import compare_with_source  # noqa: PLC0415 - may bring torch
@@ -139,15 +150,26 @@ def check_bundle(path: Path, against: str = "", steps: Steps | None = None) -> B
         if quality is not None:
             findings.append(_quality(quality))
     manifest = bundle.manifest
+    passed = all(finding.passed is not False for finding in findings)
+    written = None
+    if request.certify and passed and certificate is not None:
+        written = write_certified(stored, certificate, stored.path.parents[1], request.batching)
     return BundleCheck(
         name=manifest.name,
         version=manifest.version,
         digest=manifest.digest,
         precision=manifest.precision,
-        passed=all(finding.passed is not False for finding in findings),
+        passed=passed,
         findings=tuple(findings),
         quality=quality,
+        certified=written,
     )
+
+
+def _certified(opened: Opened, request: CheckRequest, steps: Steps) -> Certificate:
+    """A fresh certificate of the bundle's own graph."""
+    max_lengths = {symbol: opened.manifest.axis(symbol).max_length for symbol in opened.sampler.signature.symbols}
+    return certify(opened.bundled, max_lengths, steps, batching=request.batching, attack_seconds=request.attack_seconds)
 
 
 def _opening(bundle: Bundle, steps: Steps) -> Iterator[Finding]:
@@ -209,26 +231,12 @@ def _untapped(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _own(opened: Opened, steps: Steps) -> list[Finding]:
-    """What a bundle says of itself: harmless padding and company, its sites, and weights that make its outputs."""
-    manifest, sampler, allowed = opened.manifest, opened.sampler, opened.tolerances.company
+    """What a bundle says of its sites: that they are there, and that their weights make its outputs."""
     steps.begin("repeating the check")
-    sites = {site.name: site.weight_axes for site in manifest.sites if site.available}
-    derived = {axis.symbol: axis.derived for axis in manifest.axes if axis.derived is not None}
-    findings = [
-        Finding.of(
-            f"padding along {symbol}",
-            padding_error(opened.runner, sampler, symbol, manifest.outputs, sites, derived),
-            allowed,
-        )
-        for symbol in sampler.signature.symbols
-        if manifest.axis(symbol).paddable
-    ]
-    if manifest.max_batch_size > 1 and not sampler.signature.fixed_batch:
-        company = batch_error(opened.runner, sampler, manifest.outputs, sites)
-        findings.append(Finding.of("batch mates", company, allowed))
-    if not sites:
-        return [*findings, Finding(what="attention", passed=None, detail="no site gives weights")]
-    return [*findings, *_weights(opened, sorted(sites))]
+    sites = sorted(site.name for site in opened.manifest.sites if site.available)
+    return (
+        _weights(opened, sites) if sites else [Finding(what="attention", passed=None, detail="no site gives weights")]
+    )
 
 
 def _weights(opened: Opened, names: list[str]) -> list[Finding]:

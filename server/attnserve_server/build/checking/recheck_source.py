@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from attnserve_server.build.assemble import assemble
 from attnserve_server.build.checking.against import differences
-from attnserve_server.build.checking.recheck import Finding, Opened
+from attnserve_server.build.checking.findings import Finding
+from attnserve_server.build.checking.recheck import Opened
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.graphs.graph import save
 from attnserve_server.build.graphs.reading import checked, read_graph

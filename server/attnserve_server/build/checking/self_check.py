@@ -10,9 +10,7 @@ from attnserve_server.build.runtime import Runner, time_ratio
 from attnserve_server.model.manifest import CheckReport
 
 
-def check_against_itself(
-    assembled: Assembled, max_lengths: dict[str, int], padding: float | None, *, paddable: bool
-) -> CheckReport:
+def check_against_itself(assembled: Assembled, max_lengths: dict[str, int], *, paddable: bool) -> CheckReport:
     """Tapped against untapped, and weights @ value against each operator's own output.
 
     On mixed lengths in one padded batch; sequences of one length where padding is not harmless, one sequence where the
@@ -44,6 +42,5 @@ def check_against_itself(
         weight_max_abs_error=max(products.values(), default=0.0),
         weight_tolerance=assembled.tolerances.output,
         row_sum_max_abs_error=max(sums, default=0.0),
-        padding_max_abs_error=padding,
         tapped_over_source_time=time_ratio(tapped, assembled.source, feeds, outputs) if assembled.site_axes else None,
     )

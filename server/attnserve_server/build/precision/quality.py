@@ -21,6 +21,7 @@ from attnserve_server.engine.collation import collate, outputs_of, weights_of
 from attnserve_server.engine.golden import lengths_of
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.engine.warmup import selection_of_all
+from attnserve_server.model.certificate import Batching
 from attnserve_server.model.manifest import NUMPY_DTYPES, Manifest
 from attnserve_server.model.report import QualityReport
 from attnserve_server.model.tokenizer import TextTokenizer
@@ -120,9 +121,10 @@ def _paired_sites(reduced: Manifest, reference: Manifest) -> list[tuple[int, int
 
 
 def _groups(manifest: Manifest, sequences: Sequence[dict[str, Array]]) -> Iterator[list[dict[str, Array]]]:
-    """Batches of nearly equal length; of one sequence each where padding is not harmless."""
+    """Batches of nearly equal length; of one sequence each where the manifest does not allow padding them."""
     given = [axis for axis in manifest.axes if axis.derived is None and not axis.fixed]
-    size = min(BATCH_SIZE, manifest.max_batch_size) if all(axis.paddable for axis in given) else 1
+    padded = all(axis.paddable for axis in given) and not any(manifest.breaks_masks(inputs) for inputs in sequences)
+    size = min(BATCH_SIZE, manifest.max_batch_size) if padded else 1
     ordered = sorted(sequences, key=lambda inputs: sum(lengths_of(inputs, manifest).values()))
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
@@ -201,6 +203,7 @@ def with_quality(
     tokenizer: Path | None,
     work: Path,
     steps: Steps,
+    batching: Batching = "proved",
 ) -> Manifest:
     """A manifest whose check also tells what a reduced precision costs and brings.
 
@@ -212,6 +215,7 @@ def with_quality(
         tokenizer: its tokenizer.json, if it has one.
         work: a folder for files.
         steps: is told what falls short of its target.
+        batching: the policy that says which sequences share a batch.
 
     Raises:
         CheckFailed: hardly anything is left of the answers.
@@ -220,10 +224,11 @@ def with_quality(
     place = work / "reference"
     place.mkdir()
     true = assemble(reference, sampler, place, Steps.silent())
-    told = manifest.model_copy(update={"sites": true.sites, "outputs": true.outputs, "precision": true.precision})
+    ruled = manifest.under(batching)
+    told = ruled.model_copy(update={"sites": true.sites, "outputs": true.outputs, "precision": true.precision})
     one, other = (
         Subject(RuntimeSession.load(path, provider="CPUExecutionProvider", intra_op_threads=1), own)
-        for path, own in ((model_path, manifest), (true.model_path, told))
+        for path, own in ((model_path, ruled), (true.model_path, told))
     )
     text = manifest.text
     known = TextTokenizer.load(tokenizer, text.axis) if tokenizer is not None and text is not None else None

@@ -1,0 +1,128 @@
+"""What a policy makes of a certificate, in words: for GetModel, reports and warnings. It decides nothing itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from attnserve_server.model.certificate import Batching, Certificate, Clause, Verdict
+from attnserve_server.model.manifest import BATCH, Manifest
+
+NO_CERTIFICATE: Final = "the bundle is of format 1 and has no certificate"
+_DYNAMIC: Final = "DynamicQuantize"
+"""How the names of operators begin whose scale spans everything that they are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What holds for the batch, or for one axis, under a policy.
+
+    `allowed`: rows of the batch share runs; sequences are padded along the axis. `status`: `proved`, `tested`,
+    `refuted` or `unknown`. `reason`: why, in plain words; empty where proved.
+    """
+
+    axis: str
+    allowed: bool
+    status: str
+    reason: str
+
+    def __str__(self) -> str:
+        """One line of a report."""
+        what = "batch" if self.axis == BATCH else f"axis {self.axis}"
+        effect = (
+            ("rows share runs" if self.allowed else "rows run alone")
+            if self.axis == BATCH
+            else ("padded" if self.allowed else "equal lengths only")
+        )
+        return f"{what}: {self.status}, {effect}" + (f": {self.reason}" if self.reason else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Caution:
+    """One thing that an operator should know: what holds along an axis, its cause, and the way out of it."""
+
+    axis: str
+    status: str
+    effect: str
+    cause: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """One sentence for a person."""
+        cause = f": {self.cause}" if self.cause else ""
+        return f"{self.effect} ({self.status}){cause}; {self.remedy}"
+
+
+def rulings(manifest: Manifest, batching: Batching) -> tuple[Ruling, ...]:
+    """What holds for the batch, and then for each axis whose length changes. Derived axes have their source's ruling.
+
+    Args:
+        manifest: as stored, or under this policy.
+        batching: the policy.
+    """
+    followed = {axis.symbol: axis.derived.source if axis.derived else axis.symbol for axis in manifest.axes}
+    changing = {symbol: source for symbol, source in followed.items() if not manifest.axis(source).fixed}
+    return tuple(_ruling(manifest, batching, axis, source) for axis, source in {BATCH: BATCH, **changing}.items())
+
+
+def _ruling(manifest: Manifest, batching: Batching, axis: str, source: str) -> Ruling:
+    certificate = manifest.certificate
+    if certificate is None:
+        return Ruling(axis, axis == BATCH and batching != "off", str(Verdict.UNKNOWN), NO_CERTIFICATE)
+    clause = certificate.clause(source)
+    return Ruling(axis, clause.allows(batching), clause.status(batching), _cause(clause))
+
+
+def cautions(certificate: Certificate | None, batching: Batching, *, alone: bool = False) -> tuple[Caution, ...]:
+    """What limits batching under a policy, and what is padded without a proof because its mask is finite.
+
+    Args:
+        certificate: of the model; None: it has none.
+        batching: the policy; `off` is what the operator wants, so that nothing is said of it.
+        alone: whether its sequences run alone under any policy, so that nothing is said of the batch.
+    """
+    if batching == "off":
+        return ()
+    if certificate is None:
+        effect = "sequences share a batch only at equal lengths"
+        remedy = "`attnserve-server check BUNDLE --certify` writes a version with a certificate"
+        return (Caution(BATCH, str(Verdict.UNKNOWN), effect, NO_CERTIFICATE, remedy),)
+    found = (_caution(clause, batching) for clause in certificate.clauses)
+    return tuple(caution for caution in found if caution is not None and not (alone and caution.axis == BATCH))
+
+
+def _caution(clause: Clause, batching: Batching) -> Caution | None:
+    status = clause.status(batching)
+    if clause.allows(batching):
+        if not (clause.finite_mask and status == "tested"):
+            return None
+        what = "batches are shared" if clause.axis == BATCH else f"axis {clause.axis!r} is padded"
+        probes = clause.attack.probes if clause.attack else 0
+        effect = f"{what} without a proof: {probes} probes did not change an answer"
+        remedy = "`--batching off` runs every sequence alone, and a mask of booleans or -inf can be proved"
+        return Caution(clause.axis, status, effect, _cause(clause) or "finite mask, unbounded scores", remedy)
+    effect = (
+        "every sequence runs alone"
+        if clause.axis == BATCH
+        else f"only sequences of one length along {clause.axis!r} share a batch"
+    )
+    return Caution(clause.axis, status, effect, _cause(clause), _remedy(clause))
+
+
+def _cause(clause: Clause) -> str:
+    """The reason, with the node that decides it and, where an attack succeeded, the probe that did it."""
+    reason = clause.reason
+    if clause.path and not any(step.node in reason for step in clause.path):
+        # The step that the reason is about; else the last, whose output is the first that is no longer the same.
+        deciding = next((step for step in clause.path if step.words and step.words in reason), clause.path[-1])
+        reason = f"{reason}, at {deciding.operator} {deciding.node!r}".removeprefix(", ")
+    if clause.attack is not None and clause.attack.broke:
+        reason = f"{reason}; an answer changed with {clause.attack.broke}".removeprefix("; ")
+    return reason
+
+
+def _remedy(clause: Clause) -> str:
+    if any(step.operator.startswith(_DYNAMIC) for step in clause.path) or _DYNAMIC in clause.reason:
+        return "`attnserve-server prepare --requantize per-row` gives every row a scale of its own"
+    shown = "`attnserve-server inspect --batching BUNDLE` shows the path"
+    return f"{shown}; then `--batching tested` accepts it" if clause.allows("tested") else shown
