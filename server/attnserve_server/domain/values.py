@@ -65,6 +65,8 @@ class PreparedSequence:
     """Bytes of tensor data that its answer will hold; with `min_weight` at most that."""
     lone: bool = False
     """Whether it is all of its request: its answer is then encoded as soon as its run ends."""
+    keep_values: bool = False
+    """Whether `SequenceResult.values` shall hold a copy of its values, for a comparison with the sequence alone."""
 
     @property
     def tokens(self) -> int:
@@ -130,3 +132,5 @@ class SequenceResult:
     run: RunFacts
     queue_s: float = 0.0
     """From its arrival to the start of its run."""
+    values: Mapping[str, Array] | None = None
+    """Where `keep_values` asks for them: outputs and, as `attention.<site>`, weights, cropped and not reduced."""

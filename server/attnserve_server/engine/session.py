@@ -174,7 +174,14 @@ class RuntimeSession:
                 return cls(session, device_id, graphs)
         raise ProviderUnavailable(first, [name for name in available if name != first])
 
-    def run(self, feeds: Mapping[str, Array], fetches: Sequence[str], handle: RunHandle | None = None) -> list[Array]:
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        fetches: Sequence[str],
+        handle: RunHandle | None = None,
+        *,
+        recorded: bool = True,
+    ) -> list[Array]:
         """Runs the model once, on the calling thread.
 
         Every node runs, whatever is fetched: `RunOptions.only_execute_path_to_fetches` leaves none out (onnxruntime
@@ -184,6 +191,7 @@ class RuntimeSession:
             feeds: an array for each input, (B, ...) as the graph declares it.
             fetches: names of wanted outputs.
             handle: stops the run from another thread.
+            recorded: whether a recorded CUDA graph may be replayed, which pads the run up to the graph's shape.
 
         Returns:
             The outputs in the order of `fetches`, each in memory of its own.
@@ -200,7 +208,7 @@ class RuntimeSession:
             handle._attach(options)  # noqa: SLF001 - handle and session are two halves of one thing
         try:
             if self._bound is not None:
-                return self._run_bound(self._bound, feeds, fetches, options)
+                return self._run_bound(self._bound, feeds, fetches, options, recorded=recorded)
             outputs: list[Array] = self._session.run(list(fetches), dict(feeds), options)
         except Exception as error:
             if handle is not None and handle.terminated:
@@ -212,15 +220,21 @@ class RuntimeSession:
         return outputs
 
     def _run_bound(
-        self, bound: PinnedOutputs, feeds: Mapping[str, Array], fetches: Sequence[str], options: ort.RunOptions
+        self,
+        bound: PinnedOutputs,
+        feeds: Mapping[str, Array],
+        fetches: Sequence[str],
+        options: ort.RunOptions,
+        *,
+        recorded: bool,
     ) -> list[Array]:
-        recorded = self._recorded
-        if recorded is None:
+        graphs = self._recorded
+        if graphs is None:
             return bound.run(feeds, fetches, options)
-        with recorded.turn:
-            shape = recorded.covers(feeds, fetches)
+        with graphs.turn:
+            shape = graphs.covers(feeds, fetches) if recorded else None
             if shape is not None:
-                return recorded.run(feeds, fetches, shape)
+                return graphs.run(feeds, fetches, shape)
             return bound.run(feeds, fetches, run_as_ever(options))
 
 

@@ -37,6 +37,7 @@ class Submitter(Protocol):
         deadline: float | None,
         priority: Priority,
         received_bytes: int,
+        request_id: str,
     ) -> list[SequenceResult]:
         """The answers in the same order; raises the errors of the domain. Cancelling it withdraws the sequences."""
         ...
@@ -46,7 +47,8 @@ class Submitter(Protocol):
 class ServedModel:
     """One model and what runs it. Event loop only.
 
-    `manifest` is None for a folder that is no bundle; `scheduler` is there once the model is ready.
+    `manifest` is None for a folder that is no bundle; `scheduler` is there once the model is ready. `state_reason` says
+    why it failed or, where it is ready, why it does not batch.
     """
 
     name: str
