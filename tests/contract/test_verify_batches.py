@@ -155,7 +155,7 @@ def first_output(answer: pb.InferResponse, at: int) -> np.ndarray:
     return np.frombuffer(answer.results[at].outputs[0].data, "<f4").reshape(OURS.shape)
 
 
-async def test_answers_that_a_batch_changed_are_counted(repository: Path) -> None:
+async def test_answers_that_a_batch_changed_are_counted(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
     with structlog.testing.capture_logs():  # the server's own lines
         async with serving(repository, models=("mixing",), verify_batches=1.0) as (server, stub):
             answer = await stub.Infer(asking("mixing", OURS, LOUD, OURS))
@@ -165,6 +165,8 @@ async def test_answers_that_a_batch_changed_are_counted(repository: Path) -> Non
             assert metric(server, "attnserve_batch_mismatch_total", "mixing") == 2
             assert metric(server, "attnserve_batching_isolated", "mixing") == 0
             assert (await stub.GetModel(pb.GetModelRequest(model="mixing"))).model.state_reason == ""
+            [line] = [record for record in caplog.records if record.name == "attnserve_server.scheduling.verifier"]
+            assert (line.__dict__["request_id"], line.__dict__["batch_size"]) == ("mine", 3)
             again = await stub.Infer(asking("mixing", OURS, LOUD, OURS))
             assert np.abs(first_output(again, 0)).max() == 0, "counting changes nothing"
 

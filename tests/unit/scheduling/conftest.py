@@ -90,6 +90,8 @@ class FakeExecutor:
     busy: set[int] = field(default_factory=set)
     poisoned: set[int] = field(default_factory=set)
     breaks: bool = False
+    splits: bool = False
+    """Whether batches fail, so that each sequence is run by itself."""
     handed: list[tuple[int, bool]] = field(default_factory=list)
     """Of each sequence that ran: the identity of the object, and whether its values were asked for."""
     repeats: list[tuple[int, int, float]] = field(default_factory=list)
@@ -113,7 +115,7 @@ class FakeExecutor:
         if handle.terminated:
             self.terminated.append(tags)
             return [RequestCancelled() for _ in sequences]
-        facts = RunFacts(len(sequences), 0, 0, self.seconds(sequences), instance)
+        facts = RunFacts(1 if self.splits else len(sequences), 0, 0, self.seconds(sequences), instance)
         return [
             InternalFault()
             if tag_of(one) in self.poisoned

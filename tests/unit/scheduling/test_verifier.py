@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import logging
@@ -59,19 +60,24 @@ def test_sequence_that_ran_alone_is_never_repeated(virtually, bench, sequence) -
                 await scheduler.submit([sequence(tag)])
                 await asyncio.sleep(5)
             assert bench.executor.runs == [[0], [1], [2], [3], [4]]
+            assert [keep for _, keep in bench.executor.handed] == [False] * 5
             assert bench.executor.repeats == []
             assert bench.checks() == {}
 
     virtually(story())
 
 
-def test_sequence_whose_batch_failed_and_was_split_is_not_counted(virtually, bench, sequence) -> None:
+@pytest.mark.parametrize("poisoned", [set(), {1}])
+def test_sequence_whose_batch_failed_and_was_split_is_not_repeated(
+    virtually, bench, sequence, poisoned: set[int]
+) -> None:
     bench.shadow = EVERY
-    bench.executor.poisoned.add(1)
+    bench.executor.splits = True
+    bench.executor.poisoned = poisoned
 
     async def story() -> None:
         async with bench as scheduler:
-            with pytest.raises(InternalFault):
+            with pytest.raises(InternalFault) if poisoned else contextlib.nullcontext():
                 await scheduler.submit([sequence(1)] * 2)
             await asyncio.sleep(5)
             assert (bench.executor.repeats, bench.checks()) == ([], {})
@@ -352,13 +358,16 @@ def test_nothing_of_a_sample_stays_behind(virtually, bench, sequence) -> None:
 
     async def story() -> None:
         async with bench as scheduler:
-            results = await scheduler.submit([sequence(1), sequence(2)])
+            sent = [sequence(1), sequence(2)]
+            received = weakref.ref(sent[0].tensors["input_ids"])
+            results = await scheduler.submit(sent)
             sample = weakref.ref(bench.verifier._waiting[0].served["tag"])
             answer = weakref.ref(results[0].outputs["tag"])
-            del results
+            del results, sent
             await ticks(1)
             assert sample() is not None
             assert answer() is None, "a sample keeps its values, and not the answer"
+            assert received() is None, "it has inputs of its own: those received keep their message in memory"
             await settled(bench, 2)
             assert sample() is None
 
