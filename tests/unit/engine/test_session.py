@@ -297,3 +297,29 @@ def test_what_cannot_be_written_optimised_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     with pytest.raises(LoadFailed):
         write_optimised(tmp_path / "broken.onnx", tmp_path / "optimised.onnx")
+
+
+@pytest.mark.parametrize(("recorded", "way"), [(True, "replayed"), (False, "as ever")])
+def test_run_that_may_not_be_replayed_runs_as_it_is(embedder_path: Path, recorded: bool, way: str) -> None:
+    """A replay pads the run up to the shape that was recorded. Stand-ins for a GPU's outputs and recordings."""
+    ways: list[str] = []
+
+    class Graphs:
+        turn = threading.Lock()
+
+        def covers(self, feeds: object, fetches: object) -> tuple[int, int]:
+            return 8, 32
+
+        def run(self, feeds: object, fetches: object, shape: tuple[int, int]) -> list[np.ndarray]:
+            ways.append("replayed")
+            return []
+
+    class Bound:
+        def run(self, feeds: object, fetches: object, options: ort.RunOptions) -> list[np.ndarray]:
+            ways.append("as ever")
+            return []
+
+    session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    session._bound, session._recorded = Bound(), Graphs()  # type: ignore[assignment]
+    session.run(feeds([[1, 2]]), ["embedding"], recorded=recorded)
+    assert ways == [way]
