@@ -18,11 +18,11 @@ from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.session import ProviderUnavailable
 from attnserve_server.loading import (
     StartFailed,
+    batch_check_settings,
     cost_key,
     instances_of,
     open_bundle,
     scheduling_settings,
-    shadow_settings,
     wanted_bundles,
 )
 from attnserve_server.model.manifest import Manifest
@@ -247,7 +247,7 @@ class Application:
 
     def _verifier_of(self, manifest: Manifest, model: ServedModel, executor: Executor) -> Verifier | None:
         """The shadow check of one model; None where it is off."""
-        settings = shadow_settings(self.settings)
+        settings = batch_check_settings(self.settings)
         if settings is None:
             return None
 

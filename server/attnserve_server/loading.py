@@ -148,7 +148,7 @@ def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSet
     )
 
 
-def shadow_settings(settings: Settings) -> ShadowSettings | None:
+def batch_check_settings(settings: Settings) -> ShadowSettings | None:
     """The part of the settings that the shadow check needs; None where it is off."""
     if not settings.verify_batches:
         return None

@@ -96,7 +96,9 @@ def forced(name: str) -> Manifest:
         ),
         provenance=PROVENANCE,
         check=CHECK,
-        certificate=Certificate(clauses=(Clause(axis="batch", verdict=Verdict.PROVED),)),
+        certificate=Certificate(
+            clauses=(Clause(axis="batch", verdict=Verdict.PROVED), Clause(axis="t", verdict=Verdict.UNKNOWN))
+        ),
     )
 
 

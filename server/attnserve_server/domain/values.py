@@ -63,10 +63,10 @@ class PreparedSequence:
     units: Mapping[str, AxisUnits] = field(default_factory=dict)
     response_bytes: int = 0
     """Bytes of tensor data that its answer will hold; with `min_weight` at most that."""
-    lone: bool = False
-    """Whether it is all of its request: its answer is then encoded as soon as its run ends."""
     keep_values: bool = False
     """Whether `SequenceResult.values` shall hold a copy of its values, for a comparison with the sequence alone."""
+    lone: bool = False
+    """Whether it is all of its request: its answer is then encoded as soon as its run ends."""
 
     @property
     def tokens(self) -> int:

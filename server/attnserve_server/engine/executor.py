@@ -18,10 +18,9 @@ from attnserve_server.engine.collation import CollatedBatch, collate, kept_as_vi
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
 from attnserve_server.engine.instance import InstanceThread
 from attnserve_server.engine.providers import CPU
-from attnserve_server.engine.repetition import Difference, copied, greatest_difference, values_of
+from attnserve_server.engine.repetition import Difference, copied, equality_of, greatest_difference, values_of
 from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
 from attnserve_server.engine.warmup import ThreadCpuClock
-from attnserve_server.model.equality import Equality
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
 
@@ -65,7 +64,7 @@ class Executor:
         self._metrics = metrics
         self._clock = clock
         self._instances = instances
-        self._equality = Equality(manifest.precision, manifest.noise)
+        self._equality = equality_of(manifest)
         # On a CPU by processor time: by the clock on the wall, whatever else uses the cores would be counted in.
         self._cost_clock = ThreadCpuClock() if self.provider == CPU else clock
         # Event loop only.
@@ -166,7 +165,7 @@ class Executor:
         try:
             batch = collate([sequence], self._manifest)
             # Not by a recorded CUDA graph: that would pad the sequence, and fill the batch up with copies of it.
-            outputs = self._session_of(instance).run(batch.feeds, batch.fetches, handle, recorded=False)
+            outputs = self._session_of(instance).run(batch.feeds, batch.fetches, handle, exact_shape=True)
             fetched = dict(zip(batch.fetches, outputs, strict=True))
             alone = values_of(
                 outputs_of(batch, fetched, 0, sequence, self._manifest),
@@ -179,6 +178,11 @@ class Executor:
         except Exception:  # noqa: BLE001 - the boundary of a repeat: nobody waits for it
             _log.exception("a sequence failed to run again, alone", extra={"model": self._manifest.name})
             return InternalFault()
+
+    def _kept(
+        self, sequence: PreparedSequence, outputs: dict[str, Array], weights: dict[int, Array]
+    ) -> dict[str, Array] | None:
+        return copied(values_of(outputs, weights, self._manifest)) if sequence.keep_values else None
 
     def _timed(
         self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int
@@ -249,15 +253,14 @@ class Executor:
                     if not _is_finite(values):
                         _log.error("a value that is not finite", extra={"model": self._manifest.name, "tensor": name})
                         return InternalFault()
-            kept = copied(values_of(outputs, weights, self._manifest)) if sequence.keep_values else None
             if sequence.attention is None:
-                return SequenceResult(outputs, None, facts, values=kept)
+                return SequenceResult(outputs, None, facts, values=self._kept(sequence, outputs, weights))
             started = self._clock.now()
             answer = attention.answer(weights, sequence.attention, self._manifest.sites, sequence.units)
             if not kept_as_view(batch, sequence):
                 answer = _owned(answer, fetched.values())
             self._metrics.attention_seconds.observe(self._clock.now() - started)
-            return SequenceResult(outputs, answer, facts, values=kept)
+            return SequenceResult(outputs, answer, facts, values=self._kept(sequence, outputs, weights))
         except Exception:  # noqa: BLE001 - the boundary of one sequence's answer: its batch mates have theirs
             _log.exception("an answer could not be made", extra={"model": self._manifest.name})
             return InternalFault()

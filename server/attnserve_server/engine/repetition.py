@@ -25,6 +25,11 @@ class Difference:
     """In parts of what counts as equal: above 1 the answers differ. Infinity for unequal shapes or a lone NaN."""
 
 
+def equality_of(manifest: Manifest) -> Equality:
+    """How far two answers of a model may differ: by its precision, and by the noise that conversion measured."""
+    return Equality(manifest.precision, {} if manifest.certificate is None else manifest.certificate.noise)
+
+
 def values_of(outputs: Mapping[str, Array], weights: Mapping[int, Array], manifest: Manifest) -> dict[str, Array]:
     """Name one sequence's values as `model.equality` does.
 

@@ -180,7 +180,7 @@ class RuntimeSession:
         fetches: Sequence[str],
         handle: RunHandle | None = None,
         *,
-        recorded: bool = True,
+        exact_shape: bool = False,
     ) -> list[Array]:
         """Runs the model once, on the calling thread.
 
@@ -191,7 +191,7 @@ class RuntimeSession:
             feeds: an array for each input, (B, ...) as the graph declares it.
             fetches: names of wanted outputs.
             handle: stops the run from another thread.
-            recorded: whether a recorded CUDA graph may be replayed, which pads the run up to the graph's shape.
+            exact_shape: do not pad the run up to a recorded shape.
 
         Returns:
             The outputs in the order of `fetches`, each in memory of its own.
@@ -208,7 +208,7 @@ class RuntimeSession:
             handle._attach(options)  # noqa: SLF001 - handle and session are two halves of one thing
         try:
             if self._bound is not None:
-                return self._run_bound(self._bound, feeds, fetches, options, recorded=recorded)
+                return self._run_bound(self._bound, feeds, fetches, options, exact_shape=exact_shape)
             outputs: list[Array] = self._session.run(list(fetches), dict(feeds), options)
         except Exception as error:
             if handle is not None and handle.terminated:
@@ -226,15 +226,15 @@ class RuntimeSession:
         fetches: Sequence[str],
         options: ort.RunOptions,
         *,
-        recorded: bool,
+        exact_shape: bool,
     ) -> list[Array]:
-        graphs = self._recorded
-        if graphs is None:
+        recorded = self._recorded
+        if recorded is None:
             return bound.run(feeds, fetches, options)
-        with graphs.turn:
-            shape = graphs.covers(feeds, fetches) if recorded else None
+        with recorded.turn:
+            shape = None if exact_shape else recorded.covers(feeds, fetches)
             if shape is not None:
-                return graphs.run(feeds, fetches, shape)
+                return recorded.run(feeds, fetches, shape)
             return bound.run(feeds, fetches, run_as_ever(options))
 
 

@@ -90,7 +90,6 @@ class Manifest(Frozen):
     check: CheckReport
     golden: GoldenSpec | None = None
     certificate: Certificate | None = None
-    """What is known about sharing a batch; None: nothing was tried."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -153,11 +152,6 @@ class Manifest(Frozen):
             if max_tokens > longest:
                 raise ValueError(f"text: {max_tokens} tokens exceed {longest}, the axis's greatest length")
         return self
-
-    @property
-    def noise(self) -> Mapping[str, float]:
-        """How far equal answers may differ, by output and `attention.<site>`; empty where nothing was measured."""
-        return {} if self.certificate is None else self.certificate.noise
 
     @property
     def fixed_lengths(self) -> dict[str, int]:

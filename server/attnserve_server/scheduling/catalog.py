@@ -47,8 +47,7 @@ class Submitter(Protocol):
 class ServedModel:
     """One model and what runs it. Event loop only.
 
-    `manifest` is None for a folder that is no bundle; `scheduler` is there once the model is ready. `state_reason` says
-    why it failed or, where it is ready, why it does not batch.
+    `manifest` is None for a folder that is no bundle; `scheduler` is there once the model is ready.
     """
 
     name: str
@@ -60,6 +59,7 @@ class ServedModel:
     provider: str = ""
     state: ModelState = ModelState.LOADING
     state_reason: str = ""
+    """Why it failed or, where it is ready, why each sequence runs alone."""
 
     def move(self, state: ModelState, reason: str = "") -> None:
         """Puts the model into a state, and says so in its metrics."""

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from attnserve_server.config import Settings
 from attnserve_server.engine.session import RuntimeSession
-from attnserve_server.loading import open_bundle, shadow_settings
+from attnserve_server.loading import open_bundle
 from attnserve_server.model.repository import write_bundle
-from attnserve_server.scheduling.shadow import ShadowSettings
 from tiny_bundle import tiny_manifest, write_tiny_files
 
 
@@ -29,10 +28,3 @@ def test_rewritings_that_a_bundle_leaves_out_are_left_out_when_it_is_served(
     bundle = write_bundle(tmp_path / "models", manifest, write_tiny_files(tmp_path))
     open_bundle(bundle, Settings(repository=tmp_path / "models"))
     assert told == [left_out]
-
-
-def test_shadow_check_is_off_unless_a_share_is_set() -> None:
-    assert shadow_settings(Settings()) is None
-    assert shadow_settings(Settings(verify_action="isolate")) is None
-    assert shadow_settings(Settings(verify_batches=0.001)) == ShadowSettings(share=0.001, action="count")
-    assert shadow_settings(Settings(verify_batches=1, verify_action="isolate")) == ShadowSettings(1.0, "isolate")

@@ -299,8 +299,8 @@ def test_what_cannot_be_written_optimised_is_refused(tmp_path: Path) -> None:
         write_optimised(tmp_path / "broken.onnx", tmp_path / "optimised.onnx")
 
 
-@pytest.mark.parametrize(("recorded", "way"), [(True, "replayed"), (False, "as ever")])
-def test_run_that_may_not_be_replayed_runs_as_it_is(embedder_path: Path, recorded: bool, way: str) -> None:
+@pytest.mark.parametrize(("exact_shape", "way"), [(False, "replayed"), (True, "as ever")])
+def test_run_of_an_exact_shape_replays_no_recording(embedder_path: Path, exact_shape: bool, way: str) -> None:
     """A replay pads the run up to the shape that was recorded. Stand-ins for a GPU's outputs and recordings."""
     ways: list[str] = []
 
@@ -321,5 +321,5 @@ def test_run_that_may_not_be_replayed_runs_as_it_is(embedder_path: Path, recorde
 
     session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
     session._bound, session._recorded = Bound(), Graphs()  # type: ignore[assignment]
-    session.run(feeds([[1, 2]]), ["embedding"], recorded=recorded)
+    session.run(feeds([[1, 2]]), ["embedding"], exact_shape=exact_shape)
     assert ways == [way]
