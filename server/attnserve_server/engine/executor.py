@@ -161,7 +161,7 @@ class Executor:
     def _repeat(
         self, sequence: PreparedSequence, served: Mapping[str, Array], handle: RunHandle, instance: int
     ) -> Difference | AttnserveError:
-        """Instance's thread. The comparison is made here too: of large maps it takes longer than the loop may stand."""
+        """Instance's thread. The comparison is made here too: large maps would block the event loop."""
         try:
             batch = collate([sequence], self._manifest)
             # Not by a recorded CUDA graph: that would pad the sequence, and fill the batch up with copies of it.
@@ -175,7 +175,7 @@ class Executor:
             return greatest_difference(served, alone, self._equality)
         except RunTerminated:
             return RequestCancelled()
-        except Exception:  # noqa: BLE001 - the boundary of a repeat: nobody waits for it
+        except Exception:  # noqa: BLE001 - the boundary of a repeat: no request depends on it
             _log.exception("a sequence failed to run again, alone", extra={"model": self._manifest.name})
             return InternalFault()
 

@@ -58,7 +58,7 @@ class Scheduler:
         self._queue = Queue()
         metrics.watch_queue(lambda: len(self._queue), lambda: self._queue.totals.bytes)
         self._running_tokens = 0
-        self._busy = 0
+        self._busy = 0  # instances that run served work
         self._requests: set[Request] = set()  # all that are not answered yet, wherever they are
         self._numbers = count()
         self._wake = asyncio.Event()
