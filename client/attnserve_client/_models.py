@@ -97,7 +97,7 @@ class ModelInfo:
         version: Its version, a positive integer in decimal.
         digest: `sha256:` and the hexadecimal digest of its bundle.
         state: `loading`, `ready`, `draining`, `failed`, or `unknown`.
-        state_reason: Why it is failed; empty otherwise.
+        state_reason: Why it is failed or, where ready, why each sequence runs alone; empty otherwise.
         inputs: What it takes.
         outputs: What it gives.
         axes: Its dynamic axes, without the batch axis.

@@ -18,6 +18,7 @@ from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.session import ProviderUnavailable
 from attnserve_server.loading import (
     StartFailed,
+    batch_check_settings,
     cost_key,
     instances_of,
     open_bundle,
@@ -25,12 +26,14 @@ from attnserve_server.loading import (
     under_policy,
     wanted_bundles,
 )
+from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, BundleFault
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.memory import resident_bytes
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.scheduling.scheduler import Scheduler
+from attnserve_server.scheduling.verifier import Verifier
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.http import HttpServer
@@ -45,6 +48,8 @@ EXIT_FAULTED: Final = 70
 """As sysexits.h has it for an internal fault: whoever watches the process should start it again."""
 _LEAST_STOP_S: Final = 0.5
 """What gRPC gets at least, after a drain, to send the last answers."""
+_ISOLATED: Final = "an answer from a batch differed from the same sequence alone; each runs alone until the next start"
+"""Why a ready model does not batch."""
 
 
 @dataclass(slots=True, eq=False)
@@ -215,6 +220,7 @@ class Application:
                 self.clock,
                 model.metrics,
                 on_fault=lambda: self._on_fault(model),
+                verifier=self._verifier_of(bundle.manifest, model, executor),
             )
             scheduler.start()
         except ProviderUnavailable:
@@ -245,6 +251,18 @@ class Application:
             sites_available=sum(site.available for site in bundle.manifest.sites),
             load_s=round(self.clock.now() - began, 3),
         )
+
+    def _verifier_of(self, manifest: Manifest, model: ServedModel, executor: Executor) -> Verifier | None:
+        """The shadow check of one model; None where it is off."""
+        settings = batch_check_settings(self.settings)
+        if settings is None:
+            return None
+
+        def on_isolated() -> None:
+            if model.state is ModelState.READY:
+                model.move(ModelState.READY, _ISOLATED)
+
+        return Verifier(executor, manifest, settings, self.clock, model.metrics, on_isolated=on_isolated)
 
     def _on_fault(self, model: ServedModel) -> None:
         """A batching loop that died, which it logs itself, must not leave a server that looks well."""

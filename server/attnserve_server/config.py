@@ -125,6 +125,16 @@ class Settings(BaseSettings):
         description="How many waiting sequences are looked at as company for the oldest: of all that wait, those "
         "nearest to it in length. Default: more than a CPU's run takes, and a GPU's fill.",
     )
+    verify_batches: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="Share of the sequences answered from a batch that are run again alone, on idle instances, and "
+        "compared: 0.001 checks one in a thousand, as far as instances are idle. Default: 0, off: nothing is kept.",
+    )
+    verify_action: Literal["count", "isolate"] = Field(
+        "count",
+        description="What follows where such an answer differs: `count` counts and logs it; `isolate` also runs each "
+        "sequence of that model alone until the next start. Default: count, as isolating costs throughput.",
+    )
     remember_costs: bool = Field(
         True,
         description="Keep what runs cost beside the bundle, by machine and provider, and measure it no more. Default: "

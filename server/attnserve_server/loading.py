@@ -22,6 +22,7 @@ from attnserve_server.model.repository import Bundle, BundleFault, Repository, v
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.observability.logs import logger
 from attnserve_server.scheduling.policy import SchedulingSettings
+from attnserve_server.scheduling.shadow import ShadowSettings
 
 _log = logger(__name__)
 
@@ -175,6 +176,13 @@ def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSet
         look_ahead=settings.look_ahead,
         run_overhead_tokens=settings.run_overhead_tokens,
     )
+
+
+def batch_check_settings(settings: Settings) -> ShadowSettings | None:
+    """The part of the settings that the shadow check needs; None where it is off."""
+    if not settings.verify_batches:
+        return None
+    return ShadowSettings(share=settings.verify_batches, action=settings.verify_action)
 
 
 def _why_none(repository: Path) -> str:

@@ -37,6 +37,7 @@ class Gate:
         deadline: float | None,
         priority: Priority,
         received_bytes: int,
+        request_id: str = "",
     ) -> list[SequenceResult]:
         """Answers with zeros, once it is let go."""
         self.deadlines.append(deadline)

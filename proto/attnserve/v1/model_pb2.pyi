@@ -326,7 +326,7 @@ class Model(_message.Message):
     state: Global___ModelState.ValueType
     """Whether it answers."""
     state_reason: _builtins.str
-    """Why it is FAILED; empty otherwise."""
+    """Why it is FAILED or, where READY, why each sequence runs alone; empty otherwise."""
     accepts_text: _builtins.bool
     """Whether it takes text. If not, only tensors."""
     vocabulary_size: _builtins.int

@@ -63,6 +63,8 @@ class PreparedSequence:
     units: Mapping[str, AxisUnits] = field(default_factory=dict)
     response_bytes: int = 0
     """Bytes of tensor data that its answer will hold; with `min_weight` at most that."""
+    keep_values: bool = False
+    """Whether `SequenceResult.values` shall hold a copy of its values, for a comparison with the sequence alone."""
     lone: bool = False
     """Whether it is all of its request: its answer is then encoded as soon as its run ends."""
     unpadded: bool = False
@@ -133,3 +135,5 @@ class SequenceResult:
     run: RunFacts
     queue_s: float = 0.0
     """From its arrival to the start of its run."""
+    values: Mapping[str, Array] | None = None
+    """Where `keep_values` asks for them: outputs and, as `attention.<site>`, weights, cropped and not reduced."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from attnserve_server.engine.collation import CollatedBatch, collate, kept_as_vi
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
 from attnserve_server.engine.instance import InstanceThread
 from attnserve_server.engine.providers import CPU
+from attnserve_server.engine.repetition import Difference, copied, equality_of, greatest_difference, values_of
 from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
 from attnserve_server.engine.warmup import ThreadCpuClock
 from attnserve_server.model.manifest import Manifest
@@ -63,6 +64,7 @@ class Executor:
         self._metrics = metrics
         self._clock = clock
         self._instances = instances
+        self._equality = equality_of(manifest)
         # On a CPU by processor time: by the clock on the wall, whatever else uses the cores would be counted in.
         self._cost_clock = ThreadCpuClock() if self.provider == CPU else clock
         # Event loop only.
@@ -140,6 +142,48 @@ class Executor:
             self._cost.saw(timed)
         return outcomes
 
+    async def repeat(
+        self, sequence: PreparedSequence, served: Mapping[str, Array], handle: RunHandle, instance: int
+    ) -> Difference | AttnserveError:
+        """Runs a sequence that was served in a batch alone, and compares. No metric of served runs counts this run.
+
+        Args:
+            sequence: as it was served.
+            served: the values that its batch gave, `SequenceResult.values`.
+            handle: stops the run.
+            instance: which thread, from 0.
+
+        Returns:
+            The greatest difference; RequestCancelled if the run was stopped, InternalFault if it failed.
+        """
+        return await self._threads[instance].run(self._repeat, sequence, served, handle, instance)
+
+    def _repeat(
+        self, sequence: PreparedSequence, served: Mapping[str, Array], handle: RunHandle, instance: int
+    ) -> Difference | AttnserveError:
+        """Instance's thread. The comparison is made here too: large maps would block the event loop."""
+        try:
+            batch = collate([sequence], self._manifest)
+            # Not by a recorded CUDA graph: that would pad the sequence, and fill the batch up with copies of it.
+            outputs = self._session_of(instance).run(batch.feeds, batch.fetches, handle, exact_shape=True)
+            fetched = dict(zip(batch.fetches, outputs, strict=True))
+            alone = values_of(
+                outputs_of(batch, fetched, 0, sequence, self._manifest),
+                weights_of(batch, fetched, 0, sequence, self._manifest),
+                self._manifest,
+            )
+            return greatest_difference(served, alone, self._equality)
+        except RunTerminated:
+            return RequestCancelled()
+        except Exception:  # noqa: BLE001 - the boundary of a repeat: no request depends on it
+            _log.exception("a sequence failed to run again, alone", extra={"model": self._manifest.name})
+            return InternalFault()
+
+    def _kept(
+        self, sequence: PreparedSequence, outputs: dict[str, Array], weights: dict[int, Array]
+    ) -> dict[str, Array] | None:
+        return copied(values_of(outputs, weights, self._manifest)) if sequence.keep_values else None
+
     def _timed(
         self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int
     ) -> tuple[list[Outcome], TimedRun | None]:
@@ -211,13 +255,13 @@ class Executor:
                         _log.error("a value that is not finite", extra={"model": self._manifest.name, "tensor": name})
                         return InternalFault()
             if sequence.attention is None:
-                return SequenceResult(outputs, None, facts)
+                return SequenceResult(outputs, None, facts, values=self._kept(sequence, outputs, weights))
             started = self._clock.now()
             answer = attention.answer(weights, sequence.attention, self._manifest.sites, sequence.units)
             if not kept_as_view(batch, sequence):
                 answer = _owned(answer, fetched.values())
             self._metrics.attention_seconds.observe(self._clock.now() - started)
-            return SequenceResult(outputs, answer, facts)
+            return SequenceResult(outputs, answer, facts, values=self._kept(sequence, outputs, weights))
         except Exception:  # noqa: BLE001 - the boundary of one sequence's answer: its batch mates have theirs
             _log.exception("an answer could not be made", extra={"model": self._manifest.name})
             return InternalFault()

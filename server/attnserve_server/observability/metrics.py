@@ -21,6 +21,7 @@ from prometheus_client import (
 from prometheus_client.metrics import MetricWrapperBase
 
 MODEL: Final = ("model", "version")
+CHECK_OUTCOMES: Final = ("equal", "different", "dropped", "failed")
 RPC: Final = ("grpc_type", "grpc_service", "grpc_method")
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
@@ -98,6 +99,25 @@ DROPPED: Final = MetricSpec(
     "Sequences given up after admission: `expired`, `cancelled` (never run), `terminated` (run stopped), `failed`.",
     (*MODEL, "reason"),
 )
+BATCH_CHECKS: Final = MetricSpec(
+    Counter,
+    "attnserve_batch_checks_total",
+    "Answers that `--verify-batches` drew from batches, by how the sequence alone compares: `equal`, `different`, "
+    "`dropped` (not repeated: work waited, there was no room, or the server drained), `failed` (the repeat failed).",
+    (*MODEL, "outcome"),
+)
+BATCH_MISMATCH: Final = MetricSpec(
+    Counter,
+    "attnserve_batch_mismatch_total",
+    "Answers that differed from those of the sequence alone by more than rounding.",
+    MODEL,
+)
+BATCHING_ISOLATED: Final = MetricSpec(
+    Gauge,
+    "attnserve_batching_isolated",
+    "1 where `--verify-action isolate` runs each sequence alone, since a mismatch and until the next start; else 0.",
+    MODEL,
+)
 ATTENTION_BYTES: Final = MetricSpec(
     Counter, "attnserve_attention_bytes_total", "Bytes of attention sent to callers.", (*MODEL, "form")
 )
@@ -144,6 +164,8 @@ class ModelMetrics:
         self.padded_tokens = metrics.counter(PADDED_TOKENS).labels(*self._labels)
         self.running = metrics.gauge(RUNNING).labels(*self._labels)
         self.attention_seconds = metrics.histogram(ATTENTION_SECONDS).labels(*self._labels)
+        self.batch_mismatches = metrics.counter(BATCH_MISMATCH).labels(*self._labels)
+        self.isolated = metrics.gauge(BATCHING_ISOLATED).labels(*self._labels)
         self.session_bytes = metrics.gauge(SESSION_BYTES).labels(*self._labels)
         self._attention_bytes = {
             form: metrics.counter(ATTENTION_BYTES).labels(*self._labels, form)
@@ -152,6 +174,9 @@ class ModelMetrics:
         self._dropped = {
             reason: metrics.counter(DROPPED).labels(*self._labels, reason)
             for reason in ("expired", "cancelled", "terminated", "failed")
+        }
+        self._checked = {
+            outcome: metrics.counter(BATCH_CHECKS).labels(*self._labels, outcome) for outcome in CHECK_OUTCOMES
         }
         self._ended: dict[str, Counter] = {}
 
@@ -162,6 +187,10 @@ class ModelMetrics:
     def dropped(self, reason: str) -> Counter:
         """Sequences given up, for one reason."""
         return self._dropped[reason]
+
+    def checked(self, outcome: str) -> Counter:
+        """Answers drawn for a repeat, for one of `CHECK_OUTCOMES`."""
+        return self._checked[outcome]
 
     def ended(self, code: str) -> None:
         """Counts a request that ended with this gRPC status name."""

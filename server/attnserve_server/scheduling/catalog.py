@@ -37,6 +37,7 @@ class Submitter(Protocol):
         deadline: float | None,
         priority: Priority,
         received_bytes: int,
+        request_id: str,
     ) -> list[SequenceResult]:
         """The answers in the same order; raises the errors of the domain. Cancelling it withdraws the sequences."""
         ...
@@ -61,6 +62,7 @@ class ServedModel:
     provider: str = ""
     state: ModelState = ModelState.LOADING
     state_reason: str = ""
+    """Why it failed or, where it is ready, why each sequence runs alone."""
 
     def move(self, state: ModelState, reason: str = "") -> None:
         """Puts the model into a state, and says so in its metrics."""

@@ -22,6 +22,8 @@ class Request:
     deadline_s: float | None
     size: int
     """How many sequences it has."""
+    request_id: str = ""
+    """Its name, for the log."""
     entries: list[Entry] = field(default_factory=list)
     """Its sequences; emptied at its end, so that nothing is kept alive by a circle of references."""
     results: dict[int, SequenceResult] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -26,6 +27,7 @@ from attnserve_server.scheduling.policy import SchedulingSettings, Waiting, plan
 from attnserve_server.scheduling.queue import Entry, Queue, Request, Run
 from attnserve_server.scheduling.speed import Speed
 from attnserve_server.scheduling.timer import DeadlineTimer
+from attnserve_server.scheduling.verifier import Verifier
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Scheduler:
         clock: Clock,
         metrics: ModelMetrics,
         on_fault: Callable[[], None] | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
         self._executor = executor
         self._manifest = manifest
@@ -48,15 +51,19 @@ class Scheduler:
         self._clock = clock
         self._metrics = metrics
         self._on_fault = on_fault
+        self._verifier = verifier
         self._footprint = Footprint(manifest)
         self._rigid = tuple(at for at, axis in enumerate(manifest.axes) if not axis.paddable)
         self._speed = Speed()
         self._queue = Queue()
         metrics.watch_queue(lambda: len(self._queue), lambda: self._queue.totals.bytes)
         self._running_tokens = 0
+        self._busy = 0  # instances that run served work
         self._requests: set[Request] = set()  # all that are not answered yet, wherever they are
         self._numbers = count()
         self._wake = asyncio.Event()
+        if verifier is not None:
+            verifier.attach(self._wake, lambda: (len(self._queue), self._busy), self.isolate)
         self._draining = False
         self._faulted = False
         self._task: asyncio.Task[None] | None = None
@@ -65,6 +72,10 @@ class Scheduler:
     def healthy(self) -> bool:
         """Whether requests are being worked on: started, not ended, and nothing broke."""
         return self._task is not None and not self._task.done() and not self._faulted
+
+    def isolate(self) -> None:
+        """Run each sequence alone from now on; batches under way end as they are."""
+        self._settings = replace(self._settings, max_batch_size=1)
 
     def start(self) -> None:
         """Starts the instances' loops. Warm the executor up first: what runs cost is taken from it."""
@@ -77,6 +88,8 @@ class Scheduler:
     async def drain(self) -> None:
         """Takes no more requests, and returns when all that were taken have ended."""
         self._draining = True
+        if self._verifier is not None:
+            self._verifier.close()
         self._wake.set()
         if self._task is not None:
             await asyncio.wait({self._task})
@@ -102,6 +115,7 @@ class Scheduler:
         deadline: float | None = None,
         priority: Priority = Priority.NORMAL,
         received_bytes: int = 0,
+        request_id: str = "",
     ) -> list[SequenceResult]:
         """Answers for all of these sequences, in their order. Cancelling the awaiting task withdraws them.
 
@@ -111,6 +125,7 @@ class Scheduler:
             priority: moves their place in line.
             received_bytes: of the message that they came in. It is kept as long as they wait, so that it counts, even
                 where most of it is nothing that they use.
+            request_id: the request's name, for the log.
 
         Raises:
             NotServing: draining, not started, or broken.
@@ -126,11 +141,13 @@ class Scheduler:
         sizes = [size + unused + one.response_bytes for size, one in zip(held, sequences, strict=True)]
         self._admit(Demand(len(sequences), sum(one.tokens for one in sequences), sum(sizes)), now, deadline)
         loop = asyncio.get_running_loop()
-        request = Request(loop.create_future(), now, deadline, len(sequences))
+        request = Request(loop.create_future(), now, deadline, len(sequences), request_id)
         self._requests.add(request)
         for sequence, size in zip(sequences, sizes, strict=True):
             self._enqueue(request, sequence, size, priority)
         self._wake.set()
+        if self._verifier is not None:
+            self._verifier.make_way()
         timer = None if deadline is None else DeadlineTimer(loop, self._clock, deadline, partial(self._expire, request))
         try:
             return await request.future
@@ -199,6 +216,8 @@ class Scheduler:
                 await self._run(entries, instance)
             elif self._draining:
                 return
+            elif self._verifier is not None:
+                await self._verifier.rest(instance)
             else:
                 self._wake.clear()
                 await self._wake.wait()
@@ -237,7 +256,9 @@ class Scheduler:
             entry.run = run
             self._metrics.queue_seconds.observe(started - entry.request.arrived_s)
         self._running_tokens += run.tokens
-        outcomes = await self._executor.run(sequences, run.handle, instance)
+        self._busy += 1
+        outcomes = await self._execute(entries, sequences, run.handle, instance)
+        self._busy -= 1
         self._running_tokens -= run.tokens
         for entry in entries:
             entry.run = None
@@ -247,6 +268,18 @@ class Scheduler:
         self._speed.saw(self._clock.now() - started, run.tokens, self._foreseen_s(outcomes[0]))
         for entry, outcome in zip(entries, outcomes, strict=True):
             self._resolve(entry, outcome, started)
+
+    async def _execute(
+        self, entries: list[Entry], sequences: list[PreparedSequence], handle: RunHandle, instance: int
+    ) -> list[Outcome]:
+        verifier = self._verifier
+        if verifier is None:
+            return await self._executor.run(sequences, handle, instance)
+        verifier.make_way()
+        samples = verifier.drawn(entries, sequences)
+        outcomes = await self._executor.run(sequences, handle, instance)
+        verifier.take(samples, outcomes)
+        return outcomes
 
     def _pace(self) -> float:
         """Seconds on the clock for each of the cost model's, with headroom; 0: not known.

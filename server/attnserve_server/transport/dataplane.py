@@ -104,7 +104,11 @@ class DataPlane:
                     await reserve(prepared.predicted_bytes)
                 started = True
                 results = await scheduler.submit(
-                    prepared.sequences, deadline=deadline, priority=prepared.priority, received_bytes=size
+                    prepared.sequences,
+                    deadline=deadline,
+                    priority=prepared.priority,
+                    received_bytes=size,
+                    request_id=request_id,
                 )
             response = _response(served, manifest, request_id, prepared, results)
         except asyncio.CancelledError:
@@ -152,7 +156,7 @@ class DataPlane:
             name=served.name,
             version=served.version,
             state=_STATES[served.state],
-            state_reason=served.state_reason if served.state is ModelState.FAILED else "",
+            state_reason=served.state_reason,
             execution_provider=served.provider,
         )
         if served.manifest is not None:

@@ -98,3 +98,15 @@ def test_devices_and_shapes_of_graphs_are_lists() -> None:
     assert (settings.device_ids, settings.cuda_graphs) == ((0, 2), ("1x32", "8x64"))
     with pytest.raises(SettingsInvalid, match="'8x0' is no shape"):
         Settings.load({"cuda_graphs": "8x0"})
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1.5", "nan", "often"])
+def test_share_of_verified_batches_is_a_share(share: str) -> None:
+    with pytest.raises(SettingsInvalid, match=r"--verify-batches \(ATTNSERVE_VERIFY_BATCHES\)"):
+        Settings.load({"verify_batches": share})
+
+
+def test_action_on_a_mismatch_is_one_of_two() -> None:
+    assert Settings.load({"verify_action": "isolate"}).verify_action == "isolate"
+    with pytest.raises(SettingsInvalid, match=r"--verify-action .*'count' or 'isolate', got 'stop'"):
+        Settings.load({"verify_action": "stop"})

@@ -319,3 +319,29 @@ def test_what_cannot_be_written_optimised_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     with pytest.raises(LoadFailed):
         write_optimised(tmp_path / "broken.onnx", tmp_path / "optimised.onnx")
+
+
+@pytest.mark.parametrize(("exact_shape", "way"), [(False, "replayed"), (True, "as ever")])
+def test_run_of_an_exact_shape_replays_no_recording(embedder_path: Path, exact_shape: bool, way: str) -> None:
+    """A replay pads the run up to the shape that was recorded. Stand-ins for a GPU's outputs and recordings."""
+    ways: list[str] = []
+
+    class Graphs:
+        turn = threading.Lock()
+
+        def covers(self, feeds: object, fetches: object) -> tuple[int, int]:
+            return 8, 32
+
+        def run(self, feeds: object, fetches: object, shape: tuple[int, int]) -> list[np.ndarray]:
+            ways.append("replayed")
+            return []
+
+    class Bound:
+        def run(self, feeds: object, fetches: object, options: ort.RunOptions) -> list[np.ndarray]:
+            ways.append("as ever")
+            return []
+
+    session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    session._bound, session._recorded = Bound(), Graphs()  # type: ignore[assignment]
+    session.run(feeds([[1, 2]]), ["embedding"], exact_shape=exact_shape)
+    assert ways == [way]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import selectors
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from attnserve_server.domain.errors import InternalFault, RequestCancelled
+from attnserve_server.domain.errors import AttnserveError, InternalFault, RequestCancelled
 from attnserve_server.domain.values import PreparedSequence, RunFacts, SequenceResult
 from attnserve_server.engine.cost import CostModel
 from attnserve_server.engine.executor import Outcome
+from attnserve_server.engine.repetition import Difference
 from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.manifest import (
     AxisSpec,
@@ -21,9 +23,11 @@ from attnserve_server.model.manifest import (
     Manifest,
     OutputSpec,
 )
-from attnserve_server.observability.metrics import Metrics
+from attnserve_server.observability.metrics import CHECK_OUTCOMES, Metrics
 from attnserve_server.scheduling.policy import SchedulingSettings
 from attnserve_server.scheduling.scheduler import Scheduler
+from attnserve_server.scheduling.shadow import ShadowSettings
+from attnserve_server.scheduling.verifier import Verifier
 from made_by_hand import CHECK, PROVENANCE, proved
 
 
@@ -86,12 +90,22 @@ class FakeExecutor:
     busy: set[int] = field(default_factory=set)
     poisoned: set[int] = field(default_factory=set)
     breaks: bool = False
+    splits: bool = False
+    """Whether batches fail, so that each sequence is run by itself."""
+    handed: list[tuple[int, bool]] = field(default_factory=list)
+    """Of each sequence that ran: the identity of the object, and whether its values were asked for."""
+    repeats: list[tuple[int, int, float]] = field(default_factory=list)
+    """Tag, instance and start of each repeat."""
+    stopped: list[int] = field(default_factory=list)
+    mixed: set[int] = field(default_factory=set)
+    """Tags whose batch changed their answer."""
 
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         assert instance not in self.busy, "one run at a time on an instance"
         self.busy.add(instance)
         tags = [tag_of(one) for one in sequences]
         self.runs.append(tags)
+        self.handed += [(id(one), one.keep_values) for one in sequences]
         if self.breaks:
             raise RuntimeError("the executor broke")
         until = self.clock.now() + self.seconds(sequences)
@@ -101,15 +115,38 @@ class FakeExecutor:
         if handle.terminated:
             self.terminated.append(tags)
             return [RequestCancelled() for _ in sequences]
-        facts = RunFacts(len(sequences), 0, 0, self.seconds(sequences), instance)
+        facts = RunFacts(1 if self.splits else len(sequences), 0, 0, self.seconds(sequences), instance)
         return [
-            InternalFault() if tag in self.poisoned else SequenceResult({"tag": np.array(tag)}, None, facts)
-            for tag in tags
+            InternalFault()
+            if tag_of(one) in self.poisoned
+            else SequenceResult(values_of(one), None, facts, values=values_of(one) if one.keep_values else None)
+            for one in sequences
         ]
+
+    async def repeat(
+        self, sequence: PreparedSequence, served: Mapping[str, np.ndarray], handle: RunHandle, instance: int
+    ) -> Difference | AttnserveError:
+        assert instance not in self.busy, "one run at a time on an instance"
+        self.busy.add(instance)
+        tag = tag_of(sequence)
+        assert served == values_of(sequence)
+        self.repeats.append((tag, instance, self.clock.now()))
+        until = self.clock.now() + self.seconds([sequence])
+        while self.clock.now() < until - 1e-9 and not handle.terminated:  # noqa: ASYNC110 - a handle has no event
+            await asyncio.sleep(min(0.01, until - self.clock.now()))  # virtual: the loop jumps
+        self.busy.discard(instance)
+        if handle.terminated:
+            self.stopped.append(tag)
+            return RequestCancelled()
+        return InternalFault() if tag in self.poisoned else Difference("tag", 40.0 if tag in self.mixed else 0.5)
 
 
 def tag_of(sequence: PreparedSequence) -> int:
     return int(sequence.tensors["input_ids"][0])
+
+
+def values_of(sequence: PreparedSequence) -> dict[str, np.ndarray]:
+    return {"tag": np.array(tag_of(sequence))}
 
 
 def tagged(tag: int, length: int = 4) -> PreparedSequence:
@@ -146,18 +183,34 @@ class Bench:
     settings: SchedulingSettings = field(default_factory=SchedulingSettings)
     metrics: Metrics = field(default_factory=Metrics)
     faults: list[str] = field(default_factory=list)
+    shadow: ShadowSettings | None = None
+    draw: Callable[[], float] = random.Random(7).random
+    isolated: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.scheduler: Scheduler | None = None
+        self.verifier: Verifier | None = None
 
     async def __aenter__(self) -> Scheduler:
+        metrics = self.metrics.model("tiny", "1")
+        if self.shadow is not None:
+            self.verifier = Verifier(
+                self.executor,
+                MANIFEST,
+                self.shadow,
+                self.clock,
+                metrics,
+                self.draw,
+                on_isolated=lambda: self.isolated.append(self.clock.now()),
+            )
         self.scheduler = Scheduler(
             self.executor,
             MANIFEST,
             self.settings,
             self.clock,
-            self.metrics.model("tiny", "1"),
+            metrics,
             on_fault=lambda: self.faults.append("fault"),
+            verifier=self.verifier,
         )
         self.scheduler.start()
         return self.scheduler
@@ -165,6 +218,11 @@ class Bench:
     async def __aexit__(self, *_: object) -> None:
         assert self.scheduler is not None
         await self.scheduler.aclose()
+
+    def checks(self) -> dict[str, int]:
+        """Drawn sequences by outcome, without those that there were none of."""
+        counts = {outcome: int(self.metric("batch_checks_total", outcome=outcome)) for outcome in CHECK_OUTCOMES}
+        return {outcome: count for outcome, count in counts.items() if count}
 
     def metric(self, name: str, **labels: str) -> float:
         value = self.metrics.registry.get_sample_value(f"attnserve_{name}", {"model": "tiny", "version": "1", **labels})

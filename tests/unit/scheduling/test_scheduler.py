@@ -21,6 +21,7 @@ from attnserve_server.model.manifest import AxisSpec
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.policy import SchedulingSettings
 from attnserve_server.scheduling.scheduler import Scheduler
+from attnserve_server.scheduling.shadow import ShadowSettings
 
 
 async def ticks(count: int = 20) -> None:
@@ -612,7 +613,11 @@ def test_nothing_of_a_request_that_ended_stays_behind(virtually, bench, sequence
 
 
 def storm(virtually, bench, sequence, tags_of, seed: int) -> None:
-    """Sixty callers at random, of whom some leave and some have deadlines; asserts that each is answered rightly."""
+    """Sixty callers at random, of whom some leave and some have deadlines; asserts that each is answered rightly.
+
+    With an odd seed, half of what is batched is repeated alone wherever an instance is idle.
+    """
+    bench.shadow = ShadowSettings(share=0.5) if seed % 2 else None
     chance = random.Random(seed)
     bench.executor.instances = chance.choice([1, 2, 3])
     bench.executor.seconds = lambda sequences: 0.02 + 0.01 * len(sequences)
@@ -655,6 +660,8 @@ def storm(virtually, bench, sequence, tags_of, seed: int) -> None:
             assert not scheduler._running_tokens
             assert len(scheduler._queue) == 0
             assert bench.metric("queue_depth") == bench.metric("queue_bytes") == 0
+            if bench.verifier is not None:
+                assert (bench.verifier._samples, bench.verifier._bytes) == (0, 0)
 
     virtually(story())
 

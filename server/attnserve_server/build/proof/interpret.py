@@ -142,9 +142,8 @@ class Interpreter:
                 found = ReferenceEvaluator(model).run(None, feeds)
         except Exception:  # noqa: BLE001 - what cannot be computed here is followed by its rule
             return None
-        if any(not isinstance(array, np.ndarray) or array.size > _FOLDED for array in map(np.asarray, found)):
-            return None
-        return [constant(np.asarray(array)) for array in found]
+        folded = [np.asarray(array) for array in found]
+        return None if any(array.size > _FOLDED for array in folded) else [constant(array) for array in folded]
 
 
 def _info(name: str) -> onnx.ValueInfoProto:

@@ -1,0 +1,14 @@
+"""What the settings make of the shadow check."""
+
+from __future__ import annotations
+
+from attnserve_server.config import Settings
+from attnserve_server.loading import batch_check_settings
+from attnserve_server.scheduling.shadow import ShadowSettings
+
+
+def test_shadow_check_is_off_unless_a_share_is_set() -> None:
+    assert batch_check_settings(Settings()) is None
+    assert batch_check_settings(Settings(verify_action="isolate")) is None
+    assert batch_check_settings(Settings(verify_batches=0.001)) == ShadowSettings(share=0.001, action="count")
+    assert batch_check_settings(Settings(verify_batches=1, verify_action="isolate")) == ShadowSettings(1.0, "isolate")
