@@ -37,8 +37,8 @@ def allowed_value(spec: InputSpec) -> float | None:
         return None
     if spec.role is InputRole.TOKEN_TYPE_IDS or is_position(spec.name):
         return math.nan
-    if np.issubdtype(dtype, np.floating):
-        return 0.0 if spec.padding <= _MASKED_BELOW else math.nan
+    if np.issubdtype(dtype, np.floating) and spec.padding <= _MASKED_BELOW:
+        return 0.0
     if dtype == np.bool_ or "mask" in plain_name(spec.name):
         return 1.0 if spec.padding == 0 else 0.0
     return math.nan

@@ -8,6 +8,7 @@ them costs O(H * T^2).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import elu
 
@@ -22,7 +23,9 @@ class LinearAttention(ZooAttention):
         query_features, key_features = features(query, key, mask)
         summary = key_features.transpose(-2, -1) @ value
         total = key_features.sum(-2, keepdim=True).transpose(-2, -1)
-        return (query_features @ summary) / (query_features @ total)
+        # Features are 0 where elu is -1 in float32: without a bound, such a row would be NaN.
+        normaliser = (query_features @ total).clamp(min=torch.finfo(query.dtype).tiny)
+        return (query_features @ summary) / normaliser
 
     def weights_of(self, query: Tensor, key: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """One site, (B, H, T, T)."""
