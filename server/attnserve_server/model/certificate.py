@@ -37,8 +37,8 @@ class PathStep(Frozen):
 class AttackReport(Frozen):
     """What came of trying to change an answer by padding, or by the rest of a batch.
 
-    `worst` is the greatest difference that was seen, in parts of what counts as equal; above 1 the attack succeeded, and
-    `broke` describes the probe that did it.
+    `worst` is the greatest difference that was seen, in parts of what counts as equal; above 1 the attack succeeded,
+    and `broke` describes the probe that did it.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -47,11 +47,13 @@ class AttackReport(Frozen):
     seconds: Annotated[float, Field(ge=0)]
     worst: float
     broke: str = ""
+    complete: bool = True
+    """Whether the probes that matter most were all tried; not where time or memory did not suffice for them."""
 
     @property
     def survived(self) -> bool:
-        """Whether no probe changed an answer, and at least one was tried."""
-        return self.probes > 0 and not self.broke
+        """Whether no probe changed an answer, and those that matter most were tried."""
+        return self.probes > 0 and self.complete and not self.broke
 
 
 class Clause(Frozen):
@@ -93,8 +95,8 @@ class MaskNeed(Frozen):
     """What the proof takes for granted of one input that hides positions; a sequence without it is not padded.
 
     A position is allowed where the input's value differs from its padding value. `some`: at least one position is
-    allowed. `all`: every position is, since a causal frontier or a window could otherwise leave a query without any key.
-    `allowed_value`: the one value that allowed positions have; None: any.
+    allowed. `all`: every position is, since a causal frontier or a window could otherwise leave a query without any
+    key. `allowed_value`: the one value that allowed positions have; None: any.
     """
 
     input: str
