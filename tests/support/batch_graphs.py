@@ -241,3 +241,24 @@ def text_with_derived_mask() -> onnx.ModelProto:
     return graph(
         f"g (int64[b, t] input_ids) => (float[b, t, {WIDTH}] y) {{ {nodes} }}", table=table, scale=0.35, **constants
     )
+
+
+def centred() -> onnx.ModelProto:
+    """Each value less the mean over the kept positions: what is left of equal values is rounding alone."""
+    nodes = (
+        "columns = Transpose<perm=[0,2,1]>(kept) moved = Add(x, tenth) masked = Mul(moved, columns) "
+        "sum = ReduceSum<keepdims=1>(masked, axis_1) number = ReduceSum<keepdims=1>(columns, axis_1) "
+        "divisor = Max(number, one) mean = Div(sum, divisor) y = Sub(moved, mean)"
+    )
+    return on_masked_floats(nodes, one=np.array([1.0], np.float32), tenth=0.1)
+
+
+def sharp_masked_attention(filler: float = -np.inf) -> onnx.ModelProto:
+    """Masked attention with random projections: large values have scores of millions, far below a finite filler too."""
+    rng = np.random.default_rng(4)
+    nodes = (
+        "q = MatMul(x, wq) k = MatMul(x, wk) kt = Transpose<perm=[0,2,1]>(k) raw = MatMul(q, kt) "
+        f"hides = Less(kept, half) added = Where(hides, filler, zero) scores_in = Add(raw, added) {_ATTEND}"
+    )
+    wq, wk = (rng.normal(size=(WIDTH, WIDTH)).astype(np.float32) for _ in range(2))
+    return on_masked_floats(nodes, half=0.5, zero=0.0, filler=float(filler), wq=wq, wk=wk)

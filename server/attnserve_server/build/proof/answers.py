@@ -14,7 +14,7 @@ from attnserve_server.attention.bands import band_keys
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.inputs.feeds import Lengths
 from attnserve_server.build.learning.probe import croppers, max_abs
-from attnserve_server.build.proof.contents import Author, Draft
+from attnserve_server.build.proof.contents import ORDINARY, Author, Draft
 from attnserve_server.build.proof.target import Target
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.values import Array
@@ -76,6 +76,8 @@ class Answers:
         self._kept: OrderedDict[Draft, _Kept] = OrderedDict()
         self._kept_bytes = 0
         self._seconds, self._work = 0.0, 0.0
+        self.usual: dict[str, float] = {}
+        """The greatest finite value of each output in the answers so far to sequences of ordinary values."""
         self.deadline = math.inf
         """Monotonic seconds; no run is started that would end later."""
 
@@ -108,8 +110,11 @@ class Answers:
             answer = self.together([self.sequence(draft)], [draft.own], draft.own)[0]
         except BuildRefused:
             return None
-        outputs = (answer[spec.name] for spec in self.target.outputs)
-        return None if any(np.isnan(array.astype(np.float64)).any() for array in outputs) else answer
+        outputs = {spec.name: np.abs(answer[spec.name].astype(np.float64)) for spec in self.target.outputs}
+        for name, sizes in outputs.items() if draft.content == ORDINARY else ():
+            greatest = float(sizes[np.isfinite(sizes)].max(initial=0.0))
+            self.usual[name] = max(self.usual.get(name, 0.0), greatest)
+        return None if any(np.isnan(sizes).any() for sizes in outputs.values()) else answer
 
     def together(
         self, sequences: Sequence[Mapping[str, Array]], own: Sequence[Lengths], padded: Lengths

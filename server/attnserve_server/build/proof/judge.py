@@ -129,7 +129,7 @@ class Judge:
             changed = shaken(self.answers.target.sampler, sequence, seed)
             if changed is not None:
                 others += self.answers.together([changed], [draft.own], draft.own)
-        return is_rounding(answer, reference, others, self._equality)
+        return is_rounding(answer, reference, self._equality, shaken=others, usual=self.answers.usual)
 
 
 def _sequence(draft: Draft) -> str:

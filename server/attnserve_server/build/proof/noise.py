@@ -32,6 +32,8 @@ terms reach a few of it; the others have more headroom in the floor itself. bf16
 6e-2 of weights."""
 _LAST_BITS: Final = 16.0
 """How much more than a change of the last bit of its inputs rounding may move an answer: a graph rounds many times."""
+_CANCELLED: Final = 32.0
+"""Rounding of the usual values is below this part of their floor; an answer far smaller than usual may be no more."""
 
 
 def noise_of(target: Target, precision: str) -> dict[str, float]:
@@ -79,24 +81,28 @@ def shaken(sampler: Sampler, sequence: Mapping[str, Array], seed: int) -> dict[s
     return changed if moved else None
 
 
-def is_rounding(found: Answer, reference: Answer, shaken_answers: Iterable[Answer], equality: Equality) -> bool:
+def is_rounding(
+    found: Answer, reference: Answer, equality: Equality, *, shaken: Iterable[Answer], usual: Mapping[str, float]
+) -> bool:
     """Whether a sequence is so ill-conditioned that rounding explains what differs.
 
-    Such a sequence has scores of a million, say, two of which tie: its answer alone changes as much when the last bits
-    of its inputs do.
+    The scores of such a sequence are millions, say, and two of them tie: its answer alone changes as much when the last
+    bits of its inputs do. Or its answer is what is left where far larger values cancel.
 
     Args:
         found: its answer in a batch.
         reference: its answer alone.
-        shaken_answers: its answers alone after changes of the last bits.
         equality: the rule; only what is not equal by it needs explaining.
+        shaken: its answers alone after changes of the last bits.
+        usual: the greatest value of each output in sequences of ordinary values.
     """
-    answers = list(shaken_answers)
+    answers = list(shaken)
     for name, array in reference.items():
         if equality.error(name, found[name], array) <= 1:
             continue
-        explained = max((max_abs(answer[name], array) for answer in answers), default=0.0)
-        if not max_abs(found[name], array) <= _LAST_BITS * explained < np.inf:
+        moved = max((max_abs(answer[name], array) for answer in answers), default=0.0)
+        cancelled = equality.allowed(name, np.ones(1)) * usual.get(name, 0.0)
+        if not max_abs(found[name], array) <= max(_LAST_BITS * moved, cancelled / _CANCELLED) < np.inf:
             return False
     return True
 

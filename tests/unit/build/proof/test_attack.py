@@ -8,6 +8,7 @@ import batch_graphs as graphs
 import numpy as np
 import pytest
 from attacked import SOME, attacked, broken
+from attnserve_server.build.proof import judge
 from attnserve_server.model.certificate import MaskNeed
 
 DEPENDENT = {
@@ -25,6 +26,7 @@ DEPENDENT = {
     "quantized": (graphs.dynamically_quantized(), {"batch"}, {}),
     "quantized, fused": (graphs.dynamically_quantized(fused=True), {"batch"}, {}),
     "mask of -10": (graphs.masked_attention(-10), {"t"}, {"masks": (SOME,), "longest": 403}),
+    "mask of -10000 below scores of millions": (graphs.sharp_masked_attention(-1e4), {"t"}, {"masks": (SOME,)}),
     "number of rows": (graphs.scaled_by_rows(), {"batch"}, {}),
     "no mask over a memory": (graphs.cross_attention(masked=False), {"s"}, {"longest": 24}),
     "causal over a memory": (graphs.causal_cross_attention(), {"s"}, {"longest": 24}),
@@ -44,6 +46,8 @@ HARMLESS = {
     "mask of the lowest value": (graphs.masked_attention(float(np.finfo(np.float32).min)), {"masks": (SOME,)}),
     "pointwise": (graphs.pointwise(), {}),
     "causal": (graphs.causal_attention(), {}),
+    "less the masked mean": (graphs.centred(), {"masks": (SOME,)}),
+    "sharp scores": (graphs.sharp_masked_attention(), {"masks": (SOME,)}),
     "masked mean": (graphs.masked_mean(), {"masks": (SOME,)}),
     "quantized by row": (graphs.quantized_by_row(), {}),
     "masked memory": (graphs.cross_attention(masked=True), {"masks": (SOME,), "longest": 20}),
@@ -54,7 +58,15 @@ HARMLESS = {
 @pytest.mark.parametrize("case", HARMLESS)
 def test_attack_does_not_break_what_nothing_changes(case: str, tmp_path: Path) -> None:
     proto, options = HARMLESS[case]
-    clauses = attacked(proto, tmp_path, **options)
+    clauses = attacked(proto, tmp_path, **{"longest": 36, **options})
     assert broken(clauses) == set()
     assert all(clause.attack is not None and clause.attack.survived for clause in clauses.values())
     assert all(clause.allows("tested") for clause in clauses.values())
+
+
+def test_what_rounding_leaves_of_values_that_cancel_would_break_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of `less the masked mean` above: without the excuse of rounding it is broken."""
+    monkeypatch.setattr(judge, "is_rounding", lambda *_args, **_kwargs: False)
+    assert broken(attacked(graphs.centred(), tmp_path, masks=(SOME,))) == {"batch"}

@@ -58,7 +58,13 @@ def test_difference_is_rounding_only_where_last_bits_move_the_answer_as_much() -
     reference = {"y": np.array([1.0, 2.0])}
     found, moved = {"y": np.array([1.0, 2.1])}, {"y": np.array([1.01, 2.0])}
     still = {"y": np.array([1.0, 2.00001])}
-    assert is_rounding(found, reference, [moved], Equality("fp32"))
-    assert not is_rounding(found, reference, [still], Equality("fp32"))
-    assert not is_rounding(found, reference, [], Equality("fp32"))
-    assert not is_rounding({"y": np.array([1.0, np.nan])}, reference, [moved], Equality("fp32"))
+    assert is_rounding(found, reference, Equality("fp32"), shaken=[moved], usual={})
+    assert not is_rounding(found, reference, Equality("fp32"), shaken=[still], usual={})
+    assert not is_rounding(found, reference, Equality("fp32"), shaken=[], usual={"y": 2.0})
+    assert not is_rounding({"y": np.array([1.0, np.nan])}, reference, Equality("fp32"), shaken=[moved], usual={})
+
+
+def test_what_is_left_of_far_larger_values_is_rounding() -> None:
+    reference, found = {"y": np.array([0.0, 1e-7])}, {"y": np.array([1e-7, 0.0])}
+    assert is_rounding(found, reference, Equality("fp32"), shaken=[], usual={"y": 1.0})
+    assert not is_rounding(found, reference, Equality("fp32"), shaken=[], usual={"y": 1e-3})
