@@ -10,6 +10,7 @@ import onnx
 from attnserve_server.build.graphs.graph import precision_of
 from attnserve_server.build.inputs.feeds import Sampler
 from attnserve_server.build.inputs.signature import signature_of
+from attnserve_server.build.inputs.vocabulary import extreme_ids_of
 from attnserve_server.build.learning.probe import probe_axes
 from attnserve_server.build.proof.attack import attack
 from attnserve_server.build.proof.prove import Proof
@@ -17,7 +18,7 @@ from attnserve_server.build.proof.target import Target
 from attnserve_server.build.runtime import Runner
 from attnserve_server.model.certificate import Clause, MaskNeed, Verdict
 from attnserve_server.model.equality import Equality
-from attnserve_server.model.manifest import OutputSpec, SiteSpec
+from attnserve_server.model.manifest import InputRole, OutputSpec, SiteSpec
 
 LONGEST, MOST = 96, 8
 SOME = MaskNeed(input="attention_mask", need="some")
@@ -38,7 +39,10 @@ def target_of(
     sampler, runner = Sampler(signature), Runner(path)
     extents = probe_axes(runner, sampler, ["y"], {}).outputs["y"]
     outputs = [OutputSpec(name="y", dtype="float32", shape=tuple(extent for extent in extents if extent is not None))]
-    return Target(runner, sampler, outputs, sites, dict.fromkeys(signature.symbols, longest), most)
+    ids = [spec.name for spec in signature.inputs if spec.role is InputRole.TOKEN_IDS]
+    extremes = {name: extreme_ids_of(proto.graph, name) for name in ids}
+    max_lengths = dict.fromkeys(signature.symbols, longest)
+    return Target(runner, sampler, outputs, sites, max_lengths, most, extreme_ids=extremes)
 
 
 def proof_of(

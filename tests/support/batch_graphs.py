@@ -262,3 +262,51 @@ def sharp_masked_attention(filler: float = -np.inf) -> onnx.ModelProto:
     )
     wq, wk = (rng.normal(size=(WIDTH, WIDTH)).astype(np.float32) for _ in range(2))
     return on_masked_floats(nodes, half=0.5, zero=0.0, filler=float(filler), wq=wq, wk=wk)
+
+
+def dynamically_quantized_text() -> onnx.ModelProto:
+    """Embedded ids behind a LayerNorm, quantized by one scale for the batch, words of padding included (C2)."""
+    table = np.random.default_rng(5).normal(size=(30, WIDTH)).astype(np.float32)
+    nodes = (
+        "x = Gather(table, input_ids) n = LayerNormalization<axis=-1>(x, gain) "
+        "q, scale, zero = DynamicQuantizeLinear(n) product = MatMulInteger(q, w, zero) "
+        "wide = Cast<to=1>(product) h = Mul(wide, scale) y = Mul(h, small)"
+    )
+    w = np.random.default_rng(6).integers(-100, 100, (WIDTH, WIDTH)).astype(np.int8)
+    constants: dict[str, Array | float] = {"gain": np.ones(WIDTH, np.float32), "w": w, "small": 0.01}
+    return graph(f"g (int64[b, t] input_ids) => (float[b, t, {WIDTH}] y) {{ {nodes} }}", table=table, **constants)
+
+
+def scale_by_greatest_position() -> onnx.ModelProto:
+    """Scales by two where any position in the batch is above 60, as rotary bases that switch do."""
+    nodes = (
+        "most = ReduceMax<keepdims=0>(position_ids) far = Greater(most, step) factor = Where(far, two, one) "
+        "y = Mul(x, factor)"
+    )
+    inputs = f"float[b, t, {WIDTH}] x, int64[b, t] position_ids"
+    constants: dict[str, Array | float] = {"step": np.array(60), "two": 2.0, "one": 1.0}
+    return graph(f"g ({inputs}) => (float[b, t, {WIDTH}] y) {{ {nodes} }}", **constants)
+
+
+def scale_by_token_types_of_the_batch() -> onnx.ModelProto:
+    """Scales by two where any token of the batch is of the second type."""
+    nodes = "most = ReduceMax<keepdims=0>(token_type_ids) more = Cast<to=1>(most) f = Add(more, one) y = Mul(x, f)"
+    inputs = f"float[b, t, {WIDTH}] x, int64[b, t] token_type_ids"
+    return graph(f"g ({inputs}) => (float[b, t, {WIDTH}] y) {{ {nodes} }}", one=1.0)
+
+
+def scale_where_both_are_long(step: int = 20) -> onnx.ModelProto:
+    """Scales by two where two axes are both longer than a step: padding one of them may change nothing."""
+    nodes = (
+        "t = Shape<start=1, end=2>(x) s = Shape<start=1, end=2>(memory) least = Min(t, s) far = Greater(least, step) "
+        "factor = Where(far, two, one) y = Mul(x, factor)"
+    )
+    inputs = f"float[b, t, {WIDTH}] x, float[b, s, {WIDTH}] memory"
+    constants: dict[str, Array | float] = {"step": np.array(step), "two": 2.0, "one": 1.0}
+    return graph(f"g ({inputs}) => (float[b, t, {WIDTH}] y) {{ {nodes} }}", **constants)
+
+
+def mean_over_rows_of_fixed_length() -> onnx.ModelProto:
+    """Subtracts the mean over the batch; no axis but the batch is dynamic."""
+    nodes = "mean = ReduceMean<axes=[0], keepdims=1>(x) y = Sub(x, mean)"
+    return graph(f"g (float[b, 6, {WIDTH}] x) => (float[b, 6, {WIDTH}] y) {{ {nodes} }}")

@@ -25,8 +25,12 @@ DEPENDENT = {
     "small outputs": (graphs.small_mean(), {"t"}, {}),
     "quantized": (graphs.dynamically_quantized(), {"batch"}, {}),
     "quantized, fused": (graphs.dynamically_quantized(fused=True), {"batch"}, {}),
+    "quantized text": (graphs.dynamically_quantized_text(), {"batch", "t"}, {}),
     "mask of -10": (graphs.masked_attention(-10), {"t"}, {"masks": (SOME,), "longest": 403}),
     "mask of -10000 below scores of millions": (graphs.sharp_masked_attention(-1e4), {"t"}, {"masks": (SOME,)}),
+    "greatest position": (graphs.scale_by_greatest_position(), {"batch"}, {}),
+    "token types of the batch": (graphs.scale_by_token_types_of_the_batch(), {"batch"}, {}),
+    "mean over rows of fixed length": (graphs.mean_over_rows_of_fixed_length(), {"batch"}, {}),
     "number of rows": (graphs.scaled_by_rows(), {"batch"}, {}),
     "no mask over a memory": (graphs.cross_attention(masked=False), {"s"}, {"longest": 24}),
     "causal over a memory": (graphs.causal_cross_attention(), {"s"}, {"longest": 24}),
@@ -62,6 +66,12 @@ def test_attack_does_not_break_what_nothing_changes(case: str, tmp_path: Path) -
     assert broken(clauses) == set()
     assert all(clause.attack is not None and clause.attack.survived for clause in clauses.values())
     assert all(clause.allows("tested") for clause in clauses.values())
+
+
+def test_padding_of_two_axes_at_once_is_never_laid_to_neighbours(tmp_path: Path) -> None:
+    clauses = attacked(graphs.scale_where_both_are_long(), tmp_path, longest=40)
+    assert broken(clauses)
+    assert broken(clauses) <= {"t", "s"}
 
 
 def test_what_rounding_leaves_of_values_that_cancel_would_break_the_batch(

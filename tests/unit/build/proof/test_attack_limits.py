@@ -12,7 +12,8 @@ import onnx
 import pytest
 from attacked import SOME, attacked, broken, proof_of, target_of
 from attnserve_server.build.inputs.vocabulary import extreme_ids_of
-from attnserve_server.build.proof.attack import attack
+from attnserve_server.build.proof.answers import Answers
+from attnserve_server.build.proof.attack import _aim, attack
 from attnserve_server.build.proof.contents import Author, Draft
 from attnserve_server.model.bands import SlidingBand
 from attnserve_server.model.certificate import MaskNeed, Verdict
@@ -201,3 +202,10 @@ def test_mixtures_and_extreme_ids_are_drawn_for_inputs_that_have_them(tmp_path: 
     drawn = author.sequence(Draft((("t", 9),), content))["input_ids"]
     assert set(drawn.tolist()) <= set(extremes)
     assert drawn.dtype == np.int64
+
+
+def test_lengths_that_no_run_has_the_memory_for_are_left_out(tmp_path: Path) -> None:
+    """Eight heads are assumed where no site is known: 2 GiB hold their scores over some thousand positions."""
+    target = target_of(graphs.pointwise(), tmp_path, longest=1 << 20)
+    longest = _aim(Answers(target, (), Clock(0)), proof_of(target)).longest["t"]
+    assert 2048 <= longest <= 8192
