@@ -159,14 +159,14 @@ class _Attack:
 
     def _stage(self, axis: str, planned: Sequence[Probe], seconds: float) -> None:
         """Run the probes of one stage, until it is broken or its time is over."""
-        tally, begun = self._tallies[axis], self._answers.now()
+        begun = self._answers.now()
         self._answers.deadline = begun + seconds
         for done, probe in enumerate(planned):
-            if tally.broke or (axis in self._proved and tally.probes >= probes.MAX_PROVED_PROBES):
+            if self._is_done(axis):
                 break
             self._report(f"attacking {axis}: {done + 1} of {len(planned)} probes")
             self._probe(axis, probe)
-        tally.seconds += self._answers.now() - begun
+        self._tallies[axis].seconds += self._answers.now() - begun
 
     def _probe(self, axis: str, probe: Probe) -> None:
         """Run one probe: its rows together while rows may share a run, else one by one."""
@@ -174,7 +174,7 @@ class _Attack:
         # What is never batched is never padded either, so the core is all that is worth its time then.
         singles = [replace(probe, rows=(row,)) for row in probe.rows] if probe.core else []
         for each in [probe] if joined else singles:
-            if tally.broke:
+            if self._is_done(axis):
                 return
             try:
                 self._count(axis, self._judge.outcome(each))
@@ -182,6 +182,11 @@ class _Attack:
                 tally.complete = tally.complete and not probe.core
         if joined and axis != BATCH and not self._rows_join:
             self._probe(axis, probe)  # neighbours were to blame: what padding does is still to be seen
+
+    def _is_done(self, axis: str) -> bool:
+        """Whether a clause is broken, or its proof is checked."""
+        tally = self._tallies[axis]
+        return bool(tally.broke) or (axis in self._proved and tally.probes >= probes.MAX_PROVED_PROBES)
 
     def _count(self, axis: str, outcome: Outcome) -> None:
         tally = self._tallies[axis]
