@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy.typing as npt
 from pydantic import ConfigDict, Field
 
 from attnserve_server.model.frozen import Frozen
@@ -96,12 +97,33 @@ class MaskNeed(Frozen):
 
     A position is allowed where the input's value differs from its padding value. `some`: at least one position is
     allowed. `all`: every position is, since a causal frontier or a window could otherwise leave a query without any
-    key. `allowed_value`: the one value that allowed positions have; None: any.
+    key.
+    `allowed_value`: the one value that allowed positions have; None: any.
     """
 
     input: str
     need: Literal["some", "all"]
     allowed_value: float | None = None
+
+    def met_by(self, values: npt.NDArray[Any], padding: float) -> bool:
+        """Whether one sequence's input is as the proof takes it to be.
+
+        Args:
+            values: the input, without the batch axis, (S,) or (..., S); `some` is needed of each row.
+            padding: the value that hides a position.
+        """
+        if not values.size:
+            return False
+        hidden = values == values.dtype.type(padding)
+        known = True
+        if self.allowed_value is not None:
+            allowed = values == values.dtype.type(self.allowed_value)
+            if allowed.all():  # as most masks are
+                return self.allowed_value != padding
+            known = bool((allowed | hidden).all())
+        if self.need == "all":
+            return known and not hidden.any()
+        return known and not hidden.all(axis=-1 if values.ndim else None).any()
 
 
 class Certificate(Frozen):

@@ -116,7 +116,7 @@ class Author:
     def may_pad(self, sequence: Mapping[str, Array]) -> bool:
         """Whether the server would pad this sequence: its masks hold what the proof takes for granted."""
         paddings = {spec.name: spec.padding for spec in self.sampler.signature.inputs}
-        return all(_meets(need, sequence[need.input], paddings[need.input]) for need in self.masks)
+        return all(need.met_by(sequence[need.input], paddings[need.input]) for need in self.masks)
 
     def _chosen(self, spec: InputSpec, words: str, rng: np.random.Generator) -> Content | None:
         kind = self._kind(spec)
@@ -148,12 +148,6 @@ class Author:
         longest = self.max_lengths.get(last, 1) if isinstance(last, str) else last
         extremes = tuple(self.extreme_ids.get(spec.name, ()))
         return Setting(spec, self._vocabulary(spec), extremes, longest)
-
-
-def _meets(need: MaskNeed, mask: Array, padding: float) -> bool:
-    allowed = mask != padding
-    enough = allowed.all() if need.need == "all" else allowed.any()
-    return bool(enough) and (need.allowed_value is None or bool((mask[allowed] == need.allowed_value).all()))
 
 
 def _scaled(factor: float) -> Change:
