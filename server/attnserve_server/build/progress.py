@@ -49,6 +49,11 @@ class Steps:
         elif self._console is not None:
             self._console.print(what, highlight=False, markup=False)
 
+    def note(self, what: str) -> None:
+        """How far the step is; shown in the live bar alone."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=what)
+
     def warn(self, what: str) -> None:
         """Something that the person should know, though the build goes on."""
         if self._console is not None:

@@ -35,24 +35,38 @@ class Runner:
         self.output_names = self._session.output_names
         self._items = [name for name in self._session.input_names if name.startswith(ITEMS_PREFIX)]
 
-    def run(self, feeds: Mapping[str, Array], fetches: Collection[str], *, tap: bool = True) -> dict[str, Array]:
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        fetches: Collection[str],
+        *,
+        tap: bool = True,
+        limit_s: float | None = None,
+    ) -> dict[str, Array]:
         """The fetched outputs by name, (B, ...); with `tap` the taps are asked for every row, else for none.
+
+        Args:
+            feeds: each input, (B, ...), without those of the taps.
+            fetches: names of outputs.
+            tap: whether every row's weights are computed.
+            limit_s: seconds that the run may take; None: `Runner.limit_s`.
 
         Raises:
             BuildRefused: the run failed; the message has the runtime's own words, which name no file here.
         """
+        allowed_s = self.limit_s if limit_s is None else limit_s
         rows = next(iter(feeds.values())).shape[0] if tap else 0
         items = np.arange(rows, dtype=np.int64)
         names = list(fetches)
         handle = RunHandle()
         # A loop in a file that anybody made may have no end. The runtime looks at the handle between nodes.
-        watch = threading.Timer(self.limit_s, handle.terminate)
+        watch = threading.Timer(allowed_s, handle.terminate)
         watch.daemon = True
         watch.start()
         try:
             outputs = self._session.run({**feeds, **dict.fromkeys(self._items, items)}, names, handle)
         except RunTerminated:
-            raise BuildRefused(f"the model does not run: one run took more than {self.limit_s:g} s") from None
+            raise BuildRefused(f"the model does not run: one run took more than {allowed_s:g} s") from None
         except RunFailed as fault:
             raise BuildRefused(f"the model does not run: {_own_words(fault)}") from None
         finally:

@@ -48,11 +48,13 @@ class AttackReport(Frozen):
     seconds: Annotated[float, Field(ge=0)]
     worst: float
     broke: str = ""
+    complete: bool = True
+    """Whether the probes that matter most were all tried; not where time or memory did not suffice for them."""
 
     @property
     def survived(self) -> bool:
-        """Whether no probe changed an answer, and at least one was tried."""
-        return self.probes > 0 and not self.broke
+        """Whether no probe changed an answer, and those that matter most were tried."""
+        return self.probes > 0 and self.complete and not self.broke
 
 
 class Clause(Frozen):

@@ -15,6 +15,7 @@ def shown(*, terminal: bool) -> str:
         steps.begin("reading")
         steps.warn("half of it is missing")
         steps.begin("checking")
+        steps.note("checking: 2 of 3")
     return written.getvalue()
 
 
@@ -25,7 +26,7 @@ def test_one_line_per_step_where_there_is_no_terminal() -> None:
 def test_bar_counts_steps_in_a_terminal() -> None:
     drawn = shown(terminal=True)
     assert "\x1b[" in drawn
-    assert "checking" in drawn
+    assert "checking: 2 of 3" in drawn
     assert "1/2" in drawn
     assert "warning: half of it is missing" in drawn
 
@@ -34,4 +35,5 @@ def test_silent_steps_write_nothing() -> None:
     steps = Steps.silent()
     with steps.shown(total=1):
         steps.begin("reading")
+        steps.note("reading: 1 of 2")
         steps.warn("nobody hears")

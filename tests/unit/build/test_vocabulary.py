@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from attnserve_server.build.inputs.vocabulary import vocabulary_size_of
+from attnserve_server.build.inputs.vocabulary import extreme_ids_of, vocabulary_size_of
 from onnx import TensorProto, helper, numpy_helper
 
 
@@ -49,3 +49,15 @@ def test_ids_are_followed_through_what_leaves_them() -> None:
 
 def test_ids_that_are_looked_up_nowhere_have_no_vocabulary() -> None:
     assert vocabulary_size_of(graph_of([]), "input_ids") == 0
+
+
+def test_the_ids_with_the_greatest_and_the_least_embeddings_are_found() -> None:
+    words = np.ones((9000, 2), np.float16)
+    words[[3, 8500]] = 5
+    words[[7, 20]] = 0.1
+    assert set(extreme_ids_of(graph_of([gather("words")], words=words), "input_ids")) == {3, 8500, 7, 20}
+
+
+def test_an_input_without_a_table_of_vectors_has_no_extreme_ids() -> None:
+    assert extreme_ids_of(graph_of([gather("bias")], bias=np.zeros(55)), "input_ids") == ()
+    assert extreme_ids_of(graph_of([]), "input_ids") == ()
