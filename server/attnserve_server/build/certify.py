@@ -2,77 +2,94 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx
+import onnx_ir as ir
 
 from attnserve_server.build.assemble import Assembled
-from attnserve_server.build.learning.probe import batch_error, padding_error
 from attnserve_server.build.progress import Steps
-from attnserve_server.build.proof import prove
+from attnserve_server.build.proof import Proof, prove
+from attnserve_server.build.proof.attack import DEFAULT_SECONDS, attack
+from attnserve_server.build.proof.extremes import extreme_ids
+from attnserve_server.build.proof.noise import noise_of
+from attnserve_server.build.proof.target import Target
 from attnserve_server.model.batching import cautions
-from attnserve_server.model.certificate import AttackReport, Batching, Certificate, Clause, Verdict
-from attnserve_server.model.manifest import BATCH
+from attnserve_server.model.certificate import Batching, Certificate
+from attnserve_server.model.equality import Equality
+from attnserve_server.model.manifest import InputRole, SiteSpec
 
-ATTACK_SECONDS = 60.0
-"""How long an attack on what is neither proved nor refuted may take, unless the person says otherwise."""
+ATTACK_SECONDS = DEFAULT_SECONDS
+"""How long an attack on what is not refuted may take, unless the person says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certified:
+    """A certificate, and the sites with the kinds that the proof gives them."""
+
+    certificate: Certificate
+    sites: tuple[SiteSpec, ...]
 
 
 def certify(
-    assembled: Assembled, max_lengths: Mapping[str, int], steps: Steps, *, batching: Batching, attack_seconds: float
-) -> Certificate:
-    """Prove what padding and batch neighbours can change, and try to break what the proof leaves open.
+    assembled: Assembled,
+    max_lengths: Mapping[str, int],
+    steps: Steps,
+    *,
+    batching: Batching,
+    attack_seconds: float,
+    max_batch_size: int,
+) -> Certified:
+    """Prove what padding and batch neighbours can change, and try to break whatever is not refuted.
 
     Args:
         assembled: the tapped graph, opened for checks.
         max_lengths: the greatest length of each axis symbol of its inputs.
-        steps: is told of what limits batching under the policy.
+        steps: shows the progress, and what limits batching under the policy.
         batching: the policy that is reported on; the certificate holds for any.
-        attack_seconds: the most that an attack may take, in all.
+        attack_seconds: the most that the attack may take, in all.
+        max_batch_size: rows of the largest batch that will be served.
 
     Raises:
         BuildRefused: the graph does not run.
     """
     steps.begin("proving that batches are safe")
+    proto = onnx.load(assembled.model_path)
+    sampler = assembled.sampler
     proof = prove(
-        onnx.load(assembled.model_path),
-        assembled.sampler.signature,
+        proto,
+        sampler.signature,
         assembled.outputs,
         assembled.sites,
         max_lengths=max_lengths,
         derived=assembled.derived_axes,
         precision=assembled.precision,
+        vocabularies=sampler.vocabulary_sizes,
     )
-    clauses = tuple(_probed(clause, assembled, attack_seconds) for clause in proof.clauses)
-    certificate = Certificate(clauses=clauses, masks=proof.masks)
-    alone = assembled.sampler.signature.fixed_batch is not None
+    ids = {spec.name for spec in sampler.signature.inputs if spec.role is InputRole.TOKEN_IDS}
+    target = Target(
+        runner=assembled.checker,
+        sampler=sampler,
+        outputs=assembled.outputs,
+        sites=assembled.sites,
+        max_lengths=max_lengths,
+        max_batch_size=max_batch_size,
+        derived=assembled.derived_axes,
+        extreme_ids=extreme_ids(ir.from_proto(proto).graph, ids),
+    )
+    steps.begin("attacking what is not refuted")
+    noise = noise_of(target, assembled.precision)
+    clauses = attack(target, proof, Equality(assembled.precision, noise), seconds=attack_seconds)
+    certificate = Certificate(clauses=clauses, masks=proof.masks, noise=noise)
+    alone = sampler.signature.fixed_batch is not None
     for caution in cautions(certificate, batching, alone=alone):
         steps.warn(str(caution))
-    return certificate
+    return Certified(certificate, _with_kinds(assembled.sites, proof))
 
 
-def _probed(clause: Clause, assembled: Assembled, attack_seconds: float) -> Clause:
-    """What is unknown, with the report of a few probes in the place of an attack, and open to the default policy.
-
-    The one place where these probes count: the attack and a proof that knows finite masks replace it.
-    """
-    fixed = assembled.sampler.signature.fixed_batch is not None
-    if clause.verdict is not Verdict.UNKNOWN or (fixed and clause.axis == BATCH) or attack_seconds <= 0:
-        return clause
-    began = time.monotonic()
-    runner, sampler, outputs = assembled.checker, assembled.sampler, assembled.outputs
-    if clause.axis == BATCH:
-        probes, what = 3, "three rows of one length"
-        error = batch_error(runner, sampler, outputs, assembled.site_axes)
-    else:
-        probes, what = min(len(sampler.signature.symbols), 2), "three padded positions"
-        error = padding_error(runner, sampler, clause.axis, outputs, assembled.site_axes, assembled.derived_axes)
-    worst = error / assembled.tolerances.company
-    attack = AttackReport(
-        probes=probes,
-        seconds=round(time.monotonic() - began, 3),
-        worst=worst,
-        broke="" if worst <= 1 else what,
+def _with_kinds(sites: tuple[SiteSpec, ...], proof: Proof) -> tuple[SiteSpec, ...]:
+    """The sites; those whose queries provably look at no key behind them are causal."""
+    return tuple(
+        site.model_copy(update={"kind": "causal"}) if site.name in proof.causal_sites else site for site in sites
     )
-    return clause.model_copy(update={"attack": attack, "finite_mask": attack.survived})

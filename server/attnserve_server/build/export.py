@@ -91,7 +91,7 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
     if request.normalize and not request.pooling:
         raise BuildRefused("normalising needs a pooled output: add --pooling mean")
     version = Repository(request.repository).free_version(request.name, request.version)
-    total = 11 if request.try_more else 9
+    total = 12 if request.try_more else 10
     with steps.shown(total), tempfile.TemporaryDirectory(prefix="attnserve-export-") as work:
         steps.begin("verifying the source")
         source = source_model(
@@ -130,9 +130,15 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     assembled = traced.rewritten.assembled(sampler, work, steps)
     if not assembled.sites:
         raise BuildRefused(f"{source.architecture} exports without attention that is known, so there is nothing to tap")
-    certificate = certify(
-        assembled, max_lengths, steps, batching=request.batching, attack_seconds=request.attack_seconds
+    certified = certify(
+        assembled,
+        max_lengths,
+        steps,
+        batching=request.batching,
+        attack_seconds=request.attack_seconds,
+        max_batch_size=request.max_batch_size,
     )
+    certificate = certified.certificate
     axes = tuple(
         _gridded(axis, more.grids if more else {})
         for axis in axes_of(assembled, max_lengths, certificate, request.batching)
@@ -164,7 +170,7 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         axes=axes,
         inputs=signature.inputs,
         outputs=assembled.outputs,
-        sites=assembled.sites,
+        sites=certified.sites,
         vocabulary_size=max(source.vocabulary_sizes.values(), default=0),
         text=text if source.tokenizer_path is not None else None,
         left_out=left_out,

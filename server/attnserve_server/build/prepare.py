@@ -85,7 +85,7 @@ def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundl
     """
     steps = steps or Steps.silent()
     version = Repository(request.repository).free_version(request.name, request.version)
-    total = 9 if request.try_more else 8
+    total = 10 if request.try_more else 9
     with steps.shown(total), tempfile.TemporaryDirectory(prefix="attnserve-prepare-") as work:
         steps.begin("reading the file")
         padding_id = padding_id_of(request.tokenizer)
@@ -124,9 +124,15 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     assembled = rewritten.assembled(sampler, work, steps)
     _tell_attention(request, assembled, steps)
     max_lengths = _max_lengths(assembled, signature, request.max_length)
-    certificate = certify(
-        assembled, max_lengths, steps, batching=request.batching, attack_seconds=request.attack_seconds
+    certified = certify(
+        assembled,
+        max_lengths,
+        steps,
+        batching=request.batching,
+        attack_seconds=request.attack_seconds,
+        max_batch_size=max_batch_size,
     )
+    certificate = certified.certificate
     axes = axes_of(assembled, max_lengths, certificate, request.batching)
     steps.begin("checking against the source")
     paddable = all(axis.paddable or axis.fixed for axis in axes)
@@ -151,7 +157,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         axes=axes,
         inputs=signature.inputs,
         outputs=assembled.outputs,
-        sites=assembled.sites,
+        sites=certified.sites,
         vocabulary_size=ids[0].vocabulary_size if ids else 0,
         text=text_of(signature.inputs, max_lengths, pair_start) if request.tokenizer is not None else None,
         left_out=left_out,

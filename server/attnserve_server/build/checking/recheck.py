@@ -133,7 +133,7 @@ def check_bundle(request: CheckRequest, steps: Steps | None = None) -> BundleChe
     bundle = replace(stored, manifest=stored.manifest.under(request.batching))
     quality = bundle.manifest.check.quality
     certificate: Certificate | None = None
-    with steps.shown(total=6), tempfile.TemporaryDirectory(prefix="attnserve-check-") as work:
+    with steps.shown(total=7), tempfile.TemporaryDirectory(prefix="attnserve-check-") as work:
         findings = list(_opening(bundle, steps))
         if all(finding.passed is not False for finding in findings):
             opened = _opened(bundle, Path(work), steps)
@@ -169,7 +169,14 @@ def check_bundle(request: CheckRequest, steps: Steps | None = None) -> BundleChe
 def _certified(opened: Opened, request: CheckRequest, steps: Steps) -> Certificate:
     """A fresh certificate of the bundle's own graph."""
     max_lengths = {symbol: opened.manifest.axis(symbol).max_length for symbol in opened.sampler.signature.symbols}
-    return certify(opened.bundled, max_lengths, steps, batching=request.batching, attack_seconds=request.attack_seconds)
+    return certify(
+        opened.bundled,
+        max_lengths,
+        steps,
+        batching=request.batching,
+        attack_seconds=request.attack_seconds,
+        max_batch_size=opened.manifest.max_batch_size,
+    ).certificate
 
 
 def _opening(bundle: Bundle, steps: Steps) -> Iterator[Finding]:

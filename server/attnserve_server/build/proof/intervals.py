@@ -176,7 +176,7 @@ def monotone(function: Callable[[float], float], domain: float = -math.inf) -> C
     """An operator that keeps the order of numbers; below or at `domain` it is not defined, and gives NaN."""
 
     def of(one: Interval) -> Interval:
-        if one.low < domain or (one.low == domain and math.isinf(function(domain))):
+        if one.low < domain or (one.low == domain > -math.inf and math.isinf(function(domain))):
             return Interval(wild=one.wild | NAN | NEGATIVE)
         return Interval(function(one.low), function(one.high), one.wild, one.masked)
 
