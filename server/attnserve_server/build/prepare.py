@@ -24,11 +24,12 @@ from attnserve_server.build.inputs.text import padding_id_of, text_of
 from attnserve_server.build.learning.probe import probe_max_length
 from attnserve_server.build.precision.calibration import ranges_of
 from attnserve_server.build.precision.choose import Precision, in_precision
+from attnserve_server.build.precision.per_row import Scheme, with_scale_per_row
 from attnserve_server.build.precision.quality import with_quality
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.trials import fastest
 from attnserve_server.model.manifest import InputRole, Manifest, Provenance
-from attnserve_server.model.report import TrialReport
+from attnserve_server.model.report import RequantizeReport, TrialReport
 from attnserve_server.model.repository import (
     MODEL_FILE,
     TOKENIZER_FILE,
@@ -51,7 +52,8 @@ class PrepareRequest:
     `pair_start`: where the second text has an input of its own, the token that it starts behind; empty: none. `fuse`:
     try fused operators in the place of decomposed attention, and keep them where that is faster. `precision` fp32 keeps
     the file's own. `try_more`: try the runtime's own rewritings, and keep what is faster. `require_attention`: refuse a
-    file none of whose weights can be had, rather than serve it without.
+    file none of whose weights can be had, rather than serve it without. `requantize` "per-row": rewrite dynamic
+    quantizers to one scale per row; empty: leave them.
     """
 
     file: Path
@@ -66,6 +68,7 @@ class PrepareRequest:
     fuse: bool = True
     try_more: bool = False
     precision: Precision = "fp32"
+    requantize: Scheme = ""
 
 
 def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundle:
@@ -108,12 +111,12 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     if signature.fixed_batch:
         steps.warn("the batch axis is fixed at 1: every sequence will run alone")
     sampler = Sampler(signature)
-    reduced = proto
+    reduced, requantized = _requantized(request, proto, steps)
     if request.precision != "fp32":
         short = dict.fromkeys(signature.symbols, min(request.max_length, _CALIBRATION_TOKENS))
         text = text_of(signature.inputs, short, pair_start) if request.precision == "int8" else None
         ranges = ranges_of(proto, signature.inputs, text, request.tokenizer, work)
-        reduced = checked(in_precision(proto, request.precision, ranges), request.file.name)
+        reduced = checked(in_precision(reduced, request.precision, ranges), request.file.name)
     steps.begin("fusing attention")
     rewritten = fused(reduced, sampler, work, fuse=request.fuse)
     assembled = rewritten.assembled(sampler, work, steps)
@@ -130,7 +133,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     trials: tuple[TrialReport, ...] = ()
     if request.try_more:
         left_out, trials = fastest(assembled, work, steps)
-    report = report.model_copy(update={"fusion": rewritten.report, "trials": trials})
+    report = report.model_copy(update={"fusion": rewritten.report, "trials": trials, "requantize": requantized})
     steps.begin("writing the bundle")
     files = {MODEL_FILE: assembled.model_path}
     if request.tokenizer is not None:
@@ -160,9 +163,24 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         check=report,
     )
     if reduced is not proto:
-        manifest = with_quality(manifest, assembled.model_path, proto, sampler, request.tokenizer, work, steps)
+        alone = requantized is not None
+        manifest = with_quality(
+            manifest, assembled.model_path, proto, sampler, request.tokenizer, work, steps, alone=alone
+        )
     manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps)
     return write_bundle(request.repository, manifest, {**files, **golden})
+
+
+def _requantized(
+    request: PrepareRequest, proto: onnx.ModelProto, steps: Steps
+) -> tuple[onnx.ModelProto, RequantizeReport | None]:
+    """The graph with one scale per row where that is requested, and what was rewritten; warns of what was not."""
+    if not request.requantize:
+        return proto, None
+    rewritten, report = with_scale_per_row(proto)
+    if report.left:
+        steps.warn(f"{report}; what is not rewritten keeps one scale for the whole batch")
+    return checked(rewritten, request.file.name), report
 
 
 def _tell_attention(request: PrepareRequest, assembled: Assembled, steps: Steps) -> None:

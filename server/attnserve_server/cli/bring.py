@@ -66,6 +66,7 @@ _PREPARE_EPILOG = (
     "Examples:\n\n"
     "attnserve-server prepare ranker.onnx --name ranker --repository models --tokenizer tokenizer.json\n\n"
     "attnserve-server prepare ranker.onnx --name ranker --repository models --max-length 2048\n\n"
+    "attnserve-server prepare model_quantized.onnx --name bert8 --repository models --requantize per-row\n\n"
     "attnserve-server prepare bart.onnx --name bart --repository models --tokenizer tokenizer.json --pair-start '</s>'"
     f"{EXIT_CODES}"
 )
@@ -173,6 +174,14 @@ def prepare(  # noqa: PLR0913 - the options of a command
     ] = False,
     max_batch_size: MaxBatchSize = 32,
     precision: PrecisionOption = "fp32",
+    requantize: Annotated[
+        Literal["", "per-row"],
+        typer.Option(
+            "--requantize",
+            help="per-row rewrites dynamic quantization (one scale for the whole batch) to one scale per row (token), "
+            "so that sequences can share a batch.",
+        ),
+    ] = "",
     fuse: Fuse = True,
     try_more: TryMore = True,
     as_json: AsJson = False,
@@ -196,6 +205,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
             fuse=fuse,
             try_more=try_more,
             precision=precision,
+            requantize=requantize,
         )
         _report(prepare_bundle(request, Steps(Console(stderr=True))), as_json=as_json)
 
@@ -276,6 +286,8 @@ def _report(bundle: Bundle, *, as_json: bool) -> None:
         typer.echo(str(check.fusion))
     for trial in check.trials:
         typer.echo(str(trial))
+    if check.requantize is not None:
+        typer.echo(str(check.requantize))
     if check.quality is not None:
         typer.echo(quality_line(check.quality))
 
@@ -285,4 +297,5 @@ def quality_line(quality: QualityReport) -> str:
     rows = "" if quality.top1_agreement is None else f", {quality.top1_agreement:.1%} of attention rows agree"
     speed = "" if quality.speed_ratio is None else f", {quality.speed_ratio:.2f} times as fast"
     cosine = f"cosine of {quality.output} {quality.cosine_mean:.4f}, at worst {quality.cosine_worst:.4f}"
-    return f"on {quality.inputs}, beside {quality.against}: {cosine}{rows}{speed}"
+    apart = "" if quality.output_max_abs_error is None else f", numbers within {quality.output_max_abs_error:.2g}"
+    return f"on {quality.inputs}, beside {quality.against}: {cosine}{apart}{rows}{speed}"
