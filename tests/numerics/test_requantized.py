@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import typer
+from attnserve_server.build.checking.recheck import check_bundle
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.build.progress import Steps
 from attnserve_server.cli import bring
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.equality import Equality
 from attnserve_server.model.repository import Bundle
 from onnxruntime.quantization import QuantType
-from quantized_graphs import dynamically_quantized, encoder
+from quantized_graphs import dynamically_quantized, encoder, model_of, node
 from typer.testing import CliRunner
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -111,6 +114,55 @@ def test_the_file_itself_fails_that_test(tmp_path: Path) -> None:
     assert bundle.manifest.check.requantize is None
 
 
+def features(form: str) -> onnx.ModelProto:
+    """C1: float features, rounded dynamically and multiplied by the identity, attend to themselves without a mask."""
+    arrays: dict[str, Array] = {"w": np.eye(4, dtype=np.int8), "w_scale": np.array(1, np.float32)}
+    products = {
+        "MatMulInteger": [
+            node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+            node("Mul", ["s", "w_scale"], ["scales"]),
+            node("MatMulInteger", ["q", "w", "z"], ["sums"]),
+            node("Cast", ["sums"], ["cast"], to=onnx.TensorProto.FLOAT),
+            node("Mul", ["cast", "scales"], ["features"]),
+        ],
+        "DynamicQuantizeMatMul": [
+            node("DynamicQuantizeMatMul", ["x", "w", "w_scale"], ["features"], domain="com.microsoft")
+        ],
+    }
+    attention = [
+        node("Transpose", ["features"], ["keys"], perm=[0, 2, 1]),
+        node("MatMul", ["features", "keys"], ["scores"]),
+        node("Softmax", ["scores"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "features"], ["y"]),
+    ]
+    return model_of([*products[form], *attention], arrays, x=("batch", "seq", 4), y=("batch", "seq", 4))
+
+
+@pytest.mark.parametrize("form", ["MatMulInteger", "DynamicQuantizeMatMul"])
+def test_ones_stay_ones_beside_a_thousand(form: str, tmp_path: Path) -> None:
+    file = tmp_path / "features.onnx"
+    onnx.save(features(form), file)
+    bundle = prepared(file)
+    assert [site.available for site in bundle.manifest.sites] == [True]
+    assert bundle.manifest.max_batch_size > 1
+    batch = np.ones((2, 2, 4), np.float32)
+    batch[1, 0, 1] = 1000
+    for path, answer in ((bundle.model_path, 1.0), (file, 0.0)):
+        session = RuntimeSession.load(path, provider="CPUExecutionProvider")
+        taps = dict.fromkeys(set(session.input_names) - {"x"}, np.arange(2))
+        (y,) = session.run({"x": batch, **taps}, ["y"])
+        np.testing.assert_allclose(y[0], answer, rtol=1e-6)
+
+
+def test_check_against_the_file_measures_each_sequence_alone(tmp_path: Path) -> None:
+    file = dynamically_quantized(encoder(), tmp_path / "quantized.onnx")
+    checked = check_bundle(prepared(file).path, str(file), Steps.silent())
+    assert checked.passed
+    assert checked.quality is not None
+    assert checked.quality.against == "quantized.onnx, each sequence alone"
+    assert checked.quality.cosine_worst > 0.995
+
+
 def test_rewriting_is_closer_to_float32_than_the_file(tmp_path: Path) -> None:
     model = encoder()
     file = dynamically_quantized(model, tmp_path / "quantized.onnx", per_channel=True)
@@ -152,8 +204,6 @@ def test_command_prints_what_was_rewritten_and_what_it_costs(app: typer.Typer, t
 
 
 def test_file_without_dynamic_quantizer_is_refused_in_one_sentence(app: typer.Typer, tmp_path: Path) -> None:
-    import onnx  # noqa: PLC0415 - as the others
-
     onnx.save(encoder(), tmp_path / "float.onnx")
     result = call(app, tmp_path / "float.onnx")
     assert result.exit_code == 2
