@@ -6,8 +6,7 @@
 # value across the whole graph.
 # Expected by most: feeding a mask of another length than the ids is refused, and an output that declares [batch, sequence]
 # has these axes in this order.
-# Seen: a session runs inputs of (2, 3) and (5, 7) under the same two names without a word at log level error, because the
-# names are not compared. The checker passes, with full_check, an output whose declared names are swapped, and even one
+# Seen: a session runs inputs of (2, 3) and (5, 7) under the same two names, because the names are not compared. The checker passes, with full_check, an output whose declared names are swapped, and even one
 # that swaps a name with a fixed size. So declared names say nothing about which axis of an output is the batch.
 set -euo pipefail
 work=$(mktemp -d)

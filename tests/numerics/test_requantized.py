@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -43,14 +43,14 @@ def optimized(path: Path) -> Path:
     return target
 
 
-def prepared(file: Path, requantize: str = "per-row") -> Bundle:
+def prepared(file: Path, requantize: Literal["per-row"] | None = "per-row") -> Bundle:
     request = PrepareRequest(
         file=file,
         name="ranker",
         repository=file.parent / "models",
         max_length=64,
         fuse=False,
-        requantize=requantize,  # type: ignore[arg-type]
+        requantize=requantize,
     )
     return prepare_bundle(request)
 
@@ -109,7 +109,7 @@ def test_quantized_encoder_batches_and_stays_close_to_its_file(options: str, sav
 
 def test_the_file_itself_fails_that_test(tmp_path: Path) -> None:
     """The positive control (C2): with one scale for the batch, neighbours and padding change an answer."""
-    bundle = prepared(dynamically_quantized(encoder(), tmp_path / "quantized.onnx"), requantize="")
+    bundle = prepared(dynamically_quantized(encoder(), tmp_path / "quantized.onnx"), requantize=None)
     assert worst_error(bundle) > 1
     assert bundle.manifest.check.requantize is None
 

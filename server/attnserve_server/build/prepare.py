@@ -53,7 +53,7 @@ class PrepareRequest:
     try fused operators in the place of decomposed attention, and keep them where that is faster. `precision` fp32 keeps
     the file's own. `try_more`: try the runtime's own rewritings, and keep what is faster. `require_attention`: refuse a
     file none of whose weights can be had, rather than serve it without. `requantize` "per-row": rewrite dynamic
-    quantizers to one scale per row; empty: leave them.
+    quantizers to one scale per row; None: leave them.
     """
 
     file: Path
@@ -68,7 +68,7 @@ class PrepareRequest:
     fuse: bool = True
     try_more: bool = False
     precision: Precision = "fp32"
-    requantize: Scheme = ""
+    requantize: Scheme | None = None
 
 
 def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundle:

@@ -175,13 +175,13 @@ def prepare(  # noqa: PLR0913 - the options of a command
     max_batch_size: MaxBatchSize = 32,
     precision: PrecisionOption = "fp32",
     requantize: Annotated[
-        Literal["", "per-row"],
+        Literal["per-row"] | None,
         typer.Option(
             "--requantize",
             help="per-row rewrites dynamic quantization (one scale for the whole batch) to one scale per row (token), "
             "so that sequences can share a batch.",
         ),
-    ] = "",
+    ] = None,
     fuse: Fuse = True,
     try_more: TryMore = True,
     as_json: AsJson = False,

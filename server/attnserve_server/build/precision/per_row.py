@@ -25,8 +25,8 @@ from attnserve_server.build.precision.dynamic_quantizers import Quantizer, Use, 
 from attnserve_server.build.precision.nodes import FIRST_AXIS_OPSET, Builder
 from attnserve_server.model.report import LeftQuantizer, RequantizeReport
 
-Scheme = Literal["", "per-row"]
-"""How `prepare --requantize` rewrites dynamic quantizers; empty: not at all."""
+Scheme = Literal["per-row"]
+"""How `prepare --requantize` rewrites dynamic quantizers."""
 _CENTRE = 128
 """The zero point that the kernel gets for all rows: it halves the integer sums, so that float32 holds more of them."""
 _STEPS = 255
