@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -15,8 +16,11 @@ from onnx import TensorProto, numpy_helper
 from quantized_graphs import COLUMNS, FORMS, WIDTH, Array, exact_product, model_of, node, product, weights_of
 
 
+Run = Callable[[onnx.ModelProto, Array], Array]
+
+
 @pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory):
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs a model as the server does, on a float32 input `x`; gives `y`."""
 
     def run(model: onnx.ModelProto, x: Array) -> Array:
@@ -45,7 +49,9 @@ def sample(*shape: int) -> Array:
 
 @pytest.mark.parametrize(("dtype", "per_channel"), [*itertools.product([np.int8, np.uint8], [False, True])])
 @pytest.mark.parametrize("form", FORMS)
-def test_each_row_is_rounded_as_the_standard_rounds_a_tensor(form: str, dtype: type, per_channel: bool, run) -> None:
+def test_each_row_is_rounded_as_the_standard_rounds_a_tensor(
+    form: str, dtype: type, per_channel: bool, run: Run
+) -> None:
     arrays = weights_of(dtype, per_channel=per_channel)
     x = sample(2, 7)
     found, expected = run(rewritten(product(form, arrays=arrays)), x), exact_product(x, arrays)
@@ -55,14 +61,14 @@ def test_each_row_is_rounded_as_the_standard_rounds_a_tensor(form: str, dtype: t
 
 
 @pytest.mark.parametrize("opset", [11, 12, 13, 17, 18, 21, 23])
-def test_each_opset_has_the_operators_that_it_takes(opset: int, run) -> None:
+def test_each_opset_has_the_operators_that_it_takes(opset: int, run: Run) -> None:
     x = sample(2, 7)
     found = run(rewritten(product(opset=opset)), x)
     np.testing.assert_allclose(found, exact_product(x, weights_of()), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_row_alone_is_what_the_source_gives(form: str, run) -> None:
+def test_one_row_alone_is_what_the_source_gives(form: str, run: Run) -> None:
     source, x = product(form), sample(1, 3)
     for row in range(3):
         one = x[:, row : row + 1]
@@ -71,7 +77,7 @@ def test_one_row_alone_is_what_the_source_gives(form: str, run) -> None:
 
 @pytest.mark.parametrize("opset", [11, 17])
 @pytest.mark.parametrize("form", FORMS)
-def test_row_has_the_same_bits_in_any_batch(form: str, opset: int, run) -> None:
+def test_row_has_the_same_bits_in_any_batch(form: str, opset: int, run: Run) -> None:
     model = rewritten(product(form, opset=opset))
     x = sample(5, 9)
     together = run(model, np.concatenate([x, 1e4 * sample(4, 9)]))
@@ -80,13 +86,13 @@ def test_row_has_the_same_bits_in_any_batch(form: str, opset: int, run) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_source_fails_that_test(form: str, run) -> None:
+def test_the_source_fails_that_test(form: str, run: Run) -> None:
     """The positive control: with one scale for the batch, a large neighbour changes a row."""
     x = sample(1, 5)
     assert np.abs(run(product(form), np.concatenate([x, 1e4 * x]))[:1] - run(product(form), x)).max() > 0.1
 
 
-def test_row_of_zeros_gives_the_bias(run) -> None:
+def test_row_of_zeros_gives_the_bias(run: Run) -> None:
     x = sample(1, 4)
     x[0, 2] = 0
     np.testing.assert_allclose(run(rewritten(product()), x)[0, 2], weights_of()["bias"], rtol=1e-6)
@@ -122,7 +128,7 @@ def shared(opset: int = 17) -> onnx.ModelProto:
     return model_of(nodes, {name: array for name, array in weights_of().items() if name != "bias"}, opset=opset)
 
 
-def test_products_of_one_quantizer_share_its_rows_and_are_exact_with_shared_weights(run) -> None:
+def test_products_of_one_quantizer_share_its_rows_and_are_exact_with_shared_weights(run: Run) -> None:
     model = rewritten(shared())
     assert [node.op_type for node in model.graph.node].count("QuantizeLinear") == 1
     arrays = weights_of()
@@ -157,7 +163,7 @@ def identity(form: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("form", [*FORMS, "DequantizeLinear"])
-def test_small_row_survives_beside_a_loud_one(form: str, run) -> None:
+def test_small_row_survives_beside_a_loud_one(form: str, run: Run) -> None:
     alone, batch = loud()
     source = identity(form)
     assert run(source, batch)[0].max() == 0  # the positive control
@@ -166,7 +172,21 @@ def test_small_row_survives_beside_a_loud_one(form: str, run) -> None:
     np.testing.assert_array_equal(found[:1], run(rewritten(source), alone))
 
 
-def test_weights_of_several_experts_are_taken_too(run) -> None:
+@pytest.mark.parametrize("order", ["cast first", "scale first"])
+def test_weights_without_scale_and_zero_point_are_taken(order: str, run: Run) -> None:
+    factors = ["cast", "s"] if order == "cast first" else ["s", "cast"]
+    nodes = [
+        node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        node("MatMulInteger", ["q", "w", "z"], ["sums"]),
+        node("Cast", ["sums"], ["cast"], to=TensorProto.FLOAT),
+        node("Mul", factors, ["y"]),
+    ]
+    alone, batch = loud()
+    model = rewritten(model_of(nodes, {"w": np.eye(4, dtype=np.int8)}, x=("batch", "seq", 4), y=("batch", "seq", 4)))
+    np.testing.assert_allclose(run(model, batch)[:1], alone, rtol=1e-6)
+
+
+def test_weights_of_several_experts_are_taken_too(run: Run) -> None:
     rng = np.random.default_rng(4)
     w = rng.integers(-127, 128, (3, WIDTH, COLUMNS)).astype(np.int8)
     nodes = [
@@ -215,7 +235,7 @@ def two_activations(form: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_product_of_two_activations_runs_in_float32(form: str, run) -> None:
+def test_product_of_two_activations_runs_in_float32(form: str, run: Run) -> None:
     proto, report = with_scale_per_row(two_activations(form))
     assert (report.rewritten, report.unrounded, report.left) == (0, 2, ())
     x = np.random.default_rng(3).normal(size=(2, 5, WIDTH)).astype(np.float32)
