@@ -187,8 +187,10 @@ def _rounded(builder: Builder, source: ir.Value, width: int) -> _Rows:
     least = builder.op("Min", [builder.extreme("ReduceMin", source), zero])
     steps = builder.stored("per_row.steps", np.array(_STEPS, np.float32))
     scale = builder.op("Div", [builder.op("Sub", [greatest, least]), steps])
-    # Minus the zero point; the greatest is at least 0, so that it lies within 0 and 255.
-    offset = builder.op("Round", [builder.op("Div", [least, scale])])
+    # Minus the zero point. The standard has it saturate; the division alone stays within rounding of the same bounds,
+    # but the proof of batching cannot know that.
+    farthest = builder.stored("per_row.farthest", np.array(-_STEPS, np.float32))
+    offset = builder.op("Round", [builder.op("Clip", [builder.op("Div", [least, scale]), farthest, zero])])
     shift = builder.op("Add", [offset, builder.stored("per_row.centre_float", np.array(_CENTRE, np.float32))])
     if builder.opset < FIRST_AXIS_OPSET:
         steps_of = builder.op("Sub", [builder.op("Round", [builder.op("Div", [source, scale])]), offset])
