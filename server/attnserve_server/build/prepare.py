@@ -25,12 +25,13 @@ from attnserve_server.build.inputs.text import padding_id_of, text_of
 from attnserve_server.build.learning.probe import probe_max_length
 from attnserve_server.build.precision.calibration import ranges_of
 from attnserve_server.build.precision.choose import Precision, in_precision
+from attnserve_server.build.precision.per_row import Scheme, with_scale_per_row
 from attnserve_server.build.precision.quality import with_quality
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.trials import fastest
 from attnserve_server.model.certificate import Batching
 from attnserve_server.model.manifest import InputRole, Manifest, Provenance
-from attnserve_server.model.report import TrialReport
+from attnserve_server.model.report import RequantizeReport, TrialReport
 from attnserve_server.model.repository import (
     MODEL_FILE,
     TOKENIZER_FILE,
@@ -54,7 +55,8 @@ class PrepareRequest:
     try fused operators in the place of decomposed attention, and keep them where that is faster. `precision` fp32 keeps
     the file's own. `try_more`: try the runtime's own rewritings, and keep what is faster. `require_attention`: refuse a
     file none of whose weights can be had, rather than serve it without. `batching`: the policy that warnings and checks
-    are for. `attack_seconds`: the most that trying to break what is not proved may take.
+    are for. `attack_seconds`: the most that trying to break what is not proved may take. `requantize` "per-row": rewrite dynamic
+    quantizers to one scale per row; None: leave them.
     """
 
     file: Path
@@ -71,6 +73,7 @@ class PrepareRequest:
     precision: Precision = "fp32"
     batching: Batching = "proved"
     attack_seconds: float = ATTACK_SECONDS
+    requantize: Scheme | None = None
 
 
 def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundle:
@@ -113,12 +116,12 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     if signature.fixed_batch:
         steps.warn("the batch axis is fixed at 1: every sequence will run alone")
     sampler = Sampler(signature)
-    reduced = proto
+    reduced, requantized = _requantized(request, proto, steps)
     if request.precision != "fp32":
         short = dict.fromkeys(signature.symbols, min(request.max_length, _CALIBRATION_TOKENS))
         text = text_of(signature.inputs, short, pair_start) if request.precision == "int8" else None
         ranges = ranges_of(proto, signature.inputs, text, request.tokenizer, work)
-        reduced = checked(in_precision(proto, request.precision, ranges), request.file.name)
+        reduced = checked(in_precision(reduced, request.precision, ranges), request.file.name)
     steps.begin("fusing attention")
     rewritten = fused(reduced, sampler, work, fuse=request.fuse)
     assembled = rewritten.assembled(sampler, work, steps)
@@ -142,7 +145,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     trials: tuple[TrialReport, ...] = ()
     if request.try_more:
         left_out, trials = fastest(assembled, work, steps)
-    report = report.model_copy(update={"fusion": rewritten.report, "trials": trials})
+    report = report.model_copy(update={"fusion": rewritten.report, "trials": trials, "requantize": requantized})
     steps.begin("writing the bundle")
     files = {MODEL_FILE: assembled.model_path}
     if request.tokenizer is not None:
@@ -174,10 +177,30 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     )
     if reduced is not proto:
         manifest = with_quality(
-            manifest, assembled.model_path, proto, sampler, request.tokenizer, work, steps, request.batching
+            manifest,
+            assembled.model_path,
+            proto,
+            sampler,
+            request.tokenizer,
+            work,
+            steps,
+            request.batching,
+            alone=requantized is not None,
         )
     manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps, request.batching)
     return write_bundle(request.repository, manifest, {**files, **golden})
+
+
+def _requantized(
+    request: PrepareRequest, proto: onnx.ModelProto, steps: Steps
+) -> tuple[onnx.ModelProto, RequantizeReport | None]:
+    """The graph with one scale per row where that is requested, and what was rewritten; warns of what was not."""
+    if not request.requantize:
+        return proto, None
+    rewritten, report = with_scale_per_row(proto)
+    if report.left:
+        steps.warn(f"{report}; what is not rewritten keeps one scale for the whole batch")
+    return checked(rewritten, request.file.name), report
 
 
 def _tell_attention(request: PrepareRequest, assembled: Assembled, steps: Steps) -> None:

@@ -74,6 +74,7 @@ _PREPARE_EPILOG = (
     "Examples:\n\n"
     "attnserve-server prepare ranker.onnx --name ranker --repository models --tokenizer tokenizer.json\n\n"
     "attnserve-server prepare ranker.onnx --name ranker --repository models --max-length 2048\n\n"
+    "attnserve-server prepare model_quantized.onnx --name bert8 --repository models --requantize per-row\n\n"
     "attnserve-server prepare bart.onnx --name bart --repository models --tokenizer tokenizer.json --pair-start '</s>'"
     f"{EXIT_CODES}"
 )
@@ -186,6 +187,14 @@ def prepare(  # noqa: PLR0913 - the options of a command
     ] = False,
     max_batch_size: MaxBatchSize = 32,
     precision: PrecisionOption = "fp32",
+    requantize: Annotated[
+        Literal["per-row"] | None,
+        typer.Option(
+            "--requantize",
+            help="per-row rewrites dynamic quantization (one scale for the whole batch) to one scale per row (token), "
+            "so that sequences can share a batch.",
+        ),
+    ] = None,
     fuse: Fuse = True,
     try_more: TryMore = True,
     batching: BatchingOption = "proved",
@@ -213,6 +222,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
             precision=precision,
             batching=batching,
             attack_seconds=attack_seconds,
+            requantize=requantize,
         )
         report(prepare_bundle(request, Steps(Console(stderr=True))), batching, as_json=as_json)
 

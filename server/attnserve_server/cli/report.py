@@ -30,6 +30,8 @@ def report(bundle: Bundle, batching: Batching, *, as_json: bool) -> None:
         typer.echo(str(check.fusion))
     for trial in check.trials:
         typer.echo(str(trial))
+    if check.requantize is not None:
+        typer.echo(str(check.requantize))
     if check.quality is not None:
         typer.echo(quality_line(check.quality))
 
@@ -39,4 +41,5 @@ def quality_line(quality: QualityReport) -> str:
     rows = "" if quality.top1_agreement is None else f", {quality.top1_agreement:.1%} of attention rows agree"
     speed = "" if quality.speed_ratio is None else f", {quality.speed_ratio:.2f} times as fast"
     cosine = f"cosine of {quality.output} {quality.cosine_mean:.4f}, at worst {quality.cosine_worst:.4f}"
-    return f"on {quality.inputs}, beside {quality.against}: {cosine}{rows}{speed}"
+    apart = "" if quality.output_max_abs_error is None else f", numbers within {quality.output_max_abs_error:.2g}"
+    return f"on {quality.inputs}, beside {quality.against}: {cosine}{apart}{rows}{speed}"

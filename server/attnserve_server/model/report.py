@@ -69,12 +69,45 @@ class TrialReport(Frozen):
         return f"tried {self.what}: not kept, {self.reason}{loading}"
 
 
+class LeftQuantizer(Frozen):
+    """A dynamic quantizer that keeps one scale for the whole batch. `node`: its name; `reason`: why, in words."""
+
+    node: str
+    reason: str
+
+
+class RequantizeReport(Frozen):
+    """Result of `prepare --requantize per-row`.
+
+    `rewritten`: the number of dynamic quantizers that now take one scale and zero point per row. `unrounded`: of those
+    that were removed, because they rounded an operand of a product of two activations, which now runs in float32.
+    `left`: those that still take one scale for the whole batch. Speed and difference to the source are in `quality`.
+    """
+
+    rewritten: Annotated[int, Field(ge=0)]
+    unrounded: Annotated[int, Field(ge=0)] = 0
+    left: tuple[LeftQuantizer, ...] = ()
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        total = self.rewritten + self.unrounded + len(self.left)
+        lines = [f"{self.rewritten} of {total} dynamic quantizers rewritten to one scale per row"]
+        if self.unrounded:
+            lines.append(f"{self.unrounded} removed, their products of two activations run in float32")
+        for reason in dict.fromkeys(left.reason for left in self.left):
+            nodes = [left.node for left in self.left if left.reason == reason]
+            others = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+            lines.append(f"{nodes[0]}{others} not rewritten: {reason}")
+        return "; ".join(lines)
+
+
 class QualityReport(Frozen):
     """What a reduced precision costs and brings, seen on many sequences and against the graph that it was made from.
 
     `output`: whose cosine is told, as a mean and for the worst sequence; averaged over positions where it has them.
     `top1_agreement`: the share of attention rows (site, head, query) whose strongest key is the same; None without
     sites. `speed_ratio`: processor time of the reference over that of the reduced graph, in interleaved runs.
+    `output_max_abs_error`: the greatest absolute difference of any number of `output`.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -88,6 +121,7 @@ class QualityReport(Frozen):
     top1_agreement: float | None = None
     attention_rows: Annotated[int, Field(ge=0)] = 0
     speed_ratio: float | None = None
+    output_max_abs_error: float | None = None
 
 
 class GoldenSpec(Frozen):
@@ -124,4 +158,5 @@ class CheckReport(Frozen):
     tapped_over_source_time: float | None = None
     fusion: FusionReport | None = None
     trials: tuple[TrialReport, ...] = ()
+    requantize: RequantizeReport | None = None
     quality: QualityReport | None = None

@@ -11,7 +11,6 @@ docs/precision.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -20,6 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from attnserve_server.build.precision.calibrated import Normalisation, Ranges, bias_behind, factors_of, normalisation_of
+from attnserve_server.build.precision.nodes import FIRST_AXIS_OPSET, Builder
 from attnserve_server.domain.values import Array
 
 WEIGHT_ERROR_LIMIT = 0.1
@@ -33,10 +33,6 @@ _ZERO_POINT = 128
 """Unsigned activations with signed weights: the pair that processors multiply at once (VNNI, and its like on ARM)."""
 _GELU_DEPTH = 0.171
 """Gelu goes no further below 0, so only its greatest number has to be looked for."""
-_FIRST_AXIS_OPSET = 13
-"""The first in which QuantizeLinear takes a scale for each row."""
-_FIRST_AXES_INPUT_OPSET = 18
-"""The first in which reductions take their axes as an input."""
 
 
 def quantized(model: ir.Model, ranges: Ranges = MappingProxyType({})) -> ir.Model:
@@ -105,7 +101,7 @@ def _take_apart(graph: ir.Graph, node: ir.Node) -> None:
     source, weights, *bias = node.inputs
     assert source is not None
     assert weights is not None
-    builder = _Builder(graph, node)
+    builder = Builder(graph, node, "int8")
     if node.attributes.get_int("transB", 0):
         assert weights.const_value is not None
         turned = np.ascontiguousarray(weights.const_value.numpy().T)
@@ -115,11 +111,7 @@ def _take_apart(graph: ir.Graph, node: ir.Node) -> None:
     if bias and bias[0] is not None:
         result.shape, result.type = output.shape, output.type
         result = builder.op("Add", [result, bias[0]])
-    result.shape, result.type = output.shape, output.type
-    name = output.name
-    output.replace_all_uses_with(result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    result.name = name
+    builder.replace(node, result)
 
 
 def _weights(node: ir.Node) -> Array | None:
@@ -143,7 +135,7 @@ def _replace(
     rows: dict[ir.Value, tuple[ir.Value, ir.Value]],
 ) -> None:
     """Put the integer product in a node's place. Products of one input share its rounded rows, which `rows` keeps."""
-    builder = _Builder(graph, node)
+    builder = Builder(graph, node, "int8")
     source = node.inputs[0]
     assert source is not None
     if source not in rows:
@@ -160,14 +152,7 @@ def _replace(
         ],
         domain="com.microsoft",
     )
-    output = node.outputs[0]
-    result = builder.op("Mul", [product, scale])
-    # Shape inference does not know the integer product; finders need the shapes that come after it.
-    result.shape, result.type = output.shape, output.type
-    name = output.name
-    output.replace_all_uses_with(result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    result.name = name
+    builder.replace(node, builder.op("Mul", [product, scale]))
 
 
 def _replace_known(
@@ -181,7 +166,7 @@ def _replace_known(
     """Put the integer product of a normalised value in a node's place, and its bias into the product."""
     source = node.inputs[0]
     assert source is not None
-    builder = _Builder(graph, node)
+    builder = Builder(graph, node, "int8")
     if source not in rows:
         products = [use.node for use in source.uses()]
         all_weights = [own for own in map(_weights, products) if own is not None]
@@ -215,17 +200,12 @@ def _replace_known(
     if biased is not None:
         operands += [None, biased[1]]
     result = builder.op("MatMulIntegerToFloat", operands, domain="com.microsoft")
-    output = last.outputs[0]
-    result.shape, result.type = output.shape, output.type
-    name = output.name
-    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    builder.replace(last, result)
     if last is not node:
-        graph.remove(last, safe=True)
-    graph.remove(node, safe=True)
-    result.name = name
+        graph.remove(node, safe=True)
 
 
-def _rounded_rows(builder: _Builder, source: ir.Value, width: int) -> tuple[ir.Value, ir.Value]:
+def _rounded_rows(builder: Builder, source: ir.Value, width: int) -> tuple[ir.Value, ir.Value]:
     """A value's rows as uint8 (..., K), and each row's scale, float32 (..., 1)."""
     highest = builder.extreme("ReduceMax", source)
     maker = source.producer()
@@ -238,7 +218,7 @@ def _rounded_rows(builder: _Builder, source: ir.Value, width: int) -> tuple[ir.V
         greatest = builder.op("Max", [highest, builder.op("Neg", [builder.extreme("ReduceMin", source)]), floor])
     scale = builder.op("Mul", [greatest, builder.stored("int8.step", np.array(1 / _STEPS, np.float32))])
     zero_point = builder.stored("int8.zero_point", np.array(_ZERO_POINT, np.uint8))
-    if builder.opset < _FIRST_AXIS_OPSET:
+    if builder.opset < FIRST_AXIS_OPSET:
         one = builder.stored("int8.one", np.array(1, np.float32))
         return builder.op("QuantizeLinear", [builder.op("Div", [source, scale]), one, zero_point]), scale
     flat = builder.op("Reshape", [source, builder.stored(f"int8.rows_of_{width}", np.array([-1, width]))])
@@ -246,40 +226,3 @@ def _rounded_rows(builder: _Builder, source: ir.Value, width: int) -> tuple[ir.V
     zero_points = builder.op("Expand", [zero_point, builder.op("Shape", [scales])])
     numbers = builder.op("QuantizeLinear", [flat, scales, zero_points], axis=0)
     return builder.op("Reshape", [numbers, builder.op("Shape", [source])]), scale
-
-
-class _Builder:
-    """Adds nodes before the one that they replace, under names of its own."""
-
-    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
-        self._graph, self._node = graph, node
-        self._count = 0
-        self.base = f"{node.outputs[0].name}.int8"
-        self.opset = graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", 1))
-
-    def op(
-        self, operator: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: int | list[int]
-    ) -> ir.Value:
-        """A node with one output; the module that it comes from is that of the node it helps to replace."""
-        made = ir.node(operator, inputs, attributes, domain=domain, name=f"{self.base}.{self._count}")
-        made.outputs[0].name = f"{self.base}.{self._count}"
-        made.metadata_props.update(self._node.metadata_props)
-        self._count += 1
-        self._graph.insert_before(self._node, made)
-        return made.outputs[0]
-
-    def extreme(self, reduction: str, value: ir.Value) -> ir.Value:
-        """The greatest or least number of each row, (..., 1)."""
-        if self.opset < _FIRST_AXES_INPUT_OPSET:
-            return self.op(reduction, [value], axes=[-1], keepdims=1)
-        return self.op(reduction, [value, self.stored("int8.last_axis", np.array([-1]))], keepdims=1)
-
-    def stored(self, name: str, array: Array) -> ir.Value:
-        """An initializer, stored once under its name."""
-        if name not in self._graph.initializers:
-            tensor = ir.tensor(array, name=name)
-            value = ir.Value(
-                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            self._graph.register_initializer(value)
-        return self._graph.initializers[name]

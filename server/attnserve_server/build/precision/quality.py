@@ -14,6 +14,7 @@ import onnx
 from attnserve_server.build.assemble import assemble
 from attnserve_server.build.errors import CheckFailed
 from attnserve_server.build.inputs.feeds import Sampler
+from attnserve_server.build.learning.probe import max_abs
 from attnserve_server.build.precision.sentences import as_inputs, sentences
 from attnserve_server.build.progress import Steps
 from attnserve_server.domain.values import Array, PreparedSequence
@@ -71,7 +72,9 @@ def material_of(manifest: Manifest, tokenizer: TextTokenizer | None, sampler: Sa
     return Material(f"{len(drawn)} random inputs", drawn)
 
 
-def measure(reduced: Subject, reference: Subject, material: Material, against: str) -> QualityReport:
+def measure(
+    reduced: Subject, reference: Subject, material: Material, against: str, *, alone: bool = False
+) -> QualityReport:
     """Compare two graphs on the same sequences, and time them in turns.
 
     Args:
@@ -79,6 +82,8 @@ def measure(reduced: Subject, reference: Subject, material: Material, against: s
         reference: what it was made from. Sites are matched in their order.
         material: the sequences.
         against: in words, what the reference is.
+        alone: the reference answers each sequence in a run of its own, because a batch would change its answers. Times
+            are of the same batches for both.
 
     Raises:
         RunFailed: one of them does not run on the sequences.
@@ -86,11 +91,15 @@ def measure(reduced: Subject, reference: Subject, material: Material, against: s
     name = _compared_output(reduced.manifest)
     cosines: list[float] = []
     agreed = rows = 0
+    greatest = 0.0
     sites = _paired_sites(reduced.manifest, reference.manifest)
     for group in _groups(reduced.manifest, material.sequences):
-        found, expected = (_answers(subject, group, name, tap=bool(sites)) for subject in (reduced, reference))
+        found = _answers(reduced, group, name, tap=bool(sites))
+        turns = [[inputs] for inputs in group] if alone else [group]
+        expected = [answer for turn in turns for answer in _answers(reference, turn, name, tap=bool(sites))]
         for (own, own_weights), (true, true_weights) in zip(found, expected, strict=True):
             cosines.append(_cosine(own, true))
+            greatest = max(greatest, max_abs(own, true))
             for layer, twin in sites:
                 same, of = _top1(own_weights[layer], true_weights[twin])
                 agreed, rows = agreed + same, rows + of
@@ -104,6 +113,7 @@ def measure(reduced: Subject, reference: Subject, material: Material, against: s
         top1_agreement=agreed / rows if rows else None,
         attention_rows=rows,
         speed_ratio=_speed_ratio(reduced, reference, material.sequences, name),
+        output_max_abs_error=greatest if np.isfinite(greatest) else None,
     )
 
 
@@ -204,6 +214,8 @@ def with_quality(
     work: Path,
     steps: Steps,
     batching: Batching = "proved",
+    *,
+    alone: bool = False,
 ) -> Manifest:
     """A manifest whose check also tells what a reduced precision costs and brings.
 
@@ -216,6 +228,7 @@ def with_quality(
         work: a folder for files.
         steps: is told what falls short of its target.
         batching: the policy that says which sequences share a batch.
+        alone: see `measure`.
 
     Raises:
         CheckFailed: hardly anything is left of the answers.
@@ -232,7 +245,8 @@ def with_quality(
     )
     text = manifest.text
     known = TextTokenizer.load(tokenizer, text.axis) if tokenizer is not None and text is not None else None
-    report = measure(one, other, material_of(manifest, known, sampler), f"the same graph in {true.precision}")
+    against = "the file itself, each sequence alone" if alone else f"the same graph in {true.precision}"
+    report = measure(one, other, material_of(manifest, known, sampler), against, alone=alone)
     judge_quality(report, manifest.precision, steps)
     return manifest.model_copy(update={"check": manifest.check.model_copy(update={"quality": report})})
 
