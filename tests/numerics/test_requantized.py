@@ -11,10 +11,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import typer
-from attnserve_server.build.checking.recheck import check_bundle
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.build.progress import Steps
 from attnserve_server.cli import bring
+from attnserve_server.cli._app import app as commands
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.equality import Equality
 from attnserve_server.model.repository import Bundle
@@ -156,11 +155,11 @@ def test_ones_stay_ones_beside_a_thousand(form: str, tmp_path: Path) -> None:
 
 def test_check_against_the_file_measures_each_sequence_alone(tmp_path: Path) -> None:
     file = dynamically_quantized(encoder(), tmp_path / "quantized.onnx")
-    checked = check_bundle(prepared(file).path, str(file), Steps.silent())
-    assert checked.passed
-    assert checked.quality is not None
-    assert checked.quality.against == "quantized.onnx, each sequence alone"
-    assert checked.quality.cosine_worst > 0.995
+    done = CliRunner().invoke(commands, ["check", str(prepared(file).path), "--against", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    quality = json.loads(done.stdout)["quality"]
+    assert quality["against"] == "quantized.onnx, each sequence alone"
+    assert quality["cosine_worst"] > 0.995
 
 
 def test_rewriting_is_closer_to_float32_than_the_file(tmp_path: Path) -> None:
