@@ -15,7 +15,6 @@ from attnserve_server.engine.session import RuntimeSession
 from onnx import TensorProto, numpy_helper
 from quantized_graphs import COLUMNS, FORMS, WIDTH, Array, exact_product, model_of, node, product, weights_of
 
-
 Run = Callable[[onnx.ModelProto, Array], Array]
 
 
