@@ -112,11 +112,12 @@ class Inputs:
 
 def check_values(array: Array, spec: InputSpec, intake: Intake, path: str, violations: Violations) -> None:
     """Note values that would poison a batch: ids outside the vocabulary, marks that are no 0 or 1, NaN and infinity."""
+    if array.dtype.kind == "f" and not _check_floats(array, spec, path, violations):
+        return
+    if spec.index_ranges:
+        _check_ranges(array, spec, path, violations)
+        return
     if array.dtype.kind == "f":
-        finite = np.isfinite(array)
-        if not finite.all():
-            at = int(np.argmin(finite))
-            violations.add(path, f"element {at} is {array.flat[at]}; floats must be finite")
         return
     limit = intake.limits[spec.name]
     if limit is None:
@@ -126,6 +127,39 @@ def check_values(array: Array, spec: InputSpec, intake: Intake, path: str, viola
     if unsigned.max() >= limit:
         at = int(np.argmax((array < 0) | (array >= limit)))
         violations.add(path, f"element {at} is {array.flat[at]}; input {spec.name!r} runs from 0 to {limit - 1}")
+
+
+def _check_floats(array: Array, spec: InputSpec, path: str, violations: Violations) -> bool:
+    """Whether all floats are finite, or, of a mask that is added to scores, minus infinity; notes the first other."""
+    legal = np.isfinite(array)
+    if legal.all():
+        return True
+    said = "floats must be finite"
+    if spec.additive_mask:
+        legal |= np.isneginf(array)
+        said = f"input {spec.name!r} is added to scores: floats must be finite, or -inf"
+    if legal.all():
+        return True
+    at = int(np.argmin(legal))
+    violations.add(path, f"element {at} is {array.flat[at]}; {said}")
+    return False
+
+
+def _check_ranges(array: Array, spec: InputSpec, path: str, violations: Violations) -> None:
+    """Note the first number that tables have no row for."""
+    numbers = np.trunc(array) if array.dtype.kind == "f" else array
+    illegal = np.zeros(numbers.shape, dtype=bool)
+    for column in range(spec.columns):
+        place = (...,) if spec.columns == 1 else (..., column)
+        ranges = spec.ranges_at(column)
+        legal = [(numbers[place] >= each.least) & (numbers[place] <= each.greatest) for each in ranges]
+        illegal[place] = ~np.logical_or.reduce(legal) if legal else False
+    if illegal.any():
+        at = int(np.argmax(illegal))
+        column = at % spec.columns
+        runs = " or ".join(f"from {each.least} to {each.greatest}" for each in spec.ranges_at(column))
+        where = f"column {column} of input" if spec.columns > 1 else "input"
+        violations.add(path, f"element {at} is {array.flat[at]}; {where} {spec.name!r} runs {runs}")
 
 
 def _limit(spec: InputSpec, manifest: Manifest) -> int | None:

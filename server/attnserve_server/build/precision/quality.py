@@ -236,7 +236,8 @@ def with_quality(
         for path, own in ((model_path, manifest), (true.model_path, told))
     )
     text = manifest.text
-    known = TextTokenizer.load(tokenizer, text.axis) if tokenizer is not None and text is not None else None
+    written = manifest.text_as_written
+    known = TextTokenizer.load(tokenizer, text.axis, written) if tokenizer is not None and text is not None else None
     report = measure(one, other, material_of(manifest, known, sampler), f"the same graph in {true.precision}")
     judge_quality(report, manifest.precision, steps)
     return manifest.model_copy(update={"check": manifest.check.model_copy(update={"quality": report})})
