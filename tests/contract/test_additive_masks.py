@@ -80,6 +80,23 @@ async def test_other_infinities_and_nan_are_refused_by_name(client: AsyncClient)
         assert fields == [(f"sequences[0].tensors.tensors[{list(legal).index(name)}].data", said)]
 
 
+@pytest.mark.parametrize(("name", "row"), [("steps0", 0), ("steps2", 3), ("floored", None)])
+async def test_rows_that_hide_every_key_are_refused_where_the_model_answers_nan(
+    client: AsyncClient, name: str, row: int | None
+) -> None:
+    given = CASES[name].feeds(5)
+    mask = given["mask"].copy()
+    mask.reshape(-1, mask.shape[-1])[row or 0] = -np.inf
+    if row is None:
+        # The graph itself bounds the mask, so that softmax is even over such a row.
+        (result,) = await client.infer(name, [{**given, "mask": mask}])
+        even, _ = CASES[name].reference({**given, "mask": np.full_like(mask, np.finfo(np.float32).min)})
+        np.testing.assert_allclose(result.outputs["y"], even, rtol=0, atol=TOLERANCES["fp32"][0])
+        return
+    with pytest.raises(InvalidRequest, match=f"row {row} of input 'mask' is -inf throughout"):
+        await client.infer(name, [{**given, "mask": mask}])
+
+
 async def test_get_model_tells_which_input_is_a_mask(client: AsyncClient) -> None:
     told = {spec.name: spec.additive_mask for spec in (await client.model("steps1")).inputs}
     assert told == {"x": False, "mask": True}

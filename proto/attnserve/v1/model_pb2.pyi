@@ -136,7 +136,8 @@ class TensorSpec(_message.Message):
     """For an input of token ids: they run from 0 to this less 1. 0 where that is not known, and for any other."""
     additive_mask: _builtins.bool
     """For an input of floats: whether it is a mask that is added to attention scores, so that -inf hides a key. Other
-    inputs must be finite.
+    inputs must be finite, and so must one number at least of each row of a mask, where a model answers such a row with
+    NaN.
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dimension]:

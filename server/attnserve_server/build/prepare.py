@@ -21,6 +21,7 @@ from attnserve_server.build.inputs.feeds import Sampler
 from attnserve_server.build.inputs.free_length import with_free_length
 from attnserve_server.build.inputs.signature import Signature, in_float16, signature_of
 from attnserve_server.build.inputs.text import padding_id_of, text_of, written_text
+from attnserve_server.build.learning.hidden_rows import with_needed_keys
 from attnserve_server.build.learning.probe import probe_max_length
 from attnserve_server.build.precision.calibration import ranges_of
 from attnserve_server.build.precision.choose import Precision, in_precision
@@ -147,7 +148,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         precision=assembled.precision,
         max_batch_size=max_batch_size,
         axes=axes,
-        inputs=signature.inputs,
+        inputs=with_needed_keys(assembled.source, sampler, [spec.name for spec in assembled.outputs]),
         outputs=assembled.outputs,
         sites=assembled.sites,
         vocabulary_size=ids[0].vocabulary_size if ids else 0,

@@ -50,6 +50,7 @@ class InputSpec(Frozen):
     `vocabulary_size`: of an input of token ids, how many it knows; 0: as many as the manifest says of all of them.
     `index_ranges`: of any other input that tables are looked up with, the numbers that it may hold; empty: any.
     `additive_mask`: it is added to attention scores and does nothing else, so that minus infinity hides a key.
+    `needs_key`: of such a mask, that the model answers NaN where a row of it is nothing but minus infinity.
     """
 
     name: str
@@ -61,6 +62,7 @@ class InputSpec(Frozen):
     vocabulary_size: Annotated[int, Field(ge=0)] = 0
     index_ranges: tuple[IndexRange, ...] = ()
     additive_mask: bool = False
+    needs_key: bool = False
 
     def ranges_at(self, column: int) -> tuple[IndexRange, ...]:
         """The ranges of one place along the last axis; empty: any number is legal there."""

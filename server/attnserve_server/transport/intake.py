@@ -138,11 +138,18 @@ def _check_floats(array: Array, spec: InputSpec, path: str, violations: Violatio
     if spec.additive_mask:
         legal |= np.isneginf(array)
         said = f"input {spec.name!r} is added to scores: floats must be finite, or -inf"
-    if legal.all():
-        return True
-    at = int(np.argmin(legal))
-    violations.add(path, f"element {at} is {array.flat[at]}; {said}")
-    return False
+    if not legal.all():
+        at = int(np.argmin(legal))
+        violations.add(path, f"element {at} is {array.flat[at]}; {said}")
+        return False
+    empty = np.isneginf(array).reshape(-1, array.shape[-1] if array.ndim else 1).all(axis=1)
+    if spec.needs_key and empty.any():
+        row = int(np.argmax(empty))
+        violations.add(
+            path, f"row {row} of input {spec.name!r} is -inf throughout: at least one key must not be hidden"
+        )
+        return False
+    return True
 
 
 def _check_ranges(array: Array, spec: InputSpec, path: str, violations: Violations) -> None:

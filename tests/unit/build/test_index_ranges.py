@@ -379,3 +379,46 @@ def test_numbers_are_drawn_from_each_columns_own_range() -> None:
     drawn = Sampler(found).sequence({"seq": 200})["class_ids"]
     assert drawn.min(axis=0).tolist() == [0, 0]
     assert drawn.max(axis=0).tolist() == [5, 2]
+
+
+def scanned() -> onnx.ModelProto:
+    """A scan over the positions, whose body looks rows up."""
+    number = helper.make_tensor_value_info("number", TensorProto.INT64, None)
+    row = helper.make_tensor_value_info("row", TensorProto.FLOAT, None)
+    body = helper.make_graph([node("Gather", ["rows", "number"], ["row"])], "body", [number], [row])
+    return graph_of(node("Scan", ["class_ids"], ["y"], body=body, num_scan_inputs=1, scan_input_axes=[1]))
+
+
+def test_bodies_of_scans_are_followed() -> None:
+    model = scanned()
+    [spec] = signature_of(model.graph).inputs
+    session = session_of(model)
+    for number in range(-9, 9):
+        legal = any(each.least <= number <= each.greatest for each in spec.index_ranges)
+        assert legal == runs_on(session, np.full((1, 1), number)), number
+
+
+def test_what_a_loop_hands_on_is_not_followed() -> None:
+    info = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [
+            node("Identity", ["going"], ["still"]),
+            node("Add", ["place", "two"], ["next"]),
+            node("Gather", ["rows", "place"], ["row"]),
+        ],
+        "body",
+        [
+            info("step", TensorProto.INT64, []),
+            info("going", TensorProto.BOOL, []),
+            info("place", TensorProto.INT64, None),
+        ],
+        [
+            info("still", TensorProto.BOOL, []),
+            info("next", TensorProto.INT64, None),
+            info("row", TensorProto.FLOAT, None),
+        ],
+    )
+    loop = node("Loop", ["count", "", "class_ids"], ["last", "y"], body=body)
+    found = signature_of(graph_of(loop, count=np.array(2), two=np.array(2)).graph)
+    assert found.unbounded == {"class_ids"}
+    assert found.inputs[0].index_ranges == ()

@@ -95,22 +95,33 @@ class Walk:
         ]
         for lookup in lookups_of(node, extents):
             self._look_up(node.input[lookup.position], lookup)
+        sources = frozenset[str]().union(*(self._inputs_of(name) for name in node.input))
         for inner in _inner_graphs(node):
-            self.constants |= small_initializers(inner)
-            for each in inner.node:
-                self.take(each)
+            self._enter(node, inner, sources)
         folded = folded_by(node, self.constants, self.shapes)
         if folded is not None:
             self.constants[node.output[0]] = folded
         if folded is not None or node.op_type in _TELLS_NO_NUMBER:
             return
         result = self._result(node)
-        sources = frozenset[str]().union(*(self._inputs_of(name) for name in node.input))
         for at, output in enumerate(node.output):
             if at < len(result):
                 self.carried[output] = replace(result[at], layout=result[at].layout or output)
             elif sources:
                 self.tainted[output] = sources
+
+    def _enter(self, node: onnx.NodeProto, inner: onnx.GraphProto, sources: frozenset[str]) -> None:
+        """Take in an inner graph. A scan hands its body whole elements; what a loop hands on changes as it goes."""
+        self.constants |= small_initializers(inner)
+        scanned = next((each.i for each in node.attribute if each.name == "num_scan_inputs"), 0)
+        for at, value in enumerate(inner.input):
+            known = self.carried.get(node.input[at]) if at < len(node.input) else None
+            if known is not None and at >= len(node.input) - scanned and not known.rank:
+                self.carried[value.name] = replace(known, layout=value.name)
+            elif sources:
+                self.tainted[value.name] = sources
+        for each in inner.node:
+            self.take(each)
 
     def _inputs_of(self, name: str) -> frozenset[str]:
         known = self.carried.get(name)
