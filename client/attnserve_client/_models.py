@@ -32,12 +32,14 @@ _STATES: Final[dict[int, str]] = {
 class IndexRange:
     """Numbers that an input may hold which the model looks a table up with: from `least` to `greatest`, both legal.
 
-    `column`: the place along the input's last axis that this is of; None: every element.
+    `column`: the place along the input's last axis that this is of; None: every element. `along`: the symbol of an axis
+    whose positions are looked up; `least` then counts from minus its length and `greatest` from its length.
     """
 
     least: int
     greatest: int
     column: int | None = None
+    along: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,7 @@ def _rank(model: ModelInfo) -> int:
 def _spec(message: model_pb2.TensorSpec) -> TensorSpec:
     shape = tuple(each.symbol if each.WhichOneof("extent") == "symbol" else each.size for each in message.shape)
     ranges = tuple(
-        IndexRange(each.least, each.greatest, each.column if each.HasField("column") else None)
+        IndexRange(each.least, each.greatest, each.column if each.HasField("column") else None, each.along)
         for each in message.index_ranges
     )
     return TensorSpec(

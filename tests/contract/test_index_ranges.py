@@ -14,6 +14,7 @@ from attnserve_server.app import Application
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.config import Settings
 from index_graphs import encoder
+from onnx import TensorProto, helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 LENGTH = 3
@@ -91,6 +92,37 @@ async def test_the_benchs_random_requests_are_legal(client: AsyncClient) -> None
     workload = of_lengths(model, Lengths.parse("uniform:3,9"), Asked(), seed=1, kinds=4)
     for request in workload.requests:
         await client._stub.Infer(request)
+
+
+async def test_places_in_a_sequence_are_its_own_in_any_batch(tmp_path: Path) -> None:
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("GatherND", ["doubled", "place"], ["y"], batch_dims=1)],
+        "picking",
+        [info("x", TensorProto.FLOAT, ["batch", "seq", 4]), info("place", TensorProto.INT64, ["batch", 1])],
+        [info("y", TensorProto.FLOAT, ["batch", 4])],
+    )
+    graph.node.insert(0, helper.make_node("Add", ["x", "x"], ["doubled"]))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    (tmp_path / "pick.onnx").write_bytes(model.SerializeToString())
+    prepare_bundle(PrepareRequest(tmp_path / "pick.onnx", "pick", tmp_path / "models", max_length=16))
+    settings = {"instances": 1, "run_overhead_tokens": 1_000_000}
+    application = Application(Settings(repository=tmp_path / "models", grpc_port=0, http_port=0, **settings))
+    await application.start()
+    async with AsyncClient(f"127.0.0.1:{application.grpc_port}") as client:
+        made = [
+            {"x": np.random.default_rng(length).normal(size=(length, 4)).astype(np.float32), "place": np.array([place])}
+            for length, place in ((9, 8), (3, -1), (3, 2), (5, -5))
+        ]
+        results = await client.infer("pick", made)
+        [told] = (await client.model("pick")).inputs[1].index_ranges
+        with pytest.raises(InvalidRequest, match="element 0 is 3; input 'place' runs from -3 to 2"):
+            await client.infer("pick", [made[0], {**made[1], "place": np.array([3])}])
+    await application.aclose()
+    assert told == IndexRange(0, -1, None, "seq")
+    assert {result.run.batch_size for result in results} == {4}, "or the end of the batch is not another"
+    for given, result in zip(made, results, strict=True):
+        np.testing.assert_array_equal(result.outputs["y"], 2 * given["x"][given["place"][0]])
 
 
 async def test_a_second_text_is_refused_where_the_model_has_one_segment(tmp_path: Path, repository: Path) -> None:

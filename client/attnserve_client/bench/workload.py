@@ -130,5 +130,6 @@ def _array(spec: TensorSpec, extents: dict[str, int], random: np.random.Generato
     ones = np.ones(shape, dtype)
     for each in spec.index_ranges:
         place = (...,) if each.column is None else (..., each.column)
-        ones[place] = np.clip(ones[place], each.least, each.greatest)
+        reach = extents.get(each.along, 0)
+        ones[place] = np.clip(ones[place], each.least - reach, each.greatest + reach)
     return ones

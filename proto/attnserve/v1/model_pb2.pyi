@@ -90,22 +90,28 @@ class IndexRange(_message.Message):
     LEAST_FIELD_NUMBER: _builtins.int
     GREATEST_FIELD_NUMBER: _builtins.int
     COLUMN_FIELD_NUMBER: _builtins.int
+    ALONG_FIELD_NUMBER: _builtins.int
     least: _builtins.int
     """The least of them."""
     greatest: _builtins.int
     """The greatest of them, itself legal."""
     column: _builtins.int
     """The place along the input's last axis that this is of, from 0; not set: every element."""
+    along: _builtins.str
+    """The symbol of an axis whose positions are looked up, or empty. `least` then counts from minus its length, and
+    `greatest` from its length.
+    """
     def __init__(
         self,
         *,
         least: _builtins.int = ...,
         greatest: _builtins.int = ...,
         column: _builtins.int | None = ...,
+        along: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_column", b"_column", "column", b"column"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_column", b"_column", "column", b"column", "greatest", b"greatest", "least", b"least"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_column", b"_column", "along", b"along", "column", b"column", "greatest", b"greatest", "least", b"least"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__column: _TypeAlias = _typing.Literal["column"]  # noqa: Y015
     _WhichOneofArgType__column: _TypeAlias = _typing.Literal["_column", b"_column"]  # noqa: Y015

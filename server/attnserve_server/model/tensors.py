@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Self
 
@@ -30,15 +31,24 @@ class IndexRange(Frozen):
 
     `column`: the place along the input's last axis that this is of; None: of every element. An element is legal that is
     in one of the ranges of its place. A place without ranges may hold any number.
+
+    `along`: the symbol of an axis whose positions are looked up; `least` then counts from minus its length and
+    `greatest` from its length, so that 0 and -1 are from its first position, counted from the end, to its last.
     """
 
     least: int
     greatest: int
     column: Annotated[int, Field(ge=0)] | None = None
+    along: str = ""
+
+    def at(self, lengths: Mapping[str, int]) -> tuple[int, int]:
+        """The least and the greatest legal number, given the lengths of axes."""
+        length = lengths[self.along] if self.along else 0
+        return self.least - length, self.greatest + length
 
     @model_validator(mode="after")
     def _holds_a_number(self) -> Self:
-        if self.least > self.greatest:
+        if self.least > self.greatest + (1 if self.along else 0):
             raise ValueError(f"a range from {self.least} to {self.greatest} holds no number")
         return self
 
@@ -196,7 +206,8 @@ class TextSpec(Frozen):
 
 
 def _nearest_to_zero(ranges: tuple[IndexRange, ...]) -> int:
-    nearest = (min(max(0, each.least), each.greatest) for each in ranges)
+    # Of positions along an axis the first one, which there always is.
+    nearest = (each.least if each.along else min(max(0, each.least), each.greatest) for each in ranges)
     return min(nearest, key=abs, default=0)
 
 

@@ -33,7 +33,7 @@ def _describe_inputs(message: model_pb2.Model, manifest: Manifest) -> None:
         told.optional = spec.fill is not None
         told.vocabulary_size = manifest.vocabulary_of(spec) if spec.role is InputRole.TOKEN_IDS else 0
         told.index_ranges.extend(
-            model_pb2.IndexRange(least=each.least, greatest=each.greatest, column=each.column)
+            model_pb2.IndexRange(least=each.least, greatest=each.greatest, column=each.column, along=each.along)
             for each in spec.index_ranges
         )
         told.additive_mask = spec.additive_mask

@@ -60,6 +60,8 @@ class Intake:
     """By input that may be left out, where it has one axis of changing length: what it is then, at its longest."""
     derived: tuple[AxisSpec, ...]
     """The axes whose lengths follow from others'."""
+    places: bool
+    """Whether any input looks up positions along an axis."""
     max_batch_size: int
     max_text_bytes: int
     max_response_bytes: int
@@ -89,6 +91,7 @@ class Intake:
                 if spec.fill is not None and len(spec.shape) == 1 and isinstance(spec.shape[0], str)
             },
             derived=tuple(axis for axis in manifest.axes if axis.derived is not None),
+            places=any(each.along for spec in manifest.inputs for each in spec.index_ranges),
             max_batch_size=max_batch_size,
             max_text_bytes=max_text_bytes,
             max_response_bytes=max_response_bytes,
@@ -115,7 +118,8 @@ def check_values(array: Array, spec: InputSpec, intake: Intake, path: str, viola
     if array.dtype.kind == "f" and not _check_floats(array, spec, path, violations):
         return
     if spec.index_ranges:
-        _check_ranges(array, spec, path, violations)
+        if not any(each.along for each in spec.index_ranges):
+            _check_ranges(array, spec, {}, path, violations)
         return
     if array.dtype.kind == "f":
         return
@@ -152,21 +156,40 @@ def _check_floats(array: Array, spec: InputSpec, path: str, violations: Violatio
     return True
 
 
-def _check_ranges(array: Array, spec: InputSpec, path: str, violations: Violations) -> None:
-    """Note the first number that tables have no row for."""
+def _check_ranges(array: Array, spec: InputSpec, lengths: Mapping[str, int], path: str, violations: Violations) -> None:
+    """Note the first number that tables, or axes of these lengths, have no row for."""
     numbers = np.trunc(array) if array.dtype.kind == "f" else array
     illegal = np.zeros(numbers.shape, dtype=bool)
     for column in range(spec.columns):
         place = (...,) if spec.columns == 1 else (..., column)
-        ranges = spec.ranges_at(column)
-        legal = [(numbers[place] >= each.least) & (numbers[place] <= each.greatest) for each in ranges]
+        bounds = [each.at(lengths) for each in spec.ranges_at(column)]
+        legal = [(numbers[place] >= least) & (numbers[place] <= greatest) for least, greatest in bounds]
         illegal[place] = ~np.logical_or.reduce(legal) if legal else False
     if illegal.any():
         at = int(np.argmax(illegal))
         column = at % spec.columns
-        runs = " or ".join(f"from {each.least} to {each.greatest}" for each in spec.ranges_at(column))
+        bounds = [each.at(lengths) for each in spec.ranges_at(column)]
+        runs = " or ".join(f"from {least} to {greatest}" for least, greatest in bounds)
         where = f"column {column} of input" if spec.columns > 1 else "input"
         violations.add(path, f"element {at} is {array.flat[at]}; {where} {spec.name!r} runs {runs}")
+
+
+def place_in_sequences(
+    tensors: dict[str, Array], lengths: Mapping[str, int], intake: Intake, path: str, violations: Violations
+) -> None:
+    """Check inputs that look up positions along an axis, and count those from the end from the beginning.
+
+    The end of a batch is not that of a sequence which is padded in it.
+    """
+    for name, spec in intake.inputs.items():
+        along = next((each for each in spec.index_ranges if each.along in lengths), None)
+        if along is None or name not in tensors:
+            continue
+        _check_ranges(tensors[name], spec, lengths, path, violations)
+        behind = tensors[name] < along.least
+        if behind.any():
+            length = lengths[along.along]
+            tensors[name] = np.where(behind, tensors[name] + length, tensors[name]).astype(tensors[name].dtype)
 
 
 def _limit(spec: InputSpec, manifest: Manifest) -> int | None:
@@ -216,4 +239,6 @@ def fill_in(
         else:
             shape = [lengths[extent] if isinstance(extent, str) else extent for extent in spec.shape]
             tensors[name] = np.full(shape, spec.fill, NUMPY_DTYPES[spec.dtype])
+    if intake.places and len(violations) == before:
+        place_in_sequences(tensors, lengths, intake, path, violations)
     return len(violations) == before

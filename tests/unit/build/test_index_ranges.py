@@ -330,9 +330,9 @@ def test_columns_of_one_range_are_told_once() -> None:
             node("Sub", ["class_ids", "turned"], ["i"]),
             node("Gather", ["rows", "i"], ["y"]),
         ],
-        [node("Unsqueeze", ["class_ids", "last"], ["data"]), node("Gather", ["data", "class_ids"], ["z"], axis=1)],
+        [node("NonZero", ["class_ids"], ["some"]), node("Gather", ["some", "class_ids"], ["z"], axis=1)],
     ],
-    ids=["sums", "division", "differences of places", "rows of a dynamic number"],
+    ids=["sums", "division", "differences of places", "rows of an unknown number"],
 )
 def test_what_is_not_followed_is_said_and_nothing_is_bounded(nodes: list[Node]) -> None:
     model = graph_of(*nodes, one=np.array(1), two=np.array(2), last=np.array([2]))
@@ -422,3 +422,50 @@ def test_what_a_loop_hands_on_is_not_followed() -> None:
     found = signature_of(graph_of(loop, count=np.array(2), two=np.array(2)).graph)
     assert found.unbounded == {"class_ids"}
     assert found.inputs[0].index_ranges == ()
+
+
+def picking(*nodes: Node, offset: int = 0) -> onnx.ModelProto:
+    """Of `x` (B, T, 4) the positions `place` (B, 1), moved by an offset."""
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "seq", 4])]
+    inputs.append(helper.make_tensor_value_info("place", TensorProto.INT64, ["batch", 1]))
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    constants = {"offset": np.array(offset), "last": np.array([2]), "wide": np.array([1, 1, 4])}
+    made = [node("Add", ["place", "offset"], ["moved"]), *nodes]
+    used = {each for one in made for each in one.input}
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items() if name in used]
+    graph = helper.make_graph(made, "picking", inputs, [output], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+PICKING = {
+    "tuples": (node("GatherND", ["x", "moved"], ["y"], batch_dims=1),),
+    "elements": (
+        node("Unsqueeze", ["moved", "last"], ["column"]),
+        node("Expand", ["column", "wide"], ["elements"]),
+        node("GatherElements", ["x", "elements"], ["y"], axis=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("offset", [0, 2, -1])
+@pytest.mark.parametrize("name", PICKING)
+def test_places_in_a_sequence_are_bounded_by_its_length(name: str, offset: int) -> None:
+    model = picking(*PICKING[name], offset=offset)
+    found = signature_of(model.graph)
+    spec = found.inputs[1]
+    [bounds] = spec.index_ranges
+    assert bounds.along == "seq"
+    session = session_of(model)
+    for length in (1, 5):
+        least, greatest = bounds.at({"seq": length})
+        for number in range(-9, 9):
+            feeds = {"x": np.ones((1, length, 4), np.float32), "place": np.full((1, 1), number)}
+            try:
+                session.run(None, feeds)
+                runs = True
+            except Exception:  # noqa: BLE001 - the runtime's own, of several kinds
+                runs = False
+            assert (least <= number <= greatest) == runs, (length, number)
+    drawn = {int(Sampler(found).sequence({"seq": 4}, number)["place"][0]) + offset for number in range(60)}
+    assert drawn == {0, 1, 2, 3}

@@ -28,14 +28,14 @@ def small_initializers(graph: onnx.GraphProto) -> dict[str, Array]:
 
 
 def folded_by(
-    node: onnx.NodeProto, constants: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
+    node: onnx.NodeProto, constants: Mapping[str, Array], shapes: Mapping[str, tuple[int | str, ...]]
 ) -> Array | None:
     """The node's first output, where constants alone make it; a constant of one number stands for any shape of it.
 
     Args:
         node: of any operator.
         constants: by name.
-        shapes: of values by name, 0 for a dynamic extent.
+        shapes: of values by name, a symbol or 0 for a dynamic extent.
     """
     if node.domain not in {"", "ai.onnx"}:
         return None
@@ -45,7 +45,8 @@ def folded_by(
         return next((numpy_helper.to_array(each.t) for each in node.attribute), np.zeros(1)).reshape(())
     if node.op_type == "Shape":
         extents = shapes.get(node.input[0], (0,))
-        return np.array(extents) if all(extents) and not node.attribute else None
+        known = all(isinstance(extent, int) and extent for extent in extents)
+        return np.array(extents) if known and not node.attribute else None
     arrays = [constants[name] for name in node.input if name in constants]
     return _made(node, arrays) if arrays and node.input[0] in constants else None
 

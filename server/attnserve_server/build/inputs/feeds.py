@@ -75,14 +75,14 @@ class Sampler:
             return np.full(shape, spec.fill, dtype)
         if is_position(spec.name):
             return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
-        return _drawn(spec, shape, rng)
+        return _drawn(spec, shape, lengths, rng)
 
 
-def _drawn(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+def _drawn(spec: InputSpec, shape: tuple[int, ...], lengths: Lengths, rng: np.random.Generator) -> Array:
     """Data that is neither ids nor positions: as the input's ranges, or its type, have it."""
     dtype = NUMPY_DTYPES[spec.dtype]
     if spec.index_ranges:
-        return _of_ranges(spec, shape, rng)
+        return _of_ranges(spec, shape, lengths, rng)
     if spec.additive_mask:
         return _of_mask(spec, shape, rng)
     if np.issubdtype(dtype, np.floating):
@@ -98,13 +98,14 @@ def _of_mask(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) 
     return np.where(hidden, spec.padding, rng.normal(size=shape)).astype(NUMPY_DTYPES[spec.dtype])
 
 
-def _of_ranges(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+def _of_ranges(spec: InputSpec, shape: tuple[int, ...], lengths: Lengths, rng: np.random.Generator) -> Array:
     """Legal numbers of an input that looks tables up, none of them negative where there are others."""
     drawn = np.empty(shape, NUMPY_DTYPES[spec.dtype])
     for column, resting in enumerate(spec.resting):
-        ranges = spec.ranges_at(column)
-        chosen = next((each for each in ranges if each.least <= resting <= each.greatest), None)
-        least, greatest = (0, 1) if chosen is None else (max(chosen.least, min(resting, 0)), chosen.greatest)
+        bounds = [each.at(lengths) for each in spec.ranges_at(column)]
+        chosen = next(((low, high) for low, high in bounds if low <= resting <= high), None)
+        least, greatest = (0, 1) if chosen is None else (max(chosen[0], min(resting, 0)), chosen[1])
+        least = resting if any(each.along for each in spec.index_ranges) else least
         place = (...,) if spec.columns == 1 else (..., column)
         drawn[place] = rng.integers(least, greatest, drawn[place].shape, endpoint=True)
     return drawn

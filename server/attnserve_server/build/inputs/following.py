@@ -69,7 +69,7 @@ class Walk:
     is not followed.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int | str, ...]]
     constants: dict[str, Array] = field(default_factory=dict)
     carried: dict[str, Carried] = field(default_factory=dict)
     tainted: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -242,12 +242,14 @@ def _start(value: onnx.ValueInfoProto, *, whole: bool) -> Carried:
     return Carried((Element(value.name, None, THE_NUMBER, whole),), value.name)
 
 
-def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, 0 for a dynamic extent."""
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int | str, ...]]:
+    """Shapes by name, the symbol of a dynamic extent, 0 for one without."""
+    shapes: dict[str, tuple[int | str, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.value_info):
         if value.name not in shapes and value.type.tensor_type.HasField("shape"):
-            shapes[value.name] = tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim)
+            shapes[value.name] = tuple(
+                axis.dim_value or axis.dim_param or 0 for axis in value.type.tensor_type.shape.dim
+            )
     return shapes
 
 

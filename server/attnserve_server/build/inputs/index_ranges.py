@@ -38,17 +38,42 @@ def index_ranges_of(graph: onnx.GraphProto, inputs: Mapping[str, np.dtype[np.gen
         inputs: the types of the inputs that are followed, by name.
     """
     walk = Walk.of(graph, inputs)
+    symbols = _sequence_symbols(graph)
     columns = {value.name: _columns_of(value) for value in graph.input}
     found: dict[str, tuple[IndexRange, ...]] = {}
     lost = set(walk.lost)
     for name, dtype in inputs.items():
         needs = [(element, lookup) for element, lookup in walk.needs if element.input == name]
-        ranges = _ranges(needs, dtype, columns[name])
-        if ranges is None:
-            lost.add(name)
-        elif ranges:
+        fixed = [(element, lookup) for element, lookup in needs if isinstance(lookup.rows, int)]
+        ranges = _ranges(fixed, dtype, columns[name])
+        if ranges is None or len(fixed) < len(needs):
+            along = None if fixed else _along(needs, symbols)
+            ranges, lost = (along or ranges), (lost if along else lost | {name})
+        if ranges:
             found[name] = ranges
     return IndexRanges(found, frozenset(lost))
+
+
+def _sequence_symbols(graph: onnx.GraphProto) -> frozenset[str]:
+    """The symbols of axes of inputs, without those of the batch."""
+    axes = [value.type.tensor_type.shape.dim for value in graph.input]
+    named = {axis.dim_param for each in axes for axis in each[1:] if axis.dim_param}
+    return frozenset(named - {each[0].dim_param for each in axes if each})
+
+
+def _along(needs: Sequence[tuple[Element, Lookup]], symbols: frozenset[str]) -> tuple[IndexRange, ...] | None:
+    """The range of an input that looks up the positions of one axis, moved by a constant at most; None for others."""
+    tried = np.arange(-8.0, 9.0)
+    known: set[tuple[int | str, float]] = set()
+    for element, lookup in needs:
+        moved = np.unique(element.formula(tried) - tried)
+        if len(moved) > 1 or lookup.rows not in symbols or not lookup.from_end:
+            return None
+        known.add((lookup.rows, float(moved[0])))
+    if len(known) != 1:
+        return None
+    [(symbol, offset)] = known
+    return (IndexRange(least=-int(offset), greatest=-int(offset) - 1, along=str(symbol)),)
 
 
 def _columns_of(value: onnx.ValueInfoProto) -> int:
@@ -83,15 +108,16 @@ def _legal(needs: Sequence[tuple[Element, Lookup]], dtype: np.dtype[np.generic])
 
     Empty where all numbers of the type are legal; None where none is, or there are too many runs or numbers to try.
     """
-    reach = int(max(element.formula.reach + lookup.rows for element, lookup in needs)) + 2
+    rows_of = [int(lookup.rows) for _, lookup in needs]
+    reach = int(max(element.formula.reach + rows for (element, _), rows in zip(needs, rows_of, strict=True))) + 2
     if reach > MOST_REACH:
         return None
     kind = np.iinfo(dtype.name if dtype.kind in "iu" else "int64")
     numbers = np.arange(max(-reach, kind.min), min(reach, kind.max) + 1, dtype=np.float64)
     legal = np.ones(len(numbers), dtype=bool)
-    for element, lookup in needs:
+    for (element, lookup), count in zip(needs, rows_of, strict=True):
         rows = element.formula(numbers)
-        legal &= (rows >= (-lookup.rows if lookup.from_end else 0)) & (rows < lookup.rows)
+        legal &= (rows >= (-count if lookup.from_end else 0)) & (rows < count)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], legal, [False]]).astype(np.int8)))
     runs = [(int(numbers[start]), int(numbers[end - 1])) for start, end in edges.reshape(-1, 2)]
     if not 1 <= len(runs) <= _MOST_RANGES:

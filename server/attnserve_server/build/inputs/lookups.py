@@ -8,13 +8,13 @@ from typing import Final
 
 import onnx
 
-Shape = tuple[int, ...] | None
-"""Extents, 0 for a dynamic one; None: not known."""
+Shape = tuple[int | str, ...] | None
+"""Extents, the symbol of a dynamic one, 0 for one without; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """One input of a node that holds numbers of rows, which there are `rows` of: 0 where that is not known.
+    """One input of a node that holds numbers of rows, which there are `rows` of: a symbol, or 0 where it is not known.
 
     `from_end`: numbers from -rows to -1 are legal too. `position`: of the input.
 
@@ -22,7 +22,7 @@ class Lookup:
     """
 
     position: int
-    rows: int
+    rows: int | str
     from_end: bool = True
     column: int | None = None
     columns: int = 1
@@ -64,15 +64,15 @@ def lookups_of(node: onnx.NodeProto, shapes: Sequence[Shape]) -> list[Lookup]:
     if node.op_type in _OF_TUPLES:
         first = attributes.get("batch_dims", 0)
         tuples = shapes[1]
-        columns = tuples[-1] if tuples else 0
+        columns = tuples[-1] if tuples and isinstance(tuples[-1], int) else 0
         found += [
             Lookup(1, _extent(shapes, 0, first + column), column=column, columns=columns) for column in range(columns)
         ]
     return found
 
 
-def _extent(shapes: Sequence[Shape], at: int, axis: int) -> int:
-    """The extent of one axis of an input; 0 where it is dynamic or not known."""
+def _extent(shapes: Sequence[Shape], at: int, axis: int) -> int | str:
+    """The extent of one axis of an input, or its symbol; 0 where it is not known."""
     shape = shapes[at] if at < len(shapes) else None
     if shape is None or not -len(shape) <= axis < len(shape):
         return 0

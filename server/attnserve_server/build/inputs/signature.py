@@ -114,7 +114,7 @@ def _bounded(spec: InputSpec, ranges: tuple[IndexRange, ...], vocabulary_size: i
     """An input with the numbers that it may hold, and a padding that is one of them."""
     if spec.role is InputRole.TOKEN_IDS:
         # Ids are never negative, whatever a table takes.
-        past = [each.greatest + 1 for each in ranges if each.least <= 0 <= each.greatest]
+        past = [each.greatest + 1 for each in ranges if not each.along and each.least <= 0 <= each.greatest]
         sizes = [size for size in (vocabulary_size, *past) if size]
         return spec.model_copy(update={"padding": float(padding_id), "vocabulary_size": min(sizes, default=0)})
     if spec.role is InputRole.ATTENTION_MASK:
