@@ -29,7 +29,7 @@ from attnserve_client._errors import (
     TextUnavailable,
 )
 from attnserve_client._inputs import Input, Inputs, Priority
-from attnserve_client._models import Axis, ModelInfo, Site, TensorSpec
+from attnserve_client._models import Axis, IndexRange, ModelInfo, Site, TensorSpec
 from attnserve_client._patches import Panel, PatchGrid
 from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
 from attnserve_client._retry import RetryPolicy
@@ -47,6 +47,7 @@ __all__ = [
     "Client",
     "DeadlineExpired",
     "FieldViolation",
+    "IndexRange",
     "InferenceResult",
     "Input",
     "Inputs",

@@ -42,10 +42,26 @@ _POLICIES: Final[dict[int, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class IndexRange:
+    """Numbers that an input may hold which the model looks a table up with: from `least` to `greatest`, both legal.
+
+    `column`: the place along the input's last axis that this is of; None: every element. `along`: the symbol of an axis
+    whose positions are looked up; `least` then counts from minus its length and `greatest` from its length.
+    """
+
+    least: int
+    greatest: int
+    column: int | None = None
+    along: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """An input or output. `shape` has an axis symbol or a fixed length for each axis, without the batch axis.
 
     `vocabulary_size`: of an input of token ids, which run from 0 to this less 1; 0 where that is not known.
+    `index_ranges`: of any other input that tables are looked up with, the numbers that it may hold; empty: any.
+    `additive_mask`: it is added to attention scores, and may hold -inf where a key is hidden.
     """
 
     name: str
@@ -53,6 +69,8 @@ class TensorSpec:
     shape: tuple[str | int, ...]
     optional: bool = False
     vocabulary_size: int = 0
+    index_ranges: tuple[IndexRange, ...] = ()
+    additive_mask: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +225,19 @@ def _rank(model: ModelInfo) -> int:
 
 def _spec(message: model_pb2.TensorSpec) -> TensorSpec:
     shape = tuple(each.symbol if each.WhichOneof("extent") == "symbol" else each.size for each in message.shape)
-    return TensorSpec(message.name, dtype_name(message.dtype), shape, message.optional, message.vocabulary_size)
+    ranges = tuple(
+        IndexRange(each.least, each.greatest, each.column if each.HasField("column") else None, each.along)
+        for each in message.index_ranges
+    )
+    return TensorSpec(
+        message.name,
+        dtype_name(message.dtype),
+        shape,
+        message.optional,
+        message.vocabulary_size,
+        ranges,
+        message.additive_mask,
+    )
 
 
 def _axis(message: model_pb2.Axis) -> Axis:

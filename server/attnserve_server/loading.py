@@ -95,9 +95,9 @@ def open_bundle(bundle: Bundle, settings: Settings) -> tuple[list[RuntimeSession
     """
     verify(bundle)
     golden = read_golden(bundle)
-    tokenizer = None
-    if bundle.tokenizer_path is not None and bundle.manifest.text is not None:
-        tokenizer = TextTokenizer.load(bundle.tokenizer_path, bundle.manifest.text.axis)
+    tokenizer, text = None, bundle.manifest.text
+    if bundle.tokenizer_path is not None and text is not None:
+        tokenizer = TextTokenizer.load(bundle.tokenizer_path, text.axis, bundle.manifest.text_as_written)
     first, *others = settings.device_ids or (0,)
     sessions = [_session(bundle, settings, first)]
     if sessions[0].provider in GPU_PROVIDERS and not settings.device_ids:

@@ -17,7 +17,14 @@ from attnserve_server.model.bands import BlockBand
 from windowed_graphs import Windowed
 
 CASE = Windowed(block=4, before=1, after=1)
-LENGTHS = (30, 9, 17)
+OTHERS = {
+    "global": Windowed(block=4, before=1, after=1, global_keys=3),
+    "causal": Windowed(block=4, before=2, after=0, causal=True),
+    "gathered": Windowed("gathered", before=3, after=2, global_keys=3),
+    "gathered_causal": Windowed("gathered", before=5, after=0),
+}
+LENGTHS = (30, 9, 17, 2)
+ALL = (*LENGTHS, 1)
 # float32 sums in another order.
 TOLERANCE = 1e-5
 
@@ -28,21 +35,27 @@ def windowed_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "windowed.onnx"
     file.write_bytes(CASE.model().SerializeToString())
     prepare_bundle(PrepareRequest(file, "windowed", folder / "models", max_length=64))
+    for name, case in OTHERS.items():
+        file.write_bytes(case.model().SerializeToString())
+        prepare_bundle(PrepareRequest(file, name, folder / "models", max_length=64))
     return folder / "models"
 
 
 @pytest.fixture
 async def client(windowed_repository: Path) -> AsyncIterator[AsyncClient]:
-    application = Application(Settings(repository=windowed_repository, grpc_port=0, http_port=0))
+    settings = Settings(
+        repository=windowed_repository, grpc_port=0, http_port=0, instances=1, run_overhead_tokens=10**6
+    )
+    application = Application(settings)
     await application.start()
     async with AsyncClient(f"127.0.0.1:{application.grpc_port}") as opened:
         yield opened
     await application.aclose()
 
 
-def inputs() -> list[dict[str, Any]]:
+def inputs(lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Any]]:
     made = []
-    for length in LENGTHS:
+    for length in lengths:
         feeds = CASE.feeds(length, seed=length)
         made.append({name: array[0] for name, array in feeds.items()})
     return made
@@ -93,3 +106,31 @@ async def test_links_of_a_band_are_the_strongest_of_the_definition(client: Async
     for given, result in zip(inputs(), results, strict=True):
         expected = CASE.reference({name: array[None] for name, array in given.items()})[0, 1]
         assert result.attention[0].raw.keys.tolist() == expected.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("top_k", [0, 2, 40])
+async def test_bands_wider_than_a_sequence_name_its_own_keys_alone(client: AsyncClient, name: str, top_k: int) -> None:
+    results = await client.infer(name, inputs(ALL), attention=Attention(top_k=top_k) if top_k else True)
+    assert {result.run.batch_size for result in results} == {len(ALL)}
+    for length, given, result in zip(ALL, inputs(ALL), results, strict=True):
+        [each] = result.attention
+        expected = OTHERS[name].reference({name: array[None] for name, array in given.items()})[0]
+        if not top_k:
+            np.testing.assert_allclose(each.weights, expected, rtol=0, atol=TOLERANCE)
+            continue
+        assert ((each.raw.keys >= 0) & (each.raw.keys < length)).all()
+        strongest = np.sort(expected, axis=2)[..., ::-1][..., :top_k]
+        kept = np.sort(each.weights, axis=2)[..., ::-1][..., :top_k]
+        np.testing.assert_allclose(kept, strongest, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(each.residual, 1 - strongest.sum(axis=2), rtol=0, atol=2 * TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["windowed", *OTHERS])
+async def test_rollout_over_bands_works_at_every_length(client: AsyncClient, name: str) -> None:
+    results = await client.infer(name, inputs(ALL), outputs=[], attention=Attention(layer_reduction="rollout"))
+    for length, given, result in zip(ALL, inputs(ALL), results, strict=True):
+        case = OTHERS.get(name, CASE)
+        weights = case.reference({name: array[None] for name, array in given.items()})[0].mean(axis=0)
+        [each] = result.attention
+        np.testing.assert_allclose(each.weights[0], (weights + np.eye(length)) / 2, rtol=0, atol=TOLERANCE)

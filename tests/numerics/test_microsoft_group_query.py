@@ -23,6 +23,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scale": {"attributes": {"scale": 0.3}},
     "softcap": {"attributes": {"softcap": 1.5}},
     "short": {"lengths": (2, 4)},
+    "lengths in a column": {"lengths": (2, 4), "ends_shape": (2, 1)},
+    "lengths in a row": {"lengths": (2, 4), "ends_shape": (1, 2)},
+    "lengths of rank 3": {"lengths": (2, 4), "ends_shape": (2, 1, 1), "attributes": {"causal": 0}},
     "window of one": {"attributes": {"local_window_size": 1}},
     "window": {"attributes": {"local_window_size": 3}},
     "wide window": {"attributes": {"local_window_size": 9}},
@@ -95,8 +98,9 @@ def test_rows_of_merely_low_numbers_are_even() -> None:
     np.testing.assert_allclose(output, expected, rtol=0, atol=5 * FLOAT32_TOLERANCE)
 
 
-def test_queries_behind_their_end_see_nothing_under_a_window() -> None:
-    case = GroupQuery(lengths=(1, 5), attributes={"local_window_size": 2})
+@pytest.mark.parametrize("shape", [(-1,), (2, 1), (1, 2)], ids=str)
+def test_queries_behind_their_end_see_nothing_under_a_window(shape: tuple[int, ...]) -> None:
+    case = GroupQuery(lengths=(1, 5), ends_shape=shape, attributes={"local_window_size": 2})
     assert not case.reference()[0, :, 1:].any()
     assert_equals_definition(case, everywhere=False)
 
@@ -154,6 +158,7 @@ def cases(draw: st.DrawFn) -> GroupQuery:
         head_dim=head_dim,
         packed=draw(st.booleans()),
         lengths=lengths,
+        ends_shape=draw(st.sampled_from([(-1,), (-1, 1), (1, -1)])),
         rotary=rotary,
         positions=positions,
         bias=bias,

@@ -296,7 +296,10 @@ class MultiHead:
 
 @dataclass
 class GroupQuery:
-    """`GroupQueryAttention` without a past. `lengths`: keys that count in each row; `rotary`: numbers it turns."""
+    """`GroupQueryAttention` without a past.
+
+    `lengths`: keys that count in each row, in `ends_shape`; `rotary`: numbers it turns.
+    """
 
     batch: int = 2
     heads: int = 4
@@ -305,6 +308,7 @@ class GroupQuery:
     head_dim: int = 16
     packed: bool = False
     lengths: tuple[int, ...] | None = None
+    ends_shape: tuple[int, ...] = (-1,)
     rotary: int = 0
     positions: Array | None = None
     bias: Array | None = None
@@ -341,7 +345,7 @@ class GroupQuery:
             "value": None if self.packed else value,
             "past_key": past,
             "past_value": past,
-            "seqlens_k": ends.astype(np.int32),
+            "seqlens_k": ends.astype(np.int32).reshape(self.ends_shape),
             "total": np.array(self.length, np.int32),
             "cos": cos,
             "sin": sin,

@@ -123,8 +123,13 @@ def _arrays(model: ModelInfo, length: int, random: np.random.Generator) -> dict[
 def _array(spec: TensorSpec, extents: dict[str, int], random: np.random.Generator) -> npt.NDArray[Any]:
     shape = [extents.get(extent, 1) if isinstance(extent, str) else extent for extent in spec.shape]
     dtype = np.dtype(spec.dtype)
-    if dtype.kind == "f":
+    if dtype.kind == "f" and not spec.index_ranges:
         return random.standard_normal(shape).astype(dtype)
     if spec.vocabulary_size > 1:
         return random.integers(1, spec.vocabulary_size, shape).astype(dtype)  # 0 is often the padding's id
-    return np.ones(shape, dtype)
+    ones = np.ones(shape, dtype)
+    for each in spec.index_ranges:
+        place = (...,) if each.column is None else (..., each.column)
+        reach = extents.get(each.along, 0)
+        ones[place] = np.clip(ones[place], each.least - reach, each.greatest + reach)
+    return ones

@@ -207,10 +207,19 @@ def _numbers(text: str, option: str) -> list[int]:
 
 def _plain(result: InferenceResult) -> dict[str, Any]:
     outputs = {
-        name: {"dtype": array.dtype.name, "shape": list(array.shape), "data": array.tolist()}
+        name: {"dtype": array.dtype.name, "shape": list(array.shape), "data": _json_data(array)}
         for name, array in result.outputs.items()
     }
     return {"outputs": outputs, "run": asdict(result.run)}
+
+
+def _json_data(array: npt.NDArray[Any]) -> Any:
+    """Nested lists of numbers. JSON has no infinities, which become the strings "Infinity" and "-Infinity"."""
+    if array.dtype.kind != "f" or np.isfinite(array).all():
+        return array.tolist()
+    data = array.astype(object)
+    data[np.isposinf(array)], data[np.isneginf(array)] = "Infinity", "-Infinity"
+    return data.tolist()
 
 
 def _print_json(value: Any) -> None:

@@ -142,6 +142,44 @@ class Dimension(_message.Message):
 Global___Dimension: _TypeAlias = Dimension  # noqa: Y015
 
 @_typing.final
+class IndexRange(_message.Message):
+    """Numbers that an input may hold which a model looks a table up with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAST_FIELD_NUMBER: _builtins.int
+    GREATEST_FIELD_NUMBER: _builtins.int
+    COLUMN_FIELD_NUMBER: _builtins.int
+    ALONG_FIELD_NUMBER: _builtins.int
+    least: _builtins.int
+    """The least of them."""
+    greatest: _builtins.int
+    """The greatest of them, itself legal."""
+    column: _builtins.int
+    """The place along the input's last axis that this is of, from 0; not set: every element."""
+    along: _builtins.str
+    """The symbol of an axis whose positions are looked up, or empty. `least` then counts from minus its length, and
+    `greatest` from its length.
+    """
+    def __init__(
+        self,
+        *,
+        least: _builtins.int = ...,
+        greatest: _builtins.int = ...,
+        column: _builtins.int | None = ...,
+        along: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_column", b"_column", "column", b"column"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_column", b"_column", "along", b"along", "column", b"column", "greatest", b"greatest", "least", b"least"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__column: _TypeAlias = _typing.Literal["column"]  # noqa: Y015
+    _WhichOneofArgType__column: _TypeAlias = _typing.Literal["_column", b"_column"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__column) -> _WhichOneofReturnType__column | None: ...
+
+Global___IndexRange: _TypeAlias = IndexRange  # noqa: Y015
+
+@_typing.final
 class TensorSpec(_message.Message):
     """An input or an output of a model."""
 
@@ -152,6 +190,8 @@ class TensorSpec(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     OPTIONAL_FIELD_NUMBER: _builtins.int
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
+    INDEX_RANGES_FIELD_NUMBER: _builtins.int
+    ADDITIVE_MASK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the graph."""
     dtype: _tensor_pb2.DataType.ValueType
@@ -160,9 +200,20 @@ class TensorSpec(_message.Message):
     """For an input: whether a caller may leave it out, because the server fills it (for example the mask, with ones)."""
     vocabulary_size: _builtins.int
     """For an input of token ids: they run from 0 to this less 1. 0 where that is not known, and for any other."""
+    additive_mask: _builtins.bool
+    """For an input of floats: whether it is a mask that is added to attention scores, so that -inf hides a key. Other
+    inputs must be finite, and so must one number at least of each row of a mask, where a model answers such a row with
+    NaN.
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dimension]:
         """Its axes, without the batch axis, outermost first."""
+
+    @_builtins.property
+    def index_ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___IndexRange]:
+        """For any other input that tables are looked up with, such as positions or categories: each element must lie in one of
+        these that are of its place; others are refused with INVALID_ARGUMENT. Empty: any number is legal, or it is not known.
+        """
 
     def __init__(
         self,
@@ -172,10 +223,12 @@ class TensorSpec(_message.Message):
         shape: _abc.Iterable[Global___Dimension] | None = ...,
         optional: _builtins.bool = ...,
         vocabulary_size: _builtins.int = ...,
+        index_ranges: _abc.Iterable[Global___IndexRange] | None = ...,
+        additive_mask: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "optional", b"optional", "shape", b"shape", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["additive_mask", b"additive_mask", "dtype", b"dtype", "index_ranges", b"index_ranges", "name", b"name", "optional", b"optional", "shape", b"shape", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

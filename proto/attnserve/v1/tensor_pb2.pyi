@@ -89,7 +89,9 @@ class Tensor(_message.Message):
     """The element type. It must be the one that the model declares for this input: nothing is converted silently."""
     data: _builtins.bytes
     """The elements: little-endian, row-major, without gaps, so that the length in bytes is exactly the product of `shape`
-    times the element's size. Floats must be finite in a request. Violations are refused with INVALID_ARGUMENT.
+    times the element's size. In a request floats must be finite, but for -inf in a mask that is added to scores
+    (`TensorSpec.additive_mask`); violations are refused with INVALID_ARGUMENT. In an answer outputs may be infinite,
+    where the model hides something with it, but never NaN; weights are finite.
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -23,7 +23,7 @@ from attnserve_server.build.fusion import Rewritten, fused
 from attnserve_server.build.graphs.graph import checked, precision_of, save
 from attnserve_server.build.inputs.feeds import Sampler
 from attnserve_server.build.inputs.signature import SEQUENCE, Signature, signature_of
-from attnserve_server.build.inputs.text import text_of
+from attnserve_server.build.inputs.text import text_of, written_text
 from attnserve_server.build.precision.calibration import ranges_of
 from attnserve_server.build.precision.choose import Precision, in_precision
 from attnserve_server.build.precision.quality import with_quality
@@ -160,6 +160,7 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     files = {MODEL_FILE: assembled.model_path}
     if source.tokenizer_path is not None:
         files[TOKENIZER_FILE] = source.tokenizer_path
+        text = written_text(source.tokenizer_path, text, signature.inputs, axes, steps)
     manifest = Manifest(
         name=request.name,
         version=request.version,

@@ -20,8 +20,9 @@ from attnserve_server.build.graphs.graph import checked, read_graph
 from attnserve_server.build.inputs.equal_axes import with_equal_axes
 from attnserve_server.build.inputs.feeds import Sampler
 from attnserve_server.build.inputs.free_length import with_free_length
-from attnserve_server.build.inputs.signature import Signature, signature_of
-from attnserve_server.build.inputs.text import padding_id_of, text_of
+from attnserve_server.build.inputs.signature import Signature, in_float16, signature_of
+from attnserve_server.build.inputs.text import padding_id_of, text_of, written_text
+from attnserve_server.build.learning.hidden_rows import with_needed_keys
 from attnserve_server.build.learning.probe import probe_max_length
 from attnserve_server.build.precision.calibration import ranges_of
 from attnserve_server.build.precision.choose import Precision, in_precision
@@ -30,7 +31,7 @@ from attnserve_server.build.precision.quality import with_quality
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.trials import fastest
 from attnserve_server.model.certificate import Batching
-from attnserve_server.model.manifest import InputRole, Manifest, Provenance
+from attnserve_server.model.manifest import InputRole, Manifest, Provenance, TextSpec
 from attnserve_server.model.report import RequantizeReport, TrialReport
 from attnserve_server.model.repository import (
     MODEL_FILE,
@@ -105,10 +106,10 @@ def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundl
 
 def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, work: Path, steps: Steps) -> Bundle:
     signature = with_equal_axes(proto, signature_of(proto.graph, padding_id), work)
+    if request.precision == "fp16":
+        signature = in_float16(signature)
     ids = [spec for spec in signature.inputs if spec.role is InputRole.TOKEN_IDS]
-    for spec in ids:
-        if not spec.vocabulary_size:
-            steps.warn(f"the vocabulary behind {spec.name!r} cannot be told: ids past its end will fail at run time")
+    _tell_bounds(signature, steps)
     pair_start = None
     if request.tokenizer is not None:
         pair_start = _check_text(request, request.tokenizer, signature, steps)
@@ -148,8 +149,12 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     report = report.model_copy(update={"fusion": rewritten.report, "trials": trials, "requantize": requantized})
     steps.begin("writing the bundle")
     files = {MODEL_FILE: assembled.model_path}
+    served_text: TextSpec | None = None
     if request.tokenizer is not None:
         files[TOKENIZER_FILE] = request.tokenizer
+        served_text = written_text(
+            request.tokenizer, text_of(signature.inputs, max_lengths, pair_start), signature.inputs, axes, steps
+        )
     manifest = Manifest(
         name=request.name,
         version=request.version,
@@ -158,11 +163,11 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         precision=assembled.precision,
         max_batch_size=max_batch_size,
         axes=axes,
-        inputs=signature.inputs,
+        inputs=with_needed_keys(assembled.source, sampler, [spec.name for spec in assembled.outputs]),
         outputs=assembled.outputs,
         sites=certified.sites,
         vocabulary_size=ids[0].vocabulary_size if ids else 0,
-        text=text_of(signature.inputs, max_lengths, pair_start) if request.tokenizer is not None else None,
+        text=served_text,
         left_out=left_out,
         provenance=Provenance(
             source=request.file.name,
@@ -201,6 +206,16 @@ def _requantized(
     if report.left:
         steps.warn(f"{report}; what is not rewritten keeps one scale for the whole batch")
     return checked(rewritten, request.file.name), report
+
+
+def _tell_bounds(signature: Signature, steps: Steps) -> None:
+    """Warn of inputs that look tables up and whose greatest legal number is not known."""
+    for spec in signature.inputs:
+        if spec.role is InputRole.TOKEN_IDS and not spec.vocabulary_size:
+            steps.warn(f"the vocabulary behind {spec.name!r} cannot be told: ids past its end will fail at run time")
+        indexes = spec.role is InputRole.DATA and not spec.dtype.startswith("float")
+        if indexes and spec.name in signature.unbounded and not spec.index_ranges:
+            steps.warn(f"the rows behind {spec.name!r} cannot be told: numbers past their end will fail at run time")
 
 
 def _tell_attention(request: PrepareRequest, assembled: Assembled, steps: Steps) -> None:

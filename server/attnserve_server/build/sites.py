@@ -108,8 +108,8 @@ class Scores:
 
     Heads of the query are grouped in order over the heads of the key. `causal`: query i sees keys up to i, counted
     from the first of both; `window`: of those the last so many (0: all); `ahead`: query i sees keys up to i + ahead
-    (None: all). `key_ends`, int32 (B,): keys up to and with
-    that position count, and so do, under a window, queries.
+    (None: all). `key_ends`, B numbers of int32 in any shape, such as (B,) or (B, 1): keys up to and with that position
+    count, and so do, under a window, queries.
 
     `zeroed`: a row in which every key is masked is 0. Where it is False, masks are merely added, and such a row is what
     softmax makes of it; and the frontier of `causal` leaves out the last query, as onnxruntime's kernel does (which

@@ -103,7 +103,7 @@ def weights_of(
 ) -> dict[int, Array]:
     """The weights that the sequence in `row` asked for, cropped: layer -> (H, L, S). Views into the run's arrays.
 
-    With a band (H, L, W): its columns are relative to the queries, and so the same for every length.
+    Where the tap writes a band, (H, L, W): its columns are relative to the queries, and so the same for every length.
 
     Raises:
         ValueError: it asks for a site without a tap, which a resolved selection never does.
@@ -116,8 +116,7 @@ def weights_of(
         site = manifest.sites[layer]
         if site.weights_output is None:
             raise ValueError(f"site {site.name} has no tap")
-        columns = site.key_axis if site.band is None else site.band.width
-        crop = _crop((site.heads, site.query_axis, columns), lengths)
+        crop = _crop((site.heads, site.query_axis, site.columns), lengths)
         weights[layer] = fetched[site.weights_output][batch.rows[layer].index(row)][crop]
     return weights
 

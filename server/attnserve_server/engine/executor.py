@@ -248,12 +248,10 @@ class Executor:
         try:
             outputs = outputs_of(batch, fetched, row, sequence, self._manifest)
             weights = weights_of(batch, fetched, row, sequence, self._manifest)
-            if not finite:
-                named = {self._manifest.sites[layer].name: values for layer, values in weights.items()}
-                for name, values in (outputs | named).items():
-                    if not _is_finite(values):
-                        _log.error("a value that is not finite", extra={"model": self._manifest.name, "tensor": name})
-                        return InternalFault()
+            wrong = None if finite else self._wrong_tensor(outputs, weights)
+            if wrong is not None:
+                _log.error("NaN, or a weight that is infinite", extra={"model": self._manifest.name, "tensor": wrong})
+                return InternalFault()
             if sequence.attention is None:
                 return SequenceResult(outputs, None, facts, values=self._kept(sequence, outputs, weights))
             started = self._clock.now()
@@ -266,9 +264,26 @@ class Executor:
             _log.exception("an answer could not be made", extra={"model": self._manifest.name})
             return InternalFault()
 
+    def _wrong_tensor(self, outputs: dict[str, Array], weights: dict[int, Array]) -> str | None:
+        """The first tensor that is no answer: an output with NaN, or weights with NaN or an infinity.
+
+        Infinities are legitimate outputs, such as logits of what a mask hides.
+        """
+        for name, values in outputs.items():
+            if _has_nan(values):
+                return name
+        for layer, values in weights.items():
+            if not _is_finite(values):
+                return self._manifest.sites[layer].name
+        return None
+
 
 def _is_finite(values: Array) -> bool:
     return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
+def _has_nan(values: Array) -> bool:
+    return values.dtype.kind == "f" and bool(np.isnan(values).any())
 
 
 def _owned(answer: AttentionAnswer, arrays: Iterable[Array]) -> AttentionAnswer:

@@ -130,7 +130,10 @@ def _values(spec: InputSpec, lengths: dict[str, int], vocabulary_size: int) -> A
         return np.ones(shape, dtype)
     if spec.role is InputRole.TOKEN_IDS and vocabulary_size:
         return (np.arange(np.prod(shape)) % vocabulary_size).astype(dtype).reshape(shape)
-    return np.full(shape, spec.fill or 0, dtype)
+    filled = np.full(shape, spec.fill or 0, dtype)
+    if spec.fill is None and spec.index_ranges:
+        filled[...] = spec.resting if spec.columns > 1 else spec.resting[0]
+    return filled
 
 
 def _run(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence]) -> None:

@@ -27,7 +27,15 @@ from attnserve_server.model.frozen import (
 )
 from attnserve_server.model.report import CheckReport, GoldenSpec, Provenance
 from attnserve_server.model.sites import SiteSpec
-from attnserve_server.model.tensors import AxisSpec, DerivedLength, InputRole, InputSpec, OutputSpec, TextSpec
+from attnserve_server.model.tensors import (
+    AxisSpec,
+    DerivedLength,
+    IndexRange,
+    InputRole,
+    InputSpec,
+    OutputSpec,
+    TextSpec,
+)
 
 __all__ = [
     "BATCH",
@@ -39,6 +47,7 @@ __all__ = [
     "Dtype",
     "Extent",
     "GoldenSpec",
+    "IndexRange",
     "InputRole",
     "InputSpec",
     "Manifest",
@@ -241,6 +250,17 @@ class Manifest(Frozen):
             (spec for spec in self.inputs if spec.role is role and (not axis or spec.shape == (axis,))),
             None,
         )
+
+    @property
+    def text_as_written(self) -> tuple[str, ...]:
+        """The axes along which the tokenizer pads and cuts as its file says.
+
+        Of a bundle that does not say: those of the first text, or of a pair, along which no mask could hide padding.
+        """
+        if self.text is None or self.text.as_written is not None:
+            return () if self.text is None else self.text.as_written or ()
+        hidden = self.input_of_role(InputRole.ATTENTION_MASK, self.text.axis) is not None
+        return () if hidden else (self.text.axis,)
 
     def vocabulary_of(self, spec: InputSpec) -> int:
         """How many ids an input of token ids knows; 0 where that is not known."""

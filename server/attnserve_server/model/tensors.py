@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Self
 
@@ -25,11 +26,41 @@ class InputRole(StrEnum):
     """Anything else."""
 
 
+class IndexRange(Frozen):
+    """Numbers that an input may hold which the graph looks a table up with: from `least` to `greatest`, both legal.
+
+    `column`: the place along the input's last axis that this is of; None: of every element. An element is legal that is
+    in one of the ranges of its place. A place without ranges may hold any number.
+
+    `along`: the symbol of an axis whose positions are looked up; `least` then counts from minus its length and
+    `greatest` from its length, so that 0 and -1 are from its first position, counted from the end, to its last.
+    """
+
+    least: int
+    greatest: int
+    column: Annotated[int, Field(ge=0)] | None = None
+    along: str = ""
+
+    def at(self, lengths: Mapping[str, int]) -> tuple[int, int]:
+        """The least and the greatest legal number, given the lengths of axes."""
+        length = lengths[self.along] if self.along else 0
+        return self.least - length, self.greatest + length
+
+    @model_validator(mode="after")
+    def _holds_a_number(self) -> Self:
+        if self.least > self.greatest + (1 if self.along else 0):
+            raise ValueError(f"a range from {self.least} to {self.greatest} holds no number")
+        return self
+
+
 class InputSpec(Frozen):
     """One input. `shape` leaves out the batch axis; `padding` fills positions behind a sequence's end.
 
     `fill` is the value that the server uses where a caller leaves the input out; None: it must be sent.
     `vocabulary_size`: of an input of token ids, how many it knows; 0: as many as the manifest says of all of them.
+    `index_ranges`: of any other input that tables are looked up with, the numbers that it may hold; empty: any.
+    `additive_mask`: it is added to attention scores and does nothing else, so that minus infinity hides a key.
+    `needs_key`: of such a mask, that the model answers NaN where a row of it is nothing but minus infinity.
     """
 
     name: str
@@ -39,6 +70,32 @@ class InputSpec(Frozen):
     padding: float = 0
     fill: float | None = None
     vocabulary_size: Annotated[int, Field(ge=0)] = 0
+    index_ranges: tuple[IndexRange, ...] = ()
+    additive_mask: bool = False
+    needs_key: bool = False
+
+    def ranges_at(self, column: int) -> tuple[IndexRange, ...]:
+        """The ranges of one place along the last axis; empty: any number is legal there."""
+        return tuple(each for each in self.index_ranges if each.column in {None, column})
+
+    @property
+    def columns(self) -> int:
+        """Places along the last axis that differ in their ranges: all of them, or 1 where one range serves for all."""
+        apart = any(each.column is not None for each in self.index_ranges)
+        return int(self.shape[-1]) if apart else 1
+
+    @property
+    def resting(self) -> tuple[int, ...]:
+        """For each of the `columns` the legal number nearest to 0."""
+        return tuple(_nearest_to_zero(self.ranges_at(column)) for column in range(self.columns))
+
+    @model_validator(mode="after")
+    def _columns_exist(self) -> Self:
+        named = max((each.column for each in self.index_ranges if each.column is not None), default=-1)
+        last = self.shape[-1] if self.shape else 0
+        if named >= 0 and not (isinstance(last, int) and named < last):
+            raise ValueError(f"{self.name}: column {named} of its ranges is not along its last axis")
+        return self
 
     @model_validator(mode="after")
     def _values_fit_the_dtype(self) -> Self:
@@ -119,6 +176,9 @@ class TextSpec(Frozen):
 
     `pair_axis` empty: a second text stands behind the first on the same axis. Else it has that axis, and its token ids,
     to itself (of a decoder, say), behind the token `pair_start`, if there is one.
+
+    `as_written`: the axes along which the tokenizer pads and cuts as its file says, since nothing would hide such
+    padding; along the others it does neither. None: a bundle that does not say; see `Manifest.text_as_written`.
     """
 
     axis: Symbol
@@ -126,6 +186,7 @@ class TextSpec(Frozen):
     pair_axis: str = ""
     pair_max_tokens: Annotated[int, Field(ge=0)] = 0
     pair_start: Annotated[int, Field(ge=0)] | None = None
+    as_written: tuple[Symbol, ...] | None = None
 
     @model_validator(mode="after")
     def _pair_is_whole(self) -> Self:
@@ -142,6 +203,12 @@ class TextSpec(Frozen):
         """The axes that texts run along, with the most tokens on each: the first text's, then the second's."""
         pair = {self.pair_axis: self.pair_max_tokens} if self.pair_axis else {}
         return {self.axis: self.max_tokens, **pair}
+
+
+def _nearest_to_zero(ranges: tuple[IndexRange, ...]) -> int:
+    # Of positions along an axis the first one, which there always is.
+    nearest = (each.least if each.along else min(max(0, each.least), each.greatest) for each in ranges)
+    return min(nearest, key=abs, default=0)
 
 
 def _fits(value: float, dtype: np.dtype[np.generic]) -> bool:

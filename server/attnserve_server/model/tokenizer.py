@@ -2,68 +2,70 @@
 
 from __future__ import annotations
 
-import json
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 
-from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import AxisUnits
+from attnserve_server.model.sealing import TokenizerInvalid, sealed, sized, special_tokens
 from attnserve_server.model.words import Words, cuts_words
+
+__all__ = ["ID_BOUND", "CannotBeCut", "TextTokenizer", "TokenizedText", "TokenizerInvalid"]
 
 ID_BOUND = 2**32
 """Ids from here on, and those below 0, cannot be asked of the library."""
 
 
-class TokenizerInvalid(AttnserveError):
-    """A tokenizer file cannot be used. The message never holds its path."""
-
-    reason = "TOKENIZER_INVALID"
-
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"the tokenizer cannot be loaded: {why}")
-
-    def metadata(self) -> dict[str, str]:
-        """What was wrong."""
-        return {"why": self.why}
+class CannotBeCut(Exception):
+    """A text, or a pair, that the tokenizer's own truncation cannot bring to its length; the library says why."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenizedText:
-    """A text, or a pair, as a model takes it: ids and type ids int64 (N,), and what each position stands for."""
+    """A text, or a pair, as a model takes it: ids and type ids int64 (N,), and what each position stands for.
+
+    `mask` int64 (N,): 0 for padding that the tokenizer itself adds, 1 elsewhere.
+    """
 
     ids: npt.NDArray[np.int64]
     type_ids: npt.NDArray[np.int64]
+    mask: npt.NDArray[np.int64]
     units: AxisUnits
 
 
 class TextTokenizer:
-    """A tokenizer that neither cuts nor pads, and for which the text of a special token is text like any other.
+    """A tokenizer for which the text of a special token is text like any other.
 
-    Any number of threads may use it at once: after loading nothing in it changes.
+    It cuts and pads as its file says along the axes `as_written`, and along no other. Any number of threads may use it
+    at once: after loading nothing in it changes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, axis: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, axis: str, as_written: Collection[str] = ()) -> None:
         self._axis = axis
-        self._special = _special_tokens(tokenizer)
+        self._special = special_tokens(tokenizer)
         self._special_ids = frozenset(self._special)
-        self._tokenizer = _sealed(tokenizer, self._special)
+        padding, truncation = tokenizer.padding, tokenizer.truncation
+        self._tokenizer = sealed(tokenizer, self._special)
         self._knows_words = cuts_words(self._tokenizer)
+        self._as_written = frozenset(as_written)
+        self._written = self._tokenizer
+        if self._as_written and (padding or truncation):
+            self._written = sized(self._tokenizer, padding, truncation)
+        self._pad_names = {int(padding["pad_id"]): str(padding["pad_token"])} if padding else {}
 
     @classmethod
-    def load(cls, path: Path, axis: str) -> TextTokenizer:
+    def load(cls, path: Path, axis: str, as_written: Collection[str] = ()) -> TextTokenizer:
         """Read a `tokenizer.json`.
 
         Args:
             path: the file.
             axis: symbol of the axis that tokens run along.
+            as_written: symbols of the axes along which the file's padding and truncation are kept.
 
         Raises:
             TokenizerInvalid: the file cannot be read, or does not hold a tokenizer.
@@ -77,7 +79,7 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_buffer(content)
         except ValueError as error:
             raise TokenizerInvalid(str(error)) from error
-        return cls(tokenizer, axis)
+        return cls(tokenizer, axis, as_written)
 
     @property
     def axis(self) -> str:
@@ -92,6 +94,8 @@ class TextTokenizer:
     def encode(self, text: str, pair: str = "", *, limit: int | None = None) -> TokenizedText:
         """Tokenize a text, or a pair of texts, with the special tokens that the model wants around them.
 
+        Padding that the tokenizer adds is special, belongs to no word and has no place in the text.
+
         Args:
             text: the first text.
             pair: the second; empty: there is none.
@@ -103,21 +107,38 @@ class TextTokenizer:
             count Unicode code points in the text that the caller sent, before any normalisation; a token's are as its
             tokenizer tells them (some count the space before a word as part of its first token), and a word's leave
             out white space at both ends and take in the combining marks that normalisation strips from its end.
+
+        Raises:
+            CannotBeCut: it is too long for the tokenizer's own truncation, which cuts the other text only.
         """
-        encoding = self._tokenizer.encode(text, pair) if pair else self._tokenizer.encode(text)
+        return self._encode(text, pair, self._axis, limit)
+
+    def _encode(self, text: str, pair: str, axis: str, limit: int | None) -> TokenizedText:
+        tokenizer = self._written if axis in self._as_written else self._tokenizer
+        try:
+            encoding = tokenizer.encode(text, pair) if pair else tokenizer.encode(text)
+        except Exception as error:
+            if tokenizer.truncation is None:
+                raise
+            raise CannotBeCut(str(error)) from error
         ids = np.array(encoding.ids, dtype=np.int64)
         type_ids = np.array(encoding.type_ids, dtype=np.int64)
+        mask = np.array(encoding.attention_mask, dtype=np.int64)
         if limit is not None and len(ids) > limit:
-            return TokenizedText(ids, type_ids, AxisUnits(axis=self._axis, length=len(ids)))
+            return TokenizedText(ids, type_ids, mask, AxisUnits(axis=axis, length=len(ids)))
         words = Words()
         if self._knows_words:
             words.add(encoding, (text, pair))
         special = tuple(flag == 1 for flag in encoding.special_tokens_mask)
         offsets = [(0, 0) if flag else span for flag, span in zip(special, encoding.offsets, strict=True)]
+        texts = (self._token_text(number) for number in encoding.ids)
         units = AxisUnits(
-            axis=self._axis,
+            axis=axis,
             length=len(ids),
-            texts=tuple(self._token_text(number) for number in encoding.ids),
+            texts=tuple(
+                self._pad_names.get(number, shown) if not seen else shown
+                for number, shown, seen in zip(encoding.ids, texts, encoding.attention_mask, strict=True)
+            ),
             starts=tuple(start for start, _ in offsets),
             ends=tuple(end for _, end in offsets),
             special=special,
@@ -126,7 +147,7 @@ class TextTokenizer:
             words=tuple(words.texts),
             word_spans=tuple(words.spans),
         )
-        return TokenizedText(ids, type_ids, units)
+        return TokenizedText(ids, type_ids, mask, units)
 
     def encode_second(
         self, text: str, axis: str, *, start: int | None = None, limit: int | None = None
@@ -142,9 +163,9 @@ class TextTokenizer:
         Returns:
             N positions, told as `encode` tells them; the segment of its tokens is 1.
         """
-        one = self.encode(text, limit=limit) if text else None
+        one = self._encode(text, "", axis, limit) if text else None
         known = AxisUnits(axis=axis, length=0) if one is None else one.units
-        ids = np.zeros(0, np.int64) if one is None else one.ids
+        ids, mask = (np.zeros(0, np.int64),) * 2 if one is None else (one.ids, one.mask)
         units = replace(
             known,
             axis=axis,
@@ -152,7 +173,8 @@ class TextTokenizer:
             word_spans=tuple((1, start, end) for _, start, end in known.word_spans),
         )
         if start is None:
-            return TokenizedText(ids, np.zeros(len(ids), np.int64), units)
+            return TokenizedText(ids, np.zeros(len(ids), np.int64), mask, units)
+        mask = np.concatenate([np.ones(1, np.int64), mask])
         ids = np.concatenate([np.array([start], np.int64), ids])
         units = replace(units, length=len(ids))
         if units.texts or len(ids) == 1:
@@ -165,7 +187,7 @@ class TextTokenizer:
                 segments=(0, *units.segments),
                 word_ids=(-1, *units.word_ids) if self._knows_words else (),
             )
-        return TokenizedText(ids, np.zeros(len(ids), np.int64), units)
+        return TokenizedText(ids, np.zeros(len(ids), np.int64), mask, units)
 
     def units_of_ids(self, ids: npt.NDArray[np.integer], axis: str = "", *, words: bool = True) -> AxisUnits:
         """What each position of a sequence of token ids stands for.
@@ -218,53 +240,3 @@ class TextTokenizer:
 def _runs(numbers: Sequence[int], special_ids: frozenset[int]) -> Iterator[tuple[bool, list[int]]]:
     for special, run in groupby(numbers, key=special_ids.__contains__):
         yield special, list(run)
-
-
-def _special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """Ids and names of the tokens that mark structure: all special ones but the unknown token, which is text."""
-    tokens = {number: token for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    if isinstance(tokenizer.model, models.Unigram):
-        # The library tells this one model's unknown token in its file only.
-        tokens.pop(json.loads(tokenizer.to_str())["model"]["unk_id"], None)
-    else:
-        unknown = tokenizer.model.unk_token
-        tokens = {number: token for number, token in tokens.items() if token.content != unknown}
-    return {number: token.content for number, token in tokens.items()}
-
-
-def _sealed(tokenizer: Tokenizer, special: dict[int, str]) -> Tokenizer:
-    """The tokenizer, set so that no text becomes a special token, and that nothing is cut or padded.
-
-    `encode_special_tokens` keeps the library from looking for special tokens in the text. But a model whose own
-    vocabulary holds them (Unigram and word-level ones do) may still put them together from their letters. There they
-    get a name that nobody can guess; ids and scores stay.
-    """
-    _set_plain(tokenizer)
-    leaking = {
-        number: content
-        for number, content in special.items()
-        if any(
-            number in tokenizer.encode(probe, add_special_tokens=False).ids
-            for probe in (content, f"a {content} b", f"a{content}b")
-        )
-    }
-    if not leaking:
-        return tokenizer
-    state = json.loads(tokenizer.to_str())
-    vocabulary = state["model"]["vocab"]
-    for number, content in leaking.items():
-        name = secrets.token_hex(16)
-        if isinstance(vocabulary, list):
-            vocabulary[number][0] = name
-        else:
-            vocabulary[name] = vocabulary.pop(content)
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in leaking]
-    sealed = Tokenizer.from_str(json.dumps(state))
-    _set_plain(sealed)
-    return sealed
-
-
-def _set_plain(tokenizer: Tokenizer) -> None:
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True

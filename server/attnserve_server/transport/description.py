@@ -29,9 +29,9 @@ _NEVER_PADDED: Final = Ruling("", allowed=False, status="", reason="")
 
 
 def spec_messages(
-    specs: Iterable[tuple[str, str, Sequence[str | int], bool, int]],
+    specs: Iterable[tuple[str, str, Sequence[str | int]]],
 ) -> list[model_pb2.TensorSpec]:
-    """Inputs or outputs, given as (name, dtype, shape, optional, vocabulary size)."""
+    """Inputs or outputs, given as (name, dtype, shape)."""
     return [
         model_pb2.TensorSpec(
             name=name,
@@ -40,11 +40,21 @@ def spec_messages(
                 model_pb2.Dimension(symbol=extent) if isinstance(extent, str) else model_pb2.Dimension(size=extent)
                 for extent in shape
             ],
-            optional=optional,
-            vocabulary_size=vocabulary_size,
         )
-        for name, dtype, shape, optional, vocabulary_size in specs
+        for name, dtype, shape in specs
     ]
+
+
+def _describe_inputs(message: model_pb2.Model, manifest: Manifest) -> None:
+    message.inputs.extend(spec_messages((spec.name, spec.dtype, spec.shape) for spec in manifest.inputs))
+    for told, spec in zip(message.inputs, manifest.inputs, strict=True):
+        told.optional = spec.fill is not None
+        told.vocabulary_size = manifest.vocabulary_of(spec) if spec.role is InputRole.TOKEN_IDS else 0
+        told.index_ranges.extend(
+            model_pb2.IndexRange(least=each.least, greatest=each.greatest, column=each.column, along=each.along)
+            for each in spec.index_ranges
+        )
+        told.additive_mask = spec.additive_mask
 
 
 def describe(message: model_pb2.Model, manifest: Manifest, batching: Batching) -> None:
@@ -56,19 +66,8 @@ def describe(message: model_pb2.Model, manifest: Manifest, batching: Batching) -
     message.batch_reason = batch.reason
     message.batched = manifest.max_batch_size > 1
     message.digest = manifest.digest
-    message.inputs.extend(
-        spec_messages(
-            (
-                spec.name,
-                spec.dtype,
-                spec.shape,
-                spec.fill is not None,
-                manifest.vocabulary_of(spec) if spec.role is InputRole.TOKEN_IDS else 0,
-            )
-            for spec in manifest.inputs
-        )
-    )
-    message.outputs.extend(spec_messages((spec.name, spec.dtype, spec.shape, False, 0) for spec in manifest.outputs))
+    _describe_inputs(message, manifest)
+    message.outputs.extend(spec_messages((spec.name, spec.dtype, spec.shape) for spec in manifest.outputs))
     message.axes.extend(
         model_pb2.Axis(
             symbol=axis.symbol,

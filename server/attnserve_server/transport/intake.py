@@ -88,6 +88,8 @@ class Intake:
     """The axes whose lengths follow from others'."""
     masks: tuple[MaskCheck, ...]
     """What sequences must meet to be padded; empty where none is padded."""
+    places: bool
+    """Whether any input looks up positions along an axis."""
     max_batch_size: int
     max_text_bytes: int
     max_response_bytes: int
@@ -121,6 +123,7 @@ class Intake:
             constants=constants,
             derived=tuple(axis for axis in manifest.axes if axis.derived is not None),
             masks=tuple(MaskCheck.of(need, manifest.input(need.input), constants.get(need.input)) for need in needs),
+            places=any(each.along for spec in manifest.inputs for each in spec.index_ranges),
             max_batch_size=max_batch_size,
             max_text_bytes=max_text_bytes,
             max_response_bytes=max_response_bytes,
@@ -144,11 +147,13 @@ class Inputs:
 
 def check_values(array: Array, spec: InputSpec, intake: Intake, path: str, violations: Violations) -> None:
     """Note values that would poison a batch: ids outside the vocabulary, marks that are no 0 or 1, NaN and infinity."""
+    if array.dtype.kind == "f" and not _check_floats(array, spec, path, violations):
+        return
+    if spec.index_ranges:
+        if not any(each.along for each in spec.index_ranges):
+            _check_ranges(array, spec, {}, path, violations)
+        return
     if array.dtype.kind == "f":
-        finite = np.isfinite(array)
-        if not finite.all():
-            at = int(np.argmin(finite))
-            violations.add(path, f"element {at} is {array.flat[at]}; floats must be finite")
         return
     limit = intake.limits[spec.name]
     if limit is None:
@@ -158,6 +163,65 @@ def check_values(array: Array, spec: InputSpec, intake: Intake, path: str, viola
     if unsigned.max() >= limit:
         at = int(np.argmax((array < 0) | (array >= limit)))
         violations.add(path, f"element {at} is {array.flat[at]}; input {spec.name!r} runs from 0 to {limit - 1}")
+
+
+def _check_floats(array: Array, spec: InputSpec, path: str, violations: Violations) -> bool:
+    """Whether all floats are finite, or, of a mask that is added to scores, minus infinity; notes the first other."""
+    legal = np.isfinite(array)
+    if legal.all():
+        return True
+    said = "floats must be finite"
+    if spec.additive_mask:
+        legal |= np.isneginf(array)
+        said = f"input {spec.name!r} is added to scores: floats must be finite, or -inf"
+    if not legal.all():
+        at = int(np.argmin(legal))
+        violations.add(path, f"element {at} is {array.flat[at]}; {said}")
+        return False
+    empty = np.isneginf(array).reshape(-1, array.shape[-1] if array.ndim else 1).all(axis=1)
+    if spec.needs_key and empty.any():
+        row = int(np.argmax(empty))
+        violations.add(
+            path, f"row {row} of input {spec.name!r} is -inf throughout: at least one key must not be hidden"
+        )
+        return False
+    return True
+
+
+def _check_ranges(array: Array, spec: InputSpec, lengths: Mapping[str, int], path: str, violations: Violations) -> None:
+    """Note the first number that tables, or axes of these lengths, have no row for."""
+    numbers = np.trunc(array) if array.dtype.kind == "f" else array
+    illegal = np.zeros(numbers.shape, dtype=bool)
+    for column in range(spec.columns):
+        place = (...,) if spec.columns == 1 else (..., column)
+        bounds = [each.at(lengths) for each in spec.ranges_at(column)]
+        legal = [(numbers[place] >= least) & (numbers[place] <= greatest) for least, greatest in bounds]
+        illegal[place] = ~np.logical_or.reduce(legal) if legal else False
+    if illegal.any():
+        at = int(np.argmax(illegal))
+        column = at % spec.columns
+        bounds = [each.at(lengths) for each in spec.ranges_at(column)]
+        runs = " or ".join(f"from {least} to {greatest}" for least, greatest in bounds)
+        where = f"column {column} of input" if spec.columns > 1 else "input"
+        violations.add(path, f"element {at} is {array.flat[at]}; {where} {spec.name!r} runs {runs}")
+
+
+def place_in_sequences(
+    tensors: dict[str, Array], lengths: Mapping[str, int], intake: Intake, path: str, violations: Violations
+) -> None:
+    """Check inputs that look up positions along an axis, and count those from the end from the beginning.
+
+    The end of a batch is not that of a sequence which is padded in it.
+    """
+    for name, spec in intake.inputs.items():
+        along = next((each for each in spec.index_ranges if each.along in lengths), None)
+        if along is None or name not in tensors:
+            continue
+        _check_ranges(tensors[name], spec, lengths, path, violations)
+        behind = tensors[name] < along.least
+        if behind.any():
+            length = lengths[along.along]
+            tensors[name] = np.where(behind, tensors[name] + length, tensors[name]).astype(tensors[name].dtype)
 
 
 def _limit(spec: InputSpec, manifest: Manifest) -> int | None:
@@ -207,4 +271,6 @@ def fill_in(
         else:
             shape = [lengths[extent] if isinstance(extent, str) else extent for extent in spec.shape]
             tensors[name] = np.full(shape, spec.fill, NUMPY_DTYPES[spec.dtype])
+    if intake.places and len(violations) == before:
+        place_in_sequences(tensors, lengths, intake, path, violations)
     return len(violations) == before

@@ -10,7 +10,7 @@ from attnserve.v1 import inference_service_pb2
 from attnserve_server.domain.errors import TextUnavailable
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, TextSpec
-from attnserve_server.model.tokenizer import TextTokenizer, TokenizedText
+from attnserve_server.model.tokenizer import CannotBeCut, TextTokenizer, TokenizedText
 from attnserve_server.transport.arrays import read_tensors
 from attnserve_server.transport.intake import Inputs, Intake, check_values, fill_in
 from attnserve_server.transport.structure import Blobs
@@ -31,7 +31,11 @@ def from_text(
     if not _check_text(message, spec, intake, path, violations):
         return None
     before = len(violations)
-    encoded = _encoded(message, spec, tokenizer, intake.max_tokens)
+    try:
+        encoded = _encoded(message, spec, tokenizer, intake.max_tokens)
+    except CannotBeCut as why:
+        violations.add(f"{path}.text", f"too long, and the tokenizer cannot cut it: {why}")
+        return None
     field_of = {spec.axis: f"{path}.text", spec.pair_axis: f"{path}.text_pair"}
     for axis, tokens in encoded.items():
         count, most = len(tokens.ids), intake.max_tokens[axis]
@@ -64,8 +68,8 @@ def _add_tokens(
         if wanted.name in tensors:
             violations.add(field_of[axis], f"input {wanted.name!r} is made from the text, and came as a tensor too")
         tensors[wanted.name] = made
-        if wanted.role is InputRole.TOKEN_IDS:
-            # A bundle whose tokenizer knows more tokens than its model must not fail a whole batch.
+        if wanted.role is not InputRole.ATTENTION_MASK:
+            # A bundle whose tokenizer knows more tokens, or more segments, than its model must not fail a whole batch.
             check_values(made, wanted, intake, field_of[axis], violations)
 
 
@@ -90,7 +94,9 @@ def _made(wanted: InputSpec, tokens: TokenizedText, intake: Intake) -> Array | N
         return np.ascontiguousarray(tokens.type_ids, dtype)
     if wanted.role is InputRole.ATTENTION_MASK:
         constant = intake.constants.get(wanted.name)
-        return np.ones(len(tokens.ids), dtype) if constant is None or wanted.fill != 1 else constant[: len(tokens.ids)]
+        if constant is None or wanted.fill != 1 or not tokens.mask.all():
+            return np.ascontiguousarray(tokens.mask, dtype)
+        return constant[: len(tokens.ids)]
     return None
 
 

@@ -91,6 +91,28 @@ def test_other_weights_are_told_by_cosine_and_by_their_strongest_keys(tmp_path: 
     assert told.top1_agreement < 0.95
 
 
+LOWEST = float(np.finfo(np.float32).min)
+
+
+@pytest.mark.parametrize(
+    ("own", "true", "cosine"),
+    [
+        ([1.0, -np.inf, 2.0], [1.0, -np.inf, 2.0], 1.0),
+        ([1.0, -np.inf, 2.0], [1.0, LOWEST, 2.0], 1.0),
+        ([1.0, -np.inf, 2.0], [-1.0, -np.inf, -2.0], -1.0),
+        ([1.0, np.inf, 2.0], [1.0, -np.inf, 2.0], 0.0),
+        ([1.0, -np.inf, 2.0], [1.0, 0.0, 2.0], 0.0),
+        ([1.0, 0.0, 2.0], [1.0, -np.inf, 2.0], 0.0),
+        ([1.0, np.nan, 2.0], [1.0, 0.0, 2.0], 0.0),
+        ([-np.inf, -np.inf], [-np.inf, -np.inf], 1.0),
+    ],
+)
+def test_infinities_count_where_they_stand_in_one_output_alone(
+    own: list[float], true: list[float], cosine: float
+) -> None:
+    assert quality._cosine(np.array(own, np.float32), np.array(true, np.float32)) == pytest.approx(cosine)
+
+
 def test_sites_are_matched_only_where_both_graphs_have_as_many() -> None:
     manifest = tiny_manifest()
     fewer = manifest.model_copy(update={"sites": manifest.sites[:1]})

@@ -19,7 +19,7 @@ from attnserve_client import (
     Token,
 )
 from attnserve_client import cli as cli_package
-from attnserve_client.cli._app import app
+from attnserve_client.cli._app import _json_data, app
 from attnserve_client.cli._errors import EXIT_CODES, exit_code_of, sentence_of
 from attnserve_client.cli._heatmap import heatmap
 from attnserve_client.cli._text import clean, fitted
@@ -59,6 +59,14 @@ def test_infer_prints_json(attnserve: Any) -> None:
     assert np.linalg.norm(one["outputs"]["embedding"]["data"]) == pytest.approx(1.0, abs=1e-6)
     assert one["run"]["batch_size"] == 1
     assert list(one["outputs"]) == ["embedding"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_infinities_are_strings_in_json(dtype: type) -> None:
+    data = _json_data(np.array([[1.5, -np.inf], [np.inf, -2]], dtype))
+    assert json.loads(json.dumps(data, allow_nan=False)) == [[1.5, "-Infinity"], ["Infinity", -2.0]]
+    assert _json_data(np.array(-np.inf, dtype)) == "-Infinity"
+    assert _json_data(np.array([1, 2])) == [1, 2]
 
 
 def test_infer_reads_a_text_from_each_line_of_standard_input(attnserve: Any, server: FakeServer) -> None:

@@ -36,6 +36,8 @@ TABLE = np.random.default_rng(7).standard_normal((VOCABULARY, WIDTH)).astype(np.
 """Each id's embedding, (vocabulary, width)."""
 POISON_ID = 49
 """The id that `poisoned` cannot look up."""
+INFINITE_ID = 47
+"""The id whose embedding in `poisoned` is minus infinity."""
 NAN_ID = 48
 """The id whose embedding in `poisoned` is not a number."""
 
@@ -118,8 +120,9 @@ def embedder_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def poisoned_path(tmp_path: Path) -> Path:
-    """Fails on POISON_ID, which lies past its table, and gives NaN for NAN_ID."""
+    """Fails on POISON_ID, which lies past its table, and gives NaN for NAN_ID and -inf for INFINITE_ID."""
     table = TABLE[:POISON_ID].copy()
+    table[INFINITE_ID] = -np.inf
     table[NAN_ID] = np.nan
     return encoder(tmp_path / "poisoned.onnx", table)
 

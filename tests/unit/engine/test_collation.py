@@ -7,6 +7,7 @@ import pytest
 from attnserve_server.domain.values import PreparedSequence
 from attnserve_server.engine.collation import collate, outputs_of, weights_of
 from attnserve_server.engine.warmup import synthetic
+from attnserve_server.model.bands import SlidingBand
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, InputSpec, Manifest, OutputSpec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -150,6 +151,19 @@ def test_weights_are_cropped_to_a_sequences_own_lengths(manifest: Manifest, sequ
     }
     second = weights_of(batch, fetched, 2, mixed[2], manifest)
     assert {layer: (w.shape, float(w.flat[0])) for layer, w in second.items()} == {1: ((2, 2, 2), 22.0)}
+
+
+@pytest.mark.parametrize(("whole_rows", "columns"), [(True, 2), (False, 3)], ids=["all keys", "a band"])
+def test_weights_of_a_window_are_cropped_as_the_tap_writes_them(
+    manifest: Manifest, sequence_of, whole_rows: bool, columns: int
+) -> None:
+    band = SlidingBand(before=2, after=0)
+    windowed = manifest.sites[0].model_copy(update={"form": "windowed", "band": band, "whole_rows": whole_rows})
+    banded = manifest.model_copy(update={"sites": (windowed, manifest.sites[1])})
+    mixed = [sequence_of([1, 2, 3, 4, 5], [0]), sequence_of([6, 7], [0])]
+    fetched = {"attention.site0": np.ones((2, 2, 5, 5 if whole_rows else 3), np.float32)}
+    weights = weights_of(collate(mixed, banded), fetched, 1, mixed[1], banded)
+    assert weights[0].shape == (2, 2, columns)
 
 
 def test_an_axis_that_the_model_derives_by_itself_is_left_whole(manifest: Manifest, sequence_of) -> None:

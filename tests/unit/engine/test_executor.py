@@ -19,7 +19,7 @@ from attnserve_server.engine.warmup import selection_of_all, synthetic
 from attnserve_server.model.manifest import AxisSpec, InputSpec, Manifest, OutputSpec
 from attnserve_server.observability.metrics import Metrics
 
-NAN_ID, POISON_ID = 48, 49
+INFINITE_ID, NAN_ID, POISON_ID = 47, 48, 49
 
 Make = Callable[..., PreparedSequence]
 
@@ -87,9 +87,19 @@ async def test_a_failing_run_costs_its_culprits_only(
             np.testing.assert_allclose(result.outputs["embedding"], embed(np.array(texts[row])), atol=1e-6)
 
 
-async def test_a_value_that_is_not_finite_is_a_fault_of_its_sequence_only(
+async def test_infinities_are_answers_but_not_weights(
     poisoned_path: Path, manifest: Manifest, sequence_of: Make
 ) -> None:
+    async with executor_of(poisoned_path, manifest) as executor:
+        first, second = await executor.run([sequence_of([INFINITE_ID]), sequence_of([1])], RunHandle(), 0)
+        (weights,) = await executor.run([sequence_of([INFINITE_ID, 1], [0], outputs=())], RunHandle(), 0)
+    assert isinstance(first, SequenceResult)
+    assert np.isneginf(first.outputs["embedding"]).all()
+    assert isinstance(second, SequenceResult)
+    assert isinstance(weights, InternalFault), "softmax over infinities is NaN"
+
+
+async def test_nan_is_a_fault_of_its_sequence_only(poisoned_path: Path, manifest: Manifest, sequence_of: Make) -> None:
     async with executor_of(poisoned_path, manifest) as executor:
         first, second = await executor.run([sequence_of([NAN_ID]), sequence_of([1])], RunHandle(), 0)
         (weights,) = await executor.run([sequence_of([NAN_ID, 1], [0], outputs=())], RunHandle(), 0)

@@ -55,9 +55,9 @@ def judge(report: CheckReport, row_sum_tolerance: float) -> None:
 
 
 def reported(**seen: Any) -> CheckReport:
-    """The report of what a check saw. Raises CheckFailed where that was no number: nothing can be compared with NaN."""
+    """The report of what a check saw. Raises CheckFailed where a difference is no finite number."""
     if any(isinstance(value, float) and not math.isfinite(value) for value in seen.values()):
-        raise CheckFailed("check failed: the model's own answers are not finite numbers; no bundle was written")
+        raise CheckFailed("check failed: NaN or an infinity stands in one of two answers alone; no bundle was written")
     return CheckReport(**seen)
 
 

@@ -71,7 +71,9 @@ def _decomposed_error(probabilities: Probabilities, weights: Array, value: Array
         operands.reverse()
     again = np.einsum(product.equation, *operands) * product.node.attributes.get_float("alpha", 1.0)
     difference = np.where(np.isnan(output), 0.0, again - output.astype(np.float64))
-    return float(np.abs(difference).max(initial=0.0)) / max(1.0, float(np.abs(np.nan_to_num(value)).max()))
+    return float(np.abs(difference).max(initial=0.0)) / max(
+        1.0, float(np.abs(np.nan_to_num(value, posinf=0.0, neginf=0.0)).max())
+    )
 
 
 def in_graph_layout(probabilities: Probabilities, weights: Array) -> Array:

@@ -109,7 +109,8 @@ def _measured(opened: Opened, proto: onnx.ModelProto, name: str) -> QualityRepor
     told = manifest.model_copy(update={"sites": true.sites, "outputs": true.outputs, "precision": true.precision})
     reference = Subject(RuntimeSession.load(true.model_path, provider="CPUExecutionProvider"), told)
     path, text = opened.bundle.tokenizer_path, manifest.text
-    tokenizer = TextTokenizer.load(path, text.axis) if path is not None and text is not None else None
+    written = manifest.text_as_written
+    tokenizer = TextTokenizer.load(path, text.axis, written) if path is not None and text is not None else None
     material = material_of(manifest, tokenizer, opened.sampler)
     own = Subject(opened.session, manifest)
     if manifest.check.requantize is not None:

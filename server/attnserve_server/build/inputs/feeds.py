@@ -14,6 +14,9 @@ from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec
 
 Lengths = Mapping[str, int]
 
+_HIDDEN = 1 / 8
+"""The share of keys that an added mask hides."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
@@ -72,9 +75,40 @@ class Sampler:
             return np.full(shape, spec.fill, dtype)
         if is_position(spec.name):
             return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
-        if np.issubdtype(dtype, np.floating):
-            return rng.normal(size=shape).astype(dtype)
-        return _marks(shape, rng).astype(dtype)
+        return _drawn(spec, shape, lengths, rng)
+
+
+def _drawn(spec: InputSpec, shape: tuple[int, ...], lengths: Lengths, rng: np.random.Generator) -> Array:
+    """Data that is neither ids nor positions: as the input's ranges, or its type, have it."""
+    dtype = NUMPY_DTYPES[spec.dtype]
+    if spec.index_ranges:
+        return _of_ranges(spec, shape, lengths, rng)
+    if spec.additive_mask:
+        return _of_mask(spec, shape, rng)
+    if np.issubdtype(dtype, np.floating):
+        return rng.normal(size=shape).astype(dtype)
+    return _marks(shape, rng).astype(dtype)
+
+
+def _of_mask(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """A mask that is added to scores: it moves most of them, and hides some keys, but never the first."""
+    hidden = rng.random(shape) < _HIDDEN
+    if shape:
+        hidden[..., 0] = False
+    return np.where(hidden, spec.padding, rng.normal(size=shape)).astype(NUMPY_DTYPES[spec.dtype])
+
+
+def _of_ranges(spec: InputSpec, shape: tuple[int, ...], lengths: Lengths, rng: np.random.Generator) -> Array:
+    """Legal numbers of an input that looks tables up, none of them negative where there are others."""
+    drawn = np.empty(shape, NUMPY_DTYPES[spec.dtype])
+    for column, resting in enumerate(spec.resting):
+        bounds = [each.at(lengths) for each in spec.ranges_at(column)]
+        chosen = next(((low, high) for low, high in bounds if low <= resting <= high), None)
+        least, greatest = (0, 1) if chosen is None else (max(chosen[0], min(resting, 0)), chosen[1])
+        least = resting if any(each.along for each in spec.index_ranges) else least
+        place = (...,) if spec.columns == 1 else (..., column)
+        drawn[place] = rng.integers(least, greatest, drawn[place].shape, endpoint=True)
+    return drawn
 
 
 def _marks(shape: tuple[int, ...], rng: np.random.Generator) -> Array:

@@ -92,4 +92,5 @@ def _error(found: Array, expected: Array) -> float:
     if found.ndim != expected.ndim or any(one > other for one, other in zip(found.shape, expected.shape, strict=True)):
         return float("inf")
     cropped = expected[tuple(slice(extent) for extent in found.shape)]
-    return max_abs(found, cropped) / max(1.0, float(np.abs(np.nan_to_num(cropped.astype(np.float64))).max(initial=0.0)))
+    wide = np.abs(np.nan_to_num(cropped.astype(np.float64), posinf=0.0, neginf=0.0))
+    return max_abs(found, cropped) / max(1.0, float(wide.max(initial=0.0)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -12,8 +12,10 @@ from onnx import helper
 
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.graphs.reading import HOW_TO_NAME
+from attnserve_server.build.inputs.additive import additive_masks_of
+from attnserve_server.build.inputs.index_ranges import index_ranges_of
 from attnserve_server.build.inputs.roles import is_position, is_second, roles_of
-from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, Dtype, InputRole, InputSpec
+from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, Dtype, IndexRange, InputRole, InputSpec
 
 SEQUENCE = "seq"
 """The symbol of the axis that token inputs share where the graph does not name it."""
@@ -23,11 +25,15 @@ SECOND_SEQUENCE = "decoder_seq"
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """The inputs, without the batch axis, and the largest batch that the graph takes (None: any)."""
+    """The inputs, without the batch axis, and the largest batch that the graph takes (None: any).
+
+    `unbounded`: inputs that the graph looks rows up with in a way that does not tell which numbers are legal.
+    """
 
     inputs: tuple[InputSpec, ...]
     symbols: tuple[str, ...]
     fixed_batch: int | None = None
+    unbounded: frozenset[str] = frozenset()
 
 
 def dtype_of(element_type: int, name: str) -> Dtype:
@@ -65,6 +71,9 @@ def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
         if len(axes[name]) == 2 and (np.issubdtype(NUMPY_DTYPES[dtype], np.integer) or dtype == "bool")
     }
     roles, vocabularies = roles_of(graph, flat)
+    counted = {name: NUMPY_DTYPES[dtype] for name, dtype in dtypes.items() if dtype != "bool"}
+    bounds = index_ranges_of(graph, counted)
+    additive = additive_masks_of(graph, {name: dtype for name, dtype in counted.items() if dtype.kind == "f"})
     specs: list[InputSpec] = []
     for name, dtype in dtypes.items():
         role = roles.get(name, InputRole.DATA)
@@ -73,19 +82,13 @@ def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
             _extent(name, position, axis, along_tokens=along_tokens)
             for position, axis in enumerate(axes[name][1:], start=1)
         )
-        padding = padding_id if role is InputRole.TOKEN_IDS else 0
         fill = {InputRole.ATTENTION_MASK: 1.0, InputRole.TOKEN_TYPE_IDS: 0.0}.get(role)
-        specs.append(
-            InputSpec(
-                name=name,
-                dtype=dtype,
-                shape=shape,
-                role=role,
-                padding=padding,
-                fill=fill,
-                vocabulary_size=vocabularies.get(name, 0),
-            )
-        )
+        spec = InputSpec(name=name, dtype=dtype, shape=shape, role=role, fill=fill)
+        if name in additive:
+            # Padded keys stay hidden.
+            specs.append(spec.model_copy(update={"additive_mask": True, "padding": additive[name]}))
+        else:
+            specs.append(_bounded(spec, bounds.of.get(name, ()), vocabularies.get(name, 0), padding_id))
     symbols = {extent: None for spec in specs for extent in spec.shape if isinstance(extent, str)}
     clash = [symbol for symbol in symbols if symbol == BATCH or symbol in batch_symbols]
     if clash:
@@ -94,7 +97,33 @@ def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
             place = later.shape.index(BATCH) + 1
             raise BuildRefused(f"input {later.name!r} has its batch on axis {place}: it must be the first axis of all")
         raise BuildRefused(f"axis symbol {clash[0]!r} names the batch axis and another one")
-    return Signature(tuple(specs), tuple(symbols), fixed_batch=1 if fixed else None)
+    return Signature(tuple(specs), tuple(symbols), fixed_batch=1 if fixed else None, unbounded=bounds.lost)
+
+
+def in_float16(signature: Signature) -> Signature:
+    """The signature of the graph in float16: what hides a padded key there stays finite."""
+    least = float(np.finfo(np.float16).min)
+    inputs = tuple(
+        spec.model_copy(update={"padding": max(spec.padding, least)}) if spec.additive_mask else spec
+        for spec in signature.inputs
+    )
+    return replace(signature, inputs=inputs)
+
+
+def _bounded(spec: InputSpec, ranges: tuple[IndexRange, ...], vocabulary_size: int, padding_id: int) -> InputSpec:
+    """An input with the numbers that it may hold, and a padding that is one of them."""
+    if spec.role is InputRole.TOKEN_IDS:
+        # Ids are never negative, whatever a table takes.
+        past = [each.greatest + 1 for each in ranges if not each.along and each.least <= 0 <= each.greatest]
+        sizes = [size for size in (vocabulary_size, *past) if size]
+        return spec.model_copy(update={"padding": float(padding_id), "vocabulary_size": min(sizes, default=0)})
+    if spec.role is InputRole.ATTENTION_MASK:
+        return spec
+    if spec.role is InputRole.TOKEN_TYPE_IDS:
+        ranges = tuple(each.model_copy(update={"least": max(each.least, 0)}) for each in ranges if each.greatest >= 0)
+    bounded = spec.model_copy(update={"index_ranges": ranges})
+    resting = set(bounded.resting)
+    return bounded.model_copy(update={"padding": float(resting.pop())}) if len(resting) == 1 else bounded
 
 
 def _axes(value: onnx.ValueInfoProto) -> list[Any]:

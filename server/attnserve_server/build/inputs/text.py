@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from attnserve_server.build.errors import BuildRefused
 from attnserve_server.build.inputs.roles import is_second
-from attnserve_server.model.manifest import InputRole, InputSpec, TextSpec
+from attnserve_server.build.progress import Steps
+from attnserve_server.model.manifest import AxisSpec, InputRole, InputSpec, TextSpec
 
 
 def text_of(
@@ -50,6 +52,89 @@ def text_of(
         pair_max_tokens=max_lengths[pair_axis],
         pair_start=pair_start,
     )
+
+
+def written_text(
+    tokenizer: Path, text: TextSpec | None, inputs: Sequence[InputSpec], axes: Sequence[AxisSpec], steps: Steps
+) -> TextSpec | None:
+    """The text with the axes along which the tokenizer's own padding and truncation are kept.
+
+    Padding is left out only where the graph ignores it: behind the text, masked, and along an axis that was seen to be
+    paddable. Of a second text with an axis to itself that it is paddable is enough. Without padding, texts are cut only
+    where the model has no mask: elsewhere one that is too long is refused.
+
+    Args:
+        tokenizer: the file.
+        text: which axes texts run along; None: the model takes none.
+        inputs: of the graph.
+        axes: what is known of them.
+        steps: is told what is kept.
+
+    Raises:
+        BuildRefused: the tokenizer pads, nothing hides it, and the graph does not take so many tokens.
+    """
+    if text is None:
+        return None
+    sized = Sizing.of(tokenizer)
+    paddable = {axis.symbol for axis in axes if axis.paddable}
+    masked = {spec.shape[0] for spec in inputs if spec.role is InputRole.ATTENTION_MASK and len(spec.shape) == 1}
+    written: list[str] = []
+    for axis, most in text.axes.items():
+        hidden = axis in paddable and sized.behind and (axis in masked or axis == text.pair_axis)
+        if not (sized.pads and not hidden) and not (sized.cuts and axis not in masked and axis != text.pair_axis):
+            continue
+        if sized.least > most:
+            raise BuildRefused(
+                f"{tokenizer.name} pads texts to {sized.least} tokens, which no mask hides, and the graph takes "
+                f"{most} at most: take the padding out of the file, or lower it"
+            )
+        written.append(axis)
+        steps.warn(
+            f"texts along {axis!r} are {sized.words}, as {tokenizer.name} says: the model has no mask that hides it"
+        )
+    return text.model_copy(update={"as_written": tuple(written)})
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """What a tokenizer.json says of lengths. `least`: tokens that a text is padded to; `most`: to which it is cut.
+
+    0 where it says neither. `multiple`: what lengths are padded to a multiple of; `behind`: padding comes last.
+    """
+
+    least: int = 0
+    multiple: int = 0
+    most: int = 0
+    behind: bool = True
+
+    @classmethod
+    def of(cls, tokenizer: Path) -> Sizing:
+        """As the file has it, which was read before."""
+        described = json.loads(tokenizer.read_text(encoding="utf-8"))
+        padding, truncation = described.get("padding") or {}, described.get("truncation") or {}
+        strategy, multiple = padding.get("strategy"), int(padding.get("pad_to_multiple_of") or 0)
+        least = int(strategy["Fixed"]) if isinstance(strategy, dict) else 0
+        if multiple:
+            least = -(-least // multiple) * multiple
+        behind = padding.get("direction", "Right") == "Right"
+        return cls(least, multiple, int(truncation.get("max_length") or 0), behind)
+
+    @property
+    def pads(self) -> bool:
+        """Whether a single text may be padded."""
+        return self.least > 0 or self.multiple > 1
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a single text may be cut."""
+        return self.most > 0
+
+    @property
+    def words(self) -> str:
+        """What is done to a text, in words."""
+        to = [f"to {self.least} tokens"] if self.least else [f"to a multiple of {self.multiple} tokens"]
+        padded = [f"padded {to[0]}"] if self.pads else []
+        return " and ".join([*padded, *([f"cut to {self.most}"] if self.cuts else [])])
 
 
 def padding_id_of(tokenizer: Path | None) -> int:

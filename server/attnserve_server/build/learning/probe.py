@@ -227,10 +227,14 @@ def croppers(
 
 
 def max_abs(one: Array, other: Array) -> float:
-    """The greatest absolute difference of two arrays of one shape; infinity where either has a NaN alone."""
+    """The greatest absolute difference of two arrays of one shape.
+
+    Equal infinities differ by 0. Infinity where an infinity or a NaN stands in one of the two alone.
+    """
     if one.shape != other.shape:
         return float("inf")
-    difference = np.abs(one.astype(np.float64) - other.astype(np.float64))
-    same = (one == other) | (np.isnan(one.astype(np.float64)) & np.isnan(other.astype(np.float64)))
-    difference = np.where(same, 0.0, difference)
+    wide, beside = one.astype(np.float64), other.astype(np.float64)
+    same = (wide == beside) | (np.isnan(wide) & np.isnan(beside))
+    with np.errstate(invalid="ignore"):
+        difference = np.where(same, 0.0, np.abs(wide - beside))
     return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0))

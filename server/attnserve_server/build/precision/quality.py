@@ -39,6 +39,7 @@ _TIMED_TOKENS = 2000
 _TIMED_ROUNDS = 5
 _COMPARED_FIRST = ("embedding", "sentence_embedding", "last_hidden_state")
 _VANISHING = 1e-12
+_GREATEST_HALF = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +164,17 @@ def _answers(
 
 
 def _cosine(one: Array, other: Array) -> float:
-    """Of two outputs, each averaged over its positions."""
-    first, second = (_pooled(array.astype(np.float64)) for array in (one, other))
+    """Of two outputs, each averaged over its positions, without the numbers that are infinite in both.
+
+    0 where one of the two alone has an infinity, or a NaN. A number beyond float16's range, such as the lowest float32,
+    may be an infinity of its sign in the reduced output.
+    """
+    own, true = one.astype(np.float64), other.astype(np.float64)
+    true = np.where(np.isinf(own) & (np.abs(true) > _GREATEST_HALF), np.copysign(np.inf, true), true)
+    finite = np.isfinite(true)
+    if not np.array_equal(own[~finite], true[~finite]) or not np.isfinite(own[finite]).all():
+        return 0.0
+    first, second = (_pooled(np.where(finite, array, 0.0)) for array in (own, true))
     norms = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(first @ second) / norms if norms > _VANISHING else float(np.allclose(first, second, atol=1e-6))
 
@@ -244,7 +254,8 @@ def with_quality(
         for path, own in ((model_path, ruled), (true.model_path, told))
     )
     text = manifest.text
-    known = TextTokenizer.load(tokenizer, text.axis) if tokenizer is not None and text is not None else None
+    written = manifest.text_as_written
+    known = TextTokenizer.load(tokenizer, text.axis, written) if tokenizer is not None and text is not None else None
     against = "the file itself, each sequence alone" if alone else f"the same graph in {true.precision}"
     report = measure(one, other, material_of(manifest, known, sampler), against, alone=alone)
     judge_quality(report, manifest.precision, steps)

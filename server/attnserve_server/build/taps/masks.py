@@ -91,8 +91,12 @@ class MaskRows:
         return self._tap.not_less(self._ends(ends), self._queries_down())
 
     def _ends(self, ends: ir.Value) -> ir.Value:
-        rows = self._tap.op("Cast", [self._tap.rows_of(ends)], to=int(ir.DataType.INT64))
-        return self._tap.unsqueeze(rows, 1, 2, 3)
+        """Int64 (n, 1, 1, 1). The kernel reads B numbers in a row, whatever their shape: (B,), (B, 1) or (1, B)."""
+        tap = self._tap
+        if ends.shape is None or len(ends.shape) != 1:
+            ends = tap.once("flat", ends, lambda value: tap.op("Reshape", [value, tap.ints(-1)]))
+        rows = tap.op("Cast", [tap.rows_of(ends)], to=int(ir.DataType.INT64))
+        return tap.unsqueeze(rows, 1, 2, 3)
 
     def causal_penalty(self) -> ir.Value:
         """Float32 (n, 1, L, S): the lowest number where key j stands behind query i, but for the last query."""
