@@ -23,6 +23,7 @@ from attnserve_server.build.graphs.graph import checked, precision_of, save
 from attnserve_server.build.inputs.feeds import Sampler
 from attnserve_server.build.inputs.signature import SEQUENCE, Signature, signature_of
 from attnserve_server.build.inputs.text import text_of
+from attnserve_server.build.limits import as_the_server_warms_up, true_limits
 from attnserve_server.build.precision.calibration import ranges_of
 from attnserve_server.build.precision.choose import Precision, in_precision
 from attnserve_server.build.precision.quality import with_quality
@@ -125,15 +126,18 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     assembled = traced.rewritten.assembled(sampler, work, steps)
     if not assembled.sites:
         raise BuildRefused(f"{source.architecture} exports without attention that is known, so there is nothing to tap")
+    rows = request.max_batch_size if rows_are_independent(assembled, steps) else 1
+    max_lengths, max_batch_size = true_limits(assembled, max_lengths, rows, steps, padding_known=True)
+    text = text_of(signature.inputs, max_lengths, more.pair_start if more else None)
     axes, padding = axes_of(assembled, max_lengths, steps)
     axes = tuple(_gridded(axis, more.grids if more else {}) for axis in axes)
     steps.begin("checking against the source")
     if assembled.precision == "int8":
         # Rounding to eight bits is no matter of a tolerance for each number; what it costs is told as quality.
         paddable = all(axis.paddable or axis.fixed for axis in axes)
-        report = check_against_itself(assembled, max_lengths, padding, paddable=paddable)
+        report = check_against_itself(assembled, max_lengths, max_batch_size, padding, paddable=paddable)
     else:
-        report = _check(assembled, source, padding)
+        report = _check(assembled, source, padding, max_lengths)
     judge(report, assembled.tolerances.row_sum)
     left_out = None
     if request.try_more:
@@ -150,7 +154,7 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         digest=UNSEALED,
         files={},
         precision=assembled.precision,
-        max_batch_size=request.max_batch_size if rows_are_independent(assembled, steps) else 1,
+        max_batch_size=max_batch_size,
         axes=axes,
         inputs=signature.inputs,
         outputs=assembled.outputs,
@@ -170,7 +174,8 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     )
     if reduced is not proto:
         manifest = with_quality(manifest, assembled.model_path, proto, sampler, source.tokenizer_path, work, steps)
-    manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps)
+    manifest, session = as_the_server_warms_up(manifest, assembled.model_path, steps)
+    manifest, golden = with_golden(manifest, session, sampler, work, steps)
     return write_bundle(request.repository, manifest, {**files, **golden})
 
 
@@ -232,17 +237,21 @@ def _gridded(axis: AxisSpec, grids: Mapping[int, Grid]) -> AxisSpec:
     return AxisSpec.model_validate({**axis.model_dump(), **told})
 
 
-def _check(assembled: Assembled, source: SourceModel, padding: float | None) -> CheckReport:
+def _check(
+    assembled: Assembled, source: SourceModel, padding: float | None, max_lengths: Mapping[str, int]
+) -> CheckReport:
     """Compare the tapped graph with the source's own answers, on mixed lengths in one padded batch."""
     tapped = Runner(assembled.model_path)
-    feeds, lengths = assembled.sampler.mixed(CHECK_LENGTHS)
+    longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))
+    mixed = tuple(min(length, longest) for length in CHECK_LENGTHS)
+    feeds, lengths = assembled.sampler.mixed(mixed)
     outputs = [spec.name for spec in assembled.outputs]
     found = tapped.run(feeds, [*outputs, *assembled.weights.values()])
     named = [_lengths(assembled, own) for own in lengths]
     seen = differences(assembled.outputs, assembled.sites, found, source.reference(feeds), named)
     return CheckReport(
         against=f"{source.architecture} in torch, eager attention",
-        lengths=CHECK_LENGTHS,
+        lengths=mixed,
         output_max_abs_error=seen.output,
         output_tolerance=assembled.tolerances.output,
         weight_max_abs_error=seen.weight,

@@ -20,6 +20,8 @@ from attnserve_server.domain.values import Array
 
 _SAME = 1e-3
 """How far weights of a row may differ with its place in the batch: far above rounding, far below another row's."""
+KEYS_OF_ALL_ROWS = "its keys follow the batch"
+"""Why a site is not understood whose queries look at keys of other rows."""
 
 Axes = tuple[tuple[Factor, ...], ...]
 

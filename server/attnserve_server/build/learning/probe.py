@@ -104,26 +104,6 @@ def _is_causal(runs: Sequence[Array]) -> bool:
     )
 
 
-def probe_max_length(runner: Runner, sampler: Sampler, symbol: str, wanted: int, output: str) -> int:
-    """The greatest length up to `wanted` on which the graph runs, other axes kept short. By bisection."""
-
-    def runs(length: int) -> bool:
-        lengths = {**dict.fromkeys(sampler.signature.symbols, _PRIMES[0]), symbol: length}
-        try:
-            runner.run(sampler.batch([sampler.sequence(lengths)], lengths), [output], tap=False)
-        except BuildRefused:
-            return False
-        return True
-
-    if runs(wanted):
-        return wanted
-    low, high = _PRIMES[0], wanted
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if runs(middle) else (low, middle)
-    return low
-
-
 def padding_error(
     runner: Runner,
     sampler: Sampler,
