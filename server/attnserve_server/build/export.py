@@ -137,7 +137,7 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         paddable = all(axis.paddable or axis.fixed for axis in axes)
         report = check_against_itself(assembled, max_lengths, max_batch_size, padding, paddable=paddable)
     else:
-        report = _check(assembled, source, padding, max_lengths)
+        report = _check(assembled, source, padding, max_lengths, max_batch_size)
     judge(report, assembled.tolerances.row_sum)
     left_out = None
     if request.try_more:
@@ -238,12 +238,15 @@ def _gridded(axis: AxisSpec, grids: Mapping[int, Grid]) -> AxisSpec:
 
 
 def _check(
-    assembled: Assembled, source: SourceModel, padding: float | None, max_lengths: Mapping[str, int]
+    assembled: Assembled, source: SourceModel, padding: float | None, max_lengths: Mapping[str, int], rows: int
 ) -> CheckReport:
-    """Compare the tapped graph with the source's own answers, on mixed lengths in one padded batch."""
+    """Compare the tapped graph with the source's own answers, on mixed lengths in one padded batch.
+
+    A batch of at most `rows`; where rows are 1, since they change each other's answers, the source's change alike.
+    """
     tapped = Runner(assembled.model_path)
     longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))
-    mixed = tuple(min(length, longest) for length in CHECK_LENGTHS)
+    mixed = tuple(min(length, longest) for length in (CHECK_LENGTHS[-rows:] if rows > 1 else CHECK_LENGTHS))
     feeds, lengths = assembled.sampler.mixed(mixed)
     outputs = [spec.name for spec in assembled.outputs]
     found = tapped.run(feeds, [*outputs, *assembled.weights.values()])

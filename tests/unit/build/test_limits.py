@@ -44,7 +44,7 @@ def warmed_up(bundle: Bundle) -> None:
     """What the server runs when it loads a bundle. Raises RunFailed where it could not be served."""
     session = RuntimeSession.load(bundle.model_path, provider="CPUExecutionProvider", intra_op_threads=1)
     warmup.touch(session, bundle.manifest)
-    warmup.measure(session, bundle.manifest, warmup.ThreadCpuClock())
+    warmup.measure(session, bundle.manifest, warmup.ThreadCpuClock(), repeats=1)
     longest = max(axis.max_length for axis in bundle.manifest.axes)
     warmup.run(session, bundle.manifest, [warmup.synthetic(bundle.manifest, longest)])
 
