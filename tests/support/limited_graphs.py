@@ -126,6 +126,12 @@ def shared_positions(table: int) -> onnx.ModelProto:
     return made.model(rows, shapes)
 
 
+def cut_short(positions: int) -> onnx.ModelProto:
+    """Answers for the first so many positions alone."""
+    made = Writer()
+    return made.of_features(made.op("Slice", made.attend("x"), made.ints(0), made.ints(positions), made.ints(1)))
+
+
 def one_row() -> onnx.ModelProto:
     """Reshapes to one row, as a file does that was traced on one."""
     made = Writer()

@@ -22,6 +22,7 @@ from attnserve_server.build.inputs.roles import is_position
 from attnserve_server.build.progress import Steps
 from attnserve_server.domain.values import Array
 from attnserve_server.engine import warmup
+from attnserve_server.engine.extents import UnexpectedShape
 from attnserve_server.engine.session import RunFailed, RuntimeSession
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
 
@@ -112,17 +113,26 @@ def as_the_server_warms_up(manifest: Manifest, model_path: Path, steps: Steps) -
     other: the batch is then lowered until it runs at the greatest lengths.
 
     Raises:
-        BuildRefused: not even one sequence runs.
+        BuildRefused: not even one sequence runs, or a run's tensors have other shapes than the manifest declares.
     """
     session = RuntimeSession.load(
         model_path, provider="CPUExecutionProvider", left_out=manifest.left_out, intra_op_threads=1
     )
     try:
+        return _warmed_up(manifest, session, steps), session
+    except UnexpectedShape as fault:
+        raise BuildRefused(
+            f"{fault}: it does not follow the inputs' lengths as it did in shorter runs; a lower --max-length may help"
+        ) from None
+
+
+def _warmed_up(manifest: Manifest, session: RuntimeSession, steps: Steps) -> Manifest:
+    try:
         warmup.touch(session, manifest)
         warmup.measure(session, manifest, warmup.ThreadCpuClock(), repeats=1, more_s=_WARM_UP_S)
     except RunFailed:
-        manifest = _that_loads(manifest, session, steps)
-    return manifest, session
+        return _that_loads(manifest, session, steps)
+    return manifest
 
 
 def _that_loads(manifest: Manifest, session: RuntimeSession, steps: Steps) -> Manifest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import Array
 from attnserve_server.engine.collation import CollatedBatch
 from attnserve_server.model.manifest import BATCH, Extent, Manifest
@@ -13,13 +14,15 @@ ITEMS: Final = "items"
 """The first axis of a tap's weights, one entry for each row that is listed in its items."""
 
 
-class UnexpectedShape(Exception):
+class UnexpectedShape(AttnserveError):
     """A tensor of a run has another shape than its manifest declares: the model is at fault, or the manifest is."""
+
+    reason = "UNEXPECTED_SHAPE"
 
     def __init__(self, tensor: str, declared: Sequence[Extent], expected: Sequence[int | None], found: Sequence[int]):
         self.tensor, self.declared, self.expected, self.found = tensor, tuple(declared), tuple(expected), tuple(found)
         super().__init__(
-            f"{tensor} has the shape {self.found}; the manifest declares ({', '.join(map(str, declared))}), "
+            f"tensor {tensor!r} has the shape {self.found}; the manifest declares ({', '.join(map(str, declared))}), "
             f"which is ({', '.join('any' if extent is None else str(extent) for extent in expected)}) in this batch"
         )
 

@@ -17,8 +17,9 @@ from attnserve_server.domain.selection import (
     WeightDtype,
 )
 from attnserve_server.domain.values import Array, PreparedSequence
-from attnserve_server.engine.collation import collate
+from attnserve_server.engine.collation import CollatedBatch, collate
 from attnserve_server.engine.cost import TimedRun
+from attnserve_server.engine.extents import ShapeCheck
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
 
@@ -47,6 +48,7 @@ def touch(session: RuntimeSession, manifest: Manifest) -> None:
 
     Raises:
         RunFailed: the model cannot run on these inputs.
+        UnexpectedShape: what it returns has another shape than the manifest declares.
     """
     everything = selection_of_all(manifest)
     for size, length in ((1, 4), (2, 16)):
@@ -68,6 +70,7 @@ def measure(
 
     Raises:
         RunFailed: the model cannot run on these inputs.
+        UnexpectedShape: what it returns has another shape than the manifest declares.
     """
     seen: dict[tuple[int, int], TimedRun] = {}
     left_s = more_s
@@ -92,8 +95,11 @@ def measure(
 def _seconds(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence], clock: Clock) -> float:
     """Seconds of one run, collation included."""
     started = clock.now()
-    run(session, manifest, sequences)
-    return clock.now() - started
+    batch = collate(sequences, manifest)
+    outputs = session.run(batch.feeds, batch.fetches)
+    seconds = clock.now() - started
+    _check(session, manifest, batch, outputs)
+    return seconds
 
 
 def selection_of_all(manifest: Manifest) -> EffectiveSelection | None:
@@ -134,6 +140,16 @@ def _values(spec: InputSpec, lengths: dict[str, int], vocabulary_size: int) -> A
 
 
 def run(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence]) -> None:
-    """Run one batch and drop what it returns. Raises RunFailed where the model cannot run on it."""
+    """Run one batch and drop what it returns.
+
+    Raises:
+        RunFailed: the model cannot run on these inputs.
+        UnexpectedShape: what it returns has another shape than the manifest declares.
+    """
     batch = collate(sequences, manifest)
-    session.run(batch.feeds, batch.fetches)
+    _check(session, manifest, batch, session.run(batch.feeds, batch.fetches))
+
+
+def _check(session: RuntimeSession, manifest: Manifest, batch: CollatedBatch, outputs: list[Array]) -> None:
+    fetched = dict(zip(batch.fetches, outputs, strict=True))
+    ShapeCheck(manifest).check(batch, fetched, filled_up=session.fills_up)

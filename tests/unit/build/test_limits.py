@@ -18,6 +18,7 @@ from attnserve_server.engine import warmup
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.repository import Bundle
 from limited_graphs import (
+    cut_short,
     few_positions_in_all,
     few_rows,
     in_windows_of,
@@ -95,6 +96,13 @@ def test_axes_that_share_a_table_are_limited_together(tmp_path: Path) -> None:
     bundle, _ = prepared(shared_positions(90), tmp_path)
     assert {axis.symbol: axis.max_length for axis in bundle.manifest.axes} == {"words": 45, "frames": 45}
     warmed_up(bundle)
+
+
+def test_output_that_stops_following_the_lengths_is_refused_by_its_shapes(tmp_path: Path) -> None:
+    with pytest.raises(
+        BuildRefused, match=r"'out' has the shape \(1, 60, 8\); .* which is \(1, 128, 8\) in this batch"
+    ):
+        prepared(cut_short(60), tmp_path)
 
 
 def exported(folder: Path) -> tuple[Bundle, list[str]]:

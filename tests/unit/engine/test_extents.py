@@ -13,6 +13,7 @@ import pytest
 from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.domain.errors import InternalFault
 from attnserve_server.domain.values import PreparedSequence, SequenceResult
+from attnserve_server.engine import warmup
 from attnserve_server.engine.collation import collate
 from attnserve_server.engine.executor import Executor, Outcome
 from attnserve_server.engine.extents import ShapeCheck, UnexpectedShape
@@ -103,13 +104,25 @@ async def test_declared_shapes_pass(embedder_path: Path, manifest: Manifest, seq
     assert all(isinstance(result, SequenceResult) for result in results)
 
 
+async def test_model_whose_tensors_contradict_its_manifest_does_not_warm_up(
+    embedder_path: Path, manifest: Manifest
+) -> None:
+    session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
+    warmup.touch(session, manifest)
+    for wrong in (shown_as(manifest, "seq", 9), site_with(manifest, heads=3)):
+        with pytest.raises(UnexpectedShape):
+            warmup.touch(session, wrong)
+    with pytest.raises(UnexpectedShape):
+        warmup.measure(session, shown_as(manifest, "half", 8), MonotonicClock())
+
+
 def test_message_has_the_declared_the_expected_and_the_found_extents(manifest: Manifest, sequence_of: Make) -> None:
     batch = collate([sequence_of([1, 2, 3]), sequence_of([1])], manifest)
     fetched = {"last_hidden_state": np.zeros((2, 4, 8), np.float32)}
     with pytest.raises(UnexpectedShape) as caught:
         ShapeCheck(manifest).check(batch, fetched)
     assert str(caught.value) == (
-        "last_hidden_state has the shape (2, 4, 8); the manifest declares (batch, seq, 8), "
+        "tensor 'last_hidden_state' has the shape (2, 4, 8); the manifest declares (batch, seq, 8), "
         "which is (2, 3, 8) in this batch"
     )
 
