@@ -106,7 +106,7 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     except BuildRefused:
         if signature.fixed_batch or not takes_one_row_alone(proto, signature, work):
             raise
-    steps.warn("the graph takes one row at a time: it is prepared again with the batch fixed at 1")
+    steps.warn("the graph does not take three rows in a batch: it is prepared again with the batch fixed at 1")
     for value in proto.graph.input:
         if value.name in {spec.name for spec in signature.inputs}:
             value.type.tensor_type.shape.dim[0].dim_value = 1
