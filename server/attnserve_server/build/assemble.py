@@ -21,7 +21,12 @@ from attnserve_server.build.learning.grids import Grid, grids_of
 from attnserve_server.build.learning.layout import settle
 from attnserve_server.build.learning.origins import FixedAxes, fixed_axes, of_one_sequence
 from attnserve_server.build.learning.probe import Axes, probe_axes, probe_lengths
-from attnserve_server.build.learning.windows import grid_of_windows, with_key_axes, with_windows
+from attnserve_server.build.learning.windows import (
+    grid_of_windows,
+    with_key_axes,
+    with_windows,
+    with_windows_apart,
+)
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.runtime import Runner
 from attnserve_server.build.sites import FoundSite
@@ -75,7 +80,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     found = with_plain_values(checker_model.graph, find_sites(checker_model.graph))
     expose(checker_model, found.values())
     found = _settled(checker_model, found, sampler, work / "untapped.onnx")
-    found = with_windows(proto, found, sampler, work)
+    found = with_windows(proto, with_windows_apart(proto, found, sampler, work), sampler, work)
     add_taps(checker_model.graph, found)
     save(checker_model, checker_path)
     steps.begin("probing axes")

@@ -24,6 +24,7 @@ from attnserve_server.build.graphs.graph import checked, precision_of, save
 from attnserve_server.build.inputs.feeds import Sampler
 from attnserve_server.build.inputs.signature import SEQUENCE, Signature, signature_of
 from attnserve_server.build.inputs.text import text_of, written_text
+from attnserve_server.build.limits import as_the_server_warms_up, true_limits
 from attnserve_server.build.precision.calibration import ranges_of
 from attnserve_server.build.precision.choose import Precision, in_precision
 from attnserve_server.build.precision.quality import with_quality
@@ -130,13 +131,15 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     assembled = traced.rewritten.assembled(sampler, work, steps)
     if not assembled.sites:
         raise BuildRefused(f"{source.architecture} exports without attention that is known, so there is nothing to tap")
+    max_lengths, max_batch_size = true_limits(assembled, max_lengths, request.max_batch_size, steps, padding_known=True)
+    text = text_of(signature.inputs, max_lengths, more.pair_start if more else None)
     certified = certify(
         assembled,
         max_lengths,
         steps,
         batching=request.batching,
         attack_seconds=request.attack_seconds,
-        max_batch_size=request.max_batch_size,
+        max_batch_size=max_batch_size,
     )
     certificate = certified.certificate
     axes = tuple(
@@ -147,9 +150,9 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
     if assembled.precision == "int8":
         # Rounding to eight bits is no matter of a tolerance for each number; what it costs is told as quality.
         paddable = all(axis.paddable or axis.fixed for axis in axes)
-        report = check_against_itself(assembled, max_lengths, paddable=paddable)
+        report = check_against_itself(assembled, max_lengths, max_batch_size, paddable=paddable)
     else:
-        report = _check(assembled, source)
+        report = _check(assembled, source, max_lengths, max_batch_size)
     judge(report, assembled.tolerances.row_sum)
     left_out = None
     if request.try_more:
@@ -167,7 +170,7 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         digest=UNSEALED,
         files={},
         precision=assembled.precision,
-        max_batch_size=request.max_batch_size,
+        max_batch_size=max_batch_size,
         axes=axes,
         inputs=signature.inputs,
         outputs=assembled.outputs,
@@ -190,7 +193,8 @@ def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Step
         manifest = with_quality(
             manifest, assembled.model_path, proto, sampler, source.tokenizer_path, work, steps, request.batching
         )
-    manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps, request.batching)
+    manifest, session = as_the_server_warms_up(manifest, assembled.model_path, steps)
+    manifest, golden = with_golden(manifest, session, sampler, work, steps, request.batching)
     return write_bundle(request.repository, manifest, {**files, **golden})
 
 
@@ -252,17 +256,22 @@ def _gridded(axis: AxisSpec, grids: Mapping[int, Grid]) -> AxisSpec:
     return AxisSpec.model_validate({**axis.model_dump(), **told})
 
 
-def _check(assembled: Assembled, source: SourceModel) -> CheckReport:
-    """Compare the tapped graph with the source's own answers, on mixed lengths in one padded batch."""
+def _check(assembled: Assembled, source: SourceModel, max_lengths: Mapping[str, int], rows: int) -> CheckReport:
+    """Compare the tapped graph with the source's own answers, on mixed lengths in one padded batch of at most `rows`.
+
+    Where rows change each other's answers, the source's change alike.
+    """
     tapped = Runner(assembled.model_path)
-    feeds, lengths = assembled.sampler.mixed(CHECK_LENGTHS)
+    longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))
+    mixed = tuple(min(length, longest) for length in (CHECK_LENGTHS[-rows:] if rows > 1 else CHECK_LENGTHS))
+    feeds, lengths = assembled.sampler.mixed(mixed)
     outputs = [spec.name for spec in assembled.outputs]
     found = tapped.run(feeds, [*outputs, *assembled.weights.values()])
     named = [_lengths(assembled, own) for own in lengths]
     seen = differences(assembled.outputs, assembled.sites, found, source.reference(feeds), named)
     return CheckReport(
         against=f"{source.architecture} in torch, eager attention",
-        lengths=CHECK_LENGTHS,
+        lengths=mixed,
         output_max_abs_error=seen.output,
         output_tolerance=assembled.tolerances.output,
         weight_max_abs_error=seen.weight,

@@ -13,7 +13,7 @@ from attnserve_server.build.certify import ATTACK_SECONDS, certify
 from attnserve_server.build.checking.check import judge
 from attnserve_server.build.checking.golden import with_golden
 from attnserve_server.build.checking.self_check import check_against_itself
-from attnserve_server.build.errors import BuildRefused
+from attnserve_server.build.errors import BuildRefused, CheckFailed
 from attnserve_server.build.export import now
 from attnserve_server.build.fusion import fused
 from attnserve_server.build.graphs.graph import checked, read_graph
@@ -22,16 +22,18 @@ from attnserve_server.build.inputs.feeds import Sampler
 from attnserve_server.build.inputs.free_length import with_free_length
 from attnserve_server.build.inputs.signature import Signature, in_float16, signature_of
 from attnserve_server.build.inputs.text import padding_id_of, text_of, written_text
+from attnserve_server.build.inputs.unlike import BATCH_FIRST, takes_one_row_alone
 from attnserve_server.build.learning.hidden_rows import with_needed_keys
-from attnserve_server.build.learning.probe import probe_max_length
+from attnserve_server.build.learning.swapped import batch_on_axis_1, names_the_batch_first
+from attnserve_server.build.limits import as_the_server_warms_up, true_limits
 from attnserve_server.build.precision.calibration import ranges_of
 from attnserve_server.build.precision.choose import Precision, in_precision
 from attnserve_server.build.precision.per_row import Scheme, with_scale_per_row
 from attnserve_server.build.precision.quality import with_quality
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.trials import fastest
-from attnserve_server.model.certificate import Batching
-from attnserve_server.model.manifest import InputRole, Manifest, Provenance, TextSpec
+from attnserve_server.model.certificate import Batching, Verdict
+from attnserve_server.model.manifest import BATCH, InputRole, Manifest, Provenance, TextSpec
 from attnserve_server.model.report import RequantizeReport, TrialReport
 from attnserve_server.model.repository import (
     MODEL_FILE,
@@ -108,6 +110,23 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     signature = with_equal_axes(proto, signature_of(proto.graph, padding_id), work)
     if request.precision == "fp16":
         signature = in_float16(signature)
+    try:
+        return _as_signed(request, proto, signature, work, steps)
+    except CheckFailed:
+        raise
+    except BuildRefused:
+        if signature.fixed_batch or not takes_one_row_alone(proto, signature, work):
+            raise
+    steps.warn("the graph does not take three rows in a batch: it is prepared again with the batch fixed at 1")
+    for value in proto.graph.input:
+        if value.name in {spec.name for spec in signature.inputs}:
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+    return _as_signed(request, proto, replace(signature, fixed_batch=1), work, steps)
+
+
+def _as_signed(
+    request: PrepareRequest, proto: onnx.ModelProto, signature: Signature, work: Path, steps: Steps
+) -> Bundle:
     ids = [spec for spec in signature.inputs if spec.role is InputRole.TOKEN_IDS]
     _tell_bounds(signature, steps)
     pair_start = None
@@ -127,7 +146,8 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
     rewritten = fused(reduced, sampler, work, fuse=request.fuse)
     assembled = rewritten.assembled(sampler, work, steps)
     _tell_attention(request, assembled, steps)
-    max_lengths = _max_lengths(assembled, signature, request.max_length)
+    wanted = dict.fromkeys(signature.symbols, request.max_length)
+    max_lengths, max_batch_size = true_limits(assembled, wanted, max_batch_size, steps)
     certified = certify(
         assembled,
         max_lengths,
@@ -137,10 +157,12 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
         max_batch_size=max_batch_size,
     )
     certificate = certified.certificate
+    if certificate.clause(BATCH).status() == Verdict.REFUTED:
+        _refuse_swapped_axes(proto, assembled, steps)
     axes = axes_of(assembled, max_lengths, certificate, request.batching)
     steps.begin("checking against the source")
     paddable = all(axis.paddable or axis.fixed for axis in axes)
-    report = check_against_itself(assembled, max_lengths, paddable=paddable)
+    report = check_against_itself(assembled, max_lengths, max_batch_size, paddable=paddable)
     judge(report, assembled.tolerances.row_sum)
     left_out: tuple[str, ...] | None = None
     trials: tuple[TrialReport, ...] = ()
@@ -192,8 +214,25 @@ def _prepare(request: PrepareRequest, proto: onnx.ModelProto, padding_id: int, w
             request.batching,
             alone=requantized is not None,
         )
-    manifest, golden = with_golden(manifest, sampler, assembled.model_path, work, steps, request.batching)
+    manifest, session = as_the_server_warms_up(manifest, assembled.model_path, steps)
+    manifest, golden = with_golden(manifest, session, sampler, work, steps, request.batching)
     return write_bundle(request.repository, manifest, {**files, **golden})
+
+
+def _refuse_swapped_axes(proto: onnx.ModelProto, assembled: Assembled, steps: Steps) -> None:
+    """Refuse, or warn of, a graph whose rows mix along the first axis and are apart along the second."""
+    swapped = batch_on_axis_1(
+        assembled.source, assembled.sampler, assembled.outputs, assembled.sites, assembled.tolerances.company
+    )
+    if not swapped:
+        return
+    said = (
+        f"the batch may be axis 1 of {', '.join(map(repr, swapped))}: rows along axis 0 change each other's answers, "
+        f"and positions along axis 1 do not; {BATCH_FIRST}"
+    )
+    if not names_the_batch_first(proto.graph, swapped):
+        raise BuildRefused(said)
+    steps.warn(said)
 
 
 def _requantized(
@@ -244,12 +283,3 @@ def _check_text(request: PrepareRequest, file: Path, signature: Signature, steps
     if beyond:
         steps.warn(f"input {beyond[0]!r} cannot be made from text: clients must send tensors")
     return pair_start
-
-
-def _max_lengths(assembled: Assembled, signature: Signature, wanted: int) -> dict[str, int]:
-    """For each axis symbol the greatest length on which the graph runs, up to `wanted`."""
-    output = assembled.outputs[0].name
-    return {
-        symbol: probe_max_length(assembled.source, assembled.sampler, symbol, wanted, output)
-        for symbol in signature.symbols
-    }

@@ -157,7 +157,8 @@ class Probabilities:
     `product` multiplies them with the site's value; they are its operand at `position`. `query_axes` are those axes of
     `value`, counted from the end, that the product does not share with the site's value: queries, and query heads that
     share a key head. `scores` are the nodes that multiply queries and keys. `whole`: rows sum to 1, since nothing
-    between softmax and product takes any weight away.
+    between softmax and product takes any weight away. `ambiguous`: what counts as heads may be windows, since
+    the queries follow no axis of the inputs (`queries`), or the keys do not either (`all`).
     """
 
     value: ir.Value
@@ -168,6 +169,7 @@ class Probabilities:
     query_axes: tuple[int, ...] = ()
     scores: tuple[ir.Node, ...] = ()
     whole: bool = True
+    ambiguous: Literal["", "queries", "all"] = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from attnserve_server.domain.values import Array, AttentionAnswer, PreparedSeque
 from attnserve_server.engine import warmup
 from attnserve_server.engine.collation import CollatedBatch, collate, kept_as_view, outputs_of, weights_of
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
+from attnserve_server.engine.extents import ShapeCheck, UnexpectedShape
 from attnserve_server.engine.instance import InstanceThread
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.repetition import Difference, copied, equality_of, greatest_difference, values_of
@@ -61,6 +62,7 @@ class Executor:
         """Instance i runs on session i modulo their number: one session holds the weights of one device."""
         self._sessions = tuple(sessions)
         self._manifest = manifest
+        self._shapes = ShapeCheck(manifest)
         self._metrics = metrics
         self._clock = clock
         self._instances = instances
@@ -204,13 +206,24 @@ class Executor:
             return self._run_once(sequences, handle, instance)
         except RunTerminated:
             return [RequestCancelled() for _ in sequences]
-        except Exception:  # noqa: BLE001 - the boundary of a run: whatever went wrong may cost one sequence only
+        except Exception as fault:  # noqa: BLE001 - the boundary of a run: whatever went wrong may cost one sequence only
             if len(sequences) == 1:
-                _log.exception("a sequence failed to run", extra={"model": self._manifest.name})
+                self._log_failure(fault)
                 return [InternalFault()]
             middle = len(sequences) // 2
             first = self._run_all(sequences[:middle], handle, instance)
             return first + self._run_all(sequences[middle:], handle, instance)
+
+    def _log_failure(self, fault: Exception) -> None:
+        """Logs why a sequence failed; a tensor of another shape than declared is named, with both shapes."""
+        if isinstance(fault, UnexpectedShape):
+            named = {"tensor": fault.tensor, "declared": fault.declared, "expected": fault.expected}
+            _log.error(
+                "a tensor has another shape than the manifest declares",
+                extra={"model": self._manifest.name, **named, "found": fault.found},
+            )
+        else:
+            _log.exception("a sequence failed to run", extra={"model": self._manifest.name}, exc_info=fault)
 
     def _run_once(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         batch = collate(sequences, self._manifest)
@@ -224,6 +237,7 @@ class Executor:
         self._metrics.padded_tokens.inc(batch.padded_tokens)
         self._metrics.sequences.inc(batch.size)
         fetched = dict(zip(batch.fetches, outputs, strict=True))
+        self._shapes.check(batch, fetched, filled_up=session.fills_up)
         # One look at each whole array: only where something is wrong must each sequence be looked at by itself.
         finite = all(map(_is_finite, outputs))
         facts = RunFacts(batch.size, batch.useful_tokens, batch.padded_tokens, compute_s, instance)

@@ -128,6 +128,8 @@ class RuntimeSession:
         self.provider: str = session.get_providers()[0]
         self._bound = PinnedOutputs(session, device_id) if self.provider in GPU_PROVIDERS else None
         self._recorded = RecordedRuns(session, device_id, graphs) if graphs is not None and self._bound else None
+        self.fills_up: bool = self._recorded is not None
+        """Whether outputs may have more rows and positions than the feeds: those of a recorded shape."""
         self.input_names: tuple[str, ...] = tuple(node.name for node in session.get_inputs())
         self.output_names: tuple[str, ...] = tuple(node.name for node in session.get_outputs())
 

@@ -17,8 +17,9 @@ from attnserve_server.domain.selection import (
     WeightDtype,
 )
 from attnserve_server.domain.values import Array, PreparedSequence
-from attnserve_server.engine.collation import collate
+from attnserve_server.engine.collation import CollatedBatch, collate
 from attnserve_server.engine.cost import TimedRun
+from attnserve_server.engine.extents import ShapeCheck
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
 
@@ -29,7 +30,7 @@ _MORE_SHAPES: Final = (
 )  # fmt: skip
 """Larger runs, in order of size, as long as there is time for them: a quick device shows what it is made for."""
 _MORE_SECONDS: Final = 1.0
-"""How long the larger runs may take in all, as foreseen from the largest before."""
+"""How long the larger runs may take in all."""
 _REPEATS: Final = 3
 """The first repeat also pays for memory and threads; the quickest of them is what a run costs."""
 
@@ -47,26 +48,32 @@ def touch(session: RuntimeSession, manifest: Manifest) -> None:
 
     Raises:
         RunFailed: the model cannot run on these inputs.
+        UnexpectedShape: what it returns has another shape than the manifest declares.
     """
     everything = selection_of_all(manifest)
     for size, length in ((1, 4), (2, 16)):
         sequences = [synthetic(manifest, length, attention=everything)] * min(size, manifest.max_batch_size)
-        _run(session, manifest, sequences)
+        run(session, manifest, sequences)
 
 
-def measure(session: RuntimeSession, manifest: Manifest, clock: Clock) -> tuple[TimedRun, ...]:
+def measure(
+    session: RuntimeSession, manifest: Manifest, clock: Clock, *, repeats: int = _REPEATS, more_s: float = _MORE_SECONDS
+) -> tuple[TimedRun, ...]:
     """Times runs over a small grid of (batch, length) with every output, on the calling thread.
 
     Args:
         session: the model, loaded and touched.
         manifest: of the model; its greatest batch and lengths bound the grid.
         clock: what a run costs is told by: processor time on a CPU, monotonic time elsewhere.
+        repeats: how often each shape is run; the quickest counts.
+        more_s: how long the larger runs may take in all, as foreseen from the largest before.
 
     Raises:
         RunFailed: the model cannot run on these inputs.
+        UnexpectedShape: what it returns has another shape than the manifest declares.
     """
     seen: dict[tuple[int, int], TimedRun] = {}
-    left_s = _MORE_SECONDS
+    left_s = more_s
     for shapes, bounded in ((_FIRST_SHAPES, False), (_MORE_SHAPES, True)):
         for size, length in shapes:
             sequences = [synthetic(manifest, length)] * min(size, manifest.max_batch_size)
@@ -76,24 +83,23 @@ def measure(session: RuntimeSession, manifest: Manifest, clock: Clock) -> tuple[
             if bounded:
                 # Where attention counts, a larger run takes more than its share of positions: near enough for a bound.
                 largest = max(seen.values(), key=lambda run: run.size * run.tokens)
-                foreseen_s = _REPEATS * largest.seconds * len(sequences) * tokens / (largest.size * largest.tokens)
+                foreseen_s = repeats * largest.seconds * len(sequences) * tokens / (largest.size * largest.tokens)
                 if foreseen_s > left_s:
                     break
                 left_s -= foreseen_s
-            seen[len(sequences), tokens] = TimedRun(
-                len(sequences), tokens, _quickest(session, manifest, sequences, clock)
-            )
+            quickest_s = min(_seconds(session, manifest, sequences, clock) for _ in range(repeats))
+            seen[len(sequences), tokens] = TimedRun(len(sequences), tokens, quickest_s)
     return tuple(seen.values())
 
 
-def _quickest(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence], clock: Clock) -> float:
-    """Seconds of the quickest of some runs, collation included."""
-    timings = []
-    for _ in range(_REPEATS):
-        started = clock.now()
-        _run(session, manifest, sequences)
-        timings.append(clock.now() - started)
-    return min(timings)
+def _seconds(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence], clock: Clock) -> float:
+    """Seconds of one run, collation included."""
+    started = clock.now()
+    batch = collate(sequences, manifest)
+    outputs = session.run(batch.feeds, batch.fetches)
+    seconds = clock.now() - started
+    _check(session, manifest, batch, outputs)
+    return seconds
 
 
 def selection_of_all(manifest: Manifest) -> EffectiveSelection | None:
@@ -136,6 +142,17 @@ def _values(spec: InputSpec, lengths: dict[str, int], vocabulary_size: int) -> A
     return filled
 
 
-def _run(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence]) -> None:
+def run(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence]) -> None:
+    """Run one batch and drop what it returns.
+
+    Raises:
+        RunFailed: the model cannot run on these inputs.
+        UnexpectedShape: what it returns has another shape than the manifest declares.
+    """
     batch = collate(sequences, manifest)
-    session.run(batch.feeds, batch.fetches)
+    _check(session, manifest, batch, session.run(batch.feeds, batch.fetches))
+
+
+def _check(session: RuntimeSession, manifest: Manifest, batch: CollatedBatch, outputs: list[Array]) -> None:
+    fetched = dict(zip(batch.fetches, outputs, strict=True))
+    ShapeCheck(manifest).check(batch, fetched, filled_up=session.fills_up)

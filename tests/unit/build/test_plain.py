@@ -203,6 +203,34 @@ def test_graph_that_is_not_clearly_faster_does_not_pay(first: float, second: flo
     assert not verdict([ROUNDS, ROUNDS], [times(first), times(second)]).pays
 
 
+@pytest.mark.parametrize(
+    ("source_s", "other_s", "said"),
+    [
+        ([[1.0] * 9], [[0.994] * 9], "it takes 0.994 of the time, and at most 0.98 is worth another graph"),
+        (
+            [[1.0] * 9] * 2,
+            [[0.8] * 9, [1.03] * 9],
+            "it takes 0.908 of the time over all, but 1.030 on one workload, where at most 1.02 is allowed",
+        ),
+        (
+            [[1.0] * 9],
+            [[0.941] * 5 + [1.3] * 4],
+            "it takes 0.941 of the time at the median, but 1.300 or more in a quarter of the rounds, not below 1",
+        ),
+        ([[1.0] * 9], [[0.97] * 9], ""),
+    ],
+    ids=["median", "one workload", "spread", "none"],
+)
+def test_reason_names_the_bound_that_failed(source_s: list[list[float]], other_s: list[list[float]], said: str) -> None:
+    assert verdict(source_s, other_s).reason("the") == said
+
+
+@pytest.mark.parametrize("ratio", [0.9797, 0.9802, 0.9804, 0.9806])
+def test_bounds_hold_for_the_numbers_that_the_report_shows(ratio: float) -> None:
+    judged = verdict([[1.0] * 9], [[ratio] * 9])
+    assert judged.pays == (f"{judged.ratio:.3f}" <= "0.980")
+
+
 def test_gain_that_only_some_rounds_show_does_not_pay() -> None:
     # The median is 0.97, and a third of the rounds were slower.
     fused = [0.97, 0.97, 0.97, 0.9, 0.9, 0.9, 1.3, 1.3, 1.3]

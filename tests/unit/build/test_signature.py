@@ -146,6 +146,10 @@ def test_inputs_that_are_no_tensors_are_refused_by_their_type() -> None:
         ([("x", FLOAT, [4, "seq"])], "fixed at 4"),
         ([("x", FLOAT, ["N", "N"])], "'N' names the batch axis and another one"),
         ([("x", FLOAT, ["N", "batch"])], "'x' has its batch on axis 1: it must be the first axis"),
+        (
+            [("x", FLOAT, ["seq", "batch"]), ("mask", INT64, ["batch", "seq"])],
+            "'x' has its batch on axis 1: it must be the first axis of all; 'batch' is axis 0 of 'mask'",
+        ),
         ([("x", FLOAT, ["batch", "batch"])], "'batch' names the batch axis and another one"),
         ([("x", onnx.TensorProto.STRING, ["N"])], "'x' is of type"),
         ([("x", onnx.TensorProto.COMPLEX64, ["N"])], "'x' is of type complex64"),

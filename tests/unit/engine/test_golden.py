@@ -35,7 +35,8 @@ def sealed(root: Path, work: Path, name: str = "tiny", change: Change | None = N
     files = write_tiny_files(work)
     manifest = tiny_manifest(name)
     sampler = Sampler(Signature(manifest.inputs, ("seq",)), len(VOCABULARY))
-    told, golden = with_golden(manifest, sampler, files["model.onnx"], work, Steps.silent())
+    session = RuntimeSession.load(files["model.onnx"], provider="CPUExecutionProvider", intra_op_threads=1)
+    told, golden = with_golden(manifest, session, sampler, work, Steps.silent())
     if change is not None:
         model = tiny_graph()
         change(model)

@@ -37,14 +37,19 @@ TOLERANCES = {
 
 
 def with_golden(
-    manifest: Manifest, sampler: Sampler, model_path: Path, work: Path, steps: Steps, batching: Batching = "proved"
+    manifest: Manifest,
+    session: RuntimeSession,
+    sampler: Sampler,
+    work: Path,
+    steps: Steps,
+    batching: Batching = "proved",
 ) -> tuple[Manifest, dict[str, Path]]:
     """Golden answers of a graph, as a manifest that tells of them and as a file for the bundle.
 
     Args:
         manifest: all that will be written but the files.
+        session: the tapped graph, which was checked, as the server opens it.
         sampler: makes sequences for the graph.
-        model_path: the tapped graph, which was checked.
         work: a folder for the file.
         steps: is told where the graph does not run on such sequences; the bundle then has no golden answers.
         batching: the policy that says whether the sequences share a batch.
@@ -58,9 +63,6 @@ def with_golden(
         weight_tolerance=weight_tolerance,
     )
     told = manifest.model_copy(update={"golden": golden})
-    session = RuntimeSession.load(
-        model_path, provider="CPUExecutionProvider", left_out=manifest.left_out, intra_op_threads=1
-    )
     try:
         answered = answers(session, told.under(batching), _sequences(manifest, sampler, GOLDEN_LENGTHS))
     except RunFailed:

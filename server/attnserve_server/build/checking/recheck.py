@@ -80,9 +80,8 @@ class Opened:
         """A batch of mixed lengths, as far as the model takes them, and each sequence's lengths on every axis."""
         symbols = self.sampler.signature.symbols
         longest = min((self.manifest.axis(symbol).max_length for symbol in symbols), default=max(CHECK_LENGTHS))
-        lengths = [min(length, longest) for length in CHECK_LENGTHS]
-        if self.sampler.signature.fixed_batch or self.manifest.max_batch_size == 1:
-            lengths = lengths[-1:]
+        rows = self.sampler.signature.fixed_batch or self.manifest.max_batch_size
+        lengths = [min(length, longest) for length in CHECK_LENGTHS][-rows:]
         if not all(self.manifest.axis(symbol).paddable for symbol in symbols):
             lengths = [lengths[-1]] * len(lengths)
         feeds, each = self.sampler.mixed(lengths)

@@ -10,16 +10,15 @@ from attnserve_server.build.runtime import Runner, time_ratio
 from attnserve_server.model.manifest import CheckReport
 
 
-def check_against_itself(assembled: Assembled, max_lengths: dict[str, int], *, paddable: bool) -> CheckReport:
+def check_against_itself(
+    assembled: Assembled, max_lengths: dict[str, int], rows: int, *, paddable: bool
+) -> CheckReport:
     """Tapped against untapped, and weights @ value against each operator's own output.
 
-    On mixed lengths in one padded batch; sequences of one length where padding is not harmless, one sequence where the
-    graph takes no more.
+    On mixed lengths in one padded batch; sequences of one length where padding is not harmless, and at most `rows`.
     """
     longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))
-    lengths = tuple(min(length, longest) for length in CHECK_LENGTHS)
-    if assembled.sampler.signature.fixed_batch:
-        lengths = lengths[:1]
+    lengths = tuple(min(length, longest) for length in CHECK_LENGTHS[-rows:])
     if not paddable:
         lengths = (lengths[-1],) * len(lengths)
     feeds, each = assembled.sampler.mixed(lengths)

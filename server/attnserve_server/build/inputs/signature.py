@@ -92,11 +92,7 @@ def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
     symbols = {extent: None for spec in specs for extent in spec.shape if isinstance(extent, str)}
     clash = [symbol for symbol in symbols if symbol == BATCH or symbol in batch_symbols]
     if clash:
-        later = next((spec for spec in specs if BATCH in spec.shape and BATCH not in batch_symbols), None)
-        if later is not None:
-            place = later.shape.index(BATCH) + 1
-            raise BuildRefused(f"input {later.name!r} has its batch on axis {place}: it must be the first axis of all")
-        raise BuildRefused(f"axis symbol {clash[0]!r} names the batch axis and another one")
+        raise BuildRefused(_clash(BATCH if BATCH in clash else clash[0], specs, axes))
     return Signature(tuple(specs), tuple(symbols), fixed_batch=1 if fixed else None, unbounded=bounds.lost)
 
 
@@ -124,6 +120,16 @@ def _bounded(spec: InputSpec, ranges: tuple[IndexRange, ...], vocabulary_size: i
     bounded = spec.model_copy(update={"index_ranges": ranges})
     resting = set(bounded.resting)
     return bounded.model_copy(update={"padding": float(resting.pop())}) if len(resting) == 1 else bounded
+
+
+def _clash(symbol: str, specs: Sequence[InputSpec], axes: Mapping[str, Sequence[Any]]) -> str:
+    """Where the symbol of the batch stands besides: on two axes of one input, or on another axis than in front."""
+    firsts = [name for name, each in axes.items() if each[0].dim_param == symbol]
+    spec = next(spec for spec in specs if symbol in spec.shape)
+    if spec.name in firsts:
+        return f"axis symbol {symbol!r} names the batch axis and another one"
+    said = f"input {spec.name!r} has its batch on axis {spec.shape.index(symbol) + 1}: it must be the first axis of all"
+    return f"{said}; {symbol!r} is axis 0 of {firsts[0]!r}" if firsts else said
 
 
 def _axes(value: onnx.ValueInfoProto) -> list[Any]:

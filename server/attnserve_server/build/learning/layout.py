@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from attnserve_server.domain.values import Array
 
 _SAME = 1e-3
 """How far weights of a row may differ with its place in the batch: far above rounding, far below another row's."""
+KEYS_OF_ALL_ROWS = "its keys follow the batch"
+"""Why a site is not understood whose queries look at keys of other rows."""
 
 Axes = tuple[tuple[Factor, ...], ...]
 
@@ -82,6 +85,7 @@ def _settled(site: FoundSite, weights: Runs, value: Array) -> FoundSite:
             axes = _in_order(axes, weights.base, weights.turned)
     except _NotUnderstood as why:
         return replace(site, probabilities=None, unavailable_reason=str(why))
+    own = replace(site.probabilities, axes=axes, ambiguous=_ambiguous(weights, axes))
     if any(factor.role == "window" for factors in axes for factor in factors):
         # Which query each row of a window is, and which key each column, is `windows`' to find out.
         return replace(
@@ -90,7 +94,7 @@ def _settled(site: FoundSite, weights: Runs, value: Array) -> FoundSite:
             heads=_count(axes, "head"),
             kv_heads=_count(axes, "head"),
             head_dim=site.head_dim or value.shape[-1],
-            probabilities=replace(site.probabilities, axes=axes),
+            probabilities=own,
         )
     heads = _count(axes, "head")
     kv_heads = _kv_heads(axes, weights.base.shape, value, site.probabilities)
@@ -99,10 +103,25 @@ def _settled(site: FoundSite, weights: Runs, value: Array) -> FoundSite:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=site.head_dim or value.shape[-1],
-        probabilities=replace(site.probabilities, key_axis=site.probabilities.key_axis, axes=axes),
+        probabilities=own,
         value=Operand(site.value.value, kv_heads, packed=False),
         output=Operand(site.output.value, heads, packed=False),
     )
+
+
+def _ambiguous(runs: Runs, axes: Axes) -> Literal["", "queries", "all"]:
+    """Whether heads may be windows: there are several, and queries, or keys too, follow no axis of the inputs."""
+    if _count(axes, "head") == 1 or _follows(runs, axes, "query"):
+        return ""
+    return "queries" if _follows(runs, axes, "key") else "all"
+
+
+def _follows(runs: Runs, axes: Axes, role: Literal["query", "key"]) -> bool:
+    """Whether an axis of the weights is as long as one of the inputs."""
+    place = next(place for place, factors in enumerate(axes) if factors[0].role == role)
+    extents = runs.base.shape[place], runs.longer.shape[place]
+    short, long = runs.lengths
+    return any(extents == (short[symbol], long[symbol]) for symbol in short)
 
 
 def _axes(runs: Runs, key_axis: int, query_axes: tuple[int, ...]) -> Axes:
@@ -114,7 +133,7 @@ def _axes(runs: Runs, key_axis: int, query_axes: tuple[int, ...]) -> Axes:
     key = key_axis + rank
     parts = [_part(runs, place) for place in range(rank)]
     if parts[key][0]:
-        raise _NotUnderstood("its keys follow the batch")
+        raise _NotUnderstood(KEYS_OF_ALL_ROWS)
     batches = [place for place in range(rank) if parts[place][0]]
     query = _query(own, parts, key)
     if times := _multiple(parts[query][1], runs.lengths):

@@ -21,6 +21,9 @@ _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _PADDING = 3
 """How far a probe pads: enough that a leak of padding into a softmax or a mean is far above any tolerance."""
 
+_IN_PROPORTION = 0.5
+"""The share of a weight that padding may change where only its order of magnitude is looked at."""
+
 
 @dataclass(frozen=True, slots=True)
 class Axes:
@@ -104,26 +107,6 @@ def _is_causal(runs: Sequence[Array]) -> bool:
     )
 
 
-def probe_max_length(runner: Runner, sampler: Sampler, symbol: str, wanted: int, output: str) -> int:
-    """The greatest length up to `wanted` on which the graph runs, other axes kept short. By bisection."""
-
-    def runs(length: int) -> bool:
-        lengths = {**dict.fromkeys(sampler.signature.symbols, _PRIMES[0]), symbol: length}
-        try:
-            runner.run(sampler.batch([sampler.sequence(lengths)], lengths), [output], tap=False)
-        except BuildRefused:
-            return False
-        return True
-
-    if runs(wanted):
-        return wanted
-    low, high = _PRIMES[0], wanted
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if runs(middle) else (low, middle)
-    return low
-
-
 def padding_error(
     runner: Runner,
     sampler: Sampler,
@@ -172,7 +155,31 @@ def _padding_error(
     except BuildRefused:
         return float("inf")
     crops = croppers(outputs, sites, lengths, derived)
+    for name, (_, key_axis) in sites.items():
+        form = derived.get(key_axis)
+        before, after = (run[WEIGHTS_PREFIX + name][0] for run in (alone, padded))
+        if form is not None and form.source == symbol and _displaced(before, after, form):
+            return float("inf")
     return max(_scaled(crops[name](padded[name][0]), crops[name](alone[name][0])) for name in fetches)
+
+
+def _displaced(alone: Array, padded: Array, form: DerivedLength) -> bool:
+    """Whether keys beyond the source's positions move when it is padded, or whether that cannot be told.
+
+    A zero or a bias that is concatenated behind the keys stands behind the padding too, where no crop finds it. In its
+    place stands the weight of a padded key, which is seen in proportion: a weight may be too small for a difference to
+    tell. Keys that are put before the others stay where they are.
+
+    Args:
+        alone: weights (H, L, S) without padding.
+        padded: weights (H, L or more, S or more).
+        form: of the key axis.
+    """
+    if form.stride != 1 or form.offset <= 0:
+        return False
+    queries, keys = alone.shape[1:]
+    last, there = (each[:, :queries, keys - form.offset : keys].astype(np.float64) for each in (alone, padded))
+    return not last.any() or bool((np.abs(there - last) > _IN_PROPORTION * last).any())
 
 
 def batch_error(

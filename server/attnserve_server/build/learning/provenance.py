@@ -73,6 +73,23 @@ def _sources(value: ir.Value) -> list[ir.Value]:
     return []
 
 
+def channels_of(value: ir.Value) -> tuple[ir.Value, int] | None:
+    """The nearest value before this one whose channels are numbers of their own, and how many axes are behind them.
+
+    That is what a projection by one matrix or a convolution makes, or an input of the graph that has three axes.
+    """
+    for each in ancestors(value):
+        node = each.producer()
+        if node is None:
+            return (each, 0) if each.is_graph_input() and each.shape is not None and len(each.shape) == 3 else None
+        weights = node.inputs[1] if len(node.inputs) > 1 else None
+        if node.op_type in {"MatMul", "Gemm", "MatMulInteger"} and weights is not None and _is_constant(weights):
+            return (each, 0) if weights.shape is not None and len(weights.shape) == 2 else None
+        if node.op_type == "Conv" and weights is not None and weights.shape is not None:
+            return each, len(weights.shape) - 2
+    return None
+
+
 def _is_constant(value: ir.Value) -> bool:
     """Whether it is a weight, or made of weights alone."""
     if value.const_value is not None:
@@ -87,17 +104,21 @@ def _is_constant(value: ir.Value) -> bool:
 
 @dataclass
 class Tracer:
-    """Adds to a graph, for values of it, what they come from. The graph is a copy made for this alone."""
+    """Adds to a graph, for values of it, what they come from. The graph is a copy made for this alone.
+
+    What is numbered is the anchor's axis that has `behind` axes behind it: by default the positions of (B, T, C).
+    """
 
     graph: ir.Graph
     anchor: ir.Value
     label: str
+    behind: int = 1
     _made: dict[ir.Value, ir.Value | None] = field(default_factory=dict)
     _nodes: list[ir.Node] = field(default_factory=list)
     _count: int = 0
 
     def trace(self, value: ir.Value) -> ir.Value:
-        """For each number of a value the position of the anchor, (B, T, C), that it comes from, plus 1; 0 for none.
+        """For each number of a value the position along the anchor's axis that it comes from, plus 1; 0 for none.
 
         An output of the graph, float32, of the value's shape.
 
@@ -162,11 +183,13 @@ class Tracer:
         return self._op("Expand", [origin, self._op("Shape", [value])])
 
     def _ramp(self) -> ir.Value:
-        """Positions from 1 along the second of the anchor's three axes."""
-        length = self._op("Squeeze", [self._op("Gather", [self._op("Shape", [self.anchor]), self._ints(1)], axis=0)])
+        """Positions from 1 along the anchor's axis."""
+        shape = self._op("Shape", [self.anchor])
+        length = self._op("Squeeze", [self._op("Gather", [shape, self._ints(-1 - self.behind)], axis=0)])
         one = self._scalar(1)
         count = self._op("Range", [one, self._op("Add", [length, one]), one])
-        ramp = self._op("Reshape", [self._op("Cast", [count], to=int(ir.DataType.FLOAT)), self._ints(1, -1, 1)])
+        along = self._ints(-1, *[1] * self.behind)
+        ramp = self._op("Reshape", [self._op("Cast", [count], to=int(ir.DataType.FLOAT)), along])
         return self._shaped_like(ramp, self.anchor)
 
     def _op(self, op_type: str, inputs: list[ir.Value | None], *, outputs: int = 1, **attributes: int) -> ir.Value:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from attnserve_server.build.proof.context import Context
 from attnserve_server.build.proof.intervals import NAN, NEGATIVE, ZERO, Interval
-from attnserve_server.build.proof.layout import ordinals, size_of, varying
+from attnserve_server.build.proof.layout import ordinals
 from attnserve_server.build.proof.values import EXACTLY_HIDDEN, HALF_HIDDEN, Cause, Entry, Region, Standing, Value
 
 MOST_POSITIONS = 512

@@ -42,6 +42,7 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> None:
             if site.windows is None:
                 tap.finish(weights_of_probabilities(tap, site.probabilities), site.heads, behind=last)
                 continue
-            anchor = next(value for node in graph for value in node.outputs if value.name == site.windows.anchor)
+            values = (*graph.inputs, *(value for node in graph for value in node.outputs))
+            anchor = next(value for value in values if value.name == site.windows.anchor)
             weights = weights_of_windows(tap, site.probabilities, site.windows, anchor)
             tap.finish(weights, site.heads, behind=last)

@@ -63,6 +63,10 @@ class TapNodes:
         """The rows of the batch that were asked for, of a value whose first axis is the batch."""
         return self.op("Gather", [value, self.items], axis=0)
 
+    def batch(self) -> ir.Value:
+        """How many rows the batch has, int64 of rank 1: by the first input, which is none of a tap's."""
+        return self.shape(self._graph.inputs[0], 0, 1)
+
     def float32(self, value: ir.Value) -> ir.Value:
         """The value in float32."""
         return self.op("Cast", [value], to=int(ir.DataType.FLOAT))

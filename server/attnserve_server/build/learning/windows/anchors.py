@@ -35,15 +35,40 @@ class Anchors:
         return isinstance(self.query_extent, int) and isinstance(self.key_extent, int)
 
 
+Anchor = tuple[str, str | int]
+"""A value's name, and the symbol of its second axis or how long that is."""
+
+
 def anchors_of(
     proto: onnx.ModelProto, names: Collection[str], sampler: Sampler, path: Path
 ) -> dict[str, Anchors | NotTraced]:
     """The nearest values before queries and keys that are (B, T, C), with T the length of an axis or fixed."""
+    chosen: dict[str, Anchors | NotTraced] = {}
+    for name, sides in sides_of(proto, names, sampler, path).items():
+        if isinstance(sides, NotTraced):
+            chosen[name] = sides
+            continue
+        query, key = sides["query"], sides["key"]
+        if isinstance(query, NotTraced):
+            chosen[name] = query
+        elif isinstance(key, NotTraced):
+            chosen[name] = key
+        elif query[1] != key[1]:
+            chosen[name] = NotTraced("its keys are of another sequence than its queries")
+        else:
+            chosen[name] = Anchors(query[0], key[0], query[1], key[1])
+    return chosen
+
+
+def sides_of(
+    proto: onnx.ModelProto, names: Collection[str], sampler: Sampler, path: Path
+) -> dict[str, NotTraced | dict[str, Anchor | NotTraced]]:
+    """The anchor of each site's `query` and `key`, or why there is none; one reason where its products are unknown."""
     model = ir.from_proto(proto)
     sites = find_sites(model.graph)
     before: dict[str, dict[str, list[str]]] = {}
     shapes: dict[str, str] = {}
-    chosen: dict[str, Anchors | NotTraced] = {}
+    chosen: dict[str, NotTraced | dict[str, Anchor | NotTraced]] = {}
     for name in names:
         try:
             products = products_of(sites[name])
@@ -52,7 +77,7 @@ def anchors_of(
             continue
         before[name] = {}
         for role, value in _traced(products):
-            nearest = [each for each in ancestors(value) if each.producer()]
+            nearest = [each for each in ancestors(value) if each.producer() or each.is_graph_input()]
             before[name][role] = [str(each.name) for each in nearest]
             for each in nearest:
                 if each.name not in shapes:
@@ -71,22 +96,15 @@ def anchors_of(
         seen = runner.run(feeds, list(shapes.values()), tap=False)
         runs.append((batch, lengths, {value: tuple(seen[shape].tolist()) for value, shape in shapes.items()}))
     for name, roles in before.items():
-        try:
-            query, key = (_nearest(role, values, runs) for role, values in roles.items())
-        except NotTraced as why:
-            chosen[name] = why
-            continue
-        same = query[1] == key[1]
-        other = NotTraced("its keys are of another sequence than its queries")
-        chosen[name] = Anchors(query[0], key[0], query[1], key[1]) if same else other
+        chosen[name] = {role: _nearest(role, values, runs) for role, values in roles.items()}
     return chosen
 
 
-def _nearest(role: str, values: Sequence[str], runs: Sequence[_Run]) -> tuple[str, str | int]:
+def _nearest(role: str, values: Sequence[str], runs: Sequence[_Run]) -> Anchor | NotTraced:
     """One that follows an axis of the inputs before one that is merely of one length."""
     fits = [(value, extent) for value in values if (extent := _extent(value, runs)) is not None]
     if not fits:
-        raise NotTraced(f"nothing that its {role} comes from is a sequence")
+        return NotTraced(f"nothing that its {role} comes from is a sequence")
     return min(fits, key=lambda fit: isinstance(fit[1], int))
 
 

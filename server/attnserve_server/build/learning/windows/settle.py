@@ -64,7 +64,7 @@ def _windows(
         else:
             anchors[name] = anchor
     model = ir.from_proto(proto)
-    values = {value.name: value for node in model.graph for value in node.outputs}
+    values = values_of(model.graph)
     sites = find_sites(model.graph)
     traced: dict[str, tuple[Products, list[str]]] = {}
     for number, (name, anchor) in enumerate(anchors.items()):
@@ -92,6 +92,12 @@ def _windows(
         except ValueError:  # arrays of shapes that no windows have
             found[name] = NotTraced("its layout is not understood")
     return found
+
+
+def values_of(graph: ir.Graph) -> dict[str, ir.Value]:
+    """A graph's inputs and the outputs of its nodes, by name."""
+    made = (value for node in graph for value in node.outputs)
+    return {str(value.name): value for value in (*graph.inputs, *made)}
 
 
 def with_key_axes(axes: Axes, sites: Mapping[str, FoundSite]) -> Axes:

@@ -79,8 +79,8 @@ class Study:
         queries, keys, key, scores, weights = (found[each] for each in self.names)
         if scores.shape != weights.shape:
             raise NotTraced("its weights have other axes than its scores")
-        rows = _rows(self.products.of_scores, queries, key)
-        columns = _columns(self.products.of_value, 1 - self.products.position, keys, weights)
+        rows = rows_of(self.products.of_scores, queries, key)
+        columns = columns_of(self.products.of_value, 1 - self.products.position, keys, weights)
         axes = self.probabilities.axes
         rows, columns, own = (arranged(each, axes, batch) for each in (rows, columns, weights))
         if any((each != each[:1, :1]).any() for each in (rows, columns)):
@@ -124,7 +124,7 @@ def _once(origins: Array, term: str, letters: set[str]) -> Array:
     return once
 
 
-def _rows(product: Product, queries: Array, keys: Array) -> Array:
+def rows_of(product: Product, queries: Array, keys: Array) -> Array:
     """The query that each score is of, in the layout of the scores."""
     term, other = product.terms
     summed = {letter for letter in term if letter != "." and letter in other and letter not in product.output}
@@ -132,7 +132,7 @@ def _rows(product: Product, queries: Array, keys: Array) -> Array:
     return rows
 
 
-def _columns(product: Product, position: int, values: Array, weights: Array) -> Array:
+def columns_of(product: Product, position: int, values: Array, weights: Array) -> Array:
     """The key that each weight multiplies, in the layout of the weights."""
     term, other = product.terms[position], product.terms[1 - position]
     own = {letter for letter in term if letter != "." and letter not in other}
