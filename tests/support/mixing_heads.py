@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from attnserve_server.model.manifest import DerivedLength
-from mixing_masked import pooled, zeroed
+from mixing_masked import pooled, shifted, zeroed
 from mixing_values import Context, State, Stream, over
 from onnx import TensorProto
 
@@ -113,7 +113,7 @@ def _strided(context: Context, stream: Stream) -> Head:
 
 def strided_over_padding(context: Context, stream: Stream) -> Head:
     """The same over whatever is behind the sequence."""
-    return _strided(context, stream)
+    return _strided(context, shifted(context, stream))
 
 
 def with_back(context: Context, stream: Stream) -> Head:

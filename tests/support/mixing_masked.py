@@ -70,6 +70,13 @@ def convolution(context: Context, stream: Stream) -> Stream:
     return replace(stream, name=name, state=state)
 
 
+def shifted(context: Context, stream: Stream) -> Stream:
+    """A constant added everywhere, so that no padded position is zero by chance."""
+    writer = context.writer
+    name = writer.op("Add", stream.name, writer.const(1 + np.abs(writer.drawn(stream.width))))
+    return by_position(stream, name)
+
+
 def linear_attention(context: Context, stream: Stream) -> Stream:
     """Attention without a softmax, whose keys are zero where padded."""
     writer, mask, width = context.writer, context.masks[stream.symbol], stream.width

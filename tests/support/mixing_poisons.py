@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from mixing_along import recurrent, scanned
 from mixing_attention import HIDING, Plan, attend, fused
-from mixing_masked import convolution
+from mixing_masked import convolution, shifted
 from mixing_values import Context, Stream, tainted
 from onnx import TensorProto, helper
 
@@ -20,11 +20,6 @@ def _added(context: Context, stream: Stream, number: str, *faults: tuple[str, st
     writer = context.writer
     vector = writer.const(writer.drawn(stream.width, scale=1.0))
     return tainted(stream, writer.op("Add", stream.name, writer.op("Mul", number, vector)), *faults)
-
-
-def _zero(stream: Stream) -> bool:
-    """Whether padded positions add nothing to a sum."""
-    return stream.state.behind == "zero"
 
 
 def _length(context: Context, stream: Stream, axis: int = 1) -> str:
@@ -58,17 +53,22 @@ def wrong_softmax(context: Context, stream: Stream) -> Stream:
 
 
 def log_length(context: Context, stream: Stream) -> Stream:
-    """Scores times the logarithm of the padded length."""
-    if stream.symbol in context.masks:
-        return attend(context, stream, stream, Plan(hiding="add -inf", log_length=True))
-    return attend(context, stream, stream, Plan(forward="less -inf", log_length=True))
+    """Scores times the logarithm of the padded length.
+
+    Not under a causal frontier: the first position has one key, whose weight is 1 at any scale.
+    """
+    if stream.symbol not in context.masks:
+        return length_scalar(context, stream)
+    return attend(context, stream, stream, Plan(hiding="add -inf", log_length=True))
 
 
 def unmasked_pool(context: Context, stream: Stream) -> Stream:
     """A mean, sum, greatest or last over all positions, added to each."""
     writer, value = context.writer, stream.name
-    kinds = ["Mean", "Max", "Min", "last", "LogSumExp", "global"] + ([] if _zero(stream) else ["L2", "Sum"])
+    kinds = ["Mean", "Max", "Min", "last", "LogSumExp", "global", "L2", "Sum"]
     kind = writer.pick(*kinds)
+    if kind in {"L2", "Sum"}:
+        value = shifted(context, stream).name
     if kind == "last":
         pool = writer.op("Gather", value, writer.ints(-1), axis=1)
     elif kind == "global":
@@ -145,8 +145,11 @@ def _halved(context: Context, stream: Stream) -> str:
 def back_to_front(context: Context, stream: Stream) -> Stream:
     """What runs from the padded end."""
     writer, value = context.writer, stream.name
-    kinds = ["slice", "reverse sequence", "LSTM", "GRU", "next"] + ([] if _zero(stream) else ["cumsum", "scan"])
+    kinds = ["slice", "reverse sequence", "LSTM", "GRU", "next", "cumsum", "scan"]
     kind = writer.pick(*kinds)
+    if kind in {"cumsum", "scan"}:
+        stream = shifted(context, stream)
+        value = stream.name
     if kind == "slice":
         name = writer.slice(value, 1, -1, -(2**31), -1)
     elif kind == "reverse sequence":
@@ -158,8 +161,8 @@ def back_to_front(context: Context, stream: Stream) -> Stream:
     elif kind == "scan":
         name = scanned(context, stream, backwards=True)
     elif kind == "next":
-        shifted = writer.op("Concat", writer.slice(value, 1, 1, 2**31), writer.slice(value, 1, 0, 1), axis=1)
-        name = writer.op("Add", value, shifted)
+        moved = writer.op("Concat", writer.slice(value, 1, 1, 2**31), writer.slice(value, 1, 0, 1), axis=1)
+        name = writer.op("Add", value, moved)
     else:
         name = recurrent(context, stream, kind, "reverse")
     return tainted(stream, name, (stream.symbol, f"from the end ({kind})"))
@@ -214,7 +217,7 @@ def from_the_end(context: Context, stream: Stream) -> Stream:
 
 def wide_convolution(context: Context, stream: Stream) -> Stream:
     """A convolution whose last windows reach padded positions that are not zero."""
-    return convolution(context, stream)
+    return convolution(context, shifted(context, stream))
 
 
 def edge_padding(context: Context, stream: Stream) -> Stream:
