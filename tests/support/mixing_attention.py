@@ -195,10 +195,11 @@ def _forward(context: Context, scores: str, form: str) -> str:
 def fused(context: Context, stream: Stream, poison: bool = False) -> Stream:
     """An operator of attention that hides padded keys; with `poison` one that does not."""
     writer, symbol = context.writer, stream.symbol
+    if stream.state.behind == "nan":
+        # Whether 0 x NaN is computed depends on the kernel; written out, it is.
+        return attend(context, stream, stream, Plan()) if poison else attention(context, stream)
     mask = None if poison else context.masks.get(symbol)
     state = stream.state.finite()
-    if stream.state.behind == "nan":
-        state = state.tainted(symbol, UNSAID)
     kinds = ["MultiHeadAttention", "packed"] + (["Attention", "Attention"] if writer.opset >= 23 else [])
     kind = writer.pick(*kinds)
     if kind == "Attention":

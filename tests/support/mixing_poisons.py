@@ -162,7 +162,8 @@ def back_to_front(context: Context, stream: Stream) -> Stream:
         name = scanned(context, stream, backwards=True)
     elif kind == "next":
         moved = writer.op("Concat", writer.slice(value, 1, 1, 2**31), writer.slice(value, 1, 0, 1), axis=1)
-        name = writer.op("Add", value, moved)
+        # Through a matrix, since a norm takes out a sum of twice the same.
+        name = writer.op("Add", value, writer.matmul(moved, stream.width, stream.width, scale=1.0))
     else:
         name = recurrent(context, stream, kind, "reverse")
     return tainted(stream, name, (stream.symbol, f"from the end ({kind})"))
@@ -224,7 +225,8 @@ def edge_padding(context: Context, stream: Stream) -> Stream:
     """An average over neighbours, the last one repeated at the end: the padded end, not the sequence's own."""
     writer = context.writer
     padded = writer.op("Concat", stream.name, writer.slice(stream.name, 1, -1, 2**31), axis=1)
-    name = writer.op("Add", stream.name, writer.slice(padded, 1, 1, 2**31))
+    beside = writer.matmul(writer.slice(padded, 1, 1, 2**31), stream.width, stream.width, scale=1.0)
+    name = writer.op("Add", stream.name, beside)
     return tainted(stream, name, (stream.symbol, "the end's neighbour"))
 
 

@@ -111,11 +111,11 @@ def dynamic_quantization(context: Context, stream: Stream) -> Stream:
 
 
 def capacity(context: Context, stream: Stream) -> Stream:
-    """Only the first so many chosen positions of the flattened batch pass, as an expert's capacity has it."""
+    """Only the first so many positions of the flattened batch pass, as an expert's capacity has it."""
     writer, width = context.writer, stream.width
     flat = writer.reshape(stream.name, -1, width)
     score = writer.op("Sigmoid", writer.matmul(flat, width, 1, scale=1.0))
-    chosen = writer.cast(writer.op("Greater", score, writer.const(0.5)), TensorProto.FLOAT)
+    chosen = writer.cast(writer.op("Greater", score, writer.const(0.0)), TensorProto.FLOAT)
     place = writer.op("CumSum", chosen, writer.const(0, np.int64))
     fits = writer.cast(writer.op("Less", place, writer.const(float(writer.pick(4, 20)))), TensorProto.FLOAT)
     kept = writer.op("Mul", writer.op("Mul", chosen, fits), score)
