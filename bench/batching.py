@@ -1,6 +1,6 @@
 """Whether any answer depends on its batch: `python -m bench.batching`, or `make batching`.
 
-Each model of `bench.batching_graphs` is converted and served with default flags to separate callers. Every answer is
+Each model of `bench.batching_subjects` is converted and served with default flags to separate callers. Every answer is
 compared with the same sequence alone in the bare runtime. The positive control serves the same bundles with a
 certificate that claims everything proved, on one instance that gathers all that waits: there answers must be wrong, or
 the bench could not see a fault. Exit code 1 where a model is wrong by default, where a control that may share runs does
@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import service
-from bench.batching_graphs import SUBJECTS, Array, Feeds, Subject
+from bench.batching_graphs import Array, Feeds
+from bench.batching_subjects import SUBJECTS, Subject
 
 CALLERS = 32
 FORCING = ("--instances", "1", "--run-overhead-tokens", "1000000")

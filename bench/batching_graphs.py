@@ -1,12 +1,10 @@
-"""Small models whose answers depend on their batch if nothing prevents it, and two that may be batched; with requests.
+"""Small models whose answers depend on their batch if nothing prevents it, and one that may be batched.
 
 Each stands for files that users have. `bench.batching` serves them; tests of cases build upon `Maker`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -24,11 +22,16 @@ MASKS: Final = {"-inf": -np.inf, "lowest": float(np.finfo(np.float32).min), "-1e
 
 
 class Maker:
-    """Writes one graph: nodes, constants, inputs and outputs. The batch is the axis `b`, positions are `t`."""
+    """Writes one graph: nodes, constants, inputs and outputs. The batch is the axis `b`, positions are `t`.
 
-    def __init__(self, opset: int = 17, seed: int = 0) -> None:
+    Fractions are float32, or float16 with `dtype`.
+    """
+
+    def __init__(self, opset: int = 17, seed: int = 0, dtype: type = np.float32) -> None:
         """An empty graph of an opset; drawn constants depend on the seed."""
         self.opset = opset
+        self.dtype = dtype
+        self.kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         self.random = np.random.default_rng(seed)
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
@@ -60,10 +63,10 @@ class Maker:
         )
         return names
 
-    def const(self, value: Any, dtype: Any = np.float32) -> str:
-        """A constant."""
+    def const(self, value: Any, dtype: Any = None) -> str:
+        """A constant, of fractions unless another dtype is named."""
         name = f"constant_{len(self._constants)}"
-        self._constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        self._constants.append(numpy_helper.from_array(np.asarray(value, dtype or self.dtype), name))
         return name
 
     def ints(self, *numbers: int) -> str:
@@ -89,8 +92,8 @@ class Maker:
         return self.op("Gather", self.op("Shape", value), self.const(1, np.int64), axis=0)
 
     def number(self, value: str) -> str:
-        """As float32."""
-        return self.op("Cast", value, to=TensorProto.FLOAT)
+        """As a fraction."""
+        return self.op("Cast", value, to=self.kind)
 
     def normalised(self, value: str, width: int = WIDTH) -> str:
         """A LayerNorm over the last axis."""
@@ -128,9 +131,9 @@ class Maker:
         )
 
     def output(self, value: str, name: str, *shape: str | int) -> None:
-        """Declare a float32 output (B, *shape)."""
+        """Declare an output of fractions (B, *shape)."""
         self._nodes.append(helper.make_node("Identity", [value], [name], name=f"n_{name}"))
-        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", *shape]))
+        self._outputs.append(helper.make_tensor_value_info(name, self.kind, ["b", *shape]))
 
     def model(self) -> onnx.ModelProto:
         """The graph as a model."""
@@ -251,51 +254,3 @@ def bert(mask: str = "-inf", layers: int = 2) -> onnx.ModelProto:
     make.output(make.op("Div", make.total(make.op("Mul", hidden, ones), 1), count), "embedding", WIDTH)
     make.output(hidden, "hidden", "t", WIDTH)
     return make.model()
-
-
-def texts(random: np.random.Generator, length: int) -> Feeds:
-    """Ids of one text and a mask of ones."""
-    ids = random.integers(1, VOCABULARY, length, dtype=np.int64)
-    return {"input_ids": ids, "attention_mask": np.ones(length, np.int64)}
-
-
-def masked_features(random: np.random.Generator, length: int) -> Feeds:
-    """Features of very different sizes, as audio and tables have them, and a mask of ones."""
-    size = 10 ** random.uniform(-1, 1)
-    values = random.normal(size=(length, WIDTH)) * size
-    return {"x": values.astype(np.float32), "attention_mask": np.ones(length, np.int64)}
-
-
-def wide_features(random: np.random.Generator, length: int) -> Feeds:
-    """64-wide features of different sizes: small ones attend evenly, large ones to themselves alone."""
-    size = 10 ** random.uniform(-1.5, 0.5)
-    return {"x": (random.normal(size=(length, 64)) * size).astype(np.float32)}
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A model and how its requests are drawn. `batches`: whether it must share runs by default."""
-
-    name: str
-    what: str
-    graph: Callable[[], onnx.ModelProto]
-    request: Callable[[np.random.Generator, int], Feeds]
-    batches: bool = False
-
-    def requests(self, count: int, lengths: Sequence[int], seed: int = 0) -> list[Feeds]:
-        """So many requests, whose lengths are drawn from `lengths`."""
-        random = np.random.default_rng(seed)
-        return [self.request(random, int(random.choice(lengths))) for _ in range(count)]
-
-
-SUBJECTS: Final = (
-    Subject("int8-bert", "dynamic int8 BERT style", int8_bert, texts),
-    Subject("experts", "mixture of experts, capacity over the flat batch", experts, texts),
-    Subject("greatest-length", "scale by the greatest length", greatest_length, texts),
-    Subject("quantized-features", "DynamicQuantizeLinear on float input", quantized_features, masked_features),
-    Subject("if-on-length", "If on the length", if_on_length, texts),
-    Subject("rotary-switch", "rotary base that switches with the position", rotary_switch, texts),
-    Subject("unmasked", "unmasked attention over 64-wide features", unmasked, wide_features),
-    Subject("masked-bert", "masked BERT style (control, batches)", bert, texts, batches=True),
-    Subject("finite-bert", "BERT style, finite mask (control, batches)", lambda: bert("-1e9"), texts, batches=True),
-)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.batching import Row, measured  # noqa: E402
-from bench.batching_graphs import SUBJECTS  # noqa: E402
+from bench.batching_subjects import SUBJECTS  # noqa: E402
 
 CALLS = 64
 """Of each model: two rounds of all callers."""

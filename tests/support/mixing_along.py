@@ -87,8 +87,8 @@ def scanned(context: Context, stream: Stream, *, backwards: bool = False) -> str
             helper.make_node("Identity", [names["next"]], [names["out"]]),
         ],
         writer.fresh("body"),
-        [helper.make_tensor_value_info(names[key], kind, None) for key in ("state", "item")],
-        [helper.make_tensor_value_info(names[key], kind, None) for key in ("next", "out")],
+        [helper.make_tensor_value_info(names[key], kind, ["rows", stream.width]) for key in ("state", "item")],
+        [helper.make_tensor_value_info(names[key], kind, ["rows", stream.width]) for key in ("next", "out")],
         [helper.make_tensor(names["half"], kind, [], [0.5])],
     )
     way = int(backwards)

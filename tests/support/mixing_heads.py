@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from attnserve_server.model.manifest import DerivedLength
-from mixing_masked import pooled, shifted, zeroed
+from mixing_masked import numbered, pooled, shifted, zeroed
 from mixing_values import Context, State, Stream, over
 from onnx import TensorProto
 
@@ -129,8 +129,7 @@ def with_back(context: Context, stream: Stream) -> Head:
 
 def last(context: Context, stream: Stream) -> Head:
     """The last position, padded or not."""
-    writer = context.writer
-    name = writer.op("Gather", stream.name, writer.const(-1, np.int64), axis=1)
+    name = context.writer.op("Gather", numbered(context, stream).name, context.writer.const(-1, np.int64), axis=1)
     return Head(name, (stream.width,), stream.state.tainted(stream.symbol, "last position without a mask"))
 
 
@@ -138,7 +137,7 @@ def unmasked(context: Context, stream: Stream) -> Head:
     """A mean or the greatest of all positions."""
     writer = context.writer
     kind = writer.pick("Mean", "Max")
-    name = writer.reduce(kind, stream.name, 1, keep=False)
+    name = writer.reduce(kind, numbered(context, stream).name, 1, keep=False)
     return Head(name, (stream.width,), stream.state.tainted(stream.symbol, f"unmasked pool at the end ({kind})"))
 
 

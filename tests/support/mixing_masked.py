@@ -70,6 +70,13 @@ def convolution(context: Context, stream: Stream) -> Stream:
     return replace(stream, name=name, state=state)
 
 
+def numbered(context: Context, stream: Stream) -> Stream:
+    """Positions added, so that no padded position repeats one of the sequence's own by chance."""
+    writer = context.writer
+    table = writer.slice(writer.const(writer.drawn(520, stream.width, scale=1.0)), 0, 0, writer.extent(stream.name, 1))
+    return by_position(stream, writer.op("Add", stream.name, writer.unsqueeze(table, 0)))
+
+
 def shifted(context: Context, stream: Stream) -> Stream:
     """A constant added everywhere, so that no padded position is zero by chance."""
     writer = context.writer

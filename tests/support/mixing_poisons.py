@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from mixing_along import recurrent, scanned
 from mixing_attention import HIDING, Plan, attend, fused
-from mixing_masked import convolution, shifted
+from mixing_masked import convolution, numbered, shifted
 from mixing_values import Context, Stream, tainted
 from onnx import TensorProto, helper
 
@@ -69,6 +69,8 @@ def unmasked_pool(context: Context, stream: Stream) -> Stream:
     kind = writer.pick(*kinds)
     if kind in {"L2", "Sum"}:
         value = shifted(context, stream).name
+    elif kind in {"Max", "Min", "last", "global"}:
+        value = numbered(context, stream).name
     if kind == "last":
         pool = writer.op("Gather", value, writer.ints(-1), axis=1)
     elif kind == "global":

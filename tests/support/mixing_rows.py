@@ -137,7 +137,8 @@ def counted(context: Context, stream: Stream) -> Stream:
     """How many numbers of the batch are above a threshold, or different, as a number."""
     writer = context.writer
     kind = writer.pick("NonZero", "Unique", "Compress")
-    above = writer.op("Greater", stream.name, writer.const(0.3))
+    turned = writer.matmul(stream.name, stream.width, stream.width, scale=1.0)
+    above = writer.op("Greater", turned, writer.const(0.0))
     if kind == "NonZero":
         count = writer.length(writer.op("NonZero", writer.cast(above, TensorProto.FLOAT)), 1)
     elif kind == "Unique":
