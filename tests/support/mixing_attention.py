@@ -86,6 +86,7 @@ def attend(context: Context, stream: Stream, keys: Stream, plan: Plan) -> Stream
         spectral = [float(np.linalg.norm(table, 2)) for table in tables[:2]]
         bound = float(np.prod([*spectral, *norms])) / math.sqrt(size)
     scores, state = _hidden(context, scores, state, stream, keys, plan, bound)
+    context.attends(state, stream, keys)
     weights = writer.op("Softmax", scores, axis=2 if plan.wrong_softmax else 3)
     blind = plan.by_query and plan.hiding.endswith("-inf")
     if blind and writer.rng.random() < 0.4:
@@ -201,11 +202,15 @@ def fused(context: Context, stream: Stream, poison: bool = False) -> Stream:
     mask = None if poison else context.masks.get(symbol)
     state = stream.state.finite()
     kinds = ["MultiHeadAttention", "packed"] + (["Attention", "Attention"] if writer.opset >= 23 else [])
+    kinds += ["GroupQueryAttention"] * 2 if stream.width == 16 and not poison else []
     kind = writer.pick(*kinds)
-    if kind == "Attention":
+    if kind == "GroupQueryAttention":
+        name, state = _grouped(context, stream, state, mask, poison=poison)
+    elif kind == "Attention":
         name, state = _standard(context, stream, state, mask, poison=poison)
     else:
         name, state = _microsoft(context, stream, state, mask, kind, poison=poison)
+    context.attends(state, stream)
     mixed = writer.matmul(name, stream.width, stream.width)
     return replace(stream, name=writer.op("Add", stream.name, mixed), state=state)
 
@@ -267,3 +272,23 @@ def query_masked(context: Context, stream: Stream) -> Stream:
     """Attention under a mask of queries and keys: queries that are not allowed see nothing."""
     plan = Plan(hiding=context.writer.pick(*HIDING[:6]), by_query=True)
     return attend(context, stream, stream, plan)
+
+
+def _grouped(
+    context: Context, stream: Stream, state: State, mask: MaskInput | None, *, poison: bool
+) -> tuple[str, State]:
+    """`GroupQueryAttention` of com.microsoft without a past: causal, two queries' heads to one of keys."""
+    writer, width = context.writer, stream.width
+    assert not poison, "its frontier hides padded keys from every query"
+    query = writer.matmul(stream.name, width, width)
+    key, value = (writer.matmul(stream.name, width, width // 2) for _ in range(2))
+    length = writer.extent(stream.name, 1)
+    if mask is None:
+        ends = writer.op("Expand", length, writer.extent(stream.name, 0))
+    else:
+        ends = writer.reduce("Sum", writer.cast(mask.keep, TensorProto.INT64), 1, keep=False)
+        state = state.needing(mask.need("all"))
+    ends = writer.cast(writer.op("Sub", ends, writer.const(1, np.int64)), TensorProto.INT32)
+    total = writer.cast(writer.squeeze(length, 0), TensorProto.INT32)
+    attributes: dict[str, Any] = {"num_heads": 2, "kv_num_heads": 1, "domain": "com.microsoft"}
+    return writer.op("GroupQueryAttention", query, key, value, "", "", ends, total, **attributes), state

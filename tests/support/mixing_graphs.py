@@ -12,18 +12,28 @@ from dataclasses import dataclass, replace
 
 import onnx
 from attnserve_server.build.inputs.signature import Signature
-from attnserve_server.model.manifest import DerivedLength, OutputSpec
+from attnserve_server.model.manifest import BATCH, DerivedLength, OutputSpec
 from mixing_along import FROM_FRONT
 from mixing_attention import attention, fused, query_masked
+from mixing_forms import (
+    FORMS_OF_PADDING,
+    FORMS_OF_PADDING_WITH_MASK,
+    FORMS_OF_ROWS,
+    FORMS_OF_ROWS_WITH_MASK,
+    SAFE_FORMS,
+)
 from mixing_heads import POISONED, WITH_MASK, WITHOUT_MASK, Head
 from mixing_inputs import Inputs, stream_of
 from mixing_masked import WITH_MASK as MASKED
 from mixing_pieces import BY_POSITION
 from mixing_poisons import OF_PADDING, OF_PADDING_WITH_MASK, raw_mask, wrongly_masked
 from mixing_rows import OF_ROWS, OF_ROWS_WITH_MASK
-from mixing_values import BATCH, LONGEST, NAN_BEHIND, UNSAID, Context, Need, State, Stream, Writer
+from mixing_values import LONGEST, NAN_BEHIND, UNSAID, Context, Need, State, Stream
+from mixing_writer import Writer
 from onnx import TensorProto, helper
 
+PADDING_WITH_MASK = {**OF_PADDING_WITH_MASK, **FORMS_OF_PADDING_WITH_MASK}
+ROWS_WITH_MASK = {**OF_ROWS_WITH_MASK, **FORMS_OF_ROWS_WITH_MASK}
 OPSETS = (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 23, 23)
 
 
@@ -43,6 +53,8 @@ class MixingGraph:
     truths: Mapping[str, Mapping[str, str]]
     needs: frozenset[Need]
     pieces: tuple[str, ...]
+    weights: Mapping[str, Mapping[str, str]]
+    """Truths of attention weights, by how the names of the attention's nodes begin."""
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -96,7 +108,7 @@ def _chain(context: Context, stream: Stream, aim: str, most: int = 4) -> tuple[S
 
 def _safe(context: Context, stream: Stream) -> Stream:
     masked = stream.symbol in context.masks
-    pieces = {**BY_POSITION, **FROM_FRONT, "attention": attention, "fused attention": fused}
+    pieces = {**BY_POSITION, **FROM_FRONT, **SAFE_FORMS, "attention": attention, "fused attention": fused}
     if masked:
         pieces |= {**MASKED, "attention again": attention, "query mask": query_masked}
     name = context.writer.rng.choice(sorted(pieces))
@@ -107,13 +119,13 @@ def _safe(context: Context, stream: Stream) -> Stream:
 def _poison(context: Context, stream: Stream, aim: str) -> Stream:
     masked = stream.symbol in context.masks
     if aim == "padding":
-        pieces = {**OF_PADDING, **(OF_PADDING_WITH_MASK if masked else {})}
+        pieces = {**OF_PADDING, **FORMS_OF_PADDING, **(PADDING_WITH_MASK if masked else {})}
         if stream.symbol in context.wrong_masks:
             pieces |= dict.fromkeys(("wrong mask", "wrong mask again", "wrong mask too"), wrongly_masked)
         if masked and stream.state.raw:
             pieces |= {"raw mask": raw_mask}
     else:
-        pieces = {**OF_ROWS, **(OF_ROWS_WITH_MASK if masked else {})}
+        pieces = {**OF_ROWS, **FORMS_OF_ROWS, **(ROWS_WITH_MASK if masked else {})}
     name = context.writer.rng.choice(sorted(pieces))
     context.begin(name)
     return pieces[name](context, stream)
@@ -189,4 +201,5 @@ def _finished(seed: int, context: Context, inputs: Inputs, streams: list[Stream]
         truths=truths,
         needs=frozenset().union(*(head.state.needs for head in made)),
         pieces=tuple(context.pieces),
+        weights={prefix: _truth(state, symbols) for prefix, state in context.weights.items()},
     )

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from attnserve_server.build.proof import Proof, prove
 from attnserve_server.model.certificate import Clause, Verdict
+from attnserve_server.model.manifest import BATCH
 from mixing_graphs import MixingGraph, mixing_graph
-from mixing_values import BATCH, UNSAID, Need
+from mixing_values import UNSAID, Need
+from mixing_witness import CLEAR, Witness, satisfying
 
 Prover = Callable[[MixingGraph], Proof]
 
@@ -74,8 +76,8 @@ def _fault(graph: MixingGraph, axis: str, clause: Clause, proof: Proof) -> str:
             return f"UNSOUND: {output} proved, but mixed by {poison}"
     if clause.verdict is Verdict.PROVED and axis != BATCH:
         unmet = [need for need in graph.needs_of(axis) if not _met(need, proof)]
-        if unmet:
-            return f"UNSOUND: proved without the need {unmet[0]}"
+        if unmet and changes(graph, axis, proof):
+            return f"UNSOUND: proved without the need {unmet[0]}, and masks that break it change the answer"
     if clause.verdict is Verdict.REFUTED and not (clause.reason and clause.path):
         return "refuted without a reason and a path"
     if clause.verdict is Verdict.UNKNOWN and not clause.reason:
@@ -90,6 +92,17 @@ def _met(need: Need, proof: Proof) -> bool:
     return any(mask.need in enough for mask in asked) and (
         not need.ones or any(mask.allowed_value == 1 for mask in asked)
     )
+
+
+def changes(graph: MixingGraph, axis: str, proof: Proof) -> bool:
+    """Whether running a graph shows that an axis changes an answer, under masks as the proof asks for them.
+
+    A clear difference: more than float32's rounding makes of sums in another order.
+    """
+    along = [] if axis == BATCH else [spec.name for spec in graph.signature.inputs if axis in spec.shape]
+    asked = [Need(mask.input, mask.need, ones=mask.allowed_value == 1) for mask in proof.masks if mask.input in along]
+    worst = Witness(graph).worst(axis, satisfying(asked), 2, enough=CLEAR)
+    return max(worst.values()) > CLEAR
 
 
 @dataclass(frozen=True, slots=True)

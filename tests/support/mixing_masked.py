@@ -98,6 +98,7 @@ def linear_attention(context: Context, stream: Stream) -> Stream:
     else:
         summary = writer.op("MatMul", writer.op("Transpose", keys, perm=[0, 2, 1]), value)
         total = writer.op("MatMul", query, summary)
+    context.attends(state, stream)
     weight = writer.op("MatMul", query, writer.op("Transpose", writer.reduce("Sum", keys, 1), perm=[0, 2, 1]))
     name = writer.op("Add", stream.name, writer.op("Div", total, writer.op("Add", weight, writer.const(1e-3))))
     return replace(stream, name=name, state=stream.state.joined(state))

@@ -257,4 +257,6 @@ def wrongly_masked(context: Context, stream: Stream) -> Stream:
         made = attend(context, stream, stream, Plan(hiding=context.writer.pick(*HIDING[:6])))
     finally:
         del context.masks[symbol]
-    return replace(made, state=made.state.tainted(symbol, "mask of another polarity or padding id"))
+    made = replace(made, state=made.state.tainted(symbol, "mask of another polarity or padding id"))
+    context.attends(made.state, stream)
+    return made

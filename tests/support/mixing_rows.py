@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from mixing_values import BATCH, UNSAID, Context, Stream, tainted
+from attnserve_server.model.manifest import BATCH
+from mixing_values import UNSAID, Context, Stream, tainted
 from onnx import TensorProto
 
 Poison = Callable[[Context, Stream], Stream]

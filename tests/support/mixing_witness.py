@@ -62,10 +62,17 @@ class Witness:
             graph.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         self.rng = np.random.default_rng([seed, graph.seed])
+        fed = {spec.name for spec in graph.signature.inputs}
+        # The taps': weights of which rows are wanted.
+        self._items = [each.name for each in self.session.get_inputs() if each.name not in fed]
 
-    def row(self, lengths: Mapping[str, int], regime: Regime) -> Row:
-        """One sequence."""
-        return {spec.name: self._drawn(spec, lengths, regime) for spec in self.graph.signature.inputs}
+    def row(self, lengths: Mapping[str, int], regime: Regime, along: str = "") -> Row:
+        """One sequence. `along`: the one symbol whose masks are of the regime, others being full; empty: all are."""
+        full = Regime(regime.scale)
+        return {
+            spec.name: self._drawn(spec, lengths, full if along and along not in spec.shape else regime)
+            for spec in self.graph.signature.inputs
+        }
 
     def _drawn(self, spec: InputSpec, lengths: Mapping[str, int], regime: Regime) -> Array:
         shape = tuple(lengths[extent] if isinstance(extent, str) else extent for extent in spec.shape)
@@ -107,12 +114,12 @@ class Witness:
                 own = row[spec.name]
                 array[(number, *(slice(extent) for extent in own.shape))] = own
             feeds[spec.name] = array
-        return feeds
+        return feeds | {name: np.arange(len(rows)) for name in self._items}
 
     def run(self, feeds: Row) -> dict[str, Array] | None:
         """All outputs; None where the runtime refuses."""
         try:
-            outputs = self.session.run(None, feeds)
+            outputs = self.session.run([spec.name for spec in self.graph.outputs], feeds)
         except Exception:  # noqa: BLE001 - the runtime raises types of its own
             return None
         return dict(zip((spec.name for spec in self.graph.outputs), outputs, strict=True))
@@ -144,7 +151,7 @@ class Witness:
     def _of_padding(self, axis: str, regime: Regime, probe: int) -> dict[str, float] | None:
         lengths = {symbol: int(self.rng.choice([1, 2, 3, 4, 7, 12])) for symbol in self.graph.signature.symbols}
         more = (1, 2, 5, 40, 100, 480)[probe]
-        row = self.row(lengths, regime)
+        row = self.row(lengths, regime, axis)
         padded = {**lengths, axis: lengths[axis] + more}
         return self._compared(self.batch([row], lengths), self.batch([row], padded), lengths, 0)
 

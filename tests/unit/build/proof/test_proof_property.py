@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 from attnserve_server.build.proof import Proof
 from attnserve_server.model.certificate import Verdict
+from attnserve_server.model.manifest import BATCH
 from mixing_graphs import MixingGraph, mixing_graph
 from mixing_judge import Summary, judged, proved_by_default
-from mixing_values import BATCH, UNSAID
+from mixing_taps import tapped
+from mixing_values import UNSAID
 from mixing_witness import CLEAR, EXTREME, HOLES, USUAL, Witness, satisfying
 
 GRAPHS = 400
@@ -20,10 +22,22 @@ WITNESSED = range(10_000, 10_060)
 """Seeds whose truths are tried out: others than those above, so that each run sees more graphs."""
 
 
+TAPPED = range(20_000, 20_070)
+"""Seeds of graphs that are tapped as conversion does it; about half have attention whose weights can be had."""
+
+
 @pytest.fixture(scope="module")
 def summary() -> Summary:
     """The proof's verdicts on the first graphs."""
     return Summary.of(range(GRAPHS))
+
+
+@pytest.fixture(scope="module")
+def of_taps() -> Summary:
+    """The proof's verdicts on graphs with taps, their weights included."""
+    graphs = [mixing_graph(seed) for seed in TAPPED]
+    made = [with_taps for graph in graphs if graph.weights and (with_taps := tapped(graph)) is not None]
+    return Summary(tuple(each for one in made for each in judged(one.graph, one.proved)))
 
 
 def told(summary: Summary) -> str:
@@ -35,7 +49,14 @@ def test_no_mixed_clause_is_proved_and_refuted_ones_have_reason_and_path(summary
     assert not summary.faults, told(summary)
 
 
-def test_nine_tenths_of_unmixed_clauses_are_proved(summary: Summary) -> None:
+def test_no_mixed_weights_of_taps_are_proved(of_taps: Summary) -> None:
+    assert len({each.seed for each in of_taps.judgements}) > len(TAPPED) / 3
+    assert not of_taps.faults, told(of_taps)
+
+
+@pytest.mark.parametrize("of", ["summary", "of_taps"])
+def test_nine_tenths_of_unmixed_clauses_are_proved(of: str, request: pytest.FixtureRequest) -> None:
+    summary: Summary = request.getfixturevalue(of)
     missed = [each for each in summary.judgements if each.unmixed and each.verdict != "proved"]
     shown = "\n".join(f"seed {each.seed}, {each.axis}: {each.verdict}, {each.reason}" for each in missed[:40])
     assert summary.proved_share >= LEAST_PROVED, f"{summary.proved_share:.3f}\n{shown}"
