@@ -163,7 +163,7 @@ class Witness:
         row = self.row(lengths, regime)
         count = (2, 2, 3, 5, 9, 24)[probe]
         at = int(self.rng.integers(0, count))
-        other = Regime(regime.scale * float(self.rng.choice([1, 1000, 0.001])), "full")
+        other = Regime(regime.scale * float(self.rng.choice([1, 1000, 0.001])), str(self.rng.choice(["full", "holes"])))
         rows = [self.row(padded, other) for _ in range(count)]
         rows[at] = row
         return self._compared(self.batch([row], padded), self.batch(rows, padded), lengths, at)
