@@ -19,10 +19,10 @@ DEMO := .demo
 DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage check format e2e proto docs bench acceptance peers complexity image clean
+.PHONY: help demo test coverage check format e2e proto docs bench acceptance peers complexity batching fuzz-batching image clean
 
 help: ## List the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
@@ -89,6 +89,13 @@ peers: $(VENV)/.dev $(DEMO_BUNDLE) ## Drive other serving systems beside this on
 
 complexity: $(VENV)/.dev ## Measure time and memory of every form over the length, and plot them into docs/
 	@$(BIN)/python -m bench.complexity
+
+batching: $(VENV)/.dev ## Whether any answer depends on its batch: models that would, served to 32 callers
+	@$(BIN)/python -m bench.batching
+
+fuzz-batching: $(VENV)/.dev ## Try the proof of batching on thousands of made-up graphs (FUZZ_GRAPHS, FUZZ_SEED)
+	@PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz_batching.py \
+		--graphs $(or $(FUZZ_GRAPHS),3000) --seed $(or $(FUZZ_SEED),100000)
 
 e2e: $(VENV)/.dev $(DEMO_BUNDLE) ## Build the image, run it hardened, scrape it with a real Prometheus
 	ATTNSERVE_E2E_REPOSITORY=$(abspath $(DEMO)/models) $(BIN)/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)

@@ -1,0 +1,47 @@
+"""A short run of `make batching`: no answer depends on its batch by default, and forced batches show that it could."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from attnserve_server.model.manifest import Manifest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench.batching import Row, measured  # noqa: E402
+from bench.batching_subjects import SUBJECTS  # noqa: E402
+
+CALLS = 64
+"""Of each model: two rounds of all callers."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("certificate" not in Manifest.model_fields, reason="bundles have no certificate"),
+]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """The table."""
+    return measured(SUBJECTS, CALLS, tmp_path_factory.mktemp("batching"))
+
+
+def test_no_answer_is_wrong_by_default(rows: list[Row]) -> None:
+    assert {row.model: row.wrong for row in rows if row.wrong} == {}
+
+
+def test_forced_batches_are_wrong_for_each_model_that_mixes(rows: list[Row]) -> None:
+    assert [row.model for row in rows if not row.batches and not row.forced_wrong] == []
+
+
+def test_masked_models_still_share_runs(rows: list[Row]) -> None:
+    controls = [row for row in rows if row.batches]
+    assert controls
+    assert all(row.mean_batch > 1 for row in controls), controls
+
+
+def test_each_model_that_runs_alone_says_why(rows: list[Row]) -> None:
+    assert all(row.reason for row in rows if not row.batches)

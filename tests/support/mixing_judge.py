@@ -1,0 +1,143 @@
+"""Compares verdicts of the proof with the truth of generated graphs, and sums up many such comparisons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from attnserve_server.build.proof import Proof, prove
+from attnserve_server.model.certificate import Clause, Verdict
+from attnserve_server.model.manifest import BATCH
+from mixing_graphs import MixingGraph, mixing_graph
+from mixing_values import UNSAID, Need
+from mixing_witness import CLEAR, Witness, satisfying
+
+Prover = Callable[[MixingGraph], Proof]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One clause beside its truth: `poison` as `MixingGraph` has it; `fault` is empty where nothing is wrong."""
+
+    seed: int
+    axis: str
+    poison: str
+    verdict: str
+    pieces: tuple[str, ...]
+    fault: str = ""
+    reason: str = ""
+
+    @property
+    def unmixed(self) -> bool:
+        """Whether nothing is known to be mixed, and so a proof is wanted."""
+        return not self.poison
+
+
+def proved_by_default(graph: MixingGraph) -> Proof:
+    """What the product's proof gives for a graph as it is, without taps."""
+    return prove(
+        graph.proto,
+        graph.signature,
+        graph.outputs,
+        (),
+        max_lengths=graph.max_lengths,
+        derived=graph.derived,
+        precision="fp32",
+    )
+
+
+def judged(graph: MixingGraph, prover: Prover = proved_by_default) -> list[Judgement]:
+    """A judgement for `batch` and for each symbol. An exception of the proof is a fault of each."""
+    try:
+        proof = prover(graph)
+    except Exception as fault:  # noqa: BLE001 - whatever it raises is a finding, and the next graph is wanted too
+        said = f"raised {type(fault).__name__}: {fault}"
+        return [Judgement(graph.seed, axis, graph.poison(axis), "raised", graph.pieces, said) for axis in graph.axes]
+    clauses = {clause.axis: clause for clause in proof.clauses}
+    return [_judged(graph, axis, clauses.get(axis), proof) for axis in graph.axes]
+
+
+def _judged(graph: MixingGraph, axis: str, clause: Clause | None, proof: Proof) -> Judgement:
+    poison = graph.poison(axis)
+    if clause is None:
+        return Judgement(graph.seed, axis, poison, "missing", graph.pieces, "there is no clause of this axis")
+    fault = _fault(graph, axis, clause, proof)
+    return Judgement(graph.seed, axis, poison, str(clause.verdict), graph.pieces, fault, clause.reason)
+
+
+def _fault(graph: MixingGraph, axis: str, clause: Clause, proof: Proof) -> str:
+    """What is wrong with a clause, "" for nothing."""
+    if clause.verdict is Verdict.PROVED and graph.poison(axis) not in {"", UNSAID}:
+        return f"UNSOUND: proved, but mixed by {graph.poison(axis)}"
+    for output, verdict in clause.targets.items():
+        poison = graph.truths.get(output, {}).get(axis, UNSAID)
+        if verdict is Verdict.PROVED and poison not in {"", UNSAID}:
+            return f"UNSOUND: {output} proved, but mixed by {poison}"
+    if clause.verdict is Verdict.PROVED and axis != BATCH:
+        unmet = [need for need in graph.needs_of(axis) if not _met(need, proof)]
+        if unmet and changes(graph, axis, proof):
+            return f"UNSOUND: proved without the need {unmet[0]}, and masks that break it change the answer"
+    if clause.verdict is Verdict.REFUTED and not (clause.reason and clause.path):
+        return "refuted without a reason and a path"
+    if clause.verdict is Verdict.UNKNOWN and not clause.reason:
+        return "unknown without a reason"
+    return ""
+
+
+def _met(need: Need, proof: Proof) -> bool:
+    """Whether a proof asks at least as much of a mask as is needed."""
+    asked = [mask for mask in proof.masks if mask.input == need.input]
+    enough = {"some": {"some", "all"}, "all": {"all"}}[need.need]
+    return any(mask.need in enough for mask in asked) and (
+        not need.ones or any(mask.allowed_value == 1 for mask in asked)
+    )
+
+
+def changes(graph: MixingGraph, axis: str, proof: Proof) -> bool:
+    """Whether running a graph shows that an axis changes an answer, under masks as the proof asks for them.
+
+    A clear difference: more than float32's rounding makes of sums in another order.
+    """
+    along = [] if axis == BATCH else [spec.name for spec in graph.signature.inputs if axis in spec.shape]
+    asked = [Need(mask.input, mask.need, ones=mask.allowed_value == 1) for mask in proof.masks if mask.input in along]
+    worst = Witness(graph).worst(axis, satisfying(asked), 2, enough=CLEAR)
+    return max(worst.values()) > CLEAR
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Many judgements."""
+
+    judgements: tuple[Judgement, ...]
+
+    @classmethod
+    def of(cls, seeds: Iterable[int], prover: Prover = proved_by_default) -> Summary:
+        """The graphs of these seeds, judged."""
+        return cls(tuple(each for seed in seeds for each in judged(mixing_graph(seed), prover)))
+
+    @property
+    def faults(self) -> list[Judgement]:
+        """Those with a fault."""
+        return [each for each in self.judgements if each.fault]
+
+    @property
+    def proved_share(self) -> float:
+        """Of the clauses that nothing mixes: which part is proved."""
+        unmixed = [each for each in self.judgements if each.unmixed]
+        return sum(each.verdict == "proved" for each in unmixed) / max(len(unmixed), 1)
+
+    def by_poison(self) -> dict[str, Counter[str]]:
+        """Counts of verdicts for each poison, those of unmixed clauses under "(unmixed)"."""
+        table: dict[str, Counter[str]] = {}
+        for each in self.judgements:
+            table.setdefault(each.poison or "(unmixed)", Counter())[each.verdict] += 1
+        return table
+
+    def by_piece(self) -> dict[str, Counter[str]]:
+        """Counts of verdicts of unmixed clauses for each piece that their graphs have."""
+        table: dict[str, Counter[str]] = {}
+        for each in self.judgements:
+            for piece in set(each.pieces) if each.unmixed else ():
+                table.setdefault(piece, Counter())[each.verdict] += 1
+        return table
