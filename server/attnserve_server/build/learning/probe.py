@@ -36,8 +36,9 @@ class Axes:
     sites: dict[str, tuple[str | int | None, str | int | None]]
     unbatched_outputs: tuple[str, ...]
     unbatched_sites: frozenset[str]
-    causal_sites: frozenset[str]
     derived: dict[str, DerivedLength]
+    causal_sites: frozenset[str] = frozenset()
+    """Windowed sites whose band has no key behind its query."""
 
 
 def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: Mapping[str, FoundSite]) -> Axes:
@@ -77,7 +78,6 @@ def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: 
         sites={name: (axes[0], axes[1]) for name, axes in site_axes.items()},
         unbatched_outputs=tuple(unbatched),
         unbatched_sites=frozenset(strange),
-        causal_sites=frozenset(name for name, output in weights.items() if _is_causal((first[output], second[output]))),
         derived=derived,
     )
 
@@ -95,114 +95,6 @@ def _own_output(site: FoundSite) -> str:
     assert site.output is not None
     assert site.output.value.name is not None
     return site.output.value.name
-
-
-def _is_causal(runs: Sequence[Array]) -> bool:
-    """Whether no query looks past itself, on square maps, though keys behind the first one are looked at."""
-    square = all(weights.shape[2] == weights.shape[3] for weights in runs)
-    return (
-        square
-        and not any(np.triu(weights, 1).any() for weights in runs)
-        and any(weights[..., 1:].any() for weights in runs)
-    )
-
-
-def padding_error(
-    runner: Runner,
-    sampler: Sampler,
-    symbol: str,
-    outputs: Sequence[OutputSpec],
-    sites: Mapping[str, tuple[str, str]],
-    derived: Mapping[str, DerivedLength],
-) -> float:
-    """How much padding along one axis changes a sequence's own outputs and weights: the greatest difference.
-
-    In parts of each array's greatest value, where that is beyond 1, as rounding is.
-
-    Args:
-        runner: the tapped graph.
-        sampler: makes the sequence.
-        symbol: the axis that is padded; the others are as long as the sequence.
-        outputs: what is compared, cropped to the sequence's own lengths.
-        sites: query and key axis of each site whose weights are compared.
-        derived: the forms of symbols that are none of the inputs'.
-
-    Returns:
-        Infinity where the graph does not run on the padded sequence.
-    """
-    symbols = sampler.signature.symbols
-    # Both orders: under a causal frontier, padded keys are seen only by queries that outnumber the keys.
-    orders = (symbols, symbols[::-1]) if len(symbols) > 1 else (symbols,)
-    assigned = ({name: _PRIMES[position] for position, name in enumerate(order)} for order in orders)
-    return max(_padding_error(runner, sampler, symbol, outputs, sites, derived, lengths) for lengths in assigned)
-
-
-def _padding_error(
-    runner: Runner,
-    sampler: Sampler,
-    symbol: str,
-    outputs: Sequence[OutputSpec],
-    sites: Mapping[str, tuple[str, str]],
-    derived: Mapping[str, DerivedLength],
-    lengths: Mapping[str, int],
-) -> float:
-    sequence = sampler.sequence(lengths)
-    fetches = [*(spec.name for spec in outputs), *(WEIGHTS_PREFIX + name for name in sites)]
-    alone = runner.run(sampler.batch([sequence], lengths), fetches)
-    try:
-        feeds = sampler.batch([sequence], {**lengths, symbol: lengths[symbol] + _PADDING})
-        padded = runner.run(feeds, fetches)
-    except BuildRefused:
-        return float("inf")
-    crops = croppers(outputs, sites, lengths, derived)
-    for name, (_, key_axis) in sites.items():
-        form = derived.get(key_axis)
-        before, after = (run[WEIGHTS_PREFIX + name][0] for run in (alone, padded))
-        if form is not None and form.source == symbol and _displaced(before, after, form):
-            return float("inf")
-    return max(_scaled(crops[name](padded[name][0]), crops[name](alone[name][0])) for name in fetches)
-
-
-def _displaced(alone: Array, padded: Array, form: DerivedLength) -> bool:
-    """Whether keys beyond the source's positions move when it is padded, or whether that cannot be told.
-
-    A zero or a bias that is concatenated behind the keys stands behind the padding too, where no crop finds it. In its
-    place stands the weight of a padded key, which is seen in proportion: a weight may be too small for a difference to
-    tell. Keys that are put before the others stay where they are.
-
-    Args:
-        alone: weights (H, L, S) without padding.
-        padded: weights (H, L or more, S or more).
-        form: of the key axis.
-    """
-    if form.stride != 1 or form.offset <= 0:
-        return False
-    queries, keys = alone.shape[1:]
-    last, there = (each[:, :queries, keys - form.offset : keys].astype(np.float64) for each in (alone, padded))
-    return not last.any() or bool((np.abs(there - last) > _IN_PROPORTION * last).any())
-
-
-def batch_error(
-    runner: Runner, sampler: Sampler, outputs: Sequence[OutputSpec], sites: Mapping[str, tuple[str, str]]
-) -> float:
-    """How much a batch mate changes a sequence's own outputs and weights: the greatest difference.
-
-    Measured as padding's is, on sequences of one length.
-    """
-    lengths = {symbol: _PRIMES[position] for position, symbol in enumerate(sampler.signature.symbols)}
-    sequences = [sampler.sequence(lengths, row) for row in range(3)]
-    fetches = [*(spec.name for spec in outputs), *(WEIGHTS_PREFIX + name for name in sites)]
-    together = runner.run(sampler.batch(sequences, lengths), fetches)
-    worst = 0.0
-    for row, sequence in enumerate(sequences):
-        alone = runner.run(sampler.batch([sequence], lengths), fetches)
-        worst = max(worst, *(_scaled(together[name][row], alone[name][0]) for name in fetches))
-    return worst
-
-
-def _scaled(one: Array, reference: Array) -> float:
-    wide = np.abs(np.nan_to_num(reference.astype(np.float64), posinf=0.0, neginf=0.0))
-    return max_abs(one, reference) / max(1.0, float(wide.max(initial=0.0)))
 
 
 def croppers(
