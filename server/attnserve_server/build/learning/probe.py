@@ -1,4 +1,4 @@
-"""Learns by running what a graph does not say: axes of outputs and sites, how long, whether padding is harmless."""
+"""Learns by running what a graph does not say: the axes of outputs and sites, and how long they are."""
 
 from __future__ import annotations
 
@@ -18,11 +18,6 @@ from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import DerivedLength, OutputSpec
 
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
-_PADDING = 3
-"""How far a probe pads: enough that a leak of padding into a softmax or a mean is far above any tolerance."""
-
-_IN_PROPORTION = 0.5
-"""The share of a weight that padding may change where only its order of magnitude is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
