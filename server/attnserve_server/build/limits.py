@@ -7,6 +7,7 @@ traced for a few rows. A bundle whose declared limits do not run fails to load, 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,8 +36,10 @@ _ROWS_SEEN: Final = 3
 _LONG: Final = 1024
 """Longer runs than this are foreseen before they are tried."""
 _TIMED_LENGTH: Final = 128
-_MOST_SECONDS: Final = 60.0
+_MOST_SECONDS: Final = 5.0
 """How long the longest run may take, as foreseen. Twice the linear share allows for attention's square."""
+_MOST_SCORE_BYTES: Final = 64 * 2**20
+"""What one site's scores of one long sequence may hold; a graph keeps a few arrays of this size at a time."""
 _WARM_UP_S: Final = 0.5
 """How long the larger shapes of the warm-up may take; the server gives 1 s to three repeats, which is less each."""
 _MOST_TAP_BYTES: Final = 256 * 2**20
@@ -160,17 +163,21 @@ def _rows(count: int) -> str:
 
 def _affordable(graph: _Graph, wanted: Mapping[str, int], steps: Steps) -> dict[str, int]:
     """The lengths that are tried: those wanted, or what runs in reasonable time where they are very long."""
-    longest = max(wanted.values(), default=0)
-    if longest <= _LONG:
+    if max(wanted.values(), default=0) <= _LONG:
         return dict(wanted)
     begun = time.perf_counter()
     if not graph.runs(dict.fromkeys(wanted, _TIMED_LENGTH), 1):
         return dict(wanted)
     position_s = (time.perf_counter() - begun) / _TIMED_LENGTH
-    most = max(int(_MOST_SECONDS / (2 * position_s)), _TIMED_LENGTH)
-    beyond = {symbol: length for symbol, length in wanted.items() if length > most}
-    for symbol, length in beyond.items():
-        steps.warn(f"lengths above {most} along {symbol!r} were not run, which would take long; {length} is declared")
+    heads = max((site.heads for site in graph.assembled.sites if site.form == "dense"), default=1)
+    in_memory = math.isqrt(_MOST_SCORE_BYTES // (4 * heads))
+    most = max(min(int(_MOST_SECONDS / (2 * position_s)), in_memory), _LONG)
+    for symbol, length in wanted.items():
+        if length > most:
+            steps.warn(
+                f"lengths above {most} along {symbol!r} were not run, which would take too long or too much memory; "
+                f"{length} is declared"
+            )
     return {symbol: min(length, most) for symbol, length in wanted.items()}
 
 
