@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
-import onnx_ir as ir
 
 from attnserve_server.build.assemble import Assembled
+from attnserve_server.build.inputs.vocabulary import extreme_ids_of
 from attnserve_server.build.progress import Steps
 from attnserve_server.build.proof import Proof, prove
 from attnserve_server.build.proof.attack import DEFAULT_SECONDS, attack
-from attnserve_server.build.proof.extremes import extreme_ids
 from attnserve_server.build.proof.noise import noise_of
 from attnserve_server.build.proof.target import Target
 from attnserve_server.model.batching import cautions
@@ -76,11 +75,11 @@ def certify(
         max_lengths=max_lengths,
         max_batch_size=max_batch_size,
         derived=assembled.derived_axes,
-        extreme_ids=extreme_ids(ir.from_proto(proto).graph, ids),
+        extreme_ids={name: extreme_ids_of(proto.graph, name) for name in ids},
     )
     steps.begin("attacking what is not refuted")
     noise = noise_of(target, assembled.precision)
-    clauses = attack(target, proof, Equality(assembled.precision, noise), seconds=attack_seconds)
+    clauses = attack(target, proof, Equality(assembled.precision, noise), seconds=attack_seconds, report=steps.note)
     certificate = Certificate(clauses=clauses, masks=proof.masks, noise=noise)
     alone = sampler.signature.fixed_batch is not None
     for caution in cautions(certificate, batching, alone=alone):

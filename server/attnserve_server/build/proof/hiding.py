@@ -10,6 +10,8 @@ from attnserve_server.build.proof.intervals import NAN, NEGATIVE, ZERO, Interval
 from attnserve_server.build.proof.layout import ordinals
 from attnserve_server.build.proof.values import EXACTLY_HIDDEN, HALF_HIDDEN, Cause, Entry, Region, Standing, Value
 
+_NO_MASK = -1.0
+"""What is padded with more than this was not made to be hidden."""
 MOST_POSITIONS = 512
 """How many positions are padded at most, where nothing says how many."""
 
@@ -63,10 +65,8 @@ def hides(ctx: Context, value: Value, factor: int) -> tuple[Standing, Cause | No
     lowest = HALF_HIDDEN if ctx.precision == "fp16" else EXACTLY_HIDDEN
     if entry.high <= lowest or entry.lowered >= -lowest:
         return _with_a_key(ctx, value, factor)
-    if not entry.lowered and not entry.interval.high < min(value.lit.low, 0):
-        unmasked = value.span.high > entry.high or not math.isfinite(entry.high)
-        said = f"{keys} take a share: no mask hides them"
-        return Standing.DIFFERENT, ctx.cause(said if unmasked else f"{keys} take a share")
+    if not entry.lowered and entry.interval.high > _NO_MASK:
+        return Standing.DIFFERENT, ctx.cause(f"{keys} take a share: no mask hides them")
     return _finite(ctx, value, factor, entry)
 
 

@@ -90,7 +90,8 @@ class Interpreter:
         if standing is Standing.UNKNOWN:
             # Of what is not known, nothing worse is known either.
             return [replace(value, standing=standing, cause=cause) for value in outputs]
-        return [_at_least(value, standing, cause) for value in outputs]
+        # Places of rows are looked at where they are used, however they were computed.
+        return [value if value.items else _at_least(value, standing, cause) for value in outputs]
 
     def _softmax(self, node: ir.Node) -> Value | None:
         """A softmax that is written out, exp(x - max x) / sum of exp(x - max x); None of any other division."""

@@ -299,6 +299,8 @@ def where(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     symbolic = _chosen_sizes(condition, one, other)
     if symbolic is not None:
         return symbolic
+    if one.items == "rows" and other.sizes is not None and _is_lesser(node):
+        return one
     condition = ctx.as_data(condition)
     if condition.raw.startswith("below ") and condition.raw == f"below top of {_name(node, 2)}":
         # What is below the k-th greatest is hidden: the greatest is not.
@@ -312,6 +314,13 @@ def where(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         if picked.layout == layout:
             return picked
     return pointwise(ctx, chosen, [condition, one, other], op="Where")
+
+
+def _is_lesser(node: ir.Node) -> bool:
+    """Whether a node chooses the lesser of its two operands."""
+    condition = node.inputs[0]
+    less = condition.producer() if condition is not None else None
+    return less is not None and less.op_type == "Less" and list(less.inputs) == list(node.inputs[1:])
 
 
 def _name(node: ir.Node, at: int) -> str:
