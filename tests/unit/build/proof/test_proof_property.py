@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import onnx
 import pytest
 from attnserve_server.build.proof import Proof
 from attnserve_server.model.certificate import Verdict
@@ -70,7 +71,23 @@ def test_the_grammar_makes_enough_of_both_kinds(summary: Summary) -> None:
     assert len(set(mixed)) >= 30
 
 
-def test_a_soundness_bug_planted_by_hand_is_found() -> None:
+def test_a_rule_that_is_wrong_is_found() -> None:
+    def planted(graph: MixingGraph) -> Proof:
+        """The proof as it would be if it took a CumSum, along whatever axis, for a function of each number."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(graph.proto)
+        for node in proto.graph.node:
+            if node.op_type == "CumSum":
+                node.op_type = "Identity"
+                del node.input[1:], node.attribute[:]
+        return proved_by_default(replace(graph, proto=proto))
+
+    found = {each.fault for each in Summary.of(range(GRAPHS), planted).faults}
+    assert any("running sum over the batch" in fault for fault in found)
+    assert any("from the end (cumsum)" in fault for fault in found)
+
+
+def test_a_verdict_that_is_turned_is_found() -> None:
     def planted(graph: MixingGraph) -> Proof:
         """The proof with one verdict turned: whatever is mixed over the batch by a running sum is proved."""
         proof = proved_by_default(graph)
