@@ -37,18 +37,25 @@ from bench.batching_subjects import SUBJECTS, Subject
 CALLERS = 32
 FORCING = ("--instances", "1", "--run-overhead-tokens", "1000000")
 """Flags of the control's server: it gathers all that waits, at any padding."""
+TOGETHER = 16
+"""Sequences in a call where runs are to be shared however busy the machine is."""
 LENGTHS = (*range(2, 24), *range(24, 100, 5))
 """Mixed, most of them short; some above each threshold of the graphs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `wrong` and `forced_wrong` are of `calls`; `mean_batch` is by default."""
+    """One line of the table. All counts are of `calls` sequences.
+
+    `wrong`: sent by separate callers, by default. `together_wrong`, `mean_batch`: the same sequences in calls of
+    `TOGETHER`, by default. `forced_wrong`, `forced_mean_batch`: those in calls again, where everything is claimed.
+    """
 
     model: str
     policy: str
     calls: int
     wrong: int
+    together_wrong: int
     forced_wrong: int
     mean_batch: float
     forced_mean_batch: float
@@ -58,7 +65,8 @@ class Row:
     @property
     def holds(self) -> bool:
         """No answer is wrong; a model that may share runs does, and any other is wrong where it is forced to."""
-        return not self.wrong and (self.mean_batch > 1 if self.batches else self.forced_wrong > 0)
+        right = not self.wrong and not self.together_wrong
+        return right and (self.mean_batch > 1 if self.batches else self.forced_wrong > 0)
 
 
 class Alone:
@@ -129,27 +137,28 @@ def policy_of(manifest: Manifest) -> tuple[str, str]:
             ("joined" if allowed else "alone") if clause.axis == BATCH else ("padded" if allowed else "equal lengths")
         )
         words.append(f"{clause.axis} {clause.status('proved')}: {effect}")
-        reasons += [clause.reason] if clause.reason and not allowed else []
+        reasons += [clause.reason] if clause.reason else []
     return "; ".join(words), "; ".join(dict.fromkeys(reasons))
 
 
 async def called(
-    target: str, model: str, requests: Sequence[Feeds], callers: int
+    target: str, model: str, requests: Sequence[Feeds], per_call: int
 ) -> list[InferenceResult | AttnserveError]:
-    """Every request once, each a call of its own, from so many callers; answers in the requests' order."""
+    """Every request once, so many in a call, from all callers; answers in the requests' order."""
     answers: dict[int, InferenceResult | AttnserveError] = {}
-    waiting = iter(enumerate(requests))
+    waiting = iter(range(0, len(requests), per_call))
 
     async def caller() -> None:
         async with AsyncClient(target) as client:
-            for index, feeds in waiting:
+            for start in waiting:
+                each = requests[start : start + per_call]
                 try:
-                    answers[index] = await client.infer(model, feeds, attention=True)
+                    answers.update(enumerate(await client.infer(model, each, attention=True), start))
                 except AttnserveError as fault:
-                    answers[index] = fault
+                    answers.update(dict.fromkeys(range(start, start + len(each)), fault))
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(callers):
+        for _ in range(CALLERS):
             group.create_task(caller())
     return [answers[index] for index in range(len(requests))]
 
@@ -179,7 +188,9 @@ def measured(subjects: Sequence[Subject], calls: int, folder: Path) -> list[Row]
     for kind, flags in {"models": (), "forced": FORCING}.items():
         with service.running(folder / kind, *flags) as server:
             for name, each in requests.items():
-                answers[kind, name] = asyncio.run(called(server.target, name, each, CALLERS))
+                if kind == "models":
+                    answers["separate", name] = asyncio.run(called(server.target, name, each, 1))
+                answers[kind, name] = asyncio.run(called(server.target, name, each, TOGETHER))
     rows = []
     for subject in subjects:
         name, manifest = subject.name, bundles[subject.name].manifest
@@ -187,7 +198,7 @@ def measured(subjects: Sequence[Subject], calls: int, folder: Path) -> list[Row]
         references = [alone[name].answer(feeds) for feeds in requests[name]]
         wrong = {
             kind: sum(differs(*pair, equality) for pair in zip(answers[kind, name], references, strict=True))
-            for kind in ("models", "forced")
+            for kind in ("separate", "models", "forced")
         }
         policy, reason = policy_of(manifest)
         rows.append(
@@ -195,7 +206,8 @@ def measured(subjects: Sequence[Subject], calls: int, folder: Path) -> list[Row]
                 model=subject.what,
                 policy=policy,
                 calls=calls,
-                wrong=wrong["models"],
+                wrong=wrong["separate"],
+                together_wrong=wrong["models"],
                 forced_wrong=wrong["forced"],
                 mean_batch=mean_batch(answers["models", name]),
                 forced_mean_batch=mean_batch(answers["forced", name]),
@@ -208,11 +220,14 @@ def measured(subjects: Sequence[Subject], calls: int, folder: Path) -> list[Row]
 
 def shown(rows: Sequence[Row], console: Console) -> None:
     """The table."""
-    table = Table("model", "policy used", "wrong", "forced: wrong", "rows a run", "forced")
+    table = Table(
+        "model", "policy used", "wrong", f"in calls of {TOGETHER}", "rows a run", "forced: wrong", "rows a run"
+    )
     for row in rows:
-        counts = (f"{row.wrong} of {row.calls}", f"{row.forced_wrong} of {row.calls}")
-        runs = (f"{row.mean_batch:.2f}", f"{row.forced_mean_batch:.2f}")
-        table.add_row(row.model, row.policy, *counts, *runs)
+        wrong = (f"{count} of {row.calls}" for count in (row.wrong, row.together_wrong, row.forced_wrong))
+        separate, together, forced_wrong = wrong
+        default, forced_runs = f"{row.mean_batch:.2f}", f"{row.forced_mean_batch:.2f}"
+        table.add_row(row.model, row.policy, separate, together, default, forced_wrong, forced_runs)
     console.print(table)
     for row in rows:
         if row.reason:

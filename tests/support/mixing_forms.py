@@ -75,7 +75,7 @@ def _ahead(context: Context, stream: Stream, most: int) -> str:
 def _softmax(context: Context, scores: str) -> str:
     """A softmax over keys, as an operator or by its definition."""
     writer = context.writer
-    if writer.rng.random() < 0.5:
+    if writer.rng.random() < 0.8:
         return writer.op("Softmax", scores, axis=3)
     powers = writer.op("Exp", writer.op("Sub", scores, writer.reduce("Max", scores, 3)))
     return writer.op("Div", powers, writer.reduce("Sum", powers, 3))

@@ -32,6 +32,8 @@ from mixing_values import LONGEST, NAN_BEHIND, UNSAID, Context, Need, State, Str
 from mixing_writer import Writer
 from onnx import TensorProto, helper
 
+RARE = {"reversed by length": 0.2, "dead end": 0.4, "spelled out": 0.6}
+"""How often pieces come, of those that few models have; others come once."""
 PADDING_WITH_MASK = {**OF_PADDING_WITH_MASK, **FORMS_OF_PADDING_WITH_MASK}
 ROWS_WITH_MASK = {**OF_ROWS_WITH_MASK, **FORMS_OF_ROWS_WITH_MASK}
 OPSETS = (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 23, 23)
@@ -111,7 +113,8 @@ def _safe(context: Context, stream: Stream) -> Stream:
     pieces = {**BY_POSITION, **FROM_FRONT, **SAFE_FORMS, "attention": attention, "fused attention": fused}
     if masked:
         pieces |= {**MASKED, "attention again": attention, "query mask": query_masked}
-    name = context.writer.rng.choice(sorted(pieces))
+    names = sorted(pieces)
+    name = context.writer.rng.choices(names, [RARE.get(name, 1.0) for name in names])[0]
     context.begin(name)
     return pieces[name](context, stream)
 

@@ -55,10 +55,18 @@ def last_allowed(context: Context, stream: Stream) -> Head:
     writer, mask = context.writer, context.masks[stream.symbol]
     whole_ = writer.cast(mask.keep, TensorProto.INT64)
     state = stream.state.needing(mask.need("some"))
-    if writer.opset >= 12 and writer.rng.random() < 0.6:
+    spelling = writer.pick("rows", "rows", "one of all", "batch axes")
+    if spelling == "batch axes" and writer.opset >= 12:
         count = writer.reduce("Sum", whole_, 1)
         place = writer.op("Sub", count, writer.const(1, np.int64))
         name = writer.op("GatherND", stream.name, place, batch_dims=1)
+        return Head(name, (stream.width,), state)
+    if spelling == "rows":
+        # x[arange(B), length - 1], as exporters write it.
+        count = writer.reduce("Sum", whole_, 1, keep=False)
+        place = writer.unsqueeze(writer.op("Sub", count, writer.const(1, np.int64)), 1)
+        rows = writer.unsqueeze(writer.range(writer.length(stream.name, 0)), 1)
+        name = writer.op("GatherND", stream.name, writer.op("Concat", rows, place, axis=1))
         return Head(name, (stream.width,), state)
     count = writer.reduce("Sum", whole_, 1)
     place = writer.op("Sub", count, writer.const(1, np.int64))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import onnx
 import pytest
 from attnserve_server.build.proof import Proof
 from attnserve_server.model.certificate import Verdict
@@ -17,7 +18,8 @@ from mixing_values import UNSAID
 from mixing_witness import CLEAR, EXTREME, HOLES, USUAL, Witness, satisfying
 
 GRAPHS = 400
-LEAST_PROVED = 0.9
+LEAST_PROVED = {"summary": 0.9, "of_taps": 0.85}
+"""Of unmixed clauses; of taps fewer, since one site that is not followed costs its whole graph."""
 WITNESSED = range(10_000, 10_060)
 """Seeds whose truths are tried out: others than those above, so that each run sees more graphs."""
 
@@ -54,12 +56,12 @@ def test_no_mixed_weights_of_taps_are_proved(of_taps: Summary) -> None:
     assert not of_taps.faults, told(of_taps)
 
 
-@pytest.mark.parametrize("of", ["summary", "of_taps"])
-def test_nine_tenths_of_unmixed_clauses_are_proved(of: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("of", LEAST_PROVED)
+def test_most_unmixed_clauses_are_proved(of: str, request: pytest.FixtureRequest) -> None:
     summary: Summary = request.getfixturevalue(of)
     missed = [each for each in summary.judgements if each.unmixed and each.verdict != "proved"]
     shown = "\n".join(f"seed {each.seed}, {each.axis}: {each.verdict}, {each.reason}" for each in missed[:40])
-    assert summary.proved_share >= LEAST_PROVED, f"{summary.proved_share:.3f}\n{shown}"
+    assert summary.proved_share >= LEAST_PROVED[of], f"{summary.proved_share:.3f}\n{shown}"
 
 
 def test_the_grammar_makes_enough_of_both_kinds(summary: Summary) -> None:
@@ -70,7 +72,23 @@ def test_the_grammar_makes_enough_of_both_kinds(summary: Summary) -> None:
     assert len(set(mixed)) >= 30
 
 
-def test_a_soundness_bug_planted_by_hand_is_found() -> None:
+def test_a_rule_that_is_wrong_is_found() -> None:
+    def planted(graph: MixingGraph) -> Proof:
+        """The proof as it would be if it took a CumSum, along whatever axis, for a function of each number."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(graph.proto)
+        for node in proto.graph.node:
+            if node.op_type == "CumSum":
+                node.op_type = "Identity"
+                del node.input[1:], node.attribute[:]
+        return proved_by_default(replace(graph, proto=proto))
+
+    found = {each.fault for each in Summary.of(range(GRAPHS), planted).faults}
+    assert any("running sum over the batch" in fault for fault in found)
+    assert any("from the end (cumsum)" in fault for fault in found)
+
+
+def test_a_verdict_that_is_turned_is_found() -> None:
     def planted(graph: MixingGraph) -> Proof:
         """The proof with one verdict turned: whatever is mixed over the batch by a running sum is proved."""
         proof = proved_by_default(graph)
