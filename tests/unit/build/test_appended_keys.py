@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from appended_keys import Appended
-from attnserve_server.build.learning.probe import _displaced
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import DerivedLength
@@ -60,14 +59,3 @@ def test_sequences_are_not_padded_where_keys_stand_behind_the_padding(case: Appe
 def test_sequences_are_padded_where_keys_stand_before_them(case: Appended, tmp_path: Path) -> None:
     axes = prepared(case, tmp_path).manifest.axes
     assert [(axis.symbol, axis.paddable) for axis in axes] == [("seq", True), (f"seq_plus_{case.count}", True)]
-
-
-def test_weight_too_small_for_a_difference_tells_that_its_key_moved() -> None:
-    form = DerivedLength(source="seq", stride=1, offset=1)
-    alone = np.array([[[1.0, 1e-12, 3e-9]]], np.float32)
-    moved = np.array([[[1.0, 1e-12, 0.0, 0.0, 3e-9]]], np.float32)
-    kept = np.array([[[1.0, 1e-12, 3e-9, 0.0, 0.0]]], np.float32)
-    assert _displaced(alone, moved, form)
-    assert not _displaced(alone, kept, form)
-    # Where it is 0 anyway, nothing tells.
-    assert _displaced(np.array([[[1.0, 0.0, 0.0]]], np.float32), kept, form)

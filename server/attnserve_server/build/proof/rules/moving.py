@@ -38,6 +38,7 @@ from attnserve_server.build.proof.layout import (
     varying,
     without_axes,
 )
+from attnserve_server.build.proof.rules.sized import SizesArray, of_sizes_array, sizes_array
 from attnserve_server.build.proof.sizes import ONE, Size, greater, lesser, product
 from attnserve_server.build.proof.values import Entry, Region, Standing, Value
 
@@ -109,6 +110,9 @@ def transpose(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 def permuted(value: Value, order: Sequence[int]) -> Value:
     """A value with its axes in another order."""
+    sizes = sizes_array(value)
+    if sizes is not None and sizes.ndim == len(order):
+        return of_sizes_array(sizes.transpose(order))
     layout, places = transposed(value.axes, order)
     result = value.moved(layout, places)
     axis = list(order).index(value.norm_axis) if value.norm < math.inf and value.norm_axis in order else -1
@@ -184,11 +188,9 @@ def concat(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     rank = len(values[0].axes)
     axis = attribute(node, "axis", 0)
     axis = axis + rank if axis < 0 else axis
-    if rank == 1 and all(value.sizes is not None for value in values):
-        sizes = tuple(size for value in values for size in value.sizes or ())
-        from attnserve_server.build.proof.rules.pointwise import sizes_value  # noqa: PLC0415 - a cycle otherwise
-
-        return sizes_value(Value((plain(Size.of(len(sizes))),)), sizes)
+    arrays = [sizes_array(value) for value in values]
+    if all(array is not None for array in arrays):
+        return of_sizes_array(np.concatenate([array for array in arrays if array is not None], axis))
     return together(ctx, values, axis)
 
 
@@ -346,20 +348,22 @@ def slice_(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         axes, steps = numbers(optional(inputs, 3)), numbers(optional(inputs, 4))
     axes = list(range(len(starts))) if axes is None else [axis + rank if axis < 0 else axis for axis in axes]
     steps = steps or [1] * len(starts)
-    if value.sizes is not None and rank == 1:
-        return _sliced_sizes(value, starts[0], ends[0], steps[0])
+    sizes = sizes_array(value)
+    if sizes is not None and all(size.number is not None for size in (*starts, *ends)):
+        return _sliced_sizes(sizes, starts, ends, axes, steps)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         value = sliced(ctx, value, axis, start, end, step)
     return value
 
 
-def _sliced_sizes(value: Value, start: Size, end: Size, step: int) -> Value:
-    if start.number is None or end.number is None:
-        raise NotFollowed("a shape is cut at a place that is not known")
-    from attnserve_server.build.proof.rules.pointwise import sizes_value  # noqa: PLC0415 - a cycle otherwise
-
-    kept = list(value.sizes or ())[start.number : end.number : step]
-    return sizes_value(Value((plain(Size.of(len(kept))),)), kept)
+def _sliced_sizes(
+    sizes: SizesArray, starts: Sequence[Size], ends: Sequence[Size], axes: Sequence[int], steps: Sequence[int]
+) -> Value:
+    cuts = [slice(None)] * sizes.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        first, last = start.number, end.number
+        cuts[axis] = slice(first, None if step < 0 and last is not None and last < -(1 << 30) else last, step)
+    return of_sizes_array(sizes[tuple(cuts)])
 
 
 def sliced(ctx: Context, value: Value, axis: int, start: Size, end: Size, step: int) -> Value:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
 import onnx_ir as ir
 
 from attnserve_server.build.proof.context import (
     MICROSOFT,
+    MOST_SIZES,
     Context,
     aligned,
     attribute,
@@ -26,6 +28,7 @@ from attnserve_server.build.proof.context import (
 )
 from attnserve_server.build.proof.intervals import (
     BINARY,
+    BOOLEAN,
     NAN,
     UNARY,
     Interval,
@@ -42,6 +45,7 @@ from attnserve_server.build.proof.intervals import (
 )
 from attnserve_server.build.proof.layout import Layout, NotFollowed, varying
 from attnserve_server.build.proof.rules.counting import counted, places_of_rows
+from attnserve_server.build.proof.rules.sized import of_sizes, sizes_array, sizes_value
 from attnserve_server.build.proof.sizes import Size, floor_div, greater, lesser, modulo
 from attnserve_server.build.proof.values import Entry, Standing, Value
 
@@ -199,7 +203,7 @@ def cast(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         ir.DataType.BFLOAT16,
     }
     function = as_whole if whole else (lambda interval: interval)
-    if value.sizes is not None or value.index is not None or value.count is not None or value.raw:
+    if value.symbols or value.sizes is not None or value.index is not None or value.count is not None or value.raw:
         return replace(value, constant=None if value.constant is None else value.constant)
     result = pointwise(ctx, function, [value], op="" if whole else "Same")
     return replace(result, norm=value.norm, norm_axis=value.norm_axis) if not whole else result
@@ -354,15 +358,6 @@ def _chosen_sizes(condition: Value, one: Value, other: Value) -> Value | None:
     return sizes_value(longest, sizes)
 
 
-def sizes_value(like: Value, sizes: Sequence[Size | None]) -> Value:
-    """Whole numbers made of sizes, on the axes of another value."""
-    bounds = [size.bounds() for size in sizes if size is not None]
-    span = Interval()
-    if len(bounds) == len(sizes) and bounds:
-        span = Interval(min(low for low, _ in bounds), max(high for _, high in bounds))
-    return Value(like.layout, span=span, lit=span, sizes=tuple(sizes))
-
-
 def _whole(value: int) -> Value:
     return Value((), span=number(value), lit=number(value), sizes=(Size.of(value),))
 
@@ -377,15 +372,28 @@ def _arithmetic(ctx: Context, op: str, operands: Sequence[Value]) -> Value | Non
     if len(operands) < 2 or any(value.layout is None for value in operands):
         return None
     if all(value.sizes is not None for value in operands):
-        count = max(len(value.sizes or ()) for value in operands)
-        if any(len(value.sizes or ()) not in {1, count} for value in operands):
+        arrays = [array for array in map(sizes_array, operands) if array is not None]
+        if len(arrays) != len(operands):
             return None
-        wide = [_repeated(value.sizes, count) for value in operands]
-        sizes = [_of_sizes(ctx, op, each) for each in zip(*wide, strict=True)]
+        wide = np.broadcast_arrays(*arrays)
+        if wide[0].size > MOST_SIZES:
+            return None
+        sizes = [_of_sizes(ctx, op, each) for each in zip(*(array.reshape(-1) for array in wide), strict=True)]
         if all(size is not None for size in sizes):
-            longest = max(operands, key=lambda value: len(value.axes))
-            return sizes_value(longest, sizes)
-        return None
+            return of_sizes(sizes, wide[0].shape)
+        symbols = [size.symbols for value in operands for size in value.sizes or () if size is not None]
+        if not any(symbols):
+            return None
+        longest, _ = aligned(operands)
+        # A number of sizes that is no polynomial: as a shape it is not followed, as a number it depends on them.
+        span = BOOLEAN if op in _COMPARISONS else Interval()
+        symbols += [value.symbols for value in operands]
+        return Value(longest, span=span, lit=span, symbols=frozenset().union(*symbols))
+    if all(value.sizes is not None or value.symbols for value in operands):
+        symbols = [value.symbols for value in operands]
+        symbols += [size.symbols for value in operands for size in value.sizes or () if size is not None]
+        layout, _ = aligned(operands)
+        return Value(layout, symbols=frozenset().union(*symbols))
     return _positions(ctx, op, operands) if len(operands) == 2 else None
 
 
