@@ -22,14 +22,16 @@ are compared where they stand among all keys. What an architecture needs beyond 
 - **weight error**, **output error**: the greatest absolute difference. The limits are 1e-5 and 1e-4 in
   float32, 1e-2 and 2e-2 in float16; last digits differ from machine to machine. In int8 they say little: these weights
   are random. What eight bits do to a real model is measured in [precision.md](precision.md).
+- **batching**: what the proof says of padding and of batch neighbours, as [batching.md](batching.md) explains it. Where
+  not all is proved, the axis, its verdict and the reason: such sequences share a batch at equal lengths only.
 - **time**: CPU time of the prepared graph over its source's while nobody asks for weights. These models are so small
   that it mostly counts nodes, and it differs from run to run.
 
 """
 COLUMNS = (
-    "architecture", "exporter", "opset", "precision", "sites", "weight error", "output error", "time", "note"
+    "architecture", "exporter", "opset", "precision", "sites", "weight error", "output error", "batching", "time", "note"
 )  # fmt: skip
-_SETTLED = (0, 1, 2, 3, 4, 8)
+_SETTLED = (0, 1, 2, 3, 4, 7, 9)
 """The columns that do not depend on the machine."""
 
 Settled = tuple[str, ...]
@@ -47,6 +49,7 @@ class Cell:
     expected: int
     weight_error: float | None = None
     output_error: float | None = None
+    batching: str = ""
     time: float | None = None
     note: str = ""
 
@@ -60,6 +63,7 @@ class Cell:
             f"{self.found}/{self.expected}",
             _rounded(self.weight_error),
             _rounded(self.output_error),
+            self.batching or "-",
             "-" if self.time is None else f"{self.time:.2f}",
             self.note.replace("|", "/"),
         )
@@ -67,7 +71,7 @@ class Cell:
     @property
     def explained(self) -> bool:
         """Whether every blank has its reason."""
-        return bool(self.note) or (self.found == self.expected and "-" not in self.row()[5:8])
+        return bool(self.note) or (self.found == self.expected and "-" not in self.row()[5:9])
 
 
 def rendered(cells: Iterable[Cell]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -14,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 import attnserve_server.build.proof.rules  # noqa: F401 - registers the rules
 from attnserve_server.build.proof.context import RULES, Context, attribute, constant, numbers
 from attnserve_server.build.proof.hiding import softmaxed
+from attnserve_server.build.proof.intervals import Interval
 from attnserve_server.build.proof.layout import NotFollowed, is_plain, size_of
 from attnserve_server.build.proof.rules.moving import Mixed
 from attnserve_server.build.proof.values import Cause, Standing, Value
@@ -53,7 +55,7 @@ class Interpreter:
         self.ctx.node = node
         inputs = [None if value is None else self.value_of(value) for value in node.inputs]
         for output, value in zip(node.outputs, self._outputs(node, inputs), strict=False):
-            self.values[output] = value
+            self.values[output] = _within_span(value)
         for output in node.outputs:
             self.values.setdefault(output, self.ctx.unknown("an output that is not followed"))
 
@@ -176,6 +178,22 @@ def _worst(values: Sequence[Value | None]) -> tuple[Standing, Cause | None]:
     known = [value for value in values if value is not None]
     found = max(known, key=lambda value: value.standing, default=None)
     return (Standing.EQUAL, None) if found is None else (found.standing, found.cause)
+
+
+def _within_span(value: Value) -> Value:
+    """A value whose regions are known to be no wider than the whole."""
+    if not value.regions or not (math.isfinite(value.span.low) or math.isfinite(value.span.high)):
+        return value
+    regions = {
+        region: entry if entry.lowered else replace(entry, interval=_meet(entry.interval, value.span))
+        for region, entry in value.regions.items()
+    }
+    return replace(value, regions=regions)
+
+
+def _meet(one: Interval, whole: Interval) -> Interval:
+    low, high = max(one.low, whole.low), min(one.high, whole.high)
+    return replace(one, low=low, high=high) if low <= high else one
 
 
 def _at_least(value: Value, standing: Standing, cause: Cause | None) -> Value:

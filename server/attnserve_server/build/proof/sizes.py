@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 Monomial = tuple[str, ...]
@@ -15,12 +15,15 @@ class Atom:
     """What a polynomial does not look into: a symbol, or a function of polynomials such as a floor.
 
     `symbols`: on what it depends. `least` and `most`: between what it lies, for every length that is served.
+    `dividend` and `divisor`: of a quotient rounded down.
     """
 
     name: str
     symbols: frozenset[str]
     least: int
     most: float
+    dividend: Size | None = field(default=None, compare=False)
+    divisor: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,24 @@ class Size:
 
     def bounds(self) -> tuple[float, float]:
         """Between what it lies, as far as its atoms tell."""
+        low, high = self._bounds()
+        if not any(atom.divisor for atom in self.atoms.values()):
+            return low, high
+        return max(low, self._rounded(down=True)._bounds()[0]), min(high, self._rounded(down=False)._bounds()[1])
+
+    def _rounded(self, *, down: bool) -> Size:
+        """What is no greater (`down`), or no less: k * floor(x / k) is between x - (k - 1) and x."""
+        result = Size(())
+        for monomial, factor in self.terms:
+            atom = self.atoms[monomial[0]] if len(monomial) == 1 else None
+            if atom is None or not atom.divisor or factor % atom.divisor or atom.dividend is None:
+                result += Size(((monomial, factor),), {name: self.atoms[name] for name in monomial})
+                continue
+            short = Size.of(atom.divisor - 1 if (factor > 0) is down else 0)
+            result += (atom.dividend - short) * Size.of(factor // atom.divisor)
+        return result
+
+    def _bounds(self) -> tuple[float, float]:
         least = most = 0.0
         for monomial, factor in self.terms:
             low = high = float(factor)
@@ -132,12 +153,27 @@ def floor_div(one: Size, by: Size) -> Size:
     (low, high), (least, most) = one.bounds(), by.bounds()
     if least < 1 or low < 0:
         return function("floor", (one, by), 0, float("inf"))
-    return function("floor", (one, by), low // most if most != float("inf") else 0, high // least)
+    found = function("floor", (one, by), low // most if most != float("inf") else 0, high // least)
+    if divisor is None:
+        return found
+    (atom,) = found.atoms.values()
+    return Size.atom(replace(atom, dividend=one, divisor=divisor))
 
 
-def modulo(one: Size, by: Size) -> Size:
-    """The rest of a division, both positive, as the multiple that is left out of it: so that sums cancel."""
-    return one - floor_div(one, by) * by
+def modulo(one: Size, by: Size) -> Size | None:
+    """The rest of a division by a positive size; None where it cannot be told.
+
+    Written with the multiple that is taken off, so that sums cancel: what fills x up to a multiple of k, -x mod k, is
+    k * ceil(x / k) - x.
+    """
+    if one.bounds()[0] >= 0:
+        return one - floor_div(one, by) * by
+    if not by.number:
+        return None
+    filled = Size(tuple((monomial, -factor) for monomial, factor in one.terms if factor % by.number), one.atoms)
+    if filled.bounds()[0] < 0 or (one + filled).over(by) is None:
+        return None
+    return floor_div(filled + by - ONE, by) * by - filled
 
 
 def lesser(one: Size, other: Size) -> Size:

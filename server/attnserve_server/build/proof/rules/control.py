@@ -8,7 +8,16 @@ from typing import Final
 
 import onnx_ir as ir
 
-from attnserve_server.build.proof.context import Context, attribute, joined, numbers, optional, required, rule
+from attnserve_server.build.proof.context import (
+    Context,
+    attribute,
+    joined,
+    numbers,
+    optional,
+    required,
+    rule,
+    wild_anywhere,
+)
 from attnserve_server.build.proof.intervals import Interval
 from attnserve_server.build.proof.layout import (
     Layout,
@@ -40,36 +49,38 @@ def _run(ctx: Context, graph: ir.Graph, given: Sequence[Value]) -> list[Value]:
     return found
 
 
-def either(one: Value, other: Value) -> Value:
+def either(ctx: Context, one: Value, other: Value) -> Value:
     """What holds of both of two values, one of which it is."""
+    if one == other:
+        return one
+    if one.sizes is not None and one.sizes == other.sizes and one.layout == other.layout:
+        return replace(_plain(one), sizes=one.sizes, symbols=one.symbols | other.symbols)
+    one, other = _plain(ctx.as_data(one)), _plain(ctx.as_data(other))
     standing, cause = joined([one, other])
     if one.layout is None or other.layout is None or one.layout != other.layout:
-        if one.layout == other.layout or standing is Standing.DIFFERENT:
-            return Value(None, standing, cause)
-        return Value(None, max(standing, Standing.UNKNOWN), cause)
-    regions = {
-        region: Entry(
-            one.regions[region].interval.hull(other.regions[region].interval),
-            0.0,
-            one.regions[region].lit.hull(other.regions[region].lit),
-        )
-        for region in one.regions
-        if region in other.regions and not (one.regions[region].lowered or other.regions[region].lowered)
-    }
-    pads = {
-        ("pad", at, at): Entry(one.pad(at).interval.hull(other.pad(at).interval))
-        for at in range(len(varying(one.axes)))
-    }
-    sizes = one.sizes if one.sizes == other.sizes else None
-    return Value(
-        one.layout,
-        standing,
-        cause,
-        span=one.span.hull(other.span),
-        lit=one.span.hull(other.span),
-        regions={**pads, **regions},
-        sizes=sizes,
-    )
+        return Value(None, max(standing, Standing.UNKNOWN), cause or ctx.cause("joins values of unequal axes"))
+    span = one.span.hull(other.span)
+    regions = {region: _hull(one.regions[region], other.regions[region]) for region in one.regions}
+    return Value(one.layout, standing, cause, span=span, lit=span, regions=regions, symbols=one.symbols | other.symbols)
+
+
+def _plain(value: Value) -> Value:
+    """A value with what holds of any content: its axes, how it compares, and between what its numbers lie."""
+    if value.layout is None:
+        return Value(None, value.standing, value.cause, symbols=value.symbols)
+    wild = wild_anywhere(value)
+    span = replace(value.span, wild=wild)
+    regions = {}
+    for at in range(len(varying(value.layout))):
+        entry = value.pad(at)
+        interval = entry.interval if not entry.lowered else Interval(wild=entry.interval.wild)
+        regions["pad", at, at] = Entry(interval, lit=interval)
+    return Value(value.layout, value.standing, value.cause, span=span, lit=span, regions=regions, symbols=value.symbols)
+
+
+def _hull(one: Entry, other: Entry) -> Entry:
+    interval = one.interval.hull(other.interval)
+    return Entry(interval, lit=interval)
 
 
 @rule("If", shapes_only=True)
@@ -82,7 +93,7 @@ def if_(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
     known = numbers(condition)
     if known is not None and len(known) == 1:
         return _run(ctx, then if known[0] else other, [])
-    both = [either(*pair) for pair in zip(_run(ctx, then, []), _run(ctx, other, []), strict=True)]
+    both = [either(ctx, *pair) for pair in zip(_run(ctx, then, []), _run(ctx, other, []), strict=True)]
     if condition.standing is Standing.EQUAL:
         return both
     kind = condition.standing
@@ -95,23 +106,21 @@ def _settled(
     ctx: Context, body: ir.Graph, first: Sequence[Value], states: list[Value], last: Sequence[Value]
 ) -> list[Value]:
     """All outputs of a body, once what is known of its states holds before and after each run of it."""
+    states[:] = [_plain(ctx.as_data(state)) for state in states]
     for turn in range(_ROUNDS):
         outputs = _run(ctx, body, [*first, *states, *last])
         own = outputs[1 if first else 0 :][: len(states)]
-        joint = [either(state, new) for state, new in zip(states, own, strict=True)]
-        if all(_same(one, other) for one, other in zip(joint, states, strict=True)):
+        joint = [_plain(either(ctx, state, new)) for state, new in zip(states, own, strict=True)]
+        if joint == states:
             return outputs
         states[:] = [_widened(value) if turn > 1 else value for value in joint]
     raise NotFollowed("what a loop carries on does not settle")
 
 
-def _same(one: Value, other: Value) -> bool:
-    return (one.layout, one.standing, one.span, one.sizes) == (other.layout, other.standing, other.span, other.sizes)
-
-
 def _widened(value: Value) -> Value:
-    wild = Interval(wild=value.span.wild)
-    return Value(value.layout, value.standing, value.cause, span=wild, lit=wild)
+    wild = Interval(wild=value.span.wild | 7 if value.span.wild else 0)
+    regions = {region: Entry(wild, lit=wild) for region in value.regions}
+    return replace(value, span=wild, lit=wild, regions=regions)
 
 
 @rule("Loop", shapes_only=True)
@@ -129,7 +138,7 @@ def loop(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]
         standing, cause = outputs[0].standing, outputs[0].cause
     if standing is Standing.DIFFERENT:
         cause = ctx.cause(f"runs a graph as often as {'the batch' if ctx.is_batch else 'the padded length'} says")
-    found = [_worse(either(state, new), standing, cause) for state, new in zip(states, outputs[1:], strict=False)]
+    found = [_worse(either(ctx, state, new), standing, cause) for state, new in zip(states, outputs[1:], strict=False)]
     scans = outputs[1 + len(states) :]
     count = most.sizes[0] if most is not None and most.sizes else None
     always = condition is None or condition.span.only == 1
@@ -166,7 +175,7 @@ def scan(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]
     scanned = [(value, axis % len(value.axes)) for value, axis in zip(sources, axes, strict=True)]
     axis = scanned[0][0].axes[scanned[0][1]]
     outputs = _settled(ctx, body, [], states, [_without(value, at) for value, at in scanned])
-    finals = [either(state, new) for state, new in zip(states, outputs, strict=False)]
+    finals = [either(ctx, state, new) for state, new in zip(states, outputs, strict=False)]
     scans = outputs[len(states) :]
     places = attribute(node, "scan_output_axes") or [0] * len(scans)
     turned = attribute(node, "scan_output_directions") or [0] * len(scans)

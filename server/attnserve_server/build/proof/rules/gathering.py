@@ -368,7 +368,7 @@ def non_zero(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         return Value(layout, span=Interval(0, high), lit=Interval(0, high))
     if value.varies:
         said = f"counts what is not zero, {ctx.others} included"
-        return ctx.bad(Standing.DIFFERENT if ctx.is_batch else Standing.UNKNOWN, said)
+        return ctx.unknown(said)
     return ctx.unknown("counts what is not zero: how much that is, is not followed")
 
 

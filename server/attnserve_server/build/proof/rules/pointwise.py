@@ -221,7 +221,8 @@ def binary(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     """Two operands, or any number for Max, Min, Sum and Mean."""
     op = node.op_type
     operands = [value for value in inputs if value is not None]
-    symbolic = _arithmetic(ctx, op, operands) or places_of_rows(op, operands)
+    by_sign = op == "Mod" and bool(attribute(node, "fmod", 0))
+    symbolic = None if by_sign else _arithmetic(ctx, op, operands) or places_of_rows(op, operands)
     if symbolic is not None:
         return symbolic
     if op in _COMPARISONS and len(operands) == 2:
@@ -413,9 +414,11 @@ def _of_sizes(ctx: Context, op: str, each: Sequence[Size | None]) -> Size | None
     if op == "Sub":
         return one - other
     if op in {"Div", "Mod"}:
-        if other.bounds()[0] < 1 or (one.bounds()[0] < 0 and one.over(other) is None):
+        if other.bounds()[0] < 1:
             return None
-        return floor_div(one, other) if op == "Div" else modulo(one, other)
+        if op == "Mod":
+            return modulo(one, other)
+        return None if one.bounds()[0] < 0 and one.over(other) is None else floor_div(one, other)
     if op in _COMPARISONS:
         return _compared_sizes(ctx, op, one, other)
     if op in {"And", "Or"} and one.number is not None and other.number is not None:
