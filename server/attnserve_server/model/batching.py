@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from attnserve_server.model.certificate import Batching, Certificate, Clause, Verdict
+from attnserve_server.model.certificate import Batching, Certificate, Clause, PathStep, Verdict
 from attnserve_server.model.manifest import BATCH, Manifest
 
 NO_CERTIFICATE: Final = "the bundle is of format 1 and has no certificate"
@@ -113,16 +113,20 @@ def _cause(clause: Clause) -> str:
     """The reason, with the node that decides it and, where an attack succeeded, the probe that did it."""
     reason = clause.reason
     if clause.path and not any(step.node in reason for step in clause.path):
-        # The step that the reason is about; else the last, whose output is the first that is no longer the same.
-        deciding = next((step for step in clause.path if step.words and step.words in reason), clause.path[-1])
+        deciding = _deciding(clause)
         reason = f"{reason}, at {deciding.operator} {deciding.node!r}".removeprefix(", ")
     if clause.attack is not None and clause.attack.broke:
         reason = f"{reason}; an answer changed with {clause.attack.broke}".removeprefix("; ")
     return reason
 
 
+def _deciding(clause: Clause) -> PathStep:
+    """The step that the reason is about; else the last, whose output is the first that is no longer the same."""
+    return next((step for step in clause.path if step.words and step.words in clause.reason), clause.path[-1])
+
+
 def _remedy(clause: Clause) -> str:
-    if any(step.operator.startswith(_DYNAMIC) for step in clause.path) or _DYNAMIC in clause.reason:
+    if _DYNAMIC in clause.reason or (clause.path and _deciding(clause).operator.startswith(_DYNAMIC)):
         return "`attnserve-server prepare --requantize per-row` gives every row a scale of its own"
     shown = "`attnserve-server inspect --batching BUNDLE` shows the path"
     return f"{shown}; then `--batching tested` accepts it" if clause.allows("tested") else shown
