@@ -12,14 +12,16 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 import attnserve_server.build.proof.rules  # noqa: F401 - registers the rules
-from attnserve_server.build.proof.context import RULES, Context, attribute, constant, numbers
+from attnserve_server.build.proof.context import RULES, Context, Registered
+from attnserve_server.build.proof.helpers import attribute, constant, numbers
 from attnserve_server.build.proof.hiding import softmaxed
-from attnserve_server.build.proof.layout import NotFollowed, is_plain, size_of
-from attnserve_server.build.proof.rules.moving import Mixed
+from attnserve_server.build.proof.layout import Mixed, NotFollowed, is_plain, size_of
 from attnserve_server.build.proof.values import Cause, Standing, Value
 
 _FOLDED: Final = 1 << 16
 """Elements up to which what is made of constants alone is computed."""
+
+
 _NOT_FOLDED: Final = {"If", "Loop", "Scan", "RandomNormal", "RandomUniform", "Shape", "Size", "ConstantOfShape"}
 
 
@@ -64,8 +66,9 @@ class Interpreter:
         if folded is not None:
             return folded
         written_out = self._softmax(node)
-        if written_out is not None:
-            return [written_out]
+        return self._by_rule(node, inputs) if written_out is None else [written_out]
+
+    def _by_rule(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
         domain = "" if node.domain == "ai.onnx" else node.domain
         registered = RULES.get((domain, node.op_type))
         if registered is None:
@@ -73,19 +76,24 @@ class Interpreter:
             return self._lost(node, inputs, Standing.UNKNOWN, f"the operator {name} is not known to the proof")
         if not registered.shapes_only and any(value is not None and value.layout is None for value in inputs):
             return self._lost(node, inputs, Standing.UNKNOWN, "the axes of an input are not known")
+        outputs = self._applied(registered, node, inputs)
+        return outputs if registered.shapes_only else self._no_better(outputs, inputs)
+
+    def _applied(self, registered: Registered, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
         try:
             found = registered.apply(self.ctx, node, inputs)
         except NotFollowed as why:
             return self._lost(node, inputs, Standing.UNKNOWN, str(why))
         except Mixed as why:
             return self._lost(node, inputs, Standing.DIFFERENT, str(why))
-        except Exception as fault:  # noqa: BLE001 - a graph that anybody made may be beyond any rule: then nothing is proved
-            return self._lost(
-                node, inputs, Standing.UNKNOWN, f"{node.op_type} is not followed ({type(fault).__name__})"
-            )
-        outputs = list(found) if isinstance(found, list) else [found]
-        if registered.shapes_only:
-            return outputs
+        except Exception as fault:  # noqa: BLE001 - nothing is proved of a graph that a rule cannot read
+            why_not = f"{node.op_type} is not followed ({type(fault).__name__})"
+            return self._lost(node, inputs, Standing.UNKNOWN, why_not)
+        return list(found) if isinstance(found, list) else [found]
+
+    @staticmethod
+    def _no_better(outputs: Sequence[Value], inputs: Sequence[Value | None]) -> list[Value]:
+        """Outputs that stand no better than the worst input."""
         standing, cause = _worst(inputs)
         if standing is Standing.UNKNOWN:
             # Of what is not known, nothing worse is known either.

@@ -30,8 +30,12 @@ _VERDICTS = {
     Standing.UNKNOWN: Verdict.UNKNOWN,
     Standing.DIFFERENT: Verdict.REFUTED,
 }
+
+
 _LENGTHS_OF = ("kernel_shape", "strides", "dilations", "local_window_size", "block_size")
 """Attributes whose numbers an attack should straddle."""
+
+
 _SHORTEST, _LONGEST = 2, 1 << 16
 
 
@@ -135,9 +139,9 @@ def _needs(question: _Question, ctx: Context) -> Iterator[tuple[str, str]]:
     found = dict(ctx.needs)
     for spec in question.signature.inputs:
         allowed = allowed_value(spec)
-        if ctx.varied in spec.shape and allowed is not None and not math.isnan(allowed):
-            if NUMPY_DTYPES[spec.dtype] != np.bool_:
-                found.setdefault(spec.name, "some")
+        hides = ctx.varied in spec.shape and allowed is not None and not math.isnan(allowed)
+        if hides and NUMPY_DTYPES[spec.dtype] != np.bool_:
+            found.setdefault(spec.name, "some")
     yield from found.items()
 
 

@@ -20,6 +20,8 @@ from attnserve_server.domain.values import Array
 EXACTLY_HIDDEN = -1e30
 """Added to a score, a number this low leaves nothing of it in float32 (Source: `numpy.finfo(float32).min` is -3.4e38;
 a score would have to pass 1e30 to be seen)."""
+
+
 HALF_HIDDEN = -6e4
 """As `EXACTLY_HIDDEN`, of float16, whose lowest number is -65504."""
 

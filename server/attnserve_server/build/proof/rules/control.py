@@ -8,17 +8,10 @@ from typing import Final
 
 import onnx_ir as ir
 
-from attnserve_server.build.proof.context import Context, attribute, joined, numbers, optional, required, rule
+from attnserve_server.build.proof.context import Context, rule
+from attnserve_server.build.proof.helpers import attribute, joined, numbers, optional, required
 from attnserve_server.build.proof.intervals import Interval
-from attnserve_server.build.proof.layout import (
-    Layout,
-    NotFollowed,
-    Places,
-    is_plain,
-    plain,
-    varying,
-    without_axes,
-)
+from attnserve_server.build.proof.layout import Layout, NotFollowed, Places, is_plain, plain, varying, without_axes
 from attnserve_server.build.proof.sizes import Size
 from attnserve_server.build.proof.values import Entry, Standing, Value
 

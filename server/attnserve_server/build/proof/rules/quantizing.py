@@ -8,16 +8,8 @@ from typing import Final
 
 import onnx_ir as ir
 
-from attnserve_server.build.proof.context import (
-    MICROSOFT,
-    Context,
-    attribute,
-    joined,
-    optional,
-    required,
-    rule,
-    wild_anywhere,
-)
+from attnserve_server.build.proof.context import MICROSOFT, Context, rule
+from attnserve_server.build.proof.helpers import attribute, joined, optional, required, wild_anywhere
 from attnserve_server.build.proof.intervals import Interval, subtract
 from attnserve_server.build.proof.layout import PLAIN_ONE, NotFollowed, is_one, plain, varying
 from attnserve_server.build.proof.rules.pointwise import pointwise
@@ -26,6 +18,8 @@ from attnserve_server.build.proof.sizes import Size
 from attnserve_server.build.proof.values import Entry, Standing, Value
 
 DYNAMIC: Final = "one scale is taken from all of it at once, {others} included (dynamic quantization)"
+
+
 _BYTES: Final = Interval(-128, 255)
 
 

@@ -8,17 +8,9 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from attnserve_server.build.proof.context import (
-    Context,
-    aligned,
-    attribute,
-    constant,
-    index_value,
-    numbers,
-    required,
-    rule,
-    sizes_of,
-)
+from attnserve_server.build.proof.context import Context, rule
+from attnserve_server.build.proof.functions import BINARY, chosen
+from attnserve_server.build.proof.helpers import aligned, attribute, constant, numbers, required, sizes_of, sizes_value
 from attnserve_server.build.proof.intervals import BOOLEAN, ZERO, Interval, number
 from attnserve_server.build.proof.layout import (
     Axis,
@@ -32,7 +24,8 @@ from attnserve_server.build.proof.layout import (
     size_of,
     varying,
 )
-from attnserve_server.build.proof.rules.pointwise import pointwise, sizes_value
+from attnserve_server.build.proof.positions import index_value
+from attnserve_server.build.proof.rules.pointwise import pointwise
 from attnserve_server.build.proof.sizes import Size, product
 from attnserve_server.build.proof.values import Entry, Standing, Value
 
@@ -191,8 +184,6 @@ def trilu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     if ctx.is_batch:
         return ctx.bad(Standing.DIFFERENT, "keeps a triangle over the rows of the batch")
     zero = Value((), span=number(0), lit=number(0))
-    from attnserve_server.build.proof.intervals import BINARY, chosen  # noqa: PLC0415 - only here
-
     kept = pointwise(ctx, BINARY["GreaterOrEqual" if upper else "LessOrEqual"], [index, zero])
     return pointwise(ctx, chosen, [kept, value, zero], op="Where")
 

@@ -1,0 +1,89 @@
+"""Where and Cast: sizes, positions and masks pass through them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from attnserve_server.build.proof.context import Context, rule
+from attnserve_server.build.proof.functions import as_truth, as_whole, chosen
+from attnserve_server.build.proof.helpers import aligned, attribute, required, sizes_value, without_nan
+from attnserve_server.build.proof.rules.arithmetic import repeated
+from attnserve_server.build.proof.rules.pointwise import pointwise
+from attnserve_server.build.proof.sizes import Size
+from attnserve_server.build.proof.values import Standing, Value
+
+
+@rule("Cast", "CastLike")
+def cast(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """Another type: sizes, positions and masks stay what they are."""
+    value = required(inputs, 0)
+    kind = ir.DataType(attribute(node, "to", int(ir.DataType.FLOAT))) if node.op_type == "Cast" else None
+    if kind is ir.DataType.BOOL:
+        found = pointwise(ctx, as_truth, [value])
+        sizes = None
+        if value.sizes is not None:
+            sizes = tuple(_truth_of(size) for size in value.sizes)
+        return replace(found, sizes=sizes, raw=value.raw if value.raw.startswith("below ") else "")
+    whole = kind is not None and kind not in {
+        ir.DataType.FLOAT,
+        ir.DataType.FLOAT16,
+        ir.DataType.DOUBLE,
+        ir.DataType.BFLOAT16,
+    }
+    function = as_whole if whole else (lambda interval: interval)
+    if value.sizes is not None or value.index is not None or value.count is not None or value.raw:
+        return replace(value, constant=None if value.constant is None else value.constant)
+    result = pointwise(ctx, function, [value], op="" if whole else "Same")
+    return replace(result, norm=value.norm, norm_axis=value.norm_axis) if not whole else result
+
+
+def _truth_of(size: Size | None) -> Size | None:
+    if size is None:
+        return None
+    low, high = size.bounds()
+    return Size.of(1) if low > 0 or high < 0 else Size.of(0) if size.number == 0 else None
+
+
+@rule("Where")
+def where(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """One of two operands, by a condition."""
+    condition, one, other = (required(inputs, at) for at in range(3))
+    symbolic = _chosen_sizes(condition, one, other)
+    if symbolic is not None:
+        return symbolic
+    condition = ctx.as_data(condition)
+    if condition.raw.startswith("below ") and condition.raw == f"below top of {input_name(node, 2)}":
+        # What is below the k-th greatest is hidden: the greatest is not.
+        found = pointwise(ctx, chosen, [condition, one, other], op="Where")
+        return replace(found, lit=other.lit, masks=other.masks, along=other.along, structured=other.structured)
+    if condition.raw == f"nan of {node.inputs[2].name if node.inputs[2] else ''}" and condition.raw != "nan of ":
+        other = without_nan(other)
+    if condition.standing is Standing.EQUAL and condition.span.only is not None and not condition.varies:
+        picked = one if condition.span.only else other
+        layout, _ = aligned([condition, one, other])
+        if picked.layout == layout:
+            return picked
+    return pointwise(ctx, chosen, [condition, one, other], op="Where")
+
+
+def input_name(node: ir.Node, at: int) -> str:
+    """The name of an input; empty where it is left out."""
+    value = node.inputs[at] if at < len(node.inputs) else None
+    return str(value.name) if value is not None else ""
+
+
+def _chosen_sizes(condition: Value, one: Value, other: Value) -> Value | None:
+    if condition.sizes is None or one.sizes is None or other.sizes is None:
+        return None
+    count = max(len(condition.sizes), len(one.sizes), len(other.sizes))
+    wide = [repeated(value.sizes, count) for value in (condition, one, other) if value.sizes is not None]
+    sizes = tuple(
+        (yes if truth.number else no) if truth is not None and truth.number is not None else yes if yes == no else None
+        for truth, yes, no in zip(*wide, strict=True)
+    )
+    if any(size is None for size in sizes):
+        return None
+    longest = max((condition, one, other), key=lambda value: len(value.axes))
+    return sizes_value(longest, sizes)
