@@ -36,6 +36,9 @@ class Context:
     """Whether Euclidean lengths are followed, which takes time where weights are large."""
     node: ir.Node | None = None
     run_graph: Callable[[ir.Graph, Mapping[ir.Value, Value]], list[Value]] | None = None
+    """Follows a graph within the graph."""
+    known: Callable[[ir.Value], Value] | None = None
+    """What is known of any value so far."""
     norms: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -85,7 +88,7 @@ class Context:
         sizes = value.sizes is not None and any(self.depends(size) for size in value.sizes)
         if sizes or self.varied in value.symbols:
             said = "the number of rows in the batch" if self.is_batch else "the padded length"
-        elif self.depends(value.offset) or self.depends(value.outer):
+        elif any(self.depends(size) for size in (value.offset, value.outer, *(value.index or {}).values())):
             said = "the number of rows in the batch" if self.is_batch else "positions counted from the padded end"
         elif self.is_batch and (value.items or value.index):
             said = "the place of the row in the batch"
@@ -118,11 +121,7 @@ class Registered:
 
 RULES: Final[dict[tuple[str, str], Registered]] = {}
 """By domain and operator."""
-
-
 STANDARD: Final = ""
-
-
 MICROSOFT: Final = "com.microsoft"
 
 

@@ -142,11 +142,11 @@ def _exp(one: Interval) -> Interval:
 
 UNARY: Final[Mapping[str, Callable[[Interval], Interval]]] = {
     "Abs": absolute,
-    "Acos": bounded(0, math.pi),
+    "Acos": lambda one: Interval(0, math.pi, 0 if one.low >= -1 and one.high <= 1 and not one.wild else NAN),
     "Atan": bounded(-2, 2),
     "Ceil": monotone(lambda value: float(math.ceil(value)) if math.isfinite(value) else value),
     "Celu": shrinking,
-    "Cos": bounded(-1, 1),
+    "Cos": lambda one: Interval(-1, 1, NAN if one.wild else 0),
     "Elu": lambda one: Interval(max(-1.0, min(one.low, 0.0)), max(one.high, 0.0), one.wild & ~NEGATIVE),
     "Erf": bounded(-1, 1),
     "Exp": _exp,
@@ -170,18 +170,16 @@ UNARY: Final[Mapping[str, Callable[[Interval], Interval]]] = {
     "Selu": lambda one: Interval(2 * min(one.low, 0.0), 2 * max(one.high, 0.0), one.wild),
     "Sigmoid": lambda one: Interval(_sigmoid(one.low), _sigmoid(one.high), one.wild & NAN),
     "Sign": bounded(-1, 1),
-    "Sin": bounded(-1, 1),
+    "Sin": lambda one: Interval(-1, 1, NAN if one.wild else 0),
     "Softplus": lambda one: Interval(0.0, max(one.high, 0.0) + 1, one.wild & ~NEGATIVE),
-    "Softsign": bounded(-1, 1),
+    "Softsign": lambda one: Interval(-1, 1, NAN if one.wild else 0),
     "Sqrt": monotone(lambda value: math.sqrt(value) if value >= 0 else 0.0, 0.0),
     "Swish": shrinking,
-    "Tan": lambda one: Interval(wild=one.wild),
+    "Tan": lambda one: Interval(wild=NAN if one.wild else 0),
     "Tanh": lambda one: Interval(math.tanh(one.low), math.tanh(one.high), one.wild & NAN),
     "ThresholdedRelu": shrinking,
 }
 """Operators of one operand, each number by itself."""
-
-
 BINARY: Final[Mapping[str, Callable[[Interval, Interval], Interval]]] = {
     "Add": add,
     "And": _both,
@@ -193,11 +191,11 @@ BINARY: Final[Mapping[str, Callable[[Interval, Interval], Interval]]] = {
     "LessOrEqual": lambda one, other: _compare(one, other, less=True, equal=True),
     "Max": most,
     "Min": least,
-    "Mod": lambda one, other: Interval(min(0.0, -other.greatest), other.greatest, one.wild),
+    "Mod": lambda one, other: Interval(-other.greatest, other.greatest, NAN if one.wild or other.wild else 0),
     "Mul": multiply,
     "Or": _either,
     "Pow": power,
-    "PRelu": lambda one, _slope: Interval(wild=one.wild),
+    "PRelu": lambda one, slope: Interval(wild=one.wild | (NAN if one.wild or slope.wild else 0)),
     "Sub": subtract,
     "Xor": _unlike,
     "BitShift": lambda _one, _other: ANY,

@@ -119,7 +119,7 @@ def sizes_value(like: Value, sizes: Sequence[Size | None]) -> Value:
     span = Interval()
     if len(bounds) == len(sizes) and bounds:
         span = Interval(min(low for low, _ in bounds), max(high for _, high in bounds))
-    return Value(like.layout, span=span, lit=span, sizes=tuple(sizes))
+    return Value(like.layout, span=span, lit=span, sizes=tuple(sizes), floating=like.floating)
 
 
 def number_value(value: float) -> Value:

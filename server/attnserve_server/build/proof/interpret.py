@@ -20,9 +20,10 @@ from attnserve_server.build.proof.values import Cause, Standing, Value
 
 _FOLDED: Final = 1 << 16
 """Elements up to which what is made of constants alone is computed."""
-
-
-_NOT_FOLDED: Final = {"If", "Loop", "Scan", "RandomNormal", "RandomUniform", "Shape", "Size", "ConstantOfShape"}
+_NOT_FOLDED: Final = {
+    *("If", "Loop", "Scan", "Shape", "Size", "ConstantOfShape", "Dropout"),
+    *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"),
+}
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Interpreter:
     def run(self, graph: ir.Graph, given: Mapping[ir.Value, Value]) -> list[Value]:
         """What is known of a graph's outputs, given its inputs."""
         self.values.update(given)
-        self.ctx.run_graph = self.run
+        self.ctx.run_graph, self.ctx.known = self.run, self.value_of
         for node in graph:
             self._follow(node)
         return [self.value_of(output) for output in graph.outputs]
@@ -109,19 +110,26 @@ class Interpreter:
             return None
         if total.inputs[0] is not powers.outputs[0] or not attribute(total, "keepdims", 1):
             return None
-        axes = attribute(total, "axes")
-        if axes is None and len(total.inputs) > 1 and total.inputs[1] is not None:
-            axes = numbers(self.value_of(total.inputs[1]))
+        axes = self._axes_of(total)
         scores = powers.inputs[0]
         shifted = scores.producer() if scores is not None else None
         if shifted is not None and shifted.op_type == "Sub" and shifted.inputs[1] is not None:
             greatest = shifted.inputs[1].producer()
             if greatest is not None and greatest.op_type == "ReduceMax" and greatest.inputs[0] is shifted.inputs[0]:
+                if self._axes_of(greatest) != axes or not attribute(greatest, "keepdims", 1):
+                    return None  # the greatest of more than a row may leave nothing of the row but zeros
                 scores = shifted.inputs[0]
         value = self.value_of(scores) if scores is not None else None
         if value is None or value.layout is None or not axes:
             return None
         return softmaxed(self.ctx, self.ctx.as_data(value), [axis % len(value.layout) for axis in axes])
+
+    def _axes_of(self, node: ir.Node) -> list[int] | None:
+        """The axes of a reduction, as they are given."""
+        axes: list[int] | None = attribute(node, "axes")
+        if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+            axes = numbers(self.value_of(node.inputs[1]))
+        return axes
 
     def _lost(self, node: ir.Node, inputs: Sequence[Value | None], standing: Standing, why: str) -> list[Value]:
         self.ctx.node = node

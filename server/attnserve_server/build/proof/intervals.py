@@ -11,21 +11,11 @@ import numpy as np
 from attnserve_server.domain.values import Array
 
 NEGATIVE: Final = 1
-
-
 POSITIVE: Final = 2
-
-
 NAN: Final = 4
 """Bits of `wild`: minus infinity, infinity and NaN may occur."""
-
-
 _FLOAT32_LOWEST: Final = float(np.finfo(np.float32).min)
-
-
 _VERY_LOW: Final = -1e37
-
-
 MASKED_FROM: Final = -1e3
 """Numbers this low are written to hide something."""
 
@@ -64,11 +54,7 @@ class Interval:
 
 
 ANY: Final = Interval()
-
-
 BOOLEAN: Final = Interval(0, 1)
-
-
 ZERO: Final = Interval(0, 0)
 
 

@@ -32,15 +32,9 @@ class Factor:
 
 
 Axis = tuple[Factor, ...]
-
-
 Layout = tuple[Axis, ...]
-
-
 Places = dict[int, int]
 """Where each varying factor of a layout, counted in order, is in another one."""
-
-
 PLAIN_ONE: Axis = (Factor(ONE),)
 
 

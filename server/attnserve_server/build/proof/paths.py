@@ -13,8 +13,6 @@ from attnserve_server.model.certificate import PathStep
 
 MOST_STEPS: Final = 12
 """Steps of a path that are told; of a longer one, the first, the last and those around the node that decides."""
-
-
 _PASSES_ON: Final[Mapping[str, str]] = {
     "Gather": "looks up a table",
     "MatMul": "multiplies each position by weights",

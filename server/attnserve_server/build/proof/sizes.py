@@ -132,7 +132,8 @@ def floor_div(one: Size, by: Size) -> Size:
     (low, high), (least, most) = one.bounds(), by.bounds()
     if least < 1 or low < 0:
         return function("floor", (one, by), 0, float("inf"))
-    return function("floor", (one, by), low // most if most != float("inf") else 0, high // least)
+    greatest = high // least if high != float("inf") else high
+    return function("floor", (one, by), low // most if most != float("inf") else 0, greatest)
 
 
 def modulo(one: Size, by: Size) -> Size:

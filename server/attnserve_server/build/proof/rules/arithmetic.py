@@ -39,15 +39,16 @@ def arithmetic(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None
         if any(len(value.sizes or ()) not in {1, count} for value in operands):
             return None
         wide = [repeated(value.sizes, count) for value in operands]
-        sizes = [_of_sizes(ctx, op, each) for each in zip(*wide, strict=True)]
+        floating = any(value.floating for value in operands)
+        sizes = [_of_sizes(ctx, op, each, floating=floating) for each in zip(*wide, strict=True)]
         if all(size is not None for size in sizes):
             longest = max(operands, key=lambda value: len(value.axes))
-            return sizes_value(longest, sizes)
+            return sizes_value(replace(longest, floating=floating), sizes)
         return None
     return _positions(ctx, op, operands) if len(operands) == 2 else None
 
 
-def _of_sizes(ctx: Context, op: str, each: Sequence[Size | None]) -> Size | None:
+def _of_sizes(ctx: Context, op: str, each: Sequence[Size | None], *, floating: bool) -> Size | None:
     known = [size for size in each if size is not None]
     if len(known) != len(each):
         return None
@@ -65,7 +66,9 @@ def _of_sizes(ctx: Context, op: str, each: Sequence[Size | None]) -> Size | None
     if op in {"Div", "Mod"}:
         if other.bounds()[0] < 1 or (one.bounds()[0] < 0 and one.over(other) is None):
             return None
-        return floor_div(one, other) if op == "Div" else modulo(one, other)
+        if op == "Mod":
+            return modulo(one, other)
+        return one.over(other) if floating else floor_div(one, other)
     if op in COMPARISONS:
         return _compared_sizes(ctx, op, one, other)
     if op in {"And", "Or"} and one.number is not None and other.number is not None:

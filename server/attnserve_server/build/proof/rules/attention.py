@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import onnx_ir as ir
 
@@ -22,8 +23,12 @@ from attnserve_server.build.proof.rules.scores import (
     scores_of,
     up_to,
     weighted,
+    without_bounds,
 )
 from attnserve_server.build.proof.values import Value
+
+_AFTER_SOFTMAX: Final = 3
+_BOOLEAN: Final = {"And", "Or", "Not", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN"}
 
 
 @rule("Attention")
@@ -54,9 +59,7 @@ def attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
     mask = optional(inputs, 3)
     if mask is not None:
         mask = with_axes(mask, range(4 - len(mask.axes))) if len(mask.axes) < 4 else mask
-        boolean = node.inputs[3] is not None and node.inputs[3].dtype is ir.DataType.BOOL
-        boolean = boolean or (mask.span.low >= 0 and mask.span.high <= 1 and mask.span.only is None)
-        scores = scores.kept(mask) if boolean else scores.added(lowest_for_infinite(mask))
+        scores = scores.kept(mask) if _is_boolean(node.inputs[3]) else scores.added(lowest_for_infinite(mask))
     if attribute(node, "is_causal", 0):
         scores = scores.causal(before)
     ends = optional(inputs, 6)
@@ -64,5 +67,26 @@ def attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
         scores = up_to(ctx, scores, ends, "Less")
     shares = scores.shares()
     result = weighted(ctx, shares, value)
-    outputs = [heads_last(ctx, result) if packed else result, key, value, shares]
+    products = shares if attribute(node, "qk_matmul_output_mode", 0) == _AFTER_SOFTMAX else without_bounds(shares)
+    outputs = [heads_last(ctx, result) if packed else result, key, value, products]
     return outputs[: len(node.outputs)]
+
+
+def _is_boolean(mask: ir.Value | None) -> bool:
+    """Whether a mask says which keys count, instead of being added to scores.
+
+    Raises:
+        NotFollowed: its type is not known.
+    """
+    while mask is not None and mask.dtype is None:
+        node = mask.producer()
+        if node is None:
+            break
+        if node.op_type in _BOOLEAN or (node.op_type == "Cast" and attribute(node, "to") == ir.DataType.BOOL):
+            return True
+        if node.op_type in {"Cast", "Add", "Mul", "Sub", "Div"}:
+            return False
+        mask = node.inputs[1 if node.op_type == "Where" else 0]
+    if mask is None or mask.dtype is None:
+        raise NotFollowed("it is not known whether a mask is added or says which keys count")
+    return mask.dtype is ir.DataType.BOOL

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Final
 
 import onnx_ir as ir
 
 from attnserve_server.build.proof.context import Context, rule
 from attnserve_server.build.proof.functions import as_truth, as_whole, chosen
 from attnserve_server.build.proof.helpers import aligned, attribute, required, sizes_value, without_nan
+from attnserve_server.build.proof.intervals import Interval
 from attnserve_server.build.proof.rules.arithmetic import repeated
 from attnserve_server.build.proof.rules.pointwise import pointwise
 from attnserve_server.build.proof.sizes import Size
 from attnserve_server.build.proof.values import Standing, Value
+
+_FLOATING: Final = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16}
+_EXACT: Final = {
+    ir.DataType.FLOAT16: 2048,
+    ir.DataType.BFLOAT16: 256,
+    ir.DataType.INT8: 127,
+    ir.DataType.UINT8: 127,
+    ir.DataType.INT16: 32767,
+    ir.DataType.UINT16: 32767,
+}
+"""The greatest number up to which a narrow type holds all whole ones; others hold all that occur."""
 
 
 @rule("Cast", "CastLike")
@@ -26,17 +40,22 @@ def cast(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         if value.sizes is not None:
             sizes = tuple(_truth_of(size) for size in value.sizes)
         return replace(found, sizes=sizes, raw=value.raw if value.raw.startswith("below ") else "")
-    whole = kind is not None and kind not in {
-        ir.DataType.FLOAT,
-        ir.DataType.FLOAT16,
-        ir.DataType.DOUBLE,
-        ir.DataType.BFLOAT16,
-    }
+    whole = kind is not None and kind not in _FLOATING
+    if kind is not None and _rounds(kind, value):
+        return pointwise(ctx, lambda one: Interval(wild=one.wild), [value])
     function = as_whole if whole else (lambda interval: interval)
     if value.sizes is not None or value.index is not None or value.count is not None or value.raw:
-        return replace(value, constant=None if value.constant is None else value.constant)
+        return replace(value, floating=kind in _FLOATING if kind is not None else value.floating)
     result = pointwise(ctx, function, [value], op="" if whole else "Same")
     return replace(result, norm=value.norm, norm_axis=value.norm_axis) if not whole else result
+
+
+def _rounds(kind: ir.DataType, value: Value) -> bool:
+    """Whether a type cannot hold the whole numbers of a value, so that unequal positions or ids become equal."""
+    ids = bool(value.raw) and not value.raw.startswith(("below ", "top of ", "nan of "))
+    counts = value.sizes is not None or value.index is not None or value.count is not None
+    # Floating-point positions are exact up to 2048, the greatest length that is assumed of fp16.
+    return (ids or (counts and kind not in _FLOATING)) and value.span.greatest > _EXACT.get(kind, math.inf)
 
 
 def _truth_of(size: Size | None) -> Size | None:

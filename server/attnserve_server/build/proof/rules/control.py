@@ -17,6 +17,8 @@ from attnserve_server.build.proof.values import Entry, Standing, Value
 
 _ROUNDS: Final = 6
 """How often a body is followed until what is known of its states no longer changes."""
+_SETTLED: Final = ("layout", "standing", "span", "lit", "regions", "sizes", "symbols")
+"""What a state is known by while a body is followed."""
 
 
 def _graph(node: ir.Node, name: str) -> ir.Graph:
@@ -62,6 +64,7 @@ def either(one: Value, other: Value) -> Value:
         lit=one.span.hull(other.span),
         regions={**pads, **regions},
         sizes=sizes,
+        symbols=one.symbols | other.symbols if sizes is not None else one.dependence | other.dependence,
     )
 
 
@@ -88,23 +91,24 @@ def _settled(
     ctx: Context, body: ir.Graph, first: Sequence[Value], states: list[Value], last: Sequence[Value]
 ) -> list[Value]:
     """All outputs of a body, once what is known of its states holds before and after each run of it."""
+    states[:] = [either(state, state) for state in states]  # in the form that the states of later rounds have
     for turn in range(_ROUNDS):
         outputs = _run(ctx, body, [*first, *states, *last])
         own = outputs[1 if first else 0 :][: len(states)]
         joint = [either(state, new) for state, new in zip(states, own, strict=True)]
         if all(_same(one, other) for one, other in zip(joint, states, strict=True)):
             return outputs
-        states[:] = [_widened(value) if turn > 1 else value for value in joint]
+        states[:] = [either(value, value) for value in (_widened(value) if turn > 1 else value for value in joint)]
     raise NotFollowed("what a loop carries on does not settle")
 
 
 def _same(one: Value, other: Value) -> bool:
-    return (one.layout, one.standing, one.span, one.sizes) == (other.layout, other.standing, other.span, other.sizes)
+    return all(getattr(one, name) == getattr(other, name) for name in _SETTLED)
 
 
 def _widened(value: Value) -> Value:
     wild = Interval(wild=value.span.wild)
-    return Value(value.layout, value.standing, value.cause, span=wild, lit=wild)
+    return Value(value.layout, value.standing, value.cause, span=wild, lit=wild, symbols=value.dependence)
 
 
 @rule("Loop", shapes_only=True)
@@ -114,7 +118,7 @@ def loop(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]
     most, condition = optional(inputs, 0), optional(inputs, 1)
     given = [value for value in (most, condition) if value is not None]
     standing, cause = joined([ctx.as_data(value) for value in given])
-    states = [replace(required(inputs, at), sizes=None, constant=None) for at in range(2, len(inputs))]
+    states = [required(inputs, at).bare() for at in range(2, len(inputs))]
     turn = Value((), span=Interval(0, float("inf")), lit=Interval(0, float("inf")))
     truth = Value((), span=Interval(0, 1), lit=Interval(0, 1))
     outputs = _settled(ctx, body, [turn, truth], states, [])
@@ -158,6 +162,8 @@ def scan(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]
     backwards = attribute(node, "scan_input_directions") or [0] * count
     scanned = [(value, axis % len(value.axes)) for value, axis in zip(sources, axes, strict=True)]
     axis = scanned[0][0].axes[scanned[0][1]]
+    if any(value.axes[at] != axis for value, at in scanned) or any(factor.tail for factor in axis):
+        raise NotFollowed("scans axes that are not known to have the same positions")
     outputs = _settled(ctx, body, [], states, [_without(value, at) for value, at in scanned])
     finals = [either(state, new) for state, new in zip(states, outputs, strict=False)]
     scans = outputs[len(states) :]
@@ -202,6 +208,8 @@ def recurrent(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
         standing, cause = Standing.DIFFERENT, ctx.cause(f"sums over {ctx.others} too")
     count = plain(Size.of(2 if both else 1))
     rows, steps, width = value.axes[batch], value.axes[time], plain(Size.of(hidden))
+    if not is_plain(steps) and (len(steps) != 1 or steps[0].tail):
+        raise NotFollowed("runs over a folded axis")
     if time == 0:
         layouts: list[Layout] = [(steps, count, rows, width), (count, rows, width), (count, rows, width)]
     else:

@@ -11,15 +11,15 @@ import onnx_ir as ir
 
 from attnserve_server.build.proof.context import MICROSOFT, Context, rule
 from attnserve_server.build.proof.functions import BINARY, UNARY, folded
-from attnserve_server.build.proof.helpers import joined, optional, required, wild_anywhere
-from attnserve_server.build.proof.intervals import Interval, add, number
+from attnserve_server.build.proof.helpers import attribute, joined, number_value, optional, required, wild_anywhere
+from attnserve_server.build.proof.intervals import NAN, Interval, add, least, most, number
 from attnserve_server.build.proof.rules.arithmetic import COMPARISONS, arithmetic, compared, whole_number
 from attnserve_server.build.proof.rules.choosing import input_name
 from attnserve_server.build.proof.rules.masking import counted
 from attnserve_server.build.proof.rules.pointwise import Function, pointwise
 from attnserve_server.build.proof.rules.taps import places_of_rows
 from attnserve_server.build.proof.sizes import Size
-from attnserve_server.build.proof.values import Entry, Value
+from attnserve_server.build.proof.values import Entry, Standing, Value
 
 _LARGEST_NORM: Final = 1 << 22
 """Elements of a constant up to which its Euclidean lengths are computed."""
@@ -41,7 +41,12 @@ def unary(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         return value
     if op == "Identity":
         return value
-    result = pointwise(ctx, UNARY[op], [value], op=op)
+    function = UNARY[op]
+    if op in {"Elu", "LeakyRelu", "Selu"} and any(
+        not 0 <= attribute(node, name, 0) <= 1 for name in ("alpha", "gamma")
+    ):
+        function = lambda one: Interval(wild=one.wild | (NAN if one.wild else 0))  # noqa: E731 - steeper than expected
+    result = pointwise(ctx, function, [value], op=op)
     if op == "IsNaN":
         return replace(result, raw=f"nan of {node.inputs[0].name if node.inputs[0] else ''}")
     if op in {"Relu", "Gelu", "Tanh", "Neg", "Erf", "Sigmoid"}:
@@ -61,8 +66,10 @@ def gelu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("Dropout")
 def dropout(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Identity: a graph that is served does not train."""
-    value = required(inputs, 0)
+    """Identity, unless a constant turns training on."""
+    value, training = required(inputs, 0), optional(inputs, 2)
+    if training is not None and training.span.only != 0:
+        return [ctx.bad(Standing.DIFFERENT, "drops elements at random, others in every run")] * len(node.outputs)
     return [value, Value(value.layout, span=number(1), lit=number(1))][: len(node.outputs)]
 
 
@@ -143,11 +150,29 @@ def _norm_within(value: Value, rank: int) -> tuple[float, int]:
     return float(((content.astype(float) ** 2).sum(-1) ** 0.5).max(initial=0.0)), rank - 1
 
 
+@rule("Clip")
+def clip(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """Between two bounds, which are attributes in old operator sets."""
+    result = required(inputs, 0)
+    for at, (name, op, function) in enumerate((("min", "Max", most), ("max", "Min", least)), 1):
+        given, bound = attribute(node, name), optional(inputs, at)
+        if bound is None and given is not None:
+            bound = number_value(float(given))
+        if bound is None:
+            continue
+        sizes = result.sizes is not None and bound.sizes is not None
+        symbolic = arithmetic(ctx, op, [result, bound]) if sizes else None
+        result = pointwise(ctx, function, [result, bound]) if symbolic is None else symbolic
+    return result
+
+
 @rule("HardSwish", "BatchNormalization")
 def by_channel(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     """Each number scaled by constants of its channel: statistics are the constants' own at inference."""
     value = ctx.as_data(required(inputs, 0))
     others = [other for other in inputs[1:] if other is not None]
     standing, cause = joined([value, *others])
+    if attribute(node, "training_mode", 0):
+        return ctx.bad(Standing.DIFFERENT, f"normalises over {ctx.others} too, as in training")
     entries = {region: Entry(Interval(wild=entry.interval.wild)) for region, entry in value.regions.items()}
     return Value(value.layout, standing, cause, span=Interval(wild=wild_anywhere(value)), regions=entries)

@@ -45,7 +45,7 @@ def _of_sizes(data: Value, index: Value) -> Value:
     if places is None:
         raise NotFollowed("a size is taken at a place that is not known")
     sizes = data.sizes or ()
-    return sizes_value(Value(index.layout), [sizes[at] for at in places])
+    return sizes_value(Value(index.layout, floating=data.floating), [sizes[at] for at in places])
 
 
 def from_table(ctx: Context, data: Value, index: Value, axis: int) -> Value:
@@ -99,20 +99,20 @@ def _of_varying(ctx: Context, data: Value, index: Value, axis: int) -> Value:
     if index.sizes is not None and any(ctx.depends(size) or (size and size.bounds()[1] < 0) for size in index.sizes):
         said = f"takes a position counted from the end, where {ctx.others} stand"
         return ctx.bad(Standing.DIFFERENT, said)
-    if is_identity(ctx, data, index, axis):
-        return _along_index(ctx, data, index, axis)
+    if is_identity(data, index, axis):
+        return _along_index(data, index, axis)
     if index.valid or index.count == 1:
         return _own_positions(ctx, data, index, axis)
     return ctx.unknown("takes positions at places that are not known to be the sequence's own")
 
 
 def _rows(ctx: Context, data: Value, index: Value, axis: int) -> Value:
-    if is_identity(ctx, data, index, axis):
-        return _along_index(ctx, data, index, axis)
+    if is_identity(data, index, axis):
+        return _along_index(data, index, axis)
     return ctx.bad(Standing.DIFFERENT, "takes certain rows of the batch, whichever sequence they belong to")
 
 
-def is_identity(ctx: Context, data: Value, index: Value, axis: int) -> bool:
+def is_identity(data: Value, index: Value, axis: int) -> bool:
     """Whether an index counts the positions of the very axis that it takes them from."""
     if index.counts != 1 or index.offset is None or index.offset.number != 0:
         return False
@@ -153,7 +153,7 @@ def _own_within_fold(data: Value, index: Value, axis: int) -> bool:
     return index.valid and index.outer == parts[1].size and index.below == parts[1].size
 
 
-def _along_index(ctx: Context, data: Value, index: Value, axis: int) -> Value:
+def _along_index(data: Value, index: Value, axis: int) -> Value:
     (place,) = index.index or {}
     return _read_along(data, index, axis, place)
 
@@ -198,7 +198,7 @@ def _own_positions(ctx: Context, data: Value, index: Value, axis: int) -> Value:
     regions = {
         ("pad", before + at, before + at): Entry(Interval(wild=wild_anywhere(data))) for at in range(more)
     } | dict(result.regions)
-    return replace(result.bare(), standing=standing, cause=cause, regions=regions, norm=data.norm)
+    return replace(result.bare(), lit=data.span, standing=standing, cause=cause, regions=regions, norm=data.norm)
 
 
 @rule("GatherElements")

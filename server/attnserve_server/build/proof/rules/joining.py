@@ -39,7 +39,9 @@ def concat(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     axis = axis + rank if axis < 0 else axis
     if rank == 1 and all(value.sizes is not None for value in values):
         sizes = tuple(size for value in values for size in value.sizes or ())
-        return sizes_value(Value((plain(Size.of(len(sizes))),)), sizes)
+        return sizes_value(
+            Value((plain(Size.of(len(sizes))),), floating=any(value.floating for value in values)), sizes
+        )
     return together(ctx, values, axis)
 
 

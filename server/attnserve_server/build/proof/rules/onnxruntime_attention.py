@@ -21,6 +21,7 @@ from attnserve_server.build.proof.rules.scores import (
     scores_of,
     up_to,
     weighted,
+    without_bounds,
 )
 from attnserve_server.build.proof.rules.slicing import sliced
 from attnserve_server.build.proof.sizes import Size
@@ -120,7 +121,7 @@ def multi_head_attention(ctx: Context, node: ir.Node, inputs: list[Value | None]
     if attribute(node, "unidirectional", 0):
         scores = scores.causal()
     found = heads_last(ctx, weighted(ctx, scores.shares(), value))
-    return [found, key, value, scores.value][: len(node.outputs)]
+    return [found, key, value, without_bounds(scores.value)][: len(node.outputs)]
 
 
 @rule("GroupQueryAttention", domain=MICROSOFT)
@@ -154,4 +155,4 @@ def group_query_attention(ctx: Context, node: ir.Node, inputs: list[Value | None
             standing, cause = whole.standing, whole.cause
     # Rows that end before their padding are the prompt's own; what stands behind may be anything finite.
     result = replace(found, standing=standing, cause=cause)
-    return [result, key, value, scores.value][: len(node.outputs)]
+    return [result, key, value, without_bounds(scores.value)][: len(node.outputs)]

@@ -14,8 +14,6 @@ from attnserve_server.build.proof.layout import Layout, varying
 from attnserve_server.build.proof.values import Entry, Value
 
 Function = Callable[..., Interval]
-
-
 _LOWERS_FROM: Final = 1.0
 """What a mask takes off a score is at least this much; less is an ordinary bias."""
 

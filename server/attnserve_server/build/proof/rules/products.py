@@ -18,8 +18,6 @@ from attnserve_server.build.proof.rules.reshaping import permuted
 from attnserve_server.build.proof.values import Entry, Region, Standing, Value
 
 NO_BOUND = 1e12
-
-
 LARGEST_NORM = 1 << 22
 """Elements of a matrix up to which its greatest singular value is computed; of larger ones its Frobenius norm."""
 

@@ -18,8 +18,6 @@ from attnserve_server.build.proof.sizes import Size
 from attnserve_server.build.proof.values import Entry, Standing, Value
 
 DYNAMIC: Final = "one scale is taken from all of it at once, {others} included (dynamic quantization)"
-
-
 _BYTES: Final = Interval(-128, 255)
 
 
@@ -66,15 +64,24 @@ def quantize(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     operands = [value, _along(value, scale, axis), *([_along(value, zero, axis)] if zero is not None else [])]
     rounded = node.op_type == "QuantizeLinear"
 
+    span = _BYTES if _is_bytes(node, zero) else Interval()
+
     def function(*each: Interval) -> Interval:
         if rounded:
-            return _BYTES
+            return span
         shifted = subtract(each[0], each[2]) if len(each) > 2 else each[0]
         most = shifted.greatest * each[1].greatest if shifted.greatest and each[1].greatest else 0.0
         return Interval(-most, most, each[1].wild)
 
     found = pointwise(ctx, function, operands)
     return replace(found, layout=value.layout) if found.layout == value.layout else found
+
+
+def _is_bytes(node: ir.Node, zero: Value | None) -> bool:
+    """Whether numbers are rounded to bytes, and not to a type of 16 bits."""
+    if attribute(node, "output_dtype", 0):
+        return False
+    return zero is None or (zero.constant is not None and zero.constant.dtype.itemsize == 1)
 
 
 @rule("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT)

@@ -28,8 +28,6 @@ _NEUTRAL: Final = {
     "ReduceMin": math.inf,
 }
 """The number that changes nothing. A mean has none, since it divides by how many there are."""
-
-
 _WORDS: Final = {
     "ReduceMean": "takes the mean over",
     "ReduceSum": "sums over",
@@ -57,7 +55,7 @@ def reduce(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     if op == "ReduceProd" and given.sizes is not None and all(size is not None for size in given.sizes):
         total = product(size for size in given.sizes if size is not None)
         keep = bool(attribute(node, "keepdims", 1))
-        return sizes_value(Value((PLAIN_ONE,) if keep else ()), [total])
+        return sizes_value(Value((PLAIN_ONE,) if keep else (), floating=given.floating), [total])
     value = ctx.as_data(given)
     rank = len(value.axes)
     axes = attribute(node, "axes")
@@ -67,7 +65,9 @@ def reduce(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
             raise NotFollowed("axes that are computed cannot be followed")
     if not axes:
         if attribute(node, "noop_with_empty_axes", 0):
-            return value
+            if op in {"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd"}:
+                return value
+            raise NotFollowed("a reduction without axes")
         axes = list(range(rank))
     axes = sorted({axis % rank for axis in axes})
     return reduced(ctx, op, value, axes, keep=bool(attribute(node, "keepdims", 1)))
@@ -86,13 +86,14 @@ def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: b
     for (kind, one, other), entry in value.regions.items():
         if one in places and other in places and kind == "pad":
             interval = _plain(entry)
-            regions[kind, places[one], places[other]] = Entry(_span(op, interval, value, axes))
+            known = _span(op, interval, value, axes)
+            regions[kind, places[one], places[other]] = Entry(known, lit=entry.lit)
     count = _span(op, replace(value.span, wild=wild_anywhere(value)), value, axes)
     if op == "ReduceMax" and not value.lit.wild and count.wild == NEGATIVE:
         # The greatest is no less than what masks leave.
         ctx.need(value.masks, everything=len(value.masks) > 1 or bool(value.structured))
         count = Interval(max(count.low, value.lit.low), count.high)
-        regions = {region: Entry(replace(entry.interval, wild=0)) for region, entry in regions.items()}
+        regions = {region: _of_rows_with_a_key(entry) for region, entry in regions.items()}
     result = Value(layout, standing, cause, span=count, lit=count, regions=regions)
     if (
         op == "ReduceSum"
@@ -101,6 +102,11 @@ def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: b
     ):
         return as_count(value, result)
     return result
+
+
+def _of_rows_with_a_key(entry: Entry) -> Entry:
+    """The greatest of rows, none of which a mask empties."""
+    return entry if entry.lit.wild else Entry(replace(entry.interval, wild=0))
 
 
 def is_wide(layout: Layout, axis: int, own: Sequence[int]) -> bool:
@@ -168,7 +174,7 @@ def cumulative_sum(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> V
         standing, cause = Standing.DIFFERENT, ctx.cause("adds up over the rows of the batch")
     elif own and attribute(node, "reverse", 0) and value.pad(own[0]).only != 0:
         standing, cause = Standing.DIFFERENT, ctx.cause("adds up from the end, where padding stands")
-    elif own and len(value.axes[axis]) != 1:
+    elif own and (len(value.axes[axis]) != 1 or value.axes[axis][0].tail):
         return ctx.unknown("adds up over a folded axis")
     most = max(size_of(value.axes[axis]).bounds()[1], 0)
     wild = wild_anywhere(value)

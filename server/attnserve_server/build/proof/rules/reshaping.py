@@ -115,6 +115,8 @@ def squeeze(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     value = required(inputs, 0)
     gone = _axes_of(node, inputs, len(value.axes))
     if gone is None:
+        if any(size_of(axis).number is None for axis in value.axes):
+            raise NotFollowed("all axes of one position are squeezed, whichever these are in a run")
         gone = [at for at, axis in enumerate(value.axes) if is_one(axis)]
     if any(not is_one(value.axes[at]) for at in gone):
         raise NotFollowed("an axis is squeezed that is not known to have one position")

@@ -49,6 +49,8 @@ class Scores:
         own = ordinals(layout, axis)
         if not own or len(layout[axis]) != 1:
             return None
+        if layout[axis][0].tail:
+            raise NotFollowed("masks keys by their positions, some of which stand behind padded ones")
         alone = (layout[axis], plain(Size.of(1))) if axis == 2 else (layout[axis],)
         return index_value(self.ctx, alone, {0: Size.of(1)}, Size.of(0))
 
@@ -144,3 +146,8 @@ def up_to(ctx: Context, scores: Scores, ends: Value, op: str) -> Scores:
     if allowed is None:
         allowed = pointwise(ctx, BINARY[op], [keys, wide])
     return scores.kept(allowed)
+
+
+def without_bounds(value: Value) -> Value:
+    """A value of which only its axes and its standing are known."""
+    return Value(value.layout, value.standing, value.cause)

@@ -19,8 +19,6 @@ from attnserve_server.build.proof.sizes import Size
 from attnserve_server.build.proof.values import Entry, Standing, Value
 
 _LOWEST: Final = -3.4e38
-
-
 _LOWEST_HALF: Final = -65504.0
 """No finite number of the type is lower, but for rounding in its name."""
 
@@ -118,7 +116,8 @@ def arg_max(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         lowest = node.op_type == "ArgMin"
         below = entry.interval.low >= value.span.high if lowest else entry.high <= value.span.low
         first = not attribute(node, "select_last_index", 0)
-        valid = below and first and not ctx.is_batch and len(own) == 1 and not entry.interval.wild
+        whole = len(value.axes[axis]) == 1 and not value.axes[axis][0].tail
+        valid = below and first and not ctx.is_batch and whole and not entry.interval.wild
         if not valid:
             said = f"finds the place of the greatest, which may be among {ctx.others}"
             standing, cause = Standing.DIFFERENT, ctx.cause(said)

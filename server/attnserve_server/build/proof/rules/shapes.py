@@ -131,7 +131,7 @@ def expanded(ctx: Context, value: Value, sizes: Sequence[Size]) -> Value:
     if value.sizes is not None and len(value.sizes) == 1 and len(wide) <= 1:
         count = product(size_of(axis) for axis in wide).number
         if count is not None and count <= 64:
-            return sizes_value(Value(wide), value.sizes * count)
+            return sizes_value(Value(wide, floating=value.floating), value.sizes * count)
     result = value.moved(wide, placed[0][1])
     if value.offset is not None and result.index is None and value.index is None:
         result = replace(result, offset=value.offset)
@@ -170,7 +170,7 @@ def trilu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     rows, columns = len(layout) - 2, len(layout) - 1
     factors = [at for at, (axis, _) in enumerate(varying(layout)) if axis in {rows, columns}]
     found = varying(layout)
-    whole = all(len(layout[axis]) == 1 for axis in (rows, columns))
+    whole = all(len(layout[axis]) == 1 and not layout[axis][0].tail for axis in (rows, columns))
     if len(factors) != 2 or not whole or found[factors[0]][1].real != found[factors[1]][1].real:
         if not factors:
             span = value.span.hull(ZERO)

@@ -88,7 +88,7 @@ def _sliced_sizes(value: Value, start: Size, end: Size, step: int) -> Value:
     if start.number is None or end.number is None:
         raise NotFollowed("a shape is cut at a place that is not known")
     kept = list(value.sizes or ())[start.number : end.number : step]
-    return sizes_value(Value((plain(Size.of(len(kept))),)), kept)
+    return sizes_value(Value((plain(Size.of(len(kept))),), floating=value.floating), kept)
 
 
 def sliced(ctx: Context, value: Value, axis: int, start: Size, end: Size, step: int) -> Value:
@@ -147,7 +147,10 @@ def _of_plain(ctx: Context, value: Value, axis: int, first: Size, last: Size, st
         if count.number is None:
             raise NotFollowed("a slice with a step cannot be followed")
         count = Size.of(-(-count.number // step))
-    new = ctx.axis_of(count)
+    if ctx.is_batch and ctx.depends(count) and value.span.only is None:
+        return selected(ctx, value, "takes as many rows of a table as the batch has, each by its place in the batch")
+    # Position by position the same in both runs, so never folded.
+    new = (Factor(count, count),) if ctx.depends(count) else plain(count)
     result = with_new_axis(value, axis, new)
     if value.constant is not None and first.number is not None and step == 1:
         result = _cut_constant(value, result, axis, first.number, count)
@@ -232,8 +235,13 @@ def _of_varying(ctx: Context, value: Value, axis: int, first: Size, last: Size, 
     if value.index is not None and own in value.index and step == 1 and value.outer is None:
         index, offset = value.index, value.offset
         plus = index[own] * first
+        result = replace(result, lit=value.span) if value.structured else result
         return replace(result, index=index, offset=plus if offset is None else offset + plus, regions={})
-    return replace(result, index=None, norm=value.norm, norm_axis=value.norm_axis)
+    if own in value.along or own in value.structured:
+        result = replace(result, lit=value.span)  # what masks leave may be cut off
+    dropped = replace(result, index=None, offset=None, outer=None, below=None, symbols=value.dependence)
+    found = dropped if value.index is not None else result
+    return replace(found, norm=value.norm, norm_axis=value.norm_axis)
 
 
 def _kept(ctx: Context, real: Size, whole: Size, first: Size, last: Size) -> Size:
@@ -250,6 +258,8 @@ def _first_position(value: Value, axis: int) -> Value:
     gone = set(ordinals(value.axes, axis))
     left = [place for place in range(len(varying(value.axes))) if place not in gone]
     result = value.moved(layout, {place: at for at, place in enumerate(left)})
+    if gone & (value.along | value.structured):
+        result = replace(result, lit=value.span)  # the first position may be one that a mask hides
     return replace(result, norm=value.norm, norm_axis=value.norm_axis)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import onnx_ir as ir
 
 from attnserve_server.build.proof.context import Context, rule
@@ -29,9 +31,13 @@ def gather_nd(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         columns = (index,)
     if columns is None:
         return _any_tuples(ctx, data, index, width)
-    leading = index.axes[:-1]
-    layout = (*leading, *data.axes[width:])
-    result, standing = data, [data]
+    return _by_columns(ctx, data, index, columns)
+
+
+def _by_columns(ctx: Context, data: Value, index: Value, columns: Sequence[Value]) -> Value:
+    """Elements or slices of data, each axis read at the places of a column."""
+    width, leading = len(columns), index.axes[:-1]
+    standing = [data]
     targets: dict[int, int] = {}
     for axis, column in enumerate(columns):
         if is_plain(data.axes[axis]):
@@ -39,17 +45,22 @@ def gather_nd(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         elif column.valid or column.count == 1:
             ctx.need(column.masks, everything=False)
             standing.append(ctx.as_data(replace(column, count=None)))
-        elif is_identity(ctx, data, column, axis):
+        elif is_identity(data, column, axis):
             (place,) = column.index or {}
             targets[ordinals(data.axes, axis)[0]] = _place_of_column(column, place, leading)
         else:
             return _any_tuples(ctx, data, index, width)
+    if len(set(targets.values())) < len(targets):
+        return ctx.unknown("takes a diagonal of two axes that both vary")
     first = len(varying(data.axes[:width]))
     more = len(varying(leading))
     for at in range(first, len(varying(data.axes))):
         targets[at] = at - first + more
     worst, cause = joined(standing)
-    return replace(result.moved(layout, targets), standing=worst, cause=cause, raw=data.raw)
+    moved = data.moved((*leading, *data.axes[width:]), targets)
+    if len(targets) < len(varying(data.axes)):
+        moved = replace(moved, lit=data.span)  # the places that are taken may be those that a mask hides
+    return replace(moved, standing=worst, cause=cause, raw=data.raw)
 
 
 def _of_own_rows(ctx: Context, data: Value, index: Value, shared: int) -> Value:
@@ -98,7 +109,7 @@ def scatter(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     """A tensor with some elements replaced."""
     data, index, updates = (ctx.as_data(required(inputs, at)) for at in range(3))
     standing, cause = joined([data, index, updates])
-    if _replaces_everything(ctx, node, inputs):
+    if _replaces_everything(node, inputs):
         return replace(updates, standing=standing, cause=cause)
     span = data.span.hull(updates.span)
     bits = wild_anywhere(data) | wild_anywhere(updates)
@@ -125,18 +136,24 @@ def scatter(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     return ctx.bad(kind, "writes to places along the padded axis that are not known to be the sequence's own")
 
 
-def _replaces_everything(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> bool:
+def _replaces_everything(node: ir.Node, inputs: list[Value | None]) -> bool:
     """Whether the updates cover the whole tensor in its own order, as exporters write `x[:] = y`."""
     data, index, updates = inputs[0], inputs[1], inputs[2]
     if data is None or index is None or updates is None or node.op_type != "ScatterND":
         return False
     if data.layout is None or data.layout != updates.layout or index.columns is None:
         return False
-    for axis, column in enumerate(index.columns):
-        size = size_of(data.axes[axis])
-        counts = column.index is not None and is_identity(ctx, data, column, axis)
-        known = numbers(column)
-        number = size.number
-        if not counts and not (known is not None and number is not None and sorted(set(known)) == list(range(number))):
-            return False
-    return True
+    return all(_runs_along(data, column, axis) for axis, column in enumerate(index.columns))
+
+
+def _runs_along(data: Value, column: Value, axis: int) -> bool:
+    """Whether a column of places counts all of an axis of the data, along the same axis of the index."""
+    if is_identity(data, column, axis):
+        return varying(column.axes)[next(iter(column.index or {}))][0] == axis
+    known, size = numbers(column), size_of(data.axes[axis]).number
+    shape = [size_of(each).number for each in column.axes[:-1]]
+    if known is None or size is None or None in shape or axis >= len(shape) or shape[axis] != size:
+        return False
+    counted = np.arange(size).reshape([size if at == axis else 1 for at in range(len(shape))])
+    found = np.array(known).reshape([number or 0 for number in shape])
+    return bool((found == np.broadcast_to(counted, found.shape)).all())
