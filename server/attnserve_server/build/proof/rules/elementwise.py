@@ -99,10 +99,10 @@ def binary(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         return replace(result, raw=f"below {operands[1].raw}")
     if name == "Greater" and operands[0].raw == f"top of {input_name(node, 1)}":
         return replace(result, raw=f"below {operands[0].raw}")
-    return _more(ctx, name, operands, result)
+    return _more(name, operands, result)
 
 
-def _more(ctx: Context, op: str, operands: Sequence[Value], result: Value) -> Value:
+def _more(op: str, operands: Sequence[Value], result: Value) -> Value:
     """What else follows: positions, counts, Euclidean lengths."""
     if op in {"Add", "Sub"} and len(operands) == 2:
         count = _counted_back(op, operands)

@@ -70,10 +70,10 @@ def together(ctx: Context, values: Sequence[Value], axis: int) -> Value:
     if joint[0].tail or (len(joint) > 1):
         lit = plain_values[moving[0]].lit if moving else lit
     masks: frozenset[str] = frozenset().union(*(value.masks for value in plain_values))
-    structured = _moved_factors(plain_values, layout, axis)
+    structured = _moved_factors(plain_values, layout)
     result = Value(layout, standing, cause, span=span, lit=lit, regions=regions, columns=columns)
     if any(entry.only is not None or entry.lowered for entry in regions.values()):
-        result = replace(result, masks=masks, structured=structured, along=_along(plain_values, layout, axis))
+        result = replace(result, masks=masks, structured=structured, along=_along(plain_values, layout))
     return _joined_norm(plain_values, result, axis)
 
 
@@ -130,7 +130,7 @@ def _place_in(layout: Layout, wide: Layout, place: int) -> int | None:
     return own[before] if before < len(own) else None
 
 
-def _moved_factors(values: Sequence[Value], layout: Layout, axis: int) -> frozenset[int]:
+def _moved_factors(values: Sequence[Value], layout: Layout) -> frozenset[int]:
     found: set[int] = set()
     for value in values:
         for place in range(len(varying(layout))):
@@ -139,7 +139,7 @@ def _moved_factors(values: Sequence[Value], layout: Layout, axis: int) -> frozen
     return frozenset(found)
 
 
-def _along(values: Sequence[Value], layout: Layout, axis: int) -> frozenset[int]:
+def _along(values: Sequence[Value], layout: Layout) -> frozenset[int]:
     found: set[int] = set()
     for value in values:
         for place in range(len(varying(layout))):

@@ -157,8 +157,8 @@ def _matrix_norms(ctx: Context, matrix: Value) -> tuple[float, float]:
 def matmul(ctx: Context, one: Value, other: Value) -> Value:
     """MatMul by NumPy's rules."""
     vectors = (len(one.axes) == 1, len(other.axes) == 1)
-    left = one if not vectors[0] else _lifted(one, 0)
-    right = other if not vectors[1] else _lifted(other, 1)
+    left = one if not vectors[0] else _lifted(one)
+    right = other if not vectors[1] else _lifted(other)
     leading = max(len(left.axes), len(right.axes)) - 2
     letters = "abcdefghij"[:leading]
     first = letters[leading - (len(left.axes) - 2) :] + "mk"
@@ -171,7 +171,7 @@ def matmul(ctx: Context, one: Value, other: Value) -> Value:
     return product(ctx, left, first, right, second, wanted)
 
 
-def _lifted(value: Value, _at: int) -> Value:
+def _lifted(value: Value) -> Value:
     return replace(value, layout=(PLAIN_ONE, *value.axes))
 
 

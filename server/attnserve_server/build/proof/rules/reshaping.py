@@ -45,10 +45,10 @@ def reshape(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         if rest is None:
             raise NotFollowed("the size that a reshape infers is no product of known ones")
         sizes = [rest if size is None else size for size in sizes]
-    return into(ctx, value, [size for size in sizes if size is not None])
+    return into(value, [size for size in sizes if size is not None])
 
 
-def into(ctx: Context, value: Value, sizes: Sequence[Size]) -> Value:
+def into(value: Value, sizes: Sequence[Size]) -> Value:
     """A value in another shape."""
     if value.sizes is not None:
         return replace(value, layout=tuple(plain(size) for size in sizes), constant=None)
@@ -77,7 +77,7 @@ def flatten(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     axis = attribute(node, "axis", 1)
     at = axis if axis >= 0 else axis + len(value.axes)
     sizes = [product(size_of(each) for each in part) for part in (value.axes[:at], value.axes[at:])]
-    return into(ctx, value, sizes)
+    return into(value, sizes)
 
 
 @rule("Transpose")

@@ -82,7 +82,7 @@ def heads_first(ctx: Context, value: Value, heads: int) -> Value:
     size = width.over(Size.of(heads))
     if size is None:
         raise NotFollowed("a width that heads do not divide")
-    split = into(ctx, value, [batch, length, Size.of(heads), size])
+    split = into(value, [batch, length, Size.of(heads), size])
     return permuted(split, [0, 2, 1, 3])
 
 
@@ -90,7 +90,7 @@ def heads_last(ctx: Context, value: Value) -> Value:
     """(B, L, H * D) of (B, H, L, D)."""
     turned = permuted(value, [0, 2, 1, 3])
     batch, length, heads, size = (size_of(axis) for axis in turned.axes)
-    return into(ctx, turned, [batch, length, heads * size])
+    return into(turned, [batch, length, heads * size])
 
 
 def scores_of(ctx: Context, query: Value, key: Value, scale: float) -> Scores:

@@ -212,7 +212,7 @@ def _of_varying(ctx: Context, value: Value, axis: int, first: Size, last: Size, 
     assert real is not None
     whole = factor.size
     if factor.tail:
-        return _of_tailed(ctx, value, axis, first, last, step)
+        return _of_tailed(value, axis, first, last, step)
     places = {place: place for place in range(len(varying(value.axes)))}
     own = ordinals(value.axes, axis)[0]
     if not ctx.depends(first) and not ctx.depends(last) and (last - first).number == 1 and first.number == 0:
@@ -220,7 +220,7 @@ def _of_varying(ctx: Context, value: Value, axis: int, first: Size, last: Size, 
     if ctx.depends(first):
         said = f"takes positions from the end, which {ctx.others} move"
         return selected(ctx, value, said)
-    count, kept = last - first, _kept(ctx, real, whole, first, last)
+    count, kept = last - first, _kept(real, whole, first, last)
     if step != 1:
         count, kept = (_steps(size, step) for size in (count, kept))
     if not ctx.depends(count):
@@ -244,7 +244,7 @@ def _of_varying(ctx: Context, value: Value, axis: int, first: Size, last: Size, 
     return replace(found, norm=value.norm, norm_axis=value.norm_axis)
 
 
-def _kept(ctx: Context, real: Size, whole: Size, first: Size, last: Size) -> Size:
+def _kept(real: Size, whole: Size, first: Size, last: Size) -> Size:
     """How many of the sequence's own positions a slice keeps, as it would alone."""
     return (real if last == whole else lesser(real, last)) - first
 
@@ -263,7 +263,7 @@ def _first_position(value: Value, axis: int) -> Value:
     return replace(result, norm=value.norm, norm_axis=value.norm_axis)
 
 
-def _of_tailed(ctx: Context, value: Value, axis: int, first: Size, last: Size, step: int) -> Value:
+def _of_tailed(value: Value, axis: int, first: Size, last: Size, step: int) -> Value:
     """Of an axis with plain positions behind the padded ones: all but these, or only these."""
     factor = value.axes[axis][0]
     assert factor.real is not None
