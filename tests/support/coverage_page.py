@@ -29,7 +29,8 @@ are compared where they stand among all keys. What an architecture needs beyond 
 
 """
 COLUMNS = (
-    "architecture", "exporter", "opset", "precision", "sites", "weight error", "output error", "batching", "time", "note"
+    "architecture", "exporter", "opset", "precision", "sites", "weight error", "output error", "batching", "time",
+    "note",
 )  # fmt: skip
 _SETTLED = (0, 1, 2, 3, 4, 7, 9)
 """The columns that do not depend on the machine."""

@@ -106,7 +106,9 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
         return _export(replace(request, version=version), source, Path(work), steps)
 
 
-def _export(request: ExportRequest, source: SourceModel, work: Path, steps: Steps) -> Bundle:
+def _export(  # noqa: PLR0915 - one step after another
+    request: ExportRequest, source: SourceModel, work: Path, steps: Steps
+) -> Bundle:
     if source.tokenizer_path is not None:
         TextTokenizer.load(source.tokenizer_path, SEQUENCE)
     steps.begin("exporting to ONNX")

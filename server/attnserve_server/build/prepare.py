@@ -60,8 +60,8 @@ class PrepareRequest:
     try fused operators in the place of decomposed attention, and keep them where that is faster. `precision` fp32 keeps
     the file's own. `try_more`: try the runtime's own rewritings, and keep what is faster. `require_attention`: refuse a
     file none of whose weights can be had, rather than serve it without. `batching`: the policy that warnings and checks
-    are for. `attack_seconds`: the most that trying to break what is not proved may take. `requantize` "per-row": rewrite dynamic
-    quantizers to one scale per row; None: leave them.
+    are for. `attack_seconds`: the most that trying to break what is not proved may take. `requantize` "per-row": give
+    dynamic quantizers one scale per row; None: leave them.
     """
 
     file: Path

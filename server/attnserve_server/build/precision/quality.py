@@ -215,7 +215,7 @@ def _speed_ratio(
     return round(statistics.median(ratios), 3)
 
 
-def with_quality(
+def with_quality(  # noqa: PLR0913 - what two commands know of one model
     manifest: Manifest,
     model_path: Path,
     reference: onnx.ModelProto,

@@ -29,9 +29,8 @@ def softmaxed(ctx: Context, value: Value, axes: Sequence[int]) -> Value:
     regions: dict[Region, Entry] = {}
     for region, entry in value.regions.items():
         kind, one, other = region
-        if other in factors and kind == "above" and _far_below(ctx, value, entry):
-            regions[region] = Entry(ZERO, lit=ZERO)
-        elif kind == "pad" and one in factors and hidden.get(one):
+        below = other in factors and kind == "above" and _far_below(ctx, value, entry)
+        if below or (kind == "pad" and one in factors and hidden.get(one)):
             regions[region] = Entry(ZERO, lit=ZERO)
         elif kind == "pad" and one not in factors:
             wild = NAN if _may_be_empty(entry) else 0
@@ -106,11 +105,10 @@ def _finite(ctx: Context, value: Value, factor: int, entry: Entry) -> tuple[Stan
     if math.isfinite(margin) and margin >= wanted:
         return Standing.EQUAL, None
     bound = max(abs(entry.interval.low), abs(entry.interval.high)) if entry.lowered else abs(value.lit.low)
+    said = f"finite mask, unbounded scores: a mask takes {taken:g} off"
     if math.isfinite(bound):
-        said = f"finite mask, unbounded scores: a mask takes {taken:g} off, and scores are only known to be below {bound:.3g}"
-    else:
-        said = f"finite mask, unbounded scores: a mask takes {taken:g} off scores that have no known bound"
-    return Standing.ASSUMED, ctx.cause(said)
+        return Standing.ASSUMED, ctx.cause(f"{said}, and scores are only known to be below {bound:.3g}")
+    return Standing.ASSUMED, ctx.cause(f"{said} scores that have no known bound")
 
 
 def _far_below(ctx: Context, value: Value, entry: Entry) -> bool:

@@ -13,16 +13,19 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 import attnserve_server.build.proof.rules  # noqa: F401 - registers the rules
-from attnserve_server.build.proof.context import RULES, Context, attribute, constant, numbers
+from attnserve_server.build.proof.context import RULES, Context, Registered
+from attnserve_server.build.proof.helpers import attribute, constant, numbers
 from attnserve_server.build.proof.hiding import softmaxed
 from attnserve_server.build.proof.intervals import Interval
-from attnserve_server.build.proof.layout import NotFollowed, is_plain, size_of
-from attnserve_server.build.proof.rules.moving import Mixed
+from attnserve_server.build.proof.layout import Mixed, NotFollowed, is_plain, size_of
 from attnserve_server.build.proof.values import Cause, Standing, Value
 
 _FOLDED: Final = 1 << 16
 """Elements up to which what is made of constants alone is computed."""
-_NOT_FOLDED: Final = {"If", "Loop", "Scan", "RandomNormal", "RandomUniform", "Shape", "Size", "ConstantOfShape"}
+_NOT_FOLDED: Final = {
+    *("If", "Loop", "Scan", "Shape", "Size", "ConstantOfShape", "Dropout"),
+    *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"),
+}
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Interpreter:
     def run(self, graph: ir.Graph, given: Mapping[ir.Value, Value]) -> list[Value]:
         """What is known of a graph's outputs, given its inputs."""
         self.values.update(given)
-        self.ctx.run_graph = self.run
+        self.ctx.run_graph, self.ctx.known = self.run, self.value_of
         for node in graph:
             self._follow(node)
         return [self.value_of(output) for output in graph.outputs]
@@ -66,8 +69,9 @@ class Interpreter:
         if folded is not None:
             return folded
         written_out = self._softmax(node)
-        if written_out is not None:
-            return [written_out]
+        return self._by_rule(node, inputs) if written_out is None else [written_out]
+
+    def _by_rule(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
         domain = "" if node.domain == "ai.onnx" else node.domain
         registered = RULES.get((domain, node.op_type))
         if registered is None:
@@ -75,19 +79,24 @@ class Interpreter:
             return self._lost(node, inputs, Standing.UNKNOWN, f"the operator {name} is not known to the proof")
         if not registered.shapes_only and any(value is not None and value.layout is None for value in inputs):
             return self._lost(node, inputs, Standing.UNKNOWN, "the axes of an input are not known")
+        outputs = self._applied(registered, node, inputs)
+        return outputs if registered.shapes_only else self._no_better(outputs, inputs)
+
+    def _applied(self, registered: Registered, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
         try:
             found = registered.apply(self.ctx, node, inputs)
         except NotFollowed as why:
             return self._lost(node, inputs, Standing.UNKNOWN, str(why))
         except Mixed as why:
             return self._lost(node, inputs, Standing.DIFFERENT, str(why))
-        except Exception as fault:  # noqa: BLE001 - a graph that anybody made may be beyond any rule: then nothing is proved
-            return self._lost(
-                node, inputs, Standing.UNKNOWN, f"{node.op_type} is not followed ({type(fault).__name__})"
-            )
-        outputs = list(found) if isinstance(found, list) else [found]
-        if registered.shapes_only:
-            return outputs
+        except Exception as fault:  # noqa: BLE001 - nothing is proved of a graph that a rule cannot read
+            why_not = f"{node.op_type} is not followed ({type(fault).__name__})"
+            return self._lost(node, inputs, Standing.UNKNOWN, why_not)
+        return list(found) if isinstance(found, list) else [found]
+
+    @staticmethod
+    def _no_better(outputs: Sequence[Value], inputs: Sequence[Value | None]) -> list[Value]:
+        """Outputs that stand no better than the worst input."""
         standing, cause = _worst(inputs)
         if standing is Standing.UNKNOWN:
             # Of what is not known, nothing worse is known either.
@@ -104,19 +113,26 @@ class Interpreter:
             return None
         if total.inputs[0] is not powers.outputs[0] or not attribute(total, "keepdims", 1):
             return None
-        axes = attribute(total, "axes")
-        if axes is None and len(total.inputs) > 1 and total.inputs[1] is not None:
-            axes = numbers(self.value_of(total.inputs[1]))
+        axes = self._axes_of(total)
         scores = powers.inputs[0]
         shifted = scores.producer() if scores is not None else None
         if shifted is not None and shifted.op_type == "Sub" and shifted.inputs[1] is not None:
             greatest = shifted.inputs[1].producer()
             if greatest is not None and greatest.op_type == "ReduceMax" and greatest.inputs[0] is shifted.inputs[0]:
+                if self._axes_of(greatest) != axes or not attribute(greatest, "keepdims", 1):
+                    return None  # the greatest of more than a row may leave nothing of the row but zeros
                 scores = shifted.inputs[0]
         value = self.value_of(scores) if scores is not None else None
         if value is None or value.layout is None or not axes:
             return None
         return softmaxed(self.ctx, self.ctx.as_data(value), [axis % len(value.layout) for axis in axes])
+
+    def _axes_of(self, node: ir.Node) -> list[int] | None:
+        """The axes of a reduction, as they are given."""
+        axes: list[int] | None = attribute(node, "axes")
+        if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+            axes = numbers(self.value_of(node.inputs[1]))
+        return axes
 
     def _lost(self, node: ir.Node, inputs: Sequence[Value | None], standing: Standing, why: str) -> list[Value]:
         self.ctx.node = node

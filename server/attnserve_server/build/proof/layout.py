@@ -1,8 +1,8 @@
-"""Layouts: which axes of a tensor run along what varies, and how reshapes, transposes and broadcasts move them.
+"""Layouts: which axes of a tensor vary between the two runs, and how reshapes, transposes and broadcasts move them.
 
-One axis is varied at a time: the batch, or one symbol. Two runs are compared, a sequence alone and the same sequence in a
-batch (or padded). A *varying* factor of an axis has another size in the two. Its first `real` positions are the
-sequence's own and stand at the same place in both; what is behind them is padding. A *plain* factor is the same in both.
+One axis is varied at a time: the batch, or one symbol. Two runs are compared: a sequence alone, and the same sequence
+in a batch (or padded). A *varying* factor of an axis differs in size between them. Its first `real` positions are the
+sequence's own and have the same index in both runs; padding follows. A *plain* factor is the same in both runs.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ Axis = tuple[Factor, ...]
 Layout = tuple[Axis, ...]
 Places = dict[int, int]
 """Where each varying factor of a layout, counted in order, is in another one."""
-
 PLAIN_ONE: Axis = (Factor(ONE),)
 
 
 class NotFollowed(Exception):
     """A layout that cannot be followed. Carries the reason."""
+
+
+class Mixed(Exception):
+    """A layout in which the sequence's own positions no longer stand where they stand alone. Carries the reason."""
 
 
 def plain(size: Size) -> Axis:
@@ -66,6 +69,11 @@ def varying(layout: Layout) -> list[tuple[int, Factor]]:
 def is_plain(axis: Axis) -> bool:
     """Whether nothing of an axis varies."""
     return not any(factor.varies for factor in axis)
+
+
+def is_plain_all(layout: Layout) -> bool:
+    """Whether no axis varies."""
+    return all(is_plain(axis) for axis in layout)
 
 
 def ordinals(layout: Layout, axis: int) -> list[int]:
@@ -99,7 +107,7 @@ def broadcast(layouts: Sequence[Layout]) -> tuple[Layout, list[Places]]:
         wide = [axis for axis in there if not is_one(axis)]
         first = wide[0] if wide else PLAIN_ONE
         for other in wide[1:]:
-            if not _alike(first, other):
+            if not alike(first, other):
                 said = f"{_written(first)} and {_written(other)}"
                 raise NotFollowed(f"it is not known that axes of {said} positions have one length")
             if not is_plain(other) and is_plain(first):
@@ -109,7 +117,8 @@ def broadcast(layouts: Sequence[Layout]) -> tuple[Layout, list[Places]]:
     return found, [_places(layout, found) for layout in layouts]
 
 
-def _alike(one: Axis, other: Axis) -> bool:
+def alike(one: Axis, other: Axis) -> bool:
+    """Whether two axes are known to have the same positions in both runs."""
     return one == other or (is_plain(one) and is_plain(other) and size_of(one) == size_of(other))
 
 

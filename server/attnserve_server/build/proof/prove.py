@@ -1,4 +1,19 @@
-"""One verdict on each output and each tap, for the batch and for each axis that could be padded."""
+"""One verdict on each output and each tap, for the batch and for each axis that could be padded.
+
+Why `proved` may be believed: take two runs of the graph, of a sequence alone and of the same sequence in a batch (or
+padded to any length). By induction over the nodes in order, what `Value` states of every value holds in both runs. It
+holds of the inputs, by what a batch and the padding are (`given`). Each rule keeps it: if it holds of a node's inputs,
+it holds of its outputs. A node without a rule yields `unknown`, and so does a rule that cannot tell. So an output whose
+standing is EQUAL has the same elements, in the sequence's own part, in both runs: up to the rounding of kernels that
+sum in another order, which the attack measures.
+
+What this takes for granted:
+- Requests keep to the `MaskNeed`s; the server runs others without padding.
+- Arithmetic of finite numbers stays finite. Infinities and NaN come only of operators that make them (`Interval.wild`).
+- The score of a real key is far above -1e30 (-6e4 in fp16), so a mask this low leaves a padded key nothing.
+- Onnxruntime's fused attention kernels give finite rows where a mask leaves no key.
+- Positions and sizes that an fp16 graph computes in fp16 stay below 2048, up to which they are exact.
+"""
 
 from __future__ import annotations
 
@@ -135,9 +150,9 @@ def _needs(question: _Question, ctx: Context) -> Iterator[tuple[str, str]]:
     found = dict(ctx.needs)
     for spec in question.signature.inputs:
         allowed = allowed_value(spec)
-        if ctx.varied in spec.shape and allowed is not None and not math.isnan(allowed):
-            if NUMPY_DTYPES[spec.dtype] != np.bool_:
-                found.setdefault(spec.name, "some")
+        hides = ctx.varied in spec.shape and allowed is not None and not math.isnan(allowed)
+        if hides and NUMPY_DTYPES[spec.dtype] != np.bool_:
+            found.setdefault(spec.name, "some")
     yield from found.items()
 
 

@@ -94,10 +94,12 @@ class Size:
 
     def bounds(self) -> tuple[float, float]:
         """Between what it lies, as far as its atoms tell."""
-        low, high = self._bounds()
+        low, high = self.bounds_of_atoms()
         if not any(atom.divisor for atom in self.atoms.values()):
             return low, high
-        return max(low, self._rounded(down=True)._bounds()[0]), min(high, self._rounded(down=False)._bounds()[1])
+        return max(low, self._rounded(down=True).bounds_of_atoms()[0]), min(
+            high, self._rounded(down=False).bounds_of_atoms()[1]
+        )
 
     def _rounded(self, *, down: bool) -> Size:
         """What is no greater (`down`), or no less: k * floor(x / k) is between x - (k - 1) and x."""
@@ -111,7 +113,8 @@ class Size:
             result += (atom.dividend - short) * Size.of(factor // atom.divisor)
         return result
 
-    def _bounds(self) -> tuple[float, float]:
+    def bounds_of_atoms(self) -> tuple[float, float]:
+        """Between what it lies, each atom taken for itself."""
         least = most = 0.0
         for monomial, factor in self.terms:
             low = high = float(factor)
@@ -153,7 +156,8 @@ def floor_div(one: Size, by: Size) -> Size:
     (low, high), (least, most) = one.bounds(), by.bounds()
     if least < 1 or low < 0:
         return function("floor", (one, by), 0, float("inf"))
-    found = function("floor", (one, by), low // most if most != float("inf") else 0, high // least)
+    greatest = high // least if high != float("inf") else high
+    found = function("floor", (one, by), low // most if most != float("inf") else 0, greatest)
     if divisor is None:
         return found
     (atom,) = found.atoms.values()

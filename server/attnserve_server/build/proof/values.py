@@ -1,7 +1,35 @@
 """What is known of one value of the graph, in the two runs that are compared. Applies no operator.
 
-Statements about a value hold for every length, every content of the sequence and of its neighbours. What they take for
-granted of requests, that a mask allows something, is kept beside them and ends up in the certificate.
+A `Value` states what holds for every length, every content of the sequence and every content of its batch neighbours.
+The statement has two parts. `standing` compares the sequence's own part of the value between the run alone and the run
+in a batch (or padded). The other fields bound the elements, so that later nodes can show that padding has no effect.
+
+An example: masked attention of BERT with the sequence length varied. H heads, D numbers in each, S positions of which n
+are the sequence's own ("real") and the rest is padding. B is plain here.
+
+    value                        layout        real keys (lit)       padded keys (region ("pad", 0, 0))
+    attention_mask (B, S)        B, S*         1                     0
+    (1 - mask) * -1e4 (B,1,1,S)  B, 1, 1, S*   0                     -1e4
+    scores (B, H, S, S)          B, H, S*, S*  any number            any number
+    scores + mask                B, H, S*, S*  any number            the same, `lowered` by 1e4
+    Softmax                      B, H, S*, S*  from 0 to 1           0, because hidden
+    MatMul with values           B, H, S*, D   equal: the sum over S* adds 0 times a finite number for each padded key
+
+`*` marks a varying axis. The fields of a value say, in the order in which the example needs them:
+
+- A *region* is a set of elements. `("pad", f, f)`: padded along varying factor f (factors are counted over the whole
+  layout), real along all others. `("above", q, k)`: real along both, at a later position along k than along q, which is
+  what a causal mask hides.
+- An `Entry` bounds the elements of a region. `lowered` keeps "a score, minus this much" apart from the score's bounds,
+  since scores mostly have none.
+- `lit` bounds the elements that masks leave. Every row has at least one of these, as long as requests keep to the needs
+  of `masks`: a mask that runs `along` the keys alone must allow one key ("some"); masks that are combined, or combined
+  with a frontier (`structured`), must allow all.
+- `sizes`, and `index`, `offset`, `outer` and `below`, follow whole numbers that are made of shapes: an element is
+  `sum(index[f] * position along f) + offset + outer * (a plain number) + (a plain number below `below`)`. Such numbers
+  may differ between the runs and still be right as shapes and indices. `Context.as_data` settles what they are as data.
+- `columns` are the parts of an index that Concat joined along the last axis, as GatherND reads it.
+- `items` marks the rows that a tap's input lists.
 """
 
 from __future__ import annotations
@@ -11,11 +39,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from types import MappingProxyType
+from typing import Final
 
 from attnserve_server.build.proof.intervals import ANY, Interval
 from attnserve_server.build.proof.layout import Layout, Places, varying
 from attnserve_server.build.proof.sizes import Size
 from attnserve_server.domain.values import Array
+from attnserve_server.model.manifest import BATCH
 
 EXACTLY_HIDDEN = -1e30
 """Added to a score, a number this low leaves nothing of it in float32 (Source: `numpy.finfo(float32).min` is -3.4e38;
@@ -43,17 +73,28 @@ class Cause:
     reason: str
 
 
+_ALL: Final = Interval()
+"""Stands for the interval of the entry itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is known of the elements of a region: within an interval, and how far they were lowered by a mask.
+    """What is known of the elements of a region.
 
-    `lowered`: the elements are scores within `interval`, minus this much, which a mask took off. 0: none. `lit`: the
-    interval of those elements of the region that masks leave, if the region is one of rows.
+    Args:
+        interval: the elements, before `lowered` is taken off.
+        lowered: what a mask takes off each element. 0: nothing.
+        lit: the elements of the region that masks leave, where the region holds whole rows (padded queries). If not
+            given, all.
     """
 
     interval: Interval = ANY
     lowered: float = 0.0
-    lit: Interval = ANY
+    lit: Interval = _ALL
+
+    def __post_init__(self) -> None:
+        if self.lit is _ALL:
+            object.__setattr__(self, "lit", self.interval)
 
     @property
     def only(self) -> float | None:
@@ -67,35 +108,41 @@ class Entry:
 
 
 Region = tuple[str, int, int]
-"""`("pad", f, f)`: behind the sequence's own part of varying factor f, within it on all others. `("above", q, k)`: at a
-later position of factor k than of factor q, both within the sequence's own part."""
+"""`("pad", f, f)`: padded along varying factor f, real along all others. `("above", q, k)`: real along both factors, at
+a later position along k than along q."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One value.
+    """What is known of a value.
 
     Args:
-        layout: its axes; None: not known.
-        standing: of the sequence's own part.
-        cause: why it is not equal.
+        layout: its axes. None: not known.
+        standing: how the sequence's own part compares between the two runs.
+        cause: the node that makes it differ, where it is not equal.
         span: the interval of all elements, hidden and padded ones included.
-        lit: the interval of the elements that masks leave, of which every row has at least one, as long as requests
-            keep to what `masks` and `structured` say.
-        regions: what is known of each region.
-        masks: the inputs that `lit` speaks of, and `along`: the varying factors that these run along.
-        structured: the varying factors of a frontier or a window, on whose diagonal `lit` holds; empty: there is none.
+        lit: the interval of the elements that masks leave. Every row has at least one, if requests keep to the needs.
+        regions: what is known of the elements of each region.
+        masks: the inputs whose needs `lit` depends on.
+        along: the varying factors that these masks run along.
+        structured: the varying factors of a causal frontier or a window, on whose diagonal `lit` holds.
         constant: the array, of a constant.
-        sizes: of whole numbers made of sizes, each, in row-major order; None stands for one that is not known.
-        symbols: on what numbers depend that were sizes before they were moved.
-        index: of whole numbers that count positions: the number by which each varying factor's position counts.
-        offset: what is added to these; `outer`: and multiples of this, by numbers that are the same in both runs;
-            `below`: and such a number itself, from 0 to below this.
-        raw: the input of token ids that it is, element by element.
-        items: of places of the rows whose weights a tap was asked for: `rows`; `times:H`, H times that; `outer:H` and
-            `inner:H`, places in an axis of rows and H heads, rows outermost or innermost.
-        norm: the greatest Euclidean length along `norm_axis`.
-        count: whether it is a number of allowed positions, at most the sequence's own length, minus `offset_back`.
+        sizes: each element, in row-major order, as a function of symbols. None: one that is not known.
+        floating: whether `sizes` are held as floating-point numbers, so that a quotient is not rounded down.
+        index: for each varying factor that is counted, what one position adds.
+        offset: what is added to these.
+        outer: what is added plain times.
+        symbols: the symbols that elements depend on whose `sizes`, `index` or `offset` are no longer known.
+        below: the bound of a plain number that is added, from 0 on.
+        columns: the parts of an index, one for each element of its last axis.
+        raw: the input of token ids that it is, element by element; or, of values that are made of one other value,
+            `top of NAME` (its k-th greatest elements), `nan of NAME` (IsNaN), `below top of NAME` (a comparison).
+        items: of indices of the rows that a tap selects: `rows`; `times:H`, H times these; `outer:H` and `inner:H`,
+            indices in an axis of rows and H heads, with rows outermost or innermost.
+        norm: the greatest Euclidean length of vectors along `norm_axis`. Infinite: not known.
+        norm_axis: the axis of these vectors.
+        count: of a number of allowed positions minus this number: it is at most the sequence's own length minus this.
+        valid: whether each element of the sequence's own part is the index of one of its own positions.
     """
 
     layout: Layout | None
@@ -109,6 +156,7 @@ class Value:
     structured: frozenset[int] = frozenset()
     constant: Array | None = None
     sizes: tuple[Size | None, ...] | None = None
+    floating: bool = False
     index: Mapping[int, Size] | None = None
     offset: Size | None = None
     outer: Size | None = None
@@ -121,7 +169,6 @@ class Value:
     norm_axis: int = -1
     count: int | None = None
     valid: bool = False
-    """Whether every number of the sequence's own part is the place of one of its own positions."""
 
     @property
     def counts(self) -> int | None:
@@ -146,6 +193,15 @@ class Value:
         """What is known behind the sequence's own part of a varying factor."""
         return self.regions.get(("pad", factor, factor), Entry(self.span, lit=self.lit))
 
+    @property
+    def dependence(self) -> frozenset[str]:
+        """The sizes and places that its numbers are made of: as data, these may differ between the two runs."""
+        known = [*(self.sizes or ()), self.offset, self.outer, *(self.index or {}).values()]
+        found = self.symbols.union(*(size.symbols for size in known if size is not None))
+        if self.index or self.items:
+            found |= {BATCH}  # along the batch, an index is the place of a row
+        return found.union(*(column.dependence for column in self.columns or ()))
+
     def moved(self, layout: Layout, places: Places) -> Value:
         """The same elements on other axes; what is said of varying factors that are gone is gone too."""
         regions = {
@@ -156,13 +212,15 @@ class Value:
         index = None
         if self.index is not None and all(factor in places for factor in self.index):
             index = {places[factor]: by for factor, by in self.index.items()}
-        symbols = self.symbols
-        if self.sizes is not None:
-            symbols = symbols.union(*(size.symbols for size in self.sizes if size is not None))
+        lost = self.index is not None and index is None
+        drops = lost or self.sizes is not None or self.columns is not None
         return replace(
             self,
             layout=layout,
-            symbols=symbols,
+            symbols=self.dependence if drops else self.symbols,
+            offset=None if lost else self.offset,
+            outer=None if lost else self.outer,
+            below=None if lost else self.below,
             regions=regions,
             index=index,
             along=frozenset(places[factor] for factor in self.along if factor in places),
@@ -177,6 +235,7 @@ class Value:
         """Without all that only holds element by element of the same content."""
         return replace(
             self,
+            symbols=self.dependence,
             constant=None,
             sizes=None,
             index=None,

@@ -8,16 +8,8 @@ from typing import Final
 
 import onnx_ir as ir
 
-from attnserve_server.build.proof.context import (
-    Context,
-    attribute,
-    joined,
-    numbers,
-    optional,
-    required,
-    rule,
-    wild_anywhere,
-)
+from attnserve_server.build.proof.context import Context, rule
+from attnserve_server.build.proof.helpers import attribute, joined, numbers, optional, required, wild_anywhere
 from attnserve_server.build.proof.intervals import Interval
 from attnserve_server.build.proof.layout import (
     Layout,
@@ -130,7 +122,7 @@ def loop(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]
     most, condition = optional(inputs, 0), optional(inputs, 1)
     given = [value for value in (most, condition) if value is not None]
     standing, cause = joined([ctx.as_data(value) for value in given])
-    states = [replace(required(inputs, at), sizes=None, constant=None) for at in range(2, len(inputs))]
+    states = [required(inputs, at) for at in range(2, len(inputs))]
     turn = Value((), span=Interval(0, float("inf")), lit=Interval(0, float("inf")))
     truth = Value((), span=Interval(0, 1), lit=Interval(0, 1))
     outputs = _settled(ctx, body, [turn, truth], states, [])
@@ -174,6 +166,8 @@ def scan(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]
     backwards = attribute(node, "scan_input_directions") or [0] * count
     scanned = [(value, axis % len(value.axes)) for value, axis in zip(sources, axes, strict=True)]
     axis = scanned[0][0].axes[scanned[0][1]]
+    if any(value.axes[at] != axis for value, at in scanned) or any(factor.tail for factor in axis):
+        raise NotFollowed("scans axes that are not known to have the same positions")
     outputs = _settled(ctx, body, [], states, [_without(value, at) for value, at in scanned])
     finals = [either(ctx, state, new) for state, new in zip(states, outputs, strict=False)]
     scans = outputs[len(states) :]
@@ -216,6 +210,8 @@ def recurrent(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
     standing, cause = joined([value, *others])
     if not is_plain(value.axes[2]):
         standing, cause = Standing.DIFFERENT, ctx.cause(f"sums over {ctx.others} too")
+    if not is_plain(value.axes[time]) and (len(value.axes[time]) != 1 or value.axes[time][0].tail):
+        raise NotFollowed("runs over a folded axis")
     count = plain(Size.of(2 if both else 1))
     rows, steps, width = value.axes[batch], value.axes[time], plain(Size.of(hidden))
     if time == 0:

@@ -9,20 +9,12 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from attnserve_server.build.proof.context import (
-    MICROSOFT,
-    Context,
-    attribute,
-    joined,
-    optional,
-    required,
-    rule,
-    wild_anywhere,
-)
+from attnserve_server.build.proof.context import MICROSOFT, Context, rule
+from attnserve_server.build.proof.helpers import attribute, joined, optional, required, wild_anywhere
 from attnserve_server.build.proof.intervals import NAN, ZERO, Interval, add, multiply, number
-from attnserve_server.build.proof.layout import PLAIN_ONE, Axis, NotFollowed, is_one, is_plain, ordinals, size_of
-from attnserve_server.build.proof.rules.moving import permuted
+from attnserve_server.build.proof.layout import PLAIN_ONE, Axis, NotFollowed, alike, is_one, is_plain, ordinals, size_of
 from attnserve_server.build.proof.rules.pointwise import pointwise
+from attnserve_server.build.proof.rules.reshaping import permuted
 from attnserve_server.build.proof.values import Entry, Region, Standing, Value
 
 NO_BOUND = 1e12
@@ -50,9 +42,8 @@ def product(ctx: Context, one: Value, first: str, other: Value, second: str, wan
             known = axes.get(letter)
             if known is None or is_one(known):
                 axes[letter] = axis
-            elif not is_one(axis) and known != axis:
-                if not (is_plain(axis) and is_plain(known) and size_of(axis) == size_of(known)):
-                    raise NotFollowed("axes of a product are not known to have one length")
+            elif not is_one(axis) and not alike(known, axis):
+                raise NotFollowed("axes of a MatMul are not known to have one length")
     standing, cause = joined([one, other])
     for letter in dict.fromkeys(first + second):
         if letter in wanted or is_plain(axes[letter]):
@@ -76,7 +67,7 @@ Operand = tuple[str, Value]
 
 
 def _summed(ctx: Context, letter: str, axis: Axis, *operands: Operand) -> tuple[Standing, str]:
-    """Whether a sum over a varying axis mixes: not where padded elements are 0 in one operand, and finite in the other."""
+    """Whether a sum over a varying axis mixes: not if padded elements are 0 in one operand and finite in the other."""
     count = sum(factor.varies for factor in axis)
     if ctx.is_batch:
         return Standing.DIFFERENT, "sums over the rows of the batch"
@@ -166,8 +157,8 @@ def _matrix_norms(ctx: Context, matrix: Value) -> tuple[float, float]:
 def matmul(ctx: Context, one: Value, other: Value) -> Value:
     """MatMul by NumPy's rules."""
     vectors = (len(one.axes) == 1, len(other.axes) == 1)
-    left = one if not vectors[0] else _lifted(one, 0)
-    right = other if not vectors[1] else _lifted(other, 1)
+    left = one if not vectors[0] else _lifted(one)
+    right = other if not vectors[1] else _lifted(other)
     leading = max(len(left.axes), len(right.axes)) - 2
     letters = "abcdefghij"[:leading]
     first = letters[leading - (len(left.axes) - 2) :] + "mk"
@@ -180,7 +171,7 @@ def matmul(ctx: Context, one: Value, other: Value) -> Value:
     return product(ctx, left, first, right, second, wanted)
 
 
-def _lifted(value: Value, _at: int) -> Value:
+def _lifted(value: Value) -> Value:
     return replace(value, layout=(PLAIN_ONE, *value.axes))
 
 

@@ -8,16 +8,8 @@ from typing import Final
 
 import onnx_ir as ir
 
-from attnserve_server.build.proof.context import (
-    MICROSOFT,
-    Context,
-    attribute,
-    joined,
-    optional,
-    required,
-    rule,
-    wild_anywhere,
-)
+from attnserve_server.build.proof.context import MICROSOFT, Context, rule
+from attnserve_server.build.proof.helpers import attribute, joined, optional, required, wild_anywhere
 from attnserve_server.build.proof.intervals import Interval, subtract
 from attnserve_server.build.proof.layout import PLAIN_ONE, NotFollowed, is_one, plain, varying
 from attnserve_server.build.proof.rules.pointwise import pointwise
@@ -72,15 +64,24 @@ def quantize(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     operands = [value, _along(value, scale, axis), *([_along(value, zero, axis)] if zero is not None else [])]
     rounded = node.op_type == "QuantizeLinear"
 
+    span = _BYTES if _is_bytes(node, zero) else Interval()
+
     def function(*each: Interval) -> Interval:
         if rounded:
-            return _BYTES
+            return span
         shifted = subtract(each[0], each[2]) if len(each) > 2 else each[0]
         most = shifted.greatest * each[1].greatest if shifted.greatest and each[1].greatest else 0.0
         return Interval(-most, most, each[1].wild)
 
     found = pointwise(ctx, function, operands)
     return replace(found, layout=value.layout) if found.layout == value.layout else found
+
+
+def _is_bytes(node: ir.Node, zero: Value | None) -> bool:
+    """Whether numbers are rounded to bytes, and not to a type of 16 bits."""
+    if attribute(node, "output_dtype", 0):
+        return False
+    return zero is None or (zero.constant is not None and zero.constant.dtype.itemsize == 1)
 
 
 @rule("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT)

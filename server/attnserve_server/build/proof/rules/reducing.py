@@ -1,4 +1,4 @@
-"""Operators that bring the elements of an axis together: sums, softmax, normalisations, running sums, the greatest."""
+"""Reductions and running sums over an axis: padded elements must change nothing of them."""
 
 from __future__ import annotations
 
@@ -9,31 +9,11 @@ from typing import Final
 
 import onnx_ir as ir
 
-from attnserve_server.build.proof.context import (
-    MICROSOFT,
-    Context,
-    attribute,
-    joined,
-    numbers,
-    optional,
-    required,
-    rule,
-    wild_anywhere,
-)
-from attnserve_server.build.proof.hiding import softmaxed
-from attnserve_server.build.proof.intervals import NAN, NEGATIVE, Interval, add
-from attnserve_server.build.proof.layout import (
-    PLAIN_ONE,
-    Layout,
-    NotFollowed,
-    Places,
-    is_plain,
-    ordinals,
-    size_of,
-    varying,
-)
-from attnserve_server.build.proof.rules.counting import as_count
-from attnserve_server.build.proof.rules.pointwise import pointwise, sizes_value
+from attnserve_server.build.proof.context import Context, rule
+from attnserve_server.build.proof.helpers import attribute, numbers, optional, required, sizes_value, wild_anywhere
+from attnserve_server.build.proof.intervals import NAN, NEGATIVE, Interval
+from attnserve_server.build.proof.layout import PLAIN_ONE, Layout, NotFollowed, Places, ordinals, size_of, varying
+from attnserve_server.build.proof.rules.masking import as_count
 from attnserve_server.build.proof.sizes import product
 from attnserve_server.build.proof.values import EXACTLY_HIDDEN, HALF_HIDDEN, Entry, Standing, Value
 
@@ -75,7 +55,7 @@ def reduce(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     if op == "ReduceProd" and given.sizes is not None and all(size is not None for size in given.sizes):
         total = product(size for size in given.sizes if size is not None)
         keep = bool(attribute(node, "keepdims", 1))
-        return sizes_value(Value((PLAIN_ONE,) if keep else ()), [total])
+        return sizes_value(Value((PLAIN_ONE,) if keep else (), floating=given.floating), [total])
     value = ctx.as_data(given)
     rank = len(value.axes)
     axes = attribute(node, "axes")
@@ -85,7 +65,9 @@ def reduce(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
             raise NotFollowed("axes that are computed cannot be followed")
     if not axes:
         if attribute(node, "noop_with_empty_axes", 0):
-            return value
+            if op in {"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd"}:
+                return value
+            raise NotFollowed("a reduction without axes")
         axes = list(range(rank))
     axes = sorted({axis % rank for axis in axes})
     return reduced(ctx, op, value, axes, keep=bool(attribute(node, "keepdims", 1)))
@@ -104,13 +86,14 @@ def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: b
     for (kind, one, other), entry in value.regions.items():
         if one in places and other in places and kind == "pad":
             interval = _plain(entry)
-            regions[kind, places[one], places[other]] = Entry(_span(op, interval, value, axes))
+            known = _span(op, interval, value, axes)
+            regions[kind, places[one], places[other]] = Entry(known, lit=entry.lit)
     count = _span(op, replace(value.span, wild=wild_anywhere(value)), value, axes)
     if op == "ReduceMax" and not value.lit.wild and count.wild == NEGATIVE:
         # The greatest is no less than what masks leave.
         ctx.need(value.masks, everything=len(value.masks) > 1 or bool(value.structured))
         count = Interval(max(count.low, value.lit.low), count.high)
-        regions = {region: Entry(replace(entry.interval, wild=0)) for region, entry in regions.items()}
+        regions = {region: _of_rows_with_a_key(entry) for region, entry in regions.items()}
     result = Value(layout, standing, cause, span=count, lit=count, regions=regions)
     if (
         op == "ReduceSum"
@@ -119,6 +102,11 @@ def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: b
     ):
         return as_count(value, result)
     return result
+
+
+def _of_rows_with_a_key(entry: Entry) -> Entry:
+    """The greatest of rows, none of which a mask empties."""
+    return entry if entry.lit.wild else Entry(replace(entry.interval, wild=0))
 
 
 def is_wide(layout: Layout, axis: int, own: Sequence[int]) -> bool:
@@ -172,106 +160,6 @@ def _span(op: str, span: Interval, value: Value, axes: Sequence[int]) -> Interva
     return Interval(wild=span.wild)
 
 
-@rule("Softmax", "LogSoftmax", "Hardmax")
-def softmax(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Shares of a whole along an axis; before opset 13, along all axes from one on."""
-    value = ctx.as_data(required(inputs, 0))
-    rank = len(value.axes)
-    if ctx.opset < 13:
-        first = attribute(node, "axis", 1) % rank
-        axes = list(range(first, rank))
-    else:
-        axes = [attribute(node, "axis", -1) % rank]
-    axes = [at for at in axes if size_of(value.axes[at]).number != 1] or axes[-1:]
-    found = softmaxed(ctx, value, axes)
-    if node.op_type == "Softmax":
-        return found
-    if node.op_type == "Hardmax":
-        return replace(found, norm=math.inf)
-    return pointwise(ctx, lambda one: Interval(-math.inf, 0, one.wild | 1), [replace(found, masks=frozenset())])
-
-
-@rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
-def layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Each vector by its own mean and spread."""
-    value = required(inputs, 0)
-    axis = attribute(node, "axis", -1) % len(value.axes)
-    return normalised(ctx, node, value, [other for other in inputs[1:] if other is not None], axis)
-
-
-@rule("SimplifiedLayerNormalization", "RMSNormalization", domain=MICROSOFT)
-def simplified(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """As the standard one."""
-    return layer_normalization(ctx, node, inputs)  # type: ignore[return-value]
-
-
-@rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
-def skip_layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """A sum, normalised; the fourth output is the sum."""
-    simple = node.op_type.startswith("SkipSimplified")
-    bias = optional(inputs, 3 if simple else 4)
-    parts = [required(inputs, 0), required(inputs, 1), *([bias] if bias is not None else [])]
-    total = parts[0]
-    for other in parts[1:]:
-        total = pointwise(ctx, add, [total, other], op="Add")
-    scales = [value for value in inputs[2 : 3 if simple else 4] if value is not None]
-    found = normalised(ctx, node, total, scales, len(total.axes) - 1)
-    outputs = [found[0], found[0], found[0], total]
-    return outputs[: len(node.outputs)]
-
-
-def normalised(ctx: Context, node: ir.Node, value: Value, scales: Sequence[Value], axis: int) -> list[Value]:
-    """A value normalised over the axes from one on, then scaled and shifted by constants."""
-    value = ctx.as_data(value)
-    standing, cause = joined([value, *scales])
-    for at in range(axis, len(value.axes)):
-        if not is_plain(value.axes[at]):
-            said = f"normalises over {ctx.others} too"
-            standing, cause = Standing.DIFFERENT, ctx.cause(said)
-    regions = {region: Entry(Interval(wild=_nan(entry.interval))) for region, entry in value.regions.items()}
-    span, norm = Interval(wild=_nan(value.span)), math.inf
-    width = product(size_of(axis_) for axis_ in value.axes[axis:]).number
-    gains = [scale.constant for scale in scales]
-    if width is not None and gains and all(gain is not None for gain in gains):
-        gain = abs(gains[0]).max() if gains[0] is not None else 1.0
-        shift = abs(gains[1]).max() if len(gains) > 1 and gains[1] is not None else 0.0
-        most = float(gain) * math.sqrt(width) + float(shift)
-        span = Interval(-most, most, span.wild)
-        length = 0.0 if len(gains) < 2 or gains[1] is None else float((gains[1].astype(float) ** 2).sum() ** 0.5)
-        norm = float(gain) * math.sqrt(width) + length
-    layout = value.axes
-    if not ctx.is_batch and standing is Standing.DIFFERENT:
-        regions = {}
-    result = Value(layout, standing, cause, span=span, lit=span, regions=regions, norm=norm, norm_axis=len(layout) - 1)
-    if axis != len(layout) - 1:
-        result = replace(result, norm=math.inf)
-    rest = Value(None, standing, cause)
-    return [result, *([rest] * (len(node.outputs) - 1))]
-
-
-def _nan(interval: Interval) -> int:
-    return NAN if interval.wild else 0
-
-
-@rule("InstanceNormalization", "GroupNormalization", "LpNormalization", "MeanVarianceNormalization")
-def spatial_normalization(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Normalised over other axes than the last."""
-    value = ctx.as_data(required(inputs, 0))
-    rank = len(value.axes)
-    if node.op_type == "LpNormalization":
-        axes = [attribute(node, "axis", -1) % rank]
-    elif node.op_type == "MeanVarianceNormalization":
-        axes = [axis % rank for axis in attribute(node, "axes", [0, 2, 3])]
-    else:
-        axes = list(range(2 if node.op_type == "InstanceNormalization" else 1, rank))
-    standing, cause = joined([value, *(other for other in inputs[1:] if other is not None)])
-    if any(not is_plain(value.axes[at]) for at in axes):
-        standing, cause = Standing.DIFFERENT, ctx.cause(f"normalises over {ctx.others} too")
-    wild = NAN if wild_anywhere(value) else 0
-    regions = {region: Entry(Interval(wild=_nan(entry.interval))) for region, entry in value.regions.items()}
-    return Value(value.layout, standing, cause, span=Interval(wild=wild), regions=regions)
-
-
 @rule("CumSum")
 def cumulative_sum(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     """Sums up to each position: what stands behind it counts only in reverse."""
@@ -286,7 +174,7 @@ def cumulative_sum(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> V
         standing, cause = Standing.DIFFERENT, ctx.cause("adds up over the rows of the batch")
     elif own and attribute(node, "reverse", 0) and value.pad(own[0]).only != 0:
         standing, cause = Standing.DIFFERENT, ctx.cause("adds up from the end, where padding stands")
-    elif own and len(value.axes[axis]) != 1:
+    elif own and (len(value.axes[axis]) != 1 or value.axes[axis][0].tail):
         return ctx.unknown("adds up over a folded axis")
     most = max(size_of(value.axes[axis]).bounds()[1], 0)
     wild = wild_anywhere(value)
@@ -294,28 +182,3 @@ def cumulative_sum(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> V
     high = max(value.span.high, value.span.high * most if value.span.high else 0.0)
     span = Interval(low, high, wild | (NAN if wild & 3 else 0))
     return Value(value.layout, standing, cause, span=span, lit=span)
-
-
-@rule("ArgMax", "ArgMin")
-def arg_max(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """The place of the greatest: the sequence's own, where nothing padded is greater and the first of equals counts."""
-    value = ctx.as_data(required(inputs, 0))
-    axis = attribute(node, "axis", 0) % len(value.axes)
-    layout, places = without(value.axes, [axis], keep=bool(attribute(node, "keepdims", 1)))
-    standing, cause = value.standing, value.cause
-    own = ordinals(value.axes, axis)
-    valid = False
-    if own:
-        entry = value.pad(own[0])
-        lowest = node.op_type == "ArgMin"
-        below = entry.interval.low >= value.span.high if lowest else entry.high <= value.span.low
-        first = not attribute(node, "select_last_index", 0)
-        valid = below and first and not ctx.is_batch and len(own) == 1 and not entry.interval.wild
-        if not valid:
-            said = f"finds the place of the greatest, which may be among {ctx.others}"
-            standing, cause = Standing.DIFFERENT, ctx.cause(said)
-    regions = {("pad", places[one], places[one]): Entry() for _, one, _ in value.regions if one in places}
-    high = max(size_of(value.axes[axis]).bounds()[1] - 1, 0)
-    span = Interval(0, high)
-    count = size_of(value.axes[axis])
-    return Value(layout, standing, cause, span=span, lit=span, regions=regions, valid=valid, below=count)

@@ -8,17 +8,9 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from attnserve_server.build.proof.context import (
-    Context,
-    aligned,
-    attribute,
-    constant,
-    index_value,
-    numbers,
-    required,
-    rule,
-    sizes_of,
-)
+from attnserve_server.build.proof.context import Context, rule
+from attnserve_server.build.proof.functions import BINARY, chosen
+from attnserve_server.build.proof.helpers import aligned, attribute, constant, numbers, required, sizes_of, sizes_value
 from attnserve_server.build.proof.intervals import BOOLEAN, ZERO, Interval, number
 from attnserve_server.build.proof.layout import (
     Axis,
@@ -32,7 +24,8 @@ from attnserve_server.build.proof.layout import (
     size_of,
     varying,
 )
-from attnserve_server.build.proof.rules.pointwise import pointwise, sizes_value
+from attnserve_server.build.proof.positions import index_value
+from attnserve_server.build.proof.rules.pointwise import pointwise
 from attnserve_server.build.proof.sizes import Size, product
 from attnserve_server.build.proof.values import Entry, Standing, Value
 
@@ -138,7 +131,7 @@ def expanded(ctx: Context, value: Value, sizes: Sequence[Size]) -> Value:
     if value.sizes is not None and len(value.sizes) == 1 and len(wide) <= 1:
         count = product(size_of(axis) for axis in wide).number
         if count is not None and count <= 64:
-            return sizes_value(Value(wide), value.sizes * count)
+            return sizes_value(Value(wide, floating=value.floating), value.sizes * count)
     result = value.moved(wide, placed[0][1])
     if value.offset is not None and result.index is None and value.index is None:
         result = replace(result, offset=value.offset)
@@ -177,7 +170,7 @@ def trilu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     rows, columns = len(layout) - 2, len(layout) - 1
     factors = [at for at, (axis, _) in enumerate(varying(layout)) if axis in {rows, columns}]
     found = varying(layout)
-    whole = all(len(layout[axis]) == 1 for axis in (rows, columns))
+    whole = all(len(layout[axis]) == 1 and not layout[axis][0].tail for axis in (rows, columns))
     if len(factors) != 2 or not whole or found[factors[0]][1].real != found[factors[1]][1].real:
         if not factors:
             span = value.span.hull(ZERO)
@@ -191,8 +184,6 @@ def trilu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     if ctx.is_batch:
         return ctx.bad(Standing.DIFFERENT, "keeps a triangle over the rows of the batch")
     zero = Value((), span=number(0), lit=number(0))
-    from attnserve_server.build.proof.intervals import BINARY, chosen  # noqa: PLC0415 - only here
-
     kept = pointwise(ctx, BINARY["GreaterOrEqual" if upper else "LessOrEqual"], [index, zero])
     return pointwise(ctx, chosen, [kept, value, zero], op="Where")
 

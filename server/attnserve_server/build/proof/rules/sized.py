@@ -1,4 +1,4 @@
-"""Values that hold sizes, and arrays of these: what shapes are computed from."""
+"""Values that hold sizes, as arrays of these: what shapes are computed from."""
 
 from __future__ import annotations
 
@@ -8,21 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from attnserve_server.build.proof.intervals import Interval
+from attnserve_server.build.proof.helpers import sizes_value
 from attnserve_server.build.proof.layout import plain, size_of
 from attnserve_server.build.proof.sizes import Size
 from attnserve_server.build.proof.values import Value
 
 SizesArray = npt.NDArray[np.object_]
-
-
-def sizes_value(like: Value, sizes: Sequence[Size | None]) -> Value:
-    """Whole numbers made of sizes, on the axes of another value."""
-    bounds = [size.bounds() for size in sizes if size is not None]
-    span = Interval()
-    if len(bounds) == len(sizes) and bounds:
-        span = Interval(min(low for low, _ in bounds), max(high for _, high in bounds))
-    return Value(like.layout, span=span, lit=span, sizes=tuple(sizes))
 
 
 def sizes_array(value: Value) -> SizesArray | None:
@@ -37,11 +28,11 @@ def sizes_array(value: Value) -> SizesArray | None:
     return array.reshape([extent or 0 for extent in shape])
 
 
-def of_sizes_array(array: SizesArray) -> Value:
+def of_sizes_array(array: SizesArray, *, floating: bool = False) -> Value:
     """The value that holds these sizes."""
-    return of_sizes(list(array.reshape(-1)), array.shape)
+    return of_sizes(list(array.reshape(-1)), array.shape, floating=floating)
 
 
-def of_sizes(sizes: Sequence[Size | None], shape: Sequence[int]) -> Value:
+def of_sizes(sizes: Sequence[Size | None], shape: Sequence[int], *, floating: bool = False) -> Value:
     """The value that holds these sizes, in row-major order."""
-    return sizes_value(Value(tuple(plain(Size.of(extent)) for extent in shape)), sizes)
+    return sizes_value(Value(tuple(plain(Size.of(extent)) for extent in shape), floating=floating), sizes)

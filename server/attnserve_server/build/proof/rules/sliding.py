@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 
-from attnserve_server.build.proof.context import Context, attribute, joined, required, rule, wild_anywhere
+from attnserve_server.build.proof.context import Context, rule
+from attnserve_server.build.proof.helpers import attribute, joined, numbers, required, wild_anywhere
 from attnserve_server.build.proof.intervals import NAN, Interval
 from attnserve_server.build.proof.layout import Axis, Factor, NotFollowed, is_plain, ordinals, plain, size_of, varying
 from attnserve_server.build.proof.sizes import Size, floor_div
@@ -19,15 +21,9 @@ def window(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | l
     """A window over the axes behind rows and channels."""
     value = ctx.as_data(required(inputs, 0))
     convolution = node.op_type in {"Conv", "ConvInteger", "QLinearConv"}
-    kernel = attribute(node, "kernel_shape")
-    channels: Axis = value.axes[1]
+    kernel, channels = attribute(node, "kernel_shape"), value.axes[1]
     if convolution:
-        weights = required(inputs, 3 if node.op_type == "QLinearConv" else 1)
-        if weights.varies:
-            return ctx.unknown("slides weights that are computed")
-        shape = [size_of(axis) for axis in weights.axes]
-        kernel = [size.number for size in shape[2:]]
-        channels = plain(shape[0])
+        kernel, channels = _window_of(node, inputs)
     if kernel is None or None in kernel:
         raise NotFollowed("a window of unknown width")
     if not is_plain(value.axes[1]) and convolution:
@@ -43,21 +39,68 @@ def window(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | l
     layout = tuple(axes)
     if len(varying(layout)) != len(varying(value.axes)):
         return ctx.unknown("a window along the padded axis cannot be followed")
+    found = _seen(value, Value(layout, standing, cause), convolution=convolution)
+    if node.op_type == "AveragePool":
+        found = _mask_averaged(ctx, node, value, found, kernel)
+    return found if len(node.outputs) == 1 else [found, *([Value(layout, standing, cause)] * (len(node.outputs) - 1))]
+
+
+def _window_of(node: ir.Node, inputs: list[Value | None]) -> tuple[list[int | None], Axis]:
+    """The widths of a convolution's window, and its channels."""
+    weights = required(inputs, 3 if node.op_type == "QLinearConv" else 1)
+    if weights.varies:
+        raise NotFollowed("slides weights that are computed")
+    shape = [size_of(axis) for axis in weights.axes]
+    return [size.number for size in shape[2:]], plain(shape[0])
+
+
+def _seen(value: Value, found: Value, *, convolution: bool) -> Value:
+    """The result with the intervals of its elements."""
     bits = NAN if wild_anywhere(value) else 0
     span = Interval(wild=bits) if convolution else Interval(min(value.span.low, 0), max(value.span.high, 0), bits)
     regions = {}
-    for region in value.regions:
+    for region, entry in value.regions.items():
         if region[0] == "pad":
-            regions[region] = Entry(Interval(span.low, span.high, bits))
             # The mean, or the greatest, of zeros is zero, also where a window begins behind the sequence's own part.
-            if not convolution and value.regions[region].only == 0 and not bits:
-                regions[region] = value.regions[region]
-    found = Value(layout, standing, cause, span=span, lit=span, regions=regions)
-    if node.op_type == "AveragePool" and value.masks and value.lit.low > 0 and not value.structured:
-        # The window around an allowed position has at least its share.
-        lit = Interval(value.lit.low / math.prod(kernel), span.high)
-        found = replace(found, lit=lit, masks=value.masks, along=value.along)
-    return found if len(node.outputs) == 1 else [found, *([Value(layout, standing, cause)] * (len(node.outputs) - 1))]
+            kept = not convolution and entry.only == 0 and not bits
+            regions[region] = entry if kept else Entry(Interval(span.low, span.high, bits))
+    return replace(found, span=span, lit=span, regions=regions)
+
+
+def _mask_averaged(ctx: Context, node: ir.Node, value: Value, found: Value, kernel: Sequence[int]) -> Value:
+    """An averaged mask: the window around an allowed position has at least its share."""
+    if not value.masks or value.lit.low <= 0 or value.structured:
+        return found
+    lit = Interval(value.lit.low / math.prod(kernel), found.span.high)
+    # Where windows leave positions out, these may be the ones that a mask allows: then it must allow all.
+    structured = frozenset() if _covers(ctx, node, value, kernel) else value.along
+    return replace(found, lit=lit, masks=value.masks, along=value.along, structured=structured)
+
+
+def _covers(ctx: Context, node: ir.Node, value: Value, kernel: Sequence[int]) -> bool:
+    """Whether each position is within a window."""
+    count = len(kernel)
+    steps, pads = attribute(node, "strides") or [1] * count, attribute(node, "pads") or [0] * (2 * count)
+    if any(spread != 1 for spread in attribute(node, "dilations") or []) or attribute(node, "auto_pad", "") == "VALID":
+        return False
+    for at, (width, step) in enumerate(zip(kernel, steps, strict=True)):
+        room = size_of(value.axes[at + 2]) + Size.of(pads[at] + pads[at + count] - width)
+        whole = room.over(Size.of(step)) is not None or bool(attribute(node, "ceil_mode", 0))
+        whole = whole or _filled_up(ctx, node, at + 2) >= step - 1
+        if step > width or not whole:
+            return False
+    return True
+
+
+def _filled_up(ctx: Context, node: ir.Node, axis: int) -> int:
+    """How many positions a Pad puts behind an axis before the window: these may be left out."""
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if source is None or source.op_type != "Pad" or len(source.inputs) > 3 or ctx.known is None:
+        return 0
+    amounts = attribute(source, "pads")
+    if amounts is None and len(source.inputs) > 1 and source.inputs[1] is not None:
+        amounts = numbers(ctx.known(source.inputs[1]))
+    return int(amounts[len(amounts) // 2 + axis]) if amounts else 0
 
 
 def _slid(ctx: Context, node: ir.Node, value: Value, at: int, width: int) -> tuple[Axis, tuple[Standing, str]]:
@@ -87,9 +130,7 @@ def _slid(ctx: Context, node: ir.Node, value: Value, at: int, width: int) -> tup
         ),
     )
     own = ordinals(value.axes, at + 2)[0]
-    neutral = value.pad(own).only == 0 and node.op_type in {"Conv", "QLinearConv"}
-    if node.op_type == "ConvInteger":
-        neutral = False
+    neutral = value.pad(own).only == 0 and node.op_type == "Conv"  # others fill up with a zero point
     averages = node.op_type == "AveragePool" and bool(attribute(node, "count_include_pad", 0)) and not up
     neutral = neutral or (averages and value.pad(own).only == 0)
     whole = behind == 0 and not up

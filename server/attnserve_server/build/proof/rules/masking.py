@@ -1,14 +1,14 @@
-"""What comparing and counting tell: masks by the padding id or by a number of positions, and places of a tap's rows."""
+"""Masks that a graph makes itself, by comparing ids with the padding id or positions with a count of allowed ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from attnserve_server.build.proof.context import Context, aligned
-from attnserve_server.build.proof.intervals import BINARY, BOOLEAN, Interval, number
-from attnserve_server.build.proof.layout import plain, size_of
-from attnserve_server.build.proof.sizes import Size
+from attnserve_server.build.proof.context import Context
+from attnserve_server.build.proof.functions import BINARY
+from attnserve_server.build.proof.helpers import aligned
+from attnserve_server.build.proof.intervals import BOOLEAN, Interval, number
 from attnserve_server.build.proof.values import Entry, Standing, Value
 
 
@@ -113,29 +113,3 @@ def as_count(value: Value, sums: Value) -> Value:
     if not value.masks or value.span != Interval(0, 1) or value.lit.only != 1 or value.structured:
         return sums
     return replace(sums, count=0, masks=value.masks)
-
-
-def places_of_rows(op: str, operands: Sequence[Value]) -> Value | None:
-    """Where the rows that a tap was asked for are, in an axis of rows, or of rows and heads; None elsewhere."""
-    asked = next((value for value in operands if value.items), None)
-    if asked is None or len(operands) != 2:
-        return None
-    other = operands[1] if asked is operands[0] else operands[0]
-    if other.sizes is None or other.items:
-        return None
-    sizes = list(other.sizes)
-    if op == "Min" and len(sizes) == 1 and asked.items == "rows":
-        return asked
-    first = sizes[0].number if sizes and sizes[0] is not None else None
-    if op == "Mul" and len(sizes) == 1 and asked.items == "rows" and first:
-        return replace(asked.bare(), items=f"times:{first}")
-    if op != "Add" or asked.layout is None or len(asked.axes) != 2 or size_of(asked.axes[1]).number != 1:
-        return None
-    layout = (asked.axes[0], plain(Size.of(len(sizes))))
-    if asked.items == f"times:{len(sizes)}" and sizes == [Size.of(at) for at in range(len(sizes))]:
-        return replace(asked.bare(), layout=layout, items=f"outer:{len(sizes)}")
-    step = sizes[1] if len(sizes) > 1 else None
-    steps = step is not None and all(size == step * Size.of(at) for at, size in enumerate(sizes))
-    if asked.items == "rows" and (steps or len(sizes) == 1):
-        return replace(asked.bare(), layout=layout, items=f"inner:{len(sizes)}")
-    return None
