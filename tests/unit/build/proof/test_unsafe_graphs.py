@@ -1,9 +1,10 @@
-"""Graphs whose answers depend on padding in ways that are easily missed: none may be proved. Runs show each difference."""
+"""Graphs whose answers depend on padding in ways that are easily missed: none may be proved. Runs show why."""
 
 from __future__ import annotations
 
 import pytest
-from proof_cases import MASK, PROVED, REFUTED, Case, Runs, X, graph
+from proof_cases import MASK, PROVED, REFUTED, Case, X, graph
+from proof_runs import Runs
 
 POOLED = "float[batch, 4] y"
 LENGTH = "n = Shape<start = 1, end = 2>(x)"
