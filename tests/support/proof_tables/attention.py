@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proof_cases import MASK, REFUTED, UNKNOWN
+from proof_cases import MASK, PROVED, REFUTED, UNKNOWN, X
 
 from proof_tables.masks import ALL, LENGTH, MASKED, SHARE, SOME, TRUTHS, case
 
@@ -14,6 +14,7 @@ LOWEST = "mask_filter_value = -3.4e38"
 PACKED = "float[4, 12] w, float[12] c"
 COUNT = "k = ReduceSum<keepdims = 0>(attention_mask, over)"
 HEADS = "float[batch, 2, seq, 4]"
+TWO = f"{X}, float[batch, frames, 4] z"
 ANGLES = "float[64, 2] cos, float[64, 2] sin"
 
 OPERATORS = [
@@ -122,5 +123,56 @@ OPERATORS = [
         f"{HEADS} x, int64[batch, seq] places",
         f"{HEADS} y",
         ANGLES,
+    ),
+    case(
+        "Attention with a soft cap and a boolean mask",
+        f"{WIDE} y = Attention<q_num_heads = 2, kv_num_heads = 2, softcap = 1.0>(x, x, x, all)",
+        MASKED,
+        needs=SOME,
+    ),
+    case(
+        "MultiHeadAttention with a bias that hides keys",
+        f"{WIDE} m = Where(all, nought, low) y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, x, x, , , m)",
+        MASKED,
+        given="float low = {-inf}",
+        needs=SOME,
+    ),
+    case(
+        "MultiHeadAttention with a mask of queries and keys",
+        f"{INTS} u = Unsqueeze(k, over) {LENGTH} shape = Concat<axis = 0>(over, n, over) m = Expand(u, shape)"
+        f" y = com.microsoft.MultiHeadAttention<num_heads = 2, {LOWEST}>(x, x, x, , m)",
+        MASKED,
+        needs=SOME,
+    ),
+    case(
+        "GroupQueryAttention with a window",
+        f"{COUNT} e = Sub(k, step) ends = Cast<to = 6>(e) {LENGTH} l = Squeeze(n) whole = Cast<to = 6>(l) y, pk, pv ="
+        " com.microsoft.GroupQueryAttention<num_heads = 1, kv_num_heads = 1, local_window_size = 2>"
+        "(x, x, x, , , ends, whole)",
+        f"float[batch, seq, 8] x, {MASK}",
+        "float[batch, seq, 8] y",
+        needs=SOME,
+    ),
+    case(
+        "queries of one sequence and keys of another, with a mask of its own",
+        "t = Transpose<perm = [0, 2, 1]>(z) raw = MatMul(x, t) b = Cast<to = 9>(frames_mask) k = Unsqueeze(b, over)"
+        " s = Where(k, raw, low) p = Softmax(s) y = MatMul(p, z)",
+        f"{TWO}, int64[batch, frames] frames_mask",
+        given="float low = {-inf}",
+        needs={"frames_mask": "some"},
+    ),
+    case(
+        "queries of one sequence and keys of another, without a mask",
+        "t = Transpose<perm = [0, 2, 1]>(z) raw = MatMul(x, t) p = Softmax(raw) y = MatMul(p, z)",
+        TWO,
+        seq={"seq": PROVED, "frames": REFUTED},
+        why={"frames": "take a share"},
+    ),
+    case(
+        "causal Attention of one sequence over another",
+        f"y = {CAUSAL}(x, z, z)",
+        TWO,
+        seq={"seq": PROVED, "frames": REFUTED},
+        why={"frames": "take a share"},
     ),
 ]

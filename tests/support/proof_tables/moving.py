@@ -207,4 +207,15 @@ MOVED = [
         batch=UNKNOWN,
         seq=UNKNOWN,
     ),
+    _case(
+        "a shift by a slice and a copy of the first position",
+        "h = Exp(x) c = Slice(h, first, last, over) f = Slice(h, first, over, over) y = Concat<axis = 1>(f, c)",
+        given=NUMBERS,
+    ),
+    _case(
+        "positions from a buffer that is cut to the length",
+        "n = Shape<start = 1, end = 2>(x) p = Slice(buffer, first, n, over) e = Gather(w, p) y = Add(x, e)",
+        given=f"{NUMBERS}, float[16, 4] w, int64[1, 16] buffer = {{{', '.join(map(str, range(16)))}}}",
+        longest=16,
+    ),
 ]

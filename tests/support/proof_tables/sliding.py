@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnserve_server.model.manifest import DerivedLength
-from proof_cases import PROVED, REFUTED, UNKNOWN, Case, X, graph
+from proof_cases import MASK, PROVED, REFUTED, UNKNOWN, Case, X, graph
 
 POOLED = "float[batch, 4] y"
 SUM = "int64[1] over = {1}, int64[1] last = {-1}"
@@ -43,6 +43,17 @@ CASES = [
         "float[batch, 3, half] y",
         derived={"half": DerivedLength(source="seq", stride=2)},
         shortest=2,
+    ),
+    Case(
+        "Conv over what a mask makes zero",
+        graph(
+            "f = Cast<to = 1>(attention_mask) u = Unsqueeze(f, over) h = Add(x, b) k = Mul(h, u)"
+            " y = Conv<pads = [1, 1]>(k, w)",
+            f"{CHANNELS}, {MASK}",
+            SLID,
+            f"{SUM}, float[3, 3, 3] w, float[3, 1] b",
+        ),
+        needs={"attention_mask": "some"},
     ),
     on_channels("causal Conv", "h = Add(x, b) y = Conv<pads = [2, 0]>(h, w)", "float[3, 3, 3] w, float[3, 1] b"),
     on_channels(
