@@ -9,21 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from attnserve_server.build.proof import intervals
-from attnserve_server.build.proof.intervals import (
-    BINARY,
-    MASKED_FROM,
-    NAN,
-    NEGATIVE,
-    POSITIVE,
-    UNARY,
-    Interval,
-    as_truth,
-    as_whole,
-    chosen,
-    folded,
-    interval_of,
-    number,
-)
+from attnserve_server.build.proof.functions import BINARY, UNARY, as_truth, as_whole, chosen, folded
+from attnserve_server.build.proof.intervals import MASKED_FROM, NAN, NEGATIVE, POSITIVE, Interval, interval_of, number
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
