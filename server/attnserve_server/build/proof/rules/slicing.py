@@ -201,7 +201,7 @@ def with_new_axis(value: Value, axis: int, new: tuple[Factor, ...]) -> Value:
     added = sum(factor.varies for factor in new)
     places: Places = {place: place if place < before else place + added for place in range(len(varying(value.axes)))}
     raw = value.raw if value.raw.startswith("top of ") else ""
-    return replace(value.moved(layout, places), raw=raw, offset=value.offset if value.index is None else None)
+    return replace(value.moved(layout, places), raw=raw)
 
 
 def _of_varying(ctx: Context, value: Value, axis: int, first: Size, last: Size, step: int) -> Value:

@@ -42,7 +42,8 @@ def window(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | l
     found = _seen(value, Value(layout, standing, cause), convolution=convolution)
     if node.op_type == "AveragePool":
         found = _mask_averaged(ctx, node, value, found, kernel)
-    return found if len(node.outputs) == 1 else [found, *([Value(layout, standing, cause)] * (len(node.outputs) - 1))]
+    places = ctx.bad(Standing.DIFFERENT, f"counts positions through the whole tensor, {ctx.others} included")
+    return [found, places][: len(node.outputs)]
 
 
 def _window_of(node: ir.Node, inputs: list[Value | None]) -> tuple[list[int | None], Axis]:
