@@ -99,7 +99,7 @@ def _settled(
         if all(_same(one, other) for one, other in zip(joint, states, strict=True)):
             return outputs
         states[:] = [either(value, value) for value in (_widened(value) if turn > 1 else value for value in joint)]
-    raise NotFollowed("what a loop carries on does not settle")
+    raise NotFollowed("carries on a state for which no bound is found")
 
 
 def _same(one: Value, other: Value) -> bool:

@@ -1,4 +1,4 @@
-"""Pad: numbers put before and behind along axes."""
+"""Pad: constants, or copies of elements, before and after the elements of an axis."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def padded(ctx: Context, value: Value, axis: int, before: Size, behind: Size, fi
     if ctx.is_batch:
         return selected(ctx, value, "puts rows before or behind the batch")
     if len(parts) != 1 or parts[0].real is None or parts[0].tail or ctx.depends(before):
-        raise NotFollowed("a folded axis is filled up")
+        raise NotFollowed("pads an axis that was merged with others")
     cuts = behind.bounds()[0] < 0
     if before.bounds()[0] < 0 or (cuts and behind.number is None):
         raise NotFollowed("a Pad cuts off an unknown number of positions")

@@ -173,7 +173,7 @@ def trilu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     value = ctx.as_data(required(inputs, 0))
     shift = numbers(inputs[1]) if len(inputs) > 1 and inputs[1] is not None else [0]
     if shift is None or len(shift) != 1:
-        raise NotFollowed("the diagonal of a triangle is not known")
+        raise NotFollowed("keeps a triangle whose diagonal is not known")
     upper = bool(attribute(node, "upper", 1))
     layout = value.axes
     rows, columns = len(layout) - 2, len(layout) - 1
