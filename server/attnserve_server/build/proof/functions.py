@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from attnserve_server.build.proof.intervals import (
@@ -106,12 +107,34 @@ def as_truth(one: Interval) -> Interval:
     return BOOLEAN if truth is None else number(float(truth))
 
 
+def as_half(one: Interval) -> Interval:
+    """Cast to float16, in which a number beyond 65504 is infinite."""
+    if one.only is None or abs(one.only) <= _HALF_MOST:
+        return one
+    return replace(one, wild=one.wild | (NEGATIVE if one.only < 0 else POSITIVE))
+
+
+def cut(one: Interval) -> Interval:
+    """The quotient of whole numbers, cut to a whole number."""
+    low = 0.0 if 0 < one.low < 1 else float(math.floor(one.low)) if one.low > 0 and math.isfinite(one.low) else one.low
+    high = float(math.ceil(one.high)) if one.high < 0 and math.isfinite(one.high) else one.high
+    return replace(one, low=low, high=high) if one.only is None or not float(one.low).is_integer() else one
+
+
+def wrapped(one: Interval, least: float, greatest: float) -> Interval:
+    """Whole numbers in a type that wraps around beyond its bounds."""
+    return one if one.low >= least and one.high <= greatest and not one.wild else Interval(least, greatest)
+
+
 def as_whole(one: Interval) -> Interval:
     """Cast to a whole number."""
     if one.wild:
         return ANY
     low, high = (float(math.trunc(end)) if math.isfinite(end) else end for end in (one.low, one.high))
     return Interval(low, high)
+
+
+_HALF_MOST: Final = 65504.0
 
 
 def _safe_exp(value: float) -> float:
@@ -136,8 +159,13 @@ def _isinf(one: Interval) -> Interval:
     return BOOLEAN if one.wild else number(0)
 
 
+_OVERFLOWS: Final = 88.72
+"""Exp of a greater number overflows float32. Source: log(3.4028235e38)."""
+
+
 def _exp(one: Interval) -> Interval:
-    return Interval(_safe_exp(one.low), _safe_exp(one.high), one.wild & ~NEGATIVE)
+    overflow = POSITIVE if one.low > _OVERFLOWS else 0
+    return Interval(_safe_exp(one.low), _safe_exp(one.high), (one.wild & ~NEGATIVE) | overflow)
 
 
 UNARY: Final[Mapping[str, Callable[[Interval], Interval]]] = {
@@ -191,11 +219,13 @@ BINARY: Final[Mapping[str, Callable[[Interval, Interval], Interval]]] = {
     "LessOrEqual": lambda one, other: _compare(one, other, less=True, equal=True),
     "Max": most,
     "Min": least,
-    "Mod": lambda one, other: Interval(-other.greatest, other.greatest, NAN if one.wild or other.wild else 0),
+    "Mod": lambda one, other: Interval(
+        -other.greatest, other.greatest, NAN if one.wild or other.wild or other.has_zero else 0
+    ),
     "Mul": multiply,
     "Or": _either,
     "Pow": power,
-    "PRelu": lambda one, slope: Interval(wild=one.wild | (NAN if one.wild or slope.wild else 0)),
+    "PRelu": lambda one, slope: Interval(wild=NAN | NEGATIVE | POSITIVE if one.wild or slope.wild else 0),
     "Sub": subtract,
     "Xor": _unlike,
     "BitShift": lambda _one, _other: ANY,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+import numpy as np
 import onnx_ir as ir
 
 from attnserve_server.build.proof.intervals import NAN, Interval, interval_of, number
@@ -120,6 +121,13 @@ def sizes_value(like: Value, sizes: Sequence[Size | None]) -> Value:
     if len(bounds) == len(sizes) and bounds:
         span = Interval(min(low for low, _ in bounds), max(high for _, high in bounds))
     return Value(like.layout, span=span, lit=span, sizes=tuple(sizes), floating=like.floating)
+
+
+def whole_type(node: ir.Node, operands: Sequence[Value]) -> np.dtype[np.generic] | None:
+    """The whole-number type that a node computes in, if an input or a constant shows it."""
+    types = [value.dtype.numpy() for value in node.inputs if value is not None and value.dtype is not None]
+    types += [value.constant.dtype for value in operands if value.constant is not None]
+    return next((kind for kind in types if kind.kind in "iu"), None)
 
 
 def number_value(value: float) -> Value:

@@ -159,6 +159,8 @@ def most(one: Interval, other: Interval) -> Interval:
 def power(one: Interval, other: Interval) -> Interval:
     """Powers; only even whole ones and those of positive numbers are followed."""
     exponent = other.only
+    if other.wild:
+        return Interval(wild=one.wild | NAN | POSITIVE)
     if exponent == 1:
         return one
     if exponent is not None and exponent > 0 and float(exponent).is_integer():

@@ -170,7 +170,7 @@ def reshaped(layout: Layout, sizes: Sequence[Size]) -> Layout:
         NotFollowed: a varying factor would be split, or sizes cannot be matched.
     """
     if any(factor.tail for axis in layout for factor in axis):
-        raise NotFollowed("positions behind the padded ones are reshaped")
+        raise NotFollowed("reshapes positions behind the padded ones")
     left = list(merged([factor for axis in layout for factor in axis]))
     if left == list(PLAIN_ONE):
         left = []
@@ -184,7 +184,7 @@ def reshaped(layout: Layout, sizes: Sequence[Size]) -> Layout:
             taken.append(part)
         axes.append(merged(taken))
     if any(factor.size.number != 1 for factor in left):
-        raise NotFollowed("positions are left over by a reshape")
+        raise NotFollowed("reshapes to fewer elements than there are")
     return tuple(axes)
 
 

@@ -1,4 +1,4 @@
-"""The way from a padded position, or a neighbour's row, through the node that decides to an output, in plain words."""
+"""The path by which padding or a batch neighbour reaches an output: through the node that decides the verdict."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _PASSES_ON: Final[Mapping[str, str]] = {
     "Gemm": "multiplies each position by weights",
     "MatMulInteger": "multiplies each position by weights",
     "LayerNormalization": "normalises each position",
-    "Add": "adds, position by position",
-    "Mul": "multiplies, position by position",
-    "Softmax": "shares out",
-    "Reshape": "moves on in another shape",
-    "Transpose": "moves on with its axes in another order",
+    "Add": "adds element by element",
+    "Mul": "multiplies element by element",
+    "Softmax": "turns scores into weights",
+    "Reshape": "changes the shape",
+    "Transpose": "reorders the axes",
     "Shape": "reads the shape",
-    "Cast": "moves on as another type",
-    "Attention": "attends",
+    "Cast": "changes the type",
+    "Attention": "computes attention",
 }
 
 
@@ -64,7 +64,7 @@ def _shortened(steps: list[PathStep], at: int) -> list[PathStep]:
     found: list[PathStep] = []
     for before, place in zip([-1, *kept], kept, strict=False):
         if place - before > 1:
-            found.append(PathStep(node="", operator="", words=f"{place - before - 1} nodes more"))
+            found.append(PathStep(node="", operator="", words=f"{place - before - 1} more nodes"))
         found.append(steps[place])
     return found
 

@@ -170,7 +170,9 @@ def _clause(question: _Question, varied: str) -> tuple[Clause, Context, Mapping[
     name = next(name for name, (standing, _) in found.items() if standing is worst)
     cause = found[name][1] or Cause("", "", "not followed")
     outputs = {str(value.name): value for value in question.graph.outputs}
-    path: tuple[PathStep, ...] = path_of(question.graph, cause, outputs[name], values, others=ctx.others)
+    path: tuple[PathStep, ...] = ()
+    if name in outputs:
+        path = path_of(question.graph, cause, outputs[name], values, others=ctx.others)
     where = f" (node {cause.node}, {cause.operator})" if cause.node else ""
     clause = Clause(
         axis=varied,

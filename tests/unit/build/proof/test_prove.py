@@ -92,7 +92,6 @@ def test_each_output_has_a_verdict_of_its_own() -> None:
     assert clause_of(case).verdict is REFUTED
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="the path of a cause looks for the output")
 def test_an_output_that_the_graph_does_not_have_is_unknown() -> None:
     case = Case("relu", graph("y = Relu(x)"))
     missing = OutputSpec(name="absent", dtype="float32", shape=("seq", 4))

@@ -1,4 +1,7 @@
-"""What each operator makes of what is known of its inputs. Importing this package registers every rule."""
+"""One rule for each operator: what holds of its outputs, given what holds of its inputs.
+
+Importing this package registers every rule.
+"""
 
 from attnserve_server.build.proof.rules import (
     arithmetic,

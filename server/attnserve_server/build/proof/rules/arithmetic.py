@@ -173,7 +173,7 @@ def _summed_places(one: _Place, other: _Place, op: str) -> _Place | None:
     index = {at: one.index.get(at, zero) + sign * other.index.get(at, zero) for at in {*one.index, *other.index}}
     offset = one.offset + sign * other.offset
     plain = one.plain and other.plain
-    valid = one.valid or other.valid
+    valid = (one.valid or other.valid) and offset.number == 0 and not index
     return _Place(index, offset, one.outer or other.outer, one.below or other.below, plain, valid)
 
 

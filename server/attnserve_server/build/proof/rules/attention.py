@@ -47,7 +47,7 @@ def attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
     if past[0] is not None and past[1] is not None:
         count = size_of(past[0].axes[2]).number
         if count is None and attribute(node, "is_causal", 0):
-            raise NotFollowed("a causal frontier behind a past of unknown length")
+            raise NotFollowed("applies a causal mask behind a past of unknown length")
         before = count or 0
         key, value = together(ctx, [past[0], key], 2), together(ctx, [past[1], value], 2)
     scale = attribute(node, "scale") or 1 / math.sqrt(head_size(query))

@@ -6,18 +6,24 @@ import math
 from dataclasses import replace
 from typing import Final
 
+import numpy as np
 import onnx_ir as ir
 
 from attnserve_server.build.proof.context import Context, rule
-from attnserve_server.build.proof.functions import as_truth, as_whole, chosen
+from attnserve_server.build.proof.functions import as_half, as_truth, as_whole, chosen, wrapped
 from attnserve_server.build.proof.helpers import aligned, attribute, required, sizes_value, without_nan
 from attnserve_server.build.proof.intervals import Interval
+from attnserve_server.build.proof.layout import NotFollowed
 from attnserve_server.build.proof.rules.arithmetic import repeated
-from attnserve_server.build.proof.rules.pointwise import pointwise
+from attnserve_server.build.proof.rules.pointwise import Function, pointwise
 from attnserve_server.build.proof.sizes import Size
 from attnserve_server.build.proof.values import Standing, Value
 
 _FLOATING: Final = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16}
+_WRAPS: Final = {
+    *(ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.UINT32),
+    ir.DataType.UINT64,
+}
 _EXACT: Final = {
     ir.DataType.FLOAT16: 2048,
     ir.DataType.BFLOAT16: 256,
@@ -33,21 +39,42 @@ _EXACT: Final = {
 def cast(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     """Another type: sizes, positions and masks stay what they are."""
     value = required(inputs, 0)
-    kind = ir.DataType(attribute(node, "to", int(ir.DataType.FLOAT))) if node.op_type == "Cast" else None
+    kind = _kind_of(node, inputs)
     if kind is ir.DataType.BOOL:
         found = pointwise(ctx, as_truth, [value])
         sizes = None
         if value.sizes is not None:
             sizes = tuple(_truth_of(size) for size in value.sizes)
         return replace(found, sizes=sizes, raw=value.raw if value.raw.startswith("below ") else "")
-    whole = kind is not None and kind not in _FLOATING
-    if kind is not None and _rounds(kind, value):
+    whole = kind not in _FLOATING
+    if _rounds(kind, value):
         return pointwise(ctx, lambda one: Interval(wild=one.wild), [value])
-    function = as_whole if whole else (lambda interval: interval)
+    function: Function = as_half if kind is ir.DataType.FLOAT16 else lambda interval: interval
+    if whole:
+        function = _whole_function(kind)
     if value.symbols or value.sizes is not None or value.index is not None or value.count is not None or value.raw:
-        return replace(value, floating=kind in _FLOATING if kind is not None else value.floating)
+        return replace(value, floating=kind in _FLOATING)
     result = pointwise(ctx, function, [value], op="" if whole else "Same")
     return replace(result, norm=value.norm, norm_axis=value.norm_axis) if not whole else result
+
+
+def _kind_of(node: ir.Node, inputs: list[Value | None]) -> ir.DataType:
+    if node.op_type == "Cast":
+        return ir.DataType(attribute(node, "to", int(ir.DataType.FLOAT)))
+    like, known = node.inputs[1], required(inputs, 1).constant
+    if like is not None and like.dtype is not None:
+        return like.dtype
+    if known is None:
+        raise NotFollowed("a cast to a type that is not known")
+    return ir.DataType.from_numpy(known.dtype)
+
+
+def _whole_function(kind: ir.DataType) -> Function:
+    """A cast to whole numbers: those beyond the bounds of a narrow or unsigned type wrap around."""
+    if kind not in _WRAPS:
+        return as_whole
+    bounds = np.iinfo(kind.numpy().name)
+    return lambda one: wrapped(as_whole(one), float(bounds.min), float(bounds.max))
 
 
 def _rounds(kind: ir.DataType, value: Value) -> bool:

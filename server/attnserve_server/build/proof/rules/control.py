@@ -106,7 +106,7 @@ def _settled(
         if joint == states:
             return outputs
         states[:] = [_widened(value) if turn > 1 else value for value in joint]
-    raise NotFollowed("what a loop carries on does not settle")
+    raise NotFollowed("carries on a state for which no bound is found")
 
 
 def _widened(value: Value) -> Value:
@@ -232,6 +232,6 @@ def recurrent(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
         verdicts = [(ctx.as_data(lengths).standing, ctx.as_data(lengths).cause)] * 3
     if not is_plain(steps) and ctx.is_batch:
         verdicts = [(Standing.DIFFERENT, ctx.cause("carries on from one row of the batch to the next"))] * 3
-    span = Interval(-1, 1)
+    span = Interval()
     found = [Value(layout, *verdict, span=span, lit=span) for layout, verdict in zip(layouts, verdicts, strict=True)]
     return found[: len(node.outputs)]

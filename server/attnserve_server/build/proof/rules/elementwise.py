@@ -7,11 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
+import numpy as np
 import onnx_ir as ir
 
 from attnserve_server.build.proof.context import MICROSOFT, Context, rule
-from attnserve_server.build.proof.functions import BINARY, UNARY, folded
-from attnserve_server.build.proof.helpers import attribute, joined, number_value, optional, required, wild_anywhere
+from attnserve_server.build.proof.functions import BINARY, UNARY, cut, folded, wrapped
+from attnserve_server.build.proof.helpers import (
+    attribute,
+    joined,
+    number_value,
+    optional,
+    required,
+    whole_type,
+    wild_anywhere,
+)
 from attnserve_server.build.proof.intervals import NAN, Interval, add, least, most, number
 from attnserve_server.build.proof.rules.arithmetic import COMPARISONS, arithmetic, compared, whole_number
 from attnserve_server.build.proof.rules.choosing import input_name
@@ -95,12 +104,25 @@ def binary(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     else:
         if op == "Mul" and node.inputs[0] is node.inputs[1]:
             function = lambda one, _other: BINARY["Pow"](one, number(2))  # noqa: E731 - a square
+        kind = whole_type(node, operands)
+        if kind is not None:
+            function = _in_type(name, function, kind)
         result = pointwise(ctx, function, operands, op=name)
     if name == "Less" and operands[1].raw == f"top of {input_name(node, 0)}":
         return replace(result, raw=f"below {operands[1].raw}")
     if name == "Greater" and operands[0].raw == f"top of {input_name(node, 1)}":
         return replace(result, raw=f"below {operands[0].raw}")
     return _more(name, operands, result)
+
+
+def _in_type(op: str, function: Function, kind: np.dtype[np.generic]) -> Function:
+    """A function of whole numbers, which are cut by Div and wrap around beyond the bounds of a narrow type."""
+    if op == "Div":
+        return lambda *each: cut(function(*each))
+    if op not in {"Add", "Sub", "Mul"} or (kind.itemsize > 2 and kind.kind == "i"):
+        return function
+    bounds = np.iinfo(kind.name)
+    return lambda *each: wrapped(function(*each), float(bounds.min), float(bounds.max))
 
 
 def _more(op: str, operands: Sequence[Value], result: Value) -> Value:
@@ -172,7 +194,7 @@ def by_channel(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value
     """Each number scaled by constants of its channel: statistics are the constants' own at inference."""
     value = ctx.as_data(required(inputs, 0))
     others = [other for other in inputs[1:] if other is not None]
-    standing, cause = joined([value, *others])
+    standing, cause = joined([value, *(ctx.as_data(other) for other in others)])
     if attribute(node, "training_mode", 0):
         return ctx.bad(Standing.DIFFERENT, f"normalises over {ctx.others} too, as in training")
     entries = {region: Entry(Interval(wild=entry.interval.wild)) for region, entry in value.regions.items()}

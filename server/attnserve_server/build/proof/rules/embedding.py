@@ -57,7 +57,7 @@ def _turned(ctx: Context, value: Value, others: list[Value]) -> Value:
     for other in others:
         for _, factor in varying(other.axes):
             if factor not in [own for _, own in varying(value.axes)]:
-                raise NotFollowed("angles along an axis that the turned value does not have")
+                raise NotFollowed("rotates by angles along an axis that the rotated tensor does not have")
     bits = wild_anywhere(value)
     most = math.sqrt(2) * max([1.0, *(other.span.greatest for other in others if other.span.greatest < 10)])
     regions = {region: Entry(Interval(wild=entry.interval.wild)) for region, entry in value.regions.items()}

@@ -101,7 +101,7 @@ def _of_varying(ctx: Context, data: Value, index: Value, axis: int) -> Value:
         return ctx.bad(Standing.DIFFERENT, said)
     if is_identity(data, index, axis):
         return _along_index(data, index, axis)
-    if index.valid or index.count == 1:
+    if (index.valid and index.outer is None) or index.count == 1:
         return _own_positions(ctx, data, index, axis)
     return ctx.unknown("takes positions at places that are not known to be the sequence's own")
 

@@ -1,4 +1,4 @@
-"""Concat: values one behind the other along an axis."""
+"""Concat: tensors one after another along an axis, at most one of which varies along it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from attnserve_server.build.proof.values import Entry, Region, Value
 def concat(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     """Values one behind the other along an axis."""
     if node.op_type != "Concat":
-        raise NotFollowed("sequences of tensors are not followed")
+        raise NotFollowed("handles sequences of tensors, which are not followed")
     values = [value for value in inputs if value is not None]
     rank = len(values[0].axes)
     axis = attribute(node, "axis", 0)
@@ -60,7 +60,7 @@ def together(ctx: Context, values: Sequence[Value], axis: int) -> Value:
     wide = rests[0]
     for rest in rests[1:]:
         if [size_of(a) for a in rest] != [size_of(a) for a in wide]:
-            raise NotFollowed("values of unequal shapes are joined")
+            raise NotFollowed("concatenates tensors of unequal shapes")
         wide = tuple(one if not is_plain(one) else other for one, other in zip(wide, rest, strict=True))
     layout = (*wide[:axis], joint, *wide[axis + 1 :])
     standing, cause = joined(plain_values)
@@ -90,7 +90,7 @@ def _joined_axis(ctx: Context, parts: Sequence[tuple[Factor, ...]], moving: Sequ
         raise Mixed("joins rows of the batch with others")
     part = parts[moving[0]]
     if len(part) != 1 or part[0].real is None:
-        raise NotFollowed("a folded axis is joined with others")
+        raise NotFollowed("concatenates along an axis that was merged with others")
     before = sum((size_of(one) for one in parts[: moving[0]]), Size.of(0))
     behind = sum((size_of(one) for one in parts[moving[0] + 1 :]), Size.of(0))
     tail = part[0].tail

@@ -69,7 +69,7 @@ def skip_layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | N
 def normalised(ctx: Context, node: ir.Node, value: Value, scales: Sequence[Value], axis: int) -> list[Value]:
     """A value normalised over the axes from one on, then scaled and shifted by constants."""
     value = ctx.as_data(value)
-    standing, cause = joined([value, *scales])
+    standing, cause = joined([value, *(ctx.as_data(scale) for scale in scales)])
     for at in range(axis, len(value.axes)):
         if not is_plain(value.axes[at]):
             said = f"normalises over {ctx.others} too"
@@ -110,7 +110,7 @@ def spatial_normalization(ctx: Context, node: ir.Node, inputs: list[Value | None
         axes = [axis % rank for axis in attribute(node, "axes", [0, 2, 3])]
     else:
         axes = list(range(2 if node.op_type == "InstanceNormalization" else 1, rank))
-    standing, cause = joined([value, *(other for other in inputs[1:] if other is not None)])
+    standing, cause = joined([value, *(ctx.as_data(other) for other in inputs[1:] if other is not None)])
     if any(not is_plain(value.axes[at]) for at in axes):
         standing, cause = Standing.DIFFERENT, ctx.cause(f"normalises over {ctx.others} too")
     wild = NAN if wild_anywhere(value) else 0

@@ -76,7 +76,7 @@ def attention_microsoft(ctx: Context, node: ir.Node, inputs: list[Value | None])
         places = {"mask": 3, "past": 4, "bias": 5}
         query, key, value = _projected(ctx, node, inputs, required(inputs, 1))
     if optional(inputs, places["past"]) is not None:
-        raise NotFollowed("attention over a past is not followed")
+        raise NotFollowed("attends to a past, which is not followed")
     scale = attribute(node, "scale") or 1 / math.sqrt(head_size(query))
     scores = scores_of(ctx, query, key, float(scale))
     filler = float(attribute(node, "mask_filter_value", -10000.0))
@@ -88,7 +88,10 @@ def attention_microsoft(ctx: Context, node: ir.Node, inputs: list[Value | None])
         scores = scores.causal()
     found = heads_last(ctx, weighted(ctx, scores.shares(), value))
     standing, cause = joined([found, *(ctx.as_data(one) for one in inputs if one is not None)])
-    return [replace(found, standing=standing, cause=cause), *([ctx.unknown("a past")] * (len(node.outputs) - 1))]
+    return [
+        replace(found, standing=standing, cause=cause),
+        *([ctx.unknown("gives a past, which is not followed")] * (len(node.outputs) - 1)),
+    ]
 
 
 @rule("MultiHeadAttention", domain=MICROSOFT)
@@ -97,7 +100,7 @@ def multi_head_attention(ctx: Context, node: ir.Node, inputs: list[Value | None]
     heads = int(attribute(node, "num_heads"))
     query = ctx.as_data(required(inputs, 0))
     if len(query.axes) != 3 or optional(inputs, 1) is None or optional(inputs, 2) is None:
-        raise NotFollowed("packed queries, keys and values are not followed")
+        raise NotFollowed("takes packed queries, keys and values, which are not followed")
     key, value = ctx.as_data(required(inputs, 1)), ctx.as_data(required(inputs, 2))
     bias = optional(inputs, 3)
     if bias is not None:
@@ -110,7 +113,7 @@ def multi_head_attention(ctx: Context, node: ir.Node, inputs: list[Value | None]
         query, key, value = parts
     query, key, value = (heads_first(ctx, one, heads) for one in (query, key, value))
     if optional(inputs, 6) is not None:
-        raise NotFollowed("attention over a past is not followed")
+        raise NotFollowed("attends to a past, which is not followed")
     scale = attribute(node, "scale") or 1 / math.sqrt(head_size(query))
     scores = scores_of(ctx, query, key, float(scale))
     filler = float(attribute(node, "mask_filter_value", -10000.0))
@@ -119,6 +122,8 @@ def multi_head_attention(ctx: Context, node: ir.Node, inputs: list[Value | None]
     if more is not None:
         scores = scores.added(more)
     if attribute(node, "unidirectional", 0):
+        if size_of(query.axes[2]) != size_of(key.axes[2]):
+            raise NotFollowed("hides keys by how many more of them there are than queries, which is not followed")
         scores = scores.causal()
     found = heads_last(ctx, weighted(ctx, scores.shares(), value))
     return [found, key, value, without_bounds(scores.value)][: len(node.outputs)]
@@ -129,11 +134,11 @@ def group_query_attention(ctx: Context, node: ir.Node, inputs: list[Value | None
     """Source: onnxruntime's contrib operator GroupQueryAttention, which is always causal."""
     heads, kv_heads = int(attribute(node, "num_heads")), int(attribute(node, "kv_num_heads"))
     if optional(inputs, 1) is None or optional(inputs, 2) is None:
-        raise NotFollowed("packed queries, keys and values are not followed")
+        raise NotFollowed("takes packed queries, keys and values, which are not followed")
     query, key, value = (ctx.as_data(required(inputs, at)) for at in range(3))
     past = optional(inputs, 3)
     if past is not None and size_of(past.axes[2]).number != 0:
-        raise NotFollowed("attention over a past is not followed")
+        raise NotFollowed("attends to a past, which is not followed")
     query, key, value = (
         heads_first(ctx, query, heads),
         heads_first(ctx, key, kv_heads),

@@ -1,4 +1,4 @@
-"""Pad: numbers put before and behind along axes."""
+"""Pad: constants, or copies of elements, before and after the elements of an axis."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from attnserve_server.build.proof.context import Context, rule
-from attnserve_server.build.proof.helpers import attribute, numbers, optional, required, sizes_of
+from attnserve_server.build.proof.helpers import attribute, joined, numbers, optional, required, sizes_of
 from attnserve_server.build.proof.intervals import Interval, number
 from attnserve_server.build.proof.layout import Factor, NotFollowed, is_plain, ordinals, plain, size_of, varying
 from attnserve_server.build.proof.rules.slicing import selected, with_new_axis
@@ -26,7 +26,10 @@ def pad(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     if attribute(node, "value") is not None:
         fill = float(attribute(node, "value"))
     if filler is not None:
+        filler = ctx.as_data(filler)
         fill = filler.span.only
+        standing, cause = joined([value, filler])
+        value = replace(value, standing=standing, cause=cause)
     axes = numbers(optional(inputs, 3)) or list(range(len(value.axes)))
     mode = attribute(node, "mode", "constant")
     half = len(amounts) // 2
@@ -50,14 +53,17 @@ def padded(ctx: Context, value: Value, axis: int, before: Size, behind: Size, fi
     if ctx.is_batch:
         return selected(ctx, value, "puts rows before or behind the batch")
     if len(parts) != 1 or parts[0].real is None or parts[0].tail or ctx.depends(before):
-        raise NotFollowed("a folded axis is filled up")
+        raise NotFollowed("pads an axis that was merged with others")
+    cuts = behind.bounds()[0] < 0
+    if before.bounds()[0] < 0 or (cuts and behind.number is None):
+        raise NotFollowed("a Pad cuts off an unknown number of positions")
     if fill is None:
         return selected(ctx, value, "repeats positions at the end, where padding stands")
     own = ordinals(value.axes, axis)[0]
     entry = value.pad(own)
     same = entry.only == fill
     # Where padding is what the axis is filled up with, the filling is the same in both runs.
-    real = parts[0].real + before + (behind if same else Size.of(0))
+    real = parts[0].real + before + (behind if same or cuts else Size.of(0))
     layout = (*value.axes[:axis], (Factor(total, real),), *value.axes[axis + 1 :])
     places = {place: place for place in range(len(varying(value.axes)))}
     moved = value.moved(layout, places)
@@ -65,6 +71,10 @@ def padded(ctx: Context, value: Value, axis: int, before: Size, behind: Size, fi
     regions["pad", own, own] = Entry(entry.interval.hull(number(fill)), 0.0, entry.lit.hull(number(fill)))
     if not same and entry.lowered:
         regions["pad", own, own] = Entry(Interval(wild=entry.interval.wild))
-    # What every row had, it still has beside what it is filled up with.
-    lit = value.lit if value.masks or value.structured else value.lit.hull(span)
-    return replace(moved, span=span, lit=lit, regions=regions, index=None)
+    if cuts:  # the sequence's own last positions now stand where padding does
+        regions["pad", own, own] = Entry(span.hull(entry.interval))
+    # What every row had, it still has beside what it is filled up with, in the same place if nothing is put before.
+    keeps = (value.masks or value.structured) and not cuts and not (before.terms and own in value.structured)
+    lit = value.lit if keeps else value.lit.hull(span)
+    dropped = replace(moved, index=None, offset=None, outer=None, below=None, symbols=value.dependence)
+    return replace(dropped, span=span, lit=lit, regions=regions)

@@ -65,7 +65,7 @@ def _entry(function: Function, op: str, entries: Sequence[Entry]) -> Entry:
         picked = one if condition.interval.only == 1 else other if condition.interval.only == 0 else None
         if picked is not None:
             return replace(picked, lit=lit)
-    if op == "Same":
+    if op == "Same" and entries[0].lowered:
         return replace(entries[0], lit=lit)
     return Entry(function(*(_plain(entry) for entry in entries)), lit=lit)
 

@@ -35,7 +35,7 @@ def product(ctx: Context, one: Value, first: str, other: Value, second: str, wan
     """
     one, other = ctx.as_data(one), ctx.as_data(other)
     if len(first) != len(one.axes) or len(second) != len(other.axes):
-        raise NotFollowed("a product of values of unexpected rank")
+        raise NotFollowed("multiplies tensors of unexpected rank")
     axes: dict[str, Axis] = {}
     for letters, value in ((first, one), (second, other)):
         for letter, axis in zip(letters, value.axes, strict=True):

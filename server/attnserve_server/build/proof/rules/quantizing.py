@@ -175,7 +175,7 @@ def matmul_n_bits(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Va
     others = [other for other in inputs[1:] if other is not None]
     if any(other.varies for other in others[:2]):
         return ctx.unknown("multiplies with packed weights that are no constants")
-    standing, cause = joined([value, *others])
+    standing, cause = joined([value, *(ctx.as_data(other) for other in others)])
     places = {at: at for at in range(len(varying(value.axes[:-1])))}
     layout = (*value.axes[:-1], plain(Size.of(int(attribute(node, "N")))))
     if len(places) != len(varying(value.axes)):

@@ -67,7 +67,7 @@ def reduce(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         if attribute(node, "noop_with_empty_axes", 0):
             if op in {"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd"}:
                 return value
-            raise NotFollowed("a reduction without axes")
+            raise NotFollowed("reduces along no axes")
         axes = list(range(rank))
     axes = sorted({axis % rank for axis in axes})
     return reduced(ctx, op, value, axes, keep=bool(attribute(node, "keepdims", 1)))
@@ -166,7 +166,7 @@ def cumulative_sum(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> V
     value = ctx.as_data(required(inputs, 0))
     axes = numbers(required(inputs, 1))
     if axes is None or len(axes) != 1:
-        raise NotFollowed("the axis of a running sum is not known")
+        raise NotFollowed("adds up along an axis that is not known")
     axis = axes[0] % len(value.axes)
     standing, cause = value.standing, value.cause
     own = ordinals(value.axes, axis)

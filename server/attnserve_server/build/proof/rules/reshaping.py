@@ -1,4 +1,4 @@
-"""Operators that keep every element and its order of axes or shape alone: Reshape, Transpose, Squeeze, Unsqueeze."""
+"""Operators that change only a tensor's shape or the order of its axes: Reshape, Transpose, Squeeze, Unsqueeze."""
 
 from __future__ import annotations
 
@@ -120,10 +120,10 @@ def squeeze(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     gone = _axes_of(node, inputs, len(value.axes))
     if gone is None:
         if any(size_of(axis).number is None for axis in value.axes):
-            raise NotFollowed("all axes of one position are squeezed, whichever these are in a run")
+            raise NotFollowed("squeezes every axis of one position, which may include a dynamic axis")
         gone = [at for at, axis in enumerate(value.axes) if is_one(axis)]
     if any(not is_one(value.axes[at]) for at in gone):
-        raise NotFollowed("an axis is squeezed that is not known to have one position")
+        raise NotFollowed("squeezes an axis that is not known to have one position")
     kept = [size_of(axis) for at, axis in enumerate(value.axes) if at not in gone]
     if value.sizes is not None:
         return replace(value, layout=tuple(plain(size) for size in kept), constant=None)
@@ -185,6 +185,6 @@ def spaces(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         less = sizes[0] * by
         more = [size.over(Size.of(block)) or ONE for size in sizes[1:]]
     if less is None:
-        raise NotFollowed("channels are no multiple of the block")
+        raise NotFollowed("splits channels that are no multiple of the block")
     layout = (batch, plain(less), plain(more[0]), plain(more[1]))
     return Value(layout, value.standing, value.cause, span=value.span)

@@ -1,4 +1,9 @@
-"""The parts of attention operators: scores, masks, Softmax and the sum over values, in that order."""
+"""The parts of attention operators: scores, masks, Softmax and the sum over values, in that order.
+
+The rules take each attention operator apart into the MatMul and Softmax of its definition, so that they know no more of
+it than of attention that a graph writes out. Onnxruntime's kernels give zeros, or finite numbers, in a row that a mask
+empties, so no NaN comes out of them.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +117,7 @@ def head_size(value: Value) -> int:
     """D. Raises NotFollowed where it is not a number."""
     found = size_of(value.axes[-1]).number
     if found is None:
-        raise NotFollowed("the head size is not known")
+        raise NotFollowed("splits heads of an unknown size")
     return found
 
 

@@ -10,7 +10,16 @@ import onnx_ir as ir
 
 from attnserve_server.build.proof.context import Context, rule
 from attnserve_server.build.proof.functions import BINARY, chosen
-from attnserve_server.build.proof.helpers import aligned, attribute, constant, numbers, required, sizes_of, sizes_value
+from attnserve_server.build.proof.helpers import (
+    aligned,
+    attribute,
+    constant,
+    joined,
+    numbers,
+    required,
+    sizes_of,
+    sizes_value,
+)
 from attnserve_server.build.proof.intervals import BOOLEAN, ZERO, Interval, number
 from attnserve_server.build.proof.layout import (
     Axis,
@@ -164,7 +173,7 @@ def trilu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     value = ctx.as_data(required(inputs, 0))
     shift = numbers(inputs[1]) if len(inputs) > 1 and inputs[1] is not None else [0]
     if shift is None or len(shift) != 1:
-        raise NotFollowed("the diagonal of a triangle is not known")
+        raise NotFollowed("keeps a triangle whose diagonal is not known")
     upper = bool(attribute(node, "upper", 1))
     layout = value.axes
     rows, columns = len(layout) - 2, len(layout) - 1
@@ -195,7 +204,9 @@ def eye_like(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     factors = varying(value.axes)
     if ctx.is_batch and factors:
         return ctx.bad(Standing.DIFFERENT, "marks the place of the row in the batch")
-    regions = {("pad", at, at): Entry(ZERO, lit=ZERO) for at in range(len(factors))}
+    regions = {}
+    if not attribute(node, "k", 0):
+        regions = {("pad", at, at): Entry(ZERO, lit=ZERO) for at in range(len(factors))}
     return Value(value.layout, span=BOOLEAN, lit=BOOLEAN, regions=regions)
 
 
@@ -217,7 +228,9 @@ def one_hot(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     axis = attribute(node, "axis", -1)
     at = axis if axis >= 0 else len(value.axes) + 1 + axis
     layout = (*value.axes[:at], plain(depth), *value.axes[at:])
-    span = required(inputs, 2).span
+    marks = ctx.as_data(required(inputs, 2))
+    standing, cause = joined([value, marks])
+    span = marks.span
     places = {place: place for place in range(len(varying(value.axes)))}
     moved = value.moved(layout, places)
-    return Value(layout, moved.standing, moved.cause, span=Interval(min(span.low, 0), max(span.high, 1)))
+    return Value(moved.layout, standing, cause, span=span, lit=span)

@@ -40,7 +40,7 @@ from attnserve_server.build.proof.values import Entry, Standing, Value
 def split(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
     """Parts along an axis."""
     if node.op_type != "Split":
-        raise NotFollowed("sequences of tensors are not followed")
+        raise NotFollowed("handles sequences of tensors, which are not followed")
     value = required(inputs, 0)
     axis = attribute(node, "axis", 0)
     axis = axis + len(value.axes) if axis < 0 else axis
@@ -54,7 +54,7 @@ def split(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value
     else:
         each = whole.number
         if each is None:
-            raise NotFollowed("an axis of unknown length is split into equal parts")
+            raise NotFollowed("splits an axis of unknown length into equal parts")
         step = -(-each // count)
         parts = [Size.of(min(step, each - step * at)) for at in range(count)]
     results, start = [], Size.of(0)
@@ -96,7 +96,7 @@ def sliced(ctx: Context, value: Value, axis: int, start: Size, end: Size, step: 
         return _reversed(ctx, value, axis, start, end, step)
     first, last = _place(start, whole), _place(end, whole)
     if first is None or last is None:
-        raise NotFollowed("it is not known where a slice begins or ends")
+        raise NotFollowed("slices from or to a position that is not known")
     if first.number == 0 and last == whole and step == 1:
         return value
     if is_plain(value.axes[axis]):
@@ -127,7 +127,7 @@ def _reversed(ctx: Context, value: Value, axis: int, start: Size, end: Size, ste
         places = {at: at for at in range(len(varying(value.axes)))}
         return value.moved(value.axes, places)
     if whole.number is None or start.number is None or end.number is None:
-        raise NotFollowed("a slice backwards cannot be followed")
+        raise NotFollowed("slices backwards, which is not followed")
     count = len(range(whole.number)[slice(start.number, end.number, step)])
     return with_new_axis(value, axis, plain(Size.of(count)))
 
@@ -143,7 +143,7 @@ def _of_plain(ctx: Context, value: Value, axis: int, first: Size, last: Size, st
         return ctx.unknown("cuts a table at a place that depends on the padded length")
     if step != 1:
         if count.number is None:
-            raise NotFollowed("a slice with a step cannot be followed")
+            raise NotFollowed("slices with a step, which is not followed")
         count = Size.of(-(-count.number // step))
     if ctx.is_batch and ctx.depends(count) and value.span.only is None:
         return selected(ctx, value, "takes as many rows of a table as the batch has, each by its place in the batch")
@@ -199,13 +199,13 @@ def with_new_axis(value: Value, axis: int, new: tuple[Factor, ...]) -> Value:
     added = sum(factor.varies for factor in new)
     places: Places = {place: place if place < before else place + added for place in range(len(varying(value.axes)))}
     raw = value.raw if value.raw.startswith("top of ") else ""
-    return replace(value.moved(layout, places), raw=raw, offset=value.offset if value.index is None else None)
+    return replace(value.moved(layout, places), raw=raw)
 
 
 def _of_varying(ctx: Context, value: Value, axis: int, first: Size, last: Size, step: int) -> Value:
     parts = value.axes[axis]
     if len(parts) != 1 or parts[0].real is None:
-        raise NotFollowed("a folded axis is cut")
+        raise NotFollowed("slices an axis that was merged with others")
     factor, real = parts[0], parts[0].real
     assert real is not None
     whole = factor.size
@@ -275,7 +275,7 @@ def _of_tailed(value: Value, axis: int, first: Size, last: Size, step: int) -> V
         gone = set(ordinals(value.axes, axis))
         left = [place for place in range(len(varying(value.axes))) if place not in gone]
         return value.moved(layout, {place: at for at, place in enumerate(left)})
-    raise NotFollowed("an axis with positions behind the padded ones is cut")
+    raise NotFollowed("slices an axis with positions behind the padding")
 
 
 @rule("ReverseSequence")

@@ -25,7 +25,7 @@ def window(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | l
     if convolution:
         kernel, channels = _window_of(node, inputs)
     if kernel is None or None in kernel:
-        raise NotFollowed("a window of unknown width")
+        raise NotFollowed("slides a window of unknown width")
     if not is_plain(value.axes[1]) and convolution:
         return ctx.bad(Standing.DIFFERENT, f"sums over channels, {ctx.others} among them")
     others = [ctx.as_data(other) for other in inputs[1:] if other is not None]
@@ -38,11 +38,12 @@ def window(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | l
             standing, cause = why[0], ctx.cause(why[1])
     layout = tuple(axes)
     if len(varying(layout)) != len(varying(value.axes)):
-        return ctx.unknown("a window along the padded axis cannot be followed")
+        return ctx.unknown("slides a window along the padded axis in a way that is not followed")
     found = _seen(value, Value(layout, standing, cause), convolution=convolution)
     if node.op_type == "AveragePool":
         found = _mask_averaged(ctx, node, value, found, kernel)
-    return found if len(node.outputs) == 1 else [found, *([Value(layout, standing, cause)] * (len(node.outputs) - 1))]
+    places = ctx.bad(Standing.DIFFERENT, f"counts positions through the whole tensor, {ctx.others} included")
+    return [found, places][: len(node.outputs)]
 
 
 def _window_of(node: ir.Node, inputs: list[Value | None]) -> tuple[list[int | None], Axis]:

@@ -25,7 +25,7 @@ def gather_nd(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         return _of_own_rows(ctx, data, index, shared)
     width = size_of(index.axes[-1]).number
     if width is None:
-        raise NotFollowed("a gather by tuples of unknown length")
+        raise NotFollowed("gathers by tuples of unknown length")
     columns = index.columns if index.columns is not None and len(index.columns) == width else None
     if width == 1 and columns is None:
         columns = (index,)
