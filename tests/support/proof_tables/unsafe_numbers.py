@@ -9,6 +9,8 @@ SUM = "int64[1] over = {1}"
 TURNED = "t = Transpose<perm = [1, 0, 2]>(x)"
 HIDDEN = "b = Cast<to = 9>(attention_mask) u = Unsqueeze(b, last) v = Where(u, s, low) y = Softmax<axis = 1>(v)"
 _HUNDRED = ", ".join("100" if row == column else "0" for row in range(4) for column in range(4))
+_THOUSAND = _HUNDRED.replace("100", "1000")
+_THOUSANDTH = _HUNDRED.replace("100", "0.001")
 _NOTHING = ", ".join(["0"] * 16)
 
 UNSAFE = [
@@ -143,6 +145,19 @@ UNSAFE = [
             given="int64[1] last = {-1}, float low = {-200}, float scale = {1}, int16 none = {0}",
         ),
         scale=1000,
+    ),
+    Case(
+        "the bound of one transposed matrix is taken for that of another",
+        graph(
+            "h = LayerNormalization(x, gain, shift) p = MatMul(h, small) p2 = MatMul(h, large)"
+            " q = com.microsoft.FusedMatMul<transB = 1>(h, small) r = com.microsoft.FusedMatMul<transB = 1>(h, large)"
+            " f = Cast<to = 1>(attention_mask) d = Sub(one, f) m = Mul(d, low) u = Unsqueeze(m, last) s = Add(r, u)"
+            " y = Softmax<axis = 1>(s)",
+            inputs=f"{X}, {MASK}",
+            given="int64[1] last = {-1}, float one = {1}, float low = {-1000}, float[4] gain = {1, 1, 1, 1},"
+            f" float[4] shift = {{0, 0, 0, 0}}, float[4, 4] small = {{{_THOUSANDTH}}},"
+            f" float[4, 4] large = {{{_THOUSAND}}}",
+        ),
     ),
     # operators that draw random numbers, or take statistics of the batch, in training
     Case(

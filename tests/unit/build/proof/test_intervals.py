@@ -14,7 +14,10 @@ from attnserve_server.build.proof.intervals import MASKED_FROM, NAN, NEGATIVE, P
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-FINITE = st.one_of(st.integers(-5, 5).map(float), st.floats(-60, 60))
+FINITE = st.one_of(
+    st.integers(-5, 5).map(float), st.floats(-60, 60).map(lambda value: value if abs(value) > 1e-9 else 0.0)
+)
+"""No numbers so small that their inverses overflow, of which no interval speaks."""
 NUMBERS = st.one_of(FINITE, st.sampled_from([math.inf, -math.inf, math.nan]))
 
 
@@ -154,8 +157,8 @@ def test_what_an_operator_makes_of_two_finite_numbers_lies_within(
     left, right = between(one, shares[0]), between(other, shares[1])
     if name == "Mod" and min(other) <= 0 <= max(other):
         return  # a remainder by 0 is in the test below
-    if name == "Pow" and 0 < abs(left) < 1e-9:
-        return  # numbers so large overflow, which no interval speaks of
+    if name == "Pow" and 0 < abs(left) < 1e-4:
+        return  # inverses of small numbers overflow
     with np.errstate(all="ignore"):
         value = float(BINARY_BY_NUMPY[name](np.float64(left), np.float64(right)))
     assert holds(BINARY[name](interval(*one), interval(*other)), value)
