@@ -39,7 +39,8 @@ class Context:
     """Follows a graph within the graph."""
     known: Callable[[ir.Value], Value] | None = None
     """What is known of any value so far."""
-    norms: dict[int, Any] = field(default_factory=dict)
+    norms: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    """What was computed of constants, by their identity; each is kept here, so that no other array takes it on."""
 
     @property
     def is_batch(self) -> bool:

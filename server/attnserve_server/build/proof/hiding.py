@@ -64,7 +64,7 @@ def hides(ctx: Context, value: Value, factor: int) -> tuple[Standing, Cause | No
     lowest = HALF_HIDDEN if ctx.precision == "fp16" else EXACTLY_HIDDEN
     if entry.high <= lowest or entry.lowered >= -lowest:
         return _with_a_key(ctx, value, factor)
-    if not entry.lowered and entry.interval.high > _NO_MASK:
+    if not entry.lowered and entry.interval.high >= _NO_MASK:
         return Standing.DIFFERENT, ctx.cause(f"{keys} take a share: no mask hides them")
     return _finite(ctx, value, factor, entry)
 

@@ -87,7 +87,7 @@ class Size:
             left = _without(monomial, lead)
             if left is None or factor % by:
                 return None
-            step = Size(((left, factor // by),), {name: self.atoms[name] for name in left})
+            step = Size(((left, factor // by),), {name: rest.atoms[name] for name in left})
             quotient += step
             rest -= step * other
         return quotient

@@ -80,8 +80,8 @@ def _table_norm(ctx: Context, data: Value, found: Value, axis: int) -> Value:
     key = id(data.constant)
     if key not in ctx.norms:
         wide = data.constant.astype(np.float64)
-        ctx.norms[key] = float(np.sqrt((wide * wide).sum(-1)).max(initial=0.0))
-    return replace(found, norm=ctx.norms[key], norm_axis=len(found.axes) - 1)
+        ctx.norms[key] = (data.constant, float(np.sqrt((wide * wide).sum(-1)).max(initial=0.0)))
+    return replace(found, norm=ctx.norms[key][1], norm_axis=len(found.axes) - 1)
 
 
 def _of_varying(ctx: Context, data: Value, index: Value, axis: int) -> Value:

@@ -149,8 +149,8 @@ def _matrix_norms(ctx: Context, matrix: Value) -> tuple[float, float]:
             greatest = math.sqrt(max(float(np.linalg.eigvalsh(short)[-1]), 0.0)) * (1 + 1e-6)
         else:
             greatest = float(np.sqrt((wide * wide).sum()))
-        ctx.norms[key] = (greatest, columns)
-    found: tuple[float, float] = ctx.norms[key]
+        ctx.norms[key] = (matrix.constant, (greatest, columns))
+    found: tuple[float, float] = ctx.norms[key][1]
     return found
 
 

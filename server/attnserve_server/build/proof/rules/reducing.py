@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from attnserve_server.build.proof.context import Context, rule
 from attnserve_server.build.proof.helpers import attribute, numbers, optional, required, sizes_value, wild_anywhere
-from attnserve_server.build.proof.intervals import NAN, NEGATIVE, Interval
+from attnserve_server.build.proof.intervals import MASKED_FROM, NAN, NEGATIVE, Interval
 from attnserve_server.build.proof.layout import PLAIN_ONE, Layout, NotFollowed, Places, ordinals, size_of, varying
 from attnserve_server.build.proof.rules.masking import as_count
 from attnserve_server.build.proof.sizes import product
@@ -81,7 +81,11 @@ def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: b
     for place in gone:
         if not _neutral(op, value, place, HALF_HIDDEN if ctx.precision == "fp16" else EXACTLY_HIDDEN):
             word = _WORDS.get(op, f"reduces ({op})")
-            standing, cause = Standing.DIFFERENT, ctx.cause(f"{word} {ctx.others} too")
+            kind, said = Standing.DIFFERENT, f"{word} {ctx.others} too"
+            if op == "ReduceMax" and not ctx.is_batch and value.pad(place).high <= MASKED_FROM:
+                kind, said = Standing.ASSUMED, f"finite mask, unbounded values: {word} {ctx.others} too"
+            if kind > standing:
+                standing, cause = kind, ctx.cause(said)
     regions = {}
     for (kind, one, other), entry in value.regions.items():
         if one in places and other in places and kind == "pad":
