@@ -81,11 +81,11 @@ def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: b
     for place in gone:
         if not _neutral(op, value, place, HALF_HIDDEN if ctx.precision == "fp16" else EXACTLY_HIDDEN):
             word = _WORDS.get(op, f"reduces ({op})")
-            kind, said = Standing.DIFFERENT, f"{word} {ctx.others} too"
+            worse, said = Standing.DIFFERENT, f"{word} {ctx.others} too"
             if op == "ReduceMax" and not ctx.is_batch and value.pad(place).high <= MASKED_FROM:
-                kind, said = Standing.ASSUMED, f"finite mask, unbounded values: {word} {ctx.others} too"
-            if kind > standing:
-                standing, cause = kind, ctx.cause(said)
+                worse, said = Standing.ASSUMED, f"finite mask, unbounded values: {word} {ctx.others} too"
+            if worse > standing:
+                standing, cause = worse, ctx.cause(said)
     regions = {}
     for (kind, one, other), entry in value.regions.items():
         if one in places and other in places and kind == "pad":
