@@ -51,7 +51,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def client(repository: Path) -> AsyncIterator[AsyncClient]:
-    settings = Settings(repository=repository, grpc_port=0, http_port=0, instances=1, run_overhead_tokens=1_000_000)
+    settings = Settings(
+        repository=repository, grpc_port=0, http_port=0, instances=1, run_overhead_tokens=1_000_000, batching="tested"
+    )
     application = Application(settings)
     await application.start()
     async with AsyncClient(f"127.0.0.1:{application.grpc_port}") as opened:

@@ -120,7 +120,8 @@ async def test_places_in_a_sequence_are_its_own_in_any_batch(tmp_path: Path) -> 
             await client.infer("pick", [made[0], {**made[1], "place": np.array([3])}])
     await application.aclose()
     assert told == IndexRange(0, -1, None, "seq")
-    assert {result.run.batch_size for result in results} == {4}, "or the end of the batch is not another"
+    # Places that requests give are not proved to be a sequence's own: only the two of one length share a run.
+    assert {result.run.batch_size for result in results} == {1, 2}
     for given, result in zip(made, results, strict=True):
         np.testing.assert_array_equal(result.outputs["y"], 2 * given["x"][given["place"][0]])
 

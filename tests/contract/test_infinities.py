@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from attnserve_client import AsyncClient
 from attnserve_server.app import Application
-from attnserve_server.build.checking.recheck import bundle_at, check_bundle
+from attnserve_server.build.checking.recheck import CheckRequest, bundle_at, check_bundle
 from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.config import Settings
 from attnserve_server.model.golden import read_golden
@@ -33,7 +33,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def served(repository: Path) -> AsyncIterator[Application]:
-    settings = Settings(repository=repository, grpc_port=0, http_port=0, instances=1, run_overhead_tokens=1_000_000)
+    settings = Settings(
+        repository=repository, grpc_port=0, http_port=0, instances=1, run_overhead_tokens=1_000_000, batching="tested"
+    )
     application = Application(settings)
     await application.start()
     yield application
@@ -42,7 +44,7 @@ async def served(repository: Path) -> AsyncIterator[Application]:
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_bundles_of_infinite_answers_pass_their_check(repository: Path, name: str) -> None:
-    checked = check_bundle(repository / name / "1")
+    checked = check_bundle(CheckRequest(repository / name / "1", attack_seconds=5.0))
     assert checked.passed, checked.findings
 
 

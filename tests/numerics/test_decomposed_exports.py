@@ -179,7 +179,8 @@ def test_exports_are_tapped(name: str, exporter: str, opset: int, tmp_path: Path
     module = make()
     done = assembled(exported(module, exporter, opset, tmp_path / "model.onnx"), tmp_path)
     assert [site.name for site in done.sites] == [module_path]
-    assert [site.kind for site in done.sites] == ["causal" if name == "causal" else "self"]
+    # Which sites are causal is proved when a bundle is certified; here only an operator's own attribute tells.
+    assert {site.kind for site in done.sites} <= ({"causal", "self"} if name == "causal" else {"self"})
     assert [(site.heads, site.query_axis, site.key_axis) for site in done.sites] == [(HEADS, "seq", "seq")]
     assert_equals_torch(done, module)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 from attnserve_server.build.proof.context import Context
 from attnserve_server.build.proof.functions import BINARY
 from attnserve_server.build.proof.helpers import aligned
 from attnserve_server.build.proof.intervals import BOOLEAN, Interval, number
-from attnserve_server.build.proof.values import Entry, Standing, Value
+from attnserve_server.build.proof.values import Entry, Value
 
 
 def counted(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
@@ -68,40 +69,52 @@ def _allowed(op: str, padding: float, bound: float, *, flipped: bool, least: flo
     return None
 
 
+_MIRRORED: Final = {
+    "Less": "Greater",
+    "LessOrEqual": "GreaterOrEqual",
+    "Greater": "Less",
+    "GreaterOrEqual": "LessOrEqual",
+    "Equal": "Equal",
+}
+"""The same comparison with its operands exchanged."""
+_OPPOSITES: Final = {"Greater": "LessOrEqual", "GreaterOrEqual": "Less"}
+"""What holds exactly where the comparison does not."""
+
+
 def _up_to_count(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
     """Positions compared with the number of allowed positions, which is no more than there are."""
     one, other = operands
     if one.index is not None and other.count is not None:
-        position, count, smaller = one, other, op in {"Less", "LessOrEqual"}
+        position, count, relation = one, other, op
     elif other.index is not None and one.count is not None:
-        position, count, smaller = other, one, op in {"Greater", "GreaterOrEqual"}
+        position, count, relation = other, one, _MIRRORED[op]
     else:
         return None
     if ctx.is_batch or position.counts != 1:
         return None
+    opposite = _OPPOSITES.get(relation)
     plus = None if position.offset is None else position.offset.number
-    if plus is None or count.count is None or not (smaller or op == "Equal"):
+    if plus is None or count.count is None:
         return None
     # position + plus < sum - back, or <=; behind the end the position is no less than the sum.
-    strict = op in {"Less", "Greater"}
+    strict = (opposite or relation) == "Less"
     room = plus + count.count
     if room < (0 if strict else 1):
         return None
     layout, placed = aligned([position, count])
     (factor,) = position.index or {}
     place = placed[0][1][factor]
-    # The first position is allowed as long as the mask allows one at all, and nothing is taken off that.
-    first_allowed = op != "Equal" and room == (0 if strict else 1)
-    hidden = Entry(number(0), lit=number(0))
-    standing = max(position.standing, count.standing)
-    cause = position.cause if position.standing >= count.standing else count.cause
+    # With every position allowed, each is among those that the count includes.
+    allowed = relation != "Equal" and room == (0 if strict else 1)
+    hidden = number(0 if opposite is None else 1)
+    lit = number(1 if opposite is None else 0) if allowed else BOOLEAN
     return Value(
         layout,
-        standing if standing is not Standing.EQUAL else Standing.EQUAL,
-        cause,
+        max(position.standing, count.standing),
+        position.cause if position.standing >= count.standing else count.cause,
         span=BOOLEAN,
-        lit=number(1) if first_allowed else BOOLEAN,
-        regions={("pad", place, place): hidden},
+        lit=lit,
+        regions={("pad", place, place): Entry(hidden, lit=hidden)},
         masks=count.masks,
         along=frozenset({place}),
         structured=frozenset({place}),
