@@ -142,9 +142,11 @@ def sequences_of(bundle: Bundle, *lengths: int) -> list[PreparedSequence]:
 
 def weights_by_layer(bundle: Bundle, sequences: list[PreparedSequence]) -> list[dict[int, Array]]:
     session = RuntimeSession.load(bundle.path / MODEL_FILE, provider="CPUExecutionProvider", intra_op_threads=1)
-    batch = collate(sequences, bundle.manifest)
+    # Blocks of windows are not followed by the proof, so unequal lengths share a batch by the attack's word alone.
+    manifest = bundle.manifest.under("tested")
+    batch = collate(sequences, manifest)
     fetched = dict(zip(batch.fetches, session.run(batch.feeds, batch.fetches), strict=True))
-    return [weights_of(batch, fetched, row, each, bundle.manifest) for row, each in enumerate(sequences)]
+    return [weights_of(batch, fetched, row, each, manifest) for row, each in enumerate(sequences)]
 
 
 def softmax(scores: Array, seen: Array) -> Array:

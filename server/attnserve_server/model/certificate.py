@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field
 
@@ -115,6 +116,8 @@ class MaskNeed(Frozen):
         if not values.size:
             return False
         hidden = values == values.dtype.type(padding)
+        if values.dtype.kind == "f" and padding < 0:
+            hidden = hidden | np.isneginf(values)  # in a mask that is added, minus infinity hides as well
         known = True
         if self.allowed_value is not None:
             allowed = values == values.dtype.type(self.allowed_value)
