@@ -34,10 +34,10 @@ _ROW_LENGTH: Final = 8
 _ROWS_SEEN: Final = 3
 """Rows that the probes ran on, from which a bisection starts."""
 _LONG: Final = 1024
-"""Longer runs than this are foreseen before they are tried."""
+"""The time of a longer run is predicted before it is tried."""
 _TIMED_LENGTH: Final = 128
 _MOST_SECONDS: Final = 5.0
-"""How long the longest run may take, as foreseen. Twice the linear share allows for attention's square."""
+"""How long the longest run may take, as predicted. Twice the linear share allows for attention's square."""
 _MOST_SCORE_BYTES: Final = 64 * 2**20
 """What one site's scores of one long sequence may hold; a graph keeps a few arrays of this size at a time."""
 _WARM_UP_S: Final = 0.5

@@ -66,7 +66,7 @@ def measure(
         manifest: of the model; its greatest batch and lengths bound the grid.
         clock: what a run costs is told by: processor time on a CPU, monotonic time elsewhere.
         repeats: how often each shape is run; the quickest counts.
-        more_s: how long the larger runs may take in all, as foreseen from the largest before.
+        more_s: how long the larger runs may take in all, as predicted from the largest run before.
 
     Raises:
         RunFailed: the model cannot run on these inputs.

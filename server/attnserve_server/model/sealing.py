@@ -43,7 +43,7 @@ def sealed(tokenizer: Tokenizer, special: dict[int, str]) -> Tokenizer:
 
     `encode_special_tokens` keeps the library from looking for special tokens in the text. But a model whose own
     vocabulary holds them (Unigram and word-level ones do) may still put them together from their letters. There they
-    get a name that nobody can guess; ids and scores stay.
+    get random names that cannot be guessed; ids and scores stay.
     """
     _set_plain(tokenizer)
     leaking = {

@@ -121,7 +121,7 @@ class CheckRequest:
 
 
 def check_bundle(request: CheckRequest, steps: Steps | None = None) -> BundleCheck:
-    """Repeat the check of a bundle; `steps` is told of every step.
+    """Repeat the check of a bundle; `steps` shows the progress.
 
     Raises:
         BuildRefused: there is no bundle, or the source cannot be read.

@@ -68,7 +68,7 @@ def written_text(
         text: which axes texts run along; None: the model takes none.
         inputs: of the graph.
         axes: what is known of them.
-        steps: is told what is kept.
+        steps: receives a warning for what is kept.
 
     Raises:
         BuildRefused: the tokenizer pads, nothing hides it, and the graph does not take so many tokens.

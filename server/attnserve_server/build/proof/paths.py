@@ -12,7 +12,7 @@ from attnserve_server.build.proof.values import Cause, Value
 from attnserve_server.model.certificate import PathStep
 
 MOST_STEPS: Final = 12
-"""Steps of a path that are told; of a longer one, the first, the last and those around the node that decides."""
+"""Steps of a path that are reported; of a longer one, the first, the last and those around the deciding node."""
 _PASSES_ON: Final[Mapping[str, str]] = {
     "Gather": "looks up a table",
     "MatMul": "multiplies each position by weights",

@@ -212,7 +212,7 @@ def eye_like(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("RandomNormalLike", "RandomUniformLike", "RandomNormal", "RandomUniform", "Bernoulli", "Multinomial")
 def random(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Another answer at every run, whoever shares the batch."""
+    """Another answer at every run, with or without batch neighbours."""
     value = inputs[0] if inputs else None
     layout = value.layout if value is not None else None
     return ctx.bad(Standing.DIFFERENT, "draws random numbers, which differ from run to run", layout)
