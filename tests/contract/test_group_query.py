@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from attnserve_client import AsyncClient, Attention
 from attnserve_server.app import Application
-from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.config import Settings
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from group_query_graphs import VOCABULARY, Decoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -11,8 +11,8 @@ from attnserve_client import AsyncClient, IndexRange, InvalidRequest
 from attnserve_client.bench.lengths import Lengths
 from attnserve_client.bench.workload import Asked, of_lengths
 from attnserve_server.app import Application
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.config import Settings
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from index_graphs import encoder
 from onnx import TensorProto, helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors

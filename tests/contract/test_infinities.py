@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from attnserve_client import AsyncClient
 from attnserve_server.app import Application
-from attnserve_server.build.checking.recheck import CheckRequest, bundle_at, check_bundle
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.config import Settings
+from attnserve_server.conversion.check.recheck import CheckRequest, bundle_at, check_bundle
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.model.golden import read_golden
 from masked_head_graphs import VOCABULARY, scores, span_head
 

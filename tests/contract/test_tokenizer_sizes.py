@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from attnserve_client import AsyncClient, Attention, InvalidRequest
 from attnserve_server.app import Application
-from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.build.progress import Steps
 from attnserve_server.config import Settings
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.model.repository import Bundle
 from last_token_graphs import VOCABULARY, last_token, reference
 from rich.console import Console

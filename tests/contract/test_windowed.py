@@ -11,8 +11,8 @@ import pytest
 from attnserve_client import AsyncClient, Attention
 from attnserve_server.app import Application
 from attnserve_server.attention.bands import band_keys
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.config import Settings
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.model.bands import BlockBand
 from windowed_graphs import Windowed
 

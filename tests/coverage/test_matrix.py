@@ -12,19 +12,19 @@ from pathlib import Path
 import onnx
 import pytest
 from architectures import TINY, tiny_source
-from attnserve_server.build import export
-from attnserve_server.build.assemble import Assembled, assemble
-from attnserve_server.build.certify import certify
-from attnserve_server.build.checking.check import CHECK_LENGTHS
-from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.graphs.graph import checked
-from attnserve_server.build.inputs.feeds import Sampler
-from attnserve_server.build.inputs.signature import signature_of
-from attnserve_server.build.precision.choose import PRECISIONS, Precision, in_precision
-from attnserve_server.build.progress import Steps
-from attnserve_server.build.proof import prove
-from attnserve_server.build.sources.source_model import SourceModel, ZooOptions, source_model
-from attnserve_server.build.sources.zoo import BUILDERS
+from attnserve_server.conversion import export
+from attnserve_server.conversion.assemble import Assembled, assemble
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.base.tolerances import CHECK_LENGTHS
+from attnserve_server.conversion.graphs.reading import checked
+from attnserve_server.conversion.inputs.signature import signature_of
+from attnserve_server.conversion.precision.choose import PRECISIONS, Precision, in_precision
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.proof import prove
+from attnserve_server.conversion.sources.source_model import SourceModel, ZooOptions, source_model
+from attnserve_server.conversion.sources.zoo import BUILDERS
+from attnserve_server.conversion.verify.certify import certify
 from attnserve_server.model.certificate import Verdict
 from coverage_page import Cell, rendered, settled
 

@@ -35,7 +35,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A client of a server over all cases, the first brought by the command that users call."""
     folder = tmp_path_factory.mktemp("foreign")
     # Not at the top: it imports the runtime, which the tests of the client alone can do without.
-    from attnserve_server.build.prepare import PrepareRequest, prepare_bundle  # noqa: PLC0415
+    from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle  # noqa: PLC0415
 
     files = {name: case.model() for name, case in CASES.items()} | {"tabular": tabular(), "scorer": scorer()}
     for at, (name, model) in enumerate(files.items()):

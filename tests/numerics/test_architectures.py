@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pytest
 from architectures import tiny_source
 from attnserve_client import Client, InferenceResult
-from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.export import ExportRequest, export_bundle
-from attnserve_server.build.sources import zoo
-from attnserve_server.build.sources.source_model import Reference, source_model
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.export import ExportRequest, export_bundle
+from attnserve_server.conversion.sources import zoo
+from attnserve_server.conversion.sources.source_model import Reference, source_model
 from attnserve_server.model.bands import GridBand
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.tokenizer import TextTokenizer

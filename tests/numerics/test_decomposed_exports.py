@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from attnserve_server.build.assemble import Assembled, assemble
-from attnserve_server.build.graphs.graph import read_graph
-from attnserve_server.build.inputs.feeds import Sampler
-from attnserve_server.build.inputs.signature import signature_of
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.build.progress import Steps
-from attnserve_server.build.sources.torch_export import quiet
+from attnserve_server.conversion.assemble import Assembled, assemble
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.graphs.reading import read_graph
+from attnserve_server.conversion.inputs.signature import signature_of
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.sources.torch_export import quiet
 from attnserve_server.engine.session import RuntimeSession
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor, nn

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from attnserve_server.build.assemble import assemble
-from attnserve_server.build.inputs.feeds import Sampler
-from attnserve_server.build.inputs.signature import signature_of
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.build.progress import Steps as Progress
+from attnserve_server.conversion.assemble import assemble
+from attnserve_server.conversion.base.steps import Steps as Progress
+from attnserve_server.conversion.inputs.signature import signature_of
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.engine.session import RuntimeSession
 from step_graphs import WIDTH, Steps
 

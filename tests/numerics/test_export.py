@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attnserve_server.build.errors import BuildRefused, CheckFailed
-from attnserve_server.build.export import ExportRequest, export_bundle
-from attnserve_server.build.progress import Steps
-from attnserve_server.build.runtime import Runner
-from attnserve_server.build.sources import hugging_face
-from attnserve_server.build.sources.source_model import Reference as Answers
-from attnserve_server.build.sources.torch_export import quiet
+from attnserve_server.conversion.base.errors import BuildRefused, CheckFailed
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.export import ExportRequest, export_bundle
+from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.sources import hugging_face
+from attnserve_server.conversion.sources.source_model import Reference as Answers
+from attnserve_server.conversion.sources.torch_export import quiet
 from attnserve_server.model.manifest import InputRole
 from attnserve_server.model.repository import Bundle, BundleInvalid, Repository, verify
 from eager import OUTPUT_TOLERANCE, WEIGHT_TOLERANCE, Reference

@@ -9,8 +9,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from attnserve_server.build.fusion.candidates import ATTENTION, MULTI_HEAD, candidates
-from attnserve_server.build.graphs.graph import checked, tapped
+from attnserve_server.conversion.graphs.reading import checked
+from attnserve_server.conversion.rewrite.fuse.candidates import ATTENTION, MULTI_HEAD, candidates
+from attnserve_server.conversion.rewrite.tapped import tapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_graphs import MASKS, OPSETS, SCALES, TURNS, Array, Plain

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.build.runtime import Runner
-from attnserve_server.build.sources.torch_export import Traceable, trace
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.sources.torch_export import Traceable, trace
 from attnserve_server.model.repository import MODEL_FILE
 from torch import Tensor, einsum, nn
 from torch.nn.functional import elu

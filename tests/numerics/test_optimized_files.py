@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.build.sources.torch_export import quiet
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.sources.torch_export import quiet
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.repository import MODEL_FILE, Bundle
 from classic_models import HEADS, LAYERS, VOCABULARY, WIDTH, Array, Decoder, Encoder, Reader, exported

@@ -11,9 +11,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import typer
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.cli import bring
+from attnserve_server.cli import convert as bring
 from attnserve_server.cli._app import app as commands
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.equality import Equality
 from attnserve_server.model.repository import Bundle

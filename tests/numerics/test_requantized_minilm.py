@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from attnserve_server.build.graphs.graph import checked
-from attnserve_server.build.precision.per_row import with_scale_per_row
-from attnserve_server.build.precision.sentences import sentences
-from attnserve_server.build.progress import Steps
-from attnserve_server.build.sources.source_model import graph_of, source_model
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.graphs.reading import checked
+from attnserve_server.conversion.precision.per_row import with_scale_per_row
+from attnserve_server.conversion.precision.sentences import sentences
+from attnserve_server.conversion.sources.source_model import graph_of, source_model
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.equality import Equality
 from quantized_graphs import dynamically_quantized

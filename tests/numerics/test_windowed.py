@@ -12,15 +12,15 @@ import onnx
 import pytest
 import torch
 from attnserve_server.attention.bands import band_keys, lay_out
-from attnserve_server.build.assemble import Assembled, assemble
-from attnserve_server.build.export import ExportRequest, export_bundle
-from attnserve_server.build.graphs.graph import checked
-from attnserve_server.build.inputs.feeds import Sampler
-from attnserve_server.build.inputs.signature import signature_of
-from attnserve_server.build.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.build.progress import Steps
-from attnserve_server.build.sources.source_model import ZooOptions, source_model
-from attnserve_server.build.sources.zoo.sliding_window import SlidingWindowAttention
+from attnserve_server.conversion.assemble import Assembled, assemble
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.export import ExportRequest, export_bundle
+from attnserve_server.conversion.graphs.reading import checked
+from attnserve_server.conversion.inputs.signature import signature_of
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.sources.source_model import ZooOptions, source_model
+from attnserve_server.conversion.sources.zoo.sliding_window import SlidingWindowAttention
 from attnserve_server.domain.values import PreparedSequence
 from attnserve_server.engine.collation import collate, weights_of
 from attnserve_server.engine.session import RuntimeSession

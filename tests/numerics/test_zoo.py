@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.export import ExportRequest, export_bundle
-from attnserve_server.build.sources import zoo
-from attnserve_server.build.sources.source_model import ZooOptions, source_model
 from attnserve_server.cli._app import app
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.export import ExportRequest, export_bundle
+from attnserve_server.conversion.sources import zoo
+from attnserve_server.conversion.sources.source_model import ZooOptions, source_model
 from attnserve_server.domain.values import PreparedSequence
 from attnserve_server.engine.collation import collate, outputs_of, weights_of
 from attnserve_server.engine.session import RuntimeSession

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attnserve_client import Attention, Client, InferenceResult
-from attnserve_server.build.sources import zoo
+from attnserve_server.conversion.sources import zoo
 from attnserve_server.model.repository import Bundle
 from attnserve_server.model.tokenizer import TextTokenizer
 from serving import serve

@@ -117,7 +117,7 @@ def tiny_source(folder: Path, name: str, **changes: Any) -> Path:
     """A model folder of random weights; the same name and changes give the same ones."""
     import torch  # noqa: PLC0415 - heavy
     import transformers  # noqa: PLC0415
-    from attnserve_server.build.sources.torch_export import quiet  # noqa: PLC0415 - as above
+    from attnserve_server.conversion.sources.torch_export import quiet  # noqa: PLC0415 - as above
 
     tiny = TINY[name]
     with quiet():

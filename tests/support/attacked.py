@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from attnserve_server.build.graphs.graph import precision_of
-from attnserve_server.build.inputs.feeds import Sampler
-from attnserve_server.build.inputs.signature import signature_of
-from attnserve_server.build.inputs.vocabulary import extreme_ids_of
-from attnserve_server.build.learning.probe import probe_axes
-from attnserve_server.build.proof.attack import attack
-from attnserve_server.build.proof.prove import Proof
-from attnserve_server.build.proof.target import Target
-from attnserve_server.build.runtime import Runner
+from attnserve_server.conversion.graphs.reading import precision_of
+from attnserve_server.conversion.inputs.signature import signature_of
+from attnserve_server.conversion.inputs.vocabulary import extreme_ids_of
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.probing.probe import probe_axes
+from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.proof.attack import attack
+from attnserve_server.conversion.proof.prove import Proof
+from attnserve_server.conversion.proof.target import Target
 from attnserve_server.model.certificate import Clause, MaskNeed, Verdict
 from attnserve_server.model.equality import Equality
 from attnserve_server.model.manifest import InputRole, OutputSpec, SiteSpec

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from attnserve_server.build.sources.torch_export import quiet
+from attnserve_server.conversion.sources.torch_export import quiet
 from torch import nn
 
 VOCABULARY, WIDTH, HEADS, LAYERS, POSITIONS = 60, 32, 4, 2, 40

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import onnx
-from attnserve_server.build.inputs.signature import Signature
+from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.model.manifest import BATCH, DerivedLength, OutputSpec
 from mixing_along import FROM_FRONT
 from mixing_attention import attention, fused, query_masked

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from attnserve_server.build.proof import Proof, prove
+from attnserve_server.conversion.proof import Proof, prove
 from attnserve_server.model.certificate import Clause, Verdict
 from attnserve_server.model.manifest import BATCH
 from mixing_graphs import MixingGraph, mixing_graph

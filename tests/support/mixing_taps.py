@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
-from attnserve_server.build.assemble import assemble
-from attnserve_server.build.errors import BuildRefused
-from attnserve_server.build.inputs.feeds import Sampler
-from attnserve_server.build.progress import Steps
-from attnserve_server.build.proof import Proof, prove
+from attnserve_server.conversion.assemble import assemble
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.proof import Proof, prove
 from attnserve_server.model.manifest import OutputSpec, SiteSpec
 from mixing_graphs import MixingGraph
 from mixing_values import UNSAID

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx
-from attnserve_server.build.inputs.signature import Signature
+from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.model.manifest import BATCH, DerivedLength, InputRole, InputSpec, OutputSpec
 from mixing_graphs import MixingGraph
 from mixing_values import UNSAID

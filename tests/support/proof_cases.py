@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime as ort
-from attnserve_server.build.inputs.signature import Signature, signature_of
-from attnserve_server.build.proof import prove
-from attnserve_server.build.proof.prove import Proof
+from attnserve_server.conversion.inputs.signature import Signature, signature_of
+from attnserve_server.conversion.proof import prove
+from attnserve_server.conversion.proof.prove import Proof
 from attnserve_server.model.certificate import Verdict
 from attnserve_server.model.manifest import (
     BATCH,

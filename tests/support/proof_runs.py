@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from attnserve_server.build.proof.prove import Proof
+from attnserve_server.conversion.proof.prove import Proof
 from attnserve_server.model.certificate import Clause
 from attnserve_server.model.equality import WEIGHTS_PREFIX, Equality
 from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, InputRole, InputSpec

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from attnserve_server.build.graphs.graph import checked
+from attnserve_server.conversion.graphs.reading import checked
 from onnx import TensorProto, helper, numpy_helper
 
 Array = np.ndarray[Any, np.dtype[Any]]

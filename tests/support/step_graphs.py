@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from attnserve_server.build.finders import find_sites
-from attnserve_server.build.sites import FoundSite
+from attnserve_server.conversion.base.sites import FoundSite
+from attnserve_server.conversion.finders import find_sites
 from onnx import helper, numpy_helper
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attnserve_server.build.export import ExportRequest, export_bundle
-from attnserve_server.build.sources.source_model import ZooOptions
+from attnserve_server.conversion.export import ExportRequest, export_bundle
+from attnserve_server.conversion.sources.source_model import ZooOptions
 from attnserve_server.model.repository import Bundle
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from attnserve_server.cli import bring, check, healthcheck, serve
+from attnserve_server.cli import check, healthcheck, serve
+from attnserve_server.cli import convert as bring
 
 app = typer.Typer(name="attnserve-server", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

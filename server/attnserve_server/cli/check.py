@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from attnserve_server.cli.bring import AsJson, AttackSeconds, BatchingOption, spoken
+from attnserve_server.cli.convert import AsJson, AttackSeconds, BatchingOption, spoken
 from attnserve_server.cli.report import quality_line
 
 if TYPE_CHECKING:
-    from attnserve_server.build.checking.findings import BundleCheck, Finding
+    from attnserve_server.conversion.check.findings import BundleCheck, Finding
 
 FAILED = 1
 """The exit code where the bundle could be looked at, and something is wrong with it."""
@@ -58,8 +58,8 @@ def check(
 ) -> None:
     """Repeat the check of a bundle: files, golden answers, its certificate, weights, and its source's answers."""
     with spoken():
-        from attnserve_server.build.checking.recheck import CheckRequest, check_bundle  # noqa: PLC0415 - slow to import
-        from attnserve_server.build.progress import Steps  # noqa: PLC0415 - as above
+        from attnserve_server.conversion.base.steps import Steps  # noqa: PLC0415 - as above
+        from attnserve_server.conversion.check.recheck import CheckRequest, check_bundle  # noqa: PLC0415 - slow to import
 
         request = CheckRequest(bundle, against, certify=certify, batching=batching, attack_seconds=attack_seconds)
         checked = check_bundle(request, Steps(Console(stderr=True)))

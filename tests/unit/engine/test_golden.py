@@ -9,11 +9,11 @@ import onnx
 import pytest
 import structlog
 from attnserve_server.app import Application
-from attnserve_server.build.checking.golden import MAX_GOLDEN_BYTES, with_golden
-from attnserve_server.build.inputs.feeds import Sampler
-from attnserve_server.build.inputs.signature import Signature
-from attnserve_server.build.progress import Steps
 from attnserve_server.config import Settings
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.inputs.signature import Signature
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.verify.golden import MAX_GOLDEN_BYTES, with_golden
 from attnserve_server.engine.golden import GoldenMismatch, error_of, verify_golden
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.loading import StartFailed, open_bundle

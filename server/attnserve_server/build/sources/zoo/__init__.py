@@ -1,7 +1,0 @@
-"""The zoo: small models of every form of attention, one short module each, seeded and made on the spot."""
-
-from attnserve_server.build.sources.zoo.registry import BUILDERS
-from attnserve_server.build.sources.zoo.skeleton import SIZES, ZooSize
-from attnserve_server.build.sources.zoo.source import ZooModel, source_model
-
-__all__ = ["BUILDERS", "SIZES", "ZooModel", "ZooSize", "source_model"]

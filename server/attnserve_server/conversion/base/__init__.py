@@ -1,0 +1,1 @@
+"""What every room of conversion shares: sites, tolerances, errors and progress."""

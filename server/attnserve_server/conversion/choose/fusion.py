@@ -1,0 +1,116 @@
+"""Fuse where it pays: tries the rewritten graphs on the spot, and keeps one that answers alike and is faster.
+
+Rewriting itself is done in `candidates`; this decides.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from attnserve_server.conversion.assemble import Assembled, assemble
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.base.tolerances import Tolerances
+from attnserve_server.conversion.choose.comparing import Beside, Feeds, compared, tappable_sites, timed, workloads
+from attnserve_server.conversion.finders import find_sites
+from attnserve_server.conversion.graphs.reading import precision_of, save
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.rewrite.fuse.candidates import Fused, candidates
+from attnserve_server.conversion.rewrite.tapped import expose
+from attnserve_server.model.report import FusionReport
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A graph, or its fused form where that answers alike and is faster.
+
+    Attributes:
+        proto: what is to be assembled.
+        source: the graph as it came in, opened where it was compared.
+        report: on the rewriting that is kept or came nearest to it, None where nothing was tried.
+    """
+
+    proto: onnx.ModelProto
+    source: Runner | None = None
+    report: FusionReport | None = None
+
+    def assembled(self, sampler: Sampler, work: Path, steps: Steps) -> Assembled:
+        """Assembled, with the graph as it came in for its source. Raises BuildRefused."""
+        made = assemble(self.proto, sampler, work, steps)
+        return made if self.source is None else replace(made, source=self.source)
+
+
+def fused(proto: onnx.ModelProto, sampler: Sampler, work: Path, *, fuse: bool = True) -> Rewritten:
+    """A graph, or its fused form where that answers alike and is faster.
+
+    Args:
+        proto: the source, with inferred shapes.
+        sampler: makes sequences for it.
+        work: a folder for the files.
+        fuse: whether to try at all.
+
+    Raises:
+        BuildRefused: the graph does not run.
+    """
+    rewritten = candidates(proto) if fuse else iter(())
+    first = next(rewritten, None)
+    if first is None:
+        return Rewritten(proto)
+    source_path = work / "unfused.onnx"
+    save(ir.from_proto(proto), source_path)
+    source = Runner(source_path)
+    reports: list[FusionReport] = []
+    for candidate in itertools.chain((first,), rewritten):
+        reports.append(tried(candidate, proto, source, sampler, work / "fused.onnx"))
+        if reports[-1].kept:
+            return Rewritten(candidate.proto, source, reports[-1])
+    # What came nearest: a rewriting without a time was refused before it was timed.
+    nearest = min(reports, key=lambda report: report.fused_over_source_time or float("inf"))
+    return Rewritten(proto, source, nearest)
+
+
+def tried(candidate: Fused, proto: onnx.ModelProto, source: Runner, sampler: Sampler, path: Path) -> FusionReport:
+    """Load, compare and time one rewritten graph beside its source."""
+    report = FusionReport(operator=candidate.operator, sites=candidate.sites, kept=False)
+    if tappable_sites(candidate.proto) < tappable_sites(proto):
+        return report.model_copy(update={"reason": "its sites could not be tapped"})
+    outputs = [value.name for value in proto.graph.output]
+    tolerance = Tolerances.of(precision_of(proto)).output
+    beside = Beside(source, workloads(source, sampler, outputs), outputs, tolerance)
+    save(ir.from_proto(candidate.proto), path)
+    try:
+        runner = Runner(path)
+    except BuildRefused as fault:
+        return report.model_copy(update={"reason": str(fault)})
+    error, reason = compared(runner, beside)
+    if reason:
+        return report.model_copy(update={"reason": reason})
+    if not _batched(candidate.proto, beside.batches[0], path):
+        return report.model_copy(update={"reason": "its sites attend within windows, which it folds into the batch"})
+    judged = timed(runner, beside)
+    return report.model_copy(
+        update={
+            "kept": judged.pays,
+            "fused_over_source_time": judged.ratio,
+            "output_max_abs_error": error,
+            "reason": judged.reason("the source's"),
+        }
+    )
+
+
+def _batched(proto: onnx.ModelProto, feeds: Feeds, path: Path) -> bool:
+    """Whether each fused operator's first axis is the batch, without which its weights belong to nobody."""
+    model = ir.from_proto(proto)
+    sites = [site for site in find_sites(model.graph).values() if site.scores is not None]
+    expose(model, sites)
+    save(model, path)
+    names = [str(site.output.value.name) for site in sites if site.output is not None]
+    found = Runner(path).run(feeds, names, tap=False)
+    rows = len(next(iter(feeds.values())))
+    return all(found[name].shape[0] == rows for name in names)

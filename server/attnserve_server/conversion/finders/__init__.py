@@ -1,0 +1,43 @@
+"""The registry of site finders: each knows one way in which graphs compute attention. Names the sites; taps none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import onnx_ir as ir
+
+from attnserve_server.conversion.base.sites import FoundSite
+from attnserve_server.conversion.finders import (
+    decomposed,
+    linear,
+    microsoft_attention,
+    microsoft_group_query,
+    microsoft_multi_head,
+    microsoft_others,
+    onnx_attention,
+)
+from attnserve_server.conversion.finders.names import site_names
+
+Finder = Callable[[ir.Graph], Iterable[FoundSite]]
+"""Looks through a graph and yields the sites that it knows; it must leave the graph as it is."""
+
+FINDERS: tuple[Finder, ...] = (
+    onnx_attention.find,
+    microsoft_attention.find,
+    microsoft_multi_head.find,
+    microsoft_group_query.find,
+    microsoft_others.find,
+    decomposed.find,
+    linear.find,
+)
+"""In order of precedence: where two finders claim one node, the first one's word counts."""
+
+
+def find_sites(graph: ir.Graph, finders: Iterable[Finder] = FINDERS) -> dict[str, FoundSite]:
+    """All sites of a graph by name, in the order in which the graph computes them."""
+    claimed: dict[ir.Node, FoundSite] = {}
+    for finder in finders:
+        for site in finder(graph):
+            claimed.setdefault(site.node, site)
+    ordered = [claimed[node] for node in graph.all_nodes() if node in claimed]
+    return dict(zip(site_names([site.node for site in ordered]), ordered, strict=True))

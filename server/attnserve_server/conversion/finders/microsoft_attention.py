@@ -1,0 +1,124 @@
+"""Finds onnxruntime's own `Attention`, which projects its input with packed weights, and `QAttention`, its int8 form.
+
+Measured on onnxruntime 1.32's CPU kernel: masks are added to the scores (`mask_filter_value` for keys that integers
+leave out, the lowest float32 number behind the frontier, `attention_bias` as it stands), so a row in which every key is
+masked is no zero row but the softmax of scores that are all shifted alike. `mask_index` of 3 * B + 2 numbers counts by
+its first B. Masks of rank 4 run on other providers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Quantized, Scores
+from attnserve_server.conversion.finders.microsoft_nodes import (
+    NotTappable,
+    attention_bias,
+    given,
+    heads_of,
+    key_padding,
+    last_extent_of,
+    nodes_of,
+    refuse_inputs,
+    refuse_subgraph,
+    required,
+)
+
+_MASK_RANKS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Positions of inputs, after input, weights and bias, in which the operators differ."""
+
+    mask: int
+    past: int
+    bias: int | None = None
+
+
+_PLACES = {"Attention": _Places(mask=3, past=4, bias=5), "QAttention": _Places(mask=5, past=8)}
+
+
+def find(graph: ir.Graph) -> Iterator[FoundSite]:
+    """All such nodes of onnxruntime's domain, in subgraphs too."""
+    return (_site(node, graph, _PLACES[node.op_type]) for node in nodes_of(graph, *_PLACES))
+
+
+def _site(node: ir.Node, graph: ir.Graph, places: _Places) -> FoundSite:
+    operator = f"com.microsoft.{node.op_type}-1"
+    causal = node.attributes.get_int("unidirectional", 0) == 1
+    heads, head_dim = max(node.attributes.get_int("num_heads", 1), 1), 0
+    try:
+        heads = heads_of(node)
+        hidden, value_hidden = _hidden_sizes(node, heads)
+        head_dim = hidden // heads
+        refuse_subgraph(node, graph)
+        refuse_inputs(node, {places.past: "past: weights over a cache are not tapped yet"})
+        _refuse_rotation(node)
+        scores = Scores(
+            query=_operand(node, heads, 0, hidden),
+            key=_operand(node, heads, hidden, 2 * hidden),
+            head_dim=head_dim,
+            scale=node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(head_dim),
+            causal=causal,
+            masks=(
+                *key_padding(node, places.mask, _MASK_RANKS),
+                *(attention_bias(node, places.bias) if places.bias is not None else ()),
+            ),
+            zeroed=False,
+        )
+    except NotTappable as why:
+        return FoundSite(node, operator, heads, heads, head_dim, causal=causal, unavailable_reason=str(why))
+    return FoundSite(
+        node,
+        operator,
+        heads,
+        heads,
+        head_dim,
+        causal=causal,
+        scores=scores,
+        value=_operand(node, heads, 2 * hidden, 2 * hidden + value_hidden),
+        output=Operand(node.outputs[0], heads, packed=True),
+    )
+
+
+def _refuse_rotation(node: ir.Node) -> None:
+    if node.attributes.get_int("do_rotary", 0):
+        raise NotTappable("it rotates query and key itself, which onnxruntime's CPU kernel cannot do")
+
+
+def _hidden_sizes(node: ir.Node, heads: int) -> tuple[int, int]:
+    """Of query and key, and of value."""
+    declared = list(node.attributes.get_ints("qkv_hidden_sizes", ()))
+    width = last_extent_of(given(node, 1)) or last_extent_of(given(node, 2))
+    if not declared and (width is None or width % 3):
+        raise NotTappable("the width of its packed weights is not in the graph")
+    query, key, value = declared or [(width or 0) // 3] * 3
+    if query != key or query % heads or value % heads or not query:
+        raise NotTappable(f"sizes of query, key and value, {query}, {key} and {value}, do not suit {heads} heads")
+    return query, value
+
+
+def _operand(node: ir.Node, heads: int, start: int, stop: int) -> Operand:
+    """A third of the projection."""
+    bias = given(node, 2)
+    return Operand(
+        required(node, 0, "input"),
+        heads,
+        packed=True,
+        weights=required(node, 1, "weights"),
+        quantized=_quantized(node),
+        columns=(start, stop),
+        bias=None if bias is None else Columns(bias, start, stop),
+    )
+
+
+def _quantized(node: ir.Node) -> Quantized | None:
+    if node.op_type != "QAttention":
+        return None
+    scales = required(node, 3, "input_scale"), required(node, 4, "weight_scale")
+    return Quantized(*scales, input_zero=given(node, 6), weight_zero=given(node, 7))

@@ -1,0 +1,138 @@
+"""Finds onnxruntime's `GroupQueryAttention` without a past: grouped heads, rotation, windows, lengths of keys.
+
+Measured on onnxruntime 1.32's CPU kernels: softcap comes before `attention_bias`; query i sees the `local_window_size`
+keys up to itself, itself among them, and none behind `seqlens_k`; of `position_ids` only the first number counts;
+`head_sink` (with `smooth_softmax` alone, 0) is one more score, behind softcap.
+There are two kernels, one of them for nodes that also give their present and have no softcap, and they differ where
+nothing is to be seen: in rows whose every bias is the lowest float32 number or below (0 here; the mean of some values
+or NaN there), and, under a window, in queries behind `seqlens_k`. Weights of such rows are 0. `q_norm_weight` and
+quantized caches run on other providers alone.
+
+Weights under a window are given as a whole map, with zeros outside: windows of language models are wider than most
+texts, and a band of that width would be larger than the map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from attnserve_server.conversion.base.sites import FoundSite, Operand, Rotary, Scores, Windows
+from attnserve_server.conversion.finders.microsoft_nodes import (
+    NotTappable,
+    attention_bias,
+    given,
+    heads_of,
+    last_extent_of,
+    nodes_of,
+    refuse_inputs,
+    refuse_subgraph,
+    required,
+)
+from attnserve_server.model.bands import SlidingBand
+
+_PAST_KEY, _LENGTHS, _COS, _SIN, _POSITIONS, _BIAS, _SINK = 3, 5, 7, 8, 9, 10, 11
+_UNKNOWN = {
+    12: "k_scale: weights over a quantized cache are not tapped",
+    14: "q_norm_weight: normalized heads are not tapped",
+    16: "query_seqlens: chunks of a cache are not tapped",
+}
+
+
+def find(graph: ir.Graph) -> Iterator[FoundSite]:
+    """All `GroupQueryAttention` nodes, in subgraphs too."""
+    return (_site(node, graph) for node in nodes_of(graph, "GroupQueryAttention"))
+
+
+def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
+    operator = "com.microsoft.GroupQueryAttention-1"
+    causal = node.attributes.get_int("causal", 1) == 1
+    heads = max(node.attributes.get_int("num_heads", 1), 1)
+    kv_heads, head_dim = max(node.attributes.get_int("kv_num_heads", heads), 1), 0
+    try:
+        heads, kv_heads = heads_of(node), heads_of(node, "kv_num_heads")
+        head_dim = _head_dim(node, heads, kv_heads)
+        refuse_subgraph(node, graph)
+        _refuse_what_no_tap_can_do(node)
+        query, key, value = _operands(node, heads, kv_heads, head_dim)
+        scores = Scores(
+            query=query,
+            key=key,
+            head_dim=head_dim,
+            scale=node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(head_dim),
+            softcap=node.attributes.get_float("softcap", 0.0),
+            causal=causal,
+            window=max(node.attributes.get_int("local_window_size", -1), 0),
+            masks=attention_bias(node, _BIAS, masked_up_to=float(np.finfo(np.float32).min)),
+            key_ends=required(node, _LENGTHS, "seqlens_k"),
+            sink=_sink(node),
+        )
+    except NotTappable as why:
+        return FoundSite(node, operator, heads, kv_heads, head_dim, causal=causal, unavailable_reason=str(why))
+    output = Operand(node.outputs[0], heads, packed=True)
+    return FoundSite(
+        node,
+        operator,
+        heads,
+        kv_heads,
+        head_dim,
+        form="windowed" if scores.window else "dense",
+        causal=causal,
+        scores=scores,
+        windows=Windows(SlidingBand(before=scores.window - 1, after=0)) if causal and scores.window else None,
+        value=value,
+        output=output,
+    )
+
+
+def _head_dim(node: ir.Node, heads: int, kv_heads: int) -> int:
+    if heads % kv_heads:
+        raise NotTappable(f"{heads} query heads are no multiple of {kv_heads} key heads")
+    query = required(node, 0, "query")
+    width = last_extent_of(query)
+    parts = heads if given(node, 1) is not None else heads + 2 * kv_heads
+    if width is None or width % parts:
+        raise NotTappable(f"the head size of {query.name!r} is not in the graph")
+    return width // parts
+
+
+def _refuse_what_no_tap_can_do(node: ir.Node) -> None:
+    past = given(node, _PAST_KEY)
+    if past is not None and (past.shape is None or past.shape[2] != 0):
+        raise NotTappable("it takes past_key: weights over a cache are not tapped yet")
+    refuse_inputs(node, _UNKNOWN)
+
+
+def _sink(node: ir.Node) -> ir.Value | float | None:
+    own = given(node, _SINK)
+    return 0.0 if own is None and node.attributes.get_int("smooth_softmax", 0) == 1 else own
+
+
+def _operands(node: ir.Node, heads: int, kv_heads: int, head_dim: int) -> tuple[Operand, Operand, Operand]:
+    query, key, value = required(node, 0, "query"), given(node, 1), given(node, 2)
+    rotary = _rotary(node)
+    if key is not None and value is not None:
+        return (
+            Operand(query, heads, packed=True, rotary=rotary),
+            Operand(key, kv_heads, packed=True, rotary=rotary),
+            Operand(value, kv_heads, packed=True),
+        )
+    ends = heads * head_dim, (heads + kv_heads) * head_dim, (heads + 2 * kv_heads) * head_dim
+    return (
+        Operand(query, heads, packed=True, columns=(0, ends[0]), rotary=rotary),
+        Operand(query, kv_heads, packed=True, columns=(ends[0], ends[1]), rotary=rotary),
+        Operand(query, kv_heads, packed=True, columns=(ends[1], ends[2])),
+    )
+
+
+def _rotary(node: ir.Node) -> Rotary | None:
+    if not node.attributes.get_int("do_rotary", 0):
+        return None
+    cos, sin = required(node, _COS, "cos_cache"), required(node, _SIN, "sin_cache")
+    if cos.shape is None or not isinstance(cos.shape[-1], int):
+        raise NotTappable(f"the width of {cos.name!r} is not in the graph")
+    interleaved = node.attributes.get_int("rotary_interleaved", 0) == 1
+    return Rotary(cos, sin, interleaved, first=given(node, _POSITIONS))

@@ -1,0 +1,119 @@
+"""Finds onnxruntime's `MultiHeadAttention`: query, key and value apart, or packed, with their biases.
+
+Measured on onnxruntime 1.32's CPU kernel: masks are added to the scores, as its `Attention` does. Key and value of rank
+4 take no bias. Where keys outnumber queries, the frontier of `unidirectional` starts top left, and does not hold back
+the last query. Packed forms run on other providers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Scores
+from attnserve_server.conversion.finders.microsoft_nodes import (
+    NotTappable,
+    attention_bias,
+    given,
+    heads_of,
+    key_padding,
+    last_extent_of,
+    nodes_of,
+    rank_of,
+    refuse_inputs,
+    refuse_subgraph,
+    required,
+)
+
+_PADDING_RANKS = (1, 2, 3)
+_CACHES = {
+    position: f"{name}: weights over a cache are not tapped yet"
+    for position, name in enumerate(("past_key", "past_value", "past_sequence_length", "cache_indirection"), start=6)
+}
+
+
+def find(graph: ir.Graph) -> Iterator[FoundSite]:
+    """All `MultiHeadAttention` nodes, in subgraphs too."""
+    return (_site(node, graph) for node in nodes_of(graph, "MultiHeadAttention"))
+
+
+def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
+    operator = "com.microsoft.MultiHeadAttention-1"
+    causal = node.attributes.get_int("unidirectional", 0) == 1
+    heads, head_dim = max(node.attributes.get_int("num_heads", 1), 1), 0
+    try:
+        heads = heads_of(node)
+        refuse_subgraph(node, graph)
+        refuse_inputs(node, _CACHES)
+        query, key, value = _operands(node, heads)
+        head_dim = _head_dim(query, key)
+        query, key, value = _biased(node, query, key, value, head_dim)
+        scores = Scores(
+            query=query,
+            key=key,
+            head_dim=head_dim,
+            scale=node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(head_dim),
+            causal=causal,
+            masks=(*key_padding(node, 4, _PADDING_RANKS), *attention_bias(node, 5)),
+            zeroed=False,
+        )
+    except NotTappable as why:
+        return FoundSite(node, operator, heads, heads, head_dim, causal=causal, unavailable_reason=str(why))
+    output = Operand(node.outputs[0], heads, packed=True)
+    return FoundSite(node, operator, heads, heads, head_dim, causal=causal, scores=scores, value=value, output=output)
+
+
+def _operands(node: ir.Node, heads: int) -> tuple[Operand, Operand, Operand]:
+    """Query, key and value before their biases."""
+    query = required(node, 0, "query")
+    key, value = given(node, 1), given(node, 2)
+    if key is None:
+        return (
+            Operand(query, heads, packed=True, part=0),
+            Operand(query, heads, packed=True, part=1),
+            Operand(query, heads, packed=True, part=2),
+        )
+    alone = Operand(query, heads, packed=True)
+    if value is None:
+        return alone, Operand(key, heads, packed=True, part=0), Operand(key, heads, packed=True, part=1)
+    rank = rank_of(key)
+    if rank not in {3, 4}:
+        raise NotTappable(
+            f"the rank of its key {key.name!r} is not known" if rank is None else f"its key has rank {rank}"
+        )
+    return alone, Operand(key, heads, packed=rank == 3), Operand(value, heads, packed=rank == 3)
+
+
+def _head_dim(query: Operand, key: Operand) -> int:
+    for operand in (query, key):
+        width = last_extent_of(operand.value)
+        if width is None:
+            continue
+        if operand.part is not None or not operand.packed:
+            return width
+        if width % operand.heads == 0:
+            return width // operand.heads
+        raise NotTappable(f"the width of {operand.value.name!r}, {width}, does not suit {operand.heads} heads")
+    raise NotTappable(f"the head size of {query.value.name!r} is not in the graph")
+
+
+def _biased(
+    node: ir.Node, query: Operand, key: Operand, value: Operand, head_dim: int
+) -> tuple[Operand, Operand, Operand]:
+    """With the columns of the one bias that each of them takes."""
+    bias = given(node, 3)
+    if bias is None:
+        return query, key, value
+    hidden = query.heads * head_dim
+    query = replace(query, bias=Columns(bias, 0, hidden))
+    if not key.packed:
+        return query, key, value
+    width = last_extent_of(bias)
+    if width is None:
+        value_width = last_extent_of(value.value)
+        width = None if value_width is None or value.part is not None else 2 * hidden + value_width
+    key = replace(key, bias=Columns(bias, hidden, 2 * hidden))
+    return query, key, replace(value, bias=Columns(bias, 2 * hidden, 3 * hidden if width is None else width))

@@ -1,0 +1,153 @@
+"""Finds the `ai.onnx` operator `Attention` (opset 23 to 25).
+
+Source: ONNX operators, Attention-23 to Attention-25; onnxruntime's CPU kernel agrees with it on the order (scale,
+softcap, mask, softmax), on the causal frontier (top left where there is no cache) and on fully masked rows (zeros).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import onnx_ir as ir
+
+from attnserve_server.conversion.base.sites import FoundSite, Mask, Operand, Scores, Windows
+from attnserve_server.model.bands import SlidingBand
+
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+_MASK_RANKS = (2, 3, 4)
+_CACHES = {4: "past_key", 5: "past_value", 6: "nonpad_kv_seqlen"}
+
+
+class _NotTappable(Exception):
+    """Why this site's weights cannot be had."""
+
+
+def find(graph: ir.Graph) -> Iterator[FoundSite]:
+    """All `Attention` nodes of the standard operator set, in subgraphs too."""
+    version = graph.opset_imports.get("", 0)
+    for node in graph.all_nodes():
+        if node.op_type == "Attention" and node.domain in {"", "ai.onnx"}:
+            yield _site(node, graph, node.version or version)
+
+
+def _site(node: ir.Node, graph: ir.Graph, version: int) -> FoundSite:
+    operator = f"ai.onnx.Attention-{version}"
+    heads = kv_heads = 1
+    head_dim = 0
+    causal = node.attributes.get_int("is_causal", 0) == 1
+    try:
+        query = _operand(node, 0, "q_num_heads")
+        heads = query.heads
+        key = _operand(node, 1, "kv_num_heads")
+        kv_heads = key.heads
+        head_dim = _head_dim(query)
+        _refuse_what_no_tap_can_do(node, graph, query, key)
+        scores = Scores(
+            query=query,
+            key=key,
+            head_dim=head_dim,
+            scale=node.attributes.get_float("scale", 1.0 / math.sqrt(head_dim)),
+            softcap=node.attributes.get_float("softcap", 0.0),
+            causal=causal,
+            window=_window(node, "left") + 1,
+            ahead=_window(node, "right") if _window(node, "right") >= 0 else None,
+            masks=_masks(node),
+        )
+    except _NotTappable as why:
+        return FoundSite(
+            node, operator, heads, kv_heads, head_dim, form=_form(node), causal=causal, unavailable_reason=str(why)
+        )
+    value = Operand(_input(node, 2), kv_heads, query.packed)
+    output = Operand(node.outputs[0], heads, query.packed)
+    return FoundSite(
+        node,
+        operator,
+        heads,
+        kv_heads,
+        head_dim,
+        form=_form(node),
+        causal=causal,
+        scores=scores,
+        windows=_windows(node, causal=causal),
+        value=value,
+        output=output,
+    )
+
+
+def _form(node: ir.Node) -> Literal["dense", "windowed"]:
+    return "windowed" if _windowed(node) else "dense"
+
+
+def _windowed(node: ir.Node) -> bool:
+    return any(_window(node, side) >= 0 for side in ("left", "right"))
+
+
+def _window(node: ir.Node, side: str) -> int:
+    """How many keys a query sees on one side; -1 for all."""
+    return node.attributes.get_int(f"{side}_window_size", -1)
+
+
+def _windows(node: ir.Node, *, causal: bool) -> Windows | None:
+    """The band, where there is an end to it on both sides."""
+    before, after = _window(node, "left"), 0 if causal else _window(node, "right")
+    return Windows(SlidingBand(before=before, after=after)) if before >= 0 and after >= 0 else None
+
+
+def _refuse_what_no_tap_can_do(node: ir.Node, graph: ir.Graph, query: Operand, key: Operand) -> None:
+    if node.graph is not graph:
+        raise _NotTappable("it stands inside a subgraph, whose values the outer graph cannot see")
+    for position, name in _CACHES.items():
+        if position < len(node.inputs) and node.inputs[position] is not None:
+            raise _NotTappable(f"it takes {name}: weights over a cache are not tapped yet")
+    if query.heads % key.heads:
+        raise _NotTappable(f"{query.heads} query heads are no multiple of {key.heads} key heads")
+    if query.packed != key.packed:
+        raise _NotTappable("query and key differ in rank")
+    for operand in (query, key):
+        if operand.value.dtype not in _FLOATS:
+            raise _NotTappable(f"the type of {operand.value.name!r} is not known to be floating point")
+
+
+def _input(node: ir.Node, position: int) -> ir.Value:
+    value = node.inputs[position] if position < len(node.inputs) else None
+    if value is None:
+        raise _NotTappable(f"its input {position} is missing")
+    return value
+
+
+def _operand(node: ir.Node, position: int, attribute: str) -> Operand:
+    """Query or key: packed (rank 3) needs the attribute; rank 4 has the heads in its shape."""
+    value = _input(node, position)
+    declared = node.attributes.get_int(attribute, 0)
+    rank = len(value.shape) if value.shape is not None else (3 if declared else 4)
+    if rank == 3 and declared >= 1:
+        return Operand(value, declared, packed=True)
+    if rank != 4:
+        raise _NotTappable(f"{value.name!r} has rank {rank}" + (f" without {attribute}" if rank == 3 else ""))
+    heads = value.shape[1] if value.shape is not None else declared
+    if not isinstance(heads, int) or heads < 1:
+        raise _NotTappable(f"the number of heads of {value.name!r} is not in the graph")
+    return Operand(value, heads, packed=False)
+
+
+def _head_dim(query: Operand) -> int:
+    last = query.value.shape[-1] if query.value.shape is not None else None
+    if not isinstance(last, int) or last < 1 or (query.packed and last % query.heads):
+        raise _NotTappable(f"the head size of {query.value.name!r} is not in the graph")
+    return last // query.heads if query.packed else last
+
+
+def _masks(node: ir.Node) -> tuple[Mask, ...]:
+    value = node.inputs[3] if len(node.inputs) > 3 else None
+    if value is None:
+        return ()
+    if value.shape is None:
+        raise _NotTappable(f"the rank of its mask {value.name!r} is not known")
+    rank = len(value.shape)
+    if rank not in _MASK_RANKS:
+        raise _NotTappable(f"its mask {value.name!r} has rank {rank}; 2, 3 and 4 are known")
+    if value.dtype is not ir.DataType.BOOL and value.dtype not in _FLOATS:
+        raise _NotTappable(f"the type of its mask {value.name!r} is not known")
+    return (Mask(value, rank, boolean=value.dtype is ir.DataType.BOOL),)

@@ -1,0 +1,172 @@
+"""What the inputs of a graph are: types, roles, and axis symbols by their shapes. Runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.graphs.reading import HOW_TO_NAME
+from attnserve_server.conversion.inputs.additive import additive_masks_of
+from attnserve_server.conversion.inputs.index_ranges import index_ranges_of
+from attnserve_server.conversion.inputs.roles import is_position, is_second, roles_of
+from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, Dtype, IndexRange, InputRole, InputSpec
+
+SEQUENCE = "seq"
+"""The symbol of the axis that token inputs share where the graph does not name it."""
+SECOND_SEQUENCE = "decoder_seq"
+"""That of inputs whose names say that they are of a second text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The inputs, without the batch axis, and the largest batch that the graph takes (None: any).
+
+    `unbounded`: inputs that the graph looks rows up with in a way that does not tell which numbers are legal.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    symbols: tuple[str, ...]
+    fixed_batch: int | None = None
+    unbounded: frozenset[str] = frozenset()
+
+
+def dtype_of(element_type: int, name: str) -> Dtype:
+    """The manifest's name of an ONNX element type. Raises BuildRefused for those that cannot be served."""
+    try:
+        known = np.dtype(helper.tensor_dtype_to_np_dtype(element_type)).name
+    except (KeyError, ValueError):
+        known = "unknown"
+    if known not in NUMPY_DTYPES:
+        known = "string" if element_type == onnx.TensorProto.STRING else known
+        raise BuildRefused(f"{name!r} is of type {known}; {', '.join(NUMPY_DTYPES)} can be served")
+    return cast("Dtype", known)
+
+
+def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
+    """Roles, types and axis symbols of a graph's inputs.
+
+    The first axis of every input is the batch, whatever its symbol. Other dynamic axes keep their symbols; a token
+    input's nameless one is `seq` (`decoder_seq` where its name says that it is of a second text), any other becomes
+    `<input>_axis_<position>`.
+
+    Raises:
+        BuildRefused: an input has no axes, no known type, or a fixed batch axis other than 1.
+    """
+    initialized = {tensor.name for tensor in graph.initializer}
+    values = [value for value in graph.input if value.name not in initialized]
+    if not values:
+        raise BuildRefused("the graph has no inputs")
+    axes = {value.name: _axes(value) for value in values}
+    dtypes = {value.name: dtype_of(value.type.tensor_type.elem_type, value.name) for value in values}
+    fixed, batch_symbols = _batch(axes)
+    flat = {
+        name: _sequence_symbol(name, axes[name][1])
+        for name, dtype in dtypes.items()
+        if len(axes[name]) == 2 and (np.issubdtype(NUMPY_DTYPES[dtype], np.integer) or dtype == "bool")
+    }
+    roles, vocabularies = roles_of(graph, flat)
+    counted = {name: NUMPY_DTYPES[dtype] for name, dtype in dtypes.items() if dtype != "bool"}
+    bounds = index_ranges_of(graph, counted)
+    additive = additive_masks_of(graph, {name: dtype for name, dtype in counted.items() if dtype.kind == "f"})
+    specs: list[InputSpec] = []
+    for name, dtype in dtypes.items():
+        role = roles.get(name, InputRole.DATA)
+        along_tokens = role is not InputRole.DATA or (name in flat and is_position(name))
+        shape = tuple(
+            _extent(name, position, axis, along_tokens=along_tokens)
+            for position, axis in enumerate(axes[name][1:], start=1)
+        )
+        fill = {InputRole.ATTENTION_MASK: 1.0, InputRole.TOKEN_TYPE_IDS: 0.0}.get(role)
+        spec = InputSpec(name=name, dtype=dtype, shape=shape, role=role, fill=fill)
+        if name in additive:
+            # Padded keys stay hidden.
+            specs.append(spec.model_copy(update={"additive_mask": True, "padding": additive[name]}))
+        else:
+            specs.append(_bounded(spec, bounds.of.get(name, ()), vocabularies.get(name, 0), padding_id))
+    symbols = {extent: None for spec in specs for extent in spec.shape if isinstance(extent, str)}
+    clash = [symbol for symbol in symbols if symbol == BATCH or symbol in batch_symbols]
+    if clash:
+        raise BuildRefused(_clash(BATCH if BATCH in clash else clash[0], specs, axes))
+    return Signature(tuple(specs), tuple(symbols), fixed_batch=1 if fixed else None, unbounded=bounds.lost)
+
+
+def in_float16(signature: Signature) -> Signature:
+    """The signature of the graph in float16: what hides a padded key there stays finite."""
+    least = float(np.finfo(np.float16).min)
+    inputs = tuple(
+        spec.model_copy(update={"padding": max(spec.padding, least)}) if spec.additive_mask else spec
+        for spec in signature.inputs
+    )
+    return replace(signature, inputs=inputs)
+
+
+def _bounded(spec: InputSpec, ranges: tuple[IndexRange, ...], vocabulary_size: int, padding_id: int) -> InputSpec:
+    """An input with the numbers that it may hold, and a padding that is one of them."""
+    if spec.role is InputRole.TOKEN_IDS:
+        # Ids are never negative, whatever a table takes.
+        past = [each.greatest + 1 for each in ranges if not each.along and each.least <= 0 <= each.greatest]
+        sizes = [size for size in (vocabulary_size, *past) if size]
+        return spec.model_copy(update={"padding": float(padding_id), "vocabulary_size": min(sizes, default=0)})
+    if spec.role is InputRole.ATTENTION_MASK:
+        return spec
+    if spec.role is InputRole.TOKEN_TYPE_IDS:
+        ranges = tuple(each.model_copy(update={"least": max(each.least, 0)}) for each in ranges if each.greatest >= 0)
+    bounded = spec.model_copy(update={"index_ranges": ranges})
+    resting = set(bounded.resting)
+    return bounded.model_copy(update={"padding": float(resting.pop())}) if len(resting) == 1 else bounded
+
+
+def _clash(symbol: str, specs: Sequence[InputSpec], axes: Mapping[str, Sequence[Any]]) -> str:
+    """Where the symbol of the batch stands besides: on two axes of one input, or on another axis than in front."""
+    firsts = [name for name, each in axes.items() if each[0].dim_param == symbol]
+    spec = next(spec for spec in specs if symbol in spec.shape)
+    if spec.name in firsts:
+        return f"axis symbol {symbol!r} names the batch axis and another one"
+    said = f"input {spec.name!r} has its batch on axis {spec.shape.index(symbol) + 1}: it must be the first axis of all"
+    return f"{said}; {symbol!r} is axis 0 of {firsts[0]!r}" if firsts else said
+
+
+def _axes(value: onnx.ValueInfoProto) -> list[Any]:
+    """The axes of an input, the batch first."""
+    if not value.type.HasField("tensor_type"):
+        kind = value.type.WhichOneof("value") or "unknown_type"
+        raise BuildRefused(f"input {value.name!r} is of type {kind.removesuffix('_type')}; only tensors can be served")
+    if not value.type.tensor_type.HasField("shape"):
+        raise BuildRefused(f"input {value.name!r} has no known shape: {HOW_TO_NAME}")
+    axes = list(value.type.tensor_type.shape.dim)
+    if not axes:
+        raise BuildRefused(f"input {value.name!r} is a scalar: its first axis must be the batch")
+    for position, axis in enumerate(axes):
+        if axis.HasField("dim_value") and axis.dim_value < 1:
+            said = f"input {value.name!r}: axis {position} has the extent {axis.dim_value}"
+            raise BuildRefused(said if not axis.dim_value else f"{said}: {HOW_TO_NAME}")
+    return axes
+
+
+def _batch(axes: Mapping[str, Sequence[Any]]) -> tuple[set[int], set[str]]:
+    """Fixed extents (none, or 1) and symbols of the first axes."""
+    firsts = [each[0] for each in axes.values()]
+    fixed = {int(axis.dim_value) for axis in firsts if axis.HasField("dim_value")}
+    if fixed - {1}:
+        raise BuildRefused(f"the batch axis is fixed at {max(fixed)}: export the model with a dynamic first axis")
+    return fixed, {axis.dim_param for axis in firsts if axis.dim_param}
+
+
+def _sequence_symbol(name: str, axis: Any) -> str:
+    if axis.HasField("dim_value"):
+        return str(axis.dim_value)
+    return str(axis.dim_param) or (SECOND_SEQUENCE if is_second(name) else SEQUENCE)
+
+
+def _extent(name: str, position: int, axis: Any, *, along_tokens: bool) -> str | int:
+    if axis.HasField("dim_value"):
+        return int(axis.dim_value)
+    if along_tokens:
+        return _sequence_symbol(name, axis)
+    return str(axis.dim_param) or f"{name}_axis_{position}"

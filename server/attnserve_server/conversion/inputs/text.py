@@ -1,0 +1,156 @@
+"""How text becomes a graph's inputs: which axis the first text fills and which, if any, the second has to itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.inputs.roles import is_second
+from attnserve_server.model.manifest import AxisSpec, InputRole, InputSpec, TextSpec
+
+
+def text_of(
+    inputs: Sequence[InputSpec], max_lengths: Mapping[str, int], pair_start: int | None = None
+) -> TextSpec | None:
+    """The text of a model with these inputs; None where none of them holds token ids.
+
+    Where two inputs hold token ids, along axes of their own, the second text fills the one whose name says that it is a
+    decoder's, or else the later one.
+
+    Args:
+        inputs: of the graph.
+        max_lengths: by axis symbol.
+        pair_start: the id that the second text starts behind; None: no such.
+
+    Raises:
+        BuildRefused: the length of an input of token ids is fixed, there are more than two such inputs, or a start is
+            given where the second text has no input of its own.
+    """
+    ids = [spec for spec in inputs if spec.role is InputRole.TOKEN_IDS]
+    if not ids:
+        return None
+    for spec in ids:
+        if not isinstance(spec.shape[0], str):
+            raise BuildRefused(f"input {spec.name!r} has a fixed length of {spec.shape[0]}: text needs a dynamic axis")
+    if len(ids) > 2:
+        raise BuildRefused(f"inputs {', '.join(spec.name for spec in ids)} all hold token ids: text can fill two")
+    first, *second = sorted(ids, key=lambda spec: is_second(spec.name))
+    axis = str(first.shape[0])
+    if not second:
+        if pair_start is not None:
+            raise BuildRefused(f"a start of the second text was given, but {first.name!r} alone holds token ids")
+        return TextSpec(axis=axis, max_tokens=max_lengths[axis])
+    pair_axis = str(second[0].shape[0])
+    return TextSpec(
+        axis=axis,
+        max_tokens=max_lengths[axis],
+        pair_axis=pair_axis,
+        pair_max_tokens=max_lengths[pair_axis],
+        pair_start=pair_start,
+    )
+
+
+def written_text(
+    tokenizer: Path, text: TextSpec | None, inputs: Sequence[InputSpec], axes: Sequence[AxisSpec], steps: Steps
+) -> TextSpec | None:
+    """The text with the axes along which the tokenizer's own padding and truncation are kept.
+
+    Padding is left out only where the graph ignores it: behind the text, masked, and along an axis that was seen to be
+    paddable. Of a second text with an axis to itself that it is paddable is enough. Without padding, texts are cut only
+    where the model has no mask: elsewhere one that is too long is refused.
+
+    Args:
+        tokenizer: the file.
+        text: which axes texts run along; None: the model takes none.
+        inputs: of the graph.
+        axes: what is known of them.
+        steps: receives a warning for what is kept.
+
+    Raises:
+        BuildRefused: the tokenizer pads, nothing hides it, and the graph does not take so many tokens.
+    """
+    if text is None:
+        return None
+    sized = Sizing.of(tokenizer)
+    paddable = {axis.symbol for axis in axes if axis.paddable}
+    masked = {spec.shape[0] for spec in inputs if spec.role is InputRole.ATTENTION_MASK and len(spec.shape) == 1}
+    written: list[str] = []
+    for axis, most in text.axes.items():
+        hidden = axis in paddable and sized.behind and (axis in masked or axis == text.pair_axis)
+        if not (sized.pads and not hidden) and not (sized.cuts and axis not in masked and axis != text.pair_axis):
+            continue
+        if sized.least > most:
+            raise BuildRefused(
+                f"{tokenizer.name} pads texts to {sized.least} tokens, which no mask hides, and the graph takes "
+                f"{most} at most: take the padding out of the file, or lower it"
+            )
+        written.append(axis)
+        steps.warn(
+            f"texts along {axis!r} are {sized.words}, as {tokenizer.name} says: the model has no mask that hides it"
+        )
+    return text.model_copy(update={"as_written": tuple(written)})
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """What a tokenizer.json says of lengths. `least`: tokens that a text is padded to; `most`: to which it is cut.
+
+    0 where it says neither. `multiple`: what lengths are padded to a multiple of; `behind`: padding comes last.
+    """
+
+    least: int = 0
+    multiple: int = 0
+    most: int = 0
+    behind: bool = True
+
+    @classmethod
+    def of(cls, tokenizer: Path) -> Sizing:
+        """As the file has it, which was read before."""
+        described = json.loads(tokenizer.read_text(encoding="utf-8"))
+        padding, truncation = described.get("padding") or {}, described.get("truncation") or {}
+        strategy, multiple = padding.get("strategy"), int(padding.get("pad_to_multiple_of") or 0)
+        least = int(strategy["Fixed"]) if isinstance(strategy, dict) else 0
+        if multiple:
+            least = -(-least // multiple) * multiple
+        behind = padding.get("direction", "Right") == "Right"
+        return cls(least, multiple, int(truncation.get("max_length") or 0), behind)
+
+    @property
+    def pads(self) -> bool:
+        """Whether a single text may be padded."""
+        return self.least > 0 or self.multiple > 1
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a single text may be cut."""
+        return self.most > 0
+
+    @property
+    def words(self) -> str:
+        """What is done to a text, in words."""
+        to = [f"to {self.least} tokens"] if self.least else [f"to a multiple of {self.multiple} tokens"]
+        padded = [f"padded {to[0]}"] if self.pads else []
+        return " and ".join([*padded, *([f"cut to {self.most}"] if self.cuts else [])])
+
+
+def padding_id_of(tokenizer: Path | None) -> int:
+    """The id that a tokenizer pads with: its own setting, else that of a token named like padding, else 0.
+
+    Raises:
+        BuildRefused: the file is no tokenizer.json.
+    """
+    if tokenizer is None:
+        return 0
+    try:
+        described = json.loads(tokenizer.read_text(encoding="utf-8"))
+        padding = described.get("padding") or {}
+        if "pad_id" in padding:
+            return int(padding["pad_id"])
+        named = {token["content"]: token["id"] for token in described.get("added_tokens") or []}
+        return int(next((named[name] for name in ("[PAD]", "<pad>", "<|pad|>") if name in named), 0))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise BuildRefused(f"{tokenizer.name} is no tokenizer.json") from None

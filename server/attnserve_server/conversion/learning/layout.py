@@ -1,0 +1,264 @@
+"""Learns by running what the axes of a graph's own weights are: batch, heads, windows, queries and keys.
+
+Extents of three runs tell what an axis follows: another batch of the same lengths, then other lengths. Where the batch
+is folded together with heads, one more run with the batch's rows in another order tells which of the two is the slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from attnserve_server.conversion.base.sites import Factor, FoundSite, Operand, Probabilities
+from attnserve_server.conversion.finders.decomposed_products import Product
+from attnserve_server.conversion.learning.layout_runs import ORDER, Runs, fixed_keys, lengthen, run_all
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.domain.values import Array
+
+_SAME = 1e-3
+"""How far weights of a row may differ with its place in the batch: far above rounding, far below another row's."""
+KEYS_OF_ALL_ROWS = "its keys follow the batch"
+"""Why a site is not understood whose queries look at keys of other rows."""
+
+Axes = tuple[tuple[Factor, ...], ...]
+
+
+class _NotUnderstood(Exception):
+    """What about a layout is not known."""
+
+
+def settle(
+    runner: Runner,
+    sampler: Sampler,
+    sites: Mapping[str, FoundSite],
+    lengths: tuple[Mapping[str, int], Mapping[str, int]],
+) -> dict[str, FoundSite]:
+    """The sites with the axes of their probabilities, or with the reason why those are not understood.
+
+    Args:
+        runner: a graph that gives every site's probabilities, value and output.
+        sampler: makes sequences for it.
+        sites: all sites; those without probabilities are passed on as they are.
+        lengths: two sets of lengths, in which no symbol has the same length.
+
+    Raises:
+        BuildRefused: the graph does not run on such lengths.
+    """
+    names = {name: _names(site) for name, site in sites.items() if site.probabilities is not None}
+    if not names:
+        return dict(sites)
+    fetches = sorted({value for pair in names.values() for value in pair})
+    runs = run_all(runner, sampler, lengths, fetches)
+    suspects = {
+        weights: keys
+        for name, (weights, _) in names.items()
+        if (keys := fixed_keys(sites[name].probabilities, runs[weights]))
+    }
+    if suspects and lengths[0]:
+        lengthen(runner, sampler, runs, suspects)
+    settled = dict(sites)
+    for name, (weights, value) in names.items():
+        settled[name] = _settled(sites[name], runs[weights], runs[value].base)
+    return settled
+
+
+def _names(site: FoundSite) -> tuple[str, str]:
+    assert site.probabilities is not None
+    assert site.value is not None
+    weights, value = site.probabilities.value.name, site.value.value.name
+    assert weights is not None
+    assert value is not None
+    return weights, value
+
+
+def _settled(site: FoundSite, weights: Runs, value: Array) -> FoundSite:
+    assert site.probabilities is not None
+    assert site.value is not None
+    assert site.output is not None
+    try:
+        axes = _axes(weights, site.probabilities.key_axis, site.probabilities.query_axes)
+        if weights.turned is not None:
+            axes = _in_order(axes, weights.base, weights.turned)
+    except _NotUnderstood as why:
+        return replace(site, probabilities=None, unavailable_reason=str(why))
+    own = replace(site.probabilities, axes=axes, ambiguous=_ambiguous(weights, axes))
+    if any(factor.role == "window" for factors in axes for factor in factors):
+        # Which query each row of a window is, and which key each column, is `windows`' to find out.
+        return replace(
+            site,
+            form="windowed",
+            heads=_count(axes, "head"),
+            kv_heads=_count(axes, "head"),
+            head_dim=site.head_dim or value.shape[-1],
+            probabilities=own,
+        )
+    heads = _count(axes, "head")
+    kv_heads = _kv_heads(axes, weights.base.shape, value, site.probabilities)
+    return replace(
+        site,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=site.head_dim or value.shape[-1],
+        probabilities=own,
+        value=Operand(site.value.value, kv_heads, packed=False),
+        output=Operand(site.output.value, heads, packed=False),
+    )
+
+
+def _ambiguous(runs: Runs, axes: Axes) -> Literal["", "queries", "all"]:
+    """Whether heads may be windows: there are several, and queries, or keys too, follow no axis of the inputs."""
+    if _count(axes, "head") == 1 or _follows(runs, axes, "query"):
+        return ""
+    return "queries" if _follows(runs, axes, "key") else "all"
+
+
+def _follows(runs: Runs, axes: Axes, role: Literal["query", "key"]) -> bool:
+    """Whether an axis of the weights is as long as one of the inputs."""
+    place = next(place for place, factors in enumerate(axes) if factors[0].role == role)
+    extents = runs.base.shape[place], runs.longer.shape[place]
+    short, long = runs.lengths
+    return any(extents == (short[symbol], long[symbol]) for symbol in short)
+
+
+def _axes(runs: Runs, key_axis: int, query_axes: tuple[int, ...]) -> Axes:
+    """The factors of every axis; a fold with the batch has the batch first, which is only a guess."""
+    rank = runs.base.ndim
+    if {runs.fewer.ndim, runs.longer.ndim} != {rank}:
+        raise _NotUnderstood("its weights have no fixed number of axes")
+    own = [axis + rank for axis in query_axes]
+    key = key_axis + rank
+    parts = [_part(runs, place) for place in range(rank)]
+    if parts[key][0]:
+        raise _NotUnderstood(KEYS_OF_ALL_ROWS)
+    batches = [place for place in range(rank) if parts[place][0]]
+    query = _query(own, parts, key)
+    if times := _multiple(parts[query][1], runs.lengths):
+        raise _NotUnderstood(f"its queries are {times} times as many as an input's: heads may be folded into them")
+    shared = [place for place in range(rank) if place not in {key, query}]
+    if runs.turned is None:
+        batches = [_lone_batch(shared, parts)]
+    if len(batches) != 1:
+        raise _NotUnderstood(f"{len(batches) or 'no'} axes of its weights follow the batch, where one should")
+    axes: list[tuple[Factor, ...]] = []
+    for place in range(rank):
+        _, extents = parts[place]
+        if place == key:
+            axes.append((Factor("key"),))
+        elif place == query:
+            axes.append((Factor("query"),))
+        elif place in batches:
+            axes.append((Factor("batch"), *_rest(extents, folded=len(shared) == 1)))
+        else:
+            axes.append(_rest(extents, folded=True) or (Factor("one", 1),))
+    return tuple(axes)
+
+
+def _part(runs: Runs, place: int) -> tuple[bool, tuple[int, int]]:
+    """Whether an axis follows the batch, and what is left of its extents without it, at both sets of lengths."""
+    fewer, base, longer = runs.fewer.shape[place], runs.base.shape[place], runs.longer.shape[place]
+    if fewer == base:
+        return False, (base, longer)
+    if fewer * 3 != base * 2 or longer % 3:
+        raise _NotUnderstood(f"axis {place} of its weights follows the batch in no simple way")
+    return True, (base // 3, longer // 3)
+
+
+def _query(own: list[int], parts: list[tuple[bool, tuple[int, int]]], key: int) -> int:
+    """Of the axes that the value does not share: the one that follows lengths, else the nearest to the keys."""
+    dynamic = [place for place in own if parts[place][1][0] != parts[place][1][1]]
+    if len(dynamic) > 1:
+        raise _NotUnderstood("several axes of its weights may be that of its queries")
+    query = dynamic[0] if dynamic else min(own, key=lambda place: abs(place - key))
+    if parts[query][0]:
+        raise _NotUnderstood("its queries are folded into the batch")
+    return query
+
+
+def _multiple(extents: tuple[int, int], lengths: tuple[Mapping[str, int], Mapping[str, int]]) -> int:
+    """How many times an axis of the inputs, at both sets of lengths, makes the extents; 0 where that is not above 1."""
+    for symbol, short in lengths[0].items():
+        times = extents[0] // short
+        if times > 1 and extents == (times * short, times * lengths[1][symbol]):
+            return times
+    return 0
+
+
+def _lone_batch(shared: list[int], parts: list[tuple[bool, tuple[int, int]]]) -> int:
+    """Where the batch of one is: at an extent of 1, else folded together with the heads."""
+    if not shared:
+        raise _NotUnderstood("its weights have no axis for the batch")
+    return next((place for place in shared if parts[place][1] == (1, 1)), shared[0])
+
+
+def _rest(extents: tuple[int, int], *, folded: bool) -> tuple[Factor, ...]:
+    """What an axis counts besides the batch: heads, which are as many at any length, or windows.
+
+    What is folded with the batch, in front of an axis of heads, are windows too.
+    """
+    if extents == (1, 1):
+        return ()
+    if extents[0] != extents[1]:
+        return (Factor("window"),)
+    return (Factor("head" if folded else "window", extents[0]),)
+
+
+def _in_order(axes: Axes, base: Array, turned: Array) -> Axes:
+    """The axes with batch and heads in the order that explains how weights move with the rows of the batch."""
+    at = next(place for place, factors in enumerate(axes) if factors[0].role == "batch")
+    orders = [axes[at]] if len(axes[at]) == 1 else [axes[at], axes[at][::-1]]
+    errors = [_error(order, np.moveaxis(base, at, 0), np.moveaxis(turned, at, 0)) for order in orders]
+    best = int(np.argmin(errors))
+    if not errors[best] <= _SAME:
+        raise _NotUnderstood("its weights do not follow the rows of the batch")
+    return (*axes[:at], orders[best], *axes[at + 1 :])
+
+
+def _error(order: tuple[Factor, ...], base: Array, turned: Array) -> float:
+    rows = len(ORDER)
+    extents = [rows if factor.role == "batch" else base.shape[0] // rows for factor in order]
+    expected = np.take(base.reshape(*extents, *base.shape[1:]), ORDER, axis=[f.role for f in order].index("batch"))
+    difference = expected.astype(np.float64) - turned.reshape(expected.shape)
+    return float(np.abs(np.nan_to_num(difference)).max(initial=0.0))
+
+
+def _count(axes: Axes, role: str) -> int:
+    return int(
+        np.prod([factor.extent or 1 for factors in axes for factor in factors if factor.role == role], dtype=int)
+    )
+
+
+def _kv_heads(axes: Axes, weights: tuple[int, ...], value: Array, probabilities: Probabilities) -> int:
+    """Heads that the value has for itself: those that it shares with the weights, without its repetitions of them."""
+    assert probabilities.product is not None
+    product = Product.of(probabilities.product)
+    assert product is not None
+    heads = 1
+    for place, factors in enumerate(axes):
+        same = product.counterpart(probabilities.position, place - len(axes))
+        if same is None or -same > value.ndim or value.shape[same] != weights[place]:
+            continue
+        for at, factor in enumerate(factors):
+            if factor.role == "head" and factor.extent is not None:
+                first = np.moveaxis(value, same, 0)
+                apart = first.reshape(*_extents(factors, weights[place]), -1)
+                heads *= _unlike(np.moveaxis(apart, at, 0))
+    return heads
+
+
+def _extents(factors: tuple[Factor, ...], extent: int) -> list[int]:
+    """Of each factor of an axis; one of them is not known, and is what the others leave."""
+    known = int(np.prod([factor.extent or 1 for factor in factors], dtype=int))
+    return [factor.extent or extent // known for factor in factors]
+
+
+def _unlike(values: Array) -> int:
+    """How many of the heads (H, ...) are left when each of them stands for the equal ones that follow it."""
+    heads = len(values)
+    for count in range(1, heads):
+        if heads % count == 0 and np.array_equal(values, np.repeat(values[:: heads // count], heads // count, axis=0)):
+            return count
+    return heads

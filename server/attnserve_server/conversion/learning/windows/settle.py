@@ -1,0 +1,115 @@
+"""Settles what the windows of a graph's sites are, all of them in one copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.base.sites import FoundSite, Probabilities, Windows
+from attnserve_server.conversion.finders import find_sites
+from attnserve_server.conversion.learning.provenance import NotTraced, Tracer
+from attnserve_server.conversion.learning.windows.anchors import Anchors, anchors_of
+from attnserve_server.conversion.learning.windows.products import Products, products_of
+from attnserve_server.conversion.learning.windows.study import Study
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.probing.probe import Axes
+from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.model.bands import GridBand
+from attnserve_server.model.manifest import SiteSpec
+
+
+def with_windows(
+    proto: onnx.ModelProto, sites: Mapping[str, FoundSite], sampler: Sampler, work: Path
+) -> dict[str, FoundSite]:
+    """The sites, the windowed ones of the graph's own weights with what their windows are, or why that is not known.
+
+    Args:
+        proto: the source.
+        sites: of a copy of it, with the axes of their probabilities.
+        sampler: makes sequences for it.
+        work: a folder for files.
+    """
+    settled = dict(sites)
+    windowed = {name: site.probabilities for name, site in sites.items() if site.form == "windowed"}
+    found: dict[str, Windows | NotTraced] = {}
+    own = {name: probabilities for name, probabilities in windowed.items() if probabilities is not None}
+    if own:
+        try:
+            found = _windows(proto, own, sampler, work)
+        except BuildRefused as why:  # the graph with what was added to it does not run
+            found = {name: NotTraced(str(why)) for name in own}
+    for name, each in found.items():
+        if isinstance(each, Windows):
+            settled[name] = replace(sites[name], windows=each)
+            continue
+        reason = f"which keys its windows hold is not known: {each}"
+        settled[name] = replace(sites[name], probabilities=None, unavailable_reason=reason)
+    return settled
+
+
+def _windows(
+    proto: onnx.ModelProto, own: Mapping[str, Probabilities], sampler: Sampler, work: Path
+) -> dict[str, Windows | NotTraced]:
+    """All sites of a graph in one copy of it, since graphs are large."""
+    found: dict[str, Windows | NotTraced] = {}
+    anchors: dict[str, Anchors] = {}
+    for name, anchor in anchors_of(proto, own, sampler, work / "anchors.onnx").items():
+        if isinstance(anchor, NotTraced):
+            found[name] = anchor
+        else:
+            anchors[name] = anchor
+    model = ir.from_proto(proto)
+    values = values_of(model.graph)
+    sites = find_sites(model.graph)
+    traced: dict[str, tuple[Products, list[str]]] = {}
+    for number, (name, anchor) in enumerate(anchors.items()):
+        products = products_of(sites[name])
+        try:
+            query = Tracer(model.graph, values[anchor.query], f"{number}.query").trace(products.query)
+            key = Tracer(model.graph, values[anchor.key], f"{number}.key").trace(products.value)
+        except NotTraced as why:
+            found[name] = why
+            continue
+        shown = [products.key, products.scores, products.weights]
+        model.graph.outputs.extend(value for value in shown if not value.is_graph_output())
+        traced[name] = products, [str(value.name) for value in (query, key, *shown)]
+    if not traced:
+        return found
+    path = work / "provenance.onnx"
+    ir.save(model, path)
+    runner = Runner(path)
+    for name, (products, names) in traced.items():
+        study = Study(runner, sampler, names, own[name], products, anchors[name])
+        try:
+            found[name] = study.windows()
+        except (NotTraced, BuildRefused) as why:
+            found[name] = NotTraced(str(why))
+        except ValueError:  # arrays of shapes that no windows have
+            found[name] = NotTraced("its layout is not understood")
+    return found
+
+
+def values_of(graph: ir.Graph) -> dict[str, ir.Value]:
+    """A graph's inputs and the outputs of its nodes, by name."""
+    made = (value for node in graph for value in node.outputs)
+    return {str(value.name): value for value in (*graph.inputs, *made)}
+
+
+def with_key_axes(axes: Axes, sites: Mapping[str, FoundSite]) -> Axes:
+    """The axes with those that the keys of windowed sites are on, and what is causal: bands have other columns."""
+    keys = {name: site.windows.key for name, site in sites.items() if site.windows and site.probabilities}
+    banded = {name: (axes.sites[name][0], key) for name, key in keys.items() if name in axes.sites}
+    causal = {name for name in keys if (windows := sites[name].windows) and windows.causal}
+    return replace(axes, sites={**axes.sites, **banded}, causal_sites=(axes.causal_sites - set(banded)) | causal)
+
+
+def grid_of_windows(sites: Sequence[SiteSpec], axis: str) -> tuple[int, int] | None:
+    """Rows and columns of the patches along an axis, where windows over them tell; None where none do."""
+    bands = {site.band for site in sites if axis in {site.query_axis, site.key_axis}}
+    grids = {(band.rows, band.columns) for band in bands if isinstance(band, GridBand)}
+    return grids.pop() if len(grids) == 1 else None

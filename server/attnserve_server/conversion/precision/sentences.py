@@ -1,0 +1,63 @@
+"""English sentences, and what a model sees of them. The sentences themselves are in `sentences.txt`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+
+import numpy as np
+
+from attnserve_server.conversion.inputs.roles import is_position
+from attnserve_server.domain.values import Array
+from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, TextSpec
+from attnserve_server.model.tokenizer import CannotBeCut, TextTokenizer, TokenizedText
+
+
+def sentences() -> tuple[str, ...]:
+    """English sentences of 3 to 120 words, written for this purpose."""
+    text = files("attnserve_server.conversion.precision").joinpath("sentences.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line)
+
+
+def as_inputs(
+    texts: Sequence[str], inputs: Sequence[InputSpec], spec: TextSpec, tokenizer: TextTokenizer
+) -> list[dict[str, Array]]:
+    """Texts as a model's inputs, without the batch axis, cut to its greatest length.
+
+    A model whose second text has an axis to itself gets the same text there.
+
+    Returns:
+        None of them where the model has inputs that text cannot fill.
+    """
+    made: list[dict[str, Array]] = []
+    for text in texts:
+        try:
+            encoded = tokenizer.encode(text)
+        except CannotBeCut:
+            continue
+        filled = {own.name: _filled(own, spec, encoded) for own in inputs}
+        if any(array is None for array in filled.values()):
+            return []
+        made.append({own.name: np.asarray(filled[own.name], NUMPY_DTYPES[own.dtype]) for own in inputs})
+    return made
+
+
+def _filled(own: InputSpec, spec: TextSpec, encoded: TokenizedText) -> Array | None:
+    axis = own.shape[0] if len(own.shape) == 1 else None
+    if not isinstance(axis, str) or axis not in spec.axes:
+        return None
+    ids, type_ids, mask = encoded.ids, encoded.type_ids, encoded.mask
+    if axis == spec.pair_axis and spec.pair_start is not None:
+        ids, type_ids, mask = (
+            np.append(first, each) for first, each in ((spec.pair_start, ids), (0, type_ids), (1, mask))
+        )
+    length = min(len(ids), spec.axes[axis])
+    if own.role is InputRole.TOKEN_IDS:
+        return ids[:length]
+    if own.role is InputRole.TOKEN_TYPE_IDS:
+        return type_ids[:length]
+    if own.role is InputRole.ATTENTION_MASK:
+        return mask[:length]
+    if is_position(own.name):
+        return np.arange(length)
+    return None if own.fill is None else np.full(length, own.fill)

@@ -1,0 +1,1 @@
+"""Run a graph on chosen inputs and read any value in it."""

@@ -1,0 +1,137 @@
+"""What the rules of one interpretation share: which axis is varied, what was taken for granted, how rules are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import onnx_ir as ir
+
+from attnserve_server.conversion.proof.layout import Axis, Factor, Layout, merged, plain
+from attnserve_server.conversion.proof.sizes import Size
+from attnserve_server.conversion.proof.values import Cause, Standing, Value, worst
+from attnserve_server.model.manifest import BATCH
+
+
+@dataclass
+class Context:
+    """One interpretation: the batch, or one symbol, is varied."""
+
+    varied: str
+    lengths: Mapping[str, int]
+    """The greatest length of each symbol."""
+    precision: str = "fp32"
+    weight_tolerance: float = 1e-5
+    opset: int = 23
+    own_size: Size | None = None
+    """The size of the varied axis itself."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """How many axes each input of the graph has, without the batch's."""
+    mask_values: Mapping[str, float | None] = field(default_factory=dict)
+    """For each input that may hide positions, the one value that allowed positions have; None: any but padding's."""
+    needs: dict[str, str] = field(default_factory=dict)
+    thresholds: set[int] = field(default_factory=set)
+    bounds: bool = True
+    """Whether Euclidean lengths are followed, which takes time where weights are large."""
+    node: ir.Node | None = None
+    run_graph: Callable[[ir.Graph, Mapping[ir.Value, Value]], list[Value]] | None = None
+    """Follows a graph within the graph."""
+    known: Callable[[ir.Value], Value] | None = None
+    """What is known of any value so far."""
+    norms: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    """What was computed of constants, by their identity; each is kept here, so that no other array takes it on."""
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the batch is varied: rows of other callers, then, in the place of padded positions."""
+        return self.varied == BATCH
+
+    @property
+    def others(self) -> str:
+        """What may change an answer, in words."""
+        return "the other rows of the batch" if self.is_batch else "padded positions"
+
+    def depends(self, size: Size | None) -> bool:
+        """Whether a size differs between the two runs."""
+        return size is not None and self.varied in size.symbols
+
+    def cause(self, reason: str) -> Cause:
+        """The present node as the cause of something."""
+        node = self.node
+        if node is None:
+            return Cause("", "", reason)
+        return Cause(node.name or next((str(out.name) for out in node.outputs), ""), node.op_type, reason)
+
+    def bad(self, standing: Standing, reason: str, layout: Layout | None = None) -> Value:
+        """A value that is not equal, because of the present node."""
+        return Value(layout, standing, self.cause(reason))
+
+    def unknown(self, reason: str) -> Value:
+        """A value of which nothing is known any more."""
+        return self.bad(Standing.UNKNOWN, reason)
+
+    def need(self, masks: frozenset[str], *, everything: bool) -> None:
+        """Take for granted that masks allow something."""
+        for name in masks:
+            wide = everything or self.ranks.get(name, 1) > 1
+            if wide or name not in self.needs:
+                self.needs[name] = "all" if wide else "some"
+
+    def as_data(self, value: Value) -> Value:
+        """A value whose numbers are used as numbers: sizes and positions that differ between the runs count then."""
+        if value.standing is Standing.DIFFERENT:
+            return value
+        if value.columns is not None:
+            worst_column, cause = worst([self.as_data(column) for column in value.columns])
+            return replace(value.bare(), standing=max(worst_column, value.standing), cause=cause or value.cause)
+        said = ""
+        sizes = value.sizes is not None and any(self.depends(size) for size in value.sizes)
+        if sizes or self.varied in value.symbols:
+            said = "the number of rows in the batch" if self.is_batch else "the padded length"
+        elif any(self.depends(size) for size in (value.offset, value.outer, *(value.index or {}).values())):
+            said = "the number of rows in the batch" if self.is_batch else "positions counted from the padded end"
+        elif self.is_batch and (value.items or value.index):
+            said = "the place of the row in the batch"
+        if not said:
+            return value
+        return replace(value.bare(), standing=Standing.DIFFERENT, cause=self.cause(f"computes with {said}"))
+
+    def axis_of(self, size: Size) -> Axis:
+        """A new axis whose positions are the same ones from the first on: varying, where the size differs."""
+        if not self.depends(size):
+            return plain(size)
+        one = self.own_size
+        rest = None if one is None or size == one else size.over(one)
+        if one is None or rest is None or rest.number == 1:
+            return (Factor(size, size),)
+        varied, other = self.axis_of(one), self.axis_of(rest)
+        return merged((*varied, *other) if self.is_batch else (*other, *varied))
+
+
+Rule = Callable[[Context, ir.Node, list[Value | None]], "Value | list[Value]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A rule. `shapes_only`: it looks at no number of its inputs, or follows what differs among them itself."""
+
+    apply: Rule
+    shapes_only: bool
+
+
+RULES: Final[dict[tuple[str, str], Registered]] = {}
+"""By domain and operator."""
+STANDARD: Final = ""
+MICROSOFT: Final = "com.microsoft"
+
+
+def rule(*names: str, domain: str = STANDARD, shapes_only: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for operators."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[domain, name] = Registered(function, shapes_only)
+        return function
+
+    return register

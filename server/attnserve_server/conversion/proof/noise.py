@@ -1,0 +1,117 @@
+"""How far answers differ by rounding alone: among batch shapes and places, with identical neighbours.
+
+The noise widens what counts as equal, so it must never hold a real dependency on the batch, such as a scale that
+follows the number of rows. Therefore it is bounded: differences beyond a small multiple of the precision's own floor
+are no rounding, and none of them is granted. The attack then meets them, and refutes the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.probing.probe import max_abs
+from attnserve_server.conversion.proof.answers import Answer
+from attnserve_server.conversion.proof.target import Target
+from attnserve_server.domain.values import Array
+from attnserve_server.model.equality import WEIGHTS_PREFIX, Equality
+from attnserve_server.model.manifest import NUMPY_DTYPES
+
+_LENGTHS: Final = (3, 16, 61, 128)
+_BATCHES: Final = (2, 5, 8)
+_MANY_TOKENS: Final = 320
+_MOST_FLOORS: Final[Mapping[str, float]] = MappingProxyType({"fp32": 10.0, "fp16": 2.0, "bf16": 3.0, "int8": 2.0})
+"""Noise beyond so many floors of the precision is not granted. float32's floor is small, and sums over thousands of
+terms reach a few of it; the others have more headroom in the floor itself. bf16: providers that round scores reach
+6e-2 of weights."""
+_LAST_BITS: Final = 16.0
+"""How much more than a change of the last bit of its inputs rounding may move an answer: a graph rounds many times."""
+_CANCELLED: Final = 32.0
+"""Rounding of the usual values is below this part of their floor; an answer far smaller than usual may be no more."""
+
+
+def noise_of(target: Target, precision: str) -> dict[str, float]:
+    """Measure how much a sequence's answer differs from its answer alone, in batches of copies of itself.
+
+    The copies are unpadded and of equal lengths, so that nothing but the batch's shape and the row's place differs.
+
+    Args:
+        target: the model.
+        precision: what the graph computes in.
+
+    Returns:
+        By output name, in parts of the output's greatest value; by `attention.<site>`, of weights as they are. Without
+        those that show no noise. At most a few floors of the precision: what shows more has no entry.
+    """
+    names, runner, sampler = target.fetched, target.runner, target.sampler
+    worst = dict.fromkeys(names, 0.0)
+    longest = max(target.max_lengths.values(), default=1)
+    for length in dict.fromkeys(min(length, longest) for length in _LENGTHS):
+        lengths = {symbol: min(length, most) for symbol, most in target.max_lengths.items()}
+        sequence = sampler.sequence(lengths, length)
+        sizes = (size for size in _BATCHES if size <= target.rows and size * length <= _MANY_TOKENS)
+        # It may take no such lengths, or no such batch.
+        with contextlib.suppress(BuildRefused):
+            alone = runner.run(sampler.batch([sequence], lengths), list(names.values()))
+            for size in sizes:
+                copies = runner.run(sampler.batch([sequence] * size, lengths), list(names.values()))
+                for name, output in names.items():
+                    worst[name] = max(worst[name], _noise(name, copies[output], alone[output][0]))
+    floors = Equality(precision)
+    most = {name: _MOST_FLOORS[precision] * floors.allowed(name, np.ones(1)) for name in worst}
+    return {name: float(f"{noise:.3g}") for name, noise in worst.items() if 0 < noise <= most[name]}
+
+
+def shaken(sampler: Sampler, sequence: Mapping[str, Array], seed: int) -> dict[str, Array] | None:
+    """The sequence with the last bits of its floats changed at random; None where it has none to change."""
+    rng = np.random.default_rng([sampler.seed, seed])
+    changed: dict[str, Array] = dict(sequence)
+    for spec in sampler.signature.inputs:
+        array = sequence[spec.name]
+        if np.issubdtype(NUMPY_DTYPES[spec.dtype], np.floating) and spec.fill is None:
+            bits = rng.integers(-1, 2, array.shape) * float(np.finfo(array.dtype.name).eps)
+            changed[spec.name] = (array.astype(np.float64) * (1 + bits)).astype(array.dtype)
+    moved = any(not np.array_equal(changed[name], array) for name, array in sequence.items())
+    return changed if moved else None
+
+
+def is_rounding(
+    found: Answer, reference: Answer, equality: Equality, *, shaken: Iterable[Answer], usual: Mapping[str, float]
+) -> bool:
+    """Whether a sequence is so ill-conditioned that rounding explains what differs.
+
+    The scores of such a sequence are millions, say, and two of them tie: its answer alone changes as much when the last
+    bits of its inputs do. Or its answer is what is left where far larger values cancel.
+
+    Args:
+        found: its answer in a batch.
+        reference: its answer alone.
+        equality: the rule; only what is not equal by it needs explaining.
+        shaken: its answers alone after changes of the last bits.
+        usual: the greatest value of each output in sequences of ordinary values.
+    """
+    answers = list(shaken)
+    for name, array in reference.items():
+        if equality.error(name, found[name], array) <= 1:
+            continue
+        moved = max((max_abs(answer[name], array) for answer in answers), default=0.0)
+        cancelled = equality.allowed(name, np.ones(1)) * usual.get(name, 0.0)
+        if not max_abs(found[name], array) <= max(_LAST_BITS * moved, cancelled / _CANCELLED) < np.inf:
+            return False
+    return True
+
+
+def _noise(name: str, copies: Array, alone: Array) -> float:
+    """The greatest difference of any copy, in the unit of the certificate's noise."""
+    difference = max_abs(copies, np.broadcast_to(alone, copies.shape))
+    if name.startswith(WEIGHTS_PREFIX):
+        return difference
+    finite = np.abs(alone.astype(np.float64))
+    greatest = float(finite[np.isfinite(finite)].max(initial=0.0))
+    return difference / greatest if greatest else (np.inf if difference else 0.0)

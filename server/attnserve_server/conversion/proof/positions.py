@@ -1,0 +1,68 @@
+"""Whole numbers that count positions along axes, and what follows from them for padding and for a causal frontier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from attnserve_server.conversion.proof.context import Context
+from attnserve_server.conversion.proof.intervals import Interval
+from attnserve_server.conversion.proof.layout import Layout, varying
+from attnserve_server.conversion.proof.sizes import Size
+from attnserve_server.conversion.proof.values import Entry, Region, Value
+
+
+def index_value(
+    ctx: Context,
+    layout: Layout,
+    index: Mapping[int, Size],
+    offset: Size,
+    *,
+    outer: Size | None = None,
+    below: Size | None = None,
+) -> Value:
+    """Whole numbers that count positions along varying factors, with what follows for each region."""
+    index = {factor: by for factor, by in index.items() if by.terms}
+    if not index and outer is None and below is None:
+        least, greatest = offset.bounds()
+        span = Interval(least, greatest)
+        return Value(layout, span=span, lit=span, offset=offset if ctx.depends(offset) else None)
+    blank = Value(layout, index=index, offset=offset, outer=outer, below=below)
+    plus, steps = offset.number, {factor: by.number for factor, by in index.items()}
+    if plus is None or ctx.is_batch or outer is not None or below is not None or None in steps.values():
+        return blank
+    known = {factor: by for factor, by in steps.items() if by is not None}
+    if len(known) == 1:
+        return _along_one(blank, known, plus)
+    factors = list(known)
+    if len(known) == 2 and known[factors[0]] == -known[factors[1]] and _one_length(layout, factors):
+        return _between_two(blank, known, plus)
+    return blank
+
+
+def _along_one(value: Value, index: Mapping[int, int], plus: int) -> Value:
+    ((factor, by),) = index.items()
+    span = Interval(plus, math.inf) if by > 0 else Interval(-math.inf, plus)
+    behind = Interval(plus + by, math.inf) if by > 0 else Interval(-math.inf, plus + by)
+    regions = {("pad", factor, factor): Entry(behind, lit=behind)}
+    return replace(value, span=span, lit=span, regions=regions)
+
+
+def _between_two(value: Value, index: Mapping[int, int], plus: int) -> Value:
+    """The distance of two positions, times a number: above and below the diagonal it has a sign."""
+    factors = list(index)
+    regions: dict[Region, Entry] = {}
+    for first, last in (factors, factors[::-1]):
+        by = index[last]
+        # `last` counts further than `first` here, by one or more.
+        interval = Interval(plus + by, math.inf) if by > 0 else Interval(-math.inf, plus + by)
+        entry = Entry(interval, lit=interval)
+        regions["above", first, last] = entry
+        regions["pad", last, last] = entry
+    return replace(value, lit=Interval(plus, plus), regions=regions, structured=frozenset(factors))
+
+
+def _one_length(layout: Layout, factors: Sequence[int]) -> bool:
+    real = [factor.real for _, factor in varying(layout)]
+    return real[factors[0]] == real[factors[1]]

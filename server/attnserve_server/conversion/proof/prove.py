@@ -1,0 +1,282 @@
+"""One verdict on each output and each tap, for the batch and for each axis that could be padded.
+
+Why `proved` may be believed: take two runs of the graph, of a sequence alone and of the same sequence in a batch (or
+padded to any length). By induction over the nodes in order, what `Value` states of every value holds in both runs. It
+holds of the inputs, by what a batch and the padding are (`given`). Each rule keeps it: if it holds of a node's inputs,
+it holds of its outputs. A node without a rule yields `unknown`, and so does a rule that cannot tell. So an output whose
+standing is EQUAL has the same elements, in the sequence's own part, in both runs: up to the rounding of kernels that
+sum in another order, which the attack measures.
+
+What this takes for granted:
+- Requests keep to the `MaskNeed`s; the server runs others without padding.
+- Arithmetic of finite numbers stays finite. Infinities and NaN come only of operators that make them (`Interval.wild`).
+- The score of a real key is far above -1e30 (-6e4 in fp16), so a mask this low leaves a padded key nothing.
+- Onnxruntime's fused attention kernels give finite rows where a mask leaves no key.
+- Positions and sizes that an fp16 graph computes in fp16 stay below 2048, up to which they are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+
+from attnserve_server.conversion.inputs.signature import Signature
+from attnserve_server.conversion.proof.context import Context
+from attnserve_server.conversion.proof.given import allowed_value, symbol_size, values_of_inputs
+from attnserve_server.conversion.proof.interpret import Interpreter
+from attnserve_server.conversion.proof.layout import Axis, Layout, is_plain, ordinals
+from attnserve_server.conversion.proof.paths import path_of
+from attnserve_server.conversion.proof.sizes import Size, floor_div
+from attnserve_server.conversion.proof.values import Cause, Standing, Value
+from attnserve_server.model.certificate import Clause, MaskNeed, PathStep, Verdict
+from attnserve_server.model.equality import FLOORS
+from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, DerivedLength, OutputSpec, SiteSpec
+
+_VERDICTS = {
+    Standing.EQUAL: Verdict.PROVED,
+    Standing.ASSUMED: Verdict.UNKNOWN,
+    Standing.UNKNOWN: Verdict.UNKNOWN,
+    Standing.DIFFERENT: Verdict.REFUTED,
+}
+_LENGTHS_OF = ("kernel_shape", "strides", "dilations", "local_window_size", "block_size")
+"""Attributes whose numbers an attack should straddle."""
+_SHORTEST, _LONGEST = 2, 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was proved, and what an attack should aim at."""
+
+    clauses: tuple[Clause, ...]
+    """Of the batch, then of each symbol of the signature."""
+    masks: tuple[MaskNeed, ...] = ()
+    """What the clauses take for granted of requests."""
+    causal_sites: frozenset[str] = frozenset()
+    """Sites whose queries provably look at no key behind them."""
+    thresholds: tuple[int, ...] = ()
+    """Lengths and counts that the graph compares with, strides, widths of windows: what lengths should straddle."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """An output, or a tap, with its axes behind the first: symbols, numbers, or None for any plain one."""
+
+    name: str
+    axes: tuple[str | int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """One graph, and all that is asked of it."""
+
+    graph: ir.Graph
+    opset: int
+    signature: Signature
+    targets: tuple[_Target, ...]
+    max_lengths: Mapping[str, int]
+    derived: Mapping[str, DerivedLength]
+    precision: str
+    vocabularies: Mapping[str, int]
+
+
+def prove(
+    proto: onnx.ModelProto,
+    signature: Signature,
+    outputs: Sequence[OutputSpec],
+    sites: Sequence[SiteSpec],
+    *,
+    max_lengths: Mapping[str, int] = MappingProxyType({}),
+    derived: Mapping[str, DerivedLength] = MappingProxyType({}),
+    precision: str = "fp32",
+    vocabularies: Mapping[str, int] = MappingProxyType({}),
+) -> Proof:
+    """Follow every value of a tapped graph from its inputs to its outputs.
+
+    Args:
+        proto: the tapped graph.
+        signature: its inputs, without the taps'.
+        outputs: those that are served.
+        sites: those that were found; unavailable ones are left out.
+        max_lengths: the greatest length of each symbol.
+        derived: the forms of symbols that are none of the inputs'.
+        precision: what the graph computes in; decides what counts as equal.
+        vocabularies: how many ids each input of token ids takes, where the signature does not say.
+    """
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    model = ir.from_proto(proto)
+    targets = [_Target(spec.name, spec.shape) for spec in outputs]
+    for site in sites:
+        if site.weights_output is not None:
+            query, key = site.weight_axes
+            targets.append(_Target(site.weights_output, (site.heads, query or None, key or None)))
+    question = _Question(
+        model.graph,
+        model.opset_imports.get("", 23),
+        signature,
+        tuple(targets),
+        max_lengths,
+        derived,
+        precision,
+        vocabularies,
+    )
+    clauses: list[Clause] = []
+    needs: dict[str, MaskNeed] = {}
+    causal: set[str] = set()
+    thresholds = set(_lengths_in(model.graph))
+    for varied in (BATCH, *signature.symbols):
+        clause, ctx, values = _clause(question, varied)
+        clauses.append(clause)
+        thresholds |= ctx.thresholds
+        if clause.verdict is not Verdict.REFUTED:
+            for name, need in _needs(question, ctx):
+                wider = need == "all" or (name in needs and needs[name].need == "all")
+                allowed = ctx.mask_values.get(name)
+                needs[name] = MaskNeed(input=name, need="all" if wider else "some", allowed_value=allowed)
+        causal |= {site.name for site in sites if _is_causal(site, varied, question, values)}
+    wanted = tuple(sorted(number for number in thresholds if _SHORTEST <= number <= _LONGEST))
+    return Proof(tuple(clauses), tuple(needs[name] for name in sorted(needs)), frozenset(causal), wanted)
+
+
+def _needs(question: _Question, ctx: Context) -> Iterator[tuple[str, str]]:
+    """What one clause takes for granted, also of masks whose numbers were only taken to be 0 and 1."""
+    found = dict(ctx.needs)
+    for spec in question.signature.inputs:
+        allowed = allowed_value(spec)
+        hides = ctx.varied in spec.shape and allowed is not None and not math.isnan(allowed)
+        if hides and NUMPY_DTYPES[spec.dtype] != np.bool_:
+            found.setdefault(spec.name, "some")
+    yield from found.items()
+
+
+def _clause(question: _Question, varied: str) -> tuple[Clause, Context, Mapping[ir.Value, Value]]:
+    """The verdict on one axis. Bounds of scores are followed only where a finite mask asks for them."""
+    for bounds in (False, True):
+        ctx, values = _followed(question, varied, bounds=bounds)
+        found = {target.name: _judged(question, ctx, target, values) for target in question.targets}
+        worst = max((standing for standing, _ in found.values()), default=Standing.EQUAL)
+        if worst is not Standing.ASSUMED:
+            break
+    verdicts = {name: _VERDICTS[standing] for name, (standing, _) in found.items()}
+    if worst is Standing.EQUAL:
+        return Clause(axis=varied, verdict=Verdict.PROVED, targets=verdicts), ctx, values
+    name = next(name for name, (standing, _) in found.items() if standing is worst)
+    cause = found[name][1] or Cause("", "", "not followed")
+    outputs = {str(value.name): value for value in question.graph.outputs}
+    path: tuple[PathStep, ...] = ()
+    if name in outputs:
+        path = path_of(question.graph, cause, outputs[name], values, others=ctx.others)
+    where = f" (node {cause.node}, {cause.operator})" if cause.node else ""
+    clause = Clause(
+        axis=varied,
+        verdict=_VERDICTS[worst],
+        reason=f"{cause.reason}{where}",
+        path=path,
+        targets=verdicts,
+        finite_mask=worst is Standing.ASSUMED,
+    )
+    return clause, ctx, values
+
+
+def _followed(question: _Question, varied: str, *, bounds: bool) -> tuple[Context, Mapping[ir.Value, Value]]:
+    length = question.max_lengths.get(varied, math.inf)
+    ctx = Context(
+        varied=varied,
+        lengths=question.max_lengths,
+        precision=question.precision,
+        weight_tolerance=FLOORS[question.precision][1],
+        opset=question.opset,
+        own_size=symbol_size(varied, length),
+        bounds=bounds,
+    )
+    interpreter = Interpreter(ctx)
+    given = values_of_inputs(ctx, question.graph, question.signature, question.vocabularies)
+    interpreter.run(question.graph, given)
+    return ctx, interpreter.values
+
+
+def _judged(
+    question: _Question, ctx: Context, target: _Target, values: Mapping[ir.Value, Value]
+) -> tuple[Standing, Cause | None]:
+    """How one target compares, its axes included: they must be those that it is cropped by."""
+    output = next((value for value in question.graph.outputs if value.name == target.name), None)
+    if output is None or output not in values:
+        return Standing.UNKNOWN, Cause("", "", f"the graph has no output {target.name}")
+    ctx.node = output.producer()
+    value = ctx.as_data(values[output])
+    if value.layout is None:
+        return max(value.standing, Standing.UNKNOWN), value.cause or ctx.cause("its axes are not known")
+    if value.standing is Standing.DIFFERENT:
+        return value.standing, value.cause
+    why = _misplaced(question, ctx, target, value.axes)
+    if why:
+        return Standing.UNKNOWN, ctx.cause(why)
+    return value.standing, value.cause
+
+
+def _misplaced(question: _Question, ctx: Context, target: _Target, layout: Layout) -> str:
+    """Why the sequence's own part does not stand where it is looked for; empty where it does."""
+    if len(layout) != len(target.axes) + 1:
+        return f"it has {len(layout)} axes, where {len(target.axes) + 1} are declared"
+    if ctx.is_batch:
+        if question.signature.fixed_batch:
+            return ""
+        first = len(layout[0]) == 1 and layout[0][0].varies
+        plain_rest = all(is_plain(axis) for axis in layout[1:])
+        return "" if first and plain_rest else "its first axis is not the batch"
+    for at, (axis, declared) in enumerate(zip(layout, (None, *target.axes), strict=True)):
+        expected = _expected(question, ctx, declared)
+        if expected is None:
+            if not is_plain(axis):
+                return f"its axis {at} varies with {ctx.varied}, which is not declared"
+        elif not _runs_along(axis, expected):
+            return f"its axis {at} does not begin with the sequence's own positions along {declared}"
+    return ""
+
+
+def _expected(question: _Question, ctx: Context, declared: str | int | None) -> Size | None:
+    """How many positions a declared axis has of the sequence's own, where it depends on what is varied."""
+    assert ctx.own_size is not None
+    if declared == ctx.varied:
+        return ctx.own_size
+    form = question.derived.get(declared) if isinstance(declared, str) else None
+    if form is None or form.source != ctx.varied:
+        return None
+    return floor_div(ctx.own_size + Size.of(form.offset), Size.of(form.stride))
+
+
+def _runs_along(axis: Axis, expected: Size) -> bool:
+    return len(axis) == 1 and axis[0].real == expected and not axis[0].tail
+
+
+def _is_causal(site: SiteSpec, varied: str, question: _Question, values: Mapping[ir.Value, Value]) -> bool:
+    """Whether all weights of keys behind their query are 0."""
+    if site.weights_output is None or site.weight_axes != (varied, varied):
+        return False
+    output = next((value for value in question.graph.outputs if value.name == site.weights_output), None)
+    value = values.get(output) if output is not None else None
+    if value is None or value.layout is None or len(value.axes) != 4:
+        return False
+    query, key = ordinals(value.axes, 2), ordinals(value.axes, 3)
+    if len(query) != 1 or len(key) != 1:
+        return False
+    entry = value.regions.get(("above", query[0], key[0]))
+    return entry is not None and entry.only == 0
+
+
+def _lengths_in(graph: ir.Graph) -> Iterator[int]:
+    """Numbers of attributes that are lengths of windows and steps."""
+    for node in graph:
+        for name, attribute in node.attributes.items():
+            if isinstance(attribute.value, ir.Graph):
+                yield from _lengths_in(attribute.value)
+            elif name in _LENGTHS_OF:
+                found = attribute.value if isinstance(attribute.value, (tuple, list)) else [attribute.value]
+                yield from (int(number) for number in found)

@@ -1,0 +1,58 @@
+"""One rule for each operator: what holds of its outputs, given what holds of its inputs.
+
+Importing this package registers every rule.
+"""
+
+from attnserve_server.conversion.proof.rules import (
+    arithmetic,
+    attention,
+    choosing,
+    control,
+    elementwise,
+    embedding,
+    gathering,
+    joining,
+    masking,
+    normalizing,
+    onnxruntime_attention,
+    padding,
+    pointwise,
+    products,
+    quantizing,
+    reducing,
+    reshaping,
+    scores,
+    selecting,
+    shapes,
+    slicing,
+    sliding,
+    taps,
+    tuples,
+)
+
+__all__ = [
+    "arithmetic",
+    "attention",
+    "choosing",
+    "control",
+    "elementwise",
+    "embedding",
+    "gathering",
+    "joining",
+    "masking",
+    "normalizing",
+    "onnxruntime_attention",
+    "padding",
+    "pointwise",
+    "products",
+    "quantizing",
+    "reducing",
+    "reshaping",
+    "scores",
+    "selecting",
+    "shapes",
+    "slicing",
+    "sliding",
+    "taps",
+    "tuples",
+]

@@ -1,0 +1,92 @@
+"""Attention of the ONNX standard."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import onnx_ir as ir
+
+from attnserve_server.conversion.proof.context import Context, rule
+from attnserve_server.conversion.proof.helpers import attribute, optional, required
+from attnserve_server.conversion.proof.intervals import Interval
+from attnserve_server.conversion.proof.layout import NotFollowed, size_of
+from attnserve_server.conversion.proof.rules.joining import together
+from attnserve_server.conversion.proof.rules.pointwise import pointwise
+from attnserve_server.conversion.proof.rules.reshaping import with_axes
+from attnserve_server.conversion.proof.rules.scores import (
+    Scores,
+    head_size,
+    heads_first,
+    heads_last,
+    lowest_for_infinite,
+    scores_of,
+    up_to,
+    weighted,
+    without_bounds,
+)
+from attnserve_server.conversion.proof.values import Value
+
+_AFTER_SOFTMAX: Final = 3
+_BOOLEAN: Final = {"And", "Or", "Not", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN"}
+
+
+@rule("Attention")
+def attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
+    """Source: ONNX Attention-23 and -24."""
+    query, key, value = (ctx.as_data(required(inputs, at)) for at in range(3))
+    packed = len(query.axes) == 3
+    heads, kv_heads = attribute(node, "q_num_heads", 0), attribute(node, "kv_num_heads", 0)
+    query, key, value = (
+        heads_first(ctx, query, heads),
+        heads_first(ctx, key, kv_heads),
+        heads_first(ctx, value, kv_heads),
+    )
+    past = optional(inputs, 4), optional(inputs, 5)
+    before = 0
+    if past[0] is not None and past[1] is not None:
+        count = size_of(past[0].axes[2]).number
+        if count is None and attribute(node, "is_causal", 0):
+            raise NotFollowed("applies a causal mask behind a past of unknown length")
+        before = count or 0
+        key, value = together(ctx, [past[0], key], 2), together(ctx, [past[1], value], 2)
+    scale = attribute(node, "scale") or 1 / math.sqrt(head_size(query))
+    scores = scores_of(ctx, query, key, float(scale))
+    cap = float(attribute(node, "softcap", 0.0) or 0.0)
+    if cap:
+        capped = pointwise(ctx, lambda _one: Interval(-cap, cap), [scores.value])
+        scores = Scores(ctx, capped)
+    mask = optional(inputs, 3)
+    if mask is not None:
+        mask = with_axes(mask, range(4 - len(mask.axes))) if len(mask.axes) < 4 else mask
+        scores = scores.kept(mask) if _is_boolean(node.inputs[3]) else scores.added(lowest_for_infinite(mask))
+    if attribute(node, "is_causal", 0):
+        scores = scores.causal(before)
+    ends = optional(inputs, 6)
+    if ends is not None:
+        scores = up_to(ctx, scores, ends, "Less")
+    shares = scores.shares()
+    result = weighted(ctx, shares, value)
+    products = shares if attribute(node, "qk_matmul_output_mode", 0) == _AFTER_SOFTMAX else without_bounds(shares)
+    outputs = [heads_last(ctx, result) if packed else result, key, value, products]
+    return outputs[: len(node.outputs)]
+
+
+def _is_boolean(mask: ir.Value | None) -> bool:
+    """Whether a mask says which keys count, instead of being added to scores.
+
+    Raises:
+        NotFollowed: its type is not known.
+    """
+    while mask is not None and mask.dtype is None:
+        node = mask.producer()
+        if node is None:
+            break
+        if node.op_type in _BOOLEAN or (node.op_type == "Cast" and attribute(node, "to") == ir.DataType.BOOL):
+            return True
+        if node.op_type in {"Cast", "Add", "Mul", "Sub", "Div"}:
+            return False
+        mask = node.inputs[1 if node.op_type == "Where" else 0]
+    if mask is None or mask.dtype is None:
+        raise NotFollowed("it is not known whether a mask is added or says which keys count")
+    return mask.dtype is ir.DataType.BOOL

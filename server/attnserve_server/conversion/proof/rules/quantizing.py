@@ -1,0 +1,186 @@
+"""Whole numbers in the place of fractions: scales that are constants, of one row, or of a whole batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+import onnx_ir as ir
+
+from attnserve_server.conversion.proof.context import MICROSOFT, Context, rule
+from attnserve_server.conversion.proof.helpers import attribute, joined, optional, required, wild_anywhere
+from attnserve_server.conversion.proof.intervals import Interval, subtract
+from attnserve_server.conversion.proof.layout import PLAIN_ONE, NotFollowed, is_one, plain, varying
+from attnserve_server.conversion.proof.rules.pointwise import pointwise
+from attnserve_server.conversion.proof.rules.products import biased, matmul, times
+from attnserve_server.conversion.proof.sizes import Size
+from attnserve_server.conversion.proof.values import Entry, Standing, Value
+
+DYNAMIC: Final = "one scale is taken from all of it at once, {others} included (dynamic quantization)"
+_BYTES: Final = Interval(-128, 255)
+
+
+def spans_all(ctx: Context, value: Value) -> tuple[Standing, str]:
+    """Whether a scale that is taken from a whole value depends on more than the sequence's own part."""
+    factors = len(varying(value.axes))
+    if not factors or (factors == 1 and not ctx.is_batch and value.pad(0).only == 0):
+        return Standing.EQUAL, ""  # the range that a scale covers has 0 in it anyway
+    return Standing.DIFFERENT, DYNAMIC.format(others=ctx.others)
+
+
+@rule("DynamicQuantizeLinear")
+def dynamic_quantize(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
+    """Bytes, with a scale and a zero point that come of the least and the greatest of all elements."""
+    value = ctx.as_data(required(inputs, 0))
+    standing, reason = spans_all(ctx, value)
+    cause = ctx.cause(reason) if reason else None
+    if value.standing > standing:
+        standing, cause = value.standing, value.cause
+    regions = {region: Entry(_BYTES, lit=_BYTES) for region in value.regions}
+    rounded = Value(value.layout, standing, cause, span=_BYTES, lit=_BYTES, regions=regions)
+    scale = Value((), standing, cause, span=Interval(0, value.span.greatest))
+    return [rounded, scale, Value((), standing, cause, span=_BYTES, lit=_BYTES)]
+
+
+def _along(value: Value, scale: Value, axis: int) -> Value:
+    """A scale of one number for each channel, on the axis of the channels."""
+    if len(scale.axes) != 1 or is_one(scale.axes[0]):
+        return scale
+    after = len(value.axes) - 1 - axis
+    same = {place: place for place in range(len(varying(scale.axes)))}
+    return scale.moved((scale.axes[0], *([PLAIN_ONE] * after)), same)
+
+
+@rule("QuantizeLinear", "DequantizeLinear")
+def quantize(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """Each number by a scale that is given."""
+    value, scale = ctx.as_data(required(inputs, 0)), ctx.as_data(required(inputs, 1))
+    zero = optional(inputs, 2)
+    if attribute(node, "block_size", 0):
+        raise NotFollowed("scales of blocks are not followed")
+    axis = attribute(node, "axis", 1)
+    axis = axis + len(value.axes) if axis < 0 else axis
+    operands = [value, _along(value, scale, axis), *([_along(value, zero, axis)] if zero is not None else [])]
+    rounded = node.op_type == "QuantizeLinear"
+
+    span = _BYTES if _is_bytes(node, zero) else Interval()
+
+    def function(*each: Interval) -> Interval:
+        if rounded:
+            return span
+        shifted = subtract(each[0], each[2]) if len(each) > 2 else each[0]
+        most = shifted.greatest * each[1].greatest if shifted.greatest and each[1].greatest else 0.0
+        return Interval(-most, most, each[1].wild)
+
+    found = pointwise(ctx, function, operands)
+    return replace(found, layout=value.layout) if found.layout == value.layout else found
+
+
+def _is_bytes(node: ir.Node, zero: Value | None) -> bool:
+    """Whether numbers are rounded to bytes, and not to a type of 16 bits."""
+    if attribute(node, "output_dtype", 0):
+        return False
+    return zero is None or (zero.constant is not None and zero.constant.dtype.itemsize == 1)
+
+
+@rule("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT)
+def quantize_microsoft(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """As the standard ones."""
+    found = quantize(ctx, node, inputs)
+    assert isinstance(found, Value)
+    return found
+
+
+@rule("MatMulInteger")
+def matmul_integer(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """A product of whole numbers, minus their zero points."""
+    one, other = _shifted(ctx, inputs, 0, 2, rows=True), _shifted(ctx, inputs, 1, 3, rows=False)
+    return matmul(ctx, one, other)
+
+
+@rule("MatMulInteger16", domain=MICROSOFT)
+def matmul_integer16(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """A product of whole numbers."""
+    return matmul(ctx, required(inputs, 0), required(inputs, 1))
+
+
+def _shifted(ctx: Context, inputs: list[Value | None], at: int, zero: int, *, rows: bool) -> Value:
+    value, point = ctx.as_data(required(inputs, at)), optional(inputs, zero)
+    if point is None or not point.axes or is_one(point.axes[0]):
+        extra = [] if point is None else [replace(point, layout=(), regions={})]
+        return pointwise(ctx, subtract, [value, *extra]) if extra else value
+    if rows and len(point.axes) == 1:
+        point = replace(point, layout=(*point.axes, PLAIN_ONE))
+    return pointwise(ctx, subtract, [value, point])
+
+
+@rule("MatMulIntegerToFloat", domain=MICROSOFT)
+def matmul_integer_to_float(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """A product of bytes, in fractions: a scale for each of the two, their zero points, and a bias."""
+    one, other = _shifted(ctx, inputs, 0, 4, rows=True), _shifted(ctx, inputs, 1, 5, rows=False)
+    found = matmul(ctx, one, other)
+    scales = [ctx.as_data(required(inputs, at)) for at in (2, 3)]
+    return biased(ctx, times(ctx, [found, *(_scalar(scale) for scale in scales)]), optional(inputs, 6))
+
+
+def _scalar(value: Value) -> Value:
+    return replace(value, layout=()) if all(is_one(axis) for axis in value.axes) and not value.varies else value
+
+
+@rule("DynamicQuantizeMatMul", domain=MICROSOFT)
+def dynamic_quantize_matmul(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """A product whose first operand is rounded by a scale of all its rows."""
+    value, matrix = ctx.as_data(required(inputs, 0)), required(inputs, 1)
+    standing, reason = spans_all(ctx, value)
+    found = biased(ctx, matmul(ctx, value, matrix), optional(inputs, 4))
+    rest = [other for other in inputs[2:4] if other is not None]
+    worst, cause = joined([found, *rest])
+    if standing > worst:
+        worst, cause = standing, ctx.cause(reason)
+    return replace(found, standing=worst, cause=cause)
+
+
+@rule("QLinearMatMul")
+def qlinear_matmul(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """A product of bytes with scales that are given, back to bytes."""
+    one, other = _shifted(ctx, inputs, 0, 2, rows=True), _shifted(ctx, inputs, 3, 5, rows=False)
+    return _bytes(ctx, matmul(ctx, one, other), inputs)
+
+
+def _bytes(ctx: Context, found: Value, inputs: Sequence[Value | None]) -> Value:
+    standing, cause = joined([ctx.as_data(value) for value in inputs if value is not None])
+    regions = {region: Entry(_BYTES, lit=_BYTES) for region in found.regions}
+    if found.standing > standing:
+        standing, cause = found.standing, found.cause
+    return Value(found.layout, standing, cause, span=_BYTES, lit=_BYTES, regions=regions)
+
+
+@rule("QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearLeakyRelu", "QGemm", domain=MICROSOFT)
+def qlinear(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """Bytes with scales that are given, element by element."""
+    if node.op_type == "QGemm":
+        one, other = required(inputs, 0), required(inputs, 3)
+        if attribute(node, "transA", 0) or attribute(node, "transB", 0):
+            raise NotFollowed("a transposed product of bytes is not followed")
+        return _bytes(ctx, matmul(ctx, one, other), inputs)
+    wide = [required(inputs, 0), *([required(inputs, 3)] if node.op_type in {"QLinearAdd", "QLinearMul"} else [])]
+    return _bytes(ctx, pointwise(ctx, lambda *_each: _BYTES, wide), inputs)
+
+
+@rule("MatMulNBits", "MatMulBnb4", domain=MICROSOFT)
+def matmul_n_bits(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """A product with constants of few bits: activations are rounded by blocks of their own row, if at all."""
+    value = ctx.as_data(required(inputs, 0))
+    others = [other for other in inputs[1:] if other is not None]
+    if any(other.varies for other in others[:2]):
+        return ctx.unknown("multiplies with packed weights that are no constants")
+    standing, cause = joined([value, *(ctx.as_data(other) for other in others)])
+    places = {at: at for at in range(len(varying(value.axes[:-1])))}
+    layout = (*value.axes[:-1], plain(Size.of(int(attribute(node, "N")))))
+    if len(places) != len(varying(value.axes)):
+        return ctx.bad(Standing.DIFFERENT, f"sums over {ctx.others} too")
+    wild = Interval(wild=4 if wild_anywhere(value) else 0)
+    regions = {region: Entry(replace(wild, wild=entry.interval.wild)) for region, entry in value.regions.items()}
+    found = Value(layout, standing, cause, span=wild, lit=wild, regions=regions)
+    return biased(ctx, found, optional(inputs, 5))

@@ -1,0 +1,1 @@
+"""Write nodes: fused attention and taps."""

@@ -1,0 +1,1 @@
+"""Rewrite plain attention to one fused operator."""

@@ -1,0 +1,133 @@
+"""The rows of masks, biases and lengths that a tap needs, each so that it broadcasts to (n, H, L, S)."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from attnserve_server.conversion.base.sites import KeyPadding, Mask
+from attnserve_server.conversion.rewrite.taps.nodes import TapNodes
+
+LOWEST = float(np.finfo(np.float32).min)
+
+
+class MaskRows:
+    """What masks the scores of one site.
+
+    Args:
+        tap: is given the nodes.
+        source: what the query is made from; its first axis is the batch.
+        query: (n, H, L, D), of the rows that were asked for.
+        key: (n, H, S, D), of the same rows.
+    """
+
+    def __init__(self, tap: TapNodes, source: ir.Value, query: ir.Value, key: ir.Value) -> None:
+        self._tap, self._source, self._query, self._key = tap, source, query, key
+
+    def of(self, mask: Mask) -> ir.Value:
+        """The mask's rows for the items, rank 4. A mask of one row serves them all, whatever the batch."""
+        full = mask.value
+        if mask.rank == 4 and _same_batch(full, self._source):
+            return self._tap.rows_of(full)
+        if mask.rank < 4:
+            added = range(4 - mask.rank)
+            full = self._tap.once("rank 4", full, lambda value: self._tap.unsqueeze(value, *added))
+        one = self._tap.ints(1)
+        last_row = self._tap.once(
+            "last row", full, lambda value: self._tap.op("Sub", [self._tap.shape(value, 0, 1), one])
+        )
+        return self._tap.op("Gather", [full, self._tap.lesser(self._tap.items, last_row)], axis=0)
+
+    def padding(self, padding: KeyPadding) -> ir.Value:
+        """Float32, what is added to the scores: 0 where a key counts, the filter value where it does not."""
+        tap, zero = self._tap, self._tap.float(0.0)
+        if padding.rank == 1:
+            counts = self._between(padding.value)
+        else:
+            rows = tap.rows_of(padding.value)
+            if padding.rank == 4:
+                starts, axes = tap.ints(0, 0), tap.ints(2, 3)
+                extents = tap.op("Concat", [self._length(), self._keys()], axis=0)
+                rows = tap.op("Slice", [rows, starts, extents, axes])
+            rows = tap.unsqueeze(rows, *{2: (1, 2), 3: (1,), 4: ()}[padding.rank]) if padding.rank < 4 else rows
+            counts = tap.op("Greater", [tap.op("Cast", [rows], to=int(ir.DataType.INT64)), tap.scalar(0)])
+        return tap.op("Where", [counts, zero, tap.float(padding.filter_value)])
+
+    def _between(self, bounds: ir.Value) -> ir.Value:
+        """Bool (n, 1, 1, S): keys before each row's end, and from its start on where there are starts."""
+        tap = self._tap
+        wide = tap.op("Cast", [bounds], to=int(ir.DataType.INT64))
+        ends = tap.unsqueeze(tap.op("Gather", [wide, tap.items], axis=0), 1, 2, 3)
+        positions = self._positions(self._key)
+        before = tap.op("Less", [positions, ends])
+        batch, count = tap.shape(self._source, 0, 1), tap.shape(bounds, 0, 1)
+        last = tap.op("Sub", [count, tap.ints(1)])
+        places = tap.lesser(tap.op("Add", [tap.items, batch]), last)
+        starts = tap.unsqueeze(tap.op("Gather", [wide, places], axis=0), 1, 2, 3)
+        has_starts = tap.op("Equal", [count, tap.op("Add", [batch, batch])])
+        starts = tap.op("Where", [has_starts, starts, tap.ints(0)])
+        return tap.op("And", [before, tap.not_less(positions, starts)])
+
+    def causal(self) -> ir.Value:
+        """Bool (n, 1, L, S): key j is kept for query i where j <= i. Has n as its extent to be empty with it."""
+        return self._tap.not_less(self._queries_down(), self._positions(self._key))
+
+    def window(self, width: int) -> ir.Value:
+        """Bool (n, 1, L, S): key j is kept for query i where j > i - width."""
+        first = self._tap.op("Sub", [self._queries_down(), self._tap.scalar(width)])
+        return self._tap.op("Less", [first, self._positions(self._key)])
+
+    def ahead(self, count: int) -> ir.Value:
+        """Bool (n, 1, L, S): key j is kept for query i where j <= i + count."""
+        last = self._tap.op("Add", [self._queries_down(), self._tap.scalar(count)])
+        return self._tap.not_less(last, self._positions(self._key))
+
+    def keys_up_to(self, ends: ir.Value) -> ir.Value:
+        """Bool (n, 1, 1, S): keys up to and with each row's end."""
+        return self._tap.not_less(self._ends(ends), self._positions(self._key))
+
+    def queries_up_to(self, ends: ir.Value) -> ir.Value:
+        """Bool (n, 1, L, 1): queries up to and with each row's end."""
+        return self._tap.not_less(self._ends(ends), self._queries_down())
+
+    def _ends(self, ends: ir.Value) -> ir.Value:
+        """Int64 (n, 1, 1, 1). The kernel reads B numbers in a row, whatever their shape: (B,), (B, 1) or (1, B)."""
+        tap = self._tap
+        if ends.shape is None or len(ends.shape) != 1:
+            ends = tap.once("flat", ends, lambda value: tap.op("Reshape", [value, tap.ints(-1)]))
+        rows = tap.op("Cast", [tap.rows_of(ends)], to=int(ir.DataType.INT64))
+        return tap.unsqueeze(rows, 1, 2, 3)
+
+    def causal_penalty(self) -> ir.Value:
+        """Float32 (n, 1, L, S): the lowest number where key j stands behind query i, but for the last query."""
+        tap = self._tap
+        last = tap.op("Sub", [self._length(), tap.ints(1)])
+        kept = tap.op("Or", [self.causal(), tap.op("Equal", [self._queries_down(), last])])
+        return tap.op("Where", [kept, tap.float(0.0), tap.float(LOWEST)])
+
+    def _length(self) -> ir.Value:
+        return self._tap.shape(self._query, 2, 3)
+
+    def _keys(self) -> ir.Value:
+        return self._tap.shape(self._key, 2, 3)
+
+    def _positions(self, rows: ir.Value) -> ir.Value:
+        """Int64 (T,): 0, 1, 2, ... along the third axis of query or key."""
+        tap = self._tap
+        count = tap.op("Squeeze", [tap.shape(rows, 2, 3)])
+        return tap.op("Range", [tap.scalar(0), count, tap.scalar(1)])
+
+    def _queries_down(self) -> ir.Value:
+        """Int64 (n, 1, L, 1)."""
+        tap = self._tap
+        one = tap.ints(1)
+        shape = tap.op("Concat", [tap.shape(self._query, 0, 1), one, self._length(), one], axis=0)
+        return tap.op("Expand", [tap.unsqueeze(self._positions(self._query), 1), shape])
+
+
+def _same_batch(mask: ir.Value, query: ir.Value) -> bool:
+    """Whether the graph itself says that a mask has a row for every row of the batch."""
+    if mask.shape is None or query.shape is None:
+        return False
+    one, other = mask.shape[0], query.shape[0]
+    return isinstance(one, ir.SymbolicDim) and one.value is not None and one == other

@@ -1,0 +1,132 @@
+"""The tap of a site whose operator keeps its weights to itself: computes them again for the rows that ask.
+
+items (n,) -+-> query's rows -+-> MatMul -> softcap -> + masks -> Softmax -> weights (n, H, L, S)
+            +-> key's rows ---+
+            +-> masks' rows -----------------------------^
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from attnserve_server.conversion.base.sites import KeyPadding, Mask, Scores
+from attnserve_server.conversion.rewrite.taps.masks import LOWEST, MaskRows
+from attnserve_server.conversion.rewrite.taps.nodes import TapNodes
+from attnserve_server.conversion.rewrite.taps.operands import Operands
+
+_LOWEST_OF = {ir.DataType.FLOAT16: float(np.finfo(np.float16).min)}
+"""Exporters write "masked" as minus infinity or as the lowest number of the mask's type; bfloat16 reaches as far as
+float32, and float64 is cast to it."""
+
+
+def weights_of_scores(tap: TapNodes, scores: Scores) -> ir.Value:
+    """Softmax of the site's scores for the rows that ask, float32 (n, H, L, S)."""
+    return _ScoresTap(tap).weights(scores)
+
+
+class _ScoresTap:
+    def __init__(self, tap: TapNodes) -> None:
+        self._tap = tap
+        self._operands = Operands(tap)
+
+    def weights(self, scores: Scores) -> ir.Value:
+        """Float32 (n, H, L, S)."""
+        query = self._operands.heads_first(scores.query, scores.head_dim)
+        if scores.scale != 1:
+            query = self._tap.op("Mul", [query, self._tap.float(scores.scale)])
+        key = self._operands.heads_first(scores.key, scores.head_dim)
+        logits = self._product(query, key, scores)
+        if scores.softcap:
+            cap = self._tap.float(scores.softcap)
+            logits = self._tap.op("Mul", [self._tap.op("Tanh", [self._tap.op("Div", [logits, cap])]), cap])
+        masks = MaskRows(self._tap, scores.query.value, query, key)
+        return self._zeroed(scores, masks, logits) if scores.zeroed else self._added(scores, masks, logits)
+
+    def _zeroed(self, scores: Scores, masks: MaskRows, logits: ir.Value) -> ir.Value:
+        """Softmax over the keys that are not masked; 0 where none is left."""
+        kept: list[ir.Value] = []
+        for mask in scores.masks:
+            assert isinstance(mask, Mask), "padding that is added leaves no row empty"
+            rows = masks.of(mask)
+            if mask.boolean:
+                kept.append(rows)
+                continue
+            bias = self._tap.float32(rows)
+            logits = self._tap.op("Add", [logits, bias])
+            kept.append(self._tap.op("Greater", [bias, self._tap.float(_masked_up_to(mask))]))
+        if scores.causal:
+            kept.append(masks.causal())
+        if scores.window:
+            kept.append(masks.window(scores.window))
+        if scores.ahead is not None:
+            kept.append(masks.ahead(scores.ahead))
+        if scores.key_ends is not None:
+            kept.append(masks.keys_up_to(scores.key_ends))
+            if scores.window:
+                kept.append(masks.queries_up_to(scores.key_ends))
+        if not kept:
+            return self._softmax(logits, scores)
+        allowed = kept[0]
+        for other in kept[1:]:
+            allowed = self._tap.op("And", [allowed, other])
+        # Where twice: the first keeps masked keys out of the sum, the second turns a row in which every key is masked
+        # (and softmax therefore uniform) into zeros. A selection, since a product would carry a NaN on.
+        softmax = self._softmax(self._tap.op("Where", [allowed, logits, self._tap.float(LOWEST)]), scores)
+        return self._tap.op("Where", [allowed, softmax, self._tap.float(0.0)])
+
+    def _softmax(self, logits: ir.Value, scores: Scores) -> ir.Value:
+        """Over the keys, and over the sink beside them, whose own share is left out."""
+        tap = self._tap
+        if scores.sink is None:
+            return tap.op("Softmax", [logits], axis=-1)
+        if isinstance(scores.sink, ir.Value):
+            sink = tap.reshape(tap.float32(scores.sink), [tap.ints(1, scores.query.heads, 1, 1)])
+        else:
+            sink = tap.float(scores.sink)
+        column = tap.op("Expand", [sink, tap.op("Concat", [tap.shape(logits, 0, 3), tap.ints(1)], axis=0)])
+        softmax = tap.op("Softmax", [tap.op("Concat", [logits, column], axis=3)], axis=-1)
+        return tap.op("Slice", [softmax, tap.ints(0), tap.ints(-1), tap.ints(3)])
+
+    def _added(self, scores: Scores, masks: MaskRows, logits: ir.Value) -> ir.Value:
+        """Softmax of the scores and all that is added to them, which is summed first, as onnxruntime does.
+
+        The order matters where a whole row is shifted by -10,000: the scores keep but three decimal places there.
+        """
+        total: ir.Value | None = None
+        biased = False
+        for mask in scores.masks:
+            if isinstance(mask, KeyPadding):
+                total = self._sum(total, masks.padding(mask))
+        if scores.causal:
+            total = self._sum(total, masks.causal_penalty())
+        for mask in scores.masks:
+            if isinstance(mask, Mask):
+                total = self._sum(total, self._tap.float32(masks.of(mask)))
+                biased = True
+        softmax = self._tap.op("Softmax", [logits if total is None else self._sum(logits, total)], axis=-1)
+        if not biased:
+            return softmax
+        # A row of nothing but minus infinity, where the operator itself answers NaN.
+        return self._tap.op("Where", [self._tap.op("IsNaN", [softmax]), self._tap.float(0.0), softmax])
+
+    def _sum(self, one: ir.Value | None, other: ir.Value) -> ir.Value:
+        return other if one is None else self._tap.op("Add", [one, other])
+
+    def _product(self, query: ir.Value, key: ir.Value, scores: Scores) -> ir.Value:
+        """Query @ key^T, (n, H, L, S); query heads h * G to h * G + G - 1 share the key head h."""
+        turned = self._tap.op("Transpose", [key], perm=[0, 1, 3, 2])
+        heads, kv_heads = scores.query.heads, scores.key.heads
+        if heads == kv_heads:
+            return self._tap.op("MatMul", [query, turned])
+        count, rest = self._tap.shape(query, 0, 1), self._tap.shape(query, 2, 4)
+        query_groups = self._tap.reshape(query, [count, self._tap.ints(kv_heads, heads // kv_heads), rest])
+        product = self._tap.op("MatMul", [query_groups, self._tap.unsqueeze(turned, 2)])
+        lengths = [self._tap.shape(query, 2, 3), self._tap.shape(key, 2, 3)]
+        return self._tap.reshape(product, [count, self._tap.ints(heads), *lengths])
+
+
+def _masked_up_to(mask: Mask) -> float:
+    if mask.masked_up_to is not None:
+        return mask.masked_up_to
+    return _LOWEST_OF.get(mask.value.dtype or ir.DataType.FLOAT, LOWEST) / 2

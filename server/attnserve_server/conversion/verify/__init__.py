@@ -1,0 +1,1 @@
+"""Verify a tapped graph: its batching certificate, its limits, its source and its golden answers."""

@@ -1,0 +1,94 @@
+"""Certify: the batching certificate of a tapped graph, for `export`, `prepare` and `check` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+
+from attnserve_server.conversion.assemble import Assembled
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.inputs.vocabulary import extreme_ids_of
+from attnserve_server.conversion.proof import Proof, prove
+from attnserve_server.conversion.proof.attack import DEFAULT_SECONDS, attack
+from attnserve_server.conversion.proof.noise import noise_of
+from attnserve_server.conversion.proof.target import Target
+from attnserve_server.model.batching import cautions
+from attnserve_server.model.certificate import Batching, Certificate
+from attnserve_server.model.equality import Equality
+from attnserve_server.model.manifest import InputRole, SiteSpec
+
+ATTACK_SECONDS = DEFAULT_SECONDS
+"""How long an attack on what is not refuted may take, unless the person says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certified:
+    """A certificate, and the sites with the kinds that the proof gives them."""
+
+    certificate: Certificate
+    sites: tuple[SiteSpec, ...]
+
+
+def certify(
+    assembled: Assembled,
+    max_lengths: Mapping[str, int],
+    steps: Steps,
+    *,
+    batching: Batching,
+    attack_seconds: float,
+    max_batch_size: int,
+) -> Certified:
+    """Prove what padding and batch neighbours can change, and try to break whatever is not refuted.
+
+    Args:
+        assembled: the tapped graph, opened for checks.
+        max_lengths: the greatest length of each axis symbol of its inputs.
+        steps: shows the progress, and what limits batching under the policy.
+        batching: the policy that is reported on; the certificate holds for any.
+        attack_seconds: the most that the attack may take, in all.
+        max_batch_size: rows of the largest batch that will be served.
+
+    Raises:
+        BuildRefused: the graph does not run.
+    """
+    steps.begin("proving that batches are safe")
+    proto = onnx.load(assembled.model_path)
+    sampler = assembled.sampler
+    proof = prove(
+        proto,
+        sampler.signature,
+        assembled.outputs,
+        assembled.sites,
+        max_lengths=max_lengths,
+        derived=assembled.derived_axes,
+        precision=assembled.precision,
+        vocabularies=sampler.vocabulary_sizes,
+    )
+    ids = {spec.name for spec in sampler.signature.inputs if spec.role is InputRole.TOKEN_IDS}
+    target = Target(
+        runner=assembled.checker,
+        sampler=sampler,
+        outputs=assembled.outputs,
+        sites=assembled.sites,
+        max_lengths=max_lengths,
+        max_batch_size=max_batch_size,
+        derived=assembled.derived_axes,
+        extreme_ids={name: extreme_ids_of(proto.graph, name) for name in ids},
+    )
+    steps.begin("attacking what is not refuted")
+    noise = noise_of(target, assembled.precision)
+    clauses = attack(target, proof, Equality(assembled.precision, noise), seconds=attack_seconds, report=steps.note)
+    certificate = Certificate(clauses=clauses, masks=proof.masks, noise=noise)
+    alone = sampler.signature.fixed_batch is not None
+    for caution in cautions(certificate, batching, alone=alone):
+        steps.warn(str(caution))
+    return Certified(certificate, _with_kinds(assembled.sites, proof))
+
+
+def _with_kinds(sites: tuple[SiteSpec, ...], proof: Proof) -> tuple[SiteSpec, ...]:
+    """The sites; those whose queries provably look at no key behind them are causal."""
+    return tuple(
+        site.model_copy(update={"kind": "causal"}) if site.name in proof.causal_sites else site for site in sites
+    )

@@ -1,0 +1,88 @@
+"""Makes the golden answers of a bundle: a few sequences, and what the checked graph answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.domain.values import Array
+from attnserve_server.engine.golden import answers
+from attnserve_server.engine.session import RunFailed, RuntimeSession
+from attnserve_server.model.certificate import Batching
+from attnserve_server.model.golden import GOLDEN_FILE, write_golden
+from attnserve_server.model.manifest import GoldenSpec, Manifest
+
+GOLDEN_LENGTHS = (5, 12, 8)
+"""Mixed, so that two of the three sequences are padded."""
+MAX_GOLDEN_BYTES = 256 * 2**10
+_LONG_INPUT = 4096
+"""An input of more numbers than this repeats itself, so that it takes little room."""
+_PERIOD = 509
+"""After how many numbers: a prime, so that rows and channels of an image are not alike."""
+
+TOLERANCES = {
+    # Another provider or processor sums in another order: seen are 1e-6 among CPUs, and some 1e-4 on GPUs without TF32.
+    "fp32": (1e-3, 1e-3),
+    # 11 bits, and kernels that round between operations where others do not.
+    "fp16": (2e-2, 2e-2),
+    # Integer sums are exact, but a last bit before rounding moves a number by a step of 1/127, and all that follows
+    # with it. Processors that cut 16-bit sums off (x86 before VNNI) may exceed even this: theirs is another model.
+    "int8": (1e-1, 1e-1),
+}
+"""Of outputs and of weights, in parts of the greatest number, by precision."""
+
+
+def with_golden(
+    manifest: Manifest,
+    session: RuntimeSession,
+    sampler: Sampler,
+    work: Path,
+    steps: Steps,
+    batching: Batching = "proved",
+) -> tuple[Manifest, dict[str, Path]]:
+    """Golden answers of a graph, as a manifest that tells of them and as a file for the bundle.
+
+    Args:
+        manifest: all that will be written but the files.
+        session: the tapped graph, which was checked, as the server opens it.
+        sampler: makes sequences for the graph.
+        work: a folder for the file.
+        steps: is told where the graph does not run on such sequences; the bundle then has no golden answers.
+        batching: the policy that says whether the sequences share a batch.
+    """
+    arrays = len(GOLDEN_LENGTHS) * (len(manifest.outputs) + len(manifest.sites))
+    output_tolerance, weight_tolerance = TOLERANCES[manifest.precision]
+    golden = GoldenSpec(
+        sequences=len(GOLDEN_LENGTHS),
+        sample=int(np.clip(MAX_GOLDEN_BYTES // (4 * max(arrays, 1)), 16, 4096)),
+        output_tolerance=output_tolerance,
+        weight_tolerance=weight_tolerance,
+    )
+    told = manifest.model_copy(update={"golden": golden})
+    try:
+        answered = answers(session, told.under(batching), _sequences(manifest, sampler, GOLDEN_LENGTHS))
+    except RunFailed:
+        steps.warn(f"no golden answers: the model does not run on lengths of {', '.join(map(str, GOLDEN_LENGTHS))}")
+        return manifest, {}
+    write_golden(work / GOLDEN_FILE, answered, told)
+    return told, {GOLDEN_FILE: work / GOLDEN_FILE}
+
+
+def _sequences(manifest: Manifest, sampler: Sampler, lengths: Sequence[int]) -> list[dict[str, Array]]:
+    symbols = sampler.signature.symbols
+    longest = {symbol: manifest.axis(symbol).max_length for symbol in symbols}
+    drawn = (
+        sampler.sequence({symbol: min(length, longest[symbol]) for symbol in symbols}, row)
+        for row, length in enumerate(lengths)
+    )
+    return [{name: _repeating(array) for name, array in inputs.items()} for inputs in drawn]
+
+
+def _repeating(array: Array) -> Array:
+    if array.size <= _LONG_INPUT or not np.issubdtype(array.dtype, np.floating):
+        return array
+    return np.resize(array.reshape(-1)[:_PERIOD], array.shape)

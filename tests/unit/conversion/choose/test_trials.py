@@ -1,0 +1,139 @@
+"""What is tried to make a bundle faster: kept where it answers alike and is faster, and told in any case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.choose import comparing
+from attnserve_server.conversion.choose import trials as room
+from attnserve_server.conversion.choose.comparing import Verdict
+from attnserve_server.conversion.export import ExportRequest, export_bundle
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.sources.zoo import source as zoo
+from attnserve_server.engine.session import LEFT_OUT
+from attnserve_server.model.manifest import Manifest
+from attnserve_server.model.report import TrialReport
+from attnserve_server.model.repository import Repository
+from onnx_files import saved
+from plain_graphs import Plain
+
+REWRITINGS = list(room._REWRITINGS)
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, *ratios: float) -> None:
+    """Verdicts in their order: how long graphs of this size take says nothing."""
+    verdicts = iter(Verdict(ratio, pays=ratio < 1) for ratio in ratios)
+    monkeypatch.setattr(comparing, "verdict", lambda source_s, other_s: next(verdicts))
+
+
+def prepared(folder: Path, *, try_more: bool = True) -> Manifest:
+    file = saved(Plain(masks=("lowest",)).model(), folder / "ranker.onnx")
+    request = PrepareRequest(
+        file=file, name="ranker", repository=folder / "models", fuse=False, try_more=try_more, max_length=64
+    )
+    return prepare_bundle(request).manifest
+
+
+def test_the_fastest_of_several_is_kept_and_each_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, 0.95, 0.9, 1.0)
+    manifest = prepared(tmp_path)
+    first, second, ahead = manifest.check.trials
+    assert [trial.what for trial in (first, second)] == REWRITINGS
+    assert (first.kept, first.time, first.reason) == (False, 0.95, "it is faster, though not the fastest")
+    assert (second.kept, second.time, second.reason) == (True, 0.9, "")
+    assert manifest.left_out == (*LEFT_OUT, "MatMulAddFusion")
+    assert ahead.load_time is not None
+    assert ahead.output_max_abs_error is not None
+
+
+def test_nothing_is_kept_where_nothing_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, 1.1, 1.0, 0.5)
+    manifest = prepared(tmp_path)
+    assert manifest.left_out is None
+    assert [trial.kept for trial in manifest.check.trials] == [False, False, False]
+    # However fast the graph is that is optimised for a CPU: a bundle is for every provider.
+    assert manifest.check.trials[2].reason == "it takes 0.5 of the time, but could be served on a CPU alone"
+    assert "1.100 of the time" in manifest.check.trials[0].reason
+
+
+def test_what_answers_otherwise_is_not_even_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "difference", lambda *told, tap=False: 0.5 if tap else 0.0)
+    manifest = prepared(tmp_path)
+    assert manifest.left_out is None
+    assert all("its weights differ by 0.5, more than" in trial.reason for trial in manifest.check.trials)
+    assert {trial.time for trial in manifest.check.trials} == {None}
+
+
+def test_nothing_is_tried_when_it_is_not_wanted(tmp_path: Path) -> None:
+    assert prepared(tmp_path, try_more=False).check.trials == ()
+
+
+def test_what_was_kept_is_what_the_bundle_is_checked_and_served_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, 0.9, 1.0, 1.0)
+    assert prepared(tmp_path).left_out == ()
+    assert Repository(tmp_path / "models").bundle("ranker").manifest.left_out == ()
+
+
+def exported(folder: Path) -> Manifest:
+    return export_bundle(
+        ExportRequest(source="zoo:self", name="tiny", repository=folder, fuse=False, try_more=True)
+    ).manifest
+
+
+def test_faster_exporter_s_graph_becomes_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, 0.9, 1.0, 1.0, 1.0)
+    manifest = exported(tmp_path)
+    assert manifest.check.trials[0].kept
+    assert manifest.provenance.exporter == "torch.onnx.export, torchscript"
+    assert manifest.provenance.opset == 17
+    assert manifest.sites[0].available
+
+
+def test_other_exporter_that_is_slower_or_cannot_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, 1.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    first = exported(tmp_path / "first")
+    assert first.provenance.exporter == "torch.onnx.export, dynamo"
+    assert first.check.trials[0].reason.startswith("it takes 1.100 of the time")
+    to_graph = zoo.ZooModel.to_graph
+
+    def dynamo_only(self: zoo.ZooModel, exporter: str, opset: int) -> onnx.ModelProto:
+        if exporter == "torchscript":
+            raise BuildRefused("it cannot")
+        return to_graph(self, exporter, opset)
+
+    monkeypatch.setattr(zoo.ZooModel, "to_graph", dynamo_only)
+    second = exported(tmp_path / "second")
+    assert second.check.trials[0] == TrialReport(what="torchscript at opset 17, beside dynamo", reason="it cannot")
+
+
+def test_graph_that_does_not_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(path: Path, left_out: object = None) -> Runner:
+        if left_out is not None:
+            raise BuildRefused("the runtime cannot load the model")
+        return Runner(path)
+
+    monkeypatch.setattr(room, "Runner", refusing)
+    judged(monkeypatch, 1.0)
+    reasons = [trial.reason for trial in prepared(tmp_path).check.trials]
+    assert reasons[:2] == ["the runtime cannot load the model"] * 2
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (TrialReport(what="this", kept=True, time=0.9), "tried this: kept, at 0.900 of the time"),
+        (TrialReport(what="this", reason="it cannot"), "tried this: not kept, it cannot"),
+        (
+            TrialReport(what="this", reason="it cannot", load_time=0.5),
+            "tried this: not kept, it cannot, and 0.50 of the time to load",
+        ),
+    ],
+)
+def test_report_says_it_in_one_line(report: TrialReport, said: str) -> None:
+    assert str(report) == said

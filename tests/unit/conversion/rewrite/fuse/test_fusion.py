@@ -1,0 +1,150 @@
+"""Prepare keeps a fused graph that answers alike and is faster, says so, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from attnserve_server.cli.convert import register
+from attnserve_server.conversion.choose import comparing
+from attnserve_server.conversion.choose import fusion as room
+from attnserve_server.conversion.choose.comparing import Verdict
+from attnserve_server.conversion.graphs.reading import checked
+from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.rewrite.fuse.candidates import ATTENTION, MULTI_HEAD, Fused, candidates
+from attnserve_server.model.manifest import Manifest
+from onnx_files import saved
+from plain_graphs import Plain
+from typer import Typer
+from typer.testing import CliRunner
+
+CASE = Plain(masks=("lowest",))
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, verdict: Verdict) -> None:
+    """How long graphs of this size take says nothing: the judgement has tests of its own."""
+    monkeypatch.setattr(comparing, "verdict", lambda source_s, fused_s: verdict)
+
+
+def prepared(folder: Path, *, model: onnx.ModelProto | None = None, fuse: bool = True) -> Manifest:
+    file = saved(model or CASE.model(), folder / "ranker.onnx")
+    request = PrepareRequest(file=file, name="ranker", repository=folder / "models", fuse=fuse)
+    return prepare_bundle(request).manifest
+
+
+def test_faster_fused_graph_becomes_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, Verdict(0.9, pays=True))
+    manifest = prepared(tmp_path)
+    report = manifest.check.fusion
+    assert report is not None
+    assert (report.kept, report.operator, report.sites, report.fused_over_source_time) == (True, ATTENTION, 1, 0.9)
+    assert report.output_max_abs_error is not None
+    assert report.output_max_abs_error < 1e-5
+    (site,) = manifest.sites
+    assert (site.name, site.operator, site.available) == ("encoder.layer.0.attention", "ai.onnx.Attention-23", True)
+    # What the file was is told of the file, not of the graph that was made of it.
+    assert manifest.provenance.opset == CASE.opset
+    assert manifest.check.tapped_over_source_time is not None
+    feeds = CASE.feeds(3, 7, 7)
+    bundle = Runner(tmp_path / "models" / "ranker" / "1" / "model.onnx")
+    assert site.weights_output is not None
+    weights = bundle.run(feeds, [site.weights_output])[site.weights_output]
+    # float32 sums in another order.
+    assert np.abs(weights - CASE.reference(feeds)).max() < 1e-5
+
+
+def test_slower_fused_graph_is_not_kept_and_the_report_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, Verdict(1.2, pays=False))
+    manifest = prepared(tmp_path)
+    report = manifest.check.fusion
+    assert report is not None
+    assert not report.kept
+    assert "1.200 of the source's time" in report.reason
+    assert not manifest.sites[0].operator.startswith("ai.onnx.Attention")
+    assert manifest.sites[0].name == "encoder.layer.0.attention"
+
+
+def test_fused_graph_that_answers_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, Verdict(0.1, pays=True))
+
+    def wrong(proto: onnx.ModelProto) -> Iterator[Fused]:
+        for fused in candidates(proto):
+            for node in fused.proto.graph.node:
+                for attribute in node.attribute:
+                    attribute.f *= 1.5 if attribute.name == "scale" else 1
+            yield fused
+
+    monkeypatch.setattr(room, "candidates", wrong)
+    report = prepared(tmp_path).check.fusion
+    assert report is not None
+    assert not report.kept
+    assert report.reason.startswith("its outputs differ by")
+    assert report.fused_over_source_time is None
+
+
+def test_fused_graph_that_does_not_run_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(proto: onnx.ModelProto) -> Iterator[Fused]:
+        fused = next(candidates(proto))
+        for node in fused.proto.graph.node:
+            if node.op_type == "Attention":
+                node.input[1] = "wq"
+        yield fused
+
+    monkeypatch.setattr(room, "candidates", broken)
+    report = prepared(tmp_path).check.fusion
+    assert report is not None
+    assert not report.kept
+    assert report.reason
+
+
+def test_second_operator_is_tried_where_the_first_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = iter((Verdict(1.1, pays=False), Verdict(0.8, pays=True)))
+    monkeypatch.setattr(comparing, "verdict", lambda source_s, fused_s: next(verdicts))
+    manifest = prepared(tmp_path)
+    assert manifest.check.fusion is not None
+    assert manifest.check.fusion.operator == MULTI_HEAD
+    assert manifest.sites[0].operator.startswith(MULTI_HEAD)
+    assert manifest.sites[0].available
+
+
+def test_nothing_is_tried_when_it_is_not_wanted(tmp_path: Path) -> None:
+    assert prepared(tmp_path, fuse=False).check.fusion is None
+
+
+def test_graph_without_plain_sites_has_nothing_to_report(tmp_path: Path) -> None:
+    model = CASE.model()
+    assert list(candidates(checked(onnx.version_converter.convert_version(model, 18), "plain")))
+    softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info(softmax.output[0], 1, ["batch", 4, "target", "target"])
+    )
+    assert prepared(tmp_path, model=model).check.fusion is None
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        (Verdict(0.9, pays=True), "1 attention site rewritten to ai.onnx.Attention: 0.900 of the source's time"),
+        (Verdict(1.2, pays=False), "1 attention site rewritten to ai.onnx.Attention, but not kept: it takes 1.200"),
+    ],
+    ids=["kept", "not kept"],
+)
+def test_command_says_what_came_of_it(
+    verdict: Verdict, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, verdict)
+    app = Typer()
+    register(app)
+    file = saved(CASE.model(), tmp_path / "ranker.onnx")
+    line = ["prepare", str(file), "--name", "ranker", "--repository", str(tmp_path / "models")]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 0, done.output
+    assert said in done.output
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "models" / "ranker" / "1")])
+    assert said in " ".join(shown.output.split())
