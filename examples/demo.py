@@ -37,7 +37,7 @@ START_TIMEOUT_S = 60.0
 SHOWN_METRICS = (
     "attnserve_sequences_total",
     "attnserve_useful_tokens_total",
-    "attnserve_padded_tokens_total",
+    "attnserve_computed_tokens_total",
     "attnserve_attention_bytes_total",
     "attnserve_compute_seconds_sum",
     "attnserve_execution_provider_info",

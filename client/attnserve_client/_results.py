@@ -27,7 +27,7 @@ class Run:
     Attributes:
         batch_size: Sequences that shared the run, this one included.
         useful_tokens: Positions of all those sequences that carry data.
-        padded_tokens: Positions that the runtime worked on, padding included.
+        computed_tokens: Positions that the runtime worked on, padding included.
         queue_s: From arrival to the start of the run, in seconds.
         compute_s: The run itself, in seconds.
         instance: The instance it ran on, from 0.
@@ -35,7 +35,7 @@ class Run:
 
     batch_size: int = 0
     useful_tokens: int = 0
-    padded_tokens: int = 0
+    computed_tokens: int = 0
     queue_s: float = 0.0
     compute_s: float = 0.0
     instance: int = 0
@@ -145,7 +145,7 @@ def _run_of(message: wire.Run) -> Run:
     return Run(
         batch_size=message.batch_size,
         useful_tokens=message.useful_tokens,
-        padded_tokens=message.padded_tokens,
+        computed_tokens=message.computed_tokens,
         queue_s=message.queue_seconds,
         compute_s=message.compute_seconds,
         instance=message.instance,

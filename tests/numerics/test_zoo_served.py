@@ -86,7 +86,7 @@ def test_what_an_answer_weighs_is_told_before_it_is_computed(client: Client) -> 
 
 def test_pooled_positions_count_no_tokens_of_their_own(client: Client) -> None:
     result = client.infer("multi-scale", "A cat sat", attention=True)
-    assert (result.run.useful_tokens, result.run.padded_tokens) == (11, 11)
+    assert (result.run.useful_tokens, result.run.computed_tokens) == (11, 11)
 
 
 def test_selections_reach_pooled_and_linear_maps(client: Client, zoo_bundles: dict[str, Bundle]) -> None:

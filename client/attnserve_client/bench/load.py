@@ -24,7 +24,7 @@ class Outcome:
         bytes_received: the answer's size.
         batch_size: sequences that shared its first sequence's run.
         useful_tokens: positions of that run that carry data.
-        padded_tokens: positions that it worked on.
+        computed_tokens: positions that it worked on.
         queue_s: what its first sequence waited.
     """
 
@@ -32,7 +32,7 @@ class Outcome:
     bytes_received: int = 0
     batch_size: int = 0
     useful_tokens: int = 0
-    padded_tokens: int = 0
+    computed_tokens: int = 0
     queue_s: float = 0.0
 
 

@@ -110,7 +110,7 @@ def report_of(samples: Sequence[Sample], effort: Effort, workload: Workload) -> 
         sent_late_s=late,
         queue_s=spread([run.queue_s for run in runs]),
         batch_size=len(runs) / float(shares.sum()) if runs else None,
-        padded_over_useful=float(np.sum([run.padded_tokens for run in runs] * shares)) / useful if useful else None,
+        padded_over_useful=float(np.sum([run.computed_tokens for run in runs] * shares)) / useful if useful else None,
         client_cores=effort.cpu_s / wall,
         client_loop_busy=busy,
         invalid=tuple(_doubts(busy, late, latencies)),

@@ -168,6 +168,6 @@ def outcome_of(answer: wire.InferResponse) -> Outcome:
         bytes_received=answer.ByteSize(),
         batch_size=run.batch_size,
         useful_tokens=run.useful_tokens,
-        padded_tokens=run.padded_tokens,
+        computed_tokens=run.computed_tokens,
         queue_s=run.queue_seconds,
     )

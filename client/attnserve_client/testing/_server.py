@@ -186,7 +186,7 @@ class FakeServer:
         return wire.SequenceResult(
             outputs=[to_tensor(name, arrays[name]) for name in wanted],
             attention=None if selection is None else attention_of(units, selection, self.shape, self.model),
-            run=wire.Run(batch_size=batch, useful_tokens=len(units), padded_tokens=len(units), compute_seconds=0.001),
+            run=wire.Run(batch_size=batch, useful_tokens=len(units), computed_tokens=len(units), compute_seconds=0.001),
         )
 
     def _health(self) -> grpc.GenericRpcHandler:

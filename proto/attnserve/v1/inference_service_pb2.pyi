@@ -244,7 +244,7 @@ class Run(_message.Message):
 
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     USEFUL_TOKENS_FIELD_NUMBER: _builtins.int
-    PADDED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
@@ -252,7 +252,7 @@ class Run(_message.Message):
     """Sequences that shared the run, this one included."""
     useful_tokens: _builtins.int
     """Positions of all those sequences that carry data."""
-    padded_tokens: _builtins.int
+    computed_tokens: _builtins.int
     """Positions that the runtime worked on, padding included."""
     queue_seconds: _builtins.float
     """From arrival to the start of the run, in seconds."""
@@ -265,14 +265,14 @@ class Run(_message.Message):
         *,
         batch_size: _builtins.int = ...,
         useful_tokens: _builtins.int = ...,
-        padded_tokens: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
         queue_seconds: _builtins.float = ...,
         compute_seconds: _builtins.float = ...,
         instance: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "compute_seconds", b"compute_seconds", "instance", b"instance", "padded_tokens", b"padded_tokens", "queue_seconds", b"queue_seconds", "useful_tokens", b"useful_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "compute_seconds", b"compute_seconds", "computed_tokens", b"computed_tokens", "instance", b"instance", "queue_seconds", b"queue_seconds", "useful_tokens", b"useful_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -121,7 +121,7 @@ class RunFacts:
 
     batch_size: int
     useful_tokens: int
-    padded_tokens: int
+    computed_tokens: int
     compute_s: float
     instance: int
 

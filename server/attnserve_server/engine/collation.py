@@ -32,7 +32,7 @@ class CollatedBatch:
     rows: Mapping[int, tuple[int, ...]]
     size: int
     useful_tokens: int
-    padded_tokens: int
+    computed_tokens: int
     unpadded: bool = False
 
 
@@ -76,7 +76,7 @@ def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> Collat
         rows={layer: tuple(asking) for layer, asking in rows.items()},
         size=len(sequences),
         useful_tokens=sum(sequence.tokens for sequence in sequences),
-        padded_tokens=len(sequences) * (sum(greatest.values()) or 1),
+        computed_tokens=len(sequences) * (sum(greatest.values()) or 1),
         unpadded=unpadded,
     )
 

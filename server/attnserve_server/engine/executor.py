@@ -197,7 +197,7 @@ class Executor:
         if not usual or any(one.attention is not None for one in sequences):
             return outcomes, None
         assert isinstance(first, SequenceResult)
-        tokens = first.run.padded_tokens // len(sequences)
+        tokens = first.run.computed_tokens // len(sequences)
         return outcomes, TimedRun(len(sequences), tokens, self._cost_clock.now() - started)
 
     def _run_all(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
@@ -234,13 +234,13 @@ class Executor:
         self._metrics.compute_seconds.observe(compute_s)
         self._metrics.batch_size.observe(batch.size)
         self._metrics.useful_tokens.inc(batch.useful_tokens)
-        self._metrics.padded_tokens.inc(batch.padded_tokens)
+        self._metrics.computed_tokens.inc(batch.computed_tokens)
         self._metrics.sequences.inc(batch.size)
         fetched = dict(zip(batch.fetches, outputs, strict=True))
         self._shapes.check(batch, fetched, filled_up=session.fills_up)
         # One look at each whole array: only where something is wrong must each sequence be looked at by itself.
         finite = all(map(_is_finite, outputs))
-        facts = RunFacts(batch.size, batch.useful_tokens, batch.padded_tokens, compute_s, instance)
+        facts = RunFacts(batch.size, batch.useful_tokens, batch.computed_tokens, compute_s, instance)
         return [
             self._outcome(batch, fetched, row, sequence, facts, finite=finite) for row, sequence in enumerate(sequences)
         ]

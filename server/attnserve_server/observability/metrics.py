@@ -76,9 +76,9 @@ BATCH_SIZE: Final = MetricSpec(
 USEFUL_TOKENS: Final = MetricSpec(
     Counter, "attnserve_useful_tokens_total", "Positions that carried data, over all runs.", MODEL
 )
-PADDED_TOKENS: Final = MetricSpec(
+COMPUTED_TOKENS: Final = MetricSpec(
     Counter,
-    "attnserve_padded_tokens_total",
+    "attnserve_computed_tokens_total",
     "Positions that the runtime worked on, padding included, over all runs.",
     MODEL,
 )
@@ -161,7 +161,7 @@ class ModelMetrics:
         self.compute_seconds = metrics.histogram(COMPUTE_SECONDS).labels(*self._labels)
         self.batch_size = metrics.histogram(BATCH_SIZE).labels(*self._labels)
         self.useful_tokens = metrics.counter(USEFUL_TOKENS).labels(*self._labels)
-        self.padded_tokens = metrics.counter(PADDED_TOKENS).labels(*self._labels)
+        self.computed_tokens = metrics.counter(COMPUTED_TOKENS).labels(*self._labels)
         self.running = metrics.gauge(RUNNING).labels(*self._labels)
         self.attention_seconds = metrics.histogram(ATTENTION_SECONDS).labels(*self._labels)
         self.batch_mismatches = metrics.counter(BATCH_MISMATCH).labels(*self._labels)

@@ -295,7 +295,7 @@ class Scheduler:
         cost = self._executor.cost
         if cost is None or isinstance(first, AttnserveError):
             return 0.0
-        return cost.seconds(first.run.batch_size, first.run.padded_tokens / first.run.batch_size)
+        return cost.seconds(first.run.batch_size, first.run.computed_tokens / first.run.batch_size)
 
     def _resolve(self, entry: Entry, outcome: Outcome, started: float) -> None:
         request = entry.request

@@ -210,7 +210,7 @@ class Verifier:
                 "error_over_allowed": round(difference.error, 3) if math.isfinite(difference.error) else "infinite",
                 "batch_size": sample.run.batch_size,
                 "tokens": sample.sequence.tokens,
-                "padded_tokens": sample.run.padded_tokens // sample.run.batch_size,
+                "computed_tokens": sample.run.computed_tokens // sample.run.batch_size,
                 "unlogged": unlogged,
             },
         )

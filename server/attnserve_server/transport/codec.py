@@ -208,7 +208,7 @@ def result_of(result: SequenceResult, outputs: Sequence[str]) -> Splice:
         inference_service_pb2.Run(
             batch_size=run.batch_size,
             useful_tokens=run.useful_tokens,
-            padded_tokens=run.padded_tokens,
+            computed_tokens=run.computed_tokens,
             queue_seconds=result.queue_s,
             compute_seconds=run.compute_s,
             instance=run.instance,

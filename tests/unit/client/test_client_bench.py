@@ -243,8 +243,8 @@ def test_answers_after_the_window_raise_no_rate() -> None:
 
 
 def test_runs_count_once_however_many_shared_them() -> None:
-    shared = {"batch_size": 4, "useful_tokens": 100, "padded_tokens": 120}
-    alone = {"batch_size": 1, "useful_tokens": 50, "padded_tokens": 50}
+    shared = {"batch_size": 4, "useful_tokens": 100, "computed_tokens": 120}
+    alone = {"batch_size": 1, "useful_tokens": 50, "computed_tokens": 50}
     samples = [sample(index, 0.0, 0.1, **shared) for index in range(4)] + [sample(4, 0.0, 0.1, **alone)]
     report = report_of(samples, IDLE, PLAIN)
     assert report.batch_size == pytest.approx(2.5)

@@ -19,7 +19,7 @@ def test_inputs_are_padded_with_their_own_padding_values(manifest: Manifest, seq
     np.testing.assert_array_equal(batch.feeds["input_ids"], [[5, 6, 7], [8, 1, 1]])
     np.testing.assert_array_equal(batch.feeds["attention_mask"], [[1, 1, 1], [1, 0, 0]])
     assert batch.feeds["input_ids"].dtype == np.int64
-    assert (batch.size, batch.useful_tokens, batch.padded_tokens) == (2, 4, 6)
+    assert (batch.size, batch.useful_tokens, batch.computed_tokens) == (2, 4, 6)
 
 
 def test_only_the_sequences_that_asked_are_items_of_a_tap(manifest: Manifest, sequence_of) -> None:
@@ -106,7 +106,7 @@ def test_unpadding_undoes_collation(sizes: list[tuple[int, int]], wanted: list[s
         for name, output in outputs.items():
             np.testing.assert_array_equal(output, sequence.tensors[name])
             assert output.flags.c_contiguous
-    assert batch.padded_tokens == len(sizes) * sum(max(column) for column in zip(*sizes, strict=True))
+    assert batch.computed_tokens == len(sizes) * sum(max(column) for column in zip(*sizes, strict=True))
     assert batch.useful_tokens == sum(map(sum, sizes))
 
 
@@ -115,7 +115,7 @@ def test_sequences_without_axes_are_one_position_each(manifest: Manifest) -> Non
     table = manifest.model_copy(update={"axes": (), "inputs": (rows,), "outputs": (), "sites": (), "text": None})
     sequence = PreparedSequence({"row": np.zeros(3, np.float32)}, {}, ())
     batch = collate([sequence] * 4, table)
-    assert (batch.useful_tokens, batch.padded_tokens) == (4, 4)
+    assert (batch.useful_tokens, batch.computed_tokens) == (4, 4)
 
 
 def test_answers_share_no_memory_with_the_batch_or_with_each_other(manifest: Manifest, sequence_of) -> None:
@@ -199,7 +199,7 @@ def test_a_derived_axis_is_cropped_to_what_follows_from_a_sequences_own_length(m
     )
     mixed = [sequence_of([1] * length, [0], outputs=("halves",)) for length in (7, 3)]
     batch = collate(mixed, derived)
-    assert (batch.useful_tokens, batch.padded_tokens) == (10, 14), "pooled positions are no tokens of their own"
+    assert (batch.useful_tokens, batch.computed_tokens) == (10, 14), "pooled positions are no tokens of their own"
     fetched = {"attention.site0": np.ones((2, 2, 7, 4), np.float32), "halves": np.ones((2, 4, 4), np.float32)}
     for row, (one, keys) in enumerate(zip(mixed, (4, 2), strict=True)):
         assert weights_of(batch, fetched, row, one, derived)[0].shape == (2, one.lengths["seq"], keys)

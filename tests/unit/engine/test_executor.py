@@ -56,7 +56,7 @@ async def test_mixed_lengths_give_what_each_sequence_gives_by_itself(
         for layer, content in maps.items():
             # softmax in float32 against float64
             np.testing.assert_allclose(content, weights_by_hand(ids, layer), atol=1e-6)
-        assert (result.run.batch_size, result.run.useful_tokens, result.run.padded_tokens) == (6, 65, 180)
+        assert (result.run.batch_size, result.run.useful_tokens, result.run.computed_tokens) == (6, 65, 180)
 
 
 async def test_maps_keep_no_batch_alive(embedder_path: Path, manifest: Manifest, sequence_of: Make) -> None:
@@ -180,7 +180,7 @@ async def test_runs_are_counted(embedder_path: Path, manifest: Manifest, sequenc
         for name in (
             "sequences_total",
             "useful_tokens_total",
-            "padded_tokens_total",
+            "computed_tokens_total",
             "batch_size_sum",
             "compute_seconds_count",
             "attention_seconds_count",
@@ -190,7 +190,7 @@ async def test_runs_are_counted(embedder_path: Path, manifest: Manifest, sequenc
     assert seen == {
         "sequences_total": 2,
         "useful_tokens_total": 4,
-        "padded_tokens_total": 6,
+        "computed_tokens_total": 6,
         "batch_size_sum": 2,
         "compute_seconds_count": 1,
         "attention_seconds_count": 1,
