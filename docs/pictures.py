@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from attnserve_client import Attention, AttentionMap, Client
+from attnserve_client import AttentionMap, AttentionSelection, Client
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -45,9 +45,9 @@ def _words(attention: AttentionMap) -> list[str]:
 def heads(client: Client, text: str) -> Figure:
     """All heads of one layer, then their mean and their maximum."""
     ask = {"layers": [1], "unit": "word"}
-    each = client.infer("minilm", text, attention=Attention(**ask)).attention[0]
-    mean = client.infer("minilm", text, attention=Attention(**ask, head_reduction="mean")).attention[0]
-    greatest = client.infer("minilm", text, attention=Attention(**ask, head_reduction="max")).attention[0]
+    each = client.infer("minilm", text, attention=AttentionSelection(**ask)).attention[0]
+    mean = client.infer("minilm", text, attention=AttentionSelection(**ask, head_reduction="mean")).attention[0]
+    greatest = client.infer("minilm", text, attention=AttentionSelection(**ask, head_reduction="max")).attention[0]
     drawn = Figure(figsize=(11, 5.2), layout="constrained")
     panels = drawn.subplots(2, 7)
     numbered = [(f"head {head}", each.weights[head]) for head in range(len(each.heads))]
@@ -60,8 +60,8 @@ def heads(client: Client, text: str) -> Figure:
 def layers(client: Client, text: str) -> Figure:
     """Each layer's mean over heads, then the mean over layers and rollout through them."""
     ask = {"unit": "word", "special_tokens": "drop"}
-    each = client.infer("minilm", text, attention=Attention(**ask, head_reduction="mean")).attention
-    joined = [Attention(**ask, layer_reduction=how, head_reduction="mean") for how in ("mean", "rollout")]
+    each = client.infer("minilm", text, attention=AttentionSelection(**ask, head_reduction="mean")).attention
+    joined = [AttentionSelection(**ask, layer_reduction=how, head_reduction="mean") for how in ("mean", "rollout")]
     mean, rollout = (client.infer("minilm", text, attention=selection).attention[0] for selection in joined)
     drawn = Figure(figsize=(11, 5.2), layout="constrained")
     panels = drawn.subplots(2, 4)
@@ -74,18 +74,18 @@ def layers(client: Client, text: str) -> Figure:
 def forms(client: Client) -> Figure:
     """One layer of each model of the zoo: untrained, so what shows is who may look where, not who does."""
     text, pair = "The buyer agrees to assume all liabilities.", "Der Käufer übernimmt alles."
-    first = Attention(layers=[0], head_reduction="mean")
+    first = AttentionSelection(layers=[0], head_reduction="mean")
 
-    def ask(model: str, selection: Attention = first) -> AttentionMap:
+    def ask(model: str, selection: AttentionSelection = first) -> AttentionMap:
         return client.infer(model, text, attention=selection).attention[0]
 
     windowed = ask("sliding-window")
     image = np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)
-    seen = Attention(layers=[1], head_reduction="mean")
+    seen = AttentionSelection(layers=[1], head_reduction="mean")
     over_image = client.infer("cross-modal", (text, {"pixel_values": image}), attention=seen).attention[0]
     panel = over_image.over_patches()[1]
-    pooled = Attention(sites=["layers.0.attention.scales.stride_4"], head_reduction="mean")
-    crossed = Attention(sites=[CROSS_SITE], head_reduction="mean")
+    pooled = AttentionSelection(sites=["layers.0.attention.scales.stride_4"], head_reduction="mean")
+    crossed = AttentionSelection(sites=[CROSS_SITE], head_reduction="mean")
     translated = client.infer("cross", (text, pair), attention=crossed).attention[0]
     shown = [
         ("self", ask("self").weights[0]),

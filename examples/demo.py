@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from attnserve_client import Attention, AttentionMap, Client
+from attnserve_client import AttentionMap, AttentionSelection, Client
 from rich.console import Console
 from rich.table import Table
 
@@ -71,7 +71,7 @@ def running_server(repository: Path) -> Iterator[tuple[int, int]]:
 def show(console: Console, name: str, text: str, client: Client, output: Path) -> None:
     """Asks about one text, prints its strongest word links, and writes the map as HTML and PNG."""
     # One map: the last layer, the mean over its heads, by word, without [CLS] and [SEP].
-    selection = Attention(layers=[-1], head_reduction="mean", unit="word", special_tokens="drop")
+    selection = AttentionSelection(layers=[-1], head_reduction="mean", unit="word", special_tokens="drop")
     result = client.infer("minilm", text, attention=selection)
     attention: AttentionMap = result.attention[0]
     norm = float(np.linalg.norm(result.outputs["embedding"]))

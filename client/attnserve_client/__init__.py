@@ -1,9 +1,9 @@
 """The client of attnserve: sequences in, outputs and the attention behind them out.
 
-from attnserve_client import Attention, Client
+from attnserve_client import AttentionSelection, Client
 
 with Client("localhost:8001") as client:
-    result = client.infer("minilm", "a sentence", attention=Attention(layers=[-1], heads="mean", unit="word"))
+    result = client.infer("minilm", "a sentence", attention=AttentionSelection(layers=[-1], heads="mean", unit="word"))
     print(result.outputs["embedding"].shape)
     for link in result.attention[0].links(top=5):
         print(f"{link.query} looks at {link.key}: {link.weight:.2f}")
@@ -33,13 +33,13 @@ from attnserve_client._models import Axis, IndexRange, ModelInfo, Site, TensorSp
 from attnserve_client._patches import Panel, PatchGrid
 from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
 from attnserve_client._retry import RetryPolicy
-from attnserve_client._selection import Attention
+from attnserve_client._selection import AttentionSelection
 from attnserve_client._tokens import Link, RawLinks, Token
 
 __all__ = [
     "AsyncClient",
-    "Attention",
     "AttentionMap",
+    "AttentionSelection",
     "AttentionUnavailable",
     "AttnserveError",
     "Axis",

@@ -23,7 +23,7 @@ from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, req
 from attnserve_client._models import ModelInfo, is_ready, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import Retrying, RetryPolicy
-from attnserve_client._selection import Attention
+from attnserve_client._selection import AttentionSelection
 from attnserve_client._status import closed, from_rpc_error
 
 _A = TypeVar("_A")
@@ -82,7 +82,7 @@ class AsyncClient:
         *,
         version: str = ...,
         outputs: Sequence[str] | None = ...,
-        attention: Attention | bool | None = ...,
+        attention: AttentionSelection | bool | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,  # noqa: ASYNC109 - as below
         request_id: str | None = ...,
@@ -97,7 +97,7 @@ class AsyncClient:
         *,
         version: str = ...,
         outputs: Sequence[str] | None = ...,
-        attention: Attention | bool | None = ...,
+        attention: AttentionSelection | bool | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,  # noqa: ASYNC109 - as below
         request_id: str | None = ...,
@@ -111,7 +111,7 @@ class AsyncClient:
         *,
         version: str = "",
         outputs: Sequence[str] | None = None,
-        attention: Attention | bool | None = None,
+        attention: AttentionSelection | bool | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,  # noqa: ASYNC109 - it becomes the call's deadline, for the server too
         request_id: str | None = None,
@@ -153,7 +153,7 @@ class AsyncClient:
         *,
         version: str = "",
         outputs: Sequence[str] | None = None,
-        attention: Attention | bool | None = None,
+        attention: AttentionSelection | bool | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
         validate_only: bool = False,

@@ -22,7 +22,7 @@ from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, req
 from attnserve_client._models import ModelInfo, is_ready, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import Retrying, RetryPolicy
-from attnserve_client._selection import Attention
+from attnserve_client._selection import AttentionSelection
 from attnserve_client._status import closed, from_rpc_error
 from attnserve_client._stream import Feed, Watch
 
@@ -40,7 +40,7 @@ class Client:
     """Talks to an attnserve server. Threads may share it; use it as a context manager, or call `close`.
 
         with Client("localhost:8001") as client:
-            result = client.infer("minilm", "a sentence", attention=Attention(layers=[-1], heads="mean"))
+            result = client.infer("minilm", "a sentence", attention=AttentionSelection(layers=[-1], heads="mean"))
             print(result.outputs["embedding"], result.attention[0].links())
 
     Args:
@@ -95,7 +95,7 @@ class Client:
         *,
         version: str = ...,
         outputs: Sequence[str] | None = ...,
-        attention: Attention | bool | None = ...,
+        attention: AttentionSelection | bool | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
         request_id: str | None = ...,
@@ -110,7 +110,7 @@ class Client:
         *,
         version: str = ...,
         outputs: Sequence[str] | None = ...,
-        attention: Attention | bool | None = ...,
+        attention: AttentionSelection | bool | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
         request_id: str | None = ...,
@@ -124,7 +124,7 @@ class Client:
         *,
         version: str = "",
         outputs: Sequence[str] | None = None,
-        attention: Attention | bool | None = None,
+        attention: AttentionSelection | bool | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
         request_id: str | None = None,
@@ -182,7 +182,7 @@ class Client:
         *,
         version: str = "",
         outputs: Sequence[str] | None = None,
-        attention: Attention | bool | None = None,
+        attention: AttentionSelection | bool | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
         validate_only: bool = False,

@@ -12,7 +12,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._errors import InvalidRequest
 from attnserve_client._models import ModelInfo
-from attnserve_client._selection import Attention, selection_of
+from attnserve_client._selection import AttentionSelection, selection_of
 from attnserve_client._tensors import to_tensor
 
 TokenIds: TypeAlias = "list[int] | npt.NDArray[Any]"
@@ -93,7 +93,7 @@ def request_of(
     version: str,
     sequences: Iterable[wire.Sequence],
     outputs: Sequence[str] | None,
-    attention: Attention | bool | None,
+    attention: AttentionSelection | bool | None,
     priority: str,
     request_id: str,
     validate_only: bool,

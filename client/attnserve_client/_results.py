@@ -14,7 +14,7 @@ from attnserve_client._attention import AttentionMap
 from attnserve_client._errors import AttnserveError, BadAnswer
 from attnserve_client._models import FORMS, KINDS
 from attnserve_client._patches import PatchGrid
-from attnserve_client._selection import Attention
+from attnserve_client._selection import AttentionSelection
 from attnserve_client._status import bad_answer
 from attnserve_client._tensors import to_array
 from attnserve_client._tokens import RawLinks, Token
@@ -70,7 +70,7 @@ class InferenceResult:
     attention: list[AttentionMap]
     run: Run
     receipt: Receipt
-    effective_attention: Attention | None
+    effective_attention: AttentionSelection | None
     predicted_bytes: int
 
 
@@ -120,7 +120,7 @@ def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bo
         precision=message.receipt.precision,
     )
     asked = message.HasField("effective_attention")
-    effective = Attention.from_wire(message.effective_attention) if asked else None
+    effective = AttentionSelection.from_wire(message.effective_attention) if asked else None
     items = [wire.SequenceResult()] * sequences if validate_only else message.results
     if len(items) != sequences:
         raise bad_answer(f"{len(items)} results for {sequences} sequences", receipt.request_id)

@@ -45,7 +45,7 @@ _V = TypeVar("_V", bound=int)
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class AttentionSelection:
     """A part of the attention. Everything left out means: all of it, as it is.
 
     The server takes these steps in this order: sites, heads, layers, words, special tokens, query rows, links, dtype.
@@ -114,7 +114,7 @@ class Attention:
         return message
 
     @classmethod
-    def from_wire(cls, message: wire.AttentionSelection) -> Attention:
+    def from_wire(cls, message: wire.AttentionSelection) -> AttentionSelection:
         """The selection that a server says it carried out."""
         return cls(
             sites=tuple(message.sites),
@@ -131,15 +131,15 @@ class Attention:
         )
 
 
-def selection_of(attention: Attention | bool | None) -> wire.AttentionSelection | None:
+def selection_of(attention: AttentionSelection | bool | None) -> wire.AttentionSelection | None:
     """The message for what callers may pass: a selection, True for all of it, False or None for nothing."""
     if attention is None or attention is False:
         return None
     if attention is True:
         return wire.AttentionSelection()
-    if isinstance(attention, Attention):
+    if isinstance(attention, AttentionSelection):
         return attention.to_wire()
-    raise TypeError(f"attention must be an Attention, True, or None, not {type(attention).__name__}")
+    raise TypeError(f"attention must be an AttentionSelection, True, or None, not {type(attention).__name__}")
 
 
 def _integers(field: str, values: Sequence[int], least: int = -(2**31), most: int = 2**31 - 1) -> list[int]:

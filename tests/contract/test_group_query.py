@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_client import AsyncClient, Attention
+from attnserve_client import AsyncClient, AttentionSelection
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.conversion.base.errors import BuildRefused
@@ -86,7 +86,7 @@ async def test_maps_of_windows_are_of_the_sequences_own_keys(client: AsyncClient
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("top_k", [1, 3, 9])
 async def test_links_of_windows_name_keys_of_the_sequence_alone(client: AsyncClient, name: str, top_k: int) -> None:
-    results = await client.infer(name, inputs(name), outputs=[], attention=Attention(top_k=top_k))
+    results = await client.infer(name, inputs(name), outputs=[], attention=AttentionSelection(top_k=top_k))
     for ids, result in zip(IDS.values(), results, strict=True):
         for each, expected in zip(result.attention, CASES[name].reference(ids)[1], strict=True):
             raw, at = each.raw, each.raw.row_offsets
@@ -102,7 +102,9 @@ async def test_links_of_windows_name_keys_of_the_sequence_alone(client: AsyncCli
 
 @pytest.mark.parametrize("name", CASES)
 async def test_rollout_over_windows_works_at_every_length(client: AsyncClient, name: str) -> None:
-    results = await client.infer(name, inputs(name), outputs=[], attention=Attention(layer_reduction="rollout"))
+    results = await client.infer(
+        name, inputs(name), outputs=[], attention=AttentionSelection(layer_reduction="rollout")
+    )
     for ids, result in zip(IDS.values(), results, strict=True):
         first, second = (each.mean(axis=0) for each in CASES[name].reference(ids)[1])
         eye = np.eye(len(ids))
@@ -114,7 +116,7 @@ async def test_rollout_over_windows_works_at_every_length(client: AsyncClient, n
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.sent])
 async def test_words_over_windows_join_the_pieces_of_each_word(client: AsyncClient, name: str) -> None:
     texts = ["w2 w3 w4 w5", "w6 w7", "w8"]
-    results = await client.infer(name, texts, outputs=[], attention=Attention(unit="word"))
+    results = await client.infer(name, texts, outputs=[], attention=AttentionSelection(unit="word"))
     for text, result in zip(texts, results, strict=True):
         words = text.split()
         ids = np.array([[1, int(word[1:])] for word in words]).reshape(-1)
@@ -126,10 +128,17 @@ async def test_words_over_windows_join_the_pieces_of_each_word(client: AsyncClie
 
 @pytest.mark.parametrize(
     "selection",
-    [Attention(), Attention(top_k=2), Attention(layer_reduction="mean"), Attention(layer_reduction="rollout")],
+    [
+        AttentionSelection(),
+        AttentionSelection(top_k=2),
+        AttentionSelection(layer_reduction="mean"),
+        AttentionSelection(layer_reduction="rollout"),
+    ],
     ids=["all", "links", "mean", "rollout"],
 )
-async def test_sizes_of_answers_with_windows_are_predicted_exactly(client: AsyncClient, selection: Attention) -> None:
+async def test_sizes_of_answers_with_windows_are_predicted_exactly(
+    client: AsyncClient, selection: AttentionSelection
+) -> None:
     [told, *_] = await client.infer("narrow", inputs(), outputs=[], attention=selection, validate_only=True)
     held = 0
     for result in await client.infer("narrow", inputs(), outputs=[], attention=selection):

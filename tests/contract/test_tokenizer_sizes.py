@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attnserve_client import AsyncClient, Attention, InvalidRequest
+from attnserve_client import AsyncClient, AttentionSelection, InvalidRequest
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.conversion.base.errors import BuildRefused
@@ -102,10 +102,10 @@ async def test_padding_that_a_mask_hides_is_left_out_and_long_texts_are_not_cut(
 
 
 async def test_padding_is_left_out_of_words_and_of_dropped_special_tokens(client: AsyncClient) -> None:
-    (words,) = await client.infer("fixed", ["w1 w2"], outputs=[], attention=Attention(unit="word"))
+    (words,) = await client.infer("fixed", ["w1 w2"], outputs=[], attention=AttentionSelection(unit="word"))
     assert [token.text for token in words.attention[0].key_tokens] == ["w1", "w2", *["[PAD]"] * 6]
     assert [(token.start, token.end) for token in words.attention[0].key_tokens][:2] == [(0, 2), (3, 5)]
-    (dropped,) = await client.infer("fixed", ["w1 w2"], outputs=[], attention=Attention(special_tokens="drop"))
+    (dropped,) = await client.infer("fixed", ["w1 w2"], outputs=[], attention=AttentionSelection(special_tokens="drop"))
     assert dropped.attention[0].weights.shape == (2, 2, 2)
 
 

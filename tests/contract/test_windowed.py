@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attnserve_client import AsyncClient, Attention
+from attnserve_client import AsyncClient, AttentionSelection
 from attnserve_server.app import Application
 from attnserve_server.attention.bands import band_keys
 from attnserve_server.config import Settings
@@ -93,14 +93,14 @@ async def test_long_sequences_answer_with_their_band_and_short_ones_with_all_key
 @pytest.mark.parametrize(
     "selection",
     [
-        Attention(),
-        Attention(heads="mean", dtype="uint8", queries=[0, -1]),
-        Attention(top_k=9),
-        Attention(layer_reduction="rollout"),
+        AttentionSelection(),
+        AttentionSelection(heads="mean", dtype="uint8", queries=[0, -1]),
+        AttentionSelection(top_k=9),
+        AttentionSelection(layer_reduction="rollout"),
     ],
     ids=["all", "two rows", "links", "rollout"],
 )
-async def test_sizes_are_told_exactly_before_anything_runs(client: AsyncClient, selection: Attention) -> None:
+async def test_sizes_are_told_exactly_before_anything_runs(client: AsyncClient, selection: AttentionSelection) -> None:
     [told, *_] = await client.infer("windowed", inputs(), outputs=[], attention=selection, validate_only=True)
     results = await client.infer("windowed", inputs(), outputs=[], attention=selection)
     held = 0
@@ -115,7 +115,7 @@ LINKS = ("row_offsets", "keys", "weights")
 
 
 async def test_links_of_a_band_are_the_strongest_of_the_definition(client: AsyncClient) -> None:
-    results = await client.infer("windowed", inputs(), outputs=[], attention=Attention(top_k=1, heads=[1]))
+    results = await client.infer("windowed", inputs(), outputs=[], attention=AttentionSelection(top_k=1, heads=[1]))
     for given, result in zip(inputs(), results, strict=True):
         expected = CASE.reference({name: array[None] for name, array in given.items()})[0, 1]
         assert result.attention[0].raw.keys.tolist() == expected.argmax(axis=1).tolist()
@@ -125,7 +125,7 @@ async def test_links_of_a_band_are_the_strongest_of_the_definition(client: Async
 @pytest.mark.parametrize("top_k", [0, 2, 40])
 async def test_bands_wider_than_a_sequence_name_its_own_keys_alone(client: AsyncClient, name: str, top_k: int) -> None:
     lengths = lengths_of(name)
-    results = await client.infer(name, inputs(lengths), attention=Attention(top_k=top_k) if top_k else True)
+    results = await client.infer(name, inputs(lengths), attention=AttentionSelection(top_k=top_k) if top_k else True)
     for length, given, result in zip(lengths, inputs(lengths), results, strict=True):
         [each] = result.attention
         expected = OTHERS[name].reference({name: array[None] for name, array in given.items()})[0]
@@ -142,7 +142,9 @@ async def test_bands_wider_than_a_sequence_name_its_own_keys_alone(client: Async
 @pytest.mark.parametrize("name", ["windowed", *OTHERS])
 async def test_rollout_over_bands_works_at_every_length(client: AsyncClient, name: str) -> None:
     lengths = lengths_of(name)
-    results = await client.infer(name, inputs(lengths), outputs=[], attention=Attention(layer_reduction="rollout"))
+    results = await client.infer(
+        name, inputs(lengths), outputs=[], attention=AttentionSelection(layer_reduction="rollout")
+    )
     for length, given, result in zip(lengths, inputs(lengths), results, strict=True):
         case = OTHERS.get(name, CASE)
         weights = case.reference({name: array[None] for name, array in given.items()})[0].mean(axis=0)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_client import Attention, AttnserveError, Client, NotServing, RetryPolicy
+from attnserve_client import AttentionSelection, AttnserveError, Client, NotServing, RetryPolicy
 from containers import CommandFailed, Engine, run_hardened
 from scraping import wait_until
 
@@ -29,7 +29,7 @@ PROBE = ("python", "-m", "attnserve_server.observability.probe")
 
 def test_text_comes_back_as_embedding_and_attention(served) -> None:
     with Client(served.target) as client:
-        answer = client.infer("minilm", TEXT, attention=Attention(layers=[-1], heads="mean", unit="word"))
+        answer = client.infer("minilm", TEXT, attention=AttentionSelection(layers=[-1], heads="mean", unit="word"))
     assert answer.outputs["embedding"].shape == (384,)
     [attention] = answer.attention
     assert "metformin" in [token.text for token in attention.key_tokens]
@@ -126,7 +126,9 @@ def outcomes_of_calls_under_way_when(served, end: Callable[[], int]) -> tuple[in
         # Seconds of work on two cores, in one request.
         with Client(served.target, retry=RetryPolicy(max_attempts=1)) as client:
             try:
-                answers = client.infer("minilm", ["word " * 300] * 12, attention=Attention(layers=[-1], heads="mean"))
+                answers = client.infer(
+                    "minilm", ["word " * 300] * 12, attention=AttentionSelection(layers=[-1], heads="mean")
+                )
                 ended["answered"] += len(answers) == 12
             except NotServing as error:
                 # Told so by the server, before anything of it ran: it was not in the queue yet. Else the line broke.

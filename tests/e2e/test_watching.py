@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import watching
-from attnserve_client import Attention, AttnserveError, Client
+from attnserve_client import AttentionSelection, AttnserveError, Client
 from scraping import Prometheus, prometheus_over, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -35,11 +35,11 @@ def _call(client: Client, turn: int) -> None:
         case 2:
             client.infer("minilm", text, attention=True)
         case 3:
-            client.infer("minilm", text, attention=Attention(layers=[-1], heads="mean", unit="word", top_k=4))
+            client.infer("minilm", text, attention=AttentionSelection(layers=[-1], heads="mean", unit="word", top_k=4))
         case 4:
-            list(client.stream("minilm", TEXTS * 2, attention=Attention(layers=[0], dtype="float16")))
+            list(client.stream("minilm", TEXTS * 2, attention=AttentionSelection(layers=[0], dtype="float16")))
         case 5:
-            client.infer("minilm", text, attention=Attention(layers=[99]))
+            client.infer("minilm", text, attention=AttentionSelection(layers=[99]))
         case 6:
             client.infer("minilm", list(TEXTS), timeout=0.003)
         case 7:

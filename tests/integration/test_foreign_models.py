@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from attnserve_client import Attention, Client, InvalidRequest
+from attnserve_client import AttentionSelection, Client, InvalidRequest
 from foreign_graphs import Foreign, scorer, tabular, words
 from onnx_files import saved
 from serving import command, serve
@@ -93,19 +93,21 @@ def test_selections_of_cross_attention_know_both_sides(client: Client) -> None:
     feeds = case.feeds(7, 4)
     _, weights = case.reference(feeds)
 
-    def asked(selection: Attention) -> np.ndarray:
+    def asked(selection: AttentionSelection) -> np.ndarray:
         (map_,) = client.infer("crossed", feeds, attention=selection).attention
         assert (map_.query_axis, map_.key_axis, map_.kind) == ("target_seq", "source_seq", "cross")
         return map_.weights
 
     # Weights are float32; a mean of four of them is within their own rounding.
-    np.testing.assert_allclose(asked(Attention(queries=[-1, 2])), weights[:, [6, 2]], atol=1e-5)
-    np.testing.assert_allclose(asked(Attention(head_reduction="mean")), weights.mean(0, keepdims=True), atol=1e-5)
-    np.testing.assert_allclose(asked(Attention(layer_reduction="mean")), weights, atol=1e-5)
+    np.testing.assert_allclose(asked(AttentionSelection(queries=[-1, 2])), weights[:, [6, 2]], atol=1e-5)
+    np.testing.assert_allclose(
+        asked(AttentionSelection(head_reduction="mean")), weights.mean(0, keepdims=True), atol=1e-5
+    )
+    np.testing.assert_allclose(asked(AttentionSelection(layer_reduction="mean")), weights, atol=1e-5)
     with pytest.raises(InvalidRequest, match="rollout needs sites that attend within one sequence"):
-        asked(Attention(layer_reduction="rollout"))
+        asked(AttentionSelection(layer_reduction="rollout"))
     with pytest.raises(InvalidRequest, match="query 7 is out of range"):
-        asked(Attention(queries=[7]))
+        asked(AttentionSelection(queries=[7]))
 
 
 def test_rows_without_any_axis_share_a_run(client: Client) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_client import AsyncClient, Attention, Client
+from attnserve_client import AsyncClient, AttentionSelection, Client
 from eager import OUTPUT_TOLERANCE, WEIGHT_TOLERANCE, Reference
 from serving import RunningServer, serve
 
@@ -74,8 +74,8 @@ def test_one_request_of_sixteen_sequences_equals_eager_attention(
 def test_token_ids_answer_as_their_text_does(minilm_server: RunningServer, minilm_references: list[Reference]) -> None:
     reference = minilm_references[2]
     with Client(minilm_server.target) as client:
-        by_text = client.infer("minilm", reference.text, attention=Attention(unit="word"))
-        by_ids = client.infer("minilm", reference.ids, attention=Attention(unit="word"))
+        by_text = client.infer("minilm", reference.text, attention=AttentionSelection(unit="word"))
+        by_ids = client.infer("minilm", reference.ids, attention=AttentionSelection(unit="word"))
     np.testing.assert_array_equal(by_ids.outputs["embedding"], by_text.outputs["embedding"])
     np.testing.assert_array_equal(by_ids.attention[-1].weights, by_text.attention[-1].weights)
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from attnserve_client import AsyncClient, Attention, DeadlineExpired, InferenceResult, Overloaded
+from attnserve_client import AsyncClient, AttentionSelection, DeadlineExpired, InferenceResult, Overloaded
 from serving import serve
 
 REQUESTS = 2_000
 SEED = 20_061
 # Other batch mates, other orders of summation: seen below 2e-6 on embeddings of unit scale.
 TOLERANCE = 1e-5
-LAST_LAYER = Attention(layers=[-1], head_reduction="mean")
+LAST_LAYER = AttentionSelection(layers=[-1], head_reduction="mean")
 
 
 @dataclass(frozen=True, slots=True)

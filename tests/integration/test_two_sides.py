@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from attnserve_client import Attention, Client, InvalidRequest, PatchGrid
+from attnserve_client import AttentionSelection, Client, InvalidRequest, PatchGrid
 from onnx_files import saved
 from serving import command, serve
 from tiny_bundle import VOCABULARY, tiny_tokenizer
@@ -77,7 +77,7 @@ def looking(model: onnx.ModelProto, words: np.ndarray, image: np.ndarray, leadin
 
 def test_two_texts_have_an_axis_each_and_the_map_knows_both(client: Client) -> None:
     pairs = [("the cat sat", "a dog"), ("a mat", "the dog looked at a cat")]
-    results = client.infer("translator", pairs, attention=Attention(sites=["decoder.cross"]))
+    results = client.infer("translator", pairs, attention=AttentionSelection(sites=["decoder.cross"]))
     assert {result.run.batch_size for result in results} == {2}
     for (text, pair), result in zip(pairs, results, strict=True):
         source, target = ids("[CLS]", *text.split(), "[SEP]"), ids("[SEP]", "[CLS]", *pair.split(), "[SEP]")
@@ -91,7 +91,7 @@ def test_two_texts_have_an_axis_each_and_the_map_knows_both(client: Client) -> N
 
 
 def test_words_of_both_texts_can_be_asked_for(client: Client) -> None:
-    selection = Attention(sites=["decoder.cross"], unit="word", special_tokens="drop", heads="mean")
+    selection = AttentionSelection(sites=["decoder.cross"], unit="word", special_tokens="drop", heads="mean")
     (found,) = client.infer("translator", ("the cat sat", "a dog"), attention=selection).attention
     assert [token.text for token in found.query_tokens] == ["a", "dog"]
     assert [token.text for token in found.key_tokens] == ["the", "cat", "sat"]
@@ -104,13 +104,13 @@ def test_words_of_both_texts_can_be_asked_for(client: Client) -> None:
 
 def test_ids_sent_as_tensors_have_tokens_on_both_sides(client: Client) -> None:
     sent = {"input_ids": ids("[CLS]", "the", "cat"), "decoder_input_ids": ids("[SEP]", "a")}
-    (found,) = client.infer("translator", sent, attention=Attention(sites=["decoder.cross"])).attention
+    (found,) = client.infer("translator", sent, attention=AttentionSelection(sites=["decoder.cross"])).attention
     assert [token.text for token in found.key_tokens] == ["[CLS]", "the", "cat"]
     assert [token.text for token in found.query_tokens] == ["[SEP]", "a"]
 
 
 def test_without_a_second_text_the_start_alone_looks(client: Client) -> None:
-    (found,) = client.infer("translator", "the cat", attention=Attention(sites=["decoder.cross"])).attention
+    (found,) = client.infer("translator", "the cat", attention=AttentionSelection(sites=["decoder.cross"])).attention
     assert [token.text for token in found.query_tokens] == ["[SEP]"]
     info = client.model("translator")
     assert (info.text_axis, info.text_pair_axis) == ("source_seq", "seq")
@@ -119,7 +119,7 @@ def test_without_a_second_text_the_start_alone_looks(client: Client) -> None:
 def test_words_look_at_patches_and_the_grid_is_told(client: Client) -> None:
     image = pixels()
     sent = ("a dog sat", {"pixel_values": image})
-    (found,) = client.infer("clip", sent, attention=Attention(sites=["text.0.cross"])).attention
+    (found,) = client.infer("clip", sent, attention=AttentionSelection(sites=["text.0.cross"])).attention
     expected = looking(MODELS["clip"], ids("[CLS]", "a", "dog", "sat", "[SEP]"), image, leading=1)
     np.testing.assert_allclose(found.weights, expected, atol=TOLERANCE)
     assert [token.text for token in found.key_tokens[:3]] == ["[0]", "r1 c1", "r1 c2"]
@@ -131,7 +131,7 @@ def test_words_look_at_patches_and_the_grid_is_told(client: Client) -> None:
 def test_words_and_patches_of_one_number_are_cropped_and_named_each_for_itself(client: Client) -> None:
     image, words = pixels(1), ids("a", "dog", "sat", "on", "the", "mat")
     (found,) = client.infer(
-        "rigid", {"input_ids": words, "pixel_values": image}, attention=Attention(layers=[-1])
+        "rigid", {"input_ids": words, "pixel_values": image}, attention=AttentionSelection(layers=[-1])
     ).attention
     np.testing.assert_allclose(found.weights, looking(MODELS["rigid"], words, image, leading=0), atol=TOLERANCE)
     assert found.kind == "cross"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_client import Attention, Client, InferenceResult
+from attnserve_client import AttentionSelection, Client, InferenceResult
 from attnserve_server.conversion.sources import zoo
 from attnserve_server.model.repository import Bundle
 from attnserve_server.model.tokenizer import TextTokenizer
@@ -93,10 +93,12 @@ def test_selections_reach_pooled_and_linear_maps(client: Client, zoo_bundles: di
     text = "The cat sat"
     for name in ("linear", "multi-scale"):
         expected = definition_of(name).weights({"input_ids": ids_of(text, zoo_bundles[name])})
-        for map_ in client.infer(name, text, attention=Attention(queries=[-1, 2], head_reduction="mean")).attention:
+        for map_ in client.infer(
+            name, text, attention=AttentionSelection(queries=[-1, 2], head_reduction="mean")
+        ).attention:
             wanted = expected[map_.sites[0]].mean(0, keepdims=True)[:, [-1, 2]]
             np.testing.assert_allclose(map_.weights, wanted, atol=TOLERANCE, rtol=0)
-    by_word = client.infer("multi-scale", text, attention=Attention(unit="word")).attention[-1]
+    by_word = client.infer("multi-scale", text, attention=AttentionSelection(unit="word")).attention[-1]
     assert [token.text for token in by_word.query_tokens] == ["[CLS]", "The", "cat", "sat", "[SEP]"]
     assert [token.text for token in by_word.key_tokens] == ["[CLS] T h e", "Ġ c a t", "Ġ s a t", "[SEP]"]
 

@@ -13,13 +13,13 @@ from attnserve.v1 import inference_service_pb2 as wire
 from attnserve_client._errors import InvalidRequest
 from attnserve_client._inputs import Input, request_of, sequence_of
 from attnserve_client._models import ModelInfo, TensorSpec
-from attnserve_client._selection import Attention
+from attnserve_client._selection import AttentionSelection
 from attnserve_client.bench.lengths import Lengths
 
-SELECTIONS: Final[dict[str, Attention]] = {
-    "mean": Attention(layers=[-1], heads="mean"),
-    "top": Attention(layers=[-1], heads="mean", top_k=16),
-    "all": Attention(),
+SELECTIONS: Final[dict[str, AttentionSelection]] = {
+    "mean": AttentionSelection(layers=[-1], heads="mean"),
+    "top": AttentionSelection(layers=[-1], heads="mean", top_k=16),
+    "all": AttentionSelection(),
 }
 """What the share of requests that asks for attention asks for: the last layer's mean over heads, its 16 strongest links
 of each row, or all maps."""
@@ -62,7 +62,7 @@ class Asked:
     """
 
     outputs: Sequence[str] | None = None
-    attention: Attention = SELECTIONS["mean"]
+    attention: AttentionSelection = SELECTIONS["mean"]
     share: float = 0.0
     sequences: int = 1
 

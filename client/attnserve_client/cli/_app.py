@@ -13,7 +13,7 @@ import numpy.typing as npt
 import typer
 from rich.console import Console
 
-from attnserve_client import Attention, Client, InferenceResult, Input
+from attnserve_client import AttentionSelection, Client, InferenceResult, Input
 from attnserve_client.cli._bench import EXAMPLES, bench
 from attnserve_client.cli._errors import CODES_HELP, reported
 from attnserve_client.cli._options import DEFAULT_SERVER, DEFAULT_TIMEOUT_S, AsJson, Server, Timeout, Version
@@ -186,16 +186,16 @@ def _arrays(given: list[str]) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
-def _selection(layer: str, heads: str, unit: Literal["word", "token"], *, keep_special: bool) -> Attention:
+def _selection(layer: str, heads: str, unit: Literal["word", "token"], *, keep_special: bool) -> AttentionSelection:
     special: Literal["keep", "drop"] = "keep" if keep_special else "drop"
     chosen: Any = heads if heads in ("mean", "max", "each") else _numbers(heads, "--heads")
     if layer in ("mean", "rollout"):
         joined = cast("Literal['mean', 'rollout']", layer)
-        return Attention(heads=chosen, layer_reduction=joined, unit=unit, special_tokens=special)
+        return AttentionSelection(heads=chosen, layer_reduction=joined, unit=unit, special_tokens=special)
     layers = _numbers(layer, "--layer")
     if len(layers) != 1:
         raise typer.BadParameter("one layer, `mean` or `rollout`", param_hint="--layer")
-    return Attention(layers=layers, heads=chosen, unit=unit, special_tokens=special)
+    return AttentionSelection(layers=layers, heads=chosen, unit=unit, special_tokens=special)
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -13,7 +13,7 @@ from attnserve.v1 import attention_pb2, model_pb2, tensor_pb2
 from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._errors import AttentionUnavailable, InvalidRequest
-from attnserve_client._selection import Attention
+from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_array
 from attnserve_client.testing._weights import band_keys, fill
 
@@ -138,7 +138,7 @@ def outputs_of(units: list[Unit], shape: Shape) -> dict[str, Array]:
     return {"embedding": mean / max(float(np.linalg.norm(mean)), 1e-9), "last_hidden_state": hidden}
 
 
-def attention_of(units: list[Unit], selection: Attention, shape: Shape, model: str) -> attention_pb2.Attention:
+def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape, model: str) -> attention_pb2.Attention:
     """The attention that a selection asks for, reduced in the contract's order.
 
     Raises:
@@ -191,7 +191,7 @@ def attention_of(units: list[Unit], selection: Attention, shape: Shape, model: s
     return answer
 
 
-def chosen_layers(selection: Attention, shape: Shape, model: str) -> list[int]:
+def chosen_layers(selection: AttentionSelection, shape: Shape, model: str) -> list[int]:
     """The positions of the chosen sites, ascending.
 
     Raises:
@@ -242,7 +242,7 @@ def _weights(units: list[Unit], layer: int, shape: Shape) -> Array:
     return np.stack(maps)
 
 
-def _join(weights: Array, selection: Attention, *, rollout: bool) -> Array:
+def _join(weights: Array, selection: AttentionSelection, *, rollout: bool) -> Array:
     reduction = selection.head_reduction or ("mean" if rollout else "each")
     if reduction == "each":
         if rollout:

@@ -15,7 +15,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 from grpc_status import rpc_status
 
 from attnserve_client._errors import AttnserveError, InvalidRequest, ModelNotFound, NotServing, Overloaded
-from attnserve_client._selection import Attention
+from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_tensor
 from attnserve_client.testing._answers import Shape, attention_of, chosen_layers, outputs_of, tokenize
 from attnserve_client.testing._refusals import status_of
@@ -155,7 +155,7 @@ class FakeServer:
         for position, name in enumerate(wanted):
             if name not in _OUTPUTS:
                 raise InvalidRequest.of(f"outputs.names[{position}]", f"{name!r} is not one of {', '.join(_OUTPUTS)}")
-        selection = Attention.from_wire(request.attention) if request.HasField("attention") else None
+        selection = AttentionSelection.from_wire(request.attention) if request.HasField("attention") else None
         response = wire.InferResponse(
             receipt=wire.Receipt(
                 request_id=request.request_id or f"fake-{len(self.requests)}",
@@ -177,7 +177,7 @@ class FakeServer:
         return response
 
     def _result(
-        self, field: str, sequence: wire.Sequence, wanted: list[str], selection: Attention | None, batch: int
+        self, field: str, sequence: wire.Sequence, wanted: list[str], selection: AttentionSelection | None, batch: int
     ) -> wire.SequenceResult:
         units = tokenize(sequence)
         if len(units) > self.shape.max_length:
@@ -201,10 +201,10 @@ class FakeServer:
         handlers: Any = {"Watch": grpc.unary_stream_rpc_method_handler(watch)}
         return grpc.method_handlers_generic_handler("grpc.health.v1.Health", handlers)
 
-    def _effective(self, selection: Attention) -> attention_pb2.AttentionSelection:
+    def _effective(self, selection: AttentionSelection) -> attention_pb2.AttentionSelection:
         layers = chosen_layers(selection, self.shape, self.model)
         rollout = selection.layer_reduction == "rollout"
-        return Attention(
+        return AttentionSelection(
             sites=[f"layer.{layer}" for layer in layers],
             layers=layers,
             heads=[head % self.shape.heads for head in selection.heads if isinstance(head, int)],

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from attnserve.v1 import attention_pb2
 
-from attnserve_client._selection import Attention
+from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_tensor
 
 Array = npt.NDArray[Any]
@@ -21,7 +21,11 @@ def band_keys(length: int, window: int) -> Array:
 
 
 def fill(
-    target: attention_pb2.AttentionMap, weights: Array, keys: list[int], selection: Attention, band: Array | None
+    target: attention_pb2.AttentionMap,
+    weights: Array,
+    keys: list[int],
+    selection: AttentionSelection,
+    band: Array | None,
 ) -> None:
     """Writes the weights (H, L, S), or those of the band's columns alone."""
     if not selection.top_k and not selection.min_weight:

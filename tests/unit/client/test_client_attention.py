@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from attnserve.v1 import attention_pb2, tensor_pb2
 from attnserve.v1 import inference_service_pb2 as wire
-from attnserve_client import Attention, AttentionMap, BadAnswer, Client, RawLinks
+from attnserve_client import AttentionMap, AttentionSelection, BadAnswer, Client, RawLinks
 from attnserve_client._results import results_of
 from attnserve_client._tensors import to_tensor
 from attnserve_client.testing import FakeServer
@@ -21,7 +21,7 @@ SUM_TOLERANCE = 1e-5
 def ask(server: FakeServer, *inputs: Any, **selection: Any) -> AttentionMap:
     with Client(server.target) as client:
         one = inputs if len(inputs) == 2 else inputs[0] if inputs else TEXT
-        return client.infer("fake", one, attention=Attention(**selection)).attention[-1]
+        return client.infer("fake", one, attention=AttentionSelection(**selection)).attention[-1]
 
 
 def test_rows_sum_to_one_and_the_map_knows_its_tokens(shared_server: FakeServer) -> None:

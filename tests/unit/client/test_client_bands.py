@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from attnserve.v1 import attention_pb2
 from attnserve.v1 import inference_service_pb2 as wire
-from attnserve_client import Attention, AttentionMap, BadAnswer, Client, Token
+from attnserve_client import AttentionMap, AttentionSelection, BadAnswer, Client, Token
 from attnserve_client._results import results_of
 from attnserve_client._tensors import to_tensor
 from attnserve_client.cli._heatmap import heatmap
@@ -116,7 +116,10 @@ def test_equal_links_come_in_the_order_of_their_keys():
     ]
 
 
-@pytest.mark.parametrize("selection", [Attention(), Attention(queries=[1, -1]), Attention(heads="mean", dtype="uint8")])
+@pytest.mark.parametrize(
+    "selection",
+    [AttentionSelection(), AttentionSelection(queries=[1, -1]), AttentionSelection(heads="mean", dtype="uint8")],
+)
 def test_the_fake_server_answers_windowed_sites_with_their_band(selection):
     with FakeServer(window=2) as server, Client(server.target) as client:
         result = client.infer("fake", TEXT, attention=selection)
@@ -130,12 +133,12 @@ def test_the_fake_server_answers_windowed_sites_with_their_band(selection):
 def test_the_fake_server_lays_out_what_needs_whole_rows():
     with FakeServer(window=1) as server, Client(server.target) as client:
         for selection in (
-            Attention(unit="word"),
-            Attention(special_tokens="drop"),
-            Attention(layer_reduction="rollout"),
+            AttentionSelection(unit="word"),
+            AttentionSelection(special_tokens="drop"),
+            AttentionSelection(layer_reduction="rollout"),
         ):
             assert {each.band is None for each in client.infer("fake", TEXT, attention=selection).attention} == {True}
-        [links, *_] = client.infer("fake", TEXT, attention=Attention(top_k=9)).attention
+        [links, *_] = client.infer("fake", TEXT, attention=AttentionSelection(top_k=9)).attention
     assert np.diff(links.raw.row_offsets).max() == 3  # a row has no more keys than its window
 
 

@@ -13,7 +13,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 from attnserve.v1 import model_pb2, tensor_pb2
 from attnserve_client import (
     AsyncClient,
-    Attention,
+    AttentionSelection,
     AttentionUnavailable,
     AttnserveError,
     BadAnswer,
@@ -71,7 +71,7 @@ async def test_pair_and_all_options_reach_the_server(driver: Any, server: FakeSe
         ("a query", "a passage"),
         version="1",
         outputs=["embedding"],
-        attention=Attention(layers=[-1], heads="mean"),
+        attention=AttentionSelection(layers=[-1], heads="mean"),
         priority="high",
         request_id="mine",
     )
@@ -148,7 +148,7 @@ async def test_slow_server_meets_the_deadline(driver: Any, server: FakeServer) -
 
 async def test_errors_carry_their_fields(driver: Any, server: FakeServer) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        await driver.infer("fake", "text", attention=Attention(layers=[9]), request_id="mine")
+        await driver.infer("fake", "text", attention=AttentionSelection(layers=[9]), request_id="mine")
     error = caught.value
     assert error.code == "INVALID_ARGUMENT"
     assert error.reason == "INVALID_REQUEST"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from attnserve.v1 import inference_service_pb2 as wire
 from attnserve.v1 import model_pb2, tensor_pb2
-from attnserve_client import Attention, AttnserveError, BadAnswer, InvalidRequest, ModelInfo
+from attnserve_client import AttentionSelection, AttnserveError, BadAnswer, InvalidRequest, ModelInfo
 from attnserve_client import _errors as errors
 from attnserve_client._inputs import request_of, sequence_of, split, takes_ids
 from attnserve_client._models import is_ready, model_of
@@ -184,7 +184,7 @@ def test_unknown_priority_and_misplaced_outputs_are_refused() -> None:
 
 INTEGERS = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4).map(tuple)
 SELECTIONS = st.builds(
-    Attention,
+    AttentionSelection,
     sites=st.lists(st.text(max_size=5), max_size=3),
     layers=INTEGERS,
     heads=INTEGERS,
@@ -200,18 +200,18 @@ SELECTIONS = st.builds(
 
 
 @given(selection=SELECTIONS)
-def test_selection_survives_the_wire(selection: Attention) -> None:
-    assert Attention.from_wire(selection.to_wire()) == selection
+def test_selection_survives_the_wire(selection: AttentionSelection) -> None:
+    assert AttentionSelection.from_wire(selection.to_wire()) == selection
 
 
 @pytest.mark.parametrize("word", ["each", "mean", "max"])
 def test_heads_may_be_a_word_for_all_of_them(word: Any) -> None:
-    assert Attention(heads=word) == Attention(head_reduction=word)
-    assert Attention(heads=word, head_reduction=word).heads == ()
+    assert AttentionSelection(heads=word) == AttentionSelection(head_reduction=word)
+    assert AttentionSelection(heads=word, head_reduction=word).heads == ()
 
 
 def test_heads_may_be_joined_after_choosing_some() -> None:
-    message = Attention(heads=[0, -1], head_reduction="mean", sites="encoder").to_wire()
+    message = AttentionSelection(heads=[0, -1], head_reduction="mean", sites="encoder").to_wire()
     assert list(message.heads) == [0, -1]
     assert list(message.sites) == ["encoder"]
 
@@ -219,14 +219,14 @@ def test_heads_may_be_joined_after_choosing_some() -> None:
 @pytest.mark.parametrize(
     ("selection", "field"),
     [
-        (lambda: Attention(heads="mean", head_reduction="max"), "attention.head_reduction"),
-        (lambda: Attention(heads="median").to_wire(), "attention.head_reduction"),  # type: ignore[arg-type]
-        (lambda: Attention(unit="letter").to_wire(), "attention.unit"),  # type: ignore[arg-type]
-        (lambda: Attention(dtype="int8").to_wire(), "attention.dtype"),  # type: ignore[arg-type]
-        (lambda: Attention(layer_reduction="sum").to_wire(), "attention.layer_reduction"),  # type: ignore[arg-type]
-        (lambda: Attention(special_tokens="hide").to_wire(), "attention.special_tokens"),  # type: ignore[arg-type]
-        (lambda: Attention(layers=[0, 2**31]).to_wire(), "attention.layers[1]"),
-        (lambda: Attention(top_k=-1).to_wire(), "attention.top_k"),
+        (lambda: AttentionSelection(heads="mean", head_reduction="max"), "attention.head_reduction"),
+        (lambda: AttentionSelection(heads="median").to_wire(), "attention.head_reduction"),  # type: ignore[arg-type]
+        (lambda: AttentionSelection(unit="letter").to_wire(), "attention.unit"),  # type: ignore[arg-type]
+        (lambda: AttentionSelection(dtype="int8").to_wire(), "attention.dtype"),  # type: ignore[arg-type]
+        (lambda: AttentionSelection(layer_reduction="sum").to_wire(), "attention.layer_reduction"),  # type: ignore[arg-type]
+        (lambda: AttentionSelection(special_tokens="hide").to_wire(), "attention.special_tokens"),  # type: ignore[arg-type]
+        (lambda: AttentionSelection(layers=[0, 2**31]).to_wire(), "attention.layers[1]"),
+        (lambda: AttentionSelection(top_k=-1).to_wire(), "attention.top_k"),
     ],
     ids=["two heads", "heads", "unit", "dtype", "layers", "special", "layer number", "top_k"],
 )
@@ -240,7 +240,7 @@ def test_attention_is_a_selection_or_yes_or_no() -> None:
     assert selection_of(None) is None
     assert selection_of(False) is None
     assert selection_of(True) is not None
-    with pytest.raises(TypeError, match="Attention, True, or None"):
+    with pytest.raises(TypeError, match="AttentionSelection, True, or None"):
         selection_of("all")  # type: ignore[arg-type]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from attnserve.v1 import inference_service_pb2 as wire
-from attnserve_client import Attention, Client, InvalidRequest, NotServing, RetryPolicy
+from attnserve_client import AttentionSelection, Client, InvalidRequest, NotServing, RetryPolicy
 from attnserve_client.testing import FakeServer
 
 # float32 sums of rows of a few weights.
@@ -28,7 +28,7 @@ def test_answers_follow_from_the_text_alone() -> None:
 def test_rows_sum_to_one_however_they_are_reduced(
     shared_server: FakeServer, heads: str, layers: str, unit: str, special: str
 ) -> None:
-    selection = Attention(
+    selection = AttentionSelection(
         head_reduction=heads if layers != "rollout" else None,  # type: ignore[arg-type]
         layer_reduction=layers,  # type: ignore[arg-type]
         unit=unit,  # type: ignore[arg-type]
@@ -75,16 +75,20 @@ def test_wrong_requests_are_refused_by_field(request_: wire.InferRequest, field:
 
 @pytest.mark.parametrize(
     "selection",
-    [Attention(sites=["other"]), Attention(queries=[99]), Attention(heads="each", layer_reduction="rollout")],
+    [
+        AttentionSelection(sites=["other"]),
+        AttentionSelection(queries=[99]),
+        AttentionSelection(heads="each", layer_reduction="rollout"),
+    ],
 )
-def test_selections_that_cannot_be_are_refused(shared_server: FakeServer, selection: Attention) -> None:
+def test_selections_that_cannot_be_are_refused(shared_server: FakeServer, selection: AttentionSelection) -> None:
     with Client(shared_server.target) as client, pytest.raises(InvalidRequest):
         client.infer("fake", "text", attention=selection)
 
 
 def test_sites_may_be_chosen_by_name(shared_server: FakeServer) -> None:
     with Client(shared_server.target) as client:
-        (found,) = client.infer("fake", "text", attention=Attention(sites=["layer.1"])).attention
+        (found,) = client.infer("fake", "text", attention=AttentionSelection(sites=["layer.1"])).attention
     assert found.sites == ("layer.1",)
 
 

@@ -13,7 +13,7 @@ import pytest
 from attnserve.v1 import inference_service_pb2 as wire
 from attnserve_client import (
     AsyncClient,
-    Attention,
+    AttentionSelection,
     BadAnswer,
     Client,
     DeadlineExpired,
@@ -121,7 +121,7 @@ async def test_refused_message_is_the_end_of_all_its_inputs_and_of_no_others(dri
 @pytest.mark.parametrize("texts", [["one"], ["one", "two", "three"]], ids=["rest", "full"])
 async def test_message_that_cannot_be_made_ends_the_stream_with_its_fault(driver: Any, texts: list[str]) -> None:
     with pytest.raises(InvalidRequest, match="head_reduction"):
-        await driver.stream("fake", texts, attention=Attention(head_reduction="all"), per_message=2)
+        await driver.stream("fake", texts, attention=AttentionSelection(head_reduction="all"), per_message=2)
 
 
 async def test_what_came_before_a_fault_of_the_inputs_is_sent(driver: Any, server: FakeServer) -> None:
@@ -272,7 +272,7 @@ async def test_stream_without_a_timeout_is_never_cut(driver: Any) -> None:
 
 
 async def test_attention_selection_goes_with_every_input(driver: Any, server: FakeServer) -> None:
-    await driver.stream("fake", ["a", "b"], attention=Attention(top_k=2), outputs=[])
+    await driver.stream("fake", ["a", "b"], attention=AttentionSelection(top_k=2), outputs=[])
     assert [request.attention.top_k for request in server.requests] == [2, 2]
 
 
