@@ -104,7 +104,7 @@ def saturated(options: Options) -> list[Finding]:
             # What the client's own share of the cores leaves of the bare runtime's rate.
             left = 1 - report.client_cores / CORES
             rates.append(report.sequences_per_s / (left * len(items) / bare_wall))
-            padding.append(report.padded_over_useful or 0.0)
+            padding.append(report.computed_over_useful or 0.0)
             clients.append(report.client_cores)
             tails[0].append(float(np.quantile(latencies, 0.99)))
             tails[1].append(float(np.quantile(load(unbatched, sent, closed(options.requests))[2], 0.99)))
@@ -118,7 +118,7 @@ def saturated(options: Options) -> list[Finding]:
     return [
         Finding("64 callers: server's processor time a sequence / bare runtime's best", ratios, 1.10, detail=medians),
         Finding("64 callers: sequences/s / what the client leaves of the bare runtime's", rates, 0.90, most=False),
-        Finding("64 callers: padded / useful tokens", padding, 1.10),
+        Finding("64 callers: computed / useful tokens", padding, 1.10),
         Finding("64 callers: p99 / that of the same server with batching off", over, 1.5),
     ]
 

@@ -111,7 +111,7 @@ class Ours:
 
 
 class FirstCome:
-    """First come, first served: `most` sequences and `most_tokens` padded positions at most, after `delay_s` or full.
+    """First come, first served: `most` sequences and `most_tokens` computed positions at most, after `delay_s` or full.
 
     A delay and a size are what Triton, TorchServe, BentoML and others call dynamic batching; a budget of tokens without
     a delay is what text-embeddings-inference does.
@@ -143,11 +143,11 @@ class FirstCome:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a policy came to: seconds of an instance a sequence, padded over useful tokens, rows a run, latencies."""
+    """What a policy came to: seconds of an instance a sequence, computed over useful tokens, rows a run, latencies."""
 
     busy_s: float
     rate: float
-    padded_over_useful: float
+    computed_over_useful: float
     rows: float
     p50_s: float
     p99_s: float
@@ -161,14 +161,14 @@ def simulate(line: Line, costs: Costs, lengths: list[int], callers: int, rounds:
     order = itertools.count()
     idle = list(range(costs.instances))
     latencies: list[float] = []
-    busy = useful = padded = runs = 0.0
+    busy = useful = computed = runs = 0.0
     ended = 0.0
 
     def at(when: float, what: Callable[[float], None]) -> None:
         heapq.heappush(events, (when, next(order), what))
 
     def serve(now: float) -> None:
-        nonlocal busy, useful, padded, runs
+        nonlocal busy, useful, computed, runs
         while idle:
             taken = line.take(now)
             if not isinstance(taken, list):
@@ -179,7 +179,7 @@ def simulate(line: Line, costs: Costs, lengths: list[int], callers: int, rounds:
             longest = max(arrival.tokens for arrival in taken)
             seconds = costs.seconds(len(taken), longest)
             busy, runs = busy + seconds, runs + 1
-            useful, padded = useful + sum(each.tokens for each in taken), padded + len(taken) * longest
+            useful, computed = useful + sum(each.tokens for each in taken), computed + len(taken) * longest
             at(now + seconds, lambda then, taken=taken, instance=instance: done(then, taken, instance))
 
     def done(now: float, taken: list[Arrival], instance: int) -> None:
@@ -202,7 +202,7 @@ def simulate(line: Line, costs: Costs, lengths: list[int], callers: int, rounds:
     return Figures(
         busy_s=busy / len(latencies),
         rate=len(latencies) / ended,
-        padded_over_useful=padded / useful,
+        computed_over_useful=computed / useful,
         rows=len(latencies) / runs,
         p50_s=float(np.quantile(steady, 0.5)),
         p99_s=float(np.quantile(steady, 0.99)),
@@ -306,7 +306,7 @@ def show(console: Console, costs: Costs, limit: float, rows: dict[str, dict[int,
     table = Table("policy", *(f"{callers:,} callers" for callers in CALLERS), title=title, title_justify="left")
     for name, by in rows.items():
         cells = [
-            f"{f.busy_s / limit:.2f}x  pad {f.padded_over_useful:.2f}\n{f.rate:,.0f}/s  {f.rows:.1f} rows\n"
+            f"{f.busy_s / limit:.2f}x  pad {f.computed_over_useful:.2f}\n{f.rate:,.0f}/s  {f.rows:.1f} rows\n"
             f"p99 {1e3 * f.p99_s:,.0f} ms ({f.p99_s / alone[callers].p99_s:.2f})"
             for callers, f in by.items()
         ]

@@ -38,6 +38,7 @@ SHOWN_METRICS = (
     "attnserve_sequences_total",
     "attnserve_useful_tokens_total",
     "attnserve_computed_tokens_total",
+    "attnserve_padding_tokens_total",
     "attnserve_attention_bytes_total",
     "attnserve_compute_seconds_sum",
     "attnserve_execution_provider_info",

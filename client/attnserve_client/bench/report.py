@@ -57,7 +57,7 @@ class Report:
         sent_late_s: how late requests were sent, percentiles; 0 in closed loops.
         queue_s: what first sequences waited in the server, percentiles.
         batch_size: sequences that shared a run, mean over runs.
-        padded_over_useful: positions worked on over positions with data.
+        computed_over_useful: computed tokens (padding included) divided by useful tokens.
         client_cores: cores that the client kept busy.
         client_loop_busy: share of the time that the thread of all callers was busy.
         invalid: why the figures tell more of the client than of the server; empty where they do not.
@@ -76,7 +76,7 @@ class Report:
     sent_late_s: dict[str, float]
     queue_s: dict[str, float]
     batch_size: float | None
-    padded_over_useful: float | None
+    computed_over_useful: float | None
     client_cores: float
     client_loop_busy: float
     invalid: tuple[str, ...]
@@ -110,7 +110,7 @@ def report_of(samples: Sequence[Sample], effort: Effort, workload: Workload) -> 
         sent_late_s=late,
         queue_s=spread([run.queue_s for run in runs]),
         batch_size=len(runs) / float(shares.sum()) if runs else None,
-        padded_over_useful=float(np.sum([run.computed_tokens for run in runs] * shares)) / useful if useful else None,
+        computed_over_useful=float(np.sum([run.computed_tokens for run in runs] * shares)) / useful if useful else None,
         client_cores=effort.cpu_s / wall,
         client_loop_busy=busy,
         invalid=tuple(_doubts(busy, late, latencies)),

@@ -113,9 +113,9 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     if report.tokens_per_s is not None:
         rows.append(("tokens/s", f"{report.tokens_per_s:,.0f}"))
     rows.append(("answers, MB/s", f"{report.bytes_per_s / 1e6:,.2f}"))
-    if report.batch_size is not None and report.padded_over_useful is not None:
+    if report.batch_size is not None and report.computed_over_useful is not None:
         rows.append(("sequences in a run", f"{report.batch_size:.1f}"))
-        rows.append(("padded/useful tokens", f"{report.padded_over_useful:.3f}"))
+        rows.append(("computed/useful tokens", f"{report.computed_over_useful:.3f}"))
     rows.append(("client, cores", f"{report.client_cores:.2f}"))
     rows.append(("client, loop busy", f"{report.client_loop_busy:.0%}"))
     return rows

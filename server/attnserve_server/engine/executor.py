@@ -233,8 +233,7 @@ class Executor:
         compute_s = self._clock.now() - started
         self._metrics.compute_seconds.observe(compute_s)
         self._metrics.batch_size.observe(batch.size)
-        self._metrics.useful_tokens.inc(batch.useful_tokens)
-        self._metrics.computed_tokens.inc(batch.computed_tokens)
+        self._metrics.count_tokens(useful=batch.useful_tokens, computed=batch.computed_tokens)
         self._metrics.sequences.inc(batch.size)
         fetched = dict(zip(batch.fetches, outputs, strict=True))
         self._shapes.check(batch, fetched, filled_up=session.fills_up)

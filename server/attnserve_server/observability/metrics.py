@@ -79,7 +79,20 @@ USEFUL_TOKENS: Final = MetricSpec(
 COMPUTED_TOKENS: Final = MetricSpec(
     Counter,
     "attnserve_computed_tokens_total",
-    "Positions that the runtime worked on, padding included, over all runs.",
+    "Positions that the runtime computed, padding included, over all runs.",
+    MODEL,
+)
+PADDING_TOKENS: Final = MetricSpec(
+    Counter,
+    "attnserve_padding_tokens_total",
+    "Padding positions that the runtime computed, over all runs: computed tokens minus useful tokens.",
+    MODEL,
+)
+PADDED_TOKENS: Final = MetricSpec(
+    Counter,
+    "attnserve_padded_tokens_total",
+    "Deprecated, removed in the next release: all computed positions. Use `attnserve_computed_tokens_total`, or "
+    "`attnserve_padding_tokens_total` for the padding alone.",
     MODEL,
 )
 QUEUE_DEPTH: Final = MetricSpec(Gauge, "attnserve_queue_depth", "Sequences waiting for a run.", MODEL)
@@ -160,8 +173,10 @@ class ModelMetrics:
         self.queue_seconds = metrics.histogram(QUEUE_SECONDS).labels(*self._labels)
         self.compute_seconds = metrics.histogram(COMPUTE_SECONDS).labels(*self._labels)
         self.batch_size = metrics.histogram(BATCH_SIZE).labels(*self._labels)
-        self.useful_tokens = metrics.counter(USEFUL_TOKENS).labels(*self._labels)
-        self.computed_tokens = metrics.counter(COMPUTED_TOKENS).labels(*self._labels)
+        self._useful_tokens = metrics.counter(USEFUL_TOKENS).labels(*self._labels)
+        self._computed_tokens = metrics.counter(COMPUTED_TOKENS).labels(*self._labels)
+        self._padding_tokens = metrics.counter(PADDING_TOKENS).labels(*self._labels)
+        self._padded_tokens = metrics.counter(PADDED_TOKENS).labels(*self._labels)
         self.running = metrics.gauge(RUNNING).labels(*self._labels)
         self.attention_seconds = metrics.histogram(ATTENTION_SECONDS).labels(*self._labels)
         self.batch_mismatches = metrics.counter(BATCH_MISMATCH).labels(*self._labels)
@@ -179,6 +194,18 @@ class ModelMetrics:
             outcome: metrics.counter(BATCH_CHECKS).labels(*self._labels, outcome) for outcome in CHECK_OUTCOMES
         }
         self._ended: dict[str, Counter] = {}
+
+    def count_tokens(self, useful: int, computed: int) -> None:
+        """Count the positions of one run.
+
+        Args:
+            useful: positions that carried data.
+            computed: all positions of the run, padding included.
+        """
+        self._useful_tokens.inc(useful)
+        self._computed_tokens.inc(computed)
+        self._padding_tokens.inc(computed - useful)
+        self._padded_tokens.inc(computed)
 
     def attention_bytes(self, form: str) -> Counter:
         """Bytes of attention sent, for one form."""

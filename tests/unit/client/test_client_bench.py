@@ -248,7 +248,7 @@ def test_runs_count_once_however_many_shared_them() -> None:
     samples = [sample(index, 0.0, 0.1, **shared) for index in range(4)] + [sample(4, 0.0, 0.1, **alone)]
     report = report_of(samples, IDLE, PLAIN)
     assert report.batch_size == pytest.approx(2.5)
-    assert report.padded_over_useful == pytest.approx(170 / 150)
+    assert report.computed_over_useful == pytest.approx(170 / 150)
 
 
 @pytest.mark.parametrize(
