@@ -56,7 +56,7 @@ test: $(VENV)/.dev ## Run the tests (all but coverage and e2e), with branch cove
 coverage: $(VENV)/.dev ## Bring every architecture through every exporter, and write docs/coverage.md
 	$(BIN)/python -m pytest --verbose -m coverage tests/coverage $(PYTEST_ARGS)
 
-check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, contract, generated files
+check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, contract, generated files, prose, spelling
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
@@ -65,6 +65,8 @@ check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, con
 	$(BIN)/buf format --diff --exit-code
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/prose.py
+	$(BIN)/codespell $$(git ls-files)
 	$(BIN)/hadolint Dockerfile
 
 format: $(VENV)/.dev ## Format everything
