@@ -13,9 +13,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from annotated_types import Ge, Le, MinLen
 from attnserve_server.config import Settings, flag_of, variable_of
+from attnserve_server.domain.errors import MAX_VIOLATIONS
 from attnserve_server.observability.metrics import SPECS
 from attnserve_server.transport.status import DOMAIN, TABLE
-from attnserve_server.transport.violations import MAX_VIOLATIONS
 
 FOLDER = Path(__file__).parent
 NOTE = "<!-- Made by docs/generate.py: change what it reads, then run `make docs`. -->"

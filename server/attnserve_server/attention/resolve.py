@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from attnserve_server.attention.faults import Faults
-from attnserve_server.domain.errors import AttentionUnavailable
+from attnserve_server.domain.errors import AttentionUnavailable, Violations, quoted
 from attnserve_server.domain.selection import AttentionSelection, EffectiveSelection, HeadReduction, LayerReduction
 from attnserve_server.model.manifest import SiteSpec
 
 MAX_NAMES_SHOWN = 20
 """Site names in a message; a model may have hundreds, and error details travel in bounded headers."""
-MAX_NAME_SHOWN = 64
-"""Characters of a caller's name in a message."""
 
 
 def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str) -> EffectiveSelection:
@@ -34,15 +31,15 @@ def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str
     """
     if not sites:
         raise AttentionUnavailable(model, "it has no attention sites")
-    faults = Faults()
-    layers = _layers(selection, sites, faults)
-    heads = tuple(_heads(selection.heads, sites[layer], faults) for layer in layers)
-    _check_values(selection, faults)
-    head_reduction = _head_reduction(selection, faults)
+    violations = Violations()
+    layers = _layers(selection, sites, violations)
+    heads = tuple(_heads(selection.heads, sites[layer], violations) for layer in layers)
+    _check_values(selection, violations)
+    head_reduction = _head_reduction(selection, violations)
     chosen = [sites[layer] for layer in layers]
-    if not faults:
-        _check_joinable(selection.layer_reduction, head_reduction, chosen, heads, faults)
-    faults.raise_any()
+    if not violations:
+        _check_joinable(selection.layer_reduction, head_reduction, chosen, heads, violations)
+    violations.raise_any()
     missing = [site for site in chosen if not site.available]
     if missing:
         why = "; ".join(f"site {site.name!r}: {site.unavailable_reason or 'not tapped'}" for site in missing)
@@ -69,7 +66,7 @@ def from_end(index: int, length: int) -> int | None:
     return index % length
 
 
-def _layers(selection: AttentionSelection, sites: Sequence[SiteSpec], faults: Faults) -> tuple[int, ...]:
+def _layers(selection: AttentionSelection, sites: Sequence[SiteSpec], violations: Violations) -> tuple[int, ...]:
     if not selection.sites and not selection.layers:
         # A site that cannot be tapped must not deny a caller the others: nobody asked for it by name.
         return tuple(layer for layer, site in enumerate(sites) if site.available) or tuple(range(len(sites)))
@@ -81,56 +78,55 @@ def _layers(selection: AttentionSelection, sites: Sequence[SiteSpec], faults: Fa
         if name in by_name:
             chosen.add(by_name[name])
         else:
-            shown = repr(name[:MAX_NAME_SHOWN]) + ("..." if len(name) > MAX_NAME_SHOWN else "")
-            faults.add(f"attention.sites[{position}]", f"no site {shown}{hint}")
-            hint = ""  # told once is enough
+            violations.add(f"attention.sites[{position}]", f"no site {quoted(name)}{hint}")
+            hint = ""  # the first violation lists the sites
     for position, index in enumerate(selection.layers):
         layer = from_end(index, len(sites))
         if layer is None:
             limit = f"the model has {len(sites)} sites: -{len(sites)} to {len(sites) - 1}"
-            faults.add(f"attention.layers[{position}]", f"layer {index} is out of range; {limit}")
+            violations.add(f"attention.layers[{position}]", f"layer {index} is out of range; {limit}")
         else:
             chosen.add(layer)
     return tuple(sorted(chosen))
 
 
-def _heads(heads: tuple[int, ...], site: SiteSpec, faults: Faults) -> tuple[int, ...]:
+def _heads(heads: tuple[int, ...], site: SiteSpec, violations: Violations) -> tuple[int, ...]:
     if not heads:
         return tuple(range(site.heads))
     chosen: list[int] = []
     for position, index in enumerate(heads):
-        if faults.full:
+        if violations.full:
             break
         field = f"attention.heads[{position}]"
         head = from_end(index, site.heads)
         if head is None:
             limit = f"site {site.name!r} has {site.heads} heads: -{site.heads} to {site.heads - 1}"
-            faults.add(field, f"head {index} is out of range; {limit}")
+            violations.add_once(field, f"head {index} is out of range; {limit}")
         elif head in chosen:
-            faults.add(field, f"head {index} names head {head} of site {site.name!r} again")
+            violations.add_once(field, f"head {index} names head {head} of site {site.name!r} again")
         else:
             chosen.append(head)
     return tuple(chosen)
 
 
-def _check_values(selection: AttentionSelection, faults: Faults) -> None:
+def _check_values(selection: AttentionSelection, violations: Violations) -> None:
     seen: set[int] = set()
     for position, query in enumerate(selection.queries):
         if query in seen:
-            faults.add(f"attention.queries[{position}]", f"query {query} is named again")
+            violations.add(f"attention.queries[{position}]", f"query {query} is named again")
         seen.add(query)
     if selection.top_k < 0:
-        faults.add("attention.top_k", f"{selection.top_k} is below 0")
+        violations.add("attention.top_k", f"{selection.top_k} is below 0")
     if not (math.isfinite(selection.min_weight) and 0 <= selection.min_weight <= 1):
-        faults.add("attention.min_weight", f"{selection.min_weight!r} is not from 0 to 1")
+        violations.add("attention.min_weight", f"{selection.min_weight!r} is not from 0 to 1")
 
 
-def _head_reduction(selection: AttentionSelection, faults: Faults) -> HeadReduction:
+def _head_reduction(selection: AttentionSelection, violations: Violations) -> HeadReduction:
     rollout = selection.layer_reduction is LayerReduction.ROLLOUT
     if selection.head_reduction is None:
         return HeadReduction.MEAN if rollout else HeadReduction.EACH
     if rollout and selection.head_reduction is HeadReduction.EACH:
-        faults.add("attention.head_reduction", "each head by itself has no rollout: take mean or max")
+        violations.add("attention.head_reduction", "each head by itself has no rollout: take mean or max")
     return selection.head_reduction
 
 
@@ -139,20 +135,20 @@ def _check_joinable(
     head_reduction: HeadReduction,
     chosen: Sequence[SiteSpec],
     heads: Sequence[tuple[int, ...]],
-    faults: Faults,
+    violations: Violations,
 ) -> None:
-    """Add a fault where the chosen sites' maps cannot be joined as asked."""
+    """Add a violation where the chosen sites' maps cannot be joined as asked."""
     if layer_reduction is LayerReduction.EACH:
         return
     field = "attention.layer_reduction"
     axes = sorted({(site.query_axis, site.key_axis) for site in chosen})
     if len(axes) > 1:
         seen = ", ".join(f"{query} x {key}" for query, key in axes)
-        faults.add(field, f"{layer_reduction} needs sites of the same axes; these have {seen}")
+        violations.add_once(field, f"{layer_reduction} needs sites of the same axes; these have {seen}")
     if layer_reduction is LayerReduction.ROLLOUT:
         crossing = [site.name for site in chosen if site.kind == "cross" or site.query_axis != site.key_axis]
         if crossing:
-            faults.add(field, f"rollout needs sites that attend within one sequence; {crossing[0]!r} does not")
+            violations.add_once(field, f"rollout needs sites that attend within one sequence; {crossing[0]!r} does not")
     counts = sorted({len(each) for each in heads})
     if layer_reduction is LayerReduction.MEAN and head_reduction is HeadReduction.EACH and len(counts) > 1:
-        faults.add(field, f"mean with each head by itself needs the same number of heads; these have {counts}")
+        violations.add_once(field, f"mean with each head by itself needs the same number of heads; these have {counts}")

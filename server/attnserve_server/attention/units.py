@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from attnserve_server.attention.faults import Faults
 from attnserve_server.attention.resolve import from_end
-from attnserve_server.domain.errors import AttentionUnavailable
+from attnserve_server.domain.errors import AttentionUnavailable, Violations
 from attnserve_server.domain.selection import AttentionUnit, EffectiveSelection, SpecialTokens
 from attnserve_server.domain.values import AxisUnits
 from attnserve_server.model.manifest import SiteSpec
@@ -165,28 +164,28 @@ def check_units(
             )
     if not effective.queries:
         return
-    faults = Faults()
+    violations = Violations()
     for axis in dict.fromkeys(sites[layer].query_axis for layer in effective.layers):
         merged = merge_words(units[axis])[0] if effective.unit is AttentionUnit.WORD else units[axis]
-        _check_queries(effective.queries, merged, effective.unit, sequence, faults)
-    faults.raise_any()
+        _check_queries(effective.queries, merged, effective.unit, sequence, violations)
+    violations.raise_any()
 
 
 def _check_queries(
-    queries: tuple[int, ...], merged: AxisUnits, unit: AttentionUnit, sequence: int, faults: Faults
+    queries: tuple[int, ...], merged: AxisUnits, unit: AttentionUnit, sequence: int, violations: Violations
 ) -> None:
     seen: dict[int, int] = {}
     where = f"of sequence {sequence} along axis {merged.axis!r}"
     for position, query in enumerate(queries):
-        if faults.full:
+        if violations.full:
             break
         field = f"attention.queries[{position}]"
         row = from_end(query, merged.length)
         if row is None:
             limit = f"it has {merged.length} {unit}s: -{merged.length} to {merged.length - 1}"
-            faults.add(field, f"query {query} is out of range {where}; {limit}")
+            violations.add_once(field, f"query {query} is out of range {where}; {limit}")
         elif row in seen:
-            faults.add(field, f"query {query} is the same row {where} as query {seen[row]}")
+            violations.add_once(field, f"query {query} is the same row {where} as query {seen[row]}")
         else:
             seen[row] = query
 

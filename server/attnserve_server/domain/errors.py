@@ -1,28 +1,34 @@
-"""The error tree: one class for each thing that a caller can do about it. Fields, not sentences.
+"""The error tree, one class for each remedy that a caller has, and the collector of a request's violations.
 
     AttnserveError
-    +-- InvalidRequest           mend the request                     INVALID_ARGUMENT
-    +-- ModelNotFound            ask for another model                NOT_FOUND
-    +-- AttentionUnavailable     do not ask this model for this       FAILED_PRECONDITION
+    +-- InvalidRequest           fix the request                      INVALID_ARGUMENT
+    +-- ModelNotFound            name another model                   NOT_FOUND
+    +-- AttentionUnavailable     select other sites, or another model FAILED_PRECONDITION
     +-- TextUnavailable          send tensors instead                 FAILED_PRECONDITION
-    +-- ResponseTooLarge         ask for less                         RESOURCE_EXHAUSTED
-    +-- Overloaded               try again later                      RESOURCE_EXHAUSTED, with RetryInfo
-    +-- NotServing               try again later, or elsewhere        UNAVAILABLE, with RetryInfo
-    +-- DeadlineExpired          wait longer                          DEADLINE_EXCEEDED
-    +-- RequestCancelled         nothing: the caller left             CANCELLED
-    +-- InternalFault            tell the operator the request id     INTERNAL
+    +-- ResponseTooLarge         request less                         RESOURCE_EXHAUSTED
+    +-- Overloaded               retry after the delay                RESOURCE_EXHAUSTED, with RetryInfo
+    +-- NotServing               retry after the delay, or elsewhere  UNAVAILABLE, with RetryInfo
+    +-- DeadlineExpired          set a longer deadline                DEADLINE_EXCEEDED
+    +-- RequestCancelled         none: the caller cancelled           CANCELLED
+    +-- InternalFault            report the request id                INTERNAL
 
-`transport/status.py` alone maps these to gRPC.
+Errors hold fields, from which `transport/status.py`, and no other module, makes gRPC statuses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from types import TracebackType
+from typing import ClassVar, Final
+
+MAX_VIOLATIONS: Final = 16
+"""Most violations that are reported for one request: the list travels in a gRPC trailer, whose size is bounded."""
+_MAX_QUOTED: Final = 64
 
 
 class AttnserveError(Exception):
-    """Base of everything that the server raises on purpose. Messages are safe to show to callers."""
+    """Base of every error that the server raises on purpose. Its message may be sent to the caller."""
 
     reason: ClassVar[str] = "UNSPECIFIED"
 
@@ -33,14 +39,14 @@ class AttnserveError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One field at fault: its path in the request, and what was wrong with limit and value."""
+    """One invalid field: its path in the request, and a description with the value and its limit."""
 
     field: str
     description: str
 
 
 class InvalidRequest(AttnserveError):
-    """The request is wrong in itself; sending it again cannot help."""
+    """The request itself is invalid: a retry fails again."""
 
     reason = "INVALID_REQUEST"
 
@@ -50,12 +56,67 @@ class InvalidRequest(AttnserveError):
 
     @classmethod
     def of(cls, field: str, description: str) -> InvalidRequest:
-        """A request with one field at fault."""
+        """Make the error for one invalid field."""
         return cls(FieldViolation(field, description))
 
 
+class Violations:
+    """Collects what is wrong with one request, so that one answer reports all of it; at most `MAX_VIOLATIONS`.
+
+    As a context manager it takes in the `InvalidRequest` that a check of one part of the request raises:
+
+        with violations:
+            priority = priority_of(message.priority)
+    """
+
+    def __init__(self) -> None:
+        self._found: list[FieldViolation] = []
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def full(self) -> bool:
+        """Whether the limit is reached, so that further checks have no use."""
+        return len(self._found) >= MAX_VIOLATIONS
+
+    def add(self, field: str, description: str) -> None:
+        """Add a violation of `field`, unless the limit is reached."""
+        if not self.full:
+            self._found.append(FieldViolation(field, description))
+
+    def add_once(self, field: str, description: str) -> None:
+        """Add a violation of `field`, unless that field has one already."""
+        if all(known.field != field for known in self._found):
+            self.add(field, description)
+
+    def extend(self, violations: Iterable[FieldViolation]) -> None:
+        """Add these, up to the limit."""
+        for violation in violations:
+            self.add(violation.field, violation.description)
+
+    def raise_any(self) -> None:
+        """Raise InvalidRequest with all violations, if there are any."""
+        if self._found:
+            raise InvalidRequest(*self._found)
+
+    def __enter__(self) -> Violations:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if not isinstance(error, InvalidRequest):
+            return False
+        self.extend(error.violations)
+        return True
+
+
+def quoted(text: str) -> str:
+    """Quote a caller's text for a message: escaped to ASCII, cut to 64 characters."""
+    return ascii(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "...")
+
+
 class ModelNotFound(AttnserveError):
-    """There is no such model or version."""
+    """The catalog has no such model or version."""
 
     reason = "MODEL_NOT_FOUND"
 
@@ -64,12 +125,12 @@ class ModelNotFound(AttnserveError):
         super().__init__(f"no model {model!r}" + (f" of version {version!r}" if version else ""))
 
     def metadata(self) -> dict[str, str]:
-        """What was asked for."""
+        """The requested name and version."""
         return {"model": self.model, "version": self.version}
 
 
 class AttentionUnavailable(AttnserveError):
-    """The model cannot give the attention that was asked for."""
+    """The model cannot return the selected attention."""
 
     reason = "ATTENTION_UNAVAILABLE"
 
@@ -83,7 +144,7 @@ class AttentionUnavailable(AttnserveError):
 
 
 class TextUnavailable(AttnserveError):
-    """The model has no tokenizer, so it takes tensors only."""
+    """The request holds text, and the model has no tokenizer."""
 
     reason = "TEXT_UNAVAILABLE"
 
@@ -97,7 +158,7 @@ class TextUnavailable(AttnserveError):
 
 
 class ResponseTooLarge(AttnserveError):
-    """The answer would hold more bytes of tensor data than the server allows."""
+    """The response would hold more bytes of tensor data than the server allows."""
 
     reason = "RESPONSE_TOO_LARGE"
 
@@ -111,22 +172,22 @@ class ResponseTooLarge(AttnserveError):
 
 
 class Overloaded(AttnserveError):
-    """The queue cannot take this request now; `cause` is `queue_full`, `queue_bytes` or `predicted_wait`."""
+    """The queue has no room for this request now; `cause` is `queue_full`, `queue_bytes` or `predicted_wait`."""
 
     reason = "OVERLOADED"
 
     def __init__(self, cause: str, limit: float, value: float, retry_delay_s: float) -> None:
         self.cause, self.limit, self.value, self.retry_delay_s = cause, limit, value, retry_delay_s
-        said = f"{_shown(value)} exceeds {_shown(limit)}; try again in {retry_delay_s:.3f} s"
-        super().__init__(f"overloaded ({cause}): {said}")
+        excess = f"{_number(value)} exceeds {_number(limit)}; try again in {retry_delay_s:.3f} s"
+        super().__init__(f"overloaded ({cause}): {excess}")
 
     def metadata(self) -> dict[str, str]:
-        """Which bound, its limit and the value that met it."""
-        return {"cause": self.cause, "limit": _shown(self.limit), "value": _shown(self.value)}
+        """The limit's name, the limit, and the value that exceeds it."""
+        return {"cause": self.cause, "limit": _number(self.limit), "value": _number(self.value)}
 
 
 class NotServing(AttnserveError):
-    """The model or the server is not answering now: loading, draining, or failed to load."""
+    """The model or the server is loading, draining or failed."""
 
     reason = "NOT_SERVING"
 
@@ -140,13 +201,16 @@ class NotServing(AttnserveError):
 
 
 class DeadlineExpired(AttnserveError):
-    """The caller's deadline passed before the answer was ready, or is so `early` ahead that no run would end before."""
+    """The caller's deadline passed before the answer was ready.
+
+    `early`: the deadline has not passed, but even a run started now would end after it.
+    """
 
     reason = "DEADLINE_EXPIRED"
 
     def __init__(self, waited_s: float, *, early: bool = False) -> None:
         self.waited_s = waited_s
-        why = "no run would end before the deadline: given up" if early else "the deadline passed"
+        why = "dropped, because no run would end before the deadline," if early else "the deadline passed"
         super().__init__(f"{why} after {waited_s:.3f} s")
 
 
@@ -160,7 +224,7 @@ class RequestCancelled(AttnserveError):
 
 
 class InternalFault(AttnserveError):
-    """Our fault. The caller learns the request id; the log has the rest."""
+    """An internal error. The caller gets the request id; the log has the details."""
 
     reason = "INTERNAL"
 
@@ -169,10 +233,10 @@ class InternalFault(AttnserveError):
         super().__init__(f"internal error; request id {request_id}" if request_id else "internal error")
 
     def metadata(self) -> dict[str, str]:
-        """The request id, to find the log line by."""
+        """The request id, which the log line has too."""
         return {"request_id": self.request_id} if self.request_id else {}
 
 
-def _shown(number: float) -> str:
-    """Whole numbers (bytes, sequences) in full, seconds to six digits."""
+def _number(number: float) -> str:
+    """Format whole numbers (bytes, sequences) in full, and seconds with six digits."""
     return str(int(number)) if float(number).is_integer() else f"{number:g}"

@@ -10,12 +10,12 @@ from typing import Final
 import numpy as np
 from attnserve.v1 import tensor_pb2
 
+from attnserve_server.domain.errors import Violations, quoted
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputSpec
 from attnserve_server.transport.codec import DTYPE_NAMES, array_of
 from attnserve_server.transport.intake import Intake, check_values
 from attnserve_server.transport.structure import Blobs, data_of
-from attnserve_server.transport.violations import Violations, shown
 
 MAX_RANK: Final = 8
 MAX_ELEMENTS: Final = 2**63 - 1
@@ -48,7 +48,7 @@ def read_tensors(
         spec = intake.inputs.get(message.name)
         if spec is None:
             violations.add(
-                f"{where}.name", f"no input {shown(message.name)}; the model takes {', '.join(intake.inputs)}"
+                f"{where}.name", f"no input {quoted(message.name)}; the model takes {', '.join(intake.inputs)}"
             )
         elif spec.name in seen:
             violations.add(f"{where}.name", f"input {spec.name!r} is given twice")

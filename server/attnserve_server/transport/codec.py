@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 import numpy as np
 from attnserve.v1 import attention_pb2, inference_service_pb2, tensor_pb2
 
-from attnserve_server.domain.errors import FieldViolation, InvalidRequest
+from attnserve_server.domain.errors import Violations
 from attnserve_server.domain.selection import (
     AttentionSelection,
     AttentionUnit,
@@ -115,18 +115,17 @@ def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelectio
     Raises:
         InvalidRequest: An enum holds a number that the contract does not name, or a list is absurdly long.
     """
-    violations: list[FieldViolation] = []
+    violations = Violations()
     for name in ("sites", "layers", "heads", "queries"):
         count = len(getattr(message, name))
         if count > MAX_CHOSEN:
-            violations.append(FieldViolation(f"attention.{name}", f"{count} entries exceed {MAX_CHOSEN}"))
+            violations.add(f"attention.{name}", f"{count} entries exceed {MAX_CHOSEN}")
     heads = _named(_HEADS, message.head_reduction, "attention.head_reduction", violations)
     layers = _named(_LAYERS, message.layer_reduction, "attention.layer_reduction", violations)
     unit = _named(_UNITS, message.unit, "attention.unit", violations)
     special = _named(_SPECIAL, message.special_tokens, "attention.special_tokens", violations)
     dtype = _named(_WEIGHTS, message.dtype, "attention.dtype", violations)
-    if violations:
-        raise InvalidRequest(*violations)
+    violations.raise_any()
     return AttentionSelection(
         sites=tuple(message.sites),
         layers=tuple(message.layers),
@@ -144,17 +143,16 @@ def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelectio
 
 def priority_of(number: int) -> Priority:
     """The priority. Raises InvalidRequest for a number that the contract does not name."""
-    violations: list[FieldViolation] = []
+    violations = Violations()
     priority = _named(_PRIORITIES, number, "priority", violations)
-    if violations:
-        raise InvalidRequest(*violations)
+    violations.raise_any()
     return priority
 
 
-def _named(table: Mapping[int, T], number: int, field: str, violations: list[FieldViolation]) -> T:
+def _named(table: Mapping[int, T], number: int, field: str, violations: Violations) -> T:
     if number not in table:
         allowed = ", ".join(str(known) for known in sorted(table))
-        violations.append(FieldViolation(field, f"{number} is not one of {allowed}"))
+        violations.add(field, f"{number} is not one of {allowed}")
         return next(iter(table.values()))
     return table[number]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from attnserve.v1 import inference_service_pb2, tensor_pb2
 
+from attnserve_server.domain.errors import Violations
 from attnserve_server.transport.arrays import read_tensors
 from attnserve_server.transport.intake import Inputs, Intake, fill_in
 from attnserve_server.transport.structure import Blobs
 from attnserve_server.transport.texts import from_text
-from attnserve_server.transport.violations import Violations
 
 __all__ = ["Inputs", "Intake", "inputs_of"]
 

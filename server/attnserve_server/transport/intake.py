@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from attnserve_server.domain.errors import Violations
 from attnserve_server.domain.values import Array, AxisUnits
 from attnserve_server.model.certificate import MaskNeed
 from attnserve_server.model.manifest import NUMPY_DTYPES, AxisSpec, InputRole, InputSpec, Manifest, OutputSpec
 from attnserve_server.model.tokenizer import TextTokenizer
-from attnserve_server.transport.violations import Violations
 
 
 @dataclass(frozen=True, slots=True)

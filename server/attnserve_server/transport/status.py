@@ -11,7 +11,6 @@ from google.protobuf import any_pb2, message
 from google.rpc import error_details_pb2, status_pb2
 
 from attnserve_server.domain import errors
-from attnserve_server.transport.violations import MAX_VIOLATIONS
 
 DOMAIN: Final = "attnserve"
 DETAILS_KEY: Final = "grpc-status-details-bin"
@@ -166,7 +165,7 @@ def _add_violations(status: status_pb2.Status, error: errors.InvalidRequest) -> 
             error_details_pb2.BadRequest.FieldViolation(
                 field=plain(violation.field), description=plain(violation.description)
             )
-            for violation in error.violations[:MAX_VIOLATIONS]
+            for violation in error.violations[: errors.MAX_VIOLATIONS]
         ]
     )
     while status.ByteSize() + bad.ByteSize() > _MAX_STATUS_BYTES:

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 from attnserve.v1 import inference_service_pb2
 
-from attnserve_server.domain.errors import TextUnavailable
+from attnserve_server.domain.errors import TextUnavailable, Violations
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, TextSpec
 from attnserve_server.model.tokenizer import CannotBeCut, TextTokenizer, TokenizedText
 from attnserve_server.transport.arrays import read_tensors
 from attnserve_server.transport.intake import Inputs, Intake, check_values, fill_in
 from attnserve_server.transport.structure import Blobs
-from attnserve_server.transport.violations import Violations
 
 
 def from_text(

@@ -10,7 +10,7 @@ from typing import Final
 from attnserve.v1 import inference_service_pb2
 
 from attnserve_server.attention import check_units, pooled_units, predicted_bytes, resolve
-from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest, ResponseTooLarge
+from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest, ResponseTooLarge, Violations, quoted
 from attnserve_server.domain.selection import AttentionUnit, EffectiveSelection
 from attnserve_server.domain.values import AxisUnits, PreparedSequence, Priority
 from attnserve_server.model.manifest import is_model_name, is_model_version
@@ -18,7 +18,6 @@ from attnserve_server.transport.codec import priority_of, selection_of
 from attnserve_server.transport.inputs import Inputs, Intake, inputs_of
 from attnserve_server.transport.structure import Blobs
 from attnserve_server.transport.units import axis_units
-from attnserve_server.transport.violations import Violations, shown
 
 MAX_REQUEST_ID: Final = 128
 _REQUEST_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
@@ -45,7 +44,7 @@ def check_request_id(request_id: str) -> None:
     if not is_request_id(request_id):
         count = len(request_id)
         fault = f"{count} characters exceed {MAX_REQUEST_ID}" if count > MAX_REQUEST_ID else "not printable ASCII"
-        raise InvalidRequest.of("request_id", f"{fault}: {shown(request_id)}")
+        raise InvalidRequest.of("request_id", f"{fault}: {quoted(request_id)}")
 
 
 def check_model_reference(model: str, version: str) -> None:
@@ -54,9 +53,9 @@ def check_model_reference(model: str, version: str) -> None:
     if not model:
         violations.add("model", "empty: a model's name is needed")
     elif not is_model_name(model):
-        violations.add("model", f"{shown(model)} is no model name: 1 to 128 of A-Z a-z 0-9 . _ -")
+        violations.add("model", f"{quoted(model)} is no model name: 1 to 128 of A-Z a-z 0-9 . _ -")
     if version and not is_model_version(version):
-        violations.add("version", f"{shown(version)} is no positive decimal integer of at most 9 digits")
+        violations.add("version", f"{quoted(version)} is no positive decimal integer of at most 9 digits")
     violations.raise_any()
 
 
@@ -76,10 +75,8 @@ def prepare(message: inference_service_pb2.InferRequest, intake: Intake, blobs: 
     """
     violations = Violations()
     priority = Priority.NORMAL
-    try:
+    with violations:
         priority = priority_of(message.priority)
-    except InvalidRequest as error:
-        violations.extend(error.violations)
     effective = _effective(message, intake, violations)
     outputs = _outputs(message, intake, violations)
     found = _all_inputs(message.sequences, intake, violations, blobs)
@@ -120,11 +117,9 @@ def _effective(
 ) -> EffectiveSelection | None:
     if not message.HasField("attention"):
         return None
-    try:
+    with violations:
         return resolve(selection_of(message.attention), intake.manifest.sites, intake.manifest.name)
-    except InvalidRequest as error:
-        violations.extend(error.violations)
-        return None
+    return None
 
 
 def _outputs(message: inference_service_pb2.InferRequest, intake: Intake, violations: Violations) -> tuple[str, ...]:
@@ -137,7 +132,7 @@ def _outputs(message: inference_service_pb2.InferRequest, intake: Intake, violat
             break
         if name not in intake.output_sizes:
             violations.add(
-                f"outputs.names[{index}]", f"no output {shown(name)}; the model gives {', '.join(intake.outputs)}"
+                f"outputs.names[{index}]", f"no output {quoted(name)}; the model gives {', '.join(intake.outputs)}"
             )
         elif name in seen:
             violations.add(f"outputs.names[{index}]", f"output {name!r} is asked for twice")
@@ -208,12 +203,10 @@ def _attention_bytes(
     index: int,
     violations: Violations,
 ) -> int:
-    try:
+    with violations:
         check_units(effective, intake.manifest.sites, units, intake.manifest.name, index)
-    except InvalidRequest as error:
-        violations.extend(error.violations)
-        return 0
-    return predicted_bytes(effective, intake.manifest.sites, units)
+        return predicted_bytes(effective, intake.manifest.sites, units)
+    return 0
 
 
 def _output_bytes(outputs: Sequence[str], lengths: Mapping[str, int], intake: Intake) -> int:

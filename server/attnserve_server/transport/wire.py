@@ -8,9 +8,8 @@ from typing import Any, Final, TypeVar
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-from attnserve_server.domain.errors import FieldViolation, InvalidRequest
+from attnserve_server.domain.errors import MAX_VIOLATIONS, FieldViolation, InvalidRequest
 from attnserve_server.transport.structure import Blobs, check_structure, without_data
-from attnserve_server.transport.violations import MAX_VIOLATIONS
 
 M = TypeVar("M", bound=message.Message)
 

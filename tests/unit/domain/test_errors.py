@@ -1,10 +1,18 @@
-"""The error tree: one reason for each class, and messages that give limit and value in full."""
+"""The error tree: each class has its own reason, and messages hold limit and value in full."""
 
 from __future__ import annotations
 
 import pytest
 from attnserve_server.domain import errors
-from attnserve_server.domain.errors import AttnserveError, FieldViolation, InvalidRequest, Overloaded
+from attnserve_server.domain.errors import (
+    MAX_VIOLATIONS,
+    AttnserveError,
+    FieldViolation,
+    InvalidRequest,
+    Overloaded,
+    Violations,
+    quoted,
+)
 
 RAISED = [
     InvalidRequest.of("a.b[0]", "3 exceeds 2"),
@@ -20,7 +28,7 @@ RAISED = [
 ]
 
 
-def test_every_class_is_here_with_a_reason_of_its_own():
+def test_every_error_class_has_its_own_reason():
     classes = {each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, AttnserveError)}
     assert classes - {AttnserveError} == {type(each) for each in RAISED}
     assert len({each.reason for each in RAISED}) == len(RAISED)
@@ -33,7 +41,42 @@ def test_metadata_is_text_and_the_message_is_not_empty(error):
     assert all(isinstance(value, str) for pair in error.metadata().items() for value in pair)
 
 
-def test_violations_are_told_together():
+def test_violations_beyond_the_limit_are_dropped():
+    violations = Violations()
+    for number in range(MAX_VIOLATIONS + 3):
+        assert violations.full == (number >= MAX_VIOLATIONS)
+        violations.add("field", str(number))
+    assert len(violations) == MAX_VIOLATIONS
+
+
+def test_add_once_keeps_the_first_violation_of_a_field():
+    violations = Violations()
+    for field, description in (("a", "first"), ("a", "second"), ("b", "other")):
+        violations.add_once(field, description)
+    with pytest.raises(InvalidRequest) as raised:
+        violations.raise_any()
+    assert raised.value.violations == (FieldViolation("a", "first"), FieldViolation("b", "other"))
+
+
+def test_violations_take_in_an_invalid_request_and_nothing_else():
+    violations = Violations()
+    violations.raise_any()
+    with violations:
+        raise InvalidRequest.of("a", "1 is below 2")
+    assert len(violations) == 1
+    with pytest.raises(errors.TextUnavailable), violations:
+        raise errors.TextUnavailable("m")
+    with violations:
+        pass
+    assert len(violations) == 1
+
+
+def test_quoted_text_is_escaped_and_cut():
+    assert quoted("a\x1b") == r"'a\x1b'"
+    assert len(quoted("x" * 1000)) == 64 + 3 + 2
+
+
+def test_invalid_request_lists_all_its_violations():
     error = InvalidRequest(FieldViolation("a", "1 is below 2"), FieldViolation("b", "missing"))
     assert str(error) == "a: 1 is below 2; b: missing"
     assert [violation.field for violation in error.violations] == ["a", "b"]
@@ -46,11 +89,11 @@ def test_byte_counts_are_not_rounded():
 
 
 @pytest.mark.parametrize(("value", "shown"), [(0.25, "0.25"), (1 / 3, "0.333333"), (2.0, "2"), (float("inf"), "inf")])
-def test_seconds_are_told_to_six_digits(value, shown):
+def test_seconds_are_formatted_with_six_digits(value, shown):
     assert Overloaded("predicted_wait", 1, value, 0.1).metadata()["value"] == shown
 
 
-def test_a_model_is_named_with_its_version_where_one_was_asked_for():
+def test_model_not_found_names_the_version_if_one_was_requested():
     assert str(errors.ModelNotFound("m", "")) == "no model 'm'"
     assert str(errors.ModelNotFound("m", "3")) == "no model 'm' of version '3'"
     assert str(errors.NotServing("", "draining")) == "the server is draining"

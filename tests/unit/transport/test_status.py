@@ -15,7 +15,6 @@ from attnserve_server.transport.status import (
     status_of,
     trailers_of,
 )
-from attnserve_server.transport.violations import MAX_VIOLATIONS
 from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,13 +121,13 @@ def test_many_long_violations_stay_small_enough_for_a_trailer() -> None:
     error = errors.InvalidRequest(*[errors.FieldViolation("f" * 500, "é" * 500)] * 40)
     status = status_of(error, "x" * 128)
     bad = detail(status, error_details_pb2.BadRequest)
-    assert 1 <= len(bad.field_violations) <= MAX_VIOLATIONS
+    assert 1 <= len(bad.field_violations) <= errors.MAX_VIOLATIONS
     assert status.ByteSize() <= 4096 + 128  # what packing adds
 
 
 def test_short_violations_are_all_told() -> None:
     error = errors.InvalidRequest(*[errors.FieldViolation("f", "d")] * 40)
-    assert len(detail(status_of(error, ""), error_details_pb2.BadRequest).field_violations) == MAX_VIOLATIONS
+    assert len(detail(status_of(error, ""), error_details_pb2.BadRequest).field_violations) == errors.MAX_VIOLATIONS
 
 
 def test_the_trailer_is_the_serialised_status() -> None:
