@@ -1,40 +1,39 @@
-"""The client of attnserve: sequences in, outputs and the attention behind them out.
+"""The client of attnserve: run models on a server, and get their outputs and attention as NumPy arrays.
 
-from attnserve_client import AttentionSelection, Client
+    from attnserve_client import AttentionSelection, Client
 
-with Client("localhost:8001") as client:
-    result = client.infer("minilm", "a sentence", attention=AttentionSelection(layers=[-1], heads="mean", unit="word"))
-    print(result.outputs["embedding"].shape)
-    for link in result.attention[0].links(top=5):
-        print(f"{link.query} looks at {link.key}: {link.weight:.2f}")
+    with Client("localhost:8001") as client:
+        last_layer = AttentionSelection(layers=[-1], heads="mean", unit="word")
+        result = client.infer("minilm", "a sentence", attention=last_layer)
+        print(result.outputs["embedding"].shape)
+        for link in result.attention[0].links(top=5):
+            print(f"{link.query} looks at {link.key}: {link.weight:.2f}")
+
+`attnserve_client.errors` has all errors, `attnserve_client.types` the types of arguments and results,
+`attnserve_client.testing` a fake server for tests.
 """
+
+from importlib.metadata import PackageNotFoundError, version
 
 from attnserve_client._async_client import AsyncClient
 from attnserve_client._attention import AttentionMap
 from attnserve_client._client import Client
-from attnserve_client._errors import (
+from attnserve_client._models import ModelInfo
+from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
+from attnserve_client._retry import RetryPolicy
+from attnserve_client._selection import AttentionSelection
+from attnserve_client._tokens import Link, Token
+from attnserve_client.errors import (
     AttentionUnavailable,
     AttnserveError,
-    BadAnswer,
     DeadlineExpired,
-    FieldViolation,
-    InternalFault,
     InvalidRequest,
     ModelNotFound,
     NotServing,
     Overloaded,
-    RequestCancelled,
     ResponseTooLarge,
     ServerUnreachable,
-    TextUnavailable,
 )
-from attnserve_client._inputs import Input, Inputs, Priority
-from attnserve_client._models import Axis, IndexRange, ModelInfo, Site, TensorSpec
-from attnserve_client._patches import Panel, PatchGrid
-from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
-from attnserve_client._retry import RetryPolicy
-from attnserve_client._selection import AttentionSelection
-from attnserve_client._tokens import Link, RawLinks, Token
 
 __all__ = [
     "AsyncClient",
@@ -42,35 +41,26 @@ __all__ = [
     "AttentionSelection",
     "AttentionUnavailable",
     "AttnserveError",
-    "Axis",
-    "BadAnswer",
     "Client",
     "DeadlineExpired",
-    "FieldViolation",
-    "IndexRange",
     "InferenceResult",
-    "Input",
-    "Inputs",
-    "InternalFault",
     "InvalidRequest",
     "Link",
     "ModelInfo",
     "ModelNotFound",
     "NotServing",
     "Overloaded",
-    "Panel",
-    "PatchGrid",
-    "Priority",
-    "RawLinks",
     "Receipt",
-    "RequestCancelled",
     "ResponseTooLarge",
     "RetryPolicy",
     "Run",
     "ServerUnreachable",
-    "Site",
     "StreamAnswer",
-    "TensorSpec",
-    "TextUnavailable",
     "Token",
+    "__version__",
 ]
+
+try:
+    __version__ = version("attnserve")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "unknown"

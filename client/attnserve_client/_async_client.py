@@ -17,7 +17,6 @@ from attnserve_client._async_stream import Feed
 from attnserve_client._async_stream import watch as watching
 from attnserve_client._channel import metadata_of, options_of, target_of
 from attnserve_client._client import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, MAX_IN_FLIGHT, READY_TIMEOUT_S
-from attnserve_client._errors import AttnserveError, DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
 from attnserve_client._exchange import Exchange, Flow, Ordering
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
 from attnserve_client._models import ModelInfo, is_ready, model_of
@@ -25,6 +24,7 @@ from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import Retrying, RetryPolicy
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._status import closed, from_rpc_error
+from attnserve_client.errors import AttnserveError, DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
 
 _A = TypeVar("_A")
 _Q = TypeVar("_Q")

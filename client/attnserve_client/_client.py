@@ -16,7 +16,6 @@ from attnserve.v1 import inference_service_pb2 as wire
 from attnserve.v1 import inference_service_pb2_grpc
 
 from attnserve_client._channel import metadata_of, options_of, target_of
-from attnserve_client._errors import AttnserveError, DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
 from attnserve_client._exchange import Exchange, Flow, Ordering
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
 from attnserve_client._models import ModelInfo, is_ready, model_of
@@ -25,6 +24,7 @@ from attnserve_client._retry import Retrying, RetryPolicy
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._status import closed, from_rpc_error
 from attnserve_client._stream import Feed, Watch
+from attnserve_client.errors import AttnserveError, DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
 
 DEFAULT_TARGET: Final = "localhost:8001"
 DEFAULT_TIMEOUT_S: Final = 30.0

@@ -11,9 +11,9 @@ from typing import Final
 from attnserve.v1 import inference_service_pb2 as wire
 from google.protobuf.message import DecodeError
 
-from attnserve_client._errors import AttnserveError, DeadlineExpired, InvalidRequest
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._status import bad_answer, from_status_bytes
+from attnserve_client.errors import AttnserveError, DeadlineExpired, InvalidRequest
 
 GRACE_S: Final = 0.25
 """What the server gets beyond a request's timeout to say that it has passed."""

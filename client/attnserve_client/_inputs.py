@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from attnserve.v1 import inference_service_pb2 as wire
 
-from attnserve_client._errors import InvalidRequest
 from attnserve_client._models import ModelInfo
 from attnserve_client._selection import AttentionSelection, selection_of
 from attnserve_client._tensors import to_tensor
+from attnserve_client.errors import InvalidRequest
 
 TokenIds: TypeAlias = "list[int] | npt.NDArray[Any]"
 Arrays: TypeAlias = "Mapping[str, npt.ArrayLike]"

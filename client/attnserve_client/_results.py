@@ -11,13 +11,13 @@ from attnserve.v1 import attention_pb2
 from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._attention import AttentionMap
-from attnserve_client._errors import AttnserveError, BadAnswer
 from attnserve_client._models import FORMS, KINDS
 from attnserve_client._patches import PatchGrid
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._status import bad_answer
 from attnserve_client._tensors import to_array
 from attnserve_client._tokens import RawLinks, Token
+from attnserve_client.errors import AttnserveError, BadAnswer
 
 
 @dataclass(frozen=True, slots=True)

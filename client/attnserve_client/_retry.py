@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
 
-from attnserve_client._errors import AttnserveError
 from attnserve_client._status import is_retryable
+from attnserve_client.errors import AttnserveError
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Final, Literal, TypeVar, get_args
 from attnserve.v1 import attention_pb2 as wire
 from attnserve.v1 import tensor_pb2
 
-from attnserve_client._errors import InvalidRequest
+from attnserve_client.errors import InvalidRequest
 
 HeadReduction = Literal["each", "mean", "max"]
 LayerReduction = Literal["each", "mean", "rollout"]

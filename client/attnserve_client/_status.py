@@ -8,7 +8,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from attnserve_client._errors import (
+from attnserve_client.errors import (
     AttentionUnavailable,
     AttnserveError,
     BadAnswer,

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from attnserve.v1 import tensor_pb2
 
-from attnserve_client._errors import InvalidRequest
 from attnserve_client._status import bad_answer
+from attnserve_client.errors import InvalidRequest
 
 Array = npt.NDArray[Any]
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_client import AsyncClient, IndexRange, InvalidRequest
+from attnserve_client import AsyncClient, InvalidRequest
 from attnserve_client.bench.lengths import Lengths
-from attnserve_client.bench.workload import Asked, of_lengths
+from attnserve_client.bench.workload import RequestOptions, of_lengths
+from attnserve_client.types import IndexRange
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
@@ -89,7 +90,7 @@ async def test_get_model_tells_the_ranges(client: AsyncClient) -> None:
 
 async def test_the_benchs_random_requests_are_legal(client: AsyncClient) -> None:
     model = await client.model("indices")
-    workload = of_lengths(model, Lengths.parse("uniform:3,9"), Asked(), seed=1, kinds=4)
+    workload = of_lengths(model, Lengths.parse("uniform:3,9"), RequestOptions(), seed=1, kinds=4)
     for request in workload.requests:
         await client._stub.Infer(request)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from attnserve_client import AttentionSelection, Client, InvalidRequest, PatchGrid
+from attnserve_client import AttentionSelection, Client, InvalidRequest
+from attnserve_client.types import PatchGrid
 from onnx_files import saved
 from serving import command, serve
 from tiny_bundle import VOCABULARY, tiny_tokenizer

@@ -1,5 +1,5 @@
-"""Load for a server and what it took: behind the command `attnserve bench`, which is what is public here.
+"""The load test behind the command `attnserve bench`. Only the command is public.
 
-lengths and workload say what is sent, load says when, sending says how; report says what came of it, and run joins
-them.
+`lengths` and `workload` decide what is sent, `load` decides when, `sending` decides how; `report` computes the figures,
+and `run` joins them.
 """

@@ -1,4 +1,4 @@
-"""How long sequences are: a distribution in one word on a command line."""
+"""Distributions of sequence lengths, written as one word on a command line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ FORMS: Final = "N, uniform:LOW,HIGH or lognormal:MEDIAN,SIGMA,LOW,HIGH"
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """A distribution of lengths in tokens, all at least 1 and from `low` to `high`.
+    """A distribution of lengths in tokens, from `low` (at least 1) to `high`.
 
-    `lognormal`, as sentences have it: exp of a normal with mean log(median) and deviation sigma, rounded and clipped.
+    `lognormal`, which fits sentences, is the exponential of a normal distribution with mean log(`median`) and standard
+    deviation `sigma`, rounded and clipped.
     """
 
     kind: Literal["fixed", "uniform", "lognormal"]
@@ -27,10 +28,10 @@ class Lengths:
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
-        """Reads `128`, `uniform:4,256` or `lognormal:32,0.8,4,256`.
+        """Parse `128`, `uniform:4,256` or `lognormal:32,0.8,4,256`.
 
         Raises:
-            ValueError: it is none of these, or its numbers do not fit.
+            ValueError: The text has another form, or its numbers are out of range.
         """
         kind, colon, rest = text.partition(":")
         made = None
@@ -43,15 +44,15 @@ class Lengths:
             elif kind == "lognormal" and len(numbers) == 4:
                 made = cls("lognormal", int(numbers[2]), int(numbers[3]), numbers[0], numbers[1])
         if made is None:
-            raise ValueError(f"lengths are {FORMS}, not {text!r}")
+            raise ValueError(f"lengths {text!r} are not of the form {FORMS}")
         if not 1 <= made.low <= made.high:
-            raise ValueError(f"lengths go from 1 up, the lower first, not from {made.low} to {made.high}")
+            raise ValueError(f"lengths from {made.low} to {made.high}: need 1 <= lowest <= highest")
         if made.kind == "lognormal" and not (made.median > 0 and made.sigma >= 0):
-            raise ValueError(f"a median is above 0 and sigma not below, not {made.median:g} and {made.sigma:g}")
+            raise ValueError(f"median {made.median:g} must be above 0, and sigma {made.sigma:g} at least 0")
         return made
 
     def draw(self, count: int, random: np.random.Generator) -> npt.NDArray[Any]:
-        """`count` lengths, int64 (count,)."""
+        """Draw `count` lengths, int64 (count,)."""
         if self.kind == "lognormal":
             drawn = np.rint(random.lognormal(np.log(self.median), self.sigma, count))
             return np.clip(drawn, self.low, self.high).astype(np.int64)

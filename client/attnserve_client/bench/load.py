@@ -1,4 +1,4 @@
-"""When requests are sent: in closed loops callers wait for answers, in open ones arrivals wait for nobody."""
+"""When requests are sent: in a closed loop after the caller's last answer, in an open loop at given times."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Final
 import numpy as np
 
 PAUSE_AFTER_ERROR_S: Final = 0.05
-"""What a caller in a closed loop waits after a refusal: without it, refusals would be all that it measures."""
+"""Seconds that a caller in a closed loop waits after a refusal; without a pause, it would measure refusals alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one request. `error` is empty where it was answered.
+    """The outcome of one request.
 
     Attributes:
-        error: the refusal's reason, or gRPC's code where it gives none.
-        bytes_received: the answer's size.
-        batch_size: sequences that shared its first sequence's run.
-        useful_tokens: positions of that run that carry data.
-        computed_tokens: positions that it worked on.
-        queue_s: what its first sequence waited.
+        error: Reason of the refusal, or the gRPC code if it has no reason; empty if the request was answered.
+        bytes_received: Size of the answer.
+        batch_size: Sequences in the run of the request's first sequence.
+        useful_tokens: Positions of that run that carry data.
+        computed_tokens: All positions of that run, padding included.
+        queue_s: Seconds that the first sequence waited in the queue.
     """
 
     error: str = ""
@@ -38,7 +38,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request: when it was due, sent and done, in seconds of one monotonic clock."""
+    """One request: when it was due, sent and done, in seconds on one monotonic clock."""
 
     index: int
     due_s: float
@@ -48,7 +48,7 @@ class Sample:
 
     @property
     def latency_s(self) -> float:
-        """From when it was due, not from when it was sent: what a late client hides would be missing otherwise."""
+        """Seconds from when the request was due, so that the delay of a late client counts."""
         return self.done_s - self.due_s
 
 
@@ -58,7 +58,7 @@ Record = Callable[[Sample], None]
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Where time comes from."""
+    """The source of time: seconds on a monotonic clock, and a sleep in seconds."""
 
     now: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -73,7 +73,7 @@ async def closed_loop(
     requests: int | None = None,
     clock: Clock | None = None,
 ) -> None:
-    """Each of `callers` sends, waits for the answer and sends again, for a time or until `requests` are sent."""
+    """Let each caller send, await its answer and send again, for `duration_s` or until `requests` are sent."""
     clock = clock or Clock()
     until = clock.now() + duration_s
     indices = itertools.count() if requests is None else iter(range(requests))
@@ -96,14 +96,14 @@ async def closed_loop(
 async def open_loop(
     send: Send, record: Record, *, gaps: Iterator[float], duration_s: float, clock: Clock | None = None
 ) -> None:
-    """Sends when each request is due, whatever has become of the others; ends when the last is answered.
+    """Send each request when it is due, whether or not earlier ones are answered; return after the last answer.
 
     Args:
-        send: sends one.
-        record: is told of each.
-        gaps: seconds from one arrival to the next.
-        duration_s: requests are due until then.
-        clock: the time.
+        send: Sends the request of an index and returns its outcome.
+        record: Receives a sample of each request.
+        gaps: Seconds from one arrival to the next.
+        duration_s: Seconds during which requests are due.
+        clock: The source of time; the system's by default.
     """
     clock = clock or Clock()
     begun = due = clock.now()
@@ -123,6 +123,6 @@ async def open_loop(
 
 
 def poisson(rate: float, random: np.random.Generator) -> Iterator[float]:
-    """Gaps of a Poisson process: independent callers, `rate` a second together. Endless."""
+    """Yield endless gaps, in seconds, of a Poisson process of `rate` arrivals a second: independent callers."""
     while True:
         yield float(random.exponential(1 / rate))

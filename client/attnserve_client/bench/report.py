@@ -1,4 +1,4 @@
-"""What came of a run: rates, percentiles, how busy the client itself was, and whether the figures may be believed."""
+"""The figures of a load test: rates, percentiles, the client's own processor time, and whether they are valid."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from attnserve_client.bench.workload import Workload
 
 QUANTILES: Final = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 BUSY_LIMIT: Final = 0.9
-"""Of the client's event loop, the share of time from which on it was the bottleneck."""
+"""Share of time that the client's event loop may be busy; above it, the client was the bottleneck."""
 LATE_LIMIT: Final = 0.1
-"""How late requests may be sent, as a share of the median latency; a few milliseconds are always fine."""
+"""How late requests may be sent, as a share of the median latency."""
 _LATE_FLOOR_S: Final = 0.005
+"""Seconds by which requests may be sent late at any latency."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """What a run took of the client, in seconds.
+    """Time that a load test took, and processor time of the client, in seconds.
 
     Attributes:
-        begun_s: when the first request was due, on the samples' clock.
-        window_s: from then on, what rates are taken over: while requests were sent, not while the last were awaited.
-        wall_s: until the last answer.
-        cpu_s: of the whole process.
-        loop_cpu_s: of the thread that all callers share.
+        begun_s: When the first request was due, on the samples' clock.
+        window_s: Time during which requests were sent; rates are taken over it, not over the wait for the last answers.
+        wall_s: Time until the last answer.
+        cpu_s: Processor time of the whole process.
+        loop_cpu_s: Processor time of the thread that all callers share.
     """
 
     begun_s: float
@@ -41,26 +42,26 @@ class Effort:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Figures of one run. Times are in seconds; latencies, of answers alone, count from when requests were due.
+    """Figures of one load test. Times are in seconds; latencies are those of answers, from when requests were due.
 
     Attributes:
-        requests: how many were sent.
-        answered: how many were answered.
-        errors: how many were not, by reason.
-        duration_s: what rates are taken over; answers that came later count for nothing but their latency.
-        requests_per_s: answered ones.
-        sequences_per_s: their sequences.
-        tokens_per_s: their tokens; None where only the server knows them.
-        bytes_per_s: of answers, as messages.
-        latency_s: mean, percentiles and greatest; empty where nothing was answered.
-        error_latency_s: the same of refusals.
-        sent_late_s: how late requests were sent, percentiles; 0 in closed loops.
-        queue_s: what first sequences waited in the server, percentiles.
-        batch_size: sequences that shared a run, mean over runs.
-        computed_over_useful: computed tokens (padding included) divided by useful tokens.
-        client_cores: cores that the client kept busy.
-        client_loop_busy: share of the time that the thread of all callers was busy.
-        invalid: why the figures tell more of the client than of the server; empty where they do not.
+        requests: Requests sent.
+        answered: Requests answered.
+        errors: Requests refused, by reason.
+        duration_s: Time over which rates are taken; later answers count in the latencies only.
+        requests_per_s: Answered requests a second.
+        sequences_per_s: Their sequences a second.
+        tokens_per_s: Their tokens a second; None if only the server knows the lengths.
+        bytes_per_s: Bytes of response messages a second.
+        latency_s: Mean, percentiles and maximum; empty if nothing was answered.
+        error_latency_s: The same of refusals.
+        sent_late_s: How late requests were sent: mean, percentiles and maximum; 0 in closed loops.
+        queue_s: Time that the first sequence of each request waited in the server's queue, likewise.
+        batch_size: Sequences in a run, mean over runs.
+        computed_over_useful: Computed tokens (all positions, padding included) over positions that carry data.
+        client_cores: Cores that the client kept busy.
+        client_loop_busy: Share of time that the thread of all callers was busy.
+        invalid: Reasons why the figures describe the client rather than the server; empty for a valid run.
     """
 
     requests: int
@@ -83,7 +84,7 @@ class Report:
 
 
 def report_of(samples: Sequence[Sample], effort: Effort, workload: Workload) -> Report:
-    """Joins what was measured of a workload's requests."""
+    """Compute the report from the samples of a workload's requests."""
     answered = [sample for sample in samples if not sample.outcome.error]
     refused = [sample for sample in samples if sample.outcome.error]
     in_time = [sample for sample in answered if sample.done_s <= effort.begun_s + effort.window_s]
@@ -91,7 +92,7 @@ def report_of(samples: Sequence[Sample], effort: Effort, workload: Workload) -> 
     latencies = spread([sample.latency_s for sample in answered])
     late = spread([sample.sent_s - sample.due_s for sample in samples])
     known = workload.tokens is not None
-    # A run appears once for each of its sequences, hence the weights.
+    # A run appears once for each of its sequences, so each sample weighs 1 / batch_size.
     runs = [sample.outcome for sample in answered if sample.outcome.batch_size]
     shares = np.array([1 / run.batch_size for run in runs])
     useful = float(np.sum([run.useful_tokens for run in runs] * shares)) if runs else 0.0
@@ -113,36 +114,36 @@ def report_of(samples: Sequence[Sample], effort: Effort, workload: Workload) -> 
         computed_over_useful=float(np.sum([run.computed_tokens for run in runs] * shares)) / useful if useful else None,
         client_cores=effort.cpu_s / wall,
         client_loop_busy=busy,
-        invalid=tuple(_doubts(busy, late, latencies)),
+        invalid=tuple(_invalidities(busy, late, latencies)),
     )
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, percentiles and greatest; empty for no values. A percentile is a value that was seen (nearest rank).
+    """Return mean, percentiles (observed values, by nearest rank) and maximum by name; empty for no values.
 
-    Percentiles that too few values reach are left out: of 500 values, the 99.9th would be the greatest.
+    Percentiles above the resolution of the sample are omitted: of 500 values, the 99.9th would be the maximum.
     """
     if not values:
         return {}
-    seen = np.sort(np.asarray(values, np.float64))
+    ranked = np.sort(np.asarray(values, np.float64))
     quantiles = {
-        name: float(np.quantile(seen, share, method="inverted_cdf"))
+        name: float(np.quantile(ranked, share, method="inverted_cdf"))
         for name, share in QUANTILES.items()
-        if share == QUANTILES["p50"] or len(seen) * (1 - share) >= 1 - 1e-9
+        if share == QUANTILES["p50"] or len(ranked) * (1 - share) >= 1 - 1e-9
     }
-    return {"mean": float(seen.mean()), **quantiles, "max": float(seen[-1])}
+    return {"mean": float(ranked.mean()), **quantiles, "max": float(ranked[-1])}
 
 
-def _doubts(busy: float, late: dict[str, float], latencies: dict[str, float]) -> list[str]:
-    doubts = []
+def _invalidities(busy: float, late: dict[str, float], latencies: dict[str, float]) -> list[str]:
+    reasons = []
     if busy > BUSY_LIMIT:
-        said = f"the client's event loop was busy for {busy:.0%} of the time, more than {BUSY_LIMIT:.0%}"
-        doubts.append(f"{said}: run it from more processes or machines")
+        loop = f"the client's event loop was busy for {busy:.0%} of the time, more than {BUSY_LIMIT:.0%}"
+        reasons.append(f"{loop}: run it from more processes or machines")
     allowed = max(_LATE_FLOOR_S, LATE_LIMIT * latencies.get("p50", 0.0))
     worst = late.get("p95", late.get("max", 0.0))
     if worst > allowed:
-        said = f"requests were sent late, the 95th percentile by {1e3 * worst:.1f} ms, more than {1e3 * allowed:.1f} ms"
-        doubts.append(f"{said}: the client lacks processor time")
+        delay = f"requests were sent {1e3 * worst:.1f} ms late (95th percentile), more than {1e3 * allowed:.1f} ms"
+        reasons.append(f"{delay}: give the client more processor time")
     if not latencies:
-        doubts.append("nothing was answered")
-    return doubts
+        reasons.append("no request was answered: see the refusals")
+    return reasons

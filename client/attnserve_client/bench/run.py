@@ -1,4 +1,4 @@
-"""One run of the command: connects, warms up, measures."""
+"""One load test: connect, warm up, measure."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from attnserve_client.bench.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a server is loaded.
+    """The load that a test puts on a server.
 
     Attributes:
-        callers: of a closed loop.
-        rate: arrivals a second of an open loop; None for a closed one.
-        duration_s: how long requests are sent.
-        requests: how many a closed loop sends at most; None: as many as the time allows.
-        warm_up_s: how long the same load runs unmeasured before.
-        timeout_s: each request's.
-        connections: to the server.
-        stream: whether requests travel on streams.
-        seed: of the arrivals.
+        callers: Callers of a closed loop.
+        rate: Arrivals a second of an open loop; None for a closed loop.
+        duration_s: Seconds during which requests are sent.
+        requests: Most requests of a closed loop; None for as many as fit into the time.
+        warm_up_s: Seconds of the same load before the measurement.
+        timeout_s: Seconds that each request may take.
+        connections: Connections to the server.
+        stream: Send requests on one stream for each connection instead of as calls.
+        seed: Seed of the arrivals.
     """
 
     callers: int = 64
@@ -45,14 +45,14 @@ class Plan:
 
 
 Progress = Callable[[str, Sample], None]
-"""Told of each request with the phase that it belongs to: `warm-up` or `measuring`."""
+"""Called after each request with its phase, `warm-up` or `measuring`."""
 
 
 async def measure(target: str, workload: Workload, plan: Plan, progress: Progress) -> Report:
-    """Loads a server as planned, and reports what was measured after the warm-up.
+    """Put the planned load on a server, and report what was measured after the warm-up.
 
     Raises:
-        AttnserveError: the server refuses such requests even one at a time.
+        AttnserveError: The server refuses such requests even one at a time.
     """
     async with connected(target, plan.connections) as stubs, contextlib.AsyncExitStack() as stack:
         await try_each_kind(stubs[0], workload, plan.timeout_s)
@@ -93,5 +93,5 @@ async def _load(sender: Sender, plan: Plan, record: Record) -> None:
 
 
 def run(target: str, workload: Workload, plan: Plan, progress: Progress) -> Report:
-    """`measure`, in an event loop of its own."""
+    """Run `measure` in a new event loop."""
     return asyncio.run(measure(target, workload, plan, progress))

@@ -1,4 +1,4 @@
-"""How requests travel: each as a call of its own, or all on streams. The answers are measured and dropped."""
+"""How requests are sent: each as a call of its own, or all on streams. Answers are measured and dropped."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from attnserve.v1 import inference_service_pb2 as wire
 from attnserve.v1 import inference_service_pb2_grpc
 
 from attnserve_client._channel import options_of, target_of
-from attnserve_client._errors import AttnserveError
 from attnserve_client._status import from_rpc_error, from_status_bytes
 from attnserve_client.bench.load import Outcome
 from attnserve_client.bench.workload import Workload
+from attnserve_client.errors import AttnserveError
 
 if TYPE_CHECKING:
     Stub: TypeAlias = inference_service_pb2_grpc.InferenceServiceAsyncStub
 
 
 class Sender(Protocol):
-    """Sends one request and waits for what comes of it."""
+    """Sends requests of a workload."""
 
     async def send(self, index: int) -> Outcome:
-        """Number `index` of the workload, from 0."""
+        """Send request number `index`, from 0, and return its outcome."""
         ...
 
 
 @asynccontextmanager
 async def connected(target: str, connections: int) -> AsyncIterator[list[Stub]]:
-    """Stubs over connections of their own, until the block ends."""
+    """Open connections and yield a stub for each; close them when the block ends."""
     async with contextlib.AsyncExitStack() as stack:
         channels = [
             await stack.enter_async_context(grpc.aio.insecure_channel(target_of(target), options_of({})))
@@ -44,10 +44,10 @@ async def connected(target: str, connections: int) -> AsyncIterator[list[Stub]]:
 
 
 async def try_each_kind(stub: Stub, workload: Workload, timeout_s: float) -> None:
-    """Sends one request without attention and one with it, as far as the workload has them.
+    """Send one request without attention and one with it, as far as the workload has them.
 
     Raises:
-        AttnserveError: one of them fails, and so will all that are like it.
+        AttnserveError: One of them failed; all requests of its kind would fail.
     """
     kinds = {request.HasField("attention"): request for request in reversed(workload.requests)}
     for request in kinds.values():
@@ -58,7 +58,7 @@ async def try_each_kind(stub: Stub, workload: Workload, timeout_s: float) -> Non
 
 
 class Calls:
-    """One call for each request, over the connections in turns."""
+    """A sender that makes one call for each request, over the connections in turn."""
 
     def __init__(self, stubs: Sequence[Stub], workload: Workload, timeout_s: float) -> None:
         self._stubs = itertools.cycle(stubs)
@@ -66,7 +66,7 @@ class Calls:
         self._timeout_s = timeout_s
 
     async def send(self, index: int) -> Outcome:
-        """As `Sender` has it."""
+        """Send request number `index`, and return its outcome."""
         try:
             answer = await next(self._stubs).Infer(self._workload.request(index), timeout=self._timeout_s)
         except grpc.RpcError as error:
@@ -75,7 +75,10 @@ class Calls:
 
 
 class Streams:
-    """All requests on one stream for each connection. One that breaks fails what is under way, and is opened anew."""
+    """A sender with one stream for each connection.
+
+    A stream that breaks fails its pending requests; the next request opens a new one.
+    """
 
     def __init__(self, stubs: Sequence[Stub], workload: Workload, timeout_s: float) -> None:
         self._workload = workload
@@ -84,14 +87,14 @@ class Streams:
         self._numbers = itertools.count()
 
     async def send(self, index: int) -> Outcome:
-        """As `Sender` has it."""
+        """Send request number `index`, and return its outcome."""
         number = next(self._numbers)
         request = wire.StreamInferRequest(request=self._workload.request(index), timeout_ms=self._timeout_ms)
         request.request.request_id = str(number)
-        return await self._lanes[number % len(self._lanes)].ask(request)
+        return await self._lanes[number % len(self._lanes)].send(request)
 
     async def aclose(self) -> None:
-        """Ends the streams."""
+        """End the streams."""
         for lane in self._lanes:
             await lane.aclose()
 
@@ -101,37 +104,37 @@ class _Lane:
 
     def __init__(self, stub: Stub) -> None:
         self._stub = stub
-        self._turn = asyncio.Lock()  # gRPC takes one message at a time
+        self._turn = asyncio.Lock()  # grpc.aio writes one message at a time
         self._waiting: dict[str, asyncio.Future[Outcome]] = {}
         self._received: dict[str, int] = {}
         self._call: grpc.aio.StreamStreamCall[wire.StreamInferRequest, wire.StreamInferResponse] | None = None
         self._reader: asyncio.Task[None] | None = None
 
-    async def ask(self, request: wire.StreamInferRequest) -> Outcome:
+    async def send(self, request: wire.StreamInferRequest) -> Outcome:
         if self._call is None:
             self._call = self._stub.StreamInfer()
             self._reader = asyncio.create_task(self._read(self._call))
         call = self._call
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._waiting[request.request.request_id] = future
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reader tells why
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reader resolves the future
             async with self._turn:
                 await call.write(request)
         return await future
 
     async def _read(self, call: grpc.aio.StreamStreamCall[wire.StreamInferRequest, wire.StreamInferResponse]) -> None:
-        why = Outcome(error="STREAM_ENDED")
+        outcome = Outcome(error="STREAM_ENDED")
         try:
             async for message in call:
                 self._take(message)
         except grpc.RpcError as error:
-            why = refusal_of(from_rpc_error(error))
+            outcome = refusal_of(from_rpc_error(error))
         finally:
             self._call = None
             broken, self._waiting, self._received = self._waiting, {}, {}
             for future in broken.values():
                 if not future.done():
-                    future.set_result(why)
+                    future.set_result(outcome)
 
     def _take(self, message: wire.StreamInferResponse) -> None:
         kind, name = message.WhichOneof("message"), message.request_id
@@ -157,12 +160,12 @@ class _Lane:
 
 
 def refusal_of(error: AttnserveError) -> Outcome:
-    """What is told of a refusal: its reason, or gRPC's code where it gives none."""
+    """Return the outcome of a refusal: its reason, or the gRPC code if it has no reason."""
     return Outcome(error=error.reason or error.code)
 
 
 def outcome_of(answer: wire.InferResponse) -> Outcome:
-    """What is measured of an answer."""
+    """Return the outcome of an answer: its size, and how its first sequence was run."""
     run = answer.results[0].run
     return Outcome(
         bytes_received=answer.ByteSize(),

@@ -1,4 +1,4 @@
-"""The command `attnserve`. It needs the extra `cli`; without it, it says so in one sentence."""
+"""The command `attnserve`. Without the extra `cli`, it prints which extra to install and exits with code 2."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ _MISSING = 2
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command. Exit with code 2 if rich or typer is missing."""
     try:
-        import rich  # noqa: F401, PLC0415 - an extra: looked for before anything that needs it is loaded
+        import rich  # noqa: F401, PLC0415 - an extra: checked before any module that imports it
         import typer  # noqa: F401, PLC0415
     except ImportError as error:
         sys.stderr.write(f"attnserve needs {error.name}: pip install 'attnserve[cli]'\n")
         sys.exit(_MISSING)
-    from attnserve_client.cli._app import app  # noqa: PLC0415 - it needs what was looked for above
+    from attnserve_client.cli._app import app  # noqa: PLC0415 - imports the extra checked above
 
     app()

@@ -1,4 +1,4 @@
-"""`python -m attnserve_client.cli` is the command `attnserve`."""
+"""Run the command `attnserve` as `python -m attnserve_client.cli`."""
 
 from attnserve_client.cli import main
 

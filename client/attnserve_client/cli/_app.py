@@ -1,4 +1,4 @@
-"""The command line: `infer`, `explain` and `models`, which call the client and print, and `bench` from `_bench`."""
+"""The commands `infer`, `explain` and `models`: they read the command line, call the client and print the result."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import numpy.typing as npt
 import typer
 from rich.console import Console
 
-from attnserve_client import AttentionSelection, Client, InferenceResult, Input
+from attnserve_client import AttentionSelection, Client, InferenceResult, __version__
 from attnserve_client.cli._bench import EXAMPLES, bench
 from attnserve_client.cli._errors import CODES_HELP, reported
 from attnserve_client.cli._options import DEFAULT_SERVER, DEFAULT_TIMEOUT_S, AsJson, Server, Timeout, Version
 from attnserve_client.cli._show import show_explanation, show_model, show_models, show_results
+from attnserve_client.types import Input
 
 app = typer.Typer(
     name="attnserve",
@@ -25,11 +26,26 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Ask an attnserve server: sentences in, their embeddings and where the model looked out.",
+    help="Run models on an attnserve server, and show where they looked.",
     epilog=CODES_HELP,
 )
 
 app.command(epilog=EXAMPLES)(bench)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"attnserve {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Accept the options that precede a command; their callbacks act on them."""
 
 
 @app.command(
@@ -39,9 +55,9 @@ app.command(epilog=EXAMPLES)(bench)
 )
 def infer(
     model: Annotated[str, typer.Argument(help="The model's name.")],
-    text: Annotated[list[str], typer.Argument(help="Texts; `-` reads one from each line of standard input.")],
+    text: Annotated[list[str], typer.Argument(help="Texts; `-` reads one text from each line of standard input.")],
     version: Version = "",
-    output: Annotated[list[str] | None, typer.Option("--output", help="An output to bring; may be repeated.")] = None,
+    output: Annotated[list[str] | None, typer.Option("--output", help="An output to return; may be repeated.")] = None,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
@@ -73,7 +89,7 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     tensor: Annotated[
         list[str] | None,
         typer.Option(
-            "--tensor", metavar="NAME=FILE.npy", help="An input that no text makes, as pixels; may be repeated."
+            "--tensor", metavar="NAME=FILE.npy", help="An input that is not text, such as pixels; may be repeated."
         ),
     ] = None,
     layer: Annotated[
@@ -82,10 +98,10 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     heads: Annotated[
         str, typer.Option("--heads", "--head", help="`mean`, `max`, `each`, one head, or several with commas.")
     ] = "mean",
-    unit: Annotated[Literal["word", "token"], typer.Option("--unit", help="What a row stands for.")] = "word",
+    unit: Annotated[Literal["word", "token"], typer.Option("--unit", help="What a row represents.")] = "word",
     top: Annotated[int, typer.Option("--top", min=0, help="How many of the strongest links to list.")] = 10,
     all_links: Annotated[
-        bool, typer.Option("--all-links", help="List links of punctuation, and of a unit to itself, too.")
+        bool, typer.Option("--all-links", help="Also list links of punctuation, and of a unit to itself.")
     ] = False,
     keep_special: Annotated[bool, typer.Option("--keep-special", help="Keep tokens such as [CLS] and [SEP].")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write an interactive page to this file.")] = None,
@@ -96,7 +112,7 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
-    """Show where a model looks: a heatmap and the strongest links, by default of the last layer's words."""
+    """Show where a model looks: a heatmap and the strongest links, by default of the last layer by word."""
     (sentence,) = _texts([text], whole=True)
     arrays = _arrays(tensor or [])
     selection = _selection(layer, heads, unit, keep_special=keep_special)
@@ -148,7 +164,7 @@ def models(
 
 
 def _texts(given: list[str], *, whole: bool = False) -> list[str]:
-    """The texts, with `-` replaced by standard input: each of its lines, or all of it as one."""
+    """Replace `-` by standard input: each of its lines, or with `whole` all of it as one text."""
     texts: list[str] = []
     for text in given:
         if text != "-":
@@ -158,7 +174,7 @@ def _texts(given: list[str], *, whole: bool = False) -> list[str]:
         else:
             texts.extend(line for line in sys.stdin.read().splitlines() if line.strip())
     if not texts:
-        raise typer.BadParameter("standard input has no text", param_hint="TEXT")
+        raise typer.BadParameter("standard input has no text; pass at least one line", param_hint="TEXT")
     return texts
 
 
@@ -169,20 +185,20 @@ def _one(text: str, pair: str, arrays: dict[str, npt.NDArray[Any]]) -> Input:
 
 
 def _arrays(given: list[str]) -> dict[str, npt.NDArray[Any]]:
-    """Arrays from files of NumPy's own format, which hold numbers and nothing that would be run."""
+    """Read arrays from `.npy` files. Pickled objects are refused, because loading them runs code."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     for entry in given:
         name, equals, file = entry.partition("=")
         if not (name and equals and file):
             raise typer.BadParameter(f"{entry!r} is not NAME=FILE.npy", param_hint="--tensor")
         try:
-            # Not np.load: it takes archives of many arrays too, and leaves them open.
+            # Not np.load: it also accepts .npz archives, and leaves them open.
             with Path(file).open("rb") as stream:
                 arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
         except OSError as error:
             raise typer.BadParameter(f"cannot read {file}: {error.strerror or error}", param_hint="--tensor") from None
         except (ValueError, EOFError):
-            raise typer.BadParameter(f"{file} is not a file of one array (.npy)", param_hint="--tensor") from None
+            raise typer.BadParameter(f"{file} is not a .npy file of one array", param_hint="--tensor") from None
     return arrays
 
 
@@ -194,7 +210,9 @@ def _selection(layer: str, heads: str, unit: Literal["word", "token"], *, keep_s
         return AttentionSelection(heads=chosen, layer_reduction=joined, unit=unit, special_tokens=special)
     layers = _numbers(layer, "--layer")
     if len(layers) != 1:
-        raise typer.BadParameter("one layer, `mean` or `rollout`", param_hint="--layer")
+        raise typer.BadParameter(
+            f"{layer!r} has {len(layers)} layers; give one layer, `mean` or `rollout`", param_hint="--layer"
+        )
     return AttentionSelection(layers=layers, heads=chosen, unit=unit, special_tokens=special)
 
 
@@ -202,7 +220,7 @@ def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a number nor a known word", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r} is no number and no choice of this option", param_hint=option) from None
 
 
 def _plain(result: InferenceResult) -> dict[str, Any]:
@@ -214,7 +232,7 @@ def _plain(result: InferenceResult) -> dict[str, Any]:
 
 
 def _json_data(array: npt.NDArray[Any]) -> Any:
-    """Nested lists of numbers. JSON has no infinities, which become the strings "Infinity" and "-Infinity"."""
+    """Return nested lists of numbers. Infinities, which JSON lacks, become the strings "Infinity" and "-Infinity"."""
     if array.dtype.kind != "f" or np.isfinite(array).all():
         return array.tolist()
     data = array.astype(object)
@@ -223,7 +241,7 @@ def _json_data(array: npt.NDArray[Any]) -> Any:
 
 
 def _print_json(value: Any) -> None:
-    # The JSON's own escapes keep control characters in texts from reaching a terminal.
+    # JSON escapes control characters, so that texts cannot control a terminal.
     sys.stdout.write(json.dumps(value) + "\n")
 
 

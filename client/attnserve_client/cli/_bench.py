@@ -1,4 +1,4 @@
-"""The command `bench`: it reads the command line and loads the server."""
+"""The command `bench`: read the command line, put load on the server, print the figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from attnserve_client import Client, InvalidRequest
 from attnserve_client.bench.lengths import DEFAULT, FORMS, Lengths
 from attnserve_client.bench.run import Plan, run
-from attnserve_client.bench.workload import SELECTIONS, Asked, of_lengths, of_texts
+from attnserve_client.bench.workload import SELECTIONS, RequestOptions, of_lengths, of_texts
 from attnserve_client.cli._bench_show import Display, show_report
 from attnserve_client.cli._errors import EXIT_INVALID_RUN, reported
 from attnserve_client.cli._options import DEFAULT_SERVER, AsJson, Server, Version
@@ -32,19 +32,20 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     model: Annotated[str, typer.Argument(help="The model's name.")],
     version: Version = "",
     callers: Annotated[
-        int, typer.Option("--callers", min=1, help="Closed loop: callers that wait for each answer.")
+        int,
+        typer.Option("--callers", min=1, help="Closed loop: callers that each wait for their answer."),
     ] = 64,
     rate: Annotated[
         float | None,
         typer.Option("--rate", min=0.001, help="Open loop instead: arrivals a second, as a Poisson process."),
     ] = None,
-    duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds in which requests are sent.")] = 10.0,
+    duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds of sending requests.")] = 10.0,
     requests: Annotated[
         int | None,
-        typer.Option("--requests", min=1, help="Closed loop: stop after this many.", show_default="no limit"),
+        typer.Option("--requests", min=1, help="Closed loop: stop after this many requests.", show_default="no limit"),
     ] = None,
     warm_up: Annotated[
-        float, typer.Option("--warm-up", min=0, help="Seconds of the same load before, not told.")
+        float, typer.Option("--warm-up", min=0, help="Seconds of the same load before the measurement.")
     ] = 2.0,
     lengths: Annotated[
         str, typer.Option("--lengths", metavar="LENGTHS", help=f"Lengths in tokens of random sequences: {FORMS}.")
@@ -54,31 +55,32 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     ] = None,
     sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences in each request.")] = 1,
     attention_share: Annotated[
-        float, typer.Option("--attention-share", min=0, max=1, help="Share of the requests that ask for attention.")
+        float, typer.Option("--attention-share", min=0, max=1, help="Share of the requests that select attention.")
     ] = 0.0,
     attention: Annotated[
         Literal["mean", "top", "all"],
         typer.Option(
-            "--attention", help="What they ask for: the last layer's mean over heads, its 16 strongest links, all maps."
+            "--attention",
+            help="Their selection: the last layer's mean over heads, its 16 strongest links, or all maps.",
         ),
     ] = "mean",
     output: Annotated[
         list[str] | None,
-        typer.Option("--output", help="An output to bring; may be repeated.", show_default="all of the model's"),
+        typer.Option("--output", help="An output to return; may be repeated.", show_default="all of the model's"),
     ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Send all requests on one stream for each connection.")
     ] = False,
     connections: Annotated[int, typer.Option("--connections", min=1, help="Connections to the server.")] = 1,
     timeout: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds that each request may take.")] = 30.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of lengths, ids and arrivals.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of lengths, ids and arrivals.")] = 0,
     server: Server = DEFAULT_SERVER,
     as_json: AsJson = False,
 ) -> None:
-    """Load a server and measure it: rates, latency percentiles, refusals, batches, and whether to believe them.
+    """Put load on a server and measure rates, latency percentiles, refusals and batches; judge whether they are valid.
 
-    Latencies count from when a request was due, so that in an open loop (`--rate`) a late client hides nothing. Errors
-    count as refusals and never as answers.
+    Latencies count from when a request was due, so that in an open loop (`--rate`) they include the delay of a late
+    client. Errors count as refusals, never as answers.
     """
     distribution = _lengths(lengths)
     plan = Plan(
@@ -93,16 +95,16 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
         seed=seed,
     )
     if rate is not None and requests is not None:
-        raise typer.BadParameter("an open loop ends by --duration", param_hint="--requests")
-    asked = Asked(output, SELECTIONS[attention], attention_share, sequences)
+        raise typer.BadParameter("an open loop (--rate) has no --requests; set --duration", param_hint="--requests")
+    options = RequestOptions(output, SELECTIONS[attention], attention_share, sequences)
     with reported(server, as_json=as_json), Client(server) as client:
         described = client.model(model, version, timeout=timeout)
         if sequences > described.max_batch_size:
-            raise InvalidRequest.of("sequences", f"{sequences} exceeds the model's {described.max_batch_size}")
+            raise InvalidRequest.of("sequences", f"{sequences} exceeds the model's maximum, {described.max_batch_size}")
         workload = (
-            of_lengths(described, distribution, asked, seed=seed)
+            of_lengths(described, distribution, options, seed=seed)
             if texts is None
-            else of_texts(described, _lines(texts), asked)
+            else of_texts(described, _lines(texts), options)
         )
         with Display(plan, Console(stderr=True)) as display:
             report = run(server, workload, plan, display.add)
@@ -129,7 +131,7 @@ def _lines(path: Path) -> list[str]:
     except OSError as error:
         raise typer.BadParameter(f"cannot read {path}: {error.strerror or error}", param_hint="--texts") from None
     except UnicodeDecodeError:
-        raise typer.BadParameter(f"{path} is not text in UTF-8", param_hint="--texts") from None
+        raise typer.BadParameter(f"{path} is not UTF-8 text", param_hint="--texts") from None
     if not lines:
-        raise typer.BadParameter(f"{path} has no text", param_hint="--texts")
+        raise typer.BadParameter(f"{path} has no text; put one text on each line", param_hint="--texts")
     return lines

@@ -1,4 +1,4 @@
-"""A load test while it runs, and what came of it, for people to read. Nothing here calls the server."""
+"""Draw a load test while it runs, and print its report. Nothing here calls the server."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from attnserve_client.cli._text import clean
 
 _DRAW_EVERY_S: Final = 0.25
 _RECENT: Final = 2000
-"""Requests that the live figures look back on."""
+"""Number of the latest answers that the live rate and latencies cover."""
 
 
 class Display:
-    """Draws the run under way on a terminal, and nothing elsewhere. Event loop only."""
+    """Draw the running load test on a terminal; draw nothing if the console is no terminal. Event loop only."""
 
     def __init__(self, plan: Plan, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._plan = plan
@@ -49,7 +49,7 @@ class Display:
             self._live.stop()
 
     def add(self, phase: str, sample: Sample) -> None:
-        """One more request is done."""
+        """Count one finished request, and redraw if the last drawing is old enough."""
         if self._live is None:
             return
         now = self._clock()
@@ -84,7 +84,7 @@ class Display:
 
 
 def show_report(console: Console, what: str, plan: Plan, report: Report) -> None:
-    """The figures as tables, and the verdict."""
+    """Print the figures as tables, then each reason for which the run is invalid."""
     load = f"{plan.callers} callers in a closed loop" if plan.rate is None else f"{plan.rate:g} arrivals/s (Poisson)"
     way = "streams" if plan.stream else "calls"
     console.print(Text(clean(what), style="bold"))
@@ -99,8 +99,8 @@ def show_report(console: Console, what: str, plan: Plan, report: Report) -> None
     console.print(_latency_table(latencies))
     for reason, count in report.errors.items():
         console.print(Text(f"refused: {count:,} x {clean(reason)}", style="red"))
-    for doubt in report.invalid:
-        console.print(Text(f"INVALID: {doubt}", style="bold red"))
+    for reason in report.invalid:
+        console.print(Text(f"INVALID: {reason}", style="bold red"))
 
 
 def _rows(report: Report) -> list[tuple[str, str]]:
@@ -122,12 +122,12 @@ def _rows(report: Report) -> list[tuple[str, str]]:
 
 
 def _latency_table(latencies: Mapping[str, Mapping[str, float]]) -> Table:
-    told = {name: figures for name, figures in latencies.items() if figures}
-    names = list(dict.fromkeys(name for figures in told.values() for name in figures))
+    known = {name: figures for name, figures in latencies.items() if figures}
+    names = list(dict.fromkeys(name for figures in known.values() for name in figures))
     names.sort(key=lambda name: (name == "max", name != "mean", name))
     table = Table("ms", *names, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    for label, figures in told.items():
+    for label, figures in known.items():
         table.add_row(label, *(f"{1e3 * figures[name]:.1f}" if name in figures else "" for name in names))
     return table

@@ -1,4 +1,4 @@
-"""What the command says and returns when a call fails: one sentence, and an exit code for each thing to do about it."""
+"""Failures of the command: one sentence on stderr, and an exit code for each remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Final
 
 import typer
 
-from attnserve_client import (
+from attnserve_client.cli._text import clean
+from attnserve_client.errors import (
     AttentionUnavailable,
     AttnserveError,
     BadAnswer,
@@ -25,9 +26,8 @@ from attnserve_client import (
     ServerUnreachable,
     TextUnavailable,
 )
-from attnserve_client.cli._text import clean
 
-# The first that fits counts. 2 is a wrong command line, as typer has it.
+# The first matching class decides. typer itself exits with 2 on a wrong command line.
 EXIT_CODES: Final[tuple[tuple[type[AttnserveError], int], ...]] = (
     (InvalidRequest, 3),
     (ModelNotFound, 4),
@@ -44,28 +44,28 @@ EXIT_CODES: Final[tuple[tuple[type[AttnserveError], int], ...]] = (
 )
 
 EXIT_INVALID_RUN: Final = 12
-"""Of a load test that was measured and tells more of the client than of the server."""
+"""Exit code of a load test whose figures describe the client rather than the server."""
 
 CODES_HELP: Final = (
-    "Exit codes: 0 well, 2 wrong command line, 3 invalid request, 4 no such model, 5 the model cannot do this, "
-    "6 answer too large, 7 overloaded, 8 not serving or unreachable, 9 timed out, 10 the server's fault, 11 cancelled, "
-    "12 a load test that tells nothing, 1 anything else."
+    "Exit codes: 0 success, 2 wrong command line, 3 invalid request, 4 no such model, 5 unsupported by the model, "
+    "6 response too large, 7 overloaded, 8 not serving or unreachable, 9 timed out, 10 internal error of the server, "
+    "11 cancelled, 12 invalid load test, 1 anything else."
 )
 
 
 def exit_code_of(error: AttnserveError) -> int:
-    """The exit code for an error."""
+    """Return the exit code for an error."""
     return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
 
 
 def sentence_of(error: AttnserveError, server: str) -> str:
-    """What went wrong, in one line, with field, limit and value where there are any."""
+    """Describe a failure in one line, with field, value and limit where the error has them."""
     if isinstance(error, ServerUnreachable):
-        return f"no server answers at {server}; is attnserve-server running there?"
+        return f"no server answers at {server}; check the address, and that attnserve-server runs there"
     if isinstance(error, DeadlineExpired):
-        return f"{server} did not answer in time; --timeout gives it longer"
+        return f"{server} did not answer in time; set a longer --timeout"
     if isinstance(error, InternalFault) and error.request_id:
-        return f"the server failed; its log has the rest under request id {error.request_id}"
+        return f"internal error of the server; its log has the details under request id {error.request_id}"
     if error.violations:
         return "; ".join(f"{each.field}: {each.description}" for each in error.violations)
     return error.message
@@ -73,21 +73,21 @@ def sentence_of(error: AttnserveError, server: str) -> str:
 
 @contextmanager
 def reported(server: str, *, as_json: bool) -> Iterator[None]:
-    """Turns errors inside into a line on stderr and an exit code."""
+    """Print an error raised inside the block as one line (or JSON) on stderr, and exit with its code."""
     try:
         yield
     except AttnserveError as error:
-        said = clean(sentence_of(error, server))
+        sentence = clean(sentence_of(error, server))
         if as_json:
             facts = {
                 "code": error.code,
                 "reason": error.reason,
-                "message": said,
+                "message": sentence,
                 "request_id": error.request_id,
                 "metadata": dict(error.metadata),
                 "violations": [{"field": each.field, "description": each.description} for each in error.violations],
             }
             sys.stderr.write(json.dumps({"error": facts}) + "\n")
         else:
-            sys.stderr.write(f"attnserve: {said}\n")
+            sys.stderr.write(f"attnserve: {sentence}\n")
         raise typer.Exit(exit_code_of(error)) from None

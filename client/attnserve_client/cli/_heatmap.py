@@ -1,6 +1,7 @@
-"""A heatmap for the terminal, readable in 80 columns: columns are numbered, and go into blocks where they do not fit.
+"""Heatmaps and image panels of attention maps for a terminal of 80 columns or more.
 
-A row's label carries its number, so in self-attention the number above a column is the number of that row's word.
+Columns are numbered, and split into blocks where they do not fit. Row labels carry the same numbers, so that in
+self-attention the number above a column identifies its row.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from attnserve_client._patches import Panel, strongest
 from attnserve_client.cli._text import clean, fitted
 
 MAX_ROWS: Final = 40
-"""More rows than fit on a screen: then only those with the strongest weights are shown, and the rest counted."""
+"""Most rows of a heatmap, about a screen. Of longer maps, only the rows with the strongest weights are shown."""
 MAX_PANELS: Final = 12
-"""Images of patches; more do not fit on a screen either."""
+"""Most image panels, about a screen."""
 _SHADES: Final = " .:-=+*#%@"
 _RAMP: Final = ((44, 36, 88), (99, 43, 134), (184, 61, 124), (240, 116, 62), (255, 220, 134))
 _GAMMA: Final = 0.6
-"""Below 1, so that weak weights can be told from none."""
+"""Exponent of the colour scale; below 1, so that weak weights differ visibly from 0."""
 _LONGEST_LABEL: Final = 18
 
 Weights = npt.NDArray[Any]
 
 
 def heatmap(attention: AttentionMap, weights: Weights, console: Console) -> Iterator[Text]:
-    """The lines of a heatmap of weights (L, S)."""
+    """Yield the lines of a heatmap of weights (L, S); of a map over image patches, those of its panels."""
     panels = attention.over_patches()
     if panels:
         yield from _panels(panels, console)
@@ -46,7 +47,7 @@ def heatmap(attention: AttentionMap, weights: Weights, console: Console) -> Iter
     label_width = query_width + 1 + min(_LONGEST_LABEL, longest) + 1
     room = max(8, console.width - label_width - 1)
     columns = len(attention.key_tokens)
-    # Two cells make a square; one is still told from its neighbours, and shows twice as many.
+    # Two terminal cells make a square. One is still visible, and fits twice as many columns.
     cell = 2 if columns * 2 <= room else 1
     greatest = float(weights.max(initial=0.0)) or 1.0
     colours = console.color_system is not None
@@ -73,7 +74,7 @@ def heatmap(attention: AttentionMap, weights: Weights, console: Console) -> Iter
 
 
 def _panels(panels: list[Panel], console: Console) -> Iterator[Text]:
-    """The patches of an image once for each unit, side by side as far as there is room, with its text above."""
+    """Yield one panel of image patches for each unit, side by side as far as they fit, each under its text."""
     shown = strongest(panels, MAX_PANELS)
     greatest = max(float(np.nanmax(panel.weights, initial=0.0)) for panel in shown) or 1.0
     colours = console.color_system is not None
@@ -102,7 +103,7 @@ def _strongest_rows(weights: Weights) -> list[int]:
 
 
 def _header(numbers: list[int], label_width: int, cell: int) -> Iterator[Text]:
-    """The columns' numbers, written downwards."""
+    """Yield the column numbers, written downwards."""
     digits = len(str(max(numbers)))
     for place in range(digits):
         written = "".join(f"{number:>{digits}}"[place].rjust(cell) for number in numbers)
@@ -117,7 +118,7 @@ def _cell(share: float, width: int, *, colours: bool) -> tuple[str, Style]:
     bright = min(1.0, max(0.0, share)) ** _GAMMA
     if not colours:
         return _SHADES[round(bright * (len(_SHADES) - 1))] * width, Style.null()
-    if bright < 0.02:  # nothing at all stays the terminal's own colour, light or dark
+    if bright < 0.02:  # a weight of about 0 keeps the terminal's background, light or dark
         return " " * width, Style.null()
     return " " * width, Style(bgcolor=Color.from_triplet(_blend(bright)))
 

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated, Final
 import typer
 
 Server = Annotated[
-    str, typer.Option("--server", envvar="ATTNSERVE_SERVER", metavar="HOST:PORT", help="Where the server listens.")
+    str, typer.Option("--server", envvar="ATTNSERVE_SERVER", metavar="HOST:PORT", help="The server's address.")
 ]
 Timeout = Annotated[
-    float, typer.Option("--timeout", min=0.001, help="Seconds until the command gives up, retries included.")
+    float, typer.Option("--timeout", min=0.001, help="Seconds until the command fails, retries included.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; errors too, on stderr.")]
 Version = Annotated[str, typer.Option("--model-version", help="The model's version.", show_default="the highest")]

@@ -1,4 +1,4 @@
-"""Answers for people to read, in a terminal. Nothing here calls the server."""
+"""Print results, explanations and models on a terminal. Nothing here calls the server."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attnserve_client import AttentionMap, InferenceResult, Link, ModelInfo, TensorSpec
+from attnserve_client import AttentionMap, InferenceResult, Link, ModelInfo
 from attnserve_client.cli._heatmap import heatmap
 from attnserve_client.cli._text import clean
+from attnserve_client.types import TensorSpec
 
 _SHOWN_VALUES = 5
 _BAR_CELLS = 16
+"""Terminal cells of the strongest link's bar."""
 
 
 def show_results(console: Console, texts: list[str], results: list[InferenceResult]) -> None:
-    """Each text with its outputs: shape, norm and first values."""
+    """Print each text with its outputs: type, shape, norm and first values."""
     for text, result in zip(texts, results, strict=True):
         console.print(Text(clean(text), style="bold"))
         for name, array in result.outputs.items():
@@ -33,7 +35,7 @@ def show_results(console: Console, texts: list[str], results: list[InferenceResu
 
 
 def show_explanation(console: Console, text: str, attention: AttentionMap, links: list[Link]) -> None:
-    """The heatmap and the strongest links of one text."""
+    """Print the heatmap and the strongest links of one text."""
     console.print(Text(clean(text), style="italic"))
     console.print(Text(f"{clean(attention.model)}, {clean(attention.title)}", style="dim"))
     if not attention.is_joined and len(attention.heads) > 1:
@@ -58,7 +60,7 @@ def _links_table(links: list[Link]) -> Table:
 
 
 def show_models(console: Console, listed: list[ModelInfo]) -> None:
-    """All models, a line for each."""
+    """Print one line for each model."""
     table = Table("model", "version", "state", "text", "sites", "precision", "runs on", box=None, pad_edge=False)
     for model in listed:
         state = Text(model.state, style="green" if model.ready else "yellow")
@@ -73,7 +75,7 @@ def show_models(console: Console, listed: list[ModelInfo]) -> None:
 
 
 def show_model(console: Console, model: ModelInfo) -> None:
-    """One model: inputs, outputs, axes, sites and limits."""
+    """Print one model: inputs, outputs, axes, sites and limits."""
     console.print(
         Text(f"{clean(model.name)} {clean(model.version)}", style="bold").append(f"  {model.state}", style="dim")
     )
@@ -106,12 +108,12 @@ def show_model(console: Console, model: ModelInfo) -> None:
 
 
 def _known(status: str, reason: str) -> str:
-    """What is known of a batch or an axis, and why; nothing where the server does not tell."""
+    """Return the batching status and its reason in parentheses; empty if the server reports none."""
     if not status:
         return ""
     return f" ({status}: {clean(reason)})" if reason else f" ({status})"
 
 
 def _spec(spec: TensorSpec) -> str:
-    shape = " × ".join(clean(str(extent)) for extent in spec.shape) or "scalar"
+    shape = " × ".join(clean(str(dimension)) for dimension in spec.shape) or "scalar"
     return f"{clean(spec.name)}  {spec.dtype} {shape}" + (" (optional)" if spec.optional else "")

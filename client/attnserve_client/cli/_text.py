@@ -1,4 +1,4 @@
-"""Texts on a terminal: nothing that came from elsewhere may steer it."""
+"""Text for a terminal, without control characters and at a fixed width."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from rich.cells import cell_len, set_cell_size
 
 
 def clean(text: str) -> str:
-    """Text without control and format characters: no escape sequence and no change of direction is left."""
+    """Replace control and format characters by spaces, so that no escape sequence or change of direction remains."""
     return "".join(" " if unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") else letter for letter in text)
 
 
 def fitted(text: str, width: int) -> str:
-    """Clean text of exactly `width` cells: cut with an ellipsis, or filled up."""
+    """Return clean text of exactly `width` cells: cut with an ellipsis, or padded with spaces."""
     shown = clean(text)
     if cell_len(shown) > width:
         shown = set_cell_size(shown, width - 1) + "…"

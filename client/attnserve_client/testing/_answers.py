@@ -12,9 +12,9 @@ import numpy.typing as npt
 from attnserve.v1 import attention_pb2, model_pb2, tensor_pb2
 from attnserve.v1 import inference_service_pb2 as wire
 
-from attnserve_client._errors import AttentionUnavailable, InvalidRequest
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_array
+from attnserve_client.errors import AttentionUnavailable, InvalidRequest
 from attnserve_client.testing._weights import band_keys, fill
 
 AXIS: Final = "seq"

@@ -7,8 +7,8 @@ from typing import Any
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from attnserve_client._errors import AttnserveError
 from attnserve_client._status import DOMAIN
+from attnserve_client.errors import AttnserveError
 
 
 def status_of(error: AttnserveError, request_id: str) -> status_pb2.Status:

@@ -14,9 +14,9 @@ from attnserve.v1 import attention_pb2, inference_service_pb2_grpc
 from attnserve.v1 import inference_service_pb2 as wire
 from grpc_status import rpc_status
 
-from attnserve_client._errors import AttnserveError, InvalidRequest, ModelNotFound, NotServing, Overloaded
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_tensor
+from attnserve_client.errors import AttnserveError, InvalidRequest, ModelNotFound, NotServing, Overloaded
 from attnserve_client.testing._answers import Shape, attention_of, chosen_layers, outputs_of, tokenize
 from attnserve_client.testing._refusals import status_of
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from attnserve.v1 import attention_pb2, tensor_pb2
 from attnserve.v1 import inference_service_pb2 as wire
-from attnserve_client import AttentionMap, AttentionSelection, BadAnswer, Client, RawLinks
+from attnserve_client import AttentionMap, AttentionSelection, Client
 from attnserve_client._results import results_of
 from attnserve_client._tensors import to_tensor
+from attnserve_client.errors import BadAnswer
 from attnserve_client.testing import FakeServer
+from attnserve_client.types import RawLinks
 
 TEXT = "The wonderful buyer agrees"
 # float32 sums of rows of at most ten weights.

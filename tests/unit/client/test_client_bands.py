@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from attnserve.v1 import attention_pb2
 from attnserve.v1 import inference_service_pb2 as wire
-from attnserve_client import AttentionMap, AttentionSelection, BadAnswer, Client, Token
+from attnserve_client import AttentionMap, AttentionSelection, Client, Token
 from attnserve_client._results import results_of
 from attnserve_client._tensors import to_tensor
 from attnserve_client.cli._heatmap import heatmap
+from attnserve_client.errors import BadAnswer
 from attnserve_client.testing import FakeServer
 from rich.console import Console
 

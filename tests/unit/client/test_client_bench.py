@@ -17,7 +17,7 @@ from attnserve_client.bench.lengths import DEFAULT, Lengths
 from attnserve_client.bench.load import PAUSE_AFTER_ERROR_S, Clock, Outcome, Sample, closed_loop, open_loop, poisson
 from attnserve_client.bench.report import Effort, report_of, spread
 from attnserve_client.bench.run import Plan, run
-from attnserve_client.bench.workload import Asked, Workload, of_lengths, of_texts
+from attnserve_client.bench.workload import RequestOptions, Workload, of_lengths, of_texts
 from attnserve_client.cli._app import app
 from attnserve_client.cli._bench_show import Display
 from attnserve_client.testing import FakeServer
@@ -92,15 +92,17 @@ def test_drawn_lengths_keep_their_bounds_and_their_median() -> None:
 
 
 def test_share_of_requests_that_ask_is_spread_evenly() -> None:
-    asked = Asked(share=0.25)
+    asked = RequestOptions(share=0.25)
     assert [asked.with_attention(index) for index in range(8)] == [False, False, False, True] * 2
-    assert not any(Asked(share=0).with_attention(index) for index in range(100))
-    assert all(Asked(share=1).with_attention(index) for index in range(100))
-    assert sum(Asked(share=0.1).with_attention(index) for index in range(1000)) == 100
+    assert not any(RequestOptions(share=0).with_attention(index) for index in range(100))
+    assert all(RequestOptions(share=1).with_attention(index) for index in range(100))
+    assert sum(RequestOptions(share=0.1).with_attention(index) for index in range(1000)) == 100
 
 
 def test_random_requests_are_the_same_for_the_same_seed(info: Any) -> None:
-    first, again, other = (of_lengths(info, DEFAULT, Asked(sequences=2), seed=seed, kinds=5) for seed in (1, 1, 2))
+    first, again, other = (
+        of_lengths(info, DEFAULT, RequestOptions(sequences=2), seed=seed, kinds=5) for seed in (1, 1, 2)
+    )
     assert first == again
     assert first != other
     assert [len(request.sequences) for request in first.requests] == [2] * 5
@@ -110,12 +112,12 @@ def test_random_requests_are_the_same_for_the_same_seed(info: Any) -> None:
 
 
 def test_lengths_beyond_the_model_are_refused_before_anything_is_sent(info: Any) -> None:
-    with pytest.raises(InvalidRequest, match="positions at most, not 100000"):
-        of_lengths(info, Lengths.parse("100000"), Asked(), seed=0)
+    with pytest.raises(InvalidRequest, match="100000 exceeds the 256 positions"):
+        of_lengths(info, Lengths.parse("100000"), RequestOptions(), seed=0)
 
 
 def test_texts_come_in_turns(info: Any) -> None:
-    workload = of_texts(info, ["one", "two", "three"], Asked(sequences=2))
+    workload = of_texts(info, ["one", "two", "three"], RequestOptions(sequences=2))
     told = [[each.text.text for each in request.sequences] for request in workload.requests]
     assert told == [["one", "two"], ["three", "one"]]
     assert workload.request(3) is workload.requests[1]
@@ -255,8 +257,8 @@ def test_runs_count_once_however_many_shared_them() -> None:
     ("effort", "samples", "said"),
     [
         (Effort(0.0, 10.0, 10.0, 9.6, 9.5), [sample(0, 0.0, 0.1)], "event loop was busy for 95%"),
-        (IDLE, [sample(index, 0.0, 0.1, late=0.05) for index in range(20)], "sent late"),
-        (IDLE, [sample(0, 0.0, 0.1, error="OVERLOADED")], "nothing was answered"),
+        (IDLE, [sample(index, 0.0, 0.1, late=0.05) for index in range(20)], "ms late (95th"),
+        (IDLE, [sample(0, 0.0, 0.1, error="OVERLOADED")], "no request was answered"),
     ],
 )
 def test_run_that_tells_of_the_client_is_invalid(effort: Effort, samples: list[Sample], said: str) -> None:
@@ -269,7 +271,7 @@ def test_run_that_tells_of_the_client_is_invalid(effort: Effort, samples: list[S
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_request_is_answered_once(server: FakeServer, info: Any, stream: bool) -> None:
-    workload = of_lengths(info, Lengths.parse("uniform:3,9"), Asked(share=0.5), seed=0, kinds=8)
+    workload = of_lengths(info, Lengths.parse("uniform:3,9"), RequestOptions(share=0.5), seed=0, kinds=8)
     plan = Plan(callers=4, requests=40, warm_up_s=0.0, connections=2, stream=stream)
     phases = list[str]()
     report = run(server.target, workload, plan, lambda phase, one: phases.append(phase))
@@ -282,7 +284,7 @@ def test_every_request_is_answered_once(server: FakeServer, info: Any, stream: b
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_refusals_are_told_by_their_reason(server: FakeServer, info: Any, stream: bool) -> None:
-    workload = of_lengths(info, Lengths.parse("4"), Asked(), seed=0, kinds=1)
+    workload = of_lengths(info, Lengths.parse("4"), RequestOptions(), seed=0, kinds=1)
     plan = Plan(callers=1, requests=5, warm_up_s=0.0, stream=stream)
     failed = list[int]()
 
@@ -312,7 +314,7 @@ def test_stream_that_breaks_is_opened_anew(raw_server: Any, info: Any) -> None:
     def unary(request: Any, context: Any) -> Any:
         return wire.InferResponse(results=[wire.SequenceResult()])
 
-    workload = of_lengths(info, Lengths.parse("4"), Asked(), seed=0, kinds=1)
+    workload = of_lengths(info, Lengths.parse("4"), RequestOptions(), seed=0, kinds=1)
     with raw_server(StreamInfer=answers, Infer=unary) as server:
         report = run(server.target, workload, Plan(callers=1, requests=4, warm_up_s=0.0, stream=True), lambda *_: None)
     assert report.requests == 4
@@ -321,7 +323,7 @@ def test_stream_that_breaks_is_opened_anew(raw_server: Any, info: Any) -> None:
 
 
 def test_model_that_refuses_such_requests_ends_the_run_at_once(server: FakeServer, info: Any) -> None:
-    workload = of_lengths(info, Lengths.parse("4"), Asked(), seed=0, kinds=1)
+    workload = of_lengths(info, Lengths.parse("4"), RequestOptions(), seed=0, kinds=1)
     workload.requests[0].model = "nope"
     with pytest.raises(ModelNotFound):
         run(server.target, workload, Plan(), lambda *_: None)
@@ -369,12 +371,12 @@ def test_run_to_be_doubted_has_an_exit_code_of_its_own(attnserve: Any, monkeypat
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
-        (("fake", "--lengths", "abc"), 2, "lengths are"),
+        (("fake", "--lengths", "abc"), 2, "are not of the form"),
         (("fake", "--texts", "/nowhere/texts"), 2, "cannot read"),
-        (("fake", "--rate", "5", "--requests", "5"), 2, "an open loop ends by"),
+        (("fake", "--rate", "5", "--requests", "5"), 2, "an open loop (--rate) has no"),
         (("nope",), 4, "nope"),
         (("fake", "--sequences", "1000000"), 3, "exceeds the model's"),
-        (("fake", "--lengths", "100000"), 3, "positions at most"),
+        (("fake", "--lengths", "100000"), 3, "exceeds the"),
     ],
 )
 def test_wrong_line_is_told(attnserve: Any, line: tuple[str, ...], code: int, said: str) -> None:
@@ -384,7 +386,7 @@ def test_wrong_line_is_told(attnserve: Any, line: tuple[str, ...], code: int, sa
 
 
 def test_empty_and_binary_files_of_texts_are_refused(attnserve: Any, tmp_path: Path) -> None:
-    for name, content, said in (("empty", b"\n \n", "has no text"), ("binary", b"\xff\xfe\xfa", "not text in UTF-8")):
+    for name, content, said in (("empty", b"\n \n", "has no text"), ("binary", b"\xff\xfe\xfa", "not UTF-8 text")):
         (tmp_path / name).write_bytes(content)
         result = attnserve("fake", "--texts", str(tmp_path / name))
         assert result.exit_code == 2

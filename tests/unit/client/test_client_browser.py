@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_client import AttentionMap, PatchGrid, Token
+from attnserve_client import AttentionMap, Token
+from attnserve_client.types import PatchGrid
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = [

@@ -16,18 +16,15 @@ from attnserve_client import (
     AttentionSelection,
     AttentionUnavailable,
     AttnserveError,
-    BadAnswer,
     Client,
     DeadlineExpired,
-    InternalFault,
     InvalidRequest,
     ModelNotFound,
-    RequestCancelled,
     RetryPolicy,
     ServerUnreachable,
-    TextUnavailable,
 )
 from attnserve_client._channel import options_of, target_of
+from attnserve_client.errors import BadAnswer, InternalFault, RequestCancelled, TextUnavailable
 from attnserve_client.testing import FakeServer
 from grpc_health.v1 import health_pb2
 

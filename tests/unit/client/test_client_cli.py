@@ -8,21 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attnserve_client import (
-    AttentionMap,
-    AttnserveError,
-    Client,
-    InternalFault,
-    Overloaded,
-    RequestCancelled,
-    ResponseTooLarge,
-    Token,
-)
+from attnserve_client import AttentionMap, AttnserveError, Client, Overloaded, ResponseTooLarge, Token, __version__
 from attnserve_client import cli as cli_package
 from attnserve_client.cli._app import _json_data, app
 from attnserve_client.cli._errors import EXIT_CODES, exit_code_of, sentence_of
 from attnserve_client.cli._heatmap import heatmap
 from attnserve_client.cli._text import clean, fitted
+from attnserve_client.errors import InternalFault, RequestCancelled
 from attnserve_client.testing import FakeServer
 from rich.console import Console
 from typer.testing import CliRunner, Result
@@ -159,10 +151,10 @@ def test_array_files_that_are_none_are_told(attnserve: Any, tmp_path: Path) -> N
         "pixels": "is not NAME=FILE.npy",
         "=x.npy": "is not NAME=FILE.npy",
         f"x={tmp_path / 'missing.npy'}": "cannot read",
-        f"x={tmp_path / 'text.npy'}": "is not a file of one array",
-        f"x={tmp_path / 'empty.npy'}": "is not a file of one array",
-        f"x={tmp_path / 'two.npz'}": "is not a file of one array",
-        f"x={tmp_path / 'object.npy'}": "is not a file of one array",
+        f"x={tmp_path / 'text.npy'}": "is not a .npy file of one array",
+        f"x={tmp_path / 'empty.npy'}": "is not a .npy file of one array",
+        f"x={tmp_path / 'two.npz'}": "is not a .npy file of one array",
+        f"x={tmp_path / 'object.npy'}": "is not a .npy file of one array",
     }.items():
         result = attnserve("explain", "fake", TEXT, "--tensor", given)
         assert result.exit_code == 2
@@ -327,3 +319,7 @@ def test_entry_point_without_its_extra_says_what_to_install(
         cli_package.main()
     assert caught.value.code == 2
     assert "pip install 'attnserve[cli]'" in capsys.readouterr().err
+
+
+def test_version_option_prints_the_installed_version(attnserve: Any) -> None:
+    assert attnserve("--version").stdout == f"attnserve {__version__}\n"

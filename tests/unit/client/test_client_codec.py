@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from attnserve.v1 import inference_service_pb2 as wire
 from attnserve.v1 import model_pb2, tensor_pb2
-from attnserve_client import AttentionSelection, AttnserveError, BadAnswer, InvalidRequest, ModelInfo
-from attnserve_client import _errors as errors
+from attnserve_client import AttentionSelection, AttnserveError, InvalidRequest, ModelInfo, errors
 from attnserve_client._inputs import request_of, sequence_of, split, takes_ids
 from attnserve_client._models import is_ready, model_of
 from attnserve_client._selection import HeadReduction, LayerReduction, SpecialTokens, Unit, WeightDtype, selection_of
 from attnserve_client._status import BY_CODE, BY_REASON, from_status_bytes
 from attnserve_client._tensors import dtype_name, to_array, to_tensor
+from attnserve_client.errors import BadAnswer
 from attnserve_client.testing._refusals import status_of
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2

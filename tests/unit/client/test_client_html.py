@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attnserve_client import AttentionMap, Client, RawLinks, Token
+from attnserve_client import AttentionMap, Client, Token
 from attnserve_client.testing import FakeServer
+from attnserve_client.types import RawLinks
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",

@@ -9,12 +9,14 @@ import re
 import numpy as np
 import pytest
 from attnserve.v1 import attention_pb2, model_pb2
-from attnserve_client import AttentionMap, BadAnswer, PatchGrid
+from attnserve_client import AttentionMap
 from attnserve_client._models import model_of
 from attnserve_client._results import _maps_of
 from attnserve_client._tensors import to_tensor
 from attnserve_client.cli._heatmap import heatmap
 from attnserve_client.cli._show import show_model
+from attnserve_client.errors import BadAnswer
+from attnserve_client.types import PatchGrid
 from rich.console import Console
 
 GRID = PatchGrid(2, 3, 1)

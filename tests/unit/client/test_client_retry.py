@@ -6,17 +6,9 @@ import itertools
 from typing import Any
 
 import pytest
-from attnserve_client import (
-    InternalFault,
-    InvalidRequest,
-    NotServing,
-    Overloaded,
-    ResponseTooLarge,
-    RetryPolicy,
-    ServerUnreachable,
-)
-from attnserve_client._errors import AttnserveError
+from attnserve_client import InvalidRequest, NotServing, Overloaded, ResponseTooLarge, RetryPolicy, ServerUnreachable
 from attnserve_client._retry import RetryBudget, Retrying
+from attnserve_client.errors import AttnserveError, InternalFault
 from attnserve_client.testing import FakeServer
 from hypothesis import given
 from hypothesis import strategies as st

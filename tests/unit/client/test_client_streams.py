@@ -14,7 +14,6 @@ from attnserve.v1 import inference_service_pb2 as wire
 from attnserve_client import (
     AsyncClient,
     AttentionSelection,
-    BadAnswer,
     Client,
     DeadlineExpired,
     InvalidRequest,
@@ -22,6 +21,7 @@ from attnserve_client import (
     ServerUnreachable,
 )
 from attnserve_client._exchange import Exchange
+from attnserve_client.errors import BadAnswer
 from attnserve_client.testing import FakeServer
 
 

@@ -1,11 +1,14 @@
-"""The base install: the client, its fake server and its pages need no extra."""
+"""The package: its public names, its version, and what the base install can do without any extra."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 
+import attnserve_client
 import pytest
+from attnserve_client import errors
 
 BLOCKED = """
 import sys
@@ -55,3 +58,33 @@ def test_blocker_blocks() -> None:
     done = run("import rich\n")
     assert done.returncode == 1, "the control: an extra that is imported must be seen"
     assert "rich is blocked" in done.stderr
+
+
+def test_top_level_has_at_most_25_names() -> None:
+    assert len(attnserve_client.__all__) <= 25
+    assert all(hasattr(attnserve_client, name) for name in attnserve_client.__all__)
+
+
+def test_errors_module_has_every_error_of_the_top_level() -> None:
+    exported = {
+        value for name in attnserve_client.__all__ if isinstance(value := getattr(attnserve_client, name), type)
+    }
+    raised = {each for each in exported if issubclass(each, Exception)}
+    assert raised
+    assert all(getattr(errors, each.__name__) is each for each in raised)
+
+
+def test_version_is_that_of_the_installed_distribution() -> None:
+    assert attnserve_client.__version__ == importlib.metadata.version("attnserve")
+
+
+def test_version_of_a_bare_source_tree_is_unknown() -> None:
+    done = run(
+        "import importlib.metadata as metadata\n"
+        "def missing(name):\n"
+        "    raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = missing\n"
+        "import attnserve_client\n"
+        "print(attnserve_client.__version__)\n"
+    )
+    assert (done.stdout, done.stderr) == ("unknown\n", "")

@@ -1,20 +1,20 @@
-"""The error tree that callers catch: one class for each thing that can be done about it.
+"""The errors that the client raises about a call: one class for each thing that a caller can do about it.
 
     AttnserveError                code, reason, metadata, request_id, violations, retry_delay_s
-    +-- InvalidRequest            mend the request: `violations` names field, limit and value
-    +-- ModelNotFound             ask for another model: `model`, `version`
-    +-- AttentionUnavailable      do not ask this model for this: `model`
+    +-- InvalidRequest            fix the request: `violations` lists field, value and limit
+    +-- ModelNotFound             use another model: `model`, `version`
+    +-- AttentionUnavailable      omit this selection for this model: `model`
     +-- TextUnavailable           send token ids or arrays instead: `model`
-    +-- ResponseTooLarge          ask for less: `predicted_bytes`, `allowed_bytes`
-    +-- Overloaded                try again later, which the client already did: `cause`, `retry_delay_s`
-    +-- NotServing                try again later, or elsewhere: `model`, `state`
+    +-- ResponseTooLarge          request less: `predicted_bytes`, `allowed_bytes`
+    +-- Overloaded                retry later, after the client's own retries: `cause`, `retry_delay_s`
+    +-- NotServing                retry later, or elsewhere: `model`, `state`
     |   +-- ServerUnreachable     no server answered at all
-    +-- DeadlineExpired           wait longer
-    +-- RequestCancelled          nothing: the caller left, or the client was closed
-    +-- InternalFault             tell the operator the `request_id`
-    +-- BadAnswer                 the answer breaks the contract: the server and this client do not match
+    +-- DeadlineExpired           set a longer timeout
+    +-- RequestCancelled          nothing: the call was cancelled, or the client was closed
+    +-- InternalFault             report the `request_id` to the operator
+    +-- BadAnswer                 use a server and a client of matching versions: the response breaks the contract
 
-`_status` alone turns what gRPC raises into these.
+`_status` alone maps gRPC statuses to these classes.
 """
 
 from __future__ import annotations
@@ -28,22 +28,27 @@ _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One field at fault: its path in the request, and what was wrong with limit and value."""
+    """One invalid field.
+
+    Attributes:
+        field: Its path in the request, for example `attention.layers[0]`.
+        description: The value received and the limit.
+    """
 
     field: str
     description: str
 
 
 class AttnserveError(Exception):
-    """Base of everything that the client raises about a call.
+    """Base of all errors that the client raises about a call.
 
     Attributes:
-        code: The gRPC status code's name, for example `INVALID_ARGUMENT`.
-        reason: `google.rpc.ErrorInfo.reason`, for example `OVERLOADED`; empty where the server sent none.
-        metadata: The machine-readable facts of the error, by name.
-        request_id: The failed request's id; empty where it is not known.
-        violations: The fields at fault; empty except on an invalid request.
-        retry_delay_s: When to try again, in seconds, as the server told; None where it did not.
+        code: Name of the gRPC status code, for example `INVALID_ARGUMENT`.
+        reason: `google.rpc.ErrorInfo.reason`, for example `OVERLOADED`; empty if the server sent none.
+        metadata: The error's machine-readable facts, by name.
+        request_id: Id of the failed request; empty if unknown.
+        violations: The invalid fields; empty except for an invalid request.
+        retry_delay_s: Seconds after which the server accepts a retry; None if it gave no delay.
     """
 
     def __init__(
@@ -82,25 +87,25 @@ class AttnserveError(Exception):
 
 
 def _rebuild(kind: type[AttnserveError], message: str, facts: dict[str, object]) -> AttnserveError:
-    """Makes an error again that travelled between processes."""
+    """Restore a pickled error."""
     return kind(message, **facts)  # type: ignore[arg-type] # what __reduce__ wrote
 
 
 class _AboutModel(AttnserveError):
-    """Shared by the errors that name a model."""
+    """Base of the errors that name a model."""
 
     @property
     def model(self) -> str:
-        """The model that was asked for; empty where the server did not say."""
+        """The requested model; empty if the server did not name it."""
         return self.metadata.get("model", "")
 
 
 class InvalidRequest(AttnserveError):
-    """The request is wrong in itself; sending it again cannot help. `violations` says where."""
+    """The request is invalid, and a retry fails again. `violations` lists the fields."""
 
     @classmethod
     def of(cls, field: str, description: str) -> InvalidRequest:
-        """A request that this client refuses to send, with one field at fault."""
+        """Return the error for one invalid field of a request that this client does not send."""
         return cls(
             f"{field}: {description}",
             code="INVALID_ARGUMENT",
@@ -110,16 +115,16 @@ class InvalidRequest(AttnserveError):
 
 
 class ModelNotFound(_AboutModel):
-    """There is no such model or version."""
+    """The server has no such model or version."""
 
     @property
     def version(self) -> str:
-        """The version that was asked for; empty for the highest."""
+        """The requested version; empty for the highest."""
         return self.metadata.get("version", "")
 
 
 class AttentionUnavailable(_AboutModel):
-    """The model cannot give the attention that was asked for."""
+    """The model cannot return the selected attention."""
 
 
 class TextUnavailable(_AboutModel):
@@ -127,55 +132,55 @@ class TextUnavailable(_AboutModel):
 
 
 class ResponseTooLarge(AttnserveError):
-    """The answer would hold more bytes of tensor data than the server allows. Nothing was run."""
+    """The response would exceed the server's limit on tensor data. The model did not run."""
 
     @property
     def predicted_bytes(self) -> int:
-        """Bytes that the answer would hold; 0 where the server did not say."""
+        """Bytes of tensor data that the response would hold; 0 if the server did not report them."""
         return _integer(self.metadata.get("predicted_bytes"))
 
     @property
     def allowed_bytes(self) -> int:
-        """Most bytes that the server allows; 0 where it did not say."""
+        """The server's limit in bytes; 0 if it did not report one."""
         return _integer(self.metadata.get("allowed_bytes"))
 
 
 class Overloaded(AttnserveError):
-    """The server cannot take this request now; the retries that were safe have been made."""
+    """The server refused the request because of its load, after all retries that the policy allows."""
 
     @property
     def cause(self) -> str:
-        """Which bound was met, for example `queue_full` or `predicted_wait`."""
+        """The limit that was reached, for example `queue_full` or `predicted_wait`."""
         return self.metadata.get("cause", "")
 
 
 class NotServing(_AboutModel):
-    """The model or the server is not answering now: loading, draining, or failed to load."""
+    """The model or the server does not serve now: it is loading or draining, or it failed to load."""
 
     @property
     def state(self) -> str:
-        """What it is doing instead; empty where the server did not say."""
+        """The model's state, for example `draining`; empty if the server did not report it."""
         return self.metadata.get("state", "")
 
 
 class ServerUnreachable(NotServing):
-    """No server answered: wrong address, not started, or the connection broke."""
+    """No server answered: the address is wrong, the server is not running, or the connection broke."""
 
 
 class DeadlineExpired(AttnserveError):
-    """The timeout passed before the answer was there, retries included."""
+    """The timeout passed before the response arrived, retries included."""
 
 
 class RequestCancelled(AttnserveError):
-    """The call was cancelled, or its client closed."""
+    """The call was cancelled, or its client was closed."""
 
 
 class InternalFault(AttnserveError):
-    """The server's fault. Its log has the rest under `request_id`."""
+    """Internal error of the server. Its log has the details under `request_id`."""
 
 
 class BadAnswer(AttnserveError):
-    """The answer breaks the contract, so that the server and this client do not match."""
+    """The response breaks the contract: the versions of server and client do not match."""
 
 
 def _integer(text: str | None) -> int:
