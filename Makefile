@@ -53,7 +53,7 @@ test: $(VENV)/.dev ## Run the tests (all but coverage and e2e), with branch cove
 	@$(BIN)/python -m coverage report --format total > /dev/null || ($(BIN)/python -m coverage report; exit 1)
 	@$(BIN)/python -m coverage report --include='$(WHOLLY_COVERED)' --fail-under 100
 
-coverage: $(VENV)/.dev ## Bring every architecture through every exporter, and write docs/coverage.md
+coverage: $(VENV)/.dev ## Bring every architecture through every exporter, and write docs/reference/coverage.md
 	$(BIN)/python -m pytest --verbose -m coverage tests/coverage $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, contract, generated files, prose, spelling

@@ -1,1 +1,1 @@
-"""Our numbers, as ratios within one run. `make bench` runs them; docs/benchmarks.md records them."""
+"""Our numbers, as ratios within one run. `make bench` runs them; docs/reference/benchmarks.md records them."""

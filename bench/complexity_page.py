@@ -26,7 +26,7 @@ in T, so that at short lengths all forms look alike.
 
 Measured on: {machine}.
 
-![Time and memory over T](images/complexity.png)
+![Time and memory over T](../images/complexity.png)
 """
 
 
@@ -63,11 +63,12 @@ def table(report: dict[str, Any]) -> str:
 
 
 def write(report: dict[str, Any], docs: Path) -> None:
-    """Write complexity.md, complexity.json and images/complexity.png into a folder."""
-    (docs / "images").mkdir(parents=True, exist_ok=True)
+    """Write reference/complexity.md, reference/complexity.json and images/complexity.png into a folder."""
+    for folder in ("images", "reference"):
+        (docs / folder).mkdir(parents=True, exist_ok=True)
     head = _HEAD.format(**{name: report[name] for name in ("heads", "width", "machine")})
-    (docs / "complexity.md").write_text(f"{head}\n{table(report)}\n", encoding="utf-8")
-    (docs / "complexity.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (docs / "reference" / "complexity.md").write_text(f"{head}\n{table(report)}\n", encoding="utf-8")
+    (docs / "reference" / "complexity.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     _plot(report, docs / "images" / "complexity.png")
 
 

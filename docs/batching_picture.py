@@ -1,4 +1,4 @@
-"""Draw the picture of batching.md: two runs of one sequence, and which influences the proof allows.
+"""Draw the picture of explanation/batching.md: two runs of one sequence, and which influences the proof allows.
 
 python docs/batching_picture.py
 """

@@ -1,4 +1,4 @@
-"""Writes configuration.md, metrics.md and errors.md from the code that they describe; `--check` only compares.
+"""Write reference/configuration.md, metrics.md and errors.md from the code they describe; `--check` only compares.
 
 python docs/generate.py [--check]
 """
@@ -17,7 +17,7 @@ from attnserve_server.domain.errors import MAX_VIOLATIONS
 from attnserve_server.observability.metrics import SPECS
 from attnserve_server.transport.status import DOMAIN, TABLE
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "reference"
 NOTE = "<!-- Made by docs/generate.py: change what it reads, then run `make docs`. -->"
 
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of attention.md from real runs: a server over real bundles, asked by the client.
+"""Draws the pictures of explanation/attention.md from real runs: a server over real bundles, asked by the client.
 
 for name in self causal cross sliding-window top-k linear multi-scale cross-modal; do
     attnserve-server export zoo:$name --name $name --repository .demo/zoo

@@ -1,4 +1,4 @@
-"""Settings: one field is one setting, one `ATTNSERVE_*` variable, one flag and one line of docs/configuration.md."""
+"""Settings: each field is a setting, a flag, an `ATTNSERVE_*` variable and a row of docs/reference/configuration.md."""
 
 from __future__ import annotations
 

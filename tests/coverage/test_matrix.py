@@ -1,4 +1,4 @@
-"""The matrix behind docs/coverage.md: every architecture through every exporter, opset and precision.
+"""The matrix behind docs/reference/coverage.md: every architecture through every exporter, opset and precision.
 
 `make coverage` runs it and writes the page, unless only some architectures were asked for.
 """
@@ -30,7 +30,7 @@ from coverage_page import Cell, rendered, settled
 
 pytestmark = pytest.mark.coverage
 
-PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "coverage.md"
 ZOO = tuple(f"zoo:{name}" for name in BUILDERS)
 EXPORTERS = (("dynamo", 23), ("dynamo", 18), ("torchscript", 17), ("torchscript", 11))
 ZOO_EXPORTERS = (("dynamo", 23), ("torchscript", 17))

@@ -49,10 +49,10 @@ def test_points_are_measured_fitted_and_shown(
         for point in points
     ]
     page.write(report, tmp_path)
-    words = (tmp_path / "complexity.md").read_text()
+    words = (tmp_path / "reference" / "complexity.md").read_text()
     assert "| scaled dot-product | 0.0655 | 0.262 | 1.05 | - | 2.0 |" in words
     assert "- scaled dot-product at 2,048: too much" in words
-    assert json.loads((tmp_path / "complexity.json").read_text()) == report
+    assert json.loads((tmp_path / "reference" / "complexity.json").read_text()) == report
     assert (tmp_path / "images" / "complexity.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,31 +1,31 @@
-"""`docs/coverage.md`: how its rows are written, and which of its columns are the same on every machine."""
+"""`docs/reference/coverage.md`: how its rows are written, and which of its columns are the same on every machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-HEAD = """<!-- Written by `make coverage`; not by hand. -->
+HEAD = """<!-- Written by `make coverage`; do not edit. -->
 
 # Coverage
 
-Every architecture here is built by Hugging Face transformers at tiny size with random weights, traced by each of
-torch's exporters, tapped, and compared with the model's own eager attention: one padded batch of mixed lengths, of
-which every sequence's own part counts. Models of the zoo are compared with their definition. Weights of windowed sites
-are compared where they stand among all keys. What an architecture needs beyond that is in
-[architectures.md](architectures.md).
+Each architecture here is built by Hugging Face transformers at tiny size with random weights, traced by each of
+torch's exporters, tapped, and compared with the model's own eager attention on one padded batch of mixed lengths.
+Only each sequence's own positions are compared. Zoo models are compared with their definition. Weights of windowed
+sites are laid out over all keys first. [architectures.md](architectures.md) lists what an architecture needs beyond
+that. The proof's verdicts are explained in [batching.md](../explanation/batching.md).
 
-- **exporter**: `dynamo` is `torch.onnx.export(dynamo=True)`, `torchscript` the older one. From opset 23, attention is
-  one operator for dynamo; below it, and for TorchScript always, it is computed step by step.
-- **precision**: `fp16` and `int8` are the same graph, as `--precision` makes them; the reference stays float32.
-- **sites**: those whose weights can be had, of all places where the model computes attention.
+- **exporter**: `dynamo` is `torch.onnx.export(dynamo=True)`, `torchscript` the older one. From opset 23, dynamo writes
+  attention as one operator. Below it, and with TorchScript always, attention is decomposed.
+- **precision**: `fp16` and `int8` are the same graph, converted by `--precision`. The reference stays float32.
+- **sites**: sites whose weights can be tapped, of all sites of the model.
 - **weight error**, **output error**: the greatest absolute difference. The limits are 1e-5 and 1e-4 in
-  float32, 1e-2 and 2e-2 in float16; last digits differ from machine to machine. In int8 they say little: these weights
-  are random. What eight bits do to a real model is measured in [precision.md](precision.md).
-- **batching**: what the proof says of padding and of batch neighbours, as [batching.md](batching.md) explains it. Where
-  not all is proved, the axis, its verdict and the reason: such sequences share a batch at equal lengths only.
-- **time**: CPU time of the prepared graph over its source's while nobody asks for weights. These models are so small
-  that it mostly counts nodes, and it differs from run to run.
+  float32, 1e-2 and 2e-2 in float16. The last digits differ between machines. In int8 the figures mean little, because
+  these weights are random. [precision.md](../explanation/precision.md) measures int8 on a real model.
+- **batching**: the verdict on padding and on batch neighbours. Where not everything is proved: the axis, its verdict
+  and the reason. Such sequences share a batch at equal lengths only.
+- **time**: CPU time of the converted graph over its source's, where no request selects attention. These models are so
+  small that the figure mostly counts nodes, and it differs between runs.
 
 """
 COLUMNS = (

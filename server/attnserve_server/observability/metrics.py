@@ -1,4 +1,4 @@
-"""Every metric that the server exports, declared once. `docs/metrics.md` is generated from this module.
+"""Every metric that the server exports, declared once. `docs/reference/metrics.md` is generated from this module.
 
 Labels are models, versions and small closed sets; never text from a caller, so the number of series is bounded.
 """

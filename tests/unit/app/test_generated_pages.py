@@ -18,17 +18,18 @@ def test_the_pages_are_up_to_date() -> None:
 
 def test_a_page_that_was_changed_is_noticed(tmp_path: Path) -> None:
     script = tmp_path / "generate.py"
+    (tmp_path / "reference").mkdir()
     script.write_text((DOCS / "generate.py").read_text())
     line = [sys.executable, str(script)]
     subprocess.run(line, check=True, timeout=60)
     assert subprocess.run([*line, "--check"], check=False, timeout=60).returncode == 0
-    (tmp_path / "errors.md").write_text("old")
+    (tmp_path / "reference" / "errors.md").write_text("old")
     done = subprocess.run([*line, "--check"], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (1, "out of date: errors.md; run `make docs`\n")
 
 
 def test_types_of_settings_are_words_and_no_program_text() -> None:
-    page = (DOCS / "configuration.md").read_text()
+    page = (DOCS / "reference" / "configuration.md").read_text()
     assert "`--run-overhead-tokens` | `ATTNSERVE_RUN_OVERHEAD_TOKENS` | number, at least 0, at most " in page
     for trace in ("<class", "annotation=", "metadata=", "typing."):
         assert trace not in page

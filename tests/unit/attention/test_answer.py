@@ -245,7 +245,7 @@ def test_least_weight_and_number_of_links_hold_together():
 
 
 def test_the_example_by_hand_in_the_guide():
-    """docs/attention.md, "By hand": change both together."""
+    """docs/explanation/attention.md, "By hand": change both together."""
     rest = [[0.2, 0.2, 0.4, 0.2], [0.0, 0.6, 0.2, 0.2], [0.1, 0.1, 0.1, 0.7]]
     weights = {0: np.array([[[0.6, 0.0, 0.2, 0.2], *rest], [[0.2, 0.2, 0.2, 0.4], *rest]], dtype=np.float32)}
     units = {"seq": AxisUnits("seq", 4, special=(False, False, False, True), word_ids=(0, 1, 1, -1))}

@@ -6,7 +6,7 @@ x (..., K) -+-> greatest |x| of each row -> scale (..., 1) ---------------------
 A row's scale depends on that row alone, so neither batch mates nor padding can change an answer. That is why the
 products are rewritten here: onnxruntime's own `quantize_dynamic` takes one scale for the whole batch, and its blockwise
 `MatMulNBits` does not but is no faster than float32 where a batch has more than a few rows. Both were measured:
-docs/precision.md.
+docs/explanation/precision.md.
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from attnserve_server.conversion.proof.context import RULES, Context, Registered
+from attnserve_server.conversion.proof.context import Context, Registered
 from attnserve_server.conversion.proof.helpers import attribute, constant, numbers
 from attnserve_server.conversion.proof.hiding import softmaxed
 from attnserve_server.conversion.proof.intervals import Interval
 from attnserve_server.conversion.proof.layout import Mixed, NotFollowed, is_plain, size_of
+from attnserve_server.conversion.proof.rules import RULES
 from attnserve_server.conversion.proof.values import Cause, Standing, Value
 
 _FOLDED: Final = 1 << 16

@@ -1,8 +1,9 @@
 """One rule for each operator: what holds of its outputs, given what holds of its inputs.
 
-Importing this package registers every rule.
+`RULES` is the table of all of them: importing this package imports every module of rules, and each registers its own.
 """
 
+from attnserve_server.conversion.proof.context import RULES
 from attnserve_server.conversion.proof.rules import (
     arithmetic,
     attention,
@@ -31,6 +32,7 @@ from attnserve_server.conversion.proof.rules import (
 )
 
 __all__ = [
+    "RULES",
     "arithmetic",
     "attention",
     "choosing",
