@@ -9,7 +9,7 @@
         for link in result.attention[0].links(top=5):
             print(f"{link.query} looks at {link.key}: {link.weight:.2f}")
 
-`attnserve_client.errors` has all errors, `attnserve_client.types` the types of arguments and results,
+`attnserve_client.errors` has all errors, `attnserve_client.data_types` the types of arguments and results,
 `attnserve_client.testing` a fake server for tests.
 """
 

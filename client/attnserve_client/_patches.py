@@ -1,4 +1,4 @@
-"""Weights over the patches of an image, laid out as the image is."""
+"""Weights over the patches of an image, arranged in the image's rows and columns."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PatchGrid:
-    """How the units of an axis cover an image.
+    """The grid in which the units of an axis cover an image, counted row by row.
 
     Attributes:
         rows: Patches from top to bottom.
-        columns: Patches from left to right; they are counted row by row.
-        leading: Units before the first patch, for example one for a class token.
+        columns: Patches from left to right.
+        leading: Units before the first patch, for example 1 for a class token.
     """
 
     rows: int
@@ -28,29 +28,34 @@ class PatchGrid:
     leading: int = 0
 
     def place(self, token: Token) -> tuple[int, int] | None:
-        """Row and column of a unit, from 0; None for one that leads the patches."""
+        """Return the row and column of a unit, from 0; None for a leading unit."""
         at = token.index - self.leading
         return divmod(at, self.columns) if at >= 0 else None
 
     def lay_out(self, weights: npt.NDArray[Any], tokens: Sequence[Token]) -> npt.NDArray[np.float32]:
-        """Weights (S,) of these units, float32 (rows, columns); NaN where a patch is not among them."""
-        laid = np.full((self.rows, self.columns), np.nan, dtype=np.float32)
+        """Arrange weights (S,) of the given units as float32 (rows, columns); NaN for patches without a unit."""
+        grid = np.full((self.rows, self.columns), np.nan, dtype=np.float32)
         for weight, token in zip(weights, tokens, strict=True):
             place = self.place(token)
             if place is not None:
-                laid[place] = weight
-        return laid
+                grid[place] = weight
+        return grid
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Panel:
-    """What one unit looks at, or is looked at by, over the patches: weights float32 (rows, columns)."""
+    """The weights between one unit and the patches of an image.
+
+    Attributes:
+        token: The unit.
+        weights: float32 (rows, columns); NaN for patches that are not in the map.
+    """
 
     token: Token
     weights: npt.NDArray[np.float32]
 
 
 def strongest(panels: Sequence[Panel], most: int) -> list[Panel]:
-    """Of many panels those with the greatest weights, in their own order."""
+    """Return the `most` panels with the greatest weights, in their original order."""
     order = sorted(range(len(panels)), key=lambda at: -float(np.nanmax(panels[at].weights, initial=0.0)))
     return [panels[at] for at in sorted(order[:most])]

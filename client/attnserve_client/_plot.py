@@ -1,4 +1,4 @@
-"""An attention map as a matplotlib figure. matplotlib is an extra, and pyplot with its global state is not used."""
+"""An attention map as a matplotlib figure. matplotlib is an extra; pyplot is avoided because of its global state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attnserve_client._patches import strongest
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from attnserve_client._attention import AttentionMap
+    from attnserve_client._map_data import MapData
     from attnserve_client._patches import Panel
     from attnserve_client._tokens import Token
 
@@ -24,15 +24,19 @@ _LONGEST_TITLE: Final = 120
 _MOST_PANELS: Final = 24
 _PANELS_A_LINE: Final = 6
 _OUTSIDE: Final = "#d9dce1"
-"""A key outside a query's window has no weight, which is something else than a weight of 0."""
+"""Colour of keys outside a query's window, which have no weight, as opposed to a weight of 0."""
 
 
-def figure(attention: AttentionMap, head: int | None) -> Figure:
-    """A heatmap with the tokens along both sides, of one head or of the mean over the map's heads.
+def figure(attention: MapData, head: int | None) -> Figure:
+    """Draw a heatmap with the tokens along both sides; for a map over image patches, a panel for each token.
+
+    Args:
+        attention: The map.
+        head: Number of one head; None for the mean over the map's heads.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: There is no such head in this map.
+        ValueError: The map has no such head.
     """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
@@ -67,7 +71,7 @@ def figure(attention: AttentionMap, head: int | None) -> Figure:
 
 
 def _draw_panels(figure: Figure, panels: list[Panel], title: str, label: str) -> None:
-    """A small picture of the image's patches for each unit, the strongest where there are many, all on one scale."""
+    """Draw a panel of image patches for each unit, on one scale; of many units, those with the greatest weights."""
     shown = strongest(panels, _MOST_PANELS)
     columns = min(_PANELS_A_LINE, len(shown))
     lines = math.ceil(len(shown) / columns)
@@ -81,8 +85,8 @@ def _draw_panels(figure: Figure, panels: list[Panel], title: str, label: str) ->
         image = axes.imshow(panel.weights, cmap="magma_r", vmin=0.0, vmax=greatest, interpolation="nearest")
         axes.set_title(f"{_plain(panel.token.text)} {label} ...", fontsize=8)
     figure.colorbar(image, ax=places, label="weight", shrink=0.8)
-    left_out = f" ({len(shown)} of {len(panels)})" if len(shown) < len(panels) else ""
-    figure.suptitle(title + left_out, fontsize=10)
+    counted = f" ({len(shown)} of {len(panels)})" if len(shown) < len(panels) else ""
+    figure.suptitle(title + counted, fontsize=10)
 
 
 def _inches(units: int) -> float:
@@ -96,7 +100,7 @@ def _label(place: object, tokens: tuple[Token, ...], **style: object) -> None:
 
 
 def _plain(text: str, longest: int = _LONGEST_LABEL) -> str:
-    """Text for a label: no mathematics from `$`, no control characters, and not too long."""
+    """Return text for a label: `$` escaped, because it starts mathematics; control characters replaced; cut to size."""
     shown = "".join(" " if unicodedata.category(letter)[0] == "C" else letter for letter in text)
     cut = shown if len(shown) <= longest else shown[: longest - 1] + "…"
     return cut.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""What a map is made of: tokens, links between them, and weights as they came."""
+"""The parts of an attention map: tokens, links between them, and encoded weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Token:
     """One unit of an axis: a token, a word, or a position of a tensor.
 
     Attributes:
-        index: Its place on the axis, special tokens counted.
-        text: The token as the vocabulary spells it, the word as it stands in the text, or else its index.
-        start: Its first character in the caller's text, in Unicode code points; 0 for special tokens.
-        end: The character behind its last.
+        index: Position on the axis, special tokens counted.
+        text: The token as spelled in the vocabulary, the word as written in the text, or the index of a position.
+        start: Position of its first character in the input text, in Unicode code points; 0 for special tokens.
+        end: Position after its last character.
         special: Whether it is a special token.
-        segment: Which of the caller's texts it is from: 0, or 1 for the second of a pair.
+        segment: The text that it belongs to: 0, or 1 for the second text of a pair.
     """
 
     index: int
@@ -34,7 +34,16 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One weight with its ends: `query` looks at `key`. `head` is None where heads were joined."""
+    """One weight of a map: `query` looks at `key`.
+
+    Attributes:
+        query: Text of the query.
+        key: Text of the key.
+        weight: The weight, from 0 to 1.
+        head: Number of the head; None where heads are joined.
+        query_token: The query.
+        key_token: The key.
+    """
 
     query: str
     key: str
@@ -46,12 +55,12 @@ class Link:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RawLinks:
-    """The kept weights as they came, row after row. Row r is (head h, query q) with r = h * queries + q.
+    """Links as received, in the form of a compressed sparse row matrix. Row h * L + q is query q of head h.
 
     Attributes:
-        row_offsets: int64 (H * L + 1): row r's links are the entries from `row_offsets[r]` to `row_offsets[r + 1]`.
-        keys: int32 (N): the key's index on its axis, special tokens counted.
-        weights: (N), in the dtype asked for.
+        row_offsets: int64 (H * L + 1); the links of row r are the entries `row_offsets[r]` to `row_offsets[r + 1] - 1`.
+        keys: int32 (N), index of each link's key on its axis, special tokens counted.
+        weights: (N), in the selected dtype.
     """
 
     row_offsets: npt.NDArray[np.int64]
@@ -60,14 +69,14 @@ class RawLinks:
 
 
 def as_float32(weights: Array) -> npt.NDArray[np.float32]:
-    """Weights of any shape in float32; uint8 ones were written as the weight times 255. float32 ones come as a view."""
+    """Return weights of any shape as float32: uint8 weights divided by 255, float32 weights as a view."""
     if weights.dtype == np.uint8:
         return np.divide(weights, np.float32(255), dtype=np.float32)
     return weights.astype(np.float32, copy=False).view()
 
 
 def plain_token(token: Token) -> dict[str, Any]:
-    """A token in plain types, ready for JSON."""
+    """Return a token in plain types for JSON."""
     return {
         "index": token.index,
         "text": token.text,

@@ -10,7 +10,7 @@ import pytest
 from attnserve_client import AsyncClient, InvalidRequest
 from attnserve_client.bench.lengths import Lengths
 from attnserve_client.bench.workload import RequestOptions, of_lengths
-from attnserve_client.types import IndexRange
+from attnserve_client.data_types import IndexRange
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from attnserve_client import AttentionSelection, Client, InvalidRequest
-from attnserve_client.types import PatchGrid
+from attnserve_client.data_types import PatchGrid
 from onnx_files import saved
 from serving import command, serve
 from tiny_bundle import VOCABULARY, tiny_tokenizer

@@ -1,5 +1,5 @@
 "use strict";
-// Draws one attention map from the JSON beside it. Texts of tokens reach the page through textContent and fillText alone.
+// Draws one attention map from the JSON in the page. Token texts enter the page through textContent and fillText alone.
 (() => {
   const data = JSON.parse(document.getElementById("map").textContent);
   const { queries, keys, shape, heads, same } = data;
@@ -39,7 +39,7 @@
   };
   const byId = (id) => document.getElementById(id);
 
-  // What is shown now.
+  // The current choices and highlights.
   const state = { head: -1, backwards: false, special: false, at: null, pinned: null, cell: null };
   let matrix = new Float32Array(0);
   let rows = [];
@@ -97,7 +97,7 @@
   }
 
   // ---- the sentence
-  // One entry for each shown token: where it stands among the queries and among the keys, or -1.
+  // Each sentence holds, for each token, its position among the queries and among the keys, or -1.
   const sentences = [];
   function line(tokens, rowOf, columnOf, grid) {
     sentences.push({ tokens, rowOf, columnOf, grid, elements: [] });
@@ -115,7 +115,7 @@
     line(queries, [...queries.keys()], queries.map(() => -1), data.queryGrid);
     line(keys, keys.map(() => -1), [...keys.keys()], data.keyGrid);
   }
-  // Patches stand as they do in the image, and what leads them above.
+  // Patches are placed as in the image, leading units in the row above.
   function setInGrid(element, token, grid) {
     const patch = token.index - grid.leading;
     element.style.gridRow = patch < 0 ? 1 : 2 + Math.floor(patch / grid.columns);
@@ -181,13 +181,13 @@
         }
       });
     });
-    say(from);
+    summarise(from);
   }
-  function say(from) {
-    const host = byId("said");
+  function summarise(from) {
+    const host = byId("summary");
     host.replaceChildren();
     if (from < 0) {
-      host.textContent = "Hover over a word, or click to hold it.";
+      host.textContent = "Hover over a word, or click to pin it.";
       return;
     }
     const others = state.backwards ? rows : columns;
@@ -295,8 +295,8 @@
     const cell = cellUnder(event);
     tip.hidden = cell === null;
     if (cell) {
-      const said = isOutside(cell.row, cell.column) ? "outside its window" : value(cell.row, cell.column).toFixed(4);
-      tip.textContent = `${queries[cell.row].text} → ${keys[cell.column].text}: ${said}`;
+      const shown = isOutside(cell.row, cell.column) ? "outside the window" : value(cell.row, cell.column).toFixed(4);
+      tip.textContent = `${queries[cell.row].text} → ${keys[cell.column].text}: ${shown}`;
       tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - 240)}px`;
       tip.style.top = `${event.clientY + 16}px`;
     }
@@ -315,7 +315,7 @@
     drawHeatmap();
     point(state.pinned);
   });
-  // The very object that the sentence holds for a token, so that it can be told by identity.
+  // Returns the sentence's object for a token: highlights compare tokens by identity.
   function sentenceToken(token) {
     if (!same) return token;
     return sentences[0].tokens.find((each) => each.index === token.index) || token;

@@ -1,4 +1,4 @@
-"""How requests are sent: each as a call of its own, or all on streams. Answers are measured and dropped."""
+"""How requests are sent: as separate calls, or on streams. Answers are measured and dropped."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from attnserve_client.cli._bench import EXAMPLES, bench
 from attnserve_client.cli._errors import CODES_HELP, reported
 from attnserve_client.cli._options import DEFAULT_SERVER, DEFAULT_TIMEOUT_S, AsJson, Server, Timeout, Version
 from attnserve_client.cli._show import show_explanation, show_model, show_models, show_results
-from attnserve_client.types import Input
+from attnserve_client.data_types import Input
 
 app = typer.Typer(
     name="attnserve",

@@ -10,7 +10,7 @@ from rich.text import Text
 from attnserve_client import AttentionMap, InferenceResult, Link, ModelInfo
 from attnserve_client.cli._heatmap import heatmap
 from attnserve_client.cli._text import clean
-from attnserve_client.types import TensorSpec
+from attnserve_client.data_types import TensorSpec
 
 _SHOWN_VALUES = 5
 _BAR_CELLS = 16

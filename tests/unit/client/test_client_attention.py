@@ -11,9 +11,9 @@ from attnserve.v1 import inference_service_pb2 as wire
 from attnserve_client import AttentionMap, AttentionSelection, Client
 from attnserve_client._results import results_of
 from attnserve_client._tensors import to_tensor
+from attnserve_client.data_types import RawLinks
 from attnserve_client.errors import BadAnswer
 from attnserve_client.testing import FakeServer
-from attnserve_client.types import RawLinks
 
 TEXT = "The wonderful buyer agrees"
 # float32 sums of rows of at most ten weights.
@@ -131,7 +131,7 @@ def test_head_that_is_not_there_is_named(shared_server: FakeServer) -> None:
     chosen, joined = ask(shared_server, heads=[1, 3]), ask(shared_server, heads="max")
     assert chosen.heads == (1, 3)
     np.testing.assert_array_equal(chosen.head_weights(3), chosen.weights[1])
-    with pytest.raises(ValueError, match="head 0 is not in this map; it has 1, 3"):
+    with pytest.raises(ValueError, match="head 0 is not in this map, which has heads 1, 3"):
         chosen.links(head=0)
     with pytest.raises(ValueError, match="joined"):
         joined.head_weights(1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attnserve_client import AttentionMap, Token
-from attnserve_client.types import PatchGrid
+from attnserve_client.data_types import PatchGrid
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = [

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from attnserve_client import AttentionMap, Client, Token
+from attnserve_client.data_types import RawLinks
 from attnserve_client.testing import FakeServer
-from attnserve_client.types import RawLinks
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",
@@ -136,8 +136,8 @@ def test_without_scripts_the_strongest_links_are_there() -> None:
 def test_links_say_what_they_leave_out() -> None:
     raw = RawLinks(np.array([0, 1, 2]), np.array([1, 0], dtype=np.int32), np.array([0.75, 0.75], dtype=np.float32))
     found = map_of(("a", "b"), raw=raw, residual=np.array([[0.25, 0.25]], dtype=np.float32))
-    assert "what was left out weighs 25.0% of a row" in found.to_html()
-    assert "left out" not in map_of(("a", "b")).to_html()
+    assert "the omitted ones sum to 25.0% of a row" in found.to_html()
+    assert "omitted" not in map_of(("a", "b")).to_html()
 
 
 def test_map_of_nothing_but_zeros_has_a_page() -> None:

@@ -15,8 +15,8 @@ from attnserve_client._results import _maps_of
 from attnserve_client._tensors import to_tensor
 from attnserve_client.cli._heatmap import heatmap
 from attnserve_client.cli._show import show_model
+from attnserve_client.data_types import PatchGrid
 from attnserve_client.errors import BadAnswer
-from attnserve_client.types import PatchGrid
 from rich.console import Console
 
 GRID = PatchGrid(2, 3, 1)
