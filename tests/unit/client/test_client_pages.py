@@ -10,6 +10,12 @@ import pytest
 from attnserve_client.testing import FakeServer
 
 ROOT = Path(__file__).parents[3]
+PAGES = (
+    "README.md",
+    "docs/explanation/attention.md",
+    "docs/how-to/call-from-python.md",
+    "docs/tutorial/first-model.md",
+)
 PATIENT = (
     "Patient takes metformin for diabetes, started lisinopril last month for hypertension, and reports occasional "
     "dizziness since then."
@@ -17,7 +23,7 @@ PATIENT = (
 
 
 def examples() -> Iterator[object]:
-    for page in ("README.md", "docs/explanation/attention.md", "docs/how-to/call-from-python.md"):
+    for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         found = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
         assert found, page
