@@ -1,7 +1,7 @@
 """Time and memory of every form of attention over the length: `make complexity`, or `python -m bench.complexity`.
 
 Each form is a model of the zoo, of one layer, exported as any model is; each point is a process of its own, one thread,
-with taps that nobody asks.
+with taps and no selected attention.
 """
 
 from __future__ import annotations

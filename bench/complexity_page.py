@@ -18,11 +18,11 @@ _WHAT = {
 }
 _HEAD = """# What each form of attention costs
 
-Made by `make complexity`; do not edit. One layer, {heads} heads, d_model {width}, one sequence of T tokens (two for
-the encoder-decoder), float32, taps in the graph and nobody asking. Each point is a process of its own: CPU time of a
-run, the least of up to five, and the most memory that the process held beyond what it held idle. The exponents are
-fitted to the three longest points of a form: 1 is linear in T, 2 quadratic. Each layer also has parts that are linear
-in T, so that at short lengths all forms look alike.
+Written by `make complexity`; do not edit. One layer, {heads} heads, d_model {width}, one sequence of T tokens (two for
+the encoder-decoder), float32, taps in the graph and no attention selected. Each point is a separate process: CPU time
+of a run, the minimum of up to five, and the maximum memory that the process held beyond its idle memory. The exponents
+are fitted to the three longest points of a form: 1 is linear in T, 2 quadratic. Each layer also has parts that are
+linear in T, so that all forms look alike at short lengths.
 
 Measured on: {machine}.
 

@@ -54,7 +54,7 @@ def growth(repository: Path, requests: int = REQUESTS) -> list[Finding]:
     return [
         Finding(f"MB of growth over {requests:,} requests", [found], LIMIT_MB),
         Finding(
-            "the control, which keeps what it was asked: MB, a quarter of the requests", [control], LIMIT_MB, most=False
+            "the control, which keeps every request: MB, a quarter of the requests", [control], LIMIT_MB, most=False
         ),
     ]
 

@@ -35,7 +35,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def tapped_over_untapped(model: Path, rounds: int, count: int) -> dict[str, Any]:
-    """CPU time of the tapped session with nobody asking over the untapped one's, round by round, in turns."""
+    """Return CPU time of the tapped session without selected attention over the untapped one's, in interleaved rounds."""
     batches = sorted_batches(sequences(count, VOCABULARY_SIZE))
     tapped, plain = BareSession(str(model)), BareSession(untapped(model))
     for session in (tapped, plain):
@@ -69,12 +69,12 @@ def show(console: Console, report: dict[str, Any]) -> None:
     """The report as tables."""
     ratio = report["tapped_over_untapped"]["ratio"]
     table = Table("ratio", "median", "min", "max", title="CPU time, within this run", title_justify="left")
-    label = f"tapped session, nobody asking / untapped (limit {TAPPED_LIMIT})"
+    label = f"tapped session without selected attention / untapped (limit {TAPPED_LIMIT})"
     table.add_row(label, *(f"{ratio[figure]:.3f}" for figure in ("median", "min", "max")))
     console.print(table)
     wire = report["bytes_on_wire"]
     table = Table(
-        "asked for", "bytes", "share of all maps", title=f"Answer, {WIRE_TOKENS} tokens", title_justify="left"
+        "selection", "bytes", "share of all maps", title=f"Answer, {WIRE_TOKENS} tokens", title_justify="left"
     )
     for name, size in wire.items():
         table.add_row(name, f"{size:,}", f"{size / wire['all maps']:.4%}")
@@ -100,7 +100,7 @@ def main() -> None:
     else:
         show(Console(), report)
     if report["tapped_over_untapped"]["ratio"]["median"] > TAPPED_LIMIT:
-        raise SystemExit(f"the tap costs those who do not ask more than {TAPPED_LIMIT}")
+        raise SystemExit(f"unused taps cost more than {TAPPED_LIMIT} of the untapped session's time")
 
 
 if __name__ == "__main__":

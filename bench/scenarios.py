@@ -227,10 +227,11 @@ def attention(options: Options) -> list[Finding]:
             explained = detail["compute_ms"] + more_mb * (detail["send_ms_per_MB"] + detail["handle_ms_per_MB"])
             excess.append((detail["everything_ms"] - detail["plain_ms"]) / explained)
     what = (
-        "all ask for everything: server's ms more a sequence / computing the weights, cropping and sending their bytes"
+        "all requests select everything: server's ms more a sequence / "
+        "computing the weights, cropping and sending their bytes"
     )
     return [
-        Finding("a quarter asks for the last layer's mean: rate / nobody asks", ratios, 0.97, most=False),
+        Finding("a quarter of the requests selects the last layer's mean: rate / no attention", ratios, 0.97, most=False),
         Finding(what, excess, 1.5, detail=detail),
     ]
 

@@ -18,11 +18,11 @@ from attnserve_server.observability.metrics import SPECS
 from attnserve_server.transport.status import DOMAIN, TABLE
 
 FOLDER = Path(__file__).parent / "reference"
-NOTE = "<!-- Made by docs/generate.py: change what it reads, then run `make docs`. -->"
+NOTE = "<!-- Written by docs/generate.py: change the code that it reads, then run `make docs`. -->"
 
 
 def configuration() -> str:
-    """Every setting: flag, variable, type, default, meaning."""
+    """Return the page of settings: flag, variable, type, default, meaning."""
     rows = []
     for name, field in Settings.model_fields.items():
         default = field.default
@@ -32,16 +32,16 @@ def configuration() -> str:
         rows.append((f"`{flag_of(name)}`", f"`{variable_of(name)}`", kind, shown, field.description or ""))
     return _page(
         "Configuration",
-        "Every setting of `attnserve-server serve`. A flag wins over its variable, and a variable over the default. "
-        "All faults are told together at start, and the server does not start with any. Sizes are in bytes; names that "
+        "Every setting of `attnserve-server serve`. A flag overrides its variable, and a variable the default. "
+        "The server reports all invalid settings together, and does not start with any. Sizes are in bytes. Names that "
         "end in `_s` are in seconds.",
-        ("Flag", "Variable", "Type", "Default", "What it does, and why its default"),
+        ("Flag", "Variable", "Type", "Default", "Effect, and the reason for the default"),
         rows,
     )
 
 
 def metrics() -> str:
-    """Every metric: type, labels, meaning, and why a histogram has its buckets."""
+    """Return the page of metrics: type, labels, meaning, and the reason for a histogram's buckets."""
     rows = []
     for spec in SPECS:
         buckets = ""
@@ -51,15 +51,15 @@ def metrics() -> str:
         rows.append((f"`{spec.name}`", spec.kind.__name__.lower(), labels, spec.help, buckets))
     return _page(
         "Metrics",
-        "What `/metrics` exports, beside the process's and the interpreter's own. Labels are loaded models and small "
-        "closed sets, never text from a caller: the number of series does not grow with traffic.",
-        ("Name", "Type", "Labels", "What it counts", "Buckets, and why"),
+        "What `/metrics` exports, in addition to metrics of the process and the interpreter. Labels are loaded models "
+        "and small closed sets, never text from a request, so the number of series does not grow with traffic.",
+        ("Name", "Type", "Labels", "What it counts", "Buckets, and the reason for them"),
         rows,
     )
 
 
 def errors() -> str:
-    """Every error: code, reason, details, what a caller can do."""
+    """Return the page of errors: code, reason, details, remedy."""
     rows = []
     for row in TABLE:
         first = (row.error.__doc__ or "").splitlines()[0]
@@ -70,7 +70,7 @@ def errors() -> str:
         rows.append((f"`{row.code.name}`", f"`{row.error.reason}`", ", ".join(details), metadata, first, row.remedy))
     page = _page(
         "Errors",
-        "How failures are told. Each carries a `google.rpc.Status` in the trailer `grpc-status-details-bin` (on a "
+        "Every error of the server. Each carries a `google.rpc.Status` in the trailer `grpc-status-details-bin` (on a "
         f"stream: in the message's `status`), with an `ErrorInfo` of domain `{DOMAIN}` whose `metadata` holds the keys "
         f"below. A `BadRequest` names up to {MAX_VIOLATIONS} fields by their path in the request, each with its limit "
         "and the value received. "
@@ -79,9 +79,9 @@ def errors() -> str:
         rows,
     )
     return page + (
-        "\nSome come from gRPC itself, without details: `UNIMPLEMENTED` for a method that there is none of, "
+        "\ngRPC itself raises some errors, without details: `UNIMPLEMENTED` for an unknown method, "
         "`RESOURCE_EXHAUSTED` for a message over `max_request_bytes`, `DEADLINE_EXCEEDED` and `CANCELLED` where the "
-        "caller's own side noticed first; and `NOT_FOUND` from the health service for a name that it has never heard.\n"
+        "client's side detects them first. The health service answers `NOT_FOUND` for an unknown service name.\n"
     )
 
 
@@ -106,7 +106,7 @@ def _kind(annotation: Any) -> str:
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_kind(part) for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is Annotated:
-        # Limits of an optional setting stand within its type, where pydantic gives them as one field.
+        # pydantic keeps the limits of an optional setting inside its type, as one field.
         kind, *fields = get_args(annotation)
         return ", ".join([_kind(kind), *(limits for field in fields if (limits := _limits(field.metadata)))])
     if get_origin(annotation) is tuple:
@@ -118,12 +118,12 @@ def _kind(annotation: Any) -> str:
 
 
 def _limits(metadata: Iterable[Any]) -> str:
-    told = {Ge: "at least {0.ge}", Le: "at most {0.le}", MinLen: "not empty"}
-    return ", ".join(told[type(limit)].format(limit) for limit in metadata if type(limit) in told)
+    words = {Ge: "at least {0.ge}", Le: "at most {0.le}", MinLen: "not empty"}
+    return ", ".join(words[type(limit)].format(limit) for limit in metadata if type(limit) in words)
 
 
 def main() -> int:
-    """Writes the pages, or with `--check` says which ones are not what would be written."""
+    """Write the pages. With `--check`, only list the pages that are out of date, and return 1 if there are any."""
     checking = "--check" in sys.argv[1:]
     stale = []
     for name, make in PAGES.items():
