@@ -35,7 +35,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def tapped_over_untapped(model: Path, rounds: int, count: int) -> dict[str, Any]:
-    """Return CPU time of the tapped session without selected attention over the untapped one's, in interleaved rounds."""
+    """Return CPU time of the tapped session without selected attention over the untapped one's, round by round."""
     batches = sorted_batches(sequences(count, VOCABULARY_SIZE))
     tapped, plain = BareSession(str(model)), BareSession(untapped(model))
     for session in (tapped, plain):

@@ -231,7 +231,9 @@ def attention(options: Options) -> list[Finding]:
         "computing the weights, cropping and sending their bytes"
     )
     return [
-        Finding("a quarter of the requests selects the last layer's mean: rate / no attention", ratios, 0.97, most=False),
+        Finding(
+            "a quarter of the requests selects the last layer's mean: rate / no attention", ratios, 0.97, most=False
+        ),
         Finding(what, excess, 1.5, detail=detail),
     ]
 
