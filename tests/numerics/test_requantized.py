@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import typer
-from attnserve_server.cli import convert as bring
+from attnserve_server.cli import convert
 from attnserve_server.cli._app import app as commands
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.engine.session import RuntimeSession
@@ -181,7 +181,7 @@ def test_rewriting_is_closer_to_float32_than_the_file(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def app() -> typer.Typer:
     app = typer.Typer()
-    bring.register(app)
+    convert.register(app)
     return app
 
 

@@ -1,4 +1,4 @@
-"""The commands of `attnserve-server`, put together. What each does is in the module of its name."""
+"""The Typer application of `attnserve-server`: registers every command. Each command is in the module of its name."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from attnserve_server.cli import check, healthcheck, serve
-from attnserve_server.cli import convert as bring
+from attnserve_server.cli import check, convert, healthcheck, inspect, serve
 
 app = typer.Typer(name="attnserve-server", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -22,13 +21,14 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _attnserve_server(
     _: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Serve ONNX attention models over gRPC, and bring them into a repository."""
+    """Convert ONNX attention models to bundles of a repository, and serve them over gRPC."""
 
 
 serve.register(app)
-bring.register(app)
+convert.register(app)
+inspect.register(app)
 check.register(app)
 healthcheck.register(app)

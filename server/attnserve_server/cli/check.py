@@ -1,4 +1,4 @@
-"""`attnserve-server check`: the check of a bundle repeated, beside its source if asked. Words and exit codes."""
+"""`attnserve-server check`: repeat the check of a bundle, optionally against its source, and print the findings."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from attnserve_server.cli.convert import AsJson, AttackSeconds, BatchingOption, spoken
-from attnserve_server.cli.report import quality_line
+from attnserve_server.cli._errors import error_boundary
+from attnserve_server.cli._options import AsJson, AttackSeconds, BatchingOption
 
 if TYPE_CHECKING:
     from attnserve_server.conversion.check.findings import BundleCheck, Finding
 
 FAILED = 1
-"""The exit code where the bundle could be looked at, and something is wrong with it."""
+"""Exit code if the check ran and at least one finding failed."""
 
 _EPILOG = (
     "Examples:\n\n"
@@ -25,8 +25,8 @@ _EPILOG = (
     "attnserve-server check models/linear/1 --against 'zoo:linear?size=tiny&seed=7'\n\n"
     "attnserve-server check models/ranker/3 --against ranker.onnx --json\n\n"
     "attnserve-server check models/ranker/3 --certify\n\n"
-    "Exit codes: 0, all is well; 1, the check failed, or a fault of attnserve's own; 2, it could not be made, with one "
-    "sentence on standard error that says why."
+    "Exit codes: 0, every finding passed; 1, a finding failed, or an internal error; 2, the check could not run: one "
+    "sentence on standard error states the reason."
 )
 
 
@@ -36,30 +36,30 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", metavar="BUNDLE")],
+    bundle: Annotated[Path, typer.Argument(help="The folder of a bundle.", metavar="BUNDLE")],
     *,
     against: Annotated[
         str,
         typer.Option(
             "--against",
-            help="Its source: an ONNX file, a Hugging Face folder, package:NAME or zoo:NAME.",
+            help="The source to compare with: an ONNX file, a Hugging Face folder, package:NAME or zoo:NAME.",
             metavar="SOURCE",
         ),
     ] = "",
     certify: Annotated[
         bool,
         typer.Option(
-            "--certify", help="Write a new version with a fresh batching certificate, unless something is wrong."
+            "--certify", help="Write a new version with a fresh batching certificate, unless a finding failed."
         ),
     ] = False,
     batching: BatchingOption = "proved",
     attack_seconds: AttackSeconds = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Repeat the check of a bundle: files, golden answers, its certificate, weights, and its source's answers."""
-    with spoken():
-        from attnserve_server.conversion.base.steps import Steps  # noqa: PLC0415 - as above
-        from attnserve_server.conversion.check.recheck import CheckRequest, check_bundle  # noqa: PLC0415 - slow to import
+    """Repeat the check of a bundle: files, golden answers, certificate, weights, and the answers of its source."""
+    with error_boundary():
+        from attnserve_server.conversion.base.steps import Steps  # noqa: PLC0415 - slow to import
+        from attnserve_server.conversion.check.recheck import CheckRequest, check_bundle  # noqa: PLC0415 - as above
 
         request = CheckRequest(bundle, against, certify=certify, batching=batching, attack_seconds=attack_seconds)
         checked = check_bundle(request, Steps(Console(stderr=True)))
@@ -72,7 +72,7 @@ def check(
 
 
 def _show(checked: BundleCheck, console: Console) -> None:
-    """One table, and below it what a reduced precision costs."""
+    """Print a table of the findings, then the version that was written and the cost of a reduced precision."""
     table = Table(
         title=f"{checked.name}/{checked.version}, {checked.precision}",
         title_justify="left",
@@ -91,7 +91,7 @@ def _show(checked: BundleCheck, console: Console) -> None:
         for line in (written, *checked.certified.changes):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     if checked.quality is not None:
-        console.print(quality_line(checked.quality), highlight=False, markup=False, soft_wrap=True)
+        console.print(str(checked.quality), highlight=False, markup=False, soft_wrap=True)
 
 
 def _verdict(finding: Finding) -> str:

@@ -1,4 +1,4 @@
-"""Inspect: what a bundle or a bare ONNX file is, as a person or a program wants to read it. Runs and writes nothing."""
+"""Describe a bundle or an ONNX file: inputs, outputs, axes, sites and the batching certificate. Runs nothing."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Literal
 import onnx
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
-from rich.console import Console
-from rich.table import Table
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.sites import FoundSite
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import read_graph
-from attnserve_server.conversion.inspect_batching import BatchingDescription, batching_of
+from attnserve_server.model.batching import Ruling, rulings
+from attnserve_server.model.certificate import BATCHING, AttackReport, Clause, MaskNeed, PathStep, Verdict
 from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest
 from attnserve_server.model.report import FusionReport, TrialReport
 from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository, verify
 
 _INFERRED = "unk__"
+"""Prefix of the symbols that ONNX shape inference invents."""
 
 
 class TensorDescription(BaseModel):
-    """An input or an output. `shape` has the batch axis; an extent that the file does not name is "?"."""
+    """An input or an output. `shape` includes the batch axis; a dimension without a name in the file is "?"."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -34,7 +34,7 @@ class TensorDescription(BaseModel):
 
 
 class AxisDescription(BaseModel):
-    """One axis of a bundle. `how` says in words what it is beyond a dynamic one: derived, fixed, of patches."""
+    """One axis of a bundle. `how` describes a derived or fixed axis and its patch grid; it is empty otherwise."""
 
     model_config = ConfigDict(frozen=True)
     symbol: str
@@ -44,9 +44,9 @@ class AxisDescription(BaseModel):
 
 
 class SiteDescription(BaseModel):
-    """One site. Axes are empty, and heads 0, where a bare file does not name them: only running it would tell.
+    """One site. Axes are empty and heads are 0 where an ONNX file does not name them.
 
-    `band`: of a bundle's windowed site, which kind of band its weights come as, of `band_width` columns; else empty.
+    `band`: the kind of band in which a bundle's windowed site gives its weights, with `band_width` columns; else empty.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,12 +66,37 @@ class SiteDescription(BaseModel):
     band_width: int = 0
 
 
-class ModelDescription(BaseModel):
-    """What `inspect` tells. Of a bare file, what only bundles have is empty, or 0.
+class ClauseDescription(BaseModel):
+    """One clause of a certificate, for the batch or for one axis. `under`: whether each policy allows batching."""
 
-    `source`: what the bundle was made from, as `check --against` takes it where it is at hand under that name.
-    `text_axes`: the axes that texts go along, the second text's after the first's; empty if clients cannot send text.
-    `batching`: what its certificate says; None for a bare file, which has none.
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+    axis: str
+    verdict: Verdict
+    status: str
+    reason: str
+    under: dict[str, bool]
+    path: tuple[PathStep, ...] = ()
+    targets: dict[str, Verdict] = {}
+    finite_mask: bool = False
+    attack: AttackReport | None = None
+
+
+class BatchingDescription(BaseModel):
+    """The certificate of a bundle. A bundle without one has `format` 1 and no clauses."""
+
+    model_config = ConfigDict(frozen=True)
+    format: int
+    clauses: tuple[ClauseDescription, ...] = ()
+    masks: tuple[MaskNeed, ...] = ()
+    noise: dict[str, float] = {}
+
+
+class ModelDescription(BaseModel):
+    """A bundle or an ONNX file. For an ONNX file, the fields that only bundles have are empty or 0.
+
+    `source`: the model that the bundle was converted from, in the form that `check --against` accepts.
+    `text_axes`: the axes that texts fill, first text first; empty if clients cannot send text.
+    `batching`: the certificate; None for an ONNX file.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -94,72 +119,24 @@ class ModelDescription(BaseModel):
 
 
 def inspect_model(path: Path) -> ModelDescription:
-    """Describe a bundle's folder, whose files are verified, or a bare ONNX file.
+    """Describe the bundle in a folder, after verifying its files, or an ONNX file.
 
     Raises:
-        BuildRefused: it is neither.
-        BundleInvalid: it is a broken bundle.
+        BuildRefused: the folder has no manifest, or the file is not a usable ONNX model.
+        BundleInvalid: the manifest is broken, or a file differs from its digest.
     """
     if path.is_dir():
         place = path.resolve()
         if not (place / MANIFEST_FILE).is_file():
-            raise BuildRefused(f"{place.name} is no bundle: it has no {MANIFEST_FILE}")
+            raise BuildRefused(f"{place.name} is not a bundle: it has no {MANIFEST_FILE}")
         bundle = Repository(place.parents[1]).bundle(place.parent.name, place.name)
         verify(bundle)
         return _of_bundle(bundle)
     return _of_graph(path.name, read_graph(path))
 
 
-def show(description: ModelDescription, console: Console) -> None:
-    """Print a description as tables."""
-    title = f"{description.name}/{description.version}" if description.version else description.name
-    symbols = ", ".join(description.axis_symbols) or "none"
-    console.print(f"[bold]{title}[/bold]  {description.digest}".rstrip(), highlight=False, soft_wrap=True)
-    if description.what == "bundle":
-        console.print(_facts(description), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"axis symbols: {symbols}", highlight=False, markup=False)
-    tensors = _table("inputs and outputs", "", "name", "dtype", "shape")
-    for what, entries in (("input", description.inputs), ("output", description.outputs)):
-        for entry in entries:
-            tensors.add_row(what, entry.name, entry.dtype, " x ".join(str(extent) for extent in entry.shape))
-    console.print(tensors)
-    if description.axes:
-        axes = _table("axes", "axis", "longest", "padding", "")
-        for axis in description.axes:
-            axes.add_row(axis.symbol, str(axis.max_length), "yes" if axis.paddable else "no", axis.how)
-        console.print(axes)
-    if not description.sites:
-        console.print("no attention sites")
-        return
-    operators = ", ".join(sorted({site.operator for site in description.sites}))
-    sites = _table(f"attention sites ({operators})", "layer", "site", "kind", "heads", "query, key", "weights")
-    for site in description.sites:
-        heads = str(site.heads or "?") if site.heads == site.kv_heads else f"{site.heads} over {site.kv_heads}"
-        sides = f"{site.query_axis}, {site.key_axis}" if site.query_axis else "?"
-        sites.add_row(str(site.layer), site.name, f"{site.kind}, {site.form}", heads, sides, _weights(site))
-    console.print(sites)
-    if description.fusion is not None:
-        console.print(str(description.fusion), highlight=False, markup=False)
-    for trial in description.trials:
-        console.print(str(trial), highlight=False, markup=False)
-
-
-def _facts(description: ModelDescription) -> str:
-    """What concerns a bundle as a whole, in one line."""
-    text = f"takes text along {' and '.join(description.text_axes)}" if description.text_axes else "takes no text"
-    batch = f"batches of up to {description.max_batch_size}"
-    return f"made from {description.source}; {description.precision}, {text}, {batch}"
-
-
-def _weights(site: SiteDescription) -> str:
-    """What can be had of a site's weights."""
-    if not site.available:
-        return f"no: {site.unavailable_reason}"
-    return f"band of {site.band_width}" if site.band else "yes"
-
-
 def _of_bundle(bundle: Bundle) -> ModelDescription:
-    # As the server has it by default: what a bundle itself says of padding may be under another policy.
+    # The server's default policy: the stored `paddable` may be that of another one.
     manifest: Manifest = bundle.manifest.under("proved").model_copy(
         update={"max_batch_size": bundle.manifest.max_batch_size}
     )
@@ -174,7 +151,7 @@ def _of_bundle(bundle: Bundle) -> ModelDescription:
         max_batch_size=manifest.max_batch_size,
         text_axes=() if text is None else tuple(axis for axis in (text.axis, text.pair_axis) if axis),
         axis_symbols=(BATCH, *(axis.symbol for axis in manifest.axes)),
-        axes=tuple(axis_of_bundle(axis) for axis in manifest.axes),
+        axes=tuple(described_axis(axis) for axis in manifest.axes),
         inputs=tuple(TensorDescription(name=s.name, dtype=s.dtype, shape=(BATCH, *s.shape)) for s in manifest.inputs),
         outputs=tuple(TensorDescription(name=s.name, dtype=s.dtype, shape=(BATCH, *s.shape)) for s in manifest.outputs),
         sites=tuple(
@@ -188,12 +165,12 @@ def _of_bundle(bundle: Bundle) -> ModelDescription:
         ),
         fusion=manifest.check.fusion,
         trials=manifest.check.trials,
-        batching=batching_of(manifest),
+        batching=_batching_of(manifest),
     )
 
 
-def axis_of_bundle(axis: AxisSpec) -> AxisDescription:
-    """An axis in words."""
+def described_axis(axis: AxisSpec) -> AxisDescription:
+    """Describe an axis of a bundle, for example "(seq + 3) / 4" or "fixed, 7 x 7 patches behind 1"."""
     how: list[str] = []
     if axis.fixed:
         how.append("fixed")
@@ -210,6 +187,32 @@ def axis_of_bundle(axis: AxisSpec) -> AxisDescription:
     return AxisDescription(symbol=axis.symbol, max_length=axis.max_length, paddable=axis.paddable, how=", ".join(how))
 
 
+def _batching_of(manifest: Manifest) -> BatchingDescription:
+    certificate = manifest.certificate
+    if certificate is None:
+        return BatchingDescription(format=manifest.format)
+    ruled = {policy: {ruling.axis: ruling for ruling in rulings(manifest, policy)} for policy in BATCHING}
+    return BatchingDescription(
+        format=manifest.format,
+        clauses=tuple(
+            _clause(clause, {policy: found[clause.axis] for policy, found in ruled.items()})
+            for clause in certificate.clauses
+        ),
+        masks=certificate.masks,
+        noise=certificate.noise,
+    )
+
+
+def _clause(clause: Clause, ruled: dict[str, Ruling]) -> ClauseDescription:
+    shared = clause.model_dump(include={"axis", "verdict", "path", "targets", "finite_mask", "attack"})
+    return ClauseDescription(
+        **shared,
+        status=ruled["proved"].status,
+        reason=ruled["proved"].reason,
+        under={policy: ruling.allowed for policy, ruling in ruled.items()},
+    )
+
+
 def _of_graph(name: str, proto: onnx.ModelProto) -> ModelDescription:
     sites = find_sites(ir.from_proto(proto).graph)
     initialized = {tensor.name for tensor in proto.graph.initializer}
@@ -223,11 +226,11 @@ def _of_graph(name: str, proto: onnx.ModelProto) -> ModelDescription:
         axis_symbols=tuple(symbols),
         inputs=inputs,
         outputs=outputs,
-        sites=tuple(_found(layer, name, site, symbols) for layer, (name, site) in enumerate(sites.items())),
+        sites=tuple(_site(layer, name, site, symbols) for layer, (name, site) in enumerate(sites.items())),
     )
 
 
-def _found(layer: int, name: str, site: FoundSite, symbols: Collection[str]) -> SiteDescription:
+def _site(layer: int, name: str, site: FoundSite, symbols: Collection[str]) -> SiteDescription:
     query_axis, key_axis = _axes(site, symbols)
     crossed = query_axis and key_axis and query_axis != key_axis
     return SiteDescription(
@@ -247,12 +250,12 @@ def _found(layer: int, name: str, site: FoundSite, symbols: Collection[str]) -> 
 
 
 def _symbol(name: str) -> str:
-    """A symbol of the file's own; shape inference makes up others."""
+    """Return a symbol that the file itself names, or "?" for one that shape inference invented."""
     return "?" if not name or name.startswith(_INFERRED) else name
 
 
 def _axes(site: FoundSite, symbols: Collection[str]) -> tuple[str, str]:
-    """The symbols of the axes that queries and keys run along, where they are the file's own."""
+    """Return the symbols of the query and the key axis; empty where the file does not name them."""
     if site.scores is not None:
         query, key = site.scores.query, site.scores.key
         return (
@@ -267,7 +270,7 @@ def _axes(site: FoundSite, symbols: Collection[str]) -> tuple[str, str]:
 
 
 def _axis(value: ir.Value, place: int, symbols: Collection[str]) -> str:
-    """The symbol of one axis, if it is one of the file's own."""
+    """Return the symbol of one axis of a value, if it is in `symbols`; else an empty string."""
     if value.shape is None:
         return ""
     extent = value.shape[place]
@@ -280,11 +283,3 @@ def _tensor(value: onnx.ValueInfoProto) -> TensorDescription:
     shape = tuple(axis.dim_value if axis.HasField("dim_value") else _symbol(axis.dim_param) for axis in kind.shape.dim)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name if kind.elem_type else "?"
     return TensorDescription(name=value.name, dtype=dtype, shape=shape)
-
-
-def _table(title: str, *columns: str) -> Table:
-    """A table without lines, so that a model's longest names still fit into 80 columns."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table

@@ -123,6 +123,14 @@ class QualityReport(Frozen):
     speed_ratio: float | None = None
     output_max_abs_error: float | None = None
 
+    def __str__(self) -> str:
+        """Return one line for a person."""
+        rows = "" if self.top1_agreement is None else f", {self.top1_agreement:.1%} of attention rows agree"
+        speed = "" if self.speed_ratio is None else f", {self.speed_ratio:.2f} times as fast"
+        cosine = f"cosine of {self.output} {self.cosine_mean:.4f}, at worst {self.cosine_worst:.4f}"
+        apart = "" if self.output_max_abs_error is None else f", numbers within {self.output_max_abs_error:.2g}"
+        return f"on {self.inputs}, beside {self.against}: {cosine}{apart}{rows}{speed}"
+
 
 class GoldenSpec(Frozen):
     """Answers that were checked when the bundle was made, kept in `golden.npz`, and asked for again at every load.

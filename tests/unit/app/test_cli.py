@@ -35,7 +35,7 @@ def test_a_repository_without_models_is_told_in_one_sentence(
 def test_every_command_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
-    for command in ("serve", "export", "prepare", "inspect", "healthcheck"):
+    for command in ("serve", "export", "prepare", "inspect", "check", "healthcheck"):
         assert command in shown
 
 

@@ -170,7 +170,9 @@ def test_source_that_cannot_be_read_is_refused(bundle: Bundle, tmp_path: Path) -
 def test_help_shows_how_to_compare(tmp_path: Path) -> None:
     done = check("--help")
     assert "--against" in done.stdout
-    assert "Exit codes: 0, all is well; 1, the check failed, or a fault" in " ".join(done.stdout.split())
+    assert "Exit codes: 0, every finding passed; 1, a finding failed, or an internal error" in " ".join(
+        done.stdout.split()
+    )
 
 
 def old(bundle: Bundle, root: Path) -> Path:

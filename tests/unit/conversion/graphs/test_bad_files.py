@@ -1,4 +1,4 @@
-"""Whatever file is brought: one sentence and exit code 2, or a bundle that is whole; never a traceback or a path."""
+"""Invalid files: each ends in one sentence and exit code 2, or in a whole bundle; never a traceback or a path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import typer
-from attnserve_server.cli import convert as bring
+from attnserve_server.cli import convert, inspect
 from attnserve_server.conversion.probing.runtime import Runner
 from attnserve_server.model.manifest import TextSpec
 from attnserve_server.model.repository import Repository, verify
@@ -27,7 +27,8 @@ from typer.testing import CliRunner, Result
 @pytest.fixture(scope="module")
 def app() -> typer.Typer:
     app = typer.Typer()
-    bring.register(app)
+    convert.register(app)
+    inspect.register(app)
     return app
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from attnserve_server.cli.convert import register
+from attnserve_server.cli.inspect import register
 from attnserve_server.conversion.choose import comparing
 from attnserve_server.conversion.choose import fusion as room
 from attnserve_server.conversion.choose.comparing import Verdict

@@ -1,0 +1,50 @@
+"""Options that several commands share, each with its flag, its help text and its range. No command lives here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Name = Annotated[
+    str, typer.Option("--name", "-n", help="The name under which clients request the model.", metavar="NAME")
+]
+RepositoryRoot = Annotated[
+    Path, typer.Option("--repository", "-r", help="The folder that holds all models. Created if it does not exist.")
+]
+Version = Annotated[
+    str, typer.Option("--version", help="A positive integer. Default: one more than the highest existing version.")
+]
+MaxBatchSize = Annotated[
+    int, typer.Option("--max-batch-size", min=1, help="The most sequences that the server puts into one batch.")
+]
+PrecisionOption = Annotated[
+    Literal["fp32", "fp16", "int8"],
+    typer.Option(
+        "--precision", help="fp32 keeps the source's own precision; int8 quantizes the weights of matrix products."
+    ),
+]
+Fuse = Annotated[
+    bool, typer.Option("--fuse/--no-fuse", help="Keep fused attention operators where they measure faster.")
+]
+TryMore = Annotated[
+    bool,
+    typer.Option(
+        "--try/--no-try",
+        help="Benchmark the other exporter (unless --exporter names one) and the runtime's rewritings; keep what is "
+        "clearly faster.",
+    ),
+]
+BatchingOption = Annotated[
+    Literal["proved", "tested", "off"],
+    typer.Option(
+        "--batching",
+        help="The batching policy that the report, its warnings and the final check assume; `serve` has its own.",
+    ),
+]
+AttackSeconds = Annotated[
+    float,
+    typer.Option("--attack-seconds", min=0, help="Time limit, in seconds, of the attack on what is not proved."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
