@@ -121,7 +121,7 @@ def test_fixed_length_that_is_not_needed_is_freed_for_text(app: typer.Typer, tmp
     assert result.exit_code == 0, result.output
     assert "the length of 12 is not needed: text of up to 12 tokens is served" in result.stderr
     manifest = Repository(tmp_path / "bundles").bundle("x").manifest
-    assert manifest.text == TextSpec(axis="seq", max_tokens=12)
+    assert manifest.text == TextSpec(axis="seq", max_tokens=12, as_written=())
     assert [spec.shape for spec in manifest.inputs] == [("seq",), ("seq",)]
     assert manifest.axis("seq").paddable
     assert (manifest.sites[0].query_axis, manifest.outputs[0].shape) == ("seq", ("seq", WIDTH))
@@ -159,7 +159,7 @@ def test_second_text_starts_behind_the_token_that_was_named(app: typer.Typer, tm
 @pytest.mark.parametrize("command", ["export", "prepare", "inspect"])
 def test_exit_codes_are_in_the_help(command: str, app: typer.Typer) -> None:
     shown = " ".join(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output.split())
-    assert "Exit codes: 0, done; 2, refused" in shown
+    assert "Exit codes: 0, success; 1, internal error; 2, refused" in shown
 
 
 def mutations() -> st.SearchStrategy[bytes]:
@@ -210,4 +210,4 @@ def test_what_is_no_onnx_file_is_refused(what: str, command: str, app: typer.Typ
         file.write_bytes(b"" if what == "an empty file" else b"ir_version: 9")
     line = ["inspect", str(file)] if command == "inspect" else None
     result = CliRunner().invoke(app, line) if line else prepare(app, file)
-    assert re.search("is a folder|is not an ONNX file|no bundle", refused(result, tmp_path))
+    assert re.search("is a folder|is not an ONNX file|is not a bundle", refused(result, tmp_path))

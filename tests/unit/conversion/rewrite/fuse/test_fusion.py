@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from attnserve_server.cli.inspect import register
+from attnserve_server.cli import convert, inspect
 from attnserve_server.conversion.choose import comparing
 from attnserve_server.conversion.choose import fusion as room
 from attnserve_server.conversion.choose.comparing import Verdict
@@ -140,7 +140,8 @@ def test_command_says_what_came_of_it(
 ) -> None:
     judged(monkeypatch, verdict)
     app = Typer()
-    register(app)
+    convert.register(app)
+    inspect.register(app)
     file = saved(CASE.model(), tmp_path / "ranker.onnx")
     line = ["prepare", str(file), "--name", "ranker", "--repository", str(tmp_path / "models")]
     done = CliRunner().invoke(app, line)
