@@ -1,13 +1,25 @@
-"""The command line: what it is told in one sentence, and how it leaves."""
+"""The entry point `attnserve-server`: its commands, its version, and its sentence for each failure to start."""
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from attnserve_server import cli
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    """Restore the root logger: `serve` binds it to the standard error of one test, which is closed afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
