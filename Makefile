@@ -19,7 +19,7 @@ DEMO := .demo
 DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage check format e2e proto docs bench acceptance peers complexity batching fuzz-batching image clean
+.PHONY: help demo test coverage check format e2e proto client docs bench acceptance peers complexity batching fuzz-batching image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -64,6 +64,7 @@ check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, con
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python proto/generate.py --check
+	$(BIN)/python client/unasync.py --check
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python docs/prose.py
 	$(BIN)/codespell $$(git ls-files)
@@ -76,6 +77,9 @@ format: $(VENV)/.dev ## Format everything
 
 proto: $(VENV)/.dev ## Generate the stubs from the contract
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python proto/generate.py
+
+client: $(VENV)/.dev ## Generate the client for threads from the client for asyncio
+	$(BIN)/python client/unasync.py
 
 docs: $(VENV)/.dev ## Generate the reference pages of docs/
 	$(BIN)/python docs/generate.py

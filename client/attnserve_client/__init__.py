@@ -15,13 +15,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from attnserve_client._async_client import AsyncClient
+from attnserve_client._async.client import AsyncClient
 from attnserve_client._attention import AttentionMap
-from attnserve_client._client import Client
 from attnserve_client._models import ModelInfo
 from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
 from attnserve_client._retry import RetryPolicy
 from attnserve_client._selection import AttentionSelection
+from attnserve_client._sync.client import Client
 from attnserve_client._tokens import Link, Token
 from attnserve_client.errors import (
     AttentionUnavailable,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+DEFAULT_TARGET: Final = "localhost:8001"
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 """The server's own bound, both ways; larger answers come in pieces on a stream."""
 

@@ -15,6 +15,8 @@ from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._status import bad_answer, from_status_bytes
 from attnserve_client.errors import AttnserveError, DeadlineExpired, InvalidRequest
 
+MAX_IN_FLIGHT: Final = 128
+"""Default limit on the unanswered inputs of a stream: enough for full batches, and a bound on memory on both sides."""
 GRACE_S: Final = 0.25
 """What the server gets beyond a request's timeout to say that it has passed."""
 

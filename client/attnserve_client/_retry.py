@@ -7,9 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Final
 
 from attnserve_client._status import is_retryable
 from attnserve_client.errors import AttnserveError
+
+DEFAULT_TIMEOUT_S: Final = 30.0
+READY_TIMEOUT_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +104,13 @@ class Retrying:
         """With a full budget, the system's monotonic clock and its own source of chance."""
         return cls(policy, RetryBudget(policy))
 
-    def call(self, timeout_s: float | None) -> Attempts:
-        """The attempts of one call that begins now."""
-        return Attempts(self, None if timeout_s is None else self.clock() + timeout_s)
+    def deadline(self, timeout_s: float | None) -> float | None:
+        """Return the time on this clock at which a timeout that starts now ends; None for no timeout."""
+        return None if timeout_s is None else self.clock() + timeout_s
+
+    def attempts(self, deadline: float | None) -> Attempts:
+        """Return the attempts of one call that ends at `deadline`."""
+        return Attempts(self, deadline)
 
 
 @dataclass(slots=True)

@@ -68,19 +68,19 @@ def test_policy_refuses_values_that_make_no_sense(wrong: dict[str, Any]) -> None
     ],
 )
 def test_only_what_another_attempt_may_mend_is_retried(error: AttnserveError, retried: bool) -> None:
-    attempts = retrying(RetryPolicy(), Clock()).call(None)
+    attempts = retrying(RetryPolicy(), Clock()).attempts(None)
     assert (attempts.wait_after(error) is not None) is retried
 
 
 def test_attempts_end_at_their_maximum() -> None:
-    attempts = retrying(RetryPolicy(max_attempts=3), Clock()).call(None)
+    attempts = retrying(RetryPolicy(max_attempts=3), Clock()).attempts(None)
     waits = [attempts.wait_after(Overloaded("full")) for _ in range(3)]
     assert [wait is not None for wait in waits] == [True, True, False]
 
 
 def test_wait_that_would_end_past_the_deadline_is_not_begun() -> None:
     clock = Clock()
-    attempts = retrying(RetryPolicy(), clock).call(1.0)
+    attempts = retrying(RetryPolicy(), clock).attempts(clock.now + 1.0)
     assert attempts.wait_after(Overloaded("full", retry_delay_s=0.5)) is not None
     clock.now += 0.6
     assert attempts.remaining_s() == pytest.approx(0.4)
@@ -89,7 +89,7 @@ def test_wait_that_would_end_past_the_deadline_is_not_begun() -> None:
 
 def test_remaining_time_is_never_negative() -> None:
     clock = Clock()
-    attempts = retrying(RetryPolicy(), clock).call(1.0)
+    attempts = retrying(RetryPolicy(), clock).attempts(clock.now + 1.0)
     clock.now += 5.0
     assert attempts.remaining_s() == 0.0
 
@@ -155,5 +155,5 @@ async def test_timeout_covers_all_attempts(driver: Any, server: FakeServer) -> N
     driver.client._retrying = Retrying(retries.policy, retries.budget, lambda: float(next(clock)), lambda: 0.5)
     server.fail_next(server.overloaded(), times=10)
     with pytest.raises(Overloaded):
-        await driver.infer("fake", "a text", timeout=5.0)
+        await driver.infer("fake", "a text", timeout=6.0)
     assert len(server.requests) < 4

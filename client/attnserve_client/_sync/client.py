@@ -1,0 +1,307 @@
+# Generated from _async/client.py by client/unasync.py: change that file, then run `make client`.
+"""The client for threads: one method for each call, retries within one deadline, and the loop that reads a stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Self, overload
+
+import grpc
+from attnserve.v1 import inference_service_pb2 as wire
+
+from attnserve_client._channel import DEFAULT_TARGET
+from attnserve_client._connection import Connection, Method, RequestT, ResponseT
+from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
+from attnserve_client._feeds import Feed, InputStream
+from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
+from attnserve_client._models import ModelInfo, is_ready, model_of
+from attnserve_client._results import InferenceResult, StreamAnswer, results_of
+from attnserve_client._retry import DEFAULT_TIMEOUT_S, READY_TIMEOUT_S, Retrying, RetryPolicy
+from attnserve_client._selection import AttentionSelection
+from attnserve_client.errors import AttnserveError, DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
+
+
+class Client:
+    """A client for threads. Any number of threads may share it. Use `with`, or call `close`.
+
+        with Client("localhost:8001") as client:
+            last_layer = AttentionSelection(layers=[-1], heads="mean")
+            result = client.infer("minilm", "a sentence", attention=last_layer)
+            print(result.outputs["embedding"], result.attention[0].links())
+
+    `close` cancels the running requests of all threads.
+
+    Args:
+        target: `host:port`, any gRPC name, or a list of `address:port` over which calls are distributed.
+        credentials: TLS credentials from `grpc.ssl_channel_credentials`; None for an unencrypted connection.
+        token: Bearer token, sent with every call.
+        metadata: Further metadata, sent with every call.
+        retry: When requests are sent again; `RetryPolicy(max_attempts=1)` turns retries off.
+        options: gRPC channel options; they override this client's defaults.
+
+    Raises:
+        ValueError: `target` is empty, or a list whose members are not addresses of one IP version.
+    """
+
+    def __init__(
+        self,
+        target: str | Sequence[str] = DEFAULT_TARGET,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+        retry: RetryPolicy | None = None,
+        options: Mapping[str, int | str] | None = None,
+    ) -> None:
+        self._connection = Connection(target, credentials, token, metadata, options or {})
+        self._retrying = Retrying.of(retry or RetryPolicy())
+        self._sleep = time.sleep
+        # Models by name and version. Each access is one operation on the dict, so threads need no lock.
+        self._described: dict[tuple[str, str], ModelInfo] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel all running calls and close the connections. Closing again has no effect."""
+        self._connection.close()
+
+    @overload
+    def infer(  # type: ignore[overload-overlap] # a list of ids is one input, any other list is several
+        self,
+        model: str,
+        inputs: Input,
+        *,
+        version: str = ...,
+        outputs: Sequence[str] | None = ...,
+        attention: AttentionSelection | bool | None = ...,
+        priority: Priority = ...,
+        timeout: float | None = ...,
+        request_id: str | None = ...,
+        validate_only: bool = ...,
+    ) -> InferenceResult: ...
+
+    @overload
+    def infer(
+        self,
+        model: str,
+        inputs: Sequence[Input],
+        *,
+        version: str = ...,
+        outputs: Sequence[str] | None = ...,
+        attention: AttentionSelection | bool | None = ...,
+        priority: Priority = ...,
+        timeout: float | None = ...,
+        request_id: str | None = ...,
+        validate_only: bool = ...,
+    ) -> list[InferenceResult]: ...
+
+    def infer(  # noqa: PLR0913 - everything but model and inputs is passed by name
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: str = "",
+        outputs: Sequence[str] | None = None,
+        attention: AttentionSelection | bool | None = None,
+        priority: Priority = "normal",
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+        request_id: str | None = None,
+        validate_only: bool = False,
+    ) -> InferenceResult | list[InferenceResult]:
+        """Run one sequence, or a list of sequences as one request: either all of them succeed, or the call fails.
+
+        Args:
+            model: Name of the model.
+            inputs: A text, a pair of texts, token ids, or arrays by input name without the batch axis; or a list.
+            version: Version of the model; empty for the highest.
+            outputs: Names of the outputs to return; None for all, an empty list for none.
+            attention: Selection of the attention to return; True for all of it, None for none.
+            priority: `"low"`, `"normal"` or `"high"`.
+            timeout: Seconds until `DeadlineExpired`, all attempts together; None for no limit.
+            request_id: Id of this request in results, errors and the server's log; None generates one.
+            validate_only: Check the request and predict the size of its response, without running the model.
+
+        Returns:
+            A result for one input, a list of results for a list.
+
+        Raises:
+            AttnserveError: The call failed; the classes are in `attnserve_client.errors`.
+            TypeError: An argument has a type that is no input, selection or list of outputs.
+        """
+        check_timeout(timeout)
+        deadline = self._retrying.deadline(timeout)
+        items, many = split(inputs)
+        description = self._description(model, version, deadline) if takes_ids(items) else None
+        request_id = request_id or uuid.uuid4().hex
+        request = request_of(
+            model=model,
+            version=version,
+            sequences=[sequence_of(each, description) for each in items],
+            outputs=outputs,
+            attention=attention,
+            priority=priority,
+            request_id=request_id,
+            validate_only=validate_only,
+        )
+        try:
+            response = self._call(self._connection.stub.Infer, request, deadline, request_id)
+        except InvalidRequest:
+            self._described.pop((model, version), None)  # the description may be that of a model since replaced
+            raise
+        results = results_of(response, len(items), validate_only=validate_only)
+        return results if many else results[0]
+
+    def stream(  # noqa: PLR0913 - everything but model and inputs is passed by name
+        self,
+        model: str,
+        inputs: InputStream,
+        *,
+        version: str = "",
+        outputs: Sequence[str] | None = None,
+        attention: AttentionSelection | bool | None = None,
+        priority: Priority = "normal",
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+        validate_only: bool = False,
+        ordered: bool = True,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        per_message: int = 1,
+    ) -> Iterator[StreamAnswer]:
+        """Run many sequences over one stream: the cheapest call for many inputs, and the one for very large responses.
+
+        The stream takes the next input when fewer than `max_in_flight` are unanswered. If one input fails, its answer
+        holds the error and the stream continues. If the stream breaks, it raises. If `inputs` raises, or yields an
+        input that cannot be sent, the stream answers all inputs before it and then raises that error. Nothing is
+        sent twice.
+
+        Args:
+            model: Name of the model.
+            inputs: Any number of texts, pairs of texts, token ids, or arrays by input name.
+                A separate thread iterates over them.
+            version: Version of the model; empty for the highest.
+            outputs: Names of the outputs to return; None for all, an empty list for none.
+            attention: Selection of the attention to return; True for all of it, None for none.
+            priority: `"low"`, `"normal"` or `"high"`.
+            timeout: Seconds that the answer to each input may take; None for no limit. If no answer at all arrives
+                for longer, the stream raises `DeadlineExpired`.
+            validate_only: Check the inputs and predict the size of their responses, without running the model.
+            ordered: Yield answers in the order of the inputs; False yields them as they arrive.
+            max_in_flight: Most inputs that are taken and not yet answered.
+            per_message: Inputs in one message, at most the model's `max_batch_size`. Larger messages cost less per
+                input, but their inputs wait for each other, and succeed or fail together.
+
+        Yields:
+            An answer for each input, with `index`, `request_id`, and `result` or `error`.
+
+        Raises:
+            AttnserveError: The stream broke.
+        """
+        check_timeout(timeout)
+
+        def sequence(one: Input) -> wire.Sequence:
+            deadline = self._retrying.deadline(timeout)
+            return sequence_of(one, self._description(model, version, deadline) if takes_ids([one]) else None)
+
+        def message(group: list[wire.Sequence]) -> wire.InferRequest:
+            return request_of(
+                model=model,
+                version=version,
+                sequences=group,
+                outputs=outputs,
+                attention=attention,
+                priority=priority,
+                request_id="",
+                validate_only=validate_only,
+            )
+
+        exchange = Exchange(timeout, validate_only=validate_only)
+        return self._answers(
+            Feed(inputs, sequence, message, exchange, Flow(max_in_flight, per_message)),
+            exchange,
+            Ordering(ordered=ordered),
+        )
+
+    def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> list[ModelInfo]:
+        """Return all models of the server, by name and version."""
+        check_timeout(timeout)
+        deadline = self._retrying.deadline(timeout)
+        response = self._call(self._connection.stub.ListModels, wire.ListModelsRequest(), deadline)
+        return [model_of(each) for each in response.models]
+
+    def model(self, name: str, version: str = "", *, timeout: float | None = DEFAULT_TIMEOUT_S) -> ModelInfo:
+        """Return the description of one model; of its highest version if `version` is empty.
+
+        Raises:
+            ModelNotFound: The server has no model of that name and version.
+        """
+        check_timeout(timeout)
+        return self._model(name, version, self._retrying.deadline(timeout))
+
+    def ready(self, model: str | None = None, *, timeout: float = READY_TIMEOUT_S) -> bool:
+        """Return whether the highest version of a model is ready; without a name, whether that of every model is.
+
+        Makes one attempt. Returns False for a server without models, and for one that cannot be reached or does not
+        answer within `timeout` seconds.
+        """
+        stub = self._connection.stub
+        try:
+            if model is None:
+                listed = self._connection.call(stub.ListModels, wire.ListModelsRequest(), timeout)
+                return is_ready([model_of(each) for each in listed.models])
+            described = self._connection.call(stub.GetModel, wire.GetModelRequest(model=model), timeout)
+            return model_of(described.model).ready
+        except (NotServing, ModelNotFound, DeadlineExpired):
+            return False
+
+    def _model(self, name: str, version: str, deadline: float | None) -> ModelInfo:
+        request = wire.GetModelRequest(model=name, version=str(version))
+        response = self._call(self._connection.stub.GetModel, request, deadline)
+        return model_of(response.model)
+
+    def _description(self, model: str, version: str, deadline: float | None) -> ModelInfo:
+        known = self._described.get((model, version))
+        if known is None:
+            known = self._described[model, version] = self._model(model, version, deadline)
+        return known
+
+    def _call(
+        self,
+        method: Method[RequestT, ResponseT],
+        request: RequestT,
+        deadline: float | None,
+        request_id: str = "",
+    ) -> ResponseT:
+        """Send a request, again after each failure that allows it, until `deadline` on the retry clock."""
+        attempts = self._retrying.attempts(deadline)
+        while True:
+            try:
+                response = self._connection.call(method, request, attempts.remaining_s(), request_id)
+            except AttnserveError as error:
+                wait_s = attempts.wait_after(error)
+                if wait_s is None:
+                    raise
+            else:
+                attempts.succeeded()
+                return response
+            self._sleep(wait_s)
+
+    def _answers(self, feed: Feed, exchange: Exchange, ordering: Ordering) -> Iterator[StreamAnswer]:
+        with self._connection.stream(feed, exchange) as messages:
+            exchange.reading()
+            for message in messages:
+                for answer in exchange.take(message):
+                    for ready in ordering.add(answer):
+                        yield ready
+                        feed.answered()
+                exchange.reading()
+            exchange.check_done()
+        if feed.error is not None:
+            raise feed.error
