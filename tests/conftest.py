@@ -12,6 +12,13 @@ import pytest
 from attnserve_server.model.repository import Bundle
 from eager import Reference, references
 from hypothesis import settings
+from quick import (  # noqa: F401 - hooks, which pytest finds here
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_ignore_collect,
+    pytest_terminal_summary,
+)
 from serving import RunningServer, command, serve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
