@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := --constraint constraints.txt
-SOURCES := proto/generate.py client server tests bench examples docs
+SOURCES := proto/generate.py client server tests bench examples deploy docs
 
 # What decides and what refuses: every branch of these is tested.
 WHOLLY_COVERED := */scheduling/policy.py,*/transport/status.py,*/transport/validation.py,*/transport/codec.py
@@ -19,7 +19,8 @@ DEMO := .demo
 DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage check format e2e proto client docs bench acceptance peers complexity batching fuzz-batching image clean
+.PHONY: help demo quick test coverage check format e2e dist changelog proto client docs bench acceptance peers complexity batching \
+	fuzz-batching image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -39,12 +40,20 @@ $(VENV)/.dev: $(VENV)/.run
 	@$(PIP) install $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
+$(VENV)/.quick: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing what the quick tests need into $(VENV), without torch"
+	@$(PIP) install $(CONSTRAINTS) --editable '.[dev-quick]'
+	@touch $@
+
 $(DEMO_BUNDLE): | $(VENV)/.run
 	$(BIN)/attnserve-server export $(MODEL_SOURCE) --name minilm --version 1 --repository $(DEMO)/models \
 		--pooling mean --expect-sha256 $(MODEL_SHA256)
 
 demo: $(VENV)/.run $(DEMO_BUNDLE) ## Set everything up, serve a real model, ask it where it looked
 	@$(BIN)/python examples/demo.py --repository $(DEMO)/models --output $(DEMO)
+
+quick: $(VENV)/.quick ## Run the unit tests that need no torch, in about a minute
+	$(BIN)/python -m pytest --quick tests/unit $(PYTEST_ARGS)
 
 test: $(VENV)/.dev ## Run the tests (all but coverage and e2e), with branch coverage
 	@rm -f .coverage .coverage.*
@@ -105,6 +114,15 @@ fuzz-batching: $(VENV)/.dev ## Try the proof of batching on thousands of made-up
 
 e2e: $(VENV)/.dev $(DEMO_BUNDLE) ## Build the image, run it hardened, scrape it with a real Prometheus
 	ATTNSERVE_E2E_REPOSITORY=$(abspath $(DEMO)/models) $(BIN)/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
+
+dist: $(VENV)/.dev ## Build wheel and sdist into dist/, and try them in empty environments
+	@rm -rf dist
+	PIP_CONSTRAINT=$(abspath constraints.txt) $(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python deploy/try_dist.py dist
+
+changelog: $(VENV)/.dev ## Print the changelog's section that the fragments in changelog.d/ make
+	@$(BIN)/towncrier build --draft --version next
 
 image: ## Build the CPU image with buildah (TARGET=gpu for the GPU one)
 	buildah bud --format docker --target $(or $(TARGET),cpu) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
