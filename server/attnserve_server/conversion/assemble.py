@@ -11,27 +11,32 @@ import onnx
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.base.sites import FoundSite
+from attnserve_server.conversion.base.sites import (
+    FoundSite,
+    Layout,
+    Learnt,
+    Probabilities,
+    Scores,
+    Tappable,
+    Untappable,
+    Windows,
+)
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.base.tolerances import Tolerances
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import precision_of, save
 from attnserve_server.conversion.inputs.signature import dtype_of
 from attnserve_server.conversion.learning.grids import Grid, grids_of
-from attnserve_server.conversion.learning.layout import settle
+from attnserve_server.conversion.learning.layout import layouts_of
 from attnserve_server.conversion.learning.origins import FixedAxes, fixed_axes, of_one_sequence
 from attnserve_server.conversion.learning.products import product_errors
-from attnserve_server.conversion.learning.windows import (
-    grid_of_windows,
-    with_key_axes,
-    with_windows,
-    with_windows_apart,
-)
+from attnserve_server.conversion.learning.windows import grid_of_windows, windows_apart, windows_of, with_key_axes
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import Axes, probe_axes, probe_lengths
 from attnserve_server.conversion.probing.runtime import Runner
 from attnserve_server.conversion.rewrite.tapped import expose, tapped_at
 from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps, with_plain_values
+from attnserve_server.domain.values import Array
 from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec, SiteSpec, axes_under
 
@@ -46,6 +51,7 @@ class Assembled:
     sampler: Sampler
     sites: tuple[SiteSpec, ...]
     found: Mapping[str, FoundSite]
+    learnt: Mapping[str, Learnt]
     outputs: tuple[OutputSpec, ...]
     site_axes: Mapping[str, tuple[str, str]]
     fixed_axes: Mapping[str, int]
@@ -58,6 +64,10 @@ class Assembled:
     def weights(self) -> dict[str, str]:
         """The output of each available site, by its name."""
         return {name: WEIGHTS_PREFIX + name for name in self.site_axes}
+
+    def product_errors(self, weights: Mapping[str, Array], feeds: Mapping[str, Array]) -> dict[str, float]:
+        """How far weights @ value is from each site's own output, for weights (B, H, L, S or W) of these feeds."""
+        return product_errors(self.checker, _tappable(self.found), self.learnt, weights, feeds)
 
 
 def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps) -> Assembled:
@@ -80,25 +90,26 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     checker_model = ir.from_proto(proto)
     found = with_plain_values(checker_model.graph, find_sites(checker_model.graph))
     expose(checker_model, found.values())
-    found = _settled(checker_model, found, sampler, work / "untapped.onnx")
-    found = with_windows(proto, with_windows_apart(proto, found, sampler, work), sampler, work)
-    add_taps(checker_model.graph, found)
+    found, learnt = _learnt(proto, checker_model, found, sampler, work)
+    add_taps(checker_model.graph, found, learnt)
     save(checker_model, checker_path)
     steps.begin("probing axes")
     checker = Runner(checker_path)
     servable = _servable(proto.graph, steps)
     output_names = [value.name for value in servable]
     tolerances = Tolerances.of(precision_of(proto))
-    found = _verified(checker, sampler, found, tolerances)
-    axes = with_key_axes(probe_axes(checker, sampler, output_names, found), found)
+    found = _verified(checker, sampler, found, learnt, tolerances)
+    axes = with_key_axes(probe_axes(checker, sampler, output_names, found), learnt)
     outputs = _outputs(servable, axes, steps)
     fixed = fixed_axes(axes.sites, found, [*sampler.signature.symbols, *axes.derived])
-    sites = tuple(_site(layer, name, site, axes, fixed) for layer, (name, site) in enumerate(found.items()))
+    sites = tuple(
+        _site(layer, name, site, learnt.get(name), axes, fixed) for layer, (name, site) in enumerate(found.items())
+    )
     for site in sites:
         if not site.available:
             steps.warn(f"site {site.name} gives no weights: {site.unavailable_reason}")
     available = {site.name: site.weight_axes for site in sites if site.available}
-    save(tapped_at(proto, {name: found[name] for name in available}), model_path)
+    save(tapped_at(proto, available, learnt), model_path)
     named = {symbol for site in sites if site.available for symbol in (site.query_axis, site.key_axis)}
     shown = {extent for spec in outputs for extent in spec.shape if isinstance(extent, str)}
     return Assembled(
@@ -108,6 +119,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
         sampler=sampler,
         sites=sites,
         found=found,
+        learnt=learnt,
         outputs=outputs,
         site_axes=available,
         fixed_axes={symbol: length for symbol, length in fixed.lengths.items() if symbol in named},
@@ -118,34 +130,57 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     )
 
 
-def _settled(model: ir.Model, found: dict[str, FoundSite], sampler: Sampler, path: Path) -> dict[str, FoundSite]:
-    """The sites with the layout of their probabilities, which the untapped graph is run for."""
-    if not any(site.probabilities for site in found.values()):
-        return found
+def _tappable(found: Mapping[str, FoundSite]) -> dict[str, Tappable]:
+    return {name: own for name, site in found.items() if not isinstance(own := site.attention, Untappable)}
+
+
+def _learnt(
+    proto: onnx.ModelProto, model: ir.Model, found: Mapping[str, FoundSite], sampler: Sampler, work: Path
+) -> tuple[dict[str, FoundSite], dict[str, Learnt]]:
+    """Run the graph to learn the layouts and windows of sites that have their own weights.
+
+    Returns:
+        The sites, of which those that are not understood are untappable; and what was learnt, of these too.
+    """
+    own = {name: weights for name, site in found.items() if isinstance(weights := site.attention, Probabilities)}
+    if not own:
+        return dict(found), {}
+    path = work / "untapped.onnx"
     save(model, path)
+    known: dict[str, Layout | Untappable]
     try:
-        return settle(Runner(path), sampler, found, probe_lengths(sampler.signature.symbols))
+        known = layouts_of(Runner(path), sampler, own, probe_lengths(sampler.signature.symbols))
     except BuildRefused as fault:
         # The probe that follows will fail too, and says on which lengths.
-        reason = f"its layout is not known: {fault}"
-        lost = {name: replace(site, probabilities=None, unavailable_reason=reason) for name, site in found.items()}
-        return {name: lost[name] if site.probabilities else site for name, site in found.items()}
+        known = dict.fromkeys(own, Untappable(f"its layout is not known: {fault}"))
+    learnt = {name: Learnt(layout) for name, layout in known.items() if isinstance(layout, Layout)}
+    apart = windows_apart(proto, {name: each.layout for name, each in learnt.items()}, sampler, work)
+    learnt |= {name: Learnt(layout) for name, layout in apart.items() if isinstance(layout, Layout)}
+    known |= apart
+    layouts = {name: layout for name, layout in known.items() if isinstance(layout, Layout)}
+    windows = windows_of(proto, layouts, sampler, work)
+    learnt |= {name: Learnt(layouts[name], each) for name, each in windows.items() if isinstance(each, Windows)}
+    lost = {name: why for name, why in (known | windows).items() if isinstance(why, Untappable)}
+    return {name: replace(site, attention=lost.get(name, site.attention)) for name, site in found.items()}, learnt
 
 
 def _verified(
-    checker: Runner, sampler: Sampler, found: dict[str, FoundSite], tolerances: Tolerances
+    checker: Runner,
+    sampler: Sampler,
+    found: Mapping[str, FoundSite],
+    learnt: Mapping[str, Learnt],
+    tolerances: Tolerances,
 ) -> dict[str, FoundSite]:
     """The sites; those whose weights do not make their own output, or do not run, are no longer tappable."""
     lengths, _ = probe_lengths(sampler.signature.symbols)
     rows = range(sampler.signature.fixed_batch or 3)
     feeds = sampler.batch([sampler.sequence(lengths, row) for row in rows], lengths)
     verified = dict(found)
-    for name, site in found.items():
-        if not site.tappable:
-            continue
+    tappable = _tappable(found)
+    for name in tappable:
         try:
             weights = checker.run(feeds, [WEIGHTS_PREFIX + name])[WEIGHTS_PREFIX + name]
-            error = product_errors(checker, found, {name: weights}, feeds)[name]
+            error = product_errors(checker, tappable, learnt, {name: weights}, feeds)[name]
         except BuildRefused as fault:
             reason = f"its tap does not run: {fault}"
         except ValueError:  # shapes of weights and value do not fit
@@ -154,7 +189,7 @@ def _verified(
             reason = f"its weights @ value differ from its own output by {error:.3g}, more than {tolerances.output:g}"
             if error <= tolerances.output:
                 continue
-        verified[name] = replace(site, scores=None, probabilities=None, linear=None, unavailable_reason=reason)
+        verified[name] = replace(found[name], attention=Untappable(reason))
     return verified
 
 
@@ -212,7 +247,7 @@ def _outputs(values: Sequence[onnx.ValueInfoProto], axes: Axes, steps: Steps) ->
     return tuple(specs)
 
 
-def _site(layer: int, name: str, site: FoundSite, axes: Axes, fixed: FixedAxes) -> SiteSpec:
+def _site(layer: int, name: str, site: FoundSite, learnt: Learnt | None, axes: Axes, fixed: FixedAxes) -> SiteSpec:
     query_axis, key_axis = (
         fixed.symbols[name, side] if isinstance(extent, int) else extent
         for side, extent in enumerate(axes.sites.get(name, (None, None)))
@@ -230,21 +265,23 @@ def _site(layer: int, name: str, site: FoundSite, axes: Axes, fixed: FixedAxes) 
     )
     # Two inputs of one length may share a symbol; what they hold are two sequences all the same.
     crossed = query_source != key_source or not of_one_sequence(site)
+    layout, windows = (None, None) if learnt is None else (learnt.layout, learnt.windows)
+    of_operator = site.attention.band if isinstance(site.attention, Scores) else None
     return SiteSpec(
         name=name,
         layer=layer,
         kind="causal" if causal else "cross" if crossed else "self",
-        form=site.form,
+        form="windowed" if layout is not None and layout.windowed else site.form,
         operator=site.operator,
         # Of a site that is not understood there may be any number.
-        heads=site.heads or 1,
-        kv_heads=site.kv_heads or 1,
-        head_dim=site.head_dim,
+        heads=(site if layout is None else layout).heads or 1,
+        kv_heads=(site if layout is None else layout).kv_heads or 1,
+        head_dim=site.head_dim or (0 if layout is None else layout.head_dim),
         query_axis=query_axis or "",
         key_axis=key_axis or "",
         items_input=None if reason else ITEMS_PREFIX + name,
         weights_output=None if reason else WEIGHTS_PREFIX + name,
         unavailable_reason=reason,
-        band=None if reason or site.windows is None else site.windows.band,
-        whole_rows=not reason and site.windows is not None and site.scores is not None,
+        band=None if reason else windows.band if windows is not None else of_operator,
+        whole_rows=not reason and of_operator is not None,
     )

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.base.sites import FoundSite
+from attnserve_server.conversion.base.sites import FoundSite, Probabilities, Scores
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import read_graph
 from attnserve_server.model.batching import Ruling, rulings
@@ -256,17 +256,16 @@ def _symbol(name: str) -> str:
 
 def _axes(site: FoundSite, symbols: Collection[str]) -> tuple[str, str]:
     """Return the symbols of the query and the key axis; empty where the file does not name them."""
-    if site.scores is not None:
-        query, key = site.scores.query, site.scores.key
-        return (
-            _axis(query.value, 1 if query.packed else 2, symbols),
-            _axis(key.value, 1 if key.packed else 2, symbols),
-        )
-    own = site.probabilities
-    if own is None or not own.query_axes:
-        return "", ""
-    nearest = min(own.query_axes, key=lambda place: abs(place - own.key_axis))
-    return _axis(own.value, nearest, symbols), _axis(own.value, own.key_axis, symbols)
+    match site.attention:
+        case Scores(query=query, key=key):
+            return (
+                _axis(query.value, 1 if query.packed else 2, symbols),
+                _axis(key.value, 1 if key.packed else 2, symbols),
+            )
+        case Probabilities(weights=weights, key_axis=key_axis, query_axes=query_axes):
+            nearest = min(query_axes, key=lambda place: abs(place - key_axis))
+            return _axis(weights, nearest, symbols), _axis(weights, key_axis, symbols)
+    return "", ""
 
 
 def _axis(value: ir.Value, place: int, symbols: Collection[str]) -> str:

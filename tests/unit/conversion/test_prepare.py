@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 import pytest
 from attention_graphs import Case
+from attnserve_server.conversion.assemble import Assembled
 from attnserve_server.conversion.base.errors import BuildRefused, CheckFailed
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.runtime import Runner
-from attnserve_server.conversion.verify import self_check as room
 from attnserve_server.model.manifest import AxisSpec, InputRole
 from attnserve_server.model.repository import Bundle, Repository, verify
 from attnserve_server.model.tokenizer import TokenizerInvalid
@@ -297,7 +297,7 @@ def test_external_data_from_elsewhere_is_refused(way: str, tmp_path: Path) -> No
 
 
 def test_check_that_sees_wrong_weights_writes_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "product_errors", lambda *arguments: {"attention_0": 0.5})
+    monkeypatch.setattr(Assembled, "product_errors", lambda *arguments: {"attention_0": 0.5})
     with pytest.raises(CheckFailed, match=r"attention weights differ .* by 0\.5.*no bundle was written"):
         prepared(encoder(), tmp_path)
     assert not (tmp_path / "models").exists()

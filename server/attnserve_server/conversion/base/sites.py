@@ -1,7 +1,19 @@
-"""What a site finder says about a site: the values that its weights are computed from. Finds and changes nothing."""
+"""The types that describe an attention site in a graph: what a finder found, and what runs of the graph taught.
+
+A finder returns `FoundSite`s. `FoundSite.attention` is one of four cases:
+
+    Scores         the operator computes the weights inside; a tap computes them again from query and key
+    Probabilities  the graph has the weights as a value; a tap reads it
+    Linear         the weights are only implied by two feature maps; a tap computes them from these
+    Untappable     no tap gives the weights; it holds the reason
+
+The axes of `Probabilities`, and their windows, follow from runs of the graph: `Learnt` holds them. It names values and
+refers to none, so that it holds for every copy of the graph. This module reads and changes no graph.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +24,7 @@ from attnserve_server.model.bands import BandSpec
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Some columns of a value, from `start` to before `stop` of its last axis."""
+    """Columns of a value, from `start` to before `stop` of its last axis."""
 
     value: ir.Value
     start: int
@@ -21,9 +33,9 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """How integers stand for numbers: (value - zero) * scale for a projection's input and for its weights.
+    """Scales and zero points of a quantized projection: a number is (integer - zero) * scale.
 
-    Scales and zeros of the weights may be one for all, or one for each column; a zero that is None is 0.
+    Scale and zero point of the weights are one number, or one for each column. A zero point that is None is 0.
     """
 
     input_scale: ir.Value
@@ -34,10 +46,10 @@ class Quantized:
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Rotation of each head's first 2 * R numbers by the angles of its position, R being the width of the tables.
+    """Rotation of the first 2 * R numbers of each head by the angles of its position; R is the width of the tables.
 
-    The position of row t is `first` (a value whose first number counts; None: 0) plus t. `interleaved`: neighbours make
-    a pair; else the first half with the second. Source: Su et al. 2021, eq. 34.
+    Row t has the position t plus the first number of `first` (None: 0). With `interleaved`, neighbours form a pair;
+    else a number of the first half and its counterpart in the second. Source: Su et al. 2021, eq. 34.
     """
 
     cos: ir.Value
@@ -48,13 +60,14 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A value that carries heads: (B, H, T, D), or, when `packed`, (B, T, H * D).
+    """A value that holds heads: (B, H, T, D), or, when `packed`, (B, T, H * D).
 
-    What the operator itself does to the value before it is that, in this order: multiplies it with `weights`, a matrix
-    that serves several operands (integers, as the value is, where there is `quantized`); takes `columns` of its last
-    axis (start, stop), or of (B, T, H, parts, D) one `part`; adds `bias`, (H * D,); rotates it.
+    The operator may compute the operand from the value. It then does so in this order: it multiplies the value by
+    `weights`, a matrix that several operands share (with `quantized`, both are integers); it takes `columns` (start,
+    stop) of the last axis, or one `part` of (B, T, H, parts, D); it adds `bias`, (H * D,); it applies `rotary`.
 
-    `order`, where it is set: which axes of the value are B, H (not there where there is one head), T and D.
+    `order`, where it is set, lists the axes of the value that are B, H, T and D. It has no H where there is one head
+    without an axis.
     """
 
     value: ir.Value
@@ -70,7 +83,7 @@ class Operand:
 
     @property
     def plain(self) -> bool:
-        """Whether the value is the operand as it stands."""
+        """Whether the operator uses the value as it is."""
         return not (self.weights or self.columns or self.part is not None or self.bias or self.rotary)
 
 
@@ -78,8 +91,8 @@ class Operand:
 class Mask:
     """A mask or bias that broadcasts to (B, H, L, S) from the right.
 
-    A boolean one keeps where it is true; any other is added to the scores after softcap, and masks where it is not
-    above `masked_up_to` (None: half the lowest number of its type).
+    A boolean mask keeps keys where it is true. Any other is added to the scores after softcap, and hides a key where
+    it is not above `masked_up_to` (None: half the lowest number of its type).
     """
 
     value: ir.Value
@@ -90,11 +103,11 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class KeyPadding:
-    """Integers that say which keys count; `filter_value` is added to the scores of the others.
+    """Integers that mark the keys that count; `filter_value` is added to the scores of the others.
 
-    By rank: 1, the first B are ends of each row's keys (exclusive), and of 2 * B numbers the second half are starts;
-    2, (B, S), above 0 for keys that count; 3, (B, L, S) likewise; 4, (B, 1, M, M), of which the first L rows and S
-    columns are used.
+    By rank: 1, the first B numbers are the ends of each row's keys (exclusive), and of 2 * B numbers the second half
+    are starts; 2, (B, S), above 0 for keys that count; 3, (B, L, S) likewise; 4, (B, 1, M, M), of which the first L
+    rows and S columns are used.
     """
 
     value: ir.Value
@@ -104,31 +117,37 @@ class KeyPadding:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How a site's scores come about: softcap(query @ key^T * scale) + masks, then softmax over the keys.
+    """Attention inside one operator: weights = softmax(softcap(query @ key^T * scale) + masks) over the keys.
 
-    Heads of the query are grouped in order over the heads of the key. `causal`: query i sees keys up to i, counted
-    from the first of both; `window`: of those the last so many (0: all); `ahead`: query i sees keys up to i + ahead
-    (None: all). `key_ends`, B numbers of int32 in any shape, such as (B,) or (B, 1): keys up to and with that position
-    count, and so do, under a window, queries.
+    Heads of the query are grouped in order over the heads of the key. `value` and `output` let a check compare
+    weights @ value with the operator's own output.
 
-    `zeroed`: a row in which every key is masked is 0. Where it is False, masks are merely added, and such a row is what
-    softmax makes of it; and the frontier of `causal` leaves out the last query, as onnxruntime's kernel does (which
+    `causal`: query i sees keys up to i, both counted from the first; `window`: of those the last so many (0: all);
+    `ahead`: query i sees keys up to i + ahead (None: all). `band` states both ends in closed form, where there are
+    two. `key_ends`, B numbers of int32 in any shape, such as (B,) or (B, 1): keys up to and with that position count,
+    and so do, under a window, queries.
+
+    `zeroed`: a row in which every key is masked is 0. Where it is False, masks are only added, and such a row is what
+    softmax makes of it; the frontier of `causal` then leaves out the last query, as onnxruntime's kernel does (which
     matters only where keys outnumber queries).
 
     `sink`: a score beside those of the keys, one for each head, (H,), or one for all. It takes a share of the softmax,
-    and rows of the weights of the keys sum to less than 1.
+    so that rows of the keys' weights sum to less than 1.
 
     Source: ONNX operators, Attention-23; for the others, onnxruntime's own CPU kernels.
     """
 
     query: Operand
     key: Operand
+    value: Operand
+    output: Operand
     head_dim: int
     scale: float
     softcap: float = 0.0
     causal: bool = False
     window: int = 0
     ahead: int | None = None
+    band: BandSpec | None = None
     masks: tuple[Mask | KeyPadding, ...] = ()
     key_ends: ir.Value | None = None
     zeroed: bool = True
@@ -136,64 +155,38 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Factor:
-    """One meaning of an axis: what it counts, and how many there are (None: as many as the inputs make it).
-
-    A folded axis has several, the slowest first: (batch, head) is batch-major. `window` counts windows, or chunks, that
-    queries are cut into; the queries of all windows, in order, are the site's queries.
-    """
-
-    role: Literal["batch", "head", "window", "query", "key", "one"]
-    extent: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Probabilities:
-    """The weights of a site as the graph itself has them, after softmax and whatever guards follow it.
+    """Attention in single operators, of which one value has the weights, after softmax and the guards that follow it.
 
-    `key_axis` is the axis of `value`, counted from the end, that softmax runs over. What its other axes are (batch,
-    heads, queries, or several of them folded into one) is learnt by running the graph; `axes` is empty before.
-
-    `product` multiplies them with the site's value; they are its operand at `position`. `query_axes` are those axes of
-    `value`, counted from the end, that the product does not share with the site's value: queries, and query heads that
-    share a key head. `scores` are the nodes that multiply queries and keys. `whole`: rows sum to 1, since nothing
-    between softmax and product takes any weight away. `ambiguous`: what counts as heads may be windows, since
-    the queries follow no axis of the inputs (`queries`), or the keys do not either (`all`).
+    Attributes:
+        weights: the weights, in a layout that only runs of the graph tell (`Layout`).
+        key_axis: the axis of `weights`, counted from the end, that softmax runs over.
+        product: the node that multiplies `weights` with `value`.
+        position: which operand of `product` the weights are, 0 or 1.
+        value: the other operand, in floating point.
+        output: the result of `product`, in floating point.
+        query_axes: the axes of `weights`, counted from the end, that `value` does not share: queries, and query heads
+            that share a key head.
+        scores: the nodes that multiply queries and keys.
+        whole: whether rows sum to 1, because no node between softmax and product takes any weight away.
     """
 
-    value: ir.Value
+    weights: ir.Value
     key_axis: int
-    axes: tuple[tuple[Factor, ...], ...] = ()
-    product: ir.Node | None = None
-    position: int = 0
-    query_axes: tuple[int, ...] = ()
-    scores: tuple[ir.Node, ...] = ()
+    product: ir.Node
+    position: int
+    value: ir.Value
+    output: ir.Value
+    query_axes: tuple[int, ...]
+    scores: tuple[ir.Node, ...]
     whole: bool = True
-    ambiguous: Literal["", "queries", "all"] = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """What a site's windows are of the sequences: learnt by running the graph, once its weights' axes are.
-
-    Where the weights come from `scores`, the operator says it, and `band` is all there is to know: rows are whole.
-    `order`: which of the rows of all windows, in order, is each query's, where they stand in another order than the
-    queries; else rows are the queries' own, and end with the second axis of the value named `anchor`. `key` is the axis
-    symbol of the keys, or how many there always are. `causal`: no query was seen to look past itself.
-    """
-
-    band: BandSpec
-    anchor: str = ""
-    key: str | int = ""
-    order: tuple[int, ...] = ()
-    causal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a feature map makes of queries or keys. `order`: which axes of the value are B, H, T and the features.
+    """A feature map of queries or keys. `order`: which axes of the value are B, H, T and the features.
 
-    Three places where there is a single head, which has no axis.
+    `order` has no H where there is a single head, which has no axis.
     """
 
     value: ir.Value
@@ -202,50 +195,143 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """The weights that linear attention implies: products of features, each row divided by its sum over the keys."""
+    """Linear attention, which implies weights: products of features, each row divided by its sum over the keys.
+
+    `value` and `output` let a check compare weights @ value with the graph's own output.
+    """
 
     query: Features
     key: Features
+    value: Operand
+    output: Operand
+
+
+@dataclass(frozen=True, slots=True)
+class Untappable:
+    """Attention that no tap can be added to. `reason` completes "site ... gives no weights: ..."."""
+
+    reason: str
+
+
+Tappable = Scores | Probabilities | Linear
+"""Attention that a tap can be added to."""
+
+
+def value_and_output(attention: Tappable) -> tuple[ir.Value, ir.Value]:
+    """Return the value that weights multiply and the site's own result: a check compares weights @ value with it."""
+    if isinstance(attention, Probabilities):
+        return attention.value, attention.output
+    return attention.value.value, attention.output.value
 
 
 @dataclass(frozen=True, slots=True)
 class FoundSite:
-    """A site in a graph.
-
-    Its weights come from `scores`, where its operator keeps them to itself, from `probabilities`, where the graph has
-    them, or from `linear`, where nothing has them and they are merely implied; all are None where the site cannot be
-    tapped, and `unavailable_reason` says why. `value` and `output`, where the graph has them, let a check compare
-    weights @ value with what the graph itself computes. `heads` and `kv_heads` are 0 where only running the graph
-    tells them.
-    """
+    """A site as its finder found it. `heads` and `kv_heads` are 0 where only a run of the graph tells them."""
 
     node: ir.Node
     operator: str
     heads: int
     kv_heads: int
     head_dim: int
+    attention: Tappable | Untappable
     form: Literal["dense", "windowed", "linear"] = "dense"
     causal: bool = False
-    scores: Scores | None = None
-    probabilities: Probabilities | None = None
-    linear: Linear | None = None
-    windows: Windows | None = None
-    value: Operand | None = None
-    output: Operand | None = None
-    unavailable_reason: str = ""
 
     @property
     def tappable(self) -> bool:
-        """Whether its weights can be had."""
-        return self.scores is not None or self.probabilities is not None or self.linear is not None
+        """Whether a tap can give its weights."""
+        return not isinstance(self.attention, Untappable)
+
+    @property
+    def unavailable_reason(self) -> str:
+        """Why no tap can give its weights; empty where one can."""
+        return self.attention.reason if isinstance(self.attention, Untappable) else ""
 
     @property
     def rows_sum_to_one(self) -> bool:
-        """Whether rows of weights sum to 1 (or are 0), but for float32's rounding.
+        """Whether rows of weights sum to 1 (or are 0), apart from float32's rounding.
 
-        Nothing in softmax or behind it takes any weight away, nor is any less precise.
+        False where a node behind softmax takes weight away, or the graph holds the weights in less than float32.
         """
-        if self.scores is not None:
-            return self.scores.sink is None
-        own = self.probabilities
-        return own is None or (own.whole and own.value.dtype is ir.DataType.FLOAT)
+        match self.attention:
+            case Scores(sink=sink):
+                return sink is None
+            case Probabilities(weights=weights, whole=whole):
+                return whole and weights.dtype is ir.DataType.FLOAT
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One meaning of an axis: what it counts, and how many there are (None: the inputs decide).
+
+    A folded axis has several factors, the slowest first: (batch, head) is batch-major. `window` counts windows, or
+    chunks, that queries are cut into; the queries of all windows, in order, are the site's queries.
+    """
+
+    role: Literal["batch", "head", "window", "query", "key", "one"]
+    extent: int | None = None
+
+
+WeightAxes = tuple[tuple[Factor, ...], ...]
+"""The factors of each axis of a value that holds a site's weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the axes of a site's own weights are.
+
+    Attributes:
+        axes: the factors of each axis of `Probabilities.weights`.
+        kv_heads: the heads that the value has for itself.
+        head_dim: numbers of each head.
+        ambiguous: whether the axes that seem to be heads may be windows, since the queries follow no axis of the
+            inputs (`queries`), or the keys do not either (`all`).
+    """
+
+    axes: WeightAxes
+    kv_heads: int
+    head_dim: int
+    ambiguous: Literal["", "queries", "all"] = ""
+
+    @property
+    def heads(self) -> int:
+        """Heads of the query."""
+        return heads_in(self.axes)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether queries are cut into windows."""
+        return any(factor.role == "window" for factors in self.axes for factor in factors)
+
+
+def heads_in(axes: WeightAxes) -> int:
+    """How many heads the axes of weights hold."""
+    return math.prod(factor.extent or 1 for factors in axes for factor in factors if factor.role == "head")
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Which query each row of a windowed site's own weights belongs to, and which key each column stands for.
+
+    Attributes:
+        band: the key of each column, in closed form.
+        anchor: the name of a value (B, L, C); L is the number of queries. Rows beyond are padding.
+        key: the axis symbol of the keys, or their fixed number.
+        order: the row of each query among the rows of all windows, where rows stand in another order; else empty.
+        causal: whether no run showed a query that looks past itself.
+    """
+
+    band: BandSpec
+    anchor: str
+    key: str | int
+    order: tuple[int, ...] = ()
+    causal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What runs of the graph taught about a site with `Probabilities`. `windows` is None where it has none."""
+
+    layout: Layout
+    windows: Windows | None = None

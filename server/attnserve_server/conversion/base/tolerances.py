@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from attnserve_server.conversion.base.errors import CheckFailed
-from attnserve_server.conversion.base.sites import FoundSite, Operand
+from attnserve_server.conversion.base.sites import Linear, Operand, Scores
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import CheckReport
 
@@ -67,22 +67,20 @@ def row_sum_error(weights: Array) -> float:
     return float(np.abs(np.where(weights.any(axis=-1), sums, 1.0) - 1.0).max(initial=0.0))
 
 
-def product_error(site: FoundSite, weights: Array, value: Array, output: Array) -> float:
+def product_error(attention: Scores | Linear, weights: Array, value: Array, output: Array) -> float:
     """The greatest difference of weights @ value from the operator's own output, over rows that are not fully masked.
 
     In parts of the greatest value, where that is beyond 1: rounding grows with it, and errors of weights do too.
 
     Args:
-        site: has the layout of both.
+        attention: has the layout of both.
         weights: (B, H, L, S).
         value: as the graph has it.
         output: as the graph has it.
     """
-    assert site.value is not None
-    assert site.output is not None
-    values = _heads_first(value, site.value)
-    own = _heads_first(output, site.output)
-    values = np.repeat(values, site.heads // site.kv_heads, axis=1)
+    values = _heads_first(value, attention.value)
+    own = _heads_first(output, attention.output)
+    values = np.repeat(values, attention.output.heads // attention.value.heads, axis=1)
     product = weights.astype(np.float64) @ values
     seen = weights.any(axis=-1, keepdims=True)
     return float(np.abs(np.where(seen, product - own, 0.0)).max(initial=0.0)) / max(1.0, float(np.abs(values).max()))

@@ -20,7 +20,6 @@ from attnserve_server.conversion.check.findings import BundleCheck, Finding
 from attnserve_server.conversion.check.recertify import certificate_findings, write_certified
 from attnserve_server.conversion.graphs.reading import read_graph
 from attnserve_server.conversion.inputs.signature import Signature, signature_of
-from attnserve_server.conversion.learning.products import product_errors
 from attnserve_server.conversion.precision.quality import COSINE_FLOOR, COSINE_TARGET
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import Runner
@@ -255,7 +254,7 @@ def _weights(opened: Opened, names: list[str]) -> list[Finding]:
     found = opened.runner.run(feeds, list(outputs.values()))
     weights = {name: found[output] for name, output in outputs.items()}
     sums = [row_sum_error(own) for name, own in weights.items() if opened.again.found[name].rows_sum_to_one]
-    errors = product_errors(opened.again.checker, opened.again.found, weights, feeds)
+    errors = opened.again.product_errors(weights, feeds)
     worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
     return [
         Finding.of("sums of attention rows", max(sums, default=0.0), opened.tolerances.row_sum),

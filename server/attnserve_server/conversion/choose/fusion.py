@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from attnserve_server.conversion.assemble import Assembled, assemble
 from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.base.sites import Scores
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.base.tolerances import Tolerances
 from attnserve_server.conversion.choose.comparing import Beside, Feeds, compared, tappable_sites, timed, workloads
@@ -107,10 +108,10 @@ def tried(candidate: Fused, proto: onnx.ModelProto, source: Runner, sampler: Sam
 def _batched(proto: onnx.ModelProto, feeds: Feeds, path: Path) -> bool:
     """Whether each fused operator's first axis is the batch, without which its weights belong to nobody."""
     model = ir.from_proto(proto)
-    sites = [site for site in find_sites(model.graph).values() if site.scores is not None]
-    expose(model, sites)
+    sites = find_sites(model.graph).values()
+    expose(model, [site for site in sites if isinstance(site.attention, Scores)])
     save(model, path)
-    names = [str(site.output.value.name) for site in sites if site.output is not None]
+    names = [str(site.attention.output.value.name) for site in sites if isinstance(site.attention, Scores)]
     found = Runner(path).run(feeds, names, tap=False)
     rows = len(next(iter(feeds.values())))
     return all(found[name].shape[0] == rows for name in names)

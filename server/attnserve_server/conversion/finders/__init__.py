@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import FoundSite
+from attnserve_server.conversion.base.sites import FoundSite, Probabilities
 from attnserve_server.conversion.finders import (
     decomposed,
     linear,
@@ -41,3 +41,9 @@ def find_sites(graph: ir.Graph, finders: Iterable[Finder] = FINDERS) -> dict[str
             claimed.setdefault(site.node, site)
     ordered = [claimed[node] for node in graph.all_nodes() if node in claimed]
     return dict(zip(site_names([site.node for site in ordered]), ordered, strict=True))
+
+
+def find_probabilities(graph: ir.Graph) -> dict[str, Probabilities]:
+    """Return the sites whose weights the graph has as a value, by name."""
+    sites = find_sites(graph)
+    return {name: own for name, site in sites.items() if isinstance(own := site.attention, Probabilities)}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import FoundSite, Operand, Probabilities
+from attnserve_server.conversion.base.sites import FoundSite, Probabilities, Untappable
 from attnserve_server.conversion.finders.decomposed_products import Product, mixes_heads
 from attnserve_server.conversion.finders.decomposed_softmax import Softmax, softmaxes
 from attnserve_server.conversion.finders.decomposed_walk import (
@@ -72,16 +72,16 @@ def find(graph: ir.Graph) -> Iterator[FoundSite]:
             found[at] = _joined(found[at], site) if at in found else site
         elif scores and (reason := refused_sum(softmax.node.outputs[0], softmax.axis, dynamic)):
             operator = f"{scores[0].op_type}-{softmax.spelling}-Mul-ReduceSum"
-            found[softmax.node, 0] = FoundSite(softmax.node, operator, 0, 0, 0, unavailable_reason=reason)
+            found[softmax.node, 0] = FoundSite(softmax.node, operator, 0, 0, 0, Untappable(reason))
     yield from found.values()
 
 
 def _joined(site: FoundSite, other: FoundSite) -> FoundSite:
     """A site whose weights are made of those of two softmaxes."""
-    if site.probabilities is None or other.probabilities is None:
-        return site if site.probabilities is None else other
-    scores = (*site.probabilities.scores, *other.probabilities.scores)
-    return replace(site, probabilities=replace(site.probabilities, scores=scores, whole=False))
+    one, two = site.attention, other.attention
+    if not isinstance(one, Probabilities) or not isinstance(two, Probabilities):
+        return other if isinstance(one, Probabilities) else site
+    return replace(site, attention=replace(one, scores=(*one.scores, *two.scores), whole=False))
 
 
 def _score_products(softmax: Softmax, dynamic: set[ir.Value]) -> list[ir.Node]:
@@ -177,27 +177,20 @@ def _site(softmax: Softmax, scores: list[ir.Node], contractions: list[_Contracti
     heads, kv_heads = _heads(first)
     reason = softmax.refused or _reason(softmax, contractions, graph)
     if reason:
-        return FoundSite(softmax.node, operator, heads, kv_heads, head_dim, unavailable_reason=reason)
+        return FoundSite(softmax.node, operator, heads, kv_heads, head_dim, Untappable(reason))
     assert first.axis is not None
-    kept = first.product.kept(first.position)
-    return FoundSite(
-        softmax.node,
-        operator,
-        heads,
-        kv_heads,
-        head_dim,
-        probabilities=Probabilities(
-            first.weights,
-            first.axis,
-            product=first.product.node,
-            position=first.position,
-            query_axes=kept,
-            scores=tuple(scores),
-            whole=first.whole,
-        ),
-        value=Operand(first.value, kv_heads, packed=False),
-        output=Operand(first.product.floating_output(), heads, packed=False),
+    probabilities = Probabilities(
+        first.weights,
+        first.axis,
+        product=first.product.node,
+        position=first.position,
+        value=first.value,
+        output=first.product.floating_output(),
+        query_axes=first.product.kept(first.position),
+        scores=tuple(scores),
+        whole=first.whole,
     )
+    return FoundSite(softmax.node, operator, heads, kv_heads, head_dim, probabilities)
 
 
 def _reason(softmax: Softmax, contractions: list[_Contraction], graph: ir.Graph) -> str:

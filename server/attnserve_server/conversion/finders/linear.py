@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import Features, FoundSite, Linear, Operand
+from attnserve_server.conversion.base.sites import Features, FoundSite, Linear, Operand, Untappable
 from attnserve_server.conversion.finders.decomposed_walk import axes_of, constant_ints
 from attnserve_server.conversion.finders.linear_terms import Contraction, Term, contraction
 
@@ -229,26 +229,18 @@ def _site(node: ir.Node, summary: _Summary) -> FoundSite:
     heads = extents.get(head, 0) if head else 1
     head_dim = extents.get(summary.feature, 0)
     if not heads:
-        return FoundSite(
-            node, _OPERATOR, 1, 1, head_dim, form="linear", unavailable_reason="its number of heads is not in the graph"
-        )
+        reason = Untappable("its number of heads is not in the graph")
+        return FoundSite(node, _OPERATOR, 1, 1, head_dim, reason, form="linear")
 
     def features(term: Term, position: str, last: str) -> Features:
         return Features(term.value, tuple(term.letters.index(letter) for letter in (batch, *head, position, last)))
 
     value = features(summary.value, summary.keys, summary.column)
     output = features(Term(node.outputs[0], summary.output), summary.rows, summary.column)
-    return FoundSite(
-        node,
-        _OPERATOR,
-        heads,
-        heads,
-        head_dim,
-        form="linear",
-        linear=Linear(
-            query=features(summary.query, summary.rows, summary.feature),
-            key=features(summary.key, summary.keys, summary.feature),
-        ),
+    attention = Linear(
+        query=features(summary.query, summary.rows, summary.feature),
+        key=features(summary.key, summary.keys, summary.feature),
         value=Operand(value.value, heads, packed=False, order=value.order),
         output=Operand(output.value, heads, packed=False, order=output.order),
     )
+    return FoundSite(node, _OPERATOR, heads, heads, head_dim, attention, form="linear")

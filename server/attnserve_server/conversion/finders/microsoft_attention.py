@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Quantized, Scores
+from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Quantized, Scores, Untappable
 from attnserve_server.conversion.finders.microsoft_nodes import (
     NotTappable,
     attention_bias,
@@ -62,6 +62,8 @@ def _site(node: ir.Node, graph: ir.Graph, places: _Places) -> FoundSite:
         scores = Scores(
             query=_operand(node, heads, 0, hidden),
             key=_operand(node, heads, hidden, 2 * hidden),
+            value=_operand(node, heads, 2 * hidden, 2 * hidden + value_hidden),
+            output=Operand(node.outputs[0], heads, packed=True),
             head_dim=head_dim,
             scale=node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(head_dim),
             causal=causal,
@@ -72,18 +74,8 @@ def _site(node: ir.Node, graph: ir.Graph, places: _Places) -> FoundSite:
             zeroed=False,
         )
     except NotTappable as why:
-        return FoundSite(node, operator, heads, heads, head_dim, causal=causal, unavailable_reason=str(why))
-    return FoundSite(
-        node,
-        operator,
-        heads,
-        heads,
-        head_dim,
-        causal=causal,
-        scores=scores,
-        value=_operand(node, heads, 2 * hidden, 2 * hidden + value_hidden),
-        output=Operand(node.outputs[0], heads, packed=True),
-    )
+        return FoundSite(node, operator, heads, heads, head_dim, Untappable(str(why)), causal=causal)
+    return FoundSite(node, operator, heads, heads, head_dim, scores, causal=causal)
 
 
 def _refuse_rotation(node: ir.Node) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import FoundSite, Operand, Rotary, Scores, Windows
+from attnserve_server.conversion.base.sites import FoundSite, Operand, Rotary, Scores, Untappable
 from attnserve_server.conversion.finders.microsoft_nodes import (
     NotTappable,
     attention_bias,
@@ -58,33 +58,26 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
         refuse_subgraph(node, graph)
         _refuse_what_no_tap_can_do(node)
         query, key, value = _operands(node, heads, kv_heads, head_dim)
+        window = max(node.attributes.get_int("local_window_size", -1), 0)
         scores = Scores(
             query=query,
             key=key,
+            value=value,
+            output=Operand(node.outputs[0], heads, packed=True),
             head_dim=head_dim,
             scale=node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(head_dim),
             softcap=node.attributes.get_float("softcap", 0.0),
             causal=causal,
-            window=max(node.attributes.get_int("local_window_size", -1), 0),
+            window=window,
+            band=SlidingBand(before=window - 1, after=0) if causal and window else None,
             masks=attention_bias(node, _BIAS, masked_up_to=float(np.finfo(np.float32).min)),
             key_ends=required(node, _LENGTHS, "seqlens_k"),
             sink=_sink(node),
         )
     except NotTappable as why:
-        return FoundSite(node, operator, heads, kv_heads, head_dim, causal=causal, unavailable_reason=str(why))
-    output = Operand(node.outputs[0], heads, packed=True)
+        return FoundSite(node, operator, heads, kv_heads, head_dim, Untappable(str(why)), causal=causal)
     return FoundSite(
-        node,
-        operator,
-        heads,
-        kv_heads,
-        head_dim,
-        form="windowed" if scores.window else "dense",
-        causal=causal,
-        scores=scores,
-        windows=Windows(SlidingBand(before=scores.window - 1, after=0)) if causal and scores.window else None,
-        value=value,
-        output=output,
+        node, operator, heads, kv_heads, head_dim, scores, form="windowed" if window else "dense", causal=causal
     )
 
 

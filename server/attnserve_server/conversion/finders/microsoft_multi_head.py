@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Scores
+from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Scores, Untappable
 from attnserve_server.conversion.finders.microsoft_nodes import (
     NotTappable,
     attention_bias,
@@ -54,6 +54,8 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
         scores = Scores(
             query=query,
             key=key,
+            value=value,
+            output=Operand(node.outputs[0], heads, packed=True),
             head_dim=head_dim,
             scale=node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(head_dim),
             causal=causal,
@@ -61,9 +63,8 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
             zeroed=False,
         )
     except NotTappable as why:
-        return FoundSite(node, operator, heads, heads, head_dim, causal=causal, unavailable_reason=str(why))
-    output = Operand(node.outputs[0], heads, packed=True)
-    return FoundSite(node, operator, heads, heads, head_dim, causal=causal, scores=scores, value=value, output=output)
+        return FoundSite(node, operator, heads, heads, head_dim, Untappable(str(why)), causal=causal)
+    return FoundSite(node, operator, heads, heads, head_dim, scores, causal=causal)
 
 
 def _operands(node: ir.Node, heads: int) -> tuple[Operand, Operand, Operand]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import FoundSite
+from attnserve_server.conversion.base.sites import FoundSite, Untappable
 from attnserve_server.conversion.finders.microsoft_nodes import nodes_of
 
 _TOKENS = "it works on the tokens of all sequences in one row: its first axis is not the batch"
@@ -36,4 +36,4 @@ def find(graph: ir.Graph) -> Iterator[FoundSite]:
         heads = max(node.attributes.get_int("num_heads", 1), 1)
         kv_heads = max(node.attributes.get_int("kv_num_heads", heads), 1)
         operator = f"com.microsoft.{node.op_type}-1"
-        yield FoundSite(node, operator, heads, kv_heads, 0, unavailable_reason=_REASONS[node.op_type])
+        yield FoundSite(node, operator, heads, kv_heads, 0, Untappable(_REASONS[node.op_type]))

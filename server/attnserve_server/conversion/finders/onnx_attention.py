@@ -12,7 +12,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import FoundSite, Mask, Operand, Scores, Windows
+from attnserve_server.conversion.base.sites import FoundSite, Mask, Operand, Scores, Untappable
 from attnserve_server.model.bands import SlidingBand
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -47,33 +47,21 @@ def _site(node: ir.Node, graph: ir.Graph, version: int) -> FoundSite:
         scores = Scores(
             query=query,
             key=key,
+            value=Operand(_input(node, 2), kv_heads, query.packed),
+            output=Operand(node.outputs[0], heads, query.packed),
             head_dim=head_dim,
             scale=node.attributes.get_float("scale", 1.0 / math.sqrt(head_dim)),
             softcap=node.attributes.get_float("softcap", 0.0),
             causal=causal,
             window=_window(node, "left") + 1,
             ahead=_window(node, "right") if _window(node, "right") >= 0 else None,
+            band=_band(node, causal=causal),
             masks=_masks(node),
         )
     except _NotTappable as why:
-        return FoundSite(
-            node, operator, heads, kv_heads, head_dim, form=_form(node), causal=causal, unavailable_reason=str(why)
-        )
-    value = Operand(_input(node, 2), kv_heads, query.packed)
-    output = Operand(node.outputs[0], heads, query.packed)
-    return FoundSite(
-        node,
-        operator,
-        heads,
-        kv_heads,
-        head_dim,
-        form=_form(node),
-        causal=causal,
-        scores=scores,
-        windows=_windows(node, causal=causal),
-        value=value,
-        output=output,
-    )
+        reason = Untappable(str(why))
+        return FoundSite(node, operator, heads, kv_heads, head_dim, reason, form=_form(node), causal=causal)
+    return FoundSite(node, operator, heads, kv_heads, head_dim, scores, form=_form(node), causal=causal)
 
 
 def _form(node: ir.Node) -> Literal["dense", "windowed"]:
@@ -89,10 +77,10 @@ def _window(node: ir.Node, side: str) -> int:
     return node.attributes.get_int(f"{side}_window_size", -1)
 
 
-def _windows(node: ir.Node, *, causal: bool) -> Windows | None:
+def _band(node: ir.Node, *, causal: bool) -> SlidingBand | None:
     """The band, where there is an end to it on both sides."""
     before, after = _window(node, "left"), 0 if causal else _window(node, "right")
-    return Windows(SlidingBand(before=before, after=after)) if before >= 0 and after >= 0 else None
+    return SlidingBand(before=before, after=after) if before >= 0 and after >= 0 else None
 
 
 def _refuse_what_no_tap_can_do(node: ir.Node, graph: ir.Graph, query: Operand, key: Operand) -> None:

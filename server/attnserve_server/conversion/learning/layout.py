@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from attnserve_server.conversion.base.sites import Factor, FoundSite, Operand, Probabilities
+from attnserve_server.conversion.base.sites import Factor, Layout, Probabilities, Untappable, WeightAxes, heads_in
 from attnserve_server.conversion.finders.decomposed_products import Product
 from attnserve_server.conversion.learning.layout_runs import ORDER, Runs, fixed_keys, lengthen, run_all
 from attnserve_server.conversion.probing.feeds import Sampler
@@ -24,99 +24,61 @@ _SAME = 1e-3
 KEYS_OF_ALL_ROWS = "its keys follow the batch"
 """Why a site is not understood whose queries look at keys of other rows."""
 
-Axes = tuple[tuple[Factor, ...], ...]
-
 
 class _NotUnderstood(Exception):
     """What about a layout is not known."""
 
 
-def settle(
+def layouts_of(
     runner: Runner,
     sampler: Sampler,
-    sites: Mapping[str, FoundSite],
+    sites: Mapping[str, Probabilities],
     lengths: tuple[Mapping[str, int], Mapping[str, int]],
-) -> dict[str, FoundSite]:
-    """The sites with the axes of their probabilities, or with the reason why those are not understood.
+) -> dict[str, Layout | Untappable]:
+    """Return for each site what the axes of its weights are, or the reason why they are not understood.
 
     Args:
-        runner: a graph that gives every site's probabilities, value and output.
-        sampler: makes sequences for it.
-        sites: all sites; those without probabilities are passed on as they are.
+        runner: a graph whose outputs include every site's weights and value.
+        sampler: draws sequences for it.
+        sites: the sites' own weights, by the site's name.
         lengths: two sets of lengths, in which no symbol has the same length.
 
     Raises:
         BuildRefused: the graph does not run on such lengths.
     """
-    names = {name: _names(site) for name, site in sites.items() if site.probabilities is not None}
-    if not names:
-        return dict(sites)
+    names = {name: (str(own.weights.name), str(own.value.name)) for name, own in sites.items()}
     fetches = sorted({value for pair in names.values() for value in pair})
     runs = run_all(runner, sampler, lengths, fetches)
     suspects = {
-        weights: keys
-        for name, (weights, _) in names.items()
-        if (keys := fixed_keys(sites[name].probabilities, runs[weights]))
+        weights: keys for name, (weights, _) in names.items() if (keys := fixed_keys(sites[name], runs[weights]))
     }
     if suspects and lengths[0]:
         lengthen(runner, sampler, runs, suspects)
-    settled = dict(sites)
-    for name, (weights, value) in names.items():
-        settled[name] = _settled(sites[name], runs[weights], runs[value].base)
-    return settled
+    return {name: _layout(sites[name], runs[weights], runs[value].base) for name, (weights, value) in names.items()}
 
 
-def _names(site: FoundSite) -> tuple[str, str]:
-    assert site.probabilities is not None
-    assert site.value is not None
-    weights, value = site.probabilities.value.name, site.value.value.name
-    assert weights is not None
-    assert value is not None
-    return weights, value
-
-
-def _settled(site: FoundSite, weights: Runs, value: Array) -> FoundSite:
-    assert site.probabilities is not None
-    assert site.value is not None
-    assert site.output is not None
+def _layout(site: Probabilities, weights: Runs, value: Array) -> Layout | Untappable:
     try:
-        axes = _axes(weights, site.probabilities.key_axis, site.probabilities.query_axes)
+        axes = _axes(weights, site.key_axis, site.query_axes)
         if weights.turned is not None:
             axes = _in_order(axes, weights.base, weights.turned)
     except _NotUnderstood as why:
-        return replace(site, probabilities=None, unavailable_reason=str(why))
-    own = replace(site.probabilities, axes=axes, ambiguous=_ambiguous(weights, axes))
-    if any(factor.role == "window" for factors in axes for factor in factors):
-        # Which query each row of a window is, and which key each column, is `windows`' to find out.
-        return replace(
-            site,
-            form="windowed",
-            heads=_count(axes, "head"),
-            kv_heads=_count(axes, "head"),
-            head_dim=site.head_dim or value.shape[-1],
-            probabilities=own,
-        )
-    heads = _count(axes, "head")
-    kv_heads = _kv_heads(axes, weights.base.shape, value, site.probabilities)
-    return replace(
-        site,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=site.head_dim or value.shape[-1],
-        probabilities=own,
-        value=Operand(site.value.value, kv_heads, packed=False),
-        output=Operand(site.output.value, heads, packed=False),
-    )
+        return Untappable(str(why))
+    layout = Layout(axes, kv_heads=heads_in(axes), head_dim=value.shape[-1], ambiguous=_ambiguous(weights, axes))
+    if layout.windowed:
+        # `learning.windows` finds out which query each row of a window is, and which key each column.
+        return layout
+    return replace(layout, kv_heads=_kv_heads(axes, weights.base.shape, value, site))
 
 
-def _ambiguous(runs: Runs, axes: Axes) -> Literal["", "queries", "all"]:
+def _ambiguous(runs: Runs, axes: WeightAxes) -> Literal["", "queries", "all"]:
     """Whether heads may be windows: there are several, and queries, or keys too, follow no axis of the inputs."""
-    if _count(axes, "head") == 1 or _follows(runs, axes, "query"):
+    if heads_in(axes) == 1 or _follows(runs, axes, "query"):
         return ""
     return "queries" if _follows(runs, axes, "key") else "all"
 
 
-def _follows(runs: Runs, axes: Axes, role: Literal["query", "key"]) -> bool:
+def _follows(runs: Runs, axes: WeightAxes, role: Literal["query", "key"]) -> bool:
     """Whether an axis of the weights is as long as one of the inputs."""
     place = next(place for place, factors in enumerate(axes) if factors[0].role == role)
     extents = runs.base.shape[place], runs.longer.shape[place]
@@ -124,7 +86,7 @@ def _follows(runs: Runs, axes: Axes, role: Literal["query", "key"]) -> bool:
     return any(extents == (short[symbol], long[symbol]) for symbol in short)
 
 
-def _axes(runs: Runs, key_axis: int, query_axes: tuple[int, ...]) -> Axes:
+def _axes(runs: Runs, key_axis: int, query_axes: tuple[int, ...]) -> WeightAxes:
     """The factors of every axis; a fold with the batch has the batch first, which is only a guess."""
     rank = runs.base.ndim
     if {runs.fewer.ndim, runs.longer.ndim} != {rank}:
@@ -206,7 +168,7 @@ def _rest(extents: tuple[int, int], *, folded: bool) -> tuple[Factor, ...]:
     return (Factor("head" if folded else "window", extents[0]),)
 
 
-def _in_order(axes: Axes, base: Array, turned: Array) -> Axes:
+def _in_order(axes: WeightAxes, base: Array, turned: Array) -> WeightAxes:
     """The axes with batch and heads in the order that explains how weights move with the rows of the batch."""
     at = next(place for place, factors in enumerate(axes) if factors[0].role == "batch")
     orders = [axes[at]] if len(axes[at]) == 1 else [axes[at], axes[at][::-1]]
@@ -225,15 +187,8 @@ def _error(order: tuple[Factor, ...], base: Array, turned: Array) -> float:
     return float(np.abs(np.nan_to_num(difference)).max(initial=0.0))
 
 
-def _count(axes: Axes, role: str) -> int:
-    return int(
-        np.prod([factor.extent or 1 for factors in axes for factor in factors if factor.role == role], dtype=int)
-    )
-
-
-def _kv_heads(axes: Axes, weights: tuple[int, ...], value: Array, probabilities: Probabilities) -> int:
+def _kv_heads(axes: WeightAxes, weights: tuple[int, ...], value: Array, probabilities: Probabilities) -> int:
     """Heads that the value has for itself: those that it shares with the weights, without its repetitions of them."""
-    assert probabilities.product is not None
     product = Product.of(probabilities.product)
     assert product is not None
     heads = 1

@@ -58,9 +58,9 @@ def run_all(
     }
 
 
-def fixed_keys(probabilities: Probabilities | None, runs: Runs) -> int:
+def fixed_keys(probabilities: Probabilities, runs: Runs) -> int:
     """How many keys there are, where that is the same for both lengths; else 0."""
-    if probabilities is None or runs.base.ndim != runs.longer.ndim:
+    if runs.base.ndim != runs.longer.ndim:
         return 0
     keys = {each.shape[probabilities.key_axis] for each in (runs.base, runs.longer)}
     return keys.pop() if len(keys) == 1 else 0
@@ -73,7 +73,7 @@ def lengthen(runner: Runner, sampler: Sampler, runs: dict[str, Runs], suspects: 
     it was seen to do.
 
     Args:
-        runner: as for `settle`.
+        runner: as for `layouts_of`.
         sampler: likewise.
         runs: written to.
         suspects: how many keys there are, by the name of the weights.

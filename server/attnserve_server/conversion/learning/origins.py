@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import FoundSite
+from attnserve_server.conversion.base.sites import FoundSite, Linear, Probabilities, Scores
 
 _ATTENTION = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention", "LSTM", "GRU"}
 _PRODUCTS = {"MatMul", "Gemm", "Einsum", "MatMulInteger", "FusedMatMul"}
@@ -111,13 +111,11 @@ def _origin(site: FoundSite, side: int) -> Origin:
 
 
 def _operand(site: FoundSite, side: int) -> ir.Value | None:
-    if site.scores is not None:
-        return (site.scores.query, site.scores.key)[side].value
-    if site.linear is not None:
-        return (site.linear.query, site.linear.key)[side].value
-    if site.probabilities is not None and site.probabilities.scores:
-        inputs = site.probabilities.scores[0].inputs
-        return inputs[side] if len(inputs) > side else None
+    match site.attention:
+        case Scores(query=query, key=key) | Linear(query=query, key=key):
+            return (query, key)[side].value
+        case Probabilities(scores=(first, *_)) if len(first.inputs) > side:
+            return first.inputs[side]
     return None
 
 

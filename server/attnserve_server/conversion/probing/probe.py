@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.base.sites import FoundSite
+from attnserve_server.conversion.base.sites import FoundSite, Scores
 from attnserve_server.conversion.probing.extents import Extents, extents_of
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import Runner
@@ -50,7 +50,11 @@ def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: 
     batches = (1, 1) if sampler.signature.fixed_batch else (2, 3)
     weights = {name: WEIGHTS_PREFIX + name for name, site in sites.items() if site.tappable}
     # Where the graph has the weights itself, their layout is known already, and that of its output may be any.
-    own = {name: _own_output(site) for name, site in sites.items() if site.scores is not None}
+    own = {
+        name: str(site.attention.output.value.name)
+        for name, site in sites.items()
+        if isinstance(site.attention, Scores)
+    }
     runs: list[tuple[Mapping[str, int], dict[str, Array]]] = []
     for lengths, batch in zip(probe_lengths(symbols), batches, strict=True):
         feeds = sampler.batch([sampler.sequence(lengths, row) for row in range(batch)], lengths)
@@ -83,13 +87,6 @@ def probe_lengths(symbols: Sequence[str]) -> tuple[dict[str, int], dict[str, int
         raise BuildRefused(f"{len(symbols)} dynamic axes exceed the {len(_PRIMES) - 1} that can be told apart")
     first, second = ({symbol: _PRIMES[at + shift] for at, symbol in enumerate(symbols)} for shift in (0, 1))
     return first, second
-
-
-def _own_output(site: FoundSite) -> str:
-    """The name of the operator's own output; a finder that taps a site also says where its output is."""
-    assert site.output is not None
-    assert site.output.value.name is not None
-    return site.output.value.name
 
 
 def croppers(

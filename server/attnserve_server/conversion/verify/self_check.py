@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from attnserve_server.conversion.assemble import Assembled
 from attnserve_server.conversion.base.tolerances import CHECK_LENGTHS, reported, row_sum_error
-from attnserve_server.conversion.learning.products import product_errors
 from attnserve_server.conversion.probing.probe import croppers, max_abs
 from attnserve_server.conversion.probing.runtime import Runner, time_ratio
 from attnserve_server.model.manifest import CheckReport
@@ -31,7 +30,7 @@ def check_against_itself(
         for name, crop in croppers(assembled.outputs, {}, own, assembled.derived_axes).items():
             worst_output = max(worst_output, max_abs(crop(found[name][row]), crop(expected[name][row])))
     weights = {name: found[output] for name, output in assembled.weights.items()}
-    products = product_errors(assembled.checker, assembled.found, weights, feeds)
+    products = assembled.product_errors(weights, feeds)
     sums = [row_sum_error(own) for name, own in weights.items() if assembled.found[name].rows_sum_to_one]
     return reported(
         against="the file itself, weights @ value with each operator's own output",

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from attnserve_server.conversion.base.sites import Probabilities
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.finders.decomposed import find
 from attnserve_server.conversion.inspect import inspect_model
@@ -23,10 +24,9 @@ def test_product_of_two_activations_softmax_and_product_with_a_third_are_attenti
     (site,) = steps.sites(attention(steps)).values()
     assert site.node.op_type == "Softmax"
     assert site.operator == "MatMul-Softmax-MatMul"
-    assert site.probabilities is not None
-    assert site.probabilities.key_axis == -1
-    assert site.output is not None
-    assert site.output.value.name == steps.nodes[-1].output[0]
+    assert isinstance(site.attention, Probabilities)
+    assert site.attention.key_axis == -1
+    assert site.attention.output.name == steps.nodes[-1].output[0]
     assert site.head_dim == WIDTH
 
 
@@ -132,8 +132,8 @@ def test_sums_of_several_products_are_one_site() -> None:
     scores = steps.op("MatMul", "x", steps.turned("y"))
     positions = steps.op("MatMul", "x", steps.turned(steps.op("MatMul", "y", steps.const(WIDTH, WIDTH))))
     (site,) = steps.sites(attention(steps, scores=steps.op("Add", scores, positions))).values()
-    assert site.probabilities is not None
-    assert len(site.probabilities.scores) == 2
+    assert isinstance(site.attention, Probabilities)
+    assert len(site.attention.scores) == 2
 
 
 def test_product_written_out_is_a_product() -> None:
@@ -186,9 +186,9 @@ def test_several_softmaxes_of_one_product_are_one_site() -> None:
     scores = [steps.op("MatMul", "x", steps.turned(steps.op(op_type, "y"))) for op_type in ("Tanh", "Neg")]
     both = steps.op("Sub", *(steps.op("Softmax", each, axis=-1) for each in scores))
     (site,) = steps.sites(steps.op("MatMul", both, "y")).values()
-    assert site.probabilities is not None
-    assert site.probabilities.value.name == both
-    assert len(site.probabilities.scores) == 2
+    assert isinstance(site.attention, Probabilities)
+    assert site.attention.weights.name == both
+    assert len(site.attention.scores) == 2
     assert not site.rows_sum_to_one
 
 

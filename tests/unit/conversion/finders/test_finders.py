@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from attention_graphs import Case
-from attnserve_server.conversion.base.sites import FoundSite
+from attnserve_server.conversion.base.sites import FoundSite, Scores, Untappable
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.finders.names import NAME_SCOPES, site_names
 from attnserve_server.conversion.inputs.vocabulary import vocabulary_size_of
@@ -37,15 +37,15 @@ def with_input(model: onnx.ModelProto, position: int, name: str, kind: int, shap
 def test_attributes_are_read() -> None:
     case = Case(heads=6, kv_heads=2, packed=True, attributes={"scale": 0.5, "softcap": 3.0, "is_causal": 1})
     site = only_site(case.model())
-    assert site.scores is not None
+    assert isinstance(site.attention, Scores)
     assert (site.operator, site.heads, site.kv_heads, site.head_dim) == ("ai.onnx.Attention-23", 6, 2, 8)
-    assert (site.scores.scale, site.scores.softcap, site.scores.causal) == (0.5, 3.0, True)
-    assert site.scores.query.packed
+    assert (site.attention.scale, site.attention.softcap, site.attention.causal) == (0.5, 3.0, True)
+    assert site.attention.query.packed
 
 
 def test_scale_defaults_to_one_over_the_root_of_the_head_size() -> None:
-    scores = only_site(Case(head_dim=16).model()).scores
-    assert scores is not None
+    scores = only_site(Case(head_dim=16).model()).attention
+    assert isinstance(scores, Scores)
     assert scores.scale == 0.25
 
 
@@ -60,7 +60,7 @@ def test_scale_defaults_to_one_over_the_root_of_the_head_size() -> None:
 def test_caches_are_listed_with_their_reason(position: int, name: str, opset: int, words: str) -> None:
     kind, shape = (onnx.TensorProto.FLOAT, [1, 4, 2, 8]) if position < 6 else (onnx.TensorProto.INT64, [1])
     site = only_site(with_input(Case(opset=opset).model(), position, name, kind, shape))
-    assert site.scores is None
+    assert not site.tappable
     assert words in site.unavailable_reason
     assert site.heads == 4
 
@@ -113,7 +113,8 @@ def test_uneven_groups_are_listed_with_their_reason() -> None:
 def test_a_window_with_an_end_on_both_sides_is_a_band(attributes: dict[str, int], band: SlidingBand | None) -> None:
     site = only_site(Case(opset=25, attributes=attributes).model())
     assert site.form == "windowed"
-    assert (site.windows.band if site.windows else None) == band
+    assert isinstance(site.attention, Scores)
+    assert site.attention.band == band
 
 
 def test_site_inside_a_subgraph_is_listed_with_its_reason() -> None:
@@ -145,8 +146,8 @@ def test_same_operator_of_another_domain_is_no_site() -> None:
 def test_first_finder_to_claim_a_node_is_believed() -> None:
     model = ir.from_proto(Case().model())
     node = next(iter(model.graph))
-    first = FoundSite(node, "first", 1, 1, 1, unavailable_reason="for the test")
-    second = FoundSite(node, "second", 1, 1, 1, unavailable_reason="for the test")
+    first = FoundSite(node, "first", 1, 1, 1, Untappable("for the test"))
+    second = FoundSite(node, "second", 1, 1, 1, Untappable("for the test"))
     sites = find_sites(model.graph, [lambda graph: [first], lambda graph: [second]])
     assert [site.operator for site in sites.values()] == ["first"]
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from attnserve_server.conversion.base.sites import Linear, value_and_output
 from attnserve_server.conversion.base.tolerances import product_error
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import save
@@ -34,19 +35,18 @@ def test_weights_are_those_of_the_definition_however_it_is_spelled(spelling: str
     proto = linear_graph(spelling, opset)
     model, sites = tapped(proto)
     ((name, site),) = sites.items()
-    assert site.value is not None
-    assert site.output is not None
+    assert isinstance(site.attention, Linear)
     expose(model, [site])
     save(model, tmp_path / "tapped.onnx")
     runner = Runner(tmp_path / "tapped.onnx")
     heads = 1 if spelling == "matmul-one-head" else HEADS
     for length in (1, 5):
         given = feeds(length=length)
-        inner = [str(site.value.value.name), str(site.output.value.name)]
+        inner = [str(value.name) for value in value_and_output(site.attention)]
         found = runner.run(given, [f"attention.{name}", *inner, "attended"])
         expected = implied_weights(proto, given["frames"], given["attention_mask"], heads=heads)
         np.testing.assert_allclose(found[f"attention.{name}"], expected, atol=TOLERANCE, rtol=0)
-        assert product_error(site, expected, found[inner[0]], found[inner[1]]) < TOLERANCE
+        assert product_error(site.attention, expected, found[inner[0]], found[inner[1]]) < TOLERANCE
     assert (site.form, site.heads, site.head_dim) == ("linear", heads, WIDTH // heads)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from attnserve_server.conversion.base.sites import FoundSite, KeyPadding
+from attnserve_server.conversion.base.sites import FoundSite, KeyPadding, Scores
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.finders.microsoft_nodes import last_extent_of, rank_of
 from attnserve_server.conversion.graphs.reading import checked
@@ -45,12 +45,15 @@ def without_shapes(model: onnx.ModelProto, *names: str) -> onnx.ModelProto:
 def test_attributes_of_attention_are_read() -> None:
     attributes = {"scale": 0.5, "unidirectional": 1, "mask_filter_value": -3.0}
     site = only_site(Packed(heads=3, value_dim=6, mask=np.ones((2, 5), np.int32), attributes=attributes).model())
-    assert site.scores is not None
-    assert site.value is not None
+    assert isinstance(site.attention, Scores)
     assert (site.operator, site.heads, site.kv_heads, site.head_dim) == ("com.microsoft.Attention-1", 3, 3, 4)
-    assert (site.scores.scale, site.causal, site.scores.zeroed) == (0.5, True, False)
-    assert [part.columns for part in (site.scores.query, site.scores.key, site.value)] == [(0, 12), (12, 24), (24, 42)]
-    (padding,) = site.scores.masks
+    assert (site.attention.scale, site.causal, site.attention.zeroed) == (0.5, True, False)
+    assert [part.columns for part in (site.attention.query, site.attention.key, site.attention.value)] == [
+        (0, 12),
+        (12, 24),
+        (24, 42),
+    ]
+    (padding,) = site.attention.masks
     assert isinstance(padding, KeyPadding)
     assert (padding.rank, padding.filter_value) == (2, -3.0)
 
@@ -58,18 +61,18 @@ def test_attributes_of_attention_are_read() -> None:
 def test_attributes_of_grouped_attention_are_read() -> None:
     attributes = {"softcap": 2.0, "local_window_size": 3, "rotary_interleaved": 1}
     site = only_site(GroupQuery(rotary=8, packed=True, attributes=attributes).model())
-    assert site.scores is not None
+    assert isinstance(site.attention, Scores)
     assert (site.heads, site.kv_heads, site.head_dim, site.causal) == (4, 2, 16, True)
-    assert (site.scores.softcap, site.scores.window, site.scores.scale) == (2.0, 3, 0.25)
-    assert site.scores.key.columns == (64, 96)
-    assert site.scores.key.rotary is not None
-    assert site.scores.key.rotary.interleaved
+    assert (site.attention.softcap, site.attention.window, site.attention.scale) == (2.0, 3, 0.25)
+    assert site.attention.key.columns == (64, 96)
+    assert site.attention.key.rotary is not None
+    assert site.attention.key.rotary.interleaved
 
 
 def test_scale_of_zero_means_the_default() -> None:
     # As onnxruntime takes it.
-    scores = only_site(MultiHead(head_dim=16, attributes={"scale": 0.0}).model()).scores
-    assert scores is not None
+    scores = only_site(MultiHead(head_dim=16, attributes={"scale": 0.0}).model()).attention
+    assert isinstance(scores, Scores)
     assert scores.scale == 0.25
 
 
@@ -127,7 +130,7 @@ REASONS = [
 )
 def test_what_cannot_be_tapped_is_listed_with_its_reason(model: onnx.ModelProto, words: str) -> None:
     site = only_site(model)
-    assert (site.scores is None) == bool(words)
+    assert site.tappable == (not words)
     assert words in site.unavailable_reason
 
 
@@ -247,9 +250,9 @@ def test_values_that_operators_make_themselves_are_made_for_checks() -> None:
     model = ir.from_proto(checked(Packed().model(), "case"))
     sites = find_sites(model.graph)
     plain = with_plain_values(model.graph, sites)
-    (before,), (after,) = sites.values(), plain.values()
-    assert before.value is not None
-    assert after.value is not None
+    before, after = (site.attention for found in (sites, plain) for site in found.values())
+    assert isinstance(before, Scores)
+    assert isinstance(after, Scores)
     assert (before.value.plain, after.value.plain) == (False, True)
     assert after.value.value.producer() in list(model.graph)
 
@@ -260,8 +263,9 @@ def test_bias_of_unknown_width_ends_where_the_value_does(width: int | None, stop
     model.graph.input[2].type.tensor_type.shape.dim[2].Clear()
     if width is not None:
         model.graph.input[2].type.tensor_type.shape.dim[2].dim_value = width
-    value = only_site(model).value
-    assert value is not None
+    scores = only_site(model).attention
+    assert isinstance(scores, Scores)
+    value = scores.value
     assert value.bias is not None
     # Where nothing tells, the value's heads are as wide as the key's.
     assert (value.bias.start, value.bias.stop) == (16, stop)

@@ -165,7 +165,7 @@ def test_site_whose_weights_do_not_make_its_output_is_listed_with_the_difference
     else:
         steps = Steps()
         model = steps.model(heads_apart(steps))
-    monkeypatch.setattr(room, "product_errors", lambda *arguments: dict.fromkeys(arguments[2], 0.5))
+    monkeypatch.setattr(room, "product_errors", lambda *arguments: dict.fromkeys(arguments[3], 0.5))
     said: list[str] = []
     progress = Progress.silent()
     monkeypatch.setattr(type(progress), "warn", lambda self, words: said.append(words))

@@ -4,8 +4,8 @@ Told by running the graph on the numbers of the positions (`build.learning.prove
 (`build.learning.bands`).
 """
 
-from attnserve_server.conversion.learning.windows.apart import with_windows_apart
+from attnserve_server.conversion.learning.windows.apart import windows_apart
 from attnserve_server.conversion.learning.windows.check import band_error
-from attnserve_server.conversion.learning.windows.settle import grid_of_windows, with_key_axes, with_windows
+from attnserve_server.conversion.learning.windows.settle import grid_of_windows, windows_of, with_key_axes
 
-__all__ = ["band_error", "grid_of_windows", "with_key_axes", "with_windows", "with_windows_apart"]
+__all__ = ["band_error", "grid_of_windows", "windows_apart", "windows_of", "with_key_axes"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from attnserve_server.conversion.finders import find_sites
+from attnserve_server.conversion.finders import find_probabilities
 from attnserve_server.conversion.learning.provenance import NotTraced, ancestors
 from attnserve_server.conversion.learning.windows.products import Products, products_of
 from attnserve_server.conversion.probing.feeds import Sampler
@@ -65,7 +65,7 @@ def sides_of(
 ) -> dict[str, NotTraced | dict[str, Anchor | NotTraced]]:
     """The anchor of each site's `query` and `key`, or why there is none; one reason where its products are unknown."""
     model = ir.from_proto(proto)
-    sites = find_sites(model.graph)
+    sites = find_probabilities(model.graph)
     before: dict[str, dict[str, list[str]]] = {}
     shapes: dict[str, str] = {}
     chosen: dict[str, NotTraced | dict[str, Anchor | NotTraced]] = {}

@@ -8,7 +8,7 @@ windows. Where no value is a sequence, the numbers of channels are: what has cha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,8 +18,8 @@ import onnx
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.base.sites import Factor, FoundSite
-from attnserve_server.conversion.finders import find_sites
+from attnserve_server.conversion.base.sites import Factor, Layout, Probabilities, Untappable, WeightAxes, heads_in
+from attnserve_server.conversion.finders import find_probabilities
 from attnserve_server.conversion.finders.decomposed_products import Product
 from attnserve_server.conversion.learning.provenance import NotTraced, Tracer, ancestors, channels_of
 from attnserve_server.conversion.learning.windows.anchors import BATCHES, Anchor, sides_of
@@ -30,47 +30,43 @@ from attnserve_server.conversion.probing.probe import probe_lengths
 from attnserve_server.conversion.probing.runtime import Runner
 from attnserve_server.domain.values import Array
 
-Axes = tuple[tuple[Factor, ...], ...]
 Role = Literal["head", "window"]
 _FOLDING = {"Reshape", "Flatten", "Concat", "Split", "SpaceToDepth", "DepthToSpace", "Gather", "GatherND", "Slice"}
 _UNTOLD = "whether its weights are of heads or of windows cannot be told"
 
 
-def with_windows_apart(
-    proto: onnx.ModelProto, sites: Mapping[str, FoundSite], sampler: Sampler, work: Path
-) -> dict[str, FoundSite]:
-    """The sites; what was taken for heads and is windows, at positions of their own, is called so.
+def windows_apart(
+    proto: onnx.ModelProto, layouts: Mapping[str, Layout], sampler: Sampler, work: Path
+) -> dict[str, Layout | Untappable]:
+    """Return the layouts that change: what looked like heads and has positions of its own is windows.
 
-    Only sites are looked at whose heads may be windows; one of which it cannot be told is no longer tappable.
+    Only ambiguous layouts are examined. `Untappable` is returned for one where heads and windows look the same.
 
     Args:
         proto: the source.
-        sites: of a copy of it, with the axes of their probabilities.
-        sampler: makes sequences for it.
+        layouts: by the site's name.
+        sampler: draws sequences for the source.
         work: a folder for files.
     """
-    suspects = {name: site for name, site in sites.items() if site.probabilities and site.probabilities.ambiguous}
+    suspects = {name: layout for name, layout in layouts.items() if layout.ambiguous}
     if not suspects:
-        return dict(sites)
+        return {}
     try:
         followed = _followed(proto, suspects, sampler, work)
     except BuildRefused:  # the graph with what was added to it does not run
         followed = {}
     batch = 1 if sampler.signature.fixed_batch else BATCHES[0]
-    told = dict(sites)
-    for name, site in suspects.items():
-        assert site.probabilities is not None
+    changed: dict[str, Layout | Untappable] = {}
+    for name, layout in suspects.items():
         numbers = followed.get(name)
-        axes = apart(site.probabilities.axes, numbers, batch) if numbers is not None else ()
+        axes = apart(layout.axes, numbers, batch) if numbers is not None else ()
         # Heads that share a projection have the same channels, and so do windows.
-        if numbers is None or (axes != site.probabilities.axes and not numbers.positions):
-            if site.probabilities.ambiguous == "all":  # else each sees all keys of a sequence, as heads do
-                told[name] = replace(site, probabilities=None, unavailable_reason=_UNTOLD)
-        elif axes != site.probabilities.axes:
-            heads = _heads(axes)
-            own = replace(site.probabilities, axes=axes)
-            told[name] = replace(site, form="windowed", heads=heads, kv_heads=heads, probabilities=own)
-    return told
+        if numbers is None or (axes != layout.axes and not numbers.positions):
+            if layout.ambiguous == "all":  # else each sees all keys of a sequence, as heads do
+                changed[name] = Untappable(_UNTOLD)
+        elif axes != layout.axes:
+            changed[name] = replace(layout, axes=axes, kv_heads=heads_in(axes))
+    return changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +80,7 @@ class Followed:
     positions: bool = True
 
 
-def apart(axes: Axes, followed: Followed, batch: int) -> Axes:
+def apart(axes: WeightAxes, followed: Followed, batch: int) -> WeightAxes:
     """The axes, with each factor of heads that has positions of its own called windows, or parted into both.
 
     Args:
@@ -133,16 +129,10 @@ def _factors(*counted: tuple[Role, int]) -> list[Factor]:
     return [Factor(role, count) for role, count in counted if count > 1] or [Factor("one", 1)]
 
 
-def _heads(axes: Axes) -> int:
-    return int(np.prod([factor.extent or 1 for each in axes for factor in each if factor.role == "head"], dtype=int))
-
-
-def _followed(
-    proto: onnx.ModelProto, suspects: Mapping[str, FoundSite], sampler: Sampler, work: Path
-) -> dict[str, Followed]:
+def _followed(proto: onnx.ModelProto, suspects: Collection[str], sampler: Sampler, work: Path) -> dict[str, Followed]:
     """What was followed to each site, in one copy of the graph; sites to which nothing was are left out."""
     model = ir.from_proto(proto)
-    found = find_sites(model.graph)
+    found = find_probabilities(model.graph)
     sides = sides_of(proto, suspects, sampler, work / "sides.onnx")
     traces = {
         name: trace
@@ -168,16 +158,15 @@ def _followed(
 class _Trace:
     """Outputs of the graph, by side, that number the vectors of a site's queries or of its values."""
 
-    site: FoundSite
+    site: Probabilities
     ends: Mapping[str, str]
     positions: bool
 
     @property
     def beside(self) -> tuple[ir.Value, ...]:
         """What is needed besides: the weights, and the keys that the queries meet."""
-        assert self.site.probabilities is not None
         scores = _scores(self.site)
-        weights = self.site.probabilities.value
+        weights = self.site.weights
         return (weights, scores.operand(1)) if scores is not None and "query" in self.ends else (weights,)
 
     def followed(self, seen: Mapping[str, Array]) -> Followed | None:
@@ -193,24 +182,20 @@ class _Trace:
         return Followed(tables, self.positions) if fit else None
 
 
-def _scores(site: FoundSite) -> Product | None:
+def _scores(site: Probabilities) -> Product | None:
     """The product of queries and keys; None where there are several, whose rows need not be the same."""
-    assert site.probabilities is not None
-    nodes = site.probabilities.scores
-    return Product.of(nodes[0]) if len(nodes) == 1 else None
+    return Product.of(site.scores[0]) if len(site.scores) == 1 else None
 
 
-def _product(site: FoundSite) -> tuple[Product, int]:
+def _product(site: Probabilities) -> tuple[Product, int]:
     """The product of weights and value, and which of its operands the weights are."""
-    assert site.probabilities is not None
-    assert site.probabilities.product is not None
-    product = Product.of(site.probabilities.product)
+    product = Product.of(site.product)
     assert product is not None
-    return product, site.probabilities.position
+    return product, site.position
 
 
 def _traced(
-    graph: ir.Graph, site: FoundSite, sides: NotTraced | Mapping[str, Anchor | NotTraced], label: str
+    graph: ir.Graph, site: Probabilities, sides: NotTraced | Mapping[str, Anchor | NotTraced], label: str
 ) -> _Trace | None:
     """Positions of queries and values where they can be followed, else channels of the queries, or of the values."""
     values = values_of(graph)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from attnserve_server.conversion.base.sites import Factor
+from attnserve_server.conversion.base.sites import WeightAxes
 from attnserve_server.domain.values import Array
 
 _ORDER = {"batch": 0, "head": 1, "one": 2, "window": 3, "query": 4, "key": 5}
 
 
-def arranged(array: Array, axes: tuple[tuple[Factor, ...], ...], batch: int) -> Array:
+def arranged(array: Array, axes: WeightAxes, batch: int) -> Array:
     """An array in a graph's layout as (B, H, M, W), M counting the rows of all windows in order.
 
     Args:

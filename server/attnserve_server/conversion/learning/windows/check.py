@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from attnserve_server.attention.bands import band_keys
-from attnserve_server.conversion.base.sites import Factor, Probabilities, Windows
+from attnserve_server.conversion.base.sites import Factor, WeightAxes, Windows
 from attnserve_server.conversion.learning.windows.arrange import arranged
 from attnserve_server.domain.values import Array
 
 
-def band_error(windows: Windows, probabilities: Probabilities, weights: Array, value: Array, output: Array) -> float:
+def band_error(windows: Windows, axes: WeightAxes, weights: Array, value: Array, output: Array) -> float:
     """How far weights @ value, over the keys that the band names, are from the site's own output.
 
     And how far the values of one key are from each other in the windows that it is in: were a column to stand for
@@ -18,13 +18,13 @@ def band_error(windows: Windows, probabilities: Probabilities, weights: Array, v
 
     Args:
         windows: of the site.
-        probabilities: with the factors of its axes.
+        axes: of the graph's own weights.
         weights: (B, H, L, W).
         value: as the graph has it, window by window.
         output: likewise, the product of the graph's own weights with it.
     """
     batch, _, queries, width = weights.shape
-    of_vectors = (*probabilities.axes[:-2], (Factor("query"),), (Factor("key"),))
+    of_vectors = (*axes[:-2], (Factor("query"),), (Factor("key"),))
     values = arranged(value.astype(np.float64), of_vectors, batch)
     outputs = arranged(output.astype(np.float64), of_vectors, batch)
     count = values.shape[2] // width

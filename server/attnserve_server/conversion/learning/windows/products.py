@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import FoundSite
+from attnserve_server.conversion.base.sites import Probabilities
 from attnserve_server.conversion.finders.decomposed_products import Product
 from attnserve_server.conversion.learning.provenance import NotTraced
 
@@ -25,23 +25,21 @@ class Products:
     position: int
 
 
-def products_of(site: FoundSite) -> Products:
+def products_of(site: Probabilities) -> Products:
     """Of a site with probabilities. Raises NotTraced where they are not multiplied as (..., rows, W) @ (..., W, D)."""
-    assert site.probabilities is not None
-    assert site.probabilities.product is not None
-    of_value = Product.of(site.probabilities.product)
-    of_scores = Product.of(site.probabilities.scores[0])
+    of_value = Product.of(site.product)
+    of_scores = Product.of(site.scores[0])
     assert of_value is not None
-    if of_scores is None or len(site.probabilities.scores) > 1:
+    if of_scores is None or len(site.scores) > 1:
         raise NotTraced("its scores are not one product")
-    position = site.probabilities.position
+    position = site.position
     if position or not of_value.terms[0].endswith("ij") or not of_value.terms[1].endswith("jk"):
         raise NotTraced("its weights and its value are multiplied in no known layout")
     return Products(
         query=of_scores.operand(0),
         key=of_scores.operand(1),
         scores=of_scores.node.outputs[0],
-        weights=site.probabilities.value,
+        weights=site.weights,
         value=of_value.operand(1 - position),
         of_scores=of_scores,
         of_value=of_value,

@@ -10,8 +10,8 @@ import onnx
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.base.sites import FoundSite, Probabilities, Windows
-from attnserve_server.conversion.finders import find_sites
+from attnserve_server.conversion.base.sites import Layout, Learnt, Untappable, WeightAxes, Windows
+from attnserve_server.conversion.finders import find_probabilities
 from attnserve_server.conversion.learning.provenance import NotTraced, Tracer
 from attnserve_server.conversion.learning.windows.anchors import Anchors, anchors_of
 from attnserve_server.conversion.learning.windows.products import Products, products_of
@@ -23,37 +23,33 @@ from attnserve_server.model.bands import GridBand
 from attnserve_server.model.manifest import SiteSpec
 
 
-def with_windows(
-    proto: onnx.ModelProto, sites: Mapping[str, FoundSite], sampler: Sampler, work: Path
-) -> dict[str, FoundSite]:
-    """The sites, the windowed ones of the graph's own weights with what their windows are, or why that is not known.
+def windows_of(
+    proto: onnx.ModelProto, layouts: Mapping[str, Layout], sampler: Sampler, work: Path
+) -> dict[str, Windows | Untappable]:
+    """Return for each site whose layout has windows what these are, or the reason why that is not known.
 
     Args:
         proto: the source.
-        sites: of a copy of it, with the axes of their probabilities.
-        sampler: makes sequences for it.
+        layouts: by the site's name.
+        sampler: draws sequences for the source.
         work: a folder for files.
     """
-    settled = dict(sites)
-    windowed = {name: site.probabilities for name, site in sites.items() if site.form == "windowed"}
-    found: dict[str, Windows | NotTraced] = {}
-    own = {name: probabilities for name, probabilities in windowed.items() if probabilities is not None}
-    if own:
-        try:
-            found = _windows(proto, own, sampler, work)
-        except BuildRefused as why:  # the graph with what was added to it does not run
-            found = {name: NotTraced(str(why)) for name in own}
-    for name, each in found.items():
-        if isinstance(each, Windows):
-            settled[name] = replace(sites[name], windows=each)
-            continue
-        reason = f"which keys its windows hold is not known: {each}"
-        settled[name] = replace(sites[name], probabilities=None, unavailable_reason=reason)
-    return settled
+    windowed = {name: layout.axes for name, layout in layouts.items() if layout.windowed}
+    if not windowed:
+        return {}
+    found: dict[str, Windows | NotTraced]
+    try:
+        found = _windows(proto, windowed, sampler, work)
+    except BuildRefused as why:  # the graph with what was added to it does not run
+        found = {name: NotTraced(str(why)) for name in windowed}
+    return {
+        name: each if isinstance(each, Windows) else Untappable(f"which keys its windows hold is not known: {each}")
+        for name, each in found.items()
+    }
 
 
 def _windows(
-    proto: onnx.ModelProto, own: Mapping[str, Probabilities], sampler: Sampler, work: Path
+    proto: onnx.ModelProto, own: Mapping[str, WeightAxes], sampler: Sampler, work: Path
 ) -> dict[str, Windows | NotTraced]:
     """All sites of a graph in one copy of it, since graphs are large."""
     found: dict[str, Windows | NotTraced] = {}
@@ -65,7 +61,7 @@ def _windows(
             anchors[name] = anchor
     model = ir.from_proto(proto)
     values = values_of(model.graph)
-    sites = find_sites(model.graph)
+    sites = find_probabilities(model.graph)
     traced: dict[str, tuple[Products, list[str]]] = {}
     for number, (name, anchor) in enumerate(anchors.items()):
         products = products_of(sites[name])
@@ -100,11 +96,11 @@ def values_of(graph: ir.Graph) -> dict[str, ir.Value]:
     return {str(value.name): value for value in (*graph.inputs, *made)}
 
 
-def with_key_axes(axes: Axes, sites: Mapping[str, FoundSite]) -> Axes:
+def with_key_axes(axes: Axes, learnt: Mapping[str, Learnt]) -> Axes:
     """The axes with those that the keys of windowed sites are on, and what is causal: bands have other columns."""
-    keys = {name: site.windows.key for name, site in sites.items() if site.windows and site.probabilities}
-    banded = {name: (axes.sites[name][0], key) for name, key in keys.items() if name in axes.sites}
-    causal = {name for name in keys if (windows := sites[name].windows) and windows.causal}
+    windows = {name: each.windows for name, each in learnt.items() if each.windows and name in axes.sites}
+    banded = {name: (axes.sites[name][0], each.key) for name, each in windows.items()}
+    causal = {name for name, each in windows.items() if each.causal}
     return replace(axes, sites={**axes.sites, **banded}, causal_sites=(axes.causal_sites - set(banded)) | causal)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from attnserve_server.attention.bands import band_keys
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.base.sites import Factor, Probabilities, Windows
+from attnserve_server.conversion.base.sites import WeightAxes, Windows
 from attnserve_server.conversion.finders.decomposed_products import Product
 from attnserve_server.conversion.learning.bands import SeenBand, fitted
 from attnserve_server.conversion.learning.provenance import NotTraced
@@ -46,7 +46,7 @@ class Study:
     runner: Runner
     sampler: Sampler
     names: Sequence[str]
-    probabilities: Probabilities
+    axes: WeightAxes
     products: Products
     anchors: Anchors
 
@@ -81,7 +81,7 @@ class Study:
             raise NotTraced("its weights have other axes than its scores")
         rows = rows_of(self.products.of_scores, queries, key)
         columns = columns_of(self.products.of_value, 1 - self.products.position, keys, weights)
-        axes = self.probabilities.axes
+        axes = self.axes
         rows, columns, own = (arranged(each, axes, batch) for each in (rows, columns, weights))
         if any((each != each[:1, :1]).any() for each in (rows, columns)):
             raise NotTraced("its windows differ from head to head")
@@ -141,5 +141,5 @@ def columns_of(product: Product, position: int, values: Array, weights: Array) -
     return columns
 
 
-def _rows_of_window(axes: tuple[tuple[Factor, ...], ...], shape: tuple[int, ...]) -> int:
+def _rows_of_window(axes: WeightAxes, shape: tuple[int, ...]) -> int:
     return next(size for factors, size in zip(axes, shape, strict=True) if factors[0].role == "query")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import FoundSite
+from attnserve_server.conversion.base.sites import FoundSite, Learnt, Linear, Probabilities, Scores
 from attnserve_server.conversion.rewrite.taps.linear import weights_of_linear
 from attnserve_server.conversion.rewrite.taps.nodes import ITEMS_PREFIX, WEIGHTS_PREFIX, TapNodes
 from attnserve_server.conversion.rewrite.taps.operands import with_plain_values
@@ -21,28 +21,39 @@ from attnserve_server.conversion.rewrite.taps.windows import weights_of_windows
 __all__ = ["ITEMS_PREFIX", "WEIGHTS_PREFIX", "add_taps", "with_plain_values"]
 
 
-def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> None:
+def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite], learnt: Mapping[str, Learnt]) -> None:
     """Add to a graph, for every site that can have one, the input and the output of its tap.
 
     Input `attention_items.<name>`: int64 (n,), rows of the batch, in any order, n may be 0. Output
     `attention.<name>`: float32 (n, H, L, S), or (n, H, L, W) where a site has windows; rows sum to 1, fully masked rows
     are 0.
     Source: Vaswani et al. 2017, eq. 1, in the form of ONNX Attention-23.
+
+    Args:
+        graph: changed in place.
+        sites: of this graph.
+        learnt: the layouts of sites with `Probabilities`; such a site without one gets no tap.
     """
     shared: dict[tuple[str, ir.Value], ir.Value] = {}
     for name, site in sites.items():
         tap = TapNodes(graph, name, shared)
-        if site.scores is not None:
-            tap.finish(weights_of_scores(tap, site.scores), site.heads, behind=site.node)
-        elif site.linear is not None:
-            tap.finish(weights_of_linear(tap, site.linear), site.heads, behind=site.node)
-        elif site.probabilities is not None and site.probabilities.axes:
-            last = site.probabilities.value.producer()
-            assert last is not None
-            if site.windows is None:
-                tap.finish(weights_of_probabilities(tap, site.probabilities), site.heads, behind=last)
-                continue
-            values = (*graph.inputs, *(value for node in graph for value in node.outputs))
-            anchor = next(value for value in values if value.name == site.windows.anchor)
-            weights = weights_of_windows(tap, site.probabilities, site.windows, anchor)
-            tap.finish(weights, site.heads, behind=last)
+        match site.attention:
+            case Scores() as scores:
+                tap.finish(weights_of_scores(tap, scores), site.heads, behind=site.node)
+            case Linear() as linear:
+                tap.finish(weights_of_linear(tap, linear), site.heads, behind=site.node)
+            case Probabilities(weights=weights) if name in learnt:
+                _add_tap_of_probabilities(tap, graph, weights, learnt[name])
+
+
+def _add_tap_of_probabilities(tap: TapNodes, graph: ir.Graph, weights: ir.Value, learnt: Learnt) -> None:
+    last = weights.producer()
+    assert last is not None
+    layout, windows = learnt.layout, learnt.windows
+    if windows is None:
+        rows = weights_of_probabilities(tap, weights, layout)
+    else:
+        values = (*graph.inputs, *(value for node in graph for value in node.outputs))
+        anchor = next(value for value in values if value.name == windows.anchor)
+        rows = weights_of_windows(tap, weights, layout, windows, anchor)
+    tap.finish(rows, layout.heads, behind=last)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Quantized, Rotary
+from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Quantized, Rotary, Scores
 from attnserve_server.conversion.rewrite.taps.nodes import TapNodes, WholeBatch
 
 
@@ -19,13 +19,15 @@ def with_plain_values(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> dict[s
     shared: dict[tuple[str, ir.Value], ir.Value] = {}
     plain = dict(sites)
     for name, site in sites.items():
-        if not site.tappable or site.value is None or site.value.plain:
+        scores = site.attention
+        if not isinstance(scores, Scores) or scores.value.plain:
             continue
         nodes = WholeBatch(graph, f"{name}.value", shared)
-        value = Operands(nodes).heads_first(site.value, _head_dim(site.value))
+        value = Operands(nodes).heads_first(scores.value, _head_dim(scores.value))
         value.type = ir.TensorType(ir.DataType.FLOAT)
         nodes.place(site.node)
-        plain[name] = replace(site, value=Operand(value, site.value.heads, packed=False))
+        operand = Operand(value, scores.value.heads, packed=False)
+        plain[name] = replace(site, attention=replace(scores, value=operand))
     return plain
 
 

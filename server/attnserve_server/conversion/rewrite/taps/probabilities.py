@@ -9,18 +9,18 @@ import math
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import Factor, Probabilities
+from attnserve_server.conversion.base.sites import Factor, Layout
 from attnserve_server.conversion.rewrite.taps.nodes import TapNodes
 
 _ORDER = {"batch": 0, "head": 1, "one": 2, "window": 3, "query": 4, "key": 5}
 
 
-def weights_of_probabilities(tap: TapNodes, probabilities: Probabilities) -> ir.Value:
+def weights_of_probabilities(tap: TapNodes, weights: ir.Value, layout: Layout) -> ir.Value:
     """The graph's weights for the rows that ask, float32 (n, H, L, S).
 
     A fully masked row, of which softmax makes NaN where the mask is minus infinity, is 0.
     """
-    rows, factors = asked_rows(tap, probabilities)
+    rows, factors = asked_rows(tap, weights, layout)
     if [factor.role for factor in factors] != ["batch", "head", "query", "key"]:
         heads = math.prod(factor.extent or 1 for factor in factors if factor.role == "head")
         last = len(factors)
@@ -29,14 +29,14 @@ def weights_of_probabilities(tap: TapNodes, probabilities: Probabilities) -> ir.
     return without_nan(tap, rows)
 
 
-def asked_rows(tap: TapNodes, probabilities: Probabilities) -> tuple[ir.Value, list[Factor]]:
+def asked_rows(tap: TapNodes, weights: ir.Value, layout: Layout) -> tuple[ir.Value, list[Factor]]:
     """The graph's weights for the rows that ask, axes in the order of `_ORDER`, and the factors in that order.
 
     The first node gathers, so that all behind it is as small as what was asked for.
     """
-    axes = probabilities.axes
+    axes = layout.axes
     at = next(place for place, factors in enumerate(axes) if any(factor.role == "batch" for factor in factors))
-    rows = tap.op("Gather", [probabilities.value, _batch_index(tap, probabilities.value, at, axes[at])], axis=at)
+    rows = tap.op("Gather", [weights, _batch_index(tap, weights, at, axes[at])], axis=at)
     found = [
         factor
         for place, factors in enumerate(axes)

@@ -9,21 +9,24 @@ import math
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import Probabilities, Windows
+from attnserve_server.conversion.base.sites import Layout, Windows
 from attnserve_server.conversion.rewrite.taps.nodes import TapNodes
 from attnserve_server.conversion.rewrite.taps.probabilities import asked_rows, without_nan
 
 
-def weights_of_windows(tap: TapNodes, probabilities: Probabilities, windows: Windows, anchor: ir.Value) -> ir.Value:
+def weights_of_windows(
+    tap: TapNodes, weights: ir.Value, layout: Layout, windows: Windows, anchor: ir.Value
+) -> ir.Value:
     """The graph's weights for the rows that ask, float32 (n, H, L, W); NaN is 0.
 
     Args:
         tap: under construction.
-        probabilities: with the factors of its axes.
+        weights: the graph's own.
+        layout: the factors of their axes.
         windows: which row is which query's.
         anchor: (B, L, C), whose second axis says how many of the rows are queries' and not padding's.
     """
-    rows, factors = asked_rows(tap, probabilities)
+    rows, factors = asked_rows(tap, weights, layout)
     heads = math.prod(factor.extent or 1 for factor in factors if factor.role == "head")
     first = next(place for place, factor in enumerate(factors) if factor.role in {"window", "query"})
     last = len(factors) - 1
