@@ -1,4 +1,4 @@
-"""One stream's bookkeeping, without input or output: who is under way, joining pieces, and order."""
+"""The state of one stream, without input or output: requests in flight, pieces of responses, and order."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from attnserve_client.errors import AttnserveError, DeadlineExpired, InvalidRequ
 MAX_IN_FLIGHT: Final = 128
 """Default limit on the unanswered inputs of a stream: enough for full batches, and a bound on memory on both sides."""
 GRACE_S: Final = 0.25
-"""What the server gets beyond a request's timeout to say that it has passed."""
+"""Seconds after a request's timeout in which the server may still report that it passed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """How many inputs are under way at once, and how many travel in one message.
+    """The limits of a stream.
+
+    Attributes:
+        max_in_flight: Most inputs that are taken and not yet answered, at least 1.
+        per_message: Inputs in one message, from 1 to `max_in_flight`.
 
     Raises:
-        InvalidRequest: one of them is below 1, or a message would take more than may be under way.
+        InvalidRequest: A limit is out of range.
     """
 
     max_in_flight: int
@@ -37,13 +41,13 @@ class Flow:
             if getattr(self, name) < 1:
                 raise InvalidRequest.of(name, f"{getattr(self, name)} is below 1")
         if self.per_message > self.max_in_flight:
-            said = f"{self.per_message} exceeds max_in_flight, {self.max_in_flight}"
-            raise InvalidRequest.of("per_message", said)
+            problem = f"{self.per_message} exceeds max_in_flight, {self.max_in_flight}; lower one or raise the other"
+            raise InvalidRequest.of("per_message", problem)
 
 
 @dataclass(slots=True)
 class _Pending:
-    """A request under way: the place of its first input among all, how many it has, and the pieces that have come."""
+    """A request in flight: the index of its first input on the stream, its number of inputs, the received pieces."""
 
     index: int
     count: int
@@ -51,10 +55,16 @@ class _Pending:
 
 
 class Exchange:
-    """The requests of one stream and their answers, each exactly once.
+    """Matches the requests of one stream to their answers, each exactly once.
 
-    `open` is called by whoever feeds the stream, `take` by whoever reads it, in another thread: they share `_pending`
-    alone, by single operations on a dict, and a request is entered before it is sent.
+    The feed calls `open`, the reader calls all other methods, from another thread. Both use `_pending` by single
+    operations on the dict, and a request is registered before it is sent, so no lock is needed.
+
+    Args:
+        timeout: Seconds that each request may take; None for no limit.
+        validate_only: Whether the requests only predict sizes, so that responses hold no results.
+        prefix: Start of the request ids; None generates one.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -75,15 +85,15 @@ class Exchange:
         self._opened_at = clock()
         self._reading_since: float | None = None
         self.patience_s = None if timeout is None else timeout + GRACE_S
-        """How long the reader waits for any answer while requests are under way; None for ever."""
+        """Seconds that the reader waits for any answer while requests are in flight; None for no limit."""
 
     @property
     def pending(self) -> int:
-        """How many requests are under way."""
+        """Number of requests in flight."""
         return len(self._pending)
 
     def open(self, request: wire.InferRequest) -> wire.StreamInferRequest:
-        """Names a request and enters it; gives what to send."""
+        """Set the request's id, register it, and return the message to send."""
         request.request_id = f"{self._prefix}-{self._opened}"
         count = len(request.sequences)
         self._pending[request.request_id] = _Pending(self._opened, count)
@@ -92,14 +102,14 @@ class Exchange:
         return wire.StreamInferRequest(request=request, timeout_ms=self._timeout_ms)
 
     def reading(self) -> None:
-        """The reader waits from now on. While it does other things, answers may lie unread: that is no stall."""
+        """Start to count the reader's wait. Time between answers in which the reader is busy is no stall."""
         self._reading_since = self._clock()
 
     def stalled_in_s(self, patience_s: float) -> float:
-        """Seconds until the stream counts as stalled, unless something happens before; 0 or less where it is.
+        """Return the seconds until the stream counts as stalled if nothing arrives; 0 or less for a stalled stream.
 
-        Each request's timeout is the server's to keep. This is for a server that keeps nothing any more: requests are
-        under way, and neither an answer nor a refusal has come for longer than any of them may take.
+        The server enforces the timeout of each request. A stream is stalled when the server has stopped doing so:
+        requests are in flight, and neither a result nor an error arrived for longer than any of them may take.
         """
         since = self._reading_since
         if since is None or not self._pending:
@@ -107,21 +117,21 @@ class Exchange:
         return max(since, self._opened_at) + patience_s - self._clock()
 
     def stalled(self) -> DeadlineExpired:
-        """The error for it."""
-        said = f"the stream gave no answer for {self.patience_s} s with {len(self._pending)} requests under way"
-        return DeadlineExpired(said, code="DEADLINE_EXCEEDED")
+        """Return the error for a stalled stream."""
+        problem = f"the stream gave no answer for {self.patience_s} s with {len(self._pending)} requests in flight"
+        return DeadlineExpired(problem, code="DEADLINE_EXCEEDED")
 
     def take(self, message: wire.StreamInferResponse) -> list[StreamAnswer]:
-        """Takes what came; gives the answers that are complete with it, one for each input of the request.
+        """Take a received message. Return the answers that it completes: none, or one for each input of its request.
 
         Raises:
-            BadAnswer: The answer is nobody's, or its pieces do not follow one another.
+            BadAnswer: The message belongs to no request in flight, or its pieces are out of order.
         """
         self._reading_since = None
         request_id = message.request_id
         pending = self._pending.get(request_id)
         if pending is None:
-            raise bad_answer(f"an answer came for {request_id!r}, which is not under way", request_id)
+            raise bad_answer(f"it is for request {request_id!r}, which is not in flight", request_id)
         outcome = self._outcome(message, pending)
         if outcome is None:
             return []
@@ -132,10 +142,10 @@ class Exchange:
         return [StreamAnswer(pending.index + place, request_id, each) for place, each in enumerate(outcomes)]
 
     def check_done(self) -> None:
-        """The server has ended the stream well: then nothing may be under way.
+        """Check that all requests are answered when the server ends the stream.
 
         Raises:
-            BadAnswer: Something is.
+            BadAnswer: A request is in flight.
         """
         if self._pending:
             raise bad_answer(f"the stream ended with {len(self._pending)} requests unanswered")
@@ -149,25 +159,25 @@ class Exchange:
         if kind == "response":
             return self._results(message.response, pending)
         if kind != "chunk":
-            raise bad_answer("a stream message holds neither answer nor status", message.request_id)
+            raise bad_answer("a message holds no response, chunk or status", message.request_id)
         chunk = message.chunk
         if chunk.index != len(pending.pieces) or chunk.index >= chunk.count:
-            said = f"piece {chunk.index} of {chunk.count} came after {len(pending.pieces)} others"
-            raise bad_answer(said, message.request_id)
+            problem = f"chunk {chunk.index} of {chunk.count} arrived after {len(pending.pieces)} others"
+            raise bad_answer(problem, message.request_id)
         pending.pieces.append(chunk.data)
         if chunk.index + 1 < chunk.count:
             return None
         try:
             return self._results(wire.InferResponse.FromString(b"".join(pending.pieces)), pending)
         except DecodeError:
-            raise bad_answer("the joined pieces are no answer", message.request_id) from None
+            raise bad_answer("its joined chunks are no InferResponse", message.request_id) from None
 
     def _results(self, response: wire.InferResponse, pending: _Pending) -> list[InferenceResult]:
         return results_of(response, pending.count, validate_only=self._validate_only)
 
 
 class Ordering:
-    """Hands answers on in the order of the inputs, or at once."""
+    """Passes answers on in the order of the inputs, or with `ordered=False` as they arrive."""
 
     def __init__(self, *, ordered: bool) -> None:
         self._ordered = ordered
@@ -175,7 +185,7 @@ class Ordering:
         self._waiting: dict[int, StreamAnswer] = {}
 
     def add(self, answer: StreamAnswer) -> Iterator[StreamAnswer]:
-        """The answers whose turn it is now that this one has come."""
+        """Take an answer, and yield those that are next in order."""
         if not self._ordered:
             yield answer
             return

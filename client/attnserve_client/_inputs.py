@@ -1,4 +1,4 @@
-"""What callers may pass as input, and its way into a request."""
+"""The inputs that callers may pass, and their encoding as requests."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ TokenIds: TypeAlias = "list[int] | npt.NDArray[Any]"
 Arrays: TypeAlias = "Mapping[str, npt.ArrayLike]"
 Text: TypeAlias = "str | tuple[str, str] | tuple[str, Arrays] | tuple[str, str, Arrays]"
 Input: TypeAlias = "Text | TokenIds | Arrays"
-"""One sequence, without the batch axis: text, a pair of texts, either with arrays behind it for the inputs that no text
-makes (the pixels of an image, say), token ids, or an array for each input of the model."""
+"""One sequence, without the batch axis: a text, a pair of texts, token ids, or an array for each input of the model.
+
+Arrays by name may follow one or two texts, for inputs that are not text, such as the pixels of an image.
+"""
 Inputs: TypeAlias = "Input | Sequence[Input]"
 Priority = Literal["low", "normal", "high"]
 
@@ -33,13 +35,13 @@ DEFAULT_TOKEN_INPUT: Final = "input_ids"  # noqa: S105 - the name of an input, n
 
 
 def split(inputs: Inputs) -> tuple[list[Input], bool]:
-    """The sequences of a call, and whether the caller passed a list of them.
+    """Return the sequences of a call, and whether the caller passed several.
 
-    One sequence is a text, a tuple of texts and arrays, a list of integers, an array of rank 1, or a mapping. Any other
-    list, and an array of rank 2, is a list of sequences.
+    A text, a tuple of texts and arrays, a list of integers, an array of rank 1 and a mapping are one sequence. Any
+    other list, and an array of a higher rank, are several.
 
     Raises:
-        TypeError: It is none of these.
+        TypeError: `inputs` has another type.
     """
     if isinstance(inputs, str | tuple | Mapping):
         return [inputs], False
@@ -48,24 +50,24 @@ def split(inputs: Inputs) -> tuple[list[Input], bool]:
     if isinstance(inputs, list):
         one = bool(inputs) and all(isinstance(each, int | np.integer) for each in inputs)
         return ([cast("Input", inputs)], False) if one else (cast("list[Input]", list(inputs)), True)
-    raise TypeError(f"an input must be text, a pair of texts, token ids or arrays by name, not {type(inputs).__name__}")
+    raise _not_an_input(inputs)
 
 
 def takes_ids(inputs: Iterable[Input]) -> bool:
-    """Whether some of them are bare token ids, so that the name and type of the model's input must be known."""
+    """Return whether an input is bare token ids, which need the name and type of the model's input."""
     return any(isinstance(each, list | np.ndarray) for each in inputs)
 
 
 def sequence_of(one: Input, model: ModelInfo | None) -> wire.Sequence:
-    """The message for one sequence.
+    """Return the message for one sequence.
 
     Args:
-        one: What the caller passed.
-        model: The model's description, where it is known: it says which input bare token ids are for.
+        one: The input.
+        model: Description of the model, which bare token ids need. None assumes the input `input_ids`, int64.
 
     Raises:
-        TypeError: It can be no input.
-        InvalidRequest: It can be one, but not of this model or not in the contract's types.
+        TypeError: The type is no input.
+        InvalidRequest: The input does not fit the model, or its element type is not in the contract.
     """
     if isinstance(one, str):
         return wire.Sequence(text=wire.TextInput(text=_text(one)))
@@ -73,7 +75,7 @@ def sequence_of(one: Input, model: ModelInfo | None) -> wire.Sequence:
         given: tuple[Any, ...] = one  # callers without a type checker pass anything
         *texts, last = given if given and isinstance(given[-1], Mapping) else (*given, {})
         if len(given) < 2 or not 1 <= len(texts) <= 2 or not all(isinstance(text, str) for text in texts):
-            raise TypeError("a tuple is one or two texts, and arrays by name; pass token ids as a list or an array")
+            raise TypeError("a tuple must be one or two texts, then arrays by name; pass token ids as a list or array")
         first, second = (_text(text) for text in (*texts, "")[:2])
         tensors = [to_tensor(name, np.asarray(value)) for name, value in last.items()]
         return wire.Sequence(text=wire.TextInput(text=first, text_pair=second, tensors=tensors))
@@ -84,7 +86,7 @@ def sequence_of(one: Input, model: ModelInfo | None) -> wire.Sequence:
         name = DEFAULT_TOKEN_INPUT if model is None else _token_input(model)
         ids = _ids(name, one, model.input_dtype(name) if model is not None else None)
         return wire.Sequence(tensors=wire.TensorInput(tensors=[to_tensor(name, ids)]))
-    raise TypeError(f"an input must be text, a pair of texts, token ids or arrays by name, not {type(one).__name__}")
+    raise _not_an_input(one)
 
 
 def request_of(
@@ -98,16 +100,16 @@ def request_of(
     request_id: str,
     validate_only: bool,
 ) -> wire.InferRequest:
-    """The message for a call.
+    """Return the message for a call.
 
     Raises:
-        TypeError: `outputs` is one name, or `attention` no selection.
-        InvalidRequest: A choice is not one of the known ones, or a number does not fit its field.
+        TypeError: `outputs` is one name instead of a list, or `attention` has a type that is no selection.
+        InvalidRequest: A choice is unknown, or a number does not fit its field.
     """
     if priority not in _PRIORITIES:
         raise InvalidRequest.of("priority", f"{priority!r} is not one of {', '.join(_PRIORITIES)}")
     if isinstance(outputs, str):
-        raise TypeError("outputs must be a list of names, not one name")
+        raise TypeError(f"outputs must be a list of names, not the name {outputs!r}; pass [{outputs!r}]")
     return wire.InferRequest(
         model=model,
         version=str(version),
@@ -121,21 +123,26 @@ def request_of(
 
 
 def check_timeout(timeout: float | None) -> None:
-    """Refuses a timeout that cannot become a deadline.
+    """Check that a timeout is None or a positive number of seconds.
 
     Raises:
-        InvalidRequest: It is zero, negative or no number.
+        InvalidRequest: It is zero, negative, infinite or NaN.
     """
     if timeout is not None and not (timeout > 0 and math.isfinite(timeout)):
-        raise InvalidRequest.of("timeout", f"{timeout} is not a positive number of seconds")
+        raise InvalidRequest.of("timeout", f"{timeout} is not a positive number of seconds; pass None for no limit")
+
+
+def _not_an_input(value: object) -> TypeError:
+    kind = type(value).__name__
+    return TypeError(f"an input must be text, a pair of texts, token ids or arrays by name, not {kind}")
 
 
 def _text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        described = f"not Unicode text: a lone surrogate at character {error.start}"
-        raise InvalidRequest.of("text", described) from None
+        problem = f"character {error.start} is a lone surrogate, which UTF-8 cannot encode; remove it"
+        raise InvalidRequest.of("text", problem) from None
     return text
 
 
@@ -143,8 +150,8 @@ def _token_input(model: ModelInfo) -> str:
     name = model.token_input
     if name is None:
         names = ", ".join(spec.name for spec in model.inputs)
-        said = f"token ids need one input that is plainly theirs; pass a dict with arrays for: {names}"
-        raise InvalidRequest.of("inputs", said)
+        problem = f"the model has no single input for token ids; pass a dict with arrays for: {names}"
+        raise InvalidRequest.of("inputs", problem)
     return name
 
 
@@ -153,10 +160,12 @@ def _ids(name: str, ids: Any, dtype: str | None) -> npt.NDArray[Any]:
     if array.size == 0:
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu" or array.ndim != 1:
-        said = f"token ids must be integers of rank 1, not {array.dtype} of rank {array.ndim}"
-        raise InvalidRequest.of(name, said)
+        problem = f"token ids must be integers of rank 1, not {array.dtype} of rank {array.ndim}"
+        raise InvalidRequest.of(name, problem)
     target = np.dtype(dtype if dtype in ("int32", "int64") else "int64")
     bounds = np.iinfo(target)
-    if array.size and not (bounds.min <= int(array.min()) and int(array.max()) <= bounds.max):
-        raise InvalidRequest.of(name, f"token ids do not fit {target}")
+    if array.size:
+        least, greatest = int(array.min()), int(array.max())
+        if not bounds.min <= least <= greatest <= bounds.max:
+            raise InvalidRequest.of(name, f"token ids from {least} to {greatest} do not fit the model's {target}")
     return array.astype(target, copy=False)

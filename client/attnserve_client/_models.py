@@ -1,4 +1,4 @@
-"""What a model is, as the server describes it: inputs, outputs, axes, sites and limits."""
+"""The server's description of a model: inputs, outputs, axes, sites and limits."""
 
 from __future__ import annotations
 
@@ -43,10 +43,13 @@ _POLICIES: Final[dict[int, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class IndexRange:
-    """Numbers that an input may hold which the model looks a table up with: from `least` to `greatest`, both legal.
+    """The range of an input that the model uses as indices into a table.
 
-    `column`: the place along the input's last axis that this is of; None: every element. `along`: the symbol of an axis
-    whose positions are looked up; `least` then counts from minus its length and `greatest` from its length.
+    Attributes:
+        least: Least legal value; with `along`, it counts from minus the length of that axis.
+        greatest: Greatest legal value; with `along`, it counts from the length of that axis.
+        column: Position along the input's last axis to which the range applies; None for every element.
+        along: Symbol of the axis whose positions are the table; empty for a table of fixed size.
     """
 
     least: int
@@ -57,11 +60,16 @@ class IndexRange:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An input or output. `shape` has an axis symbol or a fixed length for each axis, without the batch axis.
+    """An input or output.
 
-    `vocabulary_size`: of an input of token ids, which run from 0 to this less 1; 0 where that is not known.
-    `index_ranges`: of any other input that tables are looked up with, the numbers that it may hold; empty: any.
-    `additive_mask`: it is added to attention scores, and may hold -inf where a key is hidden.
+    Attributes:
+        name: Its name.
+        dtype: NumPy name of its element type.
+        shape: An axis symbol or a fixed length for each axis, without the batch axis.
+        optional: Whether callers may omit the input.
+        vocabulary_size: Number of token ids of an input of ids, which must be below it; 0 if unknown.
+        index_ranges: Ranges of any other input that the model uses as indices; empty if all values are legal.
+        additive_mask: Whether the input is added to attention scores, so that it may hold -inf to hide a key.
     """
 
     name: str
@@ -75,11 +83,16 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A dynamic axis: its symbol, its greatest length, and whether sequences of other lengths may share its batch.
+    """A dynamic axis.
 
-    `grid`: how it covers an image; None where it holds no patches. `padding_status`: what is known of padding along it,
-    `proved`, `tested`, `refuted` or `unknown`; empty for a fixed axis, and where the server does not tell.
-    `padding_reason`: why it is not proved; empty where it is.
+    Attributes:
+        symbol: Its symbol.
+        max_length: Greatest length.
+        paddable: Whether sequences of different lengths along it share a batch.
+        grid: The image grid of its patches; None for an axis without patches.
+        padding_status: Whether padding along it can change an answer: `proved` that it cannot, `tested`, `refuted` or
+            `unknown`; empty for a fixed axis, and if the server does not report it.
+        padding_reason: Why the status is not `proved`; empty if it is.
     """
 
     symbol: str
@@ -92,7 +105,20 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One place in the graph where attention is computed. `unavailable_reason` is empty where it answers."""
+    """One place in the graph where attention is computed.
+
+    Attributes:
+        name: Its name.
+        layer: Its position in the model's list, from 0.
+        kind: `self`, `causal` or `cross`.
+        form: `dense`, `windowed` or `linear`.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads.
+        head_dim: Dimension of a head.
+        query_axis: Axis symbol of the queries.
+        key_axis: Axis symbol of the keys.
+        unavailable_reason: Why its attention cannot be returned; empty if it can.
+    """
 
     name: str
     layer: int
@@ -115,25 +141,26 @@ class ModelInfo:
         version: Its version, a positive integer in decimal.
         digest: `sha256:` and the hexadecimal digest of its bundle.
         state: `loading`, `ready`, `draining`, `failed`, or `unknown`.
-        state_reason: Why it is failed or, where ready, why each sequence runs alone; empty otherwise.
-        inputs: What it takes.
-        outputs: What it gives.
+        state_reason: Why it failed or, if it is ready, why each sequence runs alone; empty otherwise.
+        inputs: Its inputs.
+        outputs: Its outputs.
         axes: Its dynamic axes, without the batch axis.
-        sites: Where it attends.
-        accepts_text: Whether it takes text.
-        vocabulary_size: Token ids run from 0 to this less 1; 0 where it takes none.
+        sites: Its attention sites.
+        accepts_text: Whether it has a tokenizer, so that inputs may be text.
+        vocabulary_size: Number of token ids, which must be below it; 0 if it takes none.
         max_batch_size: Most sequences in one request.
         max_text_bytes: Most bytes of UTF-8 in one text.
-        max_response_bytes: Most bytes of tensor data in one answer.
-        precision: `fp32`, `fp16` or `int8`.
-        execution_provider: What runs it; empty until loaded.
-        text_axis: Axis symbol of a text's tokens; empty where it takes no text.
-        text_pair_axis: That of a second text's: another where the second text has an input of its own.
-        batching: The server's policy, `proved`, `tested` or `off`: what it asks for before sequences share a run.
-            Empty where the server does not tell.
-        batch_status: What is known of batch neighbours, `proved`, `tested`, `refuted` or `unknown`; empty likewise.
-        batch_reason: Why it is not proved, in plain words; empty where it is.
-        batched: Whether sequences share runs. If not, each runs alone, also those of one request.
+        max_response_bytes: Most bytes of tensor data in one response.
+        precision: Precision of its weights: `fp32`, `fp16` or `int8`.
+        execution_provider: Execution provider that runs it; empty until it is loaded.
+        text_axis: Axis symbol of a text's tokens; empty if it takes no text.
+        text_pair_axis: Axis symbol of a second text's tokens; it differs if the second text has a separate input.
+        batching: The server's batching policy, `proved`, `tested` or `off`: the status that sequences must have to
+            share a run. Empty if the server does not report it.
+        batch_status: Whether batch neighbours can change an answer: `proved` that they cannot, `tested`, `refuted` or
+            `unknown`; empty if the server does not report it.
+        batch_reason: Why the status is not `proved`; empty if it is.
+        batched: Whether sequences share runs. If not, each runs alone, even those of one request.
     """
 
     name: str
@@ -161,14 +188,14 @@ class ModelInfo:
 
     @property
     def ready(self) -> bool:
-        """Whether it answers."""
+        """Whether the model answers requests."""
         return self.state == "ready"
 
     @property
     def token_input(self) -> str | None:
-        """The input that bare token ids are for; None where that is not plain.
+        """Name of the input that receives bare token ids; None if there is no such input, or several.
 
-        It is `input_ids` where there is one, else the only input of rank 1 and integer type that a caller must give.
+        `input_ids` if the model has it, else the only required input of rank 1 and integer type.
         """
         names = [spec.name for spec in self.inputs]
         if "input_ids" in names:
@@ -177,12 +204,12 @@ class ModelInfo:
         return fits[0].name if len(fits) == 1 else None
 
     def input_dtype(self, name: str) -> str | None:
-        """The element type of one input; None where there is no such input."""
+        """Return the element type of an input; None for an unknown input."""
         return next((spec.dtype for spec in self.inputs if spec.name == name), None)
 
 
 def model_of(message: model_pb2.Model) -> ModelInfo:
-    """The description that a message holds."""
+    """Return the description in a message."""
     return ModelInfo(
         name=message.name,
         version=message.version,
@@ -210,7 +237,7 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
 
 
 def is_ready(models: list[ModelInfo]) -> bool:
-    """Whether there is a model and the highest version of each is ready."""
+    """Return whether there is a model, and the highest version of each model is ready."""
     highest: dict[str, ModelInfo] = {}
     for model in models:
         best = highest.get(model.name)

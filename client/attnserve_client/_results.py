@@ -1,4 +1,4 @@
-"""What comes back for a call, and its way from the wire."""
+"""The results of a call, and their decoding and checks."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from attnserve_client.errors import AttnserveError, BadAnswer
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How one sequence was run; all zeros where nothing was.
+    """How one sequence was run; all zeros if the model did not run.
 
     Attributes:
-        batch_size: Sequences that shared the run, this one included.
-        useful_tokens: Positions of all those sequences that carry data.
-        computed_tokens: Positions that the runtime worked on, padding included.
-        queue_s: From arrival to the start of the run, in seconds.
-        compute_s: The run itself, in seconds.
-        instance: The instance it ran on, from 0.
+        batch_size: Sequences in the run, this one included.
+        useful_tokens: Positions of all these sequences that carry data.
+        computed_tokens: All positions of the run, padding included.
+        queue_s: Time from arrival to the start of the run, in seconds.
+        compute_s: Time of the run, in seconds.
+        instance: Number of the instance that ran it, from 0.
     """
 
     batch_size: int = 0
@@ -43,7 +43,16 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What answered: model, version, bundle digest, execution provider and the weights' element type."""
+    """The model and server that produced an answer.
+
+    Attributes:
+        request_id: Id of the request.
+        model: Name of the model.
+        version: Its version.
+        digest: `sha256:` and the hexadecimal digest of its bundle.
+        execution_provider: Execution provider of onnxruntime, for example `CPUExecutionProvider`.
+        precision: Precision of the model's weights: `fp32`, `fp16` or `int8`.
+    """
 
     request_id: str
     model: str
@@ -55,15 +64,15 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InferenceResult:
-    """The answer for one sequence.
+    """The result for one sequence.
 
     Attributes:
-        outputs: The wanted outputs by name, without the batch axis: read-only views of the answer's bytes.
-        attention: One map for each chosen site, or one for all with joined layers; empty where none was asked for.
-        run: How it was run.
-        receipt: What answered; the same for all sequences of one call.
-        effective_attention: The selection that was carried out, with defaults filled in; None without attention.
-        predicted_bytes: Bytes of tensor data in the whole answer, all sequences of the call together.
+        outputs: The selected outputs by name, without the batch axis: read-only views of the response's bytes.
+        attention: One map for each selected site, or one for all with joined layers; empty without attention.
+        run: How the sequence was run.
+        receipt: The model and server; the same for all sequences of one call.
+        effective_attention: The selection that the server applied, defaults filled in; None without attention.
+        predicted_bytes: Bytes of tensor data in the whole response, for all sequences of the call together.
     """
 
     outputs: dict[str, npt.NDArray[Any]]
@@ -76,12 +85,12 @@ class InferenceResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StreamAnswer:
-    """One input's end on a stream: a result or an error.
+    """The answer to one input of a stream: a result or an error.
 
     Attributes:
-        index: The input's place among all that the stream took, from 0.
-        request_id: The request's id on the stream.
-        outcome: The result or the error, whichever it is; `result` and `error` are for telling them apart.
+        index: Index of the input on the stream, from 0.
+        request_id: Id of its request on the stream.
+        outcome: The result or the error; the properties `result` and `error` distinguish them.
     """
 
     index: int
@@ -90,7 +99,7 @@ class StreamAnswer:
 
     @property
     def error(self) -> AttnserveError | None:
-        """Why it failed; None where it went well."""
+        """The error; None if the input has a result."""
         return self.outcome if isinstance(self.outcome, AttnserveError) else None
 
     @property
@@ -98,7 +107,7 @@ class StreamAnswer:
         """The result.
 
         Raises:
-            AttnserveError: This one request failed.
+            AttnserveError: The request of this input failed.
         """
         if isinstance(self.outcome, AttnserveError):
             raise self.outcome
@@ -106,10 +115,18 @@ class StreamAnswer:
 
 
 def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bool) -> list[InferenceResult]:
-    """The results of one answer, as many as the call had sequences; with `validate_only` without outputs.
+    """Decode and check a response.
+
+    Args:
+        message: The response.
+        sequences: Number of sequences of the request.
+        validate_only: Whether the request only predicted sizes, so that the response has no results.
+
+    Returns:
+        A result for each sequence; with `validate_only` without outputs and attention.
 
     Raises:
-        BadAnswer: The answer breaks the contract.
+        BadAnswer: The response breaks the contract.
     """
     receipt = Receipt(
         request_id=message.receipt.request_id,
@@ -119,11 +136,11 @@ def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bo
         execution_provider=message.receipt.execution_provider,
         precision=message.receipt.precision,
     )
-    asked = message.HasField("effective_attention")
-    effective = AttentionSelection.from_wire(message.effective_attention) if asked else None
+    has_attention = message.HasField("effective_attention")
+    effective = AttentionSelection.from_wire(message.effective_attention) if has_attention else None
     items = [wire.SequenceResult()] * sequences if validate_only else message.results
     if len(items) != sequences:
-        raise bad_answer(f"{len(items)} results for {sequences} sequences", receipt.request_id)
+        raise bad_answer(f"it has {len(items)} results for {sequences} sequences", receipt.request_id)
     try:
         return [
             InferenceResult(
@@ -161,8 +178,8 @@ def _maps_of(message: attention_pb2.Attention, model: str) -> list[AttentionMap]
 def _grid_of(units: attention_pb2.AxisUnits) -> PatchGrid:
     grid = PatchGrid(units.grid_rows, units.grid_columns, units.leading)
     if grid.leading + grid.rows * grid.columns != units.length:
-        said = f"{grid.leading} and {grid.rows} x {grid.columns} patches"
-        raise bad_answer(f"axis {units.axis!r} has {units.length} units and a grid of {said}")
+        patches = f"{grid.leading} and {grid.rows} x {grid.columns} patches"
+        raise bad_answer(f"axis {units.axis!r} has {units.length} units and a grid of {patches}")
     return grid
 
 
@@ -207,7 +224,7 @@ def _map_of(
             _check_band(band_keys, len(rows), len(columns))
         width = len(columns) if band_keys is None else band_keys.shape[1]
         if raw.shape[1:] != (len(rows), width) or raw.shape[0] not in (1, len(message.heads)):
-            raise bad_answer(f"a map of shape {raw.shape} came for {len(rows)} queries and {width} keys")
+            raise bad_answer(f"a map of {len(rows)} queries and {width} keys has weights of shape {raw.shape}")
     return AttentionMap(
         sites=tuple(message.sites),
         layer=message.layer,
@@ -229,12 +246,12 @@ def _map_of(
 
 def _chosen(axes: dict[str, tuple[Token, ...]], axis: str, indices: Any) -> tuple[Token, ...]:
     if axis not in axes:
-        raise bad_answer(f"a map names the axis {axis!r}, of which the answer has no units")
+        raise bad_answer(f"a map has the axis {axis!r}, whose units are missing")
     tokens = axes[axis]
     if not indices:
         return tokens
     if max(indices) >= len(tokens):
-        raise bad_answer(f"a map names unit {max(indices)} of the axis {axis!r}, which has {len(tokens)}")
+        raise bad_answer(f"a map has unit {max(indices)} of the axis {axis!r}, which has {len(tokens)} units")
     return tuple(tokens[index] for index in indices)
 
 
@@ -249,13 +266,14 @@ def _check_links(links: RawLinks, residual: npt.NDArray[np.float32], rows: int, 
         and offsets[-1] == len(links.keys) == len(links.weights)
     )
     if not fits:
-        raise bad_answer("the offsets, keys, weights and residual of its links do not fit together")
+        raise bad_answer("offsets, keys, weights and residual of a map's links have lengths that do not match")
     if not columns.issuperset(links.keys.tolist()):
-        raise bad_answer("a link names a key that is not among the map's columns")
+        raise bad_answer("a link has a key that is not among the map's columns")
 
 
 def _check_band(band_keys: npt.NDArray[Any], rows: int, columns: int) -> None:
     if band_keys.ndim != 2 or len(band_keys) != rows or band_keys.dtype != np.int32:
-        raise bad_answer(f"the keys of a band are {band_keys.dtype} of shape {band_keys.shape}, for {rows} queries")
+        problem = f"the band keys of a map of {rows} queries are {band_keys.dtype} of shape {band_keys.shape}"
+        raise bad_answer(problem)
     if band_keys.size and not -1 <= band_keys.min() <= band_keys.max() < columns:
-        raise bad_answer(f"the keys of a band are not all from -1 to {columns - 1}")
+        raise bad_answer(f"the band keys of a map are not all from -1 to {columns - 1}")

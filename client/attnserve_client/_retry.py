@@ -1,4 +1,4 @@
-"""When to send a request again: a policy of values, a budget, and one loop's worth of decisions for both clients."""
+"""When to send a request again: the policy, its budget, and the attempts of one call. Nothing here sends or waits."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ READY_TIMEOUT_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and how long to wait. The same values decide for `Client` and `AsyncClient`.
+    """How often requests are retried, and after which wait.
 
-    The wait before attempt n + 1 is drawn evenly from 0 to `initial_backoff_s * multiplier ** (n - 1)`, at most
-    `max_backoff_s` (full jitter), and never less than what the server asked for. A failure that may be retried costs
-    the budget 1, a success gives `budget_return` back; at half of `budget_tokens` and below nothing is retried, which
-    holds attempts per call near 1 + `budget_return` when a server keeps failing.
+    The wait after failed attempt n is the server's retry delay, if it gave one, plus a random time from 0 to
+    `initial_backoff_s * multiplier ** (n - 1)` or `max_backoff_s`, whichever is less (full jitter). Each client has one
+    budget. A retryable failure takes 1 token from it, a success returns `budget_return`. No request is retried while at
+    most half of `budget_tokens` is left, which limits attempts per call to about 1 + `budget_return` when a server
+    keeps failing.
 
     Source: Brooker 2015, "Exponential Backoff And Jitter"; gRPC proposal A6, "gRPC Retry Design", on throttling.
 
     Attributes:
-        max_attempts: Most times that one request is sent; 1 never retries.
-        initial_backoff_s: Upper end of the first wait, in seconds.
-        multiplier: What each further wait's upper end grows by.
-        max_backoff_s: Greatest upper end, in seconds.
-        budget_tokens: Size of the budget, full at the start. It is kept by client, not by process.
-        budget_return: What a success gives back.
+        max_attempts: Most attempts of one request, at least 1; 1 turns retries off.
+        initial_backoff_s: Greatest random wait after the first attempt, in seconds.
+        multiplier: Factor by which it grows with each attempt, at least 1.
+        max_backoff_s: Greatest random wait after any attempt, in seconds.
+        budget_tokens: Size of the budget, which starts full.
+        budget_return: Tokens that a success returns.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
     max_attempts: int = 4
@@ -45,23 +49,24 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
-            raise ValueError(f"max_attempts {self.max_attempts} is below 1")
-        if min(self.initial_backoff_s, self.max_backoff_s, self.budget_tokens, self.budget_return) < 0:
-            raise ValueError("backoffs and budgets must not be negative")
+            raise ValueError(f"max_attempts is {self.max_attempts}; it must be at least 1, which turns retries off")
+        for name in ("initial_backoff_s", "max_backoff_s", "budget_tokens", "budget_return"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.multiplier < 1:
-            raise ValueError(f"multiplier {self.multiplier} is below 1")
+            raise ValueError(f"multiplier is {self.multiplier}; it must be at least 1, which keeps waits constant")
 
     def backoff_s(self, attempt: int, retry_delay_s: float | None, jitter: float) -> float:
-        """The wait after failed attempt number `attempt` (from 1), in seconds.
+        """Return the wait after a failed attempt, in seconds.
 
         Args:
-            attempt: How many attempts have failed.
-            retry_delay_s: The server's lower bound, if it gave one.
-            jitter: A number from 0 to 1.
+            attempt: Number of the failed attempt, from 1.
+            retry_delay_s: The server's retry delay in seconds; None if it gave none.
+            jitter: A random number from 0 to 1.
         """
-        # The exponent is bounded so that a policy with many attempts cannot overflow a float.
+        # The exponent is bounded, because a policy with many attempts would overflow a float.
         ceiling_s = min(self.max_backoff_s, self.initial_backoff_s * self.multiplier ** min(attempt - 1, 64))
-        # Added and not maximised: callers that were told the same delay must not come back at the same moment.
+        # Added, not the maximum: callers that received the same delay must not retry at the same time.
         return (retry_delay_s or 0.0) + jitter * ceiling_s
 
 
@@ -75,16 +80,16 @@ class RetryBudget:
 
     @property
     def tokens(self) -> float:
-        """What is left."""
+        """Tokens left."""
         return self._tokens
 
     def succeeded(self) -> None:
-        """Gives a little back."""
+        """Return tokens for a success."""
         with self._lock:
             self._tokens = min(self._policy.budget_tokens, self._tokens + self._policy.budget_return)
 
     def failed(self) -> bool:
-        """Takes the cost of a failure, and says whether a retry is still allowed."""
+        """Take the token of a failure. Return whether a retry is allowed."""
         with self._lock:
             self._tokens = max(0.0, self._tokens - 1.0)
             return self._tokens > self._policy.budget_tokens / 2
@@ -92,7 +97,7 @@ class RetryBudget:
 
 @dataclass(frozen=True, slots=True)
 class Retrying:
-    """A policy, its budget, and where time and chance come from."""
+    """A policy with its budget, a clock in seconds, and a source of random numbers from 0 to 1."""
 
     policy: RetryPolicy
     budget: RetryBudget
@@ -101,7 +106,7 @@ class Retrying:
 
     @classmethod
     def of(cls, policy: RetryPolicy) -> Retrying:
-        """With a full budget, the system's monotonic clock and its own source of chance."""
+        """Return a policy with a full budget, the system's monotonic clock and Python's random numbers."""
         return cls(policy, RetryBudget(policy))
 
     def deadline(self, timeout_s: float | None) -> float | None:
@@ -115,22 +120,22 @@ class Retrying:
 
 @dataclass(slots=True)
 class Attempts:
-    """One call's attempts. It decides; the caller sends and waits."""
+    """The attempts of one call, made by one thread or task: decides whether and when to retry."""
 
     retrying: Retrying
     deadline: float | None
     made: int = field(default=0)
 
     def remaining_s(self) -> float | None:
-        """What is left for the next attempt, in seconds, at least 0; None without a deadline."""
+        """Return the seconds left for the next attempt, at least 0; None without a deadline."""
         return None if self.deadline is None else max(0.0, self.deadline - self.retrying.clock())
 
     def succeeded(self) -> None:
-        """The call is over and went well."""
+        """Record that the call succeeded."""
         self.retrying.budget.succeeded()
 
     def wait_after(self, error: AttnserveError) -> float | None:
-        """Seconds to wait before the next attempt, or None where `error` is final."""
+        """Record a failed attempt. Return the seconds to wait before the next one, or None if `error` is final."""
         self.made += 1
         if not is_retryable(error):
             return None
@@ -139,6 +144,5 @@ class Attempts:
             return None
         wait_s = self.retrying.policy.backoff_s(self.made, error.retry_delay_s, self.retrying.jitter())
         remaining_s = self.remaining_s()
-        # A wait that ends past the deadline leaves nothing to try in: the real cause now is worth more than a
-        # DeadlineExpired later.
+        # A wait past the deadline leaves no time for an attempt: raise the cause now, not DeadlineExpired later.
         return None if remaining_s is not None and wait_s >= remaining_s else wait_s

@@ -1,4 +1,4 @@
-"""What part of the attention to ask for, in friendly names, and its way to the wire and back."""
+"""The selection of the attention to return, and its encoding to and from the wire."""
 
 from __future__ import annotations
 
@@ -46,22 +46,27 @@ _V = TypeVar("_V", bound=int)
 
 @dataclass(frozen=True, slots=True)
 class AttentionSelection:
-    """A part of the attention. Everything left out means: all of it, as it is.
+    """A selection of attention weights. The defaults select all weights of all sites, unreduced.
 
-    The server takes these steps in this order: sites, heads, layers, words, special tokens, query rows, links, dtype.
+    The server applies the fields in this order: sites, heads, layers, words, special tokens, queries, links, dtype.
 
     Attributes:
-        sites: Names of sites, as `Client.model` lists them.
-        layers: Positions in the model's list of sites; negative ones count from the end.
-        heads: Which heads to take, by index, negative ones from the end; or `"each"`, `"mean"`, `"max"` over all.
-        head_reduction: How the chosen heads are joined, where `heads` lists some.
-        layer_reduction: `"each"` site by itself, their `"mean"`, or the `"rollout"` (Abnar and Zuidema 2020).
-        queries: Which rows, as indices of units with special tokens counted; negative ones count from the end.
-        unit: What a row and a column stand for: `"token"` or `"word"`.
-        special_tokens: `"keep"` them, or `"drop"` them and bring the rows back to sum 1.
-        top_k: Keep this many weights of each row, the greatest; 0 keeps all.
-        min_weight: Keep weights of at least this, from 0 to 1; 0 keeps all.
-        dtype: How weights travel: `"float32"`, `"float16"` (half of it), `"uint8"` (a quarter, off by 1/510).
+        sites: Names of sites, as listed in `ModelInfo.sites`; empty for all.
+        layers: Positions of sites in the model's list; negative ones count from the end.
+        heads: Indices of heads, negative ones from the end; or `"each"`, `"mean"` or `"max"` over all heads.
+        head_reduction: How the heads listed in `heads` are joined.
+        layer_reduction: `"each"` site separately, the `"mean"` of the sites, or their `"rollout"`. Source: Abnar and
+            Zuidema 2020, section 3.
+        queries: Rows to return, as indices of units, special tokens counted; negative ones count from the end.
+        unit: Unit of rows and columns, `"token"` or `"word"`.
+        special_tokens: `"keep"` special tokens, or `"drop"` them and renormalize the rows to sum 1.
+        top_k: Number of weights to keep in each row, the greatest; 0 for all.
+        min_weight: Least weight to keep, from 0 to 1; 0 for all.
+        dtype: Type in which weights are sent: `"float32"`, `"float16"` (half the bytes), or `"uint8"` (a quarter of the
+            bytes, with an error of at most 1/510).
+
+    Raises:
+        InvalidRequest: `heads` and `head_reduction` name different reductions.
     """
 
     sites: Sequence[str] = ()
@@ -83,17 +88,17 @@ class AttentionSelection:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.heads, str):
             if self.head_reduction not in (None, self.heads):
-                said = f"heads {self.heads!r} and head_reduction {self.head_reduction!r} differ"
-                raise InvalidRequest.of("attention.head_reduction", said)
+                problem = f"{self.head_reduction!r} differs from heads {self.heads!r}; set one of them"
+                raise InvalidRequest.of("attention.head_reduction", problem)
             object.__setattr__(self, "head_reduction", self.heads)
             object.__setattr__(self, "heads", ())
         object.__setattr__(self, "heads", tuple(self.heads))
 
     def to_wire(self) -> wire.AttentionSelection:
-        """The message for it.
+        """Return the message for this selection.
 
         Raises:
-            InvalidRequest: A choice is not one of the known ones, or a number does not fit its field.
+            InvalidRequest: A choice is unknown, or a number does not fit its field.
         """
         message = wire.AttentionSelection(sites=self.sites)
         message.layers.extend(_integers("layers", self.layers))
@@ -115,7 +120,7 @@ class AttentionSelection:
 
     @classmethod
     def from_wire(cls, message: wire.AttentionSelection) -> AttentionSelection:
-        """The selection that a server says it carried out."""
+        """Return the selection in a message, such as the one that the server reports as applied."""
         return cls(
             sites=tuple(message.sites),
             layers=tuple(message.layers),
@@ -132,14 +137,18 @@ class AttentionSelection:
 
 
 def selection_of(attention: AttentionSelection | bool | None) -> wire.AttentionSelection | None:
-    """The message for what callers may pass: a selection, True for all of it, False or None for nothing."""
+    """Return the message for a selection; True selects all attention, False and None select none.
+
+    Raises:
+        TypeError: `attention` has another type.
+    """
     if attention is None or attention is False:
         return None
     if attention is True:
         return wire.AttentionSelection()
     if isinstance(attention, AttentionSelection):
         return attention.to_wire()
-    raise TypeError(f"attention must be an AttentionSelection, True, or None, not {type(attention).__name__}")
+    raise TypeError(f"attention must be an AttentionSelection, a bool or None, not {type(attention).__name__}")
 
 
 def _integers(field: str, values: Sequence[int], least: int = -(2**31), most: int = 2**31 - 1) -> list[int]:

@@ -1,4 +1,4 @@
-"""The one map from what gRPC tells (codes and google.rpc details) to the error tree. Nothing else makes this choice."""
+"""The only mapping from gRPC codes and google.rpc details to the client's errors."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ BY_REASON: Final[dict[str, type[AttnserveError]]] = {
     "INTERNAL": InternalFault,
 }
 
-# Where no server of ours spoke: gRPC itself, a proxy, or another service at that address. A RESOURCE_EXHAUSTED of
-# theirs is a message over a size limit, which no retry mends, so it is no Overloaded.
+# For failures without details of attnserve: from gRPC itself, a proxy, or another service at that address. There,
+# RESOURCE_EXHAUSTED is not Overloaded but a message over a size limit, which fails again on each retry.
 BY_CODE: Final[dict[str, type[AttnserveError]]] = {
     "INVALID_ARGUMENT": InvalidRequest,
     "UNAVAILABLE": ServerUnreachable,
@@ -51,22 +51,22 @@ BY_CODE: Final[dict[str, type[AttnserveError]]] = {
     "INTERNAL": InternalFault,
 }
 
-# What gRPC has only its own short words for, which vary with how it noticed.
-_OWN_WORDS: Final = {"DEADLINE_EXCEEDED": "the timeout passed before the answer was there"}
+# Replaces gRPC's messages, which vary with the place where the deadline was noticed.
+_MESSAGES: Final = {"DEADLINE_EXCEEDED": "the timeout passed before the response arrived"}
 
 _RETRYABLE: Final = (NotServing, Overloaded)
 
 
 def is_retryable(error: AttnserveError) -> bool:
-    """Whether the same request may succeed when it is sent again. All our calls are idempotent."""
+    """Return whether a retry of the same request may succeed. All calls of the service are idempotent."""
     return isinstance(error, _RETRYABLE)
 
 
 def from_rpc_error(error: Any, request_id: str = "") -> AttnserveError:
-    """What a failed call means. Takes the errors of both `grpc` and `grpc.aio`."""
-    # Both kinds of grpc.RpcError have these methods; the base class itself declares none of them.
+    """Return the error for a failed call of grpc or grpc.aio."""
+    # grpc.RpcError declares none of these methods, but the errors of both libraries have them.
     code: grpc.StatusCode = error.code()
-    message: str = _OWN_WORDS.get(code.name) or error.details() or ""
+    message: str = _MESSAGES.get(code.name) or error.details() or ""
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY:
             return from_status_bytes(value, request_id)
@@ -74,23 +74,23 @@ def from_rpc_error(error: Any, request_id: str = "") -> AttnserveError:
 
 
 def from_status_bytes(data: bytes, request_id: str = "") -> AttnserveError:
-    """What a serialised google.rpc.Status means, from a trailer or from a message of a stream."""
+    """Return the error for a serialized google.rpc.Status, from a trailer or from a message of a stream."""
     try:
         status = status_pb2.Status.FromString(data)
     except DecodeError as error:
-        return bad_answer(f"the error's details cannot be read: {error}", request_id)
+        return bad_answer(f"its error details are no google.rpc.Status: {error}", request_id)
     known = status.code in code_pb2.Code.values()
     return _make(code_pb2.Code.Name(status.code) if known else "UNKNOWN", status.message, status, request_id)
 
 
 def bad_answer(why: str, request_id: str = "") -> BadAnswer:
-    """An answer that breaks the contract."""
+    """Return the error for an answer that breaks the contract."""
     return BadAnswer(f"the server's answer breaks the contract: {why}", request_id=request_id)
 
 
 def closed() -> RequestCancelled:
-    """A call on a client that has been closed."""
-    return RequestCancelled("this client is closed", code="CANCELLED")
+    """Return the error for a call on a closed client."""
+    return RequestCancelled("this client is closed; create a new one", code="CANCELLED")
 
 
 def _make(code: str, message: str, status: status_pb2.Status, request_id: str) -> AttnserveError:
@@ -113,9 +113,9 @@ def _make(code: str, message: str, status: status_pb2.Status, request_id: str) -
             elif detail.Unpack(request):
                 request_id = request.request_id or request_id
         except DecodeError:
-            continue  # one broken detail does not hide the others
-    ours = info.domain == DOMAIN
-    kind = (BY_REASON.get(info.reason) if ours else None) or BY_CODE.get(code, AttnserveError)
+            continue  # keep the other details
+    from_attnserve = info.domain == DOMAIN
+    kind = (BY_REASON.get(info.reason) if from_attnserve else None) or BY_CODE.get(code, AttnserveError)
     return kind(
         message or code.lower().replace("_", " "),
         code=code,

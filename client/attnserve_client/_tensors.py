@@ -1,4 +1,4 @@
-"""Arrays to tensors and back, without copies on the way back. Nothing about models lives here."""
+"""Conversion of NumPy arrays to tensor messages, and back without copies."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _CODES: Final = {(dtype.kind, dtype.itemsize): code for code, dtype in _TYPES.it
 
 
 def dtype_name(code: tensor_pb2.DataType.ValueType) -> str:
-    """The name that numpy has for a wire type, for example `float32`; `unspecified` for unknown ones."""
+    """Return the NumPy name of a wire type, for example `float32`; `unspecified` for an unknown one."""
     return _TYPES[code].name if code in _TYPES else "unspecified"
 
 
 def to_tensor(name: str, array: Array) -> tensor_pb2.Tensor:
-    """Writes an array of any shape as little-endian, row-major bytes.
+    """Encode an array of any shape as little-endian, row-major bytes.
 
     Raises:
-        InvalidRequest: The array's element type has no place in the contract.
+        InvalidRequest: The array's element type is not in the contract.
     """
     code = _CODES.get((array.dtype.kind, array.dtype.itemsize))
     if code is None:
@@ -47,15 +47,15 @@ def to_tensor(name: str, array: Array) -> tensor_pb2.Tensor:
 
 
 def to_array(tensor: tensor_pb2.Tensor) -> Array:
-    """A read-only view of a tensor's bytes, in its shape. Nothing is copied.
+    """Return a read-only view of a tensor's bytes, in its type and shape.
 
     Raises:
-        BadAnswer: Type, shape and bytes do not fit together.
+        BadAnswer: The type is unknown, or type and shape do not match the number of bytes.
     """
     dtype = _TYPES.get(tensor.dtype)
     if dtype is None:
         raise bad_answer(f"tensor {tensor.name!r} has the unknown type {tensor.dtype}")
     shape, data = tuple(tensor.shape), tensor.data
     if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize != len(data):
-        raise bad_answer(f"tensor {tensor.name!r} of shape {shape} and type {dtype} came with {len(data)} bytes")
+        raise bad_answer(f"tensor {tensor.name!r} of shape {shape} and type {dtype} has {len(data)} bytes")
     return np.frombuffer(data, dtype=dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""A server for your own tests: a real gRPC server on a loopback port, with made-up but valid answers.
+"""A fake server for tests of code that uses the client: real gRPC on a loopback port, made-up but valid answers.
 
     from attnserve_client import Client, Overloaded
     from attnserve_client.testing import FakeServer
@@ -6,10 +6,10 @@
     with FakeServer() as server, Client(server.target) as client:
         assert client.infer("fake", "a sentence").outputs["embedding"].shape == (16,)
         server.fail_next(server.overloaded(retry_delay_s=0.01))
-        client.infer("fake", "again")  # the client's retry hides it
+        client.infer("fake", "again")  # succeeds, because the client retries
         assert len(server.requests) == 3
 
-It needs nothing beyond what the client needs.
+It needs no extra.
 """
 
 from attnserve_client.testing._server import FakeServer

@@ -1,4 +1,4 @@
-"""Made-up answers: embeddings and attention that follow from the text alone, and keep the contract's promises."""
+"""The fake model: embeddings and attention computed from the text alone, reduced as the contract defines."""
 
 from __future__ import annotations
 
@@ -19,14 +19,22 @@ from attnserve_client.testing._weights import band_keys, fill
 
 AXIS: Final = "seq"
 PIECE: Final = 6
-"""Longest token in characters: longer words are cut into pieces, so that tokens and words differ."""
+"""Longest token in characters. Longer words become several tokens, so that tokens and words differ."""
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How large the made-up model is. `window`: how many tokens each sees before and behind it; None: all."""
+    """Sizes of the fake model.
+
+    Attributes:
+        dimensions: Length of the embedding.
+        layers: Number of attention sites.
+        heads: Heads of each site.
+        max_length: Longest sequence in tokens.
+        window: Tokens before and after it to which each token attends; None for all.
+    """
 
     dimensions: int
     layers: int
@@ -36,12 +44,12 @@ class Shape:
 
     @property
     def form(self) -> attention_pb2.AttentionForm.ValueType:
-        """Of every site."""
+        """The form of every site."""
         windowed = self.window is not None
         return attention_pb2.ATTENTION_FORM_WINDOWED if windowed else attention_pb2.ATTENTION_FORM_DENSE
 
     def describe(self, name: str, state: str) -> model_pb2.Model:
-        """What `GetModel` says of it."""
+        """Return the description that `GetModel` answers with."""
         seq = model_pb2.Dimension(symbol=AXIS)
         width = model_pb2.Dimension(size=self.dimensions)
         return model_pb2.Model(
@@ -91,7 +99,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One token of a made-up tokenizer; `word` counts words, and is -1 for special tokens."""
+    """One token or word of the fake tokenizer; `word` is the number of its word, or -1 for special tokens."""
 
     text: str
     word: int = -1
@@ -106,10 +114,10 @@ class Unit:
 
 
 def tokenize(sequence: wire.Sequence) -> list[Unit]:
-    """The tokens of a sequence: words in pieces between [CLS] and [SEP], or ids as they came.
+    """Return the tokens of a sequence: pieces of words between [CLS] and [SEP], or the given ids.
 
     Raises:
-        InvalidRequest: There is no text and no `input_ids`, or nothing in it.
+        InvalidRequest: The sequence has no text and no `input_ids`, or is empty.
     """
     if sequence.WhichOneof("input") == "tensors":
         tensors = {tensor.name: to_array(tensor) for tensor in sequence.tensors.tensors}
@@ -132,14 +140,14 @@ def tokenize(sequence: wire.Sequence) -> list[Unit]:
 
 
 def outputs_of(units: list[Unit], shape: Shape) -> dict[str, Array]:
-    """Outputs by name: a hidden state (L, D) from each token's text, and their normalised mean."""
+    """Return the outputs by name: hidden states (L, D), one from each token's text, and their normalized mean (D,)."""
     hidden = np.stack([_vector(unit.text, shape.dimensions) for unit in units])
     mean = hidden.mean(axis=0)
     return {"embedding": mean / max(float(np.linalg.norm(mean)), 1e-9), "last_hidden_state": hidden}
 
 
 def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape, model: str) -> attention_pb2.Attention:
-    """The attention that a selection asks for, reduced in the contract's order.
+    """Return the selected attention, reduced in the contract's order.
 
     Raises:
         InvalidRequest: A site, layer, head or query is out of range.
@@ -192,10 +200,10 @@ def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape,
 
 
 def chosen_layers(selection: AttentionSelection, shape: Shape, model: str) -> list[int]:
-    """The positions of the chosen sites, ascending.
+    """Return the positions of the selected sites, ascending.
 
     Raises:
-        InvalidRequest: A site or layer is none of the model's.
+        InvalidRequest: The model has no such site or layer.
         AttentionUnavailable: The model has no sites.
     """
     if not shape.layers:
@@ -229,7 +237,7 @@ def _vector(text: str, width: int) -> Array:
 
 
 def _weights(units: list[Unit], layer: int, shape: Shape) -> Array:
-    """Weights (H, L, L) of one layer; rows sum to 1."""
+    """Return the weights (H, L, L) of one layer; rows sum to 1."""
     maps = []
     for head in range(shape.heads):
         queries = np.stack([_vector(f"q{layer}.{head}.{unit.text}", 8) for unit in units])
@@ -272,7 +280,7 @@ def _words(units: list[Unit]) -> list[Unit]:
 
 
 def _by_word(weights: Array, units: list[Unit]) -> Array:
-    """Pieces summed over keys and averaged over queries."""
+    """Sum the weights of a word's pieces over keys, and average them over queries."""
     groups = _groups(units)
     summed: Array = np.stack([weights[:, :, group].sum(axis=2) for group in groups], axis=2)
     averaged: Array = np.stack([summed[:, group].mean(axis=1) for group in groups], axis=1)

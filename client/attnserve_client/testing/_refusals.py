@@ -1,4 +1,4 @@
-"""Errors on their way out, as a real server tells them: a google.rpc.Status with its details."""
+"""Encoding of errors as a server sends them: a google.rpc.Status with details."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attnserve_client.errors import AttnserveError
 
 
 def status_of(error: AttnserveError, request_id: str) -> status_pb2.Status:
-    """The status that a real server sends for an error."""
+    """Return the status that a server sends for an error."""
     details: list[Any] = []
     if error.reason:
         details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=dict(error.metadata)))

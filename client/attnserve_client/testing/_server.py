@@ -1,4 +1,4 @@
-"""The fake server itself: gRPC, programmable failures and delays, and a record of what was asked."""
+"""The fake server: gRPC service, programmable failures and delays, and a record of all requests."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from attnserve_client.testing._answers import Shape, attention_of, chosen_layers
 from attnserve_client.testing._refusals import status_of
 
 _THREADS: Final = 64
-"""Each connection holds one with its health watch; the pool makes them as they are needed."""
+"""Most threads, created on demand; the health watch of each connection occupies one."""
 _SERVING: Final = b"\x08\x01"
-"""`grpc.health.v1.HealthCheckResponse(status=SERVING)`, written out: its package is not among the client's needs."""
+"""Encoded `grpc.health.v1.HealthCheckResponse(status=SERVING)`; its package is no dependency of the client."""
 _OUTPUTS: Final = ("embedding", "last_hidden_state")
 
 
 class FakeServer:
-    """A server on a free loopback port with one made-up model. Use it as a context manager.
+    """A server on a free loopback port with one fake model. Use it as a context manager.
 
-    The same text always gives the same embedding and the same attention; rows of attention sum to 1. Words longer than
-    six characters are cut into pieces, so that tokens and words differ.
+    The same text always gives the same embedding and attention, and rows of attention sum to 1. Words of more than six
+    characters become several tokens, so that tokens and words differ.
 
     Args:
-        model: The model's name; its version is `1`.
+        model: Name of the model; its version is `1`.
         dimensions: Length of the `embedding` output and of each row of `last_hidden_state`.
-        layers: Attention sites; with 0 asking for attention fails as it does on a real model without sites.
+        layers: Number of attention sites; with 0, requests for attention fail with `AttentionUnavailable`.
         heads: Heads of each site.
         max_length: Longest sequence in tokens.
-        chunk_bytes: Answers on a stream that are larger come in pieces of this size; 0 never cuts.
-        window: With a number of tokens, every site is windowed: a token sees so many before and behind it, and its maps
-            are bands.
+        chunk_bytes: Size of the pieces into which larger responses on a stream are split; 0 for no limit.
+        window: Tokens before and after it to which each token attends; all sites are then windowed, and their maps are
+            bands. None for dense sites.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class FakeServer:
     ) -> None:
         self.model = model
         self.latency_s = 0.0
-        """Seconds that each request takes; set it at any time."""
+        """Seconds that each request takes. May be set at any time."""
         self.state = "ready"
-        """`ready`, `loading`, `draining` or `failed`: what `GetModel` says, and whether `Infer` answers."""
+        """State of the model: `ready`, `loading`, `draining` or `failed`. Requests fail unless it is `ready`."""
         self.requests: list[wire.InferRequest] = []
-        """Every request to run something, in the order they came, failed ones too."""
+        """All inference requests in order of arrival, failed ones included."""
         self.metadata: list[dict[str, Any]] = []
-        """The metadata of every call, in the order they came."""
+        """The metadata of all calls in order of arrival."""
         self.shape = Shape(dimensions, layers, heads, max_length, window)
         self.chunk_bytes = chunk_bytes
         self._failures: deque[AttnserveError] = deque()  # taken by the server's threads, single operations only
@@ -85,27 +85,31 @@ class FakeServer:
 
     @property
     def target(self) -> str:
-        """Where it listens, for `Client` and `AsyncClient`."""
+        """The address for `Client` and `AsyncClient`."""
         return f"127.0.0.1:{self._port}"
 
     def stop(self) -> None:
-        """Ends it at once; calls under way fail. Leaving the context does the same."""
+        """Stop at once, so that running calls fail. Leaving the context does the same."""
         self._stopping.set()
         self._server.stop(None).wait()
 
     def wait_for_requests(self, count: int, timeout_s: float = 10.0) -> None:
-        """Waits until so many requests have come in all; raises TimeoutError if they do not."""
+        """Wait until `count` requests have arrived in total.
+
+        Raises:
+            TimeoutError: Fewer arrived within `timeout_s` seconds.
+        """
         with self._arrived:
             if not self._arrived.wait_for(lambda: len(self.requests) >= count, timeout_s):
-                raise TimeoutError(f"{len(self.requests)} of {count} requests came within {timeout_s} s")
+                raise TimeoutError(f"{len(self.requests)} of {count} requests arrived within {timeout_s} s")
 
     def fail_next(self, error: AttnserveError, times: int = 1) -> None:
-        """Lets the next request fail, or the next few, with the error that the client shall see."""
+        """Fail the next `times` requests with the error that the client is to raise."""
         self._failures.extend([error] * times)
 
     @staticmethod
     def overloaded(retry_delay_s: float | None = 0.0) -> Overloaded:
-        """A refusal that the client may retry after `retry_delay_s`."""
+        """Return a refusal that the client may retry after `retry_delay_s` seconds."""
         return Overloaded(
             "overloaded (queue_full): 64 exceeds 64",
             code="RESOURCE_EXHAUSTED",
@@ -115,7 +119,7 @@ class FakeServer:
         )
 
     def not_serving(self, state: str = "draining", retry_delay_s: float | None = 0.0) -> NotServing:
-        """A refusal because the model is not there now."""
+        """Return a refusal of a model in a state other than `ready`, to retry after `retry_delay_s` seconds."""
         return NotServing(
             f"model {self.model!r} is {state}",
             code="UNAVAILABLE",
@@ -125,7 +129,11 @@ class FakeServer:
         )
 
     def answer(self, request: wire.InferRequest) -> wire.InferResponse:
-        """What it answers to a request; raises what it refuses it with."""
+        """Return the response to a request.
+
+        Raises:
+            AttnserveError: The request is refused.
+        """
         with self._arrived:
             self.requests.append(request)
             self._arrived.notify_all()
@@ -139,7 +147,11 @@ class FakeServer:
         return self._respond(request)
 
     def check_model(self, model: str, version: str) -> None:
-        """Refuses models that it does not have: raises ModelNotFound."""
+        """Check the name and version of a requested model.
+
+        Raises:
+            ModelNotFound: The server has no such model.
+        """
         if model != self.model or version not in ("", "1"):
             raise ModelNotFound(
                 f"no model {model!r}" + (f" of version {version!r}" if version else ""),
@@ -151,8 +163,8 @@ class FakeServer:
     def _respond(self, request: wire.InferRequest) -> wire.InferResponse:
         if not request.sequences:
             raise InvalidRequest.of("sequences", "0 sequences are below 1")
-        wanted = list(request.outputs.names) if request.HasField("outputs") else list(_OUTPUTS)
-        for position, name in enumerate(wanted):
+        names = list(request.outputs.names) if request.HasField("outputs") else list(_OUTPUTS)
+        for position, name in enumerate(names):
             if name not in _OUTPUTS:
                 raise InvalidRequest.of(f"outputs.names[{position}]", f"{name!r} is not one of {', '.join(_OUTPUTS)}")
         selection = AttentionSelection.from_wire(request.attention) if request.HasField("attention") else None
@@ -169,7 +181,7 @@ class FakeServer:
         )
         for position, sequence in enumerate(request.sequences):
             response.results.append(
-                self._result(f"sequences[{position}]", sequence, wanted, selection, len(request.sequences))
+                self._result(f"sequences[{position}]", sequence, names, selection, len(request.sequences))
             )
         response.predicted_bytes = sum(_tensor_bytes(each) for each in response.results)
         if request.validate_only:
@@ -177,26 +189,26 @@ class FakeServer:
         return response
 
     def _result(
-        self, field: str, sequence: wire.Sequence, wanted: list[str], selection: AttentionSelection | None, batch: int
+        self, field: str, sequence: wire.Sequence, names: list[str], selection: AttentionSelection | None, batch: int
     ) -> wire.SequenceResult:
         units = tokenize(sequence)
         if len(units) > self.shape.max_length:
             raise InvalidRequest.of(field, f"length {len(units)} exceeds {self.shape.max_length}")
         arrays = outputs_of(units, self.shape)
         return wire.SequenceResult(
-            outputs=[to_tensor(name, arrays[name]) for name in wanted],
+            outputs=[to_tensor(name, arrays[name]) for name in names],
             attention=None if selection is None else attention_of(units, selection, self.shape, self.model),
             run=wire.Run(batch_size=batch, useful_tokens=len(units), computed_tokens=len(units), compute_seconds=0.001),
         )
 
     def _health(self) -> grpc.GenericRpcHandler:
-        """Answers the client's health check, which is part of its default channel."""
+        """Return the health service, which the client's channels watch by default."""
 
         def watch(request: bytes, context: Any) -> Iterator[bytes]:  # noqa: ARG001 - gRPC's shape
-            gone = threading.Event()
-            if context.add_callback(gone.set):
+            ended = threading.Event()
+            if context.add_callback(ended.set):
                 yield _SERVING
-                gone.wait()
+                ended.wait()
 
         handlers: Any = {"Watch": grpc.unary_stream_rpc_method_handler(watch)}
         return grpc.method_handlers_generic_handler("grpc.health.v1.Health", handlers)
@@ -220,7 +232,7 @@ class FakeServer:
 
 
 class _Servicer(inference_service_pb2_grpc.InferenceServiceServicer):
-    """gRPC's side of it: answers as messages, errors as statuses."""
+    """The gRPC service: passes requests to the fake server, and sends its errors as statuses."""
 
     def __init__(self, server: FakeServer) -> None:
         self._server = server

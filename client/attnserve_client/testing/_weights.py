@@ -1,4 +1,4 @@
-"""Made-up weights on their way to the wire: whole, as bands, or as links."""
+"""Encoding of the fake server's attention weights: whole, as bands, or as links."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 
 def band_keys(length: int, window: int) -> Array:
-    """The key of each column of a band, int32 (L, 2 * window + 1); -1 past either end."""
+    """Return the key of each column of a band, int32 (L, 2 * window + 1); -1 past either end."""
     keys = np.arange(length)[:, None] + np.arange(-window, window + 1)
     return np.where((keys >= 0) & (keys < length), keys, -1).astype(np.int32)
 
@@ -27,7 +27,7 @@ def fill(
     selection: AttentionSelection,
     band: Array | None,
 ) -> None:
-    """Writes the weights (H, L, S), or those of the band's columns alone."""
+    """Write weights (H, L, S) into a message: as links if the selection limits them, else as a band if there is one."""
     if not selection.top_k and not selection.min_weight:
         if band is not None:
             weights = np.where(band >= 0, np.take_along_axis(weights, np.maximum(band, 0)[None], axis=2), 0)

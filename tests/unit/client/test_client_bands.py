@@ -87,7 +87,7 @@ def test_a_dense_map_has_no_band_and_nothing_outside():
         (KEYS.astype(np.int64), "int64"),
         (KEYS + 1, "-1 to 2"),
         (KEYS - 1, "-1 to 2"),
-        (KEYS[:, :2], "for 3 queries and 2 keys"),
+        (KEYS[:, :2], "3 queries and 2 keys"),
     ],
 )
 def test_a_band_that_breaks_the_contract_is_refused(keys, fault):

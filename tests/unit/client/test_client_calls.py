@@ -139,7 +139,7 @@ async def test_unreachable_server_is_told_as_such(driver_class: Any, server: Fak
 async def test_slow_server_meets_the_deadline(driver: Any, server: FakeServer) -> None:
     await driver.models()  # connected, so that the deadline is the server's to miss
     server.latency_s = 30.0
-    with pytest.raises(DeadlineExpired, match=r"^the timeout passed before the answer was there$"):
+    with pytest.raises(DeadlineExpired, match=r"^the timeout passed before the response arrived$"):
         await driver.infer("fake", "text", timeout=0.2)
 
 

@@ -113,7 +113,7 @@ def test_arrays_may_stand_behind_texts(one: Any, texts: tuple[str, str]) -> None
 
 @pytest.mark.parametrize("wrong", [("one",), ("a", "b", "c"), (1, 2), (), ({},), ("a", "b", "c", {}), (1, {})])
 def test_tuple_that_is_no_pair_of_texts_is_refused(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="a tuple is one or two texts"):
+    with pytest.raises(TypeError, match="a tuple must be one or two texts"):
         sequence_of(wrong, None)
 
 
@@ -240,7 +240,7 @@ def test_attention_is_a_selection_or_yes_or_no() -> None:
     assert selection_of(None) is None
     assert selection_of(False) is None
     assert selection_of(True) is not None
-    with pytest.raises(TypeError, match="AttentionSelection, True, or None"):
+    with pytest.raises(TypeError, match="AttentionSelection, a bool or None"):
         selection_of("all")  # type: ignore[arg-type]
 
 

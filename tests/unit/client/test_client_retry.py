@@ -51,7 +51,7 @@ def test_backoff_doubles_up_to_its_cap() -> None:
     "wrong", [{"max_attempts": 0}, {"initial_backoff_s": -1.0}, {"budget_return": -0.1}, {"multiplier": 0.5}]
 )
 def test_policy_refuses_values_that_make_no_sense(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"below|negative"):
+    with pytest.raises(ValueError, match="must be at least"):
         RetryPolicy(**wrong)
 
 
