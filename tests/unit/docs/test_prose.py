@@ -42,7 +42,7 @@ LEFT_ALONE = {
     "code.md": "Call `told` here.\n\n    nobody = told\n\n```\nnobody told\n```\n",
     "block_quote.md": "> Nobody was told.\n",
     "address.md": "See [the page](https://example.org/told).\n",
-    "word_parts.md": "It automates estimates, commends and retells what was returned.\n",
+    "word_parts.md": "It automates estimates, recommends and retells what was returned.\n",
     "contract.proto": "int32 told = 1;\n",
     "tell_apart.md": "These two are easy to tell apart.\n",
 }
