@@ -27,10 +27,9 @@ from attnserve_server.loading import (
     wanted_bundles,
 )
 from attnserve_server.model.manifest import Manifest
-from attnserve_server.model.repository import Bundle, BundleFault
+from attnserve_server.model.repository import Bundle, BundleFault, write_atomically
 from attnserve_server.observability.logs import logger
-from attnserve_server.observability.memory import resident_bytes
-from attnserve_server.observability.metrics import Metrics
+from attnserve_server.observability.metrics import Metrics, resident_bytes
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.scheduling.scheduler import Scheduler
 from attnserve_server.scheduling.verifier import Verifier
@@ -104,7 +103,8 @@ class Application:
             )
         self.health.set(SERVICE, serving=True)
         self.health.set(OVERALL, serving=True)
-        _write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
+        if self.settings.ports_file is not None:
+            _write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
         _log.info("ready", models=[f"{model.name}/{model.version}" for model in ready])
 
     async def run(self) -> int:
@@ -271,13 +271,10 @@ class Application:
         self.fault.set()
 
 
-def _write_ports(path: Path | None, grpc_port: int, http_port: int) -> None:
-    """Writes the ports, whole or not at all: whoever waits for the file may read it as soon as it is there."""
-    if path is None:
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"grpc": grpc_port, "http": http_port}) + "\n", encoding="ascii")
-    partial.replace(path)
+def _write_ports(path: Path, grpc_port: int, http_port: int) -> None:
+    """Write the ports as JSON. The file is complete as soon as it exists, because programs poll for it."""
+    with write_atomically(path) as partial:
+        partial.write_text(json.dumps({"grpc": grpc_port, "http": http_port}) + "\n", encoding="ascii")
 
 
 async def _first(task: asyncio.Task[None] | None, *events: asyncio.Event) -> None:

@@ -11,12 +11,11 @@ from typing import Final
 from attnserve_server.config import Settings, cores
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.engine.cost_file import CostKey, machine
-from attnserve_server.engine.cuda_graphs import GraphPlan
-from attnserve_server.engine.golden import verify_golden
+from attnserve_server.engine.golden import read_golden, verify_golden
+from attnserve_server.engine.gpu import GraphPlan
 from attnserve_server.engine.providers import CUDA, GPU_PROVIDERS, TENSORRT, visible_gpus
 from attnserve_server.engine.session import RuntimeSession, runtime_version
 from attnserve_server.model.batching import cautions
-from attnserve_server.model.golden import read_golden
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, BundleFault, Repository, verify
 from attnserve_server.model.tokenizer import TextTokenizer

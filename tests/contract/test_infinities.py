@@ -12,7 +12,7 @@ from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.conversion.check.recheck import CheckRequest, bundle_at, check_bundle
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.model.golden import read_golden
+from attnserve_server.engine.golden import read_golden
 from masked_head_graphs import VOCABULARY, scores, span_head
 
 # float32 sums in another order; scores and their squares are below 20.

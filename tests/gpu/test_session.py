@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_server.engine.cuda_graphs import GraphPlan
+from attnserve_server.engine.gpu import GraphPlan
 from attnserve_server.engine.providers import CPU, CUDA, visible_gpus
 from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
 from gpus import WHY_NOT

@@ -1,4 +1,7 @@
-"""One sequence's raw weights to its answer: the steps of a selection, in the order that the contract states."""
+"""The answer to a selection: the maps of one sequence, made from its raw weights, and the predicted size of the maps.
+
+The steps follow the order that the contract states: heads, layers, words, special tokens, rows, links, dtype.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from attnserve_server.attention.bands import band_keys, band_of, by_key, columns_of, lay_out
-from attnserve_server.attention.links import encode, links_of
+from attnserve_server.attention.bands import Weights, band_keys, by_key, columns_of, key_counts, lay_out
 from attnserve_server.attention.reduce import (
-    Weights,
+    encode,
     join_heads,
+    links_of,
     mean_of_layers,
     merge_keys,
     merge_queries,
@@ -18,9 +21,19 @@ from attnserve_server.attention.reduce import (
     rollout,
 )
 from attnserve_server.attention.units import AxisPlan, Indices, plan_axes
-from attnserve_server.domain.selection import EffectiveSelection, HeadReduction, LayerReduction, SpecialTokens
+from attnserve_server.domain.selection import (
+    AttentionUnit,
+    EffectiveSelection,
+    HeadReduction,
+    LayerReduction,
+    SpecialTokens,
+)
 from attnserve_server.domain.values import Array, AttentionAnswer, AttentionMap, AxisUnits, Links
+from attnserve_server.model.bands import BandSpec
 from attnserve_server.model.manifest import SiteSpec
+
+ROW_OFFSET_BYTES, KEY_BYTES, RESIDUAL_BYTES = 8, 4, 4
+"""Item sizes of the other tensors of links (int64, int32, float32); a band has one int32 key per column."""
 
 
 def answer(
@@ -29,22 +42,22 @@ def answer(
     sites: Sequence[SiteSpec],
     units: Mapping[str, AxisUnits],
 ) -> AttentionAnswer:
-    """The maps that a selection asks of one sequence.
+    """Return the maps that a selection requests of one sequence.
 
-    Rows that nobody asked for are left out before anything else, not at the step where the contract names them: heads,
-    layer means, words and the division by what is left all work within a row (a word's row being the mean of its
-    pieces' rows, which are kept together), so this changes no number; rollout says for itself why it may.
+    Rows that the selection does not request are dropped first, not at the step where the contract names rows. This
+    changes no number: heads, layer means, words and renormalisation all work within a row, and the rows of a word's
+    pieces are kept together. `reduce.rollout` gives the reason for rollout.
 
     Args:
-        weights: layer -> (H, L, S) float32, all heads, cropped to the sequence's own lengths; (H, L, W) where the tap
-            writes a band. Not written to.
+        weights: by layer, float32 (H, L, S), all heads, cropped to the sequence's own lengths; (H, L, W) if the tap
+            writes a band. Not modified.
         effective: the resolved selection, checked against the units.
         sites: the model's sites.
-        units: the units of every axis that a chosen site names.
+        units: the units of every axis of a chosen site.
 
     Returns:
-        The maps in order of their layers, every array C-contiguous and its own, with the units of each axis after
-        merging.
+        The maps in the order of their layers, with the units of each axis after merging. Every array is C-contiguous
+        and owns its memory.
     """
     plans = plan_axes(effective, sites, units)
     chosen = [sites[layer] for layer in effective.layers]
@@ -60,6 +73,53 @@ def answer(
     return AttentionAnswer(axes=tuple(plan.merged for plan in plans.values()), maps=maps)
 
 
+def predicted_bytes(effective: EffectiveSelection, sites: Sequence[SiteSpec], units: Mapping[str, AxisUnits]) -> int:
+    """Predict the bytes of tensor data in the answer for one sequence.
+
+    Time and memory grow with the sequence's length, not with its square.
+
+    Args:
+        effective: the resolved selection, checked against the units.
+        sites: the model's sites.
+        units: the units of every axis of a chosen site.
+
+    Returns:
+        The size of all tensors of all maps. Exact without `min_weight`; an upper bound with it, because the number of
+        weights that reach it is known only after the run.
+    """
+    plans = plan_axes(effective, sites, units)
+    total = 0
+    for index, layer in enumerate(effective.layers):
+        heads = len(effective.heads[index]) if effective.head_reduction is HeadReduction.EACH else 1
+        queries, keys = plans[sites[layer].query_axis], plans[sites[layer].key_axis]
+        alone = effective.layer_reduction is LayerReduction.EACH
+        joined = [sites[layer]] if alone else [sites[each] for each in effective.layers]
+        band = _band_of(effective, joined, keys.positions)
+        if band is None:
+            total += _map_bytes(effective, heads * queries.row_count, keys.column_count)
+        else:
+            total += _band_bytes(effective, heads, queries, keys, band)
+        if not alone:
+            break  # joined layers give one map, with the axes and heads of any of them
+    return total
+
+
+def _band_of(effective: EffectiveSelection, joined: Sequence[SiteSpec], keys: int) -> BandSpec | None:
+    """The band of the map of one site, or of several joined sites; None if the map is over all keys.
+
+    Words, dropped special tokens and rollout need rows over all keys, and so does a mean over different bands. If the
+    band has S columns or more, rows over all S keys are the smaller map.
+    """
+    bands = {site.band for site in joined}
+    whole_rows = (
+        effective.unit is AttentionUnit.WORD
+        or effective.special_tokens is SpecialTokens.DROP
+        or effective.layer_reduction is LayerReduction.ROLLOUT
+    )
+    band = None if whole_rows or len(bands) > 1 else bands.pop()
+    return band if band is not None and band.width < keys else None
+
+
 def _site_weights(
     weights: Mapping[int, Array],
     effective: EffectiveSelection,
@@ -69,9 +129,9 @@ def _site_weights(
     *,
     all_rows: bool = False,
 ) -> tuple[Weights, Indices | None]:
-    """Of the chosen site at `index`: its weights with heads joined, (heads, rows, S), and the positions of the rows.
+    """The weights of the chosen site at `index` with heads joined, (heads, rows, S), and the positions of the rows.
 
-    A band stays one, (heads, rows, W), where its map is to be one.
+    (heads, rows, W) if the map is a band.
     """
     layer = effective.layers[index]
     site = sites[layer]
@@ -80,7 +140,7 @@ def _site_weights(
     heads = np.array(effective.heads[index], dtype=np.intp)
     joined = join_heads(weights[layer], heads, effective.head_reduction, rows)
     if site.band is not None:
-        is_band = band_of(effective, _joined(effective, sites, layer), keys.positions) is not None
+        is_band = _band_of(effective, _joined(effective, sites, layer), keys.positions) is not None
         if is_band == site.whole_rows:
             columns = band_keys(site.band, queries.positions, keys.positions, rows)
             joined = columns_of(joined, columns) if is_band else lay_out(joined, columns, keys.positions)
@@ -88,7 +148,7 @@ def _site_weights(
 
 
 def _joined(effective: EffectiveSelection, sites: Sequence[SiteSpec], layer: int) -> list[SiteSpec]:
-    """The sites whose map the site at `layer` goes into."""
+    """The sites whose map includes the site at `layer`."""
     layers = (layer,) if effective.layer_reduction is LayerReduction.EACH else effective.layers
     return [sites[each] for each in layers]
 
@@ -117,9 +177,9 @@ def _map(
     heads: Sequence[tuple[int, ...]],
     plans: Mapping[str, AxisPlan],
 ) -> AttentionMap:
-    """Words, special tokens, links and dtype: what is left to do once heads and layers are joined."""
+    """The steps after heads and layers are joined: words, special tokens, links and dtype."""
     queries, keys = plans[sites[0].query_axis], plans[sites[0].key_axis]
-    band, columns = band_of(effective, sites, keys.positions), None
+    band, columns = _band_of(effective, sites, keys.positions), None
     if band is not None:
         columns = band_keys(band, queries.positions, keys.positions, queries.rows)
     else:
@@ -137,7 +197,7 @@ def _map(
     return AttentionMap(
         sites=tuple(site.name for site in sites),
         layer=sites[0].layer if len(sites) == 1 else -1,
-        # Joined sites go by the most general kind and form among them.
+        # Joined sites get the most general kind and form among them.
         kind=next(kind for kind in ("cross", "self", "causal") if kind in kinds),
         form=next(form for form in ("dense", "windowed", "linear") if form in forms),
         heads=_head_names(effective, heads),
@@ -151,7 +211,7 @@ def _map(
 
 
 def _head_names(effective: EffectiveSelection, heads: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The heads that went in. Joined sites may differ in number of heads only where heads are joined as well."""
+    """The heads in a map. Joined sites may have different numbers of heads only if their heads are joined as well."""
     if effective.head_reduction is HeadReduction.EACH or len(set(heads)) == 1:
         return heads[0]
     return tuple(sorted({head for each in heads for head in each}))
@@ -159,3 +219,22 @@ def _head_names(effective: EffectiveSelection, heads: Sequence[tuple[int, ...]])
 
 def _names(indices: Indices | None) -> tuple[int, ...]:
     return () if indices is None else tuple(indices.tolist())
+
+
+def _band_bytes(effective: EffectiveSelection, heads: int, queries: AxisPlan, keys: AxisPlan, band: BandSpec) -> int:
+    rows = heads * queries.row_count
+    if not effective.sparse:
+        return rows * band.width * effective.dtype.item_bytes + queries.row_count * band.width * KEY_BYTES
+    counts = key_counts(band, queries.positions, keys.positions, queries.rows)
+    links = heads * int(np.minimum(counts, effective.top_k or band.width).sum())
+    return _link_bytes(effective, rows, links)
+
+
+def _map_bytes(effective: EffectiveSelection, rows: int, keys: int) -> int:
+    if not effective.sparse:
+        return rows * keys * effective.dtype.item_bytes
+    return _link_bytes(effective, rows, rows * (min(effective.top_k, keys) if effective.top_k else keys))
+
+
+def _link_bytes(effective: EffectiveSelection, rows: int, links: int) -> int:
+    return (rows + 1) * ROW_OFFSET_BYTES + links * (KEY_BYTES + effective.dtype.item_bytes) + rows * RESIDUAL_BYTES

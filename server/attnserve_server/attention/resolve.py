@@ -1,4 +1,4 @@
-"""A caller's selection against a model's sites: indices checked and made non-negative, defaults filled in."""
+"""Resolves a selection: check it against a model's sites, make indices non-negative, and fill in defaults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attnserve_server.domain.selection import AttentionSelection, EffectiveSelec
 from attnserve_server.model.manifest import SiteSpec
 
 MAX_NAMES_SHOWN = 20
-"""Site names in a message; a model may have hundreds, and error details travel in bounded headers."""
+"""Maximum number of site names in a message. A model may have hundreds, and error details travel in a gRPC trailer."""
 
 
 def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str) -> EffectiveSelection:
@@ -22,12 +22,12 @@ def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str
         model: the model's name, for messages.
 
     Returns:
-        The selection with sites as ascending layers without doubles and each site's heads as indices from 0. Where
-        the caller named no site, the sites whose weights can be had.
+        The selection with sites as ascending layers without duplicates, and the heads of each as indices from 0. If
+        the caller named no site, all available sites.
 
     Raises:
-        InvalidRequest: with every field at fault.
-        AttentionUnavailable: the model has no sites, or one that was named (or, with none named, all) cannot be had.
+        InvalidRequest: with every invalid field.
+        AttentionUnavailable: the model has no sites, a named site is not available, or no site is available.
     """
     if not sites:
         raise AttentionUnavailable(model, "it has no attention sites")
@@ -60,7 +60,7 @@ def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str
 
 
 def from_end(index: int, length: int) -> int | None:
-    """The index counted from 0, where negative ones count from the end; None where it is out of range."""
+    """Return the index counted from 0, where a negative one counts from the end; None if it is out of range."""
     if not -length <= index < length:
         return None
     return index % length
@@ -68,7 +68,7 @@ def from_end(index: int, length: int) -> int | None:
 
 def _layers(selection: AttentionSelection, sites: Sequence[SiteSpec], violations: Violations) -> tuple[int, ...]:
     if not selection.sites and not selection.layers:
-        # A site that cannot be tapped must not deny a caller the others: nobody asked for it by name.
+        # No site is named, so a site without a tap must not make the request fail.
         return tuple(layer for layer, site in enumerate(sites) if site.available) or tuple(range(len(sites)))
     by_name = {site.name: layer for layer, site in enumerate(sites)}
     chosen: set[int] = set()
@@ -137,7 +137,7 @@ def _check_joinable(
     heads: Sequence[tuple[int, ...]],
     violations: Violations,
 ) -> None:
-    """Add a violation where the chosen sites' maps cannot be joined as asked."""
+    """Add a violation if the maps of the chosen sites cannot be joined by this reduction."""
     if layer_reduction is LayerReduction.EACH:
         return
     field = "attention.layer_reduction"

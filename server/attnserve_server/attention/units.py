@@ -1,4 +1,7 @@
-"""What the rows and columns of a map stand for: positions merged into units, and which of the units are asked for."""
+"""Units, the rows and columns of a map: merge positions into words, pool them along derived axes, select rows.
+
+The input is the units of each axis of one sequence. A selection that its units cannot satisfy is an error.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,21 @@ from attnserve_server.attention.resolve import from_end
 from attnserve_server.domain.errors import AttentionUnavailable, Violations
 from attnserve_server.domain.selection import AttentionUnit, EffectiveSelection, SpecialTokens
 from attnserve_server.domain.values import AxisUnits
-from attnserve_server.model.manifest import SiteSpec
+from attnserve_server.model.manifest import DerivedLength, SiteSpec
 
 Indices = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AxisPlan:
-    """One axis of one sequence after merging, U units over N positions.
+    """One axis of one sequence after merging: U units over N positions.
 
-    `starts` (U,) is the first position of each unit, or None where every position is a unit of its own. `rows` and
-    `columns` are the units asked for as queries and as keys; None: all of them, in order.
+    Args:
+        merged: the U units.
+        starts: first position of each unit, (U,); None: every position is a unit.
+        positions: N.
+        rows: the units selected as queries; None: all of them, in order.
+        columns: the units selected as keys; None: all of them, in order.
     """
 
     merged: AxisUnits
@@ -33,22 +40,22 @@ class AxisPlan:
 
     @property
     def row_count(self) -> int:
-        """How many units are asked for as queries."""
+        """Number of units selected as queries."""
         return self.merged.length if self.rows is None else len(self.rows)
 
     @property
     def column_count(self) -> int:
-        """How many units are asked for as keys."""
+        """Number of units selected as keys."""
         return self.merged.length if self.columns is None else len(self.columns)
 
     def sizes(self) -> Indices:
-        """How many positions each unit has, (U,)."""
+        """Number of positions of each unit, (U,)."""
         if self.starts is None:
             return np.ones(self.merged.length, dtype=np.intp)
         return np.diff(self.starts, append=self.positions)
 
     def row_positions(self) -> Indices | None:
-        """The positions that the asked rows are made of, unit after unit; None: all, in order."""
+        """Positions of the selected rows, unit after unit; None: all, in order."""
         if self.rows is None or self.starts is None:
             return self.rows
         sizes = self.sizes()[self.rows]
@@ -56,7 +63,7 @@ class AxisPlan:
         return firsts + np.arange(len(firsts)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
     def row_sizes(self) -> Indices | None:
-        """How many positions each asked row is the mean of; None where each is one position."""
+        """Number of positions of each selected row; None if each row is one position."""
         if self.starts is None:
             return None
         sizes = self.sizes()
@@ -64,7 +71,7 @@ class AxisPlan:
 
 
 def plan_axis(effective: EffectiveSelection, units: AxisUnits) -> AxisPlan:
-    """Merge an axis as the selection asks, and find the units asked for. The selection must have been checked."""
+    """Merge the positions of one axis, and find the selected units. `check_units` must have passed."""
     merged, starts = merge_words(units) if effective.unit is AttentionUnit.WORD else (units, None)
     plain = None
     if effective.special_tokens is SpecialTokens.DROP:
@@ -79,23 +86,24 @@ def plan_axis(effective: EffectiveSelection, units: AxisUnits) -> AxisPlan:
 def plan_axes(
     effective: EffectiveSelection, sites: Sequence[SiteSpec], units: Mapping[str, AxisUnits]
 ) -> dict[str, AxisPlan]:
-    """A plan for every axis that a chosen site names, in the order in which they are first named.
+    """Return a plan for every axis of a chosen site, in the order of first use.
 
-    The rows of an axis that is only ever a key axis mean nothing: queries are indices into query axes.
+    The rows of an axis that no chosen site queries along have no meaning, because `queries` are indices into query
+    axes.
     """
     return {axis: plan_axis(effective, units[axis]) for axis in _axes(effective, sites)}
 
 
 def merge_words(units: AxisUnits) -> tuple[AxisUnits, Indices | None]:
-    """Merge the pieces of each word; special tokens and positions without a word stay units of their own.
+    """Merge the pieces of each word. A special token, or a position without a word, stays a unit.
 
-    Pieces of a word stand side by side, so a unit is a run of positions with one word id.
+    Pieces of a word are adjacent, so a unit is a run of positions with one word id.
 
     Args:
         units: N positions, with `word_ids`.
 
     Returns:
-        The U units, and the first position of each, (U,); None where no unit has two positions.
+        The U units, and the first position of each, (U,); None if no unit has two positions.
     """
     ids = np.array(units.word_ids, dtype=np.intp)
     begins = np.ones(len(ids), dtype=bool)
@@ -103,7 +111,7 @@ def merge_words(units: AxisUnits) -> tuple[AxisUnits, Indices | None]:
     starts = np.flatnonzero(begins)
     firsts = starts.tolist()
     words = [units.word_ids[first] for first in firsts]
-    # Where there is no word there is none whose text or place could be unknown.
+    # Without words, no text or span of a word can be missing.
     wordless = max(words, default=-1) < 0
 
     def spans(of_position: tuple[int, ...], part: int) -> tuple[int, ...]:
@@ -127,11 +135,47 @@ def merge_words(units: AxisUnits) -> tuple[AxisUnits, Indices | None]:
         ends=spans(units.ends, 2),
         special=tuple(units.special[first] for first in firsts) if units.special else (),
         segments=spans(units.segments, 0),
-        # Patches are no words, so that none of them were merged.
+        # An axis of patches has no words, so none of them were merged.
         grid=units.grid,
         leading=units.leading,
     )
     return merged, starts if len(starts) < len(ids) else None
+
+
+def pooled_units(axis: str, source: AxisUnits, derived: DerivedLength) -> AxisUnits:
+    """Return the units of a derived axis.
+
+    Position j represents the source's positions from j * stride to (j + 1) * stride, exclusive. Its text is theirs,
+    joined by spaces; its span is from the start of the first to the end of the last that has a span. It is special if
+    all of them are. It may hold parts of two words, so merging words leaves it a unit.
+
+    Args:
+        axis: symbol of the derived axis.
+        source: the units of the source axis, before merging.
+        derived: the relation between the lengths. If its windows do not start at the source's first position, the
+            positions cannot be matched, and the units have no texts.
+    """
+    length = derived.of(source.length)
+    if not 0 <= derived.offset < derived.stride:
+        return AxisUnits(axis=axis, length=length)
+    members = [
+        range(first, min(first + derived.stride, source.length))
+        for first in range(0, length * derived.stride, derived.stride)
+    ]
+
+    def spans(of_position: tuple[int, ...], at: int) -> tuple[int, ...]:
+        return tuple(of_position[_placed(each, source)[at]] for each in members) if of_position else ()
+
+    return AxisUnits(
+        axis=axis,
+        length=length,
+        texts=tuple(" ".join(source.texts[at] for at in each) for each in members) if source.texts else (),
+        starts=spans(source.starts, 0),
+        ends=spans(source.ends, -1),
+        special=tuple(all(source.special[at] for at in each) for each in members) if source.special else (),
+        segments=spans(source.segments, 0),
+        word_ids=(-1,) * length if source.word_ids else (),
+    )
 
 
 def check_units(
@@ -141,19 +185,18 @@ def check_units(
     model: str,
     sequence: int,
 ) -> None:
-    """Check what could not be checked before the sequence's lengths and tokens were known.
+    """Check a resolved selection against one sequence's lengths and tokens.
 
     Args:
         effective: the resolved selection.
         sites: the model's sites.
-        units: the units of every axis that a chosen site names.
+        units: the units of every axis of a chosen site.
         model: the model's name, for messages.
-        sequence: position of the sequence in the request, for messages.
+        sequence: index of the sequence in the request, for messages.
 
     Raises:
-        AttentionUnavailable: words are asked of an axis whose words are not known, or special tokens are to be dropped
-            from one whose special tokens are not known.
-        InvalidRequest: with every query that is out of range, or names a row that another names too.
+        AttentionUnavailable: the selection needs words or special tokens along an axis that has none.
+        InvalidRequest: with every query that is out of range or repeats a row.
     """
     for axis in _axes(effective, sites):
         if effective.unit is AttentionUnit.WORD and not units[axis].word_ids:
@@ -196,5 +239,13 @@ def _axes(effective: EffectiveSelection, sites: Sequence[SiteSpec]) -> tuple[str
 
 
 def _unless_all(indices: Indices, length: int) -> Indices | None:
-    """None where the indices are all of them, in order."""
+    """None if the indices are all of them, in order."""
     return None if np.array_equal(indices, np.arange(length)) else indices
+
+
+def _placed(members: range, source: AxisUnits) -> list[int]:
+    """The members that have a span in one text. Special tokens have none; of two texts, the first member's counts."""
+    plain = [at for at in members if not (source.special and source.special[at])] or list(members)
+    if not source.segments:
+        return plain
+    return [at for at in plain if source.segments[at] == source.segments[plain[0]]]

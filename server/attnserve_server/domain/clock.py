@@ -20,3 +20,11 @@ class MonotonicClock:
     def now(self) -> float:
         """Monotonic time in seconds, as `time.monotonic` counts it (also the event loop's origin on Linux)."""
         return time.monotonic()
+
+
+class ThreadCpuClock:
+    """The processor time of the calling thread, which other threads and processes do not add to."""
+
+    def now(self) -> float:
+        """Processor seconds of the calling thread, from an arbitrary origin."""
+        return time.thread_time()

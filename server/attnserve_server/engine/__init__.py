@@ -1,1 +1,1 @@
-"""Collation, the runtime session and its executor. Only its module `session` imports onnxruntime."""
+"""Runs models: collation, the runtime session, the executor and its threads, warm-up, golden answers, costs."""

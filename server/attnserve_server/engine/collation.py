@@ -1,30 +1,55 @@
-"""Collation: sequences into the arrays of one run, padded by axis symbols, and the run's arrays back into sequences.
+"""Collation: sequences into the padded arrays of one run, and the run's checked arrays back into sequences.
 
-Each input is copied once, into the batch. On the way back the crop of a sequence that is all of its request is a view
-of the run's arrays: its answer is encoded as soon as the run ends, which is the one copy. Others wait for the rest of
-their request, so their crops are copied: each would keep a whole batch in memory.
+Each input is copied once, into the batch. On the way back, the outputs of a request with one sequence are views of the
+run's arrays, because its response is serialized as soon as the run ends. The outputs of a request with several
+sequences are copied, because each view would keep the whole batch in memory until the last sequence is ready.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
-from attnserve_server.domain.values import Array, PreparedSequence
-from attnserve_server.model.manifest import NUMPY_DTYPES, Extent, InputSpec, Manifest
+from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.domain.values import Array, AttentionAnswer, PreparedSequence
+from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, Dimension, InputSpec, Manifest
 
-_NOBODY: Final = np.empty(0, np.int64)
-"""The items of a site that no sequence of the batch asks about."""
+ITEMS: Final = "items"
+"""Symbol of the first axis of a tap's weights: one entry for each batch row in the tap's `items` input."""
+_NO_ITEMS: Final = np.empty(0, np.int64)
+"""The `items` input of a site that no sequence of the batch selects."""
+
+
+class UnexpectedShape(AttnserveError):
+    """A tensor of a run has a shape that its manifest does not declare: the graph or the manifest is wrong."""
+
+    reason = "UNEXPECTED_SHAPE"
+
+    def __init__(
+        self, tensor: str, declared: Sequence[Dimension], expected: Sequence[int | None], found: Sequence[int]
+    ):
+        self.tensor, self.declared, self.expected, self.found = tensor, tuple(declared), tuple(expected), tuple(found)
+        super().__init__(
+            f"tensor {tensor!r} has the shape {self.found}; the manifest declares ({', '.join(map(str, declared))}), "
+            f"which is ({', '.join('any' if length is None else str(length) for length in expected)}) in this batch"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class CollatedBatch:
-    """The arrays of one run. `rows` holds, for each asked layer, the batch rows in the order of the tap's items.
+    """The feeds and fetches of one run.
 
-    `unpadded`: the run must have just this shape, because a sequence in it must not be padded.
+    Args:
+        feeds: every input of the graph by name, (B, ...), and the `items` input of every tap, int64 (n,).
+        fetches: names of the outputs to fetch, without duplicates.
+        rows: for each selected layer, the batch rows in the order of the tap's items.
+        size: B, the number of sequences.
+        useful_tokens: positions that carry data.
+        computed_tokens: all positions, padding included.
+        unpadded: whether the run must have exactly this shape, because a sequence in it must not be padded.
     """
 
     feeds: Mapping[str, Array]
@@ -37,43 +62,42 @@ class CollatedBatch:
 
 
 def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> CollatedBatch:
-    """Builds the feeds and the fetch list of one run.
+    """Build the feeds and the list of fetches of one run.
 
     Args:
-        sequences: one or more, whose lengths agree along each axis that does not pad, and along all axes where one of
-            them must not be padded.
-        manifest: of the model that they were prepared for.
+        sequences: one or more. Their lengths must agree along each axis that is not padded, and along all axes if one
+            of them must not be padded.
+        manifest: of the model that the sequences were prepared for.
 
     Returns:
-        Each input as (B, ...), padded with its padding value to the batch's greatest length along each axis; each tap's
-        items, int64 (n,).
+        The batch. Each input is padded with its padding value to the greatest length in the batch along each axis.
 
     Raises:
-        ValueError: lengths differ along an axis that does not pad, or a tensor contradicts its sequence's lengths.
+        ValueError: lengths differ along an axis that is not padded, or a tensor contradicts its sequence's lengths.
     """
     unpadded = any(sequence.unpadded for sequence in sequences)
-    greatest = _greatest(sequences, manifest, unpadded=unpadded)
+    greatest = _greatest_lengths(sequences, manifest, unpadded=unpadded)
     feeds: dict[str, Array] = {}
     for spec in manifest.inputs:
         feeds[spec.name] = _padded(spec, [sequence.tensors[spec.name] for sequence in sequences], greatest)
     rows: dict[int, list[int]] = {}
-    wanted: dict[str, None] = {}
+    fetches: dict[str, None] = {}
     for row, sequence in enumerate(sequences):
-        wanted.update(dict.fromkeys(sequence.outputs))
+        fetches.update(dict.fromkeys(sequence.outputs))
         if sequence.attention is not None:
             for layer in sequence.attention.layers:
                 rows.setdefault(layer, []).append(row)
     for site in manifest.sites:
         if site.items_input is None or site.weights_output is None:
             continue
-        asking = rows.get(site.layer)
-        feeds[site.items_input] = _NOBODY if asking is None else np.array(asking, np.int64)
-        if asking is not None:
-            wanted[site.weights_output] = None
+        selecting = rows.get(site.layer)
+        feeds[site.items_input] = _NO_ITEMS if selecting is None else np.array(selecting, np.int64)
+        if selecting is not None:
+            fetches[site.weights_output] = None
     return CollatedBatch(
         feeds=feeds,
-        fetches=tuple(wanted),
-        rows={layer: tuple(asking) for layer, asking in rows.items()},
+        fetches=tuple(fetches),
+        rows={layer: tuple(selecting) for layer, selecting in rows.items()},
         size=len(sequences),
         useful_tokens=sum(sequence.tokens for sequence in sequences),
         computed_tokens=len(sequences) * (sum(greatest.values()) or 1),
@@ -84,29 +108,64 @@ def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> Collat
 def outputs_of(
     batch: CollatedBatch, fetched: Mapping[str, Array], row: int, sequence: PreparedSequence, manifest: Manifest
 ) -> dict[str, Array]:
-    """The outputs that the sequence in `row` wants, cropped to its own lengths, as `kept_as_view` says or copied."""
+    """Return the outputs that the sequence in `row` requests, cropped to its own lengths.
+
+    Args:
+        batch: the batch that was run.
+        fetched: the run's arrays by name, (B, ...).
+        row: the sequence's row in the batch.
+        sequence: the sequence.
+        manifest: of the model.
+
+    Returns:
+        Arrays by output name, without the batch axis: views if `may_alias` is true, else copies.
+    """
     lengths = manifest.with_derived(sequence.lengths)
     outputs: dict[str, Array] = {}
     for name in sequence.outputs:
         crop = fetched[name][row][_crop(manifest.output(name).shape, lengths)]
-        outputs[name] = crop if kept_as_view(batch, sequence) else crop.copy()
+        outputs[name] = crop if may_alias(batch, sequence) else crop.copy()
     return outputs
 
 
-def kept_as_view(batch: CollatedBatch, sequence: PreparedSequence) -> bool:
-    """Whether an answer may lie in the run's own arrays: nobody else's do, or it is gone before anybody would mind."""
+def may_alias(batch: CollatedBatch, sequence: PreparedSequence) -> bool:
+    """Whether a result may be a view of the run's arrays.
+
+    True if the batch has one sequence, or if the response is serialized before the next run.
+    """
     return sequence.lone or batch.size == 1
+
+
+def owned(answer: AttentionAnswer, arrays: Iterable[Array]) -> AttentionAnswer:
+    """Return the answer with every map that is a view of one of the run's `arrays` copied."""
+    arrays = tuple(arrays)
+    maps = tuple(
+        replace(made, content=made.content.copy())
+        if isinstance(made.content, np.ndarray) and any(np.may_share_memory(made.content, array) for array in arrays)
+        else made
+        for made in answer.maps
+    )
+    return replace(answer, maps=maps)
 
 
 def weights_of(
     batch: CollatedBatch, fetched: Mapping[str, Array], row: int, sequence: PreparedSequence, manifest: Manifest
 ) -> dict[int, Array]:
-    """The weights that the sequence in `row` asked for, cropped: layer -> (H, L, S). Views into the run's arrays.
+    """Return the weights that the sequence in `row` selects, cropped to its own lengths.
 
-    Where the tap writes a band, (H, L, W): its columns are relative to the queries, and so the same for every length.
+    Args:
+        batch: the batch that was run.
+        fetched: the run's arrays by name; a tap's is (n, H, L, S), or (n, H, L, W) if it writes a band.
+        row: the sequence's row in the batch.
+        sequence: the sequence.
+        manifest: of the model.
+
+    Returns:
+        Views of the run's arrays by layer, (H, L, S), or (H, L, W) for a band: its columns are relative to the query,
+        so W is the same for every length.
 
     Raises:
-        ValueError: it asks for a site without a tap, which a resolved selection never does.
+        ValueError: the sequence selects a site without a tap, which a resolved selection never does.
     """
     if sequence.attention is None:
         return {}
@@ -121,7 +180,89 @@ def weights_of(
     return weights
 
 
-def _greatest(sequences: Sequence[PreparedSequence], manifest: Manifest, *, unpadded: bool) -> dict[str, int]:
+def is_finite(values: Array) -> bool:
+    """Whether an array of any shape and dtype holds neither NaN nor an infinity."""
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
+def invalid_tensor(outputs: Mapping[str, Array], weights: Mapping[int, Array], manifest: Manifest) -> str | None:
+    """Return the name of the first invalid tensor: an output with NaN, or weights with NaN or an infinity; else None.
+
+    An infinity is valid in an output, such as the logits of masked positions.
+
+    Args:
+        outputs: cropped outputs by name.
+        weights: cropped weights by layer.
+        manifest: of the model.
+    """
+    for name, values in outputs.items():
+        if values.dtype.kind == "f" and np.isnan(values).any():
+            return name
+    for layer, values in weights.items():
+        if not is_finite(values):
+            return manifest.sites[layer].name
+    return None
+
+
+class ShapeCheck:
+    """Compares the shapes of a run's tensors with the manifest, so that no answer is cropped from a wrong place.
+
+    Immutable: any thread may use it.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        """Read the manifest once, so that a check costs a few integer comparisons for each tensor."""
+        self._declared: dict[str, tuple[Dimension, ...]] = {
+            spec.name: (BATCH, *spec.shape) for spec in manifest.outputs
+        }
+        self._taps = {site.weights_output: site.layer for site in manifest.sites if site.weights_output is not None}
+        for site in manifest.sites:
+            if site.weights_output is not None:
+                self._declared[site.weights_output] = (ITEMS, site.heads, site.query_axis, site.columns)
+        self._places = {
+            dimension: (spec.name, place)
+            for spec in manifest.inputs
+            for place, dimension in enumerate(spec.shape, start=1)
+            if isinstance(dimension, str)
+        }
+        # A fixed dimension maps to itself, so that one look-up serves symbols and numbers.
+        self._fixed: dict[Dimension, int] = {
+            dimension: dimension
+            for shape in self._declared.values()
+            for dimension in shape
+            if isinstance(dimension, int)
+        }
+        self._fixed.update(manifest.fixed_lengths)
+        self._derived = {axis.symbol: axis.derived for axis in manifest.axes if axis.derived is not None}
+
+    def check(self, batch: CollatedBatch, fetched: Mapping[str, Array], *, filled_up: bool = False) -> None:
+        """Compare every fetched tensor's shape with the declared one, at this batch's rows and padded lengths.
+
+        Args:
+            batch: what was run.
+            fetched: the run's tensors by name.
+            filled_up: whether the session may have run more rows and positions than the batch has.
+
+        Raises:
+            UnexpectedShape: for the first tensor whose shape differs.
+        """
+        given: dict[Dimension, int] = {
+            symbol: batch.feeds[name].shape[place] for symbol, (name, place) in self._places.items()
+        }
+        lengths: dict[Dimension, int] = {**self._fixed, **given, BATCH: batch.size}
+        for symbol, form in self._derived.items():
+            if form.source in lengths:
+                lengths[symbol] = form.of(lengths[form.source])
+        for name, array in fetched.items():
+            declared = self._declared[name]
+            if name in self._taps:
+                lengths[ITEMS] = len(batch.rows[self._taps[name]])
+            expected = tuple(map(lengths.get, declared))
+            if expected != array.shape and not _fits(array.shape, expected, filled_up=filled_up):
+                raise UnexpectedShape(name, declared, expected, array.shape)
+
+
+def _greatest_lengths(sequences: Sequence[PreparedSequence], manifest: Manifest, *, unpadded: bool) -> dict[str, int]:
     greatest: dict[str, int] = {}
     for axis in manifest.axes:
         lengths = [sequence.lengths[axis.symbol] for sequence in sequences if axis.symbol in sequence.lengths]
@@ -129,14 +270,14 @@ def _greatest(sequences: Sequence[PreparedSequence], manifest: Manifest, *, unpa
             continue
         longest = max(lengths)
         if min(lengths) != longest and (unpadded or not axis.paddable):
-            why = f"axis {axis.symbol} does not pad" if not axis.paddable else "a sequence must not be padded"
+            why = f"axis {axis.symbol} is not padded" if not axis.paddable else "a sequence must not be padded"
             raise ValueError(f"{why}: lengths {min(lengths)} and {longest} in one batch")
         greatest[axis.symbol] = longest
     return greatest
 
 
 def _padded(spec: InputSpec, tensors: Sequence[Array], greatest: Mapping[str, int]) -> Array:
-    shape = tuple(greatest[extent] if isinstance(extent, str) else extent for extent in spec.shape)
+    shape = tuple(greatest[dimension] if isinstance(dimension, str) else dimension for dimension in spec.shape)
     dtype = NUMPY_DTYPES[spec.dtype]
     if any(tensor.ndim != len(shape) for tensor in tensors):
         raise ValueError(f"input {spec.name}: every tensor must have {len(shape)} axes")
@@ -148,10 +289,18 @@ def _padded(spec: InputSpec, tensors: Sequence[Array], greatest: Mapping[str, in
         return padded
     padded = np.full((len(tensors), *shape), spec.padding, dtype)
     for row, tensor in enumerate(tensors):
-        padded[row][tuple(slice(extent) for extent in tensor.shape)] = tensor
+        padded[row][tuple(slice(length) for length in tensor.shape)] = tensor
     return padded
 
 
-def _crop(shape: Sequence[Extent], lengths: Mapping[str, int]) -> tuple[slice, ...]:
-    """Slices to a sequence's own lengths; an axis whose length nothing tells is left whole."""
-    return tuple(slice(lengths.get(extent)) if isinstance(extent, str) else slice(None) for extent in shape)
+def _crop(shape: Sequence[Dimension], lengths: Mapping[str, int]) -> tuple[slice, ...]:
+    """Slices to a sequence's own lengths. An axis of unknown length is kept whole."""
+    return tuple(slice(lengths.get(dimension)) if isinstance(dimension, str) else slice(None) for dimension in shape)
+
+
+def _fits(found: tuple[int, ...], expected: tuple[int | None, ...], *, filled_up: bool) -> bool:
+    """Whether a shape is as expected; None stands for any length, and `filled_up` permits greater ones."""
+    return len(found) == len(expected) and all(
+        length is None or length == own or (filled_up and length < own)
+        for own, length in zip(found, expected, strict=True)
+    )

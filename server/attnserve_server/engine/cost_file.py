@@ -1,13 +1,12 @@
-"""What runs were seen to cost, kept beside the bundle, so that a server that starts again need not measure it again.
+"""Timed runs kept beside the bundle, so that a server that starts again need not measure them.
 
-`<root>/<name>/<version>.costs.json` holds the timed runs of each machine that measured: another processor, provider,
-runtime or graph is another entry. It is no part of the bundle: whoever has no right to write there measures each time.
+`<root>/<name>/<version>.costs.json` has one entry for each combination of graph, provider, runtime and machine. The
+file is not part of the bundle. If it cannot be read, or the folder cannot be written, the server measures at each
+start.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import platform
 from pathlib import Path
 from typing import Annotated, Final
@@ -15,12 +14,12 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attnserve_server.engine.cost import TimedRun
-from attnserve_server.model.repository import Bundle
+from attnserve_server.model.repository import Bundle, write_atomically
 
 _MAX_BYTES: Final = 2**20
-"""More than hundreds of machines leave behind; a file that is larger is not one of ours."""
+"""Maximum size of a file that is read; hundreds of machines leave less behind."""
 _MAX_ENTRIES: Final = 64
-"""Machines that are remembered: the oldest entry gives way."""
+"""Maximum number of entries; the oldest one is dropped."""
 
 
 class CostKey(BaseModel):
@@ -35,7 +34,7 @@ class CostKey(BaseModel):
     cores: int
     intra_op_threads: int
     max_batch_size: int = 0
-    """The most rows of a run, which is 1 where sequences run alone: more were not timed. 0: of an earlier release."""
+    """Maximum number of rows in a timed run: 1 if sequences run alone. 0: written by an earlier release."""
 
 
 class _Entry(BaseModel):
@@ -43,7 +42,7 @@ class _Entry(BaseModel):
 
     key: CostKey
     runs: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0)]], ...]
-    """(rows, positions of each, seconds)."""
+    """(rows, positions of each row, seconds)."""
 
 
 class _File(BaseModel):
@@ -53,34 +52,31 @@ class _File(BaseModel):
 
 
 def cost_path(bundle: Bundle) -> Path:
-    """The file for a bundle."""
+    """Return the path of a bundle's cost file."""
     return bundle.path.with_name(f"{bundle.path.name}.costs.json")
 
 
 def read_costs(bundle: Bundle, key: CostKey) -> tuple[TimedRun, ...]:
-    """The timed runs that this machine left; none where there are none, or the file cannot be used."""
+    """Return the timed runs of this key; empty if there are none or the file cannot be read."""
     found = next((entry for entry in _read(bundle).entries if entry.key == key), None)
     return () if found is None else tuple(TimedRun(*run) for run in found.runs)
 
 
 def write_costs(bundle: Bundle, key: CostKey, runs: tuple[TimedRun, ...]) -> bool:
-    """Adds this machine's timed runs, whole or not at all. Whether that could be done."""
+    """Add the timed runs of this key to the file. Return False if the file could not be written."""
     entry = _Entry(key=key, runs=tuple((run.size, run.tokens, run.seconds) for run in runs))
     others = tuple(one for one in _read(bundle).entries if one.key != key)
-    path = cost_path(bundle)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    content = _File(entries=(*others[-_MAX_ENTRIES + 1 :], entry)).model_dump_json()
     try:
-        partial.write_text(_File(entries=(*others[-_MAX_ENTRIES + 1 :], entry)).model_dump_json() + "\n", "ascii")
-        partial.replace(path)
+        with write_atomically(cost_path(bundle)) as partial:
+            partial.write_text(content + "\n", "ascii")
     except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         return False
     return True
 
 
 def machine() -> str:
-    """What computes here, as far as the system tells: the processor's model, and each NVIDIA GPU's."""
+    """Return the models of the processor and of each NVIDIA GPU, as far as the system reports them."""
     names = [
         value
         for path in (Path("/proc/cpuinfo"), *sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")))
@@ -96,11 +92,11 @@ def _read(bundle: Bundle) -> _File:
             return _File()
         return _File.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
-        return _File()  # nothing rests on it: what cannot be read is measured again
+        return _File()  # the costs are measured again
 
 
 def _model_in(path: Path) -> str:
-    """The value of the first line `model name: value`, or `Model: value`; empty where there is none."""
+    """The value of the first line `model name: value` or `Model: value`; empty if there is none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -109,6 +105,6 @@ def _model_in(path: Path) -> str:
         name, _, value = line.partition(":")
         if name.strip().lower() in ("model name", "model"):
             if value.strip().isdigit():
-                continue  # the number of a processor's model, which stands before its name
+                continue  # the line with the processor's model number, which precedes its name
             return value.strip()
     return ""

@@ -1,51 +1,115 @@
-"""The executor: N instances, each a thread, over one session a device. What to run and when, scheduling says."""
+"""The executor: N instances, each a thread, over one session per device. Scheduling decides what runs and when.
+
+It takes prepared sequences and returns one result or error for each. A failing sequence fails alone: the executor
+splits a failing batch until it has found that sequence.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Protocol
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 from attnserve_server import attention
-from attnserve_server.domain.clock import Clock
+from attnserve_server.domain.clock import Clock, ThreadCpuClock
 from attnserve_server.domain.errors import AttnserveError, InternalFault, RequestCancelled
-from attnserve_server.domain.values import Array, AttentionAnswer, PreparedSequence, RunFacts, SequenceResult
+from attnserve_server.domain.values import Array, PreparedSequence, RunFacts, SequenceResult
 from attnserve_server.engine import warmup
-from attnserve_server.engine.collation import CollatedBatch, collate, kept_as_view, outputs_of, weights_of
+from attnserve_server.engine.collation import (
+    CollatedBatch,
+    ShapeCheck,
+    UnexpectedShape,
+    collate,
+    invalid_tensor,
+    is_finite,
+    may_alias,
+    outputs_of,
+    owned,
+    weights_of,
+)
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
-from attnserve_server.engine.extents import ShapeCheck, UnexpectedShape
-from attnserve_server.engine.instance import InstanceThread
 from attnserve_server.engine.providers import CPU
-from attnserve_server.engine.repetition import Difference, copied, equality_of, greatest_difference, values_of
 from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
-from attnserve_server.engine.warmup import ThreadCpuClock
+from attnserve_server.model.equality import Difference, copied, equality_of, greatest_difference, values_of
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Outcome = SequenceResult | AttnserveError
+_Call = tuple[asyncio.Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 
-class Runner(Protocol):
-    """What scheduling needs of an executor."""
+class BatchExecutor(Protocol):
+    """The part of an executor that scheduling uses."""
 
     @property
     def instances(self) -> int:
-        """How many runs may be under way at once."""
+        """Maximum number of concurrent runs."""
         ...
 
     @property
     def cost(self) -> CostModel | None:
-        """What runs cost, as seen at warm-up and since; None before."""
+        """The cost model of runs, from warm-up and later runs; None before warm-up."""
         ...
 
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
-        """Runs one batch; one outcome for each sequence, in order."""
+        """Run one batch. Return one outcome for each sequence, in order."""
         ...
+
+
+class InstanceThread:
+    """One thread that runs functions one after another, from `__init__` until `end`.
+
+    Event loop only, except for the functions that it runs. A ThreadPoolExecutor of one thread does the same at a higher
+    cost: a second future with its own lock and condition per call, twice per batch.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        # A daemon, because a run that never ends must not keep the process alive after shutdown.
+        self._thread = Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+        """Queue a call and return the future of its result or exception. Cancelling the future stops nothing."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._calls.put((future, function, arguments))
+        return future
+
+    async def end(self) -> None:
+        """End the thread after the queued calls."""
+        self._calls.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function, arguments = call
+            value: Any = None
+            fault: BaseException | None = None
+            try:
+                value = function(*arguments)
+            except BaseException as error:  # noqa: BLE001 - deliver any exception to the awaiting task
+                fault = error
+            try:
+                self._loop.call_soon_threadsafe(_resolve, future, value, fault)
+            except RuntimeError:
+                return  # the loop is closed, so no task is waiting
+            del call, future, function, arguments, value, fault  # free the batch before waiting for the next call
+
+
+def _resolve(future: asyncio.Future[Any], value: object, fault: BaseException | None) -> None:
+    if future.done():
+        return  # cancelled
+    if fault is None:
+        future.set_result(value)
+    else:
+        future.set_exception(fault)
 
 
 class Executor:
@@ -59,7 +123,7 @@ class Executor:
         clock: Clock,
         instances: int,
     ) -> None:
-        """Instance i runs on session i modulo their number: one session holds the weights of one device."""
+        """Instance i runs on session i modulo their number; one session holds the weights of one device."""
         self._sessions = tuple(sessions)
         self._manifest = manifest
         self._shapes = ShapeCheck(manifest)
@@ -67,7 +131,7 @@ class Executor:
         self._clock = clock
         self._instances = instances
         self._equality = equality_of(manifest)
-        # On a CPU by processor time: by the clock on the wall, whatever else uses the cores would be counted in.
+        # Processor time on a CPU: wall time would include the work of other threads on the same cores.
         self._cost_clock = ThreadCpuClock() if self.provider == CPU else clock
         # Event loop only.
         self._threads: list[InstanceThread] = []
@@ -75,7 +139,7 @@ class Executor:
 
     @property
     def instances(self) -> int:
-        """How many runs may be under way at once."""
+        """Maximum number of concurrent runs."""
         return self._instances
 
     @property
@@ -85,28 +149,28 @@ class Executor:
 
     @property
     def cost(self) -> CostModel | None:
-        """What runs cost, as seen at warm-up and since; None before."""
+        """The cost model of runs, from warm-up and later runs; None before warm-up."""
         return None if self._cost is None else self._cost.model
 
     def start(self) -> None:
-        """Makes the instances' threads."""
+        """Start the instances' threads."""
         name = f"{self._manifest.name}-{self._manifest.version}"
         self._threads = [InstanceThread(f"{name}-{instance}") for instance in range(self._instances)]
 
     async def aclose(self) -> None:
-        """Ends the threads, after the runs under way. Terminate those first for a quick end."""
+        """End the threads after the current runs. Terminate the runs first to end quickly."""
         threads, self._threads = self._threads, []
         for thread in threads:
             await thread.end()
 
     async def warm_up(self, known: tuple[TimedRun, ...] = ()) -> tuple[TimedRun, ...]:
-        """Really runs batches on every instance, attention of every site included, and times a few shapes on one.
+        """Run batches on every instance, with attention of every site, and time a few shapes on one instance.
 
         Args:
-            known: what runs were seen to cost on this machine before; nothing is timed then.
+            known: timed runs of an earlier start on this machine; if given, nothing is timed.
 
         Returns:
-            What runs cost.
+            The timed runs, on which the cost model starts.
 
         Raises:
             RunFailed: the model cannot run on valid inputs.
@@ -118,19 +182,16 @@ class Executor:
         self._cost = CostEstimate(known)
         return known
 
-    def _session_of(self, instance: int) -> RuntimeSession:
-        return self._sessions[instance % len(self._sessions)]
-
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
-        """Runs one batch on one instance.
+        """Run one batch on one instance.
 
-        A run that fails is split in halves until the sequence that breaks it is found: that one gets InternalFault, its
-        batch mates get their answers. After `handle.terminate()` whatever has not come out yet is RequestCancelled.
+        A batch that fails is split in halves until the failing sequence is found: that one gets InternalFault, the rest
+        of the batch gets its answers. After `handle.terminate()`, each sequence without a result gets RequestCancelled.
 
         Args:
-            sequences: one or more; lengths agree along axes that do not pad.
+            sequences: one or more, whose lengths agree along axes that are not padded.
             handle: stops the runs.
-            instance: which thread, from 0.
+            instance: index of the thread, from 0.
 
         Returns:
             One outcome for each sequence, in order.
@@ -141,32 +202,35 @@ class Executor:
         finally:
             self._metrics.running.dec()
         if timed is not None and self._cost is not None:
-            self._cost.saw(timed)
+            self._cost.add(timed)
         return outcomes
 
     async def repeat(
         self, sequence: PreparedSequence, served: Mapping[str, Array], handle: RunHandle, instance: int
     ) -> Difference | AttnserveError:
-        """Runs a sequence that was served in a batch alone, and compares. No metric of served runs counts this run.
+        """Run a sequence alone that was served in a batch, and compare. Metrics of served runs do not count this run.
 
         Args:
             sequence: as it was served.
-            served: the values that its batch gave, `SequenceResult.values`.
+            served: the values from its batch, `SequenceResult.values`.
             handle: stops the run.
-            instance: which thread, from 0.
+            instance: index of the thread, from 0.
 
         Returns:
             The greatest difference; RequestCancelled if the run was stopped, InternalFault if it failed.
         """
         return await self._threads[instance].run(self._repeat, sequence, served, handle, instance)
 
+    def _session_of(self, instance: int) -> RuntimeSession:
+        return self._sessions[instance % len(self._sessions)]
+
     def _repeat(
         self, sequence: PreparedSequence, served: Mapping[str, Array], handle: RunHandle, instance: int
     ) -> Difference | AttnserveError:
-        """Instance's thread. The comparison is made here too: large maps would block the event loop."""
+        """Instance's thread. It also makes the comparison, because large maps would block the event loop."""
         try:
             batch = collate([sequence], self._manifest)
-            # Not by a recorded CUDA graph: that would pad the sequence, and fill the batch up with copies of it.
+            # Without a recorded CUDA graph, which would pad the sequence and fill the batch with copies of it.
             outputs = self._session_of(instance).run(batch.feeds, batch.fetches, handle, exact_shape=True)
             fetched = dict(zip(batch.fetches, outputs, strict=True))
             alone = values_of(
@@ -178,18 +242,13 @@ class Executor:
         except RunTerminated:
             return RequestCancelled()
         except Exception:  # noqa: BLE001 - the boundary of a repeat: no request depends on it
-            _log.exception("a sequence failed to run again, alone", extra={"model": self._manifest.name})
+            _log.exception("a sequence failed when it was repeated alone", extra={"model": self._manifest.name})
             return InternalFault()
-
-    def _kept(
-        self, sequence: PreparedSequence, outputs: dict[str, Array], weights: dict[int, Array]
-    ) -> dict[str, Array] | None:
-        return copied(values_of(outputs, weights, self._manifest)) if sequence.keep_values else None
 
     def _timed(
         self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int
     ) -> tuple[list[Outcome], TimedRun | None]:
-        """Instance's thread. The outcomes, and what the run cost; None where it tells nothing of runs in general."""
+        """Instance's thread. The outcomes, and the timed run; None if it was split or reduced attention."""
         started = self._cost_clock.now()
         outcomes = self._run_all(sequences, handle, instance)
         first = outcomes[0]
@@ -201,12 +260,12 @@ class Executor:
         return outcomes, TimedRun(len(sequences), tokens, self._cost_clock.now() - started)
 
     def _run_all(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
-        """Instance's thread. Runs the batch, and its halves where it fails."""
+        """Instance's thread. Runs the batch, or its halves if it fails."""
         try:
             return self._run_once(sequences, handle, instance)
         except RunTerminated:
             return [RequestCancelled() for _ in sequences]
-        except Exception as fault:  # noqa: BLE001 - the boundary of a run: whatever went wrong may cost one sequence only
+        except Exception as fault:  # noqa: BLE001 - the boundary of a run: a fault may fail one sequence only
             if len(sequences) == 1:
                 self._log_failure(fault)
                 return [InternalFault()]
@@ -215,7 +274,7 @@ class Executor:
             return first + self._run_all(sequences[middle:], handle, instance)
 
     def _log_failure(self, fault: Exception) -> None:
-        """Logs why a sequence failed; a tensor of another shape than declared is named, with both shapes."""
+        """Log why a sequence failed. For an unexpected shape, the log line has the tensor and both shapes."""
         if isinstance(fault, UnexpectedShape):
             named = {"tensor": fault.tensor, "declared": fault.declared, "expected": fault.expected}
             _log.error(
@@ -237,8 +296,8 @@ class Executor:
         self._metrics.sequences.inc(batch.size)
         fetched = dict(zip(batch.fetches, outputs, strict=True))
         self._shapes.check(batch, fetched, filled_up=session.fills_up)
-        # One look at each whole array: only where something is wrong must each sequence be looked at by itself.
-        finite = all(map(_is_finite, outputs))
+        # Whole arrays are checked first: single sequences are checked only if a whole array is not finite.
+        finite = all(map(is_finite, outputs))
         facts = RunFacts(batch.size, batch.useful_tokens, batch.computed_tokens, compute_s, instance)
         return [
             self._outcome(batch, fetched, row, sequence, facts, finite=finite) for row, sequence in enumerate(sequences)
@@ -254,58 +313,26 @@ class Executor:
         *,
         finite: bool,
     ) -> Outcome:
-        """One sequence's answer. What goes wrong here is this sequence's alone, so the run need not be split.
+        """One sequence's result. A fault here belongs to this sequence alone, so the batch is not split.
 
-        `finite`: whether all numbers of the run are, padding included.
+        `finite`: whether all numbers of the run are finite, padding included.
         """
         try:
             outputs = outputs_of(batch, fetched, row, sequence, self._manifest)
             weights = weights_of(batch, fetched, row, sequence, self._manifest)
-            wrong = None if finite else self._wrong_tensor(outputs, weights)
-            if wrong is not None:
-                _log.error("NaN, or a weight that is infinite", extra={"model": self._manifest.name, "tensor": wrong})
+            invalid = None if finite else invalid_tensor(outputs, weights, self._manifest)
+            if invalid is not None:
+                _log.error("NaN, or a weight that is infinite", extra={"model": self._manifest.name, "tensor": invalid})
                 return InternalFault()
-            if sequence.attention is None:
-                return SequenceResult(outputs, None, facts, values=self._kept(sequence, outputs, weights))
-            started = self._clock.now()
-            answer = attention.answer(weights, sequence.attention, self._manifest.sites, sequence.units)
-            if not kept_as_view(batch, sequence):
-                answer = _owned(answer, fetched.values())
-            self._metrics.attention_seconds.observe(self._clock.now() - started)
-            return SequenceResult(outputs, answer, facts, values=self._kept(sequence, outputs, weights))
-        except Exception:  # noqa: BLE001 - the boundary of one sequence's answer: its batch mates have theirs
+            answer = None
+            if sequence.attention is not None:
+                started = self._clock.now()
+                answer = attention.answer(weights, sequence.attention, self._manifest.sites, sequence.units)
+                if not may_alias(batch, sequence):
+                    answer = owned(answer, fetched.values())
+                self._metrics.attention_seconds.observe(self._clock.now() - started)
+            kept = copied(values_of(outputs, weights, self._manifest)) if sequence.keep_values else None
+            return SequenceResult(outputs, answer, facts, values=kept)
+        except Exception:  # noqa: BLE001 - the boundary of one sequence's result: the rest of the batch has its own
             _log.exception("an answer could not be made", extra={"model": self._manifest.name})
             return InternalFault()
-
-    def _wrong_tensor(self, outputs: dict[str, Array], weights: dict[int, Array]) -> str | None:
-        """The first tensor that is no answer: an output with NaN, or weights with NaN or an infinity.
-
-        Infinities are legitimate outputs, such as logits of what a mask hides.
-        """
-        for name, values in outputs.items():
-            if _has_nan(values):
-                return name
-        for layer, values in weights.items():
-            if not _is_finite(values):
-                return self._manifest.sites[layer].name
-        return None
-
-
-def _is_finite(values: Array) -> bool:
-    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
-
-
-def _has_nan(values: Array) -> bool:
-    return values.dtype.kind == "f" and bool(np.isnan(values).any())
-
-
-def _owned(answer: AttentionAnswer, arrays: Iterable[Array]) -> AttentionAnswer:
-    """Copies maps that are still views into the run's arrays, for the reason that collation gives."""
-    arrays = tuple(arrays)
-    maps = tuple(
-        replace(made, content=made.content.copy())
-        if isinstance(made.content, np.ndarray) and any(np.may_share_memory(made.content, array) for array in arrays)
-        else made
-        for made in answer.maps
-    )
-    return replace(answer, maps=maps)

@@ -1,12 +1,17 @@
-"""Golden answers asked for again: whether a loaded session still answers as the bundle did when it was checked.
+"""Golden answers: a few sequences with samples of their answers, stored in the bundle and checked again at every load.
 
-It catches what digests cannot: a file that was swapped and sealed anew, a provider or a processor whose kernels compute
-something else, a runtime whose new version does.
+The check finds what a digest cannot: a file that was swapped and sealed again, or a provider, processor or version of
+the runtime that computes something else. In the file, arrays are named by position, such as `output.1.0` for the first
+output of the second sequence, because a graph may use any name.
 """
 
 from __future__ import annotations
 
+import math
+import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -15,15 +20,18 @@ from attnserve_server.domain.values import Array, PreparedSequence
 from attnserve_server.engine.collation import collate, outputs_of, weights_of
 from attnserve_server.engine.session import RunFailed, RuntimeSession
 from attnserve_server.engine.warmup import selection_of_all
-from attnserve_server.model.golden import GoldenSequence, sample_of
 from attnserve_server.model.manifest import NUMPY_DTYPES, Manifest
+from attnserve_server.model.repository import Bundle, BundleInvalid
 
-_LEAST_SCALE = 1e-6
-"""Answers smaller than this in every number are rounding, and told as they are."""
+GOLDEN_FILE = "golden.npz"
+MAX_UNPACKED_BYTES = 64 * 2**20
+"""Maximum size of the unpacked arrays. Inputs may be images that compress well."""
+_MIN_SCALE = 1e-6
+"""Errors of answers that are smaller than this everywhere are not scaled up: such numbers are rounding."""
 
 
 class GoldenMismatch(AttnserveError):
-    """A loaded model does not answer as its bundle did when it was checked; it must not be served."""
+    """A loaded model does not repeat the golden answers of its bundle; it must not be served."""
 
     reason = "GOLDEN_MISMATCH"
 
@@ -35,18 +43,38 @@ class GoldenMismatch(AttnserveError):
         )
 
     def metadata(self) -> dict[str, str]:
-        """Which output, by how much, and what is allowed."""
+        """The output or site, its error, and the allowed error."""
         return {"what": self.what, "error": f"{self.error:g}", "allowed": f"{self.allowed:g}"}
 
 
+@dataclass(frozen=True, slots=True)
+class GoldenSequence:
+    """One sequence, without the batch axis, and samples of its answers.
+
+    Args:
+        inputs: by name, each in the model's dtype.
+        outputs: samples by name, (N,), of the floating-point outputs.
+        weights: samples by layer, (N,), of each available site's weights.
+    """
+
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+    weights: Mapping[int, Array]
+
+
 def verify_golden(session: RuntimeSession, manifest: Manifest, golden: Sequence[GoldenSequence]) -> float:
-    """Ask the session for the golden answers again, on the calling thread.
+    """Run the golden sequences on the calling thread, and compare the answers.
+
+    Args:
+        session: the loaded model.
+        manifest: of the model.
+        golden: the sequences of its bundle.
 
     Returns:
-        The greatest error, in parts of what is allowed: at most 1.
+        The greatest error divided by the allowed one: at most 1.
 
     Raises:
-        GoldenMismatch: an answer is another one, or there is none.
+        GoldenMismatch: an answer differs by more than is allowed, or the run failed.
     """
     if manifest.golden is None or not golden:
         return 0.0
@@ -69,7 +97,17 @@ def verify_golden(session: RuntimeSession, manifest: Manifest, golden: Sequence[
 def answers(
     session: RuntimeSession, manifest: Manifest, sequences: Sequence[Mapping[str, Array]]
 ) -> list[GoldenSequence]:
-    """Samples of what a session answers to sequences of inputs, padded into one batch where the manifest allows it."""
+    """Return samples of a session's answers, from one padded batch if the manifest allows that.
+
+    Args:
+        session: the loaded model.
+        manifest: of the model, with `golden`.
+        sequences: the inputs of each sequence by name, without the batch axis.
+
+    Raises:
+        ValueError: the manifest has no golden answers, or the inputs contradict it.
+        RunFailed: the model cannot run on these inputs.
+    """
     if manifest.golden is None:
         raise ValueError("the manifest has no golden answers")
     count = manifest.golden.sample
@@ -96,27 +134,77 @@ def answers(
     return answered
 
 
+def sample_of(array: Array, count: int) -> Array:
+    """Return at most `count` numbers of an array, evenly spread over its flat order, (N,)."""
+    flat = array.reshape(-1)
+    # Widths of models are even. An odd step does not divide them, so that every column is sampled.
+    step = math.ceil(flat.size / count) | 1 if flat.size > count else 1
+    return flat[::step]
+
+
 def lengths_of(inputs: Mapping[str, Array], manifest: Manifest) -> dict[str, int]:
-    """The length of each axis symbol, from the shapes of one sequence's inputs."""
+    """Return the length of each axis symbol, from the shapes of one sequence's inputs."""
     given = {
-        extent: length
+        symbol: length
         for spec in manifest.inputs
-        for extent, length in zip(spec.shape, inputs[spec.name].shape, strict=True)
-        if isinstance(extent, str)
+        for symbol, length in zip(spec.shape, inputs[spec.name].shape, strict=True)
+        if isinstance(symbol, str)
     }
     return {**manifest.fixed_lengths, **given}
 
 
 def error_of(before: Array, now: Array) -> float:
-    """The greatest difference in parts of the greatest number before; infinity where shapes or infinities differ."""
+    """Return the greatest difference divided by the greatest finite number of `before`.
+
+    Infinity if the shapes differ, or if one of the two has an infinity or a NaN where the other has none.
+    """
     if before.shape != now.shape:
         return float("inf")
     wide, other = before.astype(np.float64), now.astype(np.float64)
     same = (wide == other) | (np.isnan(wide) & np.isnan(other))
-    scale = max(float(np.abs(wide[np.isfinite(wide)]).max(initial=0.0)), _LEAST_SCALE)
+    scale = max(float(np.abs(wide[np.isfinite(wide)]).max(initial=0.0)), _MIN_SCALE)
     with np.errstate(invalid="ignore"):
         difference = np.where(same, 0.0, np.abs(wide - other))
     return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0)) / scale
+
+
+def write_golden(path: Path, sequences: Sequence[GoldenSequence], manifest: Manifest) -> None:
+    """Write sequences to a file. The same sequences always give the same bytes."""
+    arrays: dict[str, Array] = {}
+    for row, sequence in enumerate(sequences):
+        for at, spec in enumerate(manifest.inputs):
+            arrays[f"input.{row}.{at}"] = sequence.inputs[spec.name]
+        for at, output in enumerate(manifest.outputs):
+            if output.name in sequence.outputs:
+                arrays[f"output.{row}.{at}"] = sequence.outputs[output.name]
+        for layer, weights in sequence.weights.items():
+            arrays[f"weights.{row}.{layer}"] = weights
+    with path.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def read_golden(bundle: Bundle) -> tuple[GoldenSequence, ...]:
+    """Return the golden sequences of a bundle whose files were verified; empty if it has none.
+
+    Raises:
+        BundleInvalid: the file is missing, cannot be read, or contradicts the manifest.
+    """
+    manifest = bundle.manifest
+    if manifest.golden is None:
+        return ()
+
+    def fault(why: str) -> BundleInvalid:
+        return BundleInvalid(manifest.name, manifest.version, f"{GOLDEN_FILE}: {why}")
+
+    if GOLDEN_FILE not in manifest.files:
+        raise fault("is not listed in the manifest, which has golden answers")
+    try:
+        arrays = _arrays(bundle.path / GOLDEN_FILE)
+        return tuple(_sequence(arrays, manifest, row) for row in range(manifest.golden.sequences))
+    except KeyError as missing:
+        raise fault(f"has no {missing.args[0]}") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as why:
+        raise fault(f"cannot be read: {why}") from None
 
 
 def _judged(what: str, before: Array, now: Array, allowed: float) -> float:
@@ -124,3 +212,31 @@ def _judged(what: str, before: Array, now: Array, allowed: float) -> float:
     if not error <= allowed:
         raise GoldenMismatch(what, error, allowed)
     return error / allowed
+
+
+def _arrays(path: Path) -> dict[str, Array]:
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > MAX_UNPACKED_BYTES:
+        raise ValueError(f"{unpacked} bytes exceed {MAX_UNPACKED_BYTES}")
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def _sequence(arrays: Mapping[str, Array], manifest: Manifest, row: int) -> GoldenSequence:
+    inputs: dict[str, Array] = {}
+    for at, spec in enumerate(manifest.inputs):
+        array = arrays[f"input.{row}.{at}"]
+        if array.dtype != NUMPY_DTYPES[spec.dtype] or array.ndim != len(spec.shape):
+            raise ValueError(f"input {spec.name} is {array.dtype} of {array.ndim} axes")
+        inputs[spec.name] = array
+    floating = [
+        (at, spec.name)
+        for at, spec in enumerate(manifest.outputs)
+        if np.issubdtype(NUMPY_DTYPES[spec.dtype], np.floating)
+    ]
+    return GoldenSequence(
+        inputs=inputs,
+        outputs={name: arrays[f"output.{row}.{at}"] for at, name in floating},
+        weights={site.layer: arrays[f"weights.{row}.{site.layer}"] for site in manifest.sites if site.available},
+    )

@@ -1,4 +1,4 @@
-"""Execution providers: which one a model gets, with which options, and on which devices."""
+"""Execution providers: the choice for a model, its options, and the visible GPUs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ GPU_PROVIDERS: Final = (CUDA, TENSORRT)
 
 _OPTIONS: Final[Mapping[str, Mapping[str, str]]] = {
     CUDA: {
-        # TF32 keeps ten bits of a float32's mantissa: weights would differ from the model's by 1e-3.
+        # TF32 keeps ten bits of a float32's mantissa, so weights would differ from the model's by 1e-3.
         "use_tf32": "0",
-        # Growing in powers of two, the arena may take twice what a run needs, from whoever shares the device.
+        # By default the arena grows in powers of two and may take twice the memory that a run needs.
         "arena_extend_strategy": "kSameAsRequested",
     },
-    # Kernels are chosen by timing, for each range of shapes: where a folder is named, only the first start waits.
+    # TensorRT chooses kernels by timing them. With a cache folder in the options, only the first start waits for that.
     TENSORRT: {"trt_timing_cache_enable": "1"},
 }
 
 
 class ProviderUnavailable(AttnserveError):
-    """The execution provider that was asked for is not there, or does not load."""
+    """The requested execution provider is not offered by the runtime, or does not load."""
 
     reason = "PROVIDER_UNAVAILABLE"
 
@@ -41,24 +41,24 @@ class ProviderUnavailable(AttnserveError):
 
 @dataclass(frozen=True, slots=True)
 class ProviderChoice:
-    """Which provider to run on, and how."""
+    """Which provider to run on, and with which options."""
 
     provider: str = AUTO
-    """An execution provider of onnxruntime, or `auto`: CUDA where it is offered and loads, else CPU."""
+    """An execution provider of onnxruntime, or `auto`: CUDA if the runtime offers it and it loads, else CPU."""
     required: str | None = None
-    """Refuse unless this provider is the one in use."""
+    """The provider that must be in use; None: any."""
     device_id: int = 0
-    """Which GPU, among those that are visible."""
+    """Index among the visible GPUs."""
     options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Options by provider, over our own."""
+    """Options by provider; they override the defaults of this module."""
     cuda_graphs: bool = False
     """Whether runs are recorded as CUDA graphs."""
 
     def first(self, available: Sequence[str]) -> str:
-        """The provider to try first. One that is not offered is refused before anything is loaded.
+        """Return the provider to try first. One that the runtime does not offer is refused before anything is loaded.
 
         Raises:
-            ProviderUnavailable: What is asked for is not offered, or is not what is required.
+            ProviderUnavailable: the runtime does not offer it, or it is not the required one.
         """
         wanted = self.required if self.provider == AUTO else self.provider
         if self.required is not None and wanted != self.required:
@@ -71,11 +71,16 @@ class ProviderChoice:
 
     @property
     def may_fall_back(self) -> bool:
-        """Whether CPU will do where the first choice does not load."""
+        """Whether to use the CPU if the first choice does not load."""
         return self.provider == AUTO and self.required is None
 
     def chain(self, first: str, available: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-        """The providers of a session, with their options: what the first cannot run goes to the next."""
+        """Return the providers of a session with their options, in order. A node that one cannot run goes to the next.
+
+        Args:
+            first: the provider from `first`, or the CPU.
+            available: the providers that the runtime offers.
+        """
         names = [first, *((CUDA,) if first == TENSORRT and CUDA in available else ())]
         device = {"device_id": str(self.device_id)}
         graphs = {CUDA: {"enable_cuda_graph": "1"}} if self.cuda_graphs else {}
@@ -95,7 +100,7 @@ class ProviderChoice:
 
 
 def visible_gpus() -> int:
-    """How many NVIDIA GPUs this process may use: the driver heeds CUDA_VISIBLE_DEVICES. 0 where there is no driver."""
+    """Return the number of NVIDIA GPUs that this process may use, by CUDA_VISIBLE_DEVICES; 0 without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,4 +1,8 @@
-"""The runtime session: loading a model, running it, and stopping a run. The only module that imports onnxruntime."""
+"""The runtime session: load a model, run it, and stop a run.
+
+Only this module, `session_options` and `gpu` import onnxruntime. Errors carry no text of the runtime, which may hold
+paths; it is the cause of the exception, for the log.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,13 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final
+from typing import Any
 
 import onnxruntime as ort
 
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import Array
-from attnserve_server.engine.binding import PinnedOutputs
-from attnserve_server.engine.cuda_graphs import GraphPlan, RecordedRuns, run_as_ever
-from attnserve_server.engine.exactness import multiplies_bytes_exactly
+from attnserve_server.engine.gpu import GraphPlan, PinnedOutputs, RecordedRuns, not_recorded
 from attnserve_server.engine.providers import (
     AUTO,
     CPU,
@@ -24,6 +26,13 @@ from attnserve_server.engine.providers import (
     TENSORRT,
     ProviderChoice,
     ProviderUnavailable,
+)
+from attnserve_server.engine.session_options import (
+    FATAL_ONLY,
+    LEFT_OUT,
+    LEFT_OUT_ON_GPU,
+    session_options,
+    undo_exact_int8,
 )
 
 __all__ = [
@@ -42,18 +51,6 @@ __all__ = [
     "write_optimised",
 ]
 
-LEFT_OUT: Final = ("SkipLayerNormFusion",)
-"""Rewritings that the runtime does better without on a CPU, unless a bundle knows better: the fused kernel takes longer
-than Add and LayerNormalization apart. MiniLM as a whole took 4 to 15 % longer with it (batches 1 to 8, lengths 16 to
-256, one core, onnxruntime 1.32)."""
-_LEFT_OUT_ON_GPU: Final = ("BiasSoftmaxFusion",)
-"""Rewritings that may not be on a GPU. The kernel that adds a mask and takes the softmax at once divides by the number
-of its rows: a tap for which nobody asks has none, and the process ends by SIGFPE (onnxruntime 1.31, H200)."""
-_EXACT_BYTES: Final = "session.x64quantprecision"
-"""Has the runtime turn signed weights of products into unsigned ones, which it multiplies exactly on any processor."""
-_FATAL_ONLY: Final = 4
-"""The runtime's log level: each of its failures reaches us as an exception, so it need not write lines of its own."""
-
 
 def runtime_version() -> str:
     """The runtime's name and version."""
@@ -61,7 +58,7 @@ def runtime_version() -> str:
 
 
 class LoadFailed(AttnserveError):
-    """The runtime refused the model. The runtime's own words are the exception's cause, for the log alone."""
+    """The runtime could not load the model. The cause holds the runtime's message."""
 
     reason = "LOAD_FAILED"
 
@@ -70,7 +67,7 @@ class LoadFailed(AttnserveError):
 
 
 class RunFailed(AttnserveError):
-    """A run failed. The runtime's own words, which may hold paths, are the exception's cause, for the log alone."""
+    """A run failed. The cause holds the runtime's message."""
 
     reason = "RUN_FAILED"
 
@@ -88,7 +85,7 @@ class RunTerminated(AttnserveError):
 
 
 class RunHandle:
-    """Stops a run from another thread. A handle belongs to one batch, which may take several runs one after another."""
+    """Stops a run from another thread. A handle belongs to one batch, which may take several runs in sequence."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -103,7 +100,7 @@ class RunHandle:
             return self._terminated
 
     def terminate(self) -> None:
-        """Stops the run under way at its next node, and keeps runs that come after from starting. Any thread."""
+        """Stop the current run at its next node, and refuse later runs with this handle. Any thread."""
         with self._lock:
             self._terminated = True
             if self._options is not None:
@@ -121,7 +118,7 @@ class RunHandle:
 
 
 class RuntimeSession:
-    """One loaded model: one copy of the weights, which any number of threads may run at once."""
+    """One loaded model: one copy of the weights. Any number of threads may run it concurrently."""
 
     def __init__(self, session: ort.InferenceSession, device_id: int = 0, graphs: GraphPlan | None = None) -> None:
         self._session = session
@@ -129,7 +126,7 @@ class RuntimeSession:
         self._bound = PinnedOutputs(session, device_id) if self.provider in GPU_PROVIDERS else None
         self._recorded = RecordedRuns(session, device_id, graphs) if graphs is not None and self._bound else None
         self.fills_up: bool = self._recorded is not None
-        """Whether outputs may have more rows and positions than the feeds: those of a recorded shape."""
+        """Whether outputs may have more rows and positions than the feeds, because a recorded shape is larger."""
         self.input_names: tuple[str, ...] = tuple(node.name for node in session.get_inputs())
         self.output_names: tuple[str, ...] = tuple(node.name for node in session.get_outputs())
 
@@ -146,21 +143,22 @@ class RuntimeSession:
         left_out: Sequence[str] | None = None,
         intra_op_threads: int = 1,
     ) -> RuntimeSession:
-        """Loads a model by its path; the runtime then resolves external data beside that file only.
+        """Load a model by its path. The runtime reads external data from the folder of that file only.
 
         Args:
             model_path: the ONNX file.
-            provider: an execution provider of onnxruntime, or `auto`: CUDA where it is offered and loads, else CPU.
-            required_provider: refuse unless this provider is the one in use.
-            device_id: which of the visible GPUs.
-            provider_options: by provider, over our own.
+            provider: an execution provider of onnxruntime, or `auto`: CUDA if the runtime offers it and it loads, else
+                CPU.
+            required_provider: raise unless this provider is in use; None: any.
+            device_id: index among the visible GPUs.
+            provider_options: options by provider; they override the defaults of `engine.providers`.
             graphs: what to record as CUDA graphs; None: nothing.
-            left_out: names of the runtime's rewritings that are left out on a CPU; None: `LEFT_OUT`.
-            intra_op_threads: threads within one run, the caller's included; 1 or more.
+            left_out: names of graph optimizers to disable on a CPU; None: `LEFT_OUT`.
+            intra_op_threads: threads within one run, the calling thread included; 1 or more.
 
         Raises:
-            ProviderUnavailable: a named or required provider is not offered or did not load.
-            LoadFailed: the runtime refused the model.
+            ProviderUnavailable: a named or required provider is not offered, or did not load.
+            LoadFailed: the runtime could not load the model.
         """
         choice = ProviderChoice(
             provider, required_provider, device_id, provider_options or {}, cuda_graphs=graphs is not None
@@ -168,9 +166,8 @@ class RuntimeSession:
         available = ort.get_available_providers()
         first = choice.first(available)
         for name in dict.fromkeys((first, *((CPU,) if choice.may_fall_back else ()))):
-            options = _options(intra_op_threads)
             on_cpu = LEFT_OUT if left_out is None else left_out
-            _leave_out(options, on_cpu if name == CPU else _LEFT_OUT_ON_GPU)
+            options = session_options(intra_op_threads, on_cpu if name == CPU else LEFT_OUT_ON_GPU)
             session = _open(model_path, options, choice.chain(name, available))
             if session is not None:
                 return cls(session, device_id, graphs)
@@ -184,28 +181,28 @@ class RuntimeSession:
         *,
         exact_shape: bool = False,
     ) -> list[Array]:
-        """Runs the model once, on the calling thread.
+        """Run the model once, on the calling thread.
 
-        Every node runs, whatever is fetched: `RunOptions.only_execute_path_to_fetches` leaves none out (onnxruntime
-        1.32). Taps for which nobody asks run over no rows.
+        Every node runs, whatever is fetched: `RunOptions.only_execute_path_to_fetches` skips none (onnxruntime 1.32).
+        A tap without items runs over zero rows.
 
         Args:
             feeds: an array for each input, (B, ...) as the graph declares it.
-            fetches: names of wanted outputs.
+            fetches: names of the outputs to return.
             handle: stops the run from another thread.
-            exact_shape: do not pad the run up to a recorded shape.
+            exact_shape: do not pad the run to a recorded shape.
 
         Returns:
-            The outputs in the order of `fetches`, each in memory of its own.
+            The outputs in the order of `fetches`, each in its own memory.
 
         Raises:
-            RunTerminated: the handle was used, before or during the run.
-            RunFailed: the runtime failed; its exception is the cause.
+            RunTerminated: `handle.terminate()` was called before or during the run.
+            RunFailed: the runtime failed.
         """
         if not fetches:
-            return []  # the runtime would take an empty list for all outputs
+            return []  # the runtime returns all outputs for an empty list
         options = ort.RunOptions()
-        options.log_severity_level = _FATAL_ONLY
+        options.log_severity_level = FATAL_ONLY
         if handle is not None:
             handle._attach(options)  # noqa: SLF001 - handle and session are two halves of one thing
         try:
@@ -237,38 +234,21 @@ class RuntimeSession:
             shape = None if exact_shape else recorded.covers(feeds, fetches)
             if shape is not None:
                 return recorded.run(feeds, fetches, shape)
-            return bound.run(feeds, fetches, run_as_ever(options))
-
-
-def _options(intra_op_threads: int) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = intra_op_threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    # Memory patterns are kept for each combination of input shapes ever seen: with free shapes that is a leak.
-    options.enable_mem_pattern = False
-    options.log_severity_level = _FATAL_ONLY
-    # A pool's idle threads sleep: spinning takes cores from the other instances and from the event loop.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not multiplies_bytes_exactly():
-        options.add_session_config_entry(_EXACT_BYTES, "1")
-    return options
-
-
-def _leave_out(options: ort.SessionOptions, names: Sequence[str]) -> None:
-    if names:
-        options.add_session_config_entry("optimization.disable_specified_optimizers", ";".join(names))
+            return bound.run(feeds, fetches, not_recorded(options))
 
 
 def write_optimised(model_path: Path, target: Path) -> None:
-    """Writes a graph as the runtime rewrites it for a CPU, as far as that holds on every CPU.
+    """Write the graph as the runtime optimizes it for any CPU.
+
+    Args:
+        model_path: the ONNX file.
+        target: where to write the optimized graph.
 
     Raises:
-        LoadFailed: the runtime refused the model, or to write it.
+        LoadFailed: the runtime could not load the model, or could not write the file.
     """
-    options = _options(1)
-    _leave_out(options, LEFT_OUT)
-    # One level more would lay weights out for this very processor.
+    options = session_options(1, LEFT_OUT)
+    # The next level would choose weight layouts for this processor alone.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(target)
     try:
@@ -280,20 +260,21 @@ def write_optimised(model_path: Path, target: Path) -> None:
 def _open(
     path: Path, options: ort.SessionOptions, chain: list[tuple[str, dict[str, str]]]
 ) -> ort.InferenceSession | None:
-    """A session that really uses the first of a chain, or None where it cannot be had.
+    """Return a session that uses the first provider of the chain, or None if that provider does not load.
 
     Raises:
-        LoadFailed: the runtime refused the model.
+        LoadFailed: the runtime could not load the model on a CPU.
     """
     chosen = chain[0][0]
     if chosen in GPU_PROVIDERS and hasattr(ort, "preload_dlls"):
-        # Finds CUDA's libraries where pip puts them. It prints what it misses; the session's providers tell us instead.
+        # It loads CUDA's libraries from where pip installs them, and prints those that it misses. The session's list of
+        # providers shows whether that matters.
         with contextlib.redirect_stdout(io.StringIO()):
             ort.preload_dlls()
     providers: list[Any] = list(chain)
 
     def opened() -> ort.InferenceSession:
-        # Fallback off: a run must never quietly move to another provider than the receipt names.
+        # No fallback: a run must not move to another provider than the server reports.
         return ort.InferenceSession(str(path), sess_options=options, providers=providers, enable_fallback=0)
 
     try:
@@ -301,13 +282,12 @@ def _open(
     except Exception as error:
         if chosen != CPU:
             return None
-        if multiplies_bytes_exactly():
+        if not undo_exact_int8(options):
             raise LoadFailed from error
-        # The runtime fails to make weights unsigned that several nodes share (1.32). Golden answers refuse such a model
-        # where the saturating products that remain make it answer otherwise.
-        options.add_session_config_entry(_EXACT_BYTES, "0")
+        # The runtime cannot convert weights that several nodes share (1.32). The products may then saturate; golden
+        # answers refuse a model whose answers change by that.
         try:
             session = opened()
-        except Exception:  # noqa: BLE001 - the first reason is the one to tell
+        except Exception:  # noqa: BLE001 - the first failure is the one to report
             raise LoadFailed from error
     return session if session.get_providers()[0] == chosen else None

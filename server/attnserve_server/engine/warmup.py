@@ -1,8 +1,10 @@
-"""Warm-up: synthetic sequences that are valid for a model, and what its runs cost."""
+"""Warm-up: runs of synthetic sequences that are valid for a model, and timed runs for the cost model.
+
+A model that cannot run them, or returns other shapes than its manifest declares, fails to load.
+"""
 
 from __future__ import annotations
 
-import time
 from typing import Final
 
 import numpy as np
@@ -17,38 +19,29 @@ from attnserve_server.domain.selection import (
     WeightDtype,
 )
 from attnserve_server.domain.values import Array, PreparedSequence
-from attnserve_server.engine.collation import CollatedBatch, collate
+from attnserve_server.engine.collation import CollatedBatch, ShapeCheck, collate
 from attnserve_server.engine.cost import TimedRun
-from attnserve_server.engine.extents import ShapeCheck
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
 
 _FIRST_SHAPES: Final = ((1, 8), (4, 8), (1, 32), (4, 32), (1, 128))
-"""(batch size, length) of the runs that are always timed: the least that tells a run's four parts apart."""
+"""(batch size, length) of the runs that are always timed: the minimum that determines the four coefficients."""
 _MORE_SHAPES: Final = (
     (16, 8), (16, 32), (4, 128), (1, 512), (16, 128), (64, 32), (4, 512), (64, 128), (32, 512),
 )  # fmt: skip
-"""Larger runs, in order of size, as long as there is time for them: a quick device shows what it is made for."""
+"""Larger runs, in order of size, timed while `more_s` lasts. A fast device is measured at the sizes that suit it."""
 _MORE_SECONDS: Final = 1.0
-"""How long the larger runs may take in all."""
+"""Default of `more_s`."""
 _REPEATS: Final = 3
-"""The first repeat also pays for memory and threads; the quickest of them is what a run costs."""
-
-
-class ThreadCpuClock:
-    """The calling thread's own processor time: what a run costs on a CPU, whoever else uses the cores meanwhile."""
-
-    def now(self) -> float:
-        """Processor seconds of the calling thread, from an arbitrary origin."""
-        return time.thread_time()
+"""Runs of each shape. The first one also allocates memory and starts threads, so the fastest one counts."""
 
 
 def touch(session: RuntimeSession, manifest: Manifest) -> None:
-    """Runs two small batches with every output and with attention of every site, on the calling thread.
+    """Run two small batches with every output and with attention of every site, on the calling thread.
 
     Raises:
         RunFailed: the model cannot run on these inputs.
-        UnexpectedShape: what it returns has another shape than the manifest declares.
+        UnexpectedShape: a returned tensor has another shape than the manifest declares.
     """
     everything = selection_of_all(manifest)
     for size, length in ((1, 4), (2, 16)):
@@ -59,18 +52,21 @@ def touch(session: RuntimeSession, manifest: Manifest) -> None:
 def measure(
     session: RuntimeSession, manifest: Manifest, clock: Clock, *, repeats: int = _REPEATS, more_s: float = _MORE_SECONDS
 ) -> tuple[TimedRun, ...]:
-    """Times runs over a small grid of (batch, length) with every output, on the calling thread.
+    """Time runs over a small grid of (batch size, length) with every output, on the calling thread.
 
     Args:
         session: the model, loaded and touched.
-        manifest: of the model; its greatest batch and lengths bound the grid.
-        clock: what a run costs is told by: processor time on a CPU, monotonic time elsewhere.
-        repeats: how often each shape is run; the quickest counts.
-        more_s: how long the larger runs may take in all, as predicted from the largest run before.
+        manifest: of the model; its maximum batch size and lengths bound the grid.
+        clock: measures the runs: processor time on a CPU, monotonic time elsewhere.
+        repeats: runs of each shape; the fastest one counts.
+        more_s: seconds for all larger runs together, as predicted from the largest run so far.
+
+    Returns:
+        The timed runs, one for each shape.
 
     Raises:
         RunFailed: the model cannot run on these inputs.
-        UnexpectedShape: what it returns has another shape than the manifest declares.
+        UnexpectedShape: a returned tensor has another shape than the manifest declares.
     """
     seen: dict[tuple[int, int], TimedRun] = {}
     left_s = more_s
@@ -79,21 +75,21 @@ def measure(
             sequences = [synthetic(manifest, length)] * min(size, manifest.max_batch_size)
             tokens = sequences[0].tokens
             if (len(sequences), tokens) in seen:
-                continue  # a bound of the model made it one that was timed before
+                continue  # the model's bounds reduce this shape to one that was timed
             if bounded:
-                # Where attention counts, a larger run takes more than its share of positions: near enough for a bound.
+                # Linear in positions. With long sequences a run takes more, which is close enough for a time limit.
                 largest = max(seen.values(), key=lambda run: run.size * run.tokens)
-                foreseen_s = repeats * largest.seconds * len(sequences) * tokens / (largest.size * largest.tokens)
-                if foreseen_s > left_s:
+                predicted_s = repeats * largest.seconds * len(sequences) * tokens / (largest.size * largest.tokens)
+                if predicted_s > left_s:
                     break
-                left_s -= foreseen_s
-            quickest_s = min(_seconds(session, manifest, sequences, clock) for _ in range(repeats))
-            seen[len(sequences), tokens] = TimedRun(len(sequences), tokens, quickest_s)
+                left_s -= predicted_s
+            fastest_s = min(_seconds(session, manifest, sequences, clock) for _ in range(repeats))
+            seen[len(sequences), tokens] = TimedRun(len(sequences), tokens, fastest_s)
     return tuple(seen.values())
 
 
 def _seconds(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence], clock: Clock) -> float:
-    """Seconds of one run, collation included."""
+    """Seconds of one run, with collation."""
     started = clock.now()
     batch = collate(sequences, manifest)
     outputs = session.run(batch.feeds, batch.fetches)
@@ -103,7 +99,7 @@ def _seconds(session: RuntimeSession, manifest: Manifest, sequences: list[Prepar
 
 
 def selection_of_all(manifest: Manifest) -> EffectiveSelection | None:
-    """Every head of every site that can be tapped, whole; None where there is none."""
+    """Return a selection of every head of every available site, not reduced; None if no site is available."""
     layers = tuple(site.layer for site in manifest.sites if site.available)
     if not layers:
         return None
@@ -122,7 +118,13 @@ def selection_of_all(manifest: Manifest) -> EffectiveSelection | None:
 
 
 def synthetic(manifest: Manifest, length: int, *, attention: EffectiveSelection | None = None) -> PreparedSequence:
-    """A valid sequence of `length` along every axis, or of the axis's greatest length where that is less."""
+    """Return a valid sequence with every output.
+
+    Args:
+        manifest: of the model.
+        length: positions along every axis; an axis with a smaller maximum gets that.
+        attention: the resolved selection; None: no attention.
+    """
     given = (axis for axis in manifest.axes if axis.derived is None)
     lengths = {axis.symbol: min(length, axis.max_length) for axis in given} | manifest.fixed_lengths
     tensors = {spec.name: _values(spec, lengths, manifest.vocabulary_of(spec)) for spec in manifest.inputs}
@@ -143,11 +145,11 @@ def _values(spec: InputSpec, lengths: dict[str, int], vocabulary_size: int) -> A
 
 
 def run(session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence]) -> None:
-    """Run one batch and drop what it returns.
+    """Run one batch, check the shapes of its outputs, and discard them.
 
     Raises:
         RunFailed: the model cannot run on these inputs.
-        UnexpectedShape: what it returns has another shape than the manifest declares.
+        UnexpectedShape: a returned tensor has another shape than the manifest declares.
     """
     batch = collate(sequences, manifest)
     _check(session, manifest, batch, session.run(batch.feeds, batch.fetches))

@@ -16,7 +16,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
 """A file beside the manifest: one path component that cannot climb."""
 Symbol = Annotated[str, StringConstraints(min_length=1)]
-Extent = Symbol | Annotated[int, Field(ge=1)]
+Dimension = Symbol | Annotated[int, Field(ge=1)]
 
 NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
     name: np.dtype(name) for name in ("bool", "uint8", "int8", "int32", "int64", "float16", "float32", "float64")

@@ -17,8 +17,8 @@ from attnserve_server.model.frozen import (
     NAME_PATTERN,
     NUMPY_DTYPES,
     VERSION_PATTERN,
+    Dimension,
     Dtype,
-    Extent,
     FileName,
     Frozen,
     ModelName,
@@ -26,14 +26,14 @@ from attnserve_server.model.frozen import (
     Sha256,
 )
 from attnserve_server.model.report import CheckReport, GoldenSpec, Provenance
-from attnserve_server.model.sites import SiteSpec
-from attnserve_server.model.tensors import (
+from attnserve_server.model.specs import (
     AxisSpec,
     DerivedLength,
     IndexRange,
     InputRole,
     InputSpec,
     OutputSpec,
+    SiteSpec,
     TextSpec,
 )
 
@@ -44,8 +44,8 @@ __all__ = [
     "AxisSpec",
     "CheckReport",
     "DerivedLength",
+    "Dimension",
     "Dtype",
-    "Extent",
     "GoldenSpec",
     "IndexRange",
     "InputRole",

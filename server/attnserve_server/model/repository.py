@@ -1,18 +1,20 @@
-"""The repository: bundles as folders, `<root>/<name>/<version>/`. Reads, verifies and writes them; knows no runtime.
+"""The repository: bundles as folders, `<root>/<name>/<version>/`. It loads no model.
 
-A bundle appears whole or not at all: it is written into a hidden folder beside its place and renamed into it. What is
-in the root without being a bundle (files, hidden folders, names and versions that cannot be) is ignored; what is a
-bundle and broken is reported, and hinders no other.
+A bundle is written to a hidden folder and renamed, so that a reader sees the whole bundle or none. Entries that cannot
+be bundles (files, hidden folders, invalid names and versions) are ignored. A broken bundle is reported, and the others
+load.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +27,15 @@ MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
-"""A manifest of a thousand sites is some hundred kilobytes; more than this is no manifest."""
+"""Maximum size of a manifest; one of a thousand sites has some hundred kilobytes."""
 UNSEALED = "sha256:" + "0" * 64
 """The digest of a manifest whose files are not written yet."""
 
-_TAKEN = "there is such a version already; versions are never overwritten"
+_TAKEN = "this version exists already; versions are never overwritten: choose another version"
 
 
 class BundleInvalid(AttnserveError):
-    """A bundle is broken, or cannot be written. The message names it as name/version, never by a path."""
+    """A bundle is broken, or cannot be written. The message names it as name/version and holds no path."""
 
     reason = "BUNDLE_INVALID"
 
@@ -42,13 +44,13 @@ class BundleInvalid(AttnserveError):
         super().__init__(f"bundle {name}/{version}: {why}")
 
     def metadata(self) -> dict[str, str]:
-        """Which bundle."""
+        """The bundle's name and version."""
         return {"model": self.name, "version": self.version}
 
 
 @dataclass(frozen=True, slots=True)
 class BundleFault:
-    """A folder in the place of a bundle that is none, and why."""
+    """A folder in the place of a bundle that cannot be read as one, and why."""
 
     name: str
     version: str
@@ -57,30 +59,30 @@ class BundleFault:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle whose manifest was read. Its files are trusted only after `verify`."""
+    """A bundle whose manifest was read. Its files may be used only after `verify`."""
 
     path: Path
     manifest: Manifest
 
     @property
     def model_path(self) -> Path:
-        """The graph."""
+        """Path of the graph."""
         return self.path / MODEL_FILE
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """The tokenizer; None for models that take tensors only."""
+        """Path of the tokenizer; None for a model that takes tensors only."""
         return self.path / TOKENIZER_FILE if TOKENIZER_FILE in self.manifest.files else None
 
 
 class Repository:
-    """The bundles under one root. Holds no state: every call looks at the disk."""
+    """The bundles under one root. It holds no state: every call reads the disk."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def bundles(self) -> tuple[list[Bundle], list[BundleFault]]:
-        """All bundles by name and then version, and those that are broken. Reads manifests, not models."""
+        """Return all bundles, sorted by name and version, and the broken ones. Only manifests are read."""
         found: list[Bundle] = []
         faults: list[BundleFault] = []
         for name in sorted(entry.name for entry in _folders(self._root) if is_model_name(entry.name)):
@@ -92,11 +94,11 @@ class Repository:
         return found, faults
 
     def bundle(self, name: str, version: str = "") -> Bundle:
-        """The bundle of this name and version; of the highest version if that is empty.
+        """Return the bundle of this name and version; of the highest version if `version` is empty.
 
         Raises:
-            ModelNotFound: there is none, or the name or version cannot be one (no file is opened for it).
-            BundleInvalid: it is broken. A broken highest version does not fall back to an older one unasked.
+            ModelNotFound: there is none, or the name or version is invalid (no file is opened then).
+            BundleInvalid: it is broken. A broken highest version does not fall back to an older one.
         """
         if not is_model_name(name) or (version and not is_model_version(version)):
             raise ModelNotFound(name, version)
@@ -106,10 +108,10 @@ class Repository:
         return self._read(name, version or versions[-1])
 
     def free_version(self, name: str, version: str = "") -> str:
-        """The version under which to write a new bundle: the one that is wished for, or the next one.
+        """Return the version for a new bundle: the given one, or the next one if `version` is empty.
 
         Raises:
-            BundleInvalid: there is such a version already.
+            BundleInvalid: this version exists already.
         """
         place = self._root / name / version
         if version and (place.exists() or place.is_symlink()):
@@ -117,12 +119,12 @@ class Repository:
         return version or self.next_version(name)
 
     def next_version(self, name: str) -> str:
-        """One more than the highest version, broken ones counted; "1" where there is none."""
+        """Return one more than the highest version, broken ones included; "1" if there is none."""
         versions = self._versions(name)
         return str(int(versions[-1]) + 1) if versions else "1"
 
     def _versions(self, name: str) -> list[str]:
-        """Versions in ascending order, as numbers."""
+        """Versions in ascending numerical order."""
         entries = [entry.name for entry in _folders(self._root / name) if is_model_version(entry.name)]
         return sorted(entries, key=int)
 
@@ -153,12 +155,12 @@ class Repository:
 
 
 def verify(bundle: Bundle) -> None:
-    """Check every file of a bundle against its manifest: present, regular, unchanged; and nothing beside them.
+    """Check that every file of a bundle is present, regular and unchanged, and that there are no others.
 
-    A file that the manifest does not list may be data that the graph would read unchecked, so it is refused.
+    An unlisted file is refused because the graph could read it as external data, unchecked.
 
     Raises:
-        BundleInvalid: says which file, and what is wrong with it.
+        BundleInvalid: for the first file that is wrong.
     """
     manifest = bundle.manifest
     files = manifest.files
@@ -192,58 +194,84 @@ def write_bundle(root: Path, manifest: Manifest, files: Mapping[str, Path]) -> B
     """Write a bundle into the repository, whole or not at all.
 
     Args:
-        root: the repository's root; made if it is not there.
-        manifest: the manifest, whose `files` and `digest` (see `UNSEALED`) are filled in here.
-        files: where to copy each file from, by its name in the bundle.
+        root: the repository's root; created if it does not exist.
+        manifest: the manifest; its `files` and `digest` (see `UNSEALED`) are set here.
+        files: the path to copy each file from, by its name in the bundle.
+
+    Returns:
+        The bundle as it was written.
 
     Raises:
-        BundleInvalid: there is such a version already, or the disk refused.
+        BundleInvalid: this version exists already, or the file system refused the write.
     """
     name, version = manifest.name, manifest.version
     home = root / name
     place = home / version
     if place.exists() or place.is_symlink():
         raise BundleInvalid(name, version, _TAKEN)
-    partial: Path | None = None
     try:
         home.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{version}.", suffix=".partial", dir=home))
-        digests: dict[str, str] = {}
-        for file, source in files.items():
-            shutil.copyfile(source, partial / file)
-            digests[file] = sha256_of(partial / file)
-        sealed = manifest.model_copy(update={"files": digests, "digest": digest_of(digests)})
-        (partial / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for written in partial.iterdir():
-            written.chmod(0o644)
-            _sync(written)
-        partial.chmod(0o755)
-        _sync(partial)
-        partial.rename(place)
-        _sync(home)
+        with write_atomically(place) as partial:
+            partial.mkdir(mode=0o700)
+            digests: dict[str, str] = {}
+            for file, source in files.items():
+                shutil.copyfile(source, partial / file)
+                digests[file] = sha256_of(partial / file)
+            sealed = manifest.model_copy(update={"files": digests, "digest": digest_of(digests)})
+            (partial / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            for written in partial.iterdir():
+                written.chmod(0o644)
+            partial.chmod(0o755)
     except OSError as fault:
         raise BundleInvalid(name, version, f"could not be written: {fault.strerror}") from None
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
         _remove_if_empty(home)
     return Bundle(place, sealed)
 
 
+@contextmanager
+def write_atomically(place: Path) -> Iterator[Path]:
+    """Write a file or a folder so that a reader of `place` sees the whole content or none.
+
+    The content is flushed to the disk before it is renamed. If the body or the rename fails, it is removed.
+
+    Args:
+        place: the final path. An existing file is replaced; an existing folder that is not empty makes the rename fail.
+
+    Yields:
+        A hidden path in the same folder, where nothing exists yet, to write the content to.
+
+    Raises:
+        OSError: the file system refused the write.
+    """
+    partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        for written in partial.iterdir() if partial.is_dir() else ():
+            _sync(written)
+        _sync(partial)
+        partial.replace(place)
+        _sync(place.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
 def digest_of(files: Mapping[str, str]) -> str:
-    """The digest of a bundle: sha256 over the sorted lines "name sha256", each ended by a newline."""
+    """Return the digest of a bundle: sha256 over the sorted lines "name sha256", each with a newline."""
     lines = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(files.items()))
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hex."""
+    """Return the sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _folders(path: Path) -> list[Path]:
-    """Folders and links in a folder; nothing where there is no such folder."""
+    """Folders and symbolic links in a folder; empty if the folder does not exist."""
     try:
         return [entry for entry in path.iterdir() if entry.is_symlink() or entry.is_dir()]
     except OSError:
@@ -251,7 +279,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _regular_size(path: Path) -> int:
-    """The size of a regular file, in bytes. Raises ValueError, naming the file alone, if it is not one."""
+    """The size of a regular file, in bytes. Raises ValueError, with the file's name only, for anything else."""
     try:
         status = path.lstat()
     except OSError as fault:
@@ -263,7 +291,7 @@ def _regular_size(path: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk, so that the rename cannot come before its content."""
+    """Flush a file or folder to the disk, so that a rename cannot reach the disk before the content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -272,7 +300,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove_if_empty(path: Path) -> None:
-    """Take back the model's folder where the write that made it failed."""
+    """Remove the model's folder if the write that created it failed."""
     try:
         path.rmdir()
     except OSError:

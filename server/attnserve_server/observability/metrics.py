@@ -5,8 +5,10 @@ Labels are models, versions and small closed sets; never text from a caller, so 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from prometheus_client import (
@@ -285,3 +287,15 @@ class Metrics:
         if not isinstance(metric, kind):
             raise TypeError(f"{spec.name} is no {kind.__name__}")
         return metric
+
+
+_STATM = Path("/proc/self/statm")
+
+
+def resident_bytes(statm: Path = _STATM) -> int:
+    """The process's resident memory in bytes; 0 where the system does not tell."""
+    try:
+        pages = int(statm.read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

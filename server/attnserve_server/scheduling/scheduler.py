@@ -16,9 +16,8 @@ from itertools import count
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError, DeadlineExpired, InternalFault, NotServing
 from attnserve_server.domain.values import PreparedSequence, Priority, SequenceResult
-from attnserve_server.engine.cost import CostModel
-from attnserve_server.engine.executor import Outcome, Runner
-from attnserve_server.engine.footprint import Footprint
+from attnserve_server.engine.cost import CostModel, Footprint
+from attnserve_server.engine.executor import BatchExecutor, Outcome
 from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
@@ -37,7 +36,7 @@ class Scheduler:
 
     def __init__(
         self,
-        executor: Runner,
+        executor: BatchExecutor,
         manifest: Manifest,
         settings: SchedulingSettings,
         clock: Clock,

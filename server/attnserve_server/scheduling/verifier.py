@@ -19,8 +19,8 @@ from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError, RequestCancelled
 from attnserve_server.domain.values import Array, PreparedSequence, RunFacts
 from attnserve_server.engine.executor import Outcome
-from attnserve_server.engine.repetition import Difference
 from attnserve_server.engine.session import RunHandle
+from attnserve_server.model.equality import Difference
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
 from attnserve_server.scheduling.queue import Entry

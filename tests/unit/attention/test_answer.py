@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from attnserve_server.attention import answer, check_units, predicted_bytes, resolve
-from attnserve_server.attention.links import encode, links_of
+from attnserve_server.attention.reduce import encode, links_of
 from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest
 from attnserve_server.domain.selection import (
     AttentionSelection,

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from attnserve_server.cli._app import app
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.model.golden import GOLDEN_FILE
+from attnserve_server.engine.golden import GOLDEN_FILE
 from attnserve_server.model.repository import Bundle, Repository, verify, write_bundle
 from click.testing import Result
 from made_by_hand import proved

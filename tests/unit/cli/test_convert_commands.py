@@ -55,7 +55,7 @@ def test_versions_count_up_and_an_existing_one_is_refused(app: typer.Typer, file
     assert "ranker/6:" in call(app, *line).stdout
     refused = call(app, *line, "--version", "5")
     assert refused.exit_code == 2
-    assert "error: bundle ranker/5: there is such a version already" in refused.stderr
+    assert "error: bundle ranker/5: this version exists already" in refused.stderr
 
 
 @pytest.mark.parametrize(

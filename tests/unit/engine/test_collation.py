@@ -41,7 +41,7 @@ def test_a_sequence_that_asks_for_nothing_fetches_nothing(manifest: Manifest, se
 
 def test_unequal_lengths_on_an_axis_that_does_not_pad_are_a_fault(manifest: Manifest, sequence_of) -> None:
     rigid = manifest.model_copy(update={"axes": (AxisSpec(symbol="seq", max_length=128, paddable=False),)})
-    with pytest.raises(ValueError, match="does not pad: lengths 1 and 2"):
+    with pytest.raises(ValueError, match="is not padded: lengths 1 and 2"):
         collate([sequence_of([1]), sequence_of([1, 2])], rigid)
     assert collate([sequence_of([3, 4]), sequence_of([1, 2])], rigid).size == 2
 

@@ -45,7 +45,7 @@ def test_real_runs_correct_what_warm_up_saw() -> None:
     before = estimate.model.seconds(4, 32)
     for _ in range(40):
         for run in timed(slow):
-            estimate.saw(run)
+            estimate.add(run)
     assert before == pytest.approx(slow.seconds(4, 32) / 2, rel=1e-3)
     # nine runs of warm-up weigh against 360 real ones, some of which have faded: with relative errors, c in
     # 9 (1 - 2c)^2 + 257 (1 - c)^2 is least at 0.94
@@ -58,7 +58,7 @@ def test_later_runs_weigh_more_than_those_before_them() -> None:
     def foreseen(runs: list[TimedRun]) -> float:
         estimate = CostEstimate()
         for run in runs:
-            estimate.saw(run)
+            estimate.add(run)
         return estimate.model.seconds(4, 32)
 
     # once within what is taken in at a time, and once across it; 0.998 of memory a run makes 1.017 and 1.034
@@ -70,7 +70,7 @@ def test_traffic_of_one_shape_leaves_the_other_parts_as_warm_up_saw_them() -> No
     cost = CostModel(run_s=2e-3, sequence_s=0.0, token_s=2e-4, pair_s=1e-7)
     estimate = CostEstimate(timed(cost))
     for _ in range(5000):
-        estimate.saw(TimedRun(4, 32, cost.seconds(4, 32)))
+        estimate.add(TimedRun(4, 32, cost.seconds(4, 32)))
     assert estimate.model.seconds(16, 128) == pytest.approx(cost.seconds(16, 128), rel=0.01)  # rounding of many sums
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from attnserve_server.engine.footprint import Footprint
+from attnserve_server.engine.cost import Footprint
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, Manifest, OutputSpec
 
 

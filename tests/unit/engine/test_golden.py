@@ -14,11 +14,10 @@ from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.verify.golden import MAX_GOLDEN_BYTES, with_golden
-from attnserve_server.engine.golden import GoldenMismatch, error_of, verify_golden
+from attnserve_server.engine.golden import GOLDEN_FILE, GoldenMismatch, error_of, read_golden, sample_of, verify_golden
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.loading import StartFailed, open_bundle
 from attnserve_server.model.certificate import Batching, MaskNeed
-from attnserve_server.model.golden import GOLDEN_FILE, read_golden, sample_of
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, BundleInvalid, write_bundle
 from attnserve_server.scheduling.catalog import ModelState

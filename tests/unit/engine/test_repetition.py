@@ -15,10 +15,9 @@ from attnserve_server.domain.errors import InternalFault, RequestCancelled
 from attnserve_server.domain.selection import HeadReduction
 from attnserve_server.domain.values import PreparedSequence, SequenceResult
 from attnserve_server.engine.executor import Executor
-from attnserve_server.engine.repetition import Difference, greatest_difference, values_of
 from attnserve_server.engine.session import RunHandle, RuntimeSession
 from attnserve_server.model.certificate import Certificate
-from attnserve_server.model.equality import Equality
+from attnserve_server.model.equality import Difference, Equality, greatest_difference, values_of
 from attnserve_server.model.manifest import InputSpec, Manifest, OutputSpec
 from attnserve_server.observability.metrics import Metrics
 

@@ -8,9 +8,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from attnserve_server.engine import exactness
 from attnserve_server.engine import session as session_module
-from attnserve_server.engine.exactness import multiplies_bytes_exactly
+from attnserve_server.engine import session_options
 from attnserve_server.engine.session import (
     LoadFailed,
     ProviderUnavailable,
@@ -243,7 +242,7 @@ def test_weights_are_made_unsigned_only_where_signed_ones_saturate(
     """What the runtime is told; whether the processor needs it is not for a test to say."""
     path = products_of_bytes(tmp_path / "model.onnx", products=1)
     for exact in (True, False):
-        monkeypatch.setattr(session_module, "multiplies_bytes_exactly", lambda exact=exact: exact)
+        monkeypatch.setattr(session_options, "multiplies_int8_exactly", lambda exact=exact: exact)
         RuntimeSession.load(path)
     assert [entry(options, "session.x64quantprecision") for _, options in opened] == ["", "1"]
 
@@ -258,21 +257,21 @@ def test_the_product_that_tells_is_what_onnx_would_write() -> None:
         [onnx.numpy_helper.from_array(np.full((64, 32), 127, np.int8), "w")],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    assert model.SerializeToString() == exactness._PRODUCT
+    assert model.SerializeToString() == session_options._PRODUCT
 
 
 def test_processors_with_vnni_multiply_bytes_exactly() -> None:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists() or "_vnni" not in cpuinfo.read_text():
         pytest.skip("this processor is not known to have VNNI")
-    assert multiplies_bytes_exactly()
+    assert session_options.multiplies_int8_exactly()
 
 
 def test_products_are_exact_and_shared_weights_load_where_weights_are_made_unsigned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way of processors without VNNI, which any processor can go."""
-    monkeypatch.setattr(session_module, "multiplies_bytes_exactly", lambda: False)
+    monkeypatch.setattr(session_options, "multiplies_int8_exactly", lambda: False)
     session = RuntimeSession.load(products_of_bytes(tmp_path / "one.onnx", products=1))
     (y,) = session.run({"x": np.full((3, 64), 255, np.uint8)}, ["y"])
     np.testing.assert_array_equal(y, np.full((3, 8), 64 * 255 * 127))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from attnserve_server.observability.memory import resident_bytes
+from attnserve_server.observability.metrics import resident_bytes
 
 
 def test_memory_that_was_taken_shows() -> None:

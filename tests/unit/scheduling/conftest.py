@@ -14,8 +14,8 @@ from attnserve_server.domain.errors import AttnserveError, InternalFault, Reques
 from attnserve_server.domain.values import PreparedSequence, RunFacts, SequenceResult
 from attnserve_server.engine.cost import CostModel
 from attnserve_server.engine.executor import Outcome
-from attnserve_server.engine.repetition import Difference
 from attnserve_server.engine.session import RunHandle
+from attnserve_server.model.equality import Difference
 from attnserve_server.model.manifest import (
     AxisSpec,
     InputRole,

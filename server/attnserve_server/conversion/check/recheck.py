@@ -26,11 +26,10 @@ from attnserve_server.conversion.probing.runtime import Runner
 from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, WEIGHTS_PREFIX
 from attnserve_server.conversion.verify.certify import ATTACK_SECONDS, certify
 from attnserve_server.domain.values import Array
-from attnserve_server.engine.golden import GoldenMismatch, verify_golden
+from attnserve_server.engine.golden import GoldenMismatch, read_golden, verify_golden
 from attnserve_server.engine.session import LoadFailed, RuntimeSession
 from attnserve_server.model.batching import NO_CERTIFICATE
 from attnserve_server.model.certificate import Batching, Certificate
-from attnserve_server.model.golden import read_golden
 from attnserve_server.model.manifest import InputRole, Manifest
 from attnserve_server.model.report import QualityReport
 from attnserve_server.model.repository import MANIFEST_FILE, Bundle, BundleInvalid, Repository, verify

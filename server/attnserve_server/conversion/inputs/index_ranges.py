@@ -12,7 +12,7 @@ import onnx
 from attnserve_server.conversion.inputs.following import Element, Walk
 from attnserve_server.conversion.inputs.formulas import MOST_REACH
 from attnserve_server.conversion.inputs.lookups import Lookup
-from attnserve_server.model.tensors import IndexRange
+from attnserve_server.model.specs import IndexRange
 
 _MOST_RANGES: Final = 8
 _Runs = tuple[tuple[int, int], ...]

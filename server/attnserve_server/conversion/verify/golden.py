@@ -10,10 +10,9 @@ import numpy as np
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.domain.values import Array
-from attnserve_server.engine.golden import answers
+from attnserve_server.engine.golden import GOLDEN_FILE, answers, write_golden
 from attnserve_server.engine.session import RunFailed, RuntimeSession
 from attnserve_server.model.certificate import Batching
-from attnserve_server.model.golden import GOLDEN_FILE, write_golden
 from attnserve_server.model.manifest import GoldenSpec, Manifest
 
 GOLDEN_LENGTHS = (5, 12, 8)

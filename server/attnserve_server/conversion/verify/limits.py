@@ -21,9 +21,10 @@ from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.inputs.roles import is_position
 from attnserve_server.conversion.probing.feeds import Lengths, Sampler
+from attnserve_server.domain.clock import ThreadCpuClock
 from attnserve_server.domain.values import Array
 from attnserve_server.engine import warmup
-from attnserve_server.engine.extents import UnexpectedShape
+from attnserve_server.engine.collation import UnexpectedShape
 from attnserve_server.engine.session import RunFailed, RuntimeSession
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
 
@@ -132,7 +133,7 @@ def as_the_server_warms_up(manifest: Manifest, model_path: Path, steps: Steps) -
 def _warmed_up(manifest: Manifest, session: RuntimeSession, steps: Steps) -> Manifest:
     try:
         warmup.touch(session, manifest)
-        warmup.measure(session, manifest, warmup.ThreadCpuClock(), repeats=1, more_s=_WARM_UP_S)
+        warmup.measure(session, manifest, ThreadCpuClock(), repeats=1, more_s=_WARM_UP_S)
     except RunFailed:
         return _that_loads(manifest, session, steps)
     return manifest

@@ -14,6 +14,7 @@ from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.export import ExportRequest, export_bundle
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.sources.zoo import source as zoo
+from attnserve_server.domain.clock import ThreadCpuClock
 from attnserve_server.engine import warmup
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.repository import Bundle
@@ -45,7 +46,7 @@ def warmed_up(bundle: Bundle) -> None:
     """What the server runs when it loads a bundle. Raises RunFailed where it could not be served."""
     session = RuntimeSession.load(bundle.model_path, provider="CPUExecutionProvider", intra_op_threads=1)
     warmup.touch(session, bundle.manifest)
-    warmup.measure(session, bundle.manifest, warmup.ThreadCpuClock(), repeats=1)
+    warmup.measure(session, bundle.manifest, ThreadCpuClock(), repeats=1)
     longest = max(axis.max_length for axis in bundle.manifest.axes)
     warmup.run(session, bundle.manifest, [warmup.synthetic(bundle.manifest, longest)])
 

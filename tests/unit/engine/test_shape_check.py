@@ -14,9 +14,8 @@ from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.domain.errors import InternalFault
 from attnserve_server.domain.values import PreparedSequence, SequenceResult
 from attnserve_server.engine import warmup
-from attnserve_server.engine.collation import collate
+from attnserve_server.engine.collation import ShapeCheck, UnexpectedShape, collate
 from attnserve_server.engine.executor import Executor, Outcome
-from attnserve_server.engine.extents import ShapeCheck, UnexpectedShape
 from attnserve_server.engine.session import RunHandle, RuntimeSession
 from attnserve_server.model.bands import SlidingBand
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, Manifest, OutputSpec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from attnserve_server.engine.cuda_graphs import filled_up, shape_for
+from attnserve_server.engine.gpu import filled_up, shape_for
 
 SHAPES = ((1, 32), (8, 32), (4, 128))
 

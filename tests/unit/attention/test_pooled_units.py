@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from attnserve_server.attention.pooled import pooled_units
-from attnserve_server.attention.units import merge_words
+from attnserve_server.attention.units import merge_words, pooled_units
 from attnserve_server.domain.values import AxisUnits
 from attnserve_server.model.manifest import DerivedLength
 

@@ -1,0 +1,189 @@
+"""Runs on an NVIDIA GPU: outputs in pinned memory, and CUDA graphs for a few fixed shapes.
+
+Pinned memory: without it, the runtime copies each output to pageable memory through a staging buffer of the driver, and
+the GPU waits for the copy. On an H200, a run of MiniLM's hidden states at 128 x 64 tokens takes 0.88 (float32) and 0.74
+(float16) of the time with it.
+
+CUDA graphs: a small run spends most of its time on launching kernels one by one. Replaying a recorded graph takes a
+third to a half of that time (H200, MiniLM, 1 x 32 and 8 x 32 tokens). The price: each run is padded to a recorded
+shape, and a session that records runs one batch at a time. They suit latency on a device that is mostly idle, and are
+off by default. Only runs without attention are recorded; all others run normally, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import _pybind_state
+
+from attnserve_server.domain.values import Array
+
+_HOST_ACCESSIBLE: Final = 5
+"""OrtDevice::MemType::HOST_ACCESSIBLE, which has no name in Python (onnxruntime, include/.../ortdevice.h)."""
+_NVIDIA: Final = 0x10DE
+"""The PCI vendor id."""
+_DTYPES: Final[Mapping[str, type[Any]]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+_MAX_RECORDINGS: Final = 64
+"""Recordings hold device memory, and callers choose the outputs of a run, so the number is bounded."""
+_GRAPH_ID: Final = "gpu_graph_id"
+_NOT_RECORDED: Final = "-1"
+"""Graph id of a run that is neither recorded nor replayed (onnxruntime, "CUDA Execution Provider": gpu_graph_id)."""
+
+
+class PinnedOutputs:
+    """Runs a session with its outputs in pinned memory. Any thread, several at a time."""
+
+    def __init__(self, session: ort.InferenceSession, device_id: int) -> None:
+        self._session = session
+        self._device = _pybind_state.OrtDevice(_pybind_state.OrtDevice.cuda(), _HOST_ACCESSIBLE, _NVIDIA, device_id)
+
+    def run(self, feeds: Mapping[str, Array], fetches: Sequence[str], options: ort.RunOptions) -> list[Array]:
+        """Return the outputs in the order of `fetches`, each in pinned memory that is freed with the array."""
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for name in fetches:
+            # The public binding has no parameter for the kind of memory.
+            binding._iobinding.bind_output(name, self._device)  # noqa: SLF001 - as the line above says
+        self._session.run_with_iobinding(binding, options)
+        binding.synchronize_outputs()
+        return [_array_on(value) for value in binding.get_outputs()]
+
+
+class _Pinned:
+    """Exposes a runtime value's memory to NumPy, which keeps this object as long as the array lives."""
+
+    def __init__(self, value: Any, dtype: np.dtype[Any]) -> None:
+        self.value = value
+        self.__array_interface__ = {
+            "data": (value.data_ptr(), False),
+            "shape": tuple(value.shape()),
+            "typestr": dtype.str,
+            "version": 3,
+        }
+
+
+def _array_on(value: Any) -> Array:
+    """An array in the memory of a runtime value."""
+    dtype: np.dtype[Any] = np.dtype(_DTYPES[value.data_type()])
+    if 0 in value.shape():
+        return np.empty(value.shape(), dtype)
+    return np.asarray(_Pinned(value, dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class GraphPlan:
+    """What to record.
+
+    Args:
+        shapes: (rows, tokens) of the runs.
+        padding: padding value by name of each input of shape (rows, tokens).
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    padding: Mapping[str, float]
+
+
+def shape_for(rows: int, tokens: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """Return the smallest of `shapes` that holds `rows` rows of `tokens` tokens; None if none does."""
+    holding = [shape for shape in shapes if shape[0] >= rows and shape[1] >= tokens]
+    return min(holding, key=lambda shape: (shape[0] * shape[1], shape), default=None)
+
+
+def filled_up(array: Array, shape: tuple[int, int], padding: float) -> Array:
+    """Return `array` (rows, tokens) enlarged to `shape`: tokens are padded, new rows repeat the first row.
+
+    Any model can run the first row, which rows of padding alone would not guarantee.
+    """
+    rows, tokens = array.shape
+    full = np.full(shape, padding, array.dtype)
+    full[:rows, :tokens] = array
+    full[rows:] = full[0]
+    return full
+
+
+class RecordedRuns:
+    """The CUDA graphs of one session. Any thread; hold `turn` for every run, recorded or not."""
+
+    def __init__(self, session: ort.InferenceSession, device_id: int, plan: GraphPlan) -> None:
+        self.turn = Lock()
+        self._session = session
+        self._device_id = device_id
+        self._plan = plan
+        self._made: dict[tuple[tuple[int, int], tuple[str, ...]], _Recording] = {}  # under the lock
+
+    def covers(self, feeds: Mapping[str, Array], fetches: Sequence[str]) -> tuple[int, int] | None:
+        """Return the recorded shape for a run; None if it must run without a recording."""
+        if any(array.size for name, array in feeds.items() if name not in self._plan.padding):
+            return None  # a sequence selects attention
+        rows, tokens = next(array.shape for name, array in feeds.items() if name in self._plan.padding)
+        shape = shape_for(rows, tokens, self._plan.shapes)
+        known = shape is None or (shape, tuple(fetches)) in self._made
+        return shape if known or len(self._made) < _MAX_RECORDINGS else None
+
+    def run(self, feeds: Mapping[str, Array], fetches: Sequence[str], shape: tuple[int, int]) -> list[Array]:
+        """Replay a run, or record it first. The caller holds `turn`. Outputs have the rows of `shape`."""
+        full = {
+            name: filled_up(array, shape, self._plan.padding[name]) if name in self._plan.padding else array
+            for name, array in feeds.items()
+        }
+        key = (shape, tuple(fetches))
+        recording = self._made.get(key)
+        if recording is None:
+            recording = _Recording(self._session, self._device_id, full, fetches, number=len(self._made) + 1)
+            self._made[key] = recording
+        return recording.replay(full)
+
+
+def not_recorded(options: ort.RunOptions) -> ort.RunOptions:
+    """Set the options of a run that is not recorded, in a session that records others."""
+    options.add_run_config_entry(_GRAPH_ID, _NOT_RECORDED)
+    return options
+
+
+class _Recording:
+    """One recorded shape with its device buffers, whose addresses stay fixed while the recording lives."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        device_id: int,
+        feeds: Mapping[str, Array],
+        fetches: Sequence[str],
+        number: int,
+    ) -> None:
+        self._session = session
+        self._options = ort.RunOptions()
+        self._options.add_run_config_entry(_GRAPH_ID, str(number))
+        self._inputs: dict[str, Any] = {
+            name: ort.OrtValue.ortvalue_from_numpy(array, "cuda", device_id) for name, array in feeds.items()
+        }
+        # One run without recording gives the shapes of the outputs.
+        shaped = session.run(list(fetches), dict(feeds), not_recorded(ort.RunOptions()))
+        self._outputs = [ort.OrtValue.ortvalue_from_numpy(array, "cuda", device_id) for array in shaped]
+        self._binding = session.io_binding()
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in zip(fetches, self._outputs, strict=True):
+            self._binding.bind_ortvalue_output(name, value)
+
+    def replay(self, feeds: Mapping[str, Array]) -> list[Array]:
+        for name, value in self._inputs.items():
+            if feeds[name].size:
+                value.update_inplace(feeds[name])
+        self._session.run_with_iobinding(self._binding, self._options)
+        return [value.numpy() for value in self._outputs]
