@@ -11,7 +11,7 @@ import pytest
 from attnserve_server.conversion.base.errors import BuildRefused, CheckFailed
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.export import ExportRequest, export_bundle
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.sources import hugging_face
 from attnserve_server.conversion.sources.source_model import Reference as Answers
 from attnserve_server.conversion.sources.torch_export import quiet
@@ -60,7 +60,7 @@ def test_every_weight_and_output_of_minilm_equals_eager_attention_in_a_mixed_bat
         mask[row, : lengths[row]] = 1
     feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
     weights = [site.weights_output or "" for site in minilm.manifest.sites]
-    found = Runner(minilm.model_path).run(feeds, ["last_hidden_state", "embedding", *weights])
+    found = GraphRunner(minilm.model_path).run(feeds, ["last_hidden_state", "embedding", *weights])
     assert len(weights) == LAYERS
     for row, (reference, length) in enumerate(zip(minilm_references, lengths, strict=True)):
         hidden = found["last_hidden_state"][row, :length]
@@ -108,7 +108,7 @@ def test_normalised_embedding_has_length_one(tmp_path: Path) -> None:
     bundle = exported(source, tmp_path / "models", pooling="mean", normalize=True)
     ids = np.arange(12).reshape(2, 6)
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    (embedding,) = Runner(bundle.model_path).run(feeds, ["embedding"], tap=False).values()
+    (embedding,) = GraphRunner(bundle.model_path).run(feeds, ["embedding"], tap=False).values()
     np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1.0, rtol=0, atol=1e-6)
 
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.sources.torch_export import Traceable, trace
 from attnserve_server.model.repository import MODEL_FILE
 from torch import Tensor, einsum, nn
@@ -70,7 +70,7 @@ def test_weights_are_those_of_the_features(spelling: str, exporter: str, opset: 
     frames = np.random.default_rng(0).normal(size=(3, 9, WIDTH)).astype(np.float32)
     kept = np.ones((3, 9), np.int64)
     kept[1, 5:] = 0
-    found = Runner(bundle.path / MODEL_FILE).run(
+    found = GraphRunner(bundle.path / MODEL_FILE).run(
         {"frames": frames, "attention_mask": kept}, [str(site.weights_output)]
     )[str(site.weights_output)]
     with torch.inference_mode():

@@ -12,7 +12,7 @@ from attnserve_server.conversion.inputs.signature import signature_of
 from attnserve_server.conversion.inputs.vocabulary import extreme_ids_of
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import probe_axes
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.proof.attack import attack
 from attnserve_server.conversion.proof.prove import Proof
 from attnserve_server.conversion.proof.target import Target
@@ -36,7 +36,7 @@ def target_of(
     path = folder / "model.onnx"
     onnx.save(proto, path)
     signature = signature_of(proto.graph)
-    sampler, runner = Sampler(signature), Runner(path)
+    sampler, runner = Sampler(signature), GraphRunner(path)
     extents = probe_axes(runner, sampler, ["y"], {}).outputs["y"]
     outputs = [OutputSpec(name="y", dtype="float32", shape=tuple(extent for extent in extents if extent is not None))]
     ids = [spec.name for spec in signature.inputs if spec.role is InputRole.TOKEN_IDS]

@@ -33,7 +33,7 @@ from attnserve_server.conversion.learning.products import product_errors
 from attnserve_server.conversion.learning.windows import grid_of_windows, windows_apart, windows_of, with_key_axes
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import Axes, probe_axes, probe_lengths
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.tapped import expose, tapped_at
 from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps, with_plain_values
 from attnserve_server.domain.values import Array
@@ -46,8 +46,8 @@ class Assembled:
     """A tapped graph beside its source, opened for checks, and what was learnt about both."""
 
     model_path: Path
-    source: Runner
-    checker: Runner
+    source: GraphRunner
+    checker: GraphRunner
     sampler: Sampler
     sites: tuple[SiteSpec, ...]
     found: Mapping[str, FoundSite]
@@ -86,7 +86,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     steps.begin("adding taps")
     source_path, checker_path, model_path = work / "source.onnx", work / "checker.onnx", work / "model.onnx"
     save(ir.from_proto(proto), source_path)
-    source = Runner(source_path)
+    source = GraphRunner(source_path)
     checker_model = ir.from_proto(proto)
     found = with_plain_values(checker_model.graph, find_sites(checker_model.graph))
     expose(checker_model, found.values())
@@ -94,7 +94,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     add_taps(checker_model.graph, found, learnt)
     save(checker_model, checker_path)
     steps.begin("probing axes")
-    checker = Runner(checker_path)
+    checker = GraphRunner(checker_path)
     servable = _servable(proto.graph, steps)
     output_names = [value.name for value in servable]
     tolerances = Tolerances.of(precision_of(proto))
@@ -149,7 +149,7 @@ def _learnt(
     save(model, path)
     known: dict[str, Layout | Untappable]
     try:
-        known = layouts_of(Runner(path), sampler, own, probe_lengths(sampler.signature.symbols))
+        known = layouts_of(GraphRunner(path), sampler, own, probe_lengths(sampler.signature.symbols))
     except BuildRefused as fault:
         # The probe that follows will fail too, and says on which lengths.
         known = dict.fromkeys(own, Untappable(f"its layout is not known: {fault}"))
@@ -165,7 +165,7 @@ def _learnt(
 
 
 def _verified(
-    checker: Runner,
+    checker: GraphRunner,
     sampler: Sampler,
     found: Mapping[str, FoundSite],
     learnt: Mapping[str, Learnt],

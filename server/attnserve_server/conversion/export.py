@@ -25,7 +25,7 @@ from attnserve_server.conversion.precision.calibration import ranges_of
 from attnserve_server.conversion.precision.choose import Precision, in_precision
 from attnserve_server.conversion.precision.quality import with_quality
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.runtime import Runner, time_ratio
+from attnserve_server.conversion.probing.runtime import GraphRunner, time_ratio
 from attnserve_server.conversion.sources.source_model import (
     AUTO,
     DEFAULT_OPSETS,
@@ -221,7 +221,7 @@ def _other_exporters(
     """The first exporter's graph, or that of another which answers alike and is faster; and what came of each."""
     path = work / "first.onnx"
     save(ir.from_proto(first.rewritten.proto), path)
-    base, outputs = Runner(path), [value.name for value in first.proto.graph.output]
+    base, outputs = GraphRunner(path), [value.name for value in first.proto.graph.output]
     tolerance = Tolerances.of(precision_of(first.proto)).output
     beside = Beside(base, workloads(base, sampler, outputs), outputs, tolerance)
     trials: list[TrialReport] = []
@@ -240,7 +240,7 @@ def _other_exporters(
                 trials.append(TrialReport(what=what, reason="fewer of its sites can be tapped"))
                 continue
             save(ir.from_proto(rewritten.proto), folder / "other.onnx")
-            trials.append(tried(what, Runner(folder / "other.onnx"), beside))
+            trials.append(tried(what, GraphRunner(folder / "other.onnx"), beside))
         except BuildRefused as fault:
             trials.append(TrialReport(what=what, reason=str(fault)))
             continue
@@ -263,7 +263,7 @@ def _check(assembled: Assembled, source: SourceModel, max_lengths: Mapping[str, 
 
     Where rows change each other's answers, the source's change alike.
     """
-    tapped = Runner(assembled.model_path)
+    tapped = GraphRunner(assembled.model_path)
     longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))
     mixed = tuple(min(length, longest) for length in (CHECK_LENGTHS[-rows:] if rows > 1 else CHECK_LENGTHS))
     feeds, lengths = assembled.sampler.mixed(mixed)

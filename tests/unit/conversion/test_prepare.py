@@ -14,7 +14,7 @@ from attnserve_server.conversion.assemble import Assembled
 from attnserve_server.conversion.base.errors import BuildRefused, CheckFailed
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.model.manifest import AxisSpec, InputRole
 from attnserve_server.model.repository import Bundle, Repository, verify
 from attnserve_server.model.tokenizer import TokenizerInvalid
@@ -146,8 +146,8 @@ def test_tapped_bundle_answers_the_bits_of_its_source(tmp_path: Path) -> None:
     bundle = prepared(encoder(), tmp_path)
     ids = np.arange(14).reshape(2, 7)
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    source = Runner(tmp_path / "ranker.onnx").run(feeds, ["hidden"])["hidden"]
-    tapped = Runner(bundle.model_path).run(feeds, ["hidden", "attention.block.0.attention"])
+    source = GraphRunner(tmp_path / "ranker.onnx").run(feeds, ["hidden"])["hidden"]
+    tapped = GraphRunner(bundle.model_path).run(feeds, ["hidden", "attention.block.0.attention"])
     np.testing.assert_array_equal(tapped["hidden"], source)
     assert tapped["attention.block.0.attention"].shape == (2, HEADS, 7, 7)
 
@@ -259,7 +259,7 @@ def test_external_data_is_taken_into_the_bundle(tmp_path: Path) -> None:
     bundle = prepare_bundle(PrepareRequest(file=file, name="ranker", repository=tmp_path / "models"))
     assert sorted(entry.name for entry in bundle.path.iterdir()) == ["golden.npz", "manifest.json", "model.onnx"]
     (file.parent / "ranker.data").unlink()
-    Runner(bundle.model_path)
+    GraphRunner(bundle.model_path)
 
 
 def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from attnserve_server.conversion.graphs.reading import read_graph
 from attnserve_server.conversion.inputs.signature import Signature, signature_of
 from attnserve_server.conversion.precision.quality import COSINE_FLOOR, COSINE_TARGET
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, WEIGHTS_PREFIX
 from attnserve_server.conversion.verify.certify import ATTACK_SECONDS, certify
 from attnserve_server.domain.values import Array
@@ -44,7 +44,7 @@ class Opened:
 
     bundle: Bundle
     session: RuntimeSession
-    runner: Runner
+    runner: GraphRunner
     sampler: Sampler
     again: Assembled
     work: Path
@@ -219,7 +219,7 @@ def _opened(bundle: Bundle, work: Path, steps: Steps) -> Opened:
     place.mkdir()
     steps.begin("finding attention anew")
     again = assemble(proto, sampler, place, Steps.silent())
-    return Opened(bundle, session, Runner(bundle.model_path), sampler, again, work)
+    return Opened(bundle, session, GraphRunner(bundle.model_path), sampler, again, work)
 
 
 def _untapped(proto: onnx.ModelProto) -> onnx.ModelProto:

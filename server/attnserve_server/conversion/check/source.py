@@ -15,7 +15,7 @@ from attnserve_server.conversion.check.findings import Finding
 from attnserve_server.conversion.check.recheck import Opened
 from attnserve_server.conversion.graphs.reading import checked, read_graph, save
 from attnserve_server.conversion.precision.quality import Subject, material_of, measure
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.sources.source_model import AUTO, Reference, SourceModel, graph_of, source_model
 from attnserve_server.conversion.verify.against_source import differences
 from attnserve_server.engine.session import RuntimeSession
@@ -92,7 +92,7 @@ def _outputs(opened: Opened, proto: onnx.ModelProto) -> Finding:
             what="outputs", passed=False, detail=f"the source has no output {opened.manifest.outputs[0].name}"
         )
     names = [spec.name for spec in common]
-    found, expected = opened.runner.run(feeds, names), Runner(path).run(feeds, names)
+    found, expected = opened.runner.run(feeds, names), GraphRunner(path).run(feeds, names)
     if any(found[name].shape != expected[name].shape for name in names):
         return Finding(what="outputs", passed=False, error=float("inf"), detail="the source's have other shapes")
     seen = differences(common, (), found, Reference(expected, []), lengths)

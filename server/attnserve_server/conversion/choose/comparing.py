@@ -14,7 +14,7 @@ from attnserve_server.conversion.base.tolerances import CHECK_LENGTHS
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import max_abs
-from attnserve_server.conversion.probing.runtime import Runner, paired_seconds
+from attnserve_server.conversion.probing.runtime import GraphRunner, paired_seconds
 from attnserve_server.domain.values import Array
 
 WORTH = 0.98
@@ -31,7 +31,7 @@ Feeds = dict[str, Array]
 class Beside:
     """What a graph is compared with: another one, the batches that both are run on, by how much answers may differ."""
 
-    base: Runner
+    base: GraphRunner
     batches: Sequence[Feeds]
     outputs: Sequence[str]
     output_tolerance: float
@@ -88,7 +88,7 @@ def verdict(source_s: Sequence[Sequence[float]], other_s: Sequence[Sequence[floa
     return Verdict(overall, overall <= WORTH and slowest <= _SLOWEST and upper < 1, slowest, upper)
 
 
-def workloads(source: Runner, sampler: Sampler, outputs: Sequence[str]) -> list[Feeds]:
+def workloads(source: GraphRunner, sampler: Sampler, outputs: Sequence[str]) -> list[Feeds]:
     """Those batches that are compared on which the source runs."""
     found: list[Feeds] = []
     for lengths in _TIMED_LENGTHS:
@@ -101,7 +101,9 @@ def workloads(source: Runner, sampler: Sampler, outputs: Sequence[str]) -> list[
     return found
 
 
-def difference(source: Runner, other: Runner, feeds: Feeds, names: Sequence[str], *, tap: bool = False) -> float:
+def difference(
+    source: GraphRunner, other: GraphRunner, feeds: Feeds, names: Sequence[str], *, tap: bool = False
+) -> float:
     """The greatest difference of any of these outputs; `tap` asks for every row's weights."""
     if not names:
         return 0.0
@@ -109,7 +111,7 @@ def difference(source: Runner, other: Runner, feeds: Feeds, names: Sequence[str]
     return max(max_abs(found[name], expected[name]) for name in names)
 
 
-def compared(other: Runner, beside: Beside) -> tuple[float | None, str]:
+def compared(other: GraphRunner, beside: Beside) -> tuple[float | None, str]:
     """The greatest difference of any output, None where it did not come to that; and why the graph is not alike."""
     if not beside.batches:
         return None, "the source runs on none of the lengths that are compared"
@@ -127,7 +129,7 @@ def compared(other: Runner, beside: Beside) -> tuple[float | None, str]:
     return error, ""
 
 
-def timed(other: Runner, beside: Beside) -> Verdict:
+def timed(other: GraphRunner, beside: Beside) -> Verdict:
     """How long a graph takes in parts of the other's time, measured here and now."""
     seconds = [paired_seconds(beside.base, other, feeds, beside.outputs) for feeds in beside.batches]
     return verdict([pair[0] for pair in seconds], [pair[1] for pair in seconds])

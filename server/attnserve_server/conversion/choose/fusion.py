@@ -21,7 +21,7 @@ from attnserve_server.conversion.choose.comparing import Beside, Feeds, compared
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import precision_of, save
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.fuse.candidates import Fused, candidates
 from attnserve_server.conversion.rewrite.tapped import expose
 from attnserve_server.model.report import FusionReport
@@ -38,7 +38,7 @@ class Rewritten:
     """
 
     proto: onnx.ModelProto
-    source: Runner | None = None
+    source: GraphRunner | None = None
     report: FusionReport | None = None
 
     def assembled(self, sampler: Sampler, work: Path, steps: Steps) -> Assembled:
@@ -65,7 +65,7 @@ def fused(proto: onnx.ModelProto, sampler: Sampler, work: Path, *, fuse: bool = 
         return Rewritten(proto)
     source_path = work / "unfused.onnx"
     save(ir.from_proto(proto), source_path)
-    source = Runner(source_path)
+    source = GraphRunner(source_path)
     reports: list[FusionReport] = []
     for candidate in itertools.chain((first,), rewritten):
         reports.append(tried(candidate, proto, source, sampler, work / "fused.onnx"))
@@ -76,7 +76,7 @@ def fused(proto: onnx.ModelProto, sampler: Sampler, work: Path, *, fuse: bool = 
     return Rewritten(proto, source, nearest)
 
 
-def tried(candidate: Fused, proto: onnx.ModelProto, source: Runner, sampler: Sampler, path: Path) -> FusionReport:
+def tried(candidate: Fused, proto: onnx.ModelProto, source: GraphRunner, sampler: Sampler, path: Path) -> FusionReport:
     """Load, compare and time one rewritten graph beside its source."""
     report = FusionReport(operator=candidate.operator, sites=candidate.sites, kept=False)
     if tappable_sites(candidate.proto) < tappable_sites(proto):
@@ -86,7 +86,7 @@ def tried(candidate: Fused, proto: onnx.ModelProto, source: Runner, sampler: Sam
     beside = Beside(source, workloads(source, sampler, outputs), outputs, tolerance)
     save(ir.from_proto(candidate.proto), path)
     try:
-        runner = Runner(path)
+        runner = GraphRunner(path)
     except BuildRefused as fault:
         return report.model_copy(update={"reason": str(fault)})
     error, reason = compared(runner, beside)
@@ -112,6 +112,6 @@ def _batched(proto: onnx.ModelProto, feeds: Feeds, path: Path) -> bool:
     expose(model, [site for site in sites if isinstance(site.attention, Scores)])
     save(model, path)
     names = [str(site.attention.output.value.name) for site in sites if isinstance(site.attention, Scores)]
-    found = Runner(path).run(feeds, names, tap=False)
+    found = GraphRunner(path).run(feeds, names, tap=False)
     rows = len(next(iter(feeds.values())))
     return all(found[name].shape[0] == rows for name in names)

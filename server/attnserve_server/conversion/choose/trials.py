@@ -15,7 +15,7 @@ from attnserve_server.conversion.assemble import Assembled
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.choose.comparing import Beside, compared, timed, workloads
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.engine.session import LEFT_OUT, LoadFailed, write_optimised
 from attnserve_server.model.report import TrialReport
 
@@ -39,7 +39,7 @@ def fastest(assembled: Assembled, work: Path, steps: Steps) -> tuple[tuple[str, 
     """
     steps.begin("trying what is faster")
     outputs = [spec.name for spec in assembled.outputs]
-    base = Runner(assembled.model_path)
+    base = GraphRunner(assembled.model_path)
     beside = Beside(
         base,
         workloads(base, assembled.sampler, outputs),
@@ -59,7 +59,7 @@ def fastest(assembled: Assembled, work: Path, steps: Steps) -> tuple[tuple[str, 
     return (_REWRITINGS[best.what] if best else None), tuple(told)
 
 
-def tried(what: str, other: Runner | BuildRefused, beside: Beside) -> TrialReport:
+def tried(what: str, other: GraphRunner | BuildRefused, beside: Beside) -> TrialReport:
     """Compares and times one graph, or one way to run it, beside another; kept where it pays.
 
     Args:
@@ -84,9 +84,9 @@ def tried(what: str, other: Runner | BuildRefused, beside: Beside) -> TrialRepor
     )
 
 
-def _opened(path: Path, left_out: Sequence[str] | None = None) -> Runner | BuildRefused:
+def _opened(path: Path, left_out: Sequence[str] | None = None) -> GraphRunner | BuildRefused:
     try:
-        return Runner(path, left_out)
+        return GraphRunner(path, left_out)
     except BuildRefused as fault:
         return fault
 

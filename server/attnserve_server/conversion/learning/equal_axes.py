@@ -15,7 +15,7 @@ from attnserve_server.conversion.graphs.reading import save
 from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import probe_lengths
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 
 _MOST_TRIES, _MOST_SYMBOLS = 64, 6
 
@@ -37,7 +37,7 @@ def with_equal_axes(proto: onnx.ModelProto, signature: Signature, work: Path) ->
         return signature
     path = work / "nameless.onnx"
     save(ir.from_proto(proto), path)
-    runner = Runner(path)
+    runner = GraphRunner(path)
     for candidate in islice(_candidates(signature, nameless), _MOST_TRIES):
         if _runs(runner, candidate):
             return candidate
@@ -61,7 +61,7 @@ def _candidates(signature: Signature, nameless: Sequence[str]) -> Iterator[Signa
         yield replace(signature, inputs=inputs, symbols=symbols)
 
 
-def _runs(runner: Runner, signature: Signature) -> bool:
+def _runs(runner: GraphRunner, signature: Signature) -> bool:
     sampler = Sampler(signature)
     try:
         for lengths in probe_lengths(signature.symbols):

@@ -19,7 +19,7 @@ from attnserve_server.conversion.inputs.roles import is_position
 from attnserve_server.conversion.inputs.signature import SEQUENCE, Signature, signature_of
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import max_abs
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import InputRole
 
@@ -75,7 +75,7 @@ def _answers_alike(proto: onnx.ModelProto, freed: onnx.ModelProto, padding_id: i
     paths = work / "fixed.onnx", work / "freed.onnx"
     for path, graph in zip(paths, (proto, freed), strict=True):
         save(ir.from_proto(graph), path)
-    fixed, free = (Runner(path) for path in paths)
+    fixed, free = (GraphRunner(path) for path in paths)
     sampler = Sampler(signature_of(freed.graph, padding_id))
     tolerance = Tolerances.of(precision_of(proto)).company
     for own in (*(tried for tried in _TRIED if tried < length), length):

@@ -9,12 +9,12 @@ import numpy as np
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import probe_lengths
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import InputSpec
 
 
-def with_needed_keys(runner: Runner, sampler: Sampler, outputs: Sequence[str]) -> tuple[InputSpec, ...]:
+def with_needed_keys(runner: GraphRunner, sampler: Sampler, outputs: Sequence[str]) -> tuple[InputSpec, ...]:
     """The sampler's inputs; masks of which no row may hide every key are marked.
 
     Args:

@@ -16,7 +16,7 @@ from attnserve_server.conversion.base.sites import Factor, Layout, Probabilities
 from attnserve_server.conversion.finders.decomposed_products import Product
 from attnserve_server.conversion.learning.layout_runs import ORDER, Runs, fixed_keys, lengthen, run_all
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 
 _SAME = 1e-3
@@ -30,7 +30,7 @@ class _NotUnderstood(Exception):
 
 
 def layouts_of(
-    runner: Runner,
+    runner: GraphRunner,
     sampler: Sampler,
     sites: Mapping[str, Probabilities],
     lengths: tuple[Mapping[str, int], Mapping[str, int]],

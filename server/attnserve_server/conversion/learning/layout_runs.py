@@ -11,7 +11,7 @@ import numpy as np
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.sites import Probabilities
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 
 ORDER = (1, 2, 0)
@@ -35,7 +35,7 @@ class Runs:
 
 
 def run_all(
-    runner: Runner, sampler: Sampler, lengths: tuple[Mapping[str, int], Mapping[str, int]], fetches: list[str]
+    runner: GraphRunner, sampler: Sampler, lengths: tuple[Mapping[str, int], Mapping[str, int]], fetches: list[str]
 ) -> dict[str, Runs]:
     """Values of a graph by name, in all the runs. Raises BuildRefused where the graph does not run."""
     fixed = sampler.signature.fixed_batch is not None
@@ -66,7 +66,7 @@ def fixed_keys(probabilities: Probabilities, runs: Runs) -> int:
     return keys.pop() if len(keys) == 1 else 0
 
 
-def lengthen(runner: Runner, sampler: Sampler, runs: dict[str, Runs], suspects: Mapping[str, int]) -> None:
+def lengthen(runner: GraphRunner, sampler: Sampler, runs: dict[str, Runs], suspects: Mapping[str, int]) -> None:
     """Take longer sequences for weights of as many keys at any length: those of windows are then cut into several.
 
     Only shapes are kept, since such weights are large. A graph that takes no sequences as long as that is left at what

@@ -18,12 +18,12 @@ from attnserve_server.conversion.base.sites import (
 from attnserve_server.conversion.base.tolerances import product_error
 from attnserve_server.conversion.finders.decomposed_products import Product
 from attnserve_server.conversion.learning.windows import band_error
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 
 
 def product_errors(
-    checker: Runner,
+    checker: GraphRunner,
     sites: Mapping[str, Tappable],
     learnt: Mapping[str, Learnt],
     weights: Mapping[str, Array],
@@ -51,7 +51,7 @@ def product_errors(
 
 
 def _inner_values(
-    checker: Runner, sites: Mapping[str, Tappable], feeds: Mapping[str, Array]
+    checker: GraphRunner, sites: Mapping[str, Tappable], feeds: Mapping[str, Array]
 ) -> dict[str, tuple[Array, Array]]:
     """Value and own output of each site, as the graph computes them for these feeds."""
     constants: dict[str, Array] = {}

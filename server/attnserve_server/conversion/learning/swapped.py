@@ -10,7 +10,7 @@ import onnx
 from attnserve_server.conversion.learning.layout import KEYS_OF_ALL_ROWS
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import max_abs, probe_lengths
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import OutputSpec, SiteSpec
 
@@ -21,7 +21,7 @@ _BATCH_NAME = re.compile(r"^(?:batch|b$|n$|bs$|bsz)", re.IGNORECASE)
 
 
 def batch_on_axis_1(
-    runner: Runner,
+    runner: GraphRunner,
     sampler: Sampler,
     outputs: Sequence[OutputSpec],
     sites: Sequence[SiteSpec],
@@ -53,7 +53,7 @@ def batch_on_axis_1(
 
 
 def _apart(
-    runner: Runner,
+    runner: GraphRunner,
     sampler: Sampler,
     lengths: Mapping[str, int],
     inputs: Sequence[str],

@@ -16,7 +16,7 @@ from attnserve_server.conversion.graphs.reading import save
 from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import probe_lengths
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 
 BATCH_FIRST: Final = (
@@ -48,7 +48,7 @@ def takes_one_row_alone(proto: onnx.ModelProto, signature: Signature, work: Path
     """
     path = work / "unlike.onnx"
     save(ir.from_proto(proto), path)
-    runner = Runner(path)
+    runner = GraphRunner(path)
     for lengths in probe_lengths(signature.symbols):
         if not _runs(runner, signature, lengths, 1):
             break
@@ -72,7 +72,7 @@ def takes_one_row_alone(proto: onnx.ModelProto, signature: Signature, work: Path
     return False
 
 
-def _of_one_row(runner: Runner, signature: Signature) -> bool:
+def _of_one_row(runner: GraphRunner, signature: Signature) -> bool:
     """Whether all outputs have one row for a batch of several.
 
     Raises:
@@ -90,19 +90,19 @@ def _of_one_row(runner: Runner, signature: Signature) -> bool:
     return all(extents == {1} for _, extents in seen)
 
 
-def _first_extents(runner: Runner, signature: Signature, lengths: Mapping[str, int]) -> set[int]:
+def _first_extents(runner: GraphRunner, signature: Signature, lengths: Mapping[str, int]) -> set[int]:
     """Of all outputs."""
     sampler = Sampler(signature)
     feeds = sampler.batch([sampler.sequence(lengths, row) for row in range(_PROBED_ROWS)], lengths)
     return {array.shape[0] if array.ndim else 0 for array in runner.run(feeds, runner.output_names).values()}
 
 
-def _runs(runner: Runner, signature: Signature, lengths: Mapping[str, int], rows: int) -> bool:
+def _runs(runner: GraphRunner, signature: Signature, lengths: Mapping[str, int], rows: int) -> bool:
     sampler = Sampler(signature)
     return _takes(runner, sampler.batch([sampler.sequence(lengths, row) for row in range(rows)], lengths))
 
 
-def _takes(runner: Runner, feeds: Mapping[str, Array]) -> bool:
+def _takes(runner: GraphRunner, feeds: Mapping[str, Array]) -> bool:
     try:
         runner.run(feeds, runner.output_names)
     except BuildRefused:
@@ -110,7 +110,7 @@ def _takes(runner: Runner, feeds: Mapping[str, Array]) -> bool:
     return True
 
 
-def _multiple(runner: Runner, signature: Signature) -> int:
+def _multiple(runner: GraphRunner, signature: Signature) -> int:
     """The least number of whose multiples alone the lengths may be; 0 where there is none."""
     if not signature.symbols or signature.fixed_batch:
         return 0
@@ -123,7 +123,7 @@ def _multiple(runner: Runner, signature: Signature) -> int:
     return 0
 
 
-def _swapped(runner: Runner, signature: Signature) -> tuple[str, ...]:
+def _swapped(runner: GraphRunner, signature: Signature) -> tuple[str, ...]:
     """The inputs that must have their first two axes swapped for the graph to run; empty where that does not help."""
     eligible = [spec.name for spec in signature.inputs if spec.shape and not isinstance(spec.shape[0], int)]
     sampler = Sampler(signature)

@@ -13,7 +13,7 @@ from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.graphs.reading import save
 from attnserve_server.conversion.precision.calibrated import Ranges, normalised_values
 from attnserve_server.conversion.precision.sentences import as_inputs, sentences
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import InputSpec, TextSpec
 from attnserve_server.model.tokenizer import TextTokenizer
@@ -50,7 +50,7 @@ def ranges_of(
     names = [str(value.name) for value in values]
     seen: dict[str, Array] = {}
     try:
-        runner = Runner(work / "calibration.onnx")
+        runner = GraphRunner(work / "calibration.onnx")
         for inputs_of_one in sequences:
             found = runner.run({name: array[None] for name, array in inputs_of_one.items()}, names)
             for name, array in found.items():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.model.manifest import DerivedLength
 
 Key = tuple[str, int]
@@ -32,7 +32,7 @@ _GAPS = (2, 7, 13)
 def extents_of(
     runs: Sequence[tuple[Lengths, Shapes]],
     names: Sequence[str],
-    runner: Runner,
+    runner: GraphRunner,
     sampler: Sampler,
 ) -> tuple[dict[str, Extents], dict[str, DerivedLength]]:
     """For every array, without its first axis, what its extents follow; and the form of each derived symbol.

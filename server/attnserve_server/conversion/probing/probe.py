@@ -12,7 +12,7 @@ from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.sites import FoundSite, Scores
 from attnserve_server.conversion.probing.extents import Extents, extents_of
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.taps import WEIGHTS_PREFIX
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import DerivedLength, OutputSpec
@@ -36,7 +36,7 @@ class Axes:
     """Windowed sites whose band has no key behind its query."""
 
 
-def probe_axes(runner: Runner, sampler: Sampler, outputs: Sequence[str], sites: Mapping[str, FoundSite]) -> Axes:
+def probe_axes(runner: GraphRunner, sampler: Sampler, outputs: Sequence[str], sites: Mapping[str, FoundSite]) -> Axes:
     """Match every extent of every output and of every tapped site with the axis symbols of the inputs.
 
     Runs in which each symbol has a prime of its own: an extent that follows a symbol in all is that symbol, one that

@@ -18,7 +18,7 @@ from attnserve_server.domain.values import Array
 from attnserve_server.engine.session import LoadFailed, RunFailed, RunHandle, RunTerminated, RuntimeSession
 
 
-class Runner:
+class GraphRunner:
     """A graph on the CPU, one thread. Taps are fed with all rows of the batch, or with none."""
 
     limit_s: ClassVar[float] = 600.0
@@ -49,7 +49,7 @@ class Runner:
             feeds: each input, (B, ...), without those of the taps.
             fetches: names of outputs.
             tap: whether every row's weights are computed.
-            limit_s: seconds that the run may take; None: `Runner.limit_s`.
+            limit_s: seconds that the run may take; None: `GraphRunner.limit_s`.
 
         Raises:
             BuildRefused: the run failed; the message has the runtime's own words, which name no file here.
@@ -77,14 +77,14 @@ class Runner:
         return dict(zip(names, outputs, strict=True))
 
 
-def time_ratio(tapped: Runner, source: Runner, feeds: Mapping[str, Array], fetches: Collection[str]) -> float:
+def time_ratio(tapped: GraphRunner, source: GraphRunner, feeds: Mapping[str, Array], fetches: Collection[str]) -> float:
     """CPU time of a tapped graph that nobody asks, over its source's: ratio of medians of interleaved runs."""
     tapped_s, source_s = paired_seconds(tapped, source, feeds, fetches, budget_s=0)
     return round(statistics.median(tapped_s) / max(statistics.median(source_s), 1e-9), 3)
 
 
 def paired_seconds(
-    one: Runner, other: Runner, feeds: Mapping[str, Array], fetches: Collection[str], *, budget_s: float = 0.3
+    one: GraphRunner, other: GraphRunner, feeds: Mapping[str, Array], fetches: Collection[str], *, budget_s: float = 0.3
 ) -> tuple[list[float], list[float]]:
     """CPU seconds of two graphs that run in turns, taps unasked: 9 rounds or more, up to 60 within the budget."""
     spent: tuple[list[float], list[float]] = ([], [])

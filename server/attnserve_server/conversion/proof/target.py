@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.model.equality import WEIGHTS_PREFIX
 from attnserve_server.model.manifest import DerivedLength, OutputSpec, SiteSpec
 
@@ -26,7 +26,7 @@ class Target:
         extreme_ids: by the name of an input of ids: those with the greatest and the least embeddings.
     """
 
-    runner: Runner
+    runner: GraphRunner
     sampler: Sampler
     outputs: Sequence[OutputSpec]
     sites: Sequence[SiteSpec]

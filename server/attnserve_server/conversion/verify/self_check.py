@@ -5,7 +5,7 @@ from __future__ import annotations
 from attnserve_server.conversion.assemble import Assembled
 from attnserve_server.conversion.base.tolerances import CHECK_LENGTHS, reported, row_sum_error
 from attnserve_server.conversion.probing.probe import croppers, max_abs
-from attnserve_server.conversion.probing.runtime import Runner, time_ratio
+from attnserve_server.conversion.probing.runtime import GraphRunner, time_ratio
 from attnserve_server.model.manifest import CheckReport
 
 
@@ -21,7 +21,7 @@ def check_against_itself(
     if not paddable:
         lengths = (lengths[-1],) * len(lengths)
     feeds, each = assembled.sampler.mixed(lengths)
-    tapped = Runner(assembled.model_path)
+    tapped = GraphRunner(assembled.model_path)
     outputs = [spec.name for spec in assembled.outputs]
     expected = assembled.source.run(feeds, outputs)
     found = tapped.run(feeds, [*outputs, *assembled.weights.values()])

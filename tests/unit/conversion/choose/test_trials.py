@@ -12,7 +12,7 @@ from attnserve_server.conversion.choose import trials as room
 from attnserve_server.conversion.choose.comparing import Verdict
 from attnserve_server.conversion.export import ExportRequest, export_bundle
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.sources.zoo import source as zoo
 from attnserve_server.engine.session import LEFT_OUT
 from attnserve_server.model.manifest import Manifest
@@ -113,12 +113,12 @@ def test_other_exporter_that_is_slower_or_cannot_is_told(tmp_path: Path, monkeyp
 
 
 def test_graph_that_does_not_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusing(path: Path, left_out: object = None) -> Runner:
+    def refusing(path: Path, left_out: object = None) -> GraphRunner:
         if left_out is not None:
             raise BuildRefused("the runtime cannot load the model")
-        return Runner(path)
+        return GraphRunner(path)
 
-    monkeypatch.setattr(room, "Runner", refusing)
+    monkeypatch.setattr(room, "GraphRunner", refusing)
     judged(monkeypatch, 1.0)
     reasons = [trial.reason for trial in prepared(tmp_path).check.trials]
     assert reasons[:2] == ["the runtime cannot load the model"] * 2

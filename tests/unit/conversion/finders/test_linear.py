@@ -13,7 +13,7 @@ from attnserve_server.conversion.base.tolerances import product_error
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import save
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.tapped import expose, tapped
 from linear_graphs import HEADS, LOOK_ALIKES, SPELLINGS, WIDTH, implied_weights, linear_graph
 
@@ -38,7 +38,7 @@ def test_weights_are_those_of_the_definition_however_it_is_spelled(spelling: str
     assert isinstance(site.attention, Linear)
     expose(model, [site])
     save(model, tmp_path / "tapped.onnx")
-    runner = Runner(tmp_path / "tapped.onnx")
+    runner = GraphRunner(tmp_path / "tapped.onnx")
     heads = 1 if spelling == "matmul-one-head" else HEADS
     for length in (1, 5):
         given = feeds(length=length)
@@ -77,7 +77,7 @@ def test_a_row_without_any_key_is_zero(tmp_path: Path) -> None:
     given = feeds()
     given["attention_mask"][1] = 0
     (name,) = sites
-    weights = Runner(tmp_path / "tapped.onnx").run(given, [f"attention.{name}"])[f"attention.{name}"]
+    weights = GraphRunner(tmp_path / "tapped.onnx").run(given, [f"attention.{name}"])[f"attention.{name}"]
     assert not weights[1].any()
     assert np.isfinite(weights).all()
 
@@ -106,7 +106,7 @@ def test_half_precision_features_give_the_weights_that_the_model_uses(spelling: 
     assert (site.form, site.available, bundle.manifest.precision) == ("linear", True, "fp16")
     given = feeds()
     given["frames"] = given["frames"].astype(np.float16)
-    weights = Runner(bundle.path / "model.onnx").run(given, [str(site.weights_output)])[str(site.weights_output)]
+    weights = GraphRunner(bundle.path / "model.onnx").run(given, [str(site.weights_output)])[str(site.weights_output)]
     expected = implied_weights(proto, given["frames"], given["attention_mask"])
     # float16 keeps 11 bits of features up to 5.
     np.testing.assert_allclose(weights, expected, atol=1e-2, rtol=0)

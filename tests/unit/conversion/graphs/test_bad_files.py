@@ -12,7 +12,7 @@ import onnx
 import pytest
 import typer
 from attnserve_server.cli import convert, inspect
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.model.manifest import TextSpec
 from attnserve_server.model.repository import Repository, verify
 from bad_files import BAD_MODELS, ODD_MODELS, OUTSIDE, endless, nested_deeply, outside, tanh
@@ -195,7 +195,7 @@ def test_file_that_was_cut_or_changed_is_refused_in_one_sentence_or_whole(conten
 
 
 def test_loop_without_end_is_stopped(app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runner, "limit_s", 0.2)
+    monkeypatch.setattr(GraphRunner, "limit_s", 0.2)
     said = refused(prepare(app, saved(endless(), tmp_path / "ranker.onnx")), tmp_path)
     assert "the model does not run: one run took more than 0.2 s" in said
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from attacked import SOME, target_of
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.proof import answers as answers_module
 from attnserve_server.conversion.proof.answers import MAX_RUN_BYTES, Answers, OutOfTime
 from attnserve_server.conversion.proof.contents import Draft
@@ -35,7 +35,7 @@ class Slow:
 
     limit_s = 600.0
 
-    def __init__(self, runner: Runner, clock: ManualClock, takes: float) -> None:
+    def __init__(self, runner: GraphRunner, clock: ManualClock, takes: float) -> None:
         self._runner, self._clock, self.takes = runner, clock, takes
         self.runs = 0
 
@@ -50,7 +50,7 @@ class Slow:
 def slow(target: Target, takes: float) -> tuple[Answers, Slow, ManualClock]:
     clock = ManualClock()
     runner = Slow(target.runner, clock, takes)
-    return Answers(replace(target, runner=cast("Runner", runner)), (), clock), runner, clock
+    return Answers(replace(target, runner=cast("GraphRunner", runner)), (), clock), runner, clock
 
 
 def test_answer_alone_runs_once(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from attnserve_server.conversion.learning.provenance import NotTraced, ancestors
 from attnserve_server.conversion.learning.windows.products import Products, products_of
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import probe_lengths
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 
 BATCHES = (2, 3)
 """Of the runs that tell the batch from what else there may be two or three of."""
@@ -88,7 +88,7 @@ def sides_of(
     if not before:
         return chosen
     ir.save(model, path)
-    runner = Runner(path)
+    runner = GraphRunner(path)
     batches = (1, 1) if sampler.signature.fixed_batch else BATCHES
     runs: list[_Run] = []
     for lengths, batch in zip(probe_lengths(sampler.signature.symbols), batches, strict=True):

@@ -27,7 +27,7 @@ from attnserve_server.conversion.learning.windows.settle import values_of
 from attnserve_server.conversion.learning.windows.study import columns_of, rows_of
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import probe_lengths
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 
 Role = Literal["head", "window"]
@@ -145,7 +145,7 @@ def _followed(proto: onnx.ModelProto, suspects: Collection[str], sampler: Sample
     model.graph.outputs.extend(value for value in beside.values() if not value.is_graph_output())
     path = work / "apart.onnx"
     ir.save(model, path)
-    runner = Runner(path)
+    runner = GraphRunner(path)
     batch = 1 if sampler.signature.fixed_batch else BATCHES[0]
     lengths, _ = probe_lengths(sampler.signature.symbols)
     feeds = sampler.batch([sampler.sequence(lengths, row) for row in range(batch)], lengths)

@@ -18,7 +18,7 @@ from attnserve_server.conversion.learning.windows.products import Products, prod
 from attnserve_server.conversion.learning.windows.study import Study
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import Axes
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.model.bands import GridBand
 from attnserve_server.model.manifest import SiteSpec
 
@@ -78,7 +78,7 @@ def _windows(
         return found
     path = work / "provenance.onnx"
     ir.save(model, path)
-    runner = Runner(path)
+    runner = GraphRunner(path)
     for name, (products, names) in traced.items():
         study = Study(runner, sampler, names, own[name], products, anchors[name])
         try:

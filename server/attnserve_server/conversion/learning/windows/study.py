@@ -19,7 +19,7 @@ from attnserve_server.conversion.learning.windows.arrange import arranged
 from attnserve_server.conversion.learning.windows.products import Products
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.probe import probe_lengths
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 
 _LONGER = (3, 1)
@@ -43,7 +43,7 @@ class _Table:
 class Study:
     """What is run to learn of one site: names of its query's and value's origins, key, scores and weights."""
 
-    runner: Runner
+    runner: GraphRunner
     sampler: Sampler
     names: Sequence[str]
     axes: WeightAxes

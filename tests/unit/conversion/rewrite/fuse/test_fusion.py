@@ -14,7 +14,7 @@ from attnserve_server.conversion.choose import fusion as room
 from attnserve_server.conversion.choose.comparing import Verdict
 from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.conversion.probing.runtime import Runner
+from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.fuse.candidates import ATTENTION, MULTI_HEAD, Fused, candidates
 from attnserve_server.model.manifest import Manifest
 from onnx_files import saved
@@ -50,7 +50,7 @@ def test_faster_fused_graph_becomes_the_bundle(tmp_path: Path, monkeypatch: pyte
     assert manifest.provenance.opset == CASE.opset
     assert manifest.check.tapped_over_source_time is not None
     feeds = CASE.feeds(3, 7, 7)
-    bundle = Runner(tmp_path / "models" / "ranker" / "1" / "model.onnx")
+    bundle = GraphRunner(tmp_path / "models" / "ranker" / "1" / "model.onnx")
     assert site.weights_output is not None
     weights = bundle.run(feeds, [site.weights_output])[site.weights_output]
     # float32 sums in another order.
