@@ -1,7 +1,4 @@
-"""The demo: serves a bundle, asks it about a contract, a patient note and a line of code, and shows where it looked.
-
-`make demo` sets up everything and runs this. Nothing is left running when it ends.
-"""
+"""The demo of `make demo`: serve a model, run three texts, and show where it looked. It leaves nothing running."""
 
 from __future__ import annotations
 
@@ -47,7 +44,7 @@ SHOWN_METRICS = (
 
 @contextmanager
 def running_server(repository: Path) -> Iterator[tuple[int, int]]:
-    """Runs `attnserve-server serve` on free loopback ports; gives (gRPC port, HTTP port); stops it with SIGTERM."""
+    """Run `attnserve-server serve` on free loopback ports, yield its gRPC and HTTP ports, and stop it with SIGTERM."""
     with tempfile.TemporaryDirectory() as folder:
         ports_file, log = Path(folder, "ports.json"), Path(folder, "server.log")
         command = [str(Path(sys.executable).with_name("attnserve-server")), "serve", "--repository", str(repository)]
@@ -58,7 +55,7 @@ def running_server(repository: Path) -> Iterator[tuple[int, int]]:
             until = time.monotonic() + START_TIMEOUT_S
             while not ports_file.exists():
                 if server.poll() is not None or time.monotonic() > until:
-                    sys.exit(f"the server did not start:\n{log.read_text()}")
+                    sys.exit(f"the server did not start within {START_TIMEOUT_S:g} s; its log:\n{log.read_text()}")
                 time.sleep(0.05)
             ports = json.loads(ports_file.read_text())
             yield ports["grpc"], ports["http"]
@@ -66,12 +63,12 @@ def running_server(repository: Path) -> Iterator[tuple[int, int]]:
             server.send_signal(signal.SIGTERM)
             exit_code = server.wait(timeout=30)
         if exit_code != 0:
-            sys.exit(f"the server ended with {exit_code}:\n{log.read_text()}")
+            sys.exit(f"the server exited with {exit_code} instead of 0; its log:\n{log.read_text()}")
 
 
 def show(console: Console, name: str, text: str, client: Client, output: Path) -> None:
-    """Asks about one text, prints its strongest word links, and writes the map as HTML and PNG."""
-    # One map: the last layer, the mean over its heads, by word, without [CLS] and [SEP].
+    """Run one text, print its strongest word links, and write its map as HTML and PNG."""
+    # One map of the last layer by word: the mean over heads, without [CLS] and [SEP].
     selection = AttentionSelection(layers=[-1], head_reduction="mean", unit="word", special_tokens="drop")
     result = client.infer("minilm", text, attention=selection)
     attention: AttentionMap = result.attention[0]
@@ -91,10 +88,10 @@ def show(console: Console, name: str, text: str, client: Client, output: Path) -
 
 
 def main() -> None:
-    """Entry point."""
+    """Serve the bundle, show each text, and print a part of the metrics."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repository", type=Path, required=True, help="folder of bundles, with a model named minilm")
-    parser.add_argument("--output", type=Path, required=True, help="where the HTML and PNG files go")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the HTML and PNG files")
     options = parser.parse_args()
     console = Console(highlight=False)
     with running_server(options.repository) as (grpc_port, http_port):
