@@ -29,6 +29,17 @@ class SyncDriver:
     async def stream(self, model: str, inputs: Any, **options: Any) -> list[StreamAnswer]:
         return await asyncio.to_thread(lambda: list(self.client.stream(model, inputs, **options)))
 
+    async def first(self, model: str, inputs: Any, **options: Any) -> StreamAnswer:
+        """The first answer of a stream, which is then closed."""
+
+        def read() -> StreamAnswer:
+            answers = self.client.stream(model, inputs, **options)
+            first = next(answers)
+            answers.close()  # type: ignore[attr-defined] # a generator
+            return first
+
+        return await asyncio.to_thread(read)
+
     async def models(self, **options: Any) -> Any:
         return await asyncio.to_thread(self.client.models, **options)
 
@@ -44,23 +55,29 @@ class SyncDriver:
 
 
 class AsyncDriver:
-    """The same for `AsyncClient`."""
+    """Drives `AsyncClient` with the same methods."""
 
     def __init__(self, target: Any, **arguments: Any) -> None:
         self.client = AsyncClient(target, **arguments)
         self.waits: list[float] = []
-        self.client._sleep = self._note
+        self.client._sleep = self._record
 
         self.infer = self.client.infer
         self.models = self.client.models
         self.model = self.client.model
         self.ready = self.client.ready
 
-    async def _note(self, wait_s: float) -> None:
+    async def _record(self, wait_s: float) -> None:
         self.waits.append(wait_s)
 
     async def stream(self, model: str, inputs: Any, **options: Any) -> list[StreamAnswer]:
         return [answer async for answer in self.client.stream(model, inputs, **options)]
+
+    async def first(self, model: str, inputs: Any, **options: Any) -> StreamAnswer:
+        answers = self.client.stream(model, inputs, **options)
+        first = await anext(answers)
+        await answers.aclose()  # type: ignore[attr-defined] # a generator
+        return first
 
     async def close(self) -> None:
         async with self.client:
@@ -68,7 +85,7 @@ class AsyncDriver:
 
 
 class RawServer:
-    """A server whose `Infer`, `GetModel` and `StreamInfer` are functions of the test's own."""
+    """A server whose `Infer`, `GetModel` and `StreamInfer` are functions of the test."""
 
     def __init__(self, **methods: Callable[..., Any]) -> None:
         servicer = type("Servicer", (inference_service_pb2_grpc.InferenceServiceServicer,), {})()
@@ -96,14 +113,14 @@ def raw_server() -> type[RawServer]:
 
 @pytest.fixture(scope="session")
 def shared_server() -> Iterator[FakeServer]:
-    """A server for tests that only ask."""
+    """A server for tests that only send requests."""
     with FakeServer() as server:
         yield server
 
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    """A server of one's own, to break."""
+    """A separate server, for tests that change or stop it."""
     with FakeServer(chunk_bytes=400) as server:
         yield server
 
@@ -115,7 +132,7 @@ def driver_class(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 async def driver(driver_class: Any, server: FakeServer) -> AsyncIterator[Any]:
-    """A client of either kind at `server`, that notes its waits instead of waiting."""
+    """A client of either kind at `server`, which records its waits instead of waiting."""
     made = driver_class(server.target)
     yield made
     await made.close()
@@ -123,7 +140,7 @@ async def driver(driver_class: Any, server: FakeServer) -> AsyncIterator[Any]:
 
 @pytest.fixture
 async def patient_driver(driver_class: Any, server: FakeServer) -> AsyncIterator[Any]:
-    """The same, with a budget that never ends: the control for tests of the budget."""
+    """The same with an unlimited retry budget: the control for tests of the budget."""
     made = driver_class(server.target, retry=RetryPolicy(budget_tokens=1e9))
     yield made
     await made.close()

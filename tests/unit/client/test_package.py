@@ -47,16 +47,16 @@ def test_client_works_without_any_extra() -> None:
 
 
 @pytest.mark.parametrize("missing", ["rich", "typer"])
-def test_command_without_its_extra_says_so_in_one_sentence(missing: str) -> None:
+def test_command_without_its_extra_prints_what_to_install(missing: str) -> None:
     done = run("from attnserve_client.cli import main\nmain()\n", blocked=(missing,))
     assert done.returncode == 2
     assert done.stderr == f"attnserve needs {missing}: pip install 'attnserve[cli]'\n"
     assert done.stdout == ""
 
 
-def test_blocker_blocks() -> None:
+def test_control_blocker_blocks_an_extra() -> None:
     done = run("import rich\n")
-    assert done.returncode == 1, "the control: an extra that is imported must be seen"
+    assert done.returncode == 1, "the tests above must notice an import of an extra"
     assert "rich is blocked" in done.stderr
 
 

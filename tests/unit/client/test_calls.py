@@ -1,9 +1,8 @@
-"""Both clients against a real gRPC server: what they send, what they give back, and what they raise."""
+"""Both clients against a gRPC server: what they send, return and raise."""
 
 from __future__ import annotations
 
 import asyncio
-import pickle
 from typing import Any
 
 import grpc
@@ -23,13 +22,12 @@ from attnserve_client import (
     RetryPolicy,
     ServerUnreachable,
 )
-from attnserve_client._channel import options_of, target_of
 from attnserve_client.errors import BadAnswer, InternalFault, RequestCancelled, TextUnavailable
 from attnserve_client.testing import FakeServer
 from grpc_health.v1 import health_pb2
 
 
-async def test_text_comes_back_as_arrays_that_are_views_of_the_answers_bytes(driver: Any) -> None:
+async def test_arrays_are_views_of_the_responses_bytes(driver: Any) -> None:
     result = await driver.infer("fake", "a text", attention=True)
     embedding = result.outputs["embedding"]
     assert embedding.shape == (16,)
@@ -42,7 +40,7 @@ async def test_text_comes_back_as_arrays_that_are_views_of_the_answers_bytes(dri
     assert np.shares_memory(result.attention[0].weights, result.attention[0].raw)
 
 
-async def test_list_gives_a_list_and_one_input_gives_one_result(driver: Any) -> None:
+async def test_list_returns_a_list_and_one_input_one_result(driver: Any) -> None:
     several = await driver.infer("fake", ["one", "two"])
     single = await driver.infer("fake", ["one"])
     assert len(several) == 2
@@ -55,14 +53,14 @@ async def test_list_gives_a_list_and_one_input_gives_one_result(driver: Any) -> 
 @pytest.mark.parametrize(
     "ids", [[5, 6, 7], np.array([5, 6, 7], dtype=np.int32), {"input_ids": np.array([5, 6, 7], dtype=np.int64)}]
 )
-async def test_token_ids_and_arrays_are_sent_alike(driver: Any, server: FakeServer, ids: Any) -> None:
+async def test_token_ids_and_arrays_are_sent_as_equal_tensors(driver: Any, server: FakeServer, ids: Any) -> None:
     await driver.infer("fake", ids)
     (tensor,) = server.requests[-1].sequences[0].tensors.tensors
     assert (tensor.name, tensor.dtype, list(tensor.shape)) == ("input_ids", tensor_pb2.DATA_TYPE_INT64, [3])
     assert np.frombuffer(tensor.data, dtype="<i8").tolist() == [5, 6, 7]
 
 
-async def test_pair_and_all_options_reach_the_server(driver: Any, server: FakeServer) -> None:
+async def test_pair_and_all_options_are_sent(driver: Any, server: FakeServer) -> None:
     await driver.infer(
         "fake",
         ("a query", "a passage"),
@@ -79,21 +77,23 @@ async def test_pair_and_all_options_reach_the_server(driver: Any, server: FakeSe
     assert (request.version, request.request_id) == ("1", "mine")
 
 
-async def test_no_outputs_and_all_outputs_are_told_apart(driver: Any, server: FakeServer) -> None:
+async def test_empty_outputs_return_none_and_no_outputs_argument_returns_all(driver: Any, server: FakeServer) -> None:
     assert (await driver.infer("fake", "text", outputs=[])).outputs == {}
     assert server.requests[-1].HasField("outputs")
     assert set((await driver.infer("fake", "text")).outputs) == {"embedding", "last_hidden_state"}
     assert not server.requests[-1].HasField("outputs")
 
 
-async def test_validate_only_predicts_the_bytes_that_then_come(driver: Any) -> None:
+async def test_validate_only_predicts_the_exact_response_size(driver: Any) -> None:
     predicted = await driver.infer("fake", "some text", attention=True, validate_only=True)
-    came = await driver.infer("fake", "some text", attention=True)
+    received = await driver.infer("fake", "some text", attention=True)
     assert predicted.outputs == {}
     assert predicted.attention == []
     assert predicted.run.batch_size == 0
-    total = sum(array.nbytes for array in came.outputs.values()) + sum(each.raw.nbytes for each in came.attention)
-    assert predicted.predicted_bytes == came.predicted_bytes == total
+    total = sum(array.nbytes for array in received.outputs.values()) + sum(
+        each.raw.nbytes for each in received.attention
+    )
+    assert predicted.predicted_bytes == received.predicted_bytes == total
     assert predicted.effective_attention.unit == "token"
 
 
@@ -119,13 +119,13 @@ async def test_ready_follows_the_models_state(driver: Any, server: FakeServer) -
     assert not await driver.ready("fake")
 
 
-async def test_ready_is_false_where_nobody_answers(driver: Any, server: FakeServer) -> None:
+async def test_ready_is_false_without_a_server(driver: Any, server: FakeServer) -> None:
     server.stop()
     assert not await driver.ready()
     assert not await driver.ready("fake")
 
 
-async def test_unreachable_server_is_told_as_such(driver_class: Any, server: FakeServer) -> None:
+async def test_missing_server_raises_server_unreachable(driver_class: Any, server: FakeServer) -> None:
     server.stop()
     driver = driver_class(server.target, retry=RetryPolicy(max_attempts=1))
     with pytest.raises(ServerUnreachable) as caught:
@@ -136,14 +136,14 @@ async def test_unreachable_server_is_told_as_such(driver_class: Any, server: Fak
     await driver.close()
 
 
-async def test_slow_server_meets_the_deadline(driver: Any, server: FakeServer) -> None:
+async def test_slow_server_raises_deadline_expired(driver: Any, server: FakeServer) -> None:
     await driver.models()  # connected, so that the deadline is the server's to miss
     server.latency_s = 30.0
     with pytest.raises(DeadlineExpired, match=r"^the timeout passed before the response arrived$"):
         await driver.infer("fake", "text", timeout=0.2)
 
 
-async def test_errors_carry_their_fields(driver: Any, server: FakeServer) -> None:
+async def test_invalid_request_lists_its_violations(driver: Any, server: FakeServer) -> None:
     with pytest.raises(InvalidRequest) as caught:
         await driver.infer("fake", "text", attention=AttentionSelection(layers=[9]), request_id="mine")
     error = caught.value
@@ -156,7 +156,7 @@ async def test_errors_carry_their_fields(driver: Any, server: FakeServer) -> Non
     assert error.retry_delay_s is None
 
 
-async def test_attention_of_a_model_without_sites_is_unavailable(driver_class: Any) -> None:
+async def test_attention_of_a_model_without_sites_raises_attention_unavailable(driver_class: Any) -> None:
     with FakeServer(layers=0) as server:
         driver = driver_class(server.target)
         with pytest.raises(AttentionUnavailable) as caught:
@@ -173,10 +173,10 @@ async def test_attention_of_a_model_without_sites_is_unavailable(driver_class: A
             InternalFault("internal error", code="INTERNAL", reason="INTERNAL", metadata={"request_id": "r"}),
             InternalFault,
         ),
-        (AttnserveError("who are you", code="UNAUTHENTICATED"), AttnserveError),
+        (AttnserveError("no credentials", code="UNAUTHENTICATED"), AttnserveError),
     ],
 )
-async def test_server_errors_come_back_as_their_own_class(
+async def test_server_errors_are_raised_as_their_class(
     driver: Any, server: FakeServer, error: AttnserveError, kind: type[AttnserveError]
 ) -> None:
     server.fail_next(error)
@@ -188,13 +188,13 @@ async def test_server_errors_come_back_as_their_own_class(
 
 
 @pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), float("inf")])
-async def test_timeout_that_is_no_time_is_refused_here(driver: Any, server: FakeServer, wrong: float) -> None:
+async def test_invalid_timeout_is_refused_without_a_request(driver: Any, server: FakeServer, wrong: float) -> None:
     with pytest.raises(InvalidRequest):
         await driver.infer("fake", "text", timeout=wrong)
     assert not server.requests
 
 
-async def test_token_and_metadata_travel_with_every_call(driver_class: Any, server: FakeServer) -> None:
+async def test_token_and_metadata_are_sent_with_every_call(driver_class: Any, server: FakeServer) -> None:
     driver = driver_class(server.target, token="secret", metadata=[("x-team", "search")])
     await driver.models()
     await driver.infer("fake", "text")
@@ -205,14 +205,14 @@ async def test_token_and_metadata_travel_with_every_call(driver_class: Any, serv
     await driver.close()
 
 
-async def test_tls_channel_is_made_from_credentials(driver_class: Any, server: FakeServer) -> None:
+async def test_credentials_open_a_tls_channel(driver_class: Any, server: FakeServer) -> None:
     driver = driver_class(server.target, credentials=grpc.ssl_channel_credentials(), retry=RetryPolicy(max_attempts=1))
-    with pytest.raises(ServerUnreachable):  # the fake speaks in the clear
+    with pytest.raises(ServerUnreachable):  # the fake server has no TLS
         await driver.models(timeout=5.0)
     await driver.close()
 
 
-async def test_calls_are_spread_over_addresses_and_survive_the_loss_of_one(driver_class: Any) -> None:
+async def test_calls_are_distributed_and_survive_the_loss_of_one_server(driver_class: Any) -> None:
     with FakeServer() as one, FakeServer() as other:
         driver = driver_class([one.target, other.target])
         await asyncio.gather(*(driver.ready() for _ in range(4)))
@@ -228,7 +228,7 @@ async def test_calls_are_spread_over_addresses_and_survive_the_loss_of_one(drive
         await driver.close()
 
 
-async def test_server_whose_health_says_not_serving_gets_no_calls(driver_class: Any, raw_server: Any) -> None:
+async def test_unhealthy_server_receives_no_calls(driver_class: Any, raw_server: Any) -> None:
     with raw_server(ListModels=lambda request, context: wire.ListModelsResponse()) as server:
         server.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         driver = driver_class(server.target, retry=RetryPolicy(max_attempts=1))
@@ -237,7 +237,7 @@ async def test_server_whose_health_says_not_serving_gets_no_calls(driver_class: 
         await driver.close()
 
 
-async def test_closed_client_says_so(driver: Any) -> None:
+async def test_calls_on_a_closed_client_raise_request_cancelled(driver: Any) -> None:
     await driver.close()
     await driver.close()
     for call in (driver.infer("fake", "text"), driver.models(), driver.stream("fake", ["text"])):
@@ -245,7 +245,7 @@ async def test_closed_client_says_so(driver: Any) -> None:
             await call
 
 
-async def test_closing_ends_calls_under_way_as_cancelled(driver: Any, server: FakeServer) -> None:
+async def test_close_cancels_running_calls(driver: Any, server: FakeServer) -> None:
     await driver.models()
     server.latency_s = 30.0
     call = asyncio.create_task(driver.infer("fake", "text"))
@@ -255,7 +255,7 @@ async def test_closing_ends_calls_under_way_as_cancelled(driver: Any, server: Fa
         await call
 
 
-async def test_cancelled_task_ends_by_its_own_cancellation(server: FakeServer) -> None:
+async def test_cancelled_task_raises_cancelled_error(server: FakeServer) -> None:
     server.latency_s = 30.0
     async with AsyncClient(server.target) as client:
         call = asyncio.create_task(client.infer("fake", "text"))
@@ -272,14 +272,12 @@ def described(**fields: Any) -> model_pb2.Model:
     )
 
 
-async def test_token_ids_take_the_models_own_name_and_type_and_ask_for_them_once(
-    driver_class: Any, raw_server: Any
-) -> None:
+async def test_token_ids_use_the_models_input_which_is_fetched_once(driver_class: Any, raw_server: Any) -> None:
     seen: list[wire.InferRequest] = []
-    asked: list[wire.GetModelRequest] = []
+    fetched: list[wire.GetModelRequest] = []
 
     def get_model(request: wire.GetModelRequest, context: Any) -> wire.GetModelResponse:
-        asked.append(request)
+        fetched.append(request)
         return wire.GetModelResponse(model=described())
 
     def infer(request: wire.InferRequest, context: Any) -> wire.InferResponse:
@@ -291,7 +289,7 @@ async def test_token_ids_take_the_models_own_name_and_type_and_ask_for_them_once
         await driver.infer("m", [1, 2])
         await driver.infer("m", [1, 2])
         await driver.close()
-    assert len(asked) == 1
+    assert len(fetched) == 1
     assert [seen[0].sequences[0].tensors.tensors[0].name, seen[0].sequences[0].tensors.tensors[0].dtype] == [
         "tokens",
         tensor_pb2.DATA_TYPE_INT32,
@@ -309,7 +307,7 @@ async def test_token_ids_take_the_models_own_name_and_type_and_ask_for_them_once
     ],
     ids=["no result", "unknown type", "too few bytes"],
 )
-async def test_answer_that_breaks_the_contract_is_refused(
+async def test_malformed_response_raises_bad_answer(
     driver_class: Any, response: wire.InferResponse, raw_server: Any
 ) -> None:
     with raw_server(Infer=lambda request, context: response) as server:
@@ -319,46 +317,7 @@ async def test_answer_that_breaks_the_contract_is_refused(
         await driver.close()
 
 
-def test_defaults_of_the_channel() -> None:
-    options = dict(options_of({"grpc.keepalive_time_ms": 1}))
-    assert "round_robin" in str(options["grpc.service_config"])
-    assert '"healthCheckConfig": {"serviceName": ""}' in str(options["grpc.service_config"])
-    assert options["grpc.enable_retries"] == 0
-    assert options["grpc.max_receive_message_length"] == options["grpc.max_send_message_length"] == 64 << 20
-    assert options["grpc.keepalive_permit_without_calls"] == 0
-    assert options["grpc.keepalive_time_ms"] == 1, "the caller's own options win"
-    assert dict(options_of({}))["grpc.keepalive_time_ms"] == 30_000
-
-
-@pytest.mark.parametrize(
-    ("target", "name"),
-    [
-        ("localhost:8001", "localhost:8001"),
-        ("dns:///service:8001", "dns:///service:8001"),
-        (["localhost:8001"], "localhost:8001"),
-        (["10.0.0.1:8001"], "ipv4:10.0.0.1:8001"),
-        (["ipv4:10.0.0.1:8001", "10.0.0.2:8001"], "ipv4:10.0.0.1:8001,10.0.0.2:8001"),
-        (["[::1]:1", "[::2]:2"], "ipv6:[::1]:1,[::2]:2"),
-    ],
-)
-def test_targets(target: Any, name: str) -> None:
-    assert target_of(target) == name
-
-
-@pytest.mark.parametrize("target", ["", [], ["a:1", "b:2"], ["10.0.0.1:1", "[::1]:1"]])
-def test_targets_that_mean_nothing_are_refused(target: Any) -> None:
-    with pytest.raises(ValueError, match="target"):
-        target_of(target)
-
-
-def test_errors_survive_pickling() -> None:
-    error = InvalidRequest.of("text", "length 0 is below 1")
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is InvalidRequest
-    assert (again.message, again.violations, again.code) == (error.message, error.violations, error.code)
-
-
-def test_client_is_a_context_manager(server: FakeServer) -> None:
+def test_leaving_the_context_closes_the_client(server: FakeServer) -> None:
     with Client(server.target) as client:
         assert client.ready()
     with pytest.raises(RequestCancelled):

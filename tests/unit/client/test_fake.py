@@ -1,4 +1,4 @@
-"""The fake server keeps the promises that it makes to users' tests."""
+"""The guarantees of the fake server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attnserve_client.testing import FakeServer
 SUM_TOLERANCE = 1e-5
 
 
-def test_answers_follow_from_the_text_alone() -> None:
+def test_answers_depend_on_the_text_alone() -> None:
     with FakeServer() as one, FakeServer() as other, Client(one.target) as first, Client(other.target) as second:
         left, right = first.infer("fake", "a text", attention=True), second.infer("fake", "a text", attention=True)
         np.testing.assert_array_equal(left.outputs["embedding"], right.outputs["embedding"])
@@ -25,7 +25,7 @@ def test_answers_follow_from_the_text_alone() -> None:
 @pytest.mark.parametrize("layers", ["each", "mean", "rollout"])
 @pytest.mark.parametrize("unit", ["token", "word"])
 @pytest.mark.parametrize("special", ["keep", "drop"])
-def test_rows_sum_to_one_however_they_are_reduced(
+def test_rows_sum_to_one_after_every_reduction(
     shared_server: FakeServer, heads: str, layers: str, unit: str, special: str
 ) -> None:
     selection = AttentionSelection(
@@ -67,7 +67,7 @@ def test_rows_sum_to_one_however_they_are_reduced(
     ],
     ids=["nothing", "no text", "no tensors", "output", "long"],
 )
-def test_wrong_requests_are_refused_by_field(request_: wire.InferRequest, field: str) -> None:
+def test_invalid_requests_list_their_field(request_: wire.InferRequest, field: str) -> None:
     with FakeServer() as server, pytest.raises(InvalidRequest) as caught:
         server.answer(request_)
     assert caught.value.violations[0].field == field
@@ -81,18 +81,18 @@ def test_wrong_requests_are_refused_by_field(request_: wire.InferRequest, field:
         AttentionSelection(heads="each", layer_reduction="rollout"),
     ],
 )
-def test_selections_that_cannot_be_are_refused(shared_server: FakeServer, selection: AttentionSelection) -> None:
+def test_invalid_selections_are_refused(shared_server: FakeServer, selection: AttentionSelection) -> None:
     with Client(shared_server.target) as client, pytest.raises(InvalidRequest):
         client.infer("fake", "text", attention=selection)
 
 
-def test_sites_may_be_chosen_by_name(shared_server: FakeServer) -> None:
+def test_sites_may_be_selected_by_name(shared_server: FakeServer) -> None:
     with Client(shared_server.target) as client:
         (found,) = client.infer("fake", "text", attention=AttentionSelection(sites=["layer.1"])).attention
     assert found.sites == ("layer.1",)
 
 
-def test_state_decides_whether_it_answers(server: FakeServer) -> None:
+def test_requests_fail_unless_the_state_is_ready(server: FakeServer) -> None:
     with Client(server.target, retry=RetryPolicy(max_attempts=1)) as client:
         server.state = "draining"
         with pytest.raises(NotServing) as caught:
@@ -102,6 +102,6 @@ def test_state_decides_whether_it_answers(server: FakeServer) -> None:
         client.infer("fake", "text")
 
 
-def test_waiting_for_requests_that_do_not_come_ends(server: FakeServer) -> None:
+def test_wait_for_requests_times_out(server: FakeServer) -> None:
     with pytest.raises(TimeoutError, match="0 of 1 requests"):
         server.wait_for_requests(1, timeout_s=0.01)

@@ -1,4 +1,4 @@
-"""The page of an attention map in a real browser: it draws itself, and hostile tokens stay text."""
+"""The page of an attention map in a real browser."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOSTILE = (
 
 
 class Elements(HTMLParser):
-    """Tags, the title, and the texts of the sentence's tokens, as the browser wrote its document out."""
+    """Tags, title and token texts of the document that the browser dumps."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Elements(HTMLParser):
 
 
 def document(source: str, tmp_path: Path) -> Elements:
-    """What a browser makes of a page."""
+    """The document after a browser ran the page."""
     page = tmp_path / "page.html"
     page.write_text(source, encoding="utf-8")
     line = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
@@ -72,15 +72,15 @@ def hostile_map() -> AttentionMap:
     return AttentionMap(("s",), 0, "self", "dense", (0, 1), "seq", "seq", tokens, tokens, weights)
 
 
-def test_page_draws_itself_and_hostile_tokens_stay_text(tmp_path: Path) -> None:
-    seen = document(hostile_map().to_html(), tmp_path)
-    assert seen.tokens == list(HOSTILE), "its script must have run under its own policy"
-    assert seen.tags.count("li") == 9
-    assert not {"img", "svg"} & set(seen.tags)
-    assert seen.title == "Attention, layer 0 (s), 2 heads"
+def test_page_draws_the_map_and_hostile_tokens_stay_text(tmp_path: Path) -> None:
+    page = document(hostile_map().to_html(), tmp_path)
+    assert page.tokens == list(HOSTILE), "the script must run under the content policy"
+    assert page.tags.count("li") == 9
+    assert not {"img", "svg"} & set(page.tags)
+    assert page.title == "Attention, layer 0 (s), 2 heads"
 
 
-def test_patches_stand_on_the_page_as_in_the_image(tmp_path: Path) -> None:
+def test_page_places_patches_as_in_the_image(tmp_path: Path) -> None:
     words = (Token(0, "dog"),)
     patches = tuple(Token(index, f"p{index}", special=index == 0) for index in range(7))
     weights = np.full((1, 1, 7), 1 / 7, dtype=np.float32)
@@ -97,18 +97,18 @@ def test_patches_stand_on_the_page_as_in_the_image(tmp_path: Path) -> None:
         weights,
         grids={"patches": PatchGrid(2, 3, 1)},
     )
-    seen = document(shown.to_html(), tmp_path)
-    assert seen.tokens == ["dog", "p0", *[""] * 6], "patches are cells without a text"
-    assert [place.replace(" ", "") for place in seen.places] == [
+    page = document(shown.to_html(), tmp_path)
+    assert page.tokens == ["dog", "p0", *[""] * 6], "patches are cells without a text"
+    assert [place.replace(" ", "") for place in page.places] == [
         "grid-area:1/1;", *(f"grid-area:{row}/{column};" for row in (2, 3) for column in (1, 2, 3))
     ]  # fmt: skip
 
 
-def test_browser_would_run_what_is_not_escaped(tmp_path: Path) -> None:
-    seen = document(f"<title>mine</title>{HOSTILE[1]}", tmp_path)
-    assert seen.title == "owned", "the control: the test above must see a script that runs"
+def test_control_browser_runs_unescaped_script(tmp_path: Path) -> None:
+    page = document(f"<title>mine</title>{HOSTILE[1]}", tmp_path)
+    assert page.title == "owned", "the page tests must notice a script that runs"
 
 
-def test_policy_stops_a_script_that_gets_in(tmp_path: Path) -> None:
+def test_content_policy_blocks_an_injected_script(tmp_path: Path) -> None:
     source = hostile_map().to_html().replace("</main>", "<script>document.title='owned'</script></main>")
     assert "owned" not in document(source, tmp_path).title

@@ -1,4 +1,4 @@
-"""The command `attnserve`: what it prints, as text and as JSON, and how it fails."""
+"""The command `attnserve`: its output as text and JSON, and its failures."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attnserve_client import AttentionMap, AttnserveError, Client, Overloaded, ResponseTooLarge, Token, __version__
+from attnserve_client import AttnserveError, Client, Overloaded, ResponseTooLarge, __version__
 from attnserve_client import cli as cli_package
 from attnserve_client.cli._app import _json_data, app
 from attnserve_client.cli._errors import EXIT_CODES, exit_code_of, sentence_of
-from attnserve_client.cli._heatmap import heatmap
 from attnserve_client.cli._text import clean, fitted
 from attnserve_client.errors import InternalFault, RequestCancelled
 from attnserve_client.testing import FakeServer
-from rich.console import Console
 from typer.testing import CliRunner, Result
 
 TEXT = "The buyer agrees to assume all liabilities, except those specifically excluded in Schedule B."
@@ -54,7 +52,7 @@ def test_infer_prints_json(attnserve: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_infinities_are_strings_in_json(dtype: type) -> None:
+def test_json_writes_infinities_as_strings(dtype: type) -> None:
     data = _json_data(np.array([[1.5, -np.inf], [np.inf, -2]], dtype))
     assert json.loads(json.dumps(data, allow_nan=False)) == [[1.5, "-Infinity"], ["Infinity", -2.0]]
     assert _json_data(np.array(-np.inf, dtype)) == "-Infinity"
@@ -67,18 +65,18 @@ def test_infer_reads_a_text_from_each_line_of_standard_input(attnserve: Any, ser
     assert [each.text.text for each in server.requests[0].sequences] == ["first", "second"]
 
 
-def test_nothing_on_standard_input_is_told(attnserve: Any) -> None:
+def test_empty_standard_input_exits_with_the_reason(attnserve: Any) -> None:
     result = attnserve("infer", "fake", "-", stdin="\n")
     assert result.exit_code == 2
     assert "no text" in result.stderr
 
 
-def test_explain_shows_the_last_layers_words_by_default(attnserve: Any, server: FakeServer) -> None:
+def test_explain_shows_the_last_layer_by_word_by_default(attnserve: Any, server: FakeServer) -> None:
     result = attnserve("explain", "fake", TEXT)
     assert result.exit_code == 0, result.output
-    asked = server.requests[0].attention
-    assert list(asked.layers) == [-1]
-    assert (asked.head_reduction, asked.unit, asked.special_tokens) == (2, 2, 2)
+    selection = server.requests[0].attention
+    assert list(selection.layers) == [-1]
+    assert (selection.head_reduction, selection.unit, selection.special_tokens) == (2, 2, 2)
     assert "fake, layer 1 (layer.1), 4 heads joined" in result.stdout
     assert "liabilities" in result.stdout
     assert "[CLS]" not in result.stdout
@@ -86,11 +84,11 @@ def test_explain_shows_the_last_layers_words_by_default(attnserve: Any, server: 
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
-def test_explain_passes_its_options_on(attnserve: Any, server: FakeServer) -> None:
+def test_explain_sends_its_options(attnserve: Any, server: FakeServer) -> None:
     attnserve("explain", "fake", "a b", "--layer", "0", "--heads", "0,2", "--unit", "token", "--keep-special")
-    asked = server.requests[0].attention
-    assert (list(asked.layers), list(asked.heads)) == ([0], [0, 2])
-    assert (asked.unit, asked.special_tokens) == (1, 1)
+    selection = server.requests[0].attention
+    assert (list(selection.layers), list(selection.heads)) == ([0], [0, 2])
+    assert (selection.unit, selection.special_tokens) == (1, 1)
     result = attnserve("explain", "fake", "a b", "--head", "each", "--layer", "rollout")
     assert result.exit_code == 3
     assert server.requests[1].attention.layer_reduction == 3
@@ -142,7 +140,7 @@ def test_explain_sends_two_texts_and_arrays_from_files(
     assert "ein Hund" in result.stdout
 
 
-def test_array_files_that_are_none_are_told(attnserve: Any, tmp_path: Path) -> None:
+def test_malformed_array_files_exit_with_the_reason(attnserve: Any, tmp_path: Path) -> None:
     (tmp_path / "text.npy").write_text("no array", encoding="utf-8")
     (tmp_path / "empty.npy").write_bytes(b"")
     np.savez(tmp_path / "two.npz", np.ones(2))
@@ -161,14 +159,14 @@ def test_array_files_that_are_none_are_told(attnserve: Any, tmp_path: Path) -> N
         assert words.replace(" ", "") in "".join(result.stderr.split()).replace("│", "")
 
 
-def test_file_that_cannot_be_written_is_told(attnserve: Any, tmp_path: Path) -> None:
+def test_unwritable_file_exits_with_the_reason(attnserve: Any, tmp_path: Path) -> None:
     for option in ("--html", "--png"):
         result = attnserve("explain", "fake", "text", option, str(tmp_path / "none" / "map"))
         assert result.exit_code == 2
         assert "cannot write" in result.stderr
 
 
-def test_picture_without_matplotlib_says_what_to_install(
+def test_picture_without_matplotlib_prints_what_to_install(
     attnserve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
@@ -178,7 +176,7 @@ def test_picture_without_matplotlib_says_what_to_install(
 
 
 @pytest.mark.parametrize("line", [("--layer", "last"), ("--layer", "1,2"), ("--heads", "middle"), ("--unit", "line")])
-def test_options_that_mean_nothing_are_refused(attnserve: Any, line: tuple[str, str]) -> None:
+def test_invalid_options_exit_with_2(attnserve: Any, line: tuple[str, str]) -> None:
     result = attnserve("explain", "fake", "text", *line)
     assert result.exit_code == 2
     assert "Traceback" not in result.output
@@ -197,28 +195,28 @@ def test_models_are_listed_and_described(attnserve: Any) -> None:
     assert json.loads(attnserve("models", "fake", "--json").stdout)["sites"][0]["name"] == "layer.0"
 
 
-def test_error_is_one_sentence_with_field_limit_and_value(attnserve: Any) -> None:
+def test_error_is_one_line_with_field_value_and_limit(attnserve: Any) -> None:
     result = attnserve("explain", "fake", "text", "--layer", "9")
     assert result.exit_code == 3
     assert result.stderr == "attnserve: attention.layers[0]: 9 is out of range for 2\n"
     assert result.stdout == ""
 
 
-def test_error_as_json_goes_to_stderr(attnserve: Any) -> None:
+def test_json_error_is_written_to_stderr(attnserve: Any) -> None:
     result = attnserve("models", "other", "--json")
     assert result.exit_code == 4
     error = json.loads(result.stderr)["error"]
     assert (error["reason"], error["metadata"]["model"]) == ("MODEL_NOT_FOUND", "other")
 
 
-def test_server_that_is_not_there_is_named(attnserve: Any, server: FakeServer) -> None:
+def test_missing_server_is_named(attnserve: Any, server: FakeServer) -> None:
     server.stop()
     result = attnserve("models", "--timeout", "0.5")
     assert result.exit_code in (8, 9)
     assert server.target in result.stderr
 
 
-def test_slow_server_ends_with_its_own_code(attnserve: Any, server: FakeServer) -> None:
+def test_slow_server_exits_with_9(attnserve: Any, server: FakeServer) -> None:
     server.latency_s = 30.0
     result = attnserve("infer", "fake", "text", "--timeout", "0.3")
     assert result.exit_code == 9
@@ -235,13 +233,13 @@ def test_slow_server_ends_with_its_own_code(attnserve: Any, server: FakeServer) 
         (AttnserveError("else"), 1),
     ],
 )
-def test_each_thing_to_do_has_its_exit_code(error: AttnserveError, code: int) -> None:
+def test_each_remedy_has_an_exit_code(error: AttnserveError, code: int) -> None:
     assert exit_code_of(error) == code
     assert sentence_of(error, "here:1") == error.message
     assert len(EXIT_CODES) == len({kind for kind, _ in EXIT_CODES})
 
 
-def test_servers_fault_names_the_request() -> None:
+def test_internal_error_prints_the_request_id() -> None:
     assert "request id mine" in sentence_of(InternalFault("internal error", request_id="mine"), "here:1")
 
 
@@ -253,55 +251,17 @@ def test_help_has_examples_and_exit_codes(attnserve: Any) -> None:
         assert "ATTNSERVE_SERVER" in shown
 
 
-def test_texts_cannot_steer_the_terminal(attnserve: Any) -> None:
+def test_texts_cannot_send_escape_sequences_to_the_terminal(attnserve: Any) -> None:
     assert clean("a\x1b[31mb\x07\u202ec") == "a [31mb  c"
     result = attnserve("infer", "fake", "hello\x1b]0;owned\x07 [bold]world[/bold]")
     assert "\x1b" not in result.stdout
     assert "[bold]world[/bold]" in result.stdout
 
 
-def test_labels_are_as_wide_as_they_are_told() -> None:
+def test_labels_have_the_given_width() -> None:
     assert fitted("liabilities", 6) == "liabi…"
     assert fitted("ab", 4) == "ab  "
     assert fitted("責任責任", 5) == "責任…"
-
-
-def square(count: int, key_axis: str = "seq") -> AttentionMap:
-    tokens = tuple(Token(index, f"word{index}") for index in range(count))
-    weights = np.random.default_rng(3).dirichlet(np.ones(count), size=(1, count)).astype(np.float32)
-    return AttentionMap(
-        ("s",), 0, "self", "dense", (0,), "seq", key_axis, tokens, tokens, weights, axis_tokens={}, model="m"
-    )
-
-
-def lines(found: AttentionMap, **console: Any) -> list[str]:
-    shown = Console(width=80, **console)
-    with shown.capture() as capture:
-        for line in heatmap(found, found.head_weights(), shown):
-            shown.print(line)
-    return capture.get().splitlines()
-
-
-@pytest.mark.parametrize("count", [1, 5, 30, 60, 200])
-def test_heatmap_fits_into_eighty_columns(count: int) -> None:
-    shown = lines(square(count), color_system=None)
-    assert max(map(len, shown)) <= 80
-    numbered = "".join(line for line in shown if line.startswith("  ") and not line.strip().startswith("word"))
-    assert numbered
-
-
-def test_long_sentence_shows_its_strongest_rows_and_counts_the_rest() -> None:
-    shown = lines(square(200), color_system=None)
-    assert "40 of 200 rows, those with the strongest links" in [line.strip() for line in shown]
-
-
-def test_colours_are_used_where_the_terminal_has_them() -> None:
-    shown = lines(square(5), color_system="truecolor", force_terminal=True, no_color=False)
-    assert any("\x1b[48;2;" in line for line in shown)
-
-
-def test_keys_of_another_axis_get_a_legend() -> None:
-    assert any("columns: 0 word0  1 word1" in line for line in lines(square(4, "patch"), color_system=None))
 
 
 def test_entry_point_runs_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +271,7 @@ def test_entry_point_runs_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.code == 0
 
 
-def test_entry_point_without_its_extra_says_what_to_install(
+def test_entry_point_without_its_extra_prints_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "typer", None)

@@ -1,4 +1,4 @@
-"""Attention maps: weights, links, tokens, and answers that do not fit together."""
+"""Attention maps: weights, links, tokens, and the checks of received maps."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TEXT = "The wonderful buyer agrees"
 SUM_TOLERANCE = 1e-5
 
 
-def ask(server: FakeServer, *inputs: Any, **selection: Any) -> AttentionMap:
+def map_from(server: FakeServer, *inputs: Any, **selection: Any) -> AttentionMap:
     with Client(server.target) as client:
         one = inputs if len(inputs) == 2 else inputs[0] if inputs else TEXT
         return client.infer("fake", one, attention=AttentionSelection(**selection)).attention[-1]
 
 
-def test_rows_sum_to_one_and_the_map_knows_its_tokens(shared_server: FakeServer) -> None:
-    found = ask(shared_server)
+def test_rows_sum_to_one_and_columns_have_tokens(shared_server: FakeServer) -> None:
+    found = map_from(shared_server)
     assert found.weights.shape == (4, 7, 7)
     np.testing.assert_allclose(found.weights.sum(axis=-1), 1.0, rtol=0, atol=SUM_TOLERANCE)
     assert [token.text for token in found.tokens] == [
@@ -46,8 +46,8 @@ def test_rows_sum_to_one_and_the_map_knows_its_tokens(shared_server: FakeServer)
     assert found.title == "layer 1 (layer.1), 4 heads"
 
 
-def test_words_are_shown_as_they_stand_in_the_text(shared_server: FakeServer) -> None:
-    found = ask(shared_server, unit="word", special_tokens="drop", heads="mean")
+def test_words_have_the_text_and_positions_of_the_input(shared_server: FakeServer) -> None:
+    found = map_from(shared_server, unit="word", special_tokens="drop", heads="mean")
     assert [token.text for token in found.tokens] == ["The", "wonderful", "buyer", "agrees"]
     assert [TEXT[token.start : token.end] for token in found.tokens] == ["The", "wonderful", "buyer", "agrees"]
     assert [token.index for token in found.tokens] == [1, 2, 3, 4]
@@ -56,19 +56,19 @@ def test_words_are_shown_as_they_stand_in_the_text(shared_server: FakeServer) ->
     assert found.title == "layer 1 (layer.1), 4 heads joined"
 
 
-def test_pair_tells_its_segments(shared_server: FakeServer) -> None:
-    found = ask(shared_server, "one", "two")
+def test_tokens_of_a_pair_have_their_segment(shared_server: FakeServer) -> None:
+    found = map_from(shared_server, "one", "two")
     assert [token.segment for token in found.tokens if not token.special] == [0, 1]
 
 
-def test_ids_without_texts_are_named_by_their_number(shared_server: FakeServer) -> None:
-    assert [token.text for token in ask(shared_server, [7, 8]).tokens] == ["7", "8"]
+def test_tokens_of_ids_have_the_id_as_text(shared_server: FakeServer) -> None:
+    assert [token.text for token in map_from(shared_server, [7, 8]).tokens] == ["7", "8"]
 
 
 # Half a step of each type: float16 has 11 bits, uint8 steps of 1/255.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2**-12), ("uint8", 1 / 510 + 1e-7)])
-def test_small_types_are_decoded_to_float32(shared_server: FakeServer, dtype: Any, tolerance: float) -> None:
-    exact, rounded = ask(shared_server), ask(shared_server, dtype=dtype)
+def test_small_dtypes_are_decoded_to_float32(shared_server: FakeServer, dtype: Any, tolerance: float) -> None:
+    exact, rounded = map_from(shared_server), map_from(shared_server, dtype=dtype)
     assert rounded.raw.dtype == np.dtype(dtype)
     assert rounded.weights.dtype == np.float32
     assert not rounded.weights.flags.writeable
@@ -76,11 +76,11 @@ def test_small_types_are_decoded_to_float32(shared_server: FakeServer, dtype: An
 
 
 @pytest.mark.parametrize("selection", [{}, {"special_tokens": "drop"}, {"queries": [2, -1]}, {"unit": "word"}])
-def test_links_densify_to_the_strongest_weights_of_the_full_map(
+def test_links_scatter_to_the_strongest_weights_of_the_full_map(
     shared_server: FakeServer, selection: dict[str, Any]
 ) -> None:
-    full = ask(shared_server, **selection)
-    sparse = ask(shared_server, top_k=3, **selection)
+    full = map_from(shared_server, **selection)
+    sparse = map_from(shared_server, top_k=3, **selection)
     assert isinstance(sparse.raw, RawLinks)
     assert sparse.is_sparse
     assert not full.is_sparse
@@ -90,13 +90,13 @@ def test_links_densify_to_the_strongest_weights_of_the_full_map(
     np.testing.assert_allclose(sparse.residual, full.weights.sum(-1) - expected.sum(-1), rtol=0, atol=SUM_TOLERANCE)
 
 
-def test_links_keep_what_is_at_least_the_least_weight(shared_server: FakeServer) -> None:
-    full, sparse = ask(shared_server), ask(shared_server, min_weight=0.2, dtype="uint8")
+def test_min_weight_keeps_weights_of_at_least_that(shared_server: FakeServer) -> None:
+    full, sparse = map_from(shared_server), map_from(shared_server, min_weight=0.2, dtype="uint8")
     assert np.array_equal(sparse.weights > 0, full.weights >= 0.2)
 
 
-def test_strongest_links_come_first_and_leave_special_tokens_out(shared_server: FakeServer) -> None:
-    found = ask(shared_server)
+def test_links_are_sorted_and_omit_special_tokens(shared_server: FakeServer) -> None:
+    found = map_from(shared_server)
     links = found.links(top=5)
     assert [link.weight for link in links] == sorted((link.weight for link in links), reverse=True)
     assert not any(link.query_token.special or link.key_token.special for link in links)
@@ -108,8 +108,8 @@ def test_strongest_links_come_first_and_leave_special_tokens_out(shared_server: 
     assert first.weight == inner.max()
 
 
-def test_links_of_one_head_of_all_tokens_and_without_ones_to_themselves(shared_server: FakeServer) -> None:
-    found = ask(shared_server)
+def test_links_filter_by_head_special_tokens_and_self(shared_server: FakeServer) -> None:
+    found = map_from(shared_server)
     everything = found.links(top=None, exclude_special=False, head=2)
     assert len(everything) == found.weights.shape[1] ** 2
     assert {link.head for link in everything} == {2}
@@ -118,7 +118,7 @@ def test_links_of_one_head_of_all_tokens_and_without_ones_to_themselves(shared_s
     assert found.links(top=0) == []
 
 
-def test_links_of_punctuation_can_be_left_out(shared_server: FakeServer) -> None:
+def test_links_of_punctuation_can_be_excluded(shared_server: FakeServer) -> None:
     with Client(shared_server.target) as client:
         found = client.infer("fake", "Stop, now!", attention=True).attention[0]
     assert {",", "!"} <= {link.key for link in found.links(top=None)}
@@ -127,8 +127,8 @@ def test_links_of_punctuation_can_be_left_out(shared_server: FakeServer) -> None
     assert {text for link in words for text in (link.query, link.key)} == {"Stop", "now"}
 
 
-def test_head_that_is_not_there_is_named(shared_server: FakeServer) -> None:
-    chosen, joined = ask(shared_server, heads=[1, 3]), ask(shared_server, heads="max")
+def test_missing_head_raises_an_error_that_lists_the_heads(shared_server: FakeServer) -> None:
+    chosen, joined = map_from(shared_server, heads=[1, 3]), map_from(shared_server, heads="max")
     assert chosen.heads == (1, 3)
     np.testing.assert_array_equal(chosen.head_weights(3), chosen.weights[1])
     with pytest.raises(ValueError, match="head 0 is not in this map, which has heads 1, 3"):
@@ -138,16 +138,16 @@ def test_head_that_is_not_there_is_named(shared_server: FakeServer) -> None:
     assert joined.links()[0].head is None
 
 
-def test_joined_layers_name_all_of_their_sites(shared_server: FakeServer) -> None:
-    rollout = ask(shared_server, layer_reduction="rollout")
+def test_joined_layers_list_all_their_sites(shared_server: FakeServer) -> None:
+    rollout = map_from(shared_server, layer_reduction="rollout")
     assert rollout.layer == -1
     assert rollout.sites == ("layer.0", "layer.1")
     assert rollout.title == "2 layers joined, 4 heads joined"
     np.testing.assert_allclose(rollout.weights.sum(axis=-1), 1.0, rtol=0, atol=SUM_TOLERANCE)
 
 
-def test_map_in_plain_types_has_everything(shared_server: FakeServer) -> None:
-    plain = ask(shared_server, top_k=2).to_dict()
+def test_to_dict_has_tokens_weights_and_residual(shared_server: FakeServer) -> None:
+    plain = map_from(shared_server, top_k=2).to_dict()
     assert plain["keys"][2] == {"index": 2, "text": "wonder", "start": 4, "end": 10, "special": False, "segment": 0}
     assert np.shape(plain["weights"]) == (4, 7, 7)
     assert np.shape(plain["residual"]) == (4, 7)
@@ -181,7 +181,7 @@ def links(offsets: list[int], keys: list[int], weights: list[float], residual: A
     )
 
 
-def test_well_formed_answers_pass_the_checks_below() -> None:
+def test_well_formed_maps_pass_the_checks() -> None:
     assert results_of(answer(), 1, validate_only=False)[0].attention[0].kind == "unknown"
     sparse = answer(links=links([0, 1, 2], [1, 0], [0.5, 0.25], [[0.5, 0.75]]))
     (found,) = results_of(sparse, 1, validate_only=False)[0].attention
@@ -205,7 +205,7 @@ def test_well_formed_answers_pass_the_checks_below() -> None:
         {"links": links([], [], [], [[0, 0]])},
     ],
 )
-def test_map_that_does_not_fit_together_is_refused(changes: dict[str, Any]) -> None:
+def test_inconsistent_map_is_a_bad_answer(changes: dict[str, Any]) -> None:
     with pytest.raises(BadAnswer) as caught:
         results_of(answer(**changes), 1, validate_only=False)
     assert caught.value.request_id == "mine"

@@ -1,4 +1,4 @@
-"""Every example of the pages runs as it stands, against the fake server in the place of a real one."""
+"""Every example of the documentation runs unchanged against the fake server."""
 
 from __future__ import annotations
 
@@ -37,4 +37,4 @@ def test_example_runs(example: str) -> None:
         program = example.replace("localhost:8001", server.target)
         names = {"__name__": "example", "text": PATIENT}  # the text that docs/explanation/attention.md quotes in words
         exec(compile(program, "example", "exec"), names)
-        assert server.requests or server.metadata or "FakeServer" in example, "it asked a server"
+        assert server.requests or server.metadata or "FakeServer" in example, "the example must call a server"

@@ -1,4 +1,4 @@
-"""The page of an attention map: what it shows, and that texts of tokens are inert on it."""
+"""The page and the figure of an attention map; token texts stay inert on the page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """All tags, attributes and texts of a page, as a browser's parser meets them."""
+    """Tags, attributes and texts of a page as a browser parses them."""
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -83,25 +83,25 @@ def test_hostile_tokens_add_no_tag_and_no_attribute() -> None:
     assert not any(name.startswith("on") for name in hostile.names)
 
 
-def test_unescaped_text_would_be_found() -> None:
+def test_control_unescaped_text_is_found() -> None:
     source = map_of(("a",)).to_html().replace("<h1>", f"<h1>{HOSTILE[0]}")
-    assert "onerror" in Page(source).names, "the control: the test above must see markup when there is some"
+    assert "onerror" in Page(source).names, "the page tests must notice markup"
 
 
-def test_hostile_names_of_models_and_sites_are_inert() -> None:
+def test_hostile_model_and_site_names_stay_text() -> None:
     page = Page(map_of(("a",), sites=(HOSTILE[0],), model=HOSTILE[1]).to_html())
     assert page.tags == Page(map_of(("a",)).to_html()).tags
     assert HOSTILE[1] in "".join(page.bodies["h1"])
 
 
-def test_tokens_reach_the_page_as_data_unchanged() -> None:
+def test_tokens_are_stored_unchanged_as_data() -> None:
     source = map_of(HOSTILE).to_html()
     (data,) = re.findall(r'<script type="application/json" id="map">(.*?)</script>', source, flags=re.DOTALL)
     assert not set("<>&") & set(data)
     assert [token["text"] for token in json.loads(data)["keys"]] == list(HOSTILE)
 
 
-def test_weights_on_the_page_are_the_maps_to_a_step_of_its_greatest() -> None:
+def test_page_weights_equal_the_maps_to_16_bits() -> None:
     weights = np.random.default_rng(7).dirichlet(np.ones(5), size=(3, 5)).astype(np.float32)
     source = map_of(tuple("abcde"), raw=weights, heads=(0, 1, 2)).to_html()
     (data,) = re.findall(r'id="map">(.*?)</script>', source, flags=re.DOTALL)
@@ -112,7 +112,7 @@ def test_weights_on_the_page_are_the_maps_to_a_step_of_its_greatest() -> None:
     assert described["heads"] == [0, 1, 2]
 
 
-def test_policy_lets_only_the_pages_own_script_and_style_run_and_loads_nothing() -> None:
+def test_content_policy_allows_only_the_pages_script_and_style() -> None:
     source = map_of(("a", "b")).to_html()
     page = Page(source)
     (content,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', source)
@@ -127,24 +127,24 @@ def test_policy_lets_only_the_pages_own_script_and_style_run_and_loads_nothing()
     assert "http" not in source.replace("http-equiv", "")
 
 
-def test_without_scripts_the_strongest_links_are_there() -> None:
+def test_page_without_scripts_lists_the_strongest_links() -> None:
     page = Page(map_of(("alpha", "beta")).to_html())
     assert "alpha" in page.bodies["td"]
     assert "noscript" in page.tags
 
 
-def test_links_say_what_they_leave_out() -> None:
+def test_page_of_links_states_the_omitted_weight() -> None:
     raw = RawLinks(np.array([0, 1, 2]), np.array([1, 0], dtype=np.int32), np.array([0.75, 0.75], dtype=np.float32))
     found = map_of(("a", "b"), raw=raw, residual=np.array([[0.25, 0.25]], dtype=np.float32))
     assert "the omitted ones sum to 25.0% of a row" in found.to_html()
     assert "omitted" not in map_of(("a", "b")).to_html()
 
 
-def test_map_of_nothing_but_zeros_has_a_page() -> None:
+def test_map_of_zeros_has_a_page() -> None:
     assert "<h1>" in map_of(("a", "b"), raw=np.zeros((1, 2, 2), dtype=np.float32)).to_html()
 
 
-def test_notebook_shows_the_page_in_a_frame_of_its_own() -> None:
+def test_notebook_shows_the_page_in_a_sandboxed_iframe() -> None:
     frame = Page(map_of(HOSTILE)._repr_html_())
     assert frame.tags == ["iframe"]
     attributes = frame.attributes["iframe#"]
@@ -152,7 +152,7 @@ def test_notebook_shows_the_page_in_a_frame_of_its_own() -> None:
     assert attributes["srcdoc"] == map_of(HOSTILE).to_html()
 
 
-def test_text_in_other_scripts_travels_through_a_real_answer(shared_server: FakeServer) -> None:
+def test_text_in_other_scripts_is_unchanged_on_the_page(shared_server: FakeServer) -> None:
     with Client(shared_server.target) as client:
         found = client.infer("fake", "Käufer übernimmt 責任 🙂", attention=True).attention[0]
     data = found.to_html().split('id="map">')[1].split("</script>")[0]
@@ -173,13 +173,13 @@ def test_figure_labels_its_axes_with_the_tokens() -> None:
     figure.canvas.draw()
 
 
-def test_figure_of_one_head_says_which() -> None:
+def test_figure_of_one_head_names_it() -> None:
     found = map_of(("a", "b"), raw=np.stack([np.eye(2), np.ones((2, 2)) / 2]).astype(np.float32), heads=(0, 5))
     figure = found.plot(head=5)
     assert "head 5" in figure.axes[0].get_title()
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), found.weights[1])
 
 
-def test_long_sentence_is_drawn_without_labels() -> None:
+def test_figure_of_many_tokens_has_no_labels() -> None:
     axes = map_of(tuple(str(number) for number in range(100))).plot().axes[0]
     assert "99" not in [label.get_text() for label in axes.get_xticklabels()]

@@ -1,4 +1,4 @@
-"""Windowed maps: the band that came, what it is over all keys, and how it is drawn."""
+"""Windowed maps: the received band, its weights over all keys, and how it is drawn."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def wire_map(keys=KEYS, raw=BAND):
     return result.attention[0]
 
 
-def test_a_band_is_kept_as_it_came_and_laid_out_when_asked():
+def test_band_is_kept_and_scattered_on_access():
     [each] = [wire_map()]
     np.testing.assert_array_equal(each.band, BAND)
     np.testing.assert_array_equal(each.band_keys, KEYS)
@@ -66,13 +66,13 @@ def test_a_band_is_kept_as_it_came_and_laid_out_when_asked():
     np.testing.assert_array_equal(each.outside, [[False, False, True], [False] * 3, [True, False, False]])
 
 
-def test_weights_in_bytes_are_laid_out_as_weights():
+def test_uint8_band_is_decoded_to_weights():
     each = banded(np.rint(BAND * 255).astype(np.uint8))
     np.testing.assert_allclose(each.weights.sum(axis=2), 1, atol=3 / 510)  # each of a row's weights is off by 1/510
     np.testing.assert_allclose(each.band, BAND, atol=1 / 510)
 
 
-def test_a_dense_map_has_no_band_and_nothing_outside():
+def test_dense_map_has_no_band():
     with FakeServer() as server, Client(server.target) as client:
         [each, *_] = client.infer("fake", TEXT, attention=True).attention
     assert each.band is None
@@ -90,12 +90,12 @@ def test_a_dense_map_has_no_band_and_nothing_outside():
         (KEYS[:, :2], "3 queries and 2 keys"),
     ],
 )
-def test_a_band_that_breaks_the_contract_is_refused(keys, fault):
+def test_inconsistent_band_is_a_bad_answer(keys, fault):
     with pytest.raises(BadAnswer, match=fault):
         wire_map(keys)
 
 
-def test_links_of_a_band_are_those_of_the_map_over_all_keys():
+def test_links_of_a_band_equal_those_of_the_scattered_map():
     with FakeServer(window=1) as server, Client(server.target) as client:
         [each, *_] = client.infer("fake", TEXT, attention=True).attention
     dense = AttentionMap(
@@ -108,7 +108,7 @@ def test_links_of_a_band_are_those_of_the_map_over_all_keys():
         assert each.links(**choice) == dense.links(**choice)
 
 
-def test_equal_links_come_in_the_order_of_their_keys():
+def test_equal_links_are_sorted_by_key():
     assert [(link.query, link.key) for link in banded().links(top=4)] == [
         ("a", "a"),
         ("b", "b"),
@@ -121,7 +121,7 @@ def test_equal_links_come_in_the_order_of_their_keys():
     "selection",
     [AttentionSelection(), AttentionSelection(queries=[1, -1]), AttentionSelection(heads="mean", dtype="uint8")],
 )
-def test_the_fake_server_answers_windowed_sites_with_their_band(selection):
+def test_fake_server_returns_bands_for_windowed_sites(selection):
     with FakeServer(window=2) as server, Client(server.target) as client:
         result = client.infer("fake", TEXT, attention=selection)
         assert {site.form for site in client.model("fake").sites} == {"windowed"}
@@ -131,7 +131,7 @@ def test_the_fake_server_answers_windowed_sites_with_their_band(selection):
         np.testing.assert_allclose(each.band.sum(axis=2), 1, atol=5 / 510)  # of bytes; float32 is far closer
 
 
-def test_the_fake_server_lays_out_what_needs_whole_rows():
+def test_fake_server_returns_whole_rows_where_a_reduction_needs_them():
     with FakeServer(window=1) as server, Client(server.target) as client:
         for selection in (
             AttentionSelection(unit="word"),
@@ -143,26 +143,26 @@ def test_the_fake_server_lays_out_what_needs_whole_rows():
     assert np.diff(links.raw.row_offsets).max() == 3  # a row has no more keys than its window
 
 
-def test_plain_types_have_the_band_and_its_keys():
+def test_to_dict_has_the_band_and_its_keys():
     plain = json.loads(json.dumps(banded().to_dict()))
     assert plain["band_keys"] == KEYS.tolist()
     assert np.shape(plain["weights"]) == (1, 3, 3)
     assert plain["weights"] == BAND.tolist()
 
 
-def test_the_page_says_what_is_outside_the_window():
+def test_page_has_one_bit_for_each_cell_outside_the_window():
     page = banded().to_html()
     [data] = re.findall(r'id="map">(.*?)</script>', page)
     bits = np.unpackbits(np.frombuffer(base64.b64decode(json.loads(data)["outside"]), np.uint8))[:9]
     assert bits.reshape(3, 3).astype(bool).tolist() == banded().outside.tolist()
 
 
-def test_the_figure_leaves_out_what_is_outside_the_window():
+def test_figure_masks_cells_outside_the_window():
     image = banded().plot().axes[0].images[0]
     np.testing.assert_array_equal(np.ma.getmaskarray(image.get_array()), banded().outside)
 
 
-def test_the_terminal_marks_what_is_outside_the_window():
+def test_terminal_marks_cells_outside_the_window():
     each = banded()
     console = Console(width=60, color_system=None)
     lines = [line.plain for line in heatmap(each, each.head_weights(), console)]

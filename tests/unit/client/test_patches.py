@@ -1,4 +1,4 @@
-"""Maps over the patches of an image: laid out as the image is, in numbers, a terminal, a page and a picture."""
+"""Maps over the patches of an image, arranged as in the image: as arrays, on a terminal, a page and a figure."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import re
 
 import numpy as np
 import pytest
-from attnserve.v1 import attention_pb2, model_pb2
+from attnserve.v1 import attention_pb2
 from attnserve_client import AttentionMap
-from attnserve_client._models import model_of
 from attnserve_client._results import _maps_of
 from attnserve_client._tensors import to_tensor
 from attnserve_client.cli._heatmap import heatmap
-from attnserve_client.cli._show import show_model
 from attnserve_client.data_types import PatchGrid
 from attnserve_client.errors import BadAnswer
 from rich.console import Console
@@ -27,7 +25,7 @@ WORDS = ["a", "red", "dog"]
 def answer(
     weights: np.ndarray, rows: list[str], columns: list[str], *, grids: str = "columns", **fields: object
 ) -> AttentionMap:
-    """A map of rows over columns, as it comes from the wire; `grids` says which sides are patches."""
+    """A received map of rows over columns; `grids` lists the sides that are patches."""
 
     def units(axis: str, texts: list[str], side: str) -> attention_pb2.AxisUnits:
         grid = {"grid_rows": 2, "grid_columns": 3, "leading": len(texts) - 6} if side in grids else {}
@@ -57,12 +55,12 @@ def words_over_patches() -> AttentionMap:
     return answer(np.random.default_rng(0).dirichlet(np.ones(7), (2, 3)), WORDS, PATCHES)
 
 
-def test_plain_types_have_the_grid_of_the_patches() -> None:
+def test_to_dict_has_the_image_grid() -> None:
     plain = json.loads(json.dumps(words_over_patches().to_dict()))
     assert plain["grids"] == {"patches": {"rows": 2, "columns": 3, "leading": 1}}
 
 
-def test_row_is_laid_out_as_the_image_is() -> None:
+def test_panels_arrange_weights_as_in_the_image() -> None:
     found = words_over_patches()
     assert found.grids == {"patches": GRID}
     panels = found.over_patches(head=1)
@@ -71,30 +69,30 @@ def test_row_is_laid_out_as_the_image_is() -> None:
     np.testing.assert_array_equal(found.over_patches()[0].weights, found.weights.mean(0)[0, 1:].reshape(2, 3))
 
 
-def test_patches_that_were_left_out_are_no_numbers() -> None:
+def test_unselected_patches_are_nan() -> None:
     found = answer(np.full((1, 3, 2), 0.5), WORDS, PATCHES, key_indices=[2, 6])
     np.testing.assert_array_equal(found.over_patches()[0].weights, [[np.nan, 0.5, np.nan], [np.nan, np.nan, 0.5]])
 
 
-def test_where_the_queries_are_patches_a_panel_says_what_looks_at_each_key() -> None:
+def test_queries_that_are_patches_give_a_panel_for_each_key() -> None:
     weights = np.random.default_rng(1).random((1, 7, 3))
     found = answer(weights, PATCHES, WORDS, grids="rows")
     assert [panel.token.text for panel in found.over_patches()] == WORDS
     np.testing.assert_allclose(found.over_patches()[1].weights, weights[0, 1:, 1].reshape(2, 3).astype(np.float32))
 
 
-def test_text_alone_has_no_panels() -> None:
+def test_map_without_patches_has_no_panels() -> None:
     assert answer(np.ones((1, 3, 7)) / 7, WORDS, PATCHES, grids="").over_patches() == []
 
 
-def test_grid_that_does_not_cover_its_axis_breaks_the_contract() -> None:
+def test_grid_that_does_not_cover_its_axis_is_a_bad_answer() -> None:
     units = attention_pb2.AxisUnits(axis="patches", length=5, grid_rows=2, grid_columns=3)
     with pytest.raises(BadAnswer, match="axis 'patches' has 5 units and a grid of 0 and 2 x 3 patches"):
         _maps_of(attention_pb2.Attention(axes=[units]), "clip")
 
 
 @pytest.mark.parametrize("count", [3, 40])
-def test_figure_has_a_picture_for_each_word_up_to_a_bound(count: int) -> None:
+def test_figure_has_at_most_24_panels(count: int) -> None:
     words = [f"w{number}" for number in range(count)]
     figure = answer(np.random.default_rng(0).dirichlet(np.ones(7), (2, count)), words, PATCHES).plot()
     pictures = [axes for axes in figure.axes if axes.get_images() and axes.get_title()]
@@ -105,7 +103,7 @@ def test_figure_has_a_picture_for_each_word_up_to_a_bound(count: int) -> None:
     figure.savefig(io.BytesIO(), format="png")
 
 
-def test_terminal_shows_the_image_once_for_each_word() -> None:
+def test_terminal_shows_a_panel_for_each_word() -> None:
     weights = np.zeros((1, 3, 7))
     weights[0, 1, 6] = 1.0
     found = answer(weights, WORDS, PATCHES)
@@ -118,14 +116,14 @@ def test_terminal_shows_the_image_once_for_each_word() -> None:
     assert lines[-1].endswith("1.000")
 
 
-def test_terminal_bounds_the_number_of_images() -> None:
+def test_terminal_shows_at_most_12_panels() -> None:
     words = [f"w{number}" for number in range(30)]
     found = answer(np.full((1, 30, 7), 1 / 7), words, PATCHES)
     lines = [line.plain for line in heatmap(found, found.head_weights(), Console(width=40, color_system="truecolor"))]
     assert "12 of 30 units, those with the strongest links" in lines
 
 
-def test_page_knows_the_grid() -> None:
+def test_page_has_the_image_grid() -> None:
     (data,) = re.findall(r'id="map">(.*?)</script>', words_over_patches().to_html(), re.DOTALL)
     assert json.loads(data)["keyGrid"] == {"rows": 2, "columns": 3, "leading": 1}
     assert json.loads(data)["queryGrid"] is None
@@ -139,51 +137,3 @@ def test_cross_map_of_two_texts_has_rows_of_one_and_columns_of_the_other() -> No
     shown = [line.plain for line in heatmap(found, found.head_weights(), Console(width=80, color_system=None))]
     assert shown[0] == "columns: 0 a  1 red  2 dog"
     assert any(line.startswith("1 Hund") for line in shown)
-
-
-def test_model_tells_its_grids_vocabularies_and_texts() -> None:
-    info = model_of(
-        model_pb2.Model(
-            name="clip",
-            axes=[model_pb2.Axis(symbol="patches", max_length=7, grid_rows=2, grid_columns=3, leading=1)],
-            inputs=[model_pb2.TensorSpec(name="input_ids", vocabulary_size=50)],
-            text_axis="source",
-            text_pair_axis="target",
-        )
-    )
-    assert info.axes[0].grid == GRID
-    assert info.inputs[0].vocabulary_size == 50
-    console = Console(width=200, record=True, file=io.StringIO())
-    show_model(console, info)
-    shown = console.export_text()
-    assert "axis   patches, at most 7, not padded, 2 × 3 patches" in shown
-    assert "texts  along source and, of a pair, target" in shown
-    assert "batch  " not in shown, "a server that does not tell of batching"
-
-
-def test_model_tells_what_is_known_of_batching_and_the_policy() -> None:
-    info = model_of(
-        model_pb2.Model(
-            name="int8",
-            batching_policy=model_pb2.BATCHING_POLICY_PROVED,
-            batch_status=model_pb2.BATCHING_STATUS_REFUTED,
-            batch_reason="one scale for all rows",
-            axes=[
-                model_pb2.Axis(
-                    symbol="seq",
-                    max_length=9,
-                    paddable=True,
-                    padding_status=model_pb2.BATCHING_STATUS_TESTED,
-                    padding_reason="finite mask, unbounded scores",
-                )
-            ],
-        )
-    )
-    assert (info.batching, info.batched, info.batch_status) == ("proved", False, "refuted")
-    assert info.batch_reason == "one scale for all rows"
-    assert (info.axes[0].padding_status, info.axes[0].padding_reason) == ("tested", "finite mask, unbounded scores")
-    console = Console(width=200, record=True, file=io.StringIO())
-    show_model(console, info)
-    shown = console.export_text()
-    assert "axis   seq, at most 9, padded (tested: finite mask, unbounded scores)" in shown
-    assert "batch  every sequence runs alone (refuted: one scale for all rows), under the policy 'proved'" in shown

@@ -1,4 +1,4 @@
-"""When a request is sent again: the policy with a clock of its own, then both clients against a failing server."""
+"""Retries: the policy with a fake clock, and both clients against a failing server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def retrying(policy: RetryPolicy, clock: Clock, jitter: float = 1.0) -> Retrying
     multiplier=st.floats(1, 100),
     most=st.floats(0, 100),
 )
-def test_backoff_lies_between_the_servers_delay_and_that_plus_the_cap(
+def test_backoff_exceeds_the_servers_delay_by_at_most_the_cap(
     attempt: int, retry_delay_s: float | None, jitter: float, initial: float, multiplier: float, most: float
 ) -> None:
     policy = RetryPolicy(initial_backoff_s=initial, multiplier=multiplier, max_backoff_s=most)
@@ -50,7 +50,7 @@ def test_backoff_doubles_up_to_its_cap() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"max_attempts": 0}, {"initial_backoff_s": -1.0}, {"budget_return": -0.1}, {"multiplier": 0.5}]
 )
-def test_policy_refuses_values_that_make_no_sense(wrong: dict[str, Any]) -> None:
+def test_policy_refuses_values_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be at least"):
         RetryPolicy(**wrong)
 
@@ -67,18 +67,18 @@ def test_policy_refuses_values_that_make_no_sense(wrong: dict[str, Any]) -> None
         (AttnserveError("message too large", code="RESOURCE_EXHAUSTED"), False),
     ],
 )
-def test_only_what_another_attempt_may_mend_is_retried(error: AttnserveError, retried: bool) -> None:
+def test_only_overload_and_unavailability_are_retried(error: AttnserveError, retried: bool) -> None:
     attempts = retrying(RetryPolicy(), Clock()).attempts(None)
     assert (attempts.wait_after(error) is not None) is retried
 
 
-def test_attempts_end_at_their_maximum() -> None:
+def test_attempts_stop_at_their_maximum() -> None:
     attempts = retrying(RetryPolicy(max_attempts=3), Clock()).attempts(None)
     waits = [attempts.wait_after(Overloaded("full")) for _ in range(3)]
     assert [wait is not None for wait in waits] == [True, True, False]
 
 
-def test_wait_that_would_end_past_the_deadline_is_not_begun() -> None:
+def test_wait_past_the_deadline_is_not_started() -> None:
     clock = Clock()
     attempts = retrying(RetryPolicy(), clock).attempts(clock.now + 1.0)
     assert attempts.wait_after(Overloaded("full", retry_delay_s=0.5)) is not None
@@ -94,7 +94,7 @@ def test_remaining_time_is_never_negative() -> None:
     assert attempts.remaining_s() == 0.0
 
 
-def test_budget_stops_retries_at_half_and_grows_back_by_successes() -> None:
+def test_budget_stops_retries_at_half_and_refills_by_successes() -> None:
     budget = RetryBudget(RetryPolicy(budget_tokens=10, budget_return=0.1))
     assert [budget.failed() for _ in range(6)] == [True, True, True, True, False, False]
     for _ in range(21):
@@ -105,14 +105,14 @@ def test_budget_stops_retries_at_half_and_grows_back_by_successes() -> None:
     assert budget.tokens == 10
 
 
-def test_budget_never_falls_below_nothing() -> None:
+def test_budget_is_never_negative() -> None:
     budget = RetryBudget(RetryPolicy(budget_tokens=2))
     for _ in range(10):
         budget.failed()
     assert budget.tokens == 0
 
 
-async def test_refusal_is_hidden_by_a_retry_that_waits_as_the_server_told(driver: Any, server: FakeServer) -> None:
+async def test_refused_request_is_retried_after_the_servers_delay(driver: Any, server: FakeServer) -> None:
     server.fail_next(server.overloaded(retry_delay_s=0.25))
     server.fail_next(server.not_serving("loading", retry_delay_s=0.5))
     answer = await driver.infer("fake", "a text", request_id="mine")
@@ -123,7 +123,7 @@ async def test_refusal_is_hidden_by_a_retry_that_waits_as_the_server_told(driver
     assert 0.5 <= second <= 0.5 + 0.2
 
 
-async def test_answer_too_large_is_not_asked_for_again(driver: Any, server: FakeServer) -> None:
+async def test_too_large_response_is_not_retried(driver: Any, server: FakeServer) -> None:
     metadata = {"predicted_bytes": "200", "allowed_bytes": "100"}
     error = ResponseTooLarge("too large", code="RESOURCE_EXHAUSTED", reason="RESPONSE_TOO_LARGE", metadata=metadata)
     server.fail_next(error)
@@ -141,16 +141,18 @@ async def attempts_per_call(driver: Any, server: FakeServer, calls: int) -> floa
     return len(server.requests) / calls
 
 
-async def test_failing_server_gets_at_most_a_tenth_more_requests(driver: Any, server: FakeServer) -> None:
+async def test_failing_server_receives_at_most_a_tenth_more_requests(driver: Any, server: FakeServer) -> None:
     assert await attempts_per_call(driver, server, 60) <= 1.1
 
 
-async def test_without_the_budget_a_failing_server_gets_a_retry_storm(patient_driver: Any, server: FakeServer) -> None:
+async def test_control_without_the_budget_every_call_makes_all_attempts(
+    patient_driver: Any, server: FakeServer
+) -> None:
     assert await attempts_per_call(patient_driver, server, 20) == 4.0
 
 
 async def test_timeout_covers_all_attempts(driver: Any, server: FakeServer) -> None:
-    clock = itertools.count(step=1.0)  # every look at the clock finds a second gone
+    clock = itertools.count(step=1.0)  # each reading of the clock is a second later
     retries = driver.client._retrying
     driver.client._retrying = Retrying(retries.policy, retries.budget, lambda: float(next(clock)), lambda: 0.5)
     server.fail_next(server.overloaded(), times=10)

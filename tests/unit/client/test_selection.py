@@ -1,0 +1,72 @@
+"""Selections of attention: their encoding, and the field that an invalid one names."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+from attnserve_client import AttentionSelection, InvalidRequest
+from attnserve_client._selection import HeadReduction, LayerReduction, SpecialTokens, Unit, WeightDtype, selection_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+INTEGERS = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4).map(tuple)
+SELECTIONS = st.builds(
+    AttentionSelection,
+    sites=st.lists(st.text(max_size=5), max_size=3),
+    layers=INTEGERS,
+    heads=INTEGERS,
+    head_reduction=st.none() | st.sampled_from(get_args(HeadReduction)),
+    layer_reduction=st.none() | st.sampled_from(get_args(LayerReduction)),
+    queries=INTEGERS,
+    unit=st.none() | st.sampled_from(get_args(Unit)),
+    special_tokens=st.none() | st.sampled_from(get_args(SpecialTokens)),
+    top_k=st.integers(0, 2**32 - 1),
+    min_weight=st.floats(0, 1, width=32),
+    dtype=st.none() | st.sampled_from(get_args(WeightDtype)),
+)
+
+
+@given(selection=SELECTIONS)
+def test_selection_round_trips_through_the_wire(selection: AttentionSelection) -> None:
+    assert AttentionSelection.from_wire(selection.to_wire()) == selection
+
+
+@pytest.mark.parametrize("word", ["each", "mean", "max"])
+def test_heads_may_be_a_reduction_over_all_heads(word: Any) -> None:
+    assert AttentionSelection(heads=word) == AttentionSelection(head_reduction=word)
+    assert AttentionSelection(heads=word, head_reduction=word).heads == ()
+
+
+def test_listed_heads_may_be_joined() -> None:
+    message = AttentionSelection(heads=[0, -1], head_reduction="mean", sites="encoder").to_wire()
+    assert list(message.heads) == [0, -1]
+    assert list(message.sites) == ["encoder"]
+
+
+@pytest.mark.parametrize(
+    ("selection", "field"),
+    [
+        (lambda: AttentionSelection(heads="mean", head_reduction="max"), "attention.head_reduction"),
+        (lambda: AttentionSelection(heads="median").to_wire(), "attention.head_reduction"),  # type: ignore[arg-type]
+        (lambda: AttentionSelection(unit="letter").to_wire(), "attention.unit"),  # type: ignore[arg-type]
+        (lambda: AttentionSelection(dtype="int8").to_wire(), "attention.dtype"),  # type: ignore[arg-type]
+        (lambda: AttentionSelection(layer_reduction="sum").to_wire(), "attention.layer_reduction"),  # type: ignore[arg-type]
+        (lambda: AttentionSelection(special_tokens="hide").to_wire(), "attention.special_tokens"),  # type: ignore[arg-type]
+        (lambda: AttentionSelection(layers=[0, 2**31]).to_wire(), "attention.layers[1]"),
+        (lambda: AttentionSelection(top_k=-1).to_wire(), "attention.top_k"),
+    ],
+    ids=["two heads", "heads", "unit", "dtype", "layers", "special", "layer number", "top_k"],
+)
+def test_invalid_selection_lists_its_field(selection: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        selection()
+    assert caught.value.violations[0].field == field
+
+
+def test_attention_is_a_selection_or_a_bool() -> None:
+    assert selection_of(None) is None
+    assert selection_of(False) is None
+    assert selection_of(True) is not None
+    with pytest.raises(TypeError, match="AttentionSelection, a bool or None"):
+        selection_of("all")  # type: ignore[arg-type]
