@@ -1,7 +1,23 @@
-"""The attnserve server. Rooms and their order are drawn in ARCHITECTURE.md."""
+"""The attnserve server. ARCHITECTURE.md draws its rooms and their order."""
 
 import os
 
-# From 1.32 on, onnxruntime reports to its makers unless this is set before it is loaded. What a server runs is its
-# operator's affair; who wants the reports sets it to 0.
+# From 1.32 on, onnxruntime sends telemetry unless this is set before it is loaded. Set the variable to 0 to allow it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+__version__: str
+"""Version of the installed distribution; `unknown` in a source tree that is not installed."""
+
+
+def __getattr__(name: str) -> str:
+    # On first use, because the container's health probe imports this package every few seconds.
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import metadata  # noqa: PLC0415 - as above
+
+    try:
+        found = metadata.version("attnserve")
+    except metadata.PackageNotFoundError:
+        found = "unknown"
+    globals()[name] = found
+    return found

@@ -1,37 +1,112 @@
-"""`attnserve-server`: its entry point. The commands are in modules of their own, and `_app` puts them together."""
+"""Entry point of `attnserve-server`. Commands that run models from elsewhere run in a child process.
+
+A model can end the process that runs it. In a child process, that too becomes one sentence and an exit code.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
 import sys
-
-from attnserve_server.cli.child import run_in_child
+import tempfile
+from collections.abc import Sequence
+from types import FrameType
 
 EXIT_REFUSED = 2
-"""As for every command line that cannot be carried out."""
+"""Exit code of a command that cannot be carried out, or whose model ended the child process."""
 RUN_FOREIGN_MODELS = {"export", "prepare", "inspect", "check"}
-"""Commands that read and run what somebody else made."""
+"""Commands that read and run files of other makers."""
+_CHILD = "from attnserve_server.cli import run_as_child; run_as_child()"
+_MEMORY_SHARE = 0.9
+"""Share of the machine's memory that a child may use, so that it cannot exhaust the machine."""
 
 
 def main() -> None:
-    """Runs the command line. A failure that we know is told in one sentence on standard error, without a traceback."""
+    """Run the command line. A known failure is one sentence on standard error, without a traceback."""
     if sys.argv[1:2] and sys.argv[1] in RUN_FOREIGN_MODELS:
-        sys.exit(run_in_child(_main))
-    _main()
+        # -P: without it, modules in the working folder would be imported in place of installed ones.
+        sys.exit(run_in_child([sys.executable, "-P", "-c", _CHILD, *sys.argv[1:]]))
+    _run_command()
 
 
-def _main() -> None:
+def run_in_child(command: Sequence[str]) -> int:
+    """Run a command to its end, and remove its temporary files.
+
+    A signal that asks this process to stop is passed on. An interrupt from the terminal reaches the child by itself.
+
+    Args:
+        command: the program and its arguments.
+
+    Returns:
+        The command's exit code; 128 plus the signal's number if it was asked to stop; `EXIT_REFUSED` if any other
+        signal ended it, after one sentence on standard error.
+    """
+    scratch = tempfile.mkdtemp(prefix="attnserve-")
+    sys.stdout.flush()
+    sys.stderr.flush()
     try:
-        from attnserve_server.cli._app import app  # noqa: PLC0415 - the base install has none of what it imports
+        child = subprocess.Popen(command, env={**os.environ, "TMPDIR": scratch})  # noqa: S603 - our own interpreter
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            child.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            return _wait(child)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def run_as_child() -> None:
+    """Run the command line in this process, within a limit of memory."""
+    limit_memory()
+    _run_command()
+
+
+def limit_memory() -> None:
+    """Limit this process to 90 % of the machine's memory, if the system has such limits."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # noqa: PLC0415 - some systems do not have it
+
+        limit = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _MEMORY_SHARE)
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    while True:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            continue  # the child gets it too, and ends by itself
+        break
+    if code >= 0:
+        return code
+    if -code in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}:
+        return 128 - code
+    why = "ran out of memory, or was killed" if -code == signal.SIGKILL else f"ended by {signal.Signals(-code).name}"
+    sys.stderr.write(f"error: the model ended the runtime's process: it {why}; no bundle was written\n")
+    return EXIT_REFUSED
+
+
+def _run_command() -> None:
+    try:
+        from attnserve_server.cli._app import app  # noqa: PLC0415 - the base install lacks its libraries
     except ModuleNotFoundError as missing:
         if (missing.name or "").startswith("attnserve"):
             raise
-        # Whether a runtime for CPUs or for GPUs is wanted only the person knows.
         needs = f"attnserve-server needs {missing.name}: pip install 'attnserve[server]'"
         sys.exit(_refused(f"{needs} (with a GPU: 'attnserve[server-gpu]')"))
     from attnserve_server.domain.errors import AttnserveError  # noqa: PLC0415 - as above
 
     try:
-        app()
+        app(prog_name="attnserve-server")
     except AttnserveError as error:
         sys.exit(_refused(f"attnserve-server: {error}"))
 

@@ -1,20 +1,20 @@
-"""The Typer application of `attnserve-server`: registers every command. Each command is in the module of its name."""
+"""The Typer application of `attnserve-server`: registers every command. Each command is in the module of its group."""
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from attnserve_server.cli import check, convert, healthcheck, inspect, serve
+from attnserve_server import __version__
+from attnserve_server.cli import check, convert, inspect, serve
 
 app = typer.Typer(name="attnserve-server", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"attnserve-server {metadata.version('attnserve')}")
+        typer.echo(f"attnserve-server {__version__}")
         raise typer.Exit
 
 
@@ -31,4 +31,3 @@ serve.register(app)
 convert.register(app)
 inspect.register(app)
 check.register(app)
-healthcheck.register(app)

@@ -1,4 +1,7 @@
-"""`attnserve-server serve`: its flags are the settings, one each, so that the two cannot drift apart."""
+"""`attnserve-server serve` and `healthcheck`: run a server, and check whether a running one is ready.
+
+The flags of `serve` are generated from the settings, one for each, so that the two cannot differ.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,40 @@ import uvloop
 
 from attnserve_server.app import Application
 from attnserve_server.config import Settings, flag_of, variable_of
+from attnserve_server.observability import probe
 from attnserve_server.observability.logs import configure
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command to the command line."""
-    app.command(name="serve")(_command())
+    """Add the commands to the command line."""
+    app.command(name="serve")(_serve_command())
+    app.command()(healthcheck)
+
+
+def healthcheck(
+    host: Annotated[
+        str, typer.Option(envvar=probe.HOST_VARIABLE, help="Address that the server listens on.")
+    ] = probe.DEFAULT_HOST,
+    port: Annotated[
+        int, typer.Option("--http-port", envvar=probe.PORT_VARIABLE, help="HTTP port of the server.")
+    ] = probe.DEFAULT_PORT,
+    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = probe.DEFAULT_TIMEOUT_S,
+) -> None:
+    """Check whether a running server is ready: exit code 0 if so, 1 if not."""
+    reason = probe.why_not_ready(host, port, timeout_s)
+    if reason:
+        typer.echo(f"not ready: {reason}", err=True)
+        raise typer.Exit(1)
+    typer.echo("ready")
 
 
 async def _serve(settings: Settings) -> int:
-    # Built inside the loop: gRPC binds its objects to the loop that is running.
+    # gRPC binds its objects to the running loop, so the application is built inside it.
     return await Application(settings).run()
 
 
-def _command() -> Any:
-    """The command, with one string flag for each setting: pydantic reads them all, and tells all faults at once."""
+def _serve_command() -> Any:
+    """The command, with a string flag for each setting: pydantic parses them, and reports all faults together."""
 
     def serve(**flags: str | None) -> None:
         """Serve every model of a repository over gRPC, with metrics and readiness over HTTP."""

@@ -1,4 +1,4 @@
-"""The container's health command against a real HTTP server: its exit code is all that an orchestrator sees."""
+"""The health check against a real HTTP server: an orchestrator reads its exit code only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from attnserve_server.cli import healthcheck
+from attnserve_server.cli import serve
 from attnserve_server.observability import probe as health
 from typer.testing import CliRunner
 
@@ -27,7 +27,7 @@ class _Probe(BaseHTTPRequestHandler):
         self.wfile.write(b"minilm/1 is loading")
 
     def log_message(self, *args: object) -> None:
-        """Keeps quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def probe() -> Iterator[tuple[type[_Probe], int]]:
 @pytest.fixture
 def app() -> typer.Typer:
     app = typer.Typer()
-    healthcheck.register(app)
+    app.command()(serve.healthcheck)
     return app
 
 
@@ -65,14 +65,14 @@ def test_unready_server_gives_exit_code_1_and_its_reason(probe: tuple[type[_Prob
     assert "/readyz answered 503: minilm/1 is loading" in result.output
 
 
-def test_silence_gives_exit_code_1(probe: tuple[type[_Probe], int], app: typer.Typer) -> None:
-    # Port 1 on loopback: nothing of ours listens there.
+def test_closed_port_gives_exit_code_1(probe: tuple[type[_Probe], int], app: typer.Typer) -> None:
+    # Port 1 on loopback: no server listens there.
     result = CliRunner().invoke(app, ["--http-port", "1"])
     assert result.exit_code == 1
     assert "no answer from port 1" in result.output
 
 
-def test_server_s_own_variables_say_where_to_ask(probe: tuple[type[_Probe], int], app: typer.Typer) -> None:
+def test_address_comes_from_the_server_s_variables(probe: tuple[type[_Probe], int], app: typer.Typer) -> None:
     _, port = probe
     settings = {"ATTNSERVE_HOST": "0.0.0.0", "ATTNSERVE_HTTP_PORT": str(port)}
     assert CliRunner(env=settings).invoke(app, []).exit_code == 0
@@ -82,11 +82,11 @@ def test_server_s_own_variables_say_where_to_ask(probe: tuple[type[_Probe], int]
     ("listens", "asked"),
     [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("127.0.0.1", "127.0.0.1"), ("10.1.2.3", "10.1.2.3"), ("box", "box")],
 )
-def test_server_that_listens_everywhere_is_asked_on_loopback(listens: str, asked: str) -> None:
+def test_server_on_all_addresses_is_checked_on_loopback(listens: str, asked: str) -> None:
     assert health.reachable_host(listens) == asked
 
 
-def test_module_alone_asks_where_the_variables_say(
+def test_probe_module_reads_the_address_from_variables(
     probe: tuple[type[_Probe], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     handler, port = probe
@@ -98,8 +98,8 @@ def test_module_alone_asks_where_the_variables_say(
     assert capsys.readouterr().out == "ready\nnot ready: /readyz answered 503: minilm/1 is loading\n"
 
 
-def test_module_alone_loads_the_standard_library_only() -> None:
-    """It runs every few seconds beside the server and shares its cores."""
+def test_probe_module_loads_the_standard_library_only() -> None:
+    """It runs every few seconds and shares the server's cores."""
     code = "import sys, attnserve_server.observability.probe; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=_bare(), check=True)
     assert set(done.stdout.split()) - sys.stdlib_module_names - {"__main__"} == {"attnserve_server"}

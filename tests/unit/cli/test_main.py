@@ -6,8 +6,10 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
+import attnserve_server
 import pytest
 from attnserve_server import cli
 
@@ -29,12 +31,29 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     return caught.value.code
 
 
-def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_that_of_the_distribution(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(monkeypatch, "--version") == 0
-    assert capsys.readouterr().out.startswith("attnserve-server 0.")
+    assert capsys.readouterr().out == f"attnserve-server {metadata.version('attnserve')}\n"
+    assert attnserve_server.__version__ == metadata.version("attnserve")
 
 
-def test_a_repository_without_models_is_told_in_one_sentence(
+def test_version_of_a_source_tree_that_is_not_installed_is_unknown() -> None:
+    code = "import attnserve_server; print(attnserve_server.__version__)"
+    environment = {"PYTHONPATH": str(Path(attnserve_server.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout == "unknown\n"
+
+
+def test_package_has_no_other_lazy_attributes() -> None:
+    with pytest.raises(AttributeError, match="module 'attnserve_server' has no attribute 'other'"):
+        attnserve_server.other  # noqa: B018 - the access is the test
+
+
+def test_repository_without_models_is_reported_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     code = run(monkeypatch, "serve", "--repository", str(tmp_path), "--grpc-port", "0", "--http-port", "0")
@@ -44,7 +63,7 @@ def test_a_repository_without_models_is_told_in_one_sentence(
     assert "Traceback" not in error
 
 
-def test_every_command_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
     for command in ("serve", "export", "prepare", "inspect", "check", "healthcheck"):
@@ -52,8 +71,8 @@ def test_every_command_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 @pytest.mark.parametrize("missing", ["typer", "pydantic_settings", "onnxruntime", "grpc_health"])
-def test_the_command_without_its_extra_says_so_in_one_sentence(missing: str) -> None:
-    # None in sys.modules is how Python itself marks a module that is not to be found.
+def test_missing_extra_is_reported_in_one_sentence(missing: str) -> None:
+    # None in sys.modules makes the import fail as for a missing module.
     program = f"import sys; sys.modules[{missing!r}] = None; from attnserve_server.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == cli.EXIT_REFUSED
