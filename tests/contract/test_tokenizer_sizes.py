@@ -120,11 +120,11 @@ async def test_a_text_that_the_tokenizer_cannot_cut_is_refused(client: AsyncClie
     [
         (
             "fixed",
-            "texts along 'seq' are padded to 8 tokens and cut to 8, as tokenizer.json says: the model has no mask",
+            "texts along 'seq' are padded to 8 tokens and cut to 8, as in tokenizer.json: the model has no mask",
         ),
-        ("multiple", "texts along 'seq' are padded to a multiple of 4 tokens, as tokenizer.json says"),
-        ("cut", "texts along 'seq' are cut to 3, as tokenizer.json says"),
-        ("ignored", "texts along 'seq' are padded to 8 tokens, as tokenizer.json says"),
+        ("multiple", "texts along 'seq' are padded to a multiple of 4 tokens, as in tokenizer.json"),
+        ("cut", "texts along 'seq' are cut to 3, as in tokenizer.json"),
+        ("ignored", "texts along 'seq' are padded to 8 tokens, as in tokenizer.json"),
     ],
 )
 def test_conversion_says_what_is_kept(tmp_path: Path, name: str, said: str) -> None:
@@ -133,7 +133,7 @@ def test_conversion_says_what_is_kept(tmp_path: Path, name: str, said: str) -> N
     assert bundle.manifest.text is not None
     assert bundle.manifest.text.as_written == ("seq",)
     other, quiet = prepared(tmp_path, "heeded", CASES["heeded"], max_length=32)
-    assert "as tokenizer.json says" not in quiet
+    assert "as in tokenizer.json" not in quiet
     assert other.manifest.text is not None
     assert other.manifest.text.as_written == ()
 

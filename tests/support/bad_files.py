@@ -146,20 +146,20 @@ BAD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "a function that calls itself": (_calling_itself, "not a valid .*recursive"),
     "functions that would make a billion nodes": (
         lambda: small([node("f29", "x", domain="mine")], functions=_doubling(30), domains=("mine",)),
-        r"has 536870912 nodes once its functions are written out, more than 1000000",
+        r"has 536870912 nodes after its functions are inlined; the limit is 1000000",
     ),
-    "an IR version to come": (lambda: _set(tanh(), ir_version=99), "of IR version 99; 3 to [0-9]+ are supported"),
-    "an IR version of old": (lambda: _set(tanh(), ir_version=2), "of IR version 2; 3 to"),
-    "no IR version": (lambda: _set(tanh(), ir_version=0), "of IR version 0; 3 to"),
-    "an opset to come": (lambda: encoder(opset=99), "of opset 99; 11 to [0-9]+ are supported"),
-    "an opset of old": (lambda: encoder(opset=10), "of opset 10; 11 to"),
+    "an IR version to come": (lambda: _set(tanh(), ir_version=99), "has IR version 99; 3 to [0-9]+ are supported"),
+    "an IR version of old": (lambda: _set(tanh(), ir_version=2), "has IR version 2; 3 to"),
+    "no IR version": (lambda: _set(tanh(), ir_version=0), "has IR version 0; 3 to"),
+    "an opset to come": (lambda: encoder(opset=99), "has opset 99; 11 to [0-9]+ are supported"),
+    "an opset of old": (lambda: encoder(opset=10), "has opset 10; 11 to"),
     "no opset": (
         lambda: changed(tanh(), lambda model: model.ClearField("opset_import")),
-        "names no version of the standard operators; opsets 11 to",
+        "declares no opset of the standard operators; 11 to",
     ),
     "two opsets": (
         lambda: changed(tanh(), lambda model: model.opset_import.append(helper.make_opsetid("ai.onnx", 17))),
-        "names two opsets, 17 and 18",
+        "declares two opsets, 17 and 18",
     ),
     "an input of sequences": (lambda: _typed(SEQUENCE_TYPE), "'odd' is of type sequence; only tensors can be served"),
     "an input of maps": (lambda: _typed(MAP_TYPE), "'odd' is of type map; only tensors"),
@@ -182,8 +182,8 @@ BAD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     ),
     "an input without a shape": (lambda: _shaped(None), "'x0' has no known shape: name its axes"),
     "a scalar input": (lambda: _shaped([]), "'x0' is a scalar: its first axis must be the batch"),
-    "an axis of negative length": (lambda: _shaped(["n", -1]), "axis 1 has the extent -1: name its axes"),
-    "an axis of no length": (lambda: _shaped(["n", 0]), "axis 1 has the extent 0"),
+    "an axis of negative length": (lambda: _shaped(["n", -1]), "axis 1 has the size -1: name its axes"),
+    "an axis of no length": (lambda: _shaped(["n", 0]), "axis 1 has the size 0"),
     "a fixed batch": (lambda: _shaped([8, 4]), "fixed at 8: export the model with a dynamic first axis"),
     "named axes that must be equal": (
         lambda: _shaped(["n", "a"], ["n", "b"]),
@@ -202,7 +202,7 @@ BAD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     ),
     "doubled outputs": (
         lambda: changed(tanh(), lambda model: model.graph.output.append(model.graph.output[0])),
-        "two of its outputs have one name",
+        "two outputs have the same name",
     ),
     "doubled initialisers": (
         lambda: changed(
@@ -408,13 +408,13 @@ def outside(folder: Path, way: str) -> Path:
 
 
 OUTSIDE = {
-    "../ranker.data": "outside its own folder", "./../../x/ranker.data": "outside its own folder",
-    "..\\ranker.data": "outside its own folder", "C:\\ranker.data": "outside its own folder",
-    "inner/../../ranker.data": "outside its own folder", "absolute": "outside its own folder",
-    "no name": "outside its own folder", "a zero": "missing",
-    "symbolic link": "links are not followed", "hard link": "links are not followed",
-    "link to a folder": "links are not followed|outside its own folder|missing", "a folder": "no file of its own",
-    "a pipe": "no file of its own", "missing": "'ranker.data' is missing", "cut short": "cut short",
+    "../ranker.data": "outside the model's folder", "./../../x/ranker.data": "outside the model's folder",
+    "..\\ranker.data": "outside the model's folder", "C:\\ranker.data": "outside the model's folder",
+    "inner/../../ranker.data": "outside the model's folder", "absolute": "outside the model's folder",
+    "no name": "outside the model's folder", "a zero": "missing",
+    "symbolic link": "is a link", "hard link": "is a link",
+    "link to a folder": "is a link|outside the model's folder|missing", "a folder": "no regular file",
+    "a pipe": "no regular file", "missing": "'ranker.data' is missing", "cut short": "cut short",
     "an offset past the end": "cut short", "an offset below zero": "cut short|outside",
-    "an offset that is no number": "cut short|outside", "a length of 3 GiB": "exceed the 2147483647",
+    "an offset that is no number": "cut short|outside", "a length of 3 GiB": "the limit of an ONNX file is 2147483647",
 }  # fmt: skip

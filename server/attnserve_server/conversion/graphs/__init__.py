@@ -1,1 +1,1 @@
-"""Graphs on their way into a bundle: files read with care, copied with taps, opened for checks, written."""
+"""Read ONNX files with care, walk graphs, and write new nodes into them. Knows nothing of attention; runs nothing."""

@@ -1,7 +1,11 @@
-"""A graph from a file that anybody may have made: read within bounds, or refused in one sentence. Runs nothing."""
+"""Read an ONNX file of unknown origin: within bounds of memory and time, and checked, or refused in one sentence.
+
+`read_graph` takes a file and `checked` a model; both raise BuildRefused. Nothing is run.
+"""
 
 from __future__ import annotations
 
+import math
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,23 +21,24 @@ from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.graphs.operators import (
     refuse_unknown_operators,
     refuse_unknown_versions,
-    without_what_only_the_runtime_has,
+    runtime_operators_set_apart,
+    subgraphs_of,
 )
 
 HOW_TO_NAME = "name its axes in the file, as onnx.tools.update_model_dims does, or in the export"
 MAX_GRAPH_BYTES = 2**31 - 1
-"""What one protobuf message can hold."""
+"""The limit of one protobuf message."""
 MAX_NODES = 1_000_000
-"""Nodes of a graph with its functions written out; the largest models have some ten thousand. Functions of functions
-could make any number from a small file."""
+"""The limit of nodes after functions are inlined. The largest models have some ten thousand; functions that call
+functions could make any number from a small file."""
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    """A model from a file, whole (external data is read in) and checked, with inferred shapes.
+    """Read a model with its external data, check it, and infer its shapes.
 
     Raises:
-        BuildRefused: it is no ONNX file, is cut short, is invalid, needs what is not supported, reads data from
-            elsewhere, or is over 2 GiB.
+        BuildRefused: the file is no ONNX file, is cut short or invalid, needs a version or operator that is not
+            supported, refers to data outside its folder, or exceeds 2 GiB.
     """
     name = path.name
     if not path.is_file():
@@ -43,7 +48,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
         raise _too_large(name, size)
     proto = onnx.ModelProto()
     try:
-        # Not by onnx.load, which goes by the name and takes other formats for others.
+        # onnx.load would choose the format by the file's name.
         proto.ParseFromString(path.read_bytes())
     except (DecodeError, OSError, ValueError):
         raise BuildRefused(f"{name} is not an ONNX file, or is cut short") from None
@@ -55,10 +60,10 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def checked(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """A model with its functions written out, its nodes in order and its shapes inferred.
+    """Check a model and return it with its functions inlined, its nodes in order and its shapes inferred.
 
     Raises:
-        BuildRefused: it is invalid, needs what is not supported, or is over 2 GiB.
+        BuildRefused: the model is invalid, needs a version or operator that is not supported, or exceeds 2 GiB.
     """
     if proto.ByteSize() > MAX_GRAPH_BYTES:
         raise _too_large(name, proto.ByteSize())
@@ -66,24 +71,23 @@ def checked(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     for value in proto.graph.input:
         kind = value.type.WhichOneof("value") or "unknown_type"
         if kind != "tensor_type":
-            said = f"input {value.name!r} is of type {kind.removesuffix('_type')}"
-            raise BuildRefused(f"{said}; only tensors can be served")
+            raise BuildRefused(not_a_tensor(value.name, kind))
         if not _has_shape(value):
             raise BuildRefused(f"input {value.name!r} has no known shape: {HOW_TO_NAME}")
     outputs = [value.name for value in proto.graph.output]
     if len(set(outputs)) < len(outputs):
-        raise BuildRefused(f"{name} is not a valid ONNX model: two of its outputs have one name")
+        raise BuildRefused(f"{name} is not a valid ONNX model: two outputs have the same name")
     proto = _in_order(proto, name)
-    _part_names(proto)
+    _rename_duplicates(proto)
     try:
         _check(proto)
         if proto.functions:
             _refuse_too_many_nodes(proto, name)
-            # Finders look through the graph alone.
+            # Finders do not look into functions.
             proto = onnx.inliner.inline_local_functions(proto)
         refuse_unknown_operators(proto, name)
         proto = onnx.shape_inference.infer_shapes(proto)
-        # The way through the other library finds what the first does not, such as names that are no text.
+        # onnx_ir refuses models that onnx accepts, such as those with names that are not UTF-8.
         model = ir.from_proto(proto)
         model.graph.initializers.clear()
         ir.to_proto(model)
@@ -94,15 +98,20 @@ def checked(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     return proto
 
 
+def not_a_tensor(name: str, kind: str) -> str:
+    """Return the refusal of an input of another type, such as `sequence_type`."""
+    return f"input {name!r} is of type {kind.removesuffix('_type')}; only tensors can be served"
+
+
 def _check(proto: onnx.ModelProto) -> None:
-    """The library's checker, which wants a shape of every output; running the model will tell those left out."""
+    """Run onnx's checker without the outputs that have no shape, which it requires; a run finds these shapes later."""
     outputs = list(proto.graph.output)
     shaped = [value for value in outputs if not value.type.HasField("tensor_type") or _has_shape(value)]
     try:
         if len(shaped) < len(outputs):
             del proto.graph.output[:]
             proto.graph.output.extend(shaped)
-        with without_what_only_the_runtime_has(proto):
+        with runtime_operators_set_apart(proto):
             onnx.checker.check_model(proto)
     finally:
         if len(shaped) < len(outputs):
@@ -115,7 +124,7 @@ def _has_shape(value: onnx.ValueInfoProto) -> bool:
 
 
 def _read_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    """Read a model's external data in, from files of its own folder alone."""
+    """Read a model's external data into it, from files in the model's folder only."""
     name = path.name
     total = proto.ByteSize()
     for tensor in _external_tensors(proto):
@@ -126,8 +135,10 @@ def _read_external_data(proto: onnx.ModelProto, path: Path) -> None:
         except (OSError, ValueError):
             raise BuildRefused(f"{name}: its external data {data.name!r} is missing") from None
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            # What a link leads to is not in the folder, or may be changed from outside of it.
-            raise BuildRefused(f"{name}: its external data {data.name!r} is no file of its own: links are not followed")
+            # A link's target may be outside the folder, or be changed from outside.
+            raise BuildRefused(
+                f"{name}: its external data {data.name!r} is a link or no regular file; copy the data itself"
+            )
         length = facts.get("length", "")
         total += int(length) if length.isdecimal() and len(length) < 20 else status.st_size
         if total > MAX_GRAPH_BYTES:
@@ -135,19 +146,19 @@ def _read_external_data(proto: onnx.ModelProto, path: Path) -> None:
     try:
         load_external_data_for_model(proto, str(path.parent))
     except Exception:  # noqa: BLE001 - the boundary to onnx, which raises many types here
-        raise BuildRefused(f"{name}: its external data is missing, cut short, or outside its own folder") from None
+        raise BuildRefused(f"{name}: its external data is missing, cut short, or outside the model's folder") from None
 
 
 def _inside(location: str, name: str) -> str:
-    """A location that cannot lead out of the model's folder: no drive, no root, no way up."""
+    """Return a location if it cannot leave the model's folder: it has no drive, no root and no `..`."""
     for path in (PurePosixPath(location), PureWindowsPath(location)):
         if not location or path.is_absolute() or path.drive or path.root or ".." in path.parts:
-            raise BuildRefused(f"{name}: its external data lies outside its own folder")
+            raise BuildRefused(f"{name}: its external data is outside the model's folder")
     return location
 
 
 def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """All tensors whose data is elsewhere, those of constants and subgraphs included."""
+    """Yield all tensors with external data, those of constants and subgraphs included."""
     graphs: list[onnx.GraphProto] = [proto.graph]
     nodes: list[onnx.NodeProto] = [node for function in proto.functions for node in function.node]
     while graphs or nodes:
@@ -156,13 +167,14 @@ def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             yield from (tensor for tensor in graph.initializer if uses_external_data(tensor))
             nodes.extend(graph.node)
             continue
-        for attribute in nodes.pop().attribute:
+        node = nodes.pop()
+        for attribute in node.attribute:
             yield from (tensor for tensor in (attribute.t, *attribute.tensors) if uses_external_data(tensor))
-            graphs.extend((*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs))
+        graphs.extend(subgraphs_of(node))
 
 
 def _in_order(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """The model with its nodes in an order in which they can run; exporters do not always write them so."""
+    """Return the model with its nodes sorted so that they can run; some exporters write them in another order."""
     known = {value.name for value in proto.graph.input} | {tensor.name for tensor in proto.graph.initializer}
     known.update(sparse.values.name for sparse in proto.graph.sparse_initializer)
     made = {output for node in proto.graph.node for output in node.output}
@@ -178,14 +190,16 @@ def _in_order(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
         return ir.to_proto(model)
     except ValueError as fault:
         if "cycle" in str(fault):
-            raise BuildRefused(f"{name} has a cycle: a node takes what is made from its own output") from None
+            raise BuildRefused(
+                f"{name} has a cycle: a node takes a value that is computed from its own output"
+            ) from None
         raise BuildRefused(f"{name} is not a valid ONNX model: {_first_words(fault)}") from None
     except Exception as fault:  # noqa: BLE001 - the boundary to onnx_ir, which raises many types for invalid graphs
         raise BuildRefused(f"{name} is not a valid ONNX model: {_first_words(fault)}") from None
 
 
-def _part_names(proto: onnx.ModelProto) -> None:
-    """Give nodes that share a name names of their own: the standard lets them, and the runtime does not."""
+def _rename_duplicates(proto: onnx.ModelProto) -> None:
+    """Rename nodes that share a name; the standard allows that, and the runtime does not."""
     seen: set[str] = set()
     for position, node in enumerate(proto.graph.node):
         if node.name in seen:
@@ -195,7 +209,7 @@ def _part_names(proto: onnx.ModelProto) -> None:
 
 
 def _refuse_too_many_nodes(proto: onnx.ModelProto, name: str) -> None:
-    """Count before writing functions out. The checker has seen that none calls itself."""
+    """Count the nodes before functions are inlined. The checker has refused functions that call themselves."""
     functions = {(function.domain, function.name): function for function in proto.functions}
     sizes: dict[tuple[str, str], int] = {}
 
@@ -210,15 +224,17 @@ def _refuse_too_many_nodes(proto: onnx.ModelProto, name: str) -> None:
         for node in proto.graph.node
     )
     if total > MAX_NODES:
-        raise BuildRefused(f"{name} has {total} nodes once its functions are written out, more than {MAX_NODES}")
+        raise BuildRefused(f"{name} has {total} nodes after its functions are inlined; the limit is {MAX_NODES}")
 
 
 def _too_large(name: str, size: int) -> BuildRefused:
-    return BuildRefused(f"{name}: {size} bytes, with its external data, exceed the {MAX_GRAPH_BYTES} of one ONNX file")
+    return BuildRefused(
+        f"{name} has {size} bytes with its external data; the limit of an ONNX file is {MAX_GRAPH_BYTES}"
+    )
 
 
 def _first_words(fault: Exception) -> str:
-    """The first line of the message of a library's first cause, and its second where the first ends in a colon."""
+    """Return the first line of the message of the first cause, and the second line if the first ends in a colon."""
     while fault.__cause__ is not None and isinstance(fault.__cause__, Exception):
         fault = fault.__cause__
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
@@ -231,23 +247,20 @@ _INTEGRAL = {
     *("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits"),
     *("QAttention", "QLinearMatMul"),
 }
-"""Operators that multiply integers."""
+"""MatMuls and attention of integers."""
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Write a model into one file."""
+    """Write a model to one file."""
     ir.save(model, path)
 
 
 def precision_of(proto: onnx.ModelProto) -> Literal["fp32", "fp16", "int8"]:
-    """What kernels work in: int8 where they are integer ones, fp16 where most weights are float16, else fp32."""
+    """Return int8 if a MatMul has integer operands, fp16 if most weights are float16, else fp32."""
     if any(node.op_type in _INTEGRAL for node in proto.graph.node):
         return "int8"
     sizes: dict[int, int] = {onnx.TensorProto.FLOAT16: 0, onnx.TensorProto.FLOAT: 0}
     for tensor in proto.graph.initializer:
         if tensor.data_type in sizes:
-            count = 1
-            for extent in tensor.dims:
-                count *= extent
-            sizes[tensor.data_type] += count
+            sizes[tensor.data_type] += math.prod(tensor.dims)
     return "fp16" if sizes[onnx.TensorProto.FLOAT16] > sizes[onnx.TensorProto.FLOAT] else "fp32"

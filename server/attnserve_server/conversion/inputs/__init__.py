@@ -1,1 +1,1 @@
-"""What a graph's inputs are, and made-up ones to run it on."""
+"""Read the inputs of a graph: types, roles, axes, ranges, masks, and how text fills them. Runs nothing."""

@@ -1,8 +1,18 @@
-"""Follows the numbers of inputs through a graph, to every operator that looks rows up with them."""
+"""Follow the numbers of inputs through a graph, node by node, to every operator that looks rows up with them.
+
+An example: which row of which table each number of `ids` (B, T) reads.
+
+    ids           Carried: one element, the formula n -> n
+    Sub ids, 1    Carried: one element, the formula n -> n - 1
+    Max ..., 0    Carried: one element, the formula n -> max(n - 1, 0)
+    Gather table  need: (that element, a table of 512 rows)      -> index_ranges.py: n may be -513 .. 512
+
+Values that depend on an input in a way that has no formula are `tainted` with it; a lookup with such a value is `lost`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Final
@@ -10,31 +20,44 @@ from typing import Any, Final
 import numpy as np
 import onnx
 
-from attnserve_server.conversion.inputs.constants import folded_by, small_initializers
-from attnserve_server.conversion.inputs.formulas import ELEMENTWISE, THE_NUMBER, Formula, applied, constant
+from attnserve_server.conversion.graphs.operators import STANDARD, subgraphs_of
+from attnserve_server.conversion.inputs.formulas import (
+    ELEMENTWISE,
+    THE_NUMBER,
+    Formula,
+    applied,
+    constant,
+    folded_by,
+    small_initializers,
+)
 from attnserve_server.conversion.inputs.lookups import Lookup, lookups_of
 from attnserve_server.domain.values import Array
 
 _CHOOSING: Final = frozenset(("Gather", "GatherElements", "GatherND", "Slice", "Split"))
-"""Operators whose elements are some of those of what they are given."""
+"""Operators whose result has some of the elements of their first input."""
 _MOVING: Final = frozenset(
     ("CastLike", "Dropout", "Expand", "Flatten", "Pad", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze")
 )
-"""Operators whose elements are all of those of what they are given, at other places."""
+"""Operators whose result has all elements of their first input, at other places."""
 _KEEPS_ROWS: Final = frozenset(("CastLike", "Dropout", "Expand", "Flatten", "Reshape", "Squeeze", "Unsqueeze"))
-"""Of those, the ones that leave the columns of a last axis side by side where its length stays."""
-_TELLS_NO_NUMBER: Final = frozenset(("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "TopK", "Unique"))
-"""Operators whose results depend on shapes alone, or are places that always exist."""
+"""Of those, the ones that keep the columns of the last axis in order, if its size stays."""
+_HAS_NO_INPUT_NUMBER: Final = frozenset(("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "TopK", "Unique"))
+"""Operators whose results are sizes, or positions that always exist."""
 _WHOLE_TYPES: Final = frozenset((2, 3, 4, 5, 6, 7, 12, 13))
-"""ONNX's numbers of the integer types."""
+"""ONNX's integer types."""
 _MOST_COLUMNS: Final = 256
+"""The most columns of an input that are followed separately."""
 
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """A number of one input: the column that it stands in along the last axis (None: any), and what became of it.
+    """What the graph computed from a number of one input.
 
-    `whole`: it is an integer by now.
+    Attributes:
+        input: its name.
+        column: the column of the number along the input's last axis; None: any.
+        formula: the number as the graph has it now, as a function of the input's.
+        whole: whether it is an integer.
     """
 
     input: str
@@ -45,10 +68,12 @@ class Element:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """What a value holds of inputs, in some order; of a last axis of several columns, in order, where `rank` is set.
+    """The elements that a value holds.
 
-    `rank`: of the value, where its last axis has one column for each element; else 0. Two values of one `layout` hold
-    the same elements at the same places.
+    Attributes:
+        elements: in the order of the columns where `rank` is set, else in any order.
+        layout: two values with the same layout hold the same elements at the same places.
+        rank: of the value, where its last axis has one column for each element; else 0.
     """
 
     elements: tuple[Element, ...]
@@ -57,29 +82,33 @@ class Carried:
 
     @property
     def mixed(self) -> bool:
-        """Whether several columns are in it, and not known which element is of which."""
+        """Return whether elements of several columns are in the value at unknown places."""
         return not self.rank and len({element.column for element in self.elements}) > 1
 
 
 @dataclass(slots=True)
 class Walk:
-    """What is known of values by name, in the order of the nodes.
+    """What is known of values, by name; nodes are added in the graph's order.
 
-    `needs` are the elements that rows are looked up with. `lost` are inputs that rows are looked up with in a way that
-    is not followed.
+    Attributes:
+        shapes: of values; a dynamic dimension is its symbol, or 0 without one.
+        constants: small constants.
+        carried: values with a formula for every element.
+        tainted: values without, and the inputs that they depend on.
+        needs: the elements that rows are looked up with.
+        lost: the inputs that rows are looked up with by a tainted value.
     """
 
     shapes: Mapping[str, tuple[int | str, ...]]
     constants: dict[str, Array] = field(default_factory=dict)
     carried: dict[str, Carried] = field(default_factory=dict)
     tainted: dict[str, frozenset[str]] = field(default_factory=dict)
-    """Inputs that a value depends on in a way that is not followed."""
     needs: list[tuple[Element, Lookup]] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, graph: onnx.GraphProto, inputs: Mapping[str, np.dtype[np.generic]]) -> Walk:
-        """The walk through a whole graph, with what it found of these inputs."""
+        """Walk through a whole graph, following these inputs (types by name)."""
         walk = cls(_shapes(graph), small_initializers(graph))
         for value in graph.input:
             if value.name in inputs:
@@ -89,19 +118,19 @@ class Walk:
         return walk
 
     def take(self, node: onnx.NodeProto) -> None:
-        """Take in one node and its inner graphs, which see the values outside."""
-        extents = [
+        """Add one node and its subgraphs, which may read the outer values."""
+        shapes = [
             self.constants[name].shape if name in self.constants else self.shapes.get(name) for name in node.input
         ]
-        for lookup in lookups_of(node, extents):
+        for lookup in lookups_of(node, shapes):
             self._look_up(node.input[lookup.position], lookup)
         sources = frozenset[str]().union(*(self._inputs_of(name) for name in node.input))
-        for inner in _inner_graphs(node):
+        for inner in subgraphs_of(node):
             self._enter(node, inner, sources)
         folded = folded_by(node, self.constants, self.shapes)
         if folded is not None:
             self.constants[node.output[0]] = folded
-        if folded is not None or node.op_type in _TELLS_NO_NUMBER:
+        if folded is not None or node.op_type in _HAS_NO_INPUT_NUMBER:
             return
         result = self._result(node)
         for at, output in enumerate(node.output):
@@ -111,7 +140,7 @@ class Walk:
                 self.tainted[output] = sources
 
     def _enter(self, node: onnx.NodeProto, inner: onnx.GraphProto, sources: frozenset[str]) -> None:
-        """Take in an inner graph. A scan hands its body whole elements; what a loop hands on changes as it goes."""
+        """Add a subgraph. Scan passes whole elements to its body; what a Loop passes on changes between rounds."""
         self.constants |= small_initializers(inner)
         scanned = next((each.i for each in node.attribute if each.name == "num_scan_inputs"), 0)
         for at, value in enumerate(inner.input):
@@ -138,8 +167,8 @@ class Walk:
         self.needs += [(element, lookup) for element in elements]
 
     def _result(self, node: onnx.NodeProto) -> tuple[Carried, ...]:
-        """What each output carries, without a layout where that is a new one; none where nothing can be followed."""
-        if node.domain not in {"", "ai.onnx"}:
+        """Return what each output carries, with layout "" where it is a new one; empty where there is no formula."""
+        if node.domain not in STANDARD:
             return ()
         if node.op_type in ELEMENTWISE:
             return self._elementwise(node)
@@ -156,13 +185,13 @@ class Walk:
         return (self._moved(source, node.output[0], keeps=node.op_type in _KEEPS_ROWS),)
 
     def _moved(self, source: Carried, output: str, *, keeps: bool) -> Carried:
-        """All elements at other places; still in columns where the last axis is as long as before."""
+        """Return all elements at other places; still in columns where the last axis keeps its size."""
         shape = self.shapes.get(output, ())
         rank = len(shape) if keeps and source.rank and shape[-1:] == (len(source.elements),) else 0
         return Carried(source.elements, "", rank)
 
     def _chosen(self, node: onnx.NodeProto, source: Carried) -> tuple[Carried, ...]:
-        """Some of the elements: of one column, of several, or of any."""
+        """Return the elements that a node selects: those of the columns that constants name, or of any."""
         attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
         if source.rank:
             numbers = [self.constants.get(name) for name in node.input[1:]]
@@ -209,9 +238,9 @@ class Walk:
 def _columns(
     node: onnx.NodeProto, attributes: Mapping[str, Any], numbers: list[Array | None], source: Carried
 ) -> list[tuple[list[int], int]] | None:
-    """For each output the columns that it takes along the last axis, and its rank where they stay an axis, else 0.
+    """Return, for each output, the columns of the last axis that it takes, and its rank if they stay an axis, else 0.
 
-    None where the node takes none by constants, or takes from another axis.
+    None where constants do not name the columns, or the node selects along another axis.
     """
     last, count, rank = {-1, source.rank - 1}, len(source.elements), source.rank
     if node.op_type in {"Gather", "Split"} and attributes.get("axis", 0) not in last:
@@ -235,15 +264,16 @@ def _columns(
 
 
 def _start(value: onnx.ValueInfoProto, *, whole: bool) -> Carried:
-    extents = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
-    if len(extents) > 1 and 1 < extents[-1] <= _MOST_COLUMNS:
-        elements = tuple(Element(value.name, column, THE_NUMBER, whole) for column in range(extents[-1]))
-        return Carried(elements, value.name, rank=len(extents))
+    """Return an input before any node: one element, or one for each column of a last axis of fixed size."""
+    sizes = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+    if len(sizes) > 1 and 1 < sizes[-1] <= _MOST_COLUMNS:
+        elements = tuple(Element(value.name, column, THE_NUMBER, whole) for column in range(sizes[-1]))
+        return Carried(elements, value.name, rank=len(sizes))
     return Carried((Element(value.name, None, THE_NUMBER, whole),), value.name)
 
 
 def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int | str, ...]]:
-    """Shapes by name, the symbol of a dynamic extent, 0 for one without."""
+    """Return shapes by name; a dynamic dimension is its symbol, or 0 without one."""
     shapes: dict[str, tuple[int | str, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.value_info):
         if value.name not in shapes and value.type.tensor_type.HasField("shape"):
@@ -251,11 +281,3 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int | str, ...]]:
                 axis.dim_value or axis.dim_param or 0 for axis in value.type.tensor_type.shape.dim
             )
     return shapes
-
-
-def _inner_graphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs

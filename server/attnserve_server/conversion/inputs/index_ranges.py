@@ -1,4 +1,7 @@
-"""Which numbers an input may hold that a graph looks rows up with: those for which every lookup has a row."""
+"""Find the numbers that an input may hold: those for which every table lookup of the graph has a row.
+
+following.py finds the lookups; this module evaluates their formulas for all numbers that are near the tables' rows.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,28 @@ from attnserve_server.conversion.inputs.lookups import Lookup
 from attnserve_server.model.specs import IndexRange
 
 _MOST_RANGES: Final = 8
+"""The most ranges of one input."""
 _Runs = tuple[tuple[int, int], ...]
 """Legal numbers as (least, greatest), ascending."""
 
 
 @dataclass(frozen=True, slots=True)
 class IndexRanges:
-    """Ranges by the name of the input; inputs that are `lost` look rows up in a way that tells no range."""
+    """Ranges by the name of the input. `lost`: inputs that look rows up, and whose ranges are not known."""
 
     of: Mapping[str, tuple[IndexRange, ...]]
     lost: frozenset[str]
 
 
 def index_ranges_of(graph: onnx.GraphProto, inputs: Mapping[str, np.dtype[np.generic]]) -> IndexRanges:
-    """The ranges of inputs that lookups bound.
+    """Return the ranges of inputs that lookups bound.
 
-    Follows each input through what leaves its numbers whole: moved, offset, clipped, chosen among, cast. Where columns
-    of a last axis of fixed length look up tables of their own, each has a range of its own.
+    Follows each input through operators that keep its numbers whole: moves, offsets, clips, selections, casts. Columns
+    of a last axis of fixed size may look up different tables; each column then has its own range.
 
     Args:
         graph: with inferred shapes.
-        inputs: the types of the inputs that are followed, by name.
+        inputs: the types of the inputs to follow, by name.
     """
     walk = Walk.of(graph, inputs)
     symbols = _sequence_symbols(graph)
@@ -55,14 +59,14 @@ def index_ranges_of(graph: onnx.GraphProto, inputs: Mapping[str, np.dtype[np.gen
 
 
 def _sequence_symbols(graph: onnx.GraphProto) -> frozenset[str]:
-    """The symbols of axes of inputs, without those of the batch."""
+    """Return the symbols of the axes of inputs, except those of the batch."""
     axes = [value.type.tensor_type.shape.dim for value in graph.input]
     named = {axis.dim_param for each in axes for axis in each[1:] if axis.dim_param}
     return frozenset(named - {each[0].dim_param for each in axes if each})
 
 
 def _along(needs: Sequence[tuple[Element, Lookup]], symbols: frozenset[str]) -> tuple[IndexRange, ...] | None:
-    """The range of an input that looks up the positions of one axis, moved by a constant at most; None for others."""
+    """Return the range of an input that holds positions along one axis, plus a constant; None for any other."""
     tried = np.arange(-8.0, 9.0)
     known: set[tuple[int | str, float]] = set()
     for element, lookup in needs:
@@ -84,7 +88,7 @@ def _columns_of(value: onnx.ValueInfoProto) -> int:
 def _ranges(
     needs: Sequence[tuple[Element, Lookup]], dtype: np.dtype[np.generic], columns: int
 ) -> tuple[IndexRange, ...] | None:
-    """The ranges that meet all needs; empty where any number does, None where they cannot be told."""
+    """Return the ranges that meet all needs; empty where every number does, None where they are not known."""
     by_column: dict[int | None, list[tuple[Element, Lookup]]] = {}
     for element, lookup in needs:
         by_column.setdefault(element.column, []).append((element, lookup))
@@ -104,9 +108,9 @@ def _ranges(
 
 
 def _legal(needs: Sequence[tuple[Element, Lookup]], dtype: np.dtype[np.generic]) -> _Runs | None:
-    """The runs of numbers that every lookup has a row for, found by trying all that are near its rows.
+    """Return the runs of numbers for which every lookup has a row, by evaluating all numbers that are near its rows.
 
-    Empty where all numbers of the type are legal; None where none is, or there are too many runs or numbers to try.
+    Empty where all numbers of the type are legal; None where none is, or there are too many runs or numbers.
     """
     rows_of = [int(lookup.rows) for _, lookup in needs]
     reach = int(max(element.formula.reach + rows for (element, _), rows in zip(needs, rows_of, strict=True))) + 2
@@ -122,7 +126,7 @@ def _legal(needs: Sequence[tuple[Element, Lookup]], dtype: np.dtype[np.generic])
     runs = [(int(numbers[start]), int(numbers[end - 1])) for start, end in edges.reshape(-1, 2)]
     if not 1 <= len(runs) <= _MOST_RANGES:
         return None
-    # What holds for the last number that is tried, past all rows and constants, holds for all beyond it.
+    # The first and the last number are beyond all rows and constants, so the same holds for all numbers past them.
     first, last, least, greatest = numbers[0], numbers[-1], int(kind.min), int(kind.max)
     widened = tuple((least if a == first else a, greatest if b == last else b) for a, b in runs)
     return () if widened == ((least, greatest),) else widened

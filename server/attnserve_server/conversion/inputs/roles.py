@@ -1,4 +1,4 @@
-"""What an input of whole numbers is for: told by its name, and, where names say little, by the table it looks up."""
+"""Find the role of an input of whole numbers: by its name, or by the size of the table that it looks up."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 import onnx
 
-from attnserve_server.conversion.inputs.vocabulary import vocabulary_size_of
+from attnserve_server.conversion.inputs.lookups import vocabulary_size_of
 from attnserve_server.model.manifest import InputRole
 
 _NUMBERED = re.compile(r"[._:]\d+$")
-"""What exporters put behind a name: `input_ids_0`, `input.1`, `ids:0`."""
+"""Suffixes that exporters add to a name: `input_ids_0`, `input.1`, `ids:0`."""
 _IDS = re.compile(r"(?:^|_)(?:ids|tokens?)$")
 _OTHER_IDS = re.compile(
     r"(?:^|_)(?:position|pos|type|segment|class|label|language|lang|task|expert|image|user)s?_?ids?$"
@@ -21,14 +21,14 @@ _POSITIONS = {"position_ids", "positions", "pos_ids", "position"}
 _MASKS = re.compile(
     r"^(?:(?:encoder|decoder|source|target|src|tgt|text|query|passage)_)?(?:attention|attn|input)_mask$|^mask$"
 )
-"""Masks that are known to be 1 where there is data; a `padding_mask` may be either way round."""
+"""Masks that are 1 where there is data. A `padding_mask` may be 1 or 0 there, and is not among them."""
 _SECOND = re.compile(r"(?:^|_)(?:decoder|target|tgt|labels?|prev_output|second|passage|hypothesis)(?:_|$)")
 _TYPES_AT_MOST = 2
-"""Rows of a table of token types, where only the table tells."""
+"""The most rows of a table of token types, where the name does not state the role."""
 
 
 def plain_name(name: str) -> str:
-    """An input's name without what exporters add to it: case, a serving prefix, a number."""
+    """Return an input's name in lower case, without the serving prefix and the number that exporters add."""
     bare = name.lower().removeprefix("serving_default_")
     while (shorter := _NUMBERED.sub("", bare)) != bare:
         bare = shorter
@@ -36,25 +36,25 @@ def plain_name(name: str) -> str:
 
 
 def is_second(name: str) -> bool:
-    """Whether an input belongs to the second of two texts, as a decoder's does, by its name."""
+    """Return whether an input belongs to the second of two texts, such as a decoder's, by its name."""
     return _SECOND.search(plain_name(name)) is not None
 
 
 def is_position(name: str) -> bool:
-    """Whether an input numbers the positions, by its name."""
+    """Return whether an input holds positions, by its name."""
     return plain_name(name).removeprefix("decoder_") in _POSITIONS
 
 
 def roles_of(graph: onnx.GraphProto, axes: Mapping[str, str]) -> tuple[dict[str, InputRole], dict[str, int]]:
-    """Roles of inputs of whole numbers, rank 2 with the batch, and the vocabularies of those that hold token ids.
+    """Return the roles of inputs of whole numbers (B, T), and the vocabulary sizes of those that hold token ids.
 
-    `input_ids` are token ids, as are other names that say so if the graph looks a table up with them. Where no name
-    along an axis says so, the input that looks up the largest table holds them, whatever it is called; one that looks
-    up two rows holds token types.
+    `input_ids` are token ids; other names of ids are, if the graph looks a table up with them. Where no name along an
+    axis is one of ids, the input with the largest table holds them, regardless of its name. An input with a table of
+    two rows holds token types.
 
     Args:
-        graph: whose inputs they are.
-        axes: of each such input, its name to the symbol, or length, of its second axis.
+        graph: that has the inputs.
+        axes: by input name, the symbol, or size, of its second axis.
 
     Returns:
         Roles by name, each at most once along an axis, and vocabulary sizes by name (0: not known).

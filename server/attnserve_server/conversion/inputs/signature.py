@@ -1,4 +1,7 @@
-"""What the inputs of a graph are: types, roles, and axis symbols by their shapes. Runs nothing."""
+"""Read the signature of a graph: the types, roles, shapes and axis symbols of its inputs.
+
+`signature_of` raises BuildRefused for inputs that the server cannot fill. Nothing is run.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,27 @@ import onnx
 from onnx import helper
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.graphs.reading import HOW_TO_NAME
+from attnserve_server.conversion.graphs.reading import HOW_TO_NAME, not_a_tensor
 from attnserve_server.conversion.inputs.additive import additive_masks_of
 from attnserve_server.conversion.inputs.index_ranges import index_ranges_of
 from attnserve_server.conversion.inputs.roles import is_position, is_second, roles_of
 from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, Dtype, IndexRange, InputRole, InputSpec
 
 SEQUENCE = "seq"
-"""The symbol of the axis that token inputs share where the graph does not name it."""
+"""The symbol of the axis that token inputs share, where the graph has none."""
 SECOND_SEQUENCE = "decoder_seq"
-"""That of inputs whose names say that they are of a second text."""
+"""The same for inputs of a second text, by their names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """The inputs, without the batch axis, and the largest batch that the graph takes (None: any).
+    """The inputs of a graph.
 
-    `unbounded`: inputs that the graph looks rows up with in a way that does not tell which numbers are legal.
+    Attributes:
+        inputs: without the batch axis.
+        symbols: of their dynamic axes, in order.
+        fixed_batch: the only batch size that the graph takes; None: any.
+        unbounded: inputs that the graph looks rows up with, and whose legal numbers are not known.
     """
 
     inputs: tuple[InputSpec, ...]
@@ -37,7 +44,7 @@ class Signature:
 
 
 def dtype_of(element_type: int, name: str) -> Dtype:
-    """The manifest's name of an ONNX element type. Raises BuildRefused for those that cannot be served."""
+    """Return the manifest's name of an ONNX element type. Raises BuildRefused for a type that cannot be served."""
     try:
         known = np.dtype(helper.tensor_dtype_to_np_dtype(element_type)).name
     except (KeyError, ValueError):
@@ -49,14 +56,18 @@ def dtype_of(element_type: int, name: str) -> Dtype:
 
 
 def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
-    """Roles, types and axis symbols of a graph's inputs.
+    """Return the roles, types and axis symbols of a graph's inputs.
 
-    The first axis of every input is the batch, whatever its symbol. Other dynamic axes keep their symbols; a token
-    input's nameless one is `seq` (`decoder_seq` where its name says that it is of a second text), any other becomes
-    `<input>_axis_<position>`.
+    The first axis of every input is the batch, regardless of its symbol. Other dynamic axes keep their symbols. One
+    without a symbol is `seq` in a token input (`decoder_seq` in one of a second text), else `<input>_axis_<position>`.
+
+    Args:
+        graph: with inferred shapes.
+        padding_id: the token id of padding.
 
     Raises:
-        BuildRefused: an input has no axes, no known type, or a fixed batch axis other than 1.
+        BuildRefused: the graph has no inputs, or one has no axes, no known shape, a type that cannot be served, or a
+            batch axis that is fixed at another size than 1 or not the first.
     """
     initialized = {tensor.name for tensor in graph.initializer}
     values = [value for value in graph.input if value.name not in initialized]
@@ -79,17 +90,17 @@ def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
         role = roles.get(name, InputRole.DATA)
         along_tokens = role is not InputRole.DATA or (name in flat and is_position(name))
         shape = tuple(
-            _extent(name, position, axis, along_tokens=along_tokens)
+            _dimension(name, position, axis, along_tokens=along_tokens)
             for position, axis in enumerate(axes[name][1:], start=1)
         )
         fill = {InputRole.ATTENTION_MASK: 1.0, InputRole.TOKEN_TYPE_IDS: 0.0}.get(role)
         spec = InputSpec(name=name, dtype=dtype, shape=shape, role=role, fill=fill)
         if name in additive:
-            # Padded keys stay hidden.
+            # Padding with the lowest finite number hides the padded keys.
             specs.append(spec.model_copy(update={"additive_mask": True, "padding": additive[name]}))
         else:
             specs.append(_bounded(spec, bounds.of.get(name, ()), vocabularies.get(name, 0), padding_id))
-    symbols = {extent: None for spec in specs for extent in spec.shape if isinstance(extent, str)}
+    symbols = {dimension: None for spec in specs for dimension in spec.shape if isinstance(dimension, str)}
     clash = [symbol for symbol in symbols if symbol == BATCH or symbol in batch_symbols]
     if clash:
         raise BuildRefused(_clash(BATCH if BATCH in clash else clash[0], specs, axes))
@@ -97,7 +108,7 @@ def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
 
 
 def in_float16(signature: Signature) -> Signature:
-    """The signature of the graph in float16: what hides a padded key there stays finite."""
+    """Return the signature of the graph in float16, where the number that hides a padded key must stay finite."""
     least = float(np.finfo(np.float16).min)
     inputs = tuple(
         spec.model_copy(update={"padding": max(spec.padding, least)}) if spec.additive_mask else spec
@@ -107,9 +118,9 @@ def in_float16(signature: Signature) -> Signature:
 
 
 def _bounded(spec: InputSpec, ranges: tuple[IndexRange, ...], vocabulary_size: int, padding_id: int) -> InputSpec:
-    """An input with the numbers that it may hold, and a padding that is one of them."""
+    """Return an input with the numbers that it may hold, and a padding that is one of them."""
     if spec.role is InputRole.TOKEN_IDS:
-        # Ids are never negative, whatever a table takes.
+        # Token ids are never negative, although Gather takes negative row numbers.
         past = [each.greatest + 1 for each in ranges if not each.along and each.least <= 0 <= each.greatest]
         sizes = [size for size in (vocabulary_size, *past) if size]
         return spec.model_copy(update={"padding": float(padding_id), "vocabulary_size": min(sizes, default=0)})
@@ -123,20 +134,20 @@ def _bounded(spec: InputSpec, ranges: tuple[IndexRange, ...], vocabulary_size: i
 
 
 def _clash(symbol: str, specs: Sequence[InputSpec], axes: Mapping[str, Sequence[Any]]) -> str:
-    """Where the symbol of the batch stands besides: on two axes of one input, or on another axis than in front."""
+    """Return the refusal of a batch symbol that another axis has too, or that is not on the first axis."""
     firsts = [name for name, each in axes.items() if each[0].dim_param == symbol]
     spec = next(spec for spec in specs if symbol in spec.shape)
     if spec.name in firsts:
         return f"axis symbol {symbol!r} names the batch axis and another one"
-    said = f"input {spec.name!r} has its batch on axis {spec.shape.index(symbol) + 1}: it must be the first axis of all"
-    return f"{said}; {symbol!r} is axis 0 of {firsts[0]!r}" if firsts else said
+    place = spec.shape.index(symbol) + 1
+    message = f"input {spec.name!r} has its batch on axis {place}: it must be the first axis of all inputs"
+    return f"{message}; {symbol!r} is axis 0 of {firsts[0]!r}" if firsts else message
 
 
 def _axes(value: onnx.ValueInfoProto) -> list[Any]:
-    """The axes of an input, the batch first."""
+    """Return the axes of an input, the batch first."""
     if not value.type.HasField("tensor_type"):
-        kind = value.type.WhichOneof("value") or "unknown_type"
-        raise BuildRefused(f"input {value.name!r} is of type {kind.removesuffix('_type')}; only tensors can be served")
+        raise BuildRefused(not_a_tensor(value.name, value.type.WhichOneof("value") or "unknown_type"))
     if not value.type.tensor_type.HasField("shape"):
         raise BuildRefused(f"input {value.name!r} has no known shape: {HOW_TO_NAME}")
     axes = list(value.type.tensor_type.shape.dim)
@@ -144,13 +155,13 @@ def _axes(value: onnx.ValueInfoProto) -> list[Any]:
         raise BuildRefused(f"input {value.name!r} is a scalar: its first axis must be the batch")
     for position, axis in enumerate(axes):
         if axis.HasField("dim_value") and axis.dim_value < 1:
-            said = f"input {value.name!r}: axis {position} has the extent {axis.dim_value}"
-            raise BuildRefused(said if not axis.dim_value else f"{said}: {HOW_TO_NAME}")
+            message = f"input {value.name!r}: axis {position} has the size {axis.dim_value}"
+            raise BuildRefused(message if not axis.dim_value else f"{message}: {HOW_TO_NAME}")
     return axes
 
 
 def _batch(axes: Mapping[str, Sequence[Any]]) -> tuple[set[int], set[str]]:
-    """Fixed extents (none, or 1) and symbols of the first axes."""
+    """Return the fixed sizes (none, or 1) and the symbols of the first axes."""
     firsts = [each[0] for each in axes.values()]
     fixed = {int(axis.dim_value) for axis in firsts if axis.HasField("dim_value")}
     if fixed - {1}:
@@ -164,7 +175,7 @@ def _sequence_symbol(name: str, axis: Any) -> str:
     return str(axis.dim_param) or (SECOND_SEQUENCE if is_second(name) else SEQUENCE)
 
 
-def _extent(name: str, position: int, axis: Any, *, along_tokens: bool) -> str | int:
+def _dimension(name: str, position: int, axis: Any, *, along_tokens: bool) -> str | int:
     if axis.HasField("dim_value"):
         return int(axis.dim_value)
     if along_tokens:

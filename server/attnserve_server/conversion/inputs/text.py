@@ -1,4 +1,7 @@
-"""How text becomes a graph's inputs: which axis the first text fills and which, if any, the second has to itself."""
+"""Decide how text fills the inputs of a graph, and which of the tokenizer's own padding and truncation are kept.
+
+A model has one text, or two where two inputs hold token ids, each along its own axis.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,18 @@ from attnserve_server.model.manifest import AxisSpec, InputRole, InputSpec, Text
 def text_of(
     inputs: Sequence[InputSpec], max_lengths: Mapping[str, int], pair_start: int | None = None
 ) -> TextSpec | None:
-    """The text of a model with these inputs; None where none of them holds token ids.
+    """Return how text fills these inputs; None where none of them holds token ids.
 
-    Where two inputs hold token ids, along axes of their own, the second text fills the one whose name says that it is a
-    decoder's, or else the later one.
+    Where two inputs hold token ids, the second text fills the one with a decoder's name, or else the later one.
 
     Args:
         inputs: of the graph.
         max_lengths: by axis symbol.
-        pair_start: the id that the second text starts behind; None: no such.
+        pair_start: the id that is put before the second text; None: no such.
 
     Raises:
-        BuildRefused: the length of an input of token ids is fixed, there are more than two such inputs, or a start is
-            given where the second text has no input of its own.
+        BuildRefused: the length of an input of token ids is fixed, there are more than two such inputs, or `pair_start`
+            is given and there is only one.
     """
     ids = [spec for spec in inputs if spec.role is InputRole.TOKEN_IDS]
     if not ids:
@@ -57,49 +59,53 @@ def text_of(
 def written_text(
     tokenizer: Path, text: TextSpec | None, inputs: Sequence[InputSpec], axes: Sequence[AxisSpec], steps: Steps
 ) -> TextSpec | None:
-    """The text with the axes along which the tokenizer's own padding and truncation are kept.
+    """Return the text with the axes along which the tokenizer's own padding and truncation are kept.
 
-    Padding is left out only where the graph ignores it: behind the text, masked, and along an axis that was seen to be
-    paddable. Of a second text with an axis to itself that it is paddable is enough. Without padding, texts are cut only
-    where the model has no mask: elsewhere one that is too long is refused.
+    The tokenizer's padding is dropped where the graph ignores it: it is behind the text, masked, and along a paddable
+    axis. A second text with its own axis needs no mask. Truncation alone is kept only where the model has no mask;
+    elsewhere the server refuses a text that is too long.
 
     Args:
-        tokenizer: the file.
-        text: which axes texts run along; None: the model takes none.
+        tokenizer: its tokenizer.json.
+        text: the axes of texts; None: the model takes no text.
         inputs: of the graph.
-        axes: what is known of them.
-        steps: receives a warning for what is kept.
+        axes: their checked properties.
+        steps: receives a warning for each axis along which padding or truncation is kept.
 
     Raises:
-        BuildRefused: the tokenizer pads, nothing hides it, and the graph does not take so many tokens.
+        BuildRefused: the tokenizer pads to more tokens than the graph takes, and no mask hides them.
     """
     if text is None:
         return None
-    sized = Sizing.of(tokenizer)
+    sizing = Sizing.of(tokenizer)
     paddable = {axis.symbol for axis in axes if axis.paddable}
     masked = {spec.shape[0] for spec in inputs if spec.role is InputRole.ATTENTION_MASK and len(spec.shape) == 1}
     written: list[str] = []
     for axis, most in text.axes.items():
-        hidden = axis in paddable and sized.behind and (axis in masked or axis == text.pair_axis)
-        if not (sized.pads and not hidden) and not (sized.cuts and axis not in masked and axis != text.pair_axis):
+        hidden = axis in paddable and sizing.behind and (axis in masked or axis == text.pair_axis)
+        if not (sizing.pads and not hidden) and not (sizing.cuts and axis not in masked and axis != text.pair_axis):
             continue
-        if sized.least > most:
+        if sizing.least > most:
             raise BuildRefused(
-                f"{tokenizer.name} pads texts to {sized.least} tokens, which no mask hides, and the graph takes "
-                f"{most} at most: take the padding out of the file, or lower it"
+                f"{tokenizer.name} pads texts to {sizing.least} tokens, which no mask hides, and the graph takes "
+                f"{most} at most: remove the padding from the file, or lower it"
             )
         written.append(axis)
         steps.warn(
-            f"texts along {axis!r} are {sized.words}, as {tokenizer.name} says: the model has no mask that hides it"
+            f"texts along {axis!r} are {sizing.words}, as in {tokenizer.name}: the model has no mask that hides padding"
         )
     return text.model_copy(update={"as_written": tuple(written)})
 
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """What a tokenizer.json says of lengths. `least`: tokens that a text is padded to; `most`: to which it is cut.
+    """The padding and truncation that a tokenizer.json declares.
 
-    0 where it says neither. `multiple`: what lengths are padded to a multiple of; `behind`: padding comes last.
+    Attributes:
+        least: tokens to which a text is padded; 0: none.
+        multiple: lengths are padded to a multiple of this; 0: none.
+        most: tokens to which a text is cut; 0: none.
+        behind: whether padding follows the text.
     """
 
     least: int = 0
@@ -109,7 +115,7 @@ class Sizing:
 
     @classmethod
     def of(cls, tokenizer: Path) -> Sizing:
-        """As the file has it, which was read before."""
+        """Read a file that is known to be a tokenizer.json."""
         described = json.loads(tokenizer.read_text(encoding="utf-8"))
         padding, truncation = described.get("padding") or {}, described.get("truncation") or {}
         strategy, multiple = padding.get("strategy"), int(padding.get("pad_to_multiple_of") or 0)
@@ -121,24 +127,24 @@ class Sizing:
 
     @property
     def pads(self) -> bool:
-        """Whether a single text may be padded."""
+        """Return whether a single text may be padded."""
         return self.least > 0 or self.multiple > 1
 
     @property
     def cuts(self) -> bool:
-        """Whether a single text may be cut."""
+        """Return whether a single text may be cut."""
         return self.most > 0
 
     @property
     def words(self) -> str:
-        """What is done to a text, in words."""
+        """Return a description for a warning, such as "padded to 128 tokens and cut to 128"."""
         to = [f"to {self.least} tokens"] if self.least else [f"to a multiple of {self.multiple} tokens"]
         padded = [f"padded {to[0]}"] if self.pads else []
         return " and ".join([*padded, *([f"cut to {self.most}"] if self.cuts else [])])
 
 
 def padding_id_of(tokenizer: Path | None) -> int:
-    """The id that a tokenizer pads with: its own setting, else that of a token named like padding, else 0.
+    """Return the id that a tokenizer pads with: its own setting, else a token named like padding, else 0.
 
     Raises:
         BuildRefused: the file is no tokenizer.json.

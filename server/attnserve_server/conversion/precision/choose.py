@@ -1,4 +1,4 @@
-"""The precision that a model computes in: a graph rewritten to float16, or with its weights in eight bits."""
+"""Rewrite a graph to the precision that a user chose: float16, or int8 MatMuls."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import onnx_ir as ir
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.graphs.reading import precision_of
-from attnserve_server.conversion.precision.calibrated import Ranges
+from attnserve_server.conversion.precision.calibration import Ranges
 from attnserve_server.conversion.precision.int8 import quantized
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "int8")
 
 _FLOAT32_OPERATORS: Final = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "ReduceMean")
-"""Sums of squares pass float16's 65,504 at activations that real models have; means lose bits."""
-_BY_ELEMENT: Final = frozenset(
+"""They stay in float32: sums of squares of real activations exceed float16's 65,504, and means lose bits."""
+_ELEMENTWISE: Final = frozenset(
     (
         "Abs",
         "Add",
@@ -44,17 +44,17 @@ _BY_ELEMENT: Final = frozenset(
 def in_precision(
     proto: onnx.ModelProto, precision: Precision, ranges: Ranges = MappingProxyType({})
 ) -> onnx.ModelProto:
-    """A graph in another precision; taps come after, and see what the model then computes.
+    """Return a graph in another precision. Taps are added later, so that they show what the reduced model computes.
 
     Args:
-        proto: the source. It is left as it is.
-        precision: `fp32` keeps the source's own. `fp16`: float16 weights and activations; inputs and outputs keep
-            their types, so that clients need not change, and what float16 cannot hold stays in float32. `int8`: see
-            `int8`; inputs, outputs and everything but products with constant weights stay in float32.
-        ranges: for `int8`, what was seen of normalised values; see `ranges_of`.
+        proto: the source; it is not changed.
+        precision: `fp32` returns the source. `fp16`: float16 weights and activations; inputs and outputs keep their
+            types, so that clients need not change, and operators that exceed float16's range stay in float32. `int8`:
+            MatMuls with constant weights, as int8.py rewrites them; everything else stays in float32.
+        ranges: for `int8`, the calibrated ranges of `ranges_of`.
 
     Raises:
-        BuildRefused: the source has another reduced precision already, or has nothing to reduce.
+        BuildRefused: the precision is not known, or the source is reduced already, or has nothing to reduce.
     """
     if precision not in PRECISIONS:
         raise BuildRefused(f"precision {precision!r} is not known; {', '.join(PRECISIONS)} are")
@@ -62,14 +62,14 @@ def in_precision(
     if precision in {"fp32", own}:
         return proto
     if own != "fp32":
-        raise BuildRefused(f"the source is in {own} already: only fp32 can be brought to {precision}")
+        raise BuildRefused(f"the source is in {own} already: only an fp32 source can be converted to {precision}")
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     if precision == "fp16":
         return _float16(copy)
     reduced = ir.to_proto(quantized(ir.from_proto(copy), ranges))
     if precision_of(reduced) != "int8":
-        raise BuildRefused("int8: the source has no product with constant weights that could be rounded")
+        raise BuildRefused("int8: the source has no MatMul with constant weights that can be rounded; use fp32 or fp16")
     return reduced
 
 
@@ -84,7 +84,7 @@ def _float16(proto: onnx.ModelProto) -> onnx.ModelProto:
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # Numbers too small or too great are clipped, as masks' are meant to be; the check afterwards judges it.
+            # It warns of numbers that it clips to float16's range; the quality check measures their effect.
             warnings.simplefilter("ignore")
             converted: onnx.ModelProto = convert_float_to_float16(
                 inferred,
@@ -102,9 +102,9 @@ def _float16(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _counting(graph: onnx.GraphProto) -> list[str]:
-    """Names of the nodes that compute fractions which become whole numbers again, as buckets of distances do.
+    """Return the names of nodes whose fractions are cast to integers, such as the buckets of relative distances.
 
-    Rounded to float16 on the way, a logarithm that is a whole number ends up in the bucket below.
+    In float16, a logarithm that is a whole number may round to the bucket below.
     """
     producers = {output: node for node in graph.node for output in node.output}
     integers = {onnx.TensorProto.INT64, onnx.TensorProto.INT32}
@@ -116,7 +116,7 @@ def _counting(graph: onnx.GraphProto) -> list[str]:
     names: dict[str, None] = {}
     while waiting:
         node = producers.get(waiting.pop())
-        if node is None or node.op_type not in _BY_ELEMENT or node.name in names:
+        if node is None or node.op_type not in _ELEMENTWISE or node.name in names:
             continue
         names[node.name] = None
         waiting.extend(node.input)
@@ -124,9 +124,9 @@ def _counting(graph: onnx.GraphProto) -> list[str]:
 
 
 def _with_shapes(proto: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:
-    """A graph with types of its own and the source's shapes: an exporter knows more of them than can be inferred."""
+    """Return a graph with inferred types and the source's shapes; exporters know more shapes than inference finds."""
     typed = {value.name: value.type.tensor_type for value in source.graph.value_info}
-    # A shape that is not known reads as that of a scalar.
+    # An unknown shape reads like the shape of a scalar.
     shapes = {name: tensor.shape for name, tensor in typed.items() if tensor.HasField("shape")}
     del proto.graph.value_info[:]
     proto = onnx.shape_inference.infer_shapes(proto)

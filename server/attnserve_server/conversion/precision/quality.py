@@ -1,4 +1,8 @@
-"""What a reduced precision costs and brings: a graph beside the one it was made from, on sentences or random inputs."""
+"""Measure what a reduced precision costs in accuracy and gains in speed, against the graph that it was made from.
+
+Both graphs run on English sentences where the model takes text, else on random inputs. The result is a `QualityReport`
+of the manifest.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +33,11 @@ from attnserve_server.model.tokenizer import TextTokenizer
 
 COSINE_TARGET = 0.99
 TOP1_TARGET = 0.95
-"""Of the mean over sequences, and of attention rows: what a reduced model should reach; below, the person is told."""
+"""The least mean cosine of the output, and share of attention rows with the same strongest key, without a warning."""
 COSINE_FLOOR = 0.9
-"""Below this it is another model, and no bundle is written."""
+"""The least mean cosine at which a bundle is written."""
 BATCH_SIZE = 8
-"""Of sequences of nearly equal length, as the server makes them."""
+"""The server also makes batches of nearly equal length."""
 _RANDOM_LENGTHS = tuple(range(4, 68, 2))
 _TIMED_TOKENS = 2000
 _TIMED_ROUNDS = 5
@@ -44,7 +48,7 @@ _GREATEST_HALF = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A loaded graph, and the manifest that says how to ask it."""
+    """A loaded graph, and the manifest that describes its inputs and outputs."""
 
     session: RuntimeSession
     manifest: Manifest
@@ -52,14 +56,14 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Sequences, without the batch axis, and in words what they are."""
+    """Sequences, without the batch axis, and a description of them."""
 
-    said: str
+    description: str
     sequences: tuple[dict[str, Array], ...]
 
 
 def material_of(manifest: Manifest, tokenizer: TextTokenizer | None, sampler: Sampler) -> Material:
-    """Sentences where a model takes text and nothing that text cannot fill, else random inputs."""
+    """Return sentences where text can fill all inputs of a model, else random inputs."""
     if tokenizer is not None and manifest.text is not None:
         known = as_inputs(sentences(), manifest.inputs, manifest.text, tokenizer)
         if known:
@@ -79,15 +83,15 @@ def measure(
     """Compare two graphs on the same sequences, and time them in turns.
 
     Args:
-        reduced: the graph that is judged.
-        reference: what it was made from. Sites are matched in their order.
+        reduced: the graph to measure.
+        reference: the graph that it was made from. Sites are matched in their order.
         material: the sequences.
-        against: in words, what the reference is.
-        alone: the reference answers each sequence in a run of its own, because a batch would change its answers. Times
-            are of the same batches for both.
+        against: a description of the reference, for the report.
+        alone: run each sequence of the reference alone, because a batch would change its answers. Both are timed on the
+            same batches.
 
     Raises:
-        RunFailed: one of them does not run on the sequences.
+        RunFailed: a graph does not run on the sequences.
     """
     name = _compared_output(reduced.manifest)
     cosines: list[float] = []
@@ -106,7 +110,7 @@ def measure(
                 agreed, rows = agreed + same, rows + of
     return QualityReport(
         against=against,
-        inputs=material.said,
+        inputs=material.description,
         sequences=len(material.sequences),
         output=name,
         cosine_mean=float(np.mean(cosines)),
@@ -124,7 +128,7 @@ def _compared_output(manifest: Manifest) -> str:
 
 
 def _paired_sites(reduced: Manifest, reference: Manifest) -> list[tuple[int, int]]:
-    """Layers of sites that both have; none where they count their sites differently."""
+    """Return the layers of sites that both have; none where their numbers of sites differ."""
     if len(reduced.sites) != len(reference.sites):
         return []
     pairs = zip(reduced.sites, reference.sites, strict=True)
@@ -132,7 +136,7 @@ def _paired_sites(reduced: Manifest, reference: Manifest) -> list[tuple[int, int
 
 
 def _groups(manifest: Manifest, sequences: Sequence[dict[str, Array]]) -> Iterator[list[dict[str, Array]]]:
-    """Batches of nearly equal length; of one sequence each where the manifest does not allow padding them."""
+    """Yield batches of nearly equal length; of one sequence each where the manifest does not allow padding."""
     given = [axis for axis in manifest.axes if axis.derived is None and not axis.fixed]
     padded = all(axis.paddable for axis in given) and not any(manifest.breaks_masks(inputs) for inputs in sequences)
     size = min(BATCH_SIZE, manifest.max_batch_size) if padded else 1
@@ -150,7 +154,7 @@ def _prepared(subject: Subject, group: Sequence[dict[str, Array]], name: str, *,
 def _answers(
     subject: Subject, group: Sequence[dict[str, Array]], name: str, *, tap: bool
 ) -> list[tuple[Array, dict[int, Array]]]:
-    """Of each sequence the compared output and the weights by layer."""
+    """Return the compared output of each sequence, and its weights by layer."""
     prepared = _prepared(subject, group, name, tap=tap)
     batch = collate(prepared, subject.manifest)
     fetched = dict(zip(batch.fetches, subject.session.run(batch.feeds, batch.fetches), strict=True))
@@ -164,10 +168,10 @@ def _answers(
 
 
 def _cosine(one: Array, other: Array) -> float:
-    """Of two outputs, each averaged over its positions, without the numbers that are infinite in both.
+    """Return the cosine of two outputs, averaged over their positions, without numbers that are infinite in both.
 
-    0 where one of the two alone has an infinity, or a NaN. A number beyond float16's range, such as the lowest float32,
-    may be an infinity of its sign in the reduced output.
+    It is 0 where only one has an infinity, or one has a NaN. For a number beyond float16's range, such as the lowest
+    float32, the reduced output may have an infinity of the same sign.
     """
     own, true = one.astype(np.float64), other.astype(np.float64)
     true = np.where(np.isinf(own) & (np.abs(true) > _GREATEST_HALF), np.copysign(np.inf, true), true)
@@ -184,17 +188,17 @@ def _pooled(array: Array) -> Array:
 
 
 def _top1(own: Array, true: Array) -> tuple[int, int]:
-    """How many rows look most at the same key, and how many rows there are that look at anything."""
+    """Return how many rows have the same strongest key, and how many rows have any weight."""
     if own.shape != true.shape or not own.size:
         return 0, 0
-    seen = true.any(axis=-1)
-    return int((own.argmax(axis=-1) == true.argmax(axis=-1))[seen].sum()), int(seen.sum())
+    weighted = true.any(axis=-1)
+    return int((own.argmax(axis=-1) == true.argmax(axis=-1))[weighted].sum()), int(weighted.sum())
 
 
 def _speed_ratio(
     reduced: Subject, reference: Subject, sequences: Sequence[dict[str, Array]], name: str
 ) -> float | None:
-    """Processor time of the reference over that of the reduced graph: the median over rounds taken in turns."""
+    """Return the CPU time of the reference over that of the reduced graph, the median of interleaved rounds."""
     manifest = reduced.manifest
     tokens = sum(sum(lengths_of(inputs, manifest).values()) or 1 for inputs in sequences)
     chosen = sequences[:: max(1, tokens // _TIMED_TOKENS)]
@@ -227,31 +231,31 @@ def with_quality(  # noqa: PLR0913 - what two commands know of one model
     *,
     alone: bool = False,
 ) -> Manifest:
-    """A manifest whose check also tells what a reduced precision costs and brings.
+    """Measure a reduced model and return its manifest with the quality report.
 
     Args:
         manifest: of the reduced model.
         model_path: its tapped graph.
         reference: the graph that it was made from.
-        sampler: makes sequences for both.
+        sampler: draws sequences for both.
         tokenizer: its tokenizer.json, if it has one.
         work: a folder for files.
-        steps: is told what falls short of its target.
-        batching: the policy that says which sequences share a batch.
+        steps: receives warnings of missed targets.
+        batching: the policy by which sequences share a batch.
         alone: see `measure`.
 
     Raises:
-        CheckFailed: hardly anything is left of the answers.
+        CheckFailed: the mean cosine is below `COSINE_FLOOR`.
     """
     steps.begin("comparing with the source's precision")
     place = work / "reference"
     place.mkdir()
     true = assemble(reference, sampler, place, Steps.silent())
     ruled = manifest.under(batching)
-    told = ruled.model_copy(update={"sites": true.sites, "outputs": true.outputs, "precision": true.precision})
+    unreduced = ruled.model_copy(update={"sites": true.sites, "outputs": true.outputs, "precision": true.precision})
     one, other = (
         Subject(RuntimeSession.load(path, provider="CPUExecutionProvider", intra_op_threads=1), own)
-        for path, own in ((model_path, ruled), (true.model_path, told))
+        for path, own in ((model_path, ruled), (true.model_path, unreduced))
     )
     text = manifest.text
     written = manifest.text_as_written
@@ -263,7 +267,7 @@ def with_quality(  # noqa: PLR0913 - what two commands know of one model
 
 
 def judge_quality(report: QualityReport, precision: str, steps: Steps) -> None:
-    """Tell of what falls short of its target. Raises CheckFailed where hardly anything is left of the answers."""
+    """Warn of missed targets. Raises CheckFailed where the mean cosine is below `COSINE_FLOOR`."""
     if not report.cosine_mean >= COSINE_FLOOR:
         raise CheckFailed(
             f"check failed: in {precision} the mean cosine of {report.output} with {report.against} is "

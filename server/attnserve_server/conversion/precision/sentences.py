@@ -1,4 +1,4 @@
-"""English sentences, and what a model sees of them. The sentences themselves are in `sentences.txt`."""
+"""English sentences, from `sentences.txt`, and their tokens as the inputs of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnserve_server.model.tokenizer import CannotBeCut, TextTokenizer, Tokeniz
 
 
 def sentences() -> tuple[str, ...]:
-    """English sentences of 3 to 120 words, written for this purpose."""
+    """Return the sentences, of 3 to 120 words, which were written for calibration and quality checks."""
     text = files("attnserve_server.conversion.precision").joinpath("sentences.txt").read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line)
 
@@ -22,12 +22,12 @@ def sentences() -> tuple[str, ...]:
 def as_inputs(
     texts: Sequence[str], inputs: Sequence[InputSpec], spec: TextSpec, tokenizer: TextTokenizer
 ) -> list[dict[str, Array]]:
-    """Texts as a model's inputs, without the batch axis, cut to its greatest length.
+    """Return the inputs of a model for each text, without the batch axis, cut to the model's greatest length.
 
-    A model whose second text has an axis to itself gets the same text there.
+    A second text that has an axis to itself is the same text. Texts that cannot be cut are left out.
 
     Returns:
-        None of them where the model has inputs that text cannot fill.
+        An empty list where text cannot fill all inputs.
     """
     made: list[dict[str, Array]] = []
     for text in texts:
@@ -43,6 +43,7 @@ def as_inputs(
 
 
 def _filled(own: InputSpec, spec: TextSpec, encoded: TokenizedText) -> Array | None:
+    """Return one input; None where text cannot fill it."""
     axis = own.shape[0] if len(own.shape) == 1 else None
     if not isinstance(axis, str) or axis not in spec.axes:
         return None

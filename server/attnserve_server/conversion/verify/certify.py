@@ -9,7 +9,7 @@ import onnx
 
 from attnserve_server.conversion.assemble import Assembled
 from attnserve_server.conversion.base.steps import Steps
-from attnserve_server.conversion.inputs.vocabulary import extreme_ids_of
+from attnserve_server.conversion.inputs.lookups import extreme_ids_of
 from attnserve_server.conversion.proof import Proof, prove
 from attnserve_server.conversion.proof.attack import DEFAULT_SECONDS, attack
 from attnserve_server.conversion.proof.noise import noise_of

@@ -140,15 +140,15 @@ def test_inputs_that_are_no_tensors_are_refused_by_their_type() -> None:
     ("inputs", "words"),
     [
         ([("x", FLOAT, None)], "'x' has no known shape: name its axes in the file"),
-        ([("x", FLOAT, ["N", -1])], "axis 1 has the extent -1: name its axes in the file"),
+        ([("x", FLOAT, ["N", -1])], "axis 1 has the size -1: name its axes in the file"),
         ([("x", FLOAT, [])], "'x' is a scalar"),
-        ([("x", FLOAT, ["N", 0])], "axis 1 has the extent 0"),
+        ([("x", FLOAT, ["N", 0])], "axis 1 has the size 0"),
         ([("x", FLOAT, [4, "seq"])], "fixed at 4"),
         ([("x", FLOAT, ["N", "N"])], "'N' names the batch axis and another one"),
         ([("x", FLOAT, ["N", "batch"])], "'x' has its batch on axis 1: it must be the first axis"),
         (
             [("x", FLOAT, ["seq", "batch"]), ("mask", INT64, ["batch", "seq"])],
-            "'x' has its batch on axis 1: it must be the first axis of all; 'batch' is axis 0 of 'mask'",
+            "'x' has its batch on axis 1: it must be the first axis of all inputs; 'batch' is axis 0 of 'mask'",
         ),
         ([("x", FLOAT, ["batch", "batch"])], "'batch' names the batch axis and another one"),
         ([("x", onnx.TensorProto.STRING, ["N"])], "'x' is of type"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from attnserve_server.conversion.inputs.vocabulary import extreme_ids_of, vocabulary_size_of
+from attnserve_server.conversion.inputs.lookups import extreme_ids_of, vocabulary_size_of
 from onnx import TensorProto, helper, numpy_helper
 
 

@@ -260,10 +260,10 @@ LEFT = {
     "its zero point also goes into Cast": [_AGAIN, node("Cast", ["z2"], ["other"], to=TensorProto.FLOAT)],
     "MatMulInteger is not followed by Cast alone": [_AGAIN, _SUMS, _CAST, node("Abs", ["sums2"], ["other"])],
     "Cast is not followed by Mul alone": [_AGAIN, _SUMS, _CAST, node("Abs", ["cast2"], ["other"])],
-    "its integer product is not multiplied by its own scale": [
+    "its MatMulInteger is not multiplied by its own scale": [
         _AGAIN, _SUMS, _CAST, node("Mul", ["cast2", "bias"], ["other"]),
     ],
-    "MatMulInteger takes its numbers with another zero point": [
+    "MatMulInteger takes its integers with another zero point": [
         _AGAIN, node("MatMulInteger", ["q2", "w", "", "w_zero"], ["other"]),
     ],
     "MatMulInteger multiplies it as the second operand, which has no scale per row": [
@@ -278,7 +278,7 @@ LEFT = {
         node("DynamicQuantizeLinear", ["t"], ["q2", "s2", "z2"], name="again"),
         node("DequantizeLinear", ["q2", "s2", "z2"], ["other"]),
     ],
-    "both operands of the product depend on the input": [
+    "both operands of the MatMul depend on the input": [
         node("Cast", ["x"], ["bytes"], to=TensorProto.INT8), node("Transpose", ["bytes"], ["bytes_t"], perm=[0, 2, 1]),
         _AGAIN, node("MatMulIntegerToFloat", ["q2", "bytes_t", "s2", "one", "z2"], ["other"], domain="com.microsoft"),
     ],

@@ -158,7 +158,7 @@ def test_reduced_source_is_not_reduced_again() -> None:
 
 
 def test_nothing_to_round_is_refused() -> None:
-    with pytest.raises(BuildRefused, match="no product with constant weights"):
+    with pytest.raises(BuildRefused, match="no MatMul with constant weights"):
         in_precision(checked(encoder(), "encoder"), "int8")
 
 
