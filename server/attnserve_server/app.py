@@ -1,4 +1,8 @@
-"""The composition root: builds the rooms' objects, loads the models, and starts, drains and stops the server."""
+"""The composition root: builds the objects of all rooms, loads the models, and starts, drains and stops the server.
+
+The input is the settings. It fails to start without a loadable model, without a required execution provider, or if a
+port is taken; after the start, only an internal error ends it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from attnserve_server import __version__
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock, MonotonicClock
 from attnserve_server.domain.errors import AttnserveError
@@ -44,16 +49,16 @@ _log = logger(__name__)
 EXIT_DRAINED: Final = 0
 EXIT_FORCED: Final = 1
 EXIT_FAULTED: Final = 70
-"""As sysexits.h has it for an internal fault: whoever watches the process should start it again."""
+"""Exit code of an internal error, EX_SOFTWARE of sysexits.h: a supervisor should restart the process."""
 _LEAST_STOP_S: Final = 0.5
-"""What gRPC gets at least, after a drain, to send the last answers."""
+"""Minimum time for gRPC to send the last answers after a drain."""
 _ISOLATED: Final = "an answer from a batch differed from the same sequence alone; each runs alone until the next start"
-"""Why a ready model does not batch."""
+"""State reason of a ready model that does not batch."""
 
 
 @dataclass(slots=True, eq=False)
 class _Loaded:
-    """What must be closed of one model."""
+    """One loaded model, with the objects to close."""
 
     model: ServedModel
     scheduler: Scheduler
@@ -79,12 +84,12 @@ class Application:
         self._loaded: list[_Loaded] = []
 
     async def start(self) -> None:
-        """Looks what there is, opens both ports and loads the models; until one is warm, all answers are UNAVAILABLE.
+        """Read the repository, open both ports, and load the models. A model answers UNAVAILABLE until it is warm.
 
         Raises:
-            StartFailed: There is no model, or none could be loaded.
-            PortUnavailable: A port is taken.
-            ProviderUnavailable: The execution provider that was asked for is not there.
+            StartFailed: there is no model, or none could be loaded.
+            PortUnavailable: a port is taken.
+            ProviderUnavailable: the requested execution provider is not available.
         """
         bundles, faults = wanted_bundles(self.settings)
         for fault in faults:
@@ -92,7 +97,13 @@ class Application:
         waiting = [self._add(bundle) for bundle in bundles]
         self.http_port = await self.http.start()
         self.grpc_port = await self.grpc.start()
-        _log.info("listening", host=self.settings.host, grpc_port=self.grpc_port, http_port=self.http_port)
+        _log.info(
+            "listening",
+            version=__version__,
+            host=self.settings.host,
+            grpc_port=self.grpc_port,
+            http_port=self.http_port,
+        )
         for bundle, model in waiting:
             await self._load(bundle, model)
         ready = [model for model in self.catalog.all() if model.state is ModelState.READY]
@@ -108,7 +119,14 @@ class Application:
         _log.info("ready", models=[f"{model.name}/{model.version}" for model in ready])
 
     async def run(self) -> int:
-        """Serves until a signal or a fault. Returns the process's exit code; raises what `start` raises."""
+        """Serve until a signal or an internal error.
+
+        Returns:
+            The exit code of the process: `EXIT_DRAINED`, `EXIT_FORCED` or `EXIT_FAULTED`.
+
+        Raises:
+            AttnserveError: as `start`.
+        """
         stop, force = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -143,7 +161,7 @@ class Application:
                 _log.info("stopped")
 
     async def drain(self) -> None:
-        """Says so first, takes no more, and lets what is under way finish within the grace; what is left is refused."""
+        """Report NOT_SERVING, refuse new requests, and wait for pending ones until the grace period ends."""
         end = self.clock.now() + self.settings.drain_grace_s
         self.health.drain()
         for model in self.catalog.all():
@@ -155,15 +173,15 @@ class Application:
             async with asyncio.timeout(self.settings.drain_grace_s):
                 await asyncio.gather(*(loaded.scheduler.drain() for loaded in self._loaded))
         except TimeoutError:
-            _log.warning("grace is over", grace_s=self.settings.drain_grace_s)
-            # Each caller is told to come back elsewhere, where gRPC would only say that it cancelled the call.
+            _log.warning("grace period is over", grace_s=self.settings.drain_grace_s)
+            # Pending requests fail with NotServing and a retry delay. gRPC would only cancel the calls.
             for loaded in self._loaded:
                 loaded.scheduler.give_up()
         self.health.close()
         await self.grpc.stop(max(_LEAST_STOP_S, end - self.clock.now()))
 
     async def aclose(self) -> None:
-        """Stops everything at once; what is under way is cancelled."""
+        """Stop everything at once, and cancel pending requests."""
         self.health.drain()
         self.health.close()
         await self.grpc.stop(0)
@@ -174,7 +192,7 @@ class Application:
         await self.http.stop()
 
     def _add(self, stored: Bundle) -> tuple[Bundle, ServedModel]:
-        """The bundle under the server's batching policy, and its entry in the catalog."""
+        """Add a bundle to the catalog. Return it under the server's batching policy, with its entry."""
         bundle = under_policy(stored, self.settings)
         manifest = bundle.manifest
         model = ServedModel(
@@ -197,7 +215,7 @@ class Application:
         _log.warning("bundle is broken", model=fault.name, version=fault.version, reason=fault.why)
 
     async def _load(self, bundle: Bundle, model: ServedModel) -> None:
-        """Loads one model and warms it up. A model that fails says why, and hinders no other."""
+        """Load one model and warm it up. If that fails, its state is FAILED with the reason, and the others load."""
         began, bytes_before = self.clock.now(), resident_bytes()
         executor: Executor | None = None
         try:
@@ -212,7 +230,9 @@ class Application:
             known = read_costs(bundle, key) if self.settings.remember_costs else ()
             timed = await executor.warm_up(known)
             if self.settings.remember_costs and not known and not write_costs(bundle, key, timed):
-                _log.info("costs not kept: they are measured at each start", model=model.name, version=model.version)
+                _log.info(
+                    "costs were not written: they are measured at each start", model=model.name, version=model.version
+                )
             scheduler = Scheduler(
                 executor,
                 bundle.manifest,
@@ -228,9 +248,9 @@ class Application:
         except Exception as error:  # noqa: BLE001 - the boundary of a model's load: the others are served
             if executor is not None:
                 await executor.aclose()
-            why = str(error) if isinstance(error, AttnserveError) else "it failed to load; the log has the rest"
+            why = str(error) if isinstance(error, AttnserveError) else "internal error while loading; see the log"
             model.move(ModelState.FAILED, why)
-            # A refusal of our own that nothing else caused says all there is in its sentence.
+            # The message of an AttnserveError without a cause is complete, so the log needs no traceback.
             traced = not isinstance(error, AttnserveError) or error.__cause__ is not None
             _log.error("model failed to load", model=model.name, version=model.version, reason=why, exc_info=traced)
             return
@@ -253,7 +273,7 @@ class Application:
         )
 
     def _verifier_of(self, manifest: Manifest, model: ServedModel, executor: Executor) -> Verifier | None:
-        """The shadow check of one model; None where it is off."""
+        """The shadow check of one model; None if it is off."""
         settings = batch_check_settings(self.settings)
         if settings is None:
             return None
@@ -265,7 +285,7 @@ class Application:
         return Verifier(executor, manifest, settings, self.clock, model.metrics, on_isolated=on_isolated)
 
     def _on_fault(self, model: ServedModel) -> None:
-        """A batching loop that died, which it logs itself, must not leave a server that looks well."""
+        """Report NOT_SERVING and end the process after the scheduling loop of a model died. The loop has logged it."""
         self.health.drain()
         model.move(ModelState.FAILED, "its scheduler died")
         self.fault.set()
@@ -278,7 +298,7 @@ def _write_ports(path: Path, grpc_port: int, http_port: int) -> None:
 
 
 async def _first(task: asyncio.Task[None] | None, *events: asyncio.Event) -> None:
-    """Waits until `task` is done or one of the events is set."""
+    """Wait until `task` is done or one of the events is set."""
     waits = [asyncio.create_task(event.wait()) for event in events]
     try:
         await asyncio.wait([*waits, *([task] if task else [])], return_when=asyncio.FIRST_COMPLETED)

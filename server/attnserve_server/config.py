@@ -21,7 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class SettingsInvalid(AttnserveError):
-    """Settings are wrong; all faults are told together."""
+    """One or more settings are invalid; the message lists all of them."""
 
     reason = "SETTINGS_INVALID"
 
@@ -31,7 +31,7 @@ class SettingsInvalid(AttnserveError):
 
 
 class Settings(BaseSettings):
-    """Everything that an operator can set. Each description ends with the reason for the default."""
+    """All settings. Each description ends with the reason for the default."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
 
@@ -40,149 +40,162 @@ class Settings(BaseSettings):
         description="Folder of the bundles, `<repository>/<name>/<version>/`. Default: `models` in the working folder.",
     )
     models: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Models to load, as `name` or `name/version`, separated by commas. Default: all of them."
+        (), description="Models to load, as `name` or `name/version`, separated by commas. Default: every model."
     )
     host: str = Field(
         "127.0.0.1",
         min_length=1,
-        description="Address that both ports listen on. Default: loopback, as nothing here authenticates callers.",
+        description="Address that both ports listen on. Default: loopback, because the server does not authenticate "
+        "callers.",
     )
-    grpc_port: Port = Field(
-        8001, description="Port of gRPC; 0 lets the system choose. Default: where Triton's users expect it."
-    )
+    grpc_port: Port = Field(8001, description="gRPC port; 0 lets the system choose. Default: the same as Triton's.")
     http_port: Port = Field(
         8002,
-        description="Port of `/metrics`, `/livez`, `/readyz`; 0 lets the system choose. Default: as Triton's metrics.",
+        description="HTTP port of `/metrics`, `/livez`, `/readyz`; 0 lets the system choose. Default: as Triton's "
+        "metrics.",
     )
     ports_file: Path | None = Field(
         None,
-        description="File to write both ports to, as JSON, once models answer. Default: none: ports are mostly fixed.",
+        description="JSON file that receives both ports when the models are ready. Default: none, as ports are mostly "
+        "fixed.",
     )
     provider: str = Field(
         "auto",
         min_length=1,
-        description="onnxruntime execution provider, or `auto`: CUDA where it loads, else CPU. Default: what is there.",
+        description="onnxruntime execution provider, or `auto`: CUDA if it loads, else CPU. Default: the best one "
+        "available.",
     )
     require_provider: str | None = Field(
         None,
-        description="Refuse to start unless this execution provider is in use. Default: none, as CPUs serve too.",
+        description="Refuse to start unless this execution provider is in use. Default: none, as a CPU serves too.",
     )
     device_ids: Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], NoDecode] = Field(
-        (), description="GPUs to load each model on, as the driver numbers the visible ones. Default: all of them."
+        (), description="Visible GPUs to load each model on, by the driver's numbers. Default: all of them."
     )
     cuda_options: Annotated[dict[str, str], NoDecode] = Field(
         {},
-        description="Options of the CUDA provider, `key=value,...`, as onnxruntime documents them, over our own: "
-        "`gpu_mem_limit=8589934592`, `use_tf32=1`. Default: exact float32, memory as it is needed.",
+        description="Options of the CUDA provider, `key=value,...`, as onnxruntime documents them. They override the "
+        "server's: `gpu_mem_limit=8589934592`, `use_tf32=1`. Default: exact float32, and memory as it is needed.",
     )
     cuda_graphs: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Shapes, `rows x tokens` as `1x32,8x64`, whose runs are recorded as CUDA graphs: smaller runs are "
-        "padded up to them, and runs take turns. Default: none, as it is for latency on a GPU that is mostly idle.",
+        description="Shapes, `rows x tokens` as `1x32,8x64`, whose runs are recorded as CUDA graphs. Smaller runs are "
+        "padded to them, and runs are executed one at a time. Default: none, as this suits a mostly idle GPU only.",
     )
     tensorrt_options: Annotated[dict[str, str], NoDecode] = Field(
         {},
-        description="Options of the TensorRT provider, likewise: `trt_fp16_enable=1,trt_engine_cache_enable=1,"
-        "trt_engine_cache_path=/cache`. Default: none beside a timing cache.",
+        description="Options of the TensorRT provider in the same form: `trt_fp16_enable=1,trt_engine_cache_enable=1,"
+        "trt_engine_cache_path=/cache`. Default: a timing cache only, as other options depend on the model.",
     )
     instances: Annotated[int, Field(ge=0, le=256)] = Field(
         0,
-        description="Runs at a time for each model; 0: one for each core on a CPU, three for each GPU, where one run's "
-        "copies and launches overlap another's kernels. Default: that.",
+        description="Maximum number of concurrent runs of each model; 0: one per core on a CPU, three per GPU, where "
+        "the copies and launches of one run overlap the kernels of another. Default: 0, as that uses the whole "
+        "machine.",
     )
     intra_op_threads: Annotated[int, Field(ge=1, le=256)] = Field(
         1, description="Threads within one run. Default: 1, as parallel runs use cores better than parallel operators."
     )
     max_batch_size: Annotated[int, Field(ge=0, le=4096)] = Field(
         0,
-        description="Most sequences in one run and in one request; 0: as each bundle says, which "
-        "no setting exceeds. Default: that. Where sequences run alone, a request may still hold as many.",
+        description="Maximum number of sequences in one run and in one request; 0: the bundle's own limit, which no "
+        "setting exceeds. If sequences run alone, a request may still hold as many. Default: 0, as conversion "
+        "found that limit by running the model.",
     )
     max_batch_tokens: Annotated[int, Field(ge=1)] = Field(
         16_384,
-        description="Most positions in one run, padding included. Default: 32 sequences of 512, a GPU's fill; "
-        "CPU batches stay far below it by themselves.",
+        description="Maximum number of tokens in one run, padding included. Default: 32 sequences of 512, which fill "
+        "a GPU; batches on a CPU stay far below it.",
     )
     max_batch_bytes: Count = Field(
         1024 * MIB,
-        description="Most bytes of tensors in one run, whole attention maps included; a sequence that needs more runs "
+        description="Maximum bytes of tensors in one run, with whole attention maps; a sequence that needs more runs "
         "alone. Default: fits beside the weights in a container of a few GiB.",
     )
     batching: Literal["proved", "tested", "off"] = Field(
         "proved",
-        description="What must be known before sequences share a run: `proved`, that none can change another's answer "
-        "(a finite mask with unbounded scores counts where it withstood the attack at conversion); `tested`, that it "
-        "withstood the attack; `off`: every sequence runs alone. What is refuted is never batched. Default: `proved`, "
-        "as an answer that depends on its neighbours is wrong without an error.",
+        description="Which sequences share a run. `proved`: only if no sequence can change another's answer "
+        "(a finite mask with unbounded scores counts if the attack at conversion changed no answer); `tested`: also if "
+        "the attack changed no answer; `off`: every sequence runs alone. A refuted model is never batched. Default: "
+        "`proved`, as an answer that depends on its batch neighbours is wrong without an error.",
     )
     run_overhead_tokens: Annotated[float, Field(ge=0, le=1e9)] | None = Field(
         None,
-        description="What one run costs before its first position, in positions: more of it makes fuller batches with "
-        "more padding. Default: as measured at warm-up on this machine.",
+        description="Overhead of one run, in tokens: a greater value makes fuller batches with more padding. Default: "
+        "as measured at warm-up on this machine.",
     )
     look_ahead: Annotated[int, Field(ge=1, le=4096)] = Field(
         128,
-        description="How many waiting sequences are looked at as company for the oldest: of all that wait, those "
-        "nearest to it in length. Default: more than a CPU's run takes, and a GPU's fill.",
+        description="Number of waiting sequences, nearest in length to the oldest, that are considered for its batch. "
+        "Default: more than a run on a CPU takes, and enough to fill a GPU.",
     )
     verify_batches: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0,
-        description="Share of the sequences answered from a batch that are run again alone, on idle instances, and "
-        "compared: 0.001 checks one in a thousand, as far as instances are idle. Default: 0, off: nothing is kept.",
+        description="Share of the sequences from batches that idle instances run again alone, to compare the answers: "
+        "0.001 checks at most one in a thousand. Default: 0, off, as copies of answers take memory.",
     )
     verify_action: Literal["count", "isolate"] = Field(
         "count",
-        description="What follows where such an answer differs: `count` counts and logs it; `isolate` also runs each "
-        "sequence of that model alone until the next start. Default: count, as isolating costs throughput.",
+        description="Action if such an answer differs: `count` counts and logs it; `isolate` also runs each sequence "
+        "of that model alone until the next start. Default: `count`, as isolation costs throughput.",
     )
     remember_costs: bool = Field(
         True,
-        description="Keep what runs cost beside the bundle, by machine and provider, and measure it no more. Default: "
-        "yes, as that saves seconds at each start; real runs correct it either way.",
+        description="Store the measured costs of runs beside the bundle, by machine and provider, and reuse them. "
+        "Default: true, as that saves seconds at each start; later runs correct the costs in any case.",
     )
     max_queue_size: Count = Field(
-        4096, description="Most sequences that wait for one model. Default: seconds of work on a CPU, not minutes."
+        4096,
+        description="Maximum number of sequences in the queue of one model. Default: seconds of work on a CPU, not "
+        "minutes.",
     )
     max_queue_bytes: Count = Field(
         512 * MIB,
-        description="Most bytes that waiting sequences and their answers need, for one model. Default: eight requests "
-        "of the greatest size.",
+        description="Maximum bytes of the sequences in the queue of one model and of their answers. Default: eight "
+        "requests of the maximum size.",
     )
     max_text_bytes: Count = Field(
         65_536,
-        description="Most bytes of UTF-8 in one text, counted before tokenizing. Default: 8192 English tokens, twice.",
+        description="Maximum bytes of UTF-8 in one text, before tokenization. Default: twice 8192 English tokens.",
     )
     max_request_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = Field(
-        64 * MIB, description="Most bytes of one gRPC message from a caller. Default: what the SDK allows both ways."
+        64 * MIB,
+        description="Maximum bytes of one gRPC message from a caller. Default: the SDK's limit in both directions.",
     )
     max_response_bytes: Annotated[int, Field(ge=1, le=2**31 - 64 * MIB)] = Field(
         48 * MIB,
-        description="Most bytes of tensor data in one answer. Default: leaves room for tokens under a 64 MiB message.",
+        description="Maximum bytes of tensor data in one answer. Default: leaves room for tokens within a 64 MiB "
+        "message.",
     )
     max_stream_in_flight: Annotated[int, Field(ge=1, le=65_536)] = Field(
         256,
-        description="Requests under way on one stream; at the bound the server reads no further. Default: keeps a "
-        "batch full while another runs.",
+        description="Maximum number of unanswered requests on one stream; at the limit the server stops reading. "
+        "Default: keeps a batch full while another runs.",
     )
     max_stream_answer_bytes: Count = Field(
         128 * MIB,
-        description="Most bytes of tensor data in answers that one stream computes or has not been read from yet; more "
-        "requests wait. Default: a few of the greatest answers, so that a slow reader cannot fill the memory.",
+        description="Maximum bytes of tensor data in the answers of one stream that are computed or not read yet; "
+        "further requests wait. Default: a few answers of the maximum size, so that a slow reader cannot fill the "
+        "memory.",
     )
     keepalive_s: Annotated[float, Field(ge=1, le=7200)] = Field(
         60.0,
-        description="Idle seconds before a connection is pinged. Default: less than load balancers' 350 s.",
+        description="Idle seconds before the server pings a connection. Default: below the 350 s of load balancers.",
     )
     keepalive_min_interval_s: Annotated[float, Field(ge=0, le=7200)] = Field(
         5.0,
-        description="Least seconds between a caller's pings; faster ones are cut off. Default: gRPC's own is minutes.",
+        description="Minimum seconds between pings of a client; the server closes a connection with faster ones. "
+        "Default: below gRPC's own minutes, as clients behind load balancers need faster pings.",
     )
     drain_grace_s: Annotated[float, Field(ge=0, le=3600)] = Field(
         25.0,
-        description="Seconds that requests under way get after SIGTERM. Default: below Kubernetes' 30 s to SIGKILL.",
+        description="Seconds that pending requests have after SIGTERM. Default: below the 30 s of Kubernetes before "
+        "SIGKILL.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least level that is logged. Default: callers' faults show, each answer does not."
+        "info",
+        description="Minimum level of logged lines. Default: `info`, which shows invalid requests but not every "
+        "answer.",
     )
 
     @field_validator("cuda_graphs")
@@ -190,7 +203,7 @@ class Settings(BaseSettings):
     def _shapes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         wrong = [shape for shape in value if re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", shape) is None]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no shape as 8x64")
+            raise ValueError(f"{wrong[0]!r} is not a shape; write rows x tokens, such as 8x64")
         return value
 
     @field_validator("models", "cuda_graphs", mode="before")
@@ -211,7 +224,7 @@ class Settings(BaseSettings):
         pairs = [part.partition("=") for part in value.split(",") if part.strip()]
         wrong = [key for key, equals, _ in pairs if not equals or not key.strip()]
         if wrong:
-            raise ValueError(f"{wrong[0].strip()!r} is no key=value")
+            raise ValueError(f"{wrong[0].strip()!r} is not key=value")
         return {key.strip(): text.strip() for key, _, text in pairs}
 
     @field_validator("ports_file", "require_provider", "run_overhead_tokens", mode="before")
@@ -227,13 +240,13 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, flags: Mapping[str, Any]) -> Settings:
-        """Settings from flags, then variables, then defaults.
+        """Make settings from flags, then variables, then defaults.
 
         Args:
-            flags: What the command line gave, by field; None means not given.
+            flags: values of the command line by field; None: not given.
 
         Raises:
-            SettingsInvalid: With every fault.
+            SettingsInvalid: with every invalid setting.
         """
         given = {name: value for name, value in flags.items() if value is not None}
         try:
@@ -243,17 +256,17 @@ class Settings(BaseSettings):
 
 
 def variable_of(field: str) -> str:
-    """The environment variable of a setting."""
+    """Return the environment variable of a setting."""
     return PREFIX + field.upper()
 
 
 def flag_of(field: str) -> str:
-    """The command line flag of a setting."""
+    """Return the command line flag of a setting."""
     return "--" + field.replace("_", "-")
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

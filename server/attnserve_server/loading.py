@@ -1,4 +1,4 @@
-"""Which bundles a server takes, and how one is opened: settings and files in, the rooms' own values out."""
+"""Loading: choose the bundles that the settings name, open one, and derive each room's values from the settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from attnserve_server.scheduling.shadow import ShadowSettings
 _log = logger(__name__)
 
 INSTANCES_PER_GPU: Final = 3
-"""On an H200, two and three threads ran MiniLM 1.5 and 1.8 times as often as one (16 x 64 tokens, float32)."""
+"""On an H200, two and three instances ran MiniLM 1.5 and 1.8 times as often as one (16 x 64 tokens, float32)."""
 
 
 class StartFailed(AttnserveError):
@@ -36,10 +36,13 @@ class StartFailed(AttnserveError):
 
 
 def wanted_bundles(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]:
-    """The bundles that are wanted, and those in their places that are broken.
+    """Return the bundles to load, and the broken ones among them.
+
+    Args:
+        settings: `repository` and `models` select the bundles.
 
     Raises:
-        StartFailed: There is none, or one that was asked for is not there.
+        StartFailed: the repository has no bundle, or a named one does not exist.
     """
     bundles, faults = Repository(settings.repository).bundles()
     names = [(bundle.manifest.name, bundle.manifest.version) for bundle in bundles]
@@ -50,7 +53,7 @@ def wanted_bundles(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]
     unknown = [entry for entry in wanted if not any(_matches(entry, *name) for name in names)]
     if unknown:
         there = ", ".join(f"{name}/{version}" for name, version in names)
-        raise StartFailed(f"no model {', '.join(unknown)} in {settings.repository}; it has {there}")
+        raise StartFailed(f"no model {', '.join(unknown)} in {settings.repository}; the repository has {there}")
 
     def is_wanted(name: str, version: str) -> bool:
         return not wanted or any(_matches(entry, name, version) for entry in wanted)
@@ -62,7 +65,7 @@ def wanted_bundles(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]
 
 
 def under_policy(bundle: Bundle, settings: Settings) -> Bundle:
-    """A bundle with the manifest that holds under the policy of the settings. Logs what limits batching, and why."""
+    """Return the bundle with its manifest under the batching policy. Log what limits batching, and why."""
     manifest = bundle.manifest
     for caution in cautions(manifest.certificate, settings.batching, alone=manifest.max_batch_size == 1):
         _log.warning(
@@ -79,18 +82,21 @@ def under_policy(bundle: Bundle, settings: Settings) -> Bundle:
 
 
 def open_bundle(bundle: Bundle, settings: Settings) -> tuple[list[RuntimeSession], TextTokenizer | None]:
-    """Verifies a bundle's files, loads them once a device, and asks each for its golden answers. Runs in a thread.
+    """Verify a bundle's files, load one session per device, and check the golden answers of each. Runs in a thread.
 
     Args:
-        bundle: under the policy of the settings, see `under_policy`.
-        settings: say how and where it is loaded.
+        bundle: from `under_policy`.
+        settings: provider, devices and threads.
+
+    Returns:
+        The sessions, one for each device, and the tokenizer; None for a model that takes tensors only.
 
     Raises:
-        BundleInvalid: A file is missing, or another one.
-        TokenizerInvalid: The tokenizer cannot be used.
-        ProviderUnavailable: The execution provider that was asked for is not there.
-        LoadFailed: The runtime refused the model.
-        GoldenMismatch: The model does not answer as it did when it was checked.
+        BundleInvalid: a file is missing or changed.
+        TokenizerInvalid: the tokenizer cannot be used.
+        ProviderUnavailable: the requested execution provider is not available.
+        LoadFailed: the runtime could not load the model.
+        GoldenMismatch: the model does not repeat its golden answers.
     """
     verify(bundle)
     golden = read_golden(bundle)
@@ -106,14 +112,14 @@ def open_bundle(bundle: Bundle, settings: Settings) -> tuple[list[RuntimeSession
     named = {"model": bundle.manifest.name, "version": bundle.manifest.version}
     for session in sessions if golden else ():
         worst = verify_golden(session, bundle.manifest, golden)
-        _log.info("golden answers hold", **named, sequences=len(golden), error_over_allowed=round(worst, 4))
+        _log.info("golden answers are repeated", **named, sequences=len(golden), error_over_allowed=round(worst, 4))
     if not golden:
-        _log.warning("bundle has no golden answers: prepare it anew, so that every load is verified", **named)
+        _log.warning("bundle has no golden answers: convert it again, so that every load is checked", **named)
     return sessions, tokenizer
 
 
 def instances_of(sessions: Sequence[RuntimeSession], settings: Settings) -> int:
-    """How many runs at a time: as set, or one for each core on a CPU, and some for each GPU."""
+    """Return the number of instances: the setting, or one per core on a CPU, three per GPU, one with CUDA graphs."""
     if settings.instances:
         return settings.instances
     if sessions[0].provider not in GPU_PROVIDERS:
@@ -122,18 +128,18 @@ def instances_of(sessions: Sequence[RuntimeSession], settings: Settings) -> int:
 
 
 def _graph_plan(manifest: Manifest, settings: Settings) -> GraphPlan | None:
-    """What to record as CUDA graphs. A model whose inputs are not all along one axis that pads is not recorded."""
+    """The plan of CUDA graphs; None for none. Every input must be along one axis, which must be padded."""
     if not settings.cuda_graphs:
         return None
     if {spec.shape for spec in manifest.inputs} != {(axis.symbol,) for axis in manifest.axes if axis.paddable}:
-        _log.warning("no CUDA graphs: its inputs do not share one axis that pads", model=manifest.name)
+        _log.warning("no CUDA graphs: the inputs do not share one padded axis", model=manifest.name)
         return None
     shapes = tuple((int(rows), int(tokens)) for rows, _, tokens in (one.partition("x") for one in settings.cuda_graphs))
     if manifest.max_batch_size == 1:
-        # Rows that fill up a recorded shape are neighbours too.
+        # Rows that fill up a recorded shape are batch neighbours too.
         shapes = tuple((rows, tokens) for rows, tokens in shapes if rows == 1)
         if not shapes:
-            _log.warning("no CUDA graphs: its sequences run alone, and no shape has one row", model=manifest.name)
+            _log.warning("no CUDA graphs: sequences run alone, and no shape has one row", model=manifest.name)
             return None
     return GraphPlan(shapes, {spec.name: spec.padding for spec in manifest.inputs})
 
@@ -152,7 +158,7 @@ def _session(bundle: Bundle, settings: Settings, device_id: int, provider: str =
 
 
 def cost_key(session: RuntimeSession, manifest: Manifest, settings: Settings) -> CostKey:
-    """What the cost of this model's runs depends on, here and with these settings."""
+    """Return the key of this model's timed runs, on this machine and with these settings."""
     return CostKey(
         digest=manifest.digest,
         provider=session.provider,
@@ -165,7 +171,7 @@ def cost_key(session: RuntimeSession, manifest: Manifest, settings: Settings) ->
 
 
 def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSettings:
-    """The part of the settings that one model's scheduling needs."""
+    """Return the settings of one model's scheduling."""
     return SchedulingSettings(
         max_batch_size=min(settings.max_batch_size or manifest.max_batch_size, manifest.max_batch_size),
         max_batch_bytes=settings.max_batch_bytes,
@@ -178,18 +184,18 @@ def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSet
 
 
 def batch_check_settings(settings: Settings) -> ShadowSettings | None:
-    """The part of the settings that the shadow check needs; None where it is off."""
+    """Return the settings of the shadow check; None if it is off."""
     if not settings.verify_batches:
         return None
     return ShadowSettings(share=settings.verify_batches, action=settings.verify_action)
 
 
 def _why_none(repository: Path) -> str:
-    """Why a repository has no model, for the operator who named it: this alone may name the folder."""
+    """Why a repository has no model. The message goes to the operator only, so it may name the folder."""
     if not repository.is_dir():
-        return f"no model in {repository}: there is no such folder"
+        return f"no model in {repository}: the folder does not exist"
     if not os.access(repository, os.R_OK | os.X_OK):
-        return f"no model in {repository}: user {os.getuid()} may not read that folder"
+        return f"no model in {repository}: user {os.getuid()} may not read the folder"
     return f"no model in {repository}: make one with `attnserve-server export` or `attnserve-server prepare`"
 
 

@@ -280,7 +280,7 @@ async def test_a_model_that_does_not_run_fails_at_warm_up_and_not_at_its_first_c
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"repository": Path("nowhere")}, StartFailed, "no model in nowhere: there is no such folder"),
+        ({"repository": Path("nowhere")}, StartFailed, "no model in nowhere: the folder does not exist"),
         ({"models": ("tiny/7",)}, StartFailed, "it has plain/1, tiny/1, tiny/2"),
         ({"require_provider": "CUDAExecutionProvider"}, ProviderUnavailable, "CUDAExecutionProvider is not available"),
     ],

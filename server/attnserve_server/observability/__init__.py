@@ -1,1 +1,1 @@
-"""Every metric, declared once; logs."""
+"""Metrics, logs, and the readiness check of a container."""

@@ -1,4 +1,4 @@
-"""Logs: one JSON line for each event, on standard error. Metrics are in `metrics`."""
+"""Logs: one JSON line for each event, on standard error."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Logger = structlog.stdlib.BoundLogger
 
 
 def configure(level: str = "info", stream: TextIO | None = None) -> None:
-    """Sends our logs and those of every library to one stream, as JSON lines.
+    """Write the logs of the server and of all libraries to one stream, as JSON lines.
 
-    JSON escapes line ends and control characters, so that nothing a caller sends can forge or colour a line.
+    JSON escapes line ends and control characters, so that text from a caller cannot forge or colour a line.
 
     Args:
         level: `debug`, `info`, `warning` or `error`.
-        stream: Where to write; standard error if not given.
+        stream: where to write; None: standard error.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -41,7 +41,7 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(_LEVELS[level])
-    # Libraries tell too much below warning: connections and requests, which we count ourselves.
+    # Below warning, these libraries log connections and requests, which metrics count.
     for library in ("uvicorn", "grpc", "asyncio"):
         logging.getLogger(library).setLevel(max(_LEVELS[level], logging.WARNING))
         logging.getLogger(library).handlers[:] = []
@@ -55,6 +55,6 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
 
 
 def logger(name: str) -> Logger:
-    """A logger for one room."""
+    """Return the logger of a module."""
     made: Logger = structlog.stdlib.get_logger(name)
     return made

@@ -22,6 +22,8 @@ from prometheus_client import (
 )
 from prometheus_client.metrics import MetricWrapperBase
 
+_STATM: Final = Path("/proc/self/statm")
+
 MODEL: Final = ("model", "version")
 CHECK_OUTCOMES: Final = ("equal", "different", "dropped", "failed")
 RPC: Final = ("grpc_type", "grpc_service", "grpc_method")
@@ -31,7 +33,16 @@ MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
-    """One declared metric; `why_buckets` gives the reason for a histogram's bounds."""
+    """One metric.
+
+    Args:
+        kind: Counter, Gauge or Histogram.
+        name: exported name.
+        help: one sentence.
+        labels: label names.
+        buckets: upper bounds, of a histogram.
+        why_buckets: the reason for the bounds.
+    """
 
     kind: type[MetricWrapperBase]
     name: str
@@ -43,7 +54,7 @@ class MetricSpec:
 
 _LATENCY: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _WHY_LATENCY: Final = (
-    "1 ms is a short sequence on a GPU, 10 s a caller's patience; steps of about two keep a quantile within that factor"
+    "1 ms is a short sequence on a GPU, 10 s a long deadline; steps of about two keep a quantile within that factor"
 )
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -52,31 +63,36 @@ RPC_HANDLED: Final = MetricSpec(
     Counter, "grpc_server_handled_total", "RPCs completed on the server, by status code.", (*RPC, "grpc_code")
 )
 RPC_SECONDS: Final = MetricSpec(
-    Histogram, "grpc_server_handling_seconds", "Time to handle an RPC, whole.", RPC, _LATENCY, _WHY_LATENCY
+    Histogram, "grpc_server_handling_seconds", "Time from the start to the end of an RPC.", RPC, _LATENCY, _WHY_LATENCY
 )
 REQUESTS: Final = MetricSpec(
     Counter,
     "attnserve_requests_total",
-    "Requests by how they ended, unary and streamed alike. `code` is a gRPC status name.",
+    "Unary and streamed requests by final status. `code` is a gRPC status name.",
     (*MODEL, "code"),
 )
-SEQUENCES: Final = MetricSpec(Counter, "attnserve_sequences_total", "Sequences that came out of the runtime.", MODEL)
+SEQUENCES: Final = MetricSpec(Counter, "attnserve_sequences_total", "Sequences that the runtime has computed.", MODEL)
 QUEUE_SECONDS: Final = MetricSpec(
     Histogram,
     "attnserve_queue_seconds",
-    "From a sequence's arrival to the start of its run.",
+    "Time from a sequence's arrival to the start of its run.",
     MODEL,
     _LATENCY,
     _WHY_LATENCY,
 )
 COMPUTE_SECONDS: Final = MetricSpec(
-    Histogram, "attnserve_compute_seconds", "Time of one run of the runtime.", MODEL, _LATENCY, _WHY_LATENCY
+    Histogram, "attnserve_compute_seconds", "Time of one run.", MODEL, _LATENCY, _WHY_LATENCY
 )
 BATCH_SIZE: Final = MetricSpec(
-    Histogram, "attnserve_batch_size", "Sequences in one run.", MODEL, _SIZES, "powers of two, as batches are planned"
+    Histogram,
+    "attnserve_batch_size",
+    "Sequences in one run.",
+    MODEL,
+    _SIZES,
+    "powers of two, because batches range from 1 to 128 sequences",
 )
 USEFUL_TOKENS: Final = MetricSpec(
-    Counter, "attnserve_useful_tokens_total", "Positions that carried data, over all runs.", MODEL
+    Counter, "attnserve_useful_tokens_total", "Positions that carry data, over all runs.", MODEL
 )
 COMPUTED_TOKENS: Final = MetricSpec(
     Counter,
@@ -97,11 +113,11 @@ PADDED_TOKENS: Final = MetricSpec(
     "`attnserve_padding_tokens_total` for the padding alone.",
     MODEL,
 )
-QUEUE_DEPTH: Final = MetricSpec(Gauge, "attnserve_queue_depth", "Sequences waiting for a run.", MODEL)
+QUEUE_DEPTH: Final = MetricSpec(Gauge, "attnserve_queue_depth", "Sequences that wait for a run.", MODEL)
 QUEUE_BYTES: Final = MetricSpec(
-    Gauge, "attnserve_queue_bytes", "Bytes that waiting sequences and their answers need.", MODEL
+    Gauge, "attnserve_queue_bytes", "Bytes of the waiting sequences and of their answers.", MODEL
 )
-RUNNING: Final = MetricSpec(Gauge, "attnserve_running_batches", "Runs under way.", MODEL)
+RUNNING: Final = MetricSpec(Gauge, "attnserve_running_batches", "Runs in progress.", MODEL)
 REFUSED: Final = MetricSpec(
     Counter,
     "attnserve_refused_total",
@@ -111,26 +127,26 @@ REFUSED: Final = MetricSpec(
 DROPPED: Final = MetricSpec(
     Counter,
     "attnserve_dropped_total",
-    "Sequences given up after admission: `expired`, `cancelled` (never run), `terminated` (run stopped), `failed`.",
+    "Sequences dropped after admission: `expired`, `cancelled` (before a run), `terminated` (run stopped), `failed`.",
     (*MODEL, "reason"),
 )
 BATCH_CHECKS: Final = MetricSpec(
     Counter,
     "attnserve_batch_checks_total",
-    "Answers that `--verify-batches` drew from batches, by how the sequence alone compares: `equal`, `different`, "
-    "`dropped` (not repeated: work waited, there was no room, or the server drained), `failed` (the repeat failed).",
+    "Answers that `--verify-batches` selected, by the comparison with the sequence alone: `equal`, `different`, "
+    "`dropped` (not repeated: work waited, the memory limit was reached, or the server drained), `failed`.",
     (*MODEL, "outcome"),
 )
 BATCH_MISMATCH: Final = MetricSpec(
     Counter,
     "attnserve_batch_mismatch_total",
-    "Answers that differed from those of the sequence alone by more than rounding.",
+    "Answers from batches that differ from those of the sequence alone by more than rounding.",
     MODEL,
 )
 BATCHING_ISOLATED: Final = MetricSpec(
     Gauge,
     "attnserve_batching_isolated",
-    "1 where `--verify-action isolate` runs each sequence alone, since a mismatch and until the next start; else 0.",
+    "1 if `--verify-action isolate` runs each sequence alone, from a mismatch until the next start; else 0.",
     MODEL,
 )
 ATTENTION_BYTES: Final = MetricSpec(
@@ -139,10 +155,10 @@ ATTENTION_BYTES: Final = MetricSpec(
 ATTENTION_SECONDS: Final = MetricSpec(
     Histogram,
     "attnserve_attention_seconds",
-    "Time to reduce one sequence's attention to what was asked.",
+    "Time to reduce one sequence's attention to its selection.",
     MODEL,
     (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),
-    "0.1 ms is a mean over one short layer, 250 ms everything of a long sequence",
+    "0.1 ms is the mean over one short layer, 250 ms all maps of a long sequence",
 )
 SESSION_BYTES: Final = MetricSpec(
     Gauge,
@@ -156,7 +172,7 @@ EXECUTION_PROVIDER: Final = MetricSpec(
 MODEL_STATE: Final = MetricSpec(
     Gauge,
     "attnserve_model_state",
-    "1 for the state that the model is in: loading, ready, draining or failed.",
+    "1 for the current state of the model: loading, ready, draining or failed.",
     (*MODEL, "state"),
 )
 
@@ -166,7 +182,7 @@ SPECS: Final[tuple[MetricSpec, ...]] = tuple(
 
 
 class ModelMetrics:
-    """One model's series with their labels already looked up, so that the hot path touches no label."""
+    """One model's series with their labels resolved once, so that a run looks up no label."""
 
     def __init__(self, metrics: Metrics, model: str, version: str) -> None:
         self._metrics = metrics
@@ -210,45 +226,45 @@ class ModelMetrics:
         self._padded_tokens.inc(computed)
 
     def attention_bytes(self, form: str) -> Counter:
-        """Bytes of attention sent, for one form."""
+        """Return the counter of bytes of attention sent, for one form."""
         return self._attention_bytes[form]
 
     def dropped(self, reason: str) -> Counter:
-        """Sequences given up, for one reason."""
+        """Return the counter of dropped sequences, for one reason."""
         return self._dropped[reason]
 
     def checked(self, outcome: str) -> Counter:
-        """Answers drawn for a repeat, for one of `CHECK_OUTCOMES`."""
+        """Return the counter of answers selected for a repeat, for one of `CHECK_OUTCOMES`."""
         return self._checked[outcome]
 
     def ended(self, code: str) -> None:
-        """Counts a request that ended with this gRPC status name."""
+        """Count a request that ended with this gRPC status name."""
         counter = self._ended.get(code)
         if counter is None:
             counter = self._ended[code] = self._metrics.counter(REQUESTS).labels(*self._labels, code)
         counter.inc()
 
     def watch_queue(self, depth: Callable[[], float], size: Callable[[], float]) -> None:
-        """Has the queue's gauges read when they are scraped: `depth` in sequences, `size` in bytes."""
+        """Set the functions that a scrape calls for the queue's gauges: `depth` in sequences, `size` in bytes."""
         self._metrics.gauge(QUEUE_DEPTH).labels(*self._labels).set_function(depth)
         self._metrics.gauge(QUEUE_BYTES).labels(*self._labels).set_function(size)
 
     def refused(self, reason: str) -> None:
-        """Counts a request that was refused before any work."""
+        """Count a request that was refused before any work."""
         self._metrics.counter(REFUSED).labels(*self._labels, reason).inc()
 
     def provider(self, provider: str) -> None:
-        """Says which execution provider is in use."""
+        """Set the execution provider in use."""
         self._metrics.gauge(EXECUTION_PROVIDER).labels(*self._labels, provider).set(1)
 
     def state(self, state: str) -> None:
-        """Says which state the model is in."""
+        """Set the state of the model."""
         for other in ("loading", "ready", "draining", "failed"):
             self._metrics.gauge(MODEL_STATE).labels(*self._labels, other).set(other == state)
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own, with the process's and the interpreter's beside them."""
+    """All metrics of one server in one registry, with those of the process and of the interpreter."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -267,33 +283,30 @@ class Metrics:
             )
 
     def model(self, model: str, version: str) -> ModelMetrics:
-        """One model's series. Call it for loaded models only, so that the number of series stays bounded."""
+        """Return one model's series. Call it for loaded models only, so that the number of series is bounded."""
         return ModelMetrics(self, model, version)
 
     def counter(self, spec: MetricSpec) -> Counter:
-        """The counter that `spec` declares."""
+        """Return the counter of `spec`."""
         return self._get(spec, Counter)
 
     def gauge(self, spec: MetricSpec) -> Gauge:
-        """The gauge that `spec` declares."""
+        """Return the gauge of `spec`."""
         return self._get(spec, Gauge)
 
     def histogram(self, spec: MetricSpec) -> Histogram:
-        """The histogram that `spec` declares."""
+        """Return the histogram of `spec`."""
         return self._get(spec, Histogram)
 
     def _get(self, spec: MetricSpec, kind: type[MetricT]) -> MetricT:
         metric = self._made[spec.name]
         if not isinstance(metric, kind):
-            raise TypeError(f"{spec.name} is no {kind.__name__}")
+            raise TypeError(f"{spec.name} is not a {kind.__name__}")
         return metric
 
 
-_STATM = Path("/proc/self/statm")
-
-
 def resident_bytes(statm: Path = _STATM) -> int:
-    """The process's resident memory in bytes; 0 where the system does not tell."""
+    """Return the process's resident memory in bytes; 0 if the system does not report it."""
     try:
         pages = int(statm.read_text(encoding="ascii").split()[1])
     except OSError:

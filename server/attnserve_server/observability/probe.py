@@ -1,7 +1,7 @@
-"""Asking a server whether it is ready, from beside it: `python -m attnserve_server.observability.probe`.
+"""The readiness check of a container: `python -m attnserve_server.observability.probe`.
 
-A container's HEALTHCHECK runs this every few seconds, so it takes nothing but the standard library; the command
-`attnserve-server healthcheck` asks the same, but loads all that the command line needs first.
+A HEALTHCHECK runs it every few seconds, so it imports the standard library only. The command `attnserve-server
+healthcheck` makes the same check, but imports the libraries of the command line first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOOPBACK: Final = {4: "127.0.0.1", 6: "::1"}
 
 
 def reachable_host(host: str) -> str:
-    """Where to ask a server that listens on `host`: one that listens everywhere is asked on loopback."""
+    """Return the address to check for a server that listens on `host`: loopback if it listens on all addresses."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -31,7 +31,16 @@ def reachable_host(host: str) -> str:
 
 
 def why_not_ready(host: str, port: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> str:
-    """Asks `/readyz` once, past any proxy. Returns the reason why the server is not ready; empty if it is."""
+    """Request `/readyz` once, without a proxy.
+
+    Args:
+        host: address that the server listens on.
+        port: its HTTP port.
+        timeout_s: seconds to wait for the connection and for the answer.
+
+    Returns:
+        Why the server is not ready; empty if it is.
+    """
     connection = HTTPConnection(reachable_host(host), port, timeout=timeout_s)
     try:
         connection.request("GET", "/readyz")
@@ -45,7 +54,7 @@ def why_not_ready(host: str, port: int, timeout_s: float = DEFAULT_TIMEOUT_S) ->
 
 
 def main() -> int:
-    """Asks where the server's own variables say. Returns the exit code: 0 if it is ready, 1 if not."""
+    """Check the server at the address in its own variables. Return the exit code: 0 if it is ready, 1 if not."""
     reason = why_not_ready(
         os.environ.get(HOST_VARIABLE, DEFAULT_HOST), int(os.environ.get(PORT_VARIABLE, DEFAULT_PORT))
     )

@@ -1,4 +1,4 @@
-"""What the settings make of the shadow check."""
+"""The settings of the shadow check follow from those of the server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from attnserve_server.loading import batch_check_settings
 from attnserve_server.scheduling.shadow import ShadowSettings
 
 
-def test_shadow_check_is_off_unless_a_share_is_set() -> None:
+def test_shadow_check_is_off_without_a_share() -> None:
     assert batch_check_settings(Settings()) is None
     assert batch_check_settings(Settings(verify_action="isolate")) is None
     assert batch_check_settings(Settings(verify_batches=0.001)) == ShadowSettings(share=0.001, action="count")

@@ -1,4 +1,4 @@
-"""The generated pages say what the code says."""
+"""The generated pages match the code."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-def test_the_pages_are_up_to_date() -> None:
+def test_generated_pages_are_up_to_date() -> None:
     done = subprocess.run(
         [sys.executable, str(DOCS / "generate.py"), "--check"], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_a_page_that_was_changed_is_noticed(tmp_path: Path) -> None:
+def test_check_fails_for_a_changed_page(tmp_path: Path) -> None:
     script = tmp_path / "generate.py"
     (tmp_path / "reference").mkdir()
     script.write_text((DOCS / "generate.py").read_text())
@@ -28,7 +28,7 @@ def test_a_page_that_was_changed_is_noticed(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "out of date: errors.md; run `make docs`\n")
 
 
-def test_types_of_settings_are_words_and_no_program_text() -> None:
+def test_types_of_settings_are_words() -> None:
     page = (DOCS / "reference" / "configuration.md").read_text()
     assert "`--run-overhead-tokens` | `ATTNSERVE_RUN_OVERHEAD_TOKENS` | number, at least 0, at most " in page
     for trace in ("<class", "annotation=", "metadata=", "typing."):

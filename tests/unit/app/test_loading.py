@@ -1,4 +1,4 @@
-"""A bundle is opened as its manifest says, for every device alike."""
+"""Loading: a bundle is opened by its manifest, under the batching policy of the settings."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from tiny_bundle import tiny_manifest, write_tiny_files
 
 
 @pytest.mark.parametrize("left_out", [None, (), ("MatMulAddFusion",)])
-def test_rewritings_that_a_bundle_leaves_out_are_left_out_when_it_is_served(
+def test_optimizers_that_a_bundle_disables_are_disabled_when_it_is_served(
     left_out: tuple[str, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[object] = []
+    given: list[object] = []
     load = RuntimeSession.load
 
     def recording(path: Path, **options: object) -> RuntimeSession:
-        told.append(options["left_out"])
+        given.append(options["left_out"])
         return load(path, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RuntimeSession, "load", recording)
     manifest = tiny_manifest().model_copy(update={"left_out": left_out})
     bundle = write_bundle(tmp_path / "models", manifest, write_tiny_files(tmp_path))
     open_bundle(bundle, Settings(repository=tmp_path / "models"))
-    assert told == [left_out]
+    assert given == [left_out]
 
 
 def rules(manifest: Manifest, folder: Path, batching: str = "proved") -> tuple[Manifest, list[dict[str, Any]]]:
-    """The manifest of a bundle as the server takes it, and the warnings about it."""
+    """The manifest of a bundle under a policy, and the warnings about it."""
     bundle = Bundle(folder, manifest)
     with structlog.testing.capture_logs() as lines:
         made = under_policy(bundle, Settings(repository=folder, batching=batching)).manifest
     return made, [line for line in lines if line["log_level"] == "warning"]
 
 
-def test_model_that_is_proved_is_batched_without_a_warning(tmp_path: Path) -> None:
+def test_proved_model_is_batched_without_a_warning(tmp_path: Path) -> None:
     manifest, warnings = rules(tiny_manifest(), tmp_path)
     assert (manifest.max_batch_size, manifest.axis("seq").paddable, warnings) == (8, True, [])
 
 
-def test_batching_that_is_off_runs_every_sequence_alone_without_a_warning(tmp_path: Path) -> None:
+def test_batching_off_runs_every_sequence_alone_without_a_warning(tmp_path: Path) -> None:
     manifest, warnings = rules(tiny_manifest(), tmp_path, "off")
     assert (manifest.max_batch_size, manifest.axis("seq").paddable, warnings) == (1, False, [])
 
 
-def test_bundle_of_format_1_is_joined_at_equal_lengths_with_a_warning(tmp_path: Path) -> None:
+def test_bundle_of_format_1_is_batched_at_equal_lengths_with_a_warning(tmp_path: Path) -> None:
     old = tiny_manifest().model_copy(update={"format": 1, "certificate": None})
     manifest, (warning,) = rules(old, tmp_path)
     assert (manifest.max_batch_size, manifest.axis("seq").paddable) == (8, False)
@@ -63,7 +63,7 @@ def test_bundle_of_format_1_is_joined_at_equal_lengths_with_a_warning(tmp_path: 
     assert "check BUNDLE --certify" in warning["remedy"]
 
 
-def test_axis_that_is_not_proved_is_warned_of_with_its_cause_and_the_way_out(tmp_path: Path) -> None:
+def test_warning_of_an_unproved_axis_has_cause_and_remedy(tmp_path: Path) -> None:
     clause = Clause(axis="seq", verdict=Verdict.UNKNOWN, reason="the operator Foo is not known", attack=SURVIVED)
     unknown = tiny_manifest().model_copy(update={"certificate": certificate(clauses=(clause,), batch=Verdict.PROVED)})
     manifest, (warning,) = rules(unknown, tmp_path)
@@ -75,7 +75,7 @@ def test_axis_that_is_not_proved_is_warned_of_with_its_cause_and_the_way_out(tmp
 
 
 @pytest.mark.parametrize(("verdict", "shapes"), [(Verdict.PROVED, ((1, 32), (8, 64))), (Verdict.REFUTED, ((1, 32),))])
-def test_rows_do_not_fill_up_recorded_shapes_where_sequences_run_alone(
+def test_recorded_shapes_have_one_row_if_sequences_run_alone(
     verdict: Verdict, shapes: tuple[tuple[int, int], ...], tmp_path: Path
 ) -> None:
     manifest = tiny_manifest().model_copy(update={"certificate": certificate(batch=verdict, seq=Verdict.PROVED)})
@@ -89,12 +89,12 @@ def test_rows_do_not_fill_up_recorded_shapes_where_sequences_run_alone(
     )
 
 
-def test_costs_of_sequences_that_run_alone_are_not_taken_for_those_of_batches(tmp_path: Path) -> None:
+def test_costs_of_sequences_alone_and_of_batches_have_different_keys(tmp_path: Path) -> None:
     session = RuntimeSession.load(write_tiny_files(tmp_path)["model.onnx"], provider="CPUExecutionProvider")
     settings = Settings(repository=tmp_path)
     keys = {loading.cost_key(session, rules(tiny_manifest(), tmp_path, policy)[0], settings) for policy in BATCHING}
     assert len(keys) == 2
 
 
-def test_setting_takes_every_policy() -> None:
+def test_batching_setting_accepts_every_policy() -> None:
     assert get_args(Settings.model_fields["batching"].annotation) == BATCHING

@@ -1,4 +1,4 @@
-"""Logs: one JSON line for each event, whoever wrote it and whatever a caller put into it."""
+"""Logs: each event is one JSON line, whatever its source and its text."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def lines(written: io.StringIO) -> list[dict[str, object]]:
     return [json.loads(line) for line in written.getvalue().splitlines()]
 
 
-def test_an_event_is_one_line_with_level_and_time(written: io.StringIO) -> None:
+def test_event_is_one_line_with_level_and_time(written: io.StringIO) -> None:
     logger("test").info("done", request_id="a")
     (line,) = lines(written)
     assert (line["event"], line["level"], line["request_id"]) == ("done", "info", "a")
     assert str(line["timestamp"]).endswith("Z")
 
 
-def test_nothing_that_a_caller_sends_forges_or_colours_a_line(written: io.StringIO) -> None:
+def test_text_of_a_caller_cannot_forge_or_colour_a_line(written: io.StringIO) -> None:
     evil = 'a\r\n{"event": "forged"}\x1b[31m\u2028"'
     logger("test").info("refused", request_id=evil)
     assert written.getvalue().count("\n") == 1
@@ -43,13 +43,13 @@ def test_nothing_that_a_caller_sends_forges_or_colours_a_line(written: io.String
     assert lines(written)[0]["request_id"] == evil
 
 
-def test_a_librarys_line_is_json_too_with_what_it_carries(written: io.StringIO) -> None:
+def test_line_of_a_library_is_json_with_its_extra_fields(written: io.StringIO) -> None:
     logging.getLogger("attnserve_server.engine.executor").error("failed %s", "here", extra={"model": "tiny"})
     (line,) = lines(written)
     assert (line["event"], line["model"], line["logger"]) == ("failed here", "tiny", "attnserve_server.engine.executor")
 
 
-def test_a_traceback_stays_on_its_line(written: io.StringIO) -> None:
+def test_traceback_is_part_of_its_line(written: io.StringIO) -> None:
     with pytest.raises(ValueError, match="why") as caught:
         int("why")
     logger("test").error("failed", exc_info=caught.value)
@@ -57,7 +57,7 @@ def test_a_traceback_stays_on_its_line(written: io.StringIO) -> None:
     assert "ValueError: invalid literal" in str(line["exception"])
 
 
-def test_below_its_level_nothing_is_written(written: io.StringIO) -> None:
+def test_events_below_the_level_are_not_written(written: io.StringIO) -> None:
     logger("test").debug("no")
     logging.getLogger("test").debug("no")
     logging.getLogger("uvicorn.error").info("no")

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
-from attnserve_server.observability.metrics import BATCH_SIZE, QUEUE_DEPTH, SEQUENCES, SPECS, Metrics, MetricSpec
+from attnserve_server.observability.metrics import (
+    BATCH_SIZE,
+    QUEUE_DEPTH,
+    SEQUENCES,
+    SPECS,
+    Metrics,
+    MetricSpec,
+    resident_bytes,
+)
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -16,7 +27,7 @@ def test_names_are_unique_and_prefixed() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)
-def test_a_metric_says_what_it_is(spec: MetricSpec) -> None:
+def test_every_metric_has_a_help_text_and_reasons_for_its_buckets(spec: MetricSpec) -> None:
     assert spec.help.endswith(".")
     assert spec.kind in (Counter, Gauge, Histogram)
     assert (spec.kind is Counter) == spec.name.endswith("_total")
@@ -24,7 +35,7 @@ def test_a_metric_says_what_it_is(spec: MetricSpec) -> None:
     assert list(spec.buckets) == sorted(set(spec.buckets))
 
 
-def test_what_is_declared_is_what_is_exported() -> None:
+def test_declared_metrics_are_exported() -> None:
     metrics = Metrics()
     for spec in SPECS:
         series = metrics._made[spec.name].labels(*["x"] * len(spec.labels))
@@ -41,14 +52,14 @@ def test_what_is_declared_is_what_is_exported() -> None:
         assert (f"{spec.name}_bucket" if spec.kind is Histogram else spec.name) in exported
 
 
-def test_asking_for_a_metric_as_what_it_is_not_is_a_programming_error() -> None:
+def test_metric_of_another_kind_raises_type_error() -> None:
     metrics = Metrics()
     for get, spec in ((metrics.gauge, SEQUENCES), (metrics.counter, BATCH_SIZE), (metrics.histogram, QUEUE_DEPTH)):
         with pytest.raises(TypeError, match=spec.name):
             get(spec)
 
 
-def test_one_models_series_are_its_own() -> None:
+def test_each_model_has_its_own_series() -> None:
     metrics = Metrics()
     metrics.model("a", "1").sequences.inc(2)
     metrics.model("b", "1").sequences.inc(3)
@@ -57,9 +68,21 @@ def test_one_models_series_are_its_own() -> None:
     assert value("attnserve_sequences_total", {"model": "b", "version": "1"}) == 3
 
 
-def test_a_loaded_model_shows_its_closed_sets_before_anything_happened() -> None:
+def test_loaded_model_exports_its_closed_label_sets_at_zero() -> None:
     metrics = Metrics()
     metrics.model("a", "1")
     value = metrics.registry.get_sample_value
     for reason in ("expired", "cancelled", "terminated", "failed"):
         assert value("attnserve_dropped_total", {"model": "a", "version": "1", "reason": reason}) == 0
+
+
+def test_resident_bytes_grow_with_allocated_memory() -> None:
+    before = resident_bytes()
+    allocated = np.ones(8 * 2**20, np.uint64)
+    # 64 MiB are written; meanwhile the interpreter may return some pages of its own.
+    assert resident_bytes() - before > 48 * 2**20
+    del allocated
+
+
+def test_resident_bytes_are_0_if_the_system_does_not_report_them(tmp_path: Path) -> None:
+    assert resident_bytes(tmp_path / "missing") == 0
