@@ -103,7 +103,7 @@ def test_windows_around_each_query_of_any_size(before: int, after: int, global_k
     [
         ("sums", "nothing that its key comes from is a sequence"),
         ("backwards", "its queries change places, and their number is not fixed"),
-        ("skips", "its columns stand for keys in no known order"),
+        ("skips", "the keys of its columns follow no known pattern"),
     ],
 )
 def test_windows_that_cannot_be_followed_are_listed_with_the_reason(tangle: str, reason: str, tmp_path: Path) -> None:

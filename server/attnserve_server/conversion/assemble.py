@@ -1,9 +1,9 @@
-"""From a source graph to everything that a bundle needs: the tapped graph and the facts about it. Writes no bundle."""
+"""Adds taps to a source graph, and finds out by running it what a manifest states about its axes, outputs and sites."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,31 +11,21 @@ import onnx
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.base.sites import (
-    FoundSite,
-    Layout,
-    Learnt,
-    Probabilities,
-    Scores,
-    Tappable,
-    Untappable,
-    Windows,
-)
+from attnserve_server.conversion.base.sites import FoundSite, Learnt, Scores
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.base.tolerances import Tolerances
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import precision_of, save
 from attnserve_server.conversion.inputs.signature import dtype_of
-from attnserve_server.conversion.learning.grids import Grid, grids_of
-from attnserve_server.conversion.learning.layout import layouts_of
-from attnserve_server.conversion.learning.origins import FixedAxes, fixed_axes, of_one_sequence
+from attnserve_server.conversion.learning.fixed_axes import FixedAxes, fixed_axes, grids_of, of_one_sequence
 from attnserve_server.conversion.learning.products import product_errors
-from attnserve_server.conversion.learning.windows import grid_of_windows, windows_apart, windows_of, with_key_axes
+from attnserve_server.conversion.learning.sites import grid_of_windows, learn, tappable_of, verified, with_key_axes
+from attnserve_server.conversion.probing.axes import ProbedAxes, probe_axes
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.probe import Axes, probe_axes, probe_lengths
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.tapped import expose, tapped_at
 from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps, with_plain_values
+from attnserve_server.conversion.sources.source_model import Grid
 from attnserve_server.domain.values import Array
 from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec, SiteSpec, axes_under
@@ -43,7 +33,24 @@ from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec,
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """A tapped graph beside its source, opened for checks, and what was learnt about both."""
+    """A tapped graph beside its source, opened for checks, and what is known about both.
+
+    Attributes:
+        model_path: the tapped graph that will be served.
+        source: the source graph.
+        checker: the source graph with taps, and with every value that checks need as an output.
+        sampler: draws sequences for all three.
+        sites: as the manifest describes them, in the order of their layers.
+        found: the sites of `checker`, by name.
+        learnt: the layouts and windows of sites with their own weights, by name.
+        outputs: the outputs that are served.
+        site_axes: the query axis and the key axis of each available site's weights, by name.
+        fixed_axes: the length of each fixed axis that a site names.
+        grids: the patch grid of each fixed axis that has one.
+        derived_axes: the form of each derived axis that a site or an output names.
+        tolerances: of checks in this precision.
+        precision: of the source.
+    """
 
     model_path: Path
     source: GraphRunner
@@ -62,22 +69,27 @@ class Assembled:
 
     @property
     def weights(self) -> dict[str, str]:
-        """The output of each available site, by its name."""
+        """The name of each available site's output."""
         return {name: WEIGHTS_PREFIX + name for name in self.site_axes}
 
     def product_errors(self, weights: Mapping[str, Array], feeds: Mapping[str, Array]) -> dict[str, float]:
-        """How far weights @ value is from each site's own output, for weights (B, H, L, S or W) of these feeds."""
-        return product_errors(self.checker, _tappable(self.found), self.learnt, weights, feeds)
+        """Return the greatest difference of weights @ value from each site's own output.
+
+        Args:
+            weights: (B, H, L, S) by site, or (B, H, L, W) where it has windows.
+            feeds: the inputs that the weights were computed for.
+        """
+        return product_errors(self.checker, tappable_of(self.found), self.learnt, weights, feeds)
 
 
 def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps) -> Assembled:
-    """Tap a graph and learn by running what it does not say.
+    """Add taps to a graph, and learn by running it what it does not state.
 
     Args:
         proto: the source, with inferred shapes.
-        sampler: makes sequences for it.
+        sampler: draws sequences for it.
         work: a folder for the files; `model.onnx` there is the tapped graph.
-        steps: is told of every step, and of what is left out.
+        steps: receives each step, and a warning for each output and site that is left out.
 
     Raises:
         BuildRefused: the graph does not run, or has no output that could be served.
@@ -90,7 +102,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     checker_model = ir.from_proto(proto)
     found = with_plain_values(checker_model.graph, find_sites(checker_model.graph))
     expose(checker_model, found.values())
-    found, learnt = _learnt(proto, checker_model, found, sampler, work)
+    found, learnt = learn(proto, checker_model, found, sampler, work)
     add_taps(checker_model.graph, found, learnt)
     save(checker_model, checker_path)
     steps.begin("probing axes")
@@ -98,7 +110,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     servable = _servable(proto.graph, steps)
     output_names = [value.name for value in servable]
     tolerances = Tolerances.of(precision_of(proto))
-    found = _verified(checker, sampler, found, learnt, tolerances)
+    found = verified(checker, sampler, found, learnt, tolerances.output)
     axes = with_key_axes(probe_axes(checker, sampler, output_names, found), learnt)
     outputs = _outputs(servable, axes, steps)
     fixed = fixed_axes(axes.sites, found, [*sampler.signature.symbols, *axes.derived])
@@ -111,7 +123,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     available = {site.name: site.weight_axes for site in sites if site.available}
     save(tapped_at(proto, available, learnt), model_path)
     named = {symbol for site in sites if site.available for symbol in (site.query_axis, site.key_axis)}
-    shown = {extent for spec in outputs for extent in spec.shape if isinstance(extent, str)}
+    shown = {axis for spec in outputs for axis in spec.shape if isinstance(axis, str)}
     return Assembled(
         model_path=model_path,
         source=source,
@@ -130,79 +142,25 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     )
 
 
-def _tappable(found: Mapping[str, FoundSite]) -> dict[str, Tappable]:
-    return {name: own for name, site in found.items() if not isinstance(own := site.attention, Untappable)}
-
-
-def _learnt(
-    proto: onnx.ModelProto, model: ir.Model, found: Mapping[str, FoundSite], sampler: Sampler, work: Path
-) -> tuple[dict[str, FoundSite], dict[str, Learnt]]:
-    """Run the graph to learn the layouts and windows of sites that have their own weights.
-
-    Returns:
-        The sites, of which those that are not understood are untappable; and what was learnt, of these too.
-    """
-    own = {name: weights for name, site in found.items() if isinstance(weights := site.attention, Probabilities)}
-    if not own:
-        return dict(found), {}
-    path = work / "untapped.onnx"
-    save(model, path)
-    known: dict[str, Layout | Untappable]
-    try:
-        known = layouts_of(GraphRunner(path), sampler, own, probe_lengths(sampler.signature.symbols))
-    except BuildRefused as fault:
-        # The probe that follows will fail too, and says on which lengths.
-        known = dict.fromkeys(own, Untappable(f"its layout is not known: {fault}"))
-    learnt = {name: Learnt(layout) for name, layout in known.items() if isinstance(layout, Layout)}
-    apart = windows_apart(proto, {name: each.layout for name, each in learnt.items()}, sampler, work)
-    learnt |= {name: Learnt(layout) for name, layout in apart.items() if isinstance(layout, Layout)}
-    known |= apart
-    layouts = {name: layout for name, layout in known.items() if isinstance(layout, Layout)}
-    windows = windows_of(proto, layouts, sampler, work)
-    learnt |= {name: Learnt(layouts[name], each) for name, each in windows.items() if isinstance(each, Windows)}
-    lost = {name: why for name, why in (known | windows).items() if isinstance(why, Untappable)}
-    return {name: replace(site, attention=lost.get(name, site.attention)) for name, site in found.items()}, learnt
-
-
-def _verified(
-    checker: GraphRunner,
-    sampler: Sampler,
-    found: Mapping[str, FoundSite],
-    learnt: Mapping[str, Learnt],
-    tolerances: Tolerances,
-) -> dict[str, FoundSite]:
-    """The sites; those whose weights do not make their own output, or do not run, are no longer tappable."""
-    lengths, _ = probe_lengths(sampler.signature.symbols)
-    rows = range(sampler.signature.fixed_batch or 3)
-    feeds = sampler.batch([sampler.sequence(lengths, row) for row in rows], lengths)
-    verified = dict(found)
-    tappable = _tappable(found)
-    for name in tappable:
-        try:
-            weights = checker.run(feeds, [WEIGHTS_PREFIX + name])[WEIGHTS_PREFIX + name]
-            error = product_errors(checker, tappable, learnt, {name: weights}, feeds)[name]
-        except BuildRefused as fault:
-            reason = f"its tap does not run: {fault}"
-        except ValueError:  # shapes of weights and value do not fit
-            reason = "its first axis is not the batch"
-        else:
-            reason = f"its weights @ value differ from its own output by {error:.3g}, more than {tolerances.output:g}"
-            if error <= tolerances.output:
-                continue
-        verified[name] = replace(found[name], attention=Untappable(reason))
-    return verified
-
-
 def axes_of(
     assembled: Assembled, max_lengths: Mapping[str, int], certificate: Certificate, batching: Batching
 ) -> tuple[AxisSpec, ...]:
-    """Every axis, with what its certificate allows under a policy. Derived and fixed axes that sites name come last."""
+    """Return every axis, with what its certificate allows under a policy; derived and fixed axes come last.
+
+    Args:
+        assembled: the graph.
+        max_lengths: the greatest length of each axis of its inputs.
+        certificate: of the graph.
+        batching: the policy.
+    """
     specs = [AxisSpec(symbol=symbol, max_length=longest, paddable=False) for symbol, longest in max_lengths.items()]
     for symbol, form in assembled.derived_axes.items():
         longest = max(form.of(max_lengths[form.source]), 1)
         specs.append(AxisSpec(symbol=symbol, max_length=longest, paddable=False, derived=form))
     for symbol, length in assembled.fixed_axes.items():
-        grid, leading = assembled.grids.get(symbol) or (grid_of_windows(assembled.sites, symbol), 0)
+        known = assembled.grids.get(symbol)
+        grid = (known.rows, known.columns) if known else grid_of_windows(assembled.sites, symbol)
+        leading = known.leading if known else 0
         specs.append(AxisSpec(symbol=symbol, max_length=length, paddable=False, fixed=True, grid=grid, leading=leading))
     return axes_under(specs, certificate, batching)
 
@@ -210,16 +168,16 @@ def axes_of(
 def _refuse_reserved_names(graph: onnx.GraphProto) -> None:
     for value in (*graph.input, *graph.output):
         if value.name.startswith((ITEMS_PREFIX, WEIGHTS_PREFIX)):
-            raise BuildRefused(f"{value.name!r} is a name of taps: this graph has been prepared already")
+            raise BuildRefused(f"{value.name!r} is a name of taps: this graph is converted already; convert its source")
 
 
 def _servable(graph: onnx.GraphProto, steps: Steps) -> list[onnx.ValueInfoProto]:
-    """The outputs of types that can be served; says which cannot."""
+    """Return the outputs of types that can be served, and warn of each other one."""
     servable: list[onnx.ValueInfoProto] = []
     for value in graph.output:
         kind = value.type.WhichOneof("value")
         if kind not in {None, "tensor_type"}:
-            steps.warn(f"output {value.name!r} is left out: it is of type {str(kind).removesuffix('_type')}, no tensor")
+            steps.warn(f"output {value.name!r} is left out: its type is {str(kind).removesuffix('_type')}, not tensor")
             continue
         try:
             dtype_of(value.type.tensor_type.elem_type, value.name)
@@ -230,27 +188,29 @@ def _servable(graph: onnx.GraphProto, steps: Steps) -> list[onnx.ValueInfoProto]
     return servable
 
 
-def _outputs(values: Sequence[onnx.ValueInfoProto], axes: Axes, steps: Steps) -> tuple[OutputSpec, ...]:
+def _outputs(values: Sequence[onnx.ValueInfoProto], axes: ProbedAxes, steps: Steps) -> tuple[OutputSpec, ...]:
     specs: list[OutputSpec] = []
     for value in values:
         if value.name in axes.unbatched_outputs:
             steps.warn(f"output {value.name!r} is left out: its first axis is not the batch")
             continue
-        shape = tuple(extent for extent in axes.outputs[value.name] if extent is not None)
+        shape = tuple(axis for axis in axes.outputs[value.name] if axis is not None)
         if len(shape) != len(axes.outputs[value.name]):
             steps.warn(f"output {value.name!r} is left out: an axis of it follows no axis of the inputs")
             continue
         element_type = value.type.tensor_type.elem_type
         specs.append(OutputSpec(name=value.name, dtype=dtype_of(element_type, value.name), shape=shape))
     if not specs:
-        raise BuildRefused("no output could be served: the first axis must be the batch, the others axes of the inputs")
+        raise BuildRefused("no output can be served: its first axis must be the batch, the others axes of the inputs")
     return tuple(specs)
 
 
-def _site(layer: int, name: str, site: FoundSite, learnt: Learnt | None, axes: Axes, fixed: FixedAxes) -> SiteSpec:
+def _site(
+    layer: int, name: str, site: FoundSite, learnt: Learnt | None, axes: ProbedAxes, fixed: FixedAxes
+) -> SiteSpec:
     query_axis, key_axis = (
-        fixed.symbols[name, side] if isinstance(extent, int) else extent
-        for side, extent in enumerate(axes.sites.get(name, (None, None)))
+        fixed.symbols[name, side] if isinstance(axis, int) else axis
+        for side, axis in enumerate(axes.sites.get(name, (None, None)))
     )
     reason = site.unavailable_reason
     if not reason and name in axes.unbatched_sites:
@@ -259,11 +219,11 @@ def _site(layer: int, name: str, site: FoundSite, learnt: Learnt | None, axes: A
         if not reason and axis is None:
             reason = f"its {role} axis follows no axis of an input, and is not fixed"
     causal = site.causal or name in axes.causal_sites
-    # Keys pooled from the positions of the queries are still the queries' own sequence.
+    # Keys that are pooled from the positions of the queries are still of the queries' sequence.
     query_source, key_source = (
         axes.derived[axis].source if axis in axes.derived else axis for axis in (query_axis, key_axis)
     )
-    # Two inputs of one length may share a symbol; what they hold are two sequences all the same.
+    # Two inputs of one length may share a symbol, and still hold two sequences.
     crossed = query_source != key_source or not of_one_sequence(site)
     layout, windows = (None, None) if learnt is None else (learnt.layout, learnt.windows)
     of_operator = site.attention.band if isinstance(site.attention, Scores) else None
@@ -273,7 +233,7 @@ def _site(layer: int, name: str, site: FoundSite, learnt: Learnt | None, axes: A
         kind="causal" if causal else "cross" if crossed else "self",
         form="windowed" if layout is not None and layout.windowed else site.form,
         operator=site.operator,
-        # Of a site that is not understood there may be any number.
+        # The number of heads of a site that is not understood is unknown.
         heads=(site if layout is None else layout).heads or 1,
         kv_heads=(site if layout is None else layout).kv_heads or 1,
         head_dim=site.head_dim or (0 if layout is None else layout.head_dim),

@@ -36,11 +36,10 @@ from attnserve_server.conversion.sources.source_model import (
     graph_of,
     source_model,
 )
-from attnserve_server.conversion.verify.against_source import differences
 from attnserve_server.conversion.verify.certify import ATTACK_SECONDS, certify
+from attnserve_server.conversion.verify.compare import check_against_itself, differences
 from attnserve_server.conversion.verify.golden import with_golden
 from attnserve_server.conversion.verify.limits import as_the_server_warms_up, true_limits
-from attnserve_server.conversion.verify.self_check import check_against_itself
 from attnserve_server.model.certificate import Batching
 from attnserve_server.model.manifest import AxisSpec, CheckReport, Manifest, Provenance
 from attnserve_server.model.report import TrialReport

@@ -18,20 +18,22 @@ from attnserve_server.conversion.export import now
 from attnserve_server.conversion.graphs.reading import checked, read_graph
 from attnserve_server.conversion.inputs.signature import Signature, in_float16, signature_of
 from attnserve_server.conversion.inputs.text import padding_id_of, text_of, written_text
-from attnserve_server.conversion.learning.equal_axes import with_equal_axes
-from attnserve_server.conversion.learning.free_length import with_free_length
-from attnserve_server.conversion.learning.hidden_rows import with_needed_keys
-from attnserve_server.conversion.learning.swapped import batch_on_axis_1, names_the_batch_first
-from attnserve_server.conversion.learning.unlike import BATCH_FIRST, takes_one_row_alone
+from attnserve_server.conversion.learning.batch_axis import (
+    BATCH_FIRST,
+    batch_on_axis_1,
+    names_the_batch_first,
+    takes_one_row_alone,
+)
+from attnserve_server.conversion.learning.inputs import with_equal_axes, with_free_length, with_needed_keys
 from attnserve_server.conversion.precision.calibration import ranges_of
 from attnserve_server.conversion.precision.choose import Precision, in_precision
 from attnserve_server.conversion.precision.per_row import Scheme, with_scale_per_row
 from attnserve_server.conversion.precision.quality import with_quality
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.verify.certify import ATTACK_SECONDS, certify
+from attnserve_server.conversion.verify.compare import check_against_itself
 from attnserve_server.conversion.verify.golden import with_golden
 from attnserve_server.conversion.verify.limits import as_the_server_warms_up, true_limits
-from attnserve_server.conversion.verify.self_check import check_against_itself
 from attnserve_server.model.certificate import Batching, Verdict
 from attnserve_server.model.manifest import BATCH, InputRole, Manifest, Provenance, TextSpec
 from attnserve_server.model.report import RequantizeReport, TrialReport
@@ -225,7 +227,7 @@ def _as_signed(
 def _refuse_swapped_axes(proto: onnx.ModelProto, assembled: Assembled, steps: Steps) -> None:
     """Refuse, or warn of, a graph whose rows mix along the first axis and are apart along the second."""
     swapped = batch_on_axis_1(
-        assembled.source, assembled.sampler, assembled.outputs, assembled.sites, assembled.tolerances.company
+        assembled.source, assembled.sampler, assembled.outputs, assembled.sites, assembled.tolerances.neighbours
     )
     if not swapped:
         return

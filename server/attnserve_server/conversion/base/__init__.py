@@ -1,1 +1,1 @@
-"""What every room of conversion shares: sites, tolerances, errors and progress."""
+"""What every other room of conversion builds on: site types, error measures and tolerances, errors, progress."""

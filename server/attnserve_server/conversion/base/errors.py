@@ -1,4 +1,4 @@
-"""The one error of this room: a model that cannot be brought, said in one sentence."""
+"""The errors of conversion. A model that cannot be converted raises one, with a message of one sentence."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from attnserve_server.domain.errors import AttnserveError
 
 
 class BuildRefused(AttnserveError):
-    """The source, or what was asked of it, cannot become a bundle. The message is one sentence for the person."""
+    """The source, or the request, cannot become a bundle. The message is one sentence for the user."""
 
     reason = "BUILD_REFUSED"
 
 
 class CheckFailed(BuildRefused):
-    """The bundle would not do what its source does; nothing was written."""
+    """The converted graph does not answer as its source does; no bundle was written."""
 
     reason = "CHECK_FAILED"

@@ -159,7 +159,7 @@ class Probabilities:
     """Attention in single operators, of which one value has the weights, after softmax and the guards that follow it.
 
     Attributes:
-        weights: the weights, in a layout that only runs of the graph tell (`Layout`).
+        weights: the weights, in a layout that only runs of the graph show (`Layout`).
         key_axis: the axis of `weights`, counted from the end, that softmax runs over.
         product: the node that multiplies `weights` with `value`.
         position: which operand of `product` the weights are, 0 or 1.
@@ -226,7 +226,7 @@ def value_and_output(attention: Tappable) -> tuple[ir.Value, ir.Value]:
 
 @dataclass(frozen=True, slots=True)
 class FoundSite:
-    """A site as its finder found it. `heads` and `kv_heads` are 0 where only a run of the graph tells them."""
+    """A site as its finder found it. `heads` and `kv_heads` are 0 where only a run of the graph shows them."""
 
     node: ir.Node
     operator: str
@@ -270,7 +270,7 @@ class Factor:
     """
 
     role: Literal["batch", "head", "window", "query", "key", "one"]
-    extent: int | None = None
+    size: int | None = None
 
 
 WeightAxes = tuple[tuple[Factor, ...], ...]
@@ -307,12 +307,12 @@ class Layout:
 
 def heads_in(axes: WeightAxes) -> int:
     """How many heads the axes of weights hold."""
-    return math.prod(factor.extent or 1 for factors in axes for factor in factors if factor.role == "head")
+    return math.prod(factor.size or 1 for factors in axes for factor in factors if factor.role == "head")
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Which query each row of a windowed site's own weights belongs to, and which key each column stands for.
+    """Which query each row of a windowed site's own weights belongs to, and which key each column is.
 
     Attributes:
         band: the key of each column, in closed form.

@@ -1,4 +1,4 @@
-"""Tells a person how far a build is: a live bar in a terminal, one plain line per step elsewhere. Decides nothing."""
+"""Progress of a conversion: a live bar in a terminal, one plain line for each step elsewhere."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 
 class Steps:
-    """The steps of one build, shown one after another. Written to from one thread only."""
+    """Displays the steps of one conversion in order. Only one thread may use it."""
 
     def __init__(self, console: Console | None = None) -> None:
+        """Display progress on a console; None: display nothing."""
         self._console = console
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
     @classmethod
     def silent(cls) -> Self:
-        """Shows nothing."""
+        """Return an instance that displays nothing."""
         return cls(None)
 
     @contextmanager
     def shown(self, total: int) -> Iterator[None]:
-        """Show the bar, over `total` steps, for as long as the context lasts."""
+        """Display the bar, over `total` steps, while the context lasts."""
         if self._console is None or not self._console.is_terminal:
             yield
             return
@@ -42,7 +43,7 @@ class Steps:
         self._bar = self._task = None
 
     def begin(self, what: str) -> None:
-        """A step begins; the one before it is done."""
+        """Begin a step, and count the one before it as done."""
         if self._bar is not None and self._task is not None:
             started = bool(self._bar.tasks[0].description)
             self._bar.update(self._task, description=what, advance=1 if started else 0)
@@ -50,11 +51,11 @@ class Steps:
             self._console.print(what, highlight=False, markup=False)
 
     def note(self, what: str) -> None:
-        """How far the step is; shown in the live bar alone."""
+        """Display how far the step is, in the live bar only."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=what)
 
     def warn(self, what: str) -> None:
-        """Something that the person should know, though the build goes on."""
+        """Print a warning; the conversion goes on."""
         if self._console is not None:
             self._console.print(f"warning: {what}", style="yellow", highlight=False, markup=False, soft_wrap=True)

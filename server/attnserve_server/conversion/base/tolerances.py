@@ -1,4 +1,4 @@
-"""Checks before a bundle is written: a tapped graph against its source, and weights against what the graph does."""
+"""Measures of error and their tolerances: differences of arrays, sums of rows, and weights @ value."""
 
 from __future__ import annotations
 
@@ -19,34 +19,37 @@ CHECK_LENGTHS = (3, 21, 9, 34)
 
 @dataclass(frozen=True, slots=True)
 class Tolerances:
-    """What differences are laid to rounding. float32 sums in another order differ by 1e-6; the rest is headroom."""
+    """The greatest absolute differences that rounding explains.
+
+    float32 sums in another order differ by 1e-6; the rest is headroom.
+    """
 
     output: float
     weight: float
     row_sum: float = 1e-5
 
     @property
-    def company(self) -> float:
-        """What padding and batch mates may change."""
+    def neighbours(self) -> float:
+        """The greatest change by padding and batch neighbours."""
         return max(self.output, self.weight)
 
     @classmethod
     def of(cls, precision: str) -> Tolerances:
-        """By the precision of the model: float16 keeps 11 bits, and int8 kernels round as coarsely.
+        """Return the tolerances of a precision: float16 keeps 11 bits, and int8 kernels round as coarsely.
 
-        Weights that a graph itself has in float16 are each rounded by up to one part in 2048, and so are their sums.
+        A graph's own weights in float16 are each rounded by up to one part in 2048, and so are their sums.
         """
         return cls(1e-4, 1e-5) if precision == "fp32" else cls(2e-2, 1e-2, row_sum=1e-3)
 
 
 def judge(report: CheckReport, row_sum_tolerance: float) -> None:
-    """Raise CheckFailed, with the first thing found wrong, unless everything is within its tolerance."""
-    seen = (
+    """Raise CheckFailed for the first error of a report that exceeds its tolerance."""
+    measured = (
         ("outputs", report.output_max_abs_error, report.output_tolerance),
         ("attention weights", report.weight_max_abs_error, report.weight_tolerance),
         ("sums of attention rows", report.row_sum_max_abs_error, row_sum_tolerance),
     )
-    for what, error, tolerance in seen:
+    for what, error, tolerance in measured:
         if not error <= tolerance:
             raise CheckFailed(
                 f"check failed: {what} differ from {report.against} by {error:.3g}, more than {tolerance:g}; "
@@ -54,40 +57,54 @@ def judge(report: CheckReport, row_sum_tolerance: float) -> None:
             )
 
 
-def reported(**seen: Any) -> CheckReport:
-    """The report of what a check saw. Raises CheckFailed where a difference is no finite number."""
-    if any(isinstance(value, float) and not math.isfinite(value) for value in seen.values()):
-        raise CheckFailed("check failed: NaN or an infinity stands in one of two answers alone; no bundle was written")
-    return CheckReport(**seen)
+def check_report(**measured: Any) -> CheckReport:
+    """Return the report of a check. Raise CheckFailed if a difference is not finite."""
+    if any(isinstance(value, float) and not math.isfinite(value) for value in measured.values()):
+        raise CheckFailed("check failed: only one of two answers holds a NaN or an infinity; no bundle was written")
+    return CheckReport(**measured)
+
+
+def max_abs(one: Array, other: Array) -> float:
+    """Return the greatest absolute difference of two arrays.
+
+    Equal infinities differ by 0. The result is infinity where shapes differ, or only one array has an infinity or NaN.
+    """
+    if one.shape != other.shape:
+        return float("inf")
+    wide, beside = one.astype(np.float64), other.astype(np.float64)
+    same = (wide == beside) | (np.isnan(wide) & np.isnan(beside))
+    with np.errstate(invalid="ignore"):
+        difference = np.where(same, 0.0, np.abs(wide - beside))
+    return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0))
 
 
 def row_sum_error(weights: Array) -> float:
-    """How far any row's sum is from 1; rows of zeros (fully masked ones) are right as they are."""
+    """Return the greatest difference of a row's sum from 1; rows of zeros (fully masked) have no error."""
     sums = weights.astype(np.float64).sum(axis=-1)
     return float(np.abs(np.where(weights.any(axis=-1), sums, 1.0) - 1.0).max(initial=0.0))
 
 
 def product_error(attention: Scores | Linear, weights: Array, value: Array, output: Array) -> float:
-    """The greatest difference of weights @ value from the operator's own output, over rows that are not fully masked.
+    """Return the greatest difference of weights @ value from the operator's own output, without fully masked rows.
 
-    In parts of the greatest value, where that is beyond 1: rounding grows with it, and errors of weights do too.
+    The difference is relative to the greatest value where that exceeds 1, because rounding grows with it.
 
     Args:
-        attention: has the layout of both.
+        attention: the layouts of value and output.
         weights: (B, H, L, S).
-        value: as the graph has it.
-        output: as the graph has it.
+        value: in the graph's layout.
+        output: in the graph's layout.
     """
     values = _heads_first(value, attention.value)
     own = _heads_first(output, attention.output)
     values = np.repeat(values, attention.output.heads // attention.value.heads, axis=1)
     product = weights.astype(np.float64) @ values
-    seen = weights.any(axis=-1, keepdims=True)
-    return float(np.abs(np.where(seen, product - own, 0.0)).max(initial=0.0)) / max(1.0, float(np.abs(values).max()))
+    kept = weights.any(axis=-1, keepdims=True)
+    return float(np.abs(np.where(kept, product - own, 0.0)).max(initial=0.0)) / max(1.0, float(np.abs(values).max()))
 
 
 def _heads_first(array: Array, operand: Operand) -> Array:
-    """Float64 (B, H, T, D)."""
+    """Return float64 (B, H, T, D)."""
     wide = array.astype(np.float64)
     if operand.order:
         wide = wide.transpose(operand.order)

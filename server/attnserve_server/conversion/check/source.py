@@ -17,7 +17,7 @@ from attnserve_server.conversion.graphs.reading import checked, read_graph, save
 from attnserve_server.conversion.precision.quality import Subject, material_of, measure
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.sources.source_model import AUTO, Reference, SourceModel, graph_of, source_model
-from attnserve_server.conversion.verify.against_source import differences
+from attnserve_server.conversion.verify.compare import differences
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.report import QualityReport

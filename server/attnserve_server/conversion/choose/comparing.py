@@ -10,10 +10,9 @@ import onnx
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.base.tolerances import CHECK_LENGTHS
+from attnserve_server.conversion.base.tolerances import CHECK_LENGTHS, max_abs
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.probe import max_abs
 from attnserve_server.conversion.probing.runtime import GraphRunner, paired_seconds
 from attnserve_server.domain.values import Array
 

@@ -1,1 +1,1 @@
-"""Learns by running what a graph does not say: axes, layouts, windows, patches, padding."""
+"""Learns by running what a graph does not state: its inputs' true axes, layouts of weights, windows and patch grids."""

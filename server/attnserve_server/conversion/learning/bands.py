@@ -1,4 +1,8 @@
-"""From seen tables of which key each column stands for to a band in closed form. Sees no graph."""
+"""Fits a band in closed form to tables that hold the key of each column of each query.
+
+For example, [[-1, 0, 1], [0, 1, 2], [1, 2, -1]] is a SlidingBand of one key before and one after; -1 is no key. Pure
+functions of tables; no graph is read.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,19 @@ from attnserve_server.attention.bands import band_keys
 from attnserve_server.model.bands import BandSpec, BlockBand, GridBand, SlidingBand, TableBand
 
 MAX_TABLE_ENTRIES = 1 << 16
-"""Of a band that has no closed form; a manifest is read whole, by people too."""
+"""The most numbers of a band without a closed form, because the manifest holds them and is read whole."""
 
 Table = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class SeenBand:
-    """What one run says: key position of each column, (L, W), -1 for none, over S keys.
+class KeyTable:
+    """The keys of one run.
 
-    `block`: how many queries the graph puts into one window; 1 where it makes none.
+    Attributes:
+        keys: the key position of each column of each query, (L, W); -1 for none.
+        length: S, the number of keys.
+        block: how many queries the graph puts into one window; 1 where it makes no windows.
     """
 
     keys: Table
@@ -30,14 +37,14 @@ class SeenBand:
     block: int = 1
 
 
-def fitted(seen: Sequence[SeenBand], *, fixed: bool) -> BandSpec | None:
-    """The band that explains every table seen; None where there is none.
+def fitted(tables: Sequence[KeyTable], *, fixed: bool) -> BandSpec | None:
+    """Return the first band that gives every table; None where none does.
 
     Args:
-        seen: tables of one width, of several lengths where lengths are dynamic.
-        fixed: whether both axes always have the lengths seen, so that a table of its own will do.
+        tables: of one width, and of several lengths where lengths are dynamic.
+        fixed: whether both axes always have these lengths, so that a GridBand or a TableBand may serve.
     """
-    named_once = [SeenBand(_without_doubles(each.keys), each.length, each.block) for each in seen]
+    named_once = [KeyTable(_without_doubles(each.keys), each.length, each.block) for each in tables]
     for spec in _candidates(named_once, fixed=fixed):
         if all(np.array_equal(band_keys(spec, len(each.keys), each.length), each.keys) for each in named_once):
             return spec
@@ -45,7 +52,7 @@ def fitted(seen: Sequence[SeenBand], *, fixed: bool) -> BandSpec | None:
 
 
 def _without_doubles(keys: Table) -> Table:
-    """The first column of a row that names a key keeps it."""
+    """Keep the first column of a row that names a key, and set the others to -1."""
     order = np.argsort(keys, axis=1, kind="stable")
     ordered = np.take_along_axis(keys, order, axis=1)
     doubled = np.zeros_like(keys, dtype=bool)
@@ -55,30 +62,33 @@ def _without_doubles(keys: Table) -> Table:
     return np.where(back, -1, keys)
 
 
-def _candidates(seen: Sequence[SeenBand], *, fixed: bool) -> Iterator[BandSpec]:
-    width = seen[0].keys.shape[1]
-    for leading in range(_leading(seen) + 1):
-        yield from _sliding(seen, width, leading)
-        yield from _blocks(seen, width, leading)
+def _candidates(tables: Sequence[KeyTable], *, fixed: bool) -> Iterator[BandSpec]:
+    width = tables[0].keys.shape[1]
+    for leading in range(_leading(tables) + 1):
+        yield from _sliding(tables, width, leading)
+        yield from _blocks(tables, width, leading)
     if fixed:
-        yield from _grids(seen[0], width)
-        yield from _table(seen[0])
+        yield from _grids(tables[0], width)
+        yield from _table(tables[0])
 
 
-def _leading(seen: Sequence[SeenBand]) -> int:
-    """How many of the first columns stand for the key of their own number in every row."""
-    width = seen[0].keys.shape[1]
+def _leading(tables: Sequence[KeyTable]) -> int:
+    """Return how many of the first columns hold, in every row, the key with the column's number: global keys."""
+    width = tables[0].keys.shape[1]
     numbers = np.arange(width)
     own = np.ones(width, dtype=bool)
-    for each in seen:
+    for each in tables:
         own &= (each.keys == np.where(numbers < each.length, numbers, -1)).all(axis=0)
     return width if own.all() else int(np.argmin(own))
 
 
-def _sliding(seen: Sequence[SeenBand], width: int, leading: int) -> Iterator[BandSpec]:
-    """Each column of the local part is at one distance from its query; two of them tell the dilation."""
+def _sliding(tables: Sequence[KeyTable], width: int, leading: int) -> Iterator[BandSpec]:
+    """Yield the sliding band behind the global keys, if any: each column has one distance from its query.
+
+    The distances of two columns give the dilation.
+    """
     known: dict[int, int] = {}
-    for each in seen:
+    for each in tables:
         rows, columns = np.nonzero(each.keys[:, leading:] >= 0)
         distances = each.keys[rows, columns + leading] - rows
         known.update(zip(columns.tolist(), distances.tolist(), strict=True))
@@ -94,8 +104,8 @@ def _sliding(seen: Sequence[SeenBand], width: int, leading: int) -> Iterator[Ban
         yield SlidingBand(before=before, after=after, dilation=dilation, global_keys=leading)
 
 
-def _blocks(seen: Sequence[SeenBand], width: int, leading: int) -> Iterator[BandSpec]:
-    block = seen[0].block
+def _blocks(tables: Sequence[KeyTable], width: int, leading: int) -> Iterator[BandSpec]:
+    block = tables[0].block
     blocks, rest = divmod(width - leading, block)
     if rest or blocks < 1 or block == 1:
         return
@@ -103,10 +113,10 @@ def _blocks(seen: Sequence[SeenBand], width: int, leading: int) -> Iterator[Band
         yield BlockBand(block=block, before=before, after=blocks - 1 - before, global_keys=leading)
 
 
-def _grids(seen: SeenBand, width: int) -> Iterator[BandSpec]:
-    """Square windows over every grid of as many patches, the squarest first."""
-    window, patches = math.isqrt(width), seen.length
-    if window * window != width or len(seen.keys) != patches:
+def _grids(table: KeyTable, width: int) -> Iterator[BandSpec]:
+    """Yield square windows over every grid of as many patches, the squarest grid first."""
+    window, patches = math.isqrt(width), table.length
+    if window * window != width or len(table.keys) != patches:
         return
     sides = sorted((side for side in range(1, patches + 1) if patches % side == 0), key=lambda s: abs(s - patches // s))
     for rows in sides:
@@ -114,7 +124,7 @@ def _grids(seen: SeenBand, width: int) -> Iterator[BandSpec]:
             yield GridBand(rows=rows, columns=patches // rows, window=window, shift=shift)
 
 
-def _table(seen: SeenBand) -> Iterator[BandSpec]:
-    windows, window_of = np.unique(seen.keys, axis=0, return_inverse=True)
+def _table(table: KeyTable) -> Iterator[BandSpec]:
+    windows, window_of = np.unique(table.keys, axis=0, return_inverse=True)
     if windows.size + window_of.size <= MAX_TABLE_ENTRIES:
         yield TableBand(windows=tuple(map(tuple, windows.tolist())), window_of=tuple(window_of.reshape(-1).tolist()))

@@ -1,4 +1,4 @@
-"""The runs of a graph that tell the layout of its weights: other batches, other lengths, and another order of rows."""
+"""The four runs of a graph that show the layout of its weights: other batches, other lengths, another order of rows."""
 
 from __future__ import annotations
 
@@ -10,40 +10,47 @@ import numpy as np
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.sites import Probabilities
-from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.probing.feeds import Lengths, Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 
 ORDER = (1, 2, 0)
-"""Of the rows of a batch of three: no row stays in its place, nor do two change places."""
+"""Of the rows of a batch of three: no row stays in its place, and no two change places."""
 _WINDOWS = (3, 1)
-"""How many widths of a window longer sequences fill: a window is of several blocks of queries, or of one."""
+"""The widths of a window that longer sequences fill: a window spans several blocks of queries, or one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """A value of the graph in runs of batch and lengths: (2, A), (3, A), (3, B), and (3, A) in another order.
+    """One value of the graph in four runs.
 
-    All batches are 1 where the graph takes no other; then there is nothing to put into another order.
+    All batches are 1, and `reordered` is None, where the graph takes no other batch.
+
+    Attributes:
+        fewer: 2 rows, at the first lengths.
+        base: 3 rows, at the first lengths.
+        longer: 3 rows, at the second lengths.
+        reordered: the rows of `base` in the order `ORDER`.
+        lengths: the first and the second lengths.
     """
 
     fewer: Array
     base: Array
     longer: Array
-    turned: Array | None
-    lengths: tuple[Mapping[str, int], Mapping[str, int]]
+    reordered: Array | None
+    lengths: tuple[Lengths, Lengths]
 
 
 def run_all(
-    runner: GraphRunner, sampler: Sampler, lengths: tuple[Mapping[str, int], Mapping[str, int]], fetches: list[str]
+    runner: GraphRunner, sampler: Sampler, lengths: tuple[Lengths, Lengths], fetches: list[str]
 ) -> dict[str, Runs]:
-    """Values of a graph by name, in all the runs. Raises BuildRefused where the graph does not run."""
+    """Return values of a graph by name, in all four runs. Raises BuildRefused where the graph does not run."""
     fixed = sampler.signature.fixed_batch is not None
     short, long = lengths
     rows = [sampler.sequence(short, row) for row in range(1 if fixed else len(ORDER))]
     other = [sampler.sequence(long, row) for row in range(len(rows))]
 
-    def run(batch: list[dict[str, Array]], padded: Mapping[str, int]) -> dict[str, Array]:
+    def run(batch: list[dict[str, Array]], padded: Lengths) -> dict[str, Array]:
         feeds = sampler.batch(batch, padded)
         inner = [name for name in fetches if name not in feeds]
         return {**feeds, **(runner.run(feeds, inner) if inner else {})}
@@ -51,37 +58,37 @@ def run_all(
     base = run(rows, short)
     longer = run(other, long) if short else base
     fewer = base if fixed else run(rows[:2], short)
-    turned = None if fixed else run([rows[row] for row in ORDER], short)
+    reordered = None if fixed else run([rows[row] for row in ORDER], short)
     return {
-        name: Runs(fewer[name], base[name], longer[name], None if turned is None else turned[name], lengths)
+        name: Runs(fewer[name], base[name], longer[name], None if reordered is None else reordered[name], lengths)
         for name in fetches
     }
 
 
-def fixed_keys(probabilities: Probabilities, runs: Runs) -> int:
-    """How many keys there are, where that is the same for both lengths; else 0."""
+def fixed_keys(site: Probabilities, runs: Runs) -> int:
+    """Return the number of keys where it is the same at both lengths; else 0."""
     if runs.base.ndim != runs.longer.ndim:
         return 0
-    keys = {each.shape[probabilities.key_axis] for each in (runs.base, runs.longer)}
+    keys = {each.shape[site.key_axis] for each in (runs.base, runs.longer)}
     return keys.pop() if len(keys) == 1 else 0
 
 
 def lengthen(runner: GraphRunner, sampler: Sampler, runs: dict[str, Runs], suspects: Mapping[str, int]) -> None:
-    """Take longer sequences for weights of as many keys at any length: those of windows are then cut into several.
+    """Replace `longer` by longer sequences for weights with a fixed number of keys, which may be windows.
 
-    Only shapes are kept, since such weights are large. A graph that takes no sequences as long as that is left at what
-    it was seen to do.
+    Longer sequences are cut into several windows. Only shapes are kept, because such weights are large. `runs` is left
+    unchanged where the graph takes no sequences of that length.
 
     Args:
-        runner: as for `layouts_of`.
-        sampler: likewise.
-        runs: written to.
-        suspects: how many keys there are, by the name of the weights.
+        runner: the graph, as for `run_all`.
+        sampler: draws sequences for it.
+        runs: changed in place.
+        suspects: the number of keys, by the name of the weights.
     """
-    rows = range(sampler.signature.fixed_batch or len(ORDER))
+    rows = sampler.signature.fixed_batch or len(ORDER)
     for windows in _WINDOWS:
         longer = {symbol: windows * max(suspects.values()) + at for at, symbol in enumerate(sampler.signature.symbols)}
-        feeds = sampler.batch([sampler.sequence(longer, row) for row in rows], longer)
+        feeds = sampler.rows(longer, rows)
         with contextlib.suppress(BuildRefused):
             for name in suspects:
                 shape = feeds[name].shape if name in feeds else runner.run(feeds, [name])[name].shape

@@ -18,9 +18,9 @@ import onnx
 from attnserve_server.conversion.assemble import assemble
 from attnserve_server.conversion.base.errors import CheckFailed
 from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.base.tolerances import max_abs
 from attnserve_server.conversion.precision.sentences import as_inputs, sentences
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.probe import max_abs
 from attnserve_server.domain.values import Array, PreparedSequence
 from attnserve_server.engine.collation import collate, outputs_of, weights_of
 from attnserve_server.engine.golden import lengths_of

@@ -1,1 +1,1 @@
-"""Run a graph on chosen inputs and read any value in it."""
+"""Runs a graph on chosen inputs: the sequences (`feeds`), the session (`runtime`) and the axes found (`axes`)."""

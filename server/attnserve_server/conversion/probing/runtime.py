@@ -1,4 +1,4 @@
-"""Running graphs in probes and checks, through the server's own session. Judges nothing."""
+"""Runs graphs for probes and checks through the server's own session, with a time limit, and times them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,27 @@ from attnserve_server.engine.session import LoadFailed, RunFailed, RunHandle, Ru
 
 
 class GraphRunner:
-    """A graph on the CPU, one thread. Taps are fed with all rows of the batch, or with none."""
+    """A graph in one session on the CPU, with one thread. Its taps select all rows of the batch, or none."""
 
     limit_s: ClassVar[float] = 600.0
-    """How long one run may take."""
+    """The most seconds that one run may take."""
 
     def __init__(self, path: Path, left_out: Sequence[str] | None = None) -> None:
-        """Opens it, without those of the runtime's rewritings that are named; None: as the server does."""
+        """Open a graph.
+
+        Args:
+            path: the ONNX file.
+            left_out: names of the runtime's graph rewritings that are disabled; None: those that the server disables.
+
+        Raises:
+            BuildRefused: the runtime cannot load the graph.
+        """
         try:
             self._session = RuntimeSession.load(
                 path, provider="CPUExecutionProvider", left_out=left_out, intra_op_threads=1
             )
         except LoadFailed as fault:
-            raise BuildRefused(f"the runtime cannot load the model: {_own_words(fault, path)}") from None
+            raise BuildRefused(f"the runtime cannot load the model: {_runtime_message(fault, path)}") from None
         self.output_names = self._session.output_names
         self._items = [name for name in self._session.input_names if name.startswith(ITEMS_PREFIX)]
 
@@ -43,23 +51,23 @@ class GraphRunner:
         tap: bool = True,
         limit_s: float | None = None,
     ) -> dict[str, Array]:
-        """The fetched outputs by name, (B, ...); with `tap` the taps are asked for every row, else for none.
+        """Run the graph and return the fetched outputs by name, (B, ...).
 
         Args:
             feeds: each input, (B, ...), without those of the taps.
             fetches: names of outputs.
-            tap: whether every row's weights are computed.
-            limit_s: seconds that the run may take; None: `GraphRunner.limit_s`.
+            tap: whether the taps select every row; else they select none.
+            limit_s: the most seconds that the run may take; None: `GraphRunner.limit_s`.
 
         Raises:
-            BuildRefused: the run failed; the message has the runtime's own words, which name no file here.
+            BuildRefused: the run failed; the message holds the runtime's own, without paths of this machine.
         """
         allowed_s = self.limit_s if limit_s is None else limit_s
         rows = next(iter(feeds.values())).shape[0] if tap else 0
         items = np.arange(rows, dtype=np.int64)
         names = list(fetches)
         handle = RunHandle()
-        # A loop in a file that anybody made may have no end. The runtime looks at the handle between nodes.
+        # A loop in an untrusted file may never end. The runtime checks the handle between nodes.
         watch = threading.Timer(allowed_s, handle.terminate)
         watch.daemon = True
         watch.start()
@@ -68,7 +76,7 @@ class GraphRunner:
         except RunTerminated:
             raise BuildRefused(f"the model does not run: one run took more than {allowed_s:g} s") from None
         except RunFailed as fault:
-            raise BuildRefused(f"the model does not run: {_own_words(fault)}") from None
+            raise BuildRefused(f"the model does not run: {_runtime_message(fault)}") from None
         finally:
             watch.cancel()
         for name, output in zip(names, outputs, strict=True):
@@ -78,7 +86,7 @@ class GraphRunner:
 
 
 def time_ratio(tapped: GraphRunner, source: GraphRunner, feeds: Mapping[str, Array], fetches: Collection[str]) -> float:
-    """CPU time of a tapped graph that nobody asks, over its source's: ratio of medians of interleaved runs."""
+    """Return the CPU time of a graph with unselected taps over its source's: medians of interleaved runs."""
     tapped_s, source_s = paired_seconds(tapped, source, feeds, fetches, budget_s=0)
     return round(statistics.median(tapped_s) / max(statistics.median(source_s), 1e-9), 3)
 
@@ -86,25 +94,28 @@ def time_ratio(tapped: GraphRunner, source: GraphRunner, feeds: Mapping[str, Arr
 def paired_seconds(
     one: GraphRunner, other: GraphRunner, feeds: Mapping[str, Array], fetches: Collection[str], *, budget_s: float = 0.3
 ) -> tuple[list[float], list[float]]:
-    """CPU seconds of two graphs that run in turns, taps unasked: 9 rounds or more, up to 60 within the budget."""
+    """Return the CPU seconds of alternating runs of two graphs with unselected taps.
+
+    There are at least 9 rounds, and up to 60 within `budget_s`. A round before them warms both up and is not counted.
+    """
     spent: tuple[list[float], list[float]] = ([], [])
     for turn in range(61):
         for runner, times in zip((one, other), spent, strict=True):
             begun = time.process_time()
             runner.run(feeds, fetches, tap=False)
-            if turn:  # the first round warms both up
+            if turn:
                 times.append(time.process_time() - begun)
         if turn >= 9 and sum(map(sum, spent)) >= budget_s:
             break
     return spent
 
 
-def _own_words(fault: Exception, path: Path | None = None) -> str:
-    """The runtime's message, one line, without the model's place and those in its own source that it likes to name."""
+def _runtime_message(fault: Exception, path: Path | None = None) -> str:
+    """Return the runtime's message in one line, without the model's path and places in the runtime's source."""
     words = " ".join(str(fault.__cause__ or fault).split())
     if path is not None:
         words = words.replace(str(path), "the file")
     words = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", words.rpartition("Status Message: ")[2])
-    # A file and line of its source, then the whole signature of a function of it.
+    # A file and line of the runtime's source, then the whole signature of a function.
     words = re.sub(r"/\S+\.(?:h|cc|cpp):\d+ (?:.*?\)(?: const)?(?: \[with [^\]]*\])? )?", "", words)
     return words[:300]

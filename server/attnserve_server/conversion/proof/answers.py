@@ -12,8 +12,8 @@ import numpy as np
 
 from attnserve_server.attention.bands import band_keys
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.probing.feeds import Lengths
-from attnserve_server.conversion.probing.probe import croppers, max_abs
+from attnserve_server.conversion.base.tolerances import max_abs
+from attnserve_server.conversion.probing.feeds import Lengths, croppers
 from attnserve_server.conversion.proof.contents import ORDINARY, Author, Draft
 from attnserve_server.conversion.proof.target import Target
 from attnserve_server.domain.clock import Clock

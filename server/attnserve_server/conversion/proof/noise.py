@@ -15,8 +15,8 @@ from typing import Final
 import numpy as np
 
 from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.base.tolerances import max_abs
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.probe import max_abs
 from attnserve_server.conversion.proof.answers import Answer
 from attnserve_server.conversion.proof.target import Target
 from attnserve_server.domain.values import Array

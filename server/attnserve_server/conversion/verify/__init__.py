@@ -1,1 +1,1 @@
-"""Verify a tapped graph: its batching certificate, its limits, its source and its golden answers."""
+"""Verifies a tapped graph: its answers, its batching certificate, its limits and its golden answers."""

@@ -1,4 +1,4 @@
-"""Certify: the batching certificate of a tapped graph, for `export`, `prepare` and `check` alike."""
+"""Makes the batching certificate of a tapped graph: the proof, and the attack on what it does not refute."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from attnserve_server.model.equality import Equality
 from attnserve_server.model.manifest import InputRole, SiteSpec
 
 ATTACK_SECONDS = DEFAULT_SECONDS
-"""How long an attack on what is not refuted may take, unless the person says otherwise."""
+"""The default limit of an attack."""
 
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """A certificate, and the sites with the kinds that the proof gives them."""
+    """A certificate, and the sites with the kinds that the proof establishes."""
 
     certificate: Certificate
     sites: tuple[SiteSpec, ...]
@@ -40,14 +40,14 @@ def certify(
     attack_seconds: float,
     max_batch_size: int,
 ) -> Certified:
-    """Prove what padding and batch neighbours can change, and try to break whatever is not refuted.
+    """Prove what padding and batch neighbours can change, and attack every clause that is not refuted.
 
     Args:
         assembled: the tapped graph, opened for checks.
         max_lengths: the greatest length of each axis symbol of its inputs.
-        steps: shows the progress, and what limits batching under the policy.
-        batching: the policy that is reported on; the certificate holds for any.
-        attack_seconds: the most that the attack may take, in all.
+        steps: receives the steps, and a warning for each clause that limits batching under the policy.
+        batching: the policy of the warnings; the certificate holds for any.
+        attack_seconds: the most that the whole attack may take.
         max_batch_size: rows of the largest batch that will be served.
 
     Raises:
@@ -88,7 +88,7 @@ def certify(
 
 
 def _with_kinds(sites: tuple[SiteSpec, ...], proof: Proof) -> tuple[SiteSpec, ...]:
-    """The sites; those whose queries provably look at no key behind them are causal."""
+    """Return the sites; those whose queries provably attend to no later key are causal."""
     return tuple(
         site.model_copy(update={"kind": "causal"}) if site.name in proof.causal_sites else site for site in sites
     )

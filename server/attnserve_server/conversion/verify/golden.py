@@ -1,4 +1,4 @@
-"""Makes the golden answers of a bundle: a few sequences, and what the checked graph answers to them."""
+"""Makes the golden answers of a bundle: a few sequences, and the answers of the checked graph to them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ GOLDEN_LENGTHS = (5, 12, 8)
 """Mixed, so that two of the three sequences are padded."""
 MAX_GOLDEN_BYTES = 256 * 2**10
 _LONG_INPUT = 4096
-"""An input of more numbers than this repeats itself, so that it takes little room."""
+"""An input of more numbers than this repeats itself, so that the file stays small."""
 _PERIOD = 509
-"""After how many numbers: a prime, so that rows and channels of an image are not alike."""
+"""The number after which it repeats: a prime, so that rows and channels of an image differ."""
 
 TOLERANCES = {
-    # Another provider or processor sums in another order: seen are 1e-6 among CPUs, and some 1e-4 on GPUs without TF32.
+    # Another provider or processor sums in another order. Measured: 1e-6 among CPUs, some 1e-4 on GPUs without TF32.
     "fp32": (1e-3, 1e-3),
     # 11 bits, and kernels that round between operations where others do not.
     "fp16": (2e-2, 2e-2),
-    # Integer sums are exact, but a last bit before rounding moves a number by a step of 1/127, and all that follows
-    # with it. Processors that cut 16-bit sums off (x86 before VNNI) may exceed even this: theirs is another model.
+    # Integer sums are exact, but a last bit before rounding moves a number by 1/127, and every later one with it.
+    # Processors that saturate 16-bit sums (x86 before VNNI) may exceed even this: they compute another model.
     "int8": (1e-1, 1e-1),
 }
-"""Of outputs and of weights, in parts of the greatest number, by precision."""
+"""Tolerances of outputs and of weights, relative to the greatest number, by precision."""
 
 
 def with_golden(
@@ -43,15 +43,15 @@ def with_golden(
     steps: Steps,
     batching: Batching = "proved",
 ) -> tuple[Manifest, dict[str, Path]]:
-    """Golden answers of a graph, as a manifest that tells of them and as a file for the bundle.
+    """Return the manifest with its golden answers described, and the file of these answers.
 
     Args:
-        manifest: all that will be written but the files.
-        session: the tapped graph, which was checked, as the server opens it.
-        sampler: makes sequences for the graph.
+        manifest: complete but for the files.
+        session: the checked tapped graph, opened as the server opens it.
+        sampler: draws sequences for the graph.
         work: a folder for the file.
-        steps: is told where the graph does not run on such sequences; the bundle then has no golden answers.
-        batching: the policy that says whether the sequences share a batch.
+        steps: receives a warning where the graph does not run on such sequences; the bundle has no golden answers then.
+        batching: the policy by which the sequences share a batch, or not.
     """
     arrays = len(GOLDEN_LENGTHS) * (len(manifest.outputs) + len(manifest.sites))
     output_tolerance, weight_tolerance = TOLERANCES[manifest.precision]
@@ -61,14 +61,14 @@ def with_golden(
         output_tolerance=output_tolerance,
         weight_tolerance=weight_tolerance,
     )
-    told = manifest.model_copy(update={"golden": golden})
+    described = manifest.model_copy(update={"golden": golden})
     try:
-        answered = answers(session, told.under(batching), _sequences(manifest, sampler, GOLDEN_LENGTHS))
+        answered = answers(session, described.under(batching), _sequences(manifest, sampler, GOLDEN_LENGTHS))
     except RunFailed:
         steps.warn(f"no golden answers: the model does not run on lengths of {', '.join(map(str, GOLDEN_LENGTHS))}")
         return manifest, {}
-    write_golden(work / GOLDEN_FILE, answered, told)
-    return told, {GOLDEN_FILE: work / GOLDEN_FILE}
+    write_golden(work / GOLDEN_FILE, answered, described)
+    return described, {GOLDEN_FILE: work / GOLDEN_FILE}
 
 
 def _sequences(manifest: Manifest, sampler: Sampler, lengths: Sequence[int]) -> list[dict[str, Array]]:

@@ -1,7 +1,7 @@
-"""How many rows, and how long sequences, a graph really takes: found by running what requests and warm-up will run.
+"""Finds the greatest lengths and the greatest batch that a graph runs, by running what requests and warm-up run.
 
-What a file or a configuration declares may be more than the graph can run: a table of positions ends, a shape was
-traced for a few rows. A bundle whose declared limits do not run fails to load, or fails on its first long request.
+A file or a configuration may declare more than the graph can run: a table of positions ends, or a shape was traced for
+a few rows. A bundle whose declared limits do not run fails to load, or fails on its first long request.
 """
 
 from __future__ import annotations
@@ -29,43 +29,46 @@ from attnserve_server.engine.session import RunFailed, RuntimeSession
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
 
 _SHORT: Final = 5
-"""Length of the other axes while one is bisected, and the length from which a bisection starts: probes ran on it."""
+"""The length of the other axes while one is bisected, and the lower end of a bisection: probes ran on it."""
 _ROW_LENGTH: Final = 8
-"""Length of the sequences of the largest batch."""
-_ROWS_SEEN: Final = 3
-"""Rows that the probes ran on, from which a bisection starts."""
+"""The length of the sequences of the largest batch."""
+_PROBED_ROWS: Final = 3
+"""The rows that probes ran on: the lower end of a bisection of rows."""
 _LONG: Final = 1024
-"""The time of a longer run is predicted before it is tried."""
+"""The time of a run above this length is predicted before it is tried."""
 _TIMED_LENGTH: Final = 128
 _MOST_SECONDS: Final = 5.0
-"""How long the longest run may take, as predicted. Twice the linear share allows for attention's square."""
+"""The longest predicted run. The prediction doubles the linear share, as an allowance for quadratic attention."""
 _MOST_SCORE_BYTES: Final = 64 * 2**20
-"""What one site's scores of one long sequence may hold; a graph keeps a few arrays of this size at a time."""
+"""The most bytes of one site's scores for one sequence; a graph keeps a few arrays of this size at a time."""
 _WARM_UP_S: Final = 0.5
-"""How long the larger shapes of the warm-up may take; the server gives 1 s to three repeats, which is less each."""
+"""The limit of the larger shapes of the warm-up; the server allows 1 s for three repeats, which is less for each."""
 _MOST_TAP_BYTES: Final = 256 * 2**20
-"""Taps are asked for all rows as long as all their weights together hold at most this."""
+"""Taps select all rows while their weights together hold at most this."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """A tapped graph, and whether its padding id is known."""
+    """A tapped graph, and whether the padding id in its signature is known to be the model's."""
 
     assembled: Assembled
     padding_known: bool
 
     def runs(self, lengths: Lengths, rows: int = 0) -> bool:
-        """Whether the fullest sequences of these lengths run: `rows` of them in a batch, or each kind alone (0)."""
+        """Whether the fullest sequences of these lengths run: `rows` of them in a batch, or each kind alone (0).
+
+        A batch whose outputs have another number of rows does not count as a run.
+        """
         sampler, outputs = self.assembled.sampler, [spec.name for spec in self.assembled.outputs]
         kinds = fullest(sampler, lengths, padding_known=self.padding_known)
         sequences = list(itertools.islice(itertools.cycle(kinds), rows or len(kinds)))
         together = rows or 1
-        asked = self._tap_bytes(lengths) * together <= _MOST_TAP_BYTES
+        select = self._tap_bytes(lengths) * together <= _MOST_TAP_BYTES
         fetches = [*outputs, *self.assembled.weights.values()]
         try:
             for first in range(0, len(sequences), together):
                 feeds = sampler.batch(sequences[first : first + together], lengths)
-                found = self.assembled.checker.run(feeds, fetches, tap=asked)
+                found = self.assembled.checker.run(feeds, fetches, tap=select)
                 if any(found[name].shape[0] != together for name in outputs):
                     return False
         except BuildRefused:
@@ -73,7 +76,7 @@ class _Graph:
         return True
 
     def _tap_bytes(self, lengths: Lengths) -> int:
-        """Of the weights of one sequence at every site, as float32."""
+        """Return the bytes of one sequence's weights at every site, as float32."""
         derived = {symbol: form.of(lengths[form.source]) for symbol, form in self.assembled.derived_axes.items()}
         known = {**self.assembled.fixed_axes, **lengths, **derived}
         taps = [site for site in self.assembled.sites if site.available]
@@ -82,42 +85,47 @@ class _Graph:
 
 
 def true_limits(
-    assembled: Assembled, wanted: Mapping[str, int], max_batch_size: int, steps: Steps, *, padding_known: bool = False
+    assembled: Assembled,
+    requested: Mapping[str, int],
+    max_batch_size: int,
+    steps: Steps,
+    *,
+    padding_known: bool = False,
 ) -> tuple[dict[str, int], int]:
-    """The greatest lengths, up to those wanted, and the greatest batch that the tapped graph runs on.
+    """Return the greatest lengths and the greatest batch that the tapped graph runs, up to those requested.
 
-    Only the extremes are run: the longest sequences, and the largest batch. A limit that fails is bisected.
+    Only the longest sequences and the largest batch are run. A limit that fails is bisected.
 
     Args:
         assembled: the tapped graph.
-        wanted: the greatest length by axis symbol, as asked for or as the source declares it.
-        max_batch_size: the greatest batch that is asked for; with 1 no batch is run.
-        steps: receives a warning for each limit that is lowered, or that could not be tried.
-        padding_known: whether the signature's padding is known to be the padding id that the graph was made for.
+        requested: the requested or declared greatest length, by axis symbol.
+        max_batch_size: the requested greatest batch; with 1 no batch is run.
+        steps: receives a warning for each limit that is lowered, or that is too long to try.
+        padding_known: whether the signature's padding is known to be the padding id that the model was trained with.
     """
     graph = _Graph(assembled, padding_known)
-    tried = _affordable(graph, wanted, steps)
+    tried = _affordable(graph, requested, steps)
     lengths = _lengths(graph, tried)
     for symbol, length in lengths.items():
         if length < tried[symbol]:
-            steps.warn(f"the graph takes at most {length} positions along {symbol!r}, not {wanted[symbol]}")
-    found = {symbol: length if length < tried[symbol] else wanted[symbol] for symbol, length in lengths.items()}
+            steps.warn(f"the graph takes at most {length} positions along {symbol!r}, not {requested[symbol]}")
+    found = {symbol: length if length < tried[symbol] else requested[symbol] for symbol, length in lengths.items()}
     short = {symbol: min(_ROW_LENGTH, length) for symbol, length in found.items()}
     rows = max_batch_size
     if max_batch_size > 1 and not graph.runs(short, max_batch_size):
-        rows = _greatest(lambda rows: graph.runs(short, rows), min(_ROWS_SEEN, max_batch_size), max_batch_size)
+        rows = _greatest(lambda rows: graph.runs(short, rows), min(_PROBED_ROWS, max_batch_size), max_batch_size)
         steps.warn(f"the graph takes at most {_rows(rows)}, not {max_batch_size}")
     return found, rows
 
 
 def as_the_server_warms_up(manifest: Manifest, model_path: Path, steps: Steps) -> tuple[Manifest, RuntimeSession]:
-    """The manifest, with the greatest batch on which the server's own warm-up runs succeed, and the opened graph.
+    """Run the server's warm-up. Return the manifest, with a batch on which it succeeds, and the opened graph.
 
-    Every shape of the warm-up is run once, within its own bounds of time. Where one fails, rows and lengths limit each
-    other: the batch is then lowered until it runs at the greatest lengths.
+    Every shape of the warm-up is run once, within the warm-up's time limits. Where one fails, rows and lengths limit
+    each other: the batch is then lowered until it runs at the greatest lengths.
 
     Raises:
-        BuildRefused: not even one sequence runs, or a run's tensors have other shapes than the manifest declares.
+        BuildRefused: one sequence alone does not run, or a run's tensors have other shapes than the manifest declares.
     """
     session = RuntimeSession.load(
         model_path, provider="CPUExecutionProvider", left_out=manifest.left_out, intra_op_threads=1
@@ -126,7 +134,7 @@ def as_the_server_warms_up(manifest: Manifest, model_path: Path, steps: Steps) -
         return _warmed_up(manifest, session, steps), session
     except UnexpectedShape as fault:
         raise BuildRefused(
-            f"{fault}: it does not follow the inputs' lengths as it did in shorter runs; a lower --max-length may help"
+            f"{fault}: it does not follow the inputs' lengths as in shorter runs; try a lower --max-length"
         ) from None
 
 
@@ -162,36 +170,36 @@ def _rows(count: int) -> str:
     return f"{count} row{'s' * (count != 1)} in a batch"
 
 
-def _affordable(graph: _Graph, wanted: Mapping[str, int], steps: Steps) -> dict[str, int]:
-    """The lengths that are tried: those wanted, or what runs in reasonable time where they are very long."""
-    if max(wanted.values(), default=0) <= _LONG:
-        return dict(wanted)
+def _affordable(graph: _Graph, requested: Mapping[str, int], steps: Steps) -> dict[str, int]:
+    """Return the lengths that are tried: those requested, or less where they take too much time or memory."""
+    if max(requested.values(), default=0) <= _LONG:
+        return dict(requested)
     begun = time.perf_counter()
-    if not graph.runs(dict.fromkeys(wanted, _TIMED_LENGTH), 1):
-        return dict(wanted)
+    if not graph.runs(dict.fromkeys(requested, _TIMED_LENGTH), 1):
+        return dict(requested)
     position_s = (time.perf_counter() - begun) / _TIMED_LENGTH
     heads = max((site.heads for site in graph.assembled.sites if site.form == "dense"), default=1)
     in_memory = math.isqrt(_MOST_SCORE_BYTES // (4 * heads))
     most = max(min(int(_MOST_SECONDS / (2 * position_s)), in_memory), _LONG)
-    for symbol, length in wanted.items():
+    for symbol, length in requested.items():
         if length > most:
             steps.warn(
                 f"lengths above {most} along {symbol!r} were not run, which would take too long or too much memory; "
                 f"{length} is declared"
             )
-    return {symbol: min(length, most) for symbol, length in wanted.items()}
+    return {symbol: min(length, most) for symbol, length in requested.items()}
 
 
-def _lengths(graph: _Graph, wanted: Mapping[str, int]) -> dict[str, int]:
-    """For each symbol the greatest length on which the graph runs, alone and together with the others'."""
-    if not wanted or graph.runs(wanted):
-        return dict(wanted)
+def _lengths(graph: _Graph, requested: Mapping[str, int]) -> dict[str, int]:
+    """Return for each symbol the greatest length that runs, alone and together with those of the others."""
+    if not requested or graph.runs(requested):
+        return dict(requested)
     found: dict[str, int] = {}
-    for symbol, most in wanted.items():
-        others = {other: min(_SHORT, length) for other, length in wanted.items()}
+    for symbol, most in requested.items():
+        others = {other: min(_SHORT, length) for other, length in requested.items()}
         found[symbol] = _longest(graph, most, lambda length, s=symbol, o=others: {**o, s: length})  # type: ignore[misc]
     if len(found) > 1:
-        # Axes that share a table, say: each alone may be longer than all together.
+        # Where axes share a table, for example, each alone may be longer than all together.
         together = _longest(
             graph, max(found.values()), lambda length: {s: min(length, most) for s, most in found.items()}
         )
@@ -206,7 +214,7 @@ def _longest(graph: _Graph, most: int, lengths: Callable[[int], Lengths]) -> int
 
 
 def _greatest(runs: Callable[[int], bool], low: int, high: int) -> int:
-    """The greatest number from `low`, which runs, to below `high`, which does not. By bisection."""
+    """Bisect: return the greatest number that runs, given that `low` runs and `high` does not."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if runs(middle) else (low, middle)
@@ -214,12 +222,17 @@ def _greatest(runs: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def fullest(sampler: Sampler, lengths: Lengths, *, padding_known: bool = False) -> list[dict[str, Array]]:
-    """Sequences, without the batch axis, whose positions count as far as those of any request of these lengths.
+    """Return sequences, without the batch axis, in which the graph counts as many positions as in any request.
 
-    Graphs number positions by what they find in their inputs: by the ones of a mask, or by the ids that are not the
-    padding's. Each sequence has one id throughout, another in each, so that in one of them no id is the padding's,
-    whichever that is; where it is known, one sequence is enough. Masks are full. Other whole numbers, which may be
-    masks of either sense, are all 1 or all 0.
+    Graphs may count the ones of a mask, or the ids that are not the padding's. Each sequence repeats one id, and the
+    ids differ, so that one sequence holds no padding id, whichever id that is; where it is known, one sequence is
+    enough. Masks are full. Other whole numbers may be masks of either sense: there is a sequence of ones and one of
+    zeros.
+
+    Args:
+        sampler: draws what is neither ids nor masks.
+        lengths: of the sequences.
+        padding_known: as for `true_limits`.
     """
     specs = sampler.signature.inputs
     places = (0, 1) if not padding_known and any(_ids(sampler, spec) for spec in specs) else (0,)
@@ -241,7 +254,7 @@ def _filled(sampler: Sampler, spec: InputSpec, drawn: Array, place: int, marks: 
 
 
 def _ids(sampler: Sampler, spec: InputSpec) -> int:
-    """How many ids an input knows, at least 2; 0 for one that holds none."""
+    """Return the size of an input's vocabulary, at least 2; 0 for an input that holds no ids."""
     if np.issubdtype(NUMPY_DTYPES[spec.dtype], np.floating):
         return 0
     known = sampler.vocabulary_sizes.get(spec.name) or spec.vocabulary_size or sampler.vocabulary_size
@@ -249,6 +262,6 @@ def _ids(sampler: Sampler, spec: InputSpec) -> int:
 
 
 def _may_be_a_mask(sampler: Sampler, spec: InputSpec) -> bool:
-    """Whether an input holds whole numbers of which neither a name nor a table says what they are."""
+    """Whether an input holds whole numbers of unknown meaning: neither its name nor a table gives it."""
     whole = not np.issubdtype(NUMPY_DTYPES[spec.dtype], np.floating)
     return whole and not _ids(sampler, spec) and spec.fill is None and not is_position(spec.name)

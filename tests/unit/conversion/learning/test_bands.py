@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from attnserve_server.attention.bands import band_keys
-from attnserve_server.conversion.learning.bands import SeenBand, fitted
+from attnserve_server.conversion.learning.bands import KeyTable, fitted
 from attnserve_server.model.bands import BlockBand, GridBand, SlidingBand, TableBand
 
 
 def tables(spec, *lengths, block=1):
-    return [SeenBand(band_keys(spec, length, length).astype(np.int64), length, block) for length in lengths]
+    return [KeyTable(band_keys(spec, length, length).astype(np.int64), length, block) for length in lengths]
 
 
 @pytest.mark.parametrize(
@@ -41,16 +41,16 @@ def test_shifted_windows_over_a_grid_are_told_from_their_table(shift):
 
 def test_what_has_no_closed_form_keeps_its_table_where_lengths_are_fixed():
     keys = np.array([[0, 5], [3, 1], [0, 5], [2, -1], [3, 1], [4, 0]])
-    spec = fitted([SeenBand(keys, 6)], fixed=True)
+    spec = fitted([KeyTable(keys, 6)], fixed=True)
     assert isinstance(spec, TableBand)
     np.testing.assert_array_equal(band_keys(spec, 6, 6), keys)
-    assert fitted([SeenBand(keys, 6)], fixed=False) is None
+    assert fitted([KeyTable(keys, 6)], fixed=False) is None
 
 
 def test_a_table_too_large_for_a_manifest_is_left_out():
     random = np.random.default_rng(0)
     keys = np.stack([random.permutation(600)[:300] for _ in range(600)])
-    assert fitted([SeenBand(keys, 600)], fixed=True) is None
+    assert fitted([KeyTable(keys, 600)], fixed=True) is None
 
 
 def test_a_key_that_a_row_names_twice_is_that_of_its_first_column():

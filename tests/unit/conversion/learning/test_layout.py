@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from attnserve_server.conversion import assemble as room
 from attnserve_server.conversion.assemble import Assembled, assemble
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps as Progress
 from attnserve_server.conversion.inputs.signature import signature_of
+from attnserve_server.conversion.learning import sites as room
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import SiteSpec

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.conversion.probing.extents import fit, named
+from attnserve_server.conversion.probing.axes import fit, named
 from attnserve_server.model.manifest import DerivedLength
 from hypothesis import given
 from hypothesis import strategies as st

@@ -22,7 +22,7 @@ def weights_of_probabilities(tap: TapNodes, weights: ir.Value, layout: Layout) -
     """
     rows, factors = asked_rows(tap, weights, layout)
     if [factor.role for factor in factors] != ["batch", "head", "query", "key"]:
-        heads = math.prod(factor.extent or 1 for factor in factors if factor.role == "head")
+        heads = math.prod(factor.size or 1 for factor in factors if factor.role == "head")
         last = len(factors)
         extents = [tap.shape(rows, 0, 1), tap.ints(heads), tap.shape(rows, last - 2, last)]
         rows = tap.reshape(rows, extents)
@@ -59,9 +59,9 @@ def _apart(tap: TapNodes, rows: ir.Value, axes: tuple[tuple[Factor, ...], ...], 
         if place == at or len(factors) == 1:
             extents.append(tap.shape(rows, start, end))
         else:
-            known = tap.ints(math.prod(factor.extent or 1 for factor in factors))
+            known = tap.ints(math.prod(factor.size or 1 for factor in factors))
             left = tap.op("Div", [tap.shape(rows, start, end), known])
-            extents += [left if factor.extent is None else tap.ints(factor.extent) for factor in factors]
+            extents += [left if factor.size is None else tap.ints(factor.size) for factor in factors]
         start = end
     return extents
 
@@ -104,26 +104,26 @@ def _count(
     """How many entries some factors of an axis make together, int64 of rank 1."""
     if not some:
         return tap.ints(1)
-    count = tap.ints(math.prod(factor.extent or 1 for factor in some))
+    count = tap.ints(math.prod(factor.size or 1 for factor in some))
     for factor in some:
-        if factor.extent is None:
+        if factor.size is None:
             count = tap.op("Mul", [count, _extent(tap, value, axis, factor, factors)])
     return count
 
 
 def _numbers(tap: TapNodes, value: ir.Value, axis: int, factor: Factor, factors: tuple[Factor, ...]) -> ir.Value:
     """0, 1, ... of a factor, int64 of rank 1."""
-    if factor.extent is not None:
-        return tap.ints(*range(factor.extent))
+    if factor.size is not None:
+        return tap.ints(*range(factor.size))
     end = tap.op("Reshape", [_extent(tap, value, axis, factor, factors), tap.ints()])
     return tap.op("Range", [tap.scalar(0), end, tap.scalar(1)])
 
 
 def _extent(tap: TapNodes, value: ir.Value, axis: int, factor: Factor, factors: tuple[Factor, ...]) -> ir.Value:
     """The extent of a factor that has no fixed one, int64 of rank 1: the batch's, or what all others leave."""
-    open_ = [each for each in factors if each.extent is None]
+    open_ = [each for each in factors if each.size is None]
     if factor.role == "batch" and len(open_) > 1:
         return tap.batch()
-    known = tap.ints(math.prod(each.extent or 1 for each in factors))
+    known = tap.ints(math.prod(each.size or 1 for each in factors))
     left = tap.op("Div", [tap.shape(value, axis, axis + 1), known])
     return tap.op("Div", [left, tap.batch()]) if len(open_) > 1 else left

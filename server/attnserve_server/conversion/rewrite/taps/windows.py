@@ -27,7 +27,7 @@ def weights_of_windows(
         anchor: (B, L, C), whose second axis says how many of the rows are queries' and not padding's.
     """
     rows, factors = asked_rows(tap, weights, layout)
-    heads = math.prod(factor.extent or 1 for factor in factors if factor.role == "head")
+    heads = math.prod(factor.size or 1 for factor in factors if factor.role == "head")
     first = next(place for place, factor in enumerate(factors) if factor.role in {"window", "query"})
     last = len(factors) - 1
     count = tap.shape(rows, first, first + 1)

@@ -94,7 +94,7 @@ def test_channels_tell_heads_where_no_value_is_a_sequence(tmp_path: Path) -> Non
 
 def test_windows_that_cannot_be_told_from_heads_are_unavailable(tmp_path: Path) -> None:
     (site,) = assembled(grid_of_pixels(), tmp_path).sites
-    assert site.unavailable_reason == "whether its weights are of heads or of windows cannot be told"
+    assert site.unavailable_reason == "its weights may be of heads or of windows, which no run distinguishes"
 
 
 def test_site_that_follows_an_axis_of_the_inputs_is_not_looked_at(
@@ -121,6 +121,6 @@ def test_a_factor_is_parted_into_the_fewest_that_have_numbers_of_their_own(posit
     fast = np.tile(np.arange(2), 3).reshape(1, 6, 1, 1) * np.ones((2, 1, 4, 4))
     tables = {name: table.reshape(12, 4, 4) for name, table in (("slow", slow), ("fast", fast))}
     parted = apart(axes, Followed([tables["slow"]], positions), 2)[0]
-    assert [(factor.role, factor.extent) for factor in parted[1:]] == [(own, 2), (shared, 3)]
+    assert [(factor.role, factor.size) for factor in parted[1:]] == [(own, 2), (shared, 3)]
     parted = apart(axes, Followed([tables["fast"]], positions), 2)[0]
-    assert [(factor.role, factor.extent) for factor in parted[1:]] == [(shared, 3), (own, 2)]
+    assert [(factor.role, factor.size) for factor in parted[1:]] == [(shared, 3), (own, 2)]

@@ -1,0 +1,127 @@
+"""Compares the answers of a tapped graph with a reference: its source model, or the untapped graph itself.
+
+`differences` takes the source's answers to one batch. `check_against_itself` needs no source: it compares tapped with
+untapped outputs, and weights @ value with each operator's own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from attnserve_server.attention.bands import band_keys, lay_out
+from attnserve_server.conversion.assemble import Assembled
+from attnserve_server.conversion.base.errors import CheckFailed
+from attnserve_server.conversion.base.tolerances import CHECK_LENGTHS, check_report, max_abs, row_sum_error
+from attnserve_server.conversion.probing.feeds import croppers
+from attnserve_server.conversion.probing.runtime import GraphRunner, time_ratio
+from attnserve_server.conversion.sources.source_model import Reference
+from attnserve_server.domain.values import Array
+from attnserve_server.model.manifest import CheckReport, OutputSpec, SiteSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """The greatest absolute differences of outputs, of weights, and of the sum of a row of weights from 1."""
+
+    output: float
+    weight: float
+    row_sum: float
+
+
+def differences(
+    outputs: Sequence[OutputSpec],
+    sites: Sequence[SiteSpec],
+    found: Mapping[str, Array],
+    reference: Reference,
+    lengths: Sequence[Mapping[str, int]],
+) -> Differences:
+    """Compare one padded batch with the source's answers; padding is cropped first.
+
+    Args:
+        outputs: those that are compared; one that the source does not give is left out.
+        sites: all sites, in order; one without weights in the graph or in the source is left out.
+        found: the graph's outputs and weights, by their names, (B, ...) each.
+        reference: the source's answers to the same batch.
+        lengths: of each sequence, by axis symbol: dynamic, derived and fixed axes.
+
+    Raises:
+        CheckFailed: the source has another number of sites.
+    """
+    if len(reference.weights) != len(sites):
+        raise CheckFailed(
+            f"check failed: {len(sites)} sites in the graph, but the source gives {len(reference.weights)} attention "
+            "tensors; no bundle was written"
+        )
+    output = weight = row_sum = 0.0
+    for row, own in enumerate(lengths):
+        crops = croppers(outputs, {}, own)
+        for name, crop in crops.items():
+            if name in reference.outputs:
+                output = max(output, max_abs(crop(found[name][row]), crop(reference.outputs[name][row])))
+        for site in sites:
+            expected = reference.weights[site.layer]
+            if site.weights_output is None or expected is None:
+                continue
+            queries, keys = own[site.query_axis], own[site.key_axis]
+            weights = over_keys(site, found[site.weights_output][row], queries, keys)
+            weight = max(weight, max_abs(weights, expected[row][:, :queries, :keys]))
+            row_sum = max(row_sum, row_sum_error(weights))
+    return Differences(output, weight, row_sum)
+
+
+def over_keys(site: SiteSpec, weights: Array, queries: int, keys: int) -> Array:
+    """Crop one sequence's weights to (H, L, S), and put the columns of a band where their keys are.
+
+    Args:
+        site: whose weights they are.
+        weights: (H, L or more, S or more), or (H, L or more, columns of the band).
+        queries: L.
+        keys: S.
+    """
+    own = weights[:, :queries]
+    if site.band is None or site.whole_rows:
+        return own[:, :, :keys]
+    return lay_out(own, band_keys(site.band, queries, keys), keys)
+
+
+def check_against_itself(
+    assembled: Assembled, max_lengths: dict[str, int], rows: int, *, paddable: bool
+) -> CheckReport:
+    """Compare tapped with untapped outputs, and weights @ value with each operator's own output.
+
+    Args:
+        assembled: the graph.
+        max_lengths: the greatest length of each axis.
+        rows: the most sequences of the batch, which has mixed lengths.
+        paddable: whether padding is harmless; else all sequences have one length.
+
+    Raises:
+        CheckFailed: a difference is not finite.
+    """
+    longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))
+    lengths = tuple(min(length, longest) for length in CHECK_LENGTHS[-rows:])
+    if not paddable:
+        lengths = (lengths[-1],) * len(lengths)
+    feeds, each = assembled.sampler.mixed(lengths)
+    tapped = GraphRunner(assembled.model_path)
+    outputs = [spec.name for spec in assembled.outputs]
+    expected = assembled.source.run(feeds, outputs)
+    found = tapped.run(feeds, [*outputs, *assembled.weights.values()])
+    worst_output = 0.0
+    for row, own in enumerate(each):
+        for name, crop in croppers(assembled.outputs, {}, own, assembled.derived_axes).items():
+            worst_output = max(worst_output, max_abs(crop(found[name][row]), crop(expected[name][row])))
+    weights = {name: found[output] for name, output in assembled.weights.items()}
+    products = assembled.product_errors(weights, feeds)
+    sums = [row_sum_error(own) for name, own in weights.items() if assembled.found[name].rows_sum_to_one]
+    return check_report(
+        against="the file itself, weights @ value with each operator's own output",
+        lengths=lengths,
+        output_max_abs_error=worst_output,
+        output_tolerance=assembled.tolerances.output,
+        weight_max_abs_error=max(products.values(), default=0.0),
+        weight_tolerance=assembled.tolerances.output,
+        row_sum_max_abs_error=max(sums, default=0.0),
+        tapped_over_source_time=time_ratio(tapped, assembled.source, feeds, outputs) if assembled.site_axes else None,
+    )
