@@ -5,12 +5,12 @@
 # Versions: onnxruntime 1.32.0 (CPU), onnx 1.23.2.
 # Source: the operator's definition, https://onnx.ai/onnx/operators/onnx__Attention.html: a float mask is added to the
 # scores; fully masked rows and zeros are discussed in https://github.com/onnx/onnx/pull/8068.
-# Expected by most: exporters write a padding mask as (1 - mask) * lowest, which is finite. If no key is allowed, adding
-# one number to all scores changes nothing, so the softmax is spread over all keys. The written-out graph and onnx's
-# reference evaluator do that.
-# Seen: the kernel treats exactly the lowest value like -inf and gives zeros; at the next float32 above it, and at -1e9,
-# it gives the mean. With -inf the written-out graph gives NaN, the operator zeros. So replacing written-out attention
-# by the operator changes the answer of a request that masks everything, and nothing else.
+# Expected by most: exporters write a padding mask as (1 - mask) * lowest, which is finite. If no key is allowed,
+# adding one number to all scores changes nothing, so the softmax is spread over all keys. The written-out graph and
+# onnx's reference evaluator do that.
+# Observed: the kernel treats exactly the lowest value like -inf and gives zeros; at the next float32 above it, and at
+# -1e9, it gives the mean. With -inf the written-out graph gives NaN, the operator zeros. So replacing written-out
+# attention by the operator changes the answer of a request that masks everything, and nothing else.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

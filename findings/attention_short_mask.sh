@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# A mask with fewer columns than keys is valid for ai.onnx Attention of opset 24; onnxruntime's CPU kernel refuses to run.
+# A mask with fewer columns than keys is valid for ai.onnx Attention of opset 24; onnxruntime's CPU kernel refuses to
+# run.
 #
 # Versions: onnxruntime 1.32.0 (CPU), onnx 1.23.2.
-# Source: input attn_mask, https://onnx.ai/onnx/operators/onnx__Attention.html: the last axis may be shorter than the keys,
-# and is then filled up with masked positions.
+# Source: input attn_mask, https://onnx.ai/onnx/operators/onnx__Attention.html: the last axis may be shorter than the
+# keys, and is then filled up with masked positions.
 # Expected by most: either NumPy's rule (one column holds for all keys, as it does for the rows), or the definition's.
-# Seen: the model loads, and each run fails because the lengths differ. onnx's reference evaluator follows the definition:
-# with one column of True, every query sees the first key only. Under NumPy's rule it would see all.
+# Observed: the model loads, and each run fails because the lengths differ. onnx's reference evaluator follows the
+# definition: with one column of True, every query attends to the first key only. NumPy's rule would show all keys.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -66,5 +67,5 @@ except Exception as fault:
     print("kernel:", str(fault).strip()[-110:])
     assert "total_sequence_length" in str(fault), str(fault)
 else:
-    raise SystemExit("the kernel runs a short mask: the behaviour is gone")
+    raise SystemExit("the kernel runs a short mask: the behaviour is no longer there")
 PYTHON

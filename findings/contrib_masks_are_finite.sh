@@ -6,8 +6,8 @@
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Attention
 # Expected by most: an integer mask, as onnxruntime's BERT optimizer writes it, hides padding completely, and a mask of
 # zeros gives a constant or NaN.
-# Seen: where a score of a masked key exceeds the others by more than 10,000, that key takes all of the attention. A mask
-# of zeros equals a mask of ones: padding then is attended like text. The same holds for a row of length 0.
+# Observed: where a score of a masked key exceeds the others by more than 10,000, that key takes all of the attention.
+# A mask of zeros equals a mask of ones: padding then is attended like text. The same holds for a row of length 0.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

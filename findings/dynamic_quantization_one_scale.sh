@@ -3,9 +3,9 @@
 #
 # Versions: onnxruntime 1.32.0 (CPU), onnx 1.23.2.
 # Source: https://onnx.ai/onnx/operators/onnx__DynamicQuantizeLinear.html: scale and zero point are scalars.
-# Expected by most: "dynamic" quantization takes a scale for each token, as the int8 schemes for language models do, and
-# the fused kernel could only be finer than the graph.
-# Seen: one scale for the whole tensor, batch and sequence included. At load the three nodes become one
+# Expected by most: "dynamic" quantization takes a scale for each token, as the int8 schemes for language models do,
+# and the fused kernel could only be finer than the graph.
+# Observed: one scale for the whole tensor, batch and sequence included. At load the three nodes become one
 # DynamicQuantizeMatMul, which also takes one scale. Beside a row with one value of 1000, a row of ones becomes zeros.
 # Padding of zeros is harmless, because the range includes 0.
 set -euo pipefail

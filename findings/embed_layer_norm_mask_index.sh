@@ -2,12 +2,14 @@
 # EmbedLayerNormalization of onnxruntime's BERT optimizer counts the ones of a mask, so Attention hides other keys.
 #
 # Versions: onnxruntime 1.32.0 (CPU).
-# Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.EmbedLayerNormalization
+# Source:
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.EmbedLayerNormalization
 # Expected by most: an optimized BERT (O2 of optimum and sentence-transformers) honours the attention mask that it is
 # given, as the source does.
-# Seen: mask_index is the number of ones. Attention takes it as the length of the sequence, and hides the keys behind it:
-# for the left-padded mask [0, 0, 1, 1] it hides the last two keys, which are the text, and attends to the padding. Masks
-# with holes lose their last keys in the same way. Right-padded masks are not affected, so tests with these pass.
+# Observed: mask_index is the number of ones. Attention takes it as the length of the sequence, and hides the keys
+# behind it: for the left-padded mask [0, 0, 1, 1] it hides the last two keys, which are the text, and attends to the
+# padding. Masks with holes lose their last keys in the same way. Right-padded masks are not affected, so tests with
+# these pass.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -2,13 +2,13 @@
 # On x86-64 processors without VNNI, quantize_dynamic(per_channel=True) gives a worse model than per_channel=False.
 #
 # Versions: onnxruntime 1.32.0 (CPU), onnx 1.23.2. Processors with AVX2 and without VNNI; skipped elsewhere.
-# Source: session option session.x64quantprecision, https://github.com/microsoft/onnxruntime/pull/12088, and
-# "U8S8 saturation", https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+# Source: session option session.x64quantprecision, https://github.com/microsoft/onnxruntime/pull/12088, and "U8S8
+# saturation", https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 # Expected by most: a scale for each column is at least as exact as one for the whole matrix, and int8 gives the same
 # numbers on each processor.
-# Seen: products of unsigned by signed bytes are added in pairs in 16 bits, which saturate. With a scale per column every
-# column has weights of 127, so saturation is frequent: the mean error is 1.6 times that of one scale for the matrix, and 3
-# times that of uint8 weights. The session option makes the products exact. Nothing warns.
+# Observed: products of unsigned by signed bytes are added in pairs in 16 bits, which saturate. With a scale per column
+# every column has weights of 127, so saturation is frequent: the mean error is 1.6 times that of one scale for the
+# matrix, and 3 times that of uint8 weights. The session option makes the products exact. Nothing warns.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # A row of MatMul has other bits alone than in a batch of equal rows, unless the second operand is a constant.
 #
-# Versions: onnxruntime 1.32.0 (CPU). Seen on x86-64 with AVX2; skipped elsewhere.
+# Versions: onnxruntime 1.32.0 (CPU). Observed on x86-64 with AVX2; skipped elsewhere.
 # Source: https://github.com/microsoft/onnxruntime/issues/7642
 # Expected by most: sums may differ between batch sizes in general, so any tolerance has to cover all products alike.
-# Seen: with constant weights, which are packed when the model is loaded, a row is equal bit for bit alone and among 2 to
-# 32 rows. With two inputs as operands, as in query times key, one row alone takes another kernel than two rows or more
-# and differs in the last bits; among 2 rows or more, rows are equal again. So a query of one token is where batching
-# changes bits.
+# Observed: with constant weights, which are packed when the model is loaded, a row is equal bit for bit alone and
+# among 2 to 32 rows. With two inputs as operands, as in query times key, one row alone takes another kernel than two
+# rows or more and differs in the last bits; among 2 rows or more, rows are equal again. So a query of one token is
+# where batching changes bits.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 if ! grep -q -m1 -w avx2 /proc/cpuinfo 2>/dev/null; then
-    echo "skipped: seen on x86-64 processors with AVX2 only"
+    echo "skipped: observed on x86-64 processors with AVX2 only"
     exit 0
 fi
 python3 -m venv "$work/venv"

@@ -5,8 +5,8 @@
 # Source: https://github.com/microsoft/onnxruntime/issues/25489
 # Expected by most: what the quantizer writes without a warning, and a session loads, can be run. Weights of several
 # experts, or of heads, are stacked in such tensors.
-# Seen: scale and zero point get one axis, (columns,), where the product of stacked matrices needs (experts, 1, columns).
-# Neither the quantizer nor loading looks at it. Without per_channel the file runs.
+# Observed: scale and zero point get one axis, (columns,), where the product of stacked matrices needs (experts, 1,
+# columns). Neither the quantizer nor loading looks at it. Without per_channel the file runs.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -2,13 +2,13 @@
 # quantize_dynamic turns the standard operator Attention (opset 23) into a file that no session can load.
 #
 # Versions: onnxruntime 1.32.0, onnx 1.23.2.
-# Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html#transformer-based-models, and the
-# standard operator, https://onnx.ai/onnx/operators/onnx__Attention.html
-# Expected by most: operators that the quantizer does not know are left in float32. torch's exporter (dynamo) writes the
-# standard Attention at opset 23.
-# Seen: the quantizer looks at the operator's name only, takes it for com.microsoft Attention, and writes a
-# com.microsoft QAttention with inputs of other meanings. It reports success; the session refuses the file as an invalid
-# graph. With op_types_to_quantize=["MatMul"] the file is right.
+# Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html#transformer-based-models, and
+# the standard operator, https://onnx.ai/onnx/operators/onnx__Attention.html
+# Expected by most: operators that the quantizer does not know are left in float32. torch's exporter (dynamo) writes
+# the standard Attention at opset 23.
+# Observed: the quantizer looks at the operator's name only, takes it for com.microsoft Attention, and writes a
+# com.microsoft QAttention with inputs of other meanings. It reports success; the session refuses the file as an
+# invalid graph. With op_types_to_quantize=["MatMul"] the file is right.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -71,5 +71,5 @@ except Exception as fault:
     print(type(fault).__name__, str(fault)[:120])
     assert "QAttention" in str(fault), str(fault)
 else:
-    raise SystemExit("the quantized file loads: the behaviour is gone")
+    raise SystemExit("the quantized file loads: the behaviour is no longer there")
 PYTHON

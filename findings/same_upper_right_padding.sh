@@ -3,11 +3,11 @@
 #
 # Versions: onnxruntime 1.32.0 (CPU), onnx 1.23.2; the same in onnx's reference evaluator.
 # Source: attribute auto_pad, https://onnx.ai/onnx/operators/onnx__Conv.html
-# Expected by most: a convolution with padding of zeros does not care whether zeros come from the batch or from itself, so
-# padding at the end leaves the outputs of the sequence's own windows as they are.
-# Seen: the total padding depends on the length, and is split between both ends. With kernel 3 and stride 2 a length of 7
-# is padded by one zero on the left, a length of 8 by none, so that all windows move by one position. Explicit pads do not
-# have the effect.
+# Expected by most: a convolution with padding of zeros does not care whether zeros come from the batch or from itself,
+# so padding at the end leaves the outputs of the sequence's own windows as they are.
+# Observed: the total padding depends on the length, and is split between both ends. With kernel 3 and stride 2 a
+# length of 7 is padded by one zero on the left, a length of 8 by none, so that all windows move by one position.
+# Explicit pads do not have the effect.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Two inputs that both declare [batch, sequence] may have different shapes; neither onnxruntime nor onnx's checker minds.
+# Two inputs that both declare [batch, sequence] may have different shapes, for onnxruntime and for
+# onnx's checker.
 #
 # Versions: onnxruntime 1.32.0 (CPU), onnx 1.23.2.
-# Source: "Static tensor shapes", https://github.com/onnx/onnx/blob/main/docs/IR.md: a dimension variable stands for one
-# value across the whole graph.
-# Expected by most: feeding a mask of another length than the ids is refused, and an output that declares [batch, sequence]
-# has these axes in this order.
-# Seen: a session runs inputs of (2, 3) and (5, 7) under the same two names, because the names are not compared. The checker passes, with full_check, an output whose declared names are swapped, and even one
-# that swaps a name with a fixed size. So declared names say nothing about which axis of an output is the batch.
+# Source: "Static tensor shapes", https://github.com/onnx/onnx/blob/main/docs/IR.md: a dimension variable has
+# one value across the whole graph.
+# Expected by most: feeding a mask of another length than the ids is refused, and an output that declares [batch,
+# sequence] has these axes in this order.
+# Observed: a session runs inputs of (2, 3) and (5, 7) under the same two names, because the names are not compared.
+# The checker passes, with full_check, an output whose declared names are swapped, and even one that swaps a name with
+# a fixed size. So declared names do not show which axis of an output is the batch.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

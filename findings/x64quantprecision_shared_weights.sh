@@ -3,10 +3,10 @@
 #
 # Versions: onnxruntime 1.32.0 (CPU). Processors with AVX2 and without VNNI; skipped elsewhere.
 # Source: the option's description, https://github.com/microsoft/onnxruntime/pull/12088
-# Expected by most: an option that makes products exact can be set for every model. Models that share layers (ALBERT), and
-# files whose zero points were merged, share initializers legitimately.
-# Seen: the rewriting that makes weights unsigned adds the unsigned copy under one name for each node, and initialization
-# fails at the second. Without the option the model loads, and its products saturate.
+# Expected by most: an option that makes products exact can be set for every model. Models that share layers (ALBERT),
+# and files whose zero points were merged, share initializers legitimately.
+# Observed: the rewriting that makes weights unsigned adds the unsigned copy under one name for each node, and
+# initialization fails at the second. Without the option the model loads, and its products saturate.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -63,7 +63,7 @@ cases = {
     ),
 }
 for name, (nodes, constants) in cases.items():
-    # Level "basic" and above would merge the two equal nodes of the first case: they get inputs of their own.
+    # Level "basic" and above would merge the two equal nodes of the first case: they get separate inputs.
     nodes[1].input[0] = "x2"
     both = [*inputs, ("x2", TensorProto.UINT8, ["rows", 64])]
     session(nodes, both, outputs, constants)
