@@ -53,7 +53,7 @@ demo: $(VENV)/.run $(DEMO_BUNDLE) ## Set everything up, serve a real model, ask 
 	@$(BIN)/python examples/demo.py --repository $(DEMO)/models --output $(DEMO)
 
 quick: $(VENV)/.quick ## Run the unit tests that need no torch, in about a minute
-	$(BIN)/python -m pytest --quick tests/unit $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --quick --numprocesses auto tests/unit $(PYTEST_ARGS)
 
 test: $(VENV)/.dev ## Run the tests (all but coverage and e2e), with branch coverage
 	@rm -f .coverage .coverage.*

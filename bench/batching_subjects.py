@@ -1,4 +1,4 @@
-"""The subjects of `bench.batching`: each model of `bench.batching_graphs`, with its random requests."""
+"""What `bench.batching` serves: each model of `bench.batching_graphs`, and how its requests are drawn."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def masked_features(random: np.random.Generator, length: int) -> Feeds:
 
 
 def wide_features(random: np.random.Generator, length: int) -> Feeds:
-    """64-wide features of different sizes. Small ones attend evenly, large ones to themselves only."""
+    """64-wide features of different sizes: small ones attend evenly, large ones to themselves alone."""
     size = 10 ** random.uniform(-1.5, 0.5)
     return {"x": (random.normal(size=(length, 64)) * size).astype(np.float32)}
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model with its random requests. `batches`: whether it must share runs by default."""
+    """A model and how its requests are drawn. `batches`: whether it must share runs by default."""
 
     name: str
     what: str
@@ -43,7 +43,7 @@ class Subject:
     batches: bool = False
 
     def requests(self, count: int, lengths: Sequence[int], seed: int = 0) -> list[Feeds]:
-        """Return `count` requests, with lengths drawn from `lengths`."""
+        """So many requests, whose lengths are drawn from `lengths`."""
         random = np.random.default_rng(seed)
         return [self.request(random, int(random.choice(lengths))) for _ in range(count)]
 

@@ -1,7 +1,7 @@
-"""Random encoders of known sizes, for machines without access to checkpoints: `python -m bench.encoders large FOLDER`.
+"""Random encoders of known sizes, for machines that no checkpoint reaches: `python -m bench.encoders large FOLDER`.
 
-The folder is one that `attnserve-server export` takes. Values do not change the cost of a run, so all layers hold the
-same ones, cut from one short draw. Such a folder, and the bundle made of it, compresses to a few megabytes.
+A folder as `attnserve-server export` takes it. Values do not change what a run costs, so all layers hold the same ones,
+cut from one short draw: such a folder, and the bundle made of it, compresses to a few megabytes.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ SIZES: Final = {
     "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
     "large": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096},
 }
-"""The sizes of all-MiniLM-L6-v2 and of BERT-large (Devlin et al., 2018, section 3)."""
+"""all-MiniLM-L6-v2's, and BERT-large's (Devlin et al., 2018, section 3)."""
 DRAWN: Final = 1 << 20
-"""The number of drawn values."""
+"""Values in the draw."""
 SCALE: Final = 0.02
-"""The standard deviation of BERT's initialisation."""
+"""The standard deviation that BERT begins with."""
 
 
 def filled(shape: torch.Size, draw: Array) -> torch.Tensor:
-    """Return a tensor filled with the draw, repeated."""
+    """A tensor of so many values, the draw again and again."""
     return torch.tensor(np.resize(draw, tuple(shape)))
 
 
 def encoder(size: str) -> BertModel:
-    """Return the model with drawn values. Normalisations keep their initial values, one and zero."""
+    """The model with its values drawn; normalisations stay as they begin, at one and zero."""
     model = BertModel(BertConfig(**SIZES[size]), add_pooling_layer=False).eval()  # type: ignore[arg-type]
     draw = np.random.default_rng(0).normal(0.0, SCALE, DRAWN).astype(np.float32)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One result of a benchmark: a figure, its limit and whether it holds."""
+"""One line of a benchmark's verdict: what was measured, against which limit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A figure and its limit. The median of the rounds is compared with the limit.
+    """A figure and its limit. `values` are those of the rounds; the median counts.
 
     Attributes:
-        what: Its name, in words.
-        values: One for each round.
-        limit: The limit of the median.
-        most: True if the limit is an upper one.
-        detail: Other measurements.
+        what: in words.
+        values: one for each round.
+        limit: what the median may be.
+        most: whether the limit is the greatest allowed or the least.
+        detail: what else was seen.
     """
 
     what: str
@@ -28,16 +28,16 @@ class Finding:
 
     @property
     def median(self) -> float:
-        """The median of the rounds."""
+        """Of the rounds."""
         return statistics.median(self.values)
 
     @property
     def holds(self) -> bool:
-        """True if the median is within the limit."""
+        """Whether the median keeps the limit."""
         return self.median <= self.limit if self.most else self.median >= self.limit
 
     def facts(self) -> dict[str, Any]:
-        """Return the finding for JSON."""
+        """For JSON."""
         return {
             "what": self.what,
             "median": self.median,

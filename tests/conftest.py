@@ -17,7 +17,9 @@ from quick import (  # noqa: F401 - hooks, which pytest finds here
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_ignore_collect,
+    pytest_sessionfinish,
     pytest_terminal_summary,
+    pytest_testnodedown,
 )
 from serving import RunningServer, command, serve
 

@@ -1,4 +1,4 @@
-"""Start and end the measured systems: process trees, ready at a first answer."""
+"""Starting and ending what is measured: process trees, awaited by a first answer."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ from bench.peers.wires import WIRES, Wire
 
 START_TIMEOUT_S = 120.0
 MARK = "PEER_RUN"
-"""An environment variable of all processes of a run, with a unique value. It identifies orphans of a tree without a
-root."""
+"""In the environment of all that a run starts, with a value of its own: tells orphans of a tree whose root is gone."""
 PORTS = 3
-"""Adjacent ports for a peer: some need one for HTTP and one for metrics."""
+"""Neighbouring ports that a peer may use: some want one for HTTP and one for metrics."""
 
 
 class DidNotStart(Exception):
-    """A peer did not start. The message is the last line of its log."""
+    """A peer did not come up; the message is the last thing that it said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Running:
     process: psutil.Process
 
     def cpu_seconds(self) -> float:
-        """Return the processor time of the process and of its descendants that still live."""
+        """Of the process and all that it started and that still lives."""
         total = 0.0
         for each in (self.process, *self.process.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -55,16 +54,16 @@ class Running:
 
 
 def wire_of(peer: Peer, form: str) -> Wire:
-    """Return the protocol of a form of a peer."""
+    """How a form of a peer is spoken to."""
     return WIRES.get(f"{peer.wire} {form}", WIRES[peer.wire])
 
 
 @contextmanager
 def serving(peer: Peer, form: str, model: Path, item: Any) -> Iterator[Running]:
-    """Run a peer with the model until the block ends.
+    """A peer with the model, until the block ends.
 
     Raises:
-        DidNotStart: It gave no answer in time, or ended.
+        DidNotStart: it gave no answer in time, or ended.
     """
     port = _free_ports()
     bin_folder = peer.python.parent
@@ -85,7 +84,7 @@ def serving(peer: Peer, form: str, model: Path, item: Any) -> Iterator[Running]:
         "BENTOML_DO_NOT_TRACK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "ORT_DISABLE_TELEMETRY": "1",
-        # Triton's stub links against Python's own library, which a virtual environment does not contain.
+        # Triton's stub links against Python's own library, which a virtual environment does not have beside it.
         "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR") or ""),
     }
     with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w+") as log:
@@ -118,13 +117,13 @@ def _await(running: Running, process: subprocess.Popen[Any], item: Any, log: Pat
 
 
 def _end(tree: psutil.Process, known: set[psutil.Process], mark: str) -> None:
-    """End a process and its descendants by their ids: by a signal first, then by force, orphans included."""
+    """Ends a process and all that it started, by their ids: first asked, then made to, orphans too."""
     family = known | _family(tree) | _marked(mark)
     try:
         with contextlib.suppress(psutil.NoSuchProcess):
             tree.send_signal(signal.SIGTERM)
         psutil.wait_procs(list(family), timeout=8)
-    finally:  # Ctrl-C while waiting must not leave them
+    finally:  # Ctrl-C while waiting is no reason to leave them
         for each in family | _marked(mark):
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
@@ -138,7 +137,7 @@ def _family(tree: psutil.Process) -> set[psutil.Process]:
 
 
 def _marked(mark: str) -> set[psutil.Process]:
-    """Return the processes of a run by the mark in their environment, which most keep."""
+    """Processes of a run by the mark in their environment, which most keep."""
     found = set()
     for each in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -148,7 +147,7 @@ def _marked(mark: str) -> set[psutil.Process]:
 
 
 def _free_ports() -> int:
-    """Return the first of adjacent free ports."""
+    """The first of neighbouring ports that are free."""
     while True:
         with contextlib.ExitStack() as stack:
             first = stack.enter_context(socket.socket())

@@ -1,4 +1,4 @@
-"""Attention of generated graphs: decomposed and fused, with each form of mask, and what each form really hides."""
+"""Attention of generated graphs: written out and fused, with each form of mask, and what each form truly hides."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ HIDING = (
 FORWARD = ("trilu -inf", "less -inf", "buffer lowest", "buffer -inf")
 """How later keys are hidden from a query."""
 BOUNDED_BELOW = 200.0
-"""The greatest bound on scores for which the grammar claims that -1e4 hides a key, far below the bound where it does
-not."""
+"""Greatest bound on scores for which the grammar claims that -1e4 hides a key: far from where it stops doing so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class Plan:
 
 
 def attention(context: Context, stream: Stream, keys: Stream | None = None) -> Stream:
-    """Attention that leaves nothing mixed, if the masks allow one. A residual is added."""
+    """Attention that leaves nothing mixed, where the masks allow one; a residual is added."""
     mask = context.masks.get((keys or stream).symbol)
     if mask is None or (keys is None and context.writer.rng.random() < 0.35):
         plan = Plan(forward=context.writer.pick(*FORWARD), hiding=_also(context, mask))
@@ -57,7 +56,7 @@ def _also(context: Context, mask: MaskInput | None) -> str:
 
 
 def attend(context: Context, stream: Stream, keys: Stream, plan: Plan) -> Stream:
-    """Decomposed attention: (B, T, W) over (B, S, W)."""
+    """Attention written out: (B, T, W) over (B, S, W)."""
     writer, width, heads = context.writer, stream.width, 2
     size = width // heads
     scale = 0.3
@@ -96,7 +95,7 @@ def attend(context: Context, stream: Stream, keys: Stream, plan: Plan) -> Stream
     product = writer.op("Transpose", writer.op("MatMul", weights, value), perm=[0, 2, 1, 3])
     joined = writer.reshape(product, 0, 0, width)
     name = writer.op("Add", stream.name, writer.matmul(joined, width, width))
-    # Padded queries without a key are NaN, and only these.
+    # Padded queries that see nothing are NaN, which only they have.
     state = replace(state, behind="nan" if blind or stream.state.behind == "nan" else "finite")
     return replace(stream, name=name, state=state)
 
@@ -104,7 +103,7 @@ def attend(context: Context, stream: Stream, keys: Stream, plan: Plan) -> Stream
 def _hidden(
     context: Context, scores: str, state: State, stream: Stream, keys: Stream, plan: Plan, bound: float | None
 ) -> tuple[str, State]:
-    """The scores (B, H, T, S) with hidden ones hidden, and the state of attention over them."""
+    """The scores (B, H, T, S) with hidden ones hidden, and the state of what attention then gives."""
     symbol = keys.symbol
     mask = context.masks.get(symbol)
     if plan.forward:
@@ -124,9 +123,10 @@ def _hidden(
 
 
 def _after_frontier(state: State, mask: MaskInput | None, plan: Plan) -> State:
-    """Behind a frontier no query attends to a padded key.
+    """Behind a frontier no query sees a padded key.
 
-    Unless the frontier's own -inf is replaced: a query with all keys masked then attends to padded ones too.
+    Unless the frontier's own -inf is replaced: a query all of whose keys are masked then sees padded ones as it sees
+    those.
     """
     if mask is not None and plan.hiding == "where lowest":
         return state.needing(mask.need("all"))
@@ -134,7 +134,7 @@ def _after_frontier(state: State, mask: MaskInput | None, plan: Plan) -> State:
 
 
 def _after_mask(state: State, stream: Stream, keys: Stream, mask: MaskInput, plan: Plan, bound: float | None) -> State:
-    """The influence of padded keys that remains under a mask of keys without a frontier."""
+    """What a mask of keys, without a frontier, leaves of the influence of padded keys."""
     if plan.hiding.endswith("-inf"):
         return state
     state = state.needing(mask.need("all" if plan.by_query else "some", by_ones=plan.hiding.startswith("one minus")))
@@ -142,7 +142,7 @@ def _after_mask(state: State, stream: Stream, keys: Stream, mask: MaskInput, pla
         return state.tainted(keys.symbol, TOO_SMALL)
     if plan.hiding.endswith("lowest") or (bound is not None and bound < BOUNDED_BELOW):
         return state
-    # Tables bound scores too. The grammar leaves open how far a proof should use that.
+    # Tables bound scores too; how far a proof should see that, the grammar leaves open.
     return state.tainted(keys.symbol, UNBOUNDED if stream.state.raw and keys.state.raw else UNSAID)
 
 
@@ -194,10 +194,10 @@ def _forward(context: Context, scores: str, form: str) -> str:
 
 
 def fused(context: Context, stream: Stream, poison: bool = False) -> Stream:
-    """An operator of attention that hides padded keys. With `poison`, one that does not."""
+    """An operator of attention that hides padded keys; with `poison` one that does not."""
     writer, symbol = context.writer, stream.symbol
     if stream.state.behind == "nan":
-        # Whether 0 x NaN is computed depends on the kernel. Decomposed attention computes it.
+        # Whether 0 x NaN is computed depends on the kernel; written out, it is.
         return attend(context, stream, stream, Plan()) if poison else attention(context, stream)
     mask = None if poison else context.masks.get(symbol)
     state = stream.state.finite()
@@ -269,7 +269,7 @@ def _microsoft(
 
 
 def query_masked(context: Context, stream: Stream) -> Stream:
-    """Attention under a mask of queries and keys: queries that are not allowed have no visible key."""
+    """Attention under a mask of queries and keys: queries that are not allowed see nothing."""
     plan = Plan(hiding=context.writer.pick(*HIDING[:6]), by_query=True)
     return attend(context, stream, stream, plan)
 

@@ -1,6 +1,7 @@
 """The selection of `make quick`: what it leaves out, and a list of it with reasons at the end of the run.
 
-Without `--quick` it does nothing. tests/conftest.py takes over the hooks.
+Without `--quick` it does nothing. tests/conftest.py takes over the hooks. With pytest-xdist, each worker collects all
+tests. The lists of all workers are equal, and the controller prints the last that it receives.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[2]
 NEEDS_TORCH = "needs torch"
@@ -18,7 +21,7 @@ IMPORT_TORCH = (
     "tests/unit/conversion/verify/test_limits.py",
 )
 """Modules that import torch, themselves or by a helper, and so cannot be collected without it."""
-MARKERS = {"torch": NEEDS_TORCH, "slow": "takes more than ten seconds"}
+MARKERS = {"torch": NEEDS_TORCH, "slow": "slow"}
 FIXTURES = ("minilm_repository", "minilm_server", "minilm_references", "zoo_bundles")
 """They export a model, for which they need torch."""
 LEFT_OUT = pytest.StashKey[Counter[tuple[str, str]]]()
@@ -29,7 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Use fewer examples of each property."""
     config.stash[LEFT_OUT] = Counter()
+    if config.getoption("quick"):
+        settings.register_profile("quick", settings.get_profile("attnserve"), max_examples=20)
+        settings.load_profile("quick")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -60,6 +67,20 @@ def reasons_of(item: pytest.Item) -> Iterator[str]:
     yield from (reason for marker, reason in MARKERS.items() if item.get_closest_marker(marker))
     if set(FIXTURES) & set(getattr(item, "fixturenames", ())):
         yield NEEDS_TORCH
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist left out."""
+    for path, reason, count in getattr(node, "workeroutput", {}).get("left_out", ()):
+        node.config.stash[LEFT_OUT][path, reason] = count
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send what this worker left out to the controller, if it is a worker."""
+    if hasattr(session.config, "workeroutput"):
+        left_out = session.config.stash[LEFT_OUT]
+        session.config.workeroutput["left_out"] = [(*entry, count) for entry, count in left_out.items()]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -20,6 +20,8 @@ from onnx_files import encoder, saved
 from tiny_bundle import tiny_manifest, write_tiny_files
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:

@@ -15,6 +15,8 @@ from attnserve_server.model.repository import Repository
 from onnx_files import encoder, saved
 from typer.testing import CliRunner, Result
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def app() -> typer.Typer:

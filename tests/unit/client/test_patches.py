@@ -91,6 +91,7 @@ def test_grid_that_does_not_cover_its_axis_is_a_bad_answer() -> None:
         _maps_of(attention_pb2.Attention(axes=[units]), "clip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 40])
 def test_figure_has_at_most_24_panels(count: int) -> None:
     words = [f"w{number}" for number in range(count)]

@@ -52,6 +52,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_message_of_mere_structure_is_refused_by_the_field_that_swells(name: str) -> None:
     data, field = HOSTILE[name]
@@ -64,6 +65,7 @@ def test_a_message_of_mere_structure_is_refused_by_the_field_that_swells(name: s
     assert parse_leniently(pb.InferRequest, data) is None
 
 
+@pytest.mark.slow
 def test_refusing_takes_next_to_no_memory() -> None:
     data = EMPTY_FIELDS
     tracemalloc.start()
@@ -111,6 +113,7 @@ def test_a_message_within_the_bound_is_not_looked_at() -> None:
     check_structure(pb.InferRequest.DESCRIPTOR, b"\x1a\x00" * (MAX_STRUCTURE_BYTES // 2))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)  # each walks half a megabyte
 @given(st.binary(max_size=60), st.sampled_from([pb.InferRequest, pb.StreamInferRequest]))
 def test_no_bytes_make_it_fail_otherwise(start: bytes, kind: type[message.Message]) -> None:

@@ -1,7 +1,4 @@
-"""The state of one interpretation, which its rules share, and the table of rules.
-
-A rule reports a problem as a value (`bad`, `unknown`), or raises `NotFollowed` or `Mixed`.
-"""
+"""What the rules of one interpretation share: which axis is varied, what was taken for granted, how rules are found."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from attnserve_server.model.manifest import BATCH
 
 @dataclass
 class Context:
-    """One interpretation, in which the batch or one symbol is varied."""
+    """One interpretation: the batch, or one symbol, is varied."""
 
     varied: str
     lengths: Mapping[str, int]
@@ -30,26 +27,24 @@ class Context:
     own_size: Size | None = None
     """The size of the varied axis itself."""
     ranks: Mapping[str, int] = field(default_factory=dict)
-    """The number of axes of each input of the graph, without the batch axis."""
+    """How many axes each input of the graph has, without the batch's."""
     mask_values: Mapping[str, float | None] = field(default_factory=dict)
-    """For each input that may hide positions, the one value of allowed positions. None: any value but the padding's."""
+    """For each input that may hide positions, the one value that allowed positions have; None: any but padding's."""
     needs: dict[str, str] = field(default_factory=dict)
     thresholds: set[int] = field(default_factory=set)
     bounds: bool = True
-    """Whether Euclidean lengths are computed, which takes time where weights are large."""
+    """Whether Euclidean lengths are followed, which takes time where weights are large."""
     node: ir.Node | None = None
     run_graph: Callable[[ir.Graph, Mapping[ir.Value, Value]], list[Value]] | None = None
-    """Interprets a subgraph."""
+    """Follows a graph within the graph."""
     known: Callable[[ir.Value], Value] | None = None
-    """Returns what is known of any value so far."""
+    """What is known of any value so far."""
     norms: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    """Results computed from constants, by the constant's identity. The constant is kept here too, so that its identity
-    is not
-    reused."""
+    """What was computed of constants, by their identity; each is kept here, so that no other array takes it on."""
 
     @property
     def is_batch(self) -> bool:
-        """True if the batch is varied. Rows of other requests then replace padded positions."""
+        """Whether the batch is varied: rows of other callers, then, in the place of padded positions."""
         return self.varied == BATCH
 
     @property
@@ -58,55 +53,52 @@ class Context:
         return "the other rows of the batch" if self.is_batch else "padded positions"
 
     def depends(self, size: Size | None) -> bool:
-        """Return whether a size differs between the two runs."""
+        """Whether a size differs between the two runs."""
         return size is not None and self.varied in size.symbols
 
     def cause(self, reason: str) -> Cause:
-        """Return the current node as the cause, with a reason."""
+        """The present node as the cause of something."""
         node = self.node
         if node is None:
             return Cause("", "", reason)
         return Cause(node.name or next((str(out.name) for out in node.outputs), ""), node.op_type, reason)
 
     def bad(self, standing: Standing, reason: str, layout: Layout | None = None) -> Value:
-        """Return a value that is not equal, because of the current node."""
+        """A value that is not equal, because of the present node."""
         return Value(layout, standing, self.cause(reason))
 
     def unknown(self, reason: str) -> Value:
-        """Return a value of which nothing is known."""
+        """A value of which nothing is known any more."""
         return self.bad(Standing.UNKNOWN, reason)
 
     def need(self, masks: frozenset[str], *, everything: bool) -> None:
-        """Record that masks must allow all positions (`everything`), or at least one in each row."""
+        """Take for granted that masks allow something."""
         for name in masks:
             wide = everything or self.ranks.get(name, 1) > 1
             if wide or name not in self.needs:
                 self.needs[name] = "all" if wide else "some"
 
     def as_data(self, value: Value) -> Value:
-        """Return a value whose numbers are used as data.
-
-        Sizes and positions that differ between the runs make it different.
-        """
+        """A value whose numbers are used as numbers: sizes and positions that differ between the runs count then."""
         if value.standing is Standing.DIFFERENT:
             return value
         if value.columns is not None:
             worst_column, cause = worst([self.as_data(column) for column in value.columns])
             return replace(value.bare(), standing=max(worst_column, value.standing), cause=cause or value.cause)
-        what = ""
+        said = ""
         sizes = value.sizes is not None and any(self.depends(size) for size in value.sizes)
         if sizes or self.varied in value.symbols:
-            what = "the number of rows in the batch" if self.is_batch else "the padded length"
+            said = "the number of rows in the batch" if self.is_batch else "the padded length"
         elif any(self.depends(size) for size in (value.offset, value.outer, *(value.index or {}).values())):
-            what = "the number of rows in the batch" if self.is_batch else "positions counted from the padded end"
+            said = "the number of rows in the batch" if self.is_batch else "positions counted from the padded end"
         elif self.is_batch and (value.items or value.index):
-            what = "the place of the row in the batch"
-        if not what:
+            said = "the place of the row in the batch"
+        if not said:
             return value
-        return replace(value.bare(), standing=Standing.DIFFERENT, cause=self.cause(f"computes with {what}"))
+        return replace(value.bare(), standing=Standing.DIFFERENT, cause=self.cause(f"computes with {said}"))
 
     def axis_of(self, size: Size) -> Axis:
-        """Return a new axis whose first positions are the same in both runs. It varies where the size differs."""
+        """A new axis whose positions are the same ones from the first on: varying, where the size differs."""
         if not self.depends(size):
             return plain(size)
         one = self.own_size
@@ -122,32 +114,20 @@ Rule = Callable[[Context, ir.Node, list[Value | None]], "Value | list[Value]"]
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A rule.
-
-    Args:
-        apply: The rule.
-        shapes_only: True if it reads no number of its inputs, or follows their differences itself. The interpreter then
-            does not lower its outputs to the worst standing of its inputs.
-    """
+    """A rule. `shapes_only`: it looks at no number of its inputs, or follows what differs among them itself."""
 
     apply: Rule
     shapes_only: bool
 
 
 RULES: Final[dict[tuple[str, str], Registered]] = {}
-"""By domain and operator. The package `rules` fills it."""
+"""By domain and operator."""
 STANDARD: Final = ""
 MICROSOFT: Final = "com.microsoft"
 
 
 def rule(*names: str, domain: str = STANDARD, shapes_only: bool = False) -> Callable[[Rule], Rule]:
-    """Return a decorator that registers a rule for operators.
-
-    Args:
-        names: Operators.
-        domain: Their domain.
-        shapes_only: As in `Registered`.
-    """
+    """Register a rule for operators."""
 
     def register(function: Rule) -> Rule:
         for name in names:

@@ -1,8 +1,4 @@
-"""The interval of each elementwise operator's result, given the intervals of its operands.
-
-Each function returns an interval that holds every possible result, with the infinities and NaN that may occur. Nothing
-here raises.
-"""
+"""The interval of each elementwise operator's result, given those of its operands."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ from attnserve_server.conversion.proof.intervals import (
 
 
 def monotone(function: Callable[[float], float], domain: float = -math.inf) -> Callable[[Interval], Interval]:
-    """Return the function of an operator that keeps the order of numbers. At or below `domain` it may give NaN."""
+    """An operator that keeps the order of numbers; below or at `domain` it is not defined, and gives NaN."""
 
     def of(one: Interval) -> Interval:
         if one.low < domain or (one.low == domain > -math.inf and math.isinf(function(domain))):
@@ -43,18 +39,18 @@ def monotone(function: Callable[[float], float], domain: float = -math.inf) -> C
 
 
 def bounded(low: float, high: float) -> Callable[[Interval], Interval]:
-    """Return the function of an operator whose results are between two bounds, for infinite arguments too."""
+    """An operator whose results lie between two bounds, infinities included."""
     return lambda one: Interval(low, high, one.wild & NAN)
 
 
 def absolute(one: Interval) -> Interval:
-    """Return the interval of absolute values."""
+    """Absolute values."""
     low = 0.0 if one.has_zero else min(abs(one.low), abs(one.high))
     return Interval(low, one.greatest, (one.wild & NAN) | (POSITIVE if one.wild & 3 else 0))
 
 
 def shrinking(one: Interval) -> Interval:
-    """Return the interval of an operator whose results are no farther from 0 than its argument, such as Gelu."""
+    """An operator whose results are no farther from 0 than its argument, as those of Gelu."""
     return Interval(min(one.low, 0.0), max(one.high, 0.0), one.wild | (NAN if one.wild else 0))
 
 
@@ -94,44 +90,44 @@ def _unlike(one: Interval, other: Interval) -> Interval:
 
 
 def opposite(one: Interval) -> Interval:
-    """Return the interval of Not."""
+    """Not."""
     truth = _truth(one)
     return BOOLEAN if truth is None else number(float(not truth))
 
 
 def chosen(condition: Interval, one: Interval, other: Interval) -> Interval:
-    """Return the interval of Where: one operand where the condition is known, otherwise the hull of both."""
+    """Where: the one or the other, or both where it is not known."""
     truth = _truth(condition)
     return one.hull(other) if truth is None else one if truth else other
 
 
 def as_truth(one: Interval) -> Interval:
-    """Return the interval of a cast to bool."""
+    """Cast to a truth value."""
     truth = _truth(one)
     return BOOLEAN if truth is None else number(float(truth))
 
 
 def as_half(one: Interval) -> Interval:
-    """Return the interval of a cast to float16, where a number beyond 65504 is infinite."""
+    """Cast to float16, in which a number beyond 65504 is infinite."""
     if one.only is None or abs(one.only) <= _HALF_MOST:
         return one
     return replace(one, wild=one.wild | (NEGATIVE if one.only < 0 else POSITIVE))
 
 
 def cut(one: Interval) -> Interval:
-    """Return the interval of an integer quotient, truncated to an integer."""
+    """The quotient of whole numbers, cut to a whole number."""
     low = 0.0 if 0 < one.low < 1 else float(math.floor(one.low)) if one.low > 0 and math.isfinite(one.low) else one.low
     high = float(math.ceil(one.high)) if one.high < 0 and math.isfinite(one.high) else one.high
     return replace(one, low=low, high=high) if one.only is None or not float(one.low).is_integer() else one
 
 
 def wrapped(one: Interval, least: float, greatest: float) -> Interval:
-    """Return the interval of integers of a type that wraps around beyond its bounds."""
+    """Whole numbers in a type that wraps around beyond its bounds."""
     return one if one.low >= least and one.high <= greatest and not one.wild else Interval(least, greatest)
 
 
 def as_whole(one: Interval) -> Interval:
-    """Return the interval of a cast to an integer."""
+    """Cast to a whole number."""
     if one.wild:
         return ANY
     low, high = (float(math.trunc(end)) if math.isfinite(end) else end for end in (one.low, one.high))
@@ -211,7 +207,7 @@ UNARY: Final[Mapping[str, Callable[[Interval], Interval]]] = {
     "Tanh": lambda one: Interval(math.tanh(one.low), math.tanh(one.high), one.wild & NAN),
     "ThresholdedRelu": shrinking,
 }
-"""Elementwise operators of one operand."""
+"""Operators of one operand, each number by itself."""
 BINARY: Final[Mapping[str, Callable[[Interval, Interval], Interval]]] = {
     "Add": add,
     "And": _both,
@@ -237,11 +233,11 @@ BINARY: Final[Mapping[str, Callable[[Interval, Interval], Interval]]] = {
     "BitwiseOr": lambda _one, _other: ANY,
     "BitwiseXor": lambda _one, _other: ANY,
 }
-"""Elementwise operators of two operands. Min, Max, Sum and Mean fold them over more."""
+"""Operators of two operands, each number by itself; Min, Max, Sum and Mean fold them over more."""
 
 
 def folded(function: Callable[[Interval, Interval], Interval], operands: Sequence[Interval]) -> Interval:
-    """Return the interval of a two-operand operator that is folded over any number of operands."""
+    """An operator of two operands over any number."""
     result = operands[0]
     for other in operands[1:]:
         result = function(result, other)

@@ -1,7 +1,4 @@
-"""Sizes of axes as polynomials of symbols, so that one interpretation holds for all lengths. Knows no tensors.
-
-An operation that has no exact result returns None, or an atom that stays opaque. Nothing here raises.
-"""
+"""Sizes of axes as polynomials of symbols, so that shapes are followed for all lengths at once. Knows no tensors."""
 
 from __future__ import annotations
 
@@ -10,20 +7,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 Monomial = tuple[str, ...]
-"""A product of atom names, sorted, each as often as its power."""
+"""A product of atoms, sorted, each as often as its power."""
 
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """An indivisible part of a polynomial: a symbol, or a function of polynomials such as a floor.
+    """What a polynomial does not look into: a symbol, or a function of polynomials such as a floor.
 
-    Args:
-        name: Its text. Equal names are equal atoms.
-        symbols: The symbols that it depends on.
-        least: Its lower bound, for every length that is served.
-        most: Its upper bound.
-        dividend: The dividend, where the atom is a quotient rounded down.
-        divisor: The divisor of that quotient.
+    `symbols`: on what it depends. `least` and `most`: between what it lies, for every length that is served.
+    `dividend` and `divisor`: of a quotient rounded down.
     """
 
     name: str
@@ -36,31 +28,31 @@ class Atom:
 
 @dataclass(frozen=True)
 class Size:
-    """An integer that depends on symbols: a polynomial of atoms. Equal polynomials are equal objects."""
+    """A whole number that depends on symbols: a polynomial of atoms. Equal polynomials are equal objects."""
 
     terms: tuple[tuple[Monomial, int], ...]
     atoms: Mapping[str, Atom] = field(compare=False, hash=False, default_factory=dict)
 
     @classmethod
     def of(cls, value: int) -> Size:
-        """Return the size that is a number."""
+        """A number."""
         return cls(((((), value),)) if value else ())
 
     @classmethod
     def atom(cls, atom: Atom) -> Size:
-        """Return the size that is one atom."""
+        """One atom."""
         return cls((((atom.name,), 1),), {atom.name: atom})
 
     @property
     def number(self) -> int | None:
-        """The number, where the size is constant. Otherwise None."""
+        """The number, where it depends on nothing."""
         if not self.terms:
             return 0
         return self.terms[0][1] if len(self.terms) == 1 and not self.terms[0][0] else None
 
     @cached_property
     def symbols(self) -> frozenset[str]:
-        """The symbols that it depends on."""
+        """On what it depends."""
         names = {name for monomial, _ in self.terms for name in monomial}
         return frozenset(symbol for name in names for symbol in self.atoms[name].symbols)
 
@@ -85,7 +77,7 @@ class Size:
         return _size(terms, (self, other))
 
     def over(self, other: Size) -> Size | None:
-        """Return the quotient where it is a polynomial with integer factors, else None."""
+        """The quotient, where it is a polynomial of whole factors; None where it is not."""
         if not other.terms:
             return None
         rest, quotient = self, Size(())
@@ -101,7 +93,7 @@ class Size:
         return quotient
 
     def bounds(self) -> tuple[float, float]:
-        """Return a lower and an upper bound, as far as the bounds of its atoms allow."""
+        """Between what it lies, as far as its atoms tell."""
         low, high = self.bounds_of_atoms()
         if not any(atom.divisor for atom in self.atoms.values()):
             return low, high
@@ -110,7 +102,7 @@ class Size:
         )
 
     def _rounded(self, *, down: bool) -> Size:
-        """Return a size that is no greater (`down`) or no less: k * floor(x / k) is between x - (k - 1) and x."""
+        """What is no greater (`down`), or no less: k * floor(x / k) is between x - (k - 1) and x."""
         result = Size(())
         for monomial, factor in self.terms:
             atom = self.atoms[monomial[0]] if len(monomial) == 1 else None
@@ -122,7 +114,7 @@ class Size:
         return result
 
     def bounds_of_atoms(self) -> tuple[float, float]:
-        """Return bounds that treat each atom as independent."""
+        """Between what it lies, each atom taken for itself."""
         least = most = 0.0
         for monomial, factor in self.terms:
             low = high = float(factor)
@@ -134,7 +126,7 @@ class Size:
         return least, most
 
     def __str__(self) -> str:
-        """Return the polynomial in the usual notation."""
+        """As a person would write it."""
         parts = []
         for monomial, factor in self.terms:
             names = " * ".join(monomial)
@@ -146,7 +138,7 @@ ONE = Size.of(1)
 
 
 def function(name: str, arguments: Iterable[Size], least: float, most: float) -> Size:
-    """Return a size that is no polynomial of others, as one atom. Equal names are equal sizes."""
+    """A size that is no polynomial of others, as one atom: equal names are equal sizes."""
     parts = list(arguments)
     text = f"{name}({', '.join(map(str, parts))})"
     symbols = frozenset(symbol for part in parts for symbol in part.symbols)
@@ -154,7 +146,7 @@ def function(name: str, arguments: Iterable[Size], least: float, most: float) ->
 
 
 def floor_div(one: Size, by: Size) -> Size:
-    """Return the quotient of two positive sizes, rounded down."""
+    """The quotient rounded down, both positive."""
     exact = one.over(by)
     if exact is not None:
         return exact
@@ -173,10 +165,10 @@ def floor_div(one: Size, by: Size) -> Size:
 
 
 def modulo(one: Size, by: Size) -> Size | None:
-    """Return the remainder of a division by a positive size, or None where it is not known.
+    """The rest of a division by a positive size; None where it cannot be told.
 
-    It is written with the multiple that is subtracted, so that sums cancel: the number that fills x up to a multiple of
-    k, -x mod k, is k * ceil(x / k) - x.
+    Written with the multiple that is taken off, so that sums cancel: what fills x up to a multiple of k, -x mod k, is
+    k * ceil(x / k) - x.
     """
     if one.bounds()[0] >= 0:
         return one - floor_div(one, by) * by
@@ -189,7 +181,7 @@ def modulo(one: Size, by: Size) -> Size | None:
 
 
 def lesser(one: Size, other: Size) -> Size:
-    """Return the minimum of two sizes."""
+    """The lesser of two."""
     if (other - one).bounds()[0] >= 0:
         return one
     if (one - other).bounds()[0] >= 0:
@@ -204,7 +196,7 @@ def lesser(one: Size, other: Size) -> Size:
 
 
 def greater(one: Size, other: Size) -> Size:
-    """Return the maximum of two sizes."""
+    """The greater of two."""
     if (other - one).bounds()[0] >= 0:
         return other
     if (one - other).bounds()[0] >= 0:
@@ -219,7 +211,7 @@ def greater(one: Size, other: Size) -> Size:
 
 
 def product(sizes: Iterable[Size]) -> Size:
-    """Return the product of all sizes. It is 1 without any."""
+    """Of all; 1 of none."""
     result = ONE
     for size in sizes:
         result *= size
@@ -227,7 +219,7 @@ def product(sizes: Iterable[Size]) -> Size:
 
 
 def _times(one: float, other: float) -> float:
-    """Return a product in which 0 times an unbounded size is 0."""
+    """A product in which 0 times a size without a bound is 0."""
     return 0.0 if not one or not other else one * other
 
 
@@ -239,7 +231,7 @@ def _size(terms: Mapping[Monomial, int], parents: tuple[Size, Size]) -> Size:
 
 
 def _leading(size: Size) -> tuple[Monomial, int]:
-    """Return the term of the highest degree, with which division begins."""
+    """The term that division begins with: of the highest degree."""
     return max(size.terms, key=lambda term: (len(term[0]), term[0]))
 
 

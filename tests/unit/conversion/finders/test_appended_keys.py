@@ -14,6 +14,8 @@ from attnserve_server.model.repository import Bundle
 from limited_graphs import WIDTH
 from onnx_files import saved
 
+pytestmark = pytest.mark.slow
+
 BEHIND = [Appended(), Appended(zeros=0, biases=1), Appended(biases=1), Appended(zeros=3), Appended(sharp=8.0)]
 BEFORE = [Appended(before=True), Appended(zeros=0, biases=2, before=True), Appended(sharp=8.0, before=True)]
 

@@ -23,6 +23,8 @@ from tiny_bundle import VOCABULARY, tiny_tokenizer
 from two_sided_graphs import encoder_decoder
 from typer.testing import CliRunner, Result
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def app() -> typer.Typer:

@@ -1,5 +1,4 @@
-"""The attack breaks the right clause of graphs whose answers depend on padding or neighbours, and none of safe
-graphs."""
+"""The attack breaks graphs whose answers depend on padding or neighbours, by the right clause, and no harmless one."""
 
 from __future__ import annotations
 
@@ -11,6 +10,8 @@ import pytest
 from attacked import SOME, attacked, broken
 from attnserve_server.conversion.proof import judge
 from attnserve_server.model.certificate import MaskNeed
+
+pytestmark = pytest.mark.slow
 
 DEPENDENT = {
     "no mask": (graphs.unmasked_attention(), {"t"}, {}),
@@ -39,7 +40,7 @@ DEPENDENT = {
 
 
 @pytest.mark.parametrize("case", DEPENDENT)
-def test_attack_breaks_the_clause_whose_axis_changes_the_answer(case: str, tmp_path: Path) -> None:
+def test_attack_breaks_the_clause_of_what_changes_the_answer(case: str, tmp_path: Path) -> None:
     proto, axes, options = DEPENDENT[case]
     clauses = attacked(proto, tmp_path, **options)
     assert broken(clauses) == axes
@@ -61,7 +62,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("case", HARMLESS)
-def test_attack_breaks_no_clause_of_a_safe_graph(case: str, tmp_path: Path) -> None:
+def test_attack_does_not_break_what_nothing_changes(case: str, tmp_path: Path) -> None:
     proto, options = HARMLESS[case]
     clauses = attacked(proto, tmp_path, **{"longest": 36, **options})
     assert broken(clauses) == set()
@@ -69,15 +70,15 @@ def test_attack_breaks_no_clause_of_a_safe_graph(case: str, tmp_path: Path) -> N
     assert all(clause.allows("tested") for clause in clauses.values())
 
 
-def test_padding_of_two_axes_at_once_is_not_attributed_to_neighbours(tmp_path: Path) -> None:
+def test_padding_of_two_axes_at_once_is_never_laid_to_neighbours(tmp_path: Path) -> None:
     clauses = attacked(graphs.scale_where_both_are_long(), tmp_path, longest=40)
     assert broken(clauses)
     assert broken(clauses) <= {"t", "s"}
 
 
-def test_rounding_of_cancelling_values_would_break_the_batch_without_its_allowance(
+def test_what_rounding_leaves_of_values_that_cancel_would_break_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The positive control of `less the masked mean` above: without the allowance for rounding it is broken."""
+    """The control of `less the masked mean` above: without the excuse of rounding it is broken."""
     monkeypatch.setattr(judge, "is_rounding", lambda *_args, **_kwargs: False)
     assert broken(attacked(graphs.centred(), tmp_path, masks=(SOME,))) == {"batch"}

@@ -1,7 +1,4 @@
-"""The rules of embeddings with their normalization, and of rotary positions.
-
-Angles along an axis that the rotated tensor does not have raise `NotFollowed`.
-"""
+"""Embeddings with their normalization, and rotary positions."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from attnserve_server.conversion.proof.values import Entry, Value
 
 @rule("EmbedLayerNormalization", domain=MICROSOFT)
 def embed_layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Return tables looked up, summed and normalised. The second output counts the mask's ones."""
+    """Tables looked up, summed and normalised; the second output counts the mask's ones."""
     ids = required(inputs, 0)
     total = from_table(ctx, required(inputs, 2), ids, 0)
     segments, table = optional(inputs, 1), optional(inputs, 4)
@@ -43,17 +40,17 @@ def embed_layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | 
 
 @rule("RotaryEmbedding")
 def rotary(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Return pairs of numbers rotated by the angles of their position. Source: ONNX RotaryEmbedding-23."""
-    return _rotated(ctx, required(inputs, 0), [value for value in inputs[1:] if value is not None])
+    """Pairs of numbers turned by angles of their own position. Source: ONNX RotaryEmbedding-23."""
+    return _turned(ctx, required(inputs, 0), [value for value in inputs[1:] if value is not None])
 
 
 @rule("RotaryEmbedding", domain=MICROSOFT)
 def rotary_microsoft(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Return onnxruntime's rotary embedding, whose positions come before the tables."""
-    return _rotated(ctx, required(inputs, 0), [value for value in inputs[1:] if value is not None])
+    """As the standard one, with the positions before the tables."""
+    return _turned(ctx, required(inputs, 0), [value for value in inputs[1:] if value is not None])
 
 
-def _rotated(ctx: Context, value: Value, others: list[Value]) -> Value:
+def _turned(ctx: Context, value: Value, others: list[Value]) -> Value:
     value = ctx.as_data(value)
     others = [ctx.as_data(other) for other in others]
     standing, cause = joined([value, *others])

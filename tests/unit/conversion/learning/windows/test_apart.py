@@ -21,6 +21,8 @@ from folded_windows import LENGTH, Array, Folded, grid_of_pixels, padded_to_wind
 from limited_graphs import WIDTH
 from step_graphs import Steps as Made
 
+pytestmark = pytest.mark.slow
+
 
 def assembled(model: onnx.ModelProto, folder: Path) -> Assembled:
     return assemble(model, Sampler(signature_of(model.graph)), folder, Steps.silent())

@@ -22,6 +22,8 @@ from plain_graphs import Plain
 from typer import Typer
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.slow
+
 CASE = Plain(masks=("lowest",))
 
 
