@@ -81,7 +81,7 @@ class GraphRunner:
             watch.cancel()
         for name, output in zip(names, outputs, strict=True):
             if not isinstance(output, np.ndarray):
-                raise BuildRefused(f"output {name!r} is no tensor")
+                raise BuildRefused(f"output {name!r} is not a tensor")
         return dict(zip(names, outputs, strict=True))
 
 

@@ -1,9 +1,10 @@
-"""Progress: a bar in a terminal, one plain line per step elsewhere, nothing when silent."""
+"""Progress of a conversion: a bar in a terminal, one plain line for each step elsewhere, nothing if silent."""
 
 from __future__ import annotations
 
 import io
 
+import pytest
 from attnserve_server.conversion.base.steps import Steps
 from rich.console import Console
 
@@ -31,9 +32,10 @@ def test_bar_counts_steps_in_a_terminal() -> None:
     assert "warning: half of it is missing" in drawn
 
 
-def test_silent_steps_write_nothing() -> None:
+def test_silent_steps_write_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     steps = Steps.silent()
     with steps.shown(total=1):
         steps.begin("reading")
         steps.note("reading: 1 of 2")
-        steps.warn("nobody hears")
+        steps.warn("unread")
+    assert capsys.readouterr() == ("", "")
