@@ -1,4 +1,4 @@
-"""True limits of rows and lengths, found at conversion; and graphs whose batch is not where it is looked for."""
+"""The greatest batch and lengths that a graph runs, and graphs whose batch is on another axis or fixed."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from onnx_files import saved
 
 
 def prepared(model: onnx.ModelProto, folder: Path, **changes: Any) -> tuple[Bundle, list[str]]:
-    """The bundle, and the warnings of the report."""
-    said: list[str] = []
+    """The bundle, and the warnings."""
+    warnings: list[str] = []
     steps = Steps.silent()
-    steps.warn = said.append  # type: ignore[method-assign]
+    steps.warn = warnings.append  # type: ignore[method-assign]
     file = saved(model, folder / "ranker.onnx")
     request = PrepareRequest(file=file, name="ranker", repository=folder / "models", **changes)
-    return prepare_bundle(request, steps), said
+    return prepare_bundle(request, steps), warnings
 
 
 def warmed_up(bundle: Bundle) -> None:
-    """What the server runs when it loads a bundle. Raises RunFailed where it could not be served."""
+    """Run what the server runs when it loads a bundle. Raises RunFailed where it cannot be served."""
     session = RuntimeSession.load(bundle.model_path, provider="CPUExecutionProvider", intra_op_threads=1)
     warmup.touch(session, bundle.manifest)
     warmup.measure(session, bundle.manifest, ThreadCpuClock(), repeats=1)
@@ -53,30 +53,30 @@ def warmed_up(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("rows", [3, 4, 9])
 def test_largest_batch_is_found_by_running(rows: int, tmp_path: Path) -> None:
-    bundle, said = prepared(few_rows(rows), tmp_path)
+    bundle, warnings = prepared(few_rows(rows), tmp_path)
     assert bundle.manifest.max_batch_size == rows
-    assert f"the graph takes at most {rows} rows in a batch, not 32" in said
+    assert f"the graph takes at most {rows} rows in a batch, not 32" in warnings
     warmed_up(bundle)
 
 
-def test_largest_batch_stays_as_asked_for_where_the_graph_takes_it(tmp_path: Path) -> None:
-    bundle, said = prepared(few_rows(32), tmp_path)
+def test_largest_batch_stays_as_requested_where_the_graph_takes_it(tmp_path: Path) -> None:
+    bundle, warnings = prepared(few_rows(32), tmp_path)
     assert bundle.manifest.max_batch_size == 32
-    assert not [words for words in said if "at most" in words]
+    assert not [words for words in warnings if "at most" in words]
 
 
 def test_rows_are_limited_where_they_and_the_lengths_limit_each_other(tmp_path: Path) -> None:
-    bundle, said = prepared(few_positions_in_all(600), tmp_path, max_length=128)
+    bundle, warnings = prepared(few_positions_in_all(600), tmp_path, max_length=128)
     assert bundle.manifest.max_batch_size == 4  # of 128 positions each
-    assert "the graph takes at most 4 rows in a batch of its greatest lengths, not 32" in said
+    assert "the graph takes at most 4 rows in a batch of its greatest lengths, not 32" in warnings
     warmed_up(bundle)
 
 
 def test_graph_that_takes_one_row_alone_is_served_one_at_a_time(tmp_path: Path) -> None:
-    bundle, said = prepared(one_row(), tmp_path)
+    bundle, warnings = prepared(one_row(), tmp_path)
     assert bundle.manifest.max_batch_size == 1
     assert bundle.manifest.sites[0].available
-    assert "the batch axis is fixed at 1: every sequence will run alone" in said
+    assert "the batch axis is fixed at 1: every sequence will run alone" in warnings
     warmed_up(bundle)
 
 
@@ -87,9 +87,9 @@ def test_longest_length_is_that_of_a_request_without_padding(
     counted: str, padding: int, longest: int, tmp_path: Path
 ) -> None:
     # Positions start at 2, so that 38 of the table's 40 rows are left for tokens.
-    bundle, said = prepared(positions_from(counted, padding=padding), tmp_path)
+    bundle, warnings = prepared(positions_from(counted, padding=padding), tmp_path)
     assert bundle.manifest.axis("seq").max_length == longest
-    assert f"the graph takes at most {longest} positions along 'seq', not 512" in said
+    assert f"the graph takes at most {longest} positions along 'seq', not 512" in warnings
     warmed_up(bundle)
 
 
@@ -99,7 +99,7 @@ def test_axes_that_share_a_table_are_limited_together(tmp_path: Path) -> None:
     warmed_up(bundle)
 
 
-def test_output_that_stops_following_the_lengths_is_refused_by_its_shapes(tmp_path: Path) -> None:
+def test_output_that_stops_following_the_lengths_is_refused_with_its_shapes(tmp_path: Path) -> None:
     with pytest.raises(
         BuildRefused, match=r"'out' has the shape \(1, 60, 8\); .* which is \(1, 128, 8\) in this batch"
     ):
@@ -107,21 +107,21 @@ def test_output_that_stops_following_the_lengths_is_refused_by_its_shapes(tmp_pa
 
 
 def exported(folder: Path) -> tuple[Bundle, list[str]]:
-    said: list[str] = []
+    warnings: list[str] = []
     steps = Steps.silent()
-    steps.warn = said.append  # type: ignore[method-assign]
-    return export_bundle(ExportRequest(source="zoo:self", name="tiny", repository=folder, fuse=False), steps), said
+    steps.warn = warnings.append  # type: ignore[method-assign]
+    return export_bundle(ExportRequest(source="zoo:self", name="tiny", repository=folder, fuse=False), steps), warnings
 
 
 def with_limits(model: onnx.ModelProto, *, rows: int, positions: int) -> onnx.ModelProto:
-    """The graph, which fails on more rows or positions than that: each extent is looked up in a table of its own."""
+    """The graph, which now fails on more rows or positions: each size is looked up in a separate table."""
     ids = model.graph.input[0].name
     nodes: list[onnx.NodeProto] = []
     for axis, most in ((0, rows), (1, positions)):
         model.graph.initializer.append(numpy_helper.from_array(np.zeros(most + 1, np.int64), f"table.{axis}"))
         nodes += [
-            helper.make_node("Shape", [ids], [f"extent.{axis}"], start=axis, end=axis + 1),
-            helper.make_node("Gather", [f"table.{axis}", f"extent.{axis}"], [f"zero.{axis}"]),
+            helper.make_node("Shape", [ids], [f"size.{axis}"], start=axis, end=axis + 1),
+            helper.make_node("Gather", [f"table.{axis}", f"size.{axis}"], [f"zero.{axis}"]),
         ]
     nodes.append(helper.make_node("Add", ["zero.0", "zero.1"], ["zero"]))
     nodes.append(helper.make_node("Add", [ids, "zero"], ["limited_ids"]))
@@ -139,14 +139,14 @@ def test_export_lowers_what_a_wrong_configuration_declares(tmp_path: Path, monke
         return with_limits(to_graph(self, exporter, opset), rows=5, positions=20)
 
     monkeypatch.setattr(zoo.ZooModel, "to_graph", smaller)
-    bundle, said = exported(tmp_path)
+    bundle, warnings = exported(tmp_path)
     longest = zoo.MAX_LENGTH
     assert (bundle.manifest.max_batch_size, bundle.manifest.axis("seq").max_length) == (5, 20)
     assert bundle.manifest.text is not None
     assert bundle.manifest.text.max_tokens == 20
     assert max(bundle.manifest.check.lengths) == 20
-    assert f"the graph takes at most 20 positions along 'seq', not {longest}" in said
-    assert "the graph takes at most 5 rows in a batch, not 32" in said
+    assert f"the graph takes at most 20 positions along 'seq', not {longest}" in warnings
+    assert "the graph takes at most 5 rows in a batch, not 32" in warnings
     warmed_up(bundle)
 
 
@@ -166,23 +166,23 @@ def test_batch_on_the_second_axis_is_refused_beside_a_mask_that_has_it_first(tmp
         prepared(length_first(mask=True), tmp_path)
 
 
-def test_outputs_along_the_second_axis_alone_tell_of_the_batch_there(tmp_path: Path) -> None:
+def test_outputs_along_the_second_axis_alone_show_the_batch_there(tmp_path: Path) -> None:
     with pytest.raises(BuildRefused, match="the batch may be axis 1 of 'x'"):
         prepared(length_first(pooled=True), tmp_path)
 
 
-def test_axis_that_the_file_calls_the_batch_is_taken_for_it_with_a_warning(tmp_path: Path) -> None:
-    bundle, said = prepared(length_first(["batch", "seq", 8]), tmp_path)
+def test_first_axis_that_the_file_names_as_the_batch_stays_the_batch_with_a_warning(tmp_path: Path) -> None:
+    bundle, warnings = prepared(length_first(["batch", "seq", 8]), tmp_path)
     assert bundle.manifest.max_batch_size == 1
-    assert [words for words in said if words.startswith("the batch may be axis 1 of 'x'")]
+    assert [words for words in warnings if words.startswith("the batch may be axis 1 of 'x'")]
 
 
-def test_rows_that_mix_on_both_axes_are_no_sign_of_a_swap(tmp_path: Path) -> None:
-    bundle, said = prepared(few_positions_in_all(600), tmp_path, max_length=64)
-    assert not [words for words in said if "axis 1" in words]
+def test_rows_that_mix_on_both_axes_do_not_show_a_swap(tmp_path: Path) -> None:
+    bundle, warnings = prepared(few_positions_in_all(600), tmp_path, max_length=64)
+    assert not [words for words in warnings if "axis 1" in words]
     assert bundle.manifest.max_batch_size > 1
 
 
-def test_lengths_that_must_be_multiples_are_refused_by_their_number(tmp_path: Path) -> None:
+def test_lengths_that_must_be_multiples_are_refused_with_the_number(tmp_path: Path) -> None:
     with pytest.raises(BuildRefused, match="only on lengths that are multiples of 4 along 'seq'"):
         prepared(in_windows_of(4), tmp_path)

@@ -1,4 +1,4 @@
-"""Windows and heads, which look alike where lengths are fixed: told apart, and their weights by definition."""
+"""Windows and heads, which look alike where lengths are fixed: distinguished, with weights equal to the definition."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LAYOUTS = ("bw", "b w", "wb", "bw h", "b w h", "b h w", "bwh", "bhw", "whb", "hw
 
 @pytest.mark.parametrize("windows", ["runs", "squares", "strided"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_windows_are_no_heads_however_they_are_folded(layout: str, windows: str, tmp_path: Path) -> None:
+def test_windows_are_distinguished_from_heads_in_every_layout(layout: str, windows: str, tmp_path: Path) -> None:
     case = Folded(layout, windows, heads=2 if "h" in layout else 1)
     done = assembled(case.model(), tmp_path)
     (site,) = done.sites
@@ -85,27 +85,25 @@ def test_windows_of_any_number_folded_into_the_batch(length: int, tmp_path: Path
     found = weights_of(done, site, x, 1)
     window = np.arange(length) // 4
     assert not found[..., window[:, None] != window].any()
-    # Rows of whole windows sum to 1; the last one's share a softmax with the zeros that fill it up.
+    # Rows of whole windows sum to 1; those of the last window share a softmax with its padding.
     np.testing.assert_allclose(found[:, :, : length // 4 * 4].sum(-1), 1, atol=1e-6)
 
 
-def test_channels_tell_heads_where_no_value_is_a_sequence(tmp_path: Path) -> None:
+def test_channels_show_heads_where_no_value_is_a_sequence(tmp_path: Path) -> None:
     (site,) = assembled(grid_of_pixels(heads=4, windowed=False), tmp_path).sites
     assert (site.form, site.heads, site.available) == ("dense", 4, True)
 
 
-def test_windows_that_cannot_be_told_from_heads_are_unavailable(tmp_path: Path) -> None:
+def test_windows_that_no_run_distinguishes_from_heads_are_unavailable(tmp_path: Path) -> None:
     (site,) = assembled(grid_of_pixels(), tmp_path).sites
     assert site.unavailable_reason == "its weights may be of heads or of windows, which no run distinguishes"
 
 
-def test_site_that_follows_an_axis_of_the_inputs_is_not_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unwanted(*told: object) -> dict[str, Followed]:
-        raise AssertionError("there is nothing to tell")
+def test_a_site_along_an_axis_of_the_inputs_is_not_examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*arguments: object) -> dict[str, Followed]:
+        raise AssertionError("there is nothing to distinguish")
 
-    monkeypatch.setattr(room, "_followed", unwanted)
+    monkeypatch.setattr(room, "_followed", unexpected)
     made = Made()
     apart_heads = [made.op("Reshape", name, made.const(kind=np.int64, value=[0, 0, 2, -1])) for name in ("x", "y")]
     query, key = (made.op("Transpose", value, perm=[0, 2, 1, 3]) for value in apart_heads)
@@ -116,13 +114,13 @@ def test_site_that_follows_an_axis_of_the_inputs_is_not_looked_at(
 
 
 @pytest.mark.parametrize("positions", [True, False])
-def test_a_factor_is_parted_into_the_fewest_that_have_numbers_of_their_own(positions: bool) -> None:
+def test_a_factor_is_split_into_the_fewest_that_differ_in_their_numbers(positions: bool) -> None:
     own, shared = ("window", "head") if positions else ("head", "window")
     axes = ((Factor("batch"), Factor("head", 6)), (Factor("query"),), (Factor("key"),))
     slow = np.repeat(np.arange(2), 3).reshape(1, 6, 1, 1) * np.ones((2, 1, 4, 4))
     fast = np.tile(np.arange(2), 3).reshape(1, 6, 1, 1) * np.ones((2, 1, 4, 4))
     tables = {name: table.reshape(12, 4, 4) for name, table in (("slow", slow), ("fast", fast))}
-    parted = apart(axes, Followed([tables["slow"]], positions), 2)[0]
-    assert [(factor.role, factor.size) for factor in parted[1:]] == [(own, 2), (shared, 3)]
-    parted = apart(axes, Followed([tables["fast"]], positions), 2)[0]
-    assert [(factor.role, factor.size) for factor in parted[1:]] == [(shared, 3), (own, 2)]
+    split = apart(axes, Followed([tables["slow"]], positions), 2)[0]
+    assert [(factor.role, factor.size) for factor in split[1:]] == [(own, 2), (shared, 3)]
+    split = apart(axes, Followed([tables["fast"]], positions), 2)[0]
+    assert [(factor.role, factor.size) for factor in split[1:]] == [(shared, 3), (own, 2)]
