@@ -1,4 +1,4 @@
-"""Models that nobody prepared for the server, from a bare file to answers on the wire, against NumPy in float64."""
+"""ONNX files from any exporter, from the file to answers on the wire, against NumPy in float64."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ LENGTHS = ((3, 9), (12, 2), (7, 7), (12, 5))
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A client of a server over all cases, the first brought by the command that users call."""
+    """A client of a server with all cases; the first is converted by the command, the others by its function."""
     folder = tmp_path_factory.mktemp("foreign")
-    # Not at the top: it imports the runtime, which the tests of the client alone can do without.
+    # Imported here because it imports the runtime, which the client's tests do not need.
     from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle  # noqa: PLC0415
 
     files = {name: case.model() for name, case in CASES.items()} | {"tabular": tabular(), "scorer": scorer()}
@@ -65,7 +65,7 @@ def feeds_of(case: Foreign) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_weights_are_those_of_the_definition(client: Client, name: str) -> None:
+def test_outputs_and_weights_equal_the_definition(client: Client, name: str) -> None:
     case = CASES[name]
     # float32 sums in another order; float16 keeps 11 bits of values up to 10.
     output_tolerance, weight_tolerance = (1e-2, 1e-2) if case.dtype is np.float16 else (1e-4, 1e-5)
@@ -78,36 +78,36 @@ def test_outputs_and_weights_are_those_of_the_definition(client: Client, name: s
 
 
 @pytest.mark.parametrize("name", ["masked", "crossed", "grouped", "half", "fixed", "patches"])
-def test_where_padding_is_harmless_mixed_lengths_share_a_run(client: Client, name: str) -> None:
+def test_mixed_lengths_share_a_run_if_padding_is_proved_harmless(client: Client, name: str) -> None:
     assert {result.run.batch_size for result in client.infer(name, feeds_of(CASES[name]))} == {len(LENGTHS)}
 
 
 # The mask of "capped" is a matrix of queries and keys: one that hides anything keeps its sequence from being padded.
 @pytest.mark.parametrize("name", ["unmasked", "inverted", "nameless", "capped"])
-def test_where_padding_would_tell_only_equal_lengths_share_a_run(client: Client, name: str) -> None:
+def test_only_equal_lengths_share_a_run_if_padding_changes_answers(client: Client, name: str) -> None:
     assert [result.run.batch_size for result in client.infer(name, feeds_of(CASES[name]))] == [1, 2, 1, 2]
 
 
-def test_selections_of_cross_attention_know_both_sides(client: Client) -> None:
+def test_selections_of_cross_attention_apply_to_both_axes(client: Client) -> None:
     case = CASES["crossed"]
     feeds = case.feeds(7, 4)
     _, weights = case.reference(feeds)
 
-    def asked(selection: AttentionSelection) -> np.ndarray:
+    def selected(selection: AttentionSelection) -> np.ndarray:
         (map_,) = client.infer("crossed", feeds, attention=selection).attention
         assert (map_.query_axis, map_.key_axis, map_.kind) == ("target_seq", "source_seq", "cross")
         return map_.weights
 
     # Weights are float32; a mean of four of them is within their own rounding.
-    np.testing.assert_allclose(asked(AttentionSelection(queries=[-1, 2])), weights[:, [6, 2]], atol=1e-5)
+    np.testing.assert_allclose(selected(AttentionSelection(queries=[-1, 2])), weights[:, [6, 2]], atol=1e-5)
     np.testing.assert_allclose(
-        asked(AttentionSelection(head_reduction="mean")), weights.mean(0, keepdims=True), atol=1e-5
+        selected(AttentionSelection(head_reduction="mean")), weights.mean(0, keepdims=True), atol=1e-5
     )
-    np.testing.assert_allclose(asked(AttentionSelection(layer_reduction="mean")), weights, atol=1e-5)
+    np.testing.assert_allclose(selected(AttentionSelection(layer_reduction="mean")), weights, atol=1e-5)
     with pytest.raises(InvalidRequest, match="rollout needs sites that attend within one sequence"):
-        asked(AttentionSelection(layer_reduction="rollout"))
+        selected(AttentionSelection(layer_reduction="rollout"))
     with pytest.raises(InvalidRequest, match="query 7 is out of range"):
-        asked(AttentionSelection(queries=[7]))
+        selected(AttentionSelection(queries=[7]))
 
 
 def test_rows_without_any_axis_share_a_run(client: Client) -> None:
@@ -117,7 +117,7 @@ def test_rows_without_any_axis_share_a_run(client: Client) -> None:
     assert [result.outputs["score"].tolist() for result in results] == [8.0 * number for number in range(8)]
 
 
-def test_scalars_bools_and_narrow_ids_go_in_and_come_out(client: Client) -> None:
+def test_scalars_bools_and_int32_ids_are_served(client: Client) -> None:
     each = [
         {
             "input_ids": np.arange(1, length + 1, dtype=np.int32),
@@ -147,7 +147,7 @@ def test_scalars_bools_and_narrow_ids_go_in_and_come_out(client: Client) -> None
         client.infer("scorer", each[0] | {"input_ids": np.array([50, 1, 1], np.int32)})
 
 
-def test_fixed_lengths_are_told_and_held_to(client: Client) -> None:
+def test_fixed_lengths_are_described_and_enforced(client: Client) -> None:
     (site,) = client.model("patches").sites
     assert (site.query_axis, site.key_axis) == ("text", "fixed_10")
     axes = {axis.symbol: (axis.max_length, axis.paddable) for axis in client.model("patches").axes}

@@ -1,4 +1,4 @@
-"""The real model through the whole service, against Hugging Face's own eager attention."""
+"""MiniLM through the whole service, against the eager attention of Hugging Face."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from attnserve_client import AsyncClient, AttentionSelection, Client
 from eager import OUTPUT_TOLERANCE, WEIGHT_TOLERANCE, Reference
 from serving import RunningServer, serve
 
-# float32 rounding of another batch shape: other blocking in the matrix kernels, so other orders of summation.
-BATCH_MATE_TOLERANCE = 1e-5
+# float32 rounding: matrix kernels block another batch shape in another way, so they sum in another order.
+BATCH_TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
 def gathering_server(minilm_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningServer]:
-    """One instance that takes batches of up to 16 however much padding they need, so that mates really meet."""
+    """One instance that takes batches of up to 16 at any padding, so that requests share runs."""
     folder = tmp_path_factory.mktemp("gathering-server")
     settings = ("--instances", "1", "--run-overhead-tokens", "100000")
     with serve(minilm_repository, folder, *settings) as server:
@@ -53,12 +53,12 @@ async def test_mixed_batch_equals_eager_attention_in_every_layer_and_head(
             assert_equal_to_eager(np.stack([site.weights for site in answer.attention]), reference)
         else:
             assert not answer.attention
-    # One run took as long as it took: its time to the nanosecond, with its instance, tells who shared it.
+    # Requests of one run report the same instance and the same compute time to the nanosecond.
     runs: dict[tuple[int, float], set[bool]] = {}
     for index, answer in enumerate(answers):
         runs.setdefault((answer.run.instance, answer.run.compute_s), set()).add(index % 2 == 0)
     shared = [answer.run.batch_size for answer in answers]
-    assert max(shared) >= 8, f"askers and others must have met in one batch; batch sizes were {shared}"
+    assert max(shared) >= 8, f"requests with and without attention must share a batch; batch sizes were {shared}"
     assert {True, False} in runs.values()
 
 
@@ -71,7 +71,9 @@ def test_one_request_of_sixteen_sequences_equals_eager_attention(
         assert_equal_to_eager(np.stack([site.weights for site in answer.attention]), reference)
 
 
-def test_token_ids_answer_as_their_text_does(minilm_server: RunningServer, minilm_references: list[Reference]) -> None:
+def test_token_ids_have_the_answer_of_their_text(
+    minilm_server: RunningServer, minilm_references: list[Reference]
+) -> None:
     reference = minilm_references[2]
     with Client(minilm_server.target) as client:
         by_text = client.infer("minilm", reference.text, attention=AttentionSelection(unit="word"))
@@ -80,7 +82,7 @@ def test_token_ids_answer_as_their_text_does(minilm_server: RunningServer, minil
     np.testing.assert_array_equal(by_ids.attention[-1].weights, by_text.attention[-1].weights)
 
 
-async def test_answer_does_not_depend_on_batch_mates(
+async def test_answer_does_not_depend_on_batch_neighbours(
     gathering_server: RunningServer, minilm_references: list[Reference]
 ) -> None:
     probe = minilm_references[1].text
@@ -88,11 +90,11 @@ async def test_answer_does_not_depend_on_batch_mates(
         alone = await client.infer("minilm", probe, attention=True)
         assert alone.run.batch_size == 1
         blocker = asyncio.create_task(client.infer("minilm", "hold the instance while the others gather " * 60))
-        mates = [client.infer("minilm", reference.text, timeout=60) for reference in minilm_references]
-        together, *_ = await asyncio.gather(client.infer("minilm", probe, attention=True, timeout=60), *mates)
+        others = [client.infer("minilm", reference.text, timeout=60) for reference in minilm_references]
+        together, *_ = await asyncio.gather(client.infer("minilm", probe, attention=True, timeout=60), *others)
         await blocker
     assert together.run.batch_size > 1
     for name, expected in alone.outputs.items():
-        np.testing.assert_allclose(together.outputs[name], expected, rtol=0, atol=BATCH_MATE_TOLERANCE)
+        np.testing.assert_allclose(together.outputs[name], expected, rtol=0, atol=BATCH_TOLERANCE)
     for site, expected_site in zip(together.attention, alone.attention, strict=True):
-        np.testing.assert_allclose(site.weights, expected_site.weights, rtol=0, atol=BATCH_MATE_TOLERANCE)
+        np.testing.assert_allclose(site.weights, expected_site.weights, rtol=0, atol=BATCH_TOLERANCE)

@@ -1,4 +1,4 @@
-"""Cross-attention served for real, with both its sides told: two texts, and words over the patches of an image."""
+"""Cross-attention of a real server: two texts, and words over the patches of an image."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def looking(model: onnx.ModelProto, words: np.ndarray, image: np.ndarray, leadin
     return weights(model, "text.0.cross", attended(model, "text.0.self", text, text), patches)
 
 
-def test_two_texts_have_an_axis_each_and_the_map_knows_both(client: Client) -> None:
+def test_two_texts_have_separate_axes_and_tokens(client: Client) -> None:
     pairs = [("the cat sat", "a dog"), ("a mat", "the dog looked at a cat")]
     results = client.infer("translator", pairs, attention=AttentionSelection(sites=["decoder.cross"]))
     assert {result.run.batch_size for result in results} == {2}
@@ -87,11 +87,13 @@ def test_two_texts_have_an_axis_each_and_the_map_knows_both(client: Client) -> N
         np.testing.assert_allclose(found.weights, crossing(MODELS["translator"], source, target), atol=TOLERANCE)
         assert [token.text for token in found.key_tokens] == ["[CLS]", *text.split(), "[SEP]"]
         assert [token.text for token in found.query_tokens] == ["[SEP]", "[CLS]", *pair.split(), "[SEP]"]
-        told = [(pair[token.start : token.end], token.segment) for token in found.query_tokens if not token.special]
-        assert told == [(word, 1) for word in pair.split()]
+        positions = [
+            (pair[token.start : token.end], token.segment) for token in found.query_tokens if not token.special
+        ]
+        assert positions == [(word, 1) for word in pair.split()]
 
 
-def test_words_of_both_texts_can_be_asked_for(client: Client) -> None:
+def test_maps_of_two_texts_reduce_to_words(client: Client) -> None:
     selection = AttentionSelection(sites=["decoder.cross"], unit="word", special_tokens="drop", heads="mean")
     (found,) = client.infer("translator", ("the cat sat", "a dog"), attention=selection).attention
     assert [token.text for token in found.query_tokens] == ["a", "dog"]
@@ -110,14 +112,14 @@ def test_ids_sent_as_tensors_have_tokens_on_both_sides(client: Client) -> None:
     assert [token.text for token in found.query_tokens] == ["[SEP]", "a"]
 
 
-def test_without_a_second_text_the_start_alone_looks(client: Client) -> None:
+def test_without_a_second_text_the_start_token_is_the_only_query(client: Client) -> None:
     (found,) = client.infer("translator", "the cat", attention=AttentionSelection(sites=["decoder.cross"])).attention
     assert [token.text for token in found.query_tokens] == ["[SEP]"]
     info = client.model("translator")
     assert (info.text_axis, info.text_pair_axis) == ("source_seq", "seq")
 
 
-def test_words_look_at_patches_and_the_grid_is_told(client: Client) -> None:
+def test_words_over_patches_have_the_image_grid(client: Client) -> None:
     image = pixels()
     sent = ("a dog sat", {"pixel_values": image})
     (found,) = client.infer("clip", sent, attention=AttentionSelection(sites=["text.0.cross"])).attention
@@ -129,7 +131,7 @@ def test_words_look_at_patches_and_the_grid_is_told(client: Client) -> None:
     np.testing.assert_allclose(panels["dog"], expected.mean(0)[2, 1:].reshape(2, 3), atol=TOLERANCE)
 
 
-def test_words_and_patches_of_one_number_are_cropped_and_named_each_for_itself(client: Client) -> None:
+def test_fixed_axes_of_words_and_patches_are_distinguished(client: Client) -> None:
     image, words = pixels(1), ids("a", "dog", "sat", "on", "the", "mat")
     (found,) = client.infer(
         "rigid", {"input_ids": words, "pixel_values": image}, attention=AttentionSelection(layers=[-1])
