@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from attnserve_client import AsyncClient, AttnserveError, InferenceResult
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.model.certificate import Verdict
 from attnserve_server.model.equality import WEIGHTS_PREFIX, Equality
 from attnserve_server.model.manifest import BATCH, Manifest

@@ -49,12 +49,13 @@ class Point:
 
 def export_forms(folder: Path, forms: Sequence[str]) -> dict[str, Path]:
     """A tapped graph of each form, of one layer."""
-    from attnserve_server.conversion.export import ExportRequest, export_bundle  # noqa: PLC0415 - torch: not in each point
-    from attnserve_server.conversion.sources.source_model import ZooOptions  # noqa: PLC0415 - as above
+    from attnserve_server.conversion.convert import ExportRequest, export_bundle  # noqa: PLC0415 - torch: not in each point
+    from attnserve_server.conversion.sources.source import ZooOptions  # noqa: PLC0415 - as above
 
     options = ZooOptions(layers=1, heads=HEADS, width=WIDTH)
     return {
-        form: export_bundle(ExportRequest(f"zoo:{form}", form, folder, zoo_options=options)).path / "model.onnx"
+        form: export_bundle(ExportRequest(source=f"zoo:{form}", name=form, repository=folder, zoo_options=options)).path
+        / "model.onnx"
         for form in track(forms, description="exporting", transient=True)
     }
 

@@ -11,8 +11,9 @@ from additive_graphs import FORMS, SHAPES, Added
 from attnserve_client import AsyncClient, InvalidRequest
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
-from attnserve_server.conversion.check.recheck import CheckRequest, bundle_at, check_bundle
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.check.opened import bundle_at
+from attnserve_server.conversion.check.recheck import CheckRequest, check_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 
 LENGTHS = (9, 5, 2, 1)
 # float32 sums in another order; float16 has 11 bits.
@@ -32,7 +33,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = folder / "added.onnx"
         file.write_bytes(case.model().SerializeToString())
         precision = "fp16" if name in REDUCED else "fp32"
-        prepare_bundle(PrepareRequest(file, name, folder / "models", max_length=32, precision=precision))
+        prepare_bundle(
+            PrepareRequest(file=file, name=name, repository=folder / "models", max_length=32, precision=precision)
+        )
     return folder / "models"
 
 

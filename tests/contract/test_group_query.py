@@ -11,7 +11,7 @@ from attnserve_client import AsyncClient, AttentionSelection
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from group_query_graphs import VOCABULARY, Decoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -44,7 +44,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, case in CASES.items():
         file = folder / f"{name}.onnx"
         file.write_bytes(case.model().SerializeToString())
-        request = PrepareRequest(file, name, folder / "models", tokenizer=folder / "tokenizer.json", max_length=64)
+        request = PrepareRequest(
+            file=file, name=name, repository=folder / "models", tokenizer=folder / "tokenizer.json", max_length=64
+        )
         prepare_bundle(request)
     return folder / "models"
 
@@ -155,4 +157,4 @@ def test_lengths_without_an_axis_are_refused_when_the_file_is_read(tmp_path: Pat
     file = tmp_path / "scalar.onnx"
     file.write_bytes(Decoder(ends="[]").model().SerializeToString())
     with pytest.raises(BuildRefused, match="seqlens_k must be at least 1D"):
-        prepare_bundle(PrepareRequest(file, "scalar", tmp_path / "models", max_length=16))
+        prepare_bundle(PrepareRequest(file=file, name="scalar", repository=tmp_path / "models", max_length=16))

@@ -13,7 +13,7 @@ from attnserve_client.bench.workload import RequestOptions, of_lengths
 from attnserve_client.data_types import IndexRange
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from index_graphs import encoder
 from onnx import TensorProto, helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -33,7 +33,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("indices")
     file = folder / "indices.onnx"
     file.write_bytes(encoder().SerializeToString())
-    prepare_bundle(PrepareRequest(file, "indices", folder / "models", max_length=16))
+    prepare_bundle(PrepareRequest(file=file, name="indices", repository=folder / "models", max_length=16))
     return folder / "models"
 
 
@@ -106,7 +106,9 @@ async def test_places_in_a_sequence_are_its_own_in_any_batch(tmp_path: Path) -> 
     graph.node.insert(0, helper.make_node("Add", ["x", "x"], ["doubled"]))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     (tmp_path / "pick.onnx").write_bytes(model.SerializeToString())
-    prepare_bundle(PrepareRequest(tmp_path / "pick.onnx", "pick", tmp_path / "models", max_length=16))
+    prepare_bundle(
+        PrepareRequest(file=tmp_path / "pick.onnx", name="pick", repository=tmp_path / "models", max_length=16)
+    )
     settings = {"instances": 1, "run_overhead_tokens": 1_000_000}
     application = Application(Settings(repository=tmp_path / "models", grpc_port=0, http_port=0, **settings))
     await application.start()
@@ -146,7 +148,9 @@ async def test_a_second_text_is_refused_where_the_model_has_one_segment(tmp_path
         graph.initializer.remove(tensor)
     file = tmp_path / "segments.onnx"
     file.write_bytes(model.SerializeToString())
-    request = PrepareRequest(file, "one", tmp_path / "models", tokenizer=tmp_path / "tokenizer.json", max_length=16)
+    request = PrepareRequest(
+        file=file, name="one", repository=tmp_path / "models", tokenizer=tmp_path / "tokenizer.json", max_length=16
+    )
     prepare_bundle(request)
     application = Application(Settings(repository=tmp_path / "models", grpc_port=0, http_port=0))
     await application.start()

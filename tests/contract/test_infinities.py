@@ -10,8 +10,9 @@ import pytest
 from attnserve_client import AsyncClient
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
-from attnserve_server.conversion.check.recheck import CheckRequest, bundle_at, check_bundle
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.check.opened import bundle_at
+from attnserve_server.conversion.check.recheck import CheckRequest, check_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.engine.golden import read_golden
 from masked_head_graphs import VOCABULARY, scores, span_head
 
@@ -26,7 +27,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for precision in PRECISIONS:
         file = folder / "span.onnx"
         file.write_bytes(span_head().SerializeToString())
-        request = PrepareRequest(file, precision, folder / "models", max_length=32, precision=precision)
+        request = PrepareRequest(
+            file=file, name=precision, repository=folder / "models", max_length=32, precision=precision
+        )
         prepare_bundle(request)
     return folder / "models"
 
@@ -76,7 +79,7 @@ async def test_infinities_are_answers(served: Application) -> None:
 async def test_padding_alone_may_be_infinite(tmp_path: Path) -> None:
     file = tmp_path / "span.onnx"
     file.write_bytes(span_head(hides=False).SerializeToString())
-    prepare_bundle(PrepareRequest(file, "span", tmp_path / "models", max_length=32))
+    prepare_bundle(PrepareRequest(file=file, name="span", repository=tmp_path / "models", max_length=32))
     application = Application(Settings(repository=tmp_path / "models", grpc_port=0, http_port=0, instances=1))
     await application.start()
     async with AsyncClient(f"127.0.0.1:{application.grpc_port}") as client:

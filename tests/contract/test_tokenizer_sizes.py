@@ -13,7 +13,7 @@ from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.model.repository import Bundle
 from last_token_graphs import VOCABULARY, last_token, reference
 from rich.console import Console
@@ -52,7 +52,9 @@ def prepared(folder: Path, name: str, case: tuple[str, Any, Any], **changes: Any
     file.write_bytes(last_token(mask=mask).SerializeToString())
     tokenizer_of(padding, truncation).save(str(folder / "tokenizer.json"))
     console = Console(record=True, width=300, quiet=False, file=(folder / "console").open("w", encoding="utf-8"))
-    request = PrepareRequest(file, name, folder / "models", tokenizer=folder / "tokenizer.json", **changes)
+    request = PrepareRequest(
+        file=file, name=name, repository=folder / "models", tokenizer=folder / "tokenizer.json", **changes
+    )
     with console.file:
         bundle = prepare_bundle(request, Steps(console))
     return bundle, console.export_text()

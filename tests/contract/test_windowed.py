@@ -12,7 +12,7 @@ from attnserve_client import AsyncClient, AttentionSelection
 from attnserve_server.app import Application
 from attnserve_server.attention.bands import band_keys
 from attnserve_server.config import Settings
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.model.bands import BlockBand
 from windowed_graphs import Windowed
 
@@ -42,10 +42,10 @@ def windowed_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("windowed")
     file = folder / "windowed.onnx"
     file.write_bytes(CASE.model().SerializeToString())
-    prepare_bundle(PrepareRequest(file, "windowed", folder / "models", max_length=64))
+    prepare_bundle(PrepareRequest(file=file, name="windowed", repository=folder / "models", max_length=64))
     for name, case in OTHERS.items():
         file.write_bytes(case.model().SerializeToString())
-        prepare_bundle(PrepareRequest(file, name, folder / "models", max_length=64))
+        prepare_bundle(PrepareRequest(file=file, name=name, repository=folder / "models", max_length=64))
     return folder / "models"
 
 

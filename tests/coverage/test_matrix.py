@@ -12,7 +12,6 @@ from pathlib import Path
 import onnx
 import pytest
 from architectures import TINY, tiny_source
-from attnserve_server.conversion import export
 from attnserve_server.conversion.assemble import Assembled, assemble
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
@@ -22,9 +21,11 @@ from attnserve_server.conversion.inputs.signature import signature_of
 from attnserve_server.conversion.precision.choose import PRECISIONS, Precision, in_precision
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.proof import prove
-from attnserve_server.conversion.sources.source_model import SourceModel, ZooOptions, source_model
-from attnserve_server.conversion.sources.zoo import BUILDERS
+from attnserve_server.conversion.sources.source import TorchModel, ZooOptions
+from attnserve_server.conversion.sources.torch_source import load_model
+from attnserve_server.conversion.sources.zoo.model import BUILDERS
 from attnserve_server.conversion.verify.certify import certify
+from attnserve_server.conversion.verify.compare import check_against_source
 from attnserve_server.model.certificate import Verdict
 from coverage_page import Cell, rendered, settled
 
@@ -64,14 +65,14 @@ def seen() -> Seen:
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_site_is_found_and_equals_eager_attention(name: str, seen: Seen, tmp_path: Path) -> None:
-    source = source_model(str(tiny_source(tmp_path / "source", name)))
+    source = load_model(str(tiny_source(tmp_path / "source", name)))
     seen[name] = [cell for each in EXPORTERS for cell in _cells(name, source, *each, tmp_path)]
     assert not [cell.row() for cell in seen[name] if not _as_it_should_be(cell)]
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_every_site_of_the_zoo_is_found_and_equals_its_definition(name: str, seen: Seen, tmp_path: Path) -> None:
-    source = source_model(name, zoo_options=ZooOptions(size="tiny"))
+    source = load_model(name, zoo_options=ZooOptions(size="tiny"))
     seen[name] = [cell for each in ZOO_EXPORTERS for cell in _cells(name, source, *each, tmp_path)]
     assert not [cell.row() for cell in seen[name] if not _as_it_should_be(cell)]
 
@@ -88,7 +89,7 @@ def test_page_says_what_was_seen(seen: Seen) -> None:
     assert settled(page) == said, f"{PAGE.name} said otherwise and has been written anew; look at it and commit it"
 
 
-def _cells(name: str, source: SourceModel, exporter: str, opset: int, work: Path) -> list[Cell]:
+def _cells(name: str, source: TorchModel, exporter: str, opset: int, work: Path) -> list[Cell]:
     """One for each precision of one graph."""
     try:
         graph = checked(source.to_graph(exporter, opset), name)
@@ -103,21 +104,23 @@ def _cells(name: str, source: SourceModel, exporter: str, opset: int, work: Path
     return cells
 
 
-def _sites(source: SourceModel, graph: onnx.ModelProto) -> int:
+def _sites(source: TorchModel, graph: onnx.ModelProto) -> int:
     """How many sites a model has by its own word."""
     sampler = Sampler(signature_of(graph.graph, source.padding_id), vocabulary_sizes=source.vocabulary_sizes)
     feeds, _lengths = sampler.mixed((9, 5))
     return len(source.reference(feeds).weights)
 
 
-def _cell(blank: Cell, precision: Precision, source: SourceModel, graph: onnx.ModelProto, work: Path) -> Cell:
+def _cell(blank: Cell, precision: Precision, source: TorchModel, graph: onnx.ModelProto, work: Path) -> Cell:
     identity = (blank.architecture, blank.exporter, blank.opset, blank.precision)
     try:
         proto = checked(in_precision(graph, precision), blank.architecture)
         sampler = Sampler(signature_of(proto.graph, source.padding_id), vocabulary_sizes=source.vocabulary_sizes)
         assembled = assemble(proto, sampler, work, Steps.silent())
         lengths = {symbol: source.max_lengths[symbol] for symbol in sampler.signature.symbols}
-        report = export._check(assembled, source, lengths, rows=len(CHECK_LENGTHS))
+        report = check_against_source(
+            assembled, source.reference, source.architecture, lengths, rows=len(CHECK_LENGTHS)
+        )
         batching = _batching(assembled, lengths)
     except BuildRefused as fault:
         return Cell(*identity, 0, blank.expected, note=str(fault))

@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 from attnserve_client import Client, InferenceResult
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.model.equality import WEIGHTS_PREFIX, Equality
 from attnserve_server.model.manifest import BATCH
 from attnserve_server.model.repository import Bundle

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from onnx_files import saved
 from tiny_bundle import VOCABULARY, write_tiny_files, write_tiny_repository
 from two_sided_graphs import IMAGE, words_over_patches
@@ -30,7 +30,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = write_tiny_files(folder)
     write_tiny_repository(folder / "models", files)
     graph = saved(words_over_patches(len(VOCABULARY), leading=1), folder / "clip.onnx")
-    prepare_bundle(PrepareRequest(graph, "clip", folder / "models", tokenizer=files["tokenizer.json"]))
+    prepare_bundle(
+        PrepareRequest(file=graph, name="clip", repository=folder / "models", tokenizer=files["tokenizer.json"])
+    )
     return folder / "models"
 
 

@@ -35,7 +35,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A client of a server with all cases; the first is converted by the command, the others by its function."""
     folder = tmp_path_factory.mktemp("foreign")
     # Imported here because it imports the runtime, which the client's tests do not need.
-    from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle  # noqa: PLC0415
+    from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle  # noqa: PLC0415
 
     files = {name: case.model() for name, case in CASES.items()} | {"tabular": tabular(), "scorer": scorer()}
     for at, (name, model) in enumerate(files.items()):

@@ -13,9 +13,10 @@ import pytest
 from architectures import tiny_source
 from attnserve_client import Client, InferenceResult
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.export import ExportRequest, export_bundle
-from attnserve_server.conversion.sources import zoo
-from attnserve_server.conversion.sources.source_model import Reference, source_model
+from attnserve_server.conversion.convert import ExportRequest, export_bundle
+from attnserve_server.conversion.sources.torch_source import load_model
+from attnserve_server.conversion.sources.zoo import model as zoo
+from attnserve_server.conversion.verify.compare import Reference
 from attnserve_server.model.bands import GridBand
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.tokenizer import TextTokenizer
@@ -77,7 +78,7 @@ def test_mean_over_tokens_needs_a_single_text(tmp_path: Path) -> None:
     request = ExportRequest(
         source=str(tiny_source(tmp_path / "source", "ViT")), name="tiny", repository=tmp_path / "models", pooling="mean"
     )
-    with pytest.raises(BuildRefused, match="ViTModel has no single text whose mean could be taken"):
+    with pytest.raises(BuildRefused, match="ViTModel does not encode one text: remove --pooling mean"):
         export_bundle(request)
 
 
@@ -116,7 +117,7 @@ def eager(source: Path, **feeds: Array) -> Reference:
     masks = {
         name.replace("input_ids", "attention_mask"): np.ones_like(ids) for name, ids in feeds.items() if ids.ndim == 1
     }
-    return source_model(str(source)).reference({name: array[None] for name, array in {**feeds, **masks}.items()})
+    return load_model(str(source)).reference({name: array[None] for name, array in {**feeds, **masks}.items()})
 
 
 def assert_equal(result: InferenceResult, reference: Reference) -> None:

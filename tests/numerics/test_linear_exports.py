@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.sources.torch_export import Traceable, trace
 from attnserve_server.model.repository import MODEL_FILE

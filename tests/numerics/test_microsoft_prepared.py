@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.repository import MODEL_FILE, Bundle
 from microsoft_graphs import DOMAIN, Array, softmax, split

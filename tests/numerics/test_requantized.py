@@ -13,7 +13,7 @@ import pytest
 import typer
 from attnserve_server.cli import convert
 from attnserve_server.cli._app import app as commands
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.equality import Equality
 from attnserve_server.model.repository import Bundle

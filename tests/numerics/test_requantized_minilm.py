@@ -12,7 +12,7 @@ from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.precision.per_row import with_scale_per_row
 from attnserve_server.conversion.precision.sentences import sentences
-from attnserve_server.conversion.sources.source_model import graph_of, source_model
+from attnserve_server.conversion.sources.torch_source import export_graph, load_model
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.equality import Equality
 from quantized_graphs import dynamically_quantized
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.slow
 def files(minilm_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """MiniLM with its mean pooling in float32, quantized, and rewritten."""
     folder = tmp_path_factory.mktemp("requantized")
-    source = source_model(str(minilm_source), pooling="mean", normalize=False, steps=Steps.silent())
-    graph, _, _ = graph_of(source, "torchscript", 17, Steps.silent())
+    source = load_model(str(minilm_source), pooling="mean", normalize=False, steps=Steps.silent())
+    graph, _, _ = export_graph(source, "torchscript", 17, Steps.silent())
     quantized = dynamically_quantized(graph, folder / "quantized.onnx", per_channel=True)
     proto, report = with_scale_per_row(checked(onnx.load(quantized), "quantized"))
     assert (report.rewritten, report.unrounded, report.left) == (24, 0, ())

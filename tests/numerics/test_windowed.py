@@ -14,13 +14,13 @@ import torch
 from attnserve_server.attention.bands import band_keys, lay_out
 from attnserve_server.conversion.assemble import Assembled, assemble
 from attnserve_server.conversion.base.steps import Steps
-from attnserve_server.conversion.export import ExportRequest, export_bundle
+from attnserve_server.conversion.convert import ExportRequest, PrepareRequest, export_bundle, prepare_bundle
 from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.inputs.signature import signature_of
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.sources.source_model import ZooOptions, source_model
-from attnserve_server.conversion.sources.zoo.sliding_window import SlidingWindowAttention
+from attnserve_server.conversion.sources.source import ZooOptions
+from attnserve_server.conversion.sources.torch_source import load_model
+from attnserve_server.conversion.sources.zoo.sparse import SlidingWindowAttention
 from attnserve_server.domain.values import PreparedSequence
 from attnserve_server.engine.collation import collate, weights_of
 from attnserve_server.engine.session import RuntimeSession
@@ -121,7 +121,9 @@ ZOO = ZooOptions(size="tiny", layers=2, seed=5)
 def zoo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("zoo")
     # Of the two exporters the quicker by far; tests/coverage brings this model through both.
-    request = ExportRequest("zoo:sliding-window", "windowed", folder, zoo_options=ZOO, exporter="torchscript")
+    request = ExportRequest(
+        source="zoo:sliding-window", name="windowed", repository=folder, zoo_options=ZOO, exporter="torchscript"
+    )
     return export_bundle(request)
 
 
@@ -160,7 +162,7 @@ def zoo_definition(ids: Array, window: int, global_tokens: int) -> list[tuple[Ar
 
     Dense attention with the window as a mask: Beltagy et al. 2020, section 3.1; Vaswani et al. 2017, eq. 1.
     """
-    source = source_model("zoo:sliding-window", zoo_options=ZOO)
+    source = load_model("zoo:sliding-window", zoo_options=ZOO)
     own = {name: tensor.numpy().astype(np.float64) for name, tensor in source.module.state_dict().items()}
     angles = np.arange(len(ids))[:, None] * own["embedding.frequencies"]
     hidden = own["embedding.table.weight"][ids] + np.concatenate([np.sin(angles), np.cos(angles)], -1)
@@ -241,7 +243,7 @@ def swin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             output_names=["last_hidden_state"],
             dynamic_axes={"pixel_values": {0: "batch"}},
         )
-    return model, prepare_bundle(PrepareRequest(folder / "swin.onnx", "swin", folder / "models"))
+    return model, prepare_bundle(PrepareRequest(file=folder / "swin.onnx", name="swin", repository=folder / "models"))
 
 
 class LastHidden(torch.nn.Module):
@@ -302,7 +304,7 @@ def test_the_patches_of_every_stage_have_their_grid(swin: tuple[SwinModel, Bundl
 def test_windows_are_followed_through_products_of_eight_bits(swin: tuple[SwinModel, Bundle], tmp_path: Path) -> None:
     _, bundle = swin
     file = bundle.path.parents[2] / "swin.onnx"
-    reduced = prepare_bundle(PrepareRequest(file, "swin", tmp_path, precision="int8"))
+    reduced = prepare_bundle(PrepareRequest(file=file, name="swin", repository=tmp_path, precision="int8"))
     assert [site.band for site in reduced.manifest.sites] == [site.band for site in bundle.manifest.sites]
     assert reduced.manifest.precision == "int8"
 
@@ -310,7 +312,9 @@ def test_windows_are_followed_through_products_of_eight_bits(swin: tuple[SwinMod
 def test_windows_are_followed_through_a_graph_of_float16(tmp_path: Path) -> None:
     case = Windowed(before=2, after=0)
     (tmp_path / "windowed.onnx").write_bytes(case.model().SerializeToString())
-    request = PrepareRequest(tmp_path / "windowed.onnx", "half", tmp_path, max_length=64, precision="fp16")
+    request = PrepareRequest(
+        file=tmp_path / "windowed.onnx", name="half", repository=tmp_path, max_length=64, precision="fp16"
+    )
     (site,) = prepare_bundle(request).manifest.sites
     assert site.band == BlockBand(block=4, before=2, after=0)
 

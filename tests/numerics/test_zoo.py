@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from attnserve_server.cli._app import app
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.export import ExportRequest, export_bundle
-from attnserve_server.conversion.sources import zoo
-from attnserve_server.conversion.sources.source_model import ZooOptions, source_model
+from attnserve_server.conversion.convert import ExportRequest, export_bundle
+from attnserve_server.conversion.sources.source import ZooOptions
+from attnserve_server.conversion.sources.torch_source import load_model
+from attnserve_server.conversion.sources.zoo import model as zoo
 from attnserve_server.domain.values import PreparedSequence
 from attnserve_server.engine.collation import collate, outputs_of, weights_of
 from attnserve_server.engine.session import RuntimeSession
@@ -84,7 +86,7 @@ def opened(bundle: Bundle) -> RuntimeSession:
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_those_of_the_definition_in_a_padded_batch(name: str, zoo_bundles: dict[str, Bundle]) -> None:
     manifest = zoo_bundles[name].manifest
-    module = zoo.source_model(name, TINY).module
+    module = zoo.zoo_model(name, TINY).module
     definition = Definition(name, {key: tensor.numpy() for key, tensor in module.state_dict().items()})
     sequences = sequences_of(manifest)
     for one, (weights, _) in zip(sequences, run(opened(zoo_bundles[name]), manifest, sequences), strict=True):
@@ -140,7 +142,7 @@ def test_the_patches_of_an_image_have_their_grid(zoo_bundles: dict[str, Bundle])
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_source_says_itself_what_its_bundle_answers(name: str, zoo_bundles: dict[str, Bundle]) -> None:
-    source = zoo.source_model(name, TINY)
+    source = zoo.zoo_model(name, TINY)
     manifest = zoo_bundles[name].manifest
     sequences = sequences_of(manifest)
     for one, (weights, outputs) in zip(sequences, run(opened(zoo_bundles[name]), manifest, sequences), strict=True):
@@ -156,7 +158,9 @@ def test_the_source_says_itself_what_its_bundle_answers(name: str, zoo_bundles: 
 def test_the_older_exporter_makes_a_bundle_of_the_same_sites(
     name: str, zoo_bundles: dict[str, Bundle], tmp_path: Path
 ) -> None:
-    request = ExportRequest(f"zoo:{name}", name, tmp_path, zoo_options=TINY, exporter="torchscript")
+    request = ExportRequest(
+        source=f"zoo:{name}", name=name, repository=tmp_path, zoo_options=TINY, exporter="torchscript"
+    )
     manifest = export_bundle(request).manifest
     assert manifest.check.weight_max_abs_error < TOLERANCE
     told = [(site.kind, site.form, site.query_axis, site.key_axis, site.available) for site in manifest.sites]
@@ -164,15 +168,15 @@ def test_the_older_exporter_makes_a_bundle_of_the_same_sites(
 
 
 def test_one_seed_makes_one_model_and_another_seed_another() -> None:
-    one, same, other = (zoo.source_model("self", ZooOptions(size="tiny", seed=seed)) for seed in (1, 1, 2))
+    one, same, other = (zoo.zoo_model("self", ZooOptions(size="tiny", seed=seed)) for seed in (1, 1, 2))
     assert one.sha256 == same.sha256 != other.sha256
 
 
 def test_a_bundle_names_a_source_that_makes_it_again(zoo_bundles: dict[str, Bundle]) -> None:
     provenance = zoo_bundles["linear"].manifest.provenance
     assert provenance.source == "zoo:linear?size=tiny&layers=1&seed=5"
-    assert source_model(provenance.source).sha256 == provenance.source_sha256
-    assert zoo.source_model("self").name == "zoo:self"
+    assert load_model(provenance.source).sha256 == provenance.source_sha256
+    assert zoo.zoo_model("self").name == "zoo:self"
 
 
 def test_the_command_exports_a_model_and_lists_them_where_it_does_not_know_one(tmp_path: Path) -> None:
@@ -190,7 +194,7 @@ def test_the_command_exports_a_model_and_lists_them_where_it_does_not_know_one(t
 
 
 def test_parts_of_a_size_can_be_chosen() -> None:
-    module = zoo.source_model("causal", ZooOptions(size="tiny", layers=3, width=24)).module
+    module = zoo.zoo_model("causal", ZooOptions(size="tiny", layers=3, width=24)).module
     shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
     assert shapes["layers.2.attention.query.weight"] == (24, 24)
     assert "layers.3.attention.query.weight" not in shapes
@@ -199,7 +203,7 @@ def test_parts_of_a_size_can_be_chosen() -> None:
 
 def test_nothing_is_expected_of_weights_that_are_made_on_the_spot() -> None:
     with pytest.raises(BuildRefused, match="it has no digest to expect, and scales nothing"):
-        source_model("zoo:self", expect_sha256="0" * 64)
+        load_model("zoo:self", expect_sha256="0" * 64)
 
 
 @pytest.mark.parametrize(
@@ -208,33 +212,38 @@ def test_nothing_is_expected_of_weights_that_are_made_on_the_spot() -> None:
         (
             "zoo:",
             ZooOptions(),
-            "zoo: without a name; the zoo has causal, cross, cross-modal, linear, multi-scale, self",
+            "zoo: lacks the name of a model; it has causal, cross, cross-modal, linear, multi-scale, self",
         ),
-        ("zoo:dense", ZooOptions(), "the zoo has no 'dense'"),
-        ("zoo:self", ZooOptions(size="vast"), "size 'vast' is not known; tiny, small, base are"),
+        ("zoo:dense", ZooOptions(), "the zoo has no model 'dense'"),
+        ("zoo:self", ZooOptions(size="vast"), "size 'vast' is unknown; use one of tiny, small, base"),
         (
             "zoo:self?colour=red",
             ZooOptions(),
-            "'colour=red' are no options of the zoo; size, layers, heads, width, seed",
+            "'colour=red' are not options of the zoo; use size, layers, heads, width, seed",
         ),
-        ("zoo:self?seed", ZooOptions(), "'seed' are no options of the zoo"),
-        ("zoo:self", ZooOptions(size="tiny", heads=5), "32 is not even, or no multiple of 5 heads"),
-        ("zoo:multi-scale", ZooOptions(size="tiny", heads=2), "2 heads are less than one for each of 3 strides"),
-        ("package:nothing", ZooOptions(seed=1), "a size, or a seed, can be asked of models of the zoo alone"),
+        ("zoo:self?seed", ZooOptions(), "'seed' are not options of the zoo"),
+        ("zoo:self", ZooOptions(size="tiny", heads=5), "width 32 must be even and a multiple of the 5 heads"),
+        ("zoo:multi-scale", ZooOptions(size="tiny", heads=2), "2 heads are fewer than the 3 strides"),
+        (
+            "package:nothing",
+            ZooOptions(seed=1),
+            "--size, --layers, .* apply to models of the zoo only",
+        ),
     ],
 )
 def test_what_the_zoo_cannot_make_is_refused(source: str, options: ZooOptions, message: str) -> None:
     with pytest.raises(BuildRefused, match=message):
-        source_model(source, zoo_options=options)
+        load_model(source, zoo_options=options)
 
 
-def test_every_model_says_its_cost_and_its_source() -> None:
+def test_every_model_documents_its_cost_and_its_source() -> None:
     for builder in zoo.BUILDERS.values():
-        parts = {type(module).__module__ for module in builder(zoo.SIZES["tiny"]).modules()}
-        own = [part for part in parts if part.startswith(zoo.__name__) and not part.endswith("skeleton")]
+        parts = [*builder(zoo.SIZES["tiny"]).modules()]
+        own = {type(part) for part in parts if isinstance(part, zoo.ZooAttention | zoo.EncoderDecoder)}
+        own |= {type(part) for part in parts if isinstance(part, zoo.CrossModalEncoder)}
         assert own
         for part in own:
-            words = " ".join((__import__(part, fromlist=["__doc__"]).__doc__ or "").split())
+            words = " ".join(f"{part.__doc__} {sys.modules[part.__module__].__doc__}".split())
             assert all(word in words for word in ("Source: ", " et al. ", "time ", "memory ", "O(")), part
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attnserve_client import AttentionSelection, Client, InferenceResult
-from attnserve_server.conversion.sources import zoo
+from attnserve_server.conversion.sources.zoo import model as zoo
 from attnserve_server.model.repository import Bundle
 from attnserve_server.model.tokenizer import TextTokenizer
 from serving import serve
@@ -37,7 +37,7 @@ def ids_of(text: str, bundle: Bundle) -> Array:
 
 def definition_of(name: str) -> Definition:
     return Definition(
-        name, {key: tensor.numpy() for key, tensor in zoo.source_model(name, TINY).module.state_dict().items()}
+        name, {key: tensor.numpy() for key, tensor in zoo.zoo_model(name, TINY).module.state_dict().items()}
     )
 
 

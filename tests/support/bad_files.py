@@ -310,7 +310,7 @@ def _of_the_input_alone() -> onnx.ModelProto:
 
 
 ODD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
-    "no attention": (tanh, "has no attention that is known: it will be served without weights"),
+    "no attention": (tanh, "has no attention that can be recognised: it is served without weights"),
     "nodes in the wrong order": (_shuffled, ""),
     "initialisers that are inputs too": (_with_initialisers_as_inputs, ""),
     "an initialiser of no length": (

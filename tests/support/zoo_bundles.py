@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attnserve_server.conversion.export import ExportRequest, export_bundle
-from attnserve_server.conversion.sources.source_model import ZooOptions
+from attnserve_server.conversion.convert import ExportRequest, export_bundle
+from attnserve_server.conversion.sources.source import ZooOptions
 from attnserve_server.model.repository import Bundle
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -25,7 +25,9 @@ STRIDES = {"stride_1": (1, 2), "stride_2": (2, 1), "stride_4": (4, 1)}
 def export_zoo(repository: Path, names: tuple[str, ...] = NAMES) -> dict[str, Bundle]:
     """Bundles by the name of the model that they are of."""
     return {
-        name: export_bundle(ExportRequest(f"zoo:{name}", name, repository, zoo_options=TINY, exporter="dynamo"))
+        name: export_bundle(
+            ExportRequest(source=f"zoo:{name}", name=name, repository=repository, zoo_options=TINY, exporter="dynamo")
+        )
         for name in names
     }
 

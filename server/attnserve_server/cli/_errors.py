@@ -55,11 +55,9 @@ def error_boundary() -> Iterator[None]:
     except Exception as fault:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        words = " ".join(str(fault).split())[:200]
-        _fail(
-            f"internal error: {type(fault).__name__}: {words} (set {TRACEBACK_VARIABLE}=1 to see the traceback)",
-            INTERNAL_ERROR,
-        )
+        words = f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+        how = f"{TRACEBACK_VARIABLE}=1 prints the traceback"
+        _fail(f"internal error: {words}; please report it ({how})", INTERNAL_ERROR)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

@@ -13,7 +13,7 @@ from attnserve_server.cli._errors import error_boundary
 from attnserve_server.cli._options import AsJson, AttackSeconds, BatchingOption
 
 if TYPE_CHECKING:
-    from attnserve_server.conversion.check.findings import BundleCheck, Finding
+    from attnserve_server.conversion.check.opened import BundleCheck, Finding
 
 FAILED = 1
 """Exit code if the check ran and at least one finding failed."""

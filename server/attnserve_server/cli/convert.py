@@ -99,8 +99,8 @@ def export(  # noqa: PLR0913 - the options of a command
     with error_boundary():
         _check_names(name, version)
         from attnserve_server.conversion.base.steps import Steps  # noqa: PLC0415 - slow to import
-        from attnserve_server.conversion.export import ExportRequest, export_bundle  # noqa: PLC0415 - as above
-        from attnserve_server.conversion.sources.source_model import ZooOptions  # noqa: PLC0415 - as above
+        from attnserve_server.conversion.convert import ExportRequest, export_bundle  # noqa: PLC0415 - as above
+        from attnserve_server.conversion.sources.source import ZooOptions  # noqa: PLC0415 - as above
 
         request = ExportRequest(
             source=source,
@@ -167,7 +167,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
     with error_boundary():
         _check_names(name, version)
         from attnserve_server.conversion.base.steps import Steps  # noqa: PLC0415 - slow to import
-        from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle  # noqa: PLC0415 - as above
+        from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle  # noqa: PLC0415 - as above
 
         request = PrepareRequest(
             file=file,

@@ -1,1 +1,1 @@
-"""Bringing a model: export, find sites, add taps, check. Torch and the graph libraries live here only."""
+"""Convert a model to a bundle: export it, find its attention sites, add taps, and check the result."""

@@ -17,7 +17,7 @@ from attnserve_server.conversion.base.tolerances import Tolerances
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import precision_of, save
 from attnserve_server.conversion.inputs.signature import dtype_of
-from attnserve_server.conversion.learning.fixed_axes import FixedAxes, fixed_axes, grids_of, of_one_sequence
+from attnserve_server.conversion.learning.fixed_axes import FixedAxes, PatchGrid, fixed_axes, grids_of, of_one_sequence
 from attnserve_server.conversion.learning.products import product_errors
 from attnserve_server.conversion.learning.sites import grid_of_windows, learn, tappable_of, verified, with_key_axes
 from attnserve_server.conversion.probing.axes import ProbedAxes, probe_axes
@@ -25,7 +25,6 @@ from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.tapped import expose, tapped_at
 from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps, with_plain_values
-from attnserve_server.conversion.sources.source_model import Grid
 from attnserve_server.domain.values import Array
 from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec, SiteSpec, axes_under
@@ -62,7 +61,7 @@ class Assembled:
     outputs: tuple[OutputSpec, ...]
     site_axes: Mapping[str, tuple[str, str]]
     fixed_axes: Mapping[str, int]
-    grids: Mapping[str, Grid]
+    grids: Mapping[str, PatchGrid]
     derived_axes: Mapping[str, DerivedLength]
     tolerances: Tolerances
     precision: Literal["fp32", "fp16", "int8"]
@@ -89,13 +88,12 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
         proto: the source, with inferred shapes.
         sampler: draws sequences for it.
         work: a folder for the files; `model.onnx` there is the tapped graph.
-        steps: receives each step, and a warning for each output and site that is left out.
+        steps: receives progress notes, and a warning for each output and site that is left out.
 
     Raises:
         BuildRefused: the graph does not run, or has no output that could be served.
     """
     _refuse_reserved_names(proto.graph)
-    steps.begin("adding taps")
     source_path, checker_path, model_path = work / "source.onnx", work / "checker.onnx", work / "model.onnx"
     save(ir.from_proto(proto), source_path)
     source = GraphRunner(source_path)
@@ -105,7 +103,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     found, learnt = learn(proto, checker_model, found, sampler, work)
     add_taps(checker_model.graph, found, learnt)
     save(checker_model, checker_path)
-    steps.begin("probing axes")
+    steps.note("probing axes")
     checker = GraphRunner(checker_path)
     servable = _servable(proto.graph, steps)
     output_names = [value.name for value in servable]

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from attnserve_server.cli._app import app
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.engine.golden import GOLDEN_FILE
 from attnserve_server.model.repository import Bundle, Repository, verify, write_bundle
 from click.testing import Result
@@ -142,7 +142,7 @@ def test_old_bundle_without_golden_answers_is_still_checked(tmp_path: Path) -> N
         "passed": None,
         "error": None,
         "allowed": None,
-        "detail": "the bundle has none: it was made before there were any",
+        "detail": "the bundle has none: an older release wrote it",
     }
     assert found["padding along seq"]["passed"]
 
@@ -150,8 +150,8 @@ def test_old_bundle_without_golden_answers_is_still_checked(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["nothing"], "nothing is no bundle"),
-        ([".", "--against", "x"], "is no bundle: it has no manifest.json"),
+        (["nothing"], "nothing is not a bundle"),
+        ([".", "--against", "x"], "is not a bundle: it has no manifest.json"),
     ],
 )
 def test_what_is_no_bundle_is_refused(arguments: list[str], why: str, tmp_path: Path) -> None:

@@ -142,7 +142,8 @@ def test_internal_error_is_one_sentence_and_a_variable_shows_its_traceback(
     monkeypatch.setattr(importlib.import_module("attnserve_server.conversion.inspect"), "inspect_model", broken)
     result = call(app, "inspect", file)
     assert result.exit_code == 1
-    assert result.stderr == "error: internal error: KeyError: 'lost' (set ATTNSERVE_TRACEBACK=1 to see the traceback)\n"
+    how = "please report it (ATTNSERVE_TRACEBACK=1 prints the traceback)"
+    assert result.stderr == f"error: internal error: KeyError: 'lost'; {how}\n"
     monkeypatch.setenv("ATTNSERVE_TRACEBACK", "1")
     assert isinstance(call(app, "inspect", file).exception, KeyError)
 

@@ -1,32 +1,49 @@
-"""Progress of a conversion: a live bar in a terminal, one plain line for each step elsewhere."""
+"""Progress of a command: named steps, shown as a live bar in a terminal and as one line per step elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self
+from dataclasses import dataclass
+from typing import Generic, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+Work = TypeVar("Work")
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[Work]):
+    """One named step of a command.
+
+    Attributes:
+        name: how code and tests refer to it.
+        title: its progress line.
+        run: does the work; reads and extends the state of the command.
+    """
+
+    name: str
+    title: str
+    run: Callable[[Work], None]
+
 
 class Steps:
-    """Displays the steps of one conversion in order. Only one thread may use it."""
+    """The progress of one command. One thread only."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """Display progress on a console; None: display nothing."""
         self._console = console
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
     @classmethod
     def silent(cls) -> Self:
-        """Return an instance that displays nothing."""
+        """Return progress that prints nothing."""
         return cls(None)
 
     @contextmanager
     def shown(self, total: int) -> Iterator[None]:
-        """Display the bar, over `total` steps, while the context lasts."""
+        """Show the bar, over `total` steps, for the duration of the context."""
         if self._console is None or not self._console.is_terminal:
             yield
             return
@@ -42,20 +59,31 @@ class Steps:
             yield
         self._bar = self._task = None
 
-    def begin(self, what: str) -> None:
-        """Begin a step, and count the one before it as done."""
+    def run(self, plan: Sequence[Step[Work]], work: Work) -> None:
+        """Run steps in their order on the state of a command, and show each as it begins."""
+        for step in plan:
+            self.begin(step.title)
+            step.run(work)
+
+    def begin(self, title: str) -> None:
+        """Show that a step begins. The step before it is complete."""
         if self._bar is not None and self._task is not None:
             started = bool(self._bar.tasks[0].description)
-            self._bar.update(self._task, description=what, advance=1 if started else 0)
+            self._bar.update(self._task, description=title, advance=1 if started else 0)
         elif self._console is not None:
-            self._console.print(what, highlight=False, markup=False)
+            self._console.print(title, highlight=False, markup=False)
 
-    def note(self, what: str) -> None:
-        """Display how far the step is, in the live bar only."""
+    def extend(self, count: int) -> None:
+        """Add `count` steps to the total of the bar."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=what)
+            self._bar.update(self._task, total=(self._bar.tasks[0].total or 0) + count)
 
-    def warn(self, what: str) -> None:
-        """Print a warning; the conversion goes on."""
+    def note(self, progress: str) -> None:
+        """Show progress within a step; in the live bar only."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=progress)
+
+    def warn(self, warning: str) -> None:
+        """Print a warning. The command continues."""
         if self._console is not None:
-            self._console.print(f"warning: {what}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+            self._console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)

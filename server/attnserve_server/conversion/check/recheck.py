@@ -1,4 +1,4 @@
-"""The check of a bundle repeated: its files, its answers, its axes and its weights, as anybody may ask at any time."""
+"""Repeat the check of a bundle: files, golden answers, certificate, weights, and optionally its source's answers."""
 
 from __future__ import annotations
 
@@ -8,107 +8,43 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from attnserve_server.conversion.assemble import Assembled, assemble
-from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.base.steps import Steps
-from attnserve_server.conversion.base.tolerances import CHECK_LENGTHS, Tolerances, row_sum_error
-from attnserve_server.conversion.check.findings import BundleCheck, Finding
-from attnserve_server.conversion.check.recertify import certificate_findings, write_certified
-from attnserve_server.conversion.graphs.reading import read_graph
-from attnserve_server.conversion.inputs.signature import Signature, signature_of
+from attnserve_server.conversion.base.steps import Step, Steps
+from attnserve_server.conversion.base.tolerances import row_sum_error
+from attnserve_server.conversion.check.opened import (
+    BundleCheck,
+    CertifiedVersion,
+    Finding,
+    Opened,
+    bundle_at,
+    opened,
+)
+from attnserve_server.conversion.check.source import compare_with_source
 from attnserve_server.conversion.precision.quality import COSINE_FLOOR, COSINE_TARGET
-from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.probing.runtime import GraphRunner
-from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, WEIGHTS_PREFIX
 from attnserve_server.conversion.verify.certify import ATTACK_SECONDS, certify
-from attnserve_server.domain.values import Array
 from attnserve_server.engine.golden import GoldenMismatch, read_golden, verify_golden
 from attnserve_server.engine.session import LoadFailed, RuntimeSession
 from attnserve_server.model.batching import NO_CERTIFICATE
-from attnserve_server.model.certificate import Batching, Certificate
-from attnserve_server.model.manifest import InputRole, Manifest
+from attnserve_server.model.certificate import Batching, Certificate, Clause
+from attnserve_server.model.manifest import BATCH
 from attnserve_server.model.report import QualityReport
-from attnserve_server.model.repository import MANIFEST_FILE, Bundle, BundleInvalid, Repository, verify
+from attnserve_server.model.repository import Bundle, BundleInvalid, Repository, verify, write_bundle
 
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A bundle on the bench: its own graph opened for running, and that graph without taps, found and tapped anew.
-
-    The bundle's manifest is the one that holds under the policy that is checked.
-    """
-
-    bundle: Bundle
-    session: RuntimeSession
-    runner: GraphRunner
-    sampler: Sampler
-    again: Assembled
-    work: Path
-
-    @property
-    def manifest(self) -> Manifest:
-        """Of the bundle."""
-        return self.bundle.manifest
-
-    @property
-    def tolerances(self) -> Tolerances:
-        """By the bundle's precision."""
-        return Tolerances.of(self.manifest.precision)
-
-    @property
-    def bundled(self) -> Assembled:
-        """The bundle's own tapped graph with its own sites, opened for a proof."""
-        manifest = self.manifest
-        return replace(
-            self.again,
-            model_path=self.bundle.model_path,
-            checker=self.runner,
-            sites=manifest.sites,
-            outputs=manifest.outputs,
-            site_axes={site.name: site.weight_axes for site in manifest.sites if site.available},
-            derived_axes={axis.symbol: axis.derived for axis in manifest.axes if axis.derived is not None},
-            precision=manifest.precision,
-        )
-
-    def mixed(self) -> tuple[dict[str, Array], list[dict[str, int]]]:
-        """A batch of mixed lengths, as far as the model takes them, and each sequence's lengths on every axis."""
-        symbols = self.sampler.signature.symbols
-        longest = min((self.manifest.axis(symbol).max_length for symbol in symbols), default=max(CHECK_LENGTHS))
-        rows = self.sampler.signature.fixed_batch or self.manifest.max_batch_size
-        lengths = [min(length, longest) for length in CHECK_LENGTHS][-rows:]
-        if not all(self.manifest.axis(symbol).paddable for symbol in symbols):
-            lengths = [lengths[-1]] * len(lengths)
-        feeds, each = self.sampler.mixed(lengths)
-        return feeds, [{**self.manifest.fixed_lengths, **self.manifest.with_derived(own)} for own in each]
-
-
-def bundle_at(path: Path) -> Bundle:
-    """The bundle in a folder; its files are not verified.
-
-    Raises:
-        BuildRefused: there is none.
-        BundleInvalid: its manifest is broken.
-    """
-    place = path.resolve()
-    if not place.is_dir() or not (place / MANIFEST_FILE).is_file():
-        raise BuildRefused(f"{path.name or place.name} is no bundle: it has no {MANIFEST_FILE}")
-    return Repository(place.parents[1]).bundle(place.parent.name, place.name)
+_STRICT: tuple[Batching, ...] = ("proved", "tested")
+"""The policies that depend on the certificate."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckRequest:
-    """What to check.
+    """The bundle to check, and how.
 
     Attributes:
-        path: the bundle's folder.
-        against: a source to compare with: an .onnx file, a Hugging Face folder, `package:NAME`, `zoo:NAME`; or empty.
-        certify: whether to write a new version with a fresh certificate, unless the check fails.
-        batching: the policy under which the bundle is run.
-        attack_seconds: the most that trying to break what is not proved may take.
+        path: the folder of the bundle.
+        against: a source to compare with: an .onnx file, a Hugging Face folder, `package:NAME` or `zoo:NAME`; empty:
+            none.
+        certify: whether to write a new version with a fresh certificate, unless a finding failed.
+        batching: the policy under which the bundle runs.
+        attack_seconds: time limit of the attack on what is not proved.
     """
 
     path: Path
@@ -119,150 +55,216 @@ class CheckRequest:
 
 
 def check_bundle(request: CheckRequest, steps: Steps | None = None) -> BundleCheck:
-    """Repeat the check of a bundle; `steps` shows the progress.
+    """Repeat the check of a bundle. After a failure of its files or golden answers, the rest is skipped.
+
+    Args:
+        request: the bundle, and how to check it.
+        steps: shows progress and warnings; None: silent.
 
     Raises:
-        BuildRefused: there is no bundle, or the source cannot be read.
-        BundleInvalid: the manifest is broken, or the disk refused the new version.
+        BuildRefused: the folder has no manifest, or the source cannot be read.
+        BundleInvalid: the manifest is broken, or the new version cannot be written.
     """
-    steps, against = steps or Steps.silent(), request.against
+    steps = steps or Steps.silent()
     stored = bundle_at(request.path)
-    bundle = replace(stored, manifest=stored.manifest.under(request.batching))
-    quality = bundle.manifest.check.quality
-    certificate: Certificate | None = None
-    with steps.shown(total=7), tempfile.TemporaryDirectory(prefix="attnserve-check-") as work:
-        findings = list(_opening(bundle, steps))
-        if all(finding.passed is not False for finding in findings):
-            opened = _opened(bundle, Path(work), steps)
-            certificate = _certified(opened, request, steps)
-            if stored.manifest.certificate is None and not request.certify:
-                findings.append(Finding(what="certificate", passed=None, detail=f"{NO_CERTIFICATE}: add --certify"))
-            findings += certificate_findings(None if request.certify else stored.manifest.certificate, certificate)
-            findings += _own(opened, steps)
-            if against:
-                from attnserve_server.conversion.check.source import compare_with_source  # noqa: PLC0415 - may bring torch
-
-                more, quality = compare_with_source(opened, against, steps)
-                findings += more
-        if quality is not None:
-            findings.append(_quality(quality))
-    manifest = bundle.manifest
-    passed = all(finding.passed is not False for finding in findings)
-    written = None
-    if request.certify and passed and certificate is not None:
-        written = write_certified(stored, certificate, stored.path.parents[1], request.batching)
+    plan = _steps_of(request)
+    with steps.shown(len(plan)), tempfile.TemporaryDirectory(prefix="attnserve-check-") as work:
+        check = _Check(request, stored, Path(work), steps)
+        for step in plan:
+            if check.unusable:
+                break
+            steps.begin(step.title)
+            step.run(check)
+    if check.quality is not None:
+        check.findings.append(_quality(check.quality))
+    manifest = stored.manifest
+    certified = None
+    if request.certify and check.passed and check.certificate is not None:
+        certified = _write_certified(stored, check.certificate, request.batching)
     return BundleCheck(
         name=manifest.name,
         version=manifest.version,
         digest=manifest.digest,
         precision=manifest.precision,
-        passed=passed,
-        findings=tuple(findings),
-        quality=quality,
-        certified=written,
+        passed=check.passed,
+        findings=tuple(check.findings),
+        quality=check.quality,
+        certified=certified,
     )
 
 
-def _certified(opened: Opened, request: CheckRequest, steps: Steps) -> Certificate:
-    """A fresh certificate of the bundle's own graph."""
-    max_lengths = {symbol: opened.manifest.axis(symbol).max_length for symbol in opened.sampler.signature.symbols}
-    return certify(
-        opened.bundled,
-        max_lengths,
-        steps,
-        batching=request.batching,
-        attack_seconds=request.attack_seconds,
-        max_batch_size=opened.manifest.max_batch_size,
-    ).certificate
+class _Check:
+    """The state of one check. Each step adds its findings; `opened` is set by the step `open`."""
 
+    opened: Opened
 
-def _opening(bundle: Bundle, steps: Steps) -> Iterator[Finding]:
-    """Files, load and golden answers; what comes after a failure is not tried."""
-    steps.begin("verifying files")
-    try:
-        verify(bundle)
+    def __init__(self, request: CheckRequest, stored: Bundle, work: Path, steps: Steps) -> None:
+        self.request, self.stored, self.work, self.steps = request, stored, work, steps
+        self.bundle = replace(stored, manifest=stored.manifest.under(request.batching))
+        self.quality: QualityReport | None = stored.manifest.check.quality
+        self.certificate: Certificate | None = None
+        self.findings: list[Finding] = []
+        self.unusable = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether no finding failed so far."""
+        return all(finding.passed is not False for finding in self.findings)
+
+    def verify_files(self) -> None:
+        """Compare every file with its digest, and read the golden answers."""
+        try:
+            verify(self.bundle)
+            read_golden(self.bundle)
+        except BundleInvalid as fault:
+            self._fail(Finding(what="files", passed=False, detail=fault.why))
+            return
+        count = len(self.bundle.manifest.files)
+        self.findings.append(Finding(what="files", passed=True, detail=f"{count} with the digests of the manifest"))
+
+    def compare_golden(self) -> None:
+        """Load the graph as the server does, and compare its answers with the golden ones."""
+        bundle, what = self.bundle, "golden answers"
+        try:
+            session = RuntimeSession.load(
+                bundle.model_path, provider="CPUExecutionProvider", left_out=bundle.manifest.left_out
+            )
+        except LoadFailed as fault:
+            self._fail(Finding(what=what, passed=False, detail=str(fault)))
+            return
         golden = read_golden(bundle)
-    except BundleInvalid as fault:
-        yield Finding(what="files", passed=False, detail=fault.why)
-        return
-    yield Finding(what="files", passed=True, detail=f"{len(bundle.manifest.files)} as the manifest has them")
-    steps.begin("asking for the golden answers")
-    try:
-        session = RuntimeSession.load(
-            bundle.model_path, provider="CPUExecutionProvider", left_out=bundle.manifest.left_out
-        )
-    except LoadFailed as fault:
-        yield Finding(what="golden answers", passed=False, detail=str(fault))
-        return
-    if not golden:
-        yield Finding(
-            what="golden answers", passed=None, detail="the bundle has none: it was made before there were any"
-        )
-        return
-    try:
-        worst = verify_golden(session, bundle.manifest, golden)
-    except GoldenMismatch as fault:
-        yield Finding(what="golden answers", passed=False, error=fault.error, allowed=fault.allowed, detail=fault.what)
-        return
-    yield Finding.of("golden answers", worst, 1.0, "in parts of what is allowed")
+        if not golden:
+            detail = "the bundle has none: an older release wrote it"
+            self.findings.append(Finding(what=what, passed=None, detail=detail))
+            return
+        try:
+            worst = verify_golden(session, bundle.manifest, golden)
+        except GoldenMismatch as fault:
+            self._fail(Finding(what=what, passed=False, error=fault.error, allowed=fault.allowed, detail=fault.what))
+            return
+        self.findings.append(Finding.of(what, worst, 1.0, "relative to what is allowed"))
+
+    def open(self) -> None:
+        """Load the graph for runs of the check, and search it for attention again."""
+        self.opened = opened(self.bundle, self.work)
+
+    def certify(self) -> None:
+        """Make a fresh certificate, and compare the stored one with it."""
+        bundle, request = self.opened, self.request
+        symbols = bundle.sampler.signature.symbols
+        self.certificate = certify(
+            bundle.bundled,
+            {symbol: bundle.manifest.axis(symbol).max_length for symbol in symbols},
+            self.steps,
+            batching=request.batching,
+            attack_seconds=request.attack_seconds,
+            max_batch_size=bundle.manifest.max_batch_size,
+        ).certificate
+        stored = self.stored.manifest.certificate
+        if stored is None and not request.certify:
+            detail = f"{NO_CERTIFICATE}: add --certify"
+            self.findings.append(Finding(what="certificate", passed=None, detail=detail))
+        self.findings += _of_certificate(None if request.certify else stored, self.certificate)
+
+    def compare_weights(self) -> None:
+        """Check the sums of attention rows, and weights @ value against each site's own output."""
+        bundle = self.opened
+        outputs = {site.name: str(site.weights_output) for site in bundle.manifest.sites if site.available}
+        if not outputs:
+            self.findings.append(Finding(what="attention", passed=None, detail="no site gives weights"))
+            return
+        lost = sorted(set(outputs) - set(bundle.again.site_axes))
+        if lost:
+            detail = f"site {lost[0]} is not found in the graph"
+            self.findings.append(Finding(what="attention", passed=False, detail=detail))
+            return
+        feeds, _ = bundle.mixed()
+        found = bundle.runner.run(feeds, list(outputs.values()))
+        weights = {name: found[output] for name, output in outputs.items()}
+        sums = [row_sum_error(own) for name, own in weights.items() if bundle.again.found[name].rows_sum_to_one]
+        errors = bundle.again.product_errors(weights, feeds)
+        worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+        self.findings += [
+            Finding.of("sums of attention rows", max(sums, default=0.0), bundle.tolerances.row_sum),
+            Finding.of("weights @ value", errors[worst], bundle.tolerances.output, f"worst at {worst}"),
+        ]
+
+    def compare_source(self) -> None:
+        """Compare outputs and weights with those of the source; in int8, measure the quality again."""
+        more, self.quality = compare_with_source(self.opened, self.request.against, self.steps)
+        self.findings += more
+
+    def _fail(self, finding: Finding) -> None:
+        """Add a failed finding after which the bundle cannot be checked further."""
+        self.findings.append(finding)
+        self.unusable = True
 
 
-def _opened(bundle: Bundle, work: Path, steps: Steps) -> Opened:
-    manifest = bundle.manifest
-    proto = _untapped(read_graph(bundle.model_path))
-    symbols = {extent: None for spec in manifest.inputs for extent in spec.shape if isinstance(extent, str)}
-    signature = Signature(manifest.inputs, tuple(symbols), signature_of(proto.graph).fixed_batch)
-    sizes = {spec.name: manifest.vocabulary_of(spec) for spec in manifest.inputs if spec.role is InputRole.TOKEN_IDS}
-    sampler = Sampler(signature, vocabulary_sizes=sizes)
-    session = RuntimeSession.load(bundle.model_path, provider="CPUExecutionProvider", left_out=bundle.manifest.left_out)
-    place = work / "again"
-    place.mkdir()
-    steps.begin("finding attention anew")
-    again = assemble(proto, sampler, place, Steps.silent())
-    return Opened(bundle, session, GraphRunner(bundle.model_path), sampler, again, work)
-
-
-def _untapped(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A bundle's graph as it was before its taps."""
-    model = ir.from_proto(proto)
-    graph = model.graph
-    for values, prefix in ((graph.outputs, WEIGHTS_PREFIX), (graph.inputs, ITEMS_PREFIX)):
-        if prefix == ITEMS_PREFIX:
-            RemoveUnusedNodesPass()(model)
-        for value in [value for value in values if str(value.name).startswith(prefix)]:
-            values.remove(value)
-    return ir.to_proto(model)
-
-
-def _own(opened: Opened, steps: Steps) -> list[Finding]:
-    """What a bundle says of its sites: that they are there, and that their weights make its outputs."""
-    steps.begin("repeating the check")
-    sites = sorted(site.name for site in opened.manifest.sites if site.available)
-    return (
-        _weights(opened, sites) if sites else [Finding(what="attention", passed=None, detail="no site gives weights")]
+def _steps_of(request: CheckRequest) -> tuple[Step[_Check], ...]:
+    """Return the steps of a check, in order."""
+    every = (
+        (True, Step("files", "verifying files", _Check.verify_files)),
+        (True, Step("golden", "comparing golden answers", _Check.compare_golden)),
+        (True, Step("open", "finding attention again", _Check.open)),
+        (True, Step("certify", "proving that batches are safe", _Check.certify)),
+        (True, Step("weights", "checking weights", _Check.compare_weights)),
+        (
+            bool(request.against),
+            Step("source", f"comparing with {Path(request.against).name}", _Check.compare_source),
+        ),
     )
+    return tuple(step for applies, step in every if applies)
 
 
-def _weights(opened: Opened, names: list[str]) -> list[Finding]:
-    """Sums of rows, and weights @ value beside each site's own output, with the bundle's own weights."""
-    outputs = {site.name: str(site.weights_output) for site in opened.manifest.sites if site.available}
-    lost = sorted(set(names) - set(opened.again.site_axes))
-    if lost:
-        return [Finding(what="attention", passed=False, detail=f"site {lost[0]} is not found in the graph")]
-    feeds, _ = opened.mixed()
-    found = opened.runner.run(feeds, list(outputs.values()))
-    weights = {name: found[output] for name, output in outputs.items()}
-    sums = [row_sum_error(own) for name, own in weights.items() if opened.again.found[name].rows_sum_to_one]
-    errors = opened.again.product_errors(weights, feeds)
-    worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
-    return [
-        Finding.of("sums of attention rows", max(sums, default=0.0), opened.tolerances.row_sum),
-        Finding.of("weights @ value", errors[worst], opened.tolerances.output, f"worst at {worst}"),
-    ]
+def _of_certificate(stored: Certificate | None, fresh: Certificate) -> Iterator[Finding]:
+    """Yield a finding for each clause; it fails if the stored clause allows what the fresh one does not.
+
+    Args:
+        stored: the bundle's certificate; None if it has none, or if it is about to be replaced.
+        fresh: made from the bundle's graph.
+    """
+    for clause in fresh.clauses:
+        before = clause if stored is None else stored.clause(clause.axis)
+        lost = any(before.allows(policy) and not clause.allows(policy) for policy in _STRICT)
+        detail = f"{clause.status()}: {clause.reason}" if clause.reason else clause.status()
+        yield Finding(
+            what="batch neighbours" if clause.axis == BATCH else f"padding along {clause.axis}",
+            passed=False if lost else True if clause.allows("proved") else None,
+            error=clause.attack.worst if clause.attack else None,
+            allowed=1.0 if clause.attack else None,
+            detail=f"the bundle has it as {before.status()}, but it is {detail}" if lost else detail,
+        )
+
+
+def _write_certified(stored: Bundle, fresh: Certificate, batching: Batching) -> CertifiedVersion:
+    """Write the bundle with its fresh certificate as a new version, and list what the certificate changes.
+
+    Args:
+        stored: the bundle, whose files are verified.
+        fresh: made from the bundle's graph.
+        batching: the policy that decides the stored `paddable` of each axis.
+
+    Raises:
+        BundleInvalid: the version cannot be written.
+    """
+    old, root = stored.manifest, stored.path.parents[1]
+    version = Repository(root).free_version(old.name)
+    made = old.model_copy(update={"format": 2, "version": version, "certificate": fresh})
+    made = made.model_copy(update={"axes": made.under(batching).axes})
+    written = write_bundle(root, made, {name: stored.path / name for name in old.files})
+    changes = tuple(_change(old.certificate, clause) for clause in fresh.clauses)
+    return CertifiedVersion(version=version, digest=written.manifest.digest, changes=changes)
+
+
+def _change(before: Certificate | None, clause: Clause) -> str:
+    what = "batch" if clause.axis == BATCH else f"padding along {clause.axis}"
+    was = "no certificate" if before is None else before.clause(clause.axis).status()
+    why = f" ({clause.reason})" if clause.reason else ""
+    return f"{what}: {was} -> {clause.status()}{why}"
 
 
 def _quality(quality: QualityReport) -> Finding:
-    """The mean cosine, which may be below its target but not below the floor."""
+    """Return a finding that fails below the floor of the mean cosine, and notes a value below its target."""
     short = quality.cosine_mean < COSINE_TARGET
     return Finding(
         what="quality",

@@ -1,6 +1,6 @@
-"""Fuse where it pays: tries the rewritten graphs on the spot, and keeps one that answers alike and is faster.
+"""Benchmark graphs with fused attention operators, and keep the first that gives the same answers and is faster.
 
-Rewriting itself is done in `candidates`; this decides.
+`rewrite/fuse/candidates.py` writes the candidates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.sites import Scores
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.base.tolerances import Tolerances
-from attnserve_server.conversion.choose.comparing import Beside, Feeds, compared, tappable_sites, timed, workloads
+from attnserve_server.conversion.choose.comparing import Baseline, Feeds, compared, tappable_sites, timed, workloads
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import precision_of, save
 from attnserve_server.conversion.probing.feeds import Sampler
@@ -29,12 +29,12 @@ from attnserve_server.model.report import FusionReport
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """A graph, or its fused form where that answers alike and is faster.
+    """A graph, in its fused form if that gives the same answers and is faster.
 
     Attributes:
-        proto: what is to be assembled.
-        source: the graph as it came in, opened where it was compared.
-        report: on the rewriting that is kept or came nearest to it, None where nothing was tried.
+        proto: the graph to assemble.
+        source: the graph before fusion, if it was loaded for the comparison.
+        report: on the candidate that is kept, or the fastest one that is not; None if there was no candidate.
     """
 
     proto: onnx.ModelProto
@@ -42,19 +42,19 @@ class Rewritten:
     report: FusionReport | None = None
 
     def assembled(self, sampler: Sampler, work: Path, steps: Steps) -> Assembled:
-        """Assembled, with the graph as it came in for its source. Raises BuildRefused."""
+        """Tap the graph, and keep the graph before fusion as its source. Raises BuildRefused if it does not run."""
         made = assemble(self.proto, sampler, work, steps)
         return made if self.source is None else replace(made, source=self.source)
 
 
 def fused(proto: onnx.ModelProto, sampler: Sampler, work: Path, *, fuse: bool = True) -> Rewritten:
-    """A graph, or its fused form where that answers alike and is faster.
+    """Fuse the attention of a graph if that gives the same answers and is faster.
 
     Args:
-        proto: the source, with inferred shapes.
-        sampler: makes sequences for it.
-        work: a folder for the files.
-        fuse: whether to try at all.
+        proto: the graph, with inferred shapes.
+        sampler: draws sequences for the graph.
+        work: a folder for temporary files.
+        fuse: False returns the graph as it is.
 
     Raises:
         BuildRefused: the graph does not run.
@@ -71,42 +71,44 @@ def fused(proto: onnx.ModelProto, sampler: Sampler, work: Path, *, fuse: bool = 
         reports.append(tried(candidate, proto, source, sampler, work / "fused.onnx"))
         if reports[-1].kept:
             return Rewritten(candidate.proto, source, reports[-1])
-    # What came nearest: a rewriting without a time was refused before it was timed.
+    # A candidate without a time failed before it was timed.
     nearest = min(reports, key=lambda report: report.fused_over_source_time or float("inf"))
     return Rewritten(proto, source, nearest)
 
 
 def tried(candidate: Fused, proto: onnx.ModelProto, source: GraphRunner, sampler: Sampler, path: Path) -> FusionReport:
-    """Load, compare and time one rewritten graph beside its source."""
+    """Load one candidate, compare it with its source and time both; report whether it is kept."""
     report = FusionReport(operator=candidate.operator, sites=candidate.sites, kept=False)
     if tappable_sites(candidate.proto) < tappable_sites(proto):
-        return report.model_copy(update={"reason": "its sites could not be tapped"})
+        return report.model_copy(update={"reason": "its sites cannot be tapped"})
     outputs = [value.name for value in proto.graph.output]
     tolerance = Tolerances.of(precision_of(proto)).output
-    beside = Beside(source, workloads(source, sampler, outputs), outputs, tolerance)
+    baseline = Baseline(source, workloads(source, sampler, outputs), outputs, tolerance)
     save(ir.from_proto(candidate.proto), path)
     try:
         runner = GraphRunner(path)
     except BuildRefused as fault:
         return report.model_copy(update={"reason": str(fault)})
-    error, reason = compared(runner, beside)
+    error, reason = compared(runner, baseline)
     if reason:
         return report.model_copy(update={"reason": reason})
-    if not _batched(candidate.proto, beside.batches[0], path):
-        return report.model_copy(update={"reason": "its sites attend within windows, which it folds into the batch"})
-    judged = timed(runner, beside)
+    if not _batched(candidate.proto, baseline.batches[0], path):
+        return report.model_copy(
+            update={"reason": "its sites attend within windows, which it folds into the batch axis"}
+        )
+    timing = timed(runner, baseline)
     return report.model_copy(
         update={
-            "kept": judged.pays,
-            "fused_over_source_time": judged.ratio,
+            "kept": timing.pays,
+            "fused_over_source_time": timing.ratio,
             "output_max_abs_error": error,
-            "reason": judged.reason("the source's"),
+            "reason": timing.reason("the source's"),
         }
     )
 
 
 def _batched(proto: onnx.ModelProto, feeds: Feeds, path: Path) -> bool:
-    """Whether each fused operator's first axis is the batch, without which its weights belong to nobody."""
+    """Return whether the first axis of each fused operator is the batch, so that its weights belong to a sequence."""
     model = ir.from_proto(proto)
     sites = find_sites(model.graph).values()
     expose(model, [site for site in sites if isinstance(site.attention, Scores)])

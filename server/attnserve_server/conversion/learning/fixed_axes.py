@@ -18,7 +18,6 @@ import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import FoundSite, Linear, Probabilities, Scores
 from attnserve_server.conversion.inputs.signature import Signature
-from attnserve_server.conversion.sources.source_model import Grid
 from attnserve_server.model.manifest import InputSpec
 
 MOST_LEADING = 8
@@ -33,6 +32,15 @@ _NO_DATA = {"Shape", "Size", "ConstantOfShape", "Range", "NonZero"}
 
 Side = tuple[str, int]
 """A site's name, with 0 for its queries and 1 for its keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatchGrid:
+    """The patches of an image, row by row, after `leading` positions such as that of a class token."""
+
+    rows: int
+    columns: int
+    leading: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,20 +169,20 @@ def _is_constant(value: ir.Value) -> bool:
     return True
 
 
-def grids_of(signature: Signature, fixed: FixedAxes) -> dict[str, Grid]:
+def grids_of(signature: Signature, fixed: FixedAxes) -> dict[str, PatchGrid]:
     """Return the patch grid of every fixed axis that runs over the patches of an image.
 
     An image is an input of fixed height and width with 1, 3 or 4 channels. The convolution that cuts it gives the
     grid; without one, the size of square patches that fits the axis does.
     """
     images = {spec.name: size for spec in signature.inputs if (size := _image_size(spec)) is not None}
-    grids: dict[str, Grid] = {}
+    grids: dict[str, PatchGrid] = {}
     for symbol, length in fixed.lengths.items():
         origin = fixed.origins[symbol]
         for name in sorted(origin.inputs & set(images)):
             cut = [shape for value in origin.values if (shape := _cut_by_convolution(value)) is not None]
             found = [
-                Grid(rows, columns, length - rows * columns)
+                PatchGrid(rows, columns, length - rows * columns)
                 for rows, columns in (cut or list(_square_patches(*images[name])))
                 if 0 <= length - rows * columns <= MOST_LEADING
             ]

@@ -247,7 +247,6 @@ def with_quality(  # noqa: PLR0913 - what two commands know of one model
     Raises:
         CheckFailed: the mean cosine is below `COSINE_FLOOR`.
     """
-    steps.begin("comparing with the source's precision")
     place = work / "reference"
     place.mkdir()
     true = assemble(reference, sampler, place, Steps.silent())

@@ -1,1 +1,1 @@
-"""Models that are exported: torch behind them, NumPy at their face. Torch is imported here only."""
+"""Sources of a conversion: torch models and ONNX files. Only this package imports torch."""

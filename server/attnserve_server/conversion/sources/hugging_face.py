@@ -1,10 +1,13 @@
-"""Models of Hugging Face transformers as sources: loaded offline from a folder, traced, and asked eagerly."""
+"""Hugging Face models as sources: loaded offline from a folder or an installed package, traced, and run eagerly."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +18,95 @@ import torch
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.finders.names import WRAPPER
+from attnserve_server.conversion.learning.fixed_axes import PatchGrid
 from attnserve_server.conversion.sources.architectures import Family, family_of
-from attnserve_server.conversion.sources.source import ModelFolder, model_folder
-from attnserve_server.conversion.sources.source_model import Grid, Reference
 from attnserve_server.conversion.sources.torch_export import Traceable, quiet, trace
+from attnserve_server.conversion.verify.compare import Reference
 from attnserve_server.domain.values import Array
+from attnserve_server.model.repository import TOKENIZER_FILE, sha256_of
 
+PACKAGE_PREFIX = "package:"
+WEIGHTS_FILE = "model.safetensors"
 FUSED_FROM = 14
-"""Below this opset torch's exporters do not know its fused attention, even to take it apart."""
+"""The lowest opset in which torch's exporters support its fused attention, as one operator or decomposed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A Hugging Face model folder. `name` is its name in provenance, never a path."""
+
+    path: Path
+    name: str
+    sha256: str
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The tokenizer.json; None if the folder has none."""
+        path = self.path / TOKENIZER_FILE
+        return path if path.is_file() else None
+
+    def tokenizer_max_length(self) -> int | None:
+        """Return the greatest length of the tokenizer's configuration, in tokens; None without a limit."""
+        limit = self._json("tokenizer_config.json").get("model_max_length")
+        # transformers writes 1e30 for a tokenizer without a limit.
+        return int(limit) if isinstance(limit, int | float) and 1 <= limit < 2**31 else None
+
+    def architecture(self) -> str:
+        """Return the class that the weights were saved from; empty if the configuration does not name it."""
+        named = self._json("config.json").get("architectures")
+        return str(named[0]) if isinstance(named, list) and named else ""
+
+    def normalises(self) -> bool:
+        """Return whether sentence-transformers scales the pooled vector of this model to length 1."""
+        modules = self._json("modules.json", [])
+        return isinstance(modules, list) and any(
+            str(module.get("type", "")).endswith("Normalize") for module in modules
+        )
+
+    def _json(self, name: str, default: Any = None) -> Any:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {} if default is None else default
+
+
+def model_folder(source: str, expect_sha256: str = "") -> ModelFolder:
+    """Find a model folder, and verify its weights.
+
+    Args:
+        source: a folder, or `package:NAME` for the folder `model` inside an installed package.
+        expect_sha256: the required digest of its model.safetensors; empty: any.
+
+    Raises:
+        BuildRefused: the folder does not exist, is not a model, or its weights have another digest.
+    """
+    path, name = _locate(source)
+    if not (path / "config.json").is_file():
+        raise BuildRefused(f"{name} is not a Hugging Face model folder: it has no config.json")
+    weights = path / WEIGHTS_FILE
+    if not weights.is_file():
+        raise BuildRefused(f"{name} has no {WEIGHTS_FILE}; save the weights in this format")
+    sha256 = sha256_of(weights)
+    if expect_sha256 and sha256 != expect_sha256.lower():
+        raise BuildRefused(f"{name}: sha256 of {WEIGHTS_FILE} is {sha256}, expected {expect_sha256.lower()}")
+    return ModelFolder(path, name, sha256)
+
+
+def _locate(source: str) -> tuple[Path, str]:
+    if not source.startswith(PACKAGE_PREFIX):
+        path = Path(source)
+        if not path.is_dir():
+            raise BuildRefused(f"{path.name or source} is not a folder")
+        return path, path.resolve().name
+    package = source.removeprefix(PACKAGE_PREFIX)
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise BuildRefused(f"there is no installed package {package!r}")
+    return Path(next(iter(found.submodule_search_locations))) / "model", source
 
 
 class Wrapper(torch.nn.Module):
-    """A source with tensors in and tensors out, under an attribute whose name sites can leave out."""
+    """A model with tensors as inputs and outputs, under an attribute that site names leave out."""
 
     def __init__(self, family: Family) -> None:
         super().__init__()
@@ -35,13 +115,13 @@ class Wrapper(torch.nn.Module):
         self._names = tuple(spec.name for spec in family.inputs)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Inputs in the order of the family's own; (B, ...) each."""
+        """Return the outputs, (B, ...) each; inputs are in the order of the family's inputs."""
         tensors = dict(zip(self._names, inputs, strict=True))
         return self._family.outputs(self._family.call(tensors, weights=False), tensors)
 
 
 class HuggingFaceModel:
-    """A model folder as a source. Loads the model once for tracing, and once for its eager answers."""
+    """A model folder as a `TorchModel`. Loads the model once for tracing, and once for its eager answers."""
 
     def __init__(self, folder: ModelFolder, pooling: str, *, normalize: bool) -> None:
         self._folder = folder
@@ -51,60 +131,60 @@ class HuggingFaceModel:
 
     @property
     def name(self) -> str:
-        """The folder's name, or that of its package."""
+        """The name of the folder or of its package."""
         return self._folder.name
 
     @property
     def sha256(self) -> str:
-        """Of its model.safetensors."""
+        """Digest of its model.safetensors."""
         return self._folder.sha256
 
     @property
     def architecture(self) -> str:
-        """The class of the model."""
+        """Name of its class."""
         return type(self._traced.source).__name__
 
     @property
     def vocabulary_sizes(self) -> Mapping[str, int]:
-        """By the name of each input that holds ids."""
+        """The vocabulary size of each input of ids, by name."""
         return {spec.name: spec.vocabulary_size for spec in self._traced.inputs if spec.content == "ids"}
 
     @property
     def padding_id(self) -> int:
-        """As the configuration has it."""
+        """The padding id of the configuration."""
         return self._traced.padding_id
 
     @property
     def max_lengths(self) -> Mapping[str, int]:
-        """The model's own, unless the tokenizer allows less: every dynamic axis holds text."""
+        """The greatest lengths of the model, or of the tokenizer if those are less: every dynamic axis holds text."""
         lengths = self._traced.max_lengths
         limit = self._folder.tokenizer_max_length()
         return {symbol: length if limit is None else min(length, limit) for symbol, length in lengths.items()}
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """The folder's own."""
+        """The tokenizer.json of the folder."""
         return self._folder.tokenizer_path
 
     @property
     def pair_start(self) -> int | None:
-        """The token behind which a decoder's text starts."""
+        """The id before the text of a decoder."""
         return self._traced.pair_start
 
     @property
-    def grids(self) -> Mapping[int, Grid]:
+    def grids(self) -> Mapping[int, PatchGrid]:
         """Patch grids by the length of their axis."""
         return self._traced.grids
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """Of torch, transformers and onnx."""
-        import transformers  # noqa: PLC0415 - after the variable that `_load` sets
+        """Versions of torch, transformers and onnx."""
+        import transformers  # noqa: PLC0415 - after the variable that `_loaded` sets
 
         return {"torch": torch.__version__, "transformers": transformers.__version__, "onnx": onnx.__version__}
 
     def to_graph(self, exporter: str, opset: int) -> onnx.ModelProto:
-        """Trace into a graph with dynamic batch and lengths. Raises BuildRefused where the exporter fails."""
+        """Trace to a graph with dynamic batch and lengths. Raises BuildRefused if the exporter fails."""
         family = self._traced
         traceable = Traceable(
             module=Wrapper(family),
@@ -113,11 +193,11 @@ class HuggingFaceModel:
             output_names=family.output_names,
             max_lengths=family.max_lengths,
         )
-        with family.tracing(), _stepwise(family.source) if opset < FUSED_FROM else contextlib.nullcontext():
+        with family.tracing(), _eager(family.source) if opset < FUSED_FROM else contextlib.nullcontext():
             return trace(traceable, exporter, opset)
 
     def reference(self, feeds: Mapping[str, Array]) -> Reference:
-        """Outputs and weights by the model's own eager attention."""
+        """Return outputs and weights of the model's own eager attention."""
         if self._eager is None:
             self._eager = self._load("eager")
         family = self._eager
@@ -132,7 +212,7 @@ class HuggingFaceModel:
         )
 
     def _load(self, *attentions: str) -> Family:
-        """The model with the first implementation of attention that it supports."""
+        """Load the model with the first of these attention implementations that it supports."""
         faults: list[BuildRefused] = []
         for attention in attentions:
             try:
@@ -144,25 +224,37 @@ class HuggingFaceModel:
         raise faults[-1]
 
 
-def source_model(source: str, pooling: str, *, normalize: bool, expect_sha256: str, steps: Steps) -> HuggingFaceModel:
-    """The model in a folder, or inside an installed package.
+def hugging_face_model(
+    source: str, pooling: str, *, normalize: bool, expect_sha256: str, steps: Steps
+) -> HuggingFaceModel:
+    """Load the model of a folder, or of an installed package.
+
+    Args:
+        source: a folder, or `package:NAME`.
+        pooling: "mean" adds the output `embedding`; empty: none.
+        normalize: whether to scale that embedding to length 1.
+        expect_sha256: the required digest of its model.safetensors; empty: any.
+        steps: receives warnings.
 
     Raises:
-        BuildRefused: there is none, transformers cannot load it, or its weights are others.
+        BuildRefused: there is no model, transformers cannot load it, or its weights have another digest.
     """
     folder = model_folder(source, expect_sha256)
     if pooling and folder.normalises() and not normalize:
-        steps.warn("the source also scales its embedding to length 1; --normalize does the same")
-    steps.begin("loading the model")
+        steps.warn("the source also scales its embedding to length 1; add --normalize to do the same")
+    steps.note("loading the model")
     model = HuggingFaceModel(folder, pooling, normalize=normalize)
     if folder.architecture() not in {"", model.architecture}:
-        steps.warn(f"{folder.architecture()} is brought as {model.architecture}: its head and its scores are left out")
+        steps.warn(
+            f"{folder.architecture()} is converted as {model.architecture}: without its head, and without the head's "
+            "scores"
+        )
     return model
 
 
 @contextlib.contextmanager
-def _stepwise(source: Any) -> Iterator[None]:
-    """While it lasts, the source computes attention step by step."""
+def _eager(source: Any) -> Iterator[None]:
+    """Compute attention with the source's eager implementation for the duration of the context."""
     before = source.config._attn_implementation  # noqa: SLF001 - it has no public name
     source.set_attn_implementation("eager")
     try:
@@ -172,7 +264,7 @@ def _stepwise(source: Any) -> Iterator[None]:
 
 
 def _loaded(path: Path, attention: str) -> Any:
-    """A model in evaluation mode, offline, in float32, with one implementation of attention."""
+    """Load a model offline, in float32 and evaluation mode, with one implementation of attention."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers  # noqa: PLC0415 - reads the variable above when it is imported
 

@@ -1,89 +1,163 @@
-"""Where an export's model comes from: a folder, or a model that ships inside an installed Python package."""
+"""The interface of a conversion's source: a torch model or an ONNX file, read into a graph with its known facts."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Protocol
 
-from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.model.repository import TOKENIZER_FILE, sha256_of
+import onnx
 
-PACKAGE_PREFIX = "package:"
-WEIGHTS_FILE = "model.safetensors"
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.choose.trials import OtherExport
+from attnserve_server.conversion.inputs.signature import Signature
+from attnserve_server.conversion.learning.fixed_axes import PatchGrid
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.verify.compare import Reference
+from attnserve_server.domain.values import Array
+
+ZOO_PREFIX = "zoo:"
+"""Start of the names of models of the zoo."""
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFolder:
-    """A Hugging Face model folder. `name` is what provenance calls it: never a path."""
+class ZooOptions:
+    """Size and seed of a model of the zoo: a named size, whose parts other than 0 are overridden."""
 
-    path: Path
-    name: str
-    sha256: str
+    size: str = "small"
+    layers: int = 0
+    heads: int = 0
+    width: int = 0
+    seed: int = 0
+
+
+class TorchModel(Protocol):
+    """A model that can be exported. Its interface has NumPy arrays and ONNX graphs only, no torch types."""
+
+    @property
+    def name(self) -> str:
+        """The name for provenance, never a path."""
+
+    @property
+    def sha256(self) -> str:
+        """Digest of its weights."""
+
+    @property
+    def architecture(self) -> str:
+        """Name of its class."""
+
+    @property
+    def vocabulary_sizes(self) -> Mapping[str, int]:
+        """The vocabulary size of each input of ids, by name."""
+
+    @property
+    def padding_id(self) -> int:
+        """The id that pads token ids."""
+
+    @property
+    def max_lengths(self) -> Mapping[str, int]:
+        """The greatest length of each dynamic axis, by symbol."""
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """The tokenizer, if the folder has one in the format that the server reads."""
-        path = self.path / TOKENIZER_FILE
-        return path if path.is_file() else None
+        """Its tokenizer.json; None without one."""
 
-    def tokenizer_max_length(self) -> int | None:
-        """The longest input that the tokenizer's configuration allows, in tokens; None where it names no limit."""
-        limit = self._json("tokenizer_config.json").get("model_max_length")
-        # Tokenizers without a limit write 1e30.
-        return int(limit) if isinstance(limit, int | float) and 1 <= limit < 2**31 else None
+    @property
+    def pair_start(self) -> int | None:
+        """The id before the second text, if that has its own input; else None."""
 
-    def architecture(self) -> str:
-        """The class that its weights were saved from; empty where the configuration does not say."""
-        named = self._json("config.json").get("architectures")
-        return str(named[0]) if isinstance(named, list) and named else ""
+    @property
+    def grids(self) -> Mapping[int, PatchGrid]:
+        """The patch grid of each fixed axis over patches, by the length of the axis."""
 
-    def normalises(self) -> bool:
-        """Whether sentence-transformers would scale the pooled vector to length 1."""
-        modules = self._json("modules.json", [])
-        return isinstance(modules, list) and any(
-            str(module.get("type", "")).endswith("Normalize") for module in modules
-        )
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Versions of the libraries that export it."""
 
-    def _json(self, name: str, default: Any = None) -> Any:
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {} if default is None else default
+    def to_graph(self, exporter: str, opset: int) -> onnx.ModelProto:
+        """Trace it with `dynamo` or `torchscript`. Raises BuildRefused if that exporter fails."""
+
+    def reference(self, feeds: Mapping[str, Array]) -> Reference:
+        """Return its own answer to a batch, computed by torch and not by the graph."""
 
 
-def model_folder(source: str, expect_sha256: str = "") -> ModelFolder:
-    """Find a source, and make sure of its weights.
+@dataclass(frozen=True, slots=True)
+class SourceGraph:
+    """A source that was read: its graph, and the facts that the graph does not state.
 
-    Args:
-        source: a folder, or `package:<name>` for the folder `model` inside an installed package.
-        expect_sha256: the sha256 that its model.safetensors must have; empty: any.
-
-    Raises:
-        BuildRefused: there is no such folder, it is no model, or its weights are others.
+    Attributes:
+        name: for provenance, never a path.
+        sha256: digest of the weights or of the file.
+        versions: of the libraries that made the graph, for provenance.
+        exporter: the program that wrote the graph, for provenance.
+        opset: the operator set of the graph.
+        proto: the graph, with inferred shapes.
+        signature: the inputs of the graph.
+        sampler: draws sequences for the graph.
+        max_lengths: the greatest length that is requested along each dynamic axis, by symbol.
+        vocabulary_size: of the first input of token ids; 0 if there is none.
+        tokenizer: the tokenizer.json; None if clients cannot send text.
+        pair_start: the id before the second text, if that has its own input; else None.
+        grids: the patch grid of each fixed axis over patches, by the length of the axis.
+        model: the torch model that was traced; None for an ONNX file.
+        others: exports by other exporters, which may be faster.
     """
-    path, name = _locate(source)
-    if not (path / "config.json").is_file():
-        raise BuildRefused(f"{name} is no Hugging Face model folder: it has no config.json")
-    weights = path / WEIGHTS_FILE
-    if not weights.is_file():
-        raise BuildRefused(f"{name} has no {WEIGHTS_FILE}; other formats of weights are not read")
-    sha256 = sha256_of(weights)
-    if expect_sha256 and sha256 != expect_sha256.lower():
-        raise BuildRefused(f"{name}: sha256 of {WEIGHTS_FILE} is {sha256}, not the expected {expect_sha256.lower()}")
-    return ModelFolder(path, name, sha256)
+
+    name: str
+    sha256: str
+    versions: Mapping[str, str]
+    exporter: str
+    opset: int
+    proto: onnx.ModelProto
+    signature: Signature
+    sampler: Sampler
+    max_lengths: Mapping[str, int]
+    vocabulary_size: int = 0
+    tokenizer: Path | None = None
+    pair_start: int | None = None
+    grids: Mapping[int, PatchGrid] = field(default_factory=dict)
+    model: TorchModel | None = None
+    others: tuple[OtherExport, ...] = ()
+
+    @property
+    def traced(self) -> bool:
+        """Whether the graph was traced from a torch model, whose batch axis, padding id and lengths are known."""
+        return self.model is not None
 
 
-def _locate(source: str) -> tuple[Path, str]:
-    if not source.startswith(PACKAGE_PREFIX):
-        path = Path(source)
-        if not path.is_dir():
-            raise BuildRefused(f"{path.name or source} is no folder")
-        return path, path.resolve().name
-    package = source.removeprefix(PACKAGE_PREFIX)
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
-        raise BuildRefused(f"there is no installed package {package!r}")
-    return Path(next(iter(found.submodule_search_locations))) / "model", source
+class Source(ABC):
+    """A model that can be converted. Subclasses hold where it is and how to read it."""
+
+    title: ClassVar[str]
+    """The progress line while it is read."""
+
+    @property
+    def exporters(self) -> tuple[str, ...]:
+        """The exporters that may write its graph, in the order in which they are tried; empty for a file."""
+        return ()
+
+    @abstractmethod
+    def read(self, work: Path, steps: Steps) -> SourceGraph:
+        """Read the model into a graph.
+
+        Args:
+            work: a folder for temporary files.
+            steps: receives warnings.
+
+        Raises:
+            BuildRefused: the model cannot be converted.
+            TokenizerInvalid: its tokenizer.json is not usable.
+        """
+
+    def without_batches(self, graph: SourceGraph, work: Path, steps: Steps) -> SourceGraph | None:
+        """Return the graph with its batch axis fixed at 1, if it runs on one row only; else None.
+
+        Args:
+            graph: a graph that `read` returned, and whose conversion failed.
+            work: a folder for temporary files.
+            steps: receives warnings.
+        """
+        del graph, work, steps
+        return None

@@ -1,4 +1,4 @@
-"""Traces torch modules into graphs, with torch's dynamo exporter or its older TorchScript one. Knows no models."""
+"""Trace any torch module to an ONNX graph, with torch's dynamo exporter or its older TorchScript exporter."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.finders.names import WRAPPER
-from attnserve_server.conversion.sources.rotary import widen_rotary_caches
 from attnserve_server.model.manifest import BATCH
+
+_ROTARY_CACHES = (1, 2)
+"""Positions of cos and sin among the inputs of `RotaryEmbedding`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traceable:
-    """A module in evaluation mode, and what a tracer must know about it.
+    """A module in evaluation mode, with the facts that a tracer needs.
 
-    Args:
-        module: takes its inputs by position and gives a tuple of outputs, (B, ...) each.
-        inputs: an example of each input, by name, with more than one row.
-        shapes: axis symbols and fixed extents of each input, by name, without the batch axis.
-        output_names: in order.
-        max_lengths: by axis symbol.
+    Attributes:
+        module: takes its inputs by position and returns a tuple of outputs, (B, ...) each.
+        inputs: an example of each input by name, with more than one row.
+        shapes: axis symbols and fixed sizes of each input by name, without the batch axis.
+        output_names: in the order of the outputs.
+        max_lengths: the greatest length by axis symbol.
     """
 
     module: torch.nn.Module
@@ -43,13 +46,18 @@ class Traceable:
 
 
 def trace(traceable: Traceable, exporter: str, opset: int) -> onnx.ModelProto:
-    """A graph with dynamic batch and dynamic axes.
+    """Trace a module to a graph with a dynamic batch and dynamic axes.
+
+    Args:
+        traceable: the module.
+        exporter: `dynamo` or `torchscript`.
+        opset: the operator set of the graph.
 
     Raises:
-        BuildRefused: the exporter fails; the message has the first line of its own words.
+        BuildRefused: the exporter fails, or writes another opset. The message has the first line of its own error.
     """
     exporters = {"dynamo": _dynamo, "torchscript": _torchscript}
-    # The older exporter puts a module back into the mode it found it in, and all that is inside it along with it.
+    # The TorchScript exporter restores the mode of the module, and sets it for all its children.
     traceable.module.eval()
     with quiet(), torch.no_grad():
         try:
@@ -58,13 +66,13 @@ def trace(traceable: Traceable, exporter: str, opset: int) -> onnx.ModelProto:
             raise BuildRefused(f"torch's {exporter} exporter cannot export the model: {_words(fault)}") from None
     written = next((entry.version for entry in proto.opset_import if not entry.domain), 0)
     if written != opset:
-        # Dynamo falls back on its own opset where it cannot convert to another.
-        raise BuildRefused(f"torch's {exporter} exporter cannot write opset {opset} of this model: it wrote {written}")
+        # Dynamo writes its own opset if the conversion to another one fails.
+        raise BuildRefused(f"torch's {exporter} exporter wrote opset {written} for this model instead of {opset}")
     return proto
 
 
 def _words(fault: BaseException) -> str:
-    """The first line of what lies at the bottom of a fault; above it, exporters only say that they failed."""
+    """Return the first line of the root cause; the exceptions that wrap it only report that the export failed."""
     while fault.__cause__ is not None:
         fault = fault.__cause__
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(fault))
@@ -82,7 +90,7 @@ def _dynamo(traceable: Traceable, opset: int) -> onnx.ModelProto:
         opset_version=opset,
         input_names=list(traceable.inputs),
         output_names=[f"{WRAPPER}.{name}" for name in traceable.output_names],
-        # One entry for `*inputs`, which holds a shape for each of them.
+        # One entry for `*inputs`, with a shape for each input.
         dynamic_shapes=(
             tuple(
                 {0: batch} | {axis: dims[symbol] for axis, symbol in _dynamic(traceable.shapes[name])}
@@ -120,7 +128,7 @@ def _dynamic(shape: Sequence[str | int]) -> list[tuple[int, str]]:
 
 
 def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Give the outputs their names; the exporter calls inner values `embedding` too, and would let both stand."""
+    """Name the outputs, and rename inner values with the same names, which the exporter does not."""
     for node in graph.all_nodes():
         for value in node.outputs:
             if value.name in names:
@@ -130,7 +138,7 @@ def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
 
 
 class _Nowhere(io.StringIO):
-    """Takes what nobody should see; a progress bar that is shown at the time still finds where it was written to."""
+    """Discards all output, and keeps the reference by which a live rich progress bar finds its own stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,9 +147,9 @@ class _Nowhere(io.StringIO):
 
 @contextlib.contextmanager
 def _unlogged() -> Iterator[None]:
-    """Keep the older exporter from writing a graph that it cannot export to standard output, past Python's own.
+    """Stop the TorchScript exporter from printing a graph that it cannot export to the process's standard output.
 
-    Its switch for that is turned on again by the exporter itself, so the log is replaced.
+    The exporter enables this log itself, so the log function is replaced for the duration of the context.
     """
     log = torch._C._jit_onnx_log  # noqa: SLF001 - the log has no public name
     torch._C._jit_onnx_log = lambda *_: None  # noqa: SLF001
@@ -153,7 +161,7 @@ def _unlogged() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' own warnings and notes away from the person: none of them can be acted on."""
+    """Suppress warnings and output of the libraries, none of which a user can act on."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     nowhere = _Nowhere()
@@ -164,3 +172,34 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+def widen_rotary_caches(graph: ir.Graph) -> None:
+    """Add the batch axis to the cos and sin of every `RotaryEmbedding`, in place, because the runtime requires it.
+
+    Dynamo shares one row of angles, (1, L, D / 2), among the batch. Without position ids the operator requires
+    (B, L, D / 2). Source: ONNX operators, RotaryEmbedding-23.
+    """
+    for node in list(graph):
+        if node.op_type != "RotaryEmbedding" or node.domain or (len(node.inputs) > 3 and node.inputs[3] is not None):
+            continue
+        hidden = node.inputs[0]
+        assert hidden is not None
+        rows = ir.node("Shape", [hidden], attributes={"start": 0, "end": 1})
+        shape = ir.node("Concat", [rows.outputs[0], _ones(graph)], attributes={"axis": 0})
+        added = [rows, shape]
+        for position in _ROTARY_CACHES:
+            wide = ir.node("Expand", [node.inputs[position], shape.outputs[0]])
+            added.append(wide)
+            node.replace_input_with(position, wide.outputs[0])
+        graph.insert_before(node, added)
+
+
+def _ones(graph: ir.Graph) -> ir.Value:
+    """Return the initializer [1, 1]: `Expand` leaves the length and half the head size as they are."""
+    name = "attnserve.rotary.ones"
+    if name not in graph.initializers:
+        array = np.ones(2, np.int64)
+        value = ir.val(name, ir.DataType.INT64, ir.Shape([2]), const_value=ir.tensor(array, name=name))
+        graph.register_initializer(value)
+    return graph.initializers[name]

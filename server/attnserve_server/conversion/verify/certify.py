@@ -53,7 +53,6 @@ def certify(
     Raises:
         BuildRefused: the graph does not run.
     """
-    steps.begin("proving that batches are safe")
     proto = onnx.load(assembled.model_path)
     sampler = assembled.sampler
     proof = prove(
@@ -77,7 +76,7 @@ def certify(
         derived=assembled.derived_axes,
         extreme_ids={name: extreme_ids_of(proto.graph, name) for name in ids},
     )
-    steps.begin("attacking what is not refuted")
+    steps.note("attacking what is not refuted")
     noise = noise_of(target, assembled.precision)
     clauses = attack(target, proof, Equality(assembled.precision, noise), seconds=attack_seconds, report=steps.note)
     certificate = Certificate(clauses=clauses, masks=proof.masks, noise=noise)

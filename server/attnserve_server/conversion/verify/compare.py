@@ -1,12 +1,13 @@
 """Compares the answers of a tapped graph with a reference: its source model, or the untapped graph itself.
 
-`differences` takes the source's answers to one batch. `check_against_itself` needs no source: it compares tapped with
-untapped outputs, and weights @ value with each operator's own output.
+`check_against_source` runs a torch model on one batch; `differences` takes any source's answers to one.
+`check_against_itself` needs no source: it compares tapped with untapped outputs, and weights @ value with each
+operator's own output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from attnserve_server.attention.bands import band_keys, lay_out
@@ -15,9 +16,22 @@ from attnserve_server.conversion.base.errors import CheckFailed
 from attnserve_server.conversion.base.tolerances import CHECK_LENGTHS, check_report, max_abs, row_sum_error
 from attnserve_server.conversion.probing.feeds import croppers
 from attnserve_server.conversion.probing.runtime import GraphRunner, time_ratio
-from attnserve_server.conversion.sources.source_model import Reference
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import CheckReport, OutputSpec, SiteSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The answer of a source to one batch.
+
+    Attributes:
+        outputs: by name, (B, ...).
+        weights: one (B, H, L, S) array for each site, in the order in which the graph computes the sites; None for a
+            site whose weights the source does not return.
+    """
+
+    outputs: dict[str, Array]
+    weights: list[Array | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +97,53 @@ def over_keys(site: SiteSpec, weights: Array, queries: int, keys: int) -> Array:
     if site.band is None or site.whole_rows:
         return own[:, :, :keys]
     return lay_out(own, band_keys(site.band, queries, keys), keys)
+
+
+def check_against_source(
+    assembled: Assembled,
+    reference: Callable[[Mapping[str, Array]], Reference],
+    architecture: str,
+    max_lengths: Mapping[str, int],
+    rows: int,
+) -> CheckReport:
+    """Compare a tapped graph with a torch model, on one padded batch of mixed lengths.
+
+    A graph whose rows change each other's answers still passes: the rows of the model change alike.
+
+    Args:
+        assembled: the tapped graph.
+        reference: returns the model's own answer to a batch.
+        architecture: the class of the model, for the report.
+        max_lengths: the greatest length of each axis symbol.
+        rows: the greatest batch.
+
+    Raises:
+        CheckFailed: the model returns the weights of another number of sites.
+    """
+    tapped = GraphRunner(assembled.model_path)
+    longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))
+    mixed = tuple(min(length, longest) for length in (CHECK_LENGTHS[-rows:] if rows > 1 else CHECK_LENGTHS))
+    feeds, lengths = assembled.sampler.mixed(mixed)
+    outputs = [spec.name for spec in assembled.outputs]
+    found = tapped.run(feeds, [*outputs, *assembled.weights.values()])
+    named = [_all_lengths(assembled, own) for own in lengths]
+    worst = differences(assembled.outputs, assembled.sites, found, reference(feeds), named)
+    return CheckReport(
+        against=f"{architecture} in torch, eager attention",
+        lengths=mixed,
+        output_max_abs_error=worst.output,
+        output_tolerance=assembled.tolerances.output,
+        weight_max_abs_error=worst.weight,
+        weight_tolerance=assembled.tolerances.weight,
+        row_sum_max_abs_error=worst.row_sum,
+        tapped_over_source_time=time_ratio(tapped, assembled.source, feeds, outputs),
+    )
+
+
+def _all_lengths(assembled: Assembled, own: Mapping[str, int]) -> dict[str, int]:
+    """Return the length of a sequence along every axis: its own ones, derived ones and fixed ones."""
+    derived = {symbol: form.of(own[form.source]) for symbol, form in assembled.derived_axes.items()}
+    return {**assembled.fixed_axes, **own, **derived}
 
 
 def check_against_itself(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from appended_keys import Appended
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import DerivedLength
 from attnserve_server.model.repository import Bundle

@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 from attnserve_server.conversion.base.sites import Linear, value_and_output
 from attnserve_server.conversion.base.tolerances import product_error
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import save
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.tapped import expose, tapped
 from linear_graphs import HEADS, LOOK_ALIKES, SPELLINGS, WIDTH, implied_weights, linear_graph

@@ -92,7 +92,7 @@ def test_odd_model_is_served_all_the_same(what: str, app: typer.Typer, tmp_path:
 
 def test_attention_may_be_required(app: typer.Typer, tmp_path: Path) -> None:
     said = refused(prepare(app, saved(tanh(), tmp_path / "ranker.onnx"), "--require-attention"), tmp_path)
-    assert "ranker.onnx has no attention whose weights can be had" in said
+    assert "ranker.onnx has no attention site that gives weights" in said
     assert prepare(app, saved(encoder(), tmp_path / "ranker.onnx"), "--require-attention").exit_code == 0
 
 
@@ -121,7 +121,7 @@ def test_fixed_length_that_is_not_needed_is_freed_for_text(app: typer.Typer, tmp
     model = saved(encoder(length=12), tmp_path / "ranker.onnx")
     result = prepare(app, model, "--tokenizer", tmp_path / "tokenizer.json")
     assert result.exit_code == 0, result.output
-    assert "the length of 12 is not needed: text of up to 12 tokens is served" in result.stderr
+    assert "the graph does not depend on its fixed length of 12: it accepts texts of up to 12 tokens" in result.stderr
     manifest = Repository(tmp_path / "bundles").bundle("x").manifest
     assert manifest.text == TextSpec(axis="seq", max_tokens=12, as_written=())
     assert [spec.shape for spec in manifest.inputs] == [("seq",), ("seq",)]
@@ -134,7 +134,7 @@ def test_fixed_length_that_is_not_needed_is_freed_for_text(app: typer.Typer, tmp
     [
         (lambda: encoder_decoder(50), "[NOWHERE]", "the tokenizer has no token '[NOWHERE]'"),
         (encoder, "[SEP]", "'input_ids' alone holds token ids"),
-        (tanh, "", "has no input of token ids, such as input_ids, that text could fill"),
+        (tanh, "", "has no input of token ids, such as input_ids, for --tokenizer to fill"),
         (lambda: encoder(length=12, masked=False), "", "fixed length of 12: text needs a dynamic axis"),
         (lambda: rigid(12), "", "fixed length of 12: text needs a dynamic axis"),
         (lambda: averaging(12), "", "fixed length of 12: text needs a dynamic axis"),

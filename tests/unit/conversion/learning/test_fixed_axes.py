@@ -9,10 +9,9 @@ import numpy as np
 import onnx
 import pytest
 from attnserve_server.conversion.base.sites import Untappable
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.inputs.signature import signature_of
-from attnserve_server.conversion.learning.fixed_axes import FixedAxes, fixed_axes, grids_of, of_one_sequence
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.conversion.sources.source_model import Grid
+from attnserve_server.conversion.learning.fixed_axes import FixedAxes, PatchGrid, fixed_axes, grids_of, of_one_sequence
 from attnserve_server.model.manifest import Manifest
 from batch_graphs import graph
 from foreign_graphs import Foreign
@@ -81,7 +80,7 @@ def test_a_site_of_unknown_origin_is_of_one_sequence() -> None:
 FLATTENED = "f = Reshape(c, flat) x = Transpose<perm=[0, 2, 1]>(f)"
 
 
-def image_axes(nodes: str, patches: int, image: str = "3, 8, 12") -> dict[str, Grid]:
+def image_axes(nodes: str, patches: int, image: str = "3, 8, 12") -> dict[str, PatchGrid]:
     """The grids of a graph with one site over the patches of an image."""
     head = f"g (float[b, {image}] pixels) => (float z)"
     constants = {
@@ -97,21 +96,21 @@ def image_axes(nodes: str, patches: int, image: str = "3, 8, 12") -> dict[str, G
 
 def test_the_convolution_that_cuts_an_image_gives_the_grid() -> None:
     nodes = f"c = Conv<strides=[4, 4], kernel_shape=[4, 4]>(pixels, kernel) {FLATTENED}"
-    assert image_axes(nodes, 6) == {"fixed_6": Grid(rows=2, columns=3)}
-    assert image_axes(nodes, 7) == {"fixed_7": Grid(rows=2, columns=3, leading=1)}
+    assert image_axes(nodes, 6) == {"fixed_6": PatchGrid(rows=2, columns=3)}
+    assert image_axes(nodes, 7) == {"fixed_7": PatchGrid(rows=2, columns=3, leading=1)}
     assert image_axes(nodes, 6 + 9) == {}
 
 
 def test_a_convolution_whose_windows_overlap_cuts_no_patches() -> None:
     nodes = f"c = Conv<strides=[4, 4], kernel_shape=[8, 8], pads=[2, 2, 2, 2]>(pixels, wide) {FLATTENED}"
     # Without a convolution's grid, the square patches that fit are taken: 2 x 3 of 4 x 4 pixels.
-    assert image_axes(nodes, 6) == {"fixed_6": Grid(rows=2, columns=3)}
+    assert image_axes(nodes, 6) == {"fixed_6": PatchGrid(rows=2, columns=3)}
     assert image_axes(nodes, 5) == {}
 
 
 @pytest.mark.parametrize("image", ["3, 8, 12", "8, 12, 3"])
 def test_square_patches_that_fit_the_axis_give_the_grid(image: str) -> None:
-    assert image_axes("x = Reshape(pixels, cut)", 6, image) == {"fixed_6": Grid(rows=2, columns=3)}
+    assert image_axes("x = Reshape(pixels, cut)", 6, image) == {"fixed_6": PatchGrid(rows=2, columns=3)}
 
 
 def test_an_input_with_five_channels_is_no_image() -> None:

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from attnserve_server.conversion.base.errors import CheckFailed
 from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.conversion.precision import quality
 from attnserve_server.conversion.precision.quality import (
@@ -20,7 +21,6 @@ from attnserve_server.conversion.precision.quality import (
     measure,
     sentences,
 )
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.report import QualityReport

@@ -10,8 +10,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.inputs.signature import signature_of
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.axes import ProbedAxes, fit, named, probe_axes
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.rewrite.tapped import expose, tapped

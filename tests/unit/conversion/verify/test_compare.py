@@ -14,8 +14,13 @@ from attnserve_server.conversion.base.errors import CheckFailed
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.inputs.signature import signature_of
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.sources.source_model import Reference
-from attnserve_server.conversion.verify.compare import Differences, check_against_itself, differences, over_keys
+from attnserve_server.conversion.verify.compare import (
+    Differences,
+    Reference,
+    check_against_itself,
+    differences,
+    over_keys,
+)
 from attnserve_server.model.bands import SlidingBand
 from attnserve_server.model.manifest import OutputSpec, SiteSpec
 from batch_graphs import graph

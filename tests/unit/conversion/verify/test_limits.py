@@ -11,9 +11,8 @@ import onnx
 import pytest
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
-from attnserve_server.conversion.export import ExportRequest, export_bundle
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
-from attnserve_server.conversion.sources.zoo import source as zoo
+from attnserve_server.conversion.convert import ExportRequest, PrepareRequest, export_bundle, prepare_bundle
+from attnserve_server.conversion.sources.zoo import model as zoo
 from attnserve_server.domain.clock import ThreadCpuClock
 from attnserve_server.engine import warmup
 from attnserve_server.engine.session import RuntimeSession
@@ -76,7 +75,7 @@ def test_graph_that_takes_one_row_alone_is_served_one_at_a_time(tmp_path: Path) 
     bundle, warnings = prepared(one_row(), tmp_path)
     assert bundle.manifest.max_batch_size == 1
     assert bundle.manifest.sites[0].available
-    assert "the batch axis is fixed at 1: every sequence will run alone" in warnings
+    assert [words for words in warnings if "three rows: every sequence runs alone" in words]
     warmed_up(bundle)
 
 
@@ -173,7 +172,7 @@ def test_outputs_along_the_second_axis_alone_show_the_batch_there(tmp_path: Path
 
 def test_first_axis_that_the_file_names_as_the_batch_stays_the_batch_with_a_warning(tmp_path: Path) -> None:
     bundle, warnings = prepared(length_first(["batch", "seq", 8]), tmp_path)
-    assert bundle.manifest.max_batch_size == 1
+    assert bundle.manifest.under("proved").max_batch_size == 1
     assert [words for words in warnings if words.startswith("the batch may be axis 1 of 'x'")]
 
 

@@ -1,15 +1,13 @@
-"""Families of architectures: each knows how its models are called and what they answer. One small module each."""
+"""Families of Hugging Face architectures: how to call their models, and where their outputs and weights are."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.sources.architectures.audio import Speech
 from attnserve_server.conversion.sources.architectures.base import Family, InputTensor
-from attnserve_server.conversion.sources.architectures.encoder_decoder import EncoderDecoder
-from attnserve_server.conversion.sources.architectures.image import Image
-from attnserve_server.conversion.sources.architectures.image_text import ImageText
+from attnserve_server.conversion.sources.architectures.encoder_decoder import EncoderDecoder, Speech
+from attnserve_server.conversion.sources.architectures.image import Image, ImageText
 from attnserve_server.conversion.sources.architectures.longformer import Longformer
 from attnserve_server.conversion.sources.architectures.swin import Swin
 from attnserve_server.conversion.sources.architectures.text import Text
@@ -17,21 +15,27 @@ from attnserve_server.conversion.sources.architectures.text import Text
 __all__ = ["Family", "InputTensor", "family_of"]
 
 _BY_MODEL_TYPE: dict[str, type[Family]] = {"longformer": Longformer, "swin": Swin}
-"""Of models that need a module of their own; all others go by what they take."""
+"""Models that need a separate class, by the model type of their configuration."""
 _BY_MAIN_INPUT: dict[str, type[Family]] = {"pixel_values": Image, "input_features": Speech}
+"""All other models, by the name of their main input. Models of text are not listed."""
 
 
 def family_of(source: Any, pooling: str = "", *, normalize: bool = False) -> Family:
-    """The family of a loaded source.
+    """Return the family of a loaded model.
+
+    Args:
+        source: the transformers model.
+        pooling: "mean" adds the output `embedding`; empty: none.
+        normalize: whether to scale that embedding to length 1.
 
     Raises:
-        BuildRefused: `pooling` was asked of a model that has no single text.
+        BuildRefused: `pooling` is given for a model that does not encode one text.
     """
     family = _family_of(source)
     if issubclass(family, Text):
         return family(source, pooling, normalize=normalize)
     if pooling:
-        raise BuildRefused(f"{type(source).__name__} has no single text whose mean could be taken")
+        raise BuildRefused(f"{type(source).__name__} does not encode one text: remove --pooling {pooling}")
     return family(source)
 
 

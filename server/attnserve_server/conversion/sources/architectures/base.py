@@ -1,4 +1,4 @@
-"""What every family of architectures says about its models: how they are called, and what they answer."""
+"""The interface of a family of architectures: inputs, outputs and weights of its models, and how to trace them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, Literal
 
 import torch
 
-from attnserve_server.conversion.sources.source_model import Grid
+from attnserve_server.conversion.learning.fixed_axes import PatchGrid
 
 _TRACE_LENGTHS = (11, 7, 4)
-"""Lengths of the sequences that are traced. A tracer given a mask of ones would drop it, so two of three are padded."""
+"""Lengths of the traced sequences. Two of three are padded, because a tracer removes a mask of ones."""
 _APART = 2
-"""By how much axes differ while they are traced: what a tracer sees at one length it may take for one axis."""
+"""Difference of lengths between axes while they are traced, because a tracer may unify axes of equal length."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputTensor:
-    """One input. `shape` leaves out the batch axis; `vocabulary_size` is given for `ids` alone."""
+    """One input. `shape` excludes the batch axis; `vocabulary_size` is 0 except for `ids`."""
 
     name: str
     shape: tuple[str | int, ...]
@@ -29,7 +29,7 @@ class InputTensor:
 
 
 class Family(ABC):
-    """How the models of one family are called, and what they answer. Holds the loaded source."""
+    """The models of one family. Holds a loaded transformers model as `source`."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -37,52 +37,52 @@ class Family(ABC):
     @property
     @abstractmethod
     def inputs(self) -> tuple[InputTensor, ...]:
-        """In the order in which the graph takes them."""
+        """The inputs, in the order of the graph's inputs."""
 
     @property
     @abstractmethod
     def output_names(self) -> tuple[str, ...]:
-        """In the order in which `outputs` gives them."""
+        """The names of the outputs, in the order of `outputs`."""
 
     @property
     @abstractmethod
     def max_lengths(self) -> dict[str, int]:
-        """The greatest length of each dynamic axis, by its symbol."""
+        """The greatest length of each dynamic axis, by symbol."""
 
     @property
     def padding_id(self) -> int:
-        """What pads token ids."""
+        """The id that pads token ids."""
         return int(getattr(self.source.config, "pad_token_id", None) or 0)
 
     def call(self, tensors: Mapping[str, torch.Tensor], *, weights: bool) -> Any:
-        """The source's own answer; with `weights` it holds its attention weights too."""
-        asked = {"output_attentions": True} if weights else {}
-        return self.source(**tensors, **asked)
+        """Run the model, and return its own output object; `weights`: with attention weights."""
+        options = {"output_attentions": True} if weights else {}
+        return self.source(**tensors, **options)
 
     @property
     def pair_start(self) -> int | None:
-        """The token behind which a decoder's text starts; None where there is no decoder beside an encoder."""
+        """The id before the text of a decoder; None for a model without both encoder and decoder."""
         return None
 
     @property
-    def grids(self) -> dict[int, Grid]:
-        """The patch grid of each fixed axis that runs over one, by the axis's length."""
+    def grids(self) -> dict[int, PatchGrid]:
+        """The patch grid of each fixed axis over patches, by the length of the axis."""
         return {}
 
     @abstractmethod
     def outputs(self, answer: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """What the graph answers, (B, ...) each."""
+        """Return the outputs of the graph, (B, ...) each, from an answer of `call` to `tensors`."""
 
     @abstractmethod
     def weights(self, answer: Any) -> Sequence[torch.Tensor | None]:
-        """Each site's weights (B, H, L, S), in the order in which the graph computes the sites."""
+        """Return each site's weights (B, H, L, S), or None, in the order in which the graph computes the sites."""
 
     def tracing(self) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, the source is in a form that exporters can follow."""
+        """Return a context in which exporters can trace the model."""
         return contextlib.nullcontext()
 
     def example(self) -> tuple[torch.Tensor, ...]:
-        """Inputs to trace with: three sequences, two of them padded, no two axes of one length."""
+        """Return example inputs for tracing: three sequences, two of them padded, and axes of different lengths."""
         symbols = list(self.max_lengths)
         return tuple(_example(spec, symbols) for spec in self.inputs)
 
@@ -90,8 +90,8 @@ class Family(ABC):
 def _example(spec: InputTensor, symbols: Sequence[str]) -> torch.Tensor:
     longer = {symbol: _APART * position for position, symbol in enumerate(symbols)}
     rows = len(_TRACE_LENGTHS)
-    extents = [max(_TRACE_LENGTHS) + longer[axis] if isinstance(axis, str) else axis for axis in spec.shape]
-    shape = (rows, *extents)
+    sizes = [max(_TRACE_LENGTHS) + longer[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+    shape = (rows, *sizes)
     if spec.content == "numbers":
         return torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
     if spec.content == "zeros":

@@ -1,9 +1,9 @@
-"""Longformer: a text encoder whose tokens look at their neighbours. Traced in blocks, since its own code cannot be.
+"""Longformer: a text encoder whose tokens attend to near ones. Its attention is replaced while it is traced.
 
-Its own attention cuts chunks with strides and writes into slices, for which exporters freeze the length that they
-traced; and it pads its input to a multiple of the window, which they cannot follow either. While it is traced, each
-layer computes the same weights from whole blocks instead: queries of a block of half a window, keys of that block and
-the two beside it. Tokens with global attention are not traced: the model is called without a global mask.
+Its own attention creates chunks with strides and writes into slices, for which exporters freeze the traced length. It
+also pads its input to a multiple of the window, which they cannot trace either. While it is traced, each layer computes
+the same weights from whole blocks instead: queries of a block of half a window, keys of that block and of the two
+beside it. Tokens with global attention are not traced: the model is called without a global mask.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class Longformer(Text):
     """Source: Beltagy et al. 2020, "Longformer: The Long-Document Transformer", section 3.1."""
 
     def weights(self, answer: Any) -> Sequence[Tensor | None]:
-        """One per layer, laid out over all keys: its own has a column for each place in the window."""
+        """Return each layer's weights over all keys; the model returns one column for each position of the window."""
         return [_over_keys(band) for band in answer.attentions]
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """Attend by blocks, on a sequence of any length, for as long as the context lasts."""
+        """Attend by blocks, on a sequence of any length, for the duration of the context."""
         layers = [layer.attention.self for layer in self.source.encoder.layer]
         for layer in layers:
             layer.forward = MethodType(_attend, layer)
-        self.source._pad_to_window_size = _unpadded  # noqa: SLF001 - the one place where the model pads
+        self.source._pad_to_window_size = _unpadded  # noqa: SLF001 - where the model pads
         try:
             yield
         finally:
@@ -49,13 +49,13 @@ def _unpadded(**inputs: Any) -> tuple[Any, ...]:
 
 
 def _attend(layer: Any, hidden: Tensor, attention_mask: Tensor, **_: Any) -> tuple[Tensor]:
-    """One layer's attention without global tokens: hidden states (B, L, H * D) in and out.
+    """Compute one layer's attention without global tokens, (B, L, H * D) from (B, L, H * D).
 
     Args:
-        layer: the model's own, of which only the projections are used.
+        layer: the model's own layer, of which only the projections are used.
         hidden: (B, L, H * D).
-        attention_mask: (B, L), 0 where there is a token, and below where there is padding.
-        **_: what global tokens would need.
+        attention_mask: (B, L), 0 for tokens and negative for padding.
+        **_: arguments for global tokens, which are unused.
     """
     block = int(layer.one_sided_attn_window_size)
     rows, length, _width = hidden.shape
@@ -70,28 +70,28 @@ def _attend(layer: Any, hidden: Tensor, attention_mask: Tensor, **_: Any) -> tup
     token = (attention_mask == 0).to(hidden.dtype)
     row, column = torch.arange(block)[:, None], torch.arange(3 * block)[None, :]
     near = (column - block - row).abs() <= block
-    seen = near & (_banded(token[:, None, :, None], block, missing).transpose(-1, -2) > 0)
+    allowed = near & (_banded(token[:, None, :, None], block, missing).transpose(-1, -2) > 0)
     lowest = torch.finfo(hidden.dtype).min
-    weights = (query @ key.transpose(-1, -2)).masked_fill(~seen, lowest).softmax(dim=-1)
+    weights = (query @ key.transpose(-1, -2)).masked_fill(~allowed, lowest).softmax(dim=-1)
     padding = _blocks(pad(token, (0, missing))[:, None, :, None], block) == 0
     attended = (weights.masked_fill(padding, 0.0) @ value).flatten(2, 3)[:, :, :length]
     return (attended.transpose(1, 2).reshape(rows, length, -1),)
 
 
 def _blocks(vectors: Tensor, block: int) -> Tensor:
-    """(B, H, L, D) -> (B, H, L / block, block, D)."""
+    """Reshape (B, H, L, D) to (B, H, L / block, block, D)."""
     rows, heads, _length, width = vectors.shape
     return vectors.reshape(rows, heads, -1, block, width)
 
 
 def _banded(vectors: Tensor, block: int, missing: int) -> Tensor:
-    """For each block of queries the vectors of its keys: (B, H, L, D) -> (B, H, blocks, 3 * block, D)."""
+    """Return the keys of each block of queries: (B, H, L, D) -> (B, H, blocks, 3 * block, D)."""
     blocks = _blocks(pad(vectors, (0, 0, block, block + missing)), block)
     return torch.cat([blocks[:, :, :-2], blocks[:, :, 1:-1], blocks[:, :, 2:]], dim=3)
 
 
 def _over_keys(band: Tensor) -> Tensor:
-    """(B, H, L, 2 * w + 1), of which column c is the key c - w places from the query, to (B, H, L, L)."""
+    """Lay out (B, H, L, 2 * w + 1) as (B, H, L, L). Column c is the key c - w positions from the query."""
     length, reach = band.shape[2], band.shape[3] // 2
     places = torch.arange(length)
     offset = places[None, :] - places[:, None] + reach

@@ -1,4 +1,4 @@
-"""Swin: an image encoder whose patches look at those of their own window, which shifts from layer to layer."""
+"""Swin: an image encoder whose patches attend within windows, which shift from layer to layer."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnserve_server.conversion.learning.fixed_axes import PatchGrid
 from attnserve_server.conversion.sources.architectures.image import Image
-from attnserve_server.conversion.sources.source_model import Grid
 
 
 class Swin(Image):
     """Source: Liu et al. 2021, "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", 3.2."""
 
     @property
-    def grids(self) -> dict[int, Grid]:
-        """One per stage: between them, four patches become one."""
+    def grids(self) -> dict[int, PatchGrid]:
+        """The grid of each stage: between stages, four patches are merged into one."""
         sizes = [layer.input_resolution for layer in self._layers()]
-        return {int(rows * columns): Grid(int(rows), int(columns)) for rows, columns in sizes}
+        return {int(rows * columns): PatchGrid(int(rows), int(columns)) for rows, columns in sizes}
 
     def call(self, tensors: Mapping[str, Tensor], *, weights: bool) -> Any:
-        """The source's own answer, with every layer's weights: by itself it gives one layer's of each stage."""
+        """Run the model, and return the weights of every layer; the model itself returns one layer of each stage."""
         if not weights:
             return super().call(tensors, weights=False)
-        seen: list[Tensor] = []
+        collected: list[Tensor] = []
         layers = self._layers()
-        hooks = [layer.attention.register_forward_hook(lambda *said: seen.append(said[2][1])) for layer in layers]
+        hooks = [layer.attention.register_forward_hook(lambda *call: collected.append(call[2][1])) for layer in layers]
         try:
             answer = super().call(tensors, weights=False)
         finally:
@@ -36,13 +36,13 @@ class Swin(Image):
                 hook.remove()
         rows = answer.last_hidden_state.shape[0]
         answer.attentions = tuple(
-            _over_patches(layer, windows, rows) for layer, windows in zip(layers, seen, strict=True)
+            _over_patches(layer, windows, rows) for layer, windows in zip(layers, collected, strict=True)
         )
         return answer
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """Attend step by step: the fused operator takes windows for rows of the batch, and keeps their weights."""
+        """Use eager attention: the fused operator treats windows as rows of the batch, and does not return weights."""
         before = self.source.config._attn_implementation  # noqa: SLF001 - it has no public name
         sizes = [(layer, layer.window_size, layer.shift_size) for layer in self._layers()]
         self.source.set_attn_implementation("eager")
@@ -50,12 +50,12 @@ class Swin(Image):
             yield
         finally:
             self.source.set_attn_implementation(before)
-            # The model clamps windows to small images for good, and with the older exporter to a traced tensor.
+            # The model permanently clamps windows to small images; with TorchScript, to a traced tensor.
             for layer, window, shift in sizes:
                 layer.window_size, layer.shift_size = window, shift
 
     def weights(self, answer: Any) -> Sequence[Tensor | None]:
-        """One per layer, laid out over all patches."""
+        """Return the weights of each layer over all patches."""
         return tuple(answer.attentions)
 
     def _layers(self) -> list[Any]:
@@ -63,7 +63,7 @@ class Swin(Image):
 
 
 def _over_patches(layer: Any, windows: Tensor, rows: int) -> Tensor:
-    """Weights inside windows, (B * windows, H, W, W), over the patches of the layer's grid: (B, H, L, L)."""
+    """Lay out weights within windows, (B * windows, H, W, W), over the patches of the layer's grid, (B, H, L, L)."""
     height, width = layer.input_resolution
     side, shift = int(layer.window_size), int(layer.shift_size)
     patches = torch.arange(height * width).reshape(height, width).roll((-shift, -shift), (0, 1))

@@ -1,4 +1,4 @@
-"""Text encoders and decoders: one sequence of ids in, hidden states out."""
+"""Text encoders and decoders, such as BERT and GPT-2: one sequence of ids to hidden states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HIDDEN, EMBEDDING = "last_hidden_state", "embedding"
 
 
 class Text(Family):
-    """BERT and its kin, GPT-2 and its kin. `pooling` "mean" adds the mean over unpadded tokens, (B, D)."""
+    """One text. `pooling` "mean" adds the mean over unpadded tokens, (B, D)."""
 
     def __init__(self, source: Any, pooling: str = "", *, normalize: bool = False) -> None:
         super().__init__(source)
@@ -24,33 +24,35 @@ class Text(Family):
 
     @property
     def inputs(self) -> tuple[InputTensor, ...]:
-        """Ids and mask, (L,) each, and types of tokens where the model has more than one."""
+        """Ids and mask, (L,) each, and token types if the model has more than one."""
         accepted = inspect.signature(self.source.forward).parameters
         for name in ("input_ids", "attention_mask"):
             if name not in accepted:
-                raise BuildRefused(f"{type(self.source).__name__} takes no {name}, and is of no known family")
+                raise BuildRefused(
+                    f"{type(self.source).__name__} has no input {name}: its architecture is not supported"
+                )
         vocabulary_size = int(self.source.get_input_embeddings().num_embeddings)
         specs = [
             InputTensor("input_ids", (SEQUENCE,), "ids", vocabulary_size),
             InputTensor("attention_mask", (SEQUENCE,), "mask"),
         ]
-        # Models with one type of token accept the input and have no use for it.
+        # Models with one token type accept the input, and ignore it.
         if "token_type_ids" in accepted and getattr(self.source.config, "type_vocab_size", 0) > 1:
             specs.append(InputTensor("token_type_ids", (SEQUENCE,), "zeros"))
         return tuple(specs)
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Hidden states, and the embedding where it was asked for."""
+        """Hidden states, then the embedding if `pooling` is set."""
         return (HIDDEN, EMBEDDING) if self._pooling else (HIDDEN,)
 
     @property
     def max_lengths(self) -> dict[str, int]:
-        """Of the one sequence."""
+        """The positions of the model."""
         return {SEQUENCE: positions(self.source)}
 
     def outputs(self, answer: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Hidden states (B, L, D) and, if pooled, (B, D)."""
+        """Return hidden states (B, L, D) and, if pooled, (B, D)."""
         hidden = answer.last_hidden_state
         if not self._pooling:
             return (hidden,)
@@ -61,12 +63,12 @@ class Text(Family):
         return hidden, pooled
 
     def weights(self, answer: Any) -> Sequence[torch.Tensor | None]:
-        """One per layer."""
+        """Return the weights of each layer."""
         return tuple(answer.attentions)
 
 
 def positions(source: Any) -> int:
-    """Positions that a model has embeddings for; RoBERTa and its kin count them from behind their padding's id."""
+    """Return the greatest length of a model. RoBERTa and others count positions from after their padding id."""
     declared = getattr(source.config, "max_position_embeddings", None)
     for name, module in source.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

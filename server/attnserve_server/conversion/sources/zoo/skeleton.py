@@ -1,4 +1,4 @@
-"""What the zoo's models share: sizes, embeddings, layers around any attention, and the encoder made of them."""
+"""Parts that the zoo's models share: sizes, embeddings, layers around any attention, an encoder, seeded weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY_SIZE = 259
-"""Padding, the two special tokens, and every byte: what the zoo's tokenizer knows."""
+"""The zoo's tokenizer has padding, two special tokens and every byte."""
 PADDING_ID = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ZooSize:
-    """How large a model of the zoo is. `width` is d_model; heads divide it."""
+    """Size of a model of the zoo. `width` is d_model, a multiple of `heads`."""
 
     layers: int
     heads: int
@@ -27,9 +27,9 @@ SIZES = {"tiny": ZooSize(2, 4, 32), "small": ZooSize(4, 8, 128), "base": ZooSize
 
 
 class ZooAttention(nn.Module, ABC):
-    """Multi-head attention of queries (B, L, d_model) over keys (B, S, d_model), of which a mask (B, S) keeps some.
+    """Multi-head attention of queries (B, L, d_model) over the keys (B, S, d_model) that a mask (B, S) keeps.
 
-    A form of attention says how heads attend, in `attend`, and what its weights are by definition, in `weights_of`.
+    A form of attention implements `attend`, which the graph is traced from, and `weights_of`, its definition.
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2.
     """
 
@@ -39,7 +39,7 @@ class ZooAttention(nn.Module, ABC):
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        """What the queries see, (B, L, d_model). `mask` is bool (B, S), true where a key may be seen."""
+        """Return the attended values, (B, L, d_model). `mask` is bool (B, S), true for keys that may be attended to."""
         attended = self.attend(
             self.split(self.query(queries)), self.split(self.key(keys)), self.split(self.value(keys)), mask
         )
@@ -47,28 +47,28 @@ class ZooAttention(nn.Module, ABC):
         return projected
 
     def weights(self, queries: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """Weights (B, H, L, S) of each site in the order in which the graph computes them, from the definition."""
+        """Return each site's weights (B, H, L, S) by definition, in the order in which the graph computes them."""
         return self.weights_of(self.split(self.query(queries)), self.split(self.key(keys)), mask)
 
     def split(self, hidden: Tensor) -> Tensor:
-        """(B, T, H * D) -> (B, H, T, D)."""
+        """Reshape (B, T, H * D) to (B, H, T, D)."""
         return hidden.reshape(*hidden.shape[:2], self.heads, -1).transpose(1, 2)
 
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """(B, H, L, D) from query (B, H, L, D), key and value (B, H, S, D) and mask (B, S)."""
+        """Return (B, H, L, D) from query (B, H, L, D), key and value (B, H, S, D) and mask (B, S)."""
 
     @abstractmethod
     def weights_of(self, query: Tensor, key: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """Weights (B, H, L, S) of each site."""
+        """Return the weights (B, H, L, S) of each site, by definition."""
 
 
 AttentionClass = Callable[[int, int], ZooAttention]
-"""Makes the attention of one layer from d_model and the number of heads."""
+"""Creates the attention of one layer from d_model and the number of heads."""
 
 
 def softmax_weights(query: Tensor, key: Tensor, allowed: Tensor) -> Tensor:
-    """Softmax over the allowed keys; a fully masked row is 0.
+    """Return the softmax over the allowed keys; a fully masked row is 0.
 
     Args:
         query: (B, H, L, D).
@@ -84,12 +84,12 @@ def softmax_weights(query: Tensor, key: Tensor, allowed: Tensor) -> Tensor:
 
 
 def every_query(query: Tensor, mask: Tensor) -> Tensor:
-    """A mask of keys (B, S) for each query, (B, 1, L, S): the runtime's kernel does not broadcast over queries."""
+    """Expand a mask of keys (B, S) to (B, 1, L, S), because the runtime's kernel does not broadcast over queries."""
     return mask[:, None, None, :].expand(-1, -1, query.shape[2], -1)
 
 
 class Embedding(nn.Module):
-    """Ids (B, T) to vectors (B, T, d_model), with positions of sines, which end nowhere (Vaswani et al. 2017, 3.5)."""
+    """Token embedding plus sine positions, which have no greatest length. Source: Vaswani et al. 2017, section 3.5."""
 
     frequencies: Tensor
 
@@ -100,7 +100,7 @@ class Embedding(nn.Module):
         self.register_buffer("frequencies", 10_000.0**-exponents)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, d_model)."""
+        """Return vectors (B, T, d_model) for ids (B, T)."""
         positions = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
         angles = positions.unsqueeze(-1) * self.frequencies
         vectors: Tensor = self.table(ids)
@@ -108,7 +108,7 @@ class Embedding(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then cross-attention where the layer has one, then a feed-forward network; each added, then scaled."""
+    """Attention, optional cross-attention and a feed-forward network, each with a residual and layer normalization."""
 
     def __init__(self, width: int, attention: ZooAttention, cross_attention: ZooAttention | None = None) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Layer(nn.Module):
     def forward(
         self, hidden: Tensor, mask: Tensor, memory: Tensor | None = None, memory_mask: Tensor | None = None
     ) -> Tensor:
-        """(B, L, d_model) -> (B, L, d_model), having looked at a memory (B, S, d_model) if there is one."""
+        """Return (B, L, d_model) from hidden states (B, L, d_model) and an optional memory (B, S, d_model)."""
         hidden = self.attention_norm(hidden + self.attention(hidden, hidden, mask))
         if self.cross_attention is not None and self.cross_norm is not None:
             hidden = self.cross_norm(hidden + self.cross_attention(hidden, memory, memory_mask))
@@ -130,7 +130,7 @@ class Layer(nn.Module):
 
 
 class ZooModule(nn.Module):
-    """A model of the zoo; `shapes` has the axis symbols and fixed extents of its inputs, by name, without the batch."""
+    """A model of the zoo. `shapes`: axis symbols and fixed sizes of each input by name, without the batch axis."""
 
     shapes: Mapping[str, tuple[str | int, ...]]
 
@@ -146,7 +146,7 @@ class Encoder(ZooModule):
         self.layers = nn.ModuleList(Layer(size.width, attention(size.width, size.heads)) for _ in range(size.layers))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, T, d_model), and their mean over unpadded positions (B, d_model)."""
+        """Return hidden states (B, T, d_model) and their mean over unpadded positions (B, d_model)."""
         hidden, mask = self.embedding(input_ids), attention_mask.bool()
         for layer in self.layers:
             hidden = layer(hidden, mask)
@@ -154,16 +154,16 @@ class Encoder(ZooModule):
 
 
 def mean_of(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The mean over kept positions, (B, T, d_model) -> (B, d_model)."""
+    """Return the mean over kept positions, (B, d_model) from (B, T, d_model)."""
     kept = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * kept).sum(1) / kept.sum(1).clamp(min=1.0)
 
 
 def draw_weights(module: nn.Module, seed: int) -> None:
-    """Give a module weights drawn from a seed.
+    """Draw the weights of a module from a seed, in place.
 
-    Scores get a standard deviation of about 2, so that what a model looks at can be seen; as networks are usually
-    initialised, an untrained one would look at everything alike.
+    Scores get a standard deviation of about 2, so that attention is uneven enough to show. With the usual
+    initialisation, an untrained model attends to all keys almost equally.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""Which decomposed sites are plain, which are left to their graphs, and when a fused graph is worth having."""
+"""Which decomposed sites are plain, and which are left to their graphs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from attnserve_server.conversion.choose.comparing import verdict
 from attnserve_server.conversion.finders.names import site_names
 from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.rewrite.fuse.candidates import candidates
@@ -179,59 +178,3 @@ def test_name_of_the_node_names_the_fused_site_too() -> None:
     fused = next(candidates(checked(Plain(opset=14).model(), "plain")))
     (node,) = [each for each in ir.from_proto(fused.proto).graph if each.op_type == "Attention"]
     assert site_names([node]) == ["encoder.layer.0.attention"]
-
-
-ROUNDS = [1.0, 1.1, 0.9, 1.0, 1.05, 0.95, 1.0, 1.0, 1.0]
-
-
-def times(factor: float) -> list[float]:
-    return [factor * each for each in ROUNDS]
-
-
-def test_clearly_faster_graph_pays() -> None:
-    judged = verdict([ROUNDS, ROUNDS], [times(0.9), times(0.96)])
-    assert judged.pays
-    assert judged.ratio == pytest.approx((0.9 * 0.96) ** 0.5, abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [(1.2, 1.2), (1.0, 1.0), (0.99, 0.99), (0.8, 1.03)],
-    ids=["slower", "as fast", "within noise", "slower on one workload"],
-)
-def test_graph_that_is_not_clearly_faster_does_not_pay(first: float, second: float) -> None:
-    assert not verdict([ROUNDS, ROUNDS], [times(first), times(second)]).pays
-
-
-@pytest.mark.parametrize(
-    ("source_s", "other_s", "said"),
-    [
-        ([[1.0] * 9], [[0.994] * 9], "it takes 0.994 of the time, and at most 0.98 is worth another graph"),
-        (
-            [[1.0] * 9] * 2,
-            [[0.8] * 9, [1.03] * 9],
-            "it takes 0.908 of the time over all, but 1.030 on one workload, where at most 1.02 is allowed",
-        ),
-        (
-            [[1.0] * 9],
-            [[0.941] * 5 + [1.3] * 4],
-            "it takes 0.941 of the time at the median, but 1.300 or more in a quarter of the rounds, not below 1",
-        ),
-        ([[1.0] * 9], [[0.97] * 9], ""),
-    ],
-    ids=["median", "one workload", "spread", "none"],
-)
-def test_reason_names_the_bound_that_failed(source_s: list[list[float]], other_s: list[list[float]], said: str) -> None:
-    assert verdict(source_s, other_s).reason("the") == said
-
-
-@pytest.mark.parametrize("ratio", [0.9797, 0.9802, 0.9804, 0.9806])
-def test_bounds_hold_for_the_numbers_that_the_report_shows(ratio: float) -> None:
-    judged = verdict([[1.0] * 9], [[ratio] * 9])
-    assert judged.pays == (f"{judged.ratio:.3f}" <= "0.980")
-
-
-def test_gain_that_only_some_rounds_show_does_not_pay() -> None:
-    # The median is 0.97, and a third of the rounds were slower.
-    fused = [0.97, 0.97, 0.97, 0.9, 0.9, 0.9, 1.3, 1.3, 1.3]
-    assert not verdict([[1.0] * 9], [fused]).pays

@@ -11,9 +11,9 @@ import pytest
 from attnserve_server.cli import convert, inspect
 from attnserve_server.conversion.choose import comparing
 from attnserve_server.conversion.choose import fusion as room
-from attnserve_server.conversion.choose.comparing import Verdict
+from attnserve_server.conversion.choose.comparing import Timing
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.graphs.reading import checked
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.fuse.candidates import ATTENTION, MULTI_HEAD, Fused, candidates
 from attnserve_server.model.manifest import Manifest
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.slow
 CASE = Plain(masks=("lowest",))
 
 
-def judged(monkeypatch: pytest.MonkeyPatch, verdict: Verdict) -> None:
+def measured(monkeypatch: pytest.MonkeyPatch, timing: Timing) -> None:
     """How long graphs of this size take says nothing: the judgement has tests of its own."""
-    monkeypatch.setattr(comparing, "verdict", lambda source_s, fused_s: verdict)
+    monkeypatch.setattr(comparing, "timing_of", lambda source_s, fused_s: timing)
 
 
 def prepared(folder: Path, *, model: onnx.ModelProto | None = None, fuse: bool = True) -> Manifest:
@@ -39,7 +39,7 @@ def prepared(folder: Path, *, model: onnx.ModelProto | None = None, fuse: bool =
 
 
 def test_faster_fused_graph_becomes_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judged(monkeypatch, Verdict(0.9, pays=True))
+    measured(monkeypatch, Timing(0.9, pays=True))
     manifest = prepared(tmp_path)
     report = manifest.check.fusion
     assert report is not None
@@ -62,7 +62,7 @@ def test_faster_fused_graph_becomes_the_bundle(tmp_path: Path, monkeypatch: pyte
 def test_slower_fused_graph_is_not_kept_and_the_report_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged(monkeypatch, Verdict(1.2, pays=False))
+    measured(monkeypatch, Timing(1.2, pays=False))
     manifest = prepared(tmp_path)
     report = manifest.check.fusion
     assert report is not None
@@ -73,7 +73,7 @@ def test_slower_fused_graph_is_not_kept_and_the_report_says_why(
 
 
 def test_fused_graph_that_answers_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judged(monkeypatch, Verdict(0.1, pays=True))
+    measured(monkeypatch, Timing(0.1, pays=True))
 
     def wrong(proto: onnx.ModelProto) -> Iterator[Fused]:
         for fused in candidates(proto):
@@ -106,8 +106,8 @@ def test_fused_graph_that_does_not_run_is_not_kept(tmp_path: Path, monkeypatch: 
 
 
 def test_second_operator_is_tried_where_the_first_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = iter((Verdict(1.1, pays=False), Verdict(0.8, pays=True)))
-    monkeypatch.setattr(comparing, "verdict", lambda source_s, fused_s: next(verdicts))
+    timings = iter((Timing(1.1, pays=False), Timing(0.8, pays=True)))
+    monkeypatch.setattr(comparing, "timing_of", lambda source_s, fused_s: next(timings))
     manifest = prepared(tmp_path)
     assert manifest.check.fusion is not None
     assert manifest.check.fusion.operator == MULTI_HEAD
@@ -130,24 +130,24 @@ def test_graph_without_plain_sites_has_nothing_to_report(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("verdict", "said"),
+    ("timing", "line"),
     [
-        (Verdict(0.9, pays=True), "1 attention site rewritten to ai.onnx.Attention: 0.900 of the source's time"),
-        (Verdict(1.2, pays=False), "1 attention site rewritten to ai.onnx.Attention, but not kept: it takes 1.200"),
+        (Timing(0.9, pays=True), "1 attention site rewritten to ai.onnx.Attention: 0.900 of the source's time"),
+        (Timing(1.2, pays=False), "1 attention site rewritten to ai.onnx.Attention, but not kept: it takes 1.200"),
     ],
     ids=["kept", "not kept"],
 )
-def test_command_says_what_came_of_it(
-    verdict: Verdict, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_prepare_and_inspect_report_the_fusion(
+    timing: Timing, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged(monkeypatch, verdict)
+    measured(monkeypatch, timing)
     app = Typer()
     convert.register(app)
     inspect.register(app)
     file = saved(CASE.model(), tmp_path / "ranker.onnx")
-    line = ["prepare", str(file), "--name", "ranker", "--repository", str(tmp_path / "models")]
-    done = CliRunner().invoke(app, line)
+    arguments = ["prepare", str(file), "--name", "ranker", "--repository", str(tmp_path / "models")]
+    done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert said in done.output
+    assert line in done.output
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "models" / "ranker" / "1")])
-    assert said in " ".join(shown.output.split())
+    assert line in " ".join(shown.output.split())

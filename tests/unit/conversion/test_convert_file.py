@@ -13,7 +13,7 @@ from attention_graphs import Case
 from attnserve_server.conversion.assemble import Assembled
 from attnserve_server.conversion.base.errors import BuildRefused, CheckFailed
 from attnserve_server.conversion.base.steps import Steps
-from attnserve_server.conversion.prepare import PrepareRequest, prepare_bundle
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.model.manifest import AxisSpec, InputRole
 from attnserve_server.model.repository import Bundle, Repository, verify
@@ -84,13 +84,13 @@ def test_nameless_axes_of_token_inputs_are_one_axis(tmp_path: Path) -> None:
 
 def test_graph_without_attention_is_served_without_weights_and_says_so(tmp_path: Path) -> None:
     said = warnings_of(encoder(attend=False, masked=False), tmp_path)
-    assert "has no attention that is known: it will be served without weights" in said
+    assert "has no attention that can be recognised: it is served without weights" in said
     assert Repository(tmp_path / "models").bundle("ranker").manifest.sites == ()
 
 
 def test_batch_axis_fixed_at_one_limits_batches_to_one(tmp_path: Path) -> None:
     model = encoder(batch=1)
-    assert "every sequence will run alone" in warnings_of(model, tmp_path)
+    assert "every sequence runs alone" in warnings_of(model, tmp_path)
     assert Repository(tmp_path / "models").bundle("ranker").manifest.max_batch_size == 1
 
 
@@ -139,7 +139,7 @@ def test_input_that_no_text_fills_is_told(tmp_path: Path) -> None:
     model.graph.node[-1].output[:] = ["plain"]
     model.graph.node.append(helper.make_node("Mul", ["plain", "gain"], ["hidden"]))
     said = warnings_of(model, tmp_path, tokenizer=tokenizer)
-    assert "input 'gain' cannot be made from text: clients must send tensors" in said
+    assert "text does not fill input 'gain': clients must send tensors" in said
 
 
 def test_tapped_bundle_answers_the_bits_of_its_source(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_site_whose_rows_are_not_the_batch_is_listed_without_weights(tmp_path: P
 
 def test_prepared_bundle_cannot_be_prepared_again(tmp_path: Path) -> None:
     bundle = prepared(encoder(), tmp_path)
-    with pytest.raises(BuildRefused, match="prepared already"):
+    with pytest.raises(BuildRefused, match="converted already"):
         prepare_bundle(PrepareRequest(file=bundle.model_path, name="again", repository=tmp_path / "models"))
 
 

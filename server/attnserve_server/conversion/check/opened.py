@@ -1,0 +1,176 @@
+"""A bundle that is opened for a check, and the values in which the check reports its findings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from pydantic import BaseModel, ConfigDict
+
+from attnserve_server.conversion.assemble import Assembled, assemble
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.base.tolerances import CHECK_LENGTHS, Tolerances
+from attnserve_server.conversion.graphs.reading import read_graph
+from attnserve_server.conversion.inputs.signature import Signature, signature_of
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.probing.runtime import GraphRunner
+from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, WEIGHTS_PREFIX
+from attnserve_server.domain.values import Array
+from attnserve_server.engine.session import RuntimeSession
+from attnserve_server.model.manifest import InputRole, Manifest
+from attnserve_server.model.report import QualityReport
+from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository
+
+
+class Finding(BaseModel):
+    """The result of one comparison. `passed` is None if there was nothing to compare; `detail` states why."""
+
+    # An error is infinite if shapes differ or a run failed.
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+    what: str
+    passed: bool | None
+    error: float | None = None
+    allowed: float | None = None
+    detail: str = ""
+
+    @classmethod
+    def of(cls, what: str, error: float, allowed: float, detail: str = "") -> Finding:
+        """Return a finding that passes if `error` is at most `allowed`."""
+        return cls(what=what, passed=bool(error <= allowed), error=error, allowed=allowed, detail=detail)
+
+
+class CertifiedVersion(BaseModel):
+    """A version that `check --certify` wrote, with one line for each clause of its certificate."""
+
+    model_config = ConfigDict(frozen=True)
+    version: str
+    digest: str
+    changes: tuple[str, ...]
+
+
+class BundleCheck(BaseModel):
+    """The result of a check.
+
+    `quality`: the stored report of a reduced precision, or a new one if the check compared it with its source.
+    `certified`: the version that was written; None without `--certify`, or if a finding failed.
+    """
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+    name: str
+    version: str
+    digest: str
+    precision: str
+    passed: bool
+    findings: tuple[Finding, ...]
+    quality: QualityReport | None = None
+    certified: CertifiedVersion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A bundle whose graph is loaded, beside the same graph without taps, which was searched and tapped again.
+
+    Attributes:
+        bundle: its manifest is under the policy of the check.
+        session: the graph as the server loads it.
+        runner: the graph, for runs of the check.
+        sampler: draws sequences for the graph.
+        again: the graph without taps, assembled again.
+        work: a folder for temporary files.
+    """
+
+    bundle: Bundle
+    session: RuntimeSession
+    runner: GraphRunner
+    sampler: Sampler
+    again: Assembled
+    work: Path
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the bundle, under the policy of the check."""
+        return self.bundle.manifest
+
+    @property
+    def tolerances(self) -> Tolerances:
+        """The tolerances of the bundle's precision."""
+        return Tolerances.of(self.manifest.precision)
+
+    @property
+    def bundled(self) -> Assembled:
+        """The bundle's own tapped graph with its own sites, in the form that the proof takes."""
+        manifest = self.manifest
+        return replace(
+            self.again,
+            model_path=self.bundle.model_path,
+            checker=self.runner,
+            sites=manifest.sites,
+            outputs=manifest.outputs,
+            site_axes={site.name: site.weight_axes for site in manifest.sites if site.available},
+            derived_axes={axis.symbol: axis.derived for axis in manifest.axes if axis.derived is not None},
+            precision=manifest.precision,
+        )
+
+    def mixed(self) -> tuple[dict[str, Array], list[dict[str, int]]]:
+        """Return a batch of mixed lengths within the model's limits, and each sequence's lengths along every axis."""
+        symbols = self.sampler.signature.symbols
+        longest = min((self.manifest.axis(symbol).max_length for symbol in symbols), default=max(CHECK_LENGTHS))
+        rows = self.sampler.signature.fixed_batch or self.manifest.max_batch_size
+        lengths = [min(length, longest) for length in CHECK_LENGTHS][-rows:]
+        if not all(self.manifest.axis(symbol).paddable for symbol in symbols):
+            lengths = [lengths[-1]] * len(lengths)
+        feeds, each = self.sampler.mixed(lengths)
+        return feeds, [{**self.manifest.fixed_lengths, **self.manifest.with_derived(own)} for own in each]
+
+
+def bundle_at(path: Path) -> Bundle:
+    """Return the bundle in a folder, without verifying its files.
+
+    Raises:
+        BuildRefused: the folder has no manifest.
+        BundleInvalid: the manifest is broken.
+    """
+    place = path.resolve()
+    if not place.is_dir() or not (place / MANIFEST_FILE).is_file():
+        raise BuildRefused(f"{path.name or place.name} is not a bundle: it has no {MANIFEST_FILE}")
+    return Repository(place.parents[1]).bundle(place.parent.name, place.name)
+
+
+def opened(bundle: Bundle, work: Path) -> Opened:
+    """Load a bundle's graph, and search it for attention again.
+
+    Args:
+        bundle: its files are verified, and its manifest is under the policy of the check.
+        work: a folder for temporary files.
+
+    Raises:
+        BuildRefused: the graph cannot be read, or does not run.
+        LoadFailed: the runtime does not load it.
+    """
+    manifest = bundle.manifest
+    proto = _untapped(read_graph(bundle.model_path))
+    symbols = {axis: None for spec in manifest.inputs for axis in spec.shape if isinstance(axis, str)}
+    signature = Signature(manifest.inputs, tuple(symbols), signature_of(proto.graph).fixed_batch)
+    sizes = {spec.name: manifest.vocabulary_of(spec) for spec in manifest.inputs if spec.role is InputRole.TOKEN_IDS}
+    sampler = Sampler(signature, vocabulary_sizes=sizes)
+    session = RuntimeSession.load(bundle.model_path, provider="CPUExecutionProvider", left_out=manifest.left_out)
+    place = work / "again"
+    place.mkdir()
+    again = assemble(proto, sampler, place, Steps.silent())
+    return Opened(bundle, session, GraphRunner(bundle.model_path), sampler, again, work)
+
+
+def _untapped(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a bundle's graph without its taps."""
+    model = ir.from_proto(proto)
+    graph = model.graph
+    for values, prefix in ((graph.outputs, WEIGHTS_PREFIX), (graph.inputs, ITEMS_PREFIX)):
+        if prefix == ITEMS_PREFIX:
+            RemoveUnusedNodesPass()(model)
+        for value in [value for value in values if str(value.name).startswith(prefix)]:
+            values.remove(value)
+    return ir.to_proto(model)
