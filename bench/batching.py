@@ -1,10 +1,10 @@
-"""Whether any answer depends on its batch: `python -m bench.batching`, or `make batching`.
+"""Measure whether any answer depends on its batch: `python -m bench.batching`, or `make batching`.
 
 Each model of `bench.batching_subjects` is converted and served with default flags to separate callers. Every answer is
 compared with the same sequence alone in the bare runtime. The positive control serves the same bundles with a
-certificate that claims everything proved, on one instance that gathers all that waits: there answers must be wrong, or
-the bench could not see a fault. Exit code 1 where a model is wrong by default, where a control that may share runs does
-not, or where the positive control finds nothing.
+certificate that claims everything is proved, on one instance that gathers all pending requests. There answers must be
+wrong, or the bench could not detect an error. Exit code 1 where a model is wrong by default, where a control that may
+share runs does not, or where the positive control finds nothing.
 """
 
 from __future__ import annotations
@@ -36,19 +36,23 @@ from bench.batching_subjects import SUBJECTS, Subject
 
 CALLERS = 32
 FORCING = ("--instances", "1", "--run-overhead-tokens", "1000000")
-"""Flags of the control's server: it gathers all that waits, at any padding."""
+"""Flags of the control's server: it gathers all pending requests, at any padding."""
 TOGETHER = 16
-"""Sequences in a call where runs are to be shared however busy the machine is."""
+"""Sequences in a call whose runs must be shared on a busy machine too."""
 LENGTHS = (*range(2, 24), *range(24, 100, 5))
 """Mixed, most of them short; some above each threshold of the graphs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. All counts are of `calls` sequences.
+    """One row of the table. All counts are of `calls` sequences.
 
-    `wrong`: sent by separate callers, by default. `together_wrong`, `mean_batch`: the same sequences in calls of
-    `TOGETHER`, by default. `forced_wrong`, `forced_mean_batch`: those in calls again, where everything is claimed.
+    Args:
+        wrong: Wrong answers to separate callers, by default.
+        together_wrong: Wrong answers to calls of `TOGETHER` sequences, by default.
+        mean_batch: Sequences that shared a run in these calls.
+        forced_wrong: Wrong answers to the same calls, with everything claimed proved.
+        forced_mean_batch: Sequences that shared a run there.
     """
 
     model: str
@@ -64,13 +68,13 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """No answer is wrong; a model that may share runs does, and any other is wrong where it is forced to."""
+        """Return whether no answer is wrong, safe models share runs, and unsafe ones are wrong when forced to."""
         right = not self.wrong and not self.together_wrong
         return right and (self.mean_batch > 1 if self.batches else self.forced_wrong > 0)
 
 
 class Alone:
-    """The bare runtime over a source and over its tapped graph: one sequence at a time."""
+    """The bare runtime over a source and over its tapped graph, one sequence at a time."""
 
     def __init__(self, source: Path, bundle: Bundle) -> None:
         options = ort.SessionOptions()
@@ -80,7 +84,7 @@ class Alone:
         self._manifest = bundle.manifest
 
     def answer(self, feeds: Feeds) -> dict[str, Array]:
-        """Outputs of the source and weights of the taps, as `attention.<site>`, without the batch axis."""
+        """Return outputs of the source and weights of the taps, as `attention.<site>`, without the batch axis."""
         rows = {name: values[None] for name, values in feeds.items()}
         names = [spec.name for spec in self._manifest.outputs]
         answer = dict(zip(names, self._source.run(names, rows), strict=True))
@@ -92,13 +96,13 @@ class Alone:
 
 
 def equality_of(manifest: Manifest) -> Equality:
-    """The rule by which answers of a bundle are compared."""
+    """Return the rule of equality for a bundle's answers."""
     certificate = getattr(manifest, "certificate", None)
     return Equality(manifest.precision, certificate.noise if certificate else {})
 
 
 def differs(result: InferenceResult | AttnserveError, alone: Mapping[str, Array], equality: Equality) -> bool:
-    """Whether an answer is not that of the sequence alone; an error is none."""
+    """Return whether an answer differs from the sequence alone. An error is no answer."""
     if isinstance(result, AttnserveError):
         return True
     found = dict(result.outputs) | {WEIGHTS_PREFIX + each.sites[0]: each.weights for each in result.attention}
@@ -108,9 +112,9 @@ def differs(result: InferenceResult | AttnserveError, alone: Mapping[str, Array]
 
 
 def forced(bundle: Bundle, repository: Path) -> Bundle:
-    """The same bundle with everything claimed: each clause proved, each axis padded, 32 rows a run.
+    """Return the same bundle with everything claimed: each clause proved, each axis padded, 32 rows a run.
 
-    Without its golden answers, which a graph that mixes its batch might not repeat.
+    It has no golden answers, which a graph that mixes its batch might not repeat.
     """
     manifest = bundle.manifest
     axes = tuple(axis.model_copy(update={"paddable": not axis.fixed}) for axis in manifest.axes)
@@ -125,7 +129,7 @@ def forced(bundle: Bundle, repository: Path) -> Bundle:
 
 
 def policy_of(manifest: Manifest) -> tuple[str, str]:
-    """What is shared by default, in words, and why not more."""
+    """Return what is shared by default, in words, and why not more."""
     certificate = getattr(manifest, "certificate", None)
     if certificate is None:
         padded = ", ".join(axis.symbol for axis in manifest.axes if axis.paddable) or "nothing"
@@ -144,7 +148,7 @@ def policy_of(manifest: Manifest) -> tuple[str, str]:
 async def called(
     target: str, model: str, requests: Sequence[Feeds], per_call: int
 ) -> list[InferenceResult | AttnserveError]:
-    """Every request once, so many in a call, from all callers; answers in the requests' order."""
+    """Send every request once, `together` in a call, from all callers. Answers are in the requests' order."""
     answers: dict[int, InferenceResult | AttnserveError] = {}
     waiting = iter(range(0, len(requests), per_call))
 
@@ -164,19 +168,19 @@ async def called(
 
 
 def mean_batch(results: Sequence[InferenceResult | AttnserveError]) -> float:
-    """Sequences that shared a run, as a caller meets them."""
+    """Return the mean number of sequences that shared a run with one."""
     sizes = [result.run.batch_size for result in results if isinstance(result, InferenceResult)]
     return sum(sizes) / max(len(sizes), 1)
 
 
 def measured(subjects: Sequence[Subject], calls: int, folder: Path) -> list[Row]:
-    """Convert, serve and compare; one row for each model."""
+    """Convert, serve and compare. One row for each model."""
     bundles: dict[str, Bundle] = {}
     alone: dict[str, Alone] = {}
     for subject in subjects:
         source = folder / f"{subject.name}.onnx"
         source.write_bytes(subject.graph().SerializeToString())
-        # Fusion would put a fused operator in the place of the spelling that the model stands for.
+        # Fusion would replace the spelling that the model represents by a fused operator.
         request = PrepareRequest(
             file=source, name=subject.name, repository=folder / "models", max_length=128, fuse=False
         )
@@ -219,7 +223,7 @@ def measured(subjects: Sequence[Subject], calls: int, folder: Path) -> list[Row]
 
 
 def shown(rows: Sequence[Row], console: Console) -> None:
-    """The table."""
+    """Print the table."""
     table = Table(
         "model", "policy used", "wrong", f"in calls of {TOGETHER}", "rows a run", "forced: wrong", "rows a run"
     )

@@ -1,6 +1,6 @@
 """Small models whose answers depend on their batch if nothing prevents it, and one that may be batched.
 
-Each stands for files that users have. `bench.batching` serves them; tests of cases build upon `Maker`.
+Each represents files of users. `bench.batching` serves them; tests of cases use `Maker`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Maker:
         return self.const(self.random.normal(size=shape) * scale)
 
     def unsqueeze(self, value: str, *axes: int) -> str:
-        """Axes of extent 1."""
+        """Axes of size 1."""
         if self.opset >= 13:
             return self.op("Unsqueeze", value, self.ints(*axes))
         return self.op("Unsqueeze", value, axes=list(axes))
@@ -88,7 +88,7 @@ class Maker:
         return self.op("ReduceSum", value, self.ints(axis), keepdims=int(keep))
 
     def length(self, value: str) -> str:
-        """The extent of axis 1, an int64 scalar."""
+        """The size of axis 1, an int64 scalar."""
         return self.op("Gather", self.op("Shape", value), self.const(1, np.int64), axis=0)
 
     def number(self, value: str) -> str:
@@ -144,9 +144,9 @@ class Maker:
 
 
 def quantized(make: Maker, value: str, columns: int = WIDTH, width: int = WIDTH, weights: Array | None = None) -> str:
-    """A product in integers, with one scale for all that is quantized: DynamicQuantizeLinear, MatMulInteger.
+    """An integer MatMul with one scale for all activations: DynamicQuantizeLinear, MatMulInteger.
 
-    Weights of seven bits, since kernels of processors without VNNI saturate at eight.
+    Weights have seven bits, because kernels of processors without VNNI saturate at eight.
     """
     drawn = make.random.integers(-63, 64, (width, columns)) if weights is None else weights
     whole, scale, zero = make.ops("DynamicQuantizeLinear", value, outputs=3)
@@ -155,7 +155,7 @@ def quantized(make: Maker, value: str, columns: int = WIDTH, width: int = WIDTH,
 
 
 def int8_bert() -> onnx.ModelProto:
-    """Dynamic int8 BERT style: embedding, LayerNorm, then attention over three products in integers."""
+    """Dynamic int8 BERT style: embedding, LayerNorm, then attention over three integer MatMuls."""
     make = Maker()
     hidden = make.normalised(make.ids())
     query, key, value = (quantized(make, hidden) for _ in range(3))
@@ -165,7 +165,7 @@ def int8_bert() -> onnx.ModelProto:
 
 
 def experts(capacity: int = 40) -> onnx.ModelProto:
-    """A mixture of two experts over masked attention: the second takes the first tokens of the flat batch alone."""
+    """A mixture of two experts over masked attention. The second one takes only the first tokens of the flat batch."""
     make = Maker()
     words = make.ids()
     hidden = make.op("Add", words, make.attended(words, words, words, make.bias(make.mask(), -np.inf), 0.1))
@@ -190,7 +190,7 @@ def greatest_length() -> onnx.ModelProto:
 
 
 def quantized_features() -> onnx.ModelProto:
-    """DynamicQuantizeLinear straight on a float input, then attention under a mask."""
+    """DynamicQuantizeLinear directly on a float input, then attention under a mask."""
     make = Maker()
     hidden = quantized(make, make.input("x", TensorProto.FLOAT, "t", WIDTH))
     make.output(make.attended(hidden, hidden, hidden, make.bias(make.mask(), -np.inf)), "hidden", "t", WIDTH)

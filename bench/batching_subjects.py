@@ -1,4 +1,4 @@
-"""What `bench.batching` serves: each model of `bench.batching_graphs`, and how its requests are drawn."""
+"""The subjects of `bench.batching`: each model of `bench.batching_graphs`, with its random requests."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def masked_features(random: np.random.Generator, length: int) -> Feeds:
 
 
 def wide_features(random: np.random.Generator, length: int) -> Feeds:
-    """64-wide features of different sizes: small ones attend evenly, large ones to themselves alone."""
+    """64-wide features of different sizes. Small ones attend evenly, large ones to themselves only."""
     size = 10 ** random.uniform(-1.5, 0.5)
     return {"x": (random.normal(size=(length, 64)) * size).astype(np.float32)}
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model and how its requests are drawn. `batches`: whether it must share runs by default."""
+    """A model with its random requests. `batches`: whether it must share runs by default."""
 
     name: str
     what: str
@@ -43,7 +43,7 @@ class Subject:
     batches: bool = False
 
     def requests(self, count: int, lengths: Sequence[int], seed: int = 0) -> list[Feeds]:
-        """So many requests, whose lengths are drawn from `lengths`."""
+        """Return `count` requests, with lengths drawn from `lengths`."""
         random = np.random.default_rng(seed)
         return [self.request(random, int(random.choice(lengths))) for _ in range(count)]
 

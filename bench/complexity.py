@@ -1,6 +1,6 @@
 """Time and memory of every form of attention over the length: `make complexity`, or `python -m bench.complexity`.
 
-Each form is a model of the zoo, of one layer, exported as any model is; each point is a process of its own, one thread,
+Each form is a model of the zoo, of one layer, exported as any model is. Each point is a separate process of one thread,
 with taps and no selected attention.
 """
 
@@ -29,15 +29,18 @@ FORMS = ("self", "causal", "sliding-window", "top-k", "linear", "multi-scale", "
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 HEADS, WIDTH = 4, 64
 TIME_BUDGET_S, MEMORY_BUDGET_MIB = 40.0, 6144.0
-"""A point is left out where the one before it foretells more: four times as much for twice the length."""
+"""A point is left out where the point before it predicts more: four times as much for twice the length."""
 _MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One form at one length. `seconds`: CPU time of a run, the least of some. `mib`: the most memory beyond idle.
+    """One form at one length.
 
-    Both are None where the point was left out, and `skipped` says why.
+    Args:
+        seconds: CPU time of a run, the minimum of several. None where the point was left out.
+        mib: The maximum memory beyond idle. None where the point was left out.
+        skipped: Why the point was left out.
     """
 
     form: str
@@ -48,7 +51,7 @@ class Point:
 
 
 def export_forms(folder: Path, forms: Sequence[str]) -> dict[str, Path]:
-    """A tapped graph of each form, of one layer."""
+    """Export a tapped graph of each form, of one layer."""
     from attnserve_server.conversion.convert import ExportRequest, export_bundle  # noqa: PLC0415 - torch: not in each point
     from attnserve_server.conversion.sources.source import ZooOptions  # noqa: PLC0415 - as above
 
@@ -61,19 +64,19 @@ def export_forms(folder: Path, forms: Sequence[str]) -> dict[str, Path]:
 
 
 def measure(model: Path, length: int) -> tuple[float, float]:
-    """CPU seconds of a run on sequences of one length, and MiB that it takes beyond what the idle session holds.
+    """Return CPU seconds of a run on sequences of one length, and the MiB that it takes beyond the idle session.
 
-    In this process, which should do nothing else: its memory is the kernel's count of resident pages.
+    It measures this process, which must do nothing else: the memory is the kernel's count of resident pages.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    # An arena keeps what it was given, in powers of two: that would be its memory, not the graph's.
+    # An arena keeps its memory, in powers of two. That would be the arena's size, not the graph's.
     options.enable_cpu_mem_arena = False
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     outputs = [value.name for value in session.get_outputs() if not value.name.startswith("attention.")]
     session.run(outputs, _feeds(session, 16))
     feeds = _feeds(session, length)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak
     idle = _resident("VmRSS")
     spent: list[float] = []
     while len(spent) < 5 and sum(spent) < 2:
@@ -84,7 +87,7 @@ def measure(model: Path, length: int) -> tuple[float, float]:
 
 
 def sweep(models: dict[str, Path], lengths: Sequence[int]) -> list[Point]:
-    """All points, each in a fresh process; the forms one after the other, lengths from the least."""
+    """Return all points, each from a fresh process, form by form, lengths ascending."""
     points: list[Point] = []
     for form, model in track(models.items(), description="measuring", transient=True):
         last: Point | None = None
@@ -104,7 +107,7 @@ def sweep(models: dict[str, Path], lengths: Sequence[int]) -> list[Point]:
 
 
 def slopes(points: Sequence[Point]) -> dict[str, dict[str, float]]:
-    """Exponents of time and memory in the length, by form: fitted to its three longest points, on log scales."""
+    """Return exponents of time and memory in the length, by form, fitted to its three longest points on log scales."""
     found: dict[str, dict[str, float]] = {}
     for form in dict.fromkeys(point.form for point in points):
         longest = [point for point in points if point.form == form and point.seconds][-3:]
@@ -147,7 +150,7 @@ def _feeds(session: Any, length: int) -> dict[str, Any]:
 
 
 def _resident(name: str) -> float:
-    """A line of /proc/self/status, in MiB."""
+    """Return a line of /proc/self/status, in MiB."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 / _MIB for line in lines if line.startswith(f"{name}:"))
 

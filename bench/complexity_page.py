@@ -31,7 +31,7 @@ Measured on: {machine}.
 
 
 def table(report: dict[str, Any]) -> str:
-    """Two tables in Markdown: time and memory, a form in each row."""
+    """Return two tables in Markdown, time and memory, with a form in each row."""
     lengths = sorted({point["length"] for point in report["points"]})
     forms = list(dict.fromkeys(point["form"] for point in report["points"]))
     at = {(point["form"], point["length"]): point for point in report["points"]}

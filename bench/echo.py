@@ -1,6 +1,6 @@
-"""What the service itself costs: an identity model through `StreamInfer` beside a bare stream that echoes its bytes.
+"""The cost of the service itself: an identity model through `StreamInfer`, and a bare stream that echoes its bytes.
 
-`python -m bench.echo --bare PORT_FILE` is the bare server, in a process of its own. `bench.floor` calls it too, whose
+`python -m bench.echo --bare PORT_FILE` is the bare server, in a separate process. `bench.floor` calls it too: its
 unary answers have as many bytes as the hidden states of a sequence.
 """
 
@@ -29,7 +29,7 @@ from bench import service
 
 WIDTH = 384
 IN_FLIGHT = 8
-"""Messages under way: enough that neither side waits for the other."""
+"""Messages in flight: enough that neither side waits for the other."""
 ANSWERED = b"a" * 65_000
 _METHOD = "/attnserve.v1.InferenceService/StreamInfer"
 UNARY = "/attnserve.v1.InferenceService/Infer"
@@ -37,7 +37,7 @@ _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_messa
 
 
 def write_bundle(folder: Path) -> None:
-    """An identity of (batch, seq, 384) float32 as the bundle `echo`."""
+    """Write an identity of (batch, seq, 384) float32 as the bundle `echo`."""
     shape = ["batch", "seq", WIDTH]
     graph = helper.make_graph(
         [helper.make_node("Identity", ["x"], ["y"])],
@@ -57,7 +57,7 @@ def write_bundle(folder: Path) -> None:
 
 
 def messages(count: int, per_message: int, tokens: Sequence[int]) -> list[bytes]:
-    """Stream messages of so many sequences each; all different, so that nothing is cached."""
+    """Return stream messages of `per_message` sequences each, all different, so that nothing is cached."""
     random = np.random.default_rng(0)
     made = []
     at = 0
@@ -76,9 +76,10 @@ def messages(count: int, per_message: int, tokens: Sequence[int]) -> list[bytes]
 
 
 async def rate(target: str, sent: list[bytes], seconds: float) -> tuple[float, int]:
-    """Messages a second through one stream, `IN_FLIGHT` under way, and how many answers were refusals.
+    """Return messages a second through one stream with `IN_FLIGHT` in flight, and the number of refusals.
 
-    The messages are sent in turns. There are many times as many as are under way, for these must have different ids.
+    The messages are sent in turns. There are many times as many as are in flight, because these must have different
+    ids.
     """
     assert len(sent) >= 4 * IN_FLIGHT
     refused = done = 0
@@ -87,7 +88,7 @@ async def rate(target: str, sent: list[bytes], seconds: float) -> tuple[float, i
         room = asyncio.Semaphore(IN_FLIGHT)
 
         async def write() -> None:
-            # A task of its own: whoever only writes, while nobody reads, may wait for ever.
+            # A separate task: a writer without a reader may wait without a limit.
             for message in itertools.cycle(sent):
                 await room.acquire()
                 await call.write(message)
@@ -107,7 +108,7 @@ async def rate(target: str, sent: list[bytes], seconds: float) -> tuple[float, i
 
 @contextmanager
 def bare() -> Iterator[tuple[str, psutil.Process]]:
-    """The echo in a process of its own, until the block ends."""
+    """Run the echo in a separate process until the block ends."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "port")
         process = subprocess.Popen([sys.executable, "-m", "bench.echo", "--bare", str(file)])
@@ -124,7 +125,7 @@ def bare() -> Iterator[tuple[str, psutil.Process]]:
 
 
 def ratios(rounds: int, per_message: int, tokens: int, seconds: float = 1.5) -> dict[str, list[float]]:
-    """Sequences a second, bare and through the service, in turns; one round more goes before."""
+    """Return sequences a second, bare and through the service, in interleaved rounds after one warm-up round."""
     sent = messages(8 * IN_FLIGHT, per_message, [tokens])
     found: dict[str, list[float]] = {"bare": [], "service": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +157,7 @@ async def _serve(file: Path) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service_name, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    file.write_text(json.dumps(port))  # noqa: ASYNC240 - once, before anybody is served
+    file.write_text(json.dumps(port))  # noqa: ASYNC240 - once, before the first request
     await server.wait_for_termination()
 
 

@@ -1,7 +1,7 @@
-"""Random encoders of known sizes, for machines that no checkpoint reaches: `python -m bench.encoders large FOLDER`.
+"""Random encoders of known sizes, for machines without access to checkpoints: `python -m bench.encoders large FOLDER`.
 
-A folder as `attnserve-server export` takes it. Values do not change what a run costs, so all layers hold the same ones,
-cut from one short draw: such a folder, and the bundle made of it, compresses to a few megabytes.
+The folder is one that `attnserve-server export` takes. Values do not change the cost of a run, so all layers hold the
+same ones, cut from one short draw. Such a folder, and the bundle made of it, compresses to a few megabytes.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ SIZES: Final = {
     "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
     "large": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096},
 }
-"""all-MiniLM-L6-v2's, and BERT-large's (Devlin et al., 2018, section 3)."""
+"""The sizes of all-MiniLM-L6-v2 and of BERT-large (Devlin et al., 2018, section 3)."""
 DRAWN: Final = 1 << 20
-"""Values in the draw."""
+"""The number of drawn values."""
 SCALE: Final = 0.02
-"""The standard deviation that BERT begins with."""
+"""The standard deviation of BERT's initialisation."""
 
 
 def filled(shape: torch.Size, draw: Array) -> torch.Tensor:
-    """A tensor of so many values, the draw again and again."""
+    """Return a tensor filled with the draw, repeated."""
     return torch.tensor(np.resize(draw, tuple(shape)))
 
 
 def encoder(size: str) -> BertModel:
-    """The model with its values drawn; normalisations stay as they begin, at one and zero."""
+    """Return the model with drawn values. Normalisations keep their initial values, one and zero."""
     model = BertModel(BertConfig(**SIZES[size]), add_pooling_layer=False).eval()  # type: ignore[arg-type]
     draw = np.random.default_rng(0).normal(0.0, SCALE, DRAWN).astype(np.float32)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One line of a benchmark's verdict: what was measured, against which limit."""
+"""One result of a benchmark: a figure, its limit and whether it holds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A figure and its limit. `values` are those of the rounds; the median counts.
+    """A figure and its limit. The median of the rounds is compared with the limit.
 
     Attributes:
-        what: in words.
-        values: one for each round.
-        limit: what the median may be.
-        most: whether the limit is the greatest allowed or the least.
-        detail: what else was seen.
+        what: Its name, in words.
+        values: One for each round.
+        limit: The limit of the median.
+        most: True if the limit is an upper one.
+        detail: Other measurements.
     """
 
     what: str
@@ -28,16 +28,16 @@ class Finding:
 
     @property
     def median(self) -> float:
-        """Of the rounds."""
+        """The median of the rounds."""
         return statistics.median(self.values)
 
     @property
     def holds(self) -> bool:
-        """Whether the median keeps the limit."""
+        """True if the median is within the limit."""
         return self.median <= self.limit if self.most else self.median >= self.limit
 
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the finding for JSON."""
         return {
             "what": self.what,
             "median": self.median,

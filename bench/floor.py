@@ -1,6 +1,6 @@
-"""What a unary call costs before anything is computed: `python -m bench.floor`, a bare grpc.aio server.
+"""The cost of a unary call before anything is computed: `python -m bench.floor`, a bare grpc.aio server.
 
-It answers 65 kB. Told are its processor time a call and the caller's median latency, for one caller and for 64.
+It answers 65 kB. Reported are its processor time a call and the caller's median latency, for one caller and for 64.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from rich.table import Table
 from bench import echo
 
 ASKED = b"a" * 400
-"""As many bytes as a sequence of ids has."""
+"""A request of as many bytes as a sequence of ids has."""
 CALLERS = (1, 64)
 
 
 async def drive(target: str, callers: int, calls: int) -> list[float]:
-    """Seconds of each call, from so many callers in a closed loop."""
+    """Return the seconds of each call, from `callers` in a closed loop."""
     waits: list[float] = []
     left = iter(range(calls))
     async with grpc.aio.insecure_channel(target) as channel:

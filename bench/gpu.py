@@ -1,9 +1,9 @@
-"""What a GPU gives, through us and bare: `python -m bench.gpu --repository FOLDER --json FILE`.
+"""The rate of a GPU, through the server and bare: `python -m bench.gpu --repository FOLDER --json FILE`.
 
-For each model of the repository, in one run: the bare session at its best batch, in as many threads as serve best; the
-server under unary callers and streams, with nobody, a quarter and everybody asking for attention; and the seconds of a
-run over a grid of batch and length. Callers are processes of their own, which send messages made beforehand. One
-output, and attention where asked, comes back: with `--output embedding`, as most callers of an encoder want it, pooled.
+For each model of the repository, in one run: the bare session at its best batch and number of threads; the
+server under unary callers and streams, where none, a quarter or all of the requests select attention; and the seconds
+of a run over a grid of batch and length. Callers are separate processes, which send messages made beforehand. One
+output, and attention where selected, comes back: with `--output embedding`, the pooled one.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ Sequences = list[PreparedSequence]
 
 
 def prepared(manifest: Manifest, output: str, length: int) -> PreparedSequence:
-    """A sequence of a length that wants one output alone."""
+    """Return a sequence of a length with one selected output."""
     made = synthetic(manifest, length)
     return PreparedSequence(made.tensors, made.lengths, (output,))
 
 
 def batches(manifest: Manifest, output: str, lengths: list[int], budget: int) -> list[Sequences]:
-    """Sorted batches of about so many positions, of at most 128 rows."""
+    """Return sorted batches of about `budget` positions and at most 128 rows."""
     made: list[Sequences] = [[]]
     for length in sorted(lengths):
         if made[-1] and (length * (len(made[-1]) + 1) > budget or len(made[-1]) == GRID_BATCH[-1]):
@@ -59,7 +59,7 @@ def batches(manifest: Manifest, output: str, lengths: list[int], budget: int) ->
 
 
 def bare_rate(session: RuntimeSession, work: list[tuple[Any, Any]], threads: int, seconds: float) -> float:
-    """Sequences a second of so many threads that go through the batches, again and again."""
+    """Return sequences a second of threads that go through the batches repeatedly."""
     until, done = time.perf_counter() + seconds, [0] * threads
 
     def loop(number: int) -> None:
@@ -80,7 +80,7 @@ def bare_rate(session: RuntimeSession, work: list[tuple[Any, Any]], threads: int
 
 
 def bare(bundle: Bundle, output: str, session: RuntimeSession, lengths: list[int], seconds: float) -> dict[str, Any]:
-    """Sequences a second of the bare session, over batch budgets and threads."""
+    """Return sequences a second of the bare session, over batch budgets and threads."""
     rates: dict[str, float] = {}
     for budget in BUDGETS:
         collated = [collate(batch, bundle.manifest) for batch in batches(bundle.manifest, output, lengths, budget)]
@@ -95,7 +95,7 @@ def bare(bundle: Bundle, output: str, session: RuntimeSession, lengths: list[int
 
 
 def cost_rows(bundle: Bundle, output: str, session: RuntimeSession) -> list[tuple[int, int, float]]:
-    """(rows, positions, seconds) over the grid, collation and the way back included."""
+    """Return (rows, positions, seconds) over the grid, collation and copies back included."""
     rows = []
     for size in GRID_BATCH:
         for tokens in GRID_TOKENS:
@@ -111,13 +111,13 @@ def cost_rows(bundle: Bundle, output: str, session: RuntimeSession) -> list[tupl
     return rows
 
 
-def message(model: str, output: str, items: list[Any], *, asking: bool, name: str) -> Any:
-    """A request for some sequences; `asking`: for the last layer's mean map."""
+def message(model: str, output: str, items: list[Any], *, selecting: bool, name: str) -> Any:
+    """Return a request for some sequences. `selecting`: it selects the last layer's mean map."""
     made = inference_service_pb2.InferRequest(model=model, request_id=name)
     for ids in items:
         made.sequences.append(service.request(ids).sequences[0])
     made.outputs.names.append(output)
-    if asking:
+    if selecting:
         made.attention.CopyFrom(
             attention_pb2.AttentionSelection(layers=[-1], head_reduction=attention_pb2.HEAD_REDUCTION_MEAN)
         )
@@ -125,7 +125,7 @@ def message(model: str, output: str, items: list[Any], *, asking: bool, name: st
 
 
 async def stream_client(target: str, messages: list[Any], sizes: dict[bytes, int], seconds: float) -> int:
-    """Sequences answered on one stream that keeps all messages under way: each goes again once it is answered."""
+    """Return sequences answered on one stream with all messages in flight. Each is sent again once it is answered."""
     wires = {
         one.request_id.encode(): inference_service_pb2.StreamInferRequest(request=one).SerializeToString()
         for one in messages
@@ -149,7 +149,7 @@ async def stream_client(target: str, messages: list[Any], sizes: dict[bytes, int
 
 
 async def unary_client(target: str, messages: list[Any], callers: int, seconds: float) -> tuple[int, list[float]]:
-    """Sequences answered to so many callers, and each call's seconds."""
+    """Return the sequences answered to `callers`, and the seconds of each call."""
     wires = [one.SerializeToString() for one in messages]
     until, waits, at = time.monotonic() + seconds, [], iter(range(10**9))
     async with grpc.aio.insecure_channel(target, options=[("grpc.max_receive_message_length", -1)]) as channel:
@@ -166,14 +166,14 @@ async def unary_client(target: str, messages: list[Any], callers: int, seconds: 
 
 
 def client(target: str, model: str, output: str, kind: str, share: float, seconds: float, seed: int) -> None:
-    """One process of callers; prints what it got."""
+    """Run one process of callers, and print its results."""
     items = sequences(2048, service_vocabulary(), seed)
     random = np.random.default_rng(seed)
     if kind == "stream":
         groups = [items[at : at + 32] for at in range(0, 1024, 32)]
-        # A share of the sequences: of the messages, since a message asks for all of its sequences or for none.
+        # A share of the messages, because a message selects attention for all of its sequences or for none.
         messages = [
-            message(model, output, group, asking=bool(number < share * len(groups)), name=f"{number:04}")
+            message(model, output, group, selecting=bool(number < share * len(groups)), name=f"{number:04}")
             for number, group in enumerate(groups)
         ]
         sizes = {one.request_id.encode(): len(one.sequences) for one in messages}
@@ -182,7 +182,7 @@ def client(target: str, model: str, output: str, kind: str, share: float, second
         print(json.dumps({"sequences": answered, "seconds": time.monotonic() - began, "waits": []}))
         return
     messages = [
-        message(model, output, [ids], asking=bool(random.random() < share), name=f"{number}")
+        message(model, output, [ids], selecting=bool(random.random() < share), name=f"{number}")
         for number, ids in enumerate(items)
     ]
     began = time.monotonic()
@@ -191,14 +191,14 @@ def client(target: str, model: str, output: str, kind: str, share: float, second
 
 
 def service_vocabulary() -> int:
-    """Of BERT's uncased vocabulary, as all models here have it."""
+    """Return the size of BERT's uncased vocabulary, which all models here have."""
     return 30_522
 
 
 def served(
     target: str, name: str, output: str, kind: str, share: float, *, seconds: float, processes: int
 ) -> dict[str, Any]:
-    """Sequences a second through the server, from some processes of callers."""
+    """Return sequences a second through the server, from several processes of callers."""
     callers = kind if kind == "stream" else str(int(kind) // processes)
     line = [sys.executable, "-m", "bench.gpu", "--client", target, name, output, callers, str(share), str(seconds)]
     running = [subprocess.Popen([*line, str(seed)], stdout=subprocess.PIPE, text=True) for seed in range(processes)]
@@ -211,7 +211,7 @@ def served(
 
 
 def measure(bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one model."""
+    """Measure one model."""
     session = RuntimeSession.load(bundle.model_path)
     names = [spec.name for spec in bundle.manifest.outputs]
     output = options.output if options.output in names else names[0]
@@ -237,9 +237,9 @@ def measure(bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
                 found = served(server.target, bundle.manifest.name, output, kind, share, **how)
                 found["over_bare"] = found["sequences_per_s"] / report["bare"]["sequences_per_s"]
                 found["tokens_per_s"] = found["sequences_per_s"] * report["mean_tokens"]
-                # The start of the callers' processes counts in: about a second in which the server idles.
+                # The start of the callers' processes counts too: about a second in which the server idles.
                 found["server_cores"] = (server.cpu_seconds() - cpu) / options.seconds
-                report[f"{kind}, {name} asking"] = found
+                report[f"{kind}, {name} selecting"] = found
                 print(bundle.manifest.name, kind, name, found, flush=True)
     return report
 

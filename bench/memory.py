@@ -1,4 +1,4 @@
-"""Memory: one copy of the weights whatever the instances, and no growth over many requests; a control leaks."""
+"""Memory: one copy of the weights for any number of instances, and no growth over many requests; a control leaks."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from bench.workload import sequences
 REQUESTS = 20_000
 LIMIT_MB = 16.0
 COPIES_LIMIT = 0.25
-"""What seven more instances may add, as a share of the weights' file: their threads, and buffers of runs, a megabyte or
-so each. A copy of the weights would be 1 for each."""
+"""The limit of the memory of seven more instances, as a share of the weights' file: their threads, and buffers of runs,
+a
+megabyte or so each. A copy of the weights would be 1 for each."""
 _CONTROL_SHARE = 0.25
 VOCABULARY_SIZE = 30_522
 
 
 def resident_mb(server: service.Server) -> float:
-    """Resident memory of the process, in MB."""
+    """Return the resident memory of the process, in MB."""
     return float(server.process.memory_info().rss) / 1e6
 
 
 def copies(repository: Path) -> Finding:
-    """What eight instances take beyond one, over the size of the weights."""
+    """Measure the memory of eight instances beyond one, relative to the size of the weights."""
     weights = max(repository.glob("minilm/*/model.onnx")).stat().st_size / 1e6
     taken = []
     for instances in (1, 8):
@@ -46,7 +47,7 @@ def copies(repository: Path) -> Finding:
 
 
 def growth(repository: Path, requests: int = REQUESTS) -> list[Finding]:
-    """Growth over random-length requests once the server has seen all kinds, and that of a server that leaks."""
+    """Measure growth over random-length requests after a warm-up, and the growth of a server that leaks."""
     with service.running(repository) as server:
         found = _growth(server, requests)
     with leaking(repository) as server:
@@ -60,7 +61,7 @@ def growth(repository: Path, requests: int = REQUESTS) -> list[Finding]:
 
 
 def _growth(server: service.Server, requests: int) -> float:
-    load(server, 3000)  # until buffers and caches are as large as this traffic makes them
+    load(server, 3000)  # until buffers and caches have their final size for this traffic
     before = resident_mb(server)
     load(server, requests)
     time.sleep(1.0)
@@ -68,7 +69,7 @@ def _growth(server: service.Server, requests: int) -> float:
 
 
 def load(server: service.Server, requests: int) -> None:
-    """So many requests of random length for the embedding alone, a quarter with a map of attention."""
+    """Send requests of random length for the embedding only, a quarter with a map of attention."""
     attention = service.wire_selections()["one layer's mean"]
     made = []
     for index, ids in enumerate(sequences(1000, VOCABULARY_SIZE)):
@@ -81,7 +82,7 @@ def load(server: service.Server, requests: int) -> None:
 
 @contextmanager
 def leaking(repository: Path) -> Iterator[service.Server]:
-    """The server with a fault put in: it keeps the bytes of every request, forty times over."""
+    """Run the server with a planted leak: it keeps the bytes of every request, forty times over."""
     code = (
         "import sys, attnserve_server.transport.servicer as servicer\n"
         "kept, parse = [], servicer.parse_in_place\n"

@@ -1,6 +1,6 @@
-"""What taps cost those who do not ask, and answers on the wire: `make bench`, or `python -m bench.run`.
+"""The cost of unused taps, and the size of answers on the wire: `make bench`, or `python -m bench.run`.
 
-What the server as a whole costs beside the bare runtime is in `acceptance`.
+`acceptance` measures the server as a whole against the bare runtime.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from bench.workload import sequence, sequences, sorted_batches
 VOCABULARY_SIZE = 30_522
 WIRE_TOKENS = 128
 TAPPED_LIMIT = 1.03
-"""What a tap may cost those who do not ask: `make bench` fails above it."""
+"""The limit of unused taps: `make bench` fails above it."""
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Minimum, median and maximum."""
+    """Return minimum, median and maximum."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
@@ -42,7 +42,7 @@ def tapped_over_untapped(model: Path, rounds: int, count: int) -> dict[str, Any]
         session.cpu_seconds(batches[::4])
     ratios = []
     for number in track(range(rounds), description="tapped / untapped", transient=True):
-        # Batch by batch in turns, and in the other order every second time, so that drift falls on both alike.
+        # Batches alternate, in reverse order every second time, so that drift affects both equally.
         first, second = (tapped, plain) if number % 2 else (plain, tapped)
         times = {tapped: 0.0, plain: 0.0}
         for batch in batches:
@@ -53,7 +53,7 @@ def tapped_over_untapped(model: Path, rounds: int, count: int) -> dict[str, Any]
 
 
 def bytes_on_wire(repository: Path) -> dict[str, int]:
-    """Bytes of one answer, serialised, for a text of 128 tokens whose embedding alone is wanted as output."""
+    """Return the bytes of one serialised answer, for a text of 128 tokens with the embedding as its only output."""
     ids = sequence(WIRE_TOKENS, VOCABULARY_SIZE, np.random.default_rng(0))
     sizes = {}
     with service.running(repository) as server:
@@ -66,7 +66,7 @@ def bytes_on_wire(repository: Path) -> dict[str, int]:
 
 
 def show(console: Console, report: dict[str, Any]) -> None:
-    """The report as tables."""
+    """Print the report as tables."""
     ratio = report["tapped_over_untapped"]["ratio"]
     table = Table("ratio", "median", "min", "max", title="CPU time, within this run", title_justify="left")
     label = f"tapped session without selected attention / untapped (limit {TAPPED_LIMIT})"

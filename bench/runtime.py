@@ -1,4 +1,4 @@
-"""The bare runtime: what a graph costs without any server, tapped and untapped."""
+"""The bare runtime: the cost of a graph without a server, tapped and untapped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ITEMS_PREFIX, WEIGHTS_PREFIX = "attention_items.", "attention."
 
 
 def untapped(model_path: Path) -> bytes:
-    """The bundle's graph as it was before `prepare`: without tap inputs, tap outputs and what only they need."""
+    """Return the bundle's graph without tap inputs, tap outputs and the nodes that only they need."""
     model = onnx.load(model_path)
     graph = model.graph
     outputs = [value for value in graph.output if not value.name.startswith(WEIGHTS_PREFIX)]
@@ -54,16 +54,16 @@ class BareSession:
         ]
 
     def run(self, ids: Array) -> None:
-        """Runs one batch (B, T); 0 is padding."""
+        """Run one batch (B, T); 0 is padding."""
         self._session.run(self._fetches, self._feeds(ids))
 
     def run_asked(self, ids: Array) -> None:
-        """The same with the weights of every site and row."""
+        """Run one batch with the weights of every site and row."""
         rows = np.arange(len(ids), dtype=np.int64)
         self._session.run(None, {**self._feeds(ids), **dict.fromkeys(self._items, rows)})
 
     def hidden(self, ids: Array) -> Array:
-        """Hidden states (B, T, 384) of one batch."""
+        """Return hidden states (B, T, 384) of one batch."""
         (found,) = self._session.run(["last_hidden_state"], self._feeds(ids))
         return np.asarray(found)
 
@@ -74,14 +74,14 @@ class BareSession:
         return feeds
 
     def cpu_seconds(self, batches: list[Array]) -> float:
-        """CPU time of one thread that runs all batches."""
+        """Return the CPU time of one thread that runs all batches."""
         started = time.thread_time()
         for batch in batches:
             self.run(batch)
         return time.thread_time() - started
 
     def cpu_seconds_of_two_threads(self, batches: list[Array]) -> tuple[float, float]:
-        """CPU and wall time of the process while two threads share the batches."""
+        """Return CPU and wall time of the process while two threads share the batches."""
         halves = (batches[::2], batches[1::2])
         threads = [threading.Thread(target=lambda half=half: [self.run(batch) for batch in half]) for half in halves]
         cpu, wall = time.process_time(), time.perf_counter()

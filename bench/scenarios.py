@@ -1,7 +1,7 @@
-"""The server under load beside the bare runtime, in turns within one run: each function gives findings.
+"""The server under load and the bare runtime, in interleaved rounds of one run. Each function returns findings.
 
-The client runs on the machine's own cores, as in the record: what it takes is told and, where sequences a second are
-compared, allowed for.
+The client runs on the machine's own cores, as in the record. Its processor time is reported and, where sequences a
+second are compared, deducted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DEADLINE_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What all scenarios share."""
+    """The options that all scenarios share."""
 
     repository: Path
     rounds: int
@@ -51,14 +51,14 @@ class Options:
         return max(self.repository.glob("minilm/*/model.onnx"))
 
     def rounds_of(self, what: str) -> Iterator[int]:
-        """Numbers of the rounds, with a bar on a terminal."""
+        """Yield the numbers of the rounds, with a progress bar on a terminal."""
         yield from track(range(self.rounds), description=what, console=self.console, transient=True)
 
 
 def workload(
     items: list[Any], attention: attention_pb2.AttentionSelection | None = None, share: float = 0.0
 ) -> Workload:
-    """Requests of one sequence each; every 1/share-th asks for attention."""
+    """Return requests of one sequence each. Every 1/share-th selects attention."""
     every = round(1 / share) if share else 0
     asks = [bool(every) and index % every == every - 1 for index in range(len(items))]
     requests = [service.request(ids, attention if ask else None) for ids, ask in zip(items, asks, strict=True)]
@@ -66,7 +66,7 @@ def workload(
 
 
 def load(server: service.Server, sent: Workload, plan: Plan) -> tuple[Report, float, list[float]]:
-    """A report, the server's processor seconds while it was made, and the latencies of what was answered."""
+    """Return a report, the server's processor seconds during it, and the latencies of answered requests."""
     latencies: list[float] = []
 
     def note(phase: str, sample: Any) -> None:
@@ -79,12 +79,12 @@ def load(server: service.Server, sent: Workload, plan: Plan) -> tuple[Report, fl
 
 
 def closed(requests: int, **more: Any) -> Plan:
-    """64 callers until so many requests are done."""
+    """Return a plan of 64 callers until all requests are done."""
     return Plan(callers=CALLERS, duration_s=600.0, requests=requests, warm_up_s=0.0, **more)
 
 
 def saturated(options: Options) -> list[Finding]:
-    """64 callers: processor time, rate and padding beside the bare runtime; tail beside the same server unbatched."""
+    """64 callers: processor time, rate and padding against the bare runtime, the tail against the unbatched server."""
     items = sequences(options.requests, VOCABULARY_SIZE)
     sent, batches = workload(items), sorted_batches(items)
     bare = BareSession(untapped(options.model))
@@ -101,7 +101,7 @@ def saturated(options: Options) -> list[Finding]:
             bare_cpu, bare_wall = bare.cpu_seconds_of_two_threads(batches)
             report, cpu, latencies = load(server, sent, closed(options.requests))
             ratios.append(cpu / bare_cpu)
-            # What the client's own share of the cores leaves of the bare runtime's rate.
+            # The part of the bare runtime's rate that the client's share of the cores leaves.
             left = 1 - report.client_cores / CORES
             rates.append(report.sequences_per_s / (left * len(items) / bare_wall))
             padding.append(report.computed_over_useful or 0.0)
@@ -124,7 +124,7 @@ def saturated(options: Options) -> list[Finding]:
 
 
 def alone(options: Options) -> list[Finding]:
-    """One caller: the median latency beside `session.run` of the same sequences, one thread each."""
+    """One caller: the median latency against `session.run` of the same sequences, one thread each."""
     items = sequences(options.requests // 2, VOCABULARY_SIZE)
     bare = BareSession(untapped(options.model))
     over, details = [], {"server_p50_ms": 0.0, "bare_p50_ms": 0.0}
@@ -145,7 +145,7 @@ def alone(options: Options) -> list[Finding]:
 
 
 def open_loop(options: Options) -> list[Finding]:
-    """At 80% of the peak the tail; beyond it, what is still answered, and what was run for nobody."""
+    """At 80% of the peak the tail; beyond it, the rate of answers, and the runs for callers who had left."""
     items = sequences(options.requests, VOCABULARY_SIZE)
     sent = workload(items)
     bare = BareSession(untapped(options.model))
@@ -174,7 +174,7 @@ def open_loop(options: Options) -> list[Finding]:
                     rate=share * peak, duration_s=seconds, warm_up_s=0.0, timeout_s=DEADLINE_S, seed=number + 1000
                 )
                 report, _, latencies = load(server, sent, plan)
-                time.sleep(0.5)  # what is under way for callers who have left comes to its end
+                time.sleep(0.5)  # runs for callers who have left end
                 values.append(report.sequences_per_s / peak)
                 wasted.append((sequences_run(server) - ran - 1) / max(1, report.answered) - 1)
     return [
@@ -187,14 +187,14 @@ def open_loop(options: Options) -> list[Finding]:
 
 
 def sequences_run(server: service.Server) -> float:
-    """How many sequences came out of the runtime so far, by the server's own count."""
+    """Return the server's own count of sequences that the runtime has run."""
     with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("attnserve_sequences_total{"))
 
 
 def attention(options: Options) -> list[Finding]:
-    """A quarter asks for the last layer's mean; all ask for everything, which costs what its bytes cost."""
+    """A quarter selects the last layer's mean; all select everything, which costs what its bytes cost."""
     items = sequences(options.requests, VOCABULARY_SIZE)
     selections = service.wire_selections()
     quarter = workload(items, selections["one layer's mean"], 0.25)
@@ -205,8 +205,8 @@ def attention(options: Options) -> list[Finding]:
     with service.running(options.repository) as server:
         load(server, plain, closed(options.requests // 2))
         for number in options.rounds_of("attention"):
-            # Three pairs a round: the bound is nearer to 1 than two loads of the same kind are to each other. In the
-            # other order every second time, so that drift falls on both alike.
+            # Three pairs a round: the bound is nearer to 1 than two loads of the same kind are to each other. The order
+            # alternates, so that drift affects both equally.
             for pair in range(3):
                 order = [plain, quarter] if (number + pair) % 2 else [quarter, plain]
                 loads = {id(each): load(server, each, closed(options.requests)) for each in order}
@@ -239,7 +239,7 @@ def attention(options: Options) -> list[Finding]:
 
 
 def computing_weights_ms(options: Options, items: list[Any]) -> float:
-    """What the bare runtime takes more for all weights of a sequence, in batches sorted by length."""
+    """Return the bare runtime's additional time for all weights of a sequence, in batches sorted by length."""
     session = BareSession(str(options.model))
     more_s = 0.0
     for batch in sorted_batches(items):
@@ -253,7 +253,7 @@ def computing_weights_ms(options: Options, items: list[Any]) -> float:
 
 
 def sending_ms_per_mb() -> float:
-    """Processor time of a bare grpc.aio stream that echoes messages of a megabyte, for each megabyte in or out."""
+    """Return the processor time of a bare grpc.aio stream that echoes a megabyte, for each megabyte in or out."""
     sent = echo.messages(32, 1, [640])
     with echo.bare() as (target, process):
         asyncio.run(echo.rate(target, sent, 0.5))
@@ -264,7 +264,7 @@ def sending_ms_per_mb() -> float:
 
 
 def handling_ms_per_mb() -> float:
-    """Processor time of what must be done to a megabyte of weights: looked at, cut out of their batch, and joined."""
+    """Return the processor time of checking, cropping and joining a megabyte of weights."""
     weights = np.random.default_rng(0).random((8, 12, 80, 80), np.float32)
     times = []
     for _ in range(50):
@@ -276,7 +276,7 @@ def handling_ms_per_mb() -> float:
 
 
 def eight_bits(options: Options, repository: Path) -> list[Finding]:
-    """The int8 bundle beside our own float32, 64 callers, in turns."""
+    """The int8 bundle against the server's own float32, 64 callers, in interleaved rounds."""
     items = sequences(options.requests, VOCABULARY_SIZE)
     sent = workload(items)
     ratios, processor = [], []

@@ -1,4 +1,4 @@
-"""The service under 64 callers: CPU of the server's process a sequence, and bytes on the wire."""
+"""The service under 64 callers: CPU time of the server's process a sequence, and bytes on the wire."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ START_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server process of ours."""
+    """A running server process."""
 
     target: str
     http: str
     process: psutil.Process
 
     def cpu_seconds(self) -> float:
-        """User and system time of the process so far."""
+        """Return the user and system time of the process so far."""
         times = self.process.cpu_times()
         return float(times.user + times.system)
 
 
 @contextmanager
 def running(repository: Path, *flags: str) -> Iterator[Server]:
-    """`attnserve-server serve` with its defaults but for `flags`, on free loopback ports, until the block ends."""
+    """Run `attnserve-server serve` on free loopback ports until the block ends, with defaults except for `flags`."""
     command = [str(Path(sys.executable).with_name("attnserve-server"))]
     with tempfile.TemporaryDirectory() as folder, started(command, repository, Path(folder), *flags) as server:
         yield server
@@ -48,7 +48,7 @@ def running(repository: Path, *flags: str) -> Iterator[Server]:
 
 @contextmanager
 def started(command: list[str], repository: Path, folder: Path, *flags: str) -> Iterator[Server]:
-    """The same by a command of one's own that takes the server's flags; `folder` is for files of the run."""
+    """Run another command that takes the server's flags, until the block ends. `folder` is for files of the run."""
     ports_file = folder / "ports.json"
     line = [*command, "serve", "--repository", str(repository), "--grpc-port", "0", "--http-port", "0"]
     process = subprocess.Popen(
@@ -69,7 +69,7 @@ def started(command: list[str], repository: Path, folder: Path, *flags: str) -> 
 
 
 def request(ids: Array, attention: attention_pb2.AttentionSelection | None = None) -> Any:
-    """A request for one sequence of ids, made beforehand so that the callers' own work stays small."""
+    """Return a request for one sequence of ids, made beforehand so that the callers' own work stays small."""
     tensor = tensor_pb2.Tensor(
         name="input_ids", dtype=tensor_pb2.DATA_TYPE_INT64, shape=[len(ids)], data=ids.astype("<i8").tobytes()
     )
@@ -81,7 +81,7 @@ def request(ids: Array, attention: attention_pb2.AttentionSelection | None = Non
 
 
 async def drive(target: str, requests: list[Any], callers: int) -> list[Any]:
-    """All requests through `callers` closed loops on one channel; answers in the requests' order."""
+    """Send all requests through `callers` closed loops on one channel. Answers are in the requests' order."""
     options = [("grpc.max_receive_message_length", 64 << 20)]
     answers: list[Any] = [None] * len(requests)
     waiting = iter(enumerate(requests))
@@ -99,7 +99,7 @@ async def drive(target: str, requests: list[Any], callers: int) -> list[Any]:
 
 
 def wire_selections() -> dict[str, attention_pb2.AttentionSelection | None]:
-    """What is asked of one text, from nothing to everything."""
+    """Return selections for one text, from nothing to everything."""
     selection = attention_pb2.AttentionSelection
     return {
         "no attention": None,

@@ -1,8 +1,8 @@
-"""Batching policies against each other, over recorded costs of runs: `python -m bench.simulate`.
+"""Batching policies compared over recorded costs of runs: `python -m bench.simulate`.
 
-A simulation of the queue alone, without transport: callers in a closed loop, instances that take what the policy gives
-them, runs that take as long as such runs were recorded to take. Ours is the server's own `plan`, behind its own queue;
-the others are written from how servers in the field document theirs. `--record` times runs on this machine.
+A simulation of the queue alone, without transport: callers in a closed loop, instances that take a policy's batches,
+runs that take their recorded time. `Ours` is the server's own `plan`, behind its own queue. The others follow the
+documentation of other servers. `--record` times runs on this machine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MOST_RECORDED_TOKENS = 4096
 
 
 class Costs:
-    """What runs take on one device: the fitted model, bent to what was recorded near a shape."""
+    """The cost of runs on one device: the fitted model, corrected by recordings of nearby shapes."""
 
     def __init__(self, path: Path) -> None:
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ class Costs:
         self._off = np.log([run.seconds / self.model.seconds(run.size, run.tokens) for run in runs])
 
     def seconds(self, size: int, tokens: int) -> float:
-        """Of a run of `size` rows of `tokens` positions: what policies do not know exactly."""
+        """Return the seconds of a run of `size` rows of `tokens` positions. Policies do not know them exactly."""
         distances = ((self._shapes - (math.log(size), math.log(tokens))) ** 2).sum(axis=1)
         nearness = 1 / (distances + 1e-3) ** 2
         return self.model.seconds(size, tokens) * math.exp(float(nearness @ self._off / nearness.sum()))
@@ -62,7 +62,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One sequence that waits."""
+    """One pending sequence."""
 
     caller: int
     tokens: int
@@ -73,11 +73,11 @@ class Line(Protocol):
     """A queue with its policy."""
 
     def push(self, arrival: Arrival) -> None:
-        """Takes one in."""
+        """Add a sequence."""
         ...
 
     def take(self, now: float) -> list[Arrival] | float:
-        """The next run, or when to ask again: `inf` for when something has come."""
+        """Return the next run, or the time of the next attempt: `inf` for the next arrival."""
         ...
 
 
@@ -92,7 +92,7 @@ class Ours:
         self._numbers = itertools.count()
 
     def push(self, arrival: Arrival) -> None:
-        """As `Line` has it."""
+        """Add a sequence."""
         number = next(self._numbers)
         sequence: Any = SimpleNamespace(tokens=arrival.tokens)
         request: Any = None
@@ -100,7 +100,7 @@ class Ours:
         self._queue.push(Entry(request, 0, number, sequence, Waiting(arrival.came_s, (arrival.tokens,)), 0))
 
     def take(self, now: float) -> list[Arrival] | float:
-        """As `Line` has it."""
+        """Return the next run, or the time of the next attempt."""
         if not len(self._queue):
             return math.inf
         view = self._queue.view(self._settings.look_ahead)
@@ -113,8 +113,8 @@ class Ours:
 class FirstCome:
     """First come, first served: `most` sequences and `most_tokens` computed positions at most, after `delay_s` or full.
 
-    A delay and a size are what Triton, TorchServe, BentoML and others call dynamic batching; a budget of tokens without
-    a delay is what text-embeddings-inference does.
+    A delay and a size are what Triton, TorchServe, BentoML and others call dynamic batching. text-embeddings-inference
+    uses a budget of tokens without a delay.
     """
 
     def __init__(self, most: int, delay_s: float, most_tokens: float = math.inf) -> None:
@@ -122,11 +122,11 @@ class FirstCome:
         self._line: deque[Arrival] = deque()
 
     def push(self, arrival: Arrival) -> None:
-        """As `Line` has it."""
+        """Add a sequence."""
         self._line.append(arrival)
 
     def take(self, now: float) -> list[Arrival] | float:
-        """As `Line` has it."""
+        """Return the next run, or the time of the next attempt."""
         if not self._line:
             return math.inf
         count, longest = 0, 0
@@ -143,7 +143,7 @@ class FirstCome:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a policy came to: seconds of an instance a sequence, computed over useful tokens, rows a run, latencies."""
+    """The results of a policy: an instance's seconds a sequence, computed over useful tokens, rows a run, latencies."""
 
     busy_s: float
     rate: float
@@ -154,7 +154,7 @@ class Figures:
 
 
 def simulate(line: Line, costs: Costs, lengths: list[int], callers: int, rounds: int) -> Figures:
-    """A closed loop: each caller sends again as soon as it is answered, until `rounds` sequences for each are done."""
+    """Run a closed loop: each caller sends again once it is answered, until `rounds` sequences for each are done."""
     most = callers * rounds
     upcoming = itertools.cycle(lengths)
     events: list[tuple[float, int, Callable[[float], None]]] = []
@@ -197,7 +197,7 @@ def simulate(line: Line, costs: Costs, lengths: list[int], callers: int, rounds:
     while events and len(latencies) < most:
         when, _, what = heapq.heappop(events)
         what(when)
-    # The first answers came before the queue was as it stays.
+    # The first answers are from before the queue reached its steady state.
     steady = np.sort(latencies[callers:])
     return Figures(
         busy_s=busy / len(latencies),
@@ -210,7 +210,7 @@ def simulate(line: Line, costs: Costs, lengths: list[int], callers: int, rounds:
 
 
 def best(costs: Costs, lengths: list[int]) -> float:
-    """Seconds a sequence of batches sorted by length, of the best size: what no queue can do."""
+    """Return seconds a sequence of batches sorted by length, at the best size: a bound for every queue."""
     ordered = sorted(lengths)
 
     def seconds(most_tokens: int) -> float:
@@ -226,7 +226,7 @@ def best(costs: Costs, lengths: list[int]) -> float:
 
 
 def policies(costs: Costs) -> dict[str, Callable[[], Line]]:
-    """Each policy by its name."""
+    """Return each policy by its name."""
     size = costs.max_batch_size
     return {
         "this server": lambda: Ours(costs.model, size),
@@ -239,7 +239,7 @@ def policies(costs: Costs) -> dict[str, Callable[[], Line]]:
 
 
 def record(repository: Path, path: Path, repeats: int = 9) -> None:
-    """Times runs of MiniLM on one thread of this machine, in processor time, and writes them down."""
+    """Time runs of MiniLM on one thread of this machine, in processor time, and write them to a file."""
     session = BareSession(str(max(repository.glob("minilm/*/model.onnx"))))
     runs = []
     for size, tokens in track(RECORDED, description="recording", console=Console(stderr=True)):
@@ -300,7 +300,7 @@ def main() -> None:
 
 
 def show(console: Console, costs: Costs, limit: float, rows: dict[str, dict[int, Figures]]) -> None:
-    """A table for one device."""
+    """Print a table for one device."""
     title = f"{costs.name}: {costs.device}; sorted batches take {1e3 * limit:.3f} ms a sequence"
     alone = rows["one at a time"]
     table = Table("policy", *(f"{callers:,} callers" for callers in CALLERS), title=title, title_justify="left")
@@ -316,7 +316,7 @@ def show(console: Console, costs: Costs, limit: float, rows: dict[str, dict[int,
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Time a sequence over that of sorted batches, by callers; a panel for each device."""
+    """Plot time a sequence over that of sorted batches, by callers, with a panel for each device."""
     import matplotlib as mpl  # noqa: PLC0415 - slow to import, and only for the picture
 
     mpl.use("Agg")

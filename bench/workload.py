@@ -1,4 +1,4 @@
-"""The workload all benchmarks share: sequences of token ids with lognormal lengths, as sentences have."""
+"""The workload that all benchmarks share: sequences of token ids with lognormal lengths, like sentences."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ MEDIAN_TOKENS = 32
 SIGMA = 0.8
 SHORTEST, LONGEST = 4, 256
 CLS, SEP, FIRST_ORDINARY_ID = 101, 102, 1000
-"""Of BERT's uncased vocabulary."""
+"""Ids of BERT's uncased vocabulary."""
 
 
 def sequences(count: int, vocabulary_size: int, seed: int = 0) -> list[Array]:
-    """`count` arrays of int64 ids (N,), each from [CLS] to [SEP], N lognormal and clipped."""
+    """Return `count` arrays of int64 ids (N,), each from [CLS] to [SEP], with N lognormal and clipped."""
     random = np.random.default_rng(seed)
     lengths = np.clip(np.rint(random.lognormal(np.log(MEDIAN_TOKENS), SIGMA, count)), SHORTEST, LONGEST)
     return [sequence(int(length), vocabulary_size, random) for length in lengths]
 
 
 def sequence(length: int, vocabulary_size: int, random: np.random.Generator) -> Array:
-    """Ids (N,) of one sequence of ordinary tokens between [CLS] and [SEP]."""
+    """Return ids (N,) of one sequence of ordinary tokens between [CLS] and [SEP]."""
     ids = random.integers(FIRST_ORDINARY_ID, vocabulary_size, length, dtype=np.int64)
     ids[0], ids[-1] = CLS, SEP
     return ids
 
 
 def sorted_batches(items: list[Array], max_tokens: int = 384) -> list[Array]:
-    """Batches (B, T) of neighbours in length, padded with 0, each of about `max_tokens` positions."""
+    """Return batches (B, T) of similar lengths, padded with 0, each of about `max_tokens` positions."""
     batches: list[list[Array]] = [[]]
     for ids in sorted(items, key=len):
         if batches[-1] and len(ids) * (len(batches[-1]) + 1) > max_tokens:

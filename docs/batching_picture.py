@@ -13,25 +13,25 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 PICTURE = Path(__file__).parent / "images" / "neighbours.png"
 LENGTHS = (("A", 3), ("B", 6), ("C", 4))
-"""Three sequences of a batch, and how many positions each has."""
+"""Three sequences of a batch, with their number of positions."""
 PADDED = 6
 CARD, INK, PALE = "#ffffff", "#1f2933", "#5b6673"
-"""The card is opaque, so that the picture reads the same on a light and on a dark page."""
+"""The card is opaque, so that the picture is legible on a light and on a dark page."""
 OWN, NEIGHBOUR, PADDING = "#9ecae8", "#dfe5ea", "#f6f1e6"
 ALLOWED, FORBIDDEN, CUT = "#12703f", "#b3261e", "#8a949e"
 ANSWERS = 9.4
-"""Where the column of answers begins, in cells."""
+"""The left edge of the column of answers, in cells."""
 
 
 def cell(axes: Axes, x: float, y: float, text: str, colour: str, *, padding: bool = False) -> None:
-    """One position of a sequence; a hatched one is padding."""
+    """Draw one position of a sequence. Padding is hatched."""
     axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor=INK, lw=0.9, hatch="///" if padding else None))
     if not padding:
         axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=11, color=INK)
 
 
 def grid(axes: Axes, x: float, y: float, mark: str = "") -> None:
-    """All three sequences, padded; `mark` follows each name, so that answers differ from inputs."""
+    """Draw all three sequences, padded. `mark` follows each name, so that answers differ from inputs."""
     for place, (name, length) in enumerate(LENGTHS):
         for position in range(PADDED):
             padding = position >= length
@@ -40,7 +40,7 @@ def grid(axes: Axes, x: float, y: float, mark: str = "") -> None:
 
 
 def arrow(axes: Axes, begin: tuple[float, float], end: tuple[float, float], colour: str, bend: float) -> None:
-    """One influence; one that is forbidden is dashed and struck out."""
+    """Draw one influence. A forbidden one is dashed and crossed out."""
     allowed = colour != FORBIDDEN
     style = "-" if allowed else (0, (4, 2.5))
     axes.add_patch(
@@ -59,12 +59,12 @@ def arrow(axes: Axes, begin: tuple[float, float], end: tuple[float, float], colo
 
 
 def struck(axes: Axes, x: float, y: float) -> None:
-    """A cross on a forbidden arrow."""
+    """Draw a cross on a forbidden arrow."""
     axes.text(x, y, "✕", ha="center", va="center", fontsize=15, color=FORBIDDEN, weight="bold", zorder=4)
 
 
 def picture() -> Figure:
-    """Run 1 above, run 2 below, and what each colour means."""
+    """Draw run 1 above, run 2 below, and the legend."""
     drawn = Figure(figsize=(8, 4.9), facecolor=CARD)
     axes = drawn.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.5, 15.9), ylim=(-2.35, 7.695))
@@ -94,7 +94,7 @@ def picture() -> Figure:
 
 
 def legend(axes: Axes) -> None:
-    """What the arrows and the cells mean."""
+    """Draw the meaning of the arrows and the cells."""
     rows = (
         (ALLOWED, "own positions: any influence is allowed"),
         (FORBIDDEN, "padding and neighbours: no influence may reach A's own part"),

@@ -1,4 +1,4 @@
-"""Draws the pictures of explanation/attention.md from real runs: a server over real bundles, asked by the client.
+"""Draw the pictures of explanation/attention.md, from responses of a server over real bundles.
 
 for name in self causal cross sliding-window top-k linear multi-scale cross-modal; do
     attnserve-server export zoo:$name --name $name --repository .demo/zoo
@@ -24,12 +24,12 @@ from examples.demo import SENTENCES, running_server
 IMAGES = Path(__file__).parent / "images"
 COLOURS = "magma_r"
 OUTSIDE = "#d9dce1"
-"""Where no key is seen: as in the client's own pictures."""
+"""The colour of keys outside a query's window, as in the client's own pictures."""
 CROSS_SITE = "decoder.0.cross_attention"
 
 
 def _panel(axes: Axes, weights: np.ndarray, title: str, labels: Sequence[str] = ()) -> None:
-    """One heat map; its colours run from 0 to its own greatest weight, since maps differ in scale."""
+    """Draw a heat map. Its colours run from 0 to its own greatest weight, because maps differ in scale."""
     axes.imshow(weights, cmap=COLOURS, vmin=0.0, interpolation="nearest", aspect="auto")
     axes.set_facecolor(OUTSIDE)
     axes.set_title(title, fontsize=9)
@@ -43,11 +43,11 @@ def _words(attention: AttentionMap) -> list[str]:
 
 
 def heads(client: Client, text: str) -> Figure:
-    """All heads of one layer, then their mean and their maximum."""
-    ask = {"layers": [1], "unit": "word"}
-    each = client.infer("minilm", text, attention=AttentionSelection(**ask)).attention[0]
-    mean = client.infer("minilm", text, attention=AttentionSelection(**ask, head_reduction="mean")).attention[0]
-    greatest = client.infer("minilm", text, attention=AttentionSelection(**ask, head_reduction="max")).attention[0]
+    """Draw all heads of one layer, then their mean and their maximum."""
+    common = {"layers": [1], "unit": "word"}
+    each = client.infer("minilm", text, attention=AttentionSelection(**common)).attention[0]
+    mean = client.infer("minilm", text, attention=AttentionSelection(**common, head_reduction="mean")).attention[0]
+    greatest = client.infer("minilm", text, attention=AttentionSelection(**common, head_reduction="max")).attention[0]
     drawn = Figure(figsize=(11, 5.2), layout="constrained")
     panels = drawn.subplots(2, 7)
     numbered = [(f"head {head}", each.weights[head]) for head in range(len(each.heads))]
@@ -58,10 +58,10 @@ def heads(client: Client, text: str) -> Figure:
 
 
 def layers(client: Client, text: str) -> Figure:
-    """Each layer's mean over heads, then the mean over layers and rollout through them."""
-    ask = {"unit": "word", "special_tokens": "drop"}
-    each = client.infer("minilm", text, attention=AttentionSelection(**ask, head_reduction="mean")).attention
-    joined = [AttentionSelection(**ask, layer_reduction=how, head_reduction="mean") for how in ("mean", "rollout")]
+    """Draw each layer's mean over heads, then the mean over layers and rollout through them."""
+    common = {"unit": "word", "special_tokens": "drop"}
+    each = client.infer("minilm", text, attention=AttentionSelection(**common, head_reduction="mean")).attention
+    joined = [AttentionSelection(**common, layer_reduction=how, head_reduction="mean") for how in ("mean", "rollout")]
     mean, rollout = (client.infer("minilm", text, attention=selection).attention[0] for selection in joined)
     drawn = Figure(figsize=(11, 5.2), layout="constrained")
     panels = drawn.subplots(2, 4)
@@ -72,29 +72,29 @@ def layers(client: Client, text: str) -> Figure:
 
 
 def forms(client: Client) -> Figure:
-    """One layer of each model of the zoo: untrained, so what shows is who may look where, not who does."""
+    """Draw one layer of each model of the zoo. Untrained, so a map shows only what may attend to what."""
     text, pair = "The buyer agrees to assume all liabilities.", "Der Käufer übernimmt alles."
     first = AttentionSelection(layers=[0], head_reduction="mean")
 
-    def ask(model: str, selection: AttentionSelection = first) -> AttentionMap:
+    def map_of(model: str, selection: AttentionSelection = first) -> AttentionMap:
         return client.infer(model, text, attention=selection).attention[0]
 
-    windowed = ask("sliding-window")
+    windowed = map_of("sliding-window")
     image = np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)
-    seen = AttentionSelection(layers=[1], head_reduction="mean")
-    over_image = client.infer("cross-modal", (text, {"pixel_values": image}), attention=seen).attention[0]
+    second = AttentionSelection(layers=[1], head_reduction="mean")
+    over_image = client.infer("cross-modal", (text, {"pixel_values": image}), attention=second).attention[0]
     panel = over_image.over_patches()[1]
     pooled = AttentionSelection(sites=["layers.0.attention.scales.stride_4"], head_reduction="mean")
     crossed = AttentionSelection(sites=[CROSS_SITE], head_reduction="mean")
     translated = client.infer("cross", (text, pair), attention=crossed).attention[0]
     shown = [
-        ("self", ask("self").weights[0]),
-        ("causal", ask("causal").weights[0]),
+        ("self", map_of("self").weights[0]),
+        ("causal", map_of("causal").weights[0]),
         ("windowed, as it travels", np.ma.masked_where(windowed.band_keys < 0, windowed.band[0])),
         ("windowed, laid out", np.ma.masked_where(windowed.outside, windowed.weights[0])),
-        ("top-k", ask("top-k").weights[0]),
-        ("linear", ask("linear").weights[0]),
-        ("multi-scale: keys in fours", ask("multi-scale", pooled).weights[0]),
+        ("top-k", map_of("top-k").weights[0]),
+        ("linear", map_of("linear").weights[0]),
+        ("multi-scale: keys in fours", map_of("multi-scale", pooled).weights[0]),
         ("cross: one text over another", translated.weights[0]),
         ("cross-modal: a text over patches", over_image.weights[0]),
         (f"the same, of {panel.token.text!r}, as they lie", panel.weights),
@@ -108,7 +108,7 @@ def forms(client: Client) -> Figure:
 
 
 def main() -> None:
-    """Serves, asks, draws."""
+    """Start the servers, request the maps, draw and save the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, required=True, help="has all-MiniLM-L6-v2 as minilm")
     parser.add_argument("--zoo", type=Path, required=True, help="has the models of the zoo, by their own names")

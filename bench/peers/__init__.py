@@ -1,5 +1,5 @@
-"""Other serving systems beside this one, over the same model and workload: `python -m bench.peers`.
+"""Other serving systems and this one, over the same model and workload: `python -m bench.peers`.
 
-install says what each needs, servers how each is started and ended, load drives one, wires are their protocols; apps/
-holds a small server for each, which its own virtual environment runs.
+`install` lists the packages of each system, `servers` starts and ends them, `load` drives them, `wires` are their
+protocols. `apps/` holds a small server for each, which runs in a separate virtual environment.
 """

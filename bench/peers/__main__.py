@@ -1,6 +1,6 @@
-"""Drives every peer, the bare runtime and this server in turns, and prints what came of it: `python -m bench.peers`.
+"""Drive every peer, the bare runtime and this server in interleaved rounds, and print a table: `python -m bench.peers`.
 
-Each round starts a peer, warms it up, loads it with callers in a closed loop, and ends it. `--only` takes some of them.
+Each round starts a peer, warms it up, loads it with callers in a closed loop, and ends it. `--only` selects peers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ VOCABULARY_SIZE = 30_522
 REFERENCES = 256
 LIMIT_S = 120.0
 ATTEMPTS = 2
-"""To start a peer: some fail once without a word, and start the next time."""
+"""Attempts to start a peer: some fail once without a message, and start the next time."""
 OURS, BARE = "attnserve", "bare runtime"
 
 
@@ -54,7 +54,7 @@ class Comparison:
         self.rows: dict[tuple[str, str], dict[str, Any]] = {}
 
     def bare(self) -> dict[str, float]:
-        """Two threads over batches sorted by length: the limit of the machine, measured right before each load."""
+        """Measure two threads over batches sorted by length: the limit of the machine, right before each load."""
         self._bare.cpu_seconds_of_two_threads(self._batches[::8])
         cpu, wall = self._bare.cpu_seconds_of_two_threads(self._batches)
         run = {"rate": len(self.items) / wall, "server_s": cpu / len(self.items)}
@@ -63,7 +63,7 @@ class Comparison:
         return run
 
     def ours(self, form: str) -> None:
-        """This server, by its defaults or with batching off."""
+        """Measure this server, with its defaults or with batching off."""
         flags = ("--max-batch-size", "1") if form == "single" else ()
         row = self._row(OURS, "defaults" if form == "dynamic" else form, metadata.version("attnserve"))
         with service.running(self._repository, *flags) as server:
@@ -71,7 +71,7 @@ class Comparison:
             self._load(row, Running(port, WIRES["ours"], server.process))
 
     def peer(self, peer: Any, form: str, model: Path) -> None:
-        """One peer in one form, or why it does not run."""
+        """Measure one peer in one form, or record why it does not run."""
         row = self._row(peer.name, form, version(peer))
         for _ in range(ATTEMPTS):
             try:
@@ -82,7 +82,7 @@ class Comparison:
         return None
 
     def write_model(self, path: Path) -> None:
-        """The graph that everybody serves."""
+        """Write the graph that all systems serve."""
         path.write_bytes(self._model)
 
     def _load(self, row: dict[str, Any], running: Running) -> None:
@@ -90,7 +90,7 @@ class Comparison:
         bare = self.bare()
         before = running.cpu_seconds()
         measured = self._drive(running, self.items)
-        # By what was answered: callers stop at their time limit, and what was never sent costs nothing.
+        # By the number of answers: callers stop at their time limit, and requests that were not sent cost nothing.
         each_s = (running.cpu_seconds() - before) / max(1, measured.answered)
         beside = {"bare_rate": bare["rate"], "bare_s": bare["server_s"]}
         row["runs"].append({**asdict(measured), "server_s": each_s, **beside})
@@ -104,8 +104,8 @@ class Comparison:
 
 
 def summed_up(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over rounds, the fastest first; each beside the bare runtime's right before."""
-    told = []
+    """Return medians over rounds, the fastest first, each with the bare runtime's right before."""
+    summary = []
     for row in rows.values():
         runs = row["runs"]
         facts = {key: row[key] for key in ("name", "form", "version")}
@@ -125,15 +125,15 @@ def summed_up(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any
             facts["errors"] = sum(run.get("errors", 0) for run in runs)
             facts["wrong"] = sum(run.get("wrong", 0) for run in runs)
             facts["first_error"] = next((run["first_error"] for run in runs if run.get("first_error")), "")
-        told.append(facts)
-    return sorted(told, key=lambda facts: -facts.get("per_s", 0.0))
+        summary.append(facts)
+    return sorted(summary, key=lambda facts: -facts.get("per_s", 0.0))
 
 
-def show(console: Console, told: list[dict[str, Any]]) -> None:
-    """A table, then what did not run."""
+def show(console: Console, summary: list[dict[str, Any]]) -> None:
+    """Print a table, then the peers that did not run."""
     columns = ("sequences/s", "/ bare", "server ms", "/ bare", "p50 ms", "p99 ms", "client cores", "wrong, errors")
     table = Table("", "form", "version", *columns)
-    for facts in told:
+    for facts in summary:
         if "per_s" in facts:
             spread = f"{facts['per_s']:.1f} ({facts['per_s_least']:.1f} to {facts['per_s_greatest']:.1f})"
             latency = [f"{facts[key]:.0f}" if key in facts else "" for key in ("p50_ms", "p99_ms")]
@@ -142,7 +142,7 @@ def show(console: Console, told: list[dict[str, Any]]) -> None:
             faults = f"{facts['wrong']}, {facts['errors']}"
             table.add_row(facts["name"], facts["form"], facts["version"], spread, *ratios, *latency, client, faults)
     console.print(table)
-    for facts in told:
+    for facts in summary:
         if facts["why_not"]:
             console.print(f"{facts['name']}, {facts['form']}: {facts['why_not']}", markup=False)
         elif facts.get("first_error"):
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=600, help="sequences in a round")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
-    # As Ctrl-C does, through the blocks that end what was started.
+    # As Ctrl-C does, through the blocks that end the started processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     wanted = {name.strip().lower() for name in options.only.split(",") if name.strip()}
     peers = [peer for peer in PEERS if not wanted or any(name in peer.name.lower() for name in wanted)]
@@ -172,7 +172,7 @@ def main() -> None:
         able = [peer for peer in peers if not why[peer.name]]
         loads += [partial(comparison.peer, peer, form, model) for peer in able for form in peer.forms]
         for number in range(options.rounds):
-            # From another place in each round, so that drift falls on all alike.
+            # Each round starts at another peer, so that drift affects all equally.
             start = number * len(loads) // options.rounds
             for load in loads[start:] + loads[:start]:
                 load()
@@ -181,7 +181,7 @@ def main() -> None:
             comparison.rows[peer.name, form] = {"name": peer.name, "form": form, "version": "", "runs": []} | {
                 "why_not": why[peer.name] or peer.why_not
             }
-    told = summed_up(comparison.rows)
+    summary = summed_up(comparison.rows)
     if options.json:
         facts = {
             "cores": psutil.cpu_count(),
@@ -189,9 +189,9 @@ def main() -> None:
             "requests": options.requests,
             "rounds": options.rounds,
         }
-        print(json.dumps({**facts, "systems": told}, indent=2))
+        print(json.dumps({**facts, "systems": summary}, indent=2))
     else:
-        show(Console(), told)
+        show(Console(), summary)
 
 
 if __name__ == "__main__":

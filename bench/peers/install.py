@@ -1,4 +1,4 @@
-"""Peers from PyPI, each in a virtual environment of its own under the ignored folder `.peers`."""
+"""Peers from PyPI, each in a separate virtual environment under the ignored folder `.peers`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Peer:
     """A serving system.
 
     Attributes:
-        name: as its makers write it.
-        package: what is installed, and whose version is told; empty where our own environment serves.
-        app: a script of `apps`.
-        wire: how it is spoken to, see `wires`.
-        more: packages beside it.
+        name: Its name, as its makers write it.
+        package: The package that is installed, and whose version is reported. Empty: this project's environment serves.
+        app: A script of `apps`.
+        wire: Its protocol, a name in `wires`.
+        more: Packages beside it.
         forms: `single` runs one sequence at a time on two workers, `dynamic` is its documented batcher.
-        why_not: why a form is missing.
-        command: what runs the app, where it is not Python itself.
+        why_not: Why a form is missing.
+        command: The command that runs the app, where it is not Python itself.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Peer:
         return self.folder / "bin" / "python" if self.package else Path(sys.executable)
 
 
-_EQUAL = "its batcher joins what comes whatever the lengths, and cannot reshape it where they differ"
+_EQUAL = "its batcher joins requests of any lengths, and cannot reshape them where they differ"
 PEERS: Final = (
     Peer("MLServer", "mlserver", "mlserver_app.py", "v2", ("uvloop<0.22",), ("single",), _EQUAL),
     Peer("KServe", "kserve", "kserve_app.py", "v2", (), ("single",), "its batcher is a container, not in the package"),
@@ -68,8 +68,8 @@ PEERS: Final = (
 
 
 def installed(peer: Peer) -> str:
-    """Installs a peer where it is not yet. Returns why it could not be; empty where it could."""
-    # An install that was broken off leaves an interpreter without the package: the package tells, not the folder.
+    """Install a peer unless it is installed. Return why it cannot be installed, or an empty string."""
+    # An interrupted install leaves an interpreter without the package, so the package decides, not the folder.
     if not peer.package or (peer.python.exists() and version(peer) != UNKNOWN):
         return ""
     line = [
@@ -99,7 +99,7 @@ def installed(peer: Peer) -> str:
 
 
 def version(peer: Peer) -> str:
-    """Of the installed package, as its own environment tells it."""
+    """Return the version of the installed package, as its own environment reports it."""
     if not peer.package:
         return f"grpcio {metadata.version('grpcio')}"
     name = peer.package.partition("[")[0]
@@ -109,6 +109,6 @@ def version(peer: Peer) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line of a log that says something, without places on this machine."""
+    """Return the last non-empty line of a log, without paths of this machine."""
     lines = [line.strip() for line in text.splitlines() if any(map(str.isalpha, line))]
-    return lines[-1].replace(str(ROOT), "")[-200:] if lines else "it said nothing"
+    return lines[-1].replace(str(ROOT), "")[-200:] if lines else "its log is empty"

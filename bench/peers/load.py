@@ -1,4 +1,4 @@
-"""The load that every peer gets: callers in a closed loop, the same loop whatever the protocol."""
+"""The load of every peer: callers in a closed loop, the same for each protocol."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from bench.peers.wires import Call, HttpCaller, Wire, grpc_call
 Array = npt.NDArray[Any]
 TIMEOUT_S = 120.0
 CHECKED = 8
-"""Every so manieth answer is compared with the reference."""
+"""One of this many answers is compared with the reference."""
 TOLERANCE = 1e-3
-"""Float32 sums in another order, as another batch has them, differ by some 1e-6 of values around 1."""
+"""Float32 sums in another order, in another batch, differ by some 1e-6 of values around 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One loaded stretch: answers, also a second; latencies, refusals, wrong answers; the client's processor time."""
+    """One load: answers, answers a second, latencies, refusals, wrong answers, and the client's processor time."""
 
     answered: int
     rate: float
@@ -40,7 +40,7 @@ class Measured:
 async def drive(
     port: int, wire: Wire, items: Sequence[Array], references: Sequence[Array], callers: int, limit_s: float
 ) -> Measured:
-    """Sends each of the items once; `references` has hidden states of the first few of them."""
+    """Send each of the items once. `references` has hidden states of the first few of them."""
     requests = [wire.request(ids) for ids in items]
     latencies: list[float] = []
     faults: list[str] = []

@@ -1,4 +1,4 @@
-"""Starting and ending what is measured: process trees, awaited by a first answer."""
+"""Start and end the measured systems: process trees, ready at a first answer."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from bench.peers.wires import WIRES, Wire
 
 START_TIMEOUT_S = 120.0
 MARK = "PEER_RUN"
-"""In the environment of all that a run starts, with a value of its own: tells orphans of a tree whose root is gone."""
+"""An environment variable of all processes of a run, with a unique value. It identifies orphans of a tree without a
+root."""
 PORTS = 3
-"""Neighbouring ports that a peer may use: some want one for HTTP and one for metrics."""
+"""Adjacent ports for a peer: some need one for HTTP and one for metrics."""
 
 
 class DidNotStart(Exception):
-    """A peer did not come up; the message is the last thing that it said."""
+    """A peer did not start. The message is the last line of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Running:
     process: psutil.Process
 
     def cpu_seconds(self) -> float:
-        """Of the process and all that it started and that still lives."""
+        """Return the processor time of the process and of its descendants that still live."""
         total = 0.0
         for each in (self.process, *self.process.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -54,16 +55,16 @@ class Running:
 
 
 def wire_of(peer: Peer, form: str) -> Wire:
-    """How a form of a peer is spoken to."""
+    """Return the protocol of a form of a peer."""
     return WIRES.get(f"{peer.wire} {form}", WIRES[peer.wire])
 
 
 @contextmanager
 def serving(peer: Peer, form: str, model: Path, item: Any) -> Iterator[Running]:
-    """A peer with the model, until the block ends.
+    """Run a peer with the model until the block ends.
 
     Raises:
-        DidNotStart: it gave no answer in time, or ended.
+        DidNotStart: It gave no answer in time, or ended.
     """
     port = _free_ports()
     bin_folder = peer.python.parent
@@ -84,7 +85,7 @@ def serving(peer: Peer, form: str, model: Path, item: Any) -> Iterator[Running]:
         "BENTOML_DO_NOT_TRACK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "ORT_DISABLE_TELEMETRY": "1",
-        # Triton's stub links against Python's own library, which a virtual environment does not have beside it.
+        # Triton's stub links against Python's own library, which a virtual environment does not contain.
         "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR") or ""),
     }
     with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w+") as log:
@@ -117,13 +118,13 @@ def _await(running: Running, process: subprocess.Popen[Any], item: Any, log: Pat
 
 
 def _end(tree: psutil.Process, known: set[psutil.Process], mark: str) -> None:
-    """Ends a process and all that it started, by their ids: first asked, then made to, orphans too."""
+    """End a process and its descendants by their ids: by a signal first, then by force, orphans included."""
     family = known | _family(tree) | _marked(mark)
     try:
         with contextlib.suppress(psutil.NoSuchProcess):
             tree.send_signal(signal.SIGTERM)
         psutil.wait_procs(list(family), timeout=8)
-    finally:  # Ctrl-C while waiting is no reason to leave them
+    finally:  # Ctrl-C while waiting must not leave them
         for each in family | _marked(mark):
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
@@ -137,7 +138,7 @@ def _family(tree: psutil.Process) -> set[psutil.Process]:
 
 
 def _marked(mark: str) -> set[psutil.Process]:
-    """Processes of a run by the mark in their environment, which most keep."""
+    """Return the processes of a run by the mark in their environment, which most keep."""
     found = set()
     for each in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -147,7 +148,7 @@ def _marked(mark: str) -> set[psutil.Process]:
 
 
 def _free_ports() -> int:
-    """The first of neighbouring ports that are free."""
+    """Return the first of adjacent free ports."""
     while True:
         with contextlib.ExitStack() as stack:
             first = stack.enter_context(socket.socket())

@@ -1,4 +1,4 @@
-"""How peers are spoken to: requests made beforehand as bytes, and answers read back to arrays only where checked."""
+"""The protocols of peers: requests made beforehand as bytes, and answers parsed to arrays only where checked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Wire:
 
 
 class HttpCaller:
-    """One connection of HTTP/1.1, kept open. Not for sharing: one request at a time."""
+    """One HTTP/1.1 connection, kept open, for one request at a time."""
 
     def __init__(self, port: int, path: str, kind: str) -> None:
         self._port = port
@@ -42,7 +42,7 @@ class HttpCaller:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def __call__(self, data: bytes) -> bytes:
-        """The body of the answer. Raises OSError where it is none."""
+        """Return the body of the answer. Raise OSError where there is none."""
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
         reader, writer = self._streams
@@ -63,7 +63,7 @@ class HttpCaller:
         return body
 
     async def aclose(self) -> None:
-        """Closes the connection; the next call opens another."""
+        """Close the connection. The next call opens another."""
         if self._streams is not None:
             (_, writer), self._streams = self._streams, None
             writer.close()
@@ -92,14 +92,14 @@ def _field(number: int, data: bytes) -> bytes:
 
 
 def _v2(ids: Array, *, batched: bool) -> bytes:
-    """A ModelInferRequest of the Open Inference Protocol with raw contents, by field numbers of its specification."""
+    """Return a ModelInferRequest of the Open Inference Protocol with raw contents, by its field numbers."""
     shape = (1, len(ids)) if batched else (len(ids),)
     tensor = _field(1, b"ids") + _field(2, b"INT64") + _field(3, b"".join(map(_varint, shape)))
     return _field(1, b"minilm") + _field(5, tensor) + _field(6, _field(1, b"hidden")) + _field(7, _ids(ids))
 
 
 def _v2_hidden(data: bytes) -> Array:
-    """The raw contents (field 6) of a ModelInferResponse."""
+    """Return the raw contents (field 6) of a ModelInferResponse."""
     at = 0
     while at < len(data):
         key, at = _read_varint(data, at)
@@ -153,7 +153,7 @@ WIRES = {
 
 
 def grpc_call(channel: grpc.aio.Channel, wire: Wire, timeout_s: float) -> Call:
-    """Sends bytes as they are."""
+    """Send bytes unchanged."""
     method = channel.unary_unary(wire.path)
 
     async def call(data: bytes) -> bytes:

@@ -22,7 +22,7 @@ VERDICTS = ("proved", "refuted", "unknown", "raised", "missing")
 
 
 def untrue(seed: int) -> list[str]:
-    """What running a graph contradicts in its truth."""
+    """Return the truths of a graph that a run contradicts."""
     graph = mixing_graph(seed)
     witness, found = Witness(graph), []
     for axis in graph.axes:

@@ -34,7 +34,7 @@ def positions(context: Context, stream: Stream) -> Stream:
 
 
 def causal(context: Context, stream: Stream) -> Stream:
-    """What a position takes from those before it only."""
+    """Return a stream in which each position depends only on those before it."""
     writer, width, value = context.writer, stream.width, stream.name
     kinds = ["running sum", "previous", "convolution", "lstm", "gru", "prefix mean", "scan"]
     kind = writer.pick(*kinds)
@@ -62,7 +62,10 @@ def causal(context: Context, stream: Stream) -> Stream:
 
 
 def recurrent(context: Context, stream: Stream, kind: str, direction: str = "forward", lengths: str = "") -> str:
-    """An LSTM or GRU over the positions, (B, T, width). `lengths`: int32 (B,), where the operator is told them."""
+    """Return an LSTM or GRU over the positions, (B, T, width).
+
+    `lengths` names the operator's input of lengths, int32 (B,). Empty: none.
+    """
     writer, width = context.writer, stream.width
     gates = {"LSTM": 4, "GRU": 3}[kind]
     time_first = writer.op("Transpose", stream.name, perm=[1, 0, 2])

@@ -1,4 +1,4 @@
-"""Attention of generated graphs: written out and fused, with each form of mask, and what each form truly hides."""
+"""Attention of generated graphs: decomposed and fused, with each form of mask, and what each form really hides."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ HIDING = (
 FORWARD = ("trilu -inf", "less -inf", "buffer lowest", "buffer -inf")
 """How later keys are hidden from a query."""
 BOUNDED_BELOW = 200.0
-"""Greatest bound on scores for which the grammar claims that -1e4 hides a key: far from where it stops doing so."""
+"""The greatest bound on scores for which the grammar claims that -1e4 hides a key, far below the bound where it does
+not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Plan:
 
 
 def attention(context: Context, stream: Stream, keys: Stream | None = None) -> Stream:
-    """Attention that leaves nothing mixed, where the masks allow one; a residual is added."""
+    """Attention that leaves nothing mixed, if the masks allow one. A residual is added."""
     mask = context.masks.get((keys or stream).symbol)
     if mask is None or (keys is None and context.writer.rng.random() < 0.35):
         plan = Plan(forward=context.writer.pick(*FORWARD), hiding=_also(context, mask))
@@ -56,7 +57,7 @@ def _also(context: Context, mask: MaskInput | None) -> str:
 
 
 def attend(context: Context, stream: Stream, keys: Stream, plan: Plan) -> Stream:
-    """Attention written out: (B, T, W) over (B, S, W)."""
+    """Decomposed attention: (B, T, W) over (B, S, W)."""
     writer, width, heads = context.writer, stream.width, 2
     size = width // heads
     scale = 0.3
@@ -95,7 +96,7 @@ def attend(context: Context, stream: Stream, keys: Stream, plan: Plan) -> Stream
     product = writer.op("Transpose", writer.op("MatMul", weights, value), perm=[0, 2, 1, 3])
     joined = writer.reshape(product, 0, 0, width)
     name = writer.op("Add", stream.name, writer.matmul(joined, width, width))
-    # Padded queries that see nothing are NaN, which only they have.
+    # Padded queries without a key are NaN, and only these.
     state = replace(state, behind="nan" if blind or stream.state.behind == "nan" else "finite")
     return replace(stream, name=name, state=state)
 
@@ -103,7 +104,7 @@ def attend(context: Context, stream: Stream, keys: Stream, plan: Plan) -> Stream
 def _hidden(
     context: Context, scores: str, state: State, stream: Stream, keys: Stream, plan: Plan, bound: float | None
 ) -> tuple[str, State]:
-    """The scores (B, H, T, S) with hidden ones hidden, and the state of what attention then gives."""
+    """The scores (B, H, T, S) with hidden ones hidden, and the state of attention over them."""
     symbol = keys.symbol
     mask = context.masks.get(symbol)
     if plan.forward:
@@ -123,10 +124,9 @@ def _hidden(
 
 
 def _after_frontier(state: State, mask: MaskInput | None, plan: Plan) -> State:
-    """Behind a frontier no query sees a padded key.
+    """Behind a frontier no query attends to a padded key.
 
-    Unless the frontier's own -inf is replaced: a query all of whose keys are masked then sees padded ones as it sees
-    those.
+    Unless the frontier's own -inf is replaced: a query with all keys masked then attends to padded ones too.
     """
     if mask is not None and plan.hiding == "where lowest":
         return state.needing(mask.need("all"))
@@ -134,7 +134,7 @@ def _after_frontier(state: State, mask: MaskInput | None, plan: Plan) -> State:
 
 
 def _after_mask(state: State, stream: Stream, keys: Stream, mask: MaskInput, plan: Plan, bound: float | None) -> State:
-    """What a mask of keys, without a frontier, leaves of the influence of padded keys."""
+    """The influence of padded keys that remains under a mask of keys without a frontier."""
     if plan.hiding.endswith("-inf"):
         return state
     state = state.needing(mask.need("all" if plan.by_query else "some", by_ones=plan.hiding.startswith("one minus")))
@@ -142,7 +142,7 @@ def _after_mask(state: State, stream: Stream, keys: Stream, mask: MaskInput, pla
         return state.tainted(keys.symbol, TOO_SMALL)
     if plan.hiding.endswith("lowest") or (bound is not None and bound < BOUNDED_BELOW):
         return state
-    # Tables bound scores too; how far a proof should see that, the grammar leaves open.
+    # Tables bound scores too. The grammar leaves open how far a proof should use that.
     return state.tainted(keys.symbol, UNBOUNDED if stream.state.raw and keys.state.raw else UNSAID)
 
 
@@ -194,10 +194,10 @@ def _forward(context: Context, scores: str, form: str) -> str:
 
 
 def fused(context: Context, stream: Stream, poison: bool = False) -> Stream:
-    """An operator of attention that hides padded keys; with `poison` one that does not."""
+    """An operator of attention that hides padded keys. With `poison`, one that does not."""
     writer, symbol = context.writer, stream.symbol
     if stream.state.behind == "nan":
-        # Whether 0 x NaN is computed depends on the kernel; written out, it is.
+        # Whether 0 x NaN is computed depends on the kernel. Decomposed attention computes it.
         return attend(context, stream, stream, Plan()) if poison else attention(context, stream)
     mask = None if poison else context.masks.get(symbol)
     state = stream.state.finite()
@@ -269,7 +269,7 @@ def _microsoft(
 
 
 def query_masked(context: Context, stream: Stream) -> Stream:
-    """Attention under a mask of queries and keys: queries that are not allowed see nothing."""
+    """Attention under a mask of queries and keys: queries that are not allowed have no visible key."""
     plan = Plan(hiding=context.writer.pick(*HIDING[:6]), by_query=True)
     return attend(context, stream, stream, plan)
 

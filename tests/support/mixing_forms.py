@@ -53,7 +53,7 @@ def joined(context: Context, stream: Stream, weights: str, heads: Heads, state: 
 
 
 def _reads_all(stream: Stream) -> State:
-    """The state of what multiplies every position by a weight, of padded ones by 0: a NaN stays."""
+    """The state of a value that multiplies every position by a weight, and padded ones by 0: a NaN stays."""
     if stream.state.behind == "nan":
         return stream.state.tainted(stream.symbol, NAN_BEHIND)
     return stream.state.finite()
@@ -67,7 +67,7 @@ def _distance(context: Context, stream: Stream) -> str:
 
 
 def _ahead(context: Context, stream: Stream, most: int) -> str:
-    """Boolean (T, T): keys more than `most` behind the query's own place in the sequence."""
+    """Boolean (T, T): keys more than `most` positions behind the query."""
     writer = context.writer
     return writer.op("Less", _distance(context, stream), writer.const(-most, np.int64))
 
@@ -97,7 +97,7 @@ def _forward(context: Context, stream: Stream, scores: str, most: int = 0) -> st
 
 
 def _masked(context: Context, stream: Stream, scores: str) -> str:
-    """Hidden by the mask, or, where there is none, by a frontier."""
+    """Hidden by the mask or, without one, by a frontier."""
     return _hidden(context, stream, scores) if stream.symbol in context.masks else _forward(context, stream, scores)
 
 
@@ -109,7 +109,7 @@ def spelled_out(context: Context, stream: Stream) -> Stream:
 
 
 def _rotated(context: Context, heads: str, size: int, angles: str) -> str:
-    """(B, H, T, D) turned by angles (..., T, D / 2)."""
+    """(B, H, T, D) rotated by angles (..., T, D / 2)."""
     writer, half = context.writer, size // 2
     doubled = writer.op("Concat", angles, angles, axis=-1)
     first, second = writer.split(heads, -1, half, half)
@@ -135,12 +135,12 @@ def _base(stream: Stream, number: float) -> np.ndarray:
 
 
 def rotary(context: Context, stream: Stream) -> Stream:
-    """Positions counted from the front turn queries and keys."""
+    """Queries and keys rotated by positions counted from the front."""
     return _rotary(context, stream, context.writer.const(_base(stream, 100.0)), _reads_all(stream))
 
 
 def window(context: Context, stream: Stream) -> Stream:
-    """The last few positions, itself included."""
+    """The last few positions, the query's included."""
     writer = context.writer
     heads = heads_of(context, stream)
     far = writer.op("Greater", _distance(context, stream), writer.const(3, np.int64))
@@ -179,7 +179,7 @@ def folded_heads(context: Context, stream: Stream) -> Stream:
 
 
 def one_too_far(context: Context, stream: Stream) -> Stream:
-    """A frontier that lets each query see the key behind it in the sequence: the last one sees padding."""
+    """A frontier that lets each query attend to the next key: the last query attends to padding."""
     heads = heads_of(context, stream)
     scores = _forward(context, stream, scores_of(context, heads), most=1)
     state = stream.state.finite().tainted(stream.symbol, "frontier one too far")
@@ -187,7 +187,7 @@ def one_too_far(context: Context, stream: Stream) -> Stream:
 
 
 def open_window(context: Context, stream: Stream) -> Stream:
-    """A window to both sides without a mask: the last positions see padding."""
+    """A window to both sides without a mask: the last positions attend to padding."""
     writer = context.writer
     heads = heads_of(context, stream)
     distance = writer.op("Abs", _distance(context, stream))
@@ -198,7 +198,7 @@ def open_window(context: Context, stream: Stream) -> Stream:
 
 
 def queries_masked(context: Context, stream: Stream) -> Stream:
-    """The mask laid over queries: keys that are padded count."""
+    """The mask applied to queries instead of keys: padded keys count."""
     writer, mask = context.writer, context.masks[stream.symbol]
     heads = heads_of(context, stream)
     keep = writer.unsqueeze(mask.keep, 1, 3)
@@ -208,7 +208,7 @@ def queries_masked(context: Context, stream: Stream) -> Stream:
 
 
 def rotary_switch(context: Context, stream: Stream) -> Stream:
-    """A base that depends on the padded length."""
+    """A rotary base that depends on the padded length."""
     writer = context.writer
     far = writer.op("Greater", writer.length(stream.name), writer.const(12, np.int64))
     near, wide = (writer.const(_base(stream, number)) for number in (3.0, 1e4))
@@ -247,7 +247,7 @@ FORMS_OF_PADDING: dict[str, Piece] = {
     "one too far": one_too_far,
     "open window": open_window,
 }
-# Under a frontier in the place of a mask the first position has one key, whose weight no rotation changes.
+# Under a frontier instead of a mask the first position has one key, whose weight no rotation changes.
 FORMS_OF_PADDING_WITH_MASK: dict[str, Piece] = {"queries masked": queries_masked, "rotary switch": rotary_switch}
 FORMS_OF_ROWS: dict[str, Piece] = {"flat attention": flat_attention}
 FORMS_OF_ROWS_WITH_MASK: dict[str, Piece] = {"mask of the first row": mask_of_first_row}

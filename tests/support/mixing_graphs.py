@@ -1,7 +1,7 @@
-"""ONNX graphs made up from a seed, of which it is known what mixes a sequence with padding or with other rows.
+"""ONNX graphs generated from a seed, with the known truth about what mixes a sequence with padding or with other rows.
 
-A graph is a chain of pieces over (B, T, width). Each piece knows its own effect, so truth is built along with the
-graph; `mixing_witness` checks it by running. The property test of the proof, and `make fuzz-batching`, draw from here.
+A graph is a chain of pieces over (B, T, width). Each piece knows its own effect, so the truth is built along with the
+graph. `mixing_witness` confirms it by running. The property test of the proof, and `make fuzz-batching`, use these.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mixing_writer import Writer
 from onnx import TensorProto, helper
 
 RARE = {"reversed by length": 0.2, "dead end": 0.4, "spelled out": 0.6}
-"""How often pieces come, of those that few models have; others come once."""
+"""The frequency of pieces that few models have. Others have frequency 1."""
 PADDING_WITH_MASK = {**OF_PADDING_WITH_MASK, **FORMS_OF_PADDING_WITH_MASK}
 ROWS_WITH_MASK = {**OF_ROWS_WITH_MASK, **FORMS_OF_ROWS_WITH_MASK}
 OPSETS = (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 23, 23)
@@ -43,8 +43,10 @@ OPSETS = (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 23, 23)
 class MixingGraph:
     """A graph with its truth.
 
-    `truths`: by output, by axis: the poison that mixes it, "" where nothing does, `UNSAID` where the grammar does not
-    know. `needs`: what must hold of masks where padding is said not to mix.
+    Args:
+        truths: By output, by axis: the poison that mixes it, "" where nothing does, `UNSAID` where the grammar does not
+            know.
+        needs: What must hold of masks where the truth is that padding does not mix.
     """
 
     seed: int
@@ -56,7 +58,7 @@ class MixingGraph:
     needs: frozenset[Need]
     pieces: tuple[str, ...]
     weights: Mapping[str, Mapping[str, str]]
-    """Truths of attention weights, by how the names of the attention's nodes begin."""
+    """Truths of attention weights, by the prefix of the attention's node names."""
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -69,19 +71,19 @@ class MixingGraph:
         return dict.fromkeys(self.signature.symbols, LONGEST)
 
     def needs_of(self, symbol: str) -> list[Need]:
-        """What must hold of the masks along a symbol."""
+        """Return what must hold of the masks along a symbol."""
         along = {spec.name for spec in self.signature.inputs if symbol in spec.shape}
         return sorted((need for need in self.needs if need.input in along), key=str)
 
     def poison(self, axis: str) -> str:
-        """What mixes any output along an axis: a poison; "" if nothing does; `UNSAID` if that is not known."""
+        """Return the poison of any output along an axis: "" if nothing mixes; `UNSAID` if that is not known."""
         found = [each[axis] for each in self.truths.values()]
         named = [poison for poison in found if poison and poison != UNSAID]
         return (named or [poison for poison in found if poison] or [""])[0]
 
 
 def mixing_graph(seed: int) -> MixingGraph:
-    """The graph of a seed: always the same one."""
+    """Return the graph of a seed. It is always the same one."""
     rng = random.Random(seed)
     context = Context(Writer(rng, rng.choice(OPSETS)))
     inputs = Inputs()
@@ -97,7 +99,7 @@ def mixing_graph(seed: int) -> MixingGraph:
 
 
 def _chain(context: Context, stream: Stream, aim: str, most: int = 4) -> tuple[Stream, Stream]:
-    """Pieces after each other, one of them what is aimed at; the stream, and one from before the end."""
+    """Return a chain of pieces, one of which is `aim`, and a stream from before its end."""
     rng = context.writer.rng
     count = rng.randint(1, most)
     place = rng.randrange(count) if aim in {"padding", "rows"} else -1
@@ -135,7 +137,7 @@ def _poison(context: Context, stream: Stream, aim: str) -> Stream:
 
 
 def _crossed(context: Context, inputs: Inputs, stream: Stream, aim: str) -> Stream:
-    """A second sequence that the first attends to."""
+    """Return a stream that attends to a second sequence."""
     rng = context.writer.rng
     context.writer.prefix = "second"
     second = stream_of(context, inputs, "s", "encoder_")
@@ -149,7 +151,7 @@ def _crossed(context: Context, inputs: Inputs, stream: Stream, aim: str) -> Stre
     if "s" in context.masks:
         stream = attention(context, stream, second)
     else:
-        # Without a mask of the keys, their first position is all that may be taken.
+        # Without a mask of the keys, only their first position may be taken.
         first = context.writer.op("Gather", second.name, context.writer.ints(0), axis=1)
         name = context.writer.op("Add", stream.name, first)
         stream = replace(stream, name=name, state=_one_of(stream.state, second.state))
@@ -157,12 +159,12 @@ def _crossed(context: Context, inputs: Inputs, stream: Stream, aim: str) -> Stre
 
 
 def _one_of(state: State, other: State) -> State:
-    """The state of a stream to which one position of another sequence is added."""
+    """Return the state of a stream to which one position of another sequence is added."""
     return state.joined(replace(other, behind="finite"))
 
 
 def _truth(state: State, symbols: tuple[str, ...]) -> dict[str, str]:
-    """By axis the poison; where padding makes all NaN, what else is mixed may never show."""
+    """Return the poison by axis. Where padding makes all values NaN, other mixing may not show."""
     found = {axis: state.taint.get(axis, "") for axis in (BATCH, *symbols)}
     if NAN_BEHIND not in found.values():
         return found

@@ -1,4 +1,4 @@
-"""How generated graphs end: from a stream (B, T, width) to an output, whole, pooled, or of a length derived from it."""
+"""How generated graphs end: from a stream (B, T, width) to an output, whole, pooled, or of a derived length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """An output: its value, its shape without the batch, and the forms of symbols that are no input's."""
+    """An output: its value, its shape without the batch, and the forms of symbols that no input has."""
 
     name: str
     shape: tuple[str | int, ...]
@@ -35,7 +35,7 @@ def logits(context: Context, stream: Stream) -> Head:
 
 
 def first(context: Context, stream: Stream) -> Head:
-    """The first position, as a class token is read."""
+    """The first position, used as a class token."""
     writer = context.writer
     if writer.rng.random() < 0.5:
         name = writer.op("Gather", stream.name, writer.const(0, np.int64), axis=1)
@@ -45,7 +45,7 @@ def first(context: Context, stream: Stream) -> Head:
 
 
 def masked_pool(context: Context, stream: Stream) -> Head:
-    """The mean, sum or greatest of allowed positions."""
+    """The mean, sum or maximum of allowed positions."""
     name, state = pooled(context, stream)
     return Head(name, (stream.width,), state)
 
@@ -76,7 +76,7 @@ def last_allowed(context: Context, stream: Stream) -> Head:
 
 
 def with_front(context: Context, stream: Stream) -> Head:
-    """One constant position put before all others."""
+    """One constant position before all others."""
     writer, width = context.writer, stream.width
     one = writer.const(writer.drawn(1, 1, width))
     shape = writer.op("Concat", writer.extent(stream.name, 0), writer.ints(1, width), axis=0)
@@ -86,7 +86,7 @@ def with_front(context: Context, stream: Stream) -> Head:
 
 
 def halved(context: Context, stream: Stream) -> Head:
-    """Windows of two positions, the last one left out where it is not full."""
+    """Windows of two positions. An incomplete last one is omitted."""
     writer, width = context.writer, stream.width
     turned = writer.op("Transpose", stream.name, perm=[0, 2, 1])
     kind = writer.pick("Conv", "MaxPool", "AveragePool")
@@ -120,12 +120,12 @@ def _strided(context: Context, stream: Stream) -> Head:
 
 
 def strided_over_padding(context: Context, stream: Stream) -> Head:
-    """The same over whatever is behind the sequence."""
+    """The same over any values behind the sequence."""
     return _strided(context, shifted(context, stream))
 
 
 def with_back(context: Context, stream: Stream) -> Head:
-    """One constant position put behind all others, the padded ones too."""
+    """One constant position behind all others, the padded ones included."""
     writer, width = context.writer, stream.width
     one = writer.const(writer.drawn(1, 1, width))
     shape = writer.op("Concat", writer.extent(stream.name, 0), writer.ints(1, width), axis=0)
@@ -142,7 +142,7 @@ def last(context: Context, stream: Stream) -> Head:
 
 
 def unmasked(context: Context, stream: Stream) -> Head:
-    """A mean or the greatest of all positions."""
+    """A mean or the maximum of all positions."""
     writer = context.writer
     kind = writer.pick("Mean", "Max")
     name = writer.reduce(kind, numbered(context, stream).name, 1, keep=False)

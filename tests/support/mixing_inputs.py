@@ -1,4 +1,4 @@
-"""Inputs of generated graphs: ids or features, with or without a mask, and what a signature says of them."""
+"""Inputs of generated graphs: ids or features, with or without a mask, and their signature."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Inputs:
 
 
 def stream_of(context: Context, inputs: Inputs, symbol: str, second: str) -> Stream:
-    """Inputs of one sequence as a stream; its mask, if it has one, goes into the context.
+    """Return the inputs of one sequence as a stream. Its mask, if it has one, is added to the context.
 
     Args:
-        context: whose pieces follow.
-        inputs: where new ones are declared.
-        symbol: of the sequence's axis.
-        second: begins the names of inputs of a second sequence.
+        context: The graph that is written.
+        inputs: Collects the declared inputs.
+        symbol: The symbol of the sequence's axis.
+        second: The prefix of names of a second sequence's inputs.
     """
     writer = context.writer
     width = writer.pick(4, 8, 8, 16)
@@ -79,7 +79,7 @@ def stream_of(context: Context, inputs: Inputs, symbol: str, second: str) -> Str
 
 
 def mask_of(context: Context, inputs: Inputs, symbol: str, name: str, kind: str, ids: str, padding: int) -> MaskInput:
-    """A mask input, or one that the graph derives from ids, as booleans and as numbers."""
+    """Return a mask input, or a mask that the graph derives from ids, as booleans and as numbers."""
     writer = context.writer
     if kind == "ids":
         same = writer.op("Equal", ids, _like(context, inputs, ids, padding))
@@ -99,7 +99,7 @@ def mask_of(context: Context, inputs: Inputs, symbol: str, name: str, kind: str,
 
 
 def _numbered(context: Context, value: str, ones: str, dtype: np.dtype[np.generic]) -> MaskInput:
-    """A mask of numbers: which of them allow a position differs by spelling."""
+    """Return a mask of numbers. Which numbers allow a position differs by spelling."""
     writer = context.writer
     spelling = writer.pick("cast", "cast", "greater", "equal", "not zero")
     if spelling == "cast":
@@ -112,7 +112,7 @@ def _numbered(context: Context, value: str, ones: str, dtype: np.dtype[np.generi
 
 
 def wrong_mask(context: Context, inputs: Inputs, symbol: str, name: str, ids: str, padding: int) -> MaskInput:
-    """A mask that hides what is allowed, or padding ids that no position is padded with: padded keys count."""
+    """Return a mask that hides allowed positions, or tests for an id that is not the padding id: padded keys count."""
     writer = context.writer
     if ids:
         keep = writer.op("Not", writer.op("Equal", ids, _like(context, inputs, ids, padding + 2)))

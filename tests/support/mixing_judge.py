@@ -1,4 +1,4 @@
-"""Compares verdicts of the proof with the truth of generated graphs, and sums up many such comparisons."""
+"""Compare verdicts of the proof with the truth of generated graphs, and summarise many such comparisons."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Prover = Callable[[MixingGraph], Proof]
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One clause beside its truth: `poison` as `MixingGraph` has it; `fault` is empty where nothing is wrong."""
+    """One clause with its truth: `poison` as in `MixingGraph`; `fault` is empty where the verdict is right."""
 
     seed: int
     axis: str
@@ -30,12 +30,12 @@ class Judgement:
 
     @property
     def unmixed(self) -> bool:
-        """Whether nothing is known to be mixed, and so a proof is wanted."""
+        """True if nothing is known to be mixed, so that a proof is expected."""
         return not self.poison
 
 
 def proved_by_default(graph: MixingGraph) -> Proof:
-    """What the product's proof gives for a graph as it is, without taps."""
+    """Return the product's proof of a graph without taps."""
     return prove(
         graph.proto,
         graph.signature,
@@ -48,10 +48,10 @@ def proved_by_default(graph: MixingGraph) -> Proof:
 
 
 def judged(graph: MixingGraph, prover: Prover = proved_by_default) -> list[Judgement]:
-    """A judgement for `batch` and for each symbol. An exception of the proof is a fault of each."""
+    """Return a judgement for `batch` and for each symbol. An exception of the proof is a fault of each."""
     try:
         proof = prover(graph)
-    except Exception as fault:  # noqa: BLE001 - whatever it raises is a finding, and the next graph is wanted too
+    except Exception as fault:  # noqa: BLE001 - any exception is a finding, and the run continues with the next graph
         said = f"raised {type(fault).__name__}: {fault}"
         return [Judgement(graph.seed, axis, graph.poison(axis), "raised", graph.pieces, said) for axis in graph.axes]
     clauses = {clause.axis: clause for clause in proof.clauses}
@@ -67,7 +67,7 @@ def _judged(graph: MixingGraph, axis: str, clause: Clause | None, proof: Proof) 
 
 
 def _fault(graph: MixingGraph, axis: str, clause: Clause, proof: Proof) -> str:
-    """What is wrong with a clause, "" for nothing."""
+    """Return what is wrong with a clause, or an empty string."""
     if clause.verdict is Verdict.PROVED and graph.poison(axis) not in {"", UNSAID}:
         return f"UNSOUND: proved, but mixed by {graph.poison(axis)}"
     for output, verdict in clause.targets.items():
@@ -86,7 +86,7 @@ def _fault(graph: MixingGraph, axis: str, clause: Clause, proof: Proof) -> str:
 
 
 def _met(need: Need, proof: Proof) -> bool:
-    """Whether a proof asks at least as much of a mask as is needed."""
+    """Return whether a proof requires at least as much of a mask as is needed."""
     asked = [mask for mask in proof.masks if mask.input == need.input]
     enough = {"some": {"some", "all"}, "all": {"all"}}[need.need]
     return any(mask.need in enough for mask in asked) and (
@@ -95,9 +95,9 @@ def _met(need: Need, proof: Proof) -> bool:
 
 
 def changes(graph: MixingGraph, axis: str, proof: Proof) -> bool:
-    """Whether running a graph shows that an axis changes an answer, under masks as the proof asks for them.
+    """Return whether running a graph shows that an axis changes an answer, under masks that meet the proof's needs.
 
-    A clear difference: more than float32's rounding makes of sums in another order.
+    The difference must be clear: more than float32's rounding of sums in another order.
     """
     along = [] if axis == BATCH else [spec.name for spec in graph.signature.inputs if axis in spec.shape]
     asked = [Need(mask.input, mask.need, ones=mask.allowed_value == 1) for mask in proof.masks if mask.input in along]
@@ -113,29 +113,29 @@ class Summary:
 
     @classmethod
     def of(cls, seeds: Iterable[int], prover: Prover = proved_by_default) -> Summary:
-        """The graphs of these seeds, judged."""
+        """Return the judgements of the graphs of these seeds."""
         return cls(tuple(each for seed in seeds for each in judged(mixing_graph(seed), prover)))
 
     @property
     def faults(self) -> list[Judgement]:
-        """Those with a fault."""
+        """The judgements with a fault."""
         return [each for each in self.judgements if each.fault]
 
     @property
     def proved_share(self) -> float:
-        """Of the clauses that nothing mixes: which part is proved."""
+        """The share of unmixed clauses that is proved."""
         unmixed = [each for each in self.judgements if each.unmixed]
         return sum(each.verdict == "proved" for each in unmixed) / max(len(unmixed), 1)
 
     def by_poison(self) -> dict[str, Counter[str]]:
-        """Counts of verdicts for each poison, those of unmixed clauses under "(unmixed)"."""
+        """Counts of verdicts for each poison. Unmixed clauses are under "(unmixed)"."""
         table: dict[str, Counter[str]] = {}
         for each in self.judgements:
             table.setdefault(each.poison or "(unmixed)", Counter())[each.verdict] += 1
         return table
 
     def by_piece(self) -> dict[str, Counter[str]]:
-        """Counts of verdicts of unmixed clauses for each piece that their graphs have."""
+        """Counts of verdicts of unmixed clauses for each piece in their graphs."""
         table: dict[str, Counter[str]] = {}
         for each in self.judgements:
             for piece in set(each.pieces) if each.unmixed else ():

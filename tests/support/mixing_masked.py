@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 
 def zeroed(context: Context, stream: Stream) -> Stream:
-    """Padded positions replaced by zeros. Multiplied by 0, a NaN stays what it is."""
+    """Padded positions replaced by zeros. Multiplied by 0, a NaN stays NaN."""
     writer, mask = context.writer, context.masks[stream.symbol]
     if writer.rng.random() < 0.5:
         name = writer.op("Where", writer.unsqueeze(mask.keep, 2), stream.name, writer.const(0.0))
@@ -22,7 +22,7 @@ def zeroed(context: Context, stream: Stream) -> Stream:
 
 
 def pooled(context: Context, stream: Stream) -> tuple[str, State]:
-    """(B, width) of all allowed positions: their mean, greatest or sum."""
+    """(B, width) of all allowed positions: their mean, maximum or sum."""
     writer, mask, value = context.writer, context.masks[stream.symbol], stream.name
     keep = writer.unsqueeze(mask.keep, 2)
     kind = writer.pick("mean", "mean", "max", "chosen sum", "product")
@@ -59,7 +59,10 @@ def zero_convolution(context: Context, stream: Stream) -> Stream:
 
 
 def convolution(context: Context, stream: Stream) -> Stream:
-    """A convolution of width 3 with padding: as alone only where padded positions are zero, as its own padding is."""
+    """A convolution of width 3 with padding.
+
+    It is equal only where padded positions are zero, as its own padding is.
+    """
     writer, width = context.writer, stream.width
     turned = writer.op("Transpose", stream.name, perm=[0, 2, 1])
     weights, bias = writer.const(writer.drawn(width, width, 3)), writer.const(writer.drawn(width))
@@ -71,7 +74,7 @@ def convolution(context: Context, stream: Stream) -> Stream:
 
 
 def numbered(context: Context, stream: Stream) -> Stream:
-    """Positions added, so that no padded position repeats one of the sequence's own by chance."""
+    """Positions added, so that no padded position equals one of the sequence's own by chance."""
     writer = context.writer
     table = writer.slice(writer.const(writer.drawn(520, stream.width, scale=1.0)), 0, 0, writer.extent(stream.name, 1))
     return by_position(stream, writer.op("Add", stream.name, writer.unsqueeze(table, 0)))
@@ -105,7 +108,7 @@ def linear_attention(context: Context, stream: Stream) -> Stream:
 
 
 def reversed_by_length(context: Context, stream: Stream) -> Stream:
-    """Each row's own positions back to front, by its own length: padded positions keep their places."""
+    """Each row's own positions reversed, by its own length. Padded positions keep their places."""
     writer, mask = context.writer, context.masks[stream.symbol]
     lengths = writer.reduce("Sum", writer.cast(mask.keep, TensorProto.INT64), 1, keep=False)
     name = writer.op("ReverseSequence", stream.name, lengths, batch_axis=0, time_axis=1)

@@ -1,4 +1,4 @@
-"""Pieces of generated graphs that keep every sequence to itself because they work on each position alone."""
+"""Pieces of generated graphs that keep sequences apart, because they work on each position alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pointwise(context: Context, stream: Stream) -> Stream:
 
 
 def normalised(context: Context, stream: Stream) -> Stream:
-    """A normalisation over the width, as an operator or written out."""
+    """A normalisation over the width, as an operator or decomposed."""
     writer, width = context.writer, stream.width
     gain = (1 + writer.drawn(width, scale=0.1)).astype(np.float32)
     shift = writer.drawn(width, scale=0.1)
@@ -106,7 +106,7 @@ def projected(context: Context, stream: Stream) -> Stream:
 
 
 def folded(context: Context, stream: Stream) -> Stream:
-    """Heads, or positions, folded into the batch and out again, with a function by head between."""
+    """Heads, or positions, folded into the batch and out again, with a function by head in between."""
     writer, width = context.writer, stream.width
     heads, value = 2, stream.name
     kind = writer.pick("heads", "batch x heads", "batch x positions", "channels")
@@ -134,7 +134,7 @@ def by_width(context: Context, stream: Stream) -> Stream:
     writer, value = context.writer, stream.name
     kind = writer.pick("softmax", "mean", "max", "top", "batch norm", "if")
     if kind == "softmax":
-        # Before opset 13 softmax flattens what is behind its axis, so the last one means the same in all.
+        # Before opset 13 softmax flattens the axes behind its own, so the last axis means the same in all opsets.
         name = writer.op("Softmax", value, axis=2)
     elif kind == "mean":
         name = writer.op("Sub", value, writer.reduce("Mean", value, -1))
@@ -155,7 +155,7 @@ def by_width(context: Context, stream: Stream) -> Stream:
 
 
 def dead_end(context: Context, stream: Stream) -> Stream:
-    """A mixture that nothing served comes from."""
+    """A mixture that reaches no served output."""
     writer = context.writer
     lost = writer.op("Add", writer.reduce("Mean", stream.name, 0, 1), writer.const(1.0))
     writer.op("Mul", stream.name, lost)

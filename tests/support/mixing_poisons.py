@@ -16,7 +16,7 @@ Poison = Callable[[Context, Stream], Stream]
 
 
 def _added(context: Context, stream: Stream, number: str, *faults: tuple[str, str]) -> Stream:
-    """The stream plus a number, or one for each row (B, 1, 1), times a drawn vector, which no norm takes out."""
+    """The stream plus a number, or one for each row (B, 1, 1), times a drawn vector, which no norm removes."""
     writer = context.writer
     vector = writer.const(writer.drawn(stream.width, scale=1.0))
     return tainted(stream, writer.op("Add", stream.name, writer.op("Mul", number, vector)), *faults)
@@ -37,12 +37,12 @@ def unmasked_attention(context: Context, stream: Stream) -> Stream:
 
 
 def small_mask(context: Context, stream: Stream) -> Stream:
-    """A finite mask of -10: some hundred padded keys take a share."""
+    """A finite mask of -10: some hundred padded keys get weight."""
     return attend(context, stream, stream, Plan(hiding="add -1e4", filler=context.writer.pick(-5.0, -10.0)))
 
 
 def raw_mask(context: Context, stream: Stream) -> Stream:
-    """A finite mask over whatever scores there are."""
+    """A finite mask over scores of any size."""
     return attend(context, stream, stream, Plan(hiding=context.writer.pick("add -1e4", "where -1e4", "add -1e9")))
 
 
@@ -63,7 +63,7 @@ def log_length(context: Context, stream: Stream) -> Stream:
 
 
 def unmasked_pool(context: Context, stream: Stream) -> Stream:
-    """A mean, sum, greatest or last over all positions, added to each."""
+    """A mean, sum, maximum or last element over all positions, added to each."""
     writer, value = context.writer, stream.name
     kinds = ["Mean", "Max", "Min", "last", "LogSumExp", "global", "L2", "Sum"]
     kind = writer.pick(*kinds)
@@ -93,7 +93,7 @@ def softmax_over_positions(context: Context, stream: Stream) -> Stream:
 
 
 def length_scalar(context: Context, stream: Stream) -> Stream:
-    """The padded length as a number: its logarithm, its root, or on which side of a threshold it is."""
+    """The padded length as a number: its logarithm, its root, or its side of a threshold."""
     writer = context.writer
     length = _length(context, stream)
     kind = writer.pick("Log", "Sqrt", "Reciprocal", "where", "if", "loop")
@@ -117,7 +117,7 @@ def _branch(context: Context, number: float) -> object:
 
 
 def _halved(context: Context, stream: Stream) -> str:
-    """A Loop of as many turns as there are positions, padded ones too."""
+    """A Loop with one iteration for each position, padded ones included."""
     writer = context.writer
     names = {key: writer.fresh(key) for key in ("turn", "go", "number", "next", "on", "half", "sum", "one")}
     body = helper.make_graph(
@@ -145,7 +145,7 @@ def _halved(context: Context, stream: Stream) -> str:
 
 
 def back_to_front(context: Context, stream: Stream) -> Stream:
-    """What runs from the padded end."""
+    """A recurrence that runs from the padded end."""
     writer, value = context.writer, stream.name
     kinds = ["slice", "reverse sequence", "LSTM", "GRU", "next", "cumsum", "scan"]
     kind = writer.pick(*kinds)
@@ -164,7 +164,7 @@ def back_to_front(context: Context, stream: Stream) -> Stream:
         name = scanned(context, stream, backwards=True)
     elif kind == "next":
         moved = writer.op("Concat", writer.slice(value, 1, 1, 2**31), writer.slice(value, 1, 0, 1), axis=1)
-        # Through a matrix, since a norm takes out a sum of twice the same.
+        # Through a matrix, because a norm removes a sum of two equal terms.
         name = writer.op("Add", value, writer.matmul(moved, stream.width, stream.width, scale=1.0))
     else:
         name = recurrent(context, stream, kind, "reverse")
@@ -172,7 +172,7 @@ def back_to_front(context: Context, stream: Stream) -> Stream:
 
 
 def statistics(context: Context, stream: Stream) -> Stream:
-    """A normalisation whose mean and spread are over positions."""
+    """A normalisation with mean and deviation over positions."""
     writer, width = context.writer, stream.width
     turned = writer.op("Transpose", stream.name, perm=[0, 2, 1])
     kind = writer.pick("instance", "written out", *(["group"] if writer.opset >= 21 else []))
@@ -198,7 +198,7 @@ def contraction(context: Context, stream: Stream) -> Stream:
         summary = writer.op("Einsum", share, share, equation="btd,bte->bde")
     else:
         summary = writer.op("MatMul", writer.op("Transpose", share, perm=[0, 2, 1]), share)
-    # Of numbers between 0 and 1 the sum grows with the positions; its logarithm keeps it small.
+    # The sum of numbers between 0 and 1 grows with the positions. Its logarithm keeps it small.
     mixed = writer.op("MatMul", value, writer.op("Log", writer.op("Add", summary, writer.const(1.0))))
     return tainted(stream, writer.op("Add", value, mixed), (stream.symbol, "contraction over positions"))
 
@@ -224,7 +224,7 @@ def wide_convolution(context: Context, stream: Stream) -> Stream:
 
 
 def edge_padding(context: Context, stream: Stream) -> Stream:
-    """An average over neighbours, the last one repeated at the end: the padded end, not the sequence's own."""
+    """An average over neighbours, with the last one repeated at the end: the padded end, not the sequence's own."""
     writer = context.writer
     padded = writer.op("Concat", stream.name, writer.slice(stream.name, 1, -1, 2**31), axis=1)
     beside = writer.matmul(writer.slice(padded, 1, 1, 2**31), stream.width, stream.width, scale=1.0)
@@ -250,7 +250,7 @@ OF_PADDING_WITH_MASK: dict[str, Poison] = {"small mask": small_mask, "raw mask":
 
 
 def wrongly_masked(context: Context, stream: Stream) -> Stream:
-    """A mask that hides what is allowed, or a padding id that is not the one that positions are padded with."""
+    """A mask that hides allowed positions, or a test for an id that is not the padding id."""
     symbol = stream.symbol
     context.masks[symbol] = context.wrong_masks[symbol]
     try:

@@ -13,12 +13,12 @@ Poison = Callable[[Context, Stream], Stream]
 
 
 def _through(stream: Stream, name: str, poison: str) -> Stream:
-    """The stream mixed over the batch; what padding does to what is mixed, the grammar leaves open."""
+    """The stream mixed over the batch. The grammar leaves open what padding does to the mixed value."""
     return tainted(stream, name, (BATCH, poison), (stream.symbol, UNSAID))
 
 
 def _clean(stream: Stream, name: str, poison: str) -> Stream:
-    """The stream mixed over the batch by what padding does not change."""
+    """The stream mixed over the batch by a value that padding does not change."""
     return tainted(stream, name, (BATCH, poison))
 
 
@@ -37,7 +37,7 @@ def reduced(context: Context, stream: Stream) -> Stream:
 
 
 def longest_mask(context: Context, stream: Stream) -> Stream:
-    """A scale by the greatest length of the batch, as its masks have it."""
+    """A scale by the greatest length of the batch, from its masks."""
     writer, mask = context.writer, context.masks[stream.symbol]
     count = writer.reduce("Sum", mask.ones, 1, keep=False)
     greatest = writer.reduce("Max", count, 0)
@@ -61,7 +61,7 @@ def running_rows(context: Context, stream: Stream) -> Stream:
 
 
 def first_row(context: Context, stream: Stream) -> Stream:
-    """The first, or last, row of the batch added to each, or all but a place of the first row kept."""
+    """The first, or last, row of the batch added to each, or all but one place of the first row kept."""
     writer, value = context.writer, stream.name
     kind = writer.pick("gather", "slice", "scatter", "number", "flip")
     if kind == "gather":
@@ -94,7 +94,7 @@ def batch_size(context: Context, stream: Stream) -> Stream:
 
 
 def dynamic_quantization(context: Context, stream: Stream) -> Stream:
-    """One scale of eight bits for all rows."""
+    """One int8 scale for all rows."""
     writer, width = context.writer, stream.width
     kind = writer.pick("DynamicQuantizeLinear", "MatMulInteger", "DynamicQuantizeMatMul")
     if kind == "DynamicQuantizeMatMul":
@@ -112,7 +112,7 @@ def dynamic_quantization(context: Context, stream: Stream) -> Stream:
 
 
 def capacity(context: Context, stream: Stream) -> Stream:
-    """Only the first so many positions of the flattened batch pass, as an expert's capacity has it."""
+    """Only a fixed number of first positions of the flattened batch pass, like an expert's capacity."""
     writer, width = context.writer, stream.width
     flat = writer.reshape(stream.name, -1, width)
     score = writer.op("Sigmoid", writer.matmul(flat, width, 1, scale=1.0))
@@ -126,7 +126,7 @@ def capacity(context: Context, stream: Stream) -> Stream:
 
 
 def best_of_all(context: Context, stream: Stream) -> Stream:
-    """The best score of the flattened batch, by TopK, taken off each."""
+    """The best score of the flattened batch, by TopK, subtracted from each."""
     writer, width = context.writer, stream.width
     score = writer.reshape(writer.matmul(stream.name, width, 1, scale=1.0), -1)
     best = writer.ops("TopK", score, writer.ints(1), outputs=2, axis=0)[0]
@@ -135,7 +135,7 @@ def best_of_all(context: Context, stream: Stream) -> Stream:
 
 
 def counted(context: Context, stream: Stream) -> Stream:
-    """How many numbers of the batch are above a threshold, or different, as a number."""
+    """The number of values of the batch above a threshold, or of different ones."""
     writer = context.writer
     kind = writer.pick("NonZero", "Unique", "Compress")
     turned = writer.matmul(stream.name, stream.width, stream.width, scale=1.0)
@@ -162,7 +162,7 @@ def swapped(context: Context, stream: Stream) -> Stream:
 
 
 def row_contraction(context: Context, stream: Stream) -> Stream:
-    """A contraction over rows, or attention with rows for positions."""
+    """A contraction over rows, or attention with rows as positions."""
     writer, value, width = context.writer, stream.name, stream.width
     if writer.opset >= 12 and writer.rng.random() < 0.5:
         scores = writer.op("Einsum", value, value, equation="btd,ctd->tbc")
@@ -176,7 +176,7 @@ def row_contraction(context: Context, stream: Stream) -> Stream:
 
 
 def tiled(context: Context, stream: Stream) -> Stream:
-    """Rows by head where the mask, or the bias, is tiled in another order than heads fold in."""
+    """Rows by head, where the mask or the bias is tiled in another order than heads are folded."""
     writer, value, width = context.writer, stream.name, stream.width
     bias = writer.matmul(writer.op("Gather", value, writer.const(0, np.int64), axis=1), width, 1, scale=1.0)
     doubled = writer.op("Concat", bias, bias, axis=0)

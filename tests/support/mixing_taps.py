@@ -19,14 +19,14 @@ from mixing_values import UNSAID
 
 @dataclass(frozen=True, slots=True)
 class Tapped:
-    """A graph with taps. `graph` has their weights among its outputs; `sites` are those that give some."""
+    """A graph with taps. `graph` has their weights among its outputs; `sites` are the sites with weights."""
 
     graph: MixingGraph
     outputs: tuple[OutputSpec, ...]
     sites: tuple[SiteSpec, ...]
 
     def proved(self, _: MixingGraph) -> Proof:
-        """What the product's proof gives."""
+        """Return the product's proof."""
         return prove(
             self.graph.proto,
             self.graph.signature,
@@ -39,7 +39,7 @@ class Tapped:
 
 
 def tapped(graph: MixingGraph) -> Tapped | None:
-    """The graph as conversion taps it; None where it has no site that gives weights, or is refused."""
+    """Return the graph tapped as in conversion, or None where it has no site with weights, or is refused."""
     with tempfile.TemporaryDirectory() as work:
         try:
             made = assemble(graph.proto, Sampler(graph.signature), Path(work), Steps.silent())

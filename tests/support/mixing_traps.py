@@ -1,7 +1,7 @@
-"""Small graphs by hand whose truth is easy to get wrong: one operator, or one spelling, each.
+"""Hand-written small graphs whose truth is easy to get wrong, with one operator, or one spelling, each.
 
-All take `x` float32 (B, t, 8) and `attention_mask` int64 (B, t), and answer `y`. `mixes` names the axes along which an
-answer changes; of others nothing is claimed.
+All take `x` float32 (B, t, 8) and `attention_mask` int64 (B, t), and return `y`. `mixes` names the axes along which an
+answer changes. Nothing is claimed of other axes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Made = str | tuple[str, tuple[str | int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Trap:
-    """A graph's body: from a writer, `x` and the mask to `y`."""
+    """The body of a graph: from a writer, `x` and the mask to `y`."""
 
     body: Callable[[Writer, str, str], Made]
     mixes: tuple[str, ...]
@@ -113,5 +113,5 @@ def attended(writer: Writer, scores: str, x: str) -> str:
 
 
 def number(writer: Writer, x: str, axis: int = 1) -> str:
-    """An extent as a float32 scalar."""
+    """The size of an axis as a float32 scalar."""
     return writer.cast(writer.length(x, axis), TensorProto.FLOAT)

@@ -84,7 +84,7 @@ def operator_with_a_bias_of_zeros(w: Writer, x: str, mask: str) -> Made:
 
 @trap("s", opset=23, memory=True)
 def operator_causal_over_a_shorter_memory(w: Writer, x: str, mask: str) -> Made:
-    # Query i sees keys up to i, also those behind a memory of fewer positions.
+    # Query i attends to keys up to i, also to those behind a memory of fewer positions.
     return w.op("Attention", x, "memory", "memory", q_num_heads=2, kv_num_heads=2, is_causal=1)
 
 

@@ -90,7 +90,7 @@ def last_window_filled_up(w: Writer, x: str, mask: str) -> Made:
 @trap("t")
 def average_with_its_own_padding(w: Writer, x: str, mask: str) -> Made:
     turned = w.op("Transpose", w.op("Mul", x, w.unsqueeze(ones(w, mask), 2)), perm=[0, 2, 1])
-    # Without the padding counted, the last window alone is of two: over zeros it is of three.
+    # Without the padding in its count, only the last window has two positions. Over zeros it has three.
     made = w.op("AveragePool", turned, kernel_shape=[3], strides=[1], pads=[1, 1], count_include_pad=0)
     return w.op("Transpose", made, perm=[0, 2, 1])
 
@@ -175,7 +175,7 @@ def sorted_positions(w: Writer, x: str, mask: str) -> Made:
 @trap("t")
 def place_of_the_greatest(w: Writer, x: str, mask: str) -> Made:
     place = w.op("ArgMax", x, axis=1, keepdims=0)
-    # Below zero everywhere, so that a padded zero is the greatest.
+    # Below zero everywhere, so that a padded zero is the maximum.
     low = w.op("ArgMax", w.op("Neg", w.op("Abs", x)), axis=1, keepdims=0)
     return w.cast(w.op("Add", place, low), TensorProto.FLOAT), (8,)
 

@@ -16,7 +16,8 @@ def count_of_the_whole_batch(w: Writer, x: str, mask: str) -> Made:
 
 @trap("batch")
 def mask_without_its_own_axis(w: Writer, x: str, mask: str) -> Made:
-    # (B, t) beside scores (B, t, t): the mask's rows meet queries. A batch of other than one or t rows does not run.
+    # (B, t) with scores (B, t, t): the mask's rows align with queries. A batch of other than one or t rows does not
+    # run.
     return attended(w, w.op("Where", kept(w, mask), scored(w, x), w.const(-np.inf)), x)
 
 
@@ -117,7 +118,7 @@ def elements_of_another_row(w: Writer, x: str, mask: str) -> Made:
 
 @trap("batch")
 def row_named_by_the_request(w: Writer, x: str, mask: str) -> Made:
-    # The count of the request's own positions, modulo the batch, as a row.
+    # The number of the request's own positions, modulo the batch, as a row.
     count = w.reduce("Sum", mask, 1, keep=False)
     row = w.op("Mod", count, w.length(x, 0))
     return w.op("Gather", x, row, axis=0)

@@ -1,4 +1,4 @@
-"""What generated graphs are made of: values whose dependence on padding and on other rows is known."""
+"""The values of generated graphs, whose dependence on padding and on other rows is known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mixing_writer import Writer
 Array = np.ndarray[Any, np.dtype[Any]]
 
 UNSAID = "unsaid"
-"""The poison of a value of which the grammar does not know whether it is mixed; nothing is claimed of it."""
+"""The poison of a value where the grammar does not know whether it is mixed. Nothing is claimed of it."""
 NAN_BEHIND = "NaN behind the sequence"
 LONGEST = 512
 """Rows of position tables, and so the greatest length of every axis."""
@@ -35,9 +35,10 @@ class Need:
 class State:
     """What is known of a value by construction.
 
-    `taint`: by axis (`batch` or a symbol) the poison through which others reach a sequence's own part of the value.
-    `behind`: what stands at padded positions: zeros, finite numbers, or NaN. `norm`: a bound on the Euclidean norm of
-    the last axis, at every position; None: there is none.
+    Args:
+        taint: By axis (`batch` or a symbol): the poison that lets others into a sequence's own part of the value.
+        behind: The content of padded positions: zeros, finite numbers, or NaN.
+        norm: A bound on the Euclidean norm of the last axis, at every position. None: no bound.
     """
 
     taint: Mapping[str, str] = field(default_factory=dict)
@@ -45,15 +46,18 @@ class State:
     norm: float | None = None
     needs: frozenset[Need] = frozenset()
     raw: bool = False
-    """Whether it is a float input as sent, of any size."""
+    """True for a float input as it is sent, of any size."""
 
     def tainted(self, axis: str, poison: str) -> State:
-        """The state once a poison lets `axis` in; the first poison keeps its name, and beats an unsaid one."""
+        """Return the state after a poison lets `axis` in.
+
+        The first poison keeps its name, and replaces an unsaid one.
+        """
         known = self.taint.get(axis, UNSAID)
         return replace(self, taint={**self.taint, axis: poison if known == UNSAID else known}, norm=None, raw=False)
 
     def joined(self, *others: State) -> State:
-        """The state of a value that is computed from several, position by position. Its norm is not known."""
+        """Return the state of a value computed from several, position by position. Its norm is not known."""
         state = self
         for other in others:
             for axis, poison in other.taint.items():
@@ -68,17 +72,17 @@ class State:
         )
 
     def needing(self, *needs: Need) -> State:
-        """The state with further needs."""
+        """Return the state with further needs."""
         return replace(self, needs=self.needs | set(needs))
 
     def finite(self, norm: float | None = None) -> State:
-        """The state behind an operation by position that turns zeros into something else; NaN stays NaN."""
+        """Return the state after an operation by position that changes zeros. NaN stays NaN."""
         return replace(self, behind="nan" if self.behind == "nan" else "finite", norm=norm, raw=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A value float32 (B, symbol, width), the form in which pieces hand values on."""
+    """A value float32 (B, symbol, width), the type that pieces take and return."""
 
     name: str
     symbol: str
@@ -88,11 +92,13 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class MaskInput:
-    """The mask of one symbol. `keep`: a boolean value (B, symbol), true where a position is allowed.
+    """The mask of one symbol.
 
-    `ones`: float32 (B, symbol), 1 where allowed, 0 elsewhere if the input holds what it should. `arithmetic`: whether
-    `ones` is computed from the input's own number, so that a number other than 1 changes it. `picky`: whether `keep` is
-    false for some numbers that the input's padding does not have.
+    Args:
+        keep: A boolean value (B, symbol), true where a position is allowed.
+        ones: float32 (B, symbol), 1 where allowed, 0 elsewhere if the input holds valid values.
+        arithmetic: True if `ones` is computed from the input's own number, so that a number other than 1 changes it.
+        picky: True if `keep` is false for some numbers other than the padding.
     """
 
     input: str
@@ -102,27 +108,27 @@ class MaskInput:
     picky: bool = False
 
     def need(self, how: Literal["some", "all"], *, by_ones: bool = False) -> Need:
-        """A need of this input; `by_ones`: `ones` is used, not `keep`."""
+        """Return a need of this input. `by_ones`: `ones` is used, not `keep`."""
         return Need(self.input, how, ones=self.arithmetic if by_ones else self.picky)
 
 
 @dataclass
 class Context:
-    """One graph on its way: its writer, the values of its inputs, and the names of the pieces so far."""
+    """One graph in construction: its writer, the values of its inputs, and the names of the pieces so far."""
 
     writer: Writer
     masks: dict[str, MaskInput] = field(default_factory=dict)
     wrong_masks: dict[str, MaskInput] = field(default_factory=dict)
     pieces: list[str] = field(default_factory=list)
     weights: dict[str, State] = field(default_factory=dict)
-    """What is known of the weights of each attention, by how the names of its nodes begin."""
+    """The state of each attention's weights, by the prefix of its node names."""
     safe: bool = True
-    """Whether pieces must leave nothing mixed; else one of them may be a poison."""
+    """True if pieces must leave nothing mixed. Otherwise one of them may be a poison."""
 
     def attends(self, state: State, *operands: Stream) -> None:
-        """Record what is known of the weights of the attention that is being written, from what its output depends on.
+        """Record the state of the weights of the attention that is written, from its output's dependencies.
 
-        Of what its operands bring along it is not known whether it shows in the weights: a softmax takes some out.
+        It is not known whether the operands' own dependencies show in the weights: a softmax removes some.
         """
         brought = {axis for operand in operands for axis in operand.state.taint}
         brought |= {operand.symbol for operand in operands if operand.state.behind == "nan"}
@@ -138,14 +144,14 @@ class Context:
 def over(
     state: State, symbol: str, poison: str, *, hidden: Literal["where", "product", "zero", "causal", ""] = ""
 ) -> State:
-    """The state of a value that reads all positions of `symbol`.
+    """Return the state of a value that reads all positions of `symbol`.
 
     Args:
-        state: of what is read.
-        symbol: along which it is read.
-        poison: the name of the fault where padded positions are read.
-        hidden: how padded positions are hidden: replaced ("where"), multiplied by 0 ("product"), 0 already ("zero"),
-            or never read ("causal"); empty: not at all.
+        state: The state of the value that is read.
+        symbol: The symbol along which it is read.
+        poison: The name of the fault where padded positions are read.
+        hidden: How padded positions are hidden: replaced ("where"), multiplied by 0 ("product"), 0 already ("zero"),
+            or never read ("causal"). Empty: not at all.
     """
     if not hidden:
         return replace(state.tainted(symbol, poison), behind="finite")
@@ -155,7 +161,7 @@ def over(
 
 
 def tainted(stream: Stream, name: str, *faults: tuple[str, str]) -> Stream:
-    """The stream under another value, with (axis, poison) faults."""
+    """Return the stream under another value, with (axis, poison) faults."""
     state = stream.state.finite()
     for axis, poison in faults:
         state = state.tainted(axis, poison)

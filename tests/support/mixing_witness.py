@@ -1,4 +1,5 @@
-"""Runs generated graphs to see whether padding, or other rows, change an answer: the check of the grammar's truths."""
+"""Run generated graphs to find out whether padding, or other rows, change an answer: the check of the grammar's
+truths."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Row = dict[str, Array]
 EQUALITY = Equality("fp32")
 CLEAR = 3.0
-"""From this many times of what counts as equal a difference is more than rounding."""
+"""A difference of at least this many times the allowed one is more than rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ ODD = (Regime(masks="odd"),)
 
 
 def satisfying(needs: frozenset[Need] | Sequence[Need]) -> tuple[Regime, ...]:
-    """The usual regimes under which a graph's needs hold."""
+    """Return the usual regimes under which a graph's needs hold."""
     regimes = list(USUAL)
     if all(need.need != "all" for need in needs):
         regimes += HOLES
@@ -51,7 +52,7 @@ def satisfying(needs: frozenset[Need] | Sequence[Need]) -> tuple[Regime, ...]:
 
 
 class Witness:
-    """One graph, opened. Draws rows and compares an answer with another."""
+    """One loaded graph. Draws rows and compares an answer with another."""
 
     def __init__(self, graph: MixingGraph, seed: int = 0) -> None:
         options = ort.SessionOptions()
@@ -63,11 +64,14 @@ class Witness:
         )
         self.rng = np.random.default_rng([seed, graph.seed])
         fed = {spec.name for spec in graph.signature.inputs}
-        # The taps': weights of which rows are wanted.
+        # The taps' inputs list the rows whose weights are returned.
         self._items = [each.name for each in self.session.get_inputs() if each.name not in fed]
 
     def row(self, lengths: Mapping[str, int], regime: Regime, along: str = "") -> Row:
-        """One sequence. `along`: the one symbol whose masks are of the regime, others being full; empty: all are."""
+        """Return one sequence.
+
+        `along` is the only symbol with masks of the regime; others are full. Empty: all have them.
+        """
         full = Regime(regime.scale)
         return {
             spec.name: self._drawn(spec, lengths, full if along and along not in spec.shape else regime)
@@ -105,7 +109,7 @@ class Witness:
         return keep
 
     def batch(self, rows: Sequence[Row], padded: Mapping[str, int]) -> Row:
-        """Rows as one batch, padded behind their ends."""
+        """Return rows as one batch, padded behind their ends."""
         feeds: Row = {}
         for spec in self.graph.signature.inputs:
             shape = tuple(padded[extent] if isinstance(extent, str) else extent for extent in spec.shape)
@@ -117,21 +121,21 @@ class Witness:
         return feeds | {name: np.arange(len(rows)) for name in self._items}
 
     def run(self, feeds: Row) -> dict[str, Array] | None:
-        """All outputs; None where the runtime refuses."""
+        """Return all outputs, or None where the runtime refuses the run."""
         try:
             outputs = self.session.run([spec.name for spec in self.graph.outputs], feeds)
-        except Exception:  # noqa: BLE001 - the runtime raises types of its own
+        except Exception:  # noqa: BLE001 - the runtime raises undocumented types
             return None
         return dict(zip((spec.name for spec in self.graph.outputs), outputs, strict=True))
 
     def own(self, output: str, values: Array, lengths: Mapping[str, int]) -> Array:
-        """A row of an output, cropped to a sequence's own lengths."""
+        """Return a row of an output, cropped to a sequence's own lengths."""
         spec = next(spec for spec in self.graph.outputs if spec.name == output)
         known = {**lengths, **{name: form.of(lengths[form.source]) for name, form in self.graph.derived.items()}}
         return values[tuple(slice(known[extent] if isinstance(extent, str) else extent) for extent in spec.shape)]
 
     def errors(self, axis: str, regimes: Sequence[Regime], rounds: int = 1) -> Iterator[dict[str, float]]:
-        """By output, the difference that an axis makes in one probe after another, in parts of what counts as equal."""
+        """Yield, for each probe, the difference that an axis makes by output, as a multiple of the allowed one."""
         for _, regime, probe in itertools.product(range(rounds), regimes, range(6)):
             found = self._of_rows(regime, probe) if axis == BATCH else self._of_padding(axis, regime, probe)
             if found is not None:
@@ -156,7 +160,7 @@ class Witness:
         return self._compared(self.batch([row], lengths), self.batch([row], padded), lengths, 0)
 
     def _of_rows(self, regime: Regime, probe: int) -> dict[str, float] | None:
-        """A row as alone at the same padded length, so that what padding does is not seen."""
+        """Compare a row with the run alone at the same padded length, so that the effect of padding cancels."""
         symbols = self.graph.signature.symbols
         lengths = {symbol: int(self.rng.choice([1, 2, 3, 6, 9])) for symbol in symbols}
         padded = lengths if probe % 2 else {symbol: length + 4 for symbol, length in lengths.items()}
@@ -169,7 +173,7 @@ class Witness:
         return self._compared(self.batch([row], padded), self.batch(rows, padded), lengths, at)
 
     def worst(self, axis: str, regimes: Sequence[Regime], rounds: int = 1, enough: float = np.inf) -> dict[str, float]:
-        """The greatest differences by output; ends early once every output has `enough`."""
+        """Return the greatest differences by output. Ends early once every output has `enough`."""
         worst = {spec.name: 0.0 for spec in self.graph.outputs}
         for found in self.errors(axis, regimes, rounds):
             worst = {name: max(value, found[name]) for name, value in worst.items()}

@@ -1,4 +1,4 @@
-"""Writes the nodes and constants of generated graphs, in the form that each opset wants."""
+"""Write the nodes and constants of generated graphs, in the form of each opset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Writer:
-    """Writes nodes and constants under unique names. `prefix` begins the names of nodes: the piece that they are of."""
+    """Writes nodes and constants under unique names.
+
+    `prefix` begins the names of nodes: the piece that they belong to.
+    """
 
     def __init__(self, rng: random.Random, opset: int) -> None:
         self.rng = rng
@@ -26,16 +29,16 @@ class Writer:
         self._count = 0
 
     def fresh(self, stem: str) -> str:
-        """A name that no value has yet."""
+        """Return a name that no value has yet."""
         self._count += 1
         return f"{self.prefix}.{stem}_{self._count}"
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        """One node of one output."""
+        """Add a node of one output, and return it."""
         return self.ops(kind, *inputs, domain=domain, **attributes)[0]
 
     def ops(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> list[str]:
-        """One node of several outputs."""
+        """Add a node of several outputs, and return them."""
         names = [self.fresh(kind) for _ in range(outputs)]
         self.domains.add(domain)
         node = helper.make_node(kind, list(inputs), names, name=f"{names[0]}_node", domain=domain, **attributes)
@@ -63,13 +66,13 @@ class Writer:
     # Operators whose form depends on the opset.
 
     def unsqueeze(self, value: str, *axes: int) -> str:
-        """Axes of extent 1."""
+        """Add axes of size 1."""
         if self.opset >= 13:
             return self.op("Unsqueeze", value, self.ints(*axes))
         return self.op("Unsqueeze", value, axes=list(axes))
 
     def squeeze(self, value: str, *axes: int) -> str:
-        """Without axes of extent 1."""
+        """Remove axes of size 1."""
         if self.opset >= 13:
             return self.op("Squeeze", value, self.ints(*axes))
         return self.op("Squeeze", value, axes=list(axes))
@@ -92,7 +95,7 @@ class Writer:
         return self.ops("Split", value, outputs=len(sizes), axis=axis, split=list(sizes))
 
     def extent(self, value: str, axis: int) -> str:
-        """The extent of one axis, int64 of rank 1."""
+        """Return the size of one axis, int64 of rank 1."""
         if self.opset >= 15 and self.rng.random() < 0.5:
             return self.op("Shape", value, start=axis, end=axis + 1)
         shape = self.op("Shape", value)
@@ -101,7 +104,7 @@ class Writer:
         return self.unsqueeze(self.op("Gather", shape, self.const(axis, np.int64), axis=0), 0)
 
     def length(self, value: str, axis: int = 1) -> str:
-        """The extent of one axis, an int64 scalar."""
+        """Return the size of one axis, an int64 scalar."""
         return self.op("Gather", self.op("Shape", value), self.const(axis, np.int64), axis=0)
 
     def slice(self, value: str, axis: int, start: int | str, end: int | str, step: int = 1) -> str:
@@ -114,12 +117,12 @@ class Writer:
         return self.op("Range", self.const(0, np.int64), length, self.const(1, np.int64))
 
     def matmul(self, value: str, rows: int, columns: int, *, scale: float = 0.5, bias: bool = False) -> str:
-        """A product with a drawn matrix."""
+        """Return a MatMul with a drawn matrix."""
         product = self.op("MatMul", value, self.const(self.drawn(rows, columns, scale=scale)))
         return self.op("Add", product, self.const(self.drawn(columns, scale=scale))) if bias else product
 
     def reshape(self, value: str, *extents: int | str) -> str:
-        """To extents that are numbers (0: as it was; -1: the rest) or names of int64 values of rank 1."""
+        """Reshape to sizes that are numbers (0: unchanged; -1: the rest) or names of int64 values of rank 1."""
         if all(isinstance(extent, int) for extent in extents):
             return self.op("Reshape", value, self.ints(*(int(extent) for extent in extents)))
         parts = [self.ints(extent) if isinstance(extent, int) else extent for extent in extents]

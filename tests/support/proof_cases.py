@@ -1,4 +1,4 @@
-"""Tiny graphs for the proof of batching, and what it must say of each."""
+"""Tiny graphs for the proof of batching, with the expected verdicts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from onnx import helper, numpy_helper
 PROVED, REFUTED, UNKNOWN = Verdict.PROVED, Verdict.REFUTED, Verdict.UNKNOWN
 VOCABULARY = 6
 LONGEST = 64
-"""The greatest length of each symbol, where a case does not name another."""
+"""The greatest length of each symbol, where a case sets none."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,23 @@ class Case:
     """One graph with the verdicts on its batch and its symbols.
 
     Args:
-        name: unique in its table, for the test's id.
+        name: Unique in its table, for the test's id.
         body: `(inputs) => (outputs) <initializers> { nodes }` in ONNX's text form. An initializer without content gets
             random numbers.
-        batch: the verdict on the batch.
-        seq: the verdict on each symbol, or on those of a mapping.
-        why: a part of the reason that is given, by axis.
-        needs: what is taken for granted of masks.
-        padding: of inputs, where it is not 0.
-        weights: the output that is the tap of the one site.
-        causal: whether that site is.
-        run: whether onnxruntime's CPU provider runs the graph.
-        scale: of the random numbers that floats are drawn from.
-        content: the range that an input's content is drawn from, where it is not drawn from all.
-        derived: the forms of axis symbols that are none of the inputs'.
-        longest: the greatest length of each symbol; `shortest`: the least that it is run with.
-        functions: the model's own, in ONNX's text form.
+        batch: The verdict on the batch.
+        seq: The verdict on each symbol, or on those of a mapping.
+        why: A part of the reason, by axis.
+        needs: The expected mask needs.
+        padding: The padding of inputs, where it is not 0.
+        weights: The output that is the tap of the only site.
+        causal: Whether that site is causal.
+        run: Whether onnxruntime's CPU provider runs the graph.
+        scale: The scale of the random floats.
+        content: The range of an input's random content, where it is limited.
+        derived: The forms of axis symbols that no input has.
+        longest: The greatest length of each symbol.
+        shortest: The smallest length of a run.
+        functions: The model's local functions, in ONNX's text form.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Case:
 
     @cached_property
     def signature(self) -> Signature:
-        """Of its inputs, with the paddings of the case."""
+        """The signature of its inputs, with the paddings of the case."""
         found = signature_of(self.model.graph)
         specs = [
             spec.model_copy(update={"padding": self.padding[spec.name]}) if spec.name in self.padding else spec
@@ -133,7 +134,7 @@ class Case:
         return (site,)
 
     def proof(self) -> Proof:
-        """What is proved of it."""
+        """Return the proof of the graph."""
         return prove(
             self.model,
             self.signature,
@@ -145,14 +146,14 @@ class Case:
         )
 
     def expected(self, axis: str) -> Verdict:
-        """The verdict that is right for an axis."""
+        """Return the right verdict for an axis."""
         if axis == BATCH:
             return self.batch
         return self.seq if isinstance(self.seq, Verdict) else self.seq[axis]
 
     @cached_property
     def session(self) -> ort.InferenceSession:
-        """Runs it as it is written: nothing is fused."""
+        """Return a session that runs the graph without fusion."""
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -181,6 +182,6 @@ MASK = "int64[batch, seq] attention_mask"
 
 
 def graph(nodes: str, inputs: str = X, outputs: str = "float[batch, seq, 4] y", given: str = "") -> str:
-    """The body of a case: by default of one sequence of vectors, (B, S, 4), to another."""
+    """Return the body of a case: by default of one sequence of vectors, (B, S, 4), to another."""
     initializers = f" <{given}>" if given else ""
     return f"({inputs}) => ({outputs}){initializers} {{ {nodes} }}"

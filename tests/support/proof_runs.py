@@ -1,4 +1,4 @@
-"""Runs of a case: a sequence alone, among others and padded; and what they say of the verdicts."""
+"""Runs of a case: a sequence alone, among others and padded, and whether they confirm its verdicts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Feeds = dict[str, Array]
 
 ROUNDS = 12
-"""Random sequences that a case is run with: enough to show each difference that the table speaks of."""
+"""The number of random sequences that a case is run with: enough to show each difference in the tables."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Runs:
     seed: int = 0
 
     def worst(self, axis: str) -> float:
-        """The greatest difference that other rows (`batch`) or padding along a symbol make; above 1: not equal."""
+        """Return the greatest difference by other rows (`batch`) or padding along a symbol. Above 1: not equal."""
         rng = np.random.default_rng(self.seed)
         worst = 0.0
         for turn in range(ROUNDS):
@@ -132,7 +132,7 @@ def _padded(own: Array, spec: InputSpec, lengths: Mapping[str, int]) -> Array:
 
 
 def faults_of(case: Case) -> list[str]:
-    """What the proof says wrong of a case, and where its runs contradict it; empty where all is as the table has it."""
+    """Return the errors of the proof of a case, and contradictions with its runs. Empty: the table is right."""
     proof = case.proof()
     faults = [fault for clause in proof.clauses for fault in _of_clause(case, clause)]
     needs = {need.input: need.need for need in proof.masks}

@@ -1,4 +1,4 @@
-"""KServe's Python server: raw contents over its gRPC. Its batcher is a container of its own, not in the package."""
+"""KServe's Python server: raw contents over its gRPC. Its batcher is a separate container, not in the package."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""LitServe: JSON in, for it reads nothing else; raw bytes out."""
+"""LitServe: JSON in, its only input format; raw bytes out."""
 
 import litserve
 import numpy as np

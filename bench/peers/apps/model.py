@@ -1,4 +1,5 @@
-"""What all apps share: MiniLM in onnxruntime sessions of one thread, at its best, and batches padded by hand."""
+"""The part that all apps share: MiniLM in onnxruntime sessions of one thread, at its best, and batches padded by
+hand."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ PORT = int(os.environ.get("PEER_PORT", "0"))
 
 
 def session() -> ort.InferenceSession:
-    """One session of one thread, without the fusion that slows MiniLM down on the CPU."""
+    """Return a session of one thread, without the fusion that slows MiniLM down on the CPU."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
@@ -22,7 +23,7 @@ def session() -> ort.InferenceSession:
 
 
 def run(model: ort.InferenceSession, sequences: list) -> list:
-    """Hidden states (T, 384), float32, of each sequence of ids (T,): one run, padded to the longest."""
+    """Return hidden states (T, 384), float32, of each sequence of ids (T,): one run, padded to the longest."""
     ids = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence

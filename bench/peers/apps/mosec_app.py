@@ -23,7 +23,7 @@ class MiniLM(Worker):
 
 if __name__ == "__main__":
     sys.argv = [sys.argv[0], "--address", "127.0.0.1", "--port", str(PORT), "--log-level", "warning"]
-    sys.argv += ["--timeout", "120000"]  # by default it gives a request up after 3 s, as none of the others does
+    sys.argv += ["--timeout", "120000"]  # by default it drops a request after 3 s; none of the others does
     server = Server()
     batching = {"max_batch_size": MAX_BATCH, "max_wait_time": WAIT_MS} if DYNAMIC else {}
     server.append_worker(MiniLM, num=2, **batching)

@@ -163,7 +163,7 @@ def _clause(clause: ClauseDescription) -> list[str]:
 
 
 def _attack(attack: AttackReport) -> str:
-    words = f"{attack.probes} probes in {attack.seconds:.1f} s, worst {attack.worst:.2g} of what counts as equal"
+    words = f"{attack.probes} probes in {attack.seconds:.1f} s, worst {attack.worst:.2g} of the allowed difference"
     return f"{words}; changed an answer with {attack.broke}" if attack.broke else words
 
 

@@ -1,4 +1,4 @@
-"""Attention as one operator, standard and onnxruntime's, and what stands before it: embeddings and rotations."""
+"""Attention as one operator, standard and onnxruntime's, and the operators before it: embeddings and rotations."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ OPERATORS = [
         needs=SOME,
     ),
     case(
-        "queries of one sequence and keys of another, with a mask of its own",
+        "queries of one sequence and keys of another, with a separate mask",
         "t = Transpose<perm = [0, 2, 1]>(z) raw = MatMul(x, t) b = Cast<to = 9>(frames_mask) k = Unsqueeze(b, over)"
         " s = Where(k, raw, low) p = Softmax(s) y = MatMul(p, z)",
         f"{TWO}, int64[batch, frames] frames_mask",
@@ -166,13 +166,13 @@ OPERATORS = [
         "t = Transpose<perm = [0, 2, 1]>(z) raw = MatMul(x, t) p = Softmax(raw) y = MatMul(p, z)",
         TWO,
         seq={"seq": PROVED, "frames": REFUTED},
-        why={"frames": "take a share"},
+        why={"frames": "get weight"},
     ),
     case(
         "causal Attention of one sequence over another",
         f"y = {CAUSAL}(x, z, z)",
         TWO,
         seq={"seq": PROVED, "frames": REFUTED},
-        why={"frames": "take a share"},
+        why={"frames": "get weight"},
     ),
 ]

@@ -1,4 +1,4 @@
-"""Graphs within graphs, recurrent operators, functions, and whole numbers in the place of fractions."""
+"""Subgraphs, recurrent operators, functions, and quantization."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ BODY = f"<body = b (int64 i, bool c, {SEQUENCE} s1) => (bool c2, {SEQUENCE} s2) 
 STEP = f"({STATE} s, {STATE} e) => ({STATE} s2, {STATE} o1) {{ r = Exp(e) s2 = Add(s, r) o1 = Identity(s2) }}"
 TURNED = "t = Transpose<perm = [1, 0, 2]>(x) begin = Gather<axis = 1>(x, zero)"
 BACK = "y = Transpose<perm = [1, 0, 2]>(o)"
-BEHIND = {"seq": "carries on over padded positions"}
-FROM_END = {"seq": "from the end, where padding stands"}
+BEHIND = {"seq": "carries a state over padded positions"}
+FROM_END = {"seq": "from the end, where the padding is"}
 
 
 def _case(
@@ -55,14 +55,14 @@ CONTROL = [
     ),
     _case("Loop of a fixed number of turns", f"y = Loop(two, yes, x) {BODY}"),
     _case(
-        "Loop of as many turns as there are positions",
+        "Loop with one iteration for each position",
         f"{LENGTH} y = Loop(count, yes, x) {BODY}",
         seq=REFUTED,
-        why={"seq": "runs a graph as often as the padded length says"},
+        why={"seq": "repeats a graph a number of times that depends on the padded length"},
     ),
     _case("Scan forward", f"{TURNED} end, o = Scan<num_scan_inputs = 1, body = b {STEP}>(begin, t) {BACK}"),
     _case(
-        "Scan forward, of which the last state is read",
+        "Scan forward, with its last state read",
         f"{TURNED} y, o = Scan<num_scan_inputs = 1, body = b {STEP}>(begin, t)",
         outputs=POOLED,
         seq=REFUTED,
@@ -125,15 +125,15 @@ CONTROL = [
         outputs="float[batch, seq, 2] y",
         given="float[1, 8, 4] w, float[1, 8, 2] r",
         batch=REFUTED,
-        why={"batch": "carries on from one row of the batch to the next"},
+        why={"batch": "carries a state from one row of the batch to the next"},
     ),
     _case(
-        "a function of the model's own",
+        "a local function",
         "y = local.Double(x)",
         functions='<domain: "local", opset_import: ["" : 23]> Double (a) => (b) { b = Add(a, a) }',
     ),
     _case(
-        "a function of the model's own that takes a mean",
+        "a local function that takes a mean",
         "y = local.Center(x)",
         functions='<domain: "local", opset_import: ["" : 23]> Center (a) => (b)'
         " { o = Constant<value_ints = [1]>() m = ReduceMean(a, o) b = Sub(a, m) }",
@@ -145,11 +145,11 @@ CONTROL = [
 SCALE = "float s = {0.1}, uint8 z = {128}"
 ROUNDED = "q = QuantizeLinear(x, s, z)"
 UNROUNDED = "y = DequantizeLinear(m, s, z)"
-ONE_SCALE = "one scale is taken from all of it at once"
+ONE_SCALE = "one scale spans all elements"
 
 
 def _rounded(name: str, nodes: str, **more: object) -> Case:
-    """Bytes of x, an operator on them, and fractions again."""
+    """Return a case with x quantized, an operator on the integers, and the result dequantized."""
     given = f"{SCALE}, uint8[4, 4] w"
     return _case(name, f"{ROUNDED} {nodes} {UNROUNDED}", given=given, **more)
 

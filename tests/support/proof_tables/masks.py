@@ -1,4 +1,4 @@
-"""Softmax under masks, frontiers and windows, and attention that is written out, with its tap."""
+"""Softmax under masks, frontiers and windows, and decomposed attention with its tap."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRIANGLE = (
 )
 _TABLE = ", ".join("1" if key <= query else "0" for query in range(16) for key in range(16))
 SOME, ALL = {"attention_mask": "some"}, {"attention_mask": "all"}
-SHARE = {"seq": "take a share"}
+SHARE = {"seq": "get weight"}
 
 
 def case(
@@ -40,7 +40,7 @@ def _shares(name: str, inner: str, low: str, **more: object) -> Case:
 
 
 def _site(name: str, mask: str, inputs: str = X, **more: object) -> Case:
-    """Attention that is written out, with its weights as the tap of a site."""
+    """Return a case of decomposed attention, with its weights as the tap of a site."""
     low = "float low = {-inf}" if "given" not in more else f"float low = {{-inf}}, {more.pop('given')}"
     return case(name, f"{SCORES} {mask} {REST}", inputs, WEIGHTS, low, weights="weights", **more)
 
@@ -76,10 +76,10 @@ MASKS = [
         "Softmax over rows",
         "y = Softmax<axis = 0>(x)",
         batch=REFUTED,
-        why={"batch": "shares out over the rows of the batch"},
+        why={"batch": "computes a softmax over the rows of the batch"},
     ),
     case(
-        "Softmax over several axes, as opset 11 has it",
+        "Softmax over several axes, in opset 11",
         "y = Softmax<axis = 1>(x)",
         opset=11,
         seq=REFUTED,
@@ -99,11 +99,11 @@ MASKS = [
         ANY_SCORE,
         "-10",
         seq=REFUTED,
-        why={"seq": "a mask takes 10 off the scores"},
+        why={"seq": "a mask subtracts only 10 from the scores"},
         content={"x": (-1.5, -1)},
     ),
     case(
-        "-1e9 in the place of scores behind a normalisation",
+        "-1e9 instead of scores behind a normalisation",
         f"{BOUNDED} b = Cast<to = 9>(attention_mask) t = Where(b, s, low) y = Softmax<axis = 1>(t)",
         MASKED,
         SHARES,
@@ -111,7 +111,7 @@ MASKS = [
         needs=SOME,
     ),
     case(
-        "-infinity in the place of scores",
+        "-infinity instead of scores",
         "s = ReduceSum<keepdims = 0>(x, last) b = Cast<to = 9>(attention_mask) t = Where(b, s, low)"
         " y = Softmax<axis = 1>(t)",
         MASKED,
@@ -128,7 +128,7 @@ MASKS = [
         needs={"hidden": "some"},
     ),
     case(
-        "a mask made of ids that are not the padding id",
+        "a mask of ids other than the padding id",
         "b = Equal(input_ids, zero) e = Gather(w, input_ids) t = Where(b, low, e) y = Softmax<axis = 1>(t)",
         "int64[batch, seq] input_ids",
         SHARES,
@@ -136,7 +136,7 @@ MASKS = [
         needs={"input_ids": "some"},
     ),
     case(
-        "a softmax that is written out",
+        "a decomposed softmax",
         "s = ReduceSum<keepdims = 0>(x, last) b = Cast<to = 9>(attention_mask) t = Where(b, s, low)"
         " g = ReduceMax(t, over) d = Sub(t, g) e = Exp(d) total = ReduceSum(e, over) y = Div(e, total)",
         MASKED,
@@ -173,7 +173,7 @@ SITES = [
         needs=ALL,
     ),
     _site(
-        "the frontier the other way around",
+        "the frontier reversed",
         f"{DISTANCE} later = LessOrEqual(rq, r) s = Where(later, raw, low)",
         seq=REFUTED,
         why=SHARE,

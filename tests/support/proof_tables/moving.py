@@ -1,4 +1,4 @@
-"""Operators that move elements about: what stands at the sequence's own places afterwards."""
+"""Operators that move elements."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOVED = [
         given="int64[2] flat = {-1, 4}, float[4, 4] w",
     ),
     _case(
-        "Reshape that unfolds rows and positions the other way",
+        "Reshape that unfolds rows and positions in the other order",
         "b = Shape<start = 0, end = 1>(x) s = Shape<start = 1, end = 2>(x) turned = Concat<axis = 0>(s, b, last)"
         " h = Reshape(x, turned) y = Transpose<perm = [1, 0, 2]>(h)",
         given=NUMBERS,
@@ -63,7 +63,7 @@ MOVED = [
         outputs=POOLED,
         given=NUMBERS,
         seq=REFUTED,
-        why={"seq": "joins parts whose second one stands behind padded positions"},
+        why={"seq": "appends a varying part behind padded positions"},
     ),
     _case(
         "Concat of rows",
@@ -71,7 +71,7 @@ MOVED = [
         outputs="float[1, seq, 4] y",
         given=NUMBERS,
         batch=REFUTED,
-        why={"batch": "joins parts whose second one stands behind the other rows of the batch"},
+        why={"batch": "appends a varying part behind the other rows of the batch"},
         run=False,
     ),
     _case(
@@ -89,11 +89,11 @@ MOVED = [
         why={"seq": "takes positions from the end"},
     ),
     _case(
-        "positions turned around",
+        "positions reversed",
         "y = Slice(x, last, end, over, last)",
         given=f"{NUMBERS}, int64[1] end = {{-9223372036854775807}}",
         seq=REFUTED,
-        why={"seq": "turns the order around"},
+        why={"seq": "reverses the order"},
     ),
     _case(
         "all positions but the first",
@@ -114,10 +114,10 @@ MOVED = [
         "s = Slice(x, first, over, first) y = Add(x, s)",
         given=NUMBERS,
         batch=REFUTED,
-        why={"batch": "takes certain rows of the batch"},
+        why={"batch": "takes fixed rows of the batch"},
     ),
     _case(
-        "channels turned around",
+        "channels reversed",
         "y = Slice(x, last, end, last, last)",
         given=f"{NUMBERS}, int64[1] end = {{-9223372036854775807}}",
     ),

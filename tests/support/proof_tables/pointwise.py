@@ -1,11 +1,11 @@
-"""Operators by elements: always proved, as no element looks at another."""
+"""Elementwise operators: always proved, because each element depends on its own place only."""
 
 from __future__ import annotations
 
 from proof_cases import REFUTED, Case, X, graph
 
 NOT_RUN = {"FastGelu", "QuickGelu", "Swish", "BitwiseAnd", "BitwiseOr", "BitwiseXor"}
-"""Those for which onnxruntime has no CPU kernel under the standard domain at this opset."""
+"""Operators without an onnxruntime CPU kernel in the standard domain at this opset."""
 _FLOATS = (
     "Abs Acos Atan Ceil Celu Cos Elu Erf Exp Floor Gelu FastGelu QuickGelu HardSigmoid HardSwish Identity LeakyRelu Log"
     " Mish Neg Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
@@ -75,7 +75,7 @@ CASES = [
         "neighbours of one row added to another by broadcasting",
         graph("g = Gather<axis = 0>(x, first) y = Add(x, g)", given="int64[1] first = {0}"),
         batch=REFUTED,
-        why={"batch": "takes certain rows of the batch"},
+        why={"batch": "takes fixed rows of the batch"},
     ),
     Case(
         "positions from the first on",

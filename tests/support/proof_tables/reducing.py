@@ -1,4 +1,4 @@
-"""Operators that bring positions together: sums, means, running sums, normalisations."""
+"""Operators that combine positions: sums, means, running sums, normalisations."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ CASES = [
         "CumSum in reverse",
         graph("e = Exp(x) y = CumSum<reverse = 1>(e, axis)", given="int64 axis = {1}"),
         seq=REFUTED,
-        why={"seq": "adds up from the end"},
+        why={"seq": "sums from the end"},
     ),
     Case("CumSum in reverse over zeros", graph("y = CumSum<reverse = 1>(x, axis)", given="int64 axis = {1}")),
     Case(
         "CumSum over rows",
         graph("y = CumSum(x, axis)", given="int64 axis = {0}"),
         batch=REFUTED,
-        why={"batch": "adds up over the rows of the batch"},
+        why={"batch": "sums over the rows of the batch"},
     ),
     *(
         Case(

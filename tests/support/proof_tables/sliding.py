@@ -104,7 +104,7 @@ CASES = [
             "",
             "float[batch, 3, 1] y",
             seq=REFUTED,
-            why={"seq": "takes one number of all places"},
+            why={"seq": "reduces all places to one number"},
             run=name != "GlobalLpPool",
         )
         for name in ("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
@@ -158,7 +158,7 @@ CASES = [
         graph('y = Einsum<equation = "...d,de->...e">(x, w)', given="float[4, 4] w"),
         batch=UNKNOWN,
         seq=UNKNOWN,
-        why={"batch": "is not followed"},
+        why={"batch": "does not support the equation"},
     ),
     Case("FusedMatMul", graph("y = com.microsoft.FusedMatMul<transB = 1, alpha = 0.5>(x, w)", given="float[4, 4] w")),
     Case(
@@ -175,6 +175,6 @@ CASES = [
             SUM,
         ),
         seq={"seq": PROVED, "frames": REFUTED},
-        why={"frames": "takes the greatest over padded positions too"},
+        why={"frames": "takes the maximum over padded positions too"},
     ),
 ]

@@ -1,4 +1,4 @@
-"""Operators that take elements by index, write to places, or draw them at random: whose places these are."""
+"""Operators that take elements by index, write to places, or draw random elements."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ TAKEN = [
         given=NUMBERS,
         batch=REFUTED,
         seq=REFUTED,
-        why={"batch": "chooses among all elements"},
+        why={"batch": "selects among all elements"},
         run=False,
     ),
     _case(
@@ -195,7 +195,7 @@ TAKEN = [
         given="float nothing = {0}",
         batch=UNKNOWN,
         seq=UNKNOWN,
-        why={"batch": "elsewhere.Odd is not known", "seq": "elsewhere.Odd is not known"},
+        why={"batch": "no rule for the operator elsewhere.Odd", "seq": "no rule for the operator elsewhere.Odd"},
         run=False,
     ),
     _case(

@@ -1,4 +1,4 @@
-"""Graphs that are not safe because of numbers that are easily missed: NaN, overflow, whole numbers, dice."""
+"""Unsafe graphs whose cause is a number that is easily missed: NaN, overflow, integers, random numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _THOUSANDTH = _HUNDRED.replace("100", "0.001")
 _NOTHING = ", ".join(["0"] * 16)
 
 UNSAFE = [
-    # intervals: infinities and NaN that are not announced, so that 0 times them counts as 0
+    # infinities and NaN that an interval must mark, so that 0 times them does not count as 0
     Case(
         "acos outside of -1 to 1 is NaN",
         graph(
@@ -53,7 +53,7 @@ UNSAFE = [
             given=f"{SUM}, int64[1] last = {{-1}}, float one = {{1}}, float million = {{1e6}}",
         ),
     ),
-    # intervals: whole numbers do not compute as fractions do
+    # integers do not compute as floats do
     Case(
         "whole numbers are divided without a rest",
         graph(
@@ -93,7 +93,7 @@ UNSAFE = [
             given="uint8 one = {1}, int64[1] last = {-1}, float low = {-3e38}",
         ),
     ),
-    # intervals: attributes that widen what an operator gives
+    # attributes that widen the results of an operator
     Case(
         "the alpha of Elu takes it below -1",
         graph(
@@ -194,4 +194,4 @@ UNSAFE = [
         batch=REFUTED,
     ),
 ]
-"""Of each, padding changes the answer; of those with `batch` refuted, the rest of the batch does too."""
+"""Padding changes each answer. Where `batch` is refuted, the rest of the batch does too."""

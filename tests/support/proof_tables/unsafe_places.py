@@ -1,4 +1,4 @@
-"""Graphs that are not safe because of places and lengths that are easily missed."""
+"""Unsafe graphs whose cause is a place or a length that is easily missed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ POOLED = "float[batch, 4] y"
 LENGTH = "n = Shape<start = 1, end = 2>(x)"
 """The length of the sequence, int64 (1,)."""
 PLACES = f"{LENGTH} length = Squeeze(n) count = Range(zero, length, one) back = Sub(count, length)"
-"""Positions counted from the end, where padding stands: int64 (S,), from -S to -1."""
+"""Positions counted from the end, where the padding is: int64 (S,), from -S to -1."""
 COUNTING = "int64 zero = {0}, int64 one = {1}, int64[1] last = {-1}"
 SUM = "int64[1] over = {1}"
 
@@ -33,7 +33,7 @@ UNSAFE = [
             given="int64 one = {1}, int64[1] last = {-1}",
         ),
     ),
-    # sizes and places that depend on the padded length, and are taken for numbers that do not
+    # sizes and places that depend on the padded length, and are easily taken for numbers that do not
     Case(
         "a loop carries the padded length",
         graph(
@@ -191,4 +191,4 @@ UNSAFE = [
         content={"x": (0, 200)},
     ),
 ]
-"""Of each, padding changes the answer; of those with `batch` refuted, the rest of the batch does too."""
+"""Padding changes each answer. Where `batch` is refuted, the rest of the batch does too."""

@@ -67,7 +67,7 @@ def test_batching_shows_the_path_behind_each_verdict(app: typer.Typer, certified
         "tiny/1",
         "batch neighbours: unknown, rows share runs under tested",
         "  why: Foo is not known",
-        "  attack: 20 probes in 1.0 s, worst 0.1 of what counts as equal",
+        "  attack: 20 probes in 1.0 s, worst 0.1 of the allowed difference",
         "padding along seq: refuted, padded under no policy",
         "  why: a mean over padded positions, at ReduceMean '/mean'",
         "  path from the padded position:",

@@ -1,6 +1,7 @@
-"""The proof that a batch cannot change an answer, which follows a tapped graph (`prove`), and the attack on it.
+"""Prove that a batch cannot change an answer (`prove`), and attack what is not refuted (`attack`).
 
-The proof runs nothing. The attack (`attack`) runs the graph on batches that should break what is not refuted.
+`prove` interprets a tapped graph abstractly and runs nothing. `attack` runs the graph on batches that are likely to
+change an answer.
 """
 
 from attnserve_server.conversion.proof.prove import Proof, prove

@@ -10,16 +10,22 @@ from attnserve_server.conversion.probing.feeds import Lengths
 from attnserve_server.conversion.proof.contents import ORDINARY, Draft
 
 SHORT: Final = 16
-"""Sequences up to this length cost next to nothing."""
+"""Runs of sequences up to this length take negligible time."""
 _SMALL: Final = (1, 2, 3, 4, 5, 7, 8, 9)
 _LONG: Final = 512
 _THRESHOLDS: Final = 24
-"""How many thresholds are straddled."""
+"""The maximum number of thresholds that are straddled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One batch: sequences, and the lengths that they are padded to. `core`: an attack without it is not complete."""
+    """One batch.
+
+    Args:
+        rows: The sequences.
+        padded: The lengths that they are padded to, by symbol.
+        core: True if an attack without this probe is not complete.
+    """
 
     rows: tuple[Draft, ...]
     padded: tuple[tuple[str, int], ...]
@@ -36,11 +42,11 @@ class Aim:
     """What the probes of one model are made of.
 
     Args:
-        longest: the greatest length of each symbol that a run of one row has the memory for.
-        thresholds: lengths, counts, strides and widths that the graph compares with.
-        max_batch_size: rows of the largest batch.
-        contents: what sequences may contain, ordinary values first.
-        rows_that_fit: how many rows of given lengths one run has the memory for.
+        longest: The greatest length of each symbol for which one row fits into the memory of a run.
+        thresholds: Lengths, counts, strides and widths that the graph compares with.
+        max_batch_size: The number of rows of the largest batch.
+        contents: The kinds of content of sequences, ordinary values first.
+        rows_that_fit: Returns how many rows of given lengths fit into the memory of a run.
     """
 
     longest: Lengths
@@ -50,7 +56,7 @@ class Aim:
     rows_that_fit: Callable[[Lengths], int]
 
     def lengths(self, symbol: str) -> list[int]:
-        """The lengths along one axis that are worth trying, ascending."""
+        """Return the lengths to try along one axis, ascending."""
         longest = self.longest[symbol]
         steps = [*self.straddled, *(1 << power for power in range(3, longest.bit_length() + 1)), longest]
         around = {step + shift for step in steps for shift in (-1, 0, 1)}
@@ -58,18 +64,18 @@ class Aim:
 
     @property
     def straddled(self) -> list[int]:
-        """The thresholds that are straddled, and the doubles of the small ones, ascending."""
+        """The thresholds that are straddled, and twice the small ones, ascending."""
         kept = sorted({threshold for threshold in self.thresholds if threshold > 0})[:_THRESHOLDS]
         return sorted({*kept, *(2 * threshold for threshold in kept if threshold <= SHORT)})
 
     def long(self, symbol: str) -> int:
-        """The padded length at which every content is tried: the maximum, as far as a run of it is short."""
+        """Return the padded length at which every content is tried: the maximum, while a run of it is short."""
         return min(self.longest[symbol], _LONG)
 
     def draft(self, own: Lengths, content: str = ORDINARY, number: int = 0) -> Draft:
-        """A draft whose lengths stand in the order of the symbols, so that equal ones are equal drafts."""
+        """Return a draft with lengths in the order of the symbols, so that equal lengths give equal drafts."""
         return Draft(tuple((symbol, own[symbol]) for symbol in self.longest), content, number)
 
     def clipped(self, lengths: Lengths) -> dict[str, int]:
-        """Lengths, none of them beyond the greatest."""
+        """Return the lengths, clipped to the maximum of each symbol and to at least 1."""
         return {symbol: max(min(length, self.longest[symbol]), 1) for symbol, length in lengths.items()}

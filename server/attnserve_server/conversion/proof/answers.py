@@ -23,17 +23,17 @@ from attnserve_server.model.equality import WEIGHTS_PREFIX, Equality
 from attnserve_server.model.manifest import SiteSpec
 
 MAX_RUN_BYTES: Final = 2 << 30
-"""Runs that are estimated to need more memory are not tried."""
+"""Runs with a greater estimate of memory are not tried."""
 _KEPT_BYTES: Final = 256 << 20
-"""Of sequences and their answers alone, which several probes compare with."""
+"""The maximum size of the cached sequences and answers, which several probes compare with."""
 _TOKEN_BYTES: Final = 64 << 10
 """Allowance for the hidden values of one position: a few rows of 4,096 floats."""
 _UNKNOWN_HEADS: Final = 8
-"""Heads of attention that no site is known of; its scores are held all the same."""
+"""The assumed number of heads where the graph has attention without a known site. Its scores take memory too."""
 _TOKEN_WORK: Final = 128
-"""One position costs as much as so many scores, in the estimate of how long a run takes."""
+"""In the estimate of a run's time, one position costs as much as this many scores."""
 _TELLING_S: Final = 0.05
-"""Runs that take longer are mostly work that grows with lengths and rows, not overhead."""
+"""In longer runs, most work grows with lengths and rows. In shorter ones it is overhead."""
 
 Answer = Mapping[str, Array]
 """Outputs, and weights as `attention.<site>`, of one sequence: no batch axis, cropped to its own lengths."""
@@ -45,16 +45,19 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where a sequence's answer in a batch is farthest from its answer alone.
+    """The greatest difference between a sequence's answer in a batch and its answer alone.
 
-    `error` is in parts of what counts as equal: above 1 the answers differ. `by` is in the answer's own unit.
+    Args:
+        error: The difference as a multiple of the allowed one. Above 1 the answers differ.
+        name: The output, or `attention.<site>`.
+        by: The absolute difference, in the unit of the answer.
+        fault: Why the batch did not run, in the runtime's words. Empty where it ran.
     """
 
     error: float
     name: str = ""
     by: float = 0.0
     fault: str = ""
-    """Why the batch did not run, in the runtime's words; empty where it ran."""
 
 
 @dataclass(slots=True)
@@ -67,7 +70,7 @@ class _Kept:
 
 
 class Answers:
-    """Runs a tapped graph, and keeps the answers of sequences alone. Used by one thread."""
+    """Runs a tapped graph, and caches the answers of sequences alone. For use by one thread."""
 
     def __init__(self, target: Target, masks: Sequence[MaskNeed], clock: Clock) -> None:
         self.target = target
@@ -77,27 +80,27 @@ class Answers:
         self._kept_bytes = 0
         self._seconds, self._work = 0.0, 0.0
         self.usual: dict[str, float] = {}
-        """The greatest finite value of each output in the answers so far to sequences of ordinary values."""
+        """The greatest finite value of each output, in the answers so far to sequences of ordinary values."""
         self.deadline = math.inf
-        """Monotonic seconds; no run is started that would end later."""
+        """Monotonic seconds. No run is started that would end later."""
 
     def now(self) -> float:
-        """Monotonic seconds."""
+        """Return the time, in monotonic seconds."""
         return self._clock.now()
 
     def sequence(self, draft: Draft) -> Mapping[str, Array]:
-        """The arrays of a draft, without the batch axis."""
+        """Return the arrays of a draft, without the batch axis."""
         return self._of(draft).sequence
 
     def may_pad(self, draft: Draft) -> bool:
-        """Whether the server would pad the sequence."""
+        """Return whether the server would pad the sequence."""
         return not self.author.masks or self.author.may_pad(self.sequence(draft))
 
     def alone(self, draft: Draft) -> Answer | None:
-        """The sequence's answer by itself, unpadded; None where it has none: the run fails, or gives NaN.
+        """Return the sequence's answer alone, unpadded. None where the run fails or gives NaN.
 
         Raises:
-            OutOfTime: the deadline is too near.
+            OutOfTime: The deadline is too near.
         """
         kept = self._of(draft)
         if not kept.ran:
@@ -119,27 +122,27 @@ class Answers:
     def together(
         self, sequences: Sequence[Mapping[str, Array]], own: Sequence[Lengths], padded: Lengths
     ) -> list[Answer]:
-        """The answers of sequences in one batch, each cropped to its own lengths.
+        """Return the answers of sequences in one batch, each cropped to its own lengths.
 
         Args:
-            sequences: arrays by input, without the batch axis.
-            own: the lengths of each.
-            padded: the lengths that all are padded to.
+            sequences: Arrays by input, without the batch axis.
+            own: The lengths of each.
+            padded: The lengths that all are padded to.
 
         Raises:
-            BuildRefused: the run failed.
-            OutOfTime: the deadline is too near.
+            BuildRefused: The run failed.
+            OutOfTime: The deadline is too near.
         """
         feeds = self.author.sampler.batch(sequences, padded)
         fetched = self._timed(feeds, self._work_of(len(sequences), padded))
         return [self._cropped(fetched, row, lengths) for row, lengths in enumerate(own)]
 
     def rows_that_fit(self, padded: Lengths) -> int:
-        """How many rows of such lengths may share a run; 0: not even one."""
+        """Return how many rows of these lengths fit into one run. 0: not even one."""
         return int(MAX_RUN_BYTES // self._bytes_of(padded))
 
     def _timed(self, feeds: Mapping[str, Array], work: float) -> dict[str, Array]:
-        """The fetched outputs of one run, by the names that answers have."""
+        """Return the fetched outputs of one run, by the names of an answer."""
         begun = self._clock.now()
         left = self.deadline - begun
         if left <= 0 or self._predicted_s(work) > left:
@@ -158,7 +161,10 @@ class Answers:
                 self._seconds, self._work = self._clock.now() - begun, work
 
     def _predicted_s(self, work: float) -> float:
-        """How long a run may take, by the largest one so far; runs of little work say nothing about larger ones."""
+        """Return how long a run may take, by the run of the most work so far.
+
+        Small runs predict nothing about larger ones.
+        """
         grows = self._seconds > _TELLING_S
         return self._seconds * max(work / self._work, 1.0) if grows else self._seconds
 
@@ -176,7 +182,7 @@ class Answers:
         return {**own, **{symbol: form.of(own[form.source]) for symbol, form in self.target.derived.items()}}
 
     def _of(self, draft: Draft) -> _Kept:
-        """What is kept of a draft; the drafts that were used longest ago make room."""
+        """Return the cache entry of a draft. The least recently used drafts are dropped to make room."""
         kept = self._kept.get(draft)
         if kept is not None:
             self._kept.move_to_end(draft)
@@ -189,7 +195,7 @@ class Answers:
         return kept
 
     def _bytes_of(self, padded: Lengths) -> float:
-        """Memory of one row: the weights of every site and their copies, hidden values, the scores under way."""
+        """Return the memory of one row: weights of every site and their copies, hidden values, one site's scores."""
         lengths = self._lengths(padded)
         positions = max(lengths.values(), default=1)
         scores = [_scores(site, lengths) for site in self.target.available]
@@ -201,7 +207,7 @@ class Answers:
 
 
 def compare(equality: Equality, found: Answer, reference: Answer) -> Difference:
-    """The greatest difference of an answer in a batch from the answer alone."""
+    """Return the greatest difference of an answer in a batch from the answer alone."""
     worst = Difference(0.0)
     for name, array in reference.items():
         error = equality.error(name, found[name], array)
@@ -211,7 +217,7 @@ def compare(equality: Equality, found: Answer, reference: Answer) -> Difference:
 
 
 def _of_own_keys(site: SiteSpec, weights: Array, lengths: Lengths) -> Array:
-    """Weights with zeros in the columns of a band that represent no key of the sequence."""
+    """Return weights with zeros in the columns of a band that represent no key of the sequence."""
     keys = lengths.get(site.key_axis)
     if site.band is None or site.whole_rows or keys is None:
         return weights

@@ -1,12 +1,13 @@
 """The attack on a certificate: runs that try to change a sequence's answer by padding it, or by its batch neighbours.
 
-`probes` lists the kinds of batches that are tried, `contents` what their sequences hold. Each row of a batch is
-compared with its own answer alone, outputs and weights, by the one rule of equality. A difference is laid to padding
-where the sequence, padded alone, differs too, and else to its neighbours. Sequences that the server would not pad,
-because their masks do not hold what the proof takes for granted, are not padded here either.
+`probes` lists the batches that are tried, `contents` the contents of their sequences. Each row of a batch is
+compared with its own answer alone, outputs and weights, by the rule of equality. A difference is attributed to padding
+where the sequence, padded alone, differs too, and otherwise to its neighbours. Sequences that the server would not pad,
+because their masks do not meet the proof's needs, are not padded here either.
 
-A proved clause gets at most 20 probes, as a check of the proof. Any other gets probes until they are exhausted, several
-seeds over, or until its share of the time is spent. The attack is deterministic but for where its time ends.
+A proved clause gets at most 20 probes, as a check of the proof. Any other gets probes until they are exhausted, for
+several seeds, or until its share of the time is used up. The attack is deterministic except for when its time ends. A
+run that fails counts as a difference; a run that would exceed the time or the memory is skipped.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from attnserve_server.model.manifest import BATCH
 
 DEFAULT_SECONDS: Final = 60.0
 _PROVED_SHARE: Final = 0.2
-"""Of the attack's time, at most so much checks one proved clause."""
+"""The maximum share of the attack's time that checks one proved clause."""
 _CORE_FACTOR: Final = 2.0
-"""What an attack is not complete without may take so many times its time: a busy machine must not change a verdict."""
+"""Core probes may take this many times the attack's time, so that a busy machine does not change a verdict."""
 _JOINT: Final = 6
-"""Probes of a proved batch that join rows of unequal lengths."""
+"""The number of probes of a proved batch that join rows of unequal lengths."""
 
 _Stage = tuple[str, Callable[[], Iterable[Probe]]]
-"""An axis, and the probes of it that are planned once the stage begins."""
+"""An axis, and its probes, which are planned when the stage begins."""
 
 
 @dataclass(slots=True)
 class _Tally:
-    """What came of the attack on one clause so far."""
+    """The results of the attack on one clause so far."""
 
     probes: int = 0
     seconds: float = 0.0
@@ -72,12 +73,12 @@ def attack(
     """Try to break every clause of a proof that is not refuted.
 
     Args:
-        target: the model.
-        proof: the clauses, what they take for granted of masks, and the thresholds to straddle.
-        equality: what counts as equal.
-        seconds: for the whole attack, 0 or more. 0: nothing is tried.
-        report: is called with the progress, at every probe.
-        clock: tells time; None: the machine's.
+        target: The model.
+        proof: The clauses, the mask needs, and the thresholds to straddle.
+        equality: The rule of equality.
+        seconds: The time of the whole attack, 0 or more. 0: nothing is tried.
+        report: Called with the progress at every probe.
+        clock: The clock. None: the machine's.
 
     Returns:
         The clauses in their order, each with its report. A refuted clause, and the batch of a graph that takes one row,
@@ -87,7 +88,7 @@ def attack(
 
 
 class _Attack:
-    """The attack on one model. Used once."""
+    """The attack on one model. For one use."""
 
     def __init__(
         self,
@@ -118,9 +119,9 @@ class _Attack:
         symbols = [symbol for symbol in self._aim.longest if symbol in self._tallies]
         stages: list[_Stage] = [(symbol, partial(self._padding, symbol)) for symbol in symbols]
         if BATCH in self._tallies:
-            # First, since it decides whether rows may share the runs of the other stages; joint probes come last.
+            # First, because it decides whether rows may share the runs of the other stages. Joint probes come last.
             stages = [(BATCH, self._equal), *stages, (BATCH, partial(self._joint, symbols))]
-        # What an attack is not complete without comes before the rest of any clause.
+        # The core probes of all clauses come before the rest of any clause.
         passes = [(axis, planned, core) for core in (True, False) for axis, planned in stages]
         for done, (axis, planned, core) in enumerate(passes):
             left = sum(later not in self._proved for later, _, at in passes[done:] if at is core)
@@ -137,7 +138,7 @@ class _Attack:
 
     @property
     def _rows_join(self) -> bool:
-        """Whether the batch still stands, so that rows may share a run."""
+        """True if the batch is not broken, so that rows may share a run."""
         return BATCH in self._tallies and not self._tallies[BATCH].broke
 
     def _equal(self) -> Iterable[Probe]:
@@ -151,14 +152,14 @@ class _Attack:
         return probes.padding_probes(self._aim, symbol)
 
     def _joint(self, symbols: Sequence[str]) -> Iterator[Probe]:
-        """Probes of unequal lengths, along the axes that stand by the time that this is begun."""
+        """Yield probes of unequal lengths, along the axes that are not broken when the stage begins."""
         standing = [symbol for symbol in symbols if not self._tallies[symbol].broke]
         if standing and self._rows_join:
             proved = self._proved >= {BATCH, *standing}
             yield from islice(probes.joint_probes(self._aim, standing, proved=proved), _JOINT if proved else None)
 
     def _stage(self, axis: str, planned: Sequence[Probe], seconds: float) -> None:
-        """Run the probes of one stage, until it is broken or its time is over."""
+        """Run the probes of one stage, until its clause is broken or its time is over."""
         begun = self._answers.now()
         self._answers.deadline = begun + seconds
         for done, probe in enumerate(planned):
@@ -169,9 +170,9 @@ class _Attack:
         self._tallies[axis].seconds += self._answers.now() - begun
 
     def _probe(self, axis: str, probe: Probe) -> None:
-        """Run one probe: its rows together while rows may share a run, else one by one."""
+        """Run one probe: its rows together while rows may share a run, otherwise one by one."""
         tally, joined = self._tallies[axis], axis == BATCH or self._rows_join
-        # What is never batched is never padded either, so the core is all that is worth its time then.
+        # Rows that never share a run are never padded either, so only the core probes are worth their time then.
         singles = [replace(probe, rows=(row,)) for row in probe.rows] if probe.core else []
         for each in [probe] if joined else singles:
             if self._is_done(axis):
@@ -181,10 +182,12 @@ class _Attack:
             except OutOfTime:
                 tally.complete = tally.complete and not probe.core
         if joined and axis != BATCH and not self._rows_join:
-            self._probe(axis, probe)  # neighbours were to blame: what padding does is still to be seen
+            self._probe(
+                axis, probe
+            )  # neighbours caused the difference: run the rows one by one, to test the padding itself
 
     def _is_done(self, axis: str) -> bool:
-        """Whether a clause is broken, or its proof is checked."""
+        """Return whether a clause is broken, or the check of its proof is complete."""
         tally = self._tallies[axis]
         return bool(tally.broke) or (axis in self._proved and tally.probes >= probes.MAX_PROVED_PROBES)
 
@@ -193,7 +196,7 @@ class _Attack:
         tally.probes += outcome.tried
         tally.worst = max(tally.worst, outcome.worst)
         for broken_axis, broken in outcome.broken.items():
-            # A padded axis whose clause is refuted is never blamed: no probe pads along it.
+            # No probe pads along an axis whose clause is refuted, so such an axis never breaks here.
             blamed = self._tallies[broken_axis]
             blamed.worst = max(blamed.worst, broken.error)
             blamed.broke = blamed.broke or broken.sentence
@@ -206,7 +209,7 @@ def _aim(answers: Answers, proof: Proof) -> Aim:
 
 
 def _longest(answers: Answers, symbol: str) -> int:
-    """The greatest length of an axis, others short, for which one row fits a run's memory; by halves."""
+    """Return the greatest length of an axis, by halving, for which one row fits into the memory of a run."""
     max_lengths = answers.target.max_lengths
     length = max_lengths[symbol]
     while length > 1 and not answers.rows_that_fit({**dict.fromkeys(max_lengths, 1), symbol: length}):

@@ -1,4 +1,7 @@
-"""What the sequences of an attack contain: ordinary values, extremes, padding ids inside texts, masks of all shapes."""
+"""The contents of an attack's sequences: ordinary values, extremes, padding ids inside texts, masks of all shapes.
+
+The same draft gives the same arrays. Nothing here runs the graph.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ Change = Callable[[Array, "Setting", np.random.Generator], Array]
 
 
 class Kind(StrEnum):
-    """What an input holds, as far as it decides which values may break something."""
+    """The meaning of an input, as far as it decides which values may break a clause."""
 
     IDS = "ids"
     MASK = "mask"
@@ -29,12 +32,12 @@ class Kind(StrEnum):
     POSITIONS = "positions"
     FLOATS = "floats"
     MARKS = "marks"
-    """Whole numbers or booleans of unknown meaning."""
+    """Integers or booleans of unknown meaning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a change needs to know of the input that it changes."""
+    """Facts about the input that a change applies to."""
 
     spec: InputSpec
     vocabulary_size: int
@@ -44,19 +47,19 @@ class Setting:
 
     @property
     def allowed(self) -> float:
-        """What a mask holds at positions that it does not hide."""
+        """The value of a mask at positions that it does not hide."""
         return 1.0 if self.spec.fill is None else self.spec.fill
 
     @property
     def other_ids(self) -> list[int]:
-        """Every id but the padding's; at least one."""
+        """Some ids other than the padding's; at least one."""
         size = max(self.vocabulary_size, 2)
         return [token for token in (0, 1, size // 2, size - 1) if token != self.spec.padding]
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """One kind of content: what it is called, which inputs it changes, and how."""
+    """One kind of content: its name, the kind of input that it changes, and the change."""
 
     words: str
     kind: Kind
@@ -65,7 +68,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A sequence that can be made again: the same draft gives the same arrays."""
+    """A reproducible sequence: the same draft gives the same arrays."""
 
     lengths: tuple[tuple[str, int], ...]
     content: str = ORDINARY
@@ -82,10 +85,10 @@ class Author:
     """Makes sequences from drafts.
 
     Args:
-        sampler: of ordinary values.
-        masks: what a sequence must hold before the server pads it.
-        max_lengths: the greatest length of each symbol.
-        extreme_ids: by the name of an input of ids: those with the greatest and the least embeddings.
+        sampler: Makes sequences of ordinary values.
+        masks: The needs that a sequence must meet before the server pads it.
+        max_lengths: The greatest length of each symbol.
+        extreme_ids: For each input of ids: the ids with the greatest and the smallest embeddings.
     """
 
     sampler: Sampler
@@ -101,7 +104,7 @@ class Author:
         return (ORDINARY, *changed, *((MIXTURE,) if len(kinds) > 1 else ()))
 
     def sequence(self, draft: Draft) -> dict[str, Array]:
-        """The arrays of one sequence, without the batch axis."""
+        """Return the arrays of one sequence, without the batch axis."""
         base = self.sampler.sequence(draft.own, draft.number)
         if draft.content == ORDINARY:
             return base
@@ -114,7 +117,7 @@ class Author:
         return base
 
     def may_pad(self, sequence: Mapping[str, Array]) -> bool:
-        """Whether the server would pad this sequence: its masks hold what the proof takes for granted."""
+        """Return whether the server would pad this sequence: its masks meet the proof's needs."""
         paddings = {spec.name: spec.padding for spec in self.sampler.signature.inputs}
         return all(need.met_by(sequence[need.input], paddings[need.input]) for need in self.masks)
 
@@ -189,7 +192,7 @@ def _one_id(array: Array, setting: Setting, rng: np.random.Generator) -> Array:
 
 
 def _padding_inside(array: Array, setting: Setting, rng: np.random.Generator) -> Array:
-    """Padding ids at about half of the places, the first included; one place keeps its id."""
+    """Return ids with the padding id at about half of the places, the first included. One place keeps its id."""
     hidden = rng.random(array.shape) < 0.5
     hidden.flat[0] = True
     hidden.flat[int(rng.integers(1, array.size)) if array.size > 1 else 0] = False
@@ -205,7 +208,7 @@ def _padding_only(array: Array, setting: Setting, _rng: np.random.Generator) -> 
 
 
 def _mask(allow: Callable[[int, np.random.Generator], Array]) -> Change:
-    """A mask that allows the places chosen along its last axis."""
+    """Return a change to a mask that allows the places chosen along its last axis."""
 
     def change(array: Array, setting: Setting, rng: np.random.Generator) -> Array:
         allowed = allow(array.shape[-1] if array.ndim else 1, rng)
@@ -255,4 +258,4 @@ CONTENTS: tuple[Content, ...] = (
     Content("marks of zeros", Kind.MARKS, _filled(0)),
     Content("marks at random", Kind.MARKS, lambda array, _, rng: rng.integers(0, 2, array.shape)),
 )
-"""In the order in which they are tried: what breaks most models of its kind comes first."""
+"""In the order in which they are tried: the contents that break most models of their kind come first."""

@@ -1,4 +1,7 @@
-"""What the rules of one interpretation share: which axis is varied, what was taken for granted, how rules are found."""
+"""The state of one interpretation, which its rules share, and the table of rules.
+
+A rule reports a problem as a value (`bad`, `unknown`), or raises `NotFollowed` or `Mixed`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from attnserve_server.model.manifest import BATCH
 
 @dataclass
 class Context:
-    """One interpretation: the batch, or one symbol, is varied."""
+    """One interpretation, in which the batch or one symbol is varied."""
 
     varied: str
     lengths: Mapping[str, int]
@@ -27,24 +30,26 @@ class Context:
     own_size: Size | None = None
     """The size of the varied axis itself."""
     ranks: Mapping[str, int] = field(default_factory=dict)
-    """How many axes each input of the graph has, without the batch's."""
+    """The number of axes of each input of the graph, without the batch axis."""
     mask_values: Mapping[str, float | None] = field(default_factory=dict)
-    """For each input that may hide positions, the one value that allowed positions have; None: any but padding's."""
+    """For each input that may hide positions, the one value of allowed positions. None: any value but the padding's."""
     needs: dict[str, str] = field(default_factory=dict)
     thresholds: set[int] = field(default_factory=set)
     bounds: bool = True
-    """Whether Euclidean lengths are followed, which takes time where weights are large."""
+    """Whether Euclidean lengths are computed, which takes time where weights are large."""
     node: ir.Node | None = None
     run_graph: Callable[[ir.Graph, Mapping[ir.Value, Value]], list[Value]] | None = None
-    """Follows a graph within the graph."""
+    """Interprets a subgraph."""
     known: Callable[[ir.Value], Value] | None = None
-    """What is known of any value so far."""
+    """Returns what is known of any value so far."""
     norms: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    """What was computed of constants, by their identity; each is kept here, so that no other array takes it on."""
+    """Results computed from constants, by the constant's identity. The constant is kept here too, so that its identity
+    is not
+    reused."""
 
     @property
     def is_batch(self) -> bool:
-        """Whether the batch is varied: rows of other callers, then, in the place of padded positions."""
+        """True if the batch is varied. Rows of other requests then replace padded positions."""
         return self.varied == BATCH
 
     @property
@@ -53,52 +58,55 @@ class Context:
         return "the other rows of the batch" if self.is_batch else "padded positions"
 
     def depends(self, size: Size | None) -> bool:
-        """Whether a size differs between the two runs."""
+        """Return whether a size differs between the two runs."""
         return size is not None and self.varied in size.symbols
 
     def cause(self, reason: str) -> Cause:
-        """The present node as the cause of something."""
+        """Return the current node as the cause, with a reason."""
         node = self.node
         if node is None:
             return Cause("", "", reason)
         return Cause(node.name or next((str(out.name) for out in node.outputs), ""), node.op_type, reason)
 
     def bad(self, standing: Standing, reason: str, layout: Layout | None = None) -> Value:
-        """A value that is not equal, because of the present node."""
+        """Return a value that is not equal, because of the current node."""
         return Value(layout, standing, self.cause(reason))
 
     def unknown(self, reason: str) -> Value:
-        """A value of which nothing is known any more."""
+        """Return a value of which nothing is known."""
         return self.bad(Standing.UNKNOWN, reason)
 
     def need(self, masks: frozenset[str], *, everything: bool) -> None:
-        """Take for granted that masks allow something."""
+        """Record that masks must allow all positions (`everything`), or at least one in each row."""
         for name in masks:
             wide = everything or self.ranks.get(name, 1) > 1
             if wide or name not in self.needs:
                 self.needs[name] = "all" if wide else "some"
 
     def as_data(self, value: Value) -> Value:
-        """A value whose numbers are used as numbers: sizes and positions that differ between the runs count then."""
+        """Return a value whose numbers are used as data.
+
+        Sizes and positions that differ between the runs make it different.
+        """
         if value.standing is Standing.DIFFERENT:
             return value
         if value.columns is not None:
             worst_column, cause = worst([self.as_data(column) for column in value.columns])
             return replace(value.bare(), standing=max(worst_column, value.standing), cause=cause or value.cause)
-        said = ""
+        what = ""
         sizes = value.sizes is not None and any(self.depends(size) for size in value.sizes)
         if sizes or self.varied in value.symbols:
-            said = "the number of rows in the batch" if self.is_batch else "the padded length"
+            what = "the number of rows in the batch" if self.is_batch else "the padded length"
         elif any(self.depends(size) for size in (value.offset, value.outer, *(value.index or {}).values())):
-            said = "the number of rows in the batch" if self.is_batch else "positions counted from the padded end"
+            what = "the number of rows in the batch" if self.is_batch else "positions counted from the padded end"
         elif self.is_batch and (value.items or value.index):
-            said = "the place of the row in the batch"
-        if not said:
+            what = "the place of the row in the batch"
+        if not what:
             return value
-        return replace(value.bare(), standing=Standing.DIFFERENT, cause=self.cause(f"computes with {said}"))
+        return replace(value.bare(), standing=Standing.DIFFERENT, cause=self.cause(f"computes with {what}"))
 
     def axis_of(self, size: Size) -> Axis:
-        """A new axis whose positions are the same ones from the first on: varying, where the size differs."""
+        """Return a new axis whose first positions are the same in both runs. It varies where the size differs."""
         if not self.depends(size):
             return plain(size)
         one = self.own_size
@@ -114,20 +122,32 @@ Rule = Callable[[Context, ir.Node, list[Value | None]], "Value | list[Value]"]
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A rule. `shapes_only`: it looks at no number of its inputs, or follows what differs among them itself."""
+    """A rule.
+
+    Args:
+        apply: The rule.
+        shapes_only: True if it reads no number of its inputs, or follows their differences itself. The interpreter then
+            does not lower its outputs to the worst standing of its inputs.
+    """
 
     apply: Rule
     shapes_only: bool
 
 
 RULES: Final[dict[tuple[str, str], Registered]] = {}
-"""By domain and operator."""
+"""By domain and operator. The package `rules` fills it."""
 STANDARD: Final = ""
 MICROSOFT: Final = "com.microsoft"
 
 
 def rule(*names: str, domain: str = STANDARD, shapes_only: bool = False) -> Callable[[Rule], Rule]:
-    """Register a rule for operators."""
+    """Return a decorator that registers a rule for operators.
+
+    Args:
+        names: Operators.
+        domain: Their domain.
+        shapes_only: As in `Registered`.
+    """
 
     def register(function: Rule) -> Rule:
         for name in names:

@@ -1,4 +1,8 @@
-"""The interval of each elementwise operator's result, given those of its operands."""
+"""The interval of each elementwise operator's result, given the intervals of its operands.
+
+Each function returns an interval that holds every possible result, with the infinities and NaN that may occur. Nothing
+here raises.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ from attnserve_server.conversion.proof.intervals import (
 
 
 def monotone(function: Callable[[float], float], domain: float = -math.inf) -> Callable[[Interval], Interval]:
-    """An operator that keeps the order of numbers; below or at `domain` it is not defined, and gives NaN."""
+    """Return the function of an operator that keeps the order of numbers. At or below `domain` it may give NaN."""
 
     def of(one: Interval) -> Interval:
         if one.low < domain or (one.low == domain > -math.inf and math.isinf(function(domain))):
@@ -39,18 +43,18 @@ def monotone(function: Callable[[float], float], domain: float = -math.inf) -> C
 
 
 def bounded(low: float, high: float) -> Callable[[Interval], Interval]:
-    """An operator whose results lie between two bounds, infinities included."""
+    """Return the function of an operator whose results are between two bounds, for infinite arguments too."""
     return lambda one: Interval(low, high, one.wild & NAN)
 
 
 def absolute(one: Interval) -> Interval:
-    """Absolute values."""
+    """Return the interval of absolute values."""
     low = 0.0 if one.has_zero else min(abs(one.low), abs(one.high))
     return Interval(low, one.greatest, (one.wild & NAN) | (POSITIVE if one.wild & 3 else 0))
 
 
 def shrinking(one: Interval) -> Interval:
-    """An operator whose results are no farther from 0 than its argument, as those of Gelu."""
+    """Return the interval of an operator whose results are no farther from 0 than its argument, such as Gelu."""
     return Interval(min(one.low, 0.0), max(one.high, 0.0), one.wild | (NAN if one.wild else 0))
 
 
@@ -90,44 +94,44 @@ def _unlike(one: Interval, other: Interval) -> Interval:
 
 
 def opposite(one: Interval) -> Interval:
-    """Not."""
+    """Return the interval of Not."""
     truth = _truth(one)
     return BOOLEAN if truth is None else number(float(not truth))
 
 
 def chosen(condition: Interval, one: Interval, other: Interval) -> Interval:
-    """Where: the one or the other, or both where it is not known."""
+    """Return the interval of Where: one operand where the condition is known, otherwise the hull of both."""
     truth = _truth(condition)
     return one.hull(other) if truth is None else one if truth else other
 
 
 def as_truth(one: Interval) -> Interval:
-    """Cast to a truth value."""
+    """Return the interval of a cast to bool."""
     truth = _truth(one)
     return BOOLEAN if truth is None else number(float(truth))
 
 
 def as_half(one: Interval) -> Interval:
-    """Cast to float16, in which a number beyond 65504 is infinite."""
+    """Return the interval of a cast to float16, where a number beyond 65504 is infinite."""
     if one.only is None or abs(one.only) <= _HALF_MOST:
         return one
     return replace(one, wild=one.wild | (NEGATIVE if one.only < 0 else POSITIVE))
 
 
 def cut(one: Interval) -> Interval:
-    """The quotient of whole numbers, cut to a whole number."""
+    """Return the interval of an integer quotient, truncated to an integer."""
     low = 0.0 if 0 < one.low < 1 else float(math.floor(one.low)) if one.low > 0 and math.isfinite(one.low) else one.low
     high = float(math.ceil(one.high)) if one.high < 0 and math.isfinite(one.high) else one.high
     return replace(one, low=low, high=high) if one.only is None or not float(one.low).is_integer() else one
 
 
 def wrapped(one: Interval, least: float, greatest: float) -> Interval:
-    """Whole numbers in a type that wraps around beyond its bounds."""
+    """Return the interval of integers of a type that wraps around beyond its bounds."""
     return one if one.low >= least and one.high <= greatest and not one.wild else Interval(least, greatest)
 
 
 def as_whole(one: Interval) -> Interval:
-    """Cast to a whole number."""
+    """Return the interval of a cast to an integer."""
     if one.wild:
         return ANY
     low, high = (float(math.trunc(end)) if math.isfinite(end) else end for end in (one.low, one.high))
@@ -207,7 +211,7 @@ UNARY: Final[Mapping[str, Callable[[Interval], Interval]]] = {
     "Tanh": lambda one: Interval(math.tanh(one.low), math.tanh(one.high), one.wild & NAN),
     "ThresholdedRelu": shrinking,
 }
-"""Operators of one operand, each number by itself."""
+"""Elementwise operators of one operand."""
 BINARY: Final[Mapping[str, Callable[[Interval, Interval], Interval]]] = {
     "Add": add,
     "And": _both,
@@ -233,11 +237,11 @@ BINARY: Final[Mapping[str, Callable[[Interval, Interval], Interval]]] = {
     "BitwiseOr": lambda _one, _other: ANY,
     "BitwiseXor": lambda _one, _other: ANY,
 }
-"""Operators of two operands, each number by itself; Min, Max, Sum and Mean fold them over more."""
+"""Elementwise operators of two operands. Min, Max, Sum and Mean fold them over more."""
 
 
 def folded(function: Callable[[Interval, Interval], Interval], operands: Sequence[Interval]) -> Interval:
-    """An operator of two operands over any number."""
+    """Return the interval of a two-operand operator that is folded over any number of operands."""
     result = operands[0]
     for other in operands[1:]:
         result = function(result, other)

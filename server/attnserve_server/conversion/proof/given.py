@@ -1,4 +1,4 @@
-"""What is known of a graph's inputs: sizes by their symbols, padding values, and which values hide a position."""
+"""What holds of a graph's inputs: sizes by their symbols, padding values, and which values hide a position."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ _MASKED_BELOW = -1e4
 
 
 def symbol_size(symbol: str, most: float) -> Size:
-    """The size of an axis with a symbol: 1 or more."""
+    """Return the size of an axis with a symbol: 1 or more."""
     return Size.atom(Atom(symbol, frozenset({symbol}), 1, most))
 
 
 def allowed_value(spec: InputSpec) -> float | None:
-    """The value that an input has at positions that it does not hide; NaN: it hides none."""
+    """Return the value that an input has at positions that it does not hide.
+
+    None: any value but the padding's. NaN: the input hides no position.
+    """
     dtype = NUMPY_DTYPES[spec.dtype]
     if spec.role is InputRole.ATTENTION_MASK:
         return 1.0
@@ -47,7 +50,7 @@ def allowed_value(spec: InputSpec) -> float | None:
 def values_of_inputs(
     ctx: Context, graph: ir.Graph, signature: Signature, vocabularies: Mapping[str, int]
 ) -> dict[ir.Value, Value]:
-    """What is known of each input of a graph; of those of taps, that they list rows of the batch."""
+    """Return what holds of each input of a graph. The inputs of taps list rows of the batch."""
     specs = {spec.name: spec for spec in signature.inputs}
     found: dict[ir.Value, Value] = {}
     for value in graph.inputs:

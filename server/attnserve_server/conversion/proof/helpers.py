@@ -1,4 +1,7 @@
-"""Helpers that the rules share: read a node's inputs and attributes, and combine what is known of several values."""
+"""Helpers that the rules share: read a node's inputs and attributes, and combine values.
+
+Helpers that need a fact that is not known raise `NotFollowed` with the reason.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from attnserve_server.conversion.proof.values import Cause, Entry, Region, Stand
 from attnserve_server.domain.values import Array
 
 MOST_SIZES: Final = 64
-"""Elements of a whole-number constant up to which each is followed as a size."""
+"""The number of elements up to which each element of an integer constant is followed as a size."""
 
 
 def constant(array: Array) -> Value:
-    """The value of a constant."""
+    """Return the value of a constant."""
     layout = tuple(plain(Size.of(extent)) for extent in array.shape)
     sizes = None
     if array.dtype.kind in "biu" and array.size <= MOST_SIZES:
@@ -30,20 +33,20 @@ def constant(array: Array) -> Value:
 
 
 def required(inputs: Sequence[Value | None], at: int) -> Value:
-    """An input that the operator cannot do without."""
+    """Return a required input. Raise NotFollowed where it is omitted."""
     found = inputs[at] if at < len(inputs) else None
     if found is None:
-        raise NotFollowed(f"input {at} is left out")
+        raise NotFollowed(f"input {at} is omitted")
     return found
 
 
 def optional(inputs: Sequence[Value | None], at: int) -> Value | None:
-    """An input that may be left out."""
+    """Return an optional input, or None where it is omitted."""
     return inputs[at] if at < len(inputs) else None
 
 
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
-    """An attribute's value, or the default."""
+    """Return an attribute's value, or the default."""
     found = node.attributes.get(name)
     if found is None:
         return default
@@ -52,7 +55,7 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
 
 
 def numbers(value: Value | None) -> list[int] | None:
-    """The whole numbers of a constant (or of sizes that depend on nothing); None where they are not known."""
+    """Return the integers of a constant, or of constant sizes. None where one is not known."""
     if value is None or value.sizes is None:
         return None
     found = [None if size is None else size.number for size in value.sizes]
@@ -60,20 +63,20 @@ def numbers(value: Value | None) -> list[int] | None:
 
 
 def sizes_of(value: Value | None) -> list[Size]:
-    """The sizes that a value holds. Raises NotFollowed where one is not known."""
+    """Return the sizes that a value holds. Raise NotFollowed where one is not known."""
     if value is not None and value.sizes is not None and all(size is not None for size in value.sizes):
         return [size for size in value.sizes if size is not None]
     only = value.span.only if value is not None else None
     if value is None or only is None or not float(only).is_integer() or value.layout is None or len(value.layout) > 1:
-        raise NotFollowed("a shape that is computed cannot be followed")
+        raise NotFollowed("the proof cannot follow a computed shape")
     count = size_of(value.layout[0]).number if value.layout else 1
     if count is None or value.symbols:
-        raise NotFollowed("a shape that is computed cannot be followed")
+        raise NotFollowed("the proof cannot follow a computed shape")
     return [Size.of(int(only))] * count
 
 
 def aligned(values: Sequence[Value]) -> tuple[Layout, list[tuple[Value, Places]]]:
-    """Values on the axes that they are broadcast to; and each with where its varying factors are there."""
+    """Return the broadcast layout, and each value with the places of its varying factors in it."""
     if any(value.layout is None for value in values):
         raise NotFollowed("the axes of an operand are not known")
     layout, places = broadcast([value.axes for value in values])
@@ -81,7 +84,7 @@ def aligned(values: Sequence[Value]) -> tuple[Layout, list[tuple[Value, Places]]
 
 
 def entry_at(value: Value, places: Places, region: Region) -> Entry:
-    """What is known of a broadcast operand in a region of the result."""
+    """Return what holds of a broadcast operand in a region of the result."""
     kind, one, other = region
     back = {there: here for here, there in places.items()}
     if one in back and other in back:
@@ -92,7 +95,7 @@ def entry_at(value: Value, places: Places, region: Region) -> Entry:
 
 
 def regions_over(operands: Sequence[tuple[Value, Places]]) -> set[Region]:
-    """All regions of a result of which any operand says something."""
+    """Return all regions of a result that any operand has facts about."""
     return {
         (kind, places[one], places[other])
         for value, places in operands
@@ -102,12 +105,12 @@ def regions_over(operands: Sequence[tuple[Value, Places]]) -> set[Region]:
 
 
 def joined(values: Sequence[Value]) -> tuple[Standing, Cause | None]:
-    """The worst standing of several values."""
+    """Return the worst standing of several values, and its cause."""
     return worst(list(values))
 
 
 def wild_anywhere(value: Value) -> int:
-    """What infinities and NaN a value may hold, in any region."""
+    """Return the infinities and NaN that a value may hold in any region, as bits."""
     bits = value.span.wild
     for entry in value.regions.values():
         bits |= entry.interval.wild
@@ -115,7 +118,7 @@ def wild_anywhere(value: Value) -> int:
 
 
 def sizes_value(like: Value, sizes: Sequence[Size | None]) -> Value:
-    """Whole numbers made of sizes, on the axes of another value."""
+    """Return integers computed from sizes, on the axes of another value."""
     bounds = [size.bounds() for size in sizes if size is not None]
     span = Interval()
     if len(bounds) == len(sizes) and bounds:
@@ -124,19 +127,19 @@ def sizes_value(like: Value, sizes: Sequence[Size | None]) -> Value:
 
 
 def whole_type(node: ir.Node, operands: Sequence[Value]) -> np.dtype[np.generic] | None:
-    """The whole-number type that a node computes in, if an input or a constant shows it."""
+    """Return the integer type that a node computes in, if an input or a constant shows it."""
     types = [value.dtype.numpy() for value in node.inputs if value is not None and value.dtype is not None]
     types += [value.constant.dtype for value in operands if value.constant is not None]
     return next((kind for kind in types if kind.kind in "iu"), None)
 
 
 def number_value(value: float) -> Value:
-    """A scalar."""
+    """Return the value of a scalar."""
     return Value((), span=number(value), lit=number(value))
 
 
 def without_nan(value: Value) -> Value:
-    """A value from which NaN was taken."""
+    """Return the value without NaN."""
 
     def without(interval: Interval) -> Interval:
         return replace(interval, wild=interval.wild & ~NAN)

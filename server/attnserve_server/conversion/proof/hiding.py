@@ -1,4 +1,9 @@
-"""When a mask hides padded positions from a softmax: exactly, well enough, or only as long as scores are small."""
+"""When a mask hides padded positions from a softmax: exactly, by enough, or only while scores are small.
+
+The result is a standing: EQUAL where padded elements get no weight, ASSUMED where a finite mask hides them if scores
+are small enough, DIFFERENT where they get weight, UNKNOWN otherwise. Where a query needs an allowed key, a mask need is
+recorded in the context.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +24,13 @@ from attnserve_server.conversion.proof.values import (
 )
 
 _NO_MASK = -1.0
-"""What is padded with more than this was not made to be hidden."""
+"""Padding above this number is not a mask's."""
 MOST_POSITIONS = 512
-"""How many positions are padded at most, where nothing says how many."""
+"""The number of padded positions that is assumed where no maximum is known."""
 
 
 def softmaxed(ctx: Context, value: Value, axes: Sequence[int]) -> Value:
-    """Softmax over some axes of one value; equal where what is padded along them takes no share."""
+    """Return the softmax of a value over some axes. It is equal where padding along them gets no weight."""
     factors = [factor for at in axes for factor in ordinals(value.axes, at)]
     standing, cause = value.standing, value.cause
     hidden: dict[int, bool] = {}
@@ -48,23 +53,23 @@ def softmaxed(ctx: Context, value: Value, axes: Sequence[int]) -> Value:
         if value.masks and not value.lit.wild:
             ctx.need(value.masks, everything=len(value.masks) > 1 or bool(value.structured))
         else:
-            wild = NAN  # a row of nothing but minus infinity
+            wild = NAN  # a row of minus infinity only
     span = Interval(0, 1, NAN if wild else 0)
     norm = 1.0 if len(axes) == 1 else math.inf
     return Value(value.layout, standing, cause, span=span, lit=span, regions=regions, norm=norm, norm_axis=axes[-1])
 
 
 def _may_be_empty(entry: Entry) -> bool:
-    """Whether a row may have nothing but minus infinities, or has a NaN."""
+    """Return whether a row may hold only minus infinity, or holds NaN."""
     if entry.interval.wild & (NAN | 2):
         return True
     return bool(entry.lit.wild)
 
 
 def hides(ctx: Context, value: Value, factor: int) -> tuple[Standing, Cause | None]:
-    """Whether padded elements along a factor take no share of a softmax over it."""
+    """Return whether padded elements along a factor get no weight in a softmax over it, and why they do."""
     if ctx.is_batch:
-        return Standing.DIFFERENT, ctx.cause("shares out over the rows of the batch")
+        return Standing.DIFFERENT, ctx.cause("computes a softmax over the rows of the batch")
     entry = value.pad(factor)
     keys = _named(ctx)
     if entry.interval.wild & (NAN | 2):
@@ -73,7 +78,7 @@ def hides(ctx: Context, value: Value, factor: int) -> tuple[Standing, Cause | No
     if entry.high <= lowest or entry.lowered >= -lowest:
         return _with_a_key(ctx, value, factor)
     if not entry.lowered and entry.interval.high >= _NO_MASK:
-        return Standing.DIFFERENT, ctx.cause(f"{keys} take a share: no mask hides them")
+        return Standing.DIFFERENT, ctx.cause(f"{keys} get weight: no mask hides them")
     return _finite(ctx, value, factor, entry)
 
 
@@ -82,11 +87,11 @@ def _named(ctx: Context) -> str:
 
 
 def _with_a_key(ctx: Context, value: Value, factor: int) -> tuple[Standing, Cause | None]:
-    """Hidden exactly; what is left to see is that every query has a key that is not hidden."""
+    """Return the standing of an exact mask: equal if every query has a visible key."""
     lit = value.lit
     if lit.masked or lit.wild & NEGATIVE:
-        said = "a query may be left without any key, and then shares out over all of them, padded ones too"
-        return Standing.UNKNOWN, ctx.cause(said)
+        reason = "a mask may leave a query without any key, and then padded keys get weight too"
+        return Standing.UNKNOWN, ctx.cause(reason)
     _take_masks(ctx, value, factor)
     return Standing.EQUAL, None
 
@@ -98,25 +103,25 @@ def _take_masks(ctx: Context, value: Value, factor: int) -> None:
 
 
 def _finite(ctx: Context, value: Value, factor: int, entry: Entry) -> tuple[Standing, Cause | None]:
-    """A finite mask: enough where scores are bounded, never enough where it is small, open between."""
+    """Return the standing of a finite mask: equal if scores are bounded, different if it is too small, else assumed."""
     keys = _named(ctx)
     length = ctx.lengths.get(ctx.varied, MOST_POSITIONS)
-    wanted = math.log(max(length, 2) / ctx.weight_tolerance)
+    needed = math.log(max(length, 2) / ctx.weight_tolerance)
     taken = entry.lowered or -entry.interval.high
-    if taken < wanted:
-        said = f"a mask takes {taken:g} off the scores of {keys}: {length} of them keep more than is allowed, as each "
-        return Standing.DIFFERENT, ctx.cause(f"{said}keeps e^-{taken:g} of a share even where scores are equal")
+    if taken < needed:
+        reason = f"a mask subtracts only {taken:g} from the scores of {keys}: each keeps a share of e^-{taken:g} even "
+        return Standing.DIFFERENT, ctx.cause(f"{reason}where scores are equal, more than {length} of them may keep")
     if value.lit.wild or value.lit.masked:
-        return Standing.UNKNOWN, ctx.cause("a query may be left without any key")
+        return Standing.UNKNOWN, ctx.cause("a mask may leave a query without any key")
     _take_masks(ctx, value, factor)
     margin = value.lit.low - entry.high
-    if math.isfinite(margin) and margin >= wanted:
+    if math.isfinite(margin) and margin >= needed:
         return Standing.EQUAL, None
     bound = max(abs(entry.interval.low), abs(entry.interval.high)) if entry.lowered else abs(value.lit.low)
-    said = f"finite mask, unbounded scores: a mask takes {taken:g} off"
+    reason = f"finite mask, unbounded scores: a mask subtracts {taken:g}"
     if math.isfinite(bound):
-        return Standing.ASSUMED, ctx.cause(f"{said}, and scores are only known to be below {bound:.3g}")
-    return Standing.ASSUMED, ctx.cause(f"{said} scores that have no known bound")
+        return Standing.ASSUMED, ctx.cause(f"{reason}, and scores are only known to be below {bound:.3g}")
+    return Standing.ASSUMED, ctx.cause(f"{reason} from scores without a known bound")
 
 
 def _far_below(ctx: Context, value: Value, entry: Entry) -> bool:

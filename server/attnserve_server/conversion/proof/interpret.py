@@ -1,4 +1,8 @@
-"""Follows the nodes of a graph in order, each by the rule of its operator. What has no rule is not known."""
+"""Interpret the nodes of a graph in order, each by the rule of its operator.
+
+A node yields `unknown` where its operator has no rule, where its rule does not cover the case, or where its rule raises
+any exception.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from attnserve_server.conversion.proof.rules import RULES
 from attnserve_server.conversion.proof.values import Cause, Standing, Value
 
 _FOLDED: Final = 1 << 16
-"""Elements up to which what is made of constants alone is computed."""
+"""The number of elements up to which a node of constants is computed."""
 _NOT_FOLDED: Final = {
     *("If", "Loop", "Scan", "Shape", "Size", "ConstantOfShape", "Dropout"),
     *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"),
@@ -30,13 +34,13 @@ _NOT_FOLDED: Final = {
 
 @dataclass
 class Interpreter:
-    """One interpretation of a graph. `values` grows as nodes are followed, graphs within graphs included."""
+    """One interpretation of a graph. `values` grows with each node, those of subgraphs included."""
 
     ctx: Context
     values: dict[ir.Value, Value] = field(default_factory=dict)
 
     def run(self, graph: ir.Graph, given: Mapping[ir.Value, Value]) -> list[Value]:
-        """What is known of a graph's outputs, given its inputs."""
+        """Return what holds of a graph's outputs, given what holds of its inputs."""
         self.values.update(given)
         self.ctx.run_graph, self.ctx.known = self.run, self.value_of
         for node in graph:
@@ -44,11 +48,11 @@ class Interpreter:
         return [self.value_of(output) for output in graph.outputs]
 
     def value_of(self, value: ir.Value) -> Value:
-        """What is known of a value so far."""
+        """Return what is known of a value so far."""
         known = self.values.get(value)
         if known is None:
             if value.const_value is None:
-                known = self.ctx.unknown(f"{value.name} is made by nothing in the graph")
+                known = self.ctx.unknown(f"{value.name} has no producer in the graph")
             else:
                 known = constant(value.const_value.numpy())
             self.values[value] = known
@@ -60,7 +64,7 @@ class Interpreter:
         for output, value in zip(node.outputs, self._outputs(node, inputs), strict=False):
             self.values[output] = _within_span(value)
         for output in node.outputs:
-            self.values.setdefault(output, self.ctx.unknown("an output that is not followed"))
+            self.values.setdefault(output, self.ctx.unknown("an output that its rule does not return"))
 
     def _outputs(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
         if node.op_type == "Constant" and node.domain in {"", "ai.onnx"}:
@@ -76,7 +80,7 @@ class Interpreter:
         registered = RULES.get((domain, node.op_type))
         if registered is None:
             name = f"{domain}.{node.op_type}" if domain else node.op_type
-            return self._lost(node, inputs, Standing.UNKNOWN, f"the operator {name} is not known to the proof")
+            return self._lost(node, inputs, Standing.UNKNOWN, f"the proof has no rule for the operator {name}")
         if not registered.shapes_only and any(value is not None and value.layout is None for value in inputs):
             return self._lost(node, inputs, Standing.UNKNOWN, "the axes of an input are not known")
         outputs = self._applied(registered, node, inputs)
@@ -90,22 +94,25 @@ class Interpreter:
         except Mixed as why:
             return self._lost(node, inputs, Standing.DIFFERENT, str(why))
         except Exception as fault:  # noqa: BLE001 - nothing is proved of a graph that a rule cannot read
-            why_not = f"{node.op_type} is not followed ({type(fault).__name__})"
+            why_not = f"the rule of {node.op_type} failed ({type(fault).__name__})"
             return self._lost(node, inputs, Standing.UNKNOWN, why_not)
         return list(found) if isinstance(found, list) else [found]
 
     @staticmethod
     def _no_better(outputs: Sequence[Value], inputs: Sequence[Value | None]) -> list[Value]:
-        """Outputs that stand no better than the worst input."""
+        """Return the outputs with a standing no better than the worst input's."""
         standing, cause = _worst(inputs)
         if standing is Standing.UNKNOWN:
-            # Of what is not known, nothing worse is known either.
+            # What depends on an unknown value is unknown, not different.
             return [replace(value, standing=standing, cause=cause) for value in outputs]
-        # Places of rows are looked at where they are used, however they were computed.
+        # The places of rows are checked where they are used, for every way of computing them.
         return [value if value.items else _at_least(value, standing, cause) for value in outputs]
 
     def _softmax(self, node: ir.Node) -> Value | None:
-        """A softmax that is written out, exp(x - max x) / sum of exp(x - max x); None of any other division."""
+        """Return the value of a decomposed softmax, exp(x - max x) / sum of exp(x - max x).
+
+        None for any other division.
+        """
         if node.op_type != "Div" or any(value is None for value in node.inputs):
             return None
         powers, total = (value.producer() if value is not None else None for value in node.inputs)
@@ -120,7 +127,7 @@ class Interpreter:
             greatest = shifted.inputs[1].producer()
             if greatest is not None and greatest.op_type == "ReduceMax" and greatest.inputs[0] is shifted.inputs[0]:
                 if self._axes_of(greatest) != axes or not attribute(greatest, "keepdims", 1):
-                    return None  # the greatest of more than a row may leave nothing of the row but zeros
+                    return None  # the maximum of more than a row may leave zeros only in the row
                 scores = shifted.inputs[0]
         value = self.value_of(scores) if scores is not None else None
         if value is None or value.layout is None or not axes:
@@ -128,7 +135,7 @@ class Interpreter:
         return softmaxed(self.ctx, self.ctx.as_data(value), [axis % len(value.layout) for axis in axes])
 
     def _axes_of(self, node: ir.Node) -> list[int] | None:
-        """The axes of a reduction, as they are given."""
+        """Return the axes of a reduction, as the node gives them."""
         axes: list[int] | None = attribute(node, "axes")
         if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
             axes = numbers(self.value_of(node.inputs[1]))
@@ -142,7 +149,7 @@ class Interpreter:
         return [self.ctx.bad(standing, why) for _ in node.outputs]
 
     def _folded(self, node: ir.Node, inputs: Sequence[Value | None]) -> list[Value] | None:
-        """The outputs of a node all of whose inputs are small constants."""
+        """Return the outputs of a node whose inputs are all small constants."""
         if node.domain not in {"", "ai.onnx"} or node.op_type in _NOT_FOLDED or not inputs:
             return None
         arrays = [None if value is None else _whole(value) for value in inputs]
@@ -170,7 +177,7 @@ def _info(name: str) -> onnx.ValueInfoProto:
 
 
 def _whole(value: Value) -> np.ndarray | None:
-    """A constant that is all there is of a value, if it is small."""
+    """Return the array of a value that is a small constant, else None."""
     array = value.constant
     if array is None or value.layout is None or array.size > _FOLDED or value.standing is not Standing.EQUAL:
         return None
@@ -197,7 +204,7 @@ def _worst(values: Sequence[Value | None]) -> tuple[Standing, Cause | None]:
 
 
 def _within_span(value: Value) -> Value:
-    """A value whose regions are known to be no wider than the whole."""
+    """Return the value with its regions clipped to the interval of all elements."""
     if not value.regions or not (math.isfinite(value.span.low) or math.isfinite(value.span.high)):
         return value
     regions = {

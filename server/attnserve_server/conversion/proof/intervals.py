@@ -1,4 +1,8 @@
-"""Intervals of numbers, with the infinities and NaN that they may hold, and arithmetic on them."""
+"""Intervals of numbers, with the infinities and NaN that they may hold, and arithmetic on them.
+
+Each function returns an interval that holds every possible result. An operation without a bound returns infinite
+bounds. Nothing here raises.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,18 @@ NAN: Final = 4
 _FLOAT32_LOWEST: Final = float(np.finfo(np.float32).min)
 _VERY_LOW: Final = -1e37
 MASKED_FROM: Final = -1e3
-"""Numbers this low are written to hide something."""
+"""A number this low is taken for a mask's, which hides something."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """All numbers between two bounds. A bound that is infinite only means that none is known; `wild` says what occurs.
+    """All numbers between two bounds.
 
-    `masked`: among them may be numbers so low that they were made to hide something.
+    Args:
+        low: The lower bound. Minus infinity: no bound is known.
+        high: The upper bound. Infinity: no bound is known.
+        wild: Which infinities and NaN may occur, as bits.
+        masked: True if it may hold numbers so low that they are a mask's.
     """
 
     low: float = -math.inf
@@ -34,7 +42,7 @@ class Interval:
 
     @property
     def only(self) -> float | None:
-        """The one number that it holds, if it holds one; minus infinity is such a number too."""
+        """The one number that it holds, minus infinity included. None where it holds more, or NaN."""
         return self.low if self.low == self.high and not self.wild & NAN else None
 
     @property
@@ -44,11 +52,11 @@ class Interval:
 
     @property
     def has_zero(self) -> bool:
-        """Whether it holds 0."""
+        """True if it holds 0."""
         return self.low <= 0 <= self.high
 
     def hull(self, other: Interval) -> Interval:
-        """The least interval that holds both."""
+        """Return the smallest interval that holds both."""
         masked = self.masked or other.masked
         return Interval(min(self.low, other.low), max(self.high, other.high), self.wild | other.wild, masked)
 
@@ -59,13 +67,13 @@ ZERO: Final = Interval(0, 0)
 
 
 def number(value: float) -> Interval:
-    """The interval of one number."""
+    """Return the interval of one number."""
     wild = (NEGATIVE if value < 0 else POSITIVE) if math.isinf(value) else NAN if math.isnan(value) else 0
     return Interval(value, value, wild, value <= MASKED_FROM) if not math.isnan(value) else Interval(wild=wild)
 
 
 def interval_of(array: Array) -> Interval:
-    """The interval of an array's numbers; of one without elements, 0."""
+    """Return the interval of an array's numbers. Without elements it is 0."""
     if array.dtype.kind not in "biuf":
         return ANY
     if not array.size:
@@ -81,14 +89,14 @@ def interval_of(array: Array) -> Interval:
 
 
 def _low(found: Interval, one: Interval, other: Interval) -> Interval:
-    """A result of arithmetic, marked where a number that only masks have has made it low."""
+    """Return a result of arithmetic, marked as masked where a number of a mask's size has made it low."""
     wide = any(part.only is not None and abs(part.only) >= -MASKED_FROM for part in (one, other))
     masked = found.masked or (wide and found.low <= MASKED_FROM and math.isfinite(found.low))
     return replace(found, masked=masked)
 
 
 def add(one: Interval, other: Interval) -> Interval:
-    """Sums."""
+    """Return the interval of sums."""
     wild = one.wild | other.wild
     if (one.wild & NEGATIVE and other.wild & POSITIVE) or (one.wild & POSITIVE and other.wild & NEGATIVE):
         wild |= NAN
@@ -99,19 +107,19 @@ def add(one: Interval, other: Interval) -> Interval:
 
 
 def negated(one: Interval) -> Interval:
-    """With the other sign."""
+    """Return the interval with the other sign."""
     flipped = (one.wild & NAN) | (NEGATIVE if one.wild & POSITIVE else 0) | (POSITIVE if one.wild & NEGATIVE else 0)
     masked = one.masked or (one.only is not None and -one.only <= MASKED_FROM)
     return Interval(-one.high, -one.low, flipped, masked)
 
 
 def subtract(one: Interval, other: Interval) -> Interval:
-    """Differences."""
+    """Return the interval of differences."""
     return add(one, negated(other))
 
 
 def multiply(one: Interval, other: Interval) -> Interval:
-    """Products. 0 times anything finite is 0."""
+    """Return the interval of products. 0 times any finite number is 0."""
     wild = (one.wild | other.wild) & NAN
     for infinite, by in ((one, other), (other, one)):
         bits = infinite.wild & (NEGATIVE | POSITIVE)
@@ -129,7 +137,7 @@ def multiply(one: Interval, other: Interval) -> Interval:
 
 
 def divide(one: Interval, other: Interval) -> Interval:
-    """Quotients."""
+    """Return the interval of quotients."""
     if other.has_zero:
         return Interval(wild=NEGATIVE | POSITIVE | (NAN if one.has_zero or one.wild or other.wild else 0))
     wild = one.wild | (other.wild & NAN) | (NAN if one.wild and other.wild else 0)
@@ -141,13 +149,13 @@ def divide(one: Interval, other: Interval) -> Interval:
 
 
 def least(one: Interval, other: Interval) -> Interval:
-    """The lesser of two."""
+    """Return the interval of the minimum of two numbers."""
     masked = one.masked or other.masked
     return Interval(min(one.low, other.low), min(one.high, other.high), one.wild | other.wild, masked)
 
 
 def most(one: Interval, other: Interval) -> Interval:
-    """The greater of two."""
+    """Return the interval of the maximum of two numbers."""
     wild = one.wild | other.wild
     low = max(one.low, other.low)
     if math.isfinite(low):
@@ -157,7 +165,10 @@ def most(one: Interval, other: Interval) -> Interval:
 
 
 def power(one: Interval, other: Interval) -> Interval:
-    """Powers; only even whole ones and those of positive numbers are followed."""
+    """Return the interval of powers.
+
+    It has bounds only for exponents that are even integers, and for positive bases.
+    """
     exponent = other.only
     if other.wild:
         return Interval(wild=one.wild | NAN | POSITIVE)

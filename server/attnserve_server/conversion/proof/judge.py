@@ -1,4 +1,7 @@
-"""Judges one probe: which answers a batch changed, whether by padding or by neighbours, and the sentence for it."""
+"""Judge one probe: which answers a batch changed, whether padding or neighbours caused it, and a sentence about it.
+
+Differences that rounding explains do not count. A batch that fails to run counts as changed.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,17 @@ from attnserve_server.model.manifest import BATCH
 
 _SHAKES: Final = 3
 _SUSPECTS: Final = 4
-"""Rows of one batch that are looked into, those that differ most first."""
+"""The number of rows of one batch that are examined, those with the greatest difference first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """How a clause was broken: the error, in parts of what counts as equal, and a sentence."""
+    """How a clause was broken.
+
+    Args:
+        error: The difference as a multiple of the allowed one.
+        sentence: The sequence, its batch and the difference, in words.
+    """
 
     error: float
     sentence: str
@@ -31,9 +39,12 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one probe.
+    """The result of one probe.
 
-    `tried`: whether it compared anything. `worst`: the greatest error of those that count as equal. `broken`: by axis.
+    Args:
+        tried: True if it compared anything.
+        worst: The greatest error of the answers that count as equal, as a multiple of the allowed one.
+        broken: The broken clauses by axis.
     """
 
     tried: bool
@@ -42,7 +53,7 @@ class Outcome:
 
 
 class Judge:
-    """Runs probes and judges them. Used by one thread."""
+    """Runs probes and judges them. For use by one thread."""
 
     def __init__(self, answers: Answers, equality: Equality) -> None:
         self.answers = answers
@@ -51,10 +62,10 @@ class Judge:
     def outcome(self, probe: Probe) -> Outcome:
         """Run a probe and compare each of its rows with its answer alone.
 
-        Rows without an answer alone are left out, and so are those that the server would not pad.
+        Rows without an answer alone are skipped, and so are rows that the server would not pad.
 
         Raises:
-            OutOfTime: the deadline is too near.
+            OutOfTime: The deadline is too near.
         """
         rows = [draft for draft in probe.rows if self._counts(draft, probe.to)]
         padded = any(draft.own != probe.to for draft in rows)
@@ -74,7 +85,7 @@ class Judge:
         return served and self.answers.alone(draft) is not None
 
     def _broken(self, rows: Sequence[Draft], at: int, padded: Lengths, seen: Difference) -> dict[str, Broken]:
-        """Which clauses the row at `at` breaks, whose answer differs in the whole batch as `seen`."""
+        """Return the clauses that the row at `at` breaks. Its answer differs in the whole batch as `seen`."""
         draft = rows[at]
         if draft.own != padded:
             lone = self._changed([draft], 0, padded)
@@ -88,7 +99,7 @@ class Judge:
         return {BATCH: Broken(seen.error, f"{_sequence(draft)}, {beside}: {_words(seen)}")}
 
     def _broken_by_padding(self, draft: Draft, padded: Lengths, lone: Difference) -> dict[str, Broken]:
-        """Along which axes padding alone changes the answer; all that are padded where only all together do."""
+        """Return the axes along which padding alone changes the answer. If only all of them together do, return all."""
         longer = {symbol: length for symbol, length in padded.items() if length != draft.own[symbol]}
         broken: dict[str, Broken] = {}
         for symbol, length in longer.items() if len(longer) > 1 else ():
@@ -99,13 +110,13 @@ class Judge:
         return broken or dict.fromkeys(longer, Broken(lone.error, _padding_words(draft, longer, lone)))
 
     def _changed(self, rows: Sequence[Draft], at: int, padded: Lengths) -> Difference:
-        """How one row's answer in a batch differs; not at all where rounding explains it."""
+        """Return the difference of one row's answer in a batch. It is 0 where rounding explains it."""
         answer = self._run(rows, padded)[at]
         difference = self._difference(rows[at], answer)
         return Difference(0.0) if difference.error > 1 and self._is_rounding(rows[at], answer) else difference
 
     def _run(self, rows: Sequence[Draft], padded: Lengths) -> Sequence[Answer | str]:
-        """The answers of a batch, or, for each row, why it does not run."""
+        """Return the answers of a batch or, for each row, the reason why it does not run."""
         try:
             return self.answers.together(
                 [self.answers.sequence(draft) for draft in rows], [row.own for row in rows], padded
@@ -153,4 +164,4 @@ def _words(difference: Difference) -> str:
         what = f"the weights of site {difference.name.removeprefix(WEIGHTS_PREFIX)} differ"
     if math.isinf(difference.error):
         return f"{what} without bound: in shape, or by values that are not finite"
-    return f"{what} by {difference.by:.3g}, {difference.error:.3g} times what counts as equal"
+    return f"{what} by {difference.by:.3g}, {difference.error:.3g} times the allowed difference"

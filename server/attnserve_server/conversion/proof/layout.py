@@ -3,6 +3,9 @@
 One axis is varied at a time: the batch, or one symbol. Two runs are compared: a sequence alone, and the same sequence
 in a batch (or padded). A *varying* factor of an axis differs in size between them. Its first `real` positions are the
 sequence's own and have the same index in both runs; padding follows. A *plain* factor is the same in both runs.
+
+`NotFollowed` and `Mixed` carry the reason in plain words. The interpreter turns them into the verdicts `unknown` and
+`refuted`.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from attnserve_server.conversion.proof.sizes import ONE, Size, product
 class Factor:
     """A part of an axis, in row-major order with the other parts.
 
-    `real`: how many positions are the sequence's own, as a function of its own length; None: plain. `tail`: how many
-    plain positions stand behind the padding of a varying factor.
+    Args:
+        size: Its number of positions.
+        real: How many positions are the sequence's own, as a function of the sequence's length. None: plain.
+        tail: How many plain positions follow the padding of a varying factor.
     """
 
     size: Size
@@ -27,62 +32,62 @@ class Factor:
 
     @property
     def varies(self) -> bool:
-        """Whether its size differs between the two runs."""
+        """True if its size differs between the two runs."""
         return self.real is not None
 
 
 Axis = tuple[Factor, ...]
 Layout = tuple[Axis, ...]
 Places = dict[int, int]
-"""Where each varying factor of a layout, counted in order, is in another one."""
+"""The place of each varying factor of one layout, counted in order, within another layout."""
 PLAIN_ONE: Axis = (Factor(ONE),)
 
 
 class NotFollowed(Exception):
-    """A layout that cannot be followed. Carries the reason."""
+    """Raised where the proof cannot represent a layout or a number. Carries the reason."""
 
 
 class Mixed(Exception):
-    """A layout in which the sequence's own positions no longer stand where they stand alone. Carries the reason."""
+    """Raised where the sequence's own positions have other places than in the run alone. Carries the reason."""
 
 
 def plain(size: Size) -> Axis:
-    """An axis without any varying factor."""
+    """Return an axis without any varying factor."""
     return (Factor(size),)
 
 
 def size_of(axis: Axis) -> Size:
-    """How many positions an axis has."""
+    """Return the number of positions of an axis."""
     return product(factor.size for factor in axis)
 
 
 def is_one(axis: Axis) -> bool:
-    """Whether an axis has one position, in both runs."""
+    """Return whether an axis has one position, in both runs."""
     return size_of(axis).number == 1
 
 
 def varying(layout: Layout) -> list[tuple[int, Factor]]:
-    """The axis of each varying factor, and the factor, in order."""
+    """Return each varying factor with its axis, in order."""
     return [(at, factor) for at, axis in enumerate(layout) for factor in axis if factor.varies]
 
 
 def is_plain(axis: Axis) -> bool:
-    """Whether nothing of an axis varies."""
+    """Return whether no factor of an axis varies."""
     return not any(factor.varies for factor in axis)
 
 
 def is_plain_all(layout: Layout) -> bool:
-    """Whether no axis varies."""
+    """Return whether no axis varies."""
     return all(is_plain(axis) for axis in layout)
 
 
 def ordinals(layout: Layout, axis: int) -> list[int]:
-    """The places, among all varying factors, of those on one axis."""
+    """Return the places, among all varying factors, of those on one axis."""
     return [place for place, (at, _) in enumerate(varying(layout)) if at == axis]
 
 
 def merged(factors: Sequence[Factor]) -> Axis:
-    """An axis whose neighbouring plain factors are one."""
+    """Return an axis in which adjacent plain factors are one."""
     parts: list[Factor] = []
     for factor in factors:
         if not factor.varies and factor.size.number == 1:
@@ -95,10 +100,10 @@ def merged(factors: Sequence[Factor]) -> Axis:
 
 
 def broadcast(layouts: Sequence[Layout]) -> tuple[Layout, list[Places]]:
-    """The layout of an operator by elements, and where the varying factors of each operand are in it.
+    """Return the layout of an elementwise operator, and the places of each operand's varying factors in it.
 
     Raises:
-        NotFollowed: axes of which it is not known that they agree in both runs.
+        NotFollowed: It is not known that two axes have the same length in both runs.
     """
     rank = max((len(layout) for layout in layouts), default=0)
     axes: list[Axis] = []
@@ -108,8 +113,8 @@ def broadcast(layouts: Sequence[Layout]) -> tuple[Layout, list[Places]]:
         first = wide[0] if wide else PLAIN_ONE
         for other in wide[1:]:
             if not alike(first, other):
-                said = f"{_written(first)} and {_written(other)}"
-                raise NotFollowed(f"it is not known that axes of {said} positions have one length")
+                lengths = f"{_written(first)} and {_written(other)}"
+                raise NotFollowed(f"axes of {lengths} positions are not known to have equal lengths")
             if not is_plain(other) and is_plain(first):
                 first = other
         axes.append(first)
@@ -118,7 +123,7 @@ def broadcast(layouts: Sequence[Layout]) -> tuple[Layout, list[Places]]:
 
 
 def alike(one: Axis, other: Axis) -> bool:
-    """Whether two axes are known to have the same positions in both runs."""
+    """Return whether two axes are known to have the same positions in both runs."""
     return one == other or (is_plain(one) and is_plain(other) and size_of(one) == size_of(other))
 
 
@@ -137,7 +142,7 @@ def _places(layout: Layout, wide: Layout) -> Places:
 
 
 def transposed(layout: Layout, order: Sequence[int]) -> tuple[Layout, Places]:
-    """The layout with its axes in another order."""
+    """Return the layout with its axes in another order, and the places of its varying factors there."""
     found = tuple(layout[at] for at in order)
     starts: dict[int, int] = {}
     count = 0
@@ -153,7 +158,7 @@ def transposed(layout: Layout, order: Sequence[int]) -> tuple[Layout, Places]:
 
 
 def without_axes(layout: Layout, gone: set[int]) -> tuple[Layout, Places]:
-    """The layout without some axes, and where the varying factors of the others are."""
+    """Return the layout without some axes, and the places of the varying factors of the others."""
     kept: Places = {}
     for place, (at, _) in enumerate(varying(layout)):
         if at not in gone:
@@ -162,15 +167,15 @@ def without_axes(layout: Layout, gone: set[int]) -> tuple[Layout, Places]:
 
 
 def reshaped(layout: Layout, sizes: Sequence[Size]) -> Layout:
-    """The layout of the same elements, in row-major order, on axes of other sizes.
+    """Return the layout of the same elements, in row-major order, on axes of other sizes.
 
     Varying factors stay whole and in their order, so their places do not change.
 
     Raises:
-        NotFollowed: a varying factor would be split, or sizes cannot be matched.
+        NotFollowed: A varying factor would be split, or sizes cannot be matched.
     """
     if any(factor.tail for axis in layout for factor in axis):
-        raise NotFollowed("reshapes positions behind the padded ones")
+        raise NotFollowed("reshapes positions behind the padding")
     left = list(merged([factor for axis in layout for factor in axis]))
     if left == list(PLAIN_ONE):
         left = []
@@ -189,7 +194,7 @@ def reshaped(layout: Layout, sizes: Sequence[Size]) -> Layout:
 
 
 def _take(left: list[Factor], need: Size, whole: Size) -> tuple[Factor, Size]:
-    """The next part of an axis, and how much of the axis is still to come."""
+    """Return the next part of an axis, and the size of the rest of the axis."""
     factor = left[0]
     rest = need.over(factor.size)
     if rest is not None:
@@ -199,8 +204,8 @@ def _take(left: list[Factor], need: Size, whole: Size) -> tuple[Factor, Size]:
     if more is not None:
         left[0] = replace(factor, size=more)
         return Factor(need), ONE
-    said = "the padded axis" if factor.varies else f"an axis of {factor.size}"
-    raise NotFollowed(f"a reshape to {whole} positions splits {said}")
+    part = "the padded axis" if factor.varies else f"an axis of {factor.size}"
+    raise NotFollowed(f"a reshape to {whole} positions splits {part}")
 
 
 def _written(axis: Axis) -> str:

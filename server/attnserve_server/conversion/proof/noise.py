@@ -1,8 +1,8 @@
 """How far answers differ by rounding alone: among batch shapes and places, with identical neighbours.
 
-The noise widens what counts as equal, so it must never hold a real dependency on the batch, such as a scale that
-follows the number of rows. Therefore it is bounded: differences beyond a small multiple of the precision's own floor
-are no rounding, and none of them is granted. The attack then meets them, and refutes the batch.
+The noise widens the rule of equality, so it must not include a real dependency on the batch, such as a scale that
+follows the number of rows. Therefore it is bounded: a difference beyond a small multiple of the precision's floor
+counts as no noise at all. The attack then finds the difference, and refutes the batch.
 """
 
 from __future__ import annotations
@@ -27,27 +27,30 @@ _LENGTHS: Final = (3, 16, 61, 128)
 _BATCHES: Final = (2, 5, 8)
 _MANY_TOKENS: Final = 320
 _MOST_FLOORS: Final[Mapping[str, float]] = MappingProxyType({"fp32": 10.0, "fp16": 2.0, "bf16": 3.0, "int8": 2.0})
-"""Noise beyond so many floors of the precision is not granted. float32's floor is small, and sums over thousands of
-terms reach a few of it; the others have more headroom in the floor itself. bf16: providers that round scores reach
-6e-2 of weights."""
+"""The maximum noise, as a multiple of the precision's floor. float32's floor is small, and sums over thousands of terms
+reach a few times it. The others have more headroom in the floor itself. bf16: providers that round scores reach 6e-2
+of weights."""
 _LAST_BITS: Final = 16.0
-"""How much more than a change of the last bit of its inputs rounding may move an answer: a graph rounds many times."""
+"""Rounding may move an answer this many times as far as a change of the last bit of its inputs: a graph rounds
+often."""
 _CANCELLED: Final = 32.0
-"""Rounding of the usual values is below this part of their floor; an answer far smaller than usual may be no more."""
+"""Rounding of the usual values is below their floor divided by this. An answer far smaller than usual may be rounding
+only."""
 
 
 def noise_of(target: Target, precision: str) -> dict[str, float]:
     """Measure how much a sequence's answer differs from its answer alone, in batches of copies of itself.
 
-    The copies are unpadded and of equal lengths, so that nothing but the batch's shape and the row's place differs.
+    The copies are unpadded and of equal lengths, so only the batch's shape and the row's place differ. Lengths and
+    batches that the graph does not take are skipped.
 
     Args:
-        target: the model.
-        precision: what the graph computes in.
+        target: The model.
+        precision: The precision that the graph computes in.
 
     Returns:
-        By output name, in parts of the output's greatest value; by `attention.<site>`, of weights as they are. Without
-        those that show no noise. At most a few floors of the precision: what shows more has no entry.
+        The noise by output name, relative to the output's greatest value, and by `attention.<site>`, as an absolute
+        difference of weights. Entries without noise, and those beyond the bound, are left out.
     """
     names, runner, sampler = target.fetched, target.runner, target.sampler
     worst = dict.fromkeys(names, 0.0)
@@ -56,7 +59,7 @@ def noise_of(target: Target, precision: str) -> dict[str, float]:
         lengths = {symbol: min(length, most) for symbol, most in target.max_lengths.items()}
         sequence = sampler.sequence(lengths, length)
         sizes = (size for size in _BATCHES if size <= target.rows and size * length <= _MANY_TOKENS)
-        # It may take no such lengths, or no such batch.
+        # The graph may take no such lengths, or no such batch.
         with contextlib.suppress(BuildRefused):
             alone = runner.run(sampler.batch([sequence], lengths), list(names.values()))
             for size in sizes:
@@ -69,7 +72,7 @@ def noise_of(target: Target, precision: str) -> dict[str, float]:
 
 
 def shaken(sampler: Sampler, sequence: Mapping[str, Array], seed: int) -> dict[str, Array] | None:
-    """The sequence with the last bits of its floats changed at random; None where it has none to change."""
+    """Return the sequence with the last bits of its floats changed at random, or None where it has none to change."""
     rng = np.random.default_rng([sampler.seed, seed])
     changed: dict[str, Array] = dict(sequence)
     for spec in sampler.signature.inputs:
@@ -84,17 +87,17 @@ def shaken(sampler: Sampler, sequence: Mapping[str, Array], seed: int) -> dict[s
 def is_rounding(
     found: Answer, reference: Answer, equality: Equality, *, shaken: Iterable[Answer], usual: Mapping[str, float]
 ) -> bool:
-    """Whether a sequence is so ill-conditioned that rounding explains what differs.
+    """Return whether a sequence is so ill-conditioned that rounding explains its difference.
 
-    The scores of such a sequence are millions, say, and two of them tie: its answer alone changes as much when the last
-    bits of its inputs do. Or its answer is what is left where far larger values cancel.
+    For example, its scores are millions and two of them tie, so its answer alone changes as much with the last bits of
+    its inputs. Or its answer is what remains where far larger values cancel.
 
     Args:
-        found: its answer in a batch.
-        reference: its answer alone.
-        equality: the rule; only what is not equal by it needs explaining.
-        shaken: its answers alone after changes of the last bits.
-        usual: the greatest value of each output in sequences of ordinary values.
+        found: Its answer in a batch.
+        reference: Its answer alone.
+        equality: The rule of equality. Only unequal outputs need an explanation.
+        shaken: Its answers alone after changes of the last bits.
+        usual: The greatest value of each output in sequences of ordinary values.
     """
     answers = list(shaken)
     for name, array in reference.items():
@@ -108,7 +111,7 @@ def is_rounding(
 
 
 def _noise(name: str, copies: Array, alone: Array) -> float:
-    """The greatest difference of any copy, in the unit of the certificate's noise."""
+    """Return the greatest difference of any copy, in the unit of the certificate's noise."""
     difference = max_abs(copies, np.broadcast_to(alone, copies.shape))
     if name.startswith(WEIGHTS_PREFIX):
         return difference

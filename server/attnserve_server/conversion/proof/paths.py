@@ -1,4 +1,7 @@
-"""The path by which padding or a batch neighbour reaches an output: through the node that decides the verdict."""
+"""The path by which padding or a batch neighbour reaches an output, through the node that decides the verdict.
+
+The path is for reports only: an empty or shortened path never changes a verdict.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from attnserve_server.conversion.proof.values import Cause, Value
 from attnserve_server.model.certificate import PathStep
 
 MOST_STEPS: Final = 12
-"""Steps of a path that are reported; of a longer one, the first, the last and those around the deciding node."""
+"""The maximum number of steps. A longer path keeps the first, the last and those around the deciding node."""
 _PASSES_ON: Final[Mapping[str, str]] = {
     "Gather": "looks up a table",
     "MatMul": "multiplies each position by weights",
@@ -21,7 +24,7 @@ _PASSES_ON: Final[Mapping[str, str]] = {
     "LayerNormalization": "normalises each position",
     "Add": "adds element by element",
     "Mul": "multiplies element by element",
-    "Softmax": "turns scores into weights",
+    "Softmax": "computes weights from scores",
     "Reshape": "changes the shape",
     "Transpose": "reorders the axes",
     "Shape": "reads the shape",
@@ -33,14 +36,14 @@ _PASSES_ON: Final[Mapping[str, str]] = {
 def path_of(
     graph: ir.Graph, cause: Cause, target: ir.Value, values: Mapping[ir.Value, Value], *, others: str
 ) -> tuple[PathStep, ...]:
-    """The shortest way from an input through the deciding node to a target.
+    """Return the shortest path from an input through the deciding node to a target.
 
     Args:
-        graph: that was followed.
-        cause: which node decides, and why.
-        target: an output.
-        values: what is known of each value.
-        others: what may change the answer, in words.
+        graph: The graph that was interpreted.
+        cause: The node that decides, and the reason.
+        target: An output of the graph.
+        values: What holds of each value.
+        others: What may change the answer, in words.
     """
     top = _node_of(graph, cause)
     if top is None:
@@ -70,7 +73,7 @@ def _shortened(steps: list[PathStep], at: int) -> list[PathStep]:
 
 
 def _step(node: ir.Node) -> PathStep:
-    words = _PASSES_ON.get(node.op_type, "passes on")
+    words = _PASSES_ON.get(node.op_type, "passes it on")
     return PathStep(node=_name(node), operator=node.op_type, words=words)
 
 
@@ -79,7 +82,7 @@ def _name(node: ir.Node) -> str:
 
 
 def _node_of(graph: ir.Graph, cause: Cause) -> ir.Node | None:
-    """The node of the graph itself that the cause is, or is within."""
+    """Return the node of the graph itself that is the cause, or that contains it."""
     for node in graph:
         if _name(node) == cause.node:
             return node
@@ -93,7 +96,7 @@ def _node_of(graph: ir.Graph, cause: Cause) -> ir.Node | None:
 def _backwards(
     graph: ir.Graph, node: ir.Node, values: Mapping[ir.Value, Value]
 ) -> tuple[ir.Value | None, list[ir.Node]]:
-    """An input that the node depends on, and the nodes between: along what varies, where it can."""
+    """Return an input that the node depends on, and the nodes between, along varying values where possible."""
 
     def parents(one: ir.Node) -> Iterable[ir.Value]:
         return [value for value in one.inputs if value is not None and value.const_value is None]
@@ -125,7 +128,7 @@ def _chain(seen: Mapping[ir.Node, ir.Node | None], first: ir.Node, last: ir.Node
 
 
 def _forwards(graph: ir.Graph, node: ir.Node, target: ir.Value) -> list[ir.Node]:
-    """The nodes between the deciding one and a target."""
+    """Return the nodes between the deciding one and a target."""
     makes: Callable[[ir.Node], bool] = lambda one: target in one.outputs  # noqa: E731 - a name for a condition
     if makes(node):
         return []
@@ -146,7 +149,7 @@ def _forwards(graph: ir.Graph, node: ir.Node, target: ir.Value) -> list[ir.Node]
 
 
 def _top(node: ir.Node, graph: ir.Graph) -> ir.Node | None:
-    """The node of the graph itself that a node is, or is within."""
+    """Return the node of the graph itself that is the given node, or that contains it."""
     if node.graph is graph:
         return node
     inner = node.graph

@@ -1,4 +1,4 @@
-"""Whole numbers that count positions along axes, and what follows from them for padding and for a causal frontier."""
+"""Values that count positions along axes, and their bounds in the padding and beyond a causal frontier."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ def index_value(
     outer: Size | None = None,
     below: Size | None = None,
 ) -> Value:
-    """Whole numbers that count positions along varying factors, with what follows for each region."""
+    """Return integers that count positions along varying factors, with their bounds in each region.
+
+    Args:
+        ctx: The interpretation.
+        layout: The axes of the value.
+        index: The step of one position, for each varying factor that is counted.
+        offset: The summand.
+        outer: The factor of a plain number that is added. None: none.
+        below: The bound of a plain number from 0 on that is added. None: none.
+    """
     index = {factor: by for factor, by in index.items() if by.terms}
     if not index and outer is None and below is None:
         least, greatest = offset.bounds()
@@ -50,12 +59,12 @@ def _along_one(value: Value, index: Mapping[int, int], plus: int) -> Value:
 
 
 def _between_two(value: Value, index: Mapping[int, int], plus: int) -> Value:
-    """The distance of two positions, times a number: above and below the diagonal it has a sign."""
+    """Return the distance of two positions, times a number. It has a sign above and below the diagonal."""
     factors = list(index)
     regions: dict[Region, Entry] = {}
     for first, last in (factors, factors[::-1]):
         by = index[last]
-        # `last` counts further than `first` here, by one or more.
+        # Here the position along `last` exceeds the one along `first`, by one or more.
         interval = Interval(plus + by, math.inf) if by > 0 else Interval(-math.inf, plus + by)
         entry = Entry(interval, lit=interval)
         regions["above", first, last] = entry

@@ -1,13 +1,13 @@
-"""Which batches an attack tries, in order: what tells most for the least time comes first. Runs nothing.
+"""The batches that an attack tries, in order: the most likely to find a difference in the least time come first.
 
 Kinds of probes for an axis that could be padded; each row is compared with its own answer alone:
 
 - Every kind of content (`contents`) at short lengths, padded a little, and padded to the greatest length: saturated and
-  flat scores meet as many padded keys as there can be.
+  flat scores over as many padded keys as possible.
 - Lengths from 1 to the maximum, padded across powers of two and each threshold, stride and width that the proof found:
   one less, equal, one more, as own length and as padded length, and twice it.
-- The other axes shorter, longer and as long, since a causal frontier shows padded keys only to queries that outnumber
-  the keys.
+- The other axes shorter, longer and equally long, since a causal frontier shows padded keys only to queries that
+  outnumber the keys.
 
 Kinds for the batch, all at equal lengths, where every content is allowed:
 
@@ -16,7 +16,7 @@ Kinds for the batch, all at equal lengths, where every content is allowed:
 - Batches up to the greatest, with lengths that carry rows, and rows times length, across each threshold.
 
 Kinds for both: rows of unequal lengths together, up to the greatest batch, padded along every axis at once.
-All is repeated for several seeds, with mixtures of contents.
+All of them are repeated for several seeds, with mixtures of contents. Nothing here runs the graph.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from attnserve_server.conversion.proof.contents import MIXTURE, ORDINARY, Draft
 SEEDS: Final = 3
 MAX_PROVED_PROBES: Final = 20
 _ROWS: Final = 8
-"""Rows of one padded run: enough to share its cost, few enough that one that fails is soon named."""
+"""Rows of one padded run: enough to share its cost, and few enough that the row that differs is found quickly."""
 _LONG_ROWS: Final = 4
 _MANY_TOKENS: Final = 1024
-"""Positions of the largest batches that are tried for the number of their rows."""
+"""Positions of the largest batches that are tried for their number of rows."""
 _PROVED_TOKENS: Final = 128
-"""Positions of a batch that checks a proof: the check may not take long."""
+"""Positions of a batch that checks a proof. The check must be short."""
 _MIDDLING: Final = 160
 """Joint batches up to this length are core, and so are sweeps where the proof found no threshold to straddle."""
 
 
 def padding_probes(aim: Aim, symbol: str) -> Iterator[Probe]:
-    """Probes that pad one axis, for an axis that is not proved."""
+    """Yield probes that pad one axis, for an axis that is not proved."""
     for seed in range(SEEDS):
         yield from _padded_contents(aim, symbol, seed)
         if not seed:
@@ -52,7 +52,7 @@ def padding_probes(aim: Aim, symbol: str) -> Iterator[Probe]:
 
 
 def batch_probes(aim: Aim) -> Iterator[Probe]:
-    """Probes of rows of equal lengths, for a batch that is not proved."""
+    """Yield probes of rows of equal lengths, for a batch that is not proved."""
     for seed in range(SEEDS):
         yield from _pairs(aim, seed)
         yield from _crowds(aim, seed)
@@ -61,7 +61,7 @@ def batch_probes(aim: Aim) -> Iterator[Probe]:
 
 
 def joint_probes(aim: Aim, symbols: Sequence[str], *, proved: bool = False) -> Iterator[Probe]:
-    """Probes of rows of unequal lengths in one batch, padded along each of the symbols; short ones where proved."""
+    """Yield probes of rows of unequal lengths in one batch, padded along each symbol; short ones where proved."""
     contents = itertools.cycle(aim.contents)
     for seed in range(SEEDS):
         for core, size, longest in _joint_shapes(aim, symbols):
@@ -79,7 +79,7 @@ def joint_probes(aim: Aim, symbols: Sequence[str], *, proved: bool = False) -> I
 
 
 def proved_padding_probes(aim: Aim, symbol: str) -> Iterator[Probe]:
-    """At most `MAX_PROVED_PROBES` short probes, and a long one, as a check of a proof."""
+    """Yield at most `MAX_PROVED_PROBES` short probes, and a long one, as a check of a proof."""
     own = [_set(aim, symbol, length) for length in (1, 2, 3, 6)]
     shorts = [aim.draft(lengths, content, row) for lengths in own[2:] for row, content in enumerate(aim.contents)]
     long = {**own[2], symbol: aim.long(symbol)}
@@ -92,7 +92,7 @@ def proved_padding_probes(aim: Aim, symbol: str) -> Iterator[Probe]:
 
 
 def proved_batch_probes(aim: Aim) -> Iterator[Probe]:
-    """At most `MAX_PROVED_PROBES` short probes of equal lengths, as a check of a proof."""
+    """Yield at most `MAX_PROVED_PROBES` short probes of equal lengths, as a check of a proof."""
     for length, chunk in ((3, SHORT), (1, 4), (5, 2)):
         own = aim.clipped(dict.fromkeys(aim.longest, length))
         rows = [aim.draft(own, content, row) for row, content in enumerate(aim.contents)]
@@ -101,7 +101,7 @@ def proved_batch_probes(aim: Aim) -> Iterator[Probe]:
 
 
 def _padded_contents(aim: Aim, symbol: str, seed: int) -> Iterator[Probe]:
-    """Each content in sequences of 1, 3 and 6, padded a little and as far as is quickly done."""
+    """Yield each content in sequences of 1, 3 and 6, padded a little and as far as a short run allows."""
     short, long = min(SHORT, aim.longest[symbol]), aim.long(symbol)
     every = list(_other_lengths(aim, symbol))
     for others in every if not seed else every[seed % len(every) :][:1]:
@@ -111,14 +111,15 @@ def _padded_contents(aim: Aim, symbol: str, seed: int) -> Iterator[Probe]:
             if length < short:
                 yield from _chunked(aim, rows, {**own, symbol: short}, core=core)
             if max(length, short) < long:
-                # The share of hidden keys grows with their number, and content tells most: a few rows are enough.
+                # The share of hidden keys grows with their number, and the content matters most, so a few rows are
+                # enough.
                 yield from _chunked(aim, rows[:_LONG_ROWS], {**own, symbol: long}, core=core)
                 rest = rows[_LONG_ROWS : len(aim.contents)]
                 yield from _chunked(aim, rest, {**own, symbol: long})
 
 
 def _crossings(aim: Aim, symbol: str) -> Iterator[Probe]:
-    """Own lengths at each threshold, taken across it, and to the maximum, by padding alone."""
+    """Yield own lengths at each threshold, padded across it and to the maximum."""
     for others in itertools.islice(_other_lengths(aim, symbol), 2):
         for step in aim.straddled:
             owns = [length for length in (step - 1, step, step + 1) if 1 <= length < aim.longest[symbol]]
@@ -131,7 +132,7 @@ def _crossings(aim: Aim, symbol: str) -> Iterator[Probe]:
 
 
 def _sweep(aim: Aim, symbol: str, seed: int) -> Iterator[Probe]:
-    """Every length that is worth trying, as the padded one, with shorter ones of rotating contents."""
+    """Yield every length to try as the padded one, with shorter ones of rotating contents."""
     contents = itertools.cycle([ORDINARY, *aim.contents[1:]])
     others = itertools.cycle(_other_lengths(aim, symbol))
     lengths = aim.lengths(symbol)
@@ -149,7 +150,7 @@ def _sweep(aim: Aim, symbol: str, seed: int) -> Iterator[Probe]:
 
 
 def _pairs(aim: Aim, seed: int) -> Iterator[Probe]:
-    """Ordinary values beside one neighbour of each content, which comes first or last."""
+    """Yield ordinary values beside one neighbour of each content, which comes first or last."""
     own = aim.clipped(dict.fromkeys(aim.longest, (4, 2, 7)[seed % 3]))
     for number, content in enumerate(aim.contents, start=1):
         ordinary, other = aim.draft(own, ORDINARY, 10 * seed), aim.draft(own, content, 10 * seed + number)
@@ -159,7 +160,7 @@ def _pairs(aim: Aim, seed: int) -> Iterator[Probe]:
 
 
 def _crowds(aim: Aim, seed: int) -> Iterator[Probe]:
-    """All contents together, at several lengths."""
+    """Yield batches of all contents together, at several lengths."""
     for length in (3, 1, SHORT, 2):
         own = aim.clipped(dict.fromkeys(aim.longest, length))
         rows = [aim.draft(own, content, 10 * seed + row) for row, content in enumerate(aim.contents)]
@@ -167,7 +168,7 @@ def _crowds(aim: Aim, seed: int) -> Iterator[Probe]:
 
 
 def _sizes(aim: Aim, seed: int, most_tokens: int = _MANY_TOKENS) -> Iterator[Probe]:
-    """Numbers of rows up to the greatest; rows, and positions of all rows, across each threshold."""
+    """Yield numbers of rows up to the greatest; rows, and positions of all rows, across each threshold."""
     most, longest = aim.max_batch_size, min(aim.longest.values(), default=1)
     shapes = [(most, 1), (most, SHORT), (min(most, 3), SHORT), (most, most_tokens // most)]
     for step in aim.straddled:
@@ -184,7 +185,7 @@ def _sizes(aim: Aim, seed: int, most_tokens: int = _MANY_TOKENS) -> Iterator[Pro
 
 
 def _equal_sweep(aim: Aim, seed: int) -> Iterator[Probe]:
-    """Every length that is worth trying, in batches of three with rotating contents."""
+    """Yield every length to try, in batches of three with rotating contents."""
     contents = itertools.cycle([MIXTURE, *aim.contents] if MIXTURE in aim.contents else aim.contents)
     for lengths in _together_lengths(aim):
         rows = [aim.draft(lengths, ORDINARY if row != 1 else next(contents), 10 * seed + row) for row in range(3)]
@@ -192,7 +193,7 @@ def _equal_sweep(aim: Aim, seed: int) -> Iterator[Probe]:
 
 
 def _joint_shapes(aim: Aim, symbols: Sequence[str]) -> list[tuple[bool, int, int]]:
-    """Whether it is core, the number of rows and the greatest length of batches of unequal lengths."""
+    """Return batches of unequal lengths as (is it core, number of rows, greatest length)."""
     longest = max((aim.long(symbol) for symbol in symbols), default=1)
     most = aim.max_batch_size
     shapes = [
@@ -204,7 +205,10 @@ def _joint_shapes(aim: Aim, symbols: Sequence[str]) -> list[tuple[bool, int, int
 
 
 def _other_lengths(aim: Aim, symbol: str) -> Iterator[dict[str, int]]:
-    """Lengths of the other axes: middling, longer and shorter than short sequences. One, empty, where none is."""
+    """Yield lengths of the other axes: middling, longer and shorter than short sequences.
+
+    Without other axes, one empty.
+    """
     others = [one for one in aim.longest if one != symbol]
     for length in (4, 11, 1) if others else (1,):
         yield aim.clipped(dict.fromkeys(others, length))
@@ -220,7 +224,7 @@ def _together_lengths(aim: Aim) -> Iterator[dict[str, int]]:
 
 
 def _spread(row: int, longest: int) -> int:
-    """Own lengths of the rows of a joint batch: short, the greatest, and between."""
+    """Return the own length of a row of a joint batch: short, the greatest, and between."""
     return (3, longest, 1, max(longest // 2, 1), 2, max(longest - 1, 1), max(longest // 3, 1))[row % 7]
 
 
@@ -235,7 +239,7 @@ def _set(aim: Aim, symbol: str, length: int) -> dict[str, int]:
 def _chunked(
     aim: Aim, rows: Sequence[Draft], padded: Lengths, *, core: bool = False, chunk: int = _ROWS
 ) -> Iterator[Probe]:
-    """Rows, each once, in runs that fit; nothing where no row fits."""
+    """Yield the rows, each once, in runs that fit into memory. Nothing where no row fits."""
     size = min(chunk, aim.max_batch_size, aim.rows_that_fit(padded))
     for start in range(0, len(rows), max(size, 1)) if size else ():
         yield Probe(tuple(rows[start : start + size]), tuple(padded.items()), core)

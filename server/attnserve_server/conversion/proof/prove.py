@@ -1,16 +1,17 @@
-"""One verdict on each output and each tap, for the batch and for each axis that could be padded.
+"""Prove, or refute, that padding and batch neighbours cannot change an answer: a verdict for each output and each tap.
 
-Why `proved` may be believed: take two runs of the graph, of a sequence alone and of the same sequence in a batch (or
-padded to any length). By induction over the nodes in order, what `Value` states of every value holds in both runs. It
-holds of the inputs, by what a batch and the padding are (`given`). Each rule keeps it: if it holds of a node's inputs,
-it holds of its outputs. A node without a rule yields `unknown`, and so does a rule that cannot tell. So an output whose
-standing is EQUAL has the same elements, in the sequence's own part, in both runs: up to the rounding of kernels that
-sum in another order, which the attack measures.
+Why `proved` is sound: take two runs of the graph, of a sequence alone and of the same sequence in a batch (or
+padded to any length). By induction over the nodes in order, the statement of `Value` holds for every value in both
+runs. It holds for the inputs, by the definition of a batch and of padding (`given`). Each rule keeps it: if it holds
+for a node's inputs, it holds for its outputs. A node without a rule yields `unknown`, and so does a case that a rule
+does not cover. So an output whose standing is EQUAL has the same elements, in the sequence's own part, in both runs, up
+to the rounding of kernels that sum in another order. The attack measures that rounding.
 
-What this takes for granted:
-- Requests keep to the `MaskNeed`s; the server runs others without padding.
-- Arithmetic of finite numbers stays finite. Infinities and NaN come only of operators that make them (`Interval.wild`).
-- The score of a real key is far above -1e30 (-6e4 in fp16), so a mask this low leaves a padded key nothing.
+Assumptions:
+- Requests meet the `MaskNeed`s; the server runs others without padding.
+- Arithmetic of finite numbers stays finite. Infinities and NaN come only from operators that make them
+  (`Interval.wild`).
+- The score of a real key is far above -1e30 (-6e4 in fp16), so a mask this low leaves a padded key no weight.
 - Onnxruntime's fused attention kernels give finite rows where a mask leaves no key.
 - Positions and sizes that an fp16 graph computes in fp16 stay below 2048, up to which they are exact.
 """
@@ -46,27 +47,27 @@ _VERDICTS = {
     Standing.DIFFERENT: Verdict.REFUTED,
 }
 _LENGTHS_OF = ("kernel_shape", "strides", "dilations", "local_window_size", "block_size")
-"""Attributes whose numbers an attack should straddle."""
+"""Attributes whose numbers the attack straddles."""
 _SHORTEST, _LONGEST = 2, 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was proved, and what an attack should aim at."""
+    """The verdicts, and what the attack aims at."""
 
     clauses: tuple[Clause, ...]
-    """Of the batch, then of each symbol of the signature."""
+    """One for the batch, then one for each symbol of the signature."""
     masks: tuple[MaskNeed, ...] = ()
-    """What the clauses take for granted of requests."""
+    """What the clauses assume of requests."""
     causal_sites: frozenset[str] = frozenset()
-    """Sites whose queries provably look at no key behind them."""
+    """Sites where it is proved that no query attends to a key behind it."""
     thresholds: tuple[int, ...] = ()
-    """Lengths and counts that the graph compares with, strides, widths of windows: what lengths should straddle."""
+    """Lengths that the attack straddles: numbers that the graph compares with, strides, widths of windows."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """An output, or a tap, with its axes behind the first: symbols, numbers, or None for any plain one."""
+    """An output or a tap, with its axes behind the first: symbols, numbers, or None for any plain axis."""
 
     name: str
     axes: tuple[str | int | None, ...]
@@ -74,7 +75,7 @@ class _Target:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """One graph, and all that is asked of it."""
+    """One graph, and everything that its interpretation needs."""
 
     graph: ir.Graph
     opset: int
@@ -97,17 +98,21 @@ def prove(
     precision: str = "fp32",
     vocabularies: Mapping[str, int] = MappingProxyType({}),
 ) -> Proof:
-    """Follow every value of a tapped graph from its inputs to its outputs.
+    """Interpret a tapped graph from its inputs to its outputs, once for the batch and once for each symbol.
 
     Args:
-        proto: the tapped graph.
-        signature: its inputs, without the taps'.
-        outputs: those that are served.
-        sites: those that were found; unavailable ones are left out.
-        max_lengths: the greatest length of each symbol.
-        derived: the forms of symbols that are none of the inputs'.
-        precision: what the graph computes in; decides what counts as equal.
-        vocabularies: how many ids each input of token ids takes, where the signature does not say.
+        proto: The tapped graph.
+        signature: Its inputs, without the taps'.
+        outputs: The outputs that are served.
+        sites: All sites. Unavailable ones are skipped.
+        max_lengths: The greatest length of each symbol, in positions.
+        derived: The forms of symbols that no input has.
+        precision: The precision that the graph computes in: `fp32`, `fp16`, `bf16` or `int8`. It decides what is equal.
+        vocabularies: The number of ids of each input of token ids, where the signature has none.
+
+    Returns:
+        The clauses, the mask needs, the causal sites and the thresholds. What cannot be proved is a verdict: an
+        unsupported operator raises nothing.
     """
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
@@ -141,12 +146,12 @@ def prove(
                 allowed = ctx.mask_values.get(name)
                 needs[name] = MaskNeed(input=name, need="all" if wider else "some", allowed_value=allowed)
         causal |= {site.name for site in sites if _is_causal(site, varied, question, values)}
-    wanted = tuple(sorted(number for number in thresholds if _SHORTEST <= number <= _LONGEST))
-    return Proof(tuple(clauses), tuple(needs[name] for name in sorted(needs)), frozenset(causal), wanted)
+    aimed = tuple(sorted(number for number in thresholds if _SHORTEST <= number <= _LONGEST))
+    return Proof(tuple(clauses), tuple(needs[name] for name in sorted(needs)), frozenset(causal), aimed)
 
 
 def _needs(question: _Question, ctx: Context) -> Iterator[tuple[str, str]]:
-    """What one clause takes for granted, also of masks whose numbers were only taken to be 0 and 1."""
+    """Yield the mask needs of one clause, also of masks whose numbers were only assumed to be 0 and 1."""
     found = dict(ctx.needs)
     for spec in question.signature.inputs:
         allowed = allowed_value(spec)
@@ -157,7 +162,7 @@ def _needs(question: _Question, ctx: Context) -> Iterator[tuple[str, str]]:
 
 
 def _clause(question: _Question, varied: str) -> tuple[Clause, Context, Mapping[ir.Value, Value]]:
-    """The verdict on one axis. Bounds of scores are followed only where a finite mask asks for them."""
+    """Return the verdict on one axis. Bounds of scores are computed only where a finite mask needs them."""
     for bounds in (False, True):
         ctx, values = _followed(question, varied, bounds=bounds)
         found = {target.name: _judged(question, ctx, target, values) for target in question.targets}
@@ -168,7 +173,7 @@ def _clause(question: _Question, varied: str) -> tuple[Clause, Context, Mapping[
     if worst is Standing.EQUAL:
         return Clause(axis=varied, verdict=Verdict.PROVED, targets=verdicts), ctx, values
     name = next(name for name, (standing, _) in found.items() if standing is worst)
-    cause = found[name][1] or Cause("", "", "not followed")
+    cause = found[name][1] or Cause("", "", "no cause is known")
     outputs = {str(value.name): value for value in question.graph.outputs}
     path: tuple[PathStep, ...] = ()
     if name in outputs:
@@ -205,7 +210,7 @@ def _followed(question: _Question, varied: str, *, bounds: bool) -> tuple[Contex
 def _judged(
     question: _Question, ctx: Context, target: _Target, values: Mapping[ir.Value, Value]
 ) -> tuple[Standing, Cause | None]:
-    """How one target compares, its axes included: they must be those that it is cropped by."""
+    """Return the standing of one target. Its axes must be those by which the server crops it."""
     output = next((value for value in question.graph.outputs if value.name == target.name), None)
     if output is None or output not in values:
         return Standing.UNKNOWN, Cause("", "", f"the graph has no output {target.name}")
@@ -222,7 +227,7 @@ def _judged(
 
 
 def _misplaced(question: _Question, ctx: Context, target: _Target, layout: Layout) -> str:
-    """Why the sequence's own part does not stand where it is looked for; empty where it does."""
+    """Return why the sequence's own part is not where the server crops it, or an empty string."""
     if len(layout) != len(target.axes) + 1:
         return f"it has {len(layout)} axes, where {len(target.axes) + 1} are declared"
     if ctx.is_batch:
@@ -242,7 +247,7 @@ def _misplaced(question: _Question, ctx: Context, target: _Target, layout: Layou
 
 
 def _expected(question: _Question, ctx: Context, declared: str | int | None) -> Size | None:
-    """How many positions a declared axis has of the sequence's own, where it depends on what is varied."""
+    """Return the sequence's own number of positions along a declared axis, where it depends on the varied axis."""
     assert ctx.own_size is not None
     if declared == ctx.varied:
         return ctx.own_size
@@ -257,7 +262,7 @@ def _runs_along(axis: Axis, expected: Size) -> bool:
 
 
 def _is_causal(site: SiteSpec, varied: str, question: _Question, values: Mapping[ir.Value, Value]) -> bool:
-    """Whether all weights of keys behind their query are 0."""
+    """Return whether all weights of keys behind their query are 0."""
     if site.weights_output is None or site.weight_axes != (varied, varied):
         return False
     output = next((value for value in question.graph.outputs if value.name == site.weights_output), None)
@@ -272,7 +277,7 @@ def _is_causal(site: SiteSpec, varied: str, question: _Question, values: Mapping
 
 
 def _lengths_in(graph: ir.Graph) -> Iterator[int]:
-    """Numbers of attributes that are lengths of windows and steps."""
+    """Yield the numbers of attributes that are strides or widths of windows."""
     for node in graph:
         for name, attribute in node.attributes.items():
             if isinstance(attribute.value, ir.Graph):

@@ -1,4 +1,7 @@
-"""Sizes of axes as polynomials of symbols, so that shapes are followed for all lengths at once. Knows no tensors."""
+"""Sizes of axes as polynomials of symbols, so that one interpretation holds for all lengths. Knows no tensors.
+
+An operation that has no exact result returns None, or an atom that stays opaque. Nothing here raises.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 Monomial = tuple[str, ...]
-"""A product of atoms, sorted, each as often as its power."""
+"""A product of atom names, sorted, each as often as its power."""
 
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """What a polynomial does not look into: a symbol, or a function of polynomials such as a floor.
+    """An indivisible part of a polynomial: a symbol, or a function of polynomials such as a floor.
 
-    `symbols`: on what it depends. `least` and `most`: between what it lies, for every length that is served.
-    `dividend` and `divisor`: of a quotient rounded down.
+    Args:
+        name: Its text. Equal names are equal atoms.
+        symbols: The symbols that it depends on.
+        least: Its lower bound, for every length that is served.
+        most: Its upper bound.
+        dividend: The dividend, where the atom is a quotient rounded down.
+        divisor: The divisor of that quotient.
     """
 
     name: str
@@ -28,31 +36,31 @@ class Atom:
 
 @dataclass(frozen=True)
 class Size:
-    """A whole number that depends on symbols: a polynomial of atoms. Equal polynomials are equal objects."""
+    """An integer that depends on symbols: a polynomial of atoms. Equal polynomials are equal objects."""
 
     terms: tuple[tuple[Monomial, int], ...]
     atoms: Mapping[str, Atom] = field(compare=False, hash=False, default_factory=dict)
 
     @classmethod
     def of(cls, value: int) -> Size:
-        """A number."""
+        """Return the size that is a number."""
         return cls(((((), value),)) if value else ())
 
     @classmethod
     def atom(cls, atom: Atom) -> Size:
-        """One atom."""
+        """Return the size that is one atom."""
         return cls((((atom.name,), 1),), {atom.name: atom})
 
     @property
     def number(self) -> int | None:
-        """The number, where it depends on nothing."""
+        """The number, where the size is constant. Otherwise None."""
         if not self.terms:
             return 0
         return self.terms[0][1] if len(self.terms) == 1 and not self.terms[0][0] else None
 
     @cached_property
     def symbols(self) -> frozenset[str]:
-        """On what it depends."""
+        """The symbols that it depends on."""
         names = {name for monomial, _ in self.terms for name in monomial}
         return frozenset(symbol for name in names for symbol in self.atoms[name].symbols)
 
@@ -77,7 +85,7 @@ class Size:
         return _size(terms, (self, other))
 
     def over(self, other: Size) -> Size | None:
-        """The quotient, where it is a polynomial of whole factors; None where it is not."""
+        """Return the quotient where it is a polynomial with integer factors, else None."""
         if not other.terms:
             return None
         rest, quotient = self, Size(())
@@ -93,7 +101,7 @@ class Size:
         return quotient
 
     def bounds(self) -> tuple[float, float]:
-        """Between what it lies, as far as its atoms tell."""
+        """Return a lower and an upper bound, as far as the bounds of its atoms allow."""
         low, high = self.bounds_of_atoms()
         if not any(atom.divisor for atom in self.atoms.values()):
             return low, high
@@ -102,7 +110,7 @@ class Size:
         )
 
     def _rounded(self, *, down: bool) -> Size:
-        """What is no greater (`down`), or no less: k * floor(x / k) is between x - (k - 1) and x."""
+        """Return a size that is no greater (`down`) or no less: k * floor(x / k) is between x - (k - 1) and x."""
         result = Size(())
         for monomial, factor in self.terms:
             atom = self.atoms[monomial[0]] if len(monomial) == 1 else None
@@ -114,7 +122,7 @@ class Size:
         return result
 
     def bounds_of_atoms(self) -> tuple[float, float]:
-        """Between what it lies, each atom taken for itself."""
+        """Return bounds that treat each atom as independent."""
         least = most = 0.0
         for monomial, factor in self.terms:
             low = high = float(factor)
@@ -126,7 +134,7 @@ class Size:
         return least, most
 
     def __str__(self) -> str:
-        """As a person would write it."""
+        """Return the polynomial in the usual notation."""
         parts = []
         for monomial, factor in self.terms:
             names = " * ".join(monomial)
@@ -138,7 +146,7 @@ ONE = Size.of(1)
 
 
 def function(name: str, arguments: Iterable[Size], least: float, most: float) -> Size:
-    """A size that is no polynomial of others, as one atom: equal names are equal sizes."""
+    """Return a size that is no polynomial of others, as one atom. Equal names are equal sizes."""
     parts = list(arguments)
     text = f"{name}({', '.join(map(str, parts))})"
     symbols = frozenset(symbol for part in parts for symbol in part.symbols)
@@ -146,7 +154,7 @@ def function(name: str, arguments: Iterable[Size], least: float, most: float) ->
 
 
 def floor_div(one: Size, by: Size) -> Size:
-    """The quotient rounded down, both positive."""
+    """Return the quotient of two positive sizes, rounded down."""
     exact = one.over(by)
     if exact is not None:
         return exact
@@ -165,10 +173,10 @@ def floor_div(one: Size, by: Size) -> Size:
 
 
 def modulo(one: Size, by: Size) -> Size | None:
-    """The rest of a division by a positive size; None where it cannot be told.
+    """Return the remainder of a division by a positive size, or None where it is not known.
 
-    Written with the multiple that is taken off, so that sums cancel: what fills x up to a multiple of k, -x mod k, is
-    k * ceil(x / k) - x.
+    It is written with the multiple that is subtracted, so that sums cancel: the number that fills x up to a multiple of
+    k, -x mod k, is k * ceil(x / k) - x.
     """
     if one.bounds()[0] >= 0:
         return one - floor_div(one, by) * by
@@ -181,7 +189,7 @@ def modulo(one: Size, by: Size) -> Size | None:
 
 
 def lesser(one: Size, other: Size) -> Size:
-    """The lesser of two."""
+    """Return the minimum of two sizes."""
     if (other - one).bounds()[0] >= 0:
         return one
     if (one - other).bounds()[0] >= 0:
@@ -196,7 +204,7 @@ def lesser(one: Size, other: Size) -> Size:
 
 
 def greater(one: Size, other: Size) -> Size:
-    """The greater of two."""
+    """Return the maximum of two sizes."""
     if (other - one).bounds()[0] >= 0:
         return other
     if (one - other).bounds()[0] >= 0:
@@ -211,7 +219,7 @@ def greater(one: Size, other: Size) -> Size:
 
 
 def product(sizes: Iterable[Size]) -> Size:
-    """Of all; 1 of none."""
+    """Return the product of all sizes. It is 1 without any."""
     result = ONE
     for size in sizes:
         result *= size
@@ -219,7 +227,7 @@ def product(sizes: Iterable[Size]) -> Size:
 
 
 def _times(one: float, other: float) -> float:
-    """A product in which 0 times a size without a bound is 0."""
+    """Return a product in which 0 times an unbounded size is 0."""
     return 0.0 if not one or not other else one * other
 
 
@@ -231,7 +239,7 @@ def _size(terms: Mapping[Monomial, int], parents: tuple[Size, Size]) -> Size:
 
 
 def _leading(size: Size) -> tuple[Monomial, int]:
-    """The term that division begins with: of the highest degree."""
+    """Return the term of the highest degree, with which division begins."""
     return max(size.terms, key=lambda term: (len(term[0]), term[0]))
 
 

@@ -1,4 +1,4 @@
-"""The model that is attacked, as everything that runs it needs it."""
+"""The model under attack: its graph, sampler, outputs, sites and limits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from attnserve_server.model.manifest import DerivedLength, OutputSpec, SiteSpec
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A tapped graph, and what is known of it.
+    """A tapped graph, with what its runs need.
 
     Args:
-        runner: the tapped graph.
-        sampler: makes sequences for it.
-        outputs: those that are served.
-        sites: those that were found; unavailable ones are passed over.
-        max_lengths: the greatest length of each of the inputs' symbols.
-        max_batch_size: rows of the largest batch.
-        derived: the forms of symbols that are none of the inputs'.
-        extreme_ids: by the name of an input of ids: those with the greatest and the least embeddings.
+        runner: Runs the tapped graph.
+        sampler: Makes sequences for it.
+        outputs: The outputs that are served.
+        sites: All sites. Unavailable ones are skipped.
+        max_lengths: The greatest length of each of the inputs' symbols, in positions.
+        max_batch_size: The number of rows of the largest batch.
+        derived: The forms of symbols that no input has.
+        extreme_ids: For each input of ids: the ids with the greatest and the smallest embeddings.
     """
 
     runner: GraphRunner
@@ -37,12 +37,12 @@ class Target:
 
     @property
     def rows(self) -> int:
-        """Rows of the largest batch that the graph takes."""
+        """The number of rows of the largest batch that the graph takes."""
         return self.sampler.signature.fixed_batch or self.max_batch_size
 
     @property
     def available(self) -> tuple[SiteSpec, ...]:
-        """The sites that give weights."""
+        """The sites whose weights can be returned."""
         return tuple(site for site in self.sites if site.available)
 
     @property

@@ -1,4 +1,4 @@
-"""What is known of one value of the graph, in the two runs that are compared. Applies no operator.
+"""Abstract values: what holds of one value of the graph in the two runs that are compared. Applies no operator.
 
 A `Value` states what holds for every length, every content of the sequence and every content of its batch neighbours.
 The statement has two parts. `standing` compares the sequence's own part of the value between the run alone and the run
@@ -15,20 +15,21 @@ are the sequence's own ("real") and the rest is padding. B is plain here.
     Softmax                      B, H, S*, S*  from 0 to 1           0, because hidden
     MatMul with values           B, H, S*, D   equal: the sum over S* adds 0 times a finite number for each padded key
 
-`*` marks a varying axis. The fields of a value say, in the order in which the example needs them:
+`*` marks a varying axis. The fields of a value, in the order in which the example needs them:
 
 - A *region* is a set of elements. `("pad", f, f)`: padded along varying factor f (factors are counted over the whole
-  layout), real along all others. `("above", q, k)`: real along both, at a later position along k than along q, which is
-  what a causal mask hides.
-- An `Entry` bounds the elements of a region. `lowered` keeps "a score, minus this much" apart from the score's bounds,
-  since scores mostly have none.
-- `lit` bounds the elements that masks leave. Every row has at least one of these, as long as requests keep to the needs
-  of `masks`: a mask that runs `along` the keys alone must allow one key ("some"); masks that are combined, or combined
+  layout), real along all others. `("above", q, k)`: real along both, at a later position along k than along q. A causal
+  mask hides the second kind.
+- An `Entry` bounds the elements of a region. `lowered` keeps "a score, minus this number" apart from the score's
+  bounds, because most scores have none.
+- `lit` bounds the elements that masks leave visible. Every row has at least one of these, if requests meet the needs of
+  `masks`. A mask that runs `along` the keys alone must allow one key ("some"). Masks that are combined, or combined
   with a frontier (`structured`), must allow all.
-- `sizes`, and `index`, `offset`, `outer` and `below`, follow whole numbers that are made of shapes: an element is
+- `sizes`, and `index`, `offset`, `outer` and `below`, follow integers that are computed from shapes: an element is
   `sum(index[f] * position along f) + offset + outer * (a plain number) + (a plain number below `below`)`. Such numbers
-  may differ between the runs and still be right as shapes and indices. `Context.as_data` settles what they are as data.
-- `columns` are the parts of an index that Concat joined along the last axis, as GatherND reads it.
+  may differ between the runs and still be right as shapes and indices. `Context.as_data` decides whether they are equal
+  as data.
+- `columns` are the parts of an index that Concat joined along the last axis, in the form in which GatherND reads it.
 - `items` marks the rows that a tap's input lists.
 """
 
@@ -48,18 +49,18 @@ from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import BATCH
 
 EXACTLY_HIDDEN = -1e30
-"""Added to a score, a number this low leaves nothing of it in float32 (Source: `numpy.finfo(float32).min` is -3.4e38;
-a score would have to pass 1e30 to be seen)."""
+"""A number this low, added to a score, leaves no weight in float32. (Source: `numpy.finfo(float32).min` is -3.4e38; a
+score would have to exceed 1e30 to stay visible.)"""
 HALF_HIDDEN = -6e4
-"""As `EXACTLY_HIDDEN`, of float16, whose lowest number is -65504."""
+"""As `EXACTLY_HIDDEN`, for float16, whose lowest number is -65504."""
 
 
 class Standing(IntEnum):
-    """How the sequence's own part of a value compares between the two runs; the greater the worse."""
+    """How the sequence's own part of a value compares between the two runs. A greater standing is worse."""
 
     EQUAL = 0
     ASSUMED = 1
-    """Equal if a finite mask hides what it is meant to hide."""
+    """Equal if a finite mask hides the elements that it lowers."""
     UNKNOWN = 2
     DIFFERENT = 3
 
@@ -74,18 +75,18 @@ class Cause:
 
 
 _ALL: Final = Interval()
-"""Stands for the interval of the entry itself."""
+"""A placeholder: the entry's own interval."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is known of the elements of a region.
+    """What holds of the elements of a region.
 
     Args:
-        interval: the elements, before `lowered` is taken off.
-        lowered: what a mask takes off each element. 0: nothing.
-        lit: the elements of the region that masks leave, where the region holds whole rows (padded queries). If not
-            given, all.
+        interval: The elements, before `lowered` is subtracted.
+        lowered: The number that a mask subtracts from each element. 0: none.
+        lit: The elements of the region that masks leave visible, where the region holds whole rows (padded queries).
+            Default: all.
     """
 
     interval: Interval = ANY
@@ -98,12 +99,12 @@ class Entry:
 
     @property
     def only(self) -> float | None:
-        """The number that every element of the region is, if that is known."""
+        """The number that every element of the region equals, or None where it is not known."""
         return self.interval.only if not self.lowered else None
 
     @property
     def high(self) -> float:
-        """No element is greater."""
+        """The upper bound of the elements, with `lowered` subtracted."""
         return self.interval.high - self.lowered
 
 
@@ -114,35 +115,38 @@ a later position along k than along q."""
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What is known of a value.
+    """What holds of one value of the graph, in both runs.
 
     Args:
-        layout: its axes. None: not known.
-        standing: how the sequence's own part compares between the two runs.
-        cause: the node that makes it differ, where it is not equal.
-        span: the interval of all elements, hidden and padded ones included.
-        lit: the interval of the elements that masks leave. Every row has at least one, if requests keep to the needs.
-        regions: what is known of the elements of each region.
-        masks: the inputs whose needs `lit` depends on.
-        along: the varying factors that these masks run along.
-        structured: the varying factors of a causal frontier or a window, on whose diagonal `lit` holds.
-        constant: the array, of a constant.
-        sizes: each element, in row-major order, as a function of symbols. None: one that is not known.
-        floating: whether `sizes` are held as floating-point numbers, so that a quotient is not rounded down.
-        index: for each varying factor that is counted, what one position adds.
-        offset: what is added to these.
-        outer: what is added plain times.
-        symbols: the symbols that elements depend on whose `sizes`, `index` or `offset` are no longer known.
-        below: the bound of a plain number that is added, from 0 on.
-        columns: the parts of an index, one for each element of its last axis.
-        raw: the input of token ids that it is, element by element; or, of values that are made of one other value,
-            `top of NAME` (its k-th greatest elements), `nan of NAME` (IsNaN), `below top of NAME` (a comparison).
-        items: of indices of the rows that a tap selects: `rows`; `times:H`, H times these; `outer:H` and `inner:H`,
+        layout: Its axes. None: not known.
+        standing: How the sequence's own part compares between the two runs.
+        cause: The node that makes it differ, where it is not equal.
+        span: The interval of all elements, hidden and padded ones included.
+        lit: The interval of the elements that masks leave visible. Every row has at least one, if requests meet the
+            needs.
+        regions: What holds of the elements of each region.
+        masks: The inputs whose needs `lit` depends on.
+        along: The varying factors that these masks run along.
+        structured: The varying factors of a causal frontier or a window, on whose diagonal `lit` holds.
+        constant: The array of a constant.
+        sizes: Each element, in row-major order, as a function of symbols. None within it: an element that is not known.
+        floating: True if `sizes` are floating-point numbers in the graph, so that a quotient is not rounded down.
+        index: The step of one position, for each varying factor whose positions are counted.
+        offset: The summand of such an index.
+        outer: The factor of a plain number that is added to the index.
+        symbols: The symbols that elements depend on, where `sizes`, `index` or `offset` are no longer known.
+        below: The bound of a plain number, from 0 on, that is added to the index.
+        columns: The parts of an index, one for each element of its last axis.
+        raw: The name of the input of token ids that the value is, element by element. Or, for values computed from one
+            other
+            value: `top of NAME` (its k-th greatest elements), `nan of NAME` (IsNaN), `below top of NAME` (a
+                comparison).
+        items: For indices of the rows that a tap selects: `rows`; `times:H`, H times these; `outer:H` and `inner:H`,
             indices in an axis of rows and H heads, with rows outermost or innermost.
-        norm: the greatest Euclidean length of vectors along `norm_axis`. Infinite: not known.
-        norm_axis: the axis of these vectors.
-        count: of a number of allowed positions minus this number: it is at most the sequence's own length minus this.
-        valid: whether each element of the sequence's own part is the index of one of its own positions.
+        norm: The greatest Euclidean length of vectors along `norm_axis`. Infinite: not known.
+        norm_axis: The axis of these vectors.
+        count: For a number of allowed positions minus `count`: it is at most the sequence's own length minus `count`.
+        valid: True if each element of the sequence's own part is the index of one of these positions.
     """
 
     layout: Layout | None
@@ -172,7 +176,10 @@ class Value:
 
     @property
     def counts(self) -> int | None:
-        """By how much the only varying factor counts, where it counts positions of that one alone, from 0 on."""
+        """The step of the index, where the value counts positions of one varying factor alone, from 0 on.
+
+        Otherwise None.
+        """
         if self.index is None or len(self.index) != 1 or self.outer is not None or self.below is not None:
             return None
         (by,) = self.index.values()
@@ -186,16 +193,16 @@ class Value:
 
     @property
     def varies(self) -> bool:
-        """Whether any of its axes varies."""
+        """True if any of its axes varies, or its axes are not known."""
         return self.layout is None or bool(varying(self.layout))
 
     def pad(self, factor: int) -> Entry:
-        """What is known behind the sequence's own part of a varying factor."""
+        """What holds of the padding along a varying factor."""
         return self.regions.get(("pad", factor, factor), Entry(self.span, lit=self.lit))
 
     @property
     def dependence(self) -> frozenset[str]:
-        """The sizes and places that its numbers are made of: as data, these may differ between the two runs."""
+        """The symbols that its numbers depend on. As data, such numbers may differ between the two runs."""
         known = [*(self.sizes or ()), self.offset, self.outer, *(self.index or {}).values()]
         found = self.symbols.union(*(size.symbols for size in known if size is not None))
         if self.index or self.items:
@@ -203,7 +210,7 @@ class Value:
         return found.union(*(column.dependence for column in self.columns or ()))
 
     def moved(self, layout: Layout, places: Places) -> Value:
-        """The same elements on other axes; what is said of varying factors that are gone is gone too."""
+        """Return the same elements on other axes. Facts about varying factors that are not in `places` are dropped."""
         regions = {
             (kind, places[one], places[other]): entry
             for (kind, one, other), entry in self.regions.items()
@@ -232,7 +239,7 @@ class Value:
         )
 
     def bare(self) -> Value:
-        """Without all that only holds element by element of the same content."""
+        """Return the value without the facts that hold only for the same content, element by element."""
         return replace(
             self,
             symbols=self.dependence,
@@ -251,6 +258,6 @@ class Value:
 
 
 def worst(values: list[Value]) -> tuple[Standing, Cause | None]:
-    """The worst standing of several values, and its cause."""
+    """Return the worst standing of several values, and its cause."""
     found = max(values, key=lambda value: value.standing, default=None)
     return (Standing.EQUAL, None) if found is None else (found.standing, found.cause)

@@ -1,4 +1,4 @@
-"""Answers of an attack: what is kept, and how runs are bounded in memory and time."""
+"""Answers of an attack: what is cached, and how runs are bounded in memory and time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ManualClock:
 
 
 class Slow:
-    """A runner whose runs take `takes` seconds, and fail where they take more than they may."""
+    """A runner whose runs take `takes` seconds, and fail where they would exceed their limit."""
 
     limit_s = 600.0
 
@@ -60,7 +60,7 @@ def test_answer_alone_runs_once(tmp_path: Path) -> None:
     assert runner.runs == 1
 
 
-def test_drafts_used_longest_ago_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_least_recently_used_drafts_are_dropped_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers_module, "_KEPT_BYTES", 300)  # a sequence and its answer are 96 bytes each
     answers, runner, _ = slow(target_of(graphs.pointwise(), tmp_path), 1.0)
     for draft in (SHORT, OTHER, Draft((("t", 3),), number=2), SHORT):
@@ -70,7 +70,7 @@ def test_drafts_used_longest_ago_make_room(tmp_path: Path, monkeypatch: pytest.M
     assert runner.runs == 4
 
 
-def test_run_that_would_end_after_the_deadline_is_not_begun(tmp_path: Path) -> None:
+def test_run_predicted_to_end_after_the_deadline_is_not_started(tmp_path: Path) -> None:
     answers, runner, clock = slow(target_of(graphs.pointwise(), tmp_path), 2.0)
     answers.alone(SHORT)
     answers.deadline = clock.time + 1
@@ -79,7 +79,7 @@ def test_run_that_would_end_after_the_deadline_is_not_begun(tmp_path: Path) -> N
     assert runner.runs == 1
 
 
-def test_run_that_is_stopped_at_the_deadline_is_no_failure_of_the_model(tmp_path: Path) -> None:
+def test_run_stopped_at_the_deadline_does_not_count_as_a_failure_of_the_model(tmp_path: Path) -> None:
     answers, _, _ = slow(target_of(graphs.pointwise(), tmp_path), 5.0)
     answers.deadline = 2.0
     with pytest.raises(OutOfTime):
@@ -95,7 +95,7 @@ def test_sequence_that_the_model_refuses_has_no_answer(tmp_path: Path) -> None:
     assert answers.alone(Draft((("t", 40),))) is None
 
 
-def test_answer_of_nan_is_none_and_infinities_are_answers(tmp_path: Path) -> None:
+def test_answer_with_nan_is_none_and_infinities_are_kept(tmp_path: Path) -> None:
     draft = Draft((("t", 3),), "an empty mask")
     target = target_of(graphs.masked_attention(), tmp_path)
     assert Answers(target, (SOME,), MonotonicClock()).alone(draft) is None
@@ -105,7 +105,7 @@ def test_answer_of_nan_is_none_and_infinities_are_answers(tmp_path: Path) -> Non
     assert np.isinf(answer["y"]).all()
 
 
-def test_runs_are_bounded_by_the_scores_that_they_hold(tmp_path: Path) -> None:
+def test_rows_of_a_run_are_bounded_by_the_memory_of_its_scores(tmp_path: Path) -> None:
     answers = Answers(target_of(graphs.pointwise(), tmp_path), (), MonotonicClock())
     rows = answers.rows_that_fit({"t": 512})
     assert 8 <= rows <= MAX_RUN_BYTES // (4 * 512 * 512)

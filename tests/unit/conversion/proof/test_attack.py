@@ -1,4 +1,5 @@
-"""The attack breaks graphs whose answers depend on padding or neighbours, by the right clause, and no harmless one."""
+"""The attack breaks the right clause of graphs whose answers depend on padding or neighbours, and none of safe
+graphs."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ DEPENDENT = {
 
 
 @pytest.mark.parametrize("case", DEPENDENT)
-def test_attack_breaks_the_clause_of_what_changes_the_answer(case: str, tmp_path: Path) -> None:
+def test_attack_breaks_the_clause_whose_axis_changes_the_answer(case: str, tmp_path: Path) -> None:
     proto, axes, options = DEPENDENT[case]
     clauses = attacked(proto, tmp_path, **options)
     assert broken(clauses) == axes
@@ -62,7 +63,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("case", HARMLESS)
-def test_attack_does_not_break_what_nothing_changes(case: str, tmp_path: Path) -> None:
+def test_attack_breaks_no_clause_of_a_safe_graph(case: str, tmp_path: Path) -> None:
     proto, options = HARMLESS[case]
     clauses = attacked(proto, tmp_path, **{"longest": 36, **options})
     assert broken(clauses) == set()
@@ -70,15 +71,15 @@ def test_attack_does_not_break_what_nothing_changes(case: str, tmp_path: Path) -
     assert all(clause.allows("tested") for clause in clauses.values())
 
 
-def test_padding_of_two_axes_at_once_is_never_laid_to_neighbours(tmp_path: Path) -> None:
+def test_padding_of_two_axes_at_once_is_not_attributed_to_neighbours(tmp_path: Path) -> None:
     clauses = attacked(graphs.scale_where_both_are_long(), tmp_path, longest=40)
     assert broken(clauses)
     assert broken(clauses) <= {"t", "s"}
 
 
-def test_what_rounding_leaves_of_values_that_cancel_would_break_the_batch(
+def test_rounding_of_cancelling_values_would_break_the_batch_without_its_allowance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control of `less the masked mean` above: without the excuse of rounding it is broken."""
+    """The positive control of `less the masked mean` above: without the allowance for rounding it is broken."""
     monkeypatch.setattr(judge, "is_rounding", lambda *_args, **_kwargs: False)
     assert broken(attacked(graphs.centred(), tmp_path, masks=(SOME,))) == {"batch"}

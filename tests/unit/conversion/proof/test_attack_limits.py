@@ -1,4 +1,4 @@
-"""What an attack spends, on which clauses, and which sequences and weights it counts."""
+"""What an attack spends, on which clauses, and which sequences and weights it compares."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH = graphs.WIDTH
 
 
 class Clock:
-    """Tells a time that moves on by `step` seconds whenever it is asked."""
+    """A clock that advances by `step` seconds at each reading."""
 
     def __init__(self, step: float) -> None:
         self._times = count(0.0, step)
@@ -54,7 +54,7 @@ def site(**changes: object) -> SiteSpec:
 
 
 def with_weights(nodes: str, columns: str) -> onnx.ModelProto:
-    """y = x, which nothing changes, and weights of one site."""
+    """Return a graph with y = x, which is safe, and the weights of one site."""
     inputs, outputs = f"float[b, t, {WIDTH}] x", f"float[b, t, {WIDTH}] y, float[b, 1, t, {columns}] weights"
     constants: dict[str, graphs.Array | float] = {"axis_1": np.array([1]), "two": np.array([2]), "zero": np.array(0)}
     constants |= {"one": np.array(1), "nothing": 0.0, "third": 1 / 3, "seven": 7.0}
@@ -66,7 +66,7 @@ def with_weights(nodes: str, columns: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("batch", [Verdict.PROVED, Verdict.REFUTED])
-def test_proved_clauses_get_twenty_probes_at_most(batch: Verdict, tmp_path: Path) -> None:
+def test_proved_clauses_get_at_most_twenty_probes(batch: Verdict, tmp_path: Path) -> None:
     """Where the batch is refuted, rows are padded one at a time, which makes more probes of the same rows."""
     options = {"masks": (SOME,), "thresholds": (8, 20, 40, 50), "batch": batch}
     clauses = attacked(graphs.masked_attention(), tmp_path, Verdict.PROVED, **options)
@@ -77,7 +77,7 @@ def test_proved_clauses_get_twenty_probes_at_most(batch: Verdict, tmp_path: Path
 @pytest.mark.parametrize(
     ("proto", "axis"), [(graphs.softmax_over_all_axes(), "t"), (graphs.dynamically_quantized(), "batch")]
 )
-def test_proof_that_is_wrong_is_broken_and_allows_nothing(proto: onnx.ModelProto, axis: str, tmp_path: Path) -> None:
+def test_wrong_proof_is_broken_and_no_policy_uses_it(proto: onnx.ModelProto, axis: str, tmp_path: Path) -> None:
     clauses = attacked(proto, tmp_path, Verdict.PROVED)
     assert broken(clauses) == {axis}
     assert not clauses[axis].allows("proved")
@@ -91,13 +91,13 @@ def test_refuted_clauses_are_not_attacked(tmp_path: Path) -> None:
     assert report.survived
 
 
-def test_padding_is_attacked_one_row_at_a_time_where_rows_never_share_a_batch(tmp_path: Path) -> None:
+def test_padding_is_attacked_one_row_at_a_time_where_rows_never_share_a_run(tmp_path: Path) -> None:
     clauses = attacked(graphs.small_mean(), tmp_path, most=1)
     assert clauses["batch"].attack is None
     assert broken(clauses) == {"t"}
 
 
-def test_padding_that_is_harmless_is_not_blamed_for_neighbours(tmp_path: Path) -> None:
+def test_differences_caused_by_neighbours_are_not_attributed_to_padding(tmp_path: Path) -> None:
     """Rows of one run share a scale, which refutes the batch; padding with zeros alone changes nothing."""
     clauses = attacked(graphs.dynamically_quantized(), tmp_path)
     report = clauses["t"].attack
@@ -106,14 +106,14 @@ def test_padding_that_is_harmless_is_not_blamed_for_neighbours(tmp_path: Path) -
     assert broken(clauses) == {"batch"}
 
 
-def test_empty_masks_count_only_where_the_server_would_pad_them(tmp_path: Path) -> None:
+def test_empty_masks_are_padded_only_where_the_server_pads_them(tmp_path: Path) -> None:
     """With a finite filler, a mask that hides everything spreads over the padding too."""
     proto = graphs.masked_attention(float(np.finfo(np.float32).min))
     assert broken(attacked(proto, tmp_path)) == {"t"}
     assert broken(attacked(proto, tmp_path, masks=(SOME,))) == set()
 
 
-def test_masks_of_other_values_count_only_where_the_server_would_pad_them(tmp_path: Path) -> None:
+def test_masks_of_other_values_are_padded_only_where_the_server_pads_them(tmp_path: Path) -> None:
     author = Author(target_of(graphs.masked_attention(), tmp_path).sampler, (SOME,))
     one, none = {"attention_mask": np.array([0, 1])}, {"attention_mask": np.array([0, 0])}
     assert author.may_pad(one)
@@ -124,7 +124,7 @@ def test_masks_of_other_values_count_only_where_the_server_would_pad_them(tmp_pa
     assert not every.may_pad({"attention_mask": np.array([1, 2])})
 
 
-def test_weights_alone_break_a_clause(tmp_path: Path) -> None:
+def test_a_difference_in_weights_alone_breaks_a_clause(tmp_path: Path) -> None:
     scores = "xt = Transpose<perm=[0,2,1]>(x) s = MatMul(x, xt) p = Softmax<axis=-1>(s) weights = Unsqueeze(p, axis_1)"
     clauses = attacked(with_weights(scores, "t"), tmp_path, sites=[site()])
     report = clauses["t"].attack
@@ -133,7 +133,7 @@ def test_weights_alone_break_a_clause(tmp_path: Path) -> None:
     assert "the weights of site s differ" in report.broke
 
 
-def test_columns_of_a_band_that_represent_no_key_do_not_count(tmp_path: Path) -> None:
+def test_columns_of_a_band_without_a_key_are_not_compared(tmp_path: Path) -> None:
     """The column of the next key holds 7 at the last position, which has none: that of the sequence, or of padding."""
     nodes = (
         "length = Shape<start=1, end=2>(x) last = Squeeze(length) at = Range(zero, last, one) next = Add(at, one) "
@@ -148,18 +148,18 @@ def test_columns_of_a_band_that_represent_no_key_do_not_count(tmp_path: Path) ->
     assert broken(attacked(proto, tmp_path, sites=[wider])) == {"t"}
 
 
-def test_sentence_names_lengths_contents_what_differs_and_by_how_much(tmp_path: Path) -> None:
+def test_sentence_names_lengths_contents_output_and_difference(tmp_path: Path) -> None:
     report = attacked(graphs.small_mean(), tmp_path)["t"].attack
     assert report is not None
     assert report.broke.startswith("a sequence with t 3 (")
     assert "), padded to t 16: output 'y' differs by " in report.broke
-    assert report.broke.endswith(" times what counts as equal")
+    assert report.broke.endswith(" times the allowed difference")
     report = attacked(graphs.dynamically_quantized(), tmp_path)["batch"].attack
     assert report is not None
     assert ", beside a sequence with t 4 (" in report.broke
 
 
-def test_batch_that_does_not_run_breaks_the_batch(tmp_path: Path) -> None:
+def test_batch_that_fails_to_run_breaks_the_batch_clause(tmp_path: Path) -> None:
     """The graph takes three rows at most."""
     nodes = "rows = Shape<start=0, end=1>(x) at = Gather(table, rows) more = Mul(x, at) y = Identity(more)"
     proto = graphs.on_floats(nodes, table=np.ones(4, np.float32))
@@ -176,14 +176,14 @@ def test_attack_without_time_for_its_core_is_not_complete(tmp_path: Path) -> Non
     assert not any(clause.allows("tested") for clause in clauses)
 
 
-def test_no_seconds_are_no_attack(tmp_path: Path) -> None:
+def test_zero_seconds_try_nothing(tmp_path: Path) -> None:
     target = target_of(graphs.pointwise(), tmp_path)
     clauses = attack(target, proof_of(target), Equality("fp32"), seconds=0)
     assert all(clause.attack is not None and clause.attack.probes == 0 for clause in clauses)
     assert not any(clause.allows("tested") for clause in clauses)
 
 
-def test_attack_is_the_same_every_time_and_reports_its_progress(tmp_path: Path) -> None:
+def test_attack_is_deterministic_and_reports_its_progress(tmp_path: Path) -> None:
     target, seen = target_of(graphs.masked_mean(), tmp_path, longest=20), []
     runs = [
         attack(target, proof_of(target, masks=(SOME,)), Equality("fp32"), seconds=30, report=seen.append)
@@ -206,7 +206,7 @@ def test_mixtures_and_extreme_ids_are_drawn_for_inputs_that_have_them(tmp_path: 
     assert drawn.dtype == np.int64
 
 
-def test_lengths_that_no_run_has_the_memory_for_are_left_out(tmp_path: Path) -> None:
+def test_lengths_beyond_the_memory_of_a_run_are_not_tried(tmp_path: Path) -> None:
     """Eight heads are assumed where no site is known: 2 GiB hold their scores over some thousand positions."""
     target = target_of(graphs.pointwise(), tmp_path, longest=1 << 20)
     longest = _aim(Answers(target, (), Clock(0)), proof_of(target)).longest["t"]

@@ -1,4 +1,4 @@
-"""Intervals hold what operators make of the numbers in them, and announce infinities and NaN."""
+"""Intervals hold every result of an operator on the numbers in them, and mark infinities and NaN."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from hypothesis import strategies as st
 FINITE = st.one_of(
     st.integers(-5, 5).map(float), st.floats(-60, 60).map(lambda value: value if abs(value) > 1e-9 else 0.0)
 )
-"""No numbers so small that their inverses overflow, of which no interval speaks."""
+"""No numbers so small that their inverses overflow: intervals do not cover these."""
 NUMBERS = st.one_of(FINITE, st.sampled_from([math.inf, -math.inf, math.nan]))
 
 
 def between(ends: tuple[float, float], share: float) -> float:
-    """A number between two, either end among them."""
+    """Return a number between two, either end included."""
     low, high = min(ends), max(ends)
     return min(max(low + share * (high - low), low), high)
 
 
 def interval(*values: float) -> Interval:
-    """The least interval that holds all of some numbers."""
+    """Return the smallest interval that holds all the numbers."""
     found = number(values[0])
     for value in values[1:]:
         found = found.hull(number(value))
@@ -44,7 +44,7 @@ def interval(*values: float) -> Interval:
 
 
 def holds(found: Interval, value: float) -> bool:
-    """Whether an interval admits a number, an infinity or NaN."""
+    """Return whether an interval admits a number, an infinity or NaN."""
     if math.isnan(value):
         return bool(found.wild & NAN)
     if math.isinf(value):
@@ -135,7 +135,7 @@ def test_every_operator_is_compared_with_numpy() -> None:
 @pytest.mark.parametrize("name", UNARY_BY_NUMPY)
 @settings(max_examples=40)
 @given(ends=st.tuples(FINITE, FINITE), share=st.floats(0, 1))
-def test_what_an_operator_makes_of_finite_numbers_lies_within(
+def test_unary_results_of_finite_numbers_lie_within_the_interval(
     name: str, ends: tuple[float, float], share: float
 ) -> None:
     if name == "Acos":
@@ -146,7 +146,7 @@ def test_what_an_operator_makes_of_finite_numbers_lies_within(
 
 
 @pytest.mark.parametrize("name", UNARY_BY_NUMPY)
-def test_what_an_operator_makes_of_infinities_and_nan_is_announced(name: str) -> None:
+def test_unary_results_of_infinities_and_nan_are_marked(name: str) -> None:
     for value in (math.inf, -math.inf, math.nan, 2.0, -2.0, 0.0):
         for other in (value, 0.0, 1.0, -3.0, math.inf, -math.inf):
             with np.errstate(all="ignore"):
@@ -159,7 +159,7 @@ def test_what_an_operator_makes_of_infinities_and_nan_is_announced(name: str) ->
 @given(
     one=st.tuples(FINITE, FINITE), other=st.tuples(FINITE, FINITE), shares=st.tuples(st.floats(0, 1), st.floats(0, 1))
 )
-def test_what_an_operator_makes_of_two_finite_numbers_lies_within(
+def test_binary_results_of_finite_numbers_lie_within_the_interval(
     name: str, one: tuple[float, float], other: tuple[float, float], shares: tuple[float, float]
 ) -> None:
     left, right = between(one, shares[0]), between(other, shares[1])
@@ -173,7 +173,7 @@ def test_what_an_operator_makes_of_two_finite_numbers_lies_within(
 
 
 @pytest.mark.parametrize("name", BINARY_BY_NUMPY)
-def test_what_an_operator_makes_of_two_numbers_beyond_is_announced(name: str) -> None:
+def test_binary_results_of_infinities_and_nan_are_marked(name: str) -> None:
     values = (math.inf, -math.inf, math.nan, 0.0, 1.0, -2.0)
     for left in values:
         for right in values:
@@ -191,7 +191,7 @@ def test_the_interval_of_an_array_holds_each_element(values: list[float]) -> Non
 
 
 @given(st.lists(st.tuples(FINITE, FINITE), min_size=2, max_size=4), st.floats(0, 1))
-def test_a_hull_holds_what_either_holds(pairs: list[tuple[float, float]], share: float) -> None:
+def test_a_hull_holds_the_numbers_of_both_intervals(pairs: list[tuple[float, float]], share: float) -> None:
     hull = interval(*pairs[0]).hull(interval(*pairs[1]))
     assert holds(hull, between(pairs[0], share))
     assert holds(hull, between(pairs[1], share))
@@ -203,7 +203,7 @@ def test_a_folded_sum_holds_the_sum(values: list[float]) -> None:
 
 
 @given(st.sampled_from([0.0, 1.0]), FINITE, FINITE)
-def test_a_choice_is_the_chosen_number(condition: float, one: float, other: float) -> None:
+def test_a_choice_holds_the_chosen_number(condition: float, one: float, other: float) -> None:
     assert chosen(number(condition), number(one), number(other)).only == (one if condition else other)
     both = chosen(intervals.BOOLEAN, number(one), number(other))
     assert holds(both, one)
@@ -220,7 +220,7 @@ def test_casts_hold_the_cast_number(low: float, high: float, share: float) -> No
 @pytest.mark.parametrize(
     ("value", "masked"), [(MASKED_FROM, True), (-1e9, True), (-math.inf, True), (-10.0, False), (math.nan, False)]
 )
-def test_low_numbers_are_taken_for_masks(value: float, masked: bool) -> None:
+def test_low_numbers_are_marked_as_masked(value: float, masked: bool) -> None:
     assert number(value).masked is masked
 
 
@@ -230,9 +230,9 @@ def test_twice_the_lowest_number_is_minus_infinity() -> None:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_zero_times_infinity_is_announced_as_nan(sign: float) -> None:
+def test_zero_times_infinity_is_marked_as_nan(sign: float) -> None:
     assert intervals.multiply(number(0), number(sign * math.inf)).wild & NAN
 
 
-def test_a_bound_that_is_not_known_is_no_infinity() -> None:
+def test_an_unknown_bound_does_not_mark_infinity() -> None:
     assert intervals.multiply(number(0), intervals.ANY) == intervals.ZERO

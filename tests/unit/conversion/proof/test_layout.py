@@ -1,4 +1,4 @@
-"""Layouts say where positions of varying axes are after a reshape, a transpose or a broadcast: as NumPy has it."""
+"""Layouts after a reshape, a transpose or a broadcast agree with NumPy on where positions of varying axes are."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LAYOUTS = st.lists(AXES, min_size=1, max_size=4).map(tuple)
 
 
 def number(size: Size, lengths: Mapping[str, int]) -> int:
-    """A size for given lengths."""
+    """Return a size for given lengths."""
     total = 0
     for monomial, factor in size.terms:
         total += factor * math.prod(lengths[name] for name in monomial)
@@ -64,7 +64,7 @@ def shape_of(layout: Layout) -> tuple[int, ...]:
 
 
 def positions(layout: Layout, place: int) -> np.ndarray:
-    """Of each element, its position along one varying factor."""
+    """Return each element's position along one varying factor."""
     wide = [number(factor.size, LENGTHS) for axis in layout for factor in axis]
     marks = [factor.varies for axis in layout for factor in axis]
     at = [index for index, varies in enumerate(marks) if varies][place]
@@ -76,7 +76,7 @@ def positions(layout: Layout, place: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Moved:
-    """A layout, and what it became."""
+    """A layout before and after an operation."""
 
     before: Layout
     after: Layout
@@ -84,7 +84,7 @@ class Moved:
 
 
 def check(moved: Moved, arrays: Sequence[np.ndarray]) -> None:
-    """Each factor's positions are those that NumPy moved."""
+    """Assert that NumPy moved each factor's positions to the places of the new layout."""
     for place, array in enumerate(arrays):
         if place in moved.places:
             assert np.array_equal(array, np.broadcast_to(positions(moved.after, moved.places[place]), array.shape))
@@ -119,7 +119,7 @@ def test_reshaped_positions_are_those_of_numpy(layout: Layout, data: st.DataObje
         st.sampled_from([Size.of(1), Size.of(2), Size.of(4), Size.of(8), SEQ, SEQ * Size.of(2), BATCH]), max_size=4
     ),
 )
-def test_a_reshape_is_right_or_not_followed(layout: Layout, sizes: list[Size]) -> None:
+def test_a_reshape_is_right_or_raises_not_followed(layout: Layout, sizes: list[Size]) -> None:
     try:
         after = reshaped(layout, sizes)
     except NotFollowed:
@@ -153,7 +153,7 @@ def test_axes_of_unequal_lengths_are_not_broadcast(one: Layout, other: Layout) -
 
 
 @given(LAYOUTS, st.data())
-def test_what_is_left_without_some_axes_keeps_its_order(layout: Layout, data: st.DataObject) -> None:
+def test_remaining_axes_keep_their_order(layout: Layout, data: st.DataObject) -> None:
     gone = data.draw(st.sets(st.integers(0, len(layout) - 1)))
     after, places = without_axes(layout, gone)
     assert after == tuple(axis for at, axis in enumerate(layout) if at not in gone)
@@ -164,29 +164,29 @@ def test_what_is_left_without_some_axes_keeps_its_order(layout: Layout, data: st
 @pytest.mark.parametrize(
     ("layout", "sizes"),
     [
-        ((VARIES, plain(Size.of(4))), [Size.of(4), SEQ]),  # the axes the other way around
-        ((plain(Size.of(4)), VARIES), [Size.of(2), SEQ, Size.of(2)]),  # what stands before it behind it
+        ((VARIES, plain(Size.of(4))), [Size.of(4), SEQ]),  # the axes in reverse
+        ((plain(Size.of(4)), VARIES), [Size.of(2), SEQ, Size.of(2)]),  # a rotation: the axes before it come last
         ((VARIES,), [Size.of(2), Size.of(2)]),
         ((plain(BATCH), VARIES), [SEQ, BATCH]),
         ((VARIES,), []),
     ],
 )
-def test_a_reshape_that_mixes_positions_is_not_followed(layout: Layout, sizes: list[Size]) -> None:
+def test_a_reshape_that_mixes_positions_raises_not_followed(layout: Layout, sizes: list[Size]) -> None:
     with pytest.raises(NotFollowed):
         reshaped(layout, sizes)
 
 
 def test_positions_behind_padding_are_not_reshaped() -> None:
-    with pytest.raises(NotFollowed, match="behind the padded ones"):
+    with pytest.raises(NotFollowed, match="behind the padding"):
         reshaped(((Factor(SEQ + Size.of(1), SEQ, 1),),), [SEQ + Size.of(1)])
 
 
-def test_two_axes_of_one_length_do_not_become_each_other_by_broadcasting() -> None:
-    with pytest.raises(NotFollowed, match="one length"):
+def test_broadcasting_keeps_two_axes_of_one_length_apart() -> None:
+    with pytest.raises(NotFollowed, match="equal lengths"):
         broadcast([(VARIES,), (plain(Size.of(4)),)])
 
 
-def test_neighbouring_plain_factors_are_one() -> None:
+def test_adjacent_plain_factors_are_merged() -> None:
     assert merged([Factor(Size.of(2)), Factor(Size.of(1)), Factor(Size.of(3))]) == plain(Size.of(6))
     assert merged([]) == PLAIN_ONE
     assert is_one(merged([Factor(Size.of(1))]))

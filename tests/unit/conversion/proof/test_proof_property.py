@@ -1,5 +1,6 @@
-"""The proof against generated graphs of known truth: never proved where something mixes, proved nearly always where
-nothing does. `make fuzz-batching` runs the same on thousands.
+"""The proof on generated graphs with known truth: it never proves a mixed clause, and proves nearly all unmixed ones.
+
+`make fuzz-batching` runs the same on thousands of graphs.
 """
 
 from __future__ import annotations
@@ -21,41 +22,43 @@ pytestmark = pytest.mark.slow
 
 GRAPHS = 400
 LEAST_PROVED = {"summary": 0.9, "of_taps": 0.85}
-"""Of unmixed clauses; of taps fewer, since one site that is not followed costs its whole graph."""
+"""The minimum share of unmixed clauses. It is lower for taps, because one unsupported site makes its whole graph
+unknown."""
 WITNESSED = range(10_000, 10_060)
-"""Seeds whose truths are tried out: others than those above, so that each run sees more graphs."""
+"""Seeds of graphs whose truths are confirmed by runs. They differ from the seeds above, so that more graphs are
+covered."""
 
 
 TAPPED = range(20_000, 20_070)
-"""Seeds of graphs that are tapped as conversion does it; about half have attention whose weights can be had."""
+"""Seeds of graphs that are tapped as in conversion. About half have attention whose weights can be tapped."""
 
 
 @pytest.fixture(scope="module")
 def summary() -> Summary:
-    """The proof's verdicts on the first graphs."""
+    """Return the proof's verdicts on the first graphs."""
     return Summary.of(range(GRAPHS))
 
 
 @pytest.fixture(scope="module")
 def of_taps() -> Summary:
-    """The proof's verdicts on graphs with taps, their weights included."""
+    """Return the proof's verdicts on graphs with taps, their weights included."""
     graphs = [mixing_graph(seed) for seed in TAPPED]
     made = [with_taps for graph in graphs if graph.weights and (with_taps := tapped(graph)) is not None]
     return Summary(tuple(each for one in made for each in judged(one.graph, one.proved)))
 
 
-def told(summary: Summary) -> str:
-    """The first faults, with the seeds that repeat them."""
+def first_faults(summary: Summary) -> str:
+    """Return the first faults, with the seeds that repeat them."""
     return "\n".join(f"seed {each.seed}, {each.axis}: {each.fault}; {each.pieces}" for each in summary.faults[:20])
 
 
 def test_no_mixed_clause_is_proved_and_refuted_ones_have_reason_and_path(summary: Summary) -> None:
-    assert not summary.faults, told(summary)
+    assert not summary.faults, first_faults(summary)
 
 
 def test_no_mixed_weights_of_taps_are_proved(of_taps: Summary) -> None:
     assert len({each.seed for each in of_taps.judgements}) > len(TAPPED) / 3
-    assert not of_taps.faults, told(of_taps)
+    assert not of_taps.faults, first_faults(of_taps)
 
 
 @pytest.mark.parametrize("of", LEAST_PROVED)
@@ -66,7 +69,7 @@ def test_most_unmixed_clauses_are_proved(of: str, request: pytest.FixtureRequest
     assert summary.proved_share >= LEAST_PROVED[of], f"{summary.proved_share:.3f}\n{shown}"
 
 
-def test_the_grammar_makes_enough_of_both_kinds(summary: Summary) -> None:
+def test_the_grammar_makes_enough_mixed_and_unmixed_graphs(summary: Summary) -> None:
     kinds = [each.poison for each in summary.judgements]
     mixed = [poison for poison in kinds if poison not in {"", UNSAID}]
     assert len(mixed) > GRAPHS / 4
@@ -74,9 +77,9 @@ def test_the_grammar_makes_enough_of_both_kinds(summary: Summary) -> None:
     assert len(set(mixed)) >= 30
 
 
-def test_a_rule_that_is_wrong_is_found() -> None:
+def test_an_unsound_rule_is_found() -> None:
     def planted(graph: MixingGraph) -> Proof:
-        """The proof as it would be if it took a CumSum, along whatever axis, for a function of each number."""
+        """Return the proof with an unsound rule: CumSum along any axis counts as elementwise."""
         proto = onnx.ModelProto()
         proto.CopyFrom(graph.proto)
         for node in proto.graph.node:
@@ -90,9 +93,9 @@ def test_a_rule_that_is_wrong_is_found() -> None:
     assert any("from the end (cumsum)" in fault for fault in found)
 
 
-def test_a_verdict_that_is_turned_is_found() -> None:
+def test_an_inverted_verdict_is_found() -> None:
     def planted(graph: MixingGraph) -> Proof:
-        """The proof with one verdict turned: whatever is mixed over the batch by a running sum is proved."""
+        """Return the proof with one inverted verdict: a running sum over the batch is proved."""
         proof = proved_by_default(graph)
         if "running rows" not in graph.pieces:
             return proof
@@ -107,12 +110,12 @@ def test_a_verdict_that_is_turned_is_found() -> None:
 
 
 @pytest.mark.parametrize("seed", WITNESSED)
-def test_truths_hold_when_graphs_are_run(seed: int) -> None:
+def test_runs_confirm_the_known_truth_of_graphs(seed: int) -> None:
     graph = mixing_graph(seed)
     witness = Witness(graph)
     for axis in graph.axes:
         if not graph.poison(axis):
-            # Float32 sums in another order differ by a part of what counts as equal: CLEAR is beyond that.
+            # Float32 sums in another order differ by less than the allowed difference. CLEAR is beyond that.
             worst = witness.worst(axis, satisfying(graph.needs))
             assert max(worst.values()) < CLEAR, (axis, worst, graph.pieces)
         elif graph.poison(axis) != UNSAID:

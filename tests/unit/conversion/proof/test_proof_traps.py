@@ -1,4 +1,4 @@
-"""The proof against small graphs whose truth is easy to get wrong: none is proved along an axis that it mixes."""
+"""Small graphs whose truth is easy to get wrong: no clause is proved along an axis that the graph mixes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ assert mixing_traps_of_rows
 
 
 @pytest.mark.parametrize("name", TRAPS)
-def test_trap_is_not_proved_where_it_mixes(name: str) -> None:
+def test_a_trap_is_not_proved_where_it_mixes(name: str) -> None:
     graph = graph_of(name)
     assert [each.fault for each in judged(graph) if each.fault] == []
 
 
 @pytest.mark.parametrize("name", TRAPS)
-def test_trap_does_mix(name: str) -> None:
+def test_a_trap_mixes(name: str) -> None:
     graph = graph_of(name)
     for axis in TRAPS[name].mixes:
         worst = Witness(graph).worst(axis, USUAL + HOLES + EXTREME, 6, enough=CLEAR)

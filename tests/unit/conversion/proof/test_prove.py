@@ -1,4 +1,4 @@
-"""What a proof says beside its verdicts: reasons, paths, targets, needs of masks, causal sites, lengths to straddle."""
+"""The parts of a proof beside its verdicts: reasons, paths, targets, mask needs, causal sites, thresholds."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_path_of_the_batch_begins_with_other_rows() -> None:
     assert clause_of(case, BATCH).path[0].words == "the other rows of the batch enter"
 
 
-def test_the_path_into_a_graph_within_the_graph_names_the_node_inside() -> None:
+def test_the_path_into_a_subgraph_names_the_node_inside() -> None:
     branch = (
         "r = Shape(x) k = Size(r) q = Greater(k, two) y = If(q)"
         " <then_branch = t () => (float[batch, 4] o1) { o1 = ReduceMean<keepdims = 0>(x, over) },"
@@ -79,7 +79,7 @@ def test_a_long_path_is_shortened_around_the_deciding_node() -> None:
     assert (steps[0].operator, steps[-1].operator) == ("input", "output")
 
 
-def test_each_output_has_a_verdict_of_its_own() -> None:
+def test_each_output_has_its_own_verdict() -> None:
     case = Case(
         "two outputs",
         graph(
@@ -92,7 +92,7 @@ def test_each_output_has_a_verdict_of_its_own() -> None:
     assert clause_of(case).verdict is REFUTED
 
 
-def test_an_output_that_the_graph_does_not_have_is_unknown() -> None:
+def test_an_output_missing_from_the_graph_is_unknown() -> None:
     case = Case("relu", graph("y = Relu(x)"))
     missing = OutputSpec(name="absent", dtype="float32", shape=("seq", 4))
     proof = prove(case.model, case.signature, [missing], [])
@@ -101,14 +101,14 @@ def test_an_output_that_the_graph_does_not_have_is_unknown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "reason"),
     [((4,), " are declared"), ((4, "seq"), "which is not declared"), (("seq", 4, 1), " are declared")],
 )
-def test_an_output_with_other_axes_than_declared_is_not_proved(shape: tuple[str | int, ...], said: str) -> None:
+def test_an_output_with_other_axes_than_declared_is_not_proved(shape: tuple[str | int, ...], reason: str) -> None:
     case = Case("relu", graph("y = Relu(x)"))
     proof = prove(case.model, case.signature, [OutputSpec(name="y", dtype="float32", shape=shape)], [])
     assert proof.clauses[1].verdict is UNKNOWN
-    assert said in proof.clauses[1].reason
+    assert reason in proof.clauses[1].reason
 
 
 def test_an_output_whose_first_axis_is_not_the_batch_is_not_proved() -> None:
@@ -150,7 +150,7 @@ def test_a_mask_must_allow_one_position_and_all_of_them_where_the_model_is_causa
     assert [need.need for need in causal.proof().masks] == ["all"]
 
 
-def test_a_refuted_clause_takes_nothing_for_granted() -> None:
+def test_a_refuted_clause_needs_nothing_of_masks() -> None:
     case = Case(
         "mean of what is masked",
         graph(
@@ -165,7 +165,7 @@ def test_a_refuted_clause_takes_nothing_for_granted() -> None:
     assert case.proof().masks == ()
 
 
-def test_lengths_that_the_graph_compares_with_and_the_widths_of_windows_are_told() -> None:
+def test_thresholds_are_compared_lengths_and_widths_of_windows() -> None:
     case = Case(
         "branches at 16",
         graph(
@@ -183,7 +183,7 @@ def test_lengths_that_the_graph_compares_with_and_the_widths_of_windows_are_told
     assert 7 in window.proof().thresholds
 
 
-def test_a_branch_that_no_length_reaches_is_not_followed() -> None:
+def test_a_branch_that_no_length_reaches_is_not_interpreted() -> None:
     nodes = (
         "n = Shape<start = 1, end = 2>(x) l = Squeeze(n) q = Greater(l, many) y = If(q)"
         " <then_branch = t () => (float[batch, seq, 4] o1) { o1 = elsewhere.Odd(x) },"
@@ -194,7 +194,7 @@ def test_a_branch_that_no_length_reaches_is_not_followed() -> None:
     assert clause_of(replace(case, longest=17)).verdict is not PROVED
 
 
-def test_float16_hides_by_lower_numbers_than_it_has_itself() -> None:
+def test_minus_65504_hides_in_float16_and_is_a_finite_mask_in_float32() -> None:
     nodes = (
         "g = Add(x, one) s = ReduceSum<keepdims = 0>(g, last) f = Cast<to = 1>(attention_mask) d = Sub(one, f)"
         " m = Mul(d, low) t = Add(s, m) y = Softmax<axis = 1>(t)"
@@ -205,7 +205,7 @@ def test_float16_hides_by_lower_numbers_than_it_has_itself() -> None:
     assert clause_of(replace(case, precision="fp32")).finite_mask
 
 
-def test_sites_that_could_not_be_tapped_are_left_out() -> None:
+def test_unavailable_sites_have_no_verdict() -> None:
     case = Case("relu", graph("y = Relu(x)"))
     tapped = Case(
         "site",
@@ -224,12 +224,12 @@ def test_sites_that_could_not_be_tapped_are_left_out() -> None:
     assert set(tapped.proof().clauses[0].targets) == {"y", "weights"}
 
 
-def test_a_graph_that_no_rule_can_follow_raises_nothing() -> None:
+def test_a_graph_without_rules_is_unknown_and_raises_nothing() -> None:
     case = Case("odd", graph("y = elsewhere.Odd(x)"))
     assert {clause.verdict for clause in case.proof().clauses} == {Verdict.UNKNOWN}
 
 
-def test_what_is_unknown_is_not_made_known_by_what_follows() -> None:
+def test_an_unknown_value_stays_unknown_in_later_nodes() -> None:
     nodes = "e = elsewhere.Odd(x) z = Mul(e, nought) m = ReduceMean<keepdims = 0>(z, over) y = Tanh(m)"
     case = Case("odd mean", graph(nodes, outputs=POOLED, given=f"{SUM}, float nought = {{0}}"))
     clause = clause_of(case)

@@ -1,4 +1,4 @@
-"""Whether the table has a case for each operator that the proof knows, and would find a rule that is unsound."""
+"""The tables have a case for each operator with a rule, and their runs find an unsound rule."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_names_of_cases_are_unique_within_their_table() -> None:
 
 
 def _keeps_standing(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | list[Value]:
-    """An unsound rule: whatever the operator does, its result compares as its first input does."""
+    """An unsound rule: the outputs of every operator have the standing of its first input."""
     found = ORIGINAL[node.domain, node.op_type].apply(ctx, node, inputs)
     values = found if isinstance(found, list) else [found]
     return [replace(value, standing=Standing.EQUAL, cause=None) for value in values]
@@ -65,7 +65,7 @@ PLANTED: list[tuple[tuple[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("operator", "name"), PLANTED, ids=[name for _, name in PLANTED])
-def test_runs_find_a_rule_that_calls_all_it_makes_equal(
+def test_runs_find_a_rule_that_calls_every_output_equal(
     monkeypatch: pytest.MonkeyPatch, operator: tuple[str, str], name: str
 ) -> None:
     case = named(name)
@@ -75,7 +75,7 @@ def test_runs_find_a_rule_that_calls_all_it_makes_equal(
     assert any(fault.startswith("UNSOUND") for fault in faults_of(case)), faults_of(case)
 
 
-def test_a_rule_that_proves_too_little_is_found_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_that_proves_too_little_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def refutes(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         value = inputs[0]
         return ctx.bad(Standing.DIFFERENT, "planted", value.layout if value is not None else None)

@@ -1,4 +1,4 @@
-"""Every operator that the proof knows: its verdicts on tiny graphs, each borne out by runs in onnxruntime."""
+"""Every operator with a rule: its verdicts on tiny graphs, each confirmed by runs in onnxruntime."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from proof_tables import TABLES
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=f"{table}: {case.name}") for table, cases in TABLES.items() for case in cases]
 )
-def test_verdicts_are_right_and_runs_bear_them_out(case: Case) -> None:
+def test_verdicts_are_right_and_confirmed_by_runs(case: Case) -> None:
     assert faults_of(case) == []

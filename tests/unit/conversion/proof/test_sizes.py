@@ -1,4 +1,4 @@
-"""Sizes compute as the whole numbers do that they are for lengths."""
+"""Sizes agree with the integers that they represent, for all lengths."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ POLYNOMIALS: st.SearchStrategy[Pair] = st.recursive(
 
 
 def value_of(size: Size, at: Mapping[str, int]) -> int:
-    """What a polynomial of symbols is for some lengths."""
+    """Return a polynomial of symbols at some lengths."""
     return sum(factor * math.prod(at[name] for name in monomial) for monomial, factor in size.terms)
 
 
 @given(POLYNOMIALS, LENGTHS)
-def test_arithmetic_is_that_of_whole_numbers(pair: Pair, at: dict[str, int]) -> None:
+def test_arithmetic_agrees_with_integers(pair: Pair, at: dict[str, int]) -> None:
     size, number = pair
     assert value_of(size, at) == number(at)
 
@@ -103,7 +103,7 @@ def test_equal_sizes_are_equal_objects(one: Pair, other: Pair) -> None:
 
 
 @given(POLYNOMIALS, POLYNOMIALS)
-def test_a_product_over_one_factor_is_the_other(one: Pair, other: Pair) -> None:
+def test_a_product_divided_by_one_factor_is_the_other(one: Pair, other: Pair) -> None:
     (first, _), (second, _) = one, other
     if not second.terms:
         assert first.over(second) is None
@@ -119,12 +119,12 @@ def test_a_quotient_times_its_divisor_is_the_dividend(one: Pair, other: Pair, at
         assert value_of(quotient, at) * by(at) == number(at)
 
 
-def test_a_size_over_one_with_other_symbols_has_no_quotient() -> None:
+def test_a_size_divided_by_one_with_other_symbols_has_no_quotient() -> None:
     assert (FRAMES * FRAMES).over(BATCH + FRAMES) is None
 
 
 @given(POLYNOMIALS)
-def test_symbols_are_those_that_matter(pair: Pair) -> None:
+def test_symbols_are_those_that_the_value_depends_on(pair: Pair) -> None:
     size, number = pair
     for name in SYMBOLS:
         if name not in size.symbols:
@@ -133,7 +133,7 @@ def test_symbols_are_those_that_matter(pair: Pair) -> None:
 
 
 @given(POLYNOMIALS, POLYNOMIALS, LENGTHS)
-def test_the_lesser_and_the_greater_lie_within_their_bounds(one: Pair, other: Pair, at: dict[str, int]) -> None:
+def test_minimum_and_maximum_lie_within_their_bounds(one: Pair, other: Pair, at: dict[str, int]) -> None:
     for made, number in (_least((one, other)), _greatest((one, other))):
         low, high = made.bounds()
         assert low <= number(at) <= high
@@ -145,7 +145,7 @@ def test_the_lesser_and_the_greater_lie_within_their_bounds(one: Pair, other: Pa
 def test_a_rounded_quotient_lies_within_its_bounds(pair: Pair, by: int, at: dict[str, int]) -> None:
     size, number = pair
     if size.bounds()[0] < 0:
-        return  # both are positive, by its contract
+        return  # both are positive, as the function requires
     found = floor_div(size, Size.of(by))
     low, high = found.bounds()
     assert low <= number(at) // by <= high
@@ -153,7 +153,7 @@ def test_a_rounded_quotient_lies_within_its_bounds(pair: Pair, by: int, at: dict
     assert low <= number(at) % by <= high
 
 
-def test_a_rounded_quotient_that_comes_out_even_is_a_polynomial() -> None:
+def test_an_exact_quotient_is_a_polynomial() -> None:
     assert floor_div(SEQ * Size.of(4), Size.of(2)) == SEQ + SEQ
     assert floor_div(SEQ * BATCH, BATCH) == SEQ
     assert modulo(SEQ * Size.of(4), Size.of(4)) == Size.of(0)
@@ -166,37 +166,37 @@ def test_rounded_quotients_of_equal_sizes_are_equal() -> None:
     assert half.symbols == {"seq"}
 
 
-def test_a_rest_and_what_it_is_the_rest_of_cancel() -> None:
+def test_a_remainder_cancels_with_its_multiple() -> None:
     assert floor_div(SEQ, Size.of(3)) * Size.of(3) + modulo(SEQ, Size.of(3)) == SEQ
 
 
 @pytest.mark.parametrize("make", [lesser, greater])
-def test_the_order_of_two_does_not_matter(make: Callable[[Size, Size], Size]) -> None:
+def test_minimum_and_maximum_do_not_depend_on_the_order(make: Callable[[Size, Size], Size]) -> None:
     assert make(SEQ, Size.of(5)) == make(Size.of(5), SEQ)
 
 
-def test_what_is_known_to_be_less_is_taken_without_an_atom() -> None:
+def test_a_known_minimum_needs_no_atom() -> None:
     assert lesser(SEQ, SEQ + ONE) == SEQ
     assert greater(SEQ, SEQ + ONE) == SEQ + ONE
     assert lesser(SEQ, Size.of(MOST)) == SEQ
     assert greater(SEQ, ONE) == SEQ
 
 
-def test_a_number_is_known_only_where_it_depends_on_nothing() -> None:
+def test_only_a_constant_size_is_a_number() -> None:
     assert Size.of(0).number == 0
     assert (SEQ - SEQ + Size.of(3)).number == 3
     assert SEQ.number is None
     assert (SEQ + ONE).number is None
 
 
-def test_functions_are_equal_by_name_and_arguments_and_depend_on_what_these_do() -> None:
+def test_functions_of_equal_name_and_arguments_are_equal() -> None:
     one = function("odd", [SEQ, FRAMES], 0, math.inf)
     assert one == function("odd", [SEQ, FRAMES], 0, math.inf)
     assert one != function("odd", [FRAMES, SEQ], 0, math.inf)
     assert one.symbols == {"seq", "frames"}
 
 
-def test_a_size_reads_as_a_person_would_write_it() -> None:
+def test_a_size_prints_in_the_usual_notation() -> None:
     assert str(Size.of(0)) == "0"
     assert str(SEQ * Size.of(2)) == "2 * seq"
     assert str(product([BATCH, SEQ])) == "batch * seq"

@@ -1,4 +1,5 @@
-"""Graphs whose answers depend on padding in ways that are easily missed: none may be proved. Runs show why."""
+"""Graphs whose answers depend on padding in ways that are easily missed: none is proved, and runs confirm the
+dependence."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ UNSAFE = [*unsafe_numbers.UNSAFE, *unsafe_places.UNSAFE]
 
 
 @pytest.mark.parametrize("case", UNSAFE, ids=lambda case: case.name)
-def test_a_run_shows_that_the_graph_is_not_safe(case: Case) -> None:
+def test_a_run_shows_that_the_graph_is_unsafe(case: Case) -> None:
     runs = Runs(case, case.proof())
     assert runs.worst("seq") > 1
     if case.batch is REFUTED:
@@ -19,7 +20,7 @@ def test_a_run_shows_that_the_graph_is_not_safe(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", UNSAFE, ids=lambda case: case.name)
-def test_what_a_run_shows_to_be_unsafe_is_not_proved(case: Case) -> None:
+def test_a_graph_shown_to_be_unsafe_is_not_proved(case: Case) -> None:
     verdicts = {clause.axis: clause.verdict for clause in case.proof().clauses}
     assert verdicts["seq"] is not PROVED
     if case.batch is REFUTED:

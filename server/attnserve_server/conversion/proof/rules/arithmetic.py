@@ -1,4 +1,7 @@
-"""Arithmetic of sizes and positions, exact where other numbers are only known by intervals."""
+"""Exact arithmetic of sizes and positions, which elementwise operators try first. Other numbers have intervals only.
+
+The functions return None where no operand holds sizes or positions. The caller then computes intervals.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,18 @@ COMPARISONS: Final = {"Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal
 
 
 def whole_number(value: int) -> Value:
-    """A scalar that counts as a size."""
+    """Return a scalar that counts as a size."""
     return Value((), span=number(value), lit=number(value), sizes=(Size.of(value),))
 
 
 def repeated(sizes: Sequence[Size | None] | None, count: int) -> list[Size | None]:
-    """Sizes broadcast to a count."""
+    """Return sizes broadcast to a count."""
     found = list(sizes or ())
     return found * count if len(found) == 1 else found
 
 
 def arithmetic(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
-    """Arithmetic with sizes, and with positions; None where there is neither."""
+    """Return the result of arithmetic with sizes or positions, or None where the operands hold neither."""
     if len(operands) < 2 or any(value.layout is None for value in operands):
         return None
     if all(value.sizes is not None for value in operands):
@@ -60,7 +63,10 @@ def _of_arrays(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None
 
 
 def _lost(op: str, operands: Sequence[Value]) -> Value:
-    """A number of sizes that is no polynomial: as a shape it is not followed, as data it depends on them."""
+    """Return a number computed from sizes that is no polynomial.
+
+    As a shape it is not supported; as data it depends on them.
+    """
     layout, _ = aligned(operands)
     span = BOOLEAN if op in COMPARISONS else Interval()
     return Value(layout, span=span, lit=span, symbols=frozenset().union(*(value.dependence for value in operands)))
@@ -111,7 +117,7 @@ def _compared_sizes(ctx: Context, op: str, one: Size, other: Size) -> Size | Non
 
 
 def _positions(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
-    """Sums of positions, and their products with sizes."""
+    """Return sums and differences of positions, and their products with sizes."""
     if op not in {"Add", "Sub", "Mul"} or any(value.standing is not Standing.EQUAL for value in operands):
         return None
     if all(value.index is None and value.below is None for value in operands):
@@ -129,7 +135,7 @@ def _positions(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None
 
 @dataclass(frozen=True)
 class _Place:
-    """Positions along factors, an offset, multiples of `outer` by plain numbers, and a plain number below `below`."""
+    """An index: positions along factors, an offset, multiples of `outer`, and a plain number below `below`."""
 
     index: dict[int, Size]
     offset: Size
@@ -178,7 +184,7 @@ def _summed_places(one: _Place, other: _Place, op: str) -> _Place | None:
 
 
 def distance(ctx: Context, queries: Value, keys: Value) -> Value:
-    """How far each query stands behind each key, with what is known by that alone."""
+    """Return the distance of each query from each key, in positions. Raise NotFollowed where it is not known."""
     found = _positions(ctx, "Sub", [queries, keys])
     if found is None:
         raise NotFollowed("positions of queries and keys cannot be compared")
@@ -186,7 +192,7 @@ def distance(ctx: Context, queries: Value, keys: Value) -> Value:
 
 
 def compared(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
-    """Positions compared with positions, or with a size."""
+    """Return a comparison of positions with positions or with a size. None for other operands."""
     if all(value.index is None for value in operands):
         return None
     if any(value.outer is not None or value.below is not None for value in operands):

@@ -1,4 +1,7 @@
-"""Attention of the ONNX standard."""
+"""The rule of `ai.onnx` Attention, composed of scores, masks, Softmax and the sum over values (`scores`).
+
+It raises `NotFollowed` for a causal mask behind a past of unknown length, and for a mask of unknown type.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ _BOOLEAN: Final = {"And", "Or", "Not", "Xor", "Equal", "Less", "LessOrEqual", "G
 
 @rule("Attention")
 def attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Source: ONNX Attention-23 and -24."""
+    """Return the values of attention, the present key and value, and the scores. Source: ONNX Attention-23 and -24."""
     query, key, value = (ctx.as_data(required(inputs, at)) for at in range(3))
     packed = len(query.axes) == 3
     heads, kv_heads = attribute(node, "q_num_heads", 0), attribute(node, "kv_num_heads", 0)
@@ -73,10 +76,10 @@ def attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
 
 
 def _is_boolean(mask: ir.Value | None) -> bool:
-    """Whether a mask says which keys count, instead of being added to scores.
+    """Return whether a mask selects keys, instead of being added to scores.
 
     Raises:
-        NotFollowed: its type is not known.
+        NotFollowed: Its type is not known.
     """
     while mask is not None and mask.dtype is None:
         node = mask.producer()
@@ -88,5 +91,5 @@ def _is_boolean(mask: ir.Value | None) -> bool:
             return False
         mask = node.inputs[1 if node.op_type == "Where" else 0]
     if mask is None or mask.dtype is None:
-        raise NotFollowed("it is not known whether a mask is added or says which keys count")
+        raise NotFollowed("it is not known whether a mask is added or selects keys")
     return mask.dtype is ir.DataType.BOOL

@@ -1,4 +1,7 @@
-"""Where and Cast: sizes, positions and masks pass through them."""
+"""The rules of Where and Cast. Sizes, positions and masks pass through them.
+
+A cast to a type that is not known raises `NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +35,12 @@ _EXACT: Final = {
     ir.DataType.INT16: 32767,
     ir.DataType.UINT16: 32767,
 }
-"""The greatest number up to which a narrow type holds all whole ones; others hold all that occur."""
+"""The greatest integer up to which a narrow type holds all integers. Other types hold all that occur."""
 
 
 @rule("Cast", "CastLike")
 def cast(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Another type: sizes, positions and masks stay what they are."""
+    """Return the value in another type. Sizes, positions and masks are kept where the type can hold them."""
     value = required(inputs, 0)
     kind = _kind_of(node, inputs)
     if kind is ir.DataType.BOOL:
@@ -70,7 +73,7 @@ def _kind_of(node: ir.Node, inputs: list[Value | None]) -> ir.DataType:
 
 
 def _whole_function(kind: ir.DataType) -> Function:
-    """A cast to whole numbers: those beyond the bounds of a narrow or unsigned type wrap around."""
+    """Return a cast to integers. Numbers beyond the bounds of a narrow or unsigned type wrap around."""
     if kind not in _WRAPS:
         return as_whole
     bounds = np.iinfo(kind.numpy().name)
@@ -78,7 +81,7 @@ def _whole_function(kind: ir.DataType) -> Function:
 
 
 def _rounds(kind: ir.DataType, value: Value) -> bool:
-    """Whether a type cannot hold the whole numbers of a value, so that unequal positions or ids become equal."""
+    """Return whether a type cannot hold the integers of a value, so that unequal positions or ids become equal."""
     ids = bool(value.raw) and not value.raw.startswith(("below ", "top of ", "nan of "))
     counts = value.sizes is not None or value.index is not None or value.count is not None
     # Floating-point positions are exact up to 2048, the greatest length that is assumed of fp16.
@@ -94,7 +97,7 @@ def _truth_of(size: Size | None) -> Size | None:
 
 @rule("Where")
 def where(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """One of two operands, by a condition."""
+    """Return one of two operands, by a condition."""
     condition, one, other = (required(inputs, at) for at in range(3))
     symbolic = _chosen_sizes(condition, one, other)
     if symbolic is not None:
@@ -103,7 +106,7 @@ def where(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         return one
     condition = ctx.as_data(condition)
     if condition.raw.startswith("below ") and condition.raw == f"below top of {input_name(node, 2)}":
-        # What is below the k-th greatest is hidden: the greatest is not.
+        # Elements below the k-th greatest are hidden, and the greatest one is not.
         found = pointwise(ctx, chosen, [condition, one, other], op="Where")
         return replace(found, lit=other.lit, masks=other.masks, along=other.along, structured=other.structured)
     if condition.raw == f"nan of {node.inputs[2].name if node.inputs[2] else ''}" and condition.raw != "nan of ":
@@ -117,14 +120,14 @@ def where(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 
 def _is_lesser(node: ir.Node) -> bool:
-    """Whether a node chooses the lesser of its two operands."""
+    """Return whether a node selects the minimum of its two operands."""
     condition = node.inputs[0]
     less = condition.producer() if condition is not None else None
     return less is not None and less.op_type == "Less" and list(less.inputs) == list(node.inputs[1:])
 
 
 def input_name(node: ir.Node, at: int) -> str:
-    """The name of an input; empty where it is left out."""
+    """Return the name of an input, or an empty string where it is omitted."""
     value = node.inputs[at] if at < len(node.inputs) else None
     return str(value.name) if value is not None else ""
 

@@ -1,4 +1,8 @@
-"""Graphs within graphs, and recurrent operators: If, Loop, Scan, LSTM, GRU, RNN."""
+"""The rules of operators with subgraphs, and of recurrent operators: If, Loop, Scan, LSTM, GRU, RNN.
+
+A state that is carried over padded positions, or over rows of the batch, makes the result different. A loop whose
+states find no bound raises `NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from attnserve_server.conversion.proof.sizes import Size
 from attnserve_server.conversion.proof.values import Entry, Standing, Value
 
 _ROUNDS: Final = 6
-"""How often a body is followed until what is known of its states no longer changes."""
+"""The maximum number of interpretations of a body until the abstract values of its states no longer change."""
 
 
 def _graph(node: ir.Node, name: str) -> ir.Graph:
@@ -42,7 +46,7 @@ def _run(ctx: Context, graph: ir.Graph, given: Sequence[Value]) -> list[Value]:
 
 
 def either(ctx: Context, one: Value, other: Value) -> Value:
-    """What holds of both of two values, one of which it is."""
+    """Return what holds of both of two values. The actual value is one of them."""
     if one == other:
         return one
     if one.sizes is not None and one.sizes == other.sizes and one.layout == other.layout:
@@ -57,7 +61,7 @@ def either(ctx: Context, one: Value, other: Value) -> Value:
 
 
 def _plain(value: Value) -> Value:
-    """A value with what holds of any content: its axes, how it compares, and between what its numbers lie."""
+    """Return the facts that hold for any content: axes, standing and intervals."""
     if value.layout is None:
         return Value(None, value.standing, value.cause, symbols=value.symbols)
     wild = wild_anywhere(value)
@@ -77,7 +81,7 @@ def _hull(one: Entry, other: Entry) -> Entry:
 
 @rule("If", shapes_only=True)
 def if_(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """One of two graphs, by a condition: if the condition differs, so may what comes of it."""
+    """Return the outputs of one of two graphs, by a condition. A condition that differs makes the outputs different."""
     condition = ctx.as_data(required(inputs, 0))
     then, other = (_graph(node, name) for name in ("then_branch", "else_branch"))
     if condition.span.only is not None and condition.standing is Standing.EQUAL:
@@ -94,19 +98,19 @@ def if_(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
     return [replace(value.bare(), standing=max(kind, value.standing), cause=cause) for value in both]
 
 
-def _settled(
+def _fixed_point(
     ctx: Context, body: ir.Graph, first: Sequence[Value], states: list[Value], last: Sequence[Value]
 ) -> list[Value]:
-    """All outputs of a body, once what is known of its states holds before and after each run of it."""
+    """Return all outputs of a body, once the values of its states hold before and after each iteration."""
     states[:] = [_plain(ctx.as_data(state)) for state in states]
-    for turn in range(_ROUNDS):
+    for iteration in range(_ROUNDS):
         outputs = _run(ctx, body, [*first, *states, *last])
         own = outputs[1 if first else 0 :][: len(states)]
         joint = [_plain(either(ctx, state, new)) for state, new in zip(states, own, strict=True)]
         if joint == states:
             return outputs
-        states[:] = [_widened(value) if turn > 1 else value for value in joint]
-    raise NotFollowed("carries on a state for which no bound is found")
+        states[:] = [_widened(value) if iteration > 1 else value for value in joint]
+    raise NotFollowed("carries a state for which no bound is found")
 
 
 def _widened(value: Value) -> Value:
@@ -117,26 +121,31 @@ def _widened(value: Value) -> Value:
 
 @rule("Loop", shapes_only=True)
 def loop(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """A graph run again and again; how often must not depend on the batch or the padded length."""
+    """Return the outputs of a repeated graph.
+
+    Its number of iterations must not depend on the batch or the padded length.
+    """
     body = _graph(node, "body")
     most, condition = optional(inputs, 0), optional(inputs, 1)
     given = [value for value in (most, condition) if value is not None]
     standing, cause = joined([ctx.as_data(value) for value in given])
     states = [required(inputs, at) for at in range(2, len(inputs))]
-    turn = Value((), span=Interval(0, float("inf")), lit=Interval(0, float("inf")))
+    iteration = Value((), span=Interval(0, float("inf")), lit=Interval(0, float("inf")))
     truth = Value((), span=Interval(0, 1), lit=Interval(0, 1))
-    outputs = _settled(ctx, body, [turn, truth], states, [])
+    outputs = _fixed_point(ctx, body, [iteration, truth], states, [])
     if outputs[0].standing > standing:
         standing, cause = outputs[0].standing, outputs[0].cause
     if standing is Standing.DIFFERENT:
-        cause = ctx.cause(f"runs a graph as often as {'the batch' if ctx.is_batch else 'the padded length'} says")
+        cause = ctx.cause(
+            f"repeats a graph a number of times that depends on {'the batch' if ctx.is_batch else 'the padded length'}"
+        )
     found = [_worse(either(ctx, state, new), standing, cause) for state, new in zip(states, outputs[1:], strict=False)]
     scans = outputs[1 + len(states) :]
     count = most.sizes[0] if most is not None and most.sizes else None
     always = condition is None or condition.span.only == 1
     for value in scans:
         if count is None or not always or ctx.depends(count) or value.layout is None:
-            found.append(ctx.unknown("collects as many results as a loop has turns"))
+            found.append(ctx.unknown("collects one result for each iteration of a loop"))
         else:
             found.append(_worse(_stacked(value, plain(count), 0), standing, cause))
     return found
@@ -158,7 +167,10 @@ def _stacked(value: Value, axis: Layout | tuple[object, ...], at: int) -> Value:
 
 @rule("Scan", shapes_only=True)
 def scan(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """A graph run over the positions of an axis, one after another; what it carries on has seen all of them."""
+    """Return the outputs of a graph that runs over the positions of an axis.
+
+    Its final states depend on all positions.
+    """
     body, count = _graph(node, "body"), int(attribute(node, "num_scan_inputs"))
     given = [ctx.as_data(required(inputs, at)) for at in range(len(inputs))]
     states, sources = list(given[: len(given) - count]), given[len(given) - count :]
@@ -168,39 +180,42 @@ def scan(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]
     axis = scanned[0][0].axes[scanned[0][1]]
     if any(value.axes[at] != axis for value, at in scanned) or any(factor.tail for factor in axis):
         raise NotFollowed("scans axes that are not known to have the same positions")
-    outputs = _settled(ctx, body, [], states, [_without(value, at) for value, at in scanned])
+    outputs = _fixed_point(ctx, body, [], states, [_without(value, at) for value, at in scanned])
     finals = [either(ctx, state, new) for state, new in zip(states, outputs, strict=False)]
     scans = outputs[len(states) :]
     places = attribute(node, "scan_output_axes") or [0] * len(scans)
-    turned = attribute(node, "scan_output_directions") or [0] * len(scans)
+    output_directions = attribute(node, "scan_output_directions") or [0] * len(scans)
     stacked = []
-    for value, at, direction in zip(scans, places, turned, strict=True):
+    for value, at, direction in zip(scans, places, output_directions, strict=True):
         where = at if at >= 0 else len(value.axes) + 1 + at
         result = _stacked(value, axis, where)
         if direction and not is_plain(axis):
-            result = _worse(result, Standing.DIFFERENT, ctx.cause("turns the order of positions around"))
+            result = _worse(result, Standing.DIFFERENT, ctx.cause("reverses the order of positions"))
         stacked.append(result)
     if is_plain(axis):
         return [*finals, *stacked]
     if ctx.is_batch:
-        cause = ctx.cause("carries on from one row of the batch to the next")
+        cause = ctx.cause("carries a state from one row of the batch to the next")
         return [_worse(value, Standing.DIFFERENT, cause) for value in (*finals, *stacked)]
     if any(backwards):
-        cause = ctx.cause("runs over positions from the end, where padding stands")
+        cause = ctx.cause("runs over positions from the end, where the padding is")
         return [_worse(value, Standing.DIFFERENT, cause) for value in (*finals, *stacked)]
-    cause = ctx.cause("carries on over padded positions before it is read")
+    cause = ctx.cause("carries a state over padded positions before it is read")
     return [*(_worse(value, Standing.DIFFERENT, cause) for value in finals), *stacked]
 
 
 def _without(value: Value, axis: int) -> Value:
-    """One position of a scanned axis, any of the sequence's own."""
+    """Return one position of a scanned axis."""
     layout, places = without_axes(value.axes, {axis})
     return value.bare().moved(layout, places)
 
 
 @rule("LSTM", "GRU", "RNN")
 def recurrent(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Over (T, B, D), or (B, T, D) with layout 1: a row by itself, a position after another."""
+    """Return the outputs of a recurrent layer over (T, B, D), or (B, T, D) with layout 1.
+
+    Rows are independent. Each position depends on those before it.
+    """
     value = ctx.as_data(required(inputs, 0))
     time, batch = (1, 0) if attribute(node, "layout", 0) else (0, 1)
     hidden = int(attribute(node, "hidden_size"))
@@ -224,14 +239,14 @@ def recurrent(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
         ctx.need(lengths.masks, everything=False)
     verdicts = [(standing, cause)] * 3
     if not is_plain(steps) and not ctx.is_batch and not counted:
-        why = "carries on over padded positions before it is read"
+        why = "carries a state over padded positions before it is read"
         verdicts[1:] = [(Standing.DIFFERENT, ctx.cause(why))] * 2
         if direction != "forward":
-            verdicts = [(Standing.DIFFERENT, ctx.cause("runs over positions from the end, where padding stands"))] * 3
+            verdicts = [(Standing.DIFFERENT, ctx.cause("runs over positions from the end, where the padding is"))] * 3
     elif lengths is not None and not counted and ctx.as_data(lengths).standing > standing:
         verdicts = [(ctx.as_data(lengths).standing, ctx.as_data(lengths).cause)] * 3
     if not is_plain(steps) and ctx.is_batch:
-        verdicts = [(Standing.DIFFERENT, ctx.cause("carries on from one row of the batch to the next"))] * 3
+        verdicts = [(Standing.DIFFERENT, ctx.cause("carries a state from one row of the batch to the next"))] * 3
     span = Interval()
     found = [Value(layout, *verdict, span=span, lit=span) for layout, verdict in zip(layouts, verdicts, strict=True)]
     return found[: len(node.outputs)]

@@ -1,4 +1,4 @@
-"""The registered elementwise operators, from Abs to Xor, with Clip and BatchNormalization."""
+"""The rules of elementwise operators, from Abs to Xor, with Clip, Dropout and BatchNormalization."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from attnserve_server.conversion.proof.sizes import Size
 from attnserve_server.conversion.proof.values import Entry, Standing, Value
 
 _LARGEST_NORM: Final = 1 << 22
-"""Elements of a constant up to which its Euclidean lengths are computed."""
+"""The number of elements up to which the Euclidean lengths of a constant are computed."""
 
 
 @rule(*UNARY)
 def unary(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """One operand."""
+    """Return the result of an operator of one operand."""
     value = required(inputs, 0)
     op = node.op_type
     if op == "Neg":
@@ -65,7 +65,7 @@ def unary(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("Gelu", "FastGelu", "QuickGelu", "BiasGelu", domain=MICROSOFT)
 def gelu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Gelu of onnxruntime, with or without a bias."""
+    """Return onnxruntime's Gelu, with or without a bias."""
     value = required(inputs, 0)
     bias = optional(inputs, 1)
     if bias is not None:
@@ -75,16 +75,18 @@ def gelu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("Dropout")
 def dropout(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Identity, unless a constant turns training on."""
+    """Return the input, unless an input enables training."""
     value, training = required(inputs, 0), optional(inputs, 2)
     if training is not None and training.span.only != 0:
-        return [ctx.bad(Standing.DIFFERENT, "drops elements at random, others in every run")] * len(node.outputs)
+        return [ctx.bad(Standing.DIFFERENT, "drops elements at random, different ones in every run")] * len(
+            node.outputs
+        )
     return [value, Value(value.layout, span=number(1), lit=number(1))][: len(node.outputs)]
 
 
 @rule(*BINARY, "Sum", "Mean")
 def binary(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Two operands, or any number for Max, Min, Sum and Mean."""
+    """Return the result of an operator of two operands, or of any number for Max, Min, Sum and Mean."""
     op = node.op_type
     operands = [value for value in inputs if value is not None]
     by_sign = op == "Mod" and bool(attribute(node, "fmod", 0))
@@ -116,7 +118,7 @@ def binary(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 
 def _in_type(op: str, function: Function, kind: np.dtype[np.generic]) -> Function:
-    """A function of whole numbers, which are cut by Div and wrap around beyond the bounds of a narrow type."""
+    """Return a function of integers. Div truncates them, and a narrow type wraps around beyond its bounds."""
     if op == "Div":
         return lambda *each: cut(function(*each))
     if op not in {"Add", "Sub", "Mul"} or (kind.itemsize > 2 and kind.kind == "i"):
@@ -126,7 +128,7 @@ def _in_type(op: str, function: Function, kind: np.dtype[np.generic]) -> Functio
 
 
 def _more(op: str, operands: Sequence[Value], result: Value) -> Value:
-    """What else follows: positions, counts, Euclidean lengths."""
+    """Return the result with further facts: counts and Euclidean lengths."""
     if op in {"Add", "Sub"} and len(operands) == 2:
         count = _counted_back(op, operands)
         if count is not None:
@@ -135,7 +137,7 @@ def _more(op: str, operands: Sequence[Value], result: Value) -> Value:
 
 
 def _counted_back(op: str, operands: Sequence[Value]) -> tuple[int, frozenset[str]] | None:
-    """A count of allowed positions, minus a constant."""
+    """Return a count of allowed positions minus a constant, with its masks. None for other operands."""
     one, other = operands
     if op == "Add" and one.count is None:
         one, other = other, one
@@ -146,7 +148,7 @@ def _counted_back(op: str, operands: Sequence[Value]) -> tuple[int, frozenset[st
 
 
 def _with_norm(op: str, operands: Sequence[Value], result: Value) -> Value:
-    """The result with its greatest Euclidean length, where those of two operands give it."""
+    """Return the result with its greatest Euclidean length, where those of two operands give it."""
     if len(operands) != 2 or result.layout is None:
         return result
     one, other = operands
@@ -164,7 +166,7 @@ def _with_norm(op: str, operands: Sequence[Value], result: Value) -> Value:
 
 
 def _norm_within(value: Value, rank: int) -> tuple[float, int]:
-    """The greatest Euclidean length of an operand's vectors, and their axis once it is broadcast to a rank."""
+    """Return the greatest Euclidean length of an operand's vectors, and their axis after broadcasting to a rank."""
     if value.norm < math.inf:
         return value.norm, value.norm_axis + rank - len(value.axes)
     content = value.constant
@@ -175,7 +177,7 @@ def _norm_within(value: Value, rank: int) -> tuple[float, int]:
 
 @rule("Clip")
 def clip(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Between two bounds, which are attributes in old operator sets."""
+    """Return the value between two bounds, which are attributes in old operator sets."""
     result = required(inputs, 0)
     for at, (name, op, function) in enumerate((("min", "Max", most), ("max", "Min", least)), 1):
         given, bound = attribute(node, name), optional(inputs, at)
@@ -191,7 +193,7 @@ def clip(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("HardSwish", "BatchNormalization")
 def by_channel(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Each number scaled by constants of its channel: statistics are the constants' own at inference."""
+    """Return each number scaled by constants of its channel. At inference the statistics are constants."""
     value = ctx.as_data(required(inputs, 0))
     others = [other for other in inputs[1:] if other is not None]
     standing, cause = joined([value, *(ctx.as_data(other) for other in others)])

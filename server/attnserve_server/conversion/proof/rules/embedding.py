@@ -1,4 +1,7 @@
-"""Embeddings with their normalization, and rotary positions."""
+"""The rules of embeddings with their normalization, and of rotary positions.
+
+Angles along an axis that the rotated tensor does not have raise `NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from attnserve_server.conversion.proof.values import Entry, Value
 
 @rule("EmbedLayerNormalization", domain=MICROSOFT)
 def embed_layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Tables looked up, summed and normalised; the second output counts the mask's ones."""
+    """Return tables looked up, summed and normalised. The second output counts the mask's ones."""
     ids = required(inputs, 0)
     total = from_table(ctx, required(inputs, 2), ids, 0)
     segments, table = optional(inputs, 1), optional(inputs, 4)
@@ -40,17 +43,17 @@ def embed_layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | 
 
 @rule("RotaryEmbedding")
 def rotary(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Pairs of numbers turned by angles of their own position. Source: ONNX RotaryEmbedding-23."""
-    return _turned(ctx, required(inputs, 0), [value for value in inputs[1:] if value is not None])
+    """Return pairs of numbers rotated by the angles of their position. Source: ONNX RotaryEmbedding-23."""
+    return _rotated(ctx, required(inputs, 0), [value for value in inputs[1:] if value is not None])
 
 
 @rule("RotaryEmbedding", domain=MICROSOFT)
 def rotary_microsoft(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """As the standard one, with the positions before the tables."""
-    return _turned(ctx, required(inputs, 0), [value for value in inputs[1:] if value is not None])
+    """Return onnxruntime's rotary embedding, whose positions come before the tables."""
+    return _rotated(ctx, required(inputs, 0), [value for value in inputs[1:] if value is not None])
 
 
-def _turned(ctx: Context, value: Value, others: list[Value]) -> Value:
+def _rotated(ctx: Context, value: Value, others: list[Value]) -> Value:
     value = ctx.as_data(value)
     others = [ctx.as_data(other) for other in others]
     standing, cause = joined([value, *others])

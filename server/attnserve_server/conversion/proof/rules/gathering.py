@@ -1,4 +1,9 @@
-"""Operators that take elements by index: tables, rows, positions. What an index may point at decides."""
+"""The rules of operators that take elements by index: tables, rows, positions.
+
+Along a plain axis, equal indices give equal elements. Along the varying axis, an index must be known to point at the
+sequence's own positions. An index that points at others makes the result different, an index of unknown places
+unknown.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,7 @@ from attnserve_server.conversion.proof.values import Entry, Standing, Value
 
 @rule("Gather")
 def gather(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Slices of a tensor along one axis, by index."""
+    """Return slices of a tensor along one axis, by index."""
     data, index = required(inputs, 0), required(inputs, 1)
     axis = attribute(node, "axis", 0)
     axis = axis + len(data.axes) if axis < 0 else axis
@@ -43,13 +48,13 @@ def gather(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 def _of_sizes(data: Value, index: Value) -> Value:
     places = numbers(index)
     if places is None:
-        raise NotFollowed("a size is taken at a place that is not known")
+        raise NotFollowed("takes a size at a place that is not known")
     sizes = data.sizes or ()
     return sizes_value(Value(index.layout, floating=data.floating), [sizes[at] for at in places])
 
 
 def from_table(ctx: Context, data: Value, index: Value, axis: int) -> Value:
-    """Along an axis that is the same in both runs, equal indices give equal elements."""
+    """Return elements of an axis that is the same in both runs, where equal indices give equal elements."""
     index = ctx.as_data(index)
     if index.layout is None:
         raise NotFollowed("the axes of an index are not known")
@@ -85,7 +90,7 @@ def _table_norm(ctx: Context, data: Value, found: Value, axis: int) -> Value:
 
 
 def _of_varying(ctx: Context, data: Value, index: Value, axis: int) -> Value:
-    """Along the axis that varies: the index must be known to stay within the sequence's own part."""
+    """Return elements of the varying axis. The index must be known to stay within the sequence's own part."""
     folded = _within_fold(data, index, axis)
     if folded is not None:
         return _read_along(data, index, axis, folded[1])
@@ -97,8 +102,8 @@ def _of_varying(ctx: Context, data: Value, index: Value, axis: int) -> Value:
     if places is not None and not index.varies and len(places) == 1 and places[0] == 0:
         return _squeezed(sliced(ctx, data, axis, Size.of(0), ONE, 1), axis, index)
     if index.sizes is not None and any(ctx.depends(size) or (size and size.bounds()[1] < 0) for size in index.sizes):
-        said = f"takes a position counted from the end, where {ctx.others} stand"
-        return ctx.bad(Standing.DIFFERENT, said)
+        reason = f"takes a position counted from the end, where {ctx.others} are"
+        return ctx.bad(Standing.DIFFERENT, reason)
     if is_identity(data, index, axis):
         return _along_index(data, index, axis)
     if (index.valid and index.outer is None) or index.count == 1:
@@ -109,11 +114,11 @@ def _of_varying(ctx: Context, data: Value, index: Value, axis: int) -> Value:
 def _rows(ctx: Context, data: Value, index: Value, axis: int) -> Value:
     if is_identity(data, index, axis):
         return _along_index(data, index, axis)
-    return ctx.bad(Standing.DIFFERENT, "takes certain rows of the batch, whichever sequence they belong to")
+    return ctx.bad(Standing.DIFFERENT, "takes fixed rows of the batch, regardless of their sequence")
 
 
 def is_identity(data: Value, index: Value, axis: int) -> bool:
-    """Whether an index counts the positions of the very axis that it takes them from."""
+    """Return whether an index counts the positions of the axis that it is applied to."""
     if index.counts != 1 or index.offset is None or index.offset.number != 0:
         return False
     (place,) = index.index or {}
@@ -122,10 +127,10 @@ def is_identity(data: Value, index: Value, axis: int) -> bool:
 
 
 def _within_fold(data: Value, index: Value, axis: int) -> tuple[int, int] | None:
-    """Where an axis of rows and positions folded into one is read at places of the same row or position.
+    """Find out whether an index into a folded axis of rows and positions stays in the same row or position.
 
     Returns:
-        The varying factor of the axis, and the one of the index that counts it; None where it is read elsewhere.
+        The varying factor of the axis, and the factor of the index that counts it. None where it does not stay.
     """
     parts = data.axes[axis]
     if len(parts) != 2 or not index.index or index.offset is None or index.offset.number != 0:
@@ -146,7 +151,7 @@ def _within_fold(data: Value, index: Value, axis: int) -> tuple[int, int] | None
 
 
 def _own_within_fold(data: Value, index: Value, axis: int) -> bool:
-    """Whether an axis of rows and positions folded into one is read at one of the sequence's own positions."""
+    """Return whether an index into a folded axis of rows and positions points at one of the own positions."""
     parts = data.axes[axis]
     if len(parts) != 2 or not parts[1].varies or index.index or index.offset is None or index.offset.number != 0:
         return False
@@ -159,7 +164,7 @@ def _along_index(data: Value, index: Value, axis: int) -> Value:
 
 
 def _read_along(data: Value, index: Value, axis: int, place: int) -> Value:
-    """What is read along an axis, its varying factor in the place of the index's."""
+    """Return the elements along an axis, with its varying factor in the place of the index's."""
     layout = (*data.axes[:axis], *index.axes, *data.axes[axis + 1 :])
     before = len(varying(data.axes[:axis]))
     own, more = ordinals(data.axes, axis), len(varying(index.axes))
@@ -173,7 +178,7 @@ def _read_along(data: Value, index: Value, axis: int, place: int) -> Value:
 
 
 def _squeezed(value: Value, axis: int, index: Value) -> Value:
-    """The axis of one position replaced by the index's own axes."""
+    """Return the value with its axis of one position replaced by the index's own axes."""
     if value.layout is None:
         return value
     layout = (*value.axes[:axis], *index.axes, *value.axes[axis + 1 :])
@@ -184,7 +189,7 @@ def _squeezed(value: Value, axis: int, index: Value) -> Value:
 
 
 def _own_positions(ctx: Context, data: Value, index: Value, axis: int) -> Value:
-    """Positions that are counted from a mask, or found as that of the greatest: the sequence's own ones."""
+    """Return elements at the sequence's own positions, counted from a mask or found by ArgMax."""
     ctx.need(index.masks, everything=False)
     index = ctx.as_data(replace(index, count=None))
     layout = (*data.axes[:axis], *index.axes, *data.axes[axis + 1 :])
@@ -203,7 +208,7 @@ def _own_positions(ctx: Context, data: Value, index: Value, axis: int) -> Value:
 
 @rule("GatherElements")
 def gather_elements(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """For each element of the index, the one at that place along an axis."""
+    """Return, for each element of the index, the element at that place along an axis."""
     data, index = required(inputs, 0), required(inputs, 1)
     axis = attribute(node, "axis", 0)
     axis = axis + len(data.axes) if axis < 0 else axis
@@ -213,7 +218,7 @@ def gather_elements(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> 
         return ctx.unknown("takes positions at places that are not known to be the sequence's own")
     for at, (one, other) in enumerate(zip(data.axes, index.axes, strict=True)):
         if at != axis and one != other:
-            raise NotFollowed("an index has other axes than what it takes from")
+            raise NotFollowed("an index has other axes than its data")
     data, index = ctx.as_data(data), ctx.as_data(index)
     standing, cause = joined([data, index])
     span = Interval(data.span.low, data.span.high, wild_anywhere(data))
@@ -222,6 +227,6 @@ def gather_elements(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> 
 
 @rule("CategoryMapper", "LabelEncoder", domain="ai.onnx.ml")
 def labels(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Each element by itself."""
+    """Return each element mapped separately."""
     value = ctx.as_data(required(inputs, 0))
     return replace(value.bare(), regions={}, lit=Interval(), span=Interval())

@@ -1,4 +1,8 @@
-"""Concat: tensors one after another along an axis, at most one of which varies along it."""
+"""The rule of Concat. At most one part may vary along the joined axis.
+
+A part behind the varying one makes the sequence's own positions move, which raises `Mixed`. Parts of unequal shapes
+raise `NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +36,9 @@ from attnserve_server.conversion.proof.values import Entry, Region, Value
 
 @rule("Concat", "ConcatFromSequence")
 def concat(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Values one behind the other along an axis."""
+    """Return values concatenated along an axis."""
     if node.op_type != "Concat":
-        raise NotFollowed("handles sequences of tensors, which are not followed")
+        raise NotFollowed("uses sequences of tensors, which the proof does not support")
     values = [value for value in inputs if value is not None]
     rank = len(values[0].axes)
     axis = attribute(node, "axis", 0)
@@ -47,11 +51,16 @@ def concat(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 
 def together(ctx: Context, values: Sequence[Value], axis: int) -> Value:
-    """Values one behind the other along an axis."""
+    """Return values concatenated along an axis.
+
+    Raises:
+        Mixed: Positions are appended behind padding, or rows behind rows.
+        NotFollowed: The parts have unequal shapes, or the axis was merged with others.
+    """
     if len(values) == 1:
         return values[0]
     columns = tuple(values) if axis == len(values[0].axes) - 1 and all(is_one(v.axes[-1]) for v in values) else None
-    # Places are only looked at column by column: whether they differ is asked where they are used.
+    # Indices are read column by column later. Whether they differ is decided where they are used.
     plain_values = list(values) if columns else [ctx.as_data(value) for value in values]
     parts = [value.axes[axis] for value in plain_values]
     moving = [at for at, part in enumerate(parts) if not is_plain(part)]
@@ -85,9 +94,9 @@ def _joined_axis(ctx: Context, parts: Sequence[tuple[Factor, ...]], moving: Sequ
     if not moving:
         return plain(total)
     if len(moving) > 1:
-        raise Mixed(f"joins parts whose second one stands behind {ctx.others} of the first")
+        raise Mixed(f"appends a varying part behind {ctx.others} of another one")
     if ctx.is_batch:
-        raise Mixed("joins rows of the batch with others")
+        raise Mixed("appends rows to the batch")
     part = parts[moving[0]]
     if len(part) != 1 or part[0].real is None:
         raise NotFollowed("concatenates along an axis that was merged with others")
@@ -102,7 +111,7 @@ def _joined_axis(ctx: Context, parts: Sequence[tuple[Factor, ...]], moving: Sequ
 
 
 def _joined_regions(values: Sequence[Value], layout: Layout, axis: int, moving: Sequence[int]) -> dict[Region, Entry]:
-    """What all parts agree on, and along the joined axis what its varying part says."""
+    """Return what all parts have in common and, along the joined axis, what holds of its varying part."""
     regions: dict[Region, Entry] = {}
     for place, (at, _) in enumerate(varying(layout)):
         entries = []
@@ -124,7 +133,7 @@ def _joined_regions(values: Sequence[Value], layout: Layout, axis: int, moving: 
 
 
 def _place_in(layout: Layout, wide: Layout, place: int) -> int | None:
-    """Where a varying factor of the joined layout is in a part's."""
+    """Return the place of a varying factor of the joined layout within a part's layout."""
     axis = varying(wide)[place][0]
     before = sum(1 for at, _ in varying(wide)[:place] if at == axis)
     own = ordinals(layout, axis)

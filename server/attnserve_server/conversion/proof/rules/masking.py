@@ -1,4 +1,7 @@
-"""Masks that a graph makes itself, by comparing ids with the padding id or positions with a count of allowed ones."""
+"""Masks that a graph computes: ids compared with the padding id, or positions with a count of allowed positions.
+
+The functions return None for comparisons that make no mask. The caller then computes intervals.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from attnserve_server.conversion.proof.values import Entry, Value
 
 
 def counted(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
-    """What a comparison of two values says, if it makes a mask of ids or of a count; None elsewhere."""
+    """Return the mask that a comparison of two values makes, of ids or of a count. None for other comparisons."""
     return _padding_ids(ctx, op, operands) or _up_to_count(ctx, op, operands)
 
 
 def _padding_ids(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
-    """Ids compared with the padding id: the ids that are not it are the allowed positions."""
+    """Return the mask of ids compared with the padding id. All other ids are allowed positions."""
     one, other = operands
     if one.raw and not other.raw:
         ids, against, flipped = one, other, False
@@ -57,15 +60,15 @@ def _padding_ids(ctx: Context, op: str, operands: Sequence[Value]) -> Value | No
 
 
 def _allowed(op: str, padding: float, bound: float, *, flipped: bool, least: float) -> float | None:
-    """What the comparison says of every id that is not the padding id; None where that differs from id to id."""
+    """Return the comparison's result for every id but the padding id. None where it differs among ids."""
     if op == "Equal":
         return 0.0 if bound == padding else None
     behind = (bound, "Less") if flipped else (bound, "Greater")
     if op in {"Greater", "Less"} and op == behind[1] and padding == bound and least >= padding:
         return 1.0
     if op in {"GreaterOrEqual", "LessOrEqual"}:
-        asks = op.removesuffix("OrEqual") == behind[1]
-        return 1.0 if asks and padding == bound - 1 and least >= padding else None
+        matches = op.removesuffix("OrEqual") == behind[1]
+        return 1.0 if matches and padding == bound - 1 and least >= padding else None
     return None
 
 
@@ -78,11 +81,11 @@ _MIRRORED: Final = {
 }
 """The same comparison with its operands exchanged."""
 _OPPOSITES: Final = {"Greater": "LessOrEqual", "GreaterOrEqual": "Less"}
-"""What holds exactly where the comparison does not."""
+"""The comparison that holds exactly where the first does not."""
 
 
 def _up_to_count(ctx: Context, op: str, operands: Sequence[Value]) -> Value | None:
-    """Positions compared with the number of allowed positions, which is no more than there are."""
+    """Return positions compared with the number of allowed positions, which is at most the number of own positions."""
     one, other = operands
     if one.index is not None and other.count is not None:
         position, count, relation = one, other, op
@@ -96,7 +99,7 @@ def _up_to_count(ctx: Context, op: str, operands: Sequence[Value]) -> Value | No
     plus = None if position.offset is None else position.offset.number
     if plus is None or count.count is None:
         return None
-    # position + plus < sum - back, or <=; behind the end the position is no less than the sum.
+    # position + plus < sum - back, or <=. Behind the end the position is no less than the sum.
     strict = (opposite or relation) == "Less"
     room = plus + count.count
     if room < (0 if strict else 1):
@@ -122,7 +125,7 @@ def _up_to_count(ctx: Context, op: str, operands: Sequence[Value]) -> Value | No
 
 
 def as_count(value: Value, sums: Value) -> Value:
-    """The sum of a mask of zeros and ones over all its positions: no more than the sequence's own length."""
+    """Return the sum of a mask of zeros and ones, as a count of at most the sequence's own length."""
     if not value.masks or value.span != Interval(0, 1) or value.lit.only != 1 or value.structured:
         return sums
     return replace(sums, count=0, masks=value.masks)

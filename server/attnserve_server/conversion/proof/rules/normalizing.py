@@ -1,4 +1,4 @@
-"""Softmax and normalizations over axes."""
+"""The rules of Softmax and of normalizations. A normalization over a varying axis makes the result different."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from attnserve_server.conversion.proof.values import Entry, Standing, Value
 
 @rule("Softmax", "LogSoftmax", "Hardmax")
 def softmax(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Shares of a whole along an axis; before opset 13, along all axes from one on."""
+    """Return the softmax along an axis. Before opset 13, it is along all axes from one on."""
     value = ctx.as_data(required(inputs, 0))
     rank = len(value.axes)
     if ctx.opset < 13:
@@ -39,7 +39,7 @@ def softmax(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 def layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Each vector by its own mean and spread."""
+    """Return each vector normalised by its own mean and deviation."""
     value = required(inputs, 0)
     axis = attribute(node, "axis", -1) % len(value.axes)
     return normalised(ctx, node, value, [other for other in inputs[1:] if other is not None], axis)
@@ -47,13 +47,13 @@ def layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | None])
 
 @rule("SimplifiedLayerNormalization", "RMSNormalization", domain=MICROSOFT)
 def simplified(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """As the standard one."""
+    """Return onnxruntime's form of the standard operator."""
     return layer_normalization(ctx, node, inputs)  # type: ignore[return-value]
 
 
 @rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
 def skip_layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """A sum, normalised; the fourth output is the sum."""
+    """Return a normalised sum. The fourth output is the sum."""
     simple = node.op_type.startswith("SkipSimplified")
     bias = optional(inputs, 3 if simple else 4)
     parts = [required(inputs, 0), required(inputs, 1), *([bias] if bias is not None else [])]
@@ -67,13 +67,13 @@ def skip_layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | N
 
 
 def normalised(ctx: Context, node: ir.Node, value: Value, scales: Sequence[Value], axis: int) -> list[Value]:
-    """A value normalised over the axes from one on, then scaled and shifted by constants."""
+    """Return a value normalised over the axes from one on, then scaled and shifted by constants."""
     value = ctx.as_data(value)
     standing, cause = joined([value, *(ctx.as_data(scale) for scale in scales)])
     for at in range(axis, len(value.axes)):
         if not is_plain(value.axes[at]):
-            said = f"normalises over {ctx.others} too"
-            standing, cause = Standing.DIFFERENT, ctx.cause(said)
+            reason = f"normalises over {ctx.others} too"
+            standing, cause = Standing.DIFFERENT, ctx.cause(reason)
     regions = {region: Entry(Interval(wild=_nan(entry.interval))) for region, entry in value.regions.items()}
     span, norm = Interval(wild=_nan(value.span)), math.inf
     width = product(size_of(axis_) for axis_ in value.axes[axis:]).number
@@ -101,7 +101,7 @@ def _nan(interval: Interval) -> int:
 
 @rule("InstanceNormalization", "GroupNormalization", "LpNormalization", "MeanVarianceNormalization")
 def spatial_normalization(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Normalised over other axes than the last."""
+    """Return a value normalised over axes other than the last."""
     value = ctx.as_data(required(inputs, 0))
     rank = len(value.axes)
     if node.op_type == "LpNormalization":

@@ -1,4 +1,8 @@
-"""Onnxruntime's attention operators: Attention, QAttention, MultiHeadAttention, GroupQueryAttention."""
+"""The rules of onnxruntime's attention operators: Attention, QAttention, MultiHeadAttention, GroupQueryAttention.
+
+They are composed of the same parts as standard attention (`scores`). Packed inputs, a past of keys and values, and
+masks of start and end positions raise `NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +33,19 @@ from attnserve_server.conversion.proof.values import Value
 
 
 def _key_mask(ctx: Context, scores: Scores, mask: Value | None, filler: float) -> Scores:
-    """Apply a mask: a number for each key, or for each query and key, or how many keys count in each row."""
+    """Apply a mask: a number for each key, or for each query and key, or the number of keys that count in each row."""
     if mask is None:
         return scores
     rank = len(mask.axes)
     keys = size_of(scores.value.axes[3])
     if rank == 1:
         if mask.count is None and not ctx.is_batch:
-            raise NotFollowed("a mask by starts and ends of keys is not followed")
+            raise NotFollowed("the proof does not support masks of start and end positions")
         return up_to(ctx, scores, mask, "Less")
     if rank == 4:
-        raise NotFollowed("a mask of the largest shape, cut by the operator, is not followed")
+        raise NotFollowed("the proof does not support 4-D masks, which the operator cuts")
     if size_of(mask.axes[-1]) != keys:
-        raise NotFollowed("a mask whose length is not that of the keys")
+        raise NotFollowed("the mask's length is not known to be the keys'")
     return scores.kept(with_axes(mask, [1, 2] if rank == 2 else [1]), filler)
 
 
@@ -64,10 +68,10 @@ def _projected(ctx: Context, node: ir.Node, inputs: list[Value | None], weights:
 
 @rule("Attention", "QAttention", domain=MICROSOFT)
 def attention_microsoft(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Source: onnxruntime's contrib operators Attention and QAttention."""
+    """Return attention of projected inputs. Source: onnxruntime's contrib operators Attention and QAttention."""
     if node.op_type == "QAttention":
         places = {"mask": 5, "past": 8, "bias": -1}
-        # Bytes with scales that are given; where these are of a whole batch, its inputs say so.
+        # The scales are inputs. If they are computed from a whole batch, their own values carry that.
         query, key, value = _projected(ctx, node, [inputs[0], None, None], required(inputs, 1))
         query, key, value = (
             replace(one, norm=math.inf, span=Interval(), lit=Interval()) for one in (query, key, value)
@@ -76,7 +80,7 @@ def attention_microsoft(ctx: Context, node: ir.Node, inputs: list[Value | None])
         places = {"mask": 3, "past": 4, "bias": 5}
         query, key, value = _projected(ctx, node, inputs, required(inputs, 1))
     if optional(inputs, places["past"]) is not None:
-        raise NotFollowed("attends to a past, which is not followed")
+        raise NotFollowed("attends to past keys and values, which the proof does not support")
     scale = attribute(node, "scale") or 1 / math.sqrt(head_size(query))
     scores = scores_of(ctx, query, key, float(scale))
     filler = float(attribute(node, "mask_filter_value", -10000.0))
@@ -90,17 +94,20 @@ def attention_microsoft(ctx: Context, node: ir.Node, inputs: list[Value | None])
     standing, cause = joined([found, *(ctx.as_data(one) for one in inputs if one is not None)])
     return [
         replace(found, standing=standing, cause=cause),
-        *([ctx.unknown("gives a past, which is not followed")] * (len(node.outputs) - 1)),
+        *([ctx.unknown("returns past keys and values, which the proof does not support")] * (len(node.outputs) - 1)),
     ]
 
 
 @rule("MultiHeadAttention", domain=MICROSOFT)
 def multi_head_attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Source: onnxruntime's contrib operator MultiHeadAttention."""
+    """Return attention of separate queries, keys and values.
+
+    Source: onnxruntime's contrib operator MultiHeadAttention.
+    """
     heads = int(attribute(node, "num_heads"))
     query = ctx.as_data(required(inputs, 0))
     if len(query.axes) != 3 or optional(inputs, 1) is None or optional(inputs, 2) is None:
-        raise NotFollowed("takes packed queries, keys and values, which are not followed")
+        raise NotFollowed("takes packed queries, keys and values, which the proof does not support")
     key, value = ctx.as_data(required(inputs, 1)), ctx.as_data(required(inputs, 2))
     bias = optional(inputs, 3)
     if bias is not None:
@@ -113,7 +120,7 @@ def multi_head_attention(ctx: Context, node: ir.Node, inputs: list[Value | None]
         query, key, value = parts
     query, key, value = (heads_first(ctx, one, heads) for one in (query, key, value))
     if optional(inputs, 6) is not None:
-        raise NotFollowed("attends to a past, which is not followed")
+        raise NotFollowed("attends to past keys and values, which the proof does not support")
     scale = attribute(node, "scale") or 1 / math.sqrt(head_size(query))
     scores = scores_of(ctx, query, key, float(scale))
     filler = float(attribute(node, "mask_filter_value", -10000.0))
@@ -123,7 +130,9 @@ def multi_head_attention(ctx: Context, node: ir.Node, inputs: list[Value | None]
         scores = scores.added(more)
     if attribute(node, "unidirectional", 0):
         if size_of(query.axes[2]) != size_of(key.axes[2]):
-            raise NotFollowed("hides keys by how many more of them there are than queries, which is not followed")
+            raise NotFollowed(
+                "masks keys by how many more keys than queries there are, which the proof does not support"
+            )
         scores = scores.causal()
     found = heads_last(ctx, weighted(ctx, scores.shares(), value))
     return [found, key, value, without_bounds(scores.value)][: len(node.outputs)]
@@ -131,14 +140,14 @@ def multi_head_attention(ctx: Context, node: ir.Node, inputs: list[Value | None]
 
 @rule("GroupQueryAttention", domain=MICROSOFT)
 def group_query_attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Source: onnxruntime's contrib operator GroupQueryAttention, which is always causal."""
+    """Return causal attention with shared heads. Source: onnxruntime's contrib operator GroupQueryAttention."""
     heads, kv_heads = int(attribute(node, "num_heads")), int(attribute(node, "kv_num_heads"))
     if optional(inputs, 1) is None or optional(inputs, 2) is None:
-        raise NotFollowed("takes packed queries, keys and values, which are not followed")
+        raise NotFollowed("takes packed queries, keys and values, which the proof does not support")
     query, key, value = (ctx.as_data(required(inputs, at)) for at in range(3))
     past = optional(inputs, 3)
     if past is not None and size_of(past.axes[2]).number != 0:
-        raise NotFollowed("attends to a past, which is not followed")
+        raise NotFollowed("attends to past keys and values, which the proof does not support")
     query, key, value = (
         heads_first(ctx, query, heads),
         heads_first(ctx, key, kv_heads),
@@ -158,6 +167,6 @@ def group_query_attention(ctx: Context, node: ir.Node, inputs: list[Value | None
         whole = ctx.as_data(total)
         if whole.standing > standing:
             standing, cause = whole.standing, whole.cause
-    # Rows that end before their padding are the prompt's own; what stands behind may be anything finite.
+    # Rows that end before their padding are the sequence's own. Later rows may hold any finite number.
     result = replace(found, standing=standing, cause=cause)
     return [result, key, value, without_bounds(scores.value)][: len(node.outputs)]

@@ -1,4 +1,4 @@
-"""Operators by elements: each number of the result depends on the numbers in its own place, so nothing is mixed."""
+"""Elementwise functions: each element of the result depends on the elements in its own place, so nothing is mixed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,21 @@ from attnserve_server.conversion.proof.values import Entry, Value
 
 Function = Callable[..., Interval]
 _LOWERS_FROM: Final = 1.0
-"""What a mask takes off a score is at least this much; less is an ordinary bias."""
+"""The minimum that a mask subtracts from a score. A smaller number is an ordinary bias."""
 
 
 def pointwise(ctx: Context, function: Function, operands: Sequence[Value], *, op: str = "") -> Value:
-    """The result of a function of the operands' numbers, place by place."""
+    """Return the value of a function of the operands, element by element, after broadcasting.
+
+    Args:
+        ctx: The interpretation.
+        function: Maps the operands' intervals to the result's interval.
+        operands: The operands.
+        op: The operator, where masks need its meaning: `Add`, `Sub`, `Mul`, `Div`, `Where` or `Same`.
+
+    Raises:
+        NotFollowed: The operands' axes are not known to agree.
+    """
     operands = [ctx.as_data(value) for value in operands]
     layout, placed = aligned(operands)
     span = function(*(value.span for value in operands))
@@ -30,7 +40,7 @@ def pointwise(ctx: Context, function: Function, operands: Sequence[Value], *, op
         regions[region] = entry
     hides = any(entry.only is not None or entry.lowered for entry in regions.values())
     hides = hides or (bool(span.wild or not layout_varies(layout)) and any(value.masks for value in operands))
-    # A window says nothing of regions, and yet that every position sees itself.
+    # A window has no facts about regions, and yet every position attends to itself.
     hides = hides or (lit.only is not None and any(value.structured for value in operands))
     standing, cause = joined(operands)
     result = Value(layout, standing, cause, span=span, lit=lit if hides else span, regions=regions)
@@ -45,12 +55,12 @@ def pointwise(ctx: Context, function: Function, operands: Sequence[Value], *, op
 
 
 def layout_varies(layout: Layout) -> bool:
-    """Whether any axis of a layout varies."""
+    """Return whether any axis of a layout varies."""
     return bool(varying(layout))
 
 
 def _entry(function: Function, op: str, entries: Sequence[Entry]) -> Entry:
-    """What is known of the elements of one region."""
+    """Return what holds of the elements of one region."""
     lit = function(*(entry.lit for entry in entries))
     if op in {"Add", "Sub"} and len(entries) == 2:
         lowered = _lowered(op, *entries)
@@ -71,12 +81,12 @@ def _entry(function: Function, op: str, entries: Sequence[Entry]) -> Entry:
 
 
 def _plain(entry: Entry) -> Interval:
-    """The interval of a region's elements, what was taken off included."""
+    """Return the interval of a region's elements, with `lowered` subtracted."""
     return entry.interval if not entry.lowered else add(entry.interval, number(-entry.lowered))
 
 
 def _lowered(op: str, one: Entry, other: Entry) -> Entry | None:
-    """The sum of a score and a mask, or of two masks."""
+    """Return the sum of a score and a mask, or of two masks. None for other operands."""
     if op == "Sub":
         if other.lowered:
             return None
@@ -86,7 +96,7 @@ def _lowered(op: str, one: Entry, other: Entry) -> Entry | None:
         if mask.lowered or taken is None or taken > -_LOWERS_FROM:
             continue
         if score.interval.only is not None and not score.lowered:
-            return None  # a number plus a number is a number
+            return None  # the sum of two known numbers is a known number
         if math.isinf(taken):
             bad = score.interval.wild & ~1
             return Entry(number(-math.inf)) if not bad else None
@@ -97,7 +107,7 @@ def _lowered(op: str, one: Entry, other: Entry) -> Entry | None:
 
 
 def _scaled(function: Function, op: str, one: Entry, other: Entry) -> Entry | None:
-    """A lowered score times a positive constant."""
+    """Return a lowered score times a positive constant. None for other operands."""
     if op == "Mul" and other.lowered and not one.lowered:
         one, other = other, one
     by = other.interval.only

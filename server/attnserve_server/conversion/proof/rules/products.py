@@ -1,4 +1,8 @@
-"""Products and sums over an axis: MatMul, Gemm, Einsum and their fused forms. Padded positions must weigh nothing."""
+"""The rules of MatMul, Gemm, Einsum and their fused forms: products, summed over an axis.
+
+A sum over a varying axis is equal only if padded elements are 0 in one operand and finite in the other. Otherwise it is
+different, or unknown where NaN may occur. Shapes that are not known to agree raise `NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +32,23 @@ from attnserve_server.conversion.proof.values import Entry, Region, Standing, Va
 
 NO_BOUND = 1e12
 LARGEST_NORM = 1 << 22
-"""Elements of a matrix up to which its greatest singular value is computed; of larger ones its Frobenius norm."""
+"""The number of elements up to which a matrix's greatest singular value is computed. Larger ones use the Frobenius
+norm."""
 
 
-def product(ctx: Context, one: Value, first: str, other: Value, second: str, wanted: str) -> Value:
-    """The sum of products in Einstein's notation, a letter an axis.
+def product(ctx: Context, one: Value, first: str, other: Value, second: str, kept: str) -> Value:
+    """Return a sum of products in Einstein's notation, with a letter for each axis.
 
     Args:
-        ctx: of the interpretation.
-        one: an operand.
-        first: its axes.
-        other: the other operand.
-        second: its axes.
-        wanted: those of the result; letters that are not in it are summed over.
+        ctx: The interpretation.
+        one: An operand.
+        first: Its axes.
+        other: The other operand.
+        second: Its axes.
+        kept: The axes of the result. Letters that are not in it are summed over.
+
+    Raises:
+        NotFollowed: Ranks or lengths are not known to agree.
     """
     one, other = ctx.as_data(one), ctx.as_data(other)
     if len(first) != len(one.axes) or len(second) != len(other.axes):
@@ -52,31 +60,31 @@ def product(ctx: Context, one: Value, first: str, other: Value, second: str, wan
             if known is None or is_one(known):
                 axes[letter] = axis
             elif not is_one(axis) and not alike(known, axis):
-                raise NotFollowed("axes of a MatMul are not known to have one length")
+                raise NotFollowed("axes of a MatMul are not known to have equal lengths")
     standing, cause = joined([one, other])
     for letter in dict.fromkeys(first + second):
-        if letter in wanted or is_plain(axes[letter]):
+        if letter in kept or is_plain(axes[letter]):
             continue
         kind, why = _summed(ctx, letter, axes[letter], (first, one), (second, other))
         if kind > standing:
             standing, cause = kind, ctx.cause(why)
-    layout = tuple(axes[letter] for letter in wanted)
-    places_of = {letter: ordinals(layout, at) for at, letter in enumerate(wanted)}
+    layout = tuple(axes[letter] for letter in kept)
+    places_of = {letter: ordinals(layout, at) for at, letter in enumerate(kept)}
     bits = wild_anywhere(one) | wild_anywhere(other)
-    # What is summed of positive numbers is positive.
+    # A sum of products of non-negative numbers is not negative.
     low = 0.0 if one.span.low >= 0 and other.span.low >= 0 else -math.inf
     regions = _regions(places_of, (first, one), (second, other), Interval(low, wild=NAN if bits else 0))
-    most = _most(axes, wanted, (first, one), (second, other))
+    most = _most(axes, kept, (first, one), (second, other))
     span = Interval(max(low, -most), most, NAN if bits else 0)
     result = Value(layout, standing, cause, span=span, lit=span, regions=regions)
-    return _with_norm(ctx, result, (first, one), (second, other), wanted)
+    return _with_norm(ctx, result, (first, one), (second, other), kept)
 
 
 Operand = tuple[str, Value]
 
 
 def _summed(ctx: Context, letter: str, axis: Axis, *operands: Operand) -> tuple[Standing, str]:
-    """Whether a sum over a varying axis mixes: not if padded elements are 0 in one operand and finite in the other."""
+    """Return the standing of a sum over a varying axis: equal if padding adds 0 times a finite number."""
     count = sum(factor.varies for factor in axis)
     if ctx.is_batch:
         return Standing.DIFFERENT, "sums over the rows of the batch"
@@ -88,8 +96,8 @@ def _summed(ctx: Context, letter: str, axis: Axis, *operands: Operand) -> tuple[
             own = ordinals(value.axes, letters.index(letter))
             entries.append(value.pad(own[place]) if own else Entry(value.span))
         if any(entry.interval.wild for entry in entries):
-            said = f"sums over {ctx.others} too, where infinities or NaN may stand: 0 times these is NaN"
-            return Standing.UNKNOWN, said
+            reason = f"sums over {ctx.others} too, which may hold infinities or NaN: 0 times these is NaN"
+            return Standing.UNKNOWN, reason
         if not any(entry.only == 0 for entry in entries):
             return Standing.DIFFERENT, f"sums over {ctx.others} too"
     return Standing.EQUAL, ""
@@ -110,9 +118,9 @@ def _regions(places_of: dict[str, list[int]], one: Operand, other: Operand, any_
     return regions
 
 
-def _most(axes: dict[str, Axis], wanted: str, one: Operand, other: Operand) -> float:
-    """The greatest absolute value of a result: by Euclidean lengths, or by how many products are summed."""
-    gone = [letter for letter in axes if letter not in wanted]
+def _most(axes: dict[str, Axis], kept: str, one: Operand, other: Operand) -> float:
+    """Return the greatest absolute value of a result, by Euclidean lengths or by the number of summed products."""
+    gone = [letter for letter in axes if letter not in kept]
     lengths = []
     for letters, value in (one, other):
         inside = [letter for letter in gone if letter in letters]
@@ -127,14 +135,14 @@ def _most(axes: dict[str, Axis], wanted: str, one: Operand, other: Operand) -> f
     greatest = (one[1].span.greatest, other[1].span.greatest)
     if math.inf not in greatest and count < math.inf:
         most = min(most, count * greatest[0] * greatest[1])
-    # So wide a bound is none: what is computed with real weights stays far from overflow.
+    # A bound this wide is no bound. With real weights, results stay far from overflow.
     return most if most < NO_BOUND else math.inf
 
 
-def _with_norm(ctx: Context, result: Value, one: Operand, other: Operand, wanted: str) -> Value:
-    """The length of a vector times a matrix of constants."""
+def _with_norm(ctx: Context, result: Value, one: Operand, other: Operand, kept: str) -> Value:
+    """Return the result with the length of a vector times a matrix of constants."""
     letters, matrix = other
-    last = wanted[-1] if wanted else ""
+    last = kept[-1] if kept else ""
     if matrix.constant is None or matrix.constant.ndim != 2 or letters[-1] != last:
         return result
     if one[1].norm == math.inf or one[0][one[1].norm_axis] != letters[0] or not ctx.bounds:
@@ -143,11 +151,11 @@ def _with_norm(ctx: Context, result: Value, one: Operand, other: Operand, wanted
     length = one[1].norm * greatest
     most = min(result.span.greatest, one[1].norm * widest)
     span = Interval(-most, most, result.span.wild)
-    return replace(result, norm=length, norm_axis=len(wanted) - 1, span=span, lit=span)
+    return replace(result, norm=length, norm_axis=len(kept) - 1, span=span, lit=span)
 
 
 def _matrix_norms(ctx: Context, matrix: Value) -> tuple[float, float]:
-    """The greatest singular value (or what is no less), and the greatest length of a column."""
+    """Return the greatest singular value (or an upper bound), and the greatest length of a column."""
     assert matrix.constant is not None
     key = id(matrix.constant)
     if key not in ctx.norms:
@@ -164,7 +172,7 @@ def _matrix_norms(ctx: Context, matrix: Value) -> tuple[float, float]:
 
 
 def matmul(ctx: Context, one: Value, other: Value) -> Value:
-    """MatMul by NumPy's rules."""
+    """Return a MatMul by NumPy's rules."""
     vectors = (len(one.axes) == 1, len(other.axes) == 1)
     left = one if not vectors[0] else _lifted(one)
     right = other if not vectors[1] else _lifted(other)
@@ -172,12 +180,12 @@ def matmul(ctx: Context, one: Value, other: Value) -> Value:
     letters = "abcdefghij"[:leading]
     first = letters[leading - (len(left.axes) - 2) :] + "mk"
     second = letters[leading - (len(right.axes) - 2) :] + "kn"
-    wanted = letters + ("" if vectors[0] else "m") + ("" if vectors[1] else "n")
+    kept = letters + ("" if vectors[0] else "m") + ("" if vectors[1] else "n")
     if vectors[0]:
         first, left = first.replace("m", ""), one
     if vectors[1]:
         second, right = second.replace("n", ""), other
-    return product(ctx, left, first, right, second, wanted)
+    return product(ctx, left, first, right, second, kept)
 
 
 def _lifted(value: Value) -> Value:
@@ -186,18 +194,18 @@ def _lifted(value: Value) -> Value:
 
 @rule("MatMul")
 def matmul_(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """The product of matrices."""
+    """Return the product of matrices."""
     return matmul(ctx, required(inputs, 0), required(inputs, 1))
 
 
 @rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
 def fused_matmul(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """The product of matrices, transposed first where attributes say so, times a number."""
+    """Return the product of matrices, transposed first where attributes select it, times a number."""
     values = []
     for at, name in enumerate(("transA", "transB")):
         value = required(inputs, at)
         if attribute(node, f"transBatch{name[-1]}", 0):
-            raise NotFollowed("a product with its batch axes transposed is not followed")
+            raise NotFollowed("the proof does not support a MatMul with transposed batch axes")
         if attribute(node, name, 0):
             rank = len(value.axes)
             value = permuted(value, [*range(rank - 2), rank - 1, rank - 2])
@@ -206,7 +214,7 @@ def fused_matmul(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Val
 
 
 def scaled(ctx: Context, value: Value, by: float) -> Value:
-    """A value times a number."""
+    """Return a value times a number."""
     if by == 1:
         return value
     factor = Value((), span=number(by), lit=number(by))
@@ -216,7 +224,7 @@ def scaled(ctx: Context, value: Value, by: float) -> Value:
 
 @rule("Gemm")
 def gemm(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """A product of two matrices and a bias."""
+    """Return a product of two matrices, plus a bias."""
     values = []
     for at, name in enumerate(("transA", "transB")):
         value = required(inputs, at)
@@ -226,7 +234,7 @@ def gemm(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 
 def biased(ctx: Context, value: Value, bias: Value | None) -> Value:
-    """A value and a bias, if there is one."""
+    """Return a value plus a bias, if there is one."""
     if bias is None:
         return value
     found = pointwise(ctx, add, [value, bias], op="Add")
@@ -238,21 +246,21 @@ def biased(ctx: Context, value: Value, bias: Value | None) -> Value:
 
 @rule("Einsum")
 def einsum(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Einstein's notation, of one or two operands."""
+    """Return an Einsum of one or two operands."""
     equation = str(attribute(node, "equation")).replace(" ", "")
-    left, arrow, wanted = equation.partition("->")
+    left, arrow, kept = equation.partition("->")
     terms = left.split(",")
     values = [required(inputs, at) for at in range(len(terms))]
     if "." in equation or not arrow or len(terms) > 2 or any(len(set(term)) != len(term) for term in terms):
-        raise NotFollowed(f"the equation {equation} is not followed")
+        raise NotFollowed(f"the proof does not support the equation {equation}")
     if len(terms) == 1:
         one = Value((), span=number(1), lit=number(1))
-        return product(ctx, values[0], terms[0], one, "", wanted)
-    return product(ctx, values[0], terms[0], values[1], terms[1], wanted)
+        return product(ctx, values[0], terms[0], one, "", kept)
+    return product(ctx, values[0], terms[0], values[1], terms[1], kept)
 
 
 def times(ctx: Context, values: Sequence[Value]) -> Value:
-    """The product of values, element by element."""
+    """Return the elementwise product of values."""
     found = values[0]
     for other in values[1:]:
         found = pointwise(ctx, multiply, [found, other], op="Mul")

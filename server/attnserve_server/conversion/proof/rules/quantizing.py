@@ -1,4 +1,8 @@
-"""Whole numbers in the place of fractions: scales that are constants, of one row, or of a whole batch at once."""
+"""The rules of quantization: scales that are constants, of one row, or of a whole batch.
+
+A scale of a whole varying value makes the result different. Scales of blocks, and transposed integer products, raise
+`NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +21,21 @@ from attnserve_server.conversion.proof.rules.products import biased, matmul, tim
 from attnserve_server.conversion.proof.sizes import Size
 from attnserve_server.conversion.proof.values import Entry, Standing, Value
 
-DYNAMIC: Final = "one scale is taken from all of it at once, {others} included (dynamic quantization)"
+DYNAMIC: Final = "one scale spans all elements, {others} included (dynamic quantization)"
 _BYTES: Final = Interval(-128, 255)
 
 
 def spans_all(ctx: Context, value: Value) -> tuple[Standing, str]:
-    """Whether a scale that is taken from a whole value depends on more than the sequence's own part."""
+    """Return whether a scale computed from a whole value depends on more than the sequence's own part."""
     factors = len(varying(value.axes))
     if not factors or (factors == 1 and not ctx.is_batch and value.pad(0).only == 0):
-        return Standing.EQUAL, ""  # the range that a scale covers has 0 in it anyway
+        return Standing.EQUAL, ""  # the range of a scale always includes 0
     return Standing.DIFFERENT, DYNAMIC.format(others=ctx.others)
 
 
 @rule("DynamicQuantizeLinear")
 def dynamic_quantize(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Bytes, with a scale and a zero point that come of the least and the greatest of all elements."""
+    """Return uint8 numbers, with a scale and a zero point from the minimum and the maximum of all elements."""
     value = ctx.as_data(required(inputs, 0))
     standing, reason = spans_all(ctx, value)
     cause = ctx.cause(reason) if reason else None
@@ -44,7 +48,7 @@ def dynamic_quantize(ctx: Context, node: ir.Node, inputs: list[Value | None]) ->
 
 
 def _along(value: Value, scale: Value, axis: int) -> Value:
-    """A scale of one number for each channel, on the axis of the channels."""
+    """Return a scale of one number for each channel, on the axis of the channels."""
     if len(scale.axes) != 1 or is_one(scale.axes[0]):
         return scale
     after = len(value.axes) - 1 - axis
@@ -54,11 +58,11 @@ def _along(value: Value, scale: Value, axis: int) -> Value:
 
 @rule("QuantizeLinear", "DequantizeLinear")
 def quantize(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Each number by a scale that is given."""
+    """Return each number scaled by a given scale."""
     value, scale = ctx.as_data(required(inputs, 0)), ctx.as_data(required(inputs, 1))
     zero = optional(inputs, 2)
     if attribute(node, "block_size", 0):
-        raise NotFollowed("scales of blocks are not followed")
+        raise NotFollowed("the proof does not support scales of blocks")
     axis = attribute(node, "axis", 1)
     axis = axis + len(value.axes) if axis < 0 else axis
     operands = [value, _along(value, scale, axis), *([_along(value, zero, axis)] if zero is not None else [])]
@@ -78,7 +82,7 @@ def quantize(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 
 def _is_bytes(node: ir.Node, zero: Value | None) -> bool:
-    """Whether numbers are rounded to bytes, and not to a type of 16 bits."""
+    """Return whether numbers are rounded to 8 bits, and not to 16."""
     if attribute(node, "output_dtype", 0):
         return False
     return zero is None or (zero.constant is not None and zero.constant.dtype.itemsize == 1)
@@ -86,7 +90,7 @@ def _is_bytes(node: ir.Node, zero: Value | None) -> bool:
 
 @rule("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT)
 def quantize_microsoft(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """As the standard ones."""
+    """Return the result of onnxruntime's form of the standard operators."""
     found = quantize(ctx, node, inputs)
     assert isinstance(found, Value)
     return found
@@ -94,14 +98,14 @@ def quantize_microsoft(ctx: Context, node: ir.Node, inputs: list[Value | None]) 
 
 @rule("MatMulInteger")
 def matmul_integer(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """A product of whole numbers, minus their zero points."""
+    """Return a product of integers, minus their zero points."""
     one, other = _shifted(ctx, inputs, 0, 2, rows=True), _shifted(ctx, inputs, 1, 3, rows=False)
     return matmul(ctx, one, other)
 
 
 @rule("MatMulInteger16", domain=MICROSOFT)
 def matmul_integer16(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """A product of whole numbers."""
+    """Return a product of integers."""
     return matmul(ctx, required(inputs, 0), required(inputs, 1))
 
 
@@ -117,7 +121,7 @@ def _shifted(ctx: Context, inputs: list[Value | None], at: int, zero: int, *, ro
 
 @rule("MatMulIntegerToFloat", domain=MICROSOFT)
 def matmul_integer_to_float(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """A product of bytes, in fractions: a scale for each of the two, their zero points, and a bias."""
+    """Return a product of 8-bit integers as floats: times a scale for each operand, plus a bias."""
     one, other = _shifted(ctx, inputs, 0, 4, rows=True), _shifted(ctx, inputs, 1, 5, rows=False)
     found = matmul(ctx, one, other)
     scales = [ctx.as_data(required(inputs, at)) for at in (2, 3)]
@@ -130,7 +134,7 @@ def _scalar(value: Value) -> Value:
 
 @rule("DynamicQuantizeMatMul", domain=MICROSOFT)
 def dynamic_quantize_matmul(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """A product whose first operand is rounded by a scale of all its rows."""
+    """Return a product whose first operand is rounded with one scale for all its rows."""
     value, matrix = ctx.as_data(required(inputs, 0)), required(inputs, 1)
     standing, reason = spans_all(ctx, value)
     found = biased(ctx, matmul(ctx, value, matrix), optional(inputs, 4))
@@ -143,7 +147,7 @@ def dynamic_quantize_matmul(ctx: Context, node: ir.Node, inputs: list[Value | No
 
 @rule("QLinearMatMul")
 def qlinear_matmul(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """A product of bytes with scales that are given, back to bytes."""
+    """Return a product of 8-bit integers with given scales, rounded to 8 bits."""
     one, other = _shifted(ctx, inputs, 0, 2, rows=True), _shifted(ctx, inputs, 3, 5, rows=False)
     return _bytes(ctx, matmul(ctx, one, other), inputs)
 
@@ -158,11 +162,11 @@ def _bytes(ctx: Context, found: Value, inputs: Sequence[Value | None]) -> Value:
 
 @rule("QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearLeakyRelu", "QGemm", domain=MICROSOFT)
 def qlinear(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Bytes with scales that are given, element by element."""
+    """Return elementwise operators of 8-bit integers with given scales."""
     if node.op_type == "QGemm":
         one, other = required(inputs, 0), required(inputs, 3)
         if attribute(node, "transA", 0) or attribute(node, "transB", 0):
-            raise NotFollowed("a transposed product of bytes is not followed")
+            raise NotFollowed("the proof does not support transposed 8-bit products")
         return _bytes(ctx, matmul(ctx, one, other), inputs)
     wide = [required(inputs, 0), *([required(inputs, 3)] if node.op_type in {"QLinearAdd", "QLinearMul"} else [])]
     return _bytes(ctx, pointwise(ctx, lambda *_each: _BYTES, wide), inputs)
@@ -170,11 +174,11 @@ def qlinear(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("MatMulNBits", "MatMulBnb4", domain=MICROSOFT)
 def matmul_n_bits(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """A product with constants of few bits: activations are rounded by blocks of their own row, if at all."""
+    """Return a product with constants of few bits. Activations are rounded by blocks of one row, if at all."""
     value = ctx.as_data(required(inputs, 0))
     others = [other for other in inputs[1:] if other is not None]
     if any(other.varies for other in others[:2]):
-        return ctx.unknown("multiplies with packed weights that are no constants")
+        return ctx.unknown("multiplies with packed weights that are not constant")
     standing, cause = joined([value, *(ctx.as_data(other) for other in others)])
     places = {at: at for at in range(len(varying(value.axes[:-1])))}
     layout = (*value.axes[:-1], plain(Size.of(int(attribute(node, "N")))))

@@ -1,4 +1,7 @@
-"""Reductions and running sums over an axis: padded elements must change nothing of them."""
+"""The rules of reductions and running sums. Padded elements must be neutral, or the result is different.
+
+Axes that are computed raise `NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,12 @@ _NEUTRAL: Final = {
     "ReduceMax": -math.inf,
     "ReduceMin": math.inf,
 }
-"""The number that changes nothing. A mean has none, since it divides by how many there are."""
+"""The neutral number. A mean has none, because it divides by the number of elements."""
 _WORDS: Final = {
     "ReduceMean": "takes the mean over",
     "ReduceSum": "sums over",
-    "ReduceMax": "takes the greatest over",
-    "ReduceMin": "takes the least over",
+    "ReduceMax": "takes the maximum over",
+    "ReduceMin": "takes the minimum over",
 }
 
 
@@ -64,7 +67,7 @@ _WORDS: Final = {
     "ReduceLogSumExp",
 )
 def reduce(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """One number of all along some axes."""
+    """Return the reduction of a value along some axes."""
     given = required(inputs, 0)
     op = node.op_type
     if op == "ReduceProd" and given.sizes is not None and all(size is not None for size in given.sizes):
@@ -77,7 +80,7 @@ def reduce(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     if axes is None and optional(inputs, 1) is not None:
         axes = numbers(inputs[1])
         if axes is None:
-            raise NotFollowed("axes that are computed cannot be followed")
+            raise NotFollowed("the proof cannot follow computed axes")
     if not axes:
         if attribute(node, "noop_with_empty_axes", 0):
             if op in {"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd"}:
@@ -89,18 +92,18 @@ def reduce(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 
 def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: bool) -> Value:
-    """The result of a reduction."""
+    """Return the reduction of a value along known axes."""
     layout, places = without(value.axes, axes, keep=keep)
     gone = [place for at in axes for place in ordinals(value.axes, at)]
     standing, cause = value.standing, value.cause
     for place in gone:
         if not _neutral(op, value, place, HALF_HIDDEN if ctx.precision == "fp16" else EXACTLY_HIDDEN):
             word = _WORDS.get(op, f"reduces ({op})")
-            worse, said = Standing.DIFFERENT, f"{word} {ctx.others} too"
+            worse, reason = Standing.DIFFERENT, f"{word} {ctx.others} too"
             if op == "ReduceMax" and not ctx.is_batch and value.pad(place).high <= MASKED_FROM:
-                worse, said = Standing.ASSUMED, f"finite mask, unbounded values: {word} {ctx.others} too"
+                worse, reason = Standing.ASSUMED, f"finite mask, unbounded values: {word} {ctx.others} too"
             if worse > standing:
-                standing, cause = worse, ctx.cause(said)
+                standing, cause = worse, ctx.cause(reason)
     regions = {}
     for (kind, one, other), entry in value.regions.items():
         if one in places and other in places and kind == "pad":
@@ -109,7 +112,7 @@ def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: b
             regions[kind, places[one], places[other]] = Entry(known, lit=entry.lit)
     count = _span(op, replace(value.span, wild=wild_anywhere(value)), value, axes)
     if op == "ReduceMax" and not value.lit.wild and count.wild == NEGATIVE:
-        # The greatest is no less than what masks leave.
+        # The maximum is no less than the visible elements.
         ctx.need(value.masks, everything=len(value.masks) > 1 or bool(value.structured))
         count = Interval(max(count.low, value.lit.low), count.high)
         regions = {region: _of_rows_with_a_key(entry) for region, entry in regions.items()}
@@ -124,17 +127,17 @@ def reduced(ctx: Context, op: str, value: Value, axes: Sequence[int], *, keep: b
 
 
 def _of_rows_with_a_key(entry: Entry) -> Entry:
-    """The greatest of rows, none of which a mask empties."""
+    """Return the maximum of rows, each with a visible element."""
     return entry if entry.lit.wild else Entry(replace(entry.interval, wild=0))
 
 
 def is_wide(layout: Layout, axis: int, own: Sequence[int]) -> bool:
-    """Whether an axis has more to it than one varying factor."""
+    """Return whether an axis consists of more than one varying factor."""
     return not own and size_of(layout[axis]).number != 1
 
 
 def without(layout: Layout, axes: Sequence[int], *, keep: bool) -> tuple[Layout, Places]:
-    """A layout without some axes, or with one position on each."""
+    """Return a layout without some axes, or with one position on each, and the places of its varying factors."""
     kept = [at for at in range(len(varying(layout))) if varying(layout)[at][0] not in axes]
     places = {place: at for at, place in enumerate(kept)}
     if keep:
@@ -147,7 +150,7 @@ def _plain(entry: Entry) -> Interval:
 
 
 def _neutral(op: str, value: Value, place: int, lowest: float) -> bool:
-    """Whether the padded elements change nothing of the result."""
+    """Return whether the padded elements do not change the result."""
     neutral = _NEUTRAL.get(op)
     entry = value.pad(place)
     if neutral is None or entry.lowered or entry.interval.wild & NAN:
@@ -171,7 +174,7 @@ def _span(op: str, span: Interval, value: Value, axes: Sequence[int]) -> Interva
             return Interval(0.0, 0.0, span.wild)
         if op == "ReduceL1":
             return Interval(0.0, span.greatest * most, span.wild)
-        # A sum over one position or more of positive numbers is no less than the least of them.
+        # A sum over at least one position of positive numbers is no less than their minimum.
         low = span.low if span.low > 0 else low
         return Interval(low, high, span.wild | (NAN if span.wild & 3 == 3 else 0))
     if op in {"ReduceL2", "ReduceSumSquare"}:
@@ -181,20 +184,20 @@ def _span(op: str, span: Interval, value: Value, axes: Sequence[int]) -> Interva
 
 @rule("CumSum")
 def cumulative_sum(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Sums up to each position: what stands behind it counts only in reverse."""
+    """Return sums up to each position. Later positions count only in reverse."""
     value = ctx.as_data(required(inputs, 0))
     axes = numbers(required(inputs, 1))
     if axes is None or len(axes) != 1:
-        raise NotFollowed("adds up along an axis that is not known")
+        raise NotFollowed("sums along an axis that is not known")
     axis = axes[0] % len(value.axes)
     standing, cause = value.standing, value.cause
     own = ordinals(value.axes, axis)
     if own and ctx.is_batch:
-        standing, cause = Standing.DIFFERENT, ctx.cause("adds up over the rows of the batch")
+        standing, cause = Standing.DIFFERENT, ctx.cause("sums over the rows of the batch")
     elif own and attribute(node, "reverse", 0) and value.pad(own[0]).only != 0:
-        standing, cause = Standing.DIFFERENT, ctx.cause("adds up from the end, where padding stands")
+        standing, cause = Standing.DIFFERENT, ctx.cause("sums from the end, where the padding is")
     elif own and (len(value.axes[axis]) != 1 or value.axes[axis][0].tail):
-        return ctx.unknown("adds up over a folded axis")
+        return ctx.unknown("sums over a folded axis")
     most = max(size_of(value.axes[axis]).bounds()[1], 0)
     wild = wild_anywhere(value)
     low = min(value.span.low, value.span.low * most if value.span.low else 0.0)

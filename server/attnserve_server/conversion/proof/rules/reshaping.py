@@ -1,4 +1,7 @@
-"""Operators that change only a tensor's shape or the order of its axes: Reshape, Transpose, Squeeze, Unsqueeze."""
+"""The rules of operators that change only the shape or the order of axes: Reshape, Transpose, Squeeze, Unsqueeze.
+
+A reshape that splits the varying axis, and shapes or axes that are not known, raise `NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +34,12 @@ from attnserve_server.conversion.proof.values import Value
 
 @rule("Reshape")
 def reshape(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """The same elements, in row-major order, in another shape."""
+    """Return the same elements, in row-major order, in another shape."""
     value = required(inputs, 0)
-    wanted = sizes_of(required(inputs, 1))
+    shape = sizes_of(required(inputs, 1))
     zeros_are_zero = bool(attribute(node, "allowzero", 0))
     sizes: list[Size | None] = []
-    for at, size in enumerate(wanted):
+    for at, size in enumerate(shape):
         copies = size.number == 0 and not zeros_are_zero
         sizes.append(size_of(value.axes[at]) if copies else None if size.number == -1 else size)
     total = product(size_of(axis) for axis in value.axes)
@@ -44,13 +47,13 @@ def reshape(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         known = product(size for size in sizes if size is not None)
         rest = total.over(known)
         if rest is None:
-            raise NotFollowed("the size that a reshape infers is no product of known ones")
+            raise NotFollowed("the size that a reshape infers is not known")
         sizes = [rest if size is None else size for size in sizes]
     return into(value, [size for size in sizes if size is not None])
 
 
 def into(value: Value, sizes: Sequence[Size]) -> Value:
-    """A value in another shape."""
+    """Return a value in another shape."""
     if value.sizes is not None:
         return replace(value, layout=tuple(plain(size) for size in sizes), constant=None)
     layout = reshaped(value.axes, sizes)
@@ -63,7 +66,7 @@ def into(value: Value, sizes: Sequence[Size]) -> Value:
 
 
 def _with_norm(value: Value, result: Value) -> Value:
-    """Parts of a vector are no longer than the vector."""
+    """Return the result with the norm of the value: a part of a vector is no longer than the vector."""
     if value.norm < math.inf and value.layout and result.layout and value.norm_axis == len(value.layout) - 1:
         last, new = size_of(value.layout[-1]), size_of(result.layout[-1])
         if last.over(new) is not None:
@@ -73,7 +76,7 @@ def _with_norm(value: Value, result: Value) -> Value:
 
 @rule("Flatten")
 def flatten(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Two axes: those before one, and those from it on."""
+    """Return the value with two axes: those before one, and those from it on."""
     value = required(inputs, 0)
     axis = attribute(node, "axis", 1)
     at = axis if axis >= 0 else axis + len(value.axes)
@@ -83,14 +86,14 @@ def flatten(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("Transpose")
 def transpose(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Axes in another order."""
+    """Return the value with its axes in another order."""
     value = required(inputs, 0)
     order = attribute(node, "perm") or list(range(len(value.axes)))[::-1]
     return permuted(value, order)
 
 
 def permuted(value: Value, order: Sequence[int]) -> Value:
-    """A value with its axes in another order."""
+    """Return a value with its axes in another order."""
     sizes = sizes_array(value)
     if sizes is not None and sizes.ndim == len(order):
         return of_sizes_array(sizes.transpose(order), floating=value.floating)
@@ -109,13 +112,13 @@ def _axes_of(node: ir.Node, inputs: list[Value | None], rank: int) -> list[int] 
     if given is None and optional(inputs, 1) is not None:
         given = numbers(inputs[1])
         if given is None:
-            raise NotFollowed("axes that are computed cannot be followed")
+            raise NotFollowed("the proof cannot follow computed axes")
     return None if given is None else [axis + rank if axis < 0 else axis for axis in given]
 
 
 @rule("Squeeze")
 def squeeze(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Axes of one position left out."""
+    """Return the value without axes of one position."""
     value = required(inputs, 0)
     gone = _axes_of(node, inputs, len(value.axes))
     if gone is None:
@@ -137,16 +140,16 @@ def squeeze(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("Unsqueeze")
 def unsqueeze(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Axes of one position put in."""
+    """Return the value with additional axes of one position."""
     value = required(inputs, 0)
     given = attribute(node, "axes") or numbers(optional(inputs, 1))
     if given is None:
-        raise NotFollowed("axes that are computed cannot be followed")
+        raise NotFollowed("the proof cannot follow computed axes")
     return with_axes(value, given)
 
 
 def with_axes(value: Value, given: Sequence[int]) -> Value:
-    """A value with axes of one position put in."""
+    """Return a value with additional axes of one position."""
     rank = len(value.axes) + len(given)
     added = {axis + rank if axis < 0 else axis for axis in given}
     rest = iter(range(len(value.axes)))
@@ -164,13 +167,13 @@ def with_axes(value: Value, given: Sequence[int]) -> Value:
 
 @rule("Identity", "StopGradient", domain=MICROSOFT)
 def identity(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """The value itself."""
+    """Return the value itself."""
     return required(inputs, 0)
 
 
 @rule("DepthToSpace", "SpaceToDepth")
 def spaces(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Channels to places and back, in each row by itself."""
+    """Return channels moved to places or back, in each row separately."""
     value = required(inputs, 0)
     if not all(is_plain(axis) for axis in value.axes[1:]):
         return ctx.unknown("moves channels to places along the padded axis")
@@ -185,6 +188,6 @@ def spaces(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         less = sizes[0] * by
         more = [size.over(Size.of(block)) or ONE for size in sizes[1:]]
     if less is None:
-        raise NotFollowed("splits channels that are no multiple of the block")
+        raise NotFollowed("splits channels that are not divisible by the block")
     layout = (batch, plain(less), plain(more[0]), plain(more[1]))
     return Value(layout, value.standing, value.cause, span=value.span)

@@ -1,8 +1,8 @@
 """The parts of attention operators: scores, masks, Softmax and the sum over values, in that order.
 
-The rules take each attention operator apart into the MatMul and Softmax of its definition, so that they know no more of
-it than of attention that a graph writes out. Onnxruntime's kernels give zeros, or finite numbers, in a row that a mask
-empties, so no NaN comes out of them.
+The rules decompose each attention operator into the MatMul and Softmax of its definition, so that decomposed attention
+and operators have the same rules. Onnxruntime's kernels give zeros, or finite numbers, in a row that a mask
+empties, so the results hold no NaN. Unknown head sizes and ranks raise `NotFollowed`.
 """
 
 from __future__ import annotations
@@ -27,40 +27,43 @@ from attnserve_server.conversion.proof.sizes import Size
 from attnserve_server.conversion.proof.values import Value
 
 LOWEST: Final = -3.4028234663852886e38
-"""What stands in the place of minus infinity: these kernels make no NaN of a row that is masked from end to end."""
+"""The kernels' replacement of minus infinity, so that a fully masked row does not become NaN."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Attention scores on their way: (B, H, L, S)."""
+    """Attention scores before the softmax: (B, H, L, S)."""
 
     ctx: Context
     value: Value
 
     def added(self, mask: Value) -> Scores:
-        """With a mask or a bias added."""
+        """Return the scores plus a mask or a bias."""
         return Scores(self.ctx, pointwise(self.ctx, add, [self.value, mask], op="Add"))
 
     def kept(self, allowed: Value, filler: float = LOWEST) -> Scores:
-        """With the filler where a mask of truth values says no."""
+        """Return the scores with the filler where a boolean mask is False."""
         low = Value((), span=number(filler), lit=number(filler))
         zero = Value((), span=number(0), lit=number(0))
         bias = pointwise(self.ctx, chosen, [pointwise(self.ctx, as_truth, [allowed]), zero, low], op="Where")
         return self.added(bias)
 
     def positions(self, axis: int) -> Value | None:
-        """Positions along queries (2) or keys (3), if these vary."""
+        """Return the positions along queries (2) or keys (3), if these vary."""
         layout = self.value.axes
         own = ordinals(layout, axis)
         if not own or len(layout[axis]) != 1:
             return None
         if layout[axis][0].tail:
-            raise NotFollowed("masks keys by their positions, some of which stand behind padded ones")
+            raise NotFollowed("masks keys by their positions, some of which are behind the padding")
         alone = (layout[axis], plain(Size.of(1))) if axis == 2 else (layout[axis],)
         return index_value(self.ctx, alone, {0: Size.of(1)}, Size.of(0))
 
     def causal(self, before: int = 0) -> Scores:
-        """With keys hidden that stand behind their query; `before`: positions that keys have in front of queries."""
+        """Return the scores with keys behind their query hidden.
+
+        `before` is the number of keys in front of the first query.
+        """
         if self.ctx.is_batch:
             return self
         queries, keys = self.positions(2), self.positions(3)
@@ -72,13 +75,13 @@ class Scores:
         return self.kept(allowed)
 
     def shares(self) -> Value:
-        """Softmax over the keys."""
+        """Return the softmax over the keys."""
         found = softmaxed(self.ctx, self.ctx.as_data(self.value), [3])
         return without_nan(found)
 
 
 def heads_first(ctx: Context, value: Value, heads: int) -> Value:
-    """(B, H, T, D) of (B, T, H * D), or of what has four axes already."""
+    """Return (B, H, T, D) of a value (B, T, H * D), or the value where it has four axes."""
     if len(value.axes) == 4:
         return value
     if len(value.axes) != 3:
@@ -86,20 +89,20 @@ def heads_first(ctx: Context, value: Value, heads: int) -> Value:
     batch, length, width = (size_of(axis) for axis in value.axes)
     size = width.over(Size.of(heads))
     if size is None:
-        raise NotFollowed("a width that heads do not divide")
+        raise NotFollowed("the width is not divisible by the number of heads")
     split = into(value, [batch, length, Size.of(heads), size])
     return permuted(split, [0, 2, 1, 3])
 
 
 def heads_last(ctx: Context, value: Value) -> Value:
-    """(B, L, H * D) of (B, H, L, D)."""
-    turned = permuted(value, [0, 2, 1, 3])
-    batch, length, heads, size = (size_of(axis) for axis in turned.axes)
-    return into(turned, [batch, length, heads * size])
+    """Return (B, L, H * D) of a value (B, H, L, D)."""
+    transposed = permuted(value, [0, 2, 1, 3])
+    batch, length, heads, size = (size_of(axis) for axis in transposed.axes)
+    return into(transposed, [batch, length, heads * size])
 
 
 def scores_of(ctx: Context, query: Value, key: Value, scale: float) -> Scores:
-    """Query times key; heads of keys are repeated for the queries that share them."""
+    """Return query times key. Heads of keys are repeated for the queries that share them."""
     key = _repeated(key, query)
     return Scores(ctx, scaled(ctx, product(ctx, query, "bhqd", key, "bhkd", "bhqk"), scale))
 
@@ -109,12 +112,12 @@ def _repeated(value: Value, like: Value) -> Value:
 
 
 def weighted(ctx: Context, shares: Value, value: Value) -> Value:
-    """The sum over values by their shares."""
+    """Return the sum over values by their weights."""
     return product(ctx, shares, "bhqk", _repeated(value, shares), "bhkd", "bhqd")
 
 
 def head_size(value: Value) -> int:
-    """D. Raises NotFollowed where it is not a number."""
+    """Return D. Raise NotFollowed where it is not a number."""
     found = size_of(value.axes[-1]).number
     if found is None:
         raise NotFollowed("splits heads of an unknown size")
@@ -122,7 +125,7 @@ def head_size(value: Value) -> int:
 
 
 def lowest_for_infinite(mask: Value) -> Value:
-    """An added mask whose infinities the kernel answers as if they were the lowest number."""
+    """Return an added mask with the lowest number instead of infinities, as the kernel treats them."""
 
     def finite(interval: Interval) -> Interval:
         low = LOWEST if math.isinf(interval.low) and interval.wild & 1 else interval.low
@@ -137,7 +140,10 @@ def lowest_for_infinite(mask: Value) -> Value:
 
 
 def up_to(ctx: Context, scores: Scores, ends: Value, op: str) -> Scores:
-    """Keys before an end that each row has; behind the sequence, where the end is a count of allowed positions."""
+    """Return scores with the keys from a row's end on hidden.
+
+    Where the end is a count of allowed positions, these are padding.
+    """
     if ctx.is_batch:
         standing, cause = joined([scores.value, ctx.as_data(ends)])
         return Scores(ctx, replace(scores.value, standing=standing, cause=cause))
@@ -154,5 +160,5 @@ def up_to(ctx: Context, scores: Scores, ends: Value, op: str) -> Scores:
 
 
 def without_bounds(value: Value) -> Value:
-    """A value of which only its axes and its standing are known."""
+    """Return a value with its axes and its standing only."""
     return Value(value.layout, value.standing, value.cause)

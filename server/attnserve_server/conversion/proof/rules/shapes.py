@@ -1,4 +1,7 @@
-"""Operators that make shapes, and tensors from shapes: Shape, Size, ConstantOfShape, Range, Expand, Tile, Trilu."""
+"""The rules of operators that make shapes, and tensors from shapes, such as Shape, Range, Expand, Tile and Trilu.
+
+Ranges, triangles and fillings whose length cannot be represented raise `NotFollowed` or are unknown.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +44,10 @@ from attnserve_server.conversion.proof.values import Entry, Standing, Value
 
 @rule("Shape", shapes_only=True)
 def shape(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """The sizes of all axes, or of some."""
+    """Return the sizes of all axes, or of some."""
     value = required(inputs, 0)
     if value.layout is None:
-        return ctx.unknown("the shape of a value is used whose axes are not known")
+        return ctx.unknown("uses the shape of a value whose axes are not known")
     sizes = [size_of(axis) for axis in value.layout]
     start, end = attribute(node, "start", 0), attribute(node, "end")
     return _sizes(sizes[slice(start, end)])
@@ -52,10 +55,10 @@ def shape(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("Size", shapes_only=True)
 def size(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """How many elements there are."""
+    """Return the number of elements."""
     value = required(inputs, 0)
     if value.layout is None:
-        return ctx.unknown("the size of a value is used whose axes are not known")
+        return ctx.unknown("uses the size of a value whose axes are not known")
     return replace(_sizes([product(size_of(axis) for axis in value.layout)]), layout=())
 
 
@@ -64,13 +67,13 @@ def _sizes(sizes: Sequence[Size]) -> Value:
 
 
 def filled(ctx: Context, sizes: Sequence[Size], interval: Interval) -> Value:
-    """A tensor of numbers of one interval."""
+    """Return a tensor of numbers of one interval."""
     return Value(tuple(ctx.axis_of(size) for size in sizes), span=interval, lit=interval)
 
 
 @rule("ConstantOfShape")
 def constant_of_shape(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """One number everywhere."""
+    """Return a tensor of one number."""
     tensor = attribute(node, "value")
     content = np.zeros(1, np.float32) if tensor is None else tensor.numpy()
     sizes = sizes_of(required(inputs, 0))
@@ -81,7 +84,7 @@ def constant_of_shape(ctx: Context, node: ir.Node, inputs: list[Value | None]) -
 
 @rule("Range")
 def range_(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Positions, one after another."""
+    """Return consecutive positions."""
     start, limit, step = (required(inputs, at) for at in range(3))
     by = numbers(step) if step.sizes is not None else None
     if by is None and step.span.only is not None:
@@ -89,8 +92,8 @@ def range_(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     first, last = (_only_size(value) for value in (start, limit))
     if by != [1] or first is None or last is None:
         if all(value.standing is Standing.EQUAL and not _uses(ctx, value) for value in (start, limit, step)):
-            raise NotFollowed("a range cannot be followed")
-        return ctx.unknown("a range depends on a length in a way that cannot be followed")
+            raise NotFollowed("the proof cannot follow a range of these bounds")
+        return ctx.unknown("a range depends on a length in a way that the proof cannot follow")
     count = last - first
     layout = (ctx.axis_of(count),)
     if len(layout[0]) != 1:
@@ -121,13 +124,13 @@ def _uses(ctx: Context, value: Value) -> bool:
 
 @rule("Expand")
 def expand(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Broadcast to a shape."""
+    """Return the value broadcast to a shape."""
     value = required(inputs, 0)
     return expanded(ctx, value, sizes_of(required(inputs, 1)))
 
 
 def expanded(ctx: Context, value: Value, sizes: Sequence[Size]) -> Value:
-    """A value broadcast with a shape."""
+    """Return a value broadcast with a shape."""
     layout = value.axes
     target: Layout = tuple(ctx.axis_of(one) for one in sizes)
     shift = len(target) - len(layout)
@@ -151,7 +154,7 @@ def expanded(ctx: Context, value: Value, sizes: Sequence[Size]) -> Value:
 
 @rule("Tile")
 def tile(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Repeated along axes; a varying axis cannot be repeated in place."""
+    """Return the value repeated along axes. A varying axis cannot be repeated in place."""
     value = required(inputs, 0)
     axes: list[Axis] = []
     places: Places = {}
@@ -169,7 +172,7 @@ def tile(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("Trilu")
 def trilu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """One triangle kept, zeros elsewhere."""
+    """Return one triangle of the value, with zeros elsewhere."""
     value = ctx.as_data(required(inputs, 0))
     shift = numbers(inputs[1]) if len(inputs) > 1 and inputs[1] is not None else [0]
     if shift is None or len(shift) != 1:
@@ -185,10 +188,10 @@ def trilu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
             span = value.span.hull(ZERO)
             return Value(layout, value.standing, value.cause, span=span, lit=span)
         if len(factors) == 1 or not whole:
-            return ctx.unknown("a triangle of unequal sides cannot be followed")
-        return ctx.unknown("a triangle of unequal lengths cannot be followed")
+            return ctx.unknown("the proof cannot follow a triangle of unequal sides")
+        return ctx.unknown("the proof cannot follow a triangle of unequal lengths")
     row, column = factors
-    # Columns minus rows is the index; kept where it is at least (upper) or at most (lower) the shift.
+    # The index is columns minus rows. It is kept where it is at least (upper) or at most (lower) the shift.
     index = index_value(ctx, layout, {column: Size.of(1), row: Size.of(-1)}, Size.of(-shift[0]))
     if ctx.is_batch:
         return ctx.bad(Standing.DIFFERENT, "keeps a triangle over the rows of the batch")
@@ -199,7 +202,7 @@ def trilu(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("EyeLike", shapes_only=True)
 def eye_like(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Ones on a diagonal."""
+    """Return ones on a diagonal."""
     value = required(inputs, 0)
     factors = varying(value.axes)
     if ctx.is_batch and factors:
@@ -212,7 +215,7 @@ def eye_like(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("RandomNormalLike", "RandomUniformLike", "RandomNormal", "RandomUniform", "Bernoulli", "Multinomial")
 def random(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Another answer at every run, with or without batch neighbours."""
+    """Return random numbers, which differ between any two runs."""
     value = inputs[0] if inputs else None
     layout = value.layout if value is not None else None
     return ctx.bad(Standing.DIFFERENT, "draws random numbers, which differ from run to run", layout)
@@ -220,7 +223,7 @@ def random(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 @rule("OneHot")
 def one_hot(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """One place marked for each index, along a new axis."""
+    """Return one marked place for each index, along a new axis."""
     value = ctx.as_data(required(inputs, 0))
     depth = sizes_of(required(inputs, 1))[0]
     if ctx.depends(depth):

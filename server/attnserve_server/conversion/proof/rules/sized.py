@@ -1,4 +1,4 @@
-"""Values that hold sizes, as arrays of these: what shapes are computed from."""
+"""Values that hold sizes, as NumPy arrays of `Size`. Shapes are computed from these."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SizesArray = npt.NDArray[np.object_]
 
 
 def sizes_array(value: Value) -> SizesArray | None:
-    """The sizes that a value holds, in its shape; None where it holds none, or its shape is not known."""
+    """Return the sizes that a value holds, in its shape. None where it holds none, or its shape is not known."""
     if value.sizes is None or value.layout is None:
         return None
     shape = [size_of(axis).number for axis in value.layout]
@@ -29,10 +29,10 @@ def sizes_array(value: Value) -> SizesArray | None:
 
 
 def of_sizes_array(array: SizesArray, *, floating: bool = False) -> Value:
-    """The value that holds these sizes."""
+    """Return the value that holds these sizes."""
     return of_sizes(list(array.reshape(-1)), array.shape, floating=floating)
 
 
 def of_sizes(sizes: Sequence[Size | None], shape: Sequence[int], *, floating: bool = False) -> Value:
-    """The value that holds these sizes, in row-major order."""
+    """Return the value that holds these sizes, in row-major order."""
     return sizes_value(Value(tuple(plain(Size.of(extent)) for extent in shape), floating=floating), sizes)

@@ -1,4 +1,8 @@
-"""Operators that keep a part of an axis, or turn it around: Slice, Split, ReverseSequence."""
+"""The rules of operators that keep a part of an axis, or reverse it: Slice, Split, ReverseSequence.
+
+Of the varying axis, a slice may keep its first positions. A slice counted from the end makes the result different.
+Places that are not known raise `NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +42,9 @@ from attnserve_server.conversion.proof.values import Entry, Standing, Value
 
 @rule("Split", "SplitToSequence")
 def split(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Parts along an axis."""
+    """Return parts along an axis."""
     if node.op_type != "Split":
-        raise NotFollowed("handles sequences of tensors, which are not followed")
+        raise NotFollowed("uses sequences of tensors, which the proof does not support")
     value = required(inputs, 0)
     axis = attribute(node, "axis", 0)
     axis = axis + len(value.axes) if axis < 0 else axis
@@ -66,7 +70,7 @@ def split(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value
 
 @rule("Slice")
 def slice_(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Parts along some axes, from a start to an end, with a step."""
+    """Return parts along some axes, from a start to an end, with a step."""
     value = required(inputs, 0)
     rank = len(value.axes)
     if attribute(node, "starts") is not None:
@@ -90,7 +94,7 @@ def slice_(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 
 def sliced(ctx: Context, value: Value, axis: int, start: Size, end: Size, step: int) -> Value:
-    """A value from a start to an end along one axis."""
+    """Return a value from a start to an end along one axis."""
     whole = size_of(value.axes[axis])
     if step < 0:
         return _reversed(ctx, value, axis, start, end, step)
@@ -102,12 +106,12 @@ def sliced(ctx: Context, value: Value, axis: int, start: Size, end: Size, step: 
     if is_plain(value.axes[axis]):
         return _of_plain(ctx, value, axis, first, last, step)
     if ctx.is_batch:
-        return selected(ctx, value, "takes certain rows of the batch")
+        return selected(ctx, value, "takes fixed rows of the batch")
     return _of_varying(ctx, value, axis, first, last, step)
 
 
 def _place(at: Size, whole: Size) -> Size | None:
-    """A place along an axis, counted from its start and within it."""
+    """Return a place along an axis, counted from its start and clipped to it. None where it is not known."""
     low, high = at.bounds()
     if low < 0 and high < 0:
         found = whole + at
@@ -121,19 +125,19 @@ def _place(at: Size, whole: Size) -> Size | None:
 
 def _reversed(ctx: Context, value: Value, axis: int, start: Size, end: Size, step: int) -> Value:
     if not is_plain(value.axes[axis]):
-        return selected(ctx, value, f"turns the order around, so that {ctx.others} come first")
+        return selected(ctx, value, f"reverses the order, so that {ctx.others} come first")
     whole = size_of(value.axes[axis])
     if step == -1 and start.number in {-1, (1 << 63) - 1} and (end.number or 0) < -(1 << 30):
         places = {at: at for at in range(len(varying(value.axes)))}
         return value.moved(value.axes, places)
     if whole.number is None or start.number is None or end.number is None:
-        raise NotFollowed("slices backwards, which is not followed")
+        raise NotFollowed("slices backwards, which the proof does not support")
     count = len(range(whole.number)[slice(start.number, end.number, step)])
     return with_new_axis(value, axis, plain(Size.of(count)))
 
 
 def selected(ctx: Context, value: Value, reason: str) -> Value:
-    """A value that holds other positions than the sequence's own ones, or these in other places."""
+    """Return a value without the sequence's own positions, or with these in other places."""
     return replace(value.bare(), layout=None, standing=Standing.DIFFERENT, cause=ctx.cause(reason), regions={})
 
 
@@ -143,11 +147,11 @@ def _of_plain(ctx: Context, value: Value, axis: int, first: Size, last: Size, st
         return ctx.unknown("cuts a table at a place that depends on the padded length")
     if step != 1:
         if count.number is None:
-            raise NotFollowed("slices with a step, which is not followed")
+            raise NotFollowed("slices with a step, which the proof does not support")
         count = Size.of(-(-count.number // step))
     if ctx.is_batch and ctx.depends(count) and value.span.only is None:
         return selected(ctx, value, "takes as many rows of a table as the batch has, each by its place in the batch")
-    # Position by position the same in both runs, so never folded.
+    # Each position is the same in both runs, so the axis is not folded.
     new = (Factor(count, count),) if ctx.depends(count) else plain(count)
     result = with_new_axis(value, axis, new)
     if value.constant is not None and first.number is not None and step == 1:
@@ -158,7 +162,7 @@ def _of_plain(ctx: Context, value: Value, axis: int, first: Size, last: Size, st
 
 
 def _cut_constant(value: Value, result: Value, axis: int, first: int, count: Size) -> Value:
-    """A part of a constant; where its length varies, all of it from the start on, of which lengths tell the rest."""
+    """Return a part of a constant. If its length varies, the array keeps everything from the start on."""
     assert value.constant is not None
     index = [slice(None)] * value.constant.ndim
     index[axis] = slice(first, first + count.number if count.number is not None else None)
@@ -170,7 +174,7 @@ def _cut_constant(value: Value, result: Value, axis: int, first: int, count: Siz
 
 
 def _of_triangle(value: Value) -> Value:
-    """What the triangles of a constant say that was cut to the sequence's length on its last two axes."""
+    """Return facts about the triangles of a constant that is cut to the sequence's length on its last two axes."""
     content, layout = value.constant, value.axes
     factors = varying(layout)
     if content is None or content.ndim < 2 or len(factors) != 2 or content.dtype.kind not in "biuf":
@@ -193,7 +197,7 @@ def _of_triangle(value: Value) -> Value:
 
 
 def with_new_axis(value: Value, axis: int, new: tuple[Factor, ...]) -> Value:
-    """A value with another axis instead of a plain one."""
+    """Return a value with another axis instead of a plain one."""
     layout = (*value.axes[:axis], new, *value.axes[axis + 1 :])
     before = sum(1 for at, _ in varying(value.axes) if at < axis)
     added = sum(factor.varies for factor in new)
@@ -216,17 +220,17 @@ def _of_varying(ctx: Context, value: Value, axis: int, first: Size, last: Size, 
     if not ctx.depends(first) and not ctx.depends(last) and (last - first).number == 1 and first.number == 0:
         return _first_position(value, axis)
     if ctx.depends(first):
-        said = f"takes positions from the end, which {ctx.others} move"
-        return selected(ctx, value, said)
+        reason = f"takes positions from the end, which {ctx.others} move"
+        return selected(ctx, value, reason)
     count, kept = last - first, _kept(real, whole, first, last)
     if step != 1:
         count, kept = (_steps(size, step) for size in (count, kept))
     if not ctx.depends(count):
-        return ctx.unknown("takes so many positions, which a short sequence does not have")
+        return ctx.unknown("takes more positions than a short sequence has")
     layout = (*value.axes[:axis], (Factor(count, kept),), *value.axes[axis + 1 :])
     result = value.moved(layout, places)
     if last != whole:
-        # What is behind the end now were the sequence's own positions, or padding.
+        # The positions behind the new end were the sequence's own, or padding.
         entry = Entry(value.span.hull(value.pad(own).interval))
         gone = {region: known for region, known in result.regions.items() if own not in region[1:]}
         result = replace(result, regions={**gone, ("pad", own, own): entry})
@@ -236,14 +240,14 @@ def _of_varying(ctx: Context, value: Value, axis: int, first: Size, last: Size, 
         result = replace(result, lit=value.span) if value.structured else result
         return replace(result, index=index, offset=plus if offset is None else offset + plus, regions={})
     if own in value.along or own in value.structured:
-        result = replace(result, lit=value.span)  # what masks leave may be cut off
+        result = replace(result, lit=value.span)  # visible elements may be cut off
     dropped = replace(result, index=None, offset=None, outer=None, below=None, symbols=value.dependence)
     found = dropped if value.index is not None else result
     return replace(found, norm=value.norm, norm_axis=value.norm_axis)
 
 
 def _kept(real: Size, whole: Size, first: Size, last: Size) -> Size:
-    """How many of the sequence's own positions a slice keeps, as it would alone."""
+    """Return how many of the sequence's own positions a slice keeps, as in the run alone."""
     return (real if last == whole else lesser(real, last)) - first
 
 
@@ -257,12 +261,12 @@ def _first_position(value: Value, axis: int) -> Value:
     left = [place for place in range(len(varying(value.axes))) if place not in gone]
     result = value.moved(layout, {place: at for at, place in enumerate(left)})
     if gone & (value.along | value.structured):
-        result = replace(result, lit=value.span)  # the first position may be one that a mask hides
+        result = replace(result, lit=value.span)  # a mask may hide the first position
     return replace(result, norm=value.norm, norm_axis=value.norm_axis)
 
 
 def _of_tailed(value: Value, axis: int, first: Size, last: Size, step: int) -> Value:
-    """Of an axis with plain positions behind the padded ones: all but these, or only these."""
+    """Return an axis with plain positions behind the padding: all but these, or only these."""
     factor = value.axes[axis][0]
     assert factor.real is not None
     own = factor.size - Size.of(factor.tail)
@@ -280,12 +284,12 @@ def _of_tailed(value: Value, axis: int, first: Size, last: Size, step: int) -> V
 
 @rule("ReverseSequence")
 def reverse_sequence(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Each row turned around up to its own length: what stands behind that stays where it is."""
+    """Return each row reversed up to its own length. Later positions stay in place."""
     value, lengths = required(inputs, 0), required(inputs, 1)
     rows, time = attribute(node, "batch_axis", 1), attribute(node, "time_axis", 0)
     if ctx.is_batch and (not is_plain(value.axes[time]) or value.axes[rows] != lengths.axes[0]):
-        return ctx.bad(Standing.DIFFERENT, "turns the order of the batch around")
+        return ctx.bad(Standing.DIFFERENT, "reverses the order of the batch")
     if not is_plain(value.axes[time]) and (lengths.count is None or lengths.count < 0):
-        return ctx.unknown("turns the order of positions around, up to a length that the request gives")
+        return ctx.unknown("reverses positions up to a length that the request sets")
     standing, cause = joined([value, ctx.as_data(replace(lengths, count=None))])
     return replace(value.bare(), standing=standing, cause=cause)

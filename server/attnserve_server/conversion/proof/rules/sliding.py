@@ -1,4 +1,8 @@
-"""Windows that slide along axes: convolutions and pools. At a sequence's end they read what stands behind it."""
+"""The rules of windows that slide along axes: convolutions and pools.
+
+At a sequence's end a window reads what is behind it. The result is equal only if the window does not reach there, or
+padding is neutral. Windows of unknown width raise `NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ from attnserve_server.conversion.proof.values import Entry, Standing, Value
 
 @rule("Conv", "ConvInteger", "AveragePool", "MaxPool", "LpPool", "QLinearConv")
 def window(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | list[Value]:
-    """A window over the axes behind rows and channels."""
+    """Return a window over the axes behind rows and channels."""
     value = ctx.as_data(required(inputs, 0))
     convolution = node.op_type in {"Conv", "ConvInteger", "QLinearConv"}
     kernel, channels = attribute(node, "kernel_shape"), value.axes[1]
@@ -36,7 +40,7 @@ def window(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | l
     if kernel is None or None in kernel:
         raise NotFollowed("slides a window of unknown width")
     if not is_plain(value.axes[1]) and convolution:
-        return ctx.bad(Standing.DIFFERENT, f"sums over channels, {ctx.others} among them")
+        return ctx.bad(Standing.DIFFERENT, f"sums over channels, {ctx.others} included")
     others = [ctx.as_data(other) for other in inputs[1:] if other is not None]
     standing, cause = joined([value, *others])
     axes: list[Axis] = [value.axes[0], channels]
@@ -47,8 +51,8 @@ def window(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | l
             standing, cause = why[0], ctx.cause(why[1])
     layout = tuple(axes)
     if len(varying(layout)) != len(varying(value.axes)):
-        return ctx.unknown("slides a window along the padded axis in a way that is not followed")
-    found = _seen(value, Value(layout, standing, cause), convolution=convolution)
+        return ctx.unknown("slides a window along the padded axis in a way that the proof does not support")
+    found = _with_intervals(value, Value(layout, standing, cause), convolution=convolution)
     if node.op_type == "AveragePool":
         found = _mask_averaged(ctx, node, value, found, kernel)
     places = ctx.bad(Standing.DIFFERENT, f"counts positions through the whole tensor, {ctx.others} included")
@@ -56,39 +60,39 @@ def window(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value | l
 
 
 def _window_of(node: ir.Node, inputs: list[Value | None]) -> tuple[list[int | None], Axis]:
-    """The widths of a convolution's window, and its channels."""
+    """Return the widths of a convolution's window, and its channels."""
     weights = required(inputs, 3 if node.op_type == "QLinearConv" else 1)
     if weights.varies:
-        raise NotFollowed("slides weights that are computed")
+        raise NotFollowed("slides computed weights")
     shape = [size_of(axis) for axis in weights.axes]
     return [size.number for size in shape[2:]], plain(shape[0])
 
 
-def _seen(value: Value, found: Value, *, convolution: bool) -> Value:
-    """The result with the intervals of its elements."""
+def _with_intervals(value: Value, found: Value, *, convolution: bool) -> Value:
+    """Return the result with the intervals of its elements."""
     bits = NAN if wild_anywhere(value) else 0
     span = Interval(wild=bits) if convolution else Interval(min(value.span.low, 0), max(value.span.high, 0), bits)
     regions = {}
     for region, entry in value.regions.items():
         if region[0] == "pad":
-            # The mean, or the greatest, of zeros is zero, also where a window begins behind the sequence's own part.
+            # The mean and the maximum of zeros are zero, also where a window begins behind the sequence's own part.
             kept = not convolution and entry.only == 0 and not bits
             regions[region] = entry if kept else Entry(Interval(span.low, span.high, bits))
     return replace(found, span=span, lit=span, regions=regions)
 
 
 def _mask_averaged(ctx: Context, node: ir.Node, value: Value, found: Value, kernel: Sequence[int]) -> Value:
-    """An averaged mask: the window around an allowed position has at least its share."""
+    """Return an averaged mask. The window around an allowed position has at least its share."""
     if not value.masks or value.lit.low <= 0 or value.structured:
         return found
     lit = Interval(value.lit.low / math.prod(kernel), found.span.high)
-    # Where windows leave positions out, these may be the ones that a mask allows: then it must allow all.
+    # Where windows skip positions, a mask may allow only the skipped ones, so it must allow all.
     structured = frozenset() if _covers(ctx, node, value, kernel) else value.along
     return replace(found, lit=lit, masks=value.masks, along=value.along, structured=structured)
 
 
 def _covers(ctx: Context, node: ir.Node, value: Value, kernel: Sequence[int]) -> bool:
-    """Whether each position is within a window."""
+    """Return whether each position is within a window."""
     count = len(kernel)
     steps, pads = attribute(node, "strides") or [1] * count, attribute(node, "pads") or [0] * (2 * count)
     if any(spread != 1 for spread in attribute(node, "dilations") or []) or attribute(node, "auto_pad", "") == "VALID":
@@ -103,7 +107,7 @@ def _covers(ctx: Context, node: ir.Node, value: Value, kernel: Sequence[int]) ->
 
 
 def _filled_up(ctx: Context, node: ir.Node, axis: int) -> int:
-    """How many positions a Pad puts behind an axis before the window: these may be left out."""
+    """Return how many positions a Pad adds behind an axis before the window. The window may skip these."""
     source = node.inputs[0].producer() if node.inputs[0] is not None else None
     if source is None or source.op_type != "Pad" or len(source.inputs) > 3 or ctx.known is None:
         return 0
@@ -114,7 +118,7 @@ def _filled_up(ctx: Context, node: ir.Node, axis: int) -> int:
 
 
 def _slid(ctx: Context, node: ir.Node, value: Value, at: int, width: int) -> tuple[Axis, tuple[Standing, str]]:
-    """The axis that a window makes of one, and whether it reads behind the sequence's end."""
+    """Return the axis that a window makes of one, and whether the window reads behind the sequence's end."""
     axis = value.axes[at + 2]
     spatial = len(value.axes) - 2
     pads = attribute(node, "pads") or [0] * (2 * spatial)
@@ -125,7 +129,7 @@ def _slid(ctx: Context, node: ir.Node, value: Value, at: int, width: int) -> tup
     up = bool(attribute(node, "ceil_mode", 0))
     if automatic in {"SAME_UPPER", "SAME_LOWER"}:
         if stride != 1 and not is_plain(axis):
-            return axis, (Standing.UNKNOWN, "fills the ends of an axis up by its length")
+            return axis, (Standing.UNKNOWN, "pads the ends of an axis by its length")
         before = (reach - 1) // 2 if automatic == "SAME_UPPER" else reach // 2
         behind = reach - 1 - before
     if is_plain(axis):
@@ -146,22 +150,22 @@ def _slid(ctx: Context, node: ir.Node, value: Value, at: int, width: int) -> tup
     whole = behind == 0 and not up
     if whole or neutral:
         return new, (Standing.EQUAL, "")
-    return new, (Standing.DIFFERENT, f"slides a window over the sequence's end, behind which {ctx.others} stand")
+    return new, (Standing.DIFFERENT, f"slides a window over the sequence's end, behind which {ctx.others} are")
 
 
 def _count(size: Size, padded: int, reach: int, stride: int, *, up: bool) -> Size:
-    """How many places a window has. Source: the ONNX operators Conv-11 and AveragePool-19."""
+    """Return the number of places of a window. Source: the ONNX operators Conv-11 and AveragePool-19."""
     room = size + Size.of(padded - reach + (stride - 1 if up else 0))
     return floor_div(room + Size.of(stride), Size.of(stride)) if stride != 1 else room + Size.of(1)
 
 
 @rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 def whole(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """One number of all places."""
+    """Return one number of all places."""
     value = ctx.as_data(required(inputs, 0))
     standing, cause = value.standing, value.cause
     if any(not is_plain(axis) for axis in value.axes[2:]):
-        standing, cause = Standing.DIFFERENT, ctx.cause(f"takes one number of all places, {ctx.others} among them")
+        standing, cause = Standing.DIFFERENT, ctx.cause(f"reduces all places to one number, {ctx.others} included")
     layout = (*value.axes[:2], *([plain(Size.of(1))] * (len(value.axes) - 2)))
     kept = {place: place for place in range(len(varying(value.axes[:2])))}
     found = value.moved(layout, kept)

@@ -1,4 +1,7 @@
-"""Rows of the batch that a tap selects, which the taps' inputs list."""
+"""Rows of the batch that a tap selects. The taps' inputs list them.
+
+Index arithmetic that taps do not use returns None, or `unknown` for rows of a tensor without the batch.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +15,36 @@ from attnserve_server.conversion.proof.values import Value
 
 
 def places_of_rows(op: str, operands: Sequence[Value]) -> Value | None:
-    """Where the rows that a tap was asked for are, in an axis of rows, or of rows and heads; None elsewhere."""
-    asked = next((value for value in operands if value.items), None)
-    if asked is None or len(operands) != 2:
+    """Return the places of a tap's rows in an axis of rows, or of rows and heads. None for other operands."""
+    rows = next((value for value in operands if value.items), None)
+    if rows is None or len(operands) != 2:
         return None
-    other = operands[1] if asked is operands[0] else operands[0]
+    other = operands[1] if rows is operands[0] else operands[0]
     if other.sizes is None or other.items:
         return None
     sizes = list(other.sizes)
-    if op == "Min" and len(sizes) == 1 and asked.items == "rows":
-        return asked
+    if op == "Min" and len(sizes) == 1 and rows.items == "rows":
+        return rows
     first = sizes[0].number if sizes and sizes[0] is not None else None
-    if op == "Mul" and len(sizes) == 1 and asked.items == "rows" and first:
-        return replace(asked.bare(), items=f"times:{first}")
-    if op != "Add" or asked.layout is None or len(asked.axes) != 2 or size_of(asked.axes[1]).number != 1:
+    if op == "Mul" and len(sizes) == 1 and rows.items == "rows" and first:
+        return replace(rows.bare(), items=f"times:{first}")
+    if op != "Add" or rows.layout is None or len(rows.axes) != 2 or size_of(rows.axes[1]).number != 1:
         return None
-    layout = (asked.axes[0], plain(Size.of(len(sizes))))
-    if asked.items == f"times:{len(sizes)}" and sizes == [Size.of(at) for at in range(len(sizes))]:
-        return replace(asked.bare(), layout=layout, items=f"outer:{len(sizes)}")
+    layout = (rows.axes[0], plain(Size.of(len(sizes))))
+    if rows.items == f"times:{len(sizes)}" and sizes == [Size.of(at) for at in range(len(sizes))]:
+        return replace(rows.bare(), layout=layout, items=f"outer:{len(sizes)}")
     step = sizes[1] if len(sizes) > 1 else None
     steps = step is not None and all(size == step * Size.of(at) for at, size in enumerate(sizes))
-    if asked.items == "rows" and (steps or len(sizes) == 1):
-        return replace(asked.bare(), layout=layout, items=f"inner:{len(sizes)}")
+    if rows.items == "rows" and (steps or len(sizes) == 1):
+        return replace(rows.bare(), layout=layout, items=f"inner:{len(sizes)}")
     return None
 
 
 def rows_of_items(ctx: Context, data: Value, index: Value, axis: int) -> Value:
-    """The rows of a tap: those of the batch that ask. In one row's own answer, the row itself."""
+    """Return the rows of a tap: the selected rows of the batch. In one row's own answer, this is the row itself."""
     data = ctx.as_data(data)
     if ctx.is_batch and not _has_items(data.axes[axis], index.items):
-        return ctx.unknown("takes rows of a tensor that has none for each sequence of the batch")
+        return ctx.unknown("takes rows of a tensor that has no row for each sequence of the batch")
     layout = (*data.axes[:axis], *index.axes, *data.axes[axis + 1 :])
     if len(varying(layout)) != len(varying(data.axes)):
         places = inserted(data.axes, layout, axis)
@@ -52,7 +55,7 @@ def rows_of_items(ctx: Context, data: Value, index: Value, axis: int) -> Value:
 
 
 def _has_items(axis: Axis, items: str) -> bool:
-    """Whether places of rows are places of rows along this axis."""
+    """Return whether indices of rows are places of rows along this axis."""
     if size_of(axis).number == 1:
         return items == "rows"
     kind, _, heads = items.partition(":")
@@ -65,7 +68,7 @@ def _has_items(axis: Axis, items: str) -> bool:
 
 
 def inserted(old: Layout, new: Layout, axis: int) -> Places:
-    """Where varying factors are once an axis was replaced by others."""
+    """Return the places of varying factors after an axis was replaced by others."""
     before = sum(1 for at, _ in varying(old) if at < axis)
     gone = sum(1 for at, _ in varying(old) if at == axis)
     more = sum(1 for at, _ in varying(new) if at == axis)

@@ -1,4 +1,8 @@
-"""GatherND and the Scatter operators: elements at places that tuples of indices give."""
+"""The rules of GatherND and the Scatter operators: elements at places that tuples of indices give.
+
+Along the varying axis, places must be known to be the sequence's own. Tuples of unknown length, and forms that no
+exporter writes, raise `NotFollowed`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from attnserve_server.conversion.proof.values import Standing, Value
 
 @rule("GatherND")
 def gather_nd(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """Elements or slices at places that are given by tuples of indices, along the last axis of the index."""
+    """Return elements or slices at places given by tuples of indices, along the last axis of the index."""
     data, index = required(inputs, 0), required(inputs, 1)
     shared = int(attribute(node, "batch_dims", 0))
     if shared:
@@ -35,7 +39,7 @@ def gather_nd(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 
 def _by_columns(ctx: Context, data: Value, index: Value, columns: Sequence[Value]) -> Value:
-    """Elements or slices of data, each axis read at the places of a column."""
+    """Return elements or slices of data, with the places of each axis in one column."""
     width, leading = len(columns), index.axes[:-1]
     standing = [data]
     targets: dict[int, int] = {}
@@ -59,14 +63,14 @@ def _by_columns(ctx: Context, data: Value, index: Value, columns: Sequence[Value
     worst, cause = joined(standing)
     moved = data.moved((*leading, *data.axes[width:]), targets)
     if len(targets) < len(varying(data.axes)):
-        moved = replace(moved, lit=data.span)  # the places that are taken may be those that a mask hides
+        moved = replace(moved, lit=data.span)  # a mask may hide the places that are taken
     return replace(moved, standing=worst, cause=cause, raw=data.raw)
 
 
 def _of_own_rows(ctx: Context, data: Value, index: Value, shared: int) -> Value:
-    """Each row of the index takes one place of the same row of the data, along the axis behind the shared ones."""
+    """Return one place of each row of the data, along the axis behind the shared ones, given by the same index row."""
     if size_of(index.axes[-1]).number != 1 or data.axes[:shared] != index.axes[:shared]:
-        raise NotFollowed("a gather by tuples with batch axes of its own is not followed")
+        raise NotFollowed("the proof does not support GatherND with batch axes unlike the data's")
     rest = len(index.axes) - 1 - shared
     own = ordinals(data.axes, shared)
     if own and not (index.valid or index.count == 1):
@@ -74,7 +78,7 @@ def _of_own_rows(ctx: Context, data: Value, index: Value, shared: int) -> Value:
     ctx.need(index.masks if own else frozenset(), everything=False)
     places = ctx.as_data(replace(index, count=None))
     if places.layout is None or any(not is_plain(axis) for axis in index.axes[shared:]):
-        raise NotFollowed("places along a varying axis of an index are not followed")
+        raise NotFollowed("the proof cannot follow places along a varying axis of an index")
     data = ctx.as_data(data)
     standing, cause = joined([data, places])
     layout = (*data.axes[:shared], *index.axes[shared : shared + rest], *data.axes[shared + 1 :])
@@ -84,11 +88,11 @@ def _of_own_rows(ctx: Context, data: Value, index: Value, shared: int) -> Value:
 
 
 def _place_of_column(column: Value, place: int, leading: Layout) -> int:
-    """Where a varying factor of a column is among those of the whole index, whose axes broadcast it."""
+    """Return the place of a column's varying factor among those of the whole index, which broadcasts it."""
     axis, _ = varying(column.axes)[place]
     same = ordinals(leading, axis)
     if not same:
-        raise NotFollowed("the places of a gather by tuples cannot be followed")
+        raise NotFollowed("the proof cannot follow the places of a GatherND")
     return same[0]
 
 
@@ -106,7 +110,7 @@ def _any_tuples(ctx: Context, data: Value, index: Value, width: int) -> Value:
 
 @rule("ScatterND", "ScatterElements", "Scatter")
 def scatter(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
-    """A tensor with some elements replaced."""
+    """Return a tensor with some elements replaced."""
     data, index, updates = (ctx.as_data(required(inputs, at)) for at in range(3))
     standing, cause = joined([data, index, updates])
     if _replaces_everything(node, inputs):
@@ -137,7 +141,7 @@ def scatter(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
 
 
 def _replaces_everything(node: ir.Node, inputs: list[Value | None]) -> bool:
-    """Whether the updates cover the whole tensor in its own order, as exporters write `x[:] = y`."""
+    """Return whether the updates cover the whole tensor in its own order, as exporters write `x[:] = y`."""
     data, index, updates = inputs[0], inputs[1], inputs[2]
     if data is None or index is None or updates is None or node.op_type != "ScatterND":
         return False
@@ -147,7 +151,7 @@ def _replaces_everything(node: ir.Node, inputs: list[Value | None]) -> bool:
 
 
 def _runs_along(data: Value, column: Value, axis: int) -> bool:
-    """Whether a column of places counts all of an axis of the data, along the same axis of the index."""
+    """Return whether a column of places counts all of an axis of the data, along the same axis of the index."""
     if is_identity(data, column, axis):
         return varying(column.axes)[next(iter(column.index or {}))][0] == axis
     known, size = numbers(column), size_of(data.axes[axis]).number
