@@ -1,1 +1,1 @@
-"""Bundles on disk: manifest, repository, tokenizer."""
+"""Bundles: the manifest and its parts, the repository, the tokenizer."""

@@ -1,4 +1,4 @@
-"""Which keys the columns of a windowed site's weights stand for, in closed form. `attention.bands` writes them out."""
+"""Bands: the keys of the columns of a windowed site's weights, in closed form. `attention.bands` evaluates them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _Size = Annotated[int, Field(ge=1)]
 
 
 class SlidingBand(Frozen):
-    """Keys around each query: column c stands for key q + (c - before) * dilation.
+    """Keys around each query: column c has key q + (c - before) * dilation.
 
-    `global_keys` columns come first and stand for the first keys, which no later column of a row then stands for.
+    The first `global_keys` columns have the first keys; no later column of a row has them again.
+
     Source: Beltagy et al. 2020, "Longformer: The Long-Document Transformer", section 3.1.
     """
 
@@ -32,10 +33,11 @@ class SlidingBand(Frozen):
 
 
 class BlockBand(Frozen):
-    """Keys of whole blocks: queries of block b see those of the blocks b - before to b + after, in order.
+    """Keys of whole blocks: queries of block b have the keys of the blocks b - before to b + after, in order.
 
-    `global_keys` as with `SlidingBand`. Source: Child et al. 2019, "Generating Long Sequences with Sparse
-    Transformers".
+    `global_keys` as in `SlidingBand`.
+
+    Source: Child et al. 2019, "Generating Long Sequences with Sparse Transformers".
     """
 
     kind: Literal["blocks"] = "blocks"
@@ -51,10 +53,12 @@ class BlockBand(Frozen):
 
 
 class GridBand(Frozen):
-    """Square windows over a grid of patches, which are numbered row by row; both axes of the site are the grid.
+    """Square windows over a grid of patches, numbered row by row. Both axes of the site are the grid.
 
-    The windows' own grid starts `shift` rows and columns into the patches, and goes around their edges. Columns are the
-    patches of the query's window, row by row. Source: Liu et al. 2021, "Swin Transformer: Hierarchical Vision
+    The windows are shifted by `shift` rows and columns, and wrap around the edges. Columns are the patches of the
+    query's window, row by row.
+
+    Source: Liu et al. 2021, "Swin Transformer: Hierarchical Vision
     Transformer using Shifted Windows", section 3.2.
     """
 
@@ -71,9 +75,9 @@ class GridBand(Frozen):
 
 
 class TableBand(Frozen):
-    """Keys as a table, for fixed axes and what no closed form fits: query q has the keys `windows[window_of[q]]`.
+    """Keys as a table, for fixed axes without a closed form: query q has the keys `windows[window_of[q]]`.
 
-    -1 stands for no key.
+    -1 means no key.
     """
 
     kind: Literal["table"] = "table"

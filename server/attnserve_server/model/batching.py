@@ -1,4 +1,7 @@
-"""What a policy makes of a certificate, in words: for GetModel, reports and warnings. It decides nothing itself."""
+"""Texts about batching for GetModel, reports and warnings: what a certificate permits under a policy, and why.
+
+The rules themselves are in `certificate`.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ from attnserve_server.model.manifest import BATCH, Manifest
 
 NO_CERTIFICATE: Final = "the bundle is of format 1 and has no certificate"
 _DYNAMIC: Final = "DynamicQuantize"
-"""How the names of operators begin whose scale spans everything that they are given."""
+"""Start of the names of the operators that take one scale for their whole input."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """What holds for the batch, or for one axis, under a policy.
+    """What a policy permits for the batch, or for one axis.
 
-    `allowed`: rows of the batch share runs; sequences are padded along the axis. `status`: `proved`, `tested`,
-    `refuted` or `unknown`. `reason`: why, in plain words; empty where proved.
+    Args:
+        axis: `batch`, or the symbol of an axis.
+        allowed: whether rows of the batch share runs, or sequences are padded along the axis.
+        status: `proved`, `tested`, `refuted` or `unknown`.
+        reason: why it is not proved; empty if it is.
     """
 
     axis: str
@@ -27,7 +33,7 @@ class Ruling:
     reason: str
 
     def __str__(self) -> str:
-        """One line of a report."""
+        """Format as one line of a report."""
         what = "batch" if self.axis == BATCH else f"axis {self.axis}"
         effect = (
             ("rows share runs" if self.allowed else "rows run alone")
@@ -39,7 +45,7 @@ class Ruling:
 
 @dataclass(frozen=True, slots=True)
 class Caution:
-    """One thing that an operator should know: what holds along an axis, its cause, and the way out of it."""
+    """A warning for the operator: the effect along an axis, its cause and its remedy."""
 
     axis: str
     status: str
@@ -48,16 +54,16 @@ class Caution:
     remedy: str
 
     def __str__(self) -> str:
-        """One sentence for a person."""
+        """Format as one sentence."""
         cause = f": {self.cause}" if self.cause else ""
         return f"{self.effect} ({self.status}){cause}; {self.remedy}"
 
 
 def rulings(manifest: Manifest, batching: Batching) -> tuple[Ruling, ...]:
-    """What holds for the batch, and then for each axis whose length changes. Derived axes have their source's ruling.
+    """Return the ruling for the batch, then for each axis of variable length. Derived axes have that of their source.
 
     Args:
-        manifest: as stored, or under this policy.
+        manifest: as stored, or from `Manifest.under`.
         batching: the policy.
     """
     followed = {axis.symbol: axis.derived.source if axis.derived else axis.symbol for axis in manifest.axes}
@@ -74,12 +80,12 @@ def _ruling(manifest: Manifest, batching: Batching, axis: str, source: str) -> R
 
 
 def cautions(certificate: Certificate | None, batching: Batching, *, alone: bool = False) -> tuple[Caution, ...]:
-    """What limits batching under a policy, and what is padded without a proof because its mask is finite.
+    """Return a warning for each limit on batching under a policy, and for each finite mask without a proof.
 
     Args:
         certificate: of the model; None: it has none.
-        batching: the policy; `off` is what the operator wants, so that nothing is said of it.
-        alone: whether its sequences run alone under any policy, so that nothing is said of the batch.
+        batching: the policy; none for `off`, because the operator chose to disable batching.
+        alone: whether sequences run alone under any policy; then there is no warning about the batch.
     """
     if batching == "off":
         return ()
@@ -110,7 +116,7 @@ def _caution(clause: Clause, batching: Batching) -> Caution | None:
 
 
 def _cause(clause: Clause) -> str:
-    """The reason, with the node that decides it and, where an attack succeeded, the probe that did it."""
+    """The reason, with the deciding node and, if an attack changed an answer, its probe."""
     reason = clause.reason
     if clause.path and not any(step.node in reason for step in clause.path):
         deciding = _deciding(clause)
@@ -121,7 +127,7 @@ def _cause(clause: Clause) -> str:
 
 
 def _deciding(clause: Clause) -> PathStep:
-    """The step that the reason is about; else the last, whose output is the first that is no longer the same."""
+    """The step that the reason describes; else the last step, whose output is the first one that differs."""
     return next((step for step in clause.path if step.words and step.words in clause.reason), clause.path[-1])
 
 

@@ -1,4 +1,4 @@
-"""The batching certificate: what was proved, refuted or left open about sharing a batch, and what follows from it."""
+"""The batching certificate: for the batch and each axis, whether batch neighbours or padding can change an answer."""
 
 from __future__ import annotations
 
@@ -12,35 +12,39 @@ from pydantic import ConfigDict, Field
 from attnserve_server.model.frozen import Frozen
 
 Batching = Literal["proved", "tested", "off"]
-"""How much an operator asks for before sequences share a batch; the values of `--batching`."""
+"""Policies of batching: the values of `--batching`."""
 BATCHING: tuple[Batching, ...] = ("proved", "tested", "off")
 
 
 class Verdict(StrEnum):
-    """What is known of one question: whether the rest of a batch, or padding, can change an answer."""
+    """Whether the rest of the batch, or padding, can change an answer."""
 
     PROVED = "proved"
-    """It cannot: every node on every path was followed."""
+    """It cannot: the proof covers every node on every path."""
     REFUTED = "refuted"
-    """It can: a node is known that mixes a sequence's own positions with others."""
+    """It can: a node mixes a sequence's own positions with others."""
     UNKNOWN = "unknown"
-    """The proof does not reach so far."""
+    """The proof does not cover the graph."""
 
 
 class PathStep(Frozen):
-    """One node on the way from padding, or from another row of the batch, to an output."""
+    """One node on the path from padding, or from another row of the batch, to an output."""
 
     node: str
     operator: str
     words: str
-    """What happens to the value there, in plain words."""
+    """What the node does to the value."""
 
 
 class AttackReport(Frozen):
-    """What came of trying to change an answer by padding, or by the rest of a batch.
+    """Result of runs that tried to change an answer by padding, or by the rest of a batch.
 
-    `worst` is the greatest difference that was seen, in parts of what counts as equal; above 1 the attack succeeded,
-    and `broke` describes the probe that did it.
+    Args:
+        probes: number of probes that ran.
+        seconds: time that they took.
+        worst: greatest difference divided by the allowed one (`model.equality`); above 1, a probe changed an answer.
+        broke: describes the probe that changed an answer; empty if none did.
+        complete: whether all probes of the first priority ran; false if time or memory did not suffice.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -50,32 +54,31 @@ class AttackReport(Frozen):
     worst: float
     broke: str = ""
     complete: bool = True
-    """Whether the probes that matter most were all tried; not where time or memory did not suffice for them."""
 
     @property
     def survived(self) -> bool:
-        """Whether no probe changed an answer, and those that matter most were tried."""
+        """Whether no probe changed an answer, and all probes of the first priority ran."""
         return self.probes > 0 and self.complete and not self.broke
 
 
 class Clause(Frozen):
-    """The verdict on one axis: `batch`, or the symbol of an axis that could be padded."""
+    """The verdict on one axis: `batch`, or the symbol of a dynamic axis."""
 
     axis: str
     verdict: Verdict
     reason: str = ""
-    """Why, in plain words; empty where proved."""
+    """Why it is not proved; empty if it is."""
     path: tuple[PathStep, ...] = ()
-    """From the padded position (or the neighbour's row) to the first output that it reaches; empty where proved."""
+    """From the padding (or the neighbour's row) to the first output that it reaches; empty if proved."""
     targets: dict[str, Verdict] = Field(default_factory=dict)
     """The verdict for each output and, as `attention.<site>`, for each tap."""
     finite_mask: bool = False
-    """Whether the one open question is a finite mask added to scores that have no proved bound."""
+    """Whether the only open question is a finite mask that is added to scores without a proved bound."""
     attack: AttackReport | None = None
-    """None: not attacked, because it is refuted, or because there was nothing to attack."""
+    """None: no attack ran, because the verdict is `refuted` or there was nothing to attack."""
 
     def allows(self, batching: Batching) -> bool:
-        """Whether sequences may be padded along this axis (for `batch`: joined) under a policy."""
+        """Whether sequences may be padded along this axis (for `batch`: share a run) under a policy."""
         if batching == "off" or self.verdict is Verdict.REFUTED:
             return False
         if self.attack is not None and self.attack.broke:
@@ -86,7 +89,7 @@ class Clause(Frozen):
         return survived and (batching == "tested" or self.finite_mask)
 
     def status(self, batching: Batching = "proved") -> str:
-        """`proved`, `tested`, `refuted` or `unknown`: how the policy sees it."""
+        """Return `proved`, `tested`, `refuted` or `unknown`, the status under a policy."""
         if self.verdict is Verdict.UNKNOWN and self.allows(batching):
             return "tested"
         broken = self.attack is not None and bool(self.attack.broke)
@@ -94,12 +97,16 @@ class Clause(Frozen):
 
 
 class MaskNeed(Frozen):
-    """What the proof takes for granted of one input that hides positions; a sequence without it is not padded.
+    """What the proof assumes of one mask input. A sequence that violates it is not padded.
 
-    A position is allowed where the input's value differs from its padding value. `some`: at least one position is
-    allowed. `all`: every position is, since a causal frontier or a window could otherwise leave a query without any
-    key.
-    `allowed_value`: the one value that allowed positions have; None: any.
+    A position is visible if the input's value there differs from the input's padding value.
+
+    Args:
+        input: name of the input.
+        need: `some`: at least one position is visible. `all`: every position is, because a causal mask or a window
+        could
+            otherwise leave a query without a key.
+        allowed_value: the value of all visible positions; None: any.
     """
 
     input: str
@@ -107,21 +114,21 @@ class MaskNeed(Frozen):
     allowed_value: float | None = None
 
     def met_by(self, values: npt.NDArray[Any], padding: float) -> bool:
-        """Whether one sequence's input is as the proof takes it to be.
+        """Whether one sequence's input satisfies the assumption.
 
         Args:
-            values: the input, without the batch axis, (S,) or (..., S); `some` is needed of each row.
+            values: the input, without the batch axis, (S,) or (..., S); `some` applies to each row.
             padding: the value that hides a position.
         """
         if not values.size:
             return False
         hidden = values == values.dtype.type(padding)
         if values.dtype.kind == "f" and padding < 0:
-            hidden = hidden | np.isneginf(values)  # in a mask that is added, minus infinity hides as well
+            hidden = hidden | np.isneginf(values)  # in an additive mask, minus infinity hides too
         known = True
         if self.allowed_value is not None:
             allowed = values == values.dtype.type(self.allowed_value)
-            if allowed.all():  # as most masks are
+            if allowed.all():  # the common case
                 return self.allowed_value != padding
             known = bool((allowed | hidden).all())
         if self.need == "all":
@@ -130,14 +137,14 @@ class MaskNeed(Frozen):
 
 
 class Certificate(Frozen):
-    """What is known about batching one model: a clause for the batch, then one for each dynamic axis."""
+    """The verdicts for one model: a clause for the batch, then one for each dynamic axis."""
 
     clauses: tuple[Clause, ...]
     masks: tuple[MaskNeed, ...] = ()
     noise: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    """How far a sequence's own outputs and weights differ among batch shapes and places with identical neighbours, by
-    output and `attention.<site>`: of outputs in parts of the greatest value, of weights as it is."""
+    """How far a sequence's answers differ between batch shapes and rows with identical neighbours, by output and
+    `attention.<site>`: of outputs divided by the greatest value, of weights absolute."""
 
     def clause(self, axis: str) -> Clause:
-        """The clause of `batch` or of an axis. Raises KeyError if there is none."""
+        """Return the clause of `batch` or of an axis. Raise KeyError if there is none."""
         return {clause.axis: clause for clause in self.clauses}[axis]

@@ -1,4 +1,4 @@
-"""What every part of a manifest is built from: a frozen base, names that cannot climb, and element types."""
+"""Building blocks of a manifest: the frozen base class, names, and element types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ModelName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 ModelVersion = Annotated[str, StringConstraints(pattern=VERSION_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
-"""A file beside the manifest: one path component that cannot climb."""
+"""Name of a file in the manifest's folder: one path component, never `..`."""
 Symbol = Annotated[str, StringConstraints(min_length=1)]
 Dimension = Symbol | Annotated[int, Field(ge=1)]
 
@@ -25,7 +25,7 @@ Dtype = Literal["bool", "uint8", "int8", "int32", "int64", "float16", "float32",
 
 
 class Frozen(BaseModel):
-    """A part of a manifest: cannot be changed, and knows no other fields."""
+    """Base of every part of a manifest. Immutable; unknown fields are an error."""
 
-    # Padding may be infinite (a bias that masks); as a string it is valid JSON and reads back as what it was.
+    # Padding of an additive mask may be infinite. As a string it is valid JSON and reads back unchanged.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")

@@ -1,6 +1,7 @@
-"""The manifest: everything that a bundle says about its model. Reading and writing files is the repository's work.
+"""The manifest: everything that a bundle states about its model, with the checks that its parts agree.
 
-Its parts have modules of their own: `tensors`, `sites`, `report`. They are imported from here.
+The parts are in `specs`, `report` and `certificate`; other rooms import them from here. The repository reads and writes
+the file.
 """
 
 from __future__ import annotations
@@ -61,15 +62,15 @@ __all__ = [
 ]
 
 BATCH = "batch"
-"""The axis symbol of the batch, the first axis of every input and output."""
+"""Axis symbol of the batch, the first axis of every input and output."""
 
 
 Rewriting = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]{1,64}$")]
-"""The runtime's own name of one of its graph rewritings."""
+"""The runtime's name of one of its graph optimizers."""
 
 
 def is_model_name(name: str) -> bool:
-    """Whether `name` may name a model: it is one path component that cannot climb."""
+    """Whether `name` is a valid name of a model: one path component, never `..`."""
     return re.fullmatch(NAME_PATTERN, name) is not None
 
 
@@ -79,7 +80,13 @@ def is_model_version(version: str) -> bool:
 
 
 def axes_under(axes: Sequence[AxisSpec], certificate: Certificate | None, batching: Batching) -> tuple[AxisSpec, ...]:
-    """The axes with `paddable` as a policy has it: by the certificate's clauses, derived axes as their sources."""
+    """Return the axes with `paddable` set for a policy, by the certificate. Derived axes follow their sources.
+
+    Args:
+        axes: of a manifest.
+        certificate: of the manifest; None: no axis is padded.
+        batching: the policy.
+    """
     clauses = () if certificate is None else certificate.clauses
     padded = {clause.axis for clause in clauses if clause.allows(batching)}
     padded -= {axis.symbol for axis in axes if axis.fixed}
@@ -90,10 +97,10 @@ def axes_under(axes: Sequence[AxisSpec], certificate: Certificate | None, batchi
 
 
 class Manifest(Frozen):
-    """All that a bundle says about its model; `manifest.json` is this, as JSON.
+    """The content of `manifest.json`.
 
-    Format 2 has a batching certificate; format 1, of earlier releases, has none. What may be padded and joined depends
-    on the policy as well: `under` returns the manifest that holds under one, which every run is planned by.
+    Format 2 has a batching certificate; format 1, of earlier releases, has none. Whether axes are padded and rows share
+    a run also depends on the policy: `under` returns the manifest for a policy, and scheduling and collation use that.
     """
 
     format: Literal[1, 2] = 2
@@ -110,8 +117,10 @@ class Manifest(Frozen):
     vocabulary_size: Annotated[int, Field(ge=0)] = 0
     text: TextSpec | None = None
     left_out: tuple[Rewriting, ...] | None = None
-    """Rewritings that the runtime is told to leave out on a CPU, where this graph is faster without them; None: those
-    that the server leaves out of any graph."""
+    """Graph optimizers that the runtime disables on a CPU, because this graph is faster without them.
+
+    None: the server's default, `engine.session.LEFT_OUT`.
+    """
     provenance: Provenance
     check: CheckReport
     golden: GoldenSpec | None = None
@@ -126,7 +135,7 @@ class Manifest(Frozen):
             "site": [site.name for site in self.sites],
             "input": [*(spec.name for spec in self.inputs), *fed],
             "output": [*(spec.name for spec in self.outputs), *fetched],
-            # An encoder-decoder has token ids, and a mask, along each of its axes.
+            # An encoder-decoder has token ids and a mask along each of its axes.
             "role": [
                 f"{spec.role} along {', '.join(map(str, spec.shape))}"
                 for spec in self.inputs
@@ -144,7 +153,7 @@ class Manifest(Frozen):
         declared = {axis.symbol for axis in self.axes}
         shapes = {spec.name: spec.shape for spec in self.inputs} | {spec.name: spec.shape for spec in self.outputs}
         used = {name: {extent for extent in shape if isinstance(extent, str)} for name, shape in shapes.items()}
-        # A site that gives no weights may well have axes that nothing else names.
+        # A site without a tap may have axes that no tensor has.
         used |= {f"site {site.name}": {site.query_axis, site.key_axis} for site in self.sites if site.available}
         for name, symbols in used.items():
             if symbols - declared:
@@ -159,12 +168,12 @@ class Manifest(Frozen):
         for axis in self.axes:
             if axis.derived is not None and axis.derived.source not in given:
                 raise ValueError(
-                    f"axis {axis.symbol}: it is derived from {axis.derived.source}, which is no other axis"
+                    f"axis {axis.symbol}: its source {axis.derived.source} must be another axis that is not derived"
                 )
         for spec in self.inputs:
             derived = {extent for extent in spec.shape if isinstance(extent, str)} - given
             if derived:
-                raise ValueError(f"input {spec.name}: {sorted(derived)} are derived, so no input has them")
+                raise ValueError(f"input {spec.name}: {sorted(derived)} are derived axes, which inputs cannot have")
         return self
 
     @model_validator(mode="after")
@@ -173,16 +182,16 @@ class Manifest(Frozen):
             return self
         for axis, max_tokens in self.text.axes.items():
             if self.input_of_role(InputRole.TOKEN_IDS, axis) is None:
-                raise ValueError(f"text: there is no input of token ids of shape ({axis},)")
+                raise ValueError(f"text: no input of role token_ids has the shape ({axis},)")
             longest = self.axis(axis).max_length
             if max_tokens > longest:
-                raise ValueError(f"text: {max_tokens} tokens exceed {longest}, the axis's greatest length")
+                raise ValueError(f"text: {max_tokens} tokens exceed {longest}, the maximum length of axis {axis}")
         return self
 
     @model_validator(mode="after")
     def _certificate_covers_the_axes(self) -> Self:
         if (self.certificate is None) is not (self.format == 1):
-            raise ValueError("a manifest of format 2 has a certificate, and one of format 1 has none")
+            raise ValueError("a manifest of format 2 must have a certificate, and one of format 1 must not")
         if self.certificate is None:
             return self
         listed = [clause.axis for clause in self.certificate.clauses]
@@ -192,13 +201,13 @@ class Manifest(Frozen):
             raise ValueError(f"certificate: {listed} must have one clause for each of {wanted}")
         strangers = sorted({need.input for need in self.certificate.masks} - {spec.name for spec in self.inputs})
         if strangers:
-            raise ValueError(f"certificate: masks {strangers} are no inputs")
+            raise ValueError(f"certificate: masks {strangers} are not inputs")
         return self
 
     def under(self, batching: Batching) -> Manifest:
-        """The manifest that holds under a policy: `paddable` of each axis, and `max_batch_size` 1 where rows run alone.
+        """Return the manifest for a policy: `paddable` of each axis, and `max_batch_size` 1 if rows run alone.
 
-        Derived axes follow their sources. Without a certificate no axis is padded; rows of equal lengths are joined.
+        Without a certificate no axis is padded, and rows of equal lengths share a run.
         """
         certificate = self.certificate
         joined = batching != "off" and (certificate is None or certificate.clause(BATCH).allows(batching))
@@ -210,21 +219,21 @@ class Manifest(Frozen):
         )
 
     def breaks_masks(self, tensors: Mapping[str, npt.NDArray[Any]]) -> bool:
-        """Whether one sequence's inputs break a need of the certificate, so that it must not be padded.
+        """Whether one sequence's masks violate an assumption of the certificate, so that it must not be padded.
 
         Args:
-            tensors: every input of a need, without the batch axis.
+            tensors: inputs by name, without the batch axis; every input of `certificate.masks` must be among them.
         """
         needs = () if self.certificate is None else self.certificate.masks
         return any(not need.met_by(tensors[need.input], self.input(need.input).padding) for need in needs)
 
     @property
     def fixed_lengths(self) -> dict[str, int]:
-        """Length of each axis that is the same for every sequence, whatever is sent."""
+        """Length of each fixed axis, by symbol."""
         return {axis.symbol: axis.max_length for axis in self.axes if axis.fixed}
 
     def with_derived(self, lengths: Mapping[str, int]) -> dict[str, int]:
-        """A sequence's lengths by axis symbol, with those of the axes that are derived from them."""
+        """Return a sequence's lengths by axis symbol, with those of the derived axes added."""
         derived = {
             axis.symbol: axis.derived.of(lengths[axis.derived.source])
             for axis in self.axes
@@ -233,19 +242,19 @@ class Manifest(Frozen):
         return {**lengths, **derived}
 
     def axis(self, symbol: str) -> AxisSpec:
-        """The axis of this symbol. Raises KeyError if there is none."""
+        """Return the axis of this symbol. Raise KeyError if there is none."""
         return {axis.symbol: axis for axis in self.axes}[symbol]
 
     def input(self, name: str) -> InputSpec:
-        """The input of this name. Raises KeyError if there is none."""
+        """Return the input of this name. Raise KeyError if there is none."""
         return {spec.name: spec for spec in self.inputs}[name]
 
     def output(self, name: str) -> OutputSpec:
-        """The output of this name. Raises KeyError if there is none."""
+        """Return the output of this name. Raise KeyError if there is none."""
         return {spec.name: spec for spec in self.outputs}[name]
 
     def input_of_role(self, role: InputRole, axis: str = "") -> InputSpec | None:
-        """The input of this role, if the model has one: along this axis alone, or, with none named, the first."""
+        """Return the input of this role along `axis` alone; the first of this role if `axis` is empty; None if none."""
         return next(
             (spec for spec in self.inputs if spec.role is role and (not axis or spec.shape == (axis,))),
             None,
@@ -253,9 +262,9 @@ class Manifest(Frozen):
 
     @property
     def text_as_written(self) -> tuple[str, ...]:
-        """The axes along which the tokenizer pads and cuts as its file says.
+        """The axes along which the tokenizer pads and truncates as its file says.
 
-        Of a bundle that does not say: those of the first text, or of a pair, along which no mask could hide padding.
+        If the bundle does not state them: the first text's axis, unless a mask hides padding along it.
         """
         if self.text is None or self.text.as_written is not None:
             return () if self.text is None else self.text.as_written or ()
@@ -263,5 +272,5 @@ class Manifest(Frozen):
         return () if hidden else (self.text.axis,)
 
     def vocabulary_of(self, spec: InputSpec) -> int:
-        """How many ids an input of token ids knows; 0 where that is not known."""
+        """Return the number of valid ids of an input of token ids; 0 if it is not known."""
         return spec.vocabulary_size or self.vocabulary_size

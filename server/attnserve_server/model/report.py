@@ -1,4 +1,4 @@
-"""Where a bundle comes from, and what the check at its end saw."""
+"""Parts of a manifest that record its conversion: the source, the final check, and each optional step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attnserve_server.model.frozen import Frozen, Sha256
 
 
 class Provenance(Frozen):
-    """Where a bundle comes from. `source` is a name, never a path of the machine that built it."""
+    """The origin of a bundle. `source` is a name, never a path of the converting machine."""
 
     source: str
     source_sha256: Sha256 | None = None
@@ -21,10 +21,15 @@ class Provenance(Frozen):
 
 
 class FusionReport(Frozen):
-    """What came of rewriting decomposed sites to a fused operator before they were tapped.
+    """Result of rewriting decomposed sites to a fused operator, before taps are added.
 
-    `sites`: how many were rewritten. Time and error are against the source, untapped; None where it did not come to
-    that. `reason`: why the rewritten graph was not kept; empty where it was.
+    Args:
+        operator: the fused operator.
+        sites: number of rewritten sites.
+        kept: whether the rewritten graph was kept.
+        fused_over_source_time: run time divided by that of the source; None: not measured.
+        output_max_abs_error: greatest difference to the source; None: not measured.
+        reason: why the rewritten graph was not kept; empty if it was.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -37,7 +42,7 @@ class FusionReport(Frozen):
     reason: str = ""
 
     def __str__(self) -> str:
-        """One line for a person."""
+        """Format as one line."""
         sites = "site" if self.sites == 1 else "sites"
         where = f"{self.sites} attention {sites} rewritten to {self.operator}"
         if self.kept:
@@ -46,10 +51,15 @@ class FusionReport(Frozen):
 
 
 class TrialReport(Frozen):
-    """What came of one thing that was tried to make a bundle faster, beside the same bundle without it.
+    """Result of one change that was tried to make a bundle faster, compared with the bundle without it.
 
-    `what`: in words. Time and error are None where it did not come to that. `load_time`: how long it takes to load, in
-    parts of the other's time, where that is what it is about. `reason`: why it was not kept; empty where it was.
+    Args:
+        what: the change.
+        kept: whether it was kept.
+        time: run time divided by that without the change; None: not measured.
+        load_time: load time divided by that without the change; None: not relevant.
+        output_max_abs_error: greatest difference of the outputs; None: not measured.
+        reason: why it was not kept; empty if it was.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -62,7 +72,7 @@ class TrialReport(Frozen):
     reason: str = ""
 
     def __str__(self) -> str:
-        """One line for a person."""
+        """Format as one line."""
         loading = "" if self.load_time is None else f", and {self.load_time:.2f} of the time to load"
         if self.kept:
             return f"tried {self.what}: kept, at {self.time or 0:.3f} of the time{loading}"
@@ -70,7 +80,7 @@ class TrialReport(Frozen):
 
 
 class LeftQuantizer(Frozen):
-    """A dynamic quantizer that keeps one scale for the whole batch. `node`: its name; `reason`: why, in words."""
+    """A dynamic quantizer that keeps one scale for the whole batch: the name of its node, and the reason."""
 
     node: str
     reason: str
@@ -79,9 +89,12 @@ class LeftQuantizer(Frozen):
 class RequantizeReport(Frozen):
     """Result of `prepare --requantize per-row`.
 
-    `rewritten`: the number of dynamic quantizers that now take one scale and zero point per row. `unrounded`: of those
-    that were removed, because they rounded an operand of a product of two activations, which now runs in float32.
-    `left`: those that still take one scale for the whole batch. Speed and difference to the source are in `quality`.
+    Speed and difference to the source are in `CheckReport.quality`.
+
+    Args:
+        rewritten: number of dynamic quantizers that now take one scale and zero point per row.
+        unrounded: number of removed quantizers, of a MatMul of two activations, which now runs in float32.
+        left: the quantizers that still take one scale for the whole batch.
     """
 
     rewritten: Annotated[int, Field(ge=0)]
@@ -89,11 +102,11 @@ class RequantizeReport(Frozen):
     left: tuple[LeftQuantizer, ...] = ()
 
     def __str__(self) -> str:
-        """One line for a person."""
+        """Format as one line."""
         total = self.rewritten + self.unrounded + len(self.left)
         lines = [f"{self.rewritten} of {total} dynamic quantizers rewritten to one scale per row"]
         if self.unrounded:
-            lines.append(f"{self.unrounded} removed, their products of two activations run in float32")
+            lines.append(f"{self.unrounded} removed: their MatMul of two activations runs in float32")
         for reason in dict.fromkeys(left.reason for left in self.left):
             nodes = [left.node for left in self.left if left.reason == reason]
             others = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
@@ -102,12 +115,19 @@ class RequantizeReport(Frozen):
 
 
 class QualityReport(Frozen):
-    """What a reduced precision costs and brings, seen on many sequences and against the graph that it was made from.
+    """Cost and gain of a reduced precision, measured on many sequences against the graph that it was made from.
 
-    `output`: whose cosine is told, as a mean and for the worst sequence; averaged over positions where it has them.
-    `top1_agreement`: the share of attention rows (site, head, query) whose strongest key is the same; None without
-    sites. `speed_ratio`: processor time of the reference over that of the reduced graph, in interleaved runs.
-    `output_max_abs_error`: the greatest absolute difference of any number of `output`.
+    Args:
+        against: the reference.
+        inputs: the source of the sequences.
+        sequences: number of sequences.
+        output: the output that was compared.
+        cosine_mean: mean cosine between the outputs, averaged over positions if it has them.
+        cosine_worst: least cosine of a sequence.
+        top1_agreement: share of attention rows (site, head, query) whose strongest key is the same; None without sites.
+        attention_rows: number of compared rows.
+        speed_ratio: processor time of the reference divided by that of the reduced graph, in interleaved runs.
+        output_max_abs_error: greatest absolute difference of any number of `output`.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -133,10 +153,15 @@ class QualityReport(Frozen):
 
 
 class GoldenSpec(Frozen):
-    """Answers that were checked when the bundle was made, kept in `golden.npz`, and asked for again at every load.
+    """Golden answers: stored in `golden.npz` by the conversion, and checked again at every load.
 
-    Of each array at most `sample` numbers are kept, evenly spread. Errors are told in parts of the greatest number of
-    the kept ones; more than `output_tolerance` or `weight_tolerance` is another model.
+    Errors are relative to the greatest stored number of an array.
+
+    Args:
+        sequences: number of sequences.
+        sample: maximum number of stored numbers of each array, evenly spread.
+        output_tolerance: maximum error of an output.
+        weight_tolerance: maximum error of weights.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -148,9 +173,9 @@ class GoldenSpec(Frozen):
 
 
 class CheckReport(Frozen):
-    """What the check at the end of export or prepare saw; the reference is named in `against`.
+    """Result of the check at the end of a conversion, against the reference named in `against`.
 
-    `padding_max_abs_error`: in bundles of format 1 alone; what padding can change is the certificate's to say.
+    `padding_max_abs_error` is in bundles of format 1 only; the certificate replaces it.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""Tokenizers set for serving: no text becomes a special token, and nothing is cut or padded but as a file says."""
+"""Prepares a tokenizer for serving: no text becomes a special token, and padding and truncation are as configured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attnserve_server.domain.errors import AttnserveError
 
 
 class TokenizerInvalid(AttnserveError):
-    """A tokenizer file cannot be used. The message never holds its path."""
+    """A tokenizer file cannot be used. The message holds no path."""
 
     reason = "TOKENIZER_INVALID"
 
@@ -22,15 +22,15 @@ class TokenizerInvalid(AttnserveError):
         super().__init__(f"the tokenizer cannot be loaded: {why}")
 
     def metadata(self) -> dict[str, str]:
-        """What was wrong."""
+        """The reason."""
         return {"why": self.why}
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """Ids and names of the tokens that mark structure: all special ones but the unknown token, which is text."""
+    """Return id and name of every special token except the unknown token, which represents text."""
     tokens = {number: token for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     if isinstance(tokenizer.model, models.Unigram):
-        # The library tells this one model's unknown token in its file only.
+        # For this model, the library exposes the unknown token in the serialized form only.
         tokens.pop(json.loads(tokenizer.to_str())["model"]["unk_id"], None)
     else:
         unknown = tokenizer.model.unk_token
@@ -39,11 +39,15 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def sealed(tokenizer: Tokenizer, special: dict[int, str]) -> Tokenizer:
-    """The tokenizer, set so that no text becomes a special token, and that nothing is cut or padded.
+    """Return the tokenizer, set so that no text becomes a special token, without padding and truncation.
 
-    `encode_special_tokens` keeps the library from looking for special tokens in the text. But a model whose own
-    vocabulary holds them (Unigram and word-level ones do) may still put them together from their letters. There they
-    get random names that cannot be guessed; ids and scores stay.
+    `encode_special_tokens` stops the library from searching the text for special tokens. A model whose vocabulary holds
+    them (Unigram and word-level models) may still build them from their letters. Those tokens get random names that
+    cannot be guessed, with the same ids and scores.
+
+    Args:
+        tokenizer: modified in place.
+        special: from `special_tokens`.
     """
     _set_plain(tokenizer)
     leaking = {
@@ -71,10 +75,15 @@ def sealed(tokenizer: Tokenizer, special: dict[int, str]) -> Tokenizer:
 
 
 def sized(tokenizer: Tokenizer, padding: Mapping[str, Any] | None, truncation: Mapping[str, Any] | None) -> Tokenizer:
-    """A copy of a sealed tokenizer that pads and cuts.
+    """Return a copy of a sealed tokenizer that pads and truncates.
+
+    Args:
+        tokenizer: from `sealed`.
+        padding: the file's padding; None: none.
+        truncation: the file's truncation; None: none.
 
     Raises:
-        TokenizerInvalid: the library fails on such a length.
+        TokenizerInvalid: the library cannot truncate texts to this length.
     """
     copy = Tokenizer.from_str(tokenizer.to_str())
     _set_plain(copy)
@@ -83,21 +92,21 @@ def sized(tokenizer: Tokenizer, padding: Mapping[str, Any] | None, truncation: M
     if not truncation:
         return copy
     try:
-        # The stride is of the pieces that are cut off, which are not used; with one the library fails on short lengths.
+        # The stride concerns the pieces that are cut off, which are not used. With one, short lengths are an error.
         copy.enable_truncation(**{**truncation, "stride": 0})
     except ValueError as error:
-        raise TokenizerInvalid(f"texts cannot be cut to {truncation['max_length']} tokens: {error}") from error
+        raise TokenizerInvalid(f"texts cannot be truncated to {truncation['max_length']} tokens: {error}") from error
     long = "a " * (int(truncation["max_length"]) + 8)
     try:
         copy.encode(long)
         copy.encode(long, long)
-    except Exception:  # noqa: BLE001, S110 - a text that cannot be cut: each such is refused when it comes
+    except Exception:  # noqa: BLE001, S110 - a text that cannot be truncated: the request with such a text is refused
         pass
     except BaseException as panic:
-        # The library's own failures are no exceptions; at run time one would end more than a request.
+        # A panic of the library is not an Exception. At run time it would end more than one request.
         if type(panic).__name__ != "PanicException":
             raise
-        raise TokenizerInvalid(f"texts cannot be cut to {truncation['max_length']} tokens") from None
+        raise TokenizerInvalid(f"texts cannot be truncated to {truncation['max_length']} tokens") from None
     return copy
 
 

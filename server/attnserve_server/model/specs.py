@@ -1,4 +1,7 @@
-"""Inputs, outputs, axes and text as a manifest describes them. How they fit together is the manifest's to check."""
+"""Parts of a manifest that describe the graph: inputs, outputs, axes, text and attention sites.
+
+Each part checks its own fields. The manifest checks that the parts agree.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,30 @@ from attnserve_server.model.frozen import NUMPY_DTYPES, Dimension, Dtype, Frozen
 
 
 class InputRole(StrEnum):
-    """What the server may know about an input beyond its shape."""
+    """Meaning of an input, beyond its shape."""
 
-    TOKEN_IDS = "token_ids"  # noqa: S105 - a role, no secret
-    """Ids into the vocabulary: checked against its size, and made by the tokenizer."""
+    TOKEN_IDS = "token_ids"  # noqa: S105 - a role, not a secret
+    """Ids into the vocabulary. The server checks them against its size; the tokenizer makes them from text."""
     ATTENTION_MASK = "attention_mask"
-    """1 where there is data, 0 where there is padding."""
-    TOKEN_TYPE_IDS = "token_type_ids"  # noqa: S105 - a role, no secret
+    """1 for data, 0 for padding."""
+    TOKEN_TYPE_IDS = "token_type_ids"  # noqa: S105 - a role, not a secret
     """0 for the first text, 1 for the second."""
     DATA = "data"
-    """Anything else."""
+    """Any other meaning."""
 
 
 class IndexRange(Frozen):
-    """Numbers that an input may hold which the graph looks a table up with: from `least` to `greatest`, both legal.
+    """Valid numbers of an input that indexes a table of the graph: from `least` to `greatest`, both inclusive.
 
-    `column`: the place along the input's last axis that this is of; None: of every element. An element is legal that is
-    in one of the ranges of its place. A place without ranges may hold any number.
+    An element is valid if it is in one of the ranges of its column. A column without ranges accepts any number.
 
-    `along`: the symbol of an axis whose positions are looked up; `least` then counts from minus its length and
-    `greatest` from its length, so that 0 and -1 are from its first position, counted from the end, to its last.
+    Args:
+        least: the least number.
+        greatest: the greatest number.
+        column: index along the input's last axis; None: the range is for every element.
+        along: symbol of an axis whose positions are indexed. `least` is then relative to minus its length and
+        `greatest`
+            to its length: 0 and -1 mean from the first position, counted from the end, to the last.
     """
 
     least: int
@@ -43,25 +50,31 @@ class IndexRange(Frozen):
     along: str = ""
 
     def at(self, lengths: Mapping[str, int]) -> tuple[int, int]:
-        """The least and the greatest legal number, given the lengths of axes."""
+        """Return the least and the greatest valid number, given the lengths of axes."""
         length = lengths[self.along] if self.along else 0
         return self.least - length, self.greatest + length
 
     @model_validator(mode="after")
     def _holds_a_number(self) -> Self:
         if self.least > self.greatest + (1 if self.along else 0):
-            raise ValueError(f"a range from {self.least} to {self.greatest} holds no number")
+            raise ValueError(f"a range from {self.least} to {self.greatest} is empty")
         return self
 
 
 class InputSpec(Frozen):
-    """One input. `shape` leaves out the batch axis; `padding` fills positions behind a sequence's end.
+    """One input.
 
-    `fill` is the value that the server uses where a caller leaves the input out; None: it must be sent.
-    `vocabulary_size`: of an input of token ids, how many it knows; 0: as many as the manifest says of all of them.
-    `index_ranges`: of any other input that tables are looked up with, the numbers that it may hold; empty: any.
-    `additive_mask`: it is added to attention scores and does nothing else, so that minus infinity hides a key.
-    `needs_key`: of such a mask, that the model answers NaN where a row of it is nothing but minus infinity.
+    Args:
+        name: name in the graph.
+        dtype: element type.
+        shape: without the batch axis.
+        role: its meaning.
+        padding: value of the positions after a sequence's end.
+        fill: value that the server uses if a request leaves the input out; None: the input is required.
+        vocabulary_size: number of valid token ids; 0: the manifest's `vocabulary_size`.
+        index_ranges: valid numbers of an input that indexes tables of the graph; empty: any.
+        additive_mask: whether it is only added to attention scores, so that minus infinity hides a key.
+        needs_key: for an additive mask, whether the model returns NaN if a row of the mask is all minus infinity.
     """
 
     name: str
@@ -76,18 +89,18 @@ class InputSpec(Frozen):
     needs_key: bool = False
 
     def ranges_at(self, column: int) -> tuple[IndexRange, ...]:
-        """The ranges of one place along the last axis; empty: any number is legal there."""
+        """Return the ranges of one column along the last axis; empty: any number is valid there."""
         return tuple(each for each in self.index_ranges if each.column in {None, column})
 
     @property
     def columns(self) -> int:
-        """Places along the last axis that differ in their ranges: all of them, or 1 where one range serves for all."""
+        """Number of columns with their own ranges: all along the last axis, or 1 if one range is for every element."""
         apart = any(each.column is not None for each in self.index_ranges)
         return int(self.shape[-1]) if apart else 1
 
     @property
     def resting(self) -> tuple[int, ...]:
-        """For each of the `columns` the legal number nearest to 0."""
+        """The valid number nearest to 0, for each of the `columns`."""
         return tuple(_nearest_to_zero(self.ranges_at(column)) for column in range(self.columns))
 
     @model_validator(mode="after")
@@ -95,19 +108,19 @@ class InputSpec(Frozen):
         named = max((each.column for each in self.index_ranges if each.column is not None), default=-1)
         last = self.shape[-1] if self.shape else 0
         if named >= 0 and not (isinstance(last, int) and named < last):
-            raise ValueError(f"{self.name}: column {named} of its ranges is not along its last axis")
+            raise ValueError(f"{self.name}: column {named} of index_ranges is not within the last axis")
         return self
 
     @model_validator(mode="after")
     def _values_fit_the_dtype(self) -> Self:
         for field, value in (("padding", self.padding), ("fill", self.fill)):
             if value is not None and not _fits(value, NUMPY_DTYPES[self.dtype]):
-                raise ValueError(f"{self.name}: {field} {value:g} is no {self.dtype}")
+                raise ValueError(f"{self.name}: {field} {value:g} is not a {self.dtype}")
         return self
 
 
 class OutputSpec(Frozen):
-    """One output. `shape` leaves out the batch axis."""
+    """One output. `shape` is without the batch axis."""
 
     name: str
     dtype: Dtype
@@ -115,10 +128,10 @@ class OutputSpec(Frozen):
 
 
 class DerivedLength(Frozen):
-    """How long a derived axis is: (length of `source` + `offset`) // `stride`, which has rounding up and down in it.
+    """Length of a derived axis: (length of `source` + `offset`) // `stride`, which can round up or down.
 
-    Pooling by 4, the last window filled up: stride 4, offset 3. A convolution of width K, stride S and padding P on
-    either side: stride S, offset 2 P - K + S. A token put before all others: stride 1, offset 1.
+    Pooling by 4 with a padded last window: stride 4, offset 3. A convolution of width K, stride S and padding P on both
+    sides: stride S, offset 2 P - K + S. A token before all others: stride 1, offset 1.
     """
 
     source: Symbol
@@ -126,19 +139,25 @@ class DerivedLength(Frozen):
     offset: int = 0
 
     def of(self, length: int) -> int:
-        """The derived length, in positions; 0 where nothing is left."""
+        """Return the derived length in positions, at least 0."""
         return max((length + self.offset) // self.stride, 0)
 
 
 class AxisSpec(Frozen):
-    """A dynamic axis. `paddable`: sequences may be padded along it, under the policy that the manifest is for.
+    """One axis other than the batch axis.
 
-    `fixed`: not dynamic after all; the graph always has `max_length` positions here (of patches, of latent queries, of
-    an input whose length was fixed at export), and the symbol is there for sites to name. Inputs and outputs do not.
-    `grid`: rows and columns of the patches that a fixed axis runs over, row by row; `leading` positions, such as
-    that of a class token, stand before them.
-    `derived`: its length follows that of another axis, of keys that a model pools, say. Inputs do not name it, and its
-    positions are not counted as tokens: those of its source are.
+    Args:
+        symbol: its name in shapes and sites.
+        max_length: maximum number of positions.
+        paddable: whether sequences may be padded along it, under the policy that the manifest is for.
+        fixed: whether the graph always has `max_length` positions (of patches, of latent queries, of an input whose
+        length
+            was fixed at export). Only sites name such an axis; inputs and outputs do not.
+        grid: rows and columns of the patches of a fixed axis, row by row; None: it has no patches.
+        leading: positions before the patches, such as that of a class token.
+        derived: relation to another axis that its length follows, such as pooled keys. Inputs do not name such an axis,
+        and
+            its positions do not count as tokens; those of its source do.
     """
 
     symbol: Symbol
@@ -152,34 +171,38 @@ class AxisSpec(Frozen):
     @model_validator(mode="after")
     def _fixed_is_never_padded(self) -> Self:
         if self.fixed and self.paddable:
-            raise ValueError(f"axis {self.symbol}: a fixed axis has one length, so nothing along it is padded")
+            raise ValueError(f"axis {self.symbol}: a fixed axis has one length, so it cannot be paddable")
         if self.fixed and self.derived is not None:
-            raise ValueError(f"axis {self.symbol}: a fixed axis has one length, so it follows no other")
+            raise ValueError(f"axis {self.symbol}: a fixed axis has one length, so it cannot be derived")
         return self
 
     @model_validator(mode="after")
     def _grid_is_the_whole_axis(self) -> Self:
         if self.grid is None:
             if self.leading:
-                raise ValueError(f"axis {self.symbol}: positions lead, but there is no grid behind them")
+                raise ValueError(f"axis {self.symbol}: leading is {self.leading}, but there is no grid")
             return self
         rows, columns = self.grid
         if not self.fixed:
             raise ValueError(f"axis {self.symbol}: a grid needs a fixed axis")
         if self.leading + rows * columns != self.max_length:
-            said = f"{self.leading} positions and {rows} x {columns} patches are not {self.max_length}"
-            raise ValueError(f"axis {self.symbol}: {said}")
+            counted = f"{self.leading} leading positions and {rows} x {columns} patches"
+            raise ValueError(f"axis {self.symbol}: {counted} do not make max_length {self.max_length}")
         return self
 
 
 class TextSpec(Frozen):
-    """How text becomes inputs: the tokenizer runs along `axis`.
+    """How text becomes inputs.
 
-    `pair_axis` empty: a second text stands behind the first on the same axis. Else it has that axis, and its token ids,
-    to itself (of a decoder, say), behind the token `pair_start`, if there is one.
-
-    `as_written`: the axes along which the tokenizer pads and cuts as its file says, since nothing would hide such
-    padding; along the others it does neither. None: a bundle that does not say; see `Manifest.text_as_written`.
+    Args:
+        axis: symbol of the axis of the first text's tokens.
+        max_tokens: maximum number of tokens along it.
+        pair_axis: axis of a second text's tokens, such as a decoder's; empty: they follow the first text's.
+        pair_max_tokens: maximum number of tokens along `pair_axis`.
+        pair_start: id of the token before a second text with its own axis; None: no such token.
+        as_written: the axes along which the tokenizer pads and truncates as its file says, because no mask hides
+        padding
+            there; along the others it does neither. None: not stated; see `Manifest.text_as_written`.
     """
 
     axis: Symbol
@@ -192,28 +215,30 @@ class TextSpec(Frozen):
     @model_validator(mode="after")
     def _pair_is_whole(self) -> Self:
         if self.pair_axis == self.axis:
-            raise ValueError(f"text: both texts have the axis {self.axis}; a pair on one axis names no pair_axis")
+            raise ValueError(
+                f"text: pair_axis is {self.axis}, the first text's axis; leave it empty for a pair on one axis"
+            )
         if bool(self.pair_axis) != bool(self.pair_max_tokens):
-            raise ValueError("text: pair_axis and pair_max_tokens go together")
+            raise ValueError("text: pair_axis and pair_max_tokens must be given together")
         if self.pair_start is not None and not self.pair_axis:
             raise ValueError("text: pair_start needs a pair_axis")
         return self
 
     @property
     def axes(self) -> dict[str, int]:
-        """The axes that texts run along, with the most tokens on each: the first text's, then the second's."""
+        """Maximum number of tokens by axis: the first text's, then the second's."""
         pair = {self.pair_axis: self.pair_max_tokens} if self.pair_axis else {}
         return {self.axis: self.max_tokens, **pair}
 
 
 def _nearest_to_zero(ranges: tuple[IndexRange, ...]) -> int:
-    # Of positions along an axis the first one, which there always is.
+    # For positions along an axis, the first position, which always exists.
     nearest = (each.least if each.along else min(max(0, each.least), each.greatest) for each in ranges)
     return min(nearest, key=abs, default=0)
 
 
 def _fits(value: float, dtype: np.dtype[np.generic]) -> bool:
-    """Whether a dtype holds the value: within its range if of fractions, exactly if of whole numbers."""
+    """Whether a dtype can hold the value: within its range for a float, exactly for an integer."""
     if np.issubdtype(dtype, np.floating):
         return math.isinf(value) or abs(value) <= float(np.finfo(dtype.name).max)
     if dtype == np.bool_:
@@ -223,11 +248,11 @@ def _fits(value: float, dtype: np.dtype[np.generic]) -> bool:
 
 
 class SiteSpec(Frozen):
-    """One place where attention is computed, and the graph's tap for it.
+    """One place where the graph computes attention, and its tap.
 
-    The tap reads `items_input` (int64, (n,): rows of the batch) and writes `weights_output` (float32, (n, heads, query,
-    key), or with a `band` and without `whole_rows` (n, heads, query, columns of the band)). Both are None where the
-    site could not be tapped; `unavailable_reason` then says why.
+    The tap reads `items_input`, int64 (n,), rows of the batch. It writes `weights_output`, float32 (n, heads, query,
+    key), or (n, heads, query, columns of the band) with a `band` and without `whole_rows`. Both are None if the site
+    could not be tapped; `unavailable_reason` then has the reason.
     """
 
     name: str
@@ -244,35 +269,35 @@ class SiteSpec(Frozen):
     weights_output: str | None = None
     unavailable_reason: str = ""
     band: BandSpec | None = None
-    """Which keys a query of a windowed site sees; None: its weights are of all keys."""
+    """The keys of each column of a windowed site's weights; None: the weights are over all keys."""
     whole_rows: bool = False
-    """Whether the tap writes (n, heads, query, key) all the same, of which the band's columns are taken afterwards."""
+    """Whether the tap of a banded site writes (n, heads, query, key); the band's columns are taken after the run."""
 
     @property
     def available(self) -> bool:
-        """Whether its weights can be had."""
+        """Whether the site has a tap."""
         return self.weights_output is not None
 
     @property
     def columns(self) -> str | int:
-        """What the last axis of its weights has: the key axis, or so many columns of the band."""
+        """The last dimension of the weights: the key axis, or the number of the band's columns."""
         return self.key_axis if self.band is None or self.whole_rows else self.band.width
 
     @property
     def weight_axes(self) -> tuple[str, str]:
-        """The axis symbols of the rows and of the columns of its weights; the columns of a band have none: empty."""
+        """Axis symbols of the rows and of the columns of the weights; empty for the columns of a band."""
         return self.query_axis, self.columns if isinstance(self.columns, str) else ""
 
     @model_validator(mode="after")
     def _tap_is_whole(self) -> Self:
         if (self.items_input is None) != (self.weights_output is None):
-            raise ValueError(f"site {self.name}: a tap has both an input and an output, or neither")
+            raise ValueError(f"site {self.name}: items_input and weights_output must be given together")
         if self.available == bool(self.unavailable_reason):
-            raise ValueError(f"site {self.name}: either a tap or a reason why there is none")
+            raise ValueError(f"site {self.name}: it must have either a tap or an unavailable_reason")
         if self.heads % self.kv_heads:
-            raise ValueError(f"site {self.name}: {self.kv_heads} key heads do not divide {self.heads} heads")
+            raise ValueError(f"site {self.name}: {self.heads} heads are not a multiple of {self.kv_heads} kv_heads")
         if self.band is not None and self.form != "windowed":
-            raise ValueError(f"site {self.name}: a band is of windowed sites, and this one is {self.form}")
+            raise ValueError(f"site {self.name}: form is {self.form}; only windowed sites have a band")
         if self.whole_rows and self.band is None:
-            raise ValueError(f"site {self.name}: rows are whole anyway where there is no band")
+            raise ValueError(f"site {self.name}: whole_rows needs a band")
         return self

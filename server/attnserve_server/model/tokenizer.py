@@ -1,4 +1,7 @@
-"""Text to token ids, with every token's and word's place in the caller's text. Batches and tensors are not here."""
+"""The tokenizer: text to token ids, with the span of every token and word in the caller's text.
+
+It fails for a file that is not a tokenizer, and for a text that the file's own truncation cannot shorten enough.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,25 @@ from tokenizers import Encoding, Tokenizer
 from attnserve_server.domain.values import AxisUnits
 from attnserve_server.model.sealing import TokenizerInvalid, sealed, sized, special_tokens
 
-__all__ = ["ID_BOUND", "CannotBeCut", "TextTokenizer", "TokenizedText", "TokenizerInvalid"]
+__all__ = ["ID_BOUND", "TextTokenizer", "TokenizedText", "TokenizerInvalid", "TruncationFailed"]
 
 ID_BOUND = 2**32
-"""Ids from here on, and those below 0, cannot be asked of the library."""
+"""The library accepts ids from 0 to below this one."""
 
 
-class CannotBeCut(Exception):
-    """A text, or a pair, that the tokenizer's own truncation cannot bring to its length; the library says why."""
+class TruncationFailed(Exception):
+    """The tokenizer's own truncation cannot shorten a text, or a pair, to its length. The message is the library's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenizedText:
-    """A text, or a pair, as a model takes it: ids and type ids int64 (N,), and what each position stands for.
+    """A tokenized text, or pair of texts.
 
-    `mask` int64 (N,): 0 for padding that the tokenizer itself adds, 1 elsewhere.
+    Args:
+        ids: token ids, int64 (N,).
+        type_ids: 0 for the first text, 1 for the second, int64 (N,).
+        mask: 0 for padding that the tokenizer adds, 1 elsewhere, int64 (N,).
+        units: the text, span and word of each position.
     """
 
     ids: npt.NDArray[np.int64]
@@ -39,10 +46,10 @@ class TokenizedText:
 
 
 class TextTokenizer:
-    """A tokenizer for which the text of a special token is text like any other.
+    """A tokenizer that never turns text into a special token.
 
-    It cuts and pads as its file says along the axes `as_written`, and along no other. Any number of threads may use it
-    at once: after loading nothing in it changes.
+    It pads and truncates along the axes `as_written`, as its file says, and along no other. Immutable after loading:
+    any number of threads may use it.
     """
 
     def __init__(self, tokenizer: Tokenizer, axis: str, as_written: Collection[str] = ()) -> None:
@@ -51,7 +58,7 @@ class TextTokenizer:
         self._special_ids = frozenset(self._special)
         padding, truncation = tokenizer.padding, tokenizer.truncation
         self._tokenizer = sealed(tokenizer, self._special)
-        self._knows_words = cuts_words(self._tokenizer)
+        self._knows_words = _has_words(self._tokenizer)
         self._as_written = frozenset(as_written)
         self._written = self._tokenizer
         if self._as_written and (padding or truncation):
@@ -64,18 +71,18 @@ class TextTokenizer:
 
         Args:
             path: the file.
-            axis: symbol of the axis that tokens run along.
-            as_written: symbols of the axes along which the file's padding and truncation are kept.
+            axis: symbol of the axis of the tokens.
+            as_written: symbols of the axes along which the file's padding and truncation apply.
 
         Raises:
-            TokenizerInvalid: the file cannot be read, or does not hold a tokenizer.
+            TokenizerInvalid: the file cannot be read, or is not a tokenizer.
         """
         try:
             content = path.read_bytes()
         except OSError as error:
             raise TokenizerInvalid(error.strerror or type(error).__name__) from error
         try:
-            # From bytes and not from the file, so that no message of the library can hold the path.
+            # From bytes, so that no message of the library can hold the path.
             tokenizer = Tokenizer.from_buffer(content)
         except ValueError as error:
             raise TokenizerInvalid(str(error)) from error
@@ -83,33 +90,34 @@ class TextTokenizer:
 
     @property
     def axis(self) -> str:
-        """Symbol of the axis that tokens run along."""
+        """Symbol of the axis of the tokens."""
         return self._axis
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids that mark structure, such as [CLS] and [SEP]. The unknown token is not among them: it stands for text."""
+        """Ids of the special tokens, such as [CLS] and [SEP]. The unknown token is not one: it represents text."""
         return self._special_ids
 
     def encode(self, text: str, pair: str = "", *, limit: int | None = None) -> TokenizedText:
-        """Tokenize a text, or a pair of texts, with the special tokens that the model wants around them.
+        """Tokenize a text, or a pair of texts, with the special tokens of the model.
 
-        Padding that the tokenizer adds is special, belongs to no word and has no place in the text.
+        Padding that the tokenizer adds is special, and has no word and no span.
 
         Args:
             text: the first text.
-            pair: the second; empty: there is none.
-            limit: past so many tokens nobody will look at the units, which take as long as the tokens: they are only
-                counted. None: they are always told.
+            pair: the second text; empty: there is none.
+            limit: if there are more tokens than this, only their number is returned, without units, because the request
+                will be refused. None: always return units.
 
         Returns:
-            N positions; none where the tokenizer adds no special tokens and its normalisation leaves nothing. Offsets
-            count Unicode code points in the text that the caller sent, before any normalisation; a token's are as its
-            tokenizer tells them (some count the space before a word as part of its first token), and a word's leave
-            out white space at both ends and take in the combining marks that normalisation strips from its end.
+            N positions; none if the tokenizer adds no special tokens and its normalisation removes the whole text.
+            Spans count Unicode code points of the caller's text, before normalisation. A token's span is the
+            tokenizer's own (some include the space before a word). A word's span excludes white space at both ends, and
+            includes the combining marks that normalisation strips from its end.
 
         Raises:
-            CannotBeCut: it is too long for the tokenizer's own truncation, which cuts the other text only.
+            TruncationFailed: the text is too long for the tokenizer's own truncation, which shortens the other text
+            only.
         """
         return self._encode(text, pair, self._axis, limit)
 
@@ -120,13 +128,13 @@ class TextTokenizer:
         except Exception as error:
             if tokenizer.truncation is None:
                 raise
-            raise CannotBeCut(str(error)) from error
+            raise TruncationFailed(str(error)) from error
         ids = np.array(encoding.ids, dtype=np.int64)
         type_ids = np.array(encoding.type_ids, dtype=np.int64)
         mask = np.array(encoding.attention_mask, dtype=np.int64)
         if limit is not None and len(ids) > limit:
             return TokenizedText(ids, type_ids, mask, AxisUnits(axis=axis, length=len(ids)))
-        words = Words()
+        words = _Words()
         if self._knows_words:
             words.add(encoding, (text, pair))
         special = tuple(flag == 1 for flag in encoding.special_tokens_mask)
@@ -152,16 +160,16 @@ class TextTokenizer:
     def encode_second(
         self, text: str, axis: str, *, start: int | None = None, limit: int | None = None
     ) -> TokenizedText:
-        """Tokenize the second of two texts that each have an axis to themselves, as a decoder's does.
+        """Tokenize the second of two texts that have an axis each, such as a decoder's.
 
         Args:
-            text: the text. Empty: nothing but `start`.
-            axis: symbol of the axis that its tokens run along.
-            start: id of the token that it stands behind; None: nothing stands before it.
+            text: the text; empty: only `start`.
+            axis: symbol of the axis of its tokens.
+            start: id of the token before the text; None: no such token.
             limit: as for `encode`.
 
         Returns:
-            N positions, told as `encode` tells them; the segment of its tokens is 1.
+            N positions, as from `encode`; the segment of the text's tokens is 1.
         """
         one = self._encode(text, "", axis, limit) if text else None
         known = AxisUnits(axis=axis, length=0) if one is None else one.units
@@ -190,18 +198,18 @@ class TextTokenizer:
         return TokenizedText(ids, np.zeros(len(ids), np.int64), mask, units)
 
     def units_of_ids(self, ids: npt.NDArray[np.integer], axis: str = "", *, words: bool = True) -> AxisUnits:
-        """What each position of a sequence of token ids stands for.
+        """Return the units of a sequence of token ids.
 
-        There is no text of the caller's to point into, so offsets and segments stay empty. Words are told only if each
-        stretch between special tokens, decoded and encoded again, gives the same ids.
+        There is no text of the caller, so spans and segments are empty. There are words only if each run of ids between
+        special tokens gives the same ids after decoding and encoding.
 
         Args:
-            ids: token ids, (N,). An id that the tokenizer does not have has the text "".
-            axis: symbol of the axis that they run along; empty: that of the first text.
-            words: whether words are wanted; finding them takes longer than all the rest.
+            ids: token ids, (N,). An id that the tokenizer does not have gets the text "".
+            axis: symbol of their axis; empty: that of the first text.
+            words: whether to find words, which takes longer than all the rest.
         """
         numbers: list[int] = ids.tolist()
-        found = self._words_of_ids(numbers) if words and self._knows_words else Words()
+        found = self._words_of_ids(numbers) if words and self._knows_words else _Words()
         return AxisUnits(
             axis=axis or self._axis,
             length=len(numbers),
@@ -212,12 +220,12 @@ class TextTokenizer:
         )
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token, special ones included, as the vocabulary spells it; None where there is no such token."""
+        """Return the id of a token, special or not, as the vocabulary spells it; None if there is no such token."""
         special = next((number for number, content in self._special.items() if content == token), None)
         return self._tokenizer.token_to_id(token) if special is None else special
 
-    def _words_of_ids(self, numbers: Sequence[int]) -> Words:
-        words = Words()
+    def _words_of_ids(self, numbers: Sequence[int]) -> _Words:
+        words = _Words()
         if any(not 0 <= number < ID_BOUND for number in numbers):
             return words
         for special, run in _runs(numbers, self._special_ids):
@@ -227,7 +235,7 @@ class TextTokenizer:
             text = self._tokenizer.decode(run, skip_special_tokens=False)
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
             if encoding.ids != run:
-                return Words()
+                return _Words()
             words.add(encoding, (text,))
         return words
 
@@ -243,32 +251,38 @@ def _runs(numbers: Sequence[int], special_ids: frozenset[int]) -> Iterator[tuple
 
 
 @dataclass(slots=True)
-class Words:
-    """Words in the order of their first pieces, counted over all segments."""
+class _Words:
+    """Collects words, in the order of their first pieces, counted over all segments.
+
+    Args:
+        ids: word of each token; -1: none.
+        texts: text of each word.
+        spans: (segment, start, end) of each word.
+    """
 
     ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     spans: list[tuple[int, int, int]] = field(default_factory=list)
 
     def add(self, encoding: Encoding, texts: Sequence[str]) -> None:
-        """Append the words of an encoding of `texts`, one for each segment."""
+        """Append the words of an encoding of `texts`, of which there is one for each segment."""
         number: dict[tuple[int, int], int] = {}
-        extents: list[tuple[int, int, int]] = []
+        spans: list[tuple[int, int, int]] = []
         base = len(self.texts)
         for word, segment, (start, end) in zip(encoding.word_ids, encoding.sequence_ids, encoding.offsets, strict=True):
             if word is None or segment is None:
                 self.ids.append(-1)
                 continue
-            # The tokenizer counts the words of each segment from 0.
+            # The tokenizer numbers the words of each segment from 0.
             index = number.setdefault((segment, word), len(number))
             self.ids.append(base + index)
-            if index == len(extents):
-                extents.append((segment, start, end))
+            if index == len(spans):
+                spans.append((segment, start, end))
             else:
-                _, first, last = extents[index]
-                extents[index] = (segment, min(first, start), max(last, end))
-        claimed = {(segment, start) for segment, start, _ in extents}
-        for segment, start, end in extents:
+                _, first, last = spans[index]
+                spans[index] = (segment, min(first, start), max(last, end))
+        claimed = {(segment, start) for segment, start, _ in spans}
+        for segment, start, end in spans:
             first, last = _without_outer_space(texts[segment], start, end)
             if last == end:
                 while (segment, last) not in claimed and _is_mark(texts[segment], last):
@@ -277,8 +291,8 @@ class Words:
             self.texts.append(texts[segment][first:last])
 
 
-def cuts_words(tokenizer: Tokenizer) -> bool:
-    """Whether words can be told at all: without a pre-tokenizer that cuts, the whole text counts as one word."""
+def _has_words(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer has words: without a pre-tokenizer that splits at spaces, the whole text is one word."""
     if tokenizer.pre_tokenizer is None:
         return False
     probe = "a b"
@@ -288,7 +302,7 @@ def cuts_words(tokenizer: Tokenizer) -> bool:
 
 
 def _without_outer_space(text: str, start: int, end: int) -> tuple[int, int]:
-    """The span without white space at its ends; as it is where it is nothing else."""
+    """The span without white space at its ends; unchanged if it is white space only."""
     inner = text[start:end].strip()
     if not inner:
         return start, end
@@ -297,5 +311,5 @@ def _without_outer_space(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _is_mark(text: str, position: int) -> bool:
-    """Whether a combining mark stands there, which belongs to the character before it."""
+    """Whether the character there is a combining mark, which belongs to the character before it."""
     return position < len(text) and unicodedata.category(text[position]).startswith("M")

@@ -10,7 +10,7 @@ from attnserve.v1 import inference_service_pb2
 from attnserve_server.domain.errors import TextUnavailable, Violations
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, TextSpec
-from attnserve_server.model.tokenizer import CannotBeCut, TextTokenizer, TokenizedText
+from attnserve_server.model.tokenizer import TextTokenizer, TokenizedText, TruncationFailed
 from attnserve_server.transport.arrays import read_tensors
 from attnserve_server.transport.intake import Inputs, Intake, check_values, fill_in
 from attnserve_server.transport.structure import Blobs
@@ -32,7 +32,7 @@ def from_text(
     before = len(violations)
     try:
         encoded = _encoded(message, spec, tokenizer, intake.max_tokens)
-    except CannotBeCut as why:
+    except TruncationFailed as why:
         violations.add(f"{path}.text", f"too long, and the tokenizer cannot cut it: {why}")
         return None
     field_of = {spec.axis: f"{path}.text", spec.pair_axis: f"{path}.text_pair"}

@@ -160,19 +160,19 @@ def test_names_are_used_once():
 
 @pytest.mark.parametrize("missing", ["items_input", "weights_output"])
 def test_half_a_tap_is_refused(missing):
-    with pytest.raises(ValidationError, match="both an input and an output, or neither"):
+    with pytest.raises(ValidationError, match="items_input and weights_output must be given together"):
         site(0, **{missing: None})
 
 
 def test_a_site_has_a_tap_or_a_reason_and_not_both():
-    with pytest.raises(ValidationError, match="either a tap or a reason"):
+    with pytest.raises(ValidationError, match="either a tap or an unavailable_reason"):
         site(0, items_input=None, weights_output=None)
-    with pytest.raises(ValidationError, match="either a tap or a reason"):
+    with pytest.raises(ValidationError, match="either a tap or an unavailable_reason"):
         site(0, unavailable_reason="but there it is")
 
 
 def test_key_heads_divide_heads():
-    with pytest.raises(ValidationError, match="3 key heads do not divide 4 heads"):
+    with pytest.raises(ValidationError, match="4 heads are not a multiple of 3 kv_heads"):
         site(0, kv_heads=3)
 
 
@@ -190,7 +190,7 @@ def test_key_heads_divide_heads():
 )
 def test_padding_and_fill_must_fit_their_dtype(dtype, value):
     for field in ("padding", "fill"):
-        with pytest.raises(ValidationError, match=f"x: {field} .* is no {dtype}"):
+        with pytest.raises(ValidationError, match=f"x: {field} .* is not a {dtype}"):
             InputSpec(name="x", dtype=dtype, shape=(), **{field: value})
 
 
@@ -202,8 +202,8 @@ def test_values_at_the_edge_of_a_dtype_fit(dtype, value):
 
 
 def test_text_needs_token_ids_along_its_axis():
-    refused("no input of token ids", inputs=(ids(role=InputRole.DATA),))
-    refused("no input of token ids", text=TextSpec(axis="patch", max_tokens=5))
+    refused("no input of role token_ids", inputs=(ids(role=InputRole.DATA),))
+    refused("no input of role token_ids", text=TextSpec(axis="patch", max_tokens=5))
     refused("513 tokens exceed 512", text=TextSpec(axis="seq", max_tokens=513))
 
 
@@ -235,9 +235,9 @@ def patches(**fields):
 def test_patch_grid_and_what_leads_it_are_the_whole_axis():
     assert patches(grid=(7, 7), leading=1).grid == (7, 7)
     for words, fields in {
-        "0 positions and 7 x 7 patches are not 50": {"grid": (7, 7)},
+        "0 leading positions and 7 x 7 patches do not make max_length 50": {"grid": (7, 7)},
         "a grid needs a fixed axis": {"grid": (7, 7), "leading": 1, "fixed": False},
-        "there is no grid behind them": {"leading": 1},
+        "leading is 1, but there is no grid": {"leading": 1},
     }.items():
         with pytest.raises(ValidationError, match=words):
             patches(**fields)
@@ -268,10 +268,10 @@ def test_each_axis_of_an_encoder_decoder_has_its_own_ids_mask_and_vocabulary():
 @pytest.mark.parametrize(
     ("words", "fields"),
     [
-        ("no input of token ids of shape .target.", {"pair_axis": "target", "pair_max_tokens": 8}),
-        ("both texts have the axis seq", {"pair_axis": "seq", "pair_max_tokens": 8}),
-        ("go together", {"pair_axis": "target"}),
-        ("go together", {"pair_max_tokens": 8}),
+        ("no input of role token_ids has the shape .target.", {"pair_axis": "target", "pair_max_tokens": 8}),
+        ("pair_axis is seq, the first text's axis", {"pair_axis": "seq", "pair_max_tokens": 8}),
+        ("must be given together", {"pair_axis": "target"}),
+        ("must be given together", {"pair_max_tokens": 8}),
         ("pair_start needs a pair_axis", {"pair_start": 2}),
     ],
 )
@@ -287,9 +287,9 @@ def halves(symbol="seq_by_2", source="seq", **fields):
 def test_a_derived_axis_follows_another_that_is_given():
     assert manifest(axes=(*manifest().axes, halves())).with_derived({"seq": 5}) == {"seq": 5, "seq_by_2": 2}
     assert manifest(axes=(*manifest().axes, halves())).with_derived({}) == {}
-    refused("derived from frames, which is no other axis", axes=(*manifest().axes, halves(source="frames")))
+    refused("its source frames must be another axis", axes=(*manifest().axes, halves(source="frames")))
     twice = halves("seq_by_4", "seq_by_2")
-    refused("derived from seq_by_2, which is no other axis", axes=(*manifest().axes, halves(), twice))
+    refused("its source seq_by_2 must be another axis", axes=(*manifest().axes, halves(), twice))
 
 
 def test_no_input_has_a_derived_axis():
@@ -299,7 +299,7 @@ def test_no_input_has_a_derived_axis():
 
 
 def test_a_fixed_axis_follows_no_other():
-    with pytest.raises(ValidationError, match="one length, so it follows no other"):
+    with pytest.raises(ValidationError, match="one length, so it cannot be derived"):
         AxisSpec(symbol="x", max_length=4, paddable=False, fixed=True, derived={"source": "seq", "stride": 2})
 
 
@@ -313,8 +313,8 @@ UNKNOWN = Clause(axis="seq", verdict=Verdict.UNKNOWN, reason="an operator that i
 
 def test_format_2_has_a_certificate_and_format_1_has_none():
     assert manifest(format=1, certificate=None).certificate is None
-    refused("format 2 has a certificate", certificate=None)
-    refused("format 1 has none", format=1)
+    refused("format 2 must have a certificate", certificate=None)
+    refused("and one of format 1 must not", format=1)
 
 
 def test_certificate_has_a_clause_for_the_batch_and_for_each_axis_that_inputs_have():
@@ -323,7 +323,7 @@ def test_certificate_has_a_clause_for_the_batch_and_for_each_axis_that_inputs_ha
         "clauses": proved("seq").clauses * 2
     }))  # fmt: skip
     refused(
-        r"masks \['nowhere'\] are no inputs",
+        r"masks \['nowhere'\] are not inputs",
         certificate=proved("seq", masks=[MaskNeed(input="nowhere", need="some")]),
     )
 

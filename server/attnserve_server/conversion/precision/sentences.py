@@ -10,7 +10,7 @@ import numpy as np
 from attnserve_server.conversion.inputs.roles import is_position
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, TextSpec
-from attnserve_server.model.tokenizer import CannotBeCut, TextTokenizer, TokenizedText
+from attnserve_server.model.tokenizer import TextTokenizer, TokenizedText, TruncationFailed
 
 
 def sentences() -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def as_inputs(
     for text in texts:
         try:
             encoded = tokenizer.encode(text)
-        except CannotBeCut:
+        except TruncationFailed:
             continue
         filled = {own.name: _filled(own, spec, encoded) for own in inputs}
         if any(array is None for array in filled.values()):

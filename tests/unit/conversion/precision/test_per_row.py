@@ -239,7 +239,7 @@ def test_product_of_two_activations_runs_in_float32(form: str, run: Run) -> None
     assert (report.rewritten, report.unrounded, report.left) == (0, 2, ())
     x = np.random.default_rng(3).normal(size=(2, 5, WIDTH)).astype(np.float32)
     np.testing.assert_allclose(run(checked(proto, "two"), x), x @ x.transpose(0, 2, 1), atol=1e-4)
-    assert "2 removed, their products of two activations run in float32" in str(report)
+    assert "2 removed: their MatMul of two activations runs in float32" in str(report)
 
 
 def beside(*nodes: onnx.NodeProto, **arrays: Array) -> onnx.ModelProto:
