@@ -251,7 +251,7 @@ def _rank(model: ModelInfo) -> int:
 
 
 def _spec(message: model_pb2.TensorSpec) -> TensorSpec:
-    shape = tuple(each.symbol if each.WhichOneof("extent") == "symbol" else each.size for each in message.shape)
+    shape = tuple(each.symbol if each.WhichOneof("length") == "symbol" else each.size for each in message.shape)
     ranges = tuple(
         IndexRange(each.least, each.greatest, each.column if each.HasField("column") else None, each.along)
         for each in message.index_ranges

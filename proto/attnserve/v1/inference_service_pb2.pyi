@@ -3,8 +3,8 @@
 isort:skip_file
 The service: sequences in, outputs and attention out.
 
-Errors carry google.rpc.Status details: always an ErrorInfo (domain `attnserve`), a BadRequest with a violation for
-each field at fault on INVALID_ARGUMENT, and a RetryInfo where trying again later may help.
+Errors have google.rpc.Status details: always an ErrorInfo (domain `attnserve`); on INVALID_ARGUMENT a BadRequest
+with one violation for each invalid field; and a RetryInfo if a later retry may succeed.
 """
 
 from attnserve.v1 import attention_pb2 as _attention_pb2
@@ -35,30 +35,30 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
     PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
     """Not set: NORMAL."""
     PRIORITY_LOW: _Priority.ValueType  # 1
-    """Behind others: counts as having come later than it did."""
+    """Counts as if it had arrived later."""
     PRIORITY_NORMAL: _Priority.ValueType  # 2
     """In order of arrival."""
     PRIORITY_HIGH: _Priority.ValueType  # 3
-    """Before others: counts as having come earlier than it did."""
+    """Counts as if it had arrived earlier."""
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
-    """How urgent a request is against others in the same queue. It moves a request's place by a fixed head start and so can
-    never starve another.
+    """Priority of a request in the queue of its model. It shifts the arrival time by a fixed amount, so it cannot starve
+    other requests.
     """
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
 """Not set: NORMAL."""
 PRIORITY_LOW: Priority.ValueType  # 1
-"""Behind others: counts as having come later than it did."""
+"""Counts as if it had arrived later."""
 PRIORITY_NORMAL: Priority.ValueType  # 2
 """In order of arrival."""
 PRIORITY_HIGH: Priority.ValueType  # 3
-"""Before others: counts as having come earlier than it did."""
+"""Counts as if it had arrived earlier."""
 Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 @_typing.final
 class TextInput(_message.Message):
-    """A text to be tokenized by the model's own tokenizer."""
+    """A text for the model's tokenizer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -67,17 +67,17 @@ class TextInput(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text: UTF-8, at least one character, at most the model's `max_text_bytes`. Text that spells a special token is
-    taken as plain text. Too many tokens: INVALID_ARGUMENT, nothing is cut off silently.
+    plain text. Too many tokens: INVALID_ARGUMENT, because nothing is truncated silently.
     """
     text_pair: _builtins.str
-    """A second text for models that take pairs, for example a query's passage. Empty, the default: none. Where the second
-    text has an axis of its own (`Model.text_pair_axis`), it is tokenized by itself, behind the token that the model starts
-    it with; needed unless the model has such a token.
+    """A second text for models that take pairs, for example the passage for a query. Empty, the default: none. If the
+    second text has its own axis (`Model.text_pair_axis`), it is tokenized separately, after the model's start token if
+    there is one. Without such a token it is required.
     """
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
-        """Arrays for inputs that no text can make, for example the pixels of an image. An input that the text makes may not be
-        among them (INVALID_ARGUMENT).
+        """Arrays for inputs that are not made from text, for example the pixels of an image. An input that is made from the
+        text: INVALID_ARGUMENT.
         """
 
     def __init__(
@@ -104,7 +104,7 @@ class TensorInput(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
-        """One for each input, without the batch axis; inputs that `GetModel` calls optional may be left out."""
+        """One for each input, without the batch axis. Inputs with `TensorSpec.optional` may be left out."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ Global___TensorInput: _TypeAlias = TensorInput  # noqa: Y015
 
 @_typing.final
 class Sequence(_message.Message):
-    """One item of a batch."""
+    """One sequence of a batch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -129,7 +129,7 @@ class Sequence(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def text(self) -> Global___TextInput:
-        """Text, where the model has a tokenizer; otherwise FAILED_PRECONDITION."""
+        """Text. FAILED_PRECONDITION if the model has no tokenizer."""
 
     @_builtins.property
     def tensors(self) -> Global___TensorInput:
@@ -153,15 +153,15 @@ Global___Sequence: _TypeAlias = Sequence  # noqa: Y015
 
 @_typing.final
 class OutputSelection(_message.Message):
-    """The outputs that are wanted."""
+    """A selection of outputs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of outputs, as in `GetModel`; empty: none of them, for callers who want only attention. An unknown or doubled
-        name is refused with INVALID_ARGUMENT.
+        """Names of outputs, as in `GetModel`; empty: no outputs, for a request of attention only. An unknown or repeated
+        name: INVALID_ARGUMENT.
         """
 
     def __init__(
@@ -196,25 +196,25 @@ class InferRequest(_message.Message):
     version: _builtins.str
     """The model's version, a positive integer in decimal. Empty, the default: the highest."""
     priority: Global___Priority.ValueType
-    """How urgent it is. Default: NORMAL."""
+    """Its priority. Default: NORMAL."""
     validate_only: _builtins.bool
-    """Validates, tokenizes and answers with `predicted_bytes` and the effective selection, and runs nothing."""
+    """Validate and tokenize only: the answer has `predicted_bytes` and `effective_attention`, and nothing runs."""
     request_id: _builtins.str
-    """The caller's name for this request, echoed in the answer, in errors and in the server's log: at most 128 printable
-    ASCII characters. Empty: the server makes one, except on a stream, where it must be set and be unlike that of any
-    other request under way (INVALID_ARGUMENT).
+    """The caller's id for this request: at most 128 printable ASCII characters. Answers, errors and the server's log
+    repeat it. Empty: the server generates one. On a stream it is required, and must differ from that of any pending
+    request (INVALID_ARGUMENT).
     """
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sequence]:
-        """What to run, from 1 to the model's `max_batch_size`. They are batched with each other and with other callers'."""
+        """The sequences to run, from 1 to the model's `max_batch_size`. They may share runs with those of other requests."""
 
     @_builtins.property
     def outputs(self) -> Global___OutputSelection:
-        """The wanted outputs. Not set: all of the model's."""
+        """The requested outputs. Not set: all of the model's."""
 
     @_builtins.property
     def attention(self) -> _attention_pb2.AttentionSelection:
-        """The wanted attention. Not set: none. FAILED_PRECONDITION where the model has no sites."""
+        """The requested attention. Not set: none. FAILED_PRECONDITION if the model has no sites."""
 
     def __init__(
         self,
@@ -249,17 +249,17 @@ class Run(_message.Message):
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     batch_size: _builtins.int
-    """Sequences that shared the run, this one included."""
+    """Sequences in the run, this one included."""
     useful_tokens: _builtins.int
-    """Positions of all those sequences that carry data."""
+    """Positions of all sequences of the run that carry data."""
     computed_tokens: _builtins.int
-    """Positions that the runtime worked on, padding included."""
+    """All positions of the run, padding included. The padding alone is `computed_tokens` minus `useful_tokens`."""
     queue_seconds: _builtins.float
-    """From arrival to the start of the run, in seconds."""
+    """Time from the sequence's arrival to the start of the run, in seconds."""
     compute_seconds: _builtins.float
-    """The run itself, in seconds, attention reduction not included."""
+    """Time of the run in seconds, without the reduction of attention."""
     instance: _builtins.int
-    """The instance it ran on, from 0."""
+    """The instance that it ran on, from 0."""
     def __init__(
         self,
         *,
@@ -289,11 +289,11 @@ class SequenceResult(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
-        """The wanted outputs, each cropped to the sequence's own lengths, in the order asked for."""
+        """The requested outputs in the requested order, each cropped to the sequence's own lengths."""
 
     @_builtins.property
     def attention(self) -> _attention_pb2.Attention:
-        """The attention, if asked for."""
+        """The attention. Not set if none was requested."""
 
     @_builtins.property
     def run(self) -> Global___Run:
@@ -316,7 +316,7 @@ Global___SequenceResult: _TypeAlias = SequenceResult  # noqa: Y015
 
 @_typing.final
 class Receipt(_message.Message):
-    """What answered."""
+    """Identifies the request, and the model that answered it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -327,7 +327,7 @@ class Receipt(_message.Message):
     EXECUTION_PROVIDER_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The request's name: the caller's, or the one that the server made."""
+    """The request's id: the caller's, or the one that the server generated."""
     model: _builtins.str
     """The model's name."""
     version: _builtins.str
@@ -367,19 +367,19 @@ class InferResponse(_message.Message):
     EFFECTIVE_ATTENTION_FIELD_NUMBER: _builtins.int
     PREDICTED_BYTES_FIELD_NUMBER: _builtins.int
     predicted_bytes: _builtins.int
-    """Bytes of tensor data in the whole answer: exact, except that `min_weight` makes it an upper bound."""
+    """Bytes of tensor data in the whole answer. Exact without `min_weight`; an upper bound with it."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceResult]:
         """One for each sequence, in the request's order. Empty with `validate_only`."""
 
     @_builtins.property
     def receipt(self) -> Global___Receipt:
-        """What answered."""
+        """The request and the model."""
 
     @_builtins.property
     def effective_attention(self) -> _attention_pb2.AttentionSelection:
-        """The selection that was carried out, with defaults filled in, sites named and negative indices resolved (`queries`
-        excepted, which may differ from sequence to sequence). Not set where no attention was asked for.
+        """The selection that was applied, with defaults filled in, sites by name, and negative indices resolved. `queries`
+        stay as sent, because their rows may differ between sequences. Not set if no attention was requested.
         """
 
     def __init__(
@@ -408,14 +408,14 @@ class StreamInferRequest(_message.Message):
     CANCEL_REQUEST_ID_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     cancel_request_id: _builtins.str
-    """Cancels the request of this id, which is then answered with CANCELLED. Unknown or finished ids do nothing."""
-    timeout_ms: _builtins.int
-    """How long the caller waits for this one request, in milliseconds from its arrival. 0, the default: as long as the
-    stream's own deadline.
+    """Cancels the pending request of this id, which is answered with CANCELLED. An unknown or finished id has no
+    effect.
     """
+    timeout_ms: _builtins.int
+    """Deadline of this request, in milliseconds from its arrival. 0, the default: the deadline of the stream."""
     @_builtins.property
     def request(self) -> Global___InferRequest:
-        """A request. Its `request_id` must be set."""
+        """A request. Its `request_id` is required."""
 
     def __init__(
         self,
@@ -444,11 +444,11 @@ class ResponseChunk(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """Position of this piece, from 0. Pieces of one answer come in order; those of different answers may interleave."""
+    """Index of this piece, from 0. Pieces of one answer arrive in order; those of different answers may interleave."""
     count: _builtins.int
-    """How many pieces there are, at least 2."""
+    """Number of pieces, at least 2."""
     data: _builtins.bytes
-    """The piece. All of them joined are one serialised `InferResponse`."""
+    """The piece. All pieces together are one serialized `InferResponse`."""
     def __init__(
         self,
         *,
@@ -475,10 +475,10 @@ class StreamInferResponse(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The request that it answers."""
+    """The id of the request that it answers."""
     status: _builtins.bytes
-    """A serialised google.rpc.Status: why this one request failed. The same bytes that the trailer
-    `grpc-status-details-bin` has after a failed `Infer`.
+    """A serialized google.rpc.Status: why this request failed. The same bytes as in the trailer
+    `grpc-status-details-bin` after a failed `Infer`.
     """
     @_builtins.property
     def response(self) -> Global___InferResponse:
@@ -508,7 +508,7 @@ Global___StreamInferResponse: _TypeAlias = StreamInferResponse  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
-    """Asks for all models."""
+    """Request of all models."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -549,7 +549,7 @@ Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
-    """Asks for one model."""
+    """Request of one model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

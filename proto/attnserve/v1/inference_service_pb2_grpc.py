@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InferenceServiceStub(object):
-    """Runs models, and says what they are.
+    """Runs models, and describes them.
     """
 
     def __init__(self, channel):
@@ -58,34 +58,35 @@ class InferenceServiceStub(object):
 
 
 class InferenceServiceServicer(object):
-    """Runs models, and says what they are.
+    """Runs models, and describes them.
     """
 
     def Infer(self, request, context):
-        """Runs the sequences of one request. The caller's deadline is honoured in the queue and during the run; a cancelled
-        request never reaches the runtime. All of a request succeeds or none of it.
+        """Runs the sequences of one request. The caller's deadline applies in the queue and during the run. A request that is
+        cancelled in the queue does not run. Either all sequences of a request succeed, or the request fails.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamInfer(self, request_iterator, context):
-        """Runs many requests on one stream. Answers come as they become ready, matched by `request_id`, each exactly once. One
-        request's failure leaves the stream and the others as they are. Closing the sending half lets the rest finish.
+        """Runs many requests on one stream. Each request gets exactly one answer, matched by `request_id`, in any order. A
+        failed request does not affect the stream or other requests. After the client closes its half, pending requests
+        finish.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models that the server has, in order of name and version.
+        """Lists the server's models, sorted by name and version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Describes one model. NOT_FOUND where there is none of that name and version.
+        """Describes one model. NOT_FOUND if there is none of that name and version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,7 +124,7 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService(object):
-    """Runs models, and says what they are.
+    """Runs models, and describes them.
     """
 
     @staticmethod

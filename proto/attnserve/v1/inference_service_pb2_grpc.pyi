@@ -3,8 +3,8 @@
 isort:skip_file
 The service: sequences in, outputs and attention out.
 
-Errors carry google.rpc.Status details: always an ErrorInfo (domain `attnserve`), a BadRequest with a violation for
-each field at fault on INVALID_ARGUMENT, and a RetryInfo where trying again later may help.
+Errors have google.rpc.Status details: always an ErrorInfo (domain `attnserve`); on INVALID_ARGUMENT a BadRequest
+with one violation for each invalid field; and a RetryInfo if a later retry may succeed.
 """
 
 from attnserve.v1 import inference_service_pb2 as _inference_service_pb2
@@ -31,45 +31,47 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceServiceStub:
-    """Runs models, and says what they are."""
+    """Runs models, and describes them."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Infer: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.InferRequest, _inference_service_pb2.InferResponse]
-    """Runs the sequences of one request. The caller's deadline is honoured in the queue and during the run; a cancelled
-    request never reaches the runtime. All of a request succeeds or none of it.
+    """Runs the sequences of one request. The caller's deadline applies in the queue and during the run. A request that is
+    cancelled in the queue does not run. Either all sequences of a request succeed, or the request fails.
     """
     StreamInfer: _grpc.StreamStreamMultiCallable[_inference_service_pb2.StreamInferRequest, _inference_service_pb2.StreamInferResponse]
-    """Runs many requests on one stream. Answers come as they become ready, matched by `request_id`, each exactly once. One
-    request's failure leaves the stream and the others as they are. Closing the sending half lets the rest finish.
+    """Runs many requests on one stream. Each request gets exactly one answer, matched by `request_id`, in any order. A
+    failed request does not affect the stream or other requests. After the client closes its half, pending requests
+    finish.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.ListModelsRequest, _inference_service_pb2.ListModelsResponse]
-    """Lists the models that the server has, in order of name and version."""
+    """Lists the server's models, sorted by name and version."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GetModelRequest, _inference_service_pb2.GetModelResponse]
-    """Describes one model. NOT_FOUND where there is none of that name and version."""
+    """Describes one model. NOT_FOUND if there is none of that name and version."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
-    """Runs models, and says what they are."""
+    """Runs models, and describes them."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Infer: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.InferRequest, _inference_service_pb2.InferResponse]  # type: ignore[assignment]
-    """Runs the sequences of one request. The caller's deadline is honoured in the queue and during the run; a cancelled
-    request never reaches the runtime. All of a request succeeds or none of it.
+    """Runs the sequences of one request. The caller's deadline applies in the queue and during the run. A request that is
+    cancelled in the queue does not run. Either all sequences of a request succeed, or the request fails.
     """
     StreamInfer: _aio.StreamStreamMultiCallable[_inference_service_pb2.StreamInferRequest, _inference_service_pb2.StreamInferResponse]  # type: ignore[assignment]
-    """Runs many requests on one stream. Answers come as they become ready, matched by `request_id`, each exactly once. One
-    request's failure leaves the stream and the others as they are. Closing the sending half lets the rest finish.
+    """Runs many requests on one stream. Each request gets exactly one answer, matched by `request_id`, in any order. A
+    failed request does not affect the stream or other requests. After the client closes its half, pending requests
+    finish.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.ListModelsRequest, _inference_service_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the models that the server has, in order of name and version."""
+    """Lists the server's models, sorted by name and version."""
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GetModelRequest, _inference_service_pb2.GetModelResponse]  # type: ignore[assignment]
-    """Describes one model. NOT_FOUND where there is none of that name and version."""
+    """Describes one model. NOT_FOUND if there is none of that name and version."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Runs models, and says what they are."""
+    """Runs models, and describes them."""
 
     @_abc_1.abstractmethod
     def Infer(
@@ -77,8 +79,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.InferRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.InferResponse, _abc.Awaitable[_inference_service_pb2.InferResponse]]:
-        """Runs the sequences of one request. The caller's deadline is honoured in the queue and during the run; a cancelled
-        request never reaches the runtime. All of a request succeeds or none of it.
+        """Runs the sequences of one request. The caller's deadline applies in the queue and during the run. A request that is
+        cancelled in the queue does not run. Either all sequences of a request succeed, or the request fails.
         """
 
     @_abc_1.abstractmethod
@@ -87,8 +89,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_inference_service_pb2.StreamInferRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_service_pb2.StreamInferResponse], _abc.AsyncIterator[_inference_service_pb2.StreamInferResponse]]:
-        """Runs many requests on one stream. Answers come as they become ready, matched by `request_id`, each exactly once. One
-        request's failure leaves the stream and the others as they are. Closing the sending half lets the rest finish.
+        """Runs many requests on one stream. Each request gets exactly one answer, matched by `request_id`, in any order. A
+        failed request does not affect the stream or other requests. After the client closes its half, pending requests
+        finish.
         """
 
     @_abc_1.abstractmethod
@@ -97,7 +100,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.ListModelsResponse, _abc.Awaitable[_inference_service_pb2.ListModelsResponse]]:
-        """Lists the models that the server has, in order of name and version."""
+        """Lists the server's models, sorted by name and version."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -105,6 +108,6 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.GetModelResponse, _abc.Awaitable[_inference_service_pb2.GetModelResponse]]:
-        """Describes one model. NOT_FOUND where there is none of that name and version."""
+        """Describes one model. NOT_FOUND if there is none of that name and version."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

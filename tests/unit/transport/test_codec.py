@@ -176,7 +176,7 @@ def test_a_description_says_what_the_manifest_says() -> None:
     describe(message, manifest, "proved")
     assert [(spec.name, spec.optional) for spec in message.inputs] == [("input_ids", False), ("attention_mask", True)]
     assert message.inputs[0].shape[0].symbol == "seq"
-    assert [extent.WhichOneof("extent") for extent in message.outputs[0].shape] == ["symbol", "size"]
+    assert [dimension.WhichOneof("length") for dimension in message.outputs[0].shape] == ["symbol", "size"]
     assert message.outputs[2].dtype == tensor_pb2.DATA_TYPE_BOOL
     assert [site.name for site in message.sites] == ["layer0", "layer1"]
     assert message.vocabulary_size == manifest.vocabulary_size
