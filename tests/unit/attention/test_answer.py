@@ -67,13 +67,13 @@ def ask(selection, sites=None, units=None, weights=None):
     return answer(weights, effective, sites, units)
 
 
-def test_tokens_keep_the_units_as_they_were_given():
+def test_tokens_keep_the_given_units():
     result = ask(AttentionSelection())
     assert result.axes == (UNITS,)
     assert result.maps[0].query_indices == result.maps[0].key_indices == ()
 
 
-def test_words_carry_the_slices_of_the_callers_text():
+def test_words_have_the_spans_of_the_callers_text():
     [axis] = ask(AttentionSelection(unit=WORD)).axes
     assert axis.length == 4
     assert axis.texts == ("[CLS]", "a", "metformin", "[SEP]")
@@ -82,12 +82,12 @@ def test_words_carry_the_slices_of_the_callers_text():
     assert axis.segments == (0, 0, 0, 0)
 
 
-def test_a_word_is_the_sum_of_its_keys_and_the_mean_of_its_queries():
+def test_word_is_the_sum_of_its_keys_and_the_mean_of_its_queries():
     content = ask(AttentionSelection(unit=WORD)).maps[0].content
     np.testing.assert_allclose(content[0], [[1 / 6, 1 / 6, 3 / 6, 1 / 6]] * 4, atol=1e-6)
 
 
-def test_words_known_without_a_text_have_no_offsets():
+def test_words_without_a_text_have_no_spans():
     units = AxisUnits(
         "seq", 3, texts=("met", "##form", "x"), special=(False,) * 3, word_ids=(0, 0, 1), words=("a", "b")
     )
@@ -95,7 +95,7 @@ def test_words_known_without_a_text_have_no_offsets():
     assert (axis.texts, axis.starts, axis.ends, axis.segments) == (("a", "b"), (), (), ())
 
 
-def test_units_without_a_word_among_them_keep_their_texts_and_places():
+def test_units_without_words_keep_their_texts_and_spans():
     blank = AxisUnits(
         axis="seq",
         length=2,
@@ -110,19 +110,19 @@ def test_units_without_a_word_among_them_keep_their_texts_and_places():
     assert (axis.texts, axis.starts, axis.ends, axis.segments) == (("[CLS]", "[SEP]"), (0, 0), (0, 0), (0, 0))
 
 
-def test_dropped_special_tokens_leave_both_axes_and_rows_sum_to_1():
+def test_dropped_special_tokens_are_in_neither_axis_and_rows_sum_to_1():
     [each] = ask(AttentionSelection(special_tokens=SpecialTokens.DROP)).maps
     assert each.query_indices == each.key_indices == (1, 2, 3, 4)
     np.testing.assert_allclose(each.content.sum(axis=2), 1, atol=1e-6)
 
 
-def test_a_special_token_named_as_a_query_stays_when_special_tokens_are_dropped():
+def test_special_token_named_as_a_query_stays_when_special_tokens_are_dropped():
     [each] = ask(AttentionSelection(special_tokens=SpecialTokens.DROP, queries=(-1, 1))).maps
     assert each.query_indices == (5, 1)
     assert each.key_indices == (1, 2, 3, 4)
 
 
-def test_queries_named_as_all_in_order_need_no_indices():
+def test_queries_that_are_all_units_in_order_have_no_indices():
     [each] = ask(AttentionSelection(unit=WORD, queries=(0, 1, -2, -1))).maps
     assert each.query_indices == ()
 
@@ -152,7 +152,7 @@ def test_maps_of_sites_name_their_layer_and_heads():
 
 
 @pytest.mark.parametrize("layer_reduction", [LayerReduction.MEAN, LayerReduction.ROLLOUT])
-def test_a_map_of_joined_layers_names_all_of_them_and_no_layer(layer_reduction):
+def test_map_of_joined_layers_names_all_of_them_and_no_layer(layer_reduction):
     selection = AttentionSelection(layer_reduction=layer_reduction, head_reduction=HeadReduction.MEAN)
     [each] = ask(selection, [site(0), site(1, heads=4, kind="causal")]).maps
     assert (each.sites, each.layer, each.heads) == (("encoder.0", "encoder.1"), -1, (0, 1, 2, 3))
@@ -161,7 +161,7 @@ def test_a_map_of_joined_layers_names_all_of_them_and_no_layer(layer_reduction):
     assert alone.layer == 1
 
 
-def test_a_query_past_the_units_is_refused_with_sequence_limit_and_value():
+def test_query_past_the_units_is_refused_with_sequence_limit_and_value():
     effective = resolve(AttentionSelection(queries=(0, 4, -5), unit=WORD), [site()], "m")
     with pytest.raises(InvalidRequest) as refused:
         check_units(effective, [site()], {"seq": UNITS}, "m", 3)
@@ -191,7 +191,7 @@ def test_words_and_special_tokens_that_are_not_known_are_refused(selection):
         check_units(effective, [site()], {"seq": AxisUnits("seq", 3)}, "m", 0)
 
 
-def test_the_size_of_a_huge_map_is_told_without_making_it():
+def test_size_of_a_huge_map_is_predicted_without_computing_it():
     length = 200_000
     units = {"seq": AxisUnits("seq", length)}
     effective = resolve(AttentionSelection(), [site(heads=16)], "m")
@@ -209,7 +209,7 @@ def test_float16_rounds_to_nearest_even():
     assert encode(halfway, WeightDtype.FLOAT16).tolist() == [1.0, 1 + 2 * 2.0**-10]
 
 
-def test_float16_is_what_numpy_gives_for_every_half_its_midpoints_and_their_neighbours():
+def test_float16_equals_numpy_for_every_half_its_midpoints_and_their_neighbours():
     halves = np.arange(0x3C01, dtype=np.uint16).view(np.float16).astype(np.float32)  # all of 0 to 1
     midpoints = (halves[:-1] + halves[1:]) / np.float32(2)  # exact: float32 has 13 bits more
     around = [halves, midpoints, np.nextafter(midpoints, np.float32(0)), np.nextafter(midpoints, np.float32(2))]
@@ -219,7 +219,7 @@ def test_float16_is_what_numpy_gives_for_every_half_its_midpoints_and_their_neig
     )
 
 
-def test_residual_is_never_negative_nor_anything_but_zero_when_all_is_kept():
+def test_residual_is_never_negative_and_zero_if_all_weights_are_kept():
     random = np.random.default_rng(5)
     weights = random.dirichlet(np.ones(300), (4, 50)).astype(np.float32)
     assert (links_of(weights, None, 300, 0.0, WeightDtype.UINT8).residual == 0).all()
@@ -229,14 +229,14 @@ def test_residual_is_never_negative_nor_anything_but_zero_when_all_is_kept():
     np.testing.assert_allclose(links_of(weights, None, 3, 0.0, WeightDtype.UINT8).residual, wanted, atol=1e-6)
 
 
-def test_a_least_weight_above_all_weights_keeps_none():
+def test_minimum_above_all_weights_keeps_none():
     links = links_of(uniform(), None, 0, 1.0, WeightDtype.FLOAT16)
     assert links.row_offsets.tolist() == [0] * 13
     assert links.keys.size == links.weights.size == 0
     np.testing.assert_allclose(links.residual, 1, atol=1e-6)
 
 
-def test_least_weight_and_number_of_links_hold_together():
+def test_minimum_weight_and_number_of_links_apply_together():
     weights = np.array([[[0.1, 0.4, 0.3, 0.2], [0.97, 0.01, 0.01, 0.01]]], dtype=np.float32)
     links = links_of(weights, None, 2, 0.25, WeightDtype.FLOAT32)
     assert links.row_offsets.tolist() == [0, 2, 3]
@@ -244,7 +244,7 @@ def test_least_weight_and_number_of_links_hold_together():
     np.testing.assert_allclose(links.residual, [[0.3, 0.03]], atol=1e-6)
 
 
-def test_the_example_by_hand_in_the_guide():
+def test_example_by_hand_in_the_guide():
     """docs/explanation/attention.md, "By hand": change both together."""
     rest = [[0.2, 0.2, 0.4, 0.2], [0.0, 0.6, 0.2, 0.2], [0.1, 0.1, 0.1, 0.7]]
     weights = {0: np.array([[[0.6, 0.0, 0.2, 0.2], *rest], [[0.2, 0.2, 0.2, 0.4], *rest]], dtype=np.float32)}
@@ -262,7 +262,7 @@ def test_the_example_by_hand_in_the_guide():
     np.testing.assert_allclose(links.residual, [[0.125]], atol=1e-6)
 
 
-def test_a_weight_of_just_the_least_is_kept():
+def test_weight_equal_to_the_minimum_is_kept():
     weights = np.array([[[0.25, 0.1, 0.65]]], dtype=np.float32)
     assert links_of(weights, None, 0, 0.25, WeightDtype.FLOAT32).keys.tolist() == [2, 0]
     # 0.1 has no float32 of its own: the bound is rounded as the weights are.

@@ -80,7 +80,7 @@ def dense_twin(bands, weights):
     return {layer: lay_out(weights[layer], band_keys(band, LENGTH, LENGTH), LENGTH) for layer, band in enumerate(bands)}
 
 
-def test_a_sliding_band_names_the_neighbours_of_each_query():
+def test_sliding_band_has_the_neighbours_of_each_query():
     assert band_keys(SlidingBand(before=2, after=1), 5, 5).tolist() == [
         [-1, -1, 0, 1],
         [-1, 0, 1, 2],
@@ -90,11 +90,11 @@ def test_a_sliding_band_names_the_neighbours_of_each_query():
     ]
 
 
-def test_a_dilated_band_leaves_gaps():
+def test_dilated_band_has_gaps():
     assert band_keys(SlidingBand(before=1, after=1, dilation=3), 6, 6, np.array([3])).tolist() == [[0, 3, -1]]
 
 
-def test_global_keys_come_first_and_are_named_once():
+def test_global_keys_come_first_and_are_not_repeated():
     assert band_keys(SlidingBand(before=1, after=1, global_keys=2), 4, 4).tolist() == [
         [0, 1, -1, -1, -1],
         [0, 1, -1, -1, 2],
@@ -103,7 +103,7 @@ def test_global_keys_come_first_and_are_named_once():
     ]
 
 
-def test_global_keys_past_the_end_of_a_short_sequence_stand_for_none():
+def test_columns_of_global_keys_past_the_end_have_no_key():
     assert band_keys(SlidingBand(before=0, after=0, global_keys=3), 2, 2).tolist() == [[0, 1, -1, -1]] * 2
 
 
@@ -112,20 +112,20 @@ def test_queries_of_a_block_share_the_keys_of_the_blocks_around_it():
     assert table == [[-1, -1, 0, 1]] * 2 + [[0, 1, 2, 3]] * 2 + [[2, 3, 4, -1]]
 
 
-def test_shifted_windows_go_around_the_edges_of_the_grid():
+def test_shifted_windows_wrap_around_the_edges_of_the_grid():
     table = band_keys(GridBand(rows=4, columns=4, window=2, shift=1), 16, 16)
     assert table[5].tolist() == [5, 6, 9, 10]
     assert sorted(table[0].tolist()) == [0, 3, 12, 15]
     assert (np.sort(band_keys(GridBand(rows=4, columns=4, window=2), 16, 16)[0]) == [0, 1, 4, 5]).all()
 
 
-def test_a_grid_that_windows_do_not_divide_is_padded_at_its_end():
+def test_grid_that_windows_do_not_divide_is_padded_at_its_end():
     table = band_keys(GridBand(rows=3, columns=3, window=2), 9, 9)
     assert table[8].tolist() == [8, -1, -1, -1]
     assert table[2].tolist() == [2, -1, 5, -1]
 
 
-def test_a_table_names_the_window_of_each_query():
+def test_table_has_the_window_of_each_query():
     band = TableBand(windows=((0, 2), (1, -1)), window_of=(0, 1, 0))
     assert band_keys(band, 3, 3).tolist() == [[0, 2], [1, -1], [0, 2]]
     assert key_counts(band, 3, 3).tolist() == [2, 1, 2]
@@ -134,7 +134,7 @@ def test_a_table_names_the_window_of_each_query():
 @pytest.mark.parametrize(
     ("windows", "window_of", "fault"), [(((0,), (0, 1)), (0,), "same number"), (((0,),), (1,), "not among")]
 )
-def test_a_table_that_is_not_whole_is_refused(windows, window_of, fault):
+def test_incomplete_table_is_refused(windows, window_of, fault):
     with pytest.raises(ValueError, match=fault):
         TableBand(windows=windows, window_of=window_of)
 
@@ -144,7 +144,7 @@ def test_only_windowed_sites_have_a_band():
         SiteSpec.model_validate(site(0, SlidingBand(before=1, after=1)).model_dump() | {"form": "dense"})
 
 
-def test_a_band_survives_being_written_down():
+def test_band_reads_back_as_written():
     for band in (
         SlidingBand(before=1, after=2),
         BlockBand(block=2, before=1, after=1),
@@ -155,7 +155,7 @@ def test_a_band_survives_being_written_down():
 
 
 @given(BANDS, st.integers(1, 12), st.integers(1, 12))
-def test_no_row_names_a_key_twice_and_counts_need_no_table(band, queries, keys):
+def test_no_row_has_a_key_twice_and_counts_match_the_table(band, queries, keys):
     table = band_keys(band, queries, keys)
     assert table.shape == (queries, band.width)
     assert table.max(initial=-1) < keys
@@ -169,7 +169,7 @@ def test_no_row_names_a_key_twice_and_counts_need_no_table(band, queries, keys):
 
 
 @given(BANDS, st.sampled_from([(), (0,), (-1, 2)]), st.sampled_from(list(HeadReduction)), st.sampled_from(WeightDtype))
-def test_a_map_comes_as_its_band_and_is_as_large_as_was_said(band, queries, heads, dtype):
+def test_map_of_a_band_has_the_predicted_size(band, queries, heads, dtype):
     weights = {0: weights_in(band)}
     selection = AttentionSelection(queries=queries, head_reduction=heads, dtype=dtype)
     result, said = ask(selection, [band], weights)
@@ -219,7 +219,7 @@ def test_links_of_a_band_are_those_of_the_same_weights_over_all_keys(band, top_k
 
 
 @given(BANDS, st.sampled_from([{}, {"top_k": 2}, {"unit": AttentionUnit.WORD}, {"queries": (3, 0)}]))
-def test_a_tap_that_writes_whole_rows_makes_the_same_answers(band, choice):
+def test_tap_that_writes_whole_rows_gives_the_same_answers(band, choice):
     banded = {0: weights_in(band)}
     selection = AttentionSelection(**choice)
     expected, said = ask(selection, [band], banded)
@@ -233,7 +233,7 @@ def test_a_tap_that_writes_whole_rows_makes_the_same_answers(band, choice):
         np.testing.assert_array_equal(each.band_keys is None, other.band_keys is None)
 
 
-def test_rows_without_a_band_are_whole_anyway():
+def test_whole_rows_without_a_band_are_refused():
     with pytest.raises(ValueError, match="whole anyway"):
         SiteSpec.model_validate(site(0, None).model_dump() | {"whole_rows": True})
 
@@ -247,7 +247,7 @@ WHOLE_ROWS = [
 
 
 @pytest.mark.parametrize("selection", [*WHOLE_ROWS, AttentionSelection(layer_reduction=LayerReduction.MEAN)])
-def test_what_needs_whole_rows_is_what_dense_sites_answer(selection):
+def test_maps_that_need_whole_rows_equal_those_of_dense_sites(selection):
     bands = [SlidingBand(before=1, after=2, global_keys=1), BlockBand(block=2, before=1, after=0)]
     weights = {layer: weights_in(band, layer) for layer, band in enumerate(bands)}
     result, said = ask(selection, bands, weights)
@@ -262,7 +262,7 @@ def test_what_needs_whole_rows_is_what_dense_sites_answer(selection):
             np.testing.assert_array_equal(each.content, other.content)
 
 
-def test_the_mean_over_sites_of_one_band_is_a_band():
+def test_mean_over_sites_of_one_band_is_a_band():
     band = SlidingBand(before=1, after=1)
     weights = {0: weights_in(band, 0), 1: weights_in(band, 1)}
     result, said = ask(AttentionSelection(layer_reduction=LayerReduction.MEAN), [band, band], weights)
@@ -271,7 +271,7 @@ def test_the_mean_over_sites_of_one_band_is_a_band():
     assert said == each.content.nbytes + each.band_keys.nbytes
 
 
-def test_a_band_and_a_dense_site_meet_over_all_keys():
+def test_mean_of_a_band_and_a_dense_site_is_over_all_keys():
     band = SlidingBand(before=1, after=1)
     weights = {0: weights_in(band), 1: np.full((2, LENGTH, LENGTH), 1 / LENGTH, np.float32)}
     selection = AttentionSelection(layer_reduction=LayerReduction.MEAN)
@@ -282,7 +282,7 @@ def test_a_band_and_a_dense_site_meet_over_all_keys():
     np.testing.assert_allclose(each.content.sum(axis=2), 1, atol=1e-6)
 
 
-def test_the_size_of_a_long_band_is_told_in_proportion_to_its_length():
+def test_predicting_the_size_of_a_band_takes_linear_memory():
     length = 1_000_000
     sites = [site(0, SlidingBand(before=256, after=256), heads=16)]
     units = {"seq": AxisUnits("seq", length)}

@@ -37,17 +37,17 @@ def halved(offset: int) -> DerivedLength:
         for p in (0, 1, 2)
     ],
 )
-def test_a_form_counts_the_windows_of_a_convolution(form: DerivedLength, kernel: int, padding: int) -> None:
+def test_form_counts_the_windows_of_a_convolution(form: DerivedLength, kernel: int, padding: int) -> None:
     for length in range(kernel, 40):
         windows = range(0, length + 2 * padding - kernel + 1, form.stride)
         assert form.of(length) == len(windows)
 
 
-def test_nothing_is_left_of_what_is_shorter_than_a_window() -> None:
+def test_sequence_shorter_than_a_window_has_length_zero() -> None:
     assert DerivedLength(source="seq", stride=4, offset=-3).of(2) == 0
 
 
-def test_a_pooled_position_spans_its_members_from_the_first_to_the_last() -> None:
+def test_pooled_position_spans_its_members_from_the_first_to_the_last() -> None:
     units = pooled_units("seq_by_2", TOKENS, halved(1))
     assert units == AxisUnits(
         axis="seq_by_2",
@@ -62,12 +62,12 @@ def test_a_pooled_position_spans_its_members_from_the_first_to_the_last() -> Non
     assert merge_words(units)[0] == replace(units, word_ids=()), "words are parted by pooling: each stays by itself"
 
 
-def test_where_the_last_window_is_not_full_there_is_none() -> None:
+def test_partial_last_window_has_no_position() -> None:
     units = pooled_units("seq_by_2", TOKENS, halved(0))
     assert units.texts == ("[CLS] the", "cat [SEP]", "a mat")
 
 
-def test_a_position_over_two_texts_takes_its_place_in_the_first() -> None:
+def test_position_over_two_texts_has_its_span_in_the_first() -> None:
     units = pooled_units("seq_by_7", TOKENS, DerivedLength(source="seq", stride=7))
     assert (units.texts, units.starts, units.ends, units.segments) == (
         ("[CLS] the cat [SEP] a mat [SEP]",),
@@ -77,18 +77,18 @@ def test_a_position_over_two_texts_takes_its_place_in_the_first() -> None:
     )
 
 
-def test_where_windows_start_elsewhere_there_are_no_texts() -> None:
+def test_windows_that_start_elsewhere_have_no_texts() -> None:
     for form in (DerivedLength(source="seq", stride=1, offset=1), halved(-1), halved(2)):
         assert pooled_units("other", TOKENS, form) == AxisUnits(axis="other", length=form.of(7))
 
 
-def test_positions_without_texts_have_none_when_pooled() -> None:
+def test_pooled_positions_without_texts_have_none() -> None:
     frames = AxisUnits(axis="frames", length=9)
     form = DerivedLength(source="frames", stride=2, offset=1)
     assert pooled_units("half", frames, form) == AxisUnits(axis="half", length=5)
 
 
-def test_every_position_has_as_many_entries_as_the_axis_is_long() -> None:
+def test_every_list_has_one_entry_per_position() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         length = int(rng.integers(1, 30))

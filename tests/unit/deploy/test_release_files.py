@@ -116,7 +116,7 @@ def test_whole_distributions_pass(try_dist: ModuleType, tmp_path: Path) -> None:
         (("bench/run.py",), None, "not for users: bench/run.py"),
     ],
 )
-def test_a_missing_or_stray_file_is_refused(
+def test_missing_or_stray_file_is_refused(
     try_dist: ModuleType, tmp_path: Path, added: tuple[str, ...], removed: str | None, message: str
 ) -> None:
     wheel = tuple(name for name in (*try_dist.NEEDED, *added) if name != removed)
@@ -124,7 +124,7 @@ def test_a_missing_or_stray_file_is_refused(
         try_dist.check_content(*packed(tmp_path, wheel, try_dist.SDIST_NEEDED))
 
 
-def test_a_failing_command_is_reported_with_its_output(try_dist: ModuleType, tmp_path: Path) -> None:
+def test_failing_command_is_reported_with_its_output(try_dist: ModuleType, tmp_path: Path) -> None:
     environment = try_dist.Environment.__new__(try_dist.Environment)
     environment.folder = tmp_path
     (tmp_path / "bin").mkdir()

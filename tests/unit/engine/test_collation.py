@@ -22,7 +22,7 @@ def test_inputs_are_padded_with_their_own_padding_values(manifest: Manifest, seq
     assert (batch.size, batch.useful_tokens, batch.computed_tokens) == (2, 4, 6)
 
 
-def test_only_the_sequences_that_asked_are_items_of_a_tap(manifest: Manifest, sequence_of) -> None:
+def test_items_of_a_tap_are_the_sequences_that_select_its_site(manifest: Manifest, sequence_of) -> None:
     batch = collate([sequence_of([1]), sequence_of([2], [1]), sequence_of([3]), sequence_of([4], [1])], manifest)
     np.testing.assert_array_equal(batch.feeds["attention_items.site1"], [1, 3])
     assert batch.feeds["attention_items.site1"].dtype == np.int64
@@ -30,30 +30,30 @@ def test_only_the_sequences_that_asked_are_items_of_a_tap(manifest: Manifest, se
     assert batch.fetches == ("embedding", "attention.site1")
 
 
-def test_the_fetch_list_is_the_union_of_what_is_wanted(manifest: Manifest, sequence_of) -> None:
+def test_fetches_are_the_union_of_the_requested_outputs(manifest: Manifest, sequence_of) -> None:
     wants = [sequence_of([1], outputs=("embedding",)), sequence_of([2], outputs=("last_hidden_state", "embedding"))]
     assert collate(wants, manifest).fetches == ("embedding", "last_hidden_state")
 
 
-def test_a_sequence_that_asks_for_nothing_fetches_nothing(manifest: Manifest, sequence_of) -> None:
+def test_sequence_without_requested_outputs_fetches_nothing(manifest: Manifest, sequence_of) -> None:
     assert collate([sequence_of([1], [0], outputs=())], manifest).fetches == ("attention.site0",)
 
 
-def test_unequal_lengths_on_an_axis_that_does_not_pad_are_a_fault(manifest: Manifest, sequence_of) -> None:
+def test_unequal_lengths_along_an_unpadded_axis_raise_value_error(manifest: Manifest, sequence_of) -> None:
     rigid = manifest.model_copy(update={"axes": (AxisSpec(symbol="seq", max_length=128, paddable=False),)})
     with pytest.raises(ValueError, match="is not padded: lengths 1 and 2"):
         collate([sequence_of([1]), sequence_of([1, 2])], rigid)
     assert collate([sequence_of([3, 4]), sequence_of([1, 2])], rigid).size == 2
 
 
-def test_a_tensor_of_another_rank_than_its_input_is_a_fault(manifest: Manifest, sequence_of) -> None:
+def test_tensor_of_another_rank_than_its_input_raises_value_error(manifest: Manifest, sequence_of) -> None:
     good = sequence_of([1, 2])
     bad = PreparedSequence({**good.tensors, "input_ids": np.ones((2, 2), np.int64)}, good.lengths, good.outputs)
     with pytest.raises(ValueError, match="input_ids"):
         collate([bad], manifest)
 
 
-def test_sequence_that_must_not_be_padded_is_refused_beside_a_longer_one(manifest: Manifest, sequence_of) -> None:
+def test_unpadded_sequence_is_refused_in_a_batch_with_a_longer_one(manifest: Manifest, sequence_of) -> None:
     whole = replace(sequence_of([1]), unpadded=True)
     with pytest.raises(ValueError, match="a sequence must not be padded: lengths 1 and 2"):
         collate([whole, sequence_of([1, 2])], manifest)
@@ -118,7 +118,7 @@ def test_sequences_without_axes_are_one_position_each(manifest: Manifest) -> Non
     assert (batch.useful_tokens, batch.computed_tokens) == (4, 4)
 
 
-def test_answers_share_no_memory_with_the_batch_or_with_each_other(manifest: Manifest, sequence_of) -> None:
+def test_answers_share_no_memory_with_the_batch_or_each_other(manifest: Manifest, sequence_of) -> None:
     pair = [sequence_of([1, 2], outputs=("last_hidden_state",)), sequence_of([3, 4], outputs=("last_hidden_state",))]
     batch = collate(pair, manifest)
     fetched = {"last_hidden_state": np.zeros((2, 2, 8), np.float32)}
@@ -129,7 +129,7 @@ def test_answers_share_no_memory_with_the_batch_or_with_each_other(manifest: Man
     assert not second.any()
 
 
-def test_a_sequence_alone_takes_the_runs_own_array(manifest: Manifest, sequence_of) -> None:
+def test_answer_of_a_sequence_alone_is_a_view_of_the_runs_array(manifest: Manifest, sequence_of) -> None:
     alone = sequence_of([1, 2], outputs=("last_hidden_state",))
     fetched = {"last_hidden_state": np.zeros((1, 2, 8), np.float32)}
     taken = outputs_of(collate([alone], manifest), fetched, 0, alone, manifest)["last_hidden_state"]
@@ -154,9 +154,7 @@ def test_weights_are_cropped_to_a_sequences_own_lengths(manifest: Manifest, sequ
 
 
 @pytest.mark.parametrize(("whole_rows", "columns"), [(True, 2), (False, 3)], ids=["all keys", "a band"])
-def test_weights_of_a_window_are_cropped_as_the_tap_writes_them(
-    manifest: Manifest, sequence_of, whole_rows: bool, columns: int
-) -> None:
+def test_weights_of_a_band_keep_its_columns(manifest: Manifest, sequence_of, whole_rows: bool, columns: int) -> None:
     band = SlidingBand(before=2, after=0)
     windowed = manifest.sites[0].model_copy(update={"form": "windowed", "band": band, "whole_rows": whole_rows})
     banded = manifest.model_copy(update={"sites": (windowed, manifest.sites[1])})
@@ -166,7 +164,7 @@ def test_weights_of_a_window_are_cropped_as_the_tap_writes_them(
     assert weights[0].shape == (2, 2, columns)
 
 
-def test_an_axis_that_the_model_derives_by_itself_is_left_whole(manifest: Manifest, sequence_of) -> None:
+def test_axis_of_unknown_length_is_not_cropped(manifest: Manifest, sequence_of) -> None:
     axes = (*manifest.axes, AxisSpec(symbol="patch", max_length=9, paddable=False))
     outputs = (OutputSpec(name="patches", dtype="float32", shape=("patch",)),)
     derived = manifest.model_copy(update={"axes": axes, "outputs": outputs})
@@ -175,7 +173,7 @@ def test_an_axis_that_the_model_derives_by_itself_is_left_whole(manifest: Manife
     assert outputs_of(batch, {"patches": np.ones((1, 5), np.float32)}, 0, asks, derived)["patches"].shape == (5,)
 
 
-def test_a_site_without_a_tap_gets_no_items_and_gives_no_weights(manifest: Manifest, sequence_of) -> None:
+def test_site_without_a_tap_has_no_items_and_no_weights(manifest: Manifest, sequence_of) -> None:
     blind = manifest.sites[0].model_copy(
         update={"items_input": None, "weights_output": None, "unavailable_reason": "unknown form"}
     )
@@ -187,7 +185,7 @@ def test_a_site_without_a_tap_gets_no_items_and_gives_no_weights(manifest: Manif
         weights_of(batch, {}, 0, asks, partly)
 
 
-def test_a_derived_axis_is_cropped_to_what_follows_from_a_sequences_own_length(manifest: Manifest, sequence_of) -> None:
+def test_derived_axis_is_cropped_to_the_length_derived_from_the_sequence(manifest: Manifest, sequence_of) -> None:
     form = DerivedLength(source="seq", stride=2, offset=1)
     pooled = manifest.sites[0].model_copy(update={"key_axis": "pooled"})
     derived = manifest.model_copy(
@@ -206,7 +204,7 @@ def test_a_derived_axis_is_cropped_to_what_follows_from_a_sequences_own_length(m
         assert outputs_of(batch, fetched, row, one, derived)["halves"].shape == (keys, 4)
 
 
-def test_a_derived_axis_needs_no_length_in_a_warm_up(manifest: Manifest) -> None:
+def test_warm_up_sequences_have_no_length_for_a_derived_axis(manifest: Manifest) -> None:
     form = DerivedLength(source="seq", stride=2, offset=1)
     pooled = AxisSpec(symbol="pooled", max_length=16, paddable=True, derived=form)
     derived = manifest.model_copy(update={"axes": (*manifest.axes, pooled)})

@@ -17,7 +17,7 @@ def timed(cost: CostModel, grid: tuple[tuple[int, int], ...] = GRID) -> tuple[Ti
     return tuple(TimedRun(size, tokens, cost.seconds(size, tokens)) for size, tokens in grid)
 
 
-def test_the_cost_model_is_found_from_exact_times() -> None:
+def test_fit_to_exact_times_returns_their_cost_model() -> None:
     cost = CostModel(run_s=2e-3, sequence_s=1e-5, token_s=2e-4, pair_s=1e-7)
     found = fit(timed(cost))
     # a least-squares fit of numbers that fit: rounding, of sums that differ by a factor of a million
@@ -26,20 +26,20 @@ def test_the_cost_model_is_found_from_exact_times() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 512), st.floats(0, 10)), max_size=8))
-def test_no_part_is_ever_negative_and_no_token_is_free(seen: list[tuple[int, int, float]]) -> None:
+def test_no_coefficient_is_negative_and_token_time_is_positive(seen: list[tuple[int, int, float]]) -> None:
     found = fit(tuple(TimedRun(*run) for run in seen))
     assert min(found.run_s, found.sequence_s, found.pair_s) >= 0
     assert found.token_s > 0
 
 
-def test_a_part_that_would_be_negative_is_left_at_zero_and_the_others_fitted_without_it() -> None:
+def test_coefficient_that_would_be_negative_is_zero_and_the_others_are_fitted_without_it() -> None:
     # less than proportional to tokens: only a constant explains it, and the rest keeps to the times
     found = fit(tuple(TimedRun(1, tokens, 0.01 + 1e-4 * tokens - 1e-8 * tokens**2) for tokens in (8, 32, 128, 512)))
     assert found.pair_s == 0
     assert found.seconds(1, 128) == pytest.approx(0.0226, rel=0.05)  # what the missing square had taken away
 
 
-def test_real_runs_correct_what_warm_up_saw() -> None:
+def test_real_runs_correct_the_costs_of_warm_up() -> None:
     slow = CostModel(run_s=4e-3, sequence_s=0.0, token_s=4e-4, pair_s=0.0)
     estimate = CostEstimate(timed(CostModel(run_s=2e-3, sequence_s=0.0, token_s=2e-4, pair_s=0.0)))
     before = estimate.model.seconds(4, 32)
@@ -52,7 +52,7 @@ def test_real_runs_correct_what_warm_up_saw() -> None:
     assert estimate.model.seconds(4, 32) == pytest.approx(0.94 * slow.seconds(4, 32), rel=0.02)
 
 
-def test_later_runs_weigh_more_than_those_before_them() -> None:
+def test_later_runs_have_more_weight_than_earlier_ones() -> None:
     quick, slow = TimedRun(4, 32, 0.01), TimedRun(4, 32, 0.02)
 
     def foreseen(runs: list[TimedRun]) -> float:
@@ -66,7 +66,7 @@ def test_later_runs_weigh_more_than_those_before_them() -> None:
         assert foreseen([quick] * count + [slow] * count) > 1.01 * foreseen([slow] * count + [quick] * count)
 
 
-def test_traffic_of_one_shape_leaves_the_other_parts_as_warm_up_saw_them() -> None:
+def test_traffic_of_one_shape_keeps_the_other_coefficients_of_warm_up() -> None:
     cost = CostModel(run_s=2e-3, sequence_s=0.0, token_s=2e-4, pair_s=1e-7)
     estimate = CostEstimate(timed(cost))
     for _ in range(5000):
@@ -75,7 +75,7 @@ def test_traffic_of_one_shape_leaves_the_other_parts_as_warm_up_saw_them() -> No
 
 
 @given(parts, parts, st.floats(1e-6, 1e-2), st.floats(0, 1e-5), st.integers(1, 8192))
-def test_a_row_of_so_many_seconds_has_the_tokens_that_take_them(
+def test_row_tokens_is_the_inverse_of_row_s(
     run_s: float, sequence_s: float, token_s: float, pair_s: float, tokens: int
 ) -> None:
     cost = CostModel(run_s, sequence_s, token_s, pair_s)
@@ -84,7 +84,7 @@ def test_a_row_of_so_many_seconds_has_the_tokens_that_take_them(
     assert cost.row_tokens(-1.0) == 0
 
 
-def test_overhead_by_hand_counts_in_tokens_and_measured_is_never_none_at_all() -> None:
+def test_overhead_is_set_in_tokens_and_has_a_minimum_when_measured() -> None:
     cost = CostModel(run_s=0.0, sequence_s=0.0, token_s=1e-3, pair_s=0.0)
     assert cost.with_overhead(20.0).run_s == pytest.approx(0.02)
     assert cost.with_overhead(0.0).run_s == 0

@@ -23,7 +23,7 @@ def bundle(tmp_path: Path) -> Bundle:
     return Repository(write_tiny_repository(root, write_tiny_files(files))).bundle("tiny")
 
 
-def test_costs_come_back_as_they_went_and_leave_the_bundle_as_it_is(bundle: Bundle) -> None:
+def test_costs_are_read_as_written_and_the_bundle_stays_valid(bundle: Bundle) -> None:
     assert read_costs(bundle, KEY) == ()
     assert write_costs(bundle, KEY, RUNS)
     assert read_costs(bundle, KEY) == RUNS
@@ -31,7 +31,7 @@ def test_costs_come_back_as_they_went_and_leave_the_bundle_as_it_is(bundle: Bund
 
 
 @pytest.mark.parametrize("field", ["digest", "provider", "runtime", "machine", "cores", "intra_op_threads"])
-def test_another_machine_has_an_entry_of_its_own(bundle: Bundle, field: str) -> None:
+def test_each_machine_has_its_own_entry(bundle: Bundle, field: str) -> None:
     other = KEY.model_copy(update={field: 3 if isinstance(getattr(KEY, field), int) else "another"})
     write_costs(bundle, KEY, RUNS)
     assert read_costs(bundle, other) == ()
@@ -41,25 +41,25 @@ def test_another_machine_has_an_entry_of_its_own(bundle: Bundle, field: str) -> 
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"entries": [{"runs": []}]}', b" " * 2**21, b'{"entries": 1}'])
-def test_a_file_that_is_none_of_ours_counts_for_nothing_and_is_written_anew(bundle: Bundle, content: bytes) -> None:
+def test_unreadable_cost_file_is_ignored_and_replaced(bundle: Bundle, content: bytes) -> None:
     cost_path(bundle).write_bytes(content)
     assert read_costs(bundle, KEY) == ()
     assert write_costs(bundle, KEY, RUNS)
     assert read_costs(bundle, KEY) == RUNS
 
 
-def test_where_nothing_can_be_written_it_is_said_and_nothing_is_left_behind(bundle: Bundle) -> None:
+def test_failed_write_of_costs_returns_false_and_leaves_no_file(bundle: Bundle) -> None:
     cost_path(bundle).mkdir()  # also root cannot put a file in a folder's place
     assert not write_costs(bundle, KEY, RUNS)
     assert [entry.name for entry in bundle.path.parent.iterdir() if entry.is_file()] == []
 
 
-def test_old_machines_give_way(bundle: Bundle) -> None:
+def test_oldest_entries_are_dropped(bundle: Bundle) -> None:
     for number in range(70):
         write_costs(bundle, KEY.model_copy(update={"cores": number + 1}), RUNS)
     assert read_costs(bundle, KEY.model_copy(update={"cores": 1})) == ()
     assert read_costs(bundle, KEY.model_copy(update={"cores": 70})) == RUNS
 
 
-def test_the_machine_has_a_name() -> None:
+def test_machine_has_a_name() -> None:
     assert machine().strip()

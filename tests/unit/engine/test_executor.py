@@ -38,7 +38,7 @@ async def executor_of(
         await executor.aclose()
 
 
-async def test_mixed_lengths_give_what_each_sequence_gives_by_itself(
+async def test_batch_of_mixed_lengths_gives_the_answers_of_each_sequence_alone(
     embedder_path: Path, manifest: Manifest, sequence_of: Make, embed, weights_by_hand
 ) -> None:
     random = np.random.default_rng(3)
@@ -59,7 +59,7 @@ async def test_mixed_lengths_give_what_each_sequence_gives_by_itself(
         assert (result.run.batch_size, result.run.useful_tokens, result.run.computed_tokens) == (6, 65, 180)
 
 
-async def test_maps_keep_no_batch_alive(embedder_path: Path, manifest: Manifest, sequence_of: Make) -> None:
+async def test_maps_do_not_keep_the_batch_in_memory(embedder_path: Path, manifest: Manifest, sequence_of: Make) -> None:
     async with executor_of(embedder_path, manifest) as executor:
         results = await executor.run([sequence_of([1, 2, 3], [0]), sequence_of([4, 5, 6], [0])], RunHandle(), 0)
     for result in results:
@@ -72,7 +72,7 @@ async def test_maps_keep_no_batch_alive(embedder_path: Path, manifest: Manifest,
 
 
 @pytest.mark.parametrize("culprits", [(0,), (4,), (2, 3), (0, 1, 2, 3, 4)])
-async def test_a_failing_run_costs_its_culprits_only(
+async def test_failing_batch_fails_only_the_failing_sequences(
     poisoned_path: Path, manifest: Manifest, sequence_of: Make, embed, culprits: tuple[int, ...]
 ) -> None:
     texts = [[POISON_ID, 1] if row in culprits else [row, row + 1] for row in range(5)]
@@ -87,7 +87,7 @@ async def test_a_failing_run_costs_its_culprits_only(
             np.testing.assert_allclose(result.outputs["embedding"], embed(np.array(texts[row])), atol=1e-6)
 
 
-async def test_infinities_are_answers_but_not_weights(
+async def test_infinite_outputs_are_valid_and_infinite_weights_are_not(
     poisoned_path: Path, manifest: Manifest, sequence_of: Make
 ) -> None:
     async with executor_of(poisoned_path, manifest) as executor:
@@ -99,7 +99,7 @@ async def test_infinities_are_answers_but_not_weights(
     assert isinstance(weights, InternalFault), "softmax over infinities is NaN"
 
 
-async def test_nan_is_a_fault_of_its_sequence_only(poisoned_path: Path, manifest: Manifest, sequence_of: Make) -> None:
+async def test_nan_fails_its_sequence_only(poisoned_path: Path, manifest: Manifest, sequence_of: Make) -> None:
     async with executor_of(poisoned_path, manifest) as executor:
         first, second = await executor.run([sequence_of([NAN_ID]), sequence_of([1])], RunHandle(), 0)
         (weights,) = await executor.run([sequence_of([NAN_ID, 1], [0], outputs=())], RunHandle(), 0)
@@ -108,7 +108,7 @@ async def test_nan_is_a_fault_of_its_sequence_only(poisoned_path: Path, manifest
     assert isinstance(weights, InternalFault)
 
 
-async def test_an_answer_that_cannot_be_made_is_a_fault_of_its_sequence_only(
+async def test_failing_reduction_fails_its_sequence_only(
     embedder_path: Path, manifest: Manifest, sequence_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = attention.answer
@@ -125,7 +125,7 @@ async def test_an_answer_that_cannot_be_made_is_a_fault_of_its_sequence_only(
     assert isinstance(results[1], InternalFault)
 
 
-async def test_an_output_that_does_not_exist_is_a_fault_of_its_sequence_only(
+async def test_unknown_output_fails_its_sequence_only(
     embedder_path: Path, manifest: Manifest, sequence_of: Make
 ) -> None:
     good = sequence_of([1, 2], [0])
@@ -136,7 +136,7 @@ async def test_an_output_that_does_not_exist_is_a_fault_of_its_sequence_only(
     assert isinstance(results[1], InternalFault)
 
 
-async def test_terminate_ends_a_run_that_would_never_end(slow_path: Path, manifest: Manifest) -> None:
+async def test_terminate_ends_an_endless_run(slow_path: Path, manifest: Manifest) -> None:
     slow = manifest.model_copy(
         update={
             "inputs": (InputSpec(name="x", dtype="float32", shape=("seq",)),),
@@ -153,7 +153,7 @@ async def test_terminate_ends_a_run_that_would_never_end(slow_path: Path, manife
         assert [type(result) for result in await run] == [RequestCancelled, RequestCancelled]
 
 
-async def test_instances_run_at_the_same_time_in_threads_of_their_own(
+async def test_instances_run_concurrently_in_separate_threads(
     embedder_path: Path, manifest: Manifest, sequence_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with executor_of(embedder_path, manifest, instances=2) as executor:
@@ -202,7 +202,7 @@ async def test_runs_are_counted(embedder_path: Path, manifest: Manifest, sequenc
     }
 
 
-async def test_warm_up_runs_valid_inputs_with_attention_and_learns_what_runs_cost(
+async def test_warm_up_runs_valid_inputs_with_attention_and_fits_the_cost_model(
     embedder_path: Path, manifest: Manifest
 ) -> None:
     async with executor_of(embedder_path, manifest, instances=2) as executor:
@@ -222,7 +222,7 @@ async def test_warm_up_runs_valid_inputs_with_attention_and_learns_what_runs_cos
     assert set(fetched) == {"embedding", "last_hidden_state", "attention.site0", "attention.site1"}
 
 
-async def test_warm_up_keeps_to_the_largest_batch(embedder_path: Path, manifest: Manifest) -> None:
+async def test_warm_up_respects_the_maximum_batch_size(embedder_path: Path, manifest: Manifest) -> None:
     single = manifest.model_copy(update={"max_batch_size": 1})
     async with executor_of(embedder_path, single) as executor:
         rows: set[int] = set()
@@ -243,12 +243,12 @@ async def test_warm_up_of_a_model_that_cannot_run_fails(poisoned_path: Path, man
             await executor.warm_up()  # its shapes go through the whole vocabulary, the poisoned id among it
 
 
-def test_synthetic_sequences_stay_within_the_axes(manifest: Manifest) -> None:
+def test_synthetic_sequences_respect_the_maximum_lengths(manifest: Manifest) -> None:
     short = manifest.model_copy(update={"axes": (AxisSpec(symbol="seq", max_length=5, paddable=True),)})
     assert synthetic(short, 64).lengths == {"seq": 5}
 
 
-def test_synthetic_sequences_have_a_fixed_axis_as_it_is(manifest: Manifest) -> None:
+def test_synthetic_sequences_have_the_length_of_a_fixed_axis(manifest: Manifest) -> None:
     patches = AxisSpec(symbol="patches", max_length=49, paddable=False, fixed=True)
     assert synthetic(manifest.model_copy(update={"axes": (*manifest.axes, patches)}), 4).lengths == {
         "seq": 4,
@@ -263,12 +263,12 @@ def test_synthetic_sequences_are_valid_for_every_role(manifest: Manifest) -> Non
     assert sequence.tensors["scale"].tolist() == [[3.0, 3.0]] * 4
 
 
-def test_a_model_without_sites_has_no_attention_to_warm_up(manifest: Manifest) -> None:
+def test_selection_of_all_is_none_for_a_model_without_sites(manifest: Manifest) -> None:
     assert selection_of_all(manifest.model_copy(update={"sites": ()})) is None
 
 
 @pytest.mark.parametrize("unpadded", [False, True])
-async def test_run_with_a_sequence_that_must_not_be_padded_keeps_its_shape(
+async def test_run_with_an_unpadded_sequence_keeps_its_exact_shape(
     unpadded: bool, embedder_path: Path, manifest: Manifest, sequence_of: Make
 ) -> None:
     async with executor_of(embedder_path, manifest) as executor:

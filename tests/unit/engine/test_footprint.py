@@ -10,7 +10,7 @@ def test_inputs_and_outputs_count_for_each_position(manifest: Manifest, sequence
     assert Footprint(manifest).of(sequence_of([1])) == {(0,): 8 + 8 + 8 * 4, (): 8 * 4}
 
 
-def test_maps_count_for_each_pair_of_positions_with_one_sites_scratch(manifest: Manifest, sequence_of) -> None:
+def test_maps_count_for_each_pair_of_positions_with_scratch_for_one_site(manifest: Manifest, sequence_of) -> None:
     footprint = Footprint(manifest)
     plain = footprint.of(sequence_of([1]))
     heads = 2
@@ -19,14 +19,14 @@ def test_maps_count_for_each_pair_of_positions_with_one_sites_scratch(manifest: 
     assert footprint.of(sequence_of([5], [0])) is footprint.of(sequence_of([6], [0])), "worked out once"
 
 
-def test_what_callers_choose_is_not_remembered_without_bound(manifest: Manifest, sequence_of) -> None:
+def test_number_of_remembered_selections_is_bounded(manifest: Manifest, sequence_of) -> None:
     footprint = Footprint(manifest)
     footprint._by_layers.update({(0, 0, at): {} for at in range(2000)})
     footprint.of(sequence_of([1], [1]))
     assert (1,) not in footprint._by_layers
 
 
-def test_an_axis_that_no_input_has_counts_at_its_greatest_length(manifest: Manifest, sequence_of) -> None:
+def test_axis_of_no_input_counts_at_its_maximum_length(manifest: Manifest, sequence_of) -> None:
     derived = manifest.model_copy(
         update={
             "axes": (*manifest.axes, AxisSpec(symbol="patch", max_length=9, paddable=False)),
@@ -37,9 +37,7 @@ def test_an_axis_that_no_input_has_counts_at_its_greatest_length(manifest: Manif
 
 
 @pytest.mark.parametrize("offset", [0, 3, -3])
-def test_a_derived_axis_counts_for_a_part_of_each_position_of_its_source(
-    manifest: Manifest, sequence_of, offset: int
-) -> None:
+def test_derived_axis_counts_for_a_share_of_its_source(manifest: Manifest, sequence_of, offset: int) -> None:
     form = DerivedLength(source="seq", stride=4, offset=offset)
     derived = manifest.model_copy(
         update={

@@ -56,7 +56,7 @@ def opened(bundle: Bundle) -> RuntimeSession:
     return session
 
 
-def test_model_that_answers_as_it_did_is_opened(tmp_path: Path) -> None:
+def test_model_that_repeats_its_golden_answers_is_opened(tmp_path: Path) -> None:
     bundle = sealed(tmp_path / "models", tmp_path / "work")
     session = opened(bundle)
     # The same kernels on the same processor: nothing may differ but the order of sums.
@@ -64,7 +64,7 @@ def test_model_that_answers_as_it_did_is_opened(tmp_path: Path) -> None:
     assert (bundle.path / GOLDEN_FILE).stat().st_size <= MAX_GOLDEN_BYTES
 
 
-def test_swapped_model_under_a_seal_that_fits_is_refused(tmp_path: Path) -> None:
+def test_swapped_model_with_a_matching_digest_is_refused(tmp_path: Path) -> None:
     bundle = sealed(tmp_path / "models", tmp_path / "work", change=scaled("table", 2.0))
     with pytest.raises(GoldenMismatch, match=r"output hidden is off by \S+ of its greatest number .*; 0.001 is") as why:
         opened(bundle)
@@ -72,7 +72,7 @@ def test_swapped_model_under_a_seal_that_fits_is_refused(tmp_path: Path) -> None
     assert float(why.value.metadata()["error"]) > 0.1
 
 
-def test_swapped_tap_is_refused_though_all_outputs_are_right(tmp_path: Path) -> None:
+def test_swapped_tap_is_refused_although_all_outputs_are_equal(tmp_path: Path) -> None:
     def swap(model: onnx.ModelProto) -> None:
         for node in model.graph.node:
             if node.output[0] == "t1raw":
@@ -82,7 +82,7 @@ def test_swapped_tap_is_refused_though_all_outputs_are_right(tmp_path: Path) -> 
         opened(sealed(tmp_path / "models", tmp_path / "work", change=swap))
 
 
-def test_without_the_verification_the_swapped_model_would_be_served(tmp_path: Path) -> None:
+def test_swapped_model_loads_without_the_check(tmp_path: Path) -> None:
     """The positive control: digests alone take it."""
     bundle = sealed(tmp_path / "models", tmp_path / "work", change=scaled("table", 2.0))
     without = bundle.manifest.model_copy(update={"golden": None})
@@ -120,7 +120,7 @@ async def test_server_fails_the_swapped_model_and_serves_the_others(tmp_path: Pa
     assert (failure["reason"], failure["exc_info"]) == (states["swapped"][1], False)
 
 
-async def test_log_has_the_cause_where_the_reason_does_not_tell_it(tmp_path: Path) -> None:
+async def test_log_has_a_traceback_only_for_an_error_with_a_cause(tmp_path: Path) -> None:
     sealed(tmp_path / "models", tmp_path / "work", change=lambda model: model.graph.node[0].ClearField("op_type"))
     server = Application(Settings(repository=tmp_path / "models", host="127.0.0.1", grpc_port=0, http_port=0))
     try:
@@ -141,7 +141,7 @@ async def test_log_has_the_cause_where_the_reason_does_not_tell_it(tmp_path: Pat
     ],
     ids=["padded", "batching is off", "a need is broken"],
 )
-def test_golden_answers_are_asked_for_together_only_where_that_is_allowed(
+def test_golden_sequences_share_a_batch_only_if_padding_is_allowed(
     masks: tuple[MaskNeed, ...], policy: Batching, rows: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = sealed(tmp_path / "models", tmp_path / "work")
@@ -159,7 +159,7 @@ def test_golden_answers_are_asked_for_together_only_where_that_is_allowed(
     assert seen == rows
 
 
-def test_old_bundle_without_golden_answers_still_loads(tmp_path: Path) -> None:
+def test_bundle_without_golden_answers_loads(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "models", tiny_manifest(), _files(tmp_path))
     assert read_golden(bundle) == ()
     assert opened(bundle).input_names
@@ -169,7 +169,7 @@ def test_old_bundle_without_golden_answers_still_loads(tmp_path: Path) -> None:
     ("content", "why"),
     [(b"", "cannot be read"), (b"PK\x03\x04", "cannot be read"), (None, "has no input.0.0"), ("missing", "not listed")],
 )
-def test_broken_golden_file_is_told(content: bytes | str | None, why: str, tmp_path: Path) -> None:
+def test_broken_golden_file_is_reported(content: bytes | str | None, why: str, tmp_path: Path) -> None:
     bundle = sealed(tmp_path / "models", tmp_path / "work")
     files = {name: tmp_path / "copy" / name for name in bundle.manifest.files}
     shutil.copytree(bundle.path, tmp_path / "copy")
@@ -185,7 +185,7 @@ def test_broken_golden_file_is_told(content: bytes | str | None, why: str, tmp_p
         opened(write_bundle(tmp_path / "others", bundle.manifest, files))
 
 
-def test_golden_file_cannot_bring_objects(tmp_path: Path) -> None:
+def test_golden_file_with_objects_is_refused(tmp_path: Path) -> None:
     bundle = sealed(tmp_path / "models", tmp_path / "work")
     shutil.copytree(bundle.path, tmp_path / "copy")
     with (tmp_path / "copy" / GOLDEN_FILE).open("wb") as file:
@@ -221,7 +221,7 @@ def test_sample_reaches_every_column_of_an_even_width() -> None:
         ([1.0], [1.0, 1.0], np.inf),
     ],
 )
-def test_errors_are_told_in_parts_of_the_greatest_number(before: list[float], now: list[float], error: float) -> None:
+def test_errors_are_relative_to_the_greatest_number(before: list[float], now: list[float], error: float) -> None:
     assert error_of(np.array(before), np.array(now)) == pytest.approx(error)
 
 

@@ -13,7 +13,7 @@ SHAPES = ((1, 32), (8, 32), (4, 128))
     ("rows", "tokens", "shape"),
     [(1, 32, (1, 32)), (1, 33, (4, 128)), (2, 8, (8, 32)), (8, 32, (8, 32)), (9, 8, None), (5, 33, None)],
 )
-def test_a_run_takes_the_smallest_shape_that_holds_it(rows: int, tokens: int, shape: tuple[int, int] | None) -> None:
+def test_run_takes_the_smallest_shape_that_holds_it(rows: int, tokens: int, shape: tuple[int, int] | None) -> None:
     assert shape_for(rows, tokens, SHAPES) == shape
 
 

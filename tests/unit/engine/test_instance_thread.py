@@ -21,7 +21,7 @@ async def test_functions_run_one_after_another_on_one_thread() -> None:
     await thread.end()
 
 
-async def test_what_a_function_raises_reaches_whoever_waits_and_nobody_else() -> None:
+async def test_exception_of_a_function_reaches_its_awaiting_task_only() -> None:
     thread = InstanceThread("tiny-1-0")
     broken, whole = thread.run(divmod, 1, 0), thread.run(divmod, 7, 2)
     with pytest.raises(ZeroDivisionError):
@@ -30,7 +30,7 @@ async def test_what_a_function_raises_reaches_whoever_waits_and_nobody_else() ->
     await thread.end()
 
 
-async def test_answer_for_somebody_who_left_is_dropped() -> None:
+async def test_result_of_a_cancelled_future_is_dropped() -> None:
     faults: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
     thread = InstanceThread("tiny-1-0")
@@ -45,7 +45,7 @@ async def test_answer_for_somebody_who_left_is_dropped() -> None:
     assert not faults
 
 
-async def test_end_waits_for_what_was_given_before() -> None:
+async def test_end_waits_for_queued_calls() -> None:
     thread = InstanceThread("tiny-1-0")
     go = threading.Event()
     held, last = thread.run(go.wait), thread.run(dict)
@@ -58,7 +58,7 @@ async def test_end_waits_for_what_was_given_before() -> None:
     assert last.result() == {}
 
 
-async def test_nothing_of_a_call_is_kept_until_the_next_one() -> None:
+async def test_thread_releases_the_objects_of_a_finished_call() -> None:
     thread = InstanceThread("tiny-1-0")
     array = np.ones(4)
     watched = weakref.ref(array)
@@ -72,7 +72,7 @@ async def test_nothing_of_a_call_is_kept_until_the_next_one() -> None:
     await thread.end()
 
 
-def test_thread_outlives_a_loop_that_was_closed_by_no_more_than_its_call() -> None:
+def test_thread_ends_after_its_call_if_the_loop_is_closed() -> None:
     go = threading.Event()
 
     async def left() -> InstanceThread:

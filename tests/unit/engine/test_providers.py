@@ -11,7 +11,7 @@ from attnserve_server.engine.providers import CPU, CUDA, TENSORRT, ProviderChoic
 EVERYTHING = (TENSORRT, CUDA, CPU)
 
 
-def test_auto_takes_cuda_where_it_is_offered_and_may_fall_back() -> None:
+def test_auto_selects_cuda_if_offered_and_may_fall_back() -> None:
     assert ProviderChoice().first(EVERYTHING) == CUDA
     assert ProviderChoice().first((CPU,)) == CPU
     assert ProviderChoice().may_fall_back
@@ -19,25 +19,25 @@ def test_auto_takes_cuda_where_it_is_offered_and_may_fall_back() -> None:
     assert not ProviderChoice(required=CUDA).may_fall_back
 
 
-def test_what_is_not_offered_is_refused() -> None:
+def test_provider_that_is_not_offered_is_refused() -> None:
     with pytest.raises(ProviderUnavailable, match="offers CPUExecutionProvider"):
         ProviderChoice(provider=CUDA).first((CPU,))
 
 
-def test_what_a_provider_cannot_run_goes_to_the_next() -> None:
+def test_chain_ends_with_the_providers_that_run_the_other_nodes() -> None:
     names = [name for name, _ in ProviderChoice().chain(TENSORRT, EVERYTHING)]
     assert names == [TENSORRT, CUDA, CPU]
     assert ProviderChoice().chain(CPU, EVERYTHING) == [(CPU, {})]
 
 
-def test_options_by_hand_stand_over_ours_and_name_the_device() -> None:
+def test_given_options_override_the_defaults_and_the_device_is_set() -> None:
     choice = ProviderChoice(device_id=2, options={CUDA: {"use_tf32": "1", "gpu_mem_limit": "5"}})
     options = dict(choice.chain(CUDA, EVERYTHING))[CUDA]
     assert (options["use_tf32"], options["gpu_mem_limit"], options["device_id"]) == ("1", "5", "2")
     assert dict(ProviderChoice().chain(CUDA, EVERYTHING))[CUDA]["use_tf32"] == "0"
 
 
-def test_graphs_are_recorded_by_cuda_alone() -> None:
+def test_only_cuda_records_graphs() -> None:
     chain = dict(ProviderChoice(cuda_graphs=True).chain(TENSORRT, EVERYTHING))
     assert chain[CUDA]["enable_cuda_graph"] == "1"
     assert "enable_cuda_graph" not in chain[TENSORRT]
@@ -56,7 +56,7 @@ class _Driver:
 
 
 @pytest.mark.parametrize(("driver", "count"), [(_Driver(0, 4), 4), (_Driver(100, 4), 0), (None, 0)])
-def test_gpus_are_those_that_the_driver_shows(
+def test_visible_gpus_are_those_of_the_driver(
     monkeypatch: pytest.MonkeyPatch, driver: _Driver | None, count: int
 ) -> None:
     def load(name: str) -> _Driver:

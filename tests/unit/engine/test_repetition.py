@@ -45,13 +45,13 @@ async def served(executor: Executor, sequences: list[PreparedSequence]) -> list[
     return [dict(result.values) for result in results]  # type: ignore[union-attr]
 
 
-def test_values_are_named_as_equality_names_them(manifest: Manifest) -> None:
+def test_values_have_the_names_that_equality_uses(manifest: Manifest) -> None:
     output, weights = np.ones(3), np.zeros((2, 1, 1))
     named = values_of({"embedding": output}, {1: weights}, manifest)
     assert named == {"embedding": output, "attention.site1": weights}
 
 
-def test_the_greatest_difference_is_in_parts_of_what_each_value_allows() -> None:
+def test_greatest_difference_is_relative_to_the_tolerance_of_each_value() -> None:
     equality = Equality("fp32")
     alone = {"out": np.array([100.0, 1.0]), "attention.site0": np.array([0.5, 0.5])}
     assert greatest_difference(alone, alone, equality).error == 0
@@ -62,7 +62,7 @@ def test_the_greatest_difference_is_in_parts_of_what_each_value_allows() -> None
     assert greatest_difference({"out": alone["out"][:1]}, alone, equality) == Difference("out", np.inf)
 
 
-async def test_values_are_whole_cropped_copies_of_what_is_wanted(
+async def test_kept_values_are_cropped_copies(
     embedder_path: Path, manifest: Manifest, sequence_of: Make, weights_by_hand, embed
 ) -> None:
     wanted = sequence_of([1, 2, 3], [1])
@@ -81,7 +81,7 @@ async def test_values_are_whole_cropped_copies_of_what_is_wanted(
     assert [result.values for result in results if isinstance(result, SequenceResult)] == [None, None]
 
 
-async def test_an_equal_answer_is_equal_and_another_one_is_not(
+async def test_equal_answers_compare_equal_and_different_ones_do_not(
     embedder_path: Path, manifest: Manifest, sequence_of: Make
 ) -> None:
     sequences = [sequence_of([1, 2, 3], [0]), sequence_of([4, 5, 6, 7, 8], [0, 1])]
@@ -96,7 +96,7 @@ async def test_an_equal_answer_is_equal_and_another_one_is_not(
             assert other == Difference("attention.site0", pytest.approx(100, rel=1e-2))
 
 
-async def test_the_certificate_s_noise_widens_what_counts_as_equal(
+async def test_noise_of_the_certificate_widens_the_tolerance(
     embedder_path: Path, manifest: Manifest, sequence_of: Make
 ) -> None:
     noisy = manifest.model_copy(update={"certificate": Certificate(clauses=(), noise={"attention.site0": 1e-2})})
@@ -108,7 +108,7 @@ async def test_the_certificate_s_noise_widens_what_counts_as_equal(
     assert found == Difference("attention.site0", pytest.approx(0.1, rel=1e-2))
 
 
-async def test_a_repeat_is_in_no_metric_of_served_runs(
+async def test_repeat_is_not_counted_by_metrics_of_served_runs(
     embedder_path: Path, manifest: Manifest, sequence_of: Make
 ) -> None:
     metrics = Metrics()
@@ -130,15 +130,13 @@ async def test_a_repeat_is_in_no_metric_of_served_runs(
     assert before["attnserve_sequences_total"] == 2
 
 
-async def test_a_repeat_that_fails_is_an_internal_fault(
-    poisoned_path: Path, manifest: Manifest, sequence_of: Make
-) -> None:
+async def test_failed_repeat_is_an_internal_fault(poisoned_path: Path, manifest: Manifest, sequence_of: Make) -> None:
     async with executor_of(poisoned_path, manifest) as executor:
         outcome = await executor.repeat(sequence_of([POISON_ID]), {}, RunHandle(), 0)
     assert isinstance(outcome, InternalFault)
 
 
-async def test_terminate_ends_a_repeat_that_would_never_end(slow_path: Path, manifest: Manifest) -> None:
+async def test_terminate_ends_an_endless_repeat(slow_path: Path, manifest: Manifest) -> None:
     slow = manifest.model_copy(
         update={
             "inputs": (InputSpec(name="x", dtype="float32", shape=("seq",)),),

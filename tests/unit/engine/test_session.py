@@ -55,7 +55,7 @@ def test_fetching_nothing_gives_nothing(embedder_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("exact_shape", "way"), [(False, "recorded"), (True, "as ever")])
-def test_run_that_must_keep_its_shape_is_not_replayed_from_a_larger_recording(
+def test_run_of_an_exact_shape_is_not_replayed_from_a_larger_recording(
     embedder_path: Path, exact_shape: bool, way: str
 ) -> None:
     class Recorded:
@@ -76,7 +76,7 @@ def test_run_that_must_keep_its_shape_is_not_replayed_from_a_larger_recording(
     assert session.run(feeds([[1, 2]]), ["embedding"], exact_shape=exact_shape) == [way]
 
 
-def test_a_failing_run_says_nothing_of_the_runtime_to_the_caller(poisoned_path: Path, capfd) -> None:
+def test_failed_run_has_no_text_of_the_runtime_in_its_message(poisoned_path: Path, capfd) -> None:
     session = RuntimeSession.load(poisoned_path, provider="CPUExecutionProvider", intra_op_threads=1)
     with pytest.raises(RunFailed) as caught:
         session.run(feeds([[49]]), ["embedding"])
@@ -86,7 +86,7 @@ def test_a_failing_run_says_nothing_of_the_runtime_to_the_caller(poisoned_path: 
     session.run(feeds([[1]]), ["embedding"])
 
 
-def test_a_missing_feed_fails_the_run_and_not_the_process(embedder_path: Path) -> None:
+def test_missing_feed_fails_the_run_only(embedder_path: Path) -> None:
     session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
     with pytest.raises(RunFailed):
         session.run({}, ["embedding"])
@@ -102,7 +102,7 @@ def test_terminate_from_another_thread_stops_the_run(slow_path: Path) -> None:
     stopper.join()
 
 
-def test_a_terminated_handle_keeps_a_run_from_starting(slow_path: Path) -> None:
+def test_terminated_handle_refuses_a_run(slow_path: Path) -> None:
     session = RuntimeSession.load(slow_path, provider="CPUExecutionProvider", intra_op_threads=1)
     handle = RunHandle()
     assert not handle.terminated
@@ -112,7 +112,7 @@ def test_a_terminated_handle_keeps_a_run_from_starting(slow_path: Path) -> None:
         session.run({"x": np.ones((1, 4), np.float32)}, ["y"], handle)
 
 
-def test_a_handle_serves_one_run_after_another(embedder_path: Path) -> None:
+def test_handle_can_be_used_for_several_runs(embedder_path: Path) -> None:
     session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
     handle = RunHandle()
     for _ in range(2):
@@ -122,20 +122,20 @@ def test_a_handle_serves_one_run_after_another(embedder_path: Path) -> None:
         session.run(feeds([[1]]), ["embedding"], handle)
 
 
-def test_a_provider_that_is_not_offered_is_refused_by_name(embedder_path: Path) -> None:
+def test_provider_that_is_not_offered_is_refused_by_name(embedder_path: Path) -> None:
     with pytest.raises(ProviderUnavailable, match=r"NoSuchProvider is not available: .*CPUExecutionProvider"):
         RuntimeSession.load(embedder_path, provider="NoSuchProvider", intra_op_threads=1)
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="the runtime here offers CUDA")
-def test_a_required_provider_refuses_to_run_on_another(embedder_path: Path) -> None:
+def test_required_provider_refuses_to_run_on_another(embedder_path: Path) -> None:
     with pytest.raises(ProviderUnavailable) as caught:
         RuntimeSession.load(embedder_path, intra_op_threads=1, required_provider="CUDAExecutionProvider")
     assert caught.value.wanted == "CUDAExecutionProvider"
     assert "CPUExecutionProvider" in caught.value.available
 
 
-def test_a_required_provider_against_another_chosen_one_is_refused(embedder_path: Path) -> None:
+def test_required_provider_against_another_chosen_one_is_refused(embedder_path: Path) -> None:
     with pytest.raises(ProviderUnavailable):
         RuntimeSession.load(
             embedder_path,
@@ -145,7 +145,7 @@ def test_a_required_provider_against_another_chosen_one_is_refused(embedder_path
         )
 
 
-def test_the_required_provider_is_taken_when_the_choice_is_auto(embedder_path: Path) -> None:
+def test_required_provider_is_taken_when_the_choice_is_auto(embedder_path: Path) -> None:
     session = RuntimeSession.load(embedder_path, intra_op_threads=1, required_provider="CPUExecutionProvider")
     assert session.provider == "CPUExecutionProvider"
 
@@ -168,7 +168,7 @@ def pretends_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module.ort, "InferenceSession", refusing)
 
 
-def test_auto_falls_back_to_the_cpu_where_cuda_does_not_load(embedder_path: Path, pretends_cuda: None) -> None:
+def test_auto_falls_back_to_the_cpu_if_cuda_does_not_load(embedder_path: Path, pretends_cuda: None) -> None:
     assert RuntimeSession.load(embedder_path, intra_op_threads=1).provider == "CPUExecutionProvider"
 
 
@@ -179,7 +179,7 @@ def test_cuda_by_name_does_not_fall_back(embedder_path: Path, pretends_cuda: Non
         RuntimeSession.load(embedder_path, intra_op_threads=1, required_provider="CUDAExecutionProvider")
 
 
-def test_a_file_that_is_no_model_is_refused_without_its_path(tmp_path: Path) -> None:
+def test_file_that_is_not_a_model_is_refused_without_its_path(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no model")
     with pytest.raises(LoadFailed) as caught:
@@ -229,14 +229,14 @@ def left_out(opened: list[tuple[str, ort.SessionOptions]]) -> dict[str, str]:
     return {provider: entry(options, "optimization.disable_specified_optimizers") for provider, options in opened}
 
 
-def test_products_of_bytes_are_exact_on_every_processor(tmp_path: Path) -> None:
+def test_int8_products_are_exact_on_every_processor(tmp_path: Path) -> None:
     # 255 * 127, twice, does not fit in the 16 bits in which processors without VNNI add.
     session = RuntimeSession.load(products_of_bytes(tmp_path / "model.onnx", products=1))
     (y,) = session.run({"x": np.full((3, 64), 255, np.uint8)}, ["y"])
     np.testing.assert_array_equal(y, np.full((3, 8), 64 * 255 * 127))
 
 
-def test_weights_are_made_unsigned_only_where_signed_ones_saturate(
+def test_int8_weights_are_converted_only_if_products_saturate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[tuple[str, ort.SessionOptions]]
 ) -> None:
     """What the runtime is told; whether the processor needs it is not for a test to say."""
@@ -247,7 +247,7 @@ def test_weights_are_made_unsigned_only_where_signed_ones_saturate(
     assert [entry(options, "session.x64quantprecision") for _, options in opened] == ["", "1"]
 
 
-def test_the_product_that_tells_is_what_onnx_would_write() -> None:
+def test_bytes_of_the_measured_product_are_those_of_onnx() -> None:
     node = onnx.helper.make_node("MatMulInteger", ["x", "w"], ["y"])
     graph = onnx.helper.make_graph(
         [node],
@@ -260,14 +260,14 @@ def test_the_product_that_tells_is_what_onnx_would_write() -> None:
     assert model.SerializeToString() == session_options._PRODUCT
 
 
-def test_processors_with_vnni_multiply_bytes_exactly() -> None:
+def test_processors_with_vnni_multiply_int8_exactly() -> None:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists() or "_vnni" not in cpuinfo.read_text():
         pytest.skip("this processor is not known to have VNNI")
     assert session_options.multiplies_int8_exactly()
 
 
-def test_products_are_exact_and_shared_weights_load_where_weights_are_made_unsigned(
+def test_converted_weights_give_exact_products_and_shared_weights_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way of processors without VNNI, which any processor can go."""
@@ -280,13 +280,13 @@ def test_products_are_exact_and_shared_weights_load_where_weights_are_made_unsig
     np.testing.assert_array_equal(y, np.full((3, 8), 2 * 64 * 127))
 
 
-def test_weights_of_bytes_that_nodes_share_load_on_every_processor(tmp_path: Path) -> None:
+def test_shared_int8_weights_load_on_every_processor(tmp_path: Path) -> None:
     session = RuntimeSession.load(products_of_bytes(tmp_path / "model.onnx", products=2))
     (y,) = session.run({"x": np.ones((3, 64), np.uint8)}, ["y"])
     np.testing.assert_array_equal(y, np.full((3, 8), 2 * 64 * 127))
 
 
-def test_each_provider_leaves_out_the_rewritings_that_harm_it(
+def test_each_provider_disables_its_own_optimizers(
     embedder_path: Path, pretends_cuda: None, opened: list[tuple[str, ort.SessionOptions]]
 ) -> None:
     RuntimeSession.load(embedder_path, intra_op_threads=1)
@@ -297,7 +297,7 @@ def test_each_provider_leaves_out_the_rewritings_that_harm_it(
 
 
 @pytest.mark.parametrize(("names", "told"), [((), ""), (("MatMulAddFusion", "Other"), "MatMulAddFusion;Other")])
-def test_bundle_may_know_better_what_is_left_out_on_a_cpu(
+def test_bundle_overrides_the_optimizers_disabled_on_a_cpu(
     names: tuple[str, ...],
     told: str,
     embedder_path: Path,
@@ -308,13 +308,13 @@ def test_bundle_may_know_better_what_is_left_out_on_a_cpu(
     assert left_out(opened) == {"CUDAExecutionProvider": "BiasSoftmaxFusion", "CPUExecutionProvider": told}
 
 
-def test_graph_that_is_written_as_the_runtime_optimises_it_answers_alike(embedder_path: Path, tmp_path: Path) -> None:
+def test_written_optimized_graph_has_the_same_inputs_and_outputs(embedder_path: Path, tmp_path: Path) -> None:
     write_optimised(embedder_path, tmp_path / "optimised.onnx")
     plain, optimised = (RuntimeSession.load(path) for path in (embedder_path, tmp_path / "optimised.onnx"))
     assert (optimised.input_names, optimised.output_names) == (plain.input_names, plain.output_names)
 
 
-def test_what_cannot_be_written_optimised_is_refused(tmp_path: Path) -> None:
+def test_unreadable_graph_cannot_be_written_optimized(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     with pytest.raises(LoadFailed):
         write_optimised(tmp_path / "broken.onnx", tmp_path / "optimised.onnx")

@@ -60,7 +60,7 @@ async def outcomes(path: Path, manifest: Manifest, sequences: list[PreparedSeque
         ),
     ],
 )
-async def test_weights_of_another_shape_fail_the_run_and_are_named(
+async def test_weights_of_another_shape_fail_the_run_and_are_logged(
     changes: dict[str, Any],
     declared: tuple[str | int, ...],
     expected: tuple[int, ...],
@@ -103,9 +103,7 @@ async def test_declared_shapes_pass(embedder_path: Path, manifest: Manifest, seq
     assert all(isinstance(result, SequenceResult) for result in results)
 
 
-async def test_model_whose_tensors_contradict_its_manifest_does_not_warm_up(
-    embedder_path: Path, manifest: Manifest
-) -> None:
+async def test_warm_up_fails_for_a_model_that_contradicts_its_manifest(embedder_path: Path, manifest: Manifest) -> None:
     session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)
     warmup.touch(session, manifest)
     for wrong in (shown_as(manifest, "seq", 9), site_with(manifest, heads=3)):
@@ -115,7 +113,7 @@ async def test_model_whose_tensors_contradict_its_manifest_does_not_warm_up(
         warmup.measure(session, shown_as(manifest, "half", 8), MonotonicClock())
 
 
-def test_message_has_the_declared_the_expected_and_the_found_extents(manifest: Manifest, sequence_of: Make) -> None:
+def test_message_has_the_declared_expected_and_found_shapes(manifest: Manifest, sequence_of: Make) -> None:
     batch = collate([sequence_of([1, 2, 3]), sequence_of([1])], manifest)
     fetched = {"last_hidden_state": np.zeros((2, 4, 8), np.float32)}
     with pytest.raises(UnexpectedShape) as caught:
@@ -126,9 +124,7 @@ def test_message_has_the_declared_the_expected_and_the_found_extents(manifest: M
     )
 
 
-def test_session_that_replays_a_larger_shape_may_give_more_but_never_less(
-    manifest: Manifest, sequence_of: Make
-) -> None:
+def test_larger_shapes_pass_only_for_a_session_that_fills_up(manifest: Manifest, sequence_of: Make) -> None:
     batch = collate([sequence_of([1, 2, 3]), sequence_of([1])], manifest)
     check = ShapeCheck(manifest)
     check.check(batch, {"last_hidden_state": np.zeros((4, 8, 8), np.float32)}, filled_up=True)

@@ -25,7 +25,7 @@ def with_clause(clause: Clause, **fields: object) -> Manifest:
     return tiny_manifest().model_copy(update={"certificate": made_of(clause), **fields})
 
 
-def test_proved_model_needs_no_caution() -> None:
+def test_proved_model_has_no_cautions() -> None:
     manifest = tiny_manifest()
     assert all(cautions(manifest.certificate, policy) == () for policy in BATCHING)
     assert rulings(manifest, "proved") == (
@@ -59,7 +59,7 @@ def test_unknown_axis_is_named_with_its_cause_its_node_and_the_policy_that_accep
     assert cautions(made_of(SURVIVOR), "off") == ()
 
 
-def test_node_is_not_named_twice() -> None:
+def test_node_in_the_reason_is_not_repeated() -> None:
     named = SURVIVOR.model_copy(update={"reason": "/mean averages over all positions"})
     (caution,) = cautions(made_of(named), "proved")
     assert caution.cause == "/mean averages over all positions"
@@ -74,7 +74,7 @@ def test_axis_that_is_padded_with_a_finite_mask_is_stated(policy: str) -> None:
     assert "--batching off" in caution.remedy
 
 
-def test_dynamic_quantization_is_pointed_to_its_rewriting() -> None:
+def test_remedy_of_dynamic_quantization_is_per_row_scales() -> None:
     step = PathStep(node="q", operator="DynamicQuantizeLinear", words="one scale for all rows")
     clause = Clause(axis="batch", verdict=Verdict.REFUTED, reason="one scale for all rows", path=(step,))
     made = certificate(clauses=(clause,), seq=Verdict.PROVED)
@@ -94,7 +94,7 @@ def test_probe_that_changed_an_answer_is_named_and_no_policy_accepts_it() -> Non
         assert "--batching tested" not in caution.remedy
 
 
-def test_bundle_without_a_certificate_is_pointed_to_certify() -> None:
+def test_remedy_without_a_certificate_is_check_certify() -> None:
     old = tiny_manifest().model_copy(update={"format": 1, "certificate": None})
     (caution,) = cautions(None, "proved")
     assert "format 1" in caution.cause

@@ -78,14 +78,14 @@ def manifest(**fields):
     return Manifest(**({"certificate": proved(*dict.fromkeys(given))} | facts))
 
 
-def test_a_manifest_reads_back_as_it_was_written():
+def test_manifest_reads_back_as_written():
     bias = InputSpec(name="bias", dtype="float32", shape=("seq",), padding=-math.inf)
     written = manifest(inputs=(ids(), bias))
     assert Manifest.model_validate_json(written.model_dump_json()) == written
     assert written.input("bias").padding == -math.inf
 
 
-def test_things_are_found_by_name_and_role():
+def test_parts_are_found_by_name_and_role():
     found = manifest()
     assert found.axis("seq").max_length == 512
     assert found.output("last_hidden_state").shape == ("seq", 384)
@@ -106,7 +106,7 @@ def test_plain_names_are_model_names(name):
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../x", "a/b", "a\\b", "a\n", "a\x00", " a", ".hidden", "x" * 129, "é"]
 )
-def test_names_that_could_climb_or_hide_are_refused(name):
+def test_names_that_are_paths_or_hidden_are_refused(name):
     assert not is_model_name(name)
     with pytest.raises(ValidationError):
         manifest(name=name)
@@ -120,7 +120,7 @@ def test_versions_are_positive_decimal_integers(version):
 
 
 @pytest.mark.parametrize("file", ["../model.onnx", "/model.onnx", "a/b", "", ".hidden", "a\n"])
-def test_files_are_single_names_that_cannot_climb(file):
+def test_files_must_be_single_path_components(file):
     with pytest.raises(ValidationError, match="files"):
         manifest(files={file: "0" * 64})
 
@@ -136,21 +136,21 @@ def test_axes_of_inputs_outputs_and_sites_must_be_declared():
     refused(r"site encoder\.0: axis symbols \['patch'\]", sites=(site(0, key_axis="patch"),))
 
 
-def test_a_site_without_weights_may_have_axes_that_are_not_declared():
+def test_site_without_a_tap_may_have_undeclared_axes():
     gone = site(0, items_input=None, weights_output=None, unavailable_reason="no dynamic axis", key_axis="")
     assert not manifest(sites=(gone,)).sites[0].available
 
 
-def test_the_batch_is_no_axis_of_a_sequence():
+def test_batch_is_not_an_axis_of_a_sequence():
     batch = AxisSpec(symbol="batch", max_length=8, paddable=True)
     refused(r"axis names are used twice: \['batch'\]", axes=(*manifest().axes, batch))
 
 
-def test_sites_come_in_order_of_their_layers():
+def test_sites_must_be_in_the_order_of_their_layers():
     refused("in order of their layers", sites=(site(1), site(0)))
 
 
-def test_names_are_used_once():
+def test_repeated_names_are_refused():
     refused("site names are used twice", sites=(site(0, "a"), site(1, "a")))
     refused(r"input names are used twice: \['input_ids'\]", inputs=(ids(), ids(role=InputRole.DATA)))
     refused(r"role names are used twice: \['token_ids along seq'\]", inputs=(ids(), ids("more")))
@@ -159,19 +159,19 @@ def test_names_are_used_once():
 
 
 @pytest.mark.parametrize("missing", ["items_input", "weights_output"])
-def test_half_a_tap_is_refused(missing):
+def test_tap_without_input_or_output_is_refused(missing):
     with pytest.raises(ValidationError, match="items_input and weights_output must be given together"):
         site(0, **{missing: None})
 
 
-def test_a_site_has_a_tap_or_a_reason_and_not_both():
+def test_site_has_either_a_tap_or_a_reason():
     with pytest.raises(ValidationError, match="either a tap or an unavailable_reason"):
         site(0, items_input=None, weights_output=None)
     with pytest.raises(ValidationError, match="either a tap or an unavailable_reason"):
         site(0, unavailable_reason="but there it is")
 
 
-def test_key_heads_divide_heads():
+def test_heads_must_be_a_multiple_of_key_heads():
     with pytest.raises(ValidationError, match="4 heads are not a multiple of 3 kv_heads"):
         site(0, kv_heads=3)
 
@@ -207,7 +207,7 @@ def test_text_needs_token_ids_along_its_axis():
     refused("513 tokens exceed 512", text=TextSpec(axis="seq", max_tokens=513))
 
 
-def test_a_check_that_saw_no_number_is_refused():
+def test_check_report_with_nan_is_refused():
     with pytest.raises(ValidationError, match="finite"):
         CheckReport(**(CHECK.model_dump() | {"weight_max_abs_error": math.nan}))
 
@@ -217,7 +217,7 @@ def test_unknown_fields_are_refused():
         Manifest.model_validate(manifest().model_dump() | {"surprise": 1})
 
 
-def test_fixed_axis_is_never_padded():
+def test_fixed_axis_cannot_be_paddable():
     with pytest.raises(ValidationError, match="a fixed axis has one length"):
         AxisSpec(symbol="patches", max_length=49, paddable=True, fixed=True)
 
@@ -232,7 +232,7 @@ def patches(**fields):
     return AxisSpec(**({"symbol": "patches", "max_length": 50, "paddable": False, "fixed": True} | fields))
 
 
-def test_patch_grid_and_what_leads_it_are_the_whole_axis():
+def test_patch_grid_and_leading_positions_must_make_the_whole_axis():
     assert patches(grid=(7, 7), leading=1).grid == (7, 7)
     for words, fields in {
         "0 leading positions and 7 x 7 patches do not make max_length 50": {"grid": (7, 7)},
@@ -284,7 +284,7 @@ def halves(symbol="seq_by_2", source="seq", **fields):
     return AxisSpec(symbol=symbol, max_length=16, paddable=True, derived={"source": source, "stride": 2}, **fields)
 
 
-def test_a_derived_axis_follows_another_that_is_given():
+def test_source_of_a_derived_axis_must_be_another_axis():
     assert manifest(axes=(*manifest().axes, halves())).with_derived({"seq": 5}) == {"seq": 5, "seq_by_2": 2}
     assert manifest(axes=(*manifest().axes, halves())).with_derived({}) == {}
     refused("its source frames must be another axis", axes=(*manifest().axes, halves(source="frames")))
@@ -292,18 +292,18 @@ def test_a_derived_axis_follows_another_that_is_given():
     refused("its source seq_by_2 must be another axis", axes=(*manifest().axes, halves(), twice))
 
 
-def test_no_input_has_a_derived_axis():
+def test_input_with_a_derived_axis_is_refused():
     refused(r"input frames: \['seq_by_2'\] are derived", axes=(*manifest().axes, halves()), inputs=(
         *manifest().inputs, InputSpec(name="frames", dtype="float32", shape=("seq_by_2",))
     ))  # fmt: skip
 
 
-def test_a_fixed_axis_follows_no_other():
+def test_fixed_axis_cannot_be_derived():
     with pytest.raises(ValidationError, match="one length, so it cannot be derived"):
         AxisSpec(symbol="x", max_length=4, paddable=False, fixed=True, derived={"source": "seq", "stride": 2})
 
 
-def test_a_derived_axis_reads_back_as_it_was_written():
+def test_derived_axis_reads_back_as_written():
     written = manifest(axes=(*manifest().axes, halves()))
     assert type(written).model_validate_json(written.model_dump_json()) == written
 
@@ -317,7 +317,7 @@ def test_format_2_has_a_certificate_and_format_1_has_none():
     refused("and one of format 1 must not", format=1)
 
 
-def test_certificate_has_a_clause_for_the_batch_and_for_each_axis_that_inputs_have():
+def test_certificate_must_have_one_clause_for_the_batch_and_each_input_axis():
     refused(r"\['batch'\] must have one clause for each of \['batch', 'seq'\]", certificate=proved())
     refused("must have one clause for each", certificate=proved("seq").model_copy(update={
         "clauses": proved("seq").clauses * 2
@@ -328,7 +328,7 @@ def test_certificate_has_a_clause_for_the_batch_and_for_each_axis_that_inputs_ha
     )
 
 
-def test_certificate_reads_back_as_it_was_written():
+def test_certificate_reads_back_as_written():
     broken = SURVIVED.model_copy(update={"worst": math.inf, "broke": "lengths 3 and 9"})
     clause = UNKNOWN.model_copy(update={"attack": broken})
     written = manifest(certificate=certificate(clauses=(clause,), batch=Verdict.PROVED))
@@ -351,13 +351,13 @@ AXES = (
 )
 
 
-def test_proved_axes_are_padded_with_those_derived_from_them_unless_batching_is_off():
+def test_proved_axes_and_those_derived_from_them_are_padded_unless_batching_is_off():
     found = manifest(axes=AXES)
     padded = {"seq", "seq_by_2"}
     assert [ruled(found, policy) for policy in BATCHING] == [(padded, 8), (padded, 8), (set(), 1)]
 
 
-def test_what_survived_the_attack_is_padded_where_tested_is_enough():
+def test_axis_that_survived_the_attack_is_padded_under_tested():
     found = manifest(axes=AXES, certificate=certificate(clauses=(UNKNOWN,), batch=Verdict.PROVED))
     assert [ruled(found, policy) for policy in BATCHING] == [(set(), 8), ({"seq", "seq_by_2"}, 8), (set(), 1)]
 
@@ -368,19 +368,19 @@ def test_finite_mask_that_survived_the_attack_is_padded_by_default():
     assert [ruled(found, policy) for policy in BATCHING] == [({"seq"}, 8), ({"seq"}, 8), (set(), 1)]
 
 
-def test_rows_run_alone_where_the_batch_is_not_allowed():
+def test_rows_run_alone_if_the_batch_is_not_allowed():
     unknown = manifest(certificate=certificate(batch=Verdict.UNKNOWN, seq=Verdict.PROVED))
     refuted = manifest(certificate=certificate(batch=Verdict.REFUTED, seq=Verdict.REFUTED))
     assert [ruled(unknown, policy)[1] for policy in BATCHING] == [1, 1, 1]
     assert [ruled(refuted, policy) for policy in BATCHING] == [(set(), 1)] * 3
 
 
-def test_format_1_is_joined_at_equal_lengths_only():
+def test_format_1_is_batched_at_equal_lengths_only():
     found = manifest(format=1, certificate=None, axes=AXES)
     assert [ruled(found, policy) for policy in BATCHING] == [(set(), 8), (set(), 8), (set(), 1)]
 
 
-def test_sequence_whose_mask_breaks_a_need_is_known():
+def test_mask_that_violates_an_assumption_is_detected():
     mask = ids("mask", InputRole.ATTENTION_MASK)
     needs = [MaskNeed(input="mask", need="some"), MaskNeed(input="input_ids", need="all")]
     found = manifest(inputs=(ids(), mask), certificate=proved("seq", masks=needs))

@@ -86,11 +86,11 @@ def test_written_bundle_is_found_and_verified(root: Path, bundle: Bundle, source
     assert found[0].manifest.digest == digest_of(found[0].manifest.files)
 
 
-def test_bundle_without_tokenizer_says_so(root: Path, sources: dict[str, Path]) -> None:
+def test_bundle_without_tokenizer_has_no_tokenizer_path(root: Path, sources: dict[str, Path]) -> None:
     assert write_bundle(root, manifest(), {MODEL_FILE: sources[MODEL_FILE]}).tokenizer_path is None
 
 
-def test_digest_is_that_of_sorted_names_and_sums() -> None:
+def test_digest_is_that_of_sorted_names_and_hashes() -> None:
     one, two = "1" * 64, "2" * 64
     assert digest_of({"b": two, "a": one}) == digest_of({"a": one, "b": two})
     assert digest_of({"a": one, "b": two}) != digest_of({"a": two, "b": one})
@@ -111,7 +111,7 @@ def test_first_version_is_one(root: Path) -> None:
     assert Repository(root).free_version("ranker") == "1"
 
 
-def test_missing_root_holds_nothing(root: Path) -> None:
+def test_missing_root_has_no_bundles(root: Path) -> None:
     assert Repository(root).bundles() == ([], [])
 
 
@@ -120,7 +120,7 @@ def test_missing_root_holds_nothing(root: Path) -> None:
     [("other", ""), ("ranker", "2"), ("../ranker", ""), ("ranker", "../1"), ("ranker/1", ""), ("", ""), (".", ""),
      ("ranker\0", ""), ("ranker\n", ""), ("ranker", "01"), ("ranker", "0"), ("ranker", "-1"), ("ranker", "1\n")],
 )  # fmt: skip
-def test_unknown_and_impossible_names_are_not_found(root: Path, bundle: Bundle, name: str, version: str) -> None:
+def test_unknown_and_invalid_names_are_not_found(root: Path, bundle: Bundle, name: str, version: str) -> None:
     with pytest.raises(ModelNotFound):
         Repository(root).bundle(name, version)
 
@@ -149,7 +149,7 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_broken_bundle_is_reported_and_hinders_no_other(
+def test_broken_bundle_is_reported_and_the_others_are_found(
     breakage: str, root: Path, bundle: Bundle, sources: dict[str, Path]
 ) -> None:
     whole = write_bundle(root, manifest(name="whole"), sources)
@@ -168,7 +168,7 @@ def test_huge_manifest_is_not_read(root: Path, bundle: Bundle, monkeypatch: pyte
     assert "exceed 10" in fault.why
 
 
-def test_symbolic_links_are_refused_wherever_they_stand(root: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_symbolic_links_are_refused_at_every_level(root: Path, bundle: Bundle, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(root / "ranker", elsewhere)
     (root / "ranker" / "2").symlink_to(elsewhere / "1")
@@ -222,7 +222,7 @@ def test_changed_files_do_not_verify(tampering: str, root: Path, bundle: Bundle)
     assert str(root) not in str(refusal.value)
 
 
-def test_folder_that_goes_away_does_not_verify(root: Path, bundle: Bundle) -> None:
+def test_removed_folder_does_not_verify(root: Path, bundle: Bundle) -> None:
     shutil.rmtree(bundle.path)
     with pytest.raises(BundleInvalid, match="its folder cannot be read"):
         verify(bundle)
@@ -260,7 +260,7 @@ def test_bundle_is_invisible_until_it_is_whole(
     assert len(Repository(root).bundles()[0]) == 1
 
 
-def test_root_that_is_a_file_is_told_in_words(tmp_path: Path, sources: dict[str, Path]) -> None:
+def test_root_that_is_a_file_is_reported(tmp_path: Path, sources: dict[str, Path]) -> None:
     (tmp_path / "models").write_text("", encoding="utf-8")
     with pytest.raises(BundleInvalid, match="could not be written"):
         write_bundle(tmp_path / "models", manifest(), sources)

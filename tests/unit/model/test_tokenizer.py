@@ -62,7 +62,7 @@ def slices(tokenized, *texts):
     ]
 
 
-def test_tokens_point_into_the_callers_text(minilm):
+def test_spans_of_tokens_are_in_the_callers_text(minilm):
     text = "Patient takes metformin."
     tokenized = minilm.encode(text)
     assert tokenized.units.texts == ("[CLS]", "patient", "takes", "met", "##form", "##in", ".", "[SEP]")
@@ -75,7 +75,7 @@ def test_tokens_point_into_the_callers_text(minilm):
     assert tokenized.ids[[0, -1]].tolist() == [101, 102]
 
 
-def test_a_pair_has_offsets_and_words_of_each_text(minilm):
+def test_pair_has_spans_and_words_of_each_text(minilm):
     texts = ("Who takes metformin?", "The patient does.")
     tokenized = minilm.encode(*texts)
     units = tokenized.units
@@ -88,7 +88,7 @@ def test_a_pair_has_offsets_and_words_of_each_text(minilm):
     assert all(segment == 0 for segment, special in zip(units.segments, units.special, strict=True) if special)
 
 
-def test_past_the_limit_tokens_are_only_counted():
+def test_tokens_above_the_limit_have_no_units():
     tokenizer = byte_level()
     whole = tokenizer.encode("the buyer agrees")
     count = len(whole.ids)
@@ -99,7 +99,7 @@ def test_past_the_limit_tokens_are_only_counted():
 
 
 @pytest.mark.parametrize("name", ["[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]"])
-def test_the_text_of_a_special_token_is_text(minilm, name):
+def test_text_of_a_special_token_is_plain_text(minilm, name):
     tokenized = minilm.encode(f"a {name} b")
     assert sum(tokenized.units.special) == 2
     assert not set(tokenized.ids[1:-1].tolist()) & minilm.special_ids
@@ -118,7 +118,7 @@ def word_level() -> TextTokenizer:
 
 @pytest.mark.parametrize("make", [byte_level, unigram, word_level])
 @pytest.mark.parametrize("text", ["</s>", "a </s> b", "buyer</s>the", "the </s></s> buyer", "\uff1c/s\uff1e"])
-def test_the_text_of_a_special_token_is_text_for_other_tokenizers_too(make, text):
+def test_text_of_a_special_token_is_plain_text_for_other_tokenizers(make, text):
     tokenizer = make()
     tokenized = tokenizer.encode(text)
     special = np.array(tokenized.units.special)
@@ -129,7 +129,7 @@ def test_the_text_of_a_special_token_is_text_for_other_tokenizers_too(make, text
     assert tokenizer.units_of_ids(tokenized.ids).texts == tokenized.units.texts
 
 
-def test_sealing_special_tokens_leaves_other_text_as_it_was():
+def test_sealing_special_tokens_does_not_change_other_text():
     raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "the": 2, "buyer": 3}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.add_special_tokens(["</s>", "<unk>", "<extra>"])
@@ -165,12 +165,12 @@ def test_words_are_slices_of_the_text_before_normalisation(minilm, text, words):
 
 @given(text=st.text(max_size=40), pair=st.text(max_size=20))
 @settings(max_examples=300)
-def test_any_text_gives_units_that_fit_together(minilm, text, pair):
+def test_units_of_any_text_are_consistent(minilm, text, pair):
     assert_fits(minilm.encode(text, pair), text, pair)
 
 
 @pytest.mark.parametrize("make", [byte_level, unigram])
-def test_any_text_gives_units_that_fit_together_for_other_tokenizers(make):
+def test_units_of_any_text_are_consistent_for_other_tokenizers(make):
     tokenizer = make()
 
     @given(text=st.text(max_size=40), pair=st.text(max_size=20))
@@ -202,7 +202,7 @@ def assert_fits(tokenized, text, pair):
             assert inner in texts[segment][start:end] or not inner
 
 
-def test_byte_level_tokens_of_one_character_share_its_place():
+def test_byte_level_tokens_of_one_character_share_its_span():
     text = "a 😀 b"
     tokenized = byte_level().encode(text)
     assert tokenized.units.words == ("a", "😀", "b")
@@ -214,13 +214,13 @@ def test_byte_level_tokens_of_one_character_share_its_place():
     assert places <= {(1, 2), (2, 3), (1, 3)}
 
 
-def test_words_leave_out_the_space_that_their_first_token_counts():
+def test_span_of_a_word_excludes_the_space_of_its_first_token():
     text = "the  buyer\nagrees"
     assert [word for word in byte_level().encode(text).units.words if word.strip()] == ["the", "buyer", "agrees"]
     assert unigram().encode("the buyer agrees").units.words == ("the", "buyer", "agrees")
 
 
-def test_words_are_not_known_where_the_pre_tokenizer_cuts_none():
+def test_words_are_not_known_without_a_pre_tokenizer_that_splits():
     whole = unigram(split=False)
     units = whole.encode("the buyer agrees").units
     assert units.words == units.word_ids == units.word_spans == ()
@@ -229,7 +229,7 @@ def test_words_are_not_known_where_the_pre_tokenizer_cuts_none():
     assert TextTokenizer(Tokenizer(models.BPE({"a": 0}, [])), "seq").encode("aa").units.word_ids == ()
 
 
-def test_neither_cut_nor_padded_whatever_the_file_says(minilm_source, tmp_path):
+def test_truncation_and_padding_of_the_file_are_off_by_default(minilm_source, tmp_path):
     content = json.loads((minilm_source / "tokenizer.json").read_text())
     assert content["truncation"] is not None or content["padding"] is not None, "the file asks for neither: no control"
     path = tmp_path / "tokenizer.json"
@@ -240,7 +240,7 @@ def test_neither_cut_nor_padded_whatever_the_file_says(minilm_source, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["patient takes metformin for diabetes", "the café", "a b"])
-def test_ids_tell_the_words_that_their_text_would(minilm, text):
+def test_words_of_ids_are_those_of_their_text(minilm, text):
     tokenized = minilm.encode(text, "and a second one")
     units = minilm.units_of_ids(tokenized.ids)
     assert units.texts == tokenized.units.texts
@@ -250,7 +250,7 @@ def test_ids_tell_the_words_that_their_text_would(minilm, text):
 
 
 @pytest.mark.parametrize("make", [byte_level, unigram])
-def test_ids_tell_the_words_for_other_tokenizers(make):
+def test_words_of_ids_are_those_of_their_text_for_other_tokenizers(make):
     tokenizer = make()
     tokenized = tokenizer.encode("the buyer agrees", "patient takes")
     units = tokenizer.units_of_ids(tokenized.ids)
@@ -258,7 +258,7 @@ def test_ids_tell_the_words_for_other_tokenizers(make):
     assert units.words == ("the", "buyer", "agrees", "patient", "takes")
 
 
-def test_ids_that_no_text_gives_tell_no_words(minilm):
+def test_ids_that_no_text_produces_have_no_words(minilm):
     good = minilm.encode("metformin").ids
     swapped = good.copy()
     swapped[[1, 2]] = good[[2, 1]]
@@ -267,7 +267,7 @@ def test_ids_that_no_text_gives_tell_no_words(minilm):
     assert units.special == (True, False, False, False, True)
 
 
-def test_unknown_token_stands_for_text_and_is_not_special(minilm):
+def test_unknown_token_represents_text_and_is_not_special(minilm):
     tokenized = minilm.encode("we 👩‍🚀 go")
     assert "[UNK]" in tokenized.units.texts
     assert sum(tokenized.units.special) == 2
@@ -284,11 +284,11 @@ def test_ids_outside_the_vocabulary_have_no_text(minilm, number):
     assert units.word_ids == ()
 
 
-def test_no_ids_are_no_units(minilm):
+def test_empty_ids_have_no_units(minilm):
     assert minilm.units_of_ids(np.array([], dtype=np.int64)).length == 0
 
 
-def test_many_threads_get_what_one_gets(minilm):
+def test_many_threads_get_the_same_result_as_one(minilm):
     texts = [f"patient {number} takes metformin" * (number % 7 + 1) for number in range(200)]
     alone = [minilm.encode(text).units for text in texts]
     with ThreadPoolExecutor(8) as pool:
@@ -298,7 +298,7 @@ def test_many_threads_get_what_one_gets(minilm):
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[1]", b"\xff\xfe\x00", b'{"version": "1.0", "model": {"type": "x"}}']
 )
-def test_a_broken_file_is_refused_without_naming_its_path(tmp_path, content):
+def test_broken_file_is_refused_without_naming_its_path(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(TokenizerInvalid, match="cannot be loaded") as refused:
@@ -307,14 +307,14 @@ def test_a_broken_file_is_refused_without_naming_its_path(tmp_path, content):
     assert refused.value.metadata()["why"]
 
 
-def test_a_cut_off_file_is_refused(minilm_source, tmp_path):
+def test_truncated_file_is_refused(minilm_source, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes((minilm_source / "tokenizer.json").read_bytes()[:5000])
     with pytest.raises(TokenizerInvalid):
         TextTokenizer.load(path, "seq")
 
 
-def test_a_missing_file_is_refused_without_naming_its_path(tmp_path):
+def test_missing_file_is_refused_without_naming_its_path(tmp_path):
     with pytest.raises(TokenizerInvalid, match="No such file") as refused:
         TextTokenizer.load(tmp_path / "tokenizer.json", "seq")
     assert str(tmp_path) not in str(refused.value)

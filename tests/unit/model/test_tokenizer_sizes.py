@@ -84,7 +84,7 @@ WORDS = st.lists(st.integers(0, 29), min_size=1, max_size=9)
 
 @settings(max_examples=150, deadline=None)
 @given(padding=PADDINGS, truncation=TRUNCATIONS, words=WORDS, pair=st.none() | WORDS)
-def test_texts_are_padded_and_cut_as_the_library_does(
+def test_texts_are_padded_and_truncated_as_by_the_library(
     padding: dict[str, Any] | None, truncation: dict[str, Any] | None, words: list[int], pair: list[int] | None
 ) -> None:
     texts = [" ".join(f"w{number}" for number in each) for each in (words, pair or [])]
@@ -122,7 +122,7 @@ def test_padding_strategies(padding: dict[str, Any], expected: list[int], tmp_pa
     assert read(sized(padding, None), tmp_path, written=()).encode("w1 w2").ids.tolist() == [2, 4, 6, 4, 7, 3]
 
 
-def test_padding_is_special_and_belongs_to_no_word(tmp_path: Path) -> None:
+def test_padding_is_special_and_has_no_word(tmp_path: Path) -> None:
     tokenizer = read(sized({"length": 8}, {"max_length": 6}), tmp_path)
     units = tokenizer.encode("w1 w2 w3").units
     assert units.texts == ("[CLS]", "w", "##1", "w", "##2", "[SEP]", "[PAD]", "[PAD]")
@@ -133,7 +133,7 @@ def test_padding_is_special_and_belongs_to_no_word(tmp_path: Path) -> None:
     assert set(zip(units.starts[-2:], units.ends[-2:], strict=True)) == {(0, 0)}
 
 
-def test_words_that_are_cut_are_what_is_left_of_them(tmp_path: Path) -> None:
+def test_truncated_word_has_the_text_of_its_remaining_tokens(tmp_path: Path) -> None:
     right = read(sized(None, {"max_length": 5}), tmp_path).encode("w1 w22").units
     assert right.words == ("w1", "w")
     left = read(sized(None, {"max_length": 5, "direction": "left"}), tmp_path).encode("w11 w2").units
@@ -141,20 +141,20 @@ def test_words_that_are_cut_are_what_is_left_of_them(tmp_path: Path) -> None:
     assert left.word_ids == (-1, 0, 1, 1, -1)
 
 
-def test_a_padding_token_that_is_no_token_keeps_its_name(tmp_path: Path) -> None:
+def test_padding_token_outside_the_vocabulary_keeps_its_name(tmp_path: Path) -> None:
     tokenizer = base()
     tokenizer.enable_padding(pad_id=99, pad_token="<blank>", length=6)
     units = read(tokenizer, tmp_path).encode("w1").units
     assert units.texts[-2:] == ("<blank>", "<blank>")
 
 
-def test_the_text_of_a_special_token_stays_text_where_padding_is_kept(tmp_path: Path) -> None:
+def test_text_of_a_special_token_is_plain_text_with_padding(tmp_path: Path) -> None:
     tokens = read(sized({"length": 20}, None), tmp_path).encode("w1 [SEP] w2")
     assert tokens.ids.tolist().count(LAST) == 1
     assert tokens.mask.tolist() == [1] * int(tokens.mask.sum()) + [0] * int(20 - tokens.mask.sum())
 
 
-def test_words_of_ids_are_told_without_padding(tmp_path: Path) -> None:
+def test_words_of_ids_are_found_without_padding(tmp_path: Path) -> None:
     tokenizer = read(sized({"length": 20}, {"max_length": 4}), tmp_path)
     units = tokenizer.units_of_ids(np.array([2, 4, 6, 4, 7, 3, 0, 0]))
     assert units.word_ids == (-1, 0, 0, 1, 1, -1, -1, -1)
@@ -162,7 +162,7 @@ def test_words_of_ids_are_told_without_padding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("written", "count"), [((), 3), (("target",), 7), (("seq",), 3)])
-def test_a_second_text_is_padded_along_its_own_axis(tmp_path: Path, written: tuple[str, ...], count: int) -> None:
+def test_second_text_is_padded_along_its_own_axis(tmp_path: Path, written: tuple[str, ...], count: int) -> None:
     tokenizer = base()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     tokenizer.enable_padding(length=6)
@@ -173,7 +173,7 @@ def test_a_second_text_is_padded_along_its_own_axis(tmp_path: Path, written: tup
 
 @pytest.mark.parametrize("direction", ["left", "right"])
 @pytest.mark.parametrize("stride", [0, 1, 3])
-def test_a_stride_changes_nothing_of_what_is_kept(stride: int, direction: str, tmp_path: Path) -> None:
+def test_stride_does_not_change_the_kept_tokens(stride: int, direction: str, tmp_path: Path) -> None:
     ids = {"right": [2, 4, 6, 4, 7, 3], "left": [2, 4, 8, 4, 9, 3]}
     truncation = {"max_length": 6, "stride": stride, "direction": direction}
     tokenizer = sized(None, truncation)
@@ -182,7 +182,7 @@ def test_a_stride_changes_nothing_of_what_is_kept(stride: int, direction: str, t
 
 
 @pytest.mark.parametrize("length", [0, 1, 2])
-def test_lengths_that_special_tokens_fill_are_what_the_library_makes_of_them(length: int, tmp_path: Path) -> None:
+def test_lengths_filled_by_special_tokens_are_those_of_the_library(length: int, tmp_path: Path) -> None:
     base().save(str(tmp_path / "tokenizer.json"))
     described = json.loads((tmp_path / "tokenizer.json").read_text())
     described["truncation"] = {"direction": "Right", "max_length": length, "strategy": "LongestFirst", "stride": 0}
@@ -191,7 +191,7 @@ def test_lengths_that_special_tokens_fill_are_what_the_library_makes_of_them(len
     assert_alike(TextTokenizer.load(tmp_path / "tokenizer.json", "seq", ("seq",)).encode("w1 w2"), expected)
 
 
-def test_settings_of_the_file_survive_sealing(tmp_path: Path) -> None:
+def test_padding_and_truncation_of_the_file_survive_sealing(tmp_path: Path) -> None:
     leaking = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "</s>": 2, "w1": 3}, unk_token="<unk>"))
     leaking.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     leaking.add_special_tokens(["<pad>", "<unk>", "</s>"])
