@@ -80,7 +80,7 @@ class Settings(BaseSettings):
     cuda_graphs: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Shapes, `rows x tokens` as `1x32,8x64`, whose runs are recorded as CUDA graphs. Smaller runs are "
-        "padded to them, and runs are executed one at a time. Default: none, as this suits a mostly idle GPU only.",
+        "padded to them, and runs are executed one at a time. Default: none, as this helps on a mostly idle GPU only.",
     )
     tensorrt_options: Annotated[dict[str, str], NoDecode] = Field(
         {},

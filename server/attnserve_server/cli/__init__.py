@@ -35,14 +35,14 @@ def main() -> None:
 def run_in_child(command: Sequence[str]) -> int:
     """Run a command to its end, and remove its temporary files.
 
-    A signal that asks this process to stop is passed on. An interrupt from the terminal reaches the child by itself.
+    SIGTERM and SIGHUP to this process are passed on. An interrupt from the terminal reaches the child by itself.
 
     Args:
         command: the program and its arguments.
 
     Returns:
-        The command's exit code; 128 plus the signal's number if it was asked to stop; `EXIT_REFUSED` if any other
-        signal ended it, after one sentence on standard error.
+        The command's exit code; 128 plus the signal's number if SIGINT, SIGTERM or SIGHUP ended it; `EXIT_REFUSED` if
+        any other signal did, after one sentence on standard error.
     """
     scratch = tempfile.mkdtemp(prefix="attnserve-")
     sys.stdout.flush()

@@ -299,7 +299,7 @@ def _crop(shape: Sequence[Dimension], lengths: Mapping[str, int]) -> tuple[slice
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int | None, ...], *, filled_up: bool) -> bool:
-    """Whether a shape is as expected; None stands for any length, and `filled_up` permits greater ones."""
+    """Whether a shape is as expected; None means any length, and `filled_up` permits greater ones."""
     return len(found) == len(expected) and all(
         length is None or length == own or (filled_up and length < own)
         for own, length in zip(found, expected, strict=True)

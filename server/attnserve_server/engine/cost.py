@@ -96,7 +96,7 @@ class TimedRun:
 class CostEstimate:
     """Fits the cost model to warm-up runs and recent runs, by least squares of the relative errors.
 
-    Warm-up runs never fade, so that all four coefficients stay determined whatever shapes the traffic has. Event loop
+    Warm-up runs never fade, so that traffic of a single shape still determines all four coefficients. Event loop
     only, once the instances serve.
     """
 

@@ -6,8 +6,8 @@ the GPU waits for the copy. On an H200, a run of MiniLM's hidden states at 128 x
 
 CUDA graphs: a small run spends most of its time on launching kernels one by one. Replaying a recorded graph takes a
 third to a half of that time (H200, MiniLM, 1 x 32 and 8 x 32 tokens). The price: each run is padded to a recorded
-shape, and a session that records runs one batch at a time. They suit latency on a device that is mostly idle, and are
-off by default. Only runs without attention are recorded; all others run normally, one at a time.
+shape, and a session that records runs one batch at a time. They reduce latency on a mostly idle device, and are off by
+default. Only runs without attention are recorded; all others run normally, one at a time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PinnedOutputs:
             binding.bind_cpu_input(name, array)
         for name in fetches:
             # The public binding has no parameter for the kind of memory.
-            binding._iobinding.bind_output(name, self._device)  # noqa: SLF001 - as the line above says
+            binding._iobinding.bind_output(name, self._device)  # noqa: SLF001 - the public binding has no such parameter
         self._session.run_with_iobinding(binding, options)
         binding.synchronize_outputs()
         return [_array_on(value) for value in binding.get_outputs()]

@@ -183,7 +183,7 @@ class RuntimeSession:
     ) -> list[Array]:
         """Run the model once, on the calling thread.
 
-        Every node runs, whatever is fetched: `RunOptions.only_execute_path_to_fetches` skips none (onnxruntime 1.32).
+        Every node runs, fetched or not: `RunOptions.only_execute_path_to_fetches` skips none (onnxruntime 1.32).
         A tap without items runs over zero rows.
 
         Args:

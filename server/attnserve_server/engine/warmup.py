@@ -29,7 +29,7 @@ _FIRST_SHAPES: Final = ((1, 8), (4, 8), (1, 32), (4, 32), (1, 128))
 _MORE_SHAPES: Final = (
     (16, 8), (16, 32), (4, 128), (1, 512), (16, 128), (64, 32), (4, 512), (64, 128), (32, 512),
 )  # fmt: skip
-"""Larger runs, in order of size, timed while `more_s` lasts. A fast device is measured at the sizes that suit it."""
+"""Larger runs, in order of size, timed while `more_s` lasts. A fast device is measured at large sizes too."""
 _MORE_SECONDS: Final = 1.0
 """Default of `more_s`."""
 _REPEATS: Final = 3

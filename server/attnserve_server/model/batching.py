@@ -133,6 +133,6 @@ def _deciding(clause: Clause) -> PathStep:
 
 def _remedy(clause: Clause) -> str:
     if _DYNAMIC in clause.reason or (clause.path and _deciding(clause).operator.startswith(_DYNAMIC)):
-        return "`attnserve-server prepare --requantize per-row` gives every row a scale of its own"
+        return "`attnserve-server prepare --requantize per-row` gives every row its own scale"
     shown = "`attnserve-server inspect --batching BUNDLE` shows the path"
     return f"{shown}; then `--batching tested` accepts it" if clause.allows("tested") else shown

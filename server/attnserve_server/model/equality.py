@@ -78,7 +78,7 @@ class Difference:
     name: str
     """The output, or `attention.` and the site's name; empty if there was nothing to compare."""
     error: float
-    """The difference divided by the allowed one: above 1, the answers differ. Infinity as `Equality.error` says."""
+    """The difference divided by the allowed one: above 1, the answers differ. Infinity as for `Equality.error`."""
 
 
 def equality_of(manifest: Manifest) -> Equality:

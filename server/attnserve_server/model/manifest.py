@@ -262,7 +262,7 @@ class Manifest(Frozen):
 
     @property
     def text_as_written(self) -> tuple[str, ...]:
-        """The axes along which the tokenizer pads and truncates as its file says.
+        """The axes along which the tokenizer pads and truncates as its file declares.
 
         If the bundle does not state them: the first text's axis, unless a mask hides padding along it.
         """

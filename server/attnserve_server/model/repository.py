@@ -1,6 +1,6 @@
 """The repository: bundles as folders, `<root>/<name>/<version>/`. It loads no model.
 
-A bundle is written to a hidden folder and renamed, so that a reader sees the whole bundle or none. Entries that cannot
+A bundle is written to a hidden folder and renamed, so that a reader finds the whole bundle or none. Entries that cannot
 be bundles (files, hidden folders, invalid names and versions) are ignored. A broken bundle is reported, and the others
 load.
 """
@@ -231,7 +231,7 @@ def write_bundle(root: Path, manifest: Manifest, files: Mapping[str, Path]) -> B
 
 @contextmanager
 def write_atomically(place: Path) -> Iterator[Path]:
-    """Write a file or a folder so that a reader of `place` sees the whole content or none.
+    """Write a file or a folder so that a reader of `place` gets the whole content or none.
 
     The content is flushed to the disk before it is renamed. If the body or the rename fails, it is removed.
 

@@ -200,7 +200,7 @@ class TextSpec(Frozen):
         pair_axis: axis of a second text's tokens, such as a decoder's; empty: they follow the first text's.
         pair_max_tokens: maximum number of tokens along `pair_axis`.
         pair_start: id of the token before a second text with its own axis; None: no such token.
-        as_written: the axes along which the tokenizer pads and truncates as its file says, because no mask hides
+        as_written: the axes along which the tokenizer pads and truncates as its file declares, because no mask hides
         padding
             there; along the others it does neither. None: not stated; see `Manifest.text_as_written`.
     """

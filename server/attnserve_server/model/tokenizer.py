@@ -48,8 +48,8 @@ class TokenizedText:
 class TextTokenizer:
     """A tokenizer that never turns text into a special token.
 
-    It pads and truncates along the axes `as_written`, as its file says, and along no other. Immutable after loading:
-    any number of threads may use it.
+    It pads and truncates along the axes `as_written`, as its file declares, and along no other. Immutable after
+    loading: any number of threads may use it.
     """
 
     def __init__(self, tokenizer: Tokenizer, axis: str, as_written: Collection[str] = ()) -> None:

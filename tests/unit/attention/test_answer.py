@@ -1,4 +1,4 @@
-"""What an answer carries beside its numbers: units, indices, names; and the writing of weights."""
+"""The parts of an answer beside its numbers: units, indices, names; and the dtypes of weights."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_size_of_a_huge_map_is_predicted_without_computing_it():
 
 def test_uint8_rounds_to_nearest_even_and_clips():
     weights = np.array([[[0.0, 0.5 / 255, 1.5 / 255, 2.5 / 255, 1.0, 1.2]]], dtype=np.float32)
-    # 2.5 / 255 in float32 lies a hair above; times 255 it is 2.5 again.
+    # 2.5 / 255 in float32 is slightly greater; times 255 it is 2.5 again.
     assert encode(weights, WeightDtype.UINT8).tolist() == [[[0, 0, 2, 2, 255, 255]]]
 
 
@@ -225,7 +225,7 @@ def test_residual_is_never_negative_and_zero_if_all_weights_are_kept():
     assert (links_of(weights, None, 300, 0.0, WeightDtype.UINT8).residual == 0).all()
     assert (links_of(weights, None, 299, 0.0, WeightDtype.FLOAT32).residual >= 0).all()
     wanted = np.sort(weights.astype(float), axis=2)[:, :, :-3].sum(axis=2)
-    # The residual is of the weights before they are written as bytes.
+    # The residual is of the weights before they are rounded to uint8.
     np.testing.assert_allclose(links_of(weights, None, 3, 0.0, WeightDtype.UINT8).residual, wanted, atol=1e-6)
 
 
@@ -265,5 +265,5 @@ def test_example_by_hand_in_the_guide():
 def test_weight_equal_to_the_minimum_is_kept():
     weights = np.array([[[0.25, 0.1, 0.65]]], dtype=np.float32)
     assert links_of(weights, None, 0, 0.25, WeightDtype.FLOAT32).keys.tolist() == [2, 0]
-    # 0.1 has no float32 of its own: the bound is rounded as the weights are.
+    # 0.1 is not a float32: the bound is rounded like the weights.
     assert links_of(weights, None, 0, 0.1, WeightDtype.FLOAT32).keys.tolist() == [2, 0, 1]

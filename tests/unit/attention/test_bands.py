@@ -1,4 +1,4 @@
-"""Bands: which key each column stands for, and the maps, links and sizes that come of them."""
+"""Bands: the key of each column, and the maps, links and sizes that follow from them."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def site(layer, band, heads=2, *, whole_rows=False):
 
 
 def weights_in(band, seed=0, heads=2, length=LENGTH):
-    """Random rows of sum 1 in the columns that stand for a key: (heads, length, W)."""
+    """Random rows of sum 1 over the columns with a key: (heads, length, W)."""
     columns = band_keys(band, length, length)
     drawn = np.random.default_rng(seed).random((heads, *columns.shape)) * (columns >= 0)
     return (drawn / np.maximum(drawn.sum(axis=2, keepdims=True), 1e-9)).astype(np.float32)
 
 
 def ask(selection, bands, weights, *, whole_rows=False):
-    """The answer, and the bytes that were predicted for it."""
+    """The answer and its predicted bytes."""
     sites = [site(layer, band, whole_rows=whole_rows and band is not None) for layer, band in enumerate(bands)]
     effective = resolve(selection, sites, "m")
     check_units(effective, sites, UNITS, "m", 0)
@@ -207,7 +207,7 @@ def test_links_of_a_band_are_those_of_the_same_weights_over_all_keys(band, top_k
         np.testing.assert_array_equal(links.keys, twin.keys)
 
     def positive(found):
-        """Links of weight 0 fill a row of all keys up; a band has none to fill it with."""
+        """Links without those of weight 0, which fill up a row over all keys but not one of a band."""
         rows = np.repeat(np.arange(len(found.row_offsets) - 1), np.diff(found.row_offsets))
         return [
             (row, key, weight)

@@ -1,4 +1,4 @@
-"""Units of derived axes: what pooled positions stand for, in whatever text there is."""
+"""Units of derived axes: texts and spans of pooled positions."""
 
 from __future__ import annotations
 

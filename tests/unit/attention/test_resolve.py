@@ -1,4 +1,4 @@
-"""A selection against a model's sites: what is chosen, what is filled in, and what is refused with which field."""
+"""Resolving a selection against a model's sites: chosen sites, defaults, and violations by field."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_negative_number_of_links_is_refused():
 
 @pytest.mark.parametrize("field", ["queries", "heads", "layers", "sites"])
 def test_number_of_reported_violations_is_bounded(field):
-    """Quadratic work here would hold up every other caller for a minute."""
+    """Quadratic work here would delay every other request by a minute."""
     values = tuple(f"x{number}" * 100 if field == "sites" else number // 2 + 9 for number in range(100_000))
     found = violations(AttentionSelection(**{field: values}))
     assert len(found) == 16

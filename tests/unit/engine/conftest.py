@@ -1,4 +1,4 @@
-"""Tiny ONNX models, made here with plain operators, each with one behaviour that a test needs."""
+"""Tiny ONNX models of plain operators, each with one behaviour that a test needs."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def embedder_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def poisoned_path(tmp_path: Path) -> Path:
-    """Fails on POISON_ID, which lies past its table, and gives NaN for NAN_ID and -inf for INFINITE_ID."""
+    """Fails on POISON_ID, which is past its table, and returns NaN for NAN_ID and -inf for INFINITE_ID."""
     table = TABLE[:POISON_ID].copy()
     table[INFINITE_ID] = -np.inf
     table[NAN_ID] = np.nan
@@ -129,7 +129,7 @@ def poisoned_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def slow_path(tmp_path: Path) -> Path:
-    """Runs 2^40 small steps, which is for ever; only a terminate ends it."""
+    """Runs 2^40 small steps, which take days; only terminating the run ends it."""
     node = helper.make_node
     body = helper.make_graph(
         [node("Identity", ["going"], ["still"]), node("Mul", ["state", "decay"], ["next"])],
@@ -156,7 +156,7 @@ def slow_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def embed() -> Callable[[np.ndarray], np.ndarray]:
-    """What `embedder` computes for one sequence's ids, (T,) -> (width,), from its definition."""
+    """The output of `embedder` for one sequence's ids, (T,) -> (width,), from its definition."""
     return lambda ids: TABLE[ids].sum(axis=0)
 
 
@@ -208,7 +208,7 @@ def manifest() -> Manifest:
 
 
 def whole_maps(*layers: int) -> EffectiveSelection:
-    """Every head of these layers, nothing reduced."""
+    """A selection of every head of these layers, not reduced."""
     return EffectiveSelection(
         layers=layers,
         heads=tuple(tuple(range(HEADS)) for _ in layers),
@@ -225,7 +225,7 @@ def whole_maps(*layers: int) -> EffectiveSelection:
 
 @pytest.fixture
 def sequence_of() -> Callable[..., PreparedSequence]:
-    """A sequence of these ids, which asks for the maps of these layers."""
+    """A sequence of these ids that selects the maps of these layers."""
 
     def make(
         ids: Sequence[int], layers: Sequence[int] = (), outputs: tuple[str, ...] = ("embedding",)

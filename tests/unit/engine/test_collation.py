@@ -197,7 +197,7 @@ def test_derived_axis_is_cropped_to_the_length_derived_from_the_sequence(manifes
     )
     mixed = [sequence_of([1] * length, [0], outputs=("halves",)) for length in (7, 3)]
     batch = collate(mixed, derived)
-    assert (batch.useful_tokens, batch.computed_tokens) == (10, 14), "pooled positions are no tokens of their own"
+    assert (batch.useful_tokens, batch.computed_tokens) == (10, 14), "pooled positions do not count as tokens"
     fetched = {"attention.site0": np.ones((2, 2, 7, 4), np.float32), "halves": np.ones((2, 4, 4), np.float32)}
     for row, (one, keys) in enumerate(zip(mixed, (4, 2), strict=True)):
         assert weights_of(batch, fetched, row, one, derived)[0].shape == (2, one.lengths["seq"], keys)

@@ -1,4 +1,4 @@
-"""The cost model: found from times, kept non-negative, and corrected by real runs."""
+"""The cost model: fitted to times, never negative, and corrected by real runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def timed(cost: CostModel, grid: tuple[tuple[int, int], ...] = GRID) -> tuple[Ti
 def test_fit_to_exact_times_returns_their_cost_model() -> None:
     cost = CostModel(run_s=2e-3, sequence_s=1e-5, token_s=2e-4, pair_s=1e-7)
     found = fit(timed(cost))
-    # a least-squares fit of numbers that fit: rounding, of sums that differ by a factor of a million
+    # an exact fit: rounding of sums that differ by a factor of a million
     for name in ("run_s", "sequence_s", "token_s", "pair_s"):
         assert getattr(found, name) == pytest.approx(getattr(cost, name), rel=1e-4)
 
@@ -33,10 +33,10 @@ def test_no_coefficient_is_negative_and_token_time_is_positive(seen: list[tuple[
 
 
 def test_coefficient_that_would_be_negative_is_zero_and_the_others_are_fitted_without_it() -> None:
-    # less than proportional to tokens: only a constant explains it, and the rest keeps to the times
+    # less than proportional to tokens: only a constant explains it, and the rest follows the times
     found = fit(tuple(TimedRun(1, tokens, 0.01 + 1e-4 * tokens - 1e-8 * tokens**2) for tokens in (8, 32, 128, 512)))
     assert found.pair_s == 0
-    assert found.seconds(1, 128) == pytest.approx(0.0226, rel=0.05)  # what the missing square had taken away
+    assert found.seconds(1, 128) == pytest.approx(0.0226, rel=0.05)  # the share of the missing square
 
 
 def test_real_runs_correct_the_costs_of_warm_up() -> None:
@@ -47,7 +47,7 @@ def test_real_runs_correct_the_costs_of_warm_up() -> None:
         for run in timed(slow):
             estimate.add(run)
     assert before == pytest.approx(slow.seconds(4, 32) / 2, rel=1e-3)
-    # nine runs of warm-up weigh against 360 real ones, some of which have faded: with relative errors, c in
+    # nine warm-up runs against 360 real ones, some of which have faded: with relative errors, c in
     # 9 (1 - 2c)^2 + 257 (1 - c)^2 is least at 0.94
     assert estimate.model.seconds(4, 32) == pytest.approx(0.94 * slow.seconds(4, 32), rel=0.02)
 
@@ -55,15 +55,15 @@ def test_real_runs_correct_the_costs_of_warm_up() -> None:
 def test_later_runs_have_more_weight_than_earlier_ones() -> None:
     quick, slow = TimedRun(4, 32, 0.01), TimedRun(4, 32, 0.02)
 
-    def foreseen(runs: list[TimedRun]) -> float:
+    def predicted(runs: list[TimedRun]) -> float:
         estimate = CostEstimate()
         for run in runs:
             estimate.add(run)
         return estimate.model.seconds(4, 32)
 
-    # once within what is taken in at a time, and once across it; 0.998 of memory a run makes 1.017 and 1.034
+    # once within one refit, and once across two; a memory of 0.998 per run makes 1.017 and 1.034
     for count in (32, 64):
-        assert foreseen([quick] * count + [slow] * count) > 1.01 * foreseen([slow] * count + [quick] * count)
+        assert predicted([quick] * count + [slow] * count) > 1.01 * predicted([slow] * count + [quick] * count)
 
 
 def test_traffic_of_one_shape_keeps_the_other_coefficients_of_warm_up() -> None:
@@ -79,7 +79,7 @@ def test_row_tokens_is_the_inverse_of_row_s(
     run_s: float, sequence_s: float, token_s: float, pair_s: float, tokens: int
 ) -> None:
     cost = CostModel(run_s, sequence_s, token_s, pair_s)
-    # a difference of near-equal square roots where pairs hardly count
+    # a difference of nearly equal square roots if pair_s is nearly 0
     assert cost.row_tokens(cost.row_s(tokens)) == pytest.approx(tokens, rel=1e-3)
     assert cost.row_tokens(-1.0) == 0
 

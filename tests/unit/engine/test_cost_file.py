@@ -1,4 +1,4 @@
-"""What runs cost is kept beside the bundle, by machine, and nothing rests on the file."""
+"""Costs of runs are stored beside the bundle, by machine; a broken file is ignored."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_unreadable_cost_file_is_ignored_and_replaced(bundle: Bundle, content: b
 
 
 def test_failed_write_of_costs_returns_false_and_leaves_no_file(bundle: Bundle) -> None:
-    cost_path(bundle).mkdir()  # also root cannot put a file in a folder's place
+    cost_path(bundle).mkdir()  # not even root can replace a folder by a file
     assert not write_costs(bundle, KEY, RUNS)
     assert [entry.name for entry in bundle.path.parent.iterdir() if entry.is_file()] == []
 

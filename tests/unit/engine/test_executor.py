@@ -157,7 +157,7 @@ async def test_instances_run_concurrently_in_separate_threads(
     embedder_path: Path, manifest: Manifest, sequence_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with executor_of(embedder_path, manifest, instances=2) as executor:
-        meeting = threading.Barrier(2, timeout=10)  # passes only if both instances are inside a run at once
+        meeting = threading.Barrier(2, timeout=10)  # passes only if both instances run at once
         real = executor._sessions[0].run
 
         def meet(*args: object, **named: object) -> list[np.ndarray]:
@@ -240,7 +240,7 @@ async def test_warm_up_respects_the_maximum_batch_size(embedder_path: Path, mani
 async def test_warm_up_of_a_model_that_cannot_run_fails(poisoned_path: Path, manifest: Manifest) -> None:
     async with executor_of(poisoned_path, manifest) as executor:
         with pytest.raises(RunFailed):
-            await executor.warm_up()  # its shapes go through the whole vocabulary, the poisoned id among it
+            await executor.warm_up()  # its shapes use the whole vocabulary, with the poisoned id
 
 
 def test_synthetic_sequences_respect_the_maximum_lengths(manifest: Manifest) -> None:

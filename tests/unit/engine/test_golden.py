@@ -29,7 +29,7 @@ Change = Callable[[onnx.ModelProto], None]
 
 
 def sealed(root: Path, work: Path, name: str = "tiny", change: Change | None = None) -> Bundle:
-    """The tiny model with golden answers of its own; `change` swaps its graph afterwards, under a seal that fits."""
+    """The tiny model with its golden answers; `change` swaps its graph afterwards, with a matching digest."""
     work.mkdir(exist_ok=True)
     files = write_tiny_files(work)
     manifest = tiny_manifest(name)
@@ -59,7 +59,7 @@ def opened(bundle: Bundle) -> RuntimeSession:
 def test_model_that_repeats_its_golden_answers_is_opened(tmp_path: Path) -> None:
     bundle = sealed(tmp_path / "models", tmp_path / "work")
     session = opened(bundle)
-    # The same kernels on the same processor: nothing may differ but the order of sums.
+    # The same kernels on the same processor: only the order of sums may differ.
     assert verify_golden(session, bundle.manifest, read_golden(bundle)) < 1e-2
     assert (bundle.path / GOLDEN_FILE).stat().st_size <= MAX_GOLDEN_BYTES
 
@@ -83,7 +83,7 @@ def test_swapped_tap_is_refused_although_all_outputs_are_equal(tmp_path: Path) -
 
 
 def test_swapped_model_loads_without_the_check(tmp_path: Path) -> None:
-    """The positive control: digests alone take it."""
+    """The positive control: digests alone accept it."""
     bundle = sealed(tmp_path / "models", tmp_path / "work", change=scaled("table", 2.0))
     without = bundle.manifest.model_copy(update={"golden": None})
     files = {name: bundle.path / name for name in bundle.manifest.files if name != GOLDEN_FILE}

@@ -1,4 +1,4 @@
-"""Which shape a run is recorded under, and how it is filled up. Replaying needs a GPU: tests/gpu."""
+"""CUDA graphs: the recorded shape of a run, and how the run is filled up. Replaying needs a GPU: tests/gpu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An instance's thread runs what it is given in order, tells how each ended, and ends when told."""
+"""An instance's thread runs calls in order, delivers each result or exception, and ends on `end`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_thread_releases_the_objects_of_a_finished_call() -> None:
     watched = weakref.ref(array)
     assert await thread.run(np.sum, array) == 4
     del array
-    # The thread tells first and lets go then.
+    # The thread delivers the result first, and releases the objects then.
     async with asyncio.timeout(5):
         while watched() is not None:
             await asyncio.sleep(0.001)

@@ -1,4 +1,4 @@
-"""Which execution provider a model gets, with which options, on which device."""
+"""Execution providers: the choice, its options and its device."""
 
 from __future__ import annotations
 

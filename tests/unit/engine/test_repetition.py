@@ -1,4 +1,4 @@
-"""A sequence of a batch, repeated alone: what is kept of it, and how it is compared."""
+"""A sequence of a batch, repeated alone: the kept values and their comparison."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def executor_of(path: Path, manifest: Manifest, metrics: Metrics | None = 
 
 
 async def served(executor: Executor, sequences: list[PreparedSequence]) -> list[dict[str, np.ndarray]]:
-    """What one batch of these gives, kept."""
+    """The results of one batch of these sequences, with their values kept."""
     kept = [replace(one, keep_values=True) for one in sequences]
     results = await executor.run(kept, RunHandle(), 0)
     assert all(isinstance(result, SequenceResult) for result in results)
@@ -55,7 +55,7 @@ def test_greatest_difference_is_relative_to_the_tolerance_of_each_value() -> Non
     equality = Equality("fp32")
     alone = {"out": np.array([100.0, 1.0]), "attention.site0": np.array([0.5, 0.5])}
     assert greatest_difference(alone, alone, equality).error == 0
-    # 0.005 of 100 where 1e-4 of the greatest is allowed, beside 2e-5 of a weight where 1e-5 is.
+    # 0.005 of 100 with a tolerance of 1e-4 of the greatest, and 2e-5 of a weight with a tolerance of 1e-5.
     off = {"out": alone["out"] + 0.005, "attention.site0": alone["attention.site0"] + 2e-5}
     found = greatest_difference(off, alone, equality)
     assert (found.name, found.error) == ("attention.site0", pytest.approx(2, rel=1e-6))
@@ -92,7 +92,7 @@ async def test_equal_answers_compare_equal_and_different_ones_do_not(
             assert same.error < 1
             values["attention.site0"][0, 1, 0] += 1e-3
             other = await executor.repeat(sequence, values, RunHandle(), 0)
-            # a weight off by 1e-3 where 1e-5 is allowed; float32 holds it to 1e-7
+            # a weight off by 1e-3 with a tolerance of 1e-5; float32 keeps it to 1e-7
             assert other == Difference("attention.site0", pytest.approx(100, rel=1e-2))
 
 

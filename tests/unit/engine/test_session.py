@@ -54,7 +54,7 @@ def test_fetching_nothing_gives_nothing(embedder_path: Path) -> None:
     assert session.run(feeds([[1, 2]]), []) == []
 
 
-@pytest.mark.parametrize(("exact_shape", "way"), [(False, "recorded"), (True, "as ever")])
+@pytest.mark.parametrize(("exact_shape", "way"), [(False, "recorded"), (True, "not recorded")])
 def test_run_of_an_exact_shape_is_not_replayed_from_a_larger_recording(
     embedder_path: Path, exact_shape: bool, way: str
 ) -> None:
@@ -69,7 +69,7 @@ def test_run_of_an_exact_shape_is_not_replayed_from_a_larger_recording(
 
     class Bound:
         def run(self, feeds: object, fetches: object, options: object) -> list[str]:
-            return ["as ever"]
+            return ["not recorded"]
 
     session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider")
     session._recorded, session._bound = Recorded(), Bound()  # type: ignore[assignment]
@@ -95,7 +95,7 @@ def test_missing_feed_fails_the_run_only(embedder_path: Path) -> None:
 def test_terminate_from_another_thread_stops_the_run(slow_path: Path) -> None:
     session = RuntimeSession.load(slow_path, provider="CPUExecutionProvider", intra_op_threads=1)
     handle = RunHandle()
-    stopper = threading.Timer(0.05, handle.terminate)  # the run itself is real time: it would never end
+    stopper = threading.Timer(0.05, handle.terminate)  # real time, because the run is endless
     stopper.start()
     with pytest.raises(RunTerminated):
         session.run({"x": np.ones((1, 4), np.float32)}, ["y"], handle)
@@ -152,7 +152,7 @@ def test_required_provider_is_taken_when_the_choice_is_auto(embedder_path: Path)
 
 @pytest.fixture
 def pretends_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runtime that offers CUDA and then cannot load it, as on a machine without a driver."""
+    """A runtime that offers CUDA but cannot load it, as on a machine without a driver."""
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("the runtime here offers CUDA")
     real = ort.InferenceSession
@@ -188,7 +188,7 @@ def test_file_that_is_not_a_model_is_refused_without_its_path(tmp_path: Path) ->
 
 
 def products_of_bytes(path: Path, *, products: int) -> Path:
-    """Products of the same uint8 (B, 64) with one int8 (64, 8), each all 127, added up."""
+    """The sum of MatMuls of one uint8 input (B, 64) with one int8 weight (64, 8), all 127."""
     made = [onnx.helper.make_node("MatMulInteger", ["x", "weights"], [f"y{index}"]) for index in range(products)]
     floats = [onnx.helper.make_node("Cast", [f"y{index}"], [f"z{index}"], to=1) for index in range(products)]
     added = onnx.helper.make_node("Sum", [f"z{index}" for index in range(products)], ["y"])
@@ -205,7 +205,7 @@ def products_of_bytes(path: Path, *, products: int) -> Path:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ort.SessionOptions]]:
-    """The provider and the options of each session, in the order in which they are opened."""
+    """Provider and options of each session, in the order of opening."""
     told: list[tuple[str, ort.SessionOptions]] = []
     opening = session_module.ort.InferenceSession
 
@@ -218,14 +218,14 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ort.SessionOption
 
 
 def entry(options: ort.SessionOptions, name: str) -> str:
-    """One entry of a session's configuration; empty where there is none."""
+    """One entry of a session's configuration; empty if there is none."""
     with contextlib.suppress(RuntimeError):
         return options.get_session_config_entry(name)
     return ""
 
 
 def left_out(opened: list[tuple[str, ort.SessionOptions]]) -> dict[str, str]:
-    """What each provider's session was told to leave out."""
+    """The optimizers disabled in each provider's session."""
     return {provider: entry(options, "optimization.disable_specified_optimizers") for provider, options in opened}
 
 
@@ -239,7 +239,7 @@ def test_int8_products_are_exact_on_every_processor(tmp_path: Path) -> None:
 def test_int8_weights_are_converted_only_if_products_saturate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[tuple[str, ort.SessionOptions]]
 ) -> None:
-    """What the runtime is told; whether the processor needs it is not for a test to say."""
+    """Checks the option only, because the processor that runs the test may not need it."""
     path = products_of_bytes(tmp_path / "model.onnx", products=1)
     for exact in (True, False):
         monkeypatch.setattr(session_options, "multiplies_int8_exactly", lambda exact=exact: exact)
@@ -270,7 +270,7 @@ def test_processors_with_vnni_multiply_int8_exactly() -> None:
 def test_converted_weights_give_exact_products_and_shared_weights_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The way of processors without VNNI, which any processor can go."""
+    """The path of processors without VNNI, which works on every processor."""
     monkeypatch.setattr(session_options, "multiplies_int8_exactly", lambda: False)
     session = RuntimeSession.load(products_of_bytes(tmp_path / "one.onnx", products=1))
     (y,) = session.run({"x": np.full((3, 64), 255, np.uint8)}, ["y"])
@@ -320,9 +320,9 @@ def test_unreadable_graph_cannot_be_written_optimized(tmp_path: Path) -> None:
         write_optimised(tmp_path / "broken.onnx", tmp_path / "optimised.onnx")
 
 
-@pytest.mark.parametrize(("exact_shape", "way"), [(False, "replayed"), (True, "as ever")])
+@pytest.mark.parametrize(("exact_shape", "way"), [(False, "replayed"), (True, "not recorded")])
 def test_run_of_an_exact_shape_replays_no_recording(embedder_path: Path, exact_shape: bool, way: str) -> None:
-    """A replay pads the run up to the shape that was recorded. Stand-ins for a GPU's outputs and recordings."""
+    """A replay pads the run to the recorded shape. Fakes replace the GPU's outputs and recordings."""
     ways: list[str] = []
 
     class Graphs:
@@ -337,7 +337,7 @@ def test_run_of_an_exact_shape_replays_no_recording(embedder_path: Path, exact_s
 
     class Bound:
         def run(self, feeds: object, fetches: object, options: ort.RunOptions) -> list[np.ndarray]:
-            ways.append("as ever")
+            ways.append("not recorded")
             return []
 
     session = RuntimeSession.load(embedder_path, provider="CPUExecutionProvider", intra_op_threads=1)

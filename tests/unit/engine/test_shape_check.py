@@ -1,4 +1,4 @@
-"""Shapes of a run's tensors against the manifest: what differs fails the run, and is named."""
+"""Shapes of a run's tensors against the manifest: a difference fails the run, and the log names it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ DERIVED = AxisSpec(symbol="half", max_length=64, paddable=True, derived=DerivedL
 
 
 def site_with(manifest: Manifest, **changes: Any) -> Manifest:
-    """The manifest, whose first site is another than the graph's."""
+    """A manifest whose first site differs from the graph's."""
     first = manifest.sites[0].model_copy(update=changes)
     return manifest.model_copy(update={"sites": (first, *manifest.sites[1:])})
 
 
 def shown_as(manifest: Manifest, *shape: str | int) -> Manifest:
-    """The manifest, whose `last_hidden_state` has another shape than the graph's, (seq, 8)."""
+    """A manifest whose `last_hidden_state` has another shape than the graph's, (seq, 8)."""
     hidden = OutputSpec(name="last_hidden_state", dtype="float32", shape=shape)
     return manifest.model_copy(update={"outputs": (hidden, *manifest.outputs[1:]), "axes": (*manifest.axes, DERIVED)})
 
@@ -74,7 +74,7 @@ async def test_weights_of_another_shape_fail_the_run_and_are_logged(
     with caplog.at_level(logging.ERROR):
         results = await outcomes(embedder_path, wrong, [sequence_of([1, 2, 3, 4], [0]), sequence_of([1, 2], [])])
     assert isinstance(results[0], InternalFault)
-    assert isinstance(results[1], SequenceResult), "who did not ask for these weights has an answer"
+    assert isinstance(results[1], SequenceResult), "the sequence without these weights has its answer"
     (record,) = caplog.records
     assert record.getMessage() == "a tensor has another shape than the manifest declares"
     assert vars(record)["tensor"] == "attention.site0"
@@ -137,4 +137,4 @@ def test_check_takes_microseconds(manifest: Manifest, sequence_of: Make) -> None
     fetched = {"last_hidden_state": np.zeros((8, 3, 8), np.float32), "embedding": np.zeros((8, 8), np.float32)}
     check = ShapeCheck(manifest)
     seconds = min(timeit.repeat(lambda: check.check(batch, fetched), number=100, repeat=5)) / 100
-    assert seconds < 200e-6  # some 5 microseconds on an idle core; the rest is for loaded machines
+    assert seconds < 200e-6  # about 5 microseconds on an idle core; the rest is for loaded machines

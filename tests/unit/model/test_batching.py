@@ -1,4 +1,4 @@
-"""What a policy makes of a certificate is put into words: what holds, why, and what to do about it."""
+"""Texts about batching: the effect of a certificate under a policy, its cause and its remedy."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FINITE = SURVIVOR.model_copy(update={"finite_mask": True, "reason": "finite mask
 
 
 def made_of(clause: Clause) -> Certificate:
-    """A clause for the axis `seq`, behind a batch that is proved."""
+    """A certificate with this clause for the axis `seq`, and a proved batch."""
     return certificate(clauses=(clause,), batch=Verdict.PROVED)
 
 
 def with_clause(clause: Clause, **fields: object) -> Manifest:
-    """The tiny model with such a certificate."""
+    """The tiny model with this certificate."""
     return tiny_manifest().model_copy(update={"certificate": made_of(clause), **fields})
 
 

@@ -1,4 +1,4 @@
-"""A manifest holds together, or is refused with what is wrong; and reads back as what was written."""
+"""A manifest whose parts disagree is refused with the reason; a valid one reads back as written."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def test_certificate_reads_back_as_written():
 
 
 def ruled(found, batching):
-    """What a policy makes of a manifest, which is a valid one: the axes that pad, and the most rows of a run."""
+    """The padded axes and the maximum rows of a run under a policy, for which the manifest must be valid too."""
     effective = found.under(batching)
     assert Manifest.model_validate(effective.model_dump()) == effective
     assert effective.under(batching) == effective

@@ -1,4 +1,4 @@
-"""The repository: what it finds, what it reports as broken, and that a bundle is written whole or not at all."""
+"""The repository: found and broken bundles, and atomic writes."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_bundle_is_invisible_until_it_is_whole(
     real = room._sync
 
     def look(path: Path) -> None:
-        if path != root / "ranker":  # that one comes after the rename
+        if path != root / "ranker":  # this one is flushed after the rename
             seen.append(Repository(root).bundles())
         real(path)
 

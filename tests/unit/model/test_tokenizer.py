@@ -1,4 +1,4 @@
-"""Text to ids and back to the caller's text: offsets, words, special tokens, for the real tokenizer and small ones."""
+"""Text to ids and back to the caller's text: spans, words, special tokens, for the real tokenizer and small ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def minilm(minilm_source: Path) -> TextTokenizer:
 
 
 def byte_level() -> TextTokenizer:
-    """As GPT-2 and RoBERTa: the space before a word is part of its first token."""
+    """Like GPT-2 and RoBERTa: the space before a word is part of its first token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,7 +40,7 @@ def byte_level() -> TextTokenizer:
 
 
 def unigram(*, split: bool = True) -> TextTokenizer:
-    """As T5 and XLM-RoBERTa: a word begins with a mark that stands for the space."""
+    """Like T5 and XLM-RoBERTa: a word begins with a mark that represents the space."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=split)
@@ -107,7 +107,7 @@ def test_text_of_a_special_token_is_plain_text(minilm, name):
 
 
 def word_level() -> TextTokenizer:
-    """The special tokens are words of the vocabulary, as a pre-tokenizer that cuts at white space leaves them."""
+    """The special tokens are words of the vocabulary, and the pre-tokenizer splits at white space."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordLevelTrainer(special_tokens=["<unk>", "</s>"], show_progress=False)
@@ -188,7 +188,7 @@ def assert_fits(tokenized, text, pair):
     for start, end, segment in zip(units.starts, units.ends, units.segments, strict=True):
         assert 0 <= start <= end <= len(texts[segment])
     assert [texts[segment][start:end] for segment, start, end in units.word_spans] == list(units.words)
-    # Words are counted from 0 without a gap, in order, and their pieces stand side by side.
+    # Words are numbered from 0 without a gap, in order, and their pieces are adjacent.
     counted = [word for word in units.word_ids if word >= 0]
     assert counted == sorted(counted)
     assert sorted(set(counted)) == list(range(len(units.words)))
@@ -197,7 +197,7 @@ def assert_fits(tokenized, text, pair):
         if word >= 0:
             segment, start, end = units.word_spans[word]
             assert segment == units.segments[position]
-            # White space that a tokenizer counts into a token is no part of the word.
+            # White space that is part of a token is not part of the word.
             inner = texts[segment][units.starts[position] : units.ends[position]].strip()
             assert inner in texts[segment][start:end] or not inner
 
@@ -231,7 +231,7 @@ def test_words_are_not_known_without_a_pre_tokenizer_that_splits():
 
 def test_truncation_and_padding_of_the_file_are_off_by_default(minilm_source, tmp_path):
     content = json.loads((minilm_source / "tokenizer.json").read_text())
-    assert content["truncation"] is not None or content["padding"] is not None, "the file asks for neither: no control"
+    assert content["truncation"] is not None or content["padding"] is not None, "the file sets neither: no control"
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     tokenizer = TextTokenizer.load(path, "seq")

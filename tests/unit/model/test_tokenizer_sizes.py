@@ -1,4 +1,4 @@
-"""Padding and truncation as a tokenizer.json has them, against the `tokenizers` library itself."""
+"""Padding and truncation of a tokenizer.json, compared with the `tokenizers` library itself."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ TRUNCATIONS = st.none() | st.fixed_dictionaries(
         "max_length": st.integers(6, 14),
         "direction": st.sampled_from(["left", "right"]),
         "strategy": st.sampled_from(["longest_first", "only_first", "only_second"]),
-        # Others are tried below: of pairs the library fails on them.
+        # Other strategies are tested below, because the library fails on pairs with them.
         "stride": st.just(0),
     }
 )
@@ -97,7 +97,7 @@ def test_texts_are_padded_and_truncated_as_by_the_library(
         return
     found = TextTokenizer(sized(padding, truncation), "seq", ("seq",)).encode(texts[0], texts[1] if pair else "")
     assert_alike(found, expected)
-    # Words are whole where nothing was cut, and else what is left of them.
+    # Words are whole if nothing was truncated, and otherwise have their remaining text.
     for word, (segment, start, end) in zip(found.units.words, found.units.word_spans, strict=True):
         assert texts[segment][start:end] == word
         assert word

@@ -1,4 +1,4 @@
-"""Logs: each event is one JSON line, whatever its source and its text."""
+"""Logs: each event is one JSON line, for every source and every text."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_loaded_model_exports_its_closed_label_sets_at_zero() -> None:
 def test_resident_bytes_grow_with_allocated_memory() -> None:
     before = resident_bytes()
     allocated = np.ones(8 * 2**20, np.uint64)
-    # 64 MiB are written; meanwhile the interpreter may return some pages of its own.
+    # 64 MiB are written; meanwhile the interpreter may return some pages.
     assert resident_bytes() - before > 48 * 2**20
     del allocated
 
