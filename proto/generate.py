@@ -1,4 +1,4 @@
-"""Generates the stubs beside their sources, or with --check says whether they are up to date."""
+"""Generates the stubs beside their sources. With --check, fails if they are out of date."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STUB_SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 
 def generate(destination: Path) -> None:
-    """Writes every source's stubs under `destination`, in the sources' own folders."""
+    """Write the stubs of every source under `destination`, in the folder of the source."""
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.proto"))
     well_known = resources.files("grpc_tools") / "_proto"
     arguments = [
@@ -33,7 +33,7 @@ def generate(destination: Path) -> None:
 
 
 def stubs(folder: Path) -> dict[Path, bytes]:
-    """The generated files below `folder`, by their relative path."""
+    """Return the content of the generated files in `folder`, by relative path."""
     return {
         path.relative_to(folder): path.read_bytes()
         for path in folder.rglob("*.py*")

@@ -82,7 +82,7 @@ def test_failed_run_has_no_text_of_the_runtime_in_its_message(poisoned_path: Pat
         session.run(feeds([[49]]), ["embedding"])
     assert str(caught.value) == "the run failed"
     assert caught.value.__cause__ is not None
-    assert capfd.readouterr() == ("", ""), "the runtime writes no lines of its own"
+    assert capfd.readouterr() == ("", ""), "the runtime writes no lines"
     session.run(feeds([[1]]), ["embedding"])
 
 
