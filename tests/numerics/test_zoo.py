@@ -1,4 +1,4 @@
-"""The zoo: every model's bundle against the definition of its attention, in float64, whatever it is padded to."""
+"""The zoo: every model's bundle against the definition of its attention in float64, with and without padding."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ KINDS = {
 
 
 def sequences_of(manifest: Manifest) -> list[PreparedSequence]:
-    """Sequences of mixed lengths on each axis, that want every output and every site."""
+    """Sequences of mixed lengths along each axis, with every output and every site selected."""
     rng = np.random.default_rng(1)
     made = []
     for length, source in zip(LENGTHS, SOURCES, strict=True):
@@ -70,7 +70,7 @@ def sequences_of(manifest: Manifest) -> list[PreparedSequence]:
 def run(
     session: RuntimeSession, manifest: Manifest, sequences: list[PreparedSequence]
 ) -> list[tuple[dict[int, Array], dict[str, Array]]]:
-    """Weights by layer and outputs by name, of each sequence, from one batch."""
+    """Run one batch, and return each sequence's weights by layer and outputs by name."""
     batch = collate(sequences, manifest)
     fetched = dict(zip(batch.fetches, session.run(batch.feeds, batch.fetches), strict=True))
     return [
@@ -84,7 +84,7 @@ def opened(bundle: Bundle) -> RuntimeSession:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_are_those_of_the_definition_in_a_padded_batch(name: str, zoo_bundles: dict[str, Bundle]) -> None:
+def test_weights_of_a_padded_batch_equal_the_definition(name: str, zoo_bundles: dict[str, Bundle]) -> None:
     manifest = zoo_bundles[name].manifest
     module = zoo.zoo_model(name, TINY).module
     definition = Definition(name, {key: tensor.numpy() for key, tensor in module.state_dict().items()})
@@ -98,7 +98,7 @@ def test_weights_are_those_of_the_definition_in_a_padded_batch(name: str, zoo_bu
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batch_mates_and_padding_change_nothing(name: str, zoo_bundles: dict[str, Bundle]) -> None:
+def test_batch_neighbours_and_padding_change_nothing(name: str, zoo_bundles: dict[str, Bundle]) -> None:
     manifest = zoo_bundles[name].manifest
     assert all(axis.paddable or axis.fixed for axis in manifest.axes)
     session, sequences = opened(zoo_bundles[name]), sequences_of(manifest)
@@ -108,12 +108,12 @@ def test_batch_mates_and_padding_change_nothing(name: str, zoo_bundles: dict[str
         for layer, own in own_weights.items():
             np.testing.assert_allclose(weights[layer], own, atol=TOLERANCE, rtol=0)
         for output, own in own_outputs.items():
-            # LayerNorm scales hidden states to about 1, and rounding with them.
+            # LayerNorm scales hidden states, and so their rounding, to about 1.
             np.testing.assert_allclose(outputs[output], own, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_kinds_forms_and_axes_are_told(name: str, zoo_bundles: dict[str, Bundle]) -> None:
+def test_manifest_has_the_kind_form_and_axes_of_each_site(name: str, zoo_bundles: dict[str, Bundle]) -> None:
     sites = zoo_bundles[name].manifest.sites
     assert [(site.kind, site.form, site.query_axis, site.key_axis) for site in sites] == KINDS[name]
     assert all(site.available for site in sites)
@@ -126,7 +126,7 @@ def test_top_k_keeps_k_keys_of_each_query(zoo_bundles: dict[str, Bundle]) -> Non
     assert set((weights > 0).sum(-1).flat) == {8}
 
 
-def test_the_key_axes_of_scales_are_derived_from_the_tokens(zoo_bundles: dict[str, Bundle]) -> None:
+def test_key_axes_of_scales_are_derived_from_the_tokens(zoo_bundles: dict[str, Bundle]) -> None:
     manifest = zoo_bundles["multi-scale"].manifest
     forms = {axis.symbol: axis.derived for axis in manifest.axes if axis.derived}
     assert {symbol: (form.source, form.stride, form.offset) for symbol, form in forms.items()} == {
@@ -136,12 +136,12 @@ def test_the_key_axes_of_scales_are_derived_from_the_tokens(zoo_bundles: dict[st
     assert manifest.with_derived({"seq": 9}) == {"seq": 9, "seq_by_2": 5, "seq_by_4": 3}
 
 
-def test_the_patches_of_an_image_have_their_grid(zoo_bundles: dict[str, Bundle]) -> None:
+def test_patches_of_an_image_have_a_grid(zoo_bundles: dict[str, Bundle]) -> None:
     assert zoo_bundles["cross-modal"].manifest.axis("fixed_16").grid == (4, 4)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_source_says_itself_what_its_bundle_answers(name: str, zoo_bundles: dict[str, Bundle]) -> None:
+def test_reference_of_the_source_equals_its_bundle(name: str, zoo_bundles: dict[str, Bundle]) -> None:
     source = zoo.zoo_model(name, TINY)
     manifest = zoo_bundles[name].manifest
     sequences = sequences_of(manifest)
@@ -155,9 +155,7 @@ def test_the_source_says_itself_what_its_bundle_answers(name: str, zoo_bundles: 
 
 
 @pytest.mark.parametrize("name", ["linear", "multi-scale"])
-def test_the_older_exporter_makes_a_bundle_of_the_same_sites(
-    name: str, zoo_bundles: dict[str, Bundle], tmp_path: Path
-) -> None:
+def test_torchscript_exports_the_same_sites(name: str, zoo_bundles: dict[str, Bundle], tmp_path: Path) -> None:
     request = ExportRequest(
         source=f"zoo:{name}", name=name, repository=tmp_path, zoo_options=TINY, exporter="torchscript"
     )
@@ -167,19 +165,19 @@ def test_the_older_exporter_makes_a_bundle_of_the_same_sites(
     assert told == [(*each, True) for each in KINDS[name]]
 
 
-def test_one_seed_makes_one_model_and_another_seed_another() -> None:
+def test_seed_determines_the_weights() -> None:
     one, same, other = (zoo.zoo_model("self", ZooOptions(size="tiny", seed=seed)) for seed in (1, 1, 2))
     assert one.sha256 == same.sha256 != other.sha256
 
 
-def test_a_bundle_names_a_source_that_makes_it_again(zoo_bundles: dict[str, Bundle]) -> None:
+def test_source_in_the_provenance_builds_the_same_model(zoo_bundles: dict[str, Bundle]) -> None:
     provenance = zoo_bundles["linear"].manifest.provenance
     assert provenance.source == "zoo:linear?size=tiny&layers=1&seed=5"
     assert load_model(provenance.source).sha256 == provenance.source_sha256
     assert zoo.zoo_model("self").name == "zoo:self"
 
 
-def test_the_command_exports_a_model_and_lists_them_where_it_does_not_know_one(tmp_path: Path) -> None:
+def test_command_exports_a_model_and_lists_all_for_an_unknown_name(tmp_path: Path) -> None:
     line = ["export", "--name", "made", "--repository", str(tmp_path), "--size", "tiny", "--layers", "1"]
     listed = CliRunner().invoke(app, [*line, "zoo:"])
     assert listed.exit_code == 2
@@ -193,7 +191,7 @@ def test_the_command_exports_a_model_and_lists_them_where_it_does_not_know_one(t
     assert checked.exit_code == 0, checked.output
 
 
-def test_parts_of_a_size_can_be_chosen() -> None:
+def test_parts_of_a_size_can_be_overridden() -> None:
     module = zoo.zoo_model("causal", ZooOptions(size="tiny", layers=3, width=24)).module
     shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
     assert shapes["layers.2.attention.query.weight"] == (24, 24)
@@ -201,7 +199,7 @@ def test_parts_of_a_size_can_be_chosen() -> None:
     assert {attention.heads for attention in module.modules() if hasattr(attention, "heads")} == {HEADS}
 
 
-def test_nothing_is_expected_of_weights_that_are_made_on_the_spot() -> None:
+def test_expected_digest_is_refused_for_the_zoo() -> None:
     with pytest.raises(BuildRefused, match="it has no digest to expect, and scales nothing"):
         load_model("zoo:self", expect_sha256="0" * 64)
 
@@ -231,7 +229,7 @@ def test_nothing_is_expected_of_weights_that_are_made_on_the_spot() -> None:
         ),
     ],
 )
-def test_what_the_zoo_cannot_make_is_refused(source: str, options: ZooOptions, message: str) -> None:
+def test_unknown_names_and_sizes_are_refused(source: str, options: ZooOptions, message: str) -> None:
     with pytest.raises(BuildRefused, match=message):
         load_model(source, zoo_options=options)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Tiny:
-    """A tiny model. `config` names its class of configuration; `sites` is how many places compute attention."""
+    """A tiny model. `config`: the class of its configuration; `sites`: the number of its attention sites."""
 
     config: str
     sizes: Mapping[str, Any]
@@ -114,7 +114,7 @@ TINY: Mapping[str, Tiny] = {
 
 
 def tiny_source(folder: Path, name: str, **changes: Any) -> Path:
-    """A model folder of random weights; the same name and changes give the same ones."""
+    """Write a model folder with random weights, which depend on the name and the changes only."""
     import torch  # noqa: PLC0415 - heavy
     import transformers  # noqa: PLC0415
     from attnserve_server.conversion.sources.torch_export import quiet  # noqa: PLC0415 - as above
@@ -125,7 +125,7 @@ def tiny_source(folder: Path, name: str, **changes: Any) -> Path:
         config = getattr(transformers, tiny.config)(**{**tiny.sizes, **changes})
         transformers.logging.disable_progress_bar()
         model = transformers.AutoModel.from_config(config)
-        # Initial weights are so small that attention is all but uniform; these make it look at something.
+        # Initial weights are so small that attention is almost uniform; larger ones make it uneven.
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

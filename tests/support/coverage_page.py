@@ -40,7 +40,7 @@ Settled = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One graph of one architecture. Errors and time are None where there is nothing to measure; `note` says why."""
+    """One graph of one architecture. Errors and time are None where there is nothing to measure; `note` states why."""
 
     architecture: str
     exporter: str

@@ -1,4 +1,4 @@
-"""The zoo's models as tiny bundles, exported once for a whole run of tests, and their weights' definition in NumPy."""
+"""Tiny bundles of the zoo's models, exported once per test run, and the definition of their weights in NumPy."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from attnserve_server.model.repository import Bundle
 Array = np.ndarray[Any, np.dtype[Any]]
 
 NAMES = ("self", "causal", "cross", "top-k", "linear", "multi-scale", "cross-modal")
-"""All but sliding windows, whose bands have tests of their own."""
+"""All models but sliding windows, whose bands have separate tests."""
 TINY = ZooOptions(size="tiny", layers=1, seed=5)
 HEADS, WIDTH = 4, 32
 STRIDES = {"stride_1": (1, 2), "stride_2": (2, 1), "stride_4": (4, 1)}
-"""By the end of a site's name: its stride, and how many of the four heads it has."""
+"""Stride and number of heads (of four) by the end of a site's name."""
 
 
 def export_zoo(repository: Path, names: tuple[str, ...] = NAMES) -> dict[str, Bundle]:
-    """Bundles by the name of the model that they are of."""
+    """Export models, and return their bundles by the model's name."""
     return {
         name: export_bundle(
             ExportRequest(source=f"zoo:{name}", name=name, repository=repository, zoo_options=TINY, exporter="dynamo")
@@ -87,7 +87,7 @@ class Definition:
         return hidden @ self.parameters[f"{name}.weight"].T + self.parameters[f"{name}.bias"]
 
     def _heads(self, name: str, hidden: Array) -> Array:
-        """(T, W) -> (H, T, D)."""
+        """Project and reshape (T, W) to (H, T, D)."""
         return self._linear(name, hidden).reshape(len(hidden), HEADS, -1).transpose(1, 0, 2)
 
     def _dense(self, name: str, queries: Array, keys: Array, allowed: Array | None = None) -> Array:
@@ -113,7 +113,7 @@ class Definition:
         return found
 
     def _after(self, layer: str, hidden: Array, keys: Array, weights: Array, part: str = "attention") -> Array:
-        """Hidden states after one attention: mixed values, added and scaled."""
+        """Return hidden states after one attention, its residual and its normalization."""
         value = self._heads(f"{layer}.{part}.value", keys)
         mixed = (weights @ value).transpose(1, 0, 2).reshape(len(hidden), -1)
         return self._scaled(f"{layer}.{part}_norm", hidden + self._linear(f"{layer}.{part}.output", mixed))
@@ -131,13 +131,13 @@ class Definition:
 
 
 def softmax(scores: Array, allowed: Array | None = None) -> Array:
-    """Over the last axis, of the allowed ones."""
+    """Return the softmax over the allowed entries of the last axis."""
     scores = scores if allowed is None else np.where(allowed, scores, -np.inf)
     exponents = np.exp(scores - scores.max(-1, keepdims=True))
     return exponents / exponents.sum(-1, keepdims=True)
 
 
 def erf(numbers: Array) -> Array:
-    """The error function, element by element."""
+    """Return the error function of each element."""
 
     return np.vectorize(math.erf)(numbers)

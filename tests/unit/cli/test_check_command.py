@@ -1,4 +1,4 @@
-"""`attnserve-server check`: what it finds, what it prints, and how it exits."""
+"""`attnserve-server check`: its findings, its output and its exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A prepared encoder; `source.onnx` beside its repository is what it was made from."""
+    """A converted encoder. Its source is `source.onnx`, beside its repository."""
     folder = tmp_path_factory.mktemp("check")
     file = saved(encoder(), folder / "source.onnx")
     return prepare_bundle(PrepareRequest(file=file, name="encoder", repository=folder / "models"))
@@ -45,7 +45,7 @@ def findings(*arguments: object) -> dict[str, dict[str, Any]]:
 
 
 def changed(bundle: Bundle, root: Path, change: Any, *, golden: bool = True) -> Path:
-    """The bundle with another graph, sealed anew; with `golden` false its golden answers are left out."""
+    """The bundle with another graph and matching digests, without golden answers if `golden` is false."""
     model = onnx.load(bundle.model_path)
     change(model)
     file = saved(model, root / "changed.onnx")
@@ -73,22 +73,22 @@ def test_sound_bundle_passes_every_check(bundle: Bundle) -> None:
     assert "FAILED" not in done.stdout
 
 
-def test_json_tells_the_same_findings(bundle: Bundle) -> None:
+def test_json_has_the_same_findings(bundle: Bundle) -> None:
     done = check(bundle.path, "--json")
-    told = json.loads(done.stdout)
-    assert (done.exit_code, told["passed"], told["digest"]) == (0, True, bundle.manifest.digest)
-    assert all(finding["passed"] for finding in told["findings"])
-    assert told["quality"] is None
+    report = json.loads(done.stdout)
+    assert (done.exit_code, report["passed"], report["digest"]) == (0, True, bundle.manifest.digest)
+    assert all(finding["passed"] for finding in report["findings"])
+    assert report["quality"] is None
 
 
 def test_bundle_is_compared_with_the_file_it_was_made_from(bundle: Bundle) -> None:
     outputs = findings(bundle.path, "--against", source_of(bundle))["outputs"]
     assert outputs["passed"]
-    # The same graph on the same processor: only sums may be taken in another order.
+    # The same graph on the same processor: only the order of sums may differ.
     assert outputs["error"] < 1e-5
 
 
-def test_another_source_fails(bundle: Bundle, tmp_path: Path) -> None:
+def test_source_with_other_weights_fails(bundle: Bundle, tmp_path: Path) -> None:
     other = encoder()
     scaled("words", 1.5)(other)
     done = check(bundle.path, "--against", saved(other, tmp_path / "other.onnx"))
@@ -96,12 +96,12 @@ def test_another_source_fails(bundle: Bundle, tmp_path: Path) -> None:
     assert "FAILED  outputs" in done.stdout
 
 
-def test_source_of_other_inputs_fails(bundle: Bundle, tmp_path: Path) -> None:
+def test_source_with_other_inputs_fails(bundle: Bundle, tmp_path: Path) -> None:
     found = findings(bundle.path, "--against", saved(encoder(masked=False), tmp_path / "other.onnx"))
     assert found["outputs"]["detail"] == "the source has no input attention_mask"
 
 
-def test_changed_file_fails_and_is_not_even_loaded(bundle: Bundle, tmp_path: Path) -> None:
+def test_changed_file_fails_and_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
     path = changed(bundle, tmp_path, scaled("words", 1.0))
     with (path / "model.onnx").open("ab") as file:
         file.write(b"\0")
@@ -111,7 +111,7 @@ def test_changed_file_fails_and_is_not_even_loaded(bundle: Bundle, tmp_path: Pat
     assert check(path).exit_code == 1
 
 
-def test_swapped_graph_under_a_seal_that_fits_fails(bundle: Bundle, tmp_path: Path) -> None:
+def test_replaced_graph_with_a_matching_digest_fails(bundle: Bundle, tmp_path: Path) -> None:
     path = changed(bundle, tmp_path, scaled("words", 2.0))
     found = findings(path)
     assert found["files"]["passed"]
@@ -119,9 +119,9 @@ def test_swapped_graph_under_a_seal_that_fits_fails(bundle: Bundle, tmp_path: Pa
     assert found["golden answers"]["error"] > found["golden answers"]["allowed"]
 
 
-def test_wrong_weights_fail_without_golden_answers_too(bundle: Bundle, tmp_path: Path) -> None:
+def test_wrong_weights_fail_without_golden_answers(bundle: Bundle, tmp_path: Path) -> None:
     def swap(model: onnx.ModelProto) -> None:
-        """The tap's scores get another scale: still weights, of another model."""
+        """Scale the scores of the tap: its outputs still are attention weights, but of another model."""
         (softmax,) = [node for node in model.graph.node if node.op_type == "Softmax"]
         model.graph.initializer.append(numpy_helper.from_array(np.array(3, np.float32), "three"))
         tripled = onnx.helper.make_node("Mul", [softmax.input[0], "three"], ["tripled"])
@@ -133,7 +133,7 @@ def test_wrong_weights_fail_without_golden_answers_too(bundle: Bundle, tmp_path:
     assert not found["weights @ value"]["passed"]
 
 
-def test_old_bundle_without_golden_answers_is_still_checked(tmp_path: Path) -> None:
+def test_bundle_without_golden_answers_is_checked(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     path = write_bundle(tmp_path / "models", tiny_manifest(), write_tiny_files(tmp_path / "files")).path
     found = findings(path)
@@ -154,7 +154,7 @@ def test_old_bundle_without_golden_answers_is_still_checked(tmp_path: Path) -> N
         ([".", "--against", "x"], "is not a bundle: it has no manifest.json"),
     ],
 )
-def test_what_is_no_bundle_is_refused(arguments: list[str], why: str, tmp_path: Path) -> None:
+def test_folder_without_a_manifest_is_refused(arguments: list[str], why: str, tmp_path: Path) -> None:
     done = check(tmp_path / arguments[0], *arguments[1:])
     assert done.exit_code == 2
     assert why in done.stderr
@@ -169,7 +169,7 @@ def test_source_that_cannot_be_read_is_refused(bundle: Bundle, tmp_path: Path) -
     assert "broken.onnx" in done.stderr
 
 
-def test_help_shows_how_to_compare(tmp_path: Path) -> None:
+def test_help_lists_against_and_the_exit_codes(tmp_path: Path) -> None:
     done = check("--help")
     assert "--against" in done.stdout
     assert "Exit codes: 0, every finding passed; 1, a finding failed, or an internal error" in " ".join(
@@ -178,7 +178,7 @@ def test_help_shows_how_to_compare(tmp_path: Path) -> None:
 
 
 def old(bundle: Bundle, root: Path) -> Path:
-    """The bundle as an earlier release wrote it: format 1, without a certificate."""
+    """The bundle in format 1, which has no certificate."""
     files = {name: bundle.path / name for name in bundle.manifest.files}
     manifest = bundle.manifest.model_copy(update={"format": 1, "certificate": None})
     return write_bundle(root / "models", manifest, files).path
@@ -192,7 +192,7 @@ def test_bundle_of_format_1_passes_and_its_missing_certificate_is_listed(bundle:
     assert sorted(place.name for place in path.parent.iterdir()) == ["1"]
 
 
-def test_certify_writes_a_version_with_a_certificate_and_says_what_changed(bundle: Bundle, tmp_path: Path) -> None:
+def test_certify_writes_a_version_with_a_certificate_and_lists_its_changes(bundle: Bundle, tmp_path: Path) -> None:
     path = old(bundle, tmp_path)
     done = check(path, "--certify")
     assert done.exit_code == 0, done.output
@@ -209,13 +209,13 @@ def test_certify_writes_a_version_with_a_certificate_and_says_what_changed(bundl
     assert check(after.path).exit_code == 0
 
 
-def test_certify_tells_the_version_it_wrote_as_json_too(bundle: Bundle, tmp_path: Path) -> None:
-    told = json.loads(check(old(bundle, tmp_path), "--certify", "--json").stdout)
-    assert told["certified"]["version"] == "2"
-    assert len(told["certified"]["changes"]) == 2
+def test_json_has_the_version_that_certify_wrote(bundle: Bundle, tmp_path: Path) -> None:
+    report = json.loads(check(old(bundle, tmp_path), "--certify", "--json").stdout)
+    assert report["certified"]["version"] == "2"
+    assert len(report["certified"]["changes"]) == 2
 
 
-def test_certify_writes_nothing_where_something_is_wrong(bundle: Bundle, tmp_path: Path) -> None:
+def test_certify_writes_nothing_if_a_finding_failed(bundle: Bundle, tmp_path: Path) -> None:
     path = changed(bundle, tmp_path, scaled("words", 2.0))
     done = check(path, "--certify")
     assert done.exit_code == 1
@@ -223,7 +223,7 @@ def test_certify_writes_nothing_where_something_is_wrong(bundle: Bundle, tmp_pat
     assert sorted(place.name for place in path.parent.iterdir()) == ["1"]
 
 
-def test_certificate_that_allows_more_than_the_graph_does_fails(tmp_path: Path) -> None:
+def test_stored_certificate_that_allows_too_much_fails(tmp_path: Path) -> None:
     file = saved(encoder(masked=False), tmp_path / "bare.onnx")
     made = prepare_bundle(PrepareRequest(file=file, name="bare", repository=tmp_path / "made"))
     forged = made.manifest.model_copy(update={"certificate": proved("seq")})

@@ -1,4 +1,4 @@
-"""Prepare: what is learnt about bare ONNX files, and which are refused in which words."""
+"""Conversion of ONNX files: the manifest of the bundle, the warnings, and the files that are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def warnings_of(model: onnx.ModelProto, folder: Path, **changes: Any) -> str:
     return console.export_text()
 
 
-def test_bare_encoder_becomes_a_bundle_with_all_its_facts(tmp_path: Path) -> None:
+def test_manifest_of_an_encoder_has_its_sites_inputs_and_outputs(tmp_path: Path) -> None:
     manifest = prepared(encoder(), tmp_path).manifest
     (site,) = manifest.sites
     assert (site.name, site.kind, site.form, site.heads, site.head_dim) == ("block.0.attention", "self", "dense", 4, 4)
@@ -60,13 +60,13 @@ def test_bare_encoder_becomes_a_bundle_with_all_its_facts(tmp_path: Path) -> Non
     assert [clause.axis for clause in manifest.certificate.clauses] == ["batch", "seq"]
 
 
-def test_longest_length_is_found_by_running(tmp_path: Path) -> None:
+def test_greatest_length_is_found_by_runs(tmp_path: Path) -> None:
     assert prepared(encoder(positions=40), tmp_path).manifest.axes == (
         AxisSpec(symbol="seq", max_length=40, paddable=True),
     )
 
 
-def test_longest_length_is_never_more_than_allowed(tmp_path: Path) -> None:
+def test_greatest_length_is_at_most_max_length(tmp_path: Path) -> None:
     assert prepared(encoder(positions=40), tmp_path, max_length=33).manifest.axis("seq").max_length == 33
 
 
@@ -76,13 +76,13 @@ def test_graph_without_a_mask_is_not_paddable(tmp_path: Path) -> None:
     assert len(set(manifest.check.lengths)) == 1
 
 
-def test_nameless_axes_of_token_inputs_are_one_axis(tmp_path: Path) -> None:
+def test_nameless_axes_of_token_inputs_become_one_axis(tmp_path: Path) -> None:
     manifest = prepared(encoder(batch=None, length=None), tmp_path).manifest
     assert [spec.shape for spec in manifest.inputs] == [("seq",), ("seq",)]
     assert manifest.sites[0].query_axis == "seq"
 
 
-def test_graph_without_attention_is_served_without_weights_and_says_so(tmp_path: Path) -> None:
+def test_graph_without_attention_is_converted_with_a_warning(tmp_path: Path) -> None:
     said = warnings_of(encoder(attend=False, masked=False), tmp_path)
     assert "has no attention that can be recognised: it is served without weights" in said
     assert Repository(tmp_path / "models").bundle("ranker").manifest.sites == ()
@@ -94,21 +94,21 @@ def test_batch_axis_fixed_at_one_limits_batches_to_one(tmp_path: Path) -> None:
     assert Repository(tmp_path / "models").bundle("ranker").manifest.max_batch_size == 1
 
 
-def test_cross_attention_has_two_axes_and_each_is_probed(tmp_path: Path) -> None:
+def test_axes_of_cross_attention_are_padded_independently(tmp_path: Path) -> None:
     manifest = prepared(Case().model(), tmp_path).manifest
     (site,) = manifest.sites
     assert (site.name, site.kind, site.query_axis, site.key_axis) == ("attention_0", "cross", "query_len", "key_len")
-    # Nothing masks the keys: padding them would change every row. Queries look on their own.
+    # No mask hides padded keys, so they would change every row. Padded queries change no other row.
     assert {axis.symbol: axis.paddable for axis in manifest.axes} == {"query_len": True, "key_len": False}
 
 
 def test_causal_cross_attention_is_not_paddable_along_its_keys(tmp_path: Path) -> None:
-    # Queries that outnumber the keys see padding, though the first ones do not.
+    # With more queries than keys, the last queries attend to padding; the first ones do not.
     manifest = prepared(Case(attributes={"is_causal": 1}).model(), tmp_path).manifest
     assert not manifest.axis("key_len").paddable
 
 
-def test_float16_model_is_checked_with_its_own_tolerances(tmp_path: Path) -> None:
+def test_float16_model_is_checked_with_wider_tolerances(tmp_path: Path) -> None:
     model = Case(dtype=np.float16, kv_heads=2).model()
     weights = helper.make_tensor("unused", onnx.TensorProto.FLOAT16, [4], np.ones(4, np.float16))
     model.graph.initializer.append(weights)
@@ -118,7 +118,7 @@ def test_float16_model_is_checked_with_its_own_tolerances(tmp_path: Path) -> Non
     assert manifest.check.weight_max_abs_error > 0
 
 
-def test_tokenizer_gives_text_and_the_padding_id(tmp_path: Path) -> None:
+def test_tokenizer_adds_text_and_the_padding_id(tmp_path: Path) -> None:
     tokenizer = tmp_path / "vocabulary.json"
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "[PAD]": 7}, unk_token="[UNK]"))
     words.add_special_tokens(["[PAD]"])
@@ -131,7 +131,7 @@ def test_tokenizer_gives_text_and_the_padding_id(tmp_path: Path) -> None:
     assert bundle.tokenizer_path.read_bytes() == tokenizer.read_bytes()
 
 
-def test_input_that_no_text_fills_is_told(tmp_path: Path) -> None:
+def test_input_that_text_cannot_fill_causes_a_warning(tmp_path: Path) -> None:
     tokenizer = tmp_path / "vocabulary.json"
     Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).save(str(tokenizer))
     model = encoder()
@@ -142,7 +142,7 @@ def test_input_that_no_text_fills_is_told(tmp_path: Path) -> None:
     assert "text does not fill input 'gain': clients must send tensors" in said
 
 
-def test_tapped_bundle_answers_the_bits_of_its_source(tmp_path: Path) -> None:
+def test_outputs_of_the_bundle_are_bit_identical_to_the_file(tmp_path: Path) -> None:
     bundle = prepared(encoder(), tmp_path)
     ids = np.arange(14).reshape(2, 7)
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -153,8 +153,8 @@ def test_tapped_bundle_answers_the_bits_of_its_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(np.float32, 1000), (np.float16, 100)])
-def test_large_values_are_no_error_of_the_weights(dtype: type, factor: int, tmp_path: Path) -> None:
-    # Rounding grows with what is rounded: float32 keeps 7 digits of a thousand too.
+def test_rounding_of_large_values_passes_the_check(dtype: type, factor: int, tmp_path: Path) -> None:
+    # Rounding is relative: float32 keeps 7 digits of any number.
     model = Foreign(mask="bool", dtype=dtype).model()
     (values,) = (tensor for tensor in model.graph.initializer if tensor.name == "wv")
     values.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(values) * dtype(factor), "wv"))
@@ -199,7 +199,7 @@ def test_fixed_axis_of_a_site_gets_a_symbol_and_its_one_length(tmp_path: Path) -
     assert manifest.input("key").shape == (4, 5, 8)
 
 
-def test_symbol_of_a_fixed_axis_is_no_one_elses(tmp_path: Path) -> None:
+def test_symbol_of_a_fixed_axis_is_unique(tmp_path: Path) -> None:
     model = Case().model()
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "fixed_5"
     for value in (*model.graph.input[1:],):
@@ -208,7 +208,7 @@ def test_symbol_of_a_fixed_axis_is_no_one_elses(tmp_path: Path) -> None:
     assert [(axis.symbol, axis.fixed) for axis in manifest.axes] == [("fixed_5", False), ("fixed_5_", True)]
 
 
-def test_site_over_an_axis_that_follows_none_is_listed_without_weights(tmp_path: Path) -> None:
+def test_site_along_an_unknown_axis_is_listed_without_weights(tmp_path: Path) -> None:
     model = Case().model()
     (attend,) = model.graph.node
     twice = [helper.make_node("Concat", [name, name], [f"{name}_2"], axis=2) for name in ("key", "value")]
@@ -221,14 +221,14 @@ def test_site_over_an_axis_that_follows_none_is_listed_without_weights(tmp_path:
     assert site.items_input is None
 
 
-def test_mask_that_leaves_out_where_it_is_true_is_seen_to_let_padding_in(tmp_path: Path) -> None:
-    # Zeros pad it, and keep. A probe that left everything out would see nothing of that, nor of what is attended to.
+def test_inverted_mask_does_not_hide_padding(tmp_path: Path) -> None:
+    # Zeros pad the mask, and zero keeps a key here.
     manifest = prepared(Foreign(mask="inverted", projected=False).model(), tmp_path).manifest
     assert not manifest.axis("frames").paddable
     assert manifest.sites[0].kind == "self"
 
 
-def test_site_whose_rows_are_not_the_batch_is_listed_without_weights(tmp_path: Path) -> None:
+def test_site_whose_first_axis_is_not_the_batch_is_listed_without_weights(tmp_path: Path) -> None:
     model = Case().model()
     doubled = [helper.make_node("Concat", [name, name], [f"{name}_2"], axis=0) for name in ("query", "key", "value")]
     (attend,) = model.graph.node
@@ -246,13 +246,13 @@ def test_site_whose_rows_are_not_the_batch_is_listed_without_weights(tmp_path: P
     assert site.unavailable_reason == "its first axis is not the batch"
 
 
-def test_prepared_bundle_cannot_be_prepared_again(tmp_path: Path) -> None:
+def test_converted_graph_is_refused(tmp_path: Path) -> None:
     bundle = prepared(encoder(), tmp_path)
     with pytest.raises(BuildRefused, match="converted already"):
         prepare_bundle(PrepareRequest(file=bundle.model_path, name="again", repository=tmp_path / "models"))
 
 
-def test_external_data_is_taken_into_the_bundle(tmp_path: Path) -> None:
+def test_external_data_is_stored_in_the_bundle(tmp_path: Path) -> None:
     file = tmp_path / "big" / "ranker.onnx"
     file.parent.mkdir()
     onnx.save(encoder(), file, save_as_external_data=True, location="ranker.data", size_threshold=0)
@@ -262,7 +262,7 @@ def test_external_data_is_taken_into_the_bundle(tmp_path: Path) -> None:
     GraphRunner(bundle.model_path)
 
 
-def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_not_a_tokenizer_is_refused(tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}", encoding="utf-8")
     with pytest.raises(TokenizerInvalid):
@@ -271,7 +271,7 @@ def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["climbing", "absolute", "link", "missing", "cut short"])
-def test_external_data_from_elsewhere_is_refused(way: str, tmp_path: Path) -> None:
+def test_external_data_outside_the_folder_is_refused(way: str, tmp_path: Path) -> None:
     file = tmp_path / "models-in" / "ranker.onnx"
     file.parent.mkdir()
     onnx.save(encoder(), file, save_as_external_data=True, location="ranker.data", size_threshold=0)
@@ -296,7 +296,7 @@ def test_external_data_from_elsewhere_is_refused(way: str, tmp_path: Path) -> No
     assert not (tmp_path / "models").exists()
 
 
-def test_check_that_sees_wrong_weights_writes_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_weights_fail_the_check_and_no_bundle_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Assembled, "product_errors", lambda *arguments: {"attention_0": 0.5})
     with pytest.raises(CheckFailed, match=r"attention weights differ .* by 0\.5.*no bundle was written"):
         prepared(encoder(), tmp_path)
@@ -317,7 +317,7 @@ def cut(model: onnx.ModelProto) -> bytes:
     ],
     ids=["empty", "text", "no graph", "cut short"],
 )
-def test_what_is_no_model_is_refused_in_one_sentence(content: bytes, words: str, tmp_path: Path) -> None:
+def test_file_that_is_not_a_model_is_refused_in_one_sentence(content: bytes, words: str, tmp_path: Path) -> None:
     file = tmp_path / "ranker.onnx"
     file.write_bytes(content)
     with pytest.raises(BuildRefused, match=words) as refusal:
@@ -332,7 +332,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["cannot load", "does not run"])
-def test_the_runtimes_refusal_is_told_without_places(way: str, tmp_path: Path) -> None:
+def test_error_of_the_runtime_is_reported_without_paths(way: str, tmp_path: Path) -> None:
     model = encoder() if way == "cannot load" else encoder(positions=3)
     if way == "cannot load":
         model.graph.node[-1].domain = "com.microsoft"
@@ -347,14 +347,14 @@ def test_fixed_batch_of_more_than_one_is_refused(tmp_path: Path) -> None:
         prepared(encoder(batch=8), tmp_path)
 
 
-def test_axes_that_must_be_equal_need_one_symbol(tmp_path: Path) -> None:
+def test_axes_that_must_be_equal_need_the_same_symbol(tmp_path: Path) -> None:
     model = encoder()
     model.graph.input[1].type.tensor_type.shape.dim[1].dim_param = "mask_len"
     with pytest.raises(BuildRefused, match="axes that must be equal need the same symbol"):
         prepared(model, tmp_path)
 
 
-def test_tokenizer_without_ids_to_fill_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_for_a_graph_without_token_ids_is_refused(tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}", encoding="utf-8")
     with pytest.raises(BuildRefused, match="no input of token ids, such as input_ids"):

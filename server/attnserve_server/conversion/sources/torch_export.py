@@ -54,7 +54,7 @@ def trace(traceable: Traceable, exporter: str, opset: int) -> onnx.ModelProto:
         opset: the operator set of the graph.
 
     Raises:
-        BuildRefused: the exporter fails, or writes another opset. The message has the first line of its own error.
+        BuildRefused: the exporter fails, or writes another opset. The message has the first line of the error.
     """
     exporters = {"dynamo": _dynamo, "torchscript": _torchscript}
     # The TorchScript exporter restores the mode of the module, and sets it for all its children.

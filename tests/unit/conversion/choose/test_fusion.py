@@ -1,4 +1,4 @@
-"""Prepare keeps a fused graph that answers alike and is faster, says so, and no other."""
+"""Fusion: a fused graph is kept only if it gives the same answers and is faster; the report states the reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASE = Plain(masks=("lowest",))
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, timing: Timing) -> None:
-    """How long graphs of this size take says nothing: the judgement has tests of its own."""
+    """Replace the measured times, because those of graphs of this size are noise."""
     monkeypatch.setattr(comparing, "timing_of", lambda source_s, fused_s: timing)
 
 
@@ -38,7 +38,7 @@ def prepared(folder: Path, *, model: onnx.ModelProto | None = None, fuse: bool =
     return prepare_bundle(request).manifest
 
 
-def test_faster_fused_graph_becomes_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faster_fused_graph_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(monkeypatch, Timing(0.9, pays=True))
     manifest = prepared(tmp_path)
     report = manifest.check.fusion
@@ -48,7 +48,7 @@ def test_faster_fused_graph_becomes_the_bundle(tmp_path: Path, monkeypatch: pyte
     assert report.output_max_abs_error < 1e-5
     (site,) = manifest.sites
     assert (site.name, site.operator, site.available) == ("encoder.layer.0.attention", "ai.onnx.Attention-23", True)
-    # What the file was is told of the file, not of the graph that was made of it.
+    # Provenance describes the file, not the fused graph.
     assert manifest.provenance.opset == CASE.opset
     assert manifest.check.tapped_over_source_time is not None
     feeds = CASE.feeds(3, 7, 7)
@@ -59,7 +59,7 @@ def test_faster_fused_graph_becomes_the_bundle(tmp_path: Path, monkeypatch: pyte
     assert np.abs(weights - CASE.reference(feeds)).max() < 1e-5
 
 
-def test_slower_fused_graph_is_not_kept_and_the_report_says_why(
+def test_slower_fused_graph_is_not_kept_and_the_report_states_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured(monkeypatch, Timing(1.2, pays=False))
@@ -72,7 +72,7 @@ def test_slower_fused_graph_is_not_kept_and_the_report_says_why(
     assert manifest.sites[0].name == "encoder.layer.0.attention"
 
 
-def test_fused_graph_that_answers_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_graph_with_other_answers_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(monkeypatch, Timing(0.1, pays=True))
 
     def wrong(proto: onnx.ModelProto) -> Iterator[Fused]:
@@ -105,7 +105,7 @@ def test_fused_graph_that_does_not_run_is_not_kept(tmp_path: Path, monkeypatch: 
     assert report.reason
 
 
-def test_second_operator_is_tried_where_the_first_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_operator_is_tried_if_the_first_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timings = iter((Timing(1.1, pays=False), Timing(0.8, pays=True)))
     monkeypatch.setattr(comparing, "timing_of", lambda source_s, fused_s: next(timings))
     manifest = prepared(tmp_path)
@@ -115,11 +115,11 @@ def test_second_operator_is_tried_where_the_first_is_not_kept(tmp_path: Path, mo
     assert manifest.sites[0].available
 
 
-def test_nothing_is_tried_when_it_is_not_wanted(tmp_path: Path) -> None:
+def test_no_fusion_is_tried_without_fuse(tmp_path: Path) -> None:
     assert prepared(tmp_path, fuse=False).check.fusion is None
 
 
-def test_graph_without_plain_sites_has_nothing_to_report(tmp_path: Path) -> None:
+def test_graph_without_plain_sites_has_no_fusion_report(tmp_path: Path) -> None:
     model = CASE.model()
     assert list(candidates(checked(onnx.version_converter.convert_version(model, 18), "plain")))
     softmax = next(node for node in model.graph.node if node.op_type == "Softmax")

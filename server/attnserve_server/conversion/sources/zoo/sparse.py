@@ -19,8 +19,8 @@ class SlidingWindowAttention(ZooAttention):
 
     Source: Beltagy et al. 2020, "Longformer: The Long-Document Transformer", sections 3.1 and 3.2. Every token attends
     to the keys up to `window` positions before and behind it, and to the first `global_tokens` of the sequence. Those
-    attend to every key. Queries are split into blocks of `window`, each of which needs the keys of its own block and of
-    the two beside it. With T tokens, time O(T * window * d_model) and memory O(H * T * window): both are linear in T.
+    attend to every key. Queries are split into blocks of `window`, each of which needs the keys of that block and the
+    two beside it. With T tokens, time O(T * window * d_model) and memory O(H * T * window): both are linear in T.
 
     Two sites: the band of every token except the global ones (whose rows of it are empty), and the global tokens' rows.
     Both need `global_tokens`, from 1 to `window`.
