@@ -24,6 +24,7 @@ from attnserve_server.conversion.precision.calibration import ranges_of
 from attnserve_server.conversion.precision.choose import Precision, in_precision
 from attnserve_server.conversion.precision.per_row import Scheme, with_scale_per_row
 from attnserve_server.conversion.precision.quality import with_quality
+from attnserve_server.conversion.proof.context import SOFTMAX_OVER_ROWS, SUM_OVER_ROWS
 from attnserve_server.conversion.sources.source import Source, SourceGraph
 from attnserve_server.conversion.verify.certify import ATTACK_SECONDS, Certified, certify
 from attnserve_server.conversion.verify.compare import check_against_itself, check_against_source
@@ -35,8 +36,6 @@ from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest, Provenanc
 from attnserve_server.model.report import CheckReport, RequantizeReport, TrialReport
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, write_bundle
 
-_OVER_ROWS = ("shares out over the rows", "sums over the rows")
-"""Reasons of the proof for attention that runs over the batch axis. Its first two axes may be swapped."""
 _CALIBRATION_TOKENS = 128
 """Length of calibration texts for a file, whose greatest length is not known before it is run."""
 
@@ -165,7 +164,10 @@ class Conversion:
         )
         certificate = self.certified.certificate
         batch = certificate.clause(BATCH)
-        over_rows = batch.status() == Verdict.REFUTED and any(words in batch.reason for words in _OVER_ROWS)
+        # Attention over the rows: the first two axes of the file may be swapped.
+        over_rows = batch.status() == Verdict.REFUTED and any(
+            words in batch.reason for words in (SOFTMAX_OVER_ROWS, SUM_OVER_ROWS)
+        )
         if over_rows and not self.source.traced:
             self._refuse_swapped_axes()
         axes = axes_of(self.assembled, self.max_lengths, certificate, options.batching)

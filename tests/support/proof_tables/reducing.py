@@ -76,14 +76,14 @@ CASES = [
         "CumSum in reverse",
         graph("e = Exp(x) y = CumSum<reverse = 1>(e, axis)", given="int64 axis = {1}"),
         seq=REFUTED,
-        why={"seq": "sums from the end"},
+        why={"seq": "computes a running sum from the end"},
     ),
     Case("CumSum in reverse over zeros", graph("y = CumSum<reverse = 1>(x, axis)", given="int64 axis = {1}")),
     Case(
         "CumSum over rows",
         graph("y = CumSum(x, axis)", given="int64 axis = {0}"),
         batch=REFUTED,
-        why={"batch": "sums over the rows of the batch"},
+        why={"batch": "computes a running sum over the rows of the batch"},
     ),
     *(
         Case(

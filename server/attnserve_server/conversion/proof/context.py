@@ -117,6 +117,9 @@ class Context:
         return merged((*varied, *other) if self.is_batch else (*other, *varied))
 
 
+SOFTMAX_OVER_ROWS: Final = "computes a softmax over the rows of the batch"
+SUM_OVER_ROWS: Final = "sums over the rows of the batch"
+"""Reasons for attention that runs over the batch axis."""
 Rule = Callable[[Context, ir.Node, list[Value | None]], "Value | list[Value]"]
 
 

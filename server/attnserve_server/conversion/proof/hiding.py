@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from attnserve_server.conversion.proof.context import Context
+from attnserve_server.conversion.proof.context import SOFTMAX_OVER_ROWS, Context
 from attnserve_server.conversion.proof.intervals import NAN, NEGATIVE, ZERO, Interval
 from attnserve_server.conversion.proof.layout import ordinals
 from attnserve_server.conversion.proof.values import (
@@ -69,7 +69,7 @@ def _may_be_empty(entry: Entry) -> bool:
 def hides(ctx: Context, value: Value, factor: int) -> tuple[Standing, Cause | None]:
     """Return whether padded elements along a factor get no weight in a softmax over it, and why they do."""
     if ctx.is_batch:
-        return Standing.DIFFERENT, ctx.cause("computes a softmax over the rows of the batch")
+        return Standing.DIFFERENT, ctx.cause(SOFTMAX_OVER_ROWS)
     entry = value.pad(factor)
     keys = _named(ctx)
     if entry.interval.wild & (NAN | 2):

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from attnserve_server.conversion.proof.context import MICROSOFT, Context, rule
+from attnserve_server.conversion.proof.context import MICROSOFT, SUM_OVER_ROWS, Context, rule
 from attnserve_server.conversion.proof.helpers import attribute, joined, optional, required, wild_anywhere
 from attnserve_server.conversion.proof.intervals import NAN, ZERO, Interval, add, multiply, number
 from attnserve_server.conversion.proof.layout import (
@@ -87,7 +87,7 @@ def _summed(ctx: Context, letter: str, axis: Axis, *operands: Operand) -> tuple[
     """Return the standing of a sum over a varying axis: equal if padding adds 0 times a finite number."""
     count = sum(factor.varies for factor in axis)
     if ctx.is_batch:
-        return Standing.DIFFERENT, "sums over the rows of the batch"
+        return Standing.DIFFERENT, SUM_OVER_ROWS
     for place in range(count):
         entries = []
         for letters, value in operands:

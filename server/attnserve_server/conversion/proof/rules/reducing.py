@@ -188,16 +188,16 @@ def cumulative_sum(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> V
     value = ctx.as_data(required(inputs, 0))
     axes = numbers(required(inputs, 1))
     if axes is None or len(axes) != 1:
-        raise NotFollowed("sums along an axis that is not known")
+        raise NotFollowed("computes a running sum along an axis that is not known")
     axis = axes[0] % len(value.axes)
     standing, cause = value.standing, value.cause
     own = ordinals(value.axes, axis)
     if own and ctx.is_batch:
-        standing, cause = Standing.DIFFERENT, ctx.cause("sums over the rows of the batch")
+        standing, cause = Standing.DIFFERENT, ctx.cause("computes a running sum over the rows of the batch")
     elif own and attribute(node, "reverse", 0) and value.pad(own[0]).only != 0:
-        standing, cause = Standing.DIFFERENT, ctx.cause("sums from the end, where the padding is")
+        standing, cause = Standing.DIFFERENT, ctx.cause("computes a running sum from the end, where the padding is")
     elif own and (len(value.axes[axis]) != 1 or value.axes[axis][0].tail):
-        return ctx.unknown("sums over a folded axis")
+        return ctx.unknown("computes a running sum over a folded axis")
     most = max(size_of(value.axes[axis]).bounds()[1], 0)
     wild = wild_anywhere(value)
     low = min(value.span.low, value.span.low * most if value.span.low else 0.0)
