@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from attnserve_server.conversion.proof import prove
+from attnserve_server.conversion.proof.context import SOFTMAX_OVER_ROWS
 from attnserve_server.model.certificate import Clause, Verdict
 from attnserve_server.model.manifest import BATCH, DerivedLength, OutputSpec
 from proof_cases import MASK, PROVED, REFUTED, UNKNOWN, Case, X, graph
@@ -235,3 +236,9 @@ def test_an_unknown_value_stays_unknown_in_later_nodes() -> None:
     clause = clause_of(case)
     assert clause.verdict is UNKNOWN
     assert "elsewhere.Odd" in clause.reason
+
+
+def test_attention_over_rows_has_the_reason_that_the_conversion_looks_for() -> None:
+    nodes = "t = Transpose<perm = [1, 0, 2]>(x) p = Softmax<axis = 1>(t) y = Transpose<perm = [1, 0, 2]>(p)"
+    case = Case("rows", graph(nodes))
+    assert SOFTMAX_OVER_ROWS in clause_of(case, BATCH).reason
