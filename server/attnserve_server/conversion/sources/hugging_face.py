@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.finders.names import WRAPPER
 from attnserve_server.conversion.learning.fixed_axes import PatchGrid
 from attnserve_server.conversion.sources.architectures import Family, family_of
+from attnserve_server.conversion.sources.architectures.base import eager
 from attnserve_server.conversion.sources.torch_export import Traceable, quiet, trace
 from attnserve_server.conversion.verify.compare import Reference
 from attnserve_server.domain.values import Array
@@ -193,7 +194,7 @@ class HuggingFaceModel:
             output_names=family.output_names,
             max_lengths=family.max_lengths,
         )
-        with family.tracing(), _eager(family.source) if opset < FUSED_FROM else contextlib.nullcontext():
+        with family.tracing(), eager(family.source) if opset < FUSED_FROM else contextlib.nullcontext():
             return trace(traceable, exporter, opset)
 
     def reference(self, feeds: Mapping[str, Array]) -> Reference:
@@ -250,17 +251,6 @@ def hugging_face_model(
             "scores"
         )
     return model
-
-
-@contextlib.contextmanager
-def _eager(source: Any) -> Iterator[None]:
-    """Compute attention with the source's eager implementation for the duration of the context."""
-    before = source.config._attn_implementation  # noqa: SLF001 - it has no public name
-    source.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        source.set_attn_implementation(before)
 
 
 def _loaded(path: Path, attention: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,6 +85,17 @@ class Family(ABC):
         """Return example inputs for tracing: three sequences, two of them padded, and axes of different lengths."""
         symbols = list(self.max_lengths)
         return tuple(_example(spec, symbols) for spec in self.inputs)
+
+
+@contextlib.contextmanager
+def eager(source: Any) -> Iterator[None]:
+    """Compute attention with a model's eager implementation for the duration of the context."""
+    before = source.config._attn_implementation  # noqa: SLF001 - it has no public name
+    source.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        source.set_attn_implementation(before)
 
 
 def _example(spec: InputTensor, symbols: Sequence[str]) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnserve_server.conversion.learning.fixed_axes import PatchGrid
+from attnserve_server.conversion.sources.architectures.base import eager
 from attnserve_server.conversion.sources.architectures.image import Image
 
 
@@ -43,13 +44,11 @@ class Swin(Image):
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """Use eager attention: the fused operator treats windows as rows of the batch, and does not return weights."""
-        before = self.source.config._attn_implementation  # noqa: SLF001 - it has no public name
         sizes = [(layer, layer.window_size, layer.shift_size) for layer in self._layers()]
-        self.source.set_attn_implementation("eager")
         try:
-            yield
+            with eager(self.source):
+                yield
         finally:
-            self.source.set_attn_implementation(before)
             # The model permanently clamps windows to small images; with TorchScript, to a traced tensor.
             for layer, window, shift in sizes:
                 layer.window_size, layer.shift_size = window, shift
