@@ -60,8 +60,9 @@ class MapData:
 
     @cached_property
     def weights(self) -> npt.NDArray[np.float32]:
-        """Weights, float32 (H, L, S), read-only. Rows sum to 1 unless links were omitted.
+        """Weights, float32 (H, L, S), read-only.
 
+        A row sums to 1, unless links were omitted, the model has an attention sink, or all keys of the row are masked.
         Dense float32 weights are a view of the response's bytes. Other types are decoded on first access. Links and
         bands are scattered into zeros, which takes H * L * S * 4 bytes: for long sequences, use `band`.
         """
