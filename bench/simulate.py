@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from attnserve_server.engine.cost import CostModel, TimedRun, fit
-from attnserve_server.scheduling.policy import SchedulingSettings, Waiting, plan
+from attnserve_server.scheduling.policy import Candidate, SchedulingSettings, plan
 from attnserve_server.scheduling.queue import Entry, Queue
 from rich.console import Console
 from rich.progress import track
@@ -97,14 +97,15 @@ class Ours:
         sequence: Any = SimpleNamespace(tokens=arrival.tokens)
         request: Any = None
         self._arrivals[number] = arrival
-        self._queue.push(Entry(request, 0, number, sequence, Waiting(arrival.came_s, (arrival.tokens,)), 0))
+        self._queue.push(Entry(request, 0, number, sequence, Candidate(arrival.came_s, (arrival.tokens,)), 0))
 
     def take(self, now: float) -> list[Arrival] | float:
         """Return the next run, or the time of the next attempt."""
         if not len(self._queue):
             return math.inf
-        view = self._queue.view(self._settings.look_ahead)
-        chosen = [view[at] for at in plan([entry.view for entry in view], now, self._settings, self._cost).indices]
+        front = self._queue.candidates(self._settings.look_ahead)
+        planned = plan([entry.candidate for entry in front], now, self._settings, self._cost)
+        chosen = [front[at] for at in planned.indices]
         for entry in chosen:
             self._queue.remove(entry)
         return [self._arrivals.pop(entry.number) for entry in chosen]

@@ -41,8 +41,7 @@ from attnserve_server.scheduling.verifier import Verifier
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.http import HttpServer
-from attnserve_server.transport.server import GrpcServer
-from attnserve_server.transport.servicer import SERVICE
+from attnserve_server.transport.server import SERVICE, GrpcServer
 
 _log = logger(__name__)
 
@@ -176,7 +175,7 @@ class Application:
             _log.warning("grace period is over", grace_s=self.settings.drain_grace_s)
             # Pending requests fail with NotServing and a retry delay. gRPC would only cancel the calls.
             for loaded in self._loaded:
-                loaded.scheduler.give_up()
+                loaded.scheduler.abort()
         self.health.close()
         await self.grpc.stop(max(_LEAST_STOP_S, end - self.clock.now()))
 

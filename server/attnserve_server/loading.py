@@ -21,7 +21,7 @@ from attnserve_server.model.repository import Bundle, BundleFault, Repository, v
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.observability.logs import logger
 from attnserve_server.scheduling.policy import SchedulingSettings
-from attnserve_server.scheduling.shadow import ShadowSettings
+from attnserve_server.scheduling.verifier import ShadowSettings
 
 _log = logger(__name__)
 

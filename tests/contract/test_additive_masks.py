@@ -68,7 +68,7 @@ async def test_infinite_masks_in_one_batch_are_answered_as_alone(client: AsyncCl
                     np.testing.assert_allclose(each.weights, expected, rtol=0, atol=weight_tolerance, err_msg=name)
 
 
-async def test_other_infinities_and_nan_are_refused_by_name(client: AsyncClient) -> None:
+async def test_other_infinities_and_nan_are_refused_with_their_input(client: AsyncClient) -> None:
     legal = CASES["steps1"].feeds(4)
     for name, number, said in (
         ("mask", np.nan, "element 2 is nan; input 'mask' is added to scores: floats must be finite, or -inf"),
@@ -101,7 +101,7 @@ async def test_rows_that_hide_every_key_are_refused_where_the_model_answers_nan(
         await client.infer(name, [{**given, "mask": mask}])
 
 
-async def test_get_model_tells_which_input_is_a_mask(client: AsyncClient) -> None:
+async def test_get_model_returns_which_input_is_a_mask(client: AsyncClient) -> None:
     told = {spec.name: spec.additive_mask for spec in (await client.model("steps1")).inputs}
     assert told == {"x": False, "mask": True}
 

@@ -154,27 +154,27 @@ def assert_equal(one: InferenceResult, other: InferenceResult) -> None:
     np.testing.assert_allclose(one.attention[0].weights, other.attention[0].weights, rtol=0, atol=TOLERANCE)
 
 
-async def test_sequence_without_an_allowed_key_spreads_over_its_own_keys_only(client: AsyncClient) -> None:
+async def test_a_sequence_without_an_allowed_key_spreads_over_its_own_keys_only(client: AsyncClient) -> None:
     together, alone = await beside_a_longer_one(client, "keys", [0, 0, 0])
     np.testing.assert_allclose(together.attention[0].weights, np.full((1, 3, 3), 1 / 3), rtol=0, atol=TOLERANCE)
     assert_equal(together, alone)
     assert together.run.batch_size == 1
 
 
-async def test_masked_query_spreads_over_its_own_keys_only(client: AsyncClient) -> None:
+async def test_a_masked_query_spreads_over_its_own_keys_only(client: AsyncClient) -> None:
     together, alone = await beside_a_longer_one(client, "pairs", [1, 0, 1, 1])
     np.testing.assert_allclose(together.attention[0].weights[0, 1], np.full(4, 1 / 4), rtol=0, atol=TOLERANCE)
     assert_equal(together, alone)
 
 
 @pytest.mark.parametrize(("model", "mask"), [("keys", [1, 0, 1]), ("keys", [0, 1, 1]), ("pairs", [1, 1, 1])])
-async def test_sequence_that_meets_the_needs_is_padded(client: AsyncClient, model: str, mask: list[int]) -> None:
+async def test_a_sequence_that_meets_the_needs_is_padded(client: AsyncClient, model: str, mask: list[int]) -> None:
     together, alone = await beside_a_longer_one(client, model, mask)
     assert together.run.batch_size == 2
     assert_equal(together, alone)
 
 
-async def test_mask_that_the_server_fills_in_meets_the_needs(client: AsyncClient) -> None:
+async def test_a_filled_in_mask_meets_the_needs(client: AsyncClient) -> None:
     short, long = ({"input_ids": np.arange(1, length)} for length in (4, 9))
     results = await client.infer("keys", [short, long])
     assert [result.run.batch_size for result in results] == [2, 2]
@@ -190,13 +190,13 @@ async def test_without_the_needs_padding_changes_the_answer(
         assert_equal(together, alone)
 
 
-async def test_model_says_that_its_axis_is_tested(client: AsyncClient) -> None:
+async def test_get_model_returns_that_an_axis_is_tested(client: AsyncClient) -> None:
     (axis,) = (await client.model("keys")).axes
     assert axis.paddable
     assert (axis.padding_status, axis.padding_reason) == ("tested", "finite mask, unbounded scores")
 
 
-async def test_request_of_several_sequences_runs_one_by_one_where_batching_is_off(repository: Path) -> None:
+async def test_sequences_of_a_request_run_one_by_one_with_batching_off(repository: Path) -> None:
     settings = Settings(repository=repository, grpc_port=0, http_port=0, run_overhead_tokens=1e6, batching="off")
     application = Application(settings)
     await application.start()

@@ -72,7 +72,7 @@ def inputs(name: str = "narrow") -> list[dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-async def test_maps_of_windows_are_of_the_sequences_own_keys(client: AsyncClient, name: str) -> None:
+async def test_maps_of_windows_hold_only_the_sequences_own_keys(client: AsyncClient, name: str) -> None:
     sites = (await client.model(name)).sites
     assert [(site.form, site.kind, site.unavailable_reason) for site in sites] == [("windowed", "causal", "")] * 2
     results = await client.infer(name, inputs(name), attention=True)

@@ -46,7 +46,7 @@ async def client(repository: Path) -> AsyncIterator[AsyncClient]:
     await application.aclose()
 
 
-async def test_what_has_a_row_is_answered(client: AsyncClient) -> None:
+async def test_valid_indices_are_answered(client: AsyncClient) -> None:
     (result,) = await client.infer("indices", [LEGAL])
     assert result.outputs["hidden"].shape == (LENGTH, 8)
 
@@ -54,17 +54,17 @@ async def test_what_has_a_row_is_answered(client: AsyncClient) -> None:
 @pytest.mark.parametrize(
     ("name", "place", "number", "said"),
     [
-        ("input_ids", 1, 30, "element 1 is 30; input 'input_ids' runs from 0 to 29"),
-        ("position_ids", 2, 18, "element 2 is 18; input 'position_ids' runs from -22 to 17"),
-        ("position_ids", 0, -23, "element 0 is -23; input 'position_ids' runs from -22 to 17"),
-        ("token_type_ids", 1, 1, "element 1 is 1; input 'token_type_ids' runs from 0 to 0"),
-        ("categories", (1, 0), 7, "element 2 is 7; column 0 of input 'categories' runs from -7 to 6"),
-        ("categories", (2, 1), 4, "element 5 is 4; column 1 of input 'categories' runs from -4 to 3"),
-        ("language_id", (), 5, "element 0 is 5; input 'language_id' runs from -5 to 4"),
-        ("language_id", (), 2**62, f"element 0 is {2**62}; input 'language_id' runs from -5 to 4"),
+        ("input_ids", 1, 30, "element 1 is 30; values of input 'input_ids' must be from 0 to 29"),
+        ("position_ids", 2, 18, "element 2 is 18; values of input 'position_ids' must be from -22 to 17"),
+        ("position_ids", 0, -23, "element 0 is -23; values of input 'position_ids' must be from -22 to 17"),
+        ("token_type_ids", 1, 1, "element 1 is 1; values of input 'token_type_ids' must be from 0 to 0"),
+        ("categories", (1, 0), 7, "element 2 is 7; values of column 0 of input 'categories' must be from -7 to 6"),
+        ("categories", (2, 1), 4, "element 5 is 4; values of column 1 of input 'categories' must be from -4 to 3"),
+        ("language_id", (), 5, "element 0 is 5; values of input 'language_id' must be from -5 to 4"),
+        ("language_id", (), 2**62, f"element 0 is {2**62}; values of input 'language_id' must be from -5 to 4"),
     ],
 )
-async def test_what_has_no_row_is_refused_with_element_value_and_range(
+async def test_invalid_indices_are_refused_with_element_value_and_range(
     client: AsyncClient, name: str, place: int | tuple[int, ...], number: int, said: str
 ) -> None:
     wrong = {**LEGAL, name: LEGAL[name].copy()}
@@ -77,7 +77,7 @@ async def test_what_has_no_row_is_refused_with_element_value_and_range(
     assert violation.description == said
 
 
-async def test_get_model_tells_the_ranges(client: AsyncClient) -> None:
+async def test_get_model_returns_the_index_ranges(client: AsyncClient) -> None:
     told = {spec.name: spec.index_ranges for spec in (await client.model("indices")).inputs}
     assert told == {
         "input_ids": (),
@@ -88,14 +88,14 @@ async def test_get_model_tells_the_ranges(client: AsyncClient) -> None:
     }
 
 
-async def test_the_benchs_random_requests_are_legal(client: AsyncClient) -> None:
+async def test_random_requests_of_the_bench_are_valid(client: AsyncClient) -> None:
     model = await client.model("indices")
     workload = of_lengths(model, Lengths.parse("uniform:3,9"), RequestOptions(), seed=1, kinds=4)
     for request in workload.requests:
         await client._stub.Infer(request)
 
 
-async def test_places_in_a_sequence_are_its_own_in_any_batch(tmp_path: Path) -> None:
+async def test_negative_positions_count_from_the_sequences_own_end(tmp_path: Path) -> None:
     info = helper.make_tensor_value_info
     graph = helper.make_graph(
         [helper.make_node("GatherND", ["doubled", "place"], ["y"], batch_dims=1)],
@@ -119,7 +119,7 @@ async def test_places_in_a_sequence_are_its_own_in_any_batch(tmp_path: Path) -> 
         ]
         results = await client.infer("pick", made)
         [told] = (await client.model("pick")).inputs[1].index_ranges
-        with pytest.raises(InvalidRequest, match="element 0 is 3; input 'place' runs from -3 to 2"):
+        with pytest.raises(InvalidRequest, match="element 0 is 3; values of input 'place' must be from -3 to 2"):
             await client.infer("pick", [made[0], {**made[1], "place": np.array([3])}])
     await application.aclose()
     assert told == IndexRange(0, -1, None, "seq")
@@ -129,7 +129,7 @@ async def test_places_in_a_sequence_are_its_own_in_any_batch(tmp_path: Path) -> 
         np.testing.assert_array_equal(result.outputs["y"], 2 * given["x"][given["place"][0]])
 
 
-async def test_a_second_text_is_refused_where_the_model_has_one_segment(tmp_path: Path, repository: Path) -> None:
+async def test_a_second_text_is_refused_if_the_model_has_one_segment(tmp_path: Path, repository: Path) -> None:
     vocabulary = {f"w{number}": number for number in range(30)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -156,7 +156,9 @@ async def test_a_second_text_is_refused_where_the_model_has_one_segment(tmp_path
     await application.start()
     async with AsyncClient(f"127.0.0.1:{application.grpc_port}") as client:
         (answered,) = await client.infer("one", ["w1 w2"])
-        with pytest.raises(InvalidRequest, match="element 2 is 1; input 'token_type_ids' runs from 0 to 0"):
+        with pytest.raises(
+            InvalidRequest, match="element 2 is 1; values of input 'token_type_ids' must be from 0 to 0"
+        ):
             await client.infer("one", [("w1 w2", "w3")])
     await application.aclose()
     assert answered.outputs["hidden"].shape == (2, 8)

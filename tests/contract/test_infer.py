@@ -14,7 +14,7 @@ from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.app import Application
 from attnserve_server.domain.errors import InternalFault, ModelNotFound, Overloaded
-from attnserve_server.transport.dataplane import log_failure
+from attnserve_server.transport.boundary import log_failure
 from gated import Gate, until
 from google.rpc import error_details_pb2, status_pb2
 from tiny_bundle import HEADS, VOCABULARY, WIDTH
@@ -43,7 +43,7 @@ def status_of(error: grpc.aio.AioRpcError) -> status_pb2.Status:
     return status_pb2.Status.FromString(data)
 
 
-async def test_texts_give_outputs_and_attention_in_their_order(stub: InferenceServiceStub) -> None:
+async def test_texts_are_answered_in_order(stub: InferenceServiceStub) -> None:
     answer = await stub.Infer(asking(*TEXTS, attention=attention_pb2.AttentionSelection()))
     assert len(answer.results) == len(TEXTS)
     for text, result in zip(TEXTS, answer.results, strict=True):
@@ -59,7 +59,7 @@ async def test_texts_give_outputs_and_attention_in_their_order(stub: InferenceSe
         assert list(result.attention.axes[0].texts)[1:-1] == text.split()
 
 
-async def test_tensors_give_what_their_text_gives(stub: InferenceServiceStub) -> None:
+async def test_tensors_and_their_text_have_the_same_answer(stub: InferenceServiceStub) -> None:
     ids = np.array([2, *(VOCABULARY.index(word) for word in TEXTS[0].split()), 3])
     tensor = tensor_pb2.Tensor(name="input_ids", dtype=tensor_pb2.DATA_TYPE_INT64, shape=ids.shape, data=ids.tobytes())
     by_ids = pb.InferRequest(model="tiny", sequences=[pb.Sequence(tensors=pb.TensorInput(tensors=[tensor]))])
@@ -68,7 +68,7 @@ async def test_tensors_give_what_their_text_gives(stub: InferenceServiceStub) ->
         np.testing.assert_allclose(array(left), array(right), atol=1e-6)
 
 
-async def test_only_what_is_asked_for_comes_back(stub: InferenceServiceStub) -> None:
+async def test_the_answer_holds_only_what_is_selected(stub: InferenceServiceStub) -> None:
     answer = await stub.Infer(asking(TEXTS[0], outputs=pb.OutputSelection(names=["embedding"])))
     assert [output.name for output in answer.results[0].outputs] == ["embedding"]
     assert not answer.results[0].HasField("attention")
@@ -81,7 +81,7 @@ async def test_only_what_is_asked_for_comes_back(stub: InferenceServiceStub) -> 
     assert answer.results[0].attention.maps[0].WhichOneof("content") == "links"
 
 
-async def test_validating_only_tells_the_bytes_that_the_answer_then_has(
+async def test_validate_only_predicts_the_bytes_of_the_answer(
     stub: InferenceServiceStub, server: Application
 ) -> None:
     selection = attention_pb2.AttentionSelection(layers=[0], dtype=tensor_pb2.DATA_TYPE_FLOAT16)
@@ -94,7 +94,7 @@ async def test_validating_only_tells_the_bytes_that_the_answer_then_has(
     assert dry.predicted_bytes == wet.predicted_bytes == sum(len(tensor.data) for tensor in tensors)
 
 
-async def test_the_receipt_says_what_answered(stub: InferenceServiceStub) -> None:
+async def test_the_receipt_names_model_version_and_provider(stub: InferenceServiceStub) -> None:
     described = (await stub.GetModel(pb.GetModelRequest(model="tiny"))).model
     mine, unnamed = await asyncio.gather(
         stub.Infer(asking("a", request_id="mine")), stub.Infer(asking("a", version="1"))
@@ -153,7 +153,7 @@ async def test_a_failure_echoes_the_request_id(stub: InferenceServiceStub) -> No
     assert info.metadata["request_id"] == "mine"
 
 
-async def test_a_fault_of_ours_tells_nothing_but_the_request_id(stub: InferenceServiceStub, gate: Gate) -> None:
+async def test_an_internal_error_reports_only_the_request_id(stub: InferenceServiceStub, gate: Gate) -> None:
     for fault in (InternalFault(), ValueError("/home/secret")):
         call = stub.Infer(asking("a", request_id="mine"))
         await until(lambda: bool(gate.waiting))
@@ -164,7 +164,7 @@ async def test_a_fault_of_ours_tells_nothing_but_the_request_id(stub: InferenceS
         assert caught.value.details() == "internal error; request id mine"
 
 
-async def test_overload_is_told_before_a_request_is_prepared(stub: InferenceServiceStub, gate: Gate) -> None:
+async def test_overload_is_reported_before_a_request_is_prepared(stub: InferenceServiceStub, gate: Gate) -> None:
     gate.full = Overloaded("queue_full", 2, 3, 0.5)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Infer(asking(""))
@@ -176,7 +176,7 @@ async def test_overload_is_told_before_a_request_is_prepared(stub: InferenceServ
 
 
 @pytest.mark.parametrize(("level", "told"), [(logging.INFO, []), (logging.DEBUG, ["debug"])])
-def test_overload_is_told_to_those_who_debug_alone(
+def test_overload_is_logged_at_debug_only(
     level: int, told: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(level)
@@ -186,7 +186,7 @@ def test_overload_is_told_to_those_who_debug_alone(
     assert [line["log_level"] for line in lines] == [*told, "info"]
 
 
-async def test_request_counts_as_the_bytes_that_it_came_in(stub: InferenceServiceStub, gate: Gate) -> None:
+async def test_a_request_is_submitted_with_the_bytes_of_its_message(stub: InferenceServiceStub, gate: Gate) -> None:
     gate.open()
     request = asking("the cat")
     await stub.Infer(request)
@@ -233,7 +233,7 @@ async def test_a_megabyte_of_text_is_refused_before_it_is_tokenized(stub: Infere
     assert caught.value.details() == "sequences[0].text.text: 1048576 bytes exceed 65536"
 
 
-async def test_a_large_request_is_prepared_aside_and_answered_alike(stub: InferenceServiceStub) -> None:
+async def test_a_large_request_is_prepared_in_a_thread_with_the_same_answer(stub: InferenceServiceStub) -> None:
     # Longer than what is tokenized on the loop, by white space that makes no tokens.
     padded = TEXTS[0] + " " * 10_000
     small, large = await asyncio.gather(stub.Infer(asking(TEXTS[0])), stub.Infer(asking(padded)))
@@ -254,13 +254,13 @@ async def test_a_deadline_reaches_the_scheduler_and_the_work_is_withdrawn(
     assert before < deadline < before + 0.25
 
 
-async def test_a_caller_without_a_deadline_waits_for_ever(stub: InferenceServiceStub, gate: Gate) -> None:
+async def test_a_call_without_a_deadline_never_expires(stub: InferenceServiceStub, gate: Gate) -> None:
     gate.open()
     await stub.Infer(asking("a"))
     assert gate.deadlines == [None]
 
 
-async def test_a_caller_that_leaves_withdraws_its_request(stub: InferenceServiceStub, gate: Gate) -> None:
+async def test_a_cancelled_call_withdraws_its_request(stub: InferenceServiceStub, gate: Gate) -> None:
     call = stub.Infer(asking("a"))
     await until(lambda: bool(gate.waiting))
     call.cancel()

@@ -94,11 +94,11 @@ async def unstarted(settings: Settings) -> AsyncIterator[Application]:
 
 
 @pytest.mark.parametrize("service", ["", "attnserve.v1.InferenceService", "tiny", "plain"])
-async def test_what_is_warm_is_serving(channel: grpc.aio.Channel, service: str) -> None:
+async def test_warm_services_are_serving(channel: grpc.aio.Channel, service: str) -> None:
     assert await health_of(channel, service) == SERVING
 
 
-async def test_a_service_that_nobody_knows_is_not_found(channel: grpc.aio.Channel) -> None:
+async def test_an_unknown_service_is_not_found(channel: grpc.aio.Channel) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await health_of(channel, "nope")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -111,7 +111,7 @@ async def test_bytes_that_are_no_health_request_are_invalid(channel: grpc.aio.Ch
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_every_watcher_hears_of_a_drain_also_after_another_left(
+async def test_every_watcher_gets_a_drain_after_another_has_left(
     channel: grpc.aio.Channel, server: Application
 ) -> None:
     first, second, unknown = (
@@ -128,13 +128,13 @@ async def test_every_watcher_hears_of_a_drain_also_after_another_left(
     await draining
 
 
-async def test_nothing_is_serving_before_it_is_warm(unstarted: Application) -> None:
+async def test_services_are_not_serving_before_warm_up(unstarted: Application) -> None:
     port = await unstarted.grpc.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         assert await health_of(channel, "") == NOT_SERVING
 
 
-async def test_a_model_that_is_loading_is_unavailable_and_says_so(
+async def test_a_loading_model_is_unavailable_and_reports_its_state(
     server: Application, channel: grpc.aio.Channel
 ) -> None:
     server.catalog.find("tiny", "2").move(ModelState.LOADING)
@@ -147,7 +147,7 @@ async def test_a_model_that_is_loading_is_unavailable_and_says_so(
     assert described.state == model_pb2.MODEL_STATE_LOADING
 
 
-async def test_http_tells_life_and_readiness(server: Application) -> None:
+async def test_http_reports_liveness_and_readiness(server: Application) -> None:
     status, headers, body = await get(server.http_port, "/readyz")
     assert (status, headers["content-type"]) == (200, "application/json")
     assert json.loads(body)["models"][0] == {"name": "plain", "version": "1", "state": "ready", "reason": ""}
@@ -158,7 +158,7 @@ async def test_http_tells_life_and_readiness(server: Application) -> None:
     assert (await get(server.http_port, "/livez"))[0] == 200
 
 
-async def test_metrics_come_in_the_format_that_is_asked_for(server: Application) -> None:
+async def test_metrics_have_the_requested_format(server: Application) -> None:
     _, headers, _ = await get(server.http_port, "/metrics")
     assert headers["content-type"].startswith("text/plain")
     _, headers, body = await get(server.http_port, "/metrics", accept="application/openmetrics-text")
@@ -169,7 +169,7 @@ async def test_metrics_come_in_the_format_that_is_asked_for(server: Application)
 # Metrics
 
 
-async def test_counters_agree_with_what_was_asked(server: Application, channel: grpc.aio.Channel) -> None:
+async def test_counters_equal_the_requests_sent(server: Application, channel: grpc.aio.Channel) -> None:
     stub = InferenceServiceStub(channel)
     good = [stub.Infer(asking(attention=attention_pb2.AttentionSelection(layers=[0]))) for _ in range(5)]
     answers = await asyncio.gather(*good, *(stub.Infer(asking("")) for _ in range(3)), return_exceptions=True)
@@ -199,7 +199,7 @@ async def test_counters_agree_with_what_was_asked(server: Application, channel: 
     assert total(found, "attnserve_session_memory_bytes") >= 0
 
 
-async def test_names_that_callers_make_up_make_no_series(server: Application, channel: grpc.aio.Channel) -> None:
+async def test_unknown_model_names_add_no_metric_series(server: Application, channel: grpc.aio.Channel) -> None:
     stub = InferenceServiceStub(channel)
     with pytest.raises(grpc.aio.AioRpcError):
         await stub.Infer(asking(model="nope"))
@@ -216,7 +216,7 @@ async def test_names_that_callers_make_up_make_no_series(server: Application, ch
     assert set(await scrape(server)) == before
 
 
-async def test_a_deadline_and_a_departure_are_counted_as_such(
+async def test_expired_and_cancelled_calls_are_counted_apart(
     server: Application, channel: grpc.aio.Channel, gate: Gate
 ) -> None:
     stub = InferenceServiceStub(channel)
@@ -235,7 +235,7 @@ async def test_a_deadline_and_a_departure_are_counted_as_such(
 # Start
 
 
-async def test_a_bundle_that_fails_to_load_is_failed_and_the_others_are_served(
+async def test_a_bundle_that_fails_to_load_leaves_the_others_serving(
     settings: Settings, tiny_files: dict[str, Path], tmp_path: Path
 ) -> None:
     write_bundle(tmp_path, tiny_manifest(), tiny_files)
@@ -263,7 +263,7 @@ async def test_a_bundle_that_fails_to_load_is_failed_and_the_others_are_served(
         await application.aclose()
 
 
-async def test_a_model_that_does_not_run_fails_at_warm_up_and_not_at_its_first_caller(
+async def test_a_model_that_cannot_run_fails_at_warm_up(
     settings: Settings, tiny_files: dict[str, Path], tmp_path: Path
 ) -> None:
     manifest = tiny_manifest("wrong")
@@ -286,7 +286,7 @@ async def test_a_model_that_does_not_run_fails_at_warm_up_and_not_at_its_first_c
     ],
     ids=["no repository", "no such model", "no such provider"],
 )
-async def test_a_start_that_cannot_be_says_why(
+async def test_a_failed_start_reports_its_reason(
     settings: Settings, changes: dict[str, object], error: type[Exception], says: str
 ) -> None:
     application = Application(settings.model_copy(update=changes))
@@ -295,7 +295,7 @@ async def test_a_start_that_cannot_be_says_why(
     await application.aclose()
 
 
-async def test_a_server_of_which_no_model_loads_does_not_start(
+async def test_a_server_without_a_loaded_model_does_not_start(
     settings: Settings, tiny_files: dict[str, Path], tmp_path: Path
 ) -> None:
     broken = write_bundle(tmp_path, tiny_manifest(), tiny_files)
@@ -306,7 +306,7 @@ async def test_a_server_of_which_no_model_loads_does_not_start(
     await application.aclose()
 
 
-async def test_only_the_wanted_models_are_loaded(settings: Settings) -> None:
+async def test_only_selected_models_are_loaded(settings: Settings) -> None:
     application = Application(settings.model_copy(update={"models": ("tiny/1", "plain")}))
     await application.start()
     assert [(model.name, model.version) for model in application.catalog.all()] == [("plain", "1"), ("tiny", "1")]
@@ -314,7 +314,7 @@ async def test_only_the_wanted_models_are_loaded(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("field", ["grpc_port", "http_port"])
-async def test_a_port_that_is_taken_is_told(settings: Settings, field: str) -> None:
+async def test_a_taken_port_is_reported(settings: Settings, field: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         application = Application(settings.model_copy(update={field: port}))
@@ -341,7 +341,7 @@ async def ran(settings: Settings) -> AsyncIterator[tuple[Application, asyncio.Ta
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_signal_drains_what_is_under_way_and_the_exit_is_clean(
+async def test_a_signal_drains_the_server_and_exits_with_0(
     ran: tuple[Application, asyncio.Task[int]],
 ) -> None:
     application, task = ran
@@ -370,7 +370,7 @@ async def test_new_requests_are_unavailable_while_draining(server: Application, 
     assert await stream.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_second_signal_does_not_wait(ran: tuple[Application, asyncio.Task[int]]) -> None:
+async def test_a_second_signal_ends_the_server_at_once(ran: tuple[Application, asyncio.Task[int]]) -> None:
     application, task = ran
     model = application.catalog.get("tiny", "2")
     assert model.manifest is not None
@@ -394,7 +394,7 @@ async def test_a_signal_while_loading_ends_the_start(settings: Settings) -> None
     assert await task == EXIT_DRAINED
 
 
-async def test_a_scheduler_that_dies_ends_the_server_and_its_health_says_so(
+async def test_a_scheduler_that_dies_ends_the_server_and_its_health(
     ran: tuple[Application, asyncio.Task[int]],
 ) -> None:
     application, task = ran
@@ -405,7 +405,7 @@ async def test_a_scheduler_that_dies_ends_the_server_and_its_health_says_so(
     assert not application.health.serving()
 
 
-async def test_a_scheduler_that_dies_leaves_other_models_callers_their_answers(
+async def test_a_scheduler_that_dies_leaves_answers_of_other_models(
     ran: tuple[Application, asyncio.Task[int]],
 ) -> None:
     application, task = ran
@@ -433,7 +433,7 @@ class Stuck:
     async def drain(self) -> None:
         await asyncio.Event().wait()
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         self.gave_up = True
 
     async def aclose(self) -> None:
@@ -478,7 +478,7 @@ def test_a_real_process_serves_logs_json_and_ends_cleanly_on_sigterm(tiny_reposi
     assert "\x1b" not in running_server.log.read_text()
 
 
-def test_wrong_settings_are_all_told_in_one_go_with_exit_code_two(tmp_path: Path) -> None:
+def test_all_wrong_settings_are_reported_at_once_with_exit_code_2(tmp_path: Path) -> None:
     done = subprocess.run(
         [command("attnserve-server"), "serve", "--grpc-port", "70000", "--log-level", "loud"],
         capture_output=True,

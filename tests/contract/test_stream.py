@@ -65,7 +65,7 @@ def failure(answer: pb.StreamInferResponse) -> tuple[str, int, str]:
     return answer.request_id, status.code, status.message
 
 
-async def test_every_request_is_answered_once_by_its_name(talk: Talk) -> None:
+async def test_every_request_is_answered_once_by_its_id(talk: Talk) -> None:
     names = [f"r{number}" for number in range(50)]
 
     async def ask_all() -> None:
@@ -83,7 +83,7 @@ async def test_every_request_is_answered_once_by_its_name(talk: Talk) -> None:
     assert await talk.ended() is grpc.StatusCode.OK
 
 
-async def test_answers_come_as_they_become_ready(talk: Talk, gate: Gate) -> None:
+async def test_answers_are_sent_as_they_become_ready(talk: Talk, gate: Gate) -> None:
     for name in ("slow", "fast"):
         await talk.ask(name)
     await until(lambda: len(gate.waiting) == 2)
@@ -93,14 +93,14 @@ async def test_answers_come_as_they_become_ready(talk: Talk, gate: Gate) -> None
     assert (await talk.read()).request_id == "slow"
 
 
-async def test_one_requests_failure_leaves_the_others_as_they_are(talk: Talk) -> None:
+async def test_a_failed_request_leaves_the_others_unaffected(talk: Talk) -> None:
     await talk.ask("bad", text="")
     assert failure(await talk.read()) == ("bad", 3, "sequences[0].text.text: empty: at least 1 character is needed")
     await talk.ask("good")
     assert (await talk.read()).response.results
 
 
-async def test_overload_is_told_in_the_requests_own_status(talk: Talk, gate: Gate) -> None:
+async def test_overload_is_reported_in_the_requests_own_status(talk: Talk, gate: Gate) -> None:
     await talk.ask("a")
     await until(lambda: bool(gate.waiting))
     gate.release(error=Overloaded("queue_full", 1, 2, 0.5))
@@ -125,23 +125,23 @@ async def test_a_request_cancelled_at_once_is_still_answered(talk: Talk, gate: G
     assert failure(await talk.read())[:2] == ("goes", 1)
 
 
-async def test_cancelling_what_is_not_there_does_nothing(talk: Talk) -> None:
+async def test_cancelling_an_unknown_id_has_no_effect(talk: Talk) -> None:
     await talk.cancel("nobody")
     await talk.ask("a")
     assert (await talk.read()).request_id == "a"
 
 
-async def test_a_name_is_free_again_once_it_was_answered(talk: Talk) -> None:
+async def test_an_id_may_be_used_again_after_its_answer(talk: Talk) -> None:
     for _ in range(2):
         await talk.ask("a")
         assert (await talk.read()).response.results
 
 
-async def test_a_name_under_way_is_refused_and_the_first_goes_on(talk: Talk, gate: Gate) -> None:
+async def test_an_id_under_way_is_refused_and_the_first_request_continues(talk: Talk, gate: Gate) -> None:
     await talk.ask("a")
     await until(lambda: bool(gate.waiting))
     await talk.ask("a")
-    assert failure(await talk.read()) == ("a", 3, "request_id: 'a' is the name of a request under way")
+    assert failure(await talk.read()) == ("a", 3, "request_id: 'a' is the id of a request under way")
     gate.release()
     assert (await talk.read()).response.results
 
@@ -171,7 +171,7 @@ async def test_bytes_that_are_no_message_end_the_stream_with_invalid_argument(ch
     assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_broken_utf8_fails_its_request_alone(channel: grpc.aio.Channel) -> None:
+async def test_broken_utf8_fails_only_its_request(channel: grpc.aio.Channel) -> None:
     call = channel.stream_stream("/attnserve.v1.InferenceService/StreamInfer")()
     sequence = pb.Sequence(text=pb.TextInput(text="MARK"))
     request = pb.InferRequest(model="tiny", sequences=[sequence], request_id="bad")
@@ -183,7 +183,7 @@ async def test_broken_utf8_fails_its_request_alone(channel: grpc.aio.Channel) ->
     assert pb.StreamInferResponse.FromString(await call.read()).response.results
 
 
-async def test_a_message_too_much_to_build_fails_its_request_alone(talk: Talk) -> None:
+async def test_a_message_of_too_much_structure_fails_only_its_request(talk: Talk) -> None:
     swollen = attention_pb2.AttentionSelection(heads=[0] * 2**20)
     await talk.ask("bad", attention=swollen)
     name, code, said = failure(await talk.read())
@@ -251,7 +251,7 @@ async def test_an_expired_request_is_answered_and_the_stream_goes_on(talk: Talk,
     assert (await talk.read()).response.results
 
 
-async def test_closing_the_sending_half_lets_the_rest_finish(talk: Talk, gate: Gate) -> None:
+async def test_closing_the_sending_half_lets_requests_finish(talk: Talk, gate: Gate) -> None:
     for name in ("a", "b"):
         await talk.ask(name)
     await talk.call.done_writing()
@@ -261,7 +261,7 @@ async def test_closing_the_sending_half_lets_the_rest_finish(talk: Talk, gate: G
     assert await talk.ended() is grpc.StatusCode.OK
 
 
-async def test_leaving_withdraws_everything(talk: Talk, gate: Gate) -> None:
+async def test_leaving_withdraws_all_requests(talk: Talk, gate: Gate) -> None:
     for name in ("a", "b", "c"):
         await talk.ask(name)
     await until(lambda: len(gate.waiting) == 3)
@@ -304,7 +304,7 @@ async def test_a_stream_holds_no_more_answer_bytes_than_its_allowance(
     assert {(await talk.read()).request_id, (await talk.read()).request_id} == {"b", "c"}
 
 
-async def test_a_cancellation_is_heard_while_every_slot_is_taken(talk: Talk, gate: Gate) -> None:
+async def test_a_cancellation_is_read_while_every_slot_is_taken(talk: Talk, gate: Gate) -> None:
     for number in range(MAX_IN_FLIGHT):
         await talk.ask(str(number))
     await until(lambda: len(gate.waiting) == MAX_IN_FLIGHT)
@@ -312,7 +312,7 @@ async def test_a_cancellation_is_heard_while_every_slot_is_taken(talk: Talk, gat
     assert failure(await talk.read())[:2] == ("0", 1)
 
 
-async def test_a_large_answer_comes_in_pieces_and_small_ones_between(
+async def test_a_large_answer_is_sent_in_chunks_with_small_answers_between(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_module, "CHUNK_BYTES", 700)
@@ -337,7 +337,7 @@ async def test_a_large_answer_comes_in_pieces_and_small_ones_between(
     np.testing.assert_allclose(sums, 1, atol=1e-5)
 
 
-async def test_leaving_in_the_middle_of_an_answer_is_no_fault_of_the_server(
+async def test_leaving_during_an_answer_is_not_an_internal_error(
     talk_of: Callable[..., Talk], server: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_module, "CHUNK_BYTES", 1)
@@ -351,7 +351,7 @@ async def test_leaving_in_the_middle_of_an_answer_is_no_fault_of_the_server(
     assert [line for line in logged if line["log_level"] == "error"] == []
 
 
-async def test_a_stream_that_ends_in_the_middle_of_its_first_answer_is_told_why(
+async def test_a_stream_that_ends_during_its_first_answer_has_a_status(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = asyncio.Event()
@@ -374,7 +374,7 @@ async def test_a_stream_that_ends_in_the_middle_of_its_first_answer_is_told_why(
     assert await talk.ended() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_cancelling_twice_is_cancelling_once(talk: Talk, gate: Gate) -> None:
+async def test_a_second_cancellation_has_no_effect(talk: Talk, gate: Gate) -> None:
     await talk.ask("a")
     await until(lambda: bool(gate.waiting))
     await talk.cancel("a")

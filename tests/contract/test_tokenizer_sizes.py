@@ -79,7 +79,7 @@ async def client(repository: Path) -> AsyncIterator[AsyncClient]:
 
 
 @pytest.mark.parametrize("name", ["fixed", "left", "multiple", "cut", "ignored"])
-async def test_texts_are_run_as_the_tokenizer_pads_and_cuts_them(client: AsyncClient, name: str) -> None:
+async def test_texts_run_as_the_tokenizer_pads_and_cuts_them(client: AsyncClient, name: str) -> None:
     mask, padding, truncation = CASES[name]
     oracle = tokenizer_of(padding, truncation)
     results = await client.infer(name, list(TEXTS), attention=True)
@@ -129,7 +129,7 @@ async def test_a_text_that_the_tokenizer_cannot_cut_is_refused(client: AsyncClie
         ("ignored", "texts along 'seq' are padded to 8 tokens, as in tokenizer.json"),
     ],
 )
-def test_conversion_says_what_is_kept(tmp_path: Path, name: str, said: str) -> None:
+def test_conversion_reports_which_padding_is_kept(tmp_path: Path, name: str, said: str) -> None:
     bundle, shown = prepared(tmp_path, name, CASES[name], max_length=32)
     assert said in shown
     assert bundle.manifest.text is not None
@@ -140,13 +140,13 @@ def test_conversion_says_what_is_kept(tmp_path: Path, name: str, said: str) -> N
     assert other.manifest.text.as_written == ()
 
 
-def test_padding_past_the_greatest_length_is_refused_by_name(tmp_path: Path) -> None:
+def test_padding_past_the_greatest_length_is_refused_with_its_input(tmp_path: Path) -> None:
     said = "tokenizer.json pads texts to 8 tokens, which no mask hides, and the graph takes 6 at most"
     with pytest.raises(BuildRefused, match=said):
         prepared(tmp_path, "fixed", CASES["fixed"], max_length=6)
 
 
-def test_bundles_that_do_not_say_keep_padding_that_no_mask_hides(tmp_path: Path) -> None:
+def test_bundles_without_padding_settings_keep_unmasked_padding(tmp_path: Path) -> None:
     manifest = prepared(tmp_path, "fixed", CASES["fixed"], max_length=32)[0].manifest
     assert manifest.text is not None
     silent = manifest.model_copy(update={"text": manifest.text.model_copy(update={"as_written": None})})

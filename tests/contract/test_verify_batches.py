@@ -157,7 +157,7 @@ def first_output(answer: pb.InferResponse, at: int) -> np.ndarray:
     return np.frombuffer(answer.results[at].outputs[0].data, "<f4").reshape(OURS.shape)
 
 
-async def test_answers_that_a_batch_changed_are_counted(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_answers_changed_by_their_batch_are_counted(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
     with structlog.testing.capture_logs():  # the server's own lines
         async with serving(repository, models=("mixing",), verify_batches=1.0) as (server, stub):
             answer = await stub.Infer(asking("mixing", OURS, LOUD, OURS))
@@ -173,7 +173,7 @@ async def test_answers_that_a_batch_changed_are_counted(repository: Path, caplog
             assert np.abs(first_output(again, 0)).max() == 0, "counting changes nothing"
 
 
-async def test_answers_that_no_batch_changed_are_equal(repository: Path) -> None:
+async def test_answers_unchanged_by_their_batch_are_equal(repository: Path) -> None:
     with structlog.testing.capture_logs():
         async with serving(repository, models=("plain",), verify_batches=1.0) as (server, stub):
             await stub.Infer(asking("plain", OURS, LOUD, OURS))
@@ -197,7 +197,7 @@ async def test_padded_texts_with_attention_are_equal(repository: Path) -> None:
             assert checks(server, "tiny") == {"equal": 3, "different": 0, "dropped": 0, "failed": 0}
 
 
-async def test_isolate_makes_the_next_answers_right_and_says_so(repository: Path) -> None:
+async def test_isolate_makes_the_next_answers_right_and_is_reported(repository: Path) -> None:
     with structlog.testing.capture_logs():
         async with serving(repository, models=("mixing",), verify_batches=1.0, verify_action="isolate") as (
             server,
@@ -214,7 +214,7 @@ async def test_isolate_makes_the_next_answers_right_and_says_so(repository: Path
             assert "runs alone" in described.state_reason
 
 
-async def test_by_default_nothing_is_kept_and_nothing_is_checked(repository: Path) -> None:
+async def test_by_default_no_sample_is_kept(repository: Path) -> None:
     with structlog.testing.capture_logs():
         async with serving(repository, models=("mixing",)) as (server, stub):
             (loaded,) = server._loaded

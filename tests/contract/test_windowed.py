@@ -100,7 +100,7 @@ async def test_long_sequences_answer_with_their_band_and_short_ones_with_all_key
     ],
     ids=["all", "two rows", "links", "rollout"],
 )
-async def test_sizes_are_told_exactly_before_anything_runs(client: AsyncClient, selection: AttentionSelection) -> None:
+async def test_sizes_are_predicted_exactly_before_a_run(client: AsyncClient, selection: AttentionSelection) -> None:
     [told, *_] = await client.infer("windowed", inputs(), outputs=[], attention=selection, validate_only=True)
     results = await client.infer("windowed", inputs(), outputs=[], attention=selection)
     held = 0
@@ -123,7 +123,7 @@ async def test_links_of_a_band_are_the_strongest_of_the_definition(client: Async
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("top_k", [0, 2, 40])
-async def test_bands_wider_than_a_sequence_name_its_own_keys_alone(client: AsyncClient, name: str, top_k: int) -> None:
+async def test_bands_wider_than_a_sequence_hold_only_its_own_keys(client: AsyncClient, name: str, top_k: int) -> None:
     lengths = lengths_of(name)
     results = await client.infer(name, inputs(lengths), attention=AttentionSelection(top_k=top_k) if top_k else True)
     for length, given, result in zip(lengths, inputs(lengths), results, strict=True):

@@ -143,7 +143,7 @@ def test_scalars_bools_and_int32_ids_are_served(client: Client) -> None:
         np.testing.assert_allclose(result.attention[0].weights, weights, atol=1e-5)
     with pytest.raises(InvalidRequest, match="input 'temperature' is missing"):
         client.infer("scorer", {name: each[0][name] for name in ("input_ids", "keep")})
-    with pytest.raises(InvalidRequest, match="element 0 is 50; input 'input_ids' runs from 0 to 49"):
+    with pytest.raises(InvalidRequest, match="element 0 is 50; values of input 'input_ids' must be from 0 to 49"):
         client.infer("scorer", each[0] | {"input_ids": np.array([50, 1, 1], np.int32)})
 
 

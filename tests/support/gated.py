@@ -1,4 +1,4 @@
-"""A stand-in for a model's scheduler that holds every request until the test lets it go."""
+"""A stand-in for a model's scheduler that holds every request until the test releases it."""
 
 from __future__ import annotations
 
@@ -7,61 +7,64 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.domain.errors import AttnserveError, RequestCancelled
 from attnserve_server.domain.values import PreparedSequence, Priority, RunFacts, SequenceResult
+from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.manifest import Manifest
+from attnserve_server.scheduling.policy import Candidate
+from attnserve_server.scheduling.queue import Entry, Request, Run
 
 
 @dataclass(eq=False)
 class Gate:
-    """Holds requests. `waiting` has one future for each; `withdrawn` counts those whose caller left."""
+    """Holds requests in `waiting`; `withdrawn` counts those that were cancelled, which stay in the list."""
 
     manifest: Manifest
-    waiting: list[asyncio.Future[None]] = field(default_factory=list)
+    waiting: list[Request] = field(default_factory=list)
     deadlines: list[float | None] = field(default_factory=list)
     received_bytes: list[int] = field(default_factory=list)
     withdrawn: int = 0
     is_open: bool = False
     full: AttnserveError | None = None
-    """What it refuses requests with before they are prepared."""
+    """Refuses requests before they are prepared."""
 
     def check_room(self, deadline: float | None) -> None:
-        """There is, unless the test says otherwise."""
+        """Refuse a request if the test wants that."""
         if self.full is not None:
             raise self.full
 
     async def submit(
-        self,
-        sequences: Sequence[PreparedSequence],
-        *,
-        deadline: float | None,
-        priority: Priority,
-        received_bytes: int,
-        request_id: str = "",
+        self, request: Request, sequences: Sequence[PreparedSequence], priority: Priority
     ) -> list[SequenceResult]:
-        """Answers with zeros, once it is let go."""
-        self.deadlines.append(deadline)
-        self.received_bytes.append(received_bytes)
-        if not self.is_open:
-            held: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.waiting.append(held)
-            try:
-                await held
-            except asyncio.CancelledError:
-                self.withdrawn += 1
-                raise
-        return [self._zeros(sequence) for sequence in sequences]
+        """Answer with zeros, once the request is released."""
+        self.deadlines.append(request.deadline_s)
+        self.received_bytes.append(request.received_bytes)
+        request.admit(0.0)
+        request.entries = [
+            Entry(request, index, index, sequence, Candidate(0.0, (1,)), 0) for index, sequence in enumerate(sequences)
+        ]
+        self.waiting.append(request)
+        if self.is_open:
+            self.release(-1)
+        try:
+            return await request.results()
+        except (asyncio.CancelledError, RequestCancelled):
+            request.fail(RequestCancelled())
+            self.withdrawn += 1
+            raise
 
-    def release(self, at: int = 0, error: AttnserveError | Exception | None = None) -> None:
-        """Lets one request go, with its answer or with an error."""
-        held = self.waiting.pop(at)
-        if error is None:
-            held.set_result(None)
-        else:
-            held.set_exception(error)
+    def release(self, at: int = 0, error: Exception | None = None) -> None:
+        """Answer one request, or fail it with an error."""
+        request = self.waiting.pop(at)
+        if error is not None:
+            request.fail(error)
+            return
+        for entry in request.entries:
+            entry.start(Run(RunHandle(), 1, 1))
+            entry.answer(self._zeros(entry.sequence))
 
     def open(self) -> None:
-        """Lets all go, now and from now on."""
+        """Answer all requests, now and from now on."""
         self.is_open = True
         while self.waiting:
             self.release()
@@ -77,7 +80,7 @@ class Gate:
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Waits until a condition holds; fails after `timeout_s`, which only a broken run reaches."""
+    """Wait until a condition holds; fail after `timeout_s`, which only a broken run reaches."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - it waits for a server, which has no event for the test
             await asyncio.sleep(0.002)

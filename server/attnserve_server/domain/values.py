@@ -65,7 +65,7 @@ class PreparedSequence:
     """Bytes of tensor data that its answer will hold; with `min_weight` at most that."""
     keep_values: bool = False
     """Whether `SequenceResult.values` shall hold a copy of its values, for a comparison with the sequence alone."""
-    lone: bool = False
+    is_whole_request: bool = False
     """Whether it is all of its request: its answer is then encoded as soon as its run ends."""
     unpadded: bool = False
     """Whether padding could change its answer, because its masks break a need of the model's certificate. It then runs

@@ -133,7 +133,7 @@ def may_alias(batch: CollatedBatch, sequence: PreparedSequence) -> bool:
 
     True if the batch has one sequence, or if the response is serialized before the next run.
     """
-    return sequence.lone or batch.size == 1
+    return sequence.is_whole_request or batch.size == 1
 
 
 def owned(answer: AttentionAnswer, arrays: Iterable[Array]) -> AttentionAnswer:

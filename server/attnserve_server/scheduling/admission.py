@@ -1,4 +1,4 @@
-"""Admission: whether a request may join the queue now. Pure decisions; refusing costs nothing but this."""
+"""Admission: whether a request may join the queue now, and how fast the queue drains. Pure decisions on values."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from attnserve_server.scheduling.policy import SchedulingSettings
 _LEAST_RETRY_S: Final = 0.01
 _MOST_RETRY_S: Final = 30.0
 _UNKNOWN_RETRY_S: Final = 1.0
-"""When nothing has run yet, so that nothing is known about how fast the queue drains."""
+"""Retry delay before the first run, when the speed of the instances is unknown."""
+_MEMORY: Final = 0.95
+"""Weight that earlier runs keep after each run: about the last twenty count."""
+_SEED_TOKENS: Final = 64.0
+"""Weight of the warm-up's estimate, in tokens: a few real runs outweigh it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request asks for: sequences, their useful tokens, and bytes of their tensors and answers."""
+    """What a request needs: sequences, their useful tokens, and bytes of their tensors and answers."""
 
     sequences: int
     tokens: int
@@ -25,29 +29,60 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is ahead of it. `running_tokens` belong to runs under way, which are half done on average."""
+    """What is ahead of a request. `running_tokens` belong to runs under way, which are half done on average."""
 
     waiting: Demand
     running_tokens: int
     instances: int
     seconds_per_token: float | None
-    """What a useful token costs one instance; None as long as nothing has run."""
+    """Seconds of one instance for a useful token; None before the first run."""
 
     def wait_s(self, tokens: float) -> float:
-        """How long the instances take for so many useful tokens."""
+        """Return how long the instances take for so many useful tokens."""
         return tokens * (self.seconds_per_token or 0.0) / self.instances
 
     @property
     def tokens_ahead(self) -> float:
-        """Useful tokens that run before a newcomer does."""
+        """Useful tokens that run before a new request does."""
         return self.waiting.tokens + self.running_tokens / 2
 
 
-def refusal(demand: Demand, load: Load, remaining_s: float | None, settings: SchedulingSettings) -> Overloaded | None:
-    """Why a request may not join the queue now; None if it may.
+class Speed:
+    """Running estimates of how fast one instance is, from recent runs. Event loop only."""
 
-    An empty queue takes any request, however large: refusing that one would refuse it for ever. The retry delay is how
-    long the instances need until this request would fit, by what they did lately.
+    def __init__(self, seconds_per_token: float | None = None) -> None:
+        """Begin with the warm-up's estimate; None: unknown."""
+        self._tokens = 0.0 if seconds_per_token is None else _SEED_TOKENS
+        self._seconds = (seconds_per_token or 0.0) * self._tokens
+        self._took_s = self._predicted_s = 0.0
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Seconds per useful token, padding and overhead included; None while unknown."""
+        return self._seconds / self._tokens if self._tokens else None
+
+    @property
+    def pace(self) -> float:
+        """Seconds that runs take for each second that the cost model predicts; 0 while unknown.
+
+        The cost model counts an instance's own processor time. Other work on the same cores makes runs take longer.
+        """
+        return self._took_s / self._predicted_s if self._predicted_s else 0.0
+
+    def add(self, seconds: float, tokens: int, predicted_s: float = 0.0) -> None:
+        """Add one run. `predicted_s`: by the cost model; 0: there was none."""
+        self._seconds = self._seconds * _MEMORY + seconds
+        self._tokens = self._tokens * _MEMORY + tokens
+        if predicted_s:
+            self._took_s = self._took_s * _MEMORY + seconds
+            self._predicted_s = self._predicted_s * _MEMORY + predicted_s
+
+
+def refusal(demand: Demand, load: Load, remaining_s: float | None, settings: SchedulingSettings) -> Overloaded | None:
+    """Return why a request may not join the queue now; None if it may.
+
+    An empty queue takes any request, however large, because a refused one would be refused for ever. The retry delay is
+    how long the instances need, at their recent speed, until the request would fit.
 
     Args:
         demand: the request.
@@ -67,7 +102,7 @@ def refusal(demand: Demand, load: Load, remaining_s: float | None, settings: Sch
             return _full("queue_bytes", settings.max_queue_bytes, waiting.bytes + demand.bytes, share, load)
     if remaining_s is None:
         return None
-    # The request's own sequences spread over the instances; what is ahead of them does too.
+    # The request's own sequences are spread over the instances, as those ahead of them are.
     predicted_s = load.wait_s(load.tokens_ahead + demand.tokens) * settings.wait_headroom
     if predicted_s <= remaining_s or not load.tokens_ahead:
         return None
@@ -76,7 +111,7 @@ def refusal(demand: Demand, load: Load, remaining_s: float | None, settings: Sch
 
 
 def _full(cause: str, limit: float, value: float, share: float, load: Load) -> Overloaded:
-    """A refusal by a bound of the queue; it fits once `share` of what waits has gone."""
+    """Return the refusal of a request that fits once `share` of the queue has run."""
     if load.seconds_per_token is None:
         return Overloaded(cause, limit, value, _UNKNOWN_RETRY_S)
     return Overloaded(cause, limit, value, _clamp(load.wait_s(min(share, 1.0) * load.waiting.tokens)))

@@ -1,4 +1,4 @@
-"""The catalog: which models there are, in what state, and who runs them. Loading them is the application's work."""
+"""The catalog: the models by name and version, the state of each, and its scheduler. `app` loads and adds them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from attnserve_server.domain.values import PreparedSequence, Priority, SequenceR
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.observability.metrics import ModelMetrics
+from attnserve_server.scheduling.queue import Request
 
 
 class ModelState(StrEnum):
-    """What a model is doing."""
+    """Whether a model answers requests, and why not."""
 
     LOADING = "loading"
     READY = "ready"
@@ -24,32 +25,26 @@ class ModelState(StrEnum):
 
 
 class Submitter(Protocol):
-    """Something that runs sequences: a model's scheduler."""
+    """What the data plane needs of a model's scheduler."""
 
     def check_room(self, deadline: float | None) -> None:
-        """Raises what `submit` would raise now for the smallest of requests."""
+        """Raise what `submit` would raise now for the smallest request."""
         ...
 
     async def submit(
-        self,
-        sequences: Sequence[PreparedSequence],
-        *,
-        deadline: float | None,
-        priority: Priority,
-        received_bytes: int,
-        request_id: str,
+        self, request: Request, sequences: Sequence[PreparedSequence], priority: Priority
     ) -> list[SequenceResult]:
-        """The answers in the same order; raises the errors of the domain. Cancelling it withdraws the sequences."""
+        """Return the results in order; raise the request's error. Cancelling the task withdraws the sequences."""
         ...
 
 
 @dataclass(slots=True, eq=False)
 class ServedModel:
-    """One model and what runs it. Event loop only.
+    """One model and its scheduler. Event loop only.
 
-    `manifest`, under the server's batching policy, is None for a folder that is no bundle; `scheduler` is there once
+    `manifest`, under the server's batching policy, is None for a folder that is no bundle; `scheduler` is None until
     the model is ready. `max_request_size`: the most sequences of one request, which may be more than one run takes; 0:
-    as many as the manifest has it.
+    the manifest's `max_batch_size`.
     """
 
     name: str
@@ -62,15 +57,15 @@ class ServedModel:
     provider: str = ""
     state: ModelState = ModelState.LOADING
     state_reason: str = ""
-    """Why it failed or, where it is ready, why each sequence runs alone."""
+    """Why it failed or, in READY, why each sequence runs alone."""
 
     def move(self, state: ModelState, reason: str = "") -> None:
-        """Puts the model into a state, and says so in its metrics."""
+        """Enter a state, and set the model's metrics accordingly."""
         self.state, self.state_reason = state, reason
         self.metrics.state(state.value)
 
     def serving(self) -> tuple[Manifest, Submitter]:
-        """What answers requests now.
+        """Return the manifest and the scheduler of a model that is ready.
 
         Raises:
             NotServing: It is loading, draining or failed.
@@ -87,29 +82,29 @@ class Catalog:
         self._models: dict[str, dict[str, ServedModel]] = {}
 
     def add(self, model: ServedModel) -> None:
-        """Adds a model. Raises ValueError if its name and version are there already."""
+        """Add a model. Raises ValueError if the catalog has its name and version already."""
         versions = self._models.setdefault(model.name, {})
         if model.version in versions:
             raise ValueError(f"model {model.name}/{model.version} is in the catalog already")
         versions[model.version] = model
 
     def find(self, name: str, version: str = "") -> ServedModel:
-        """The model in whatever state; the highest version if none is named.
+        """Return a model in any state; without a version, the highest.
 
         Raises:
-            ModelNotFound: There is none.
+            ModelNotFound: The catalog has none of that name, or not this version.
         """
         versions = self._models.get(name, {})
-        found = versions.get(version) if version else max(versions.values(), key=_rank, default=None)
+        found = versions.get(version) if version else max(versions.values(), key=_version, default=None)
         if found is None:
             raise ModelNotFound(name, version)
         return found
 
     def get(self, name: str, version: str = "") -> ServedModel:
-        """The model, ready to answer.
+        """Return a model that is ready.
 
         Raises:
-            ModelNotFound: There is none.
+            ModelNotFound: The catalog has none of that name, or not this version.
             NotServing: It is loading, draining or failed.
         """
         model = self.find(name, version)
@@ -117,9 +112,9 @@ class Catalog:
         return model
 
     def all(self) -> list[ServedModel]:
-        """All models in order of name and version."""
-        return [model for name in sorted(self._models) for model in sorted(self._models[name].values(), key=_rank)]
+        """Return all models in order of name and version."""
+        return [model for name in sorted(self._models) for model in sorted(self._models[name].values(), key=_version)]
 
 
-def _rank(model: ServedModel) -> int:
+def _version(model: ServedModel) -> int:
     return int(model.version)

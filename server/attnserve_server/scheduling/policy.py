@@ -1,9 +1,9 @@
-"""The batching policy: which of the waiting sequences go into the next run. Pure: no state, no clock, no loop.
+"""The batching policy: which waiting sequences go into the next run. Pure: no state, no clock, no loop.
 
-The oldest always goes; mates are chosen so that as much as can be of the run's time is spent on their own positions,
-and as little as can be on padding and on launching the run. The cost model says what each is worth: on a CPU, where a
-run's overhead is worth some ten tokens, that makes small batches of near-equal lengths; where launches dominate, large
-ones.
+The oldest sequence always runs. Batch neighbours are chosen for the most useful work in each second of the run: padding
+and the run's overhead are what it spends in vain. The cost model gives the price of both. On a CPU, where a run's
+overhead costs about as much as ten tokens, batches come out small and of near-equal lengths; on devices where the
+overhead dominates, they come out large.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from attnserve_server.engine.cost import CostModel
 Floats = npt.NDArray[np.float64]
 
 PADDING_SHARE: Final = 0.5
-"""How much of a run's overhead may be spent on padding one mate. At 1 it would be as cheap to run the mate alone; but a
-mate that is left finds others, nearer in length, that share its overhead."""
+"""Most time that padding one neighbour may cost, as a share of a run's overhead. At 1, a run of its own would cost the
+same; but a sequence that is left in the queue meets others, nearer in length, that share its overhead."""
 AGE_SHARE: Final = 0.25
-"""How much of a run's overhead the oldest is worth more than a newcomer, though of no more than its own row takes:
-elsewhere age would choose everybody where launches dominate. The longer a mate has waited, the sooner it must go with
-whatever is there: a shorter tail of latency, for a few thousandths of processor time."""
+"""Value of age: a sequence that has waited as long as the oldest is worth this share of a run's overhead, or of its own
+row if that is less, more than a new one. It shortens the tail of latency for a few thousandths of processor time. The
+limit by its own row keeps age from outweighing length where the overhead dominates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +45,28 @@ class SchedulingSettings:
     max_queue_bytes: int = 512 * 2**20
     """Most bytes that waiting sequences and their answers need."""
     look_ahead: int = 128
-    """How many sequences are looked at as mates for the oldest: those nearest to it in length, of all that wait."""
+    """Most sequences considered as neighbours of the oldest: the nearest to it in length of all that wait."""
     run_overhead_tokens: float | None = None
-    """What one run costs before its first token, in tokens; None: as measured."""
+    """Cost of a run before its first token, in tokens; None: as measured."""
     wait_headroom: float = 1.25
-    """Refuse when the predicted wait times this exceeds what the deadline leaves: predictions err by a fifth or so, and
-    a refusal at once serves a caller better than an expiry after the wait."""
+    """Refuse a request if the predicted wait times this exceeds the time to its deadline: predictions err by about a
+    fifth, and an immediate refusal serves a caller better than an expiry after the wait."""
     high_head_start_s: float = 0.25
-    """HIGH counts as having come this much earlier."""
+    """Seconds by which the arrival of priority HIGH counts as earlier."""
     low_delay_s: float = 1.0
-    """LOW counts as having come this much later: it waits longer, and never for ever."""
+    """Seconds by which the arrival of priority LOW counts as later: it waits longer, but not for ever."""
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """One waiting sequence, as the policy sees it.
+class Candidate:
+    """One waiting sequence, as the policy needs it.
 
-    `lengths` are along the model's axes in their order. `rigid` are those along axes that do not pad: mates must agree.
-    `footprint` gives its bytes in a run: for each tuple of axis indices, bytes for each position of their product.
+    `lengths` are along the model's axes in their order. `rigid` are those along axes that do not pad: neighbours must
+    have the same. `footprint` gives its bytes in a run: for each tuple of axis indices, bytes for each position of the
+    product of those axes' lengths.
     """
 
-    rank_s: float
+    adjusted_arrival_s: float
     """Arrival on the monotonic clock, moved by priority: the least is the oldest."""
     lengths: tuple[int, ...]
     deadline_s: float | None = None
@@ -80,40 +81,42 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do now: run `indices` of the view, the oldest first (none if nothing waits), and give up `expired`.
+    """What to do now: run the candidates at `indices`, the oldest first, and drop those at `expired`.
 
-    These are past their deadlines, or so near to them that even a run of their own would end too late.
+    Expired are those past their deadlines, and those for which even a run of their own would end too late.
     """
 
     indices: tuple[int, ...]
     expired: tuple[int, ...] = ()
 
 
-def rank_s(arrived_s: float, priority: Priority, settings: SchedulingSettings) -> float:
-    """The arrival that a sequence counts as having, for its place in line."""
+def adjusted_arrival(arrived_s: float, priority: Priority, settings: SchedulingSettings) -> float:
+    """Return the arrival that decides a sequence's place in the queue."""
     if priority is Priority.HIGH:
         return arrived_s - settings.high_head_start_s
     return arrived_s + (settings.low_delay_s if priority is Priority.LOW else 0.0)
 
 
-def plan(view: Sequence[Waiting], now: float, settings: SchedulingSettings, cost: CostModel, pace: float = 0.0) -> Plan:
-    """The next run.
+def plan(
+    candidates: Sequence[Candidate], now: float, settings: SchedulingSettings, cost: CostModel, pace: float = 0.0
+) -> Plan:
+    """Plan the next run.
 
-    Since the oldest always goes, every sequence is the oldest after at most as many runs as there were sequences before
-    it: nothing starves. Nothing is run that would end after its caller has left, unless there is nothing else to do:
-    then it is tried, which is how an estimate that was too dark is corrected.
+    Since the oldest always runs, a sequence runs after at most as many runs as there were sequences before it: none
+    starves. Sequences whose run would end past their deadlines are dropped, unless nothing else waits: then one of them
+    runs, and its time corrects an estimate that was too high.
 
     Args:
-        view: the oldest that waits and those that may be its mates, in any order.
+        candidates: the oldest waiting sequence and those that may be its neighbours, in any order.
         now: monotonic seconds; deadlines at or before it have passed.
-        settings: the bounds. They never keep the oldest from going alone.
+        settings: the bounds. They never keep the oldest from running alone.
         cost: what a run costs.
-        pace: seconds on the clock for each second of `cost`; 0: not known, and deadlines count once they have passed.
+        pace: seconds on the clock for each second of `cost`; 0: unknown, and deadlines count once they have passed.
     """
     expired: list[int] = []
     late: list[int] = []
     in_time: list[int] = []
-    for at, one in enumerate(view):
+    for at, one in enumerate(candidates):
         if one.deadline_s is None:
             in_time.append(at)
         elif one.deadline_s <= now:
@@ -123,82 +126,87 @@ def plan(view: Sequence[Waiting], now: float, settings: SchedulingSettings, cost
         else:
             in_time.append(at)
     if not in_time:
-        return Plan(tuple(sorted(late, key=lambda at: view[at].rank_s)[:1]), tuple(expired))
-    given_up = (*expired, *late)
-    oldest = min(in_time, key=lambda at: view[at].rank_s)
-    mates = _mates(view, oldest, in_time, cost) if settings.max_batch_size > 1 else []
-    if not mates:
-        return Plan((oldest,), given_up)
-    line = [oldest, *mates]
-    chosen = _choose([view[at] for at in line], now, settings, cost, pace)
-    return Plan(tuple(line[at] for at in chosen), given_up)
+        return Plan(tuple(sorted(late, key=lambda at: candidates[at].adjusted_arrival_s)[:1]), tuple(expired))
+    dropped = (*expired, *late)
+    oldest = min(in_time, key=lambda at: candidates[at].adjusted_arrival_s)
+    neighbours = _neighbours(candidates, oldest, in_time, cost) if settings.max_batch_size > 1 else []
+    if not neighbours:
+        return Plan((oldest,), dropped)
+    line = [oldest, *neighbours]
+    chosen = _choose([candidates[at] for at in line], now, settings, cost, pace)
+    return Plan(tuple(line[at] for at in chosen), dropped)
 
 
-def _mates(view: Sequence[Waiting], oldest: int, among: Sequence[int], cost: CostModel) -> list[int]:
-    """Those that are near enough in length to share the oldest's run, the older first."""
-    first = view[oldest]
+def _neighbours(candidates: Sequence[Candidate], oldest: int, among: Sequence[int], cost: CostModel) -> list[int]:
+    """Return those that are near enough in length to share the oldest's run, oldest first."""
+    first = candidates[oldest]
     alone_s, most_padding_s = cost.row_s(first.tokens), PADDING_SHARE * cost.run_s
     least, most = cost.row_tokens(alone_s - most_padding_s), cost.row_tokens(alone_s + most_padding_s)
-    near = [at for at in among if least <= view[at].tokens <= most and at != oldest and view[at].rigid == first.rigid]
-    return sorted(near, key=lambda at: (view[at].rank_s, at))
+    near = [
+        at
+        for at in among
+        if least <= candidates[at].tokens <= most and at != oldest and candidates[at].rigid == first.rigid
+    ]
+    return sorted(near, key=lambda at: (candidates[at].adjusted_arrival_s, at))
 
 
 def _choose(
-    line: Sequence[Waiting], now: float, settings: SchedulingSettings, cost: CostModel, pace: float
+    line: Sequence[Candidate], now: float, settings: SchedulingSettings, cost: CostModel, pace: float
 ) -> list[int]:
-    """Which of the line go: the first, which is the oldest, and the mates that make the most of the run.
+    """Return which of the line run together: the first, which is the oldest, and the best neighbours.
 
-    A run is as long, along each axis, as the longer of the oldest and one mate, its stretcher; whoever is no longer may
-    join. For each stretcher the best company is found by taking in the worthiest first, as long as the run's worth over
-    its seconds rises: at a fixed price of a row, no other set of as many is worth more.
+    A run is padded, along each axis, to the longer of the oldest and one neighbour: each neighbour gives one candidate
+    shape. Any sequence no longer than the shape is eligible. For each shape, sequences are added by value, greatest
+    first, as long as the value per second of the run rises: each row costs the same, so no other set of as many
+    sequences has a greater value.
     """
     lengths = np.array([one.lengths for one in line], np.float64)  # (N, axes)
     alone_s = cost.rows_s(lengths.sum(axis=1))
-    # Left behind, each would have its part in launching another run: a small one where many wait to share it.
+    # A sequence that stays in the queue shares another run's overhead; its share is small where many wait.
     age_s = AGE_SHARE * np.minimum(cost.run_s, alone_s) * _ages(line, now)
-    worth = alone_s + cost.run_s / len(line) + age_s
-    order = np.concatenate(([0], 1 + np.argsort(-worth[1:], kind="stable")))  # the oldest, then the worthiest first
-    lengths, alone_s, worth = lengths[order], alone_s[order], worth[order]
-    shapes = _different(np.maximum(lengths, lengths[0]))  # a row for each run that one stretches; row 0: the oldest's
+    value = alone_s + cost.run_s / len(line) + age_s
+    order = np.concatenate(([0], 1 + np.argsort(-value[1:], kind="stable")))  # the oldest, then by value
+    lengths, alone_s, value = lengths[order], alone_s[order], value[order]
+    shapes = _distinct(np.maximum(lengths, lengths[0]))  # a row for each candidate shape; row 0: the oldest's lengths
     positions = shapes.sum(axis=1)
     row_s = cost.rows_s(positions)
-    # joins[j, k]: whether k may be in the run of shape j.
-    joins = (lengths[None, :, :] <= shapes[:, None, :]).all(axis=2)
+    # eligible[j, k]: whether sequence k may be in a run of shape j.
+    eligible = (lengths[None, :, :] <= shapes[:, None, :]).all(axis=2)
     padding_s = row_s[:, None] - alone_s[None, :]
-    joins &= padding_s <= PADDING_SHARE * cost.run_s
-    joins[:, 0] = True
+    eligible &= padding_s <= PADDING_SHARE * cost.run_s
+    eligible[:, 0] = True
     size = _bytes([line[int(at)] for at in order], shapes)
-    joins[:, 1:] &= (size[:, :1] + size[:, 1:]) <= settings.max_batch_bytes
-    hurried = pace > 0 and any(one.deadline_s is not None for one in line)
-    if hurried:
+    eligible[:, 1:] &= (size[:, :1] + size[:, 1:]) <= settings.max_batch_bytes
+    deadlines = pace > 0 and any(one.deadline_s is not None for one in line)
+    if deadlines:
         left_s = np.array([math.inf if one.deadline_s is None else one.deadline_s - now for one in line])[order]
-        joins[:, 1:] &= left_s[1:] >= pace * (cost.run_s + 2 * row_s[:, None])  # no time for any company
-    members = joins.cumsum(axis=1)  # after each prefix of the line
+        eligible[:, 1:] &= left_s[1:] >= pace * (cost.run_s + 2 * row_s[:, None])  # a batch has two rows or more
+    members = eligible.cumsum(axis=1)  # after each prefix of the line
     seconds = cost.run_s + members * row_s[:, None]
-    score = (joins * worth).cumsum(axis=1) / seconds
+    score = (eligible * value).cumsum(axis=1) / seconds
     fits = members <= np.minimum(settings.max_batch_size, settings.max_batch_tokens // positions)[:, None]
-    fits &= (joins * size).cumsum(axis=1) <= settings.max_batch_bytes
+    fits &= (eligible * size).cumsum(axis=1) <= settings.max_batch_bytes
     fits &= (padding_s[:, 0] <= PADDING_SHARE * cost.run_s)[:, None]
-    if hurried:
-        fits &= pace * seconds <= np.minimum.accumulate(np.where(joins, left_s, math.inf), axis=1)
+    if deadlines:
+        fits &= pace * seconds <= np.minimum.accumulate(np.where(eligible, left_s, math.inf), axis=1)
     fits[0, 0] = True
-    stretcher, last = np.unravel_index(np.argmax(np.where(fits, score, -1.0)), score.shape)
-    return [int(order[at]) for at in np.flatnonzero(joins[stretcher, : last + 1])]
+    shape, last = np.unravel_index(np.argmax(np.where(fits, score, -1.0)), score.shape)
+    return [int(order[at]) for at in np.flatnonzero(eligible[shape, : last + 1])]
 
 
-def _different(shapes: Floats) -> Floats:
-    """The rows without those that are there already, in the order in which they first come."""
+def _distinct(shapes: Floats) -> Floats:
+    """Return the distinct rows, in the order of their first appearance."""
     return np.array(list(dict.fromkeys(map(tuple, shapes.tolist()))))
 
 
-def _ages(line: Sequence[Waiting], now: float) -> Floats:
-    """How long each has waited, as a share of how long the first has."""
-    waited_s = now - np.array([one.rank_s for one in line])
+def _ages(line: Sequence[Candidate], now: float) -> Floats:
+    """Return how long each has waited, as a share of how long the first has."""
+    waited_s = now - np.array([one.adjusted_arrival_s for one in line])
     return np.clip(waited_s / waited_s[0], 0.0, 1.0) if waited_s[0] > 0 else np.zeros(len(line))
 
 
-def _bytes(line: Sequence[Waiting], shapes: Floats) -> Floats:
-    """(shapes, line): bytes of tensors that each sequence brings into a run of each shape."""
+def _bytes(line: Sequence[Candidate], shapes: Floats) -> Floats:
+    """Return the bytes of tensors, (shapes, line), that each sequence needs in a run of each shape."""
     size = np.zeros((len(shapes), len(line)))
     for axes in dict.fromkeys(axes for one in line for axes in one.footprint):
         each = np.array([one.footprint.get(axes, 0) for one in line], np.float64)

@@ -1,109 +1,262 @@
-"""The queue: sequences waiting for a run, in the order in which they count as having come. Event loop only."""
+"""Requests, the states that they pass through, and the queue in which their sequences wait. Event loop only.
+
+RECEIVED -> ADMITTED -> RUNNING -> ANSWERED
+   |            |          |
+   +------------+----------+-----> FAILED        (RECEIVED -> ANSWERED: a request that was only validated)
+"""
 
 from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from types import TracebackType
+from typing import Final
 
+from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.values import PreparedSequence, SequenceResult
 from attnserve_server.engine.session import RunHandle
 from attnserve_server.scheduling.admission import Demand
-from attnserve_server.scheduling.policy import Waiting
+from attnserve_server.scheduling.policy import Candidate
+
+_TOLERANCE_S: Final = 1e-6
+"""A loop timer may fire a clock tick early; a deadline that is nearer than this counts as reached."""
 
 
-@dataclass(slots=True, eq=False)
+class State(IntEnum):
+    """Where a request is, or one of its sequences."""
+
+    RECEIVED = 0
+    """Parsed and named; it is being validated, or waits for its share of a stream's allowance."""
+    ADMITTED = 1
+    """Waits in the queue."""
+    RUNNING = 2
+    """Of a sequence: in a run. Of a request: one of its sequences has started."""
+    ANSWERED = 3
+    """Has its results."""
+    FAILED = 4
+    """Ended by an error, an expired deadline or a cancellation."""
+
+
+_NEXT: Final = (
+    (State.ADMITTED, State.ANSWERED, State.FAILED),
+    (State.RUNNING, State.FAILED),
+    (State.ANSWERED, State.FAILED),
+    (),
+    (),
+)
+"""By state: the states that may follow it."""
+
+
+def _moved(old: State, new: State) -> State:
+    """Return `new`; the only place where a state changes."""
+    assert new in _NEXT[old], f"{old.name} cannot become {new.name}"
+    return new
+
+
 class Request:
-    """One submitted request: its sequences succeed together, or the first error is raised. Event loop only."""
+    """One request, from its arrival to its end. Its sequences succeed together, or the first error fails all.
 
-    future: asyncio.Future[list[SequenceResult]]
-    arrived_s: float
-    deadline_s: float | None
-    size: int
-    """How many sequences it has."""
-    request_id: str = ""
-    """Its name, for the log."""
-    entries: list[Entry] = field(default_factory=list)
-    """Its sequences; emptied at its end, so that nothing is kept alive by a circle of references."""
-    results: dict[int, SequenceResult] = field(default_factory=dict)
+    As a context manager it fails with the exception that leaves the block, if it has not ended.
+    """
+
+    __slots__ = ("_results", "_waiter", "arrived_s", "deadline_s", "entries", "received_bytes", "request_id", "state")
+
+    def __init__(self, request_id: str = "", deadline_s: float | None = None, received_bytes: int = 0) -> None:
+        """Begin in RECEIVED.
+
+        Args:
+            request_id: the request's name, for logs.
+            deadline_s: monotonic seconds; None: it never expires.
+            received_bytes: of its message. They count as long as it waits, because its tensors keep them in memory.
+        """
+        self.request_id = request_id
+        self.deadline_s = deadline_s
+        self.received_bytes = received_bytes
+        self.state = State.RECEIVED
+        self.arrived_s = 0.0
+        """When it was admitted, in monotonic seconds."""
+        self.entries: list[Entry] = []
+        self._results: dict[int, SequenceResult] = {}
+        self._waiter: asyncio.Future[list[SequenceResult]] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is answered or failed.
+
+        A cancelled waiter counts at once: the task that awaits the results comes to withdraw the request one turn of
+        the loop later.
+        """
+        return self.state >= State.ANSWERED or (self._waiter is not None and self._waiter.done())
+
+    def admit(self, now: float) -> None:
+        """Enter ADMITTED; the results can be awaited from now on."""
+        self.state = _moved(self.state, State.ADMITTED)
+        self.arrived_s = now
+        self._waiter = asyncio.get_running_loop().create_future()
+
+    async def results(self) -> list[SequenceResult]:
+        """Wait for the results, in the order of the sequences; raise the error that the request fails with."""
+        assert self._waiter is not None
+        return await self._waiter
+
+    def add_result(self, index: int, result: SequenceResult) -> None:
+        """Keep the result of one sequence; the last one answers the request."""
+        self._results[index] = result
+        if len(self._results) == len(self.entries):
+            self.answer()
+
+    def answer(self) -> None:
+        """Enter ANSWERED with the results of all sequences."""
+        self.state = _moved(self.state, State.ANSWERED)
+        if self._waiter is not None:
+            self._waiter.set_result([self._results[index] for index in range(len(self._results))])
+
+    def fail(self, error: BaseException) -> bool:
+        """Enter FAILED and raise `error` where the results are awaited; return False if it has ended already."""
+        if self.state >= State.ANSWERED:
+            return False
+        self.state = _moved(self.state, State.FAILED)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)
+        return True
+
+    def add_done_callback(self, callback: Callable[[object], None]) -> None:
+        """Call `callback` once the request has ended, after the task that awaits the results was woken."""
+        assert self._waiter is not None
+        self._waiter.add_done_callback(callback)
+
+    def release(self) -> None:
+        """Drop sequences and results, so that neither a circle of references nor an error's traceback keeps them."""
+        self.entries.clear()
+        self._results = {}
+        self._waiter = None
+
+    def __enter__(self) -> Request:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            self.fail(error)
 
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One run under way. `present` counts members whose callers still wait for it. Event loop only."""
+    """One run under way."""
 
     handle: RunHandle
-    entries: Sequence[Entry]
     present: int
+    """Sequences whose requests have not ended."""
     tokens: int
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One sequence on its way: `waiting` while in the queue, with a `run` while it runs. Event loop only."""
+    """One sequence of an admitted request, in the queue or in a run."""
 
     request: Request
     index: int
-    """Its place in the request."""
+    """Its position in the request."""
     number: int
-    """Its place in the order of all arrivals: settles ties."""
+    """Its position in the order of all arrivals, which settles ties."""
     sequence: PreparedSequence
-    view: Waiting
+    candidate: Candidate
+    """What the policy knows of it."""
     bytes: int
-    waiting: bool = False
+    state: State = State.ADMITTED
     run: Run | None = None
+
+    def start(self, run: Run) -> None:
+        """Enter RUNNING; so does the request, with its first sequence."""
+        self.state = _moved(self.state, State.RUNNING)
+        self.run = run
+        if self.request.state is State.ADMITTED:
+            self.request.state = _moved(State.ADMITTED, State.RUNNING)
+
+    def answer(self, result: SequenceResult) -> None:
+        """Enter ANSWERED; so does the request, with its last sequence."""
+        self.state = _moved(self.state, State.ANSWERED)
+        self.run = None
+        self.request.add_result(self.index, result)
+
+    def fail(self) -> None:
+        """Enter FAILED."""
+        self.state = _moved(self.state, State.FAILED)
+        self.run = None
 
 
 class Queue:
-    """Waiting sequences with running totals, in line and by length. Event loop only; admission keeps it bounded."""
+    """Waiting sequences with running totals, in order of arrival and by length. Admission keeps it bounded."""
 
     def __init__(self) -> None:
-        self._line: list[Entry] = []  # oldest first
-        self._by_length: list[Entry] = []  # shortest first, and apart where axes do not pad
+        self._by_arrival: list[Entry] = []  # oldest first
+        self._by_length: list[Entry] = []  # shortest first, grouped by lengths along axes that do not pad
         self._tokens = 0
         self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._line)
+        return len(self._by_arrival)
 
     @property
     def totals(self) -> Demand:
-        """Everything that waits, together."""
-        return Demand(len(self._line), self._tokens, self._bytes)
+        """The sum of all waiting sequences."""
+        return Demand(len(self._by_arrival), self._tokens, self._bytes)
 
     def push(self, entry: Entry) -> None:
-        """Puts a sequence in its place."""
-        insort(self._line, entry, key=_place_in_line)
-        insort(self._by_length, entry, key=_place_by_length)
-        entry.waiting = True
+        """Insert a sequence."""
+        insort(self._by_arrival, entry, key=_arrival_key)
+        insort(self._by_length, entry, key=_length_key)
         self._tokens += entry.sequence.tokens
         self._bytes += entry.bytes
 
     def remove(self, entry: Entry) -> None:
-        """Takes out a sequence that waits."""
-        for entries, place in ((self._line, _place_in_line), (self._by_length, _place_by_length)):
-            at = bisect_left(entries, place(entry), key=place)
+        """Remove a sequence that is in the queue."""
+        for entries, key in ((self._by_arrival, _arrival_key), (self._by_length, _length_key)):
+            at = bisect_left(entries, key(entry), key=key)
             assert entries[at] is entry
             del entries[at]
-        entry.waiting = False
         self._tokens -= entry.sequence.tokens
         self._bytes -= entry.bytes
 
-    def view(self, count: int) -> list[Entry]:
-        """The oldest, first, and of all others the `count` nearest to it in length, half of them on either side.
-
-        The more there is to choose from, the nearer in length they are.
-        """
-        oldest = self._line[0]
-        at = bisect_left(self._by_length, _place_by_length(oldest), key=_place_by_length)
+    def candidates(self, count: int) -> list[Entry]:
+        """Return the oldest sequence, and of all others the `count` nearest to it in length, half on either side."""
+        oldest = self._by_arrival[0]
+        at = bisect_left(self._by_length, _length_key(oldest), key=_length_key)
         half = (count + 1) // 2
         return [oldest, *self._by_length[max(0, at - half) : at], *self._by_length[at + 1 : at + 1 + half]]
 
 
-def _place_in_line(entry: Entry) -> tuple[float, int]:
-    return entry.view.rank_s, entry.number
+def _arrival_key(entry: Entry) -> tuple[float, int]:
+    return entry.candidate.adjusted_arrival_s, entry.number
 
 
-def _place_by_length(entry: Entry) -> tuple[tuple[int, ...], int, int]:
-    return entry.view.rigid, entry.view.tokens, entry.number
+def _length_key(entry: Entry) -> tuple[tuple[int, ...], int, int]:
+    return entry.candidate.rigid, entry.candidate.tokens, entry.number
+
+
+class DeadlineTimer:
+    """Calls back once when the injected clock reaches a deadline, and not before, even if the loop's clock is ahead."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, clock: Clock, deadline_s: float, callback: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._clock = clock
+        self._deadline_s = deadline_s
+        self._callback = callback
+        self._arm()
+
+    def cancel(self) -> None:
+        """Call back no more."""
+        self._timer.cancel()
+
+    def _arm(self) -> None:
+        self._timer = self._loop.call_later(self._deadline_s - self._clock.now(), self._fire)
+
+    def _fire(self) -> None:
+        if self._deadline_s - self._clock.now() > _TOLERANCE_S:
+            self._arm()
+        else:
+            self._callback()

@@ -1,6 +1,11 @@
-"""The verifier: keeps samples of what batches answered, repeats each alone on an idle instance, and counts differences.
+"""The shadow check: repeat a share of batched sequences alone, compare with what was served, and count differences.
 
-The scheduler lends it instances that have nothing to do; when it may use them, `shadow` decides.
+The scheduler lends its idle instances. Served work always goes first:
+
+- A repeat starts only while the queue is empty, and only if another instance stays free, so that a new request starts
+  at once. A model of one instance repeats on that one.
+- A repeat is stopped at its next node when work waits and no instance is free.
+- One repeat runs at a time, of a bounded number of samples; a sample without room is dropped.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError, RequestCancelled
@@ -23,10 +28,30 @@ from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.equality import Difference
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
+from attnserve_server.scheduling.policy import Candidate
 from attnserve_server.scheduling.queue import Entry
-from attnserve_server.scheduling.shadow import ShadowSettings, Throttle, has_room, may_start, must_stop, size_of
 
 _log = logging.getLogger(__name__)
+
+Action = Literal["count", "isolate"]
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowSettings:
+    """How many sequences are repeated, the bounds of what is kept for that, and what a difference causes."""
+
+    share: float
+    """Of the sequences that run in a batch, from 0 to 1."""
+    action: Action = "count"
+    max_samples: int = 4
+    """Most sequences kept, from the draw until the end of their repeat."""
+    max_bytes: int = 64 * 2**20
+    """Most bytes of tensors that they and their answers take together: over 400 tokens with every map of MiniLM."""
+    rest_s: float = 0.005
+    """Seconds for which an instance must be idle before a repeat: answers are sent first, and a caller that sends its
+    next request at once finds the instance free."""
+    warn_every_s: float = 10.0
+    """Least seconds between two warnings; each reports how many differences were not logged."""
 
 
 class Repeater(Protocol):
@@ -49,16 +74,16 @@ class Sample:
     """One drawn sequence. Event loop only."""
 
     at: int
-    """Its place in the batch."""
+    """Its position in the batch."""
     sequence: PreparedSequence
-    """For the repeat: with inputs of its own, since those that were received keep their whole message in memory."""
+    """For the repeat: with copies of its inputs, because the received ones keep their whole message in memory."""
     request_id: str
     bytes: int
     answered: bool = False
     """Whether its request has ended."""
     served: Mapping[str, Array] = field(default_factory=dict)
     run: RunFacts | None = None
-    """The run that served it; None until it has ended."""
+    """The run that served it; None until that has ended."""
 
 
 class Verifier:
@@ -74,7 +99,17 @@ class Verifier:
         draw: Callable[[], float] = random.random,
         on_isolated: Callable[[], None] | None = None,
     ) -> None:
-        """`draw` gives random numbers from 0 up to, and without, 1; `on_isolated` is called once, if ever."""
+        """Store the parts.
+
+        Args:
+            repeater: repeats sequences alone.
+            manifest: of the model.
+            settings: the bounds.
+            clock: for the interval between warnings.
+            metrics: of the model.
+            draw: returns random numbers in [0, 1).
+            on_isolated: called once, when a difference turns batching off.
+        """
         self._repeater = repeater
         self._manifest = manifest
         self._settings = settings
@@ -94,23 +129,23 @@ class Verifier:
         self._closed = False
 
     def attach(self, wake: asyncio.Event, load: Callable[[], tuple[int, int]], isolate: Callable[[], None]) -> None:
-        """Work for one scheduler.
+        """Connect to one scheduler.
 
         Args:
-            wake: what its idle instances wait for.
-            load: gives how many sequences wait, and how many instances run served work.
-            isolate: has it run each sequence alone from now on.
+            wake: set when its idle instances have work.
+            load: returns the number of waiting sequences, and of instances that run served work.
+            isolate: makes the scheduler run each sequence alone from now on.
         """
         self._wake, self._load, self._isolate = wake, load, isolate
 
-    def drawn(self, entries: Sequence[Entry], sequences: list[PreparedSequence]) -> list[Sample]:
-        """Draw from a batch that is about to run. Hand each sample to `take` when the run has ended.
+    def draw_samples(self, entries: Sequence[Entry], sequences: list[PreparedSequence]) -> list[Sample]:
+        """Draw samples from a batch that is about to run; pass them to `take` when the run has ended.
 
-        A sequence that runs alone is never drawn: it has neither neighbours nor padding.
+        A batch of one sequence gives no sample: it has neither neighbours nor padding.
 
         Args:
             entries: the batch.
-            sequences: theirs, in the same order; of those drawn, the values are asked for in place.
+            sequences: theirs, in the same order. Those drawn are replaced by copies with `keep_values`.
         """
         if self._closed or len(entries) < 2:
             return []
@@ -121,25 +156,25 @@ class Verifier:
         return samples
 
     def _keep(self, at: int, entry: Entry) -> Sample | None:
-        size = size_of(entry.view)
+        size = size_of(entry.candidate)
         if not has_room(self._samples, self._bytes, size, self._settings):
             self._metrics.checked("dropped").inc()
             return None
         tensors = {name: tensor.copy() for name, tensor in entry.sequence.tensors.items()}
-        alone = replace(entry.sequence, tensors=tensors, units={}, lone=False)
+        alone = replace(entry.sequence, tensors=tensors, units={}, is_whole_request=False)
         sample = Sample(at, alone, entry.request.request_id, size)
         self._samples += 1
         self._bytes += size
-        entry.request.future.add_done_callback(partial(self._answered, sample))
+        entry.request.add_done_callback(partial(self._answered, sample))
         return sample
 
-    def _answered(self, sample: Sample, _: asyncio.Future[object]) -> None:
-        # The request's own task was called back first, as it has waited for longer: its answer is on its way.
+    def _answered(self, sample: Sample, _: object) -> None:
+        # The task that awaits the request was woken first, so that its answer is sent before the repeat.
         sample.answered = True
         self._wake.set()
 
     def take(self, samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> None:
-        """Take what a run gave. A sample without an answer from a batch has nothing to compare, and is forgotten."""
+        """Take the results of a run. A sample without a result from a batch has nothing to compare, and is dropped."""
         for sample in samples:
             outcome = outcomes[sample.at]
             if isinstance(outcome, AttnserveError) or outcome.values is None or outcome.run.batch_size < 2:
@@ -154,8 +189,8 @@ class Verifier:
         self._samples -= 1
         self._bytes -= sample.bytes
 
-    async def rest(self, instance: int) -> None:
-        """Wait for work on behalf of an instance that has none; after a while without any, repeat a sample."""
+    async def idle(self, instance: int) -> None:
+        """Wait for work in place of an instance without any; after `rest_s` of waiting, repeat a sample."""
         self._wake.clear()
         if not self._may_repeat():
             await self._wake.wait()
@@ -168,7 +203,7 @@ class Verifier:
                 await self._repeat(instance)
 
     def _may_repeat(self) -> bool:
-        """Whether there is a sample to repeat, no repeat under way, and room for one."""
+        """Return whether a sample is ready, no repeat is under way, and an instance may run one."""
         if self._handle is not None or not any(sample.answered for sample in self._waiting):
             return False
         waiting, busy = self._load()
@@ -216,7 +251,7 @@ class Verifier:
         )
 
     def _act(self) -> None:
-        """Do what the settings say follows from a difference."""
+        """Turn batching off after a difference, if the settings say so."""
         if self._settings.action != "isolate" or self._isolated:
             return
         self._isolated = True
@@ -229,8 +264,8 @@ class Verifier:
         if self._on_isolated is not None:
             self._on_isolated()
 
-    def make_way(self) -> None:
-        """Stop the repeat under way if sequences wait that no free instance takes. Its sample is dropped."""
+    def preempt(self) -> None:
+        """Stop the repeat under way if sequences wait and no instance is free. Its sample is dropped."""
         if self._handle is None:
             return
         waiting, busy = self._load()
@@ -248,3 +283,48 @@ class Verifier:
         while self._waiting:
             self._release(self._waiting.popleft())
             self._metrics.checked("dropped").inc()
+
+
+class Throttle:
+    """Lets one event pass in `every_s` seconds, and counts the others. Event loop only."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._next_s = -math.inf
+        self._held_back = 0
+
+    def passes(self, now: float) -> int | None:
+        """Return how many events were held back since the last one that passed; None if this one is held back too."""
+        if now < self._next_s:
+            self._held_back += 1
+            return None
+        held_back, self._held_back = self._held_back, 0
+        self._next_s = now + self._every_s
+        return held_back
+
+
+def has_room(samples: int, kept_bytes: int, size: int, settings: ShadowSettings) -> bool:
+    """Return whether a sample of `size` bytes may be kept beside `samples` others of `kept_bytes` in all."""
+    return samples < settings.max_samples and kept_bytes + size <= settings.max_bytes
+
+
+def may_start(waiting: int, free: int, instances: int) -> bool:
+    """Return whether an idle instance may repeat a sample.
+
+    Args:
+        waiting: sequences in the queue.
+        free: instances that run nothing, the idle one included.
+        instances: how many there are.
+    """
+    return waiting == 0 and free >= min(2, instances)
+
+
+def must_stop(waiting: int, free: int) -> bool:
+    """Return whether the repeat under way must stop: sequences wait, and no instance is free for them."""
+    return waiting > 0 and free == 0
+
+
+def size_of(candidate: Candidate) -> int:
+    """Return the bytes of one sequence alone: inputs, outputs and selected maps, with the copies that its run needs."""
+    lengths = candidate.lengths
+    return sum(math.prod(lengths[at] for at in axes) * size for axes, size in candidate.footprint.items())

@@ -1,9 +1,10 @@
-"""The boundary of every RPC: bytes in and out, failures to statuses, and the counters that dashboards know."""
+"""The boundary of every RPC: where failures become statuses, log lines and counters, each exactly once."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 from uuid import uuid4
@@ -13,19 +14,28 @@ from google.protobuf import message
 from google.rpc import status_pb2
 
 from attnserve_server.domain.clock import Clock
-from attnserve_server.domain.errors import DeadlineExpired, RequestCancelled
+from attnserve_server.domain.errors import (
+    AttnserveError,
+    DeadlineExpired,
+    InternalFault,
+    NotServing,
+    Overloaded,
+    RequestCancelled,
+)
+from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import RPC_HANDLED, RPC_SECONDS, RPC_STARTED, Metrics
-from attnserve_server.transport.dataplane import DEADLINE_SLACK_S, log_failure
-from attnserve_server.transport.status import code_of, status_of, trailers_of
-from attnserve_server.transport.wire import parse
+from attnserve_server.transport.status import code_of, is_fault, name_of_code, plain, status_of, trailers_of
+from attnserve_server.transport.wire import receive
+
+_log = logger(__name__)
 
 M = TypeVar("M", bound=message.Message)
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 FOREVER_S: Final = 10 * 365 * 24 * 3600.0
-"""A caller without a deadline shows as one of many years."""
-QUIET: Final = (RequestCancelled, DeadlineExpired)
-"""Errors that are a caller's own choice: counted, and not logged."""
+"""gRPC reports a call without a deadline as one of many years."""
+UNLOGGED: Final = (RequestCancelled, DeadlineExpired)
+"""Errors that the caller chose: they are counted, and not logged."""
 
 
 class Failure(Exception):
@@ -37,7 +47,7 @@ class Failure(Exception):
 
 
 class RpcMetrics:
-    """Counts RPCs under the names that go-grpc-prometheus gave them, for methods that exist only."""
+    """Counts RPCs under the metric names of go-grpc-prometheus, for existing methods only."""
 
     def __init__(self, metrics: Metrics, clock: Clock) -> None:
         self._metrics = metrics
@@ -46,13 +56,13 @@ class RpcMetrics:
     def measured(
         self, kind: str, service: str, method: str, call: Callable[[Any, Context], Awaitable[Any]]
     ) -> Callable[[Any, Context], Awaitable[Any]]:
-        """`call`, counted. What it raises is turned into a status, told and logged here, once.
+        """Return `call` with counters; what it raises is logged, and ends the RPC with a status.
 
         Args:
             kind: `unary`, `server_stream` or `bidi_stream`.
-            service: The service's full name.
-            method: The method's name.
-            call: The handler; it raises errors of the domain, or `Failure` once the request has a name.
+            service: the service's full name.
+            method: the method's name.
+            call: the handler; it raises errors of the domain, or `Failure` once the request has a name.
         """
         labels = (kind, service, method)
         started = self._metrics.counter(RPC_STARTED).labels(*labels)
@@ -68,10 +78,8 @@ class RpcMetrics:
                 answer = await call(request, context)
                 code = "OK"
                 return answer  # noqa: TRY300 - the branches below end otherwise
-            except asyncio.CancelledError:
-                # gRPC cancels the handler both when the caller leaves and when its deadline passes.
-                left = remaining_s(context)
-                code = "DEADLINE_EXCEEDED" if left is not None and left <= DEADLINE_SLACK_S else "CANCELLED"
+            except asyncio.CancelledError as error:
+                code = name_of_code(error, remaining_s(context))
                 raise
             except grpc.aio.AbortError:
                 code = _aborted_with(context)
@@ -79,7 +87,7 @@ class RpcMetrics:
             except Exception as error:  # noqa: BLE001 - the boundary of an RPC
                 status = _status_of(error, method)
                 code = code_of(status).name
-                # Where the call has ended on the caller's side there is nobody to tell any more: no fault of anyone.
+                # A call that has ended on the caller's side cannot be aborted, and needs no answer.
                 with contextlib.suppress(grpc.aio.InternalError):
                     await context.abort(code_of(status), status.message, trailers_of(status))
             finally:
@@ -90,45 +98,58 @@ class RpcMetrics:
 
 
 def remaining_s(context: Context) -> float | None:
-    """Seconds that the caller still waits; None if it set no deadline."""
-    # Its declared type leaves out the None that it gives on some versions.
+    """Return the seconds to the call's deadline; None if it has none."""
+    # The declared type omits None, which some versions return.
     remaining: float | None = context.time_remaining()
     return None if remaining is None or remaining > FOREVER_S else max(0.0, remaining)
 
 
 async def send(context: Context, data: bytes) -> bool:
-    """Writes one message to a stream; whether the caller was still there to get it."""
+    """Write one message to a stream; return False if the call has ended on the caller's side."""
     try:
         await context.write(data)
     except grpc.aio.InternalError:
-        # The call has ended on the caller's side, and gRPC is about to cancel the handler: no fault of anyone here.
-        return False
+        return False  # gRPC is about to cancel the handler
     return True
 
 
-def parsed(
-    kind: type[M], call: Callable[[M, Context], Awaitable[message.Message | bytes]]
-) -> Callable[[bytes, Context], Any]:
-    """A handler on bytes: bytes that are no message are INVALID_ARGUMENT here, where gRPC would answer UNKNOWN.
-
-    `call` answers with a message, or with one that is serialised already.
-    """
+def parsed(kind: type[M], call: Callable[[M, Context], Awaitable[message.Message]]) -> Callable[[bytes, Context], Any]:
+    """Return a handler on bytes, which answers malformed ones with INVALID_ARGUMENT; gRPC would answer UNKNOWN."""
 
     async def on_bytes(data: bytes, context: Context) -> bytes:
-        answer = await call(parse(kind, data), context)
-        return answer if isinstance(answer, bytes) else answer.SerializeToString()
+        answer = await call(receive(kind, data).message, context)
+        return answer.SerializeToString()
 
     return on_bytes
 
 
+def log_failure(error: BaseException, request_id: str, method: str) -> None:
+    """Log a failed request: at info, or with its traceback if it is an internal error. Call it once a request.
+
+    Overload and draining are logged at debug: metrics count them, and they come by the hundred a second when the server
+    has the least time to write log lines.
+    """
+    quiet = isinstance(error, Overloaded | NotServing)
+    if quiet and not logging.getLogger().isEnabledFor(logging.DEBUG):
+        return
+    if is_fault(error):
+        # An InternalFault was logged with its traceback where it happened.
+        trace = None if isinstance(error, InternalFault) else error
+        _log.error("request failed", request_id=plain(request_id), method=method, exc_info=trace)
+        return
+    reason = error.reason if isinstance(error, AttnserveError) else type(error).__name__
+    level = _log.debug if quiet else _log.info
+    level("request refused", request_id=plain(request_id), method=method, reason=reason, error=plain(str(error), 512))
+
+
 def _status_of(error: Exception, method: str) -> status_pb2.Status:
     request_id, cause = (error.request_id, error.error) if isinstance(error, Failure) else (uuid4().hex, error)
-    if not isinstance(cause, QUIET):
+    if not isinstance(cause, UNLOGGED):
         log_failure(cause, request_id, method)
     return status_of(cause, request_id)
 
 
 def _aborted_with(context: Context) -> str:
-    # gRPC keeps the code as a number once it was aborted with, whatever its declared type says.
+    # After an abort, gRPC holds the code as a number, whatever its declared type is.
     number: Any = context.code()
     return next(code.name for code in grpc.StatusCode if number in (code, code.value[0]))

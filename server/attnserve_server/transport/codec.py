@@ -29,7 +29,7 @@ from attnserve_server.domain.values import (
     SequenceResult,
 )
 from attnserve_server.model.manifest import NUMPY_DTYPES, SiteSpec
-from attnserve_server.transport.splice import Splice
+from attnserve_server.transport.wire import Splice
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from attnserve_server.transport.boundary import Context, RpcMetrics, parsed, send
-from attnserve_server.transport.wire import parse
+from attnserve_server.transport.wire import receive
 
 SERVICE: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 OVERALL: Final = ""
@@ -66,7 +66,7 @@ class Health:
 
     async def watch(self, data: bytes, context: Context) -> None:
         """The state of one service now and at each change."""
-        request = parse(health_pb2.HealthCheckRequest, data)
+        request = receive(health_pb2.HealthCheckRequest, data).message
         told = None
         while not self._closed:
             changed = self._changed

@@ -1,15 +1,17 @@
-"""What one model accepts, and what every way to its inputs shares: checks of values, and inputs that are filled in."""
+"""What one model accepts, laid out for checking requests against, and the checks of values. Reads no message.
+
+The checks return a description of what is invalid, or an empty string; `inputs` adds the field and reports it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from attnserve_server.domain.errors import Violations
-from attnserve_server.domain.values import Array, AxisUnits
+from attnserve_server.domain.values import Array
 from attnserve_server.model.certificate import MaskNeed
 from attnserve_server.model.manifest import NUMPY_DTYPES, AxisSpec, InputRole, InputSpec, Manifest, OutputSpec
 from attnserve_server.model.tokenizer import TextTokenizer
@@ -24,21 +26,21 @@ class OutputSize:
 
     @classmethod
     def of(cls, spec: OutputSpec, manifest: Manifest) -> OutputSize:
-        """The size of one output. An axis that no input tells the length of counts with its greatest."""
+        """Lay out one output. An axis whose length no input determines counts with its greatest length."""
         given = {extent for input_ in manifest.inputs for extent in input_.shape}
-        told = given | {axis.symbol for axis in manifest.axes if axis.fixed}
-        told |= {axis.symbol for axis in manifest.axes if axis.derived is not None and axis.derived.source in told}
+        known = given | {axis.symbol for axis in manifest.axes if axis.fixed}
+        known |= {axis.symbol for axis in manifest.axes if axis.derived is not None and axis.derived.source in known}
         fixed = NUMPY_DTYPES[spec.dtype].itemsize
         axes: list[str] = []
         for extent in spec.shape:
-            if isinstance(extent, str) and extent in told:
+            if isinstance(extent, str) and extent in known:
                 axes.append(extent)
             else:
                 fixed *= manifest.axis(extent).max_length if isinstance(extent, str) else extent
         return cls(fixed, tuple(axes))
 
     def bytes(self, lengths: Mapping[str, int]) -> int:
-        """Bytes at these lengths, those of derived axes among them."""
+        """Return the bytes at these lengths, which include those of derived axes."""
         size = self.fixed_bytes
         for axis in self.axes:
             size *= lengths[axis]
@@ -47,10 +49,10 @@ class OutputSize:
 
 @dataclass(frozen=True, slots=True)
 class MaskCheck:
-    """One need of the certificate, laid out for a look at every sequence.
+    """One need of the certificate, laid out for checking every sequence.
 
-    `filled`: what the server fills the input with, and `filled_meets`: whether that meets the need. Most masks are the
-    server's own, so that one comparison of identities is all that they cost.
+    `filled`: the array that the server fills the input with, and `filled_meets`: whether it meets the need. Most masks
+    are filled in, so that one comparison of identities replaces the check of values.
     """
 
     need: MaskNeed
@@ -60,11 +62,11 @@ class MaskCheck:
 
     @classmethod
     def of(cls, need: MaskNeed, spec: InputSpec, filled: Array | None) -> MaskCheck:
-        """The check of one need."""
+        """Lay out one need."""
         return cls(need, spec.padding, filled, filled is not None and need.met_by(filled, spec.padding))
 
     def passes(self, tensor: Array) -> bool:
-        """Whether one sequence's input meets the need."""
+        """Return whether one sequence's input meets the need."""
         if self.filled is not None and tensor.base is self.filled:
             return self.filled_meets
         return self.need.met_by(tensor, self.padding)
@@ -72,7 +74,7 @@ class MaskCheck:
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """What one model accepts, laid out once for checking every request against."""
+    """What one model accepts, laid out once for all requests."""
 
     manifest: Manifest
     tokenizer: TextTokenizer | None
@@ -80,16 +82,16 @@ class Intake:
     max_lengths: Mapping[str, int]
     outputs: tuple[str, ...]
     limits: Mapping[str, int | None]
-    """By input: the least number that is too large; None where any will do."""
+    """By input: the least integer that is too large; None where any will do."""
     output_sizes: Mapping[str, OutputSize]
     constants: Mapping[str, Array]
-    """By input that may be left out, where it has one axis of changing length: what it is then, at its longest."""
+    """By optional input with one axis of variable length: its fill value at the greatest length, read-only."""
     derived: tuple[AxisSpec, ...]
     """The axes whose lengths follow from others'."""
     masks: tuple[MaskCheck, ...]
     """What sequences must meet to be padded; empty where none is padded."""
-    places: bool
-    """Whether any input looks up positions along an axis."""
+    indexes_positions: bool
+    """Whether any input holds indices of positions along an axis."""
     max_batch_size: int
     max_text_bytes: int
     max_response_bytes: int
@@ -104,7 +106,7 @@ class Intake:
         max_text_bytes: int,
         max_response_bytes: int,
     ) -> Intake:
-        """The intake of one loaded model."""
+        """Lay out one loaded model."""
         constants = {
             spec.name: _constant(spec, manifest.axis(spec.shape[0]).max_length)
             for spec in manifest.inputs
@@ -123,7 +125,7 @@ class Intake:
             constants=constants,
             derived=tuple(axis for axis in manifest.axes if axis.derived is not None),
             masks=tuple(MaskCheck.of(need, manifest.input(need.input), constants.get(need.input)) for need in needs),
-            places=any(each.along for spec in manifest.inputs for each in spec.index_ranges),
+            indexes_positions=any(each.along for spec in manifest.inputs for each in spec.index_ranges),
             max_batch_size=max_batch_size,
             max_text_bytes=max_text_bytes,
             max_response_bytes=max_response_bytes,
@@ -136,96 +138,8 @@ class Intake:
         return {axis: min(most, self.max_lengths[axis]) for axis, most in text.axes.items()} if text else {}
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """One sequence's model inputs, the lengths of its axes, and the units of those that were made from text."""
-
-    tensors: dict[str, Array]
-    lengths: dict[str, int]
-    units: Mapping[str, AxisUnits] = field(default_factory=dict)
-
-
-def check_values(array: Array, spec: InputSpec, intake: Intake, path: str, violations: Violations) -> None:
-    """Note values that would poison a batch: ids outside the vocabulary, marks that are no 0 or 1, NaN and infinity."""
-    if array.dtype.kind == "f" and not _check_floats(array, spec, path, violations):
-        return
-    if spec.index_ranges:
-        if not any(each.along for each in spec.index_ranges):
-            _check_ranges(array, spec, {}, path, violations)
-        return
-    if array.dtype.kind == "f":
-        return
-    limit = intake.limits[spec.name]
-    if limit is None:
-        return
-    # A negative number of two's complement is a large one without sign: one look finds both faults.
-    unsigned = array if array.dtype.kind == "u" else array.view(f"u{array.dtype.itemsize}")
-    if unsigned.max() >= limit:
-        at = int(np.argmax((array < 0) | (array >= limit)))
-        violations.add(path, f"element {at} is {array.flat[at]}; input {spec.name!r} runs from 0 to {limit - 1}")
-
-
-def _check_floats(array: Array, spec: InputSpec, path: str, violations: Violations) -> bool:
-    """Whether all floats are finite, or, of a mask that is added to scores, minus infinity; notes the first other."""
-    legal = np.isfinite(array)
-    if legal.all():
-        return True
-    said = "floats must be finite"
-    if spec.additive_mask:
-        legal |= np.isneginf(array)
-        said = f"input {spec.name!r} is added to scores: floats must be finite, or -inf"
-    if not legal.all():
-        at = int(np.argmin(legal))
-        violations.add(path, f"element {at} is {array.flat[at]}; {said}")
-        return False
-    empty = np.isneginf(array).reshape(-1, array.shape[-1] if array.ndim else 1).all(axis=1)
-    if spec.needs_key and empty.any():
-        row = int(np.argmax(empty))
-        violations.add(
-            path, f"row {row} of input {spec.name!r} is -inf throughout: at least one key must not be hidden"
-        )
-        return False
-    return True
-
-
-def _check_ranges(array: Array, spec: InputSpec, lengths: Mapping[str, int], path: str, violations: Violations) -> None:
-    """Note the first number that tables, or axes of these lengths, have no row for."""
-    numbers = np.trunc(array) if array.dtype.kind == "f" else array
-    illegal = np.zeros(numbers.shape, dtype=bool)
-    for column in range(spec.columns):
-        place = (...,) if spec.columns == 1 else (..., column)
-        bounds = [each.at(lengths) for each in spec.ranges_at(column)]
-        legal = [(numbers[place] >= least) & (numbers[place] <= greatest) for least, greatest in bounds]
-        illegal[place] = ~np.logical_or.reduce(legal) if legal else False
-    if illegal.any():
-        at = int(np.argmax(illegal))
-        column = at % spec.columns
-        bounds = [each.at(lengths) for each in spec.ranges_at(column)]
-        runs = " or ".join(f"from {least} to {greatest}" for least, greatest in bounds)
-        where = f"column {column} of input" if spec.columns > 1 else "input"
-        violations.add(path, f"element {at} is {array.flat[at]}; {where} {spec.name!r} runs {runs}")
-
-
-def place_in_sequences(
-    tensors: dict[str, Array], lengths: Mapping[str, int], intake: Intake, path: str, violations: Violations
-) -> None:
-    """Check inputs that look up positions along an axis, and count those from the end from the beginning.
-
-    The end of a batch is not that of a sequence which is padded in it.
-    """
-    for name, spec in intake.inputs.items():
-        along = next((each for each in spec.index_ranges if each.along in lengths), None)
-        if along is None or name not in tensors:
-            continue
-        _check_ranges(tensors[name], spec, lengths, path, violations)
-        behind = tensors[name] < along.least
-        if behind.any():
-            length = lengths[along.along]
-            tensors[name] = np.where(behind, tensors[name] + length, tensors[name]).astype(tensors[name].dtype)
-
-
 def _limit(spec: InputSpec, manifest: Manifest) -> int | None:
-    """The least number that an input of whole numbers may not hold; None where any will do."""
+    """Return the least integer that an input may not hold; None where any will do."""
     dtype: np.dtype[Any] = NUMPY_DTYPES[spec.dtype]
     if dtype.kind not in "iu":
         return None
@@ -237,40 +151,78 @@ def _limit(spec: InputSpec, manifest: Manifest) -> int | None:
 
 
 def _constant(spec: InputSpec, length: int) -> Array:
-    """An input of one axis as it is filled in, read-only."""
+    """Return an input of one axis filled with its fill value, read-only."""
     constant = np.full(length, spec.fill, NUMPY_DTYPES[spec.dtype])
     constant.flags.writeable = False
     return constant
 
 
-def fill_in(
-    tensors: dict[str, Array],
-    lengths: Mapping[str, int],
-    intake: Intake,
-    path: str,
-    violations: Violations,
-    sent: Collection[str] = (),
-) -> bool:
-    """Fill inputs that were left out with the value that the manifest gives; whether nothing was wrong with that.
+def invalid_value(array: Array, spec: InputSpec, limit: int | None) -> str:
+    """Describe the first value that would spoil a batch: an id without a row, a mark that is no 0 or 1, NaN, infinity.
 
-    Of `sent`, those that are not among the tensors were refused, and that has been noted.
+    Args:
+        array: one sequence's input, of the dtype of `spec`.
+        spec: the input.
+        limit: the least integer that is too large; None: any will do.
+
+    Returns:
+        The description; empty if all values are valid, or can be checked only with `invalid_index`.
     """
-    before = len(violations)
-    for name, spec in intake.inputs.items():
-        if name in tensors or name in sent:
-            continue
-        constant = intake.constants.get(name)
-        if constant is not None and spec.shape[0] in lengths:
-            tensors[name] = constant[: lengths[str(spec.shape[0])]]
-            continue
-        unknown = [extent for extent in spec.shape if isinstance(extent, str) and extent not in lengths]
-        if spec.fill is None:
-            violations.add(path, f"input {name!r} cannot be made from text: send tensors")
-        elif unknown:
-            violations.add(path, f"input {name!r} is missing, and nothing else tells the length of axis {unknown[0]!r}")
-        else:
-            shape = [lengths[extent] if isinstance(extent, str) else extent for extent in spec.shape]
-            tensors[name] = np.full(shape, spec.fill, NUMPY_DTYPES[spec.dtype])
-    if intake.places and len(violations) == before:
-        place_in_sequences(tensors, lengths, intake, path, violations)
-    return len(violations) == before
+    if array.dtype.kind == "f" and (invalid := _invalid_float(array, spec)):
+        return invalid
+    if spec.index_ranges:
+        return "" if any(each.along for each in spec.index_ranges) else invalid_index(array, spec, {})
+    if array.dtype.kind == "f" or limit is None:
+        return ""
+    # As unsigned numbers, negative ones are large: one comparison finds both kinds.
+    unsigned = array if array.dtype.kind == "u" else array.view(f"u{array.dtype.itemsize}")
+    if unsigned.max() < limit:
+        return ""
+    at = int(np.argmax((array < 0) | (array >= limit)))
+    return f"element {at} is {array.flat[at]}; values of input {spec.name!r} must be from 0 to {limit - 1}"
+
+
+def _invalid_float(array: Array, spec: InputSpec) -> str:
+    """Describe the first float that is not finite, or, in a mask that is added to scores, neither finite nor -inf."""
+    valid = np.isfinite(array)
+    if valid.all():
+        return ""
+    rule = "floats must be finite"
+    if spec.additive_mask:
+        valid |= np.isneginf(array)
+        rule = f"input {spec.name!r} is added to scores: floats must be finite, or -inf"
+    if not valid.all():
+        at = int(np.argmin(valid))
+        return f"element {at} is {array.flat[at]}; {rule}"
+    hidden = np.isneginf(array).reshape(-1, array.shape[-1] if array.ndim else 1).all(axis=1)
+    if spec.needs_key and hidden.any():
+        row = int(np.argmax(hidden))
+        return f"row {row} of input {spec.name!r} is -inf throughout: at least one key must not be hidden"
+    return ""
+
+
+def invalid_index(array: Array, spec: InputSpec, lengths: Mapping[str, int]) -> str:
+    """Describe the first index for which the tables, or the axes of these lengths, have no row; empty if none."""
+    numbers = np.trunc(array) if array.dtype.kind == "f" else array
+    invalid = np.zeros(numbers.shape, dtype=bool)
+    for column in range(spec.columns):
+        place = (...,) if spec.columns == 1 else (..., column)
+        bounds = [each.at(lengths) for each in spec.ranges_at(column)]
+        valid = [(numbers[place] >= least) & (numbers[place] <= greatest) for least, greatest in bounds]
+        invalid[place] = ~np.logical_or.reduce(valid) if valid else False
+    if not invalid.any():
+        return ""
+    at = int(np.argmax(invalid))
+    column = at % spec.columns
+    bounds = [each.at(lengths) for each in spec.ranges_at(column)]
+    ranges = " or ".join(f"from {least} to {greatest}" for least, greatest in bounds)
+    where = f"column {column} of input" if spec.columns > 1 else "input"
+    return f"element {at} is {array.flat[at]}; values of {where} {spec.name!r} must be {ranges}"
+
+
+def counted_from_the_start(array: Array, spec: InputSpec, lengths: Mapping[str, int]) -> Array:
+    """Replace positions that count from the end of a sequence: padding moves the end, and not the start."""
+    along = next((each for each in spec.index_ranges if each.along in lengths), None)
+    if along is None or not (negative := array < along.least).any():
+        return array
+    return np.where(negative, array + lengths[along.along], array).astype(array.dtype)

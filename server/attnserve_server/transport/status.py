@@ -1,7 +1,8 @@
-"""The one table from the error tree to gRPC codes and google.rpc details. Nothing else chooses a status."""
+"""The table from the error tree to gRPC codes and google.rpc details; no other module chooses a status."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -14,7 +15,9 @@ from attnserve_server.domain import errors
 
 DOMAIN: Final = "attnserve"
 DETAILS_KEY: Final = "grpc-status-details-bin"
-"""The trailer that gRPC clients in every language look for the serialised google.rpc.Status in."""
+"""The trailer in which gRPC clients of every language expect the serialized google.rpc.Status."""
+DEADLINE_TOLERANCE_S: Final = 0.005
+"""gRPC measures deadlines with a clock of its own: it may cancel a call up to this long before ours reaches them."""
 
 _MAX_TEXT: Final = 200
 _MAX_MESSAGE: Final = 512
@@ -25,7 +28,7 @@ _UNSAFE: Final = re.compile(r"[^\x20-\x7e]")
 
 @dataclass(frozen=True, slots=True)
 class StatusRow:
-    """How one class of error is told to callers. `retry`: whether a RetryInfo says when to try again."""
+    """How one class of error is reported. `retry`: whether a RetryInfo holds the delay before a retry."""
 
     error: type[errors.AttnserveError]
     code: grpc.StatusCode
@@ -40,21 +43,21 @@ TABLE: Final[tuple[StatusRow, ...]] = (
         grpc.StatusCode.INVALID_ARGUMENT,
         False,
         (),
-        "Mend the fields that the BadRequest detail names; the same request fails again.",
+        "Fix the fields listed in the BadRequest detail. Retrying the same request fails again.",
     ),
     StatusRow(
         errors.ModelNotFound,
         grpc.StatusCode.NOT_FOUND,
         False,
         ("model", "version"),
-        "Ask `ListModels` what there is.",
+        "Name a model that `ListModels` returns.",
     ),
     StatusRow(
         errors.AttentionUnavailable,
         grpc.StatusCode.FAILED_PRECONDITION,
         False,
         ("model",),
-        "Ask for another site or unit, or another model: `GetModel` lists the sites and why one is unavailable.",
+        "Select another site, another unit or another model: `GetModel` lists the sites and why one is unavailable.",
     ),
     StatusRow(
         errors.TextUnavailable,
@@ -68,36 +71,36 @@ TABLE: Final[tuple[StatusRow, ...]] = (
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         False,
         ("predicted_bytes", "allowed_bytes"),
-        "Ask for less: fewer sites, heads, rows or sequences, `top_k`, or a smaller dtype. Nothing was run.",
+        "Request less: fewer sites, heads, rows or sequences, `top_k`, or a smaller dtype. Nothing was run.",
     ),
     StatusRow(
         errors.Overloaded,
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         True,
         ("cause", "limit", "value"),
-        "Try again after the RetryInfo delay, or send to another replica.",
+        "Retry after the RetryInfo delay, or send the request to another replica.",
     ),
     StatusRow(
         errors.NotServing,
         grpc.StatusCode.UNAVAILABLE,
         True,
         ("model", "state"),
-        "Try again after the RetryInfo delay, or send to another replica.",
+        "Retry after the RetryInfo delay, or send the request to another replica.",
     ),
     StatusRow(
         errors.DeadlineExpired,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         False,
         (),
-        "Wait longer, or send less at a time.",
+        "Set a longer deadline, or send fewer sequences in one request.",
     ),
-    StatusRow(errors.RequestCancelled, grpc.StatusCode.CANCELLED, False, (), "Nothing: the caller left."),
+    StatusRow(errors.RequestCancelled, grpc.StatusCode.CANCELLED, False, (), "None: the caller cancelled."),
     StatusRow(
         errors.InternalFault,
         grpc.StatusCode.INTERNAL,
         False,
         (),
-        "Tell the operator the request id: the server's log has the rest under it.",
+        "Report the request id to the operator: the server's log has the details under it.",
     ),
 )
 _ROWS: Final = {row.error: row for row in TABLE}
@@ -105,54 +108,68 @@ _INTERNAL: Final = _ROWS[errors.InternalFault]
 
 
 def row_of(error: BaseException) -> StatusRow:
-    """The table's row for `error`. Whatever is not in the table is a fault of ours."""
+    """Return the table's row for `error`. An error without a row is an internal error."""
     return next((_ROWS[kind] for kind in type(error).__mro__ if kind in _ROWS), _INTERNAL)
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether `error` is ours, so that it is logged with its traceback and told as INTERNAL."""
+    """Return whether `error` is an internal error, which is logged with its traceback and reported as INTERNAL."""
     return row_of(error) is _INTERNAL
 
 
+def name_of_code(error: BaseException, left_s: float | None) -> str:
+    """Return the name of the gRPC code with which a call ends.
+
+    gRPC cancels the handler of a call both when the caller leaves and when the deadline passes: the time tells which.
+
+    Args:
+        error: what the handler raised, cancellation included.
+        left_s: seconds to the call's deadline; None: it has none.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        return "DEADLINE_EXCEEDED" if left_s is not None and left_s <= DEADLINE_TOLERANCE_S else "CANCELLED"
+    return row_of(error).code.name
+
+
 def plain(text: str, limit: int = _MAX_TEXT) -> str:
-    r"""`text` in printable ASCII, the rest written as \x, \u or \U escapes, cut to `limit` characters."""
+    r"""Return `text` in printable ASCII, other characters as \x, \u or \U escapes, cut to `limit` characters."""
     escaped = _UNSAFE.sub(lambda found: found.group().encode("unicode_escape").decode(), text[:limit])
     return escaped if len(escaped) <= limit and len(text) <= limit else escaped[: limit - 3] + "..."
 
 
 def status_of(error: BaseException, request_id: str) -> status_pb2.Status:
-    """The google.rpc.Status for `error`: at most 4 KiB, without a path, a traceback or an unprintable character.
+    """Return the google.rpc.Status for `error`: at most 4 KiB, without paths, tracebacks and unprintable characters.
 
     Args:
-        error: Anything that a handler raised, cancellation excepted.
-        request_id: The request's name; it travels in the ErrorInfo's metadata.
+        error: what a handler raised, cancellation excepted.
+        request_id: the request's name, for the ErrorInfo's metadata; empty: none.
     """
     row = row_of(error)
     known = error if isinstance(error, errors.AttnserveError) and row is not _INTERNAL else None
-    told = known or errors.InternalFault(request_id)
-    metadata = {key: plain(value) for key, value in told.metadata().items()}
+    shown = known or errors.InternalFault(request_id)
+    metadata = {key: plain(value) for key, value in shown.metadata().items()}
     if request_id:
         metadata["request_id"] = plain(request_id)
-    status = status_pb2.Status(code=row.code.value[0], message=plain(str(told), _MAX_MESSAGE))
+    status = status_pb2.Status(code=row.code.value[0], message=plain(str(shown), _MAX_MESSAGE))
     status.details.append(
-        _packed(error_details_pb2.ErrorInfo(reason=told.reason, domain=DOMAIN, metadata=metadata)),
+        _packed(error_details_pb2.ErrorInfo(reason=shown.reason, domain=DOMAIN, metadata=metadata)),
     )
-    if isinstance(told, errors.Overloaded | errors.NotServing):
+    if isinstance(shown, errors.Overloaded | errors.NotServing):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(max(0, round(told.retry_delay_s * 1e9)))
+        retry.retry_delay.FromNanoseconds(max(0, round(shown.retry_delay_s * 1e9)))
         status.details.append(_packed(retry))
-    if isinstance(told, errors.InvalidRequest):
-        _add_violations(status, told)
+    if isinstance(shown, errors.InvalidRequest):
+        _add_violations(status, shown)
     return status
 
 
 def trailers_of(status: status_pb2.Status) -> tuple[tuple[str, bytes], ...]:
-    """The trailing metadata that carries `status` beside its code and message."""
+    """Return the trailing metadata that holds `status`."""
     return ((DETAILS_KEY, status.SerializeToString()),)
 
 
 def code_of(status: status_pb2.Status) -> grpc.StatusCode:
-    """The gRPC code of `status`."""
+    """Return the gRPC code of `status`."""
     return _CODES[status.code]
 
 

@@ -1,8 +1,9 @@
-"""StreamInfer: many requests pipelined on one stream, each answered once as it becomes ready. Running is elsewhere."""
+"""StreamInfer: many requests at once on one stream, each answered once, as soon as its answer is ready."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,37 +20,77 @@ from attnserve_server.domain.errors import (
     NotServing,
     RequestCancelled,
 )
-from attnserve_server.transport.allowance import Allowance
-from attnserve_server.transport.boundary import QUIET, Context, remaining_s, send
-from attnserve_server.transport.dataplane import DataPlane, log_failure
-from attnserve_server.transport.splice import Splice
+from attnserve_server.scheduling.queue import Request
+from attnserve_server.transport.boundary import UNLOGGED, Context, log_failure, remaining_s, send
+from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.status import status_of
-from attnserve_server.transport.structure import MAX_STRUCTURE_BYTES, Blobs, peek
 from attnserve_server.transport.validation import check_request_id, is_request_id
-from attnserve_server.transport.wire import parse_in_place, parse_leniently
+from attnserve_server.transport.wire import NotAMessage, Received, Splice, find_field, receive
 
 CHUNK_BYTES: Final = 4 * 2**20 - 65_536
-"""Answers of more than this come in pieces: with its envelope each stays below gRPC's default limit of 4 MiB."""
+"""Larger answers are sent in chunks: with its envelope, a chunk stays below gRPC's default limit of 4 MiB."""
+_RESPONSE: Final = inference_service_pb2.StreamInferResponse.RESPONSE_FIELD_NUMBER
+_REQUEST_ID: Final = (
+    inference_service_pb2.StreamInferRequest.REQUEST_FIELD_NUMBER,
+    inference_service_pb2.InferRequest.REQUEST_ID_FIELD_NUMBER,
+)
+
+
+class Allowance:
+    """At most `limit` bytes at a time, granted in order: bounds the answers held for a slow reader. Event loop only."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def take(self, count: int) -> None:
+        """Wait for `count` bytes. More than the limit is granted once nothing else is taken."""
+        if not self._waiting and self._fits(count):
+            self._taken += count
+            return
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((count, granted))
+        try:
+            await granted
+        except asyncio.CancelledError:
+            # Granted and cancelled in the same turn of the loop: give the bytes back. Otherwise let the next ones
+            # go on, which may fit where this one did not.
+            self.give(0 if granted.cancelled() else count)
+            raise
+
+    def give(self, count: int) -> None:
+        """Give bytes back, and grant what fits to those that wait."""
+        self._taken -= count
+        while self._waiting:
+            wanted, granted = self._waiting[0]
+            if not granted.done():
+                if not self._fits(wanted):
+                    return
+                self._taken += wanted
+                granted.set_result(None)
+            self._waiting.popleft()
+
+    def _fits(self, count: int) -> bool:
+        return self._taken == 0 or self._taken + count <= self._limit
 
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """One request under way. Event loop only."""
+    """One request under way on a stream. Event loop only."""
 
-    deadline: float | None
-    size: int
-    """Bytes that it came in."""
-    blobs: Blobs
+    request: Request
+    received: Received[inference_service_pb2.InferRequest]
     task: asyncio.Task[None] | None = None
+    preparing: asyncio.Timeout | None = None
+    """Its deadline while it is validated and waits for its allowance."""
     reserved_bytes: int = 0
-    computing: bool = False
-    cancelled: bool = False
 
     def cancel(self) -> None:
-        """Withdraws it, unless its answer is being sent already."""
-        if self.task is not None and self.computing and not self.cancelled:
-            self.task.cancel()
-        self.cancelled = True
+        """Fail the request, unless it has ended: then its answer is being sent."""
+        failed = self.request.fail(RequestCancelled())
+        if failed and self.preparing is not None and not self.preparing.expired():
+            self.preparing.reschedule(0)  # in the past: ends the wait now
 
 
 class Streams:
@@ -63,7 +104,7 @@ class Streams:
         self._draining = False
 
     async def stream_infer(self, _: object, context: Context) -> None:
-        """Serves one stream until the caller closes its half and has its answers, or the server drains."""
+        """Serve one stream until the caller closes its half and has its answers, or the server drains."""
         if self._draining:
             raise NotServing("", "draining")
         stream = _Stream(self._plane, self._clock, self._settings, context)
@@ -74,7 +115,7 @@ class Streams:
             self._open.discard(stream)
 
     def drain(self) -> None:
-        """Reads no more from any stream: each gets the answers under way and ends with UNAVAILABLE."""
+        """Stop reading from all streams: each sends the answers under way and ends with UNAVAILABLE."""
         self._draining = True
         for stream in self._open:
             stream.stop_reading()
@@ -88,10 +129,10 @@ class _Stream:
         self._clock = clock
         self._context = context
         remaining = remaining_s(context)
-        self._deadline = None if remaining is None else clock.now() + remaining
-        # Without a slot nothing more is read, and HTTP/2 holds the caller back.
+        self._deadline_s = None if remaining is None else clock.now() + remaining
+        # Without a free slot nothing is read, and HTTP/2 flow control holds the caller back.
         self._slots = asyncio.Semaphore(settings.max_stream_in_flight)
-        # Answers that wait to be read count until they are sent: a caller that does not read holds no more than this.
+        # Answers count until they are sent: a caller that does not read makes the server hold no more than this.
         self._answers = Allowance(settings.max_stream_answer_bytes)
         self._writing = asyncio.Lock()
         self._flights: dict[str, _Flight] = {}
@@ -99,13 +140,13 @@ class _Stream:
         self._left = False
 
     def stop_reading(self) -> None:
-        """Ends the stream once what is under way has been answered."""
+        """End the stream once its requests under way have been answered."""
         self._stop.set()
 
     async def serve(self) -> None:
-        """Reads, runs and answers. Raises what ends the stream itself; the requests under way are withdrawn then."""
+        """Read, run and answer requests. Raises the error that ends the stream, after cancelling those under way."""
         failure: AttnserveError | None = None
-        # Before any write that may be cancelled: gRPC would take its headers for unsent, send them again and never end.
+        # Sent before any write that may be cancelled: gRPC would count the headers as unsent, send them again and hang.
         await self._context.send_initial_metadata(())
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(self._read_all(group))
@@ -121,7 +162,7 @@ class _Stream:
             raise failure
 
     async def _read_all(self, group: asyncio.TaskGroup) -> AttnserveError | None:
-        """Reads until the caller closes its half (None), or sends what ends the stream (the error)."""
+        """Read until the caller closes its half, and return None, or until an error ends the stream; return that."""
         while True:
             data: Any = await self._context.read()
             if data is grpc.aio.EOF:
@@ -129,23 +170,28 @@ class _Stream:
             try:
                 await self._take(data, group)
             except AttnserveError as error:
-                self._withdraw_all()
+                for flight in self._flights.values():
+                    if flight.task is not None:
+                        flight.task.cancel()
                 return error
 
     async def _take(self, data: bytes, group: asyncio.TaskGroup) -> None:
-        """Starts what one message asks for, once there is a slot for it.
+        """Start the request in one message, once there is a slot for it, or cancel one.
 
         Raises:
-            InvalidRequest: It cannot be answered by itself, so the stream ends.
+            InvalidRequest: The message has no request id to answer it by, so the stream ends.
         """
         try:
-            message, blobs = parse_in_place(inference_service_pb2.StreamInferRequest, data)
+            received = receive(inference_service_pb2.StreamInferRequest, data)
+        except NotAMessage:
+            raise
         except InvalidRequest as error:
-            request_id = _salvaged_id(data)
-            if not request_id:
+            request_id = find_field(data, *_REQUEST_ID).decode(errors="replace")
+            if not is_request_id(request_id):
                 raise
             await self._refuse(request_id, _within_request(error))
             return
+        message = received.message
         kind = message.WhichOneof("message")
         if kind == "cancel_request_id":
             flight = self._flights.get(message.cancel_request_id)
@@ -156,88 +202,86 @@ class _Stream:
             raise InvalidRequest.of("message", "neither request nor cancel_request_id is set")
         request_id = message.request.request_id
         if not request_id:
-            raise InvalidRequest.of("request.request_id", "empty: on a stream every request needs a name")
+            raise InvalidRequest.of("request.request_id", "empty: on a stream every request needs an id")
         check_request_id(request_id)
         if request_id in self._flights:
             await self._refuse(
-                request_id, InvalidRequest.of("request_id", f"{request_id!r} is the name of a request under way")
+                request_id, InvalidRequest.of("request_id", f"{request_id!r} is the id of a request under way")
             )
             return
-        flight = _Flight(self._deadline_of(message), len(data), blobs)
+        request = Request(request_id, self._deadline_of(message), received.size)
         began = self._clock.now()
         try:
-            async with asyncio.timeout(self._patience_of(flight)):
+            async with asyncio.timeout(self._time_left(request)):
                 await self._slots.acquire()
         except TimeoutError:
             await self._send(request_id, DeadlineExpired(self._clock.now() - began))
             return
-        self._flights[request_id] = flight
-        flight.task = group.create_task(self._fly(message.request, flight))
+        flight = self._flights[request_id] = _Flight(request, received.part(message.request))
+        flight.task = group.create_task(self._fly(flight))
 
     def _deadline_of(self, message: inference_service_pb2.StreamInferRequest) -> float | None:
-        """When one request expires: after its own timeout, and no later than the stream."""
+        """Return when one request expires: after its own timeout, and no later than the stream."""
         if not message.timeout_ms:
-            return self._deadline
+            return self._deadline_s
         own = self._clock.now() + message.timeout_ms / 1000
-        return own if self._deadline is None else min(own, self._deadline)
+        return own if self._deadline_s is None else min(own, self._deadline_s)
 
-    def _patience_of(self, flight: _Flight) -> float | None:
-        """Seconds until a request expires; None: it never does."""
-        return None if flight.deadline is None else max(0.0, flight.deadline - self._clock.now())
+    def _time_left(self, request: Request) -> float | None:
+        """Return the seconds until a request expires; None: it never does."""
+        return None if request.deadline_s is None else max(0.0, request.deadline_s - self._clock.now())
 
-    async def _fly(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> None:
-        """Runs and answers one request."""
+    async def _fly(self, flight: _Flight) -> None:
+        """Run and answer one request."""
+        request_id = flight.request.request_id
         try:
-            answer = await self._answer(request, flight)
-            await self._send(request.request_id, answer)
+            answer = await self._answer(flight)
+            await self._send(request_id, answer)
         finally:
-            del self._flights[request.request_id]
+            del self._flights[request_id]
             self._answers.give(flight.reserved_bytes)
             self._slots.release()
 
-    async def _compute(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> Splice:
-        """The plane's answer. Until the request is in the scheduler, which keeps deadlines itself, this keeps it."""
+    async def _answer(self, flight: _Flight) -> Splice | Exception:
+        """Return the answer, or the error that the request failed with. Raises only if the stream is cancelled."""
+        request = flight.request
+        if request.ended:
+            return RequestCancelled()
+        try:
+            with request:
+                return await self._compute(flight)
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: others on the stream go on
+            if not isinstance(error, UNLOGGED):
+                log_failure(error, request.request_id, "StreamInfer")
+            return error
+
+    async def _compute(self, flight: _Flight) -> Splice:
+        """Prepare the request, take its allowance and run it. The scheduler keeps its deadline from `run` on."""
+        request = flight.request
         began = self._clock.now()
         try:
-            async with asyncio.timeout(self._patience_of(flight)) as patience:
-
-                async def reserve(count: int) -> None:
-                    await self._answers.take(count)
-                    flight.reserved_bytes = count
-                    patience.reschedule(None)
-
-                return await self._plane.infer(
-                    request, request.request_id, flight.deadline, flight.size, flight.blobs, reserve
-                )
+            async with asyncio.timeout(self._time_left(request)) as flight.preparing:
+                prepared = await self._plane.prepare(request, flight.received)
+                if not prepared.validate_only:
+                    try:
+                        await self._answers.take(prepared.answer_bytes)
+                    except asyncio.CancelledError:
+                        self._plane.withdraw(prepared)
+                        raise
+                    flight.reserved_bytes = prepared.answer_bytes
         except TimeoutError:
-            raise DeadlineExpired(self._clock.now() - began) from None
-
-    async def _answer(self, request: inference_service_pb2.InferRequest, flight: _Flight) -> Splice | Exception:
-        request_id = request.request_id
-        if flight.cancelled:
-            return RequestCancelled()
-        flight.computing = True
-        try:
-            return await self._compute(request, flight)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            # The caller's cancellation takes back one request of cancellation; one more comes from the stream's end.
-            if task is None or not flight.cancelled or task.uncancel() > 0:
-                raise
-            return RequestCancelled()
-        except Exception as error:  # noqa: BLE001 - the boundary of one request: its neighbours on the stream go on
-            if not isinstance(error, QUIET):
-                log_failure(error, request_id, "StreamInfer")
-            return error
+            error = RequestCancelled() if request.ended else DeadlineExpired(self._clock.now() - began)
+            raise error from None
         finally:
-            flight.computing = False
+            flight.preparing = None
+        return await self._plane.run(prepared)
 
     async def _refuse(self, request_id: str, error: AttnserveError) -> None:
         log_failure(error, request_id, "StreamInfer")
         await self._send(request_id, error)
 
     async def _send(self, request_id: str, answer: Splice | Exception) -> None:
-        """Sends an answer, in pieces if it is large; pieces of other answers may come between them."""
+        """Send an answer, a large one in chunks; chunks of other answers may come between them."""
         envelope = inference_service_pb2.StreamInferResponse(request_id=request_id)
         if isinstance(answer, Exception):
             envelope.status = status_of(answer, request_id).SerializeToString()
@@ -252,40 +296,13 @@ class _Stream:
                 await self._write(envelope.SerializeToString())
 
     async def _write(self, data: bytes) -> None:
-        """One message; waits while the caller does not read, and keeps the request's slot meanwhile."""
+        """Write one message; while the caller does not read this waits, and the request keeps its slot."""
         async with self._writing:
             if not self._left:
                 self._left = not await send(self._context, data)
 
-    def _withdraw_all(self) -> None:
-        for flight in self._flights.values():
-            if flight.task is not None:
-                flight.task.cancel()
-
-
-_RESPONSE: Final = inference_service_pb2.StreamInferResponse.RESPONSE_FIELD_NUMBER
-_NAME_OF_REQUEST: Final = (
-    inference_service_pb2.StreamInferRequest.REQUEST_FIELD_NUMBER,
-    inference_service_pb2.InferRequest.REQUEST_ID_FIELD_NUMBER,
-)
-
-
-def _salvaged_id(data: bytes) -> str:
-    """The request id in a message that is too much to build, or whose other strings are no UTF-8; empty if none."""
-    if len(data) > MAX_STRUCTURE_BYTES:
-        name = peek(data, *_NAME_OF_REQUEST)
-    else:
-        lenient: Any = parse_leniently(inference_service_pb2.StreamInferRequest, data)
-        name = lenient.request.request_id if lenient is not None and lenient.HasField("request") else b""
-    request_id = name.decode(errors="replace")
-    return request_id if is_request_id(request_id) else ""
-
 
 def _within_request(error: InvalidRequest) -> InvalidRequest:
-    """The error with paths that start at the request, as those of every other fault do."""
-    return InvalidRequest(
-        *(
-            FieldViolation(violation.field.removeprefix("request."), violation.description)
-            for violation in error.violations
-        )
-    )
+    """Return the error with field paths that start at the request, as those of all other violations do."""
+    violations = (FieldViolation(one.field.removeprefix("request."), one.description) for one in error.violations)
+    return InvalidRequest(*violations)

@@ -1,4 +1,4 @@
-"""Everything that is checked before a request may wait for a run: all faults of a request are told together."""
+"""Checks a whole request before it may wait for a run, and reports all of its violations together."""
 
 from __future__ import annotations
 
@@ -7,24 +7,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 from attnserve.v1 import inference_service_pb2
 
 from attnserve_server.attention import check_units, pooled_units, predicted_bytes, resolve
 from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest, ResponseTooLarge, Violations, quoted
 from attnserve_server.domain.selection import AttentionUnit, EffectiveSelection
 from attnserve_server.domain.values import AxisUnits, PreparedSequence, Priority
-from attnserve_server.model.manifest import is_model_name, is_model_version
+from attnserve_server.model.manifest import (
+    NUMPY_DTYPES,
+    AxisSpec,
+    InputRole,
+    Manifest,
+    is_model_name,
+    is_model_version,
+)
 from attnserve_server.transport.codec import priority_of, selection_of
-from attnserve_server.transport.inputs import Inputs, Intake, inputs_of
-from attnserve_server.transport.structure import Blobs
-from attnserve_server.transport.units import axis_units
+from attnserve_server.transport.inputs import InputReader, Inputs
+from attnserve_server.transport.intake import Intake
+from attnserve_server.transport.wire import Received
 
 MAX_REQUEST_ID: Final = 128
 _REQUEST_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedRequest:
+class ValidRequest:
     """A request that may run."""
 
     sequences: tuple[PreparedSequence, ...]
@@ -32,23 +40,24 @@ class PreparedRequest:
     effective: EffectiveSelection | None
     priority: Priority
     predicted_bytes: int
+    """Tensor data in the response; with `min_weight` at most this."""
 
 
 def is_request_id(request_id: str) -> bool:
-    """Whether `request_id` may be echoed, logged and matched by: 1 to 128 printable ASCII characters."""
+    """Return whether an id is 1 to 128 printable ASCII characters, so that it may be echoed and logged."""
     return _REQUEST_ID.fullmatch(request_id) is not None
 
 
 def check_request_id(request_id: str) -> None:
-    """Raises InvalidRequest for a request id that may not be echoed."""
+    """Raise InvalidRequest for a request id that may not be echoed."""
     if not is_request_id(request_id):
         count = len(request_id)
-        fault = f"{count} characters exceed {MAX_REQUEST_ID}" if count > MAX_REQUEST_ID else "not printable ASCII"
-        raise InvalidRequest.of("request_id", f"{fault}: {quoted(request_id)}")
+        wrong = f"{count} characters exceed {MAX_REQUEST_ID}" if count > MAX_REQUEST_ID else "not printable ASCII"
+        raise InvalidRequest.of("request_id", f"{wrong}: {quoted(request_id)}")
 
 
 def check_model_reference(model: str, version: str) -> None:
-    """Raises InvalidRequest where `model` or `version` could name none; nothing is looked up or opened by then."""
+    """Raise InvalidRequest if no model can have this name or version. Looks nothing up."""
     violations = Violations()
     if not model:
         violations.add("model", "empty: a model's name is needed")
@@ -59,27 +68,27 @@ def check_model_reference(model: str, version: str) -> None:
     violations.raise_any()
 
 
-def prepare(message: inference_service_pb2.InferRequest, intake: Intake, blobs: Blobs = ()) -> PreparedRequest:
-    """Checks a whole request and makes it ready for batching. Computes nothing but tokens.
+def validate(received: Received[inference_service_pb2.InferRequest], intake: Intake) -> ValidRequest:
+    """Check a whole request and make it ready for batching. Tokenizes text, and computes nothing else.
 
     Args:
-        message: the request.
-        intake: of the model.
-        blobs: its tensors' data, where it was parsed in place.
+        received: the request.
+        intake: what its model accepts.
 
     Raises:
-        InvalidRequest: With every fault found, at most 16.
-        TextUnavailable: Text was sent, and the model has no tokenizer.
-        AttentionUnavailable: The model cannot give the wanted attention.
-        ResponseTooLarge: The answer would hold more tensor data than is allowed.
+        InvalidRequest: With every violation, at most 16.
+        TextUnavailable: A sequence is text, and the model has no tokenizer.
+        AttentionUnavailable: The model cannot return the selected attention.
+        ResponseTooLarge: The response would hold more tensor data than `max_response_bytes`.
     """
+    message = received.message
     violations = Violations()
     priority = Priority.NORMAL
     with violations:
         priority = priority_of(message.priority)
     effective = _effective(message, intake, violations)
     outputs = _outputs(message, intake, violations)
-    found = _all_inputs(message.sequences, intake, violations, blobs)
+    found = _all_inputs(received, intake, violations)
     violations.raise_any()
     if intake.derived:
         _check_derived(found, intake, violations)
@@ -99,7 +108,7 @@ def prepare(message: inference_service_pb2.InferRequest, intake: Intake, blobs: 
                 attention=effective,
                 units=units,
                 response_bytes=_output_bytes(outputs, inputs.lengths, intake) + attention_bytes,
-                lone=len(found) == 1,
+                is_whole_request=len(found) == 1,
                 unpadded=not all(check.passes(inputs.tensors[check.need.input]) for check in intake.masks),
             )
         )
@@ -109,7 +118,7 @@ def prepare(message: inference_service_pb2.InferRequest, intake: Intake, blobs: 
     total = sum(sequence.response_bytes for sequence in sequences)
     if total > intake.max_response_bytes:
         raise ResponseTooLarge(total, intake.max_response_bytes)
-    return PreparedRequest(tuple(sequences), outputs, effective, priority, total)
+    return ValidRequest(tuple(sequences), outputs, effective, priority, total)
 
 
 def _effective(
@@ -130,30 +139,31 @@ def _outputs(message: inference_service_pb2.InferRequest, intake: Intake, violat
     for index, name in enumerate(names):
         if violations.full:
             break
+        path = f"outputs.names[{index}]"
         if name not in intake.output_sizes:
-            violations.add(
-                f"outputs.names[{index}]", f"no output {quoted(name)}; the model gives {', '.join(intake.outputs)}"
-            )
+            violations.add(path, f"no output {quoted(name)}; the model has {', '.join(intake.outputs)}")
         elif name in seen:
-            violations.add(f"outputs.names[{index}]", f"output {name!r} is asked for twice")
+            violations.add(path, f"output {name!r} is selected twice")
         seen.add(name)
     if not names and not message.HasField("attention"):
-        violations.add("outputs.names", "empty, and no attention is asked for: there is nothing to answer")
+        violations.add("outputs.names", "empty, and no attention is selected: the response would be empty")
     return names
 
 
 def _all_inputs(
-    sequences: Sequence[inference_service_pb2.Sequence], intake: Intake, violations: Violations, blobs: Blobs
+    received: Received[inference_service_pb2.InferRequest], intake: Intake, violations: Violations
 ) -> list[Inputs]:
-    """The inputs of all sequences, without those that were wrong."""
+    """Return the inputs of all valid sequences."""
+    sequences = received.message.sequences
     count = len(sequences)
     if not 1 <= count <= intake.max_batch_size:
         limit = f"exceed {intake.max_batch_size}" if count else "are less than 1"
         violations.add("sequences", f"{count} sequences {limit}")
         return []
+    reader = InputReader(received, intake, violations)
     found: list[Inputs] = []
     for index, sequence in enumerate(sequences):
-        inputs = inputs_of(sequence, intake, f"sequences[{index}]", violations, blobs)
+        inputs = reader.read(sequence, f"sequences[{index}]")
         if inputs is not None:
             found.append(inputs)
         if violations.full:
@@ -162,7 +172,7 @@ def _all_inputs(
 
 
 def _check_derived(found: Sequence[Inputs], intake: Intake, violations: Violations) -> None:
-    """What is too short for a window of the model would fail a whole batch."""
+    """Check that each sequence is long enough for the model's windows: a shorter one would fail its whole batch."""
     for index, inputs in enumerate(found):
         for axis in intake.derived:
             if axis.derived is None or axis.derived.source not in inputs.lengths:
@@ -170,12 +180,12 @@ def _check_derived(found: Sequence[Inputs], intake: Intake, violations: Violatio
             length = inputs.lengths[axis.derived.source]
             if axis.derived.of(length) < 1:
                 least = axis.derived.stride - axis.derived.offset
-                said = f"length {length} of axis {axis.derived.source!r} is less than {least}"
-                violations.add(f"sequences[{index}]", f"{said}, which {axis.symbol!r} needs")
+                short = f"length {length} of axis {axis.derived.source!r} is less than {least}"
+                violations.add(f"sequences[{index}]", f"{short}, which {axis.symbol!r} needs")
 
 
 def _units(effective: EffectiveSelection, inputs: Inputs, intake: Intake) -> dict[str, AxisUnits]:
-    """The units of every axis that a wanted map names."""
+    """Return the units of every axis that a selected map has. Raises AttentionUnavailable."""
     lengths = intake.manifest.with_derived(inputs.lengths)
     units: dict[str, AxisUnits] = {}
     words = effective.unit is AttentionUnit.WORD
@@ -194,6 +204,52 @@ def _units(effective: EffectiveSelection, inputs: Inputs, intake: Intake) -> dic
             else:
                 units[axis] = pooled_units(axis, axis_units(derived.source, inputs, intake, words=words), derived)
     return units
+
+
+def axis_units(axis: str, inputs: Inputs, intake: Intake, *, words: bool) -> AxisUnits:
+    """Return what the positions along an axis are: tokens, patches of an image, or positions that nothing describes.
+
+    `words`: whether the words of token ids are needed, which takes time; those of text are known anyway.
+    """
+    if axis in inputs.units:
+        return inputs.units[axis]
+    text = intake.manifest.text
+    ids = intake.manifest.input_of_role(InputRole.TOKEN_IDS, axis)
+    if intake.tokenizer and ids and text and axis in text.axes:
+        return intake.tokenizer.units_of_ids(inputs.tensors[ids.name], axis, words=words)
+    spec = intake.manifest.axis(axis)
+    if spec.grid is not None:
+        return patch_units(spec)
+    length = inputs.lengths[axis]
+    if text is not None and _holds_no_text(spec, intake.manifest):
+        # Without words here, words could not be selected for the other side of cross-attention.
+        return AxisUnits(axis=axis, length=length, special=(False,) * length, word_ids=(-1,) * length)
+    return AxisUnits(axis=axis, length=length)
+
+
+def patch_units(spec: AxisSpec) -> AxisUnits:
+    """Return the patches of an image, row by row, named by row and column; positions before them count as special."""
+    assert spec.grid is not None
+    rows, columns = spec.grid
+    leading = tuple(f"[{position}]" for position in range(spec.leading))
+    patches = tuple(f"r{row} c{column}" for row in range(1, rows + 1) for column in range(1, columns + 1))
+    return AxisUnits(
+        axis=spec.symbol,
+        length=spec.max_length,
+        texts=leading + patches,
+        special=(True,) * len(leading) + (False,) * len(patches),
+        word_ids=(-1,) * spec.max_length,
+        grid=spec.grid,
+        leading=spec.leading,
+    )
+
+
+def _holds_no_text(spec: AxisSpec, manifest: Manifest) -> bool:
+    """Return whether an axis is fixed, or one of features, such as audio frames."""
+    return spec.fixed or any(
+        spec.symbol in given.shape and np.issubdtype(NUMPY_DTYPES[given.dtype], np.floating)
+        for given in manifest.inputs
+    )
 
 
 def _attention_bytes(

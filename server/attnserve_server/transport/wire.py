@@ -1,102 +1,250 @@
-"""Bytes to messages. Bytes that are no message become InvalidRequest, naming the field whose UTF-8 is broken."""
+"""Protobuf's wire format: read messages without copying their tensor data, and write messages from pieces.
+
+A message is its fields one after another, each a tag and a value; strings, bytes and messages have their length in
+between (protobuf.dev, "Encoding"). protobuf's own runtime copies tensor data once for each message around it, and turns
+a field of two bytes into dozens in memory. `receive` avoids the copies and bounds the memory, and raises InvalidRequest
+for bytes that are no message; `Splice` writes without copies. What the fields mean is in `codec`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
-from typing import Any, Final, TypeVar
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, repeat
+from typing import Any, Final, Generic, TypeVar
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+from attnserve.v1 import tensor_pb2
+from google.protobuf import descriptor_pb2, message
 
-from attnserve_server.domain.errors import MAX_VIOLATIONS, FieldViolation, InvalidRequest
-from attnserve_server.transport.structure import Blobs, check_structure, without_data
+from attnserve_server.domain.errors import FieldViolation, InvalidRequest, Violations
+from attnserve_server.domain.values import Array
 
 M = TypeVar("M", bound=message.Message)
+N = TypeVar("N", bound=message.Message)
 
+MAX_STRUCTURE_BYTES: Final = 2**19
+"""Most bytes of a message beside text and tensor data: a request of 4,096 sequences has half of that."""
+_MAX_TENSORS: Final = 2**13
+"""From this many tensors on the message holds their data: a view of each would take more memory than the data."""
+_MAX_FIELDS: Final = 10_000
+"""Fields of a message that are searched for one field, or for one that is not UTF-8: the search runs in Python."""
 _STRING: Final = descriptor_pb2.FieldDescriptorProto.TYPE_STRING
 _BYTES: Final = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
+_FIXED: Final = {1: 8, 5: 4}
+_VARINT, _DELIMITED = 0, 2
+_TENSOR: Final = tensor_pb2.Tensor.DESCRIPTOR.full_name
+_DATA: Final = tensor_pb2.Tensor.DATA_FIELD_NUMBER
 
 
-def parse(kind: type[M], data: bytes) -> M:
-    """The message in `data`.
+class NotAMessage(InvalidRequest):
+    """The bytes cannot be parsed as a message of the expected type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received(Generic[M]):
+    """A message as it was received. Read a tensor's data with `data_of`: the field itself may not hold it."""
+
+    message: M
+    size: int
+    """Bytes on the wire, of the outermost message."""
+    _views: Sequence[memoryview] = ()
+    """Tensor data in the received bytes, at the index that the field `data` then holds; empty: the fields hold it."""
+
+    def data_of(self, tensor: tensor_pb2.Tensor) -> bytes | memoryview:
+        """Return the data of one of the message's tensors, at any address."""
+        data = tensor.data
+        return self._views[int.from_bytes(data, "little")] if self._views and data else data
+
+    def part(self, inner: N) -> Received[N]:
+        """Return `inner`, a message inside this one, as received with it."""
+        return Received(inner, self.size, self._views)
+
+
+def receive(kind: type[M], data: bytes) -> Received[M]:
+    """Parse a message; tensor data of a long one is not copied.
+
+    A message of at most `MAX_STRUCTURE_BYTES` is parsed whole, because copying its data twice takes less time than
+    scanning it.
 
     Raises:
-        InvalidRequest: `data` is no such message; a field that is not UTF-8 is named, with the byte. Or it would take
-            far more memory as a message than it has bytes.
+        NotAMessage: `data` is no message of this kind.
+        InvalidRequest: With each string that is not UTF-8, or the field that exceeds `MAX_STRUCTURE_BYTES`.
     """
-    check_structure(kind.DESCRIPTOR, data)
-    return _built(kind, data, data)
-
-
-def parse_in_place(kind: type[M], data: bytes) -> tuple[M, Blobs]:
-    """As `parse`, but where `data` is long, its tensors' data stays there: see `data_of`."""
-    short, blobs = without_data(kind.DESCRIPTOR, data)
-    return _built(kind, short, data), blobs
-
-
-def _built(kind: type[M], data: bytes, received: bytes) -> M:
-    """The message in `data`. Raises InvalidRequest, which tells of the bytes as they were `received`."""
+    short, views = (data, []) if len(data) <= MAX_STRUCTURE_BYTES else _Scan(data).without_data(kind.DESCRIPTOR)
     try:
-        return kind.FromString(data)
+        return Received(kind.FromString(short), len(data), views)
     except message.DecodeError:
         pass
-    lenient = parse_leniently(kind, received)
-    broken = [] if lenient is None else list(_not_utf8(lenient, kind.DESCRIPTOR, ""))
-    if not broken:
-        broken = [FieldViolation(kind.DESCRIPTOR.name, f"the bytes are no {kind.DESCRIPTOR.full_name} message")]
-    raise InvalidRequest(*broken[:MAX_VIOLATIONS])
+    violations = Violations()
+    violations.extend(_not_utf8(data, 0, len(data), kind.DESCRIPTOR, "", repeat(None, _MAX_FIELDS)))
+    violations.raise_any()
+    name = kind.DESCRIPTOR
+    raise NotAMessage(FieldViolation(name.name, f"the bytes are no {name.full_name} message"))
 
 
-def parse_leniently(kind: type[message.Message], data: bytes) -> Any:
-    """`data` with every string field as bytes, so that broken UTF-8 can be looked at; None if it cannot be built."""
-    hashable: Any = kind  # message classes are, though their declared type says otherwise
-    try:
-        check_structure(kind.DESCRIPTOR, data)
-        return _twin(hashable).FromString(data)
-    except (InvalidRequest, message.DecodeError):
-        return None
+def find_field(data: bytes, *path: int) -> bytes:
+    """Return the content of the field at `path`, numbers from the outside in, without parsing; empty if not there."""
+    for number in path:
+        found = b""
+        for field, wire_type, begin, end in islice(_fields(data, 0, len(data)), _MAX_FIELDS):
+            if field == number and wire_type == _DELIMITED:
+                found = data[begin:end]
+        data = found
+    return data
 
 
-@cache
-def _twin(kind: Any) -> Any:
-    """The class `kind` in a private copy of its contract, in which every string is bytes."""
-    pool = descriptor_pool.DescriptorPool()
-    _add(pool, kind.DESCRIPTOR.file, set())
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(kind.DESCRIPTOR.full_name))
+class _TooMuchStructure(Exception):
+    """`MAX_STRUCTURE_BYTES` is exceeded in the field of this path."""
 
 
-def _add(pool: descriptor_pool.DescriptorPool, file: Any, added: set[str]) -> None:
-    """Adds a file to the pool, after the files that it imports."""
-    if file.name in added:
-        return
-    added.add(file.name)
-    for imported in file.dependencies:
-        _add(pool, imported, added)
-    proto = descriptor_pb2.FileDescriptorProto()
-    file.CopyToProto(proto)
-    del proto.service[:]
-    for kind in proto.message_type:
-        for field in kind.field:
-            if field.type == _STRING:
-                field.type = _BYTES
-    pool.Add(proto)
+class _Scan:
+    """One pass over a message: bounds its structure and takes tensor data out of it."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._view = memoryview(data)
+        self._left = MAX_STRUCTURE_BYTES
+        self._found: list[memoryview] = []
+
+    def without_data(self, kind: Any) -> tuple[bytes, list[memoryview]]:
+        """Return the message with an index in place of each tensor's data, and the data by index.
+
+        Malformed bytes stay malformed. A message of `_MAX_TENSORS` or more comes back as it is, without an index.
+
+        Raises:
+            InvalidRequest: There is too much structure.
+        """
+        try:
+            short = b"".join(self._message(0, len(self._data), kind, ""))
+        except _TooMuchStructure as field:
+            over = f"over {MAX_STRUCTURE_BYTES} of the message's {len(self._data)} bytes are no text or tensor data"
+            raise InvalidRequest.of(str(field), over) from None
+        return (short, self._found) if len(self._found) < _MAX_TENSORS else (self._data, [])
+
+    def _message(self, begin: int, end: int, kind: Any, path: str) -> list[memoryview | bytes]:
+        """Return the pieces that replace data[begin:end], a message of the descriptor `kind`."""
+        pieces: list[memoryview | bytes] = []
+        at = kept = begin  # scanned, and copied to the pieces, up to here
+        for number, wire_type, content, after in _fields(self._data, begin, end):
+            field = kind.fields_by_number.get(number)
+            where = path if field is None else f"{path}{field.name}"
+            self._left -= content - at
+            changed: list[memoryview | bytes] = []
+            if wire_type == _DELIMITED and field is not None and field.message_type is not None:
+                known = len(self._found)
+                inner = self._message(content, after, field.message_type, f"{where}.")
+                changed = inner if len(self._found) > known else []
+            elif wire_type == _DELIMITED and number == _DATA and kind.full_name == _TENSOR:
+                if len(self._found) < _MAX_TENSORS:
+                    changed = [len(self._found).to_bytes(4, "little")]
+                    self._found.append(self._view[content:after])
+            elif wire_type != _DELIMITED or field is None or field.type not in (_STRING, _BYTES):
+                self._left -= after - content
+            if self._left < 0:
+                raise _TooMuchStructure(where.removesuffix(".") or kind.name)
+            if changed:
+                head = varint(number << 3 | _DELIMITED) + varint(sum(map(len, changed)))
+                pieces += (self._view[kept:at], head, *changed)
+                kept = after
+            at = after
+        pieces.append(self._view[kept:end])
+        return pieces
 
 
-def _not_utf8(twin: message.Message, kind: Any, path: str) -> Iterator[FieldViolation]:
-    """The fields of `twin` that are strings in the descriptor `kind` (each runtime has its own class) and no UTF-8."""
-    for field, value in twin.ListFields():
-        declared = kind.fields_by_name[field.name]
-        values = list(value) if field.is_repeated else [value]
-        for index, item in enumerate(values):
-            where = f"{path}{field.name}[{index}]" if field.is_repeated else f"{path}{field.name}"
-            if declared.message_type is not None:
-                yield from _not_utf8(item, declared.message_type, f"{where}.")
-            elif declared.type == _STRING:
-                yield from _broken(where, item)
+def _not_utf8(
+    data: bytes, begin: int, end: int, kind: Any, path: str, budget: Iterator[None]
+) -> Iterator[FieldViolation]:
+    """Yield the strings in data[begin:end], a message of the descriptor `kind`, that are not UTF-8.
+
+    Each field takes one item of `budget`; the search ends when that is used up.
+    """
+    seen: Counter[int] = Counter()
+    for _, (number, wire_type, content, after) in zip(budget, _fields(data, begin, end), strict=False):
+        field = kind.fields_by_number.get(number)
+        if field is None or wire_type != _DELIMITED:
+            continue
+        where = f"{path}{field.name}[{seen[number]}]" if field.is_repeated else f"{path}{field.name}"
+        seen[number] += 1
+        if field.message_type is not None:
+            yield from _not_utf8(data, content, after, field.message_type, f"{where}.", budget)
+        elif field.type == _STRING:
+            try:
+                data[content:after].decode()
+            except UnicodeDecodeError as error:
+                yield FieldViolation(where, f"not UTF-8: byte {error.start} is 0x{data[content + error.start]:02x}")
 
 
-def _broken(where: str, item: bytes) -> Iterator[FieldViolation]:
-    try:
-        item.decode()
-    except UnicodeDecodeError as error:
-        yield FieldViolation(where, f"not UTF-8: byte {error.start} is 0x{item[error.start]:02x}")
+def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield each field's number, wire type, and where its content begins and ends, up to the first malformed one."""
+    while at < end:
+        tag, at = _read_varint(data, at, end)
+        wire_type = tag & 7
+        begin = at
+        if wire_type == _VARINT:
+            _, at = _read_varint(data, at, end)
+        elif wire_type == _DELIMITED:
+            length, begin = _read_varint(data, at, end)
+            at = begin + length
+        else:
+            # Groups, which the contract does not have, begin and end with a bare tag.
+            at += _FIXED.get(wire_type, 0)
+        if at > end:
+            return
+        yield tag >> 3, wire_type, begin, at
+
+
+def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """Return the number at `at` and the position behind it, which is behind `end` if the number is cut off."""
+    value = shift = 0
+    while at < end:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            break
+    return value, end + 1
+
+
+class Splice:
+    """The bytes of one message, in pieces that are joined once, at the end. Arrays must not change until `joined`."""
+
+    __slots__ = ("pieces", "size")
+
+    def __init__(self, *fields: bytes) -> None:
+        """Begin with fields that are serialized already."""
+        # Bytes, and arrays, whose type does not declare that they are buffers.
+        self.pieces: list[Any] = list(fields)
+        self.size = sum(map(len, fields))
+
+    def add(self, number: int, content: Splice | bytes | Array) -> Splice:
+        """Append a length-delimited field: a message, bytes, or the data of a C-contiguous array."""
+        pieces: Iterable[Any]
+        if isinstance(content, Splice):
+            pieces, size = content.pieces, content.size
+        elif isinstance(content, bytes):
+            pieces, size = (content,), len(content)
+        else:
+            pieces, size = (content,), content.nbytes
+        head = varint(number << 3 | _DELIMITED) + varint(size)
+        self.pieces.append(head)
+        self.pieces.extend(pieces)
+        self.size += len(head) + size
+        return self
+
+    def joined(self) -> bytes:
+        """Return the message's bytes."""
+        return b"".join(self.pieces)
+
+
+def varint(value: int) -> bytes:
+    """Write `value` as protobuf writes tags and lengths: seven bits a byte, least significant first."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

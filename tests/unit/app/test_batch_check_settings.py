@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnserve_server.config import Settings
 from attnserve_server.loading import batch_check_settings
-from attnserve_server.scheduling.shadow import ShadowSettings
+from attnserve_server.scheduling.verifier import ShadowSettings
 
 
 def test_shadow_check_is_off_without_a_share() -> None:

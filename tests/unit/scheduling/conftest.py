@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from attnserve_server.domain.errors import AttnserveError, InternalFault, RequestCancelled
-from attnserve_server.domain.values import PreparedSequence, RunFacts, SequenceResult
+from attnserve_server.domain.values import PreparedSequence, Priority, RunFacts, SequenceResult
 from attnserve_server.engine.cost import CostModel
 from attnserve_server.engine.executor import Outcome
 from attnserve_server.engine.session import RunHandle
@@ -25,9 +25,9 @@ from attnserve_server.model.manifest import (
 )
 from attnserve_server.observability.metrics import CHECK_OUTCOMES, Metrics
 from attnserve_server.scheduling.policy import SchedulingSettings
+from attnserve_server.scheduling.queue import Request
 from attnserve_server.scheduling.scheduler import Scheduler
-from attnserve_server.scheduling.shadow import ShadowSettings
-from attnserve_server.scheduling.verifier import Verifier
+from attnserve_server.scheduling.verifier import ShadowSettings, Verifier
 from made_by_hand import CHECK, PROVENANCE, proved
 
 
@@ -218,6 +218,20 @@ class Bench:
     async def __aexit__(self, *_: object) -> None:
         assert self.scheduler is not None
         await self.scheduler.aclose()
+
+    async def submit(
+        self,
+        sequences: Sequence[PreparedSequence],
+        *,
+        deadline: float | None = None,
+        priority: Priority = Priority.NORMAL,
+        received_bytes: int = 0,
+        request_id: str = "",
+    ) -> list[SequenceResult]:
+        """Submit a request of these sequences, as the data plane does."""
+        assert self.scheduler is not None
+        with Request(request_id, deadline, received_bytes) as request:
+            return await self.scheduler.submit(request, sequences, priority)
 
     def checks(self) -> dict[str, int]:
         """Drawn sequences by outcome, without those that there were none of."""

@@ -3,9 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from attnserve_server.scheduling.admission import Demand, Load, refusal
+from attnserve_server.scheduling.admission import Demand, Load, Speed, refusal
 from attnserve_server.scheduling.policy import SchedulingSettings
-from attnserve_server.scheduling.speed import Speed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +20,7 @@ def test_a_queue_with_room_takes_a_request() -> None:
     assert refusal(ONE, load(Demand(9, 180, 900)), None, SETTINGS) is None
 
 
-def test_a_full_queue_refuses_with_the_time_until_there_is_room() -> None:
+def test_a_full_queue_refuses_with_the_time_until_it_has_room() -> None:
     refused = refusal(ONE, load(Demand(10, 200, 500)), None, SETTINGS)
     assert refused is not None
     assert (refused.cause, refused.limit, refused.value) == ("queue_full", 10, 11)
@@ -29,7 +28,7 @@ def test_a_full_queue_refuses_with_the_time_until_there_is_room() -> None:
     assert refused.retry_delay_s == pytest.approx(0.1)
 
 
-def test_a_queue_full_of_bytes_refuses_with_the_time_until_there_is_room() -> None:
+def test_a_queue_at_its_byte_limit_refuses_with_the_time_until_it_has_room() -> None:
     refused = refusal(ONE, load(Demand(5, 100, 1000)), None, SETTINGS)
     assert refused is not None
     assert (refused.cause, refused.limit, refused.value) == ("queue_bytes", 1000, 1100)
@@ -37,7 +36,7 @@ def test_a_queue_full_of_bytes_refuses_with_the_time_until_there_is_room() -> No
     assert refused.retry_delay_s == pytest.approx(0.05)
 
 
-def test_nothing_known_of_the_speed_gives_a_plain_second() -> None:
+def test_the_retry_delay_is_one_second_if_the_speed_is_unknown() -> None:
     refused = refusal(ONE, load(Demand(10, 200, 500), speed=None), None, SETTINGS)
     assert refused is not None
     assert refused.retry_delay_s == 1.0
@@ -47,7 +46,7 @@ def test_an_empty_queue_takes_a_request_larger_than_its_bounds() -> None:
     assert refusal(Demand(11, 100, 5000), load(Demand(0, 0, 0)), None, SETTINGS) is None
 
 
-def test_a_wait_beyond_the_deadline_is_refused_with_the_time_until_it_would_fit() -> None:
+def test_a_wait_beyond_the_deadline_is_refused_with_the_time_until_it_fits() -> None:
     # 100 waiting + 40 / 2 running + 20 of its own, at 0.005 s: 0.7 s
     busy = load(Demand(5, 100, 100), running=40)
     assert refusal(ONE, busy, 0.71, SETTINGS) is None
@@ -58,7 +57,7 @@ def test_a_wait_beyond_the_deadline_is_refused_with_the_time_until_it_would_fit(
     assert refused.retry_delay_s == pytest.approx(0.3)
 
 
-def test_a_prediction_is_given_room_to_err() -> None:
+def test_a_predicted_wait_has_headroom() -> None:
     busy = load(Demand(5, 100, 100), running=40)  # 0.7 s, as above
     roomy = replace(SETTINGS, wait_headroom=1.5)
     assert refusal(ONE, busy, 1.06, roomy) is None
@@ -76,7 +75,7 @@ def test_a_deadline_too_short_for_the_run_itself_is_no_overload() -> None:
     assert refused.retry_delay_s == pytest.approx(0.1), "at most the time until nothing is ahead"
 
 
-def test_without_a_deadline_or_an_estimate_no_wait_is_too_long() -> None:
+def test_no_wait_is_refused_without_a_deadline_or_an_estimate() -> None:
     busy = Demand(9, 10**6, 0)
     assert refusal(ONE, load(busy), None, SETTINGS) is None
     assert refusal(ONE, load(busy, speed=None), 0.001, SETTINGS) is None
@@ -100,21 +99,21 @@ def test_retry_delays_are_positive_and_bounded(demand: Demand, ahead: Load, rema
         assert refused.value > refused.limit
 
 
-def test_pace_is_what_runs_take_over_what_was_foreseen() -> None:
+def test_pace_is_the_time_of_runs_over_their_predicted_time() -> None:
     speed = Speed(0.5)
     assert speed.pace == 0.0
-    speed.saw(1.0, 100)
-    assert speed.pace == 0.0, "nothing was foreseen"
+    speed.add(1.0, 100)
+    assert speed.pace == 0.0, "nothing was predicted"
     for _ in range(200):
-        speed.saw(3.0, 100, 2.0)
+        speed.add(3.0, 100, 2.0)
     assert speed.pace == pytest.approx(1.5)
 
 
-def test_speed_starts_from_what_it_was_told_and_learns_from_runs() -> None:
+def test_speed_starts_from_its_seed_and_follows_the_runs() -> None:
     assert Speed().seconds_per_token is None
     speed = Speed(0.5)
     assert speed.seconds_per_token == 0.5
     for _ in range(200):
-        speed.saw(1.0, 100)
+        speed.add(1.0, 100)
     # the seed weighs 0.95^200 by now
     assert speed.seconds_per_token == pytest.approx(0.01, rel=1e-3)

@@ -31,7 +31,7 @@ def test_no_version_means_the_highest_by_number_and_not_by_spelling() -> None:
 
 
 @pytest.mark.parametrize(("name", "version"), [("nope", ""), ("tiny", "3"), ("nope", "1")])
-def test_what_is_not_there_is_not_found(name: str, version: str) -> None:
+def test_an_unknown_model_is_not_found(name: str, version: str) -> None:
     with pytest.raises(ModelNotFound):
         catalog_of(model()).find(name, version)
 
@@ -47,7 +47,7 @@ def test_only_a_ready_model_answers(state: ModelState) -> None:
     assert served.state_reason == "why"
 
 
-def test_a_highest_version_that_failed_does_not_fall_back_unasked() -> None:
+def test_a_failed_highest_version_does_not_fall_back() -> None:
     old, new = model(version="1"), model(version="2")
     old.move(ModelState.READY)
     new.move(ModelState.FAILED, "broken")
@@ -61,12 +61,12 @@ def test_models_are_listed_by_name_and_then_version() -> None:
     assert [(each.name, each.version) for each in catalog.all()] == [("a", "3"), ("b", "9"), ("b", "10")]
 
 
-def test_a_version_is_added_once() -> None:
+def test_a_version_can_be_added_once() -> None:
     with pytest.raises(ValueError, match="tiny/1 is in the catalog already"):
         catalog_of(model(), model())
 
 
-def test_a_state_is_told_in_the_metrics() -> None:
+def test_a_model_state_is_set_in_the_metrics() -> None:
     served = model("told", "1")
     served.move(ModelState.DRAINING)
 

@@ -21,7 +21,7 @@ from attnserve_server.model.manifest import AxisSpec
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.policy import SchedulingSettings
 from attnserve_server.scheduling.scheduler import Scheduler
-from attnserve_server.scheduling.shadow import ShadowSettings
+from attnserve_server.scheduling.verifier import ShadowSettings
 
 
 async def ticks(count: int = 20) -> None:
@@ -38,8 +38,8 @@ async def end_of(task: asyncio.Task) -> BaseException | None:
 
 def test_an_idle_instance_takes_a_sequence_at_once(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
-        async with bench as scheduler:
-            (result,) = await scheduler.submit([sequence(7)])
+        async with bench:
+            (result,) = await bench.submit([sequence(7)])
             assert tags_of([result]) == [7]
             assert result.queue_s == 0
             assert bench.clock.now() == pytest.approx(1001)
@@ -47,13 +47,13 @@ def test_an_idle_instance_takes_a_sequence_at_once(virtually, bench, sequence, t
     virtually(story())
 
 
-def test_message_counts_as_what_it_came_in_however_little_of_it_is_used(virtually, bench, sequence, tags_of) -> None:
+def test_a_request_counts_with_all_bytes_of_its_message(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
-        async with bench as scheduler:
-            first = asyncio.create_task(scheduler.submit([sequence(0)]))
+        async with bench:
+            first = asyncio.create_task(bench.submit([sequence(0)]))
             await ticks()
-            padded = asyncio.create_task(scheduler.submit([sequence(1), sequence(2)], received_bytes=1064))
-            plain = asyncio.create_task(scheduler.submit([sequence(3)], received_bytes=30))
+            padded = asyncio.create_task(bench.submit([sequence(1), sequence(2)], received_bytes=1064))
+            plain = asyncio.create_task(bench.submit([sequence(3)], received_bytes=30))
             await ticks()
             # Two times 32 bytes of tensors and 8 of the answer, and 1,000 that nothing uses; 30 is less than is used.
             assert bench.metric("queue_bytes") == 1000 + 3 * (4 * 8 + 8)
@@ -65,10 +65,10 @@ def test_message_counts_as_what_it_came_in_however_little_of_it_is_used(virtuall
 
 def test_requests_gather_while_the_instance_is_busy(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
-        async with bench as scheduler:
-            first = asyncio.create_task(scheduler.submit([sequence(0)]))
+        async with bench:
+            first = asyncio.create_task(bench.submit([sequence(0)]))
             await ticks()
-            others = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in (1, 2, 3)]
+            others = [asyncio.create_task(bench.submit([sequence(tag)])) for tag in (1, 2, 3)]
             await ticks()
             assert bench.metric("queue_depth") == 3
             assert bench.metric("queue_bytes") == 3 * (4 * 8 + 8)
@@ -85,8 +85,8 @@ def test_every_instance_works(virtually, bench, sequence) -> None:
     bench.settings = SchedulingSettings(max_batch_size=1)
 
     async def story() -> None:
-        async with bench as scheduler:
-            await asyncio.gather(*(scheduler.submit([sequence(tag)]) for tag in range(3)))
+        async with bench:
+            await asyncio.gather(*(bench.submit([sequence(tag)]) for tag in range(3)))
             assert bench.clock.now() == pytest.approx(1001)
 
     virtually(story())
@@ -97,10 +97,10 @@ def test_a_request_of_many_sequences_is_answered_in_its_order(virtually, bench, 
     lengths = [9, 3, 50, 3, 9, 50, 1, 2, 3, 9]
 
     async def story() -> None:
-        async with bench as scheduler:
-            results = await scheduler.submit([sequence(tag, length) for tag, length in enumerate(lengths)])
+        async with bench:
+            results = await bench.submit([sequence(tag, length) for tag, length in enumerate(lengths)])
             assert tags_of(results) == list(range(10))
-            assert await scheduler.submit([]) == []
+            assert await bench.submit([]) == []
 
     virtually(story())
 
@@ -110,9 +110,9 @@ def test_the_first_error_fails_a_request_and_withdraws_the_rest(virtually, bench
     bench.executor.poisoned.add(1)
 
     async def story() -> None:
-        async with bench as scheduler:
-            many = asyncio.create_task(scheduler.submit([sequence(tag) for tag in range(6)]))
-            other = asyncio.create_task(scheduler.submit([sequence(9)]))
+        async with bench:
+            many = asyncio.create_task(bench.submit([sequence(tag) for tag in range(6)]))
+            other = asyncio.create_task(bench.submit([sequence(9)]))
             assert isinstance(await end_of(many), InternalFault)
             assert tags_of(await other) == [9]
             assert bench.executor.runs == [[0, 1], [9]], "what is still queued of a failed request is not run"
@@ -121,12 +121,12 @@ def test_the_first_error_fails_a_request_and_withdraws_the_rest(virtually, bench
     virtually(story())
 
 
-def test_a_poisoned_sequence_leaves_its_batch_mates_untouched(virtually, bench, sequence, tags_of) -> None:
+def test_a_failing_sequence_leaves_its_batch_neighbours_unaffected(virtually, bench, sequence, tags_of) -> None:
     bench.executor.poisoned.add(2)
 
     async def story() -> None:
-        async with bench as scheduler:
-            tasks = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in range(4)]
+        async with bench:
+            tasks = [asyncio.create_task(bench.submit([sequence(tag)])) for tag in range(4)]
             assert isinstance(await end_of(tasks[2]), InternalFault)
             assert [tags_of(await tasks[tag]) for tag in (0, 1, 3)] == [[0], [1], [3]]
             assert bench.executor.runs == [[0, 1, 2, 3]]
@@ -134,13 +134,13 @@ def test_a_poisoned_sequence_leaves_its_batch_mates_untouched(virtually, bench, 
     virtually(story())
 
 
-def test_a_caller_who_leaves_the_queue_is_never_run(virtually, bench, sequence, tags_of) -> None:
+def test_a_request_cancelled_in_the_queue_never_runs(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
-        async with bench as scheduler:
-            first = asyncio.create_task(scheduler.submit([sequence(0)]))
+        async with bench:
+            first = asyncio.create_task(bench.submit([sequence(0)]))
             await ticks()
-            leaver = asyncio.create_task(scheduler.submit([sequence(1), sequence(2)]))
-            stayer = asyncio.create_task(scheduler.submit([sequence(3)]))
+            leaver = asyncio.create_task(bench.submit([sequence(1), sequence(2)]))
+            stayer = asyncio.create_task(bench.submit([sequence(3)]))
             await ticks()
             leaver.cancel()
             assert isinstance(await end_of(leaver), asyncio.CancelledError)
@@ -151,10 +151,10 @@ def test_a_caller_who_leaves_the_queue_is_never_run(virtually, bench, sequence, 
     virtually(story())
 
 
-def test_a_caller_who_leaves_before_submit_even_began_leaves_nothing_behind(virtually, bench, sequence) -> None:
+def test_a_request_cancelled_before_submit_starts_leaves_no_state(virtually, bench, sequence) -> None:
     async def story() -> None:
-        async with bench as scheduler:
-            leaver = asyncio.create_task(scheduler.submit([sequence(1)]))
+        async with bench:
+            leaver = asyncio.create_task(bench.submit([sequence(1)]))
             leaver.cancel()
             await end_of(leaver)
             await ticks()
@@ -164,12 +164,12 @@ def test_a_caller_who_leaves_before_submit_even_began_leaves_nothing_behind(virt
 
 
 @pytest.mark.parametrize("deadline", [None, 1000.5])
-def test_a_caller_who_leaves_in_the_very_turn_of_the_loop_is_never_run(virtually, bench, sequence, deadline) -> None:
+def test_a_request_cancelled_in_the_turn_of_planning_never_runs(virtually, bench, sequence, deadline) -> None:
     async def story() -> None:
         async with bench as scheduler:
-            first = asyncio.create_task(scheduler.submit([sequence(0)]))
+            first = asyncio.create_task(bench.submit([sequence(0)]))
             await ticks()
-            leaver = asyncio.create_task(scheduler.submit([sequence(1)], deadline=deadline))
+            leaver = asyncio.create_task(bench.submit([sequence(1)], deadline=deadline))
             await ticks()
             leaver.cancel()  # its future is done, and its task has not run yet
             bench.clock.time_s += 0.7
@@ -182,11 +182,11 @@ def test_a_caller_who_leaves_in_the_very_turn_of_the_loop_is_never_run(virtually
     virtually(story())
 
 
-def test_a_caller_who_leaves_mid_run_leaves_batch_mates_untouched(virtually, bench, sequence, tags_of) -> None:
+def test_cancelling_during_a_run_leaves_batch_neighbours_unaffected(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
-        async with bench as scheduler:
-            leaver = asyncio.create_task(scheduler.submit([sequence(1)]))
-            stayer = asyncio.create_task(scheduler.submit([sequence(2)]))
+        async with bench:
+            leaver = asyncio.create_task(bench.submit([sequence(1)]))
+            stayer = asyncio.create_task(bench.submit([sequence(2)]))
             await asyncio.sleep(0.5)
             leaver.cancel()
             assert tags_of(await stayer) == [2]
@@ -196,17 +196,17 @@ def test_a_caller_who_leaves_mid_run_leaves_batch_mates_untouched(virtually, ben
     virtually(story())
 
 
-def test_a_run_whose_members_all_left_is_terminated(virtually, bench, sequence, tags_of) -> None:
+def test_a_run_without_pending_requests_is_terminated(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
         async with bench as scheduler:
-            leavers = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in (1, 2)]
+            leavers = [asyncio.create_task(bench.submit([sequence(tag)])) for tag in (1, 2)]
             await asyncio.sleep(0.5)
             leavers[0].cancel()
             await ticks()
             assert not next(iter(scheduler._requests)).entries[0].run.handle.terminated
             leavers[1].cancel()
             await ticks()
-            assert tags_of(await scheduler.submit([sequence(3)])) == [3]
+            assert tags_of(await bench.submit([sequence(3)])) == [3]
             assert bench.executor.terminated == [[1, 2]]
             assert bench.metric("dropped_total", reason="terminated") == 2
             assert bench.clock.now() < 1001.6, "the instance was free at once"
@@ -214,11 +214,11 @@ def test_a_run_whose_members_all_left_is_terminated(virtually, bench, sequence, 
     virtually(story())
 
 
-def test_a_caller_who_leaves_when_the_answer_is_there_changes_nothing(virtually, bench, sequence, tags_of) -> None:
+def test_cancelling_after_the_answer_has_no_effect(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
         async with bench as scheduler:
-            leaver = asyncio.create_task(scheduler.submit([sequence(1)]))
-            stayer = asyncio.create_task(scheduler.submit([sequence(2)]))
+            leaver = asyncio.create_task(bench.submit([sequence(1)]))
+            stayer = asyncio.create_task(bench.submit([sequence(2)]))
             real = scheduler._resolve
 
             def resolve_and_leave(entry, outcome, started) -> None:
@@ -233,23 +233,23 @@ def test_a_caller_who_leaves_when_the_answer_is_there_changes_nothing(virtually,
     virtually(story())
 
 
-def test_a_deadline_that_has_passed_is_not_admitted(virtually, bench, sequence) -> None:
+def test_a_request_past_its_deadline_is_not_admitted(virtually, bench, sequence) -> None:
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             with pytest.raises(DeadlineExpired):
-                await scheduler.submit([sequence(1)], deadline=1000.0)
+                await bench.submit([sequence(1)], deadline=1000.0)
             assert bench.executor.runs == []
 
     virtually(story())
 
 
-def test_a_deadline_in_the_queue_is_kept_and_the_sequence_never_run(virtually, bench, sequence) -> None:
+def test_a_request_that_expires_in_the_queue_never_runs(virtually, bench, sequence) -> None:
     async def story() -> None:
-        async with bench as scheduler:
-            first = asyncio.create_task(scheduler.submit([sequence(0)]))
+        async with bench:
+            first = asyncio.create_task(bench.submit([sequence(0)]))
             await ticks()
             with pytest.raises(DeadlineExpired) as caught:
-                await scheduler.submit([sequence(1)], deadline=1000.5)
+                await bench.submit([sequence(1)], deadline=1000.5)
             assert bench.clock.now() == pytest.approx(1000.5)
             assert caught.value.waited_s == pytest.approx(0.5)
             await first
@@ -259,28 +259,28 @@ def test_a_deadline_in_the_queue_is_kept_and_the_sequence_never_run(virtually, b
     virtually(story())
 
 
-def test_a_deadline_during_the_run_is_kept_by_the_scheduler(virtually, bench, sequence, tags_of) -> None:
+def test_a_deadline_during_a_run_fails_the_request_at_once(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
-        async with bench as scheduler:
-            patient = asyncio.create_task(scheduler.submit([sequence(0)]))
-            hasty = asyncio.create_task(scheduler.submit([sequence(1)], deadline=1000.3))
+        async with bench:
+            patient = asyncio.create_task(bench.submit([sequence(0)]))
+            hasty = asyncio.create_task(bench.submit([sequence(1)], deadline=1000.3))
             assert isinstance(await end_of(hasty), DeadlineExpired)
             assert bench.clock.now() == pytest.approx(1000.3)
             assert tags_of(await patient) == [0]
             assert bench.clock.now() == pytest.approx(1001)
             with pytest.raises(DeadlineExpired):
-                await scheduler.submit([sequence(2)], deadline=1001.5)
+                await bench.submit([sequence(2)], deadline=1001.5)
             await asyncio.sleep(0.1)
             assert bench.executor.terminated == [[2]], "nobody waits for that run any more"
 
     virtually(story())
 
 
-def test_what_expired_while_the_loop_was_held_up_is_still_never_run(virtually, bench, sequence) -> None:
+def test_a_request_that_expires_while_the_loop_is_blocked_never_runs(virtually, bench, sequence) -> None:
     async def story() -> None:
         async with bench as scheduler:
-            late = asyncio.create_task(scheduler.submit([sequence(1)], deadline=1000.5))
-            in_time = asyncio.create_task(scheduler.submit([sequence(2)], deadline=1009))
+            late = asyncio.create_task(bench.submit([sequence(1)], deadline=1000.5))
+            in_time = asyncio.create_task(bench.submit([sequence(2)], deadline=1009))
             for _ in range(2):  # both submitted, the instance not yet woken
                 await asyncio.sleep(0)
                 if len(scheduler._queue) == 2:
@@ -293,18 +293,18 @@ def test_what_expired_while_the_loop_was_held_up_is_still_never_run(virtually, b
     virtually(story())
 
 
-def test_what_no_run_could_answer_in_time_is_given_up_for_what_can_be(virtually, bench, sequence) -> None:
+def test_requests_that_cannot_end_in_time_are_dropped_for_others(virtually, bench, sequence) -> None:
     # A row takes a second on top of two of the run itself, and so it was foreseen.
     bench.executor.cost = CostModel(run_s=2.0, sequence_s=1.0, token_s=1e-9, pair_s=0.0)
     bench.executor.seconds = lambda sequences: 2.0 + len(sequences)
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(0)])  # 3 s, from which the pace is known
-            running = asyncio.create_task(scheduler.submit([sequence(1)]))
+        async with bench:
+            await bench.submit([sequence(0)])  # 3 s, from which the pace is known
+            running = asyncio.create_task(bench.submit([sequence(1)]))
             await ticks()
-            hopeless = asyncio.create_task(scheduler.submit([sequence(2)], deadline=bench.clock.now() + 5))
-            patient = asyncio.create_task(scheduler.submit([sequence(3)], deadline=bench.clock.now() + 20))
+            hopeless = asyncio.create_task(bench.submit([sequence(2)], deadline=bench.clock.now() + 5))
+            patient = asyncio.create_task(bench.submit([sequence(3)], deadline=bench.clock.now() + 20))
             error = await end_of(hopeless)
             assert isinstance(error, DeadlineExpired)
             assert error.waited_s == pytest.approx(3), "when the instance became free, 2 s before the deadline"
@@ -313,19 +313,19 @@ def test_what_no_run_could_answer_in_time_is_given_up_for_what_can_be(virtually,
             assert bench.executor.runs == [[0], [1], [3]]
             # With nothing else to do it is tried: what was foreseen may have been too dark.
             bench.executor.seconds = lambda sequences: 0.5
-            await scheduler.submit([sequence(4)], deadline=bench.clock.now() + 1)
+            await bench.submit([sequence(4)], deadline=bench.clock.now() + 1)
 
     virtually(story())
 
 
-def test_a_deadline_is_kept_by_the_injected_clock_when_the_loops_runs_ahead(virtually, bench, sequence) -> None:
+def test_deadlines_follow_the_injected_clock_when_the_loops_clock_is_ahead(virtually, bench, sequence) -> None:
     async def story() -> None:
         loop = asyncio.get_running_loop()
         ahead = 0.0
         real = loop.time
         loop.time = lambda: real() + ahead  # type: ignore[method-assign]
-        async with bench as scheduler:
-            task = asyncio.create_task(scheduler.submit([sequence(1)], deadline=1000.5))
+        async with bench:
+            task = asyncio.create_task(bench.submit([sequence(1)], deadline=1000.5))
             await ticks()
             ahead = 10.0  # every timer set so far fires now
             await ticks()
@@ -341,12 +341,12 @@ def test_a_full_queue_refuses_with_a_retry_delay(virtually, bench, sequence) -> 
 
     async def story() -> None:
         async with bench as scheduler:
-            tasks = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in range(1)]
+            tasks = [asyncio.create_task(bench.submit([sequence(tag)])) for tag in range(1)]
             await ticks()
-            tasks += [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in (1, 2)]
+            tasks += [asyncio.create_task(bench.submit([sequence(tag)])) for tag in (1, 2)]
             await ticks()
             with pytest.raises(Overloaded) as caught:
-                await scheduler.submit([sequence(3)])
+                await bench.submit([sequence(3)])
             assert (caught.value.cause, caught.value.limit, caught.value.value) == ("queue_full", 2, 3)
             assert caught.value.retry_delay_s > 0
             assert bench.metric("refused_total", reason="queue_full") == 1
@@ -354,58 +354,58 @@ def test_a_full_queue_refuses_with_a_retry_delay(virtually, bench, sequence) -> 
                 scheduler.check_room(None)
             await asyncio.gather(*tasks)
             scheduler.check_room(None)
-            await scheduler.submit([sequence(3)])
+            await bench.submit([sequence(3)])
 
     virtually(story())
 
 
-def test_a_wait_that_would_outlast_the_deadline_is_refused_at_once(virtually, bench, sequence) -> None:
+def test_a_predicted_wait_beyond_the_deadline_is_refused_at_once(virtually, bench, sequence) -> None:
     bench.executor.cost = CostModel(
         run_s=0.0, sequence_s=0.0, token_s=0.25, pair_s=0.0
     )  # four tokens a second: as the fake
     bench.settings = SchedulingSettings(max_batch_size=1, wait_headroom=1.0)
 
     async def story() -> None:
-        async with bench as scheduler:
-            tasks = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in range(3)]
+        async with bench:
+            tasks = [asyncio.create_task(bench.submit([sequence(tag)])) for tag in range(3)]
             await ticks()
             with pytest.raises(Overloaded) as caught:
-                await scheduler.submit([sequence(3)], deadline=1001.5)
+                await bench.submit([sequence(3)], deadline=1001.5)
             assert caught.value.cause == "predicted_wait"
             assert bench.clock.now() == 1000.0
             # honest: half of the run under way, two waiting and its own run are 3.5 s, of which 1.5 s were allowed
             assert caught.value.retry_delay_s == pytest.approx(2.0)
             await asyncio.sleep(caught.value.retry_delay_s)
-            await scheduler.submit([sequence(3)], deadline=bench.clock.now() + 3)
+            await bench.submit([sequence(3)], deadline=bench.clock.now() + 3)
             await asyncio.gather(*tasks)
 
     virtually(story())
 
 
-def test_priorities_move_places_in_line(virtually, bench, sequence) -> None:
+def test_priorities_change_the_order(virtually, bench, sequence) -> None:
     bench.settings = SchedulingSettings(max_batch_size=1)
 
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             order = [Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH]
             await asyncio.gather(
-                *(scheduler.submit([sequence(tag)], priority=priority) for tag, priority in enumerate(order))
+                *(bench.submit([sequence(tag)], priority=priority) for tag, priority in enumerate(order))
             )
             assert bench.executor.runs == [[3], [0], [2], [1]]
 
     virtually(story())
 
 
-def test_low_priority_is_overtaken_by_those_who_came_within_its_delay_only(virtually, bench, sequence) -> None:
+def test_low_priority_is_overtaken_only_within_its_delay(virtually, bench, sequence) -> None:
     bench.settings = SchedulingSettings(max_batch_size=1, low_delay_s=0.95)
     bench.executor.seconds = lambda sequences: 0.3
 
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             tasks = []
             for tag in range(20):  # one arrives every 0.1 s, and one is done every 0.3 s: the line only grows
                 priority = Priority.LOW if tag == 1 else Priority.NORMAL
-                tasks.append(asyncio.create_task(scheduler.submit([sequence(tag)], priority=priority)))
+                tasks.append(asyncio.create_task(bench.submit([sequence(tag)], priority=priority)))
                 await asyncio.sleep(0.1)
             await asyncio.gather(*tasks)
             assert [tag for (tag,) in bench.executor.runs].index(1) == 10
@@ -413,17 +413,17 @@ def test_low_priority_is_overtaken_by_those_who_came_within_its_delay_only(virtu
     virtually(story())
 
 
-def test_drain_takes_no_more_and_finishes_what_there_is(virtually, bench, sequence, tags_of) -> None:
+def test_drain_refuses_new_requests_and_finishes_pending_ones(virtually, bench, sequence, tags_of) -> None:
     bench.settings = SchedulingSettings(max_batch_size=1)
 
     async def story() -> None:
         async with bench as scheduler:
-            tasks = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in range(3)]
+            tasks = [asyncio.create_task(bench.submit([sequence(tag)])) for tag in range(3)]
             await ticks()
             draining = asyncio.create_task(scheduler.drain())
             await ticks()
             with pytest.raises(NotServing, match="draining"):
-                await scheduler.submit([sequence(9)])
+                await bench.submit([sequence(9)])
             await draining
             assert [tags_of(task.result()) for task in tasks] == [[0], [1], [2]]
             assert not scheduler.healthy
@@ -444,13 +444,13 @@ def test_an_idle_scheduler_drains_at_once(virtually, bench) -> None:
     virtually(story())
 
 
-def test_close_answers_everyone_and_terminates_runs(virtually, bench, sequence) -> None:
+def test_close_fails_pending_requests_and_terminates_runs(virtually, bench, sequence) -> None:
     bench.settings = SchedulingSettings(max_batch_size=1)
     bench.executor.seconds = lambda sequences: 1e9
 
     async def story() -> None:
         async with bench as scheduler:
-            tasks = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in range(3)]
+            tasks = [asyncio.create_task(bench.submit([sequence(tag)])) for tag in range(3)]
             await asyncio.sleep(1)
             await scheduler.aclose()
             assert [type(await end_of(task)) for task in tasks] == [NotServing] * 3
@@ -465,21 +465,21 @@ def test_a_scheduler_that_was_not_started_does_not_serve(virtually, bench, seque
             await scheduler.drain()
             scheduler._task, scheduler._draining = None, False
             with pytest.raises(NotServing, match="loading"):
-                await scheduler.submit([sequence(1)])
+                await bench.submit([sequence(1)])
             await scheduler.drain()
 
     virtually(story())
 
 
 @pytest.mark.parametrize("how", ["policy", "executor", "answer", "cancelled"])
-def test_a_dead_loop_is_no_zombie(virtually, bench, sequence, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_a_loop_that_dies_fails_pending_requests_and_reports_a_fault(virtually, bench, sequence, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     bench.executor.instances = 2
     bench.settings = SchedulingSettings(max_batch_size=1)
 
     async def story() -> None:
         async with bench as scheduler:
             assert scheduler.healthy
-            running = asyncio.create_task(scheduler.submit([sequence(1)]))
+            running = asyncio.create_task(bench.submit([sequence(1)]))
             await ticks()
             if how == "policy":
                 monkeypatch.setattr(
@@ -491,25 +491,25 @@ def test_a_dead_loop_is_no_zombie(virtually, bench, sequence, monkeypatch: pytes
                 monkeypatch.setattr(scheduler, "_resolve", lambda *_: (_ for _ in ()).throw(KeyError("bug")))
             else:
                 scheduler._task.cancel()
-            queued = [asyncio.create_task(scheduler.submit([sequence(tag)])) for tag in (2, 3)]
+            queued = [asyncio.create_task(bench.submit([sequence(tag)])) for tag in (2, 3)]
             assert [type(await end_of(task)) for task in (running, *queued)] == [InternalFault] * 3
             assert not scheduler.healthy
             assert bench.faults == ["fault"]
             with pytest.raises(NotServing, match="failed"):
-                await scheduler.submit([sequence(4)])
+                await bench.submit([sequence(4)])
             assert bench.metric("queue_depth") == 0
 
     virtually(story())
 
 
-def test_the_overhead_measured_at_warm_up_makes_large_batches_where_launches_dominate(
+def test_a_high_measured_overhead_makes_large_batches(
     virtually, bench, sequence
 ) -> None:
     bench.executor.cost = CostModel(run_s=1.0, sequence_s=0.0, token_s=0.001, pair_s=0.0)  # as a thousand tokens
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(tag, length) for tag, length in enumerate([4, 40, 80, 120])])
+        async with bench:
+            await bench.submit([sequence(tag, length) for tag, length in enumerate([4, 40, 80, 120])])
             assert [set(run) for run in bench.executor.runs] == [{0, 1, 2, 3}]
 
     virtually(story())
@@ -521,8 +521,8 @@ def test_sequences_of_other_lengths_on_a_rigid_axis_run_apart(virtually, bench, 
     monkeypatch.setattr(module, "MANIFEST", rigid)
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(0, 4), sequence(1, 5), sequence(2, 4), sequence(3, 5)])
+        async with bench:
+            await bench.submit([sequence(0, 4), sequence(1, 5), sequence(2, 4), sequence(3, 5)])
             assert bench.executor.runs == [[0, 2], [1, 3]]
 
     virtually(story())
@@ -533,22 +533,22 @@ def test_sequences_of_other_lengths_on_a_rigid_axis_run_apart(virtually, bench, 
     [((), [{0, 1, 2, 3, 4}]), ((1, 2, 3), [{0, 4}, {1, 3}, {2}])],
     ids=["all may be padded", "three may not"],
 )
-def test_sequence_that_must_not_be_padded_runs_with_sequences_of_its_length_that_must_not_either(
+def test_unpadded_sequences_share_runs_only_with_their_own_lengths(
     virtually, bench, sequence, unpadded: tuple[int, ...], runs: list[set[int]]
 ) -> None:
     bench.executor.cost = CostModel(run_s=1.0, sequence_s=0.0, token_s=0.001, pair_s=0.0)  # as a thousand tokens
     lengths = [4, 5, 4, 5, 6]
 
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             sequences = [replace(sequence(tag, length), unpadded=tag in unpadded) for tag, length in enumerate(lengths)]
-            await scheduler.submit(sequences)
+            await bench.submit(sequences)
             assert [set(run) for run in bench.executor.runs] == runs
 
     virtually(story())
 
 
-def test_sequence_of_two_axes_that_must_not_be_padded_agrees_on_both(virtually, bench, monkeypatch) -> None:
+def test_an_unpadded_sequence_shares_runs_only_with_equal_lengths_on_both_axes(virtually, bench, monkeypatch) -> None:
     bench.executor.cost = CostModel(run_s=1.0, sequence_s=0.0, token_s=0.001, pair_s=0.0)
     module = __import__(type(bench).__module__, fromlist=["MANIFEST"])
     axes = (*module.MANIFEST.axes, AxisSpec(symbol="patch", max_length=9, paddable=False))
@@ -559,41 +559,41 @@ def test_sequence_of_two_axes_that_must_not_be_padded_agrees_on_both(virtually, 
         return PreparedSequence(tensors, {"seq": seq, "patch": patch}, ("embedding",), unpadded=unpadded)
 
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             padded = [sequence(0, 4, 2), sequence(1, 6, 2), sequence(2, 4, 3)]
             whole = [
                 sequence(3, 4, 2, unpadded=True),
                 sequence(4, 4, 2, unpadded=True),
                 sequence(5, 6, 2, unpadded=True),
             ]
-            await scheduler.submit([*padded, *whole])
+            await bench.submit([*padded, *whole])
             assert sorted(map(sorted, bench.executor.runs)) == [[0, 1], [2], [3, 4], [5]]
 
     virtually(story())
 
 
-def test_a_measurement_without_overhead_does_not_talk_us_out_of_batching(virtually, bench, sequence) -> None:
+def test_a_measured_overhead_of_zero_does_not_prevent_batching(virtually, bench, sequence) -> None:
     bench.executor.cost = CostModel(run_s=0.0, sequence_s=0.0, token_s=0.001, pair_s=0.0)
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(0), sequence(1)])
+        async with bench:
+            await bench.submit([sequence(0), sequence(1)])
             assert bench.executor.runs == [[0, 1]]
 
     virtually(story())
 
 
 @pytest.mark.parametrize("end", ["answered", "failed", "expired", "cancelled"])
-def test_nothing_of_a_request_that_ended_stays_behind(virtually, bench, sequence, end: str) -> None:
+def test_an_ended_request_is_freed(virtually, bench, sequence, end: str) -> None:
     bench.executor.poisoned = {1} if end == "failed" else set()
 
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             kept = []
             sequences = [sequence(1), sequence(2)]
             kept = [weakref.ref(one.tensors["input_ids"]) for one in sequences]
             deadline = bench.clock.now() + 0.5 if end == "expired" else None
-            task = asyncio.create_task(scheduler.submit(sequences, deadline=deadline))
+            task = asyncio.create_task(bench.submit(sequences, deadline=deadline))
             del sequences
             await asyncio.sleep(0.2)
             if end == "cancelled":
@@ -602,7 +602,7 @@ def test_nothing_of_a_request_that_ended_stays_behind(virtually, bench, sequence
             assert (task.cancelled() or task.exception() is not None) is (end != "answered")
             del task
             await asyncio.sleep(2)
-            await scheduler.submit([sequence(3)])  # the instance's loop has moved on
+            await bench.submit([sequence(3)])  # the instance's loop has moved on
             assert [ref() for ref in kept] == [None, None]
 
     gc.disable()  # reference counts alone must do: tensors may be large, and collections rare
@@ -630,7 +630,7 @@ def storm(virtually, bench, sequence, tags_of, seed: int) -> None:
         wanted = list(range(first, first + many))
         deadline = bench.clock.now() + chance.random() * 0.3 if chance.random() < 0.3 else None
         submitted = asyncio.create_task(
-            scheduler.submit(
+            bench.submit(
                 [sequence(tag, chance.randint(1, 60)) for tag in wanted],
                 deadline=deadline,
                 priority=chance.choice(list(Priority)),
@@ -667,7 +667,7 @@ def storm(virtually, bench, sequence, tags_of, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_no_request_is_lost_doubled_or_given_anothers_answer(virtually, bench, sequence, tags_of, seed: int) -> None:
+def test_each_request_gets_its_own_answer_once(virtually, bench, sequence, tags_of, seed: int) -> None:
     storm(virtually, bench, sequence, tags_of, seed)
 
 
@@ -694,7 +694,7 @@ REAL_EXPIRE = Scheduler._expire
 
 
 @pytest.mark.parametrize(("method", "bug"), [("_resolve", swapped), ("_resolve", lost), ("_expire", late)])
-def test_the_storm_notices_bugs(virtually, bench, sequence, tags_of, monkeypatch, method: str, bug) -> None:
+def test_the_random_scheduler_test_detects_bugs(virtually, bench, sequence, tags_of, monkeypatch, method: str, bug) -> None:
     real_run = Scheduler._run
 
     async def remember(self: Scheduler, entries, instance) -> None:

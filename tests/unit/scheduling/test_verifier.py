@@ -13,7 +13,7 @@ import weakref
 import pytest
 from attnserve_server.domain.errors import InternalFault, NotServing
 from attnserve_server.scheduling.policy import SchedulingSettings
-from attnserve_server.scheduling.shadow import ShadowSettings
+from attnserve_server.scheduling.verifier import ShadowSettings
 
 EVERY = ShadowSettings(share=1.0)
 LOGGER = "attnserve_server.scheduling.verifier"
@@ -38,8 +38,8 @@ def test_batched_sequences_are_repeated_alone_after_their_answers(virtually, ben
     bench.shadow = EVERY
 
     async def story() -> None:
-        async with bench as scheduler:
-            assert tags_of(await scheduler.submit([sequence(1), sequence(2)])) == [1, 2]
+        async with bench:
+            assert tags_of(await bench.submit([sequence(1), sequence(2)])) == [1, 2]
             answered = bench.clock.now()
             assert bench.executor.repeats == []
             await settled(bench, 2)
@@ -51,13 +51,13 @@ def test_batched_sequences_are_repeated_alone_after_their_answers(virtually, ben
     virtually(story())
 
 
-def test_sequence_that_ran_alone_is_never_repeated(virtually, bench, sequence) -> None:
+def test_a_sequence_that_ran_alone_is_not_repeated(virtually, bench, sequence) -> None:
     bench.shadow = EVERY
 
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             for tag in range(5):
-                await scheduler.submit([sequence(tag)])
+                await bench.submit([sequence(tag)])
                 await asyncio.sleep(5)
             assert bench.executor.runs == [[0], [1], [2], [3], [4]]
             assert [keep for _, keep in bench.executor.handed] == [False] * 5
@@ -68,7 +68,7 @@ def test_sequence_that_ran_alone_is_never_repeated(virtually, bench, sequence) -
 
 
 @pytest.mark.parametrize("poisoned", [set(), {1}])
-def test_sequence_whose_batch_failed_and_was_split_is_not_repeated(
+def test_a_sequence_of_a_split_batch_is_not_repeated(
     virtually, bench, sequence, poisoned: set[int]
 ) -> None:
     bench.shadow = EVERY
@@ -76,9 +76,9 @@ def test_sequence_whose_batch_failed_and_was_split_is_not_repeated(
     bench.executor.poisoned = poisoned
 
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             with pytest.raises(InternalFault) if poisoned else contextlib.nullcontext():
-                await scheduler.submit([sequence(1)] * 2)
+                await bench.submit([sequence(1)] * 2)
             await asyncio.sleep(5)
             assert (bench.executor.repeats, bench.checks()) == ([], {})
             assert bench.verifier._samples == 0
@@ -93,8 +93,8 @@ def test_a_sample_waits_until_all_of_its_request_is_answered(virtually, bench, s
     bench.executor.seconds = lambda sequences: 8.0 if len(sequences) == 1 else 1.0
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(1), sequence(2), sequence(3)])
+        async with bench:
+            await bench.submit([sequence(1), sequence(2), sequence(3)])
             assert bench.executor.runs == [[1, 2], [3]]
             assert bench.clock.now() == pytest.approx(1008)
             assert bench.executor.repeats == [], "two instances were idle for seven seconds"
@@ -104,16 +104,16 @@ def test_a_sample_waits_until_all_of_its_request_is_answered(virtually, bench, s
     virtually(story())
 
 
-def test_share_is_kept_to(virtually, bench, sequence) -> None:
+def test_the_drawn_share_is_the_configured_one(virtually, bench, sequence) -> None:
     bench.shadow = ShadowSettings(share=0.1)
     bench.draw = random.Random(3).random
     same = random.Random(3)
     expected = sum(same.random() < 0.1 for _ in range(1600))
 
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             for _ in range(100):
-                await scheduler.submit([sequence(tag) for tag in range(16)])
+                await bench.submit([sequence(tag) for tag in range(16)])
                 await asyncio.sleep(20)
             await settled(bench, expected)
             assert sum(bench.checks().values()) == expected
@@ -123,17 +123,17 @@ def test_share_is_kept_to(virtually, bench, sequence) -> None:
 
 
 @pytest.mark.parametrize("newcomers", [1, 3])
-def test_on_one_instance_a_newcomer_stops_the_repeat_and_starts_at_once(
+def test_on_one_instance_a_new_request_stops_the_repeat(
     virtually, bench, sequence, newcomers: int
 ) -> None:
     bench.shadow = EVERY
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(1), sequence(2)])
+        async with bench:
+            await bench.submit([sequence(1), sequence(2)])
             await asyncio.sleep(0.5)
             assert len(bench.executor.busy) == len(bench.executor.repeats) == 1
-            results = await asyncio.gather(*(scheduler.submit([sequence(9)]) for _ in range(newcomers)))
+            results = await asyncio.gather(*(bench.submit([sequence(9)]) for _ in range(newcomers)))
             # The stand-in looks at its handle every 10 ms.
             assert max(result.queue_s for (result,) in results) <= 0.0101
             assert bench.executor.stopped == [1]
@@ -143,15 +143,15 @@ def test_on_one_instance_a_newcomer_stops_the_repeat_and_starts_at_once(
     virtually(story())
 
 
-def test_a_newcomer_takes_the_free_instance_and_the_repeat_goes_on(virtually, bench, sequence) -> None:
+def test_a_new_request_takes_the_free_instance_and_the_repeat_continues(virtually, bench, sequence) -> None:
     bench.shadow = EVERY
     bench.executor.instances = 2
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(1), sequence(2)])
+        async with bench:
+            await bench.submit([sequence(1), sequence(2)])
             await asyncio.sleep(0.5)
-            (result,) = await scheduler.submit([sequence(9)])
+            (result,) = await bench.submit([sequence(9)])
             assert result.queue_s == 0
             await settled(bench, 2)
             assert bench.executor.stopped == []
@@ -160,16 +160,16 @@ def test_a_newcomer_takes_the_free_instance_and_the_repeat_goes_on(virtually, be
     virtually(story())
 
 
-def test_the_repeat_stops_where_newcomers_need_its_instance_too(virtually, bench, sequence) -> None:
+def test_the_repeat_stops_if_new_requests_need_its_instance(virtually, bench, sequence) -> None:
     bench.shadow = EVERY
     bench.executor.instances = 2
     bench.settings = SchedulingSettings(max_batch_size=2)
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(1), sequence(2)])
+        async with bench:
+            await bench.submit([sequence(1), sequence(2)])
             await asyncio.sleep(0.5)
-            results = await asyncio.gather(*(scheduler.submit([sequence(9)]) for _ in range(4)))
+            results = await asyncio.gather(*(bench.submit([sequence(9)]) for _ in range(4)))
             assert bench.executor.runs == [[1, 2], [9, 9], [9, 9]]
             assert max(result.queue_s for (result,) in results) <= 0.0101
             assert bench.executor.stopped == [1]
@@ -183,10 +183,10 @@ def test_no_repeat_starts_while_only_one_instance_is_free(virtually, bench, sequ
     bench.executor.seconds = lambda sequences: 8.0 if len(sequences) == 1 else 1.0
 
     async def story() -> None:
-        async with bench as scheduler:
-            long = asyncio.create_task(scheduler.submit([sequence(9)]))
+        async with bench:
+            long = asyncio.create_task(bench.submit([sequence(9)]))
             await ticks()
-            await scheduler.submit([sequence(1), sequence(2)])
+            await bench.submit([sequence(1), sequence(2)])
             await asyncio.sleep(6)
             assert bench.executor.repeats == [], "the other instance is busy"
             await long
@@ -201,8 +201,8 @@ def test_one_repeat_at_a_time(virtually, bench, sequence) -> None:
     bench.executor.instances = 4
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(tag) for tag in range(4)])
+        async with bench:
+            await bench.submit([sequence(tag) for tag in range(4)])
             await settled(bench, 4)
             starts = [start for _, _, start in bench.executor.repeats]
             assert all(later - earlier >= 1 for earlier, later in itertools.pairwise(starts))
@@ -214,8 +214,8 @@ def test_sequences_beyond_the_bounds_are_dropped_and_counted(virtually, bench, s
     bench.shadow = ShadowSettings(share=1.0, max_samples=3)
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(tag) for tag in range(16)])
+        async with bench:
+            await bench.submit([sequence(tag) for tag in range(16)])
             assert bench.verifier._samples == 3
             await settled(bench, 16)
             assert bench.checks() == {"equal": 3, "dropped": 13}
@@ -228,8 +228,8 @@ def test_sequences_too_large_for_the_bound_are_dropped_before_they_are_copied(vi
     bench.shadow = ShadowSettings(share=1.0, max_bytes=8 * 10 + 32)
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(1, 11), sequence(2, 10)])
+        async with bench:
+            await bench.submit([sequence(1, 11), sequence(2, 10)])
             assert [keep for _, keep in bench.executor.handed] == [False, True]
             await settled(bench, 2)
             assert bench.checks() == {"equal": 1, "dropped": 1}
@@ -242,7 +242,7 @@ def test_a_loaded_server_drops_samples_and_repeats_none(virtually, bench, sequen
 
     async def caller(scheduler, tag: int) -> None:
         for _ in range(20):
-            await scheduler.submit([sequence(tag)])
+            await bench.submit([sequence(tag)])
 
     async def story() -> None:
         async with bench as scheduler:
@@ -260,12 +260,12 @@ def test_a_loaded_server_drops_samples_and_repeats_none(virtually, bench, sequen
     virtually(story())
 
 
-def test_a_run_that_all_left_gives_its_room_back(virtually, bench, sequence) -> None:
+def test_a_terminated_run_releases_the_room_of_its_samples(virtually, bench, sequence) -> None:
     bench.shadow = EVERY
 
     async def story() -> None:
-        async with bench as scheduler:
-            leaver = asyncio.create_task(scheduler.submit([sequence(1), sequence(2)]))
+        async with bench:
+            leaver = asyncio.create_task(bench.submit([sequence(1), sequence(2)]))
             await asyncio.sleep(0.5)
             assert bench.verifier._samples == 2
             leaver.cancel()
@@ -276,16 +276,16 @@ def test_a_run_that_all_left_gives_its_room_back(virtually, bench, sequence) -> 
     virtually(story())
 
 
-def test_a_failed_repeat_is_counted_and_harms_nothing(virtually, bench, sequence, tags_of) -> None:
+def test_a_failed_repeat_is_counted_and_has_no_other_effect(virtually, bench, sequence, tags_of) -> None:
     bench.shadow = EVERY
 
     async def story() -> None:
         async with bench as scheduler:
-            await scheduler.submit([sequence(1), sequence(2)])
+            await bench.submit([sequence(1), sequence(2)])
             bench.executor.poisoned.add(1)
             await settled(bench, 2)
             assert bench.checks() == {"equal": 1, "failed": 1}
-            assert tags_of(await scheduler.submit([sequence(3)])) == [3]
+            assert tags_of(await bench.submit([sequence(3)])) == [3]
             assert scheduler.healthy
 
     virtually(story())
@@ -296,14 +296,14 @@ def test_a_difference_is_counted_and_logged_without_content(virtually, bench, se
     bench.executor.mixed.add(2)
 
     async def story() -> None:
-        async with bench as scheduler:
-            await scheduler.submit([sequence(tag) for tag in (1, 2, 3)], request_id="mine")
+        async with bench:
+            await bench.submit([sequence(tag) for tag in (1, 2, 3)], request_id="mine")
             await settled(bench, 3)
             assert bench.checks() == {"equal": 2, "different": 1}
             assert bench.metric("batch_mismatch_total") == 1
             assert bench.metric("batching_isolated") == 0
             assert bench.isolated == []
-            await scheduler.submit([sequence(4), sequence(5)])
+            await bench.submit([sequence(4), sequence(5)])
             assert bench.executor.runs == [[1, 2, 3], [4, 5]], "counted only: it is batched as before"
 
     virtually(story())
@@ -321,9 +321,9 @@ def test_warnings_are_few_and_the_next_one_counts_the_others(virtually, bench, s
     bench.executor.mixed.update(range(4))
 
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             for _ in range(2):
-                await scheduler.submit([sequence(tag) for tag in range(4)])
+                await bench.submit([sequence(tag) for tag in range(4)])
                 await asyncio.sleep(20)
             assert bench.metric("batch_mismatch_total") == 8
 
@@ -332,17 +332,17 @@ def test_warnings_are_few_and_the_next_one_counts_the_others(virtually, bench, s
     assert [line.__dict__["unlogged"] for line in lines] == [0, 3]
 
 
-def test_isolate_runs_each_sequence_alone_from_the_first_difference_on(virtually, bench, sequence, caplog) -> None:
+def test_isolate_runs_each_sequence_alone_after_the_first_difference(virtually, bench, sequence, caplog) -> None:
     bench.shadow = ShadowSettings(share=1.0, action="isolate")
     bench.executor.mixed.update({1, 2})
 
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             assert bench.metric("batching_isolated") == 0
-            await scheduler.submit([sequence(1), sequence(2)])
+            await bench.submit([sequence(1), sequence(2)])
             await settled(bench, 2)
             assert bench.metric("batching_isolated") == 1
-            await scheduler.submit([sequence(tag) for tag in (3, 4, 5)])
+            await bench.submit([sequence(tag) for tag in (3, 4, 5)])
             assert bench.executor.runs == [[1, 2], [3], [4], [5]]
             assert len(bench.isolated) == 1
             await asyncio.sleep(10)
@@ -353,14 +353,14 @@ def test_isolate_runs_each_sequence_alone_from_the_first_difference_on(virtually
     assert [(line.__dict__["model"], line.__dict__["version"]) for line in errors] == [("tiny", "1")]
 
 
-def test_nothing_of_a_sample_stays_behind(virtually, bench, sequence) -> None:
+def test_a_repeated_sample_is_freed(virtually, bench, sequence) -> None:
     bench.shadow = EVERY
 
     async def story() -> None:
-        async with bench as scheduler:
+        async with bench:
             sent = [sequence(1), sequence(2)]
             received = weakref.ref(sent[0].tensors["input_ids"])
-            results = await scheduler.submit(sent)
+            results = await bench.submit(sent)
             sample = weakref.ref(bench.verifier._waiting[0].served["tag"])
             answer = weakref.ref(results[0].outputs["tag"])
             del results, sent
@@ -378,12 +378,12 @@ def test_nothing_of_a_sample_stays_behind(virtually, bench, sequence) -> None:
         gc.enable()
 
 
-def test_draining_drops_what_waits_and_stops_the_repeat(virtually, bench, sequence) -> None:
+def test_draining_drops_waiting_samples_and_stops_the_repeat(virtually, bench, sequence) -> None:
     bench.shadow = EVERY
 
     async def story() -> None:
         async with bench as scheduler:
-            await scheduler.submit([sequence(tag) for tag in range(3)])
+            await bench.submit([sequence(tag) for tag in range(3)])
             await asyncio.sleep(0.5)
             began = bench.clock.now()
             await scheduler.drain()
@@ -392,7 +392,7 @@ def test_draining_drops_what_waits_and_stops_the_repeat(virtually, bench, sequen
             assert bench.checks() == {"dropped": 3}
             assert bench.verifier._samples == 0
             with pytest.raises(NotServing):
-                await scheduler.submit([sequence(9)])
+                await bench.submit([sequence(9)])
 
     virtually(story())
 
@@ -404,7 +404,7 @@ def test_a_run_under_way_when_the_server_drains_is_answered_and_not_repeated(
 
     async def story() -> None:
         async with bench as scheduler:
-            late = asyncio.create_task(scheduler.submit([sequence(1), sequence(2)]))
+            late = asyncio.create_task(bench.submit([sequence(1), sequence(2)]))
             await asyncio.sleep(0.5)
             await scheduler.drain()
             assert tags_of(await late) == [1, 2]
@@ -414,12 +414,12 @@ def test_a_run_under_way_when_the_server_drains_is_answered_and_not_repeated(
     virtually(story())
 
 
-def test_without_a_verifier_sequences_reach_the_executor_as_they_are(virtually, bench, sequence) -> None:
+def test_without_a_verifier_sequences_reach_the_executor_unchanged(virtually, bench, sequence) -> None:
     sent = [sequence(tag) for tag in range(4)]
 
     async def story() -> None:
-        async with bench as scheduler:
-            results = await scheduler.submit(sent)
+        async with bench:
+            results = await bench.submit(sent)
             assert bench.executor.handed == [(id(one), False) for one in sent]
             assert [result.values for result in results] == [None] * 4
             await asyncio.sleep(10)
@@ -428,15 +428,15 @@ def test_without_a_verifier_sequences_reach_the_executor_as_they_are(virtually, 
     virtually(story())
 
 
-def test_sequences_not_drawn_reach_the_executor_as_they_are(virtually, bench, sequence) -> None:
+def test_sequences_not_drawn_reach_the_executor_unchanged(virtually, bench, sequence) -> None:
     bench.shadow = ShadowSettings(share=0.5)
     draws = iter([0.4, 0.5, 0.6, 0.9])
     bench.draw = lambda: next(draws)
     sent = [sequence(tag) for tag in range(4)]
 
     async def story() -> None:
-        async with bench as scheduler:
-            results = await scheduler.submit(sent)
+        async with bench:
+            results = await bench.submit(sent)
             assert bench.executor.handed[1:] == [(id(one), False) for one in sent[1:]]
             assert bench.executor.handed[0] != (id(sent[0]), False)
             assert [result.values for result in results] == [None] * 4, "kept for the check, not for the caller"

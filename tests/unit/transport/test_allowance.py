@@ -1,21 +1,21 @@
-"""A byte budget: first come, first served, and nothing is lost when a caller gives up waiting."""
+"""The byte budget of a stream grants bytes in order, and loses none when a waiting task is cancelled."""
 
 from __future__ import annotations
 
 import asyncio
 
-from attnserve_server.transport.allowance import Allowance
+from attnserve_server.transport.stream import Allowance
 from hypothesis import given
 from hypothesis import strategies as st
 
 
 async def settle() -> None:
-    """Lets every task run as far as it can."""
+    """Let every task run as far as it can."""
     for _ in range(5):
         await asyncio.sleep(0)
 
 
-async def test_what_fits_is_taken_at_once_and_the_rest_waits_in_turn() -> None:
+async def test_bytes_that_fit_are_granted_at_once_and_others_in_order() -> None:
     allowance = Allowance(10)
     await allowance.take(6)
     large, small = (asyncio.create_task(allowance.take(count)) for count in (5, 1))
@@ -38,7 +38,7 @@ async def test_more_than_the_limit_is_granted_alone() -> None:
     await huge
 
 
-async def test_one_that_gives_up_lets_those_behind_it_go_on() -> None:
+async def test_a_cancelled_wait_lets_the_next_ones_go_on() -> None:
     allowance = Allowance(10)
     await allowance.take(6)
     front, behind = (asyncio.create_task(allowance.take(count)) for count in (9, 2))
@@ -48,7 +48,7 @@ async def test_one_that_gives_up_lets_those_behind_it_go_on() -> None:
     assert behind.done()
 
 
-async def test_bytes_granted_to_one_that_gives_up_in_the_same_turn_are_given_back() -> None:
+async def test_bytes_granted_in_the_turn_of_a_cancellation_are_given_back() -> None:
     allowance = Allowance(10)
     await allowance.take(10)
     waiting = asyncio.create_task(allowance.take(10))
@@ -61,7 +61,7 @@ async def test_bytes_granted_to_one_that_gives_up_in_the_same_turn_are_given_bac
 
 
 @given(st.lists(st.tuples(st.integers(0, 15), st.booleans()), max_size=20))
-def test_everyone_gets_its_turn_and_nothing_is_left_taken(wants: list[tuple[int, bool]]) -> None:
+def test_every_wait_ends_and_no_bytes_stay_taken(wants: list[tuple[int, bool]]) -> None:
     async def scenario() -> None:
         allowance = Allowance(10)
         held = 0

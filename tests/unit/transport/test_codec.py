@@ -37,7 +37,7 @@ def result_message(result: SequenceResult, outputs: tuple[str, ...]) -> inferenc
 
 
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
-def test_an_array_comes_back_as_it_went(data: st.DataObject, dtype: str) -> None:
+def test_an_array_survives_a_round_trip(data: st.DataObject, dtype: str) -> None:
     shape = data.draw(npst.array_shapes(min_dims=0, max_dims=4, max_side=4))
     array = data.draw(npst.arrays(np.dtype(dtype), shape))
     wire = tensor_pb2.Tensor.FromString(codec.tensor_of(array, "x").joined())
@@ -61,11 +61,11 @@ def test_an_array_is_a_read_only_view_of_its_bytes(dtype: str) -> None:
     assert np.shares_memory(array, np.frombuffer(data, np.uint8))
 
 
-def test_a_bare_selection_means_the_defaults() -> None:
+def test_an_empty_selection_means_the_defaults() -> None:
     assert codec.selection_of(attention_pb2.AttentionSelection()) == domain.AttentionSelection()
 
 
-def test_every_field_of_a_selection_arrives() -> None:
+def test_every_field_of_a_selection_is_decoded() -> None:
     message = attention_pb2.AttentionSelection(
         sites=["a"],
         layers=[-1],
@@ -94,7 +94,7 @@ def test_every_field_of_a_selection_arrives() -> None:
     )
 
 
-def test_every_odd_number_in_a_selection_is_told() -> None:
+def test_every_unknown_number_in_a_selection_is_reported() -> None:
     odd = attention_pb2.AttentionSelection(
         head_reduction=9, layer_reduction=9, unit=9, special_tokens=9, dtype=tensor_pb2.DATA_TYPE_BOOL
     )
@@ -112,7 +112,7 @@ def test_every_odd_number_in_a_selection_is_told() -> None:
 @pytest.mark.parametrize(
     ("number", "priority"), [(0, Priority.NORMAL), (1, Priority.LOW), (2, Priority.NORMAL), (3, Priority.HIGH)]
 )
-def test_a_priority_arrives(number: int, priority: Priority) -> None:
+def test_a_priority_is_decoded(number: int, priority: Priority) -> None:
     assert codec.priority_of(number) is priority
 
 
@@ -127,7 +127,7 @@ def test_a_priority_arrives(number: int, priority: Priority) -> None:
     ],
     ids=["everything", "a part", "rollout"],
 )
-def test_the_echo_of_a_selection_means_the_same_when_it_is_sent(message: attention_pb2.AttentionSelection) -> None:
+def test_an_echoed_selection_means_the_same(message: attention_pb2.AttentionSelection) -> None:
     effective = resolve(codec.selection_of(message), MANIFEST.sites, "tiny")
     echo = codec.effective_message(effective, MANIFEST.sites)
     again = resolve(codec.selection_of(echo), MANIFEST.sites, "tiny")
@@ -138,7 +138,7 @@ def test_the_echo_of_a_selection_means_the_same_when_it_is_sent(message: attenti
     assert echo.dtype
 
 
-def test_the_answer_for_one_sequence_carries_outputs_in_the_order_asked_for_maps_and_run() -> None:
+def test_a_result_holds_outputs_in_the_requested_order_maps_and_run() -> None:
     units = AxisUnits("seq", 2, ("a", "b"), (0, 2), (1, 3), (False, True), (0, 0))
     whole = np.arange(4, dtype=np.float16).reshape(1, 2, 2)
     links = Links(np.array([0, 1]), np.array([1], np.int32), np.array([0.5], np.float32), np.array([[0.5]], np.float32))
@@ -168,7 +168,7 @@ def test_a_sequence_without_attention_has_none() -> None:
     assert not message.HasField("attention")
 
 
-def test_a_description_says_what_the_manifest_says() -> None:
+def test_a_description_equals_its_manifest() -> None:
     manifest = MANIFEST.model_copy(
         update={"outputs": (*MANIFEST.outputs, OutputSpec(name="mark", dtype="bool", shape=()))}
     )
@@ -196,7 +196,7 @@ def test_a_description_says_what_the_manifest_says() -> None:
         ("off", False, model_pb2.BATCHING_STATUS_UNKNOWN),
     ],
 )
-def test_a_description_says_what_is_known_of_batching_and_what_the_policy_makes_of_it(
+def test_a_description_holds_batching_status_and_policy(
     policy: Batching, padded: bool, status: int
 ) -> None:
     clause = Clause(axis="seq", verdict=Verdict.UNKNOWN, reason="not known", attack=SURVIVED)
@@ -211,7 +211,7 @@ def test_a_description_says_what_is_known_of_batching_and_what_the_policy_makes_
     assert [axis.padding_reason for axis in message.axes] == ["not known", ""]
 
 
-def test_a_description_tells_patch_grids_and_the_axis_of_the_second_text() -> None:
+def test_a_description_holds_patch_grids_and_the_axis_of_the_second_text() -> None:
     patches = AxisSpec(symbol="patches", max_length=7, paddable=False, fixed=True, grid=(2, 3), leading=1)
     text = TextSpec(axis="seq", max_tokens=8, pair_axis="target", pair_max_tokens=8)
     message = model_pb2.Model()
@@ -224,7 +224,7 @@ def test_a_description_tells_patch_grids_and_the_axis_of_the_second_text() -> No
     assert (message.text_axis, message.text_pair_axis) == ("", "")
 
 
-def test_units_of_patches_carry_their_grid() -> None:
+def test_units_of_patches_hold_their_grid() -> None:
     units = AxisUnits(axis="patches", length=7, grid=(2, 3), leading=1)
     message = result_message(SequenceResult({}, AttentionAnswer((units,), ()), RunFacts(1, 1, 1, 0.1, 0)), ())
     (axis,) = message.attention.axes

@@ -1,6 +1,8 @@
-"""Every error of the tree gets its code and its details, small enough for a trailer and safe to show."""
+"""Every error of the tree has a code and details that fit into a trailer and are safe to send."""
 
 from __future__ import annotations
+
+import asyncio
 
 import grpc
 import pytest
@@ -10,6 +12,7 @@ from attnserve_server.transport.status import (
     TABLE,
     code_of,
     is_fault,
+    name_of_code,
     plain,
     row_of,
     status_of,
@@ -49,7 +52,7 @@ def test_every_error_of_the_tree_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
-def test_an_error_is_told_with_its_code_and_its_info(error: errors.AttnserveError) -> None:
+def test_an_error_has_its_code_and_error_info(error: errors.AttnserveError) -> None:
     status = status_of(error, "my-id")
     assert code_of(status) is EXAMPLES[error]
     info = detail(status, error_details_pb2.ErrorInfo)
@@ -60,14 +63,14 @@ def test_an_error_is_told_with_its_code_and_its_info(error: errors.AttnserveErro
 
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
-def test_what_may_be_tried_again_says_when(error: errors.AttnserveError) -> None:
+def test_retryable_errors_hold_the_retry_delay(error: errors.AttnserveError) -> None:
     retry = detail(status_of(error, ""), error_details_pb2.RetryInfo)
     assert (retry is not None) is row_of(error).retry
     if retry is not None:
         assert retry.retry_delay.ToTimedelta().total_seconds() == error.retry_delay_s  # type: ignore[attr-defined]
 
 
-def test_a_wrong_request_names_its_fields() -> None:
+def test_an_invalid_request_names_its_fields() -> None:
     error = errors.InvalidRequest(
         errors.FieldViolation("sequences[0].text.text", "empty"), errors.FieldViolation("priority", "9 is none")
     )
@@ -81,7 +84,7 @@ def test_a_wrong_request_names_its_fields() -> None:
 @pytest.mark.parametrize(
     "error", [ValueError("/home/me/secret.py, line 3"), OSError(2, "no", "/etc/passwd"), KeyError()]
 )
-def test_anything_else_is_internal_and_says_nothing_but_the_request_id(error: Exception) -> None:
+def test_any_other_exception_is_internal_and_reports_only_the_request_id(error: Exception) -> None:
     status = status_of(error, "my-id")
     assert is_fault(error)
     assert code_of(status) is grpc.StatusCode.INTERNAL
@@ -90,7 +93,7 @@ def test_anything_else_is_internal_and_says_nothing_but_the_request_id(error: Ex
     assert b"passwd" not in status.SerializeToString()
 
 
-def test_an_error_of_ours_that_the_table_does_not_know_is_internal() -> None:
+def test_an_error_without_a_row_is_internal() -> None:
     class Strange(errors.AttnserveError):
         def metadata(self) -> dict[str, str]:
             return {"path": "/etc"}
@@ -100,11 +103,11 @@ def test_an_error_of_ours_that_the_table_does_not_know_is_internal() -> None:
     assert b"/etc" not in status.SerializeToString()
 
 
-def test_an_internal_fault_gets_the_id_of_the_request_that_met_it() -> None:
+def test_an_internal_fault_gets_the_id_of_its_request() -> None:
     assert status_of(errors.InternalFault(), "my-id").message == "internal error; request id my-id"
 
 
-def test_a_subclass_is_told_as_its_parent() -> None:
+def test_a_subclass_has_the_status_of_its_parent() -> None:
     class Busy(errors.Overloaded):
         pass
 
@@ -112,12 +115,12 @@ def test_a_subclass_is_told_as_its_parent() -> None:
     assert not is_fault(Busy("queue_full", 1, 2, 1.0))
 
 
-def test_a_negative_delay_is_told_as_none() -> None:
+def test_a_negative_retry_delay_is_sent_as_zero() -> None:
     retry = detail(status_of(errors.NotServing("", "draining", -1), ""), error_details_pb2.RetryInfo)
     assert retry.retry_delay.ToNanoseconds() == 0
 
 
-def test_many_long_violations_stay_small_enough_for_a_trailer() -> None:
+def test_many_long_violations_fit_into_a_trailer() -> None:
     error = errors.InvalidRequest(*[errors.FieldViolation("f" * 500, "é" * 500)] * 40)
     status = status_of(error, "x" * 128)
     bad = detail(status, error_details_pb2.BadRequest)
@@ -125,7 +128,7 @@ def test_many_long_violations_stay_small_enough_for_a_trailer() -> None:
     assert status.ByteSize() <= 4096 + 128  # what packing adds
 
 
-def test_short_violations_are_all_told() -> None:
+def test_short_violations_are_sent_up_to_the_limit() -> None:
     error = errors.InvalidRequest(*[errors.FieldViolation("f", "d")] * 40)
     assert len(detail(status_of(error, ""), error_details_pb2.BadRequest).field_violations) == errors.MAX_VIOLATIONS
 
@@ -138,7 +141,7 @@ def test_the_trailer_is_the_serialised_status() -> None:
 
 
 @given(st.text(max_size=400))
-def test_whatever_a_caller_sends_is_told_in_printable_ascii(text: str) -> None:
+def test_a_status_holds_only_printable_ascii(text: str) -> None:
     status = status_of(errors.ModelNotFound(text, text), text)
     info = detail(status, error_details_pb2.ErrorInfo)
     for told in (status.message, *info.metadata.values()):
@@ -159,3 +162,20 @@ def test_whatever_a_caller_sends_is_told_in_printable_ascii(text: str) -> None:
 )
 def test_text_is_escaped_and_cut_to_ten_characters(text: str, told: str) -> None:
     assert plain(text, 10) == told
+
+
+@pytest.mark.parametrize(
+    ("error", "left_s", "name"),
+    [
+        (asyncio.CancelledError(), None, "CANCELLED"),
+        (asyncio.CancelledError(), 0.006, "CANCELLED"),
+        (asyncio.CancelledError(), 0.004, "DEADLINE_EXCEEDED"),
+        (asyncio.CancelledError(), -1.0, "DEADLINE_EXCEEDED"),
+        (errors.NotServing("", "draining"), -1.0, "UNAVAILABLE"),
+        (ValueError(), None, "INTERNAL"),
+    ],
+)
+def test_a_cancelled_call_ends_with_the_code_that_its_deadline_implies(
+    error: BaseException, left_s: float | None, name: str
+) -> None:
+    assert name_of_code(error, left_s) == name

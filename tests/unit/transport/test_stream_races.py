@@ -71,7 +71,7 @@ def asking(request_id: str) -> pb.StreamInferRequest:
     return pb.StreamInferRequest(request=pb.InferRequest(model="tiny", sequences=[sequence], request_id=request_id))
 
 
-async def test_a_request_cancelled_before_its_task_ran_is_answered_and_never_submitted(
+async def test_a_request_cancelled_before_its_task_starts_is_answered_and_not_submitted(
     streams: Streams, gate: Gate
 ) -> None:
     wire = Wire(asking("a"), pb.StreamInferRequest(cancel_request_id="a"))
@@ -82,7 +82,7 @@ async def test_a_request_cancelled_before_its_task_ran_is_answered_and_never_sub
     assert gate.deadlines == []
 
 
-async def test_a_request_cancelled_in_the_turn_that_ends_its_stream_is_sent_nothing(
+async def test_a_request_cancelled_as_its_stream_ends_gets_no_answer(
     streams: Streams, gate: Gate
 ) -> None:
     wire = Wire(asking("a"), closed=False)

@@ -12,8 +12,9 @@ from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest
 from attnserve_server.domain.values import AxisUnits
 from attnserve_server.model.manifest import AxisSpec, InputRole, InputSpec, Manifest, OutputSpec, TextSpec
 from attnserve_server.model.tokenizer import TextTokenizer
-from attnserve_server.transport.inputs import Intake
-from attnserve_server.transport.validation import PreparedRequest, prepare
+from attnserve_server.transport.intake import Intake
+from attnserve_server.transport.validation import ValidRequest, validate
+from attnserve_server.transport.wire import Received
 from made_by_hand import proved
 from tiny_bundle import VOCABULARY, tiny_manifest, tiny_tokenizer
 
@@ -69,11 +70,12 @@ def over_patches(**fields: object) -> Manifest:
     )
 
 
-def asked(manifest: Manifest, sequence: pb.Sequence, **selection: object) -> PreparedRequest:
+def asked(manifest: Manifest, sequence: pb.Sequence, **selection: object) -> ValidRequest:
     limits = {"max_batch_size": 8, "max_text_bytes": 100, "max_response_bytes": 10_000}
     intake = Intake.of(manifest, TextTokenizer(tiny_tokenizer(), manifest.text.axis), **limits)
     attention = attention_pb2.AttentionSelection(**selection)
-    return prepare(pb.InferRequest(model="tiny", sequences=[sequence], attention=attention), intake)
+    request = pb.InferRequest(model="tiny", sequences=[sequence], attention=attention)
+    return validate(Received(request, request.ByteSize()), intake)
 
 
 def of_text(text: str, pair: str = "") -> pb.Sequence:
@@ -96,7 +98,7 @@ def ids(*words: str) -> np.ndarray:
     return np.array([VOCABULARY.index(word) for word in words])
 
 
-def test_second_text_fills_the_axis_that_it_has_to_itself() -> None:
+def test_a_second_text_fills_its_own_axis() -> None:
     (sequence,) = asked(encoder_decoder(), of_text("the cat sat", "a dog")).sequences
     assert sequence.lengths == {"source": 5, "target": 5}
     assert sequence.tensors["input_ids"].tolist() == [CLS, *ids("the", "cat", "sat"), SEP]
@@ -107,7 +109,7 @@ def test_second_text_fills_the_axis_that_it_has_to_itself() -> None:
     assert sequence.tensors["decoder_token_type_ids"].tolist() == [0] * 5
 
 
-def test_units_of_each_text_point_into_it() -> None:
+def test_units_of_each_text_have_offsets_into_it() -> None:
     (sequence,) = asked(encoder_decoder(), of_text("the cat sat", "a dog")).sequences
     source, target = sequence.units["source"], sequence.units["target"]
     assert (source.axis, source.texts) == ("source", ("[CLS]", "the", "cat", "sat", "[SEP]"))
@@ -125,7 +127,7 @@ def test_words_and_special_tokens_are_known_on_both_sides() -> None:
     assert sequence.units["target"].word_ids == (-1, -1, 0, -1)
 
 
-def test_without_a_second_text_the_decoder_has_its_start_alone() -> None:
+def test_without_a_second_text_the_decoder_gets_only_its_start_token() -> None:
     (sequence,) = asked(encoder_decoder(), of_text("the cat")).sequences
     assert sequence.tensors["decoder_input_ids"].tolist() == [SEP]
     assert sequence.units["target"] == AxisUnits(
@@ -146,10 +148,10 @@ def test_without_a_second_text_the_decoder_has_its_start_alone() -> None:
         (None, "", "text.text_pair", "empty: the model needs a second text, along axis 'target'"),
         (SEP, "a a a a", "text.text_pair", "7 tokens exceed 6"),
         (None, "x" * 101, "text.text_pair", "101 bytes exceed 100"),
-        (None, "dog", "text.text_pair", "element 1 is 13; input 'decoder_input_ids' runs from 0 to 4"),
+        (None, "dog", "text.text_pair", "element 1 is 13; values of input 'decoder_input_ids' must be from 0 to 4"),
     ],
 )
-def test_faults_of_the_second_text_name_it(start: int | None, pair: str, field: str, words: str) -> None:
+def test_violations_of_the_second_text_name_it(start: int | None, pair: str, field: str, words: str) -> None:
     vocabulary = 5 if pair == "dog" else 0
     with pytest.raises(InvalidRequest) as refusal:
         asked(encoder_decoder(start, vocabulary), of_text("the cat", pair))
@@ -157,7 +159,7 @@ def test_faults_of_the_second_text_name_it(start: int | None, pair: str, field: 
     assert re.search(words, refusal.value.violations[0].description)
 
 
-def test_ids_that_came_as_tensors_have_tokens_and_words_on_both_axes() -> None:
+def test_ids_sent_as_tensors_have_tokens_and_words_on_both_axes() -> None:
     sent = of_tensors(input_ids=ids("[CLS]", "the", "cat", "[SEP]"), decoder_input_ids=ids("[SEP]", "a", "dog"))
     (sequence,) = asked(encoder_decoder(), sent, unit=WORD_UNIT).sequences
     assert sequence.units["source"].texts == ("[CLS]", "the", "cat", "[SEP]")
@@ -165,7 +167,7 @@ def test_ids_that_came_as_tensors_have_tokens_and_words_on_both_axes() -> None:
     assert (target.axis, target.texts, target.words) == ("target", ("[SEP]", "a", "dog"), ("a", "dog"))
 
 
-def test_patches_are_named_after_their_places_and_what_leads_them_is_special() -> None:
+def test_patches_are_named_by_row_and_column_and_leading_positions_are_special() -> None:
     sent = of_tensors(input_ids=ids("[CLS]", "the"), pixel_values=np.zeros((3, 4, 6), np.float32))
     (sequence,) = asked(over_patches(), sent, unit=WORD_UNIT, special_tokens=DROP).sequences
     patches = sequence.units["patches"]
@@ -175,7 +177,7 @@ def test_patches_are_named_after_their_places_and_what_leads_them_is_special() -
     assert sequence.units["seq"].texts == ("[CLS]", "the")
 
 
-def test_positions_that_are_no_text_stay_units_of_their_own_among_words() -> None:
+def test_positions_without_text_stay_units_among_words() -> None:
     sent = of_tensors(input_ids=ids("[CLS]", "the"), pixel_values=np.zeros((3, 4, 6), np.float32))
     (sequence,) = asked(over_patches(grid=None, leading=0), sent, unit=WORD_UNIT).sequences
     assert sequence.units["patches"] == AxisUnits(axis="patches", length=7, special=(False,) * 7, word_ids=(-1,) * 7)
@@ -187,7 +189,7 @@ def image(**fields: object) -> tensor_pb2.Tensor:
     return tensor_pb2.Tensor(**{**told, **fields})
 
 
-def test_text_may_bring_the_arrays_that_it_cannot_make() -> None:
+def test_text_may_come_with_tensors_that_it_cannot_fill() -> None:
     sent = pb.Sequence(text=pb.TextInput(text="the cat", tensors=[image()]))
     (sequence,) = asked(over_patches(), sent).sequences
     assert sequence.tensors["pixel_values"].shape == (3, 4, 6)
@@ -217,7 +219,7 @@ def test_text_may_bring_the_arrays_that_it_cannot_make() -> None:
         ),
     ],
 )
-def test_faults_of_arrays_beside_text_are_told(tensors: list[tensor_pb2.Tensor], field: str, words: str) -> None:
+def test_violations_of_tensors_beside_text_are_reported(tensors: list[tensor_pb2.Tensor], field: str, words: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         asked(over_patches(), pb.Sequence(text=pb.TextInput(text="the cat", tensors=tensors)))
     assert any(
@@ -226,7 +228,7 @@ def test_faults_of_arrays_beside_text_are_told(tensors: list[tensor_pb2.Tensor],
     )
 
 
-def test_an_array_that_is_refused_is_not_called_missing_too() -> None:
+def test_an_invalid_tensor_is_not_reported_as_missing_too() -> None:
     sent = pb.Sequence(text=pb.TextInput(text="the cat", tensors=[image(shape=(3, 6, 4))]))
     with pytest.raises(InvalidRequest) as refusal:
         asked(over_patches(), sent)
@@ -235,7 +237,7 @@ def test_an_array_that_is_refused_is_not_called_missing_too() -> None:
     }
 
 
-def test_frames_of_features_have_positions_and_ids_of_another_kind_have_no_words() -> None:
+def test_feature_frames_have_positions_and_other_ids_have_no_words() -> None:
     inputs = (
         flat("input_ids", "seq", IDS),
         InputSpec(name="frames", dtype="float32", shape=("frames", 8)),

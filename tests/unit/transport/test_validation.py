@@ -1,4 +1,4 @@
-"""Every fault that the contract names: the field, the limit and the value that its violation tells."""
+"""Validation reports each violation that the contract names with its field, limit and value."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from attnserve_server.domain.values import Priority
 from attnserve_server.model.certificate import MaskNeed
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, InputRole, InputSpec, OutputSpec
 from attnserve_server.model.tokenizer import TextTokenizer
-from attnserve_server.transport.inputs import Intake
-from attnserve_server.transport.validation import check_model_reference, check_request_id, prepare
+from attnserve_server.transport.intake import Intake
+from attnserve_server.transport.validation import ValidRequest, check_model_reference, check_request_id, validate
+from attnserve_server.transport.wire import Received
 from hypothesis import given
 from hypothesis import strategies as st
 from made_by_hand import proved
@@ -61,6 +62,10 @@ MIXED = MANIFEST.model_copy(
 def intake_of(manifest=MANIFEST, tokenizer: TextTokenizer | None = TOKENIZER, **limits: int) -> Intake:
     bounds = {"max_batch_size": 8, "max_text_bytes": MAX_TEXT_BYTES, "max_response_bytes": 10_000} | limits
     return Intake.of(manifest, tokenizer, **bounds)
+
+
+def validated(request: pb.InferRequest, intake: Intake) -> ValidRequest:
+    return validate(Received(request, request.ByteSize()), intake)
 
 
 TINY = intake_of()
@@ -218,31 +223,31 @@ FAULTS: dict[str, tuple[pb.InferRequest, Intake, str, str]] = {
         asking(of_tensors(tensor("input_ids", [2, -1, 3]))),
         TINY,
         f"{FIRST}.data",
-        f"element 1 is -1; input 'input_ids' runs from 0 to {len(VOCABULARY) - 1}",
+        f"element 1 is -1; values of input 'input_ids' must be from 0 to {len(VOCABULARY) - 1}",
     ),
     "id at the vocabulary's size": (
         asking(of_tensors(tensor("input_ids", [2, 3, len(VOCABULARY)]))),
         TINY,
         f"{FIRST}.data",
-        f"element 2 is {len(VOCABULARY)}; input 'input_ids' runs from 0 to {len(VOCABULARY) - 1}",
+        f"element 2 is {len(VOCABULARY)}; values of input 'input_ids' must be from 0 to {len(VOCABULARY) - 1}",
     ),
     "id of 2^63 - 1": (
         asking(of_tensors(tensor("input_ids", [2**63 - 1]))),
         TINY,
         f"{FIRST}.data",
-        f"element 0 is {2**63 - 1}; input 'input_ids' runs from 0 to {len(VOCABULARY) - 1}",
+        f"element 0 is {2**63 - 1}; values of input 'input_ids' must be from 0 to {len(VOCABULARY) - 1}",
     ),
     "a mark of 2": (
         asking(of_tensors(IDS, tensor("attention_mask", [1, 2, 0]))),
         TINY,
         f"{SECOND}.data",
-        "element 1 is 2; input 'attention_mask' runs from 0 to 1",
+        "element 1 is 2; values of input 'attention_mask' must be from 0 to 1",
     ),
     "a type of 2": (
         asking(of_tensors(IDS, tensor("types", [0, 1, 2], "int32"), PIXELS)),
         OTHER,
         f"{SECOND}.data",
-        "element 2 is 2; input 'types' runs from 0 to 1",
+        "element 2 is 2; values of input 'types' must be from 0 to 1",
     ),
     "NaN": (
         asking(of_tensors(IDS, tensor("pixels", [[0, 0, math.nan]], "float32"))),
@@ -266,19 +271,19 @@ FAULTS: dict[str, tuple[pb.InferRequest, Intake, str, str]] = {
         asking(of_text("a"), outputs=pb.OutputSelection(names=["embedding", "nope"])),
         TINY,
         "outputs.names[1]",
-        "no output 'nope'; the model gives hidden, embedding",
+        "no output 'nope'; the model has hidden, embedding",
     ),
     "doubled output": (
         asking(of_text("a"), outputs=pb.OutputSelection(names=["hidden", "hidden"])),
         TINY,
         "outputs.names[1]",
-        "output 'hidden' is asked for twice",
+        "output 'hidden' is selected twice",
     ),
     "nothing to answer": (
         asking(of_text("a"), outputs=pb.OutputSelection()),
         TINY,
         "outputs.names",
-        "empty, and no attention is asked for: there is nothing to answer",
+        "empty, and no attention is selected: the response would be empty",
     ),
     "unknown priority": (asking(of_text("a"), priority=9), TINY, "priority", "9 is not one of 0, 1, 2, 3"),
     "layer out of range": (
@@ -305,29 +310,29 @@ FAULTS: dict[str, tuple[pb.InferRequest, Intake, str, str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_told_with_its_field_its_limit_and_its_value(fault: str) -> None:
+def test_a_violation_names_field_limit_and_value(fault: str) -> None:
     request, intake, field, description = FAULTS[fault]
     with pytest.raises(InvalidRequest) as caught:
-        prepare(request, intake)
+        validated(request, intake)
     assert (field, description) in [(found.field, found.description) for found in caught.value.violations]
 
 
-def test_a_query_out_of_range_names_the_sequence_the_limit_and_the_value() -> None:
+def test_a_query_out_of_range_names_sequence_limit_and_value() -> None:
     request = asking(
         of_text("the cat sat"), of_text("a"), attention=attention_pb2.AttentionSelection(queries=[4], layers=[0])
     )
     with pytest.raises(InvalidRequest) as caught:
-        prepare(request, TINY)
+        validated(request, TINY)
     (violation,) = caught.value.violations
     assert violation.field == "attention.queries[0]"
     for part in ("4", "3", "1"):  # the value, the number of tokens of `a`, the sequence
         assert part in violation.description
 
 
-def test_all_faults_of_a_request_are_told_together() -> None:
+def test_all_violations_of_a_request_are_reported_together() -> None:
     request = asking(of_text(""), pb.Sequence(), of_text("y" * 200), outputs=pb.OutputSelection(names=["nope"]))
     with pytest.raises(InvalidRequest) as caught:
-        prepare(request, TINY)
+        validated(request, TINY)
     assert [violation.field for violation in caught.value.violations] == [
         "outputs.names[0]",
         "sequences[0].text.text",
@@ -348,51 +353,51 @@ def test_all_faults_of_a_request_are_told_together() -> None:
 )
 def test_at_most_sixteen_violations_are_reported(request_of: Callable[[], pb.InferRequest]) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        prepare(request_of(), intake_of(max_batch_size=40))
+        validated(request_of(), intake_of(max_batch_size=40))
     assert len(caught.value.violations) == MAX_VIOLATIONS
 
 
-def test_text_for_a_model_without_a_tokenizer_is_a_precondition() -> None:
+def test_text_for_a_model_without_a_tokenizer_is_a_failed_precondition() -> None:
     with pytest.raises(TextUnavailable):
-        prepare(asking(of_text("a")), OTHER)
+        validated(asking(of_text("a")), OTHER)
 
 
-def test_attention_of_a_model_without_sites_is_a_precondition() -> None:
+def test_attention_of_a_model_without_sites_is_a_failed_precondition() -> None:
     bare = intake_of(MANIFEST.model_copy(update={"sites": ()}))
     with pytest.raises(AttentionUnavailable):
-        prepare(attending(), bare)
+        validated(attending(), bare)
 
 
-def test_attention_along_an_axis_that_no_input_has_is_a_precondition() -> None:
+def test_attention_along_an_axis_without_an_input_is_a_failed_precondition() -> None:
     site = MANIFEST.sites[0].model_copy(update={"key_axis": "elsewhere"})
     odd = intake_of(MANIFEST.model_copy(update={"sites": (site,)}))
     with pytest.raises(AttentionUnavailable, match="elsewhere"):
-        prepare(attending(), odd)
+        validated(attending(), odd)
 
 
-def test_an_input_that_text_cannot_make_is_named() -> None:
+def test_an_input_that_text_cannot_fill_is_named() -> None:
     manifest = MIXED.model_copy(update={"text": MANIFEST.text})
     with pytest.raises(InvalidRequest) as caught:
-        prepare(asking(of_text("a")), intake_of(manifest))
+        validated(asking(of_text("a")), intake_of(manifest))
     assert [(v.field, v.description) for v in caught.value.violations] == [
         ("sequences[0].text", "input 'pixels' cannot be made from text: send tensors")
     ]
 
 
-def test_an_input_left_out_whose_length_nothing_tells_is_named() -> None:
+def test_an_omitted_input_of_unknown_length_is_named() -> None:
     inputs = (*MANIFEST.inputs, InputSpec(name="pixels", dtype="float32", shape=("patch", 3), fill=0))
     manifest = MIXED.model_copy(update={"inputs": inputs})
     with pytest.raises(InvalidRequest) as caught:
-        prepare(asking(of_tensors(IDS)), intake_of(manifest, None))
+        validated(asking(of_tensors(IDS)), intake_of(manifest, None))
     assert caught.value.violations[0].description == (
-        "input 'pixels' is missing, and nothing else tells the length of axis 'patch'"
+        "input 'pixels' is missing, and no other input determines the length of axis 'patch'"
     )
 
 
-def test_a_tokenizer_that_knows_more_than_its_model_is_caught_before_the_batch() -> None:
+def test_ids_beyond_the_models_vocabulary_are_refused_before_the_batch() -> None:
     small = intake_of(MANIFEST.model_copy(update={"vocabulary_size": 5}))
     with pytest.raises(InvalidRequest) as caught:
-        prepare(asking(of_text("the cat sat")), small)
+        validated(asking(of_text("the cat sat")), small)
     assert caught.value.violations[0].field == "sequences[0].text.text"
 
 
@@ -400,17 +405,17 @@ def test_a_text_of_no_tokens_is_refused() -> None:
     bare = tiny_tokenizer()
     bare.post_processor = None
     with pytest.raises(InvalidRequest, match="0 tokens are less than 1"):
-        prepare(asking(of_text(" ")), intake_of(tokenizer=TextTokenizer(bare, "seq")))
+        validated(asking(of_text(" ")), intake_of(tokenizer=TextTokenizer(bare, "seq")))
 
 
-def test_a_model_of_text_without_token_ids_takes_what_its_tokenizer_makes() -> None:
+def test_a_text_model_without_token_ids_takes_the_mask_of_its_tokenizer() -> None:
     only_mask = MANIFEST.model_copy(update={"inputs": MANIFEST.inputs[1:]})
-    prepared = prepare(asking(of_text("the cat")), intake_of(only_mask))
+    prepared = validated(asking(of_text("the cat")), intake_of(only_mask))
     assert set(prepared.sequences[0].tensors) == {"attention_mask"}
 
 
-def test_a_text_becomes_ids_a_mask_and_units() -> None:
-    prepared = prepare(attending(layers=[0]), TINY)
+def test_a_text_gives_ids_a_mask_and_units() -> None:
+    prepared = validated(attending(layers=[0]), TINY)
     (sequence,) = prepared.sequences
     assert sequence.tensors["input_ids"].tolist() == [2, 4, 5, 6, 3]
     assert sequence.tensors["attention_mask"].tolist() == [1, 1, 1, 1, 1]
@@ -420,24 +425,24 @@ def test_a_text_becomes_ids_a_mask_and_units() -> None:
 
 
 def test_special_token_text_in_a_text_is_plain_text() -> None:
-    (sequence,) = prepare(asking(of_text("[SEP]")), TINY).sequences
+    (sequence,) = validated(asking(of_text("[SEP]")), TINY).sequences
     assert 3 not in sequence.tensors["input_ids"][1:-1]
 
 
 def test_token_ids_get_the_tokenizers_texts_as_units() -> None:
     request = asking(of_tensors(IDS), attention=attention_pb2.AttentionSelection(layers=[0]))
-    (sequence,) = prepare(request, TINY).sequences
+    (sequence,) = validated(request, TINY).sequences
     assert sequence.units["seq"].texts == ("[CLS]", "the", "[SEP]")
 
 
-def test_tensors_of_a_model_without_a_tokenizer_have_bare_units() -> None:
+def test_tensors_of_a_model_without_a_tokenizer_have_units_without_text() -> None:
     request = asking(of_tensors(IDS), attention=attention_pb2.AttentionSelection(layers=[0]))
-    (sequence,) = prepare(request, intake_of(tokenizer=None)).sequences
+    (sequence,) = validated(request, intake_of(tokenizer=None)).sequences
     assert (sequence.units["seq"].length, sequence.units["seq"].texts) == (3, ())
 
 
-def test_inputs_left_out_are_filled_as_the_manifest_says() -> None:
-    (sequence,) = prepare(asking(of_tensors(IDS, PIXELS)), OTHER).sequences
+def test_omitted_inputs_are_filled_with_the_manifests_values() -> None:
+    (sequence,) = validated(asking(of_tensors(IDS, PIXELS)), OTHER).sequences
     assert sequence.tensors["attention_mask"].tolist() == [1, 1, 1]
     assert sequence.tensors["types"].dtype == np.int32
     assert sequence.tensors["flags"].tolist() == [False, False]
@@ -465,52 +470,52 @@ ALL_IDS = MaskNeed(input="input_ids", need="all")
     ],
     ids=["mask left out", "mask with holes", "mask of zeros", "padding id in the text"],
 )
-def test_sequence_that_breaks_a_need_of_the_certificate_is_not_padded(
+def test_a_sequence_that_breaks_a_need_of_the_certificate_is_not_padded(
     ids: list[int], mask: list[int] | None, unpadded: bool
 ) -> None:
     tensors = [tensor("input_ids", ids), *([tensor("attention_mask", mask)] if mask else [])]
-    (sequence,) = prepare(asking(of_tensors(*tensors)), needing(SOME, ALL_IDS)).sequences
+    (sequence,) = validated(asking(of_tensors(*tensors)), needing(SOME, ALL_IDS)).sequences
     assert sequence.unpadded is unpadded
 
 
-def test_nothing_is_looked_at_where_no_axis_is_padded() -> None:
+def test_masks_are_not_checked_if_no_axis_is_padded() -> None:
     intake = needing(SOME, paddable=False)
     assert intake.masks == ()
-    (sequence,) = prepare(asking(of_tensors(IDS, tensor("attention_mask", [0, 0, 0]))), intake).sequences
+    (sequence,) = validated(asking(of_tensors(IDS, tensor("attention_mask", [0, 0, 0]))), intake).sequences
     assert not sequence.unpadded
 
 
 @pytest.mark.parametrize("message", [of_text("the cat"), of_tensors(IDS)], ids=["text", "tensors"])
-def test_mask_that_the_server_made_costs_no_look_at_its_values(
+def test_values_of_a_filled_in_mask_are_not_read(
     message: pb.Sequence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     intake = needing(SOME)
     monkeypatch.setattr(MaskNeed, "met_by", lambda *arguments: pytest.fail("it was looked at"))
-    (sequence,) = prepare(asking(message), intake).sequences
+    (sequence,) = validated(asking(message), intake).sequences
     assert not sequence.unpadded
     assert sequence.tensors["attention_mask"].tolist() == [1] * sequence.lengths["seq"]
 
 
-def test_fill_that_breaks_a_need_is_known_once_for_all() -> None:
-    (sequence,) = prepare(asking(of_tensors(IDS)), needing(SOME.model_copy(update={"allowed_value": 3}))).sequences
+def test_a_fill_value_is_checked_against_the_needs_once() -> None:
+    (sequence,) = validated(asking(of_tensors(IDS)), needing(SOME.model_copy(update={"allowed_value": 3}))).sequences
     assert sequence.unpadded
 
 
-def test_tensors_are_views_of_the_callers_bytes_and_cannot_be_written() -> None:
+def test_tensors_are_read_only_views_of_the_received_bytes() -> None:
     request = asking(of_tensors(IDS, tensor("flags", [True, False], "bool"), PIXELS))
-    (sequence,) = prepare(request, OTHER).sequences
+    (sequence,) = validated(request, OTHER).sequences
     assert not sequence.tensors["input_ids"].flags.owndata
     assert not sequence.tensors["input_ids"].flags.writeable
     assert sequence.tensors["flags"].tolist() == [True, False]
 
 
 def test_the_predicted_bytes_are_those_of_outputs_and_attention() -> None:
-    prepared = prepare(attending(layers=[0]), TINY)
+    prepared = validated(attending(layers=[0]), TINY)
     assert prepared.predicted_bytes == 4 * (5 * WIDTH + WIDTH) + 4 * 2 * 5 * 5
 
 
 def test_an_output_axis_that_no_input_has_counts_with_its_greatest_length() -> None:
-    prepared = prepare(asking(of_tensors(IDS, PIXELS)), OTHER)
+    prepared = validated(asking(of_tensors(IDS, PIXELS)), OTHER)
     assert prepared.predicted_bytes == 2 * 2 * 4 + 8 * 5
 
 
@@ -519,15 +524,15 @@ def test_an_answer_over_the_limit_is_refused_with_both_byte_counts(spare: int) -
     needed = 4 * (5 * WIDTH + WIDTH) + 4 * 2 * 5 * 5
     intake = replace(TINY, max_response_bytes=needed + spare)
     if spare == 0:
-        assert prepare(attending(layers=[0]), intake).predicted_bytes == needed
+        assert validated(attending(layers=[0]), intake).predicted_bytes == needed
         return
     with pytest.raises(ResponseTooLarge) as caught:
-        prepare(attending(layers=[0]), intake)
+        validated(attending(layers=[0]), intake)
     assert caught.value.metadata() == {"predicted_bytes": str(needed), "allowed_bytes": str(needed - 1)}
 
 
 @pytest.mark.parametrize("request_id", ["a", "x" * 128, "a b~!"])
-def test_a_request_id_of_printable_ascii_is_taken(request_id: str) -> None:
+def test_a_request_id_of_printable_ascii_is_accepted(request_id: str) -> None:
     check_request_id(request_id)
 
 
@@ -562,19 +567,19 @@ def test_a_request_id_that_may_not_be_echoed_is_refused(request_id: str, descrip
         ("tiny", "1" * 10, "version"),
     ],
 )
-def test_a_name_that_could_be_no_model_is_refused_before_any_look_up(model: str, version: str, field: str) -> None:
+def test_an_impossible_model_name_is_refused_before_any_lookup(model: str, version: str, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check_model_reference(model, version)
     assert [violation.field for violation in caught.value.violations] == [field]
     assert len(caught.value.violations[0].description) < 200
 
 
-def test_a_possible_name_passes() -> None:
+def test_a_possible_model_name_passes() -> None:
     check_model_reference("all-MiniLM-L6-v2", "12")
     check_model_reference("tiny", "")
 
 
-def test_model_not_found_is_no_fault_of_the_request() -> None:
+def test_model_not_found_is_not_an_invalid_request() -> None:
     assert not isinstance(ModelNotFound("a", ""), InvalidRequest)
 
 
@@ -582,7 +587,7 @@ def test_model_not_found_is_no_fault_of_the_request() -> None:
 def test_no_shape_makes_anything_but_a_violation(shape: list[int]) -> None:
     wrong = tensor_pb2.Tensor(name="input_ids", dtype=tensor_pb2.DATA_TYPE_INT64, shape=shape, data=b"x")
     with pytest.raises(InvalidRequest) as caught:
-        prepare(asking(of_tensors(wrong)), TINY)
+        validated(asking(of_tensors(wrong)), TINY)
     assert all(found.field.startswith(FIRST) for found in caught.value.violations)
 
 
@@ -607,20 +612,20 @@ def test_units_of_a_derived_axis_span_those_of_its_source() -> None:
     request = pb.InferRequest(
         model="tiny", sequences=[of_text("the cat sat")], attention=attention_pb2.AttentionSelection()
     )
-    (sequence,) = prepare(request, intake_of(HALVED)).sequences
+    (sequence,) = validated(request, intake_of(HALVED)).sequences
     assert sequence.units["half"].texts == ("[CLS] the", "cat sat")
     assert sequence.lengths == {"seq": 5}, "derived positions are no tokens of their own"
-    whole = prepare(request, TINY).predicted_bytes
-    assert prepare(request, intake_of(HALVED)).predicted_bytes == whole - 4 * sum(
+    whole = validated(request, TINY).predicted_bytes
+    assert validated(request, intake_of(HALVED)).predicted_bytes == whole - 4 * sum(
         site.heads * 5 * (5 - 2) for site in MANIFEST.sites
     )
 
 
-def test_what_is_too_short_for_a_window_is_refused_before_it_fails_its_batch() -> None:
+def test_a_sequence_shorter_than_a_window_is_refused() -> None:
     request = pb.InferRequest(
         model="tiny", sequences=[of_tensors(tensor("input_ids", [1]), tensor("attention_mask", [1]))]
     )
     with pytest.raises(InvalidRequest) as refused:
-        prepare(request, intake_of(HALVED))
+        validated(request, intake_of(HALVED))
     ((field, said),) = [(each.field, each.description) for each in refused.value.violations]
     assert (field, said) == ("sequences[0]", "length 1 of axis 'seq' is less than 2, which 'half' needs")

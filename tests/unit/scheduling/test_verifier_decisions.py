@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from attnserve_server.scheduling.policy import Waiting
-from attnserve_server.scheduling.shadow import ShadowSettings, Throttle, has_room, may_start, must_stop, size_of
+from attnserve_server.scheduling.policy import Candidate
+from attnserve_server.scheduling.verifier import ShadowSettings, Throttle, has_room, may_start, must_stop, size_of
 
 
 @pytest.mark.parametrize(
@@ -19,14 +19,14 @@ from attnserve_server.scheduling.shadow import ShadowSettings, Throttle, has_roo
         (1, 8, 8, False),
     ],
 )
-def test_repeat_starts_only_where_nothing_waits_and_another_instance_stays_free(
+def test_a_repeat_starts_only_with_an_empty_queue_and_another_free_instance(
     waiting: int, free: int, instances: int, starts: bool
 ) -> None:
     assert may_start(waiting, free, instances) is starts
 
 
 @pytest.mark.parametrize(("waiting", "free", "stops"), [(0, 0, False), (1, 1, False), (1, 0, True), (9, 0, True)])
-def test_repeat_stops_where_work_waits_that_no_instance_takes(waiting: int, free: int, stops: bool) -> None:
+def test_a_repeat_stops_if_work_waits_and_no_instance_is_free(waiting: int, free: int, stops: bool) -> None:
     assert must_stop(waiting, free) is stops
 
 
@@ -39,11 +39,11 @@ def test_samples_are_bounded_by_number_and_by_bytes() -> None:
     assert not has_room(0, 0, 101, settings)
 
 
-def test_size_of_a_sequence_is_that_of_a_run_of_its_own() -> None:
-    view = Waiting(rank_s=0.0, lengths=(3, 5), footprint={(): 7, (0,): 10, (0, 1): 4, (1, 1): 2})
-    assert size_of(view) == 7 + 3 * 10 + 3 * 5 * 4 + 5 * 5 * 2
+def test_a_samples_size_is_that_of_a_run_alone() -> None:
+    candidate = Candidate(adjusted_arrival_s=0.0, lengths=(3, 5), footprint={(): 7, (0,): 10, (0, 1): 4, (1, 1): 2})
+    assert size_of(candidate) == 7 + 3 * 10 + 3 * 5 * 4 + 5 * 5 * 2
 
 
-def test_throttle_passes_one_in_a_while_and_counts_the_others() -> None:
+def test_the_throttle_passes_one_event_per_interval_and_counts_the_others() -> None:
     throttle = Throttle(10.0)
     assert [throttle.passes(now) for now in (100.0, 100.0, 109.9, 110.0, 110.0, 125.0)] == [0, None, None, 2, None, 1]
