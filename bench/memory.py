@@ -84,12 +84,12 @@ def load(server: service.Server, requests: int) -> None:
 def leaking(repository: Path) -> Iterator[service.Server]:
     """Run the server with a planted leak: it keeps the bytes of every request, forty times over."""
     code = (
-        "import sys, attnserve_server.transport.server as server\n"
-        "kept, receive = [], server.receive\n"
+        "import sys, attnserve_server.transport.servicer as servicer\n"
+        "kept, receive = [], servicer.receive\n"
         "def receive_and_keep(kind, data):\n"
         "    kept.append(bytes(data) * 40)\n"
         "    return receive(kind, data)\n"
-        "server.receive = receive_and_keep\n"
+        "servicer.receive = receive_and_keep\n"
         "from attnserve_server.cli import main\n"
         "sys.argv[0] = 'attnserve-server'\n"
         "main()\n"

@@ -41,7 +41,8 @@ from attnserve_server.scheduling.verifier import Verifier
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.http import HttpServer
-from attnserve_server.transport.server import SERVICE, GrpcServer
+from attnserve_server.transport.server import GrpcServer
+from attnserve_server.transport.servicer import SERVICE
 
 _log = logger(__name__)
 

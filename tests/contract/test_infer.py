@@ -14,7 +14,7 @@ from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.app import Application
 from attnserve_server.domain.errors import InternalFault, ModelNotFound, Overloaded
-from attnserve_server.transport.boundary import log_failure
+from attnserve_server.transport.servicer import log_failure
 from gated import Gate, until
 from google.rpc import error_details_pb2, status_pb2
 from tiny_bundle import HEADS, VOCABULARY, WIDTH
@@ -81,9 +81,7 @@ async def test_the_answer_holds_only_what_is_selected(stub: InferenceServiceStub
     assert answer.results[0].attention.maps[0].WhichOneof("content") == "links"
 
 
-async def test_validate_only_predicts_the_bytes_of_the_answer(
-    stub: InferenceServiceStub, server: Application
-) -> None:
+async def test_validate_only_predicts_the_bytes_of_the_answer(stub: InferenceServiceStub, server: Application) -> None:
     selection = attention_pb2.AttentionSelection(layers=[0], dtype=tensor_pb2.DATA_TYPE_FLOAT16)
     dry = await stub.Infer(asking(*TEXTS, attention=selection, validate_only=True))
     assert not dry.results
@@ -176,9 +174,7 @@ async def test_overload_is_reported_before_a_request_is_prepared(stub: Inference
 
 
 @pytest.mark.parametrize(("level", "told"), [(logging.INFO, []), (logging.DEBUG, ["debug"])])
-def test_overload_is_logged_at_debug_only(
-    level: int, told: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_overload_is_logged_at_debug_only(level: int, told: list[str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(level)
     with structlog.testing.capture_logs() as lines:
         log_failure(Overloaded("queue_full", 2, 3, 0.5), "mine", "Infer")

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 from attnserve_server.attention import answer, check_units, predicted_bytes, resolve
 from attnserve_server.domain.errors import InvalidRequest
-from attnserve_server.domain.selection import (
+from attnserve_server.domain.values import (
+    AttentionAnswer,
+    AttentionMap,
     AttentionSelection,
     AttentionUnit,
+    AxisUnits,
     EffectiveSelection,
     HeadReduction,
     LayerReduction,
+    Links,
     SpecialTokens,
     WeightDtype,
 )
-from attnserve_server.domain.values import AttentionAnswer, AttentionMap, AxisUnits, Links
 from attnserve_server.model.manifest import SiteSpec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

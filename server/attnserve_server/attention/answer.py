@@ -21,14 +21,18 @@ from attnserve_server.attention.reduce import (
     rollout,
 )
 from attnserve_server.attention.units import AxisPlan, Indices, plan_axes
-from attnserve_server.domain.selection import (
+from attnserve_server.domain.values import (
+    Array,
+    AttentionAnswer,
+    AttentionMap,
     AttentionUnit,
+    AxisUnits,
     EffectiveSelection,
     HeadReduction,
     LayerReduction,
+    Links,
     SpecialTokens,
 )
-from attnserve_server.domain.values import Array, AttentionAnswer, AttentionMap, AxisUnits, Links
 from attnserve_server.model.bands import BandSpec
 from attnserve_server.model.manifest import SiteSpec
 

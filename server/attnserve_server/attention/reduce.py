@@ -13,8 +13,7 @@ import numpy as np
 
 from attnserve_server.attention.bands import BandKeys, Weights
 from attnserve_server.attention.units import Indices
-from attnserve_server.domain.selection import HeadReduction, WeightDtype
-from attnserve_server.domain.values import Array, Links
+from attnserve_server.domain.values import Array, HeadReduction, Links, WeightDtype
 
 LONG_WORD = 8
 """Maximum number of pieces of a word that is averaged together with other words; longer ones use float64."""

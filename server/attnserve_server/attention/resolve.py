@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from attnserve_server.domain.errors import AttentionUnavailable, Violations, quoted
-from attnserve_server.domain.selection import AttentionSelection, EffectiveSelection, HeadReduction, LayerReduction
+from attnserve_server.domain.values import AttentionSelection, EffectiveSelection, HeadReduction, LayerReduction
 from attnserve_server.model.manifest import SiteSpec
 
 MAX_NAMES_SHOWN = 20

@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from attnserve_server.attention.resolve import from_end
 from attnserve_server.domain.errors import AttentionUnavailable, Violations
-from attnserve_server.domain.selection import AttentionUnit, EffectiveSelection, SpecialTokens
-from attnserve_server.domain.values import AxisUnits
+from attnserve_server.domain.values import AttentionUnit, AxisUnits, EffectiveSelection, SpecialTokens
 from attnserve_server.model.manifest import DerivedLength, SiteSpec
 
 Indices = npt.NDArray[np.intp]

@@ -1,1 +1,1 @@
-"""Frozen values, the error tree and the clock port. Imports nothing of ours, and of libraries only numpy."""
+"""Frozen values, the error tree and the clock port. Imports no other room, and of libraries only numpy."""

@@ -1,4 +1,7 @@
-"""The clock port: where time comes from. Deadlines and durations are monotonic seconds; nothing here is wall time."""
+"""The clock port: where time comes from. Deadlines and durations are monotonic seconds; no clock here is a wall clock.
+
+The clocks are the functions of the standard library themselves: a request reads the time some ten times.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,20 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Something that tells monotonic time."""
+    """A clock that never runs backwards."""
 
     def now(self) -> float:
-        """Monotonic time in seconds, from an arbitrary origin."""
+        """Return seconds from an arbitrary origin."""
         ...
 
 
 class MonotonicClock:
-    """The machine's monotonic clock."""
+    """The machine's monotonic clock; on Linux the event loop has the same origin."""
 
-    def now(self) -> float:
-        """Monotonic time in seconds, as `time.monotonic` counts it (also the event loop's origin on Linux)."""
-        return time.monotonic()
+    now = staticmethod(time.monotonic)
 
 
 class ThreadCpuClock:
     """The processor time of the calling thread, which other threads and processes do not add to."""
 
-    def now(self) -> float:
-        """Processor seconds of the calling thread, from an arbitrary origin."""
-        return time.thread_time()
+    now = staticmethod(time.thread_time)

@@ -1,36 +1,121 @@
-"""The frozen values that cross rooms: a sequence ready to run, and what comes back for it."""
+"""The frozen values that cross rooms: what attention is selected, a sequence ready to run, and its result."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from attnserve_server.domain.selection import EffectiveSelection
-
 Array = npt.NDArray[Any]
 
 
 class Priority(IntEnum):
-    """How urgent a request is; the value is its rank."""
+    """How urgent a request is; the greater the value, the more."""
 
     LOW = 0
     NORMAL = 1
     HIGH = 2
 
 
+class HeadReduction(StrEnum):
+    """How the selected heads of a site are joined."""
+
+    EACH = "each"
+    MEAN = "mean"
+    MAX = "max"
+
+
+class LayerReduction(StrEnum):
+    """How the selected sites are joined."""
+
+    EACH = "each"
+    MEAN = "mean"
+    ROLLOUT = "rollout"
+
+
+class AttentionUnit(StrEnum):
+    """What one row and one column of a map represents."""
+
+    TOKEN = "token"  # noqa: S105 - a word of text, no secret
+    WORD = "word"
+
+
+class SpecialTokens(StrEnum):
+    """Whether special tokens stay in the maps."""
+
+    KEEP = "keep"
+    DROP = "drop"
+
+
+class WeightDtype(StrEnum):
+    """Element type of the weights in the answer."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    UINT8 = "uint8"
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one weight."""
+        return {WeightDtype.FLOAT32: 4, WeightDtype.FLOAT16: 2, WeightDtype.UINT8: 1}[self]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSelection:
+    """A selection as the caller sent it; empty tuples and None mean the defaults that the contract states."""
+
+    sites: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    head_reduction: HeadReduction | None = None
+    layer_reduction: LayerReduction = LayerReduction.EACH
+    queries: tuple[int, ...] = ()
+    unit: AttentionUnit = AttentionUnit.TOKEN
+    special_tokens: SpecialTokens = SpecialTokens.KEEP
+    top_k: int = 0
+    min_weight: float = 0.0
+    dtype: WeightDtype = WeightDtype.FLOAT32
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveSelection:
+    """A selection checked against a model: sites and heads by non-negative index, no defaults left open.
+
+    `layers` are positions in the model's list of sites, ascending, each once. `heads` holds the selected heads of each
+    of those sites. `queries` stays as the caller sent it, because sequences differ in length.
+    """
+
+    layers: tuple[int, ...]
+    heads: tuple[tuple[int, ...], ...]
+    head_reduction: HeadReduction
+    layer_reduction: LayerReduction
+    queries: tuple[int, ...]
+    unit: AttentionUnit
+    special_tokens: SpecialTokens
+    top_k: int
+    min_weight: float
+    dtype: WeightDtype
+    all_heads: bool = True
+    """Whether the caller left `heads` empty, so that the echoed selection leaves it empty too."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the answer holds links instead of whole maps."""
+        return self.top_k > 0 or self.min_weight > 0
+
+
 @dataclass(frozen=True, slots=True)
 class AxisUnits:
     """The positions along one axis of one sequence, N in number, before any merging.
 
-    The lists hold N entries each, or none where the thing is not known. `word_ids` gives each position's word, counted
-    from 0 over the whole sequence, and -1 for special tokens; `words` the text of each word, with its place in
-    `word_spans` as (segment, start, end). `grid`: rows and columns of the image patches that the positions behind the
-    first `leading` ones are, row by row.
+    Each tuple has N entries, or none if its content is unknown. `word_ids` gives each position's word, counted from 0
+    over the whole sequence, and -1 for special tokens; `words` the text of each word, and `word_spans` its position in
+    the text as (segment, start, end). `grid`: the positions after the first `leading` ones are image patches, row by
+    row, of so many rows and columns.
     """
 
     axis: str
@@ -62,18 +147,18 @@ class PreparedSequence:
     attention: EffectiveSelection | None = None
     units: Mapping[str, AxisUnits] = field(default_factory=dict)
     response_bytes: int = 0
-    """Bytes of tensor data that its answer will hold; with `min_weight` at most that."""
+    """Bytes of tensor data that its answer will hold; with `min_weight` at most this."""
     keep_values: bool = False
-    """Whether `SequenceResult.values` shall hold a copy of its values, for a comparison with the sequence alone."""
+    """Whether `SequenceResult.values` holds a copy of its values, for a comparison with the sequence alone."""
     is_whole_request: bool = False
-    """Whether it is all of its request: its answer is then encoded as soon as its run ends."""
+    """Whether its request has no other sequence, so that its answer is encoded as soon as its run ends."""
     unpadded: bool = False
-    """Whether padding could change its answer, because its masks break a need of the model's certificate. It then runs
-    with sequences of its own lengths only."""
+    """Whether it runs only with sequences of its own lengths: its masks break a need of the model's certificate, and
+    padding could change its answer."""
 
     @property
     def tokens(self) -> int:
-        """Positions that carry data, summed over the axes: what batching counts. Without axes, one."""
+        """Positions that hold data, summed over the axes; one if there are no axes."""
         return sum(self.lengths.values()) or 1
 
 
@@ -109,7 +194,7 @@ class AttentionMap:
 
 @dataclass(frozen=True, slots=True)
 class AttentionAnswer:
-    """All maps of one sequence, with the units of every axis that they name (after merging into words, if asked)."""
+    """All maps of one sequence, with the units of every axis that they have, merged into words if selected."""
 
     axes: tuple[AxisUnits, ...]
     maps: tuple[AttentionMap, ...]
@@ -134,6 +219,6 @@ class SequenceResult:
     attention: AttentionAnswer | None
     run: RunFacts
     queue_s: float = 0.0
-    """From its arrival to the start of its run."""
+    """Seconds from its arrival to the start of its run."""
     values: Mapping[str, Array] | None = None
-    """Where `keep_values` asks for them: outputs and, as `attention.<site>`, weights, cropped and not reduced."""
+    """With `keep_values`: outputs and, as `attention.<site>`, weights, cropped and not reduced."""

@@ -10,15 +10,16 @@ from typing import Final
 import numpy as np
 
 from attnserve_server.domain.clock import Clock
-from attnserve_server.domain.selection import (
+from attnserve_server.domain.values import (
+    Array,
     AttentionUnit,
     EffectiveSelection,
     HeadReduction,
     LayerReduction,
+    PreparedSequence,
     SpecialTokens,
     WeightDtype,
 )
-from attnserve_server.domain.values import Array, PreparedSequence
 from attnserve_server.engine.collation import CollatedBatch, ShapeCheck, collate
 from attnserve_server.engine.cost import TimedRun
 from attnserve_server.engine.session import RuntimeSession

@@ -1,1 +1,1 @@
-"""Admission, queue, batching policy and the loop that carries them out. Nothing here knows the wire or the runtime."""
+"""Admission, queue, batching policy and the loop that carries them out. Imports neither the wire nor the runtime."""

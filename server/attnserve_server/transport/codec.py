@@ -1,4 +1,4 @@
-"""Wire messages to domain values and back. On the hot path nothing else touches a protobuf message's contents."""
+"""The meaning of wire messages: selections, priorities and arrays to domain values, and results to responses."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ import numpy as np
 from attnserve.v1 import attention_pb2, inference_service_pb2, tensor_pb2
 
 from attnserve_server.domain.errors import Violations
-from attnserve_server.domain.selection import (
-    AttentionSelection,
-    AttentionUnit,
-    EffectiveSelection,
-    HeadReduction,
-    LayerReduction,
-    SpecialTokens,
-    WeightDtype,
-)
 from attnserve_server.domain.values import (
     Array,
     AttentionAnswer,
     AttentionMap,
+    AttentionSelection,
+    AttentionUnit,
     AxisUnits,
+    EffectiveSelection,
+    HeadReduction,
+    LayerReduction,
     Links,
     Priority,
     SequenceResult,
+    SpecialTokens,
+    WeightDtype,
 )
 from attnserve_server.model.manifest import NUMPY_DTYPES, SiteSpec
 from attnserve_server.transport.wire import Splice
@@ -48,10 +46,10 @@ WIRE_DTYPES: Final = {name: tensor_pb2.DataType.ValueType(number) for number, na
 WIRE_NUMPY: Final = {name: dtype.newbyteorder("<") for name, dtype in NUMPY_DTYPES.items()}
 
 _NAMES: Final = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
-"""NumPy puts a dtype's name together each time that it is asked for it."""
+"""NumPy builds the name of a dtype anew at each access."""
 
 MAX_CHOSEN: Final = 4096
-"""Most entries in one list of a selection; each is looked at, so the cost of a hostile one must be bounded."""
+"""Most entries in one list of a selection: each is checked, so that their number bounds the cost of a request."""
 
 _HEADS: Final[Mapping[int, HeadReduction | None]] = {
     attention_pb2.HEAD_REDUCTION_UNSPECIFIED: None,
@@ -110,10 +108,10 @@ _LINKS: Final = attention_pb2.Links
 
 
 def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelection:
-    """The selection as the caller sent it.
+    """Decode a selection as the caller sent it.
 
     Raises:
-        InvalidRequest: An enum holds a number that the contract does not name, or a list is absurdly long.
+        InvalidRequest: An enum holds a number that the contract does not define, or a list is longer than `MAX_CHOSEN`.
     """
     violations = Violations()
     for name in ("sites", "layers", "heads", "queries"):
@@ -142,7 +140,7 @@ def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelectio
 
 
 def priority_of(number: int) -> Priority:
-    """The priority. Raises InvalidRequest for a number that the contract does not name."""
+    """Decode a priority. Raises InvalidRequest for a number that the contract does not define."""
     violations = Violations()
     priority = _named(_PRIORITIES, number, "priority", violations)
     violations.raise_any()
@@ -158,26 +156,26 @@ def _named(table: Mapping[int, T], number: int, field: str, violations: Violatio
 
 
 def array_of(data: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Array:
-    """A read-only view of `data`, which must be exactly as long as `dtype` and `shape` say."""
+    """Return a read-only view of `data`, which must have exactly the bytes of `dtype` and `shape`."""
     if dtype == "bool":
         return np.frombuffer(data, np.uint8).view(np.bool_).reshape(shape)
     return np.frombuffer(data, WIRE_NUMPY[dtype]).reshape(shape)
 
 
 def tensor_of(array: Array, name: str = "") -> Splice:
-    """`array` as a wire tensor: its data is copied once, when the message around it is joined."""
+    """Encode an array as a wire tensor; its data is copied once, when the message around it is joined."""
     dtype = _NAMES.get(array.dtype) or array.dtype.name
     return Splice(_tensor_head(name, dtype, array.shape)).add(_DATA, np.ascontiguousarray(array, WIRE_NUMPY[dtype]))
 
 
 @lru_cache(maxsize=4096)
 def _tensor_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    """A tensor without its data. Outputs of the same lengths come again and again."""
+    """Serialize a tensor without its data; cached, because outputs of the same lengths recur."""
     return tensor_pb2.Tensor(name=name, dtype=WIRE_DTYPES[dtype], shape=shape).SerializeToString()
 
 
 def effective_message(effective: EffectiveSelection, sites: Sequence[SiteSpec]) -> attention_pb2.AttentionSelection:
-    """The selection that was carried out; sent again, it means the same."""
+    """Encode the selection that was carried out; sent as a request, it means the same."""
     return attention_pb2.AttentionSelection(
         sites=[sites[layer].name for layer in effective.layers],
         layers=effective.layers,
@@ -194,7 +192,7 @@ def effective_message(effective: EffectiveSelection, sites: Sequence[SiteSpec]) 
 
 
 def result_of(result: SequenceResult, outputs: Sequence[str]) -> Splice:
-    """The answer for one sequence (a SequenceResult), its outputs in the order asked for."""
+    """Encode the result of one sequence (a SequenceResult) with its outputs in the order of `outputs`."""
     run = result.run
     message = Splice()
     for name in outputs:
@@ -215,7 +213,7 @@ def result_of(result: SequenceResult, outputs: Sequence[str]) -> Splice:
 
 
 def attention_of(answer: AttentionAnswer) -> Splice:
-    """All maps of one sequence (an Attention)."""
+    """Encode all maps of one sequence (an Attention)."""
     message = Splice(attention_pb2.Attention(axes=map(_units_message, answer.axes)).SerializeToString())
     for found in answer.maps:
         message.add(attention_pb2.Attention.MAPS_FIELD_NUMBER, _map_of(found))
@@ -267,7 +265,7 @@ def _map_of(found: AttentionMap) -> Splice:
 
 @lru_cache(maxsize=256)
 def receipt_of(model: str, version: str, digest: str, execution_provider: str, precision: str) -> bytes:
-    """The part of a receipt that is the same for every answer of a model (a Receipt), serialised."""
+    """Serialize the part of a Receipt that is the same for every answer of a model."""
     return inference_service_pb2.Receipt(
         model=model, version=version, digest=digest, execution_provider=execution_provider, precision=precision
     ).SerializeToString()
@@ -280,7 +278,7 @@ def response_of(
     effective: attention_pb2.AttentionSelection | None,
     predicted_bytes: int,
 ) -> Splice:
-    """A whole answer (an InferResponse); `receipt` as `receipt_of` gives it."""
+    """Encode a whole answer (an InferResponse); `receipt` is from `receipt_of`."""
     message = Splice(
         inference_service_pb2.InferResponse(
             effective_attention=effective, predicted_bytes=predicted_bytes

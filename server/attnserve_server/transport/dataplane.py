@@ -1,6 +1,6 @@
 """The data plane behind unary calls and streams: a parsed request in, an answer out, in two phases. Opens no stream.
 
-`prepare` validates a request and tells how large its answer will be; `run` has the model's scheduler run it. A caller
+`prepare` validates a request and predicts the size of its answer; `run` submits it to the model's scheduler. A caller
 may wait between the two, until it has room for the answer.
 """
 

@@ -1,4 +1,4 @@
-"""What the manifest says about a model, as the contract's message. Its state and limits are the data plane's to add."""
+"""A manifest as the contract's Model message. The data plane adds the model's state and limits."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _STATUSES: Final[dict[str, model_pb2.BatchingStatus.ValueType]] = {
     "unknown": model_pb2.BATCHING_STATUS_UNKNOWN,
 }
 _NEVER_PADDED: Final = Ruling("", allowed=False, status="", reason="")
-"""Of a fixed axis, about which there is nothing to know."""
+"""Stands in for a fixed axis, which has no ruling."""
 
 
 def spec_messages(
     specs: Iterable[tuple[str, str, Sequence[str | int]]],
 ) -> list[model_pb2.TensorSpec]:
-    """Inputs or outputs, given as (name, dtype, shape)."""
+    """Encode inputs or outputs, given as (name, dtype, shape)."""
     return [
         model_pb2.TensorSpec(
             name=name,
@@ -47,18 +47,18 @@ def spec_messages(
 
 def _describe_inputs(message: model_pb2.Model, manifest: Manifest) -> None:
     message.inputs.extend(spec_messages((spec.name, spec.dtype, spec.shape) for spec in manifest.inputs))
-    for told, spec in zip(message.inputs, manifest.inputs, strict=True):
-        told.optional = spec.fill is not None
-        told.vocabulary_size = manifest.vocabulary_of(spec) if spec.role is InputRole.TOKEN_IDS else 0
-        told.index_ranges.extend(
+    for described, spec in zip(message.inputs, manifest.inputs, strict=True):
+        described.optional = spec.fill is not None
+        described.vocabulary_size = manifest.vocabulary_of(spec) if spec.role is InputRole.TOKEN_IDS else 0
+        described.index_ranges.extend(
             model_pb2.IndexRange(least=each.least, greatest=each.greatest, column=each.column, along=each.along)
             for each in spec.index_ranges
         )
-        told.additive_mask = spec.additive_mask
+        described.additive_mask = spec.additive_mask
 
 
 def describe(message: model_pb2.Model, manifest: Manifest, batching: Batching) -> None:
-    """Writes into `message` what the manifest, under a policy, says about a model."""
+    """Write into `message` what a manifest declares, and what a batching policy makes of it."""
     batch, *others = rulings(manifest, batching)
     along = {ruling.axis: ruling for ruling in others}
     message.batching_policy = _POLICIES[batching]

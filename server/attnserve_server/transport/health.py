@@ -1,4 +1,4 @@
-"""`grpc.health.v1`: what load balancers ask. Which state each service is in is told by the application."""
+"""`grpc.health.v1`, which load balancers query. The application sets the state of each service."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2
 
-from attnserve_server.transport.boundary import Context, RpcMetrics, parsed, send
+from attnserve_server.transport.servicer import Context, RpcMetrics, parsed, send
 from attnserve_server.transport.wire import receive
 
 SERVICE: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 OVERALL: Final = ""
-"""The service name that stands for the whole server."""
+"""The service name of the whole server."""
 _SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 _UNKNOWN: Final = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -22,8 +22,8 @@ _UNKNOWN: Final = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 class Health:
     """The state of each service. Event loop only.
 
-    It stands in place of grpcio-health-checking's own asyncio servicer, which drops all watchers of a service when one
-    of them leaves, and answers malformed requests with UNKNOWN.
+    It replaces the asyncio servicer of grpcio-health-checking, which drops all watchers of a service when one of them
+    leaves, and answers malformed requests with UNKNOWN.
     """
 
     def __init__(self) -> None:
@@ -33,46 +33,46 @@ class Health:
         self._closed = False
 
     def set(self, service: str, *, serving: bool) -> None:
-        """Says whether `service` answers. Does nothing once the server drains."""
+        """Set whether `service` answers. Has no effect once the server drains."""
         if not self._final:
             self._serving[service] = serving
-            self._tell()
+            self._notify()
 
     def drain(self) -> None:
-        """Says of every service, for good, that it does not answer."""
+        """Set every service to not serving, for good."""
         self._final = True
         self._serving = dict.fromkeys(self._serving, False)
-        self._tell()
+        self._notify()
 
     def serving(self, service: str = OVERALL) -> bool:
-        """Whether `service` answers."""
+        """Return whether `service` answers."""
         return self._serving.get(service, False)
 
     def close(self) -> None:
-        """Ends every watch, so that the server can stop."""
+        """End every watch, so that the server can stop."""
         self._closed = True
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
-        # Watchers hold the event that they wait on: setting it wakes them all, and the next change has its own.
+    def _notify(self) -> None:
+        # Setting the event wakes all watchers, which hold it; the next change has a new one.
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
-        """The state of one service; NOT_FOUND where there is none, as the health protocol says."""
+        """Return the state of one service; an unknown one is NOT_FOUND, as the health protocol requires."""
         if request.service not in self._serving:
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def watch(self, data: bytes, context: Context) -> None:
-        """The state of one service now and at each change."""
+        """Send the state of one service now and at each change."""
         request = receive(health_pb2.HealthCheckRequest, data).message
-        told = None
+        sent = None
         while not self._closed:
             changed = self._changed
             status = self._status(request.service)
-            if status != told:
-                told = status
+            if status != sent:
+                sent = status
                 if not await send(context, health_pb2.HealthCheckResponse(status=status).SerializeToString()):
                     return
             await changed.wait()
@@ -83,7 +83,7 @@ class Health:
         return _SERVING if self._serving[service] else _NOT_SERVING
 
     def handlers(self, metrics: RpcMetrics) -> grpc.GenericRpcHandler:
-        """The service's methods on bytes, as gRPC wants them."""
+        """Return the service's methods as gRPC handlers on bytes."""
         check: Any = metrics.measured("unary", SERVICE, "Check", parsed(health_pb2.HealthCheckRequest, self.check))
         watch: Any = metrics.measured("server_stream", SERVICE, "Watch", self.watch)
         return grpc.method_handlers_generic_handler(

@@ -1,4 +1,4 @@
-"""HTTP beside gRPC, on the same event loop: metrics for Prometheus, liveness and readiness for whoever restarts us."""
+"""HTTP beside gRPC, on the same event loop: metrics for Prometheus, and liveness and readiness for an orchestrator."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class HttpServer:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
-        """Listens. Returns the port.
+        """Listen, and return the port.
 
         Raises:
-            PortUnavailable: The address is taken or not ours.
+            PortUnavailable: The port is taken, or the address is not this machine's.
         """
         host, port = self._settings.host, self._settings.http_port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -65,7 +65,7 @@ class HttpServer:
         return bound
 
     async def stop(self) -> None:
-        """Ends after at most a second for answers under way."""
+        """End, after at most a second for answers under way."""
         self._server.should_exit = True
         if self._serving is not None:
             with suppress(asyncio.CancelledError):
@@ -73,13 +73,13 @@ class HttpServer:
 
 
 def routes(catalog: Catalog, health: Health, metrics: Metrics, alive: Callable[[], bool]) -> Starlette:
-    """The application.
+    """Return the application with `/metrics`, `/livez` and `/readyz`.
 
     Args:
-        catalog: Whose models' states `/readyz` tells.
-        health: Whether the server as a whole answers.
-        metrics: What `/metrics` tells.
-        alive: Whether the server still works; if not, `/livez` says so, and whoever watches restarts it.
+        catalog: its models' states are in the body of `/readyz`.
+        health: whether the server as a whole answers, which is the status of `/readyz`.
+        metrics: the content of `/metrics`.
+        alive: returns whether the server works, which is the status of `/livez`; an orchestrator restarts it if not.
     """
 
     async def metrics_page(request: Request) -> Response:

@@ -62,7 +62,7 @@ class InputReader:
 
     def _from_tensors(self, messages: Iterable[tensor_pb2.Tensor], path: str) -> Inputs | None:
         before = len(self._violations)
-        lengths = self._intake.manifest.fixed_lengths
+        lengths = dict(self._intake.fixed_lengths)
         tensors, sent = self._arrays(messages, path, lengths)
         for name, spec in self._intake.inputs.items():
             if name not in sent and spec.fill is None:
@@ -94,7 +94,7 @@ class InputReader:
                 self._violations.add(field_of[axis], f"{count} tokens {limit}")
         if len(self._violations) > before:
             return None
-        lengths = {**manifest.fixed_lengths, **{axis: len(found.ids) for axis, found in tokens.items()}}
+        lengths = {**self._intake.fixed_lengths, **{axis: len(found.ids) for axis, found in tokens.items()}}
         tensors, sent = self._arrays(message.tensors, f"{path}.tensors", lengths)
         self._add_tokens(tensors, tokens, field_of)
         if not self._fill_in(tensors, lengths, path, sent) or len(self._violations) > before:

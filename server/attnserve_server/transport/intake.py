@@ -79,7 +79,12 @@ class Intake:
     manifest: Manifest
     tokenizer: TextTokenizer | None
     inputs: Mapping[str, InputSpec]
+    axes: Mapping[str, AxisSpec]
     max_lengths: Mapping[str, int]
+    fixed_lengths: Mapping[str, int]
+    """Lengths of the axes that are the same for every sequence."""
+    max_tokens: Mapping[str, int]
+    """Most tokens that a text may have, by the axis that they run along; empty without text."""
     outputs: tuple[str, ...]
     limits: Mapping[str, int | None]
     """By input: the least integer that is too large; None where any will do."""
@@ -114,11 +119,16 @@ class Intake:
         }
         padded = any(axis.paddable for axis in manifest.axes)
         needs = manifest.certificate.masks if padded and manifest.certificate is not None else ()
+        max_lengths = {axis.symbol: axis.max_length for axis in manifest.axes}
+        max_tokens = manifest.text.axes if manifest.text is not None else {}
         return cls(
             manifest=manifest,
             tokenizer=tokenizer,
             inputs={spec.name: spec for spec in manifest.inputs},
-            max_lengths={axis.symbol: axis.max_length for axis in manifest.axes},
+            axes={axis.symbol: axis for axis in manifest.axes},
+            max_lengths=max_lengths,
+            fixed_lengths=manifest.fixed_lengths,
+            max_tokens={axis: min(most, max_lengths[axis]) for axis, most in max_tokens.items()},
             outputs=tuple(spec.name for spec in manifest.outputs),
             limits={spec.name: _limit(spec, manifest) for spec in manifest.inputs},
             output_sizes={spec.name: OutputSize.of(spec, manifest) for spec in manifest.outputs},
@@ -130,12 +140,6 @@ class Intake:
             max_text_bytes=max_text_bytes,
             max_response_bytes=max_response_bytes,
         )
-
-    @property
-    def max_tokens(self) -> dict[str, int]:
-        """Most tokens that a text may have, by the axis that they run along."""
-        text = self.manifest.text
-        return {axis: min(most, self.max_lengths[axis]) for axis, most in text.axes.items()} if text else {}
 
 
 def _limit(spec: InputSpec, manifest: Manifest) -> int | None:

@@ -120,7 +120,8 @@ def is_fault(error: BaseException) -> bool:
 def name_of_code(error: BaseException, left_s: float | None) -> str:
     """Return the name of the gRPC code with which a call ends.
 
-    gRPC cancels the handler of a call both when the caller leaves and when the deadline passes: the time tells which.
+    gRPC cancels the handler of a call both when the caller leaves and when the deadline passes; the remaining time
+    distinguishes the two.
 
     Args:
         error: what the handler raised, cancellation included.

@@ -21,8 +21,8 @@ from attnserve_server.domain.errors import (
     RequestCancelled,
 )
 from attnserve_server.scheduling.queue import Request
-from attnserve_server.transport.boundary import UNLOGGED, Context, log_failure, remaining_s, send
 from attnserve_server.transport.dataplane import DataPlane
+from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, remaining_s, send
 from attnserve_server.transport.status import status_of
 from attnserve_server.transport.validation import check_request_id, is_request_id
 from attnserve_server.transport.wire import NotAMessage, Received, Splice, find_field, receive

@@ -12,8 +12,7 @@ from attnserve.v1 import inference_service_pb2
 
 from attnserve_server.attention import check_units, pooled_units, predicted_bytes, resolve
 from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest, ResponseTooLarge, Violations, quoted
-from attnserve_server.domain.selection import AttentionUnit, EffectiveSelection
-from attnserve_server.domain.values import AxisUnits, PreparedSequence, Priority
+from attnserve_server.domain.values import AttentionUnit, AxisUnits, EffectiveSelection, PreparedSequence, Priority
 from attnserve_server.model.manifest import (
     NUMPY_DTYPES,
     AxisSpec,
@@ -186,7 +185,7 @@ def _check_derived(found: Sequence[Inputs], intake: Intake, violations: Violatio
 
 def _units(effective: EffectiveSelection, inputs: Inputs, intake: Intake) -> dict[str, AxisUnits]:
     """Return the units of every axis that a selected map has. Raises AttentionUnavailable."""
-    lengths = intake.manifest.with_derived(inputs.lengths)
+    lengths = intake.manifest.with_derived(inputs.lengths) if intake.derived else inputs.lengths
     units: dict[str, AxisUnits] = {}
     words = effective.unit is AttentionUnit.WORD
     for layer in effective.layers:
@@ -198,7 +197,7 @@ def _units(effective: EffectiveSelection, inputs: Inputs, intake: Intake) -> dic
                 raise AttentionUnavailable(
                     intake.manifest.name, f"the length of axis {axis!r} of site {site.name!r} is not known before a run"
                 )
-            derived = intake.manifest.axis(axis).derived
+            derived = intake.axes[axis].derived
             if derived is None:
                 units[axis] = axis_units(axis, inputs, intake, words=words)
             else:
@@ -217,7 +216,7 @@ def axis_units(axis: str, inputs: Inputs, intake: Intake, *, words: bool) -> Axi
     ids = intake.manifest.input_of_role(InputRole.TOKEN_IDS, axis)
     if intake.tokenizer and ids and text and axis in text.axes:
         return intake.tokenizer.units_of_ids(inputs.tensors[ids.name], axis, words=words)
-    spec = intake.manifest.axis(axis)
+    spec = intake.axes[axis]
     if spec.grid is not None:
         return patch_units(spec)
     length = inputs.lengths[axis]

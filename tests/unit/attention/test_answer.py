@@ -7,15 +7,15 @@ import pytest
 from attnserve_server.attention import answer, check_units, predicted_bytes, resolve
 from attnserve_server.attention.reduce import encode, links_of
 from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest
-from attnserve_server.domain.selection import (
+from attnserve_server.domain.values import (
     AttentionSelection,
     AttentionUnit,
+    AxisUnits,
     HeadReduction,
     LayerReduction,
     SpecialTokens,
     WeightDtype,
 )
-from attnserve_server.domain.values import AxisUnits
 from attnserve_server.model.manifest import SiteSpec
 
 TEXT = "a metformin"

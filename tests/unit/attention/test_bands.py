@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from attnserve_server.attention import answer, check_units, predicted_bytes, resolve
 from attnserve_server.attention.bands import band_keys, key_counts, lay_out
-from attnserve_server.domain.selection import (
+from attnserve_server.domain.values import (
     AttentionSelection,
     AttentionUnit,
+    AxisUnits,
     HeadReduction,
     LayerReduction,
     SpecialTokens,
     WeightDtype,
 )
-from attnserve_server.domain.values import AxisUnits
 from attnserve_server.model.bands import BlockBand, GridBand, SlidingBand, TableBand
 from attnserve_server.model.manifest import SiteSpec
 from hypothesis import given

@@ -7,7 +7,7 @@ import math
 import pytest
 from attnserve_server.attention import resolve
 from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest
-from attnserve_server.domain.selection import AttentionSelection, HeadReduction, LayerReduction
+from attnserve_server.domain.values import AttentionSelection, HeadReduction, LayerReduction
 from attnserve_server.model.manifest import SiteSpec
 
 

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from attnserve_server.domain.selection import (
+from attnserve_server.domain.values import (
     AttentionUnit,
+    AxisUnits,
     EffectiveSelection,
     HeadReduction,
     LayerReduction,
+    PreparedSequence,
     SpecialTokens,
     WeightDtype,
 )
-from attnserve_server.domain.values import AxisUnits, PreparedSequence
 from attnserve_server.model.manifest import (
     AxisSpec,
     InputRole,

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.domain.errors import InternalFault, RequestCancelled
-from attnserve_server.domain.selection import HeadReduction
-from attnserve_server.domain.values import PreparedSequence, SequenceResult
+from attnserve_server.domain.values import HeadReduction, PreparedSequence, SequenceResult
 from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.session import RunHandle, RuntimeSession
 from attnserve_server.model.certificate import Certificate

@@ -472,7 +472,9 @@ def test_a_scheduler_that_was_not_started_does_not_serve(virtually, bench, seque
 
 
 @pytest.mark.parametrize("how", ["policy", "executor", "answer", "cancelled"])
-def test_a_loop_that_dies_fails_pending_requests_and_reports_a_fault(virtually, bench, sequence, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_a_loop_that_dies_fails_pending_requests_and_reports_a_fault(
+    virtually, bench, sequence, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     bench.executor.instances = 2
     bench.settings = SchedulingSettings(max_batch_size=1)
 
@@ -502,9 +504,7 @@ def test_a_loop_that_dies_fails_pending_requests_and_reports_a_fault(virtually, 
     virtually(story())
 
 
-def test_a_high_measured_overhead_makes_large_batches(
-    virtually, bench, sequence
-) -> None:
+def test_a_high_measured_overhead_makes_large_batches(virtually, bench, sequence) -> None:
     bench.executor.cost = CostModel(run_s=1.0, sequence_s=0.0, token_s=0.001, pair_s=0.0)  # as a thousand tokens
 
     async def story() -> None:
@@ -694,7 +694,9 @@ REAL_EXPIRE = Scheduler._expire
 
 
 @pytest.mark.parametrize(("method", "bug"), [("_resolve", swapped), ("_resolve", lost), ("_expire", late)])
-def test_the_random_scheduler_test_detects_bugs(virtually, bench, sequence, tags_of, monkeypatch, method: str, bug) -> None:
+def test_the_random_scheduler_test_detects_bugs(
+    virtually, bench, sequence, tags_of, monkeypatch, method: str, bug
+) -> None:
     real_run = Scheduler._run
 
     async def remember(self: Scheduler, entries, instance) -> None:

@@ -68,9 +68,7 @@ def test_a_sequence_that_ran_alone_is_not_repeated(virtually, bench, sequence) -
 
 
 @pytest.mark.parametrize("poisoned", [set(), {1}])
-def test_a_sequence_of_a_split_batch_is_not_repeated(
-    virtually, bench, sequence, poisoned: set[int]
-) -> None:
+def test_a_sequence_of_a_split_batch_is_not_repeated(virtually, bench, sequence, poisoned: set[int]) -> None:
     bench.shadow = EVERY
     bench.executor.splits = True
     bench.executor.poisoned = poisoned
@@ -123,9 +121,7 @@ def test_the_drawn_share_is_the_configured_one(virtually, bench, sequence) -> No
 
 
 @pytest.mark.parametrize("newcomers", [1, 3])
-def test_on_one_instance_a_new_request_stops_the_repeat(
-    virtually, bench, sequence, newcomers: int
-) -> None:
+def test_on_one_instance_a_new_request_stops_the_repeat(virtually, bench, sequence, newcomers: int) -> None:
     bench.shadow = EVERY
 
     async def story() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from attnserve.v1 import attention_pb2, inference_service_pb2, model_pb2, tensor_pb2
 from attnserve_server.attention import resolve
-from attnserve_server.domain import selection as domain
+from attnserve_server.domain import values as domain
 from attnserve_server.domain.errors import InvalidRequest
 from attnserve_server.domain.values import (
     AttentionAnswer,
@@ -196,9 +196,7 @@ def test_a_description_equals_its_manifest() -> None:
         ("off", False, model_pb2.BATCHING_STATUS_UNKNOWN),
     ],
 )
-def test_a_description_holds_batching_status_and_policy(
-    policy: Batching, padded: bool, status: int
-) -> None:
+def test_a_description_holds_batching_status_and_policy(policy: Batching, padded: bool, status: int) -> None:
     clause = Clause(axis="seq", verdict=Verdict.UNKNOWN, reason="not known", attack=SURVIVED)
     fixed = AxisSpec(symbol="patches", max_length=7, paddable=False, fixed=True)
     made = certificate(clauses=(clause,), batch=Verdict.REFUTED)

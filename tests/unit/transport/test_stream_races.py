@@ -82,9 +82,7 @@ async def test_a_request_cancelled_before_its_task_starts_is_answered_and_not_su
     assert gate.deadlines == []
 
 
-async def test_a_request_cancelled_as_its_stream_ends_gets_no_answer(
-    streams: Streams, gate: Gate
-) -> None:
+async def test_a_request_cancelled_as_its_stream_ends_gets_no_answer(streams: Streams, gate: Gate) -> None:
     wire = Wire(asking("a"), closed=False)
     serving = asyncio.create_task(streams.stream_infer(None, wire))  # type: ignore[arg-type]
     await until(lambda: bool(gate.waiting))

@@ -219,7 +219,9 @@ def test_text_may_come_with_tensors_that_it_cannot_fill() -> None:
         ),
     ],
 )
-def test_violations_of_tensors_beside_text_are_reported(tensors: list[tensor_pb2.Tensor], field: str, words: str) -> None:
+def test_violations_of_tensors_beside_text_are_reported(
+    tensors: list[tensor_pb2.Tensor], field: str, words: str
+) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         asked(over_patches(), pb.Sequence(text=pb.TextInput(text="the cat", tensors=tensors)))
     assert any(

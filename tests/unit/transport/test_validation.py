@@ -486,9 +486,7 @@ def test_masks_are_not_checked_if_no_axis_is_padded() -> None:
 
 
 @pytest.mark.parametrize("message", [of_text("the cat"), of_tensors(IDS)], ids=["text", "tensors"])
-def test_values_of_a_filled_in_mask_are_not_read(
-    message: pb.Sequence, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_of_a_filled_in_mask_are_not_read(message: pb.Sequence, monkeypatch: pytest.MonkeyPatch) -> None:
     intake = needing(SOME)
     monkeypatch.setattr(MaskNeed, "met_by", lambda *arguments: pytest.fail("it was looked at"))
     (sequence,) = validated(asking(message), intake).sequences

@@ -1,15 +1,20 @@
-"""The boundary of every RPC: where failures become statuses, log lines and counters, each exactly once."""
+"""The RPC handlers: the methods of the inference service on bytes, and the boundary of every RPC.
+
+At the boundary a failure becomes one status, at most one log line, and one count. Streams are in `stream`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from itertools import count
 from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 import grpc
+from attnserve.v1 import inference_service_pb2
 from google.protobuf import message
 from google.rpc import status_pb2
 
@@ -24,7 +29,10 @@ from attnserve_server.domain.errors import (
 )
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import RPC_HANDLED, RPC_SECONDS, RPC_STARTED, Metrics
+from attnserve_server.scheduling.queue import Request
+from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.status import code_of, is_fault, name_of_code, plain, status_of, trailers_of
+from attnserve_server.transport.validation import check_request_id
 from attnserve_server.transport.wire import receive
 
 _log = logger(__name__)
@@ -32,10 +40,72 @@ _log = logger(__name__)
 M = TypeVar("M", bound=message.Message)
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
+SERVICE: Final = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 FOREVER_S: Final = 10 * 365 * 24 * 3600.0
 """gRPC reports a call without a deadline as one of many years."""
 UNLOGGED: Final = (RequestCancelled, DeadlineExpired)
 """Errors that the caller chose: they are counted, and not logged."""
+_PROCESS: Final = uuid4().hex[:16]
+_NUMBERS: Final = count()
+"""Requests without an id are named by the process and a number: a random id for each would cost a system call."""
+
+
+class InferenceServicer:
+    """`attnserve.v1.InferenceService`. Event loop only."""
+
+    def __init__(
+        self, plane: DataPlane, stream_infer: Callable[[object, Context], Awaitable[None]], clock: Clock
+    ) -> None:
+        """Store the parts; `stream_infer` serves one stream."""
+        self._plane = plane
+        self._stream_infer = stream_infer
+        self._clock = clock
+
+    async def infer(self, data: bytes, context: Context) -> bytes:
+        """Answer one request: an InferRequest and an InferResponse, serialized."""
+        received = receive(inference_service_pb2.InferRequest, data)
+        remaining = remaining_s(context)
+        deadline_s = None if remaining is None else self._clock.now() + remaining
+        request_id = received.message.request_id
+        if request_id:
+            check_request_id(request_id)
+        else:
+            request_id = f"{_PROCESS}{next(_NUMBERS):016x}"
+        try:
+            with Request(request_id, deadline_s, received.size) as request:
+                prepared = await self._plane.prepare(request, received)
+                answer = await self._plane.run(prepared)
+            return answer.joined()
+        except Exception as error:
+            raise Failure(request_id, error) from error
+
+    async def list_models(
+        self, _: inference_service_pb2.ListModelsRequest, __: Context
+    ) -> inference_service_pb2.ListModelsResponse:
+        """Return all models."""
+        return inference_service_pb2.ListModelsResponse(models=self._plane.models())
+
+    async def get_model(
+        self, request: inference_service_pb2.GetModelRequest, _: Context
+    ) -> inference_service_pb2.GetModelResponse:
+        """Return one model."""
+        return inference_service_pb2.GetModelResponse(model=self._plane.model(request.model, request.version))
+
+    def handlers(self, metrics: RpcMetrics) -> grpc.GenericRpcHandler:
+        """Return the service's methods as gRPC handlers on bytes."""
+        unary: Mapping[str, Any] = {
+            "Infer": self.infer,
+            "ListModels": parsed(inference_service_pb2.ListModelsRequest, self.list_models),
+            "GetModel": parsed(inference_service_pb2.GetModelRequest, self.get_model),
+        }
+        methods: dict[str, Any] = {
+            name: grpc.unary_unary_rpc_method_handler(metrics.measured("unary", SERVICE, name, call))
+            for name, call in unary.items()
+        }
+        methods["StreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            metrics.measured("bidi_stream", SERVICE, "StreamInfer", self._stream_infer)
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
 class Failure(Exception):
