@@ -1,4 +1,4 @@
-"""A repository with the tiny model, a real server over it on loopback, and one whose runs the test holds back."""
+"""A repository with the tiny model, a real server over it on loopback, and a gate that holds its requests."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ async def server(settings: Settings) -> AsyncIterator[Application]:
 async def channel(server: Application) -> AsyncIterator[grpc.aio.Channel]:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=OPTIONS) as opened:
         yield opened
-        # Calls that a test left open end with the channel, and before its loop.
+        # Calls that a test leaves open end with the channel, before the loop closes.
         await asyncio.sleep(0)
 
 
 @pytest.fixture
 def gate(server: Application) -> Gate:
-    """Holds back what is asked of `tiny`, version 2."""
+    """Holds the requests to `tiny`, version 2."""
     model = server.catalog.get("tiny", "2")
     assert model.manifest is not None
     made = Gate(model.manifest)

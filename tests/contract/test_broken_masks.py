@@ -1,4 +1,4 @@
-"""Sequences whose masks break a need of the certificate answer in company as they do alone: they are not padded.
+"""Sequences whose masks break a need of the certificate have the same answer in a batch as alone: they are not padded.
 
 The graph adds (1 - mask) x -1e9 to its scores. A row without an allowed key then spreads over all keys evenly, and
 padding would be among them.

@@ -1,4 +1,4 @@
-"""Inputs that index tables, over a real server: what has no row is refused by name, and GetModel tells what has one."""
+"""Inputs that index tables, over a real server: indices without a row are refused, and GetModel returns the ranges."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_valid_indices_are_answered(client: AsyncClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "number", "said"),
+    ("name", "place", "number", "description"),
     [
         ("input_ids", 1, 30, "element 1 is 30; values of input 'input_ids' must be from 0 to 29"),
         ("position_ids", 2, 18, "element 2 is 18; values of input 'position_ids' must be from -22 to 17"),
@@ -65,7 +65,7 @@ async def test_valid_indices_are_answered(client: AsyncClient) -> None:
     ],
 )
 async def test_invalid_indices_are_refused_with_element_value_and_range(
-    client: AsyncClient, name: str, place: int | tuple[int, ...], number: int, said: str
+    client: AsyncClient, name: str, place: int | tuple[int, ...], number: int, description: str
 ) -> None:
     wrong = {**LEGAL, name: LEGAL[name].copy()}
     wrong[name][place] = number
@@ -74,12 +74,12 @@ async def test_invalid_indices_are_refused_with_element_value_and_range(
     (violation,) = refused.value.violations
     assert violation.field.startswith("sequences[1].tensors.tensors[")
     assert violation.field.endswith(".data")
-    assert violation.description == said
+    assert violation.description == description
 
 
 async def test_get_model_returns_the_index_ranges(client: AsyncClient) -> None:
-    told = {spec.name: spec.index_ranges for spec in (await client.model("indices")).inputs}
-    assert told == {
+    declared = {spec.name: spec.index_ranges for spec in (await client.model("indices")).inputs}
+    assert declared == {
         "input_ids": (),
         "position_ids": (IndexRange(-22, 17),),
         "token_type_ids": (IndexRange(0, 0),),
@@ -118,12 +118,12 @@ async def test_negative_positions_count_from_the_sequences_own_end(tmp_path: Pat
             for length, place in ((9, 8), (3, -1), (3, 2), (5, -5))
         ]
         results = await client.infer("pick", made)
-        [told] = (await client.model("pick")).inputs[1].index_ranges
+        [declared] = (await client.model("pick")).inputs[1].index_ranges
         with pytest.raises(InvalidRequest, match="element 0 is 3; values of input 'place' must be from -3 to 2"):
             await client.infer("pick", [made[0], {**made[1], "place": np.array([3])}])
     await application.aclose()
-    assert told == IndexRange(0, -1, None, "seq")
-    # Places that requests give are not proved to be a sequence's own: only the two of one length share a run.
+    assert declared == IndexRange(0, -1, None, "seq")
+    # Positions in requests are not proved to be a sequence's own: only the two of one length share a run.
     assert {result.run.batch_size for result in results} == {1, 2}
     for given, result in zip(made, results, strict=True):
         np.testing.assert_array_equal(result.outputs["y"], 2 * given["x"][given["place"][0]])

@@ -166,20 +166,20 @@ async def test_overload_is_reported_before_a_request_is_prepared(stub: Inference
     gate.full = Overloaded("queue_full", 2, 3, 0.5)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Infer(asking(""))
-    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, "an empty text is seen only by preparing it"
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, "the empty text would be found only by validation"
     assert gate.deadlines == []
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Infer(asking("", validate_only=True))
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, "what runs nothing needs no room"
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, "validation only needs no room in the queue"
 
 
-@pytest.mark.parametrize(("level", "told"), [(logging.INFO, []), (logging.DEBUG, ["debug"])])
-def test_overload_is_logged_at_debug_only(level: int, told: list[str], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("level", "levels"), [(logging.INFO, []), (logging.DEBUG, ["debug"])])
+def test_overload_is_logged_at_debug_only(level: int, levels: list[str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(level)
     with structlog.testing.capture_logs() as lines:
         log_failure(Overloaded("queue_full", 2, 3, 0.5), "mine", "Infer")
         log_failure(ModelNotFound("other", ""), "mine", "Infer")
-    assert [line["log_level"] for line in lines] == [*told, "info"]
+    assert [line["log_level"] for line in lines] == [*levels, "info"]
 
 
 async def test_a_request_is_submitted_with_the_bytes_of_its_message(stub: InferenceServiceStub, gate: Gate) -> None:
@@ -230,7 +230,7 @@ async def test_a_megabyte_of_text_is_refused_before_it_is_tokenized(stub: Infere
 
 
 async def test_a_large_request_is_prepared_in_a_thread_with_the_same_answer(stub: InferenceServiceStub) -> None:
-    # Longer than what is tokenized on the loop, by white space that makes no tokens.
+    # Longer than what is tokenized on the event loop, by white space that gives no tokens.
     padded = TEXTS[0] + " " * 10_000
     small, large = await asyncio.gather(stub.Infer(asking(TEXTS[0])), stub.Infer(asking(padded)))
     for left, right in zip(small.results[0].outputs, large.results[0].outputs, strict=True):

@@ -1,4 +1,4 @@
-"""What surrounds inference: start, health, readiness, metrics, drain, faults, and a real process's signals."""
+"""All but inference: start, health, readiness, metrics, drain, internal errors, and signals to a real process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def asking(text: str = "the cat", model: str = "tiny", **fields: object) -> pb.I
 
 
 async def get(port: int, path: str, accept: str = "*/*") -> tuple[int, dict[str, str], str]:
-    """One HTTP request on the test's own loop: status, headers, body."""
+    """Send one HTTP request on the test's own loop; return status, headers and body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\nConnection: close\r\n\r\n".encode())
     head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
@@ -64,7 +64,7 @@ def total(found: dict[tuple[str, tuple[tuple[str, str], ...]], float], name: str
 
 
 def settled(server: Application) -> bool:
-    """Whether every RPC that started has been counted as ended, which happens just after its caller has the answer."""
+    """Return whether all started RPCs are counted as ended, which happens just after their callers have the answers."""
     found = [sample for family in server.metrics.registry.collect() for sample in family.samples]
     started, handled = (
         sum(sample.value for sample in found if sample.name == f"grpc_server_{what}_total")
@@ -278,7 +278,7 @@ async def test_a_model_that_cannot_run_fails_at_warm_up(
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "says"),
+    ("changes", "error", "message"),
     [
         ({"repository": Path("nowhere")}, StartFailed, "no model in nowhere: the folder does not exist"),
         ({"models": ("tiny/7",)}, StartFailed, "it has plain/1, tiny/1, tiny/2"),
@@ -287,10 +287,10 @@ async def test_a_model_that_cannot_run_fails_at_warm_up(
     ids=["no repository", "no such model", "no such provider"],
 )
 async def test_a_failed_start_reports_its_reason(
-    settings: Settings, changes: dict[str, object], error: type[Exception], says: str
+    settings: Settings, changes: dict[str, object], error: type[Exception], message: str
 ) -> None:
     application = Application(settings.model_copy(update=changes))
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         await application.start()
     await application.aclose()
 
@@ -323,7 +323,7 @@ async def test_a_taken_port_is_reported(settings: Settings, field: str) -> None:
         await application.aclose()
 
 
-# Drain, faults and signals, in a process of our own
+# Drain, internal errors and signals, in this process
 
 
 async def running(application: Application) -> asyncio.Task[int]:
@@ -425,16 +425,16 @@ async def test_a_scheduler_that_dies_leaves_answers_of_other_models(
 
 
 class Stuck:
-    """A scheduler that does not come to an end."""
+    """A scheduler that never drains."""
 
     def __init__(self) -> None:
-        self.gave_up = False
+        self.aborted = False
 
     async def drain(self) -> None:
         await asyncio.Event().wait()
 
     def abort(self) -> None:
-        self.gave_up = True
+        self.aborted = True
 
     async def aclose(self) -> None:
         pass
@@ -447,7 +447,7 @@ async def test_a_drain_ends_with_its_grace(settings: Settings) -> None:
     stuck = application._loaded[0].scheduler = Stuck()  # type: ignore[assignment]
     async with asyncio.timeout(5):
         await application.drain()
-    assert stuck.gave_up
+    assert stuck.aborted
     await scheduler.aclose()
     await application.aclose()
 
@@ -466,7 +466,7 @@ def test_a_real_process_serves_logs_json_and_ends_cleanly_on_sigterm(tiny_reposi
             stub.Infer(asking("", request_id="mine"), timeout=20)
         with pytest.raises(grpc.RpcError):
             stub.Infer(asking(model="a\r\n\x1b[31mforged"), timeout=20)
-    # `serve` has sent SIGTERM by now, and seen exit code 0.
+    # `serve` has sent SIGTERM and checked exit code 0.
     lines = [json.loads(line) for line in running_server.log.read_text().splitlines()]
     events = [line["event"] for line in lines]
     assert events[0] == "listening"

@@ -1,4 +1,4 @@
-"""Many requests on one stream: each answered once, by name, whatever happens to the others."""
+"""Many requests on one stream: each is answered once, by its id, whatever happens to the others."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from attnserve_server.transport import stream as stream_module
 from gated import Gate, until
 from google.rpc import status_pb2
 
-MAX_IN_FLIGHT = 4  # as the settings fixture has it
+MAX_IN_FLIGHT = 4  # as in the settings fixture
 
 
 class Talk:
-    """One stream, seen from the caller."""
+    """The caller's side of one stream."""
 
     def __init__(self, channel: grpc.aio.Channel, timeout: float | None = None) -> None:
         self.call = InferenceServiceStub(channel).StreamInfer(timeout=timeout)
 
-    async def ask(self, request_id: str, text: str = "the cat", timeout_ms: int = 0, **fields: object) -> None:
+    async def send(self, request_id: str, text: str = "the cat", timeout_ms: int = 0, **fields: object) -> None:
         sequence = pb.Sequence(text=pb.TextInput(text=text))
         request = pb.InferRequest(model="tiny", sequences=[sequence], request_id=request_id, **fields)
         await self.call.write(pb.StreamInferRequest(request=request, timeout_ms=timeout_ms))
@@ -70,7 +70,7 @@ async def test_every_request_is_answered_once_by_its_id(talk: Talk) -> None:
 
     async def ask_all() -> None:
         for name in names:
-            await talk.ask(name)
+            await talk.send(name)
         await talk.call.done_writing()
 
     asking = asyncio.create_task(ask_all())
@@ -85,7 +85,7 @@ async def test_every_request_is_answered_once_by_its_id(talk: Talk) -> None:
 
 async def test_answers_are_sent_as_they_become_ready(talk: Talk, gate: Gate) -> None:
     for name in ("slow", "fast"):
-        await talk.ask(name)
+        await talk.send(name)
     await until(lambda: len(gate.waiting) == 2)
     gate.release(1)
     assert (await talk.read()).request_id == "fast"
@@ -94,14 +94,14 @@ async def test_answers_are_sent_as_they_become_ready(talk: Talk, gate: Gate) -> 
 
 
 async def test_a_failed_request_leaves_the_others_unaffected(talk: Talk) -> None:
-    await talk.ask("bad", text="")
+    await talk.send("bad", text="")
     assert failure(await talk.read()) == ("bad", 3, "sequences[0].text.text: empty: at least 1 character is needed")
-    await talk.ask("good")
+    await talk.send("good")
     assert (await talk.read()).response.results
 
 
 async def test_overload_is_reported_in_the_requests_own_status(talk: Talk, gate: Gate) -> None:
-    await talk.ask("a")
+    await talk.send("a")
     await until(lambda: bool(gate.waiting))
     gate.release(error=Overloaded("queue_full", 1, 2, 0.5))
     request_id, code, _ = failure(await talk.read())
@@ -110,7 +110,7 @@ async def test_overload_is_reported_in_the_requests_own_status(talk: Talk, gate:
 
 async def test_a_cancelled_request_is_answered_with_cancelled_and_withdrawn(talk: Talk, gate: Gate) -> None:
     for name in ("stays", "goes"):
-        await talk.ask(name)
+        await talk.send(name)
     await until(lambda: len(gate.waiting) == 2)
     await talk.cancel("goes")
     assert failure(await talk.read()) == ("goes", 1, "cancelled by the caller")
@@ -120,27 +120,27 @@ async def test_a_cancelled_request_is_answered_with_cancelled_and_withdrawn(talk
 
 
 async def test_a_request_cancelled_at_once_is_still_answered(talk: Talk, gate: Gate) -> None:
-    await talk.ask("goes")
+    await talk.send("goes")
     await talk.cancel("goes")
     assert failure(await talk.read())[:2] == ("goes", 1)
 
 
 async def test_cancelling_an_unknown_id_has_no_effect(talk: Talk) -> None:
-    await talk.cancel("nobody")
-    await talk.ask("a")
+    await talk.cancel("unknown")
+    await talk.send("a")
     assert (await talk.read()).request_id == "a"
 
 
 async def test_an_id_may_be_used_again_after_its_answer(talk: Talk) -> None:
     for _ in range(2):
-        await talk.ask("a")
+        await talk.send("a")
         assert (await talk.read()).response.results
 
 
 async def test_an_id_under_way_is_refused_and_the_first_request_continues(talk: Talk, gate: Gate) -> None:
-    await talk.ask("a")
+    await talk.send("a")
     await until(lambda: bool(gate.waiting))
-    await talk.ask("a")
+    await talk.send("a")
     assert failure(await talk.read()) == ("a", 3, "request_id: 'a' is the id of a request under way")
     gate.release()
     assert (await talk.read()).response.results
@@ -158,7 +158,7 @@ async def test_an_id_under_way_is_refused_and_the_first_request_continues(talk: 
 async def test_a_message_that_cannot_be_answered_ends_the_stream(
     talk: Talk, gate: Gate, message: pb.StreamInferRequest
 ) -> None:
-    await talk.ask("a")
+    await talk.send("a")
     await until(lambda: bool(gate.waiting))
     await talk.call.write(message)
     assert await talk.ended() is grpc.StatusCode.INVALID_ARGUMENT
@@ -185,11 +185,11 @@ async def test_broken_utf8_fails_only_its_request(channel: grpc.aio.Channel) -> 
 
 async def test_a_message_of_too_much_structure_fails_only_its_request(talk: Talk) -> None:
     swollen = attention_pb2.AttentionSelection(heads=[0] * 2**20)
-    await talk.ask("bad", attention=swollen)
-    name, code, said = failure(await talk.read())
-    assert (name, code) == ("bad", 3)
-    assert said.startswith("attention.heads: over 524288 of the message's ")
-    await talk.ask("good")
+    await talk.send("bad", attention=swollen)
+    request_id, code, message = failure(await talk.read())
+    assert (request_id, code) == ("bad", 3)
+    assert message.startswith("attention.heads: over 524288 of the message's ")
+    await talk.send("good")
     assert (await talk.read()).response.results
 
 
@@ -197,7 +197,7 @@ async def test_a_request_expires_while_it_waits_to_be_prepared(talk: Talk, gate:
     busy = threading.Event()
     server.plane._preparing.submit(busy.wait)
     try:
-        await talk.ask("late", text="a" + " " * 10_000, timeout_ms=20)
+        await talk.send("late", text="a" + " " * 10_000, timeout_ms=20)
         assert failure(await talk.read())[:2] == ("late", grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
         assert not busy.is_set()
     finally:
@@ -207,10 +207,10 @@ async def test_a_request_expires_while_it_waits_to_be_prepared(talk: Talk, gate:
 
 async def test_a_request_expires_while_every_slot_is_taken(talk: Talk, gate: Gate) -> None:
     for number in range(MAX_IN_FLIGHT):
-        await talk.ask(str(number))
-    await talk.ask("late", timeout_ms=20)
+        await talk.send(str(number))
+    await talk.send("late", timeout_ms=20)
     assert failure(await talk.read())[:2] == ("late", grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
-    await talk.ask("next")
+    await talk.send("next")
     gate.open()
     answered = {(await talk.read()).request_id for _ in range(MAX_IN_FLIGHT + 1)}
     assert answered == {*map(str, range(MAX_IN_FLIGHT)), "next"}
@@ -218,8 +218,8 @@ async def test_a_request_expires_while_every_slot_is_taken(talk: Talk, gate: Gat
 
 async def test_a_requests_own_timeout_is_its_deadline(talk: Talk, gate: Gate, server: Application) -> None:
     before = server.clock.now()
-    await talk.ask("a", timeout_ms=60_000)
-    await talk.ask("b")
+    await talk.send("a", timeout_ms=60_000)
+    await talk.send("b")
     await until(lambda: len(gate.waiting) == 2)
     first, second = gate.deadlines
     assert first is not None
@@ -231,8 +231,8 @@ async def test_the_streams_deadline_bounds_every_request(
     talk_of: Callable[..., Talk], gate: Gate, server: Application
 ) -> None:
     talk = talk_of(timeout=30.0)
-    await talk.ask("a", timeout_ms=60_000)
-    await talk.ask("b", timeout_ms=10_000)
+    await talk.send("a", timeout_ms=60_000)
+    await talk.send("b", timeout_ms=10_000)
     await until(lambda: len(gate.waiting) == 2)
     now = server.clock.now()
     assert [deadline is not None and deadline - now for deadline in gate.deadlines] == [
@@ -242,18 +242,18 @@ async def test_the_streams_deadline_bounds_every_request(
 
 
 async def test_an_expired_request_is_answered_and_the_stream_goes_on(talk: Talk, server: Application) -> None:
-    # A run of a thousand tokens takes longer than a millisecond only sometimes: what is asked of the clock is that
-    # either answer comes, and that the stream then still works.
-    await talk.ask("a", timeout_ms=1)
+    # A run of a thousand tokens takes longer than a millisecond only sometimes: either answer is right, and the stream
+    # works afterwards.
+    await talk.send("a", timeout_ms=1)
     answer = await talk.read()
     assert answer.WhichOneof("message") == "response" or failure(answer)[1] in (4, 8)
-    await talk.ask("b")
+    await talk.send("b")
     assert (await talk.read()).response.results
 
 
 async def test_closing_the_sending_half_lets_requests_finish(talk: Talk, gate: Gate) -> None:
     for name in ("a", "b"):
-        await talk.ask(name)
+        await talk.send(name)
     await talk.call.done_writing()
     await until(lambda: len(gate.waiting) == 2)
     gate.open()
@@ -263,7 +263,7 @@ async def test_closing_the_sending_half_lets_requests_finish(talk: Talk, gate: G
 
 async def test_leaving_withdraws_all_requests(talk: Talk, gate: Gate) -> None:
     for name in ("a", "b", "c"):
-        await talk.ask(name)
+        await talk.send(name)
     await until(lambda: len(gate.waiting) == 3)
     talk.call.cancel()
     await until(lambda: gate.withdrawn == 3)
@@ -274,7 +274,7 @@ async def test_no_more_than_the_bound_are_under_way(talk: Talk, gate: Gate) -> N
 
     async def ask_all() -> None:
         for name in names:
-            await talk.ask(name)
+            await talk.send(name)
 
     asking = asyncio.create_task(ask_all())
     answered = []
@@ -294,7 +294,7 @@ async def test_a_stream_holds_no_more_answer_bytes_than_its_allowance(
     server.grpc._streams._settings = server.settings.model_copy(update={"max_stream_answer_bytes": 350})
     talk = talk_of()
     for name, timeout_ms in (("a", 0), ("b", 0), ("late", 50), ("c", 0)):
-        await talk.ask(name, timeout_ms=timeout_ms)
+        await talk.send(name, timeout_ms=timeout_ms)
     assert failure(await talk.read())[:2] == ("late", grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
     assert len(gate.waiting) == 2
     gate.release()
@@ -306,7 +306,7 @@ async def test_a_stream_holds_no_more_answer_bytes_than_its_allowance(
 
 async def test_a_cancellation_is_read_while_every_slot_is_taken(talk: Talk, gate: Gate) -> None:
     for number in range(MAX_IN_FLIGHT):
-        await talk.ask(str(number))
+        await talk.send(str(number))
     await until(lambda: len(gate.waiting) == MAX_IN_FLIGHT)
     await talk.cancel("0")
     assert failure(await talk.read())[:2] == ("0", 1)
@@ -317,8 +317,8 @@ async def test_a_large_answer_is_sent_in_chunks_with_small_answers_between(
 ) -> None:
     monkeypatch.setattr(stream_module, "CHUNK_BYTES", 700)
     everything = attention_pb2.AttentionSelection()
-    await talk.ask("large", text="the cat sat on a mat", attention=everything)
-    await talk.ask("small", text="a", outputs=pb.OutputSelection(names=["embedding"]))
+    await talk.send("large", text="the cat sat on a mat", attention=everything)
+    await talk.send("small", text="a", outputs=pb.OutputSelection(names=["embedding"]))
     pieces: list[pb.ResponseChunk] = []
     small = None
     while small is None or not pieces or len(pieces) < pieces[0].count:
@@ -344,7 +344,7 @@ async def test_leaving_during_an_answer_is_not_an_internal_error(
     with structlog.testing.capture_logs() as logged:
         for _ in range(5):
             talk = talk_of()
-            await talk.ask("large", text="the cat sat on a mat", attention=attention_pb2.AttentionSelection())
+            await talk.send("large", text="the cat sat on a mat", attention=attention_pb2.AttentionSelection())
             assert (await talk.read()).chunk.count > 1
             talk.call.cancel()
         await until(lambda: not server.grpc._streams._open)
@@ -360,27 +360,27 @@ async def test_a_stream_that_ends_during_its_first_answer_has_a_status(
     async def cut_short(context: grpc.aio.ServicerContext, data: bytes) -> bool:
         task = asyncio.current_task()
         assert task is not None
-        # In the next turn of the loop gRPC has the write and has not told of its end.
+        # In the next turn of the loop gRPC has the write and has not reported its end.
         asyncio.get_running_loop().call_soon(task.cancel)
         cut.set()
         return await sending(context, data)
 
     monkeypatch.setattr(stream_module, "send", cut_short)
-    await talk.ask("a")
+    await talk.send("a")
     await cut.wait()
     await talk.call.write(pb.StreamInferRequest())
-    # The caller hears of the end once it has read what came before.
+    # The caller gets the status once it has read what came before.
     assert (await talk.read()).request_id == "a"
     assert await talk.ended() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_a_second_cancellation_has_no_effect(talk: Talk, gate: Gate) -> None:
-    await talk.ask("a")
+    await talk.send("a")
     await until(lambda: bool(gate.waiting))
     await talk.cancel("a")
     await talk.cancel("a")
     assert failure(await talk.read())[:2] == ("a", 1)
-    await talk.ask("b")
+    await talk.send("b")
     await until(lambda: len(gate.waiting) == 2)
     gate.release(1)
     assert (await talk.read()).request_id == "b"
@@ -389,13 +389,13 @@ async def test_a_second_cancellation_has_no_effect(talk: Talk, gate: Gate) -> No
 async def test_a_drain_answers_what_is_under_way_and_then_ends_the_stream(
     talk: Talk, gate: Gate, server: Application
 ) -> None:
-    await talk.ask("a")
+    await talk.send("a")
     await until(lambda: bool(gate.waiting))
     draining = asyncio.create_task(server.drain())
     await until(lambda: not server.health.serving())
     gate.open()
     assert (await talk.read()).response.results
     assert await talk.ended() is grpc.StatusCode.UNAVAILABLE
-    # In our words: gRPC's own, after the whole grace, would be others.
+    # The server's own message: gRPC's, after the whole grace, is another.
     assert await talk.call.details() == "the server is draining"
     await draining

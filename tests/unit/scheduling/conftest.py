@@ -1,4 +1,4 @@
-"""Virtual time: an event loop whose clock jumps to the next timer when nothing is ready. Nothing here ever waits."""
+"""Virtual time: an event loop whose clock jumps to the next timer when no task is ready, so that no test waits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from made_by_hand import CHECK, PROVENANCE, proved
 
 
 class ManualClock:
-    """Time that moves only when told."""
+    """A clock that moves only when a test or the loop moves it."""
 
     def __init__(self) -> None:
         self.time_s = 1000.0
@@ -45,7 +45,7 @@ class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[valid-type, m
     clock: ManualClock
 
     def select(self, timeout: float | None = None) -> list:
-        assert timeout is not None, "everything waits and no timer is set: this would hang"
+        assert timeout is not None, "all tasks wait and no timer is set: the loop would hang"
         self.clock.time_s += max(timeout, 0)
         return super().select(0)
 
@@ -68,7 +68,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def virtually(clock: ManualClock) -> Callable[[Coroutine], object]:
-    """Runs a coroutine in virtual time."""
+    """Run a coroutine in virtual time."""
 
     def run(coroutine: Coroutine) -> object:
         with asyncio.Runner(loop_factory=lambda: VirtualLoop(clock)) as runner:
@@ -79,7 +79,7 @@ def virtually(clock: ManualClock) -> Callable[[Coroutine], object]:
 
 @dataclass
 class FakeExecutor:
-    """Answers each sequence with its own tag, after `seconds` of virtual time; a terminated run ends at once."""
+    """Returns each sequence's own tag after `seconds` of virtual time; a terminated run ends at once."""
 
     clock: ManualClock
     instances: int = 1
@@ -91,14 +91,14 @@ class FakeExecutor:
     poisoned: set[int] = field(default_factory=set)
     breaks: bool = False
     splits: bool = False
-    """Whether batches fail, so that each sequence is run by itself."""
+    """Whether batches fail, so that each sequence runs alone."""
     handed: list[tuple[int, bool]] = field(default_factory=list)
-    """Of each sequence that ran: the identity of the object, and whether its values were asked for."""
+    """Of each sequence that ran: the id of the object, and its `keep_values`."""
     repeats: list[tuple[int, int, float]] = field(default_factory=list)
     """Tag, instance and start of each repeat."""
     stopped: list[int] = field(default_factory=list)
     mixed: set[int] = field(default_factory=set)
-    """Tags whose batch changed their answer."""
+    """Tags whose answers their batch changes."""
 
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         assert instance not in self.busy, "one run at a time on an instance"
@@ -234,7 +234,7 @@ class Bench:
             return await self.scheduler.submit(request, sequences, priority)
 
     def checks(self) -> dict[str, int]:
-        """Drawn sequences by outcome, without those that there were none of."""
+        """Drawn sequences by outcome, without outcomes that have none."""
         counts = {outcome: int(self.metric("batch_checks_total", outcome=outcome)) for outcome in CHECK_OUTCOMES}
         return {outcome: count for outcome, count in counts.items() if count}
 

@@ -24,7 +24,7 @@ def test_a_full_queue_refuses_with_the_time_until_it_has_room() -> None:
     refused = refusal(ONE, load(Demand(10, 200, 500)), None, SETTINGS)
     assert refused is not None
     assert (refused.cause, refused.limit, refused.value) == ("queue_full", 10, 11)
-    # one of ten waiting, 20 tokens, at 0.01 s a token on two instances
+    # one of ten waiting sequences, 20 tokens, at 0.01 s per token on two instances
     assert refused.retry_delay_s == pytest.approx(0.1)
 
 
@@ -64,7 +64,7 @@ def test_a_predicted_wait_has_headroom() -> None:
     refused = refusal(ONE, busy, 0.9, roomy)
     assert refused is not None
     assert refused.value == pytest.approx(1.05)
-    # in 0.1 s the wait is 0.6 s, and with room to err 0.9
+    # the wait is 0.6 s, and 0.9 s with headroom
     assert refused.retry_delay_s == pytest.approx(0.1)
 
 
@@ -72,7 +72,7 @@ def test_a_deadline_too_short_for_the_run_itself_is_no_overload() -> None:
     assert refusal(ONE, load(Demand(0, 0, 0)), 0.001, SETTINGS) is None
     refused = refusal(ONE, load(Demand(1, 20, 0)), 0.001, SETTINGS)
     assert refused is not None
-    assert refused.retry_delay_s == pytest.approx(0.1), "at most the time until nothing is ahead"
+    assert refused.retry_delay_s == pytest.approx(0.1), "at most the time until the queue is empty"
 
 
 def test_no_wait_is_refused_without_a_deadline_or_an_estimate() -> None:

@@ -1,4 +1,4 @@
-"""The catalog: which model a name and version mean, and what its state lets it do."""
+"""The catalog finds models by name and version, and only ready ones answer."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def test_a_version_can_be_added_once() -> None:
 
 
 def test_a_model_state_is_set_in_the_metrics() -> None:
-    served = model("told", "1")
+    served = model("moved", "1")
     served.move(ModelState.DRAINING)
 
     def value(state: str) -> float | None:
-        labels = {"model": "told", "version": "1", "state": state}
+        labels = {"model": "moved", "version": "1", "state": state}
         return METRICS.registry.get_sample_value("attnserve_model_state", labels)
 
     assert [value(state.value) for state in ModelState] == [0, 0, 1, 0]

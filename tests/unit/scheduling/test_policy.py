@@ -156,7 +156,7 @@ def test_a_run_has_at_least_the_value_per_second_of_the_oldest_alone(
 ) -> None:
     members = plan(candidates, NOW, settings, cost).indices
     if members:
-        # the policy adds up in another order: rounding only
+        # the policy adds in another order: rounding only
         assert score(candidates, members, cost) >= score(candidates, members[:1], cost) * (1 - 1e-9)
 
 
@@ -217,7 +217,7 @@ def test_no_sequence_starves(lengths: list[int], max_batch_size: int, seed: int)
         order = list(waiting)
         for at in plan([waiting[at] for at in order], NOW, settings, CPU_COST).indices:
             number = order[at]
-            assert runs <= ahead.get(number, runs), "overtaken more often than there were sequences before it"
+            assert runs <= ahead.get(number, runs), "overtaken more often than sequences were before it"
             del waiting[number]
         runs += 1
         for _ in range(max_batch_size):  # as many arrive as can run, of lengths that fit together

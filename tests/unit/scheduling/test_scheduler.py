@@ -25,13 +25,13 @@ from attnserve_server.scheduling.verifier import ShadowSettings
 
 
 async def ticks(count: int = 20) -> None:
-    """Lets everything that is ready run; no time passes."""
+    """Let all ready tasks run; no time passes."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 async def end_of(task: asyncio.Task) -> BaseException | None:
-    """The exception that a task ended with."""
+    """Wait for a task, and return its exception."""
     await asyncio.wait({task})
     return asyncio.CancelledError() if task.cancelled() else task.exception()
 
@@ -55,7 +55,7 @@ def test_a_request_counts_with_all_bytes_of_its_message(virtually, bench, sequen
             padded = asyncio.create_task(bench.submit([sequence(1), sequence(2)], received_bytes=1064))
             plain = asyncio.create_task(bench.submit([sequence(3)], received_bytes=30))
             await ticks()
-            # Two times 32 bytes of tensors and 8 of the answer, and 1,000 that nothing uses; 30 is less than is used.
+            # Three times 32 bytes of tensors and 8 of the answer, and 1,000 unused ones; 30 is less than the tensors.
             assert bench.metric("queue_bytes") == 1000 + 3 * (4 * 8 + 8)
             assert [tags_of(await task) for task in (first, padded, plain)] == [[0], [1, 2], [3]]
             assert bench.metric("queue_bytes") == 0
@@ -115,7 +115,7 @@ def test_the_first_error_fails_a_request_and_withdraws_the_rest(virtually, bench
             other = asyncio.create_task(bench.submit([sequence(9)]))
             assert isinstance(await end_of(many), InternalFault)
             assert tags_of(await other) == [9]
-            assert bench.executor.runs == [[0, 1], [9]], "what is still queued of a failed request is not run"
+            assert bench.executor.runs == [[0, 1], [9]], "sequences of a failed request in the queue do not run"
             assert bench.metric("dropped_total", reason="failed") == 5
 
     virtually(story())
@@ -139,11 +139,11 @@ def test_a_request_cancelled_in_the_queue_never_runs(virtually, bench, sequence,
         async with bench:
             first = asyncio.create_task(bench.submit([sequence(0)]))
             await ticks()
-            leaver = asyncio.create_task(bench.submit([sequence(1), sequence(2)]))
+            cancelled = asyncio.create_task(bench.submit([sequence(1), sequence(2)]))
             stayer = asyncio.create_task(bench.submit([sequence(3)]))
             await ticks()
-            leaver.cancel()
-            assert isinstance(await end_of(leaver), asyncio.CancelledError)
+            cancelled.cancel()
+            assert isinstance(await end_of(cancelled), asyncio.CancelledError)
             assert tags_of(await first) + tags_of(await stayer) == [0, 3]
             assert bench.executor.runs == [[0], [3]]
             assert bench.metric("dropped_total", reason="cancelled") == 2
@@ -154,9 +154,9 @@ def test_a_request_cancelled_in_the_queue_never_runs(virtually, bench, sequence,
 def test_a_request_cancelled_before_submit_starts_leaves_no_state(virtually, bench, sequence) -> None:
     async def story() -> None:
         async with bench:
-            leaver = asyncio.create_task(bench.submit([sequence(1)]))
-            leaver.cancel()
-            await end_of(leaver)
+            cancelled = asyncio.create_task(bench.submit([sequence(1)]))
+            cancelled.cancel()
+            await end_of(cancelled)
             await ticks()
             assert bench.executor.runs == []
 
@@ -169,12 +169,12 @@ def test_a_request_cancelled_in_the_turn_of_planning_never_runs(virtually, bench
         async with bench as scheduler:
             first = asyncio.create_task(bench.submit([sequence(0)]))
             await ticks()
-            leaver = asyncio.create_task(bench.submit([sequence(1)], deadline=deadline))
+            cancelled = asyncio.create_task(bench.submit([sequence(1)], deadline=deadline))
             await ticks()
-            leaver.cancel()  # its future is done, and its task has not run yet
+            cancelled.cancel()  # its future is done, and its task has not run yet
             bench.clock.time_s += 0.7
             assert scheduler._next_entries() == []
-            assert isinstance(await end_of(leaver), asyncio.CancelledError)
+            assert isinstance(await end_of(cancelled), asyncio.CancelledError)
             await first
             assert bench.executor.runs == [[0]]
             assert bench.metric("dropped_total", reason="cancelled") == 1
@@ -185,10 +185,10 @@ def test_a_request_cancelled_in_the_turn_of_planning_never_runs(virtually, bench
 def test_cancelling_during_a_run_leaves_batch_neighbours_unaffected(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
         async with bench:
-            leaver = asyncio.create_task(bench.submit([sequence(1)]))
+            cancelled = asyncio.create_task(bench.submit([sequence(1)]))
             stayer = asyncio.create_task(bench.submit([sequence(2)]))
             await asyncio.sleep(0.5)
-            leaver.cancel()
+            cancelled.cancel()
             assert tags_of(await stayer) == [2]
             assert bench.executor.runs == [[1, 2]]
             assert bench.executor.terminated == []
@@ -199,12 +199,12 @@ def test_cancelling_during_a_run_leaves_batch_neighbours_unaffected(virtually, b
 def test_a_run_without_pending_requests_is_terminated(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
         async with bench as scheduler:
-            leavers = [asyncio.create_task(bench.submit([sequence(tag)])) for tag in (1, 2)]
+            cancelled = [asyncio.create_task(bench.submit([sequence(tag)])) for tag in (1, 2)]
             await asyncio.sleep(0.5)
-            leavers[0].cancel()
+            cancelled[0].cancel()
             await ticks()
             assert not next(iter(scheduler._requests)).entries[0].run.handle.terminated
-            leavers[1].cancel()
+            cancelled[1].cancel()
             await ticks()
             assert tags_of(await bench.submit([sequence(3)])) == [3]
             assert bench.executor.terminated == [[1, 2]]
@@ -217,18 +217,18 @@ def test_a_run_without_pending_requests_is_terminated(virtually, bench, sequence
 def test_cancelling_after_the_answer_has_no_effect(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
         async with bench as scheduler:
-            leaver = asyncio.create_task(bench.submit([sequence(1)]))
+            cancelled = asyncio.create_task(bench.submit([sequence(1)]))
             stayer = asyncio.create_task(bench.submit([sequence(2)]))
             real = scheduler._resolve
 
             def resolve_and_leave(entry, outcome, started) -> None:
                 real(entry, outcome, started)
                 if entry.number == 0:
-                    leaver.cancel()
+                    cancelled.cancel()
 
             scheduler._resolve = resolve_and_leave
             assert tags_of(await stayer) == [2]
-            assert isinstance(await end_of(leaver), asyncio.CancelledError)
+            assert isinstance(await end_of(cancelled), asyncio.CancelledError)
 
     virtually(story())
 
@@ -271,7 +271,7 @@ def test_a_deadline_during_a_run_fails_the_request_at_once(virtually, bench, seq
             with pytest.raises(DeadlineExpired):
                 await bench.submit([sequence(2)], deadline=1001.5)
             await asyncio.sleep(0.1)
-            assert bench.executor.terminated == [[2]], "nobody waits for that run any more"
+            assert bench.executor.terminated == [[2]], "all requests of that run have ended"
 
     virtually(story())
 
@@ -281,10 +281,10 @@ def test_a_request_that_expires_while_the_loop_is_blocked_never_runs(virtually, 
         async with bench as scheduler:
             late = asyncio.create_task(bench.submit([sequence(1)], deadline=1000.5))
             in_time = asyncio.create_task(bench.submit([sequence(2)], deadline=1009))
-            for _ in range(2):  # both submitted, the instance not yet woken
+            for _ in range(2):  # both submitted; the instance has not woken yet
                 await asyncio.sleep(0)
                 if len(scheduler._queue) == 2:
-                    bench.clock.time_s += 1  # something blocked the loop for a second
+                    bench.clock.time_s += 1  # the loop was blocked for a second
                     break
             assert isinstance(await end_of(late), DeadlineExpired)
             await in_time
@@ -294,13 +294,13 @@ def test_a_request_that_expires_while_the_loop_is_blocked_never_runs(virtually, 
 
 
 def test_requests_that_cannot_end_in_time_are_dropped_for_others(virtually, bench, sequence) -> None:
-    # A row takes a second on top of two of the run itself, and so it was foreseen.
+    # A row takes a second and the run itself two, as predicted.
     bench.executor.cost = CostModel(run_s=2.0, sequence_s=1.0, token_s=1e-9, pair_s=0.0)
     bench.executor.seconds = lambda sequences: 2.0 + len(sequences)
 
     async def story() -> None:
         async with bench:
-            await bench.submit([sequence(0)])  # 3 s, from which the pace is known
+            await bench.submit([sequence(0)])  # 3 s, which determine the pace
             running = asyncio.create_task(bench.submit([sequence(1)]))
             await ticks()
             hopeless = asyncio.create_task(bench.submit([sequence(2)], deadline=bench.clock.now() + 5))
@@ -311,7 +311,7 @@ def test_requests_that_cannot_end_in_time_are_dropped_for_others(virtually, benc
             assert "no run would end before the deadline" in str(error)
             await asyncio.gather(running, patient)
             assert bench.executor.runs == [[0], [1], [3]]
-            # With nothing else to do it is tried: what was foreseen may have been too dark.
+            # It runs if nothing else waits, because the prediction may have been too high.
             bench.executor.seconds = lambda sequences: 0.5
             await bench.submit([sequence(4)], deadline=bench.clock.now() + 1)
 
@@ -362,7 +362,7 @@ def test_a_full_queue_refuses_with_a_retry_delay(virtually, bench, sequence) -> 
 def test_a_predicted_wait_beyond_the_deadline_is_refused_at_once(virtually, bench, sequence) -> None:
     bench.executor.cost = CostModel(
         run_s=0.0, sequence_s=0.0, token_s=0.25, pair_s=0.0
-    )  # four tokens a second: as the fake
+    )  # four tokens a second, as the fake executor takes
     bench.settings = SchedulingSettings(max_batch_size=1, wait_headroom=1.0)
 
     async def story() -> None:
@@ -373,7 +373,7 @@ def test_a_predicted_wait_beyond_the_deadline_is_refused_at_once(virtually, benc
                 await bench.submit([sequence(3)], deadline=1001.5)
             assert caught.value.cause == "predicted_wait"
             assert bench.clock.now() == 1000.0
-            # honest: half of the run under way, two waiting and its own run are 3.5 s, of which 1.5 s were allowed
+            # half of the run under way, two waiting and its own run are 3.5 s, and its deadline allows 1.5 s
             assert caught.value.retry_delay_s == pytest.approx(2.0)
             await asyncio.sleep(caught.value.retry_delay_s)
             await bench.submit([sequence(3)], deadline=bench.clock.now() + 3)
@@ -403,7 +403,7 @@ def test_low_priority_is_overtaken_only_within_its_delay(virtually, bench, seque
     async def story() -> None:
         async with bench:
             tasks = []
-            for tag in range(20):  # one arrives every 0.1 s, and one is done every 0.3 s: the line only grows
+            for tag in range(20):  # one arrives every 0.1 s, and one ends every 0.3 s: the queue grows
                 priority = Priority.LOW if tag == 1 else Priority.NORMAL
                 tasks.append(asyncio.create_task(bench.submit([sequence(tag)], priority=priority)))
                 await asyncio.sleep(0.1)
@@ -505,7 +505,9 @@ def test_a_loop_that_dies_fails_pending_requests_and_reports_a_fault(
 
 
 def test_a_high_measured_overhead_makes_large_batches(virtually, bench, sequence) -> None:
-    bench.executor.cost = CostModel(run_s=1.0, sequence_s=0.0, token_s=0.001, pair_s=0.0)  # as a thousand tokens
+    bench.executor.cost = CostModel(
+        run_s=1.0, sequence_s=0.0, token_s=0.001, pair_s=0.0
+    )  # as much as a thousand tokens
 
     async def story() -> None:
         async with bench:
@@ -536,7 +538,9 @@ def test_sequences_of_other_lengths_on_a_rigid_axis_run_apart(virtually, bench, 
 def test_unpadded_sequences_share_runs_only_with_their_own_lengths(
     virtually, bench, sequence, unpadded: tuple[int, ...], runs: list[set[int]]
 ) -> None:
-    bench.executor.cost = CostModel(run_s=1.0, sequence_s=0.0, token_s=0.001, pair_s=0.0)  # as a thousand tokens
+    bench.executor.cost = CostModel(
+        run_s=1.0, sequence_s=0.0, token_s=0.001, pair_s=0.0
+    )  # as much as a thousand tokens
     lengths = [4, 5, 4, 5, 6]
 
     async def story() -> None:
@@ -602,10 +606,10 @@ def test_an_ended_request_is_freed(virtually, bench, sequence, end: str) -> None
             assert (task.cancelled() or task.exception() is not None) is (end != "answered")
             del task
             await asyncio.sleep(2)
-            await bench.submit([sequence(3)])  # the instance's loop has moved on
+            await bench.submit([sequence(3)])  # the instance's loop drops the run before
             assert [ref() for ref in kept] == [None, None]
 
-    gc.disable()  # reference counts alone must do: tensors may be large, and collections rare
+    gc.disable()  # reference counts must suffice: tensors may be large, and collections rare
     try:
         virtually(story())
     finally:
@@ -656,7 +660,7 @@ def storm(virtually, bench, sequence, tags_of, seed: int) -> None:
             for end in ends.values():
                 assert end is True or isinstance(end, AttnserveError | asyncio.CancelledError), end
             ran = [tag for run in bench.executor.runs for tag in run]
-            assert len(ran) == len(set(ran)), "nothing runs twice"
+            assert len(ran) == len(set(ran)), "no sequence runs twice"
             assert not scheduler._running_tokens
             assert len(scheduler._queue) == 0
             assert bench.metric("queue_depth") == bench.metric("queue_bytes") == 0
@@ -672,19 +676,19 @@ def test_each_request_gets_its_own_answer_once(virtually, bench, sequence, tags_
 
 
 def swapped(self: Scheduler, entry, outcome, started) -> None:
-    """A bug: an answer goes to the neighbour."""
+    """A bug: a result is stored for another sequence."""
     twin = min((one for run in self._last for one in run), key=lambda one: one is entry)
     REAL_RESOLVE(self, twin, outcome, started)
 
 
 def lost(self: Scheduler, entry, outcome, started) -> None:
-    """A bug: one answer in ten goes nowhere."""
+    """A bug: one result in ten is lost."""
     if entry.number % 10:
         REAL_RESOLVE(self, entry, outcome, started)
 
 
 def late(self: Scheduler, request) -> None:
-    """A bug: deadlines are not kept while a sequence runs."""
+    """A bug: deadlines have no effect while a sequence runs."""
     if any(entry.waiting for entry in request.entries):
         REAL_EXPIRE(self, request)
 

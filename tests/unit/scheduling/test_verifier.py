@@ -1,4 +1,4 @@
-"""The shadow check in virtual time: served work goes first, samples are few, a difference is counted and acted on."""
+"""The shadow check in virtual time: served work goes first, samples are bounded, differences are counted."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ LOGGER = "attnserve_server.scheduling.verifier"
 
 
 async def ticks(count: int = 20) -> None:
-    """Lets everything that is ready run; no time passes."""
+    """Let all ready tasks run; no time passes."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 async def settled(bench, drawn: int) -> None:
-    """Waits, in virtual time, until so many drawn sequences have an outcome, and then for anything more."""
+    """Wait, in virtual time, until so many drawn sequences have an outcome, and then for any further ones."""
     async with asyncio.timeout(1000):
         while sum(bench.checks().values()) < drawn:  # noqa: ASYNC110 - metrics have no event
             await asyncio.sleep(0.1)
     await asyncio.sleep(10)
-    assert (bench.verifier._samples, bench.verifier._bytes) == (0, 0), "room is given back"
+    assert (bench.verifier._samples, bench.verifier._bytes) == (0, 0), "the samples are released"
 
 
 def test_batched_sequences_are_repeated_alone_after_their_answers(virtually, bench, sequence, tags_of) -> None:
@@ -120,8 +120,8 @@ def test_the_drawn_share_is_the_configured_one(virtually, bench, sequence) -> No
     virtually(story())
 
 
-@pytest.mark.parametrize("newcomers", [1, 3])
-def test_on_one_instance_a_new_request_stops_the_repeat(virtually, bench, sequence, newcomers: int) -> None:
+@pytest.mark.parametrize("new_requests", [1, 3])
+def test_on_one_instance_a_new_request_stops_the_repeat(virtually, bench, sequence, new_requests: int) -> None:
     bench.shadow = EVERY
 
     async def story() -> None:
@@ -129,11 +129,11 @@ def test_on_one_instance_a_new_request_stops_the_repeat(virtually, bench, sequen
             await bench.submit([sequence(1), sequence(2)])
             await asyncio.sleep(0.5)
             assert len(bench.executor.busy) == len(bench.executor.repeats) == 1
-            results = await asyncio.gather(*(bench.submit([sequence(9)]) for _ in range(newcomers)))
-            # The stand-in looks at its handle every 10 ms.
+            results = await asyncio.gather(*(bench.submit([sequence(9)]) for _ in range(new_requests)))
+            # The fake executor checks its handle every 10 ms.
             assert max(result.queue_s for (result,) in results) <= 0.0101
             assert bench.executor.stopped == [1]
-            await settled(bench, 2 if newcomers == 1 else 5)
+            await settled(bench, 2 if new_requests == 1 else 5)
             assert bench.checks()["dropped"] == 1
 
     virtually(story())
@@ -220,7 +220,7 @@ def test_sequences_beyond_the_bounds_are_dropped_and_counted(virtually, bench, s
 
 
 def test_sequences_too_large_for_the_bound_are_dropped_before_they_are_copied(virtually, bench, sequence) -> None:
-    # Eight bytes of ids a position, and 32 of the output.
+    # Eight bytes of ids per position, and 32 of the output.
     bench.shadow = ShadowSettings(share=1.0, max_bytes=8 * 10 + 32)
 
     async def story() -> None:
@@ -250,7 +250,7 @@ def test_a_loaded_server_drops_samples_and_repeats_none(virtually, bench, sequen
             await asyncio.gather(*callers)
             ended = bench.clock.now()
             await asyncio.sleep(20)
-            assert bench.checks()["equal"] == EVERY.max_samples, "repeated once the load has gone"
+            assert bench.checks()["equal"] == EVERY.max_samples, "repeated once the queue is empty"
             assert min(start for _, _, start in bench.executor.repeats) > ended
 
     virtually(story())
@@ -261,10 +261,10 @@ def test_a_terminated_run_releases_the_room_of_its_samples(virtually, bench, seq
 
     async def story() -> None:
         async with bench:
-            leaver = asyncio.create_task(bench.submit([sequence(1), sequence(2)]))
+            cancelled = asyncio.create_task(bench.submit([sequence(1), sequence(2)]))
             await asyncio.sleep(0.5)
             assert bench.verifier._samples == 2
-            leaver.cancel()
+            cancelled.cancel()
             await asyncio.sleep(5)
             assert bench.executor.terminated == [[1, 2]]
             assert (bench.verifier._samples, bench.executor.repeats, bench.checks()) == (0, [], {})
@@ -300,13 +300,13 @@ def test_a_difference_is_counted_and_logged_without_content(virtually, bench, se
             assert bench.metric("batching_isolated") == 0
             assert bench.isolated == []
             await bench.submit([sequence(4), sequence(5)])
-            assert bench.executor.runs == [[1, 2, 3], [4, 5]], "counted only: it is batched as before"
+            assert bench.executor.runs == [[1, 2, 3], [4, 5]], "differences are only counted: batches stay as before"
 
     virtually(story())
     [line] = [record for record in caplog.records if record.name == LOGGER]
     assert line.levelno == logging.WARNING
-    told = {name: line.__dict__[name] for name in ("model", "version", "request_id", "tensor", "error_over_allowed")}
-    assert told == {
+    logged = {name: line.__dict__[name] for name in ("model", "version", "request_id", "tensor", "error_over_allowed")}
+    assert logged == {
         "model": "tiny", "version": "1", "request_id": "mine", "tensor": "tag", "error_over_allowed": 40.0,
     }  # fmt: skip
     assert (line.__dict__["batch_size"], line.__dict__["tokens"], line.__dict__["unlogged"]) == (3, 4, 0)
@@ -342,7 +342,7 @@ def test_isolate_runs_each_sequence_alone_after_the_first_difference(virtually, 
             assert bench.executor.runs == [[1, 2], [3], [4], [5]]
             assert len(bench.isolated) == 1
             await asyncio.sleep(10)
-            assert bench.checks() == {"different": 2}, "what runs alone is not repeated"
+            assert bench.checks() == {"different": 2}, "a sequence that ran alone is not repeated"
 
     virtually(story())
     errors = [record for record in caplog.records if record.name == LOGGER and record.levelno == logging.ERROR]
@@ -363,11 +363,11 @@ def test_a_repeated_sample_is_freed(virtually, bench, sequence) -> None:
             await ticks(1)
             assert sample() is not None
             assert answer() is None, "a sample keeps its values, and not the answer"
-            assert received() is None, "it has inputs of its own: those received keep their message in memory"
+            assert received() is None, "it has copies of its inputs: received ones keep their message in memory"
             await settled(bench, 2)
             assert sample() is None
 
-    gc.disable()  # reference counts alone must do
+    gc.disable()  # reference counts must suffice
     try:
         virtually(story())
     finally:
@@ -435,6 +435,8 @@ def test_sequences_not_drawn_reach_the_executor_unchanged(virtually, bench, sequ
             results = await bench.submit(sent)
             assert bench.executor.handed[1:] == [(id(one), False) for one in sent[1:]]
             assert bench.executor.handed[0] != (id(sent[0]), False)
-            assert [result.values for result in results] == [None] * 4, "kept for the check, not for the caller"
+            assert [result.values for result in results] == [None] * 4, (
+                "values are kept for the check, and not returned"
+            )
 
     virtually(story())

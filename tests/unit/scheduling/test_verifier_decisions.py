@@ -1,4 +1,4 @@
-"""What the shadow check decides, as functions of values."""
+"""The decisions of the shadow check are functions of values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnserve_server.scheduling.verifier import ShadowSettings, Throttle, has_r
         (1, 1, 1, False),
         (0, 0, 1, False),
         (0, 2, 2, True),
-        (0, 1, 2, False),  # a newcomer would find no instance
+        (0, 1, 2, False),  # a new request would find no instance
         (0, 2, 8, True),
         (1, 8, 8, False),
     ],

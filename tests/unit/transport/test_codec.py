@@ -1,4 +1,4 @@
-"""Wire to domain and back: nothing is lost, nothing is copied that need not be, and odd numbers are refused."""
+"""Messages survive the way to domain values and back, without copies, and unknown numbers are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MANIFEST = tiny_manifest()
 
 
 def result_message(result: SequenceResult, outputs: tuple[str, ...]) -> inference_service_pb2.SequenceResult:
-    """An answer as a caller reads it."""
+    """Encode a result, and parse it as a client does."""
     return inference_service_pb2.SequenceResult.FromString(codec.result_of(result, outputs).joined())
 
 

@@ -144,14 +144,14 @@ def test_the_trailer_is_the_serialised_status() -> None:
 def test_a_status_holds_only_printable_ascii(text: str) -> None:
     status = status_of(errors.ModelNotFound(text, text), text)
     info = detail(status, error_details_pb2.ErrorInfo)
-    for told in (status.message, *info.metadata.values()):
-        assert told.isascii()
-        assert told.isprintable()
-        assert len(told) <= 512
+    for shown in (status.message, *info.metadata.values()):
+        assert shown.isascii()
+        assert shown.isprintable()
+        assert len(shown) <= 512
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "shown"),
     [
         ("a b", "a b"),
         ("\r\n\x1b[", r"\r\n\x1b["),
@@ -160,8 +160,8 @@ def test_a_status_holds_only_printable_ascii(text: str) -> None:
         ("\xe9" * 9, r"\xe9\xe..."),
     ],
 )
-def test_text_is_escaped_and_cut_to_ten_characters(text: str, told: str) -> None:
-    assert plain(text, 10) == told
+def test_text_is_escaped_and_cut_to_ten_characters(text: str, shown: str) -> None:
+    assert plain(text, 10) == shown
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What happens on a stream within one turn of the event loop, which no network can be made to show."""
+"""Events on a stream within one turn of the event loop, which a network cannot reproduce."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tiny_bundle import tiny_manifest, tiny_tokenizer
 
 
 class Wire:
-    """The server's side of a stream whose messages have all arrived already."""
+    """The server's side of a stream whose messages have all arrived."""
 
     def __init__(self, *messages: pb.StreamInferRequest, closed: bool = True) -> None:
         self.incoming = [message.SerializeToString() for message in messages]
@@ -55,10 +55,15 @@ def gate() -> Gate:
 
 
 @pytest.fixture
-def streams(gate: Gate) -> Streams:
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def streams(gate: Gate, metrics: Metrics) -> Streams:
     settings = Settings(repository=Path("none"))
     catalog = Catalog()
-    model = ServedModel("tiny", "1", Metrics().model("tiny", "1"), gate.manifest, scheduler=gate)
+    model = ServedModel("tiny", "1", metrics.model("tiny", "1"), gate.manifest, scheduler=gate)
     model.tokenizer = TextTokenizer(tiny_tokenizer(), "seq")
     model.move(ModelState.READY)
     catalog.add(model)
@@ -103,3 +108,41 @@ async def test_a_drain_while_a_message_waits_for_a_slot_ends_the_stream(streams:
     with pytest.raises(NotServing, match="the server is draining"):
         await serving
     assert [answer.request_id for answer in wire.sent][:1] == ["a"]
+
+
+async def test_a_request_cancelled_while_it_waits_for_its_allowance_is_not_submitted(
+    streams: Streams, gate: Gate, metrics: Metrics
+) -> None:
+    streams._settings = streams._settings.model_copy(update={"max_stream_answer_bytes": 1})
+    wire = Wire(asking("a"), asking("b"), closed=False)
+    serving = asyncio.create_task(streams.stream_infer(None, wire))  # type: ignore[arg-type]
+    await until(lambda: bool(gate.waiting))
+    wire.arrive(pb.StreamInferRequest(cancel_request_id="b"))
+    await until(lambda: bool(wire.sent))
+    assert wire.sent[0].request_id == "b"
+    assert status_pb2.Status.FromString(wire.sent[0].status).code == grpc.StatusCode.CANCELLED.value[0]
+    gate.open()
+    wire.closed = True
+    wire.arrive()
+    await serving
+    assert wire.sent[1].request_id == "a"
+    assert wire.sent[1].response.results
+    assert len(gate.deadlines) == 1
+    labels = {"model": "tiny", "version": "1"}
+    counts = [
+        metrics.registry.get_sample_value("attnserve_requests_total", {**labels, "code": code})
+        for code in ("OK", "CANCELLED")
+    ]
+    assert counts == [1, 1]
+
+
+async def test_a_cancellation_after_the_results_has_no_effect(streams: Streams, gate: Gate) -> None:
+    wire = Wire(asking("a"), closed=False)
+    serving = asyncio.create_task(streams.stream_infer(None, wire))  # type: ignore[arg-type]
+    await until(lambda: bool(gate.waiting))
+    wire.closed = True
+    wire.arrive(pb.StreamInferRequest(cancel_request_id="a"))
+    gate.release()  # in the same turn of the loop, and before the cancellation is read
+    await serving
+    (answer,) = wire.sent
+    assert answer.response.results

@@ -1,4 +1,4 @@
-"""Cross-attention knows both its sides: two texts, or a text and the patches of an image, by text or by tensors."""
+"""Cross-attention has units on both axes: two texts, or a text and image patches, sent as text or as tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def axis(symbol: str, length: int = 12, **fields: object) -> AxisSpec:
 
 
 def crossing(query_axis: str, key_axis: str, **fields: object) -> Manifest:
-    """A manifest whose only site looks from one axis to another."""
+    """A manifest whose only site attends from one axis to another."""
     tiny = tiny_manifest()
     site = tiny.sites[0].model_copy(update={"kind": "cross", "query_axis": query_axis, "key_axis": key_axis})
     output = OutputSpec(name="hidden", dtype="float32", shape=(query_axis, 4))
@@ -70,7 +70,7 @@ def over_patches(**fields: object) -> Manifest:
     )
 
 
-def asked(manifest: Manifest, sequence: pb.Sequence, **selection: object) -> ValidRequest:
+def checked(manifest: Manifest, sequence: pb.Sequence, **selection: object) -> ValidRequest:
     limits = {"max_batch_size": 8, "max_text_bytes": 100, "max_response_bytes": 10_000}
     intake = Intake.of(manifest, TextTokenizer(tiny_tokenizer(), manifest.text.axis), **limits)
     attention = attention_pb2.AttentionSelection(**selection)
@@ -99,10 +99,10 @@ def ids(*words: str) -> np.ndarray:
 
 
 def test_a_second_text_fills_its_own_axis() -> None:
-    (sequence,) = asked(encoder_decoder(), of_text("the cat sat", "a dog")).sequences
+    (sequence,) = checked(encoder_decoder(), of_text("the cat sat", "a dog")).sequences
     assert sequence.lengths == {"source": 5, "target": 5}
     assert sequence.tensors["input_ids"].tolist() == [CLS, *ids("the", "cat", "sat"), SEP]
-    # The start, and then the text with the tokens that its own tokenizer puts around it.
+    # The start token, and the text with the tokens that its own tokenizer adds.
     assert sequence.tensors["decoder_input_ids"].tolist() == [SEP, CLS, *ids("a", "dog"), SEP]
     assert sequence.tensors["attention_mask"].tolist() == [1] * 5
     assert sequence.tensors["decoder_attention_mask"].tolist() == [1] * 5
@@ -110,7 +110,7 @@ def test_a_second_text_fills_its_own_axis() -> None:
 
 
 def test_units_of_each_text_have_offsets_into_it() -> None:
-    (sequence,) = asked(encoder_decoder(), of_text("the cat sat", "a dog")).sequences
+    (sequence,) = checked(encoder_decoder(), of_text("the cat sat", "a dog")).sequences
     source, target = sequence.units["source"], sequence.units["target"]
     assert (source.axis, source.texts) == ("source", ("[CLS]", "the", "cat", "sat", "[SEP]"))
     assert source.segments == (0,) * 5
@@ -123,12 +123,12 @@ def test_units_of_each_text_have_offsets_into_it() -> None:
 
 
 def test_words_and_special_tokens_are_known_on_both_sides() -> None:
-    (sequence,) = asked(encoder_decoder(), of_text("the cat", "a"), unit=WORD_UNIT, special_tokens=DROP).sequences
+    (sequence,) = checked(encoder_decoder(), of_text("the cat", "a"), unit=WORD_UNIT, special_tokens=DROP).sequences
     assert sequence.units["target"].word_ids == (-1, -1, 0, -1)
 
 
 def test_without_a_second_text_the_decoder_gets_only_its_start_token() -> None:
-    (sequence,) = asked(encoder_decoder(), of_text("the cat")).sequences
+    (sequence,) = checked(encoder_decoder(), of_text("the cat")).sequences
     assert sequence.tensors["decoder_input_ids"].tolist() == [SEP]
     assert sequence.units["target"] == AxisUnits(
         axis="target",
@@ -154,14 +154,14 @@ def test_without_a_second_text_the_decoder_gets_only_its_start_token() -> None:
 def test_violations_of_the_second_text_name_it(start: int | None, pair: str, field: str, words: str) -> None:
     vocabulary = 5 if pair == "dog" else 0
     with pytest.raises(InvalidRequest) as refusal:
-        asked(encoder_decoder(start, vocabulary), of_text("the cat", pair))
+        checked(encoder_decoder(start, vocabulary), of_text("the cat", pair))
     assert [violation.field for violation in refusal.value.violations] == [f"sequences[0].{field}"]
     assert re.search(words, refusal.value.violations[0].description)
 
 
 def test_ids_sent_as_tensors_have_tokens_and_words_on_both_axes() -> None:
     sent = of_tensors(input_ids=ids("[CLS]", "the", "cat", "[SEP]"), decoder_input_ids=ids("[SEP]", "a", "dog"))
-    (sequence,) = asked(encoder_decoder(), sent, unit=WORD_UNIT).sequences
+    (sequence,) = checked(encoder_decoder(), sent, unit=WORD_UNIT).sequences
     assert sequence.units["source"].texts == ("[CLS]", "the", "cat", "[SEP]")
     target = sequence.units["target"]
     assert (target.axis, target.texts, target.words) == ("target", ("[SEP]", "a", "dog"), ("a", "dog"))
@@ -169,7 +169,7 @@ def test_ids_sent_as_tensors_have_tokens_and_words_on_both_axes() -> None:
 
 def test_patches_are_named_by_row_and_column_and_leading_positions_are_special() -> None:
     sent = of_tensors(input_ids=ids("[CLS]", "the"), pixel_values=np.zeros((3, 4, 6), np.float32))
-    (sequence,) = asked(over_patches(), sent, unit=WORD_UNIT, special_tokens=DROP).sequences
+    (sequence,) = checked(over_patches(), sent, unit=WORD_UNIT, special_tokens=DROP).sequences
     patches = sequence.units["patches"]
     assert patches.texts == ("[0]", "r1 c1", "r1 c2", "r1 c3", "r2 c1", "r2 c2", "r2 c3")
     assert patches.special == (True, *[False] * 6)
@@ -179,19 +179,19 @@ def test_patches_are_named_by_row_and_column_and_leading_positions_are_special()
 
 def test_positions_without_text_stay_units_among_words() -> None:
     sent = of_tensors(input_ids=ids("[CLS]", "the"), pixel_values=np.zeros((3, 4, 6), np.float32))
-    (sequence,) = asked(over_patches(grid=None, leading=0), sent, unit=WORD_UNIT).sequences
+    (sequence,) = checked(over_patches(grid=None, leading=0), sent, unit=WORD_UNIT).sequences
     assert sequence.units["patches"] == AxisUnits(axis="patches", length=7, special=(False,) * 7, word_ids=(-1,) * 7)
 
 
 def image(**fields: object) -> tensor_pb2.Tensor:
     data = np.zeros((3, 4, 6), np.float32)
-    told = {"name": "pixel_values", "dtype": tensor_pb2.DATA_TYPE_FLOAT32, "shape": data.shape, "data": data.tobytes()}
-    return tensor_pb2.Tensor(**{**told, **fields})
+    given = {"name": "pixel_values", "dtype": tensor_pb2.DATA_TYPE_FLOAT32, "shape": data.shape, "data": data.tobytes()}
+    return tensor_pb2.Tensor(**{**given, **fields})
 
 
 def test_text_may_come_with_tensors_that_it_cannot_fill() -> None:
     sent = pb.Sequence(text=pb.TextInput(text="the cat", tensors=[image()]))
-    (sequence,) = asked(over_patches(), sent).sequences
+    (sequence,) = checked(over_patches(), sent).sequences
     assert sequence.tensors["pixel_values"].shape == (3, 4, 6)
     assert sequence.units["seq"].texts == ("[CLS]", "the", "cat", "[SEP]")
     assert sequence.units["patches"].grid == (2, 3)
@@ -223,7 +223,7 @@ def test_violations_of_tensors_beside_text_are_reported(
     tensors: list[tensor_pb2.Tensor], field: str, words: str
 ) -> None:
     with pytest.raises(InvalidRequest) as refusal:
-        asked(over_patches(), pb.Sequence(text=pb.TextInput(text="the cat", tensors=tensors)))
+        checked(over_patches(), pb.Sequence(text=pb.TextInput(text="the cat", tensors=tensors)))
     assert any(
         violation.field == f"sequences[0].{field}" and words in violation.description
         for violation in refusal.value.violations
@@ -233,7 +233,7 @@ def test_violations_of_tensors_beside_text_are_reported(
 def test_an_invalid_tensor_is_not_reported_as_missing_too() -> None:
     sent = pb.Sequence(text=pb.TextInput(text="the cat", tensors=[image(shape=(3, 6, 4))]))
     with pytest.raises(InvalidRequest) as refusal:
-        asked(over_patches(), sent)
+        checked(over_patches(), sent)
     assert {violation.field.partition(".shape")[0] for violation in refusal.value.violations} == {
         "sequences[0].text.tensors[0]"
     }
@@ -248,8 +248,8 @@ def test_feature_frames_have_positions_and_other_ids_have_no_words() -> None:
     axes = (axis("seq"), axis("frames"), axis("codes"))
     manifest = crossing("seq", "frames", axes=axes, inputs=inputs, text=TextSpec(axis="seq", max_tokens=12))
     sent = of_tensors(input_ids=ids("the"), frames=np.zeros((3, 8), np.float32), codes=np.zeros(2, np.int64))
-    (sequence,) = asked(manifest, sent, unit=WORD_UNIT).sequences
+    (sequence,) = checked(manifest, sent, unit=WORD_UNIT).sequences
     assert sequence.units["frames"].word_ids == (-1, -1, -1)
     manifest = crossing("seq", "codes", axes=axes, inputs=inputs, text=TextSpec(axis="seq", max_tokens=12))
     with pytest.raises(AttentionUnavailable, match="words along axis 'codes'"):
-        asked(manifest, sent, unit=WORD_UNIT)
+        checked(manifest, sent, unit=WORD_UNIT)

@@ -33,7 +33,7 @@ from tiny_bundle import VOCABULARY, WIDTH, tiny_manifest, tiny_tokenizer
 MAX_TEXT_BYTES = 100
 TOKENIZER = TextTokenizer(tiny_tokenizer(), "seq")
 MANIFEST = tiny_manifest()
-# A model of other kinds of input: one without a fill, floats, bools, a scalar, and two axes.
+# A model with other kinds of input: without a fill value, floats, bools, a scalar, and two axes.
 MIXED = MANIFEST.model_copy(
     update={
         "name": "mixed",
@@ -102,7 +102,7 @@ FIRST = "sequences[0].tensors.tensors[0]"
 SECOND = "sequences[0].tensors.tensors[1]"
 TEXT = "sequences[0].text.text"
 
-FAULTS: dict[str, tuple[pb.InferRequest, Intake, str, str]] = {
+VIOLATIONS: dict[str, tuple[pb.InferRequest, Intake, str, str]] = {
     "no sequence": (asking(), TINY, "sequences", "0 sequences are less than 1"),
     "more sequences than a batch": (asking(*[of_text("a")] * 9), TINY, "sequences", "9 sequences exceed 8"),
     "neither text nor tensors": (asking(pb.Sequence()), TINY, "sequences[0]", "neither text nor tensors is set"),
@@ -213,7 +213,7 @@ FAULTS: dict[str, tuple[pb.InferRequest, Intake, str, str]] = {
         f"{SECOND}.shape[0]",
         "length 2 of axis 'seq' differs from 3 of an input before it",
     ),
-    "less data than the shape says": (
+    "less data than the shape needs": (
         asking(of_tensors(tensor("input_ids", [1, 2], shape=(3,)))),
         TINY,
         f"{FIRST}.data",
@@ -309,9 +309,9 @@ FAULTS: dict[str, tuple[pb.InferRequest, Intake, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_violation_names_field_limit_and_value(fault: str) -> None:
-    request, intake, field, description = FAULTS[fault]
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_a_violation_names_field_limit_and_value(name: str) -> None:
+    request, intake, field, description = VIOLATIONS[name]
     with pytest.raises(InvalidRequest) as caught:
         validated(request, intake)
     assert (field, description) in [(found.field, found.description) for found in caught.value.violations]
@@ -612,7 +612,7 @@ def test_units_of_a_derived_axis_span_those_of_its_source() -> None:
     )
     (sequence,) = validated(request, intake_of(HALVED)).sequences
     assert sequence.units["half"].texts == ("[CLS] the", "cat sat")
-    assert sequence.lengths == {"seq": 5}, "derived positions are no tokens of their own"
+    assert sequence.lengths == {"seq": 5}, "derived positions do not count as tokens"
     whole = validated(request, TINY).predicted_bytes
     assert validated(request, intake_of(HALVED)).predicted_bytes == whole - 4 * sum(
         site.heads * 5 * (5 - 2) for site in MANIFEST.sites
@@ -625,5 +625,5 @@ def test_a_sequence_shorter_than_a_window_is_refused() -> None:
     )
     with pytest.raises(InvalidRequest) as refused:
         validated(request, intake_of(HALVED))
-    ((field, said),) = [(each.field, each.description) for each in refused.value.violations]
-    assert (field, said) == ("sequences[0]", "length 1 of axis 'seq' is less than 2, which 'half' needs")
+    ((field, description),) = [(each.field, each.description) for each in refused.value.violations]
+    assert (field, description) == ("sequences[0]", "length 1 of axis 'seq' is less than 2, which 'half' needs")

@@ -131,8 +131,8 @@ def test_too_much_structure_is_refused_and_its_field_named(name: str) -> None:
         receive(pb.InferRequest, data)
     (violation,) = caught.value.violations
     assert violation.field == field
-    said = f"over {MAX_STRUCTURE_BYTES} of the message's {len(data)} bytes are no text or tensor data"
-    assert violation.description == said
+    expected = f"over {MAX_STRUCTURE_BYTES} of the message's {len(data)} bytes are no text or tensor data"
+    assert violation.description == expected
     assert not isinstance(caught.value, NotAMessage)
 
 
@@ -155,7 +155,7 @@ def test_a_refusal_takes_little_memory() -> None:
                 pb.Sequence(tensors=pb.TensorInput(tensors=[tensor_pb2.Tensor(name="pixels", data=bytes(3 * MANY))]))
             ]
         ),
-        # The most sequences that a server can be set to take in one request, of three inputs each.
+        # The greatest configurable number of sequences in one request, of three inputs each.
         pb.InferRequest(
             sequences=[
                 pb.Sequence(
@@ -184,7 +184,7 @@ def test_a_message_within_the_bound_is_not_scanned() -> None:
     assert len(received.message.sequences) == MAX_STRUCTURE_BYTES // 2
 
 
-@settings(max_examples=25)  # each walks half a megabyte
+@settings(max_examples=25)  # each scans half a megabyte
 @given(st.binary(max_size=60), st.sampled_from([pb.InferRequest, pb.StreamInferRequest]))
 def test_no_long_bytes_raise_anything_but_invalid_request(start: bytes, kind: type[message.Message]) -> None:
     data = start + b"\x0a" + bytes(MAX_STRUCTURE_BYTES)
