@@ -69,7 +69,7 @@ def graph(*, both_sides: bool) -> onnx.ModelProto:
 
 
 def manifest(name: str, masks: Sequence[MaskNeed]) -> Manifest:
-    """A finite mask that survived the attack, as the proof sees such a graph."""
+    """A finite mask that survived the attack, as the proof reports for such a graph."""
     finite = Clause(
         axis="seq",
         verdict=Verdict.UNKNOWN,

@@ -1,4 +1,4 @@
-"""Many requests on one stream: each is answered once, by its id, whatever happens to the others."""
+"""Many requests on one stream: each is answered once, by its id, regardless of the others."""
 
 from __future__ import annotations
 
@@ -137,11 +137,11 @@ async def test_an_id_may_be_used_again_after_its_answer(talk: Talk) -> None:
         assert (await talk.read()).response.results
 
 
-async def test_an_id_under_way_is_refused_and_the_first_request_continues(talk: Talk, gate: Gate) -> None:
+async def test_an_id_in_use_is_refused_and_the_first_request_continues(talk: Talk, gate: Gate) -> None:
     await talk.send("a")
     await until(lambda: bool(gate.waiting))
     await talk.send("a")
-    assert failure(await talk.read()) == ("a", 3, "request_id: 'a' is the id of a request under way")
+    assert failure(await talk.read()) == ("a", 3, "request_id: 'a' is the id of an unanswered request")
     gate.release()
     assert (await talk.read()).response.results
 
@@ -269,7 +269,7 @@ async def test_leaving_withdraws_all_requests(talk: Talk, gate: Gate) -> None:
     await until(lambda: gate.withdrawn == 3)
 
 
-async def test_no_more_than_the_bound_are_under_way(talk: Talk, gate: Gate) -> None:
+async def test_requests_in_flight_are_bounded(talk: Talk, gate: Gate) -> None:
     names = [f"r{number}" for number in range(3 * MAX_IN_FLIGHT)]
 
     async def ask_all() -> None:
@@ -386,7 +386,7 @@ async def test_a_second_cancellation_has_no_effect(talk: Talk, gate: Gate) -> No
     assert (await talk.read()).request_id == "b"
 
 
-async def test_a_drain_answers_what_is_under_way_and_then_ends_the_stream(
+async def test_a_drain_answers_pending_requests_and_then_ends_the_stream(
     talk: Talk, gate: Gate, server: Application
 ) -> None:
     await talk.send("a")

@@ -67,7 +67,7 @@ def graph(*, quantized: bool) -> onnx.ModelProto:
 
 
 def forced(name: str) -> Manifest:
-    """A manifest that has the server join rows, whatever its graph does with them."""
+    """A manifest with which the server joins rows, although the graph may mix them."""
     return Manifest(
         name=name,
         version="1",

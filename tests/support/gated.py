@@ -29,7 +29,7 @@ class Gate:
     """Refuses requests before they are prepared."""
 
     def check_room(self, deadline: float | None) -> None:
-        """Refuse a request if the test wants that."""
+        """Raise `full`, if it is set."""
         if self.full is not None:
             raise self.full
 

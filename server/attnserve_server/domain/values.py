@@ -138,7 +138,7 @@ class PreparedSequence:
 
     `tensors` holds every model input without the batch axis, C-contiguous, in the model's dtype. `lengths` gives the
     length of each axis symbol (without the batch axis, and without derived axes, whose positions are counted with those
-    of their source). `units` has an entry for each axis that a wanted map names.
+    of their source). `units` has an entry for each axis that a selected map has.
     """
 
     tensors: Mapping[str, Array]
@@ -153,7 +153,7 @@ class PreparedSequence:
     is_whole_request: bool = False
     """Whether its request has no other sequence, so that its answer is encoded as soon as its run ends."""
     unpadded: bool = False
-    """Whether it runs only with sequences of its own lengths: its masks break a need of the model's certificate, and
+    """Whether it runs only with sequences of equal lengths: its masks break a need of the model's certificate, and
     padding could change its answer."""
 
     @property

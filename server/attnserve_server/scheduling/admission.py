@@ -29,7 +29,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is ahead of a request. `running_tokens` belong to runs under way, which are half done on average."""
+    """What is ahead of a request. `running_tokens` are in runs, which are half done on average."""
 
     waiting: Demand
     running_tokens: int
@@ -81,7 +81,7 @@ class Speed:
 def refusal(demand: Demand, load: Load, remaining_s: float | None, settings: SchedulingSettings) -> Overloaded | None:
     """Return why a request may not join the queue now; None if it may.
 
-    An empty queue takes any request, however large, because a refused one would be refused for ever. The retry delay is
+    An empty queue takes any request, however large, because no retry could be accepted either. The retry delay is
     how long the instances need, at their recent speed, until the request would fit.
 
     Args:

@@ -22,10 +22,10 @@ from attnserve_server.engine.cost import CostModel
 Floats = npt.NDArray[np.float64]
 
 PADDING_SHARE: Final = 0.5
-"""Most time that padding one neighbour may cost, as a share of a run's overhead. At 1, a run of its own would cost the
+"""Most time that padding one neighbour may cost, as a share of a run's overhead. At 1, a separate run would cost the
 same; but a sequence that is left in the queue meets others, nearer in length, that share its overhead."""
 AGE_SHARE: Final = 0.25
-"""Value of age: a sequence that has waited as long as the oldest is worth this share of a run's overhead, or of its own
+"""Value of age: a sequence that has waited as long as the oldest is worth this share of a run's overhead, or of its
 row if that is less, more than a new one. It shortens the tail of latency for a few thousandths of processor time. The
 limit by its own row keeps age from outweighing length where the overhead dominates."""
 
@@ -54,7 +54,7 @@ class SchedulingSettings:
     high_head_start_s: float = 0.25
     """Seconds by which the arrival of priority HIGH counts as earlier."""
     low_delay_s: float = 1.0
-    """Seconds by which the arrival of priority LOW counts as later: it waits longer, but not for ever."""
+    """Seconds by which the arrival of priority LOW counts as later: it waits longer, but does not starve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Candidate:
 class Plan:
     """What to do now: run the candidates at `indices`, the oldest first, and drop those at `expired`.
 
-    Expired are those past their deadlines, and those for which even a run of their own would end too late.
+    Expired are those past their deadlines, and those for which even a separate run would end too late.
     """
 
     indices: tuple[int, ...]

@@ -86,8 +86,8 @@ class Request:
     def ended(self) -> bool:
         """Whether it is answered or failed.
 
-        A cancelled waiter counts at once: the task that awaits the results comes to withdraw the request one turn of
-        the loop later.
+        A cancelled waiter counts at once: the task that awaits the results withdraws the request one turn of the
+        loop later.
         """
         return self.state >= State.ANSWERED or (self._waiter is not None and self._waiter.done())
 
@@ -144,7 +144,7 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One run under way."""
+    """One batch that runs."""
 
     handle: RunHandle
     present: int

@@ -77,7 +77,7 @@ class Scheduler:
         return self._task is not None and not self._task.done() and not self._faulted
 
     def isolate(self) -> None:
-        """Run each sequence alone from now on; batches under way end as they are."""
+        """Run each sequence alone from now on; running batches are not split."""
         self._settings = replace(self._settings, max_batch_size=1)
 
     def start(self) -> None:
@@ -98,7 +98,7 @@ class Scheduler:
             await asyncio.wait({self._task})
 
     async def aclose(self) -> None:
-        """Abort, and return when the runs under way have ended."""
+        """Abort, and return when the running batches have ended."""
         self.abort()
         await self.drain()
 

@@ -59,7 +59,7 @@ class Repeater(Protocol):
 
     @property
     def instances(self) -> int:
-        """How many runs may be under way at once."""
+        """How many runs may be in progress at once."""
         ...
 
     async def repeat(
@@ -124,7 +124,7 @@ class Verifier:
         self._waiting: deque[Sample] = deque()  # served, and not yet repeated
         self._samples = 0  # drawn: in their run, waiting, or being repeated
         self._bytes = 0
-        self._handle: RunHandle | None = None  # of the repeat under way
+        self._handle: RunHandle | None = None  # of the running repeat
         self._isolated = False
         self._closed = False
 
@@ -203,7 +203,7 @@ class Verifier:
                 await self._repeat(instance)
 
     def _may_repeat(self) -> bool:
-        """Return whether a sample is ready, no repeat is under way, and an instance may run one."""
+        """Return whether a sample is ready, no repeat is running, and an instance may run one."""
         if self._handle is not None or not any(sample.answered for sample in self._waiting):
             return False
         waiting, busy = self._load()
@@ -251,7 +251,7 @@ class Verifier:
         )
 
     def _act(self) -> None:
-        """Turn batching off after a difference, if the settings say so."""
+        """Turn batching off after a difference, if `action` is `isolate`."""
         if self._settings.action != "isolate" or self._isolated:
             return
         self._isolated = True
@@ -265,7 +265,7 @@ class Verifier:
             self._on_isolated()
 
     def preempt(self) -> None:
-        """Stop the repeat under way if sequences wait and no instance is free. Its sample is dropped."""
+        """Stop the running repeat if sequences wait and no instance is free. Its sample is dropped."""
         if self._handle is None:
             return
         waiting, busy = self._load()
@@ -273,7 +273,7 @@ class Verifier:
             self._handle.terminate()
 
     def close(self) -> None:
-        """Draw no more, stop the repeat under way, and drop the samples that wait."""
+        """Draw no more, stop the running repeat, and drop the samples that wait."""
         self._closed = True
         if self._handle is not None:
             self._handle.terminate()
@@ -320,7 +320,7 @@ def may_start(waiting: int, free: int, instances: int) -> bool:
 
 
 def must_stop(waiting: int, free: int) -> bool:
-    """Return whether the repeat under way must stop: sequences wait, and no instance is free for them."""
+    """Return whether the running repeat must stop: sequences wait, and no instance is free for them."""
     return waiting > 0 and free == 0
 
 

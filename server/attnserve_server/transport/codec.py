@@ -42,11 +42,11 @@ DTYPE_NAMES: Final[Mapping[int, str]] = {
     tensor_pb2.DATA_TYPE_FLOAT64: "float64",
 }
 WIRE_DTYPES: Final = {name: tensor_pb2.DataType.ValueType(number) for number, name in DTYPE_NAMES.items()}
-# The contract is little-endian whatever the machine is; on a little-endian one these are the native dtypes.
+# The contract is little-endian on every machine; on a little-endian one these are the native dtypes.
 WIRE_NUMPY: Final = {name: dtype.newbyteorder("<") for name, dtype in NUMPY_DTYPES.items()}
 
 _NAMES: Final = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
-"""NumPy builds the name of a dtype anew at each access."""
+"""NumPy rebuilds the name of a dtype at each access."""
 
 MAX_CHOSEN: Final = 4096
 """Most entries in one list of a selection: each is checked, so that their number bounds the cost of a request."""

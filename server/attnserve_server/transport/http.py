@@ -65,7 +65,7 @@ class HttpServer:
         return bound
 
     async def stop(self) -> None:
-        """End, after at most a second for answers under way."""
+        """End, after at most a second for answers in progress."""
         self._server.should_exit = True
         if self._serving is not None:
             with suppress(asyncio.CancelledError):

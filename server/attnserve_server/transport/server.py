@@ -56,11 +56,11 @@ class GrpcServer:
         return bound
 
     def drain(self) -> None:
-        """End every stream once its requests under way have been answered."""
+        """End every stream once its requests have been answered."""
         self._streams.drain()
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more RPCs, wait `grace_s` for those under way, and cancel the rest."""
+        """Take no more RPCs, wait `grace_s` for those in progress, and cancel the rest."""
         await self._server.stop(grace_s)
 
 

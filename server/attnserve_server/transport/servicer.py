@@ -220,6 +220,6 @@ def _status_of(error: Exception, method: str) -> status_pb2.Status:
 
 
 def _aborted_with(context: Context) -> str:
-    # After an abort, gRPC holds the code as a number, whatever its declared type is.
+    # After an abort, gRPC holds the code as a number, unlike its declared type.
     number: Any = context.code()
     return next(code.name for code in grpc.StatusCode if number in (code, code.value[0]))

@@ -17,7 +17,7 @@ DOMAIN: Final = "attnserve"
 DETAILS_KEY: Final = "grpc-status-details-bin"
 """The trailer in which gRPC clients of every language expect the serialized google.rpc.Status."""
 DEADLINE_TOLERANCE_S: Final = 0.005
-"""gRPC measures deadlines with a clock of its own: it may cancel a call up to this long before ours reaches them."""
+"""Clock tolerance: gRPC may cancel a call up to this long before the server's clock reaches the deadline."""
 
 _MAX_TEXT: Final = 200
 _MAX_MESSAGE: Final = 512

@@ -77,7 +77,7 @@ class Allowance:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """One request under way on a stream. Event loop only."""
+    """One unanswered request on a stream. Event loop only."""
 
     request: Request
     received: Received[inference_service_pb2.InferRequest]
@@ -115,7 +115,7 @@ class Streams:
             self._open.discard(stream)
 
     def drain(self) -> None:
-        """Stop reading from all streams: each sends the answers under way and ends with UNAVAILABLE."""
+        """Stop reading from all streams: each answers its requests and ends with UNAVAILABLE."""
         self._draining = True
         for stream in self._open:
             stream.stop_reading()
@@ -140,11 +140,11 @@ class _Stream:
         self._left = False
 
     def stop_reading(self) -> None:
-        """End the stream once its requests under way have been answered."""
+        """End the stream once its requests have been answered."""
         self._stop.set()
 
     async def serve(self) -> None:
-        """Read, run and answer requests. Raises the error that ends the stream, after cancelling those under way."""
+        """Read, run and answer requests. Raises the error that ends the stream, after cancelling all requests."""
         failure: AttnserveError | None = None
         # Sent before any write that may be cancelled: gRPC would count the headers as unsent, send them again and hang.
         await self._context.send_initial_metadata(())
@@ -206,7 +206,7 @@ class _Stream:
         check_request_id(request_id)
         if request_id in self._flights:
             await self._refuse(
-                request_id, InvalidRequest.of("request_id", f"{request_id!r} is the id of a request under way")
+                request_id, InvalidRequest.of("request_id", f"{request_id!r} is the id of an unanswered request")
             )
             return
         request = Request(request_id, self._deadline_of(message), received.size)

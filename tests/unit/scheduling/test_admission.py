@@ -47,7 +47,7 @@ def test_an_empty_queue_takes_a_request_larger_than_its_bounds() -> None:
 
 
 def test_a_wait_beyond_the_deadline_is_refused_with_the_time_until_it_fits() -> None:
-    # 100 waiting + 40 / 2 running + 20 of its own, at 0.005 s: 0.7 s
+    # 100 waiting + 40 / 2 running + 20 of the request, at 0.005 s: 0.7 s
     busy = load(Demand(5, 100, 100), running=40)
     assert refusal(ONE, busy, 0.71, SETTINGS) is None
     refused = refusal(ONE, busy, 0.4, SETTINGS)

@@ -243,7 +243,7 @@ def test_a_short_queue_shares_one_run_if_overhead_is_high() -> None:
     # Padding a short one to 250 costs less than its share of a second run's overhead.
     launches = replace(LAUNCHES, token_s=3e-7, run_s=1.2e-3)
     assert len(plan(line(250, *[8] * 15), NOW, SchedulingSettings(), launches).indices) == 16
-    # Among many, those of its own length suffice.
+    # Among many, those of equal length suffice.
     crowd = line(250, *[250] * 60, *[8] * 60)
     assert {crowd[at].tokens for at in plan(crowd, NOW, SchedulingSettings(), launches).indices} == {250}
 

@@ -373,7 +373,7 @@ def test_a_predicted_wait_beyond_the_deadline_is_refused_at_once(virtually, benc
                 await bench.submit([sequence(3)], deadline=1001.5)
             assert caught.value.cause == "predicted_wait"
             assert bench.clock.now() == 1000.0
-            # half of the run under way, two waiting and its own run are 3.5 s, and its deadline allows 1.5 s
+            # half of the running batch, two waiting and its own run are 3.5 s, and its deadline allows 1.5 s
             assert caught.value.retry_delay_s == pytest.approx(2.0)
             await asyncio.sleep(caught.value.retry_delay_s)
             await bench.submit([sequence(3)], deadline=bench.clock.now() + 3)

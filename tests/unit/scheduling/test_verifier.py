@@ -393,9 +393,7 @@ def test_draining_drops_waiting_samples_and_stops_the_repeat(virtually, bench, s
     virtually(story())
 
 
-def test_a_run_under_way_when_the_server_drains_is_answered_and_not_repeated(
-    virtually, bench, sequence, tags_of
-) -> None:
+def test_a_run_in_progress_at_a_drain_is_answered_and_not_repeated(virtually, bench, sequence, tags_of) -> None:
     bench.shadow = EVERY
 
     async def story() -> None:

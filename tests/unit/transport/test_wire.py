@@ -124,6 +124,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_too_much_structure_is_refused_and_its_field_named(name: str) -> None:
     data, field = HOSTILE[name]
@@ -136,6 +137,7 @@ def test_too_much_structure_is_refused_and_its_field_named(name: str) -> None:
     assert not isinstance(caught.value, NotAMessage)
 
 
+@pytest.mark.slow
 def test_a_refusal_takes_little_memory() -> None:
     data = EMPTY_FIELDS
     tracemalloc.start()
@@ -184,6 +186,7 @@ def test_a_message_within_the_bound_is_not_scanned() -> None:
     assert len(received.message.sequences) == MAX_STRUCTURE_BYTES // 2
 
 
+@pytest.mark.slow
 @settings(max_examples=25)  # each scans half a megabyte
 @given(st.binary(max_size=60), st.sampled_from([pb.InferRequest, pb.StreamInferRequest]))
 def test_no_long_bytes_raise_anything_but_invalid_request(start: bytes, kind: type[message.Message]) -> None:
