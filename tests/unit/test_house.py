@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import statistics
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +17,7 @@ MAX_LINES = 350
 MEDIAN_LINES = range(100, 151)
 
 
+@cache
 def lines_of(*folders: Path) -> dict[str, int]:
     """Lines of each module that holds more than a docstring, by its path from the root."""
     modules = {path: path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py")}

@@ -16,6 +16,7 @@ from attnserve_client.data_types import PatchGrid
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt-get install chromium fonts-dejavu-core"),
+    pytest.mark.slow,
 ]
 
 HOSTILE = (
