@@ -1,7 +1,7 @@
-"""The manifest: everything that a bundle states about its model, with the checks that its parts agree.
+"""The manifest: everything that a bundle states about its model and its attention sites, with checks that it agrees.
 
-The parts are in `specs`, `report` and `certificate`; other rooms import them from here. The repository reads and writes
-the file.
+Its other parts are in `specs`, `report` and `certificate`; other rooms import them from here. The repository reads and
+writes the file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy.typing as npt
 from pydantic import Field, StringConstraints, model_validator
 
+from attnserve_server.model.bands import BandSpec
 from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.frozen import (
     NAME_PATTERN,
@@ -34,7 +35,6 @@ from attnserve_server.model.specs import (
     InputRole,
     InputSpec,
     OutputSpec,
-    SiteSpec,
     TextSpec,
 )
 
@@ -94,6 +94,62 @@ def axes_under(axes: Sequence[AxisSpec], certificate: Certificate | None, batchi
         axis.model_copy(update={"paddable": (axis.derived.source if axis.derived else axis.symbol) in padded})
         for axis in axes
     )
+
+
+class SiteSpec(Frozen):
+    """One place where the graph computes attention, and its tap.
+
+    The tap reads `items_input`, int64 (n,), rows of the batch. It writes `weights_output`, float32 (n, heads, query,
+    key), or (n, heads, query, columns of the band) with a `band` and without `whole_rows`. Both are None if the site
+    could not be tapped; `unavailable_reason` then has the reason.
+    """
+
+    name: str
+    layer: Annotated[int, Field(ge=0)]
+    kind: Literal["self", "causal", "cross"]
+    form: Literal["dense", "windowed", "linear"]
+    operator: str
+    heads: Annotated[int, Field(ge=1)]
+    kv_heads: Annotated[int, Field(ge=1)]
+    head_dim: Annotated[int, Field(ge=0)]
+    query_axis: str
+    key_axis: str
+    items_input: str | None = None
+    weights_output: str | None = None
+    unavailable_reason: str = ""
+    band: BandSpec | None = None
+    """The keys of each column of a windowed site's weights; None: the weights are over all keys."""
+    whole_rows: bool = False
+    """Whether the tap of a banded site writes (n, heads, query, key); the band's columns are taken after the run."""
+
+    @property
+    def available(self) -> bool:
+        """Whether the site has a tap."""
+        return self.weights_output is not None
+
+    @property
+    def columns(self) -> str | int:
+        """The last dimension of the weights: the key axis, or the number of the band's columns."""
+        return self.key_axis if self.band is None or self.whole_rows else self.band.width
+
+    @property
+    def weight_axes(self) -> tuple[str, str]:
+        """Axis symbols of the rows and of the columns of the weights; empty for the columns of a band."""
+        return self.query_axis, self.columns if isinstance(self.columns, str) else ""
+
+    @model_validator(mode="after")
+    def _tap_is_whole(self) -> Self:
+        if (self.items_input is None) != (self.weights_output is None):
+            raise ValueError(f"site {self.name}: items_input and weights_output must be given together")
+        if self.available == bool(self.unavailable_reason):
+            raise ValueError(f"site {self.name}: it must have either a tap or an unavailable_reason")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"site {self.name}: {self.heads} heads are not a multiple of {self.kv_heads} kv_heads")
+        if self.band is not None and self.form != "windowed":
+            raise ValueError(f"site {self.name}: form is {self.form}; only windowed sites have a band")
+        if self.whole_rows and self.band is None:
+            raise ValueError(f"site {self.name}: whole_rows needs a band")
+        return self
 
 
 class Manifest(Frozen):

@@ -1,4 +1,4 @@
-"""Parts of a manifest that describe the graph: inputs, outputs, axes, text and attention sites.
+"""Parts of a manifest that describe the graph: inputs, outputs, axes and text.
 
 Each part checks its own fields. The manifest checks that the parts agree.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from attnserve_server.model.bands import BandSpec
 from attnserve_server.model.frozen import NUMPY_DTYPES, Dimension, Dtype, Frozen, Symbol
 
 
@@ -245,59 +244,3 @@ def _fits(value: float, dtype: np.dtype[np.generic]) -> bool:
         return value in {0, 1}
     range_ = np.iinfo(dtype.name)
     return float(value).is_integer() and range_.min <= value <= range_.max
-
-
-class SiteSpec(Frozen):
-    """One place where the graph computes attention, and its tap.
-
-    The tap reads `items_input`, int64 (n,), rows of the batch. It writes `weights_output`, float32 (n, heads, query,
-    key), or (n, heads, query, columns of the band) with a `band` and without `whole_rows`. Both are None if the site
-    could not be tapped; `unavailable_reason` then has the reason.
-    """
-
-    name: str
-    layer: Annotated[int, Field(ge=0)]
-    kind: Literal["self", "causal", "cross"]
-    form: Literal["dense", "windowed", "linear"]
-    operator: str
-    heads: Annotated[int, Field(ge=1)]
-    kv_heads: Annotated[int, Field(ge=1)]
-    head_dim: Annotated[int, Field(ge=0)]
-    query_axis: str
-    key_axis: str
-    items_input: str | None = None
-    weights_output: str | None = None
-    unavailable_reason: str = ""
-    band: BandSpec | None = None
-    """The keys of each column of a windowed site's weights; None: the weights are over all keys."""
-    whole_rows: bool = False
-    """Whether the tap of a banded site writes (n, heads, query, key); the band's columns are taken after the run."""
-
-    @property
-    def available(self) -> bool:
-        """Whether the site has a tap."""
-        return self.weights_output is not None
-
-    @property
-    def columns(self) -> str | int:
-        """The last dimension of the weights: the key axis, or the number of the band's columns."""
-        return self.key_axis if self.band is None or self.whole_rows else self.band.width
-
-    @property
-    def weight_axes(self) -> tuple[str, str]:
-        """Axis symbols of the rows and of the columns of the weights; empty for the columns of a band."""
-        return self.query_axis, self.columns if isinstance(self.columns, str) else ""
-
-    @model_validator(mode="after")
-    def _tap_is_whole(self) -> Self:
-        if (self.items_input is None) != (self.weights_output is None):
-            raise ValueError(f"site {self.name}: items_input and weights_output must be given together")
-        if self.available == bool(self.unavailable_reason):
-            raise ValueError(f"site {self.name}: it must have either a tap or an unavailable_reason")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"site {self.name}: {self.heads} heads are not a multiple of {self.kv_heads} kv_heads")
-        if self.band is not None and self.form != "windowed":
-            raise ValueError(f"site {self.name}: form is {self.form}; only windowed sites have a band")
-        if self.whole_rows and self.band is None:
-            raise ValueError(f"site {self.name}: whole_rows needs a band")
-        return self
