@@ -24,7 +24,7 @@ def test_listed_modules_exist() -> None:
 @pytest.mark.slow
 def test_slow_tests_and_modules_that_import_torch_are_left_out_and_listed() -> None:
     output = collected("--quick", SLOW, str(Path(quick.IMPORT_TORCH[0]).parent))
-    assert "no tests collected" in output
+    assert "test_attack_" not in output
     assert f"{quick.IMPORT_TORCH[0]}: whole module: needs torch" in output
     assert f"{SLOW}: " in output
     assert output.count("left out by --quick") == 1
@@ -33,7 +33,7 @@ def test_slow_tests_and_modules_that_import_torch_are_left_out_and_listed() -> N
 @pytest.mark.slow
 def test_without_the_option_nothing_is_left_out() -> None:
     output = collected(SLOW)
-    assert "tests collected" in output
+    assert "test_attack_" in output
     assert "left out" not in output
 
 
