@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 SERVER = ROOT / "server" / "attnserve_server"
 CLIENT = ROOT / "client" / "attnserve_client"
 PROOF = SERVER / "conversion" / "proof"
-MAX_MODULES = 215
+MAX_MODULES = 166
 """Of the server, outside the proof. More means that a reader follows one subject through too many files."""
 MAX_LINES = 350
 MEDIAN_LINES = range(100, 151)
@@ -40,10 +40,14 @@ def test_no_module_is_longer_than_the_limit() -> None:
     assert long == {}, f"split these; the limit is {MAX_LINES} lines"
 
 
+def counted() -> dict[str, int]:
+    """The server's modules outside the proof, whose rules follow the list of ONNX's operators."""
+    return {path: count for path, count in lines_of(SERVER).items() if not (ROOT / path).is_relative_to(PROOF)}
+
+
 def test_the_server_has_few_enough_modules() -> None:
-    modules = [path for path in lines_of(SERVER) if not (ROOT / path).is_relative_to(PROOF)]
-    assert len(modules) <= MAX_MODULES, "merge a small module into the module of its noun"
+    assert len(counted()) <= MAX_MODULES, "merge a small module into the module of its noun"
 
 
 def test_the_median_module_is_neither_a_fragment_nor_a_monolith() -> None:
-    assert statistics.median_low(lines_of(SERVER).values()) in MEDIAN_LINES
+    assert statistics.median_low(counted().values()) in MEDIAN_LINES
