@@ -89,3 +89,12 @@ def test_pages_and_pictures_named_in_sources_exist() -> None:
         if not (ROOT / mention).exists()
     }
     assert missing == set()
+
+
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/adr/0003-batching.md"])
+def test_modules_named_in_pages_exist(page: str) -> None:
+    """A name such as `transport/wire.py` is the end of a module's path."""
+    modules = [str(path) for folder in ("server", "client", "tests", "docs") for path in (ROOT / folder).rglob("*.py")]
+    named = re.findall(r"`([\w/]+\.py)`", (ROOT / page).read_text(encoding="utf-8"))
+    assert named
+    assert [name for name in named if not any(module.endswith(f"/{name}") for module in modules)] == []
