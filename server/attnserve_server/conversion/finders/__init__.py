@@ -1,4 +1,7 @@
-"""The registry of site finders: each knows one way in which graphs compute attention. Names the sites; taps none."""
+"""Find the attention sites of a graph: the registry of finders, one for each way in which graphs compute attention.
+
+`find_sites` returns the sites by name. Finders only read the graph; rewrite/taps adds the taps.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,28 @@ from attnserve_server.conversion.finders import (
     microsoft_attention,
     microsoft_group_query,
     microsoft_multi_head,
-    microsoft_others,
     onnx_attention,
+    operator_nodes,
 )
 from attnserve_server.conversion.finders.names import site_names
 
 Finder = Callable[[ir.Graph], Iterable[FoundSite]]
-"""Looks through a graph and yields the sites that it knows; it must leave the graph as it is."""
+"""Yields the sites of its form in a graph, and does not change the graph."""
 
 FINDERS: tuple[Finder, ...] = (
     onnx_attention.find,
     microsoft_attention.find,
     microsoft_multi_head.find,
     microsoft_group_query.find,
-    microsoft_others.find,
+    operator_nodes.find_without_tap,
     decomposed.find,
     linear.find,
 )
-"""In order of precedence: where two finders claim one node, the first one's word counts."""
+"""In order of precedence: of two sites with the same node, the first finder's counts."""
 
 
 def find_sites(graph: ir.Graph, finders: Iterable[Finder] = FINDERS) -> dict[str, FoundSite]:
-    """All sites of a graph by name, in the order in which the graph computes them."""
+    """Return all sites of a graph by name, in the order in which the graph computes them."""
     claimed: dict[ir.Node, FoundSite] = {}
     for finder in finders:
         for site in finder(graph):

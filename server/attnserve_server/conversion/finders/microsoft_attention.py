@@ -1,9 +1,9 @@
-"""Finds onnxruntime's own `Attention`, which projects its input with packed weights, and `QAttention`, its int8 form.
+"""Find onnxruntime's `Attention`, which projects its input with packed weights, and `QAttention`, its int8 form.
 
 Measured on onnxruntime 1.32's CPU kernel: masks are added to the scores (`mask_filter_value` for keys that integers
-leave out, the lowest float32 number behind the frontier, `attention_bias` as it stands), so a row in which every key is
-masked is no zero row but the softmax of scores that are all shifted alike. `mask_index` of 3 * B + 2 numbers counts by
-its first B. Masks of rank 4 run on other providers alone.
+leave out, the lowest float32 for keys behind a causal query, `attention_bias` as it is). A row in which every key is
+masked is therefore not 0: it is the softmax of scores that are all shifted by the same number. Of a `mask_index` of
+3 * B + 2 numbers, only the first B count. Masks of rank 4 run on other providers only.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Quantized, Scores, Untappable
-from attnserve_server.conversion.finders.microsoft_nodes import (
+from attnserve_server.conversion.finders.operator_nodes import (
     NotTappable,
     attention_bias,
-    given,
     heads_of,
     key_padding,
-    last_extent_of,
-    nodes_of,
+    last_dimension_of,
+    microsoft_nodes,
     refuse_inputs,
     refuse_subgraph,
     required,
 )
+from attnserve_server.conversion.graphs.walk import input_of
 
 _MASK_RANKS = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Positions of inputs, after input, weights and bias, in which the operators differ."""
+    """Positions of inputs at which the two operators differ."""
 
     mask: int
     past: int
@@ -44,8 +44,8 @@ _PLACES = {"Attention": _Places(mask=3, past=4, bias=5), "QAttention": _Places(m
 
 
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
-    """All such nodes of onnxruntime's domain, in subgraphs too."""
-    return (_site(node, graph, _PLACES[node.op_type]) for node in nodes_of(graph, *_PLACES))
+    """Yield the sites of both operators, those in subgraphs too."""
+    return (_site(node, graph, _PLACES[node.op_type]) for node in microsoft_nodes(graph, *_PLACES))
 
 
 def _site(node: ir.Node, graph: ir.Graph, places: _Places) -> FoundSite:
@@ -84,20 +84,22 @@ def _refuse_rotation(node: ir.Node) -> None:
 
 
 def _hidden_sizes(node: ir.Node, heads: int) -> tuple[int, int]:
-    """Of query and key, and of value."""
+    """Return the width of query and key, and that of the value."""
     declared = list(node.attributes.get_ints("qkv_hidden_sizes", ()))
-    width = last_extent_of(given(node, 1)) or last_extent_of(given(node, 2))
+    width = last_dimension_of(input_of(node, 1)) or last_dimension_of(input_of(node, 2))
     if not declared and (width is None or width % 3):
         raise NotTappable("the width of its packed weights is not in the graph")
     query, key, value = declared or [(width or 0) // 3] * 3
     if query != key or query % heads or value % heads or not query:
-        raise NotTappable(f"sizes of query, key and value, {query}, {key} and {value}, do not suit {heads} heads")
+        raise NotTappable(
+            f"the widths of query, key and value, {query}, {key} and {value}, are not divisible by {heads} heads"
+        )
     return query, value
 
 
 def _operand(node: ir.Node, heads: int, start: int, stop: int) -> Operand:
-    """A third of the projection."""
-    bias = given(node, 2)
+    """Return query, key or value: some columns of the projection."""
+    bias = input_of(node, 2)
     return Operand(
         required(node, 0, "input"),
         heads,
@@ -113,4 +115,4 @@ def _quantized(node: ir.Node) -> Quantized | None:
     if node.op_type != "QAttention":
         return None
     scales = required(node, 3, "input_scale"), required(node, 4, "weight_scale")
-    return Quantized(*scales, input_zero=given(node, 6), weight_zero=given(node, 7))
+    return Quantized(*scales, input_zero=input_of(node, 6), weight_zero=input_of(node, 7))

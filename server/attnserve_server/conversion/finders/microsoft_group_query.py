@@ -1,15 +1,16 @@
-"""Finds onnxruntime's `GroupQueryAttention` without a past: grouped heads, rotation, windows, lengths of keys.
+"""Find onnxruntime's `GroupQueryAttention` without a past: grouped heads, rotation, windows, lengths of keys.
 
-Measured on onnxruntime 1.32's CPU kernels: softcap comes before `attention_bias`; query i sees the `local_window_size`
-keys up to itself, itself among them, and none behind `seqlens_k`; of `position_ids` only the first number counts;
-`head_sink` (with `smooth_softmax` alone, 0) is one more score, behind softcap.
-There are two kernels, one of them for nodes that also give their present and have no softcap, and they differ where
-nothing is to be seen: in rows whose every bias is the lowest float32 number or below (0 here; the mean of some values
-or NaN there), and, under a window, in queries behind `seqlens_k`. Weights of such rows are 0. `q_norm_weight` and
-quantized caches run on other providers alone.
+Measured on onnxruntime 1.32's CPU kernels: softcap precedes `attention_bias`. Query i attends to the last
+`local_window_size` keys up to and with key i, and to none behind `seqlens_k`. Of `position_ids`, only the first number
+counts. `head_sink` (0 with `smooth_softmax` alone) is one more score, after softcap.
 
-Weights under a window are given as a whole map, with zeros outside: windows of language models are wider than most
-texts, and a band of that width would be larger than the map.
+There are two kernels; one is for nodes that also return their present and have no softcap. They differ where a query
+has no key: in rows whose every bias is the lowest float32 or below (0 in one kernel; the mean of some values or NaN in
+the other), and, under a window, in queries behind `seqlens_k`. A tap gives such rows weights of 0. `q_norm_weight` and
+quantized caches run on other providers only.
+
+A tap gives the weights under a window as a whole map with zeros outside, because windows of language models are wider
+than most texts, and a band of that width would be larger than the map.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ import numpy as np
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import FoundSite, Operand, Rotary, Scores, Untappable
-from attnserve_server.conversion.finders.microsoft_nodes import (
+from attnserve_server.conversion.finders.operator_nodes import (
     NotTappable,
     attention_bias,
-    given,
     heads_of,
-    last_extent_of,
-    nodes_of,
+    last_dimension_of,
+    microsoft_nodes,
     refuse_inputs,
     refuse_subgraph,
+    refuse_uneven_heads,
     required,
 )
+from attnserve_server.conversion.graphs.walk import input_of
 from attnserve_server.model.bands import SlidingBand
 
 _PAST_KEY, _LENGTHS, _COS, _SIN, _POSITIONS, _BIAS, _SINK = 3, 5, 7, 8, 9, 10, 11
@@ -43,8 +45,8 @@ _UNKNOWN = {
 
 
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
-    """All `GroupQueryAttention` nodes, in subgraphs too."""
-    return (_site(node, graph) for node in nodes_of(graph, "GroupQueryAttention"))
+    """Yield the sites of this operator, those in subgraphs too."""
+    return (_site(node, graph) for node in microsoft_nodes(graph, "GroupQueryAttention"))
 
 
 def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
@@ -56,7 +58,7 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
         heads, kv_heads = heads_of(node), heads_of(node, "kv_num_heads")
         head_dim = _head_dim(node, heads, kv_heads)
         refuse_subgraph(node, graph)
-        _refuse_what_no_tap_can_do(node)
+        _refuse_unsupported(node)
         query, key, value = _operands(node, heads, kv_heads, head_dim)
         window = max(node.attributes.get_int("local_window_size", -1), 0)
         scores = Scores(
@@ -82,30 +84,29 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
 
 
 def _head_dim(node: ir.Node, heads: int, kv_heads: int) -> int:
-    if heads % kv_heads:
-        raise NotTappable(f"{heads} query heads are no multiple of {kv_heads} key heads")
+    refuse_uneven_heads(heads, kv_heads)
     query = required(node, 0, "query")
-    width = last_extent_of(query)
-    parts = heads if given(node, 1) is not None else heads + 2 * kv_heads
+    width = last_dimension_of(query)
+    parts = heads if input_of(node, 1) is not None else heads + 2 * kv_heads
     if width is None or width % parts:
         raise NotTappable(f"the head size of {query.name!r} is not in the graph")
     return width // parts
 
 
-def _refuse_what_no_tap_can_do(node: ir.Node) -> None:
-    past = given(node, _PAST_KEY)
+def _refuse_unsupported(node: ir.Node) -> None:
+    past = input_of(node, _PAST_KEY)
     if past is not None and (past.shape is None or past.shape[2] != 0):
         raise NotTappable("it takes past_key: weights over a cache are not tapped yet")
     refuse_inputs(node, _UNKNOWN)
 
 
 def _sink(node: ir.Node) -> ir.Value | float | None:
-    own = given(node, _SINK)
+    own = input_of(node, _SINK)
     return 0.0 if own is None and node.attributes.get_int("smooth_softmax", 0) == 1 else own
 
 
 def _operands(node: ir.Node, heads: int, kv_heads: int, head_dim: int) -> tuple[Operand, Operand, Operand]:
-    query, key, value = required(node, 0, "query"), given(node, 1), given(node, 2)
+    query, key, value = required(node, 0, "query"), input_of(node, 1), input_of(node, 2)
     rotary = _rotary(node)
     if key is not None and value is not None:
         return (
@@ -128,4 +129,4 @@ def _rotary(node: ir.Node) -> Rotary | None:
     if cos.shape is None or not isinstance(cos.shape[-1], int):
         raise NotTappable(f"the width of {cos.name!r} is not in the graph")
     interleaved = node.attributes.get_int("rotary_interleaved", 0) == 1
-    return Rotary(cos, sin, interleaved, first=given(node, _POSITIONS))
+    return Rotary(cos, sin, interleaved, first=input_of(node, _POSITIONS))

@@ -1,8 +1,8 @@
-"""Finds onnxruntime's `MultiHeadAttention`: query, key and value apart, or packed, with their biases.
+"""Find onnxruntime's `MultiHeadAttention`: query, key and value as separate or packed inputs, with their biases.
 
-Measured on onnxruntime 1.32's CPU kernel: masks are added to the scores, as its `Attention` does. Key and value of rank
-4 take no bias. Where keys outnumber queries, the frontier of `unidirectional` starts top left, and does not hold back
-the last query. Packed forms run on other providers alone.
+Measured on onnxruntime 1.32's CPU kernel: masks are added to the scores, as in its `Attention`. Key and value of rank 4
+take no bias. Where keys outnumber queries, `unidirectional` counts both from the first, and does not mask keys for the
+last query. Packed forms run on other providers only.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Scores, Untappable
-from attnserve_server.conversion.finders.microsoft_nodes import (
+from attnserve_server.conversion.finders.operator_nodes import (
     NotTappable,
     attention_bias,
-    given,
     heads_of,
     key_padding,
-    last_extent_of,
-    nodes_of,
-    rank_of,
+    last_dimension_of,
+    microsoft_nodes,
     refuse_inputs,
     refuse_subgraph,
     required,
 )
+from attnserve_server.conversion.graphs.walk import input_of, rank_of
 
 _PADDING_RANKS = (1, 2, 3)
 _CACHES = {
@@ -36,8 +35,8 @@ _CACHES = {
 
 
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
-    """All `MultiHeadAttention` nodes, in subgraphs too."""
-    return (_site(node, graph) for node in nodes_of(graph, "MultiHeadAttention"))
+    """Yield the sites of this operator, those in subgraphs too."""
+    return (_site(node, graph) for node in microsoft_nodes(graph, "MultiHeadAttention"))
 
 
 def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
@@ -68,9 +67,9 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
 
 
 def _operands(node: ir.Node, heads: int) -> tuple[Operand, Operand, Operand]:
-    """Query, key and value before their biases."""
+    """Return query, key and value before their biases."""
     query = required(node, 0, "query")
-    key, value = given(node, 1), given(node, 2)
+    key, value = input_of(node, 1), input_of(node, 2)
     if key is None:
         return (
             Operand(query, heads, packed=True, part=0),
@@ -90,31 +89,31 @@ def _operands(node: ir.Node, heads: int) -> tuple[Operand, Operand, Operand]:
 
 def _head_dim(query: Operand, key: Operand) -> int:
     for operand in (query, key):
-        width = last_extent_of(operand.value)
+        width = last_dimension_of(operand.value)
         if width is None:
             continue
         if operand.part is not None or not operand.packed:
             return width
         if width % operand.heads == 0:
             return width // operand.heads
-        raise NotTappable(f"the width of {operand.value.name!r}, {width}, does not suit {operand.heads} heads")
+        raise NotTappable(f"the width of {operand.value.name!r}, {width}, is not divisible by {operand.heads} heads")
     raise NotTappable(f"the head size of {query.value.name!r} is not in the graph")
 
 
 def _biased(
     node: ir.Node, query: Operand, key: Operand, value: Operand, head_dim: int
 ) -> tuple[Operand, Operand, Operand]:
-    """With the columns of the one bias that each of them takes."""
-    bias = given(node, 3)
+    """Return the operands with the columns of the one bias that each of them takes."""
+    bias = input_of(node, 3)
     if bias is None:
         return query, key, value
     hidden = query.heads * head_dim
     query = replace(query, bias=Columns(bias, 0, hidden))
     if not key.packed:
         return query, key, value
-    width = last_extent_of(bias)
+    width = last_dimension_of(bias)
     if width is None:
-        value_width = last_extent_of(value.value)
+        value_width = last_dimension_of(value.value)
         width = None if value_width is None or value.part is not None else 2 * hidden + value_width
     key = replace(key, bias=Columns(bias, hidden, 2 * hidden))
     return query, key, replace(value, bias=Columns(bias, 2 * hidden, 3 * hidden if width is None else width))

@@ -1,4 +1,4 @@
-"""Names of sites: readable, stable from one export to the next, unique in their model."""
+"""Name sites by the module they belong to: readable, the same in every export, unique in their model."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 WRAPPER = "attnserve_source"
-"""The attribute under which export wraps the source module; it is no part of a site's name."""
+"""The attribute under which export wraps the source module; names of sites leave it out."""
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
-"""The metadata in which torch's exporter keeps the path of modules that a node comes from."""
+"""The metadata in which torch's exporter stores the path of modules of a node."""
 _INNER = {"self", "attn_fn", "sdpa", "core_attention", "softmax", "attend"}
-"""Modules that only hold the computation, or its softmax, inside the module that people call the attention."""
+"""Modules inside the attention module that hold only its computation, or its softmax."""
 
 
 def site_names(nodes: Sequence[ir.Node]) -> list[str]:
-    """A name for each node: the module's path where the exporter left one, else `attention_<position>`.
+    """Return a name for each node: the path of its module where the exporter stored one, else `attention_<position>`.
 
-    Nodes of one module, and modules that share a path, are told apart by `_1`, `_2` in their order.
+    Further nodes with the same path get the suffixes `_1`, `_2`, in order.
     """
     names: list[str] = []
     for position, node in enumerate(nodes):
@@ -33,7 +33,7 @@ def site_names(nodes: Sequence[ir.Node]) -> list[str]:
 
 
 def _module_path(node: ir.Node) -> str:
-    """The module that a node comes from, as a dotted path; empty where that is not known."""
+    """Return the dotted path of a node's module; empty where it is not known."""
     parts = _scopes(node) or _slashes(node)
     if parts and parts[0] == WRAPPER:
         parts = parts[1:]
@@ -43,7 +43,7 @@ def _module_path(node: ir.Node) -> str:
 
 
 def _scopes(node: ir.Node) -> list[str]:
-    """From the metadata of torch's dynamo exporter: the last scope is the operation, the one before it its module."""
+    """Read the metadata of torch's dynamo exporter: the last scope is the operation, the one before it its module."""
     try:
         scopes = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))
     except (ValueError, SyntaxError):
@@ -54,6 +54,6 @@ def _scopes(node: ir.Node) -> list[str]:
 
 
 def _slashes(node: ir.Node) -> list[str]:
-    """From a node name such as `/encoder/layer.0/attention/Attention`, as torch's older exporter writes them."""
+    """Read a node name such as `/encoder/layer.0/attention/Attention`, which torch's older exporter writes."""
     path, slash, _ = (node.name or "").rpartition("/")
     return [part for step in path.split("/") for part in step.split(".") if part] if slash else []

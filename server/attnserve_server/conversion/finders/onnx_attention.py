@@ -1,7 +1,8 @@
-"""Finds the `ai.onnx` operator `Attention` (opset 23 to 25).
+"""Find the `ai.onnx` operator `Attention` (opset 23 to 25).
 
-Source: ONNX operators, Attention-23 to Attention-25; onnxruntime's CPU kernel agrees with it on the order (scale,
-softcap, mask, softmax), on the causal frontier (top left where there is no cache) and on fully masked rows (zeros).
+Source: ONNX operators, Attention-23 to Attention-25. onnxruntime's CPU kernel agrees with it on the order (scale,
+softcap, mask, softmax), on causal masks (without a cache, both positions count from the first) and on fully masked rows
+(zeros).
 """
 
 from __future__ import annotations
@@ -13,22 +14,29 @@ from typing import Literal
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import FoundSite, Mask, Operand, Scores, Untappable
+from attnserve_server.conversion.finders.operator_nodes import (
+    NotTappable,
+    refuse_inputs,
+    refuse_subgraph,
+    refuse_uneven_heads,
+    required,
+)
+from attnserve_server.conversion.graphs.walk import input_of, is_standard
 from attnserve_server.model.bands import SlidingBand
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 _MASK_RANKS = (2, 3, 4)
-_CACHES = {4: "past_key", 5: "past_value", 6: "nonpad_kv_seqlen"}
-
-
-class _NotTappable(Exception):
-    """Why this site's weights cannot be had."""
+_CACHES = {
+    position: f"{name}: weights over a cache are not tapped yet"
+    for position, name in enumerate(("past_key", "past_value", "nonpad_kv_seqlen"), start=4)
+}
 
 
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
-    """All `Attention` nodes of the standard operator set, in subgraphs too."""
+    """Yield the sites of this operator, those in subgraphs too."""
     version = graph.opset_imports.get("", 0)
     for node in graph.all_nodes():
-        if node.op_type == "Attention" and node.domain in {"", "ai.onnx"}:
+        if node.op_type == "Attention" and is_standard(node):
             yield _site(node, graph, node.version or version)
 
 
@@ -43,11 +51,11 @@ def _site(node: ir.Node, graph: ir.Graph, version: int) -> FoundSite:
         key = _operand(node, 1, "kv_num_heads")
         kv_heads = key.heads
         head_dim = _head_dim(query)
-        _refuse_what_no_tap_can_do(node, graph, query, key)
+        _refuse_unsupported(node, graph, query, key)
         scores = Scores(
             query=query,
             key=key,
-            value=Operand(_input(node, 2), kv_heads, query.packed),
+            value=Operand(required(node, 2, "value"), kv_heads, query.packed),
             output=Operand(node.outputs[0], heads, query.packed),
             head_dim=head_dim,
             scale=node.attributes.get_float("scale", 1.0 / math.sqrt(head_dim)),
@@ -58,7 +66,7 @@ def _site(node: ir.Node, graph: ir.Graph, version: int) -> FoundSite:
             band=_band(node, causal=causal),
             masks=_masks(node),
         )
-    except _NotTappable as why:
+    except NotTappable as why:
         reason = Untappable(str(why))
         return FoundSite(node, operator, heads, kv_heads, head_dim, reason, form=_form(node), causal=causal)
     return FoundSite(node, operator, heads, kv_heads, head_dim, scores, form=_form(node), causal=causal)
@@ -73,69 +81,58 @@ def _windowed(node: ir.Node) -> bool:
 
 
 def _window(node: ir.Node, side: str) -> int:
-    """How many keys a query sees on one side; -1 for all."""
+    """Return how many keys a query attends to on one side; -1 for all."""
     return node.attributes.get_int(f"{side}_window_size", -1)
 
 
 def _band(node: ir.Node, *, causal: bool) -> SlidingBand | None:
-    """The band, where there is an end to it on both sides."""
+    """Return the band, where it ends on both sides."""
     before, after = _window(node, "left"), 0 if causal else _window(node, "right")
     return SlidingBand(before=before, after=after) if before >= 0 and after >= 0 else None
 
 
-def _refuse_what_no_tap_can_do(node: ir.Node, graph: ir.Graph, query: Operand, key: Operand) -> None:
-    if node.graph is not graph:
-        raise _NotTappable("it stands inside a subgraph, whose values the outer graph cannot see")
-    for position, name in _CACHES.items():
-        if position < len(node.inputs) and node.inputs[position] is not None:
-            raise _NotTappable(f"it takes {name}: weights over a cache are not tapped yet")
-    if query.heads % key.heads:
-        raise _NotTappable(f"{query.heads} query heads are no multiple of {key.heads} key heads")
+def _refuse_unsupported(node: ir.Node, graph: ir.Graph, query: Operand, key: Operand) -> None:
+    refuse_subgraph(node, graph)
+    refuse_inputs(node, _CACHES)
+    refuse_uneven_heads(query.heads, key.heads)
     if query.packed != key.packed:
-        raise _NotTappable("query and key differ in rank")
+        raise NotTappable("the ranks of query and key differ")
     for operand in (query, key):
         if operand.value.dtype not in _FLOATS:
-            raise _NotTappable(f"the type of {operand.value.name!r} is not known to be floating point")
-
-
-def _input(node: ir.Node, position: int) -> ir.Value:
-    value = node.inputs[position] if position < len(node.inputs) else None
-    if value is None:
-        raise _NotTappable(f"its input {position} is missing")
-    return value
+            raise NotTappable(f"the type of {operand.value.name!r} is no known floating-point type")
 
 
 def _operand(node: ir.Node, position: int, attribute: str) -> Operand:
-    """Query or key: packed (rank 3) needs the attribute; rank 4 has the heads in its shape."""
-    value = _input(node, position)
+    """Return query or key. Packed (rank 3), the attribute states its heads; of rank 4, the shape does."""
+    value = required(node, position, "query" if position == 0 else "key")
     declared = node.attributes.get_int(attribute, 0)
     rank = len(value.shape) if value.shape is not None else (3 if declared else 4)
     if rank == 3 and declared >= 1:
         return Operand(value, declared, packed=True)
     if rank != 4:
-        raise _NotTappable(f"{value.name!r} has rank {rank}" + (f" without {attribute}" if rank == 3 else ""))
+        raise NotTappable(f"{value.name!r} has rank {rank}" + (f" without {attribute}" if rank == 3 else ""))
     heads = value.shape[1] if value.shape is not None else declared
     if not isinstance(heads, int) or heads < 1:
-        raise _NotTappable(f"the number of heads of {value.name!r} is not in the graph")
+        raise NotTappable(f"the number of heads of {value.name!r} is not in the graph")
     return Operand(value, heads, packed=False)
 
 
 def _head_dim(query: Operand) -> int:
     last = query.value.shape[-1] if query.value.shape is not None else None
     if not isinstance(last, int) or last < 1 or (query.packed and last % query.heads):
-        raise _NotTappable(f"the head size of {query.value.name!r} is not in the graph")
+        raise NotTappable(f"the head size of {query.value.name!r} is not in the graph")
     return last // query.heads if query.packed else last
 
 
 def _masks(node: ir.Node) -> tuple[Mask, ...]:
-    value = node.inputs[3] if len(node.inputs) > 3 else None
+    value = input_of(node, 3)
     if value is None:
         return ()
     if value.shape is None:
-        raise _NotTappable(f"the rank of its mask {value.name!r} is not known")
+        raise NotTappable(f"the rank of its mask {value.name!r} is not known")
     rank = len(value.shape)
     if rank not in _MASK_RANKS:
-        raise _NotTappable(f"its mask {value.name!r} has rank {rank}; 2, 3 and 4 are known")
+        raise NotTappable(f"its mask {value.name!r} has rank {rank}; 2, 3 and 4 are supported")
     if value.dtype is not ir.DataType.BOOL and value.dtype not in _FLOATS:
-        raise _NotTappable(f"the type of its mask {value.name!r} is not known")
+        raise NotTappable(f"the type of its mask {value.name!r} is not known")
     return (Mask(value, rank, boolean=value.dtype is ir.DataType.BOOL),)

@@ -144,21 +144,21 @@ def _implied_rank(node: ir.Node, output: int, known: dict[ir.Value, int | None],
     return rank
 
 
-def dynamic_values(graph: ir.Graph) -> set[ir.Value]:
-    """Return the activations: values that depend on the numbers of the inputs, not on their shapes alone.
+def activations_of(graph: ir.Graph) -> set[ir.Value]:
+    """Return the values, of subgraphs too, that depend on the numbers of the inputs, and not on their shapes alone.
 
-    Outputs of If, Loop and Scan count as activations.
+    Outputs of If, Loop and Scan count as such.
     """
-    dynamic: set[ir.Value] = {value for value in graph.inputs if value.const_value is None}
+    activations: set[ir.Value] = {value for value in graph.inputs if value.const_value is None}
     for subgraph in graph.subgraphs():
         if subgraph is not graph:
-            dynamic.update(subgraph.inputs)
+            activations.update(subgraph.inputs)
     for node in graph.all_nodes():
         if node.op_type in {"Shape", "Size"}:
             continue
-        if node.op_type in {"If", "Loop", "Scan"} or any(value in dynamic for value in node.inputs):
-            dynamic.update(node.outputs)
-    return dynamic
+        if node.op_type in {"If", "Loop", "Scan"} or any(value in activations for value in node.inputs):
+            activations.update(node.outputs)
+    return activations
 
 
 def is_standard(node: ir.Node) -> bool:

@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 
 from attnserve_server.conversion.base.sites import Factor, Layout, Probabilities, Untappable, WeightAxes, heads_in
-from attnserve_server.conversion.finders.decomposed_products import Product
+from attnserve_server.conversion.graphs.contraction import Contraction
 from attnserve_server.conversion.learning.layout_runs import ORDER, Runs, fixed_keys, lengthen, run_all
 from attnserve_server.conversion.probing.feeds import Lengths, Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
@@ -69,9 +69,9 @@ def layouts_of(
     return {name: _layout(sites[name], runs[weights], runs[value].base) for name, (weights, value) in names.items()}
 
 
-def product_of(site: Probabilities) -> Product:
+def product_of(site: Probabilities) -> Contraction:
     """Return the product of weights and value."""
-    product = Product.of(site.product)
+    product = Contraction.of(site.product)
     assert product is not None  # the finder chose the node because it is one
     return product
 

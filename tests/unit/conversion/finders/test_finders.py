@@ -133,7 +133,7 @@ def test_site_inside_a_subgraph_is_listed_with_its_reason() -> None:
     sites = find_sites(ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])).graph)
     assert list(sites) == ["attention_0", "attention_1"]
     assert {site.unavailable_reason for site in sites.values()} == {
-        "it stands inside a subgraph, whose values the outer graph cannot see"
+        "it is inside a subgraph, whose values the outer graph cannot read"
     }
 
 

@@ -11,8 +11,9 @@ import onnx_ir as ir
 import pytest
 from attnserve_server.conversion.base.sites import FoundSite, KeyPadding, Scores
 from attnserve_server.conversion.finders import find_sites
-from attnserve_server.conversion.finders.microsoft_nodes import last_extent_of, rank_of
+from attnserve_server.conversion.finders.operator_nodes import last_dimension_of
 from attnserve_server.conversion.graphs.reading import checked
+from attnserve_server.conversion.graphs.walk import rank_of
 from attnserve_server.conversion.rewrite.taps import with_plain_values
 from microsoft_graphs import DOMAIN, GroupQuery, MultiHead, Packed
 from onnx import TensorProto, helper, numpy_helper
@@ -79,10 +80,10 @@ def test_scale_of_zero_means_the_default() -> None:
 REASONS = [
     (with_input(Packed().model(), 4, "past", TensorProto.FLOAT, [2, 2, 2, 3, 4]), "it takes past: weights over"),
     (Packed(attributes={"do_rotary": 1}).model(), "it rotates query and key itself"),
-    (Packed(attributes={"qkv_hidden_sizes": [8, 4, 8]}).model(), "sizes of query, key and value, 8, 4 and 8"),
-    (Packed(attributes={"num_heads": 3}).model(), "8, 8 and 8, do not suit 3 heads"),
+    (Packed(attributes={"qkv_hidden_sizes": [8, 4, 8]}).model(), "the widths of query, key and value, 8, 4 and 8"),
+    (Packed(attributes={"num_heads": 3}).model(), "8, 8 and 8, are not divisible by 3 heads"),
     (Packed(attributes={"num_heads": 0}).model(), "it has no num_heads"),
-    (with_input(Packed().model(), 3, "mask", TensorProto.INT32, [1] * 5), "has rank 5; 1, 2, 3, 4 are known"),
+    (with_input(Packed().model(), 3, "mask", TensorProto.INT32, [1] * 5), "has rank 5; 1, 2, 3, 4 are supported"),
     (
         without_shapes(Packed(mask=np.ones((2, 5), np.int32)).model(), "mask"),
         "the rank of its mask 'mask' is not known",
@@ -96,7 +97,7 @@ REASONS = [
     (with_input(MultiHead().model(), 9, "cache", TensorProto.INT32, [2, 1, 9]), "it takes cache_indirection"),
     (without_shapes(MultiHead().model(), "key"), "the rank of its key 'key' is not known"),
     (with_input(MultiHead().model(), 1, "strange", TensorProto.FLOAT, [2, 5]), "its key has rank 2"),
-    (MultiHead(heads=2, attributes={"num_heads": 3}).model(), "the width of 'query', 8, does not suit 3 heads"),
+    (MultiHead(heads=2, attributes={"num_heads": 3}).model(), "the width of 'query', 8, is not divisible by 3 heads"),
     (
         with_input(
             with_input(MultiHead().model(), 0, "blank", TensorProto.FLOAT, [2, 5, None]),
@@ -141,7 +142,7 @@ def test_what_cannot_be_tapped_is_listed_with_its_reason(model: onnx.ModelProto,
         ("DecoderMaskedMultiHeadAttention", "one token at a time"),
         ("DecoderMaskedSelfAttention", "one token at a time"),
         ("DynamicSparseAttention", "blocks of keys"),
-        ("LinearAttention", "a state in place of weights"),
+        ("LinearAttention", "a state instead of weights"),
         ("LongformerAttention", "on GPUs only"),
         ("PackedAttention", "first axis is not the batch"),
         ("PackedMultiHeadAttention", "first axis is not the batch"),
@@ -203,7 +204,7 @@ CONTRIB = {"domain": DOMAIN}
     [
         (helper.make_node("Transpose", ["lost"], ["y"], perm=[0, 2, 1, 3]), 4),
         (helper.make_node("Reshape", ["lost", "shape"], ["y"]), 4),
-        (helper.make_node("MatMul", ["lost", "matrix"], ["y"]), 2),
+        (helper.make_node("MatMul", ["lost", "matrix"], ["y"]), None),
         (helper.make_node("Attention", ["lost", "matrix", "row"], ["y"], num_heads=2, **CONTRIB), 3),
         (helper.make_node("EmbedLayerNormalization", ["lost"], ["z", "y"], **CONTRIB), 1),
         (helper.make_node("EmbedLayerNormalization", ["lost"], ["y", "z"], **CONTRIB), 3),
@@ -243,7 +244,7 @@ def test_widths_that_inference_loses_are_found_by_what_makes_the_value(
     nodes: list[onnx.NodeProto], width: int | None
 ) -> None:
     constants = {"matrix": np.zeros((4, 8), np.float32), "row": np.zeros(8, np.float32)}
-    assert last_extent_of(made(nodes, None, constants)) == width
+    assert last_dimension_of(made(nodes, None, constants)) == width
 
 
 def test_values_that_operators_make_themselves_are_made_for_checks() -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import Probabilities
 from attnserve_server.conversion.finders import find_probabilities
-from attnserve_server.conversion.finders.decomposed_products import Product
+from attnserve_server.conversion.graphs.contraction import Contraction
 from attnserve_server.conversion.learning.layout import product_of
 from attnserve_server.conversion.learning.provenance import NotTraced, ancestors
 from attnserve_server.conversion.probing.feeds import Lengths, Sampler, probe_lengths
@@ -33,8 +33,8 @@ class Products:
     scores: ir.Value
     weights: ir.Value
     value: ir.Value
-    of_scores: Product
-    of_value: Product
+    of_scores: Contraction
+    of_value: Contraction
     position: int
 
 
@@ -44,11 +44,11 @@ def products_of(site: Probabilities) -> Products:
     Raises:
         NotTraced: the scores are not one product, or weights and value are not multiplied as (..., L, W) @ (..., W, D).
     """
-    of_value, of_scores = product_of(site), Product.of(site.scores[0])
+    of_value, of_scores = product_of(site), Contraction.of(site.scores[0])
     if of_scores is None or len(site.scores) > 1:
         raise NotTraced("its scores are not one product")
     position = site.position
-    if position or not of_value.terms[0].endswith("ij") or not of_value.terms[1].endswith("jk"):
+    if position or not of_value.letters[0].endswith("ij") or not of_value.letters[1].endswith("jk"):
         raise NotTraced("its weights and its value are multiplied in no known layout")
     return Products(
         query=of_scores.operand(0),

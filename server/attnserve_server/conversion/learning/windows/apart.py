@@ -24,7 +24,7 @@ import onnx_ir as ir
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.sites import Factor, Layout, Probabilities, Untappable, WeightAxes, heads_in
 from attnserve_server.conversion.finders import find_probabilities
-from attnserve_server.conversion.finders.decomposed_products import Product
+from attnserve_server.conversion.graphs.contraction import Contraction
 from attnserve_server.conversion.learning.layout import product_of
 from attnserve_server.conversion.learning.provenance import NotTraced, Tracer, ancestors, channels_of
 from attnserve_server.conversion.learning.windows.anchors import BATCHES, Anchor, sides_of
@@ -186,9 +186,9 @@ class _Trace:
         return Followed(tables, self.positions) if fit else None
 
 
-def _score_product(site: Probabilities) -> Product | None:
+def _score_product(site: Probabilities) -> Contraction | None:
     """Return the product of queries and keys; None where there are several, whose rows may differ."""
-    return Product.of(site.scores[0]) if len(site.scores) == 1 else None
+    return Contraction.of(site.scores[0]) if len(site.scores) == 1 else None
 
 
 def _traced(

@@ -33,7 +33,7 @@ from attnserve_server.attention.bands import band_keys
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.sites import Layout, Untappable, WeightAxes, Windows
 from attnserve_server.conversion.finders import find_probabilities
-from attnserve_server.conversion.finders.decomposed_products import Product
+from attnserve_server.conversion.graphs.contraction import Contraction
 from attnserve_server.conversion.learning.bands import KeyTable, fitted
 from attnserve_server.conversion.learning.products import arranged
 from attnserve_server.conversion.learning.provenance import NotTraced, Tracer
@@ -232,7 +232,7 @@ def _once(numbers: Array, term: str, letters: set[str]) -> Array:
     return once
 
 
-def rows_of(product: Product, queries: Array, keys: Array) -> Array:
+def rows_of(product: Contraction, queries: Array, keys: Array) -> Array:
     """Return the number of the query of each score, in the layout of the scores.
 
     Args:
@@ -240,13 +240,13 @@ def rows_of(product: Product, queries: Array, keys: Array) -> Array:
         queries: the numbers of its first operand.
         keys: its second operand, of which only the shape counts.
     """
-    term, other = product.terms
+    term, other = product.letters
     summed = {letter for letter in term if letter != "." and letter in other and letter not in product.output}
     rows: Array = np.einsum(product.equation, _once(queries, term, summed), np.ones_like(keys, dtype=np.float64))
     return rows
 
 
-def columns_of(product: Product, position: int, values: Array, weights: Array) -> Array:
+def columns_of(product: Contraction, position: int, values: Array, weights: Array) -> Array:
     """Return the number of the key that each weight multiplies, in the layout of the weights.
 
     Args:
@@ -255,7 +255,7 @@ def columns_of(product: Product, position: int, values: Array, weights: Array) -
         values: the numbers of the value.
         weights: the other operand, of which only the shape counts.
     """
-    term, other = product.terms[position], product.terms[1 - position]
+    term, other = product.letters[position], product.letters[1 - position]
     own = {letter for letter in term if letter != "." and letter not in other}
     equation = f"{term},{other}->{other}".replace(".", "...")
     columns: Array = np.einsum(equation, _once(values, term, own), np.ones_like(weights, dtype=np.float64))

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from attnserve_server.conversion.base.sites import Factor, Layout, Untappable, WeightAxes, Windows
-from attnserve_server.conversion.finders.decomposed_products import Product
+from attnserve_server.conversion.graphs.contraction import Contraction
 from attnserve_server.conversion.inputs.signature import signature_of
 from attnserve_server.conversion.learning.windows.study import columns_of, rows_of, windows_of
 from attnserve_server.conversion.probing.feeds import Sampler
@@ -114,9 +114,9 @@ def test_a_layout_without_windows_is_not_studied(tmp_path: Path) -> None:
     assert windows_of(model, {"attention_0": dense}, Sampler(signature_of(model.graph)), tmp_path) == {}
 
 
-def product(op_type: str, **attributes: object) -> Product:
+def product(op_type: str, **attributes: object) -> Contraction:
     node = helper.make_node(op_type, ["one", "other"], ["out"], **attributes)
-    found = Product.of(ir.from_proto(node))
+    found = Contraction.of(ir.from_proto(node))
     assert found is not None
     return found
 

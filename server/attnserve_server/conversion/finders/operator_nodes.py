@@ -1,0 +1,145 @@
+"""Read the nodes of attention operators: their inputs, heads, widths and masks; and list operators without a tap.
+
+The finders of single operators use it. Where a node has not what a tap needs, functions raise NotTappable, whose
+message is the reason that users get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import onnx_ir as ir
+
+from attnserve_server.conversion.base.sites import FoundSite, KeyPadding, Mask, Untappable
+from attnserve_server.conversion.graphs.walk import dimension_of, input_of, rank_of
+
+MICROSOFT = "com.microsoft"
+FILTER_VALUE = -10000.0
+"""The default that onnxruntime adds to the score of a masked key. Source: the schemas of its operators."""
+
+_KEEP_LAST_AXIS = {
+    *("Add", "BiasGelu", "Cast", "Dropout", "FastGelu", "Gelu", "Identity", "LayerNormalization", "Mul", "QuickGelu"),
+    *("Relu", "RMSNormalization", "RotaryEmbedding", "SimplifiedLayerNormalization", "SkipLayerNormalization"),
+    *("SkipSimplifiedLayerNormalization", "Tanh"),
+}
+"""Operators whose first output is as wide as their widest input."""
+_MAX_NODES_BACK = 32
+"""How many nodes `last_dimension_of` looks back."""
+
+_TOKENS = "it works on the tokens of all sequences in one row: its first axis is not the batch"
+_STEP = "it decodes one token at a time over a cache: weights over a cache are not tapped"
+_BLOCKS = "it attends to blocks of keys over a cache: sparse attention over a cache is not tapped"
+_GPU_LAYOUT = "its integers are ordered for GPUs: it does not run where taps are checked"
+
+_WITHOUT_TAP = {
+    "DecoderAttention": "its axes and masks depend on inputs of the run, and its first axis is not the batch",
+    "DecoderMaskedMultiHeadAttention": _STEP,
+    "DecoderMaskedSelfAttention": _STEP,
+    "DynamicSparseAttention": _BLOCKS,
+    "LinearAttention": "it keeps a state instead of weights, and has no features of queries and keys that imply them",
+    "LongformerAttention": "it attends within a window, on GPUs only: it does not run where taps are checked",
+    "PackedAttention": _TOKENS,
+    "PackedMultiHeadAttention": _TOKENS,
+    "PagedAttention": _TOKENS,
+    "QOrderedAttention": _GPU_LAYOUT,
+    "QOrderedLongformerAttention": _GPU_LAYOUT,
+    "SparseAttention": _BLOCKS,
+    "SparsePagedAttention": _TOKENS,
+}
+"""onnxruntime's attention operators that no tap supports, and why."""
+
+
+class NotTappable(Exception):
+    """No tap can give the weights of a site; the message is the reason."""
+
+
+def find_without_tap(graph: ir.Graph) -> Iterator[FoundSite]:
+    """Yield the sites of operators that no tap supports, those in subgraphs too."""
+    for node in microsoft_nodes(graph, *_WITHOUT_TAP):
+        heads = max(node.attributes.get_int("num_heads", 1), 1)
+        kv_heads = max(node.attributes.get_int("kv_num_heads", heads), 1)
+        operator = f"com.microsoft.{node.op_type}-1"
+        yield FoundSite(node, operator, heads, kv_heads, 0, Untappable(_WITHOUT_TAP[node.op_type]))
+
+
+def microsoft_nodes(graph: ir.Graph, *op_types: str) -> Iterator[ir.Node]:
+    """Return the nodes of these operators of onnxruntime's domain, those in subgraphs too."""
+    return (node for node in graph.all_nodes() if node.domain == MICROSOFT and node.op_type in op_types)
+
+
+def required(node: ir.Node, position: int, name: str) -> ir.Value:
+    """Return an input. Raises NotTappable where it is left out."""
+    value = input_of(node, position)
+    if value is None:
+        raise NotTappable(f"its {name} is missing")
+    return value
+
+
+def refuse_subgraph(node: ir.Node, graph: ir.Graph) -> None:
+    """Raise NotTappable for a node in a subgraph."""
+    if node.graph is not graph:
+        raise NotTappable("it is inside a subgraph, whose values the outer graph cannot read")
+
+
+def refuse_inputs(node: ir.Node, reasons: Mapping[int, str]) -> None:
+    """Raise NotTappable for a node that has an input at one of these positions."""
+    for position, reason in reasons.items():
+        if input_of(node, position) is not None:
+            raise NotTappable(f"it takes {reason}")
+
+
+def refuse_uneven_heads(heads: int, kv_heads: int) -> None:
+    """Raise NotTappable unless every key head serves the same number of query heads."""
+    if heads % kv_heads:
+        raise NotTappable(f"{heads} query heads are no multiple of {kv_heads} key heads")
+
+
+def heads_of(node: ir.Node, attribute: str = "num_heads") -> int:
+    """Return the number of heads that a node declares. Raises NotTappable where it declares none."""
+    heads = node.attributes.get_int(attribute, 0)
+    if heads < 1:
+        raise NotTappable(f"it has no {attribute}")
+    return heads
+
+
+def last_dimension_of(value: ir.Value | None, nodes_left: int = _MAX_NODES_BACK) -> int | None:
+    """Return the size of a value's last axis, as inferred, or as the nodes behind it imply."""
+    if value is None or not nodes_left:
+        return None
+    size = dimension_of(value, -1)
+    if size is not None:
+        return size
+    node = value.producer()
+    if node is None or value.index() != 0:
+        return None
+    if node.op_type == "MatMul":
+        return last_dimension_of(input_of(node, 1), nodes_left - 1)
+    if node.op_type in _KEEP_LAST_AXIS:
+        sizes = (last_dimension_of(source, nodes_left - 1) for source in node.inputs)
+        # Gains and biases are as wide as the result, or broadcast to it from a width of 1.
+        return max((size for size in sizes if size is not None), default=None)
+    return None
+
+
+def key_padding(node: ir.Node, position: int, ranks: tuple[int, ...]) -> tuple[KeyPadding, ...]:
+    """Return the integers that mark the keys that count, if the node has them.
+
+    Raises:
+        NotTappable: their rank is not known, or is none of `ranks`.
+    """
+    value = input_of(node, position)
+    if value is None:
+        return ()
+    rank = rank_of(value)
+    if rank is None:
+        raise NotTappable(f"the rank of its mask {value.name!r} is not known")
+    if rank not in ranks:
+        known = ", ".join(map(str, ranks))
+        raise NotTappable(f"its mask {value.name!r} has rank {rank}; {known} are supported")
+    return (KeyPadding(value, rank, node.attributes.get_float("mask_filter_value", FILTER_VALUE)),)
+
+
+def attention_bias(node: ir.Node, position: int, masked_up_to: float | None = None) -> tuple[Mask, ...]:
+    """Return the bias, (B or 1, H or 1, L, S), that a node adds to the scores, if it has one."""
+    value = input_of(node, position)
+    return () if value is None else (Mask(value, 4, boolean=False, masked_up_to=masked_up_to),)
