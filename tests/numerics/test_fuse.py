@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.rewrite.fuse.candidates import ATTENTION, MULTI_HEAD, candidates
-from attnserve_server.conversion.rewrite.tapped import tapped
+from attnserve_server.conversion.rewrite.taps import tapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_graphs import MASKS, OPSETS, SCALES, TURNS, Array, Plain

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attnserve_server.conversion.graphs.reading import checked
-from attnserve_server.conversion.rewrite.tapped import tapped
+from attnserve_server.conversion.rewrite.taps import tapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from microsoft_graphs import LOWEST, GroupQuery

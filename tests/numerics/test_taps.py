@@ -12,7 +12,7 @@ import onnx
 import pytest
 from attention_graphs import Array, Case
 from attnserve_server.conversion.graphs.reading import checked, save
-from attnserve_server.conversion.rewrite.tapped import tapped
+from attnserve_server.conversion.rewrite.taps import tapped
 from attnserve_server.engine.session import RuntimeSession
 from hypothesis import given, settings
 from hypothesis import strategies as st

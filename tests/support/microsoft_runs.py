@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx
 from attnserve_server.conversion.graphs.reading import checked, save
-from attnserve_server.conversion.rewrite.tapped import tapped
+from attnserve_server.conversion.rewrite.taps import tapped
 from attnserve_server.engine.session import RuntimeSession
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from attnserve_server.conversion.base.sites import FoundSite
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.probing.runtime import GraphRunner
-from attnserve_server.conversion.rewrite.tapped import expose
+from attnserve_server.conversion.rewrite.taps import expose
 
 
 def runner_of(model: onnx.ModelProto, folder: Path) -> GraphRunner:

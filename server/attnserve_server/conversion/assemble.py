@@ -23,8 +23,14 @@ from attnserve_server.conversion.learning.sites import grid_of_windows, learn, t
 from attnserve_server.conversion.probing.axes import ProbedAxes, probe_axes
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
-from attnserve_server.conversion.rewrite.tapped import expose, tapped_at
-from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, WEIGHTS_PREFIX, add_taps, with_plain_values
+from attnserve_server.conversion.rewrite.taps import (
+    ITEMS_PREFIX,
+    WEIGHTS_PREFIX,
+    add_taps,
+    expose,
+    tapped_at,
+    with_plain_values,
+)
 from attnserve_server.domain.values import Array
 from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec, SiteSpec, axes_under

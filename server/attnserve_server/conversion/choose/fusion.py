@@ -23,7 +23,7 @@ from attnserve_server.conversion.graphs.reading import precision_of, save
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.fuse.candidates import Fused, candidates
-from attnserve_server.conversion.rewrite.tapped import expose
+from attnserve_server.conversion.rewrite.taps import expose
 from attnserve_server.model.report import FusionReport
 
 

@@ -14,7 +14,7 @@ from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import save
 from attnserve_server.conversion.probing.runtime import GraphRunner
-from attnserve_server.conversion.rewrite.tapped import expose, tapped
+from attnserve_server.conversion.rewrite.taps import expose, tapped
 from linear_graphs import HEADS, LOOK_ALIKES, SPELLINGS, WIDTH, implied_weights, linear_graph
 
 # float32 products of four features, summed over five keys, in an order of their own.

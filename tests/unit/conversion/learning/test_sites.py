@@ -14,8 +14,7 @@ from attnserve_server.conversion.inputs.signature import signature_of
 from attnserve_server.conversion.learning.sites import grid_of_windows, learn, tappable_of, verified, with_key_axes
 from attnserve_server.conversion.probing.axes import ProbedAxes
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.rewrite.tapped import expose
-from attnserve_server.conversion.rewrite.taps import add_taps
+from attnserve_server.conversion.rewrite.taps import add_taps, expose
 from attnserve_server.model.bands import BlockBand, GridBand
 from attnserve_server.model.manifest import SiteSpec
 from batch_graphs import graph

@@ -10,7 +10,7 @@ from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.graphs.reading import checked, precision_of
 from attnserve_server.conversion.precision.choose import in_precision
 from attnserve_server.conversion.precision.int8 import relative_error, rounded_per_channel
-from attnserve_server.conversion.rewrite.tapped import tapped
+from attnserve_server.conversion.rewrite.taps import tapped
 from onnx import helper, numpy_helper
 from onnx_files import encoder
 

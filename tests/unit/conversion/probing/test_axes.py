@@ -14,7 +14,7 @@ from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.inputs.signature import signature_of
 from attnserve_server.conversion.probing.axes import ProbedAxes, fit, named, probe_axes
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.rewrite.tapped import expose, tapped
+from attnserve_server.conversion.rewrite.taps import expose, tapped
 from attnserve_server.model.manifest import DerivedLength
 from batch_graphs import graph
 from hypothesis import given

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.probing.runtime import GraphRunner, paired_seconds, time_ratio
-from attnserve_server.conversion.rewrite.tapped import tapped
+from attnserve_server.conversion.rewrite.taps import tapped
 from batch_graphs import graph
 from onnx.shape_inference import infer_shapes
 from opened import runner_of

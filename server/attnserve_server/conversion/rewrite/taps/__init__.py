@@ -1,32 +1,42 @@
-"""Taps: nodes beside a site's own operator that give its weights for the batch rows that ask. Finds no sites.
+"""Taps: nodes beside a site's own operator that return its weights for the batch rows that select attention.
 
-Everything behind a tap's first Gather has n, the number of rows asked for, as its first extent. With none, every tensor
-is empty and the tap costs next to nothing. The site's own operator is left as it was, and so is the rest of the graph.
+Every value behind a tap's first Gather has n, the number of selected rows, as its first dimension. With n = 0 all are
+empty, and the tap costs next to nothing. The site's own operator, and the rest of the graph, stay as they are.
+`add_taps` changes a graph; `tapped` and `tapped_at` copy it first; `expose` opens the values that checks compare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+import onnx
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import FoundSite, Learnt, Linear, Probabilities, Scores
+from attnserve_server.conversion.base.sites import (
+    FoundSite,
+    Learnt,
+    Linear,
+    Probabilities,
+    Scores,
+    Untappable,
+    value_and_output,
+)
+from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.rewrite.taps.linear import weights_of_linear
-from attnserve_server.conversion.rewrite.taps.nodes import ITEMS_PREFIX, WEIGHTS_PREFIX, TapNodes
 from attnserve_server.conversion.rewrite.taps.operands import with_plain_values
-from attnserve_server.conversion.rewrite.taps.probabilities import weights_of_probabilities
+from attnserve_server.conversion.rewrite.taps.probabilities import weights_of_probabilities, weights_of_windows
 from attnserve_server.conversion.rewrite.taps.scores import weights_of_scores
-from attnserve_server.conversion.rewrite.taps.windows import weights_of_windows
+from attnserve_server.conversion.rewrite.taps.tap import ITEMS_PREFIX, WEIGHTS_PREFIX, Tap
 
-__all__ = ["ITEMS_PREFIX", "WEIGHTS_PREFIX", "add_taps", "with_plain_values"]
+__all__ = ["ITEMS_PREFIX", "WEIGHTS_PREFIX", "add_taps", "expose", "tapped", "tapped_at", "with_plain_values"]
 
 
 def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite], learnt: Mapping[str, Learnt]) -> None:
-    """Add to a graph, for every site that can have one, the input and the output of its tap.
+    """Add a tap to a graph for every site that can have one.
 
-    Input `attention_items.<name>`: int64 (n,), rows of the batch, in any order, n may be 0. Output
-    `attention.<name>`: float32 (n, H, L, S), or (n, H, L, W) where a site has windows; rows sum to 1, fully masked rows
-    are 0.
+    A tap adds the input `attention_items.<name>`, int64 (n,): rows of the batch, in any order; n may be 0. It adds the
+    output `attention.<name>`, float32 (n, H, L, S), or (n, H, L, W) where a site has windows. Rows sum to 1; fully
+    masked rows are 0.
     Source: Vaswani et al. 2017, eq. 1, in the form of ONNX Attention-23.
 
     Args:
@@ -34,9 +44,9 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite], learnt: Mapping[st
         sites: of this graph.
         learnt: the layouts of sites with `Probabilities`; such a site without one gets no tap.
     """
-    shared: dict[tuple[str, ir.Value], ir.Value] = {}
+    shared: dict[tuple[object, ...], ir.Value] = {}
     for name, site in sites.items():
-        tap = TapNodes(graph, name, shared)
+        tap = Tap(graph, name, shared)
         match site.attention:
             case Scores() as scores:
                 tap.finish(weights_of_scores(tap, scores), site.heads, behind=site.node)
@@ -46,7 +56,7 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite], learnt: Mapping[st
                 _add_tap_of_probabilities(tap, graph, weights, learnt[name])
 
 
-def _add_tap_of_probabilities(tap: TapNodes, graph: ir.Graph, weights: ir.Value, learnt: Learnt) -> None:
+def _add_tap_of_probabilities(tap: Tap, graph: ir.Graph, weights: ir.Value, learnt: Learnt) -> None:
     last = weights.producer()
     assert last is not None
     layout, windows = learnt.layout, learnt.windows
@@ -57,3 +67,29 @@ def _add_tap_of_probabilities(tap: TapNodes, graph: ir.Graph, weights: ir.Value,
         anchor = next(value for value in values if value.name == windows.anchor)
         rows = weights_of_windows(tap, weights, layout, windows, anchor)
     tap.finish(rows, layout.heads, behind=last)
+
+
+def tapped(proto: onnx.ModelProto) -> tuple[ir.Model, dict[str, FoundSite]]:
+    """Copy a model and add the taps that need no run of the graph. Return the copy and all its sites by name."""
+    model = ir.from_proto(proto)
+    sites = find_sites(model.graph)
+    add_taps(model.graph, sites, {})
+    return model, sites
+
+
+def tapped_at(proto: onnx.ModelProto, names: Collection[str], learnt: Mapping[str, Learnt]) -> ir.Model:
+    """Copy a model and add taps at the named sites only; `learnt` holds the layouts, which are those of every copy."""
+    model = ir.from_proto(proto)
+    sites = find_sites(model.graph)
+    add_taps(model.graph, {name: sites[name] for name in names}, learnt)
+    return model
+
+
+def expose(model: ir.Model, sites: Collection[FoundSite]) -> None:
+    """Make each site's output, value and own weights outputs of the graph, where they are no inputs or constants."""
+    own = [site.attention for site in sites if not isinstance(site.attention, Untappable)]
+    values = [value for attention in own for value in reversed(value_and_output(attention))]
+    values += [attention.weights for attention in own if isinstance(attention, Probabilities)]
+    for value in values:
+        if not value.is_graph_output() and not value.is_graph_input() and value.const_value is None:
+            model.graph.outputs.append(value)

@@ -1,4 +1,4 @@
-"""The rows of masks, biases and lengths that a tap needs, each so that it broadcasts to (n, H, L, S)."""
+"""The selected rows of masks, biases and lengths of keys, each in a shape that broadcasts to (n, H, L, S)."""
 
 from __future__ import annotations
 
@@ -6,55 +6,53 @@ import numpy as np
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import KeyPadding, Mask
-from attnserve_server.conversion.rewrite.taps.nodes import TapNodes
+from attnserve_server.conversion.rewrite.taps.tap import Tap
 
 LOWEST = float(np.finfo(np.float32).min)
 
 
 class MaskRows:
-    """What masks the scores of one site.
+    """The masks of one site's scores.
 
     Args:
-        tap: is given the nodes.
-        source: what the query is made from; its first axis is the batch.
-        query: (n, H, L, D), of the rows that were asked for.
-        key: (n, H, S, D), of the same rows.
+        tap: receives the nodes.
+        source: the value that the query is computed from; its first axis is the batch.
+        query: the selected rows, (n, H, L, D).
+        key: the selected rows, (n, H, S, D).
     """
 
-    def __init__(self, tap: TapNodes, source: ir.Value, query: ir.Value, key: ir.Value) -> None:
+    def __init__(self, tap: Tap, source: ir.Value, query: ir.Value, key: ir.Value) -> None:
         self._tap, self._source, self._query, self._key = tap, source, query, key
 
     def of(self, mask: Mask) -> ir.Value:
-        """The mask's rows for the items, rank 4. A mask of one row serves them all, whatever the batch."""
+        """Return the selected rows of a mask, rank 4. A mask of one row serves every row of the batch."""
         full = mask.value
         if mask.rank == 4 and _same_batch(full, self._source):
             return self._tap.rows_of(full)
         if mask.rank < 4:
             added = range(4 - mask.rank)
-            full = self._tap.once("rank 4", full, lambda value: self._tap.unsqueeze(value, *added))
-        one = self._tap.ints(1)
-        last_row = self._tap.once(
-            "last row", full, lambda value: self._tap.op("Sub", [self._tap.shape(value, 0, 1), one])
-        )
+            full = self._tap.unsqueeze(full, *added, shared=True)
+        rows = self._tap.shape(full, 0, 1, shared=True)
+        last_row = self._tap.op("Sub", [rows, self._tap.ints(1)], shared=True)
         return self._tap.op("Gather", [full, self._tap.lesser(self._tap.items, last_row)], axis=0)
 
     def padding(self, padding: KeyPadding) -> ir.Value:
-        """Float32, what is added to the scores: 0 where a key counts, the filter value where it does not."""
-        tap, zero = self._tap, self._tap.float(0.0)
+        """Return what is added to the scores, float32: 0 for keys that count, the filter value for the others."""
+        tap, zero = self._tap, self._tap.number(0.0)
         if padding.rank == 1:
             counts = self._between(padding.value)
         else:
             rows = tap.rows_of(padding.value)
             if padding.rank == 4:
                 starts, axes = tap.ints(0, 0), tap.ints(2, 3)
-                extents = tap.op("Concat", [self._length(), self._keys()], axis=0)
-                rows = tap.op("Slice", [rows, starts, extents, axes])
+                ends = tap.op("Concat", [self._length(), self._keys()], axis=0)
+                rows = tap.op("Slice", [rows, starts, ends, axes])
             rows = tap.unsqueeze(rows, *{2: (1, 2), 3: (1,), 4: ()}[padding.rank]) if padding.rank < 4 else rows
             counts = tap.op("Greater", [tap.op("Cast", [rows], to=int(ir.DataType.INT64)), tap.scalar(0)])
-        return tap.op("Where", [counts, zero, tap.float(padding.filter_value)])
+        return tap.op("Where", [counts, zero, tap.number(padding.filter_value)])
 
     def _between(self, bounds: ir.Value) -> ir.Value:
-        """Bool (n, 1, 1, S): keys before each row's end, and from its start on where there are starts."""
+        """Return bool (n, 1, 1, S): keys before each row's end, and from its start on where `bounds` has starts."""
         tap = self._tap
         wide = tap.op("Cast", [bounds], to=int(ir.DataType.INT64))
         ends = tap.unsqueeze(tap.op("Gather", [wide, tap.items], axis=0), 1, 2, 3)
@@ -69,41 +67,41 @@ class MaskRows:
         return tap.op("And", [before, tap.not_less(positions, starts)])
 
     def causal(self) -> ir.Value:
-        """Bool (n, 1, L, S): key j is kept for query i where j <= i. Has n as its extent to be empty with it."""
-        return self._tap.not_less(self._queries_down(), self._positions(self._key))
+        """Return bool (n, 1, L, S): key j is kept for query i where j <= i. It has n, to be empty where n is 0."""
+        return self._tap.not_less(self._query_positions(), self._positions(self._key))
 
     def window(self, width: int) -> ir.Value:
-        """Bool (n, 1, L, S): key j is kept for query i where j > i - width."""
-        first = self._tap.op("Sub", [self._queries_down(), self._tap.scalar(width)])
+        """Return bool (n, 1, L, S): key j is kept for query i where j > i - width."""
+        first = self._tap.op("Sub", [self._query_positions(), self._tap.scalar(width)])
         return self._tap.op("Less", [first, self._positions(self._key)])
 
     def ahead(self, count: int) -> ir.Value:
-        """Bool (n, 1, L, S): key j is kept for query i where j <= i + count."""
-        last = self._tap.op("Add", [self._queries_down(), self._tap.scalar(count)])
+        """Return bool (n, 1, L, S): key j is kept for query i where j <= i + count."""
+        last = self._tap.op("Add", [self._query_positions(), self._tap.scalar(count)])
         return self._tap.not_less(last, self._positions(self._key))
 
     def keys_up_to(self, ends: ir.Value) -> ir.Value:
-        """Bool (n, 1, 1, S): keys up to and with each row's end."""
+        """Return bool (n, 1, 1, S): keys up to and with each row's end."""
         return self._tap.not_less(self._ends(ends), self._positions(self._key))
 
     def queries_up_to(self, ends: ir.Value) -> ir.Value:
-        """Bool (n, 1, L, 1): queries up to and with each row's end."""
-        return self._tap.not_less(self._ends(ends), self._queries_down())
+        """Return bool (n, 1, L, 1): queries up to and with each row's end."""
+        return self._tap.not_less(self._ends(ends), self._query_positions())
 
     def _ends(self, ends: ir.Value) -> ir.Value:
-        """Int64 (n, 1, 1, 1). The kernel reads B numbers in a row, whatever their shape: (B,), (B, 1) or (1, B)."""
+        """Return int64 (n, 1, 1, 1). The kernel reads B numbers in any shape: (B,), (B, 1) or (1, B)."""
         tap = self._tap
         if ends.shape is None or len(ends.shape) != 1:
-            ends = tap.once("flat", ends, lambda value: tap.op("Reshape", [value, tap.ints(-1)]))
+            ends = tap.op("Reshape", [ends, tap.ints(-1)], shared=True)
         rows = tap.op("Cast", [tap.rows_of(ends)], to=int(ir.DataType.INT64))
         return tap.unsqueeze(rows, 1, 2, 3)
 
     def causal_penalty(self) -> ir.Value:
-        """Float32 (n, 1, L, S): the lowest number where key j stands behind query i, but for the last query."""
+        """Return float32 (n, 1, L, S): the lowest number where key j is behind query i, except for the last query."""
         tap = self._tap
         last = tap.op("Sub", [self._length(), tap.ints(1)])
-        kept = tap.op("Or", [self.causal(), tap.op("Equal", [self._queries_down(), last])])
-        return tap.op("Where", [kept, tap.float(0.0), tap.float(LOWEST)])
+        kept = tap.op("Or", [self.causal(), tap.op("Equal", [self._query_positions(), last])])
+        return tap.op("Where", [kept, tap.number(0.0), tap.number(LOWEST)])
 
     def _length(self) -> ir.Value:
         return self._tap.shape(self._query, 2, 3)
@@ -112,13 +110,13 @@ class MaskRows:
         return self._tap.shape(self._key, 2, 3)
 
     def _positions(self, rows: ir.Value) -> ir.Value:
-        """Int64 (T,): 0, 1, 2, ... along the third axis of query or key."""
+        """Return int64 (T,): 0, 1, 2, ... along the third axis of query or key."""
         tap = self._tap
         count = tap.op("Squeeze", [tap.shape(rows, 2, 3)])
         return tap.op("Range", [tap.scalar(0), count, tap.scalar(1)])
 
-    def _queries_down(self) -> ir.Value:
-        """Int64 (n, 1, L, 1)."""
+    def _query_positions(self) -> ir.Value:
+        """Return the positions of the queries, int64 (n, 1, L, 1)."""
         tap = self._tap
         one = tap.ints(1)
         shape = tap.op("Concat", [tap.shape(self._query, 0, 1), one, self._length(), one], axis=0)
@@ -126,7 +124,7 @@ class MaskRows:
 
 
 def _same_batch(mask: ir.Value, query: ir.Value) -> bool:
-    """Whether the graph itself says that a mask has a row for every row of the batch."""
+    """Return whether the axis symbols state that a mask has a row for every row of the batch."""
     if mask.shape is None or query.shape is None:
         return False
     one, other = mask.shape[0], query.shape[0]

@@ -1,4 +1,4 @@
-"""Brings an operand into (n, H, T, D) as its site's operator does: projected, cut, biased, rotated. Knows no scores."""
+"""Compute an operand of a site as its operator does: projected, cut, biased and rotated, in the shape (n, H, T, D)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Quantized, Rotary, Scores
-from attnserve_server.conversion.rewrite.taps.nodes import TapNodes, WholeBatch
+from attnserve_server.conversion.rewrite.taps.tap import Tap, WholeBatch
 
 
 def with_plain_values(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> dict[str, FoundSite]:
-    """The sites with values, (B, H, S, D), that stand in the graph: new nodes make what an operator makes inside.
+    """Return the sites with values, (B, H, S, D), that are in the graph; new nodes compute those inside operators.
 
-    For checks; a graph that serves has no use for them.
+    Checks compare weights @ value with an operator's output; a bundle's graph does not have these nodes.
     """
-    shared: dict[tuple[str, ir.Value], ir.Value] = {}
+    shared: dict[tuple[object, ...], ir.Value] = {}
     plain = dict(sites)
     for name, site in sites.items():
         scores = site.attention
@@ -25,28 +25,28 @@ def with_plain_values(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> dict[s
         nodes = WholeBatch(graph, f"{name}.value", shared)
         value = Operands(nodes).heads_first(scores.value, _head_dim(scores.value))
         value.type = ir.TensorType(ir.DataType.FLOAT)
-        nodes.place(site.node)
+        nodes.place_after(site.node)
         operand = Operand(value, scores.value.heads, packed=False)
         plain[name] = replace(site, attention=replace(scores, value=operand))
     return plain
 
 
 def _head_dim(operand: Operand) -> int:
-    """From the columns that it takes of a value or of a bias; a part of packed operands needs none."""
+    """Return the head size by the columns of the value or the bias; a part of packed operands needs none."""
     bias = operand.bias
     start, stop = operand.columns or ((bias.start, bias.stop) if bias is not None else (0, 0))
     return (stop - start) // operand.heads
 
 
 class Operands:
-    """The operands of one tap; two of them that share a value are gathered, and projected, once."""
+    """The operands of one tap. Operands that share a value share its gathered rows."""
 
-    def __init__(self, tap: TapNodes) -> None:
+    def __init__(self, tap: Tap) -> None:
         self._tap = tap
         self._rows: dict[ir.Value, ir.Value] = {}
 
     def heads_first(self, operand: Operand, head_dim: int) -> ir.Value:
-        """Float32 (n, H, T, D) of the rows that were asked for."""
+        """Return the selected rows, float32 (n, H, T, D)."""
         tap = self._tap
         rows = self._cut_out(operand)
         if operand.part is not None:
@@ -63,12 +63,12 @@ class Operands:
         return rows if operand.rotary is None else self._rotated(rows, operand.rotary, head_dim)
 
     def _cut_out(self, operand: Operand) -> ir.Value:
-        """The rows, projected where the operator does that, in the type that the graph computes in.
+        """Return the rows, projected where the operator does that, in the type that the graph computes in.
 
-        Weights are cut before the product: the file has them once, and the runtime, which folds the cut, holds a
-        second copy of two thirds of them. Cut after it, the product with the value's columns is made for nothing, and
-        the runtime packs a second copy of the whole (measured: 96 MiB of weights take 142 MiB untapped, 226 MiB cut
-        before, 238 MiB after).
+        Weights are cut before the MatMul: the file has them once, and the runtime, which folds the cut, holds a second
+        copy of two thirds of them. If they were cut after it, the value's columns would be computed in vain, and the
+        runtime would pack a second copy of all (measured: 96 MiB of weights take 142 MiB untapped, 226 MiB cut before,
+        238 MiB after).
         """
         tap, weights = self._tap, operand.weights
         if operand.columns is None:
@@ -77,29 +77,32 @@ class Operands:
             return self._columns(Columns(self._rows_of(operand.value), *operand.columns), 2)
         rows, cut = self._rows_of(operand.value), self._columns(Columns(weights, *operand.columns), 1)
         if operand.quantized is not None:
-            return self._integer_product(rows, cut, operand.quantized, operand.columns)
+            return self._integer_matmul(rows, cut, operand.quantized, operand.columns)
         return tap.op("MatMul", [rows, cut])
 
     def _rows_of(self, value: ir.Value) -> ir.Value:
-        """Gathered once for all operands that are made of it."""
+        """Return the selected rows, gathered once for all operands that use the value."""
         if value not in self._rows:
             self._rows[value] = self._tap.rows_of(value)
         return self._rows[value]
 
-    def _integer_product(
+    def _integer_matmul(
         self, rows: ir.Value, weights: ir.Value, quantized: Quantized, columns: tuple[int, int]
     ) -> ir.Value:
-        """Float32: exact in integers, as the operator's own, and scaled; `weights` are those of the columns alone."""
-        # Zeros, like weights, are cut for each operand: without VNNI the runtime rewrites both to unsigned
-        # numbers, under names that it can give out once.
+        """Return a MatMul of integers, which is exact as the operator's own, scaled to float32.
+
+        `weights` are those of the columns alone.
+        """
+        # Zero points, like weights, are cut for each operand: without VNNI the runtime rewrites both to unsigned
+        # numbers, under names that it can use only once.
         zero = None if quantized.weight_zero is None else self._per_column(quantized.weight_zero, columns)
         product = self._tap.op("MatMulInteger", [rows, weights, quantized.input_zero, zero])
         scale = self._tap.op("Mul", [quantized.input_scale, self._per_column(quantized.weight_scale, columns)])
         return self._tap.op("Mul", [self._tap.float32(product), scale])
 
     def _per_column(self, value: ir.Value, columns: tuple[int, int]) -> ir.Value:
-        """What belongs to some columns: a number for each, of as many, or of one that is for all."""
-        if value.shape is None or all(extent == 1 for extent in value.shape):
+        """Return the scales or zero points of some columns; one number may serve all columns."""
+        if value.shape is None or all(size == 1 for size in value.shape):
             value = self._tap.op("Expand", [value, self._tap.ints(columns[1])])
         return self._columns(Columns(value, *columns), 0)
 
@@ -108,7 +111,7 @@ class Operands:
         return tap.op("Slice", [columns.value, tap.ints(columns.start), tap.ints(columns.stop), tap.ints(axis)])
 
     def _rotated(self, rows: ir.Value, rotary: Rotary, head_dim: int) -> ir.Value:
-        """Float32 (n, H, T, D): each pair (a, b) becomes (a cos - b sin, b cos + a sin)."""
+        """Return float32 (n, H, T, D): each pair (a, b) becomes (a cos - b sin, b cos + a sin)."""
         tap = self._tap
         half = _width(rotary.cos)
         cos, sin = (self._angles(rows, table, rotary) for table in (rotary.cos, rotary.sin))
@@ -119,16 +122,16 @@ class Operands:
             return tap.op("Slice", [rows, *(tap.ints(number) for number in (start, stop, 3, every))])
 
         one, other = cut(0, first_end, step), cut(second, 2 * half, step)
-        turned_one = tap.op("Sub", [tap.op("Mul", [one, cos]), tap.op("Mul", [other, sin])])
-        turned_other = tap.op("Add", [tap.op("Mul", [other, cos]), tap.op("Mul", [one, sin])])
-        # Pairs stay apart, all first ones before all second ones: the product of query and key does not see the order.
-        parts = [turned_one, turned_other]
+        rotated_one = tap.op("Sub", [tap.op("Mul", [one, cos]), tap.op("Mul", [other, sin])])
+        rotated_other = tap.op("Add", [tap.op("Mul", [other, cos]), tap.op("Mul", [one, sin])])
+        # All first numbers precede all second ones; the MatMul of query and key does not depend on the order.
+        parts = [rotated_one, rotated_other]
         if 2 * half < head_dim:
             parts.append(cut(2 * half, head_dim, 1))
         return tap.op("Concat", parts, axis=3)
 
     def _angles(self, rows: ir.Value, table: ir.Value, rotary: Rotary) -> ir.Value:
-        """Float32 (T, R): rows of a table from the first position on."""
+        """Return the rows of a table from the first position on, float32 (T, R)."""
         tap = self._tap
         first, length = tap.ints(0), tap.shape(rows, 2, 3)
         if rotary.first is not None:

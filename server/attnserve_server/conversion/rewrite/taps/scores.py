@@ -1,4 +1,4 @@
-"""The tap of a site whose operator keeps its weights to itself: computes them again for the rows that ask.
+"""The tap of a site whose operator does not return its weights: computes them again for the selected rows.
 
 items (n,) -+-> query's rows -+-> MatMul -> softcap -> + masks -> Softmax -> weights (n, H, L, S)
             +-> key's rows ---+
@@ -12,49 +12,49 @@ import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import KeyPadding, Mask, Scores
 from attnserve_server.conversion.rewrite.taps.masks import LOWEST, MaskRows
-from attnserve_server.conversion.rewrite.taps.nodes import TapNodes
 from attnserve_server.conversion.rewrite.taps.operands import Operands
+from attnserve_server.conversion.rewrite.taps.tap import Tap
 
 _LOWEST_OF = {ir.DataType.FLOAT16: float(np.finfo(np.float16).min)}
-"""Exporters write "masked" as minus infinity or as the lowest number of the mask's type; bfloat16 reaches as far as
-float32, and float64 is cast to it."""
+"""Exporters write "masked" as minus infinity or as the lowest number of the mask's type. bfloat16 has the range of
+float32, and float64 is cast to that."""
 
 
-def weights_of_scores(tap: TapNodes, scores: Scores) -> ir.Value:
-    """Softmax of the site's scores for the rows that ask, float32 (n, H, L, S)."""
+def weights_of_scores(tap: Tap, scores: Scores) -> ir.Value:
+    """Return the softmax of the site's scores for the selected rows, float32 (n, H, L, S)."""
     return _ScoresTap(tap).weights(scores)
 
 
 class _ScoresTap:
-    def __init__(self, tap: TapNodes) -> None:
+    def __init__(self, tap: Tap) -> None:
         self._tap = tap
         self._operands = Operands(tap)
 
     def weights(self, scores: Scores) -> ir.Value:
-        """Float32 (n, H, L, S)."""
+        """Return the weights, float32 (n, H, L, S)."""
         query = self._operands.heads_first(scores.query, scores.head_dim)
         if scores.scale != 1:
-            query = self._tap.op("Mul", [query, self._tap.float(scores.scale)])
+            query = self._tap.op("Mul", [query, self._tap.number(scores.scale)])
         key = self._operands.heads_first(scores.key, scores.head_dim)
         logits = self._product(query, key, scores)
         if scores.softcap:
-            cap = self._tap.float(scores.softcap)
+            cap = self._tap.number(scores.softcap)
             logits = self._tap.op("Mul", [self._tap.op("Tanh", [self._tap.op("Div", [logits, cap])]), cap])
         masks = MaskRows(self._tap, scores.query.value, query, key)
         return self._zeroed(scores, masks, logits) if scores.zeroed else self._added(scores, masks, logits)
 
     def _zeroed(self, scores: Scores, masks: MaskRows, logits: ir.Value) -> ir.Value:
-        """Softmax over the keys that are not masked; 0 where none is left."""
+        """Return softmax over the keys that are not masked; 0 in rows without such a key."""
         kept: list[ir.Value] = []
         for mask in scores.masks:
-            assert isinstance(mask, Mask), "padding that is added leaves no row empty"
+            assert isinstance(mask, Mask), "key padding is added to scores, and leaves no row without a key"
             rows = masks.of(mask)
             if mask.boolean:
                 kept.append(rows)
                 continue
             bias = self._tap.float32(rows)
             logits = self._tap.op("Add", [logits, bias])
-            kept.append(self._tap.op("Greater", [bias, self._tap.float(_masked_up_to(mask))]))
+            kept.append(self._tap.op("Greater", [bias, self._tap.number(_masked_up_to(mask))]))
         if scores.causal:
             kept.append(masks.causal())
         if scores.window:
@@ -70,28 +70,28 @@ class _ScoresTap:
         allowed = kept[0]
         for other in kept[1:]:
             allowed = self._tap.op("And", [allowed, other])
-        # Where twice: the first keeps masked keys out of the sum, the second turns a row in which every key is masked
-        # (and softmax therefore uniform) into zeros. A selection, since a product would carry a NaN on.
-        softmax = self._softmax(self._tap.op("Where", [allowed, logits, self._tap.float(LOWEST)]), scores)
-        return self._tap.op("Where", [allowed, softmax, self._tap.float(0.0)])
+        # Two Wheres: the first keeps masked keys out of the sum; the second sets a row in which every key is masked,
+        # and softmax therefore uniform, to zeros. A Mul would keep a NaN.
+        softmax = self._softmax(self._tap.op("Where", [allowed, logits, self._tap.number(LOWEST)]), scores)
+        return self._tap.op("Where", [allowed, softmax, self._tap.number(0.0)])
 
     def _softmax(self, logits: ir.Value, scores: Scores) -> ir.Value:
-        """Over the keys, and over the sink beside them, whose own share is left out."""
+        """Return softmax over the keys and the sink; the sink's share is left out."""
         tap = self._tap
         if scores.sink is None:
             return tap.op("Softmax", [logits], axis=-1)
         if isinstance(scores.sink, ir.Value):
             sink = tap.reshape(tap.float32(scores.sink), [tap.ints(1, scores.query.heads, 1, 1)])
         else:
-            sink = tap.float(scores.sink)
+            sink = tap.number(scores.sink)
         column = tap.op("Expand", [sink, tap.op("Concat", [tap.shape(logits, 0, 3), tap.ints(1)], axis=0)])
         softmax = tap.op("Softmax", [tap.op("Concat", [logits, column], axis=3)], axis=-1)
         return tap.op("Slice", [softmax, tap.ints(0), tap.ints(-1), tap.ints(3)])
 
     def _added(self, scores: Scores, masks: MaskRows, logits: ir.Value) -> ir.Value:
-        """Softmax of the scores and all that is added to them, which is summed first, as onnxruntime does.
+        """Return softmax of the scores plus all masks; the masks are summed first, as onnxruntime does.
 
-        The order matters where a whole row is shifted by -10,000: the scores keep but three decimal places there.
+        The order matters where a whole row is shifted by -10,000, which leaves the scores three decimal places.
         """
         total: ir.Value | None = None
         biased = False
@@ -107,21 +107,21 @@ class _ScoresTap:
         softmax = self._tap.op("Softmax", [logits if total is None else self._sum(logits, total)], axis=-1)
         if not biased:
             return softmax
-        # A row of nothing but minus infinity, where the operator itself answers NaN.
-        return self._tap.op("Where", [self._tap.op("IsNaN", [softmax]), self._tap.float(0.0), softmax])
+        # A row of minus infinities, for which the operator itself returns NaN.
+        return self._tap.op("Where", [self._tap.op("IsNaN", [softmax]), self._tap.number(0.0), softmax])
 
     def _sum(self, one: ir.Value | None, other: ir.Value) -> ir.Value:
         return other if one is None else self._tap.op("Add", [one, other])
 
     def _product(self, query: ir.Value, key: ir.Value, scores: Scores) -> ir.Value:
-        """Query @ key^T, (n, H, L, S); query heads h * G to h * G + G - 1 share the key head h."""
-        turned = self._tap.op("Transpose", [key], perm=[0, 1, 3, 2])
+        """Return query @ key^T, (n, H, L, S); query heads h * G to h * G + G - 1 share the key head h."""
+        transposed = self._tap.op("Transpose", [key], perm=[0, 1, 3, 2])
         heads, kv_heads = scores.query.heads, scores.key.heads
         if heads == kv_heads:
-            return self._tap.op("MatMul", [query, turned])
+            return self._tap.op("MatMul", [query, transposed])
         count, rest = self._tap.shape(query, 0, 1), self._tap.shape(query, 2, 4)
         query_groups = self._tap.reshape(query, [count, self._tap.ints(kv_heads, heads // kv_heads), rest])
-        product = self._tap.op("MatMul", [query_groups, self._tap.unsqueeze(turned, 2)])
+        product = self._tap.op("MatMul", [query_groups, self._tap.unsqueeze(transposed, 2)])
         lengths = [self._tap.shape(query, 2, 3), self._tap.shape(key, 2, 3)]
         return self._tap.reshape(product, [count, self._tap.ints(heads), *lengths])
 

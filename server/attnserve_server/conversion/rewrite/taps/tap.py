@@ -1,0 +1,64 @@
+"""The nodes of one tap while it is built: its input, the nodes so far, and the output that ends it."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from attnserve_server.conversion.graphs.nodes import NodeBuilder
+
+ITEMS_PREFIX = "attention_items."
+WEIGHTS_PREFIX = "attention."
+
+
+class Tap(NodeBuilder):
+    """A tap under construction.
+
+    `items` is its input, int64 (n,): the rows of the batch whose weights are selected, in any order; n may be 0.
+
+    Args:
+        graph: the graph to tap.
+        name: of the site.
+        shared: what the taps of the graph share; the nodes of the first tap precede those of the others.
+    """
+
+    def __init__(self, graph: ir.Graph, name: str, shared: dict[tuple[object, ...], ir.Value]) -> None:
+        super().__init__(graph, f"{WEIGHTS_PREFIX}{name}/", shared=shared)
+        self._name = name
+        self.items = ir.val(ITEMS_PREFIX + name, ir.DataType.INT64, ir.Shape([f"{ITEMS_PREFIX}{name}.count"]))
+
+    def finish(self, weights: ir.Value, heads: int, behind: ir.Node) -> None:
+        """Place the nodes behind one of the graph's own, and make the weights, float32 (n, H, L, S), an output."""
+        weights.name = WEIGHTS_PREFIX + self._name
+        weights.type = ir.TensorType(ir.DataType.FLOAT)
+        weights.shape = ir.Shape([f"{ITEMS_PREFIX}{self._name}.count", heads, None, None])
+        self.place_after(behind)
+        self.graph.inputs.append(self.items)
+        self.graph.outputs.append(weights)
+
+    def rows_of(self, value: ir.Value) -> ir.Value:
+        """Return the selected rows of a value whose first axis is the batch."""
+        return self.op("Gather", [value, self.items], axis=0)
+
+    def batch(self) -> ir.Value:
+        """Return the number of rows of the batch, int64 of rank 1, from the first input, which is none of a tap's."""
+        return self.shape(self.graph.inputs[0], 0, 1)
+
+    def float32(self, value: ir.Value) -> ir.Value:
+        """Return the value in float32."""
+        return self.op("Cast", [value], to=int(ir.DataType.FLOAT))
+
+    def not_less(self, one: ir.Value, other: ir.Value) -> ir.Value:
+        """Return one >= other, bool. Opset 11 has no GreaterOrEqual."""
+        return self.op("Not", [self.op("Less", [one, other])])
+
+    def lesser(self, one: ir.Value, other: ir.Value) -> ir.Value:
+        """Return the lesser of two int64 values. Min takes no integers before opset 12."""
+        return self.op("Where", [self.op("Less", [one, other]), one, other])
+
+
+class WholeBatch(Tap):
+    """Nodes for checks that work on every row of the batch."""
+
+    def rows_of(self, value: ir.Value) -> ir.Value:
+        """Return the value: all rows."""
+        return value
