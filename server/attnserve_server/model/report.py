@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -20,16 +21,24 @@ class Provenance(Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
+class UnfusedSite(Frozen):
+    """A decomposed site that is not rewritten to a fused operator: its name, and the reason."""
+
+    site: str
+    reason: str
+
+
 class FusionReport(Frozen):
     """Result of rewriting decomposed sites to a fused operator, before taps are added.
 
     Args:
-        operator: the fused operator.
+        operator: the fused operator; empty if no site can be rewritten.
         sites: number of rewritten sites.
         kept: whether the rewritten graph was kept.
         fused_over_source_time: run time divided by that of the source; None: not measured.
         output_max_abs_error: greatest difference to the source; None: not measured.
         reason: why the rewritten graph was not kept; empty if it was.
+        unfused: the other decomposed sites. Sites that were attention operators before are not among them.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -40,14 +49,27 @@ class FusionReport(Frozen):
     fused_over_source_time: float | None = None
     output_max_abs_error: float | None = None
     reason: str = ""
+    unfused: tuple[UnfusedSite, ...] = ()
 
     def __str__(self) -> str:
         """Format as one line."""
-        sites = "site" if self.sites == 1 else "sites"
-        where = f"{self.sites} attention {sites} rewritten to {self.operator}"
-        if self.kept:
-            return f"{where}: {self.fused_over_source_time:.3f} of the source's time"
-        return f"{where}, but not kept: {self.reason}"
+        parts = _grouped([(unfused.site, unfused.reason) for unfused in self.unfused], "not fused")
+        if self.sites:
+            sites = "site" if self.sites == 1 else "sites"
+            where = f"{self.sites} attention {sites} rewritten to {self.operator}"
+            kept = f": {self.fused_over_source_time:.3f} of the source's time"
+            parts.insert(0, where + (kept if self.kept else f", but not kept: {self.reason}"))
+        return "; ".join(parts)
+
+
+def _grouped(named: Sequence[tuple[str, str]], what: str) -> list[str]:
+    """Format names and reasons, one entry for each reason: the first name, and how many more have it."""
+    entries: list[str] = []
+    for reason in dict.fromkeys(reason for _, reason in named):
+        names = [name for name, own in named if own == reason]
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        entries.append(f"{names[0]}{others} {what}: {reason}")
+    return entries
 
 
 class TrialReport(Frozen):
@@ -107,10 +129,7 @@ class RequantizeReport(Frozen):
         lines = [f"{self.rewritten} of {total} dynamic quantizers rewritten to one scale per row"]
         if self.unrounded:
             lines.append(f"{self.unrounded} removed: their MatMul of two activations runs in float32")
-        for reason in dict.fromkeys(left.reason for left in self.left):
-            nodes = [left.node for left in self.left if left.reason == reason]
-            others = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
-            lines.append(f"{nodes[0]}{others} not rewritten: {reason}")
+        lines += _grouped([(left.node, left.reason) for left in self.left], "not rewritten")
         return "; ".join(lines)
 
 

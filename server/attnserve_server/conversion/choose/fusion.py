@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import precision_of, save
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
-from attnserve_server.conversion.rewrite.fuse.candidates import Fused, candidates
+from attnserve_server.conversion.rewrite.fuse.candidates import Fused, candidates, unfused_sites
 from attnserve_server.conversion.rewrite.taps import expose
-from attnserve_server.model.report import FusionReport
+from attnserve_server.model.report import FusionReport, UnfusedSite
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Rewritten:
     Attributes:
         proto: the graph to assemble.
         source: the graph before fusion, if it was loaded for the comparison.
-        report: on the candidate that is kept, or the fastest one that is not; None if there was no candidate.
+        report: on the candidate that is kept, or the fastest one that is not; None if the graph has no site to fuse.
     """
 
     proto: onnx.ModelProto
@@ -62,7 +63,7 @@ def fused(proto: onnx.ModelProto, sampler: Sampler, work: Path, *, fuse: bool = 
     rewritten = candidates(proto) if fuse else iter(())
     first = next(rewritten, None)
     if first is None:
-        return Rewritten(proto)
+        return Rewritten(proto, report=_without_candidates(proto) if fuse else None)
     source_path = work / "unfused.onnx"
     save(ir.from_proto(proto), source_path)
     source = GraphRunner(source_path)
@@ -76,9 +77,19 @@ def fused(proto: onnx.ModelProto, sampler: Sampler, work: Path, *, fuse: bool = 
     return Rewritten(proto, source, nearest)
 
 
+def _without_candidates(proto: onnx.ModelProto) -> FusionReport | None:
+    unfused = _listed(unfused_sites(proto))
+    return FusionReport(operator="", sites=0, kept=False, unfused=unfused) if unfused else None
+
+
+def _listed(reasons: Mapping[str, str]) -> tuple[UnfusedSite, ...]:
+    return tuple(UnfusedSite(site=name, reason=reason) for name, reason in reasons.items())
+
+
 def tried(candidate: Fused, proto: onnx.ModelProto, source: GraphRunner, sampler: Sampler, path: Path) -> FusionReport:
     """Load one candidate, compare it with its source and time both; report whether it is kept."""
-    report = FusionReport(operator=candidate.operator, sites=candidate.sites, kept=False)
+    unfused = _listed(candidate.unfused)
+    report = FusionReport(operator=candidate.operator, sites=candidate.sites, kept=False, unfused=unfused)
     if tappable_sites(candidate.proto) < tappable_sites(proto):
         return report.model_copy(update={"reason": "its sites cannot be tapped"})
     outputs = [value.name for value in proto.graph.output]

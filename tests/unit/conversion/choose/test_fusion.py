@@ -17,6 +17,7 @@ from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.fuse.candidates import ATTENTION, MULTI_HEAD, Fused, candidates
 from attnserve_server.model.manifest import Manifest
+from attnserve_server.model.report import FusionReport, UnfusedSite
 from onnx_files import saved
 from plain_graphs import Plain
 from typer import Typer
@@ -119,14 +120,49 @@ def test_no_fusion_is_tried_without_fuse(tmp_path: Path) -> None:
     assert prepared(tmp_path, fuse=False).check.fusion is None
 
 
-def test_graph_without_plain_sites_has_no_fusion_report(tmp_path: Path) -> None:
+def test_graph_without_plain_sites_reports_why_each_is_not_fused(tmp_path: Path) -> None:
     model = CASE.model()
     assert list(candidates(checked(onnx.version_converter.convert_version(model, 18), "plain")))
     softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
     model.graph.output.append(
         onnx.helper.make_tensor_value_info(softmax.output[0], 1, ["batch", 4, "target", "target"])
     )
-    assert prepared(tmp_path, model=model).check.fusion is None
+    report = prepared(tmp_path, model=model).check.fusion
+    assert report is not None
+    assert (report.sites, report.operator, report.kept) == (0, "", False)
+    assert report.unfused == (
+        UnfusedSite(site="encoder.layer.0.attention", reason="its weights are an output of the graph"),
+    )
+    assert str(report) == "encoder.layer.0.attention not fused: its weights are an output of the graph"
+
+
+def test_sites_with_the_same_reason_are_summed_up() -> None:
+    unfused = tuple(UnfusedSite(site=f"layer.{at}", reason="its scores have rank 3, not 4") for at in range(3))
+    other = UnfusedSite(site="layer.3", reason="its scores are scaled after a mask")
+    report = FusionReport(operator=ATTENTION, sites=8, kept=True, fused_over_source_time=0.9, unfused=(*unfused, other))
+    assert str(report) == (
+        "8 attention sites rewritten to ai.onnx.Attention: 0.900 of the source's time; "
+        "layer.0 and 2 more not fused: its scores have rank 3, not 4; "
+        "layer.3 not fused: its scores are scaled after a mask"
+    )
+
+
+def test_inspect_and_prepare_print_why_a_site_is_not_fused(tmp_path: Path) -> None:
+    model = CASE.model()
+    softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info(softmax.output[0], 1, ["batch", 4, "target", "target"])
+    )
+    app = Typer()
+    convert.register(app)
+    inspect.register(app)
+    line = ["prepare", str(saved(model, tmp_path / "ranker.onnx")), "--name", "ranker"]
+    done = CliRunner().invoke(app, [*line, "--repository", str(tmp_path / "models")])
+    reason = "encoder.layer.0.attention not fused: its weights are an output of the graph"
+    assert done.exit_code == 0, done.output
+    assert reason in done.output
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "models" / "ranker" / "1")])
+    assert reason in " ".join(shown.output.split())
 
 
 @pytest.mark.parametrize(

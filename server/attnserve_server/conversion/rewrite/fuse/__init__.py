@@ -1,1 +1,1 @@
-"""Rewrite plain attention to one fused operator."""
+"""Rewrite decomposed attention to fused operators."""

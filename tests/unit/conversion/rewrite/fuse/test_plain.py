@@ -1,4 +1,4 @@
-"""Which decomposed sites are plain, and which are left to their graphs."""
+"""Which decomposed sites have the plain form, and the reason that is reported for every other one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import onnx_ir as ir
 import pytest
 from attnserve_server.conversion.finders.names import site_names
 from attnserve_server.conversion.graphs.reading import checked
-from attnserve_server.conversion.rewrite.fuse.candidates import candidates
+from attnserve_server.conversion.rewrite.fuse.candidates import ATTENTION, candidates, unfused_sites
 from attnserve_server.conversion.rewrite.fuse.plain import PlainSite, plain_sites
+from decomposed_graphs import Decomposed
+from linear_graphs import linear_graph
 from onnx import helper, numpy_helper
 from plain_graphs import HEAD_DIM, HEADS, Plain
 
 
 def sites(model: onnx.ModelProto) -> list[PlainSite]:
-    return list(plain_sites(ir.from_proto(checked(model, "plain")).graph))
+    return list(plain_sites(ir.from_proto(checked(model, "plain")).graph)[0].values())
+
+
+def reasons(model: onnx.ModelProto) -> list[str]:
+    return list(plain_sites(ir.from_proto(checked(model, "plain")).graph)[1].values())
 
 
 @pytest.mark.parametrize("scale", ["scores", "query", "key", "both"])
@@ -134,31 +140,120 @@ def weights_are_rounded(graph: onnx.GraphProto, softmax: onnx.NodeProto) -> None
     after.input[0] = "rounded"
 
 
+def weights_are_transposed(graph: onnx.GraphProto, softmax: onnx.NodeProto) -> None:
+    (after,) = [node for node in graph.node if softmax.output[0] in node.input]
+    insert(graph, after, helper.make_node("Transpose", [softmax.output[0]], ["swapped"], perm=[0, 1, 2, 3]))
+    after.input[0] = "swapped"
+
+
+def keys_are_rectified_once_transposed(graph: onnx.GraphProto, softmax: onnx.NodeProto) -> None:
+    (product,) = [node for node in graph.node if softmax.input[0] in node.output]
+    insert(graph, product, helper.make_node("Relu", [product.input[1]], ["rectified"]))
+    product.input[1] = "rectified"
+
+
 @pytest.mark.parametrize(
-    ("change", "form"),
+    ("change", "form", "reason"),
     [
-        (weights_are_an_output, {}),
-        (weights_are_used_twice, {}),
-        (softmax_has_a_cap, {}),
-        (masked_scores_are_scaled, {"masks": ("lowest",)}),
-        (scores_are_replaced_by_a_number_that_hides_nothing, {"masks": ("chosen",)}),
-        (bias_is_made_from_the_queries, {"scale": "none"}),
-        (scores_are_a_sum_of_two_products, {"scale": "none"}),
-        (hidden_scores_get_a_bias, {"masks": ("chosen inverted",)}),
-        (hidden_scores_rank, {"masks": ("chosen inverted",)}),
-        (softmax_runs_over_the_queries, {}),
-        (guard_changes_weights, {"guard": "not a number"}),
-        (weights_are_rounded, {}),
+        (weights_are_an_output, {}, "its weights are an output of the graph"),
+        (weights_are_used_twice, {}, "its weights are read by several nodes: MatMul, ReduceMax"),
+        (weights_are_transposed, {}, "Transpose is between its softmax and the MatMul with the values"),
+        (softmax_has_a_cap, {}, "Tanh is between the MatMul of query and key and its softmax"),
+        (masked_scores_are_scaled, {"masks": ("lowest",)}, "its scores are scaled after a mask"),
+        (
+            scores_are_replaced_by_a_number_that_hides_nothing,
+            {"masks": ("chosen",)},
+            "a Where replaces its scores by -2, where -10000 or less hides a key",
+        ),
+        (
+            bias_is_made_from_the_queries,
+            {"scale": "none"},
+            "its bias is computed from its own queries or keys",
+        ),
+        (scores_are_a_sum_of_two_products, {"scale": "none"}, "its scores are a sum of several MatMuls"),
+        (
+            hidden_scores_get_a_bias,
+            {"masks": ("chosen inverted",)},
+            "a bias is added after a mask that replaces scores by -10000, and shows in hidden rows",
+        ),
+        (
+            hidden_scores_rank,
+            {"masks": ("chosen inverted",)},
+            "its masks replace scores by -1e+09 and -10000, which differ",
+        ),
+        (
+            guard_changes_weights,
+            {"guard": "not a number"},
+            "its guard against NaN is not Where(IsNaN(weights), 0, weights)",
+        ),
+        (
+            keys_are_rectified_once_transposed,
+            {"scale": "none"},
+            "its keys are not transposed by a Transpose before the MatMul",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_is_not_plain_is_left_alone(
-    change: Callable[[onnx.GraphProto, onnx.NodeProto], None], form: dict[str, object]
+def test_site_that_is_not_plain_is_left_alone_and_its_reason_reported(
+    change: Callable[[onnx.GraphProto, onnx.NodeProto], None], form: dict[str, object], reason: str
 ) -> None:
     assert len(sites(edited(lambda graph, softmax: None, **form))) == 1
     model = edited(change, **form)
     assert sites(model) == []
+    assert reasons(model) == [reason]
     assert list(candidates(checked(model, "left alone"))) == []
+    assert unfused_sites(checked(model, "left alone")) == {"encoder.layer.0.attention": reason}
+
+
+@pytest.mark.parametrize("change", [softmax_runs_over_the_queries, weights_are_rounded])
+def test_softmax_that_is_not_attention_is_left_alone(
+    change: Callable[[onnx.GraphProto, onnx.NodeProto], None],
+) -> None:
+    model = edited(change)
+    assert (sites(model), reasons(model)) == ([], [])
+    assert list(candidates(checked(model, "left alone"))) == []
+
+
+def test_plain_site_has_no_reason() -> None:
+    assert reasons(Plain().model()) == []
+
+
+def test_softmax_written_as_exponentials_is_reported() -> None:
+    (reason,) = reasons(Decomposed(spelling="Exp").model())
+    assert reason == "its softmax ends in Div, not in a Softmax node"
+
+
+def test_scores_of_three_axes_are_reported() -> None:
+    (reason,) = reasons(Decomposed(layout="3-D").model())
+    assert reason == "its scores have rank 3, not 4"
+
+
+def test_linear_attention_is_reported_as_such() -> None:
+    (reason,) = reasons(linear_graph("matmul"))
+    assert reason == "it is linear attention, which no operator fuses"
+
+
+def test_operator_that_is_fused_already_is_not_reported() -> None:
+    assert reasons(Plain(opset=23, operator=True).model()) == []
+
+
+def test_second_operator_reports_its_own_limits() -> None:
+    model = checked(Plain(packed=True, dtype=np.float64).model(), "double")
+    first, *others = candidates(model)
+    assert (first.operator, first.unfused, others) == (ATTENTION, {}, [])
+
+
+def test_graph_that_cannot_be_converted_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(onnx.version_converter, "convert_version", refuse)
+    model = checked(Plain(dtype=np.float64).model(), "double")
+    assert list(candidates(model)) == []
+    assert unfused_sites(model) == {
+        "encoder.layer.0.attention": "the graph cannot be converted to opset 23, which Attention needs; "
+        "MultiHeadAttention computes in float32 and float16 only"
+    }
 
 
 @pytest.mark.parametrize("opset", [13, 23])
