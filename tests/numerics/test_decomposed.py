@@ -1,4 +1,4 @@
-"""Attention written out step by step is found, tapped, and equal to the definition, whatever its form."""
+"""Attention in single operators is found, tapped, and equal to the definition, in every form."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def assembled(model: onnx.ModelProto, folder: Path) -> Assembled:
 
 
 def assert_equals_definition(case: Decomposed, model: onnx.ModelProto | None = None) -> None:
-    """Whether a graph, by default the case's own, gives the case's weights."""
+    """Assert that a graph, by default the case's own, gives the case's weights."""
     with TemporaryDirectory() as folder:
         done = assembled(model or case.model(), Path(folder))
         (site,) = done.sites
@@ -81,7 +81,7 @@ def test_every_spelling_of_softmax(spelling: str, opset: int) -> None:
     assert_equals_definition(Decomposed(spelling=spelling, opset=opset, mask="added"))
 
 
-def test_products_of_integers_are_tapped_before_they_are_quantised(tmp_path: Path) -> None:
+def test_weights_of_integer_matmuls_are_tapped_before_they_are_quantized(tmp_path: Path) -> None:
     case = Decomposed(layout="3-D", mask="added")
     onnx.save(case.model(), tmp_path / "wide.onnx")
     integers = {"MatMulConstBOnly": False}
@@ -92,13 +92,13 @@ def test_products_of_integers_are_tapped_before_they_are_quantised(tmp_path: Pat
     session = RuntimeSession.load(done.model_path, provider="CPUExecutionProvider")
     feeds = case.feeds(4, 6, 9)
     (weights,) = session.run({**feeds, site.items_input: np.arange(4)}, [site.weights_output])
-    # 8 bits of features, of their tables, and of queries and keys, whose products reach 10.
+    # 8 bits of features, of their tables, and of queries and keys, whose scores reach 10.
     np.testing.assert_allclose(weights, case.reference(feeds), rtol=0, atol=0.1)
     np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=0, atol=1e-5)
 
 
 class Examples(CalibrationDataReader):
-    """What a static quantisation measures ranges on."""
+    """The inputs on which static quantization measures ranges."""
 
     def __init__(self, case: Decomposed) -> None:
         self._feeds = iter([case.feeds(3, 6, 9, seed) for seed in range(3)])
@@ -111,11 +111,11 @@ class Examples(CalibrationDataReader):
     ("form", "reason"),
     [
         (QuantFormat.QDQ, ""),
-        (QuantFormat.QOperator, "its weights are integers from softmax to product, which are not tapped yet"),
+        (QuantFormat.QOperator, "its weights are integers from softmax to MatMul, which are not tapped yet"),
     ],
     ids=["around the products", "throughout"],
 )
-def test_statically_quantised_files_are_found(form: QuantFormat, reason: str, tmp_path: Path) -> None:
+def test_sites_of_statically_quantized_files_are_found(form: QuantFormat, reason: str, tmp_path: Path) -> None:
     case = Decomposed()
     onnx.save(onnx.shape_inference.infer_shapes(case.model()), tmp_path / "wide.onnx")
     quantize_static(tmp_path / "wide.onnx", tmp_path / "narrow.onnx", Examples(case), quant_format=form)
@@ -140,7 +140,7 @@ def test_file_that_the_runtime_saved_optimised_is_tapped(layout: str, spelling: 
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     onnxruntime.InferenceSession(tmp_path / "source.onnx", options, providers=["CPUExecutionProvider"])
     optimised = onnx.load(tmp_path / "optimised.onnx")
-    # The control: there is something that the runtime's own operators stand for.
+    # The positive control: the runtime did write operators of its domain.
     assert any(node.op_type == "FusedMatMul" for node in optimised.graph.node)
     assert_equals_definition(case, optimised)
 
@@ -150,7 +150,7 @@ def forms(draw: st.DrawFn) -> Decomposed:
     layout = draw(st.sampled_from(LAYOUTS))
     oldest = 12 if "einsum" in layout else 11
     guard = draw(st.sampled_from(GUARDS))
-    # The runtime quantises no float16.
+    # The runtime quantizes no float16.
     dtype = np.float32 if guard == "quantised" else draw(st.sampled_from([np.float32, np.float32, np.float16]))
     latent = layout not in {"5-D", "einsum grouped"} and draw(st.booleans())
     return Decomposed(

@@ -1,4 +1,4 @@
-"""Small torch modules, as either of torch's exporters writes them: sites are found, named, and equal to torch's own."""
+"""Small torch modules from both of torch's exporters: sites are found, named, and equal to torch's weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTH, HEADS, LONGEST = 32, 4, 64
 
 
 class Multihead(nn.Module):
-    """Torch's own module: with weights it multiplies step by step, without it calls the fused operator."""
+    """Torch's own module: with weights it uses single operators, without them the fused one."""
 
     def __init__(self, *, need_weights: bool) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention by hand: causal by a triangle in a buffer, as in GPT, or biased by distance, as in T5."""
+    """Self-attention in single operators: causal by a buffer, as in GPT, or biased by distance, as in T5."""
 
     def __init__(self, *, biased: bool) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def test_exports_are_tapped(name: str, exporter: str, opset: int, tmp_path: Path
     module = make()
     done = assembled(exported(module, exporter, opset, tmp_path / "model.onnx"), tmp_path)
     assert [site.name for site in done.sites] == [module_path]
-    # Which sites are causal is proved when a bundle is certified; here only an operator's own attribute tells.
+    # Which sites are causal is proved when a bundle is certified; here only an operator's attribute states it.
     assert {site.kind for site in done.sites} <= ({"causal", "self"} if name == "causal" else {"self"})
     assert [(site.heads, site.query_axis, site.key_axis) for site in done.sites] == [(HEADS, "seq", "seq")]
     assert_equals_torch(done, module)

@@ -1,4 +1,4 @@
-"""Attention in forms that few graphs have is tapped, and equal to its definition in float64."""
+"""Attention in unusual forms is tapped, and equal to its definition in float64."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def difference(steps: Steps) -> tuple[str, Callable[[Array, Array], Array]]:
 
 
 def keys_apart(steps: Steps) -> tuple[str, Callable[[Array, Array], Array]]:
-    """Two sets of keys, each with a softmax of its own: all of them, and the first two once more."""
+    """Two sets of keys, each with a separate softmax: all of them, and the first two again."""
     other = steps.op("Tanh", steps.op("Slice", "y", axes(steps, 0), axes(steps, 2), axes(steps, 1)))
     weights = steps.op("Concat", weights_of(steps), weights_of(steps, other), axis=-1)
     return (
@@ -88,7 +88,7 @@ def squared(steps: Steps) -> tuple[str, Callable[[Array, Array], Array]]:
 
 
 def cut_off(steps: Steps) -> tuple[str, Callable[[Array, Array], Array]]:
-    """Small weights made zero."""
+    """Small weights are set to zero."""
     less = steps.op("Sub", weights_of(steps), steps.const(value=0.1))
     return (
         steps.op("MatMul", steps.op("Relu", less), "y"),

@@ -1,4 +1,4 @@
-"""Fused graphs answer as their sources do, and their taps give the weights of the definition."""
+"""Fused graphs give the answers of their sources, and their taps the weights of the definition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCES = {np.float32: 1e-5, np.float16: 1e-2}
 
 
 def is_plain(masks: tuple[str, ...]) -> bool:
-    """A number for hidden keys that is not very low tells when something is added to it, or when there are two."""
+    """A fill that is not very low shows in hidden rows where a bias is added to it, or where there are two fills."""
     low = masks.index("chosen inverted") if "chosen inverted" in masks else len(masks)
     added = {"lowest", "minus infinity", "-1e4", "bias"} & set(masks[low:])
     return not added and not {"chosen", "chosen inverted"} <= set(masks)
@@ -60,12 +60,12 @@ def answers(model: onnx.ModelProto, feeds: dict[str, Array]) -> Array:
 
 
 def worst(found: Array, expected: Array) -> float:
-    """Rows that the source makes NaN (every key hidden by minus infinity, no guard) are nothing to compare with."""
+    """Return the greatest difference; rows in which the source is NaN (minus infinity hides every key) do not count."""
     return float(np.abs(np.where(np.isnan(expected), 0, found - expected)).max())
 
 
 def weights_of(model: onnx.ModelProto, feeds: dict[str, Array]) -> Array:
-    """All rows, from the tap."""
+    """Return the weights of all rows from the tap."""
     tapped_model, sites = tapped(model)
     (name,) = sites
     items = {f"attention_items.{name}": np.arange(len(feeds["queries"]))}
@@ -74,10 +74,10 @@ def weights_of(model: onnx.ModelProto, feeds: dict[str, Array]) -> Array:
 
 @settings(max_examples=60)
 @given(case=plain, shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), hide_all=st.booleans())
-def test_every_plain_form_is_fused_and_answers_as_before(
+def test_every_plain_form_is_fused_and_gives_the_same_answers(
     case: Plain, shape: tuple[int, int, int], *, hide_all: bool
 ) -> None:
-    # -1e4 leaves fully hidden rows a softmax of scores that have lost their last ten bits.
+    # -1e4 leaves the scores of fully hidden rows without their last ten bits.
     feeds = case.feeds(*shape, hide_all=hide_all and "-1e4" not in case.masks)
     rewritten = fused(case, ATTENTION)
     assert worst(answers(rewritten, feeds), answers(case.model(), feeds)) < TOLERANCES[np.float32]
@@ -93,7 +93,7 @@ def test_tap_of_a_fused_site_gives_the_weights_of_the_definition(case: Plain, sh
 
 @settings(max_examples=15)
 @given(case=plain, hide_all=st.booleans())
-def test_multi_head_attention_answers_as_before_too(case: Plain, *, hide_all: bool) -> None:
+def test_multi_head_attention_gives_the_same_answers(case: Plain, *, hide_all: bool) -> None:
     feeds = case.feeds(2, 5, 6, hide_all=hide_all and "-1e4" not in case.masks)
     assert worst(answers(fused(case, MULTI_HEAD), feeds), answers(case.model(), feeds)) < TOLERANCES[np.float32]
 
@@ -144,5 +144,5 @@ def test_operator_on_split_heads_gets_the_packed_ones(masks: tuple[str, ...], sc
     assert turned == (0 if packed else 1)
     assert worst(answers(found.proto, feeds), answers(case.model(), feeds)) < TOLERANCES[np.float32]
     assert np.abs(weights_of(found.proto, feeds) - case.reference(feeds)).max() < TOLERANCES[np.float32]
-    # Nothing is left to do.
+    # The result cannot be rewritten again.
     assert list(candidates(found.proto)) == []

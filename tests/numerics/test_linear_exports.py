@@ -1,4 +1,4 @@
-"""Linear attention as people write it in torch, by either exporter, against its definition in float64."""
+"""Linear attention in common torch modules, by both exporters, against its definition in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADS, WIDTH = 4, 32
 
 
 class LinearAttention(nn.Module):
-    """With einsum, and three ways to divide: by a product of three, of values scaled first, or with heads in front."""
+    """With einsum, and three ways to divide: in an einsum of three, by scaled values, or with heads in front."""
 
     def __init__(self, spelling: str) -> None:
         super().__init__()
@@ -77,5 +77,5 @@ def test_weights_are_those_of_the_features(spelling: str, exporter: str, opset: 
         wide = module.double().features(torch.from_numpy(frames).double(), torch.from_numpy(kept))
     query, key = (each.numpy().transpose(0, 2, 1, 3) for each in wide)
     products = query @ key.transpose(0, 1, 3, 2)
-    # float32 products of eight features; the divisor's 1e-6 is far below that.
+    # float32 MatMuls over eight features; the divisor's 1e-6 is far below that.
     np.testing.assert_allclose(found, products / products.sum(-1, keepdims=True), atol=1e-5, rtol=0)

@@ -38,20 +38,20 @@ def shifted_rows(case: Packed) -> Array:
 @pytest.mark.parametrize("opset", [11, 12, 13, 17, 23])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("unidirectional", [0, 1])
-def test_masks_of_every_form_count_as_the_operator_counts_them(mask: str, unidirectional: int, opset: int) -> None:
+def test_masks_of_every_form_hide_what_the_operator_hides(mask: str, unidirectional: int, opset: int) -> None:
     case = Packed(mask=MASKS[mask], attributes={"unidirectional": unidirectional}, opset=opset)
     assert_equals_definition(case, shifted_rows(case))
 
 
 def test_mask_of_rank_4_is_cropped_to_the_length() -> None:
-    # Other providers alone take this form.
+    # Only other providers run this form.
     case = Packed(mask=np.tril(np.ones((2, 1, 7, 7), np.int32)))
     np.testing.assert_allclose(run_tap_alone(case, [0, 1]), case.reference(), rtol=0, atol=FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (1, 2), (2, 1), (1, 1)])
 @pytest.mark.parametrize("kind", ["normal", "lowest", "minus infinity"])
-def test_biases_are_added_as_they_stand(shape: tuple[int, int], kind: str) -> None:
+def test_biases_are_added_unchanged(shape: tuple[int, int], kind: str) -> None:
     rng = np.random.default_rng(5)
     bias = rng.normal(size=(*shape, LENGTH, LENGTH)).astype(np.float32)
     if kind != "normal":
@@ -62,7 +62,7 @@ def test_biases_are_added_as_they_stand(shape: tuple[int, int], kind: str) -> No
     assert_equals_definition(Packed(bias=bias, mask=MASKS["keys"]))
 
 
-def test_row_of_minus_infinity_is_zeros_where_the_operator_answers_nan() -> None:
+def test_row_of_minus_infinity_is_zeros_where_the_operator_gives_nan() -> None:
     bias = np.zeros((1, 1, LENGTH, LENGTH), np.float32)
     bias[..., 1, :] = -np.inf
     weights, output = run(Packed(bias=bias), [0, 1], ("attention.attention_0", "output"))
@@ -99,14 +99,14 @@ def test_variants_equal_the_definition(variant: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mask", ["none", "ends", "keys"])
 @pytest.mark.parametrize("opset", [11, 17])
-def test_float16_is_softened_in_float32(mask: str, opset: int) -> None:
+def test_softmax_of_float16_is_computed_in_float32(mask: str, opset: int) -> None:
     assert_equals_definition(Packed(mask=MASKS[mask], dtype=np.float16, opset=opset))
 
 
 @pytest.mark.parametrize("opset", [11, 13, 17])
 @pytest.mark.parametrize("items", [[], [1], [1, 0, 1]], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
-def test_only_the_rows_asked_for_come_in_the_order_asked(mask: str, items: list[int], opset: int) -> None:
+def test_only_selected_rows_are_returned_in_their_order(mask: str, items: list[int], opset: int) -> None:
     case = Packed(
         mask=MASKS[mask], bias=np.ones((2, 2, 5, 5), np.float32), attributes={"unidirectional": 1}, opset=opset
     )
@@ -128,7 +128,7 @@ def test_integers_are_projected_as_the_operator_projects_them(
     assert run(case, [])[0].shape == (0, 2, LENGTH, LENGTH)
 
 
-def test_packed_weights_stand_in_the_file_once() -> None:
+def test_packed_weights_are_in_the_file_once() -> None:
     model, _ = tapped(checked(Packed(width=64, head_dim=32).model(), "case"))
     sizes = [
         tensor.const_value.nbytes for tensor in model.graph.initializers.values() if tensor.const_value is not None
@@ -136,8 +136,8 @@ def test_packed_weights_stand_in_the_file_once() -> None:
     assert sum(size > 4 * 64 * 64 for size in sizes) == 1
 
 
-def test_definition_notices_a_tap_that_forgets_the_filter_value() -> None:
-    # The control: the comparison above would see a wrong tap.
+def test_tap_with_another_filter_value_differs_from_the_definition() -> None:
+    # The positive control: the comparison above fails for a wrong tap.
     case = Packed(mask=MASKS["keys"], attributes={"mask_filter_value": -3.0})
     (weights,) = run(case, [0, 1])
     wrong = replace(case, attributes={}).reference()

@@ -57,7 +57,7 @@ def test_variants_equal_the_definition(variant: str, packed: bool) -> None:
 
 @pytest.mark.parametrize("opset", [11, 13, 23])
 @pytest.mark.parametrize("variant", ["plain", "everything"])
-def test_every_opset_will_do(variant: str, opset: int) -> None:
+def test_every_opset_is_tapped(variant: str, opset: int) -> None:
     case = GroupQuery(opset=opset, packed=True, presents=True, **VARIANTS[variant])
     assert_equals_definition(case, everywhere=variant != "everything")
 
@@ -77,11 +77,11 @@ def test_biases_are_added_and_rows_of_the_lowest_number_are_zeros(shape: tuple[i
     case = GroupQuery(bias=bias)
     assert not case.reference()[0, 0, 2].any()
     assert_equals_definition(case, everywhere=False)
-    # The kernel that also gives the present answers 0 there; the other one takes the mean of the values, or NaN.
+    # The kernel that also returns the present gives 0 there; the other one gives the mean of the values, or NaN.
     assert_equals_definition(replace(case, presents=True))
 
 
-def test_rows_of_sites_with_sinks_are_said_not_to_sum_to_one() -> None:
+def test_rows_of_sites_with_sinks_are_reported_not_to_sum_to_one() -> None:
     for case, whole in ((GroupQuery(), True), (GroupQuery(sink=True), False)):
         _, sites = tapped(checked(case.model(), "case"))
         assert [site.rows_sum_to_one for site in sites.values()] == [whole]
@@ -89,7 +89,7 @@ def test_rows_of_sites_with_sinks_are_said_not_to_sum_to_one() -> None:
         assert (weights.sum(axis=-1).min() > 0.999) == whole
 
 
-def test_rows_of_merely_low_numbers_are_even() -> None:
+def test_rows_of_low_numbers_above_the_lowest_are_uniform() -> None:
     bias = np.full((1, 1, 5, 5), -2e38, np.float32)
     (weights,) = run(GroupQuery(bias=bias), [0, 1])
     even = np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None]
@@ -100,7 +100,7 @@ def test_rows_of_merely_low_numbers_are_even() -> None:
 
 
 @pytest.mark.parametrize("shape", [(-1,), (2, 1), (1, 2)], ids=str)
-def test_queries_behind_their_end_see_nothing_under_a_window(shape: tuple[int, ...]) -> None:
+def test_queries_behind_their_end_have_no_weights_under_a_window(shape: tuple[int, ...]) -> None:
     case = GroupQuery(lengths=(1, 5), ends_shape=shape, attributes={"local_window_size": 2})
     assert not case.reference()[0, :, 1:].any()
     assert_equals_definition(case, everywhere=False)
@@ -109,15 +109,15 @@ def test_queries_behind_their_end_see_nothing_under_a_window(shape: tuple[int, .
 @pytest.mark.parametrize("items", [[], [1], [1, 0, 1]], ids=str)
 @pytest.mark.parametrize("opset", [11, 17])
 @pytest.mark.parametrize("variant", ["plain", "everything"])
-def test_only_the_rows_asked_for_come_in_the_order_asked(variant: str, items: list[int], opset: int) -> None:
+def test_only_selected_rows_are_returned_in_their_order(variant: str, items: list[int], opset: int) -> None:
     case = GroupQuery(opset=opset, **VARIANTS[variant])
     (weights,) = run(case, items)
     assert weights.shape == (len(items), 4, 5, 5)
     np.testing.assert_allclose(weights, case.reference()[items], rtol=0, atol=FLOAT32_TOLERANCE)
 
 
-def test_definition_notices_a_tap_that_forgets_to_rotate() -> None:
-    # The control: the comparison above would see a wrong tap.
+def test_tap_without_rotation_differs_from_the_definition() -> None:
+    # The positive control: the comparison above fails for a wrong tap.
     case = GroupQuery(rotary=16)
     (weights,) = run(case, [0, 1])
     wrong = replace(case, rotary=0).reference()

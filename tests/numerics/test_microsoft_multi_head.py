@@ -37,14 +37,14 @@ def shifted_rows(case: MultiHead) -> Array:
 @pytest.mark.parametrize("form", ["apart", "heads first"])
 @pytest.mark.parametrize("projection_bias", [False, True])
 @pytest.mark.parametrize("opset", [11, 13, 17])
-def test_paddings_count_as_the_operator_counts_them(form: str, padding: str, projection_bias: bool, opset: int) -> None:
+def test_paddings_hide_what_the_operator_hides(form: str, padding: str, projection_bias: bool, opset: int) -> None:
     case = MultiHead(keys=6, form=form, mask=PADDINGS[padding], projection_bias=projection_bias, opset=opset)
     assert_equals_definition(case, shifted_rows(case))
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (5, 6), (6, 5), (1, 4), (4, 1), (1, 1)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_frontier_starts_top_left_and_holds_back_all_but_the_last_query(queries: int, keys: int, masked: bool) -> None:
+def test_causal_mask_counts_from_the_first_and_leaves_out_the_last_query(queries: int, keys: int, masked: bool) -> None:
     mask = np.tile(np.arange(keys) % 3 != 1, (2, 1)).astype(np.int32) if masked else None
     case = MultiHead(queries=queries, keys=keys, mask=mask, attributes={"unidirectional": 1})
     assert_equals_definition(case, shifted_rows(case))
@@ -53,8 +53,8 @@ def test_frontier_starts_top_left_and_holds_back_all_but_the_last_query(queries:
 @pytest.mark.parametrize("form", ["key and value packed", "all packed"])
 @pytest.mark.parametrize("projection_bias", [False, True])
 @pytest.mark.parametrize("opset", [11, 17])
-def test_packed_operands_are_taken_apart(form: str, projection_bias: bool, opset: int) -> None:
-    # Other providers alone take these forms.
+def test_packed_operands_are_split(form: str, projection_bias: bool, opset: int) -> None:
+    # Only other providers run these forms.
     case = MultiHead(form=form, projection_bias=projection_bias, mask=np.array([3, 5], np.int32), opset=opset)
     np.testing.assert_allclose(run_tap_alone(case, [0, 1]), case.reference(), rtol=0, atol=FLOAT32_TOLERANCE)
     assert run_tap_alone(case, []).shape == (0, 2, 5, 5)
@@ -62,7 +62,7 @@ def test_packed_operands_are_taken_apart(form: str, projection_bias: bool, opset
 
 @pytest.mark.parametrize("form", ["key and value packed", "all packed"])
 def test_runtime_still_refuses_packed_operands_on_the_cpu(form: str) -> None:
-    # Once it takes them, the test above should ask the operator too.
+    # When it runs them, the test above should compare with the operator too.
     with pytest.raises(RunFailed) as fault:
         run(MultiHead(form=form), [0], ("output",))
     assert "not implemented for CPU" in str(fault.value.__cause__)
@@ -71,7 +71,7 @@ def test_runtime_still_refuses_packed_operands_on_the_cpu(form: str) -> None:
 @pytest.mark.parametrize("shape", [(2, 2), (1, 2), (2, 1), (1, 1)])
 @pytest.mark.parametrize("kind", ["normal", "lowest", "minus infinity"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_biases_are_added_as_they_stand(shape: tuple[int, int], kind: str, dtype: type) -> None:
+def test_biases_are_added_unchanged(shape: tuple[int, int], kind: str, dtype: type) -> None:
     rng = np.random.default_rng(5)
     bias = rng.normal(size=(*shape, 5, 5)).astype(dtype)
     if kind != "normal":
@@ -81,26 +81,26 @@ def test_biases_are_added_as_they_stand(shape: tuple[int, int], kind: str, dtype
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_rows_of_the_lowest_number_are_what_softmax_makes_of_them(dtype: type) -> None:
+def test_rows_of_the_lowest_number_are_their_softmax(dtype: type) -> None:
     bias = np.zeros((1, 1, 5, 5), dtype)
     bias[..., 1, :] = np.finfo(dtype).min
     shifted = np.arange(5)[None, None, :, None] == 1
-    # The lowest half is near enough to zero for scores to count beside it, in float32.
+    # In float32, scores are not negligible beside the lowest float16.
     assert_equals_definition(MultiHead(bias=bias, dtype=dtype), shifted if dtype is np.float32 else None)
 
 
 @pytest.mark.parametrize("items", [[], [1], [1, 0, 1]], ids=str)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("opset", [11, 17])
-def test_only_the_rows_asked_for_come_in_the_order_asked(padding: str, items: list[int], opset: int) -> None:
+def test_only_selected_rows_are_returned_in_their_order(padding: str, items: list[int], opset: int) -> None:
     case = MultiHead(keys=6, mask=PADDINGS[padding], projection_bias=True, opset=opset)
     (weights,) = run(case, items)
     assert weights.shape == (len(items), 2, 5, 6)
     np.testing.assert_allclose(weights, case.reference()[items], rtol=0, atol=FLOAT32_TOLERANCE)
 
 
-def test_definition_notices_a_tap_that_forgets_a_bias() -> None:
-    # The control: the comparison above would see a wrong tap.
+def test_tap_without_a_bias_differs_from_the_definition() -> None:
+    # The positive control: the comparison above fails for a wrong tap.
     case = MultiHead(projection_bias=True)
     (weights,) = run(case, [0, 1])
     wrong = replace(case, projection_bias=False).reference()

@@ -50,7 +50,7 @@ def file_of(path: Path, nodes: list[onnx.NodeProto], width: int, opset: int, arr
 
 
 def grouped(path: Path, attributes: dict[str, Any], opset: int) -> Path:
-    """What exporters of language models write: lengths from the mask, rotation inside, no cache."""
+    """A graph as exporters of language models write it: lengths from the mask, rotation inside, no cache."""
     node = helper.make_node
     reduce = (
         node("ReduceSum", ["attention_mask", "one"], ["sums"], keepdims=0)
@@ -82,7 +82,7 @@ def grouped(path: Path, attributes: dict[str, Any], opset: int) -> Path:
 
 
 def expected(ids: Array, window: int) -> Array:
-    """The weights of one sequence by itself, (H, L, L)."""
+    """Return the weights of one sequence alone, (H, L, L)."""
     wide = {name: array.astype(np.float64) for name, array in constants().items()}
     embedded = wide["words"][ids][None]
     turns = wide["cos"][: len(ids)] + 1j * wide["sin"][: len(ids)]

@@ -1,4 +1,4 @@
-"""Files that onnxruntime's own optimizer has been over: brought, and compared with the model's own eager weights."""
+"""Files that onnxruntime's optimizer wrote: converted, and compared with the model's eager weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from onnxruntime.transformers.optimizer import optimize_model
 
 # float32 sums in another order than torch's.
 FLOAT32_TOLERANCE = 1e-5
-# float16 has 11 bits, and two layers of them stand before the last weights.
+# float16 has 11 bits, and two layers precede the last weights.
 FLOAT16_TOLERANCE = 1e-2
 LENGTHS = (7, 3, 5)
 
@@ -136,14 +136,14 @@ def test_quantized_attention_gives_its_own_weights(tmp_path: Path) -> None:
     bundle = prepared(file)
     assert [site.operator for site in bundle.manifest.sites] == ["com.microsoft.QAttention-1"] * LAYERS
     assert bundle.manifest.precision == "int8"
-    # Against its own output: as near as rounding. Against the module before it was quantized: as near as 8 bits are.
+    # From its own output it differs by rounding; from the module before quantization, by what int8 loses.
     assert bundle.manifest.check.weight_max_abs_error <= FLOAT32_TOLERANCE
     assert_equals_eager(bundle, model, tokens(), tolerance=0.02)
 
 
 @pytest.mark.parametrize("opset", [14, 17])
 def test_file_that_a_session_has_saved_gives_its_own_weights(opset: int, tmp_path: Path) -> None:
-    # The runtime's own optimizer, which merges products with their scales and writes LayerNormalization at any opset.
+    # The runtime's optimizer merges MatMuls with their scales, and writes LayerNormalization in any opset.
     model, options = Encoder(), SessionOptions()
     exported(model, tokens(), tmp_path / "plain.onnx", opset)
     options.optimized_model_filepath = str(tmp_path / "model.onnx")

@@ -85,7 +85,7 @@ def worst_error(bundle: Bundle) -> float:
 
 @pytest.mark.parametrize("saved", ["as quantized", "as optimized"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_quantized_encoder_batches_and_stays_close_to_its_file(options: str, saved: str, tmp_path: Path) -> None:
+def test_requantized_encoder_batches_and_stays_close_to_its_file(options: str, saved: str, tmp_path: Path) -> None:
     file = dynamically_quantized(encoder(), tmp_path / "quantized.onnx", **OPTIONS[options])
     bundle = prepared(optimized(file) if saved == "as optimized" else file)
     manifest = bundle.manifest
@@ -106,7 +106,7 @@ def test_quantized_encoder_batches_and_stays_close_to_its_file(options: str, sav
     assert quality.speed_ratio is not None
 
 
-def test_the_file_itself_fails_that_test(tmp_path: Path) -> None:
+def test_answers_of_the_file_itself_change_with_their_batch(tmp_path: Path) -> None:
     """The positive control (C2): with one scale for the batch, neighbours and padding change an answer."""
     bundle = prepared(dynamically_quantized(encoder(), tmp_path / "quantized.onnx"), requantize=None)
     assert worst_error(bundle) > 1
@@ -138,7 +138,7 @@ def features(form: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("form", ["MatMulInteger", "DynamicQuantizeMatMul"])
-def test_ones_stay_ones_beside_a_thousand(form: str, tmp_path: Path) -> None:
+def test_row_of_ones_is_exact_beside_a_thousand(form: str, tmp_path: Path) -> None:
     file = tmp_path / "features.onnx"
     onnx.save(features(form), file)
     bundle = prepared(file)
@@ -190,7 +190,7 @@ def call(app: typer.Typer, file: Path, *more: str) -> Any:
     return CliRunner().invoke(app, [*line, "--requantize", "per-row", "--no-try", "--no-fuse", *more])
 
 
-def test_command_prints_what_was_rewritten_and_what_it_costs(app: typer.Typer, tmp_path: Path) -> None:
+def test_command_prints_the_rewritten_quantizers_and_the_quality(app: typer.Typer, tmp_path: Path) -> None:
     file = dynamically_quantized(encoder(), tmp_path / "quantized.onnx")
     result = call(app, file)
     assert result.exit_code == 0, result.output

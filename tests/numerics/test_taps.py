@@ -90,7 +90,7 @@ def test_weights_equal_the_definition(variant: str, packed: bool, tmp_path: Path
 @pytest.mark.parametrize(
     "shape", [(5, 6), (1, 5, 6), (4, 5, 6), (1, 1, 5, 6), (3, 1, 5, 6), (1, 4, 5, 6), (3, 4, 5, 6)]
 )
-def test_masks_of_every_rank_and_kind_count_as_the_operator_counts_them(
+def test_masks_of_every_rank_and_kind_hide_what_the_operator_hides(
     shape: tuple[int, ...], kind: str, tmp_path: Path
 ) -> None:
     assert_equals_definition(Case(keys=6, mask=mask_of(shape, kind)), tmp_path)
@@ -98,7 +98,7 @@ def test_masks_of_every_rank_and_kind_count_as_the_operator_counts_them(
 
 @pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6), (3, 1, 1, 6), (1, 1, 1, 6)])
 def test_masks_may_broadcast_over_queries(shape: tuple[int, ...], tmp_path: Path) -> None:
-    # The standard allows it and the runtime's operator does not, so the tap stands here without the operator.
+    # The standard allows it and the runtime's operator does not, so the tap runs without the operator.
     case = Case(keys=6, mask=mask_of(shape, "bool"))
     model, sites = tapped(checked(case.model(), "case"))
     model.graph.outputs.pop(0)
@@ -116,7 +116,7 @@ def test_float16_is_computed_in_float32(variant: str, tmp_path: Path) -> None:
     assert_equals_definition(Case(dtype=np.float16, **VARIANTS[variant]), tmp_path)
 
 
-def test_float16_takes_the_lowest_half_as_masked(tmp_path: Path) -> None:
+def test_lowest_float16_is_masked(tmp_path: Path) -> None:
     assert_equals_definition(Case(dtype=np.float16, mask=mask_of((3, 1, 5, 5), "lowest half")), tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_fully_masked_rows_are_zeros(kind: str, causal: int, tmp_path: Path) -> 
 @pytest.mark.parametrize("items", [[], [2], [2, 0], [1, 1, 1], [0, 2, 2, 1]], ids=str)
 @pytest.mark.parametrize("variant", ["plain", "grouped heads", "causal and masked", "causal and biased", "softcap"])
 @pytest.mark.parametrize("packed", [False, True], ids=["4-D", "3-D"])
-def test_only_the_rows_asked_for_come_in_the_order_asked(
+def test_only_selected_rows_are_returned_in_their_order(
     variant: str, items: list[int], packed: bool, tmp_path: Path
 ) -> None:
     case = Case(packed=packed, **VARIANTS[variant])
@@ -146,7 +146,7 @@ def test_only_the_rows_asked_for_come_in_the_order_asked(
     np.testing.assert_allclose(weights, case.reference()[items], rtol=0, atol=FLOAT32_TOLERANCE)
 
 
-def test_operator_answers_the_same_bits_with_and_without_a_tap_asked(tmp_path: Path) -> None:
+def test_operator_gives_the_same_bits_with_and_without_a_selection(tmp_path: Path) -> None:
     case = Case(mask=mask_of((3, 1, 5, 5), "bool"))
     (quiet,) = run(case, tmp_path, [], ("output",))
     asked, _ = run(case, tmp_path, [0, 1, 2], ("output", WEIGHTS))
@@ -154,7 +154,7 @@ def test_operator_answers_the_same_bits_with_and_without_a_tap_asked(tmp_path: P
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (1, 1, 5, 5), (3, 1, 5, 5)])
-def test_sites_that_share_a_mask_are_asked_for_rows_of_their_own(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_sites_that_share_a_mask_return_their_own_selections(shape: tuple[int, ...], tmp_path: Path) -> None:
     case = Case(mask=mask_of(shape, "bool"))
     model = case.model()
     model.graph.node.append(
@@ -172,8 +172,8 @@ def test_sites_that_share_a_mask_are_asked_for_rows_of_their_own(shape: tuple[in
     np.testing.assert_allclose(second, other[[0, 1]], rtol=0, atol=FLOAT32_TOLERANCE)
 
 
-def test_definition_notices_a_tap_that_forgets_its_scale(tmp_path: Path) -> None:
-    # The control: the comparison above would see a wrong tap.
+def test_tap_without_its_scale_differs_from_the_definition(tmp_path: Path) -> None:
+    # The positive control: the comparison above fails for a wrong tap.
     case = Case(attributes={"scale": 0.7})
     (weights,) = run(case, tmp_path, [0, 1, 2])
     wrong = replace(case, attributes={"scale": 0.71}).reference()

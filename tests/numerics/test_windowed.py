@@ -1,4 +1,4 @@
-"""Windowed attention: found, its columns understood, and the band that comes back equal to the definition."""
+"""Windowed attention: found, its columns read from the graph, and its band equal to the definition."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("case", "band"), CASES, ids=map(str, range(len(CASES))))
-def test_a_band_is_told_from_the_graph_and_equals_the_definition(case: Windowed, band: SlidingBand | BlockBand) -> None:
+def test_band_that_is_read_from_the_graph_equals_the_definition(case: Windowed, band: SlidingBand | BlockBand) -> None:
     assert_band_is_the_definition(case, band)
 
 
@@ -84,7 +84,7 @@ def test_a_band_is_told_from_the_graph_and_equals_the_definition(case: Windowed,
 @given(block=st.integers(2, 6), before=st.integers(0, 2), after=st.integers(0, 2), opset=st.sampled_from([11, 18, 23]))
 def test_blocks_of_any_size(block: int, before: int, after: int, opset: int) -> None:
     if before + after == 0:
-        after = 1  # windows that share no keys are told apart by other tests
+        after = 1  # other tests cover windows that share no keys
     case = Windowed(block=block, before=before, after=after, opset=opset)
     assert_band_is_the_definition(case, BlockBand(block=block, before=before, after=after))
 
@@ -120,7 +120,7 @@ ZOO = ZooOptions(size="tiny", layers=2, seed=5)
 @pytest.fixture(scope="module")
 def zoo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("zoo")
-    # Of the two exporters the quicker by far; tests/coverage brings this model through both.
+    # The faster of the two exporters; tests/coverage converts this model with both.
     request = ExportRequest(
         source="zoo:sliding-window", name="windowed", repository=folder, zoo_options=ZOO, exporter="torchscript"
     )
@@ -128,7 +128,7 @@ def zoo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def sequences_of(bundle: Bundle, *lengths: int) -> list[PreparedSequence]:
-    """Sequences that ask for every weight of every site."""
+    """Return sequences that select every weight of every site."""
     random = np.random.default_rng(2)
     everything = selection_of_all(bundle.manifest)
     return [
@@ -144,7 +144,7 @@ def sequences_of(bundle: Bundle, *lengths: int) -> list[PreparedSequence]:
 
 def weights_by_layer(bundle: Bundle, sequences: list[PreparedSequence]) -> list[dict[int, Array]]:
     session = RuntimeSession.load(bundle.path / MODEL_FILE, provider="CPUExecutionProvider", intra_op_threads=1)
-    # Blocks of windows are not followed by the proof, so unequal lengths share a batch by the attack's word alone.
+    # The proof does not follow blocks of windows, so unequal lengths share a batch by the attack's result alone.
     manifest = bundle.manifest.under("tested")
     batch = collate(sequences, manifest)
     fetched = dict(zip(batch.fetches, session.run(batch.feeds, batch.fetches), strict=True))
@@ -152,7 +152,7 @@ def weights_by_layer(bundle: Bundle, sequences: list[PreparedSequence]) -> list[
 
 
 def softmax(scores: Array, seen: Array) -> Array:
-    """Over the keys that are seen, in float64; 0 in rows that see none."""
+    """Softmax over the keys that are not masked, in float64; 0 in rows without one."""
     exponentials = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
     return exponentials / np.maximum(exponentials.sum(-1, keepdims=True), 1e-300)
 
@@ -301,7 +301,7 @@ def test_the_patches_of_every_stage_have_their_grid(swin: tuple[SwinModel, Bundl
 
 
 @pytest.mark.parametrize("swin", [2], indirect=True, ids=["even windows"])
-def test_windows_are_followed_through_products_of_eight_bits(swin: tuple[SwinModel, Bundle], tmp_path: Path) -> None:
+def test_windows_are_followed_through_int8_matmuls(swin: tuple[SwinModel, Bundle], tmp_path: Path) -> None:
     _, bundle = swin
     file = bundle.path.parents[2] / "swin.onnx"
     reduced = prepare_bundle(PrepareRequest(file=file, name="swin", repository=tmp_path, precision="int8"))

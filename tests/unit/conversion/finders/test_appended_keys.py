@@ -1,4 +1,4 @@
-"""Keys that stand for no position, behind or before those of the sequence: their axis, their weights, and padding."""
+"""Keys without a position, before or behind those of the sequence: their axis, their weights, and padding."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def weights_of(bundle: Bundle, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", [*BEHIND, *BEFORE], ids=str)
-def test_keys_without_a_position_have_weights_and_an_axis_that_is_longer_by_them(
-    case: Appended, tmp_path: Path
-) -> None:
+def test_keys_without_a_position_have_weights_and_lengthen_the_key_axis(case: Appended, tmp_path: Path) -> None:
     bundle = prepared(case, tmp_path)
     (site,) = bundle.manifest.sites
     assert (site.available, site.kind, site.query_axis) == (True, "self", "seq")
@@ -46,18 +44,18 @@ def test_keys_without_a_position_have_weights_and_an_axis_that_is_longer_by_them
     np.testing.assert_allclose(weights_of(bundle, x), case.reference(x), rtol=0, atol=1e-5)
 
 
-def test_queries_of_zero_look_at_the_appended_key_as_much_as_at_any_other(tmp_path: Path) -> None:
+def test_queries_of_zero_give_the_appended_key_the_same_weight_as_any_other(tmp_path: Path) -> None:
     found = weights_of(prepared(Appended(), tmp_path), np.zeros((1, 4, WIDTH), np.float32))
     np.testing.assert_allclose(found, np.full((1, 4, 5), 0.2), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("case", BEHIND, ids=str)
-def test_sequences_are_not_padded_where_keys_stand_behind_the_padding(case: Appended, tmp_path: Path) -> None:
+def test_sequences_are_not_padded_where_keys_follow_the_padding(case: Appended, tmp_path: Path) -> None:
     axes = prepared(case, tmp_path).manifest.axes
     assert [(axis.symbol, axis.paddable) for axis in axes] == [("seq", False), (f"seq_plus_{case.count}", False)]
 
 
 @pytest.mark.parametrize("case", BEFORE, ids=str)
-def test_sequences_are_padded_where_keys_stand_before_them(case: Appended, tmp_path: Path) -> None:
+def test_sequences_are_padded_where_keys_precede_them(case: Appended, tmp_path: Path) -> None:
     axes = prepared(case, tmp_path).manifest.axes
     assert [(axis.symbol, axis.paddable) for axis in axes] == [("seq", True), (f"seq_plus_{case.count}", True)]

@@ -19,7 +19,7 @@ from step_graphs import WIDTH, Steps, attention
 EXPERTS = 4
 
 
-def test_product_of_two_activations_softmax_and_product_with_a_third_are_attention() -> None:
+def test_matmul_of_two_activations_softmax_and_matmul_with_a_third_are_attention() -> None:
     steps = Steps()
     (site,) = steps.sites(attention(steps)).values()
     assert site.node.op_type == "Softmax"
@@ -37,7 +37,7 @@ def test_classifier_is_no_attention() -> None:
 
 
 def test_probabilities_that_multiply_no_activation_are_no_attention() -> None:
-    # A prediction turned into an embedding of what is expected.
+    # A prediction that becomes an embedding of the expected token.
     steps = Steps()
     similarity = steps.op("MatMul", "x", steps.turned("y"))
     assert not steps.sites(steps.op("Softmax", similarity, axis=-1))
@@ -94,7 +94,7 @@ def test_one_constant_query_is_pooling() -> None:
 
 
 def test_softmax_over_queries_is_no_attention() -> None:
-    # Weights that each key spreads over the queries; the product sums over keys all the same.
+    # Each key's weights over the queries sum to 1; the MatMul still sums over keys.
     steps = Steps()
     spread = steps.op("Softmax", steps.op("MatMul", "x", steps.turned("y")), axis=1)
     assert not steps.sites(steps.op("MatMul", spread, "y"))
@@ -108,7 +108,7 @@ def test_softmax_of_features_is_no_attention() -> None:
     assert not steps.sites(steps.op("MatMul", query, steps.op("MatMul", key, "y")))
 
 
-def test_what_a_residual_stream_went_through_does_not_make_a_gate_attention() -> None:
+def test_matmuls_behind_a_normalization_do_not_make_a_gate_attention() -> None:
     steps = Steps()
     stream = steps.op("Add", "x", attention(steps))
     centred = steps.op("Sub", stream, steps.op("ReduceMean", stream, axes=[-1]))
@@ -118,7 +118,7 @@ def test_what_a_residual_stream_went_through_does_not_make_a_gate_attention() ->
 
 
 def test_keys_from_the_shape_of_an_input_alone_are_constants() -> None:
-    # Positions depend on how long an input is, not on what it says.
+    # Positions depend on the length of an input, not on its content.
     steps = Steps()
     length = steps.op("Gather", steps.op("Shape", "x"), steps.const(kind=np.int64, value=1))
     limits = steps.const(kind=np.int64, value=0), length, steps.const(kind=np.int64, value=1)
@@ -127,7 +127,7 @@ def test_keys_from_the_shape_of_an_input_alone_are_constants() -> None:
     assert not steps.sites(attention(steps, scores=steps.op("MatMul", "x", keys), value="x"))
 
 
-def test_sums_of_several_products_are_one_site() -> None:
+def test_sums_of_several_matmuls_are_one_site() -> None:
     steps = Steps()
     scores = steps.op("MatMul", "x", steps.turned("y"))
     positions = steps.op("MatMul", "x", steps.turned(steps.op("MatMul", "y", steps.const(WIDTH, WIDTH))))
@@ -136,7 +136,7 @@ def test_sums_of_several_products_are_one_site() -> None:
     assert len(site.attention.scores) == 2
 
 
-def test_product_written_out_is_a_product() -> None:
+def test_matmul_written_as_mul_and_sum_is_a_matmul() -> None:
     steps = Steps()
     apart = steps.op("Unsqueeze", "x", steps.const(kind=np.int64, value=[2]))
     with_ = steps.op("Unsqueeze", "y", steps.const(kind=np.int64, value=[1]))
@@ -165,8 +165,8 @@ def test_sums_of_queries_and_keys_are_scores() -> None:
     assert (site.operator, site.unavailable_reason) == ("Add-Softmax-MatMul", "")
 
 
-def test_sums_that_have_no_queries_are_no_scores() -> None:
-    # The same for every query: pooling that knows of a context.
+def test_sums_without_queries_are_no_scores() -> None:
+    # The same for every query: pooling that depends on a context.
     steps = Steps()
     context = steps.op("ReduceMean", "x", axes=[1], keepdims=1)
     pooled = steps.op("MatMul", steps.op("Tanh", steps.op("Add", "y", context)), steps.const(WIDTH, 1))
@@ -181,7 +181,7 @@ def test_sums_that_have_no_queries_are_no_scores() -> None:
     assert not steps.sites(steps.op("MatMul", steps.op("Softmax", joint, axis=-1), steps.turned("x")))
 
 
-def test_several_softmaxes_of_one_product_are_one_site() -> None:
+def test_several_softmaxes_of_one_matmul_are_one_site() -> None:
     steps = Steps()
     scores = [steps.op("MatMul", "x", steps.turned(steps.op(op_type, "y"))) for op_type in ("Tanh", "Neg")]
     both = steps.op("Sub", *(steps.op("Softmax", each, axis=-1) for each in scores))
@@ -193,14 +193,14 @@ def test_several_softmaxes_of_one_product_are_one_site() -> None:
 
 
 @pytest.mark.parametrize(("step", "keeps"), [("Identity", True), ("Sqrt", False), ("Relu", False), ("Tanh", False)])
-def test_rows_sum_to_one_only_behind_steps_that_keep_sums(step: str, keeps: bool) -> None:
+def test_rows_sum_to_one_only_behind_operators_that_keep_sums(step: str, keeps: bool) -> None:
     steps = Steps()
     weights = steps.op(step, steps.op("Softmax", steps.op("MatMul", "x", steps.turned("y")), axis=-1))
     (site,) = steps.sites(steps.op("MatMul", weights, "y")).values()
     assert site.rows_sum_to_one is keeps
 
 
-def test_gemm_is_a_product() -> None:
+def test_gemm_is_a_matmul() -> None:
     steps = Steps()
     flat = [steps.op("Reshape", name, steps.const(kind=np.int64, value=[-1, WIDTH])) for name in ("x", "y")]
     weights = steps.op("Softmax", steps.op("Gemm", *flat, transB=1), axis=-1)
@@ -212,12 +212,12 @@ def test_gemm_is_a_product() -> None:
 
 
 def weighed(steps: Steps, weights: str) -> str:
-    """The sum of y's vectors, each times its weight of (B, S), by no product."""
+    """Sum y's vectors, each times its weight of (B, S), without a MatMul."""
     column = steps.op("Unsqueeze", weights, steps.const(kind=np.int64, value=[2]))
     return steps.op("ReduceSum", steps.op("Mul", column, "y"), steps.const(kind=np.int64, value=[1]), keepdims=0)
 
 
-def test_value_that_is_summed_by_no_product_gives_the_reason() -> None:
+def test_value_that_no_matmul_sums_gives_the_reason() -> None:
     steps = Steps()
     query = steps.op("ReduceMean", "x", axes=[1], keepdims=1)
     scores = steps.op("ReduceSum", steps.op("Mul", query, "y"), steps.const(kind=np.int64, value=[-1]), keepdims=0)
@@ -238,7 +238,7 @@ def test_weights_divided_by_their_masked_sum_are_not_summed_with_a_value() -> No
     assert not steps.sites(steps.op("Div", kept, total))
 
 
-def test_softmax_of_old_over_several_axes_gives_the_reason() -> None:
+def test_softmax_of_an_old_opset_over_several_axes_gives_the_reason() -> None:
     steps = Steps(opset=11)
     scores = steps.op("MatMul", "x", steps.turned("y"))
     (site,) = steps.sites(steps.op("MatMul", steps.op("Softmax", scores, axis=1), "y")).values()
@@ -246,7 +246,7 @@ def test_softmax_of_old_over_several_axes_gives_the_reason() -> None:
     assert site.unavailable_reason == "its softmax (opset 11) runs over several axes at once"
 
 
-def test_parts_of_the_keys_with_values_of_their_own_give_the_reason() -> None:
+def test_parts_of_the_keys_with_separate_values_give_the_reason() -> None:
     steps = Steps()
 
     def part(value: str, axis: int, start: int, end: int) -> str:
@@ -278,7 +278,7 @@ def test_site_in_a_subgraph_gives_the_reason() -> None:
     assert "subgraph" in site.unavailable_reason
 
 
-def test_keys_that_get_lost_on_the_way_give_the_reason() -> None:
+def test_keys_that_cannot_be_followed_give_the_reason() -> None:
     steps = Steps()
     eight = steps.op("Slice", "y", *(steps.const(kind=np.int64, value=[number]) for number in (0, 8, 1)))
     eight = steps.op("Reshape", eight, steps.const(kind=np.int64, value=[0, 8, WIDTH]))
@@ -289,7 +289,7 @@ def test_keys_that_get_lost_on_the_way_give_the_reason() -> None:
     assert site.unavailable_reason == "its keys cannot be followed from softmax to the MatMul with the values"
 
 
-def test_products_of_the_runtime_s_own_are_products() -> None:
+def test_matmuls_of_the_runtime_are_matmuls() -> None:
     steps = Steps()
     scores = steps.op("FusedMatMul", "x", "y", domain="com.microsoft", transB=1, alpha=0.5)
     weights = steps.op("Softmax", scores, axis=-1)
@@ -298,7 +298,7 @@ def test_products_of_the_runtime_s_own_are_products() -> None:
     assert site.tappable
 
 
-def test_site_is_named_after_the_module_that_either_exporter_leaves() -> None:
+def test_site_is_named_after_the_module_that_either_exporter_stores() -> None:
     steps = Steps()
     scores = steps.op("MatMul", "x", steps.turned("y"))
     weights = steps.op("Softmax", scores, axis=-1, name="/encoder/layer.0/attention/self/Softmax")
@@ -312,7 +312,7 @@ def test_site_is_named_after_the_module_that_either_exporter_leaves() -> None:
     ("layout", "heads"),
     [("4-D", (4, 4)), ("5-D", (4, 2)), ("einsum grouped", (4, 2)), ("head-major", (4, 4)), ("repeated", (4, 2))],
 )
-def test_heads_are_told_where_shapes_tell(layout: str, heads: tuple[int, int]) -> None:
+def test_heads_are_reported_where_shapes_state_them(layout: str, heads: tuple[int, int]) -> None:
     model = onnx.shape_inference.infer_shapes(Decomposed(layout=layout).model())
     (site,) = find_sites(ir.from_proto(model).graph).values()
     assert (site.heads, site.kv_heads) == heads
@@ -324,7 +324,7 @@ def test_heads_folded_into_the_batch_are_not_guessed() -> None:
     assert (site.heads, site.kv_heads) == (0, 0)
 
 
-def test_inspecting_a_bare_file_tells_the_axes_of_its_decomposed_sites(tmp_path: Path) -> None:
+def test_inspect_reports_the_axes_of_decomposed_sites(tmp_path: Path) -> None:
     onnx.save(Decomposed(cross=True).model(), tmp_path / "case.onnx")
     (site,) = inspect_model(tmp_path / "case.onnx").sites
     assert (site.query_axis, site.key_axis, site.kind) == ("target", "source", "cross")
@@ -335,12 +335,12 @@ def number(steps: Steps, *numbers: int) -> str:
 
 
 def there_and_back(steps: Steps, weights: str, way: str) -> str:
-    """Weights (B, L, S), moved about."""
-    if way == "an axis more, and gone":
+    """Return weights (B, L, S) after layout changes."""
+    if way == "an axis inserted and removed":
         return steps.op("Squeeze", steps.op("Unsqueeze", weights, number(steps, 1)), number(steps, 1))
-    if way == "picked by a list":
+    if way == "gathered by a list":
         return steps.op("Gather", weights, number(steps, 0, 1), axis=1)
-    if way == "picked by a number":
+    if way == "gathered by a number":
         apart = steps.op("Unsqueeze", weights, number(steps, 0))
         return steps.op("Gather", apart, steps.const(kind=np.int64, value=0), axis=0)
     if way == "keys in front":
@@ -349,11 +349,12 @@ def there_and_back(steps: Steps, weights: str, way: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "way", ["an axis more, and gone", "picked by a list", "picked by a number", "keys in front", "shaped anew"]
+    "way",
+    ["an axis inserted and removed", "gathered by a list", "gathered by a number", "keys in front", "reshaped twice"],
 )
 @pytest.mark.parametrize("constant", [False, True])
 def test_keys_are_followed_through_layouts(way: str, constant: bool) -> None:
-    # With constant queries, the way back from the scores must not lose them either.
+    # With constant queries, the keys must also be found backwards from the scores.
     steps = Steps()
     keys = steps.turned("y")
     queries = steps.const(1, 3, WIDTH) if constant else "x"
@@ -372,7 +373,7 @@ def test_exponentials_times_the_reciprocal_of_their_sum_are_softmax() -> None:
     assert site.operator == "MatMul-Exp-ReduceSum-Mul-MatMul"
 
 
-def test_products_divided_by_their_sum_are_no_softmax() -> None:
+def test_matmuls_divided_by_their_sum_are_no_softmax() -> None:
     # Linear attention has no exponentials.
     steps = Steps()
     scores = steps.op("Relu", steps.op("MatMul", "x", steps.turned("y")))
@@ -381,7 +382,7 @@ def test_products_divided_by_their_sum_are_no_softmax() -> None:
     assert not list(find(ir.from_proto(model).graph))
 
 
-def test_softmax_of_the_runtime_with_a_bias_is_softmax() -> None:
+def test_bias_softmax_of_the_runtime_is_softmax() -> None:
     steps = Steps()
     scores = steps.op("MatMul", "x", steps.turned("y"))
     bias = steps.const(1, 1, value=[[[0.0]]])
@@ -390,7 +391,7 @@ def test_softmax_of_the_runtime_with_a_bias_is_softmax() -> None:
     assert site.operator == "MatMul-BiasSoftmax-MatMul"
 
 
-def test_product_that_turns_its_batch_is_not_read() -> None:
+def test_matmul_that_transposes_its_batch_is_not_read() -> None:
     steps = Steps()
     scores = steps.op("FusedMatMul", "x", "y", domain="com.microsoft", transB=1, transBatchB=1)
     assert not steps.sites(attention(steps, scores=scores))

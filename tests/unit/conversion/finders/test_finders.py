@@ -72,7 +72,7 @@ def test_mask_of_unknown_rank_is_listed_with_its_reason() -> None:
 
 
 @pytest.mark.parametrize(("rank", "words"), [(1, "has rank 1"), (5, "has rank 5")])
-def test_mask_of_strange_rank_is_listed_with_its_reason(rank: int, words: str) -> None:
+def test_mask_of_unsupported_rank_is_listed_with_its_reason(rank: int, words: str) -> None:
     model = with_input(Case().model(), 3, "mask", onnx.TensorProto.BOOL, [1] * rank)
     site = next(iter(find_sites(ir.from_proto(model).graph).values()))
     assert words in site.unavailable_reason
@@ -84,13 +84,13 @@ def test_mask_of_integers_is_listed_with_its_reason() -> None:
     assert "the type of its mask" in site.unavailable_reason
 
 
-def test_heads_that_the_graph_does_not_tell_are_listed_with_their_reason() -> None:
+def test_heads_that_the_graph_does_not_state_are_listed_with_their_reason() -> None:
     model = Case().model()
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "heads"
     assert "the number of heads of 'query' is not in the graph" in only_site(model).unavailable_reason
 
 
-def test_head_size_that_the_graph_does_not_tell_is_listed_with_its_reason() -> None:
+def test_head_size_that_the_graph_does_not_state_is_listed_with_its_reason() -> None:
     model = Case().model()
     model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "size"
     assert "the head size of 'query' is not in the graph" in only_site(model).unavailable_reason
@@ -143,7 +143,7 @@ def test_same_operator_of_another_domain_is_no_site() -> None:
     assert find_sites(ir.from_proto(model).graph) == {}
 
 
-def test_first_finder_to_claim_a_node_is_believed() -> None:
+def test_site_of_the_first_finder_counts() -> None:
     model = ir.from_proto(Case().model())
     node = next(iter(model.graph))
     first = FoundSite(node, "first", 1, 1, 1, Untappable("for the test"))
@@ -178,7 +178,7 @@ def test_sites_are_named_after_their_module(node: ir.Node, name: str) -> None:
     assert site_names([node]) == [name]
 
 
-def test_sites_of_one_module_are_told_apart() -> None:
+def test_sites_of_one_module_get_numbers() -> None:
     shared = ["", "encoder.shared", "sdpa"]
     nodes = [named("a", shared), named("b", shared), named("c"), named("d", shared)]
     assert site_names(nodes) == ["encoder.shared", "encoder.shared_1", "attention_2", "encoder.shared_2"]
@@ -201,6 +201,6 @@ def test_vocabulary_is_that_of_the_table_behind_casts_and_quantisation() -> None
     assert vocabulary_size_of(lookup(), "ids") == 30
 
 
-def test_vocabulary_that_cannot_be_told_is_zero() -> None:
+def test_unknown_vocabulary_is_zero() -> None:
     assert vocabulary_size_of(lookup(axis=1), "ids") == 0
     assert vocabulary_size_of(lookup(), "others") == 0

@@ -1,4 +1,4 @@
-"""Linear attention in graphs that nobody prepared: found however it is spelled, and only where it is."""
+"""Linear attention in plain ONNX files: found in every spelling, and only where it is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.taps import expose, tapped
 from linear_graphs import HEADS, LOOK_ALIKES, SPELLINGS, WIDTH, implied_weights, linear_graph
 
-# float32 products of four features, summed over five keys, in an order of their own.
+# float32 MatMuls over four features and five keys, summed in another order.
 TOLERANCE = 1e-5
 
 
@@ -31,7 +31,7 @@ def feeds(batch: int = 3, length: int = 5) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("spelling", "opset"), [*((spelling, 17) for spelling in SPELLINGS), ("matmul", 11), ("einsum", 12)]
 )
-def test_weights_are_those_of_the_definition_however_it_is_spelled(spelling: str, opset: int, tmp_path: Path) -> None:
+def test_weights_equal_the_definition_in_every_spelling(spelling: str, opset: int, tmp_path: Path) -> None:
     proto = linear_graph(spelling, opset)
     model, sites = tapped(proto)
     ((name, site),) = sites.items()
@@ -51,15 +51,15 @@ def test_weights_are_those_of_the_definition_however_it_is_spelled(spelling: str
 
 
 @pytest.mark.parametrize("look_alike", LOOK_ALIKES)
-def test_what_only_looks_like_it_is_not_reported(look_alike: str) -> None:
+def test_similar_graphs_are_not_reported(look_alike: str) -> None:
     assert not find_sites(ir.from_proto(linear_graph(look_alike)).graph)
 
 
-def test_only_the_rows_that_ask_are_materialised_in_the_order_asked(tmp_path: Path) -> None:
+def test_only_the_selected_rows_are_computed_in_the_order_of_the_selection(tmp_path: Path) -> None:
     proto = linear_graph("matmul")
     model, sites = tapped(proto)
     save(model, tmp_path / "tapped.onnx")
-    import onnxruntime as ort  # noqa: PLC0415 - the server's own session always asks for all rows here
+    import onnxruntime as ort  # noqa: PLC0415 - the server's session always selects all rows here
 
     session = ort.InferenceSession(tmp_path / "tapped.onnx")
     given = feeds()

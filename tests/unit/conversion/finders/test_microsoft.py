@@ -71,7 +71,7 @@ def test_attributes_of_grouped_attention_are_read() -> None:
 
 
 def test_scale_of_zero_means_the_default() -> None:
-    # As onnxruntime takes it.
+    # onnxruntime reads it like that.
     scores = only_site(MultiHead(head_dim=16, attributes={"scale": 0.0}).model()).attention
     assert isinstance(scores, Scores)
     assert scores.scale == 0.25
@@ -153,7 +153,7 @@ def test_what_cannot_be_tapped_is_listed_with_its_reason(model: onnx.ModelProto,
         ("SparsePagedAttention", "first axis is not the batch"),
     ],
 )
-def test_operators_that_no_tap_knows_are_listed_with_their_reason(operator: str, words: str) -> None:
+def test_operators_without_a_tap_are_listed_with_their_reason(operator: str, words: str) -> None:
     model = MultiHead().model()
     model.graph.node[0].op_type = operator
     model.graph.node[0].attribute.append(helper.make_attribute("kv_num_heads", 1))
@@ -180,7 +180,7 @@ def test_site_inside_a_subgraph_is_listed_with_its_reason() -> None:
 
 
 def made(nodes: list[onnx.NodeProto], shape: list[Any] | None, constants: dict[str, Any] | None = None) -> ir.Value:
-    """What the last node gives, of an input `x` of a shape that inference loses at the first node."""
+    """Return the result of the last node, for an input `x` whose shape inference loses at the first node."""
     opaque = helper.make_node("BiasAdd", ["x", "x", "x"], ["lost"], domain=DOMAIN)
     last = nodes[-1].output[0] if nodes else "lost"
     initializers = [numpy_helper.from_array(np.asarray(array), name) for name, array in (constants or {}).items()]
@@ -212,7 +212,7 @@ CONTRIB = {"domain": DOMAIN}
     ],
     ids=lambda part: part.op_type if isinstance(part, onnx.NodeProto) else str(part),
 )
-def test_ranks_that_inference_loses_are_found_by_what_makes_the_value(node: onnx.NodeProto, rank: int | None) -> None:
+def test_ranks_that_inference_loses_follow_from_the_nodes_behind(node: onnx.NodeProto, rank: int | None) -> None:
     constants = {
         "shape": np.array([0, 0, 2, -1]),
         "matrix": np.zeros((4, 8), np.float32),
@@ -222,7 +222,7 @@ def test_ranks_that_inference_loses_are_found_by_what_makes_the_value(node: onnx
     assert rank_of(made([node, end], [2, 5, 4], constants)) == rank
 
 
-def test_rank_that_nothing_tells_is_unknown() -> None:
+def test_rank_that_no_node_implies_is_unknown() -> None:
     assert rank_of(made([], [2, 5, 4])) is None
     assert rank_of(None) is None
     chain = [helper.make_node("Identity", [f"v{at}" if at else "lost"], [f"v{at + 1}"]) for at in range(40)]
@@ -238,16 +238,16 @@ def test_rank_that_nothing_tells_is_unknown() -> None:
         ([helper.make_node("Sigmoid", ["lost"], ["y"])], None),
         ([helper.make_node("MatMul", ["matrix", "lost"], ["y"])], None),
     ],
-    ids=["product", "sum", "normalization", "unknown", "product with the unknown"],
+    ids=["MatMul", "Add", "normalization", "unknown", "MatMul with the unknown"],
 )
-def test_widths_that_inference_loses_are_found_by_what_makes_the_value(
+def test_widths_that_inference_loses_follow_from_the_nodes_behind(
     nodes: list[onnx.NodeProto], width: int | None
 ) -> None:
     constants = {"matrix": np.zeros((4, 8), np.float32), "row": np.zeros(8, np.float32)}
     assert last_dimension_of(made(nodes, None, constants)) == width
 
 
-def test_values_that_operators_make_themselves_are_made_for_checks() -> None:
+def test_values_inside_operators_are_computed_for_checks() -> None:
     model = ir.from_proto(checked(Packed().model(), "case"))
     sites = find_sites(model.graph)
     plain = with_plain_values(model.graph, sites)
@@ -268,11 +268,11 @@ def test_bias_of_unknown_width_ends_where_the_value_does(width: int | None, stop
     assert isinstance(scores, Scores)
     value = scores.value
     assert value.bias is not None
-    # Where nothing tells, the value's heads are as wide as the key's.
+    # Where no shape states it, the value's heads are as wide as the key's.
     assert (value.bias.start, value.bias.stop) == (16, stop)
 
 
-def test_values_that_stand_in_the_graph_are_left_as_they_are() -> None:
+def test_values_that_are_in_the_graph_are_left_unchanged() -> None:
     model = ir.from_proto(checked(MultiHead().model(), "case"))
     sites = find_sites(model.graph)
     assert with_plain_values(model.graph, sites) == sites

@@ -40,7 +40,7 @@ def prepare(app: typer.Typer, file: Path, *options: object) -> Result:
 
 
 def refused(result: Result, folder: Path) -> str:
-    """The one sentence of a refusal, after which nothing is left behind."""
+    """Return the one sentence of a refusal; assert that no file was written."""
     assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -74,7 +74,7 @@ def test_external_data_that_is_not_in_the_models_folder_is_refused(way: str, app
 
 
 @pytest.mark.parametrize("depth", [10, 40, 2000])
-def test_graphs_within_graphs_end_no_stack(depth: int, app: typer.Typer, tmp_path: Path) -> None:
+def test_deeply_nested_graphs_do_not_overflow_the_stack(depth: int, app: typer.Typer, tmp_path: Path) -> None:
     file = tmp_path / "ranker.onnx"
     file.write_bytes(nested_deeply(depth))
     said = refused(prepare(app, file), tmp_path)
@@ -82,7 +82,7 @@ def test_graphs_within_graphs_end_no_stack(depth: int, app: typer.Typer, tmp_pat
 
 
 @pytest.mark.parametrize("what", ODD_MODELS)
-def test_odd_model_is_served_all_the_same(what: str, app: typer.Typer, tmp_path: Path) -> None:
+def test_unusual_model_is_served(what: str, app: typer.Typer, tmp_path: Path) -> None:
     make, words = ODD_MODELS[what]
     result = prepare(app, saved(make(), tmp_path / "ranker.onnx"))
     assert result.exit_code == 0, (result.output, result.exception)
@@ -90,7 +90,7 @@ def test_odd_model_is_served_all_the_same(what: str, app: typer.Typer, tmp_path:
     verify(Repository(tmp_path / "bundles").bundle("x"))
 
 
-def test_attention_may_be_required(app: typer.Typer, tmp_path: Path) -> None:
+def test_model_without_attention_is_refused_where_attention_is_required(app: typer.Typer, tmp_path: Path) -> None:
     said = refused(prepare(app, saved(tanh(), tmp_path / "ranker.onnx"), "--require-attention"), tmp_path)
     assert "ranker.onnx has no attention site that gives weights" in said
     assert prepare(app, saved(encoder(), tmp_path / "ranker.onnx"), "--require-attention").exit_code == 0
@@ -116,7 +116,7 @@ def averaging(length: int) -> onnx.ModelProto:
     return model
 
 
-def test_fixed_length_that_is_not_needed_is_freed_for_text(app: typer.Typer, tmp_path: Path) -> None:
+def test_fixed_length_that_the_graph_does_not_need_becomes_dynamic(app: typer.Typer, tmp_path: Path) -> None:
     tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
     model = saved(encoder(length=12), tmp_path / "ranker.onnx")
     result = prepare(app, model, "--tokenizer", tmp_path / "tokenizer.json")
@@ -149,7 +149,7 @@ def test_text_that_a_model_cannot_take_is_refused(
     assert words in refused(prepare(app, saved(model(), tmp_path / "ranker.onnx"), *options), tmp_path)
 
 
-def test_second_text_starts_behind_the_token_that_was_named(app: typer.Typer, tmp_path: Path) -> None:
+def test_second_text_starts_with_the_named_token(app: typer.Typer, tmp_path: Path) -> None:
     tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
     options = ("--tokenizer", tmp_path / "tokenizer.json", "--pair-start", "[SEP]")
     assert prepare(app, saved(encoder_decoder(50), tmp_path / "ranker.onnx"), *options).exit_code == 0
@@ -167,7 +167,7 @@ def test_exit_codes_are_in_the_help(command: str, app: typer.Typer) -> None:
 def mutations() -> st.SearchStrategy[bytes]:
     """A real file, cut anywhere, or with a few of its bytes changed."""
     whole = encoder().SerializeToString()
-    # Most of it is two tables, of which one change is like another: the rest is changed as often as they are.
+    # Most bytes are two tables, where all changes have the same effect, so the rest is changed as often as the tables.
     places = st.one_of(
         st.integers(0, 1500), st.integers(len(whole) - 800, len(whole) - 1), st.integers(0, len(whole) - 1)
     )
@@ -184,7 +184,7 @@ def mutations() -> st.SearchStrategy[bytes]:
 
 @settings(max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=mutations())
-def test_file_that_was_cut_or_changed_is_refused_in_one_sentence_or_whole(content: bytes, app: typer.Typer) -> None:
+def test_truncated_or_changed_file_is_refused_or_converted_whole(content: bytes, app: typer.Typer) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = folder / "ranker.onnx"
@@ -196,7 +196,7 @@ def test_file_that_was_cut_or_changed_is_refused_in_one_sentence_or_whole(conten
             refused(result, folder)
 
 
-def test_loop_without_end_is_stopped(app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_loop_is_stopped(app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GraphRunner, "limit_s", 0.2)
     said = refused(prepare(app, saved(endless(), tmp_path / "ranker.onnx")), tmp_path)
     assert "the model does not run: one run took more than 0.2 s" in said
@@ -204,7 +204,7 @@ def test_loop_without_end_is_stopped(app: typer.Typer, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("command", ["prepare", "inspect"])
 @pytest.mark.parametrize("what", ["a folder", "an empty file", "text", "another format's name"])
-def test_what_is_no_onnx_file_is_refused(what: str, command: str, app: typer.Typer, tmp_path: Path) -> None:
+def test_file_of_another_format_is_refused(what: str, command: str, app: typer.Typer, tmp_path: Path) -> None:
     file = tmp_path / ("model.onnxtxt" if what == "another format's name" else "ranker.onnx")
     if what == "a folder":
         file.mkdir()

@@ -1,4 +1,4 @@
-"""Operators that the runtime has in the standard domain, and the standard has not: such files are read as they are."""
+"""Operators that only the runtime has in the standard domain: files with them are read unchanged."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def normalizing(operator: str, opset: int, *more: Any) -> onnx.ModelProto:
     [("LayerNormalization", 11), ("LayerNormalization", 17), ("SimplifiedLayerNormalization", 17)],
 )
 @pytest.mark.parametrize("more", [(), (helper.make_opsetid("com.microsoft", 1),)], ids=["alone", "with its domain"])
-def test_files_are_read_as_they_are(operator: str, opset: int, more: tuple[Any, ...]) -> None:
+def test_files_are_read_unchanged(operator: str, opset: int, more: tuple[Any, ...]) -> None:
     model = normalizing(operator, opset, *more)
     read = checked(model, "model")
     assert (read.graph.node[0].op_type, read.graph.node[0].domain) == (operator, "")
     assert list(read.opset_import) == list(model.opset_import)
 
 
-def test_files_that_stay_invalid_are_refused_and_left_as_they_were() -> None:
+def test_invalid_files_are_refused_and_stay_unchanged() -> None:
     model = normalizing("LayerNormalization", 14)
     model.graph.node.append(helper.make_node("Relu", ["nowhere"], ["z"]))
     with pytest.raises(BuildRefused):
@@ -40,6 +40,6 @@ def test_files_that_stay_invalid_are_refused_and_left_as_they_were() -> None:
     assert len(model.opset_import) == 1
 
 
-def test_operators_that_nobody_has_are_refused() -> None:
-    with pytest.raises(BuildRefused, match="NobodysNormalization"):
-        checked(normalizing("NobodysNormalization", 17), "model")
+def test_unknown_operators_are_refused() -> None:
+    with pytest.raises(BuildRefused, match="UnknownNormalization"):
+        checked(normalizing("UnknownNormalization", 17), "model")

@@ -1,4 +1,4 @@
-"""Which inputs of floats are masks that are added to scores: those that do nothing else, on every way they take."""
+"""Which inputs of floats are masks that are added to scores: those that have no other use, on any way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ node = helper.make_node
 
 
 def attention(*nodes: Node, mask: str = "mask") -> onnx.GraphProto:
-    """Self-attention over `x`, to whose scores the value called `mask` is added, with nodes of its own before that."""
+    """Return self-attention over `x`; the value called `mask` is added to its scores, and `nodes` precede that."""
     values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "seq", 4])]
     values.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["batch", "seq", "seq"]))
     made = [
@@ -72,7 +72,7 @@ def test_masks_are_found_in_every_form_and_padded_with_the_lowest_number(shape: 
     ],
     ids=["added", "clipped", "floored", "chosen", "shifted", "scaled", "divided", "cast", "added twice"],
 )
-def test_masks_are_followed_through_what_leaves_them_masks(nodes: list[Node], padding: float) -> None:
+def test_masks_are_followed_through_operators_that_keep_them_masks(nodes: list[Node], padding: float) -> None:
     before = [node("Transpose", ["x"], ["turned_before"], perm=[0, 2, 1])]
     ordered = sorted([*before, *nodes], key=lambda each: "ready" in each.output)
     graph = attention(*ordered, mask="ready" if nodes else "mask")
@@ -95,7 +95,7 @@ def test_masks_are_followed_through_what_leaves_them_masks(nodes: list[Node], pa
     ],
     ids=["kept where 1", "negated", "times 0", "squared", "averaged too", "given too", "exponents", "whole numbers"],
 )
-def test_what_else_an_input_does_makes_it_no_mask(nodes: list[Node]) -> None:
+def test_input_with_another_use_is_no_mask(nodes: list[Node]) -> None:
     signature = signature_of(attention(*nodes, mask="ready"))
     assert [(spec.additive_mask, spec.padding) for spec in signature.inputs] == [(False, 0), (False, 0)]
 

@@ -226,7 +226,7 @@ def test_numbers_are_legal_where_the_graph_runs_on_them(name: str) -> None:
         assert legal == runs_on(session, np.full(shape, number, dtype)), number
 
 
-def test_ranges_are_what_the_tables_take() -> None:
+def test_ranges_are_those_of_the_tables() -> None:
     ranges = {
         name: [(each.least, each.greatest) for each in signature_of(made().graph).inputs[0].index_ranges]
         for name, made in GRAPHS.items()
@@ -301,7 +301,7 @@ COLUMNS: dict[str, Callable[[], onnx.ModelProto]] = {
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_columns_have_ranges_of_their_own(name: str) -> None:
+def test_columns_have_separate_ranges(name: str) -> None:
     model = COLUMNS[name]()
     [spec] = signature_of(model.graph).inputs
     session = session_of(model)
@@ -315,7 +315,7 @@ def test_columns_have_ranges_of_their_own(name: str) -> None:
             assert legal == runs_on(session, places), (column, number)
 
 
-def test_columns_of_one_range_are_told_once() -> None:
+def test_columns_with_the_same_range_are_listed_once() -> None:
     model = graph_of(node("Gather", ["rows", "class_ids"], ["y"]), shape=("batch", 3))
     assert signature_of(model.graph).inputs[0].index_ranges == (IndexRange(least=-6, greatest=5),)
 
@@ -334,7 +334,7 @@ def test_columns_of_one_range_are_told_once() -> None:
     ],
     ids=["sums", "division", "differences of places", "rows of an unknown number"],
 )
-def test_what_is_not_followed_is_said_and_nothing_is_bounded(nodes: list[Node]) -> None:
+def test_input_that_is_not_followed_is_reported_and_not_bounded(nodes: list[Node]) -> None:
     model = graph_of(*nodes, one=np.array(1), two=np.array(2), last=np.array([2]))
     found = signature_of(model.graph)
     assert found.unbounded == {"class_ids"}
@@ -398,7 +398,7 @@ def test_bodies_of_scans_are_followed() -> None:
         assert legal == runs_on(session, np.full((1, 1), number)), number
 
 
-def test_what_a_loop_hands_on_is_not_followed() -> None:
+def test_values_that_a_loop_passes_on_are_not_followed() -> None:
     info = helper.make_tensor_value_info
     body = helper.make_graph(
         [
@@ -425,7 +425,7 @@ def test_what_a_loop_hands_on_is_not_followed() -> None:
 
 
 def picking(*nodes: Node, offset: int = 0) -> onnx.ModelProto:
-    """Of `x` (B, T, 4) the positions `place` (B, 1), moved by an offset."""
+    """Gather from `x` (B, T, 4) at the positions `place` (B, 1) plus an offset."""
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "seq", 4])]
     inputs.append(helper.make_tensor_value_info("place", TensorProto.INT64, ["batch", 1]))
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
@@ -450,7 +450,7 @@ PICKING = {
 
 @pytest.mark.parametrize("offset", [0, 2, -1])
 @pytest.mark.parametrize("name", PICKING)
-def test_places_in_a_sequence_are_bounded_by_its_length(name: str, offset: int) -> None:
+def test_positions_in_a_sequence_are_bounded_by_its_length(name: str, offset: int) -> None:
     model = picking(*PICKING[name], offset=offset)
     found = signature_of(model.graph)
     spec = found.inputs[1]

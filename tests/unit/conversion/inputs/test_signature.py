@@ -1,4 +1,4 @@
-"""What is read off a graph's inputs, and which inputs cannot be served."""
+"""The signature that is read from a graph's inputs, and the inputs that cannot be served."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def signature(*inputs: tuple[str, int, list[Any] | None], constants: tuple[str, 
     return signature_of(helper.make_graph([], "graph", values, [], initializers), padding_id=3)
 
 
-def test_first_axis_is_the_batch_whatever_its_name() -> None:
+def test_first_axis_is_the_batch_under_any_name() -> None:
     found = signature(("left", FLOAT, ["N", "patch", 8]), ("right", FLOAT, ["M", "patch"]))
     assert [spec.shape for spec in found.inputs] == [("patch", 8), ("patch",)]
     assert found.symbols == ("patch",)
@@ -35,7 +35,7 @@ def test_nameless_axes_of_data_are_named_after_their_input() -> None:
     assert signature(("image", FLOAT, ["N", None, None])).symbols == ("image_axis_1", "image_axis_2")
 
 
-def test_initialisers_listed_as_inputs_are_none() -> None:
+def test_initializers_listed_as_inputs_are_no_inputs() -> None:
     assert [spec.name for spec in signature(("x", FLOAT, ["N"]), ("w", FLOAT, [1]), constants=("w",)).inputs] == ["x"]
 
 
@@ -51,7 +51,7 @@ def test_padding_of_ids_is_the_tokenizers() -> None:
 
 
 def looking_up(*inputs: tuple[str, list[Any], int]) -> Signature:
-    """Of a graph in which each input, given with its shape, looks up a table of so many rows, or none."""
+    """Return the signature of a graph; each input, given with its shape, looks up a table of so many rows, or none."""
     values = [helper.make_tensor_value_info(name, INT64, shape) for name, shape, _ in inputs]
     tables = [
         numpy_helper.from_array(np.zeros((rows, 4), np.float32), f"table of {name}") for name, _, rows in inputs if rows
@@ -84,7 +84,7 @@ IDS, MASK, TYPES, DATA = InputRole.TOKEN_IDS, InputRole.ATTENTION_MASK, InputRol
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
 )
-def test_roles_are_told_by_names_and_by_the_tables_looked_up(
+def test_roles_follow_from_names_and_from_the_tables_looked_up(
     rows: dict[str, int], expected: dict[str, InputRole]
 ) -> None:
     found = looking_up(*((name, ["N", "T"], count) for name, count in rows.items()))
@@ -176,7 +176,7 @@ def test_sampled_batches_are_padded_as_the_server_pads() -> None:
     assert feeds["x"][0, :2].all()
 
 
-def test_integer_kernels_make_a_model_int8() -> None:
+def test_matmul_of_integers_makes_a_model_int8() -> None:
     node = helper.make_node("MatMulInteger", ["a", "b"], ["c"])
     assert precision_of(helper.make_model(helper.make_graph([node], "graph", [], []))) == "int8"
 

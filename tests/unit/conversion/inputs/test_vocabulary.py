@@ -31,7 +31,7 @@ def test_tables_of_other_inputs_and_other_axes_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("operator", ["Cast", "Identity"])
-def test_a_table_is_followed_through_what_leaves_its_rows(operator: str) -> None:
+def test_a_table_is_followed_through_operators_that_keep_its_rows(operator: str) -> None:
     attributes = {"to": TensorProto.FLOAT} if operator == "Cast" else {}
     nodes = [helper.make_node(operator, ["words"], ["table"], **attributes), gather("table")]
     assert vocabulary_size_of(graph_of(nodes, words=np.zeros((60, 4), np.float16)), "input_ids") == 60
@@ -42,12 +42,12 @@ def test_a_table_may_be_a_constant_node() -> None:
     assert vocabulary_size_of(graph_of([constant, gather("words")]), "input_ids") == 60
 
 
-def test_ids_are_followed_through_what_leaves_them() -> None:
+def test_ids_are_followed_through_operators_that_keep_them() -> None:
     cast = helper.make_node("Cast", ["input_ids"], ["narrow"], to=TensorProto.INT32)
     assert vocabulary_size_of(graph_of([cast, gather("words", "narrow")], words=np.zeros((60, 4))), "input_ids") == 60
 
 
-def test_ids_that_are_looked_up_nowhere_have_no_vocabulary() -> None:
+def test_ids_without_a_table_have_no_vocabulary() -> None:
     assert vocabulary_size_of(graph_of([]), "input_ids") == 0
 
 

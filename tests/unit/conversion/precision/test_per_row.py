@@ -1,4 +1,4 @@
-"""`--requantize per-row`: one scale and zero point per row in the place of one for the whole batch."""
+"""`--requantize per-row`: one scale and zero point per row instead of one for the whole batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Run = Callable[[onnx.ModelProto, Array], Array]
 
 @pytest.fixture
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs a model as the server does, on a float32 input `x`; gives `y`."""
+    """Run a model as the server does, on a float32 input `x`, and return `y`."""
 
     def run(model: onnx.ModelProto, x: Array) -> Array:
         path = tmp_path_factory.mktemp("run") / "model.onnx"
@@ -54,20 +54,20 @@ def test_each_row_is_rounded_as_the_standard_rounds_a_tensor(
     arrays = weights_of(dtype, per_channel=per_channel)
     x = sample(2, 7)
     found, expected = run(rewritten(product(form, arrays=arrays)), x), exact_product(x, arrays)
-    # float32 keeps 24 bits of each row's integer sum, and of the products by its scale.
+    # float32 keeps 24 bits of each row's integer sum, and of that times its scale.
     greatest = np.abs(expected - arrays["bias"]).max(axis=-1, keepdims=True) + 1
     np.testing.assert_array_less(np.abs(found - expected) / greatest, 2e-6)
 
 
 @pytest.mark.parametrize("opset", [11, 12, 13, 17, 18, 21, 23])
-def test_each_opset_has_the_operators_that_it_takes(opset: int, run: Run) -> None:
+def test_each_opset_gets_operators_that_it_has(opset: int, run: Run) -> None:
     x = sample(2, 7)
     found = run(rewritten(product(opset=opset)), x)
     np.testing.assert_allclose(found, exact_product(x, weights_of()), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_row_alone_is_what_the_source_gives(form: str, run: Run) -> None:
+def test_one_row_alone_has_the_result_of_the_source(form: str, run: Run) -> None:
     source, x = product(form), sample(1, 3)
     for row in range(3):
         one = x[:, row : row + 1]
@@ -85,7 +85,7 @@ def test_row_has_the_same_bits_in_any_batch(form: str, opset: int, run: Run) -> 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_source_fails_that_test(form: str, run: Run) -> None:
+def test_row_of_the_source_changes_with_its_batch(form: str, run: Run) -> None:
     """The positive control: with one scale for the batch, a large neighbour changes a row."""
     x = sample(1, 5)
     assert np.abs(run(product(form), np.concatenate([x, 1e4 * x]))[:1] - run(product(form), x)).max() > 0.1
@@ -97,7 +97,7 @@ def test_row_of_zeros_gives_the_bias(run: Run) -> None:
     np.testing.assert_allclose(run(rewritten(product()), x)[0, 2], weights_of()["bias"], rtol=1e-6)
 
 
-def test_weights_and_their_zero_points_are_the_files_own() -> None:
+def test_weights_and_their_zero_points_are_those_of_the_file() -> None:
     source = product()
     model = rewritten(source)
     before, after = ({tensor.name: tensor for tensor in own.graph.initializer} for own in (source, model))
@@ -106,7 +106,7 @@ def test_weights_and_their_zero_points_are_the_files_own() -> None:
     assert not {node.op_type for node in model.graph.node} & {"DynamicQuantizeLinear", "MatMulInteger"}
 
 
-def test_source_is_left_as_it_is() -> None:
+def test_source_stays_unchanged() -> None:
     source = product()
     before = source.SerializeToString()
     with_scale_per_row(source)
@@ -114,7 +114,7 @@ def test_source_is_left_as_it_is() -> None:
 
 
 def shared(opset: int = 17) -> onnx.ModelProto:
-    """One quantizer, three products of it, which are added."""
+    """One quantizer, and three MatMuls of it, whose results are added."""
     nodes = [node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"])]
     for part in "abc":
         nodes += [
@@ -127,7 +127,7 @@ def shared(opset: int = 17) -> onnx.ModelProto:
     return model_of(nodes, {name: array for name, array in weights_of().items() if name != "bias"}, opset=opset)
 
 
-def test_products_of_one_quantizer_share_its_rows_and_are_exact_with_shared_weights(run: Run) -> None:
+def test_matmuls_of_one_quantizer_share_its_rows_and_are_exact_with_shared_weights(run: Run) -> None:
     model = rewritten(shared())
     assert [node.op_type for node in model.graph.node].count("QuantizeLinear") == 1
     arrays = weights_of()
@@ -162,7 +162,7 @@ def identity(form: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("form", [*FORMS, "DequantizeLinear"])
-def test_small_row_survives_beside_a_loud_one(form: str, run: Run) -> None:
+def test_row_of_small_numbers_is_exact_beside_a_row_of_large_ones(form: str, run: Run) -> None:
     alone, batch = loud()
     source = identity(form)
     assert run(source, batch)[0].max() == 0  # the positive control
@@ -172,7 +172,7 @@ def test_small_row_survives_beside_a_loud_one(form: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("order", ["cast first", "scale first"])
-def test_weights_without_scale_and_zero_point_are_taken(order: str, run: Run) -> None:
+def test_weights_without_scale_and_zero_point_are_rewritten(order: str, run: Run) -> None:
     factors = ["cast", "s"] if order == "cast first" else ["s", "cast"]
     nodes = [
         node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
@@ -185,7 +185,7 @@ def test_weights_without_scale_and_zero_point_are_taken(order: str, run: Run) ->
     np.testing.assert_allclose(run(model, batch)[:1], alone, rtol=1e-6)
 
 
-def test_weights_of_several_experts_are_taken_too(run: Run) -> None:
+def test_weights_of_several_experts_are_rewritten(run: Run) -> None:
     rng = np.random.default_rng(4)
     w = rng.integers(-127, 128, (3, WIDTH, COLUMNS)).astype(np.int8)
     nodes = [
@@ -234,7 +234,7 @@ def two_activations(form: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_product_of_two_activations_runs_in_float32(form: str, run: Run) -> None:
+def test_matmul_of_two_activations_runs_in_float32(form: str, run: Run) -> None:
     proto, report = with_scale_per_row(two_activations(form))
     assert (report.rewritten, report.unrounded, report.left) == (0, 2, ())
     x = np.random.default_rng(3).normal(size=(2, 5, WIDTH)).astype(np.float32)
@@ -243,7 +243,7 @@ def test_product_of_two_activations_runs_in_float32(form: str, run: Run) -> None
 
 
 def beside(*nodes: onnx.NodeProto, **arrays: Array) -> onnx.ModelProto:
-    """A product that can be rewritten, and nodes that cannot, whose result `other` is left over."""
+    """A MatMul that can be rewritten, and nodes that cannot; these give `other`."""
     source = product()
     known = {tensor.name: numpy_helper.to_array(tensor) for tensor in source.graph.initializer}
     return model_of([*source.graph.node, *nodes], {**known, **arrays})
@@ -289,7 +289,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("reason", LEFT)
-def test_quantizer_that_cannot_take_a_scale_per_row_is_named_with_the_reason(reason: str) -> None:
+def test_quantizer_that_cannot_take_a_scale_per_row_is_reported_with_the_reason(reason: str) -> None:
     arrays = {
         "turned": np.ones((4, 3), np.uint8),
         "one": np.array(1, np.float32),
@@ -319,7 +319,7 @@ def test_file_whose_quantizers_all_stay_is_refused() -> None:
         with_scale_per_row(convolved())
 
 
-def test_quantizer_in_a_body_stays() -> None:
+def test_quantizer_in_a_subgraph_stays() -> None:
     inner = onnx.helper.make_graph(
         [
             node("DynamicQuantizeLinear", ["x"], ["qi", "si", "zi"], name="inner"),

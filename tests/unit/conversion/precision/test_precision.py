@@ -18,7 +18,7 @@ WIDTH = 48
 
 
 def products(opset: int = 21, *, odd: bool = False) -> onnx.ModelProto:
-    """Two products of one input, a third of their sum; `odd` gives the last weights one that dwarfs all others."""
+    """Two MatMuls of one input, and a third of their sum; `odd` gives the last weights one very large number."""
     rng = np.random.default_rng(5)
     weights = {name: rng.normal(0, 0.3, (WIDTH, WIDTH)).astype(np.float32) for name in ("a", "b", "c")}
     if odd:
@@ -55,29 +55,29 @@ def sample(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("opset", [11, 12, 13, 17, 18, 23])
-def test_int8_products_stay_close_to_float32_in_every_opset(opset: int) -> None:
+def test_int8_matmuls_stay_close_to_float32_in_every_opset(opset: int) -> None:
     source = products(opset)
     reduced = checked(in_precision(source, "int8"), "products")
     assert precision_of(reduced) == "int8"
     x = sample(2, 7)
     expected, found = run(source, x), run(reduced, x)
-    # Rounding to 127 steps errs by 0.3 steps of each number, about 0.6% of the norm, on both sides of two products.
+    # Rounding to 127 levels errs by 0.3 levels of each number, about 0.6% of the norm, on both sides of two MatMuls.
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.02
     assert not np.array_equal(found, expected)
 
 
-def test_int8_row_is_the_same_whatever_shares_its_batch() -> None:
+def test_int8_row_is_the_same_in_any_batch() -> None:
     reduced = in_precision(products(), "int8")
     alone = sample(1, 5)
     loud = np.concatenate([alone, 1000 * sample(1, 5)])
-    # Integer sums are exact, and each row's scale is its own, so nothing is left to rounding.
+    # Integer sums are exact, and each row's scale is its own, so rounding cannot differ.
     np.testing.assert_array_equal(run(reduced, loud)[:1], run(reduced, alone))
     padded = np.concatenate([alone, 1000 * sample(1, 3)], axis=1)
     np.testing.assert_array_equal(run(reduced, padded)[:, :5], run(reduced, alone))
 
 
-def test_one_scale_for_the_batch_would_fail_that_test(tmp_path: Path) -> None:
-    """The positive control of the test above: the library's own scheme lets a loud batch mate drown a row."""
+def test_row_changes_with_its_batch_under_one_scale_for_the_batch(tmp_path: Path) -> None:
+    """The positive control of the test above: in the library's scheme, a large neighbour rounds a row to 0."""
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415 - heavy
 
     onnx.save(products(), tmp_path / "source.onnx")
@@ -94,14 +94,14 @@ def test_int8_row_of_zeros_stays_zero() -> None:
     assert not run(in_precision(products(), "int8"), x)[0, 2].any()
 
 
-def test_products_of_one_input_share_its_rounding() -> None:
+def test_matmuls_of_one_input_share_its_rounding() -> None:
     reduced = in_precision(products(), "int8")
     counts = [node.op_type for node in reduced.graph.node]
     assert counts.count("MatMulIntegerToFloat") == 3
     assert counts.count("QuantizeLinear") == 2
 
 
-def test_product_that_rounding_hurts_stays_in_float32() -> None:
+def test_matmul_with_a_large_rounding_error_stays_in_float32() -> None:
     source = products(odd=True)
     reduced = in_precision(source, "int8")
     kept = [node.input[1] for node in reduced.graph.node if node.op_type == "MatMul"]
@@ -118,7 +118,7 @@ def test_weights_are_rounded_per_channel() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_source_is_left_as_it_is(precision: str) -> None:
+def test_source_stays_unchanged(precision: str) -> None:
     source = products()
     before = source.SerializeToString()
     in_precision(source, precision)  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def test_float16_keeps_the_types_of_inputs_and_outputs() -> None:
     ):
         assert (before.name, before.type) == (after.name, after.type)
     x = sample(2, 7)
-    # float16 keeps 11 bits; sums of 48 products of size 1 err by a few thousandths.
+    # float16 keeps 11 bits; sums of 48 terms of size 1 err by a few thousandths.
     np.testing.assert_allclose(run(reduced, x), run(source, x), atol=2e-2)
 
 
@@ -167,8 +167,8 @@ def test_unknown_precision_is_refused() -> None:
         in_precision(products(), "int4")  # type: ignore[arg-type]
 
 
-def test_fp16_puts_distances_into_the_buckets_that_they_were_in() -> None:
-    """As T5 does: logarithms of distances, cut down to whole numbers."""
+def test_fp16_keeps_the_buckets_of_distances() -> None:
+    """As T5 does: logarithms of distances, cast to whole numbers."""
     numbers = {"eight": 8.0, "most": float(np.log(np.float32(16))), "width": 3.0}
     nodes = [
         helper.make_node("ReduceSum", ["x"], ["distance"], name="distance", keepdims=0),
@@ -196,7 +196,7 @@ def test_fp16_puts_distances_into_the_buckets_that_they_were_in() -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_int8_takes_products_that_come_with_their_bias(turned: bool, biased: bool) -> None:
+def test_int8_rewrites_gemms(turned: bool, biased: bool) -> None:
     rng = np.random.default_rng(7)
     weights = rng.normal(0, 0.3, (WIDTH, WIDTH)).astype(np.float32)
     bias = rng.normal(size=WIDTH).astype(np.float32)
@@ -213,13 +213,13 @@ def test_int8_takes_products_that_come_with_their_bias(turned: bool, biased: boo
     reduced = checked(in_precision(source, "int8"), "gemm")
     assert precision_of(reduced) == "int8"
     x = sample(5)
-    # Steps of 1/127 of the greatest number on both sides, over 48 terms of size 0.3.
+    # Levels of 1/127 of the greatest number on both sides, over 48 terms of size 0.3.
     np.testing.assert_allclose(run(reduced, x), run(source, x), rtol=0, atol=0.1)
     np.testing.assert_allclose(run(source, x), x @ weights + (bias if biased else 0), rtol=0, atol=1e-4)
 
 
 def normalised(opset: int = 21) -> onnx.ModelProto:
-    """A normalisation whose channels reach far apart, and a product with a bias behind it."""
+    """A normalization whose channels have very different ranges, and a MatMul with a bias behind it."""
     rng = np.random.default_rng(9)
     gain = np.ones(WIDTH, np.float32)
     gain[3] = 40.0
@@ -255,31 +255,31 @@ def reach_of(x: np.ndarray) -> np.ndarray:
     return np.asarray(np.abs(n).reshape(-1, WIDTH).max(axis=0))
 
 
-def test_known_range_takes_all_work_per_row_away() -> None:
+def test_calibrated_range_leaves_no_work_per_row() -> None:
     reduced = checked(in_precision(normalised(), "int8", {"n": reach_of(sample(4, 20))}), "normalised")
     operators = [node.op_type for node in reduced.graph.node]
     assert not {"ReduceMax", "ReduceMin", "Div"} & set(operators)
-    # The bias went into the product; what else takes the normalised value still takes the true one.
+    # The bias is an input of the MatMul; other readers of the normalized value still get the unscaled one.
     assert operators.count("Add") == 1
     assert operators.count("LayerNormalization") == 2
 
 
-def test_known_range_keeps_channels_that_reach_far_and_those_that_do_not() -> None:
+def test_calibrated_range_keeps_channels_of_large_and_of_small_numbers() -> None:
     source = normalised()
     x = sample(2, 9)
     reduced = in_precision(source, "int8", {"n": reach_of(sample(4, 20))})
     expected, found = run(source, x), run(reduced, x)
-    # As without a known range: both sides are rounded to 127 steps; one channel reaches 40 times as far as the others.
+    # As without calibration: both sides are rounded to 127 levels; one channel has 40 times the range of the others.
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.02
 
 
-def test_row_behind_a_known_range_is_the_same_whatever_shares_its_batch() -> None:
+def test_row_with_a_calibrated_range_is_the_same_in_any_batch() -> None:
     reduced = in_precision(normalised(), "int8", {"n": reach_of(sample(4, 20))})
     alone = sample(1, 5)
     loud = np.concatenate([alone, 1000 * sample(1, 5)])
     np.testing.assert_array_equal(run(reduced, loud)[:1], run(reduced, alone))
 
 
-def test_range_of_what_is_not_normalised_changes_nothing() -> None:
+def test_range_of_a_value_without_normalization_changes_nothing() -> None:
     plain = in_precision(products(), "int8", {"x": np.ones(WIDTH)})
     assert plain.SerializeToString() == in_precision(products(), "int8").SerializeToString()

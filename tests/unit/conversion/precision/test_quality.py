@@ -1,4 +1,4 @@
-"""What a reduced precision costs: on sentences where a model takes text, on random inputs elsewhere."""
+"""The cost of a reduced precision: on sentences where a model takes text, else on random inputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sampler() -> Sampler:
 
 
 def projected() -> onnx.ModelProto:
-    """The encoder with a product behind it, so that there is something to round."""
+    """The encoder with a MatMul behind it that can be rounded."""
     model = encoder()
     weights = np.random.default_rng(2).normal(0, 0.2, (WIDTH, WIDTH)).astype(np.float32)
     model.graph.initializer.append(numpy_helper.from_array(weights, "weights"))
@@ -64,12 +64,12 @@ def test_sentences_are_many_distinct_and_of_varied_length() -> None:
     assert len(set(lines)) == len(lines) >= 300
     assert (min(words), max(words)) == (3, 119)
     assert len(set(words)) > 40
-    # No templates: hardly two begin with the same three words.
+    # The sentences follow no template: hardly two begin with the same three words.
     starts = [" ".join(re.findall(r"\w+", line.lower())[:3]) for line in lines]
     assert len(set(starts)) > 0.95 * len(starts)
 
 
-def test_model_beside_itself_agrees_in_everything(tmp_path: Path) -> None:
+def test_model_agrees_with_itself_in_everything(tmp_path: Path) -> None:
     one = subject(tmp_path)
     material = material_of(one.manifest, TextTokenizer(tiny_tokenizer(), "seq"), sampler())
     told = measure(one, one, material, "itself")
@@ -89,7 +89,7 @@ def test_attention_rows_are_counted_without_padding(tmp_path: Path) -> None:
     assert told.attention_rows == layers * heads * (3 + 7)
 
 
-def test_other_weights_are_told_by_cosine_and_by_their_strongest_keys(tmp_path: Path) -> None:
+def test_other_weights_lower_the_cosine_and_change_the_strongest_keys(tmp_path: Path) -> None:
     one, other = subject(tmp_path), subject(tmp_path, factor=-3.0)
     told = measure(other, one, material_of(one.manifest, None, sampler()), "another")
     assert told.inputs == "32 random inputs"
@@ -114,9 +114,7 @@ LOWEST = float(np.finfo(np.float32).min)
         ([-np.inf, -np.inf], [-np.inf, -np.inf], 1.0),
     ],
 )
-def test_infinities_count_where_they_stand_in_one_output_alone(
-    own: list[float], true: list[float], cosine: float
-) -> None:
+def test_infinities_count_where_only_one_output_has_them(own: list[float], true: list[float], cosine: float) -> None:
     assert quality._cosine(np.array(own, np.float32), np.array(true, np.float32)) == pytest.approx(cosine)
 
 
@@ -134,13 +132,13 @@ def test_text_is_cut_to_the_models_greatest_length() -> None:
     assert all(sequence["attention_mask"].all() for sequence in material.sequences)
 
 
-def test_ruined_model_is_refused() -> None:
+def test_model_with_a_low_cosine_is_refused() -> None:
     with pytest.raises(CheckFailed, match=r"in int8 the mean cosine of z with x is 0\.500, less than 0\.9; no bundle"):
         judge_quality(report(cosine_mean=0.5), "int8", Steps.silent())
 
 
-class Heard(Steps):
-    """Remembers what it was told."""
+class Recorded(Steps):
+    """Steps that keep their warnings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,8 +148,8 @@ class Heard(Steps):
         self.warnings.append(what)
 
 
-def test_what_misses_its_target_is_said() -> None:
-    steps = Heard()
+def test_missed_targets_are_warnings() -> None:
+    steps = Recorded()
     judge_quality(report(cosine_mean=0.98, top1_agreement=0.94), "int8", steps)
     assert steps.warnings == [
         "int8: the mean cosine 0.9800 is below 0.99",
@@ -162,7 +160,7 @@ def test_what_misses_its_target_is_said() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_prepared_bundle_carries_its_quality(precision: str, tmp_path: Path) -> None:
+def test_prepared_bundle_has_a_quality_report(precision: str, tmp_path: Path) -> None:
     file = saved(projected(), tmp_path / "ranker.onnx")
     request = PrepareRequest(file=file, name="ranker", repository=tmp_path / "models", precision=precision)  # type: ignore[arg-type]
     manifest = prepare_bundle(request).manifest
@@ -177,7 +175,7 @@ def test_prepared_bundle_carries_its_quality(precision: str, tmp_path: Path) -> 
     assert manifest.golden.output_tolerance == {"fp16": 2e-2, "int8": 1e-1}[precision]
 
 
-def test_source_in_its_own_precision_has_no_quality_report(tmp_path: Path) -> None:
+def test_unreduced_source_has_no_quality_report(tmp_path: Path) -> None:
     file = saved(projected(), tmp_path / "ranker.onnx")
     manifest = prepare_bundle(PrepareRequest(file=file, name="ranker", repository=tmp_path / "models")).manifest
     assert manifest.check.quality is None

@@ -41,7 +41,7 @@ _HIDES = -1e4
 """A score of this or less has no weight beside any other; exporters write "masked" as this or lower."""
 _NO_OPS = {"Identity", "Dropout", "Cast"}
 _SHARED_FILL = -1e30
-"""Fills up to this are alike: no score can be told from them."""
+"""Fills up to this have the same effect: they exceed every score."""
 
 
 @dataclass(frozen=True, slots=True)

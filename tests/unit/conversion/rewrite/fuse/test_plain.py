@@ -28,7 +28,7 @@ def reasons(model: onnx.ModelProto) -> list[str]:
 
 @pytest.mark.parametrize("scale", ["scores", "query", "key", "both"])
 @pytest.mark.parametrize("divides", [False, True])
-def test_scale_is_read_wherever_it_stands(scale: str, divides: bool) -> None:
+def test_scale_is_read_from_every_place(scale: str, divides: bool) -> None:
     (site,) = sites(Plain(scale=scale, divides=divides).model())
     assert site.scale == pytest.approx(HEAD_DIM**-0.5)
 
@@ -46,7 +46,7 @@ def test_masks_are_listed_in_the_order_in_which_they_apply() -> None:
 
 
 def edited(change: Callable[[onnx.GraphProto, onnx.NodeProto], None], **form: object) -> onnx.ModelProto:
-    """A plain graph with one thing changed, given its softmax."""
+    """Return a plain graph after a change, which gets the graph and its softmax."""
     model = Plain(**form).model()  # type: ignore[arg-type]
     (softmax,) = [node for node in model.graph.node if node.op_type == "Softmax"]
     change(model.graph, softmax)
@@ -104,7 +104,7 @@ def bias_is_made_from_the_queries(graph: onnx.GraphProto, softmax: onnx.NodeProt
     graph.initializer.append(numpy_helper.from_array(np.array([-1]), "axes"))
 
 
-def scores_are_a_sum_of_two_products(graph: onnx.GraphProto, softmax: onnx.NodeProto) -> None:
+def scores_are_a_sum_of_two_matmuls(graph: onnx.GraphProto, softmax: onnx.NodeProto) -> None:
     (product,) = [node for node in graph.node if softmax.input[0] in node.output]
     before_softmax(
         graph,
@@ -170,7 +170,7 @@ def keys_are_rectified_once_transposed(graph: onnx.GraphProto, softmax: onnx.Nod
             {"scale": "none"},
             "its bias is computed from its own queries or keys",
         ),
-        (scores_are_a_sum_of_two_products, {"scale": "none"}, "its scores are a sum of several MatMuls"),
+        (scores_are_a_sum_of_two_matmuls, {"scale": "none"}, "its scores are a sum of several MatMuls"),
         (
             hidden_scores_get_a_bias,
             {"masks": ("chosen inverted",)},
