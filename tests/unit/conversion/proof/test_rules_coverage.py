@@ -56,7 +56,7 @@ PLANTED: list[tuple[tuple[str, str], str]] = [
     (("", "Conv"), "Conv over the end"),
     (("", "MatMul"), "MatMul over positions"),
     (("", "LSTM"), "the last state of LSTM"),
-    (("", "Scan"), "Scan forward, of which the last state is read"),
+    (("", "Scan"), "Scan forward, with its last state read"),
     (("", "DynamicQuantizeLinear"), "DynamicQuantizeLinear"),
     (("", "Attention"), "Attention without a mask"),
     (("com.microsoft", "MultiHeadAttention"), "MultiHeadAttention without a mask"),
