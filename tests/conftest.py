@@ -25,7 +25,7 @@ from serving import RunningServer, command, serve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# How long an example takes says nothing on a machine that others use too, least of all under coverage.
+# Times of examples vary on a shared machine, and more so under coverage: no deadline.
 settings.register_profile("attnserve", deadline=None, print_blob=True)
 settings.load_profile("attnserve")
 
@@ -60,7 +60,7 @@ def minilm_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def minilm_server(minilm_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A real server over MiniLM, shared by tests that leave it as they found it."""
+    """A real server over MiniLM, shared by tests that do not change its state."""
     with serve(minilm_repository, tmp_path_factory.mktemp("minilm-server")) as server:
         yield server
 

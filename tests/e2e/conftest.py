@@ -26,11 +26,11 @@ class Served:
 
     @property
     def target(self) -> str:
-        """Where the SDK finds it."""
+        """The address that the SDK connects to."""
         return f"127.0.0.1:{self.grpc_port}"
 
     def healthy(self) -> bool:
-        """Whether the image's own health command says so, inside."""
+        """Return whether the image's health command succeeds in the container."""
         try:
             self.container.exec("attnserve-server", "healthcheck")
         except CommandFailed:
@@ -59,20 +59,20 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     given = os.environ.get("ATTNSERVE_E2E_REPOSITORY")
     repository = Path(given) if given else request.getfixturevalue("minilm_repository")
     mounted = Path(shutil.copytree(repository, tmp_path_factory.mktemp("mounted") / "models"))
-    # The bundles' own modes let others read them; the folder above them may be a private one.
+    # All users may read the bundles; the temporary folder above them may be private.
     mounted.chmod(0o755)
     return mounted
 
 
 @contextmanager
 def running(engine: Engine, image: str, models: Path, **env: str) -> Iterator[Served]:
-    """Serves `models` from a hardened container, ready, until the block ends. No shell can run in it."""
+    """Serve `models` from a hardened container until the block ends. No shell can run in the container."""
     ports = {"ATTNSERVE_GRPC_PORT": str(free_port()), "ATTNSERVE_HTTP_PORT": str(free_port())}
     container = run_hardened(
         engine,
         image,
         env={"ATTNSERVE_HOST": "127.0.0.1", **ports, **env},
-        # A shell that is an empty file cannot be started: whatever needs one fails.
+        # The shells are replaced by empty files, so any command that needs a shell fails.
         volumes=[f"{models}:/models:ro", "/dev/null:/usr/bin/dash:ro", "/dev/null:/usr/bin/bash:ro"],
     )
     served = Served(container, int(ports["ATTNSERVE_GRPC_PORT"]), int(ports["ATTNSERVE_HTTP_PORT"]))
@@ -85,13 +85,13 @@ def running(engine: Engine, image: str, models: Path, **env: str) -> Iterator[Se
 
 @pytest.fixture(scope="session")
 def served(engine: Engine, image: str, models: Path) -> Iterator[Served]:
-    """One container for all tests that leave it running."""
+    """A container shared by all tests that leave it running."""
     with running(engine, image, models) as served:
         yield served
 
 
 @pytest.fixture
 def own_served(engine: Engine, image: str, models: Path) -> Iterator[Served]:
-    """A container for one test alone."""
+    """A separate container for one test."""
     with running(engine, image, models) as served:
         yield served

@@ -1,4 +1,4 @@
-"""The image as an operator runs it: hardened, without a shell, and still able to do all that the server does."""
+"""The image serves requests when it runs hardened and without a shell, and stops as its signals require."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_text_comes_back_as_embedding_and_attention(served) -> None:
     assert answer.receipt.execution_provider == "CPUExecutionProvider"
 
 
-def test_process_has_no_rights_and_nowhere_to_write(served) -> None:
+def test_process_has_no_capabilities_and_cannot_write_files(served) -> None:
     status = served.container.exec("python", "-c", "print(open('/proc/1/status').read())")
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     assert fields["Uid"].split() == ["65532"] * 4
@@ -48,17 +48,17 @@ def test_process_has_no_rights_and_nowhere_to_write(served) -> None:
             served.container.exec("python", "-c", f"open('{folder}/written', 'w')")
 
 
-def test_runtime_does_not_try_to_report_to_its_makers(served) -> None:
-    """It would say so in the log: it finds no place to keep its mark of the machine in."""
+def test_runtime_sends_no_telemetry(served) -> None:
+    """With telemetry, the runtime logs that it cannot store its machine id on the read-only file system."""
     assert "telemetry" not in served.container.logs()
 
 
-def test_no_shell_can_run_in_it(served) -> None:
+def test_no_shell_can_run_in_the_container(served) -> None:
     with pytest.raises(CommandFailed):
         served.container.exec("/bin/sh", "-c", "true")
 
 
-def test_image_s_health_command_says_ready_and_is_its_healthcheck(engine: Engine, image: str, served) -> None:
+def test_health_command_prints_ready_and_is_the_healthcheck_of_the_image(engine: Engine, image: str, served) -> None:
     assert served.container.exec("attnserve-server", "healthcheck").strip() == "ready"
     [described] = json.loads(engine.run("podman", "image", "inspect", image))
     assert described["Healthcheck"]["Test"] == ["CMD", *PROBE]
@@ -68,12 +68,12 @@ def test_image_s_health_command_says_ready_and_is_its_healthcheck(engine: Engine
     engine.run("podman", "healthcheck", "run", served.container.id)
 
 
-def test_health_command_fails_where_nothing_answers(served) -> None:
+def test_health_command_fails_without_a_server(served) -> None:
     with pytest.raises(CommandFailed, match="not ready: no answer from port 1"):
         served.container.exec("attnserve-server", "healthcheck", "--http-port", "1")
 
 
-def test_image_holds_neither_installers_nor_what_only_building_needs(served) -> None:
+def test_image_contains_no_installers_and_no_build_dependencies(served) -> None:
     listed = served.container.exec(
         "python", "-c", "import importlib.metadata as m; print(*(d.name for d in m.distributions()))"
     )
@@ -82,7 +82,7 @@ def test_image_holds_neither_installers_nor_what_only_building_needs(served) -> 
     assert names & {"pip", "setuptools", "torch", "transformers", "onnx", "onnxruntime-gpu", "pytest"} == set()
 
 
-def test_settings_that_cannot_be_are_all_named_and_end_with_2(engine: Engine, image: str) -> None:
+def test_invalid_settings_are_all_named_and_exit_with_2(engine: Engine, image: str) -> None:
     wrong = {"ATTNSERVE_GRPC_PORT": "70000", "ATTNSERVE_DRAIN_GRACE_S": "-1"}
     container = run_hardened(engine, image, env=wrong)
     try:
@@ -107,8 +107,8 @@ def test_cpu_image_refuses_to_start_where_a_gpu_is_required(engine: Engine, imag
         container.remove()
 
 
-def calls_under_way(served) -> int:
-    """Unary calls that the server has taken and not ended yet, by its own count."""
+def running_calls(served) -> int:
+    """Return the number of running unary calls, from the server's metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{served.http_port}/metrics", timeout=10) as reply:
         text = reply.read().decode()
     counts = {
@@ -118,8 +118,8 @@ def calls_under_way(served) -> int:
     return int(counts["started"] - counts["handled"])
 
 
-def outcomes_of_calls_under_way_when(served, end: Callable[[], int]) -> tuple[int, Counter[str]]:
-    """Has seconds of work begin, then ends the server. Returns its exit code and how the calls ended, untried again."""
+def end_during_calls(served, end: Callable[[], int]) -> tuple[int, Counter[str]]:
+    """Start seconds of work, then end the server. Return its exit code and the calls' outcomes, without retries."""
     ended: Counter[str] = Counter()
 
     def call() -> None:
@@ -131,7 +131,7 @@ def outcomes_of_calls_under_way_when(served, end: Callable[[], int]) -> tuple[in
                 )
                 ended["answered"] += len(answers) == 12
             except NotServing as error:
-                # Told so by the server, before anything of it ran: it was not in the queue yet. Else the line broke.
+                # The server refuses a request that is not queued yet. In any other state, the connection broke.
                 ended["refused" if error.state == "draining" else "lost"] += 1
             except AttnserveError:
                 ended["lost"] += 1
@@ -139,28 +139,28 @@ def outcomes_of_calls_under_way_when(served, end: Callable[[], int]) -> tuple[in
     callers = [threading.Thread(target=call) for _ in range(CALLERS)]
     for caller in callers:
         caller.start()
-    wait_until(lambda: calls_under_way(served) == CALLERS, served.container.logs, 30)
+    wait_until(lambda: running_calls(served) == CALLERS, served.container.logs, 30)
     exit_code = end()
     for caller in callers:
         caller.join(timeout=60)
     return exit_code, ended
 
 
-def test_sigterm_answers_what_is_under_way_and_exits_0(own_served) -> None:
-    exit_code, ended = outcomes_of_calls_under_way_when(own_served, lambda: own_served.container.stop(GRACE_S))
+def test_sigterm_answers_running_calls_and_exits_0(own_served) -> None:
+    exit_code, ended = end_during_calls(own_served, lambda: own_served.container.stop(GRACE_S))
     assert exit_code == 0, own_served.container.logs()
     assert ended["answered"] > 0
     assert ended["answered"] + ended["refused"] == CALLERS, ended
 
 
-def test_sigkill_loses_what_is_under_way(own_served) -> None:
-    """The control of the test above: its calls really are under way when the signal comes."""
-    exit_code, ended = outcomes_of_calls_under_way_when(own_served, own_served.container.kill)
+def test_sigkill_loses_running_calls(own_served) -> None:
+    """The control of the test above: the calls are running when the signal arrives."""
+    exit_code, ended = end_during_calls(own_served, own_served.container.kill)
     assert exit_code == 137
     assert ended["lost"] > 0
 
 
-def test_promtool_finds_no_fault_in_the_exposition(served) -> None:
+def test_promtool_accepts_the_exposition(served) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{served.http_port}/metrics", timeout=10) as reply:
         text = reply.read()
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, timeout=30, check=False)

@@ -27,7 +27,7 @@ QUERY_TIMEOUT_S = 10.0
 
 
 def _call(client: Client, turn: int) -> None:
-    """One of the things that callers do, good and bad, by turns."""
+    """Make one call. Valid and invalid calls alternate by `turn`."""
     text = TEXTS[turn % len(TEXTS)]
     match turn % 8:
         case 0 | 1:
@@ -48,7 +48,7 @@ def _call(client: Client, turn: int) -> None:
 
 @pytest.fixture(scope="module")
 def load(served) -> Iterator[None]:
-    """Three callers who send one request after the other, for as long as the tests ask."""
+    """Three callers that send one request after the other until the module's tests end."""
     stopping = threading.Event()
 
     def calls(offset: int) -> None:
@@ -112,12 +112,12 @@ def test_recording_rule_finds_data(prometheus: Prometheus, query: watching.Query
 
 @pytest.mark.parametrize("alert", watching.alerts(), ids=lambda alert: alert["alert"])
 def test_alert_compares_a_series_that_has_data(prometheus: Prometheus, alert: dict) -> None:
-    """Without its threshold, which a healthy server does not meet: what it compares must be there all the same."""
+    """The query is the alert without its threshold, which a healthy server does not exceed."""
     assert_has_data(prometheus, watching.alert_data(alert))
 
 
-def test_query_for_what_is_not_there_finds_nothing(prometheus: Prometheus) -> None:
-    """The control: these tests can fail."""
+def test_query_of_an_unknown_metric_finds_no_data(prometheus: Prometheus) -> None:
+    """The control: the tests above can fail."""
     assert prometheus.values("attnserve_no_such_metric") == []
     assert prometheus.values("0 / (0 * attnserve_queue_depth)") == []
 

@@ -1,4 +1,4 @@
-"""The same answers from a GPU. Skipped, with the reason, where there is none."""
+"""Answers on a GPU equal eager attention. Skipped with the reason where there is no GPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_cuda_answers_equal_eager_attention(
         np.testing.assert_allclose(weights, reference.weights, rtol=0, atol=WEIGHT_TOLERANCE)
 
 
-def test_cuda_answer_does_not_depend_on_batch_mates(
+def test_cuda_answer_does_not_depend_on_batch_neighbours(
     minilm_repository: Path, minilm_references: list[Reference], tmp_path: Path
 ) -> None:
     with serve(minilm_repository, tmp_path) as server, Client(server.target) as client:

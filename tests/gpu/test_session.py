@@ -65,7 +65,7 @@ def test_answers_and_weights_equal_the_cpus(cpu: RuntimeSession, gpu: RuntimeSes
     assert_alike(gpu.run(given, fetches), cpu.run(given, fetches))
 
 
-def test_answers_stay_as_they_are_while_others_run(gpu: RuntimeSession) -> None:
+def test_later_runs_do_not_change_earlier_answers(gpu: RuntimeSession) -> None:
     first = gpu.run(feeds(4, 16), OUTPUTS)
     before = [array.copy() for array in first]
     for tokens in range(8, 40):
@@ -83,7 +83,7 @@ def test_threads_share_a_session_without_mixing_answers(cpu: RuntimeSession, gpu
         try:
             for _ in range(20):
                 assert_alike(gpu.run(feeds(*shape), OUTPUTS), wanted[shape])
-        except BaseException as fault:  # noqa: BLE001 - told by the main thread
+        except BaseException as fault:  # noqa: BLE001 - the main thread asserts that there are none
             faults.append(fault)
 
     threads = [threading.Thread(target=loop, args=(shape,)) for shape in shapes]
@@ -94,25 +94,25 @@ def test_threads_share_a_session_without_mixing_answers(cpu: RuntimeSession, gpu
     assert not faults
 
 
-def test_a_handle_that_was_used_stops_a_run(gpu: RuntimeSession) -> None:
+def test_a_terminated_handle_stops_a_run(gpu: RuntimeSession) -> None:
     handle = RunHandle()
     handle.terminate()
     with pytest.raises(RunTerminated):
         gpu.run(feeds(1, 4), OUTPUTS, handle)
 
 
-def test_recorded_runs_answer_as_others_do(path: Path, cpu: RuntimeSession) -> None:
+def test_recorded_runs_give_the_answers_of_other_runs(path: Path, cpu: RuntimeSession) -> None:
     plan = GraphPlan(((1, 8), (4, 16)), {spec.name: spec.padding for spec in MANIFEST.inputs})
     session = RuntimeSession.load(path, provider=CUDA, graphs=plan)
     shapes = [(1, 8), (1, 5), (3, 16), (2, 9), (4, 12), (8, 8), (1, 40)]
     for _ in range(3):
         for rows, tokens in shapes:
-            for asking in ((), (0,)):
-                given = feeds(rows, tokens, asking)
-                fetches = [*OUTPUTS, *(str(weights) for _, weights in TAPS if asking)]
+            for items in ((), (0,)):
+                given = feeds(rows, tokens, items)
+                fetches = [*OUTPUTS, *(str(weights) for _, weights in TAPS if items)]
                 got = session.run(given, fetches)
                 wanted = cpu.run(given, fetches)
-                # A recording has the rows and tokens that it was padded to; callers take their own.
+                # A recorded run returns the rows and tokens that it was padded to; callers crop them.
                 cut = [
                     one[tuple(slice(extent) for extent in other.shape)] for one, other in zip(got, wanted, strict=True)
                 ]

@@ -39,5 +39,5 @@ def test_masked_models_still_share_runs(rows: list[Row]) -> None:
     assert all(row.mean_batch > 1 for row in controls), controls
 
 
-def test_each_model_that_runs_alone_says_why(rows: list[Row]) -> None:
+def test_each_model_that_runs_alone_has_a_reason(rows: list[Row]) -> None:
     assert all(row.reason for row in rows if not row.batches)

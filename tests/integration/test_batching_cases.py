@@ -1,6 +1,6 @@
-"""Requests whose answers once depended on their batch: each is answered as alone, or refused with a reason.
+"""Requests whose answers once depended on their batch: each has the answer that it has alone, or its model is refused.
 
-The server gathers all that waits into one run, so that whatever may share one does.
+The server puts all pending requests that may share a run into one run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bench.batching_graphs import Array, Feeds  # noqa: E402
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server over all cases that could be converted, and the words of those that were refused."""
+    """A server over the cases that were converted, and the messages of the cases that were refused."""
 
     client: Client
     bundles: Mapping[str, Bundle]
@@ -40,13 +40,13 @@ class Served:
     refused: Mapping[str, str]
 
     def together(self, name: str) -> list[InferenceResult]:
-        """The request and its neighbours, sent at once."""
+        """Send the request and its neighbours in one call. Return their answers."""
         attention = any(site.available for site in self.bundles[name].manifest.sites) or None
         return self.client.infer(slug(name), [CASES[name].request, *CASES[name].neighbours], attention=attention)
 
 
 def slug(name: str) -> str:
-    """A case's name as a model's."""
+    """Return the model name of a case."""
     return name.lower().replace(" ", "-")
 
 
@@ -125,7 +125,7 @@ def test_sharing_is_refused_with_a_reason(served: Served, name: str) -> None:
         assert result.run.batch_size < 1 + len(CASES[name].neighbours)
 
 
-def test_windows_are_no_heads(served: Served) -> None:
+def test_windows_are_not_heads(served: Served) -> None:
     if "C17" in served.refused:
         assert len(served.refused["C17"].split()) > 5
         return

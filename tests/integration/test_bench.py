@@ -15,11 +15,11 @@ from bench.finding import Finding  # noqa: E402
 from bench.memory import leaking, load, resident_mb  # noqa: E402
 
 
-def test_small_answers_weigh_a_fraction_of_all_maps(minilm_repository: Path) -> None:
+def test_small_answers_have_a_fraction_of_the_bytes_of_all_maps(minilm_repository: Path) -> None:
     line = [sys.executable, "-m", "bench.run", "--repository", str(minilm_repository)]
     line += ["--rounds", "1", "--sequences", "24", "--json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
-    # One short round is too noisy to hold the tap's limit: only a benchmark of its own may fail by a time.
+    # One short round is too noisy for the limit on the tap's cost; only `make bench` may fail by a time.
     assert done.returncode == 0 or "the tap costs" in done.stderr, done.stderr
     report = json.loads(done.stdout[done.stdout.index("{") :])
     wire = report["bytes_on_wire"]
@@ -28,7 +28,7 @@ def test_small_answers_weigh_a_fraction_of_all_maps(minilm_repository: Path) -> 
     assert wire["no attention"] < wire["top-16 links of one row"] < wire["one layer's mean"] < wire["all maps"] / 50
 
 
-def test_promises_are_measured_beside_their_limits(minilm_repository: Path) -> None:
+def test_findings_are_printed_with_their_limits(minilm_repository: Path) -> None:
     line = [sys.executable, "-m", "bench.acceptance", "--repository", str(minilm_repository), "--only", "saturated"]
     done = subprocess.run(
         [*line, "--rounds", "1", "--requests", "48", "--json"],
@@ -38,7 +38,7 @@ def test_promises_are_measured_beside_their_limits(minilm_repository: Path) -> N
         check=False,
         cwd=ROOT,
     )
-    # A limit may be missed here: so short a run on a machine in use is no benchmark.
+    # A limit may be exceeded here, because so short a run on a shared machine is not a benchmark.
     assert done.returncode in (0, 1), done.stderr
     findings = {finding["what"]: finding for finding in json.loads(done.stdout)["findings"]}
     assert len(findings) == 4
@@ -48,7 +48,7 @@ def test_promises_are_measured_beside_their_limits(minilm_repository: Path) -> N
 
 
 def test_control_of_the_memory_bench_leaks(minilm_repository: Path) -> None:
-    """Each request is kept forty times over: of 800 that makes 11 MB."""
+    """The server keeps forty copies of each request: 11 MB for 800 requests."""
     with leaking(minilm_repository) as server:
         load(server, 200)
         before = resident_mb(server)
@@ -56,7 +56,7 @@ def test_control_of_the_memory_bench_leaks(minilm_repository: Path) -> None:
         assert resident_mb(server) - before > 6.0
 
 
-def test_floor_of_a_call_is_told_for_few_and_many_callers() -> None:
+def test_floor_of_a_call_is_printed_for_few_and_many_callers() -> None:
     line = [sys.executable, "-m", "bench.floor", "--calls", "70"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

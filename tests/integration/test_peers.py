@@ -1,4 +1,4 @@
-"""The comparison with peers: the one that needs no installing runs, and answers are read back as they were sent."""
+"""The comparison with peers: the peer without an installation runs, and the clients read answers as they were sent."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from bench.peers import wires  # noqa: E402
 from bench.peers.load import drive  # noqa: E402
 
 
-def test_server_by_hand_and_ours_answer_rightly(minilm_repository: Path) -> None:
+def test_attnserve_and_a_plain_grpc_server_give_right_answers(minilm_repository: Path) -> None:
     line = [sys.executable, "-m", "bench.peers", "--only", "grpc.aio", "--repository", str(minilm_repository)]
     line += ["--requests", "40", "--rounds", "1", "--json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=True, cwd=ROOT)
-    told = {(each["name"], each["form"]): each for each in json.loads(done.stdout)["systems"]}
+    figures = {(each["name"], each["form"]): each for each in json.loads(done.stdout)["systems"]}
     for key in (("attnserve", "defaults"), ("attnserve", "single"), ("grpc.aio by hand", "single")):
-        assert told[key]["per_s"] > 0
-        assert (told[key]["wrong"], told[key]["errors"]) == (0, 0)
-    assert told["grpc.aio by hand", "dynamic"]["why_not"] == "it has no batcher"
+        assert figures[key]["per_s"] > 0
+        assert (figures[key]["wrong"], figures[key]["errors"]) == (0, 0)
+    assert figures["grpc.aio by hand", "dynamic"]["why_not"] == "it has no batcher"
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_server_by_hand_and_ours_answer_rightly(minilm_repository: Path) -> None
         (b"HTTP/1.1 200 OK\r\nContent-Length: 1536\r\n\r\n" + bytes(1536), 0, 0),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n600\r\n" + bytes(1536) + b"\r\n0\r\n\r\n", 0, 0),
         (b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\n\r\nno", 4, 0),
-        # The control: an answer that is another's is noticed.
+        # The control: the answer to another request counts as wrong.
         (b"HTTP/1.1 200 OK\r\nContent-Length: 1536\r\n\r\n" + np.ones(384, "<f4").tobytes(), 0, 1),
     ],
 )

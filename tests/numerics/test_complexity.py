@@ -1,4 +1,4 @@
-"""The complexity benchmark measures real bundles, and its page and plot say what it measured and what it left out."""
+"""The complexity benchmark measures real bundles; its page and plot show what was measured and what was left out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_points_are_measured_fitted_and_shown(
     first, second = complexity.sweep(models, (64, 128))
     assert first.seconds > 0
     assert first.mib >= 0
-    # With nothing to spend, the second point is foretold to be too much, unless the first took no memory at all.
+    # With a budget of 0 the second point is predicted to exceed it, unless the first took no memory.
     assert second.skipped.startswith(f"{first.mib:.0f} MiB at 64 foretell more than 0 MiB") or first.mib == 0
     quadratic = [complexity.Point("self", length, 1e-9 * length**2, 1e-5 * length) for length in (256, 512, 1024)]
     assert complexity.slopes(quadratic) == {"self": {"time": 2.0, "memory": 1.0}}

@@ -1,7 +1,7 @@
 """Every reduction, and their compositions in the contract's order, against a reference of plain loops in float64.
 
 The reference is written from the definitions in `attention.proto` and shares no line with the code under test: it goes
-weight by weight, chooses query rows where the contract says (late), and never in float32.
+weight by weight, selects query rows where the contract requires it (late), and never uses float32.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def half_step(dtype: WeightDtype, values: np.ndarray) -> float:
 
 def assert_dense(content: np.ndarray, wanted: np.ndarray, dtype: WeightDtype) -> None:
     assert content.shape == wanted.shape
-    # MAX may sum past 1 in a word; what is written as uint8 stops at 1.
+    # Sums of maxima in a word may exceed 1; uint8 saturates at 1.
     shown = np.minimum(wanted, 1) if dtype is WeightDtype.UINT8 else wanted
     assert np.abs(read(content, dtype) - shown).max(initial=0) <= TOLERANCE + half_step(dtype, wanted)
 
@@ -317,7 +317,7 @@ def cases(draw: st.DrawFn, *, cross: bool, layers: LayerReduction | None = None)
     return weights, selection, sites, units
 
 
-# A plain-loop reference is slow, and says nothing about the code under test being so.
+# Only the reference of plain loops is slow; the code under test is not.
 thorough = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
@@ -437,8 +437,8 @@ def test_fully_masked_rows_stay_zero_and_never_turn_into_nan():
             assert (result.maps[0].content == 0).all()
 
 
-def test_the_reference_tells_a_wrong_order_of_steps():
-    """Positive control: dropping special tokens before the heads are joined gives other numbers, and is noticed."""
+def test_the_reference_distinguishes_the_order_of_steps():
+    """Positive control: dropping special tokens before the heads are joined gives other numbers."""
     weights = {0: np.array([[[0.8, 0.1, 0.1]] * 3, [[0.2, 0.6, 0.2]] * 3], dtype=np.float32)}
     units = {"seq": AxisUnits("seq", 3, special=(True, False, False), word_ids=(-1, 0, 1))}
     selection = AttentionSelection(head_reduction=HeadReduction.MEAN, special_tokens=SpecialTokens.DROP)

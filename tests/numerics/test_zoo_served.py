@@ -1,4 +1,4 @@
-"""One server over the zoo: every form's weights on the wire, with what the rows and columns of each map stand for."""
+"""One server over the zoo: every form's weights on the wire, and the axes and tokens of each map."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_texts_of_mixed_lengths_in_one_batch_answer_the_definition(
         assert result.outputs["last_hidden_state"].shape == (len(ids), 32)
 
 
-def test_the_form_of_linear_attention_is_told(client: Client) -> None:
+def test_the_form_of_linear_attention_is_returned(client: Client) -> None:
     (map_,) = client.infer("linear", "The cat", attention=True).attention
     assert (map_.kind, map_.form) == ("self", "linear")
 
@@ -76,7 +76,7 @@ def test_pooled_keys_span_the_tokens_that_they_are_means_of(client: Client) -> N
     assert quarters.query_tokens == whole.query_tokens
 
 
-def test_what_an_answer_weighs_is_told_before_it_is_computed(client: Client) -> None:
+def test_predicted_bytes_equal_the_size_of_the_answer(client: Client) -> None:
     for name in ("linear", "multi-scale"):
         predicted = client.infer(name, "A cat sat", attention=True, validate_only=True).predicted_bytes
         result = client.infer(name, "A cat sat", attention=True)
@@ -84,12 +84,12 @@ def test_what_an_answer_weighs_is_told_before_it_is_computed(client: Client) -> 
         assert predicted == result.predicted_bytes == sum(sizes)
 
 
-def test_pooled_positions_count_no_tokens_of_their_own(client: Client) -> None:
+def test_pooled_positions_are_not_counted_as_tokens(client: Client) -> None:
     result = client.infer("multi-scale", "A cat sat", attention=True)
     assert (result.run.useful_tokens, result.run.computed_tokens) == (11, 11)
 
 
-def test_selections_reach_pooled_and_linear_maps(client: Client, zoo_bundles: dict[str, Bundle]) -> None:
+def test_selections_apply_to_pooled_and_linear_maps(client: Client, zoo_bundles: dict[str, Bundle]) -> None:
     text = "The cat sat"
     for name in ("linear", "multi-scale"):
         expected = definition_of(name).weights({"input_ids": ids_of(text, zoo_bundles[name])})
@@ -116,7 +116,7 @@ def test_both_texts_of_an_encoder_decoder_name_their_own_axis(client: Client, zo
         assert target in "".join(token.text for token in crossed.query_tokens).replace("Ġ", " ")
 
 
-def test_the_words_of_a_text_look_at_the_patches_of_an_image(client: Client, zoo_bundles: dict[str, Bundle]) -> None:
+def test_the_words_of_a_text_attend_to_the_patches_of_an_image(client: Client, zoo_bundles: dict[str, Bundle]) -> None:
     rng = np.random.default_rng(2)
     each = [
         {

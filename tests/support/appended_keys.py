@@ -1,4 +1,4 @@
-"""Attention with keys that stand for no position, as torch's MultiheadAttention has them: zeros and learned biases."""
+"""Attention with keys that belong to no position, as torch's MultiheadAttention has them: zeros and learned biases."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Appended:
         return self.zeros + self.biases
 
     def extra(self) -> Array:
-        """They themselves, (count, 8): keys and values alike."""
+        """Keys without a position, (count, 8); their values are the same numbers."""
         learned = np.random.default_rng(4).normal(size=(self.biases, WIDTH))
         return np.concatenate([learned, np.zeros((self.zeros, WIDTH))]).astype(np.float32)
 

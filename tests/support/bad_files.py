@@ -1,4 +1,4 @@
-"""Files that cannot be served, each with words of the sentence that says so, and odd ones that can."""
+"""Files that cannot be served, each with part of the error message, and unusual files that can."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def small(
 
 
 def node(operator: str, inputs: str, output: str = "y", **attributes: object) -> onnx.NodeProto:
-    """A node; the names of its inputs are parted by spaces."""
+    """Return a node. `inputs`: names separated by spaces."""
     return helper.make_node(operator, inputs.split(), [output], **attributes)
 
 
 def tanh() -> onnx.ModelProto:
-    """The least that can be served."""
+    """Return the smallest model that can be served."""
     return small([node("Tanh", "x")])
 
 
@@ -121,23 +121,23 @@ BAD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "an output from nowhere": (lambda: small([node("Tanh", "x", "z")]), "cannot load the model: .*y"),
     "an unknown operator": (lambda: small([node("NoSuchOperator", "x")]), "not a valid .*NoSuchOperator"),
     "an operator of a later opset": (lambda: small([node("Swish", "x")]), "not a valid .*Swish"),
-    "an operator of a domain of its own": (
-        lambda: small([node("Fancy", "x", domain="my.company")], domains=("my.company",)),
-        "'Fancy' of domain 'my.company', which the runtime does not know",
+    "an operator of an unknown domain": (
+        lambda: small([node("Fancy", "x", domain="my.domain")], domains=("my.domain",)),
+        "'Fancy' of domain 'my.domain', which the runtime does not know",
     ),
     "an operator of the runtime's extensions": (
         lambda: small([node("BertTokenizer", "x", domain="ai.onnx.contrib")], domains=("ai.onnx.contrib",)),
         "needs onnxruntime-extensions",
     ),
-    "an operator inside a branch that is of a domain of its own": (
+    "an operator of an unknown domain inside a branch": (
         lambda: changed(
             _nested(1),
             lambda model: (
-                model.opset_import.append(helper.make_opsetid("my.company", 1)),
-                setattr(model.graph.node[0].attribute[0].g.node[0], "domain", "my.company"),
+                model.opset_import.append(helper.make_opsetid("my.domain", 1)),
+                setattr(model.graph.node[0].attribute[0].g.node[0], "domain", "my.domain"),
             ),
         ),
-        "of domain 'my.company'",
+        "of domain 'my.domain'",
     ),
     "an operator that the runtime's own domain does not have": (
         lambda: small([node("Fancy", "x", domain="com.microsoft")], domains=("com.microsoft",)),
@@ -272,7 +272,7 @@ def _loop(trips: int) -> onnx.ModelProto:
 
 
 def endless() -> onnx.ModelProto:
-    """A loop that goes on for longer than anybody waits."""
+    """Return a loop that does not end in reasonable time."""
     return _loop(2**62)
 
 
@@ -345,7 +345,7 @@ ODD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
 
 
 def nested_deeply(depth: int) -> bytes:
-    """A graph in an attribute of a node of a graph, and so on; libraries refuse to write such a thing."""
+    """Return the bytes of graphs nested `depth` deep in attributes of nodes. Libraries refuse to write them."""
 
     def within(number: int, content: bytes) -> bytes:
         size, rest = bytearray(), len(content)
@@ -361,7 +361,7 @@ def nested_deeply(depth: int) -> bytes:
 
 
 def _disturb(data: Path, elsewhere: Path, way: str) -> None:
-    """What is wrong with the data's place, rather than with what the file says of it."""
+    """Move, replace or cut the data file. The model file stays as it is."""
     if way in {"../ranker.data", "absolute", "symbolic link", "link to a folder"}:
         data.rename(elsewhere)
     if way == "symbolic link":
@@ -379,7 +379,7 @@ def _disturb(data: Path, elsewhere: Path, way: str) -> None:
 
 
 def outside(folder: Path, way: str) -> Path:
-    """A file whose external data cannot be had from its own folder alone."""
+    """Write a file whose external data is not a valid regular file in the same folder."""
     file = folder / "models-in" / "ranker.onnx"
     file.parent.mkdir()
     onnx.save(encoder(), file, save_as_external_data=True, location="ranker.data", size_threshold=0)

@@ -159,7 +159,7 @@ def dynamically_quantized(*, fused: bool = False) -> onnx.ModelProto:
 
 
 def quantized_by_row() -> onnx.ModelProto:
-    """x rounded to steps of its own position's greatest value: nothing else decides them."""
+    """x rounded to steps that depend on the greatest value of the same position only."""
     nodes = (
         "a = Abs(x) most = ReduceMax<axes=[2], keepdims=1>(a) safe = Max(most, tiny) step = Div(safe, steps) "
         "n = Div(x, step) r = Round(n) y = Mul(r, step)"

@@ -1,6 +1,6 @@
 """Graphs whose answers once depended on their batch, each with the request, its neighbours and the right values.
 
-They stand for users' bug reports, C1 to C16 and C53. Needs the repository's root on the path, for `bench`.
+They reproduce users' bug reports, C1 to C16 and C53. Needs the repository's root on the path, for `bench`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Right = Callable[[Mapping[str, Array]], None]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A graph, a request and what stands beside it in the batch.
+    """A graph, a request and its batch neighbours.
 
     `axis`: along which sharing must be refused, `batch` or `t`; empty: it may be allowed, since the request's own masks
     decide. `right`: asserts the known values of the request's answer. `shows`: whether the bare graph, padded and
@@ -69,7 +69,7 @@ def long_text(length: int, seed: int = 1, *, masked: bool = True) -> Feeds:
 
 
 def features(length: int, width: int = WIDTH, size: float = 1.0, seed: int = 0, *, masked: bool = False) -> Feeds:
-    """Drawn features, with a mask of ones where wanted."""
+    """Drawn features, and a mask of ones if `masked`."""
     values = np.random.default_rng(seed).normal(size=(length, width)) * size
     return {"x": values.astype(np.float32)} | ({"attention_mask": np.ones(length, np.int64)} if masked else {})
 

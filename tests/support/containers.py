@@ -57,7 +57,7 @@ class CommandFailed(AssertionError):
 
 @dataclass(frozen=True)
 class Engine:
-    """buildah and podman with settings and storage of their own, under one folder."""
+    """buildah and podman with separate settings and storage, under one folder."""
 
     root: Path
 

@@ -53,7 +53,7 @@ SPELLINGS = ("Softmax", "Exp", "Exp steady", "LogSoftmax")
 class Decomposed:
     """Query features (B, L, W) attend to key features (B, S, W), or to themselves; constant queries are `latent`.
 
-    `keep` (B, S) says which keys count, where there is a mask.
+    `keep` (B, S): which keys count, where there is a mask.
     """
 
     opset: int = 17
@@ -80,7 +80,7 @@ class Decomposed:
 
     @property
     def fully_masked(self) -> bool:
-        """Whether a sequence may have no key that counts: only where the graph says what then."""
+        """Whether all keys of a sequence may be masked: only where the graph defines the result."""
         return self.mask == "minus infinity" and self.guard in {"none", "not a number"}
 
     def tables(self) -> dict[str, Array]:
@@ -198,7 +198,7 @@ class Decomposed:
         return query, key
 
     def _attended(self, query: str, key: str, value: str) -> str:  # noqa: PLR0911 - one layout after the other
-        """In whatever layout; masks and biases are in that of the scores."""
+        """Write attention in the case's layout. Masks and biases have the layout of the scores."""
         if self.layout in {"3-D", "3-D head-major"}:
             return self._folded(query, key, value)
         if self.layout == "head-major":
@@ -285,7 +285,7 @@ class Decomposed:
         return self.op("MatMul", self._weights(scores, query, spread), fold(value))
 
     def _weights(self, scores: str, query: str, into: Any) -> str:
-        """From scores to what multiplies the value; `into` brings (B, H, L, S), or 1 of each, into their layout."""
+        """Write the nodes from scores to weights. `into` converts (B, H, L, S), or 1 of each, to the scores' layout."""
         lengths = self._length(self.keys), self._length("" if self.latent else "queries")
         scores = self._biased(scores, query, into, *lengths)
         kept: list[str] = []
@@ -412,7 +412,7 @@ class Decomposed:
             weights = self.op("Div", weights, self.op("Add", self.total(weights), self.const(1e-9)))
         return weights
 
-    # What it should answer.
+    # The expected weights.
 
     def feeds(self, batch: int, queries: int, keys: int, seed: int = 1) -> dict[str, Array]:
         rng = np.random.default_rng(seed)

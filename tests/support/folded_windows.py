@@ -77,7 +77,7 @@ class Folded:
         return _softmax(np.where(same, q @ k.swapaxes(2, 3), -np.inf))
 
     def _letters(self) -> tuple[str, dict[str, int]]:
-        """The axes of x once its positions and channels are parted, and the extent of each."""
+        """Return the axes of x after its positions and channels are split, and the size of each."""
         places = {"runs": "wt", "strided": "tw", "squares": "rick", "": "t"}[self.windows]
         extents = {"w": 4, "t": 4 if self.windows else LENGTH, "h": self.heads, "d": WIDTH // self.heads}
         return f"b{places}hd", {**extents, **dict.fromkeys("rick", 2)}

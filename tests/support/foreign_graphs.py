@@ -1,4 +1,4 @@
-"""Graphs as somebody else might make them: projections around one `Attention`, and what it answers, in float64."""
+"""Graphs as other exporters write them: projections around one `Attention`, and their outputs in float64."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def untrue(seed: int) -> list[str]:
         elif graph.poison(axis) != UNSAID:
             worst = witness.worst(axis, USUAL + HOLES + EXTREME, 6, enough=CLEAR)
             mixed = [name for name, truth in graph.truths.items() if truth[axis] not in {"", UNSAID}]
-            found += [f"{axis}: {name} is said to be mixed, and is not" for name in mixed if worst[name] < CLEAR]
+            found += [f"{axis}: {name} must be mixed, but no run shows it" for name in mixed if worst[name] < CLEAR]
     return found
 
 

@@ -11,7 +11,7 @@ def _why_not() -> str:
         return "no NVIDIA GPU here: nvidia-smi is not installed"
     if subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).stdout.strip() == b"":
         return "no NVIDIA GPU here: nvidia-smi lists none"
-    import onnxruntime  # noqa: PLC0415 - asked only where there is a GPU
+    import onnxruntime  # noqa: PLC0415 - imported only where there is a GPU
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return "a GPU, but no CUDA provider: pip uninstall onnxruntime; pip install 'attnserve[server-gpu]'"
@@ -19,4 +19,4 @@ def _why_not() -> str:
 
 
 WHY_NOT = _why_not()
-"""The reason, with the way out; empty where they can."""
+"""Reason with the remedy; empty where the tests can run."""

@@ -1,4 +1,4 @@
-"""Small ONNX files, made by hand, as somebody else might have exported them."""
+"""Small ONNX files made by hand, as other exporters write them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _MOST = 160
 SCALES = ("none", "scores", "query", "key", "both")
 TURNS = ("at once", "heads first", "folded")
 MASKS = ("lowest", "minus infinity", "-1e4", "bias", "chosen", "chosen inverted", "chosen minus infinity", "causal")
-"""What may stand before softmax, in any number: numbers that are added for hidden keys, a bias of every head, choices
+"""Steps before softmax, in any number: numbers that are added for hidden keys, a bias of every head, choices
 between a score and a number, and a choice by a triangle that is cut from a table."""
 OPSETS = (11, 13, 14, 17, 18, 20, 23)
 _FILLS = {"chosen": -1e9, "chosen inverted": -1e4, "chosen minus infinity": -np.inf}
@@ -95,7 +95,7 @@ class Plain:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10 if self.opset > 20 else 7)
 
     def _split_shape(self, features: str) -> str:
-        """(B, T, H, D), put together at run time where that is wanted; how many heads there are is then left open."""
+        """Return the shape (B, T, H, D). If computed at run time, it does not state the number of heads."""
         if not self.shapes_computed:
             return self.ints(0, 0, HEADS, HEAD_DIM)
         return self.op("Concat", self._extents(features, 0, 2), self.ints(-1), self.ints(HEAD_DIM), axis=0)

@@ -88,7 +88,7 @@ def rounded_rows(x: Array) -> tuple[Array, Array, Array]:
 
 
 def exact_product(x: Array, arrays: Mapping[str, Array]) -> Array:
-    """What `product` gives where each row has a scale of its own, in float64."""
+    """Return the output of `product` in float64, with a separate scale for each row."""
     numbers, scale, zero_point = rounded_rows(x)
     weights = arrays["w"].astype(np.float64) - arrays["w_zero"].astype(np.float64)
     made: Array = (numbers - zero_point) @ weights * arrays["w_scale"].astype(np.float64) * scale + arrays["bias"]

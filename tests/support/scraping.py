@@ -22,14 +22,14 @@ START_TIMEOUT_S = 30.0
 
 
 def free_port() -> int:
-    """A loopback port that nothing listens on now."""
+    """Return an unused loopback port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def wait_until(happened: Callable[[], bool], what: Callable[[], str], timeout_s: float) -> None:
-    """Asks ten times a second until it has happened. Raises AssertionError, saying `what`, when time is up."""
+    """Poll ten times a second until `happened()`. Raises AssertionError with `what()` after `timeout_s`."""
     until = time.monotonic() + timeout_s
     while not happened():
         assert time.monotonic() < until, f"after {timeout_s:g} s: {what()}"
@@ -38,12 +38,12 @@ def wait_until(happened: Callable[[], bool], what: Callable[[], str], timeout_s:
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A Prometheus that runs, asked through its HTTP API."""
+    """A running Prometheus, queried through its HTTP API."""
 
     url: str
 
     def get(self, path: str, **parameters: str) -> Any:
-        """The data of an API answer."""
+        """Return the data of an API answer."""
         query = urllib.parse.urlencode(parameters)
         with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=10) as reply:
             answer = json.load(reply)
@@ -51,12 +51,12 @@ class Prometheus:
         return answer["data"]
 
     def values(self, expr: str) -> list[float]:
-        """The values that an instant query gives now, without those that are not a number."""
+        """Return the values of an instant query, without NaN."""
         found = [float(sample["value"][1]) for sample in self.get("query", query=expr)["result"]]
         return [value for value in found if not math.isnan(value)]
 
     def label_values(self, query: str) -> list[str]:
-        """What Grafana's `label_values(selector, label)` gives."""
+        """Return the result of Grafana's `label_values(selector, label)`."""
         selector, _, label = query.removeprefix("label_values(").removesuffix(")").rpartition(", ")
         return list(self.get(f"label/{label}/values", **{"match[]": selector}))
 

@@ -1,4 +1,4 @@
-"""A real server process for a test's own use."""
+"""A real server process for one test or module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ START_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server process and where it listens."""
+    """A server process and its ports."""
 
     process: subprocess.Popen[bytes]
     grpc_port: int
@@ -32,7 +32,7 @@ class RunningServer:
         return f"127.0.0.1:{self.grpc_port}"
 
     def metric(self, name: str, **labels: str) -> float:
-        """Sum of the samples of this name that carry these labels, as a scrape sees them now."""
+        """Return the sum of the samples of this name with these labels, from one scrape."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=10) as reply:
             families = list(text_string_to_metric_families(reply.read().decode()))
         return sum(
@@ -43,7 +43,7 @@ class RunningServer:
         )
 
     def settled(self, method: str, timeout_s: float = 5.0) -> bool:
-        """Whether all calls of a method end: each is counted so just after its caller has the answer."""
+        """Return whether all calls of a method end. The server counts a call just after its caller has the answer."""
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             started = self.metric("grpc_server_started_total", grpc_method=method)
@@ -54,7 +54,7 @@ class RunningServer:
 
 
 def command(name: str) -> str:
-    """One of our commands, from the environment that runs the tests."""
+    """Return the path of a command of the project, in the environment that runs the tests."""
     return str(Path(sys.executable).with_name(name))
 
 

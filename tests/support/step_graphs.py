@@ -1,4 +1,4 @@
-"""Small graphs made step by step, for what finders and layouts say about them."""
+"""Small graphs made step by step, for tests of finders and layouts."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def tiny_manifest(name: str = "tiny", version: str = "1", *, text: bool = True) -> Manifest:
-    """What a bundle says about the tiny model."""
+    """Return the manifest of the tiny model."""
     return Manifest(
         name=name,
         version=version,

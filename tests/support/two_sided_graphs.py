@@ -33,7 +33,7 @@ class _Writer:
         return self.constant(name, (self.rng.normal(size=shape) * scale).astype(np.float32))
 
     def attend(self, name: str, queries: str, keys: str, mask: str = "") -> str:
-        """Queries plus what they take from the keys, through projections of their own."""
+        """Return queries plus their attention to the keys, with separate projections."""
         for part, source in (("q", queries), ("k", keys), ("v", keys)):
             self.node("MatMul", f"{source} {self.matrix(f'{name}.w{part}', WIDTH, WIDTH)}", f"{name}.{part}")
         inputs = [f"{name}.q", f"{name}.k", f"{name}.v", *([mask] if mask else [])]
@@ -42,7 +42,7 @@ class _Writer:
         return self.node("Add", f"{queries} {name}.o", f"{name}.sum")
 
     def keeping(self, mask: str, like: str, axis_of: str) -> str:
-        """A mask (B, S) of whole numbers as Attention wants it, (B, 1, L, S)."""
+        """Return an integer mask (B, S) in the form that Attention requires, (B, 1, L, S)."""
         self.node("Cast", mask, f"{mask}.bool", to=TensorProto.BOOL)
         self.node("Unsqueeze", f"{mask}.bool {self.constant('axes.12', np.array([1, 2]))}", f"{mask}.rows")
         self.node("Shape", like, f"{mask}.b", start=0, end=1)

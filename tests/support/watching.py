@@ -1,4 +1,4 @@
-"""What deploy/ says about watching the server: its rules and every query of its dashboard, read from the files."""
+"""The Prometheus rules and dashboard queries of deploy/, read from the files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ RULES = DEPLOY / "prometheus/rules/attnserve.rules.yml"
 RULE_TESTS = DEPLOY / "prometheus/rules/attnserve.test.yml"
 DASHBOARD = DEPLOY / "grafana/attnserve.json"
 
-# The one form that an alert may have: a recorded series against a number. What stands first is the data.
+# The only form of an alert: a recorded series, compared with a number.
 _ALERT = re.compile(r"\s*(?P<data>[a-z_:0-9]+:[a-z_:0-9]+)\s*(?:==|!=|>=|<=|>|<)\s*-?[0-9.]+\s*", re.IGNORECASE)
 _OURS = re.compile(r"\b(?:attnserve|grpc_server|process|python)_[a-z0-9_]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A query and where it stands."""
+    """A query and its place in the files."""
 
     where: str
     expr: str

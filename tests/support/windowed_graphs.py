@@ -21,10 +21,11 @@ class Windowed:
     """One layer of self-attention over `x` (B, T, D), of which `mask` (B, T) keeps some.
 
     `style` "blocks": queries in blocks of `block`, keys of `before` blocks before to `after` behind. "gathered": each
-    query by itself, with `before` keys before it and `after` behind. `global_keys`: keys that every query sees too.
-    `causal`: no key behind the query; not together with global keys. `tangle` does what nobody can follow: "sums" makes
-    each value the sum of those before it; "backwards" lets windows run from the end of the sequence; "skips" lets the
-    blocks before and behind a query's own change places.
+    query by itself, with `before` keys before it and `after` behind. `global_keys`: the number of keys that every query
+    attends to as well. `causal`: no key behind the query; not together with global keys.
+
+    `tangle` adds nodes that the finder does not follow. "sums": each value is the sum of those before it. "backwards":
+    windows run from the end of the sequence. "skips": the blocks before and behind a query's own are exchanged.
     """
 
     style: str = "blocks"
@@ -56,7 +57,7 @@ class Windowed:
         return {"x": random.normal(size=(*mask.shape, WIDTH)).astype(np.float32), "mask": mask}
 
     def allowed(self, length: int) -> Array:
-        """Which keys each query may see, bool (T, T)."""
+        """Which keys each query may attend to, bool (T, T)."""
         query, key = np.arange(length)[:, None], np.arange(length)[None, :]
         if self.style == "blocks":
             apart = key // self.block - query // self.block
@@ -214,7 +215,7 @@ class _Graph:
         return self.op("Concat", self.op("Expand", wide, self.op("Concat", *windows, last, axis=0)), columns, axis=3)
 
     def lone(self, value: str) -> tuple[str, str, str]:
-        """The extents of (B, H, G, D) with one window before the G."""
+        """Return the sizes of (B, H, G, D), with an axis of one window before G."""
         shape = self.op("Shape", value)
         return (
             self.op("Slice", shape, self.ints(0), self.ints(2)),
