@@ -183,6 +183,19 @@ async def test_broken_utf8_fails_only_its_request(channel: grpc.aio.Channel) -> 
     assert pb.StreamInferResponse.FromString(await call.read()).response.results
 
 
+async def test_broken_utf8_that_is_not_searched_for_fails_only_its_request(channel: grpc.aio.Channel) -> None:
+    call = channel.stream_stream("/attnserve.v1.InferenceService/StreamInfer")()
+    sequences = [pb.Sequence(text=pb.TextInput(text=text)) for text in ["a"] * 4095 + ["MARK"]]
+    request = pb.InferRequest(model="tiny", sequences=sequences, request_id="bad")
+    data = pb.StreamInferRequest(request=request).SerializeToString()
+    await call.write(data.replace(b"MARK", b"MA\xffK"))
+    request_id, code, _ = failure(pb.StreamInferResponse.FromString(await call.read()))
+    assert (request_id, code) == ("bad", 3)
+    good = pb.InferRequest(model="tiny", sequences=sequences[:1], request_id="good")
+    await call.write(pb.StreamInferRequest(request=good).SerializeToString())
+    assert pb.StreamInferResponse.FromString(await call.read()).response.results
+
+
 async def test_a_message_of_too_much_structure_fails_only_its_request(talk: Talk) -> None:
     swollen = attention_pb2.AttentionSelection(heads=[0] * 2**20)
     await talk.send("bad", attention=swollen)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
+from operator import length_hint
 from typing import Any, Final, Generic, TypeVar
 
 from attnserve.v1 import tensor_pb2
@@ -69,7 +70,8 @@ def receive(kind: type[M], data: bytes) -> Received[M]:
 
     Raises:
         NotAMessage: `data` is no message of this kind.
-        InvalidRequest: With each string that is not UTF-8, or the field that exceeds `MAX_STRUCTURE_BYTES`.
+        InvalidRequest: With each string that is not UTF-8, or the field that exceeds `MAX_STRUCTURE_BYTES`. Also if
+            only a part of the message was searched for such strings, because it has more than `_MAX_FIELDS` fields.
     """
     short, views = (data, []) if len(data) <= MAX_STRUCTURE_BYTES else _Scan(data).without_data(kind.DESCRIPTOR)
     try:
@@ -77,9 +79,12 @@ def receive(kind: type[M], data: bytes) -> Received[M]:
     except message.DecodeError:
         pass
     violations = Violations()
-    violations.extend(_not_utf8(data, 0, len(data), kind.DESCRIPTOR, "", repeat(None, _MAX_FIELDS)))
+    budget = repeat(None, _MAX_FIELDS)
+    violations.extend(_not_utf8(data, 0, len(data), kind.DESCRIPTOR, "", budget))
     violations.raise_any()
     name = kind.DESCRIPTOR
+    if not length_hint(budget):
+        raise InvalidRequest.of(name.name, f"malformed, or a string after the first {_MAX_FIELDS} fields is not UTF-8")
     raise NotAMessage(FieldViolation(name.name, f"the bytes are no {name.full_name} message"))
 
 
@@ -160,7 +165,7 @@ def _not_utf8(
     Each field takes one item of `budget`; the search ends when that is used up.
     """
     seen: Counter[int] = Counter()
-    for _, (number, wire_type, content, after) in zip(budget, _fields(data, begin, end), strict=False):
+    for (number, wire_type, content, after), _ in zip(_fields(data, begin, end), budget, strict=False):
         field = kind.fields_by_number.get(number)
         if field is None or wire_type != _DELIMITED:
             continue

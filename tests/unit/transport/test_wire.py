@@ -76,8 +76,17 @@ def test_the_search_for_broken_utf8_is_bounded() -> None:
             .replace(b"MARK", b"M\xffRK"),
         )
     assert caught.value.violations[0].field == "outputs.names[1]"
-    with pytest.raises(NotAMessage):
+    with pytest.raises(InvalidRequest, match="a string after the first 10000 fields is not UTF-8") as caught:
         receive(pb.InferRequest, many + b"\x0a\x01\xff")
+    assert not isinstance(caught.value, NotAMessage)
+
+
+def test_each_field_counts_once_in_the_search_for_broken_utf8() -> None:
+    texts = [pb.Sequence(text=pb.TextInput(text="a"))] * 3332  # three fields each
+    request = pb.InferRequest(sequences=[*texts, pb.Sequence(text=pb.TextInput(text="MARK"))])
+    with pytest.raises(InvalidRequest) as caught:
+        receive(pb.InferRequest, request.SerializeToString().replace(b"MARK", b"MA\xffK"))
+    assert caught.value.violations[0].field == "sequences[3332].text.text"
 
 
 @given(st.binary(max_size=200))
