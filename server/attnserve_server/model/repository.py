@@ -222,6 +222,7 @@ def write_bundle(root: Path, manifest: Manifest, files: Mapping[str, Path]) -> B
             for written in partial.iterdir():
                 written.chmod(0o644)
             partial.chmod(0o755)
+        _sync(home)
     except OSError as fault:
         raise BundleInvalid(name, version, f"could not be written: {fault.strerror}") from None
     finally:
@@ -233,7 +234,8 @@ def write_bundle(root: Path, manifest: Manifest, files: Mapping[str, Path]) -> B
 def write_atomically(place: Path) -> Iterator[Path]:
     """Write a file or a folder so that a reader of `place` gets the whole content or none.
 
-    The content is flushed to the disk before it is renamed. If the body or the rename fails, it is removed.
+    The content is flushed to the disk before it is renamed. If the body or the rename fails, it is removed. The folder
+    of `place` is not flushed, so it need not be readable; a crash right after the rename may undo the rename.
 
     Args:
         place: the final path. An existing file is replaced; an existing folder that is not empty makes the rename fail.
@@ -251,7 +253,6 @@ def write_atomically(place: Path) -> Iterator[Path]:
             _sync(written)
         _sync(partial)
         partial.replace(place)
-        _sync(place.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):

@@ -21,6 +21,7 @@ from attnserve_server.model.repository import (
     Repository,
     digest_of,
     verify,
+    write_atomically,
     write_bundle,
 )
 from made_by_hand import proved
@@ -264,3 +265,36 @@ def test_root_that_is_a_file_is_reported(tmp_path: Path, sources: dict[str, Path
     (tmp_path / "models").write_text("", encoding="utf-8")
     with pytest.raises(BundleInvalid, match="could not be written"):
         write_bundle(tmp_path / "models", manifest(), sources)
+
+
+def test_a_file_is_replaced_in_a_folder_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "ports.json"
+    place.write_text("old")
+    opened = os.open
+
+    def refuse_folders(path: Path, flags: int) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags)
+
+    monkeypatch.setattr(room.os, "open", refuse_folders)
+    with write_atomically(place) as partial:
+        partial.write_bytes(b"new")
+    monkeypatch.undo()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("ports.json", "new")]
+
+
+def test_the_folder_of_a_new_version_is_flushed_after_the_rename(
+    root: Path, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[str, bool]] = []
+    sync = room._sync
+
+    def record(path: Path) -> None:
+        flushed.append((path.name, (root / "ranker" / "1").exists()))
+        sync(path)
+
+    monkeypatch.setattr(room, "_sync", record)
+    write_bundle(root, manifest(), sources)
+    assert flushed[-1] == ("ranker", True)
+    assert not any(renamed for _, renamed in flushed[:-1])
