@@ -77,7 +77,8 @@ def test_biases_are_added_and_rows_of_the_lowest_number_are_zeros(shape: tuple[i
     case = GroupQuery(bias=bias)
     assert not case.reference()[0, 0, 2].any()
     assert_equals_definition(case, everywhere=False)
-    # The kernel that also returns the present gives 0 there; the other one gives the mean of the values, or NaN.
+    # The kernel that also returns the present gives 0 there; the other one gives the mean of the values, or NaN:
+    # findings/group_query_connected_present.sh.
     assert_equals_definition(replace(case, presents=True))
 
 

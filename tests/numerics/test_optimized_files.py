@@ -143,7 +143,8 @@ def test_quantized_attention_gives_its_own_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("opset", [14, 17])
 def test_file_that_a_session_has_saved_gives_its_own_weights(opset: int, tmp_path: Path) -> None:
-    # The runtime's optimizer merges MatMuls with their scales, and writes LayerNormalization in any opset.
+    # The runtime's optimizer merges MatMuls with their scales, and writes LayerNormalization in any opset:
+    # findings/optimized_file_is_not_onnx.sh.
     model, options = Encoder(), SessionOptions()
     exported(model, tokens(), tmp_path / "plain.onnx", opset)
     options.optimized_model_filepath = str(tmp_path / "model.onnx")

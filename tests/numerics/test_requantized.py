@@ -107,7 +107,10 @@ def test_requantized_encoder_batches_and_stays_close_to_its_file(options: str, s
 
 
 def test_answers_of_the_file_itself_change_with_their_batch(tmp_path: Path) -> None:
-    """The positive control (C2): with one scale for the batch, neighbours and padding change an answer."""
+    """The positive control (C2): with one scale for the batch, neighbours and padding change an answer.
+
+    Source: findings/dynamic_quantization_one_scale.sh.
+    """
     bundle = prepared(dynamically_quantized(encoder(), tmp_path / "quantized.onnx"), requantize=None)
     assert worst_error(bundle) > 1
     assert bundle.manifest.check.requantize is None

@@ -74,7 +74,7 @@ def features(length: int, width: int = WIDTH, size: float = 1.0, seed: int = 0, 
     return {"x": values.astype(np.float32)} | ({"attention_mask": np.ones(length, np.int64)} if masked else {})
 
 
-# C1, C2: one quantizer for the whole batch.
+# C1, C2: one quantizer for the whole batch (findings/dynamic_quantization_one_scale.sh).
 
 
 def dynamic_quantization(*, masked: bool, fused: bool = False) -> onnx.ModelProto:

@@ -145,6 +145,8 @@ class RuntimeSession:
     ) -> RuntimeSession:
         """Load a model by its path. The runtime reads external data from the folder of that file only.
 
+        A model loaded from bytes takes it from the working directory: findings/bytes_take_external_data_from_cwd.sh.
+
         Args:
             model_path: the ONNX file.
             provider: an execution provider of onnxruntime, or `auto`: CUDA if the runtime offers it and it loads, else
@@ -183,7 +185,8 @@ class RuntimeSession:
     ) -> list[Array]:
         """Run the model once, on the calling thread.
 
-        Every node runs, fetched or not: `RunOptions.only_execute_path_to_fetches` skips none (onnxruntime 1.32).
+        Every node runs, fetched or not: `RunOptions.only_execute_path_to_fetches` skips none (onnxruntime 1.32;
+        findings/only_execute_path_to_fetches.sh).
         A tap without items runs over zero rows.
 
         Args:
@@ -200,7 +203,7 @@ class RuntimeSession:
             RunFailed: the runtime failed.
         """
         if not fetches:
-            return []  # the runtime returns all outputs for an empty list
+            return []  # the runtime returns all outputs for an empty list: findings/empty_fetch_list.sh
         options = ort.RunOptions()
         options.log_severity_level = FATAL_ONLY
         if handle is not None:
@@ -284,8 +287,9 @@ def _open(
             return None
         if not undo_exact_int8(options):
             raise LoadFailed from error
-        # The runtime cannot convert weights that several nodes share (1.32). The products may then saturate; golden
-        # answers refuse a model whose answers change by that.
+        # The runtime cannot convert weights that several nodes share (1.32;
+        # findings/x64quantprecision_shared_weights.sh). The products may then saturate; golden answers refuse a model
+        # whose answers change by that.
         try:
             session = opened()
         except Exception:  # noqa: BLE001 - the first failure is the one to report

@@ -1,8 +1,9 @@
 """Options of a runtime session: threads, memory, disabled graph optimizers, and exact int8 products on every processor.
 
-int8 products: x86 processors without VNNI add products of uint8 and int8 in 16 bits, which saturate. The runtime can
-convert int8 weights to uint8 and multiply exactly instead. With VNNI the conversion changes nothing and takes more than
-twice the time (MiniLM, 8 x 40 tokens). Whether it is needed is measured by one product, which works on any processor.
+int8 products: x86 processors without VNNI add products of uint8 and int8 in 16 bits, which saturate
+(findings/int8_saturates_without_vnni.sh). The runtime can convert int8 weights to uint8 and multiply exactly instead.
+With VNNI the conversion changes nothing and takes more than twice the time (MiniLM, 8 x 40 tokens). Whether it is
+needed is measured by one product, which works on any processor.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from attnserve_server.transport.stream import Streams
 MAX_METADATA_BYTES: Final = 16 * 1024
 MAX_PENDING_RPCS: Final = 65_536
 """RPCs that gRPC has received and not yet passed on. At its default of 1,000 it cancels part of a burst without a
-reason; admission refuses with a reason and a retry delay."""
+reason (findings/grpc_server_pending_limit.sh); admission refuses with a reason and a retry delay."""
 
 
 class PortUnavailable(AttnserveError):

@@ -2,8 +2,9 @@
 
 Measured on onnxruntime 1.32's CPU kernel: masks are added to the scores (`mask_filter_value` for keys that integers
 leave out, the lowest float32 for keys behind a causal query, `attention_bias` as it is). A row in which every key is
-masked is therefore not 0: it is the softmax of scores that are all shifted by the same number. Of a `mask_index` of
-3 * B + 2 numbers, only the first B count. Masks of rank 4 run on other providers only.
+masked is therefore not 0: it is the softmax of scores that are all shifted by the same number
+(findings/contrib_masks_are_finite.sh). Of a `mask_index` of 3 * B + 2 numbers, only the first B count. Masks of rank 4
+run on other providers only.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 Measured on onnxruntime 1.32's CPU kernels: softcap precedes `attention_bias`. Query i attends to the last
 `local_window_size` keys up to and with key i, and to none behind `seqlens_k`. Of `position_ids`, only the first number
-counts. `head_sink` (0 with `smooth_softmax` alone) is one more score, after softcap.
+counts (findings/group_query_position_ids.sh). `head_sink` (0 with `smooth_softmax` alone) is one more score, after
+softcap.
 
-There are two kernels; one is for nodes that also return their present and have no softcap. They differ where a query
-has no key: in rows whose every bias is the lowest float32 or below (0 in one kernel; the mean of some values or NaN in
-the other), and, under a window, in queries behind `seqlens_k`. A tap gives such rows weights of 0. `q_norm_weight` and
-quantized caches run on other providers only.
+There are two kernels; one is for nodes that also return their present and have no softcap
+(findings/group_query_connected_present.sh). They differ where a query has no key: in rows whose every bias is the
+lowest float32 or below (0 in one kernel; the mean of some values or NaN in the other), and, under a window, in queries
+behind `seqlens_k`. A tap gives such rows weights of 0. `q_norm_weight` and quantized caches run on other providers
+only.
 
 A tap gives the weights under a window as a whole map with zeros outside, because windows of language models are wider
 than most texts, and a band of that width would be larger than the map.

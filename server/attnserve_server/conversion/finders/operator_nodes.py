@@ -15,7 +15,8 @@ from attnserve_server.conversion.graphs.walk import dimension_of, input_of, rank
 
 MICROSOFT = "com.microsoft"
 FILTER_VALUE = -10000.0
-"""The default that onnxruntime adds to the score of a masked key. Source: the schemas of its operators."""
+"""The default that onnxruntime adds to the score of a masked key. Source: the schemas of its operators.
+It does not hide the key: findings/contrib_masks_are_finite.sh."""
 
 _KEEP_LAST_AXIS = {
     *("Add", "BiasGelu", "Cast", "Dropout", "FastGelu", "Gelu", "Identity", "LayerNormalization", "Mul", "QuickGelu"),

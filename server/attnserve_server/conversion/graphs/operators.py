@@ -41,7 +41,7 @@ _PACKAGES = {
 
 _RUNTIME_HAS_EARLIER = {"LayerNormalization": 17, "SimplifiedLayerNormalization": OPSETS[1] + 1}
 """Operators that the runtime has in the standard domain in any opset, and the opset in which the standard has them.
-The runtime's optimizer writes them into files of older opsets."""
+The runtime's optimizer writes them into files of older opsets: findings/optimized_file_is_not_onnx.sh."""
 
 
 def opset_of(proto: onnx.ModelProto) -> int:

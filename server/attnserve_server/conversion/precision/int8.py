@@ -4,8 +4,9 @@ x (..., K) -+-> greatest |x| of each row -> scale (..., 1) ---------------------
             +-> / scale, rounded to uint8 -> MatMulIntegerToFloat(weights, their scales) -> * scale -> (..., N)
 
 A row's scale depends on that row alone, so neither batch neighbours nor padding can change an answer. onnxruntime's
-`quantize_dynamic` takes one scale for the whole batch, and its blockwise `MatMulNBits` is no faster than float32 where
-a batch has more than a few rows: docs/explanation/precision.md has both measurements.
+`quantize_dynamic` takes one scale for the whole batch (findings/dynamic_quantization_one_scale.sh), and its blockwise
+`MatMulNBits` is no faster than float32 where a batch has more than a few rows: docs/explanation/precision.md has both
+measurements.
 """
 
 from __future__ import annotations

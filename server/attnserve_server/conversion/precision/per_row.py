@@ -155,8 +155,8 @@ def _unshared(builder: NodeBuilder, value: ir.Value | None, what: str) -> ir.Val
     """Return weights or their zero point; a copy, where several nodes share signed ones.
 
     Without VNNI the runtime makes signed weights unsigned, so that sums do not saturate, and fails where several nodes
-    share them (onnxruntime 1.32). It packs weights for each node in any case, so that a copy costs no memory at run
-    time.
+    share them (onnxruntime 1.32; findings/x64quantprecision_shared_weights.sh). It packs weights for each node in any
+    case, so that a copy costs no memory at run time.
     """
     if value is None or len(list(value.uses())) == 1:
         return value

@@ -57,7 +57,8 @@ def trace(traceable: Traceable, exporter: str, opset: int) -> onnx.ModelProto:
         BuildRefused: the exporter fails, or writes another opset. The message has the first line of the error.
     """
     exporters = {"dynamo": _dynamo, "torchscript": _torchscript}
-    # The TorchScript exporter restores the mode of the module, and sets it for all its children.
+    # The TorchScript exporter restores the mode of the module, and sets it for all its children:
+    # findings/torch_export_resets_submodule_modes.sh.
     traceable.module.eval()
     with quiet(), torch.no_grad():
         try:
@@ -128,7 +129,10 @@ def _dynamic(shape: Sequence[str | int]) -> list[tuple[int, str]]:
 
 
 def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Name the outputs, and rename inner values with the same names, which the exporter does not."""
+    """Name the outputs, and rename inner values with the same names.
+
+    The dynamo exporter does not rename them: findings/torch_export_output_name_in_use.sh.
+    """
     for node in graph.all_nodes():
         for value in node.outputs:
             if value.name in names:

@@ -77,7 +77,10 @@ def test_int8_row_is_the_same_in_any_batch() -> None:
 
 
 def test_row_changes_with_its_batch_under_one_scale_for_the_batch(tmp_path: Path) -> None:
-    """The positive control of the test above: in the library's scheme, a large neighbour rounds a row to 0."""
+    """The positive control of the test above: in the library's scheme, a large neighbour rounds a row to 0.
+
+    Source: findings/dynamic_quantization_one_scale.sh.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415 - heavy
 
     onnx.save(products(), tmp_path / "source.onnx")

@@ -23,7 +23,10 @@ from attnserve_server.conversion.proof.values import Entry, Value
 
 @rule("EmbedLayerNormalization", domain=MICROSOFT)
 def embed_layer_normalization(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-    """Return tables looked up, summed and normalised. The second output counts the mask's ones."""
+    """Return tables looked up, summed and normalised.
+
+    The second output counts the mask's ones, wherever they are: findings/embed_layer_norm_mask_index.sh.
+    """
     ids = required(inputs, 0)
     total = from_table(ctx, required(inputs, 2), ids, 0)
     segments, table = optional(inputs, 1), optional(inputs, 4)

@@ -128,6 +128,7 @@ def _slid(ctx: Context, node: ir.Node, value: Value, at: int, width: int) -> tup
     automatic = attribute(node, "auto_pad", "NOTSET")
     up = bool(attribute(node, "ceil_mode", 0))
     if automatic in {"SAME_UPPER", "SAME_LOWER"}:
+        # With a stride, the zeros at the front depend on the length: findings/same_upper_right_padding.sh.
         if stride != 1 and not is_plain(axis):
             return axis, (Standing.UNKNOWN, "pads the ends of an axis by its length")
         before = (reach - 1) // 2 if automatic == "SAME_UPPER" else reach // 2

@@ -166,7 +166,7 @@ def bias_of(
         new: receives the nodes.
         axis: of positions, in both.
         spare_lowest: raise the lowest number of the type to the next one. A kernel that treats the lowest as minus
-            infinity would set rows of it to zero, where softmax makes them uniform.
+            infinity would set rows of it to zero, where softmax makes them uniform: findings/attention_lowest_mask.sh.
     """
     if not masks:
         return None

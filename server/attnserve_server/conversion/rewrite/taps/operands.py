@@ -94,7 +94,7 @@ class Operands:
         `weights` are those of the columns alone.
         """
         # Zero points, like weights, are cut for each operand: without VNNI the runtime rewrites both to unsigned
-        # numbers, under names that it can use only once.
+        # numbers, under names that it can use only once: findings/x64quantprecision_shared_weights.sh.
         zero = None if quantized.weight_zero is None else self._per_column(quantized.weight_zero, columns)
         product = self._tap.op("MatMulInteger", [rows, weights, quantized.input_zero, zero])
         scale = self._tap.op("Mul", [quantized.input_scale, self._per_column(quantized.weight_scale, columns)])
