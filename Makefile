@@ -25,8 +25,11 @@ DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
 
+# Checked first, because a later try would keep a .venv of a Python that is too old.
 $(VENV)/bin/python:
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
+		echo "PYTHON=$(PYTHON) is missing or too old: attnserve needs Python 3.11 or newer; name one, as in PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
 
 # Stamps: .run for the demo, .dev for development on top of it, .quick for the tests without torch. A change of the pins
 # installs again.
@@ -103,7 +106,7 @@ acceptance: $(VENV)/.dev $(DEMO_BUNDLE) ## Measure the server's speed against it
 peers: $(VENV)/.dev $(DEMO_BUNDLE) ## Load other serving systems and this one in turns (installs them into .peers)
 	@$(BIN)/python -m bench.peers --repository $(DEMO)/models
 
-complexity: $(VENV)/.dev ## Measure time and memory of every form over the length, and plot them into docs/
+complexity: $(VENV)/.dev ## Measure time and memory of every pattern of attention over the length, and plot them into docs/
 	@$(BIN)/python -m bench.complexity
 
 batching: $(VENV)/.dev ## Serve models whose answers could depend on their batch to 32 callers, and count differences

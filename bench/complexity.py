@@ -1,7 +1,8 @@
-"""Time and memory of every form of attention over the length: `make complexity`, or `python -m bench.complexity`.
+"""Time and memory of every pattern of attention over the length: `make complexity`, or `python -m bench.complexity`.
 
-Each form is a model of the zoo, of one layer, exported as any model is. Each point is a separate process of one thread,
-with taps and no selected attention.
+Each pattern is a model of the zoo, of one layer, exported as any model is. Each point is a separate process of one
+thread, with taps and no selected attention. A point that fails is listed with its reason, and the longer lengths of its
+pattern are left out. It needs Linux, because memory is read from `/proc`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rich.progress import track
 
 from bench import complexity_page
 
-FORMS = ("self", "causal", "sliding-window", "top-k", "linear", "multi-scale", "cross", "cross-modal")
+PATTERNS = ("self", "causal", "sliding-window", "top-k", "linear", "multi-scale", "cross", "cross-modal")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 HEADS, WIDTH = 4, 64
 TIME_BUDGET_S, MEMORY_BUDGET_MIB = 40.0, 6144.0
@@ -35,7 +36,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One form at one length.
+    """One pattern at one length.
 
     Args:
         seconds: CPU time of a run, the minimum of several. None where the point was left out.
@@ -43,23 +44,25 @@ class Point:
         skipped: Why the point was left out.
     """
 
-    form: str
+    pattern: str
     length: int
     seconds: float | None = None
     mib: float | None = None
     skipped: str = ""
 
 
-def export_forms(folder: Path, forms: Sequence[str]) -> dict[str, Path]:
-    """Export a tapped graph of each form, of one layer."""
+def export_patterns(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """Export a tapped graph of each pattern, of one layer."""
     from attnserve_server.conversion.convert import ExportRequest, export_bundle  # noqa: PLC0415 - torch: not in each point
     from attnserve_server.conversion.sources.source import ZooOptions  # noqa: PLC0415 - as above
 
     options = ZooOptions(layers=1, heads=HEADS, width=WIDTH)
     return {
-        form: export_bundle(ExportRequest(source=f"zoo:{form}", name=form, repository=folder, zoo_options=options)).path
+        pattern: export_bundle(
+            ExportRequest(source=f"zoo:{pattern}", name=pattern, repository=folder, zoo_options=options)
+        ).path
         / "model.onnx"
-        for form in track(forms, description="exporting", transient=True)
+        for pattern in track(patterns, description="exporting", transient=True)
     }
 
 
@@ -87,34 +90,34 @@ def measure(model: Path, length: int) -> tuple[float, float]:
 
 
 def sweep(models: dict[str, Path], lengths: Sequence[int]) -> list[Point]:
-    """Return all points, each from a fresh process, form by form, lengths ascending."""
+    """Return all points, each from a fresh process, pattern by pattern, lengths ascending."""
     points: list[Point] = []
-    for form, model in track(models.items(), description="measuring", transient=True):
+    for pattern, model in track(models.items(), description="measuring", transient=True):
         last: Point | None = None
         for length in lengths:
             reason = _too_much(last)
             if reason:
-                points.append(Point(form, length, skipped=reason))
+                points.append(Point(pattern, length, skipped=reason))
                 continue
             line = [sys.executable, "-m", "bench.complexity", "--point", str(model), str(length)]
             done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
             if done.returncode:
-                points.append(Point(form, length, skipped="it did not run: " + done.stderr.strip().splitlines()[-1]))
+                points.append(Point(pattern, length, skipped="it did not run: " + done.stderr.strip().splitlines()[-1]))
                 break
-            last = Point(form, length, *json.loads(done.stdout))
+            last = Point(pattern, length, *json.loads(done.stdout))
             points.append(last)
     return points
 
 
 def slopes(points: Sequence[Point]) -> dict[str, dict[str, float]]:
-    """Return exponents of time and memory in the length, by form, fitted to its three longest points on log scales."""
+    """Return the exponents of time and memory by pattern, fitted to its three longest points on log scales."""
     found: dict[str, dict[str, float]] = {}
-    for form in dict.fromkeys(point.form for point in points):
-        longest = [point for point in points if point.form == form and point.seconds][-3:]
+    for pattern in dict.fromkeys(point.pattern for point in points):
+        longest = [point for point in points if point.pattern == pattern and point.seconds][-3:]
         if len(longest) < 2:
             continue
         lengths = np.log([point.length for point in longest])
-        found[form] = {
+        found[pattern] = {
             what: round(float(np.polyfit(lengths, np.log(values), 1)[0]), 2)
             for what, values in (
                 ("time", [point.seconds for point in longest]),
@@ -128,9 +131,9 @@ def _too_much(last: Point | None) -> str:
     if last is None or last.seconds is None or last.mib is None:
         return ""
     if 4 * last.seconds > TIME_BUDGET_S:
-        return f"{last.seconds:.3g} s at {last.length} foretell more than {TIME_BUDGET_S:g} s"
+        return f"{last.seconds:.3g} s at {last.length} predict more than {TIME_BUDGET_S:g} s"
     if 4 * last.mib > MEMORY_BUDGET_MIB:
-        return f"{last.mib:.0f} MiB at {last.length} foretell more than {MEMORY_BUDGET_MIB:g} MiB"
+        return f"{last.mib:.0f} MiB at {last.length} predict more than {MEMORY_BUDGET_MIB:g} MiB"
     return ""
 
 
@@ -159,7 +162,7 @@ def main() -> None:
     """Measure, print, and write the page and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--point", nargs=2, metavar=("MODEL", "LENGTH"), help="measure one point and print it")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=PATTERNS)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
     arguments = parser.parse_args()
@@ -168,7 +171,7 @@ def main() -> None:
         print(json.dumps(measure(Path(model), int(length))))
         return
     with tempfile.TemporaryDirectory(prefix="attnserve-complexity-") as folder:
-        points = sweep(export_forms(Path(folder), arguments.forms), arguments.lengths)
+        points = sweep(export_patterns(Path(folder), arguments.patterns), arguments.lengths)
     report = {
         "command": "python -m bench.complexity",
         "machine": f"{platform.machine()}, {platform.system()}, onnxruntime {ort.__version__}, one thread",

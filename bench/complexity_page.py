@@ -16,13 +16,13 @@ _WHAT = {
     "cross": "encoder-decoder: self, causal and cross",
     "cross-modal": "text self and cross to 16 patches",
 }
-_HEAD = """# What each form of attention costs
+_HEAD = """# What each pattern of attention costs
 
 Written by `make complexity`; do not edit. One layer, {heads} heads, d_model {width}, one sequence of T tokens (two for
 the encoder-decoder), float32, taps in the graph and no attention selected. Each point is a separate process: CPU time
 of a run, the minimum of up to five, and the maximum memory that the process held beyond its idle memory. The exponents
-are fitted to the three longest points of a form: 1 is linear in T, 2 quadratic. Each layer also has parts that are
-linear in T, so that all forms look alike at short lengths.
+are fitted to the three longest points of a pattern: 1 is linear in T, 2 quadratic. Each layer also has parts that are
+linear in T, so that all patterns take similar times at short lengths.
 
 Measured on: {machine}.
 
@@ -31,10 +31,10 @@ Measured on: {machine}.
 
 
 def table(report: dict[str, Any]) -> str:
-    """Return two tables in Markdown, time and memory, with a form in each row."""
+    """Return two tables in Markdown, time and memory, with a pattern in each row."""
     lengths = sorted({point["length"] for point in report["points"]})
-    forms = list(dict.fromkeys(point["form"] for point in report["points"]))
-    at = {(point["form"], point["length"]): point for point in report["points"]}
+    patterns = list(dict.fromkeys(point["pattern"] for point in report["points"]))
+    at = {(point["pattern"], point["length"]): point for point in report["points"]}
     parts = []
     for title, field, unit, exponent in (
         ("CPU time of a run", "seconds", "ms", "time"),
@@ -44,16 +44,16 @@ def table(report: dict[str, Any]) -> str:
         rows = [
             f"## {title}, {unit}",
             "",
-            "| form | " + " | ".join(f"T = {length:,}" for length in lengths) + " | exponent |",
+            "| pattern | " + " | ".join(f"T = {length:,}" for length in lengths) + " | exponent |",
             "|---|" + "---:|" * (len(lengths) + 1),
         ]
-        for form in forms:
-            cells = [_cell(at.get((form, length)), field, scale) for length in lengths]
-            fitted = report["slopes"].get(form, {}).get(exponent)
-            rows.append(f"| {_WHAT.get(form, form)} | " + " | ".join(cells) + f" | {fitted or '-'} |")
+        for pattern in patterns:
+            cells = [_cell(at.get((pattern, length)), field, scale) for length in lengths]
+            fitted = report["slopes"].get(pattern, {}).get(exponent)
+            rows.append(f"| {_WHAT.get(pattern, pattern)} | " + " | ".join(cells) + f" | {fitted or '-'} |")
         parts.append("\n".join(rows))
     skipped = [
-        f"- {_WHAT.get(point['form'], point['form'])} at {point['length']:,}: {point['skipped']}"
+        f"- {_WHAT.get(point['pattern'], point['pattern'])} at {point['length']:,}: {point['skipped']}"
         for point in report["points"]
         if point["skipped"]
     ]
@@ -89,10 +89,10 @@ def _plot(report: dict[str, Any], path: Path) -> None:
         (left, "seconds", "CPU seconds of a run", "time"),
         (right, "mib", "MiB of a run", "memory"),
     ):
-        for number, form in enumerate(dict.fromkeys(point["form"] for point in report["points"])):
-            points = [point for point in report["points"] if point["form"] == form and point[field]]
-            slope = report["slopes"].get(form, {}).get(exponent)
-            label = form if slope is None else f"{form} (T^{slope})"
+        for number, pattern in enumerate(dict.fromkeys(point["pattern"] for point in report["points"])):
+            points = [point for point in report["points"] if point["pattern"] == pattern and point[field]]
+            slope = report["slopes"].get(pattern, {}).get(exponent)
+            label = pattern if slope is None else f"{pattern} (T^{slope})"
             lengths = [point["length"] for point in points]
             marker = "osDv^<>P"[number % 8]
             axes.loglog(lengths, [point[field] for point in points], marker=marker, markersize=4, label=label)

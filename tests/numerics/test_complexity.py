@@ -33,14 +33,14 @@ def test_points_are_measured_fitted_and_shown(
     assert first.seconds > 0
     assert first.mib >= 0
     # With a budget of 0 the second point is predicted to exceed it, unless the first took no memory.
-    assert second.skipped.startswith(f"{first.mib:.0f} MiB at 64 foretell more than 0 MiB") or first.mib == 0
+    assert second.skipped.startswith(f"{first.mib:.0f} MiB at 64 predict more than 0 MiB") or first.mib == 0
     quadratic = [complexity.Point("self", length, 1e-9 * length**2, 1e-5 * length) for length in (256, 512, 1024)]
     assert complexity.slopes(quadratic) == {"self": {"time": 2.0, "memory": 1.0}}
     points = [*quadratic, complexity.Point("self", 2048, skipped="too much")]
     report = {"heads": 4, "width": 64, "machine": "this one", "slopes": complexity.slopes(points)}
     report["points"] = [
         {
-            "form": point.form,
+            "pattern": point.pattern,
             "length": point.length,
             "seconds": point.seconds,
             "mib": point.mib,
@@ -56,8 +56,8 @@ def test_points_are_measured_fitted_and_shown(
     assert (tmp_path / "images" / "complexity.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_form_of_the_page_is_one_of_the_zoo(bench) -> None:
+def test_every_pattern_of_the_page_is_one_of_the_zoo(bench) -> None:
     from attnserve_server.conversion.sources.zoo.model import BUILDERS  # noqa: PLC0415 - torch is slow to import
 
     complexity, _ = bench
-    assert set(complexity.FORMS) == set(BUILDERS)
+    assert set(complexity.PATTERNS) == set(BUILDERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+import subprocess
 import tarfile
 import tomllib
 import zipfile
@@ -32,6 +33,18 @@ def test_ci_calls_targets_that_exist(path: Path) -> None:
     called = made_by(path)
     assert called, "the control: it calls make"
     assert called <= TARGETS
+
+
+def test_environment_is_not_made_by_a_python_that_is_missing_or_too_old(tmp_path: Path) -> None:
+    old, folder = tmp_path / "old", tmp_path / "venv"
+    old.write_text("#!/bin/sh\nexit 1\n", encoding="ascii")  # what the version check gives on an older Python
+    old.chmod(0o755)
+    for python in (old, tmp_path / "missing"):
+        line = ["make", f"VENV={folder}", f"PYTHON={python}", f"{folder}/bin/python"]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert "attnserve needs Python 3.11 or newer; name one, as in PYTHON=python3.12" in done.stderr
+        assert not folder.exists()
 
 
 def test_workflow_and_script_call_the_same_targets() -> None:

@@ -1,1 +1,1 @@
-"""The zoo: small seeded models, one for each form of attention, generated during export."""
+"""The zoo: small seeded models, one for each pattern of attention, generated during export."""

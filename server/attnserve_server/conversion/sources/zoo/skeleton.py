@@ -29,7 +29,7 @@ SIZES = {"tiny": ZooSize(2, 4, 32), "small": ZooSize(4, 8, 128), "base": ZooSize
 class ZooAttention(nn.Module, ABC):
     """Multi-head attention of queries (B, L, d_model) over the keys (B, S, d_model) that a mask (B, S) keeps.
 
-    A form of attention implements `attend`, which the graph is traced from, and `weights_of`, its definition.
+    A pattern of attention implements `attend`, which the graph is traced from, and `weights_of`, its definition.
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2.
     """
 
@@ -136,7 +136,7 @@ class ZooModule(nn.Module):
 
 
 class Encoder(ZooModule):
-    """A text encoder around one form of attention."""
+    """A text encoder around one pattern of attention."""
 
     shapes: Mapping[str, tuple[str | int, ...]] = {"input_ids": ("seq",), "attention_mask": ("seq",)}
 
