@@ -75,7 +75,7 @@ class Exchange:
         prefix: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        # Rounded up: a timeout below a millisecond must not become 0, which means none.
+        # At least 1: a timeout below half a millisecond would round to 0, which means no timeout.
         self._timeout_ms = 0 if timeout is None else min(2**32 - 1, max(1, round(timeout * 1000)))
         self._validate_only = validate_only
         self._prefix = prefix or uuid.uuid4().hex

@@ -103,8 +103,8 @@ def request_of(
     """Return the message for a call.
 
     Raises:
-        TypeError: `outputs` is one name instead of a list, or `attention` has a type that is no selection.
-        InvalidRequest: A choice is unknown, or a number does not fit its field.
+        TypeError: `outputs` is one name instead of a list, or `attention` or a value in it has another type.
+        InvalidRequest: A choice is unknown, or an integer does not fit its field.
     """
     if priority not in _PRIORITIES:
         raise InvalidRequest.of("priority", f"{priority!r} is not one of {', '.join(_PRIORITIES)}")

@@ -28,12 +28,27 @@ class PatchGrid:
     leading: int = 0
 
     def place(self, token: Token) -> tuple[int, int] | None:
-        """Return the row and column of a unit, from 0; None for a leading unit."""
+        """Return the row and column of a unit, from 0; None for a leading unit.
+
+        The row of a unit behind the grid is `rows` or greater.
+        """
         at = token.index - self.leading
         return divmod(at, self.columns) if at >= 0 else None
 
     def lay_out(self, weights: npt.NDArray[Any], tokens: Sequence[Token]) -> npt.NDArray[np.float32]:
-        """Arrange weights (S,) of the given units as float32 (rows, columns); NaN for patches without a unit."""
+        """Arrange the weights of units over the grid.
+
+        Args:
+            weights: Weights (S,).
+            tokens: The S units, in the order of the weights.
+
+        Returns:
+            float32 (rows, columns); NaN for patches without a unit.
+
+        Raises:
+            ValueError: The numbers of weights and units differ.
+            IndexError: A unit is behind the grid.
+        """
         grid = np.full((self.rows, self.columns), np.nan, dtype=np.float32)
         for weight, token in zip(weights, tokens, strict=True):
             place = self.place(token)
@@ -56,6 +71,6 @@ class Panel:
 
 
 def strongest(panels: Sequence[Panel], most: int) -> list[Panel]:
-    """Return the `most` panels with the greatest weights, in their original order."""
+    """Return the `most` panels with the greatest maxima, in their original order. NaN does not count."""
     order = sorted(range(len(panels)), key=lambda at: -float(np.nanmax(panels[at].weights, initial=0.0)))
     return [panels[at] for at in sorted(order[:most])]

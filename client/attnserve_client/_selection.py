@@ -66,7 +66,7 @@ class AttentionSelection:
             bytes, with an error of at most 1/510).
 
     Raises:
-        InvalidRequest: `heads` and `head_reduction` name different reductions.
+        InvalidRequest: `heads` is an unknown reduction, or another one than `head_reduction`.
     """
 
     sites: Sequence[str] = ()
@@ -87,6 +87,7 @@ class AttentionSelection:
         for name in ("sites", "layers", "queries"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.heads, str):
+            _choice("heads", self.heads, _HEADS)
             if self.head_reduction not in (None, self.heads):
                 problem = f"{self.head_reduction!r} differs from heads {self.heads!r}; set one of them"
                 raise InvalidRequest.of("attention.head_reduction", problem)
@@ -98,7 +99,8 @@ class AttentionSelection:
         """Return the message for this selection.
 
         Raises:
-            InvalidRequest: A choice is unknown, or a number does not fit its field.
+            InvalidRequest: A choice is unknown, or an integer does not fit its field.
+            TypeError: A layer, head, query or `top_k` is no integer, a site is no string, or `min_weight` is no number.
         """
         message = wire.AttentionSelection(sites=self.sites)
         message.layers.extend(_integers("layers", self.layers))
@@ -120,7 +122,11 @@ class AttentionSelection:
 
     @classmethod
     def from_wire(cls, message: wire.AttentionSelection) -> AttentionSelection:
-        """Return the selection in a message, such as the one that the server reports as applied."""
+        """Return the selection in a message, such as the one that the server reports as applied.
+
+        A choice that this client does not know, of a newer server, becomes None as an unset one does. The weights
+        beside it are still valid, so the answer is not refused.
+        """
         return cls(
             sites=tuple(message.sites),
             layers=tuple(message.layers),
@@ -140,7 +146,8 @@ def selection_of(attention: AttentionSelection | bool | None) -> wire.AttentionS
     """Return the message for a selection; True selects all attention, False and None select none.
 
     Raises:
-        TypeError: `attention` has another type.
+        TypeError: `attention`, or a value in it, has another type.
+        InvalidRequest: A choice of the selection is unknown, or an integer does not fit its field.
     """
     if attention is None or attention is False:
         return None
@@ -154,9 +161,12 @@ def selection_of(attention: AttentionSelection | bool | None) -> wire.AttentionS
 def _integers(field: str, values: Sequence[int], least: int = -(2**31), most: int = 2**31 - 1) -> list[int]:
     checked = []
     for position, value in enumerate(values):
-        number = operator.index(value)
+        where = f"attention.{field}" if field == "top_k" else f"attention.{field}[{position}]"
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{where} is {value!r}; it must be an integer") from None
         if not least <= number <= most:
-            where = f"attention.{field}" if field == "top_k" else f"attention.{field}[{position}]"
             raise InvalidRequest.of(where, f"{number} is not from {least} to {most}")
         checked.append(number)
     return checked

@@ -81,6 +81,14 @@ def test_queries_that_are_patches_give_a_panel_for_each_key() -> None:
     np.testing.assert_allclose(found.over_patches()[1].weights, weights[0, 1:, 1].reshape(2, 3).astype(np.float32))
 
 
+def test_grid_refuses_weights_without_units_and_units_behind_it() -> None:
+    tokens = words_over_patches().key_tokens
+    with pytest.raises(ValueError, match="zip"):
+        GRID.lay_out(np.ones(2), tokens)
+    with pytest.raises(IndexError):
+        PatchGrid(1, 3, 1).lay_out(np.ones(7), tokens)
+
+
 def test_map_without_patches_has_no_panels() -> None:
     assert answer(np.ones((1, 3, 7)) / 7, WORDS, PATCHES, grids="").over_patches() == []
 

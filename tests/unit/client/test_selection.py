@@ -48,7 +48,7 @@ def test_listed_heads_may_be_joined() -> None:
     ("selection", "field"),
     [
         (lambda: AttentionSelection(heads="mean", head_reduction="max"), "attention.head_reduction"),
-        (lambda: AttentionSelection(heads="median").to_wire(), "attention.head_reduction"),  # type: ignore[arg-type]
+        (lambda: AttentionSelection(heads="median"), "attention.heads"),  # type: ignore[arg-type]
         (lambda: AttentionSelection(unit="letter").to_wire(), "attention.unit"),  # type: ignore[arg-type]
         (lambda: AttentionSelection(dtype="int8").to_wire(), "attention.dtype"),  # type: ignore[arg-type]
         (lambda: AttentionSelection(layer_reduction="sum").to_wire(), "attention.layer_reduction"),  # type: ignore[arg-type]
@@ -62,6 +62,25 @@ def test_invalid_selection_lists_its_field(selection: Any, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         selection()
     assert caught.value.violations[0].field == field
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        (AttentionSelection(layers=[0, 1.5]), r"attention\.layers\[1\] is 1\.5; it must be an integer"),  # type: ignore[list-item]
+        (AttentionSelection(top_k="3"), r"attention\.top_k is '3'; it must be an integer"),  # type: ignore[arg-type]
+    ],
+    ids=["layer", "top_k"],
+)
+def test_index_of_another_type_is_a_type_error_with_its_field(selection: AttentionSelection, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        selection.to_wire()
+
+
+def test_unknown_choice_of_a_newer_server_is_none() -> None:
+    message = AttentionSelection(layers=[1], unit="word").to_wire()
+    message.unit = 99  # type: ignore[assignment]
+    assert AttentionSelection.from_wire(message) == AttentionSelection(layers=[1])
 
 
 def test_attention_is_a_selection_or_a_bool() -> None:
