@@ -1,6 +1,7 @@
 """The server's speed against its limits, measured in one interleaved run: `python -m bench.acceptance`.
 
-Each finding is a ratio with its limit; nothing is absolute. `--only` selects scenarios.
+Each finding is a ratio with its limit; nothing is absolute. `--only` selects scenarios. Exit code 1 if a finding misses
+its limit, if the repository has no bundle of MiniLM, or if a server does not start; 2 for an unknown scenario.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def echoed(options: Options) -> list[Finding]:
     found = []
     for tokens, per_message, what in ECHOES:
         rates = echo.ratios(options.rounds, per_message, tokens)
-        ratios = [ours / bare for ours, bare in zip(rates["service"], rates["bare"], strict=True)]
+        ratios = [service / bare for service, bare in zip(rates["service"], rates["bare"], strict=True)]
         detail = {f"{name}_per_s": sorted(values)[len(values) // 2] for name, values in rates.items()}
         found.append(
             Finding(f"echo of {what}: sequences/s / bare stream", ratios, ECHO_LIMIT, most=False, detail=detail)
@@ -79,10 +80,10 @@ def show(console: Console, findings: list[Finding]) -> None:
     """Print a table: median, range, limit, verdict."""
     table = Table("", "median", "least", "greatest", "limit", "holds")
     for finding in findings:
-        told = (f"{value:.3f}" for value in (finding.median, min(finding.values), max(finding.values)))
+        cells = (f"{value:.3f}" for value in (finding.median, min(finding.values), max(finding.values)))
         limit = f"{'at most' if finding.most else 'at least'} {finding.limit:g}"
         verdict = "[green]yes[/]" if finding.holds else "[red]no[/]"
-        table.add_row(finding.what, *told, limit, verdict)
+        table.add_row(finding.what, *cells, limit, verdict)
     console.print(table)
     for finding in findings:
         if finding.detail:
@@ -93,7 +94,9 @@ def show(console: Console, findings: list[Finding]) -> None:
 def main() -> None:
     """Entry point. Exit code 1 if a finding does not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repository", type=Path, default=Path(".demo/models"), help="where MiniLM is, as minilm")
+    parser.add_argument(
+        "--repository", type=Path, default=Path(".demo/models"), help="folder of bundles, with MiniLM as minilm"
+    )
     parser.add_argument("--only", default=",".join(SCENARIOS), help=f"of {', '.join(SCENARIOS)}, with commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

@@ -4,7 +4,7 @@ Each model of `bench.batching_subjects` is converted and served with default fla
 compared with the same sequence alone in the bare runtime. The positive control serves the same bundles with a
 certificate that claims everything is proved, on one instance that gathers all pending requests. There answers must be
 wrong, or the bench could not detect an error. Exit code 1 where a model is wrong by default, where a control that may
-share runs does not, or where the positive control finds nothing.
+share runs does not, or where the positive control finds nothing; 2 for an unknown model in `--only`.
 """
 
 from __future__ import annotations
@@ -245,9 +245,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help=f"of {', '.join(subject.name for subject in SUBJECTS)}, with commas")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
-    chosen = [subject for subject in SUBJECTS if not options.only or subject.name in options.only.split(",")]
-    if not chosen:
-        parser.error(f"no model {options.only}; there are {', '.join(subject.name for subject in SUBJECTS)}")
+    names = [subject.name for subject in SUBJECTS]
+    wanted = options.only.split(",") if options.only else names
+    if unknown := set(wanted) - set(names):
+        parser.error(f"--only has the unknown models {', '.join(sorted(unknown))}; use some of {', '.join(names)}")
+    chosen = [subject for subject in SUBJECTS if subject.name in wanted]
     with tempfile.TemporaryDirectory(prefix="attnserve-batching-") as folder:
         rows = measured(chosen, options.calls, Path(folder))
     shown(rows, Console(stderr=options.json))

@@ -1,7 +1,8 @@
 """The cost of the service itself: an identity model through `StreamInfer`, and a bare stream that echoes its bytes.
 
 `python -m bench.echo --bare PORT_FILE` is the bare server, in a separate process. `bench.floor` calls it too: its
-unary answers have as many bytes as the hidden states of a sequence.
+unary answers have as many bytes as the hidden states of a sequence. The process exits with a message and code 1 if a
+server does not start or refuses a message.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def bare() -> Iterator[tuple[str, psutil.Process]]:
             until = time.monotonic() + service.START_TIMEOUT_S
             while not (file.exists() and file.stat().st_size):
                 if process.poll() is not None or time.monotonic() > until:
-                    sys.exit("the bare echo did not start")
+                    sys.exit(f"the bare echo did not start within {service.START_TIMEOUT_S:g} s; its error is above")
                 time.sleep(0.05)
             yield f"127.0.0.1:{json.loads(file.read_text())}", psutil.Process(process.pid)
         finally:
@@ -135,7 +136,7 @@ def ratios(rounds: int, per_message: int, tokens: int, seconds: float = 1.5) -> 
                 for name, target in (("bare", one), ("service", other.target)):
                     per_s, refused = asyncio.run(rate(target, sent, seconds))
                     if refused:
-                        sys.exit(f"{refused} messages were refused")
+                        sys.exit(f"{name}: {refused} messages were refused; a rate would not count them")
                     found[name].append(per_s * per_message)
     return {name: values[1:] for name, values in found.items()}
 

@@ -2,6 +2,7 @@
 
 The folder is one that `attnserve-server export` takes. Values do not change the cost of a run, so all layers hold the
 same ones, cut from one short draw. Such a folder, and the bundle made of it, compresses to a few megabytes.
+Exit code 2 for an unknown size; an `OSError` if the folder cannot be written.
 """
 
 from __future__ import annotations

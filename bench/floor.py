@@ -1,6 +1,7 @@
 """The cost of a unary call before anything is computed: `python -m bench.floor`, a bare grpc.aio server.
 
 It answers 65 kB. Reported are its processor time a call and the caller's median latency, for one caller and for 64.
+Exit code 1 if the server does not start.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def main() -> None:
                 waits = asyncio.run(drive(target, callers, options.calls))
                 took, cpu = time.perf_counter() - began, sum(server.cpu_times()[:2]) - before
                 rounds.append((1e3 * cpu / len(waits), 1e3 * statistics.median(waits), len(waits) / took))
-            told = (statistics.median(values) for values in zip(*rounds, strict=True))
-            table.add_row(str(callers), *(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in told))
+            medians = (statistics.median(values) for values in zip(*rounds, strict=True))
+            table.add_row(str(callers), *(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in medians))
     Console().print(table)
 
 

@@ -2,8 +2,9 @@
 
 For each model of the repository, in one run: the bare session at its best batch and number of threads; the
 server under unary callers and streams, where none, a quarter or all of the requests select attention; and the seconds
-of a run over a grid of batch and length. Callers are separate processes, which send messages made beforehand. One
-output, and attention where selected, comes back: with `--output embedding`, the pooled one.
+of a run over a grid of batch and length. Callers are separate processes, which send messages made beforehand. They
+request one output, the one named by `--output`, and attention where selected. Exit code 1 if a server does not start or
+a request fails; 2 if no model is chosen.
 """
 
 from __future__ import annotations
@@ -136,10 +137,11 @@ async def stream_client(target: str, messages: list[Any], sizes: dict[bytes, int
         for wire in wires.values():
             await call.write(wire)
         async for answer in call:
-            told = inference_service_pb2.StreamInferResponse.FromString(answer)
-            if not told.HasField("response"):
-                sys.exit(f"neither whole nor answered: {told}")
-            name = told.request_id.encode()
+            reply = inference_service_pb2.StreamInferResponse.FromString(answer)
+            if not reply.HasField("response"):
+                kind = reply.WhichOneof("message")
+                sys.exit(f"request {reply.request_id} got a {kind} instead of a whole response: {reply}")
+            name = reply.request_id.encode()
             done += sizes[name]
             if time.monotonic() > until:
                 call.cancel()
@@ -247,16 +249,18 @@ def measure(bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repository", type=Path)
-    parser.add_argument("--models", nargs="+", help="only these")
+    parser.add_argument("--repository", type=Path, help="folder of bundles (required)")
+    parser.add_argument("--models", nargs="+", help="names of the models to measure; default: all")
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
-    parser.add_argument("--sequences", type=int, default=4000)
-    parser.add_argument("--processes", type=int, default=4, help="of callers")
+    parser.add_argument("--seconds", type=float, default=4.0, help="duration of each measurement")
+    parser.add_argument("--sequences", type=int, default=4000, help="sequences whose lengths are drawn")
+    parser.add_argument("--processes", type=int, default=4, help="processes of callers")
     parser.add_argument("--callers", nargs="+", default=["64", "256"], help="unary callers, over all processes")
-    parser.add_argument("--output", default="embedding", help="what comes back; the first where a model has none such")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to the server")
-    parser.add_argument("--no-costs", action="store_true", help="leave the grid out")
+    parser.add_argument(
+        "--output", default="embedding", help="output that requests select; a model without it returns its first output"
+    )
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="flags for the server: all that follow")
+    parser.add_argument("--no-costs", action="store_true", help="skip the grid of batch and length")
     parser.add_argument("--client", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client:
@@ -264,16 +268,20 @@ def main() -> None:
         client(target, model, output, kind, float(share), float(seconds), int(seed))
         return
     if options.repository is None:
-        parser.error("--repository is needed")
+        parser.error("--repository is required: a folder of bundles")
     report: dict[str, Any] = {}
-    for bundle in Repository(options.repository).bundles()[0]:
-        if not options.models or bundle.manifest.name in options.models:
-            report[bundle.manifest.name] = found = measure(bundle, options)
-            print(bundle.manifest.name, "bare", found["bare"]["best"], found["bare"]["sequences_per_s"], flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="ascii")
-            if found["provider"] == CPU:
-                print("this was no GPU: the runtime used the CPU")
+    bundles = Repository(options.repository).bundles()[0]
+    chosen = [each for each in bundles if not options.models or each.manifest.name in options.models]
+    if not chosen:
+        names = ", ".join(each.manifest.name for each in bundles) or "none"
+        parser.error(f"no model to measure; the repository's models are: {names}")
+    for bundle in chosen:
+        report[bundle.manifest.name] = found = measure(bundle, options)
+        print(bundle.manifest.name, "bare", found["bare"]["best"], found["bare"]["sequences_per_s"], flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="ascii")
+        if found["provider"] == CPU:
+            print("this was no GPU: the runtime used the CPU")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Memory: one copy of the weights for any number of instances, and no growth over many requests; a control leaks."""
+"""Memory: one copy of the weights for any number of instances, and no growth over many requests; a control leaks.
+
+The process exits with a message and code 1 if the repository has no bundle of MiniLM, or the server does not start.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from attnserve_client.bench.workload import Workload
 
 from bench import service
 from bench.finding import Finding
+from bench.runtime import minilm_of
 from bench.workload import sequences
 
 REQUESTS = 20_000
 LIMIT_MB = 16.0
 COPIES_LIMIT = 0.25
 """The limit of the memory of seven more instances, as a share of the weights' file: their threads, and buffers of runs,
-a
-megabyte or so each. A copy of the weights would be 1 for each."""
+a megabyte or so each. A copy of the weights would be 1 for each."""
 _CONTROL_SHARE = 0.25
 VOCABULARY_SIZE = 30_522
 
@@ -34,7 +37,7 @@ def resident_mb(server: service.Server) -> float:
 
 def copies(repository: Path) -> Finding:
     """Measure the memory of eight instances beyond one, relative to the size of the weights."""
-    weights = max(repository.glob("minilm/*/model.onnx")).stat().st_size / 1e6
+    weights = minilm_of(repository).stat().st_size / 1e6
     taken = []
     for instances in (1, 8):
         with service.running(repository, "--instances", str(instances), "--remember-costs", "false") as server:

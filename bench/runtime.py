@@ -1,4 +1,7 @@
-"""The bare runtime: the cost of a graph without a server, tapped and untapped."""
+"""The bare runtime: MiniLM's graph in a repository, and its cost without a server, tapped and untapped.
+
+`minilm_of` exits with a message if there is no such graph. onnxruntime's exceptions pass unchanged.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,18 @@ import onnxruntime as ort
 Array = npt.NDArray[Any]
 
 ITEMS_PREFIX, WEIGHTS_PREFIX = "attention_items.", "attention."
+
+
+def minilm_of(repository: Path) -> Path:
+    """Return the graph of the newest version of the bundle `minilm`.
+
+    Raises:
+        SystemExit: The repository has no such bundle. The message has the remedy.
+    """
+    found = [path for path in repository.glob("minilm/*/model.onnx") if path.parent.name.isdecimal()]
+    if not found:
+        raise SystemExit(f"{repository} has no bundle of minilm; `make demo` writes one to .demo/models")
+    return max(found, key=lambda path: int(path.parent.name))
 
 
 def untapped(model_path: Path) -> bytes:

@@ -1,7 +1,8 @@
 """The server under load and the bare runtime, in interleaved rounds of one run. Each function returns findings.
 
 The client runs on the machine's own cores, as in the record. Its processor time is reported and, where sequences a
-second are compared, deducted.
+second are compared, deducted. A missing bundle of MiniLM, and a server that does not start, end the process with a
+message and code 1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.progress import track
 
 from bench import echo, service
 from bench.finding import Finding
-from bench.runtime import BareSession, untapped
+from bench.runtime import BareSession, minilm_of, untapped
 from bench.workload import sequence, sequences, sorted_batches
 
 CALLERS = 64
@@ -48,7 +49,7 @@ class Options:
     @property
     def model(self) -> Path:
         """The newest MiniLM's graph."""
-        return max(self.repository.glob("minilm/*/model.onnx"))
+        return minilm_of(self.repository)
 
     def rounds_of(self, what: str) -> Iterator[int]:
         """Yield the numbers of the rounds, with a progress bar on a terminal."""

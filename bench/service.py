@@ -1,4 +1,7 @@
-"""The service under 64 callers: CPU time of the server's process a sequence, and bytes on the wire."""
+"""The service under 64 callers: CPU time of the server's process a sequence, and bytes on the wire.
+
+The process exits with a message and code 1 if the server does not start. A failed call raises `grpc.aio.AioRpcError`.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def started(command: list[str], repository: Path, folder: Path, *flags: str) -> 
         until = time.monotonic() + START_TIMEOUT_S
         while not (ports_file.exists() and ports_file.stat().st_size):
             if process.poll() is not None or time.monotonic() > until:
-                sys.exit("the server did not start")
+                sys.exit(f"the server did not start within {START_TIMEOUT_S:g} s; its log is on standard error")
             time.sleep(0.05)
         ports = json.loads(ports_file.read_text())
         targets = (f"127.0.0.1:{ports[kind]}" for kind in ("grpc", "http"))

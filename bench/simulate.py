@@ -1,8 +1,9 @@
 """Batching policies compared over recorded costs of runs: `python -m bench.simulate`.
 
-A simulation of the queue alone, without transport: callers in a closed loop, instances that take a policy's batches,
-runs that take their recorded time. `Ours` is the server's own `plan`, behind its own queue. The others follow the
-documentation of other servers. `--record` times runs on this machine.
+The simulation covers the queue alone, without transport: callers in a closed loop, instances that take a policy's
+batches, and runs that take their recorded time. `ServerLine` is the server's own queue and `plan`. The other policies
+follow the documentation of other servers. `--record` times runs on this machine instead, and exits with a message and
+code 1 if the repository has no bundle of MiniLM. A file of costs that cannot be read raises.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.runtime import BareSession
+from bench.runtime import BareSession, minilm_of
 from bench.workload import sequences
 
 COSTS = Path(__file__).parent / "costs"
@@ -43,12 +44,12 @@ class Costs:
     """The cost of runs on one device: the fitted model, corrected by recordings of nearby shapes."""
 
     def __init__(self, path: Path) -> None:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        recorded = json.loads(path.read_text(encoding="utf-8"))
         self.name = path.stem
-        self.device: str = told["device"]
-        self.instances: int = told["instances"]
-        self.max_batch_size: int = told["max_batch_size"]
-        runs = [TimedRun(*run) for run in told["runs"]]
+        self.device: str = recorded["device"]
+        self.instances: int = recorded["instances"]
+        self.max_batch_size: int = recorded["max_batch_size"]
+        runs = [TimedRun(*run) for run in recorded["runs"]]
         self.model: CostModel = fit(tuple(runs))
         self._shapes = np.log([[run.size, run.tokens] for run in runs])
         self._off = np.log([run.seconds / self.model.seconds(run.size, run.tokens) for run in runs])
@@ -62,7 +63,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One pending sequence."""
+    """One pending sequence: its caller, its tokens, and when it arrived."""
 
     caller: int
     tokens: int
@@ -81,7 +82,7 @@ class Line(Protocol):
         ...
 
 
-class Ours:
+class ServerLine:
     """The server's queue and plan."""
 
     def __init__(self, cost: CostModel, max_batch_size: int, look_ahead: int | None = None) -> None:
@@ -230,7 +231,7 @@ def policies(costs: Costs) -> dict[str, Callable[[], Line]]:
     """Return each policy by its name."""
     size = costs.max_batch_size
     return {
-        "this server": lambda: Ours(costs.model, size),
+        "this server": lambda: ServerLine(costs.model, size),
         "one at a time": lambda: FirstCome(1, 0.0),
         "first come, 5 ms delay": lambda: FirstCome(size, 5e-3),
         "first come, 100 ms delay": lambda: FirstCome(size, 0.1),
@@ -241,7 +242,7 @@ def policies(costs: Costs) -> dict[str, Callable[[], Line]]:
 
 def record(repository: Path, path: Path, repeats: int = 9) -> None:
     """Time runs of MiniLM on one thread of this machine, in processor time, and write them to a file."""
-    session = BareSession(str(max(repository.glob("minilm/*/model.onnx"))))
+    session = BareSession(str(minilm_of(repository)))
     runs = []
     for size, tokens in track(RECORDED, description="recording", console=Console(stderr=True)):
         if size * tokens > MOST_RECORDED_TOKENS:
@@ -250,14 +251,14 @@ def record(repository: Path, path: Path, repeats: int = 9) -> None:
         session.run(ids)
         seconds = statistics.median(session.cpu_seconds([ids]) for _ in range(repeats))
         runs.append([size, tokens, round(seconds, 7)])
-    told = {
+    recording = {
         "device": f"{platform.machine()}, one thread, onnxruntime's CPU provider",
         "model": f"MiniLM in float32, processor time, medians of {repeats} runs",
         "instances": 2,
         "max_batch_size": 32,
         "runs": runs,
     }
-    path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(recording, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -267,7 +268,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="sequences of each caller")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--plot", type=Path, help="draw the figures into this file")
-    parser.add_argument("--record", type=Path, help="write down what runs take on this machine, and simulate nothing")
+    parser.add_argument(
+        "--record", type=Path, help="time runs on this machine, write them to this file, and simulate nothing"
+    )
     parser.add_argument("--repository", type=Path, default=Path(".demo/models"), help="where `--record` finds MiniLM")
     options = parser.parse_args()
     if options.record:
@@ -324,11 +327,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     figure, panels = plt.subplots(1, len(report), figsize=(4.2 * len(report), 3.8), layout="constrained")
-    for panel, (name, told) in zip(np.atleast_1d(panels), report.items(), strict=True):
-        for policy, by in told["policies"].items():
-            ours = policy == "this server"
-            over = [figures["busy_s"] / told["sorted_s"] for figures in by.values()]
-            panel.plot(list(by), over, marker="o", lw=2.5 if ours else 1.2, zorder=3 if ours else 2, label=policy)
+    for panel, (name, device) in zip(np.atleast_1d(panels), report.items(), strict=True):
+        for policy, by in device["policies"].items():
+            is_server = policy == "this server"
+            over = [figures["busy_s"] / device["sorted_s"] for figures in by.values()]
+            panel.plot(
+                list(by), over, marker="o", lw=2.5 if is_server else 1.2, zorder=3 if is_server else 2, label=policy
+            )
         panel.set(xscale="log", yscale="log", xlabel="callers", title=name)
         panel.set_xticks(CALLERS, [str(callers) for callers in CALLERS])
         panel.minorticks_off()

@@ -1,6 +1,8 @@
-"""Drive every peer, the bare runtime and this server in interleaved rounds, and print a table: `python -m bench.peers`.
+"""Load every peer, the bare runtime and this server in interleaved rounds, and print a table: `python -m bench.peers`.
 
-Each round starts a peer, warms it up, loads it with callers in a closed loop, and ends it. `--only` selects peers.
+Each round starts a peer, warms it up, loads it with callers in a closed loop, and ends it. `--only` selects peers. A
+peer that does not run is listed with the reason. Exit code 1 if the repository has no bundle of MiniLM or this server
+does not start; 2 if `--only` matches no peer.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from bench.peers.install import PEERS, installed, version
 from bench.peers.load import Measured, drive
 from bench.peers.servers import DidNotStart, Running, serving
 from bench.peers.wires import WIRES
-from bench.runtime import BareSession, untapped
+from bench.runtime import BareSession, minilm_of, untapped
 from bench.workload import sequences, sorted_batches
 
 CALLERS = 64
@@ -37,7 +39,7 @@ REFERENCES = 256
 LIMIT_S = 120.0
 ATTEMPTS = 2
 """Attempts to start a peer: some fail once without a message, and start the next time."""
-OURS, BARE = "attnserve", "bare runtime"
+ATTNSERVE, BARE = "attnserve", "bare runtime"
 
 
 class Comparison:
@@ -47,7 +49,7 @@ class Comparison:
         self._repository = repository
         self._console = console
         self.items = sequences(requests, VOCABULARY_SIZE)
-        self._model = untapped(max(repository.glob("minilm/*/model.onnx")))
+        self._model = untapped(minilm_of(repository))
         self._bare = BareSession(self._model)
         self._batches = sorted_batches(self.items)
         self._references = [self._bare.hidden(ids[None])[0] for ids in self.items[:REFERENCES]]
@@ -62,13 +64,13 @@ class Comparison:
         row["runs"].append({**run, "bare_rate": run["rate"], "bare_s": run["server_s"]})
         return run
 
-    def ours(self, form: str) -> None:
-        """Measure this server, with its defaults or with batching off."""
+    def attnserve(self, form: str) -> None:
+        """Measure this server: with its defaults as `dynamic`, with batching off as `single`."""
         flags = ("--max-batch-size", "1") if form == "single" else ()
-        row = self._row(OURS, "defaults" if form == "dynamic" else form, metadata.version("attnserve"))
+        row = self._row(ATTNSERVE, "defaults" if form == "dynamic" else form, metadata.version("attnserve"))
         with service.running(self._repository, *flags) as server:
             port = int(server.target.rpartition(":")[2])
-            self._load(row, Running(port, WIRES["ours"], server.process))
+            self._load(row, Running(port, WIRES["attnserve"], server.process))
 
     def peer(self, peer: Any, form: str, model: Path) -> None:
         """Measure one peer in one form, or record why it does not run."""
@@ -104,7 +106,10 @@ class Comparison:
 
 
 def summed_up(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return medians over rounds, the fastest first, each with the bare runtime's right before."""
+    """Return a summary of each system: medians over its rounds, and over those of the bare runtime.
+
+    The bare runtime is measured right before each load. The fastest system is first.
+    """
     summary = []
     for row in rows.values():
         runs = row["runs"]
@@ -152,15 +157,21 @@ def show(console: Console, summary: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repository", type=Path, default=Path(".demo/models"), help="where MiniLM is, as minilm")
-    parser.add_argument("--only", default="", help="names of peers, with commas; default: all")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--repository", type=Path, default=Path(".demo/models"), help="folder of bundles, with MiniLM as minilm"
+    )
+    parser.add_argument("--only", default="", help="parts of names of peers, with commas; default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="loads of each system")
     parser.add_argument("--requests", type=int, default=600, help="sequences in a round")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
-    # As Ctrl-C does, through the blocks that end the started processes.
+    # SIGTERM leaves through the blocks that end the started processes, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     wanted = {name.strip().lower() for name in options.only.split(",") if name.strip()}
+    names = ", ".join(peer.name for peer in PEERS)
+    for name in sorted(wanted):
+        if not any(name in peer.name.lower() for peer in PEERS):
+            parser.error(f"--only has {name!r}, which is part of no peer's name; the peers are {names}")
     peers = [peer for peer in PEERS if not wanted or any(name in peer.name.lower() for name in wanted)]
     console = Console(stderr=True)
     comparison = Comparison(options.repository, options.requests, console)
@@ -168,7 +179,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model.onnx")
         comparison.write_model(model)
-        loads: list[Callable[[], None]] = [lambda: comparison.ours("dynamic"), lambda: comparison.ours("single")]
+        loads: list[Callable[[], None]] = [
+            lambda: comparison.attnserve("dynamic"),
+            lambda: comparison.attnserve("single"),
+        ]
         able = [peer for peer in peers if not why[peer.name]]
         loads += [partial(comparison.peer, peer, form, model) for peer in able for form in peer.forms]
         for number in range(options.rounds):

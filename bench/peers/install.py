@@ -1,4 +1,7 @@
-"""Peers from PyPI, each in a separate virtual environment under the ignored folder `.peers`."""
+"""Peers from PyPI, each in a separate virtual environment under the ignored folder `.peers`.
+
+`installed` returns why a peer cannot be installed. `version` returns `unknown` where the package is not there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The load of every peer: callers in a closed loop, the same for each protocol."""
+"""The load of every peer: callers in a closed loop, the same for each protocol.
+
+A failed or wrong answer is counted in `Measured`, with the first error, and raises nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Start and end the measured systems: process trees, ready at a first answer."""
+"""Start and end the measured systems: process trees, ready at a first answer.
+
+A system that ends or gives no answer in time raises `DidNotStart`.
+"""
 
 from __future__ import annotations
 

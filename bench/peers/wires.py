@@ -1,4 +1,7 @@
-"""The protocols of peers: requests made beforehand as bytes, and answers parsed to arrays only where checked."""
+"""The protocols of peers: requests made beforehand as bytes, and answers parsed to arrays only where checked.
+
+A refused call raises OSError or `grpc.aio.AioRpcError`; an answer that has another layout raises ValueError.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +125,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
             return number, at
 
 
-def _ours(data: bytes) -> Array:
+def _attnserve(data: bytes) -> Array:
     answer = inference_service_pb2.InferResponse.FromString(data)
     return _floats(answer.results[0].outputs[0].data)
 
@@ -143,9 +146,9 @@ WIRES = {
         partial(_v2, batched=True), _v2_hidden, "/inference.GRPCInferenceService/ModelInfer", http=False
     ),
     "grpc": Wire(_ids, _floats, "/peer/Infer", http=False),
-    "ours": Wire(
+    "attnserve": Wire(
         lambda ids: service.request(ids).SerializeToString(),
-        _ours,
+        _attnserve,
         "/attnserve.v1.InferenceService/Infer",
         http=False,
     ),

@@ -102,8 +102,8 @@ async def test_rows_that_hide_every_key_are_refused_where_the_model_answers_nan(
 
 
 async def test_get_model_returns_which_input_is_a_mask(client: AsyncClient) -> None:
-    told = {spec.name: spec.additive_mask for spec in (await client.model("steps1")).inputs}
-    assert told == {"x": False, "mask": True}
+    additive = {spec.name: spec.additive_mask for spec in (await client.model("steps1")).inputs}
+    assert additive == {"x": False, "mask": True}
 
 
 def test_padding_hides_keys(repository: Path) -> None:

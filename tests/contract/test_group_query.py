@@ -141,13 +141,13 @@ async def test_words_over_windows_join_the_pieces_of_each_word(client: AsyncClie
 async def test_sizes_of_answers_with_windows_are_predicted_exactly(
     client: AsyncClient, selection: AttentionSelection
 ) -> None:
-    [told, *_] = await client.infer("narrow", inputs(), outputs=[], attention=selection, validate_only=True)
+    [predicted, *_] = await client.infer("narrow", inputs(), outputs=[], attention=selection, validate_only=True)
     held = 0
     for result in await client.infer("narrow", inputs(), outputs=[], attention=selection):
         for each in result.attention:
             parts = [each.raw] if isinstance(each.raw, np.ndarray) else [*map(each.raw.__getattribute__, LINKS)]
             held += sum(array.nbytes for array in [*parts, each.band_keys, each.residual] if array is not None)
-    assert told.predicted_bytes == held
+    assert predicted.predicted_bytes == held
 
 
 LINKS = ("row_offsets", "keys", "weights")

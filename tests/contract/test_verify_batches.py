@@ -26,9 +26,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_bundle import tiny_manifest
 
 WIDTH = 4
-OURS = np.array([[1.0, -0.5, 0.25, 0.75], [-1.0, 0.5, 1.0, -0.25]], np.float32)
+QUIET = np.array([[1.0, -0.5, 0.25, 0.75], [-1.0, 0.5, 1.0, -0.25]], np.float32)
 """What each caller sends, (T, D). Beside a neighbour of 1000 its quantized values are all 0."""
-LOUD = OURS * 1000
+LOUD = QUIET * 1000
 
 
 def graph(*, quantized: bool) -> onnx.ModelProto:
@@ -154,13 +154,13 @@ def checks(server: Application, model: str) -> dict[str, int]:
 
 
 def first_output(answer: pb.InferResponse, at: int) -> np.ndarray:
-    return np.frombuffer(answer.results[at].outputs[0].data, "<f4").reshape(OURS.shape)
+    return np.frombuffer(answer.results[at].outputs[0].data, "<f4").reshape(QUIET.shape)
 
 
 async def test_answers_changed_by_their_batch_are_counted(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
     with structlog.testing.capture_logs():  # the server's own lines
         async with serving(repository, models=("mixing",), verify_batches=1.0) as (server, stub):
-            answer = await stub.Infer(asking("mixing", OURS, LOUD, OURS))
+            answer = await stub.Infer(asking("mixing", QUIET, LOUD, QUIET))
             assert np.abs(first_output(answer, 0)).max() == 0, "the scale of a loud neighbour leaves nothing"
             await until(lambda: sum(checks(server, "mixing").values()) == 3)
             assert checks(server, "mixing") == {"equal": 1, "different": 2, "dropped": 0, "failed": 0}
@@ -169,14 +169,14 @@ async def test_answers_changed_by_their_batch_are_counted(repository: Path, capl
             assert (await stub.GetModel(pb.GetModelRequest(model="mixing"))).model.state_reason == ""
             [line] = [record for record in caplog.records if record.name == "attnserve_server.scheduling.verifier"]
             assert (line.__dict__["request_id"], line.__dict__["batch_size"]) == ("mine", 3)
-            again = await stub.Infer(asking("mixing", OURS, LOUD, OURS))
+            again = await stub.Infer(asking("mixing", QUIET, LOUD, QUIET))
             assert np.abs(first_output(again, 0)).max() == 0, "counting changes nothing"
 
 
 async def test_answers_unchanged_by_their_batch_are_equal(repository: Path) -> None:
     with structlog.testing.capture_logs():
         async with serving(repository, models=("plain",), verify_batches=1.0) as (server, stub):
-            await stub.Infer(asking("plain", OURS, LOUD, OURS))
+            await stub.Infer(asking("plain", QUIET, LOUD, QUIET))
             await until(lambda: sum(checks(server, "plain").values()) == 3)
             assert checks(server, "plain") == {"equal": 3, "different": 0, "dropped": 0, "failed": 0}
             assert metric(server, "attnserve_batch_mismatch_total", "plain") == 0
@@ -203,12 +203,12 @@ async def test_isolate_makes_the_next_answers_right_and_is_reported(repository: 
             server,
             stub,
         ):
-            await stub.Infer(asking("mixing", OURS, LOUD))
+            await stub.Infer(asking("mixing", QUIET, LOUD))
             await until(lambda: sum(checks(server, "mixing").values()) == 2)
-            answer = await stub.Infer(asking("mixing", OURS, LOUD))
+            answer = await stub.Infer(asking("mixing", QUIET, LOUD))
             assert [result.run.batch_size for result in answer.results] == [1, 1]
             # One step of 8 bits over the sequence's own range, which is 2.
-            np.testing.assert_allclose(first_output(answer, 0), OURS, atol=2 / 255)
+            np.testing.assert_allclose(first_output(answer, 0), QUIET, atol=2 / 255)
             assert metric(server, "attnserve_batching_isolated", "mixing") == 1
             described = (await stub.GetModel(pb.GetModelRequest(model="mixing"))).model
             assert "runs alone" in described.state_reason
@@ -219,6 +219,6 @@ async def test_by_default_no_sample_is_kept(repository: Path) -> None:
         async with serving(repository, models=("mixing",)) as (server, stub):
             (loaded,) = server._loaded
             assert loaded.scheduler._verifier is None
-            await stub.Infer(asking("mixing", OURS, LOUD, OURS))
-            await stub.Infer(asking("mixing", OURS))
+            await stub.Infer(asking("mixing", QUIET, LOUD, QUIET))
+            await stub.Infer(asking("mixing", QUIET))
             assert set(checks(server, "mixing").values()) == {0}

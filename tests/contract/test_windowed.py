@@ -101,14 +101,14 @@ async def test_long_sequences_answer_with_their_band_and_short_ones_with_all_key
     ids=["all", "two rows", "links", "rollout"],
 )
 async def test_sizes_are_predicted_exactly_before_a_run(client: AsyncClient, selection: AttentionSelection) -> None:
-    [told, *_] = await client.infer("windowed", inputs(), outputs=[], attention=selection, validate_only=True)
+    [predicted, *_] = await client.infer("windowed", inputs(), outputs=[], attention=selection, validate_only=True)
     results = await client.infer("windowed", inputs(), outputs=[], attention=selection)
     held = 0
     for result in results:
         for each in result.attention:
             arrays = [each.raw] if isinstance(each.raw, np.ndarray) else [*map(each.raw.__getattribute__, LINKS)]
             held += sum(array.nbytes for array in [*arrays, each.band_keys, each.residual] if array is not None)
-    assert told.predicted_bytes == held
+    assert predicted.predicted_bytes == held
 
 
 LINKS = ("row_offsets", "keys", "weights")

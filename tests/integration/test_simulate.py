@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OURS = "this server"
+SERVER = "this server"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def over_sorted(device: dict[str, Any], policy: str) -> list[float]:
 
 def test_longer_queue_makes_runs_cheaper_and_never_dearer(devices: dict[str, Any]) -> None:
     for device in devices.values():
-        costs = over_sorted(device, OURS)
+        costs = over_sorted(device, SERVER)
         assert costs == sorted(costs, reverse=True)
     # The control: first come, first served wastes as much at any length of the queue, or more.
     first_come = over_sorted(devices["cpu-minilm-fp32"], "first come, 5 ms delay")
@@ -36,7 +36,7 @@ def test_longer_queue_makes_runs_cheaper_and_never_dearer(devices: dict[str, Any
 
 def test_small_tight_batches_on_a_processor(devices: dict[str, Any]) -> None:
     device = devices["cpu-minilm-fp32"]
-    figures = device["policies"][OURS]["64"]
+    figures = device["policies"][SERVER]["64"]
     assert figures["busy_s"] <= 1.1 * device["sorted_s"]
     assert figures["computed_over_useful"] <= 1.1
     assert figures["rows"] < 8
@@ -46,9 +46,9 @@ def test_small_tight_batches_on_a_processor(devices: dict[str, Any]) -> None:
 def test_large_batches_where_launches_dominate(devices: dict[str, Any]) -> None:
     for name in ("h200-minilm-fp32", "h200-minilm-fp16"):
         figures = devices[name]["policies"]
-        assert figures[OURS]["256"]["rows"] > 32
+        assert figures[SERVER]["256"]["rows"] > 32
         for other in figures:
-            if other != OURS:
-                assert figures[OURS]["256"]["rate"] > figures[other]["256"]["rate"]
+            if other != SERVER:
+                assert figures[SERVER]["256"]["rate"] > figures[other]["256"]["rate"]
         # Few callers leave little to choose from, so the policy is about as good as first come, first served.
-        assert figures[OURS]["16"]["rate"] > 0.9 * figures["first come, 16,384 tokens"]["16"]["rate"]
+        assert figures[SERVER]["16"]["rate"] > 0.9 * figures["first come, 16,384 tokens"]["16"]["rate"]

@@ -200,9 +200,9 @@ def test_command_prints_the_rewritten_quantizers_and_the_quality(app: typer.Type
     assert "8 of 8 dynamic quantizers rewritten to one scale per row\n" in result.stdout
     assert "beside the file itself, each sequence alone: cosine of last_hidden_state " in result.stdout
     assert "times as fast" in result.stdout
-    told = json.loads(call(app, file, "--json").stdout)["check"]
-    assert told["requantize"] == {"rewritten": 8, "unrounded": 0, "left": []}
-    assert told["quality"]["speed_ratio"] > 0
+    report = json.loads(call(app, file, "--json").stdout)["check"]
+    assert report["requantize"] == {"rewritten": 8, "unrounded": 0, "left": []}
+    assert report["quality"]["speed_ratio"] > 0
 
 
 def test_file_without_dynamic_quantizer_is_refused_in_one_sentence(app: typer.Typer, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The zoo: every model's bundle against the definition of its attention in float64, with and without padding."""
+"""The zoo: bundles against the definitions of their attention in float64, with and without padding.
+
+Covers every model but `sliding-window`: its weights are bands, which `test_windowed.py` compares with their definition.
+"""
 
 from __future__ import annotations
 
@@ -161,8 +164,8 @@ def test_torchscript_exports_the_same_sites(name: str, zoo_bundles: dict[str, Bu
     )
     manifest = export_bundle(request).manifest
     assert manifest.check.weight_max_abs_error < TOLERANCE
-    told = [(site.kind, site.form, site.query_axis, site.key_axis, site.available) for site in manifest.sites]
-    assert told == [(*each, True) for each in KINDS[name]]
+    found = [(site.kind, site.form, site.query_axis, site.key_axis, site.available) for site in manifest.sites]
+    assert found == [(*each, True) for each in KINDS[name]]
 
 
 def test_seed_determines_the_weights() -> None:

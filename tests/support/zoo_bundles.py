@@ -15,7 +15,7 @@ from attnserve_server.model.repository import Bundle
 Array = np.ndarray[Any, np.dtype[Any]]
 
 NAMES = ("self", "causal", "cross", "top-k", "linear", "multi-scale", "cross-modal")
-"""All models but sliding windows, whose bands have separate tests."""
+"""All models but `sliding-window`, whose bands `tests/numerics/test_windowed.py` covers."""
 TINY = ZooOptions(size="tiny", layers=1, seed=5)
 HEADS, WIDTH = 4, 32
 STRIDES = {"stride_1": (1, 2), "stride_2": (2, 1), "stride_4": (4, 1)}

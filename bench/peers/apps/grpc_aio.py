@@ -1,4 +1,8 @@
-"""grpc.aio by hand: bytes of ids in, bytes of hidden states out, two threads, no batching."""
+"""A grpc.aio server by hand: MiniLM behind the unary method `/peer/Infer`, on loopback at the port in `PEER_PORT`.
+
+The graph is the file in `PEER_MODEL`. A request is int64 ids as bytes, its answer the float32 hidden states as bytes.
+Two threads share one session; there is no batching. A port that is in use raises RuntimeError.
+"""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor

@@ -238,12 +238,16 @@ def _axes(effective: EffectiveSelection, sites: Sequence[SiteSpec]) -> tuple[str
 
 
 def _unless_all(indices: Indices, length: int) -> Indices | None:
-    """None if the indices are all of them, in order."""
+    """Return the indices, or None if they are 0 to length - 1 in order."""
     return None if np.array_equal(indices, np.arange(length)) else indices
 
 
 def _placed(members: range, source: AxisUnits) -> list[int]:
-    """The members that have a span in one text. Special tokens have none; of two texts, the first member's counts."""
+    """Return the members from which a pooled unit takes its span.
+
+    These are the members that are no special tokens, or all if every member is special. If they belong to two texts,
+    only those of the first member's text are returned.
+    """
     plain = [at for at in members if not (source.special and source.special[at])] or list(members)
     if not source.segments:
         return plain

@@ -231,7 +231,7 @@ def test_stored_certificate_that_allows_too_much_fails(tmp_path: Path) -> None:
     path = write_bundle(tmp_path / "models", forged.model_copy(update={"golden": None}), files).path
     padding = findings(path)["padding along seq"]
     assert not padding["passed"]
-    assert padding["detail"].startswith("the bundle has it as proved, but it is refuted")
+    assert padding["detail"].startswith("the stored certificate has proved, the graph is refuted")
     assert check(path).exit_code == 1
     assert check(path, "--certify").exit_code == 0, "a fresh certificate takes its place"
     assert not Repository(tmp_path / "models").bundle("bare", "2").manifest.under("tested").axis("seq").paddable

@@ -35,12 +35,12 @@ def sealed(root: Path, work: Path, name: str = "tiny", change: Change | None = N
     manifest = tiny_manifest(name)
     sampler = Sampler(Signature(manifest.inputs, ("seq",)), len(VOCABULARY))
     session = RuntimeSession.load(files["model.onnx"], provider="CPUExecutionProvider", intra_op_threads=1)
-    told, golden = with_golden(manifest, session, sampler, work, Steps.silent())
+    updated, golden = with_golden(manifest, session, sampler, work, Steps.silent())
     if change is not None:
         model = tiny_graph()
         change(model)
         onnx.save(model, files["model.onnx"])
-    return write_bundle(root, told, {**files, **golden})
+    return write_bundle(root, updated, {**files, **golden})
 
 
 def scaled(name: str, factor: float) -> Change:

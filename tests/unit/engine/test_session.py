@@ -206,15 +206,15 @@ def products_of_bytes(path: Path, *, products: int) -> Path:
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ort.SessionOptions]]:
     """Provider and options of each session, in the order of opening."""
-    told: list[tuple[str, ort.SessionOptions]] = []
+    sessions: list[tuple[str, ort.SessionOptions]] = []
     opening = session_module.ort.InferenceSession
 
     def recording(path: str, *, sess_options: ort.SessionOptions, providers: list, **options: object) -> object:
-        told.append((providers[0][0], sess_options))
+        sessions.append((providers[0][0], sess_options))
         return opening(path, sess_options=sess_options, providers=providers, **options)
 
     monkeypatch.setattr(session_module.ort, "InferenceSession", recording)
-    return told
+    return sessions
 
 
 def entry(options: ort.SessionOptions, name: str) -> str:
@@ -296,16 +296,16 @@ def test_each_provider_disables_its_own_optimizers(
     }
 
 
-@pytest.mark.parametrize(("names", "told"), [((), ""), (("MatMulAddFusion", "Other"), "MatMulAddFusion;Other")])
+@pytest.mark.parametrize(("names", "listed"), [((), ""), (("MatMulAddFusion", "Other"), "MatMulAddFusion;Other")])
 def test_bundle_overrides_the_optimizers_disabled_on_a_cpu(
     names: tuple[str, ...],
-    told: str,
+    listed: str,
     embedder_path: Path,
     pretends_cuda: None,
     opened: list[tuple[str, ort.SessionOptions]],
 ) -> None:
     RuntimeSession.load(embedder_path, left_out=names)
-    assert left_out(opened) == {"CUDAExecutionProvider": "BiasSoftmaxFusion", "CPUExecutionProvider": told}
+    assert left_out(opened) == {"CUDAExecutionProvider": "BiasSoftmaxFusion", "CPUExecutionProvider": listed}
 
 
 def test_written_optimized_graph_has_the_same_inputs_and_outputs(embedder_path: Path, tmp_path: Path) -> None:

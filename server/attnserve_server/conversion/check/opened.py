@@ -72,14 +72,14 @@ class BundleCheck(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A bundle whose graph is loaded, beside the same graph without taps, which was searched and tapped again.
+    """A loaded bundle, and the same graph assembled again: taps removed, attention found again, taps added again.
 
     Attributes:
-        bundle: its manifest is under the policy of the check.
-        session: the graph as the server loads it.
-        runner: the graph, for runs of the check.
-        sampler: draws sequences for the graph.
-        again: the graph without taps, assembled again.
+        bundle: the bundle; its manifest states what shares runs under the batching policy of the check.
+        session: the bundle's graph, loaded as the server loads it.
+        runner: the bundle's graph, for runs of the check.
+        sampler: draws sequences for the graph's inputs.
+        again: the graph that was assembled again.
         work: a folder for temporary files.
     """
 
@@ -141,15 +141,15 @@ def bundle_at(path: Path) -> Bundle:
 
 
 def opened(bundle: Bundle, work: Path) -> Opened:
-    """Load a bundle's graph, and search it for attention again.
+    """Load a bundle's graph, remove its taps, and assemble it again.
 
     Args:
-        bundle: its files are verified, and its manifest is under the policy of the check.
-        work: a folder for temporary files.
+        bundle: a bundle with verified files; its manifest states what shares runs under the check's batching policy.
+        work: an empty folder for temporary files.
 
     Raises:
         BuildRefused: the graph cannot be read, or does not run.
-        LoadFailed: the runtime does not load it.
+        LoadFailed: the runtime cannot load the graph.
     """
     manifest = bundle.manifest
     proto = _untapped(read_graph(bundle.model_path))

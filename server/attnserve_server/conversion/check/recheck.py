@@ -32,6 +32,7 @@ from attnserve_server.model.repository import Bundle, BundleInvalid, Repository,
 
 _STRICT: tuple[Batching, ...] = ("proved", "tested")
 """The policies that depend on the certificate."""
+_RENEW = "`check --certify` writes a version with the new certificate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,7 @@ def _of_certificate(stored: Certificate | None, fresh: Certificate) -> Iterator[
             passed=False if lost else True if clause.allows("proved") else None,
             error=clause.attack.worst if clause.attack else None,
             allowed=1.0 if clause.attack else None,
-            detail=f"the bundle has it as {before.status()}, but it is {detail}" if lost else detail,
+            detail=f"the stored certificate has {before.status()}, the graph is {detail}; {_RENEW}" if lost else detail,
         )
 
 

@@ -1,10 +1,12 @@
 """Find onnxruntime's `Attention`, which projects its input with packed weights, and `QAttention`, its int8 form.
 
-Measured on onnxruntime 1.32's CPU kernel: masks are added to the scores (`mask_filter_value` for keys that integers
-leave out, the lowest float32 for keys behind a causal query, `attention_bias` as it is). A row in which every key is
-masked is therefore not 0: it is the softmax of scores that are all shifted by the same number
-(findings/contrib_masks_are_finite.sh). Of a `mask_index` of 3 * B + 2 numbers, only the first B count. Masks of rank 4
-run on other providers only.
+Measured on onnxruntime 1.32's CPU kernel: the kernel adds masks to the scores. It adds `mask_filter_value` for keys
+that an integer mask hides, the lowest float32 for keys behind a causal query, and `attention_bias` unchanged. So a row
+whose keys are all masked is not 0: it is the softmax of scores that are all shifted by the same number
+(findings/contrib_masks_are_finite.sh). Of a `mask_index` of 3 * B + 2 numbers, the kernel reads the first B. Masks of
+rank 4 run on other providers only.
+
+A node that no tap supports is yielded as a site with `Untappable(reason)`. `find` raises nothing.
 """
 
 from __future__ import annotations

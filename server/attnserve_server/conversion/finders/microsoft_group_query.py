@@ -5,14 +5,17 @@ Measured on onnxruntime 1.32's CPU kernels: softcap precedes `attention_bias`. Q
 counts (findings/group_query_position_ids.sh). `head_sink` (0 with `smooth_softmax` alone) is one more score, after
 softcap.
 
-There are two kernels; one is for nodes that also return their present and have no softcap
-(findings/group_query_connected_present.sh). They differ where a query has no key: in rows whose every bias is the
-lowest float32 or below (0 in one kernel; the mean of some values or NaN in the other), and, under a window, in queries
-behind `seqlens_k`. A tap gives such rows weights of 0. `q_norm_weight` and quantized caches run on other providers
-only.
+The runtime has two kernels: one runs nodes that return present keys and values and have no softcap, the other runs the
+rest (findings/group_query_connected_present.sh). They differ only for a query without a visible key. Such a query has
+biases that are all the lowest float32 or below: one kernel gives 0, the other the mean of some values or NaN. Under a
+window, queries behind `seqlens_k` are others. A tap gives such rows weights of 0. `q_norm_weight` and quantized caches
+run on other providers only.
 
 A tap gives the weights under a window as a whole map with zeros outside, because windows of language models are wider
 than most texts, and a band of that width would be larger than the map.
+
+A node that no tap supports (with a past, a quantized cache or an unknown head size, or in a subgraph) is yielded as a
+site with `Untappable(reason)`. `find` raises nothing.
 """
 
 from __future__ import annotations

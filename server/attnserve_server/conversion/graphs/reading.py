@@ -150,10 +150,19 @@ def _read_external_data(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _inside(location: str, name: str) -> str:
-    """Return a location if it cannot leave the model's folder: it has no drive, no root and no `..`."""
+    """Return a location if it cannot leave the model's folder: it has no drive, no root and no `..`.
+
+    Raises:
+        BuildRefused: it is empty or can leave the folder.
+    """
     for path in (PurePosixPath(location), PureWindowsPath(location)):
-        if not location or path.is_absolute() or path.drive or path.root or ".." in path.parts:
-            raise BuildRefused(f"{name}: its external data is outside the model's folder")
+        if not location or path.drive or path.root or ".." in path.parts:
+            # Of an absolute location, the message has the last part only, because messages hold no path of a machine.
+            shown = path.name if path.drive or path.root else location
+            raise BuildRefused(
+                f"{name}: the location {shown!r} of its external data is outside the model's folder; "
+                "copy the data beside the model, and set the location to the name of the copy"
+            )
     return location
 
 

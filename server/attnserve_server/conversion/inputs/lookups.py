@@ -26,11 +26,11 @@ class Lookup:
     """One input of a node that holds row numbers of a table.
 
     Attributes:
-        position: of the input.
-        rows: of the table; a symbol where the number is dynamic, 0 where it is not known.
-        from_end: whether row numbers from -rows to -1 are legal too.
-        column: of an input that holds a tuple of row numbers along its last axis, the place in the tuple.
-        columns: the length of that tuple.
+        position: position of the input among the node's inputs.
+        rows: number of rows of the table; an axis symbol if it is dynamic, 0 if it is not known.
+        from_end: whether row numbers from -rows to -1 are valid too.
+        column: for an input whose last axis holds tuples of row numbers, the position in the tuple; None for others.
+        columns: length of that tuple; 1 for other inputs.
     """
 
     position: int
@@ -61,8 +61,8 @@ def lookups_of(node: onnx.NodeProto, shapes: Sequence[Shape]) -> list[Lookup]:
     """Return the inputs of a node that hold row numbers.
 
     Args:
-        node: any node.
-        shapes: of its inputs.
+        node: a node of any operator.
+        shapes: the shapes of its inputs, in their order.
     """
     attributes = {each.name: each.i for each in node.attribute if each.type == onnx.AttributeProto.INT}
     found: list[Lookup] = []
@@ -105,9 +105,9 @@ def extreme_ids_of(graph: onnx.GraphProto, ids: str, count: int = 2) -> tuple[in
     """Return the ids whose embeddings have the greatest and the least norms; none where no table is found.
 
     Args:
-        graph: that has the input.
-        ids: the name of an input of ids.
-        count: how many ids of each kind.
+        graph: the graph whose input holds the ids.
+        ids: the name of that input.
+        count: number of ids with the greatest norms, and of those with the least.
     """
     tables = [table for table in _tables_of(graph, ids) if len(table.dims) == 2]
     if not tables:

@@ -54,8 +54,8 @@ def projected() -> onnx.ModelProto:
 
 
 def report(**changes: object) -> QualityReport:
-    told = {"against": "x", "inputs": "y", "sequences": 1, "output": "z", "cosine_mean": 1.0, "cosine_worst": 1.0}
-    return QualityReport.model_validate({**told, **changes})
+    fields = {"against": "x", "inputs": "y", "sequences": 1, "output": "z", "cosine_mean": 1.0, "cosine_worst": 1.0}
+    return QualityReport.model_validate({**fields, **changes})
 
 
 def test_sentences_are_many_distinct_and_of_varied_length() -> None:
@@ -72,30 +72,34 @@ def test_sentences_are_many_distinct_and_of_varied_length() -> None:
 def test_model_agrees_with_itself_in_everything(tmp_path: Path) -> None:
     one = subject(tmp_path)
     material = material_of(one.manifest, TextTokenizer(tiny_tokenizer(), "seq"), sampler())
-    told = measure(one, one, material, "itself")
-    assert (told.inputs, told.output, told.against) == (f"{len(sentences())} English sentences", "embedding", "itself")
-    assert told.cosine_worst == pytest.approx(1.0)
-    assert told.top1_agreement == 1.0
-    assert told.speed_ratio is not None
-    assert told.speed_ratio > 0
+    quality = measure(one, one, material, "itself")
+    assert (quality.inputs, quality.output, quality.against) == (
+        f"{len(sentences())} English sentences",
+        "embedding",
+        "itself",
+    )
+    assert quality.cosine_worst == pytest.approx(1.0)
+    assert quality.top1_agreement == 1.0
+    assert quality.speed_ratio is not None
+    assert quality.speed_ratio > 0
 
 
 def test_attention_rows_are_counted_without_padding(tmp_path: Path) -> None:
     one = subject(tmp_path)
     ids = [np.array([2, 5, 3]), np.array([2, 5, 6, 7, 8, 9, 3])]
     sequences = tuple({"input_ids": own, "attention_mask": np.ones_like(own)} for own in ids)
-    told = measure(one, one, Material("two", sequences), "itself")
+    quality = measure(one, one, Material("two", sequences), "itself")
     layers, heads = 2, 2
-    assert told.attention_rows == layers * heads * (3 + 7)
+    assert quality.attention_rows == layers * heads * (3 + 7)
 
 
 def test_other_weights_lower_the_cosine_and_change_the_strongest_keys(tmp_path: Path) -> None:
     one, other = subject(tmp_path), subject(tmp_path, factor=-3.0)
-    told = measure(other, one, material_of(one.manifest, None, sampler()), "another")
-    assert told.inputs == "32 random inputs"
-    assert told.cosine_mean < 0.9
-    assert told.top1_agreement is not None
-    assert told.top1_agreement < 0.95
+    quality = measure(other, one, material_of(one.manifest, None, sampler()), "another")
+    assert quality.inputs == "32 random inputs"
+    assert quality.cosine_mean < 0.9
+    assert quality.top1_agreement is not None
+    assert quality.top1_agreement < 0.95
 
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -165,12 +169,12 @@ def test_prepared_bundle_has_a_quality_report(precision: str, tmp_path: Path) ->
     request = PrepareRequest(file=file, name="ranker", repository=tmp_path / "models", precision=precision)  # type: ignore[arg-type]
     manifest = prepare_bundle(request).manifest
     assert manifest.precision == precision
-    told = manifest.check.quality
-    assert told is not None
-    assert (told.inputs, told.against) == ("32 random inputs", "the same graph in fp32")
-    assert told.cosine_worst > 0.99
-    assert told.top1_agreement is not None
-    assert told.top1_agreement > 0.95
+    quality = manifest.check.quality
+    assert quality is not None
+    assert (quality.inputs, quality.against) == ("32 random inputs", "the same graph in fp32")
+    assert quality.cosine_worst > 0.99
+    assert quality.top1_agreement is not None
+    assert quality.top1_agreement > 0.95
     assert manifest.golden is not None
     assert manifest.golden.output_tolerance == {"fp16": 2e-2, "int8": 1e-1}[precision]
 

@@ -68,7 +68,10 @@ def _by_columns(ctx: Context, data: Value, index: Value, columns: Sequence[Value
 
 
 def _of_own_rows(ctx: Context, data: Value, index: Value, shared: int) -> Value:
-    """Return one place of each row of the data, along the axis behind the shared ones, given by the same index row."""
+    """Return the rule for `batch_dims` > 0: each row of the index picks elements of the same row of the data.
+
+    `shared` is `batch_dims`. The index gives places along the one data axis that follows the shared axes.
+    """
     if size_of(index.axes[-1]).number != 1 or data.axes[:shared] != index.axes[:shared]:
         raise NotFollowed("the proof does not support GatherND with batch axes unlike the data's")
     rest = len(index.axes) - 1 - shared
@@ -88,7 +91,13 @@ def _of_own_rows(ctx: Context, data: Value, index: Value, shared: int) -> Value:
 
 
 def _place_of_column(column: Value, place: int, leading: Layout) -> int:
-    """Return the place of a column's varying factor among those of the whole index, which broadcasts it."""
+    """Return which varying factor of the whole index is the given varying factor of one of its columns.
+
+    Args:
+        column: one column of the index.
+        place: the number of a varying factor of the column.
+        leading: the axes of the index without its last one. They broadcast the column.
+    """
     axis, _ = varying(column.axes)[place]
     same = ordinals(leading, axis)
     if not same:
