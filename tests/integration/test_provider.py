@@ -10,14 +10,14 @@ from serving import command
 
 
 def test_required_provider_that_is_absent_refuses_to_start(minilm_repository: Path) -> None:
-    import onnxruntime  # noqa: PLC0415 - the question is what this machine has
+    import onnxruntime  # noqa: PLC0415 - the providers of this machine are needed
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this machine has the CUDA provider; tests/gpu covers it")
     line = [command("attnserve-server"), "serve", "--repository", str(minilm_repository)]
     line += ["--grpc-port", "0", "--http-port", "0", "--require-provider", "CUDAExecutionProvider"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
-    said = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     assert done.returncode != 0
-    assert "CUDAExecutionProvider" in said
-    assert "Traceback" not in said
+    assert "CUDAExecutionProvider" in output
+    assert "Traceback" not in output

@@ -21,7 +21,10 @@ TOLERANCES = {np.float32: 1e-5, np.float16: 1e-2}
 
 
 def is_plain(masks: tuple[str, ...]) -> bool:
-    """A fill that is not very low shows in hidden rows where a bias is added to it, or where there are two fills."""
+    """Return whether there is only one fill and no bias is added to it.
+
+    Otherwise a fill that is not very low changes the weights of hidden rows.
+    """
     low = masks.index("chosen inverted") if "chosen inverted" in masks else len(masks)
     added = {"lowest", "minus infinity", "-1e4", "bias"} & set(masks[low:])
     return not added and not {"chosen", "chosen inverted"} <= set(masks)

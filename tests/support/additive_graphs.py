@@ -55,7 +55,7 @@ class Added:
             nodes.append(node("Max", [mask, "floor"], ["floored"]))
             mask = "floored"
         if self.form != "steps":
-            # The kernels want the mask of every query.
+            # The kernels require a row of the mask for every query.
             nodes += [
                 node("Shape", ["x"], ["length"], start=1, end=2),
                 node("Concat", ["one", "one", "length", "length"], ["square"], axis=0),

@@ -81,7 +81,7 @@ class Case:
         return array.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
 
     def reference(self) -> Array:
-        """The weights, float64 (B, H, L, S), from the definition: one softmax per row, over the keys it may see."""
+        """Return the weights, float64 (B, H, L, S), by definition: one softmax per row over the keys not masked."""
         feeds = self.feeds()
         query = self.heads_first(feeds["query"], self.heads)
         key = self.heads_first(feeds["key"], self.kv_heads)
@@ -113,7 +113,7 @@ class Case:
         return weights
 
     def output_from(self, weights: Array) -> Array:
-        """What the operator should answer: weights @ value, in the operator's own layout, float64."""
+        """Return the expected output, weights @ value, in the operator's layout, float64."""
         value = self.heads_first(self.feeds()["value"], self.kv_heads)
         output = weights @ np.repeat(value, self.heads // self.kv_heads, axis=1)
         if self.packed:

@@ -290,7 +290,7 @@ CASES: dict[str, Case] = {
     ),
     "C15": Case(lambda: squared_mask(fused=False), text(4, 9, 2, 8, mask=(1, 0, 1, 1)), (long_text(9),)),
     "C15 fused": Case(lambda: squared_mask(fused=True), text(4, 9, 2, 8, mask=(1, 0, 1, 1)), (long_text(9),)),
-    # The output is as alone even so; what was wrong is which columns the weights were cut to.
+    # The output was right even so. The weights were cropped to the wrong columns.
     "C16": Case(zero_attention, _zero(4), (features(7, masked=True),), right=weights_are(0.2), shows=False),
     "C53": Case(lambda: finite_mask(-10.0), text(4, 9, 2), (long_text(400),), max_length=512),
     "C53 float16": Case(

@@ -1,4 +1,4 @@
-"""Small transformers in torch, written the way that graph optimizers know by heart, with their own eager weights."""
+"""Small transformers in torch, in the form that graph optimizers recognise, with their own eager weights."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
 
 
 class _Conv1D(nn.Module):
-    """A linear layer with its matrix the other way round, over flat rows: what becomes one Gemm."""
+    """A linear layer with a transposed matrix over flat rows, which is exported as one Gemm."""
 
     def __init__(self, narrow: int, wide: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Containers for tests, on a machine with no daemon and no registry: a base image from Debian's packages, the project's
-image from the Dockerfile, and hardened runs of it. What is particular to a machine (its package mirrors, its pip
-settings, its certificates) is read from that machine and mounted while building; nothing of it stays in an image.
+image from the Dockerfile, and hardened runs of it. Settings of a machine (package mirrors, pip settings, certificates)
+are read from that machine and mounted during a build. An image contains none of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from urllib.parse import urlparse
 ROOT = Path(__file__).parents[2]
 TOOLS = ("buildah", "debootstrap", "podman", "prometheus", "promtool", "runc")
 SUITE = "bookworm"
-# What the base has beside Debian's minimum: Python 3.11 with venv, and the certificates' folder to mount over.
+# Packages of the base image beside Debian's minimum: Python 3.11 with venv, and the certificates' folder to mount over.
 BASE_PACKAGES = ("ca-certificates", "python3", "python3-venv")
 
 CONTAINERS_CONF = """\
@@ -41,7 +41,7 @@ runroot = "{root}/run"
 
 
 def missing_tools() -> str:
-    """Why these tests cannot run here, with the line that installs what is missing; empty if they can."""
+    """Return why these tests cannot run, with the command that installs the missing tools; empty if they can run."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if not missing and os.geteuid() == 0:
         return ""
@@ -52,7 +52,7 @@ def missing_tools() -> str:
 
 
 class CommandFailed(AssertionError):
-    """A command ended with an error; the message has its output's end."""
+    """A command ended with an error; the message contains the end of its output."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def build_image(engine: Engine, base: str, target: str = "cpu") -> str:
         str(ROOT),
         timeout_s=480,
     )
-    # What the last builds left is the next one's cache; older than a week it only fills the disk.
+    # Layers of the last builds are the cache of the next one. After a week they only fill the disk.
     engine.run("podman", "image", "prune", "--force", "--filter", "until=168h")
     return tag
 
@@ -171,20 +171,20 @@ def _local_folders(settings: dict[str, str]) -> Iterable[str]:
 
 @dataclass(frozen=True)
 class Container:
-    """A container that runs detached; `stop` and `remove` are for its owner."""
+    """A container that runs detached; The caller that started it stops and removes it."""
 
     engine: Engine
     id: str
 
     def logs(self) -> str:
-        """All that it wrote so far."""
+        """Return its output so far."""
         done = subprocess.run(
             ["podman", "logs", self.id], env=self.engine.env, capture_output=True, text=True, check=False
         )
         return done.stdout + done.stderr
 
     def running(self) -> bool:
-        """Whether its process lives."""
+        """Return whether its process runs."""
         return bool(json.loads(self.engine.run("podman", "inspect", "--format", "{{json .State.Running}}", self.id)))
 
     def exec(self, *command: str) -> str:
@@ -203,11 +203,11 @@ class Container:
         return self.exit_code()
 
     def exit_code(self) -> int:
-        """With what its process ended."""
+        """Return the exit code of its process."""
         return int(self.engine.run("podman", "inspect", "--format", "{{.State.ExitCode}}", self.id))
 
     def remove(self) -> None:
-        """Ends it, if it still runs, and takes it away."""
+        """Stop the container, if it runs, and remove it."""
         subprocess.run(
             ["podman", "rm", "--force", "--time", "0", self.id],
             env=self.engine.env,
@@ -240,7 +240,7 @@ def run_hardened(
     try:
         started = engine.run("podman", "run", "--detach", "--name", name, *options, image, *command)
     except CommandFailed:
-        # It may have been made and not started.
+        # The container may have been created and not started.
         Container(engine, name).remove()
         raise
     return Container(engine, started.strip().splitlines()[-1])

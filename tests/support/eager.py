@@ -1,4 +1,4 @@
-"""What the parity tests compare with: Hugging Face's eager attention, on sentences of mixed lengths."""
+"""The reference of the parity tests: Hugging Face's eager attention, on sentences of mixed lengths."""
 
 from __future__ import annotations
 

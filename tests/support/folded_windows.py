@@ -23,7 +23,7 @@ class Folded:
     `layout`: "b" batch, "w" windows, "h" heads; letters that stand together are one axis, "bw h" is (B * W, H).
     `windows`: "runs" of 4 positions, "strided" (every fourth), "squares" of 2 x 2 in the grid, or "" for none.
     `projected`: whether queries, keys and values are projections of x; else all are x.
-    `behind`: a dense layer that stands before it, after which every position depends on all inputs.
+    `behind`: whether a dense layer precedes it, so that every position depends on all inputs.
     """
 
     layout: str = "bw"

@@ -1,4 +1,4 @@
-"""Why tests that need a GPU cannot run here."""
+"""The reason why tests that need a GPU cannot run on this machine."""
 
 from __future__ import annotations
 

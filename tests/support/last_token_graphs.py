@@ -1,4 +1,4 @@
-"""Ids to the last position's hidden state, unmasked: what a tokenizer pads shows in every answer."""
+"""Ids to the last position's hidden state, unmasked: padding ids change every answer."""
 
 from __future__ import annotations
 

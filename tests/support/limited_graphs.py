@@ -1,4 +1,4 @@
-"""Small graphs with limits that their files do not declare, or with their batch where none is looked for."""
+"""Small graphs with limits that their files do not declare, or whose batch is not the first axis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every manifest that a test makes by hand holds: no word of its origin or its check, and a certificate."""
+"""The parts of manifests that tests make by hand: provenance, check, and a certificate."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SURVIVED = AttackReport(probes=20, seconds=1.0, worst=0.1)
 
 
 def proved(*symbols: str, masks: Sequence[MaskNeed] = ()) -> Certificate:
-    """A certificate that proves the batch and padding along every one of these axes."""
+    """Return a certificate that proves the batch, and padding along each of these axes."""
     return certificate(**dict.fromkeys((BATCH, *symbols), Verdict.PROVED), masks=tuple(masks))
 
 
 def certificate(
     *, masks: tuple[MaskNeed, ...] = (), clauses: Sequence[Clause] = (), **verdicts: Verdict
 ) -> Certificate:
-    """A certificate with a plain clause for each verdict, by axis, behind clauses that the test wrote itself."""
+    """Return a certificate with the test's own clauses, followed by a plain clause for each verdict, by axis."""
     plain = (
         Clause(axis=axis, verdict=verdict, reason="" if verdict is Verdict.PROVED else "made by hand")
         for axis, verdict in verdicts.items()

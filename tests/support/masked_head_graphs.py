@@ -14,7 +14,7 @@ WIDTH, HEADS, VOCABULARY = 16, 4, 40
 
 
 def tables() -> dict[str, Array]:
-    """Embeddings, and what scores are the products with."""
+    """Return the embeddings, and the vector whose products with them are the scores."""
     rng = np.random.default_rng(9)
     return {
         "words": rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32),

@@ -34,7 +34,7 @@ def model_of(
             continue
         shape: list[Any] = [None] * array.ndim
         if array.ndim > 2:
-            # What exporters know: widths and numbers of heads.
+            # Facts that exporters state: widths and numbers of heads.
             shape[-1] = array.shape[-1]
         if array.ndim and array.shape[0] == batch > 1:
             shape[0] = "batch"
@@ -157,7 +157,7 @@ class Packed:
         return added(scores, padding, causal=bool(self.attributes.get("unidirectional")), bias=self.bias)
 
     def output_from(self, weights: Array) -> Array:
-        """What the operator should answer, (B, L, H * D)."""
+        """Return the expected output of the operator, (B, L, H * D)."""
         product = weights @ self._projected()[2]
         return product.transpose(0, 2, 1, 3).reshape(self.batch, self.length, -1)
 
@@ -289,7 +289,7 @@ class MultiHead:
         return added(scores, padding, causal=bool(self.attributes.get("unidirectional")), bias=self.bias)
 
     def output_from(self, weights: Array) -> Array:
-        """What the operator should answer, (B, L, H * D)."""
+        """Return the expected output of the operator, (B, L, H * D)."""
         product = weights @ self._biased()[2]
         return product.transpose(0, 2, 1, 3).reshape(self.batch, self.queries, -1)
 
@@ -298,7 +298,7 @@ class MultiHead:
 class GroupQuery:
     """`GroupQueryAttention` without a past.
 
-    `lengths`: keys that count in each row, in `ends_shape`; `rotary`: numbers it turns.
+    `lengths`: keys that count in each row, in `ends_shape`; `rotary`: the number of rotated features of each head.
     """
 
     batch: int = 2
@@ -375,7 +375,7 @@ class GroupQuery:
             model.graph.node[0].output.extend(["present_key", "present_value"])
         return model
 
-    def _turned(self, operand: Array) -> Array:
+    def _rotated(self, operand: Array) -> Array:
         """(B, H, T, D) with its first numbers rotated by the angles of its positions."""
         cos, sin = self._tables()
         if cos is None or sin is None:
@@ -396,8 +396,8 @@ class GroupQuery:
     def reference(self) -> Array:
         """The weights, (B, H, L, S)."""
         query, key, _ = self._apart()
-        turned = self._turned(split(query, self.heads))
-        keys = np.repeat(self._turned(split(key, self.kv_heads)), self.heads // self.kv_heads, axis=1)
+        turned = self._rotated(split(query, self.heads))
+        keys = np.repeat(self._rotated(split(key, self.kv_heads)), self.heads // self.kv_heads, axis=1)
         scores = turned @ keys.transpose(0, 1, 3, 2) * self.attributes.get("scale", 1 / math.sqrt(self.head_dim))
         if cap := self.attributes.get("softcap"):
             scores = cap * np.tanh(scores / cap)
@@ -422,6 +422,6 @@ class GroupQuery:
         return softmax(np.concatenate([scores, columns], axis=-1))[..., :-1]
 
     def output_from(self, weights: Array) -> Array:
-        """What the operator should answer, (B, L, H * D)."""
+        """Return the expected output of the operator, (B, L, H * D)."""
         value = np.repeat(split(self._apart()[2], self.kv_heads), self.heads // self.kv_heads, axis=1)
         return (weights @ value).transpose(0, 2, 1, 3).reshape(self.batch, self.length, -1)

@@ -1,4 +1,4 @@
-"""Attention of the plain form, written out as exporters do, with everything that fusing it must keep; and float64."""
+"""Attention of the plain form, decomposed as by exporters, with every step that fusing must keep; float64 weights."""
 
 from __future__ import annotations
 

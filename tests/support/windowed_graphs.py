@@ -147,7 +147,7 @@ class _Graph:
         return self.op("Transpose", self.op("Reshape", flat, self.ints(0, 0, HEADS, HEAD_DIM)), perm=[0, 2, 1, 3])
 
     def local(self) -> str:
-        """1 for keys that are not global, which windows must not show a second time: (T, 1)."""
+        """1 for keys that are not global, which windows must not contain a second time: (T, 1)."""
         ramp = self.op("Range", self.scalar(0), self.op("Squeeze", self.length), self.scalar(1))
         behind = self.op("Greater", ramp, self.scalar(self.case.global_keys - 1))
         return self.op("Reshape", self.op("Cast", behind, to=TensorProto.FLOAT), self.ints(-1, 1))
@@ -155,7 +155,7 @@ class _Graph:
     def blocks(self, query: str, *others: tuple[str, str]) -> tuple[str, ...]:
         """Queries (B, H, blocks, block, D), and of the others the columns (B, H, blocks, W, D).
 
-        Each of the others comes twice: as windows show it, and as global keys.
+        Each of the others is returned twice: in windows, and as global keys.
         """
         block = self.ints(self.case.block)
         more = self.op("Add", self.length, self.ints(self.case.block - 1))
