@@ -11,8 +11,9 @@ from additive_graphs import FORMS, SHAPES, Added
 from attnserve_client import AsyncClient, InvalidRequest
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
+from attnserve_server.conversion.check.findings import CheckRequest
 from attnserve_server.conversion.check.opened import bundle_at
-from attnserve_server.conversion.check.recheck import CheckRequest, check_bundle
+from attnserve_server.conversion.check.recheck import check_bundle
 from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 
 LENGTHS = (9, 5, 2, 1)

@@ -10,8 +10,9 @@ import pytest
 from attnserve_client import AsyncClient
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
+from attnserve_server.conversion.check.findings import CheckRequest
 from attnserve_server.conversion.check.opened import bundle_at
-from attnserve_server.conversion.check.recheck import CheckRequest, check_bundle
+from attnserve_server.conversion.check.recheck import check_bundle
 from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.engine.golden import read_golden
 from masked_head_graphs import VOCABULARY, scores, span_head

@@ -13,7 +13,7 @@ from attnserve_server.cli._errors import error_boundary
 from attnserve_server.cli._options import AsJson, AttackSeconds, BatchingOption
 
 if TYPE_CHECKING:
-    from attnserve_server.conversion.check.opened import BundleCheck, Finding
+    from attnserve_server.conversion.check.findings import BundleCheck, Finding
 
 FAILED = 1
 """Exit code if the check ran and at least one finding failed."""
@@ -59,7 +59,8 @@ def check(
     """Repeat the check of a bundle: files, golden answers, certificate, weights, and the answers of its source."""
     with error_boundary():
         from attnserve_server.conversion.base.steps import Steps  # noqa: PLC0415 - slow to import
-        from attnserve_server.conversion.check.recheck import CheckRequest, check_bundle  # noqa: PLC0415 - as above
+        from attnserve_server.conversion.check.findings import CheckRequest  # noqa: PLC0415 - as above
+        from attnserve_server.conversion.check.recheck import check_bundle  # noqa: PLC0415 - as above
 
         request = CheckRequest(bundle, against, certify=certify, batching=batching, attack_seconds=attack_seconds)
         checked = check_bundle(request, Steps(Console(stderr=True)))

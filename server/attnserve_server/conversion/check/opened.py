@@ -1,4 +1,4 @@
-"""A bundle that is opened for a check, and the values in which the check reports its findings."""
+"""Open a bundle for a check: load its graph, and find and tap attention again in the graph without taps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from pydantic import BaseModel, ConfigDict
 
 from attnserve_server.conversion.assemble import Assembled, assemble
 from attnserve_server.conversion.base.errors import BuildRefused
@@ -22,52 +21,7 @@ from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, WEIGHTS_PREFI
 from attnserve_server.domain.values import Array
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import InputRole, Manifest
-from attnserve_server.model.report import QualityReport
 from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository
-
-
-class Finding(BaseModel):
-    """The result of one comparison. `passed` is None if there was nothing to compare; `detail` states why."""
-
-    # An error is infinite if shapes differ or a run failed.
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
-    what: str
-    passed: bool | None
-    error: float | None = None
-    allowed: float | None = None
-    detail: str = ""
-
-    @classmethod
-    def of(cls, what: str, error: float, allowed: float, detail: str = "") -> Finding:
-        """Return a finding that passes if `error` is at most `allowed`."""
-        return cls(what=what, passed=bool(error <= allowed), error=error, allowed=allowed, detail=detail)
-
-
-class CertifiedVersion(BaseModel):
-    """A version that `check --certify` wrote, with one line for each clause of its certificate."""
-
-    model_config = ConfigDict(frozen=True)
-    version: str
-    digest: str
-    changes: tuple[str, ...]
-
-
-class BundleCheck(BaseModel):
-    """The result of a check.
-
-    `quality`: the stored report of a reduced precision, or a new one if the check compared it with its source.
-    `certified`: the version that was written; None without `--certify`, or if a finding failed.
-    """
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
-    name: str
-    version: str
-    digest: str
-    precision: str
-    passed: bool
-    findings: tuple[Finding, ...]
-    quality: QualityReport | None = None
-    certified: CertifiedVersion | None = None
 
 
 @dataclass(frozen=True, slots=True)

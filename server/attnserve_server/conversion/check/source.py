@@ -11,9 +11,12 @@ import onnx_ir as ir
 from attnserve_server.conversion.assemble import assemble
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
-from attnserve_server.conversion.check.opened import Finding, Opened
+from attnserve_server.conversion.check.findings import Finding
+from attnserve_server.conversion.check.opened import Opened
 from attnserve_server.conversion.graphs.reading import checked, read_graph, save
-from attnserve_server.conversion.precision.quality import Subject, material_of, measure
+from attnserve_server.conversion.precision.comparison import Subject
+from attnserve_server.conversion.precision.quality import measure
+from attnserve_server.conversion.precision.sentences import material_of
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.sources.source import TorchModel
 from attnserve_server.conversion.sources.torch_source import AUTO, export_graph, load_model

@@ -12,7 +12,8 @@ from typing import Final
 import numpy as np
 import onnx
 
-from attnserve_server.conversion.inputs.following import Element, Walk
+from attnserve_server.conversion.inputs.carried import Element
+from attnserve_server.conversion.inputs.following import Walk
 from attnserve_server.conversion.inputs.formulas import MOST_REACH
 from attnserve_server.conversion.inputs.lookups import Lookup
 from attnserve_server.model.specs import IndexRange

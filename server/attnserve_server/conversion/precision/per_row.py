@@ -22,7 +22,9 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.graphs.nodes import NodeBuilder, remove_unused_initializers, replace_node
-from attnserve_server.conversion.precision.dynamic_quantizers import Quantizer, Use, quantizers_of, width_of
+from attnserve_server.conversion.graphs.walk import dimension_of
+from attnserve_server.conversion.precision.dynamic_quantizers import Quantizer, quantizers_of
+from attnserve_server.conversion.precision.quantizer_uses import Use
 from attnserve_server.model.report import LeftQuantizer, RequantizeReport
 
 Scheme = Literal["per-row"]
@@ -107,7 +109,7 @@ def _rewrite(graph: ir.Graph, quantizer: Quantizer, rows: dict[ir.Value, _Rows])
     source = quantizer.source
     if quantizer.rounds and source not in rows:
         builder = _builder(graph, quantizer.node, "per_row.rows")
-        rows[source] = _rounded(builder, source, width_of(quantizer))
+        rows[source] = _rounded(builder, source, _width_of(quantizer))
         builder.place_before(quantizer.node)
     for use in quantizer.uses:
         if use.nodes[0].graph is not graph:
@@ -181,6 +183,17 @@ def _dequantized(builder: NodeBuilder, rows: _Rows) -> ir.Value:
     numbers = builder.op("Cast", [rows.numbers], to=ir.DataType.FLOAT.value)
     centred = builder.op("Sub", [numbers, builder.number(float(_CENTRE))])
     return builder.op("Mul", [builder.op("Add", [centred, rows.shift]), rows.scale])
+
+
+def _width_of(quantizer: Quantizer) -> int:
+    """Return K, the length of a row, by the weights or by the last axis of the activations."""
+    for use in quantizer.uses:
+        if use.weights is not None and use.weights.const_value is not None:
+            shape: tuple[int, ...] = use.weights.const_value.numpy().shape
+            return shape[-2]
+    width = dimension_of(quantizer.source, -1)
+    assert width is not None
+    return width
 
 
 def _rounded(builder: NodeBuilder, source: ir.Value, width: int) -> _Rows:

@@ -1,16 +1,28 @@
-"""English sentences, from `sentences.txt`, and their tokens as the inputs of a model."""
+"""The inputs on which precisions are compared: English sentences, from `sentences.txt`, or random inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 
 import numpy as np
 
 from attnserve_server.conversion.inputs.roles import is_position
+from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.domain.values import Array
-from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, TextSpec
+from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest, TextSpec
 from attnserve_server.model.tokenizer import TextTokenizer, TokenizedText, TruncationFailed
+
+_RANDOM_LENGTHS = tuple(range(4, 68, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Sequences, without the batch axis, and a description of them."""
+
+    description: str
+    sequences: tuple[dict[str, Array], ...]
 
 
 def sentences() -> tuple[str, ...]:
@@ -40,6 +52,21 @@ def as_inputs(
             return []
         made.append({own.name: np.asarray(filled[own.name], NUMPY_DTYPES[own.dtype]) for own in inputs})
     return made
+
+
+def material_of(manifest: Manifest, tokenizer: TextTokenizer | None, sampler: Sampler) -> Material:
+    """Return sentences where text can fill all inputs of a model, else random inputs."""
+    if tokenizer is not None and manifest.text is not None:
+        known = as_inputs(sentences(), manifest.inputs, manifest.text, tokenizer)
+        if known:
+            return Material(f"{len(known)} English sentences", tuple(known))
+    symbols = sampler.signature.symbols
+    longest = {symbol: manifest.axis(symbol).max_length for symbol in symbols}
+    drawn = tuple(
+        sampler.sequence({symbol: min(length, longest[symbol]) for symbol in symbols}, row)
+        for row, length in enumerate(_RANDOM_LENGTHS)
+    )
+    return Material(f"{len(drawn)} random inputs", drawn)
 
 
 def _filled(own: InputSpec, spec: TextSpec, encoded: TokenizedText) -> Array | None:

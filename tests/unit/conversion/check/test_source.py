@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.check import source as room
-from attnserve_server.conversion.check.opened import Finding, bundle_at
-from attnserve_server.conversion.check.recheck import CheckRequest, check_bundle
+from attnserve_server.conversion.check.findings import CheckRequest, Finding
+from attnserve_server.conversion.check.opened import bundle_at
+from attnserve_server.conversion.check.recheck import check_bundle
 from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.verify.compare import Reference

@@ -12,15 +12,9 @@ from attnserve_server.conversion.base.errors import CheckFailed
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.inputs.signature import Signature
-from attnserve_server.conversion.precision import quality
-from attnserve_server.conversion.precision.quality import (
-    Material,
-    Subject,
-    judge_quality,
-    material_of,
-    measure,
-    sentences,
-)
+from attnserve_server.conversion.precision.comparison import Subject, cosine, paired_sites
+from attnserve_server.conversion.precision.quality import judge_quality, measure
+from attnserve_server.conversion.precision.sentences import Material, material_of, sentences
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.report import QualityReport
@@ -106,7 +100,7 @@ LOWEST = float(np.finfo(np.float32).min)
 
 
 @pytest.mark.parametrize(
-    ("own", "true", "cosine"),
+    ("own", "true", "expected"),
     [
         ([1.0, -np.inf, 2.0], [1.0, -np.inf, 2.0], 1.0),
         ([1.0, -np.inf, 2.0], [1.0, LOWEST, 2.0], 1.0),
@@ -118,15 +112,15 @@ LOWEST = float(np.finfo(np.float32).min)
         ([-np.inf, -np.inf], [-np.inf, -np.inf], 1.0),
     ],
 )
-def test_infinities_count_where_only_one_output_has_them(own: list[float], true: list[float], cosine: float) -> None:
-    assert quality._cosine(np.array(own, np.float32), np.array(true, np.float32)) == pytest.approx(cosine)
+def test_infinities_count_where_only_one_output_has_them(own: list[float], true: list[float], expected: float) -> None:
+    assert cosine(np.array(own, np.float32), np.array(true, np.float32)) == pytest.approx(expected)
 
 
 def test_sites_are_matched_only_where_both_graphs_have_as_many() -> None:
     manifest = tiny_manifest()
     fewer = manifest.model_copy(update={"sites": manifest.sites[:1]})
-    assert quality._paired_sites(manifest, manifest) == [(0, 0), (1, 1)]
-    assert quality._paired_sites(manifest, fewer) == []
+    assert paired_sites(manifest, manifest) == [(0, 0), (1, 1)]
+    assert paired_sites(manifest, fewer) == []
 
 
 def test_text_is_cut_to_the_models_greatest_length() -> None:
