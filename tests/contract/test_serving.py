@@ -281,7 +281,7 @@ async def test_a_model_that_cannot_run_fails_at_warm_up(
     ("changes", "error", "message"),
     [
         ({"repository": Path("nowhere")}, StartFailed, "no model in nowhere: the folder does not exist"),
-        ({"models": ("tiny/7",)}, StartFailed, "it has plain/1, tiny/1, tiny/2"),
+        ({"models": ("tiny/7",)}, StartFailed, "the repository has plain/1, tiny/1, tiny/2"),
         ({"require_provider": "CUDAExecutionProvider"}, ProviderUnavailable, "CUDAExecutionProvider is not available"),
     ],
     ids=["no repository", "no such model", "no such provider"],
