@@ -69,7 +69,7 @@ MASKS = [
         "Hardmax over positions",
         "h = Neg(x) g = Sub(h, one) y = Hardmax<axis = 1>(g)",
         seq=REFUTED,
-        why={"seq": "share"},
+        why={"seq": "get weight"},
         content={"x": (1, 2)},
     ),
     case(
