@@ -80,7 +80,7 @@ check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, con
 	$(BIN)/python client/unasync.py --check
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python docs/prose.py
-	$(BIN)/codespell $$(git ls-files)
+	$(BIN)/codespell $(SOURCES) deploy findings .github changelog.d *.md *.toml Makefile Dockerfile buf.yaml
 	$(BIN)/hadolint Dockerfile
 
 format: $(VENV)/.dev ## Format everything

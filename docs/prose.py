@@ -112,21 +112,29 @@ def matches(path: str, globs: Iterable[str]) -> bool:
     return any(fnmatch.fnmatch(path, glob) or str(PurePosixPath(path).parent) == glob for glob in globs)
 
 
+def visible_files(root: Path, paths: Iterable[str]) -> list[str]:
+    """Return the files below `paths` that no hidden folder holds, for a tree without git."""
+    found = (file.relative_to(root) for path in (list(paths) or ["."]) for file in sorted((root / path).rglob("*")))
+    return [str(file) for file in found if not any(part.startswith(".") for part in file.parts)]
+
+
 def tracked_files(root: Path, paths: Iterable[str]) -> Iterator[str]:
     """Yield the readable files below `paths` that git tracks or would track, from the root."""
     line = [
         "git",
+        "-c",
+        f"safe.directory={root}",
         "-C",
         str(root),
         "ls-files",
         "--cached",
         "--others",
         "--exclude-standard",
-        "--deduplicate",
-        "--",
-        *paths,
     ]
-    for path in subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines():  # noqa: S603 - git itself
+    line += ["--deduplicate", "--", *paths]
+    listed = subprocess.run(line, capture_output=True, text=True, check=False)  # noqa: S603 - git itself
+    names = listed.stdout.splitlines() if listed.returncode == 0 else visible_files(root, paths)
+    for path in names:
         if is_readable(path) and (root / path).is_file():
             yield path
 
