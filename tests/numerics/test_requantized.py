@@ -11,12 +11,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 import typer
-from attnserve_server.cli import convert
 from attnserve_server.cli._app import app as commands
 from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.equality import Equality
 from attnserve_server.model.repository import Bundle
+from commands import conversion_app
 from onnxruntime.quantization import QuantType
 from quantized_graphs import dynamically_quantized, encoder, model_of, node
 from typer.testing import CliRunner
@@ -183,9 +183,7 @@ def test_rewriting_is_closer_to_float32_than_the_file(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def app() -> typer.Typer:
-    app = typer.Typer()
-    convert.register(app)
-    return app
+    return conversion_app()
 
 
 def call(app: typer.Typer, file: Path, *more: str) -> Any:

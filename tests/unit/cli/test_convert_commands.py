@@ -10,29 +10,21 @@ from pathlib import Path
 
 import pytest
 import typer
-from attnserve_server.cli import convert, inspect
 from attnserve_server.model.repository import Repository
+from commands import call, conversion_app
 from onnx_files import encoder, saved
-from typer.testing import CliRunner, Result
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def app() -> typer.Typer:
-    app = typer.Typer()
-    convert.register(app)
-    inspect.register(app)
-    return app
+    return conversion_app()
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return saved(encoder(), tmp_path / "ranker.onnx")
-
-
-def call(app: typer.Typer, *arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
 def test_prepare_reports_the_bundle_and_its_check(app: typer.Typer, file: Path, tmp_path: Path) -> None:

@@ -9,16 +9,15 @@ import onnx
 import pytest
 import typer
 from attention_graphs import Case
-from attnserve_server.cli import convert, inspect
 from attnserve_server.conversion.inspect import described_axis, inspect_model
 from attnserve_server.model.certificate import Clause, MaskNeed, PathStep, Verdict
 from attnserve_server.model.manifest import AxisSpec, DerivedLength
 from attnserve_server.model.repository import write_bundle
+from commands import call, conversion_app
 from made_by_hand import SURVIVED, certificate
 from onnx_files import encoder, saved
 from tiny_bundle import tiny_manifest, write_tiny_files
 from two_sided_graphs import words_over_patches
-from typer.testing import CliRunner, Result
 from windowed_graphs import Windowed
 
 pytestmark = pytest.mark.slow
@@ -35,19 +34,12 @@ REFUTED = Clause(
 
 @pytest.fixture(scope="module")
 def app() -> typer.Typer:
-    app = typer.Typer()
-    convert.register(app)
-    inspect.register(app)
-    return app
+    return conversion_app()
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return saved(encoder(), tmp_path / "ranker.onnx")
-
-
-def call(app: typer.Typer, *arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from attnserve_server.cli import convert, inspect
 from attnserve_server.conversion.choose import comparing
 from attnserve_server.conversion.choose import fusion as room
 from attnserve_server.conversion.choose.comparing import Timing
@@ -18,9 +17,9 @@ from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.fuse.candidates import ATTENTION, MULTI_HEAD, Fused, candidates
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.report import FusionReport, UnfusedSite
+from commands import conversion_app
 from onnx_files import saved
 from plain_graphs import Plain
-from typer import Typer
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.slow
@@ -153,9 +152,7 @@ def test_inspect_and_prepare_print_why_a_site_is_not_fused(tmp_path: Path) -> No
     model.graph.output.append(
         onnx.helper.make_tensor_value_info(softmax.output[0], 1, ["batch", 4, "target", "target"])
     )
-    app = Typer()
-    convert.register(app)
-    inspect.register(app)
+    app = conversion_app()
     line = ["prepare", str(saved(model, tmp_path / "ranker.onnx")), "--name", "ranker"]
     done = CliRunner().invoke(app, [*line, "--repository", str(tmp_path / "models")])
     reason = "encoder.layer.0.attention not fused: its weights are an output of the graph"
@@ -177,9 +174,7 @@ def test_prepare_and_inspect_report_the_fusion(
     timing: Timing, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured(monkeypatch, timing)
-    app = Typer()
-    convert.register(app)
-    inspect.register(app)
+    app = conversion_app()
     file = saved(CASE.model(), tmp_path / "ranker.onnx")
     arguments = ["prepare", str(file), "--name", "ranker", "--repository", str(tmp_path / "models")]
     done = CliRunner().invoke(app, arguments)

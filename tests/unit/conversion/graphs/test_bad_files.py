@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import pytest
 import typer
-from attnserve_server.cli import convert, inspect
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.model.manifest import TextSpec
 from attnserve_server.model.repository import Repository, verify
 from bad_files import BAD_MODELS, ODD_MODELS, OUTSIDE, endless, nested_deeply, outside, tanh
+from commands import call, conversion_app
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx_files import WIDTH, encoder, saved
@@ -28,15 +28,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def app() -> typer.Typer:
-    app = typer.Typer()
-    convert.register(app)
-    inspect.register(app)
-    return app
+    return conversion_app()
 
 
 def prepare(app: typer.Typer, file: Path, *options: object) -> Result:
-    line = ("prepare", file, "--name", "x", "--repository", file.parent / "bundles", *options)
-    return CliRunner().invoke(app, [str(argument) for argument in line], env={"COLUMNS": "200"})
+    return call(app, "prepare", file, "--name", "x", "--repository", file.parent / "bundles", *options)
 
 
 def refused(result: Result, folder: Path) -> str:
@@ -160,7 +156,7 @@ def test_second_text_starts_with_the_named_token(app: typer.Typer, tmp_path: Pat
 
 @pytest.mark.parametrize("command", ["export", "prepare", "inspect"])
 def test_exit_codes_are_in_the_help(command: str, app: typer.Typer) -> None:
-    shown = " ".join(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output.split())
+    shown = " ".join(call(app, command, "--help").output.split())
     assert "Exit codes: 0, success; 1, internal error; 2, refused" in shown
 
 
