@@ -113,25 +113,17 @@ def matches(path: str, globs: Iterable[str]) -> bool:
 
 
 def visible_files(root: Path, paths: Iterable[str]) -> list[str]:
-    """Return the files below `paths` that no hidden folder holds, for a tree without git."""
-    found = (file.relative_to(root) for path in (list(paths) or ["."]) for file in sorted((root / path).rglob("*")))
+    """Return `paths` and the files below them that no hidden folder holds, for a tree without git."""
+    chosen = [root / path for path in paths] or [root]
+    found = (file.relative_to(root) for top in chosen for file in (top, *sorted(top.rglob("*"))))
     return [str(file) for file in found if not any(part.startswith(".") for part in file.parts)]
 
 
 def tracked_files(root: Path, paths: Iterable[str]) -> Iterator[str]:
     """Yield the readable files below `paths` that git tracks or would track, from the root."""
-    line = [
-        "git",
-        "-c",
-        f"safe.directory={root}",
-        "-C",
-        str(root),
-        "ls-files",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-    ]
-    line += ["--deduplicate", "--", *paths]
+    # A checkout that belongs to another user counts too.
+    line = ["git", "-c", f"safe.directory={root}", "-C", str(root), "ls-files", "--cached", "--others"]
+    line += ["--exclude-standard", "--deduplicate", "--", *paths]
     listed = subprocess.run(line, capture_output=True, text=True, check=False)  # noqa: S603 - git itself
     names = listed.stdout.splitlines() if listed.returncode == 0 else visible_files(root, paths)
     for path in names:

@@ -106,16 +106,24 @@ def test_the_text_form_names_file_line_and_replacement_and_counts_by_folder(tmp_
     assert lines[1].split() == ["1", "room"]
 
 
+@pytest.mark.parametrize("paths", [(), ("room",), ("room/a.md",)], ids=["all", "a folder", "a file"])
+def test_a_tree_without_git_is_read_without_its_hidden_folders(tmp_path: Path, paths: tuple[str, ...]) -> None:
+    files = {"room/a.md": "Nobody waits.\n", ".cache/b.md": "Nobody waits.\n"}
+    code, hits = _check(tmp_path, files, "", *paths, git=False)
+    assert code == 1
+    assert [hit["path"] for hit in hits] == ["room/a.md"]
+
+
 def _check(
-    root: Path, files: dict[str, str], exceptions: str = "", *options: str, exempt: str = ""
+    root: Path, files: dict[str, str], exceptions: str = "", *options: str, exempt: str = "", git: bool = True
 ) -> tuple[int, list[dict[str, str | int]]]:
-    done = _run(root, files, exceptions, "--json", *options, exempt=exempt)
+    done = _run(root, files, exceptions, "--json", *options, exempt=exempt, git=git)
     assert not done.stderr, done.stderr
     return done.returncode, json.loads(done.stdout)
 
 
 def _run(
-    root: Path, files: dict[str, str], exceptions: str = "", *options: str, exempt: str = ""
+    root: Path, files: dict[str, str], exceptions: str = "", *options: str, exempt: str = "", git: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """The script over a tree of its own, with the project's words and these exceptions."""
     words = (SCRIPT.parent / "prose.toml").read_text(encoding="utf-8")
@@ -125,6 +133,7 @@ def _run(
     for name, text in files.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text, encoding="utf-8")
-    subprocess.run(["git", "init", "-q", str(tree)], check=True, timeout=30)
+    if git:
+        subprocess.run(["git", "init", "-q", str(tree)], check=True, timeout=30)
     line = [sys.executable, str(SCRIPT), "--root", str(tree), "--list", str(listed), *options]
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
