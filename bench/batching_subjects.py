@@ -34,7 +34,10 @@ def wide_features(random: np.random.Generator, length: int) -> Feeds:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model with its random requests. `batches`: whether it must share runs by default."""
+    """A model with its random requests.
+
+    `batches`: whether its requests must share runs by default, as those of the two controls must.
+    """
 
     name: str
     what: str
@@ -43,7 +46,11 @@ class Subject:
     batches: bool = False
 
     def requests(self, count: int, lengths: Sequence[int], seed: int = 0) -> list[Feeds]:
-        """Return `count` requests, with lengths drawn from `lengths`."""
+        """Return `count` requests, with lengths drawn from `lengths`. The same seed gives the same requests.
+
+        Raises:
+            ValueError: `lengths` is empty, and `count` is not 0.
+        """
         random = np.random.default_rng(seed)
         return [self.request(random, int(random.choice(lengths))) for _ in range(count)]
 

@@ -1,4 +1,9 @@
-"""Two thousand concurrent requests with random cancellations and deadlines: nothing lost, doubled or swapped."""
+"""Two thousand concurrent requests with random cancellations and deadlines: nothing lost, doubled or swapped.
+
+Every patient request must be answered. A hurried or fickle one may instead expire, meet an overloaded server, or be
+cancelled by its caller. Any other error fails the test.
+Without the MiniLM model, the fixture `minilm_repository` decides whether the tests fail or skip.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,13 @@ from attnserve_client.errors import AttnserveError
 
 
 def status_of(error: AttnserveError, request_id: str) -> status_pb2.Status:
-    """Return the status that a server sends for an error."""
+    """Return the status that a server sends for an error.
+
+    An attribute of the error that is empty or None adds no detail, nor does an empty `request_id`.
+
+    Raises:
+        ValueError: the error's code is not the name of a google.rpc code.
+    """
     details: list[Any] = []
     if error.reason:
         details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=dict(error.metadata)))

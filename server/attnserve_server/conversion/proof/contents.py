@@ -1,6 +1,7 @@
-"""The contents of an attack's sequences: ordinary values, extremes, padding ids inside texts, masks of all shapes.
+"""Make the sequences of an attack, which runs a graph on them to break the clauses of its certificate.
 
-The same draft gives the same arrays. Nothing here runs the graph.
+They hold ordinary values, extremes, padding ids inside texts, and masks of all shapes. Nothing here runs the graph.
+A content that is unknown, or matches the kind of no input, leaves ordinary values. Errors of the sampler pass through.
 """
 
 from __future__ import annotations
@@ -68,7 +69,13 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A reproducible sequence: the same draft gives the same arrays."""
+    """A reproducible sequence: the same draft gives the same arrays.
+
+    Attributes:
+        lengths: The length of each axis symbol of the inputs.
+        content: A name from `Author.contents`.
+        number: Distinguishes drafts of equal lengths and content, which differ in their random values.
+    """
 
     lengths: tuple[tuple[str, int], ...]
     content: str = ORDINARY

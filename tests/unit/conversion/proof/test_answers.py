@@ -87,7 +87,7 @@ def test_run_stopped_at_the_deadline_does_not_count_as_a_failure_of_the_model(tm
 
 
 def test_sequence_that_the_model_refuses_has_no_answer(tmp_path: Path) -> None:
-    """The graph takes lengths up to 3."""
+    """The graph takes lengths up to 39: a length of 40 is outside its table."""
     nodes = "length = Shape<start=1, end=2>(x) more = Gather(table, length) y = Mul(x, more)"
     target = target_of(graphs.on_floats(nodes, table=np.ones(40, np.float32)), tmp_path)
     answers = Answers(target, (), MonotonicClock())
