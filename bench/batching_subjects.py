@@ -36,7 +36,8 @@ def wide_features(random: np.random.Generator, length: int) -> Feeds:
 class Subject:
     """A model with its random requests.
 
-    `batches`: whether its requests must share runs by default, as those of the two controls must.
+    `batches`: whether its requests must share runs by default, as those of the two controls must;
+    if not, forcing them together must change an answer.
     """
 
     name: str

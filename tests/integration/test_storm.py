@@ -2,7 +2,7 @@
 
 Every patient request must be answered. A hurried or fickle one may instead expire, meet an overloaded server, or be
 cancelled by its caller. Any other error fails the test.
-Without the MiniLM model, the fixture `minilm_repository` decides whether the tests fail or skip.
+Without the MiniLM model, the export of `minilm_repository` fails, and so do the tests.
 """
 
 from __future__ import annotations
