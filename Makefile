@@ -20,7 +20,7 @@ DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test coverage check format e2e dist changelog proto client docs bench acceptance peers complexity batching \
-	fuzz-batching image clean
+	foreign foreign-short fuzz-batching image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -111,6 +111,12 @@ complexity: $(VENV)/.dev ## Measure time and memory of every pattern of attentio
 
 batching: $(VENV)/.dev ## Serve models whose answers could depend on their batch to 32 callers, and count differences
 	@$(BIN)/python -m bench.batching
+
+foreign: $(VENV)/.dev ## Serve files of other people's tools, and write docs/foreign.md (installs the tools into .foreign)
+	@$(BIN)/python -m bench.foreign
+
+foreign-short: $(VENV)/.dev ## The same for a few tools, in this environment, as CI does
+	@$(BIN)/python -m bench.foreign --short
 
 fuzz-batching: $(VENV)/.dev ## Test the proof of batching on thousands of generated graphs (FUZZ_GRAPHS, FUZZ_SEED)
 	@PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz_batching.py \

@@ -1,0 +1,137 @@
+"""Converts a case by the command that a user calls, and compares what the server answers with its source.
+
+`converted` returns why a file was refused. `compared` raises the client's errors if the server does not answer.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from attnserve_client import AsyncClient, AttentionSelection, InferenceResult
+
+from bench.foreign.case import Array, Case
+
+CONVERSION_LIMIT_S = 900.0
+CALL_LIMIT_S = 60.0
+# float32: the order of sums differs from the source's, and onnxruntime's kernels approximate erf and tanh.
+EXACT_OUTPUTS, EXACT_WEIGHTS = 1e-4, 1e-5
+"""The greatest differences from a source in float32, relative to its greatest output, and absolute for weights."""
+ROUNDED = {"fp32": 1e-4, "fp16": 2e-2, "int8": 5e-2}
+"""The greatest differences of outputs from the file itself, by precision, relative to its greatest output."""
+
+
+@dataclass(slots=True)
+class Row:
+    """The result of one case.
+
+    Attributes:
+        case: the case.
+        found: sites with weights, and all sites of the bundle; None if it was not converted.
+        weight_error: the greatest difference of weights from the source's, or from the file's own by the conversion.
+        output_error: the greatest difference of outputs, relative to the greatest output.
+        certificate: verdicts on the batch and on padding.
+        notes: reasons for what is missing, and differences above their limits.
+        wrong: whether a difference exceeds its limit without an error of the server.
+    """
+
+    case: Case
+    found: tuple[int, int] | None = None
+    weight_error: float | None = None
+    output_error: float | None = None
+    certificate: str = ""
+    notes: list[str] = field(default_factory=list)
+    wrong: bool = False
+
+
+def converted(case: Case, repository: Path) -> tuple[dict[str, Any] | None, str]:
+    """Convert a case. Return its manifest, or None and the reason in one sentence."""
+    command = [str(Path(sys.executable).with_name("attnserve-server")), "prepare", str(case.file), "--name", case.name]
+    command += ["--repository", str(repository), "--no-try", "--attack-seconds", "3", "--json", *case.flags]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CONVERSION_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"the conversion takes more than {CONVERSION_LIMIT_S:g} s"
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return None, lines[-1] if lines else f"exit code {done.returncode} without a message"
+    return json.loads(done.stdout), ""
+
+
+async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any]) -> Row:
+    """Compare the answers of a served case with its source, each sequence alone and all at once."""
+    sites = manifest["sites"]
+    available = [site for site in sites if site["weights_output"] is not None]
+    row = Row(case, found=(len(available), len(sites)), certificate=_certificate(manifest))
+    row.notes += [f"{site['name']}: {site['unavailable_reason']}" for site in sites if site["unavailable_reason"]]
+    if case.sites and len(available) != case.sites:
+        row.notes.append(f"{case.sites} sites expected")
+    inputs = list(case.sequences)
+    selection = AttentionSelection() if available else None
+    alone = [await client.infer(case.name, each, attention=selection, timeout=CALL_LIMIT_S) for each in inputs]
+    at_once = min(len(inputs), manifest["max_batch_size"])
+    streamed = client.stream(case.name, inputs, attention=selection, per_message=at_once, timeout=CALL_LIMIT_S)
+    together = [answer.result async for answer in streamed]
+    expected = case.outputs or tuple(_by_the_file(case, each) for each in case.sequences)
+    outputs = [_output_error(found, right) for found, right in zip([*alone, *together], [*expected] * 2, strict=True)]
+    row.output_error = max(outputs)
+    limit = EXACT_OUTPUTS if case.outputs else ROUNDED[manifest["precision"]]
+    if case.weights and available:
+        errors = [
+            _weight_error(found, right) for found, right in zip([*alone, *together], case.weights * 2, strict=True)
+        ]
+        row.weight_error = max(errors)
+        row.wrong = not row.weight_error <= EXACT_WEIGHTS
+    elif available:
+        row.weight_error = manifest["check"]["weight_max_abs_error"]
+    row.wrong = row.wrong or not row.output_error <= limit
+    if row.wrong:
+        row.notes.append("above its limit")
+    return row
+
+
+def _certificate(manifest: dict[str, Any]) -> str:
+    """Return the verdict on each clause of the certificate: one word if all are proved."""
+    clauses = manifest["certificate"]["clauses"]
+    open_ = [f"{clause['axis']} {clause['verdict']}" for clause in clauses if clause["verdict"] != "proved"]
+    return "; ".join(open_) or "proved"
+
+
+def _by_the_file(case: Case, sequence: dict[str, Array]) -> dict[str, Array]:
+    """Return the answers of the file itself, run by onnxruntime with one sequence."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(case.file, options, providers=["CPUExecutionProvider"])
+    taken = {value.name for value in session.get_inputs()}
+    found = session.run(None, {name: array[None] for name, array in sequence.items() if name in taken})
+    names = [value.name for value in session.get_outputs()]
+    return {name: array[0] for name, array in zip(names, found, strict=True)}
+
+
+def _output_error(result: InferenceResult, expected: dict[str, Array]) -> float:
+    shared = [name for name in expected if name in result.outputs]
+    if not shared:
+        return float("inf")
+    return max(_relative(result.outputs[name], expected[name]) for name in shared)
+
+
+def _relative(found: Array, expected: Array) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    greatest = max(float(np.abs(expected.astype(np.float64)).max(initial=0.0)), 1.0)
+    return float(np.abs(found.astype(np.float64) - expected).max(initial=0.0)) / greatest
+
+
+def _weight_error(result: InferenceResult, expected: dict[str, Array]) -> float:
+    """Return the greatest difference, or infinity if sites are missing or maps have other shapes."""
+    maps = [each.weights for each in result.attention]
+    right = [expected[layer] for layer in sorted(expected, key=int)]
+    if len(maps) != len(right) or any(own.shape != other.shape for own, other in zip(maps, right, strict=True)):
+        return float("inf")
+    return max(float(np.abs(own - other).max(initial=0.0)) for own, other in zip(maps, right, strict=True))

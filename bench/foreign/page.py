@@ -1,0 +1,59 @@
+"""`docs/foreign.md`: the table of files that other people's tools write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from bench.foreign.compare import Row
+
+HEAD = """<!-- Written by `make foreign`; do not edit. -->
+
+# Files of other tools
+
+Each file here is written by a tool that is not part of attnserve, from a small model with random weights. `make
+foreign` installs each tool in a separate environment, makes the files, converts them with `attnserve-server prepare`,
+serves them, and sends each sequence alone and all of them together.
+
+- **sites**: sites that give weights, of all sites of the bundle.
+- **weight error**: the greatest difference of any weight from the model's eager attention. Where the file rounds, the
+  conversion's own comparison with the file.
+- **output error**: the greatest difference of any output, relative to the greatest output. Where the file rounds,
+  from the file itself, run by onnxruntime with one sequence.
+- **certificate**: the verdict on batches and padding. Where not all is proved: the axis and its verdict. Sequences
+  then share a batch at equal lengths only, or run alone.
+
+The limits are 1e-5 for weights and 1e-4 for outputs in float32, and 2e-2 in float16 and 5e-2 in int8 for outputs. The
+last digits differ between machines. [Behaviours](behaviours.md) has what these tools do that is not expected.
+
+"""
+COLUMNS = ("tool", "version", "model", "sites", "weight error", "output error", "certificate", "note")
+
+
+def cells_of(row: Row) -> tuple[str, ...]:
+    """Return a row as text, one cell for each column."""
+    case = row.case
+    return (
+        case.tool,
+        case.version,
+        case.model,
+        "-" if row.found is None else f"{row.found[0]}/{row.found[1]}",
+        _rounded(row.weight_error),
+        _rounded(row.output_error),
+        row.certificate or "-",
+        "; ".join(note for note in (case.note, *row.notes) if note).replace("|", "/"),
+    )
+
+
+def is_explained(row: Row) -> bool:
+    """Whether every blank has its reason, and nothing is wrong without an error."""
+    return not row.wrong and ("-" not in cells_of(row)[3:7] or bool(row.notes or row.case.note))
+
+
+def rendered(rows: Iterable[Row]) -> str:
+    """Return the page."""
+    lines: list[Sequence[str]] = [COLUMNS, tuple("---" for _ in COLUMNS), *(cells_of(row) for row in rows)]
+    return HEAD + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _rounded(error: float | None) -> str:
+    return "-" if error is None else f"{error:.1e}"
