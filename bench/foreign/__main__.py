@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help=f"of {', '.join(each.name for each in ENVIRONMENTS)}, with commas")
     options = parser.parse_args()
     wanted = set(options.only.split(",")) if options.only else {each.name for each in ENVIRONMENTS}
-    chosen = [each for each in ENVIRONMENTS if each.name in wanted and not (options.short and each.packages)]
+    chosen = [each for each in ENVIRONMENTS if each.name in wanted and (each.short or not options.short)]
     if not chosen:
         parser.error(f"--only {options.only}: no such environment")
     console = Console(width=None if sys.stdout.isatty() else 200)

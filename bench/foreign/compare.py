@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any]) ->
     row.notes += [f"{site['name']}: {site['unavailable_reason']}" for site in sites if site["unavailable_reason"]]
     if case.sites and len(available) != case.sites:
         row.notes.append(f"{case.sites} sites expected")
-    inputs = list(case.sequences)
+    names = [spec["name"] for spec in manifest["inputs"]]
+    inputs = [_named(each, names) for each in case.sequences]
     selection = AttentionSelection() if available else None
     alone = [await client.infer(case.name, each, attention=selection, timeout=CALL_LIMIT_S) for each in inputs]
     at_once = min(len(inputs), manifest["max_batch_size"])
@@ -108,17 +110,22 @@ def _by_the_file(case: Case, sequence: dict[str, Array]) -> dict[str, Array]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(case.file, options, providers=["CPUExecutionProvider"])
-    taken = {value.name for value in session.get_inputs()}
-    found = session.run(None, {name: array[None] for name, array in sequence.items() if name in taken})
+    given = _named(sequence, [value.name for value in session.get_inputs()])
+    found = session.run(None, {name: array[None] for name, array in given.items()})
     names = [value.name for value in session.get_outputs()]
     return {name: array[0] for name, array in zip(names, found, strict=True)}
 
 
+def _named(sequence: dict[str, Array], names: Sequence[str]) -> dict[str, Array]:
+    """Return a sequence with the file's own names, in order, where it has none of the maker's."""
+    if any(name in names for name in sequence):
+        return {name: array for name, array in sequence.items() if name in names}
+    return dict(zip(names, sequence.values(), strict=False))
+
+
 def _output_error(result: InferenceResult, expected: dict[str, Array]) -> float:
-    shared = [name for name in expected if name in result.outputs]
-    if not shared:
-        return float("inf")
-    return max(_relative(result.outputs[name], expected[name]) for name in shared)
+    outputs = _named(dict(expected), list(result.outputs))
+    return max(_relative(result.outputs[name], array) for name, array in outputs.items())
 
 
 def _relative(found: Array, expected: Array) -> float:

@@ -21,11 +21,19 @@ MAKING_LIMIT_S: Final = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """One environment: its name, its pinned packages (none: this project's environment), and its maker's script."""
+    """One environment.
+
+    Attributes:
+        name: its name.
+        maker: the script in `makers` that writes its cases.
+        packages: what is installed; empty: this project's environment.
+        short: whether the short run has it.
+    """
 
     name: str
     maker: str
     packages: tuple[str, ...] = ()
+    short: bool = False
 
     @property
     def python(self) -> Path:
@@ -33,7 +41,18 @@ class Environment:
         return PLACE / self.name / "bin" / "python" if self.packages else Path(sys.executable)
 
 
-ENVIRONMENTS: Final = (Environment("project", "graph_tools.py"),)
+_TORCH: Final = "torch==2.13.0"
+ENVIRONMENTS: Final = (
+    Environment("project", "graph_tools.py", short=True),
+    Environment("torch", "torch_modules.py"),
+    Environment("optimum", "optimum_files.py", ("optimum-onnx==0.1.0", "onnxruntime==1.32.0", _TORCH)),
+    Environment("genai", "genai_files.py", ("onnxruntime-genai==0.18.0", "onnx-ir", "transformers<5", _TORCH)),
+    Environment("sentence", "sentence_files.py", ("sentence-transformers[onnx]==5.7.0", _TORCH)),
+    Environment("vision", "vision_files.py", ("timm==1.0.31", "open_clip_torch==3.3.0", "onnxscript", _TORCH)),
+    Environment("tensorflow", "keras_files.py", ("tf2onnx==1.17.0", "tensorflow==2.21.0")),
+    Environment("jax", "jax_files.py", ("jax2onnx==0.17.1",)),
+)
+"""In the order of the table."""
 
 
 def installed(environment: Environment) -> str:

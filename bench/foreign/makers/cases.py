@@ -7,6 +7,7 @@ FileExistsError if two cases have one name.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -73,12 +74,17 @@ class Cases:
             facts["file"] = str(file(place).relative_to(place))
         except Exception as error:  # noqa: BLE001 - a tool may fail in any way, and the table states how
             traceback.print_exc(file=sys.stderr)
-            facts["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            facts["failed"] = f"{type(error).__name__}: {_first_line(str(error))}"
         for kind, rows in (("inputs", sequences), ("outputs", outputs), ("weights", weights)):
             if rows:
                 arrays = {f"{number}/{key}": array for number, row in enumerate(rows) for key, array in row.items()}
                 np.savez(place / f"{kind}.npz", **arrays)
         (place / "case.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+def _first_line(text: str) -> str:
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+    return lines[0][:200] if lines else "no message"
 
 
 def _plain(text: str) -> str:

@@ -123,7 +123,9 @@ def texts(*, masked: bool = True) -> tuple[Arrays, ...]:
 
 _TOKENS = {0: "batch", 1: "sequence"}
 _TEXT_AXES = {"input_ids": _TOKENS, "attention_mask": _TOKENS, "last_hidden_state": _TOKENS}
-_SMALL = {"vocab_size": VOCABULARY, "attn_implementation": "eager"}
+SPREAD = {"initializer_range": 0.3}
+"""Wider than the default, so that attention is far from uniform."""
+_SMALL = {"vocab_size": VOCABULARY, "attn_implementation": "eager", **SPREAD}
 
 
 def bert() -> Tiny:
@@ -152,7 +154,7 @@ def vit() -> Tiny:
     torch.manual_seed(2)
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4,
-        attn_implementation="eager",
+        attn_implementation="eager", **SPREAD,
     )  # fmt: skip
     module = transformers.ViTModel(config, add_pooling_layer=False).eval()
     random = np.random.default_rng(4)

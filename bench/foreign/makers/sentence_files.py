@@ -1,0 +1,106 @@
+"""Makes files with the ONNX backend of sentence-transformers: plain, optimized and quantized.
+
+`python sentence_files.py FOLDER` writes the cases, in an environment with sentence-transformers and
+optimum-onnx. A tool that fails makes a case without a file, which states the error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from cases import Cases
+from models import SPREAD, VOCABULARY, Arrays, quiet, texts
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+PACKAGE = "sentence-transformers"
+
+
+def checkpoint(folder: Path) -> Any:
+    """Write a sentence-transformers folder with random weights, and return its encoder in eager attention."""
+    import sentence_transformers
+    import tokenizers
+
+    torch.manual_seed(80)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=40, **SPREAD,
+    )  # fmt: skip
+    encoder = transformers.BertModel(config).eval()
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(VOCABULARY)}, "w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w0")
+    with quiet(), tempfile.TemporaryDirectory() as plain:
+        encoder.save_pretrained(plain)
+        tokenizer.save_pretrained(plain)
+        inner = sentence_transformers.models.Transformer(plain)
+        pooling = sentence_transformers.models.Pooling(32)
+        sentence_transformers.SentenceTransformer(modules=[inner, pooling], device="cpu").save(str(folder))
+    return transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def answers(encoder: Any) -> tuple[list[Arrays], list[Arrays]]:
+    """Return hidden states and weights, (H, L, S) by layer, of each sequence alone."""
+    outputs, weights = [], []
+    for sequence in texts():
+        batch = {name: torch.from_numpy(array)[None] for name, array in sequence.items()}
+        with torch.no_grad():
+            found = encoder(**batch, output_attentions=True)
+        outputs.append({"last_hidden_state": found[0][0].numpy()})
+        weights.append({str(layer): each[0].numpy() for layer, each in enumerate(found.attentions)})
+    return outputs, weights
+
+
+def written(source: Path, kind: str) -> Callable[[Path], Path]:
+    """Return a function that writes the file: `plain`, an optimization level, or `int8`."""
+
+    def write(place: Path) -> Path:
+        import sentence_transformers
+        from sentence_transformers import backend
+
+        with quiet():
+            model = sentence_transformers.SentenceTransformer(
+                str(source), backend="onnx", model_kwargs={"export": True}
+            )
+            model.save_pretrained(str(place))
+            if kind == "int8":
+                backend.export_dynamic_quantized_onnx_model(model, "avx2", str(place))
+            elif kind != "plain":
+                backend.export_optimized_onnx_model(model, kind, str(place))
+        files = sorted((place / "onnx").glob("*.onnx"), key=lambda path: path.stat().st_mtime)
+        return files[-1]
+
+    return write
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    cases = Cases(options.folder)
+    with tempfile.TemporaryDirectory() as work:
+        source = Path(work)
+        outputs, weights = answers(checkpoint(source))
+        for kind in ("plain", "O1", "O2", "O3", "int8"):
+            exact = kind != "int8"
+            cases.add(
+                f"sentence-transformers, ONNX {kind}",
+                PACKAGE,
+                "BERT",
+                written(source, kind),
+                texts(),
+                outputs=outputs if exact else (),
+                weights=weights if exact else (),
+                sites=2,
+            )
+
+
+if __name__ == "__main__":
+    main()
