@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 def made_by(path: Path) -> set[str]:
     """The targets of make that a script or workflow calls, comments left out."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
-    return set(re.findall(r"\bmake ([a-z0-9-]+)", "\n".join(lines)))
+    return set(re.findall(r"\b(?:make|stage) ([a-z0-9-]+)", "\n".join(lines)))
 
 
 @pytest.mark.parametrize("path", [*WORKFLOWS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
