@@ -1,8 +1,8 @@
 """Make files with other people's tools, serve them, and compare: `make foreign`, or `python -m bench.foreign`.
 
-`--short` makes a few files in this project's environment alone, as CI does. `--only` selects environments. The full
-run writes `docs/foreign.md`. Exit code 1 if an answer is wrong without an error, or a blank has no reason; 2 if
-`--only` matches no environment.
+`--short` makes a few files in this project's environment alone, as CI does, and writes nothing. Other runs write
+`docs/foreign.md`; `--only` selects environments, and keeps the tables of the others. Exit code 1 if an answer is
+wrong without an error, or a blank has no reason; 2 if `--only` matches no environment.
 """
 
 from __future__ import annotations
@@ -91,16 +91,19 @@ def main() -> None:
     if not chosen:
         parser.error(f"--only {options.only}: no such environment")
     console = Console(width=None if sys.stdout.isatty() else 200)
-    rows, missing = [], []
+    tables: dict[str, list[Row]] = {}
+    missing: list[str] = []
     with tempfile.TemporaryDirectory(prefix="attnserve-foreign-") as work:
         for environment in chosen:
             place = Path(work) / "cases" / environment.name if options.short else PLACE / "cases" / environment.name
             cases, why = make_cases(environment, place, console, short=options.short)
             missing += [why] if why else []
-            rows += served(cases, Path(work) / "models" / environment.name, console)
+            tables[environment.name] = served(cases, Path(work) / "models" / environment.name, console)
+    rows = [row for table in tables.values() for row in table]
     show(rows, console)
-    if not options.short and len(chosen) == len(ENVIRONMENTS):
-        PAGE.write_text(rendered(rows), encoding="utf-8")
+    if not options.short:
+        stored = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+        PAGE.write_text(rendered(tables, stored, [each.name for each in ENVIRONMENTS]), encoding="utf-8")
         console.print(f"wrote {PAGE.relative_to(ROOT)}")
     faults = [
         f"{row.case.name}: {cells_of(row)[-1] or 'a blank without a reason'}" for row in rows if not is_explained(row)

@@ -1,8 +1,9 @@
-"""`docs/foreign.md`: the table of files that other people's tools write."""
+"""`docs/foreign.md`: the tables of files that other people's tools write, one for each environment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from bench.foreign.compare import Row
 
@@ -49,10 +50,24 @@ def is_explained(row: Row) -> bool:
     return not row.wrong and ("-" not in cells_of(row)[3:7] or bool(row.notes or row.case.note))
 
 
-def rendered(rows: Iterable[Row]) -> str:
-    """Return the page."""
+def rendered(made: Mapping[str, Iterable[Row]], stored: str, order: Sequence[str]) -> str:
+    """Return the page.
+
+    Args:
+        made: the rows of each environment of this run, by its name.
+        stored: the page as it is; tables of environments that were not run are kept.
+        order: the names of all environments, in the order of the page.
+    """
+    sections = {
+        name: body.strip("\n") for name, body in re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", stored, re.MULTILINE)
+    }
+    sections |= {name: _table(rows) for name, rows in made.items()}
+    return HEAD + "\n".join(f"## {name}\n\n{sections[name]}\n" for name in order if name in sections)
+
+
+def _table(rows: Iterable[Row]) -> str:
     lines: list[Sequence[str]] = [COLUMNS, tuple("---" for _ in COLUMNS), *(cells_of(row) for row in rows)]
-    return HEAD + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _rounded(error: float | None) -> str:
