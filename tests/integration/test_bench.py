@@ -20,7 +20,7 @@ def test_small_answers_have_a_fraction_of_the_bytes_of_all_maps(minilm_repositor
     line += ["--rounds", "1", "--sequences", "24", "--json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     # One short round is too noisy for the limit on the tap's cost; only `make bench` may fail by a time.
-    assert done.returncode == 0 or "the tap costs" in done.stderr, done.stderr
+    assert done.returncode == 0 or "unused taps take" in done.stderr, done.stderr
     report = json.loads(done.stdout[done.stdout.index("{") :])
     wire = report["bytes_on_wire"]
     all_maps = 6 * 12 * 128 * 128 * 4
