@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from bench.peers.install import last_line
+
 ROOT: Final = Path(__file__).parents[2]
 PLACE: Final = ROOT / ".foreign"
 MAKERS: Final = Path(__file__).parent / "makers"
@@ -70,7 +72,7 @@ def installed(environment: Environment) -> str:
     except subprocess.TimeoutExpired:
         return f"not installed within {INSTALL_LIMIT_S:g} s"
     except (OSError, subprocess.CalledProcessError) as error:
-        return str(getattr(error, "stderr", "") or error).strip().splitlines()[-1]
+        return last_line(str(getattr(error, "stderr", "") or error))
     mark.write_text(wanted, encoding="utf-8")
     return ""
 
@@ -83,4 +85,4 @@ def made(environment: Environment, folder: Path, *, short: bool) -> str:
     except subprocess.TimeoutExpired:
         return f"its maker takes more than {MAKING_LIMIT_S:g} s"
     (folder / "maker.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return "" if done.returncode == 0 else last_line(done.stderr)

@@ -6,6 +6,7 @@ FileExistsError if two cases have one name.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -80,6 +81,13 @@ class Cases:
                 arrays = {f"{number}/{key}": array for number, row in enumerate(rows) for key, array in row.items()}
                 np.savez(place / f"{kind}.npz", **arrays)
         (place / "case.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+def cases_of_command_line(doc: str | None) -> Cases:
+    """Return the cases of the folder that the command line names. Exits with code 2 without one."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("folder", type=Path)
+    return Cases(parser.parse_args().folder)
 
 
 def _first_line(text: str) -> str:

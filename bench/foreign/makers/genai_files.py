@@ -6,18 +6,18 @@ A build that fails makes a case without a file, which states the error.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from cases import Cases
-from models import SPREAD, VOCABULARY, Arrays, quiet, texts
+from cases import cases_of_command_line
+from models import SPREAD, VOCABULARY, Answer, Arrays, answers_of, quiet, texts
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 PACKAGE = "onnxruntime-genai"
@@ -57,14 +57,12 @@ def _tokenizer() -> Any:
 
 def answers(model: Any) -> tuple[list[Arrays], list[Arrays]]:
     """Return logits and weights, (H, L, S) by layer, of each sequence alone."""
-    outputs, weights = [], []
-    for sequence in texts():
-        batch = {name: torch.from_numpy(array)[None] for name, array in sequence.items()}
-        with torch.no_grad():
-            found = model(**batch, output_attentions=True, use_cache=False)
-        outputs.append({"logits": found.logits[0].numpy()})
-        weights.append({str(layer): each[0].numpy() for layer, each in enumerate(found.attentions)})
-    return outputs, weights
+
+    def run(batch: Mapping[str, torch.Tensor]) -> Answer:
+        found = model(**batch, output_attentions=True, use_cache=False)
+        return found.logits, found.attentions
+
+    return answers_of(texts(), "logits", run)
 
 
 def built(source: Path, place: Path, precision: str) -> Path:
@@ -80,10 +78,7 @@ def built(source: Path, place: Path, precision: str) -> Path:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args()
-    cases = Cases(options.folder)
+    cases = cases_of_command_line(__doc__)
     for name in CONFIGS:
         with tempfile.TemporaryDirectory() as work:
             source = Path(work)

@@ -6,7 +6,6 @@ without a file, which states the error.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import Cases
+from cases import cases_of_command_line
 
 PACKAGE = "jax2onnx"
 WIDTH, HEADS = 32, 4
@@ -65,10 +64,7 @@ def converted(function: Callable[[Any], Any]) -> Callable[[Path], Path]:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args()
-    cases = Cases(options.folder)
+    cases = cases_of_command_line(__doc__)
     random = np.random.default_rng(61)
     rows = [random.normal(size=(length, WIDTH)).astype(np.float32) for length in LENGTHS]
     for causal in (False, True):

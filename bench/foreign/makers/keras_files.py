@@ -6,7 +6,6 @@ fails makes a case without a file, which states the error.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import keras
 import numpy as np
 import tensorflow as tf
-from cases import Cases
+from cases import cases_of_command_line
 
 PACKAGE = "tf2onnx"
 VOCABULARY, WIDTH, HEADS, LAYERS = 60, 32, 4, 2
@@ -80,10 +79,7 @@ def converted(model: Any, embedded: bool) -> Callable[[Path], Path]:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args()
-    cases = Cases(options.folder)
+    cases = cases_of_command_line(__doc__)
     for name, embedded, causal in (
         ("Keras MultiHeadAttention", False, False),
         ("Keras encoder of ids", True, False),

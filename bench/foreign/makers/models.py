@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,30 @@ import transformers
 LENGTHS = (9, 4, 6)
 VOCABULARY = 60
 Arrays = dict[str, "np.ndarray[Any, Any]"]
+
+
+Answer = tuple[torch.Tensor, Sequence[torch.Tensor]]
+"""A batch's output, and the weights of each layer."""
+
+
+def answers_of(
+    sequences: Sequence[Arrays], output: str, run: Callable[[Mapping[str, torch.Tensor]], Answer]
+) -> tuple[list[Arrays], list[Arrays]]:
+    """Return the outputs and the weights, (H, L, S) by layer, of each sequence alone.
+
+    Args:
+        sequences: inputs of each sequence by name.
+        output: name of the output.
+        run: computes a batch of one sequence.
+    """
+    outputs, weights = [], []
+    for sequence in sequences:
+        batch = {name: torch.from_numpy(array)[None] for name, array in sequence.items()}
+        with torch.no_grad():
+            found, attention = run(batch)
+        outputs.append({output: found[0].numpy()})
+        weights.append({str(layer): each[0].numpy() for layer, each in enumerate(attention)})
+    return outputs, weights
 
 
 @dataclass(frozen=True)
@@ -44,14 +68,12 @@ class Tiny:
 
     def answers(self) -> tuple[list[Arrays], list[Arrays]]:
         """Return the outputs and the weights, (H, L, S) by layer, of each sequence alone."""
-        outputs, weights = [], []
-        for sequence in self.sequences:
-            batch = {name: torch.from_numpy(array)[None] for name, array in sequence.items()}
-            with torch.no_grad():
-                found = self.module(**batch, output_attentions=True)
-            outputs.append({self.output: found[0][0].numpy()})
-            weights.append({str(layer): each[0].numpy() for layer, each in enumerate(found.attentions)})
-        return outputs, weights
+
+        def run(batch: Mapping[str, torch.Tensor]) -> Answer:
+            found = self.module(**batch, output_attentions=True)
+            return found[0], found.attentions
+
+        return answers_of(self.sequences, self.output, run)
 
     def export(self, path: Path, *, dynamo: bool = False, opset: int = 17) -> Path:
         """Write the model by torch's exporter, with dynamic batch and lengths."""

@@ -6,18 +6,18 @@ makes a case without a file, which states the error.
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from cases import Cases
-from models import SPREAD, VOCABULARY, Arrays, quiet, texts
+from cases import Cases, cases_of_command_line
+from models import SPREAD, VOCABULARY, Answer, Arrays, answers_of, quiet, texts
 from transformers.modeling_outputs import BaseModelOutput
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -45,7 +45,7 @@ class Source:
     module: Any
     sequences: tuple[Arrays, ...]
     output: str
-    answer: Callable[[Any, Mapping[str, torch.Tensor]], tuple[torch.Tensor, Sequence[torch.Tensor]]]
+    answer: Callable[[Any, Mapping[str, torch.Tensor]], Answer]
 
     def saved(self, folder: Path) -> Path:
         """Write the checkpoint."""
@@ -55,27 +55,20 @@ class Source:
 
     def answers(self) -> tuple[list[Arrays], list[Arrays]]:
         """Return output and weights, (H, L, S) by layer, of each sequence alone."""
-        outputs, weights = [], []
-        for sequence in self.sequences:
-            batch = {name: torch.from_numpy(array)[None] for name, array in sequence.items()}
-            with torch.no_grad():
-                output, attention = self.answer(self.module, batch)
-            outputs.append({self.output: output[0].numpy()})
-            weights.append({str(layer): each[0].numpy() for layer, each in enumerate(attention)})
-        return outputs, weights
+        return answers_of(self.sequences, self.output, partial(self.answer, self.module))
 
 
-def _plain(module: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+def _plain(module: Any, batch: Mapping[str, torch.Tensor]) -> Answer:
     found = module(**batch, output_attentions=True)
     return found[0], found.attentions
 
 
-def _generating(module: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+def _generating(module: Any, batch: Mapping[str, torch.Tensor]) -> Answer:
     found = module(**batch, output_attentions=True, use_cache=False)
     return found.logits, found.attentions
 
 
-def _decoding(module: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+def _decoding(module: Any, batch: Mapping[str, torch.Tensor]) -> Answer:
     """Run a decoder over given states of its encoder. Self and cross attention alternate."""
     mask = batch.get("encoder_attention_mask")
     found = module(
@@ -278,11 +271,9 @@ def main() -> None:
     """Entry point."""
     import tempfile
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args()
+    cases = cases_of_command_line(__doc__)
     with tempfile.TemporaryDirectory() as work:
-        make(Cases(options.folder), Path(work))
+        make(cases, Path(work))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ optimum-onnx. A tool that fails makes a case without a file, which states the er
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from cases import Cases
-from models import SPREAD, VOCABULARY, Arrays, quiet, texts
+from cases import cases_of_command_line
+from models import SPREAD, VOCABULARY, Answer, Arrays, answers_of, quiet, texts
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 PACKAGE = "sentence-transformers"
@@ -47,14 +46,12 @@ def checkpoint(folder: Path) -> Any:
 
 def answers(encoder: Any) -> tuple[list[Arrays], list[Arrays]]:
     """Return hidden states and weights, (H, L, S) by layer, of each sequence alone."""
-    outputs, weights = [], []
-    for sequence in texts():
-        batch = {name: torch.from_numpy(array)[None] for name, array in sequence.items()}
-        with torch.no_grad():
-            found = encoder(**batch, output_attentions=True)
-        outputs.append({"last_hidden_state": found[0][0].numpy()})
-        weights.append({str(layer): each[0].numpy() for layer, each in enumerate(found.attentions)})
-    return outputs, weights
+
+    def run(batch: Mapping[str, torch.Tensor]) -> Answer:
+        found = encoder(**batch, output_attentions=True)
+        return found[0], found.attentions
+
+    return answers_of(texts(), "last_hidden_state", run)
 
 
 def written(source: Path, kind: str) -> Callable[[Path], Path]:
@@ -81,10 +78,7 @@ def written(source: Path, kind: str) -> Callable[[Path], Path]:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args()
-    cases = Cases(options.folder)
+    cases = cases_of_command_line(__doc__)
     with tempfile.TemporaryDirectory() as work:
         source = Path(work)
         outputs, weights = answers(checkpoint(source))

@@ -6,7 +6,6 @@ case without a file, which states the error.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import Cases
+from cases import cases_of_command_line
 from models import LENGTHS, Arrays, quiet
 from torch import nn
 
@@ -90,10 +89,10 @@ def _watched(module: nn.Module, seen: list[torch.Tensor]) -> Any:
 class Encoder(nn.Module):
     """nn.TransformerEncoder, with a padding mask that is True at padding."""
 
-    def __init__(self, *, masked: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, dropout=0.0, batch_first=True)
-        self.inner, self.masked = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False), masked
+        self.inner = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
         """Return (B, T, W)."""
@@ -162,8 +161,8 @@ def modules() -> list[Module]:
     along, across = {0: "batch", 1: "seq"}, {0: "batch", 1: "memory_seq"}
     alone, padded, both = {"x": along}, {"x": along, "padding": along}, {"x": along, "memory": across}
     made = [
-        Module("nn.TransformerEncoder", Encoder(masked=False), _rows(LENGTHS), alone),
-        Module("nn.TransformerEncoder, padding mask", Encoder(masked=True), _rows(LENGTHS, padding=True), padded),
+        Module("nn.TransformerEncoder", Encoder(), _rows(LENGTHS), alone),
+        Module("nn.TransformerEncoder, padding mask", Encoder(), _rows(LENGTHS, padding=True), padded),
         Module("nn.TransformerEncoder, causal", Causal(), _rows(LENGTHS), alone),
         Module("nn.TransformerDecoder", Decoder(), _rows(LENGTHS, memory=True), both),
         Module("nn.MultiheadAttention", Single(), _rows(LENGTHS, memory=True), both),
@@ -177,10 +176,7 @@ def modules() -> list[Module]:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args()
-    cases = Cases(options.folder)
+    cases = cases_of_command_line(__doc__)
     for module in modules():
         outputs, weights = module.answers()
         for tool, dynamo in (("torch.onnx dynamo", True), ("torch.onnx TorchScript", False)):

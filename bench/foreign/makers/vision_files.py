@@ -6,14 +6,13 @@ an exporter that fails makes a case without a file, which states the error.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from cases import Cases
+from cases import cases_of_command_line
 from models import quiet
 
 LAYERS, HEADS = 2, 4
@@ -111,10 +110,7 @@ def exported(module: torch.nn.Module, name: str, example: Any, *, dynamo: bool) 
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args()
-    cases = Cases(options.folder)
+    cases = cases_of_command_line(__doc__)
     torch.manual_seed(72)
     both = clip()
     for package, model, module, rows, sites in (
