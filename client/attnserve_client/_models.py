@@ -70,6 +70,7 @@ class TensorSpec:
         vocabulary_size: Number of token ids of an input of ids, which must be below it; 0 if unknown.
         index_ranges: Ranges of any other input that the model uses as indices; empty if all values are legal.
         additive_mask: Whether the input is added to attention scores, so that it may hold -inf to hide a key.
+        on_request: Of an output: whether it is returned only to requests that name it.
     """
 
     name: str
@@ -79,6 +80,7 @@ class TensorSpec:
     vocabulary_size: int = 0
     index_ranges: tuple[IndexRange, ...] = ()
     additive_mask: bool = False
+    on_request: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +266,7 @@ def _spec(message: model_pb2.TensorSpec) -> TensorSpec:
         message.vocabulary_size,
         ranges,
         message.additive_mask,
+        message.on_request,
     )
 
 

@@ -123,7 +123,7 @@ class Client:
             model: Name of the model.
             inputs: A text, a pair of texts, token ids, or arrays by input name without the batch axis; or a list.
             version: Version of the model; empty for the highest.
-            outputs: Names of the outputs to return; None for all, an empty list for none.
+            outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
             attention: Selection of the attention to return; True for all of it, None for none.
             priority: `"low"`, `"normal"` or `"high"`.
             timeout: Seconds until `DeadlineExpired`, all attempts together; None for no limit.
@@ -187,7 +187,7 @@ class Client:
             inputs: Any number of texts, pairs of texts, token ids, or arrays by input name.
                 A separate thread iterates over them.
             version: Version of the model; empty for the highest.
-            outputs: Names of the outputs to return; None for all, an empty list for none.
+            outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
             attention: Selection of the attention to return; True for all of it, None for none.
             priority: `"low"`, `"normal"` or `"high"`.
             timeout: Seconds that the answer to each input may take; None for no limit. If no answer at all arrives

@@ -116,4 +116,5 @@ def _known(status: str, reason: str) -> str:
 
 def _spec(spec: TensorSpec) -> str:
     shape = " × ".join(clean(str(dimension)) for dimension in spec.shape) or "scalar"
-    return f"{clean(spec.name)}  {spec.dtype} {shape}" + (" (optional)" if spec.optional else "")
+    note = " (optional)" if spec.optional else " (on request)" if spec.on_request else ""
+    return f"{clean(spec.name)}  {spec.dtype} {shape}{note}"

@@ -210,7 +210,7 @@ class InferRequest(_message.Message):
 
     @_builtins.property
     def outputs(self) -> Global___OutputSelection:
-        """The requested outputs. Not set: all of the model's."""
+        """The requested outputs. Not set: all of the model's but those with `TensorSpec.on_request`."""
 
     @_builtins.property
     def attention(self) -> _attention_pb2.AttentionSelection:

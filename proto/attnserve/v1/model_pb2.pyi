@@ -192,6 +192,7 @@ class TensorSpec(_message.Message):
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     INDEX_RANGES_FIELD_NUMBER: _builtins.int
     ADDITIVE_MASK_FIELD_NUMBER: _builtins.int
+    ON_REQUEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the graph."""
     dtype: _tensor_pb2.DataType.ValueType
@@ -203,6 +204,10 @@ class TensorSpec(_message.Message):
     additive_mask: _builtins.bool
     """For an input of floats: whether it is a mask that is added to attention scores, so that -inf hides a key. All other
     inputs must be finite. If the model returns NaN for a row of -inf, at least one number of each row must be finite.
+    """
+    on_request: _builtins.bool
+    """For an output: whether it is returned only if `InferRequest.outputs` names it, such as the keys and values that
+    continue a decoder's cache. A request without `outputs` gets all others.
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dimension]:
@@ -224,10 +229,11 @@ class TensorSpec(_message.Message):
         vocabulary_size: _builtins.int = ...,
         index_ranges: _abc.Iterable[Global___IndexRange] | None = ...,
         additive_mask: _builtins.bool = ...,
+        on_request: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["additive_mask", b"additive_mask", "dtype", b"dtype", "index_ranges", b"index_ranges", "name", b"name", "optional", b"optional", "shape", b"shape", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["additive_mask", b"additive_mask", "dtype", b"dtype", "index_ranges", b"index_ranges", "name", b"name", "on_request", b"on_request", "optional", b"optional", "shape", b"shape", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,7 +32,7 @@ from attnserve_server.conversion.verify.golden import with_golden
 from attnserve_server.conversion.verify.limits import as_the_server_warms_up, true_limits
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.certificate import Batching, Verdict
-from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest, Provenance, TextSpec
+from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest, OutputSpec, Provenance, TextSpec
 from attnserve_server.model.report import CheckReport, RequantizeReport, TrialReport
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, write_bundle
 
@@ -214,7 +214,7 @@ class Conversion:
             max_batch_size=self.max_batch_size,
             axes=self.axes,
             inputs=with_needed_keys(assembled.source, self.sampler, [spec.name for spec in assembled.outputs]),
-            outputs=assembled.outputs,
+            outputs=self._outputs(),
             sites=self.certified.sites,
             vocabulary_size=source.vocabulary_size,
             text=self._text(),
@@ -272,6 +272,12 @@ class Conversion:
         if not self.source.traced:
             lengths = {symbol: min(length, _CALIBRATION_TOKENS) for symbol, length in lengths.items()}
         return text_of(self.source.signature.inputs, lengths, self.source.pair_start)
+
+    def _outputs(self) -> tuple[OutputSpec, ...]:
+        """Return the outputs; those that continue a cache are returned to requests that name them."""
+        decoder = self.source.decoder
+        presents = () if decoder is None else decoder.cache.presents
+        return tuple(spec.model_copy(update={"on_request": spec.name in presents}) for spec in self.assembled.outputs)
 
     def _text(self) -> TextSpec | None:
         """Return how text fills the inputs; None if clients cannot send text."""

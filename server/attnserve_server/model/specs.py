@@ -25,6 +25,8 @@ class InputRole(StrEnum):
     """1 for data, 0 for padding."""
     TOKEN_TYPE_IDS = "token_type_ids"  # noqa: S105 - a role, not a secret
     """0 for the first text, 1 for the second."""
+    POSITION_IDS = "position_ids"
+    """Indices of positions, from 0. The server counts those that the mask does not hide, if a request sends none."""
     DATA = "data"
     """Any other meaning."""
 
@@ -87,6 +89,11 @@ class InputSpec(Frozen):
     additive_mask: bool = False
     needs_key: bool = False
 
+    @property
+    def optional(self) -> bool:
+        """Whether the server fills the input if a request leaves it out."""
+        return self.fill is not None or self.role is InputRole.POSITION_IDS
+
     def ranges_at(self, column: int) -> tuple[IndexRange, ...]:
         """Return the ranges of one column along the last axis; empty: any number is valid there."""
         return tuple(each for each in self.index_ranges if each.column in {None, column})
@@ -119,11 +126,12 @@ class InputSpec(Frozen):
 
 
 class OutputSpec(Frozen):
-    """One output. `shape` is without the batch axis."""
+    """One output. `shape` is without the batch axis. `on_request`: it is returned only to requests that name it."""
 
     name: str
     dtype: Dtype
     shape: tuple[Dimension, ...]
+    on_request: bool = False
 
 
 class DerivedLength(Frozen):

@@ -48,7 +48,7 @@ def spec_messages(
 def _describe_inputs(message: model_pb2.Model, manifest: Manifest) -> None:
     message.inputs.extend(spec_messages((spec.name, spec.dtype, spec.shape) for spec in manifest.inputs))
     for described, spec in zip(message.inputs, manifest.inputs, strict=True):
-        described.optional = spec.fill is not None
+        described.optional = spec.optional
         described.vocabulary_size = manifest.vocabulary_of(spec) if spec.role is InputRole.TOKEN_IDS else 0
         described.index_ranges.extend(
             model_pb2.IndexRange(least=each.least, greatest=each.greatest, column=each.column, along=each.along)
@@ -68,6 +68,8 @@ def describe(message: model_pb2.Model, manifest: Manifest, batching: Batching) -
     message.digest = manifest.digest
     _describe_inputs(message, manifest)
     message.outputs.extend(spec_messages((spec.name, spec.dtype, spec.shape) for spec in manifest.outputs))
+    for described, output in zip(message.outputs, manifest.outputs, strict=True):
+        described.on_request = output.on_request
     message.axes.extend(
         model_pb2.Axis(
             symbol=axis.symbol,

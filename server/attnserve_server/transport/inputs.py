@@ -16,7 +16,13 @@ from attnserve_server.domain.values import Array, AxisUnits
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, TextSpec
 from attnserve_server.model.tokenizer import TextTokenizer, TokenizedText, TruncationFailed
 from attnserve_server.transport.codec import DTYPE_NAMES, array_of
-from attnserve_server.transport.intake import Intake, counted_from_the_start, invalid_index, invalid_value
+from attnserve_server.transport.intake import (
+    CountedPositions,
+    Intake,
+    counted_from_the_start,
+    invalid_index,
+    invalid_value,
+)
 from attnserve_server.transport.wire import Received
 
 MAX_RANK: Final = 8
@@ -65,7 +71,7 @@ class InputReader:
         lengths = dict(self._intake.fixed_lengths)
         tensors, sent = self._arrays(messages, path, lengths)
         for name, spec in self._intake.inputs.items():
-            if name not in sent and spec.fill is None:
+            if name not in sent and not spec.optional:
                 self._violations.add(path, f"input {name!r} is missing")
         if len(self._violations) > before or not self._fill_in(tensors, lengths, path):
             return None
@@ -236,7 +242,7 @@ class InputReader:
         """
         before = len(self._violations)
         for name, spec in self._intake.inputs.items():
-            if name in tensors or name in sent:
+            if name in tensors or name in sent or spec.role is InputRole.POSITION_IDS:
                 continue
             constant = self._intake.constants.get(name)
             if constant is not None and spec.shape[0] in lengths:
@@ -251,9 +257,30 @@ class InputReader:
             else:
                 shape = [lengths[extent] if isinstance(extent, str) else extent for extent in spec.shape]
                 tensors[name] = np.full(shape, spec.fill, NUMPY_DTYPES[spec.dtype])
+        for counted in self._intake.counted:
+            self._count(counted, tensors, lengths, path, sent)
         if self._intake.indexes_positions and len(self._violations) == before:
             self._place(tensors, lengths, path)
         return len(self._violations) == before
+
+    def _count(
+        self,
+        counted: CountedPositions,
+        tensors: dict[str, Array],
+        lengths: Mapping[str, int],
+        path: str,
+        sent: Collection[str],
+    ) -> None:
+        """Count the positions of an input that was left out."""
+        name, axis = counted.spec.name, counted.axis
+        if name in tensors or name in sent:
+            return
+        if axis not in lengths:
+            missing = f"input {name!r} is missing, and no other input determines the length of axis {axis!r}"
+            self._violations.add(path, missing)
+            return
+        tensors[name] = counted.positions(tensors, lengths[axis])
+        self._check_values(tensors[name], counted.spec, path)
 
     def _place(self, tensors: dict[str, Array], lengths: Mapping[str, int], path: str) -> None:
         """Check inputs that hold indices of positions, now that lengths are known, and count all from the start."""

@@ -73,6 +73,47 @@ class MaskCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class CountedPositions:
+    """An input of positions along one axis, and the mask that decides which positions count.
+
+    `whole`: positions from 0 to the greatest length, read-only, for sequences whose mask hides none. `mask`: the name
+    of the mask along the axis; empty: none. `filled`: the array that the server fills the mask with, if it is all ones.
+    """
+
+    spec: InputSpec
+    axis: str
+    whole: Array
+    mask: str = ""
+    filled: Array | None = None
+
+    @classmethod
+    def of(cls, spec: InputSpec, manifest: Manifest, constants: Mapping[str, Array]) -> CountedPositions:
+        """Lay out one input of role `position_ids`, whose shape is one axis."""
+        axis = str(spec.shape[0])
+        whole = np.arange(manifest.axis(axis).max_length, dtype=NUMPY_DTYPES[spec.dtype])
+        whole.flags.writeable = False
+        mask = manifest.input_of_role(InputRole.ATTENTION_MASK, axis)
+        if mask is None:
+            return cls(spec, axis, whole)
+        return cls(spec, axis, whole, mask.name, constants.get(mask.name) if mask.fill == 1 else None)
+
+    def positions(self, tensors: Mapping[str, Array], length: int) -> Array:
+        """Return the positions of one sequence, (T,): each position that its mask keeps counts one; hidden ones have 0.
+
+        Source: transformers' `generate`, which counts the mask's ones in the same way.
+
+        Args:
+            tensors: the sequence's inputs by name, with its mask.
+            length: T.
+        """
+        mask = tensors.get(self.mask)
+        if mask is None or (self.filled is not None and mask.base is self.filled) or mask.all():
+            return self.whole[:length]
+        kept = mask != 0
+        return np.where(kept, np.cumsum(kept) - 1, 0).astype(self.whole.dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class Intake:
     """What one model accepts, laid out once for all requests."""
 
@@ -86,6 +127,7 @@ class Intake:
     max_tokens: Mapping[str, int]
     """Most tokens that a text may have, by the axis that they run along; empty without text."""
     outputs: tuple[str, ...]
+    """Those that a request gets if it names none."""
     limits: Mapping[str, int | None]
     """By input: the least integer that is too large; None where any will do."""
     output_sizes: Mapping[str, OutputSize]
@@ -93,6 +135,8 @@ class Intake:
     """By optional input with one axis of variable length: its fill value at the greatest length, read-only."""
     derived: tuple[AxisSpec, ...]
     """The axes whose lengths follow from others'."""
+    counted: tuple[CountedPositions, ...]
+    """Inputs of positions, which the server counts where a request sends none."""
     masks: tuple[MaskCheck, ...]
     """What sequences must meet to be padded; empty where none is padded."""
     indexes_positions: bool
@@ -129,10 +173,15 @@ class Intake:
             max_lengths=max_lengths,
             fixed_lengths=manifest.fixed_lengths,
             max_tokens={axis: min(most, max_lengths[axis]) for axis, most in max_tokens.items()},
-            outputs=tuple(spec.name for spec in manifest.outputs),
+            outputs=tuple(spec.name for spec in manifest.outputs if not spec.on_request),
             limits={spec.name: _limit(spec, manifest) for spec in manifest.inputs},
             output_sizes={spec.name: OutputSize.of(spec, manifest) for spec in manifest.outputs},
             constants=constants,
+            counted=tuple(
+                CountedPositions.of(spec, manifest, constants)
+                for spec in manifest.inputs
+                if spec.role is InputRole.POSITION_IDS
+            ),
             derived=tuple(axis for axis in manifest.axes if axis.derived is not None),
             masks=tuple(MaskCheck.of(need, manifest.input(need.input), constants.get(need.input)) for need in needs),
             indexes_positions=any(each.along for spec in manifest.inputs for each in spec.index_ranges),

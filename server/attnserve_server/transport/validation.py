@@ -140,7 +140,7 @@ def _outputs(message: inference_service_pb2.InferRequest, intake: Intake, violat
             break
         path = f"outputs.names[{index}]"
         if name not in intake.output_sizes:
-            violations.add(path, f"no output {quoted(name)}; the model has {', '.join(intake.outputs)}")
+            violations.add(path, f"no output {quoted(name)}; the model has {', '.join(intake.output_sizes)}")
         elif name in seen:
             violations.add(path, f"output {name!r} is selected twice")
         seen.add(name)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from attnserve_server.conversion.assemble import assemble
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.caches.splitting import whole_sequences
 from attnserve_server.conversion.check.findings import Finding
 from attnserve_server.conversion.check.opened import Opened
 from attnserve_server.conversion.graphs.reading import checked, read_graph, save
@@ -47,7 +48,7 @@ def compare_with_source(opened: Opened, against: str, steps: Steps) -> tuple[lis
     manifest, stored = opened.manifest, opened.manifest.check.quality
     reduced = manifest.precision == "int8"
     if against.endswith(".onnx") or Path(against).is_file():
-        proto = read_graph(Path(against))
+        proto = whole_sequences(read_graph(Path(against)), Path(against).name)
         unlike = _unlike(manifest, [value.name for value in proto.graph.input])
         if unlike:
             return [unlike], stored

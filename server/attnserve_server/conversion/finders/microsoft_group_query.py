@@ -38,9 +38,10 @@ from attnserve_server.conversion.finders.operator_nodes import (
     refuse_uneven_heads,
     required,
 )
-from attnserve_server.conversion.graphs.walk import input_of
+from attnserve_server.conversion.graphs.walk import dimension_of, input_of
 from attnserve_server.model.bands import SlidingBand
 
+_PRESENT_KEY = 1
 _PAST_KEY, _LENGTHS, _COS, _SIN, _POSITIONS, _BIAS, _SINK = 3, 5, 7, 8, 9, 10, 11
 _UNKNOWN = {
     12: "k_scale: weights over a quantized cache are not tapped",
@@ -93,9 +94,13 @@ def _head_dim(node: ir.Node, heads: int, kv_heads: int) -> int:
     query = required(node, 0, "query")
     width = last_dimension_of(query)
     parts = heads if input_of(node, 1) is not None else heads + 2 * kv_heads
-    if width is None or width % parts:
-        raise NotTappable(f"the head size of {query.name!r} is not in the graph")
-    return width // parts
+    if width is not None and not width % parts:
+        return width // parts
+    present = node.outputs[_PRESENT_KEY] if len(node.outputs) > _PRESENT_KEY else None
+    for cache in (input_of(node, _PAST_KEY), present):
+        if (size := dimension_of(cache, -1)) is not None:
+            return size
+    raise NotTappable(f"the head size of {query.name!r} is not in the graph")
 
 
 def _refuse_unsupported(node: ir.Node) -> None:

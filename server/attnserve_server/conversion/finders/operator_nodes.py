@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import FoundSite, KeyPadding, Mask, Untappable
-from attnserve_server.conversion.graphs.walk import dimension_of, input_of, rank_of
+from attnserve_server.conversion.graphs.walk import constant_ints, dimension_of, input_of, rank_of
 
 MICROSOFT = "com.microsoft"
 FILTER_VALUE = -10000.0
@@ -111,14 +111,22 @@ def last_dimension_of(value: ir.Value | None, nodes_left: int = _MAX_NODES_BACK)
     if size is not None:
         return size
     node = value.producer()
-    if node is None or value.index() != 0:
-        return None
+    return _implied_last(node, nodes_left - 1) if node is not None and value.index() == 0 else None
+
+
+def _implied_last(node: ir.Node, nodes_left: int) -> int | None:
+    """Return the size of the last axis that an operator gives to its first output."""
     if node.op_type == "MatMul":
-        return last_dimension_of(input_of(node, 1), nodes_left - 1)
+        return last_dimension_of(input_of(node, 1), nodes_left)
+    if node.op_type == "MatMulNBits":
+        return node.attributes.get_int("N", 0) or None
+    if node.op_type == "Reshape":
+        sizes = constant_ints(input_of(node, 1)) or [0]
+        return sizes[-1] if sizes[-1] > 0 else None
     if node.op_type in _KEEP_LAST_AXIS:
-        sizes = (last_dimension_of(source, nodes_left - 1) for source in node.inputs)
+        widths = (last_dimension_of(source, nodes_left) for source in node.inputs)
         # Gains and biases are as wide as the result, or broadcast to it from a width of 1.
-        return max((size for size in sizes if size is not None), default=None)
+        return max((width for width in widths if width is not None), default=None)
     return None
 
 

@@ -117,6 +117,20 @@ def in_float16(signature: Signature) -> Signature:
     return replace(signature, inputs=inputs)
 
 
+def with_counted_positions(signature: Signature) -> Signature:
+    """Return the signature of a decoder, whose positions the server counts from 0 where a request sends none.
+
+    Other graphs may count from another number, as RoBERTa does from 2: there, requests must send positions.
+    """
+    inputs = tuple(
+        spec.model_copy(update={"role": InputRole.POSITION_IDS})
+        if is_position(spec.name) and len(spec.shape) == 1 and isinstance(spec.shape[0], str)
+        else spec
+        for spec in signature.inputs
+    )
+    return replace(signature, inputs=inputs)
+
+
 def _bounded(spec: InputSpec, ranges: tuple[IndexRange, ...], vocabulary_size: int, padding_id: int) -> InputSpec:
     """Return an input with the numbers that it may hold, and a padding that is one of them."""
     if spec.role is InputRole.TOKEN_IDS:

@@ -10,8 +10,9 @@ import onnx
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.caches.splitting import decoder_of
 from attnserve_server.conversion.graphs.reading import read_graph
-from attnserve_server.conversion.inputs.signature import Signature, signature_of
+from attnserve_server.conversion.inputs.signature import Signature, signature_of, with_counted_positions
 from attnserve_server.conversion.inputs.text import padding_id_of, text_of
 from attnserve_server.conversion.learning.batch_axis import takes_one_row_alone
 from attnserve_server.conversion.learning.inputs import with_equal_axes, with_free_length
@@ -44,6 +45,9 @@ class OnnxFile(Source):
         """Read the file, and infer the roles and axes of its inputs. See `Source.read`."""
         padding_id = padding_id_of(self.tokenizer)
         proto, max_length = read_graph(self.file), self.max_length
+        decoder = decoder_of(proto, self.file.name)
+        if decoder is not None:
+            proto = decoder.prompt
         if self.tokenizer is not None:
             freed = with_free_length(proto, signature_of(proto.graph, padding_id), work)
             if freed is not None:
@@ -54,6 +58,8 @@ class OnnxFile(Source):
                     f"{max_length} tokens"
                 )
         signature = with_equal_axes(proto, signature_of(proto.graph, padding_id), work)
+        if decoder is not None:
+            signature = with_counted_positions(signature)
         if signature.fixed_batch:
             steps.warn("the batch axis is fixed at 1: every sequence runs alone")
         _warn_of_unbounded(signature, steps)
@@ -72,6 +78,7 @@ class OnnxFile(Source):
             vocabulary_size=ids[0].vocabulary_size if ids else 0,
             tokenizer=self.tokenizer,
             pair_start=self._pair_start(signature, max_lengths, steps),
+            decoder=decoder,
         )
 
     def without_batches(self, graph: SourceGraph, work: Path, steps: Steps) -> SourceGraph | None:
@@ -108,7 +115,7 @@ class OnnxFile(Source):
         if self.pair_start and pair_start is None:
             raise BuildRefused(f"the tokenizer has no token {self.pair_start!r}, which --pair-start names")
         text_of(signature.inputs, max_lengths, pair_start)
-        beyond = [spec.name for spec in signature.inputs if spec.fill is None and spec.role is not InputRole.TOKEN_IDS]
+        beyond = [spec.name for spec in signature.inputs if not spec.optional and spec.role is not InputRole.TOKEN_IDS]
         if beyond:
             steps.warn(f"text does not fill input {beyond[0]!r}: clients must send tensors")
         return pair_start

@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 import onnx
 
 from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.conversion.caches.decoder import Decoder
 from attnserve_server.conversion.choose.trials import OtherExport
 from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.conversion.learning.fixed_axes import PatchGrid
@@ -103,6 +104,7 @@ class SourceGraph:
         grids: the patch grid of each fixed axis over patches, by the length of the axis.
         model: the torch model that was traced; None for an ONNX file.
         others: exports by other exporters, which may be faster.
+        decoder: the graphs of a decoder with a cache, of which `proto` is the prompt graph; None for any other graph.
     """
 
     name: str
@@ -120,6 +122,7 @@ class SourceGraph:
     grids: Mapping[int, PatchGrid] = field(default_factory=dict)
     model: TorchModel | None = None
     others: tuple[OtherExport, ...] = ()
+    decoder: Decoder | None = None
 
     @property
     def traced(self) -> bool:

@@ -1,0 +1,125 @@
+"""Split a decoder with a cache into the graph of whole sequences and the graph behind a supplied past: `decoder_of`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx
+import onnx_ir as ir
+
+from attnserve_server.conversion.caches.decoder import Cache, Decoder, Past
+from attnserve_server.conversion.caches.finding import FoundPast, find_pasts
+from attnserve_server.conversion.caches.prompt import without_past
+from attnserve_server.conversion.graphs.reading import checked
+from attnserve_server.conversion.inputs.roles import is_position, plain_name
+from attnserve_server.conversion.inputs.signature import SEQUENCE, dtype_of
+
+PAST = "past"
+"""The symbol of past positions, where the graph has none."""
+
+
+def decoder_of(proto: onnx.ModelProto, name: str) -> Decoder | None:
+    """Return the two graphs of a decoder with a cache; None for any other graph.
+
+    Args:
+        proto: the graph, with inferred shapes.
+        name: of the file, for messages.
+
+    Raises:
+        BuildRefused: the cache is recognised, and the graph cannot compute whole sequences.
+    """
+    model = ir.from_proto(proto)
+    pasts = find_pasts(model.graph)
+    if not pasts:
+        return None
+    cache = _cache(model.graph, pasts)
+    without_past(model, pasts)
+    _rename(model.graph, {cache.total_axis: cache.new_axis})
+    return Decoder(checked(ir.to_proto(model), name), proto, cache)
+
+
+def whole_sequences(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """Return the graph of whole sequences: of a decoder with a cache the prompt graph, else the graph itself.
+
+    Args:
+        proto: the graph, with inferred shapes.
+        name: of the file, for messages.
+
+    Raises:
+        BuildRefused: as `decoder_of`.
+    """
+    decoder = decoder_of(proto, name)
+    return proto if decoder is None else decoder.prompt
+
+
+def _cache(graph: ir.Graph, pasts: Sequence[FoundPast]) -> Cache:
+    """Describe the cache, and find the axes that the positions of past and new tokens have."""
+    names = {past.value.name for past in pasts}
+    others = [value for value in graph.inputs if value.name not in names and value.const_value is None]
+    past_axis = _symbol(pasts[0].value, pasts[0].axis) or PAST
+    totals = {_symbol(past.present, past.axis): None for past in pasts if past.present is not None}
+    totals |= {symbol: None for value in others for symbol in _symbols(value) if past_axis in _terms(symbol)}
+    masks = [value for value in others if any(symbol in totals for symbol in _symbols(value))]
+    total = next((symbol for value in masks for symbol in _symbols(value) if symbol in totals), "")
+    terms = [term for term in _terms(total) if term != past_axis]
+    new = terms[0] if len(_terms(total)) == 2 and len(terms) == 1 else _new_axis(others, masks)
+    return Cache(
+        pasts=tuple(_described(past) for past in pasts),
+        past_axis=past_axis,
+        new_axis=new,
+        total_axis=total,
+        masks=tuple(str(value.name) for value in masks),
+        positions=next((str(value.name) for value in others if is_position(str(value.name))), ""),
+    )
+
+
+def _described(past: FoundPast) -> Past:
+    value = past.value
+    assert value.shape is not None
+    assert value.dtype is not None
+    return Past(
+        name=str(value.name),
+        present=str(past.present.name) if past.present is not None else "",
+        dtype=dtype_of(value.dtype.value, str(value.name)),
+        shape=tuple(
+            size
+            if isinstance(size, int)
+            else size.value or (PAST if axis == past.axis else f"{value.name}_axis_{axis}")
+            for axis, size in enumerate(value.shape)
+        )[1:],
+        axis=past.axis - 1,
+    )
+
+
+def _new_axis(others: Sequence[ir.Value], masks: Sequence[ir.Value]) -> str:
+    """Return the axis of new positions: that of the ids, or of the first input with a second axis."""
+    along = [value for value in others if value not in masks and value.shape is not None and len(value.shape) > 1]
+    along.sort(key=lambda value: plain_name(str(value.name)) != "input_ids")
+    return (_symbol(along[0], 1) if along else "") or SEQUENCE
+
+
+def _terms(symbol: str) -> list[str]:
+    """Return the symbols that an axis name such as "past_sequence_length + sequence_length" is the sum of."""
+    return [term.strip() for term in symbol.split("+")]
+
+
+def _symbols(value: ir.Value) -> list[str]:
+    return [] if value.shape is None else [_symbol(value, axis) for axis in range(1, len(value.shape))]
+
+
+def _symbol(value: ir.Value, axis: int) -> str:
+    """Return the symbol of an axis; empty for a nameless one and for a number."""
+    size = value.shape[axis] if value.shape is not None and axis < len(value.shape) else None
+    return size.value or "" if isinstance(size, ir.SymbolicDim) else ""
+
+
+def _rename(graph: ir.Graph, symbols: Mapping[str, str]) -> None:
+    """Rename axes wherever the graph states them."""
+    values = [*graph.inputs, *(output for node in graph.all_nodes() for output in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            sizes = [
+                symbols.get(size.value or "", size) if isinstance(size, ir.SymbolicDim) else size
+                for size in value.shape
+            ]
+            value.shape = ir.Shape(sizes)

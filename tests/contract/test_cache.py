@@ -1,0 +1,100 @@
+"""Decoders with a cache over a real server: whole sequences as text and tensors, and the cache's outputs on request."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attnserve_client import AsyncClient, InvalidRequest
+from attnserve_server.app import Application
+from attnserve_server.config import Settings
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
+from cache_graphs import POSITIONS, VOCABULARY, CachedDecoder
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+CASES = {"optimum": CachedDecoder(), "total": CachedDecoder(total="total_sequence_length")}
+# float32 sums in another order.
+TOLERANCE = 1e-5
+LENGTHS = (9, 4, 1)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, case in CASES.items():
+        file = folder / f"{name}.onnx"
+        file.write_bytes(case.model().SerializeToString())
+        request = PrepareRequest(
+            file=file, name=name, repository=folder / "models", tokenizer=folder / "tokenizer.json", max_length=32
+        )
+        prepare_bundle(request)
+    return folder / "models"
+
+
+@pytest.fixture
+async def client(repository: Path) -> AsyncIterator[AsyncClient]:
+    # An overhead of a run that is worth any padding, so that one request's sequences share a run.
+    settings = Settings(repository=repository, grpc_port=0, http_port=0, instances=1, run_overhead_tokens=1_000_000)
+    application = Application(settings)
+    await application.start()
+    async with AsyncClient(f"127.0.0.1:{application.grpc_port}") as opened:
+        yield opened
+    await application.aclose()
+
+
+def ids_of(length: int) -> np.ndarray:
+    return np.random.default_rng(length).integers(1, VOCABULARY, length)
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_texts_of_mixed_lengths_share_a_batch_and_equal_the_definition(client: AsyncClient, name: str) -> None:
+    each = [ids_of(length) for length in LENGTHS]
+    results = await client.infer(name, [" ".join(f"w{number}" for number in ids) for ids in each], attention=True)
+    assert {result.run.batch_size for result in results} == {len(LENGTHS)}
+    for ids, result in zip(each, results, strict=True):
+        expected = CASES[name].answer(ids)
+        assert list(result.outputs) == ["logits"]
+        np.testing.assert_allclose(result.outputs["logits"], expected.logits, rtol=0, atol=10 * TOLERANCE)
+        for found, weights in zip(result.attention, expected.weights, strict=True):
+            np.testing.assert_allclose(found.weights, weights, rtol=0, atol=TOLERANCE)
+
+
+async def test_keys_and_values_are_returned_to_requests_that_name_them(client: AsyncClient) -> None:
+    described = (await client.model("optimum")).outputs
+    assert [spec.name for spec in described if not spec.on_request] == ["logits"]
+    names = [spec.name for spec in described if spec.on_request]
+    ids = ids_of(6)
+    result = await client.infer("optimum", {"input_ids": ids}, outputs=[*names, "logits"])
+    expected = CASES["optimum"].answer(ids)
+    assert set(names) == set(expected.presents)
+    for name in names:
+        np.testing.assert_allclose(result.outputs[name], expected.presents[name], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(result.outputs["logits"], expected.logits, rtol=0, atol=10 * TOLERANCE)
+
+
+async def test_positions_count_what_the_mask_keeps(client: AsyncClient) -> None:
+    ids, mask = ids_of(6), np.array([0, 0, 1, 1, 0, 1])
+    result = await client.infer("optimum", {"input_ids": ids, "attention_mask": mask}, attention=True)
+    expected = CASES["optimum"].answer(ids, np.array([0, 0, 0, 1, 0, 2]), mask)
+    kept = mask == 1
+    np.testing.assert_allclose(result.outputs["logits"][kept], expected.logits[kept], rtol=0, atol=10 * TOLERANCE)
+    for found, weights in zip(result.attention, expected.weights, strict=True):
+        np.testing.assert_allclose(found.weights[:, kept], weights[:, kept], rtol=0, atol=TOLERANCE)
+
+
+async def test_positions_that_a_request_sends_are_used(client: AsyncClient) -> None:
+    ids, positions = ids_of(5), np.array([7, 3, 3, 40, 0])
+    result = await client.infer("optimum", {"input_ids": ids, "position_ids": positions})
+    expected = CASES["optimum"].answer(ids, positions)
+    assert np.abs(expected.logits - CASES["optimum"].answer(ids).logits).max() > 0.1, "or nothing is tried"
+    np.testing.assert_allclose(result.outputs["logits"], expected.logits, rtol=0, atol=10 * TOLERANCE)
+
+
+async def test_positions_beyond_the_table_are_refused(client: AsyncClient) -> None:
+    with pytest.raises(InvalidRequest, match=f"values of input 'position_ids' must be from -?\\d+ to {POSITIONS - 1}"):
+        await client.infer("optimum", {"input_ids": ids_of(2), "position_ids": np.array([0, POSITIONS])})

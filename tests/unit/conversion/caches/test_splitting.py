@@ -1,0 +1,90 @@
+"""Which inputs are recognised as a cache, and the graph of whole sequences that is made without them."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+from attnserve_server.conversion.caches.splitting import decoder_of
+from attnserve_server.conversion.graphs.reading import checked
+from cache_graphs import HEAD_DIM, HEADS, NEW, PAST, TOTAL, CachedDecoder
+from onnx import TensorProto, helper
+
+
+def test_a_cache_is_described_by_its_tensors_and_axes() -> None:
+    decoder = decoder_of(checked(CachedDecoder(layers=1).model(), "decoder.onnx"), "decoder.onnx")
+    assert decoder is not None
+    cache = decoder.cache
+    assert (cache.past_axis, cache.new_axis, cache.total_axis) == (PAST, NEW, TOTAL)
+    assert (cache.masks, cache.positions) == (("attention_mask",), "position_ids")
+    assert [(past.name, past.present, past.shape, past.axis, past.dtype) for past in cache.pasts] == [
+        (f"past_key_values.0.{kind}", f"present.0.{kind}", (HEADS, PAST, HEAD_DIM), 1, "float32")
+        for kind in ("key", "value")
+    ]
+
+
+@pytest.mark.parametrize("total", [TOTAL, "total_sequence_length"])
+def test_the_graph_of_whole_sequences_has_no_cache_and_one_axis(total: str) -> None:
+    decoder = decoder_of(checked(CachedDecoder(total=total).model(), "decoder.onnx"), "decoder.onnx")
+    assert decoder is not None
+    prompt = decoder.prompt.graph
+    assert [value.name for value in prompt.input] == ["input_ids", "attention_mask", "position_ids"]
+    assert [[axis.dim_param for axis in value.type.tensor_type.shape.dim] for value in prompt.input] == [
+        ["batch_size", NEW]
+    ] * 3
+    assert [node.op_type for node in prompt.node if "past_key_values" in "".join(node.input)] == []
+    assert [value.name for value in decoder.continuing.graph.input if "past" in value.name] == [
+        past.name for past in decoder.cache.pasts
+    ]
+
+
+def joined(
+    *,
+    rank: int = 4,
+    length: str | int = "frames",
+    attended: bool = True,
+    returned: bool = True,
+    first: bool = True,
+    name: str = "buffer",
+) -> onnx.ModelProto:
+    """A float input that is joined with projected features along the axis before the last."""
+    features = ["batch", 2, "new", 4][-rank:]
+    buffer = [*features[:-2], length, features[-1]]
+    turn = [*range(rank - 2), rank - 1, rank - 2]
+    node = helper.make_node
+    nodes = [
+        node("Tanh", ["features"], ["made"]),
+        node("Concat", [name, "made"] if first else ["made", name], ["longer"], axis=rank - 2),
+        node("Transpose", ["longer"], ["turned"], perm=turn),
+        node("MatMul", ["made", "turned"], ["scores"]) if attended else node("Neg", ["longer"], ["scores"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info(each, TensorProto.FLOAT, shape)
+        for each, shape in ((name, buffer), ("features", features))
+    ]
+    names = ["scores", "longer"] if returned else ["scores"]
+    outputs = [helper.make_tensor_value_info(each, TensorProto.FLOAT, [None] * rank) for each in names]
+    graph = helper.make_graph(nodes, "joined", inputs, outputs)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_cache"),
+    [
+        ({}, True),
+        ({"returned": False}, False),
+        ({"attended": False}, False),
+        ({"first": False}, False),
+        ({"length": 3}, False),
+        ({"rank": 2}, False),
+        ({"returned": False, "name": "past_key.0"}, True),
+        ({"attended": False, "name": "past_key.0"}, True),
+        ({"attended": False, "returned": False, "name": "past_key.0"}, False),
+    ],
+    ids=[
+        *("attended and returned", "not returned", "not attended", "behind the new ones", "fixed length", "two axes"),
+        *("named and attended", "named and returned", "named alone"),
+    ],
+)
+def test_a_cache_is_a_tensor_of_any_length_that_is_joined_and_returned(changes: dict, is_cache: bool) -> None:
+    found = decoder_of(onnx.shape_inference.infer_shapes(joined(**changes)), "joined.onnx")
+    assert (found is not None) is is_cache
