@@ -76,6 +76,8 @@ class InputSpec(Frozen):
         index_ranges: valid numbers of an input that indexes tables of the graph; empty: any.
         additive_mask: whether it is only added to attention scores, so that minus infinity hides a key.
         needs_key: for an additive mask, whether the model returns NaN if a row of the mask is all minus infinity.
+        counted: for an attention mask, whether the graph reads only the number of its ones. Ones must precede zeros
+            then, because any other order hides the wrong positions.
     """
 
     name: str
@@ -88,6 +90,7 @@ class InputSpec(Frozen):
     index_ranges: tuple[IndexRange, ...] = ()
     additive_mask: bool = False
     needs_key: bool = False
+    counted: bool = False
 
     @property
     def optional(self) -> bool:

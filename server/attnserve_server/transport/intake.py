@@ -225,14 +225,27 @@ def invalid_value(array: Array, spec: InputSpec, limit: int | None) -> str:
         return invalid
     if spec.index_ranges:
         return "" if any(each.along for each in spec.index_ranges) else invalid_index(array, spec, {})
+    if spec.counted and array.dtype.kind == "b":
+        return _misplaced_one(array, spec)
     if array.dtype.kind == "f" or limit is None:
         return ""
     # As unsigned numbers, negative ones are large: one comparison finds both kinds.
     unsigned = array if array.dtype.kind == "u" else array.view(f"u{array.dtype.itemsize}")
     if unsigned.max() < limit:
-        return ""
+        return _misplaced_one(array, spec) if spec.counted else ""
     at = int(np.argmax((array < 0) | (array >= limit)))
     return f"element {at} is {array.flat[at]}; values of input {spec.name!r} must be from 0 to {limit - 1}"
+
+
+def _misplaced_one(mask: Array, spec: InputSpec) -> str:
+    """Describe the first element of a counted mask that is not where its count puts it; empty if all are."""
+    ones = np.count_nonzero(mask)
+    at = 0 if not ones else int(np.argmin(mask)) if not mask[:ones].all() else -1
+    if at < 0:
+        return ""
+    after = f"ones follow it, and the model counts the ones of input {spec.name!r}" if ones else "so are all"
+    rule = "at least one 1 must come first, and no 1 may follow a 0"
+    return f"element {at} is 0 and {after}: {rule}; leave the padding out, or put it behind the tokens"
 
 
 def _invalid_float(array: Array, spec: InputSpec) -> str:

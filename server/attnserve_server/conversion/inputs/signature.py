@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -129,6 +129,17 @@ def with_counted_positions(signature: Signature) -> Signature:
         for spec in signature.inputs
     )
     return replace(signature, inputs=inputs)
+
+
+def with_counted_masks(signature: Signature, counted: Collection[str]) -> Signature:
+    """Return the signature with the attention masks marked of which the graph reads only the number of ones."""
+    marked = tuple(
+        spec.model_copy(update={"counted": True})
+        if spec.name in counted and spec.role is InputRole.ATTENTION_MASK
+        else spec
+        for spec in signature.inputs
+    )
+    return replace(signature, inputs=marked)
 
 
 def _bounded(spec: InputSpec, ranges: tuple[IndexRange, ...], vocabulary_size: int, padding_id: int) -> InputSpec:

@@ -12,11 +12,17 @@ from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.caches.splitting import decoder_of
 from attnserve_server.conversion.graphs.reading import read_graph
-from attnserve_server.conversion.inputs.signature import Signature, signature_of, with_counted_positions
+from attnserve_server.conversion.inputs.signature import (
+    Signature,
+    signature_of,
+    with_counted_masks,
+    with_counted_positions,
+)
 from attnserve_server.conversion.inputs.text import padding_id_of, text_of
 from attnserve_server.conversion.learning.batch_axis import takes_one_row_alone
 from attnserve_server.conversion.learning.inputs import with_equal_axes, with_free_length
 from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.rewrite.counted_masks import CountedMasks, with_whole_masks
 from attnserve_server.conversion.sources.source import Source, SourceGraph
 from attnserve_server.model.manifest import InputRole
 from attnserve_server.model.repository import sha256_of
@@ -48,6 +54,8 @@ class OnnxFile(Source):
         decoder = decoder_of(proto, self.file.name)
         if decoder is not None:
             proto = decoder.prompt
+        proto, masks = with_whole_masks(proto)
+        _warn_of_counts(masks, steps)
         if self.tokenizer is not None:
             freed = with_free_length(proto, signature_of(proto.graph, padding_id), work)
             if freed is not None:
@@ -60,6 +68,7 @@ class OnnxFile(Source):
         signature = with_equal_axes(proto, signature_of(proto.graph, padding_id), work)
         if decoder is not None:
             signature = with_counted_positions(signature)
+        signature = with_counted_masks(signature, masks.kept)
         if signature.fixed_batch:
             steps.warn("the batch axis is fixed at 1: every sequence runs alone")
         _warn_of_unbounded(signature, steps)
@@ -119,6 +128,20 @@ class OnnxFile(Source):
         if beyond:
             steps.warn(f"text does not fill input {beyond[0]!r}: clients must send tensors")
         return pair_start
+
+
+def _warn_of_counts(masks: CountedMasks, steps: Steps) -> None:
+    """Warn of masks that the file reduces to a count, which holds only for ones that precede all zeros."""
+    if masks.restored:
+        named = " and ".join(repr(name) for name in masks.restored if name) or "that it computes"
+        steps.warn(
+            f"the file reduces the mask {named} to a count of its ones, which answers masks with zeros before ones "
+            "wrongly: its attention now reads the whole mask"
+        )
+    for name, operator in masks.kept.items():
+        steps.warn(
+            f"{operator} reads only the number of ones of {name!r}: the server refuses masks with a zero before a one"
+        )
 
 
 def _warn_of_unbounded(signature: Signature, steps: Steps) -> None:
