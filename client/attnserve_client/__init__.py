@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from attnserve_client._async.client import AsyncClient
 from attnserve_client._attention import AttentionMap
+from attnserve_client._labels import Labels, LabelSelection
 from attnserve_client._models import ModelInfo
 from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
 from attnserve_client._retry import RetryPolicy
@@ -45,6 +46,8 @@ __all__ = [
     "DeadlineExpired",
     "InferenceResult",
     "InvalidRequest",
+    "LabelSelection",
+    "Labels",
     "Link",
     "ModelInfo",
     "ModelNotFound",

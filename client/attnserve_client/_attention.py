@@ -37,6 +37,7 @@ class AttentionMap(MapData):
             column has no key. None unless a band was received.
         residual: float32 (H, L), total weight of the links omitted from each row; None unless links were received.
         model: Name of the model.
+        labels: The labels of the sequence; None if none were selected.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,6 +57,7 @@ class AttentionMap(MapData):
             "weights": (self.weights if band is None else band).tolist(),
             "band_keys": None if self.band_keys is None else self.band_keys.tolist(),
             "residual": None if self.residual is None else self.residual.tolist(),
+            "labels": None if self.labels is None else self.labels.to_dict(),
         }
 
     def to_html(self) -> str:

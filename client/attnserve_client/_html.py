@@ -15,6 +15,7 @@ import numpy as np
 from attnserve_client._tokens import plain_token
 
 if TYPE_CHECKING:
+    from attnserve_client._labels import Labels
     from attnserve_client._map_data import MapData
     from attnserve_client._patches import PatchGrid
 
@@ -42,6 +43,7 @@ def page(attention: MapData) -> str:
         script=script,
         fallback=_fallback(attention),
         note=_note(attention),
+        labels=_labels(attention.labels),
         data=_inert(_data(attention)),
     )
 
@@ -83,6 +85,14 @@ def _fallback(attention: MapData) -> str:
         for link in attention.links(top=_NOSCRIPT_LINKS)
     )
     return f"<table><tr><th>token</th><th>looks at</th><th>weight</th></tr>{rows}</table>"
+
+
+def _labels(labels: Labels | None) -> str:
+    """Return the labels of a sequence, or its labelled parts, as one line."""
+    if not labels:
+        return ""
+    title = {"spans": "Answers", "masked_tokens": "Masked tokens"}.get(labels.kind, "Labels")
+    return f'<p class="note">{title}: {html.escape(str(labels))}</p>'
 
 
 def _note(attention: MapData) -> str:

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from attnserve.v1 import inference_service_pb2 as wire
 
+from attnserve_client._labels import LabelSelection
+from attnserve_client._labels import selection_of as label_selection_of
 from attnserve_client._models import ModelInfo
 from attnserve_client._selection import AttentionSelection, selection_of
 from attnserve_client._tensors import to_tensor
@@ -89,7 +91,7 @@ def sequence_of(one: Input, model: ModelInfo | None) -> wire.Sequence:
     raise _not_an_input(one)
 
 
-def request_of(
+def request_of(  # noqa: PLR0913 - the fields of the message
     *,
     model: str,
     version: str,
@@ -99,11 +101,12 @@ def request_of(
     priority: str,
     request_id: str,
     validate_only: bool,
+    labels: LabelSelection | bool | None = None,
 ) -> wire.InferRequest:
     """Return the message for a call.
 
     Raises:
-        TypeError: `outputs` is one name instead of a list, or `attention` or a value in it has another type.
+        TypeError: `outputs` is one name instead of a list, or a selection or a value in one has another type.
         InvalidRequest: A choice is unknown, or an integer does not fit its field.
     """
     if priority not in _PRIORITIES:
@@ -116,6 +119,7 @@ def request_of(
         sequences=sequences,
         outputs=None if outputs is None else wire.OutputSelection(names=outputs),
         attention=selection_of(attention),
+        labels=label_selection_of(labels),
         priority=_PRIORITIES[priority],
         validate_only=validate_only,
         request_id=request_id,

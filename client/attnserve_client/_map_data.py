@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from attnserve_client._labels import Labels
 from attnserve_client._patches import Panel, PatchGrid
 from attnserve_client._tokens import Array, Link, RawLinks, Token, as_float32
 
@@ -34,6 +35,7 @@ class MapData:
     axis_tokens: dict[str, tuple[Token, ...]] = field(default_factory=dict, repr=False)
     grids: dict[str, PatchGrid] = field(default_factory=dict, repr=False)
     model: str = ""
+    labels: Labels | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> tuple[Token, ...]:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from attnserve.v1 import attention_pb2, model_pb2
 
+from attnserve_client._labels import Head, head_of
 from attnserve_client._patches import PatchGrid
 from attnserve_client._tensors import dtype_name
 
@@ -163,6 +164,7 @@ class ModelInfo:
             `unknown`; empty if the server does not report it.
         batch_reason: Why the status is not `proved`; empty if it is.
         batched: Whether sequences share runs. If not, each runs alone, even those of one request.
+        head: Its head, from whose outputs the server computes labels; None without one.
     """
 
     name: str
@@ -187,6 +189,7 @@ class ModelInfo:
     batch_status: str = ""
     batch_reason: str = ""
     batched: bool = False
+    head: Head | None = None
 
     @property
     def ready(self) -> bool:
@@ -235,6 +238,7 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
         batch_status=_STATUSES.get(message.batch_status, ""),
         batch_reason=message.batch_reason,
         batched=message.batched,
+        head=head_of(message.head) if message.HasField("head") else None,
     )
 
 

@@ -11,6 +11,7 @@ from attnserve.v1 import attention_pb2
 from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._attention import AttentionMap
+from attnserve_client._labels import Labels, labels_of
 from attnserve_client._models import FORMS, KINDS
 from attnserve_client._patches import PatchGrid
 from attnserve_client._selection import AttentionSelection
@@ -72,7 +73,9 @@ class InferenceResult:
         run: How the sequence was run.
         receipt: The model and server; the same for all sequences of one call.
         effective_attention: The selection that the server applied, defaults filled in; None without attention.
-        predicted_bytes: Bytes of tensor data in the whole response, for all sequences of the call together.
+        predicted_bytes: Bytes of tensor data in the whole response, for all sequences of the call together; with
+            labels, an upper bound that counts them too.
+        labels: The labels of the model's head; None if none were selected.
     """
 
     outputs: dict[str, npt.NDArray[Any]]
@@ -81,6 +84,7 @@ class InferenceResult:
     receipt: Receipt
     effective_attention: AttentionSelection | None
     predicted_bytes: int
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,11 +149,12 @@ def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bo
         return [
             InferenceResult(
                 outputs={tensor.name: to_array(tensor) for tensor in item.outputs},
-                attention=_maps_of(item.attention, receipt.model),
+                attention=_maps_of(item.attention, receipt.model, _labels_of(item)),
                 run=_run_of(item.run),
                 receipt=receipt,
                 effective_attention=effective,
                 predicted_bytes=message.predicted_bytes,
+                labels=_labels_of(item),
             )
             for item in items
         ]
@@ -169,10 +174,14 @@ def _run_of(message: wire.Run) -> Run:
     )
 
 
-def _maps_of(message: attention_pb2.Attention, model: str) -> list[AttentionMap]:
+def _labels_of(message: wire.SequenceResult) -> Labels | None:
+    return labels_of(message.labels) if message.HasField("labels") else None
+
+
+def _maps_of(message: attention_pb2.Attention, model: str, labels: Labels | None = None) -> list[AttentionMap]:
     axes = {units.axis: _tokens_of(units) for units in message.axes}
     grids = {units.axis: _grid_of(units) for units in message.axes if units.grid_rows}
-    return [_map_of(each, axes, grids, model) for each in message.maps]
+    return [_map_of(each, axes, grids, model, labels) for each in message.maps]
 
 
 def _grid_of(units: attention_pb2.AxisUnits) -> PatchGrid:
@@ -206,6 +215,7 @@ def _map_of(
     axes: dict[str, tuple[Token, ...]],
     grids: dict[str, PatchGrid],
     model: str,
+    labels: Labels | None,
 ) -> AttentionMap:
     rows = _chosen(axes, message.query_axis, message.query_indices)
     columns = _chosen(axes, message.key_axis, message.key_indices)
@@ -241,6 +251,7 @@ def _map_of(
         axis_tokens=axes,
         grids=grids,
         model=model,
+        labels=labels,
     )
 
 

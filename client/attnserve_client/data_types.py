@@ -1,15 +1,19 @@
 """Types of what calls take and return, for annotations. The most used ones are in `attnserve_client` itself."""
 
 from attnserve_client._inputs import Input, Inputs, Priority
+from attnserve_client._labels import Head, Label, LabeledSpan
 from attnserve_client._models import Axis, IndexRange, Site, TensorSpec
 from attnserve_client._patches import Panel, PatchGrid
 from attnserve_client._tokens import RawLinks
 
 __all__ = [
     "Axis",
+    "Head",
     "IndexRange",
     "Input",
     "Inputs",
+    "Label",
+    "LabeledSpan",
     "Panel",
     "PatchGrid",
     "Priority",

@@ -16,6 +16,7 @@ from attnserve_client._connection import AsyncConnection, AsyncMethod, RequestT,
 from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
 from attnserve_client._feeds import AsyncFeed, AsyncInputStream
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
+from attnserve_client._labels import LabelSelection
 from attnserve_client._models import ModelInfo, is_ready, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import DEFAULT_TIMEOUT_S, READY_TIMEOUT_S, Retrying, RetryPolicy
@@ -82,6 +83,7 @@ class AsyncClient:
         version: str = ...,
         outputs: Sequence[str] | None = ...,
         attention: AttentionSelection | bool | None = ...,
+        labels: LabelSelection | bool | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
         request_id: str | None = ...,
@@ -97,6 +99,7 @@ class AsyncClient:
         version: str = ...,
         outputs: Sequence[str] | None = ...,
         attention: AttentionSelection | bool | None = ...,
+        labels: LabelSelection | bool | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
         request_id: str | None = ...,
@@ -111,6 +114,7 @@ class AsyncClient:
         version: str = "",
         outputs: Sequence[str] | None = None,
         attention: AttentionSelection | bool | None = None,
+        labels: LabelSelection | bool | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
         request_id: str | None = None,
@@ -124,6 +128,8 @@ class AsyncClient:
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
             attention: Selection of the attention to return; True for all of it, None for none.
+            labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
+                model has a head and `outputs` is None, otherwise for none.
             priority: `"low"`, `"normal"` or `"high"`.
             timeout: Seconds until `DeadlineExpired`, all attempts together; None for no limit.
             request_id: Id of this request in results, errors and the server's log; None generates one.
@@ -147,6 +153,7 @@ class AsyncClient:
             sequences=[sequence_of(each, description) for each in items],
             outputs=outputs,
             attention=attention,
+            labels=labels,
             priority=priority,
             request_id=request_id,
             validate_only=validate_only,
@@ -167,6 +174,7 @@ class AsyncClient:
         version: str = "",
         outputs: Sequence[str] | None = None,
         attention: AttentionSelection | bool | None = None,
+        labels: LabelSelection | bool | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
         validate_only: bool = False,
@@ -188,6 +196,8 @@ class AsyncClient:
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
             attention: Selection of the attention to return; True for all of it, None for none.
+            labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
+                model has a head and `outputs` is None, otherwise for none.
             priority: `"low"`, `"normal"` or `"high"`.
             timeout: Seconds that the answer to each input may take; None for no limit. If no answer at all arrives
                 for longer, the stream raises `DeadlineExpired`.
@@ -216,6 +226,7 @@ class AsyncClient:
                 sequences=group,
                 outputs=outputs,
                 attention=attention,
+                labels=labels,
                 priority=priority,
                 request_id="",
                 validate_only=validate_only,

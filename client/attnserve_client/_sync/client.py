@@ -17,6 +17,7 @@ from attnserve_client._connection import Connection, Method, RequestT, ResponseT
 from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
 from attnserve_client._feeds import Feed, InputStream
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
+from attnserve_client._labels import LabelSelection
 from attnserve_client._models import ModelInfo, is_ready, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import DEFAULT_TIMEOUT_S, READY_TIMEOUT_S, Retrying, RetryPolicy
@@ -83,6 +84,7 @@ class Client:
         version: str = ...,
         outputs: Sequence[str] | None = ...,
         attention: AttentionSelection | bool | None = ...,
+        labels: LabelSelection | bool | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
         request_id: str | None = ...,
@@ -98,6 +100,7 @@ class Client:
         version: str = ...,
         outputs: Sequence[str] | None = ...,
         attention: AttentionSelection | bool | None = ...,
+        labels: LabelSelection | bool | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
         request_id: str | None = ...,
@@ -112,6 +115,7 @@ class Client:
         version: str = "",
         outputs: Sequence[str] | None = None,
         attention: AttentionSelection | bool | None = None,
+        labels: LabelSelection | bool | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
         request_id: str | None = None,
@@ -125,6 +129,8 @@ class Client:
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
             attention: Selection of the attention to return; True for all of it, None for none.
+            labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
+                model has a head and `outputs` is None, otherwise for none.
             priority: `"low"`, `"normal"` or `"high"`.
             timeout: Seconds until `DeadlineExpired`, all attempts together; None for no limit.
             request_id: Id of this request in results, errors and the server's log; None generates one.
@@ -148,6 +154,7 @@ class Client:
             sequences=[sequence_of(each, description) for each in items],
             outputs=outputs,
             attention=attention,
+            labels=labels,
             priority=priority,
             request_id=request_id,
             validate_only=validate_only,
@@ -168,6 +175,7 @@ class Client:
         version: str = "",
         outputs: Sequence[str] | None = None,
         attention: AttentionSelection | bool | None = None,
+        labels: LabelSelection | bool | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
         validate_only: bool = False,
@@ -189,6 +197,8 @@ class Client:
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
             attention: Selection of the attention to return; True for all of it, None for none.
+            labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
+                model has a head and `outputs` is None, otherwise for none.
             priority: `"low"`, `"normal"` or `"high"`.
             timeout: Seconds that the answer to each input may take; None for no limit. If no answer at all arrives
                 for longer, the stream raises `DeadlineExpired`.
@@ -217,6 +227,7 @@ class Client:
                 sequences=group,
                 outputs=outputs,
                 attention=attention,
+                labels=labels,
                 priority=priority,
                 request_id="",
                 validate_only=validate_only,

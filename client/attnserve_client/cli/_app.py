@@ -13,10 +13,19 @@ import numpy.typing as npt
 import typer
 from rich.console import Console
 
-from attnserve_client import AttentionSelection, Client, InferenceResult, __version__
+from attnserve_client import AttentionSelection, Client, InferenceResult, LabelSelection, __version__
 from attnserve_client.cli._bench import EXAMPLES, bench
 from attnserve_client.cli._errors import CODES_HELP, reported
-from attnserve_client.cli._options import DEFAULT_SERVER, DEFAULT_TIMEOUT_S, AsJson, Server, Timeout, Version
+from attnserve_client.cli._options import (
+    DEFAULT_SERVER,
+    DEFAULT_TIMEOUT_S,
+    AsJson,
+    LabelUnit,
+    Server,
+    Timeout,
+    TopLabels,
+    Version,
+)
 from attnserve_client.cli._show import show_explanation, show_model, show_models, show_results
 from attnserve_client.data_types import Input
 
@@ -53,19 +62,24 @@ def options(
     'attnserve infer minilm "first text" "second text"\n\n'
     "cat texts.txt | attnserve infer minilm - --json",
 )
-def infer(
+def infer(  # noqa: PLR0913, PLR0917 - the options of a command
     model: Annotated[str, typer.Argument(help="The model's name.")],
     text: Annotated[list[str], typer.Argument(help="Texts; `-` reads one text from each line of standard input.")],
     version: Version = "",
+    pair: Annotated[str, typer.Option("--pair", help="A second text beside each text, such as a passage.")] = "",
     output: Annotated[list[str] | None, typer.Option("--output", help="An output to return; may be repeated.")] = None,
+    top_labels: TopLabels = 0,
+    label_unit: LabelUnit = "word",
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
-    """Run texts through a model and print its outputs."""
+    """Run texts through a model and print its outputs and labels."""
     texts = _texts(text)
+    inputs: list[Any] = [_one(each, pair, {}) for each in texts]
     with reported(server, as_json=as_json), Client(server) as client:
-        results = client.infer(model, cast("list[Any]", texts), version=version, outputs=output, timeout=timeout)
+        labels = _labels(client, model, version, top_labels, label_unit)
+        results = client.infer(model, inputs, version=version, outputs=output, labels=labels, timeout=timeout)
     if as_json:
         _print_json({"receipt": asdict(results[0].receipt), "results": [_plain(result) for result in results]})
     else:
@@ -104,6 +118,7 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
         bool, typer.Option("--all-links", help="Also list links of punctuation, and of a unit to itself.")
     ] = False,
     keep_special: Annotated[bool, typer.Option("--keep-special", help="Keep tokens such as [CLS] and [SEP].")] = False,
+    top_labels: TopLabels = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Write an interactive page to this file.")] = None,
     png: Annotated[
         Path | None, typer.Option("--png", help="Write a picture to this file (needs the extra `plot`).")
@@ -112,13 +127,16 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
-    """Show where a model looks: a heatmap and the strongest links, by default of the last layer by word."""
+    """Show where a model looks, and its labels: a heatmap and the strongest links, by default of the last layer."""
     (sentence,) = _texts([text], whole=True)
     arrays = _arrays(tensor or [])
     selection = _selection(layer, heads, unit, keep_special=keep_special)
     with reported(server, as_json=as_json), Client(server) as client:
         one = _one(sentence, pair, arrays)
-        result = client.infer(model, one, version=version, outputs=[], attention=selection, timeout=timeout)
+        labels = _labels(client, model, version, top_labels, unit)
+        result = client.infer(
+            model, one, version=version, outputs=[], attention=selection, labels=labels, timeout=timeout
+        )
     attention = result.attention[0]
     if html is not None:
         _write(html, attention.to_html().encode())
@@ -178,6 +196,15 @@ def _texts(given: list[str], *, whole: bool = False) -> list[str]:
     return texts
 
 
+def _labels(
+    client: Client, model: str, version: str, top: int, unit: Literal["word", "token"]
+) -> LabelSelection | None:
+    """Return the labels to request; None for a model without a head."""
+    if client.model(model, version).head is None:
+        return None
+    return LabelSelection(top_k=top, unit=unit)
+
+
 def _one(text: str, pair: str, arrays: dict[str, npt.NDArray[Any]]) -> Input:
     if arrays:
         return (text, pair, arrays) if pair else (text, arrays)
@@ -228,7 +255,8 @@ def _plain(result: InferenceResult) -> dict[str, Any]:
         name: {"dtype": array.dtype.name, "shape": list(array.shape), "data": _json_data(array)}
         for name, array in result.outputs.items()
     }
-    return {"outputs": outputs, "run": asdict(result.run)}
+    labels = {} if result.labels is None else {"labels": result.labels.to_dict()}
+    return {"outputs": outputs, **labels, "run": asdict(result.run)}
 
 
 def _json_data(array: npt.NDArray[Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -14,6 +14,10 @@ Timeout = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; errors too, on stderr.")]
 Version = Annotated[str, typer.Option("--model-version", help="The model's version.", show_default="the highest")]
+TopLabels = Annotated[
+    int, typer.Option("--top-labels", min=0, help="How many labels of each text, word or mask. 0: the model's default.")
+]
+LabelUnit = Annotated[Literal["word", "token"], typer.Option("--label-unit", help="What token classification labels.")]
 
 DEFAULT_SERVER: Final = "localhost:8001"
 DEFAULT_TIMEOUT_S: Final = 30.0

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attnserve_client import AttentionMap, InferenceResult, Link, ModelInfo
+from attnserve_client import AttentionMap, InferenceResult, Labels, Link, ModelInfo
 from attnserve_client.cli._heatmap import heatmap
 from attnserve_client.cli._text import clean
 from attnserve_client.data_types import TensorSpec
@@ -29,9 +29,35 @@ def show_results(console: Console, texts: list[str], results: list[InferenceResu
                 more = " …" if array.size > _SHOWN_VALUES else ""
                 line.append(f"  norm {float(np.linalg.norm(array)):.4f}  [{values}{more}]")
             console.print(line)
+        if result.labels is not None:
+            show_labels(console, result.labels)
         run = result.run
         took = f"queue {1000 * run.queue_s:.1f} ms, compute {1000 * run.compute_s:.1f} ms, batch of {run.batch_size}"
         console.print(Text(f"  {took}", style="dim"))
+
+
+def show_labels(console: Console, labels: Labels) -> None:
+    """Print the labels of one text as a table: of the whole text, of its parts, or its answers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    if labels.labels:
+        for name in ("label", "score"):
+            table.add_column(name, justify="right" if name == "score" else "left", overflow="fold")
+        for label in labels.labels:
+            table.add_row(Text(clean(label.text) or str(label.index)), f"{label.score:.4f}")
+    else:
+        for name in ("answer",) if labels.kind == "spans" else ("text", "labels"):
+            table.add_column(name, overflow="fold")
+        table.add_column("characters" if labels.kind == "spans" else "at", justify="right")
+        if labels.kind == "spans":
+            table.add_column("score", justify="right")
+        for span in labels.spans:
+            shown = [Text(clean(span.text) or str(span.first_token))]
+            if labels.kind == "spans":
+                table.add_row(*shown, f"{span.start}-{span.end}", f"{span.score:.4f}")
+            else:
+                found = ", ".join(f"{clean(each.text) or each.index} {each.score:.3f}" for each in span.labels)
+                table.add_row(*shown, Text(found), f"{span.start}-{span.end}")
+    console.print(table if len(labels) else Text("  no labels", style="dim"))
 
 
 def show_explanation(console: Console, text: str, attention: AttentionMap, links: list[Link]) -> None:
@@ -40,6 +66,8 @@ def show_explanation(console: Console, text: str, attention: AttentionMap, links
     console.print(Text(f"{clean(attention.model)}, {clean(attention.title)}", style="dim"))
     if not attention.is_joined and len(attention.heads) > 1:
         console.print(Text("The heatmap is the mean of these heads; each link names its own.", style="dim"))
+    if attention.labels is not None:
+        show_labels(console, attention.labels)
     for line in heatmap(attention, attention.head_weights(), console):
         console.print(line, soft_wrap=attention.query_axis == attention.key_axis)
     if links:
@@ -84,6 +112,10 @@ def show_model(console: Console, model: ModelInfo) -> None:
     for what, specs in (("input", model.inputs), ("output", model.outputs)):
         for spec in specs:
             console.print(Text(f"  {what:<7}{_spec(spec)}"))
+    if model.head is not None:
+        named = ", ".join(map(clean, model.head.labels)) or clean(model.head.mask_token)
+        kind = f"{model.head.kind}, {model.head.activation} of {', '.join(map(clean, model.head.outputs))}"
+        console.print(Text(f"  head   {kind}{': ' + named if named else ''}"))
     for axis in model.axes:
         pads = ("padded" if axis.paddable else "not padded") + _known(axis.padding_status, axis.padding_reason)
         patches = f", {axis.grid.rows} × {axis.grid.columns} patches" if axis.grid else ""

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from attnserve.v1 import attention_pb2, model_pb2, tensor_pb2
+from attnserve.v1 import attention_pb2, labels_pb2, model_pb2, tensor_pb2
 from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._selection import AttentionSelection
@@ -34,6 +34,7 @@ class Shape:
         heads: Heads of each site.
         max_length: Longest sequence in tokens.
         window: Tokens before and after it to which each token attends; None for all.
+        labels: Labels of its head; empty for a model without a head.
     """
 
     dimensions: int
@@ -41,6 +42,7 @@ class Shape:
     heads: int
     max_length: int
     window: int | None = None
+    labels: tuple[str, ...] = ()
 
     @property
     def form(self) -> attention_pb2.AttentionForm.ValueType:
@@ -48,8 +50,27 @@ class Shape:
         windowed = self.window is not None
         return attention_pb2.ATTENTION_FORM_WINDOWED if windowed else attention_pb2.ATTENTION_FORM_DENSE
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return ("embedding", "last_hidden_state", *(("logits",) if self.labels else ()))
+
+    @property
+    def head(self) -> labels_pb2.Head | None:
+        """The head; None without labels."""
+        if not self.labels:
+            return None
+        return labels_pb2.Head(
+            kind=labels_pb2.HEAD_KIND_SEQUENCE_LABELS,
+            outputs=["logits"],
+            labels=self.labels,
+            activation=labels_pb2.LABEL_ACTIVATION_SOFTMAX,
+            top_k=min(5, len(self.labels)),
+        )
+
     def describe(self, name: str, state: str) -> model_pb2.Model:
         """Return the description that `GetModel` answers with."""
+        scores = model_pb2.Dimension(size=len(self.labels))
         seq = model_pb2.Dimension(symbol=AXIS)
         width = model_pb2.Dimension(size=self.dimensions)
         return model_pb2.Model(
@@ -61,7 +82,9 @@ class Shape:
             outputs=[
                 model_pb2.TensorSpec(name="embedding", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[width]),
                 model_pb2.TensorSpec(name="last_hidden_state", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[seq, width]),
-            ],
+                model_pb2.TensorSpec(name="logits", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[scores]),
+            ][: len(self.outputs)],
+            head=self.head,
             axes=[
                 model_pb2.Axis(
                     symbol=AXIS,
@@ -140,10 +163,31 @@ def tokenize(sequence: wire.Sequence) -> list[Unit]:
 
 
 def outputs_of(units: list[Unit], shape: Shape) -> dict[str, Array]:
-    """Return the outputs by name: hidden states (L, D), one from each token's text, and their normalized mean (D,)."""
+    """Return the outputs by name.
+
+    Hidden states are (L, D), one from each token's text; the embedding is their normalized mean (D,); logits (labels,).
+    """
     hidden = np.stack([_vector(unit.text, shape.dimensions) for unit in units])
     mean = hidden.mean(axis=0)
-    return {"embedding": mean / max(float(np.linalg.norm(mean)), 1e-9), "last_hidden_state": hidden}
+    outputs = {"embedding": mean / max(float(np.linalg.norm(mean)), 1e-9), "last_hidden_state": hidden}
+    if shape.labels:
+        outputs["logits"] = np.mean([_vector(f"label.{unit.text}", len(shape.labels)) for unit in units], axis=0)
+    return outputs
+
+
+def labels_of(logits: Array, selection: labels_pb2.LabelSelection, shape: Shape) -> labels_pb2.Labels:
+    """Return the labels of greatest softmax of the logits, as the selection keeps them."""
+    raised = np.exp(logits.astype(np.float64) - logits.max())
+    scores = raised / raised.sum()
+    best = np.argsort(-scores, kind="stable")[: selection.top_k or min(5, len(shape.labels))]
+    return labels_pb2.Labels(
+        kind=labels_pb2.HEAD_KIND_SEQUENCE_LABELS,
+        labels=[
+            labels_pb2.Label(index=int(at), text=shape.labels[at], score=scores[at])
+            for at in best
+            if not selection.min_score or scores[at] >= selection.min_score
+        ],
+    )
 
 
 def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape, model: str) -> attention_pb2.Attention:

@@ -10,21 +10,20 @@ from types import TracebackType
 from typing import Any, Final, NoReturn, Self
 
 import grpc
-from attnserve.v1 import attention_pb2, inference_service_pb2_grpc
+from attnserve.v1 import attention_pb2, inference_service_pb2_grpc, labels_pb2
 from attnserve.v1 import inference_service_pb2 as wire
 from grpc_status import rpc_status
 
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_tensor
 from attnserve_client.errors import AttnserveError, InvalidRequest, ModelNotFound, NotServing, Overloaded
-from attnserve_client.testing._answers import Shape, attention_of, chosen_layers, outputs_of, tokenize
+from attnserve_client.testing._answers import Shape, attention_of, chosen_layers, labels_of, outputs_of, tokenize
 from attnserve_client.testing._refusals import status_of
 
 _THREADS: Final = 64
 """Most threads, created on demand; the health watch of each connection occupies one."""
 _SERVING: Final = b"\x08\x01"
 """Encoded `grpc.health.v1.HealthCheckResponse(status=SERVING)`; its package is no dependency of the client."""
-_OUTPUTS: Final = ("embedding", "last_hidden_state")
 
 
 class FakeServer:
@@ -42,6 +41,7 @@ class FakeServer:
         chunk_bytes: Size of the pieces into which larger responses on a stream are split; 0 for no limit.
         window: Tokens before and after it to which each token attends; all sites are then windowed, and their maps are
             bands. None for dense sites.
+        labels: Labels of a head that classifies texts; empty for a model without a head.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class FakeServer:
         max_length: int = 256,
         chunk_bytes: int = 0,
         window: int | None = None,
+        labels: tuple[str, ...] = (),
     ) -> None:
         self.model = model
         self.latency_s = 0.0
@@ -64,7 +65,7 @@ class FakeServer:
         """All inference requests in order of arrival, failed ones included."""
         self.metadata: list[dict[str, Any]] = []
         """The metadata of all calls in order of arrival."""
-        self.shape = Shape(dimensions, layers, heads, max_length, window)
+        self.shape = Shape(dimensions, layers, heads, max_length, window, tuple(labels))
         self.chunk_bytes = chunk_bytes
         self._failures: deque[AttnserveError] = deque()  # taken by the server's threads, single operations only
         self._stopping = threading.Event()
@@ -163,10 +164,16 @@ class FakeServer:
     def _respond(self, request: wire.InferRequest) -> wire.InferResponse:
         if not request.sequences:
             raise InvalidRequest.of("sequences", "0 sequences are below 1")
-        names = list(request.outputs.names) if request.HasField("outputs") else list(_OUTPUTS)
+        known = self.shape.outputs
+        names = list(request.outputs.names) if request.HasField("outputs") else list(known)
         for position, name in enumerate(names):
-            if name not in _OUTPUTS:
-                raise InvalidRequest.of(f"outputs.names[{position}]", f"{name!r} is not one of {', '.join(_OUTPUTS)}")
+            if name not in known:
+                raise InvalidRequest.of(f"outputs.names[{position}]", f"{name!r} is not one of {', '.join(known)}")
+        if request.HasField("labels") and not self.shape.labels:
+            problem = f"model {self.model!r} has no head that gives labels: leave labels unset"
+            raise InvalidRequest.of("labels", problem)
+        labelled = request.HasField("labels") or not request.HasField("outputs")
+        labels = request.labels if self.shape.labels and labelled else None
         selection = AttentionSelection.from_wire(request.attention) if request.HasField("attention") else None
         response = wire.InferResponse(
             receipt=wire.Receipt(
@@ -181,7 +188,7 @@ class FakeServer:
         )
         for position, sequence in enumerate(request.sequences):
             response.results.append(
-                self._result(f"sequences[{position}]", sequence, names, selection, len(request.sequences))
+                self._result(f"sequences[{position}]", sequence, names, selection, labels, len(request.sequences))
             )
         response.predicted_bytes = sum(_tensor_bytes(each) for each in response.results)
         if request.validate_only:
@@ -189,7 +196,13 @@ class FakeServer:
         return response
 
     def _result(
-        self, field: str, sequence: wire.Sequence, names: list[str], selection: AttentionSelection | None, batch: int
+        self,
+        field: str,
+        sequence: wire.Sequence,
+        names: list[str],
+        selection: AttentionSelection | None,
+        labels: labels_pb2.LabelSelection | None,
+        batch: int,
     ) -> wire.SequenceResult:
         units = tokenize(sequence)
         if len(units) > self.shape.max_length:
@@ -198,6 +211,7 @@ class FakeServer:
         return wire.SequenceResult(
             outputs=[to_tensor(name, arrays[name]) for name in names],
             attention=None if selection is None else attention_of(units, selection, self.shape, self.model),
+            labels=None if labels is None else labels_of(arrays["logits"], labels, self.shape),
             run=wire.Run(batch_size=batch, useful_tokens=len(units), computed_tokens=len(units), compute_seconds=0.001),
         )
 

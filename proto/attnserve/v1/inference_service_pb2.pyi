@@ -8,6 +8,7 @@ with one violation for each invalid field; and a RetryInfo if a later retry may 
 """
 
 from attnserve.v1 import attention_pb2 as _attention_pb2
+from attnserve.v1 import labels_pb2 as _labels_pb2
 from attnserve.v1 import model_pb2 as _model_pb2
 from attnserve.v1 import tensor_pb2 as _tensor_pb2
 from collections import abc as _abc
@@ -191,6 +192,7 @@ class InferRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name. Empty: INVALID_ARGUMENT. Unknown: NOT_FOUND."""
     version: _builtins.str
@@ -216,6 +218,12 @@ class InferRequest(_message.Message):
     def attention(self) -> _attention_pb2.AttentionSelection:
         """The requested attention. Not set: none. FAILED_PRECONDITION if the model has no sites."""
 
+    @_builtins.property
+    def labels(self) -> _labels_pb2.LabelSelection:
+        """The requested labels. Not set: the default selection if the model has a head and `outputs` is not set, otherwise none.
+        INVALID_ARGUMENT if the model has no head.
+        """
+
     def __init__(
         self,
         *,
@@ -227,10 +235,11 @@ class InferRequest(_message.Message):
         priority: Global___Priority.ValueType = ...,
         validate_only: _builtins.bool = ...,
         request_id: _builtins.str = ...,
+        labels: _labels_pb2.LabelSelection | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "outputs", b"outputs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "labels", b"labels", "outputs", b"outputs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "model", b"model", "outputs", b"outputs", "priority", b"priority", "request_id", b"request_id", "sequences", b"sequences", "validate_only", b"validate_only", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "labels", b"labels", "model", b"model", "outputs", b"outputs", "priority", b"priority", "request_id", b"request_id", "sequences", b"sequences", "validate_only", b"validate_only", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -287,6 +296,7 @@ class SequenceResult(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
         """The requested outputs in the requested order, each cropped to the sequence's own lengths."""
@@ -299,16 +309,21 @@ class SequenceResult(_message.Message):
     def run(self) -> Global___Run:
         """How it was run."""
 
+    @_builtins.property
+    def labels(self) -> _labels_pb2.Labels:
+        """The labels. Not set if none were requested."""
+
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
         attention: _attention_pb2.Attention | None = ...,
         run: Global___Run | None = ...,
+        labels: _labels_pb2.Labels | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "labels", b"labels", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "outputs", b"outputs", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "labels", b"labels", "outputs", b"outputs", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -367,7 +382,9 @@ class InferResponse(_message.Message):
     EFFECTIVE_ATTENTION_FIELD_NUMBER: _builtins.int
     PREDICTED_BYTES_FIELD_NUMBER: _builtins.int
     predicted_bytes: _builtins.int
-    """Bytes of tensor data in the whole answer. Exact without `min_weight`; an upper bound with it."""
+    """Bytes of tensor data in the whole answer. Exact without `min_weight`; an upper bound with it. With labels, an upper
+    bound: each label counts with the size of the longest name, and each part of the text with 64 bytes.
+    """
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceResult]:
         """One for each sequence, in the request's order. Empty with `validate_only`."""

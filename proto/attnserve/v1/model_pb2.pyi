@@ -4,6 +4,7 @@ isort:skip_file
 The description of a model: inputs, outputs, axes, attention sites and limits."""
 
 from attnserve.v1 import attention_pb2 as _attention_pb2
+from attnserve.v1 import labels_pb2 as _labels_pb2
 from attnserve.v1 import tensor_pb2 as _tensor_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -375,6 +376,7 @@ class Model(_message.Message):
     BATCH_STATUS_FIELD_NUMBER: _builtins.int
     BATCH_REASON_FIELD_NUMBER: _builtins.int
     BATCHED_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     version: _builtins.str
@@ -431,6 +433,10 @@ class Model(_message.Message):
     def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___Site]:
         """Its attention sites, in the order of their layers."""
 
+    @_builtins.property
+    def head(self) -> _labels_pb2.Head:
+        """Its head, from whose outputs the server computes labels. Not set: it has none."""
+
     def __init__(
         self,
         *,
@@ -456,10 +462,11 @@ class Model(_message.Message):
         batch_status: Global___BatchingStatus.ValueType = ...,
         batch_reason: _builtins.str = ...,
         batched: _builtins.bool = ...,
+        head: _labels_pb2.Head | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_text", b"accepts_text", "axes", b"axes", "batch_reason", b"batch_reason", "batch_status", b"batch_status", "batched", b"batched", "batching_policy", b"batching_policy", "digest", b"digest", "execution_provider", b"execution_provider", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "name", b"name", "outputs", b"outputs", "precision", b"precision", "sites", b"sites", "state", b"state", "state_reason", b"state_reason", "text_axis", b"text_axis", "text_pair_axis", b"text_pair_axis", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_text", b"accepts_text", "axes", b"axes", "batch_reason", b"batch_reason", "batch_status", b"batch_status", "batched", b"batched", "batching_policy", b"batching_policy", "digest", b"digest", "execution_provider", b"execution_provider", "head", b"head", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "name", b"name", "outputs", b"outputs", "precision", b"precision", "sites", b"sites", "state", b"state", "state_reason", b"state_reason", "text_axis", b"text_axis", "text_pair_axis", b"text_pair_axis", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -69,6 +69,14 @@ def export(  # noqa: PLR0913 - the options of a command
     normalize: Annotated[
         bool, typer.Option("--normalize/--no-normalize", help="Scale the embedding to length 1.")
     ] = False,
+    head: Annotated[
+        bool,
+        typer.Option(
+            "--head/--no-head",
+            help="Keep the head of a classifier (sequence or token classification, question answering, masked "
+            "language), whose scores the server turns into labels.",
+        ),
+    ] = True,
     max_batch_size: MaxBatchSize = 32,
     expect_sha256: Annotated[
         str, typer.Option("--expect-sha256", help="Refuse unless model.safetensors has this sha256.", metavar="HEX")
@@ -111,6 +119,7 @@ def export(  # noqa: PLR0913 - the options of a command
             normalize=normalize,
             max_batch_size=max_batch_size,
             expect_sha256=expect_sha256,
+            head=head,
             exporter=exporter,
             opset=opset,
             zoo_options=ZooOptions(size=size, layers=layers, heads=heads, width=width, seed=seed),

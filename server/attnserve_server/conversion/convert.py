@@ -23,6 +23,7 @@ class ExportRequest(Options):
     pooling: str = ""
     normalize: bool = False
     expect_sha256: str = ""
+    head: bool = True
     exporter: str = AUTO
     opset: int = 0
     zoo_options: ZooOptions = field(default_factory=ZooOptions)
@@ -45,6 +46,7 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
         pooling=request.pooling,
         normalize=request.normalize,
         expect_sha256=request.expect_sha256,
+        head=request.head,
         exporter=request.exporter,
         opset=request.opset,
         zoo_options=request.zoo_options,

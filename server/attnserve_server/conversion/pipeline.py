@@ -32,6 +32,7 @@ from attnserve_server.conversion.verify.golden import with_golden
 from attnserve_server.conversion.verify.limits import as_the_server_warms_up, true_limits
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.certificate import Batching, Verdict
+from attnserve_server.model.heads import HeadSpec
 from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest, OutputSpec, Provenance, TextSpec
 from attnserve_server.model.report import CheckReport, RequantizeReport, TrialReport
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, write_bundle
@@ -218,6 +219,7 @@ class Conversion:
             sites=self.certified.sites,
             vocabulary_size=source.vocabulary_size,
             text=self._text(),
+            head=self._head(),
             left_out=self.left_out,
             provenance=Provenance(
                 source=source.name,
@@ -274,10 +276,10 @@ class Conversion:
         return text_of(self.source.signature.inputs, lengths, self.source.pair_start)
 
     def _outputs(self) -> tuple[OutputSpec, ...]:
-        """Return the outputs; those that continue a cache are returned to requests that name them."""
+        """Return the outputs; some, such as those that continue a cache, are returned to requests that name them."""
         decoder = self.source.decoder
-        presents = () if decoder is None else decoder.cache.presents
-        return tuple(spec.model_copy(update={"on_request": spec.name in presents}) for spec in self.assembled.outputs)
+        named = self.source.on_request.union(() if decoder is None else decoder.cache.presents)
+        return tuple(spec.model_copy(update={"on_request": spec.name in named}) for spec in self.assembled.outputs)
 
     def _text(self) -> TextSpec | None:
         """Return how text fills the inputs; None if clients cannot send text."""
@@ -286,6 +288,14 @@ class Conversion:
             return None
         text = text_of(source.signature.inputs, self.max_lengths, source.pair_start)
         return written_text(source.tokenizer, text, source.signature.inputs, self.axes, self.steps)
+
+    def _head(self) -> HeadSpec | None:
+        """Return the head of the source, if all of its outputs can be served."""
+        head, served = self.source.head, {spec.name for spec in self.assembled.outputs}
+        if head is not None and not served.issuperset(head.outputs):
+            self.steps.warn(f"the head is left out, because output {head.outputs[0]!r} cannot be served")
+            return None
+        return head
 
     def _refuse_swapped_axes(self) -> None:
         """Refuse a graph whose batch is its second axis; warn if the file names its first axis as a batch."""

@@ -109,6 +109,50 @@ class EffectiveSelection:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelSelection:
+    """A selection of labels, resolved against the head of a model.
+
+    `min_score`: None keeps all labels. `words`: whether units and answers are words. `texts`: the caller's text and its
+    pair, from which answers are cut; empty if the sequence is not text.
+    """
+
+    top_k: int
+    min_score: float | None = None
+    words: bool = False
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One label: its index in the head's labels, or a token id, and its score after the activation."""
+
+    index: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledSpan:
+    """A token, word, masked position or answer: its text and span, its first and last position, labels and score."""
+
+    text: str
+    start: int
+    end: int
+    segment: int
+    first: int
+    last: int
+    labels: tuple[Label, ...]
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """The labels of one sequence: of the whole sequence, or of parts of it."""
+
+    labels: tuple[Label, ...] = ()
+    spans: tuple[LabeledSpan, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AxisUnits:
     """The positions along one axis of one sequence, N in number, before any merging.
 
@@ -138,13 +182,15 @@ class PreparedSequence:
 
     `tensors` holds every model input without the batch axis, C-contiguous, in the model's dtype. `lengths` gives the
     length of each axis symbol (without the batch axis, and without derived axes, whose positions are counted with those
-    of their source). `units` has an entry for each axis that a selected map has.
+    of their source). `outputs` names the outputs that are fetched: those of the answer, and those that its labels are
+    computed from. `units` has an entry for each axis that a selected map or label has.
     """
 
     tensors: Mapping[str, Array]
     lengths: Mapping[str, int]
     outputs: tuple[str, ...]
     attention: EffectiveSelection | None = None
+    labels: LabelSelection | None = None
     units: Mapping[str, AxisUnits] = field(default_factory=dict)
     response_bytes: int = 0
     """Bytes of tensor data that its answer will hold; with `min_weight` at most this."""
@@ -220,5 +266,6 @@ class SequenceResult:
     run: RunFacts
     queue_s: float = 0.0
     """Seconds from its arrival to the start of its run."""
+    labels: Labels | None = None
     values: Mapping[str, Array] | None = None
     """With `keep_values`: outputs and, as `attention.<site>`, weights, cropped and not reduced."""

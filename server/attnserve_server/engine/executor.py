@@ -31,6 +31,7 @@ from attnserve_server.engine.collation import (
     weights_of,
 )
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
+from attnserve_server.engine.labels import labels_of
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
 from attnserve_server.model.equality import Difference, copied, equality_of, greatest_difference, values_of
@@ -332,7 +333,8 @@ class Executor:
                     answer = owned(answer, fetched.values())
                 self._metrics.attention_seconds.observe(self._clock.now() - started)
             kept = copied(values_of(outputs, weights, self._manifest)) if sequence.keep_values else None
-            return SequenceResult(outputs, answer, facts, values=kept)
+            labels = None if sequence.labels is None else labels_of(outputs, sequence, self._manifest)
+            return SequenceResult(outputs, answer, facts, labels=labels, values=kept)
         except Exception:  # noqa: BLE001 - the boundary of one sequence's result: the rest of the batch has its own
             _log.exception("an answer could not be made", extra={"model": self._manifest.name})
             return InternalFault()

@@ -27,6 +27,7 @@ from attnserve_server.model.frozen import (
     ModelVersion,
     Sha256,
 )
+from attnserve_server.model.heads import HeadSpec, check_head
 from attnserve_server.model.report import CheckReport, GoldenSpec, Provenance
 from attnserve_server.model.specs import (
     AxisSpec,
@@ -172,6 +173,7 @@ class Manifest(Frozen):
     sites: tuple[SiteSpec, ...] = ()
     vocabulary_size: Annotated[int, Field(ge=0)] = 0
     text: TextSpec | None = None
+    head: HeadSpec | None = None
     left_out: tuple[Rewriting, ...] | None = None
     """Graph optimizers that the runtime disables on a CPU, because this graph is faster without them.
 
@@ -242,6 +244,12 @@ class Manifest(Frozen):
             longest = self.axis(axis).max_length
             if max_tokens > longest:
                 raise ValueError(f"text: {max_tokens} tokens exceed {longest}, the maximum length of axis {axis}")
+        return self
+
+    @model_validator(mode="after")
+    def _head_has_outputs(self) -> Self:
+        if self.head is not None:
+            check_head(self.head, self.outputs)
         return self
 
     @model_validator(mode="after")

@@ -213,6 +213,7 @@ class TextSpec(Frozen):
         as_written: the axes along which the tokenizer pads and truncates as its file declares, because no mask hides
         padding
             there; along the others it does neither. None: not stated; see `Manifest.text_as_written`.
+        mask_token: the token that a text spells for a masked position; empty: text never becomes a special token.
     """
 
     axis: Symbol
@@ -221,6 +222,7 @@ class TextSpec(Frozen):
     pair_max_tokens: Annotated[int, Field(ge=0)] = 0
     pair_start: Annotated[int, Field(ge=0)] | None = None
     as_written: tuple[Symbol, ...] | None = None
+    mask_token: str = ""
 
     @model_validator(mode="after")
     def _pair_is_whole(self) -> Self:

@@ -139,7 +139,7 @@ class TextTokenizer:
             words.add(encoding, (text, pair))
         special = tuple(flag == 1 for flag in encoding.special_tokens_mask)
         offsets = [(0, 0) if flag else span for flag, span in zip(special, encoding.offsets, strict=True)]
-        texts = (self._token_text(number) for number in encoding.ids)
+        texts = (self.token_text(number) for number in encoding.ids)
         units = AxisUnits(
             axis=axis,
             length=len(ids),
@@ -188,7 +188,7 @@ class TextTokenizer:
         if units.texts or len(ids) == 1:
             units = replace(
                 units,
-                texts=(self._token_text(start), *units.texts),
+                texts=(self.token_text(start), *units.texts),
                 starts=(0, *units.starts),
                 ends=(0, *units.ends),
                 special=(True, *units.special),
@@ -213,7 +213,7 @@ class TextTokenizer:
         return AxisUnits(
             axis=axis or self._axis,
             length=len(numbers),
-            texts=tuple(self._token_text(number) for number in numbers),
+            texts=tuple(self.token_text(number) for number in numbers),
             special=tuple(number in self._special_ids for number in numbers),
             word_ids=tuple(found.ids),
             words=tuple(found.texts),
@@ -239,7 +239,13 @@ class TextTokenizer:
             words.add(encoding, (text,))
         return words
 
-    def _token_text(self, number: int) -> str:
+    @property
+    def longest_token_bytes(self) -> int:
+        """Bytes of UTF-8 of the longest token."""
+        return max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=0)
+
+    def token_text(self, number: int) -> str:
+        """Return the token of an id, special or not, as the vocabulary spells it; empty if there is no such token."""
         if not 0 <= number < ID_BOUND:
             return ""
         return self._special.get(number) or self._tokenizer.id_to_token(number) or ""

@@ -303,7 +303,7 @@ class Scheduler:
             self._fail(request, outcome, "failed")
         elif not request.ended:
             waited_s = started - request.arrived_s
-            entry.answer(SequenceResult(outcome.outputs, outcome.attention, outcome.run, waited_s))
+            entry.answer(SequenceResult(outcome.outputs, outcome.attention, outcome.run, waited_s, outcome.labels))
 
     def _expire(self, request: Request) -> None:
         now = self._clock.now()

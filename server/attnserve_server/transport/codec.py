@@ -191,14 +191,19 @@ def effective_message(effective: EffectiveSelection, sites: Sequence[SiteSpec]) 
     )
 
 
-def result_of(result: SequenceResult, outputs: Sequence[str]) -> Splice:
-    """Encode the result of one sequence (a SequenceResult) with its outputs in the order of `outputs`."""
+def result_of(result: SequenceResult, outputs: Sequence[str], labels: bytes | None = None) -> Splice:
+    """Encode the result of one sequence (a SequenceResult) with its outputs in the order of `outputs`.
+
+    `labels`: its serialized labels; None: none were selected.
+    """
     run = result.run
     message = Splice()
     for name in outputs:
         message.add(_RESULT.OUTPUTS_FIELD_NUMBER, tensor_of(result.outputs[name], name))
     if result.attention is not None:
         message.add(_RESULT.ATTENTION_FIELD_NUMBER, attention_of(result.attention))
+    if labels is not None:
+        message.add(_RESULT.LABELS_FIELD_NUMBER, labels)
     return message.add(
         _RESULT.RUN_FIELD_NUMBER,
         inference_service_pb2.Run(

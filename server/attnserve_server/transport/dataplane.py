@@ -23,6 +23,7 @@ from attnserve_server.scheduling.queue import Request
 from attnserve_server.transport import codec
 from attnserve_server.transport.description import describe
 from attnserve_server.transport.intake import Intake
+from attnserve_server.transport.labels import labels_message
 from attnserve_server.transport.status import name_of_code
 from attnserve_server.transport.validation import ValidRequest, check_model_reference, validate
 from attnserve_server.transport.wire import Received, Splice
@@ -207,12 +208,27 @@ def _is_large(received: Received[inference_service_pb2.InferRequest]) -> bool:
 def _response(prepared: Prepared, results: list[SequenceResult]) -> Splice:
     served, manifest, valid = prepared.served, prepared.manifest, prepared.valid
     return codec.response_of(
-        [codec.result_of(result, valid.outputs) for result in results],
+        [codec.result_of(result, valid.outputs, _labels(result, manifest, served)) for result in results],
         prepared.request.request_id,
         codec.receipt_of(served.name, served.version, manifest.digest, served.provider, manifest.precision),
         None if valid.effective is None else codec.effective_message(valid.effective, manifest.sites),
         valid.predicted_bytes,
     )
+
+
+def _labels(result: SequenceResult, manifest: Manifest, served: ServedModel) -> bytes | None:
+    """Return the serialized labels of one sequence; None if none were selected."""
+    if result.labels is None or manifest.head is None:
+        return None
+    tokenizer = served.tokenizer
+    name_of = tokenizer.token_text if tokenizer is not None else _unnamed
+    return labels_message(result.labels, manifest.head, name_of).SerializeToString()
+
+
+def _unnamed(number: int) -> str:
+    """Return an empty text: without a tokenizer, tokens have no names."""
+    del number
+    return ""
 
 
 def _count_attention(served: ServedModel, results: list[SequenceResult]) -> None:

@@ -11,6 +11,7 @@ from attnserve_server.model.batching import Ruling, rulings
 from attnserve_server.model.certificate import Batching
 from attnserve_server.model.manifest import InputRole, Manifest
 from attnserve_server.transport import codec
+from attnserve_server.transport.labels import head_message
 
 _POLICIES: Final[dict[Batching, model_pb2.BatchingPolicy.ValueType]] = {
     "proved": model_pb2.BATCHING_POLICY_PROVED,
@@ -98,6 +99,8 @@ def describe(message: model_pb2.Model, manifest: Manifest, batching: Batching) -
         )
         for site in manifest.sites
     )
+    if manifest.head is not None:
+        message.head.CopyFrom(head_message(manifest.head, "" if manifest.text is None else manifest.text.mask_token))
     message.vocabulary_size = manifest.vocabulary_size
     if manifest.text is not None:
         message.text_axis = manifest.text.axis

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from attnserve_server.domain.values import Array
+from attnserve_server.engine.labels import axis_of
 from attnserve_server.model.certificate import MaskNeed
 from attnserve_server.model.manifest import NUMPY_DTYPES, AxisSpec, InputRole, InputSpec, Manifest, OutputSpec
 from attnserve_server.model.tokenizer import TextTokenizer
@@ -139,6 +140,12 @@ class Intake:
     """Inputs of positions, which the server counts where a request sends none."""
     masks: tuple[MaskCheck, ...]
     """What sequences must meet to be padded; empty where none is padded."""
+    head_outputs: tuple[str, ...]
+    """The outputs that labels are computed from; empty without a head."""
+    labelled_axis: str
+    """Symbol of the axis of tokens that a head labels; empty without a head, and for one that labels sequences."""
+    longest_token: int
+    """Bytes of the longest token, if labels are tokens of the vocabulary; else 0."""
     indexes_positions: bool
     """Whether any input holds indices of positions along an axis."""
     max_batch_size: int
@@ -164,6 +171,8 @@ class Intake:
         padded = any(axis.paddable for axis in manifest.axes)
         needs = manifest.certificate.masks if padded and manifest.certificate is not None else ()
         max_lengths = {axis.symbol: axis.max_length for axis in manifest.axes}
+        head = manifest.head
+        named_by_tokens = tokenizer is not None and head is not None and not head.labels
         max_tokens = manifest.text.axes if manifest.text is not None else {}
         return cls(
             manifest=manifest,
@@ -184,6 +193,9 @@ class Intake:
             ),
             derived=tuple(axis for axis in manifest.axes if axis.derived is not None),
             masks=tuple(MaskCheck.of(need, manifest.input(need.input), constants.get(need.input)) for need in needs),
+            head_outputs=() if head is None else head.outputs,
+            labelled_axis="" if head is None else axis_of(head, manifest),
+            longest_token=tokenizer.longest_token_bytes if tokenizer is not None and named_by_tokens else 0,
             indexes_positions=any(each.along for spec in manifest.inputs for each in spec.index_ranges),
             max_batch_size=max_batch_size,
             max_text_bytes=max_text_bytes,

@@ -12,7 +12,14 @@ from attnserve.v1 import inference_service_pb2
 
 from attnserve_server.attention import check_units, pooled_units, predicted_bytes, resolve
 from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest, ResponseTooLarge, Violations, quoted
-from attnserve_server.domain.values import AttentionUnit, AxisUnits, EffectiveSelection, PreparedSequence, Priority
+from attnserve_server.domain.values import (
+    AttentionUnit,
+    AxisUnits,
+    EffectiveSelection,
+    LabelSelection,
+    PreparedSequence,
+    Priority,
+)
 from attnserve_server.model.manifest import (
     NUMPY_DTYPES,
     AxisSpec,
@@ -21,6 +28,7 @@ from attnserve_server.model.manifest import (
     is_model_name,
     is_model_version,
 )
+from attnserve_server.transport import labels
 from attnserve_server.transport.codec import priority_of, selection_of
 from attnserve_server.transport.inputs import InputReader, Inputs
 from attnserve_server.transport.intake import Intake
@@ -87,26 +95,35 @@ def validate(received: Received[inference_service_pb2.InferRequest], intake: Int
         priority = priority_of(message.priority)
     effective = _effective(message, intake, violations)
     outputs = _outputs(message, intake, violations)
+    labelled = _labels(message, intake, violations)
     found = _all_inputs(received, intake, violations)
     violations.raise_any()
     if intake.derived:
         _check_derived(found, intake, violations)
         violations.raise_any()
     sequences: list[PreparedSequence] = []
+    fetched = outputs
+    if labelled is not None:
+        fetched += tuple(name for name in intake.head_outputs if name not in outputs)
     for index, inputs in enumerate(found):
         units: dict[str, AxisUnits] = {}
-        attention_bytes = 0
+        attention_bytes = label_bytes = 0
         if effective is not None:
             units = _units(effective, inputs, intake)
             attention_bytes = _attention_bytes(effective, intake, units, index, violations)
+        selected = labelled
+        if labelled is not None:
+            selected = labels.with_texts(labelled, message.sequences[index], intake.manifest)
+            label_bytes = _label_bytes(selected, inputs, intake, units, index, violations)
         sequences.append(
             PreparedSequence(
                 tensors=inputs.tensors,
                 lengths=inputs.lengths,
-                outputs=outputs,
+                outputs=fetched,
                 attention=effective,
+                labels=selected,
                 units=units,
-                response_bytes=_output_bytes(outputs, inputs.lengths, intake) + attention_bytes,
+                response_bytes=_output_bytes(outputs, inputs.lengths, intake) + attention_bytes + label_bytes,
                 is_whole_request=len(found) == 1,
                 unpadded=not all(check.passes(inputs.tensors[check.need.input]) for check in intake.masks),
             )
@@ -144,9 +161,19 @@ def _outputs(message: inference_service_pb2.InferRequest, intake: Intake, violat
         elif name in seen:
             violations.add(path, f"output {name!r} is selected twice")
         seen.add(name)
-    if not names and not message.HasField("attention"):
-        violations.add("outputs.names", "empty, and no attention is selected: the response would be empty")
+    if not names and not message.HasField("attention") and not message.HasField("labels"):
+        violations.add("outputs.names", "empty, and no attention or label is selected: the response would be empty")
     return names
+
+
+def _labels(
+    message: inference_service_pb2.InferRequest, intake: Intake, violations: Violations
+) -> LabelSelection | None:
+    if intake.manifest.head is None and not message.HasField("labels"):
+        return None
+    with violations:
+        return labels.selection_of(message, intake.manifest)
+    return None
 
 
 def _all_inputs(
@@ -262,6 +289,23 @@ def _attention_bytes(
         check_units(effective, intake.manifest.sites, units, intake.manifest.name, index)
         return predicted_bytes(effective, intake.manifest.sites, units)
     return 0
+
+
+def _label_bytes(
+    selection: LabelSelection,
+    inputs: Inputs,
+    intake: Intake,
+    units: dict[str, AxisUnits],
+    index: int,
+    violations: Violations,
+) -> int:
+    """Add the units that the head labels to `units`, and return the greatest size of the labels."""
+    axis, labelled = intake.labelled_axis, None
+    if axis:
+        labelled = units[axis] = axis_units(axis, inputs, intake, words=selection.words or axis in units)
+        with violations:
+            labels.check_words(selection, labelled, index)
+    return labels.predicted_bytes(selection, inputs, labelled, intake.manifest, intake.longest_token)
 
 
 def _output_bytes(outputs: Sequence[str], lengths: Mapping[str, int], intake: Intake) -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from attnserve.v1 import attention_pb2, tensor_pb2
+from attnserve.v1 import attention_pb2, labels_pb2, tensor_pb2
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve_server.domain.errors import (
     MAX_VIOLATIONS,
@@ -105,6 +105,12 @@ TEXT = "sequences[0].text.text"
 VIOLATIONS: dict[str, tuple[pb.InferRequest, Intake, str, str]] = {
     "no sequence": (asking(), TINY, "sequences", "0 sequences are less than 1"),
     "more sequences than a batch": (asking(*[of_text("a")] * 9), TINY, "sequences", "9 sequences exceed 8"),
+    "labels of a model without a head": (
+        asking(of_text("a"), labels=labels_pb2.LabelSelection()),
+        TINY,
+        "labels",
+        "model 'tiny' has no head that gives labels: leave labels unset",
+    ),
     "neither text nor tensors": (asking(pb.Sequence()), TINY, "sequences[0]", "neither text nor tensors is set"),
     "the fourth sequence": (
         asking(*[of_text("a")] * 3, of_text("")),
@@ -283,7 +289,7 @@ VIOLATIONS: dict[str, tuple[pb.InferRequest, Intake, str, str]] = {
         asking(of_text("a"), outputs=pb.OutputSelection()),
         TINY,
         "outputs.names",
-        "empty, and no attention is selected: the response would be empty",
+        "empty, and no attention or label is selected: the response would be empty",
     ),
     "unknown priority": (asking(of_text("a"), priority=9), TINY, "priority", "9 is not one of 0, 1, 2, 3"),
     "layer out of range": (

@@ -14,16 +14,20 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from tokenizers import Tokenizer
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.finders.names import WRAPPER
 from attnserve_server.conversion.learning.fixed_axes import PatchGrid
-from attnserve_server.conversion.sources.architectures import Family, family_of
+from attnserve_server.conversion.sources.architectures import Family, Head, family_of, head_of, keeps_head
 from attnserve_server.conversion.sources.architectures.base import eager
+from attnserve_server.conversion.sources.architectures.heads import spec_of
+from attnserve_server.conversion.sources.architectures.text import HIDDEN
 from attnserve_server.conversion.sources.torch_export import Traceable, quiet, trace
 from attnserve_server.conversion.verify.compare import Reference
 from attnserve_server.domain.values import Array
+from attnserve_server.model.heads import HeadSpec
 from attnserve_server.model.repository import TOKENIZER_FILE, sha256_of
 
 PACKAGE_PREFIX = "package:"
@@ -56,6 +60,14 @@ class ModelFolder:
         """Return the class that the weights were saved from; empty if the configuration does not name it."""
         named = self._json("config.json").get("architectures")
         return str(named[0]) if isinstance(named, list) and named else ""
+
+    def mask_id(self) -> int | None:
+        """Return the id of the tokenizer's mask token; None without a tokenizer or without such a token."""
+        token = self._json("tokenizer_config.json").get("mask_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if self.tokenizer_path is None or not isinstance(content, str):
+            return None
+        return Tokenizer.from_file(str(self.tokenizer_path)).token_to_id(content)
 
     def normalises(self) -> bool:
         """Return whether sentence-transformers scales the pooled vector of this model to length 1."""
@@ -124,9 +136,10 @@ class Wrapper(torch.nn.Module):
 class HuggingFaceModel:
     """A model folder as a `TorchModel`. Loads the model once for tracing, and once for its eager answers."""
 
-    def __init__(self, folder: ModelFolder, pooling: str, *, normalize: bool) -> None:
+    def __init__(self, folder: ModelFolder, pooling: str, *, normalize: bool, keep_head: bool = True) -> None:
         self._folder = folder
         self._pooling, self._normalize = pooling, normalize
+        self._head = head_of(folder.architecture()) if keep_head else None
         self._traced: Family = self._load("sdpa", "eager")
         self._eager: Family | None = None
 
@@ -178,6 +191,21 @@ class HuggingFaceModel:
         return self._traced.grids
 
     @property
+    def head(self) -> HeadSpec | None:
+        """How labels are made from its outputs, by its configuration; None without a head."""
+        if self._head is None:
+            return None
+        mask_id = self._folder.mask_id() if self._head.kind == "masked_tokens" else None
+        return spec_of(self._head, self._traced.source.config, mask_id)
+
+    @property
+    def on_request(self) -> frozenset[str]:
+        """Hidden states of a model with a head, and scores over the vocabulary, because they are large."""
+        if self._head is None:
+            return frozenset()
+        return frozenset({HIDDEN, *(self._head.outputs if self._head.kind == "masked_tokens" else ())})
+
+    @property
     def versions(self) -> Mapping[str, str]:
         """Versions of torch, transformers and onnx."""
         import transformers  # noqa: PLC0415 - after the variable that `_loaded` sets
@@ -213,20 +241,27 @@ class HuggingFaceModel:
         )
 
     def _load(self, *attentions: str) -> Family:
-        """Load the model with the first of these attention implementations that it supports."""
+        """Load the model with the first of these attention implementations that it supports.
+
+        A head is left out if the weights of the head are missing, or the family of the model serves none.
+        """
         faults: list[BuildRefused] = []
-        for attention in attentions:
-            try:
-                source = _loaded(self._folder.path, attention)
-            except BuildRefused as fault:
-                faults.append(fault)
-            else:
-                return family_of(source, self._pooling, normalize=self._normalize)
+        for head in dict.fromkeys((self._head, None)):
+            for attention in attentions:
+                try:
+                    source, complete = _loaded(self._folder.path, attention, head)
+                except BuildRefused as fault:
+                    faults.append(fault)
+                    continue
+                if head is not None and not (complete and keeps_head(source)):
+                    break
+                self._head = head
+                return family_of(source, self._pooling, normalize=self._normalize, head=head)
         raise faults[-1]
 
 
 def hugging_face_model(
-    source: str, pooling: str, *, normalize: bool, expect_sha256: str, steps: Steps
+    source: str, pooling: str, *, normalize: bool, expect_sha256: str, keep_head: bool, steps: Steps
 ) -> HuggingFaceModel:
     """Load the model of a folder, or of an installed package.
 
@@ -235,6 +270,7 @@ def hugging_face_model(
         pooling: "mean" adds the output `embedding`; empty: none.
         normalize: whether to scale that embedding to length 1.
         expect_sha256: the required digest of its model.safetensors; empty: any.
+        keep_head: whether to keep a head that can be labelled.
         steps: receives warnings.
 
     Raises:
@@ -244,8 +280,9 @@ def hugging_face_model(
     if pooling and folder.normalises() and not normalize:
         steps.warn("the source also scales its embedding to length 1; add --normalize to do the same")
     steps.note("loading the model")
-    model = HuggingFaceModel(folder, pooling, normalize=normalize)
-    if folder.architecture() not in {"", model.architecture}:
+    model = HuggingFaceModel(folder, pooling, normalize=normalize, keep_head=keep_head)
+    wanted = keep_head or head_of(folder.architecture()) is None
+    if wanted and folder.architecture() not in {"", model.architecture}:
         steps.warn(
             f"{folder.architecture()} is converted as {model.architecture}: without its head, and without the head's "
             "scores"
@@ -253,19 +290,28 @@ def hugging_face_model(
     return model
 
 
-def _loaded(path: Path, attention: str) -> Any:
-    """Load a model offline, in float32 and evaluation mode, with one implementation of attention."""
+def _loaded(path: Path, attention: str, head: Head | None) -> tuple[Any, bool]:
+    """Load a model offline, in float32 and evaluation mode, with one implementation of attention.
+
+    Returns:
+        The model, and whether the folder has all of its weights: transformers draws missing ones at random.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers  # noqa: PLC0415 - reads the variable above when it is imported
 
     with quiet():
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            source = transformers.AutoModel.from_pretrained(
-                path, attn_implementation=attention, dtype=torch.float32, local_files_only=True
+            loader = transformers.AutoModel if head is None else getattr(transformers, head.loader)
+            source, report = loader.from_pretrained(
+                path,
+                attn_implementation=attention,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
             )
         except Exception as fault:  # noqa: BLE001 - the boundary to transformers, which raises many types here
             words = " ".join(str(fault).split()).replace(str(path), path.name) or type(fault).__name__
             raise BuildRefused(f"transformers cannot load the model: {words.partition('. ')[0]}") from None
     source.config.use_cache = False
-    return source.eval()
+    return source.eval(), not report["missing_keys"]

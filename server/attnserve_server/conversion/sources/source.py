@@ -18,6 +18,7 @@ from attnserve_server.conversion.learning.fixed_axes import PatchGrid
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.verify.compare import Reference
 from attnserve_server.domain.values import Array
+from attnserve_server.model.heads import HeadSpec
 
 ZOO_PREFIX = "zoo:"
 """Start of the names of models of the zoo."""
@@ -74,6 +75,14 @@ class TorchModel(Protocol):
         """The patch grid of each fixed axis over patches, by the length of the axis."""
 
     @property
+    def head(self) -> HeadSpec | None:
+        """How labels are made from its outputs; None without a head."""
+
+    @property
+    def on_request(self) -> frozenset[str]:
+        """The outputs that are sent only to requests that name them."""
+
+    @property
     def versions(self) -> Mapping[str, str]:
         """Versions of the libraries that export it."""
 
@@ -102,6 +111,8 @@ class SourceGraph:
         tokenizer: the tokenizer.json; None if clients cannot send text.
         pair_start: the id before the second text, if that has its own input; else None.
         grids: the patch grid of each fixed axis over patches, by the length of the axis.
+        head: how labels are made from the outputs; None without a head.
+        on_request: the outputs that are sent only to requests that name them.
         model: the torch model that was traced; None for an ONNX file.
         others: exports by other exporters, which may be faster.
         decoder: the graphs of a decoder with a cache, of which `proto` is the prompt graph; None for any other graph.
@@ -120,6 +131,8 @@ class SourceGraph:
     tokenizer: Path | None = None
     pair_start: int | None = None
     grids: Mapping[int, PatchGrid] = field(default_factory=dict)
+    head: HeadSpec | None = None
+    on_request: frozenset[str] = frozenset()
     model: TorchModel | None = None
     others: tuple[OtherExport, ...] = ()
     decoder: Decoder | None = None

@@ -39,6 +39,7 @@ class TorchSource(Source):
         pooling: "mean" adds the output `embedding`, the mean over unpadded tokens; empty: no such output.
         normalize: whether to scale that embedding to length 1.
         expect_sha256: the required digest of the weights; empty: any.
+        head: whether to keep the head of a classifier.
         exporter: `auto`, `dynamo` or `torchscript`.
         opset: 0 for the exporter's default.
         zoo_options: size and seed of a model of the zoo.
@@ -51,6 +52,7 @@ class TorchSource(Source):
     pooling: str = ""
     normalize: bool = False
     expect_sha256: str = ""
+    head: bool = True
     exporter: str = AUTO
     opset: int = 0
     zoo_options: ZooOptions = field(default_factory=ZooOptions)
@@ -76,6 +78,7 @@ class TorchSource(Source):
             pooling=self.pooling,
             normalize=self.normalize,
             expect_sha256=self.expect_sha256,
+            head=self.head,
             zoo_options=self.zoo_options,
             steps=steps,
         )
@@ -98,6 +101,8 @@ class TorchSource(Source):
             tokenizer=model.tokenizer_path,
             pair_start=model.pair_start,
             grids=model.grids,
+            head=model.head,
+            on_request=model.on_request,
             model=model,
             others=tuple(self._others(model, exporter)),
         )
@@ -127,6 +132,7 @@ def load_model(
     pooling: str = "",
     normalize: bool = False,
     expect_sha256: str = "",
+    head: bool = True,
     zoo_options: ZooOptions | None = None,
     steps: Steps | None = None,
 ) -> TorchModel:
@@ -137,6 +143,7 @@ def load_model(
         pooling: "mean" adds the output `embedding`; text encoders and decoders only.
         normalize: whether to scale that embedding to length 1.
         expect_sha256: the required digest of the weights; empty: any.
+        head: whether to keep the head of a classifier.
         zoo_options: size and seed of a model of the zoo.
         steps: receives warnings.
 
@@ -155,7 +162,9 @@ def load_model(
         raise BuildRefused("--size, --layers, --heads, --width and --seed apply to models of the zoo only")
     from attnserve_server.conversion.sources.hugging_face import hugging_face_model  # noqa: PLC0415 - imports torch
 
-    return hugging_face_model(name, pooling, normalize=normalize, expect_sha256=expect_sha256, steps=steps)
+    return hugging_face_model(
+        name, pooling, normalize=normalize, expect_sha256=expect_sha256, keep_head=head, steps=steps
+    )
 
 
 def export_graph(model: TorchModel, exporter: str, opset: int, steps: Steps) -> tuple[onnx.ModelProto, str, int]:

@@ -7,12 +7,13 @@ from typing import Any
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.sources.architectures.base import Family, InputTensor
 from attnserve_server.conversion.sources.architectures.encoder_decoder import EncoderDecoder, Speech
+from attnserve_server.conversion.sources.architectures.heads import Head, head_of
 from attnserve_server.conversion.sources.architectures.image import Image, ImageText
 from attnserve_server.conversion.sources.architectures.longformer import Longformer
 from attnserve_server.conversion.sources.architectures.swin import Swin
 from attnserve_server.conversion.sources.architectures.text import Text
 
-__all__ = ["Family", "InputTensor", "family_of"]
+__all__ = ["Family", "Head", "InputTensor", "family_of", "head_of", "keeps_head"]
 
 _BY_MODEL_TYPE: dict[str, type[Family]] = {"longformer": Longformer, "swin": Swin}
 """Models that need a separate class, by the model type of their configuration."""
@@ -20,23 +21,29 @@ _BY_MAIN_INPUT: dict[str, type[Family]] = {"pixel_values": Image, "input_feature
 """All other models, by the name of their main input. Models of text are not listed."""
 
 
-def family_of(source: Any, pooling: str = "", *, normalize: bool = False) -> Family:
+def family_of(source: Any, pooling: str = "", *, normalize: bool = False, head: Head | None = None) -> Family:
     """Return the family of a loaded model.
 
     Args:
         source: the transformers model.
         pooling: "mean" adds the output `embedding`; empty: none.
         normalize: whether to scale that embedding to length 1.
+        head: the head that the model was loaded with; None: the model has no head, or it is left out.
 
     Raises:
         BuildRefused: `pooling` is given for a model that does not encode one text.
     """
     family = _family_of(source)
     if issubclass(family, Text):
-        return family(source, pooling, normalize=normalize)
+        return family(source, pooling, normalize=normalize, head=head)
     if pooling:
         raise BuildRefused(f"{type(source).__name__} does not encode one text: remove --pooling {pooling}")
     return family(source)
+
+
+def keeps_head(source: Any) -> bool:
+    """Return whether the family of a loaded model serves its head: models of one text do."""
+    return issubclass(_family_of(source), Text)
 
 
 def _family_of(source: Any) -> type[Family]:

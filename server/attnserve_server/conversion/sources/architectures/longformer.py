@@ -31,14 +31,14 @@ class Longformer(Text):
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """Attend by blocks, on a sequence of any length, for the duration of the context."""
-        layers = [layer.attention.self for layer in self.source.encoder.layer]
+        layers = [layer.attention.self for layer in self.source.base_model.encoder.layer]
         for layer in layers:
             layer.forward = MethodType(_attend, layer)
-        self.source._pad_to_window_size = _unpadded  # noqa: SLF001 - where the model pads
+        self.source.base_model._pad_to_window_size = _unpadded  # noqa: SLF001 - where the model pads
         try:
             yield
         finally:
-            del self.source._pad_to_window_size  # noqa: SLF001
+            del self.source.base_model._pad_to_window_size  # noqa: SLF001
             for layer in layers:
                 del layer.forward
 

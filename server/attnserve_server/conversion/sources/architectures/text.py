@@ -1,4 +1,4 @@
-"""Text encoders and decoders, such as BERT and GPT-2: one sequence of ids to hidden states."""
+"""Text encoders and decoders, such as BERT and GPT-2: one sequence of ids to hidden states, and to a head's scores."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ import torch
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.inputs.signature import SEQUENCE
 from attnserve_server.conversion.sources.architectures.base import Family, InputTensor
+from attnserve_server.conversion.sources.architectures.heads import Head
 
 HIDDEN, EMBEDDING = "last_hidden_state", "embedding"
 
 
 class Text(Family):
-    """One text. `pooling` "mean" adds the mean over unpadded tokens, (B, D)."""
+    """One text. `pooling` "mean" adds the mean over unpadded tokens, (B, D); `head` the scores of the model's head."""
 
-    def __init__(self, source: Any, pooling: str = "", *, normalize: bool = False) -> None:
+    def __init__(self, source: Any, pooling: str = "", *, normalize: bool = False, head: Head | None = None) -> None:
         super().__init__(source)
-        self._pooling, self._normalize = pooling, normalize
+        self._pooling, self._normalize, self._head = pooling, normalize, head
+        self._hidden: list[torch.Tensor] = []
+        if head is not None:
+            # The answer of a model with a head has no hidden states of its last layer.
+            source.base_model.register_forward_hook(self._keep_hidden)
 
     @property
     def inputs(self) -> tuple[InputTensor, ...]:
@@ -43,8 +48,9 @@ class Text(Family):
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Hidden states, then the embedding if `pooling` is set."""
-        return (HIDDEN, EMBEDDING) if self._pooling else (HIDDEN,)
+        """The head's scores if there is a head, hidden states, then the embedding if `pooling` is set."""
+        scores = self._head.outputs if self._head else ()
+        return (*scores, HIDDEN, EMBEDDING) if self._pooling else (*scores, HIDDEN)
 
     @property
     def max_lengths(self) -> dict[str, int]:
@@ -52,19 +58,26 @@ class Text(Family):
         return {SEQUENCE: positions(self.source)}
 
     def outputs(self, answer: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Return hidden states (B, L, D) and, if pooled, (B, D)."""
-        hidden = answer.last_hidden_state
+        """Return the head's scores, hidden states (B, L, D) and, if pooled, (B, D)."""
+        if self._head is None:
+            scores, hidden = (), answer.last_hidden_state
+        else:
+            scores, hidden = tuple(answer[name] for name in self._head.outputs), self._hidden.pop()
         if not self._pooling:
-            return (hidden,)
+            return (*scores, hidden)
         mask = tensors["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
         if self._normalize:
             pooled = torch.nn.functional.normalize(pooled, dim=-1)
-        return hidden, pooled
+        return *scores, hidden, pooled
 
     def weights(self, answer: Any) -> Sequence[torch.Tensor | None]:
         """Return the weights of each layer."""
         return tuple(answer.attentions)
+
+    def _keep_hidden(self, module: torch.nn.Module, given: Any, answer: Any) -> None:
+        del module, given
+        self._hidden[:] = [answer.last_hidden_state]
 
 
 def positions(source: Any) -> int:

@@ -42,6 +42,7 @@ from attnserve_server.conversion.sources.zoo.skeleton import (
 from attnserve_server.conversion.sources.zoo.sparse import SlidingWindowAttention, TopKAttention
 from attnserve_server.conversion.verify.compare import Reference
 from attnserve_server.domain.values import Array
+from attnserve_server.model.heads import HeadSpec
 
 BUILDERS: dict[str, Callable[[ZooSize], ZooModule]] = {
     "self": partial(Encoder, attention=DenseAttention),
@@ -88,6 +89,16 @@ class ZooModel:
     def pair_start(self) -> int | None:
         """None: a second text starts with its own first token."""
         return None
+
+    @property
+    def head(self) -> HeadSpec | None:
+        """None: models of the zoo have no head."""
+        return None
+
+    @property
+    def on_request(self) -> frozenset[str]:
+        """Empty: every output is sent by default."""
+        return frozenset()
 
     @property
     def grids(self) -> Mapping[int, PatchGrid]:
