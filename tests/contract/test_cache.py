@@ -12,9 +12,11 @@ from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from cache_graphs import POSITIONS, VOCABULARY, CachedDecoder
+from crossed_caches import WIDTH, CrossedDecoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 CASES = {"optimum": CachedDecoder(), "total": CachedDecoder(total="total_sequence_length")}
+CROSSED = CrossedDecoder()
 # float32 sums in another order.
 TOLERANCE = 1e-5
 LENGTHS = (9, 4, 1)
@@ -26,9 +28,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
-    for name, case in CASES.items():
+    files = {name: case.model() for name, case in CASES.items()}
+    files |= {"merged": CROSSED.merged(), "decoder_model": CROSSED.apart(cached=False)}
+    for name, model in files.items():
         file = folder / f"{name}.onnx"
-        file.write_bytes(case.model().SerializeToString())
+        file.write_bytes(model.SerializeToString())
         request = PrepareRequest(
             file=file, name=name, repository=folder / "models", tokenizer=folder / "tokenizer.json", max_length=32
         )
@@ -98,3 +102,27 @@ async def test_positions_that_a_request_sends_are_used(client: AsyncClient) -> N
 async def test_positions_beyond_the_table_are_refused(client: AsyncClient) -> None:
     with pytest.raises(InvalidRequest, match=f"values of input 'position_ids' must be from -?\\d+ to {POSITIONS - 1}"):
         await client.infer("optimum", {"input_ids": ids_of(2), "position_ids": np.array([0, POSITIONS])})
+
+
+@pytest.mark.parametrize("name", ["merged", "decoder_model"])
+async def test_texts_of_a_decoder_attend_to_the_states_that_they_are_sent_with(client: AsyncClient, name: str) -> None:
+    rng = np.random.default_rng(3)
+    each = [(ids_of(length), rng.normal(size=(11 - length, WIDTH)).astype(np.float32)) for length in LENGTHS]
+    masks = [np.arange(len(states)) != 1 for _, states in each]
+    results = await client.infer(
+        name,
+        [
+            {"input_ids": ids, "encoder_hidden_states": states, "encoder_attention_mask": mask.astype(np.int64)}
+            for (ids, states), mask in zip(each, masks, strict=True)
+        ],
+        outputs=["logits", "present.0.encoder.key", "present.0.decoder.value"],
+        attention=True,
+    )
+    for (ids, states), mask, result in zip(each, masks, results, strict=True):
+        logits, weights, presents = CROSSED.answer(ids, states, mask)
+        np.testing.assert_allclose(result.outputs["logits"], logits, rtol=0, atol=10 * TOLERANCE)
+        for kept in ("present.0.encoder.key", "present.0.decoder.value"):
+            np.testing.assert_allclose(result.outputs[kept], presents[kept], rtol=0, atol=TOLERANCE)
+        for found, expected in zip(result.attention, weights, strict=True):
+            np.testing.assert_allclose(found.weights, expected, rtol=0, atol=TOLERANCE)
+    assert [spec.name for spec in (await client.model(name)).outputs if not spec.on_request] == ["logits"]

@@ -12,6 +12,7 @@ from attnserve_server.conversion.assemble import Assembled, axes_of
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Step, Steps
 from attnserve_server.conversion.base.tolerances import judge
+from attnserve_server.conversion.caches.finding import is_named_present
 from attnserve_server.conversion.choose.fusion import Rewritten, fused
 from attnserve_server.conversion.choose.trials import faster_export, fastest
 from attnserve_server.conversion.graphs.reading import checked
@@ -277,9 +278,12 @@ class Conversion:
 
     def _outputs(self) -> tuple[OutputSpec, ...]:
         """Return the outputs; some, such as those that continue a cache, are returned to requests that name them."""
-        decoder = self.source.decoder
+        decoder, outputs = self.source.decoder, self.assembled.outputs
         named = self.source.on_request.union(() if decoder is None else decoder.cache.presents)
-        return tuple(spec.model_copy(update={"on_request": spec.name in named}) for spec in self.assembled.outputs)
+        named |= {spec.name for spec in outputs if is_named_present(spec.name)}
+        if named.issuperset(spec.name for spec in outputs):
+            return outputs
+        return tuple(spec.model_copy(update={"on_request": spec.name in named}) for spec in outputs)
 
     def _text(self) -> TextSpec | None:
         """Return how text fills the inputs; None if clients cannot send text."""

@@ -73,18 +73,27 @@ class FoundPast:
         axis: its axis of positions, with the batch counted.
         uses: every use of it.
         present: the output that continues it; None if the graph returns none.
+        crossed: whether it holds keys or values of an encoder, which nothing is joined with.
     """
 
     value: ir.Value
     axis: int
     uses: tuple[Use, ...]
     present: ir.Value | None
+    crossed: bool = False
 
 
 def find_pasts(graph: ir.Graph) -> tuple[FoundPast, ...]:
-    """Return the inputs that hold a cache, in their order."""
-    found = (_found(value) for value in graph.inputs if value.const_value is None)
-    return tuple(past for past in found if past is not None)
+    """Return the inputs that hold a cache, in their order.
+
+    Beside a cache of the decoder's own keys and values, an input with a cache's name that is attended to as it is holds
+    keys or values of an encoder.
+    """
+    values = [value for value in graph.inputs if value.const_value is None and _may_hold_keys(value)]
+    found = {value: _found(value) for value in values}
+    if any(found.values()):
+        found |= {value: _crossed(value) for value, past in found.items() if past is None}
+    return tuple(past for past in found.values() if past is not None)
 
 
 def is_named_past(name: str) -> bool:
@@ -92,9 +101,17 @@ def is_named_past(name: str) -> bool:
     return _NAMED.search(name) is not None
 
 
+def is_named_present(name: str) -> bool:
+    """Return whether an output's name is one that continues a cache, such as `present.0.key` or `present_key_0`."""
+    return re.match(r"present(?:_keys?|_values?|_key_values)?[._]", name) is not None
+
+
+def _may_hold_keys(value: ir.Value) -> bool:
+    return value.dtype in _FLOATS and value.shape is not None and len(value.shape) > 2
+
+
 def _found(value: ir.Value) -> FoundPast | None:
-    if value.dtype not in _FLOATS or value.shape is None or len(value.shape) < 3:
-        return None
+    assert value.shape is not None
     uses = tuple(_uses(value, tuple(range(len(value.shape)))))
     if not all(use.node.op_type == "Shape" or use.joined_axis is not None for use in uses):
         return None
@@ -106,10 +123,18 @@ def _found(value: ir.Value) -> FoundPast | None:
     if isinstance(value.shape[axis], int):
         return None  # a buffer of a fixed length, such as that of a convolution, is never empty
     presents = [present for use in uses for present in _presents(use)]
-    signs = [bool(presents), is_named_past(str(value.name)), any(map(_attended, uses))]
-    if sum(signs) < 2:
+    attended = any(_attended(_joined(use)) for use in uses) or any(use.present_index is not None for use in uses)
+    if bool(presents) + is_named_past(str(value.name)) + attended < 2:
         return None
     return FoundPast(value, axis, uses, presents[0] if presents else None)
+
+
+def _crossed(value: ir.Value) -> FoundPast | None:
+    assert value.shape is not None
+    axes = [axis for axis, size in enumerate(value.shape) if axis and not isinstance(size, int)]
+    if len(axes) != 1 or not is_named_past(str(value.name)) or not _attended([value]):
+        return None
+    return FoundPast(value, axes[0], (), None, crossed=True)
 
 
 def _uses(value: ir.Value, order: tuple[int, ...]) -> Iterator[Use]:
@@ -123,11 +148,14 @@ def _uses(value: ir.Value, order: tuple[int, ...]) -> Iterator[Use]:
             yield Use(node, index, order)
 
 
-def _attended(use: Use) -> bool:
-    """Return whether a node's joined keys or values are multiplied with another activation, as attention does."""
-    if use.present_index is not None:
-        return True
-    waiting, seen = [*use.node.outputs] if use.joined_axis is not None else [], set[ir.Value]()
+def _joined(use: Use) -> list[ir.Value]:
+    """Return the joined keys or values of a node; empty where it joins none, or joins them inside."""
+    return [use.node.outputs[0]] if use.joined_axis is not None and use.present_index is None else []
+
+
+def _attended(values: list[ir.Value]) -> bool:
+    """Return whether one of these values is multiplied with another activation, as attention multiplies keys."""
+    waiting, seen = [*values], set[ir.Value]()
     while waiting:
         value = waiting.pop()
         seen.add(value)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
 
+from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.caches.decoder import Cache, Decoder, Past
 from attnserve_server.conversion.caches.finding import FoundPast, find_pasts
+from attnserve_server.conversion.caches.merged import branches_of
 from attnserve_server.conversion.caches.prompt import without_past
 from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.inputs.roles import is_position, plain_name
 from attnserve_server.conversion.inputs.signature import SEQUENCE, dtype_of
 
+_NAMED = re.compile(r"past(?:_key_values)?", re.IGNORECASE)
 PAST = "past"
 """The symbol of past positions, where the graph has none."""
 
@@ -26,16 +30,40 @@ def decoder_of(proto: onnx.ModelProto, name: str) -> Decoder | None:
         name: of the file, for messages.
 
     Raises:
-        BuildRefused: the cache is recognised, and the graph cannot compute whole sequences.
+        BuildRefused: the cache is recognised, and the graph cannot compute whole sequences. It needs an encoder's keys,
+            for example.
     """
+    branches = branches_of(proto)
+    if branches is not None:
+        return _of_branches(*branches, name)
     model = ir.from_proto(proto)
     pasts = find_pasts(model.graph)
     if not pasts:
         return None
+    crossed = next((past for past in pasts if past.crossed), None)
+    if crossed is not None:
+        raise BuildRefused(
+            f"input {crossed.value.name!r} holds keys or values of an encoder, which an empty past has none of: "
+            "prepare the file that computes them, such as decoder_model.onnx, or the merged file"
+        )
     cache = _cache(model.graph, pasts)
     without_past(model, pasts)
     _rename(model.graph, {cache.total_axis: cache.new_axis})
     return Decoder(checked(ir.to_proto(model), name), proto, cache)
+
+
+def _of_branches(prompt: ir.Model, continuing: ir.Model, name: str) -> Decoder | None:
+    """Return the decoder of a merged file, of which one branch takes a cache and the other computes whole sequences."""
+    pasts = find_pasts(continuing.graph)
+    if not pasts:
+        return None
+    cache = _cache(continuing.graph, pasts)
+    crossed = {past.present for past in cache.pasts if past.crossed}
+    for value in [value for value in continuing.graph.outputs if value.name in crossed]:
+        continuing.graph.outputs.remove(value)  # a constant in the place of the encoder's keys and values
+    without_past(prompt, find_pasts(prompt.graph))
+    _rename(prompt.graph, {cache.total_axis: cache.new_axis})
+    return Decoder(checked(ir.to_proto(prompt), name), checked(ir.to_proto(continuing), name), cache)
 
 
 def whole_sequences(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
@@ -56,7 +84,8 @@ def _cache(graph: ir.Graph, pasts: Sequence[FoundPast]) -> Cache:
     """Describe the cache, and find the axes that the positions of past and new tokens have."""
     names = {past.value.name for past in pasts}
     others = [value for value in graph.inputs if value.name not in names and value.const_value is None]
-    past_axis = _symbol(pasts[0].value, pasts[0].axis) or PAST
+    first = next(past for past in pasts if not past.crossed)
+    past_axis = _symbol(first.value, first.axis) or PAST
     totals = {_symbol(past.present, past.axis): None for past in pasts if past.present is not None}
     totals |= {symbol: None for value in others for symbol in _symbols(value) if past_axis in _terms(symbol)}
     masks = [value for value in others if any(symbol in totals for symbol in _symbols(value))]
@@ -77,10 +106,11 @@ def _described(past: FoundPast) -> Past:
     value = past.value
     assert value.shape is not None
     assert value.dtype is not None
+    name = str(value.name)
     return Past(
-        name=str(value.name),
-        present=str(past.present.name) if past.present is not None else "",
-        dtype=dtype_of(value.dtype.value, str(value.name)),
+        name=name,
+        present=str(past.present.name) if past.present is not None else _NAMED.sub("present", name) * past.crossed,
+        dtype=dtype_of(value.dtype.value, name),
         shape=tuple(
             size
             if isinstance(size, int)
@@ -88,6 +118,7 @@ def _described(past: FoundPast) -> Past:
             for axis, size in enumerate(value.shape)
         )[1:],
         axis=past.axis - 1,
+        crossed=past.crossed,
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import onnx
 import pytest
+from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.caches.splitting import decoder_of
 from attnserve_server.conversion.graphs.reading import checked
 from cache_graphs import HEAD_DIM, HEADS, NEW, PAST, TOTAL, CachedDecoder
+from crossed_caches import KEPT, CrossedDecoder
 from onnx import TensorProto, helper
 
 
@@ -88,3 +90,32 @@ def joined(
 def test_a_cache_is_a_tensor_of_any_length_that_is_joined_and_returned(changes: dict, is_cache: bool) -> None:
     found = decoder_of(onnx.shape_inference.infer_shapes(joined(**changes)), "joined.onnx")
     assert (found is not None) is is_cache
+
+
+@pytest.mark.parametrize("cached_first", [True, False])
+def test_the_branches_of_a_merged_file_are_two_graphs(cached_first: bool) -> None:
+    file = checked(CrossedDecoder().merged(cached_first=cached_first), "merged.onnx")
+    decoder = decoder_of(file, "merged.onnx")
+    assert decoder is not None
+    shared = ["encoder_attention_mask", "input_ids"]
+    assert [value.name for value in decoder.prompt.graph.input] == [*shared, "encoder_hidden_states"]
+    pasts = [past.name for past in decoder.cache.pasts]
+    assert pasts == [f"past_key_values.0.{kind}" for kind in KEPT]
+    assert [value.name for value in decoder.continuing.graph.input] == [*shared, *pasts]
+    assert [(past.crossed, past.present) for past in decoder.cache.pasts] == [
+        ("encoder" in kind, f"present.0.{kind}") for kind in KEPT
+    ]
+    # The branch with a cache computes no keys of the encoder: its outputs of them are a constant.
+    presents = [f"present.0.{kind}" for kind in KEPT]
+    assert [value.name for value in decoder.prompt.graph.output] == ["logits", *presents]
+    assert [value.name for value in decoder.continuing.graph.output] == ["logits", *presents[:2]]
+
+
+def test_a_decoder_that_takes_the_encoders_keys_is_refused() -> None:
+    file = checked(CrossedDecoder().apart(cached=True), "decoder_with_past_model.onnx")
+    with pytest.raises(BuildRefused, match=r"'past_key_values.0.encoder.key' holds keys or values of an encoder"):
+        decoder_of(file, "decoder_with_past_model.onnx")
+
+
+def test_a_decoder_without_a_cache_stays_as_it_is() -> None:
+    assert decoder_of(checked(CrossedDecoder().apart(cached=False), "decoder.onnx"), "decoder.onnx") is None
