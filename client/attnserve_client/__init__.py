@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from attnserve_client._async.client import AsyncClient
 from attnserve_client._attention import AttentionMap
+from attnserve_client._features import AttentionFeatures, SiteFeatures
 from attnserve_client._labels import Labels, LabelSelection
 from attnserve_client._models import ModelInfo
 from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
@@ -38,6 +39,7 @@ from attnserve_client.errors import (
 
 __all__ = [
     "AsyncClient",
+    "AttentionFeatures",
     "AttentionMap",
     "AttentionSelection",
     "AttentionUnavailable",
@@ -58,6 +60,7 @@ __all__ = [
     "RetryPolicy",
     "Run",
     "ServerUnreachable",
+    "SiteFeatures",
     "StreamAnswer",
     "Token",
     "__version__",

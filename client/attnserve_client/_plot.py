@@ -1,12 +1,14 @@
-"""An attention map as a matplotlib figure. matplotlib is an extra; pyplot is avoided because of its global state."""
+"""Attention maps and features as matplotlib figures. matplotlib is an extra; pyplot is avoided: it has global state."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from attnserve_client._patches import strongest
 
@@ -38,21 +40,17 @@ def figure(attention: MapData, head: int | None) -> Figure:
         ImportError: matplotlib is missing.
         ValueError: The map has no such head.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise ImportError(_INSTALL) from None
+    drawn = _empty_figure()
     which = "" if head is None else f", head {head}"
     title = _plain(attention.title + which, _LONGEST_TITLE)
     panels = attention.over_patches(head)
     if panels:
-        drawn = Figure(layout="constrained")
         label = "looks at" if attention.key_axis in attention.grids else "is looked at from"
         _draw_panels(drawn, panels, title, label)
         return drawn
     weights = attention.head_weights(head)
     rows, columns = weights.shape
-    drawn = Figure(figsize=(_inches(columns) + 1.6, _inches(rows) + 1.2), layout="constrained")
+    drawn.set_size_inches(_inches(columns) + 1.6, _inches(rows) + 1.2)
     axes = drawn.add_subplot()
     outside = attention.outside
     if outside is not None:
@@ -68,6 +66,46 @@ def figure(attention: MapData, head: int | None) -> Figure:
     axes.set_xlabel("... at")
     axes.set_title(title, fontsize=10)
     return drawn
+
+
+def heads_figure(
+    means: npt.NDArray[np.float32], layers: Sequence[int], heads: Sequence[int], name: str, model: str
+) -> Figure:
+    """Draw one feature as a heatmap: a row for each site, a column for each head, each the mean over the queries.
+
+    Args:
+        means: (sites, heads); NaN for a head that a site does not have.
+        layers: Positions of the sites in the model's list.
+        heads: Number of each column.
+        name: Name of the feature.
+        model: Name of the model.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    drawn = _empty_figure()
+    rows, columns = means.shape
+    drawn.set_size_inches(_inches(columns) + 1.6, _inches(rows) + 1.2)
+    axes = drawn.add_subplot()
+    axes.set_facecolor(_OUTSIDE)
+    masked = np.ma.masked_invalid(means)
+    image = axes.imshow(masked, cmap="magma_r", vmin=0.0, aspect="equal", interpolation="nearest")
+    drawn.colorbar(image, ax=axes, label=_plain(name.replace("_", " ")), shrink=0.8)
+    axes.set_yticks(range(rows), labels=[str(layer) for layer in layers])
+    axes.set_xticks(range(columns), labels=[str(head) for head in heads])
+    axes.tick_params(length=0, labelsize=9)
+    axes.set_ylabel("layer")
+    axes.set_xlabel("head")
+    axes.set_title(_plain(f"{model}, mean over the queries", _LONGEST_TITLE), fontsize=10)
+    return drawn
+
+
+def _empty_figure() -> Figure:
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise ImportError(_INSTALL) from None
+    return Figure(layout="constrained")
 
 
 def _draw_panels(figure: Figure, panels: list[Panel], title: str, label: str) -> None:

@@ -11,6 +11,7 @@ from attnserve.v1 import attention_pb2
 from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._attention import AttentionMap
+from attnserve_client._features import AttentionFeatures, SiteFeatures
 from attnserve_client._labels import Labels, labels_of
 from attnserve_client._models import FORMS, KINDS
 from attnserve_client._patches import PatchGrid
@@ -69,13 +70,15 @@ class InferenceResult:
 
     Attributes:
         outputs: The selected outputs by name, without the batch axis: read-only views of the response's bytes.
-        attention: One map for each selected site, or one for all with joined layers; empty without attention.
+        attention: One map for each selected site, or one for all with joined layers; empty without attention, and with
+            features.
         run: How the sequence was run.
         receipt: The model and server; the same for all sequences of one call.
         effective_attention: The selection that the server applied, defaults filled in; None without attention.
         predicted_bytes: Bytes of tensor data in the whole response, for all sequences of the call together; with
             labels, an upper bound that counts them too.
         labels: The labels of the model's head; None if none were selected.
+        features: The features of each selected site; None unless the selection has features.
     """
 
     outputs: dict[str, npt.NDArray[Any]]
@@ -85,6 +88,7 @@ class InferenceResult:
     effective_attention: AttentionSelection | None
     predicted_bytes: int
     labels: Labels | None = None
+    features: AttentionFeatures | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,6 +146,7 @@ def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bo
     )
     has_attention = message.HasField("effective_attention")
     effective = AttentionSelection.from_wire(message.effective_attention) if has_attention else None
+    names = () if effective is None else tuple(effective.features)
     items = [wire.SequenceResult()] * sequences if validate_only else message.results
     if len(items) != sequences:
         raise bad_answer(f"it has {len(items)} results for {sequences} sequences", receipt.request_id)
@@ -149,12 +154,13 @@ def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bo
         return [
             InferenceResult(
                 outputs={tensor.name: to_array(tensor) for tensor in item.outputs},
-                attention=_maps_of(item.attention, receipt.model, _labels_of(item)),
+                attention=[] if names else _maps_of(item.attention, receipt.model, _labels_of(item)),
                 run=_run_of(item.run),
                 receipt=receipt,
                 effective_attention=effective,
                 predicted_bytes=message.predicted_bytes,
                 labels=_labels_of(item),
+                features=_features_of(item.attention, names, receipt.model) if names and not validate_only else None,
             )
             for item in items
         ]
@@ -252,6 +258,34 @@ def _map_of(
         grids=grids,
         model=model,
         labels=labels,
+    )
+
+
+def _features_of(message: attention_pb2.Attention, names: tuple[str, ...], model: str) -> AttentionFeatures:
+    axes = {units.axis: _tokens_of(units) for units in message.axes}
+    return AttentionFeatures(model, names, tuple(_site_features(each, axes, names) for each in message.maps))
+
+
+def _site_features(
+    message: attention_pb2.AttentionMap, axes: dict[str, tuple[Token, ...]], names: tuple[str, ...]
+) -> SiteFeatures:
+    rows = _chosen(axes, message.query_axis, message.query_indices)
+    values = to_array(message.features)
+    expected = (len(message.heads), len(rows), len(names))
+    if values.shape != expected or values.dtype != np.float32 or len(message.sites) != 1:
+        raise bad_answer(f"a map has features {values.dtype} of shape {values.shape}, not float32 of shape {expected}")
+    return SiteFeatures(
+        site=message.sites[0],
+        layer=message.layer,
+        kind=KINDS.get(message.kind, "unknown"),
+        form=FORMS.get(message.form, "unknown"),
+        heads=tuple(message.heads),
+        query_axis=message.query_axis,
+        key_axis=message.key_axis,
+        query_tokens=rows,
+        key_tokens=_chosen(axes, message.key_axis, message.key_indices),
+        names=names,
+        values=values,
     )
 
 

@@ -17,6 +17,7 @@ LayerReduction = Literal["each", "mean", "rollout"]
 Unit = Literal["token", "word"]
 SpecialTokens = Literal["keep", "drop"]
 WeightDtype = Literal["float32", "float16", "uint8"]
+Feature = Literal["entropy", "top1_share", "first_token", "mean_distance"]
 
 _HEADS: Final[dict[str, wire.HeadReduction.ValueType]] = {
     "each": wire.HEAD_REDUCTION_EACH,
@@ -41,6 +42,12 @@ _DTYPES: Final[dict[str, tensor_pb2.DataType.ValueType]] = {
     "float16": tensor_pb2.DATA_TYPE_FLOAT16,
     "uint8": tensor_pb2.DATA_TYPE_UINT8,
 }
+_FEATURES: Final[dict[str, wire.AttentionFeature.ValueType]] = {
+    "entropy": wire.ATTENTION_FEATURE_ENTROPY,
+    "top1_share": wire.ATTENTION_FEATURE_TOP1_SHARE,
+    "first_token": wire.ATTENTION_FEATURE_FIRST_TOKEN,
+    "mean_distance": wire.ATTENTION_FEATURE_MEAN_DISTANCE,
+}
 _V = TypeVar("_V", bound=int)
 
 
@@ -48,7 +55,8 @@ _V = TypeVar("_V", bound=int)
 class AttentionSelection:
     """A selection of attention weights. The defaults select all weights of all sites, unreduced.
 
-    The server applies the fields in this order: sites, heads, layers, words, special tokens, queries, links, dtype.
+    The server applies the fields in this order: sites, heads, layers, words, special tokens, queries, features or
+    links, dtype.
 
     Attributes:
         sites: Names of sites, as listed in `ModelInfo.sites`; empty for all.
@@ -64,6 +72,9 @@ class AttentionSelection:
         min_weight: Least weight to keep, from 0 to 1; 0 for all.
         dtype: Type in which weights are sent: `"float32"`, `"float16"` (half the bytes), or `"uint8"` (a quarter of the
             bytes, with an error of at most 1/510).
+        features: Numbers of each row to return in place of maps, as `InferenceResult.features`: `"entropy"` in nats,
+            `"top1_share"` (the greatest weight), `"first_token"` (the weight of the first key), `"mean_distance"` (the
+            sum of weight times distance in units). One name, or several.
 
     Raises:
         InvalidRequest: `heads` is an unknown reduction, or another one than `head_reduction`.
@@ -80,11 +91,13 @@ class AttentionSelection:
     top_k: int = 0
     min_weight: float = 0.0
     dtype: WeightDtype | None = None
+    features: Sequence[Feature] | Feature = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.sites, str):
-            object.__setattr__(self, "sites", (self.sites,))
-        for name in ("sites", "layers", "queries"):
+        for name in ("sites", "features"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        for name in ("sites", "layers", "queries", "features"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.heads, str):
             _choice("heads", self.heads, _HEADS)
@@ -116,6 +129,7 @@ class AttentionSelection:
             message.special_tokens = _choice("special_tokens", self.special_tokens, _SPECIAL)
         if self.dtype is not None:
             message.dtype = _choice("dtype", self.dtype, _DTYPES)
+        message.features.extend(_choice(f"features[{at}]", each, _FEATURES) for at, each in enumerate(self.features))
         (message.top_k,) = _integers("top_k", (self.top_k,), least=0, most=2**32 - 1)
         message.min_weight = self.min_weight
         return message
@@ -139,7 +153,14 @@ class AttentionSelection:
             top_k=message.top_k,
             min_weight=message.min_weight,
             dtype=_named(message.dtype, _DTYPES, get_args(WeightDtype)),
+            features=features_of(message),
         )
+
+
+def features_of(message: wire.AttentionSelection) -> tuple[Feature, ...]:
+    """Return the names of the features that a message selects, without those that this client does not know."""
+    found = (_named(code, _FEATURES, get_args(Feature)) for code in message.features)
+    return tuple(name for name in found if name is not None)
 
 
 def selection_of(attention: AttentionSelection | bool | None) -> wire.AttentionSelection | None:

@@ -92,6 +92,38 @@ async def test_validate_only_predicts_the_bytes_of_the_answer(stub: InferenceSer
     assert dry.predicted_bytes == wet.predicted_bytes == sum(len(tensor.data) for tensor in tensors)
 
 
+async def test_features_are_those_of_the_weights_and_have_the_predicted_size(stub: InferenceServiceStub) -> None:
+    """In one batch with requests that select maps or nothing."""
+    features = attention_pb2.AttentionSelection(
+        features=[attention_pb2.ATTENTION_FEATURE_ENTROPY, attention_pb2.ATTENTION_FEATURE_FIRST_TOKEN]
+    )
+    bare = pb.OutputSelection()
+    dry = await stub.Infer(asking(*TEXTS, attention=features, outputs=bare, validate_only=True))
+    made, maps, _ = await asyncio.gather(
+        stub.Infer(asking(*TEXTS, attention=features, outputs=bare)),
+        stub.Infer(asking(*TEXTS, attention=attention_pb2.AttentionSelection())),
+        stub.Infer(asking(*TEXTS)),
+    )
+    assert made.effective_attention.features == features.features
+    for found, weighed in zip(made.results, maps.results, strict=True):
+        for one, other in zip(found.attention.maps, weighed.attention.maps, strict=True):
+            weights = array(other.weights).astype(float)
+            entropy, first = np.moveaxis(array(one.features), 2, 0)
+            # Both round the same float32 weights; entropies are sums of at most ten terms in float64.
+            np.testing.assert_allclose(entropy, -(weights * np.log(weights)).sum(axis=2), rtol=0, atol=1e-6)
+            np.testing.assert_array_equal(first, array(other.weights)[:, :, 0])
+    sizes = [len(found.features.data) for result in made.results for found in result.attention.maps]
+    assert dry.predicted_bytes == made.predicted_bytes == sum(sizes)
+
+
+async def test_features_of_joined_heads_are_refused_with_the_field(stub: InferenceServiceStub) -> None:
+    selection = attention_pb2.AttentionSelection(features=[1], head_reduction=attention_pb2.HEAD_REDUCTION_MEAN)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.Infer(asking(TEXTS[0], attention=selection))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "attention.head_reduction: mean is for maps, and features are of each head" in refused.value.details()
+
+
 async def test_the_receipt_names_model_version_and_provider(stub: InferenceServiceStub) -> None:
     described = (await stub.GetModel(pb.GetModelRequest(model="tiny"))).model
     mine, unnamed = await asyncio.gather(

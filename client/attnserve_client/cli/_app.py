@@ -1,4 +1,4 @@
-"""The commands `infer`, `explain` and `models`: they read the command line, call the client and print the result."""
+"""The commands `infer`, `explain`, `features` and `models`: read the command line, call the client, print results."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 import typer
 from rich.console import Console
 
-from attnserve_client import AttentionSelection, Client, InferenceResult, LabelSelection, __version__
+from attnserve_client import (
+    AttentionFeatures,
+    AttentionMap,
+    AttentionSelection,
+    Client,
+    InferenceResult,
+    LabelSelection,
+    __version__,
+)
+from attnserve_client._selection import Feature
 from attnserve_client.cli._bench import EXAMPLES, bench
 from attnserve_client.cli._errors import CODES_HELP, reported
 from attnserve_client.cli._options import (
@@ -26,7 +35,7 @@ from attnserve_client.cli._options import (
     TopLabels,
     Version,
 )
-from attnserve_client.cli._show import show_explanation, show_model, show_models, show_results
+from attnserve_client.cli._show import show_explanation, show_features, show_model, show_models, show_results
 from attnserve_client.data_types import Input
 
 app = typer.Typer(
@@ -156,6 +165,51 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
                 console.print(f"wrote {written}", markup=False, style="dim")
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    'attnserve features minilm "The buyer assumes all liabilities."\n\n'
+    "attnserve features minilm - --feature entropy --layer 0,1 --png entropy.png < contract.txt"
+)
+def features(  # noqa: PLR0913, PLR0917 - the options of a command
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    text: Annotated[str, typer.Argument(help="The text; `-` reads it from standard input.")],
+    version: Version = "",
+    feature: Annotated[
+        list[str] | None,
+        typer.Option("--feature", help=f"{', '.join(get_args(Feature))}; may be repeated. All of them by default."),
+    ] = None,
+    layer: Annotated[str, typer.Option("--layer", help="Layers with commas, -1 for the last; all by default.")] = "",
+    unit: Annotated[Literal["word", "token"], typer.Option("--unit", help="What a row represents.")] = "token",
+    drop_special: Annotated[bool, typer.Option("--drop-special", help="Drop tokens such as [CLS] and [SEP].")] = False,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Write a picture of the first feature (needs the extra `plot`).")
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+    as_json: AsJson = False,
+) -> None:
+    """Show features of each layer and head, such as the entropy of its rows, as means over the rows."""
+    (sentence,) = _texts([text], whole=True)
+    selection = AttentionSelection(
+        layers=_numbers(layer, "--layer") if layer else (),
+        unit=unit,
+        special_tokens="drop" if drop_special else "keep",
+        features=cast("list[Feature]", feature) or get_args(Feature),
+    )
+    with reported(server, as_json=as_json), Client(server) as client:
+        result = client.infer(model, sentence, version=version, outputs=[], attention=selection, timeout=timeout)
+    assert result.features is not None, "the client checks that features came"
+    if png is not None:
+        _write_png(png, result.features)
+    if as_json:
+        _print_json({"receipt": asdict(result.receipt), **result.features.to_dict()})
+        return
+    console = Console(highlight=False)
+    show_features(console, sentence, result.features)
+    if png is not None:
+        console.print(f"wrote {png}", markup=False, style="dim")
+
+
 @app.command(epilog="Examples:\n\nattnserve models\n\nattnserve models minilm --json")
 def models(
     name: Annotated[str | None, typer.Argument(help="One model; without it, all of them.")] = None,
@@ -280,9 +334,9 @@ def _write(path: Path, data: bytes) -> None:
         raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from None
 
 
-def _write_png(path: Path, attention: Any) -> None:
+def _write_png(path: Path, shown: AttentionMap | AttentionFeatures) -> None:
     try:
-        figure = attention.plot()
+        figure = shown.plot()
     except ImportError as error:
         raise typer.BadParameter(str(error), param_hint="--png") from None
     try:

@@ -73,6 +73,11 @@ def heatmap(attention: AttentionMap, weights: Weights, console: Console) -> Iter
         yield Text("· outside the window", style="dim")
 
 
+def shade(share: float) -> tuple[str, Style]:
+    """Return one terminal cell for a share of the greatest value, from 0 to 1, as a character without colours."""
+    return _cell(share, 1, colours=False)
+
+
 def _panels(panels: list[Panel], console: Console) -> Iterator[Text]:
     """Yield one panel of image patches for each unit, side by side as far as they fit, each under its text."""
     shown = strongest(panels, MAX_PANELS)

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attnserve_client import AttentionMap, InferenceResult, Labels, Link, ModelInfo
-from attnserve_client.cli._heatmap import heatmap
+from attnserve_client import AttentionFeatures, AttentionMap, InferenceResult, Labels, Link, ModelInfo
+from attnserve_client.cli._heatmap import heatmap, shade
 from attnserve_client.cli._text import clean
 from attnserve_client.data_types import TensorSpec
 
@@ -72,6 +72,25 @@ def show_explanation(console: Console, text: str, attention: AttentionMap, links
         console.print(line, soft_wrap=attention.query_axis == attention.key_axis)
     if links:
         console.print(_links_table(links))
+
+
+def show_features(console: Console, text: str, features: AttentionFeatures) -> None:
+    """Print a table for each feature: layers down, heads across, each cell the mean over the rows and its shade."""
+    console.print(Text(clean(text), style="italic"))
+    console.print(Text(f"{clean(features.model)}, means over the rows of each head", style="dim"))
+    for name in features.names:
+        means = features.by_head(name)
+        greatest = float(np.nanmax(means, initial=0.0)) or 1.0
+        table = Table(title=name, title_justify="left", box=None, pad_edge=False)
+        for column in ("layer", *map(str, features.heads)):
+            table.add_column(column, justify="right")
+        for each, row in zip(features.sites, means, strict=True):
+            cells = [
+                Text("·", style="dim") if np.isnan(mean) else Text(f"{mean:.3f} ").append(*shade(mean / greatest))
+                for mean in row
+            ]
+            table.add_row(str(each.layer), *cells)
+        console.print(table)
 
 
 def _links_table(links: list[Link]) -> Table:

@@ -15,7 +15,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_array
 from attnserve_client.errors import AttentionUnavailable, InvalidRequest
-from attnserve_client.testing._weights import band_keys, fill
+from attnserve_client.testing._weights import band_keys, check_features, fill, fill_features
 
 AXIS: Final = "seq"
 PIECE: Final = 6
@@ -194,9 +194,11 @@ def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape,
     """Return the selected attention, reduced in the contract's order.
 
     Raises:
-        InvalidRequest: A site, layer, head or query is out of range.
+        InvalidRequest: A site, layer, head or query is out of range, or features meet a field that excludes them.
         AttentionUnavailable: The model has no sites.
     """
+    if selection.features:
+        check_features(selection)
     layers = chosen_layers(selection, shape, model)
     heads = _indices("heads", selection.heads, shape.heads) or list(range(shape.heads))
     rollout = selection.layer_reduction == "rollout"
@@ -239,7 +241,10 @@ def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape,
                 key_indices=keys if len(keys) < len(units) else [],
             )
         )
-        fill(answer.maps[-1], weights[:, queries].astype(np.float32), keys, selection, band)
+        if selection.features:
+            fill_features(answer.maps[-1], weights[:, queries], queries, keys, selection)
+        else:
+            fill(answer.maps[-1], weights[:, queries].astype(np.float32), keys, selection, band)
     return answer
 
 

@@ -242,6 +242,7 @@ class FakeServer:
             top_k=selection.top_k,
             min_weight=selection.min_weight,
             dtype=selection.dtype or "float32",
+            features=selection.features,
         ).to_wire()
 
 
@@ -311,7 +312,7 @@ def _tensor_bytes(result: wire.SequenceResult) -> int:
     total = sum(len(tensor.data) for tensor in result.outputs)
     for each in result.attention.maps:
         links = each.links
-        tensors = (each.weights, links.row_offsets, links.keys, links.weights, links.residual)
+        tensors = (each.weights, each.features, links.row_offsets, links.keys, links.weights, links.residual)
         total += sum(len(tensor.data) for tensor in tensors)
     return total
 

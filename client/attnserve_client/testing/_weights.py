@@ -1,4 +1,4 @@
-"""Encoding of the fake server's attention weights: whole, as bands, or as links."""
+"""Encoding of the fake server's attention weights: whole, as bands, as links, or as features of their rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from attnserve.v1 import attention_pb2
 
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_tensor
+from attnserve_client.errors import InvalidRequest
 
 Array = npt.NDArray[Any]
 
@@ -51,6 +52,52 @@ def fill(
     target.links.weights.CopyFrom(to_tensor("", _encoded(np.array(kept, dtype=np.float32), selection.dtype)))
     left_out = np.array(residual, dtype=np.float32).reshape(weights.shape[:2])
     target.links.residual.CopyFrom(to_tensor("", left_out))
+
+
+def check_features(selection: AttentionSelection) -> None:
+    """Refuse a selection of features with a field that excludes them, as the server does.
+
+    Raises:
+        InvalidRequest: A feature is repeated, or maps are joined, cut to links or encoded.
+    """
+    for position, name in enumerate(selection.features):
+        if name in selection.features[:position]:
+            raise InvalidRequest.of(f"attention.features[{position}]", f"{name} is named again")
+    needed: dict[str, tuple[Any, ...]]
+    needed = {"head_reduction": (None, "each"), "layer_reduction": (None, "each"), "dtype": (None, "float32")}
+    needed |= {"top_k": (0,), "min_weight": (0,)}
+    for field, allowed in needed.items():
+        if getattr(selection, field) not in allowed:
+            problem = f"{getattr(selection, field)} cannot be selected together with features; leave it unset"
+            raise InvalidRequest.of(f"attention.{field}", problem)
+
+
+def fill_features(
+    target: attention_pb2.AttentionMap,
+    weights: Array,
+    queries: list[int],
+    keys: list[int],
+    selection: AttentionSelection,
+) -> None:
+    """Write the selected features of each row of weights (H, L, S) into a message.
+
+    Args:
+        target: The message.
+        weights: The rows, over all keys.
+        queries: The unit of each row.
+        keys: The unit of each column.
+        selection: A selection with features.
+    """
+    distances = abs(np.array(queries)[:, None] - np.array(keys)[None, :])
+    logarithms = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+    of_rows = {
+        "entropy": -(weights * logarithms).sum(axis=2),
+        "top1_share": weights.max(axis=2, initial=0),
+        "first_token": weights[:, :, :1].sum(axis=2),
+        "mean_distance": (weights * distances).sum(axis=2),
+    }
+    made = np.stack([of_rows[name] for name in selection.features], axis=2)
+    target.features.CopyFrom(to_tensor("", made.astype(np.float32)))
 
 
 def _encoded(weights: Array, dtype: str | None) -> Array:

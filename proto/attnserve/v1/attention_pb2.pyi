@@ -204,10 +204,64 @@ know which tokens are special.
 """
 Global___SpecialTokens: _TypeAlias = SpecialTokens  # noqa: Y015
 
+class _AttentionFeature:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AttentionFeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttentionFeature.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ATTENTION_FEATURE_UNSPECIFIED: _AttentionFeature.ValueType  # 0
+    """Not set. In a request: INVALID_ARGUMENT."""
+    ATTENTION_FEATURE_ENTROPY: _AttentionFeature.ValueType  # 1
+    """Entropy in nats: -sum over j of w[j] ln w[j]; a weight of 0 adds 0. NaN if a weight of the row is below 0, which
+    only differences of softmaxes have. Source: Clark et al. 2019, "What Does BERT Look At? An Analysis of BERT's
+    Attention", section 3.3.
+    """
+    ATTENTION_FEATURE_TOP1_SHARE: _AttentionFeature.ValueType  # 2
+    """The greatest weight of the row; at least 0. Source: Voita et al. 2019, "Analyzing Multi-Head Self-Attention:
+    Specialized Heads Do the Heavy Lifting, the Rest Can Be Pruned", section 4 (the confidence of a head).
+    """
+    ATTENTION_FEATURE_FIRST_TOKEN: _AttentionFeature.ValueType  # 3
+    """The weight of the first key of the map: key 0, or the first key that is not special if special tokens are dropped.
+    Source: Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.1.
+    """
+    ATTENTION_FEATURE_MEAN_DISTANCE: _AttentionFeature.ValueType  # 4
+    """Mean distance: sum over j of w[j] |i - j|. Queries and keys of every selected site must be along the same axis;
+    otherwise INVALID_ARGUMENT. Source: Vig and Belinkov 2019, "Analyzing the Structure of Attention in a Transformer
+    Language Model" (attention distance).
+    """
+
+class AttentionFeature(_AttentionFeature, metaclass=_AttentionFeatureEnumTypeWrapper):
+    """A number computed from one row of weights w, in place of the row. i is the query and j the key, as indices of units
+    along the axis. Sums are in float64. A row of zeros gives 0 for every feature.
+    """
+
+ATTENTION_FEATURE_UNSPECIFIED: AttentionFeature.ValueType  # 0
+"""Not set. In a request: INVALID_ARGUMENT."""
+ATTENTION_FEATURE_ENTROPY: AttentionFeature.ValueType  # 1
+"""Entropy in nats: -sum over j of w[j] ln w[j]; a weight of 0 adds 0. NaN if a weight of the row is below 0, which
+only differences of softmaxes have. Source: Clark et al. 2019, "What Does BERT Look At? An Analysis of BERT's
+Attention", section 3.3.
+"""
+ATTENTION_FEATURE_TOP1_SHARE: AttentionFeature.ValueType  # 2
+"""The greatest weight of the row; at least 0. Source: Voita et al. 2019, "Analyzing Multi-Head Self-Attention:
+Specialized Heads Do the Heavy Lifting, the Rest Can Be Pruned", section 4 (the confidence of a head).
+"""
+ATTENTION_FEATURE_FIRST_TOKEN: AttentionFeature.ValueType  # 3
+"""The weight of the first key of the map: key 0, or the first key that is not special if special tokens are dropped.
+Source: Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.1.
+"""
+ATTENTION_FEATURE_MEAN_DISTANCE: AttentionFeature.ValueType  # 4
+"""Mean distance: sum over j of w[j] |i - j|. Queries and keys of every selected site must be along the same axis;
+otherwise INVALID_ARGUMENT. Source: Vig and Belinkov 2019, "Analyzing the Structure of Attention in a Transformer
+Language Model" (attention distance).
+"""
+Global___AttentionFeature: _TypeAlias = AttentionFeature  # noqa: Y015
+
 @_typing.final
 class AttentionSelection(_message.Message):
     """A part of the attention. The steps apply in this order: sites, heads, layers, words, special tokens, query rows,
-    links, dtype. The answer has the effective selection, with every default filled in.
+    features or links, dtype. The answer has the effective selection, with every default filled in.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -223,6 +277,7 @@ class AttentionSelection(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     MIN_WEIGHT_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     head_reduction: Global___HeadReduction.ValueType
     """How the selected heads are joined. Default: EACH, or MEAN with ROLLOUT."""
     layer_reduction: Global___LayerReduction.ValueType
@@ -267,6 +322,13 @@ class AttentionSelection(_message.Message):
         from the end; empty: all. Out of range for any sequence of the request, or repeated: INVALID_ARGUMENT.
         """
 
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[Global___AttentionFeature.ValueType]:
+        """Features of each row, in place of maps; empty, the default: maps. They are of each head of each site, and float32:
+        INVALID_ARGUMENT with a head or layer reduction other than EACH, `top_k`, `min_weight` or another dtype. Repeated or
+        unknown: INVALID_ARGUMENT.
+        """
+
     def __init__(
         self,
         *,
@@ -281,10 +343,11 @@ class AttentionSelection(_message.Message):
         top_k: _builtins.int = ...,
         min_weight: _builtins.float = ...,
         dtype: _tensor_pb2.DataType.ValueType = ...,
+        features: _abc.Iterable[Global___AttentionFeature.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "head_reduction", b"head_reduction", "heads", b"heads", "layer_reduction", b"layer_reduction", "layers", b"layers", "min_weight", b"min_weight", "queries", b"queries", "sites", b"sites", "special_tokens", b"special_tokens", "top_k", b"top_k", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "features", b"features", "head_reduction", b"head_reduction", "heads", b"heads", "layer_reduction", b"layer_reduction", "layers", b"layers", "min_weight", b"min_weight", "queries", b"queries", "sites", b"sites", "special_tokens", b"special_tokens", "top_k", b"top_k", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -423,6 +486,7 @@ class AttentionMap(_message.Message):
     KEY_INDICES_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     BAND_KEYS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """Index of the site in the model's list; -1 if several were joined."""
@@ -461,6 +525,12 @@ class AttentionMap(_message.Message):
         """The kept weights, if `top_k` or `min_weight` is set."""
 
     @_builtins.property
+    def features(self) -> _tensor_pb2.Tensor:
+        """The features of each row, if the selection has features: float32, shape [heads, queries, features], in the order
+        of the selection. `key_indices` names the keys of the rows.
+        """
+
+    @_builtins.property
     def band_keys(self) -> _tensor_pb2.Tensor:
         """Set if `weights` are a band: int32, shape [queries, columns of the band]. The key of each column, as an index into
         the units of the key axis; -1 for a column without a key, for example past the sequence's end. No row has a key
@@ -483,13 +553,14 @@ class AttentionMap(_message.Message):
         key_indices: _abc.Iterable[_builtins.int] | None = ...,
         weights: _tensor_pb2.Tensor | None = ...,
         links: Global___Links | None = ...,
+        features: _tensor_pb2.Tensor | None = ...,
         band_keys: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["band_keys", b"band_keys", "content", b"content", "links", b"links", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["band_keys", b"band_keys", "content", b"content", "features", b"features", "links", b"links", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["band_keys", b"band_keys", "content", b"content", "form", b"form", "heads", b"heads", "key_axis", b"key_axis", "key_indices", b"key_indices", "kind", b"kind", "layer", b"layer", "links", b"links", "query_axis", b"query_axis", "query_indices", b"query_indices", "sites", b"sites", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["band_keys", b"band_keys", "content", b"content", "features", b"features", "form", b"form", "heads", b"heads", "key_axis", b"key_axis", "key_indices", b"key_indices", "kind", b"kind", "layer", b"layer", "links", b"links", "query_axis", b"query_axis", "query_indices", b"query_indices", "sites", b"sites", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["weights", "links"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["weights", "links", "features"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 

@@ -1,6 +1,7 @@
 """The answer to a selection: the maps of one sequence, made from its raw weights, and the predicted size of the maps.
 
-The steps follow the order that the contract states: heads, layers, words, special tokens, rows, links, dtype.
+The steps follow the order that the contract states: heads, layers, words, special tokens, rows, features or links,
+dtype.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from attnserve_server.attention.bands import Weights, band_keys, by_key, columns_of, key_counts, lay_out
+from attnserve_server.attention.bands import BandKeys, Weights, band_keys, by_key, columns_of, key_counts, lay_out
+from attnserve_server.attention.features import ITEM_BYTES, features_of
 from attnserve_server.attention.reduce import (
+    F,
     encode,
     join_heads,
     links_of,
@@ -31,6 +35,7 @@ from attnserve_server.domain.values import (
     HeadReduction,
     LayerReduction,
     Links,
+    RowFeatures,
     SpecialTokens,
 )
 from attnserve_server.model.bands import BandSpec
@@ -99,7 +104,9 @@ def predicted_bytes(effective: EffectiveSelection, sites: Sequence[SiteSpec], un
         alone = effective.layer_reduction is LayerReduction.EACH
         joined = [sites[layer]] if alone else [sites[each] for each in effective.layers]
         band = _band_of(effective, joined, keys.positions)
-        if band is None:
+        if effective.features:
+            total += heads * queries.row_count * len(effective.features) * ITEM_BYTES
+        elif band is None:
             total += _map_bytes(effective, heads * queries.row_count, keys.column_count)
         else:
             total += _band_bytes(effective, heads, queries, keys, band)
@@ -181,18 +188,17 @@ def _map(
     heads: Sequence[tuple[int, ...]],
     plans: Mapping[str, AxisPlan],
 ) -> AttentionMap:
-    """The steps after heads and layers are joined: words, special tokens, links and dtype."""
+    """The steps after heads and layers are joined: words, special tokens, features or links, and dtype."""
     queries, keys = plans[sites[0].query_axis], plans[sites[0].key_axis]
     band, columns = _band_of(effective, sites, keys.positions), None
     if band is not None:
         columns = band_keys(band, queries.positions, keys.positions, queries.rows)
-    else:
-        weights = merge_queries(weights, queries.row_sizes())
-        weights = merge_keys(weights, keys.starts)
-        if effective.special_tokens is SpecialTokens.DROP:
-            weights = renormalise(weights, keys.columns)
-    content: Array | Links
-    if effective.sparse:
+    elif not effective.features:
+        weights = _over_units(weights, effective, queries, keys)
+    content: Array | Links | RowFeatures
+    if effective.features:
+        content = _features(weights, effective, queries, keys, columns)
+    elif effective.sparse:
         weights, names = (weights, keys.columns) if columns is None else by_key(weights, columns)
         content = links_of(weights, names, effective.top_k, effective.min_weight, effective.dtype)
     else:
@@ -210,8 +216,38 @@ def _map(
         query_indices=_names(queries.rows),
         key_indices=_names(keys.columns),
         content=content,
-        band_keys=None if effective.sparse else columns,
+        band_keys=None if effective.sparse or effective.features else columns,
     )
+
+
+def _over_units(
+    weights: npt.NDArray[F], effective: EffectiveSelection, queries: AxisPlan, keys: AxisPlan
+) -> npt.NDArray[F]:
+    """Merge the rows and columns of each unit, and drop special tokens: (H, rows, S) to (H, units, units)."""
+    weights = merge_queries(weights, queries.row_sizes())
+    weights = merge_keys(weights, keys.starts)
+    return renormalise(weights, keys.columns) if effective.special_tokens is SpecialTokens.DROP else weights
+
+
+def _features(
+    weights: Weights, effective: EffectiveSelection, queries: AxisPlan, keys: AxisPlan, columns: BandKeys | None
+) -> RowFeatures:
+    """The features of each row, (H, units, features), in float64 from the weights on, one head at a time."""
+    rows = _all_or(queries.rows, queries)
+    over: Indices | BandKeys
+    over = _all_or(keys.columns, keys) if columns is None else columns
+    made = np.empty((len(weights), len(rows), len(effective.features)), dtype=np.float32)
+    for head in range(len(weights)):
+        exact = weights[head : head + 1].astype(np.float64)
+        if columns is None:
+            exact = _over_units(exact, effective, queries, keys)
+        made[head] = features_of(exact, effective.features, rows, over)[0]
+    return RowFeatures(made)
+
+
+def _all_or(chosen: Indices | None, plan: AxisPlan) -> Indices:
+    """The chosen units of an axis; None: all of them."""
+    return np.arange(plan.merged.length) if chosen is None else chosen
 
 
 def _head_names(effective: EffectiveSelection, heads: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

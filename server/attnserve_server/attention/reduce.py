@@ -1,19 +1,24 @@
 """Reductions of attention weights: join heads, layers and pieces of words, keep the strongest links, convert the dtype.
 
-Every function returns a new array or a view, and modifies no argument. The reductions run in float32, the dtype of the
-taps. They sum at most a few hundred weights of at most 1, so results stay within 1e-6 of the same formulas in float64
-(checked by tests/numerics/test_reductions.py).
+Every function returns a new array or a view, and modifies no argument. The reductions of maps run in float32, the dtype
+of the taps. They sum at most a few hundred weights of at most 1, so results stay within 1e-6 of the same formulas in
+float64 (checked by tests/numerics/test_reductions.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from attnserve_server.attention.bands import BandKeys, Weights
 from attnserve_server.attention.units import Indices
 from attnserve_server.domain.values import Array, HeadReduction, Links, WeightDtype
+
+F = TypeVar("F", bound=np.floating[Any])
+"""Element type of weights: float32 for maps, float64 for features."""
 
 LONG_WORD = 8
 """Maximum number of pieces of a word that is averaged together with other words; longer ones use float64."""
@@ -112,7 +117,7 @@ def _with_rows_of_sum_1(weights: Weights, rows: Indices | None) -> Weights:
     return scaled
 
 
-def merge_queries(weights: Weights, sizes: Indices | None) -> Weights:
+def merge_queries(weights: npt.NDArray[F], sizes: Indices | None) -> npt.NDArray[F]:
     """Average the rows of the pieces of each query unit, (H, L, S) to (H, units, S).
 
     Args:
@@ -124,19 +129,19 @@ def merge_queries(weights: Weights, sizes: Indices | None) -> Weights:
     if sizes is None or not len(sizes) or bool((sizes == 1).all()):
         return weights
     firsts = np.cumsum(sizes) - sizes
-    merged: Weights = np.take(weights, firsts, axis=1)
+    merged: npt.NDArray[F] = np.take(weights, firsts, axis=1)
     # Adding rows piece by piece, for all words at once, is six times as fast as `reduceat` along this axis.
     for piece in range(1, min(int(sizes.max()), LONG_WORD)):
         longer = np.flatnonzero(sizes > piece)
         merged[:, longer] += weights[:, firsts[longer] + piece]
-    merged /= sizes[:, np.newaxis].astype(np.float32)
+    merged /= sizes[:, np.newaxis].astype(weights.dtype)
     for unit in np.flatnonzero(sizes > LONG_WORD):
         pieces = weights[:, firsts[unit] : firsts[unit] + sizes[unit]]
         merged[:, unit] = pieces.mean(axis=1, dtype=np.float64)  # float32 would lose digits over hundreds of terms
     return merged
 
 
-def merge_keys(weights: Weights, starts: Indices | None) -> Weights:
+def merge_keys(weights: npt.NDArray[F], starts: Indices | None) -> npt.NDArray[F]:
     """Sum the columns of the pieces of each key unit, (H, L, S) to (H, L, units).
 
     Args:
@@ -144,12 +149,12 @@ def merge_keys(weights: Weights, starts: Indices | None) -> Weights:
         starts: first position of each unit, (units,); None: every position is a unit.
     """
     if starts is None or not weights.size:
-        return weights if starts is None else np.zeros((*weights.shape[:2], len(starts)), dtype=np.float32)
-    merged: Weights = np.add.reduceat(weights, starts, axis=2)
+        return weights if starts is None else np.zeros((*weights.shape[:2], len(starts)), dtype=weights.dtype)
+    merged: npt.NDArray[F] = np.add.reduceat(weights, starts, axis=2)
     return merged
 
 
-def renormalise(weights: Weights, columns: Indices | None) -> Weights:
+def renormalise(weights: npt.NDArray[F], columns: Indices | None) -> npt.NDArray[F]:
     """Keep some columns of (H, L, S), and divide each row by its remaining sum: (H, L, columns).
 
     A row without remaining weight becomes zeros.
@@ -161,7 +166,7 @@ def renormalise(weights: Weights, columns: Indices | None) -> Weights:
     kept = take(weights, columns, axis=2)
     sums = kept.sum(axis=2, keepdims=True)
     sums[sums == 0] = 1
-    scaled: Weights = np.divide(kept, sums)
+    scaled: npt.NDArray[F] = np.divide(kept, sums)
     return scaled
 
 

@@ -6,7 +6,14 @@ import math
 from collections.abc import Sequence
 
 from attnserve_server.domain.errors import AttentionUnavailable, Violations, quoted
-from attnserve_server.domain.values import AttentionSelection, EffectiveSelection, HeadReduction, LayerReduction
+from attnserve_server.domain.values import (
+    AttentionFeature,
+    AttentionSelection,
+    EffectiveSelection,
+    HeadReduction,
+    LayerReduction,
+    WeightDtype,
+)
 from attnserve_server.model.manifest import SiteSpec
 
 MAX_NAMES_SHOWN = 20
@@ -37,6 +44,7 @@ def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str
     _check_values(selection, violations)
     head_reduction = _head_reduction(selection, violations)
     chosen = [sites[layer] for layer in layers]
+    _check_features(selection, chosen, violations)
     if not violations:
         _check_joinable(selection.layer_reduction, head_reduction, chosen, heads, violations)
     violations.raise_any()
@@ -56,6 +64,7 @@ def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str
         min_weight=selection.min_weight,
         dtype=selection.dtype,
         all_heads=not selection.heads,
+        features=selection.features,
     )
 
 
@@ -119,6 +128,41 @@ def _check_values(selection: AttentionSelection, violations: Violations) -> None
         violations.add("attention.top_k", f"{selection.top_k} is below 0")
     if not (math.isfinite(selection.min_weight) and 0 <= selection.min_weight <= 1):
         violations.add("attention.min_weight", f"{selection.min_weight!r} is not from 0 to 1")
+
+
+def _check_features(selection: AttentionSelection, chosen: Sequence[SiteSpec], violations: Violations) -> None:
+    """Add a violation for each repeated feature, and for each field that features of single rows exclude."""
+    if not selection.features:
+        return
+    seen: set[AttentionFeature] = set()
+    for position, feature in enumerate(selection.features):
+        if feature in seen:
+            violations.add(f"attention.features[{position}]", f"{feature} is named again")
+        elif feature is AttentionFeature.MEAN_DISTANCE:
+            _check_distances(f"attention.features[{position}]", chosen, violations)
+        seen.add(feature)
+    each_head, each_site = "features are of each head", "features are of each site"
+    excluded = {
+        "head_reduction": (selection.head_reduction not in {None, HeadReduction.EACH}, each_head),
+        "layer_reduction": (selection.layer_reduction is not LayerReduction.EACH, each_site),
+        "top_k": (selection.top_k > 0, "features are of whole rows"),
+        "min_weight": (selection.min_weight > 0, "features are of whole rows"),
+        "dtype": (selection.dtype is not WeightDtype.FLOAT32, "features are float32"),
+    }
+    for name, (is_set, why) in excluded.items():
+        if is_set:
+            violations.add_once(
+                f"attention.{name}", f"{getattr(selection, name)} is for maps, and {why}; leave it unset"
+            )
+
+
+def _check_distances(field: str, chosen: Sequence[SiteSpec], violations: Violations) -> None:
+    """Add a violation if a query and a key of a chosen site are positions of different sequences."""
+    for site in chosen:
+        if site.kind == "cross" or site.query_axis != site.key_axis:
+            axes = f"site {site.name!r} attends from {site.query_axis!r} to another sequence, {site.key_axis!r}"
+            violations.add(field, f"mean_distance needs one sequence; {axes}: leave it out, or select other sites")
+            return
 
 
 def _head_reduction(selection: AttentionSelection, violations: Violations) -> HeadReduction:

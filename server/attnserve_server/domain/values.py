@@ -51,6 +51,15 @@ class SpecialTokens(StrEnum):
     DROP = "drop"
 
 
+class AttentionFeature(StrEnum):
+    """A number computed from one row of weights; `attention.features` has the formulas."""
+
+    ENTROPY = "entropy"
+    TOP1_SHARE = "top1_share"
+    FIRST_TOKEN = "first_token"  # noqa: S105 - a position, no secret
+    MEAN_DISTANCE = "mean_distance"
+
+
 class WeightDtype(StrEnum):
     """Element type of the weights in the answer."""
 
@@ -79,6 +88,7 @@ class AttentionSelection:
     top_k: int = 0
     min_weight: float = 0.0
     dtype: WeightDtype = WeightDtype.FLOAT32
+    features: tuple[AttentionFeature, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +111,8 @@ class EffectiveSelection:
     dtype: WeightDtype
     all_heads: bool = True
     """Whether the caller left `heads` empty, so that the echoed selection leaves it empty too."""
+    features: tuple[AttentionFeature, ...] = ()
+    """The features of each row that the answer holds in place of maps; empty: maps."""
 
     @property
     def sparse(self) -> bool:
@@ -219,8 +231,15 @@ class Links:
 
 
 @dataclass(frozen=True, slots=True)
+class RowFeatures:
+    """The features of each row of a map, float32 (heads, queries, features), in the order of the selection."""
+
+    values: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMap:
-    """One map of the answer: `content` is (heads, queries, keys) in the selection's dtype, or links.
+    """One map of the answer: `content` is (heads, queries, keys) in the selection's dtype, or links, or features.
 
     With `band_keys`, int32 (queries, W), `content` is (heads, queries, W): the key unit of each column, -1 for none.
     """
@@ -234,7 +253,7 @@ class AttentionMap:
     key_axis: str
     query_indices: tuple[int, ...]
     key_indices: tuple[int, ...]
-    content: Array | Links
+    content: Array | Links | RowFeatures
     band_keys: npt.NDArray[np.int32] | None = None
 
 

@@ -13,6 +13,7 @@ from attnserve_server.domain.errors import Violations
 from attnserve_server.domain.values import (
     Array,
     AttentionAnswer,
+    AttentionFeature,
     AttentionMap,
     AttentionSelection,
     AttentionUnit,
@@ -22,6 +23,7 @@ from attnserve_server.domain.values import (
     LayerReduction,
     Links,
     Priority,
+    RowFeatures,
     SequenceResult,
     SpecialTokens,
     WeightDtype,
@@ -79,6 +81,12 @@ _WEIGHTS: Final[Mapping[int, WeightDtype]] = {
     tensor_pb2.DATA_TYPE_FLOAT16: WeightDtype.FLOAT16,
     tensor_pb2.DATA_TYPE_UINT8: WeightDtype.UINT8,
 }
+_FEATURES: Final[Mapping[int, AttentionFeature]] = {
+    attention_pb2.ATTENTION_FEATURE_ENTROPY: AttentionFeature.ENTROPY,
+    attention_pb2.ATTENTION_FEATURE_TOP1_SHARE: AttentionFeature.TOP1_SHARE,
+    attention_pb2.ATTENTION_FEATURE_FIRST_TOKEN: AttentionFeature.FIRST_TOKEN,
+    attention_pb2.ATTENTION_FEATURE_MEAN_DISTANCE: AttentionFeature.MEAN_DISTANCE,
+}
 _PRIORITIES: Final[Mapping[int, Priority]] = {
     inference_service_pb2.PRIORITY_UNSPECIFIED: Priority.NORMAL,
     inference_service_pb2.PRIORITY_LOW: Priority.LOW,
@@ -99,6 +107,7 @@ _HEADS_OUT: Final = {value: number for number, value in _HEADS.items() if value 
 _LAYERS_OUT: Final = {value: number for number, value in _LAYERS.items() if number}
 _UNITS_OUT: Final = {value: number for number, value in _UNITS.items() if number}
 _SPECIAL_OUT: Final = {value: number for number, value in _SPECIAL.items() if number}
+_FEATURES_OUT: Final = {value: number for number, value in _FEATURES.items()}
 _WEIGHTS_OUT: Final = {value: number for number, value in _WEIGHTS.items() if number}
 _DATA: Final = tensor_pb2.Tensor.DATA_FIELD_NUMBER
 _RESPONSE: Final = inference_service_pb2.InferResponse
@@ -114,7 +123,7 @@ def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelectio
         InvalidRequest: An enum holds a number that the contract does not define, or a list is longer than `MAX_CHOSEN`.
     """
     violations = Violations()
-    for name in ("sites", "layers", "heads", "queries"):
+    for name in ("sites", "layers", "heads", "queries", "features"):
         count = len(getattr(message, name))
         if count > MAX_CHOSEN:
             violations.add(f"attention.{name}", f"{count} entries exceed {MAX_CHOSEN}")
@@ -123,6 +132,10 @@ def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelectio
     unit = _named(_UNITS, message.unit, "attention.unit", violations)
     special = _named(_SPECIAL, message.special_tokens, "attention.special_tokens", violations)
     dtype = _named(_WEIGHTS, message.dtype, "attention.dtype", violations)
+    features = tuple(
+        _named(_FEATURES, number, f"attention.features[{position}]", violations)
+        for position, number in enumerate(message.features[:MAX_CHOSEN])
+    )
     violations.raise_any()
     return AttentionSelection(
         sites=tuple(message.sites),
@@ -136,6 +149,7 @@ def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelectio
         top_k=message.top_k,
         min_weight=message.min_weight,
         dtype=dtype,
+        features=features,
     )
 
 
@@ -188,6 +202,7 @@ def effective_message(effective: EffectiveSelection, sites: Sequence[SiteSpec]) 
         top_k=effective.top_k,
         min_weight=effective.min_weight,
         dtype=_WEIGHTS_OUT[effective.dtype],  # type: ignore[arg-type]
+        features=[_FEATURES_OUT[feature] for feature in effective.features],  # type: ignore[misc]
     )
 
 
@@ -261,6 +276,8 @@ def _map_of(found: AttentionMap) -> Splice:
         links.add(_LINKS.WEIGHTS_FIELD_NUMBER, tensor_of(content.weights))
         links.add(_LINKS.RESIDUAL_FIELD_NUMBER, tensor_of(content.residual))
         message.add(_MAP.LINKS_FIELD_NUMBER, links)
+    elif isinstance(content, RowFeatures):
+        message.add(_MAP.FEATURES_FIELD_NUMBER, tensor_of(content.values))
     else:
         message.add(_MAP.WEIGHTS_FIELD_NUMBER, tensor_of(content))
     if found.band_keys is not None:

@@ -16,7 +16,7 @@ from attnserve.v1 import inference_service_pb2, model_pb2
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError, ModelNotFound, RequestCancelled
-from attnserve_server.domain.values import Array, AttentionMap, Links, SequenceResult
+from attnserve_server.domain.values import Array, AttentionMap, Links, RowFeatures, SequenceResult
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel, Submitter
 from attnserve_server.scheduling.queue import Request
@@ -239,9 +239,12 @@ def _count_attention(served: ServedModel, results: list[SequenceResult]) -> None
 
 def _bytes_of(found: AttentionMap) -> int:
     content = found.content
-    arrays: tuple[Array, ...] = (
-        (content.row_offsets, content.keys, content.weights, content.residual)
-        if isinstance(content, Links)
-        else (content,)
-    )
+    arrays: tuple[Array, ...]
+    match content:
+        case Links():
+            arrays = content.row_offsets, content.keys, content.weights, content.residual
+        case RowFeatures():
+            arrays = (content.values,)
+        case _:
+            arrays = (content,)
     return sum(array.nbytes for array in arrays)

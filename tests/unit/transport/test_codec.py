@@ -14,6 +14,7 @@ from attnserve_server.domain.values import (
     AxisUnits,
     Links,
     Priority,
+    RowFeatures,
     RunFacts,
     SequenceResult,
 )
@@ -78,6 +79,7 @@ def test_every_field_of_a_selection_is_decoded() -> None:
         top_k=3,
         min_weight=0.5,
         dtype=tensor_pb2.DATA_TYPE_UINT8,
+        features=[attention_pb2.ATTENTION_FEATURE_MEAN_DISTANCE, attention_pb2.ATTENTION_FEATURE_ENTROPY],
     )
     assert codec.selection_of(message) == domain.AttentionSelection(
         sites=("a",),
@@ -91,12 +93,18 @@ def test_every_field_of_a_selection_is_decoded() -> None:
         top_k=3,
         min_weight=0.5,
         dtype=domain.WeightDtype.UINT8,
+        features=(domain.AttentionFeature.MEAN_DISTANCE, domain.AttentionFeature.ENTROPY),
     )
 
 
 def test_every_unknown_number_in_a_selection_is_reported() -> None:
     odd = attention_pb2.AttentionSelection(
-        head_reduction=9, layer_reduction=9, unit=9, special_tokens=9, dtype=tensor_pb2.DATA_TYPE_BOOL
+        head_reduction=9,
+        layer_reduction=9,
+        unit=9,
+        special_tokens=9,
+        dtype=tensor_pb2.DATA_TYPE_BOOL,
+        features=[attention_pb2.ATTENTION_FEATURE_ENTROPY, 0, 9],
     )
     with pytest.raises(InvalidRequest) as caught:
         codec.selection_of(odd)
@@ -106,6 +114,8 @@ def test_every_unknown_number_in_a_selection_is_reported() -> None:
         "attention.unit",
         "attention.special_tokens",
         "attention.dtype",
+        "attention.features[1]",
+        "attention.features[2]",
     ]
 
 
@@ -124,8 +134,9 @@ def test_a_priority_is_decoded(number: int, priority: Priority) -> None:
         attention_pb2.AttentionSelection(
             sites=["layer0"], layers=[1], layer_reduction=attention_pb2.LAYER_REDUCTION_ROLLOUT, queries=[-1]
         ),
+        attention_pb2.AttentionSelection(features=[3, 1], heads=[0]),
     ],
-    ids=["everything", "a part", "rollout"],
+    ids=["everything", "a part", "rollout", "features"],
 )
 def test_an_echoed_selection_means_the_same(message: attention_pb2.AttentionSelection) -> None:
     effective = resolve(codec.selection_of(message), MANIFEST.sites, "tiny")
@@ -145,6 +156,9 @@ def test_a_result_holds_outputs_in_the_requested_order_maps_and_run() -> None:
     maps = (
         AttentionMap(("x",), 0, "cross", "windowed", (1,), "seq", "seq", (), (1,), whole),
         AttentionMap(("x", "y"), -1, "causal", "linear", (0,), "seq", "seq", (0,), (), links),
+        AttentionMap(
+            ("x",), 0, "self", "dense", (0,), "seq", "seq", (), (), RowFeatures(np.ones((1, 2, 3), np.float32))
+        ),
     )
     result = SequenceResult(
         {"one": np.zeros(2, np.float32), "two": np.ones(1, np.int64)},
@@ -155,11 +169,12 @@ def test_a_result_holds_outputs_in_the_requested_order_maps_and_run() -> None:
     message = result_message(result, ("two", "one"))
     assert [tensor.name for tensor in message.outputs] == ["two", "one"]
     assert list(message.attention.axes[0].texts) == ["a", "b"]
-    first, second = message.attention.maps
+    first, second, third = message.attention.maps
     assert (first.kind, first.form) == (attention_pb2.ATTENTION_KIND_CROSS, attention_pb2.ATTENTION_FORM_WINDOWED)
     assert (first.WhichOneof("content"), first.weights.data) == ("weights", whole.tobytes())
     assert (second.WhichOneof("content"), list(second.links.keys.shape)) == ("links", [1])
     assert second.layer == -1
+    assert (third.WhichOneof("content"), list(third.features.shape)) == ("features", [1, 2, 3])
     assert (message.run.batch_size, message.run.queue_seconds, message.run.instance) == (3, 0.25, 1)
 
 
