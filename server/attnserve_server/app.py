@@ -219,12 +219,15 @@ class Application:
         began, bytes_before = self.clock.now(), resident_bytes()
         executor: Executor | None = None
         try:
-            sessions, model.tokenizer = await asyncio.to_thread(open_bundle, bundle, self.settings)
-            session = sessions[0]
+            opened = await asyncio.to_thread(open_bundle, bundle, self.settings)
+            model.tokenizer = opened.tokenizer
+            session = opened.sessions[0]
             model.provider = session.provider
             model.metrics.provider(session.provider)
-            instances = instances_of(sessions, self.settings)
-            executor = Executor(sessions, bundle.manifest, model.metrics, self.clock, instances)
+            instances = instances_of(opened.sessions, self.settings)
+            executor = Executor(
+                opened.sessions, bundle.manifest, model.metrics, self.clock, instances, opened.past_sessions
+            )
             executor.start()
             key = cost_key(session, bundle.manifest, self.settings)
             known = read_costs(bundle, key) if self.settings.remember_costs else ()
@@ -265,7 +268,7 @@ class Application:
             version=model.version,
             digest=bundle.manifest.digest,
             provider=session.provider,
-            devices=len(sessions),
+            devices=len(opened.sessions),
             instances=instances,
             sites=len(bundle.manifest.sites),
             sites_available=sum(site.available for site in bundle.manifest.sites),

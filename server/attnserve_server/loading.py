@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -81,15 +81,27 @@ def under_policy(bundle: Bundle, settings: Settings) -> Bundle:
     return replace(bundle, manifest=manifest.under(settings.batching))
 
 
-def open_bundle(bundle: Bundle, settings: Settings) -> tuple[list[RuntimeSession], TextTokenizer | None]:
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a bundle was opened to.
+
+    Args:
+        sessions: of the graph, one for each device.
+        tokenizer: None for a model that takes tensors only.
+        past_sessions: of the continuing graph, one for each device; empty for a bundle without one.
+    """
+
+    sessions: list[RuntimeSession]
+    tokenizer: TextTokenizer | None
+    past_sessions: list[RuntimeSession]
+
+
+def open_bundle(bundle: Bundle, settings: Settings) -> Opened:
     """Verify a bundle's files, load one session per device, and check the golden answers of each. Runs in a thread.
 
     Args:
         bundle: from `under_policy`.
         settings: provider, devices and threads.
-
-    Returns:
-        The sessions, one for each device, and the tokenizer; None for a model that takes tensors only.
 
     Raises:
         BundleInvalid: a file is missing or changed.
@@ -99,23 +111,34 @@ def open_bundle(bundle: Bundle, settings: Settings) -> tuple[list[RuntimeSession
         GoldenMismatch: the model does not repeat its golden answers.
     """
     verify(bundle)
-    golden = read_golden(bundle)
     tokenizer, text = None, bundle.manifest.text
     if bundle.tokenizer_path is not None and text is not None:
         tokenizer = TextTokenizer.load(bundle.tokenizer_path, text.axis, bundle.manifest.text_as_written)
     first, *others = settings.device_ids or (0,)
     sessions = [_session(bundle, settings, first)]
-    if sessions[0].provider in GPU_PROVIDERS and not settings.device_ids:
+    provider = sessions[0].provider
+    if provider in GPU_PROVIDERS and not settings.device_ids:
         others = list(range(1, visible_gpus()))
-    if sessions[0].provider in GPU_PROVIDERS:
-        sessions += [_session(bundle, settings, device_id, sessions[0].provider) for device_id in others]
-    named = {"model": bundle.manifest.name, "version": bundle.manifest.version}
+    if provider in GPU_PROVIDERS:
+        sessions += [_session(bundle, settings, device_id, provider) for device_id in others]
+    _check_golden(bundle, sessions)
+    continuing, past_sessions = bundle.continuing, list[RuntimeSession]()
+    if continuing is not None:
+        devices = (first, *others) if provider in GPU_PROVIDERS else (first,)
+        past_sessions = [_session(continuing, settings, device_id, provider) for device_id in devices]
+        _check_golden(continuing, past_sessions)
+    return Opened(sessions, tokenizer, past_sessions)
+
+
+def _check_golden(bundle: Bundle, sessions: Sequence[RuntimeSession]) -> None:
+    """Compare the answers of each session with the golden ones of its graph. Raises GoldenMismatch."""
+    golden = read_golden(bundle)
+    named = {"model": bundle.manifest.name, "version": bundle.manifest.version, "graph": bundle.graph}
     for session in sessions if golden else ():
         worst = verify_golden(session, bundle.manifest, golden)
         _log.info("golden answers are repeated", **named, sequences=len(golden), error_over_allowed=round(worst, 4))
     if not golden:
         _log.warning("bundle has no golden answers: convert it again, so that every load is checked", **named)
-    return sessions, tokenizer
 
 
 def instances_of(sessions: Sequence[RuntimeSession], settings: Settings) -> int:

@@ -77,8 +77,9 @@ class TextInput(_message.Message):
     """
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
-        """Arrays for inputs that are not made from text, for example the pixels of an image. An input that is made from the
-        text: INVALID_ARGUMENT.
+        """Arrays for inputs that are not made from text, for example the pixels of an image, or a past. An input that is made
+        from the text: INVALID_ARGUMENT. After a past, too, the tokenizer adds its special tokens to the text; send ids to
+        leave them out.
         """
 
     def __init__(
@@ -105,7 +106,9 @@ class TensorInput(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
-        """One for each input, without the batch axis. Inputs with `TensorSpec.optional` may be left out."""
+        """One for each input, without the batch axis. Inputs with `TensorSpec.optional` may be left out. For a sequence with
+        a past, also one for each of `Model.past.caches`: all of them, of one length P of at least 1, or none.
+        """
 
     def __init__(
         self,
@@ -128,6 +131,7 @@ class Sequence(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
+    PAST_TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def text(self) -> Global___TextInput:
         """Text. FAILED_PRECONDITION if the model has no tokenizer."""
@@ -136,15 +140,22 @@ class Sequence(_message.Message):
     def tensors(self) -> Global___TensorInput:
         """Arrays, for any model."""
 
+    @_builtins.property
+    def past_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts of the positions of the past, for the units of the key axis: one for each of the P positions (another number:
+        INVALID_ARGUMENT), or none, the default: `past[0]` to `past[P-1]`. INVALID_ARGUMENT for a sequence without a past.
+        """
+
     def __init__(
         self,
         *,
         text: Global___TextInput | None = ...,
         tensors: Global___TensorInput | None = ...,
+        past_tokens: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "tensors", b"tensors", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "tensors", b"tensors", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "past_tokens", b"past_tokens", "tensors", b"tensors", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "tensors"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015

@@ -349,6 +349,94 @@ class Site(_message.Message):
 Global___Site: _TypeAlias = Site  # noqa: Y015
 
 @_typing.final
+class Cache(_message.Message):
+    """One input for the past of a decoder with a cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    PRESENT_FIELD_NUMBER: _builtins.int
+    present: _builtins.str
+    """Name of the output that continues it: its value is the input's value for the next sequence. Empty: it does not
+    change, like the keys of an encoder.
+    """
+    @_builtins.property
+    def input(self) -> Global___TensorSpec:
+        """The input, for example of shape (kv_heads, past, head_dim)."""
+
+    def __init__(
+        self,
+        *,
+        input: Global___TensorSpec | None = ...,
+        present: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "present", b"present"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cache: _TypeAlias = Cache  # noqa: Y015
+
+@_typing.final
+class Past(_message.Message):
+    """What a sequence of T new positions after a past of P positions sends and gets. Its maps have T queries and P + T keys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AXIS_FIELD_NUMBER: _builtins.int
+    NEW_AXIS_FIELD_NUMBER: _builtins.int
+    KEY_AXIS_FIELD_NUMBER: _builtins.int
+    CACHES_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    BATCHED_FIELD_NUMBER: _builtins.int
+    PADDABLE_FIELD_NUMBER: _builtins.int
+    axis: _builtins.str
+    """Axis symbol of the past positions."""
+    new_axis: _builtins.str
+    """Axis symbol of the new positions."""
+    key_axis: _builtins.str
+    """Axis symbol of all P + T positions: of the keys in maps, and of a mask over past and new positions. P + T is at most
+    the `max_length` of `new_axis`.
+    """
+    batched: _builtins.bool
+    """Whether sequences of equal P share runs. If not, each runs alone."""
+    paddable: _builtins.bool
+    """Whether those of different T share runs, too, padded."""
+    @_builtins.property
+    def caches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cache]:
+        """The inputs of the past. A sequence has all of them, or has no past."""
+
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
+        """The other inputs of a sequence with a past."""
+
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
+        """The outputs of a sequence with a past."""
+
+    def __init__(
+        self,
+        *,
+        axis: _builtins.str = ...,
+        new_axis: _builtins.str = ...,
+        key_axis: _builtins.str = ...,
+        caches: _abc.Iterable[Global___Cache] | None = ...,
+        inputs: _abc.Iterable[Global___TensorSpec] | None = ...,
+        outputs: _abc.Iterable[Global___TensorSpec] | None = ...,
+        batched: _builtins.bool = ...,
+        paddable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis", b"axis", "batched", b"batched", "caches", b"caches", "inputs", b"inputs", "key_axis", b"key_axis", "new_axis", b"new_axis", "outputs", b"outputs", "paddable", b"paddable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Past: _TypeAlias = Past  # noqa: Y015
+
+@_typing.final
 class Model(_message.Message):
     """A loaded model."""
 
@@ -377,6 +465,7 @@ class Model(_message.Message):
     BATCH_REASON_FIELD_NUMBER: _builtins.int
     BATCHED_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
+    PAST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     version: _builtins.str
@@ -437,6 +526,10 @@ class Model(_message.Message):
     def head(self) -> _labels_pb2.Head:
         """Its head, from whose outputs the server computes labels. Not set: it has none."""
 
+    @_builtins.property
+    def past(self) -> Global___Past:
+        """The past that sequences may have. Not set: they have none."""
+
     def __init__(
         self,
         *,
@@ -463,10 +556,11 @@ class Model(_message.Message):
         batch_reason: _builtins.str = ...,
         batched: _builtins.bool = ...,
         head: _labels_pb2.Head | None = ...,
+        past: Global___Past | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "past", b"past"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_text", b"accepts_text", "axes", b"axes", "batch_reason", b"batch_reason", "batch_status", b"batch_status", "batched", b"batched", "batching_policy", b"batching_policy", "digest", b"digest", "execution_provider", b"execution_provider", "head", b"head", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "name", b"name", "outputs", b"outputs", "precision", b"precision", "sites", b"sites", "state", b"state", "state_reason", b"state_reason", "text_axis", b"text_axis", "text_pair_axis", b"text_pair_axis", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_text", b"accepts_text", "axes", b"axes", "batch_reason", b"batch_reason", "batch_status", b"batch_status", "batched", b"batched", "batching_policy", b"batching_policy", "digest", b"digest", "execution_provider", b"execution_provider", "head", b"head", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "name", b"name", "outputs", b"outputs", "past", b"past", "precision", b"precision", "sites", b"sites", "state", b"state", "state_reason", b"state_reason", "text_axis", b"text_axis", "text_pair_axis", b"text_pair_axis", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

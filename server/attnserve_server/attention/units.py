@@ -177,6 +177,36 @@ def pooled_units(axis: str, source: AxisUnits, derived: DerivedLength) -> AxisUn
     )
 
 
+def continued_units(axis: str, new: AxisUnits, past: int, labels: Sequence[str] = ()) -> AxisUnits:
+    """Return the units of the keys of a sequence with a past: its past positions, then the new ones.
+
+    A past position has no span and no word, is no special token, and stays a unit when words are merged.
+
+    Args:
+        axis: symbol of the axis of all positions.
+        new: the units of the new positions, before merging.
+        past: number of past positions, P.
+        labels: their texts, (P,); empty: `past[0]` to `past[P-1]`. New positions without texts get their numbers.
+    """
+
+    def behind(past_value: int, values: tuple[int, ...]) -> tuple[int, ...]:
+        return (past_value,) * past + values if values else ()
+
+    texts = tuple(labels) or tuple(f"past[{position}]" for position in range(past))
+    return AxisUnits(
+        axis=axis,
+        length=past + new.length,
+        texts=texts + (new.texts or tuple(map(str, range(new.length)))),
+        starts=behind(0, new.starts),
+        ends=behind(0, new.ends),
+        special=(False,) * past + new.special if new.special else (),
+        segments=behind(0, new.segments),
+        word_ids=behind(-1, new.word_ids),
+        words=new.words,
+        word_spans=new.word_spans,
+    )
+
+
 def check_units(
     effective: EffectiveSelection,
     sites: Sequence[SiteSpec],

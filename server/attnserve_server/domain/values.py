@@ -213,6 +213,9 @@ class PreparedSequence:
     unpadded: bool = False
     """Whether it runs only with sequences of equal lengths: its masks break a need of the model's certificate, and
     padding could change its answer."""
+    past: int = 0
+    """Positions of its past, P; 0: it has none. The continuing graph runs it, and its values follow the manifest of
+    that graph."""
 
     @property
     def tokens(self) -> int:

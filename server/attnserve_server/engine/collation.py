@@ -77,9 +77,10 @@ def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> Collat
     """
     unpadded = any(sequence.unpadded for sequence in sequences)
     greatest = _greatest_lengths(sequences, manifest, unpadded=unpadded)
+    padded = manifest.with_derived(greatest) if sequences[0].past else greatest
     feeds: dict[str, Array] = {}
     for spec in manifest.inputs:
-        feeds[spec.name] = _padded(spec, [sequence.tensors[spec.name] for sequence in sequences], greatest)
+        feeds[spec.name] = _padded(spec, [sequence.tensors[spec.name] for sequence in sequences], padded)
     rows: dict[int, list[int]] = {}
     fetches: dict[str, None] = {}
     for row, sequence in enumerate(sequences):
@@ -180,6 +181,12 @@ def weights_of(
     return weights
 
 
+def past_length(lengths: Mapping[str, int], manifest: Manifest) -> int:
+    """Return the positions of a sequence's past; 0 for a manifest of a prompt graph."""
+    plus = (axis.derived.plus for axis in manifest.axes if axis.derived is not None and axis.derived.plus)
+    return next((lengths[symbol] for symbol in plus), 0)
+
+
 def is_finite(values: Array) -> bool:
     """Whether an array of any shape and dtype holds neither NaN nor an infinity."""
     return values.dtype.kind != "f" or bool(np.isfinite(values).all())
@@ -251,8 +258,9 @@ class ShapeCheck:
         }
         lengths: dict[Dimension, int] = {**self._fixed, **given, BATCH: batch.size}
         for symbol, form in self._derived.items():
-            if form.source in lengths:
-                lengths[symbol] = form.of(lengths[form.source])
+            derived = form.at(lengths)
+            if derived is not None:
+                lengths[symbol] = derived
         for name, array in fetched.items():
             declared = self._declared[name]
             if name in self._taps:

@@ -223,16 +223,18 @@ class Footprint:
     def _count(self, terms: Counter[tuple[int, ...]], shape: tuple[Dimension, ...], item_bytes: int) -> None:
         """Add an array to `terms`. An axis that is in no input's shape is counted at its maximum length.
 
-        A derived axis is at most T / stride + offset / stride long, so it makes two products out of each.
+        A derived axis is at most T / stride + offset / stride long, so it makes two products out of each. One that
+        follows a past is (T + P) / stride long, which makes one product more.
         """
         products: list[tuple[tuple[int, ...], Fraction]] = [((), Fraction(item_bytes))]
         for dimension in shape:
             derived = self._derived.get(dimension) if isinstance(dimension, str) else None
             if derived is not None and derived.source in self._given:
-                at, share = self._index[derived.source], Fraction(1, derived.stride)
+                share = Fraction(1, derived.stride)
+                summed = [self._index[symbol] for symbol in (derived.source, derived.plus) if symbol]
                 more = max(derived.offset, 0) * share
                 products = [
-                    *(((*axes, at), size * share) for axes, size in products),
+                    *(((*axes, at), size * share) for at in summed for axes, size in products),
                     *((axes, size * more) for axes, size in products if more),
                 ]
             elif dimension in self._given:

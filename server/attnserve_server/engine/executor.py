@@ -6,12 +6,11 @@ splits a failing batch until it has found that sequence.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from queue import SimpleQueue
-from threading import Thread
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from attnserve_server import attention
 from attnserve_server.domain.clock import Clock, ThreadCpuClock
@@ -33,16 +32,14 @@ from attnserve_server.engine.collation import (
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
 from attnserve_server.engine.labels import labels_of
 from attnserve_server.engine.providers import CPU
-from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
+from attnserve_server.engine.session import InstanceThread, RunHandle, RunTerminated, RuntimeSession
 from attnserve_server.model.equality import Difference, copied, equality_of, greatest_difference, values_of
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Outcome = SequenceResult | AttnserveError
-_Call = tuple[asyncio.Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 
 class BatchExecutor(Protocol):
@@ -58,59 +55,40 @@ class BatchExecutor(Protocol):
         """The cost model of runs, from warm-up and later runs; None before warm-up."""
         ...
 
+    @property
+    def past_cost(self) -> CostModel | None:
+        """The same for sequences with a past; None if the model takes none."""
+        ...
+
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         """Run one batch. Return one outcome for each sequence, in order."""
         ...
 
 
-class InstanceThread:
-    """One thread that runs functions one after another, from `__init__` until `end`.
+@dataclass(slots=True, eq=False)
+class Graph:
+    """One loaded graph of a model.
 
-    Event loop only, except for the functions that it runs. A ThreadPoolExecutor of one thread does the same at a higher
-    cost: a second future with its own lock and condition per call, twice per batch.
+    Args:
+        sessions: one for each device; instance i runs on session i modulo their number.
+        manifest: of the graph.
+        shapes: its shape check.
+        cost: the cost of its runs; None before warm-up. Event loop only.
     """
 
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
-        # A daemon, because a run that never ends must not keep the process alive after shutdown.
-        self._thread = Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+    sessions: tuple[RuntimeSession, ...]
+    manifest: Manifest
+    shapes: ShapeCheck
+    cost: CostEstimate | None = None
 
-    def run(self, function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
-        """Queue a call and return the future of its result or exception. Cancelling the future stops nothing."""
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._calls.put((future, function, arguments))
-        return future
+    @classmethod
+    def of(cls, sessions: Sequence[RuntimeSession], manifest: Manifest) -> Graph:
+        """Lay out one graph."""
+        return cls(tuple(sessions), manifest, ShapeCheck(manifest))
 
-    async def end(self) -> None:
-        """End the thread after the queued calls."""
-        self._calls.put(None)
-        await asyncio.to_thread(self._thread.join)
-
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            future, function, arguments = call
-            value: Any = None
-            fault: BaseException | None = None
-            try:
-                value = function(*arguments)
-            except BaseException as error:  # noqa: BLE001 - deliver any exception to the awaiting task
-                fault = error
-            try:
-                self._loop.call_soon_threadsafe(_resolve, future, value, fault)
-            except RuntimeError:
-                return  # the loop is closed, so no task is waiting
-            del call, future, function, arguments, value, fault  # free the batch before waiting for the next call
-
-
-def _resolve(future: asyncio.Future[Any], value: object, fault: BaseException | None) -> None:
-    if future.done():
-        return  # cancelled
-    if fault is None:
-        future.set_result(value)
-    else:
-        future.set_exception(fault)
+    def session_of(self, instance: int) -> RuntimeSession:
+        """Return the session of an instance."""
+        return self.sessions[instance % len(self.sessions)]
 
 
 class Executor:
@@ -123,20 +101,22 @@ class Executor:
         metrics: ModelMetrics,
         clock: Clock,
         instances: int,
+        past_sessions: Sequence[RuntimeSession] = (),
     ) -> None:
-        """Instance i runs on session i modulo their number; one session holds the weights of one device."""
-        self._sessions = tuple(sessions)
+        """Instance i runs on session i modulo their number; one session holds the weights of one device.
+
+        `past_sessions`: those of the continuing graph, one for each device; none if the manifest has no past.
+        """
         self._manifest = manifest
-        self._shapes = ShapeCheck(manifest)
+        self._prompt = Graph.of(sessions, manifest)
+        self._past = None if manifest.continuing is None else Graph.of(past_sessions, manifest.continuing)
         self._metrics = metrics
         self._clock = clock
         self._instances = instances
-        self._equality = equality_of(manifest)
         # Processor time on a CPU: wall time would include the work of other threads on the same cores.
         self._cost_clock = ThreadCpuClock() if self.provider == CPU else clock
         # Event loop only.
         self._threads: list[InstanceThread] = []
-        self._cost: CostEstimate | None = None
 
     @property
     def instances(self) -> int:
@@ -146,12 +126,17 @@ class Executor:
     @property
     def provider(self) -> str:
         """The execution provider in use."""
-        return self._sessions[0].provider
+        return self._prompt.sessions[0].provider
 
     @property
     def cost(self) -> CostModel | None:
         """The cost model of runs, from warm-up and later runs; None before warm-up."""
-        return None if self._cost is None else self._cost.model
+        return None if self._prompt.cost is None else self._prompt.cost.model
+
+    @property
+    def past_cost(self) -> CostModel | None:
+        """The same for sequences with a past, in P + T tokens; None if the model takes none."""
+        return None if self._past is None or self._past.cost is None else self._past.cost.model
 
     def start(self) -> None:
         """Start the instances' threads."""
@@ -176,12 +161,20 @@ class Executor:
         Raises:
             RunFailed: the model cannot run on valid inputs.
         """
-        for instance, thread in enumerate(self._threads):
-            await thread.run(warmup.touch, self._session_of(instance), self._manifest)
+        for graph in filter(None, (self._prompt, self._past)):
+            for instance, thread in enumerate(self._threads):
+                await thread.run(warmup.touch, graph.session_of(instance), graph.manifest)
         if not known:
-            known = await self._threads[0].run(warmup.measure, self._session_of(0), self._manifest, self._cost_clock)
-        self._cost = CostEstimate(known)
+            known = await self._measured(self._prompt)
+        self._prompt.cost = CostEstimate(known)
+        if self._past is not None:
+            self._past.cost = CostEstimate(await self._measured(self._past))
         return known
+
+    async def _measured(self, graph: Graph) -> tuple[TimedRun, ...]:
+        # The fewest shapes for a past: they are timed at each start.
+        measure = partial(warmup.measure, more_s=0.0) if graph is self._past else warmup.measure
+        return await self._threads[0].run(measure, graph.session_of(0), graph.manifest, self._cost_clock)
 
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         """Run one batch on one instance.
@@ -202,8 +195,9 @@ class Executor:
             outcomes, timed = await self._threads[instance].run(self._timed, sequences, handle, instance)
         finally:
             self._metrics.running.dec()
-        if timed is not None and self._cost is not None:
-            self._cost.add(timed)
+        cost = self._graph_of(sequences[0]).cost
+        if timed is not None and cost is not None:
+            cost.add(timed)
         return outcomes
 
     async def repeat(
@@ -222,24 +216,30 @@ class Executor:
         """
         return await self._threads[instance].run(self._repeat, sequence, served, handle, instance)
 
-    def _session_of(self, instance: int) -> RuntimeSession:
-        return self._sessions[instance % len(self._sessions)]
+    def _graph_of(self, sequence: PreparedSequence) -> Graph:
+        """The graph that runs a sequence; all sequences of a batch have the same."""
+        if not sequence.past:
+            return self._prompt
+        assert self._past is not None, "validation refuses a past that the model does not take"
+        return self._past
 
     def _repeat(
         self, sequence: PreparedSequence, served: Mapping[str, Array], handle: RunHandle, instance: int
     ) -> Difference | AttnserveError:
         """Instance's thread. It also makes the comparison, because large maps would block the event loop."""
         try:
-            batch = collate([sequence], self._manifest)
+            graph = self._graph_of(sequence)
+            manifest = graph.manifest
+            batch = collate([sequence], manifest)
             # Without a recorded CUDA graph, which would pad the sequence and fill the batch with copies of it.
-            outputs = self._session_of(instance).run(batch.feeds, batch.fetches, handle, exact_shape=True)
+            outputs = graph.session_of(instance).run(batch.feeds, batch.fetches, handle, exact_shape=True)
             fetched = dict(zip(batch.fetches, outputs, strict=True))
             alone = values_of(
-                outputs_of(batch, fetched, 0, sequence, self._manifest),
-                weights_of(batch, fetched, 0, sequence, self._manifest),
-                self._manifest,
+                outputs_of(batch, fetched, 0, sequence, manifest),
+                weights_of(batch, fetched, 0, sequence, manifest),
+                manifest,
             )
-            return greatest_difference(served, alone, self._equality)
+            return greatest_difference(served, alone, equality_of(manifest))
         except RunTerminated:
             return RequestCancelled()
         except Exception:  # noqa: BLE001 - the boundary of a repeat: no request depends on it
@@ -286,9 +286,10 @@ class Executor:
             _log.exception("a sequence failed to run", extra={"model": self._manifest.name}, exc_info=fault)
 
     def _run_once(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
-        batch = collate(sequences, self._manifest)
+        graph = self._graph_of(sequences[0])
+        batch = collate(sequences, graph.manifest)
         started = self._clock.now()
-        session = self._session_of(instance)
+        session = graph.session_of(instance)
         outputs = session.run(batch.feeds, batch.fetches, handle, exact_shape=batch.unpadded)
         compute_s = self._clock.now() - started
         self._metrics.compute_seconds.observe(compute_s)
@@ -296,16 +297,18 @@ class Executor:
         self._metrics.count_tokens(useful=batch.useful_tokens, computed=batch.computed_tokens)
         self._metrics.sequences.inc(batch.size)
         fetched = dict(zip(batch.fetches, outputs, strict=True))
-        self._shapes.check(batch, fetched, filled_up=session.fills_up)
+        graph.shapes.check(batch, fetched, filled_up=session.fills_up)
         # Whole arrays are checked first: single sequences are checked only if a whole array is not finite.
         finite = all(map(is_finite, outputs))
         facts = RunFacts(batch.size, batch.useful_tokens, batch.computed_tokens, compute_s, instance)
         return [
-            self._outcome(batch, fetched, row, sequence, facts, finite=finite) for row, sequence in enumerate(sequences)
+            self._outcome(graph.manifest, batch, fetched, row, sequence, facts, finite=finite)
+            for row, sequence in enumerate(sequences)
         ]
 
     def _outcome(
         self,
+        manifest: Manifest,
         batch: CollatedBatch,
         fetched: dict[str, Array],
         row: int,
@@ -319,22 +322,22 @@ class Executor:
         `finite`: whether all numbers of the run are finite, padding included.
         """
         try:
-            outputs = outputs_of(batch, fetched, row, sequence, self._manifest)
-            weights = weights_of(batch, fetched, row, sequence, self._manifest)
-            invalid = None if finite else invalid_tensor(outputs, weights, self._manifest)
+            outputs = outputs_of(batch, fetched, row, sequence, manifest)
+            weights = weights_of(batch, fetched, row, sequence, manifest)
+            invalid = None if finite else invalid_tensor(outputs, weights, manifest)
             if invalid is not None:
-                _log.error("NaN, or a weight that is infinite", extra={"model": self._manifest.name, "tensor": invalid})
+                _log.error("NaN, or a weight that is infinite", extra={"model": manifest.name, "tensor": invalid})
                 return InternalFault()
             answer = None
             if sequence.attention is not None:
                 started = self._clock.now()
-                answer = attention.answer(weights, sequence.attention, self._manifest.sites, sequence.units)
+                answer = attention.answer(weights, sequence.attention, manifest.sites, sequence.units)
                 if not may_alias(batch, sequence):
                     answer = owned(answer, fetched.values())
                 self._metrics.attention_seconds.observe(self._clock.now() - started)
-            kept = copied(values_of(outputs, weights, self._manifest)) if sequence.keep_values else None
-            labels = None if sequence.labels is None else labels_of(outputs, sequence, self._manifest)
+            kept = copied(values_of(outputs, weights, manifest)) if sequence.keep_values else None
+            labels = None if sequence.labels is None else labels_of(outputs, sequence, manifest)
             return SequenceResult(outputs, answer, facts, labels=labels, values=kept)
         except Exception:  # noqa: BLE001 - the boundary of one sequence's result: the rest of the batch has its own
-            _log.exception("an answer could not be made", extra={"model": self._manifest.name})
+            _log.exception("an answer could not be made", extra={"model": manifest.name})
             return InternalFault()

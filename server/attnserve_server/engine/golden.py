@@ -17,13 +17,15 @@ import numpy as np
 
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import Array, PreparedSequence
-from attnserve_server.engine.collation import collate, outputs_of, weights_of
+from attnserve_server.engine.collation import collate, outputs_of, past_length, weights_of
 from attnserve_server.engine.session import RunFailed, RuntimeSession
 from attnserve_server.engine.warmup import selection_of_all
 from attnserve_server.model.manifest import NUMPY_DTYPES, Manifest
-from attnserve_server.model.repository import Bundle, BundleInvalid
+from attnserve_server.model.repository import MODEL_FILE, Bundle, BundleInvalid
 
 GOLDEN_FILE = "golden.npz"
+_PAST = "past."
+"""Prefix of the names of the continuing graph's arrays."""
 MAX_UNPACKED_BYTES = 64 * 2**20
 """Maximum size of the unpacked arrays. Inputs may be images that compress well."""
 _MIN_SCALE = 1e-6
@@ -113,7 +115,11 @@ def answers(
     count = manifest.golden.sample
     everything = selection_of_all(manifest)
     names = tuple(spec.name for spec in manifest.outputs if np.issubdtype(NUMPY_DTYPES[spec.dtype], np.floating))
-    prepared = [PreparedSequence(inputs, lengths_of(inputs, manifest), names, everything) for inputs in sequences]
+    prepared = []
+    for inputs in sequences:
+        lengths = lengths_of(inputs, manifest)
+        past = past_length(lengths, manifest)
+        prepared.append(PreparedSequence(inputs, lengths, names, everything, past=past))
     given = [axis for axis in manifest.axes if axis.derived is None and not axis.fixed]
     together = len(prepared) <= manifest.max_batch_size and all(axis.paddable for axis in given)
     together = together and not any(manifest.breaks_masks(inputs) for inputs in sequences)
@@ -143,14 +149,15 @@ def sample_of(array: Array, count: int) -> Array:
 
 
 def lengths_of(inputs: Mapping[str, Array], manifest: Manifest) -> dict[str, int]:
-    """Return the length of each axis symbol, from the shapes of one sequence's inputs."""
+    """Return the length of each axis symbol that is not derived, from the shapes of one sequence's inputs."""
     given = {
         symbol: length
         for spec in manifest.inputs
         for symbol, length in zip(spec.shape, inputs[spec.name].shape, strict=True)
         if isinstance(symbol, str)
     }
-    return {**manifest.fixed_lengths, **given}
+    derived = {axis.symbol for axis in manifest.axes if axis.derived is not None}
+    return {**manifest.fixed_lengths, **{symbol: given[symbol] for symbol in given if symbol not in derived}}
 
 
 def error_of(before: Array, now: Array) -> float:
@@ -168,23 +175,26 @@ def error_of(before: Array, now: Array) -> float:
     return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0)) / scale
 
 
-def write_golden(path: Path, sequences: Sequence[GoldenSequence], manifest: Manifest) -> None:
-    """Write sequences to a file. The same sequences always give the same bytes."""
-    arrays: dict[str, Array] = {}
-    for row, sequence in enumerate(sequences):
-        for at, spec in enumerate(manifest.inputs):
-            arrays[f"input.{row}.{at}"] = sequence.inputs[spec.name]
-        for at, output in enumerate(manifest.outputs):
-            if output.name in sequence.outputs:
-                arrays[f"output.{row}.{at}"] = sequence.outputs[output.name]
-        for layer, weights in sequence.weights.items():
-            arrays[f"weights.{row}.{layer}"] = weights
+def write_golden(
+    path: Path, sequences: Sequence[GoldenSequence], manifest: Manifest, continued: Sequence[GoldenSequence] = ()
+) -> None:
+    """Write sequences to a file. The same sequences always give the same bytes.
+
+    Args:
+        path: the file.
+        sequences: those of the prompt graph.
+        manifest: of the model.
+        continued: those of the continuing graph, each with a past.
+    """
+    arrays = _named(sequences, manifest, "")
+    if manifest.continuing is not None:
+        arrays |= _named(continued, manifest.continuing, _PAST)
     with path.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def read_golden(bundle: Bundle) -> tuple[GoldenSequence, ...]:
-    """Return the golden sequences of a bundle whose files were verified; empty if it has none.
+    """Return the golden sequences of a bundle's graph, whose files were verified; empty if it has none.
 
     Raises:
         BundleInvalid: the file is missing, cannot be read, or contradicts the manifest.
@@ -200,7 +210,8 @@ def read_golden(bundle: Bundle) -> tuple[GoldenSequence, ...]:
         raise fault("is not listed in the manifest, which has golden answers")
     try:
         arrays = _arrays(bundle.path / GOLDEN_FILE)
-        return tuple(_sequence(arrays, manifest, row) for row in range(manifest.golden.sequences))
+        prefix = "" if bundle.graph == MODEL_FILE else _PAST
+        return tuple(_sequence(arrays, manifest, row, prefix) for row in range(manifest.golden.sequences))
     except KeyError as missing:
         raise fault(f"has no {missing.args[0]}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as why:
@@ -223,10 +234,24 @@ def _arrays(path: Path) -> dict[str, Array]:
         return {name: archive[name] for name in archive.files}
 
 
-def _sequence(arrays: Mapping[str, Array], manifest: Manifest, row: int) -> GoldenSequence:
+def _named(sequences: Sequence[GoldenSequence], manifest: Manifest, prefix: str) -> dict[str, Array]:
+    """The arrays of one graph's sequences by their names in the file."""
+    arrays: dict[str, Array] = {}
+    for row, sequence in enumerate(sequences):
+        for at, spec in enumerate(manifest.inputs):
+            arrays[f"{prefix}input.{row}.{at}"] = sequence.inputs[spec.name]
+        for at, output in enumerate(manifest.outputs):
+            if output.name in sequence.outputs:
+                arrays[f"{prefix}output.{row}.{at}"] = sequence.outputs[output.name]
+        for layer, weights in sequence.weights.items():
+            arrays[f"{prefix}weights.{row}.{layer}"] = weights
+    return arrays
+
+
+def _sequence(arrays: Mapping[str, Array], manifest: Manifest, row: int, prefix: str) -> GoldenSequence:
     inputs: dict[str, Array] = {}
     for at, spec in enumerate(manifest.inputs):
-        array = arrays[f"input.{row}.{at}"]
+        array = arrays[f"{prefix}input.{row}.{at}"]
         if array.dtype != NUMPY_DTYPES[spec.dtype] or array.ndim != len(spec.shape):
             raise ValueError(f"input {spec.name} is {array.dtype} of {array.ndim} axes")
         inputs[spec.name] = array
@@ -237,6 +262,8 @@ def _sequence(arrays: Mapping[str, Array], manifest: Manifest, row: int) -> Gold
     ]
     return GoldenSequence(
         inputs=inputs,
-        outputs={name: arrays[f"output.{row}.{at}"] for at, name in floating},
-        weights={site.layer: arrays[f"weights.{row}.{site.layer}"] for site in manifest.sites if site.available},
+        outputs={name: arrays[f"{prefix}output.{row}.{at}"] for at, name in floating},
+        weights={
+            site.layer: arrays[f"{prefix}weights.{row}.{site.layer}"] for site in manifest.sites if site.available
+        },
     )

@@ -1,4 +1,4 @@
-"""The runtime session: load a model, run it, and stop a run.
+"""The runtime session: load a model, run it, and stop a run; and the thread on which an instance runs.
 
 Only this module, `session_options` and `gpu` import onnxruntime. Errors carry no text of the runtime, which may hold
 paths; it is the cause of the exception, for the log.
@@ -6,12 +6,14 @@ paths; it is the cause of the exception, for the log.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Any, TypeVar
 
 import onnxruntime as ort
 
@@ -31,6 +33,7 @@ from attnserve_server.engine.session_options import (
     FATAL_ONLY,
     LEFT_OUT,
     LEFT_OUT_ON_GPU,
+    runtime_version,
     session_options,
     undo_exact_int8,
 )
@@ -41,6 +44,7 @@ __all__ = [
     "CUDA",
     "LEFT_OUT",
     "TENSORRT",
+    "InstanceThread",
     "LoadFailed",
     "ProviderUnavailable",
     "RunFailed",
@@ -51,10 +55,8 @@ __all__ = [
     "write_optimised",
 ]
 
-
-def runtime_version() -> str:
-    """The runtime's name and version."""
-    return f"onnxruntime {ort.__version__}"
+T = TypeVar("T")
+_Call = tuple[asyncio.Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 
 class LoadFailed(AttnserveError):
@@ -115,6 +117,56 @@ class RunHandle:
     def _detach(self) -> None:
         with self._lock:
             self._options = None
+
+
+class InstanceThread:
+    """One thread that runs functions one after another, from `__init__` until `end`.
+
+    Event loop only, except for the functions that it runs. A ThreadPoolExecutor of one thread does the same at a higher
+    cost: a second future with its own lock and condition per call, twice per batch.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        # A daemon, because a run that never ends must not keep the process alive after shutdown.
+        self._thread = Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+        """Queue a call and return the future of its result or exception. Cancelling the future stops nothing."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._calls.put((future, function, arguments))
+        return future
+
+    async def end(self) -> None:
+        """End the thread after the queued calls."""
+        self._calls.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function, arguments = call
+            value: Any = None
+            fault: BaseException | None = None
+            try:
+                value = function(*arguments)
+            except BaseException as error:  # noqa: BLE001 - deliver any exception to the awaiting task
+                fault = error
+            try:
+                self._loop.call_soon_threadsafe(_resolve, future, value, fault)
+            except RuntimeError:
+                return  # the loop is closed, so no task is waiting
+            del call, future, function, arguments, value, fault  # free the batch before waiting for the next call
+
+
+def _resolve(future: asyncio.Future[Any], value: object, fault: BaseException | None) -> None:
+    if future.done():
+        return  # cancelled
+    if fault is None:
+        future.set_result(value)
+    else:
+        future.set_exception(fault)
 
 
 class RuntimeSession:

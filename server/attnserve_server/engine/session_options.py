@@ -41,6 +41,11 @@ _ROWS: Final = (1, 8)
 """Values of m: one row may take another kernel than several."""
 
 
+def runtime_version() -> str:
+    """The runtime's name and version."""
+    return f"onnxruntime {ort.__version__}"
+
+
 def session_options(intra_op_threads: int, left_out: Sequence[str]) -> ort.SessionOptions:
     """Return the options of a session.
 

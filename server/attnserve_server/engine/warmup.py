@@ -20,7 +20,7 @@ from attnserve_server.domain.values import (
     SpecialTokens,
     WeightDtype,
 )
-from attnserve_server.engine.collation import CollatedBatch, ShapeCheck, collate
+from attnserve_server.engine.collation import CollatedBatch, ShapeCheck, collate, past_length
 from attnserve_server.engine.cost import TimedRun
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
@@ -123,13 +123,20 @@ def synthetic(manifest: Manifest, length: int, *, attention: EffectiveSelection 
 
     Args:
         manifest: of the model.
-        length: positions along every axis; an axis with a smaller maximum gets that.
+        length: positions along every axis, that of a past included; an axis with a smaller maximum gets that.
         attention: the resolved selection; None: no attention.
     """
     given = (axis for axis in manifest.axes if axis.derived is None)
     lengths = {axis.symbol: min(length, axis.max_length) for axis in given} | manifest.fixed_lengths
-    tensors = {spec.name: _values(spec, lengths, manifest.vocabulary_of(spec)) for spec in manifest.inputs}
-    return PreparedSequence(tensors, lengths, tuple(spec.name for spec in manifest.outputs), attention)
+    for axis in manifest.axes:
+        if axis.derived is not None and axis.derived.plus:
+            # New positions and the past share the greatest length, and each has at least one.
+            new = lengths[axis.derived.source] = min(length, axis.max_length // 2)
+            lengths[axis.derived.plus] = min(length, axis.max_length - new)
+    extents = manifest.with_derived(lengths)
+    tensors = {spec.name: _values(spec, extents, manifest.vocabulary_of(spec)) for spec in manifest.inputs}
+    outputs = tuple(spec.name for spec in manifest.outputs)
+    return PreparedSequence(tensors, lengths, outputs, attention, past=past_length(lengths, manifest))
 
 
 def _values(spec: InputSpec, lengths: dict[str, int], vocabulary_size: int) -> Array:

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 VERSION_PATTERN = r"^[1-9][0-9]{0,8}$"
 
+BATCH = "batch"
+"""Axis symbol of the batch, the first axis of every input and output."""
+
 ModelName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 ModelVersion = Annotated[str, StringConstraints(pattern=VERSION_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -16,6 +16,7 @@ from pydantic import Field, StringConstraints, model_validator
 from attnserve_server.model.bands import BandSpec
 from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.frozen import (
+    BATCH,
     NAME_PATTERN,
     NUMPY_DTYPES,
     VERSION_PATTERN,
@@ -28,6 +29,7 @@ from attnserve_server.model.frozen import (
     Sha256,
 )
 from attnserve_server.model.heads import HeadSpec, check_head
+from attnserve_server.model.past import PastSpec
 from attnserve_server.model.report import CheckReport, GoldenSpec, Provenance
 from attnserve_server.model.specs import (
     AxisSpec,
@@ -54,6 +56,7 @@ __all__ = [
     "InputSpec",
     "Manifest",
     "OutputSpec",
+    "PastSpec",
     "Provenance",
     "SiteSpec",
     "TextSpec",
@@ -61,10 +64,6 @@ __all__ = [
     "is_model_name",
     "is_model_version",
 ]
-
-BATCH = "batch"
-"""Axis symbol of the batch, the first axis of every input and output."""
-
 
 Rewriting = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]{1,64}$")]
 """The runtime's name of one of its graph optimizers."""
@@ -183,6 +182,8 @@ class Manifest(Frozen):
     check: CheckReport
     golden: GoldenSpec | None = None
     certificate: Certificate | None = None
+    past: PastSpec | None = None
+    """The continuing graph of a decoder with a cache; None: sequences have no past."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -268,6 +269,17 @@ class Manifest(Frozen):
             raise ValueError(f"certificate: masks {strangers} are not inputs")
         return self
 
+    @model_validator(mode="after")
+    def _past_agrees(self) -> Self:
+        if self.past is not None:
+            self.past.check(self)
+        return self
+
+    @property
+    def continuing(self) -> Manifest | None:
+        """The manifest of the continuing graph, under the same policy; None if there is none."""
+        return None if self.past is None else self.past.continuing(self)
+
     def under(self, batching: Batching) -> Manifest:
         """Return the manifest for a policy: `paddable` of each axis, and `max_batch_size` 1 if rows run alone.
 
@@ -279,6 +291,7 @@ class Manifest(Frozen):
             update={
                 "axes": axes_under(self.axes, certificate, batching),
                 "max_batch_size": self.max_batch_size if joined else 1,
+                "past": None if self.past is None else self.past.under(batching),
             }
         )
 
@@ -298,12 +311,8 @@ class Manifest(Frozen):
 
     def with_derived(self, lengths: Mapping[str, int]) -> dict[str, int]:
         """Return a sequence's lengths by axis symbol, with those of the derived axes added."""
-        derived = {
-            axis.symbol: axis.derived.of(lengths[axis.derived.source])
-            for axis in self.axes
-            if axis.derived is not None and axis.derived.source in lengths
-        }
-        return {**lengths, **derived}
+        found = {axis.symbol: axis.derived.at(lengths) for axis in self.axes if axis.derived is not None}
+        return {**lengths, **{symbol: length for symbol, length in found.items() if length is not None}}
 
     def axis(self, symbol: str) -> AxisSpec:
         """Return the axis of this symbol. Raise KeyError if there is none."""

@@ -59,15 +59,28 @@ class BundleFault:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle whose manifest was read. Its files may be used only after `verify`."""
+    """A bundle whose manifest was read. Its files may be used only after `verify`.
+
+    Args:
+        path: its folder.
+        manifest: of its graph `graph`.
+        graph: name of the file of that graph.
+    """
 
     path: Path
     manifest: Manifest
+    graph: str = MODEL_FILE
 
     @property
     def model_path(self) -> Path:
         """Path of the graph."""
-        return self.path / MODEL_FILE
+        return self.path / self.graph
+
+    @property
+    def continuing(self) -> Bundle | None:
+        """The bundle with its continuing graph, which runs sequences with a past; None if it has none."""
+        past, manifest = self.manifest.past, self.manifest.continuing
+        return None if past is None or manifest is None else Bundle(self.path, manifest, past.file)
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -168,8 +181,10 @@ def verify(bundle: Bundle) -> None:
     def fault(why: str) -> BundleInvalid:
         return BundleInvalid(manifest.name, manifest.version, why)
 
-    if MODEL_FILE not in files:
-        raise fault(f"{MODEL_FILE} is not listed in {MANIFEST_FILE}")
+    graphs = (MODEL_FILE,) if manifest.past is None else (MODEL_FILE, manifest.past.file)
+    absent = next((graph for graph in graphs if graph not in files), None)
+    if absent is not None:
+        raise fault(f"{absent} is not listed in {MANIFEST_FILE}")
     try:
         unknown = sorted({entry.name for entry in bundle.path.iterdir()} - {*files, MANIFEST_FILE})
     except OSError as why:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -141,16 +141,24 @@ class DerivedLength(Frozen):
     """Length of a derived axis: (length of `source` + `offset`) // `stride`, which can round up or down.
 
     Pooling by 4 with a padded last window: stride 4, offset 3. A convolution of width K, stride S and padding P on both
-    sides: stride S, offset 2 P - K + S. A token before all others: stride 1, offset 1.
+    sides: stride S, offset 2 P - K + S. A token before all others: stride 1, offset 1. With `plus`, the length of
+    another axis is added: new positions after those of a past.
     """
 
     source: Symbol
     stride: Annotated[int, Field(ge=1)]
     offset: int = 0
+    plus: str = ""
 
     def of(self, length: int) -> int:
-        """Return the derived length in positions, at least 0."""
+        """Return the derived length in positions, at least 0; `length` includes that of `plus`."""
         return max((length + self.offset) // self.stride, 0)
+
+    def at(self, lengths: Mapping[Any, int]) -> int | None:
+        """Return the derived length from those of given axes; None if an axis that it needs is not among them."""
+        if self.source not in lengths or (self.plus and self.plus not in lengths):
+            return None
+        return self.of(lengths[self.source] + (lengths[self.plus] if self.plus else 0))
 
 
 class AxisSpec(Frozen):

@@ -16,8 +16,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from attnserve_server.domain.values import Priority
-from attnserve_server.engine.cost import CostModel
+from attnserve_server.domain.values import PreparedSequence, Priority
+from attnserve_server.engine.cost import CostModel, Footprint
+from attnserve_server.model.manifest import Manifest
 
 Floats = npt.NDArray[np.float64]
 
@@ -63,7 +64,7 @@ class Candidate:
 
     `lengths` are along the model's axes in their order. `rigid` are those along axes that do not pad: neighbours must
     have the same. `footprint` gives its bytes in a run: for each tuple of axis indices, bytes for each position of the
-    product of those axes' lengths.
+    product of those axes' lengths. `past`: positions of its past; 0: it has none.
     """
 
     adjusted_arrival_s: float
@@ -72,11 +73,35 @@ class Candidate:
     deadline_s: float | None = None
     rigid: tuple[int, ...] = ()
     footprint: Mapping[tuple[int, ...], int] = field(default_factory=dict)
+    past: int = 0
 
     @property
     def tokens(self) -> int:
         """Positions that carry data."""
         return sum(self.lengths)
+
+
+class Layout:
+    """Lays out the sequences of one graph as candidates."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.max_batch_size = manifest.max_batch_size
+        self._footprint = Footprint(manifest)
+        self._symbols = tuple(axis.symbol for axis in manifest.axes)
+        self._rigid = tuple(at for at, axis in enumerate(manifest.axes) if not axis.paddable)
+
+    def candidate(
+        self, sequence: PreparedSequence, adjusted_arrival_s: float, deadline_s: float | None = None
+    ) -> Candidate:
+        """Return the candidate of one sequence, which has arrived at that time."""
+        # A model without axes has sequences of one position: with none, no batch would be worth its run.
+        lengths = tuple(sequence.lengths.get(symbol, 0) for symbol in self._symbols) or (1,)
+        # All lengths differ in number from the rigid ones of a model that pads, so that the two never share a run.
+        rigid = lengths if sequence.unpadded else tuple(lengths[at] for at in self._rigid)
+        # No length is negative, so that sequences with a past share runs only with those of the same past's length.
+        rigid = (-sequence.past, *rigid) if sequence.past else rigid
+        footprint = self._footprint.of(sequence)
+        return Candidate(adjusted_arrival_s, lengths, deadline_s, rigid, footprint, sequence.past)
 
 
 @dataclass(frozen=True, slots=True)

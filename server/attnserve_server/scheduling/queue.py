@@ -195,6 +195,7 @@ class Queue:
         self._by_length: list[Entry] = []  # shortest first, grouped by lengths along axes that do not pad
         self._tokens = 0
         self._bytes = 0
+        self._continued = 0  # sequences with a past
 
     def __len__(self) -> int:
         return len(self._by_arrival)
@@ -210,6 +211,7 @@ class Queue:
         insort(self._by_length, entry, key=_length_key)
         self._tokens += entry.sequence.tokens
         self._bytes += entry.bytes
+        self._continued += entry.candidate.past > 0
 
     def remove(self, entry: Entry) -> None:
         """Remove a sequence that is in the queue."""
@@ -219,13 +221,20 @@ class Queue:
             del entries[at]
         self._tokens -= entry.sequence.tokens
         self._bytes -= entry.bytes
+        self._continued -= entry.candidate.past > 0
 
     def candidates(self, count: int) -> list[Entry]:
-        """Return the oldest sequence, and of all others the `count` nearest to it in length, half on either side."""
+        """Return the oldest sequence, and of all others the `count` nearest to it in length, half on either side.
+
+        Sequences with a past and those without one run on different graphs: only those of the oldest's are returned.
+        """
         oldest = self._by_arrival[0]
         at = bisect_left(self._by_length, _length_key(oldest), key=_length_key)
         half = (count + 1) // 2
-        return [oldest, *self._by_length[max(0, at - half) : at], *self._by_length[at + 1 : at + 1 + half]]
+        near = [*self._by_length[max(0, at - half) : at], *self._by_length[at + 1 : at + 1 + half]]
+        if self._continued:
+            near = [entry for entry in near if bool(entry.candidate.past) is bool(oldest.candidate.past)]
+        return [oldest, *near]
 
 
 def _arrival_key(entry: Entry) -> tuple[float, int]:

@@ -22,13 +22,13 @@ from attnserve_server.domain.errors import (
     RequestCancelled,
 )
 from attnserve_server.domain.values import PreparedSequence, Priority, SequenceResult
-from attnserve_server.engine.cost import CostModel, Footprint
+from attnserve_server.engine.cost import CostModel
 from attnserve_server.engine.executor import BatchExecutor, Outcome
 from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
 from attnserve_server.scheduling.admission import Demand, Load, Speed, refusal
-from attnserve_server.scheduling.policy import Candidate, SchedulingSettings, adjusted_arrival, plan
+from attnserve_server.scheduling.policy import Candidate, Layout, SchedulingSettings, adjusted_arrival, plan
 from attnserve_server.scheduling.queue import DeadlineTimer, Entry, Queue, Request, Run, State
 from attnserve_server.scheduling.verifier import Verifier
 
@@ -55,8 +55,8 @@ class Scheduler:
         self._metrics = metrics
         self._on_fault = on_fault
         self._verifier = verifier
-        self._footprint = Footprint(manifest)
-        self._rigid = tuple(at for at, axis in enumerate(manifest.axes) if not axis.paddable)
+        self._layout = Layout(manifest)
+        self._past_layout = None if manifest.continuing is None else Layout(manifest.continuing)
         self._speed = Speed()
         self._queue = Queue()
         metrics.watch_queue(lambda: len(self._queue), lambda: self._queue.totals.bytes)
@@ -190,16 +190,9 @@ class Scheduler:
             raise refused
 
     def _enqueue(self, request: Request, sequence: PreparedSequence, size: int, priority: Priority) -> None:
-        # A model without axes has sequences of one position: with none, no batch would be worth its run.
-        lengths = tuple(sequence.lengths.get(axis.symbol, 0) for axis in self._manifest.axes) or (1,)
-        candidate = Candidate(
-            adjusted_arrival_s=adjusted_arrival(request.arrived_s, priority, self._settings),
-            lengths=lengths,
-            deadline_s=request.deadline_s,
-            # All lengths differ in number from the rigid ones of a model that pads, so that the two never share a run.
-            rigid=lengths if sequence.unpadded else tuple(lengths[at] for at in self._rigid),
-            footprint=self._footprint.of(sequence),
-        )
+        layout = self._past_layout if sequence.past and self._past_layout is not None else self._layout
+        arrival_s = adjusted_arrival(request.arrived_s, priority, self._settings)
+        candidate = layout.candidate(sequence, arrival_s, request.deadline_s)
         entry = Entry(request, len(request.entries), next(self._numbers), sequence, candidate, size)
         request.entries.append(entry)
         self._queue.push(entry)
@@ -225,11 +218,11 @@ class Scheduler:
 
     def _next_entries(self) -> list[Entry]:
         """Take the next batch from the queue, and drop expired requests before they reach the runtime."""
-        cost = (self._executor.cost or CostModel()).with_overhead(self._settings.run_overhead_tokens)
         while len(self._queue):
             front = self._queue.candidates(self._settings.look_ahead)
             candidates = [entry.candidate for entry in front]
-            planned = plan(candidates, self._clock.now(), self._settings, cost, self._pace())
+            settings, cost = self._terms(candidates[0])
+            planned = plan(candidates, self._clock.now(), settings, cost, self._pace())
             # A request that has ended was cancelled in this turn of the loop: its task has not withdrawn it yet.
             for request in {front[at].request for at in planned.expired}:
                 if request.ended:
@@ -264,7 +257,7 @@ class Scheduler:
         if run.handle.terminated:
             self._metrics.dropped("terminated").inc(len(entries))
             return
-        self._speed.add(self._clock.now() - started, run.tokens, self._predicted_s(outcomes[0]))
+        self._speed.add(self._clock.now() - started, run.tokens, self._predicted_s(sequences[0], outcomes[0]))
         for entry, outcome in zip(entries, outcomes, strict=True):
             self._resolve(entry, outcome, started)
 
@@ -280,6 +273,14 @@ class Scheduler:
         verifier.take(samples, outcomes)
         return outcomes
 
+    def _terms(self, candidate: Candidate) -> tuple[SchedulingSettings, CostModel]:
+        """Return the bounds and the cost of runs of the graph that runs a sequence."""
+        settings, cost = self._settings, self._executor.cost
+        if candidate.past and self._past_layout is not None:
+            most = min(settings.max_batch_size, self._past_layout.max_batch_size)
+            settings, cost = replace(settings, max_batch_size=most), self._executor.past_cost
+        return settings, (cost or CostModel()).with_overhead(settings.run_overhead_tokens)
+
     def _pace(self) -> float:
         """Return seconds on the clock for each second of the cost model, with headroom; 0 if unknown.
 
@@ -289,9 +290,9 @@ class Scheduler:
             return 0.0
         return self._settings.wait_headroom * self._speed.pace
 
-    def _predicted_s(self, first: Outcome) -> float:
-        """Return the cost model's seconds for the run of this outcome; 0 if unknown."""
-        cost = self._executor.cost
+    def _predicted_s(self, sequence: PreparedSequence, first: Outcome) -> float:
+        """Return the cost model's seconds for the run of this sequence and outcome; 0 if unknown."""
+        cost = self._executor.past_cost if sequence.past else self._executor.cost
         if cost is None or isinstance(first, AttnserveError):
             return 0.0
         return cost.seconds(first.run.batch_size, first.run.computed_tokens / first.run.batch_size)

@@ -9,7 +9,7 @@ from attnserve.v1 import model_pb2
 
 from attnserve_server.model.batching import Ruling, rulings
 from attnserve_server.model.certificate import Batching
-from attnserve_server.model.manifest import InputRole, Manifest
+from attnserve_server.model.manifest import InputRole, InputSpec, Manifest, OutputSpec, PastSpec
 from attnserve_server.transport import codec
 from attnserve_server.transport.labels import head_message
 
@@ -46,9 +46,9 @@ def spec_messages(
     ]
 
 
-def _describe_inputs(message: model_pb2.Model, manifest: Manifest) -> None:
-    message.inputs.extend(spec_messages((spec.name, spec.dtype, spec.shape) for spec in manifest.inputs))
-    for described, spec in zip(message.inputs, manifest.inputs, strict=True):
+def _inputs(specs: Sequence[InputSpec], manifest: Manifest) -> list[model_pb2.TensorSpec]:
+    messages = spec_messages((spec.name, spec.dtype, spec.shape) for spec in specs)
+    for described, spec in zip(messages, specs, strict=True):
         described.optional = spec.optional
         described.vocabulary_size = manifest.vocabulary_of(spec) if spec.role is InputRole.TOKEN_IDS else 0
         described.index_ranges.extend(
@@ -56,6 +56,31 @@ def _describe_inputs(message: model_pb2.Model, manifest: Manifest) -> None:
             for each in spec.index_ranges
         )
         described.additive_mask = spec.additive_mask
+    return messages
+
+
+def _outputs(specs: Sequence[OutputSpec]) -> list[model_pb2.TensorSpec]:
+    messages = spec_messages((spec.name, spec.dtype, spec.shape) for spec in specs)
+    for described, spec in zip(messages, specs, strict=True):
+        described.on_request = spec.on_request
+    return messages
+
+
+def _past(past: PastSpec, manifest: Manifest) -> model_pb2.Past:
+    caches = _inputs([cache.input for cache in past.caches], manifest)
+    return model_pb2.Past(
+        axis=past.axis,
+        new_axis=past.follows,
+        key_axis=past.key_axis,
+        caches=[
+            model_pb2.Cache(input=described, present=cache.present)
+            for described, cache in zip(caches, past.caches, strict=True)
+        ],
+        inputs=_inputs(past.inputs, manifest),
+        outputs=_outputs(past.outputs),
+        batched=past.batched and manifest.max_batch_size > 1,
+        paddable=past.paddable,
+    )
 
 
 def describe(message: model_pb2.Model, manifest: Manifest, batching: Batching) -> None:
@@ -67,10 +92,10 @@ def describe(message: model_pb2.Model, manifest: Manifest, batching: Batching) -
     message.batch_reason = batch.reason
     message.batched = manifest.max_batch_size > 1
     message.digest = manifest.digest
-    _describe_inputs(message, manifest)
-    message.outputs.extend(spec_messages((spec.name, spec.dtype, spec.shape) for spec in manifest.outputs))
-    for described, output in zip(message.outputs, manifest.outputs, strict=True):
-        described.on_request = output.on_request
+    message.inputs.extend(_inputs(manifest.inputs, manifest))
+    message.outputs.extend(_outputs(manifest.outputs))
+    if manifest.past is not None:
+        message.past.CopyFrom(_past(manifest.past, manifest))
     message.axes.extend(
         model_pb2.Axis(
             symbol=axis.symbol,

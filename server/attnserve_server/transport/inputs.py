@@ -31,11 +31,16 @@ MAX_ELEMENTS: Final = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """One sequence's model inputs, the lengths of its axes, and the units of those that were made from text."""
+    """One sequence's model inputs, the lengths of its axes, and the units of those that were made from text.
+
+    `past`: positions of its past, 0 without one; `past_labels`: their labels, empty if the caller sent none.
+    """
 
     tensors: dict[str, Array]
     lengths: dict[str, int]
     units: Mapping[str, AxisUnits] = field(default_factory=dict)
+    past: int = 0
+    past_labels: tuple[str, ...] = ()
 
 
 class InputReader:
@@ -159,7 +164,7 @@ class InputReader:
         """
         tensors: dict[str, Array] = {}
         sent: set[str] = set()
-        for index, message in enumerate(messages):
+        for index, message in self._in_order(messages):
             if self._violations.full:
                 break
             where = f"{path}[{index}]"
@@ -175,6 +180,10 @@ class InputReader:
                 if array is not None:
                     tensors[spec.name] = array
         return tensors, sent
+
+    def _in_order(self, messages: Iterable[tensor_pb2.Tensor]) -> Iterable[tuple[int, tensor_pb2.Tensor]]:
+        """Return the tensors in the order in which they are checked, each with its index in the message."""
+        return enumerate(messages)
 
     def _array(self, message: tensor_pb2.Tensor, spec: InputSpec, path: str, lengths: dict[str, int]) -> Array | None:
         """Return a read-only view of a tensor's data, which may be unaligned, or None after adding violations."""
@@ -234,7 +243,7 @@ class InputReader:
         return shape if len(violations) == before else None
 
     def _fill_in(
-        self, tensors: dict[str, Array], lengths: Mapping[str, int], path: str, sent: Collection[str] = ()
+        self, tensors: dict[str, Array], lengths: dict[str, int], path: str, sent: Collection[str] = ()
     ) -> bool:
         """Fill inputs that were left out with their fill values, and check positions; return whether all is valid.
 
@@ -249,7 +258,7 @@ class InputReader:
                 tensors[name] = constant[: lengths[str(spec.shape[0])]]
                 continue
             unknown = [extent for extent in spec.shape if isinstance(extent, str) and extent not in lengths]
-            if spec.fill is None:
+            if not spec.optional:
                 self._violations.add(path, f"input {name!r} cannot be made from text: send tensors")
             elif unknown:
                 missing = f"input {name!r} is missing, and no other input determines the length of axis {unknown[0]!r}"
@@ -279,7 +288,7 @@ class InputReader:
             missing = f"input {name!r} is missing, and no other input determines the length of axis {axis!r}"
             self._violations.add(path, missing)
             return
-        tensors[name] = counted.positions(tensors, lengths[axis])
+        tensors[name] = counted.positions(tensors, lengths[axis], lengths.get(counted.keys, lengths[axis]))
         self._check_values(tensors[name], counted.spec, path)
 
     def _place(self, tensors: dict[str, Array], lengths: Mapping[str, int], path: str) -> None:

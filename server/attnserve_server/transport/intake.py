@@ -77,12 +77,14 @@ class MaskCheck:
 class CountedPositions:
     """An input of positions along one axis, and the mask that decides which positions count.
 
-    `whole`: positions from 0 to the greatest length, read-only, for sequences whose mask hides none. `mask`: the name
-    of the mask along the axis; empty: none. `filled`: the array that the server fills the mask with, if it is all ones.
+    `keys`: the axis of the mask: the same one or, after a past, that of past and new positions. `whole`: positions from
+    0 to the greatest length, read-only, for sequences whose mask hides none. `mask`: the name of the mask; empty: none.
+    `filled`: the array that the server fills the mask with, if it is all ones.
     """
 
     spec: InputSpec
     axis: str
+    keys: str
     whole: Array
     mask: str = ""
     filled: Array | None = None
@@ -91,27 +93,32 @@ class CountedPositions:
     def of(cls, spec: InputSpec, manifest: Manifest, constants: Mapping[str, Array]) -> CountedPositions:
         """Lay out one input of role `position_ids`, whose shape is one axis."""
         axis = str(spec.shape[0])
-        whole = np.arange(manifest.axis(axis).max_length, dtype=NUMPY_DTYPES[spec.dtype])
+        longer = (
+            one.symbol for one in manifest.axes if one.derived and one.derived.plus and one.derived.source == axis
+        )
+        keys = next(longer, axis)
+        whole = np.arange(manifest.axis(keys).max_length, dtype=NUMPY_DTYPES[spec.dtype])
         whole.flags.writeable = False
-        mask = manifest.input_of_role(InputRole.ATTENTION_MASK, axis)
+        mask = manifest.input_of_role(InputRole.ATTENTION_MASK, keys)
         if mask is None:
-            return cls(spec, axis, whole)
-        return cls(spec, axis, whole, mask.name, constants.get(mask.name) if mask.fill == 1 else None)
+            return cls(spec, axis, keys, whole)
+        return cls(spec, axis, keys, whole, mask.name, constants.get(mask.name) if mask.fill == 1 else None)
 
-    def positions(self, tensors: Mapping[str, Array], length: int) -> Array:
+    def positions(self, tensors: Mapping[str, Array], length: int, total: int) -> Array:
         """Return the positions of one sequence, (T,): each position that its mask keeps counts one; hidden ones have 0.
 
         Source: transformers' `generate`, which counts the mask's ones in the same way.
 
         Args:
             tensors: the sequence's inputs by name, with its mask.
-            length: T.
+            length: T, the new positions.
+            total: P + T, those of a past included; T without one.
         """
         mask = tensors.get(self.mask)
         if mask is None or (self.filled is not None and mask.base is self.filled) or mask.all():
-            return self.whole[:length]
+            return self.whole[total - length : total]
         kept = mask != 0
-        return np.where(kept, np.cumsum(kept) - 1, 0).astype(self.whole.dtype)
+        return np.where(kept, np.cumsum(kept) - 1, 0).astype(self.whole.dtype)[total - length :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +155,8 @@ class Intake:
     """Bytes of the longest token, if labels are tokens of the vocabulary; else 0."""
     indexes_positions: bool
     """Whether any input holds indices of positions along an axis."""
+    continuing: Intake | None
+    """What the continuing graph accepts; None if sequences have no past."""
     max_batch_size: int
     max_text_bytes: int
     max_response_bytes: int
@@ -174,6 +183,8 @@ class Intake:
         head = manifest.head
         named_by_tokens = tokenizer is not None and head is not None and not head.labels
         max_tokens = manifest.text.axes if manifest.text is not None else {}
+        continuing = manifest.continuing
+        limits = {"max_text_bytes": max_text_bytes, "max_response_bytes": max_response_bytes}
         return cls(
             manifest=manifest,
             tokenizer=tokenizer,
@@ -197,9 +208,11 @@ class Intake:
             labelled_axis="" if head is None else axis_of(head, manifest),
             longest_token=tokenizer.longest_token_bytes if tokenizer is not None and named_by_tokens else 0,
             indexes_positions=any(each.along for spec in manifest.inputs for each in spec.index_ranges),
+            continuing=None
+            if continuing is None
+            else cls.of(continuing, tokenizer, max_batch_size=max_batch_size, **limits),
             max_batch_size=max_batch_size,
-            max_text_bytes=max_text_bytes,
-            max_response_bytes=max_response_bytes,
+            **limits,
         )
 
 

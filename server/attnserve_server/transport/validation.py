@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from attnserve.v1 import inference_service_pb2
 
-from attnserve_server.attention import check_units, pooled_units, predicted_bytes, resolve
+from attnserve_server.attention import check_units, continued_units, pooled_units, predicted_bytes, resolve
 from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest, ResponseTooLarge, Violations, quoted
 from attnserve_server.domain.values import (
     AttentionUnit,
@@ -32,6 +32,7 @@ from attnserve_server.transport import labels
 from attnserve_server.transport.codec import priority_of, selection_of
 from attnserve_server.transport.inputs import InputReader, Inputs
 from attnserve_server.transport.intake import Intake
+from attnserve_server.transport.past import ContinuedReader, check_continued
 from attnserve_server.transport.wire import Received
 
 MAX_REQUEST_ID: Final = 128
@@ -101,20 +102,24 @@ def validate(received: Received[inference_service_pb2.InferRequest], intake: Int
     if intake.derived:
         _check_derived(found, intake, violations)
         violations.raise_any()
+    if intake.continuing is not None:
+        check_continued(found, outputs, effective, intake.continuing, violations)
+        violations.raise_any()
     sequences: list[PreparedSequence] = []
     fetched = outputs
     if labelled is not None:
         fetched += tuple(name for name in intake.head_outputs if name not in outputs)
     for index, inputs in enumerate(found):
+        own = intake.continuing if inputs.past and intake.continuing is not None else intake
         units: dict[str, AxisUnits] = {}
         attention_bytes = label_bytes = 0
         if effective is not None:
-            units = _units(effective, inputs, intake)
-            attention_bytes = _attention_bytes(effective, intake, units, index, violations)
+            units = _units(effective, inputs, own)
+            attention_bytes = _attention_bytes(effective, own, units, index, violations)
         selected = labelled
         if labelled is not None:
-            selected = labels.with_texts(labelled, message.sequences[index], intake.manifest)
-            label_bytes = _label_bytes(selected, inputs, intake, units, index, violations)
+            selected = labels.with_texts(labelled, message.sequences[index], own.manifest)
+            label_bytes = _label_bytes(selected, inputs, own, units, index, violations)
         sequences.append(
             PreparedSequence(
                 tensors=inputs.tensors,
@@ -123,9 +128,10 @@ def validate(received: Received[inference_service_pb2.InferRequest], intake: Int
                 attention=effective,
                 labels=selected,
                 units=units,
-                response_bytes=_output_bytes(outputs, inputs.lengths, intake) + attention_bytes + label_bytes,
+                response_bytes=_output_bytes(outputs, inputs.lengths, own) + attention_bytes + label_bytes,
                 is_whole_request=len(found) == 1,
-                unpadded=not all(check.passes(inputs.tensors[check.need.input]) for check in intake.masks),
+                unpadded=not all(check.passes(inputs.tensors[check.need.input]) for check in own.masks),
+                past=inputs.past,
             )
         )
         if violations.full:
@@ -187,9 +193,20 @@ def _all_inputs(
         violations.add("sequences", f"{count} sequences {limit}")
         return []
     reader = InputReader(received, intake, violations)
+    past, continuing = intake.manifest.past, intake.continuing
+    continued = None
+    if past is not None and continuing is not None:
+        continued = ContinuedReader(received, continuing, past, violations)
     found: list[Inputs] = []
     for index, sequence in enumerate(sequences):
-        inputs = reader.read(sequence, f"sequences[{index}]")
+        path = f"sequences[{index}]"
+        if continued is not None and continued.takes(sequence):
+            inputs = continued.read(sequence, path)
+        else:
+            if sequence.past_tokens:
+                without = f"{len(sequence.past_tokens)} labels for a sequence without a past: leave them out"
+                violations.add(f"{path}.past_tokens", without)
+            inputs = reader.read(sequence, path)
         if inputs is not None:
             found.append(inputs)
         if violations.full:
@@ -227,8 +244,12 @@ def _units(effective: EffectiveSelection, inputs: Inputs, intake: Intake) -> dic
             derived = intake.axes[axis].derived
             if derived is None:
                 units[axis] = axis_units(axis, inputs, intake, words=words)
+                continue
+            source = units.get(derived.source) or axis_units(derived.source, inputs, intake, words=words)
+            if derived.plus:
+                units[axis] = continued_units(axis, source, inputs.past, inputs.past_labels)
             else:
-                units[axis] = pooled_units(axis, axis_units(derived.source, inputs, intake, words=words), derived)
+                units[axis] = pooled_units(axis, source, derived)
     return units
 
 

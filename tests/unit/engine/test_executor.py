@@ -158,13 +158,13 @@ async def test_instances_run_concurrently_in_separate_threads(
 ) -> None:
     async with executor_of(embedder_path, manifest, instances=2) as executor:
         meeting = threading.Barrier(2, timeout=10)  # passes only if both instances run at once
-        real = executor._sessions[0].run
+        real = executor._prompt.sessions[0].run
 
         def meet(*args: object, **named: object) -> list[np.ndarray]:
             meeting.wait()
             return real(*args, **named)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(executor._sessions[0], "run", meet)
+        monkeypatch.setattr(executor._prompt.sessions[0], "run", meet)
         runs = [executor.run([sequence_of([1])], RunHandle(), instance) for instance in (0, 1)]
         results = [result for outcomes in await asyncio.gather(*runs) for result in outcomes]
     assert {result.run.instance for result in results if isinstance(result, SequenceResult)} == {0, 1}
@@ -208,14 +208,14 @@ async def test_warm_up_runs_valid_inputs_with_attention_and_fits_the_cost_model(
     async with executor_of(embedder_path, manifest, instances=2) as executor:
         assert executor.cost is None
         fetched: list[str] = []
-        real = executor._sessions[0].run
+        real = executor._prompt.sessions[0].run
 
         def watch(feeds: dict[str, np.ndarray], fetches: tuple[str, ...]) -> list[np.ndarray]:
             fetched.extend(fetches)
             assert 0 <= feeds["input_ids"].min() <= feeds["input_ids"].max() < manifest.vocabulary_size
             return real(feeds, fetches)
 
-        executor._sessions[0].run = watch  # type: ignore[method-assign, assignment]
+        executor._prompt.sessions[0].run = watch  # type: ignore[method-assign, assignment]
         await executor.warm_up()
     assert executor.cost is not None
     assert executor.cost.token_s > 0
@@ -226,13 +226,13 @@ async def test_warm_up_respects_the_maximum_batch_size(embedder_path: Path, mani
     single = manifest.model_copy(update={"max_batch_size": 1})
     async with executor_of(embedder_path, single) as executor:
         rows: set[int] = set()
-        real = executor._sessions[0].run
+        real = executor._prompt.sessions[0].run
 
         def watch(feeds: dict[str, np.ndarray], fetches: tuple[str, ...]) -> list[np.ndarray]:
             rows.add(len(feeds["input_ids"]))
             return real(feeds, fetches)
 
-        executor._sessions[0].run = watch  # type: ignore[method-assign, assignment]
+        executor._prompt.sessions[0].run = watch  # type: ignore[method-assign, assignment]
         await executor.warm_up()
     assert rows == {1}
 
@@ -273,12 +273,12 @@ async def test_run_with_an_unpadded_sequence_keeps_its_exact_shape(
 ) -> None:
     async with executor_of(embedder_path, manifest) as executor:
         seen: list[bool] = []
-        real = executor._sessions[0].run
+        real = executor._prompt.sessions[0].run
 
         def watch(feeds: object, fetches: object, handle: object, *, exact_shape: bool) -> list[np.ndarray]:
             seen.append(exact_shape)
             return real(feeds, fetches, handle)  # type: ignore[arg-type]
 
-        executor._sessions[0].run = watch  # type: ignore[method-assign, assignment]
+        executor._prompt.sessions[0].run = watch  # type: ignore[method-assign, assignment]
         await executor.run([replace(sequence_of([1, 2]), unpadded=unpadded)], RunHandle(), 0)
     assert seen == [unpadded]

@@ -52,7 +52,7 @@ def scaled(name: str, factor: float) -> Change:
 
 
 def opened(bundle: Bundle) -> RuntimeSession:
-    (session,), _ = open_bundle(bundle, Settings(repository=bundle.path.parents[1]))
+    (session,) = open_bundle(bundle, Settings(repository=bundle.path.parents[1])).sessions
     return session
 
 

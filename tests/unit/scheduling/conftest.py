@@ -85,6 +85,7 @@ class FakeExecutor:
     instances: int = 1
     seconds: Callable[[Sequence[PreparedSequence]], float] = lambda sequences: 1.0
     cost: CostModel | None = None
+    past_cost: CostModel | None = None
     runs: list[list[int]] = field(default_factory=list)
     terminated: list[list[int]] = field(default_factory=list)
     busy: set[int] = field(default_factory=set)

@@ -6,12 +6,13 @@ from itertools import combinations
 from math import prod
 
 import pytest
-from attnserve_server.domain.values import Priority
+from attnserve_server.domain.values import PreparedSequence, Priority
 from attnserve_server.engine.cost import CostModel
 from attnserve_server.scheduling.policy import (
     AGE_SHARE,
     PADDING_SHARE,
     Candidate,
+    Layout,
     SchedulingSettings,
     _neighbours,
     adjusted_arrival,
@@ -19,6 +20,7 @@ from attnserve_server.scheduling.policy import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from past_graphs import manifest
 
 NOW = 100.0
 CPU_COST = CostModel()
@@ -299,3 +301,25 @@ def test_lengths_along_several_axes_are_weighed_together() -> None:
 )
 def test_priority_moves_the_arrival(priority: Priority, arrival: float) -> None:
     assert adjusted_arrival(10.0, priority, SchedulingSettings()) == arrival
+
+
+def test_sequences_share_a_run_only_with_those_of_the_same_past() -> None:
+    both = manifest()
+    assert both.continuing is not None
+    prompts, continued = Layout(both), Layout(both.continuing)
+
+    def sequence(new: int, past: int = 0, *, unpadded: bool = False) -> PreparedSequence:
+        lengths = {"seq": new, "past": past} if past else {"seq": new}
+        return PreparedSequence({}, lengths, ("logits",), unpadded=unpadded, past=past)
+
+    one = continued.candidate(sequence(2, 3), 0.0)
+    assert (one.lengths, one.tokens) == ((2, 3, 0), 5)
+    same = continued.candidate(sequence(2, 3), 0.0)
+    others = [
+        continued.candidate(sequence(2, 4), 0.0),
+        continued.candidate(sequence(3, 3), 0.0),
+        prompts.candidate(sequence(2), 0.0),
+        prompts.candidate(sequence(3, unpadded=True), 0.0),
+    ]
+    assert same.rigid == one.rigid
+    assert all(other.rigid != one.rigid for other in others)

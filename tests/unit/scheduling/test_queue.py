@@ -102,3 +102,15 @@ def test_candidates_are_the_oldest_and_the_nearest_in_length() -> None:
     for entry in found:
         queue.remove(entry)
     assert len(queue) == 2
+
+
+def test_sequences_with_a_past_and_those_without_are_never_candidates_together() -> None:
+    queue = Queue()
+    for number, past in enumerate([0, 3, 0, 3, 0]):
+        candidate = Candidate(float(number), (10 + past,), rigid=(-past,) if past else (), past=past)
+        queue.push(Entry(Request(), 0, number, SimpleNamespace(tokens=10), candidate, 8))  # type: ignore[arg-type]
+    oldest, *others = queue.candidates(8)
+    assert (oldest.number, sorted(entry.number for entry in others)) == (0, [2, 4])
+    for entry in (oldest, *others):
+        queue.remove(entry)
+    assert sorted(entry.number for entry in queue.candidates(8)) == [1, 3]
