@@ -77,6 +77,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one head": {"heads": 1, "kv_heads": 1},
     "wider values": {"value_dim": 12},
     "opset 24": {"opset": 24, "mask": mask_of((3, 4, 5, 5), "bool")},
+    "opset 28": {"opset": 28, "mask": mask_of((3, 4, 5, 5), "bool"), "attributes": {"softcap": 1.5}},
+    "counts of keys": {"opset": 24, "keys": 7, "counts": np.array([7, 2, 0])},
+    "counts of keys and a mask": {"opset": 28, "counts": np.array([5, 3, 1]), "mask": mask_of((3, 1, 5, 5), "bias")},
+    "causal, the last query at the last key that counts": {
+        "opset": 24,
+        "keys": 9,
+        "counts": np.array([9, 5, 3]),
+        "attributes": {"is_causal": 1},
+    },
+    "window up to the last key that counts": {
+        "opset": 25,
+        "keys": 9,
+        "counts": np.array([9, 6, 3]),
+        "attributes": {"left_window_size": 2, "right_window_size": 1},
+    },
 }
 
 

@@ -14,7 +14,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass
 class Case:
-    """One operator with its inputs; `mask` broadcasts to (B, H, L, S)."""
+    """One operator with its inputs; `mask` broadcasts to (B, H, L, S), and `counts` is `nonpad_kv_seqlen`, (B,)."""
 
     batch: int = 3
     heads: int = 4
@@ -26,6 +26,7 @@ class Case:
     packed: bool = False
     dtype: type = np.float32
     mask: Array | None = None
+    counts: Array | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
     opset: int = 23
     seed: int = 0
@@ -44,7 +45,8 @@ class Case:
             "key": drawn(self.kv_heads, self.keys, self.head_dim),
             "value": drawn(self.kv_heads, self.keys, self.value_dim),
         }
-        return feeds | ({"mask": self.mask} if self.mask is not None else {})
+        given = {"mask": self.mask, "counts": self.counts}
+        return feeds | {name: array for name, array in given.items() if array is not None}
 
     def model(self) -> onnx.ModelProto:
         """The graph: dynamic lengths, static heads; output `output` is the operator's own."""
@@ -67,7 +69,11 @@ class Case:
             if self.mask.ndim == 4 and self.mask.shape[0] == self.batch > 1:
                 extents[0] = "batch"
             inputs.append(helper.make_tensor_value_info("mask", mask_kind, extents))
-        node = helper.make_node("Attention", [spec.name for spec in inputs], ["output"], name="attend", **attributes)
+        names = [spec.name for spec in inputs]
+        if self.counts is not None:
+            names += [""] * (6 - len(names)) + ["counts"]
+            inputs.append(helper.make_tensor_value_info("counts", onnx.TensorProto.INT64, ["batch"]))
+        node = helper.make_node("Attention", names, ["output"], name="attend", **attributes)
         output = helper.make_tensor_value_info("output", kind, shape(self.heads, "query_len", self.value_dim))
         graph = helper.make_graph([node], "attention", inputs, [output])
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=10)
@@ -101,6 +107,9 @@ class Case:
                 else:
                     allowed &= mask > np.finfo(mask.dtype).min / 2
                     scores = scores + np.where(allowed, mask.astype(np.float64), 0)
+            if self.counts is not None:
+                allowed &= np.arange(self.keys) < self.counts[row]
+                position += self.counts[row] - self.queries
             if self.attributes.get("is_causal"):
                 allowed &= np.arange(self.keys) <= position
             for side, sign in (("left", -1), ("right", 1)):

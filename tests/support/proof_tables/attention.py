@@ -8,6 +8,7 @@ from proof_tables.masks import ALL, LENGTH, MASKED, SHARE, SOME, TRUTHS, case
 
 STANDARD = "Attention<q_num_heads = 2, kv_num_heads = 2>"
 CAUSAL = "Attention<q_num_heads = 2, kv_num_heads = 2, is_causal = 1>"
+LEFT = "Attention<q_num_heads = 2, kv_num_heads = 2, left_window_size = 1>"
 WIDE = f"{TRUTHS} {LENGTH} shape = Concat<axis = 0>(over, over, n, over) all = Expand(keys, shape)"
 INTS = "k = Cast<to = 6>(attention_mask)"
 LOWEST = "mask_filter_value = -3.4e38"
@@ -37,6 +38,49 @@ OPERATORS = [
         needs=SOME,
     ),
     case("causal Attention", f"y = {CAUSAL}(x, x, x)", needs={}),
+    case(
+        "Attention with counts of keys",
+        f"{COUNT} y = {STANDARD}(x, x, x, , , , k)",
+        MASKED,
+        opset=24,
+        needs=ALL,
+    ),
+    case(
+        "causal Attention with counts of keys",
+        f"{COUNT} y = {CAUSAL}(x, x, x, , , , k)",
+        MASKED,
+        opset=24,
+        seq=REFUTED,
+        why={"seq": "from the last one"},
+    ),
+    case(
+        "a window of Attention with counts of keys",
+        f"{COUNT} y = {LEFT}(x, x, x, , , , k)",
+        MASKED,
+        opset=25,
+        seq=REFUTED,
+        why={"seq": "from the last one"},
+    ),
+    case(
+        "causal Attention with counts of another sequence's keys",
+        f"k = ReduceSum<keepdims = 0>(frames_mask, over) y = {CAUSAL}(x, z, z, , , , k)",
+        f"{TWO}, int64[batch, frames] frames_mask",
+        opset=24,
+        seq={"seq": REFUTED, "frames": PROVED},
+    ),
+    case(
+        "Attention with a window",
+        "y = Attention<q_num_heads = 2, kv_num_heads = 2, left_window_size = 1, right_window_size = 1>(x, x, x)",
+        opset=25,
+        seq=REFUTED,
+        why=SHARE,
+    ),
+    case(
+        "Attention with a window that ends at the query",
+        "y = Attention<q_num_heads = 2, kv_num_heads = 2, left_window_size = 2, right_window_size = 0>(x, x, x)",
+        opset=28,
+        needs={},
+    ),
     case("causal Attention with a boolean mask", f"{WIDE} y = {CAUSAL}(x, x, x, all)", MASKED, needs=ALL),
     case(
         "MultiHeadAttention without a mask",

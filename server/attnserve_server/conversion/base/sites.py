@@ -125,7 +125,8 @@ class Scores:
     `causal`: query i sees keys up to i, both counted from the first; `window`: of those the last so many (0: all);
     `ahead`: query i sees keys up to i + ahead (None: all). `band` states both ends in closed form, where there are
     two. `key_ends`, B numbers of int32 in any shape, such as (B,) or (B, 1): keys up to and with that position count,
-    and so do, under a window, queries.
+    and so do, under a window, queries. `key_counts`, (B,): keys before that position count, and the last query stands
+    at the last of them, so that `causal`, `window` and `ahead` take query i as query i + count - L.
 
     `zeroed`: a row in which every key is masked is 0. Where it is False, masks are only added, and such a row is what
     softmax makes of it; the frontier of `causal` then leaves out the last query, as onnxruntime's kernel does (which
@@ -150,6 +151,7 @@ class Scores:
     band: BandSpec | None = None
     masks: tuple[Mask | KeyPadding, ...] = ()
     key_ends: ir.Value | None = None
+    key_counts: ir.Value | None = None
     zeroed: bool = True
     sink: ir.Value | float | None = None
 

@@ -1,8 +1,8 @@
-"""Find the `ai.onnx` operator `Attention` (opset 23 to 25).
+"""Find the `ai.onnx` operator `Attention`, whose newest version is of opset 25.
 
 Source: ONNX operators, Attention-23 to Attention-25. onnxruntime's CPU kernel agrees with it on the order (scale,
-softcap, mask, softmax), on causal masks (without a cache, both positions count from the first) and on fully masked rows
-(zeros).
+softcap, mask, softmax), on causal masks and windows (without a cache, both positions count from the first; under
+`nonpad_kv_seqlen`, the last query stands at the last key that counts) and on fully masked rows (zeros).
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.Data
 _MASK_RANKS = (2, 3, 4)
 _CACHES = {
     position: f"{name}: weights over a cache are not tapped yet"
-    for position, name in enumerate(("past_key", "past_value", "nonpad_kv_seqlen"), start=4)
+    for position, name in enumerate(("past_key", "past_value"), start=4)
 }
+_COUNTS = 6
 
 
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
@@ -65,6 +66,7 @@ def _site(node: ir.Node, graph: ir.Graph, version: int) -> FoundSite:
             ahead=_window(node, "right") if _window(node, "right") >= 0 else None,
             band=_band(node, causal=causal),
             masks=_masks(node),
+            key_counts=input_of(node, _COUNTS),
         )
     except NotTappable as why:
         reason = Untappable(str(why))
@@ -86,7 +88,9 @@ def _window(node: ir.Node, side: str) -> int:
 
 
 def _band(node: ir.Node, *, causal: bool) -> SlidingBand | None:
-    """Return the band, where it ends on both sides."""
+    """Return the band, where it ends on both sides, and queries and keys of every row count from the first."""
+    if input_of(node, _COUNTS) is not None:
+        return None
     before, after = _window(node, "left"), 0 if causal else _window(node, "right")
     return SlidingBand(before=before, after=after) if before >= 0 and after >= 0 else None
 

@@ -50,16 +50,10 @@ def test_scale_defaults_to_one_over_the_root_of_the_head_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("position", "name", "opset", "words"),
-    [
-        (4, "past_key", 23, "it takes past_key"),
-        (5, "past_value", 23, "it takes past_value"),
-        (6, "nonpad_kv_seqlen", 24, "it takes nonpad_kv_seqlen"),
-    ],
+    ("position", "name", "words"), [(4, "past_key", "it takes past_key"), (5, "past_value", "it takes past_value")]
 )
-def test_caches_are_listed_with_their_reason(position: int, name: str, opset: int, words: str) -> None:
-    kind, shape = (onnx.TensorProto.FLOAT, [1, 4, 2, 8]) if position < 6 else (onnx.TensorProto.INT64, [1])
-    site = only_site(with_input(Case(opset=opset).model(), position, name, kind, shape))
+def test_caches_are_listed_with_their_reason(position: int, name: str, words: str) -> None:
+    site = only_site(with_input(Case().model(), position, name, onnx.TensorProto.FLOAT, [1, 4, 2, 8]))
     assert not site.tappable
     assert words in site.unavailable_reason
     assert site.heads == 4
@@ -115,6 +109,15 @@ def test_a_window_with_an_end_on_both_sides_is_a_band(attributes: dict[str, int]
     assert site.form == "windowed"
     assert isinstance(site.attention, Scores)
     assert site.attention.band == band
+
+
+def test_a_window_that_moves_with_counts_of_keys_is_no_band() -> None:
+    attributes = {"left_window_size": 2, "right_window_size": 1}
+    site = only_site(Case(opset=25, counts=np.array([5, 3, 1]), attributes=attributes).model())
+    assert isinstance(site.attention, Scores)
+    assert site.form == "windowed"
+    assert site.attention.band is None
+    assert site.attention.key_counts is not None
 
 
 def test_site_inside_a_subgraph_is_listed_with_its_reason() -> None:

@@ -1,11 +1,14 @@
 """The rule of `ai.onnx` Attention, composed of scores, masks, Softmax and the sum over values (`scores`).
 
-It raises `NotFollowed` for a causal mask behind a past of unknown length, and for a mask of unknown type.
+Windows hide more keys than the rule counts as hidden, which leaves its verdicts right, because a row without a key is
+zeros whatever stands behind it. The rule raises `NotFollowed` for a causal mask behind a past of unknown length, and for
+a mask of unknown type.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Final
 
 import onnx_ir as ir
@@ -28,7 +31,7 @@ from attnserve_server.conversion.proof.rules.scores import (
     weighted,
     without_bounds,
 )
-from attnserve_server.conversion.proof.values import Value
+from attnserve_server.conversion.proof.values import Standing, Value
 
 _AFTER_SOFTMAX: Final = 3
 _BOOLEAN: Final = {"And", "Or", "Not", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN"}
@@ -45,11 +48,13 @@ def attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
         heads_first(ctx, key, kv_heads),
         heads_first(ctx, value, kv_heads),
     )
+    # A right window of 0 hides the keys behind each query, as a causal mask does.
+    causal = bool(attribute(node, "is_causal", 0)) or attribute(node, "right_window_size", -1) == 0
     past = optional(inputs, 4), optional(inputs, 5)
     before = 0
     if past[0] is not None and past[1] is not None:
         count = size_of(past[0].axes[2]).number
-        if count is None and attribute(node, "is_causal", 0):
+        if count is None and causal:
             raise NotFollowed("applies a causal mask behind a past of unknown length")
         before = count or 0
         key, value = together(ctx, [past[0], key], 2), together(ctx, [past[1], value], 2)
@@ -63,16 +68,26 @@ def attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[V
     if mask is not None:
         mask = with_axes(mask, range(4 - len(mask.axes))) if len(mask.axes) < 4 else mask
         scores = scores.kept(mask) if _is_boolean(node.inputs[3]) else scores.added(lowest_for_infinite(mask))
-    if attribute(node, "is_causal", 0):
-        scores = scores.causal(before)
     ends = optional(inputs, 6)
     if ends is not None:
         scores = up_to(ctx, scores, ends, "Less")
+        if causal or any(attribute(node, f"{side}_window_size", -1) >= 0 for side in ("left", "right")):
+            scores = _from_the_end(ctx, scores)
+    elif causal:
+        scores = scores.causal(before)
     shares = scores.shares()
     result = weighted(ctx, shares, value)
     products = shares if attribute(node, "qk_matmul_output_mode", 0) == _AFTER_SOFTMAX else without_bounds(shares)
     outputs = [heads_last(ctx, result) if packed else result, key, value, products]
     return outputs[: len(node.outputs)]
+
+
+def _from_the_end(ctx: Context, scores: Scores) -> Scores:
+    """Return scores whose last query stands at the last key that counts: padded queries move all others."""
+    if not ctx.depends(size_of(scores.value.axes[2])):
+        return scores
+    cause = ctx.cause("counts the positions of queries from the last one, padded ones included")
+    return Scores(ctx, replace(scores.value, standing=Standing.DIFFERENT, cause=cause))
 
 
 def _is_boolean(mask: ir.Value | None) -> bool:

@@ -19,10 +19,13 @@ class MaskRows:
         source: the value that the query is computed from; its first axis is the batch.
         query: the selected rows, (n, H, L, D).
         key: the selected rows, (n, H, S, D).
+        counts: `Scores.key_counts`.
     """
 
-    def __init__(self, tap: Tap, source: ir.Value, query: ir.Value, key: ir.Value) -> None:
-        self._tap, self._source, self._query, self._key = tap, source, query, key
+    def __init__(
+        self, tap: Tap, source: ir.Value, query: ir.Value, key: ir.Value, counts: ir.Value | None = None
+    ) -> None:
+        self._tap, self._source, self._query, self._key, self._counts = tap, source, query, key, counts
 
     def of(self, mask: Mask) -> ir.Value:
         """Return the selected rows of a mask, rank 4. A mask of one row serves every row of the batch."""
@@ -84,6 +87,10 @@ class MaskRows:
         """Return bool (n, 1, 1, S): keys up to and with each row's end."""
         return self._tap.not_less(self._ends(ends), self._positions(self._key))
 
+    def keys_before(self, counts: ir.Value) -> ir.Value:
+        """Return bool (n, 1, 1, S): keys before each row's count."""
+        return self._tap.op("Less", [self._positions(self._key), self._ends(counts)])
+
     def queries_up_to(self, ends: ir.Value) -> ir.Value:
         """Return bool (n, 1, L, 1): queries up to and with each row's end."""
         return self._tap.not_less(self._ends(ends), self._query_positions())
@@ -119,8 +126,11 @@ class MaskRows:
         """Return the positions of the queries, int64 (n, 1, L, 1)."""
         tap = self._tap
         one = tap.ints(1)
+        positions = tap.unsqueeze(self._positions(self._query), 1)
+        if self._counts is not None:
+            return tap.op("Add", [positions, tap.op("Sub", [self._ends(self._counts), self._length()])])
         shape = tap.op("Concat", [tap.shape(self._query, 0, 1), one, self._length(), one], axis=0)
-        return tap.op("Expand", [tap.unsqueeze(self._positions(self._query), 1), shape])
+        return tap.op("Expand", [positions, shape])
 
 
 def _same_batch(mask: ir.Value, query: ir.Value) -> bool:

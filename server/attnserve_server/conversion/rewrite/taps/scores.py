@@ -40,7 +40,7 @@ class _ScoresTap:
         if scores.softcap:
             cap = self._tap.number(scores.softcap)
             logits = self._tap.op("Mul", [self._tap.op("Tanh", [self._tap.op("Div", [logits, cap])]), cap])
-        masks = MaskRows(self._tap, scores.query.value, query, key)
+        masks = MaskRows(self._tap, scores.query.value, query, key, scores.key_counts)
         return self._zeroed(scores, masks, logits) if scores.zeroed else self._added(scores, masks, logits)
 
     def _zeroed(self, scores: Scores, masks: MaskRows, logits: ir.Value) -> ir.Value:
@@ -61,6 +61,8 @@ class _ScoresTap:
             kept.append(masks.window(scores.window))
         if scores.ahead is not None:
             kept.append(masks.ahead(scores.ahead))
+        if scores.key_counts is not None:
+            kept.append(masks.keys_before(scores.key_counts))
         if scores.key_ends is not None:
             kept.append(masks.keys_up_to(scores.key_ends))
             if scores.window:
