@@ -8,6 +8,7 @@ from proof_tables.masks import ALL, LENGTH, MASKED, SHARE, SOME, TRUTHS, case
 
 STANDARD = "Attention<q_num_heads = 2, kv_num_heads = 2>"
 CAUSAL = "Attention<q_num_heads = 2, kv_num_heads = 2, is_causal = 1>"
+SUMS = 'LinearAttention<q_num_heads = 2, kv_num_heads = 2, update_rule = "linear">'
 LEFT = "Attention<q_num_heads = 2, kv_num_heads = 2, left_window_size = 1>"
 WIDE = f"{TRUTHS} {LENGTH} shape = Concat<axis = 0>(over, over, n, over) all = Expand(keys, shape)"
 INTS = "k = Cast<to = 6>(attention_mask)"
@@ -196,6 +197,60 @@ OPERATORS = [
         f"float[batch, seq, 8] x, {MASK}",
         "float[batch, seq, 8] y",
         needs=SOME,
+    ),
+    case("LinearAttention", f"y, s = {SUMS}(x, x, x)", opset=27),
+    case("LinearAttention of onnxruntime", f"y, s = com.microsoft.{SUMS}(x, x, x)"),
+    case(
+        "LinearAttention with a decay and an update rate",
+        "d = Softplus(x) decay = Neg(d) r = ReduceSum(x, last) rate = Sigmoid(r) k = Tanh(x) y, s ="
+        " com.microsoft.LinearAttention<q_num_heads = 4, kv_num_heads = 2>(wide, k, x, , decay, rate)",
+        f"{X}, float[batch, seq, 8] wide",
+        "float[batch, seq, 8] y",
+    ),
+    case(
+        "LinearAttention with its weights",
+        f"{LENGTH} e = Squeeze(n) r = Range(zero, e, step) rq = Unsqueeze(r, over) same = Equal(rq, r)"
+        " f = Cast<to = 1>(same) u = Unsqueeze(f, over) b = Shape<start = 0, end = 1>(x) two = Add(over, over)"
+        " shape = Concat<axis = 0>(b, n, two, n) wide = Expand(u, shape) width = Mul(n, two)"
+        " flat = Concat<axis = 0>(b, n, width) units = Reshape(wide, flat)"
+        f" o, t = com.microsoft.{SUMS}(x, x, units) apart = Reshape(o, shape)"
+        f" weights = Transpose<perm = [0, 2, 1, 3]>(apart) y, s = com.microsoft.{SUMS}(x, x, x)",
+        outputs="float[batch, seq, 4] y, float[batch, 2, seq, seq] weights",
+        weights="weights",
+    ),
+    case(
+        "the state of LinearAttention",
+        f"g = Add(x, gain) t, y = com.microsoft.{SUMS}(g, g, g)",
+        outputs="float[batch, 2, 2, 2] y",
+        seq=REFUTED,
+        why={"seq": "after padded positions"},
+    ),
+    case(
+        "LinearAttention over the batch",
+        f"t = Transpose<perm = [1, 0, 2]>(x) u, s = com.microsoft.{SUMS}(t, t, t) y = Transpose<perm = [1, 0, 2]>(u)",
+        batch=UNKNOWN,
+        why={"batch": "over the rows of the batch"},
+    ),
+    case(
+        "LinearAttention over features",
+        "t = Transpose<perm = [0, 2, 1]>(x) u, s = com.microsoft.LinearAttention"
+        '<q_num_heads = 1, kv_num_heads = 1, update_rule = "linear">(t, t, t) y = Transpose<perm = [0, 2, 1]>(u)',
+        seq=UNKNOWN,
+        why={"seq": "features that are padded"},
+    ),
+    case(
+        "CausalConvWithState",
+        'c = Transpose<perm = [0, 2, 1]>(x) d, s = com.microsoft.CausalConvWithState<activation = "silu">(c, w)'
+        " y = Transpose<perm = [0, 2, 1]>(d)",
+        given="float[4, 1, 3] w",
+    ),
+    case(
+        "the state of CausalConvWithState",
+        "c = Transpose<perm = [0, 2, 1]>(x) d, y = com.microsoft.CausalConvWithState(c, w)",
+        outputs="float[batch, 4, 2] y",
+        given="float[4, 1, 3] w",
+        seq=REFUTED,
+        why={"seq": "after padded positions"},
     ),
     case(
         "queries of one sequence and keys of another, with a separate mask",

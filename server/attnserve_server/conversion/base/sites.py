@@ -1,10 +1,11 @@
 """The types that describe an attention site in a graph: what a finder found, and what runs of the graph taught.
 
-A finder returns `FoundSite`s. `FoundSite.attention` is one of four cases:
+A finder returns `FoundSite`s. `FoundSite.attention` is one of five cases:
 
     Scores         the operator computes the weights inside; a tap computes them again from query and key
     Probabilities  the graph has the weights as a value; a tap reads it
     Linear         the weights are only implied by two feature maps; a tap computes them from these
+    Recurrent      an operator with a state implies the weights; a tap runs it on unit vectors as values
     Untappable     no tap gives the weights; it holds the reason
 
 The axes of `Probabilities`, and their windows, follow from runs of the graph: `Learnt` holds them. It names values and
@@ -209,13 +210,22 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Recurrent:
+    """An operator that is linear in its value: for unit vectors, it returns its weights, of any sign and sum."""
+
+    node: ir.Node
+    value: Operand
+    output: Operand
+
+
+@dataclass(frozen=True, slots=True)
 class Untappable:
     """Attention that no tap can be added to. `reason` completes "site ... gives no weights: ..."."""
 
     reason: str
 
 
-Tappable = Scores | Probabilities | Linear
+Tappable = Scores | Probabilities | Linear | Recurrent
 """Attention that a tap can be added to."""
 
 
@@ -253,14 +263,14 @@ class FoundSite:
     def rows_sum_to_one(self) -> bool:
         """Whether rows of weights sum to 1 (or are 0), apart from float32's rounding.
 
-        False where a node behind softmax takes weight away, or the graph holds the weights in less than float32.
+        False where no softmax makes them, a node behind it takes weight away, or the graph holds them in float16.
         """
         match self.attention:
             case Scores(sink=sink):
                 return sink is None
             case Probabilities(weights=weights, whole=whole):
                 return whole and weights.dtype is ir.DataType.FLOAT
-        return True
+        return not isinstance(self.attention, Recurrent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from attnserve_server.conversion.base.errors import CheckFailed
-from attnserve_server.conversion.base.sites import Linear, Operand, Scores
+from attnserve_server.conversion.base.sites import Linear, Operand, Recurrent, Scores
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import CheckReport
 
@@ -84,7 +84,7 @@ def row_sum_error(weights: Array) -> float:
     return float(np.abs(np.where(weights.any(axis=-1), sums, 1.0) - 1.0).max(initial=0.0))
 
 
-def product_error(attention: Scores | Linear, weights: Array, value: Array, output: Array) -> float:
+def product_error(attention: Scores | Linear | Recurrent, weights: Array, value: Array, output: Array) -> float:
     """Return the greatest difference of weights @ value from the operator's own output, without fully masked rows.
 
     The difference is relative to the greatest value where that exceeds 1, because rounding grows with it.

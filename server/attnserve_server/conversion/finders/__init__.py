@@ -18,6 +18,7 @@ from attnserve_server.conversion.finders import (
     microsoft_multi_head,
     onnx_attention,
     operator_nodes,
+    recurrent,
 )
 from attnserve_server.conversion.finders.names import site_names
 
@@ -29,6 +30,7 @@ FINDERS: tuple[Finder, ...] = (
     microsoft_attention.find,
     microsoft_multi_head.find,
     microsoft_group_query.find,
+    recurrent.find,
     operator_nodes.find_without_tap,
     decomposed.find,
     linear.find,

@@ -37,7 +37,6 @@ _WITHOUT_TAP = {
     "DecoderMaskedMultiHeadAttention": _STEP,
     "DecoderMaskedSelfAttention": _STEP,
     "DynamicSparseAttention": _BLOCKS,
-    "LinearAttention": "it keeps a state instead of weights, and has no features of queries and keys that imply them",
     "LongformerAttention": "it attends within a window, on GPUs only: it does not run where taps are checked",
     "PackedAttention": _TOKENS,
     "PackedMultiHeadAttention": _TOKENS,

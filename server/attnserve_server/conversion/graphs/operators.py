@@ -27,8 +27,8 @@ SINCE: Final[Mapping[str, int]] = {
     "Unsqueeze with axes as input": 13,
 }
 """The opset from which an operator has a feature; before, axes are attributes, and Softmax runs over several axes."""
-_RUNTIME = "com.microsoft"
-_KNOWN_DOMAINS = {*STANDARD, "ai.onnx.ml", _RUNTIME, "com.microsoft.nchwc", "com.ms.internal.nhwc"}
+MICROSOFT = "com.microsoft"
+_KNOWN_DOMAINS = {*STANDARD, "ai.onnx.ml", MICROSOFT, "com.microsoft.nchwc", "com.ms.internal.nhwc"}
 """Domains of operators that the runtime has. Loading the model reports an operator that the runtime does not know."""
 _PACKAGES = {
     "ai.onnx.contrib": "onnxruntime-extensions",
@@ -98,12 +98,12 @@ def runtime_operators_set_apart(proto: onnx.ModelProto) -> Iterator[None]:
         if node.domain in STANDARD and opset < _RUNTIME_HAS_EARLIER.get(node.op_type, 0)
     ]
     domains = [node.domain for node in early]
-    added = bool(early) and all(entry.domain != _RUNTIME for entry in proto.opset_import)
+    added = bool(early) and all(entry.domain != MICROSOFT for entry in proto.opset_import)
     if added:
-        proto.opset_import.add(domain=_RUNTIME, version=1)
+        proto.opset_import.add(domain=MICROSOFT, version=1)
     try:
         for node in early:
-            node.domain = _RUNTIME
+            node.domain = MICROSOFT
         yield
     finally:
         for node, domain in zip(early, domains, strict=True):

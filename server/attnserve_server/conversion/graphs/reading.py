@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.graphs.lowering import lowered
 from attnserve_server.conversion.graphs.operators import (
     refuse_unknown_operators,
     refuse_unknown_versions,
@@ -85,6 +86,7 @@ def checked(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
             _refuse_too_many_nodes(proto, name)
             # Finders do not look into functions.
             proto = onnx.inliner.inline_local_functions(proto)
+        proto = lowered(proto, name)
         refuse_unknown_operators(proto, name)
         proto = onnx.shape_inference.infer_shapes(proto)
         # onnx_ir refuses models that onnx accepts, such as those with names that are not UTF-8.

@@ -12,6 +12,7 @@ from attnserve_server.conversion.base.sites import (
     Learnt,
     Linear,
     Probabilities,
+    Recurrent,
     Scores,
     Tappable,
     WeightAxes,
@@ -59,7 +60,7 @@ def product_errors(
                     errors[name] = _error_in_layout(site, layout.axes, own, value, output)
                 else:
                     errors[name] = band_error(windows, layout.axes, own, value, output)
-            case Scores() | Linear() as site:
+            case Scores() | Linear() | Recurrent() as site:
                 errors[name] = product_error(site, own, value, output)
     return errors
 

@@ -1,8 +1,8 @@
 """The rule of `ai.onnx` Attention, composed of scores, masks, Softmax and the sum over values (`scores`).
 
 Windows hide more keys than the rule counts as hidden, which leaves its verdicts right, because a row without a key is
-zeros whatever stands behind it. The rule raises `NotFollowed` for a causal mask behind a past of unknown length, and for
-a mask of unknown type.
+zeros for any keys behind it. The rule raises `NotFollowed` for a causal mask behind a past of unknown length, and
+for a mask of unknown type.
 """
 
 from __future__ import annotations

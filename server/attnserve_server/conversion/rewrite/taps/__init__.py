@@ -17,12 +17,13 @@ from attnserve_server.conversion.base.sites import (
     Learnt,
     Linear,
     Probabilities,
+    Recurrent,
     Scores,
     Untappable,
     value_and_output,
 )
 from attnserve_server.conversion.finders import find_sites
-from attnserve_server.conversion.rewrite.taps.linear import weights_of_linear
+from attnserve_server.conversion.rewrite.taps.linear import weights_of_linear, weights_of_recurrent
 from attnserve_server.conversion.rewrite.taps.operands import with_plain_values
 from attnserve_server.conversion.rewrite.taps.probabilities import weights_of_probabilities, weights_of_windows
 from attnserve_server.conversion.rewrite.taps.scores import weights_of_scores
@@ -52,6 +53,8 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite], learnt: Mapping[st
                 tap.finish(weights_of_scores(tap, scores), site.heads, behind=site.node)
             case Linear() as linear:
                 tap.finish(weights_of_linear(tap, linear), site.heads, behind=site.node)
+            case Recurrent() as recurrent:
+                tap.finish(weights_of_recurrent(tap, recurrent), site.heads, behind=site.node)
             case Probabilities(weights=weights) if name in learnt:
                 _add_tap_of_probabilities(tap, graph, weights, learnt[name])
 

@@ -1,15 +1,22 @@
-"""The tap of linear attention: computes, for the selected rows, the weights that its features imply.
+"""The taps of linear attention: compute, for the selected rows, the weights that features or an operator imply.
 
 items (n,) -+-> Gather(phi(Q)) -+-> MatMul -> (n, H, L, S) -> / sum over keys -> weights
             +-> Gather(phi(K)) -+
+
+items (n,) ---> Gather(Q, K, decay, beta) -+-> LinearAttention -> (n, L, H * S) -> weights (n, H, L, S)
+                          unit vectors ----+
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import Features, Linear
+from attnserve_server.conversion.base.sites import Features, Linear, Recurrent
+from attnserve_server.conversion.graphs.operators import MICROSOFT
 from attnserve_server.conversion.rewrite.taps.tap import Tap
+
+_VALUE = 2
+_ATTRIBUTES = ("q_num_heads", "kv_num_heads", "scale", "update_rule")
 
 
 def weights_of_linear(tap: Tap, linear: Linear) -> ir.Value:
@@ -23,6 +30,33 @@ def weights_of_linear(tap: Tap, linear: Linear) -> ir.Value:
     sums = tap.reduce("ReduceSum", dots, 3)
     zero = tap.number(0.0)
     return tap.op("Where", [tap.op("Equal", [sums, zero]), zero, tap.op("Div", [dots, sums])])
+
+
+def weights_of_recurrent(tap: Tap, recurrent: Recurrent) -> ir.Value:
+    """Return the operator's result for unit vectors as values, float32 (n, H, L, S), with zeros behind each query.
+
+    Every update rule adds a value, or its difference from what the state returns for the key, to the state. So the
+    result is a sum of values, and that of the unit vector of key j is the weight of key j. The runtime's own operator
+    computes it, which takes no rows too, in float32. Source: ONNX operators, LinearAttention-27.
+    """
+    node, heads, kv_heads = recurrent.node, recurrent.output.heads, recurrent.value.heads
+    inputs: list[ir.Value | None] = []
+    for position, value in enumerate(node.inputs):
+        rows = tap.rows_of(value) if value is not None and position != _VALUE else None
+        inputs.append(rows if rows is None or value is None or value.dtype is ir.DataType.FLOAT else tap.float32(rows))
+    query = inputs[0]
+    assert query is not None
+    count, length = tap.shape(query, 0, 1), tap.shape(query, 1, 2)
+    places = tap.op("Range", [tap.scalar(0), tap.op("Squeeze", [length]), tap.scalar(1)])
+    units = tap.float32(tap.op("Equal", [tap.unsqueeze(places, 1), places]))
+    shape = tap.op("Concat", [count, length, tap.ints(kv_heads), length], axis=0)
+    units = tap.op("Expand", [tap.unsqueeze(units, 1), shape])
+    width = tap.op("Mul", [length, tap.ints(kv_heads)])
+    inputs[_VALUE] = tap.reshape(units, [count, length, width])
+    tap.graph.opset_imports.setdefault(MICROSOFT, 1)
+    attributes = {name: node.attributes[name].value for name in _ATTRIBUTES if name in node.attributes}
+    sums = tap.outputs_of(node.op_type, inputs, 2, attributes, domain=MICROSOFT)[0]
+    return tap.op("Transpose", [tap.reshape(sums, [count, length, tap.ints(heads), length])], perm=[0, 2, 1, 3])
 
 
 def _heads_first(tap: Tap, features: Features) -> ir.Value:

@@ -55,6 +55,20 @@ class _ScoresTap:
             bias = self._tap.float32(rows)
             logits = self._tap.op("Add", [logits, bias])
             kept.append(self._tap.op("Greater", [bias, self._tap.number(_masked_up_to(mask))]))
+        kept += self._kept_by_position(scores, masks)
+        if not kept:
+            return self._softmax(logits, scores)
+        allowed = kept[0]
+        for other in kept[1:]:
+            allowed = self._tap.op("And", [allowed, other])
+        # Two Wheres: the first keeps masked keys out of the sum; the second sets a row in which every key is masked,
+        # and softmax therefore uniform, to zeros. A Mul would keep a NaN.
+        softmax = self._softmax(self._tap.op("Where", [allowed, logits, self._tap.number(LOWEST)]), scores)
+        return self._tap.op("Where", [allowed, softmax, self._tap.number(0.0)])
+
+    def _kept_by_position(self, scores: Scores, masks: MaskRows) -> list[ir.Value]:
+        """Return what causal masks, windows and counts of keys keep, each bool and broadcast to (n, H, L, S)."""
+        kept: list[ir.Value] = []
         if scores.causal:
             kept.append(masks.causal())
         if scores.window:
@@ -67,15 +81,7 @@ class _ScoresTap:
             kept.append(masks.keys_up_to(scores.key_ends))
             if scores.window:
                 kept.append(masks.queries_up_to(scores.key_ends))
-        if not kept:
-            return self._softmax(logits, scores)
-        allowed = kept[0]
-        for other in kept[1:]:
-            allowed = self._tap.op("And", [allowed, other])
-        # Two Wheres: the first keeps masked keys out of the sum; the second sets a row in which every key is masked,
-        # and softmax therefore uniform, to zeros. A Mul would keep a NaN.
-        softmax = self._softmax(self._tap.op("Where", [allowed, logits, self._tap.number(LOWEST)]), scores)
-        return self._tap.op("Where", [allowed, softmax, self._tap.number(0.0)])
+        return kept
 
     def _softmax(self, logits: ir.Value, scores: Scores) -> ir.Value:
         """Return softmax over the keys and the sink; the sink's share is left out."""
