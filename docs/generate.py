@@ -1,4 +1,4 @@
-"""Write reference/configuration.md, metrics.md and errors.md from the code they describe; `--check` only compares.
+"""Write four pages of reference/ from the code they describe; `--check` only compares.
 
 python docs/generate.py [--check]
 """
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from annotated_types import Ge, Le, MinLen
 from attnserve_server.config import Settings, flag_of, variable_of
+from attnserve_server.conversion.finders import catalogue
 from attnserve_server.domain.errors import MAX_VIOLATIONS
 from attnserve_server.observability.metrics import SPECS
 from attnserve_server.transport.status import DOMAIN, TABLE
@@ -85,10 +86,34 @@ def errors() -> str:
     )
 
 
+def operators() -> str:
+    """Return the page of attention operators: operator, what a conversion does with it, forms or reason."""
+    tables = (
+        (catalogue.FOUND, "found"),
+        (catalogue.UNTAPPED, "listed without weights"),
+        (catalogue.WITHOUT_KERNEL, "refused: no kernel on the CPU"),
+        (catalogue.PARTS, "no attention by itself"),
+    )
+    rows = [
+        (f"`{domain or 'ai.onnx'}`", f"`{operator}`", what, how)
+        for table, what in tables
+        for (domain, operator), how in table.items()
+    ]
+    return _page(
+        "Attention operators",
+        "What a conversion does with the operators of ONNX and onnxruntime that compute attention, or whose documents "
+        "mention it. Conversions run on the CPU. Attention that a file writes as MatMul and Softmax, or as features "
+        "and sums, is found too ([ONNX files](onnx-files.md)).",
+        ("Domain", "Operator", "What a conversion does", "Forms, or the reason"),
+        rows,
+    )
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": configuration,
     "metrics.md": metrics,
     "errors.md": errors,
+    "operators.md": operators,
 }
 
 

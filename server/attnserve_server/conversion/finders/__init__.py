@@ -11,13 +11,13 @@ import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import FoundSite, Probabilities
 from attnserve_server.conversion.finders import (
+    catalogue,
     decomposed,
     linear,
     microsoft_attention,
     microsoft_group_query,
     microsoft_multi_head,
     onnx_attention,
-    operator_nodes,
     recurrent,
 )
 from attnserve_server.conversion.finders.names import site_names
@@ -31,7 +31,7 @@ FINDERS: tuple[Finder, ...] = (
     microsoft_multi_head.find,
     microsoft_group_query.find,
     recurrent.find,
-    operator_nodes.find_without_tap,
+    catalogue.find_untapped,
     decomposed.find,
     linear.find,
 )

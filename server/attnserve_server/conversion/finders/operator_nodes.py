@@ -1,4 +1,4 @@
-"""Read the nodes of attention operators: their inputs, heads, widths and masks; and list operators without a tap.
+"""Read the nodes of attention operators: their inputs, heads, widths and masks.
 
 The finders of single operators use it. Where a node has not what a tap needs, functions raise NotTappable, whose
 message is the reason that users get.
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import FoundSite, KeyPadding, Mask, Untappable
+from attnserve_server.conversion.base.sites import KeyPadding, Mask
 from attnserve_server.conversion.graphs.walk import constant_ints, dimension_of, input_of, rank_of
 
 MICROSOFT = "com.microsoft"
@@ -27,39 +27,9 @@ _KEEP_LAST_AXIS = {
 _MAX_NODES_BACK = 32
 """How many nodes `last_dimension_of` looks back."""
 
-_TOKENS = "it works on the tokens of all sequences in one row: its first axis is not the batch"
-_STEP = "it decodes one token at a time over a cache: weights over a cache are not tapped"
-_BLOCKS = "it attends to blocks of keys over a cache: sparse attention over a cache is not tapped"
-_GPU_LAYOUT = "its integers are ordered for GPUs: it does not run where taps are checked"
-
-_WITHOUT_TAP = {
-    "DecoderAttention": "its axes and masks depend on inputs of the run, and its first axis is not the batch",
-    "DecoderMaskedMultiHeadAttention": _STEP,
-    "DecoderMaskedSelfAttention": _STEP,
-    "DynamicSparseAttention": _BLOCKS,
-    "LongformerAttention": "it attends within a window, on GPUs only: it does not run where taps are checked",
-    "PackedAttention": _TOKENS,
-    "PackedMultiHeadAttention": _TOKENS,
-    "PagedAttention": _TOKENS,
-    "QOrderedAttention": _GPU_LAYOUT,
-    "QOrderedLongformerAttention": _GPU_LAYOUT,
-    "SparseAttention": _BLOCKS,
-    "SparsePagedAttention": _TOKENS,
-}
-"""onnxruntime's attention operators that no tap supports, and why."""
-
 
 class NotTappable(Exception):
     """No tap can give the weights of a site; the message is the reason."""
-
-
-def find_without_tap(graph: ir.Graph) -> Iterator[FoundSite]:
-    """Yield the sites of operators that no tap supports, those in subgraphs too."""
-    for node in microsoft_nodes(graph, *_WITHOUT_TAP):
-        heads = max(node.attributes.get_int("num_heads", 1), 1)
-        kv_heads = max(node.attributes.get_int("kv_num_heads", heads), 1)
-        operator = f"com.microsoft.{node.op_type}-1"
-        yield FoundSite(node, operator, heads, kv_heads, 0, Untappable(_WITHOUT_TAP[node.op_type]))
 
 
 def microsoft_nodes(graph: ir.Graph, *op_types: str) -> Iterator[ir.Node]:

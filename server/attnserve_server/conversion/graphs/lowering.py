@@ -13,10 +13,9 @@ from collections.abc import Iterator
 import onnx
 import onnx.inliner
 import onnx.shape_inference
-from onnx.defs import AI_ONNX_PREVIEW_DOMAIN as PREVIEW
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.graphs.operators import MICROSOFT, STANDARD, subgraphs_of
+from attnserve_server.conversion.graphs.operators import MICROSOFT, PREVIEW, STANDARD, subgraphs_of
 
 _WRITTEN_OUT = (PREVIEW, "FlexAttention")
 _RENAMED = "CausalConvWithState"

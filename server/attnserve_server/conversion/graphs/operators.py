@@ -28,6 +28,7 @@ SINCE: Final[Mapping[str, int]] = {
 }
 """The opset from which an operator has a feature; before, axes are attributes, and Softmax runs over several axes."""
 MICROSOFT = "com.microsoft"
+PREVIEW = "ai.onnx.preview"
 _KNOWN_DOMAINS = {*STANDARD, "ai.onnx.ml", MICROSOFT, "com.microsoft.nchwc", "com.ms.internal.nhwc"}
 """Domains of operators that the runtime has. Loading the model reports an operator that the runtime does not know."""
 _PACKAGES = {

@@ -11,6 +11,7 @@ import onnx
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.caches.splitting import decoder_of
+from attnserve_server.conversion.finders.catalogue import refuse_without_kernel
 from attnserve_server.conversion.graphs.reading import read_graph
 from attnserve_server.conversion.inputs.signature import (
     Signature,
@@ -51,6 +52,7 @@ class OnnxFile(Source):
         """Read the file, and infer the roles and axes of its inputs. See `Source.read`."""
         padding_id = padding_id_of(self.tokenizer)
         proto, max_length = read_graph(self.file), self.max_length
+        refuse_without_kernel(proto, self.file.name)
         decoder = decoder_of(proto, self.file.name)
         if decoder is not None:
             proto = decoder.prompt

@@ -138,18 +138,12 @@ def test_what_cannot_be_tapped_is_listed_with_its_reason(model: onnx.ModelProto,
 @pytest.mark.parametrize(
     ("operator", "words"),
     [
-        ("DecoderAttention", "depend on inputs of the run"),
+        ("AttnLSTM", "each step of a recurrence"),
+        ("DecoderAttention", "no kernel for it on the CPU"),
         ("DecoderMaskedMultiHeadAttention", "one token at a time"),
-        ("DecoderMaskedSelfAttention", "one token at a time"),
-        ("DynamicSparseAttention", "blocks of keys"),
-        ("LongformerAttention", "on GPUs only"),
-        ("PackedAttention", "first axis is not the batch"),
-        ("PackedMultiHeadAttention", "first axis is not the batch"),
-        ("PagedAttention", "first axis is not the batch"),
-        ("QOrderedAttention", "ordered for GPUs"),
-        ("QOrderedLongformerAttention", "ordered for GPUs"),
+        ("GatedDeltaNet", "a state of earlier tokens"),
+        ("PackedAttention", "the tokens of all sequences in one row"),
         ("SparseAttention", "blocks of keys"),
-        ("SparsePagedAttention", "first axis is not the batch"),
     ],
 )
 def test_operators_without_a_tap_are_listed_with_their_reason(operator: str, words: str) -> None:
