@@ -102,6 +102,7 @@ def request_of(  # noqa: PLR0913 - the fields of the message
     request_id: str,
     validate_only: bool,
     labels: LabelSelection | bool | None = None,
+    prompt_name: str | None = None,
 ) -> wire.InferRequest:
     """Return the message for a call.
 
@@ -120,6 +121,7 @@ def request_of(  # noqa: PLR0913 - the fields of the message
         outputs=None if outputs is None else wire.OutputSelection(names=outputs),
         attention=selection_of(attention),
         labels=label_selection_of(labels),
+        prompt_name=prompt_name,
         priority=_PRIORITIES[priority],
         validate_only=validate_only,
         request_id=request_id,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from attnserve.v1 import attention_pb2, model_pb2
@@ -165,6 +165,9 @@ class ModelInfo:
         batch_reason: Why the status is not `proved`; empty if it is.
         batched: Whether sequences share runs. If not, each runs alone, even those of one request.
         head: Its head, from whose outputs the server computes labels; None without one.
+        prompts: Texts that a request can put before its texts, by name.
+        default_prompt_name: Name of the prompt of a request that names none; empty for no prompt.
+        similarity: Function that compares its embeddings, for example `cosine`; empty if unknown.
     """
 
     name: str
@@ -190,6 +193,9 @@ class ModelInfo:
     batch_reason: str = ""
     batched: bool = False
     head: Head | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str = ""
+    similarity: str = ""
 
     @property
     def ready(self) -> bool:
@@ -239,6 +245,9 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
         batch_reason=message.batch_reason,
         batched=message.batched,
         head=head_of(message.head) if message.HasField("head") else None,
+        prompts={each.name: each.text for each in message.prompts},
+        default_prompt_name=message.default_prompt_name,
+        similarity=message.similarity,
     )
 
 

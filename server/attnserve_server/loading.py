@@ -113,7 +113,8 @@ def open_bundle(bundle: Bundle, settings: Settings) -> Opened:
     verify(bundle)
     tokenizer, text = None, bundle.manifest.text
     if bundle.tokenizer_path is not None and text is not None:
-        tokenizer = TextTokenizer.load(bundle.tokenizer_path, text.axis, bundle.manifest.text_as_written)
+        written = bundle.manifest.text_as_written
+        tokenizer = TextTokenizer.load(bundle.tokenizer_path, text.axis, written, text.mask_token)
     first, *others = settings.device_ids or (0,)
     sessions = [_session(bundle, settings, first)]
     provider = sessions[0].provider

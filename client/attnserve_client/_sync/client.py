@@ -85,6 +85,7 @@ class Client:
         outputs: Sequence[str] | None = ...,
         attention: AttentionSelection | bool | None = ...,
         labels: LabelSelection | bool | None = ...,
+        prompt_name: str | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
         request_id: str | None = ...,
@@ -101,6 +102,7 @@ class Client:
         outputs: Sequence[str] | None = ...,
         attention: AttentionSelection | bool | None = ...,
         labels: LabelSelection | bool | None = ...,
+        prompt_name: str | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
         request_id: str | None = ...,
@@ -116,6 +118,7 @@ class Client:
         outputs: Sequence[str] | None = None,
         attention: AttentionSelection | bool | None = None,
         labels: LabelSelection | bool | None = None,
+        prompt_name: str | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
         request_id: str | None = None,
@@ -131,6 +134,8 @@ class Client:
             attention: Selection of the attention to return; True for all of it, None for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
                 model has a head and `outputs` is None, otherwise for none.
+            prompt_name: Name of the prompt to put before texts, as in `ModelInfo.prompts`; None for the model's default
+                prompt, empty for none.
             priority: `"low"`, `"normal"` or `"high"`.
             timeout: Seconds until `DeadlineExpired`, all attempts together; None for no limit.
             request_id: Id of this request in results, errors and the server's log; None generates one.
@@ -155,6 +160,7 @@ class Client:
             outputs=outputs,
             attention=attention,
             labels=labels,
+            prompt_name=prompt_name,
             priority=priority,
             request_id=request_id,
             validate_only=validate_only,
@@ -176,6 +182,7 @@ class Client:
         outputs: Sequence[str] | None = None,
         attention: AttentionSelection | bool | None = None,
         labels: LabelSelection | bool | None = None,
+        prompt_name: str | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
         validate_only: bool = False,
@@ -199,6 +206,8 @@ class Client:
             attention: Selection of the attention to return; True for all of it, None for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
                 model has a head and `outputs` is None, otherwise for none.
+            prompt_name: Name of the prompt to put before texts, as in `ModelInfo.prompts`; None for the model's default
+                prompt, empty for none.
             priority: `"low"`, `"normal"` or `"high"`.
             timeout: Seconds that the answer to each input may take; None for no limit. If no answer at all arrives
                 for longer, the stream raises `DeadlineExpired`.
@@ -228,6 +237,7 @@ class Client:
                 outputs=outputs,
                 attention=attention,
                 labels=labels,
+                prompt_name=prompt_name,
                 priority=priority,
                 request_id="",
                 validate_only=validate_only,

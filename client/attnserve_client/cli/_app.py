@@ -30,13 +30,14 @@ from attnserve_client.cli._options import (
     DEFAULT_TIMEOUT_S,
     AsJson,
     LabelUnit,
+    Prompt,
     Server,
     Timeout,
     TopLabels,
     Version,
 )
+from attnserve_client.cli._reading import read_arrays, read_input, read_texts
 from attnserve_client.cli._show import show_explanation, show_features, show_model, show_models, show_results
-from attnserve_client.data_types import Input
 
 app = typer.Typer(
     name="attnserve",
@@ -77,6 +78,7 @@ def infer(  # noqa: PLR0913, PLR0917 - the options of a command
     version: Version = "",
     pair: Annotated[str, typer.Option("--pair", help="A second text beside each text, such as a passage.")] = "",
     output: Annotated[list[str] | None, typer.Option("--output", help="An output to return; may be repeated.")] = None,
+    prompt: Prompt = None,
     top_labels: TopLabels = 0,
     label_unit: LabelUnit = "word",
     server: Server = DEFAULT_SERVER,
@@ -84,11 +86,13 @@ def infer(  # noqa: PLR0913, PLR0917 - the options of a command
     as_json: AsJson = False,
 ) -> None:
     """Run texts through a model and print its outputs and labels."""
-    texts = _texts(text)
-    inputs: list[Any] = [_one(each, pair, {}) for each in texts]
+    texts = read_texts(text)
+    inputs: list[Any] = [read_input(each, pair, {}) for each in texts]
     with reported(server, as_json=as_json), Client(server) as client:
         labels = _labels(client, model, version, top_labels, label_unit)
-        results = client.infer(model, inputs, version=version, outputs=output, labels=labels, timeout=timeout)
+        results = client.infer(
+            model, inputs, version=version, outputs=output, labels=labels, prompt_name=prompt, timeout=timeout
+        )
     if as_json:
         _print_json({"receipt": asdict(results[0].receipt), "results": [_plain(result) for result in results]})
     else:
@@ -127,6 +131,7 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
         bool, typer.Option("--all-links", help="Also list links of punctuation, and of a unit to itself.")
     ] = False,
     keep_special: Annotated[bool, typer.Option("--keep-special", help="Keep tokens such as [CLS] and [SEP].")] = False,
+    prompt: Prompt = None,
     top_labels: TopLabels = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Write an interactive page to this file.")] = None,
     png: Annotated[
@@ -137,14 +142,21 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     as_json: AsJson = False,
 ) -> None:
     """Show where a model looks, and its labels: a heatmap and the strongest links, by default of the last layer."""
-    (sentence,) = _texts([text], whole=True)
-    arrays = _arrays(tensor or [])
+    (sentence,) = read_texts([text], whole=True)
+    arrays = read_arrays(tensor or [])
     selection = _selection(layer, heads, unit, keep_special=keep_special)
     with reported(server, as_json=as_json), Client(server) as client:
-        one = _one(sentence, pair, arrays)
+        one = read_input(sentence, pair, arrays)
         labels = _labels(client, model, version, top_labels, unit)
         result = client.infer(
-            model, one, version=version, outputs=[], attention=selection, labels=labels, timeout=timeout
+            model,
+            one,
+            version=version,
+            outputs=[],
+            attention=selection,
+            labels=labels,
+            prompt_name=prompt,
+            timeout=timeout,
         )
     attention = result.attention[0]
     if html is not None:
@@ -189,7 +201,7 @@ def features(  # noqa: PLR0913, PLR0917 - the options of a command
     as_json: AsJson = False,
 ) -> None:
     """Show features of each layer and head, such as the entropy of its rows, as means over the rows."""
-    (sentence,) = _texts([text], whole=True)
+    (sentence,) = read_texts([text], whole=True)
     selection = AttentionSelection(
         layers=_numbers(layer, "--layer") if layer else (),
         unit=unit,
@@ -235,21 +247,6 @@ def models(
                 show_model(console, described)
 
 
-def _texts(given: list[str], *, whole: bool = False) -> list[str]:
-    """Replace `-` by standard input: each of its lines, or with `whole` all of it as one text."""
-    texts: list[str] = []
-    for text in given:
-        if text != "-":
-            texts.append(text)
-        elif whole:
-            texts.append(sys.stdin.read().strip())
-        else:
-            texts.extend(line for line in sys.stdin.read().splitlines() if line.strip())
-    if not texts:
-        raise typer.BadParameter("standard input has no text; pass at least one line", param_hint="TEXT")
-    return texts
-
-
 def _labels(
     client: Client, model: str, version: str, top: int, unit: Literal["word", "token"]
 ) -> LabelSelection | None:
@@ -257,30 +254,6 @@ def _labels(
     if client.model(model, version).head is None:
         return None
     return LabelSelection(top_k=top, unit=unit)
-
-
-def _one(text: str, pair: str, arrays: dict[str, npt.NDArray[Any]]) -> Input:
-    if arrays:
-        return (text, pair, arrays) if pair else (text, arrays)
-    return (text, pair) if pair else text
-
-
-def _arrays(given: list[str]) -> dict[str, npt.NDArray[Any]]:
-    """Read arrays from `.npy` files. Pickled objects are refused, because loading them runs code."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for entry in given:
-        name, equals, file = entry.partition("=")
-        if not (name and equals and file):
-            raise typer.BadParameter(f"{entry!r} is not NAME=FILE.npy", param_hint="--tensor")
-        try:
-            # Not np.load: it also accepts .npz archives, and leaves them open.
-            with Path(file).open("rb") as stream:
-                arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
-        except OSError as error:
-            raise typer.BadParameter(f"cannot read {file}: {error.strerror or error}", param_hint="--tensor") from None
-        except (ValueError, EOFError):
-            raise typer.BadParameter(f"{file} is not a .npy file of one array", param_hint="--tensor") from None
-    return arrays
 
 
 def _selection(layer: str, heads: str, unit: Literal["word", "token"], *, keep_special: bool) -> AttentionSelection:

@@ -17,6 +17,12 @@ Version = Annotated[str, typer.Option("--model-version", help="The model's versi
 TopLabels = Annotated[
     int, typer.Option("--top-labels", min=0, help="How many labels of each text, word or mask. 0: the model's default.")
 ]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt", help="Name of the model's prompt to put before the text; '' for none.", show_default="the model's"
+    ),
+]
 LabelUnit = Annotated[Literal["word", "token"], typer.Option("--label-unit", help="What token classification labels.")]
 
 DEFAULT_SERVER: Final = "localhost:8001"

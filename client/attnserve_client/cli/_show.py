@@ -135,6 +135,9 @@ def show_model(console: Console, model: ModelInfo) -> None:
         named = ", ".join(map(clean, model.head.labels)) or clean(model.head.mask_token)
         kind = f"{model.head.kind}, {model.head.activation} of {', '.join(map(clean, model.head.outputs))}"
         console.print(Text(f"  head   {kind}{': ' + named if named else ''}"))
+    for name, text in model.prompts.items():
+        default = ", the default" if name == model.default_prompt_name else ""
+        console.print(Text(f"  prompt {clean(name)}: {clean(text)!r}{default}"))
     for axis in model.axes:
         pads = ("padded" if axis.paddable else "not padded") + _known(axis.padding_status, axis.padding_reason)
         patches = f", {axis.grid.rows} × {axis.grid.columns} patches" if axis.grid else ""

@@ -9,12 +9,13 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from attnserve.v1 import attention_pb2, labels_pb2, model_pb2, tensor_pb2
+from attnserve.v1 import attention_pb2, model_pb2, tensor_pb2
 from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_array
 from attnserve_client.errors import AttentionUnavailable, InvalidRequest
+from attnserve_client.testing._labels import head_of
 from attnserve_client.testing._weights import band_keys, check_features, fill, fill_features
 
 AXIS: Final = "seq"
@@ -55,19 +56,6 @@ class Shape:
         """Names of the outputs."""
         return ("embedding", "last_hidden_state", *(("logits",) if self.labels else ()))
 
-    @property
-    def head(self) -> labels_pb2.Head | None:
-        """The head; None without labels."""
-        if not self.labels:
-            return None
-        return labels_pb2.Head(
-            kind=labels_pb2.HEAD_KIND_SEQUENCE_LABELS,
-            outputs=["logits"],
-            labels=self.labels,
-            activation=labels_pb2.LABEL_ACTIVATION_SOFTMAX,
-            top_k=min(5, len(self.labels)),
-        )
-
     def describe(self, name: str, state: str) -> model_pb2.Model:
         """Return the description that `GetModel` answers with."""
         scores = model_pb2.Dimension(size=len(self.labels))
@@ -84,7 +72,7 @@ class Shape:
                 model_pb2.TensorSpec(name="last_hidden_state", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[seq, width]),
                 model_pb2.TensorSpec(name="logits", dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[scores]),
             ][: len(self.outputs)],
-            head=self.head,
+            head=head_of(self.labels),
             axes=[
                 model_pb2.Axis(
                     symbol=AXIS,
@@ -173,21 +161,6 @@ def outputs_of(units: list[Unit], shape: Shape) -> dict[str, Array]:
     if shape.labels:
         outputs["logits"] = np.mean([_vector(f"label.{unit.text}", len(shape.labels)) for unit in units], axis=0)
     return outputs
-
-
-def labels_of(logits: Array, selection: labels_pb2.LabelSelection, shape: Shape) -> labels_pb2.Labels:
-    """Return the labels of greatest softmax of the logits, as the selection keeps them."""
-    raised = np.exp(logits.astype(np.float64) - logits.max())
-    scores = raised / raised.sum()
-    best = np.argsort(-scores, kind="stable")[: selection.top_k or min(5, len(shape.labels))]
-    return labels_pb2.Labels(
-        kind=labels_pb2.HEAD_KIND_SEQUENCE_LABELS,
-        labels=[
-            labels_pb2.Label(index=int(at), text=shape.labels[at], score=scores[at])
-            for at in best
-            if not selection.min_score or scores[at] >= selection.min_score
-        ],
-    )
 
 
 def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape, model: str) -> attention_pb2.Attention:

@@ -17,7 +17,8 @@ from grpc_status import rpc_status
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_tensor
 from attnserve_client.errors import AttnserveError, InvalidRequest, ModelNotFound, NotServing, Overloaded
-from attnserve_client.testing._answers import Shape, attention_of, chosen_layers, labels_of, outputs_of, tokenize
+from attnserve_client.testing._answers import Shape, attention_of, chosen_layers, outputs_of, tokenize
+from attnserve_client.testing._labels import labels_of
 from attnserve_client.testing._refusals import status_of
 
 _THREADS: Final = 64
@@ -172,6 +173,8 @@ class FakeServer:
         if request.HasField("labels") and not self.shape.labels:
             problem = f"model {self.model!r} has no head that gives labels: leave labels unset"
             raise InvalidRequest.of("labels", problem)
+        if request.prompt_name:
+            raise InvalidRequest.of("prompt_name", f"no prompt {request.prompt_name!r}; the model has none")
         labelled = request.HasField("labels") or not request.HasField("outputs")
         labels = request.labels if self.shape.labels and labelled else None
         selection = AttentionSelection.from_wire(request.attention) if request.HasField("attention") else None
@@ -211,7 +214,7 @@ class FakeServer:
         return wire.SequenceResult(
             outputs=[to_tensor(name, arrays[name]) for name in names],
             attention=None if selection is None else attention_of(units, selection, self.shape, self.model),
-            labels=None if labels is None else labels_of(arrays["logits"], labels, self.shape),
+            labels=None if labels is None else labels_of(arrays["logits"], labels, self.shape.labels),
             run=wire.Run(batch_size=batch, useful_tokens=len(units), computed_tokens=len(units), compute_seconds=0.001),
         )
 

@@ -68,7 +68,8 @@ class TextInput(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text: UTF-8, at least one character, at most the model's `max_text_bytes`. Text that spells a special token is
-    plain text. Too many tokens: INVALID_ARGUMENT, because nothing is truncated silently.
+    plain text, except the token `Head.mask_token` of a masked-language model. Too many tokens: INVALID_ARGUMENT, because
+    nothing is truncated silently.
     """
     text_pair: _builtins.str
     """A second text for models that take pairs, for example the passage for a query. Empty, the default: none. If the
@@ -203,6 +204,7 @@ class InferRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_NAME_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name. Empty: INVALID_ARGUMENT. Unknown: NOT_FOUND."""
@@ -216,6 +218,12 @@ class InferRequest(_message.Message):
     """The caller's id for this request: at most 128 printable ASCII characters. Answers, errors and the server's log
     repeat it. Empty: the server generates one. On a stream it is required, and must differ from that of any pending
     request (INVALID_ARGUMENT).
+    """
+    prompt_name: _builtins.str
+    """Name of the prompt of an embedding model that is put before each `text`, as in `Model.prompts`. Not set: the default
+    prompt, `Model.default_prompt_name`, if the model has one. Empty: no prompt. The tokens of a prompt count to the
+    length of the sequence; in attention maps they are special tokens without a span. An unknown name, or a name with a
+    sequence that is not text: INVALID_ARGUMENT.
     """
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sequence]:
@@ -246,13 +254,16 @@ class InferRequest(_message.Message):
         priority: Global___Priority.ValueType = ...,
         validate_only: _builtins.bool = ...,
         request_id: _builtins.str = ...,
+        prompt_name: _builtins.str | None = ...,
         labels: _labels_pb2.LabelSelection | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "labels", b"labels", "outputs", b"outputs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_name", b"_prompt_name", "attention", b"attention", "labels", b"labels", "outputs", b"outputs", "prompt_name", b"prompt_name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "labels", b"labels", "model", b"model", "outputs", b"outputs", "priority", b"priority", "request_id", b"request_id", "sequences", b"sequences", "validate_only", b"validate_only", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_name", b"_prompt_name", "attention", b"attention", "labels", b"labels", "model", b"model", "outputs", b"outputs", "priority", b"priority", "prompt_name", b"prompt_name", "request_id", b"request_id", "sequences", b"sequences", "validate_only", b"validate_only", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__prompt_name: _TypeAlias = _typing.Literal["prompt_name"]  # noqa: Y015
+    _WhichOneofArgType__prompt_name: _TypeAlias = _typing.Literal["_prompt_name", b"_prompt_name"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_name) -> _WhichOneofReturnType__prompt_name | None: ...
 
 Global___InferRequest: _TypeAlias = InferRequest  # noqa: Y015
 

@@ -437,6 +437,32 @@ class Past(_message.Message):
 Global___Past: _TypeAlias = Past  # noqa: Y015
 
 @_typing.final
+class Prompt(_message.Message):
+    """A text that is put before the caller's text, for models that were trained with one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, for example `query`."""
+    text: _builtins.str
+    """The text, put before the caller's text without a separator; it may be empty."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
+
+@_typing.final
 class Model(_message.Message):
     """A loaded model."""
 
@@ -465,6 +491,9 @@ class Model(_message.Message):
     BATCH_REASON_FIELD_NUMBER: _builtins.int
     BATCHED_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    DEFAULT_PROMPT_NAME_FIELD_NUMBER: _builtins.int
+    SIMILARITY_FIELD_NUMBER: _builtins.int
     PAST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
@@ -506,6 +535,10 @@ class Model(_message.Message):
     """Why it is not proved; empty if it is."""
     batched: _builtins.bool
     """Whether sequences share runs. If not, each runs alone, also within one request."""
+    default_prompt_name: _builtins.str
+    """Name of the prompt of a request that names none; empty: such a request has no prompt."""
+    similarity: _builtins.str
+    """The function that compares its embeddings, for example `cosine` or `dot`; empty if the source states none."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """Its inputs."""
@@ -525,6 +558,10 @@ class Model(_message.Message):
     @_builtins.property
     def head(self) -> _labels_pb2.Head:
         """Its head, from whose outputs the server computes labels. Not set: it has none."""
+
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
+        """The prompts that a request can put before its texts (`InferRequest.prompt_name`), sorted by name."""
 
     @_builtins.property
     def past(self) -> Global___Past:
@@ -556,11 +593,14 @@ class Model(_message.Message):
         batch_reason: _builtins.str = ...,
         batched: _builtins.bool = ...,
         head: _labels_pb2.Head | None = ...,
+        prompts: _abc.Iterable[Global___Prompt] | None = ...,
+        default_prompt_name: _builtins.str = ...,
+        similarity: _builtins.str = ...,
         past: Global___Past | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "past", b"past"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_text", b"accepts_text", "axes", b"axes", "batch_reason", b"batch_reason", "batch_status", b"batch_status", "batched", b"batched", "batching_policy", b"batching_policy", "digest", b"digest", "execution_provider", b"execution_provider", "head", b"head", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "name", b"name", "outputs", b"outputs", "past", b"past", "precision", b"precision", "sites", b"sites", "state", b"state", "state_reason", b"state_reason", "text_axis", b"text_axis", "text_pair_axis", b"text_pair_axis", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_text", b"accepts_text", "axes", b"axes", "batch_reason", b"batch_reason", "batch_status", b"batch_status", "batched", b"batched", "batching_policy", b"batching_policy", "default_prompt_name", b"default_prompt_name", "digest", b"digest", "execution_provider", b"execution_provider", "head", b"head", "inputs", b"inputs", "max_batch_size", b"max_batch_size", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "name", b"name", "outputs", b"outputs", "past", b"past", "precision", b"precision", "prompts", b"prompts", "similarity", b"similarity", "sites", b"sites", "state", b"state", "state_reason", b"state_reason", "text_axis", b"text_axis", "text_pair_axis", b"text_pair_axis", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,7 +64,12 @@ def export(  # noqa: PLR0913 - the options of a command
     repository: RepositoryRoot,
     version: Version = "",
     pooling: Annotated[
-        str, typer.Option("--pooling", help="'mean' adds the output `embedding`: the mean over unpadded tokens.")
+        str,
+        typer.Option(
+            "--pooling",
+            help="'mean' adds the output `embedding`: the mean over unpadded tokens. Without it, a folder of "
+            "sentence-transformers is exported with the embedding and the prompts that its files state.",
+        ),
     ] = "",
     normalize: Annotated[
         bool, typer.Option("--normalize/--no-normalize", help="Scale the embedding to length 1.")
@@ -74,7 +79,7 @@ def export(  # noqa: PLR0913 - the options of a command
         typer.Option(
             "--head/--no-head",
             help="Keep the head of a classifier (sequence or token classification, question answering, masked "
-            "language), whose scores the server turns into labels.",
+            "language), whose scores the server turns into labels, and the embedding of sentence-transformers.",
         ),
     ] = True,
     max_batch_size: MaxBatchSize = 32,

@@ -221,6 +221,7 @@ class Conversion:
             vocabulary_size=source.vocabulary_size,
             text=self._text(),
             head=self._head(),
+            embedding=source.task.embedding,
             left_out=self.left_out,
             provenance=Provenance(
                 source=source.name,
@@ -279,7 +280,7 @@ class Conversion:
     def _outputs(self) -> tuple[OutputSpec, ...]:
         """Return the outputs; some, such as those that continue a cache, are returned to requests that name them."""
         decoder, outputs = self.source.decoder, self.assembled.outputs
-        named = self.source.on_request.union(() if decoder is None else decoder.cache.presents)
+        named = self.source.task.on_request.union(() if decoder is None else decoder.cache.presents)
         named |= {spec.name for spec in outputs if is_named_present(spec.name)}
         if named.issuperset(spec.name for spec in outputs):
             return outputs
@@ -291,11 +292,12 @@ class Conversion:
         if source.tokenizer is None:
             return None
         text = text_of(source.signature.inputs, self.max_lengths, source.pair_start)
-        return written_text(source.tokenizer, text, source.signature.inputs, self.axes, self.steps)
+        written = written_text(source.tokenizer, text, source.signature.inputs, self.axes, self.steps)
+        return source.task.added_to(written)
 
     def _head(self) -> HeadSpec | None:
         """Return the head of the source, if all of its outputs can be served."""
-        head, served = self.source.head, {spec.name for spec in self.assembled.outputs}
+        head, served = self.source.task.head, {spec.name for spec in self.assembled.outputs}
         if head is not None and not served.issuperset(head.outputs):
             self.steps.warn(f"the head is left out, because output {head.outputs[0]!r} cannot be served")
             return None

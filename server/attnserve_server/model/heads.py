@@ -1,4 +1,4 @@
-"""The head of a model: the outputs that a task adds to hidden states, and how labels are made from them.
+"""The outputs that a task adds to hidden states: a head and how labels are made from it, and an embedding.
 
 A manifest states it, and refuses one whose outputs do not have the shapes of its kind.
 """
@@ -56,6 +56,20 @@ class HeadSpec(Frozen):
     def axis_first(self) -> bool:
         """Whether the outputs have an entry for each token, along their first axis."""
         return self.kind != "sequence_labels"
+
+
+class EmbeddingSpec(Frozen):
+    """How the output `embedding` follows from the hidden states.
+
+    Args:
+        pooling: a description, such as `mean, normalized`.
+        own: whether the files of a sentence-transformers folder state it, instead of an option of the conversion.
+        similarity: the function that compares embeddings, such as `cosine`; empty if the source states none.
+    """
+
+    pooling: str
+    own: bool = False
+    similarity: str = ""
 
 
 def check_head(head: HeadSpec, outputs: Sequence[OutputSpec]) -> None:

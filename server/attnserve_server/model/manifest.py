@@ -28,7 +28,7 @@ from attnserve_server.model.frozen import (
     ModelVersion,
     Sha256,
 )
-from attnserve_server.model.heads import HeadSpec, check_head
+from attnserve_server.model.heads import EmbeddingSpec, HeadSpec, check_head
 from attnserve_server.model.past import PastSpec
 from attnserve_server.model.report import CheckReport, GoldenSpec, Provenance
 from attnserve_server.model.specs import (
@@ -173,6 +173,7 @@ class Manifest(Frozen):
     vocabulary_size: Annotated[int, Field(ge=0)] = 0
     text: TextSpec | None = None
     head: HeadSpec | None = None
+    embedding: EmbeddingSpec | None = None
     left_out: tuple[Rewriting, ...] | None = None
     """Graph optimizers that the runtime disables on a CPU, because this graph is faster without them.
 

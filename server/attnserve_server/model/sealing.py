@@ -38,6 +38,20 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     return {number: token.content for number, token in tokens.items()}
 
 
+def spelling(tokenizer: Tokenizer, token: str) -> Tokenizer:
+    """Return a copy of a tokenizer in which a special token is an ordinary one, so that a text can spell it.
+
+    Args:
+        tokenizer: from a file.
+        token: of the tokenizer, such as `[MASK]`.
+    """
+    state = json.loads(tokenizer.to_str())
+    for added in state["added_tokens"]:
+        if added["content"] == token:
+            added["special"] = False
+    return Tokenizer.from_str(json.dumps(state))
+
+
 def sealed(tokenizer: Tokenizer, special: dict[int, str]) -> Tokenizer:
     """Return the tokenizer, set so that no text becomes a special token, without padding and truncation.
 

@@ -222,6 +222,9 @@ class TextSpec(Frozen):
         padding
             there; along the others it does neither. None: not stated; see `Manifest.text_as_written`.
         mask_token: the token that a text spells for a masked position; empty: text never becomes a special token.
+        prompts: texts that a request can put before the first text, by name.
+        default_prompt: name of the prompt of a request that names none; empty: no prompt.
+        type_ids: whether the token types of a pair of texts differ; False: all are 0.
     """
 
     axis: Symbol
@@ -231,6 +234,9 @@ class TextSpec(Frozen):
     pair_start: Annotated[int, Field(ge=0)] | None = None
     as_written: tuple[Symbol, ...] | None = None
     mask_token: str = ""
+    prompts: dict[str, str] = Field(default_factory=dict)
+    default_prompt: str = ""
+    type_ids: bool = True
 
     @model_validator(mode="after")
     def _pair_is_whole(self) -> Self:
@@ -242,6 +248,8 @@ class TextSpec(Frozen):
             raise ValueError("text: pair_axis and pair_max_tokens must be given together")
         if self.pair_start is not None and not self.pair_axis:
             raise ValueError("text: pair_start needs a pair_axis")
+        if self.default_prompt and self.default_prompt not in self.prompts:
+            raise ValueError(f"text: default_prompt {self.default_prompt!r} is none of the prompts")
         return self
 
     @property

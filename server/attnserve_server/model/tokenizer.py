@@ -16,7 +16,8 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from attnserve_server.domain.values import AxisUnits
-from attnserve_server.model.sealing import TokenizerInvalid, sealed, sized, special_tokens
+from attnserve_server.model.prompts import without_prompt
+from attnserve_server.model.sealing import TokenizerInvalid, sealed, sized, special_tokens, spelling
 
 __all__ = ["ID_BOUND", "TextTokenizer", "TokenizedText", "TokenizerInvalid", "TruncationFailed"]
 
@@ -46,7 +47,7 @@ class TokenizedText:
 
 
 class TextTokenizer:
-    """A tokenizer that never turns text into a special token.
+    """A tokenizer that never turns text into a special token, except the mask token of a masked-language model.
 
     It pads and truncates along the axes `as_written`, as its file declares, and along no other. Immutable after
     loading: any number of threads may use it.
@@ -66,13 +67,14 @@ class TextTokenizer:
         self._pad_names = {int(padding["pad_id"]): str(padding["pad_token"])} if padding else {}
 
     @classmethod
-    def load(cls, path: Path, axis: str, as_written: Collection[str] = ()) -> TextTokenizer:
+    def load(cls, path: Path, axis: str, as_written: Collection[str] = (), mask_token: str = "") -> TextTokenizer:
         """Read a `tokenizer.json`.
 
         Args:
             path: the file.
             axis: symbol of the axis of the tokens.
             as_written: symbols of the axes along which the file's padding and truncation apply.
+            mask_token: the only special token that a text may spell; it is then a token of the text. Empty: none.
 
         Raises:
             TokenizerInvalid: the file cannot be read, or is not a tokenizer.
@@ -86,7 +88,7 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_buffer(content)
         except ValueError as error:
             raise TokenizerInvalid(str(error)) from error
-        return cls(tokenizer, axis, as_written)
+        return cls(spelling(tokenizer, mask_token) if mask_token else tokenizer, axis, as_written)
 
     @property
     def axis(self) -> str:
@@ -98,7 +100,7 @@ class TextTokenizer:
         """Ids of the special tokens, such as [CLS] and [SEP]. The unknown token is not one: it represents text."""
         return self._special_ids
 
-    def encode(self, text: str, pair: str = "", *, limit: int | None = None) -> TokenizedText:
+    def encode(self, text: str, pair: str = "", *, prompt: str = "", limit: int | None = None) -> TokenizedText:
         """Tokenize a text, or a pair of texts, with the special tokens of the model.
 
         Padding that the tokenizer adds is special, and has no word and no span.
@@ -106,6 +108,7 @@ class TextTokenizer:
         Args:
             text: the first text.
             pair: the second text; empty: there is none.
+            prompt: a text that is tokenized before the first one; see `without_prompt`.
             limit: if there are more tokens than this, only their number is returned, without units, because the request
                 will be refused. None: always return units.
 
@@ -119,7 +122,10 @@ class TextTokenizer:
             TruncationFailed: the text is too long for the tokenizer's own truncation, which shortens the other text
             only.
         """
-        return self._encode(text, pair, self._axis, limit)
+        tokens = self._encode(prompt + text, pair, self._axis, limit)
+        if not prompt or not tokens.units.special:
+            return tokens
+        return replace(tokens, units=without_prompt(tokens.units, prompt))
 
     def _encode(self, text: str, pair: str, axis: str, limit: int | None) -> TokenizedText:
         tokenizer = self._written if axis in self._as_written else self._tokenizer

@@ -127,7 +127,11 @@ def describe(message: model_pb2.Model, manifest: Manifest, batching: Batching) -
     if manifest.head is not None:
         message.head.CopyFrom(head_message(manifest.head, "" if manifest.text is None else manifest.text.mask_token))
     message.vocabulary_size = manifest.vocabulary_size
+    message.similarity = "" if manifest.embedding is None else manifest.embedding.similarity
     if manifest.text is not None:
+        prompts = sorted(manifest.text.prompts.items())
+        message.prompts.extend(model_pb2.Prompt(name=name, text=prompt) for name, prompt in prompts)
+        message.default_prompt_name = manifest.text.default_prompt
         message.text_axis = manifest.text.axis
         message.text_pair_axis = manifest.text.pair_axis or manifest.text.axis
     message.precision = manifest.precision

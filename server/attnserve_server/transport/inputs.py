@@ -20,7 +20,9 @@ from attnserve_server.transport.intake import (
     CountedPositions,
     Intake,
     counted_from_the_start,
+    fits,
     invalid_index,
+    invalid_length,
     invalid_value,
 )
 from attnserve_server.transport.wire import Received
@@ -52,6 +54,7 @@ class InputReader:
         self._received = received
         self._intake = intake
         self._violations = violations
+        self._prompt = self._chosen_prompt(received.message)
 
     def read(self, sequence: inference_service_pb2.Sequence, path: str) -> Inputs | None:
         """Return one sequence's inputs, or None after adding violations.
@@ -67,6 +70,8 @@ class InputReader:
         if kind == "text":
             return self._from_text(sequence.text, f"{path}.text")
         if kind == "tensors":
+            if self._received.message.prompt_name:
+                self._violations.add("prompt_name", f"a prompt is put before text, and {path} has tensors: unset it")
             return self._from_tensors(sequence.tensors.tensors, f"{path}.tensors.tensors")
         self._violations.add(path, "neither text nor tensors is set")
         return None
@@ -93,7 +98,7 @@ class InputReader:
             return None
         limits = self._intake.max_tokens
         try:
-            tokens = _tokenized(message, spec, tokenizer, limits)
+            tokens = _tokenized(message, spec, tokenizer, limits, self._prompt)
         except TruncationFailed as why:
             self._violations.add(f"{path}.text", f"too long, and the tokenizer cannot cut it: {why}")
             return None
@@ -111,6 +116,17 @@ class InputReader:
         if not self._fill_in(tensors, lengths, path, sent) or len(self._violations) > before:
             return None
         return Inputs(tensors, lengths, {axis: found.units for axis, found in tokens.items()})
+
+    def _chosen_prompt(self, message: inference_service_pb2.InferRequest) -> str:
+        """Return the prompt that a request names, or the model's default one; empty: none."""
+        text = self._intake.manifest.text
+        if not message.HasField("prompt_name"):
+            return "" if text is None else text.prompts.get(text.default_prompt, "")
+        name, prompts = message.prompt_name, {} if text is None else text.prompts
+        if name and name not in prompts:
+            known = f"the model has {', '.join(prompts)}" if prompts else "the model has none"
+            self._violations.add("prompt_name", f"no prompt {quoted(name)}; {known}")
+        return prompts.get(name, "")
 
     def _check_text(self, message: inference_service_pb2.TextInput, spec: TextSpec, path: str) -> None:
         """Check what needs no tokens, so that the cost of a refusal does not grow with the text."""
@@ -147,7 +163,9 @@ class InputReader:
         if spec.role is InputRole.TOKEN_IDS:
             return np.ascontiguousarray(tokens.ids, dtype)
         if spec.role is InputRole.TOKEN_TYPE_IDS:
-            return np.ascontiguousarray(tokens.type_ids, dtype)
+            text = self._intake.manifest.text
+            types = tokens.type_ids if text is None or text.type_ids else np.zeros_like(tokens.type_ids)
+            return np.ascontiguousarray(types, dtype)
         if spec.role is InputRole.ATTENTION_MASK:
             constant = self._intake.constants.get(spec.name)
             if constant is None or spec.fill != 1 or not tokens.mask.all():
@@ -193,7 +211,7 @@ class InputReader:
         if dtype != spec.dtype:
             violations.add(f"{path}.dtype", f"{dtype or message.dtype}, but input {spec.name!r} is {spec.dtype}")
         shape: tuple[int, ...] | None = tuple(message.shape) if len(message.shape) == len(spec.shape) else None
-        if shape is None or not all(map(_fits, shape, spec.shape, repeat(self._intake.max_lengths), repeat(lengths))):
+        if shape is None or not all(map(fits, shape, spec.shape, repeat(self._intake.max_lengths), repeat(lengths))):
             shape = self._shape(message, spec, path, lengths)
         if shape is None or len(violations) > before:
             return None
@@ -237,7 +255,7 @@ class InputReader:
             violations.add(f"{path}.shape", f"rank {rank}, but {wanted}")
             return None
         for axis, (length, extent) in enumerate(zip(shape, spec.shape, strict=True)):
-            invalid = _invalid_length(length, extent, self._intake.max_lengths, lengths)
+            invalid = invalid_length(length, extent, self._intake.max_lengths, lengths)
             if invalid:
                 violations.add(f"{path}.shape[{axis}]", invalid)
         return shape if len(violations) == before else None
@@ -306,29 +324,17 @@ class InputReader:
 
 
 def _tokenized(
-    message: inference_service_pb2.TextInput, spec: TextSpec, tokenizer: TextTokenizer, limits: Mapping[str, int]
+    message: inference_service_pb2.TextInput,
+    spec: TextSpec,
+    tokenizer: TextTokenizer,
+    limits: Mapping[str, int],
+    prompt: str,
 ) -> dict[str, TokenizedText]:
     """Tokenize a text, or a pair on one axis, or two texts that each have an axis; return the tokens by axis."""
     if not spec.pair_axis:
-        return {spec.axis: tokenizer.encode(message.text, message.text_pair, limit=limits[spec.axis])}
+        tokens = tokenizer.encode(message.text, message.text_pair, prompt=prompt, limit=limits[spec.axis])
+        return {spec.axis: tokens}
     second = tokenizer.encode_second(
         message.text_pair, spec.pair_axis, start=spec.pair_start, limit=limits[spec.pair_axis]
     )
-    return {spec.axis: tokenizer.encode(message.text, limit=limits[spec.axis]), spec.pair_axis: second}
-
-
-def _fits(length: int, extent: int | str, max_lengths: Mapping[str, int], lengths: dict[str, int]) -> bool:
-    """Return whether one axis's length is valid; add the length of a new symbol to `lengths`."""
-    if isinstance(extent, int):
-        return 0 < length == extent
-    return 0 < length <= max_lengths[extent] and lengths.setdefault(extent, length) == length
-
-
-def _invalid_length(length: int, extent: int | str, max_lengths: Mapping[str, int], lengths: dict[str, int]) -> str:
-    """Describe what is wrong with one axis's length, or nothing; add the length of a new symbol to `lengths`."""
-    if isinstance(extent, int):
-        return "" if length == extent else f"length {length}, but the model takes {extent}"
-    if length > max_lengths[extent]:
-        return f"length {length} exceeds {max_lengths[extent]} of axis {extent!r}"
-    known = lengths.setdefault(extent, length)
-    return "" if known == length else f"length {length} of axis {extent!r} differs from {known} of an input before it"
+    return {spec.axis: tokenizer.encode(message.text, prompt=prompt, limit=limits[spec.axis]), spec.pair_axis: second}

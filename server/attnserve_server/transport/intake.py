@@ -317,3 +317,20 @@ def counted_from_the_start(array: Array, spec: InputSpec, lengths: Mapping[str, 
     if along is None or not (negative := array < along.least).any():
         return array
     return np.where(negative, array + lengths[along.along], array).astype(array.dtype)
+
+
+def fits(length: int, extent: int | str, max_lengths: Mapping[str, int], lengths: dict[str, int]) -> bool:
+    """Return whether one axis's length is valid; add the length of a new symbol to `lengths`."""
+    if isinstance(extent, int):
+        return 0 < length == extent
+    return 0 < length <= max_lengths[extent] and lengths.setdefault(extent, length) == length
+
+
+def invalid_length(length: int, extent: int | str, max_lengths: Mapping[str, int], lengths: dict[str, int]) -> str:
+    """Describe what is wrong with one axis's length, or nothing; add the length of a new symbol to `lengths`."""
+    if isinstance(extent, int):
+        return "" if length == extent else f"length {length}, but the model takes {extent}"
+    if length > max_lengths[extent]:
+        return f"length {length} exceeds {max_lengths[extent]} of axis {extent!r}"
+    known = lengths.setdefault(extent, length)
+    return "" if known == length else f"length {length} of axis {extent!r} differs from {known} of an input before it"

@@ -55,8 +55,14 @@ def compare_with_source(opened: Opened, against: str, steps: Steps) -> tuple[lis
         if reduced:
             return [], _measured(opened, proto, Path(against).name)
         return [_outputs(opened, proto)], stored
+    own = manifest.embedding is not None and manifest.embedding.own
+    pooled = _has_pooled(manifest) and not own
     source = load_model(
-        against, pooling="mean" if _has_pooled(manifest) else "", normalize=_normalizes(opened), steps=Steps.silent()
+        against,
+        pooling="mean" if pooled else "",
+        normalize=pooled and _normalizes(opened),
+        head=own or manifest.head is not None,
+        steps=Steps.silent(),
     )
     unlike = _other_vocabulary(manifest, source)
     if unlike:

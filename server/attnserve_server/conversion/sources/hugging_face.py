@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from tokenizers import Tokenizer
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
@@ -24,98 +20,21 @@ from attnserve_server.conversion.sources.architectures import Family, Head, fami
 from attnserve_server.conversion.sources.architectures.base import eager
 from attnserve_server.conversion.sources.architectures.heads import spec_of
 from attnserve_server.conversion.sources.architectures.text import HIDDEN
+from attnserve_server.conversion.sources.model_folder import ModelFolder, model_folder
+from attnserve_server.conversion.sources.sentence_transformers import (
+    Modules,
+    activation_of,
+    modules_of,
+    prompts_of,
+)
+from attnserve_server.conversion.sources.source import Task
 from attnserve_server.conversion.sources.torch_export import Traceable, quiet, trace
 from attnserve_server.conversion.verify.compare import Reference
 from attnserve_server.domain.values import Array
-from attnserve_server.model.heads import HeadSpec
-from attnserve_server.model.repository import TOKENIZER_FILE, sha256_of
+from attnserve_server.model.heads import EmbeddingSpec
 
-PACKAGE_PREFIX = "package:"
-WEIGHTS_FILE = "model.safetensors"
 FUSED_FROM = 14
 """The lowest opset in which torch's exporters support its fused attention, as one operator or decomposed."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFolder:
-    """A Hugging Face model folder. `name` is its name in provenance, never a path."""
-
-    path: Path
-    name: str
-    sha256: str
-
-    @property
-    def tokenizer_path(self) -> Path | None:
-        """The tokenizer.json; None if the folder has none."""
-        path = self.path / TOKENIZER_FILE
-        return path if path.is_file() else None
-
-    def tokenizer_max_length(self) -> int | None:
-        """Return the greatest length of the tokenizer's configuration, in tokens; None without a limit."""
-        limit = self._json("tokenizer_config.json").get("model_max_length")
-        # transformers writes 1e30 for a tokenizer without a limit.
-        return int(limit) if isinstance(limit, int | float) and 1 <= limit < 2**31 else None
-
-    def architecture(self) -> str:
-        """Return the class that the weights were saved from; empty if the configuration does not name it."""
-        named = self._json("config.json").get("architectures")
-        return str(named[0]) if isinstance(named, list) and named else ""
-
-    def mask_id(self) -> int | None:
-        """Return the id of the tokenizer's mask token; None without a tokenizer or without such a token."""
-        token = self._json("tokenizer_config.json").get("mask_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        if self.tokenizer_path is None or not isinstance(content, str):
-            return None
-        return Tokenizer.from_file(str(self.tokenizer_path)).token_to_id(content)
-
-    def normalises(self) -> bool:
-        """Return whether sentence-transformers scales the pooled vector of this model to length 1."""
-        modules = self._json("modules.json", [])
-        return isinstance(modules, list) and any(
-            str(module.get("type", "")).endswith("Normalize") for module in modules
-        )
-
-    def _json(self, name: str, default: Any = None) -> Any:
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {} if default is None else default
-
-
-def model_folder(source: str, expect_sha256: str = "") -> ModelFolder:
-    """Find a model folder, and verify its weights.
-
-    Args:
-        source: a folder, or `package:NAME` for the folder `model` inside an installed package.
-        expect_sha256: the required digest of its model.safetensors; empty: any.
-
-    Raises:
-        BuildRefused: the folder does not exist, is not a model, or its weights have another digest.
-    """
-    path, name = _locate(source)
-    if not (path / "config.json").is_file():
-        raise BuildRefused(f"{name} is not a Hugging Face model folder: it has no config.json")
-    weights = path / WEIGHTS_FILE
-    if not weights.is_file():
-        raise BuildRefused(f"{name} has no {WEIGHTS_FILE}; save the weights in this format")
-    sha256 = sha256_of(weights)
-    if expect_sha256 and sha256 != expect_sha256.lower():
-        raise BuildRefused(f"{name}: sha256 of {WEIGHTS_FILE} is {sha256}, expected {expect_sha256.lower()}")
-    return ModelFolder(path, name, sha256)
-
-
-def _locate(source: str) -> tuple[Path, str]:
-    if not source.startswith(PACKAGE_PREFIX):
-        path = Path(source)
-        if not path.is_dir():
-            raise BuildRefused(f"{path.name or source} is not a folder")
-        return path, path.resolve().name
-    package = source.removeprefix(PACKAGE_PREFIX)
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
-        raise BuildRefused(f"there is no installed package {package!r}")
-    return Path(next(iter(found.submodule_search_locations))) / "model", source
 
 
 class Wrapper(torch.nn.Module):
@@ -136,11 +55,14 @@ class Wrapper(torch.nn.Module):
 class HuggingFaceModel:
     """A model folder as a `TorchModel`. Loads the model once for tracing, and once for its eager answers."""
 
-    def __init__(self, folder: ModelFolder, pooling: str, *, normalize: bool, keep_head: bool = True) -> None:
-        self._folder = folder
-        self._pooling, self._normalize = pooling, normalize
-        self._head = head_of(folder.architecture()) if keep_head else None
+    def __init__(self, folder: ModelFolder, modules: Modules | None = None, *, keep_head: bool = True) -> None:
+        self._folder, self._modules = folder, modules
+        # The transformer of an embedding model may be saved with a head of its training, which is not used.
+        unused = modules is not None and modules.own
+        self._head = head_of(folder.architecture()) if keep_head and not unused else None
         self._traced: Family = self._load("sdpa", "eager")
+        self.task = self._task()
+        """What its task adds to hidden states."""
         self._eager: Family | None = None
 
     @property
@@ -190,20 +112,36 @@ class HuggingFaceModel:
         """Patch grids by the length of their axis."""
         return self._traced.grids
 
-    @property
-    def head(self) -> HeadSpec | None:
-        """How labels are made from its outputs, by its configuration; None without a head."""
-        if self._head is None:
-            return None
-        mask_id = self._folder.mask_id() if self._head.kind == "masked_tokens" else None
-        return spec_of(self._head, self._traced.source.config, mask_id)
+    def _task(self) -> Task:
+        """Return its head, embedding and prompts, as its files state them.
 
-    @property
-    def on_request(self) -> frozenset[str]:
-        """Hidden states of a model with a head, and scores over the vocabulary, because they are large."""
-        if self._head is None:
-            return frozenset()
-        return frozenset({HIDDEN, *(self._head.outputs if self._head.kind == "masked_tokens" else ())})
+        Hidden states beside a head or an embedding, and scores over the vocabulary, are large: they are returned on
+        request.
+        """
+        type_ids = self._folder.gives_type_ids()
+        if self._head is not None:
+            masked = self._head.kind == "masked_tokens"
+            mask_token, mask_id = self._folder.mask_token() if masked else ("", None)
+            head = spec_of(self._head, self._traced.source.config, mask_id, activation_of(self._folder.path))
+            return Task(
+                head=head,
+                embedding=None if self._modules is None else EmbeddingSpec(pooling=str(self._modules)),
+                on_request=frozenset({HIDDEN, *(self._head.outputs if masked else ())}),
+                mask_token="" if mask_id is None else mask_token,
+                type_ids=type_ids,
+            )
+        if self._modules is None:
+            return Task(type_ids=type_ids)
+        if not self._modules.own:
+            return Task(embedding=EmbeddingSpec(pooling=str(self._modules)), type_ids=type_ids)
+        prompts = prompts_of(self._folder.path)
+        return Task(
+            embedding=EmbeddingSpec(pooling=str(self._modules), own=True, similarity=prompts.similarity),
+            on_request=frozenset({HIDDEN}),
+            prompts=prompts.texts,
+            default_prompt=prompts.default,
+            type_ids=type_ids,
+        )
 
     @property
     def versions(self) -> Mapping[str, str]:
@@ -256,7 +194,7 @@ class HuggingFaceModel:
                 if head is not None and not (complete and keeps_head(source)):
                     break
                 self._head = head
-                return family_of(source, self._pooling, normalize=self._normalize, head=head)
+                return family_of(source, self._modules, head)
         raise faults[-1]
 
 
@@ -267,21 +205,27 @@ def hugging_face_model(
 
     Args:
         source: a folder, or `package:NAME`.
-        pooling: "mean" adds the output `embedding`; empty: none.
-        normalize: whether to scale that embedding to length 1.
+        pooling: "mean" adds the output `embedding`; empty: only if the folder is one of sentence-transformers.
+        normalize: whether to scale that mean to length 1.
         expect_sha256: the required digest of its model.safetensors; empty: any.
-        keep_head: whether to keep a head that can be labelled.
+        keep_head: whether to keep a head that can be labelled, and the modules of sentence-transformers.
         steps: receives warnings.
 
     Raises:
         BuildRefused: there is no model, transformers cannot load it, or its weights have another digest.
     """
     folder = model_folder(source, expect_sha256)
-    if pooling and folder.normalises() and not normalize:
-        steps.warn("the source also scales its embedding to length 1; add --normalize to do the same")
+    modules = modules_of(folder.path) if keep_head and not pooling else None
+    if pooling:
+        modules = Modules((pooling,), (None,) if normalize else ())
+        with contextlib.suppress(BuildRefused):  # a module that is not supported: it is not exported
+            own = modules_of(folder.path)
+            if own is not None and str(own) != str(modules):
+                steps.warn(f"the source's own embedding is {own}; leave out --pooling and --normalize to export it")
     steps.note("loading the model")
-    model = HuggingFaceModel(folder, pooling, normalize=normalize, keep_head=keep_head)
-    wanted = keep_head or head_of(folder.architecture()) is None
+    model = HuggingFaceModel(folder, modules, keep_head=keep_head)
+    embeds = modules is not None and modules.own
+    wanted = (keep_head and not embeds) or head_of(folder.architecture()) is None
     if wanted and folder.architecture() not in {"", model.architecture}:
         steps.warn(
             f"{folder.architecture()} is converted as {model.architecture}: without its head, and without the head's "

@@ -18,7 +18,8 @@ from attnserve_server.conversion.learning.fixed_axes import PatchGrid
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.verify.compare import Reference
 from attnserve_server.domain.values import Array
-from attnserve_server.model.heads import HeadSpec
+from attnserve_server.model.heads import EmbeddingSpec, HeadSpec
+from attnserve_server.model.specs import TextSpec
 
 ZOO_PREFIX = "zoo:"
 """Start of the names of models of the zoo."""
@@ -33,6 +34,34 @@ class ZooOptions:
     heads: int = 0
     width: int = 0
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a checkpoint's task adds to hidden states.
+
+    Attributes:
+        head: how labels are made from the outputs; None without a head.
+        embedding: how the output `embedding` is made; None without one.
+        on_request: the outputs that are returned only to requests that name them.
+        mask_token: the token that a text spells for a masked position; empty: none.
+        prompts: texts that a request can put before its text, by name.
+        default_prompt: name of the prompt of a request that names none; empty: no prompt.
+        type_ids: whether the tokenizer marks the two texts of a pair by token types.
+    """
+
+    head: HeadSpec | None = None
+    embedding: EmbeddingSpec | None = None
+    on_request: frozenset[str] = frozenset()
+    mask_token: str = ""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
+    type_ids: bool = True
+
+    def added_to(self, text: TextSpec | None) -> TextSpec | None:
+        """Return how text fills the inputs, with the mask token, the prompts and the token types of this task."""
+        added = {name: getattr(self, name) for name in ("mask_token", "default_prompt", "type_ids")}
+        return None if text is None else text.model_copy(update={**added, "prompts": dict(self.prompts)})
 
 
 class TorchModel(Protocol):
@@ -75,12 +104,8 @@ class TorchModel(Protocol):
         """The patch grid of each fixed axis over patches, by the length of the axis."""
 
     @property
-    def head(self) -> HeadSpec | None:
-        """How labels are made from its outputs; None without a head."""
-
-    @property
-    def on_request(self) -> frozenset[str]:
-        """The outputs that are sent only to requests that name them."""
+    def task(self) -> Task:
+        """What its task adds to hidden states."""
 
     @property
     def versions(self) -> Mapping[str, str]:
@@ -111,8 +136,7 @@ class SourceGraph:
         tokenizer: the tokenizer.json; None if clients cannot send text.
         pair_start: the id before the second text, if that has its own input; else None.
         grids: the patch grid of each fixed axis over patches, by the length of the axis.
-        head: how labels are made from the outputs; None without a head.
-        on_request: the outputs that are sent only to requests that name them.
+        task: what the task adds to hidden states.
         model: the torch model that was traced; None for an ONNX file.
         others: exports by other exporters, which may be faster.
         decoder: the graphs of a decoder with a cache, of which `proto` is the prompt graph; None for any other graph.
@@ -131,8 +155,7 @@ class SourceGraph:
     tokenizer: Path | None = None
     pair_start: int | None = None
     grids: Mapping[int, PatchGrid] = field(default_factory=dict)
-    head: HeadSpec | None = None
-    on_request: frozenset[str] = frozenset()
+    task: Task = field(default_factory=Task)
     model: TorchModel | None = None
     others: tuple[OtherExport, ...] = ()
     decoder: Decoder | None = None

@@ -101,8 +101,7 @@ class TorchSource(Source):
             tokenizer=model.tokenizer_path,
             pair_start=model.pair_start,
             grids=model.grids,
-            head=model.head,
-            on_request=model.on_request,
+            task=model.task,
             model=model,
             others=tuple(self._others(model, exporter)),
         )

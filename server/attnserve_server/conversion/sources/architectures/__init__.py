@@ -12,6 +12,7 @@ from attnserve_server.conversion.sources.architectures.image import Image, Image
 from attnserve_server.conversion.sources.architectures.longformer import Longformer
 from attnserve_server.conversion.sources.architectures.swin import Swin
 from attnserve_server.conversion.sources.architectures.text import Text
+from attnserve_server.conversion.sources.sentence_transformers import Modules
 
 __all__ = ["Family", "Head", "InputTensor", "family_of", "head_of", "keeps_head"]
 
@@ -21,23 +22,23 @@ _BY_MAIN_INPUT: dict[str, type[Family]] = {"pixel_values": Image, "input_feature
 """All other models, by the name of their main input. Models of text are not listed."""
 
 
-def family_of(source: Any, pooling: str = "", *, normalize: bool = False, head: Head | None = None) -> Family:
+def family_of(source: Any, modules: Modules | None = None, head: Head | None = None) -> Family:
     """Return the family of a loaded model.
 
     Args:
         source: the transformers model.
-        pooling: "mean" adds the output `embedding`; empty: none.
-        normalize: whether to scale that embedding to length 1.
+        modules: what makes the output `embedding`; None: no such output.
         head: the head that the model was loaded with; None: the model has no head, or it is left out.
 
     Raises:
-        BuildRefused: `pooling` is given for a model that does not encode one text.
+        BuildRefused: `modules` are given for a model that does not encode one text.
     """
     family = _family_of(source)
     if issubclass(family, Text):
-        return family(source, pooling, normalize=normalize, head=head)
-    if pooling:
-        raise BuildRefused(f"{type(source).__name__} does not encode one text: remove --pooling {pooling}")
+        return family(source, modules, head)
+    if modules is not None:
+        remedy = "add --no-head" if modules.own else f"remove --pooling {modules.modes[0]}"
+        raise BuildRefused(f"{type(source).__name__} does not encode one text: {remedy}")
     return family(source)
 
 

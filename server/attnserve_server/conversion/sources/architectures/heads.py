@@ -35,13 +35,14 @@ def head_of(architecture: str) -> Head | None:
     return next((head for end, head in HEADS.items() if architecture.endswith(end)), None)
 
 
-def spec_of(head: Head, config: Any, mask_id: int | None) -> HeadSpec | None:
+def spec_of(head: Head, config: Any, mask_id: int | None, activation: Activation | None) -> HeadSpec | None:
     """Return how the server labels the outputs of a model with this head.
 
     Args:
         head: of the model.
         config: of the model; transformers fills in `LABEL_0` and so on where it names no labels.
         mask_id: the id of the tokenizer's mask token; None without one.
+        activation: that of a reranker's scores; None: the one that transformers uses.
 
     Returns:
         None for a head over the vocabulary without a mask token: no position is masked then.
@@ -54,7 +55,7 @@ def spec_of(head: Head, config: Any, mask_id: int | None) -> HeadSpec | None:
         kind=head.kind,
         outputs=head.outputs,
         labels=labels if head.kind in {"sequence_labels", "token_labels"} else (),
-        activation=_activation(config, len(labels)) if head.kind == "sequence_labels" else "softmax",
+        activation=(activation or _activation(config, len(labels))) if head.kind == "sequence_labels" else "softmax",
         top_k=DEFAULT_TOP_K[head.kind],
         mask_id=mask_id if head.kind == "masked_tokens" else None,
     )

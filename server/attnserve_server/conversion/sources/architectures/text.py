@@ -12,16 +12,18 @@ from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.inputs.signature import SEQUENCE
 from attnserve_server.conversion.sources.architectures.base import Family, InputTensor
 from attnserve_server.conversion.sources.architectures.heads import Head
+from attnserve_server.conversion.sources.architectures.pooling import Embedder
+from attnserve_server.conversion.sources.sentence_transformers import Modules
 
 HIDDEN, EMBEDDING = "last_hidden_state", "embedding"
 
 
 class Text(Family):
-    """One text. `pooling` "mean" adds the mean over unpadded tokens, (B, D); `head` the scores of the model's head."""
+    """One text. `modules` add an embedding of the text, (B, D); `head` the scores of the model's head."""
 
-    def __init__(self, source: Any, pooling: str = "", *, normalize: bool = False, head: Head | None = None) -> None:
+    def __init__(self, source: Any, modules: Modules | None = None, head: Head | None = None) -> None:
         super().__init__(source)
-        self._pooling, self._normalize, self._head = pooling, normalize, head
+        self._embedder, self._head = None if modules is None else Embedder(modules), head
         self._hidden: list[torch.Tensor] = []
         if head is not None:
             # The answer of a model with a head has no hidden states of its last layer.
@@ -48,9 +50,9 @@ class Text(Family):
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """The head's scores if there is a head, hidden states, then the embedding if `pooling` is set."""
+        """The head's scores if there is a head, hidden states, then the embedding if there is one."""
         scores = self._head.outputs if self._head else ()
-        return (*scores, HIDDEN, EMBEDDING) if self._pooling else (*scores, HIDDEN)
+        return (*scores, HIDDEN, EMBEDDING) if self._embedder else (*scores, HIDDEN)
 
     @property
     def max_lengths(self) -> dict[str, int]:
@@ -58,18 +60,14 @@ class Text(Family):
         return {SEQUENCE: positions(self.source)}
 
     def outputs(self, answer: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Return the head's scores, hidden states (B, L, D) and, if pooled, (B, D)."""
+        """Return the head's scores, hidden states (B, L, D) and, if there is an embedding, (B, D)."""
         if self._head is None:
             scores, hidden = (), answer.last_hidden_state
         else:
             scores, hidden = tuple(answer[name] for name in self._head.outputs), self._hidden.pop()
-        if not self._pooling:
+        if self._embedder is None:
             return (*scores, hidden)
-        mask = tensors["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
-        if self._normalize:
-            pooled = torch.nn.functional.normalize(pooled, dim=-1)
-        return *scores, hidden, pooled
+        return *scores, hidden, self._embedder(hidden, tensors["attention_mask"])
 
     def weights(self, answer: Any) -> Sequence[torch.Tensor | None]:
         """Return the weights of each layer."""

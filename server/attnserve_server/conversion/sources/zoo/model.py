@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.finders.names import WRAPPER
 from attnserve_server.conversion.learning.fixed_axes import PatchGrid
-from attnserve_server.conversion.sources.source import ZOO_PREFIX, ZooOptions
+from attnserve_server.conversion.sources.source import ZOO_PREFIX, Task, ZooOptions
 from attnserve_server.conversion.sources.torch_export import Traceable, quiet, trace
 from attnserve_server.conversion.sources.zoo.compressed import LinearAttention, MultiScaleAttention
 from attnserve_server.conversion.sources.zoo.cross import (
@@ -42,7 +42,6 @@ from attnserve_server.conversion.sources.zoo.skeleton import (
 from attnserve_server.conversion.sources.zoo.sparse import SlidingWindowAttention, TopKAttention
 from attnserve_server.conversion.verify.compare import Reference
 from attnserve_server.domain.values import Array
-from attnserve_server.model.heads import HeadSpec
 
 BUILDERS: dict[str, Callable[[ZooSize], ZooModule]] = {
     "self": partial(Encoder, attention=DenseAttention),
@@ -91,14 +90,9 @@ class ZooModel:
         return None
 
     @property
-    def head(self) -> HeadSpec | None:
-        """None: models of the zoo have no head."""
-        return None
-
-    @property
-    def on_request(self) -> frozenset[str]:
-        """Empty: every output is sent by default."""
-        return frozenset()
+    def task(self) -> Task:
+        """Empty: models of the zoo have no head, and their embedding is part of the module."""
+        return Task()
 
     @property
     def grids(self) -> Mapping[int, PatchGrid]:
