@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, cast
 
 import numpy as np
@@ -20,11 +21,13 @@ from attnserve_client.errors import InvalidRequest
 TokenIds: TypeAlias = "list[int] | npt.NDArray[Any]"
 Arrays: TypeAlias = "Mapping[str, npt.ArrayLike]"
 Text: TypeAlias = "str | tuple[str, str] | tuple[str, Arrays] | tuple[str, str, Arrays]"
-Input: TypeAlias = "Text | TokenIds | Arrays"
+PlainInput: TypeAlias = "Text | TokenIds | Arrays"
 """One sequence, without the batch axis: a text, a pair of texts, token ids, or an array for each input of the model.
 
 Arrays by name may follow one or two texts, for inputs that are not text, such as the pixels of an image.
 """
+Input: TypeAlias = "PlainInput | Continuation"
+"""One sequence: a `PlainInput`, or one that continues after a past."""
 Inputs: TypeAlias = "Input | Sequence[Input]"
 Priority = Literal["low", "normal", "high"]
 
@@ -36,16 +39,34 @@ _PRIORITIES: Final[dict[str, wire.Priority.ValueType]] = {
 DEFAULT_TOKEN_INPUT: Final = "input_ids"  # noqa: S105 - the name of an input, no secret
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Continuation:
+    """One sequence that continues after a past, for a decoder with a cache.
+
+    Its attention maps have the new positions as queries, and past and new positions as keys.
+
+    Attributes:
+        input: The new positions: a text, token ids, or arrays by input name.
+        past: Keys and values of the past positions: an array for each cache input of the model, by name, without the
+            batch axis. `ModelInfo.past` lists these inputs, and makes them from the outputs of an earlier call.
+        past_tokens: Text of each past position, for the keys of maps; empty for `past[0]`, `past[1]`, and so on.
+    """
+
+    input: PlainInput
+    past: Arrays
+    past_tokens: Sequence[str] = ()
+
+
 def split(inputs: Inputs) -> tuple[list[Input], bool]:
     """Return the sequences of a call, and whether the caller passed several.
 
-    A text, a tuple of texts and arrays, a list of integers, an array of rank 1 and a mapping are one sequence. Any
-    other list, and an array of a higher rank, are several.
+    A text, a tuple of texts and arrays, a list of integers, an array of rank 1, a mapping and a `Continuation` are one
+    sequence. Any other list, and an array of a higher rank, are several.
 
     Raises:
         TypeError: `inputs` has another type.
     """
-    if isinstance(inputs, str | tuple | Mapping):
+    if isinstance(inputs, str | tuple | Mapping | Continuation):
         return [inputs], False
     if isinstance(inputs, np.ndarray):
         return ([inputs], False) if inputs.ndim < 2 else (list(inputs), True)
@@ -57,7 +78,8 @@ def split(inputs: Inputs) -> tuple[list[Input], bool]:
 
 def takes_ids(inputs: Iterable[Input]) -> bool:
     """Return whether an input is bare token ids, which need the name and type of the model's input."""
-    return any(isinstance(each, list | np.ndarray) for each in inputs)
+    plain = (each.input if isinstance(each, Continuation) else each for each in inputs)
+    return any(isinstance(each, list | np.ndarray) for each in plain)
 
 
 def sequence_of(one: Input, model: ModelInfo | None) -> wire.Sequence:
@@ -71,6 +93,8 @@ def sequence_of(one: Input, model: ModelInfo | None) -> wire.Sequence:
         TypeError: The type is no input.
         InvalidRequest: The input does not fit the model, or its element type is not in the contract.
     """
+    if isinstance(one, Continuation):
+        return _continued(one, model)
     if isinstance(one, str):
         return wire.Sequence(text=wire.TextInput(text=_text(one)))
     if isinstance(one, tuple):
@@ -89,6 +113,18 @@ def sequence_of(one: Input, model: ModelInfo | None) -> wire.Sequence:
         ids = _ids(name, one, model.input_dtype(name) if model is not None else None)
         return wire.Sequence(tensors=wire.TensorInput(tensors=[to_tensor(name, ids)]))
     raise _not_an_input(one)
+
+
+def _continued(one: Continuation, model: ModelInfo | None) -> wire.Sequence:
+    if not one.past:
+        raise InvalidRequest.of("past", "no arrays: pass one for each cache input, or the input alone without a past")
+    if isinstance(one.past_tokens, str):
+        raise TypeError(f"past_tokens must be a list of texts, not the text {one.past_tokens!r}")
+    message = sequence_of(one.input, model)
+    given = message.text if message.WhichOneof("input") == "text" else message.tensors
+    given.tensors.extend(to_tensor(name, np.asarray(value)) for name, value in one.past.items())
+    message.past_tokens.extend(one.past_tokens)
+    return message
 
 
 def request_of(  # noqa: PLR0913 - the fields of the message
@@ -140,7 +176,7 @@ def check_timeout(timeout: float | None) -> None:
 
 def _not_an_input(value: object) -> TypeError:
     kind = type(value).__name__
-    return TypeError(f"an input must be text, a pair of texts, token ids or arrays by name, not {kind}")
+    return TypeError(f"an input must be text, a pair of texts, token ids, arrays by name or a Continuation, not {kind}")
 
 
 def _text(text: str) -> str:

@@ -9,7 +9,7 @@ from attnserve.v1 import attention_pb2, model_pb2
 
 from attnserve_client._labels import Head, head_of
 from attnserve_client._patches import PatchGrid
-from attnserve_client._tensors import dtype_name
+from attnserve_client._specs import Past, TensorSpec, past_of, spec_of
 
 KINDS: Final[dict[int, str]] = {
     attention_pb2.ATTENTION_KIND_SELF: "self",
@@ -40,48 +40,6 @@ _POLICIES: Final[dict[int, str]] = {
     model_pb2.BATCHING_POLICY_TESTED: "tested",
     model_pb2.BATCHING_POLICY_OFF: "off",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class IndexRange:
-    """The range of an input that the model uses as indices into a table.
-
-    Attributes:
-        least: Least legal value; with `along`, it counts from minus the length of that axis.
-        greatest: Greatest legal value; with `along`, it counts from the length of that axis.
-        column: Position along the input's last axis to which the range applies; None for every element.
-        along: Symbol of the axis whose positions are the table; empty for a table of fixed size.
-    """
-
-    least: int
-    greatest: int
-    column: int | None = None
-    along: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """An input or output.
-
-    Attributes:
-        name: Its name.
-        dtype: NumPy name of its element type.
-        shape: An axis symbol or a fixed length for each axis, without the batch axis.
-        optional: Whether callers may omit the input.
-        vocabulary_size: Number of token ids of an input of ids, which must be below it; 0 if unknown.
-        index_ranges: Ranges of any other input that the model uses as indices; empty if all values are legal.
-        additive_mask: Whether the input is added to attention scores, so that it may hold -inf to hide a key.
-        on_request: Of an output: whether it is returned only to requests that name it.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[str | int, ...]
-    optional: bool = False
-    vocabulary_size: int = 0
-    index_ranges: tuple[IndexRange, ...] = ()
-    additive_mask: bool = False
-    on_request: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +126,7 @@ class ModelInfo:
         prompts: Texts that a request can put before its texts, by name.
         default_prompt_name: Name of the prompt of a request that names none; empty for no prompt.
         similarity: Function that compares its embeddings, for example `cosine`; empty if unknown.
+        past: The past that its sequences may have; None if they have none.
     """
 
     name: str
@@ -196,6 +155,7 @@ class ModelInfo:
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str = ""
     similarity: str = ""
+    past: Past | None = None
 
     @property
     def ready(self) -> bool:
@@ -227,8 +187,8 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
         digest=message.digest,
         state=_STATES.get(message.state, "unknown"),
         state_reason=message.state_reason,
-        inputs=tuple(_spec(each) for each in message.inputs),
-        outputs=tuple(_spec(each) for each in message.outputs),
+        inputs=tuple(spec_of(each) for each in message.inputs),
+        outputs=tuple(spec_of(each) for each in message.outputs),
         axes=tuple(_axis(each) for each in message.axes),
         sites=tuple(_site(each) for each in message.sites),
         accepts_text=message.accepts_text,
@@ -248,6 +208,7 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
         prompts={each.name: each.text for each in message.prompts},
         default_prompt_name=message.default_prompt_name,
         similarity=message.similarity,
+        past=past_of(message.past) if message.HasField("past") else None,
     )
 
 
@@ -263,24 +224,6 @@ def is_ready(models: list[ModelInfo]) -> bool:
 
 def _rank(model: ModelInfo) -> int:
     return int(model.version) if model.version.isdecimal() else -1
-
-
-def _spec(message: model_pb2.TensorSpec) -> TensorSpec:
-    shape = tuple(each.symbol if each.WhichOneof("length") == "symbol" else each.size for each in message.shape)
-    ranges = tuple(
-        IndexRange(each.least, each.greatest, each.column if each.HasField("column") else None, each.along)
-        for each in message.index_ranges
-    )
-    return TensorSpec(
-        message.name,
-        dtype_name(message.dtype),
-        shape,
-        message.optional,
-        message.vocabulary_size,
-        ranges,
-        message.additive_mask,
-        message.on_request,
-    )
 
 
 def _axis(message: model_pb2.Axis) -> Axis:

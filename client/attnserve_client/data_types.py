@@ -1,13 +1,16 @@
 """Types of what calls take and return, for annotations. The most used ones are in `attnserve_client` itself."""
 
-from attnserve_client._inputs import Input, Inputs, Priority
+from attnserve_client._inputs import Continuation, Input, Inputs, Priority
 from attnserve_client._labels import Head, Label, LabeledSpan
-from attnserve_client._models import Axis, IndexRange, Site, TensorSpec
+from attnserve_client._models import Axis, Site
 from attnserve_client._patches import Panel, PatchGrid
+from attnserve_client._specs import Cache, IndexRange, Past, TensorSpec
 from attnserve_client._tokens import RawLinks
 
 __all__ = [
     "Axis",
+    "Cache",
+    "Continuation",
     "Head",
     "IndexRange",
     "Input",
@@ -15,6 +18,7 @@ __all__ = [
     "Label",
     "LabeledSpan",
     "Panel",
+    "Past",
     "PatchGrid",
     "Priority",
     "RawLinks",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attnserve_client import AsyncClient, InvalidRequest
+from attnserve_client.data_types import Continuation
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
@@ -126,3 +127,38 @@ async def test_texts_of_a_decoder_attend_to_the_states_that_they_are_sent_with(c
         for found, expected in zip(result.attention, weights, strict=True):
             np.testing.assert_allclose(found.weights, expected, rtol=0, atol=TOLERANCE)
     assert [spec.name for spec in (await client.model(name)).outputs if not spec.on_request] == ["logits"]
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_a_supplied_past_gives_the_end_of_the_whole_sequence(client: AsyncClient, name: str) -> None:
+    past = (await client.model(name)).past
+    assert past is not None
+    ids = ids_of(9)
+    expected = CASES[name].answer(ids)
+    for before in (1, 4, 8):
+        begun = await client.infer(name, {"input_ids": ids[:before]}, outputs=list(past.presents))
+        sent = Continuation({"input_ids": ids[before:]}, past=past.after(begun.outputs))
+        result = await client.infer(name, sent, outputs=["logits", *past.presents], attention=True)
+        np.testing.assert_allclose(result.outputs["logits"], expected.logits[before:], rtol=0, atol=10 * TOLERANCE)
+        for present, values in expected.presents.items():
+            np.testing.assert_allclose(result.outputs[present], values, rtol=0, atol=TOLERANCE)
+        for found, weights in zip(result.attention, expected.weights, strict=True):
+            assert (found.query_axis, found.key_axis) == (past.new_axis, past.key_axis)
+            np.testing.assert_allclose(found.weights, weights[:, before:], rtol=0, atol=TOLERANCE)
+
+
+async def test_a_merged_decoder_of_an_encoder_continues_with_the_keys_of_its_states(client: AsyncClient) -> None:
+    past = (await client.model("merged")).past
+    assert past is not None
+    rng = np.random.default_rng(5)
+    ids, states = ids_of(6), rng.normal(size=(7, WIDTH)).astype(np.float32)
+    mask = np.arange(7) != 2
+    encoder = {"encoder_hidden_states": states, "encoder_attention_mask": mask.astype(np.int64)}
+    begun = await client.infer("merged", {"input_ids": ids[:4], **encoder}, outputs=list(past.presents))
+    takes = {spec.name for spec in past.inputs}
+    given = {name: value for name, value in {"input_ids": ids[4:], **encoder}.items() if name in takes}
+    result = await client.infer("merged", Continuation(given, past=past.after(begun.outputs)), attention=True)
+    logits, weights, _ = CROSSED.answer(ids, states, mask)
+    np.testing.assert_allclose(result.outputs["logits"], logits[4:], rtol=0, atol=10 * TOLERANCE)
+    for found, expected in zip(result.attention, weights, strict=True):
+        np.testing.assert_allclose(found.weights, expected[:, 4:], rtol=0, atol=TOLERANCE)

@@ -45,8 +45,8 @@ def tables() -> dict[str, Array]:
     return {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in made.items()}
 
 
-def graph(*, past: bool) -> onnx.ModelProto:
-    """The prompt graph, or with `past` the continuing graph.
+def graph(*, past: bool, taps: bool = True) -> onnx.ModelProto:
+    """The prompt graph, or with `past` the continuing graph; tapped unless `taps` is false.
 
     Ids and places (B, T), a mask (B, P + T) and, with `past`, a cache of each layer (B, KV, P, D) become logits
     (B, T, V) and the presents (B, KV, P + T, D).
@@ -123,6 +123,8 @@ def graph(*, past: bool) -> onnx.ModelProto:
             node("MatMul", [f"joined{layer}", f"o{layer}"], [f"out{layer}"]),
             node("Add", [hidden, f"out{layer}"], [f"hidden{layer + 1}"]),
         ]
+        if not taps:
+            continue
         items = f"attention_items.layer{layer}"
         nodes += [
             node("Gather", [f"new_q{layer}", items], [f"tq{layer}"]),
@@ -141,7 +143,7 @@ def graph(*, past: bool) -> onnx.ModelProto:
         info("attention_mask", TensorProto.INT64, ["batch", total]),
         info("position_ids", TensorProto.INT64, ["batch", "seq"]),
         *cached,
-        *(info(f"attention_items.layer{layer}", TensorProto.INT64, [f"n{layer}"]) for layer in range(LAYERS)),
+        *(info(f"attention_items.layer{layer}", TensorProto.INT64, [f"n{layer}"]) for layer in range(LAYERS) if taps),
     ]
     outputs = [
         info("logits", TensorProto.FLOAT, ["batch", "seq", len(VOCABULARY)]),
@@ -149,6 +151,7 @@ def graph(*, past: bool) -> onnx.ModelProto:
         *(
             info(f"attention.layer{layer}", TensorProto.FLOAT, [f"n{layer}", HEADS, "seq", total])
             for layer in range(LAYERS)
+            if taps
         ),
     ]
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]

@@ -127,7 +127,8 @@ class AsyncClient:
 
         Args:
             model: Name of the model.
-            inputs: A text, a pair of texts, token ids, or arrays by input name without the batch axis; or a list.
+            inputs: A text, a pair of texts, token ids, arrays by input name without the batch axis, or a
+                `Continuation`; or a list.
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
             attention: Selection of the attention to return; True for all of it, None for none.
@@ -198,7 +199,7 @@ class AsyncClient:
 
         Args:
             model: Name of the model.
-            inputs: Any number of texts, pairs of texts, token ids, or arrays by input name.
+            inputs: Any number of texts, pairs of texts, token ids, arrays by input name, or a `Continuation` each.
                 An async iterable, or an iterable that does not block the event loop.
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.

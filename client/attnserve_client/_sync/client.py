@@ -128,7 +128,8 @@ class Client:
 
         Args:
             model: Name of the model.
-            inputs: A text, a pair of texts, token ids, or arrays by input name without the batch axis; or a list.
+            inputs: A text, a pair of texts, token ids, arrays by input name without the batch axis, or a
+                `Continuation`; or a list.
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
             attention: Selection of the attention to return; True for all of it, None for none.
@@ -199,7 +200,7 @@ class Client:
 
         Args:
             model: Name of the model.
-            inputs: Any number of texts, pairs of texts, token ids, or arrays by input name.
+            inputs: Any number of texts, pairs of texts, token ids, arrays by input name, or a `Continuation` each.
                 A separate thread iterates over them.
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.

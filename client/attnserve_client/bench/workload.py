@@ -11,8 +11,9 @@ import numpy.typing as npt
 from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._inputs import Input, request_of, sequence_of
-from attnserve_client._models import ModelInfo, TensorSpec
+from attnserve_client._models import ModelInfo
 from attnserve_client._selection import AttentionSelection
+from attnserve_client._specs import TensorSpec
 from attnserve_client.bench.lengths import Lengths
 from attnserve_client.errors import InvalidRequest
 

@@ -18,23 +18,23 @@ from attnserve_server.conversion.choose.trials import faster_export, fastest
 from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.inputs.signature import in_float16
 from attnserve_server.conversion.inputs.text import text_of, written_text
-from attnserve_server.conversion.learning.batch_axis import BATCH_FIRST, batch_on_axis_1, names_the_batch_first
 from attnserve_server.conversion.learning.fixed_axes import PatchGrid
 from attnserve_server.conversion.learning.inputs import with_needed_keys
 from attnserve_server.conversion.precision.calibration import ranges_of
 from attnserve_server.conversion.precision.choose import Precision, in_precision
 from attnserve_server.conversion.precision.per_row import Scheme, with_scale_per_row
 from attnserve_server.conversion.precision.quality import with_quality
-from attnserve_server.conversion.proof.context import SOFTMAX_OVER_ROWS, SUM_OVER_ROWS
 from attnserve_server.conversion.sources.source import Source, SourceGraph
-from attnserve_server.conversion.verify.certify import ATTACK_SECONDS, Certified, certify
+from attnserve_server.conversion.verify.certify import ATTACK_SECONDS, Certified, certify, refuse_swapped_axes
 from attnserve_server.conversion.verify.compare import check_against_itself, check_against_source
+from attnserve_server.conversion.verify.continuing import Continuing, continuing_of
 from attnserve_server.conversion.verify.golden import with_golden
 from attnserve_server.conversion.verify.limits import as_the_server_warms_up, true_limits
 from attnserve_server.engine.session import RuntimeSession
-from attnserve_server.model.certificate import Batching, Verdict
+from attnserve_server.model.certificate import Batching
 from attnserve_server.model.heads import HeadSpec
-from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest, OutputSpec, Provenance, TextSpec
+from attnserve_server.model.manifest import AxisSpec, Manifest, OutputSpec, Provenance, TextSpec
+from attnserve_server.model.past import PAST_FILE
 from attnserve_server.model.report import CheckReport, RequantizeReport, TrialReport
 from attnserve_server.model.repository import MODEL_FILE, TOKENIZER_FILE, UNSEALED, Bundle, write_bundle
 
@@ -99,6 +99,7 @@ class Conversion:
         self.trials: tuple[TrialReport, ...] = ()
         self.left_out: tuple[str, ...] | None = None
         self.files: dict[str, Path] = {}
+        self.continuing: Continuing | None = None
 
     def reduce(self) -> None:
         """Requantize the graph, and convert it to the requested precision."""
@@ -165,13 +166,8 @@ class Conversion:
             max_batch_size=self.max_batch_size,
         )
         certificate = self.certified.certificate
-        batch = certificate.clause(BATCH)
-        # Attention over the rows: the first two axes of the file may be swapped.
-        over_rows = batch.status() == Verdict.REFUTED and any(
-            words in batch.reason for words in (SOFTMAX_OVER_ROWS, SUM_OVER_ROWS)
-        )
-        if over_rows and not self.source.traced:
-            self._refuse_swapped_axes()
+        if not self.source.traced:
+            refuse_swapped_axes(self.assembled, certificate, self.source.proto.graph, self.steps)
         axes = axes_of(self.assembled, self.max_lengths, certificate, options.batching)
         self.axes = tuple(_with_grid(axis, self.source.grids.get(axis.max_length)) for axis in axes)
 
@@ -260,11 +256,24 @@ class Conversion:
         """Run every shape of the server's warm-up, and lower the greatest batch if one fails."""
         self.manifest, self.session = as_the_server_warms_up(self.manifest, self.assembled.model_path, self.steps)
 
+    def continue_past(self) -> None:
+        """Add the graph of sequences with a past, if the source is a decoder with a cache."""
+        decoder = self.source.decoder
+        if decoder is None:
+            return
+        if self.reduced is not self.source.proto:
+            self.steps.warn("sequences cannot have a past: the graph for them keeps the source's precision")
+            return
+        path, sampler = self.assembled.model_path, self.sampler
+        self.continuing = continuing_of(decoder, self.manifest, path, sampler, self.work, self.steps)
+        if self.continuing is not None:
+            self.manifest = self.manifest.model_copy(update={"past": self.continuing.past})
+            self.files[PAST_FILE] = self.continuing.path
+
     def make_golden(self) -> None:
         """Record the answers of the finished graph to a few sequences."""
-        self.manifest, golden = with_golden(
-            self.manifest, self.session, self.sampler, self.work, self.steps, self.options.batching
-        )
+        made_with = (self.manifest, self.session, self.sampler, self.work, self.steps, self.options.batching)
+        self.manifest, golden = with_golden(*made_with, continuing=self.continuing)
         self.files.update(golden)
 
     def write(self) -> None:
@@ -303,22 +312,6 @@ class Conversion:
             return None
         return head
 
-    def _refuse_swapped_axes(self) -> None:
-        """Refuse a graph whose batch is its second axis; warn if the file names its first axis as a batch."""
-        assembled = self.assembled
-        swapped = batch_on_axis_1(
-            assembled.source, self.sampler, assembled.outputs, assembled.sites, assembled.tolerances.neighbours
-        )
-        if not swapped:
-            return
-        problem = (
-            f"the batch may be axis 1 of {', '.join(map(repr, swapped))}: rows along axis 0 change each other's "
-            f"answers, and positions along axis 1 do not; {BATCH_FIRST}"
-        )
-        if not names_the_batch_first(self.source.proto.graph, swapped):
-            raise BuildRefused(problem)
-        self.steps.warn(problem)
-
 
 def _with_grid(axis: AxisSpec, grid: PatchGrid | None) -> AxisSpec:
     """Return a fixed axis with its patch grid, if the source states one for its length."""
@@ -344,6 +337,7 @@ def steps_of(source: Source, options: Options) -> tuple[Step[Conversion], ...]:
         (True, Step("describe", "writing the manifest", Conversion.describe)),
         (reduces, Step("quality", "comparing with the source's precision", Conversion.measure_quality)),
         (True, Step("warm_up", "running the server's warm-up", Conversion.warm_up)),
+        (True, Step("past", "comparing sequences with a past", Conversion.continue_past)),
         (True, Step("golden", "recording golden answers", Conversion.make_golden)),
         (True, Step("write", "writing the bundle", Conversion.write)),
     )

@@ -28,7 +28,8 @@ class CacheSpec(Frozen):
 
     Args:
         input: the input, for example of shape (kv_heads, past, head_dim).
-        present: name of the output that is the cache after this call; empty: the cache stays as it was sent.
+        present: name of the output that is the cache after this call; empty: there is none. If the prompt graph alone
+            has it, as for the keys of an encoder, the cache stays the same after a past.
     """
 
     input: InputSpec
@@ -74,10 +75,6 @@ class PastSpec(Frozen):
             raise ValueError(f"past: input names are used twice: {doubled}")
         if not any(self.axis in cache.input.shape for cache in self.caches):
             raise ValueError(f"past: no cache input has axis {self.axis}")
-        outputs = {spec.name for spec in self.outputs}
-        missing = sorted({cache.present for cache in self.caches} - outputs - {""})
-        if missing:
-            raise ValueError(f"past: {missing} continue cache inputs, but are not outputs")
         return self
 
     @property
@@ -125,6 +122,10 @@ class PastSpec(Frozen):
         missing = sorted(usual - {spec.name for spec in self.outputs})
         if missing:
             raise ValueError(f"past: {missing} are not outputs after a past")
+        known = {spec.name for spec in (*self.outputs, *manifest.outputs)}
+        unknown = sorted({cache.present for cache in self.caches if cache.present} - known)
+        if unknown:
+            raise ValueError(f"past: {unknown} continue cache inputs, but are not outputs")
         clauses = () if self.certificate is None else self.certificate.clauses
         if self.certificate is not None and not {BATCH, self.follows} <= {clause.axis for clause in clauses}:
             raise ValueError(f"past: its certificate needs clauses for {BATCH} and {self.follows}")

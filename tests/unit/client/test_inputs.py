@@ -37,9 +37,9 @@ def test_one_input_is_distinguished_from_several(inputs: Any, count: int, many: 
 
 @pytest.mark.parametrize("wrong", [7, None, b"bytes", {1, 2}])
 def test_inputs_of_other_types_are_refused(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="text, a pair of texts, token ids or arrays"):
+    with pytest.raises(TypeError, match="text, a pair of texts, token ids, arrays"):
         split(wrong)
-    with pytest.raises(TypeError, match="text, a pair of texts, token ids or arrays"):
+    with pytest.raises(TypeError, match="text, a pair of texts, token ids, arrays"):
         sequence_of(wrong, None)
 
 

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 import onnx
 
 from attnserve_server.conversion.assemble import Assembled
+from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.inputs.lookups import extreme_ids_of
+from attnserve_server.conversion.learning.batch_axis import BATCH_FIRST, batch_on_axis_1, names_the_batch_first
 from attnserve_server.conversion.proof import Proof, prove
 from attnserve_server.conversion.proof.attack import DEFAULT_SECONDS, attack
+from attnserve_server.conversion.proof.context import SOFTMAX_OVER_ROWS, SUM_OVER_ROWS
 from attnserve_server.conversion.proof.noise import noise_of
 from attnserve_server.conversion.proof.target import Target
 from attnserve_server.model.batching import cautions
-from attnserve_server.model.certificate import Batching, Certificate
+from attnserve_server.model.certificate import Batching, Certificate, Verdict
 from attnserve_server.model.equality import Equality
-from attnserve_server.model.manifest import InputRole, SiteSpec
+from attnserve_server.model.manifest import BATCH, InputRole, SiteSpec
 
 ATTACK_SECONDS = DEFAULT_SECONDS
 """The default limit of an attack."""
+_OVER_ROWS = (SOFTMAX_OVER_ROWS, SUM_OVER_ROWS)
+"""Reasons that a graph with its batch on the second axis has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,35 @@ def certify(
     for caution in cautions(certificate, batching, alone=alone):
         steps.warn(str(caution))
     return Certified(certificate, _with_kinds(assembled.sites, proof))
+
+
+def refuse_swapped_axes(assembled: Assembled, certificate: Certificate, graph: onnx.GraphProto, steps: Steps) -> None:
+    """Refuse a graph whose batch is its second axis, which attention over the rows shows.
+
+    Args:
+        assembled: the tapped graph of a file.
+        certificate: of that graph.
+        graph: the source.
+        steps: receives a warning instead if the file names its first axis as a batch.
+
+    Raises:
+        BuildRefused: the batch is the second axis.
+    """
+    batch = certificate.clause(BATCH)
+    if batch.status() != Verdict.REFUTED or not any(words in batch.reason for words in _OVER_ROWS):
+        return
+    swapped = batch_on_axis_1(
+        assembled.source, assembled.sampler, assembled.outputs, assembled.sites, assembled.tolerances.neighbours
+    )
+    if not swapped:
+        return
+    problem = (
+        f"the batch may be axis 1 of {', '.join(map(repr, swapped))}: rows along axis 0 change each other's "
+        f"answers, and positions along axis 1 do not; {BATCH_FIRST}"
+    )
+    if not names_the_batch_first(graph, swapped):
+        raise BuildRefused(problem)
+    steps.warn(problem)
 
 
 def _with_kinds(sites: tuple[SiteSpec, ...], proof: Proof) -> tuple[SiteSpec, ...]:

@@ -9,9 +9,10 @@ import numpy as np
 
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.verify.continuing import Continuing
 from attnserve_server.domain.values import Array
-from attnserve_server.engine.golden import GOLDEN_FILE, answers, write_golden
-from attnserve_server.engine.session import RunFailed, RuntimeSession
+from attnserve_server.engine.golden import GOLDEN_FILE, GoldenSequence, answers, write_golden
+from attnserve_server.engine.session import CPU, RunFailed, RuntimeSession
 from attnserve_server.model.certificate import Batching
 from attnserve_server.model.manifest import GoldenSpec, Manifest
 
@@ -42,6 +43,7 @@ def with_golden(
     work: Path,
     steps: Steps,
     batching: Batching = "proved",
+    continuing: Continuing | None = None,
 ) -> tuple[Manifest, dict[str, Path]]:
     """Return the manifest with its golden answers described, and the file of these answers.
 
@@ -52,6 +54,7 @@ def with_golden(
         work: a folder for the file.
         steps: receives a warning where the graph does not run on such sequences; the bundle has no golden answers then.
         batching: the policy by which the sequences share a batch, or not.
+        continuing: the graph of sequences with a past, which get golden answers too; None: there is none.
     """
     arrays = len(GOLDEN_LENGTHS) * (len(manifest.outputs) + len(manifest.sites))
     output_tolerance, weight_tolerance = TOLERANCES[manifest.precision]
@@ -62,12 +65,19 @@ def with_golden(
         weight_tolerance=weight_tolerance,
     )
     described = manifest.model_copy(update={"golden": golden})
+    if manifest.past is not None:
+        past = manifest.past.model_copy(update={"golden": golden.model_copy(update={"sequences": 1})})
+        described = described.model_copy(update={"past": past})
     try:
         answered = answers(session, described.under(batching), _sequences(manifest, sampler, GOLDEN_LENGTHS))
     except RunFailed:
         steps.warn(f"no golden answers: the model does not run on lengths of {', '.join(map(str, GOLDEN_LENGTHS))}")
         return manifest, {}
-    write_golden(work / GOLDEN_FILE, answered, described)
+    continued: list[GoldenSequence] = []
+    if continuing is not None and described.continuing is not None:
+        past_session = RuntimeSession.load(continuing.path, provider=CPU, left_out=manifest.left_out)
+        continued = answers(past_session, described.continuing, [continuing.sequence])
+    write_golden(work / GOLDEN_FILE, answered, described, continued)
     return described, {GOLDEN_FILE: work / GOLDEN_FILE}
 
 
