@@ -14,9 +14,18 @@ from attnserve_server.config import Settings
 from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from cache_graphs import POSITIONS, VOCABULARY, CachedDecoder
 from crossed_caches import WIDTH, CrossedDecoder
+from genai_graphs import GroupedDecoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-CASES = {"optimum": CachedDecoder(), "total": CachedDecoder(total="total_sequence_length")}
+CASES = {
+    "optimum": CachedDecoder(),
+    "total": CachedDecoder(total="total_sequence_length"),
+    "grouped": GroupedDecoder(),
+    "packed": GroupedDecoder(packed=True),
+    "normed": GroupedDecoder(normed=True),
+    "int4": GroupedDecoder(int4=True, packed=True),
+    "int4_normed": GroupedDecoder(int4=True, normed=True),
+}
 CROSSED = CrossedDecoder()
 # float32 sums in another order.
 TOLERANCE = 1e-5
@@ -69,16 +78,17 @@ async def test_texts_of_mixed_lengths_share_a_batch_and_equal_the_definition(cli
             np.testing.assert_allclose(found.weights, weights, rtol=0, atol=TOLERANCE)
 
 
-async def test_keys_and_values_are_returned_to_requests_that_name_them(client: AsyncClient) -> None:
-    described = (await client.model("optimum")).outputs
+@pytest.mark.parametrize("name", ["optimum", "grouped", "int4_normed"])
+async def test_keys_and_values_are_returned_to_requests_that_name_them(client: AsyncClient, name: str) -> None:
+    described = (await client.model(name)).outputs
     assert [spec.name for spec in described if not spec.on_request] == ["logits"]
     names = [spec.name for spec in described if spec.on_request]
     ids = ids_of(6)
-    result = await client.infer("optimum", {"input_ids": ids}, outputs=[*names, "logits"])
-    expected = CASES["optimum"].answer(ids)
+    result = await client.infer(name, {"input_ids": ids}, outputs=[*names, "logits"])
+    expected = CASES[name].answer(ids)
     assert set(names) == set(expected.presents)
-    for name in names:
-        np.testing.assert_allclose(result.outputs[name], expected.presents[name], rtol=0, atol=TOLERANCE)
+    for kept in names:
+        np.testing.assert_allclose(result.outputs[kept], expected.presents[kept], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(result.outputs["logits"], expected.logits, rtol=0, atol=10 * TOLERANCE)
 
 

@@ -150,6 +150,25 @@ OPERATORS = [
         needs=SOME,
     ),
     case(
+        "GroupQueryAttention of packed queries, keys and values",
+        f"{COUNT} e = Sub(k, step) ends = Cast<to = 6>(e) {LENGTH} l = Squeeze(n) whole = Cast<to = 6>(l)"
+        " y, pk, pv = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 1>(x, , , , , ends, whole)",
+        f"float[batch, seq, 32] x, {MASK}",
+        "float[batch, seq, 16] y",
+        needs=SOME,
+    ),
+    case(
+        "GroupQueryAttention of packed queries beside the keys of the mean of all rows",
+        f"{COUNT} e = Sub(k, step) ends = Cast<to = 6>(e) {LENGTH} l = Squeeze(n) whole = Cast<to = 6>(l)"
+        " m = ReduceMean<keepdims = 1>(x, first) d = Sub(x, m) packed = Concat<axis = 2>(x, d)"
+        " y, pk, pv = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 1>(packed, , , , , ends, whole)",
+        f"float[batch, seq, 16] x, {MASK}",
+        "float[batch, seq, 16] y",
+        given="int64[1] first = {0}",
+        batch=REFUTED,
+        needs=SOME,
+    ),
+    case(
         "EmbedLayerNormalization",
         "y, counts = com.microsoft.EmbedLayerNormalization(input_ids, , w, p, , gain, shift, attention_mask)",
         "int32[batch, seq] input_ids, int32[batch, seq] attention_mask",

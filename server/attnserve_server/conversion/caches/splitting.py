@@ -11,6 +11,7 @@ import onnx_ir as ir
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.caches.decoder import Cache, Decoder, Past
 from attnserve_server.conversion.caches.finding import FoundPast, find_pasts
+from attnserve_server.conversion.caches.head_sizes import state_sizes
 from attnserve_server.conversion.caches.merged import branches_of
 from attnserve_server.conversion.caches.prompt import without_past
 from attnserve_server.conversion.graphs.reading import checked
@@ -46,6 +47,8 @@ def decoder_of(proto: onnx.ModelProto, name: str) -> Decoder | None:
             f"input {crossed.value.name!r} holds keys or values of an encoder, which an empty past has none of: "
             "prepare the file that computes them, such as decoder_model.onnx, or the merged file"
         )
+    if state_sizes(pasts):
+        proto = checked(ir.to_proto(model), name)
     cache = _cache(model.graph, pasts)
     without_past(model, pasts)
     _rename(model.graph, {cache.total_axis: cache.new_axis})
@@ -57,6 +60,7 @@ def _of_branches(prompt: ir.Model, continuing: ir.Model, name: str) -> Decoder |
     pasts = find_pasts(continuing.graph)
     if not pasts:
         return None
+    state_sizes(pasts)
     cache = _cache(continuing.graph, pasts)
     crossed = {past.present for past in cache.pasts if past.crossed}
     for value in [value for value in continuing.graph.outputs if value.name in crossed]:

@@ -62,7 +62,8 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
     kv_heads, head_dim = max(node.attributes.get_int("kv_num_heads", heads), 1), 0
     try:
         heads, kv_heads = heads_of(node), heads_of(node, "kv_num_heads")
-        head_dim = _head_dim(node, heads, kv_heads)
+        refuse_uneven_heads(heads, kv_heads)
+        head_dim = head_dim_of(node, heads, kv_heads)
         refuse_subgraph(node, graph)
         _refuse_unsupported(node)
         query, key, value = _operands(node, heads, kv_heads, head_dim)
@@ -89,8 +90,12 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
     )
 
 
-def _head_dim(node: ir.Node, heads: int, kv_heads: int) -> int:
-    refuse_uneven_heads(heads, kv_heads)
+def head_dim_of(node: ir.Node, heads: int, kv_heads: int) -> int:
+    """Return the head size of a node with these numbers of heads, from the query, or from the cache.
+
+    Raises:
+        NotTappable: neither states it.
+    """
     query = required(node, 0, "query")
     width = last_dimension_of(query)
     parts = heads if input_of(node, 1) is not None else heads + 2 * kv_heads

@@ -9,7 +9,11 @@ from attnserve_server.conversion.caches.splitting import decoder_of
 from attnserve_server.conversion.graphs.reading import checked
 from cache_graphs import HEAD_DIM, HEADS, NEW, PAST, TOTAL, CachedDecoder
 from crossed_caches import KEPT, CrossedDecoder
+from genai_graphs import HEAD_DIM as SIZE_OF_HEADS
+from genai_graphs import KV_HEADS, GroupedDecoder
 from onnx import TensorProto, helper
+
+GROUPED = [GroupedDecoder(), GroupedDecoder(int4=True, packed=True), GroupedDecoder(normed=True)]
 
 
 def test_a_cache_is_described_by_its_tensors_and_axes() -> None:
@@ -119,3 +123,13 @@ def test_a_decoder_that_takes_the_encoders_keys_is_refused() -> None:
 
 def test_a_decoder_without_a_cache_stays_as_it_is() -> None:
     assert decoder_of(checked(CrossedDecoder().apart(cached=False), "decoder.onnx"), "decoder.onnx") is None
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_head_sizes_that_the_file_only_names_become_numbers(case: GroupedDecoder) -> None:
+    decoder = decoder_of(checked(case.model(), "model.onnx"), "model.onnx")
+    assert decoder is not None
+    assert {past.shape for past in decoder.cache.pasts} == {(KV_HEADS, PAST, SIZE_OF_HEADS)}
+    for graph in (decoder.prompt.graph, decoder.continuing.graph):
+        sizes = {value.type.tensor_type.shape.dim[3].dim_value for value in graph.output if "present" in value.name}
+        assert sizes == {SIZE_OF_HEADS}

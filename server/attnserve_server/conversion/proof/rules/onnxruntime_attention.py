@@ -7,6 +7,7 @@ masks of start and end positions raise `NotFollowed`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -64,6 +65,22 @@ def _projected(ctx: Context, node: ir.Node, inputs: list[Value | None], weights:
         start += size
     norm = packed.norm
     return [replace(part, norm=min(part.norm, norm), norm_axis=3) for part in parts]
+
+
+def _apart(ctx: Context, packed: Value, heads: Sequence[int]) -> list[Value]:
+    """Return the columns of packed queries, keys and values, which have these numbers of heads of one size."""
+    if len(packed.axes) != 3:
+        raise NotFollowed("takes packed queries, keys and values of unexpected rank")
+    width = size_of(packed.axes[-1]).number
+    if width is None or width % sum(heads):
+        raise NotFollowed("the width of queries, keys and values is not known")
+    parts, start = [], 0
+    for count in heads:
+        stop = start + count * (width // sum(heads))
+        part = sliced(ctx, packed, 2, Size.of(start), Size.of(stop), 1)
+        parts.append(replace(part, norm=min(part.norm, packed.norm)))
+        start = stop
+    return parts
 
 
 @rule("Attention", "QAttention", domain=MICROSOFT)
@@ -142,16 +159,16 @@ def multi_head_attention(ctx: Context, node: ir.Node, inputs: list[Value | None]
 def group_query_attention(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
     """Return causal attention with shared heads. Source: onnxruntime's contrib operator GroupQueryAttention."""
     heads, kv_heads = int(attribute(node, "num_heads")), int(attribute(node, "kv_num_heads"))
-    if optional(inputs, 1) is None or optional(inputs, 2) is None:
-        raise NotFollowed("takes packed queries, keys and values, which the proof does not support")
-    query, key, value = (ctx.as_data(required(inputs, at)) for at in range(3))
     past = optional(inputs, 3)
     if past is not None and size_of(past.axes[2]).number != 0:
         raise NotFollowed("attends to past keys and values, which the proof does not support")
+    parts = [ctx.as_data(required(inputs, 0)), *(ctx.as_data(one) for one in inputs[1:3] if one is not None)]
+    if len(parts) == 1:
+        parts = _apart(ctx, parts[0], [heads, kv_heads, kv_heads])
+    if len(parts) != 3:
+        raise NotFollowed("takes keys or values without the other, which the proof does not support")
     query, key, value = (
-        heads_first(ctx, query, heads),
-        heads_first(ctx, key, kv_heads),
-        heads_first(ctx, value, kv_heads),
+        heads_first(ctx, one, count) for one, count in zip(parts, (heads, kv_heads, kv_heads), strict=True)
     )
     scale = attribute(node, "scale") or 1 / math.sqrt(head_size(query))
     scores = scores_of(ctx, query, key, float(scale)).causal()
