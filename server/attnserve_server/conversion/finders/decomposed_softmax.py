@@ -3,7 +3,8 @@
     Softmax(scores)
     BiasSoftmax(scores, bias)                         onnxruntime's fused form
     Exp(LogSoftmax(scores))
-    Exp(scores) / ReduceSum(Exp(scores))              as Div, or as Mul by the Reciprocal; masked or guarded from 0
+    Exp(scores) / ReduceSum(Exp(scores))              as Div, or as Mul by the Reciprocal; masked or guarded from 0;
+                                                      Exp may be a polynomial times a power of two
 
 Whether a softmax is one of attention is decided in decomposed.py.
 """
@@ -17,7 +18,15 @@ import onnx_ir as ir
 
 from attnserve_server.conversion.graphs.axes import Axis
 from attnserve_server.conversion.graphs.operators import SINCE
-from attnserve_server.conversion.graphs.walk import axes_of, before, input_of, is_standard, producer_of, rank_of
+from attnserve_server.conversion.graphs.walk import (
+    axes_of,
+    before,
+    input_of,
+    is_constant,
+    is_standard,
+    producer_of,
+    rank_of,
+)
 
 _CASTS = {"Cast", "Identity"}
 _MASKING = {*_CASTS, "Mul", "Where"}
@@ -106,14 +115,18 @@ def _sum_axis(node: ir.Node) -> Axis | bool:
 
 
 def _has_exponentials(value: ir.Value) -> bool:
-    """Return whether a value is exponentials, possibly masked."""
+    """Return whether a value is exponentials, possibly masked.
+
+    A power of a constant counts: onnxsim writes Exp as a polynomial times a power of two. Source: Kim et al. 2021,
+    "I-BERT", algorithm 2.
+    """
     waiting, seen = [value], set()
     while waiting:
         node = waiting.pop().producer()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.op_type == "Exp":
+        if node.op_type == "Exp" or (node.op_type == "Pow" and is_constant(input_of(node, 0))):
             return True
         if node.op_type in _MASKING:
             waiting += [value for value in node.inputs if value is not None]

@@ -16,8 +16,8 @@ BROADCASTING = {"Add", "Div", "Max", "Min", "Mul", "PRelu", "Pow", "Sub", "Sum",
 """Operators on one number of each input at a time; inputs broadcast to the widest of them."""
 ELEMENTWISE = BROADCASTING | {
     *("Abs", "Cast", "CastLike", "Clip", "DequantizeLinear", "Dropout", "DynamicQuantizeLinear", "Elu", "Exp"),
-    *("Identity", "LeakyRelu", "Log", "Neg", "QuantizeLinear", "Relu", "ScatterElements", "ScatterND", "Sigmoid"),
-    *("Softplus", "Sqrt", "Tanh", "Trilu"),
+    *("Identity", "LeakyRelu", "Log", "Neg", "QuantizeLinear", "Relu", "Round", "ScatterElements", "ScatterND"),
+    *("Sigmoid", "Softplus", "Sqrt", "Tanh", "Trilu"),
 }
 """Operators that change numbers one at a time and leave every axis in its place."""
 _RANK_OF_FIRST = (ELEMENTWISE - BROADCASTING) | {
