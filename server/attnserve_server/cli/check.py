@@ -54,6 +54,10 @@ def check(
     ] = False,
     batching: BatchingOption = "proved",
     attack_seconds: AttackSeconds = 60.0,
+    provider: Annotated[
+        str,
+        typer.Option("--provider", help="The execution provider that golden answers are compared on.", metavar="NAME"),
+    ] = "CPUExecutionProvider",
     as_json: AsJson = False,
 ) -> None:
     """Repeat the check of a bundle: files, golden answers, certificate, weights, and the answers of its source."""
@@ -62,7 +66,9 @@ def check(
         from attnserve_server.conversion.check.findings import CheckRequest  # noqa: PLC0415 - as above
         from attnserve_server.conversion.check.recheck import check_bundle  # noqa: PLC0415 - as above
 
-        request = CheckRequest(bundle, against, certify=certify, batching=batching, attack_seconds=attack_seconds)
+        request = CheckRequest(
+            bundle, against, certify=certify, batching=batching, attack_seconds=attack_seconds, provider=provider
+        )
         checked = check_bundle(request, Steps(Console(stderr=True)))
     if as_json:
         typer.echo(checked.model_dump_json(indent=2))

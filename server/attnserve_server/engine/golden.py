@@ -37,16 +37,17 @@ class GoldenMismatch(AttnserveError):
 
     reason = "GOLDEN_MISMATCH"
 
-    def __init__(self, what: str, error: float, allowed: float) -> None:
-        self.what, self.error, self.allowed = what, error, allowed
+    def __init__(self, what: str, error: float, allowed: float, provider: str) -> None:
+        self.what, self.error, self.allowed, self.provider = what, error, allowed, provider
         super().__init__(
-            f"{what} is off by {error:.3g} of its greatest number from the golden answers of the bundle; "
+            f"{what} is off by {error:.3g} of its greatest number from the golden answers of the bundle on {provider}; "
             f"{allowed:g} is allowed"
         )
 
     def metadata(self) -> dict[str, str]:
-        """The output or site, its error, and the allowed error."""
-        return {"what": self.what, "error": f"{self.error:g}", "allowed": f"{self.allowed:g}"}
+        """The output or site, its error, the allowed error, and the execution provider."""
+        named = {"what": self.what, "provider": self.provider}
+        return {**named, "error": f"{self.error:g}", "allowed": f"{self.allowed:g}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +77,34 @@ def verify_golden(session: RuntimeSession, manifest: Manifest, golden: Sequence[
         The greatest error divided by the allowed one: at most 1.
 
     Raises:
-        GoldenMismatch: an answer differs by more than is allowed, or the run failed.
+        GoldenMismatch: an answer differs by more than is allowed, or the run failed. It names the output that differs
+            most; where all outputs agree, the site.
     """
     if manifest.golden is None or not golden:
         return 0.0
     try:
         found = answers(session, manifest, [sequence.inputs for sequence in golden])
     except (RunFailed, ValueError) as fault:
-        raise GoldenMismatch("the run on the golden inputs failed: every output", float("inf"), 0.0) from fault
-    worst = 0.0
+        what = "the run on the golden inputs failed: every output"
+        raise GoldenMismatch(what, float("inf"), 0.0, session.provider) from fault
     sites = {site.layer: site.name for site in manifest.sites}
+    outputs: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for expected, own in zip(golden, found, strict=True):
-        named = [(f"output {name}", array, own.outputs[name]) for name, array in expected.outputs.items()]
-        for what, before, now in named:
-            worst = max(worst, _judged(what, before, now, manifest.golden.output_tolerance))
+        for name, before in expected.outputs.items():
+            what = f"output {name}"
+            outputs[what] = max(outputs.get(what, 0.0), error_of(before, own.outputs[name]))
         for layer, before in expected.weights.items():
             what = f"attention of {sites[layer]}"
-            worst = max(worst, _judged(what, before, own.weights[layer], manifest.golden.weight_tolerance))
+            weights[what] = max(weights.get(what, 0.0), error_of(before, own.weights[layer]))
+    worst = 0.0
+    tolerances = manifest.golden.output_tolerance, manifest.golden.weight_tolerance
+    for errors, allowed in zip((outputs, weights), tolerances, strict=True):
+        what = max(errors, key=errors.__getitem__, default="")
+        error = errors.get(what, 0.0)
+        if not error <= allowed:
+            raise GoldenMismatch(what, error, allowed, session.provider)
+        worst = max(worst, error / allowed)
     return worst
 
 
@@ -216,13 +228,6 @@ def read_golden(bundle: Bundle) -> tuple[GoldenSequence, ...]:
         raise fault(f"has no {missing.args[0]}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as why:
         raise fault(f"cannot be read: {why}") from None
-
-
-def _judged(what: str, before: Array, now: Array, allowed: float) -> float:
-    error = error_of(before, now)
-    if not error <= allowed:
-        raise GoldenMismatch(what, error, allowed)
-    return error / allowed
 
 
 def _arrays(path: Path) -> dict[str, Array]:

@@ -117,6 +117,13 @@ def test_replaced_graph_with_a_matching_digest_fails(bundle: Bundle, tmp_path: P
     assert found["files"]["passed"]
     assert not found["golden answers"]["passed"]
     assert found["golden answers"]["error"] > found["golden answers"]["allowed"]
+    assert found["golden answers"]["detail"].endswith("on CPUExecutionProvider")
+
+
+def test_golden_answers_are_compared_on_the_named_provider(bundle: Bundle) -> None:
+    done = check(bundle.path, "--provider", "NoSuchExecutionProvider")
+    assert done.exit_code == 2
+    assert "execution provider NoSuchExecutionProvider is not available: the runtime offers" in done.stderr
 
 
 def test_wrong_weights_fail_without_golden_answers(bundle: Bundle, tmp_path: Path) -> None:

@@ -66,9 +66,11 @@ def test_model_that_repeats_its_golden_answers_is_opened(tmp_path: Path) -> None
 
 def test_swapped_model_with_a_matching_digest_is_refused(tmp_path: Path) -> None:
     bundle = sealed(tmp_path / "models", tmp_path / "work", change=scaled("table", 2.0))
-    with pytest.raises(GoldenMismatch, match=r"output hidden is off by \S+ of its greatest number .*; 0.001 is") as why:
+    with pytest.raises(
+        GoldenMismatch, match=r"output embedding is off by \S+ of its greatest number .*; 0.001 is"
+    ) as why:
         opened(bundle)
-    assert why.value.metadata()["what"] == "output hidden"
+    assert why.value.metadata()["what"] == "output embedding"
     assert float(why.value.metadata()["error"]) > 0.1
 
 
@@ -115,7 +117,7 @@ async def test_server_fails_the_swapped_model_and_serves_the_others(tmp_path: Pa
         await server.aclose()
     assert states["good"][0] is ModelState.READY
     assert states["swapped"][0] is ModelState.FAILED
-    assert "output hidden is off by" in states["swapped"][1]
+    assert "output embedding is off by" in states["swapped"][1]
     [failure] = [line for line in logged if line["event"] == "model failed to load"]
     assert (failure["reason"], failure["exc_info"]) == (states["swapped"][1], False)
 

@@ -55,7 +55,7 @@ class Check:
         bundle, what = self.bundle, "golden answers"
         try:
             session = RuntimeSession.load(
-                bundle.model_path, provider="CPUExecutionProvider", left_out=bundle.manifest.left_out
+                bundle.model_path, provider=self.request.provider, left_out=bundle.manifest.left_out
             )
         except LoadFailed as fault:
             self._fail(Finding(what=what, passed=False, detail=str(fault)))
@@ -68,7 +68,8 @@ class Check:
         try:
             worst = verify_golden(session, bundle.manifest, golden)
         except GoldenMismatch as fault:
-            self._fail(Finding(what=what, passed=False, error=fault.error, allowed=fault.allowed, detail=fault.what))
+            detail = f"{fault.what} on {fault.provider}"
+            self._fail(Finding(what=what, passed=False, error=fault.error, allowed=fault.allowed, detail=detail))
             return
         self.findings.append(Finding.of(what, worst, 1.0, "relative to what is allowed"))
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from attnserve_server.conversion.precision.quality import COSINE_FLOOR, COSINE_TARGET
 from attnserve_server.conversion.verify.certify import ATTACK_SECONDS
+from attnserve_server.engine.session import CPU
 from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.manifest import BATCH
 from attnserve_server.model.report import QualityReport
@@ -30,6 +31,7 @@ class CheckRequest:
         certify: whether to write a new version with a fresh certificate, unless a finding failed.
         batching: the policy under which the bundle runs.
         attack_seconds: time limit of the attack on what is not proved.
+        provider: the execution provider that golden answers are compared on. All else runs on the CPU.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class CheckRequest:
     certify: bool = False
     batching: Batching = "proved"
     attack_seconds: float = ATTACK_SECONDS
+    provider: str = CPU
 
 
 class Finding(BaseModel):

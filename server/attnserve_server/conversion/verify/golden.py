@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,15 @@ from attnserve_server.conversion.verify.continuing import Continuing
 from attnserve_server.domain.values import Array
 from attnserve_server.engine.golden import GOLDEN_FILE, GoldenSequence, answers, write_golden
 from attnserve_server.engine.session import CPU, RunFailed, RuntimeSession
+from attnserve_server.model.bands import SlidingBand
 from attnserve_server.model.certificate import Batching
 from attnserve_server.model.manifest import GoldenSpec, Manifest
 
 GOLDEN_LENGTHS = (5, 12, 8)
-"""Mixed, so that two of the three sequences are padded."""
+"""Mixed, so that two of the three sequences are padded. Each further axis begins one place later, so that a provider
+that aligns the queries of one axis with the keys of another in another way is found."""
+_MOST_FOR_A_WINDOW = 256
+"""The second length reaches beyond the widest window of the model, up to this."""
 MAX_GOLDEN_BYTES = 256 * 2**10
 _LONG_INPUT = 4096
 """An input of more numbers than this repeats itself, so that the file stays small."""
@@ -68,10 +73,14 @@ def with_golden(
     if manifest.past is not None:
         past = manifest.past.model_copy(update={"golden": golden.model_copy(update={"sequences": 1})})
         described = described.model_copy(update={"past": past})
-    try:
-        answered = answers(session, described.under(batching), _sequences(manifest, sampler, GOLDEN_LENGTHS))
-    except RunFailed:
-        steps.warn(f"no golden answers: the model does not run on lengths of {', '.join(map(str, GOLDEN_LENGTHS))}")
+    lengths = _lengths(manifest)
+    answered: list[GoldenSequence] = []
+    for step in (1, 0):  # the axes of some models do not take every pair of lengths
+        with contextlib.suppress(RunFailed):
+            answered = answers(session, described.under(batching), _sequences(manifest, sampler, lengths, step))
+            break
+    if not answered:
+        steps.warn(f"no golden answers: the model does not run on lengths of {', '.join(map(str, lengths))}")
         return manifest, {}
     continued: list[GoldenSequence] = []
     if continuing is not None and described.continuing is not None:
@@ -81,12 +90,27 @@ def with_golden(
     return described, {GOLDEN_FILE: work / GOLDEN_FILE}
 
 
-def _sequences(manifest: Manifest, sampler: Sampler, lengths: Sequence[int]) -> list[dict[str, Array]]:
+def _lengths(manifest: Manifest) -> tuple[int, ...]:
+    """Return the lengths of the sequences; the second one reaches beyond the widest window."""
+    bands = [site.band for site in manifest.sites if isinstance(site.band, SlidingBand)]
+    widest = max((band.dilation * max(band.before, band.after) for band in bands), default=0)
+    first, second, third = GOLDEN_LENGTHS
+    return first, max(second, min(widest + 2, _MOST_FOR_A_WINDOW)), third
+
+
+def _sequences(manifest: Manifest, sampler: Sampler, lengths: Sequence[int], step: int) -> list[dict[str, Array]]:
+    """Draw the sequences; each further axis has the lengths from `step` places later on."""
     symbols = sampler.signature.symbols
     longest = {symbol: manifest.axis(symbol).max_length for symbol in symbols}
     drawn = (
-        sampler.sequence({symbol: min(length, longest[symbol]) for symbol in symbols}, row)
-        for row, length in enumerate(lengths)
+        sampler.sequence(
+            {
+                symbol: min(lengths[(row + step * place) % len(lengths)], longest[symbol])
+                for place, symbol in enumerate(symbols)
+            },
+            row,
+        )
+        for row in range(len(lengths))
     )
     return [{name: _repeating(array) for name, array in inputs.items()} for inputs in drawn]
 
