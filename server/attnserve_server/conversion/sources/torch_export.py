@@ -13,17 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.finders.names import WRAPPER
+from attnserve_server.conversion.rewrite.repair import repair
 from attnserve_server.model.manifest import BATCH
-
-_ROTARY_CACHES = (1, 2)
-"""Positions of cos and sin among the inputs of `RotaryEmbedding`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +99,8 @@ def _dynamo(traceable: Traceable, opset: int) -> onnx.ModelProto:
     )
     assert program is not None
     _name_outputs(program.model.graph, traceable.output_names)
-    widen_rotary_caches(program.model.graph)
+    # Dynamo shares one row of rotary angles among the batch.
+    repair(program.model.graph)
     return program.model_proto
 
 
@@ -176,34 +174,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def widen_rotary_caches(graph: ir.Graph) -> None:
-    """Add the batch axis to the cos and sin of every `RotaryEmbedding`, in place, because the runtime requires it.
-
-    Dynamo shares one row of angles, (1, L, D / 2), among the batch. Without position ids the operator requires
-    (B, L, D / 2). Source: ONNX operators, RotaryEmbedding-23.
-    """
-    for node in list(graph):
-        if node.op_type != "RotaryEmbedding" or node.domain or (len(node.inputs) > 3 and node.inputs[3] is not None):
-            continue
-        hidden = node.inputs[0]
-        assert hidden is not None
-        rows = ir.node("Shape", [hidden], attributes={"start": 0, "end": 1})
-        shape = ir.node("Concat", [rows.outputs[0], _ones(graph)], attributes={"axis": 0})
-        added = [rows, shape]
-        for position in _ROTARY_CACHES:
-            wide = ir.node("Expand", [node.inputs[position], shape.outputs[0]])
-            added.append(wide)
-            node.replace_input_with(position, wide.outputs[0])
-        graph.insert_before(node, added)
-
-
-def _ones(graph: ir.Graph) -> ir.Value:
-    """Return the initializer [1, 1]: `Expand` leaves the length and half the head size as they are."""
-    name = "attnserve.rotary.ones"
-    if name not in graph.initializers:
-        array = np.ones(2, np.int64)
-        value = ir.val(name, ir.DataType.INT64, ir.Shape([2]), const_value=ir.tensor(array, name=name))
-        graph.register_initializer(value)
-    return graph.initializers[name]
