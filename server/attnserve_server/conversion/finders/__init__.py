@@ -21,6 +21,7 @@ from attnserve_server.conversion.finders import (
     recurrent,
 )
 from attnserve_server.conversion.finders.names import site_names
+from attnserve_server.conversion.finders.order import in_layer_order
 
 Finder = Callable[[ir.Graph], Iterable[FoundSite]]
 """Yields the sites of its form in a graph, and does not change the graph."""
@@ -39,12 +40,13 @@ FINDERS: tuple[Finder, ...] = (
 
 
 def find_sites(graph: ir.Graph, finders: Iterable[Finder] = FINDERS) -> dict[str, FoundSite]:
-    """Return all sites of a graph by name, in the order in which the graph computes them."""
+    """Return all sites of a graph by name, in the order of their layers."""
     claimed: dict[ir.Node, FoundSite] = {}
     for finder in finders:
         for site in finder(graph):
             claimed.setdefault(site.node, site)
-    ordered = [claimed[node] for node in graph.all_nodes() if node in claimed]
+    nodes = [node for node in graph.all_nodes() if node in claimed]
+    ordered = [claimed[node] for node in in_layer_order(graph, nodes)]
     return dict(zip(site_names([site.node for site in ordered]), ordered, strict=True))
 
 
