@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
+from tokenizers.normalizers import Normalizer
 
 from attnserve_server.domain.values import AxisUnits
 from attnserve_server.model.prompts import without_prompt
@@ -116,7 +117,8 @@ class TextTokenizer:
             N positions; none if the tokenizer adds no special tokens and its normalisation removes the whole text.
             Spans count Unicode code points of the caller's text, before normalisation. A token's span is the
             tokenizer's own (some include the space before a word). A word's span excludes white space at both ends, and
-            includes the combining marks that normalisation strips from its end.
+            includes the characters at its end that normalisation strips as combining marks, or composes with those
+            before them.
 
         Raises:
             TruncationFailed: the text is too long for the tokenizer's own truncation, which shortens the other text
@@ -140,7 +142,7 @@ class TextTokenizer:
         mask = np.array(encoding.attention_mask, dtype=np.int64)
         if limit is not None and len(ids) > limit:
             return TokenizedText(ids, type_ids, mask, AxisUnits(axis=axis, length=len(ids)))
-        words = _Words()
+        words = _Words(self._tokenizer.normalizer)
         if self._knows_words:
             words.add(encoding, (text, pair))
         special = tuple(flag == 1 for flag in encoding.special_tokens_mask)
@@ -215,7 +217,7 @@ class TextTokenizer:
             words: whether to find words, which takes longer than all the rest.
         """
         numbers: list[int] = ids.tolist()
-        found = self._words_of_ids(numbers) if words and self._knows_words else _Words()
+        found = self._words_of_ids(numbers) if words and self._knows_words else _Words(None)
         return AxisUnits(
             axis=axis or self._axis,
             length=len(numbers),
@@ -231,7 +233,7 @@ class TextTokenizer:
         return self._tokenizer.token_to_id(token) if special is None else special
 
     def _words_of_ids(self, numbers: Sequence[int]) -> _Words:
-        words = _Words()
+        words = _Words(self._tokenizer.normalizer)
         if any(not 0 <= number < ID_BOUND for number in numbers):
             return words
         for special, run in _runs(numbers, self._special_ids):
@@ -241,7 +243,7 @@ class TextTokenizer:
             text = self._tokenizer.decode(run, skip_special_tokens=False)
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
             if encoding.ids != run:
-                return _Words()
+                return _Words(None)
             words.add(encoding, (text,))
         return words
 
@@ -267,11 +269,13 @@ class _Words:
     """Collects words, in the order of their first pieces, counted over all segments.
 
     Args:
+        normalizer: of the tokenizer; None: it has none.
         ids: word of each token; -1: none.
         texts: text of each word.
         spans: (segment, start, end) of each word.
     """
 
+    normalizer: Normalizer | None
     ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     spans: list[tuple[int, int, int]] = field(default_factory=list)
@@ -297,10 +301,27 @@ class _Words:
         for segment, start, end in spans:
             first, last = _without_outer_space(texts[segment], start, end)
             if last == end:
-                while (segment, last) not in claimed and _is_mark(texts[segment], last):
+                while (segment, last) not in claimed and self._belongs(texts[segment], first, last):
                     last += 1
             self.spans.append((segment, first, last))
             self.texts.append(texts[segment][first:last])
+
+    def _belongs(self, text: str, first: int, position: int) -> bool:
+        """Whether the character at `position` belongs to the word that starts at `first` and ends before it.
+
+        A combining mark does. So does a character that normalisation composes with those before it, such as the
+        decomposed vowel of a Hangul syllable: it changes the normalised word, and adds no character. The library
+        gives the composed character the span of the first one only.
+        """
+        if position >= len(text) or text[position].isspace():
+            return False
+        if unicodedata.category(text[position]).startswith("M"):
+            return True
+        if self.normalizer is None or text[position].isascii():
+            return False
+        without = self.normalizer.normalize_str(text[first:position])
+        composed = self.normalizer.normalize_str(text[first : position + 1])
+        return composed != without and len(composed) <= len(without)
 
 
 def _has_words(tokenizer: Tokenizer) -> bool:
@@ -320,8 +341,3 @@ def _without_outer_space(text: str, start: int, end: int) -> tuple[int, int]:
         return start, end
     first = start + text[start:end].index(inner[0])
     return first, first + len(inner)
-
-
-def _is_mark(text: str, position: int) -> bool:
-    """Whether the character there is a combining mark, which belongs to the character before it."""
-    return position < len(text) and unicodedata.category(text[position]).startswith("M")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -161,6 +162,44 @@ def test_words_are_slices_of_the_text_before_normalisation(minilm, text, words):
     units = minilm.encode(text).units
     assert list(units.words) == words
     assert [text[start:end] for _, start, end in units.word_spans] == words
+
+
+def spaced(normalizer: normalizers.Normalizer) -> TextTokenizer:
+    """A tokenizer that normalises a text, and splits it at white space and punctuation."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return TextTokenizer(tokenizer, "seq")
+
+
+DECOMPOSED = unicodedata.normalize("NFD", "한글")
+"""Two syllables of three letters each."""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (DECOMPOSED, [DECOMPOSED]),
+        (f"a {DECOMPOSED}, {DECOMPOSED} b", ["a", DECOMPOSED, ",", DECOMPOSED, "b"]),
+        (f"{DECOMPOSED}。", [DECOMPOSED, "。"]),
+        ("ｶﾞｷﾞ x", ["ｶﾞｷﾞ", "x"]),  # half-width letters, each with its own voicing mark, compose to one each
+        ("e\u0301 x", ["e\u0301", "x"]),
+        ("ﬁ ㎞ x", ["ﬁ", "㎞", "x"]),  # one character becomes two
+    ],
+)
+@pytest.mark.parametrize("normalizer", [normalizers.NFKC(), normalizers.Sequence([normalizers.NFKC()])])
+def test_words_include_the_characters_that_normalisation_composes(
+    normalizer: normalizers.Normalizer, text: str, words: list[str]
+) -> None:
+    units = spaced(normalizer).encode(text).units
+    assert list(units.words) == words
+    assert [text[start:end] for _, start, end in units.word_spans] == words
+
+
+def test_characters_that_normalisation_removes_are_not_added_to_the_word_before_them() -> None:
+    text = "a\u200b b"  # a zero-width space
+    units = spaced(normalizers.Replace("\u200b", "")).encode(text).units
+    assert list(units.words) == ["a", "b"]
 
 
 @given(text=st.text(max_size=40), pair=st.text(max_size=20))
