@@ -296,6 +296,52 @@ def test_external_data_outside_the_folder_is_refused(way: str, tmp_path: Path) -
     assert not (tmp_path / "models").exists()
 
 
+@pytest.mark.parametrize("place", ["onnx", "."])
+def test_external_data_is_read_through_the_links_of_a_cache(place: str, tmp_path: Path) -> None:
+    # As hub caches store a revision: links to blobs that are named by their digests.
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0a1b" / place
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    onnx.save(encoder(), snapshot / "model.onnx", save_as_external_data=True, location="model.data", size_threshold=0)
+    for number, name in enumerate(("model.onnx", "model.data")):
+        (snapshot / name).rename(blobs / f"blob{number}")
+        (snapshot / name).symlink_to(blobs / f"blob{number}")
+    request = PrepareRequest(file=snapshot / "model.onnx", name="linked", repository=tmp_path / "models")
+    assert prepare_bundle(request).manifest.sites[0].available
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_external_data_that_is_linked_out_of_the_cache_is_refused_with_the_remedy(linked: bool, tmp_path: Path) -> None:
+    blobs, snapshot, outside = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0a1b", tmp_path / "secret"
+    for folder in (blobs, snapshot, outside):
+        folder.mkdir(parents=True)
+    file, data = snapshot / "model.onnx", snapshot / "model.data"
+    onnx.save(encoder(), file, save_as_external_data=True, location="model.data", size_threshold=0)
+    data.rename(outside / "data")
+    data.symlink_to(outside / "data")
+    if linked:
+        file.rename(blobs / "blob")
+        file.symlink_to(blobs / "blob")
+    with pytest.raises(BuildRefused, match="copy the data itself beside the model"):
+        prepare_bundle(PrepareRequest(file=file, name="linked", repository=tmp_path / "models"))
+
+
+def test_external_data_in_a_folder_that_is_linked_out_of_the_model_s_folder_is_refused(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+    file = inside / "model.onnx"
+    onnx.save(encoder(), file, save_as_external_data=True, location="model.data", size_threshold=0)
+    (inside / "model.data").rename(outside / "model.data")
+    (inside / "weights").symlink_to(outside)
+    model = onnx.load(file, load_external_data=False)
+    for tensor in model.graph.initializer:
+        tensor.external_data[0].value = "weights/model.data"
+    file.write_bytes(model.SerializeToString())
+    with pytest.raises(BuildRefused, match="copy the data itself beside the model"):
+        prepare_bundle(PrepareRequest(file=file, name="linked", repository=tmp_path / "models"))
+
+
 def test_wrong_weights_fail_the_check_and_no_bundle_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Assembled, "product_errors", lambda *arguments: {"attention_0": 0.5})
     with pytest.raises(CheckFailed, match=r"attention weights differ .* by 0\.5.*no bundle was written"):

@@ -6,29 +6,24 @@
 from __future__ import annotations
 
 import math
-import stat
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Literal
 
 import onnx
 import onnx.inliner
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.graphs.external_data import MAX_GRAPH_BYTES, read_external_data, too_large
 from attnserve_server.conversion.graphs.lowering import lowered
 from attnserve_server.conversion.graphs.operators import (
     refuse_unknown_operators,
     refuse_unknown_versions,
     runtime_operators_set_apart,
-    subgraphs_of,
 )
 
 HOW_TO_NAME = "name its axes in the file, as onnx.tools.update_model_dims does, or in the export"
-MAX_GRAPH_BYTES = 2**31 - 1
-"""The limit of one protobuf message."""
 MAX_NODES = 1_000_000
 """The limit of nodes after functions are inlined. The largest models have some ten thousand; functions that call
 functions could make any number from a small file."""
@@ -39,14 +34,14 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
     Raises:
         BuildRefused: the file is no ONNX file, is cut short or invalid, needs a version or operator that is not
-            supported, refers to data outside its folder, or exceeds 2 GiB.
+            supported, refers to data outside its folder and cache, or exceeds 2 GiB.
     """
     name = path.name
     if not path.is_file():
         raise BuildRefused(f"{name}: there is no such file" if not path.is_dir() else f"{name} is a folder")
     size = path.stat().st_size
     if size > MAX_GRAPH_BYTES:
-        raise _too_large(name, size)
+        raise too_large(name, size)
     proto = onnx.ModelProto()
     try:
         # onnx.load would choose the format by the file's name.
@@ -56,7 +51,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
     if not proto.graph.node:
         raise BuildRefused(f"{name} is not an ONNX file, or is empty: it has no graph")
     refuse_unknown_versions(proto, name)
-    _read_external_data(proto, path)
+    read_external_data(proto, path)
     return checked(proto, name)
 
 
@@ -67,7 +62,7 @@ def checked(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
         BuildRefused: the model is invalid, needs a version or operator that is not supported, or exceeds 2 GiB.
     """
     if proto.ByteSize() > MAX_GRAPH_BYTES:
-        raise _too_large(name, proto.ByteSize())
+        raise too_large(name, proto.ByteSize())
     refuse_unknown_versions(proto, name)
     for value in proto.graph.input:
         kind = value.type.WhichOneof("value") or "unknown_type"
@@ -125,65 +120,6 @@ def _has_shape(value: onnx.ValueInfoProto) -> bool:
     return value.type.tensor_type.HasField("shape")
 
 
-def _read_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    """Read a model's external data into it, from files in the model's folder only."""
-    name = path.name
-    total = proto.ByteSize()
-    for tensor in _external_tensors(proto):
-        facts = {entry.key: entry.value for entry in tensor.external_data}
-        data = path.parent / _inside(facts.get("location", ""), name)
-        try:
-            status = data.lstat()
-        except (OSError, ValueError):
-            raise BuildRefused(f"{name}: its external data {data.name!r} is missing") from None
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            # A link's target may be outside the folder, or be changed from outside.
-            raise BuildRefused(
-                f"{name}: its external data {data.name!r} is a link or no regular file; copy the data itself"
-            )
-        length = facts.get("length", "")
-        total += int(length) if length.isdecimal() and len(length) < 20 else status.st_size
-        if total > MAX_GRAPH_BYTES:
-            raise _too_large(name, total)
-    try:
-        load_external_data_for_model(proto, str(path.parent))
-    except Exception:  # noqa: BLE001 - the boundary to onnx, which raises many types here
-        raise BuildRefused(f"{name}: its external data is missing, cut short, or outside the model's folder") from None
-
-
-def _inside(location: str, name: str) -> str:
-    """Return a location if it cannot leave the model's folder: it has no drive, no root and no `..`.
-
-    Raises:
-        BuildRefused: it is empty or can leave the folder.
-    """
-    for path in (PurePosixPath(location), PureWindowsPath(location)):
-        if not location or path.drive or path.root or ".." in path.parts:
-            # Of an absolute location, the message has the last part only, because messages hold no path of a machine.
-            shown = path.name if path.drive or path.root else location
-            raise BuildRefused(
-                f"{name}: the location {shown!r} of its external data is outside the model's folder; "
-                "copy the data beside the model, and set the location to the name of the copy"
-            )
-    return location
-
-
-def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Yield all tensors with external data, those of constants and subgraphs included."""
-    graphs: list[onnx.GraphProto] = [proto.graph]
-    nodes: list[onnx.NodeProto] = [node for function in proto.functions for node in function.node]
-    while graphs or nodes:
-        if graphs:
-            graph = graphs.pop()
-            yield from (tensor for tensor in graph.initializer if uses_external_data(tensor))
-            nodes.extend(graph.node)
-            continue
-        node = nodes.pop()
-        for attribute in node.attribute:
-            yield from (tensor for tensor in (attribute.t, *attribute.tensors) if uses_external_data(tensor))
-        graphs.extend(subgraphs_of(node))
-
-
 def _in_order(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     """Return the model with its nodes sorted so that they can run; some exporters write them in another order."""
     known = {value.name for value in proto.graph.input} | {tensor.name for tensor in proto.graph.initializer}
@@ -236,12 +172,6 @@ def _refuse_too_many_nodes(proto: onnx.ModelProto, name: str) -> None:
     )
     if total > MAX_NODES:
         raise BuildRefused(f"{name} has {total} nodes after its functions are inlined; the limit is {MAX_NODES}")
-
-
-def _too_large(name: str, size: int) -> BuildRefused:
-    return BuildRefused(
-        f"{name} has {size} bytes with its external data; the limit of an ONNX file is {MAX_GRAPH_BYTES}"
-    )
 
 
 def _first_words(fault: Exception) -> str:
