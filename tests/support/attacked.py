@@ -8,8 +8,8 @@ from typing import Any
 
 import onnx
 from attnserve_server.conversion.graphs.reading import precision_of
-from attnserve_server.conversion.inputs.lookups import extreme_ids_of
 from attnserve_server.conversion.inputs.signature import signature_of
+from attnserve_server.conversion.inputs.vocabulary import extreme_ids_of
 from attnserve_server.conversion.probing.axes import probe_axes
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import onnx
 
-from attnserve_server.conversion.inputs.lookups import vocabulary_size_of
+from attnserve_server.conversion.inputs.vocabulary import vocabulary_size_of
 from attnserve_server.model.manifest import InputRole
 
 _NUMBERED = re.compile(r"[._:]\d+$")

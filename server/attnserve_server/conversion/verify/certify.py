@@ -10,7 +10,7 @@ import onnx
 from attnserve_server.conversion.assemble import Assembled
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
-from attnserve_server.conversion.inputs.lookups import extreme_ids_of
+from attnserve_server.conversion.inputs.vocabulary import extreme_ids_of
 from attnserve_server.conversion.learning.batch_axis import BATCH_FIRST, batch_on_axis_1, names_the_batch_first
 from attnserve_server.conversion.proof import Proof, prove
 from attnserve_server.conversion.proof.attack import DEFAULT_SECONDS, attack

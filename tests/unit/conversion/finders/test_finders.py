@@ -12,7 +12,7 @@ from attention_graphs import Case
 from attnserve_server.conversion.base.sites import FoundSite, Scores, Untappable
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.finders.names import NAME_SCOPES, site_names
-from attnserve_server.conversion.inputs.lookups import vocabulary_size_of
+from attnserve_server.conversion.inputs.vocabulary import vocabulary_size_of
 from attnserve_server.model.bands import SlidingBand
 from onnx import helper, numpy_helper
 

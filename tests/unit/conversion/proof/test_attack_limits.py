@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from attacked import SOME, attacked, broken, proof_of, target_of
-from attnserve_server.conversion.inputs.lookups import extreme_ids_of
+from attnserve_server.conversion.inputs.vocabulary import extreme_ids_of
 from attnserve_server.conversion.proof.answers import Answers
 from attnserve_server.conversion.proof.attack import _aim, attack
 from attnserve_server.conversion.proof.contents import Author, Draft
