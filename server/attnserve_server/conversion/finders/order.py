@@ -6,6 +6,7 @@ before an earlier one of another, so that the order of nodes is no order of laye
     towers that exchange no data      one after the other, in the order of the graph's inputs that they read
     sites with more sites behind them first: an encoder's come before those of the decoder that reads it
     sites with more sites before them first
+    sites that read an earlier input  of the graph first
     the others                        in the order in which the graph's outputs reach them, first operands first
 """
 
@@ -48,9 +49,10 @@ def in_layer_order(graph: ir.Graph, nodes: Sequence[ir.Node]) -> list[ir.Node]:
         for tower in set(towers)
     }
 
-    def key(place: int) -> tuple[int, int, int, int, int]:
+    def key(place: int) -> tuple[int, ...]:
         node, tower = nodes[place], towers[place]
-        return (first_input[tower], first_visit[tower], -behind[place], -before[place].bit_count(), ranks.get(node, 0))
+        ties = (_lowest_bit(flow.inputs_of[node]), ranks.get(node, 0))
+        return (first_input[tower], first_visit[tower], -behind[place], -before[place].bit_count(), *ties)
 
     return [nodes[place] for place in sorted(range(len(nodes)), key=key)]
 

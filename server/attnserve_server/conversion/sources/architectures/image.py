@@ -113,5 +113,5 @@ class ImageText(Family):
         )
 
     def weights(self, answer: Any) -> Sequence[torch.Tensor | None]:
-        """Return the layers of the image encoder, which the graph computes first, then those of the text encoder."""
-        return [*answer.vision_model_output.attentions, *answer.text_model_output.attentions]
+        """Return the layers of the text encoder, whose input is the first, then those of the image encoder."""
+        return [*answer.text_model_output.attentions, *answer.vision_model_output.attentions]
