@@ -199,7 +199,10 @@ class TensorSpec(_message.Message):
     dtype: _tensor_pb2.DataType.ValueType
     """Its element type."""
     optional: _builtins.bool
-    """For an input: whether a request may leave it out, because the server fills it (for example a mask, with ones)."""
+    """For an input: whether a request may leave it out, because the server fills it (for example a mask,
+    with the value that hides no position: 1, or 0 (False) in a mask whose 1 (True) hides a position, such as
+    `src_key_padding_mask`). A mask that a request sends has the values that the model's graph defines.
+    """
     vocabulary_size: _builtins.int
     """For an input of token ids: the number of ids, which start at 0. 0 if it is not known, and for any other input."""
     additive_mask: _builtins.bool

@@ -143,7 +143,7 @@ def _values(spec: InputSpec, lengths: dict[str, int], vocabulary_size: int) -> A
     shape = tuple(lengths[extent] if isinstance(extent, str) else extent for extent in spec.shape)
     dtype = NUMPY_DTYPES[spec.dtype]
     if spec.role is InputRole.ATTENTION_MASK:
-        return np.ones(shape, dtype)
+        return np.full(shape, spec.data_value, dtype)
     if spec.role is InputRole.TOKEN_IDS and vocabulary_size:
         return (np.arange(np.prod(shape)) % vocabulary_size).astype(dtype).reshape(shape)
     filled = np.full(shape, spec.fill or 0, dtype)

@@ -22,7 +22,7 @@ class InputRole(StrEnum):
     TOKEN_IDS = "token_ids"  # noqa: S105 - a role, not a secret
     """Ids into the vocabulary. The server checks them against its size; the tokenizer makes them from text."""
     ATTENTION_MASK = "attention_mask"
-    """1 for data, 0 for padding."""
+    """1 for data, 0 for padding; the other way round if the input is `inverted`."""
     TOKEN_TYPE_IDS = "token_type_ids"  # noqa: S105 - a role, not a secret
     """0 for the first text, 1 for the second."""
     POSITION_IDS = "position_ids"
@@ -78,6 +78,7 @@ class InputSpec(Frozen):
         needs_key: for an additive mask, whether the model returns NaN if a row of the mask is all minus infinity.
         counted: for an attention mask, whether the graph reads only the number of its ones. Ones must precede zeros
             then, because any other order hides the wrong positions.
+        inverted: for an attention mask, whether 1 (True) hides a position, and 0 (False) means data.
     """
 
     name: str
@@ -91,11 +92,17 @@ class InputSpec(Frozen):
     additive_mask: bool = False
     needs_key: bool = False
     counted: bool = False
+    inverted: bool = False
 
     @property
     def optional(self) -> bool:
         """Whether the server fills the input if a request leaves it out."""
         return self.fill is not None or self.role is InputRole.POSITION_IDS
+
+    @property
+    def data_value(self) -> int:
+        """The value of an attention mask at positions that hold data."""
+        return 0 if self.inverted else 1
 
     def ranges_at(self, column: int) -> tuple[IndexRange, ...]:
         """Return the ranges of one column along the last axis; empty: any number is valid there."""

@@ -168,8 +168,8 @@ class InputReader:
             return np.ascontiguousarray(types, dtype)
         if spec.role is InputRole.ATTENTION_MASK:
             constant = self._intake.constants.get(spec.name)
-            if constant is None or spec.fill != 1 or not tokens.mask.all():
-                return np.ascontiguousarray(tokens.mask, dtype)
+            if constant is None or spec.fill != spec.data_value or not tokens.mask.all():
+                return np.ascontiguousarray(1 - tokens.mask if spec.inverted else tokens.mask, dtype)
             return constant[: len(tokens.ids)]
         return None
 

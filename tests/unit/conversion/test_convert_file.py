@@ -221,10 +221,11 @@ def test_site_along_an_unknown_axis_is_listed_without_weights(tmp_path: Path) ->
     assert site.items_input is None
 
 
-def test_inverted_mask_does_not_hide_padding(tmp_path: Path) -> None:
-    # Zeros pad the mask, and zero keeps a key here.
+def test_mask_whose_true_hides_keys_is_padded_with_true(tmp_path: Path) -> None:
     manifest = prepared(Foreign(mask="inverted", projected=False).model(), tmp_path).manifest
-    assert not manifest.axis("frames").paddable
+    mask = manifest.input("key_mask")
+    assert (mask.role, mask.inverted, mask.padding, mask.fill) == (InputRole.ATTENTION_MASK, True, 1, 0)
+    assert manifest.axis("frames").paddable
     assert manifest.sites[0].kind == "self"
 
 

@@ -253,3 +253,21 @@ def test_feature_frames_have_positions_and_other_ids_have_no_words() -> None:
     manifest = crossing("seq", "codes", axes=axes, inputs=inputs, text=TextSpec(axis="seq", max_tokens=12))
     with pytest.raises(AttentionUnavailable, match="words along axis 'codes'"):
         checked(manifest, sent, unit=WORD_UNIT)
+
+
+@pytest.mark.parametrize("padded", [0, 7])
+def test_mask_whose_true_hides_positions_is_false_for_tokens_and_true_for_padding(padded: int) -> None:
+    mask = InputSpec(name="padding_mask", dtype="bool", shape=("source",), role=MASK, padding=1, fill=0, inverted=True)
+    manifest = encoder_decoder()
+    inputs = tuple(mask if spec.name == "attention_mask" else spec for spec in manifest.inputs)
+    raw = tiny_tokenizer()
+    if padded:
+        raw.enable_padding(length=padded)
+    limits = {"max_batch_size": 8, "max_text_bytes": 100, "max_response_bytes": 10_000}
+    intake = Intake.of(
+        manifest.model_copy(update={"inputs": inputs}), TextTokenizer(raw, "source", ["source"]), **limits
+    )
+    request = pb.InferRequest(model="tiny", sequences=[of_text("the cat sat", "a dog")])
+    (sequence,) = validate(Received(request, request.ByteSize()), intake).sequences
+    assert sequence.tensors["padding_mask"].dtype == np.bool_
+    assert sequence.tensors["padding_mask"].tolist() == [False] * 5 + [True] * max(padded - 5, 0)

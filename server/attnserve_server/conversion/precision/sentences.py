@@ -85,7 +85,7 @@ def _filled(own: InputSpec, spec: TextSpec, encoded: TokenizedText) -> Array | N
     if own.role is InputRole.TOKEN_TYPE_IDS:
         return type_ids[:length]
     if own.role is InputRole.ATTENTION_MASK:
-        return mask[:length]
+        return 1 - mask[:length] if own.inverted else mask[:length]
     if is_position(own.name):
         return np.arange(length)
     return None if own.fill is None else np.full(length, own.fill)

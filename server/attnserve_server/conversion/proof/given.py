@@ -35,7 +35,7 @@ def allowed_value(spec: InputSpec) -> float | None:
     """
     dtype = NUMPY_DTYPES[spec.dtype]
     if spec.role is InputRole.ATTENTION_MASK:
-        return 1.0
+        return float(spec.data_value)
     if spec.role is InputRole.TOKEN_IDS:
         return None
     if spec.role is InputRole.TOKEN_TYPE_IDS or is_position(spec.name):

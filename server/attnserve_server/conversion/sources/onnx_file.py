@@ -23,6 +23,7 @@ from attnserve_server.conversion.inputs.signature import (
 from attnserve_server.conversion.inputs.text import padding_id_of, text_of
 from attnserve_server.conversion.learning.batch_axis import takes_one_row_alone
 from attnserve_server.conversion.learning.inputs import with_equal_axes, with_free_length
+from attnserve_server.conversion.learning.polarity import with_polarity
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.rewrite.counted_masks import CountedMasks, with_whole_masks
 from attnserve_server.conversion.rewrite.repair import repair
@@ -73,10 +74,14 @@ class OnnxFile(Source):
         signature = with_equal_axes(proto, signature_of(proto.graph, padding_id), work)
         if decoder is not None:
             signature = with_counted_positions(signature)
+        signature = with_polarity(proto, signature, work)
         signature = with_counted_masks(signature, masks.kept)
         if signature.fixed_batch:
             steps.warn("the batch axis is fixed at 1: every sequence runs alone")
         _warn_of_unbounded(signature, steps)
+        for spec in signature.inputs:
+            if spec.inverted:
+                steps.warn(f"1 hides a position in {spec.name!r}: texts, and requests without it, get zeros")
         max_lengths = dict.fromkeys(signature.symbols, max_length)
         ids = [spec for spec in signature.inputs if spec.role is InputRole.TOKEN_IDS]
         return SourceGraph(

@@ -1,0 +1,195 @@
+"""Learns by running a graph which value of a mask hides a position: names do not state it, and exporters differ.
+
+    attention_mask          1 or True is data: Hugging Face
+    src_key_padding_mask    True is padding: torch.nn.TransformerEncoder, torch.nn.MultiheadAttention
+
+A value hides positions if a sequence whose last position has it is answered like the sequence without that position,
+and the other value is not. Where both are, as in a causal model, a value hides positions if the content of the first
+position does not change the answers at the others, and the other value lets it. A mask for which neither decides, or
+that no run takes, stays as it was declared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.base.tolerances import Tolerances
+from attnserve_server.conversion.graphs.reading import precision_of, save
+from attnserve_server.conversion.inputs.roles import is_position
+from attnserve_server.conversion.inputs.signature import Signature
+from attnserve_server.conversion.probing.feeds import Sampler
+from attnserve_server.conversion.probing.runtime import GraphRunner
+from attnserve_server.domain.values import Array
+from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec
+
+_LENGTH: Final = 7
+"""The length along the mask's axis. Every other dynamic axis has another one."""
+_OTHER_LENGTH: Final = 9
+_VALUES: Final = (0, 1)
+
+
+def with_polarity(proto: onnx.ModelProto, signature: Signature, work: Path) -> Signature:
+    """Set role, padding and fill of the masks of a graph by what their values do.
+
+    Args:
+        proto: the graph.
+        signature: of the graph; roles are those that names and tables state.
+        work: a folder for a file.
+
+    Returns:
+        The signature. A mask of one axis has the role of an attention mask, and is `inverted` if 1 hides a position.
+        Any other mask is padded with the value that hides a position.
+    """
+    masks = [spec for spec in signature.inputs if _may_be_a_mask(spec, signature)]
+    if not masks:
+        return signature
+    path = work / "polarity.onnx"
+    save(ir.from_proto(proto), path)
+    runner, tolerance = GraphRunner(path), Tolerances.of(precision_of(proto)).neighbours
+    known = signature
+    for spec in masks:
+        trial = _Trial(runner, Sampler(known), spec, frozenset(each.name for each in masks), tolerance)
+        hiding = trial.hiding()
+        if hiding is not None:
+            known = _with(known, spec, hiding)
+    return known
+
+
+def _may_be_a_mask(spec: InputSpec, signature: Signature) -> bool:
+    """Whether an input may hold marks for the positions of its last axis, which another input has too."""
+    if NUMPY_DTYPES[spec.dtype].kind not in "iub" or not spec.shape or not isinstance(spec.shape[-1], str):
+        return False
+    marks = spec.role is InputRole.ATTENTION_MASK or (
+        spec.role is InputRole.DATA and not spec.index_ranges and not is_position(spec.name)
+    )
+    return marks and any(_has_content(each, spec.shape[-1]) for each in signature.inputs)
+
+
+def _has_content(spec: InputSpec, symbol: str) -> bool:
+    """Whether an input holds ids or numbers for each position along an axis."""
+    floats = NUMPY_DTYPES[spec.dtype].kind == "f" and not spec.additive_mask
+    return symbol in spec.shape and (spec.role is InputRole.TOKEN_IDS or floats)
+
+
+def _with(signature: Signature, mask: InputSpec, hiding: int) -> Signature:
+    taken = any(
+        spec.role is InputRole.ATTENTION_MASK and spec.shape == mask.shape and spec.name != mask.name
+        for spec in signature.inputs
+    )
+    update: dict[str, object] = {"padding": float(hiding)}
+    if len(mask.shape) == 1 and not taken:
+        update |= {"role": InputRole.ATTENTION_MASK, "fill": float(1 - hiding), "inverted": bool(hiding)}
+    inputs = tuple(
+        InputSpec.model_validate({**spec.model_dump(), **update}) if spec.name == mask.name else spec
+        for spec in signature.inputs
+    )
+    return replace(signature, inputs=inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Runs of a graph that compare the two values of one mask."""
+
+    runner: GraphRunner
+    sampler: Sampler
+    mask: InputSpec
+    masks: frozenset[str]
+    tolerance: float
+
+    @property
+    def symbol(self) -> str:
+        """The axis whose positions the mask marks."""
+        return str(self.mask.shape[-1])
+
+    def hiding(self) -> int | None:
+        """Return the value that hides a position; None where no run decides it."""
+        for others in _VALUES:
+            try:
+                cuts = [self._cut(value, others) for value in _VALUES]
+                found = self._decided(cuts)
+                # Marks that only set features to zero leave the keys visible; they are no mask.
+                if found is None and (all(cuts) or self.mask.role is InputRole.ATTENTION_MASK):
+                    found = self._decided([self._silent(value, others) for value in _VALUES])
+            except BuildRefused:
+                continue
+            if found is not None:
+                return found
+        return None
+
+    def _decided(self, hidden: list[bool]) -> int | None:
+        return hidden.index(True) if sum(hidden) == 1 else None
+
+    def _cut(self, value: int, others: int) -> bool:
+        """Whether a sequence is answered as without its last position, where the mask has this value."""
+        whole, shorter = self._answers(value, others, -1), self._answers(value, others, None)
+        return all(self._close(_cropped(whole[name], shorter[name]), shorter[name]) for name in shorter)
+
+    def _silent(self, value: int, others: int) -> bool:
+        """Whether the content of the first position, where the mask has this value, changes no other answer."""
+        one, other = self._answers(value, others, 0), self._answers(value, others, 0, changed=True)
+        shorter = self._answers(value, others, None)
+        return all(
+            self._close(_behind(one[name], shorter[name]), _behind(other[name], shorter[name])) for name in shorter
+        )
+
+    def _answers(self, value: int, others: int, at: int | None, *, changed: bool = False) -> dict[str, Array]:
+        """Return the outputs for a sequence whose position `at` is marked with a value, and all others with 1 - value.
+
+        Args:
+            value: of the mask.
+            others: what the other masks hold.
+            at: the marked position; None: none is marked, and the last position is cut off.
+            changed: whether the position has other content.
+        """
+        signature = self.sampler.signature
+        lengths = {symbol: _OTHER_LENGTH + place for place, symbol in enumerate(signature.symbols)}
+        lengths[self.symbol] = _LENGTH
+        sequence, other = (self.sampler.sequence(lengths, number) for number in (0, 1))
+        for spec in signature.inputs:
+            along = [axis for axis, extent in enumerate(spec.shape) if extent == self.symbol]
+            array = sequence[spec.name]
+            if spec.name == self.mask.name:
+                array = np.full_like(array, 1 - value)
+                if at is not None:
+                    array[..., at] = value
+            elif spec.name in self.masks:
+                array = np.full_like(array, others)
+            elif changed and at is not None and _has_content(spec, self.symbol):
+                place = tuple(at if axis in along else slice(None) for axis in range(array.ndim))
+                array[place] = other[spec.name][place] + (0 if spec.role is InputRole.TOKEN_IDS else 1)
+            if at is None:
+                array = array[tuple(slice(-1) if axis in along else slice(None) for axis in range(array.ndim))]
+            sequence[spec.name] = array
+        feeds: Mapping[str, Array] = {name: array[None] for name, array in sequence.items()}
+        return self.runner.run(feeds, self.runner.output_names, tap=False)
+
+    def _close(self, found: Array | None, expected: Array | None) -> bool:
+        if found is None or expected is None or found.shape != expected.shape:
+            return False
+        if found.dtype.kind != "f":
+            return bool((found == expected).all())
+        scale = float(np.abs(np.nan_to_num(expected, posinf=0.0, neginf=0.0)).max(initial=0.0))
+        return bool(np.allclose(found, expected, rtol=0, atol=self.tolerance * max(scale, 1e-6)))
+
+
+def _cropped(whole: Array, shorter: Array) -> Array | None:
+    """Return the part of a longer sequence's answer that the shorter one has; None where ranks differ."""
+    if whole.ndim != shorter.ndim:
+        return None
+    return whole[tuple(slice(size) for size in shorter.shape)]
+
+
+def _behind(whole: Array, shorter: Array) -> Array | None:
+    """Return an answer without its first position along the axes that follow the sequence."""
+    if whole.ndim != shorter.ndim:
+        return None
+    sizes = zip(whole.shape, shorter.shape, strict=True)
+    return whole[tuple(slice(1 if longer != size else 0, None) for longer, size in sizes)]
