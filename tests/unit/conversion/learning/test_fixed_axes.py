@@ -137,17 +137,21 @@ def test_encoder_decoder_has_two_axes_each_with_its_own_ids(tmp_path: Path) -> N
 def test_patches_of_an_image_have_their_grid_and_leading_positions(leading: int, tmp_path: Path) -> None:
     manifest = prepared(words_over_patches(50, leading=leading), tmp_path)
     patches = f"fixed_{6 + leading}"
-    assert kinds(manifest) == [("self", patches, patches), ("self", "seq", "seq"), ("cross", "seq", patches)]
+    assert kinds(manifest) == [("self", "seq", "seq"), ("self", patches, patches), ("cross", "seq", patches)]
     assert (manifest.axis(patches).grid, manifest.axis(patches).leading) == ((2, 3), leading)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_words_and_patches_of_one_number_are_two_axes(layers: int, tmp_path: Path) -> None:
     manifest = prepared(words_over_patches(50, 6, layers=layers), tmp_path)
-    own, crossing = ("self", "fixed_6_", "fixed_6_"), ("cross", "fixed_6_", "fixed_6")
-    assert kinds(manifest) == [("self", "fixed_6", "fixed_6"), *[own, crossing] * layers]
-    assert manifest.axis("fixed_6").grid == (2, 3)
-    assert manifest.axis("fixed_6_").grid is None
+    own, image, crossing = (
+        ("self", "fixed_6", "fixed_6"),
+        ("self", "fixed_6_", "fixed_6_"),
+        ("cross", "fixed_6", "fixed_6_"),
+    )
+    assert kinds(manifest) == [own, image, crossing, *[own, crossing] * (layers - 1)]
+    assert manifest.axis("fixed_6").grid is None
+    assert manifest.axis("fixed_6_").grid == (2, 3)
     assert manifest.fixed_lengths == {"fixed_6": 6, "fixed_6_": 6}
 
 
