@@ -20,6 +20,7 @@ CASES = {
     "half": Foreign(mask="bool", dtype=np.float16),
     "capped": Foreign(mask="float", attributes={"softcap": 2.0, "scale": 0.7}),
     "inverted": Foreign(mask="inverted", projected=False),
+    "broadcast": Foreign(mask="broadcast"),
     "fixed": Foreign(target=16, mask="bool"),
     "patches": Foreign(target="text", source=10, cross=True),
     "rigid": Foreign(target=8, source=10, cross=True, batch=1),
@@ -77,7 +78,7 @@ def test_outputs_and_weights_equal_the_definition(client: Client, name: str) -> 
         np.testing.assert_allclose(map_.weights, weights, atol=weight_tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["masked", "inverted", "crossed", "grouped", "half", "fixed", "patches"])
+@pytest.mark.parametrize("name", ["masked", "inverted", "broadcast", "crossed", "grouped", "half", "fixed", "patches"])
 def test_mixed_lengths_share_a_run_if_padding_is_proved_harmless(client: Client, name: str) -> None:
     assert {result.run.batch_size for result in client.infer(name, feeds_of(CASES[name]))} == {len(LENGTHS)}
 

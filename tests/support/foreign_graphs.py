@@ -19,8 +19,8 @@ WIDTH = 16
 class Foreign:
     """Query features (B, L, W) attend to key features (B, S, W), or to themselves where `target` is `source`.
 
-    `mask`: "" for none, "bool" for (B, S) that keeps, "inverted" for (B, S) that leaves out, "float" for (B, S) that is
-    added to the scores.
+    `mask`: "" for none, "bool" for (B, S) that keeps, "broadcast" for the same as (B, 1, 1, S) at the operator,
+    "inverted" for (B, S) that leaves out, "float" for (B, S) that is added to the scores.
     """
 
     target: str | int | None = "frames"
@@ -76,7 +76,7 @@ class Foreign:
                 node("Expand", ["rows", "square"], ["mask"]),
             ]
             constants |= {"axes": np.array([1, 2]), "one": np.array([1])}
-            operands.append("mask")
+            operands.append("rows" if self.mask == "broadcast" else "mask")
         heads = {"q_num_heads": self.heads, "kv_num_heads": self.kv_heads}
         nodes.append(node("Attention", operands, ["attended"], **heads, **self.attributes))
         outputs = [info("attended", kind, [self.batch, self.target, WIDTH])]
@@ -104,7 +104,7 @@ class Foreign:
         if self.mask == "float":
             scores = scores + wide["key_mask"]
         elif self.mask:
-            allowed &= feeds["key_mask"] if self.mask == "bool" else ~feeds["key_mask"]
+            allowed &= feeds["key_mask"] if self.mask != "inverted" else ~feeds["key_mask"]
         if self.attributes.get("is_causal"):
             allowed &= np.tri(*scores.shape[1:], dtype=bool)
         exponents = np.where(allowed, np.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
@@ -125,7 +125,7 @@ class Foreign:
                 rng.normal(size=count).astype(self.dtype)
                 if self.mask == "float"
                 else kept
-                if self.mask == "bool"
+                if self.mask != "inverted"
                 else ~kept
             )
         return feeds
