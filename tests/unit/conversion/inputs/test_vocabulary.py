@@ -79,6 +79,18 @@ ARITHMETIC = {
         lifted = Add(narrow, narrow_rows)
         row = Where(below, lifted, narrow)
     """,
+    "wrapped by products": """
+        narrow = Cast<to = 6>(input_ids)
+        lifted = Add(narrow, narrow_rows)
+        real = Cast<to = 1>(narrow)
+        below = Less(real, real_zero)
+        not_below = Not(below)
+        keeps = Cast<to = 6>(not_below)
+        kept = Mul(narrow, keeps)
+        lifts = Cast<to = 6>(below)
+        moved = Mul(lifts, lifted)
+        row = Add(moved, kept)
+    """,
     "remainder": "row = Mod(input_ids, rows)",
     "clipped": "row = Clip(input_ids, zero, last)",
     "clipped by Max and Min": "least = Max(input_ids, zero) row = Min(least, last)",
@@ -90,7 +102,7 @@ def behind(arithmetic: str) -> onnx.ModelProto:
     model = parse_model(f"""
         <ir_version: 10, opset_import: ["": 17]> lookup (int64[B, T] input_ids) => (float[B, T, 4] y)
         <int64 zero = {{0}}, int64 rows = {{{ROWS}}}, int64 last = {{{ROWS - 1}}}, int64 one = {{1}},
-         int32 narrow_zero = {{0}}, int32 narrow_rows = {{{ROWS}}}, int64[1] end = {{-1}}>
+         float real_zero = {{0.0}}, int32 narrow_zero = {{0}}, int32 narrow_rows = {{{ROWS}}}, int64[1] end = {{-1}}>
         {{ {arithmetic}
            y = Gather(words, row) }}
     """)
