@@ -92,6 +92,23 @@ async def test_keys_and_values_are_returned_to_requests_that_name_them(client: A
     np.testing.assert_allclose(result.outputs["logits"], expected.logits, rtol=0, atol=10 * TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["optimum", "grouped", "normed", "int4"])
+async def test_new_tokens_after_a_past_equal_the_definition_of_the_whole(client: AsyncClient, name: str) -> None:
+    model, ids, past = await client.model(name), ids_of(8), 5
+    whole = CASES[name].answer(ids)
+    cache = {
+        f"past_key_values{kept.removeprefix('present')}": array[:, :past].astype(np.float32)
+        for kept, array in whole.presents.items()
+    }
+    presents = [spec.name for spec in model.outputs if spec.on_request]
+    result = await client.infer(name, {"input_ids": ids[past:], **cache}, outputs=["logits", *presents], attention=True)
+    np.testing.assert_allclose(result.outputs["logits"], whole.logits[past:], rtol=0, atol=10 * TOLERANCE)
+    for kept in presents:
+        np.testing.assert_allclose(result.outputs[kept], whole.presents[kept], rtol=0, atol=TOLERANCE)
+    for found, weights in zip(result.attention, whole.weights, strict=True):
+        np.testing.assert_allclose(found.weights, weights[:, past:], rtol=0, atol=TOLERANCE)
+
+
 async def test_positions_count_what_the_mask_keeps(client: AsyncClient) -> None:
     ids, mask = ids_of(6), np.array([0, 0, 1, 1, 0, 1])
     result = await client.infer("optimum", {"input_ids": ids, "attention_mask": mask}, attention=True)

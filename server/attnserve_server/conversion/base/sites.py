@@ -1,6 +1,6 @@
 """The types that describe an attention site in a graph: what a finder found, and what runs of the graph taught.
 
-A finder returns `FoundSite`s. `FoundSite.attention` is one of five cases:
+A finder returns `FoundSite`s, whose `attention` is one of five cases:
 
     Scores         the operator computes the weights inside; a tap computes them again from query and key
     Probabilities  the graph has the weights as a value; a tap reads it
@@ -8,8 +8,8 @@ A finder returns `FoundSite`s. `FoundSite.attention` is one of five cases:
     Recurrent      an operator with a state implies the weights; a tap runs it on unit vectors as values
     Untappable     no tap gives the weights; it holds the reason
 
-The axes of `Probabilities`, and their windows, follow from runs of the graph: `Learnt` holds them. It names values and
-refers to none, so that it holds for every copy of the graph. This module reads and changes no graph.
+`Learnt` holds the axes of `Probabilities`, and their windows, which runs of the graph show. It names values and refers
+to none, so that it holds for every copy of the graph. This module reads and changes no graph.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ class Quantized:
 class Rotary:
     """Rotation of the first 2 * R numbers of each head by the angles of its position; R is the width of the tables.
 
-    Row t has the position t plus the first number of `first` (None: 0). With `interleaved`, neighbours form a pair;
-    else a number of the first half and its counterpart in the second. Source: Su et al. 2021, eq. 34.
+    Row t has the position t plus the first number of `first` (None: 0). With `ends`, (B,), each sequence's last row
+    has the position that it states. With `interleaved`, neighbours form a pair; else a number of the first half and its
+    counterpart in the second. Source: Su et al. 2021, eq. 34.
     """
 
     cos: ir.Value
     sin: ir.Value
     interleaved: bool = False
     first: ir.Value | None = None
+    ends: ir.Value | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +128,11 @@ class Scores:
     `causal`: query i sees keys up to i, both counted from the first; `window`: of those the last so many (0: all);
     `ahead`: query i sees keys up to i + ahead (None: all). `band` states both ends in closed form, where there are
     two. `key_ends`, B numbers of int32 in any shape, such as (B,) or (B, 1): keys up to and with that position count,
-    and so do, under a window, queries. `key_counts`, (B,): keys before that position count, and the last query stands
-    at the last of them, so that `causal`, `window` and `ahead` take query i as query i + count - L.
+    and so do, under a window, queries. `key_counts`, (B,): keys before that position count. With it or `behind_past`,
+    the last query stands at the last of these keys: `causal`, `window` and `ahead` count queries from there.
 
-    `zeroed`: a row in which every key is masked is 0. Where it is False, masks are only added, and such a row is what
-    softmax makes of it; the frontier of `causal` then leaves out the last query, as onnxruntime's kernel does (which
-    matters only where keys outnumber queries).
-
+    `zeroed`: a row in which every key is masked is 0. Where it is False, masks are only added, and softmax makes such
+    a row; the frontier of `causal` then leaves out the last query, which matters only where keys outnumber queries.
     `sink`: a score beside those of the keys, one for each head, (H,), or one for all. It takes a share of the softmax,
     so that rows of the keys' weights sum to less than 1.
 
@@ -152,6 +152,7 @@ class Scores:
     band: BandSpec | None = None
     masks: tuple[Mask | KeyPadding, ...] = ()
     key_ends: ir.Value | None = None
+    behind_past: bool = False
     key_counts: ir.Value | None = None
     zeroed: bool = True
     sink: ir.Value | float | None = None

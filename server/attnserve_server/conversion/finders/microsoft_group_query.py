@@ -1,4 +1,4 @@
-"""Find onnxruntime's `GroupQueryAttention` without a past: grouped heads, rotation, windows, lengths of keys.
+"""Find onnxruntime's `GroupQueryAttention`: grouped heads, rotation, windows, lengths of keys, and a past.
 
 Measured on onnxruntime 1.32's CPU kernels: softcap precedes `attention_bias`. Query i attends to the last
 `local_window_size` keys up to and with key i, and to none behind `seqlens_k`. Of `position_ids`, only the first number
@@ -14,8 +14,9 @@ run on other providers only.
 A tap gives the weights under a window as a whole map with zeros outside, because windows of language models are wider
 than most texts, and a band of that width would be larger than the map.
 
-A node that no tap supports (with a past, a quantized cache or an unknown head size, or in a subgraph) is yielded as a
-site with `Untappable(reason)`. `find` raises nothing.
+With a past, the last of L queries stands at the end that `seqlens_k` states, and the outputs of keys and values have
+past and new ones. A node that no tap supports (with a quantized cache or an unknown head size, or in a subgraph) is
+yielded as a site with `Untappable(reason)`. `find` raises nothing.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ from attnserve_server.conversion.finders.operator_nodes import (
 from attnserve_server.conversion.graphs.walk import dimension_of, input_of
 from attnserve_server.model.bands import SlidingBand
 
-_PRESENT_KEY = 1
+_PRESENT_KEY, _PRESENT_VALUE = 1, 2
 _PAST_KEY, _LENGTHS, _COS, _SIN, _POSITIONS, _BIAS, _SINK = 3, 5, 7, 8, 9, 10, 11
 _UNKNOWN = {
     12: "k_scale: weights over a quantized cache are not tapped",
     14: "q_norm_weight: normalized heads are not tapped",
     16: "query_seqlens: chunks of a cache are not tapped",
 }
+_UNKNOWN_BEHIND_PAST = {_POSITIONS: "position_ids beside past_key: rotation by both is not tapped"}
 
 
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
@@ -81,6 +83,7 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
             band=SlidingBand(before=window - 1, after=0) if causal and window else None,
             masks=attention_bias(node, _BIAS, masked_up_to=float(np.finfo(np.float32).min)),
             key_ends=required(node, _LENGTHS, "seqlens_k"),
+            behind_past=_has_past(node),
             sink=_sink(node),
         )
     except NotTappable as why:
@@ -109,10 +112,18 @@ def head_dim_of(node: ir.Node, heads: int, kv_heads: int) -> int:
 
 
 def _refuse_unsupported(node: ir.Node) -> None:
-    past = input_of(node, _PAST_KEY)
-    if past is not None and (past.shape is None or past.shape[2] != 0):
-        raise NotTappable("it takes past_key: weights over a cache are not tapped yet")
+    if _has_past(node):
+        if len(node.outputs) <= _PRESENT_VALUE:
+            raise NotTappable("it takes past_key, and returns no keys and values of past and new positions")
+        refuse_inputs(node, _UNKNOWN_BEHIND_PAST)
+        if node.attributes.get_int("rotary_interleaved", 0):
+            raise NotTappable("it takes past_key, whose heads are rotated in neighbouring pairs")
     refuse_inputs(node, _UNKNOWN)
+
+
+def _has_past(node: ir.Node) -> bool:
+    past = input_of(node, _PAST_KEY)
+    return past is not None and (past.shape is None or past.shape[2] != 0)
 
 
 def _sink(node: ir.Node) -> ir.Value | float | None:
@@ -123,6 +134,14 @@ def _sink(node: ir.Node) -> ir.Value | float | None:
 def _operands(node: ir.Node, heads: int, kv_heads: int, head_dim: int) -> tuple[Operand, Operand, Operand]:
     query, key, value = required(node, 0, "query"), input_of(node, 1), input_of(node, 2)
     rotary = _rotary(node)
+    if _has_past(node):
+        # The outputs that continue the cache have past and new keys, rotated, and all values.
+        columns = None if key is not None else (0, heads * head_dim)
+        return (
+            Operand(query, heads, packed=True, columns=columns, rotary=rotary),
+            Operand(node.outputs[_PRESENT_KEY], kv_heads, packed=False),
+            Operand(node.outputs[_PRESENT_VALUE], kv_heads, packed=False),
+        )
     if key is not None and value is not None:
         return (
             Operand(query, heads, packed=True, rotary=rotary),
@@ -144,4 +163,5 @@ def _rotary(node: ir.Node) -> Rotary | None:
     if cos.shape is None or not isinstance(cos.shape[-1], int):
         raise NotTappable(f"the width of {cos.name!r} is not in the graph")
     interleaved = node.attributes.get_int("rotary_interleaved", 0) == 1
-    return Rotary(cos, sin, interleaved, first=input_of(node, _POSITIONS))
+    ends = required(node, _LENGTHS, "seqlens_k") if _has_past(node) else None
+    return Rotary(cos, sin, interleaved, first=input_of(node, _POSITIONS), ends=ends)

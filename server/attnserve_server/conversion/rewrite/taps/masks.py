@@ -20,12 +20,20 @@ class MaskRows:
         query: the selected rows, (n, H, L, D).
         key: the selected rows, (n, H, S, D).
         counts: `Scores.key_counts`.
+        last: the position of each row's last query, (B,), with `Scores.behind_past`; else None.
     """
 
     def __init__(
-        self, tap: Tap, source: ir.Value, query: ir.Value, key: ir.Value, counts: ir.Value | None = None
+        self,
+        tap: Tap,
+        source: ir.Value,
+        query: ir.Value,
+        key: ir.Value,
+        counts: ir.Value | None = None,
+        last: ir.Value | None = None,
     ) -> None:
-        self._tap, self._source, self._query, self._key, self._counts = tap, source, query, key, counts
+        self._tap, self._source, self._query, self._key = tap, source, query, key
+        self._counts, self._last = counts, last
 
     def of(self, mask: Mask) -> ir.Value:
         """Return the selected rows of a mask, rank 4. A mask of one row serves every row of the batch."""
@@ -129,6 +137,9 @@ class MaskRows:
         positions = tap.unsqueeze(self._positions(self._query), 1)
         if self._counts is not None:
             return tap.op("Add", [positions, tap.op("Sub", [self._ends(self._counts), self._length()])])
+        if self._last is not None:
+            counts = tap.op("Add", [self._ends(self._last), one])
+            return tap.op("Add", [positions, tap.op("Sub", [counts, self._length()])])
         shape = tap.op("Concat", [tap.shape(self._query, 0, 1), one, self._length(), one], axis=0)
         return tap.op("Expand", [positions, shape])
 

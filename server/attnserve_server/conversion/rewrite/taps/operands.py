@@ -131,14 +131,27 @@ class Operands:
         return tap.op("Concat", parts, axis=3)
 
     def _angles(self, rows: ir.Value, table: ir.Value, rotary: Rotary) -> ir.Value:
-        """Return the rows of a table from the first position on, float32 (T, R)."""
+        """Return the rows of a table from the first position on, float32 (T, R); with `ends`, (n, 1, T, R)."""
         tap = self._tap
+        if rotary.ends is not None:
+            return self._angles_up_to(rows, table, rotary.ends)
         first, length = tap.ints(0), tap.shape(rows, 2, 3)
         if rotary.first is not None:
             flat = tap.reshape(rotary.first, [tap.ints(-1)])
             first = tap.op("Slice", [flat, tap.ints(0), tap.ints(1), tap.ints(0)])
         end = tap.op("Add", [first, length])
         return tap.float32(tap.op("Slice", [table, first, end, tap.ints(0)]))
+
+    def _angles_up_to(self, rows: ir.Value, table: ir.Value, ends: ir.Value) -> ir.Value:
+        """Return the rows of a table for T positions that end at each row's own end, float32 (n, 1, T, R)."""
+        tap, one = self._tap, self._tap.ints(1)
+        length = tap.shape(rows, 2, 3)
+        flat = tap.op("Reshape", [ends, tap.ints(-1)], shared=True)
+        last = tap.op("Cast", [tap.rows_of(flat)], to=int(ir.DataType.INT64))
+        first = tap.op("Sub", [tap.op("Add", [tap.unsqueeze(last, 1), one]), length])
+        places = tap.op("Range", [tap.scalar(0), tap.op("Squeeze", [length]), tap.scalar(1)])
+        picked = tap.op("Gather", [table, tap.op("Add", [first, places])], axis=0)
+        return tap.unsqueeze(tap.float32(picked), 1)
 
 
 def _width(table: ir.Value) -> int:
