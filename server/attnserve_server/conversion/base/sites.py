@@ -129,7 +129,7 @@ class Scores:
     `ahead`: query i sees keys up to i + ahead (None: all). `band` states both ends in closed form, where there are
     two. `key_ends`, B numbers of int32 in any shape, such as (B,) or (B, 1): keys up to and with that position count,
     and so do, under a window, queries. `key_counts`, (B,): keys before that position count. With it or `behind_past`,
-    the last query stands at the last of these keys: `causal`, `window` and `ahead` count queries from there.
+    the last query stands at the last of these keys, or of all: `causal`, `window` and `ahead` count queries from there.
 
     `zeroed`: a row in which every key is masked is 0. Where it is False, masks are only added, and softmax makes such
     a row; the frontier of `causal` then leaves out the last query, which matters only where keys outnumber queries.

@@ -21,6 +21,8 @@ from attnserve_server.conversion.finders.operator_nodes import (
     key_padding,
     last_dimension_of,
     microsoft_nodes,
+    past_of,
+    presents_of,
     refuse_inputs,
     refuse_subgraph,
     required,
@@ -28,9 +30,10 @@ from attnserve_server.conversion.finders.operator_nodes import (
 from attnserve_server.conversion.graphs.walk import input_of, rank_of
 
 _PADDING_RANKS = (1, 2, 3)
+_PAST_KEY = 6
 _CACHES = {
     position: f"{name}: weights over a cache are not tapped yet"
-    for position, name in enumerate(("past_key", "past_value", "past_sequence_length", "cache_indirection"), start=6)
+    for position, name in enumerate(("past_sequence_length", "cache_indirection"), start=8)
 }
 
 
@@ -50,6 +53,9 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
         query, key, value = _operands(node, heads)
         head_dim = _head_dim(query, key)
         query, key, value = _biased(node, query, key, value, head_dim)
+        past = past_of(node, _PAST_KEY)
+        if past is not None:
+            key, value = presents_of(node, key, value)
         scores = Scores(
             query=query,
             key=key,
@@ -59,6 +65,7 @@ def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
             scale=node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(head_dim),
             causal=causal,
             masks=(*key_padding(node, 4, _PADDING_RANKS), *attention_bias(node, 5)),
+            behind_past=past is not None,
             zeroed=False,
         )
     except NotTappable as why:

@@ -1,7 +1,7 @@
 """Find the `ai.onnx` operator `Attention`, whose newest version is of opset 25.
 
 Source: ONNX operators, Attention-23 to Attention-25. onnxruntime's CPU kernel agrees with it on the order (scale,
-softcap, mask, softmax), on causal masks and windows (without a cache, both positions count from the first; under
+softcap, mask, softmax), on causal masks and windows (both positions count from the first, with those of a past; under
 `nonpad_kv_seqlen`, the last query stands at the last key that counts) and on fully masked rows (zeros).
 """
 
@@ -16,7 +16,8 @@ import onnx_ir as ir
 from attnserve_server.conversion.base.sites import FoundSite, Mask, Operand, Scores, Untappable
 from attnserve_server.conversion.finders.operator_nodes import (
     NotTappable,
-    refuse_inputs,
+    past_of,
+    presents_of,
     refuse_subgraph,
     refuse_uneven_heads,
     required,
@@ -26,11 +27,7 @@ from attnserve_server.model.bands import SlidingBand
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 _MASK_RANKS = (2, 3, 4)
-_CACHES = {
-    position: f"{name}: weights over a cache are not tapped yet"
-    for position, name in enumerate(("past_key", "past_value"), start=4)
-}
-_COUNTS = 6
+_PAST_KEY, _COUNTS = 4, 6
 
 
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
@@ -53,10 +50,14 @@ def _site(node: ir.Node, graph: ir.Graph, version: int) -> FoundSite:
         kv_heads = key.heads
         head_dim = _head_dim(query)
         _refuse_unsupported(node, graph, query, key)
+        value = Operand(required(node, 2, "value"), kv_heads, query.packed)
+        past = past_of(node, _PAST_KEY)
+        if past is not None:
+            key, value = presents_of(node, key, value)
         scores = Scores(
             query=query,
             key=key,
-            value=Operand(required(node, 2, "value"), kv_heads, query.packed),
+            value=value,
             output=Operand(node.outputs[0], heads, query.packed),
             head_dim=head_dim,
             scale=node.attributes.get_float("scale", 1.0 / math.sqrt(head_dim)),
@@ -67,6 +68,7 @@ def _site(node: ir.Node, graph: ir.Graph, version: int) -> FoundSite:
             band=_band(node, causal=causal),
             masks=_masks(node),
             key_counts=input_of(node, _COUNTS),
+            behind_past=past is not None,
         )
     except NotTappable as why:
         reason = Untappable(str(why))
@@ -89,7 +91,7 @@ def _window(node: ir.Node, side: str) -> int:
 
 def _band(node: ir.Node, *, causal: bool) -> SlidingBand | None:
     """Return the band, where it ends on both sides, and queries and keys of every row count from the first."""
-    if input_of(node, _COUNTS) is not None:
+    if input_of(node, _COUNTS) is not None or past_of(node, _PAST_KEY) is not None:
         return None
     before, after = _window(node, "left"), 0 if causal else _window(node, "right")
     return SlidingBand(before=before, after=after) if before >= 0 and after >= 0 else None
@@ -97,7 +99,6 @@ def _band(node: ir.Node, *, causal: bool) -> SlidingBand | None:
 
 def _refuse_unsupported(node: ir.Node, graph: ir.Graph, query: Operand, key: Operand) -> None:
     refuse_subgraph(node, graph)
-    refuse_inputs(node, _CACHES)
     refuse_uneven_heads(query.heads, key.heads)
     if query.packed != key.packed:
         raise NotTappable("the ranks of query and key differ")

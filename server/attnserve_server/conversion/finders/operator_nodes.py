@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import KeyPadding, Mask
+from attnserve_server.conversion.base.sites import KeyPadding, Mask, Operand
 from attnserve_server.conversion.graphs.walk import constant_ints, dimension_of, input_of, rank_of
 
 MICROSOFT = "com.microsoft"
@@ -56,6 +56,31 @@ def refuse_inputs(node: ir.Node, reasons: Mapping[int, str]) -> None:
     for position, reason in reasons.items():
         if input_of(node, position) is not None:
             raise NotTappable(f"it takes {reason}")
+
+
+def past_of(node: ir.Node, position: int) -> ir.Value | None:
+    """Return the keys of earlier positions that a node takes; None if it takes none, or an empty past.
+
+    Raises:
+        NotTappable: the values, which are the next input, have no keys.
+    """
+    past = input_of(node, position)
+    if past is None and input_of(node, position + 1) is not None:
+        raise NotTappable("it takes past_value without past_key")
+    return None if past is None or (past.shape is not None and past.shape[2] == 0) else past
+
+
+def presents_of(node: ir.Node, key: Operand, value: Operand) -> tuple[Operand, Operand]:
+    """Return past and new keys and values together, which are the outputs 1 and 2 of a node that takes a past.
+
+    Raises:
+        NotTappable: the node does not return them.
+    """
+    outputs = [*node.outputs, None, None, None][1:3]
+    if any(output is None or not output.name for output in outputs):
+        raise NotTappable("it takes past_key, and does not return past and new keys together")
+    keys, values = (output for output in outputs if output is not None)
+    return Operand(keys, key.heads, packed=False), Operand(values, value.heads, packed=False)
 
 
 def refuse_uneven_heads(heads: int, kv_heads: int) -> None:

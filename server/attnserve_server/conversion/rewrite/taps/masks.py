@@ -20,7 +20,8 @@ class MaskRows:
         query: the selected rows, (n, H, L, D).
         key: the selected rows, (n, H, S, D).
         counts: `Scores.key_counts`.
-        last: the position of each row's last query, (B,), with `Scores.behind_past`; else None.
+        last: the position of each row's last query, (B,), with `Scores.behind_past` and `Scores.key_ends`; else None.
+        at_end: whether the last query stands at the last key, as with `Scores.behind_past` alone.
     """
 
     def __init__(
@@ -31,9 +32,11 @@ class MaskRows:
         key: ir.Value,
         counts: ir.Value | None = None,
         last: ir.Value | None = None,
+        *,
+        at_end: bool = False,
     ) -> None:
         self._tap, self._source, self._query, self._key = tap, source, query, key
-        self._counts, self._last = counts, last
+        self._counts, self._last, self._at_end = counts, last, at_end
 
     def of(self, mask: Mask) -> ir.Value:
         """Return the selected rows of a mask, rank 4. A mask of one row serves every row of the batch."""
@@ -114,7 +117,7 @@ class MaskRows:
     def causal_penalty(self) -> ir.Value:
         """Return float32 (n, 1, L, S): the lowest number where key j is behind query i, except for the last query."""
         tap = self._tap
-        last = tap.op("Sub", [self._length(), tap.ints(1)])
+        last = tap.op("Sub", [self._keys() if self._at_end else self._length(), tap.ints(1)])
         kept = tap.op("Or", [self.causal(), tap.op("Equal", [self._query_positions(), last])])
         return tap.op("Where", [kept, tap.number(0.0), tap.number(LOWEST)])
 
@@ -140,6 +143,8 @@ class MaskRows:
         if self._last is not None:
             counts = tap.op("Add", [self._ends(self._last), one])
             return tap.op("Add", [positions, tap.op("Sub", [counts, self._length()])])
+        if self._at_end:
+            positions = tap.op("Add", [positions, tap.op("Sub", [self._keys(), self._length()])])
         shape = tap.op("Concat", [tap.shape(self._query, 0, 1), one, self._length(), one], axis=0)
         return tap.op("Expand", [positions, shape])
 

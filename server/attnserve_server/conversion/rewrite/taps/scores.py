@@ -41,7 +41,8 @@ class _ScoresTap:
             cap = self._tap.number(scores.softcap)
             logits = self._tap.op("Mul", [self._tap.op("Tanh", [self._tap.op("Div", [logits, cap])]), cap])
         last = scores.key_ends if scores.behind_past else None
-        masks = MaskRows(self._tap, scores.query.value, query, key, scores.key_counts, last)
+        at_end = scores.behind_past and last is None
+        masks = MaskRows(self._tap, scores.query.value, query, key, scores.key_counts, last, at_end=at_end)
         return self._zeroed(scores, masks, logits) if scores.zeroed else self._added(scores, masks, logits)
 
     def _zeroed(self, scores: Scores, masks: MaskRows, logits: ir.Value) -> ir.Value:
