@@ -54,6 +54,8 @@ class Axis:
         padding_status: Whether padding along it can change an answer: `proved` that it cannot, `tested`, `refuted` or
             `unknown`; empty for a fixed axis, and if the server does not report it.
         padding_reason: Why the status is not `proved`; empty if it is.
+        formula: The sum or product of other axes that its length equals in every sequence, such as `past + seq`; empty:
+            none.
     """
 
     symbol: str
@@ -62,6 +64,7 @@ class Axis:
     grid: PatchGrid | None = None
     padding_status: str = ""
     padding_reason: str = ""
+    formula: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +232,9 @@ def _rank(model: ModelInfo) -> int:
 def _axis(message: model_pb2.Axis) -> Axis:
     grid = PatchGrid(message.grid_rows, message.grid_columns, message.leading) if message.grid_rows else None
     status = _STATUSES.get(message.padding_status, "")
-    return Axis(message.symbol, message.max_length, message.paddable, grid, status, message.padding_reason)
+    return Axis(
+        message.symbol, message.max_length, message.paddable, grid, status, message.padding_reason, message.formula
+    )
 
 
 def _site(message: model_pb2.Site) -> Site:

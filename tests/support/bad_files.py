@@ -185,10 +185,6 @@ BAD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "an axis of negative length": (lambda: _shaped(["n", -1]), "axis 1 has the size -1: name its axes"),
     "an axis of no length": (lambda: _shaped(["n", 0]), "axis 1 has the size 0"),
     "a fixed batch": (lambda: _shaped([8, 4]), "fixed at 8: export the model with a dynamic first axis"),
-    "named axes that must be equal": (
-        lambda: _shaped(["n", "a"], ["n", "b"]),
-        "axes that must be equal need the same symbol",
-    ),
     "no inputs": (lambda: changed(small([node("Tanh", "c")], constants={"c": np.ones((2, 2), np.float32)}),
                                   lambda model: model.graph.ClearField("input")), "has no inputs"),
     "more dynamic axes than are supported": (
@@ -340,6 +336,7 @@ ODD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "a loop": (lambda: _loop(3), ""),
     "an axis of one": (lambda: _shaped(["n", 1, "t"]), ""),
     "nameless axes that must be equal": (lambda: _shaped(["n", None, 4], ["n", None, 4]), ""),
+    "named axes that must be equal": (lambda: _shaped(["n", "a"], ["n", "b"]), ""),
     "nameless axes of which some must be equal": (lambda: _shaped(["n", "t", None], ["n", None, None]), ""),
 }  # fmt: skip
 

@@ -140,6 +140,7 @@ def show_model(console: Console, model: ModelInfo) -> None:
         console.print(Text(f"  prompt {clean(name)}: {clean(text)!r}{default}"))
     for axis in model.axes:
         pads = ("padded" if axis.paddable else "not padded") + _known(axis.padding_status, axis.padding_reason)
+        pads = f"always {clean(axis.formula)}" if axis.formula else pads
         patches = f", {axis.grid.rows} × {axis.grid.columns} patches" if axis.grid else ""
         console.print(Text(f"  axis   {clean(axis.symbol)}, at most {axis.max_length}, {pads}{patches}"))
     if model.batching:

@@ -257,6 +257,7 @@ class Axis(_message.Message):
     LEADING_FIELD_NUMBER: _builtins.int
     PADDING_STATUS_FIELD_NUMBER: _builtins.int
     PADDING_REASON_FIELD_NUMBER: _builtins.int
+    FORMULA_FIELD_NUMBER: _builtins.int
     symbol: _builtins.str
     """Its name."""
     max_length: _builtins.int
@@ -273,6 +274,10 @@ class Axis(_message.Message):
     """Whether padding along it can change an answer, under the policy."""
     padding_reason: _builtins.str
     """Why it is not proved; empty if it is."""
+    formula: _builtins.str
+    """The sum or product of other axes that its length equals in every sequence, such as `past + seq`; empty: none. A
+    sequence whose lengths break the relation: INVALID_ARGUMENT. It is padded where all axes of the formula are.
+    """
     def __init__(
         self,
         *,
@@ -284,10 +289,11 @@ class Axis(_message.Message):
         leading: _builtins.int = ...,
         padding_status: Global___BatchingStatus.ValueType = ...,
         padding_reason: _builtins.str = ...,
+        formula: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grid_columns", b"grid_columns", "grid_rows", b"grid_rows", "leading", b"leading", "max_length", b"max_length", "paddable", b"paddable", "padding_reason", b"padding_reason", "padding_status", b"padding_status", "symbol", b"symbol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["formula", b"formula", "grid_columns", b"grid_columns", "grid_rows", b"grid_rows", "leading", b"leading", "max_length", b"max_length", "paddable", b"paddable", "padding_reason", b"padding_reason", "padding_status", b"padding_status", "symbol", b"symbol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -39,6 +40,9 @@ _PREPARE_EPILOG = (
     "Examples:\n\n"
     "attnserve-server prepare ranker.onnx --name ranker --repository models --tokenizer tokenizer.json\n\n"
     "attnserve-server prepare ranker.onnx --name ranker --repository models --max-length 2048\n\n"
+    "attnserve-server prepare vit.onnx --name vit --repository models --axis height=224 --axis width=224\n\n"
+    "attnserve-server prepare decoder.onnx --name whisper --repository models --max-length "
+    "'encoder_sequence_length / 2=1500'\n\n"
     "attnserve-server prepare model_quantized.onnx --name bert8 --repository models --requantize per-row\n\n"
     "attnserve-server prepare bart.onnx --name bart --repository models --tokenizer tokenizer.json --pair-start '</s>'"
     f"{EXIT_CODES}"
@@ -148,8 +152,23 @@ def prepare(  # noqa: PLR0913 - the options of a command
         typer.Option("--tokenizer", help="The model's tokenizer.json. With it, clients can send text."),
     ] = None,
     max_length: Annotated[
-        int, typer.Option("--max-length", min=1, help="The greatest length of each dynamic axis.")
-    ] = 512,
+        list[str] | None,
+        typer.Option(
+            "--max-length",
+            metavar="N or AXIS=N",
+            help="N: the greatest length of each axis of tokens (default 512), or of every axis of a model without "
+            "tokens. AXIS=N: that of one axis; repeat it for more. Another axis takes up to 2048 positions, or as many "
+            "as the graph runs.",
+        ),
+    ] = None,
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--axis",
+            metavar="NAME=SIZE",
+            help="Fix a dynamic axis of the inputs at a size, such as --axis height=224; repeat it for more.",
+        ),
+    ] = None,
     pair_start: Annotated[
         str,
         typer.Option(
@@ -183,13 +202,16 @@ def prepare(  # noqa: PLR0913 - the options of a command
         from attnserve_server.conversion.base.steps import Steps  # noqa: PLC0415 - slow to import
         from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle  # noqa: PLC0415 - as above
 
+        longest, of_axes = _max_lengths(max_length or ())
         request = PrepareRequest(
             file=file,
             name=name,
             repository=repository,
             version=version,
             tokenizer=tokenizer,
-            max_length=max_length,
+            max_length=longest,
+            max_lengths=of_axes,
+            sizes=_numbers(axis or (), "--axis"),
             pair_start=pair_start,
             require_attention=require_attention,
             max_batch_size=max_batch_size,
@@ -209,6 +231,35 @@ def _check_names(name: str, version: str) -> None:
         raise typer.BadParameter(f"{name!r} does not match {NAME_PATTERN}", param_hint="--name")
     if version and not is_model_version(version):
         raise typer.BadParameter(f"{version!r} is not a positive integer", param_hint="--version")
+
+
+def _max_lengths(options: Sequence[str]) -> tuple[int | None, dict[str, int]]:
+    """Return the greatest length of tokens, if it is given, and those of single axes."""
+    plain = [option for option in options if "=" not in option]
+    for option in plain:
+        if not option.isdecimal() or not int(option):
+            raise typer.BadParameter(
+                f"{option!r} is neither a length of 1 or more nor AXIS=N", param_hint="--max-length"
+            )
+    if len(plain) > 1:
+        raise typer.BadParameter(
+            f"{' and '.join(plain)} are given; give one length, and AXIS=N for single axes", param_hint="--max-length"
+        )
+    named = _numbers([option for option in options if "=" in option], "--max-length")
+    return int(plain[0]) if plain else None, named
+
+
+def _numbers(options: Sequence[str], hint: str) -> dict[str, int]:
+    """Return the sizes that NAME=SIZE options give. A name may have the sign itself."""
+    found: dict[str, int] = {}
+    for option in options:
+        name, _, size = option.rpartition("=")
+        if not name or not size.isdecimal() or not int(size):
+            raise typer.BadParameter(f"{option!r} is not NAME=SIZE with a size of 1 or more", param_hint=hint)
+        if name in found:
+            raise typer.BadParameter(f"{name!r} is given twice", param_hint=hint)
+        found[name] = int(size)
+    return found
 
 
 def _report(bundle: Bundle, batching: Batching, *, as_json: bool) -> None:

@@ -79,11 +79,7 @@ def _show(description: ModelDescription, console: Console) -> None:
         for entry in entries:
             tensors.add_row(what, entry.name, entry.dtype, " x ".join(str(extent) for extent in entry.shape))
     console.print(tensors)
-    if description.axes:
-        axes = _table("axes", "axis", "longest", "padding", "")
-        for axis in description.axes:
-            axes.add_row(axis.symbol, str(axis.max_length), "yes" if axis.paddable else "no", axis.how)
-        console.print(axes)
+    _show_axes(description, console)
     if not description.sites:
         console.print("no attention sites")
         return
@@ -98,6 +94,18 @@ def _show(description: ModelDescription, console: Console) -> None:
         console.print(str(description.fusion), highlight=False, markup=False)
     for trial in description.trials:
         console.print(str(trial), highlight=False, markup=False)
+
+
+def _show_axes(description: ModelDescription, console: Console) -> None:
+    """Print the axes with what bounds each, then what was solved for."""
+    if description.axes:
+        axes = _table("axes", "axis", "longest", "padding", "")
+        for axis in description.axes:
+            how = "; ".join(part for part in (axis.how, axis.bound) if part)
+            axes.add_row(axis.symbol, str(axis.max_length), "yes" if axis.paddable else "no", how)
+        console.print(axes)
+    for fact in description.solved:
+        console.print(fact, highlight=False, markup=False)
 
 
 def _facts(description: ModelDescription) -> str:

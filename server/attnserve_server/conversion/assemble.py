@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import onnx
@@ -33,7 +34,7 @@ from attnserve_server.conversion.rewrite.taps import (
 )
 from attnserve_server.domain.values import Array
 from attnserve_server.model.certificate import Batching, Certificate
-from attnserve_server.model.manifest import AxisSpec, DerivedLength, OutputSpec, SiteSpec, axes_under
+from attnserve_server.model.manifest import AxisSpec, DerivedLength, Following, OutputSpec, SiteSpec, axes_under
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class Assembled:
         site_axes: the query axis and the key axis of each available site's weights, by name.
         fixed_axes: the length of each fixed axis that a site names.
         grids: the patch grid of each fixed axis that has one.
-        derived_axes: the form of each derived axis that a site or an output names.
+        derived_axes: the form of each derived axis that a site or an output names, and the formula of each axis of
+            inputs that has one.
         tolerances: of checks in this precision.
         precision: of the source.
     """
@@ -68,7 +70,7 @@ class Assembled:
     site_axes: Mapping[str, tuple[str, str]]
     fixed_axes: Mapping[str, int]
     grids: Mapping[str, PatchGrid]
-    derived_axes: Mapping[str, DerivedLength]
+    derived_axes: Mapping[str, Following]
     tolerances: Tolerances
     precision: Literal["fp32", "fp16", "int8"]
 
@@ -117,7 +119,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     found = verified(checker, sampler, found, learnt, tolerances.output)
     axes = with_key_axes(probe_axes(checker, sampler, output_names, found), learnt)
     outputs = _outputs(servable, axes, steps)
-    fixed = fixed_axes(axes.sites, found, [*sampler.signature.symbols, *axes.derived])
+    fixed = fixed_axes(axes.sites, found, [*sampler.signature.symbols, *sampler.signature.relations, *axes.derived])
     sites = tuple(
         _site(layer, name, site, learnt.get(name), axes, fixed) for layer, (name, site) in enumerate(found.items())
     )
@@ -140,14 +142,21 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
         site_axes=available,
         fixed_axes={symbol: length for symbol, length in fixed.lengths.items() if symbol in named},
         grids=grids_of(sampler.signature, fixed),
-        derived_axes={symbol: form for symbol, form in axes.derived.items() if symbol in named | shown},
+        derived_axes={
+            **sampler.signature.relations,
+            **{symbol: form for symbol, form in axes.derived.items() if symbol in named | shown},
+        },
         tolerances=tolerances,
         precision=precision_of(proto),
     )
 
 
 def axes_of(
-    assembled: Assembled, max_lengths: Mapping[str, int], certificate: Certificate, batching: Batching
+    assembled: Assembled,
+    max_lengths: Mapping[str, int],
+    certificate: Certificate,
+    batching: Batching,
+    bounds: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[AxisSpec, ...]:
     """Return every axis, with what its certificate allows under a policy; derived and fixed axes come last.
 
@@ -156,11 +165,16 @@ def axes_of(
         max_lengths: the greatest length of each axis of its inputs.
         certificate: of the graph.
         batching: the policy.
+        bounds: where these lengths come from, where that is known.
     """
-    specs = [AxisSpec(symbol=symbol, max_length=longest, paddable=False) for symbol, longest in max_lengths.items()]
+    specs = [
+        AxisSpec(symbol=symbol, max_length=longest, paddable=False, bound=bounds.get(symbol, ""))
+        for symbol, longest in max_lengths.items()
+    ]
     for symbol, form in assembled.derived_axes.items():
-        longest = max(form.of(max_lengths[form.source]), 1)
-        specs.append(AxisSpec(symbol=symbol, max_length=longest, paddable=False, derived=form))
+        how = {"derived": form} if isinstance(form, DerivedLength) else {"formula": str(form)}
+        longest = max(form.length_at(max_lengths), 1)
+        specs.append(AxisSpec.model_validate({"symbol": symbol, "max_length": longest, "paddable": False, **how}))
     for symbol, length in assembled.fixed_axes.items():
         known = assembled.grids.get(symbol)
         grid = (known.rows, known.columns) if known else grid_of_windows(assembled.sites, symbol)

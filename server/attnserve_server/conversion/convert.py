@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,7 +36,9 @@ class PrepareRequest(Options):
 
     file: Path
     tokenizer: Path | None = None
-    max_length: int = 512
+    max_length: int | None = None
+    max_lengths: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     pair_start: str = ""
 
 
@@ -60,6 +63,8 @@ def prepare_bundle(request: PrepareRequest, steps: Steps | None = None) -> Bundl
         file=request.file,
         tokenizer=request.tokenizer,
         max_length=request.max_length,
+        max_lengths=request.max_lengths,
+        sizes=request.sizes,
         pair_start=request.pair_start,
     )
     return convert(source, request, steps)
@@ -91,9 +96,11 @@ def convert(source: Source, options: Options, steps: Steps | None = None) -> Bun
             steps.run(plan, conversion)
         except CheckFailed:
             raise
-        except BuildRefused:
+        except BuildRefused as fault:
             alone = source.without_batches(graph, work, steps)
             if alone is None:
+                if graph.open_axes:
+                    raise BuildRefused(f"{fault}; {graph.open_axes}") from None
                 raise
             conversion = Conversion(alone, options, work / "alone", steps)
             steps.extend(len(plan))

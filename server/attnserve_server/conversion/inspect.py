@@ -34,13 +34,18 @@ class TensorDescription(BaseModel):
 
 
 class AxisDescription(BaseModel):
-    """One axis of a bundle. `how` describes a derived or fixed axis and its patch grid; it is empty otherwise."""
+    """One axis of a bundle.
+
+    `how` describes a fixed axis, one that follows from others, and a patch grid; it is empty otherwise. `bound`: where
+    the greatest length comes from; empty where the bundle does not state it.
+    """
 
     model_config = ConfigDict(frozen=True)
     symbol: str
     max_length: int
     paddable: bool
     how: str = ""
+    bound: str = ""
 
 
 class SiteDescription(BaseModel):
@@ -96,6 +101,7 @@ class ModelDescription(BaseModel):
 
     `source`: the model that the bundle was converted from, in the form that `check --against` accepts.
     `text_axes`: the axes that texts fill, first text first; empty if clients cannot send text.
+    `solved`: what was solved for or fixed about the axes of inputs, each with its reason.
     `batching`: the certificate; None for an ONNX file.
     """
 
@@ -115,6 +121,7 @@ class ModelDescription(BaseModel):
     sites: tuple[SiteDescription, ...]
     fusion: FusionReport | None = None
     trials: tuple[TrialReport, ...] = ()
+    solved: tuple[str, ...] = ()
     batching: BatchingDescription | None = None
 
 
@@ -165,13 +172,14 @@ def _of_bundle(bundle: Bundle) -> ModelDescription:
         ),
         fusion=manifest.check.fusion,
         trials=manifest.check.trials,
+        solved=manifest.provenance.solved,
         batching=_batching_of(manifest),
     )
 
 
 def described_axis(axis: AxisSpec) -> AxisDescription:
-    """Describe an axis of a bundle, for example "(seq + 3) / 4" or "fixed, 7 x 7 patches behind 1"."""
-    how: list[str] = []
+    """Describe an axis of a bundle, for example "(seq + 3) / 4", "past + seq" or "fixed, 7 x 7 patches behind 1"."""
+    how: list[str] = [f"always {axis.formula}"] if axis.formula else []
     if axis.fixed:
         how.append("fixed")
     if axis.grid is not None:
@@ -184,7 +192,13 @@ def described_axis(axis: AxisSpec) -> AxisDescription:
             if offset and stride
             else f"{axis.derived.source}{offset}{stride}"
         )
-    return AxisDescription(symbol=axis.symbol, max_length=axis.max_length, paddable=axis.paddable, how=", ".join(how))
+    return AxisDescription(
+        symbol=axis.symbol,
+        max_length=axis.max_length,
+        paddable=axis.paddable,
+        how=", ".join(how),
+        bound=axis.bound,
+    )
 
 
 def _batching_of(manifest: Manifest) -> BatchingDescription:

@@ -29,7 +29,7 @@ from attnserve_server.conversion.verify.certify import ATTACK_SECONDS, Certified
 from attnserve_server.conversion.verify.compare import check_against_itself, check_against_source
 from attnserve_server.conversion.verify.continuing import Continuing, continuing_of
 from attnserve_server.conversion.verify.golden import with_golden
-from attnserve_server.conversion.verify.limits import as_the_server_warms_up, true_limits
+from attnserve_server.conversion.verify.limits import as_the_server_warms_up, reasons_of, true_limits
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.certificate import Batching
 from attnserve_server.model.heads import HeadSpec
@@ -80,6 +80,7 @@ class Conversion:
     """
 
     assembled: Assembled  # assemble
+    bounds: dict[str, str]  # limit
     certified: Certified  # certify
     axes: tuple[AxisSpec, ...]  # certify
     report: CheckReport  # check
@@ -149,6 +150,7 @@ class Conversion:
         self.max_lengths, self.max_batch_size = true_limits(
             self.assembled, self.max_lengths, self.max_batch_size, self.steps, padding_known=self.source.traced
         )
+        self.bounds = reasons_of(self.source.bounds, self.source.max_lengths, self.max_lengths, self.steps)
 
     def certify(self) -> None:
         """Prove or attack what batching can change, and set what the policy allows along each axis.
@@ -168,7 +170,7 @@ class Conversion:
         certificate = self.certified.certificate
         if not self.source.traced:
             refuse_swapped_axes(self.assembled, certificate, self.source.proto.graph, self.steps)
-        axes = axes_of(self.assembled, self.max_lengths, certificate, options.batching)
+        axes = axes_of(self.assembled, self.max_lengths, certificate, options.batching, self.bounds)
         self.axes = tuple(_with_grid(axis, self.source.grids.get(axis.max_length)) for axis in axes)
 
     def check(self) -> None:
@@ -224,9 +226,9 @@ class Conversion:
                 source_sha256=source.sha256,
                 exporter=self.exporter,
                 opset=self.opset,
-                # The wall time, for provenance only.
-                created=datetime.now(UTC).isoformat(timespec="seconds"),  # noqa: TID251
+                created=datetime.now(UTC).isoformat(timespec="seconds"),  # noqa: TID251 - wall time, for provenance only
                 versions=dict(source.versions),
+                solved=source.facts,
             ),
             check=self.report.model_copy(update=reports),
             certificate=self.certified.certificate,

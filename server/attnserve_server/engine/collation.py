@@ -77,10 +77,10 @@ def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> Collat
     """
     unpadded = any(sequence.unpadded for sequence in sequences)
     greatest = _greatest_lengths(sequences, manifest, unpadded=unpadded)
-    padded = manifest.with_derived(greatest) if sequences[0].past else greatest
+    every = manifest.with_derived(greatest)
     feeds: dict[str, Array] = {}
     for spec in manifest.inputs:
-        feeds[spec.name] = _padded(spec, [sequence.tensors[spec.name] for sequence in sequences], padded)
+        feeds[spec.name] = _padded(spec, [sequence.tensors[spec.name] for sequence in sequences], every)
     rows: dict[int, list[int]] = {}
     fetches: dict[str, None] = {}
     for row, sequence in enumerate(sequences):
@@ -240,7 +240,7 @@ class ShapeCheck:
             if isinstance(dimension, int)
         }
         self._fixed.update(manifest.fixed_lengths)
-        self._derived = {axis.symbol: axis.derived for axis in manifest.axes if axis.derived is not None}
+        self._derived = {axis.symbol: axis.follows for axis in manifest.axes if axis.follows is not None}
 
     def check(self, batch: CollatedBatch, fetched: Mapping[str, Array], *, filled_up: bool = False) -> None:
         """Compare every fetched tensor's shape with the declared one, at this batch's rows and padded lengths.
@@ -258,9 +258,8 @@ class ShapeCheck:
         }
         lengths: dict[Dimension, int] = {**self._fixed, **given, BATCH: batch.size}
         for symbol, form in self._derived.items():
-            derived = form.at(lengths)
-            if derived is not None:
-                lengths[symbol] = derived
+            if symbol not in given and all(source in lengths for source in form.symbols):
+                lengths[symbol] = form.length_at(lengths)
         for name, array in fetched.items():
             declared = self._declared[name]
             if name in self._taps:
@@ -274,7 +273,7 @@ def _greatest_lengths(sequences: Sequence[PreparedSequence], manifest: Manifest,
     greatest: dict[str, int] = {}
     for axis in manifest.axes:
         lengths = [sequence.lengths[axis.symbol] for sequence in sequences if axis.symbol in sequence.lengths]
-        if not lengths:
+        if not lengths or axis.formula:
             continue
         longest = max(lengths)
         if min(lengths) != longest and (unpadded or not axis.paddable):

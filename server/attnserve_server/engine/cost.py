@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attnserve_server.domain.values import PreparedSequence
+from attnserve_server.model.formula import parsed
 from attnserve_server.model.manifest import NUMPY_DTYPES, Dimension, InputSpec, Manifest, OutputSpec, SiteSpec
 
 Terms = Mapping[tuple[int, ...], int]
@@ -177,6 +178,10 @@ def _non_negative(matrix: npt.NDArray[np.float64], vector: npt.NDArray[np.float6
     return best / scale
 
 
+_Product = tuple[tuple[int, ...], Fraction]
+"""Axes whose lengths are multiplied, by index, and a factor."""
+
+
 class Footprint:
     """Counts the bytes of tensors that one sequence adds to a run, as terms in the run's padded lengths.
 
@@ -188,6 +193,7 @@ class Footprint:
         self._index = {axis.symbol: at for at, axis in enumerate(manifest.axes)}
         self._longest = {axis.symbol: axis.max_length for axis in manifest.axes}
         self._derived = {axis.symbol: axis.derived for axis in manifest.axes if axis.derived is not None}
+        self._formulas = {axis.symbol: parsed(axis.formula) for axis in manifest.axes if axis.formula}
         self._given = {symbol for spec in manifest.inputs for symbol in spec.shape if isinstance(symbol, str)}
         rows: Counter[tuple[int, ...]] = Counter()
         arrays: tuple[InputSpec | OutputSpec, ...] = (*manifest.inputs, *manifest.outputs)
@@ -228,6 +234,11 @@ class Footprint:
         """
         products: list[tuple[tuple[int, ...], Fraction]] = [((), Fraction(item_bytes))]
         for dimension in shape:
+            formula = self._formulas.get(dimension) if isinstance(dimension, str) else None
+            if formula is not None:
+                parts = formula.fold(self._leaf, _multiplied)
+                products = [((*axes, *more), size * count) for axes, size in products for more, count in parts]
+                continue
             derived = self._derived.get(dimension) if isinstance(dimension, str) else None
             if derived is not None and derived.source in self._given:
                 share = Fraction(1, derived.stride)
@@ -244,6 +255,16 @@ class Footprint:
                 products = [(axes, size * length) for axes, size in products]
         for axes, size in products:
             terms[tuple(sorted(axes))] += ceil(size)
+
+    def _leaf(self, leaf: int | str) -> list[_Product]:
+        return [((), Fraction(leaf))] if isinstance(leaf, int) else [((self._index[leaf],), Fraction(1))]
+
+
+def _multiplied(operator: str, one: list[_Product], other: list[_Product]) -> list[_Product]:
+    """Return the sum or the product of two sums of products."""
+    if operator == "+":
+        return [*one, *other]
+    return [((*axes, *more), size * count) for axes, size in one for more, count in other]
 
 
 def _weights_shape(site: SiteSpec) -> tuple[Dimension, ...]:

@@ -132,7 +132,7 @@ def answers(
         lengths = lengths_of(inputs, manifest)
         past = past_length(lengths, manifest)
         prepared.append(PreparedSequence(inputs, lengths, names, everything, past=past))
-    given = [axis for axis in manifest.axes if axis.derived is None and not axis.fixed]
+    given = [axis for axis in manifest.axes if axis.free]
     together = len(prepared) <= manifest.max_batch_size and all(axis.paddable for axis in given)
     together = together and not any(manifest.breaks_masks(inputs) for inputs in sequences)
     answered: list[GoldenSequence] = []

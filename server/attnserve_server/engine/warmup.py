@@ -126,7 +126,7 @@ def synthetic(manifest: Manifest, length: int, *, attention: EffectiveSelection 
         length: positions along every axis, that of a past included; an axis with a smaller maximum gets that.
         attention: the resolved selection; None: no attention.
     """
-    given = (axis for axis in manifest.axes if axis.derived is None)
+    given = (axis for axis in manifest.axes if axis.free)
     lengths = {axis.symbol: min(length, axis.max_length) for axis in given} | manifest.fixed_lengths
     for axis in manifest.axes:
         if axis.derived is not None and axis.derived.plus:

@@ -66,7 +66,8 @@ def rulings(manifest: Manifest, batching: Batching) -> tuple[Ruling, ...]:
         manifest: as stored, or from `Manifest.under`.
         batching: the policy.
     """
-    followed = {axis.symbol: axis.derived.source if axis.derived else axis.symbol for axis in manifest.axes}
+    own = [axis for axis in manifest.axes if not axis.formula]  # a formula adds no ruling to those of its symbols
+    followed = {axis.symbol: axis.derived.source if axis.derived else axis.symbol for axis in own}
     changing = {symbol: source for symbol, source in followed.items() if not manifest.axis(source).fixed}
     return tuple(_ruling(manifest, batching, axis, source) for axis, source in {BATCH: BATCH, **changing}.items())
 

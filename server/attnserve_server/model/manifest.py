@@ -7,7 +7,8 @@ writes the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 import numpy.typing as npt
@@ -34,11 +35,13 @@ from attnserve_server.model.report import CheckReport, GoldenSpec, Provenance
 from attnserve_server.model.specs import (
     AxisSpec,
     DerivedLength,
+    Following,
     IndexRange,
     InputRole,
     InputSpec,
     OutputSpec,
     TextSpec,
+    axes_under,
 )
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "DerivedLength",
     "Dimension",
     "Dtype",
+    "Following",
     "GoldenSpec",
     "IndexRange",
     "InputRole",
@@ -77,23 +81,6 @@ def is_model_name(name: str) -> bool:
 def is_model_version(version: str) -> bool:
     """Whether `version` is a positive decimal integer."""
     return re.fullmatch(VERSION_PATTERN, version) is not None
-
-
-def axes_under(axes: Sequence[AxisSpec], certificate: Certificate | None, batching: Batching) -> tuple[AxisSpec, ...]:
-    """Return the axes with `paddable` set for a policy, by the certificate. Derived axes follow their sources.
-
-    Args:
-        axes: of a manifest.
-        certificate: of the manifest; None: no axis is padded.
-        batching: the policy.
-    """
-    clauses = () if certificate is None else certificate.clauses
-    padded = {clause.axis for clause in clauses if clause.allows(batching)}
-    padded -= {axis.symbol for axis in axes if axis.fixed}
-    return tuple(
-        axis.model_copy(update={"paddable": (axis.derived.source if axis.derived else axis.symbol) in padded})
-        for axis in axes
-    )
 
 
 class SiteSpec(Frozen):
@@ -225,11 +212,13 @@ class Manifest(Frozen):
     @model_validator(mode="after")
     def _derived_axes_have_a_source(self) -> Self:
         given = {axis.symbol for axis in self.axes if axis.derived is None}
+        sources = {axis.symbol for axis in self.axes if axis.follows is None}
         for axis in self.axes:
-            if axis.derived is not None and axis.derived.source not in given:
-                raise ValueError(
-                    f"axis {axis.symbol}: its source {axis.derived.source} must be another axis that is not derived"
-                )
+            for source in axis.follows.symbols if axis.follows else ():
+                if source not in sources:
+                    raise ValueError(
+                        f"axis {axis.symbol}: its source {source} must be another axis that is not derived"
+                    )
         for spec in self.inputs:
             derived = {extent for extent in spec.shape if isinstance(extent, str)} - given
             if derived:
@@ -261,7 +250,7 @@ class Manifest(Frozen):
         if self.certificate is None:
             return self
         listed = [clause.axis for clause in self.certificate.clauses]
-        wanted = [BATCH, *(axis.symbol for axis in self.axes if axis.derived is None and not axis.fixed)]
+        wanted = [BATCH, *(axis.symbol for axis in self.axes if axis.free)]
         missing = sorted(set(wanted) - set(listed))
         if missing or len(set(listed)) != len(listed):
             raise ValueError(f"certificate: {listed} must have one clause for each of {wanted}")
@@ -305,6 +294,12 @@ class Manifest(Frozen):
         needs = () if self.certificate is None else self.certificate.masks
         return any(not need.met_by(tensors[need.input], self.input(need.input).padding) for need in needs)
 
+    @cached_property
+    def _following(self) -> tuple[tuple[str, tuple[str, ...], Following], ...]:
+        """Each axis whose length follows from others, with their symbols."""
+        followed = ((axis.symbol, axis.follows) for axis in self.axes)
+        return tuple((symbol, follows.symbols, follows) for symbol, follows in followed if follows is not None)
+
     @property
     def fixed_lengths(self) -> dict[str, int]:
         """Length of each fixed axis, by symbol."""
@@ -312,8 +307,12 @@ class Manifest(Frozen):
 
     def with_derived(self, lengths: Mapping[str, int]) -> dict[str, int]:
         """Return a sequence's lengths by axis symbol, with those of the derived axes added."""
-        found = {axis.symbol: axis.derived.at(lengths) for axis in self.axes if axis.derived is not None}
-        return {**lengths, **{symbol: length for symbol, length in found.items() if length is not None}}
+        derived = {
+            symbol: follows.length_at(lengths)
+            for symbol, sources, follows in self._following
+            if all(source in lengths for source in sources)
+        }
+        return {**lengths, **derived}
 
     def axis(self, symbol: str) -> AxisSpec:
         """Return the axis of this symbol. Raise KeyError if there is none."""

@@ -19,6 +19,8 @@ class Provenance(Frozen):
     opset: int
     created: str
     versions: dict[str, str] = Field(default_factory=dict)
+    solved: tuple[str, ...] = ()
+    """What was solved for or fixed about the axes of inputs, each with its reason, for people."""
 
 
 class UnfusedSite(Frozen):

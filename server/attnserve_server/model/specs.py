@@ -6,13 +6,15 @@ Each part checks its own fields. The manifest checks that the parts agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from attnserve_server.model.certificate import Batching, Certificate
+from attnserve_server.model.formula import Formula, parsed
 from attnserve_server.model.frozen import NUMPY_DTYPES, Dimension, Dtype, Frozen, Symbol
 
 
@@ -167,6 +169,19 @@ class DerivedLength(Frozen):
             return None
         return self.of(lengths[self.source] + (lengths[self.plus] if self.plus else 0))
 
+    def length_at(self, lengths: Mapping[Any, int]) -> int:
+        """Return the derived length from those of the axes that it needs."""
+        return self.of(sum(lengths[symbol] for symbol in self.symbols))
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The axes that it needs."""
+        return (self.source, self.plus) if self.plus else (self.source,)
+
+
+Following = DerivedLength | Formula
+"""How the length of an axis follows from those of others. Both have `length_at` and `symbols`."""
+
 
 class AxisSpec(Frozen):
     """One axis other than the batch axis.
@@ -183,6 +198,9 @@ class AxisSpec(Frozen):
         derived: relation to another axis that its length follows, such as pooled keys. Inputs do not name such an axis,
         and
             its positions do not count as tokens; those of its source do.
+        formula: sum or product of other axes, such as `past + seq`, that its length equals in every sequence; empty:
+            none. Inputs may name such an axis. Its positions do not count as tokens.
+        bound: where `max_length` comes from, for people; empty: not stated.
     """
 
     symbol: Symbol
@@ -192,6 +210,35 @@ class AxisSpec(Frozen):
     grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     leading: Annotated[int, Field(ge=0)] = 0
     derived: DerivedLength | None = None
+    formula: str = ""
+    bound: str = ""
+
+    @property
+    def follows(self) -> Following | None:
+        """How its length follows from those of other axes; None: it is free or fixed."""
+        return parsed(self.formula) if self.formula else self.derived
+
+    @property
+    def padded_with(self) -> tuple[str, ...]:
+        """The axes that must all be padded so that it is: itself, or those that it follows."""
+        if self.formula:
+            return parsed(self.formula).symbols
+        return (self.derived.source if self.derived else self.symbol,)
+
+    @property
+    def free(self) -> bool:
+        """Whether sequences choose its length."""
+        return not self.fixed and self.derived is None and not self.formula
+
+    @model_validator(mode="after")
+    def _formula_grows(self) -> Self:
+        if not self.formula:
+            return self
+        if not parsed(self.formula).grows:
+            raise ValueError(f"axis {self.symbol}: formula {self.formula} may have sums and products alone")
+        if self.fixed or self.derived is not None:
+            raise ValueError(f"axis {self.symbol}: an axis with a formula cannot be fixed or derived")
+        return self
 
     @model_validator(mode="after")
     def _fixed_is_never_padded(self) -> Self:
@@ -214,6 +261,20 @@ class AxisSpec(Frozen):
             counted = f"{self.leading} leading positions and {rows} x {columns} patches"
             raise ValueError(f"axis {self.symbol}: {counted} do not make max_length {self.max_length}")
         return self
+
+
+def axes_under(axes: Sequence[AxisSpec], certificate: Certificate | None, batching: Batching) -> tuple[AxisSpec, ...]:
+    """Return the axes with `paddable` set for a policy, by the certificate. Derived axes follow their sources.
+
+    Args:
+        axes: of a manifest.
+        certificate: of the manifest; None: no axis is padded.
+        batching: the policy.
+    """
+    clauses = () if certificate is None else certificate.clauses
+    padded = {clause.axis for clause in clauses if clause.allows(batching)}
+    padded -= {axis.symbol for axis in axes if axis.fixed}
+    return tuple(axis.model_copy(update={"paddable": padded.issuperset(axis.padded_with)}) for axis in axes)
 
 
 class TextSpec(Frozen):

@@ -106,6 +106,7 @@ def describe(message: model_pb2.Model, manifest: Manifest, batching: Batching) -
             leading=axis.leading,
             padding_status=_STATUSES[along.get(axis.symbol, _NEVER_PADDED).status],
             padding_reason=along.get(axis.symbol, _NEVER_PADDED).reason,
+            formula=axis.formula,
         )
         for axis in manifest.axes
     )

@@ -13,6 +13,7 @@ from attnserve.v1 import inference_service_pb2, tensor_pb2
 
 from attnserve_server.domain.errors import TextUnavailable, Violations, quoted
 from attnserve_server.domain.values import Array, AxisUnits
+from attnserve_server.model.formula import broken_relations
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, TextSpec
 from attnserve_server.model.tokenizer import TextTokenizer, TokenizedText, TruncationFailed
 from attnserve_server.transport.codec import DTYPE_NAMES, array_of
@@ -268,6 +269,9 @@ class InputReader:
         Those of `sent` that are not among the tensors were invalid, and have their violations.
         """
         before = len(self._violations)
+        specs, formulas = self._intake.inputs.values(), self._intake.formulas
+        for broken in broken_relations(formulas, specs, tensors, lengths) if formulas else ():
+            self._violations.add(path, broken)
         for name, spec in self._intake.inputs.items():
             if name in tensors or name in sent or spec.role is InputRole.POSITION_IDS:
                 continue
@@ -288,6 +292,8 @@ class InputReader:
             self._count(counted, tensors, lengths, path, sent)
         if self._intake.indexes_positions and len(self._violations) == before:
             self._place(tensors, lengths, path)
+        for symbol in self._intake.formulas:
+            del lengths[symbol]  # from here on it follows from the others
         return len(self._violations) == before
 
     def _count(

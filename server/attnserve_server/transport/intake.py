@@ -14,6 +14,7 @@ import numpy as np
 from attnserve_server.domain.values import Array
 from attnserve_server.engine.labels import axis_of
 from attnserve_server.model.certificate import MaskNeed
+from attnserve_server.model.formula import Formula, parsed
 from attnserve_server.model.manifest import NUMPY_DTYPES, AxisSpec, InputRole, InputSpec, Manifest, OutputSpec
 from attnserve_server.model.tokenizer import TextTokenizer
 
@@ -30,7 +31,7 @@ class OutputSize:
         """Lay out one output. An axis whose length no input determines counts with its greatest length."""
         given = {extent for input_ in manifest.inputs for extent in input_.shape}
         known = given | {axis.symbol for axis in manifest.axes if axis.fixed}
-        known |= {axis.symbol for axis in manifest.axes if axis.derived is not None and axis.derived.source in known}
+        known |= {axis.symbol for axis in manifest.axes if axis.follows and known.issuperset(axis.follows.symbols)}
         fixed = NUMPY_DTYPES[spec.dtype].itemsize
         axes: list[str] = []
         for extent in spec.shape:
@@ -145,6 +146,8 @@ class Intake:
     """The axes whose lengths follow from others'."""
     counted: tuple[CountedPositions, ...]
     """Inputs of positions, which the server counts where a request sends none."""
+    formulas: Mapping[str, Formula]
+    """The axes of inputs among them, which each sequence must satisfy."""
     masks: tuple[MaskCheck, ...]
     """What sequences must meet to be padded; empty where none is padded."""
     head_outputs: tuple[str, ...]
@@ -202,7 +205,8 @@ class Intake:
                 for spec in manifest.inputs
                 if spec.role is InputRole.POSITION_IDS
             ),
-            derived=tuple(axis for axis in manifest.axes if axis.derived is not None),
+            derived=tuple(axis for axis in manifest.axes if axis.follows is not None),
+            formulas={axis.symbol: parsed(axis.formula) for axis in manifest.axes if axis.formula},
             masks=tuple(MaskCheck.of(need, manifest.input(need.input), constants.get(need.input)) for need in needs),
             head_outputs=() if head is None else head.outputs,
             labelled_axis="" if head is None else axis_of(head, manifest),

@@ -242,6 +242,9 @@ def _units(effective: EffectiveSelection, inputs: Inputs, intake: Intake) -> dic
                     intake.manifest.name, f"the length of axis {axis!r} of site {site.name!r} is not known before a run"
                 )
             derived = intake.axes[axis].derived
+            if axis in intake.formulas:
+                units[axis] = AxisUnits(axis=axis, length=lengths[axis])
+                continue
             if derived is None:
                 units[axis] = axis_units(axis, inputs, intake, words=words)
                 continue

@@ -62,7 +62,7 @@ def test_manifest_of_an_encoder_has_its_sites_inputs_and_outputs(tmp_path: Path)
 
 def test_greatest_length_is_found_by_runs(tmp_path: Path) -> None:
     assert prepared(encoder(positions=40), tmp_path).manifest.axes == (
-        AxisSpec(symbol="seq", max_length=40, paddable=True),
+        AxisSpec(symbol="seq", max_length=40, paddable=True, bound="the graph runs no more"),
     )
 
 
@@ -394,11 +394,13 @@ def test_fixed_batch_of_more_than_one_is_refused(tmp_path: Path) -> None:
         prepared(encoder(batch=8), tmp_path)
 
 
-def test_axes_that_must_be_equal_need_the_same_symbol(tmp_path: Path) -> None:
+def test_axes_that_a_node_forces_to_be_equal_share_a_symbol_with_the_reason_in_the_manifest(tmp_path: Path) -> None:
     model = encoder()
+    first = model.graph.input[0].type.tensor_type.shape.dim[1].dim_param
     model.graph.input[1].type.tensor_type.shape.dim[1].dim_param = "mask_len"
-    with pytest.raises(BuildRefused, match="axes that must be equal need the same symbol"):
-        prepared(model, tmp_path)
+    manifest = prepared(model, tmp_path).manifest
+    assert {spec.shape for spec in manifest.inputs} == {(first,)}
+    assert manifest.provenance.solved[0].startswith(f"axes 'mask_len' and {first!r} are equal, because of ")
 
 
 def test_tokenizer_for_a_graph_without_token_ids_is_refused(tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ class Steps:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=progress)
 
+    def report(self, fact: str) -> None:
+        """Print what the command found out, for example where a limit comes from."""
+        if self._console is not None:
+            self._console.print(fact, highlight=False, markup=False, soft_wrap=True)
+
     def warn(self, warning: str) -> None:
         """Print a warning. The command continues."""
         if self._console is not None:

@@ -65,7 +65,7 @@ class Opened:
             sites=manifest.sites,
             outputs=manifest.outputs,
             site_axes={site.name: site.weight_axes for site in manifest.sites if site.available},
-            derived_axes={axis.symbol: axis.derived for axis in manifest.axes if axis.derived is not None},
+            derived_axes={axis.symbol: axis.follows for axis in manifest.axes if axis.follows is not None},
             precision=manifest.precision,
         )
 

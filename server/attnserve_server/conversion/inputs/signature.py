@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +17,9 @@ from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.graphs.reading import HOW_TO_NAME, not_a_tensor
 from attnserve_server.conversion.inputs.additive import additive_masks_of
 from attnserve_server.conversion.inputs.index_ranges import index_ranges_of
+from attnserve_server.conversion.inputs.relations import relations_of
 from attnserve_server.conversion.inputs.roles import is_position, is_second, roles_of
+from attnserve_server.model.formula import Formula
 from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, Dtype, IndexRange, InputRole, InputSpec
 
 SEQUENCE = "seq"
@@ -32,15 +34,45 @@ class Signature:
 
     Attributes:
         inputs: without the batch axis.
-        symbols: of their dynamic axes, in order.
+        symbols: of their dynamic axes that are free, in order.
         fixed_batch: the only batch size that the graph takes; None: any.
         unbounded: inputs that the graph looks rows up with, and whose legal numbers are not known.
+        relations: the formula of each other dynamic axis, over `symbols`.
     """
 
     inputs: tuple[InputSpec, ...]
     symbols: tuple[str, ...]
     fixed_batch: int | None = None
     unbounded: frozenset[str] = frozenset()
+    relations: Mapping[str, Formula] = field(default_factory=dict)
+
+    def lengths(self, free: Mapping[str, int]) -> dict[str, int]:
+        """Return the lengths of all axes of the inputs, given those of the free ones."""
+        return {**free, **{symbol: formula.length_at(free) for symbol, formula in self.relations.items()}}
+
+    def where(self, symbol: str) -> tuple[InputSpec, int] | None:
+        """Return the first input that has an axis of this symbol, and the axis, counted behind the batch from 0."""
+        return next(((spec, spec.shape.index(symbol)) for spec in self.inputs if symbol in spec.shape), None)
+
+    def solved(self, known: Mapping[str, int | Formula]) -> Signature:
+        """Return the signature with sizes, other symbols, or formulas in the place of free symbols."""
+        sizes = {symbol: each for symbol, each in known.items() if isinstance(each, int)}
+        formulas = {symbol: Formula(each) if isinstance(each, int) else each for symbol, each in known.items()}
+        names = {symbol: str(each.leaf) for symbol, each in formulas.items() if isinstance(each.leaf, str)}
+        relations = {symbol: formula.replaced(formulas) for symbol, formula in self.relations.items()}
+        relations |= {symbol: each for symbol, each in formulas.items() if each.operator}
+        sizes |= {symbol: formula.length_at({}) for symbol, formula in relations.items() if not formula.symbols}
+        names |= {symbol: str(each.leaf) for symbol, each in relations.items() if isinstance(each.leaf, str)}
+
+        def dimension(size: str | int) -> str | int:
+            return sizes.get(size, names.get(size, size)) if isinstance(size, str) else size
+
+        inputs = tuple(spec.model_copy(update={"shape": tuple(map(dimension, spec.shape))}) for spec in self.inputs)
+        kept = {symbol: each for symbol, each in relations.items() if each.operator and each.symbols}
+        # A symbol makes way for those of its formula.
+        parts = [formulas[symbol].symbols if symbol in known else (symbol,) for symbol in self.symbols]
+        symbols = tuple(dict.fromkeys(part for each in parts for part in each))
+        return replace(self, inputs=inputs, symbols=symbols, relations=kept)
 
 
 def dtype_of(element_type: int, name: str) -> Dtype:
@@ -104,7 +136,11 @@ def signature_of(graph: onnx.GraphProto, padding_id: int = 0) -> Signature:
     clash = [symbol for symbol in symbols if symbol == BATCH or symbol in batch_symbols]
     if clash:
         raise BuildRefused(_clash(BATCH if BATCH in clash else clash[0], specs, axes))
-    return Signature(tuple(specs), tuple(symbols), fixed_batch=1 if fixed else None, unbounded=bounds.lost)
+    whole = Signature(tuple(specs), tuple(symbols), fixed_batch=1 if fixed else None, unbounded=bounds.lost)
+    named = relations_of(symbols, batch_symbols)
+    whole = whole.solved({symbol: Formula(name) for symbol, name in named.renamed.items()})
+    free = tuple(symbol for symbol in whole.symbols if symbol not in named.formulas)
+    return replace(whole, symbols=free, relations=named.formulas)
 
 
 def in_float16(signature: Signature) -> Signature:

@@ -1,6 +1,5 @@
 """Corrects a graph's declared inputs by running it.
 
-    with_equal_axes   nameless axes that only run when they are equal share a symbol
     with_free_length  a fixed text length becomes dynamic where the graph does not depend on it
     with_needed_keys  an added mask is marked where a row that hides every key makes the model answer NaN
 
@@ -9,9 +8,7 @@ Each returns what it was given where the graph needs no correction, or none is f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import islice, product
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,63 +25,8 @@ from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import InputRole, InputSpec
 
-_MOST_TRIES, _MOST_SYMBOLS = 64, 6
 _TRIED = (3, 7)
 """Text lengths that are compared, beside the declared one."""
-
-
-def with_equal_axes(proto: onnx.ModelProto, signature: Signature, work: Path) -> Signature:
-    """Give nameless axes one symbol where the graph runs only when they are equal.
-
-    Axes that the file names keep their names, because two names declare that they differ.
-
-    Args:
-        proto: the graph.
-        signature: of the graph.
-        work: a folder for a file.
-
-    Returns:
-        The first signature on which the graph runs, with the fewest axes made equal; the given one if a few tries
-        find none.
-    """
-    named = {axis.dim_param for value in proto.graph.input for axis in value.type.tensor_type.shape.dim}
-    nameless = [symbol for symbol in signature.symbols if symbol not in named]
-    if not nameless or not 2 <= len(signature.symbols) <= _MOST_SYMBOLS:
-        return signature
-    path = work / "nameless.onnx"
-    save(ir.from_proto(proto), path)
-    runner = GraphRunner(path)
-    for candidate in islice(_candidates(signature, nameless), _MOST_TRIES):
-        if _runs(runner, candidate):
-            return candidate
-    return signature
-
-
-def _candidates(signature: Signature, nameless: Sequence[str]) -> Iterator[Signature]:
-    """Yield the signature, then those in which nameless axes take an earlier axis's symbol, the fewest such first."""
-    before = {symbol: signature.symbols[: signature.symbols.index(symbol)] for symbol in nameless}
-    ways = [
-        dict(zip(nameless, way, strict=True)) for way in product(*((symbol, *before[symbol]) for symbol in nameless))
-    ]
-    for way in sorted(ways, key=lambda way: sum(symbol != name for symbol, name in way.items())):
-        if any(way.get(name, name) != name for name in way.values()):
-            continue  # the same as another way: an axis takes the symbol of one that takes a third's
-        inputs = tuple(
-            spec.model_copy(update={"shape": tuple(way.get(str(size), size) for size in spec.shape)})
-            for spec in signature.inputs
-        )
-        symbols = tuple(symbol for symbol in signature.symbols if way.get(symbol, symbol) == symbol)
-        yield replace(signature, inputs=inputs, symbols=symbols)
-
-
-def _runs(runner: GraphRunner, signature: Signature) -> bool:
-    sampler = Sampler(signature)
-    try:
-        for lengths in probe_lengths(signature.symbols):
-            runner.run(sampler.rows(lengths, 1), runner.output_names)
-    except BuildRefused:
-        return False
-    return True
 
 
 def with_free_length(proto: onnx.ModelProto, signature: Signature, work: Path) -> tuple[onnx.ModelProto, int] | None:

@@ -49,7 +49,7 @@ def paired_sites(reduced: Manifest, reference: Manifest) -> list[tuple[int, int]
 
 def groups(manifest: Manifest, sequences: Sequence[dict[str, Array]]) -> Iterator[list[dict[str, Array]]]:
     """Yield batches of nearly equal length; of one sequence each where the manifest does not allow padding."""
-    given = [axis for axis in manifest.axes if axis.derived is None and not axis.fixed]
+    given = [axis for axis in manifest.axes if axis.free]
     padded = all(axis.paddable for axis in given) and not any(manifest.breaks_masks(inputs) for inputs in sequences)
     size = min(BATCH_SIZE, manifest.max_batch_size) if padded else 1
     ordered = sorted(sequences, key=lambda inputs: sum(lengths_of(inputs, manifest).values()))

@@ -137,13 +137,14 @@ def symbolic_shapes(
             longer = {symbol: _LONGER[at] for at, symbol in enumerate(symbols)}
             runs = [*runs, (longer, shapes(longer))]
     lengths = [run[0] for run in runs]
+    full = [sampler.signature.lengths(each) for each in lengths]
     known: dict[Dimension, str | int | None] = {}
     unknown: dict[Dimension, list[int]] = {}
     for name in names:
         each = [run[1][name] for run in runs]
         for place in range(1, len(each[0])):
             sizes = [shape[place] for shape in each]
-            known[name, place] = _symbol(sizes, lengths)
+            known[name, place] = _symbol(sizes, full)
             if known[name, place] is None:
                 unknown[name, place] = sizes
 
@@ -152,7 +153,7 @@ def symbolic_shapes(
         return {(name, place): found[name][place] for name, place in unknown}
 
     forms = fit(unknown, lengths, sizes_at) if unknown else {}
-    by_form = named(list(forms.values()), symbols)
+    by_form = named(list(forms.values()), list(full[0]))
     known |= {key: by_form[form] for key, form in forms.items()}
     result = {name: tuple(known[name, place] for place in range(1, len(runs[0][1][name]))) for name in names}
     return result, {symbol: form for form, symbol in by_form.items()}

@@ -17,7 +17,7 @@ from attnserve_server.conversion.inputs.roles import is_position
 from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.conversion.rewrite.taps import WEIGHTS_PREFIX
 from attnserve_server.domain.values import Array
-from attnserve_server.model.manifest import NUMPY_DTYPES, DerivedLength, InputRole, InputSpec, OutputSpec
+from attnserve_server.model.manifest import NUMPY_DTYPES, Following, InputRole, InputSpec, OutputSpec
 
 Lengths = Mapping[str, int]
 """The length along each axis symbol."""
@@ -61,13 +61,15 @@ class Sampler:
     def sequence(self, lengths: Lengths, number: int = 0) -> dict[str, Array]:
         """Draw one sequence, without the batch axis. The same number and lengths give the same sequence."""
         rng = np.random.default_rng([self.seed, number, *lengths.values()])
-        return {spec.name: self._draw(spec, lengths, rng) for spec in self.signature.inputs}
+        every = self.signature.lengths(lengths)
+        return {spec.name: self._draw(spec, every, rng) for spec in self.signature.inputs}
 
     def batch(self, sequences: Sequence[Mapping[str, Array]], padded: Lengths) -> dict[str, Array]:
         """Return the sequences as one batch, padded to the lengths `padded` at the end of each dynamic axis."""
         feeds: dict[str, Array] = {}
+        every = self.signature.lengths(padded)
         for spec in self.signature.inputs:
-            shape = _shape(spec, padded)
+            shape = _shape(spec, every)
             array = np.full((len(sequences), *shape), spec.padding, NUMPY_DTYPES[spec.dtype])
             for row, sequence in enumerate(sequences):
                 own = sequence[spec.name]
@@ -160,7 +162,7 @@ def croppers(
     outputs: Sequence[OutputSpec],
     sites: Mapping[str, tuple[str, str]],
     given: Lengths,
-    derived: Mapping[str, DerivedLength] = MappingProxyType({}),
+    derived: Mapping[str, Following] = MappingProxyType({}),
 ) -> dict[str, Callable[[Array], Array]]:
     """Return, for each output and each site's weights, a function that crops one row (no batch axis) to a sequence.
 
@@ -170,7 +172,7 @@ def croppers(
         given: the sequence's lengths, by the symbols of the inputs.
         derived: the forms of the other symbols.
     """
-    lengths = {**given, **{symbol: form.of(given[form.source]) for symbol, form in derived.items()}}
+    lengths = {**given, **{symbol: form.length_at(given) for symbol, form in derived.items()}}
 
     def cropper(shape: Sequence[str | int]) -> Callable[[Array], Array]:
         cuts = tuple(slice(lengths[size] if isinstance(size, str) else size) for size in shape)

@@ -179,7 +179,7 @@ class Answers:
         return {name: array.copy() for name, array in answer.items()}
 
     def _lengths(self, own: Lengths) -> dict[str, int]:
-        return {**own, **{symbol: form.of(own[form.source]) for symbol, form in self.target.derived.items()}}
+        return {**own, **{symbol: form.length_at(own) for symbol, form in self.target.derived.items()}}
 
     def _of(self, draft: Draft) -> _Kept:
         """Return the cache entry of a draft. The least recently used drafts are dropped to make room."""

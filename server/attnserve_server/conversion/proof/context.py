@@ -35,6 +35,8 @@ class Context:
     """For each input that may hide positions, the one value of allowed positions. None: any value but the padding's."""
     needs: dict[str, str] = field(default_factory=dict)
     thresholds: set[int] = field(default_factory=set)
+    shortest: Mapping[str, int] = field(default_factory=dict)
+    """The least length of each symbol; 1 where it is not given."""
     bounds: bool = True
     """Whether Euclidean lengths are computed, which takes time where weights are large."""
     node: ir.Node | None = None

@@ -13,19 +13,34 @@ from attnserve_server.conversion.inputs.roles import is_position, plain_name
 from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.conversion.proof.context import Context
 from attnserve_server.conversion.proof.intervals import ANY, NEGATIVE, Interval, number
-from attnserve_server.conversion.proof.layout import Axis, plain, varying
+from attnserve_server.conversion.proof.layout import Axis, Factor, plain, varying
 from attnserve_server.conversion.proof.sizes import Atom, Size
 from attnserve_server.conversion.proof.values import Entry, Value
 from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX
+from attnserve_server.model.formula import Formula
 from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, InputRole, InputSpec
 
 _MASKED_BELOW = -1e4
 """A float input that is padded with a number below this is a mask that is added to scores."""
 
 
-def symbol_size(symbol: str, most: float) -> Size:
-    """Return the size of an axis with a symbol: 1 or more."""
-    return Size.atom(Atom(symbol, frozenset({symbol}), 1, most))
+def symbol_size(symbol: str, most: float, least: int = 1) -> Size:
+    """Return the size of an axis with a symbol: `least` or more."""
+    return Size.atom(Atom(symbol, frozenset({symbol}), least, most))
+
+
+def size_of_formula(ctx: Context, formula: Formula) -> Size:
+    """Return the size of an axis that is a sum or a product of others."""
+
+    def leaf(own: int | str) -> Size:
+        if isinstance(own, int):
+            return Size.of(own)
+        return symbol_size(own, ctx.lengths.get(own, math.inf), ctx.shortest.get(own, 1))
+
+    def applied(operator: str, one: Size, other: Size) -> Size:
+        return one + other if operator == "+" else one * other
+
+    return formula.fold(leaf, applied)
 
 
 def allowed_value(spec: InputSpec) -> float | None:
@@ -57,7 +72,7 @@ def values_of_inputs(
         name = str(value.name)
         if name in specs:
             batch = Size.of(signature.fixed_batch) if signature.fixed_batch else symbol_size(BATCH, math.inf)
-            found[value] = _of_spec(ctx, specs[name], batch, vocabularies.get(name, 0))
+            found[value] = _of_spec(ctx, specs[name], batch, vocabularies.get(name, 0), signature.relations)
         elif name.startswith(ITEMS_PREFIX):
             count = Size.atom(Atom(f"{name}.count", frozenset({BATCH}), 0, math.inf))
             wide = Interval(0, math.inf)
@@ -65,13 +80,18 @@ def values_of_inputs(
     return found
 
 
-def _of_spec(ctx: Context, spec: InputSpec, batch: Size, vocabulary: int) -> Value:
+def _of_spec(ctx: Context, spec: InputSpec, batch: Size, vocabulary: int, relations: Mapping[str, Formula]) -> Value:
     axes: list[Axis] = [ctx.axis_of(batch)]
     for extent in spec.shape:
         if isinstance(extent, int):
             axes.append(plain(Size.of(extent)))
+        elif extent in relations:
+            # Its own positions come first, and padding follows, also where it is a multiple of the varied axis.
+            size = size_of_formula(ctx, relations[extent])
+            axes.append((Factor(size, size),) if ctx.depends(size) else plain(size))
         else:
-            axes.append(ctx.axis_of(symbol_size(extent, ctx.lengths.get(extent, math.inf))))
+            size = symbol_size(extent, ctx.lengths.get(extent, math.inf), ctx.shortest.get(extent, 1))
+            axes.append(ctx.axis_of(size))
     layout = tuple(axes)
     ctx.ranks = {**ctx.ranks, spec.name: len(spec.shape)}
     allowed = allowed_value(spec)

@@ -30,7 +30,7 @@ import onnx_ir as ir
 
 from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.conversion.proof.context import Context
-from attnserve_server.conversion.proof.given import allowed_value, symbol_size, values_of_inputs
+from attnserve_server.conversion.proof.given import allowed_value, size_of_formula, symbol_size, values_of_inputs
 from attnserve_server.conversion.proof.interpret import Interpreter
 from attnserve_server.conversion.proof.layout import Axis, Layout, is_plain, ordinals
 from attnserve_server.conversion.proof.paths import path_of
@@ -38,7 +38,8 @@ from attnserve_server.conversion.proof.sizes import Size, floor_div
 from attnserve_server.conversion.proof.values import Cause, Standing, Value
 from attnserve_server.model.certificate import Clause, MaskNeed, PathStep, Verdict
 from attnserve_server.model.equality import FLOORS
-from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, DerivedLength, OutputSpec, SiteSpec
+from attnserve_server.model.formula import Formula
+from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, Following, OutputSpec, SiteSpec
 
 _VERDICTS = {
     Standing.EQUAL: Verdict.PROVED,
@@ -82,7 +83,7 @@ class _Question:
     signature: Signature
     targets: tuple[_Target, ...]
     max_lengths: Mapping[str, int]
-    derived: Mapping[str, DerivedLength]
+    derived: Mapping[str, Following]
     precision: str
     vocabularies: Mapping[str, int]
 
@@ -94,7 +95,7 @@ def prove(
     sites: Sequence[SiteSpec],
     *,
     max_lengths: Mapping[str, int] = MappingProxyType({}),
-    derived: Mapping[str, DerivedLength] = MappingProxyType({}),
+    derived: Mapping[str, Following] = MappingProxyType({}),
     precision: str = "fp32",
     vocabularies: Mapping[str, int] = MappingProxyType({}),
 ) -> Proof:
@@ -153,9 +154,11 @@ def prove(
 def _needs(question: _Question, ctx: Context) -> Iterator[tuple[str, str]]:
     """Yield the mask needs of one clause, also of masks whose numbers were only assumed to be 0 and 1."""
     found = dict(ctx.needs)
+    relations = question.signature.relations
+    varying = {ctx.varied, *(symbol for symbol, formula in relations.items() if ctx.varied in formula.symbols)}
     for spec in question.signature.inputs:
         allowed = allowed_value(spec)
-        hides = ctx.varied in spec.shape and allowed is not None and not math.isnan(allowed)
+        hides = not varying.isdisjoint(spec.shape) and allowed is not None and not math.isnan(allowed)
         if hides and NUMPY_DTYPES[spec.dtype] != np.bool_:
             found.setdefault(spec.name, "some")
     yield from found.items()
@@ -252,8 +255,10 @@ def _expected(question: _Question, ctx: Context, declared: str | int | None) -> 
     if declared == ctx.varied:
         return ctx.own_size
     form = question.derived.get(declared) if isinstance(declared, str) else None
-    if form is None or form.source != ctx.varied:
+    if form is None or ctx.varied not in form.symbols:
         return None
+    if isinstance(form, Formula):
+        return size_of_formula(ctx, form)
     return floor_div(ctx.own_size + Size.of(form.offset), Size.of(form.stride))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.model.equality import WEIGHTS_PREFIX
-from attnserve_server.model.manifest import DerivedLength, OutputSpec, SiteSpec
+from attnserve_server.model.manifest import Following, OutputSpec, SiteSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Target:
     sites: Sequence[SiteSpec]
     max_lengths: Mapping[str, int]
     max_batch_size: int
-    derived: Mapping[str, DerivedLength] = field(default_factory=dict)
+    derived: Mapping[str, Following] = field(default_factory=dict)
     extreme_ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property

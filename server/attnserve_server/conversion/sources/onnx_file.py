@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -20,10 +20,12 @@ from attnserve_server.conversion.inputs.signature import (
     with_counted_masks,
     with_counted_positions,
 )
+from attnserve_server.conversion.inputs.sizes import bounds_of, with_sizes
 from attnserve_server.conversion.inputs.text import padding_id_of, text_of
 from attnserve_server.conversion.learning.batch_axis import takes_one_row_alone
-from attnserve_server.conversion.learning.inputs import with_equal_axes, with_free_length
+from attnserve_server.conversion.learning.inputs import with_free_length
 from attnserve_server.conversion.learning.polarity import with_polarity
+from attnserve_server.conversion.learning.solving import Solved, solved_axes
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.rewrite.counted_masks import CountedMasks, with_whole_masks
 from attnserve_server.conversion.rewrite.repair import repair
@@ -40,13 +42,17 @@ class OnnxFile(Source):
     Attributes:
         file: the file.
         tokenizer: its tokenizer.json; None: clients cannot send text.
-        max_length: the greatest length along each dynamic axis. The graph may turn out to support less.
+        max_length: the greatest length along each axis of tokens; None: the default. See `bounds_of`.
+        max_lengths: the greatest lengths of single axes, by symbol.
+        sizes: fixed sizes of dynamic axes, by symbol.
         pair_start: the token before the second text, if that has its own input; empty: none.
     """
 
     file: Path
     tokenizer: Path | None = None
-    max_length: int = 512
+    max_length: int | None = None
+    max_lengths: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     pair_start: str = ""
 
     title = "reading the file"
@@ -54,7 +60,7 @@ class OnnxFile(Source):
     def read(self, work: Path, steps: Steps) -> SourceGraph:
         """Read the file, and infer the roles and axes of its inputs. See `Source.read`."""
         padding_id = padding_id_of(self.tokenizer)
-        proto, max_length = read_graph(self.file), self.max_length
+        proto, limit = read_graph(self.file), self.max_length
         refuse_without_kernel(proto, self.file.name)
         proto = _repaired(proto, self.file.name)
         decoder = decoder_of(proto, self.file.name)
@@ -66,12 +72,13 @@ class OnnxFile(Source):
             freed = with_free_length(proto, signature_of(proto.graph, padding_id), work)
             if freed is not None:
                 proto, length = freed
-                max_length = min(max_length, length)
+                limit = min(self.max_length or length, length)
                 steps.warn(
                     f"the graph does not depend on its fixed length of {length}: it accepts texts of up to "
-                    f"{max_length} tokens"
+                    f"{limit} tokens"
                 )
-        signature = with_equal_axes(proto, signature_of(proto.graph, padding_id), work)
+        proto, solved = self._solved(proto, padding_id, work, steps)
+        signature = solved.signature
         if decoder is not None:
             signature = with_counted_positions(signature)
         signature = with_polarity(proto, signature, work)
@@ -82,7 +89,8 @@ class OnnxFile(Source):
         for spec in signature.inputs:
             if spec.inverted:
                 steps.warn(f"1 hides a position in {spec.name!r}: texts, and requests without it, get zeros")
-        max_lengths = dict.fromkeys(signature.symbols, max_length)
+        bounds = bounds_of(signature, limit, self.max_lengths)
+        max_lengths = {symbol: bound.length for symbol, bound in bounds.items()}
         ids = [spec for spec in signature.inputs if spec.role is InputRole.TOKEN_IDS]
         return SourceGraph(
             name=self.file.name,
@@ -94,11 +102,30 @@ class OnnxFile(Source):
             signature=signature,
             sampler=Sampler(signature),
             max_lengths=max_lengths,
+            bounds={symbol: bound.reason for symbol, bound in bounds.items()},
+            facts=solved.facts,
+            open_axes=solved.open_axes,
             vocabulary_size=ids[0].vocabulary_size if ids else 0,
             tokenizer=self.tokenizer,
             pair_start=self._pair_start(signature, max_lengths, steps),
             decoder=decoder,
         )
+
+    def _solved(
+        self, proto: onnx.ModelProto, padding_id: int, work: Path, steps: Steps
+    ) -> tuple[onnx.ModelProto, Solved]:
+        """Fix the axes that the caller fixes, and solve for others. Return the graph with fixed sizes, and the rest."""
+        name = self.file.name
+        if self.sizes:
+            proto = with_sizes(proto, signature_of(proto.graph, padding_id), self.sizes, name)
+        solved = solved_axes(proto, signature_of(proto.graph, padding_id), work)
+        if solved.sizes:
+            proto = with_sizes(proto, signature_of(proto.graph, padding_id), solved.sizes, name)
+        given = tuple(f"axis {symbol!r} is {size}, by --axis" for symbol, size in self.sizes.items())
+        solved = replace(solved, facts=(*given, *solved.facts))
+        for fact in solved.facts:
+            steps.report(fact)
+        return proto, solved
 
     def without_batches(self, graph: SourceGraph, work: Path, steps: Steps) -> SourceGraph | None:
         """Fix the batch axis at 1, if the graph runs on one row and not on three. See `Source.without_batches`."""

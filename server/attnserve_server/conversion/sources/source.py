@@ -131,7 +131,10 @@ class SourceGraph:
         proto: the graph, with inferred shapes.
         signature: the inputs of the graph.
         sampler: draws sequences for the graph.
-        max_lengths: the greatest length that is requested along each dynamic axis, by symbol.
+        max_lengths: the greatest length that is requested along each free axis, by symbol.
+        bounds: where each of these lengths comes from, by symbol; empty where the model's configuration states them.
+        facts: what was solved for, in words.
+        open_axes: which axes a refusal names if the graph does not run, and the options that fix them.
         vocabulary_size: of the first input of token ids; 0 if there is none.
         tokenizer: the tokenizer.json; None if clients cannot send text.
         pair_start: the id before the second text, if that has its own input; else None.
@@ -151,6 +154,9 @@ class SourceGraph:
     signature: Signature
     sampler: Sampler
     max_lengths: Mapping[str, int]
+    bounds: Mapping[str, str] = field(default_factory=dict)
+    facts: tuple[str, ...] = ()
+    open_axes: str = ""
     vocabulary_size: int = 0
     tokenizer: Path | None = None
     pair_start: int | None = None

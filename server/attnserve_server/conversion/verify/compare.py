@@ -142,7 +142,7 @@ def check_against_source(
 
 def _all_lengths(assembled: Assembled, own: Mapping[str, int]) -> dict[str, int]:
     """Return the length of a sequence along every axis: its own ones, derived ones and fixed ones."""
-    derived = {symbol: form.of(own[form.source]) for symbol, form in assembled.derived_axes.items()}
+    derived = {symbol: form.length_at(own) for symbol, form in assembled.derived_axes.items()}
     return {**assembled.fixed_axes, **own, **derived}
 
 

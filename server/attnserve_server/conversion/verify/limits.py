@@ -77,7 +77,7 @@ class _Graph:
 
     def _tap_bytes(self, lengths: Lengths) -> int:
         """Return the bytes of one sequence's weights at every site, as float32."""
-        derived = {symbol: form.of(lengths[form.source]) for symbol, form in self.assembled.derived_axes.items()}
+        derived = {symbol: form.length_at(lengths) for symbol, form in self.assembled.derived_axes.items()}
         known = {**self.assembled.fixed_axes, **lengths, **derived}
         taps = [site for site in self.assembled.sites if site.available]
         columns = [known[site.columns] if isinstance(site.columns, str) else site.columns for site in taps]
@@ -116,6 +116,26 @@ def true_limits(
         rows = _greatest(lambda rows: graph.runs(short, rows), min(_PROBED_ROWS, max_batch_size), max_batch_size)
         steps.warn(f"the graph takes at most {_rows(rows)}, not {max_batch_size}")
     return found, rows
+
+
+def reasons_of(
+    reasons: Mapping[str, str], requested: Mapping[str, int], found: Mapping[str, int], steps: Steps
+) -> dict[str, str]:
+    """Return where the greatest length of each axis comes from, and report it.
+
+    Args:
+        reasons: where the requested lengths come from, by axis symbol; other axes are left out.
+        requested: the requested lengths.
+        found: those that `true_limits` found.
+        steps: receives a line for each axis.
+    """
+    known = {
+        symbol: "the graph runs no more" if found[symbol] < requested[symbol] else reason
+        for symbol, reason in reasons.items()
+    }
+    for symbol, reason in known.items():
+        steps.report(f"axis {symbol!r}: up to {found[symbol]} positions ({reason})")
+    return known
 
 
 def as_the_server_warms_up(manifest: Manifest, model_path: Path, steps: Steps) -> tuple[Manifest, RuntimeSession]:
