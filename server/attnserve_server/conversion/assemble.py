@@ -15,7 +15,6 @@ from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.sites import FoundSite, Learnt, Scores
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.base.tolerances import Tolerances
-from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import precision_of, save
 from attnserve_server.conversion.inputs.signature import dtype_of
 from attnserve_server.conversion.learning.fixed_axes import FixedAxes, PatchGrid, fixed_axes, grids_of, of_one_sequence
@@ -29,6 +28,7 @@ from attnserve_server.conversion.rewrite.taps import (
     WEIGHTS_PREFIX,
     add_taps,
     expose,
+    sites_to_tap,
     tapped_at,
     with_plain_values,
 )
@@ -106,7 +106,7 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     save(ir.from_proto(proto), source_path)
     source = GraphRunner(source_path)
     checker_model = ir.from_proto(proto)
-    found = with_plain_values(checker_model.graph, find_sites(checker_model.graph))
+    found = with_plain_values(checker_model.graph, sites_to_tap(checker_model.graph))
     expose(checker_model, found.values())
     found, learnt = learn(proto, checker_model, found, sampler, work)
     add_taps(checker_model.graph, found, learnt)

@@ -33,9 +33,9 @@ from attnserve_server.engine.session_options import (
     FATAL_ONLY,
     LEFT_OUT,
     LEFT_OUT_ON_GPU,
+    int8_fallbacks,
     runtime_version,
     session_options,
-    undo_exact_int8,
 )
 
 __all__ = [
@@ -337,13 +337,9 @@ def _open(
     except Exception as error:
         if chosen != CPU:
             return None
-        if not undo_exact_int8(options):
-            raise LoadFailed from error
-        # The runtime cannot convert weights that several nodes share (1.32;
-        # findings/x64quantprecision_shared_weights.sh). The products may then saturate; golden answers refuse a model
-        # whose answers change by that.
-        try:
-            session = opened()
-        except Exception:  # noqa: BLE001 - the first failure is the one to report
-            raise LoadFailed from error
+        # If products may then saturate, golden answers refuse a model whose answers change by that.
+        for _ in int8_fallbacks(options):
+            with contextlib.suppress(Exception):  # the first failure is the one to report
+                return opened()
+        raise LoadFailed from error
     return session if session.get_providers()[0] == chosen else None

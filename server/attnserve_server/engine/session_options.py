@@ -3,12 +3,14 @@
 int8 products: x86 processors without VNNI add products of uint8 and int8 in 16 bits, which saturate
 (findings/int8_saturates_without_vnni.sh). The runtime can convert int8 weights to uint8 and multiply exactly instead.
 With VNNI the conversion changes nothing and takes more than twice the time (MiniLM, 8 x 40 tokens). Whether it is
-needed is measured by one product, which works on any processor.
+needed is measured by one product, which works on any processor. The runtime cannot convert weights or zero points that
+several nodes share (1.32; findings/x64quantprecision_shared_weights.sh), as files with QuantizeLinear and
+DequantizeLinear have them: `int8_fallbacks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -25,6 +27,8 @@ LEFT_OUT_ON_GPU: Final = ("BiasSoftmaxFusion",)
 """Graph optimizers disabled on a GPU. With this fusion, a run ended the process by SIGFPE (onnxruntime 1.31, H200)."""
 _EXACT_INT8: Final = "session.x64quantprecision"
 """Session option that converts int8 weights to uint8, which x86 multiplies exactly."""
+_FLOAT_QDQ: Final = "session.disable_quant_qdq"
+"""Session option that computes operators between DequantizeLinear and QuantizeLinear in floats, as the file states."""
 FATAL_ONLY: Final = 4
 """Log level. Every failure of the runtime also raises an exception, so it need not log."""
 
@@ -69,12 +73,19 @@ def session_options(intra_op_threads: int, left_out: Sequence[str]) -> ort.Sessi
     return options
 
 
-def undo_exact_int8(options: ort.SessionOptions) -> bool:
-    """Turn the conversion of int8 weights off. Return False if it was not on."""
+def int8_fallbacks(options: ort.SessionOptions) -> Iterator[None]:
+    """Change options step by step for a model that does not load with exact int8 products; yield after each step.
+
+    First, MatMuls between dequantizers stay in floats, so that the runtime has no int8 weights of theirs to convert:
+    they are exact, and slower. Last, int8 weights are not converted, and products of uint8 and int8 may saturate.
+    Nothing is changed on a processor that multiplies int8 exactly.
+    """
     if multiplies_int8_exactly():
-        return False
+        return
+    options.add_session_config_entry(_FLOAT_QDQ, "1")
+    yield
     options.add_session_config_entry(_EXACT_INT8, "0")
-    return True
+    yield
 
 
 @cache

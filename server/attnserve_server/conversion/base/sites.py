@@ -20,6 +20,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from attnserve_server.conversion.base.quantizers import Levels, Quantized, Quantizer
 from attnserve_server.model.bands import BandSpec
 
 
@@ -30,19 +31,6 @@ class Columns:
     value: ir.Value
     start: int
     stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """Scales and zero points of a quantized projection: a number is (integer - zero) * scale.
-
-    Scale and zero point of the weights are one number, or one for each column. A zero point that is None is 0.
-    """
-
-    input_scale: ir.Value
-    weight_scale: ir.Value
-    input_zero: ir.Value | None = None
-    weight_zero: ir.Value | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +161,9 @@ class Probabilities:
             that share a key head.
         scores: the nodes that multiply queries and keys.
         whole: whether rows sum to 1, because no node between softmax and product takes any weight away.
+        of_weights: the quantizer of `weights`, where the graph has them in integers; likewise `of_value`, `of_output`.
+            Rounded weights need not sum to 1.
+        levels: of the quantizer behind the product; None where there is none, or its scale is not constant.
     """
 
     weights: ir.Value
@@ -184,6 +175,10 @@ class Probabilities:
     query_axes: tuple[int, ...]
     scores: tuple[ir.Node, ...]
     whole: bool = True
+    of_weights: Quantizer | None = None
+    of_value: Quantizer | None = None
+    of_output: Quantizer | None = None
+    levels: Levels | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from attnserve_server.conversion.base.quantizers import Levels, Quantizer
 from attnserve_server.conversion.base.sites import FoundSite, Probabilities, Untappable
 from attnserve_server.conversion.finders.decomposed_softmax import Softmax, softmaxes
 from attnserve_server.conversion.finders.decomposed_sums import (
@@ -35,7 +36,15 @@ from attnserve_server.conversion.finders.decomposed_sums import (
 )
 from attnserve_server.conversion.graphs.axes import Axis, backward, forward
 from attnserve_server.conversion.graphs.contraction import Contraction
-from attnserve_server.conversion.graphs.walk import activations_of, before, dimension_of, input_of, producer_of, rank_of
+from attnserve_server.conversion.graphs.walk import (
+    activations_of,
+    before,
+    constant_number,
+    dimension_of,
+    input_of,
+    producer_of,
+    rank_of,
+)
 
 _KEEPS_SUMS = {
     *("Cast", "CastLike", "Identity", "Dropout", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand"),
@@ -43,6 +52,13 @@ _KEEPS_SUMS = {
 """Operators behind softmax after which rows still sum to 1; behind any other they need not."""
 _CUTTING = {"Slice", "Split", "Gather"}
 """Operators that cut the weights into parts."""
+_INTEGERS = {
+    ir.DataType.INT8: (-(2**7), 2**7 - 1),
+    ir.DataType.UINT8: (0, 2**8 - 1),
+    ir.DataType.INT16: (-(2**15), 2**15 - 1),
+    ir.DataType.UINT16: (0, 2**16 - 1),
+}
+"""The least and the greatest number of each type that quantizers round to."""
 _MOST_HEADS = 128
 """The most heads that a table mixes; larger square tables are linear layers."""
 
@@ -64,14 +80,6 @@ class _WeightedSum:
     axis: Axis
     whole: bool
     part: ir.Value | None
-
-    @property
-    def weights(self) -> ir.Value:
-        return self.contraction.float_operand(self.position)
-
-    @property
-    def value(self) -> ir.Value:
-        return self.contraction.float_operand(1 - self.position)
 
     @property
     def query_axes(self) -> tuple[int, ...]:
@@ -207,18 +215,38 @@ def _site(softmax: Softmax, scores: list[ir.Node], sums: list[_WeightedSum], gra
     if reason:
         return FoundSite(softmax.node, operator, heads, kv_heads, head_dim, Untappable(reason))
     assert first.axis is not None
+    weights, of_weights = first.contraction.numbers_of(first.position)
+    value, of_value = first.contraction.numbers_of(1 - first.position)
+    output, of_output = first.contraction.numbers_of_output()
     probabilities = Probabilities(
-        first.weights,
+        weights,
         first.axis,
         product=first.contraction.node,
         position=first.position,
-        value=first.value,
-        output=first.contraction.float_output(),
+        value=value,
+        output=output,
         query_axes=first.query_axes,
         scores=tuple(scores),
-        whole=first.whole,
+        whole=first.whole and of_weights is None,
+        of_weights=of_weights,
+        of_value=of_value,
+        of_output=of_output,
+        levels=_levels(output, of_output),
     )
     return FoundSite(softmax.node, operator, heads, kv_heads, head_dim, probabilities)
+
+
+def _levels(output: ir.Value, quantizer: Quantizer | None) -> Levels | None:
+    """Return the numbers that the quantizer of integers rounds to; None where they are not known."""
+    scale = constant_number(quantizer.scale) if quantizer is not None else None
+    if quantizer is None or scale is None:
+        return None
+    zero = constant_number(quantizer.zero) if quantizer.zero is not None else 0.0
+    dtype = quantizer.zero.dtype if quantizer.zero is not None else output.dtype
+    if zero is None or dtype not in _INTEGERS:
+        return None
+    low, high = _INTEGERS[dtype]
+    return Levels(scale, (low - zero) * scale, (high - zero) * scale)
 
 
 def _reason(softmax: Softmax, sums: list[_WeightedSum], graph: ir.Graph) -> str:
@@ -237,7 +265,8 @@ def _reason(softmax: Softmax, sums: list[_WeightedSum], graph: ir.Graph) -> str:
 
 def _heads(weighted: _WeightedSum) -> tuple[int, int]:
     """Return the heads of query and key as shapes state them; 0 where only a run of the graph finds them."""
-    weights, axis, contraction = weighted.weights, weighted.axis, weighted.contraction
+    axis, contraction = weighted.axis, weighted.contraction
+    weights, value = contraction.operand(weighted.position), contraction.operand(1 - weighted.position)
     rank, own = rank_of(weights), weighted.query_axes
     if axis is None or rank is None or rank < 4 or not own:
         return 0, 0
@@ -250,10 +279,10 @@ def _heads(weighted: _WeightedSum) -> tuple[int, int]:
             continue
         unknown += size is None
         heads *= size or 1
-        kv_heads *= (dimension_of(weighted.value, other) or 1) if other is not None and size is not None else 1
+        kv_heads *= (dimension_of(value, other) or 1) if other is not None and size is not None else 1
     if unknown > 1:  # the batch alone
         return 0, 0
-    kv_heads = _repeated_heads(weighted.value) or kv_heads
+    kv_heads = _repeated_heads(value) or kv_heads
     return heads, kv_heads if heads % kv_heads == 0 else heads
 
 

@@ -2,6 +2,7 @@
 
     Softmax(scores)
     BiasSoftmax(scores, bias)                         onnxruntime's fused form
+    QLinearSoftmax(scores)                            onnxruntime's form for integers
     Exp(LogSoftmax(scores))
     Exp(scores) / ReduceSum(Exp(scores))              as Div, or as Mul by the Reciprocal; masked or guarded from 0;
                                                       Exp may be a polynomial times a power of two
@@ -61,24 +62,31 @@ def softmaxes(graph: ir.Graph) -> Iterator[Softmax]:
         if scores is None:
             continue
         if node.op_type == "Softmax" and is_standard(node):
-            yield _softmax(node, scores, graph)
+            yield _softmax(node, scores, _version(node, graph))
         elif node.op_type == "BiasSoftmax":
             yield Softmax(node, "BiasSoftmax", scores, -1)
         elif node.op_type == "QLinearSoftmax":
-            refused = "its weights are integers from softmax to MatMul, which are not tapped yet"
-            yield Softmax(node, "QLinearSoftmax", scores, -1, refused)
+            yield _softmax(node, scores, node.attributes.get_int("opset", SINCE["Softmax over one axis"]))
         elif node.op_type == "Exp":
             log = producer_of(before(scores, _CASTS), "LogSoftmax")
             if log is not None and log.inputs[0] is not None:
-                inner = _softmax(log, log.inputs[0], graph)
+                inner = _softmax(log, log.inputs[0], _version(log, graph))
                 yield Softmax(node, "LogSoftmax-Exp", inner.scores, inner.axis, inner.refused)
         elif node.op_type in {"Div", "Mul"} and (axis := _sum_axis(node)) is not False:
             yield Softmax(node, "Exp-ReduceSum-" + node.op_type, scores, axis)
 
 
-def _softmax(node: ir.Node, scores: ir.Value, graph: ir.Graph) -> Softmax:
-    """Source: ONNX operators, Softmax-1, Softmax-11 (the input is coerced to 2-D) and Softmax-13."""
-    version = node.version or graph.opset_imports.get("", 0)
+def _version(node: ir.Node, graph: ir.Graph) -> int:
+    return node.version or graph.opset_imports.get("", 0)
+
+
+def _softmax(node: ir.Node, scores: ir.Value, version: int) -> Softmax:
+    """Return a softmax in the form of an opset.
+
+    Source: ONNX operators, Softmax-1, Softmax-11 (the input is coerced to 2-D) and Softmax-13; onnxruntime's
+    QLinearSoftmax.
+    """
+    spelling = "QLinearSoftmax" if node.op_type == "QLinearSoftmax" else "Softmax"
     one_axis = version >= SINCE["Softmax over one axis"]
     rank = rank_of(scores) or rank_of(node.outputs[0])
     axis = node.attributes.get_int("axis", -1 if one_axis else 1)
@@ -89,8 +97,8 @@ def _softmax(node: ir.Node, scores: ir.Value, graph: ir.Graph) -> Softmax:
         shape = scores.shape
         if shape is None or any(size != 1 for size in list(shape)[axis + 1 :]):
             refused = f"its softmax (opset {version}) runs over several axes at once"
-            return Softmax(node, "Softmax", scores, None, refused)
-    return Softmax(node, "Softmax", scores, axis)
+            return Softmax(node, spelling, scores, None, refused)
+    return Softmax(node, spelling, scores, axis)
 
 
 def _sum_axis(node: ir.Node) -> Axis | bool:

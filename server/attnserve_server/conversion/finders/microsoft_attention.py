@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Quantized, Scores, Untappable
+from attnserve_server.conversion.base.quantizers import Quantized
+from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Scores, Untappable
 from attnserve_server.conversion.finders.operator_nodes import (
     NotTappable,
     attention_bias,

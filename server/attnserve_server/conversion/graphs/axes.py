@@ -35,6 +35,8 @@ Axis = int | None
 
 _INTEGER_ELEMENTWISE = {"QLinearAdd", "QLinearMul"}
 """onnxruntime's own, on integers: each operand is followed by its scale and its zero point."""
+_QUANTIZERS = {"DequantizeLinear", "QuantizeLinear"}
+"""Operators that onnxruntime has in its own domain too, for types that older opsets lack."""
 _RESIZING = {"Concat", "Expand", "GatherElements", "Pad", "Slice", "Split", "Tile"}
 """Operators that may change the sizes of axes, and leave every axis in its place."""
 _DATA_FIRST = {
@@ -85,6 +87,8 @@ def _keeps_axes(node: ir.Node) -> bool:
 
 def _domains(node: ir.Node) -> tuple[str, ...]:
     """Return the domains in which an operator of this name is the one that this module knows."""
+    if node.op_type in _QUANTIZERS:
+        return (*STANDARD, "com.microsoft")
     return ("com.microsoft",) if node.op_type in _INTEGER_ELEMENTWISE else STANDARD
 
 

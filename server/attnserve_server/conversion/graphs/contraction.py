@@ -13,13 +13,21 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.graphs.walk import dimension_of, input_of, is_standard, permutation_of, rank_of
+from attnserve_server.conversion.base.quantizers import Quantizer
+from attnserve_server.conversion.graphs.walk import (
+    constant_number,
+    dimension_of,
+    input_of,
+    is_standard,
+    permutation_of,
+    rank_of,
+)
 
 _MATMULS = {"MatMul": "", "MatMulInteger": "", "MatMulIntegerToFloat": "com.microsoft"}
 """Operators of .ij,.jk->.ik on their first two inputs, and their domain; "" is the standard one."""
 _TRANSPOSING = {"Gemm": "", "FusedMatMul": "com.microsoft"}
 """Operators that may transpose an operand first, as their attributes state."""
-_TO_FLOAT = {"MatMulInteger": ("Cast", "Mul"), "QLinearMatMul": ("DequantizeLinear",)}
+_TO_FLOAT = {"MatMulInteger": ("Cast", "Mul")}
 """By integer operator, the nodes behind it that make its result floating point again."""
 
 
@@ -111,20 +119,38 @@ class Contraction:
         """Return the left (0) or the right (1) operand."""
         return self.terms[position].value
 
-    def float_operand(self, position: int) -> ir.Value:
-        """Return an operand before it was quantized for this node."""
-        value = self.operand(position)
-        node = value.producer()
-        if node is not None and node.op_type in {"QuantizeLinear", "DynamicQuantizeLinear"}:
-            return node.inputs[0] or value
-        return value
+    def numbers_of(self, position: int) -> tuple[ir.Value, Quantizer | None]:
+        """Return an operand, in integers with their quantizer where a constant one rounds it.
 
-    def float_output(self) -> ir.Value:
-        """Return the result after the nodes that dequantize it."""
+        An operand that a quantizer rounds whose scale follows the input is returned before it is rounded.
+        """
+        value = self.operand(position)
+        if self.node.op_type == "QLinearMatMul":
+            scale, zero = (input_of(self.node, self.inputs[position] + place) for place in (1, 2))
+            return (value, Quantizer(scale, zero)) if scale is not None and _is_single(scale) else (value, None)
+        node = value.producer()
+        if node is not None and node.op_type == "DynamicQuantizeLinear":
+            return node.inputs[0] or value, None
+        if node is not None and node.op_type == "DequantizeLinear" and (quantizer := quantizer_of(node)):
+            return node.inputs[0] or value, quantizer
+        if node is not None and node.op_type == "QuantizeLinear" and (quantizer := quantizer_of(node)):
+            return value, quantizer
+        return value, None
+
+    def numbers_of_output(self) -> tuple[ir.Value, Quantizer | None]:
+        """Return the result, in integers with their quantizer where a constant one is all that reads it."""
         value = self.node.outputs[0]
+        if self.node.op_type == "QLinearMatMul":
+            scale, zero = input_of(self.node, 6), input_of(self.node, 7)
+            return (value, Quantizer(scale, zero)) if scale is not None and _is_single(scale) else (value, None)
         for op_type in _TO_FLOAT.get(self.node.op_type, ()):
             value = next((node.outputs[0] for node in value.consumers() if node.op_type == op_type), value)
-        return value
+        users = list(value.consumers())
+        if len(users) == 1 and users[0].op_type == "QuantizeLinear" and not value.is_graph_output():
+            quantizer = quantizer_of(users[0])
+            if quantizer is not None:
+                return users[0].outputs[0], quantizer
+        return value, None
 
     def sums_over(self, position: int, axis: int) -> bool:
         """Return whether the node sums over an axis of an operand together with one of the other operand."""
@@ -174,6 +200,19 @@ class Contraction:
 def _is(node: ir.Node, operators: dict[str, str]) -> bool:
     domain = operators.get(node.op_type)
     return domain is not None and (node.domain == domain or (domain == "" and is_standard(node)))
+
+
+def quantizer_of(node: ir.Node) -> Quantizer | None:
+    """Return the quantizer of a QuantizeLinear or DequantizeLinear with one scale for all elements; else None."""
+    scale = input_of(node, 1)
+    if scale is None or not _is_single(scale) or node.attributes.get_int("block_size", 0):
+        return None
+    return Quantizer(scale, input_of(node, 2), node.domain)
+
+
+def _is_single(scale: ir.Value) -> bool:
+    """Return whether a scale is a constant of one number."""
+    return constant_number(scale) is not None
 
 
 def _letter(letters: str, axis: int) -> str:

@@ -186,9 +186,9 @@ def _first_words(fault: Exception) -> str:
 
 _INTEGRAL = {
     *("DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits"),
-    *("QAttention", "QLinearMatMul"),
+    *("QAttention", "QGemm", "QLinearMatMul", "QuantizeLinear"),
 }
-"""MatMuls and attention of integers."""
+"""MatMuls and attention of integers, and the quantizers around them in files that state the MatMuls in floats."""
 
 
 def save(model: ir.Model, path: Path) -> None:
@@ -197,7 +197,7 @@ def save(model: ir.Model, path: Path) -> None:
 
 
 def precision_of(proto: onnx.ModelProto) -> Literal["fp32", "fp16", "int8"]:
-    """Return int8 if a MatMul has integer operands, fp16 if most weights are float16, else fp32."""
+    """Return int8 if integers are multiplied or activations quantized, fp16 if most weights are float16, else fp32."""
     if any(node.op_type in _INTEGRAL for node in proto.graph.node):
         return "int8"
     sizes: dict[int, int] = {onnx.TensorProto.FLOAT16: 0, onnx.TensorProto.FLOAT: 0}

@@ -22,10 +22,14 @@ ELEMENTWISE = BROADCASTING | {
 """Operators that change numbers one at a time and leave every axis in its place."""
 _RANK_OF_FIRST = (ELEMENTWISE - BROADCASTING) | {
     *("BiasGelu", "BiasSplitGelu", "Concat", "Conv", "FastGelu", "Gelu", "LayerNormalization", "Pad", "QuickGelu"),
+    *("QLinearLeakyRelu", "QLinearSigmoid", "QLinearSoftmax"),
     *("RMSNormalization", "RotaryEmbedding", "SimplifiedLayerNormalization", "Slice", "Softmax"),
 }
 """Operators whose first output has the rank of their first input."""
-_RANK_OF_WIDEST = BROADCASTING | {"MatMul", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
+_RANK_OF_WIDEST = BROADCASTING | {
+    *("MatMul", "QLinearAdd", "QLinearMatMul", "QLinearMul", "SkipLayerNormalization"),
+    "SkipSimplifiedLayerNormalization",
+}
 """Operators whose first output has the rank of their widest input."""
 _RANK_3 = {"Attention", "EmbedLayerNormalization", "GroupQueryAttention", "MultiHeadAttention", "QAttention"}
 """Operators whose first output is (B, T, width)."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.sites import FoundSite, Linear, Probabilities, Scores
+from attnserve_server.conversion.graphs.contraction import Contraction
 from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.model.manifest import InputSpec
 
@@ -136,7 +137,8 @@ def _operand(site: FoundSite, side: int) -> ir.Value | None:
         case Scores(query=query, key=key) | Linear(query=query, key=key):
             return (query, key)[side].value
         case Probabilities(scores=(first, *_)) if len(first.inputs) > side:
-            return first.inputs[side]
+            product = Contraction.of(first)
+            return first.inputs[side] if product is None else product.operand(side)
     return None
 
 
@@ -146,6 +148,8 @@ def _read(node: ir.Node) -> list[ir.Value]:
     if node.op_type in _ATTENTION:
         return []
     if node.op_type in _PRODUCTS and sum(not _is_constant(value) for value in inputs[:2]) > 1:
+        return []
+    if node.op_type == "QLinearMatMul" and not _is_constant(inputs[3]):
         return []
     return inputs[:1] if node.op_type in _FIRST_ALONE else inputs
 

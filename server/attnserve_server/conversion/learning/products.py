@@ -83,16 +83,21 @@ def _inner_values(
 
 
 def _error_in_layout(site: Probabilities, axes: WeightAxes, weights: Array, value: Array, output: Array) -> float:
-    """Compare in the graph's layout; rows that the graph itself makes NaN do not count."""
+    """Compare in the graph's layout; rows that the graph itself makes NaN do not count.
+
+    Where a quantizer rounds the product, one of its steps does not count, and the product is bounded as it bounds it.
+    """
     product = product_of(site)
     operands = [in_graph_layout(axes, weights.astype(np.float64)), value.astype(np.float64)]
     if site.position == 1:
         operands.reverse()
     again = np.einsum(product.equation, *operands) * product.node.attributes.get_float("alpha", 1.0)
+    levels = site.levels
+    if levels is not None:
+        again = np.clip(again, levels.low, levels.high)
     difference = np.where(np.isnan(output), 0.0, again - output.astype(np.float64))
-    return float(np.abs(difference).max(initial=0.0)) / max(
-        1.0, float(np.abs(np.nan_to_num(value, posinf=0.0, neginf=0.0)).max())
-    )
+    greatest = max(float(np.abs(difference).max(initial=0.0)) - (0.0 if levels is None else levels.step), 0.0)
+    return greatest / max(1.0, float(np.abs(np.nan_to_num(value, posinf=0.0, neginf=0.0)).max()))
 
 
 def in_graph_layout(axes: WeightAxes, weights: Array) -> Array:

@@ -28,8 +28,18 @@ from attnserve_server.conversion.rewrite.taps.operands import with_plain_values
 from attnserve_server.conversion.rewrite.taps.probabilities import weights_of_probabilities, weights_of_windows
 from attnserve_server.conversion.rewrite.taps.scores import weights_of_scores
 from attnserve_server.conversion.rewrite.taps.tap import ITEMS_PREFIX, WEIGHTS_PREFIX, Tap
+from attnserve_server.conversion.rewrite.taps.unsigned import sites_to_tap
 
-__all__ = ["ITEMS_PREFIX", "WEIGHTS_PREFIX", "add_taps", "expose", "tapped", "tapped_at", "with_plain_values"]
+__all__ = [
+    "ITEMS_PREFIX",
+    "WEIGHTS_PREFIX",
+    "add_taps",
+    "expose",
+    "sites_to_tap",
+    "tapped",
+    "tapped_at",
+    "with_plain_values",
+]
 
 
 def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite], learnt: Mapping[str, Learnt]) -> None:
@@ -55,20 +65,20 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite], learnt: Mapping[st
                 tap.finish(weights_of_linear(tap, linear), site.heads, behind=site.node)
             case Recurrent() as recurrent:
                 tap.finish(weights_of_recurrent(tap, recurrent), site.heads, behind=site.node)
-            case Probabilities(weights=weights) if name in learnt:
-                _add_tap_of_probabilities(tap, graph, weights, learnt[name])
+            case Probabilities() as own if name in learnt:
+                _add_tap_of_probabilities(tap, graph, own, learnt[name])
 
 
-def _add_tap_of_probabilities(tap: Tap, graph: ir.Graph, weights: ir.Value, learnt: Learnt) -> None:
-    last = weights.producer()
+def _add_tap_of_probabilities(tap: Tap, graph: ir.Graph, site: Probabilities, learnt: Learnt) -> None:
+    last = site.weights.producer()
     assert last is not None
     layout, windows = learnt.layout, learnt.windows
     if windows is None:
-        rows = weights_of_probabilities(tap, weights, layout)
+        rows = weights_of_probabilities(tap, site, layout)
     else:
         values = (*graph.inputs, *(value for node in graph for value in node.outputs))
         anchor = next(value for value in values if value.name == windows.anchor)
-        rows = weights_of_windows(tap, weights, layout, windows, anchor)
+        rows = weights_of_windows(tap, site, layout, windows, anchor)
     tap.finish(rows, layout.heads, behind=last)
 
 
@@ -83,7 +93,7 @@ def tapped(proto: onnx.ModelProto) -> tuple[ir.Model, dict[str, FoundSite]]:
 def tapped_at(proto: onnx.ModelProto, names: Collection[str], learnt: Mapping[str, Learnt]) -> ir.Model:
     """Copy a model and add taps at the named sites only; `learnt` holds the layouts, which are those of every copy."""
     model = ir.from_proto(proto)
-    sites = find_sites(model.graph)
+    sites = sites_to_tap(model.graph)
     add_taps(model.graph, {name: sites[name] for name in names}, learnt)
     return model
 

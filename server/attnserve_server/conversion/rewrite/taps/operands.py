@@ -7,19 +7,30 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import Columns, FoundSite, Operand, Quantized, Rotary, Scores
+from attnserve_server.conversion.base.quantizers import Quantized
+from attnserve_server.conversion.base.sites import (
+    Columns,
+    FoundSite,
+    Operand,
+    Probabilities,
+    Rotary,
+    Scores,
+)
 from attnserve_server.conversion.rewrite.taps.tap import Tap, WholeBatch
 
 
 def with_plain_values(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> dict[str, FoundSite]:
     """Return the sites with values, (B, H, S, D), that are in the graph; new nodes compute those inside operators.
 
-    Checks compare weights @ value with an operator's output; a bundle's graph does not have these nodes.
+    Integers that represent weights, values and results are dequantized by new nodes. Checks compare weights @ value
+    with an operator's output; a bundle's graph does not have these nodes.
     """
     shared: dict[tuple[object, ...], ir.Value] = {}
     plain = dict(sites)
     for name, site in sites.items():
         scores = site.attention
+        if isinstance(scores, Probabilities):
+            plain[name] = replace(site, attention=_in_floats(graph, name, scores))
         if not isinstance(scores, Scores) or scores.value.plain:
             continue
         nodes = WholeBatch(graph, f"{name}.value", shared)
@@ -29,6 +40,23 @@ def with_plain_values(graph: ir.Graph, sites: Mapping[str, FoundSite]) -> dict[s
         operand = Operand(value, scores.value.heads, packed=False)
         plain[name] = replace(site, attention=replace(scores, value=operand))
     return plain
+
+
+def _in_floats(graph: ir.Graph, name: str, site: Probabilities) -> Probabilities:
+    """Return a site whose weights, value and output are floats; new nodes dequantize those that are integers."""
+    found = {"weights": site.weights, "value": site.value, "output": site.output}
+    quantizers = {"weights": site.of_weights, "value": site.of_value, "output": site.of_output}
+    for part, quantizer in quantizers.items():
+        source = found[part]
+        node = source.producer()
+        if quantizer is None or node is None:
+            continue
+        nodes = WholeBatch(graph, f"{name}.{part}", {})
+        copy = nodes.dequantized(source, quantizer)
+        copy.type, copy.shape = ir.TensorType(ir.DataType.FLOAT), source.shape
+        nodes.place_after(node)
+        found[part] = copy
+    return replace(site, **found, of_weights=None, of_value=None, of_output=None)
 
 
 def _head_dim(operand: Operand) -> int:

@@ -16,18 +16,18 @@ import math
 
 import onnx_ir as ir
 
-from attnserve_server.conversion.base.sites import Factor, Layout, Windows
+from attnserve_server.conversion.base.sites import Factor, Layout, Probabilities, Windows
 from attnserve_server.conversion.rewrite.taps.tap import Tap
 
 _ORDER = {"batch": 0, "head": 1, "one": 2, "window": 3, "query": 4, "key": 5}
 
 
-def weights_of_probabilities(tap: Tap, weights: ir.Value, layout: Layout) -> ir.Value:
+def weights_of_probabilities(tap: Tap, site: Probabilities, layout: Layout) -> ir.Value:
     """Return the graph's weights of the selected rows, float32 (n, H, L, S).
 
     A fully masked row is 0, also where softmax of minus infinities gives NaN.
     """
-    rows, factors = _selected_rows(tap, weights, layout)
+    rows, factors = _selected_rows(tap, site, layout)
     if [factor.role for factor in factors] != ["batch", "head", "query", "key"]:
         heads = math.prod(factor.size or 1 for factor in factors if factor.role == "head")
         last = len(factors)
@@ -35,17 +35,17 @@ def weights_of_probabilities(tap: Tap, weights: ir.Value, layout: Layout) -> ir.
     return _without_nan(tap, rows)
 
 
-def weights_of_windows(tap: Tap, weights: ir.Value, layout: Layout, windows: Windows, anchor: ir.Value) -> ir.Value:
+def weights_of_windows(tap: Tap, site: Probabilities, layout: Layout, windows: Windows, anchor: ir.Value) -> ir.Value:
     """Return the graph's weights of the selected rows, float32 (n, H, L, W); NaN is 0.
 
     Args:
         tap: under construction.
-        weights: the graph's own.
+        site: has the graph's own weights.
         layout: the factors of their axes.
         windows: which row belongs to which query.
         anchor: (B, L, C); rows beyond L are padding.
     """
-    rows, factors = _selected_rows(tap, weights, layout)
+    rows, factors = _selected_rows(tap, site, layout)
     heads = math.prod(factor.size or 1 for factor in factors if factor.role == "head")
     first = next(place for place, factor in enumerate(factors) if factor.role in {"window", "query"})
     last = len(factors) - 1
@@ -60,14 +60,15 @@ def weights_of_windows(tap: Tap, weights: ir.Value, layout: Layout, windows: Win
     return _without_nan(tap, rows)
 
 
-def _selected_rows(tap: Tap, weights: ir.Value, layout: Layout) -> tuple[ir.Value, list[Factor]]:
+def _selected_rows(tap: Tap, site: Probabilities, layout: Layout) -> tuple[ir.Value, list[Factor]]:
     """Return the graph's weights of the selected rows, axes in the order of `_ORDER`, and the factors in that order.
 
     The first node gathers, so that all nodes behind it are as small as the selection.
     """
-    axes = layout.axes
+    axes, weights = layout.axes, site.weights
     at = next(place for place, factors in enumerate(axes) if any(factor.role == "batch" for factor in factors))
     rows = tap.op("Gather", [weights, _batch_index(tap, weights, at, axes[at])], axis=at)
+    rows = tap.dequantized(rows, site.of_weights)
     found = [
         factor
         for place, factors in enumerate(axes)

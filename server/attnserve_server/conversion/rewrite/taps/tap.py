@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from attnserve_server.conversion.base.quantizers import Quantizer
+from attnserve_server.conversion.graphs.contraction import quantizer_of
 from attnserve_server.conversion.graphs.nodes import NodeBuilder
+from attnserve_server.conversion.graphs.walk import input_of, is_made_of_constants, producer_of
 
 ITEMS_PREFIX = "attention_items."
 WEIGHTS_PREFIX = "attention."
@@ -36,8 +39,24 @@ class Tap(NodeBuilder):
         self.graph.outputs.append(weights)
 
     def rows_of(self, value: ir.Value) -> ir.Value:
-        """Return the selected rows of a value whose first axis is the batch."""
-        return self.op("Gather", [value, self.items], axis=0)
+        """Return the selected rows of a value whose first axis is the batch.
+
+        Rows of a dequantized value are gathered as integers, and dequantized by a copy of its node. A second reader of
+        its output could keep the runtime from fusing that node with the one that it stands in front of.
+        """
+        node = producer_of(value, "DequantizeLinear")
+        quantizer = quantizer_of(node) if node is not None else None
+        source = input_of(node, 0) if node is not None else None
+        if quantizer is None or source is None or is_made_of_constants(source):
+            return self.op("Gather", [value, self.items], axis=0)
+        return self.dequantized(self.op("Gather", [source, self.items], axis=0), quantizer)
+
+    def dequantized(self, rows: ir.Value, quantizer: Quantizer | None) -> ir.Value:
+        """Return the numbers that integers represent; values without a quantizer are returned as they are."""
+        if quantizer is None:
+            return rows
+        parts = [rows, quantizer.scale, *([] if quantizer.zero is None else [quantizer.zero])]
+        return self.op("DequantizeLinear", parts, domain=quantizer.domain)
 
     def batch(self) -> ir.Value:
         """Return the number of rows of the batch, int64 of rank 1, from the first input, which is none of a tap's."""
