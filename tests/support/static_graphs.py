@@ -22,7 +22,7 @@ HEADS, HEAD_DIM = 2, 4
 WIDTH = HEADS * HEAD_DIM
 DOMAIN = "com.microsoft"
 # By value: the scale, and the zero point of uint8; that of int8 is 128 less.
-_QUANTIZERS = {"x": (0.02, 120), "scores": (0.05, 100), "weights": (1 / 255, 0), "product": (0.017, 131)}
+_QUANTIZERS = {"x": (0.02, 120), "scores": (0.05, 100), "weights": (1 / 256, 0), "product": (0.017, 131)}
 _MASKED = -1000.0
 """What a mask adds to a hidden score, far below the least number that its quantizer represents."""
 

@@ -154,7 +154,30 @@ def _rounded(name: str, nodes: str, **more: object) -> Case:
     return _case(name, f"{ROUNDED} {nodes} {UNROUNDED}", given=given, **more)
 
 
+def _masked(name: str, scale: str, zero: int, shares: str, **more: object) -> Case:
+    """Return a case with masked scores that are quantized, and their softmax over the positions."""
+    nodes = (
+        "f = Cast<to = 1>(attention_mask) d = Sub(one, f) low = Mul(d, lowest) t = ReduceSum<keepdims = 0>(x, last)"
+        f" u = Add(t, low) q = QuantizeLinear(u, s, z) {shares}"
+    )
+    given = (
+        f"float one = {{1}}, float lowest = {{-3.4028234663852886e38}}, int64[1] last = {{-1}}, float s = {{{scale}}},"
+        f" uint8 z = {{{zero}}}, float part = {{0.00390625}}, uint8 none = {{0}}"
+    )
+    return _case(name, nodes, f"{X}, {MASK}", "float[batch, seq] y", given, **more)
+
+
+FLOAT_SHARES = "p = DequantizeLinear(q, s, z) y = Softmax<axis = 1>(p)"
+INTEGER_SHARES = (
+    "m = com.microsoft.QLinearSoftmax<axis = 1, opset = 13>(q, s, z, part, none) y = DequantizeLinear(m, part, none)"
+)
+BOUNDED = {"seq": "a mask subtracts only 2"}
+
 QUANTIZED = [
+    _masked("Softmax of a quantized mask", "1.3e36", 255, FLOAT_SHARES, needs={"attention_mask": "some"}),
+    _masked("Softmax of a mask that a quantizer bounds", "0.01", 200, FLOAT_SHARES, seq=REFUTED, why=BOUNDED),
+    _masked("QLinearSoftmax of a quantized mask", "1.3e36", 255, INTEGER_SHARES, needs={"attention_mask": "some"}),
+    _masked("QLinearSoftmax of a mask that a quantizer bounds", "0.01", 200, INTEGER_SHARES, seq=REFUTED, why=BOUNDED),
     _case("QuantizeLinear and DequantizeLinear", f"m = QuantizeLinear(x, s, z) {UNROUNDED}", given=SCALE),
     _case(
         "a scale for each channel",
@@ -213,6 +236,19 @@ QUANTIZED = [
     _rounded("QLinearMul", "m = com.microsoft.QLinearMul(q, s, z, q, s, z, s, z)"),
     _rounded("QLinearSigmoid", "m = com.microsoft.QLinearSigmoid(q, s, z, s, z)"),
     _rounded("QLinearLeakyRelu", "m = com.microsoft.QLinearLeakyRelu(q, s, z, s, z)"),
+    _rounded("QLinearSoftmax of each vector", "m = com.microsoft.QLinearSoftmax<axis = 2, opset = 13>(q, s, z, s, z)"),
+    _rounded(
+        "QLinearSoftmax over positions without a mask",
+        "m = com.microsoft.QLinearSoftmax<axis = 1, opset = 13>(q, s, z, s, z)",
+        seq=REFUTED,
+        why={"seq": "no mask hides them"},
+    ),
+    _case(
+        "QLinearConcat",
+        f"{ROUNDED} m = com.microsoft.QLinearConcat<axis = 2>(s, z, q, s, z, q, s, z) y = DequantizeLinear(m, s, z)",
+        outputs="float[batch, seq, 8] y",
+        given=SCALE,
+    ),
     _case(
         "QGemm",
         f"{ROUNDED} y = com.microsoft.QGemm(q, s, z, w, s, z)",

@@ -205,7 +205,7 @@ def _is(node: ir.Node, operators: dict[str, str]) -> bool:
 def quantizer_of(node: ir.Node) -> Quantizer | None:
     """Return the quantizer of a QuantizeLinear or DequantizeLinear with one scale for all elements; else None."""
     scale = input_of(node, 1)
-    if scale is None or not _is_single(scale) or node.attributes.get_int("block_size", 0):
+    if scale is None or not _is_single(scale) or node.attributes.get_int("block_size", 0) != 0:
         return None
     return Quantizer(scale, input_of(node, 2), node.domain)
 

@@ -22,19 +22,21 @@ from attnserve_server.conversion.proof.values import Entry, Standing, Value
 def softmax(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     """Return the softmax along an axis. Before opset 13, it is along all axes from one on."""
     value = ctx.as_data(required(inputs, 0))
-    rank = len(value.axes)
-    if ctx.opset < 13:
-        first = attribute(node, "axis", 1) % rank
-        axes = list(range(first, rank))
-    else:
-        axes = [attribute(node, "axis", -1) % rank]
-    axes = [at for at in axes if size_of(value.axes[at]).number != 1] or axes[-1:]
-    found = softmaxed(ctx, value, axes)
+    found = softmaxed(ctx, value, softmax_axes(value, node, ctx.opset))
     if node.op_type == "Softmax":
         return found
     if node.op_type == "Hardmax":
         return replace(found, norm=math.inf)
     return pointwise(ctx, lambda one: Interval(-math.inf, 0, one.wild | 1), [replace(found, masks=frozenset())])
+
+
+def softmax_axes(value: Value, node: ir.Node, opset: int) -> list[int]:
+    """Return the axes that a softmax of an opset runs over, without those of size 1."""
+    rank = len(value.axes)
+    several = opset < 13
+    first = attribute(node, "axis", 1 if several else -1) % rank
+    axes = list(range(first, rank if several else first + 1))
+    return [at for at in axes if size_of(value.axes[at]).number != 1] or axes[-1:]
 
 
 @rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")

@@ -14,8 +14,12 @@ import onnx_ir as ir
 
 from attnserve_server.conversion.proof.context import MICROSOFT, Context, rule
 from attnserve_server.conversion.proof.helpers import attribute, joined, optional, required, wild_anywhere
-from attnserve_server.conversion.proof.intervals import Interval, subtract
+from attnserve_server.conversion.proof.hiding import softmaxed
+from attnserve_server.conversion.proof.intervals import Interval, add, multiply, subtract
 from attnserve_server.conversion.proof.layout import PLAIN_ONE, NotFollowed, is_one, plain, varying
+from attnserve_server.conversion.proof.rounding import rounded, scaled_up, steps_of
+from attnserve_server.conversion.proof.rules.joining import together
+from attnserve_server.conversion.proof.rules.normalizing import softmax_axes
 from attnserve_server.conversion.proof.rules.pointwise import pointwise
 from attnserve_server.conversion.proof.rules.products import biased, matmul, times
 from attnserve_server.conversion.proof.sizes import Size
@@ -42,9 +46,9 @@ def dynamic_quantize(ctx: Context, node: ir.Node, inputs: list[Value | None]) ->
     if value.standing > standing:
         standing, cause = value.standing, value.cause
     regions = {region: Entry(_BYTES, lit=_BYTES) for region in value.regions}
-    rounded = Value(value.layout, standing, cause, span=_BYTES, lit=_BYTES, regions=regions)
+    integers = Value(value.layout, standing, cause, span=_BYTES, lit=_BYTES, regions=regions)
     scale = Value((), standing, cause, span=Interval(0, value.span.greatest))
-    return [rounded, scale, Value((), standing, cause, span=_BYTES, lit=_BYTES)]
+    return [integers, scale, Value((), standing, cause, span=_BYTES, lit=_BYTES)]
 
 
 def _along(value: Value, scale: Value, axis: int) -> Value:
@@ -63,15 +67,18 @@ def quantize(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
     zero = optional(inputs, 2)
     if attribute(node, "block_size", 0):
         raise NotFollowed("the proof does not support scales of blocks")
+    steps = None if attribute(node, "output_dtype", 0) else steps_of(scale, zero)
+    if steps is not None and value.layout is not None:
+        return rounded(value, steps) if node.op_type == "QuantizeLinear" else scaled_up(value, steps)
     axis = attribute(node, "axis", 1)
     axis = axis + len(value.axes) if axis < 0 else axis
     operands = [value, _along(value, scale, axis), *([_along(value, zero, axis)] if zero is not None else [])]
-    rounded = node.op_type == "QuantizeLinear"
+    rounds = node.op_type == "QuantizeLinear"
 
     span = _BYTES if _is_bytes(node, zero) else Interval()
 
     def function(*each: Interval) -> Interval:
-        if rounded:
+        if rounds:
             return span
         shifted = subtract(each[0], each[2]) if len(each) > 2 else each[0]
         most = shifted.greatest * each[1].greatest if shifted.greatest and each[1].greatest else 0.0
@@ -168,8 +175,41 @@ def qlinear(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
         if attribute(node, "transA", 0) or attribute(node, "transB", 0):
             raise NotFollowed("the proof does not support transposed 8-bit products")
         return _bytes(ctx, matmul(ctx, one, other), inputs)
+    if node.op_type in {"QLinearAdd", "QLinearMul"}:
+        operands = [_numbers(ctx, inputs, at) for at in (0, 3)]
+        steps = steps_of(required(inputs, 6), optional(inputs, 7))
+        if steps is not None and all(operand is not None for operand in operands):
+            function, op = (add, "Add") if node.op_type == "QLinearAdd" else (multiply, "Mul")
+            return rounded(pointwise(ctx, function, [one for one in operands if one is not None], op=op), steps)
     wide = [required(inputs, 0), *([required(inputs, 3)] if node.op_type in {"QLinearAdd", "QLinearMul"} else [])]
     return _bytes(ctx, pointwise(ctx, lambda *_each: _BYTES, wide), inputs)
+
+
+@rule("QLinearSoftmax", domain=MICROSOFT)
+def qlinear_softmax(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """Return the softmax of integers with given scales, along one axis, or before opset 13 all axes from one on."""
+    value, steps = _numbers(ctx, inputs, 0), steps_of(required(inputs, 3), optional(inputs, 4))
+    if value is None or steps is None:
+        raise NotFollowed("the proof does not support scales that are not constant")
+    return rounded(softmaxed(ctx, value, softmax_axes(value, node, attribute(node, "opset", 13))), steps)
+
+
+@rule("QLinearConcat", domain=MICROSOFT)
+def qlinear_concat(ctx: Context, node: ir.Node, inputs: list[Value | None]) -> Value:
+    """Return tensors of integers with given scales, joined along an axis."""
+    parts = [_numbers(ctx, inputs, at) for at in range(2, len(inputs), 3)]
+    steps = steps_of(required(inputs, 0), optional(inputs, 1))
+    known = [part for part in parts if part is not None]
+    if steps is None or len(known) < len(parts):
+        raise NotFollowed("the proof does not support scales that are not constant")
+    return rounded(together(ctx, known, attribute(node, "axis") % len(known[0].axes)), steps)
+
+
+def _numbers(ctx: Context, inputs: Sequence[Value | None], at: int) -> Value | None:
+    """Return the numbers of integers that their scale and zero point follow; None where these are not constant."""
+    steps = steps_of(required(inputs, at + 1), optional(inputs, at + 2))
+    value = ctx.as_data(required(inputs, at))
+    return None if steps is None or value.layout is None else scaled_up(value, steps)
 
 
 @rule("MatMulNBits", "MatMulBnb4", domain=MICROSOFT)

@@ -56,7 +56,15 @@ def _in_floats(graph: ir.Graph, name: str, site: Probabilities) -> Probabilities
         copy.type, copy.shape = ir.TensorType(ir.DataType.FLOAT), source.shape
         nodes.place_after(node)
         found[part] = copy
-    return replace(site, **found, of_weights=None, of_value=None, of_output=None)
+    return replace(
+        site,
+        weights=found["weights"],
+        value=found["value"],
+        output=found["output"],
+        of_weights=None,
+        of_value=None,
+        of_output=None,
+    )
 
 
 def _head_dim(operand: Operand) -> int:
