@@ -30,6 +30,7 @@ from attnserve_server.engine.providers import (
     ProviderUnavailable,
 )
 from attnserve_server.engine.session_options import (
+    EVERY_OPTIMIZER,
     FATAL_ONLY,
     LEFT_OUT,
     LEFT_OUT_ON_GPU,
@@ -42,6 +43,7 @@ __all__ = [
     "AUTO",
     "CPU",
     "CUDA",
+    "EVERY_OPTIMIZER",
     "LEFT_OUT",
     "TENSORRT",
     "InstanceThread",

@@ -23,6 +23,8 @@ LEFT_OUT: Final = ("SkipLayerNormFusion",)
 """Graph optimizers disabled on a CPU, unless the manifest lists others. The fused kernel takes longer than Add and
 LayerNormalization apart: MiniLM takes 4 to 15 % longer with it (batches 1 to 8, lengths 16 to 256, one core,
 onnxruntime 1.32)."""
+EVERY_OPTIMIZER: Final = ("every optimizer",)
+"""In place of names: the runtime runs each node as the file has it."""
 LEFT_OUT_ON_GPU: Final = ("BiasSoftmaxFusion",)
 """Graph optimizers disabled on a GPU. With this fusion, a run ended the process by SIGFPE (onnxruntime 1.31, H200)."""
 _EXACT_INT8: Final = "session.x64quantprecision"
@@ -55,7 +57,7 @@ def session_options(intra_op_threads: int, left_out: Sequence[str]) -> ort.Sessi
 
     Args:
         intra_op_threads: threads within one run, the calling thread included; 1 or more.
-        left_out: names of the graph optimizers to disable.
+        left_out: names of the graph optimizers to disable, or `EVERY_OPTIMIZER`.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = intra_op_threads
@@ -68,7 +70,9 @@ def session_options(intra_op_threads: int, left_out: Sequence[str]) -> ort.Sessi
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not multiplies_int8_exactly():
         options.add_session_config_entry(_EXACT_INT8, "1")
-    if left_out:
+    if tuple(left_out) == EVERY_OPTIMIZER:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    elif left_out:
         options.add_session_config_entry("optimization.disable_specified_optimizers", ";".join(left_out))
     return options
 

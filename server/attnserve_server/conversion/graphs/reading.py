@@ -196,6 +196,11 @@ def save(model: ir.Model, path: Path) -> None:
     ir.save(model, path)
 
 
+def quantizes_statically(proto: onnx.ModelProto) -> bool:
+    """Return whether quantizers round activations with scales that no input changes."""
+    return any(node.op_type == "QuantizeLinear" or node.op_type.startswith("QLinear") for node in proto.graph.node)
+
+
 def precision_of(proto: onnx.ModelProto) -> Literal["fp32", "fp16", "int8"]:
     """Return int8 if integers are multiplied or activations quantized, fp16 if most weights are float16, else fp32."""
     if any(node.op_type in _INTEGRAL for node in proto.graph.node):

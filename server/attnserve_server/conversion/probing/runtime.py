@@ -34,6 +34,7 @@ class GraphRunner:
         Raises:
             BuildRefused: the runtime cannot load the graph.
         """
+        self.path = path
         try:
             self._session = RuntimeSession.load(
                 path, provider="CPUExecutionProvider", left_out=left_out, intra_op_threads=1

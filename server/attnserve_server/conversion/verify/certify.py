@@ -17,6 +17,7 @@ from attnserve_server.conversion.proof.attack import DEFAULT_SECONDS, attack
 from attnserve_server.conversion.proof.context import SOFTMAX_OVER_ROWS, SUM_OVER_ROWS
 from attnserve_server.conversion.proof.noise import noise_of
 from attnserve_server.conversion.proof.target import Target
+from attnserve_server.conversion.verify.stability import instability, other_last_bits
 from attnserve_server.model.batching import cautions
 from attnserve_server.model.certificate import Batching, Certificate, Verdict
 from attnserve_server.model.equality import Equality
@@ -82,12 +83,15 @@ def certify(
         extreme_ids={name: extreme_ids_of(proto.graph, name) for name in ids},
     )
     steps.note("attacking what is not refuted")
-    noise = noise_of(target, assembled.precision)
+    with other_last_bits(proto) as moved:
+        noise = noise_of(target, assembled.precision, moved)
     clauses = attack(target, proof, Equality(assembled.precision, noise), seconds=attack_seconds, report=steps.note)
     certificate = Certificate(clauses=clauses, masks=proof.masks, noise=noise)
     alone = sampler.signature.fixed_batch is not None
     for caution in cautions(certificate, batching, alone=alone):
         steps.warn(str(caution))
+    if warning := instability(assembled, max_lengths):
+        steps.warn(warning)
     return Certified(certificate, _with_kinds(assembled.sites, proof))
 
 
