@@ -16,6 +16,7 @@ from attnserve_server.conversion.caches.finding import is_named_present
 from attnserve_server.conversion.choose.fusion import Rewritten, fused
 from attnserve_server.conversion.choose.trials import faster_export, fastest
 from attnserve_server.conversion.graphs.reading import checked
+from attnserve_server.conversion.graphs.sharing import WEIGHTS_FILE, share_weights
 from attnserve_server.conversion.inputs.signature import in_float16
 from attnserve_server.conversion.inputs.text import text_of, written_text
 from attnserve_server.conversion.learning.fixed_axes import PatchGrid
@@ -279,7 +280,10 @@ class Conversion:
         self.files.update(golden)
 
     def write(self) -> None:
-        """Write the bundle. Raises BundleInvalid if the disk refuses."""
+        """Write the bundle; graphs share their weights. Raises BundleInvalid if the disk refuses."""
+        if PAST_FILE in self.files:
+            weights = share_weights(self.files[MODEL_FILE], self.files[PAST_FILE])
+            self.files |= {} if weights is None else {WEIGHTS_FILE: weights}
         self.bundle = write_bundle(self.options.repository, self.manifest, self.files)
 
     def _calibration_text(self) -> TextSpec | None:
