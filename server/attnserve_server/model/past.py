@@ -132,18 +132,18 @@ class PastSpec(Frozen):
 
     def continuing(self, manifest: Manifest) -> Manifest:
         """Return the manifest of the continuing graph, from that of the prompt graph."""
-        return manifest.model_copy(
-            update={
-                "axes": self._axes(manifest.axes),
-                "inputs": self.all_inputs,
-                "outputs": self.outputs,
-                "sites": tuple(map(self._site, manifest.sites)),
-                "max_batch_size": manifest.max_batch_size if self.batched else 1,
-                "certificate": self.certificate,
-                "golden": self.golden,
-                "past": None,
-            }
-        )
+        changed = {
+            "axes": self._axes(manifest.axes),
+            "inputs": self.all_inputs,
+            "outputs": self.outputs,
+            "sites": tuple(map(self._site, manifest.sites)),
+            "max_batch_size": manifest.max_batch_size if self.batched else 1,
+            "certificate": self.certificate,
+            "golden": self.golden,
+            "past": None,
+        }
+        # Not `model_copy`, which would also copy what the manifest keeps about its own axes.
+        return type(manifest).model_construct(**{**dict(manifest), **changed})
 
     def _axes(self, axes: Sequence[AxisSpec]) -> tuple[AxisSpec, ...]:
         """The axes of the continuing graph. P + T is at most the greatest length of a prompt."""
