@@ -20,12 +20,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 CASES = {
     "optimum": CachedDecoder(),
     "total": CachedDecoder(total="total_sequence_length"),
+    "folded": CachedDecoder(form="folded"),
     "grouped": GroupedDecoder(),
     "packed": GroupedDecoder(packed=True),
     "normed": GroupedDecoder(normed=True),
     "int4": GroupedDecoder(int4=True, packed=True),
     "int4_normed": GroupedDecoder(int4=True, normed=True),
 }
+WHOLE = {**CASES, "operator": CachedDecoder(form="operator")}
+"""The models, with one whose attention gives no weights after a past."""
 CROSSED = CrossedDecoder()
 # float32 sums in another order.
 TOLERANCE = 1e-5
@@ -38,7 +41,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
-    files = {name: case.model() for name, case in CASES.items()}
+    files = {name: case.model() for name, case in WHOLE.items()}
     files |= {"merged": CROSSED.merged(), "decoder_model": CROSSED.apart(cached=False)}
     for name, model in files.items():
         file = folder / f"{name}.onnx"
@@ -65,48 +68,31 @@ def ids_of(length: int) -> np.ndarray:
     return np.random.default_rng(length).integers(1, VOCABULARY, length)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", WHOLE)
 async def test_texts_of_mixed_lengths_share_a_batch_and_equal_the_definition(client: AsyncClient, name: str) -> None:
     each = [ids_of(length) for length in LENGTHS]
     results = await client.infer(name, [" ".join(f"w{number}" for number in ids) for ids in each], attention=True)
     assert {result.run.batch_size for result in results} == {len(LENGTHS)}
     for ids, result in zip(each, results, strict=True):
-        expected = CASES[name].answer(ids)
+        expected = WHOLE[name].answer(ids)
         assert list(result.outputs) == ["logits"]
         np.testing.assert_allclose(result.outputs["logits"], expected.logits, rtol=0, atol=10 * TOLERANCE)
         for found, weights in zip(result.attention, expected.weights, strict=True):
             np.testing.assert_allclose(found.weights, weights, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["optimum", "grouped", "int4_normed"])
+@pytest.mark.parametrize("name", ["optimum", "operator", "folded", "grouped", "int4_normed"])
 async def test_keys_and_values_are_returned_to_requests_that_name_them(client: AsyncClient, name: str) -> None:
     described = (await client.model(name)).outputs
     assert [spec.name for spec in described if not spec.on_request] == ["logits"]
     names = [spec.name for spec in described if spec.on_request]
     ids = ids_of(6)
     result = await client.infer(name, {"input_ids": ids}, outputs=[*names, "logits"])
-    expected = CASES[name].answer(ids)
+    expected = WHOLE[name].answer(ids)
     assert set(names) == set(expected.presents)
     for kept in names:
         np.testing.assert_allclose(result.outputs[kept], expected.presents[kept], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(result.outputs["logits"], expected.logits, rtol=0, atol=10 * TOLERANCE)
-
-
-@pytest.mark.parametrize("name", ["optimum", "grouped", "normed", "int4"])
-async def test_new_tokens_after_a_past_equal_the_definition_of_the_whole(client: AsyncClient, name: str) -> None:
-    model, ids, past = await client.model(name), ids_of(8), 5
-    whole = CASES[name].answer(ids)
-    cache = {
-        f"past_key_values{kept.removeprefix('present')}": array[:, :past].astype(np.float32)
-        for kept, array in whole.presents.items()
-    }
-    presents = [spec.name for spec in model.outputs if spec.on_request]
-    result = await client.infer(name, {"input_ids": ids[past:], **cache}, outputs=["logits", *presents], attention=True)
-    np.testing.assert_allclose(result.outputs["logits"], whole.logits[past:], rtol=0, atol=10 * TOLERANCE)
-    for kept in presents:
-        np.testing.assert_allclose(result.outputs[kept], whole.presents[kept], rtol=0, atol=TOLERANCE)
-    for found, weights in zip(result.attention, whole.weights, strict=True):
-        np.testing.assert_allclose(found.weights, weights[:, past:], rtol=0, atol=TOLERANCE)
 
 
 async def test_positions_count_what_the_mask_keeps(client: AsyncClient) -> None:

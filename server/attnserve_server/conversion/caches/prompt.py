@@ -13,6 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.caches.finding import FoundPast, Use
+from attnserve_server.conversion.caches.folded import folded_heads, with_batch_first
 from attnserve_server.conversion.graphs.nodes import NodeBuilder, remove_unused_initializers, replace_node
 from attnserve_server.conversion.graphs.walk import constant_ints, input_of
 
@@ -34,15 +35,19 @@ def without_past(model: ir.Model, pasts: Sequence[FoundPast]) -> None:
     batched = next((value for value in graph.inputs if value.name not in names and value.shape is not None), None)
     if batched is None:
         raise BuildRefused("the graph has no input but its cache: it has no ids to compute keys and values from")
+    presents = {past.present.name: folded_heads(past, batched) for past in pasts if past.present is not None}
     for past in pasts:
+        heads = folded_heads(past, batched)
         for use in past.uses:
             if use.node.op_type == "Shape":
-                _size(graph, past, use, batched)
+                _size(graph, past, use, batched, heads)
             elif use.node.op_type == "Concat":
                 _unjoin(graph, use)
             else:
                 use.node.replace_input_with(use.index, None)
     RemoveUnusedNodesPass()(model)
+    for value in [value for value in graph.outputs if presents.get(value.name)]:
+        with_batch_first(graph, value, presents[value.name])
     for past in pasts:
         graph.inputs.remove(past.value)
     remove_unused_initializers(graph)
@@ -68,7 +73,7 @@ def _unjoin(graph: ir.Graph, use: Use) -> None:
         replace_node(node, same)
 
 
-def _size(graph: ir.Graph, past: FoundPast, use: Use, batched: ir.Value) -> None:
+def _size(graph: ir.Graph, past: FoundPast, use: Use, batched: ir.Value, heads: int) -> None:
     """Replace the sizes of an empty past, which are 0 on the axis of positions, where nodes take them."""
     node = use.node
     start = node.attributes.get_int("start", 0)
@@ -85,18 +90,19 @@ def _size(graph: ir.Graph, past: FoundPast, use: Use, batched: ir.Value) -> None
         user.outputs[0].replace_all_uses_with(build.scalar(0) if scalar else build.ints(0))
     if not node.outputs[0].uses():
         return
-    parts = [_extent(build, past, axis, batched) for axis in axes]
+    parts = [_extent(build, past, axis, batched, heads) for axis in axes]
     whole = parts[0] if len(parts) == 1 else build.op("Concat", parts, axis=0)
     build.place_before(node)
     node.outputs[0].replace_all_uses_with(whole)
 
 
-def _extent(build: NodeBuilder, past: FoundPast, axis: int, batched: ir.Value) -> ir.Value:
+def _extent(build: NodeBuilder, past: FoundPast, axis: int, batched: ir.Value, heads: int) -> ir.Value:
     """Return the size of one axis of an empty past, int64 of rank 1."""
     if axis == past.axis:
         return build.ints(0)
     if axis == 0:
-        return build.shape(batched, 0, 1)
+        rows = build.shape(batched, 0, 1)
+        return build.op("Mul", [rows, build.ints(heads)]) if heads else rows
     size = past.value.shape[axis] if past.value.shape is not None else None
     if not isinstance(size, int):
         raise BuildRefused(

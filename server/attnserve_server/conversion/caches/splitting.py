@@ -11,6 +11,7 @@ import onnx_ir as ir
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.caches.decoder import Cache, Decoder, Past
 from attnserve_server.conversion.caches.finding import FoundPast, find_pasts
+from attnserve_server.conversion.caches.folded import folded_heads, unfold
 from attnserve_server.conversion.caches.head_sizes import state_sizes
 from attnserve_server.conversion.caches.merged import branches_of
 from attnserve_server.conversion.caches.prompt import without_past
@@ -50,6 +51,10 @@ def decoder_of(proto: onnx.ModelProto, name: str) -> Decoder | None:
     if state_sizes(pasts):
         proto = checked(ir.to_proto(model), name)
     cache = _cache(model.graph, pasts)
+    if any(len(one.shape) == len(past.value.shape or ()) for one, past in zip(cache.pasts, pasts, strict=True)):
+        continuing = ir.from_proto(proto)
+        unfold(continuing.graph, find_pasts(continuing.graph))
+        proto = checked(ir.to_proto(continuing), name)
     without_past(model, pasts)
     _rename(model.graph, {cache.total_axis: cache.new_axis})
     return Decoder(checked(ir.to_proto(model), name), proto, cache)
@@ -62,6 +67,7 @@ def _of_branches(prompt: ir.Model, continuing: ir.Model, name: str) -> Decoder |
         return None
     state_sizes(pasts)
     cache = _cache(continuing.graph, pasts)
+    unfold(continuing.graph, pasts)
     crossed = {past.present for past in cache.pasts if past.crossed}
     for value in [value for value in continuing.graph.outputs if value.name in crossed]:
         continuing.graph.outputs.remove(value)  # a constant in the place of the encoder's keys and values
@@ -97,7 +103,7 @@ def _cache(graph: ir.Graph, pasts: Sequence[FoundPast]) -> Cache:
     terms = [term for term in _terms(total) if term != past_axis]
     new = terms[0] if len(_terms(total)) == 2 and len(terms) == 1 else _new_axis(others, masks)
     return Cache(
-        pasts=tuple(_described(past) for past in pasts),
+        pasts=tuple(_described(past, folded_heads(past, others[0]) if others else 0) for past in pasts),
         past_axis=past_axis,
         new_axis=new,
         total_axis=total,
@@ -106,22 +112,22 @@ def _cache(graph: ir.Graph, pasts: Sequence[FoundPast]) -> Cache:
     )
 
 
-def _described(past: FoundPast) -> Past:
+def _described(past: FoundPast, heads: int) -> Past:
+    """Describe one tensor of a cache; `heads`: those that its batch axis carries too."""
     value = past.value
     assert value.shape is not None
     assert value.dtype is not None
     name = str(value.name)
+    sizes = tuple(
+        size if isinstance(size, int) else size.value or (PAST if axis == past.axis else f"{name}_axis_{axis}")
+        for axis, size in enumerate(value.shape)
+    )[1:]
     return Past(
         name=name,
         present=str(past.present.name) if past.present is not None else _NAMED.sub("present", name) * past.crossed,
         dtype=dtype_of(value.dtype.value, name),
-        shape=tuple(
-            size
-            if isinstance(size, int)
-            else size.value or (PAST if axis == past.axis else f"{value.name}_axis_{axis}")
-            for axis, size in enumerate(value.shape)
-        )[1:],
-        axis=past.axis - 1,
+        shape=(heads, *sizes) if heads else sizes,
+        axis=past.axis if heads else past.axis - 1,
         crossed=past.crossed,
     )
 

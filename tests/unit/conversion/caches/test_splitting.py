@@ -133,3 +133,15 @@ def test_head_sizes_that_the_file_only_names_become_numbers(case: GroupedDecoder
     for graph in (decoder.prompt.graph, decoder.continuing.graph):
         sizes = {value.type.tensor_type.shape.dim[3].dim_value for value in graph.output if "present" in value.name}
         assert sizes == {SIZE_OF_HEADS}
+
+
+def test_heads_leave_the_batch_axis_of_a_cache() -> None:
+    decoder = decoder_of(checked(CachedDecoder(layers=1, form="folded").model(), "model.onnx"), "model.onnx")
+    assert decoder is not None
+    assert [(past.shape, past.axis) for past in decoder.cache.pasts] == [
+        ((HEADS, HEAD_DIM, PAST), 2),
+        ((HEADS, PAST, HEAD_DIM), 1),
+    ]
+    inputs = {value.name: value.type.tensor_type.shape.dim for value in decoder.continuing.graph.input}
+    assert [len(inputs[past.name]) for past in decoder.cache.pasts] == [4, 4]
+    assert {inputs[past.name][0].dim_param for past in decoder.cache.pasts} == {"batch_size"}
