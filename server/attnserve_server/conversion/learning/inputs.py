@@ -20,6 +20,7 @@ from attnserve_server.conversion.base.tolerances import Tolerances, max_abs
 from attnserve_server.conversion.graphs.reading import checked, precision_of, save
 from attnserve_server.conversion.inputs.roles import is_position
 from attnserve_server.conversion.inputs.signature import SEQUENCE, Signature, signature_of
+from attnserve_server.conversion.learning.polarity import with_polarity
 from attnserve_server.conversion.probing.feeds import Sampler, probe_lengths
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
@@ -83,7 +84,7 @@ def _answers_alike(proto: onnx.ModelProto, freed: onnx.ModelProto, padding_id: i
     for path, graph in zip(paths, (proto, freed), strict=True):
         save(ir.from_proto(graph), path)
     fixed, free = (GraphRunner(path) for path in paths)
-    sampler = Sampler(signature_of(freed.graph, padding_id))
+    sampler = Sampler(with_polarity(freed, signature_of(freed.graph, padding_id), work))
     tolerance = Tolerances.of(precision_of(proto)).neighbours
     for own in (*(tried for tried in _TRIED if tried < length), length):
         sequence = sampler.sequence({SEQUENCE: own})

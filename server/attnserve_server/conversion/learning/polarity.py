@@ -28,7 +28,7 @@ from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.domain.values import Array
-from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec
+from attnserve_server.model.manifest import NUMPY_DTYPES, Dimension, InputRole, InputSpec
 
 _LENGTH: Final = 7
 """The length along the mask's axis. Every other dynamic axis has another one."""
@@ -64,19 +64,25 @@ def with_polarity(proto: onnx.ModelProto, signature: Signature, work: Path) -> S
 
 
 def _may_be_a_mask(spec: InputSpec, signature: Signature) -> bool:
-    """Whether an input may hold marks for the positions of its last axis, which another input has too."""
-    if NUMPY_DTYPES[spec.dtype].kind not in "iub" or not spec.shape or not isinstance(spec.shape[-1], str):
+    """Whether an input may hold marks for the positions of its last axis, which another input has too.
+
+    Along an axis of fixed length, which is never padded, only masks that the server fills count.
+    """
+    if NUMPY_DTYPES[spec.dtype].kind not in "iub" or not spec.shape:
         return False
     marks = spec.role is InputRole.ATTENTION_MASK or (
-        spec.role is InputRole.DATA and not spec.index_ranges and not is_position(spec.name)
+        spec.role is InputRole.DATA
+        and isinstance(spec.shape[-1], str)
+        and not spec.index_ranges
+        and not is_position(spec.name)
     )
     return marks and any(_has_content(each, spec.shape[-1]) for each in signature.inputs)
 
 
-def _has_content(spec: InputSpec, symbol: str) -> bool:
+def _has_content(spec: InputSpec, axis: Dimension) -> bool:
     """Whether an input holds ids or numbers for each position along an axis."""
     floats = NUMPY_DTYPES[spec.dtype].kind == "f" and not spec.additive_mask
-    return symbol in spec.shape and (spec.role is InputRole.TOKEN_IDS or floats)
+    return axis in spec.shape and (spec.role is InputRole.TOKEN_IDS or floats)
 
 
 def _with(signature: Signature, mask: InputSpec, hiding: int) -> Signature:
@@ -105,15 +111,16 @@ class _Trial:
     tolerance: float
 
     @property
-    def symbol(self) -> str:
-        """The axis whose positions the mask marks."""
-        return str(self.mask.shape[-1])
+    def axis(self) -> Dimension:
+        """The axis whose positions the mask marks: its symbol, or its fixed length."""
+        return self.mask.shape[-1]
 
     def hiding(self) -> int | None:
         """Return the value that hides a position; None where no run decides it."""
         for others in _VALUES:
             try:
-                cuts = [self._cut(value, others) for value in _VALUES]
+                fixed = isinstance(self.axis, int)
+                cuts = [not fixed and self._cut(value, others) for value in _VALUES]
                 found = self._decided(cuts)
                 # Marks that only set features to zero leave the keys visible; they are no mask.
                 if found is None and (all(cuts) or self.mask.role is InputRole.ATTENTION_MASK):
@@ -135,9 +142,12 @@ class _Trial:
     def _silent(self, value: int, others: int) -> bool:
         """Whether the content of the first position, where the mask has this value, changes no other answer."""
         one, other = self._answers(value, others, 0), self._answers(value, others, 0, changed=True)
-        shorter = self._answers(value, others, None)
+        if isinstance(self.axis, int):
+            shapes = {name: tuple(size - (size == self.axis) for size in array.shape) for name, array in one.items()}
+        else:
+            shapes = {name: array.shape for name, array in self._answers(value, others, None).items()}
         return all(
-            self._close(_behind(one[name], shorter[name]), _behind(other[name], shorter[name])) for name in shorter
+            self._close(_behind(one[name], shape), _behind(other[name], shape)) for name, shape in shapes.items()
         )
 
     def _answers(self, value: int, others: int, at: int | None, *, changed: bool = False) -> dict[str, Array]:
@@ -151,10 +161,10 @@ class _Trial:
         """
         signature = self.sampler.signature
         lengths = {symbol: _OTHER_LENGTH + place for place, symbol in enumerate(signature.symbols)}
-        lengths[self.symbol] = _LENGTH
+        lengths[str(self.axis)] = _LENGTH
         sequence, other = (self.sampler.sequence(lengths, number) for number in (0, 1))
         for spec in signature.inputs:
-            along = [axis for axis, extent in enumerate(spec.shape) if extent == self.symbol]
+            along = [axis for axis, extent in enumerate(spec.shape) if extent == self.axis]
             array = sequence[spec.name]
             if spec.name == self.mask.name:
                 array = np.full_like(array, 1 - value)
@@ -162,7 +172,7 @@ class _Trial:
                     array[..., at] = value
             elif spec.name in self.masks:
                 array = np.full_like(array, others)
-            elif changed and at is not None and _has_content(spec, self.symbol):
+            elif changed and at is not None and _has_content(spec, self.axis):
                 place = tuple(at if axis in along else slice(None) for axis in range(array.ndim))
                 array[place] = other[spec.name][place] + (0 if spec.role is InputRole.TOKEN_IDS else 1)
             if at is None:
@@ -187,9 +197,9 @@ def _cropped(whole: Array, shorter: Array) -> Array | None:
     return whole[tuple(slice(size) for size in shorter.shape)]
 
 
-def _behind(whole: Array, shorter: Array) -> Array | None:
-    """Return an answer without its first position along the axes that follow the sequence."""
-    if whole.ndim != shorter.ndim:
+def _behind(whole: Array, shorter: tuple[int, ...]) -> Array | None:
+    """Return an answer without its first position along the axes that follow the sequence, by a shorter one's shape."""
+    if whole.ndim != len(shorter):
         return None
-    sizes = zip(whole.shape, shorter.shape, strict=True)
+    sizes = zip(whole.shape, shorter, strict=True)
     return whole[tuple(slice(1 if longer != size else 0, None) for longer, size in sizes)]

@@ -8,10 +8,12 @@ import numpy as np
 import onnx
 import pytest
 from attnserve_server.conversion.inputs.signature import Signature, signature_of
+from attnserve_server.conversion.learning.inputs import with_free_length
 from attnserve_server.conversion.learning.polarity import with_polarity
 from attnserve_server.model.manifest import InputRole, InputSpec
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnx.parser import parse_model
+from onnx_files import encoder
 
 WIDTH = 8
 FORMS = {
@@ -75,6 +77,28 @@ def test_graph_decides_what_a_named_attention_mask_hides(form: str, tmp_path: Pa
     kind, nodes, hiding = FORMS[form]
     _, mask = learnt(attention(kind, nodes, name="attention_mask"), tmp_path)
     assert (mask.role, mask.inverted, mask.fill) == (InputRole.ATTENTION_MASK, bool(hiding), 1 - hiding)
+
+
+@pytest.mark.parametrize("form", ["chosen", "kept", "causal"])
+def test_mask_of_a_fixed_length_is_filled_with_the_value_that_hides_nothing(form: str, tmp_path: Path) -> None:
+    kind, nodes, hiding = FORMS[form]
+    model = attention(kind, nodes, name="attention_mask")
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[1].dim_value = 6
+    _, mask = learnt(onnx.shape_inference.infer_shapes(model), tmp_path)
+    assert (mask.role, mask.shape, mask.fill) == (InputRole.ATTENTION_MASK, (6,), 1 - hiding)
+
+
+def test_fixed_length_is_made_dynamic_under_a_mask_whose_one_hides(tmp_path: Path) -> None:
+    model = encoder(length=12)
+    [at] = [place for place, node in enumerate(model.graph.node) if list(node.output) == ["kept"]]
+    model.graph.node[at].output[0] = "hidden_ones"
+    model.graph.node.insert(at + 1, helper.make_node("Not", ["hidden_ones"], ["kept"]))
+    model = onnx.shape_inference.infer_shapes(model)
+    freed = with_free_length(model, signature_of(model.graph), tmp_path)
+    assert freed is not None
+    _, mask = learnt(freed[0], tmp_path)
+    assert (mask.shape, mask.inverted, mask.padding, mask.fill) == (("seq",), True, 1, 0)
 
 
 def test_mask_of_queries_and_keys_is_padded_with_the_value_that_hides(tmp_path: Path) -> None:
