@@ -19,6 +19,7 @@ from attnserve_server.conversion.precision.comparison import Subject
 from attnserve_server.conversion.precision.quality import measure
 from attnserve_server.conversion.precision.sentences import material_of
 from attnserve_server.conversion.probing.runtime import GraphRunner
+from attnserve_server.conversion.rewrite.repair import repaired
 from attnserve_server.conversion.sources.source import TorchModel
 from attnserve_server.conversion.sources.torch_source import AUTO, export_graph, load_model
 from attnserve_server.conversion.verify.compare import Reference, differences
@@ -48,7 +49,7 @@ def compare_with_source(opened: Opened, against: str, steps: Steps) -> tuple[lis
     manifest, stored = opened.manifest, opened.manifest.check.quality
     reduced = manifest.precision == "int8"
     if against.endswith(".onnx") or Path(against).is_file():
-        proto = whole_sequences(read_graph(Path(against)), Path(against).name)
+        proto = whole_sequences(repaired(read_graph(Path(against)), Path(against).name), Path(against).name)
         unlike = _unlike(manifest, [value.name for value in proto.graph.input])
         if unlike:
             return [unlike], stored

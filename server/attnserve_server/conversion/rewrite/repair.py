@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from attnserve_server.conversion.graphs.nodes import NodeBuilder
+from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.graphs.walk import input_of, is_standard, rank_of
 
 _PER_ROW: Final[dict[tuple[str, str], tuple[tuple[int, int], ...]]] = {
@@ -36,6 +38,20 @@ _MASK: Final = 3
 _PAST_KEY: Final = 4
 _PADS_MASKS: Final = 24
 """The first opset in which a mask may have fewer columns than there are keys."""
+
+
+def repaired(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """Return a file's model with the operands expanded that the runtime does not broadcast.
+
+    Args:
+        proto: the model, with inferred shapes.
+        name: of the file, for messages.
+
+    Raises:
+        BuildRefused: the repaired model exceeds 2 GiB.
+    """
+    model = ir.from_proto(proto)
+    return checked(ir.to_proto(model), name) if repair(model.graph) else proto
 
 
 def repair(graph: ir.Graph) -> bool:

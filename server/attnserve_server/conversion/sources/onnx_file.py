@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
-import onnx_ir as ir
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.caches.splitting import decoder_of
 from attnserve_server.conversion.finders.catalogue import refuse_without_kernel
-from attnserve_server.conversion.graphs.reading import checked, read_graph
+from attnserve_server.conversion.graphs.reading import read_graph
 from attnserve_server.conversion.inputs.signature import (
     Signature,
     signature_of,
@@ -28,7 +27,7 @@ from attnserve_server.conversion.learning.polarity import with_polarity
 from attnserve_server.conversion.learning.solving import Solved, solved_axes
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.rewrite.counted_masks import CountedMasks, with_whole_masks
-from attnserve_server.conversion.rewrite.repair import repair
+from attnserve_server.conversion.rewrite.repair import repaired
 from attnserve_server.conversion.sources.source import Source, SourceGraph
 from attnserve_server.model.manifest import InputRole
 from attnserve_server.model.repository import sha256_of
@@ -62,7 +61,7 @@ class OnnxFile(Source):
         padding_id = padding_id_of(self.tokenizer)
         proto, limit = read_graph(self.file), self.max_length
         refuse_without_kernel(proto, self.file.name)
-        proto = _repaired(proto, self.file.name)
+        proto = repaired(proto, self.file.name)
         decoder = decoder_of(proto, self.file.name)
         if decoder is not None:
             proto = decoder.prompt
@@ -179,12 +178,6 @@ def _warn_of_counts(masks: CountedMasks, steps: Steps) -> None:
         steps.warn(
             f"{operator} reads only the number of ones of {name!r}: the server refuses masks with a zero before a one"
         )
-
-
-def _repaired(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """Return the graph with operands that the runtime does not broadcast expanded."""
-    model = ir.from_proto(proto)
-    return checked(ir.to_proto(model), name) if repair(model.graph) else proto
 
 
 def _warn_of_unbounded(signature: Signature, steps: Steps) -> None:

@@ -19,6 +19,7 @@ from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.verify.compare import Reference
 from attnserve_server.domain.values import Array
 from attnserve_server.model.repository import Bundle
+from foreign_graphs import Foreign
 from onnx_files import VOCABULARY, encoder, saved
 
 WEIGHTS = "attention.block.0.attention"
@@ -130,3 +131,11 @@ def test_padding_does_not_count_as_a_difference(bundle: Bundle, monkeypatch: pyt
         return Reference({"hidden": hidden}, answer.weights)
 
     assert findings(bundle, monkeypatch, change=noisy)["outputs"].passed
+
+
+def test_file_that_runs_only_once_it_is_repaired_is_compared(tmp_path: Path) -> None:
+    file = saved(Foreign(mask="broadcast").model(), tmp_path / "source.onnx")
+    made = prepare_bundle(PrepareRequest(file=file, name="foreign", repository=tmp_path / "models", fuse=False))
+    checked = check_bundle(CheckRequest(made.path, against=str(file), attack_seconds=0))
+    [found] = [finding for finding in checked.findings if finding.what == "outputs"]
+    assert found.passed
