@@ -65,7 +65,7 @@ def instability(assembled: Assembled, max_lengths: Mapping[str, int]) -> str:
     for name in outputs:
         finite = np.abs(as_written[name].astype(np.float64))
         greatest = float(finite[np.isfinite(finite)].max(initial=0.0))
-        worst = max(worst, max_abs(optimized[name], as_written[name]) / max(greatest, np.finfo(np.float32).tiny))
+        worst = max(worst, max_abs(optimized[name], as_written[name]) / max(greatest, float(np.finfo(np.float32).tiny)))
     if worst <= FLOORS["int8"][0]:
         return ""
     return (
