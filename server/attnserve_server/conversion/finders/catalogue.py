@@ -25,15 +25,16 @@ _ONNX: Final = ""
 
 FOUND: Final[Table] = {
     (_ONNX, "Attention"): "opsets 23 to 28, with masks, `is_causal`, windows, `softcap`, `scale`, grouped heads and "
-    "`nonpad_kv_seqlen`; a past is listed without weights",
+    "`nonpad_kv_seqlen`, or with a past",
     (_ONNX, "LinearAttention"): "opset 27, all update rules; a past state is listed without weights",
     (PREVIEW, "FlexAttention"): "served as its definition: the weights are those after `score_mod`, softmax and "
     "`prob_mod`",
-    (MICROSOFT, "Attention"): "with every form of `mask_index`, a bias and `unidirectional`",
-    (MICROSOFT, "GroupQueryAttention"): "with rotation, windows, `softcap`, sinks and packed operands",
+    (MICROSOFT, "Attention"): "with every form of `mask_index`, a bias and `unidirectional`; a past is listed without "
+    "weights",
+    (MICROSOFT, "GroupQueryAttention"): "with rotation, windows, `softcap`, sinks, packed operands and a past",
     (MICROSOFT, "LinearAttention"): "all update rules; a past state is listed without weights",
-    (MICROSOFT, "MultiHeadAttention"): "with masks, biases and `unidirectional`",
-    (MICROSOFT, "QAttention"): "the weights of the integer projections",
+    (MICROSOFT, "MultiHeadAttention"): "with masks, biases, `unidirectional` and a past",
+    (MICROSOFT, "QAttention"): "as `Attention`, with integer projections; a past is listed without weights",
 }
 """Operators whose weights a tap gives, and in which forms."""
 

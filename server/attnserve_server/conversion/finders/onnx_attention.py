@@ -28,6 +28,8 @@ from attnserve_server.model.bands import SlidingBand
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 _MASK_RANKS = (2, 3, 4)
 _PAST_KEY, _COUNTS = 4, 6
+_VERSIONS = (23, 24, 25)
+"""The opsets that define a version of the operator; later opsets keep the last one."""
 
 
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
@@ -39,7 +41,7 @@ def find(graph: ir.Graph) -> Iterator[FoundSite]:
 
 
 def _site(node: ir.Node, graph: ir.Graph, version: int) -> FoundSite:
-    operator = f"ai.onnx.Attention-{version}"
+    operator = f"ai.onnx.Attention-{max((each for each in _VERSIONS if each <= version), default=version)}"
     heads = kv_heads = 1
     head_dim = 0
     causal = node.attributes.get_int("is_causal", 0) == 1

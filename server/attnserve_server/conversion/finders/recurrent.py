@@ -24,20 +24,19 @@ from attnserve_server.conversion.finders.operator_nodes import (
 )
 from attnserve_server.conversion.graphs.walk import input_of, is_fixed, is_standard, producer_of
 
-OPERATOR = "LinearAttention"
+_OPERATOR = "LinearAttention"
 _PAST_STATE = 3
 
 
 def find(graph: ir.Graph) -> Iterator[FoundSite]:
     """Yield the sites of this operator, those in subgraphs too."""
-    version = graph.opset_imports.get("", 0)
     for node in graph.all_nodes():
-        if node.op_type == OPERATOR and (is_standard(node) or node.domain == MICROSOFT):
-            yield _site(node, graph, node.version or version)
+        if node.op_type == _OPERATOR and (is_standard(node) or node.domain == MICROSOFT):
+            yield _site(node, graph)
 
 
-def _site(node: ir.Node, graph: ir.Graph, version: int) -> FoundSite:
-    operator = f"com.microsoft.{OPERATOR}-1" if node.domain == MICROSOFT else f"ai.onnx.{OPERATOR}-{version}"
+def _site(node: ir.Node, graph: ir.Graph) -> FoundSite:
+    operator = f"com.microsoft.{_OPERATOR}-1" if node.domain == MICROSOFT else f"ai.onnx.{_OPERATOR}-27"
     heads, kv_heads = (max(node.attributes.get_int(name, 1), 1) for name in ("q_num_heads", "kv_num_heads"))
     head_dim = 0
     attention: Recurrent | Untappable

@@ -43,6 +43,11 @@ def test_attributes_are_read() -> None:
     assert site.attention.query.packed
 
 
+@pytest.mark.parametrize(("opset", "version"), [(23, 23), (24, 24), (25, 25), (28, 25)])
+def test_sites_name_the_version_of_the_operator_and_not_that_of_the_opset(opset: int, version: int) -> None:
+    assert only_site(Case(opset=opset).model()).operator == f"ai.onnx.Attention-{version}"
+
+
 def test_scale_defaults_to_one_over_the_root_of_the_head_size() -> None:
     scores = only_site(Case(head_dim=16).model()).attention
     assert isinstance(scores, Scores)
