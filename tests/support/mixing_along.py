@@ -36,7 +36,17 @@ def positions(context: Context, stream: Stream) -> Stream:
 def causal(context: Context, stream: Stream) -> Stream:
     """Return a stream in which each position depends only on those before it."""
     writer, width, value = context.writer, stream.width, stream.name
-    kinds = ["running sum", "previous", "convolution", "lstm", "gru", "prefix mean", "scan"]
+    kinds = [
+        "running sum",
+        "previous",
+        "convolution",
+        "lstm",
+        "gru",
+        "prefix mean",
+        "scan",
+        "state",
+        "kept convolution",
+    ]
     kind = writer.pick(*kinds)
     if kind == "running sum":
         name = writer.op("CumSum", writer.op("Tanh", value), writer.const(1, np.int64))
@@ -55,10 +65,33 @@ def causal(context: Context, stream: Stream) -> Stream:
         name = writer.op("Transpose", writer.op("Conv", turned, weights, pads=[2, 0]), perm=[0, 2, 1])
     elif kind == "scan":
         name = scanned(context, stream)
+    elif kind == "state":
+        name = linear(context, stream)
+    elif kind == "kept convolution":
+        turned = writer.op("Transpose", value, perm=[0, 2, 1])
+        weights = writer.const(writer.drawn(width, 1, 3))
+        kept = writer.ops("CausalConvWithState", turned, weights, outputs=2, domain="com.microsoft", activation="silu")
+        name = writer.op("Transpose", kept[0], perm=[0, 2, 1])
     else:
         name = recurrent(context, stream, kind.upper())
     behind = over(stream.state, stream.symbol, "", hidden="causal")
     return replace(stream, name=name, state=behind)
+
+
+def linear(context: Context, stream: Stream) -> str:
+    """Return a LinearAttention of two heads over the positions, (B, T, width)."""
+    writer, width = context.writer, stream.width
+    rule = writer.pick("linear", "gated", "delta", "gated_delta")
+    query, value = (writer.matmul(stream.name, width, width) for _ in range(2))
+    key = writer.op("Tanh", writer.matmul(stream.name, width, width))
+    decay = rate = ""
+    if "gated" in rule:
+        decay = writer.op("Neg", writer.op("Softplus", writer.matmul(stream.name, width, 2)))
+    if "delta" in rule:
+        rate = writer.op("Sigmoid", writer.matmul(stream.name, width, 2))
+    given = [query, key, value, "", decay, rate]
+    heads = {"q_num_heads": 2, "kv_num_heads": 2, "update_rule": rule}
+    return writer.ops("LinearAttention", *given, outputs=2, domain="com.microsoft", **heads)[0]
 
 
 def recurrent(context: Context, stream: Stream, kind: str, direction: str = "forward", lengths: str = "") -> str:
