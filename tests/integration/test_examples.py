@@ -107,7 +107,8 @@ async def test_image_text_prints_a_patch_for_each_word(
 
 
 def test_every_example_but_the_demo_has_a_test_here() -> None:
-    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"demo"}  # `make demo` runs the demo
+    # `make demo` runs the demo, and test_readme_checkpoints.py the checkpoints.
+    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"demo", "tiny_checkpoints"}
     tested = Path(__file__).read_text(encoding="utf-8")
     assert names
     assert {name for name in names if f'run("{name}"' not in tested} == set()

@@ -20,6 +20,7 @@ from attnserve_client import (
     Client,
     InferenceResult,
     LabelSelection,
+    ModelInfo,
     __version__,
 )
 from attnserve_client._selection import Feature
@@ -89,7 +90,7 @@ def infer(  # noqa: PLR0913, PLR0917 - the options of a command
     texts = read_texts(text)
     inputs: list[Any] = [read_input(each, pair, {}) for each in texts]
     with reported(server, as_json=as_json), Client(server) as client:
-        labels = _labels(client, model, version, top_labels, label_unit)
+        labels = _labels(client.model(model, version), top_labels, label_unit)
         results = client.infer(
             model, inputs, version=version, outputs=output, labels=labels, prompt_name=prompt, timeout=timeout
         )
@@ -147,12 +148,13 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     selection = _selection(layer, heads, unit, keep_special=keep_special)
     with reported(server, as_json=as_json), Client(server) as client:
         one = read_input(sentence, pair, arrays)
-        labels = _labels(client, model, version, top_labels, unit)
+        described = client.model(model, version)
+        labels = _labels(described, top_labels, unit)
         result = client.infer(
             model,
             one,
             version=version,
-            outputs=[],
+            outputs=["embedding"] if described.similarity else [],
             attention=selection,
             labels=labels,
             prompt_name=prompt,
@@ -167,11 +169,13 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
         top=top, exclude_special=not keep_special, include_self=all_links, exclude_punctuation=not all_links
     )
     if as_json:
-        described = [{"query": each.query, "key": each.key, "weight": each.weight, "head": each.head} for each in links]
-        _print_json({"receipt": asdict(result.receipt), "links": described, "attention": attention.to_dict()})
+        found = [{"query": each.query, "key": each.key, "weight": each.weight, "head": each.head} for each in links]
+        embedding = {name: array.tolist() for name, array in result.outputs.items()}
+        answer = {"receipt": asdict(result.receipt), "links": found, "attention": attention.to_dict()}
+        _print_json({**answer, **embedding})
     else:
         console = Console(highlight=False)
-        show_explanation(console, f"{sentence}\n{pair}" if pair else sentence, attention, links)
+        show_explanation(console, f"{sentence}\n{pair}" if pair else sentence, result, links)
         for written in (html, png):
             if written is not None:
                 console.print(f"wrote {written}", markup=False, style="dim")
@@ -247,13 +251,9 @@ def models(
                 show_model(console, described)
 
 
-def _labels(
-    client: Client, model: str, version: str, top: int, unit: Literal["word", "token"]
-) -> LabelSelection | None:
+def _labels(model: ModelInfo, top: int, unit: Literal["word", "token"]) -> LabelSelection | None:
     """Return the labels to request; None for a model without a head."""
-    if client.model(model, version).head is None:
-        return None
-    return LabelSelection(top_k=top, unit=unit)
+    return None if model.head is None else LabelSelection(top_k=top, unit=unit)
 
 
 def _selection(layer: str, heads: str, unit: Literal["word", "token"], *, keep_special: bool) -> AttentionSelection:

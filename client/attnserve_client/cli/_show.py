@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attnserve_client import AttentionFeatures, AttentionMap, InferenceResult, Labels, Link, ModelInfo
+from attnserve_client import AttentionFeatures, InferenceResult, Labels, Link, ModelInfo
 from attnserve_client.cli._heatmap import heatmap, shade
 from attnserve_client.cli._text import clean
 from attnserve_client.data_types import TensorSpec
@@ -21,19 +21,24 @@ def show_results(console: Console, texts: list[str], results: list[InferenceResu
     """Print each text with its outputs: type, shape, norm and first values."""
     for text, result in zip(texts, results, strict=True):
         console.print(Text(clean(text), style="bold"))
-        for name, array in result.outputs.items():
-            shape = " × ".join(map(str, array.shape)) or "scalar"
-            line = Text(f"  {clean(name)}  ").append(f"{array.dtype.name} {shape}", style="dim")
-            if array.ndim == 1 and array.dtype.kind == "f":
-                values = "  ".join(f"{value: .4f}" for value in array[:_SHOWN_VALUES])
-                more = " …" if array.size > _SHOWN_VALUES else ""
-                line.append(f"  norm {float(np.linalg.norm(array)):.4f}  [{values}{more}]")
-            console.print(line)
-        if result.labels is not None:
-            show_labels(console, result.labels)
+        _show_answer(console, result)
         run = result.run
         took = f"queue {1000 * run.queue_s:.1f} ms, compute {1000 * run.compute_s:.1f} ms, batch of {run.batch_size}"
         console.print(Text(f"  {took}", style="dim"))
+
+
+def _show_answer(console: Console, result: InferenceResult) -> None:
+    """Print the outputs and the labels of one text."""
+    for name, array in result.outputs.items():
+        shape = " × ".join(map(str, array.shape)) or "scalar"
+        line = Text(f"  {clean(name)}  ").append(f"{array.dtype.name} {shape}", style="dim")
+        if array.ndim == 1 and array.dtype.kind == "f":
+            values = "  ".join(f"{value: .4f}" for value in array[:_SHOWN_VALUES])
+            more = " …" if array.size > _SHOWN_VALUES else ""
+            line.append(f"  norm {float(np.linalg.norm(array)):.4f}  [{values}{more}]")
+        console.print(line)
+    if result.labels is not None:
+        show_labels(console, result.labels)
 
 
 def show_labels(console: Console, labels: Labels) -> None:
@@ -60,14 +65,14 @@ def show_labels(console: Console, labels: Labels) -> None:
     console.print(table if len(labels) else Text("  no labels", style="dim"))
 
 
-def show_explanation(console: Console, text: str, attention: AttentionMap, links: list[Link]) -> None:
-    """Print the heatmap and the strongest links of one text."""
+def show_explanation(console: Console, text: str, result: InferenceResult, links: list[Link]) -> None:
+    """Print the outputs, the labels, the heatmap and the strongest links of one text."""
+    attention = result.attention[0]
     console.print(Text(clean(text), style="italic"))
     console.print(Text(f"{clean(attention.model)}, {clean(attention.title)}", style="dim"))
     if not attention.is_joined and len(attention.heads) > 1:
         console.print(Text("The heatmap is the mean of these heads; each link names its own.", style="dim"))
-    if attention.labels is not None:
-        show_labels(console, attention.labels)
+    _show_answer(console, result)
     for line in heatmap(attention, attention.head_weights(), console):
         console.print(line, soft_wrap=attention.query_axis == attention.key_axis)
     if links:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,8 @@ def _show(description: ModelDescription, console: Console) -> None:
     symbols = ", ".join(description.axis_symbols) or "none"
     console.print(f"[bold]{title}[/bold]  {description.digest}".rstrip(), highlight=False, soft_wrap=True)
     if description.what == "bundle":
-        console.print(_facts(description), highlight=False, markup=False, soft_wrap=True)
+        facts = "\n".join((_facts(description), *_task(description)))
+        console.print(facts, highlight=False, markup=False, soft_wrap=True)
     console.print(f"axis symbols: {symbols}", highlight=False, markup=False)
     tensors = _table("inputs and outputs", "", "name", "dtype", "shape")
     for what, entries in (("input", description.inputs), ("output", description.outputs)):
@@ -113,6 +115,18 @@ def _facts(description: ModelDescription) -> str:
     text = f"takes text along {' and '.join(description.text_axes)}" if description.text_axes else "takes no text"
     batch = f"batches of up to {description.max_batch_size}"
     return f"made from {description.source}; {description.precision}, {text}, {batch}"
+
+
+def _task(description: ModelDescription) -> Iterator[str]:
+    """Yield a line for the head, the embedding and the prompts of a bundle, if it has them."""
+    head = description.head
+    if head is not None:
+        named = f": {', '.join(head.labels)}" if head.labels else ""
+        yield f"head: {head.kind}, {head.activation} of {', '.join(head.outputs)}{named}"
+    if description.embedding is not None:
+        yield f"embedding: {description.embedding.pooling}"
+    for name, text in description.prompts.items():
+        yield f"prompt {name}: {text!r}"
 
 
 def _weights(site: SiteDescription) -> str:

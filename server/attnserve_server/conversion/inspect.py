@@ -16,6 +16,7 @@ from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import read_graph
 from attnserve_server.model.batching import Ruling, rulings
 from attnserve_server.model.certificate import BATCHING, AttackReport, Clause, MaskNeed, PathStep, Verdict
+from attnserve_server.model.heads import EmbeddingSpec, HeadSpec
 from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest
 from attnserve_server.model.report import FusionReport, TrialReport
 from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository, verify
@@ -102,6 +103,7 @@ class ModelDescription(BaseModel):
     `source`: the model that the bundle was converted from, in the form that `check --against` accepts.
     `text_axes`: the axes that texts fill, first text first; empty if clients cannot send text.
     `solved`: what was solved for or fixed about the axes of inputs, each with its reason.
+    `head`, `embedding`, `prompts`: what a checkpoint's task adds to hidden states; None or empty without it.
     `batching`: the certificate; None for an ONNX file.
     """
 
@@ -114,6 +116,9 @@ class ModelDescription(BaseModel):
     precision: str = ""
     max_batch_size: int = 0
     text_axes: tuple[str, ...] = ()
+    head: HeadSpec | None = None
+    embedding: EmbeddingSpec | None = None
+    prompts: dict[str, str] = {}
     axis_symbols: tuple[str, ...]
     axes: tuple[AxisDescription, ...] = ()
     inputs: tuple[TensorDescription, ...]
@@ -156,6 +161,9 @@ def _of_bundle(bundle: Bundle) -> ModelDescription:
         source=manifest.provenance.source,
         precision=manifest.precision,
         max_batch_size=manifest.max_batch_size,
+        head=manifest.head,
+        embedding=manifest.embedding,
+        prompts={} if text is None else text.prompts,
         text_axes=() if text is None else tuple(axis for axis in (text.axis, text.pair_axis) if axis),
         axis_symbols=(BATCH, *(axis.symbol for axis in manifest.axes)),
         axes=tuple(described_axis(axis) for axis in manifest.axes),

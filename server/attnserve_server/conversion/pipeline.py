@@ -297,7 +297,7 @@ class Conversion:
         decoder, outputs = self.source.decoder, self.assembled.outputs
         named = self.source.task.on_request.union(() if decoder is None else decoder.cache.presents)
         named |= {spec.name for spec in outputs if is_named_present(spec.name)}
-        if named.issuperset(spec.name for spec in outputs):
+        if self._head() is None and named.issuperset(spec.name for spec in outputs):
             return outputs
         return tuple(spec.model_copy(update={"on_request": spec.name in named}) for spec in outputs)
 

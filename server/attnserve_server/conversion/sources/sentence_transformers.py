@@ -65,11 +65,14 @@ class Modules:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The texts before a caller's text, by name, the name of the default one, and the similarity of embeddings."""
+    """The texts before a caller's text, by name, the name of the default one, and the similarity of embeddings.
+
+    Cosine similarity is the default of the library.
+    """
 
     texts: Mapping[str, str] = field(default_factory=dict)
     default: str = ""
-    similarity: str = ""
+    similarity: str = "cosine"
 
 
 def modules_of(folder: Path) -> Modules | None:
@@ -112,7 +115,7 @@ def prompts_of(folder: Path) -> Prompts:
         )
     if any(texts.values()) and not _pools_prompts(folder):
         raise _unsupported("the pooling leaves out the tokens of prompts (include_prompt is false)")
-    return Prompts(texts, default, str(described.get("similarity_fn_name") or ""))
+    return Prompts(texts, default, str(described.get("similarity_fn_name") or "cosine"))
 
 
 def max_length_of(folder: Path) -> int | None:
