@@ -26,6 +26,7 @@ SPECIAL = {
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'"
 WORDS = ("the", "a", "film", "is", "who", "buyer", "seller", "pays", "wonder", "##ful", "all", "good", "##s")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SIZES |= {"initializer_range": 0.2}  # far from 0, so that attention is uneven
 SENTIMENTS = {0: "negative", 1: "neutral", 2: "positive"}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attnserve_client import Client, LabelSelection
+from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.check.findings import CheckRequest
 from attnserve_server.conversion.check.recheck import check_bundle
@@ -232,7 +233,13 @@ def test_no_head_leaves_the_head_out_without_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "head"), [("GPT2", "LMHeadModel"), ("Bart", "ForSequenceClassification"), ("Bert", "ForPreTraining")]
+    ("family", "head"),
+    [
+        ("GPT2", "LMHeadModel"),
+        ("Bart", "ForSequenceClassification"),
+        ("Bert", "ForPreTraining"),
+        ("Longformer", "ForQuestionAnswering"),
+    ],
 )
 def test_a_head_that_cannot_be_labelled_is_left_out_with_a_warning(family: str, head: str, tmp_path: Path) -> None:
     model, warnings = loaded(checkpoint(tmp_path / "source", family, head))
@@ -250,3 +257,10 @@ def test_a_head_whose_weights_are_missing_is_left_out_with_a_warning(tmp_path: P
     model, warnings = loaded(source)
     assert model.task.head is None
     assert "BertForSequenceClassification is converted as BertModel: without its head" in warnings
+
+
+def test_a_head_that_cannot_be_traced_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", "GPT2", "ForSequenceClassification", pad_token_id=None)
+    model, _ = loaded(source)
+    with pytest.raises(BuildRefused, match="--no-head exports the model without its head"):
+        model.to_graph("torchscript", 17)

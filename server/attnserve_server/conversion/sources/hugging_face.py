@@ -161,7 +161,12 @@ class HuggingFaceModel:
             max_lengths=family.max_lengths,
         )
         with family.tracing(), eager(family.source) if opset < FUSED_FROM else contextlib.nullcontext():
-            return trace(traceable, exporter, opset)
+            try:
+                return trace(traceable, exporter, opset)
+            except BuildRefused as fault:
+                if self._head is None:
+                    raise
+                raise BuildRefused(f"{fault}; --no-head exports the model without its head") from None
 
     def reference(self, feeds: Mapping[str, Array]) -> Reference:
         """Return outputs and weights of the model's own eager attention."""
@@ -191,7 +196,7 @@ class HuggingFaceModel:
                 except BuildRefused as fault:
                     faults.append(fault)
                     continue
-                if head is not None and not (complete and keeps_head(source)):
+                if head is not None and not (complete and keeps_head(source, head)):
                     break
                 self._head = head
                 return family_of(source, self._modules, head)

@@ -42,9 +42,10 @@ def family_of(source: Any, modules: Modules | None = None, head: Head | None = N
     return family(source)
 
 
-def keeps_head(source: Any) -> bool:
-    """Return whether the family of a loaded model serves its head: models of one text do."""
-    return issubclass(_family_of(source), Text)
+def keeps_head(source: Any, head: Head) -> bool:
+    """Return whether the family of a loaded model serves this head."""
+    family = _family_of(source)
+    return issubclass(family, Text) and head.kind in family.HEADS
 
 
 def _family_of(source: Any) -> type[Family]:

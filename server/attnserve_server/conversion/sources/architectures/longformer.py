@@ -24,6 +24,9 @@ from attnserve_server.conversion.sources.architectures.text import Text
 class Longformer(Text):
     """Source: Beltagy et al. 2020, "Longformer: The Long-Document Transformer", section 3.1."""
 
+    HEADS = frozenset({"token_labels", "masked_tokens"})
+    """Without the heads that set tokens with global attention, which are not traced."""
+
     def weights(self, answer: Any) -> Sequence[Tensor | None]:
         """Return each layer's weights over all keys; the model returns one column for each position of the window."""
         return [_over_keys(band) for band in answer.attentions]

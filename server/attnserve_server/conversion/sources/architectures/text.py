@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,12 +14,16 @@ from attnserve_server.conversion.sources.architectures.base import Family, Input
 from attnserve_server.conversion.sources.architectures.heads import Head
 from attnserve_server.conversion.sources.architectures.pooling import Embedder
 from attnserve_server.conversion.sources.sentence_transformers import Modules
+from attnserve_server.model.heads import HeadKind
 
 HIDDEN, EMBEDDING = "last_hidden_state", "embedding"
 
 
 class Text(Family):
     """One text. `modules` add an embedding of the text, (B, D); `head` the scores of the model's head."""
+
+    HEADS: ClassVar[frozenset[HeadKind]] = frozenset({"sequence_labels", "token_labels", "spans", "masked_tokens"})
+    """The heads that can be traced."""
 
     def __init__(self, source: Any, modules: Modules | None = None, head: Head | None = None) -> None:
         super().__init__(source)
