@@ -27,8 +27,8 @@ CASES = {
     "int4": GroupedDecoder(int4=True, packed=True),
     "int4_normed": GroupedDecoder(int4=True, normed=True),
 }
-WHOLE = {**CASES, "operator": CachedDecoder(form="operator")}
-"""The models, with one whose attention gives no weights after a past."""
+WHOLE = {**CASES, "operator": CachedDecoder(form="operator"), "windowed": GroupedDecoder(window=3)}
+"""The models, with two that take no past: one has no weights after it, and one needs a cache as long as its window."""
 CROSSED = CrossedDecoder()
 # float32 sums in another order.
 TOLERANCE = 1e-5

@@ -24,13 +24,15 @@ class GroupedDecoder:
     """Ids and a mask over past and new tokens to logits. Rotation is inside the operator, so there are no positions.
 
     `int4`: projections are MatMulNBits. `packed`: query, key and value are one input. `normed`: an RMS norm of each
-    head between projection and operator, as in Qwen3, which needs them apart.
+    head between projection and operator, as in Qwen3, which needs them apart. `window`: how many keys a query attends
+    to, with a cache of these alone, as in Gemma 2; 0: all.
     """
 
     layers: int = 2
     int4: bool = False
     packed: bool = False
     normed: bool = False
+    window: int = 0
     tables: dict[str, Array] = field(default_factory=dict)
     quantized: dict[str, Array] = field(default_factory=dict)
 
@@ -129,6 +131,8 @@ class GroupedDecoder:
         past = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
         attended = [f"attended{layer}", *(f"present.{layer}.{kind}" for kind in ("key", "value"))]
         attributes = {"num_heads": HEADS, "kv_num_heads": KV_HEADS, "do_rotary": 1, "scale": HEAD_DIM**-0.5}
+        if self.window:
+            attributes |= {"local_window_size": self.window, "sliding_window_cache": 1}
         return [
             *nodes,
             node(
@@ -164,7 +168,8 @@ class GroupedDecoder:
             presents |= {f"present.{layer}.key": key, f"present.{layer}.value": value}
             groups = HEADS // KV_HEADS
             scores = query @ np.repeat(key, groups, axis=0).transpose(0, 2, 1) * HEAD_DIM**-0.5
-            scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+            far = np.subtract.outer(np.arange(length), np.arange(length))
+            scores = np.where((far >= 0) & (far < (self.window or length)), scores, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
             every.append(weights)

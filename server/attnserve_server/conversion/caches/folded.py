@@ -95,7 +95,7 @@ def unfold(graph: ir.Graph, pasts: Sequence[FoundPast]) -> None:
         apart = typed(ir.val(str(name)), past.value.dtype, [batched.shape[0], heads, *sizes])
         build = NodeBuilder(graph, f"{_PREFIX}{name}/")
         shape = build.op("Concat", [build.ints(-1), build.shape(apart, 2, 4)], axis=0)
-        folded = typed(build.op("Reshape", [apart, shape]), past.value.dtype, past.value.shape)
+        folded = typed(build.op("Reshape", [apart, shape]), past.value.dtype, list(past.value.shape))
         first = next(iter(graph))
         build.place_before(first)
         past.value.replace_all_uses_with(folded)

@@ -18,6 +18,9 @@ from attnserve_server.conversion.graphs.nodes import NodeBuilder, remove_unused_
 from attnserve_server.conversion.graphs.walk import constant_ints, input_of
 
 _PREFIX = "attnserve/prompt/"
+_WINDOWED_CACHE = "sliding_window_cache"
+"""An attribute of GroupQueryAttention: its cache holds the last window alone, and it refuses to run without one. Of a
+whole sequence, `local_window_size` states the same window."""
 
 
 def without_past(model: ir.Model, pasts: Sequence[FoundPast]) -> None:
@@ -45,6 +48,7 @@ def without_past(model: ir.Model, pasts: Sequence[FoundPast]) -> None:
                 _unjoin(graph, use)
             else:
                 use.node.replace_input_with(use.index, None)
+                use.node.attributes.pop(_WINDOWED_CACHE, None)
     RemoveUnusedNodesPass()(model)
     for value in [value for value in graph.outputs if presents.get(value.name)]:
         with_batch_first(graph, value, presents[value.name])
