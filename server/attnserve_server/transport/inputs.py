@@ -169,7 +169,7 @@ class InputReader:
             return np.ascontiguousarray(types, dtype)
         if spec.role is InputRole.ATTENTION_MASK:
             constant = self._intake.constants.get(spec.name)
-            if constant is None or spec.fill != spec.data_value or not tokens.mask.all():
+            if constant is None or spec.fill != int(not spec.inverted) or not tokens.mask.all():
                 return np.ascontiguousarray(1 - tokens.mask if spec.inverted else tokens.mask, dtype)
             return constant[: len(tokens.ids)]
         return None
