@@ -197,13 +197,21 @@ def save(model: ir.Model, path: Path) -> None:
 
 
 def quantizes_statically(proto: onnx.ModelProto) -> bool:
-    """Return whether quantizers round activations with scales that no input changes."""
-    return any(node.op_type == "QuantizeLinear" or node.op_type.startswith("QLinear") for node in proto.graph.node)
+    """Return whether a graph quantizes activations or weights with scales that no input changes."""
+    pair = {"DequantizeLinear", "QuantizeLinear"}
+    return any(node.op_type in pair or node.op_type.startswith("QLinear") for node in proto.graph.node)
+
+
+def _multiplies_dequantized(proto: onnx.ModelProto) -> bool:
+    """Return whether a MatMul reads dequantized numbers. The runtime multiplies integers there, as MatMulNBits does."""
+    numbers = {node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    products = (node for node in proto.graph.node if node.op_type in {"Gemm", "MatMul"})
+    return any(name in numbers for node in products for name in node.input)
 
 
 def precision_of(proto: onnx.ModelProto) -> Literal["fp32", "fp16", "int8"]:
     """Return int8 if integers are multiplied or activations quantized, fp16 if most weights are float16, else fp32."""
-    if any(node.op_type in _INTEGRAL for node in proto.graph.node):
+    if any(node.op_type in _INTEGRAL for node in proto.graph.node) or _multiplies_dequantized(proto):
         return "int8"
     sizes: dict[int, int] = {onnx.TensorProto.FLOAT16: 0, onnx.TensorProto.FLOAT: 0}
     for tensor in proto.graph.initializer:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime as ort
 import pytest
 from attnserve_server.conversion.base.sites import Probabilities
@@ -123,3 +124,15 @@ def test_file_of_the_runtimes_static_quantizer_is_tapped_and_keeps_its_answers(t
         assert manifest.check.output_max_abs_error == 0.0
         # Beyond one step of each product's own quantizer.
         assert manifest.check.weight_max_abs_error <= 1e-5
+
+
+@pytest.mark.parametrize(("reader", "precision"), [("MatMul(x, w)", "int8"), ("Add(x, row)", "fp32")])
+def test_matmul_of_dequantized_weights_is_int8(reader: str, precision: str) -> None:
+    """The runtime fuses it to MatMulNBits, which rounds activations to 8 bits."""
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["": 17]> weights (float[batch, seq, 4] x) => (float[batch, seq, 4] y)
+        <int8[4, 4] q, int8[4] r, float s = {{0.1}}> {{
+            w = DequantizeLinear(q, s) row = DequantizeLinear(r, s) y = {reader}
+        }}"""
+    )
+    assert precision_of(proto) == precision
