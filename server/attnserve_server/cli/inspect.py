@@ -79,7 +79,8 @@ def _show(description: ModelDescription, console: Console) -> None:
     tensors = _table("inputs and outputs", "", "name", "dtype", "shape")
     for what, entries in (("input", description.inputs), ("output", description.outputs)):
         for entry in entries:
-            tensors.add_row(what, entry.name, entry.dtype, " x ".join(str(extent) for extent in entry.shape))
+            kind = f"{what}, on request" if entry.on_request else what
+            tensors.add_row(kind, entry.name, entry.dtype, " x ".join(str(extent) for extent in entry.shape))
     console.print(tensors)
     _show_axes(description, console)
     if not description.sites:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.sites import FoundSite, Probabilities, Scores
+from attnserve_server.conversion.caches.splitting import whole_sequences
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.graphs.reading import read_graph
 from attnserve_server.model.batching import Ruling, rulings
@@ -26,12 +27,16 @@ _INFERRED = "unk__"
 
 
 class TensorDescription(BaseModel):
-    """An input or an output. `shape` includes the batch axis; a dimension without a name in the file is "?"."""
+    """An input or an output. `shape` includes the batch axis; a dimension without a name in the file is "?".
+
+    `on_request`: whether a bundle returns the output only to requests that name it.
+    """
 
     model_config = ConfigDict(frozen=True)
     name: str
     dtype: str
     shape: tuple[str | int, ...]
+    on_request: bool = False
 
 
 class AxisDescription(BaseModel):
@@ -133,6 +138,8 @@ class ModelDescription(BaseModel):
 def inspect_model(path: Path) -> ModelDescription:
     """Describe the bundle in a folder, after verifying its files, or an ONNX file.
 
+    Of a decoder with a cache, the graph of whole sequences is described.
+
     Raises:
         BuildRefused: the folder has no manifest, or the file is not a usable ONNX model.
         BundleInvalid: the manifest is broken, or a file differs from its digest.
@@ -144,7 +151,7 @@ def inspect_model(path: Path) -> ModelDescription:
         bundle = Repository(place.parents[1]).bundle(place.parent.name, place.name)
         verify(bundle)
         return _of_bundle(bundle)
-    return _of_graph(path.name, read_graph(path))
+    return _of_graph(path.name, whole_sequences(read_graph(path), path.name))
 
 
 def _of_bundle(bundle: Bundle) -> ModelDescription:
@@ -168,7 +175,10 @@ def _of_bundle(bundle: Bundle) -> ModelDescription:
         axis_symbols=(BATCH, *(axis.symbol for axis in manifest.axes)),
         axes=tuple(described_axis(axis) for axis in manifest.axes),
         inputs=tuple(TensorDescription(name=s.name, dtype=s.dtype, shape=(BATCH, *s.shape)) for s in manifest.inputs),
-        outputs=tuple(TensorDescription(name=s.name, dtype=s.dtype, shape=(BATCH, *s.shape)) for s in manifest.outputs),
+        outputs=tuple(
+            TensorDescription(name=s.name, dtype=s.dtype, shape=(BATCH, *s.shape), on_request=s.on_request)
+            for s in manifest.outputs
+        ),
         sites=tuple(
             SiteDescription(
                 **site.model_dump(include=set(SiteDescription.model_fields) - {"band"}),

@@ -9,10 +9,12 @@ import onnx
 import pytest
 import typer
 from attention_graphs import Case
+from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.inspect import described_axis, inspect_model
 from attnserve_server.model.certificate import Clause, MaskNeed, PathStep, Verdict
 from attnserve_server.model.manifest import AxisSpec, DerivedLength
 from attnserve_server.model.repository import write_bundle
+from cache_graphs import CachedDecoder
 from commands import call, conversion_app
 from made_by_hand import SURVIVED, certificate
 from onnx_files import encoder, saved
@@ -114,9 +116,8 @@ def test_cross_attention_is_recognised_by_its_axes(tmp_path: Path) -> None:
 def test_site_without_weights_is_shown_with_its_reason(app: typer.Typer, tmp_path: Path) -> None:
     model = Case(kv_heads=4).model()
     model.graph.node[0].input.extend(["", "past"])
-    model.graph.input.append(
-        onnx.helper.make_tensor_value_info("past", onnx.TensorProto.FLOAT, ["batch", 4, "past", 8])
-    )
+    # A past of a fixed length is never empty, so that it stays.
+    model.graph.input.append(onnx.helper.make_tensor_value_info("past", onnx.TensorProto.FLOAT, ["batch", 4, 3, 8]))
     path = saved(model, tmp_path / "cached.onnx")
     said = json.loads(call(app, "inspect", path, "--json").stdout)
     assert said["sites"][0]["available"] is False
@@ -189,3 +190,14 @@ def test_derived_axis_is_shown_as_its_formula(stride: int, offset: int, words: s
     form = DerivedLength(source="seq", stride=stride, offset=offset)
     axis = AxisSpec(symbol="pooled", max_length=9, paddable=True, derived=form)
     assert described_axis(axis).how == words
+
+
+def test_a_decoder_with_a_cache_is_described_as_it_is_served(app: typer.Typer, tmp_path: Path) -> None:
+    file = saved(CachedDecoder(layers=1).model(), tmp_path / "decoder.onnx")
+    described = inspect_model(file)
+    assert [tensor.name for tensor in described.inputs] == ["input_ids", "attention_mask", "position_ids"]
+    assert [site.available for site in described.sites] == [True]
+    bundle = prepare_bundle(PrepareRequest(file=file, name="decoder", repository=tmp_path / "models", max_length=16))
+    outputs = {tensor.name: tensor.on_request for tensor in inspect_model(bundle.path).outputs}
+    assert outputs == {"logits": False, "present.0.key": True, "present.0.value": True}
+    assert call(app, "inspect", bundle.path).stdout.count("output, on request") == 2
