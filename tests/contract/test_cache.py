@@ -158,6 +158,10 @@ async def test_a_supplied_past_gives_the_end_of_the_whole_sequence(client: Async
         for found, weights in zip(result.attention, expected.weights, strict=True):
             assert (found.query_axis, found.key_axis) == (past.new_axis, past.key_axis)
             np.testing.assert_allclose(found.weights, weights[:, before:], rtol=0, atol=TOLERANCE)
+        # Pasts of equal length share a run where the proof permits it: GroupQueryAttention takes them one by one.
+        assert past.batched is not isinstance(CASES[name], GroupedDecoder)
+        shared = await client.infer(name, [sent, sent])
+        assert [each.run.batch_size for each in shared] == [2 if past.batched else 1] * 2
 
 
 async def test_a_merged_decoder_of_an_encoder_continues_with_the_keys_of_its_states(client: AsyncClient) -> None:

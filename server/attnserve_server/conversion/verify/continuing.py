@@ -36,6 +36,7 @@ from attnserve_server.domain.values import Array
 from attnserve_server.engine.session import CPU, RuntimeSession
 from attnserve_server.engine.warmup import touch
 from attnserve_server.model.certificate import Certificate, Clause, Verdict
+from attnserve_server.model.formula import Formula
 from attnserve_server.model.manifest import (
     BATCH,
     NUMPY_DTYPES,
@@ -52,11 +53,8 @@ _COUNTS: Final = ((3, 2), (2, 5))
 """P and T of the two comparisons; the second has another P and another T, and more new positions than past ones."""
 _OTHER: Final = 4
 """Length of every other axis, such as that of an encoder."""
-_ROWS: Final = 2
 _QUANTIZED: Final = 0.1
-"""Greatest difference, relative to the greatest number, where activations are quantized: their scale is that of all
-positions of a run, and the two runs have other positions."""
-_PADDING_UNKNOWN: Final = "padding after a past is not proved"
+"""Greatest relative difference where activations are quantized: one scale serves all positions of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +102,11 @@ class _Trial:
         ids = manifest.input_of_role(InputRole.TOKEN_IDS)
         self.proto, masks = with_whole_masks(decoder.continuing)
         signature = with_counted_positions(signature_of(self.proto.graph, int(ids.padding) if ids else 0))
-        self.signature = replace(signature, inputs=tuple(_without_zeros(spec, masks.kept) for spec in signature.inputs))
         self.total = cache.total_axis or f"{cache.past_axis} + {cache.new_axis}"
+        if self.total in signature.symbols:
+            both = Formula(None, "+", (Formula(cache.past_axis), Formula(cache.new_axis)))
+            signature = signature.solved({self.total: both})
+        self.signature = replace(signature, inputs=tuple(_without_zeros(spec, masks.kept) for spec in signature.inputs))
         if cache.new_axis not in {axis.symbol for axis in manifest.axes}:
             raise BuildRefused(f"its new positions follow {cache.new_axis!r}, which is no axis of whole sequences")
         self.tolerances = Tolerances.of(manifest.precision)
@@ -120,7 +121,7 @@ class _Trial:
         longest = self.manifest.axis(self.cache.new_axis).max_length
         for past, new in ((longest - 1, 1), (1, longest - 1)):
             runner.run(_batch([self._sequence(past, new, 0)]), [outputs[0].name])
-        batch, alone = self._rows_agree(runner, outputs), self.manifest.max_batch_size == 1
+        refuted, alone = self._rows_agree(runner, outputs), self.manifest.max_batch_size == 1
         spec = PastSpec(
             file=PAST_FILE,
             axis=self.cache.past_axis,
@@ -129,7 +130,7 @@ class _Trial:
             caches=tuple(self._cache_spec(name, present) for name, present in self._presents().items()),
             inputs=tuple(spec for spec in self.signature.inputs if spec.name not in self._presents()),
             outputs=outputs,
-            certificate=None if alone else self._certificate(path, outputs, batch),
+            certificate=None if alone else self._certificate(path, outputs, refuted),
         )
         spec.check(self.manifest)
         served = self.manifest.model_copy(update={"past": spec}).continuing
@@ -149,8 +150,12 @@ class _Trial:
         return CacheSpec(input=spec, present=present)
 
     def _lengths(self, past: int, new: int) -> dict[str, int]:
-        lengths = dict.fromkeys(self.signature.symbols, _OTHER)
-        return {**lengths, self.cache.past_axis: past, self.cache.new_axis: new, self.total: past + new}
+        return {
+            **dict.fromkeys(self.signature.symbols, _OTHER),
+            self.cache.past_axis: past,
+            self.cache.new_axis: new,
+            self.total: past + new,
+        }
 
     def _tapped(self) -> Path:
         """Write the graph with a tap for each site that gives weights in the prompt graph, under the same name."""
@@ -203,17 +208,14 @@ class _Trial:
     def _probes(self) -> tuple[Lengths, Lengths]:
         """Two sets of lengths in which no symbol has the same length."""
         first, second = self._lengths(7, 5), self._lengths(11, 6)
-        return first, {symbol: first[symbol] + 9 if symbol not in self._counted else second[symbol] for symbol in first}
-
-    @property
-    def _counted(self) -> frozenset[str]:
-        return frozenset({self.cache.past_axis, self.cache.new_axis, self.total})
+        counted = {self.cache.past_axis, self.cache.new_axis, self.total}
+        return first, {symbol: second[symbol] if symbol in counted else first[symbol] + 9 for symbol in first}
 
     def _whole(self, count: int, row: int) -> dict[str, Array]:
         """Inputs of the prompt graph for the first `count` positions; the same row has the same tokens."""
-        symbols = self.sampler.signature.symbols
         longest = self.manifest.axis(self.cache.new_axis).max_length
-        drawn = self.sampler.sequence({**dict.fromkeys(symbols, _OTHER), self.cache.new_axis: longest}, row)
+        lengths = {**dict.fromkeys(self.sampler.signature.symbols, _OTHER), self.cache.new_axis: longest}
+        drawn = self.sampler.sequence(lengths, row)
         return {
             spec.name: drawn[spec.name][tuple(self._first(extent, count) for extent in spec.shape)]
             for spec in self.sampler.signature.inputs
@@ -298,7 +300,7 @@ class _Trial:
 
     def _rows_agree(self, runner: GraphRunner, outputs: Sequence[OutputSpec]) -> str:
         """Return why rows cannot share runs; empty if two rows get the same answers as each alone."""
-        rows = [self._sequence(*_COUNTS[0], row) for row in range(_ROWS)]
+        rows = [self._sequence(*_COUNTS[0], row) for row in (0, 1)]
         names = [spec.name for spec in outputs]
         try:
             both = runner.run(_batch(rows), names, tap=False)
@@ -314,7 +316,7 @@ class _Trial:
 
     def _certificate(self, path: Path, outputs: Sequence[OutputSpec], refuted: str) -> Certificate:
         """Prove that rows do not change each other's answers, at equal lengths of the past and of new positions."""
-        padding = Clause(axis=self.cache.new_axis, verdict=Verdict.UNKNOWN, reason=_PADDING_UNKNOWN)
+        padding = Clause(axis=self.cache.new_axis, verdict=Verdict.UNKNOWN, reason="padding after a past is not proved")
         if refuted:
             return Certificate(clauses=(Clause(axis=BATCH, verdict=Verdict.REFUTED, reason=refuted), padding))
         sites = [
