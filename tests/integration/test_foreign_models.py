@@ -152,6 +152,6 @@ def test_fixed_lengths_are_described_and_enforced(client: Client) -> None:
     (site,) = client.model("patches").sites
     assert (site.query_axis, site.key_axis) == ("text", "fixed_10")
     axes = {axis.symbol: (axis.max_length, axis.paddable) for axis in client.model("patches").axes}
-    assert axes == {"text": (512, True), "fixed_10": (10, False)}
+    assert axes == {"text": (2048, True), "fixed_10": (10, False)}
     with pytest.raises(InvalidRequest, match="length 9, but the model takes 10"):
         client.infer("patches", CASES["patches"].feeds(3, 9))
