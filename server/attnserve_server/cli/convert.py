@@ -42,7 +42,7 @@ _PREPARE_EPILOG = (
     "attnserve-server prepare ranker.onnx --name ranker --repository models --max-length 2048\n\n"
     "attnserve-server prepare vit.onnx --name vit --repository models --axis height=224 --axis width=224\n\n"
     "attnserve-server prepare decoder.onnx --name whisper --repository models --max-length "
-    "'encoder_sequence_length / 2=1500'\n\n"
+    "encoder_sequence_length=1500\n\n"
     "attnserve-server prepare model_quantized.onnx --name bert8 --repository models --requantize per-row\n\n"
     "attnserve-server prepare bart.onnx --name bart --repository models --tokenizer tokenizer.json --pair-start '</s>'"
     f"{EXIT_CODES}"

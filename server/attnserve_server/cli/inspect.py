@@ -108,7 +108,7 @@ def _show_axes(description: ModelDescription, console: Console) -> None:
             axes.add_row(axis.symbol, str(axis.max_length), "yes" if axis.paddable else "no", how)
         console.print(axes)
     for fact in description.solved:
-        console.print(fact, highlight=False, markup=False)
+        console.print(fact, highlight=False, markup=False, soft_wrap=True)
 
 
 def _facts(description: ModelDescription) -> str:

@@ -11,7 +11,7 @@ from attnserve_server.conversion.base.errors import BuildRefused, CheckFailed
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.pipeline import Conversion, Options, steps_of
 from attnserve_server.conversion.sources.onnx_file import OnnxFile
-from attnserve_server.conversion.sources.source import Source, ZooOptions
+from attnserve_server.conversion.sources.source import Source, SourceGraph, ZooOptions
 from attnserve_server.conversion.sources.torch_source import AUTO, TorchSource
 from attnserve_server.model.repository import Bundle, Repository
 
@@ -97,12 +97,23 @@ def convert(source: Source, options: Options, steps: Steps | None = None) -> Bun
         except CheckFailed:
             raise
         except BuildRefused as fault:
-            alone = source.without_batches(graph, work, steps)
-            if alone is None:
-                if graph.open_axes:
-                    raise BuildRefused(f"{fault}; {graph.open_axes}") from None
-                raise
+            alone = _alone(source, graph, fault, work, steps)
             conversion = Conversion(alone, options, work / "alone", steps)
             steps.extend(len(plan))
             steps.run(plan, conversion)
         return conversion.bundle
+
+
+def _alone(source: Source, graph: SourceGraph, fault: BuildRefused, work: Path, steps: Steps) -> SourceGraph:
+    """Return the graph for one row at a time, where its conversion failed because it takes no more.
+
+    Raises:
+        BuildRefused: it failed for another reason; with the axes that stay open, if the graph has any.
+    """
+    try:
+        alone = source.without_batches(graph, work, steps)
+    except BuildRefused as known:
+        fault, alone = known, None
+    if alone is not None:
+        return alone
+    raise BuildRefused(f"{fault}; {graph.open_axes}" if graph.open_axes else str(fault)) from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from attnserve_server.model.bands import BandSpec
 from attnserve_server.model.certificate import Batching, Certificate
+from attnserve_server.model.formula import parsed
 from attnserve_server.model.frozen import (
     BATCH,
     NAME_PATTERN,
@@ -294,12 +294,6 @@ class Manifest(Frozen):
         needs = () if self.certificate is None else self.certificate.masks
         return any(not need.met_by(tensors[need.input], self.input(need.input).padding) for need in needs)
 
-    @cached_property
-    def _following(self) -> tuple[tuple[str, tuple[str, ...], Following], ...]:
-        """Each axis whose length follows from others, with their symbols."""
-        followed = ((axis.symbol, axis.follows) for axis in self.axes)
-        return tuple((symbol, follows.symbols, follows) for symbol, follows in followed if follows is not None)
-
     @property
     def fixed_lengths(self) -> dict[str, int]:
         """Length of each fixed axis, by symbol."""
@@ -307,12 +301,11 @@ class Manifest(Frozen):
 
     def with_derived(self, lengths: Mapping[str, int]) -> dict[str, int]:
         """Return a sequence's lengths by axis symbol, with those of the derived axes added."""
-        derived = {
-            symbol: follows.length_at(lengths)
-            for symbol, sources, follows in self._following
-            if all(source in lengths for source in sources)
-        }
-        return {**lengths, **derived}
+        found = {axis.symbol: axis.derived.at(lengths) for axis in self.axes if axis.derived is not None}
+        for axis in self.axes:
+            if axis.formula and lengths.keys() >= {*(formula := parsed(axis.formula)).symbols}:
+                found[axis.symbol] = formula.length_at(lengths)
+        return {**lengths, **{symbol: length for symbol, length in found.items() if length is not None}}
 
     def axis(self, symbol: str) -> AxisSpec:
         """Return the axis of this symbol. Raise KeyError if there is none."""

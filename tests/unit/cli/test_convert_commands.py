@@ -13,6 +13,7 @@ import typer
 from attnserve_server.model.repository import Repository
 from commands import call, conversion_app
 from onnx_files import encoder, saved
+from open_axes_graphs import cross_decoder, image_encoder
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +82,48 @@ def test_impossible_names_and_versions_are_usage_errors(options: tuple[str, ...]
     result = call(app, "prepare", file, "--repository", file.parent / "models", *options)
     assert result.exit_code == 2
     assert "Usage" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--max-length", "many"), "'many' is neither a length of 1 or more nor AXIS=N"),
+        (("--max-length", "0"), "'0' is neither a length of 1 or more nor AXIS=N"),
+        (("--max-length", "8", "--max-length", "9"), "8 and 9 are given"),
+        (("--max-length", "seq=none"), "'seq=none' is not NAME=SIZE"),
+        (("--axis", "height"), "'height' is not NAME=SIZE with a size of 1 or more"),
+        (("--axis", "height=4", "--axis", "height=8"), "'height' is given twice"),
+    ],
+)
+def test_impossible_sizes_are_usage_errors(options: tuple[str, ...], words: str, app: typer.Typer, file: Path) -> None:
+    result = call(app, "prepare", file, "--name", "x", "--repository", file.parent / "models", *options)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.replace("\u2502", " ").split())
+
+
+def test_an_open_image_is_refused_with_the_options_that_fix_it(app: typer.Typer, tmp_path: Path) -> None:
+    wide = saved(image_encoder(rows=2, columns=5), tmp_path / "wide.onnx")
+    line = ("prepare", wide, "--name", "wide", "--repository", tmp_path / "models", "--no-fuse", "--no-try")
+    refused = call(app, *line)
+    assert refused.exit_code == 2
+    assert "fix them with --axis height=SIZE --axis width=SIZE" in refused.stderr
+    result = call(app, *line, "--axis", "height=8", "--axis", "width=20")
+    assert result.exit_code == 0, result.output
+    assert "axis 'height' is 8, by --axis" in result.stderr
+    (axis,) = Repository(tmp_path / "models").bundle("wide").manifest.axes
+    assert (axis.grid, axis.leading) == ((2, 5), 1)
+    shown = call(app, "inspect", tmp_path / "models" / "wide" / "1").stdout
+    assert "axis 'num_channels' is 3, because of Conv 'cut'" in shown
+
+
+def test_one_axis_takes_the_length_that_its_option_gives(app: typer.Typer, tmp_path: Path) -> None:
+    file = saved(cross_decoder("frames"), tmp_path / "decoder.onnx")
+    line = ("prepare", file, "--name", "d", "--repository", tmp_path / "models", "--no-fuse", "--no-try")
+    result = call(app, *line, "--max-length", "16", "--max-length", "frames=1500")
+    assert result.exit_code == 0, result.output
+    assert "axis 'frames': up to 1500 positions (--max-length AXIS=N)" in result.stderr
+    manifest = Repository(tmp_path / "models").bundle("d").manifest
+    assert {axis.symbol: axis.max_length for axis in manifest.axes} == {"decoder_sequence_length": 16, "frames": 1500}
 
 
 def test_failed_file_operation_is_one_sentence(app: typer.Typer, file: Path, tmp_path: Path) -> None:

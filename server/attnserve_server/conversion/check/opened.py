@@ -20,6 +20,7 @@ from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, WEIGHTS_PREFIX
 from attnserve_server.domain.values import Array
 from attnserve_server.engine.session import RuntimeSession
+from attnserve_server.model.formula import Formula
 from attnserve_server.model.manifest import InputRole, Manifest
 from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository
 
@@ -107,8 +108,10 @@ def opened(bundle: Bundle, work: Path) -> Opened:
     """
     manifest = bundle.manifest
     proto = _untapped(read_graph(bundle.model_path))
-    symbols = {axis: None for spec in manifest.inputs for axis in spec.shape if isinstance(axis, str)}
-    signature = Signature(manifest.inputs, tuple(symbols), signature_of(proto.graph).fixed_batch)
+    relations = {axis.symbol: Formula.parse(axis.formula) for axis in manifest.axes if axis.formula}
+    shown = (axis for spec in manifest.inputs for axis in spec.shape if isinstance(axis, str) and axis not in relations)
+    fixed_batch = signature_of(proto.graph).fixed_batch
+    signature = Signature(manifest.inputs, tuple(dict.fromkeys(shown)), fixed_batch, relations=relations)
     sizes = {spec.name: manifest.vocabulary_of(spec) for spec in manifest.inputs if spec.role is InputRole.TOKEN_IDS}
     sampler = Sampler(signature, vocabulary_sizes=sizes)
     session = RuntimeSession.load(bundle.model_path, provider="CPUExecutionProvider", left_out=manifest.left_out)

@@ -28,6 +28,8 @@ from attnserve_server.model.formula import Formula
 _MOST_ROUNDS: Final = 12
 """How many times equations are collected: each solution shows nodes behind the one that it satisfies."""
 _MOST_TRIES, _MOST_SYMBOLS = 64, 6
+_MOST_CHARACTERS: Final = 160
+"""The longest relation that a refusal has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,9 @@ class Solved:
             return ""
         first = self.signature.where(symbols[0])
         where = f" of input {first[0].name!r}" if first is not None else ""
-        relation = f"needs {self.left[0]}" if self.left else "may run at some sizes only"
+        relation = f"needs {self.left[0]}" if self.left else ""
+        if not 0 < len(relation) <= _MOST_CHARACTERS:
+            relation = "may run at some sizes only" + (f", because of {self.left[0].where}" if self.left else "")
         options = " ".join(f"--axis {_quoted(symbol)}=SIZE" for symbol in symbols)
         return f"the graph {relation}, for axes {', '.join(map(repr, symbols))}{where}: fix them with {options}"
 
