@@ -207,6 +207,12 @@ class FakeServer:
         labels: labels_pb2.LabelSelection | None,
         batch: int,
     ) -> wire.SequenceResult:
+        if sequence.past_tokens:
+            without = f"{len(sequence.past_tokens)} labels for a sequence without a past: leave them out"
+            raise InvalidRequest.of(f"{field}.past_tokens", without)
+        if sequence.text.tensors:
+            unknown = f"no input {sequence.text.tensors[0].name!r}; the model takes input_ids"
+            raise InvalidRequest.of(f"{field}.text.tensors[0].name", unknown)
         units = tokenize(sequence)
         if len(units) > self.shape.max_length:
             raise InvalidRequest.of(field, f"length {len(units)} exceeds {self.shape.max_length}")

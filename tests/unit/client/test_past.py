@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from attnserve.v1 import inference_service_pb2 as wire
 from attnserve.v1 import model_pb2, tensor_pb2
-from attnserve_client import InvalidRequest
+from attnserve_client import Client, InvalidRequest
 from attnserve_client._inputs import sequence_of, split, takes_ids
 from attnserve_client._models import model_of
 from attnserve_client.data_types import Continuation, Past
+from attnserve_client.testing import FakeServer
 
 KEYS = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
 
@@ -88,3 +89,21 @@ def test_a_continuation_without_arrays_or_with_a_text_for_labels_is_refused() ->
         sequence_of(Continuation("a text", {}), None)
     with pytest.raises(TypeError, match="past_tokens must be a list of texts, not the text 'abc'"):
         sequence_of(Continuation("a text", {"past.key": KEYS}, "abc"), None)
+
+
+def test_the_fake_server_takes_no_past_and_refuses_one_as_a_server_does(shared_server: FakeServer) -> None:
+    with Client(shared_server.target) as client:
+        assert client.model("fake").past is None
+        with pytest.raises(InvalidRequest) as labelled:
+            client.infer("fake", Continuation("a text", {"past.key": KEYS}, ["a", "b", "c"]))
+        with pytest.raises(InvalidRequest) as plain:
+            client.infer("fake", Continuation("a text", {"past.key": KEYS}))
+    (first,), (second,) = labelled.value.violations, plain.value.violations
+    assert (first.field, first.description) == (
+        "sequences[0].past_tokens",
+        "3 labels for a sequence without a past: leave them out",
+    )
+    assert (second.field, second.description) == (
+        "sequences[0].text.tensors[0].name",
+        "no input 'past.key'; the model takes input_ids",
+    )
