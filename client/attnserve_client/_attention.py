@@ -6,12 +6,21 @@ import html
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from attnserve_client import _html
 from attnserve_client._map_data import MapData
 from attnserve_client._tokens import plain_token
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def _plain_scores(scores: npt.NDArray[np.float32]) -> Any:
+    plain = scores.astype(object)
+    plain[np.isinf(scores)] = None
+    return plain.tolist()
 
 
 class AttentionMap(MapData):
@@ -38,11 +47,17 @@ class AttentionMap(MapData):
         residual: float32 (H, L), total weight of the links omitted from each row; None unless links were received.
         model: Name of the model.
         labels: The labels of the sequence; None if none were selected.
+        values: What the map holds: `weights` or `scores`. Pages, figures and links are of weights.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the map in plain types for JSON. The weights of a band are (H, L, W), with their `band_keys`."""
-        band = self.band
+        """Return the map in plain types for JSON. The weights of a band are (H, L, W), with their `band_keys`.
+
+        A map of scores has `scores` in place of `weights`, with None for -inf.
+        """
+        numbers = self.band
+        if numbers is None:
+            numbers = self.scores if self.values == "scores" else self.weights
         return {
             "sites": list(self.sites),
             "layer": self.layer,
@@ -54,7 +69,7 @@ class AttentionMap(MapData):
             "grids": {axis: asdict(grid) for axis, grid in self.grids.items()},
             "queries": [plain_token(token) for token in self.query_tokens],
             "keys": [plain_token(token) for token in self.key_tokens],
-            "weights": (self.weights if band is None else band).tolist(),
+            self.values: _plain_scores(numbers) if self.values == "scores" else numbers.tolist(),
             "band_keys": None if self.band_keys is None else self.band_keys.tolist(),
             "residual": None if self.residual is None else self.residual.tolist(),
             "labels": None if self.labels is None else self.labels.to_dict(),
@@ -78,8 +93,13 @@ class AttentionMap(MapData):
 
         return figure(self, head)
 
-    def _repr_html_(self) -> str:
-        """Return the page in an iframe, so that its styles and scripts and those of a notebook stay apart."""
+    def _repr_html_(self) -> str | None:
+        """Return the page in an iframe, so that its styles and scripts and those of a notebook stay apart.
+
+        None for a map of scores: a notebook then shows its representation.
+        """
+        if self.values == "scores":
+            return None
         rows = min(len(self.query_tokens), 40)
         source = html.escape(self.to_html(), quote=True)
         return (

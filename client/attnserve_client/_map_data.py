@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ class MapData:
     grids: dict[str, PatchGrid] = field(default_factory=dict, repr=False)
     model: str = ""
     labels: Labels | None = field(default=None, repr=False)
+    values: Literal["weights", "scores"] = field(default="weights", repr=False)
 
     @property
     def tokens(self) -> tuple[Token, ...]:
@@ -67,13 +69,36 @@ class MapData:
         A row sums to 1, unless links were omitted, the model has an attention sink, or all keys of the row are masked.
         Dense float32 weights are a view of the response's bytes. Other types are decoded on first access. Links and
         bands are scattered into zeros, which takes H * L * S * 4 bytes: for long sequences, use `band`.
+
+        Raises:
+            ValueError: This map holds scores.
         """
+        self._check_weights()
         if isinstance(self.raw, RawLinks):
             return self._scattered(self.raw)
-        decoded = as_float32(self.raw)
+        return self._over_keys(self.raw, outside=0)
+
+    @cached_property
+    def scores(self) -> npt.NDArray[np.float32]:
+        """Scores, float32 (H, L, S), read-only; -inf for a key that is hidden from the query.
+
+        Raises:
+            ValueError: This map holds weights.
+        """
+        if self.values != "scores" or isinstance(self.raw, RawLinks):
+            raise ValueError('this map holds weights, and no scores; select them with `values="scores"`')
+        return self._over_keys(self.raw, outside=-np.inf)
+
+    def _check_weights(self) -> None:
+        if self.values == "scores":
+            raise ValueError("this map holds scores, and no weights; read `scores`, or select weights")
+
+    def _over_keys(self, raw: Array, outside: float) -> npt.NDArray[np.float32]:
+        """Decode (H, L, S), or a band (H, L, W), to float32 (H, L, S), with `outside` for keys outside the band."""
+        decoded = as_float32(raw)
         if self.band_keys is not None:
             band = decoded
-            decoded = np.zeros((*band.shape[:2], len(self.key_tokens)), dtype=np.float32)
+            decoded = np.full((*band.shape[:2], len(self.key_tokens)), outside, dtype=np.float32)
             rows, columns = np.nonzero(self.band_keys >= 0)
             decoded[:, rows, self.band_keys[rows, columns]] = band[:, rows, columns]
         decoded.flags.writeable = False
@@ -81,7 +106,7 @@ class MapData:
 
     @property
     def band(self) -> npt.NDArray[np.float32] | None:
-        """Weights of a windowed site, float32 (H, L, W), read-only; None unless a band was received.
+        """Weights, or scores, of a windowed site, float32 (H, L, W), read-only; None unless a band was received.
 
         `band_keys` holds the key of each column in each row.
         """
@@ -199,6 +224,7 @@ class MapData:
 
         With `by_column`, the weights of a band are (H', L, W), in the order of `_places`.
         """
+        self._check_weights()
         if head is not None and self.is_joined:
             raise ValueError(f"head {head} is not in this map, whose heads are joined; pass head=None")
         if head is not None and head not in self.heads:

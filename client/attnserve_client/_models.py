@@ -82,6 +82,7 @@ class Site:
         query_axis: Axis symbol of the queries.
         key_axis: Axis symbol of the keys.
         unavailable_reason: Why its attention cannot be returned; empty if it can.
+        scores_unavailable_reason: Why its scores cannot be returned; empty if they can.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Site:
     query_axis: str
     key_axis: str
     unavailable_reason: str = ""
+    scores_unavailable_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +242,16 @@ def _axis(message: model_pb2.Axis) -> Axis:
 def _site(message: model_pb2.Site) -> Site:
     facts: dict[str, Any] = {
         name: getattr(message, name)
-        for name in ("name", "layer", "heads", "kv_heads", "head_dim", "query_axis", "key_axis", "unavailable_reason")
+        for name in (
+            "name",
+            "layer",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "query_axis",
+            "key_axis",
+            "unavailable_reason",
+            "scores_unavailable_reason",
+        )
     }
     return Site(kind=KINDS.get(message.kind, "unknown"), form=FORMS.get(message.form, "unknown"), **facts)

@@ -15,7 +15,7 @@ from attnserve_client._features import AttentionFeatures, SiteFeatures
 from attnserve_client._labels import Labels, labels_of
 from attnserve_client._models import FORMS, KINDS
 from attnserve_client._patches import PatchGrid
-from attnserve_client._selection import AttentionSelection
+from attnserve_client._selection import AttentionSelection, AttentionValue
 from attnserve_client._status import bad_answer
 from attnserve_client._tensors import to_array
 from attnserve_client._tokens import RawLinks, Token
@@ -154,7 +154,7 @@ def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bo
         return [
             InferenceResult(
                 outputs={tensor.name: to_array(tensor) for tensor in item.outputs},
-                attention=[] if names else _maps_of(item.attention, receipt.model, _labels_of(item)),
+                attention=[] if names else _maps_of(item.attention, receipt.model, _labels_of(item), effective),
                 run=_run_of(item.run),
                 receipt=receipt,
                 effective_attention=effective,
@@ -184,10 +184,13 @@ def _labels_of(message: wire.SequenceResult) -> Labels | None:
     return labels_of(message.labels) if message.HasField("labels") else None
 
 
-def _maps_of(message: attention_pb2.Attention, model: str, labels: Labels | None = None) -> list[AttentionMap]:
+def _maps_of(
+    message: attention_pb2.Attention, model: str, labels: Labels | None, effective: AttentionSelection | None
+) -> list[AttentionMap]:
     axes = {units.axis: _tokens_of(units) for units in message.axes}
     grids = {units.axis: _grid_of(units) for units in message.axes if units.grid_rows}
-    return [_map_of(each, axes, grids, model, labels) for each in message.maps]
+    values: AttentionValue = "weights" if effective is None else effective.values or "weights"
+    return [_map_of(each, axes, grids, model, labels, values) for each in message.maps]
 
 
 def _grid_of(units: attention_pb2.AxisUnits) -> PatchGrid:
@@ -222,6 +225,7 @@ def _map_of(
     grids: dict[str, PatchGrid],
     model: str,
     labels: Labels | None,
+    values: AttentionValue,
 ) -> AttentionMap:
     rows = _chosen(axes, message.query_axis, message.query_indices)
     columns = _chosen(axes, message.key_axis, message.key_indices)
@@ -258,6 +262,7 @@ def _map_of(
         grids=grids,
         model=model,
         labels=labels,
+        values=values,
     )
 
 

@@ -17,6 +17,7 @@ LayerReduction = Literal["each", "mean", "rollout"]
 Unit = Literal["token", "word"]
 SpecialTokens = Literal["keep", "drop"]
 WeightDtype = Literal["float32", "float16", "uint8"]
+AttentionValue = Literal["weights", "scores"]
 Feature = Literal["entropy", "top1_share", "first_token", "mean_distance"]
 
 _HEADS: Final[dict[str, wire.HeadReduction.ValueType]] = {
@@ -41,6 +42,10 @@ _DTYPES: Final[dict[str, tensor_pb2.DataType.ValueType]] = {
     "float32": tensor_pb2.DATA_TYPE_FLOAT32,
     "float16": tensor_pb2.DATA_TYPE_FLOAT16,
     "uint8": tensor_pb2.DATA_TYPE_UINT8,
+}
+_VALUES: Final[dict[str, wire.AttentionValue.ValueType]] = {
+    "weights": wire.ATTENTION_VALUE_WEIGHTS,
+    "scores": wire.ATTENTION_VALUE_SCORES,
 }
 _FEATURES: Final[dict[str, wire.AttentionFeature.ValueType]] = {
     "entropy": wire.ATTENTION_FEATURE_ENTROPY,
@@ -75,6 +80,7 @@ class AttentionSelection:
         features: Numbers of each row to return in place of maps, as `InferenceResult.features`: `"entropy"` in nats,
             `"top1_share"` (the greatest weight), `"first_token"` (the weight of the first key), `"mean_distance"` (the
             sum of weight times distance in units). One name, or several.
+        values: What maps hold: `"weights"`, or the `"scores"` that softmax makes them of, with `-inf` for hidden keys.
 
     Raises:
         InvalidRequest: `heads` is an unknown reduction, or another one than `head_reduction`.
@@ -92,6 +98,7 @@ class AttentionSelection:
     min_weight: float = 0.0
     dtype: WeightDtype | None = None
     features: Sequence[Feature] | Feature = ()
+    values: AttentionValue | None = None
 
     def __post_init__(self) -> None:
         for name in ("sites", "features"):
@@ -129,6 +136,8 @@ class AttentionSelection:
             message.special_tokens = _choice("special_tokens", self.special_tokens, _SPECIAL)
         if self.dtype is not None:
             message.dtype = _choice("dtype", self.dtype, _DTYPES)
+        if self.values is not None:
+            message.values = _choice("values", self.values, _VALUES)
         message.features.extend(_choice(f"features[{at}]", each, _FEATURES) for at, each in enumerate(self.features))
         (message.top_k,) = _integers("top_k", (self.top_k,), least=0, most=2**32 - 1)
         message.min_weight = self.min_weight
@@ -154,6 +163,7 @@ class AttentionSelection:
             min_weight=message.min_weight,
             dtype=_named(message.dtype, _DTYPES, get_args(WeightDtype)),
             features=features_of(message),
+            values=_named(message.values, _VALUES, get_args(AttentionValue)),
         )
 
 

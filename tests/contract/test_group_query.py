@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from attnserve_client import AsyncClient, AttentionSelection
+from attnserve_client import AsyncClient, AttentionSelection, InvalidRequest
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.conversion.base.errors import BuildRefused
@@ -158,3 +160,59 @@ def test_lengths_without_an_axis_are_refused_when_the_file_is_read(tmp_path: Pat
     file.write_bytes(Decoder(ends="[]").model().SerializeToString())
     with pytest.raises(BuildRefused, match="seqlens_k must be at least 1D"):
         prepare_bundle(PrepareRequest(file=file, name="scalar", repository=tmp_path / "models", max_length=16))
+
+
+@pytest.mark.parametrize("name", ["narrow", "wide", "sent"])
+async def test_scores_are_those_of_the_definition_in_a_batch_with_other_selections(
+    client: AsyncClient, name: str
+) -> None:
+    """In one batch with sequences that select weights, or nothing."""
+    selections = (AttentionSelection(values="scores"), AttentionSelection(), None)
+    asked = [client.infer(name, inputs(name), outputs=[], attention=each) for each in selections[:2]]
+    results, others, _ = await asyncio.gather(*asked, client.infer(name, inputs(name)))
+    dry = await client.infer(name, inputs(name), outputs=[], attention=selections[0], validate_only=True)
+    sizes = 0
+    for ids, result, other in zip(IDS.values(), results, others, strict=True):
+        [first, second], weighed = result.attention, other.attention
+        np.testing.assert_allclose(first.scores, CASES[name].first_scores(ids), rtol=0, atol=TOLERANCE)
+        for each, weights in zip((first, second), weighed, strict=True):
+            exponentials = np.exp(each.scores.astype(float))
+            softmax = exponentials / exponentials.sum(axis=-1, keepdims=True)
+            np.testing.assert_allclose(softmax, weights.weights, rtol=0, atol=TOLERANCE)
+            band = 0 if each.band_keys is None else each.band_keys.nbytes
+            sizes += each.raw.nbytes + band
+            with pytest.raises(ValueError, match="holds scores"):
+                each.links()
+    assert dry[0].predicted_bytes == results[0].predicted_bytes == sizes
+
+
+async def test_scores_of_joined_heads_and_half_precision_are_plain_numbers(client: AsyncClient) -> None:
+    given, whole = inputs("wide")[0], AttentionSelection(values="scores")
+    joined = AttentionSelection(values="scores", heads="mean", queries=[-1, 2], dtype="float16")
+    [each], [mean] = [
+        (await client.infer("wide", given, outputs=[], attention=selection)).attention[:1]
+        for selection in (whole, joined)
+    ]
+    expected = each.scores[:, [-1, 2]].mean(axis=0, keepdims=True)
+    # float16 has 11 bits, and scores are below 8.
+    np.testing.assert_allclose(mean.scores, expected, rtol=0, atol=4e-3)
+    assert np.isneginf(mean.scores[0, 1, 3:]).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"unit": "word"}, "unit"),
+        ({"layer_reduction": "rollout"}, "layer_reduction"),
+        ({"top_k": 2}, "top_k"),
+        ({"min_weight": 0.5}, "min_weight"),
+        ({"dtype": "uint8"}, "dtype"),
+        ({"features": "entropy"}, "features"),
+    ],
+)
+async def test_fields_without_meaning_for_scores_are_refused(
+    client: AsyncClient, fields: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        await client.infer("narrow", inputs()[0], attention=AttentionSelection(values="scores", **fields))
+    assert [each.field for each in refused.value.violations] == [f"attention.{field}"]

@@ -124,6 +124,16 @@ async def test_features_of_joined_heads_are_refused_with_the_field(stub: Inferen
     assert "attention.head_reduction: mean is for maps, and features are of each head" in refused.value.details()
 
 
+async def test_a_bundle_of_an_earlier_release_refuses_scores_with_the_remedy(stub: InferenceServiceStub) -> None:
+    described = (await stub.GetModel(pb.GetModelRequest(model="tiny"))).model
+    reason = "its bundle was converted before scores were served; convert the model again"
+    assert {site.scores_unavailable_reason for site in described.sites} == {reason}
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.Infer(asking(TEXTS[0], attention=attention_pb2.AttentionSelection(values=2)))
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert f"scores of site 'layer0': {reason}" in refused.value.details()
+
+
 async def test_the_receipt_names_model_version_and_provider(stub: InferenceServiceStub) -> None:
     described = (await stub.GetModel(pb.GetModelRequest(model="tiny"))).model
     mine, unnamed = await asyncio.gather(

@@ -88,12 +88,23 @@ class Case:
 
     def reference(self) -> Array:
         """Return the weights, float64 (B, H, L, S), by definition: one softmax per row over the keys not masked."""
+        scores = self.scores()
+        weights = np.zeros(scores.shape)
+        for index in np.ndindex(*scores.shape[:3]):
+            row = scores[index]
+            if np.isfinite(row).any():
+                exponents = np.exp(row - row.max())
+                weights[index] = exponents / exponents.sum()
+        return weights
+
+    def scores(self) -> Array:
+        """Return the scores, float64 (B, H, L, S), after scale, softcap and bias; minus infinity for a hidden key."""
         feeds = self.feeds()
         query = self.heads_first(feeds["query"], self.heads)
         key = self.heads_first(feeds["key"], self.kv_heads)
         scale = self.attributes.get("scale", self.head_dim**-0.5)
         softcap = self.attributes.get("softcap", 0.0)
-        weights = np.zeros((self.batch, self.heads, self.queries, self.keys))
+        shown = np.zeros((self.batch, self.heads, self.queries, self.keys))
         for index in np.ndindex(self.batch, self.heads, self.queries):
             row, head, position = index
             scores = key[row, head // (self.heads // self.kv_heads)] @ query[row, head, position] * scale
@@ -101,7 +112,7 @@ class Case:
                 scores = softcap * np.tanh(scores / softcap)
             allowed = np.ones(self.keys, bool)
             if self.mask is not None:
-                mask = np.broadcast_to(self.mask, weights.shape)[index]
+                mask = np.broadcast_to(self.mask, shown.shape)[index]
                 if mask.dtype == bool:
                     allowed &= mask
                 else:
@@ -116,10 +127,8 @@ class Case:
                 reach = self.attributes.get(f"{side}_window_size", -1)
                 if reach >= 0:
                     allowed &= sign * (np.arange(self.keys) - position) <= reach
-            if allowed.any():
-                exponents = np.where(allowed, np.exp(scores - scores[allowed].max()), 0)
-                weights[index] = exponents / exponents.sum()
-        return weights
+            shown[index] = np.where(allowed, scores, -np.inf)
+        return shown
 
     def output_from(self, weights: Array) -> Array:
         """Return the expected output, weights @ value, in the operator's layout, float64."""

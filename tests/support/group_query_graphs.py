@@ -85,20 +85,29 @@ class Decoder:
         versions = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
         return helper.make_model(graph, opset_imports=versions, ir_version=9)
 
-    def reference(self, ids: Array) -> tuple[Array, list[Array]]:
-        """Hidden states (T, W) and each layer's weights (H, T, T) of one sequence, from the definition."""
+    def first_scores(self, ids: Array) -> Array:
+        """The first layer's scores (H, T, T) of one sequence; minus infinity for a key that is hidden."""
         tables = {name: array.astype(np.float64) for name, array in self.tables().items()}
-        hidden, at = tables["words"][ids], np.arange(len(ids))
+        return self._scores(tables, tables["words"][ids], 0)
+
+    def _scores(self, tables: dict[str, Array], hidden: Array, layer: int) -> Array:
+        at = np.arange(len(hidden))
         kept = at <= at[:, None]
         if self.window:
             kept &= at > at[:, None] - self.window
-        maps: list[Array] = []
+        query, key = (
+            (hidden @ tables[f"{part}{layer}"]).reshape(len(hidden), -1, HEAD_DIM).transpose(1, 0, 2) for part in "qk"
+        )
+        scores = query @ np.repeat(key, HEADS // KV_HEADS, axis=0).transpose(0, 2, 1) / HEAD_DIM**0.5
+        return np.where(kept, scores, -np.inf)
+
+    def reference(self, ids: Array) -> tuple[Array, list[Array]]:
+        """Hidden states (T, W) and each layer's weights (H, T, T) of one sequence, from the definition."""
+        tables = {name: array.astype(np.float64) for name, array in self.tables().items()}
+        hidden, maps = tables["words"][ids], []
         for layer in range(self.layers):
-            query, key, value = (
-                (hidden @ tables[f"{part}{layer}"]).reshape(len(ids), -1, HEAD_DIM).transpose(1, 0, 2) for part in "qkv"
-            )
-            scores = query @ np.repeat(key, HEADS // KV_HEADS, axis=0).transpose(0, 2, 1) / HEAD_DIM**0.5
-            maps.append(softmax(np.where(kept, scores, -np.inf)))
+            maps.append(softmax(self._scores(tables, hidden, layer)))
+            value = (hidden @ tables[f"v{layer}"]).reshape(len(ids), -1, HEAD_DIM).transpose(1, 0, 2)
             product = maps[-1] @ np.repeat(value, HEADS // KV_HEADS, axis=0)
             hidden = hidden + product.transpose(1, 0, 2).reshape(len(ids), -1)
         return hidden, maps

@@ -288,6 +288,19 @@ class MultiHead:
         padding = padding_bias(self.mask, self.batch, self.queries, self.keys, filter_value)
         return added(scores, padding, causal=bool(self.attributes.get("unidirectional")), bias=self.bias)
 
+    def scores(self) -> Array:
+        """The scores, (B, H, L, S), with the attention bias alone; minus infinity for a hidden key."""
+        query, key, _ = self._biased()
+        scores = query @ key.transpose(0, 1, 3, 2) * self.attributes.get("scale", 1 / math.sqrt(self.head_dim))
+        hidden = padding_bias(self.mask, self.batch, self.queries, self.keys, -1.0) < 0
+        if self.attributes.get("unidirectional"):
+            behind = np.arange(self.keys) > np.arange(self.queries)[:, None]
+            behind[-1] = False
+            hidden = hidden | behind
+        if self.bias is not None:
+            scores, hidden = scores + self.bias, hidden | (self.bias <= np.finfo(self.dtype).min / 2)
+        return np.where(hidden, -np.inf, scores)
+
     def output_from(self, weights: Array) -> Array:
         """Return the expected output of the operator, (B, L, H * D)."""
         product = weights @ self._biased()[2]
@@ -395,6 +408,15 @@ class GroupQuery:
 
     def reference(self) -> Array:
         """The weights, (B, H, L, S)."""
+        scores = self.scores()
+        if not self.sink and not self.attributes.get("smooth_softmax"):
+            return softmax(scores)
+        sinks = self._sink().astype(np.float64) if self.sink else np.zeros(self.heads)
+        columns = np.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
+        return softmax(np.concatenate([scores, columns], axis=-1))[..., :-1]
+
+    def scores(self) -> Array:
+        """The scores, (B, H, L, S), after softcap and bias; minus infinity for a hidden key."""
         query, key, _ = self._apart()
         turned = self._rotated(split(query, self.heads))
         keys = np.repeat(self._rotated(split(key, self.kv_heads)), self.heads // self.kv_heads, axis=1)
@@ -414,12 +436,7 @@ class GroupQuery:
         if self.bias is not None:
             kept &= self.bias > LOWEST
             scores = scores + np.where(self.bias > LOWEST, self.bias, 0.0)
-        scores = np.where(kept, scores, -np.inf)
-        if not self.sink and not self.attributes.get("smooth_softmax"):
-            return softmax(scores)
-        sinks = self._sink().astype(np.float64) if self.sink else np.zeros(self.heads)
-        columns = np.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
-        return softmax(np.concatenate([scores, columns], axis=-1))[..., :-1]
+        return np.where(kept, scores, -np.inf)
 
     def output_from(self, weights: Array) -> Array:
         """Return the expected output of the operator, (B, L, H * D)."""

@@ -16,7 +16,7 @@ from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_array
 from attnserve_client.errors import AttentionUnavailable, InvalidRequest
 from attnserve_client.testing._labels import head_of
-from attnserve_client.testing._weights import band_keys, check_features, fill, fill_features
+from attnserve_client.testing._weights import band_keys, check_values, fill, fill_features
 
 AXIS: Final = "seq"
 PIECE: Final = 6
@@ -170,12 +170,13 @@ def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape,
         InvalidRequest: A site, layer, head or query is out of range, or features meet a field that excludes them.
         AttentionUnavailable: The model has no sites.
     """
-    if selection.features:
-        check_features(selection)
+    check_values(selection)
     layers = chosen_layers(selection, shape, model)
     heads = _indices("heads", selection.heads, shape.heads) or list(range(shape.heads))
     rollout = selection.layer_reduction == "rollout"
-    by_layer = [_join(_weights(units, layer, shape)[heads], selection, rollout=rollout) for layer in layers]
+    scores = selection.values == "scores"
+    numbers = _scores if scores else _weights
+    by_layer = [_join(numbers(units, layer, shape)[heads], selection, rollout=rollout) for layer in layers]
     if rollout:
         identity, joined = np.eye(len(units)), np.eye(len(units))
         for weights in by_layer:
@@ -192,7 +193,7 @@ def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape,
     if selection.special_tokens == "drop":
         keys = [index for index in keys if not special[index]]
         queries = queries if selection.queries else keys
-        by_layer = [_renormalised(weights[:, :, keys]) for weights in by_layer]
+        by_layer = [weights[:, :, keys] if scores else _renormalised(weights[:, :, keys]) for weights in by_layer]
     whole_rows = rollout or selection.unit == "word" or selection.special_tokens == "drop"
     band = None
     if shape.window is not None and 2 * shape.window + 1 < len(units) and not whole_rows:
@@ -260,15 +261,22 @@ def _vector(text: str, width: int) -> Array:
 
 def _weights(units: list[Unit], layer: int, shape: Shape) -> Array:
     """Return the weights (H, L, L) of one layer; rows sum to 1."""
+    exponentials = np.exp(_scores(units, layer, shape))
+    weights: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return weights
+
+
+def _scores(units: list[Unit], layer: int, shape: Shape) -> Array:
+    """Return the scores (H, L, L) of one layer; minus infinity outside the window."""
     maps = []
     for head in range(shape.heads):
         queries = np.stack([_vector(f"q{layer}.{head}.{unit.text}", 8) for unit in units])
         keys = np.stack([_vector(f"k{layer}.{head}.{unit.text}", 8) for unit in units])
-        scores = np.exp(queries.astype(np.float64) @ keys.T / np.sqrt(8))
+        scores = queries.astype(np.float64) @ keys.T / np.sqrt(8)
         if shape.window is not None:
             places = np.arange(len(units))
-            scores[abs(places[:, None] - places[None, :]) > shape.window] = 0
-        maps.append(scores / scores.sum(axis=-1, keepdims=True))
+            scores[abs(places[:, None] - places[None, :]) > shape.window] = -np.inf
+        maps.append(scores)
     return np.stack(maps)
 
 

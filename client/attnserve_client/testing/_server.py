@@ -252,6 +252,7 @@ class FakeServer:
             min_weight=selection.min_weight,
             dtype=selection.dtype or "float32",
             features=selection.features,
+            values=selection.values or "weights",
         ).to_wire()
 
 

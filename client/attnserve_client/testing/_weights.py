@@ -31,7 +31,8 @@ def fill(
     """Write weights (H, L, S) into a message: as links if the selection limits them, else as a band if there is one."""
     if not selection.top_k and not selection.min_weight:
         if band is not None:
-            weights = np.where(band >= 0, np.take_along_axis(weights, np.maximum(band, 0)[None], axis=2), 0)
+            outside = -np.inf if selection.values == "scores" else 0
+            weights = np.where(band >= 0, np.take_along_axis(weights, np.maximum(band, 0)[None], axis=2), outside)
             target.band_keys.CopyFrom(to_tensor("", band))
         target.weights.CopyFrom(to_tensor("", _encoded(weights, selection.dtype)))
         return
@@ -54,21 +55,27 @@ def fill(
     target.links.residual.CopyFrom(to_tensor("", left_out))
 
 
-def check_features(selection: AttentionSelection) -> None:
-    """Refuse a selection of features with a field that excludes them, as the server does.
+def check_values(selection: AttentionSelection) -> None:
+    """Refuse a selection of features or scores with a field that excludes them, as the server does.
 
     Raises:
-        InvalidRequest: A feature is repeated, or maps are joined, cut to links or encoded.
+        InvalidRequest: A feature is repeated, or another field has no meaning for features or for scores.
     """
+    needed: dict[str, tuple[Any, ...]] = {"top_k": (0,), "min_weight": (0,)}
+    if selection.features:
+        needed |= {"head_reduction": (None, "each"), "layer_reduction": (None, "each"), "dtype": (None, "float32")}
+        needed |= {"values": (None, "weights")}
+    elif selection.values == "scores":
+        needed |= {"layer_reduction": (None, "each", "mean"), "unit": (None, "token")}
+        needed |= {"dtype": (None, "float32", "float16")}
+    else:
+        return
     for position, name in enumerate(selection.features):
         if name in selection.features[:position]:
             raise InvalidRequest.of(f"attention.features[{position}]", f"{name} is named again")
-    needed: dict[str, tuple[Any, ...]]
-    needed = {"head_reduction": (None, "each"), "layer_reduction": (None, "each"), "dtype": (None, "float32")}
-    needed |= {"top_k": (0,), "min_weight": (0,)}
     for field, allowed in needed.items():
         if getattr(selection, field) not in allowed:
-            problem = f"{getattr(selection, field)} cannot be selected together with features; leave it unset"
+            problem = f"{getattr(selection, field)} cannot be selected together with features or scores; leave it unset"
             raise InvalidRequest.of(f"attention.{field}", problem)
 
 

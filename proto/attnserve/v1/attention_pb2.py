@@ -25,35 +25,37 @@ _sym_db = _symbol_database.Default()
 from attnserve.v1 import tensor_pb2 as attnserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61ttnserve/v1/attention.proto\x12\x0c\x61ttnserve.v1\x1a\x19\x61ttnserve/v1/tensor.proto\"\xa1\x03\n\x12\x41ttentionSelection\x12\r\n\x05sites\x18\x01 \x03(\t\x12\x0e\n\x06layers\x18\x02 \x03(\x11\x12\r\n\x05heads\x18\x03 \x03(\x11\x12\x33\n\x0ehead_reduction\x18\x04 \x01(\x0e\x32\x1b.attnserve.v1.HeadReduction\x12\x35\n\x0flayer_reduction\x18\x05 \x01(\x0e\x32\x1c.attnserve.v1.LayerReduction\x12\x0f\n\x07queries\x18\x06 \x03(\x11\x12)\n\x04unit\x18\x07 \x01(\x0e\x32\x1b.attnserve.v1.AttentionUnit\x12\x33\n\x0especial_tokens\x18\x08 \x01(\x0e\x32\x1b.attnserve.v1.SpecialTokens\x12\r\n\x05top_k\x18\t \x01(\r\x12\x12\n\nmin_weight\x18\n \x01(\x02\x12%\n\x05\x64type\x18\x0b \x01(\x0e\x32\x16.attnserve.v1.DataType\x12\x30\n\x08\x66\x65\x61tures\x18\r \x03(\x0e\x32\x1e.attnserve.v1.AttentionFeatureJ\x04\x08\x0c\x10\r\"\xb3\x01\n\tAxisUnits\x12\x0c\n\x04\x61xis\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\r\n\x05texts\x18\x03 \x03(\t\x12\x0e\n\x06starts\x18\x04 \x03(\r\x12\x0c\n\x04\x65nds\x18\x05 \x03(\r\x12\x0f\n\x07special\x18\x06 \x03(\x08\x12\x10\n\x08segments\x18\x07 \x03(\r\x12\x11\n\tgrid_rows\x18\x08 \x01(\r\x12\x14\n\x0cgrid_columns\x18\t \x01(\r\x12\x0f\n\x07leading\x18\n \x01(\r\"\xa5\x01\n\x05Links\x12)\n\x0brow_offsets\x18\x01 \x01(\x0b\x32\x14.attnserve.v1.Tensor\x12\"\n\x04keys\x18\x02 \x01(\x0b\x32\x14.attnserve.v1.Tensor\x12%\n\x07weights\x18\x03 \x01(\x0b\x32\x14.attnserve.v1.Tensor\x12&\n\x08residual\x18\x04 \x01(\x0b\x32\x14.attnserve.v1.Tensor\"\x90\x03\n\x0c\x41ttentionMap\x12\r\n\x05sites\x18\x01 \x03(\t\x12\r\n\x05layer\x18\x02 \x01(\x11\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.attnserve.v1.AttentionKind\x12)\n\x04\x66orm\x18\x04 \x01(\x0e\x32\x1b.attnserve.v1.AttentionForm\x12\r\n\x05heads\x18\x05 \x03(\r\x12\x12\n\nquery_axis\x18\x06 \x01(\t\x12\x10\n\x08key_axis\x18\x07 \x01(\t\x12\x15\n\rquery_indices\x18\x08 \x03(\r\x12\x13\n\x0bkey_indices\x18\t \x03(\r\x12\'\n\x07weights\x18\n \x01(\x0b\x32\x14.attnserve.v1.TensorH\x00\x12$\n\x05links\x18\x0b \x01(\x0b\x32\x13.attnserve.v1.LinksH\x00\x12(\n\x08\x66\x65\x61tures\x18\r \x01(\x0b\x32\x14.attnserve.v1.TensorH\x00\x12\'\n\tband_keys\x18\x0c \x01(\x0b\x32\x14.attnserve.v1.TensorB\t\n\x07\x63ontent\"\\\n\tAttention\x12%\n\x04\x61xes\x18\x01 \x03(\x0b\x32\x17.attnserve.v1.AxisUnits\x12(\n\x04maps\x18\x02 \x03(\x0b\x32\x1a.attnserve.v1.AttentionMap*}\n\rAttentionKind\x12\x1e\n\x1a\x41TTENTION_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41TTENTION_KIND_SELF\x10\x01\x12\x19\n\x15\x41TTENTION_KIND_CAUSAL\x10\x02\x12\x18\n\x14\x41TTENTION_KIND_CROSS\x10\x03*\x81\x01\n\rAttentionForm\x12\x1e\n\x1a\x41TTENTION_FORM_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTENTION_FORM_DENSE\x10\x01\x12\x1b\n\x17\x41TTENTION_FORM_WINDOWED\x10\x02\x12\x19\n\x15\x41TTENTION_FORM_LINEAR\x10\x03*y\n\rHeadReduction\x12\x1e\n\x1aHEAD_REDUCTION_UNSPECIFIED\x10\x00\x12\x17\n\x13HEAD_REDUCTION_EACH\x10\x01\x12\x17\n\x13HEAD_REDUCTION_MEAN\x10\x02\x12\x16\n\x12HEAD_REDUCTION_MAX\x10\x03*\x82\x01\n\x0eLayerReduction\x12\x1f\n\x1bLAYER_REDUCTION_UNSPECIFIED\x10\x00\x12\x18\n\x14LAYER_REDUCTION_EACH\x10\x01\x12\x18\n\x14LAYER_REDUCTION_MEAN\x10\x02\x12\x1b\n\x17LAYER_REDUCTION_ROLLOUT\x10\x03*b\n\rAttentionUnit\x12\x1e\n\x1a\x41TTENTION_UNIT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTENTION_UNIT_TOKEN\x10\x01\x12\x17\n\x13\x41TTENTION_UNIT_WORD\x10\x02*a\n\rSpecialTokens\x12\x1e\n\x1aSPECIAL_TOKENS_UNSPECIFIED\x10\x00\x12\x17\n\x13SPECIAL_TOKENS_KEEP\x10\x01\x12\x17\n\x13SPECIAL_TOKENS_DROP\x10\x02*\xbe\x01\n\x10\x41ttentionFeature\x12!\n\x1d\x41TTENTION_FEATURE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41TTENTION_FEATURE_ENTROPY\x10\x01\x12 \n\x1c\x41TTENTION_FEATURE_TOP1_SHARE\x10\x02\x12!\n\x1d\x41TTENTION_FEATURE_FIRST_TOKEN\x10\x03\x12#\n\x1f\x41TTENTION_FEATURE_MEAN_DISTANCE\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61ttnserve/v1/attention.proto\x12\x0c\x61ttnserve.v1\x1a\x19\x61ttnserve/v1/tensor.proto\"\xc9\x03\n\x12\x41ttentionSelection\x12\r\n\x05sites\x18\x01 \x03(\t\x12\x0e\n\x06layers\x18\x02 \x03(\x11\x12\r\n\x05heads\x18\x03 \x03(\x11\x12\x33\n\x0ehead_reduction\x18\x04 \x01(\x0e\x32\x1b.attnserve.v1.HeadReduction\x12\x35\n\x0flayer_reduction\x18\x05 \x01(\x0e\x32\x1c.attnserve.v1.LayerReduction\x12\x0f\n\x07queries\x18\x06 \x03(\x11\x12)\n\x04unit\x18\x07 \x01(\x0e\x32\x1b.attnserve.v1.AttentionUnit\x12\x33\n\x0especial_tokens\x18\x08 \x01(\x0e\x32\x1b.attnserve.v1.SpecialTokens\x12\r\n\x05top_k\x18\t \x01(\r\x12\x12\n\nmin_weight\x18\n \x01(\x02\x12%\n\x05\x64type\x18\x0b \x01(\x0e\x32\x16.attnserve.v1.DataType\x12,\n\x06values\x18\x0c \x01(\x0e\x32\x1c.attnserve.v1.AttentionValue\x12\x30\n\x08\x66\x65\x61tures\x18\r \x03(\x0e\x32\x1e.attnserve.v1.AttentionFeature\"\xb3\x01\n\tAxisUnits\x12\x0c\n\x04\x61xis\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\r\n\x05texts\x18\x03 \x03(\t\x12\x0e\n\x06starts\x18\x04 \x03(\r\x12\x0c\n\x04\x65nds\x18\x05 \x03(\r\x12\x0f\n\x07special\x18\x06 \x03(\x08\x12\x10\n\x08segments\x18\x07 \x03(\r\x12\x11\n\tgrid_rows\x18\x08 \x01(\r\x12\x14\n\x0cgrid_columns\x18\t \x01(\r\x12\x0f\n\x07leading\x18\n \x01(\r\"\xa5\x01\n\x05Links\x12)\n\x0brow_offsets\x18\x01 \x01(\x0b\x32\x14.attnserve.v1.Tensor\x12\"\n\x04keys\x18\x02 \x01(\x0b\x32\x14.attnserve.v1.Tensor\x12%\n\x07weights\x18\x03 \x01(\x0b\x32\x14.attnserve.v1.Tensor\x12&\n\x08residual\x18\x04 \x01(\x0b\x32\x14.attnserve.v1.Tensor\"\x90\x03\n\x0c\x41ttentionMap\x12\r\n\x05sites\x18\x01 \x03(\t\x12\r\n\x05layer\x18\x02 \x01(\x11\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x1b.attnserve.v1.AttentionKind\x12)\n\x04\x66orm\x18\x04 \x01(\x0e\x32\x1b.attnserve.v1.AttentionForm\x12\r\n\x05heads\x18\x05 \x03(\r\x12\x12\n\nquery_axis\x18\x06 \x01(\t\x12\x10\n\x08key_axis\x18\x07 \x01(\t\x12\x15\n\rquery_indices\x18\x08 \x03(\r\x12\x13\n\x0bkey_indices\x18\t \x03(\r\x12\'\n\x07weights\x18\n \x01(\x0b\x32\x14.attnserve.v1.TensorH\x00\x12$\n\x05links\x18\x0b \x01(\x0b\x32\x13.attnserve.v1.LinksH\x00\x12(\n\x08\x66\x65\x61tures\x18\r \x01(\x0b\x32\x14.attnserve.v1.TensorH\x00\x12\'\n\tband_keys\x18\x0c \x01(\x0b\x32\x14.attnserve.v1.TensorB\t\n\x07\x63ontent\"\\\n\tAttention\x12%\n\x04\x61xes\x18\x01 \x03(\x0b\x32\x17.attnserve.v1.AxisUnits\x12(\n\x04maps\x18\x02 \x03(\x0b\x32\x1a.attnserve.v1.AttentionMap*}\n\rAttentionKind\x12\x1e\n\x1a\x41TTENTION_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41TTENTION_KIND_SELF\x10\x01\x12\x19\n\x15\x41TTENTION_KIND_CAUSAL\x10\x02\x12\x18\n\x14\x41TTENTION_KIND_CROSS\x10\x03*\x81\x01\n\rAttentionForm\x12\x1e\n\x1a\x41TTENTION_FORM_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTENTION_FORM_DENSE\x10\x01\x12\x1b\n\x17\x41TTENTION_FORM_WINDOWED\x10\x02\x12\x19\n\x15\x41TTENTION_FORM_LINEAR\x10\x03*y\n\rHeadReduction\x12\x1e\n\x1aHEAD_REDUCTION_UNSPECIFIED\x10\x00\x12\x17\n\x13HEAD_REDUCTION_EACH\x10\x01\x12\x17\n\x13HEAD_REDUCTION_MEAN\x10\x02\x12\x16\n\x12HEAD_REDUCTION_MAX\x10\x03*\x82\x01\n\x0eLayerReduction\x12\x1f\n\x1bLAYER_REDUCTION_UNSPECIFIED\x10\x00\x12\x18\n\x14LAYER_REDUCTION_EACH\x10\x01\x12\x18\n\x14LAYER_REDUCTION_MEAN\x10\x02\x12\x1b\n\x17LAYER_REDUCTION_ROLLOUT\x10\x03*b\n\rAttentionUnit\x12\x1e\n\x1a\x41TTENTION_UNIT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTENTION_UNIT_TOKEN\x10\x01\x12\x17\n\x13\x41TTENTION_UNIT_WORD\x10\x02*a\n\rSpecialTokens\x12\x1e\n\x1aSPECIAL_TOKENS_UNSPECIFIED\x10\x00\x12\x17\n\x13SPECIAL_TOKENS_KEEP\x10\x01\x12\x17\n\x13SPECIAL_TOKENS_DROP\x10\x02*j\n\x0e\x41ttentionValue\x12\x1f\n\x1b\x41TTENTION_VALUE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x41TTENTION_VALUE_WEIGHTS\x10\x01\x12\x1a\n\x16\x41TTENTION_VALUE_SCORES\x10\x02*\xbe\x01\n\x10\x41ttentionFeature\x12!\n\x1d\x41TTENTION_FEATURE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41TTENTION_FEATURE_ENTROPY\x10\x01\x12 \n\x1c\x41TTENTION_FEATURE_TOP1_SHARE\x10\x02\x12!\n\x1d\x41TTENTION_FEATURE_FIRST_TOKEN\x10\x03\x12#\n\x1f\x41TTENTION_FEATURE_MEAN_DISTANCE\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attnserve.v1.attention_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTENTIONKIND']._serialized_start=1340
-  _globals['_ATTENTIONKIND']._serialized_end=1465
-  _globals['_ATTENTIONFORM']._serialized_start=1468
-  _globals['_ATTENTIONFORM']._serialized_end=1597
-  _globals['_HEADREDUCTION']._serialized_start=1599
-  _globals['_HEADREDUCTION']._serialized_end=1720
-  _globals['_LAYERREDUCTION']._serialized_start=1723
-  _globals['_LAYERREDUCTION']._serialized_end=1853
-  _globals['_ATTENTIONUNIT']._serialized_start=1855
-  _globals['_ATTENTIONUNIT']._serialized_end=1953
-  _globals['_SPECIALTOKENS']._serialized_start=1955
-  _globals['_SPECIALTOKENS']._serialized_end=2052
-  _globals['_ATTENTIONFEATURE']._serialized_start=2055
-  _globals['_ATTENTIONFEATURE']._serialized_end=2245
+  _globals['_ATTENTIONKIND']._serialized_start=1380
+  _globals['_ATTENTIONKIND']._serialized_end=1505
+  _globals['_ATTENTIONFORM']._serialized_start=1508
+  _globals['_ATTENTIONFORM']._serialized_end=1637
+  _globals['_HEADREDUCTION']._serialized_start=1639
+  _globals['_HEADREDUCTION']._serialized_end=1760
+  _globals['_LAYERREDUCTION']._serialized_start=1763
+  _globals['_LAYERREDUCTION']._serialized_end=1893
+  _globals['_ATTENTIONUNIT']._serialized_start=1895
+  _globals['_ATTENTIONUNIT']._serialized_end=1993
+  _globals['_SPECIALTOKENS']._serialized_start=1995
+  _globals['_SPECIALTOKENS']._serialized_end=2092
+  _globals['_ATTENTIONVALUE']._serialized_start=2094
+  _globals['_ATTENTIONVALUE']._serialized_end=2200
+  _globals['_ATTENTIONFEATURE']._serialized_start=2203
+  _globals['_ATTENTIONFEATURE']._serialized_end=2393
   _globals['_ATTENTIONSELECTION']._serialized_start=74
-  _globals['_ATTENTIONSELECTION']._serialized_end=491
-  _globals['_AXISUNITS']._serialized_start=494
-  _globals['_AXISUNITS']._serialized_end=673
-  _globals['_LINKS']._serialized_start=676
-  _globals['_LINKS']._serialized_end=841
-  _globals['_ATTENTIONMAP']._serialized_start=844
-  _globals['_ATTENTIONMAP']._serialized_end=1244
-  _globals['_ATTENTION']._serialized_start=1246
-  _globals['_ATTENTION']._serialized_end=1338
+  _globals['_ATTENTIONSELECTION']._serialized_end=531
+  _globals['_AXISUNITS']._serialized_start=534
+  _globals['_AXISUNITS']._serialized_end=713
+  _globals['_LINKS']._serialized_start=716
+  _globals['_LINKS']._serialized_end=881
+  _globals['_ATTENTIONMAP']._serialized_start=884
+  _globals['_ATTENTIONMAP']._serialized_end=1284
+  _globals['_ATTENTION']._serialized_start=1286
+  _globals['_ATTENTION']._serialized_end=1378
 # @@protoc_insertion_point(module_scope)

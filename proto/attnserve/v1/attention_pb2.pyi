@@ -204,6 +204,38 @@ know which tokens are special.
 """
 Global___SpecialTokens: _TypeAlias = SpecialTokens  # noqa: Y015
 
+class _AttentionValue:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AttentionValueEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttentionValue.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ATTENTION_VALUE_UNSPECIFIED: _AttentionValue.ValueType  # 0
+    """Not set: WEIGHTS."""
+    ATTENTION_VALUE_WEIGHTS: _AttentionValue.ValueType  # 1
+    """Weights: what multiplies the values."""
+    ATTENTION_VALUE_SCORES: _AttentionValue.ValueType  # 2
+    """Scores, of which softmax makes the weights: query times key, after scale, softcap and bias, before the mask. -inf for
+    a key that is hidden from the query by a mask, by causality or by a window; such a score is the only number in an
+    answer's attention that may be infinite. Sources: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1;
+    ONNX operators, Attention-23 (softcap and bias).
+    """
+
+class AttentionValue(_AttentionValue, metaclass=_AttentionValueEnumTypeWrapper):
+    """What the numbers of a map are."""
+
+ATTENTION_VALUE_UNSPECIFIED: AttentionValue.ValueType  # 0
+"""Not set: WEIGHTS."""
+ATTENTION_VALUE_WEIGHTS: AttentionValue.ValueType  # 1
+"""Weights: what multiplies the values."""
+ATTENTION_VALUE_SCORES: AttentionValue.ValueType  # 2
+"""Scores, of which softmax makes the weights: query times key, after scale, softcap and bias, before the mask. -inf for
+a key that is hidden from the query by a mask, by causality or by a window; such a score is the only number in an
+answer's attention that may be infinite. Sources: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1;
+ONNX operators, Attention-23 (softcap and bias).
+"""
+Global___AttentionValue: _TypeAlias = AttentionValue  # noqa: Y015
+
 class _AttentionFeature:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -277,6 +309,7 @@ class AttentionSelection(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     MIN_WEIGHT_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     head_reduction: Global___HeadReduction.ValueType
     """How the selected heads are joined. Default: EACH, or MEAN with ROLLOUT."""
@@ -297,6 +330,13 @@ class AttentionSelection(_message.Message):
     dtype: _tensor_pb2.DataType.ValueType
     """Element type of the weights: FLOAT32 (the default), FLOAT16 (rounded to nearest even), or UINT8 (the weight times
     255, rounded to nearest even, an error of at most 1/510). Any other type: INVALID_ARGUMENT.
+    """
+    values: Global___AttentionValue.ValueType
+    """What the maps hold: WEIGHTS (the default) or SCORES. If no site is named, the selected sites are those that give
+    scores; a named site that gives none: FAILED_PRECONDITION, with the reason of `Site.scores_unavailable_reason`. For
+    SCORES, MEAN and MAX reductions are those of plain numbers (the mean with -inf is -inf), DROP removes rows and
+    columns and divides nothing, and FLOAT16 rounds beyond 65,504 to infinity. INVALID_ARGUMENT with ROLLOUT, WORD,
+    `top_k`, `min_weight`, `features` or UINT8.
     """
     @_builtins.property
     def sites(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -343,11 +383,12 @@ class AttentionSelection(_message.Message):
         top_k: _builtins.int = ...,
         min_weight: _builtins.float = ...,
         dtype: _tensor_pb2.DataType.ValueType = ...,
+        values: Global___AttentionValue.ValueType = ...,
         features: _abc.Iterable[Global___AttentionFeature.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "features", b"features", "head_reduction", b"head_reduction", "heads", b"heads", "layer_reduction", b"layer_reduction", "layers", b"layers", "min_weight", b"min_weight", "queries", b"queries", "sites", b"sites", "special_tokens", b"special_tokens", "top_k", b"top_k", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "features", b"features", "head_reduction", b"head_reduction", "heads", b"heads", "layer_reduction", b"layer_reduction", "layers", b"layers", "min_weight", b"min_weight", "queries", b"queries", "sites", b"sites", "special_tokens", b"special_tokens", "top_k", b"top_k", "unit", b"unit", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -516,7 +557,7 @@ class AttentionMap(_message.Message):
 
     @_builtins.property
     def weights(self) -> _tensor_pb2.Tensor:
-        """All weights, of the selection's dtype: shape [heads, queries, keys], or [heads, queries, columns of the band] if
+        """All weights, or scores, of the selection's dtype: shape [heads, queries, keys], or [heads, queries, columns of the band] if
         `band_keys` is set. heads is 1 if they were joined.
         """
 

@@ -315,6 +315,7 @@ class Site(_message.Message):
     QUERY_AXIS_FIELD_NUMBER: _builtins.int
     KEY_AXIS_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_REASON_FIELD_NUMBER: _builtins.int
+    SCORES_UNAVAILABLE_REASON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, unique within the model."""
     layer: _builtins.int
@@ -335,6 +336,8 @@ class Site(_message.Message):
     """Axis symbol of the keys."""
     unavailable_reason: _builtins.str
     """Why the site has no tap; empty if it has one. A request that selects a site without a tap: FAILED_PRECONDITION."""
+    scores_unavailable_reason: _builtins.str
+    """Why the site gives no scores; empty if it gives them. A request that selects its scores: FAILED_PRECONDITION."""
     def __init__(
         self,
         *,
@@ -348,10 +351,11 @@ class Site(_message.Message):
         query_axis: _builtins.str = ...,
         key_axis: _builtins.str = ...,
         unavailable_reason: _builtins.str = ...,
+        scores_unavailable_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["form", b"form", "head_dim", b"head_dim", "heads", b"heads", "key_axis", b"key_axis", "kind", b"kind", "kv_heads", b"kv_heads", "layer", b"layer", "name", b"name", "query_axis", b"query_axis", "unavailable_reason", b"unavailable_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["form", b"form", "head_dim", b"head_dim", "heads", b"heads", "key_axis", b"key_axis", "kind", b"kind", "kv_heads", b"kv_heads", "layer", b"layer", "name", b"name", "query_axis", b"query_axis", "scores_unavailable_reason", b"scores_unavailable_reason", "unavailable_reason", b"unavailable_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

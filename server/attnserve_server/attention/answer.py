@@ -16,6 +16,7 @@ from attnserve_server.attention.features import ITEM_BYTES, features_of
 from attnserve_server.attention.reduce import (
     F,
     encode,
+    encode_scores,
     join_heads,
     links_of,
     mean_of_layers,
@@ -23,6 +24,7 @@ from attnserve_server.attention.reduce import (
     merge_queries,
     renormalise,
     rollout,
+    take,
 )
 from attnserve_server.attention.units import AxisPlan, Indices, plan_axes
 from attnserve_server.domain.values import (
@@ -59,7 +61,7 @@ def answer(
 
     Args:
         weights: by layer, float32 (H, L, S), all heads, cropped to the sequence's own lengths; (H, L, W) if the tap
-            writes a band. Not modified.
+            writes a band. Scores, if the selection is of scores. Not modified.
         effective: the resolved selection, checked against the units.
         sites: the model's sites.
         units: the units of every axis of a chosen site.
@@ -154,7 +156,10 @@ def _site_weights(
         is_band = _band_of(effective, _joined(effective, sites, layer), keys.positions) is not None
         if is_band == site.whole_rows:
             columns = band_keys(site.band, queries.positions, keys.positions, rows)
-            joined = columns_of(joined, columns) if is_band else lay_out(joined, columns, keys.positions)
+            if is_band:
+                joined = columns_of(joined, columns, missing=-np.inf if effective.scores else 0)
+            else:
+                joined = lay_out(joined, columns, keys.positions)
     return joined, rows
 
 
@@ -202,7 +207,7 @@ def _map(
         weights, names = (weights, keys.columns) if columns is None else by_key(weights, columns)
         content = links_of(weights, names, effective.top_k, effective.min_weight, effective.dtype)
     else:
-        content = encode(weights, effective.dtype)
+        content = encode_scores(weights, effective.dtype) if effective.scores else encode(weights, effective.dtype)
     kinds, forms = {site.kind for site in sites}, {site.form for site in sites}
     return AttentionMap(
         sites=tuple(site.name for site in sites),
@@ -224,6 +229,8 @@ def _over_units(
     weights: npt.NDArray[F], effective: EffectiveSelection, queries: AxisPlan, keys: AxisPlan
 ) -> npt.NDArray[F]:
     """Merge the rows and columns of each unit, and drop special tokens: (H, rows, S) to (H, units, units)."""
+    if effective.scores:  # never words
+        return take(weights, keys.columns, axis=2)
     weights = merge_queries(weights, queries.row_sizes())
     weights = merge_keys(weights, keys.starts)
     return renormalise(weights, keys.columns) if effective.special_tokens is SpecialTokens.DROP else weights

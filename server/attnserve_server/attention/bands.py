@@ -73,10 +73,10 @@ def lay_out(band: Weights, columns: BandKeys, keys: int) -> Weights:
     return dense
 
 
-def columns_of(dense: Weights, columns: BandKeys) -> Weights:
-    """Convert rows over all keys to a band, (H, L, S) to (H, L, W), with 0 for a column without a key."""
+def columns_of(dense: Weights, columns: BandKeys, missing: float = 0) -> Weights:
+    """Convert rows over all keys to a band, (H, L, S) to (H, L, W), with `missing` for a column without a key."""
     taken = np.take_along_axis(dense, np.maximum(columns, 0)[np.newaxis], axis=2)
-    band: Weights = np.where(columns >= 0, taken, np.float32(0))
+    band: Weights = np.where(columns >= 0, taken, np.float32(missing))
     return band
 
 

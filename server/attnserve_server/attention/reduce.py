@@ -26,7 +26,7 @@ _LOW_HALF = np.uint64(0xFFFFFFFF)
 _HALF_BITS = np.uint64(32)
 
 
-def take(array: Array, indices: Indices | None, axis: int) -> Array:
+def take(array: npt.NDArray[Any], indices: Indices | None, axis: int) -> Array:
     """Return the entries of one axis in the order of `indices`; None: all. A view if the indices are consecutive."""
     if indices is None:
         return array
@@ -184,6 +184,14 @@ def encode(weights: Weights, dtype: WeightDtype) -> Array:
     if dtype is WeightDtype.FLOAT16:
         return _half(weights)
     return weights if weights.flags.owndata and weights.flags.c_contiguous else np.array(weights, order="C")
+
+
+def encode_scores(scores: Weights, dtype: WeightDtype) -> Array:
+    """Convert scores of any shape to float32 or float16, C-contiguous. Float16 rounds beyond 65,504 to infinity."""
+    if dtype is WeightDtype.FLOAT32:
+        return encode(scores, dtype)
+    with np.errstate(over="ignore"):
+        return scores.astype(np.float16, order="C")
 
 
 def _half(weights: Weights) -> Array:

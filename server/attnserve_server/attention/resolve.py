@@ -9,6 +9,8 @@ from attnserve_server.domain.errors import AttentionUnavailable, Violations, quo
 from attnserve_server.domain.values import (
     AttentionFeature,
     AttentionSelection,
+    AttentionUnit,
+    AttentionValue,
     EffectiveSelection,
     HeadReduction,
     LayerReduction,
@@ -39,19 +41,25 @@ def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str
     if not sites:
         raise AttentionUnavailable(model, "it has no attention sites")
     violations = Violations()
+    scores = selection.values is AttentionValue.SCORES
     layers = _layers(selection, sites, violations)
     heads = tuple(_heads(selection.heads, sites[layer], violations) for layer in layers)
     _check_values(selection, violations)
     head_reduction = _head_reduction(selection, violations)
     chosen = [sites[layer] for layer in layers]
     _check_features(selection, chosen, violations)
+    if scores:
+        _check_scores(selection, violations)
     if not violations:
         _check_joinable(selection.layer_reduction, head_reduction, chosen, heads, violations)
     violations.raise_any()
-    missing = [site for site in chosen if not site.available]
+    missing = [site for site in chosen if site.output_of(selection.values) is None]
     if missing:
-        why = "; ".join(f"site {site.name!r}: {site.unavailable_reason or 'not tapped'}" for site in missing)
-        raise AttentionUnavailable(model, why)
+        reasons = {
+            site.name: site.why_no_scores if scores else site.unavailable_reason or "not tapped" for site in missing
+        }
+        of = "scores of site" if scores else "site"
+        raise AttentionUnavailable(model, "; ".join(f"{of} {name!r}: {why}" for name, why in reasons.items()))
     return EffectiveSelection(
         layers=layers,
         heads=heads,
@@ -65,6 +73,7 @@ def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str
         dtype=selection.dtype,
         all_heads=not selection.heads,
         features=selection.features,
+        values=selection.values,
     )
 
 
@@ -78,7 +87,8 @@ def from_end(index: int, length: int) -> int | None:
 def _layers(selection: AttentionSelection, sites: Sequence[SiteSpec], violations: Violations) -> tuple[int, ...]:
     if not selection.sites and not selection.layers:
         # No site is named, so a site without a tap must not make the request fail.
-        return tuple(layer for layer, site in enumerate(sites) if site.available) or tuple(range(len(sites)))
+        given = (layer for layer, site in enumerate(sites) if site.output_of(selection.values) is not None)
+        return tuple(given) or tuple(range(len(sites)))
     by_name = {site.name: layer for layer, site in enumerate(sites)}
     chosen: set[int] = set()
     hint = f"; the model's sites are {', '.join(list(by_name)[:MAX_NAMES_SHOWN])}"
@@ -154,6 +164,21 @@ def _check_features(selection: AttentionSelection, chosen: Sequence[SiteSpec], v
             violations.add_once(
                 f"attention.{name}", f"{getattr(selection, name)} is for maps, and {why}; leave it unset"
             )
+
+
+def _check_scores(selection: AttentionSelection, violations: Violations) -> None:
+    """Add a violation for each field that has no meaning for scores."""
+    excluded = {
+        "layer_reduction": (selection.layer_reduction is LayerReduction.ROLLOUT, "rollout multiplies weights"),
+        "unit": (selection.unit is AttentionUnit.WORD, "scores of the pieces of a word have no sum"),
+        "top_k": (selection.top_k > 0, "links are of weights"),
+        "min_weight": (selection.min_weight > 0, "links are of weights"),
+        "dtype": (selection.dtype is WeightDtype.UINT8, "uint8 is for numbers from 0 to 1"),
+        "features": (bool(selection.features), "features are of weights"),
+    }
+    for name, (is_set, why) in excluded.items():
+        if is_set:
+            violations.add_once(f"attention.{name}", f"it cannot be selected with scores: {why}; leave it unset")
 
 
 def _check_distances(field: str, chosen: Sequence[SiteSpec], violations: Violations) -> None:

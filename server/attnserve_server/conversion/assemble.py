@@ -19,12 +19,14 @@ from attnserve_server.conversion.graphs.reading import precision_of, save
 from attnserve_server.conversion.inputs.signature import dtype_of
 from attnserve_server.conversion.learning.fixed_axes import FixedAxes, PatchGrid, fixed_axes, grids_of, of_one_sequence
 from attnserve_server.conversion.learning.products import product_errors
+from attnserve_server.conversion.learning.scores import scoreless_sites
 from attnserve_server.conversion.learning.sites import grid_of_windows, learn, tappable_of, verified, with_key_axes
 from attnserve_server.conversion.probing.axes import ProbedAxes, probe_axes
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.taps import (
     ITEMS_PREFIX,
+    SCORES_PREFIX,
     WEIGHTS_PREFIX,
     add_taps,
     expose,
@@ -120,8 +122,10 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
     axes = with_key_axes(probe_axes(checker, sampler, output_names, found), learnt)
     outputs = _outputs(servable, axes, steps)
     fixed = fixed_axes(axes.sites, found, [*sampler.signature.symbols, *sampler.signature.relations, *axes.derived])
+    scoreless = scoreless_sites(checker, sampler, found, tolerances.output)
     sites = tuple(
-        _site(layer, name, site, learnt.get(name), axes, fixed) for layer, (name, site) in enumerate(found.items())
+        _site(layer, name, site, learnt.get(name), axes, fixed, scoreless.get(name, ""))
+        for layer, (name, site) in enumerate(found.items())
     )
     for site in sites:
         if not site.available:
@@ -185,7 +189,7 @@ def axes_of(
 
 def _refuse_reserved_names(graph: onnx.GraphProto) -> None:
     for value in (*graph.input, *graph.output):
-        if value.name.startswith((ITEMS_PREFIX, WEIGHTS_PREFIX)):
+        if value.name.startswith((ITEMS_PREFIX, SCORES_PREFIX, WEIGHTS_PREFIX)):
             raise BuildRefused(f"{value.name!r} is a name of taps: this graph is converted already; convert its source")
 
 
@@ -224,7 +228,7 @@ def _outputs(values: Sequence[onnx.ValueInfoProto], axes: ProbedAxes, steps: Ste
 
 
 def _site(
-    layer: int, name: str, site: FoundSite, learnt: Learnt | None, axes: ProbedAxes, fixed: FixedAxes
+    layer: int, name: str, site: FoundSite, learnt: Learnt | None, axes: ProbedAxes, fixed: FixedAxes, scoreless: str
 ) -> SiteSpec:
     query_axis, key_axis = (
         fixed.symbols[name, side] if isinstance(axis, int) else axis
@@ -260,6 +264,8 @@ def _site(
         items_input=None if reason else ITEMS_PREFIX + name,
         weights_output=None if reason else WEIGHTS_PREFIX + name,
         unavailable_reason=reason,
+        scores_output=None if reason or scoreless else SCORES_PREFIX + name,
+        scores_unavailable_reason=reason or scoreless,
         band=None if reason else windows.band if windows is not None else of_operator,
         whole_rows=not reason and of_operator is not None,
     )

@@ -51,6 +51,13 @@ class SpecialTokens(StrEnum):
     DROP = "drop"
 
 
+class AttentionValue(StrEnum):
+    """What a map holds: weights, or the scores that softmax makes them of."""
+
+    WEIGHTS = "weights"
+    SCORES = "scores"
+
+
 class AttentionFeature(StrEnum):
     """A number computed from one row of weights; `attention.features` has the formulas."""
 
@@ -89,6 +96,7 @@ class AttentionSelection:
     min_weight: float = 0.0
     dtype: WeightDtype = WeightDtype.FLOAT32
     features: tuple[AttentionFeature, ...] = ()
+    values: AttentionValue = AttentionValue.WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +121,12 @@ class EffectiveSelection:
     """Whether the caller left `heads` empty, so that the echoed selection leaves it empty too."""
     features: tuple[AttentionFeature, ...] = ()
     """The features of each row that the answer holds in place of maps; empty: maps."""
+    values: AttentionValue = AttentionValue.WEIGHTS
+
+    @property
+    def scores(self) -> bool:
+        """Whether the maps hold scores."""
+        return self.values is AttentionValue.SCORES
 
     @property
     def sparse(self) -> bool:

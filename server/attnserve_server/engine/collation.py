@@ -15,7 +15,7 @@ import numpy as np
 
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import Array, AttentionAnswer, PreparedSequence
-from attnserve_server.model.manifest import BATCH, NUMPY_DTYPES, Dimension, InputSpec, Manifest
+from attnserve_server.model.manifest import BATCH, LOWEST_SCORE, NUMPY_DTYPES, Dimension, InputSpec, Manifest
 
 ITEMS: Final = "items"
 """Symbol of the first axis of a tap's weights: one entry for each batch row in the tap's `items` input."""
@@ -88,13 +88,14 @@ def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> Collat
         if sequence.attention is not None:
             for layer in sequence.attention.layers:
                 rows.setdefault(layer, []).append(row)
+                output = manifest.sites[layer].output_of(sequence.attention.values)
+                if output is not None:
+                    fetches[output] = None
     for site in manifest.sites:
         if site.items_input is None or site.weights_output is None:
             continue
         selecting = rows.get(site.layer)
         feeds[site.items_input] = _NO_ITEMS if selecting is None else np.array(selecting, np.int64)
-        if selecting is not None:
-            fetches[site.weights_output] = None
     return CollatedBatch(
         feeds=feeds,
         fetches=tuple(fetches),
@@ -152,7 +153,7 @@ def owned(answer: AttentionAnswer, arrays: Iterable[Array]) -> AttentionAnswer:
 def weights_of(
     batch: CollatedBatch, fetched: Mapping[str, Array], row: int, sequence: PreparedSequence, manifest: Manifest
 ) -> dict[int, Array]:
-    """Return the weights that the sequence in `row` selects, cropped to its own lengths.
+    """Return the weights, or the scores, that the sequence in `row` selects, cropped to its own lengths.
 
     Args:
         batch: the batch that was run.
@@ -163,7 +164,7 @@ def weights_of(
 
     Returns:
         Views of the run's arrays by layer, (H, L, S), or (H, L, W) for a band: its columns are relative to the query,
-        so W is the same for every length.
+        so W is the same for every length. Scores are copies, with minus infinity for hidden keys.
 
     Raises:
         ValueError: the sequence selects a site without a tap, which a resolved selection never does.
@@ -174,10 +175,12 @@ def weights_of(
     weights: dict[int, Array] = {}
     for layer in sequence.attention.layers:
         site = manifest.sites[layer]
-        if site.weights_output is None:
-            raise ValueError(f"site {site.name} has no tap")
+        output = site.output_of(sequence.attention.values)
+        if output is None:
+            raise ValueError(f"site {site.name} has no tap for {sequence.attention.values}")
         crop = _crop((site.heads, site.query_axis, site.columns), lengths)
-        weights[layer] = fetched[site.weights_output][batch.rows[layer].index(row)][crop]
+        own = fetched[output][batch.rows[layer].index(row)][crop]
+        weights[layer] = np.where(own <= LOWEST_SCORE, np.float32(-np.inf), own) if sequence.attention.scores else own
     return weights
 
 
@@ -192,21 +195,25 @@ def is_finite(values: Array) -> bool:
     return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
-def invalid_tensor(outputs: Mapping[str, Array], weights: Mapping[int, Array], manifest: Manifest) -> str | None:
+def invalid_tensor(
+    outputs: Mapping[str, Array], weights: Mapping[int, Array], manifest: Manifest, *, scores: bool = False
+) -> str | None:
     """Return the name of the first invalid tensor: an output with NaN, or weights with NaN or an infinity; else None.
 
-    An infinity is valid in an output, such as the logits of masked positions.
+    An infinity is valid in an output, such as the logits of masked positions, and minus infinity is the score of a
+    hidden key.
 
     Args:
         outputs: cropped outputs by name.
-        weights: cropped weights by layer.
+        weights: cropped weights, or scores, by layer.
         manifest: of the model.
+        scores: whether `weights` are scores.
     """
     for name, values in outputs.items():
         if values.dtype.kind == "f" and np.isnan(values).any():
             return name
     for layer, values in weights.items():
-        if not is_finite(values):
+        if not is_finite(values[values > -np.inf] if scores and not np.isnan(values).any() else values):
             return manifest.sites[layer].name
     return None
 
@@ -222,10 +229,12 @@ class ShapeCheck:
         self._declared: dict[str, tuple[Dimension, ...]] = {
             spec.name: (BATCH, *spec.shape) for spec in manifest.outputs
         }
-        self._taps = {site.weights_output: site.layer for site in manifest.sites if site.weights_output is not None}
+        self._taps: dict[str, int] = {}
         for site in manifest.sites:
-            if site.weights_output is not None:
-                self._declared[site.weights_output] = (ITEMS, site.heads, site.query_axis, site.columns)
+            for output in (site.weights_output, site.scores_output):
+                if output is not None:
+                    self._taps[output] = site.layer
+                    self._declared[output] = (ITEMS, site.heads, site.query_axis, site.columns)
         self._places = {
             dimension: (spec.name, place)
             for spec in manifest.inputs

@@ -91,6 +91,10 @@ class Graph:
         return self.sessions[instance % len(self.sessions)]
 
 
+def _selects_scores(sequence: PreparedSequence) -> bool:
+    return sequence.attention is not None and sequence.attention.scores
+
+
 class Executor:
     """Runs batches. Each instance's thread collates, runs, crops and reduces; the event loop only waits for it."""
 
@@ -238,6 +242,7 @@ class Executor:
                 outputs_of(batch, fetched, 0, sequence, manifest),
                 weights_of(batch, fetched, 0, sequence, manifest),
                 manifest,
+                scores=_selects_scores(sequence),
             )
             return greatest_difference(served, alone, equality_of(manifest))
         except RunTerminated:
@@ -324,7 +329,8 @@ class Executor:
         try:
             outputs = outputs_of(batch, fetched, row, sequence, manifest)
             weights = weights_of(batch, fetched, row, sequence, manifest)
-            invalid = None if finite else invalid_tensor(outputs, weights, manifest)
+            scores = _selects_scores(sequence)
+            invalid = None if finite else invalid_tensor(outputs, weights, manifest, scores=scores)
             if invalid is not None:
                 _log.error("NaN, or a weight that is infinite", extra={"model": manifest.name, "tensor": invalid})
                 return InternalFault()
@@ -335,7 +341,7 @@ class Executor:
                 if not may_alias(batch, sequence):
                     answer = owned(answer, fetched.values())
                 self._metrics.attention_seconds.observe(self._clock.now() - started)
-            kept = copied(values_of(outputs, weights, manifest)) if sequence.keep_values else None
+            kept = copied(values_of(outputs, weights, manifest, scores=scores)) if sequence.keep_values else None
             labels = None if sequence.labels is None else labels_of(outputs, sequence, manifest)
             return SequenceResult(outputs, answer, facts, labels=labels, values=kept)
         except Exception:  # noqa: BLE001 - the boundary of one sequence's result: the rest of the batch has its own

@@ -13,6 +13,7 @@ from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.values import (
     Array,
     AttentionUnit,
+    AttentionValue,
     EffectiveSelection,
     HeadReduction,
     LayerReduction,
@@ -38,7 +39,7 @@ _REPEATS: Final = 3
 
 
 def touch(session: RuntimeSession, manifest: Manifest) -> None:
-    """Run two small batches with every output and with attention of every site, on the calling thread.
+    """Run small batches with every output and with weights and scores of every site, on the calling thread.
 
     Raises:
         RunFailed: the model cannot run on these inputs.
@@ -48,6 +49,9 @@ def touch(session: RuntimeSession, manifest: Manifest) -> None:
     for size, length in ((1, 4), (2, 16)):
         sequences = [synthetic(manifest, length, attention=everything)] * min(size, manifest.max_batch_size)
         run(session, manifest, sequences)
+    scores = selection_of_all(manifest, AttentionValue.SCORES)
+    if scores is not None:
+        run(session, manifest, [synthetic(manifest, 4, attention=scores)])
 
 
 def measure(
@@ -99,9 +103,9 @@ def _seconds(session: RuntimeSession, manifest: Manifest, sequences: list[Prepar
     return seconds
 
 
-def selection_of_all(manifest: Manifest) -> EffectiveSelection | None:
-    """Return a selection of every head of every available site, not reduced; None if no site is available."""
-    layers = tuple(site.layer for site in manifest.sites if site.available)
+def selection_of_all(manifest: Manifest, values: AttentionValue = AttentionValue.WEIGHTS) -> EffectiveSelection | None:
+    """Return a selection of every head of every site that gives these values, not reduced; None if no site does."""
+    layers = tuple(site.layer for site in manifest.sites if site.output_of(values) is not None)
     if not layers:
         return None
     return EffectiveSelection(
@@ -115,6 +119,7 @@ def selection_of_all(manifest: Manifest) -> EffectiveSelection | None:
         top_k=0,
         min_weight=0.0,
         dtype=WeightDtype.FLOAT32,
+        values=values,
     )
 
 

@@ -18,6 +18,8 @@ from attnserve_server.model.manifest import Manifest
 
 WEIGHTS_PREFIX: Final = "attention."
 """Start of the names of weights; the site's name follows."""
+SCORES_PREFIX: Final = "attention_scores."
+"""Start of the names of scores; the site's name follows."""
 FLOORS: Final[Mapping[str, tuple[float, float]]] = {
     "fp32": (1e-4, 1e-5),
     "fp16": (2e-2, 1e-2),
@@ -86,15 +88,19 @@ def equality_of(manifest: Manifest) -> Equality:
     return Equality(manifest.precision, {} if manifest.certificate is None else manifest.certificate.noise)
 
 
-def values_of(outputs: Mapping[str, Array], weights: Mapping[int, Array], manifest: Manifest) -> dict[str, Array]:
+def values_of(
+    outputs: Mapping[str, Array], weights: Mapping[int, Array], manifest: Manifest, *, scores: bool = False
+) -> dict[str, Array]:
     """Return one sequence's values by the names that `Equality` uses.
 
     Args:
         outputs: cropped outputs by name.
-        weights: cropped weights by layer, (H, L, S).
+        weights: cropped weights, or scores, by layer, (H, L, S).
         manifest: of the model.
+        scores: whether `weights` are scores, which have no bound and are compared as outputs are.
     """
-    named = {f"{WEIGHTS_PREFIX}{manifest.sites[layer].name}": values for layer, values in weights.items()}
+    prefix = SCORES_PREFIX if scores else WEIGHTS_PREFIX
+    named = {f"{prefix}{manifest.sites[layer].name}": values for layer, values in weights.items()}
     return {**outputs, **named}
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
+import numpy as np
 import numpy.typing as npt
 from pydantic import Field, StringConstraints, model_validator
 
+from attnserve_server.domain.values import AttentionValue
 from attnserve_server.model.bands import BandSpec
 from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.formula import parsed
@@ -46,6 +48,7 @@ from attnserve_server.model.specs import (
 
 __all__ = [
     "BATCH",
+    "LOWEST_SCORE",
     "NAME_PATTERN",
     "NUMPY_DTYPES",
     "AxisSpec",
@@ -68,6 +71,10 @@ __all__ = [
     "is_model_name",
     "is_model_version",
 ]
+
+LOWEST_SCORE: Final = float(np.finfo(np.float32).min)
+"""What a tap writes as the score of a hidden key. A run finishes with minus infinity in its place."""
+
 
 Rewriting = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]{1,64}$")]
 """The runtime's name of one of its graph optimizers."""
@@ -108,6 +115,22 @@ class SiteSpec(Frozen):
     """The keys of each column of a windowed site's weights; None: the weights are over all keys."""
     whole_rows: bool = False
     """Whether the tap of a banded site writes (n, heads, query, key); the band's columns are taken after the run."""
+    scores_output: str | None = None
+    """The tap's second output, the scores, of the shape of the weights over all keys; None: it gives none."""
+    scores_unavailable_reason: str = ""
+    """Why it gives no scores."""
+
+    def output_of(self, values: AttentionValue) -> str | None:
+        """Return the name of the tap's output with weights or scores; None if it gives none."""
+        return self.scores_output if values is AttentionValue.SCORES else self.weights_output
+
+    @property
+    def why_no_scores(self) -> str:
+        """Why it gives no scores; empty if it gives them. Bundles of earlier releases state nothing."""
+        if self.scores_output is not None:
+            return ""
+        earlier = "its bundle was converted before scores were served; convert the model again"
+        return self.scores_unavailable_reason or self.unavailable_reason or earlier
 
     @property
     def available(self) -> bool:
@@ -134,6 +157,10 @@ class SiteSpec(Frozen):
             raise ValueError(f"site {self.name}: {self.heads} heads are not a multiple of {self.kv_heads} kv_heads")
         if self.band is not None and self.form != "windowed":
             raise ValueError(f"site {self.name}: form is {self.form}; only windowed sites have a band")
+        if self.scores_output is not None and (not self.available or self.scores_unavailable_reason):
+            raise ValueError(f"site {self.name}: scores need a tap, and no scores_unavailable_reason")
+        if self.scores_output is not None and self.band is not None and not self.whole_rows:
+            raise ValueError(f"site {self.name}: scores are over all keys, so its weights need whole_rows")
         if self.whole_rows and self.band is None:
             raise ValueError(f"site {self.name}: whole_rows needs a band")
         return self
@@ -176,7 +203,8 @@ class Manifest(Frozen):
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
         fed = [site.items_input for site in self.sites if site.items_input is not None]
-        fetched = [site.weights_output for site in self.sites if site.weights_output is not None]
+        outputs = [output for site in self.sites for output in (site.weights_output, site.scores_output)]
+        fetched = [output for output in outputs if output is not None]
         named = {
             "axis": [BATCH, *(axis.symbol for axis in self.axes)],
             "site": [site.name for site in self.sites],

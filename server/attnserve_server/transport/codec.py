@@ -17,6 +17,7 @@ from attnserve_server.domain.values import (
     AttentionMap,
     AttentionSelection,
     AttentionUnit,
+    AttentionValue,
     AxisUnits,
     EffectiveSelection,
     HeadReduction,
@@ -81,6 +82,11 @@ _WEIGHTS: Final[Mapping[int, WeightDtype]] = {
     tensor_pb2.DATA_TYPE_FLOAT16: WeightDtype.FLOAT16,
     tensor_pb2.DATA_TYPE_UINT8: WeightDtype.UINT8,
 }
+_VALUES: Final[Mapping[int, AttentionValue]] = {
+    attention_pb2.ATTENTION_VALUE_UNSPECIFIED: AttentionValue.WEIGHTS,
+    attention_pb2.ATTENTION_VALUE_WEIGHTS: AttentionValue.WEIGHTS,
+    attention_pb2.ATTENTION_VALUE_SCORES: AttentionValue.SCORES,
+}
 _FEATURES: Final[Mapping[int, AttentionFeature]] = {
     attention_pb2.ATTENTION_FEATURE_ENTROPY: AttentionFeature.ENTROPY,
     attention_pb2.ATTENTION_FEATURE_TOP1_SHARE: AttentionFeature.TOP1_SHARE,
@@ -107,6 +113,7 @@ _HEADS_OUT: Final = {value: number for number, value in _HEADS.items() if value 
 _LAYERS_OUT: Final = {value: number for number, value in _LAYERS.items() if number}
 _UNITS_OUT: Final = {value: number for number, value in _UNITS.items() if number}
 _SPECIAL_OUT: Final = {value: number for number, value in _SPECIAL.items() if number}
+_VALUES_OUT: Final = {value: number for number, value in _VALUES.items() if number}
 _FEATURES_OUT: Final = {value: number for number, value in _FEATURES.items()}
 _WEIGHTS_OUT: Final = {value: number for number, value in _WEIGHTS.items() if number}
 _DATA: Final = tensor_pb2.Tensor.DATA_FIELD_NUMBER
@@ -132,6 +139,7 @@ def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelectio
     unit = _named(_UNITS, message.unit, "attention.unit", violations)
     special = _named(_SPECIAL, message.special_tokens, "attention.special_tokens", violations)
     dtype = _named(_WEIGHTS, message.dtype, "attention.dtype", violations)
+    values = _named(_VALUES, message.values, "attention.values", violations)
     features = tuple(
         _named(_FEATURES, number, f"attention.features[{position}]", violations)
         for position, number in enumerate(message.features[:MAX_CHOSEN])
@@ -150,6 +158,7 @@ def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelectio
         min_weight=message.min_weight,
         dtype=dtype,
         features=features,
+        values=values,
     )
 
 
@@ -203,6 +212,7 @@ def effective_message(effective: EffectiveSelection, sites: Sequence[SiteSpec]) 
         min_weight=effective.min_weight,
         dtype=_WEIGHTS_OUT[effective.dtype],  # type: ignore[arg-type]
         features=[_FEATURES_OUT[feature] for feature in effective.features],  # type: ignore[misc]
+        values=_VALUES_OUT[effective.values],  # type: ignore[arg-type]
     )
 
 

@@ -122,6 +122,7 @@ def describe(message: model_pb2.Model, manifest: Manifest, batching: Batching) -
             query_axis=site.query_axis,
             key_axis=site.key_axis,
             unavailable_reason=site.unavailable_reason,
+            scores_unavailable_reason=site.why_no_scores,
         )
         for site in manifest.sites
     )

@@ -1,4 +1,4 @@
-"""Features of rows of weights against their formulas in plain loops over float64, and the fields that exclude them."""
+"""Features of rows against their formulas in plain loops over float64; scores; and the fields that both exclude."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from attnserve_server.attention import answer, check_units, predicted_bytes, resolve
 from attnserve_server.attention.bands import band_keys
-from attnserve_server.domain.errors import InvalidRequest
+from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest
 from attnserve_server.domain.values import (
     AttentionFeature,
     AttentionSelection,
     AttentionUnit,
+    AttentionValue,
     AxisUnits,
     HeadReduction,
     LayerReduction,
@@ -178,3 +179,48 @@ def test_distances_between_two_sequences_are_refused(fields):
     with pytest.raises(InvalidRequest, match="mean_distance needs one sequence"):
         resolve(AttentionSelection(features=ALL), [site(**fields)], "m")
     assert resolve(AttentionSelection(features=ALL[:3]), [site(**fields)], "m").features == ALL[:3]
+
+
+def scores_of(scores, chosen=None, **selection):
+    sites = [chosen or site(scores_output="attention_scores.x")]
+    effective = resolve(AttentionSelection(values=AttentionValue.SCORES, **selection), sites, "m")
+    [found] = answer({0: scores}, effective, sites, {"seq": UNITS}).maps
+    band = 0 if found.band_keys is None else found.band_keys.nbytes
+    assert predicted_bytes(effective, sites, {"seq": UNITS}) == found.content.nbytes + band
+    return found
+
+
+def hidden_above():
+    scores = np.random.default_rng(1).normal(size=(HEADS, LENGTH, LENGTH)).astype(np.float32) * 10
+    return np.where(np.tri(LENGTH, dtype=bool), scores, np.float32(-np.inf))
+
+
+def test_scores_without_special_tokens_lose_rows_and_columns_alone():
+    found = scores_of(hidden_above(), special_tokens=SpecialTokens.DROP)
+    np.testing.assert_array_equal(found.content, hidden_above()[:, 1:-1, 1:-1])
+    assert found.query_indices == found.key_indices == (1, 2, 3, 4, 5)
+
+
+def test_scores_are_joined_as_plain_numbers_and_overflow_in_float16():
+    scores = hidden_above()
+    [mean] = scores_of(scores, head_reduction=HeadReduction.MEAN).content
+    np.testing.assert_allclose(mean, scores.mean(axis=0), rtol=1e-6)
+    half = scores_of(scores * np.float32(1e5), dtype=WeightDtype.FLOAT16).content
+    assert (half.dtype, half.flags.c_contiguous) == (np.float16, True)
+    assert np.isposinf(half).any()
+
+
+def test_a_band_of_scores_has_minus_infinity_where_a_column_has_no_key():
+    band = SlidingBand(before=2, after=0)
+    windowed = site(form="windowed", band=band, whole_rows=True, scores_output="attention_scores.x")
+    found = scores_of(hidden_above(), windowed)
+    assert np.isneginf(found.content[:, found.band_keys < 0]).all()
+    assert np.isfinite(found.content[:, found.band_keys >= 0]).all()
+
+
+def test_sites_without_scores_are_left_out_unless_they_are_named():
+    sites = [site(), site(name="y", layer=1, scores_output="attention_scores.y", weights_output="attention.y")]
+    assert resolve(AttentionSelection(values=AttentionValue.SCORES), sites, "m").layers == (1,)
+    linear = site(scores_unavailable_reason="it is linear attention")
+    with pytest.raises(AttentionUnavailable, match="scores of site 'x': it is linear attention"):
+        resolve(AttentionSelection(values=AttentionValue.SCORES, layers=(0,)), [linear], "m")

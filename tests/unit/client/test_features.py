@@ -165,3 +165,33 @@ def test_a_figure_has_layers_down_and_heads_across(shared_server: FakeServer) ->
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1"]
     np.testing.assert_array_equal(axes.images[0].get_array(), features(shared_server).by_head("entropy"))
+
+
+@pytest.mark.parametrize("window", [None, 1])
+def test_softmax_of_scores_gives_the_weights(window: int | None) -> None:
+    with FakeServer(window=window) as server:
+        for scored, weighed in zip(answer(server, values="scores").attention, answer(server).attention, strict=True):
+            exponentials = np.exp(scored.scores.astype(float))
+            softmax = exponentials / exponentials.sum(axis=-1, keepdims=True)
+            np.testing.assert_allclose(softmax, weighed.weights, rtol=0, atol=TOLERANCE)
+            assert (np.isneginf(scored.scores) == (weighed.weights == 0)).all()
+            assert (scored.band is None) == (window is None)
+
+
+def test_a_map_of_scores_is_no_map_of_weights(shared_server: FakeServer) -> None:
+    scored = answer(shared_server, values="scores").attention[0]
+    weighed = answer(shared_server).attention[0]
+    plain = scored.to_dict()
+    assert (plain["scores"], "weights" in plain) == (scored.scores.tolist(), False)
+    assert scored._repr_html_() is None
+    for wrong in (lambda: scored.weights, scored.links, scored.to_html, lambda: weighed.scores):
+        with pytest.raises(ValueError, match="this map holds"):
+            wrong()
+    with FakeServer(window=1) as server:
+        assert None in answer(server, values="scores", queries=[0]).attention[0].to_dict()["scores"][0][0]
+
+
+@pytest.mark.parametrize("fields", [{"unit": "word"}, {"layer_reduction": "rollout"}, {"features": "entropy"}])
+def test_the_fake_server_refuses_what_scores_exclude(shared_server: FakeServer, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        answer(shared_server, values="scores", **fields)

@@ -80,6 +80,7 @@ def test_every_field_of_a_selection_is_decoded() -> None:
         min_weight=0.5,
         dtype=tensor_pb2.DATA_TYPE_UINT8,
         features=[attention_pb2.ATTENTION_FEATURE_MEAN_DISTANCE, attention_pb2.ATTENTION_FEATURE_ENTROPY],
+        values=attention_pb2.ATTENTION_VALUE_SCORES,
     )
     assert codec.selection_of(message) == domain.AttentionSelection(
         sites=("a",),
@@ -94,6 +95,7 @@ def test_every_field_of_a_selection_is_decoded() -> None:
         min_weight=0.5,
         dtype=domain.WeightDtype.UINT8,
         features=(domain.AttentionFeature.MEAN_DISTANCE, domain.AttentionFeature.ENTROPY),
+        values=domain.AttentionValue.SCORES,
     )
 
 
@@ -105,6 +107,7 @@ def test_every_unknown_number_in_a_selection_is_reported() -> None:
         special_tokens=9,
         dtype=tensor_pb2.DATA_TYPE_BOOL,
         features=[attention_pb2.ATTENTION_FEATURE_ENTROPY, 0, 9],
+        values=9,
     )
     with pytest.raises(InvalidRequest) as caught:
         codec.selection_of(odd)
@@ -114,6 +117,7 @@ def test_every_unknown_number_in_a_selection_is_reported() -> None:
         "attention.unit",
         "attention.special_tokens",
         "attention.dtype",
+        "attention.values",
         "attention.features[1]",
         "attention.features[2]",
     ]
@@ -135,8 +139,9 @@ def test_a_priority_is_decoded(number: int, priority: Priority) -> None:
             sites=["layer0"], layers=[1], layer_reduction=attention_pb2.LAYER_REDUCTION_ROLLOUT, queries=[-1]
         ),
         attention_pb2.AttentionSelection(features=[3, 1], heads=[0]),
+        attention_pb2.AttentionSelection(values=attention_pb2.ATTENTION_VALUE_WEIGHTS),
     ],
-    ids=["everything", "a part", "rollout", "features"],
+    ids=["everything", "a part", "rollout", "features", "weights"],
 )
 def test_an_echoed_selection_means_the_same(message: attention_pb2.AttentionSelection) -> None:
     effective = resolve(codec.selection_of(message), MANIFEST.sites, "tiny")

@@ -122,7 +122,10 @@ def prove(
     for site in sites:
         if site.weights_output is not None:
             query, key = site.weight_axes
-            targets.append(_Target(site.weights_output, (site.heads, query or None, key or None)))
+            shape = (site.heads, query or None, key or None)
+            targets.append(_Target(site.weights_output, shape))
+            if site.scores_output is not None:
+                targets.append(_Target(site.scores_output, shape))
     question = _Question(
         model.graph,
         model.opset_imports.get("", 23),

@@ -27,11 +27,12 @@ from attnserve_server.conversion.rewrite.taps.linear import weights_of_linear, w
 from attnserve_server.conversion.rewrite.taps.operands import with_plain_values
 from attnserve_server.conversion.rewrite.taps.probabilities import weights_of_probabilities, weights_of_windows
 from attnserve_server.conversion.rewrite.taps.scores import weights_of_scores
-from attnserve_server.conversion.rewrite.taps.tap import ITEMS_PREFIX, WEIGHTS_PREFIX, Tap
+from attnserve_server.conversion.rewrite.taps.tap import ITEMS_PREFIX, SCORES_PREFIX, WEIGHTS_PREFIX, Tap
 from attnserve_server.conversion.rewrite.taps.unsigned import sites_to_tap
 
 __all__ = [
     "ITEMS_PREFIX",
+    "SCORES_PREFIX",
     "WEIGHTS_PREFIX",
     "add_taps",
     "expose",
@@ -47,7 +48,8 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite], learnt: Mapping[st
 
     A tap adds the input `attention_items.<name>`, int64 (n,): rows of the batch, in any order; n may be 0. It adds the
     output `attention.<name>`, float32 (n, H, L, S), or (n, H, L, W) where a site has windows. Rows sum to 1; fully
-    masked rows are 0.
+    masked rows are 0. A site with `Scores` adds the output `attention_scores.<name>` of the same shape: after scale,
+    softcap and bias, before the masks; the lowest float32 for a hidden key.
     Source: Vaswani et al. 2017, eq. 1, in the form of ONNX Attention-23.
 
     Args:
@@ -60,7 +62,8 @@ def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite], learnt: Mapping[st
         tap = Tap(graph, name, shared)
         match site.attention:
             case Scores() as scores:
-                tap.finish(weights_of_scores(tap, scores), site.heads, behind=site.node)
+                weights, shown = weights_of_scores(tap, scores)
+                tap.finish(weights, site.heads, behind=site.node, scores=shown)
             case Linear() as linear:
                 tap.finish(weights_of_linear(tap, linear), site.heads, behind=site.node)
             case Recurrent() as recurrent:

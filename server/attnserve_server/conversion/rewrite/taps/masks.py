@@ -50,20 +50,18 @@ class MaskRows:
         last_row = self._tap.op("Sub", [rows, self._tap.ints(1)], shared=True)
         return self._tap.op("Gather", [full, self._tap.lesser(self._tap.items, last_row)], axis=0)
 
-    def padding(self, padding: KeyPadding) -> ir.Value:
-        """Return what is added to the scores, float32: 0 for keys that count, the filter value for the others."""
-        tap, zero = self._tap, self._tap.number(0.0)
+    def counted(self, padding: KeyPadding) -> ir.Value:
+        """Return bool, rank 4: whether each key counts."""
+        tap = self._tap
         if padding.rank == 1:
-            counts = self._between(padding.value)
-        else:
-            rows = tap.rows_of(padding.value)
-            if padding.rank == 4:
-                starts, axes = tap.ints(0, 0), tap.ints(2, 3)
-                ends = tap.op("Concat", [self._length(), self._keys()], axis=0)
-                rows = tap.op("Slice", [rows, starts, ends, axes])
-            rows = tap.unsqueeze(rows, *{2: (1, 2), 3: (1,), 4: ()}[padding.rank]) if padding.rank < 4 else rows
-            counts = tap.op("Greater", [tap.op("Cast", [rows], to=int(ir.DataType.INT64)), tap.scalar(0)])
-        return tap.op("Where", [counts, zero, tap.number(padding.filter_value)])
+            return self._between(padding.value)
+        rows = tap.rows_of(padding.value)
+        if padding.rank == 4:
+            starts, axes = tap.ints(0, 0), tap.ints(2, 3)
+            ends = tap.op("Concat", [self._length(), self._keys()], axis=0)
+            rows = tap.op("Slice", [rows, starts, ends, axes])
+        rows = tap.unsqueeze(rows, *{2: (1, 2), 3: (1,), 4: ()}[padding.rank]) if padding.rank < 4 else rows
+        return tap.op("Greater", [tap.op("Cast", [rows], to=int(ir.DataType.INT64)), tap.scalar(0)])
 
     def _between(self, bounds: ir.Value) -> ir.Value:
         """Return bool (n, 1, 1, S): keys before each row's end, and from its start on where `bounds` has starts."""
@@ -114,12 +112,11 @@ class MaskRows:
         rows = tap.op("Cast", [tap.rows_of(ends)], to=int(ir.DataType.INT64))
         return tap.unsqueeze(rows, 1, 2, 3)
 
-    def causal_penalty(self) -> ir.Value:
-        """Return float32 (n, 1, L, S): the lowest number where key j is behind query i, except for the last query."""
+    def causal_or_last(self) -> ir.Value:
+        """Return bool (n, 1, L, S): key j is kept for query i where j <= i, and for the last query."""
         tap = self._tap
         last = tap.op("Sub", [self._keys() if self._at_end else self._length(), tap.ints(1)])
-        kept = tap.op("Or", [self.causal(), tap.op("Equal", [self._query_positions(), last])])
-        return tap.op("Where", [kept, tap.number(0.0), tap.number(LOWEST)])
+        return tap.op("Or", [self.causal(), tap.op("Equal", [self._query_positions(), last])])
 
     def _length(self) -> ir.Value:
         return self._tap.shape(self._query, 2, 3)

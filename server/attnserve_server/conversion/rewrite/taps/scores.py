@@ -1,8 +1,11 @@
 """The tap of a site whose operator does not return its weights: computes them again for the selected rows.
 
 items (n,) -+-> query's rows -+-> MatMul -> softcap -> + masks -> Softmax -> weights (n, H, L, S)
-            +-> key's rows ---+
-            +-> masks' rows -----------------------------^
+            +-> key's rows ---+                              |
+            +-> masks' rows -----------------------------^   +-> scores (n, H, L, S)
+
+Scores are a second output of the same nodes. Where the masks keep or leave out keys, they are what softmax reads, so
+they add no node. Where masks are only added, one more node leaves out the hidden keys.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ _LOWEST_OF = {ir.DataType.FLOAT16: float(np.finfo(np.float16).min)}
 float32, and float64 is cast to that."""
 
 
-def weights_of_scores(tap: Tap, scores: Scores) -> ir.Value:
-    """Return the softmax of the site's scores for the selected rows, float32 (n, H, L, S)."""
+def weights_of_scores(tap: Tap, scores: Scores) -> tuple[ir.Value, ir.Value]:
+    """Return the softmax of the site's scores for the selected rows, float32 (n, H, L, S), and the scores.
+
+    The scores are after scale, softcap and bias, and before the masks. A hidden key has `LOWEST`.
+    """
     return _ScoresTap(tap).weights(scores)
 
 
@@ -30,8 +36,8 @@ class _ScoresTap:
         self._tap = tap
         self._operands = Operands(tap)
 
-    def weights(self, scores: Scores) -> ir.Value:
-        """Return the weights, float32 (n, H, L, S)."""
+    def weights(self, scores: Scores) -> tuple[ir.Value, ir.Value]:
+        """Return the weights and the scores, float32 (n, H, L, S)."""
         query = self._operands.heads_first(scores.query, scores.head_dim)
         if scores.scale != 1:
             query = self._tap.op("Mul", [query, self._tap.number(scores.scale)])
@@ -45,7 +51,7 @@ class _ScoresTap:
         masks = MaskRows(self._tap, scores.query.value, query, key, scores.key_counts, last, at_end=at_end)
         return self._zeroed(scores, masks, logits) if scores.zeroed else self._added(scores, masks, logits)
 
-    def _zeroed(self, scores: Scores, masks: MaskRows, logits: ir.Value) -> ir.Value:
+    def _zeroed(self, scores: Scores, masks: MaskRows, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return softmax over the keys that are not masked; 0 in rows without such a key."""
         kept: list[ir.Value] = []
         for mask in scores.masks:
@@ -59,14 +65,18 @@ class _ScoresTap:
             kept.append(self._tap.op("Greater", [bias, self._tap.number(_masked_up_to(mask))]))
         kept += self._kept_by_position(scores, masks)
         if not kept:
-            return self._softmax(logits, scores)
+            return self._softmax(logits, scores), logits
+        allowed = self._all_of(kept)
+        # Two Wheres: the first keeps masked keys out of the sum; the second sets a row in which every key is masked,
+        # and softmax therefore uniform, to zeros. A Mul would keep a NaN.
+        shown = self._tap.op("Where", [allowed, logits, self._tap.number(LOWEST)])
+        return self._tap.op("Where", [allowed, self._softmax(shown, scores), self._tap.number(0.0)]), shown
+
+    def _all_of(self, kept: list[ir.Value]) -> ir.Value:
         allowed = kept[0]
         for other in kept[1:]:
             allowed = self._tap.op("And", [allowed, other])
-        # Two Wheres: the first keeps masked keys out of the sum; the second sets a row in which every key is masked,
-        # and softmax therefore uniform, to zeros. A Mul would keep a NaN.
-        softmax = self._softmax(self._tap.op("Where", [allowed, logits, self._tap.number(LOWEST)]), scores)
-        return self._tap.op("Where", [allowed, softmax, self._tap.number(0.0)])
+        return allowed
 
     def _kept_by_position(self, scores: Scores, masks: MaskRows) -> list[ir.Value]:
         """Return what causal masks, windows and counts of keys keep, each bool and broadcast to (n, H, L, S)."""
@@ -98,27 +108,34 @@ class _ScoresTap:
         softmax = tap.op("Softmax", [tap.op("Concat", [logits, column], axis=3)], axis=-1)
         return tap.op("Slice", [softmax, tap.ints(0), tap.ints(-1), tap.ints(3)])
 
-    def _added(self, scores: Scores, masks: MaskRows, logits: ir.Value) -> ir.Value:
+    def _added(self, scores: Scores, masks: MaskRows, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return softmax of the scores plus all masks; the masks are summed first, as onnxruntime does.
 
         The order matters where a whole row is shifted by -10,000, which leaves the scores three decimal places.
         """
+        tap, zero = self._tap, self._tap.number(0.0)
         total: ir.Value | None = None
-        biased = False
+        kept: list[ir.Value] = []
         for mask in scores.masks:
             if isinstance(mask, KeyPadding):
-                total = self._sum(total, masks.padding(mask))
+                kept.append(masks.counted(mask))
+                total = self._sum(total, tap.op("Where", [kept[-1], zero, tap.number(mask.filter_value)]))
         if scores.causal:
-            total = self._sum(total, masks.causal_penalty())
+            kept.append(masks.causal_or_last())
+            total = self._sum(total, tap.op("Where", [kept[-1], zero, tap.number(LOWEST)]))
+        shown, biased = logits, False
         for mask in scores.masks:
             if isinstance(mask, Mask):
-                total = self._sum(total, self._tap.float32(masks.of(mask)))
-                biased = True
-        softmax = self._tap.op("Softmax", [logits if total is None else self._sum(logits, total)], axis=-1)
+                bias = tap.float32(masks.of(mask))
+                kept.append(tap.op("Greater", [bias, tap.number(_masked_up_to(mask))]))
+                total, shown, biased = self._sum(total, bias), self._sum(shown, bias), True
+        softmax = tap.op("Softmax", [logits if total is None else self._sum(logits, total)], axis=-1)
+        if kept:
+            shown = tap.op("Where", [self._all_of(kept), shown, tap.number(LOWEST)])
         if not biased:
-            return softmax
+            return softmax, shown
         # A row of minus infinities, for which the operator itself returns NaN.
-        return self._tap.op("Where", [self._tap.op("IsNaN", [softmax]), self._tap.number(0.0), softmax])
+        return tap.op("Where", [tap.op("IsNaN", [softmax]), zero, softmax]), shown
 
     def _sum(self, one: ir.Value | None, other: ir.Value) -> ir.Value:
         return other if one is None else self._tap.op("Add", [one, other])

@@ -11,6 +11,7 @@ from attnserve_server.conversion.graphs.walk import input_of, is_made_of_constan
 
 ITEMS_PREFIX = "attention_items."
 WEIGHTS_PREFIX = "attention."
+SCORES_PREFIX = "attention_scores."
 
 
 class Tap(NodeBuilder):
@@ -29,14 +30,19 @@ class Tap(NodeBuilder):
         self._name = name
         self.items = ir.val(ITEMS_PREFIX + name, ir.DataType.INT64, ir.Shape([f"{ITEMS_PREFIX}{name}.count"]))
 
-    def finish(self, weights: ir.Value, heads: int, behind: ir.Node) -> None:
-        """Place the nodes behind one of the graph's own, and make the weights, float32 (n, H, L, S), an output."""
-        weights.name = WEIGHTS_PREFIX + self._name
-        weights.type = ir.TensorType(ir.DataType.FLOAT)
-        weights.shape = ir.Shape([f"{ITEMS_PREFIX}{self._name}.count", heads, None, None])
+    def finish(self, weights: ir.Value, heads: int, behind: ir.Node, scores: ir.Value | None = None) -> None:
+        """Place the nodes behind one of the graph's own, and make the weights, float32 (n, H, L, S), an output.
+
+        `scores`, of the same shape, are a second output.
+        """
         self.place_after(behind)
         self.graph.inputs.append(self.items)
-        self.graph.outputs.append(weights)
+        for value, prefix in ((weights, WEIGHTS_PREFIX), (scores, SCORES_PREFIX)):
+            if value is not None:
+                value.name = prefix + self._name
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+                value.shape = ir.Shape([f"{ITEMS_PREFIX}{self._name}.count", heads, None, None])
+                self.graph.outputs.append(value)
 
     def rows_of(self, value: ir.Value) -> ir.Value:
         """Return the selected rows of a value whose first axis is the batch.
