@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from attnserve_server.domain.values import PreparedSequence
-from attnserve_server.engine.collation import collate, outputs_of, weights_of
+from attnserve_server.domain.values import AttentionValue, PreparedSequence
+from attnserve_server.engine.collation import collate, invalid_tensor, outputs_of, weights_of
 from attnserve_server.engine.warmup import synthetic
 from attnserve_server.model.bands import SlidingBand
-from attnserve_server.model.manifest import AxisSpec, DerivedLength, InputSpec, Manifest, OutputSpec
+from attnserve_server.model.manifest import LOWEST_SCORE, AxisSpec, DerivedLength, InputSpec, Manifest, OutputSpec
 from hypothesis import given
 from hypothesis import strategies as st
 from made_by_hand import proved
@@ -209,3 +209,43 @@ def test_warm_up_sequences_have_no_length_for_a_derived_axis(manifest: Manifest)
     pooled = AxisSpec(symbol="pooled", max_length=16, paddable=True, derived=form)
     derived = manifest.model_copy(update={"axes": (*manifest.axes, pooled)})
     assert synthetic(derived, 8).lengths == {"seq": 8}
+
+
+def scored(manifest: Manifest) -> Manifest:
+    """The manifest, whose first site gives scores too."""
+    site = manifest.sites[0].model_copy(update={"scores_output": "attention_scores.site0"})
+    return manifest.model_copy(update={"sites": (site, *manifest.sites[1:])})
+
+
+def selecting_scores(sequence: PreparedSequence) -> PreparedSequence:
+    assert sequence.attention is not None
+    return replace(sequence, attention=replace(sequence.attention, values=AttentionValue.SCORES))
+
+
+def test_weights_and_scores_of_one_site_share_its_tap(manifest: Manifest, sequence_of) -> None:
+    both = [sequence_of([1], [0], outputs=()), selecting_scores(sequence_of([2, 3], [0], outputs=()))]
+    batch = collate(both, scored(manifest))
+    np.testing.assert_array_equal(batch.feeds["attention_items.site0"], [0, 1])
+    assert batch.fetches == ("attention.site0", "attention_scores.site0")
+    assert collate(both[:1], scored(manifest)).fetches == ("attention.site0",)
+    raw = np.arange(16, dtype=np.float32).reshape(2, 2, 2, 2)
+    raw[1, 0, 0, 1] = LOWEST_SCORE
+    fetched = {"attention.site0": np.zeros_like(raw), "attention_scores.site0": raw}
+    scores = weights_of(batch, fetched, 1, both[1], scored(manifest))[0]
+    np.testing.assert_array_equal(scores, np.where(raw[1] < 0, -np.inf, raw[1]))
+    assert raw[1, 0, 0, 1] < -1e38, "the run's arrays are not changed"
+
+
+@pytest.mark.parametrize(
+    ("value", "valid_score"), [(1.0, True), (-np.inf, True), (np.inf, False), (np.nan, False)], ids=str
+)
+def test_minus_infinity_is_valid_as_a_score_alone(manifest: Manifest, value: float, valid_score: bool) -> None:
+    values = {0: np.array([[[0.5, value]]], np.float32)}
+    assert (invalid_tensor({}, values, manifest, scores=True) is None) == valid_score
+    assert (invalid_tensor({}, values, manifest) is None) == (value == 1.0)
+
+
+def test_a_site_of_an_earlier_release_has_no_tap_for_scores(manifest: Manifest, sequence_of) -> None:
+    sequence = selecting_scores(sequence_of([1], [0], outputs=()))
+    with pytest.raises(ValueError, match="no tap for scores"):
+        weights_of(collate([sequence], manifest), {}, 0, sequence, manifest)
