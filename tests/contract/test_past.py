@@ -138,3 +138,14 @@ async def test_a_swapped_continuing_graph_does_not_load(server: Application) -> 
     broken = server.catalog.find("broken")
     assert broken.state is ModelState.FAILED
     assert "golden" in broken.state_reason
+
+
+async def test_features_after_a_past_count_queries_from_its_first_position(client: AsyncClient) -> None:
+    past = reference([4, 5, 6]).pasts
+    selection = AttentionSelection(features=["first_token", "mean_distance"])
+    result = await client.infer("decoder", given([7, 8], past), outputs=[], attention=selection)
+    assert result.features is not None
+    for found, weights in zip(result.features.sites, reference([7, 8], past).weights, strict=True):
+        distances = np.abs(np.subtract.outer([3, 4], range(5)))
+        np.testing.assert_allclose(found["mean_distance"], (weights * distances).sum(axis=2), atol=5 * WEIGHTS)
+        np.testing.assert_allclose(found["first_token"], weights[:, :, 0], atol=WEIGHTS)

@@ -246,7 +246,7 @@ class _AttentionFeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Atte
     """Not set. In a request: INVALID_ARGUMENT."""
     ATTENTION_FEATURE_ENTROPY: _AttentionFeature.ValueType  # 1
     """Entropy in nats: -sum over j of w[j] ln w[j]; a weight of 0 adds 0. NaN if a weight of the row is below 0, which
-    only differences of softmaxes have. Source: Clark et al. 2019, "What Does BERT Look At? An Analysis of BERT's
+    differences of softmaxes and recurrent operators can have. Source: Clark et al. 2019, "What Does BERT Look At? An Analysis of BERT's
     Attention", section 3.3.
     """
     ATTENTION_FEATURE_TOP1_SHARE: _AttentionFeature.ValueType  # 2
@@ -265,14 +265,14 @@ class _AttentionFeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Atte
 
 class AttentionFeature(_AttentionFeature, metaclass=_AttentionFeatureEnumTypeWrapper):
     """A number computed from one row of weights w, in place of the row. i is the query and j the key, as indices of units
-    along the axis. Sums are in float64. A row of zeros gives 0 for every feature.
+    along the axis; after a past, a query counts from the first past position. Sums are in float64. A row of zeros gives 0 for every feature.
     """
 
 ATTENTION_FEATURE_UNSPECIFIED: AttentionFeature.ValueType  # 0
 """Not set. In a request: INVALID_ARGUMENT."""
 ATTENTION_FEATURE_ENTROPY: AttentionFeature.ValueType  # 1
 """Entropy in nats: -sum over j of w[j] ln w[j]; a weight of 0 adds 0. NaN if a weight of the row is below 0, which
-only differences of softmaxes have. Source: Clark et al. 2019, "What Does BERT Look At? An Analysis of BERT's
+differences of softmaxes and recurrent operators can have. Source: Clark et al. 2019, "What Does BERT Look At? An Analysis of BERT's
 Attention", section 3.3.
 """
 ATTENTION_FEATURE_TOP1_SHARE: AttentionFeature.ValueType  # 2

@@ -241,6 +241,9 @@ def _features(
 ) -> RowFeatures:
     """The features of each row, (H, units, features), in float64 from the weights on, one head at a time."""
     rows = _all_or(queries.rows, queries)
+    if queries.merged.axis != keys.merged.axis:
+        # After a past, the queries are the last units of the keys' axis. Distances between other axes are refused.
+        rows = rows + (keys.merged.length - queries.merged.length)
     over: Indices | BandKeys
     over = _all_or(keys.columns, keys) if columns is None else columns
     made = np.empty((len(weights), len(rows), len(effective.features)), dtype=np.float32)

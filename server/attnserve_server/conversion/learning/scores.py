@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.base.sites import FoundSite, Linear, Probabilities, Scores
+from attnserve_server.conversion.base.sites import FoundSite, Linear, Probabilities, Recurrent, Scores
 from attnserve_server.conversion.probing.feeds import Sampler, probe_lengths
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.taps import SCORES_PREFIX, WEIGHTS_PREFIX
@@ -34,7 +34,7 @@ def scoreless_sites(
     reasons: dict[str, str] = {}
     for name, site in found.items():
         match site.attention:
-            case Linear():
+            case Linear() | Recurrent():
                 reasons[name] = "it is linear attention, whose weights are no softmax of scores"
             case Probabilities():
                 reasons[name] = "its softmax is in plain nodes, where the mask is part of what softmax reads"
