@@ -1,4 +1,8 @@
-"""What an attack aims at: one model's lengths, thresholds, batch sizes and contents, and the form of a probe."""
+"""What an attack aims at: one model's lengths, thresholds, batch sizes and contents, and the form of a probe.
+
+An attack runs a graph on batches that are likely to change an answer, and a probe is one such batch. Nothing is run
+here. A symbol that `Aim.longest` lacks raises KeyError.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Answers that an attack compares: of one sequence alone, and of its row in a batch. Bounds memory and time of runs."""
+"""Answers that an attack compares: of one sequence alone, and of its row in a batch. Bounds memory and time of runs.
+
+An attack runs a graph on batches that are likely to change an answer. A run that may not end in time raises OutOfTime.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The state of one interpretation, which its rules share, and the table of rules.
 
-A rule reports a problem as a value (`bad`, `unknown`), or raises `NotFollowed` or `Mixed`.
+One interpretation follows a graph, by a rule for each operator, to prove that the batch, or padding along one axis,
+cannot change an answer. A rule reports a problem as a value (`bad`, `unknown`), or raises `NotFollowed` or `Mixed`.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ MICROSOFT: Final = "com.microsoft"
 
 
 def rule(*names: str, domain: str = STANDARD, shapes_only: bool = False) -> Callable[[Rule], Rule]:
-    """Return a decorator that registers a rule for operators.
+    """Return a decorator that registers a rule for operators, in the place of an earlier rule for them.
 
     Args:
         names: Operators.

@@ -1,7 +1,7 @@
 """The interval of each elementwise operator's result, given the intervals of its operands.
 
 Each function returns an interval that holds every possible result, with the infinities and NaN that may occur. Nothing
-here raises.
+here raises, except `folded` without an operand (IndexError).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What holds of a graph's inputs: sizes by their symbols, padding values, and which values hide a position."""
+"""What the proof assumes of a graph's inputs: sizes by their symbols, padding values, and which values hide a position.
+
+An input that neither the signature nor a tap declares is left out, and the interpreter treats it as unknown.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Judge one probe: which answers a batch changed, whether padding or neighbours caused it, and a sentence about it.
 
-Differences that rounding explains do not count. A batch that fails to run counts as changed.
+A probe is a batch that an attack on the model tries. Differences that rounding explains do not count. A batch that
+fails to run counts as changed.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def noise_of(target: Target, precision: str, moved: GraphRunner | None = None) -
 
     Args:
         target: The model.
-        precision: The precision that the graph computes in.
+        precision: The precision that the graph computes in: `fp32`, `fp16`, `bf16` or `int8`, else KeyError.
         moved: The graph with other last bits of its constants (`with_other_last_bits`). None: rounding is not
             amplified.
 

@@ -1,4 +1,7 @@
-"""Values that count positions along axes, and their bounds in the padding and beyond a causal frontier."""
+"""Values that count positions along axes, and their bounds in the padding and beyond a causal frontier.
+
+The proof uses them to follow indices that a graph computes. Where a bound is not known, the value has none.
+"""
 
 from __future__ import annotations
 

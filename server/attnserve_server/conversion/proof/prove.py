@@ -108,7 +108,8 @@ def prove(
         sites: All sites. Unavailable ones are skipped.
         max_lengths: The greatest length of each symbol, in positions.
         derived: The forms of symbols that no input has.
-        precision: The precision that the graph computes in: `fp32`, `fp16`, `bf16` or `int8`. It decides what is equal.
+        precision: The precision that the graph computes in: `fp32`, `fp16`, `bf16` or `int8`, else KeyError. It decides
+            what is equal.
         vocabularies: The number of ids of each input of token ids, where the signature has none.
 
     Returns:

@@ -1,4 +1,8 @@
-"""The model under attack: its graph, sampler, outputs, sites and limits."""
+"""The model under attack: its graph, sampler, outputs, sites and limits.
+
+An attack runs a graph on batches that are likely to change an answer. A site is one attention computation, and a tapped
+graph returns the weights of its sites.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """Masks that a graph computes: ids compared with the padding id, or positions with a count of allowed positions.
 
-The functions return None for comparisons that make no mask. The caller then computes intervals.
+The functions return None for comparisons that make no mask. The caller then computes intervals. Operands whose axes are
+not known to agree raise `NotFollowed`.
+The proof compares a sequence alone with the same sequence in a batch (or padded); a varying axis differs in length
+between the two, and `NotFollowed` becomes the verdict unknown.
 """
 
 from __future__ import annotations

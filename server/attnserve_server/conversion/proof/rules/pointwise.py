@@ -1,4 +1,8 @@
-"""Elementwise functions: each element of the result depends on the elements in its own place, so nothing is mixed."""
+"""Elementwise functions: each element of the result depends on the elements in its own place, so nothing is mixed.
+
+The proof compares a sequence alone with the same sequence in a batch (or padded); a varying axis differs in length
+between the two, and `NotFollowed` becomes the verdict unknown.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Values that hold sizes, as NumPy arrays of `Size`. Shapes are computed from these."""
+"""Values that hold sizes, as NumPy arrays of `Size`. The rules of the proof compute shapes from these.
+
+`sizes_array` returns None for any other value.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Rows of the batch that a tap selects. The taps' inputs list them.
 
 Index arithmetic that taps do not use returns None, or `unknown` for rows of a tensor without the batch.
+The proof compares a sequence alone with the same sequence in a batch (or padded); a varying axis differs in length
+between the two, and `NotFollowed` becomes the verdict unknown.
 """
 
 from __future__ import annotations
