@@ -169,7 +169,10 @@ class HuggingFaceModel:
                 raise BuildRefused(f"{fault}; --no-head exports the model without its head") from None
 
     def reference(self, feeds: Mapping[str, Array]) -> Reference:
-        """Return outputs and weights of the model's own eager attention."""
+        """Return outputs and weights of the model's own eager attention.
+
+        Exceptions of torch pass through. `feeds` must have every input of the model, or KeyError is raised.
+        """
         if self._eager is None:
             self._eager = self._load("eager")
         family = self._eager

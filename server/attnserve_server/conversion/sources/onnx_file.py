@@ -1,4 +1,8 @@
-"""An ONNX file as a source, from any exporter: read within bounds, with the meaning of its inputs inferred."""
+"""An ONNX file as a source, from any exporter: read within bounds, with the meaning of its inputs inferred.
+
+`OnnxFile.read` raises BuildRefused for a file that cannot be converted, and TokenizerInvalid for a tokenizer.json that
+is not usable.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ class OnnxFile(Source):
     Attributes:
         file: the file.
         tokenizer: its tokenizer.json; None: clients cannot send text.
-        max_length: the greatest length along each axis of tokens; None: the default. See `bounds_of`.
+        max_length: the greatest length along each axis of tokens; None: 512, as `bounds_of` sets it.
         max_lengths: the greatest lengths of single axes, by symbol.
         sizes: fixed sizes of dynamic axes, by symbol.
         pair_start: the token before the second text, if that has its own input; empty: none.

@@ -80,6 +80,7 @@ def modules_of(folder: Path) -> Modules | None:
 
     Raises:
         BuildRefused: a module or a setting of one is not supported.
+        KeyError: the file of a dense layer has no `linear.weight`.
     """
     listed = read_json(folder / "modules.json", [])
     if not isinstance(listed, list) or len(listed) < 2:

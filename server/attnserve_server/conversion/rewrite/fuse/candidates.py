@@ -50,7 +50,10 @@ class Fused:
 
 
 def candidates(proto: onnx.ModelProto) -> Iterator[Fused]:
-    """Yield rewritten copies of a graph (inferred shapes), the most promising first; none where no site can be."""
+    """Yield rewritten copies of a graph (inferred shapes), the most promising first; none where no site can be.
+
+    A copy that is not valid, or cannot be converted to the opset that it needs, is left out.
+    """
     if not {"Softmax", "Attention"} & {node.op_type for node in proto.graph.node}:
         return
     proto = _with_computed_shapes(proto)

@@ -1,6 +1,7 @@
-"""Read query, key and value of a site: their scales, and the packed values that they were split from. Changes nothing.
+"""Read query, key and value of attention: their scales, and the packed values that they were split from.
 
 Kernels read and write packed heads, (B, T, H * D), in place; splitting and transposing them first only takes time.
+Nothing is changed. A site, one attention computation, that no fused operator computes raises NotPlain with the reason.
 """
 
 from __future__ import annotations

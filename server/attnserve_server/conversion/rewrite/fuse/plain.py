@@ -10,8 +10,9 @@ An example of the plain form, as it is read, from Softmax backwards to the MatMu
     Where(IsNaN(.), 0, .)        a guard: rows without a key become zeros
     MatMul(., V)                 the output
 
-Sites of other forms (a sum of several MatMuls, softcap, sinks, weights that are used twice) stay as they are; the
-reason goes into the conversion report. Nothing is changed.
+A decomposed site is attention that is written in single operators. Sites of other forms (a sum of several MatMuls,
+softcap, sinks, weights that are used twice) stay as they are; the reason goes into the conversion report. Nothing is
+changed.
 """
 
 from __future__ import annotations

@@ -94,7 +94,11 @@ def tapped(proto: onnx.ModelProto) -> tuple[ir.Model, dict[str, FoundSite]]:
 
 
 def tapped_at(proto: onnx.ModelProto, names: Collection[str], learnt: Mapping[str, Learnt]) -> ir.Model:
-    """Copy a model and add taps at the named sites only; `learnt` holds the layouts, which are those of every copy."""
+    """Copy a model and add taps at the named sites only; `learnt` holds the layouts, which are those of every copy.
+
+    Raises:
+        KeyError: the model has no site of one of these names.
+    """
     model = ir.from_proto(proto)
     sites = sites_to_tap(model.graph)
     add_taps(model.graph, {name: sites[name] for name in names}, learnt)

@@ -1,4 +1,7 @@
-"""The selected rows of masks, biases and lengths of keys, each in a shape that broadcasts to (n, H, L, S)."""
+"""The selected rows of masks, biases and lengths of keys, each in a shape that broadcasts to (n, H, L, S).
+
+A tap is the nodes that return a site's attention weights for the rows of the batch that its input `items` selects.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class MaskRows:
         return self._tap.op("Gather", [full, self._tap.lesser(self._tap.items, last_row)], axis=0)
 
     def counted(self, padding: KeyPadding) -> ir.Value:
-        """Return bool, rank 4: whether each key counts."""
+        """Return bool, rank 4: whether each key counts. The rank of `padding` is from 1 to 4."""
         tap = self._tap
         if padding.rank == 1:
             return self._between(padding.value)

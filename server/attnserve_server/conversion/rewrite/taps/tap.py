@@ -1,4 +1,8 @@
-"""The nodes of one tap while it is built: its input, the nodes so far, and the output that ends it."""
+"""The nodes of one tap while it is built: its input, the nodes so far, and the output that ends it.
+
+A tap is the nodes that return a site's attention weights for the rows of the batch that its input `items` selects.
+`Tap` is a `NodeBuilder`: its nodes enter the graph when `finish` places them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The interface of a family of architectures: inputs, outputs and weights of its models, and how to trace them."""
+"""The interface of a family of architectures: inputs, outputs and weights of its models, and how to trace them.
+
+Exceptions of torch and transformers pass through.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Encoder-decoders: BART, T5 and others over two texts, Whisper over a spectrogram and a text."""
+"""Encoder-decoders: BART, T5 and others over two texts, Whisper over a spectrogram and a text.
+
+A configuration that lacks a number that is read here raises AttributeError.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Image encoders such as ViT, and image-text models with a separate encoder for each, such as CLIP."""
+"""Image encoders such as ViT, and image-text models with a separate encoder for each, such as CLIP.
+
+A configuration that lacks the size of images, or another number that is read here, raises AttributeError.
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,11 @@ class Swin(Image):
 
 
 def _over_patches(layer: Any, windows: Tensor, rows: int) -> Tensor:
-    """Lay out weights within windows, (B * windows, H, W, W), over the patches of the layer's grid, (B, H, L, L)."""
+    """Lay out weights within windows, (B * windows, H, W, W), over the patches of the layer's grid, (B, H, L, L).
+
+    Raises:
+        RuntimeError: the grid is no multiple of the window.
+    """
     height, width = layer.input_resolution
     side, shift = int(layer.window_size), int(layer.shift_size)
     patches = torch.arange(height * width).reshape(height, width).roll((-shift, -shift), (0, 1))

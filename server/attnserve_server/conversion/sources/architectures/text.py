@@ -35,7 +35,7 @@ class Text(Family):
 
     @property
     def inputs(self) -> tuple[InputTensor, ...]:
-        """Ids and mask, (L,) each, and token types if the model has more than one."""
+        """Ids and mask, (L,) each, and token types if the model has more than one. BuildRefused without ids or mask."""
         accepted = inspect.signature(self.source.forward).parameters
         for name in ("input_ids", "attention_mask"):
             if name not in accepted:
@@ -83,7 +83,10 @@ class Text(Family):
 
 
 def positions(source: Any) -> int:
-    """Return the greatest length of a model. RoBERTa and others count positions from after their padding id."""
+    """Return the greatest length of a model; 512 where its configuration states none.
+
+    RoBERTa and others count positions from after their padding id.
+    """
     declared = getattr(source.config, "max_position_embeddings", None)
     for name, module in source.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

@@ -71,7 +71,8 @@ class MultiScaleAttention(ZooAttention):
     Keys and values are pooled with strides of 1, 2 and 4, and each stride has its own heads. Source: Fan et al. 2021,
     "Multiscale Vision Transformers" (pooling attention), and Ren et al. 2022, "Shunted Self-Attention via Multi-Scale
     Token Aggregation" (a group of heads for each resolution). With T tokens, a stride of s takes time O(T^2 * D / s)
-    and memory O(T^2 / s) a head, and so do its weights, if requested: three strides cost 7/12 of one resolution.
+    and memory O(T^2 / s) a head, and so do its weights, if requested: three strides cost 7/12 of one resolution. Fewer
+    heads than strides raise ValueError.
     """
 
     def __init__(self, width: int, heads: int) -> None:

@@ -1,4 +1,4 @@
-"""Models of two sequences: cross-attention from a decoder to an encoder, and from a text to an image.
+"""Models of the zoo of two sequences: cross-attention from a decoder to an encoder, and from a text to an image.
 
 With L queries and S keys, cross-attention takes time O(L * S * d_model) and memory O(L * S), beside the O(L^2) and
 O(S^2) of the self-attention on each side. Requested weights cost O(H * L * S) more.

@@ -1,4 +1,8 @@
-"""Parts that the zoo's models share: sizes, embeddings, layers around any attention, an encoder, seeded weights."""
+"""Parts that the zoo's models share: sizes, embeddings, layers around any attention, an encoder, seeded weights.
+
+The zoo is a set of small models that are generated from a seed. Sizes that do not fit, such as a width that is no
+multiple of the heads, fail in torch; `zoo_model` refuses them before.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class SlidingWindowAttention(ZooAttention):
     two beside it. With T tokens, time O(T * window * d_model) and memory O(H * T * window): both are linear in T.
 
     Two sites: the band of every token except the global ones (whose rows of it are empty), and the global tokens' rows.
-    Both need `global_tokens`, from 1 to `window`.
+    Both need `global_tokens`, from 1 to `window`, or ValueError is raised.
     """
 
     def __init__(self, width: int, heads: int, window: int = WINDOW, global_tokens: int = GLOBAL_TOKENS) -> None:
