@@ -1,4 +1,9 @@
-"""The elements of inputs that a value of the graph carries, and what one node makes of them."""
+"""Describe which numbers of the inputs a value of the graph holds, and what one node makes of them.
+
+`Carried` describes a value and `Element` one number in it, with the formula by which the graph computed it from an
+input's number. `started` describes an input; `elementwise`, `moved` and `chosen` describe the result of a node. They
+return an empty tuple, or elements without columns, where the node's result has no formula or no known place.
+"""
 
 from __future__ import annotations
 

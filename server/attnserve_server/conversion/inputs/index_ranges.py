@@ -40,7 +40,7 @@ def index_ranges_of(graph: onnx.GraphProto, inputs: Mapping[str, np.dtype[np.gen
 
     Args:
         graph: with inferred shapes.
-        inputs: the types of the inputs to follow, by name.
+        inputs: the types of the inputs to follow, by name. A name that the graph has no input of raises KeyError.
     """
     walk = Walk.of(graph, inputs)
     symbols = _sequence_symbols(graph)

@@ -47,7 +47,7 @@ class Signature:
     relations: Mapping[str, Formula] = field(default_factory=dict)
 
     def lengths(self, free: Mapping[str, int]) -> dict[str, int]:
-        """Return the lengths of all axes of the inputs, given those of the free ones."""
+        """Return the lengths of all axes of the inputs, given those of all the free ones (else KeyError)."""
         return {**free, **{symbol: formula.length_at(free) for symbol, formula in self.relations.items()}}
 
     def where(self, symbol: str) -> tuple[InputSpec, int] | None:

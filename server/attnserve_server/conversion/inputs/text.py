@@ -25,7 +25,7 @@ def text_of(
 
     Args:
         inputs: of the graph.
-        max_lengths: by axis symbol.
+        max_lengths: by axis symbol; without the axis of an input of token ids, KeyError is raised.
         pair_start: the id that is put before the second text; None: no such.
 
     Raises:

@@ -41,7 +41,7 @@ def fitted(tables: Sequence[KeyTable], *, fixed: bool) -> BandSpec | None:
     """Return the first band that gives every table; None where none does.
 
     Args:
-        tables: of one width, and of several lengths where lengths are dynamic.
+        tables: at least one, all of one width, and of several lengths where lengths are dynamic.
         fixed: whether both axes always have these lengths, so that a GridBand or a TableBand may serve.
     """
     named_once = [KeyTable(_without_doubles(each.keys), each.length, each.block) for each in tables]

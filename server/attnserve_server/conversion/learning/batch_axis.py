@@ -55,7 +55,8 @@ def takes_one_row_alone(proto: onnx.ModelProto, signature: Signature, work: Path
         work: a folder for a file.
 
     Raises:
-        BuildRefused: the graph takes only lengths that are multiples of a number, or has its batch on its second axis.
+        BuildRefused: the graph takes only lengths that are multiples of a number, has its batch on its second axis, or
+            cannot be loaded.
     """
     path = work / "unlike.onnx"
     save(ir.from_proto(proto), path)
@@ -170,6 +171,9 @@ def batch_on_axis_1(
 
     Returns:
         Names of inputs; empty where no output runs along the second axis, or positions along it change each other too.
+
+    Raises:
+        BuildRefused: the graph does not run.
     """
     firsts = {spec.name: spec.shape[0] for spec in sampler.signature.inputs if spec.shape}
     along_the_batch = any(site.unavailable_reason == KEYS_OF_ALL_ROWS for site in sites)

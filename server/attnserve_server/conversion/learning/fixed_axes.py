@@ -1,5 +1,6 @@
 """Names the fixed axes of sites by what their positions come from, and finds the patch grids of images among them.
 
+An axis of a site (one attention computation) is fixed where its length is the same in every run. Nothing is run here.
 The shapes of 49 patches and 49 words are equal. But projections, norms and residuals keep positions: the walk from
 queries and keys back through nodes that read one value shows whether two sides come from one sequence. It ends at
 products of two activations, attention itself above all, because there one sequence takes from another:

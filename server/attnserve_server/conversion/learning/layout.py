@@ -1,4 +1,4 @@
-"""Finds, by running a graph, what the axes of a site's weights are: batch, heads, windows, queries and keys.
+"""Finds, by running a graph, what the axes of an attention site's weights are: batch, heads, windows, queries, keys.
 
 The sizes of an axis in three runs show what it follows; a fourth run with the rows of the batch in another order shows
 which factor of a folded axis is slower. For weights (4 heads folded with the batch) and two sets of lengths, 5 and 7:

@@ -47,6 +47,9 @@ def with_polarity(proto: onnx.ModelProto, signature: Signature, work: Path) -> S
     Returns:
         The signature. A mask of one axis has the role of an attention mask, and is `inverted` if 1 hides a position.
         Any other mask is padded with the value that hides a position.
+
+    Raises:
+        BuildRefused: the runtime cannot load the graph.
     """
     masks = [spec for spec in signature.inputs if _may_be_a_mask(spec, signature)]
     if not masks:

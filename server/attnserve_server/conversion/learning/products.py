@@ -47,6 +47,7 @@ def product_errors(
         feeds: the inputs that the weights were computed for.
 
     Raises:
+        BuildRefused: the graph does not run.
         ValueError: the shapes of weights and value do not fit.
     """
     inner = _inner_values(checker, {name: sites[name] for name in weights}, feeds)

@@ -1,6 +1,7 @@
 """Compares the softmax of each site's scores with its weights, and states why a site gives no scores.
 
-It runs the graph with taps. A site whose scores do not give its weights still gives these.
+It runs the graph with taps, the nodes that return a site's weights and its scores (what softmax takes) as outputs. A
+site whose scores do not give its weights still gives these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Learns what a graph's sites are by running it, and withdraws the sites that are not understood or fail the check."""
+"""Learns what a graph's sites are by running it, and withdraws the sites that are not understood or fail the check.
+
+A site is one attention computation of the graph. A withdrawn site becomes `Untappable(reason)`, and the conversion goes
+on without its weights.
+"""
 
 from __future__ import annotations
 

@@ -83,6 +83,9 @@ def solved_axes(proto: onnx.ModelProto, signature: Signature, work: Path) -> Sol
     Returns:
         The solution with the fewest axes solved for. Where the graph runs on none, what its nodes force is kept, but no
         guess.
+
+    Raises:
+        BuildRefused: the runtime cannot load the graph.
     """
     floats = {size for spec in signature.inputs if spec.dtype.startswith("float") for size in spec.shape}
     if len(signature.symbols) < 2 and not {*signature.symbols} & floats:

@@ -64,6 +64,9 @@ def ranges_of(
 
     Returns:
         The ranges; empty where no value can be calibrated, or the graph does not run on text.
+
+    Raises:
+        TokenizerInvalid: the file is no usable tokenizer.json.
     """
     if text is None or tokenizer is None:
         return {}

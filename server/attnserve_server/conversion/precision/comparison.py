@@ -1,4 +1,7 @@
-"""Run two graphs on the same batches, and compare their outputs, their strongest keys and their speed."""
+"""Run two graphs on the same batches, and compare their outputs, their strongest keys and their speed.
+
+One graph is a model in a reduced precision, the other its reference. A run that fails raises RunFailed.
+"""
 
 from __future__ import annotations
 

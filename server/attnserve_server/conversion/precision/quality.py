@@ -112,6 +112,8 @@ def with_quality(  # noqa: PLR0913 - what two commands know of one model
 
     Raises:
         CheckFailed: the mean cosine is below `COSINE_FLOOR`.
+        BuildRefused: the reference does not run.
+        RunFailed: a graph does not run on the sequences.
     """
     place = work / "reference"
     place.mkdir()

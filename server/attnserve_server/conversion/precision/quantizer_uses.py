@@ -1,4 +1,8 @@
-"""Recognise a MatMul that uses a dynamic quantizer's integers, and decide whether it can take one scale per row."""
+"""Recognise a MatMul that uses a dynamic quantizer's integers, and decide whether it can take one scale per row.
+
+A dynamic quantizer rounds activations by a scale that it computes from them. The functions raise NotByRow, with the
+reason, for a use that needs one scale for all rows.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +81,11 @@ def dynamic_quantize_matmul(node: ir.Node) -> Use:
 
 
 def two_activations(matmul: ir.Node) -> Use | None:
-    """Return a MatMul whose operands are both rounded dynamically; None where it cannot run in float32 instead."""
+    """Return a MatMul whose operands are both rounded dynamically; None where it cannot run in float32 instead.
+
+    Raises:
+        NotByRow: both operands of a MatMulInteger are, and Cast and Mul alone do not follow it.
+    """
     if matmul.op_type not in _MATMUL_PARAMETERS:
         return None
     makers = [_maker(matmul.inputs[0]), _maker(matmul.inputs[1])]

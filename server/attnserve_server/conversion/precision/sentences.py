@@ -55,7 +55,7 @@ def as_inputs(
 
 
 def material_of(manifest: Manifest, tokenizer: TextTokenizer | None, sampler: Sampler) -> Material:
-    """Return sentences where text can fill all inputs of a model, else random inputs."""
+    """Return sentences where text can fill all inputs of a model, else (or without a tokenizer) random inputs."""
     if tokenizer is not None and manifest.text is not None:
         known = as_inputs(sentences(), manifest.inputs, manifest.text, tokenizer)
         if known:

@@ -1,7 +1,7 @@
 """Inputs for probes and checks: random sequences of chosen lengths, padded into a batch as the server pads them.
 
 `probe_lengths` chooses the lengths, `Sampler` draws and pads the sequences, and `croppers` cuts what a graph answers
-back to each sequence's lengths.
+back to each sequence's lengths. Lengths that lack an axis symbol of the inputs raise KeyError.
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ class Sampler:
         return {spec.name: self._draw(spec, every, rng) for spec in self.signature.inputs}
 
     def batch(self, sequences: Sequence[Mapping[str, Array]], padded: Lengths) -> dict[str, Array]:
-        """Return the sequences as one batch, padded to the lengths `padded` at the end of each dynamic axis."""
+        """Return the sequences as one batch, padded to the lengths `padded` at the end of each dynamic axis.
+
+        Raises:
+            ValueError: a sequence is longer than `padded`.
+        """
         feeds: dict[str, Array] = {}
         every = self.signature.lengths(padded)
         for spec in self.signature.inputs:

@@ -1,4 +1,8 @@
-"""Runs graphs for probes and checks through the server's own session, with a time limit, and times them."""
+"""Runs graphs for probes and checks through the server's own session, with a time limit, and times them.
+
+A tap is the nodes that return attention weights; its input lists the rows whose weights they return. A graph that does
+not load or run raises BuildRefused.
+"""
 
 from __future__ import annotations
 

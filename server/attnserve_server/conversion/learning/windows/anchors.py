@@ -91,9 +91,12 @@ def anchors_of(
 
     Args:
         proto: the graph.
-        names: of sites.
+        names: of sites whose weights the graph has as a value.
         sampler: draws sequences for the graph.
         path: of a file that is written.
+
+    Raises:
+        BuildRefused: the graph does not run.
     """
     chosen: dict[str, Anchors | NotTraced] = {}
     for name, sides in sides_of(proto, names, sampler, path).items():
