@@ -1,4 +1,8 @@
-"""Adds taps to a source graph, and finds out by running it what a manifest states about its axes, outputs and sites."""
+"""Adds taps to a source graph, and finds out by running it what a manifest states about its axes, outputs and sites.
+
+A site is one attention computation of the graph. A tap is the nodes that return a site's weights as an output.
+`assemble` takes a graph with inferred shapes and raises BuildRefused; a site that no tap fits is kept with its reason.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +170,7 @@ def axes_of(
 
     Args:
         assembled: the graph.
-        max_lengths: the greatest length of each axis of its inputs.
+        max_lengths: the greatest length of each free axis of its inputs; a missing one raises KeyError.
         certificate: of the graph.
         batching: the policy.
         bounds: where these lengths come from, where that is known.

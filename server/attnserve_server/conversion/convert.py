@@ -18,7 +18,18 @@ from attnserve_server.model.repository import Bundle, Repository
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest(Options):
-    """A torch model, and the options of its conversion. `TorchSource` documents the fields below."""
+    """A torch model, and the options of its conversion. `TorchSource` documents the fields in full.
+
+    Attributes:
+        source: `zoo:NAME`, the path of a Hugging Face folder, or `package:NAME`.
+        pooling: "mean" adds the output `embedding`; empty: no such output. `normalize` scales it to length 1.
+        normalize: see `pooling`.
+        expect_sha256: the required digest of the weights; empty: any.
+        head: whether to keep the head of a classifier.
+        exporter: `auto`, `dynamo` or `torchscript`.
+        opset: of the exported graph; 0: the exporter's default.
+        zoo_options: size and seed of a model of the zoo.
+    """
 
     source: str
     pooling: str = ""
@@ -32,7 +43,16 @@ class ExportRequest(Options):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareRequest(Options):
-    """An ONNX file, and the options of its conversion. `OnnxFile` documents the fields below."""
+    """An ONNX file, and the options of its conversion. `OnnxFile` documents the fields in full.
+
+    Attributes:
+        file: the ONNX file.
+        tokenizer: its tokenizer.json; None: clients cannot send text.
+        max_length: the greatest length along each axis of tokens; None: the default.
+        max_lengths: the greatest lengths of single axes, by symbol.
+        sizes: fixed sizes of dynamic axes, by symbol.
+        pair_start: the token before the second text; empty: none.
+    """
 
     file: Path
     tokenizer: Path | None = None

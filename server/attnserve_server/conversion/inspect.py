@@ -1,4 +1,8 @@
-"""Describe a bundle or an ONNX file: inputs, outputs, axes, sites and the batching certificate. Runs nothing."""
+"""Describe a bundle or an ONNX file: inputs, outputs, axes, attention sites and the batching certificate. Runs nothing.
+
+A bundle is the folder of one converted model. Its certificate states what a batch and padding may change.
+`inspect_model` raises BuildRefused or BundleInvalid for a path that holds neither.
+"""
 
 from __future__ import annotations
 

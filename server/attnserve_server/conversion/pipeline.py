@@ -104,7 +104,7 @@ class Conversion:
         self.continuing: Continuing | None = None
 
     def reduce(self) -> None:
-        """Requantize the graph, and convert it to the requested precision."""
+        """Requantize the graph, and convert it to the requested precision. Raises BuildRefused if it cannot be."""
         source, options = self.source, self.options
         if options.requantize:
             proto, report = with_scale_per_row(source.proto)

@@ -29,7 +29,7 @@ class Step(Generic[Work]):
 
 
 class Steps:
-    """The progress of one command. One thread only."""
+    """The progress of one command. One thread only. Nothing is printed without a console."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
@@ -60,7 +60,7 @@ class Steps:
         self._bar = self._task = None
 
     def run(self, plan: Sequence[Step[Work]], work: Work) -> None:
-        """Run steps in their order on the state of a command, and show each as it begins."""
+        """Run steps in their order on the state of a command, and show each as it begins. An exception ends the run."""
         for step in plan:
             self.begin(step.title)
             step.run(work)

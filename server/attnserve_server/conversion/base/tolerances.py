@@ -35,7 +35,9 @@ class Tolerances:
 
     @classmethod
     def of(cls, precision: str) -> Tolerances:
-        """Return the tolerances of a precision: float16 keeps 11 bits, and int8 kernels round as coarsely.
+        """Return the tolerances of a precision: those of "fp32", and coarser ones for any other.
+
+        float16 keeps 11 bits, and int8 kernels round as coarsely.
 
         A graph's own weights in float16 are each rounded by up to one part in 2048, and so are their sums.
         """
@@ -94,6 +96,9 @@ def product_error(attention: Scores | Linear | Recurrent, weights: Array, value:
         weights: (B, H, L, S).
         value: in the graph's layout.
         output: in the graph's layout.
+
+    Raises:
+        ValueError: the shapes of weights, value and output do not fit.
     """
     values = _heads_first(value, attention.value)
     own = _heads_first(output, attention.output)

@@ -84,7 +84,7 @@ class FoundPast:
 
 
 def find_pasts(graph: ir.Graph) -> tuple[FoundPast, ...]:
-    """Return the inputs that hold a cache, in their order.
+    """Return the inputs that hold a cache, in their order; empty for a graph without one.
 
     Beside a cache of the decoder's own keys and values, an input with a cache's name that is attended to as it is holds
     keys or values of an encoder.

@@ -81,6 +81,9 @@ def unfold(graph: ir.Graph, pasts: Sequence[FoundPast]) -> None:
     Args:
         graph: is changed.
         pasts: of the graph. They hold the old inputs then.
+
+    Raises:
+        BuildRefused: as `folded_heads`.
     """
     names = {past.value.name for past in pasts}
     batched = next((value for value in graph.inputs if value.name not in names and value.shape is not None), None)

@@ -31,7 +31,7 @@ def without_past(model: ir.Model, pasts: Sequence[FoundPast]) -> None:
         pasts: of the graph.
 
     Raises:
-        BuildRefused: the graph needs a size of the past that is not known.
+        BuildRefused: the graph has no input but its cache, or needs a size of the past that is not known.
     """
     graph = model.graph
     names = {past.value.name for past in pasts}

@@ -1,4 +1,7 @@
-"""The steps of a check: each compares one part of a bundle, and adds its findings."""
+"""The steps of a check: each compares one part of a bundle, the folder of a converted model, and adds its findings.
+
+A difference is a failed finding. A step raises BuildRefused where a graph or the source cannot be read or run.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ from attnserve_server.model.repository import Bundle, BundleInvalid, verify
 
 
 class Check:
-    """The state of one check. Each step adds its findings; `opened` is set by the step `open`."""
+    """The state of one check. Each step adds its findings.
+
+    `open` sets `opened`, which the steps after it read. `unusable` is set by a failure after which no step can run.
+    """
 
     opened: Opened
 

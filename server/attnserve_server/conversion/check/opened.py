@@ -1,4 +1,7 @@
-"""Open a bundle for a check: load its graph, and find and tap attention again in the graph without taps."""
+"""Open a bundle for a check: load its graph, and find and tap attention again in the graph without taps.
+
+A bundle is the folder of a converted model. Taps are the nodes of its graph that return attention weights.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,10 @@ Feeds = dict[str, Array]
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """The graph that others are compared with, the batches that both run on, and the tolerated differences."""
+    """The graph that others are compared with, the batches that both run on, and the tolerated differences.
+
+    `outputs` and `weights` are names of outputs that both graphs have; without `weights` no weights are compared.
+    """
 
     base: GraphRunner
     batches: Sequence[Feeds]
@@ -74,6 +77,9 @@ def timing_of(source_s: Sequence[Sequence[float]], other_s: Sequence[Sequence[fl
     Args:
         source_s: CPU seconds of the source, for each workload one value for each round.
         other_s: CPU seconds of the other graph, measured in the same rounds.
+
+    Raises:
+        ValueError: there is no workload, or the numbers of workloads or rounds differ.
     """
     ratios = [
         sorted(other / max(source, 1e-9) for source, other in zip(*rounds, strict=True))
@@ -88,7 +94,7 @@ def timing_of(source_s: Sequence[Sequence[float]], other_s: Sequence[Sequence[fl
 
 
 def workloads(source: GraphRunner, sampler: Sampler, outputs: Sequence[str]) -> list[Feeds]:
-    """Return the batches of the benchmark that the source runs on."""
+    """Return the batches of the benchmark that the source runs on; empty where it runs on none."""
     found: list[Feeds] = []
     for lengths in _TIMED_LENGTHS:
         feeds, _ = sampler.mixed(lengths[:1] if sampler.signature.fixed_batch else lengths)
@@ -103,7 +109,10 @@ def workloads(source: GraphRunner, sampler: Sampler, outputs: Sequence[str]) -> 
 def difference(
     source: GraphRunner, other: GraphRunner, feeds: Feeds, names: Sequence[str], *, tap: bool = False
 ) -> float:
-    """Return the greatest absolute difference of these outputs. `tap`: request every row's weights."""
+    """Return the greatest absolute difference of these outputs. Raises BuildRefused where a graph does not run.
+
+    `tap`: request every row's weights.
+    """
     if not names:
         return 0.0
     expected, found = (runner.run(feeds, names, tap=tap) for runner in (source, other))
@@ -134,7 +143,7 @@ def compared(other: GraphRunner, baseline: Baseline) -> tuple[float | None, str]
 
 
 def timed(other: GraphRunner, baseline: Baseline) -> Timing:
-    """Measure a graph against the baseline on this machine."""
+    """Measure a graph against the baseline, which has a batch at least, on this machine."""
     seconds = [paired_seconds(baseline.base, other, feeds, baseline.outputs) for feeds in baseline.batches]
     return timing_of([pair[0] for pair in seconds], [pair[1] for pair in seconds])
 

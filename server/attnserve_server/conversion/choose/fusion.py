@@ -87,7 +87,10 @@ def _listed(reasons: Mapping[str, str]) -> tuple[UnfusedSite, ...]:
 
 
 def tried(candidate: Fused, proto: onnx.ModelProto, source: GraphRunner, sampler: Sampler, path: Path) -> FusionReport:
-    """Load one candidate, compare it with its source and time both; report whether it is kept."""
+    """Load one candidate, compare it with its source and time both; report whether it is kept.
+
+    The candidate is written to `path`. One that does not load or answers otherwise is reported with the reason.
+    """
     unfused = _listed(candidate.unfused)
     report = FusionReport(operator=candidate.operator, sites=candidate.sites, kept=False, unfused=unfused)
     if tappable_sites(candidate.proto) < tappable_sites(proto):

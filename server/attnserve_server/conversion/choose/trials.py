@@ -64,7 +64,11 @@ def faster_export(
         fuse: whether to try fused operators in each export.
 
     Returns:
-        The export that is kept (None: the first), its fused graph, and the report of each trial.
+        The export that is kept (None: the first), its fused graph, and the report of each trial. An export that
+        fails is reported with the reason.
+
+    Raises:
+        BuildRefused: the runtime cannot load the first export.
     """
     if not others:
         return None, first, ()
@@ -105,6 +109,9 @@ def fastest(assembled: Assembled, work: Path) -> tuple[tuple[str, ...] | None, t
 
     Returns:
         The optimizers that the manifest disables (None: the server's default), and the report of each trial.
+
+    Raises:
+        BuildRefused: the runtime cannot load the tapped graph.
     """
     outputs = [spec.name for spec in assembled.outputs]
     base = GraphRunner(assembled.model_path)

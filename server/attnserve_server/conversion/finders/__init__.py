@@ -1,6 +1,7 @@
 """Find the attention sites of a graph: the registry of finders, one for each way in which graphs compute attention.
 
-`find_sites` returns the sites by name. Finders only read the graph; rewrite/taps adds the taps.
+A site is one attention computation. `find_sites` returns the sites by name, and none for a graph without attention.
+Finders only read the graph; rewrite/taps adds the taps, the nodes that return a site's weights.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _INNER = {"self", "attn_fn", "sdpa", "core_attention", "softmax", "attend"}
 def site_names(nodes: Sequence[ir.Node]) -> list[str]:
     """Return a name for each node: the path of its module where the exporter stored one, else `attention_<position>`.
 
-    Further nodes with the same path get the suffixes `_1`, `_2`, in order.
+    Further nodes with the same path get the suffixes `_1`, `_2`, in order. Metadata that cannot be read counts as none.
     """
     names: list[str] = []
     for position, node in enumerate(nodes):

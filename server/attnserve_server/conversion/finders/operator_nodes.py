@@ -1,7 +1,7 @@
 """Read the nodes of attention operators: their inputs, heads, widths and masks.
 
-The finders of single operators use it. Where a node has not what a tap needs, functions raise NotTappable, whose
-message is the reason that users get.
+The finders of single operators use it. A tap is the nodes that return a site's weights. Where a node has not what a tap
+needs, functions raise NotTappable, whose message is the reason that users get.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Put sites in the order of a model's layers, as the data flows. The order of nodes in the file does not count.
+"""Put attention sites in the order of a model's layers, as data flows. The order of nodes in the file does not count.
 
 A site comes after every site whose result reaches it. Tools that reorder nodes may put a later layer of one tower
 before an earlier one of another, so that the order of nodes is no order of layers. The rules, the first that decides:
@@ -28,7 +28,7 @@ def in_layer_order(graph: ir.Graph, nodes: Sequence[ir.Node]) -> list[ir.Node]:
 
     Args:
         graph: that holds them, in subgraphs too.
-        nodes: one for each site.
+        nodes: one for each site; with two or more, one that the graph does not hold raises KeyError.
     """
     if len(nodes) < 2:
         return list(nodes)

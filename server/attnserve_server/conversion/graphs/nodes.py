@@ -48,7 +48,7 @@ class NodeBuilder:
         self._count = 0
 
     def has(self, feature: str) -> bool:
-        """Return whether the graph's opset has a feature of `SINCE`."""
+        """Return whether the graph's opset has a feature of `SINCE`. Raises KeyError for any other name."""
         return self.opset >= SINCE[feature]
 
     def op(
@@ -135,7 +135,7 @@ class NodeBuilder:
         return self.number(number, ir.DataType.INT64)
 
     def stored(self, name: str, array: Array) -> ir.Value:
-        """Return the initializer of this name; the first call stores the array under it."""
+        """Return the initializer of this name; the first call stores the array, later ones ignore theirs."""
         if name not in self.graph.initializers:
             tensor = ir.tensor(array, name=name)
             shape = ir.Shape(array.shape)
@@ -170,7 +170,7 @@ class NodeBuilder:
         return self.op("Unsqueeze", [value], shared=shared, axes=axes)
 
     def reduce(self, op_type: str, value: ir.Value, axis: int) -> ir.Value:
-        """Return a ReduceSum, ReduceMax or ReduceMin over one axis, which stays with size 1."""
+        """Return a ReduceSum, ReduceMax or ReduceMin (else KeyError) over one axis, which stays with size 1."""
         if self.has(f"{op_type} with axes as input"):
             return self.op(op_type, [value, self.ints(axis)], keepdims=1)
         return self.op(op_type, [value], axes=(axis,), keepdims=1)

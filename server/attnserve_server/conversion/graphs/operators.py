@@ -1,4 +1,7 @@
-"""The versions and operators of ONNX that are supported, and what changed between opsets."""
+"""The versions and operators of ONNX that are supported, and what changed between opsets.
+
+The functions `refuse_...` raise BuildRefused for a model that is outside of them; the others raise nothing.
+"""
 
 from __future__ import annotations
 

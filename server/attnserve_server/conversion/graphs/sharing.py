@@ -30,6 +30,9 @@ def share_weights(first: Path, second: Path, *, least_bytes: int = LEAST_BYTES) 
 
     Returns:
         The data file, beside the first graph; None if nothing was changed.
+
+    Raises:
+        OSError: a file cannot be read or written.
     """
     protos = [onnx.load(path) for path in (first, second)]
     by_digest = [{_digest(tensor): tensor for tensor in _large(proto)} for proto in protos]

@@ -1,4 +1,8 @@
-"""Makes the batching certificate of a tapped graph: the proof, and the attack on what it does not refute."""
+"""Makes the batching certificate of a tapped graph: the proof, and the attack on what it does not refute.
+
+A certificate states, in a clause for the batch and one for each axis, whether neighbours or padding can change an
+answer. A tapped graph returns attention weights.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +109,7 @@ def refuse_swapped_axes(assembled: Assembled, certificate: Certificate, graph: o
         steps: receives a warning instead if the file names its first axis as a batch.
 
     Raises:
-        BuildRefused: the batch is the second axis.
+        BuildRefused: the batch is the second axis, or the graph does not run.
     """
     batch = certificate.clause(BATCH)
     if batch.status() != Verdict.REFUTED or not any(words in batch.reason for words in _OVER_ROWS):

@@ -61,6 +61,7 @@ def differences(
 
     Raises:
         CheckFailed: the source has another number of sites.
+        IndexError, ValueError: the source's arrays have another number of rows or axes.
     """
     if len(reference.weights) != len(sites):
         raise CheckFailed(
@@ -119,6 +120,7 @@ def check_against_source(
 
     Raises:
         CheckFailed: the model returns the weights of another number of sites.
+        BuildRefused: the tapped graph does not run.
     """
     tapped = GraphRunner(assembled.model_path)
     longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))
@@ -159,6 +161,7 @@ def check_against_itself(
 
     Raises:
         CheckFailed: a difference is not finite.
+        BuildRefused: a graph does not run.
     """
     longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))
     lengths = tuple(min(length, longest) for length in CHECK_LENGTHS[-rows:])

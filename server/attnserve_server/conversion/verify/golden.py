@@ -60,6 +60,10 @@ def with_golden(
         steps: receives a warning where the graph does not run on such sequences; the bundle has no golden answers then.
         batching: the policy by which the sequences share a batch, or not.
         continuing: the graph of sequences with a past, which get golden answers too; None: there is none.
+
+    Raises:
+        LoadFailed: the runtime cannot load the graph of sequences with a past.
+        RunFailed: that graph does not run.
     """
     arrays = len(GOLDEN_LENGTHS) * (len(manifest.outputs) + len(manifest.sites))
     output_tolerance, weight_tolerance = TOLERANCES[manifest.precision]

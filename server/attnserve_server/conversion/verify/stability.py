@@ -49,6 +49,9 @@ def instability(assembled: Assembled, max_lengths: Mapping[str, int]) -> str:
 
     Returns:
         A warning; empty where the outputs differ by at most a step of 8 bits, or the file has no constant quantizers.
+
+    Raises:
+        BuildRefused: the source does not run.
     """
     path = assembled.source.path
     if assembled.precision != "int8" or not quantizes_statically(onnx.load(path)):
