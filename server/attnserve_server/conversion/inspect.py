@@ -1,6 +1,6 @@
 """Describe a bundle or an ONNX file: inputs, outputs, axes, attention sites and the batching certificate. Runs nothing.
 
-A bundle is the folder of one converted model. Its certificate states what a batch and padding may change.
+A bundle is the folder of one converted model. Its certificate states whether a batch or padding can change an answer.
 `inspect_model` raises BuildRefused or BundleInvalid for a path that holds neither.
 """
 
@@ -44,7 +44,7 @@ class TensorDescription(BaseModel):
 
 
 class AxisDescription(BaseModel):
-    """One axis of a bundle.
+    """One axis of a bundle. `paddable`: whether the server pads along it under its default policy, "proved".
 
     `how` describes a fixed axis, one that follows from others, and a patch grid; it is empty otherwise. `bound`: where
     the greatest length comes from; empty where the bundle does not state it.
@@ -61,6 +61,7 @@ class AxisDescription(BaseModel):
 class SiteDescription(BaseModel):
     """One site. Axes are empty and heads are 0 where an ONNX file does not name them.
 
+    `available`: whether the site can give its weights; if not, `unavailable_reason` states why.
     `band`: the kind of band in which a bundle's windowed site gives its weights, with `band_width` columns; else empty.
     """
 
@@ -82,7 +83,10 @@ class SiteDescription(BaseModel):
 
 
 class ClauseDescription(BaseModel):
-    """One clause of a certificate, for the batch or for one axis. `under`: whether each policy allows batching."""
+    """One clause of a certificate, for the batch or for one axis. `under`: whether each policy allows batching.
+
+    `finite_mask`: whether the clause is unknown only because a mask adds a finite number to scores without a bound.
+    """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
     axis: str

@@ -77,7 +77,7 @@ class Options:
 class Conversion:
     """The state of one conversion. Each step reads what earlier steps found, and adds its own results.
 
-    Attributes of optional steps have defaults. The others are set by the step that is named beside them.
+    Attributes of optional steps have defaults; the step named beside each other one sets it. Steps raise BuildRefused.
     """
 
     assembled: Assembled  # assemble

@@ -1,4 +1,7 @@
-"""The request and the result of a check, and the findings on a certificate and on the quality of a precision."""
+"""The request and the result of a check, and the findings on a certificate and on the quality of a precision.
+
+A check compares a bundle, the folder of a converted model, with what it states. Nothing here runs a graph.
+"""
 
 from __future__ import annotations
 
@@ -92,6 +95,9 @@ def clause_findings(stored: Certificate | None, fresh: Certificate) -> Iterator[
     Args:
         stored: the bundle's certificate; None if it has none, or if it is about to be replaced.
         fresh: made from the bundle's graph.
+
+    Raises:
+        KeyError: `stored` has no clause for an axis of `fresh`.
     """
     for clause in fresh.clauses:
         before = clause if stored is None else stored.clause(clause.axis)

@@ -1,4 +1,8 @@
-"""Repeat the check of a bundle: files, golden answers, certificate, weights, and optionally its source's answers."""
+"""Repeat the check of a bundle: files, golden answers, certificate, weights, and optionally its source's answers.
+
+A bundle is the folder of a converted model. Its golden answers are those that the conversion recorded, and its
+certificate states whether a batch or padding can change an answer.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ def check_bundle(request: CheckRequest, steps: Steps | None = None) -> BundleChe
         steps: shows progress and warnings; None: silent.
 
     Raises:
-        BuildRefused: the folder has no manifest, or the source cannot be read.
+        BuildRefused: the folder has no manifest, or the graph or the source cannot be read or run.
         BundleInvalid: the manifest is broken, or the new version cannot be written.
     """
     steps = steps or Steps.silent()

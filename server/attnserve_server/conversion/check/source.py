@@ -1,4 +1,8 @@
-"""Compare a bundle with its source on the same sequences: by tolerance, or in int8 by quality."""
+"""Compare a bundle with its source on the same sequences: by tolerance, or in int8 by quality.
+
+A bundle is the folder of a converted model. A source that differs is a failed finding; one that cannot be read raises
+BuildRefused.
+"""
 
 from __future__ import annotations
 

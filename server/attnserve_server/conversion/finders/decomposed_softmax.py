@@ -7,7 +7,8 @@
     Exp(scores) / ReduceSum(Exp(scores))              as Div, or as Mul by the Reciprocal; masked or guarded from 0;
                                                       Exp may be a polynomial times a power of two
 
-Whether a softmax is one of attention is decided in decomposed.py.
+Whether a softmax is one of attention is decided in decomposed.py. Nothing here raises; a softmax over several axes at
+once is yielded with the reason in `refused`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Softmax:
         node: the last of its nodes.
         spelling: its operators, for the name of a site's form.
         scores: what softmax is taken of.
-        axis: the axis it runs over, counted from the end.
+        axis: the axis it runs over, counted from the end; None: not known.
         refused: why no tap can read its weights; empty where one can.
     """
 

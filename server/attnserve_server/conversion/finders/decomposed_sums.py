@@ -3,6 +3,9 @@
 Scores may be f(q_i + k_j) instead of q_i . k_j (Bahdanau et al. 2015, "Neural Machine Translation by Jointly Learning
 to Align and Translate"; Veličković et al. 2018, "Graph Attention Networks"). A MatMul may be written as Mul and
 ReduceSum. Weights that are multiplied with the values like that are found, but not tapped.
+
+`activations` are the values that depend on the numbers of the graph's inputs. Axes count from the end; None is an axis
+whose place is not known. Nothing here raises.
 """
 
 from __future__ import annotations

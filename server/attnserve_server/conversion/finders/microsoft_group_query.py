@@ -8,8 +8,8 @@ softcap.
 The runtime has two kernels: one runs nodes that return present keys and values and have no softcap, the other runs the
 rest (findings/group_query_connected_present.sh). They differ only for a query without a visible key. Such a query has
 biases that are all the lowest float32 or below: one kernel gives 0, the other the mean of some values or NaN. Under a
-window, queries behind `seqlens_k` are others. A tap gives such rows weights of 0. `q_norm_weight` and quantized caches
-run on other providers only.
+window, queries behind `seqlens_k` are others. A tap, the nodes that return the weights, gives such rows weights of 0.
+`q_norm_weight` and quantized caches run on other providers only.
 
 A tap gives the weights under a window as a whole map with zeros outside, because windows of language models are wider
 than most texts, and a band of that width would be larger than the map.

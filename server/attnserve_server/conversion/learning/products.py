@@ -124,6 +124,9 @@ def arranged(array: Array, axes: WeightAxes, batch: int) -> Array:
         array: with `axes`, or broadcast to them.
         axes: the factors of each axis.
         batch: B.
+
+    Raises:
+        ValueError: the array has another number of axes, or sizes that the factors do not divide.
     """
     sizes: list[int] = []
     for factors, size in zip(axes, array.shape, strict=True):

@@ -122,7 +122,7 @@ def factors_of(reach: Array, weights: Sequence[Array]) -> npt.NDArray[np.float32
 
     Args:
         reach: the greatest |x| of each channel, (K,).
-        weights: of every MatMul that takes x, (K, N) each.
+        weights: of every MatMul that takes x, (K, N) each; at least one.
     """
     covered = np.maximum(HEADROOM * reach.astype(np.float64), _LEAST)
     heaviest = np.maximum(np.maximum.reduce([np.abs(own).max(axis=1) for own in weights]), _LEAST)

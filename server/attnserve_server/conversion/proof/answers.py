@@ -210,7 +210,7 @@ class Answers:
 
 
 def compare(equality: Equality, found: Answer, reference: Answer) -> Difference:
-    """Return the greatest difference of an answer in a batch from the answer alone."""
+    """Return the greatest difference of an answer in a batch from the answer alone, whose outputs both must have."""
     worst = Difference(0.0)
     for name, array in reference.items():
         error = equality.error(name, found[name], array)

@@ -1,6 +1,7 @@
 """The attack on a certificate: runs that try to change a sequence's answer by padding it, or by its batch neighbours.
 
 A clause states whether the batch, or padding along one axis, can change an answer. A probe is one batch to try.
+
 `probes` lists the batches that are tried, `contents` the contents of their sequences. Each row of a batch is
 compared with its own answer alone, outputs and weights, by the rule of equality. A difference is attributed to padding
 where the sequence, padded alone, differs too, and otherwise to its neighbours. Sequences that the server would not pad,

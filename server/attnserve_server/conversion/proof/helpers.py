@@ -1,4 +1,4 @@
-"""Helpers that the rules share: read a node's inputs and attributes, and combine values.
+"""Helpers that the rules of the proof share: read a node's inputs and attributes, and combine values.
 
 Helpers that need a fact that is not known raise `NotFollowed` with the reason.
 """

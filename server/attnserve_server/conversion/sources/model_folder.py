@@ -1,6 +1,7 @@
 """A Hugging Face model folder, or one inside an installed package: where it is, and what its files state.
 
-Reading fails without a folder, a config.json or a model.safetensors, and for weights of another digest than expected.
+Reading raises BuildRefused without a folder, a config.json or a model.safetensors, and for weights of another digest
+than expected. Other files may be missing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A sentence-transformers folder: the modules behind its transformer, its prompts and its activation, from its files.
 
-The files are those that sentence-transformers 2 to 5.7 write. Reading fails for a module other than pooling, dense
-layers and normalisation, because an embedding without it would be another one.
+The files are those that sentence-transformers 2 to 5.7 write. A module other than pooling, dense layers and
+normalisation raises BuildRefused, because an embedding without it would be another one.
 """
 
 from __future__ import annotations

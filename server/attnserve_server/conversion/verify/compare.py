@@ -121,6 +121,7 @@ def check_against_source(
     Raises:
         CheckFailed: the model returns the weights of another number of sites.
         BuildRefused: the tapped graph does not run.
+        IndexError, ValueError: as `differences`.
     """
     tapped = GraphRunner(assembled.model_path)
     longest = min(max_lengths.values(), default=max(CHECK_LENGTHS))

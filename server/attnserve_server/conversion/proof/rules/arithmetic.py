@@ -1,6 +1,7 @@
 """Exact arithmetic of sizes and positions, which elementwise operators try first. Other numbers have intervals only.
 
 The functions return None where no operand holds sizes or positions. The caller then computes intervals.
+
 The proof compares a sequence alone with the same sequence in a batch (or padded); a varying axis differs in length
 between the two, and `NotFollowed` becomes the verdict unknown.
 """

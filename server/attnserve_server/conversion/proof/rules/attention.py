@@ -3,6 +3,7 @@
 Windows hide more keys than the rule counts as hidden, which leaves its verdicts right, because a row without a key is
 zeros for any keys behind it. The rule raises `NotFollowed` for a causal mask behind a past of unknown length, and
 for a mask of unknown type.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

@@ -1,6 +1,7 @@
 """The rules of Where and Cast. Sizes, positions and masks pass through them.
 
 A cast to a type that is not known raises `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

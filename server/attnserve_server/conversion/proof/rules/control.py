@@ -2,6 +2,7 @@
 
 A state that is carried over padded positions, or over rows of the batch, makes the result different. A loop whose
 states find no bound raises `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

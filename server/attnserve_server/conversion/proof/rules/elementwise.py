@@ -1,6 +1,7 @@
 """The rules of elementwise operators, from Abs to Xor, with Clip, Dropout and BatchNormalization.
 
 Operands whose axes are not known to agree raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

@@ -1,6 +1,7 @@
 """The rules of embeddings with their normalization, and of rotary positions.
 
 Angles along an axis that the rotated tensor does not have raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

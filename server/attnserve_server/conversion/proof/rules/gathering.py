@@ -3,6 +3,7 @@
 Along a plain axis, equal indices give equal elements. Along the varying axis, an index must be known to point at the
 sequence's own positions. An index that points at others makes the result different, an index of unknown places
 unknown. Indices of sizes that are not constant, and axes that are not known, raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

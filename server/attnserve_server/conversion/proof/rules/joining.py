@@ -2,6 +2,7 @@
 
 A part behind the varying one makes the sequence's own positions move, which raises `Mixed`. Parts of unequal shapes
 raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

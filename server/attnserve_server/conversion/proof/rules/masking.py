@@ -2,6 +2,7 @@
 
 The functions return None for comparisons that make no mask. The caller then computes intervals. Operands whose axes are
 not known to agree raise `NotFollowed`.
+
 The proof compares a sequence alone with the same sequence in a batch (or padded); a varying axis differs in length
 between the two, and `NotFollowed` becomes the verdict unknown.
 """

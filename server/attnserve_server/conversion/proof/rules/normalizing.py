@@ -1,6 +1,7 @@
 """The rules of Softmax and of normalizations. A normalization over a varying axis makes the result different.
 
 An operand that is left out, or whose axes are not known to agree with the others', raises `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

@@ -2,6 +2,7 @@
 
 They are composed of the same parts as standard attention (`scores`). Packed inputs, a past of keys and values, and
 masks of start and end positions raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

@@ -2,6 +2,7 @@
 
 Copies at the end of the varying axis make the result different. A merged axis, or an unknown amount, raises
 `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

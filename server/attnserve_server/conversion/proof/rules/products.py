@@ -2,6 +2,7 @@
 
 A sum over a varying axis is equal only if padded elements are 0 in one operand and finite in the other. Otherwise it is
 different, or unknown where NaN may occur. Shapes that are not known to agree raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

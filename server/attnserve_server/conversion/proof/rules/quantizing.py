@@ -2,6 +2,7 @@
 
 A scale of a whole varying value makes the result different. Scales of blocks, and transposed integer products, raise
 `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

@@ -3,6 +3,7 @@
 Each position depends on itself, on earlier ones, and on the state before the first. Padding is behind the sequence's
 own positions, so that only the state after the last position depends on it. A folded axis of positions, and positions
 behind the padding, raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

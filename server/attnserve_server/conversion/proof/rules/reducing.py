@@ -1,6 +1,7 @@
 """The rules of reductions and running sums. Padded elements must be neutral, or the result is different.
 
 Axes that are computed raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

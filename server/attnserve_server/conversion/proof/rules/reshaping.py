@@ -1,6 +1,7 @@
 """The rules of operators that change only the shape or the order of axes: Reshape, Transpose, Squeeze, Unsqueeze.
 
 A reshape that splits the varying axis, and shapes or axes that are not known, raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

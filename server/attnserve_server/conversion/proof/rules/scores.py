@@ -3,6 +3,7 @@
 The rules decompose each attention operator into the MatMul and Softmax of its definition, so that decomposed attention
 and operators have the same rules. Onnxruntime's kernels give zeros, or finite numbers, in a row that a mask
 empties, so the results hold no NaN. Unknown head sizes and ranks raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

@@ -2,6 +2,7 @@
 
 The result is equal only if padded elements cannot be selected. A number of elements that depends on the content is
 unknown.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

@@ -1,6 +1,7 @@
 """The rules of operators that make shapes, and tensors from shapes, such as Shape, Range, Expand, Tile and Trilu.
 
 Ranges, triangles and fillings whose length cannot be represented raise `NotFollowed` or are unknown.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

@@ -2,6 +2,7 @@
 
 Of the varying axis, a slice may keep its first positions. A slice counted from the end makes the result different.
 Places that are not known raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

@@ -2,6 +2,7 @@
 
 At a sequence's end a window reads what is behind it. The result is equal only if the window does not reach there, or
 padding is neutral. Windows of unknown width raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

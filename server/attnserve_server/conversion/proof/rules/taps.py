@@ -1,6 +1,7 @@
-"""Rows of the batch that a tap selects. The taps' inputs list them.
+"""Rows of the batch that a tap selects, as its input lists them. A tap is the nodes that return attention weights.
 
 Index arithmetic that taps do not use returns None, or `unknown` for rows of a tensor without the batch.
+
 The proof compares a sequence alone with the same sequence in a batch (or padded); a varying axis differs in length
 between the two, and `NotFollowed` becomes the verdict unknown.
 """

@@ -2,6 +2,7 @@
 
 Along the varying axis, places must be known to be the sequence's own. Tuples of unknown length, and forms that no
 exporter writes, raise `NotFollowed`.
+
 In the proof, a varying axis differs in length between a sequence alone and in a batch (or padded); a rule returns
 whether its result is equal in both. `NotFollowed` becomes the verdict unknown.
 """

@@ -1,7 +1,7 @@
 """Replace decomposed sites by fused operators in a graph, and split heads by packed ones.
 
 All masks of a site become one bias, which fused operators add to the scores. Every site must be one that `plain_sites`
-or `packable_sites` found in the same graph, and for `multi_head` a packed one; other sites fail assertions.
+or `packable_sites` found in the same graph, and for `multi_head` a packed one. Nothing is refused here.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ items (n,) -+-> Gather(phi(Q)) -+-> MatMul -> (n, H, L, S) -> / sum over keys ->
 
 items (n,) ---> Gather(Q, K, decay, beta) -+-> LinearAttention -> (n, L, H * S) -> weights (n, H, L, S)
                           unit vectors ----+
+
 A tap is the nodes that return a site's attention weights for the rows of the batch that its input `items` selects.
 """
 

@@ -1,4 +1,4 @@
-"""Write the int8 quantizers that taps read as uint8 quantizers with the same numbers.
+"""Write the int8 quantizers that taps (nodes that return weights) read as uint8 quantizers with the same numbers.
 
     QuantizeLinear(x, scale, int8 z) -> DequantizeLinear(., scale, int8 z)
     QuantizeLinear(x, scale, uint8 z + 128) -> DequantizeLinear(., scale, uint8 z + 128)

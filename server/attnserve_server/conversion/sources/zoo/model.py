@@ -1,4 +1,8 @@
-"""Build a seeded model of the zoo by its name, trace it to ONNX, and answer with its weights by definition."""
+"""Build a seeded model of the zoo by its name, trace it to ONNX, and answer with its weights by definition.
+
+The zoo is a set of small models that are generated from a seed. `zoo_model` raises BuildRefused for an unknown name,
+size or option.
+"""
 
 from __future__ import annotations
 
