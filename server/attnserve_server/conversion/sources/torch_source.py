@@ -1,6 +1,6 @@
 """Torch models as sources: a Hugging Face folder, one inside a package, or a model of the zoo, exported to ONNX.
 
-The zoo is a set of small models that are generated from a seed. Torch is imported when a model is loaded, so that a
+The zoo is a set of models that are generated from a seed. Torch is imported when a model is loaded, so that a
 conversion of an ONNX file does not wait for it. A model that cannot be loaded or exported raises BuildRefused.
 """
 

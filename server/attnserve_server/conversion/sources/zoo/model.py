@@ -1,6 +1,6 @@
 """Build a seeded model of the zoo by its name, trace it to ONNX, and answer with its weights by definition.
 
-The zoo is a set of small models that are generated from a seed. `zoo_model` raises BuildRefused for an unknown name,
+The zoo is a set of models that are generated from a seed. `zoo_model` raises BuildRefused for an unknown name,
 size or option.
 """
 

@@ -1,6 +1,6 @@
 """Parts that the zoo's models share: sizes, embeddings, layers around any attention, an encoder, seeded weights.
 
-The zoo is a set of small models that are generated from a seed. Sizes that do not fit, such as a width that is no
+The zoo is a set of models that are generated from a seed. Sizes that do not fit, such as a width that is no
 multiple of the heads, fail in torch; `zoo_model` refuses them before.
 """
 
