@@ -1,4 +1,4 @@
-"""The attnserve server. ARCHITECTURE.md draws its rooms and their order."""
+"""The attnserve server of ONNX models, over gRPC. ARCHITECTURE.md draws its packages, called rooms, and their order."""
 
 import os
 

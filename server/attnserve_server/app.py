@@ -1,4 +1,4 @@
-"""The composition root: builds the objects of all rooms, loads the models, and starts, drains and stops the server.
+"""The composition root: builds the objects of all packages, loads models, and starts, drains and stops the server.
 
 The input is the settings. It fails to start without a loadable model, without a required execution provider, or if a
 port is taken; after the start, only an internal error ends it.

@@ -1,4 +1,7 @@
-"""Loading: choose the bundles that the settings name, open one, and derive each room's values from the settings."""
+"""Loading: choose the bundles that the settings name, open one, and derive each package's values from the settings.
+
+A bundle is the folder of one converted model. A missing or broken one raises an AttnserveError that states the reason.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The answer to a selection: the maps of one sequence, made from its raw weights, and the predicted size of the maps.
 
 The steps follow the order that the contract states: heads, layers, words, special tokens, rows, features or links,
-dtype.
+dtype. A map is the weights of one attention site, or of several joined ones, (heads, queries, keys). A selection that
+`resolve` and `check_units` have accepted does not fail here.
 """
 
 from __future__ import annotations

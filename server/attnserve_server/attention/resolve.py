@@ -1,4 +1,7 @@
-"""Resolves a selection: check it against a model's sites, make indices non-negative, and fill in defaults."""
+"""Resolves a selection: check it against a model's sites, make indices non-negative, and fill in defaults.
+
+A site is a place where the model computes attention. An invalid field, and a site without weights, are errors.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """`attnserve-server serve` and `healthcheck`: run a server, and check whether a running one is ready.
 
-The flags of `serve` are generated from the settings, one for each, so that the two cannot differ.
+The flags of `serve` are generated from the settings, one for each, so that the two cannot differ. An invalid
+setting and a failed start end `serve` with one sentence and exit code 2.
 """
 
 from __future__ import annotations

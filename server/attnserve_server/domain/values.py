@@ -1,4 +1,7 @@
-"""The frozen values that cross rooms: what attention is selected, a sequence ready to run, and its result."""
+"""The frozen values that packages exchange: what attention is selected, a sequence ready to run, and its result.
+
+No class checks its fields: the code that makes a value does.
+"""
 
 from __future__ import annotations
 
@@ -138,8 +141,8 @@ class EffectiveSelection:
 class LabelSelection:
     """A selection of labels, resolved against the head of a model.
 
-    `min_score`: None keeps all labels. `words`: whether units and answers are words. `texts`: the caller's text and its
-    pair, from which answers are cut; empty if the sequence is not text.
+    `min_score`: None keeps all labels. `words`: whether units and answers are words; False: tokens. `texts`: the
+    caller's text and its pair, from which answers are cut; empty if the sequence is not text.
     """
 
     top_k: int
@@ -259,6 +262,7 @@ class AttentionMap:
     """One map of the answer: `content` is (heads, queries, keys) in the selection's dtype, or links, or features.
 
     With `band_keys`, int32 (queries, W), `content` is (heads, queries, W): the key unit of each column, -1 for none.
+    `layer` is -1 for joined sites. Empty indices mean all units of the axis, in order.
     """
 
     sites: tuple[str, ...]
@@ -284,7 +288,11 @@ class AttentionAnswer:
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """How a sequence was run."""
+    """How a sequence was run.
+
+    `batch_size`: sequences of the run. `useful_tokens`: their positions that carry data. `computed_tokens`: all
+    positions of the run, padding included. `compute_s`: seconds of the run. `instance`: index of its thread.
+    """
 
     batch_size: int
     useful_tokens: int

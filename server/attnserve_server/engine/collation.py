@@ -74,6 +74,7 @@ def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> Collat
 
     Raises:
         ValueError: lengths differ along an axis that is not padded, or a tensor contradicts its sequence's lengths.
+        KeyError: a sequence lacks an input of the manifest.
     """
     unpadded = any(sequence.unpadded for sequence in sequences)
     greatest = _greatest_lengths(sequences, manifest, unpadded=unpadded)

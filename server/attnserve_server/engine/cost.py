@@ -5,7 +5,8 @@ A run of B sequences, each padded to T positions (summed over the axes), takes
     run_s + B (sequence_s + token_s T + pair_s T^2)
 
 seconds: the launch, then for each row a constant, its positions, and its pairs of positions, which attention computes.
-No coefficient is negative. The model is of one instance; `scheduling.speed` measures how instances share a machine.
+No coefficient is negative. The model is of one instance; `scheduling.admission.Speed` measures how instances share a
+machine. The inputs are timed runs and a checked manifest, with which nothing here fails.
 """
 
 from __future__ import annotations

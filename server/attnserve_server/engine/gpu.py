@@ -8,6 +8,8 @@ CUDA graphs: a small run spends most of its time on launching kernels one by one
 third to a half of that time (H200, MiniLM, 1 x 32 and 8 x 32 tokens). The price: each run is padded to a recorded
 shape, and a session that records runs one batch at a time. They reduce latency on a mostly idle device, and are off by
 default. Only runs without attention are recorded; all others run normally, one at a time.
+
+Exceptions of the runtime pass unchanged; `session` replaces them by its own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Labels of one sequence from the outputs of its model's head: activation, greatest scores, and spans in the text.
 
 Scores are computed in float64 from the sequence's own cropped outputs, so that no other row of the batch takes part.
+The manifest must have a head, and the sequence a selection of labels; validation has checked both.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def axis_of(head: HeadSpec, manifest: Manifest) -> str:
 
 
 def masked_positions(tensors: Mapping[str, Array], axis: str, manifest: Manifest) -> list[int]:
-    """Return the positions along an axis that hold the head's mask token."""
+    """Return the positions along an axis that hold the head's mask token; none without a head or token ids."""
     ids, head = manifest.input_of_role(InputRole.TOKEN_IDS, axis), manifest.head
     if ids is None or head is None:
         return []

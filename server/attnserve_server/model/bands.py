@@ -1,4 +1,8 @@
-"""Bands: the keys of the columns of a windowed site's weights, in closed form. `attention.bands` evaluates them."""
+"""Bands: which key each column of a windowed site's weights has. `attention.bands` computes the keys.
+
+Each query of a windowed site has few keys, so its weights have W columns in place of one for each key. An invalid band
+raises pydantic's ValidationError.
+"""
 
 from __future__ import annotations
 

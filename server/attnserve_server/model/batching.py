@@ -1,6 +1,7 @@
 """Texts about batching for GetModel, reports and warnings: what a certificate permits under a policy, and why.
 
-The rules themselves are in `certificate`.
+A certificate has a verdict for the batch and each axis: whether batch neighbours or padding can change an answer. The
+rules themselves are in `certificate`.
 """
 
 from __future__ import annotations

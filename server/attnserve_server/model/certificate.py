@@ -104,8 +104,7 @@ class MaskNeed(Frozen):
     Args:
         input: name of the input.
         need: `some`: at least one position is visible. `all`: every position is, because a causal mask or a window
-        could
-            otherwise leave a query without a key.
+            could otherwise leave a query without a key.
         allowed_value: the value of all visible positions; None: any.
     """
 

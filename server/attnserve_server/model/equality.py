@@ -49,6 +49,9 @@ class Equality:
         Args:
             name: of an output, or of weights: `attention.` and the site's name.
             reference: the values of the sequence alone, of any shape.
+
+        Raises:
+            KeyError: the precision is none of `FLOORS`.
         """
         output, weight = FLOORS[self.precision]
         noise = self.noise.get(name, 0.0)
@@ -116,6 +119,9 @@ def greatest_difference(served: Mapping[str, Array], alone: Mapping[str, Array],
         served: values from its batch, by name.
         alone: values of the sequence alone, by the same names: the reference.
         equality: the tolerances.
+
+    Raises:
+        KeyError: `alone` lacks a name of `served`.
     """
     errors = ((equality.error(name, served[name], alone[name]), name) for name in served)
     error, name = max(errors, default=(0.0, ""))

@@ -1,4 +1,7 @@
-"""Formulas of lengths: sums, products and quotients of axis symbols and whole numbers, parsed from text."""
+"""Formulas of lengths: sums, products and quotients of axis symbols and whole numbers, parsed from text.
+
+A text that is no formula, and a quotient with a remainder, raise `FormulaInvalid`.
+"""
 
 from __future__ import annotations
 
@@ -85,6 +88,7 @@ class Formula:
 
         Raises:
             FormulaInvalid: a quotient has a remainder, or divides by 0.
+            KeyError: `lengths` lacks a symbol.
         """
         return self.fold(lambda leaf: leaf if isinstance(leaf, int) else lengths[leaf], self._applied)
 
@@ -124,7 +128,7 @@ class Formula:
 
 @lru_cache(maxsize=1024)
 def parsed(text: str) -> Formula:
-    """Return the formula of a text that is known to be one, each parsed once."""
+    """Return the formula of a text, each parsed once. Raise FormulaInvalid if it is none."""
     return Formula.parse(text)
 
 

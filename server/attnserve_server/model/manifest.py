@@ -1,7 +1,7 @@
 """The manifest: everything that a bundle states about its model and its attention sites, with checks that it agrees.
 
 Its other parts are in `specs`, `report` and `certificate`; other rooms import them from here. The repository reads and
-writes the file.
+writes the file. A manifest whose parts contradict each other raises pydantic's ValidationError.
 """
 
 from __future__ import annotations

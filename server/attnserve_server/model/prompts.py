@@ -16,6 +16,9 @@ def without_prompt(units: AxisUnits, prompt: str) -> AxisUnits:
     Args:
         units: of prompt and text, tokenized as one text, and of its pair.
         prompt: the text before the first text.
+
+    Raises:
+        ValueError: the units have special tokens, and no segments or spans.
     """
     cut = len(prompt)
     of_text = tuple(

@@ -1,4 +1,7 @@
-"""Parts of a manifest that record its conversion: the source, the final check, and each optional step."""
+"""Parts of a manifest that record its conversion: the source, the final check, and each optional step.
+
+An unknown field, and an error or a time that is not finite, raise pydantic's ValidationError.
+"""
 
 from __future__ import annotations
 
@@ -194,9 +197,22 @@ class GoldenSpec(Frozen):
 
 
 class CheckReport(Frozen):
-    """Result of the check at the end of a conversion, against the reference named in `against`.
+    """Result of the check at the end of a conversion.
 
-    `padding_max_abs_error` is in bundles of format 1 only; the certificate replaces it.
+    Args:
+        against: the reference, in words.
+        lengths: of the sequences that were run.
+        output_max_abs_error: greatest difference of the outputs.
+        output_tolerance: maximum of it.
+        weight_max_abs_error: greatest difference of the weights or, if the reference has none, of weights @ value.
+        weight_tolerance: maximum of it.
+        row_sum_max_abs_error: greatest distance from 1 of the sum of a row of weights.
+        padding_max_abs_error: in bundles of format 1 only; the certificate replaces it.
+        tapped_over_source_time: run time with taps divided by that of the source; None: not measured.
+        fusion: the rewriting of sites to fused operators; None: nothing to report.
+        trials: changes that were tried for speed.
+        requantize: the rewriting of dynamic quantizers; None: not requested.
+        quality: cost and gain of a reduced precision; None: not measured.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)

@@ -1,4 +1,7 @@
-"""Prepares a tokenizer for serving: no text becomes a special token, and padding and truncation are as configured."""
+"""Prepares a tokenizer for serving: no text becomes a special token, and padding and truncation are as configured.
+
+A tokenizer that cannot truncate texts as its file declares raises TokenizerInvalid.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def spelling(tokenizer: Tokenizer, token: str) -> Tokenizer:
 
     Args:
         tokenizer: from a file.
-        token: of the tokenizer, such as `[MASK]`.
+        token: such as `[MASK]`; one that the tokenizer does not have changes nothing.
     """
     state = json.loads(tokenizer.to_str())
     for added in state["added_tokens"]:

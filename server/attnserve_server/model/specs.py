@@ -1,6 +1,7 @@
 """Parts of a manifest that describe the graph: inputs, outputs, axes and text.
 
-Each part checks its own fields. The manifest checks that the parts agree.
+Each part checks its own fields. The manifest checks that the parts agree. An invalid one raises pydantic's
+ValidationError.
 """
 
 from __future__ import annotations
@@ -43,8 +44,7 @@ class IndexRange(Frozen):
         greatest: the greatest number.
         column: index along the input's last axis; None: the range is for every element.
         along: symbol of an axis whose positions are indexed. `least` is then relative to minus its length and
-        `greatest`
-            to its length: 0 and -1 mean from the first position, counted from the end, to the last.
+            `greatest` to its length: 0 and -1 mean from the first position, counted from the end, to the last.
     """
 
     least: int
@@ -191,13 +191,11 @@ class AxisSpec(Frozen):
         max_length: maximum number of positions.
         paddable: whether sequences may be padded along it, under the policy that the manifest is for.
         fixed: whether the graph always has `max_length` positions (of patches, of latent queries, of an input whose
-        length
-            was fixed at export). Only sites name such an axis; inputs and outputs do not.
+            length was fixed at export). Only sites name such an axis; inputs and outputs do not.
         grid: rows and columns of the patches of a fixed axis, row by row; None: it has no patches.
         leading: positions before the patches, such as that of a class token.
-        derived: relation to another axis that its length follows, such as pooled keys. Inputs do not name such an axis,
-        and
-            its positions do not count as tokens; those of its source do.
+        derived: relation to another axis that its length follows, such as pooled keys. Inputs do not name such an
+            axis, and its positions do not count as tokens; those of its source do.
         formula: sum or product of other axes, such as `past + seq`, that its length equals in every sequence; empty:
             none. Inputs may name such an axis. Its positions do not count as tokens.
         bound: where `max_length` comes from, for people; empty: not stated.
@@ -287,8 +285,7 @@ class TextSpec(Frozen):
         pair_max_tokens: maximum number of tokens along `pair_axis`.
         pair_start: id of the token before a second text with its own axis; None: no such token.
         as_written: the axes along which the tokenizer pads and truncates as its file declares, because no mask hides
-        padding
-            there; along the others it does neither. None: not stated; see `Manifest.text_as_written`.
+            padding there; along the others it does neither. None: not stated; see `Manifest.text_as_written`.
         mask_token: the token that a text spells for a masked position; empty: text never becomes a special token.
         prompts: texts that a request can put before the first text, by name.
         default_prompt: name of the prompt of a request that names none; empty: no prompt.

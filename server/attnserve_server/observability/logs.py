@@ -21,6 +21,9 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
     Args:
         level: `debug`, `info`, `warning` or `error`.
         stream: where to write; None: standard error.
+
+    Raises:
+        KeyError: `level` is none of these.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

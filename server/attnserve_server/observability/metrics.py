@@ -226,15 +226,15 @@ class ModelMetrics:
         self._padded_tokens.inc(computed)
 
     def attention_bytes(self, form: str) -> Counter:
-        """Return the counter of bytes of attention sent, for one form."""
+        """Return the counter of bytes of attention sent, for one form. Raise KeyError for an unknown one."""
         return self._attention_bytes[form]
 
     def dropped(self, reason: str) -> Counter:
-        """Return the counter of dropped sequences, for one reason."""
+        """Return the counter of dropped sequences, for one reason. Raise KeyError for an unknown one."""
         return self._dropped[reason]
 
     def checked(self, outcome: str) -> Counter:
-        """Return the counter of answers selected for a repeat, for one of `CHECK_OUTCOMES`."""
+        """Return the counter of answers selected for a repeat, for one of `CHECK_OUTCOMES`; else raise KeyError."""
         return self._checked[outcome]
 
     def ended(self, code: str) -> None:
@@ -287,15 +287,15 @@ class Metrics:
         return ModelMetrics(self, model, version)
 
     def counter(self, spec: MetricSpec) -> Counter:
-        """Return the counter of `spec`."""
+        """Return the counter of `spec`. Raise TypeError if it is another kind of metric."""
         return self._get(spec, Counter)
 
     def gauge(self, spec: MetricSpec) -> Gauge:
-        """Return the gauge of `spec`."""
+        """Return the gauge of `spec`. Raise TypeError if it is another kind of metric."""
         return self._get(spec, Gauge)
 
     def histogram(self, spec: MetricSpec) -> Histogram:
-        """Return the histogram of `spec`."""
+        """Return the histogram of `spec`. Raise TypeError if it is another kind of metric."""
         return self._get(spec, Histogram)
 
     def _get(self, spec: MetricSpec, kind: type[MetricT]) -> MetricT:

@@ -54,7 +54,11 @@ def why_not_ready(host: str, port: int, timeout_s: float = DEFAULT_TIMEOUT_S) ->
 
 
 def main() -> int:
-    """Check the server at the address in its own variables. Return the exit code: 0 if it is ready, 1 if not."""
+    """Check the server at the address in its own variables. Return the exit code: 0 if it is ready, 1 if not.
+
+    Raises:
+        ValueError: the variable of the port is no integer.
+    """
     reason = why_not_ready(
         os.environ.get(HOST_VARIABLE, DEFAULT_HOST), int(os.environ.get(PORT_VARIABLE, DEFAULT_PORT))
     )

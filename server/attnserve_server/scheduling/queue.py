@@ -3,6 +3,8 @@
 RECEIVED -> ADMITTED -> RUNNING -> ANSWERED
    |            |          |
    +------------+----------+-----> FAILED        (RECEIVED -> ANSWERED: a request that was only validated)
+
+Any other change of state raises AssertionError.
 """
 
 from __future__ import annotations
@@ -227,6 +229,7 @@ class Queue:
         """Return the oldest sequence, and of all others the `count` nearest to it in length, half on either side.
 
         Sequences with a past and those without one run on different graphs: only those of the oldest's are returned.
+        Raise IndexError for an empty queue.
         """
         oldest = self._by_arrival[0]
         at = bisect_left(self._by_length, _length_key(oldest), key=_length_key)

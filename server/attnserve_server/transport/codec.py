@@ -1,4 +1,8 @@
-"""The meaning of wire messages: selections, priorities and arrays to domain values, and results to responses."""
+"""The meaning of wire messages: selections, priorities and arrays to domain values, and results to responses.
+
+A value of a request that the contract does not define raises InvalidRequest. Encoding fails only for an array of a
+dtype that the contract does not have, with KeyError.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +183,7 @@ def _named(table: Mapping[int, T], number: int, field: str, violations: Violatio
 
 
 def array_of(data: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Array:
-    """Return a read-only view of `data`, which must have exactly the bytes of `dtype` and `shape`."""
+    """Return a read-only view of `data`. Raise ValueError if it has other bytes than `dtype` and `shape` need."""
     if dtype == "bool":
         return np.frombuffer(data, np.uint8).view(np.bool_).reshape(shape)
     return np.frombuffer(data, WIRE_NUMPY[dtype]).reshape(shape)

@@ -1,4 +1,7 @@
-"""`grpc.health.v1`, which load balancers query. The application sets the state of each service."""
+"""`grpc.health.v1`, which load balancers query. The application sets the state of each service.
+
+Malformed requests raise InvalidRequest, which ends the call with INVALID_ARGUMENT.
+"""
 
 from __future__ import annotations
 

@@ -104,7 +104,12 @@ class Streams:
         self._draining = False
 
     async def stream_infer(self, _: object, context: Context) -> None:
-        """Serve one stream until the caller closes its half and has its answers, or the server drains."""
+        """Serve one stream until the caller closes its half and has its answers, or the server drains.
+
+        Raises:
+            NotServing: The server drains.
+            InvalidRequest: A message cannot be answered, because it has no valid request id.
+        """
         if self._draining:
             raise NotServing("", "draining")
         stream = _Stream(self._plane, self._clock, self._settings, context)
