@@ -2,6 +2,8 @@
 
 python client/unasync.py [--check]
 
+`--check` changes nothing, and exits with 1 if a generated file is out of date. A rule that matches nowhere is an error.
+
 The library unasync does the same for code alone: docstrings and comments would still describe the asyncio client.
 """
 

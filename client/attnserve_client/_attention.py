@@ -76,7 +76,11 @@ class AttentionMap(MapData):
         }
 
     def to_html(self) -> str:
-        """Return a page with heatmap, text and strongest links. It loads nothing, and token texts stay inert."""
+        """Return a page with heatmap, text and strongest links. It loads nothing, and token texts stay inert.
+
+        Raises:
+            ValueError: This map holds scores.
+        """
         return _html.page(self)
 
     def plot(self, head: int | None = None) -> Figure:
@@ -87,7 +91,7 @@ class AttentionMap(MapData):
 
         Raises:
             ImportError: matplotlib is missing; the message has the command that installs it.
-            ValueError: This map has no such head.
+            ValueError: This map has no such head, or holds scores.
         """
         from attnserve_client._plot import figure  # noqa: PLC0415 - matplotlib is an extra
 

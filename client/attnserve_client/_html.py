@@ -28,6 +28,9 @@ def page(attention: MapData) -> str:
     """Return a page with the text, a heatmap and the strongest links; hovering over a token colours its weights.
 
     The content security policy allows the page's own script and style alone, by their hashes, and no loading.
+
+    Raises:
+        ValueError: The map holds scores.
     """
     style, script = _resource("page.css"), _resource("page.js")
     parts = ("default-src 'none'", f"script-src '{_hash(script)}'", f"style-src '{_hash(style)}'")

@@ -193,7 +193,7 @@ def selection_of(labels: LabelSelection | bool | None) -> labels_pb2.LabelSelect
     """Return the message for a selection; True selects the defaults, None leaves the choice to the server.
 
     Raises:
-        TypeError: `labels` has another type.
+        TypeError: `labels` is False, or has another type.
         InvalidRequest: A value does not fit its field.
     """
     if labels is None:

@@ -145,7 +145,7 @@ class MapData:
             exclude_punctuation: Omit links from and to units without a letter or digit.
 
         Raises:
-            ValueError: This map has no such head.
+            ValueError: This map has no such head, or holds scores.
         """
         weights, numbers = self._weights_of(head, by_column=True)
         places = self._places()
@@ -183,7 +183,7 @@ class MapData:
             head: Number of the head in `heads`; None for the mean over this map's heads.
 
         Raises:
-            ValueError: This map has no such head.
+            ValueError: This map has no such head, or holds scores.
         """
         weights, _ = self._weights_of(head)
         return np.asarray(weights[0] if len(weights) == 1 else weights.mean(axis=0), dtype=np.float32)
@@ -199,7 +199,7 @@ class MapData:
             for each key. Empty for a map without patches.
 
         Raises:
-            ValueError: This map has no such head.
+            ValueError: This map has no such head, or holds scores.
         """
         weights, tokens, others = self.head_weights(head), self.query_tokens, self.key_tokens
         grid = self.grids.get(self.key_axis)

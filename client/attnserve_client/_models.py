@@ -1,4 +1,7 @@
-"""The server's description of a model: inputs, outputs, axes, sites and limits."""
+"""The server's description of a model: inputs, outputs, axes, sites and limits.
+
+Decoding it does not fail: a state, kind or form that this client does not know becomes `unknown`.
+"""
 
 from __future__ import annotations
 

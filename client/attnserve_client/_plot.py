@@ -38,7 +38,7 @@ def figure(attention: MapData, head: int | None) -> Figure:
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: The map has no such head.
+        ValueError: The map has no such head, or holds scores.
     """
     drawn = _empty_figure()
     which = "" if head is None else f", head {head}"

@@ -1,4 +1,8 @@
-"""The tensors of a model: its inputs and outputs, and the past that its sequences may have."""
+"""The tensors of a model: its inputs and outputs, and the past that its sequences may have.
+
+A past is the keys and values that a decoder computed for earlier positions. Decoding does not fail: an element type
+that this client does not know becomes `unspecified`.
+"""
 
 from __future__ import annotations
 

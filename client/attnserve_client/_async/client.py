@@ -131,7 +131,7 @@ class AsyncClient:
                 `Continuation`; or a list.
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
-            attention: Selection of the attention to return; True for all of it, None for none.
+            attention: Selection of the attention to return; True for all of it, None or False for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
                 model has a head and `outputs` is None, otherwise for none.
             prompt_name: Name of the prompt to put before texts, as in `ModelInfo.prompts`; None for the model's default
@@ -146,7 +146,7 @@ class AsyncClient:
 
         Raises:
             AttnserveError: The call failed; the classes are in `attnserve_client.errors`.
-            TypeError: An argument has a type that is no input, selection or list of outputs.
+            TypeError: An argument has a type that is no input, selection or list of outputs, or `labels` is False.
         """
         check_timeout(timeout)
         deadline = self._retrying.deadline(timeout)
@@ -203,7 +203,7 @@ class AsyncClient:
                 An async iterable, or an iterable that does not block the event loop.
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
-            attention: Selection of the attention to return; True for all of it, None for none.
+            attention: Selection of the attention to return; True for all of it, None or False for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
                 model has a head and `outputs` is None, otherwise for none.
             prompt_name: Name of the prompt to put before texts, as in `ModelInfo.prompts`; None for the model's default
@@ -221,7 +221,9 @@ class AsyncClient:
             An answer for each input, with `index`, `request_id`, and `result` or `error`.
 
         Raises:
-            AttnserveError: The stream broke.
+            InvalidRequest: `timeout`, `max_in_flight` or `per_message` is out of range; raised by this call itself.
+            AttnserveError: The stream broke, or an input cannot be sent.
+            TypeError: As for `infer`.
         """
         check_timeout(timeout)
 
@@ -251,7 +253,11 @@ class AsyncClient:
         )
 
     async def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> list[ModelInfo]:
-        """Return all models of the server, by name and version."""
+        """Return all models of the server, by name and version.
+
+        Raises:
+            AttnserveError: The call failed, or took longer than `timeout` seconds.
+        """
         check_timeout(timeout)
         deadline = self._retrying.deadline(timeout)
         response = await self._call(self._connection.stub.ListModels, wire.ListModelsRequest(), deadline)
@@ -262,6 +268,7 @@ class AsyncClient:
 
         Raises:
             ModelNotFound: The server has no model of that name and version.
+            AttnserveError: The call failed, or took longer than `timeout` seconds.
         """
         check_timeout(timeout)
         return await self._model(name, version, self._retrying.deadline(timeout))

@@ -132,7 +132,7 @@ class Client:
                 `Continuation`; or a list.
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
-            attention: Selection of the attention to return; True for all of it, None for none.
+            attention: Selection of the attention to return; True for all of it, None or False for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
                 model has a head and `outputs` is None, otherwise for none.
             prompt_name: Name of the prompt to put before texts, as in `ModelInfo.prompts`; None for the model's default
@@ -147,7 +147,7 @@ class Client:
 
         Raises:
             AttnserveError: The call failed; the classes are in `attnserve_client.errors`.
-            TypeError: An argument has a type that is no input, selection or list of outputs.
+            TypeError: An argument has a type that is no input, selection or list of outputs, or `labels` is False.
         """
         check_timeout(timeout)
         deadline = self._retrying.deadline(timeout)
@@ -204,7 +204,7 @@ class Client:
                 A separate thread iterates over them.
             version: Version of the model; empty for the highest.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
-            attention: Selection of the attention to return; True for all of it, None for none.
+            attention: Selection of the attention to return; True for all of it, None or False for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
                 model has a head and `outputs` is None, otherwise for none.
             prompt_name: Name of the prompt to put before texts, as in `ModelInfo.prompts`; None for the model's default
@@ -222,7 +222,9 @@ class Client:
             An answer for each input, with `index`, `request_id`, and `result` or `error`.
 
         Raises:
-            AttnserveError: The stream broke.
+            InvalidRequest: `timeout`, `max_in_flight` or `per_message` is out of range; raised by this call itself.
+            AttnserveError: The stream broke, or an input cannot be sent.
+            TypeError: As for `infer`.
         """
         check_timeout(timeout)
 
@@ -252,7 +254,11 @@ class Client:
         )
 
     def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> list[ModelInfo]:
-        """Return all models of the server, by name and version."""
+        """Return all models of the server, by name and version.
+
+        Raises:
+            AttnserveError: The call failed, or took longer than `timeout` seconds.
+        """
         check_timeout(timeout)
         deadline = self._retrying.deadline(timeout)
         response = self._call(self._connection.stub.ListModels, wire.ListModelsRequest(), deadline)
@@ -263,6 +269,7 @@ class Client:
 
         Raises:
             ModelNotFound: The server has no model of that name and version.
+            AttnserveError: The call failed, or took longer than `timeout` seconds.
         """
         check_timeout(timeout)
         return self._model(name, version, self._retrying.deadline(timeout))

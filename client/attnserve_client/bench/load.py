@@ -1,4 +1,7 @@
-"""When requests are sent: in a closed loop after the caller's last answer, in an open loop at given times."""
+"""When requests are sent: in a closed loop after the caller's last answer, in an open loop at given times.
+
+A refusal is an `Outcome`. An exception of `send` or `record` ends the loop as an ExceptionGroup.
+"""
 
 from __future__ import annotations
 

@@ -93,5 +93,5 @@ async def _load(sender: Sender, plan: Plan, record: Record) -> None:
 
 
 def run(target: str, workload: Workload, plan: Plan, progress: Progress) -> Report:
-    """Run `measure` in a new event loop."""
+    """Run `measure` in a new event loop, and raise its errors."""
     return asyncio.run(measure(target, workload, plan, progress))

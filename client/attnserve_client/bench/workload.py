@@ -72,7 +72,10 @@ class RequestOptions:
 
 
 def of_texts(model: ModelInfo, texts: Sequence[str], options: RequestOptions) -> Workload:
-    """Build requests of texts in order, starting again at the first text where they run out."""
+    """Build requests of texts in order, starting again at the first text where they run out.
+
+    `texts` has one text or more: without any, `Workload.request` raises ZeroDivisionError.
+    """
     rows = range(options.sequences)
     kinds = range(-(-len(texts) // options.sequences))
     groups = [[texts[(kind * len(rows) + row) % len(texts)] for row in rows] for kind in kinds]

@@ -14,7 +14,11 @@ from attnserve_client.data_types import Input
 
 
 def read_texts(given: list[str], *, whole: bool = False) -> list[str]:
-    """Replace `-` by standard input: each of its lines, or with `whole` all of it as one text."""
+    """Replace `-` by standard input: each of its lines, or with `whole` all of it as one text.
+
+    Raises:
+        BadParameter: There is no text.
+    """
     texts: list[str] = []
     for text in given:
         if text != "-":
@@ -36,7 +40,11 @@ def read_input(text: str, pair: str, arrays: dict[str, npt.NDArray[Any]]) -> Inp
 
 
 def read_arrays(given: list[str]) -> dict[str, npt.NDArray[Any]]:
-    """Read arrays from `.npy` files. Pickled objects are refused, because loading them runs code."""
+    """Read arrays from `.npy` files, given as NAME=FILE. Pickled objects are refused, because loading them runs code.
+
+    Raises:
+        BadParameter: An entry has another form, or a file cannot be read as one array.
+    """
     arrays: dict[str, npt.NDArray[Any]] = {}
     for entry in given:
         name, equals, file = entry.partition("=")

@@ -57,7 +57,7 @@ class Shape:
         return ("embedding", "last_hidden_state", *(("logits",) if self.labels else ()))
 
     def describe(self, name: str, state: str) -> model_pb2.Model:
-        """Return the description that `GetModel` answers with."""
+        """Return the description that `GetModel` answers with. Raise ValueError for an unknown state."""
         scores = model_pb2.Dimension(size=len(self.labels))
         seq = model_pb2.Dimension(symbol=AXIS)
         width = model_pb2.Dimension(size=self.dimensions)
