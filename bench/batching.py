@@ -148,7 +148,10 @@ def policy_of(manifest: Manifest) -> tuple[str, str]:
 async def called(
     target: str, model: str, requests: Sequence[Feeds], per_call: int
 ) -> list[InferenceResult | AttnserveError]:
-    """Send every request once, `together` in a call, from all callers. Answers are in the requests' order."""
+    """Send every request once, `per_call` of them in a call, from all callers.
+
+    Return the answers in the order of the requests; the error of a failed call is the answer to each of its requests.
+    """
     answers: dict[int, InferenceResult | AttnserveError] = {}
     waiting = iter(range(0, len(requests), per_call))
 

@@ -1,6 +1,7 @@
 """Small models whose answers depend on their batch if nothing prevents it, and one that may be batched.
 
-Each represents files of users. `bench.batching` serves them; tests of cases use `Maker`.
+Each represents files of users. `bench.batching` serves them; tests of cases use `Maker`. Nothing here
+checks a graph: a wrong one fails where it is loaded.
 """
 
 from __future__ import annotations
@@ -242,7 +243,10 @@ def unmasked(width: int = 64) -> onnx.ModelProto:
 
 
 def bert(mask: str = "-inf", layers: int = 2) -> onnx.ModelProto:
-    """Masked BERT style, which batches: embedding, LayerNorm, attention, residuals, a masked mean."""
+    """Masked BERT style, which batches: embedding, LayerNorm, attention, residuals, a masked mean.
+
+    `mask`: a key of `MASKS`, the value that hides padding; any other raises KeyError.
+    """
     make = Maker()
     hidden, keep = make.normalised(make.ids()), make.mask()
     bias = make.bias(keep, MASKS[mask])

@@ -2,7 +2,7 @@
 
 Each pattern is a model of the zoo, of one layer, exported as any model is. Each point is a separate process of one
 thread, with taps and no selected attention. A point that fails is listed with its reason, and the longer lengths of its
-pattern are left out. It needs Linux, because memory is read from `/proc`.
+pattern are left out; one that takes ten minutes ends the bench. It needs Linux, because memory is read from `/proc`.
 """
 
 from __future__ import annotations

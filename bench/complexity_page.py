@@ -1,4 +1,7 @@
-"""The page, the numbers and the plot of `bench.complexity` in docs/. Measures nothing."""
+"""The page, the numbers and the plot of `bench.complexity` in docs/. Measures nothing.
+
+The input is the report that `bench.complexity` makes; a missing entry raises KeyError.
+"""
 
 from __future__ import annotations
 

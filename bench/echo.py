@@ -80,7 +80,7 @@ async def rate(target: str, sent: list[bytes], seconds: float) -> tuple[float, i
     """Return messages a second through one stream with `IN_FLIGHT` in flight, and the number of refusals.
 
     The messages are sent in turns. There are many times as many as are in flight, because these must have different
-    ids.
+    ids. Raise TimeoutError if no answer comes for 30 s.
     """
     assert len(sent) >= 4 * IN_FLIGHT
     refused = done = 0

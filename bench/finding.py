@@ -1,4 +1,7 @@
-"""One result of a benchmark: a figure, its limit and whether it holds."""
+"""One result of a benchmark: a figure, its limit and whether it holds.
+
+A finding without values raises ValueError when it is read.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ class Finding:
         what: Its name, in words.
         values: One for each round.
         limit: The limit of the median.
-        most: True if the limit is an upper one.
+        most: True if the limit is an upper one, False if it is a lower one.
         detail: Other measurements.
     """
 

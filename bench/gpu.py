@@ -168,7 +168,7 @@ async def unary_client(target: str, messages: list[Any], callers: int, seconds: 
 
 
 def client(target: str, model: str, output: str, kind: str, share: float, seconds: float, seed: int) -> None:
-    """Run one process of callers, and print its results."""
+    """Run one process of callers, and print its results. `kind`: `stream`, or a number of unary callers."""
     items = sequences(2048, service_vocabulary(), seed)
     random = np.random.default_rng(seed)
     if kind == "stream":

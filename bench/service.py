@@ -1,4 +1,4 @@
-"""The service under 64 callers: CPU time of the server's process a sequence, and bytes on the wire.
+"""This server in a separate process, requests for it, and callers in closed loops. Other benchmarks import it.
 
 The process exits with a message and code 1 if the server does not start. A failed call raises `grpc.aio.AioRpcError`.
 """

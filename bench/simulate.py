@@ -145,7 +145,7 @@ class FirstCome:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The results of a policy: an instance's seconds a sequence, computed over useful tokens, rows a run, latencies."""
+    """Results of a policy: an instance's seconds a sequence, answers a second, padding, rows a run, latencies."""
 
     busy_s: float
     rate: float

@@ -1,4 +1,7 @@
-"""The workload that all benchmarks share: sequences of token ids with lognormal lengths, like sentences."""
+"""The workload that all benchmarks share: sequences of token ids with lognormal lengths, like sentences.
+
+A vocabulary of `FIRST_ORDINARY_ID` ids or fewer raises ValueError.
+"""
 
 from __future__ import annotations
 

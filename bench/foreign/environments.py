@@ -29,7 +29,7 @@ class Environment:
         name: its name.
         maker: the script in `makers` that writes its cases.
         packages: what is installed; empty: this project's environment.
-        short: whether the short run has it.
+        short: whether the short run (`--short`) makes its cases too.
     """
 
     name: str

@@ -1,4 +1,7 @@
-"""`docs/foreign.md`: the tables of files that other people's tools write, one for each environment."""
+"""`docs/foreign.md`: the table of files that other people's tools write.
+
+It renders the rows of `compare`, and writes no file.
+"""
 
 from __future__ import annotations
 

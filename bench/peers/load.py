@@ -43,7 +43,10 @@ class Measured:
 async def drive(
     port: int, wire: Wire, items: Sequence[Array], references: Sequence[Array], callers: int, limit_s: float
 ) -> Measured:
-    """Send each of the items once. `references` has hidden states of the first few of them."""
+    """Send each of the items once, until `limit_s` seconds have passed.
+
+    `references`: the hidden states of the first few items, with which answers are compared.
+    """
     requests = [wire.request(ids) for ids in items]
     latencies: list[float] = []
     faults: list[str] = []

@@ -28,7 +28,10 @@ Call = Callable[[bytes], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """A protocol: a request for ids (T,), hidden states (T, 384) of an answer, and callers that send."""
+    """A protocol: a request for ids (T,), hidden states (T, 384) of an answer, and the path of the method.
+
+    `http`: a POST over HTTP/1.1; False: a unary gRPC method.
+    """
 
     request: Callable[[Array], bytes]
     hidden: Callable[[bytes], Array]
@@ -156,7 +159,7 @@ WIRES = {
 
 
 def grpc_call(channel: grpc.aio.Channel, wire: Wire, timeout_s: float) -> Call:
-    """Send bytes unchanged."""
+    """Return a caller that sends bytes unchanged, for `timeout_s` seconds at most."""
     method = channel.unary_unary(wire.path)
 
     async def call(data: bytes) -> bytes:

@@ -59,6 +59,10 @@ class Cases:
             sites: number of sites that the model has; 0: not known.
             flags: options of `attnserve-server prepare` that its user would give.
             note: what a reader of the table needs beside the figures.
+
+        Raises:
+            FileExistsError: another case has this tool and model.
+            PackageNotFoundError: `package` is not installed.
         """
         name = _plain(f"{tool} {model}")
         place = self.folder / name

@@ -181,7 +181,7 @@ class Maker:
         return place
 
     def add(self, tool: str, write: Callable[[Path], Path], *, exact: bool = True, note: str = "") -> None:
-        """Write one case. `exact`: whether its answers must be the source's."""
+        """Write one case. `exact`: whether its answers must be the source's; False: those of the file itself."""
         self._cases.add(
             tool,
             PACKAGE,

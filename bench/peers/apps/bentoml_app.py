@@ -1,4 +1,7 @@
-"""BentoML: JSON in; raw bytes out, or base64 where batched, for a batched method answers in JSON."""
+"""MiniLM behind BentoML, a peer of `bench.peers`, at POST /infer.
+
+JSON in; raw bytes out, or base64 where batched, for a batched method answers in JSON. `model` reads the environment.
+"""
 
 import base64
 

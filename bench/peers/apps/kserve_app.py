@@ -1,4 +1,7 @@
-"""KServe's Python server: raw contents over its gRPC. Its batcher is a separate container, not in the package."""
+"""MiniLM behind KServe's Python server, a peer of `bench.peers`: raw contents over its gRPC, at `PEER_PORT`.
+
+Its batcher is a separate container, not in the package. The next port is for HTTP.
+"""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,7 @@
-"""LitServe: JSON in, its only input format; raw bytes out."""
+"""MiniLM behind LitServe, a peer of `bench.peers`, at POST /predict of `PEER_PORT`.
+
+JSON in, its only input format; raw float32 hidden states out.
+"""
 
 import litserve
 import numpy as np

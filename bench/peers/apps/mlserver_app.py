@@ -1,4 +1,7 @@
-"""MLServer: raw contents over its gRPC, two sessions' worth of threads in one process."""
+"""MiniLM behind MLServer, a peer of `bench.peers`: raw contents over its gRPC, at `PEER_PORT`.
+
+Two threads share one session in one process. The next two ports are for HTTP and metrics.
+"""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor

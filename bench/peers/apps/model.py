@@ -1,5 +1,8 @@
-"""The part that all apps share: MiniLM in onnxruntime sessions of one thread, at its best, and batches padded by
-hand."""
+"""The part that all apps share: MiniLM in onnxruntime sessions of one thread, at its best, and batches padded by hand.
+
+The environment has the graph's path (`PEER_MODEL`), the port (`PEER_PORT`), and `dynamic` in `PEER_FORM` for a batcher.
+`session` raises KeyError without a path, and onnxruntime's error for a file that it cannot load.
+"""
 
 from __future__ import annotations
 

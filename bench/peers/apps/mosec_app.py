@@ -1,4 +1,7 @@
-"""mosec: raw bytes over HTTP."""
+"""MiniLM behind mosec, a peer of `bench.peers`: raw bytes over HTTP, at POST /inference of `PEER_PORT`.
+
+Int64 ids in, float32 hidden states out.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Triton through PyTriton: raw contents over its gRPC. Its batcher joins requests of one shape."""
+"""MiniLM behind Triton (PyTriton), a peer of `bench.peers`: raw contents over its gRPC, at `PEER_PORT`.
+
+Its batcher joins requests of one shape. The next two ports are for HTTP and metrics.
+"""
 
 import numpy as np
 from model import DYNAMIC, MAX_BATCH, PORT, WAIT_MS, WIDTH, run, session

@@ -1,4 +1,7 @@
-"""Ray Serve: raw bytes over HTTP."""
+"""MiniLM behind Ray Serve, a peer of `bench.peers`: raw bytes over HTTP, at POST /infer of `PEER_PORT`.
+
+Int64 ids in, float32 hidden states out. It serves until a signal ends it.
+"""
 
 import signal
 
