@@ -1,4 +1,6 @@
-"""Write four pages of reference/ from the code they describe; `--check` only compares.
+"""Write four pages of reference/ from the code they describe.
+
+`--check` writes nothing, and exits with 1 if a page is out of date.
 
 python docs/generate.py [--check]
 """

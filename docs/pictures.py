@@ -1,5 +1,7 @@
 """Draw the pictures of explanation/attention.md, from responses of a server over real bundles.
 
+Exits with a message if a server does not start; a missing model raises the client's ModelNotFound.
+
 for name in self causal cross sliding-window top-k linear multi-scale cross-modal; do
     attnserve-server export zoo:$name --name $name --repository .demo/zoo
 done

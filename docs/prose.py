@@ -1,6 +1,7 @@
 """Check the project's prose against the word list in prose.toml, and print what to write instead.
 
-What counts as prose is in prose_text.py. Exits with 1 if a listed word is found outside the folders that are exempt.
+What counts as prose is in prose_text.py. Exits with 1 if a listed word is found outside the folders that are exempt,
+and with 2 if the list is invalid.
 
 python docs/prose.py [--json] [--all] [PATH ...]
 """

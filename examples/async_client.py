@@ -1,4 +1,7 @@
-"""Send several texts at once with asyncio, and print in which batch each ran."""
+"""Send several texts at once with asyncio, and print in which batch each ran.
+
+The model must take text and have the output `embedding`; a failed call raises an AttnserveError.
+"""
 
 import argparse
 import asyncio

@@ -1,4 +1,7 @@
-"""Write the attention between the words of a text as an interactive HTML page, and print the strongest links."""
+"""Write the attention between the words of a text as an interactive HTML page, and print the strongest links.
+
+The model must take text and have attention sites; a failed call raises an AttnserveError.
+"""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The demo of `make demo`: serve a model, run three texts, and show where it looked. It leaves nothing running."""
+"""The demo of `make demo`: serve a model, run three texts, and show where it looked. It leaves nothing running.
+
+The repository must have MiniLM as `minilm`. Exits with a message if the server does not start, or fails to stop.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from attnserve_client import AttentionSelection, Client
 def main(server: str, model: str, text: str, pixels: Path) -> None:
     """Select the last site whose keys are image patches, and arrange its weights as in the image.
 
+    A model without such a site raises IndexError, and a failed call an AttnserveError.
+
     Args:
         server: Address of the server.
         model: A model that takes text and the input `pixel_values`.

@@ -1,4 +1,7 @@
-"""Embed any number of texts over one stream, and find the two most similar ones."""
+"""Embed any number of texts over one stream, and find the two most similar ones.
+
+The model must take text and have the output `embedding`. A stream that breaks raises an AttnserveError.
+"""
 
 import argparse
 

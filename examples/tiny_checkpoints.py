@@ -1,6 +1,7 @@
 """Write three tiny checkpoints with random weights, in the form of published ones: classifier, reranker and embedder.
 
 They show how a folder is converted and served without a download. Their labels and embeddings mean nothing.
+Needs torch and transformers. A folder that cannot be written raises OSError.
 
     python examples/tiny_checkpoints.py checkpoints
 """

@@ -1,4 +1,7 @@
-"""Generates the stubs beside their sources. With --check, fails if they are out of date."""
+"""Generates the Python stubs of the `.proto` files in this folder, beside their sources.
+
+Needs grpcio-tools and mypy-protobuf. Exit code 1 if protoc fails or, with --check, if a stub is out of date.
+"""
 
 from __future__ import annotations
 
