@@ -1,4 +1,7 @@
-"""The Typer application of `attnserve-server`: registers every command. Each command is in the module of its group."""
+"""The Typer application of `attnserve-server`: registers every command. Each command is in the module of its group.
+
+The import raises ModuleNotFoundError if a library of the extra `server` is missing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`attnserve-server inspect`: print what a bundle or an ONNX file contains, or what a bundle's certificate states."""
+"""`attnserve-server inspect`: print what a bundle or an ONNX file contains, or what a bundle's certificate states.
+
+A bundle is the folder of one converted model. A path that is neither ends the command with exit code 2.
+"""
 
 from __future__ import annotations
 

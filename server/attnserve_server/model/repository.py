@@ -1,8 +1,8 @@
 """The repository: bundles as folders, `<root>/<name>/<version>/`. It loads no model.
 
-A bundle is written to a hidden folder and renamed, so that a reader finds the whole bundle or none. Entries that cannot
-be bundles (files, hidden folders, invalid names and versions) are ignored. A broken bundle is reported, and the others
-load.
+A bundle is one converted model: its graph, its manifest and other files. A bundle is written to a hidden folder and
+renamed, so that a reader finds the whole bundle or none. Entries that cannot be bundles (files, hidden folders, invalid
+names and versions) are ignored. A broken bundle is reported, and the others load.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def plan(
     runs, and its time corrects an estimate that was too high.
 
     Args:
-        candidates: the oldest waiting sequence and those that may be its neighbours, in any order.
+        candidates: the oldest waiting sequence and those that may be its neighbours, in any order; none: no run.
         now: monotonic seconds; deadlines at or before it have passed.
         settings: the bounds. They never keep the oldest from running alone.
         cost: what a run costs.

@@ -6,6 +6,7 @@ The scheduler lends its idle instances. Served work always goes first:
   at once. A model of one instance repeats on that one.
 - A repeat is stopped at its next node when work waits and no instance is free.
 - One repeat runs at a time, of a bounded number of samples; a sample without room is dropped.
+- A repeat that fails is counted, and changes no answer.
 """
 
 from __future__ import annotations

@@ -42,7 +42,10 @@ _STATES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that is valid and may run. Pass it to `run` or, if it ends before, to `withdraw`."""
+    """A request that is valid and may run. Pass it to `run` or, if it ends before, to `withdraw`.
+
+    `validate_only`: it does not run; its answer has the predicted size and no results.
+    """
 
     request: Request
     valid: ValidRequest
