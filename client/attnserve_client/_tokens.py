@@ -1,4 +1,7 @@
-"""The parts of an attention map: tokens, links between them, and encoded weights."""
+"""The parts of an attention map: tokens, links between them, and encoded weights.
+
+They are made from responses that `_results` has checked, so nothing here fails.
+"""
 
 from __future__ import annotations
 

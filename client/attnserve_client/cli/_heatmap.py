@@ -1,7 +1,7 @@
 """Heatmaps and image panels of attention maps for a terminal of 80 columns or more.
 
 Columns are numbered, and split into blocks where they do not fit. Row labels carry the same numbers, so that in
-self-attention the number above a column identifies its row.
+self-attention the number above a column identifies its row. A map of scores raises ValueError.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _BAR_CELLS = 16
 
 
 def show_results(console: Console, texts: list[str], results: list[InferenceResult]) -> None:
-    """Print each text with its outputs: type, shape, norm and first values."""
+    """Print each text with its outputs: type, shape, norm and first values. Raise ValueError if a result is missing."""
     for text, result in zip(texts, results, strict=True):
         console.print(Text(clean(text), style="bold"))
         _show_answer(console, result)
@@ -66,7 +66,7 @@ def show_labels(console: Console, labels: Labels) -> None:
 
 
 def show_explanation(console: Console, text: str, result: InferenceResult, links: list[Link]) -> None:
-    """Print the outputs, the labels, the heatmap and the strongest links of one text."""
+    """Print outputs, labels, heatmap and strongest links of one text. Raise ValueError for a map of scores."""
     attention = result.attention[0]
     console.print(Text(clean(text), style="italic"))
     console.print(Text(f"{clean(attention.model)}, {clean(attention.title)}", style="dim"))

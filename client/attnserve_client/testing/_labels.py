@@ -26,7 +26,11 @@ def head_of(names: tuple[str, ...]) -> labels_pb2.Head | None:
 
 
 def labels_of(logits: Array, selection: labels_pb2.LabelSelection, names: tuple[str, ...]) -> labels_pb2.Labels:
-    """Return the labels of greatest softmax of the logits, as the selection keeps them."""
+    """Return the labels of greatest softmax of the logits (labels,), as the selection keeps them.
+
+    Raises:
+        IndexError: There are fewer names than logits.
+    """
     raised = np.exp(logits.astype(np.float64) - logits.max())
     scores = raised / raised.sum()
     best = np.argsort(-scores, kind="stable")[: selection.top_k or _TOP_K]
