@@ -48,11 +48,15 @@ class Row:
     """One row of the table. All counts are of `calls` sequences.
 
     Args:
+        model: What the model is, in words.
+        policy: What is shared by default, in words.
         wrong: Wrong answers to separate callers, by default.
         together_wrong: Wrong answers to calls of `TOGETHER` sequences, by default.
         mean_batch: Sequences that shared a run in these calls.
         forced_wrong: Wrong answers to the same calls, with everything claimed proved.
         forced_mean_batch: Sequences that shared a run there.
+        batches: Whether the model must share runs by default; False: forcing it to must change an answer.
+        reason: Why not more is shared by default; empty if everything is.
     """
 
     model: str

@@ -1,5 +1,7 @@
 """The bare runtime: MiniLM's graph in a repository, and its cost without a server, tapped and untapped.
 
+A tap is a graph's output with the attention weights of one site, which an input of batch rows turns on.
+
 `minilm_of` exits with a message if there is no such graph. onnxruntime's exceptions pass unchanged.
 """
 

@@ -1,6 +1,8 @@
 """Draw the picture of explanation/batching.md: two runs of one sequence, and which influences the proof allows.
 
 python docs/batching_picture.py
+
+Needs matplotlib. A file that cannot be written raises OSError.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def answers(watched: Any, sequences: Sequence[Any]) -> tuple[list[Any], list[Any
 
 
 def converted(model: Any, embedded: bool) -> Callable[[Path], Path]:
-    """Return a function that writes the model by tf2onnx."""
+    """Return a function that writes the model by tf2onnx. `embedded`: it takes ids; False: vectors."""
 
     def write(place: Path) -> Path:
         import tf2onnx

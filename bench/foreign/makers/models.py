@@ -76,7 +76,7 @@ class Tiny:
         return answers_of(self.sequences, self.output, run)
 
     def export(self, path: Path, *, dynamo: bool = False, opset: int = 17) -> Path:
-        """Write the model by torch's exporter, with dynamic batch and lengths."""
+        """Write the model by torch's dynamo exporter, or by TorchScript, with dynamic batch and lengths."""
         wrapped = _First(self.module, list(self.sequences[0]))
         example = tuple(torch.from_numpy(np.stack([array, array])) for array in self.sequences[0].values())
         with quiet(), torch.no_grad():

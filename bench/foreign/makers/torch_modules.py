@@ -43,7 +43,7 @@ class Module:
         return outputs, weights
 
     def export(self, place: Path, *, dynamo: bool) -> Path:
-        """Write the module by one of torch's exporters."""
+        """Write the module by torch's dynamo exporter, or by TorchScript."""
         target = place / "model.onnx"
         example = tuple(torch.from_numpy(np.stack([array, array])) for array in self.sequences[0].values())
         names = list(self.sequences[0])

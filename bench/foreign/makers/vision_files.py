@@ -89,7 +89,7 @@ def ids() -> list[dict[str, np.ndarray[Any, Any]]]:
 
 
 def exported(module: torch.nn.Module, name: str, example: Any, *, dynamo: bool) -> Callable[[Path], Path]:
-    """Return a function that writes a module with a dynamic batch."""
+    """Return a function that writes a module by the dynamo exporter, or by TorchScript, with a dynamic batch."""
 
     def write(place: Path) -> Path:
         target = place / "model.onnx"

@@ -1,6 +1,7 @@
 """MiniLM behind BentoML, a peer of `bench.peers`, at POST /infer.
 
-JSON in; raw bytes out, or base64 where batched, for a batched method answers in JSON. `model` reads the environment.
+JSON in; raw bytes out, or base64 where batched, for a batched method answers in JSON.
+Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
 """
 
 import base64

@@ -1,6 +1,7 @@
 """MiniLM behind KServe's Python server, a peer of `bench.peers`: raw contents over its gRPC, at `PEER_PORT`.
 
 Its batcher is a separate container, not in the package. The next port is for HTTP.
+Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
 """
 
 import asyncio

@@ -1,6 +1,7 @@
 """MiniLM behind LitServe, a peer of `bench.peers`, at POST /predict of `PEER_PORT`.
 
 JSON in, its only input format; raw float32 hidden states out.
+Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
 """
 
 import litserve

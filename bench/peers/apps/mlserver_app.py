@@ -1,6 +1,7 @@
 """MiniLM behind MLServer, a peer of `bench.peers`: raw contents over its gRPC, at `PEER_PORT`.
 
 Two threads share one session in one process. The next two ports are for HTTP and metrics.
+Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
 """
 
 import asyncio

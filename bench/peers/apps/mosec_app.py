@@ -1,6 +1,6 @@
 """MiniLM behind mosec, a peer of `bench.peers`: raw bytes over HTTP, at POST /inference of `PEER_PORT`.
 
-Int64 ids in, float32 hidden states out.
+Int64 ids in, float32 hidden states out. Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
 """
 
 import sys

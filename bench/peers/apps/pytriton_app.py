@@ -1,6 +1,7 @@
 """MiniLM behind Triton (PyTriton), a peer of `bench.peers`: raw contents over its gRPC, at `PEER_PORT`.
 
 Its batcher joins requests of one shape. The next two ports are for HTTP and metrics.
+Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
 """
 
 import numpy as np

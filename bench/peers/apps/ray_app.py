@@ -1,6 +1,7 @@
 """MiniLM behind Ray Serve, a peer of `bench.peers`: raw bytes over HTTP, at POST /infer of `PEER_PORT`.
 
 Int64 ids in, float32 hidden states out. It serves until a signal ends it.
+Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
 """
 
 import signal
