@@ -27,6 +27,7 @@ class Added:
     """`x` (B, T, W) and `mask` in one of `SHAPES` to `y`, in one or two layers.
 
     `form`: the scores are written out step by step, or an attention operator of ONNX or of onnxruntime takes the mask.
+    An unknown `shape` raises KeyError in `model`; an unknown `form` is not refused.
     """
 
     shape: str = "[B,1,1,S]"

@@ -17,8 +17,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Appended:
     """One head over `x` (B, T, 8), of which `mask` (B, T) keeps some; the keys without a position are always kept.
 
-    `zeros` and `biases`: how many keys and values of zeros, and of learned numbers, there are. `before`: they are put
-    before the others. `sharp` multiplies the scores, after which softmax is all but one-hot.
+    `zeros` and `biases`: how many keys and values of zeros, and of learned numbers, there are. `before`: True puts them
+    before the others, False behind. `sharp` multiplies the scores, after which softmax is all but one-hot.
     """
 
     zeros: int = 1

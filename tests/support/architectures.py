@@ -1,4 +1,7 @@
-"""Architectures of Hugging Face at tiny size with random weights, as folders that `export` reads."""
+"""Architectures of Hugging Face at tiny size with random weights, as folders that `export` reads.
+
+`tiny_source` imports torch and transformers. Reading `TINY` does not need them.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +117,13 @@ TINY: Mapping[str, Tiny] = {
 
 
 def tiny_source(folder: Path, name: str, **changes: Any) -> Path:
-    """Write a model folder with random weights, which depend on the name and the changes only."""
+    """Write a model folder with random weights, which depend on the name and the changes only.
+
+    Args:
+        folder: where the model's configuration and weights are written.
+        name: a key of `TINY`; any other raises KeyError.
+        changes: fields of the configuration that replace those of `TINY`.
+    """
     import torch  # noqa: PLC0415 - heavy
     import transformers  # noqa: PLC0415
     from attnserve_server.conversion.sources.torch_export import quiet  # noqa: PLC0415 - as above

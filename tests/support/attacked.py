@@ -1,4 +1,7 @@
-"""Small graphs opened to be attacked, with a proof made by hand."""
+"""Open small graphs and attack them: the search for a sequence whose answer padding or its batch neighbours change.
+
+The attack tests what the proof of batching left open. Here the proof is made by hand, with any verdict.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,10 @@ def proof_of(
     thresholds: tuple[int, ...] = (),
     **verdicts: Verdict,
 ) -> Proof:
-    """A proof with the same verdict for the batch and every axis, but for those that are named."""
+    """A proof with the same verdict for the batch and every axis, but for those that are named.
+
+    An axis that the graph does not have is ignored. `masks` and `thresholds` are those of the proof.
+    """
     axes = ("batch", *target.sampler.signature.symbols)
     clauses = tuple(Clause(axis=axis, verdict=verdicts.get(axis, verdict)) for axis in axes)
     return Proof(clauses, masks, thresholds=thresholds)
@@ -69,7 +75,7 @@ def attacked(
     sites: Sequence[SiteSpec] = (),
     **proved: Any,
 ) -> dict[str, Clause]:
-    """The clauses after an attack, by axis."""
+    """Attack a graph for up to 20 seconds, and return the clauses by axis. `proved`: arguments of `proof_of`."""
     target = target_of(proto, folder, longest=longest, most=most, sites=sites)
     proof = proof_of(target, verdict, **proved)
     return {clause.axis: clause for clause in attack(target, proof, Equality(precision_of(proto)), seconds=20)}

@@ -1,4 +1,4 @@
-"""Hand-made graphs of one `Attention` operator, and its weights in float64 written from the definition."""
+"""Hand-made graphs of one `Attention` operator of ai.onnx, and its weights in float64 written from the definition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass
 class Case:
-    """One operator with its inputs; `mask` broadcasts to (B, H, L, S), and `counts` is `nonpad_kv_seqlen`, (B,)."""
+    """One operator with its inputs; `mask` broadcasts to (B, H, L, S), and `counts` is `nonpad_kv_seqlen`, (B,).
+
+    `packed`: query, key and value are (B, T, H * D); else (B, H, T, D). `attributes`: those of the operator.
+    """
 
     batch: int = 3
     heads: int = 4

@@ -376,7 +376,10 @@ def _disturb(data: Path, elsewhere: Path, way: str) -> None:
 
 
 def outside(folder: Path, way: str) -> Path:
-    """Write a file whose external data is not a valid regular file in the same folder."""
+    """Write a file whose external data is not a valid regular file in the same folder.
+
+    `way`: a key of `OUTSIDE`, whose value is a pattern of the expected error message.
+    """
     file = folder / "models-in" / "ranker.onnx"
     file.parent.mkdir()
     onnx.save(encoder(), file, save_as_external_data=True, location="ranker.data", size_threshold=0)

@@ -1,4 +1,7 @@
-"""Small graphs whose answers depend on padding or on batch neighbours, and graphs whose answers do not."""
+"""Small graphs whose answers depend on padding or on batch neighbours, and graphs whose answers do not.
+
+The numbers C1 to C53 in docstrings are those of the bug reports that `batching_cases` reproduces.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Graphs whose answers once depended on their batch, each with the request, its neighbours and the right values.
 
 They reproduce users' bug reports, C1 to C16 and C53. Needs the repository's root on the path, for `bench`.
+
+`CASES` holds them by number. `windows_as_heads` makes the graph of C17, which is no case: its test is of sites.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def text(*ids: int, mask: tuple[int, ...] = ()) -> Feeds:
 
 
 def long_text(length: int, seed: int = 1, *, masked: bool = True) -> Feeds:
-    """Drawn ids."""
+    """Drawn ids, and a mask of ones if `masked`."""
     ids = np.random.default_rng(seed).integers(1, 30, length)
     return {"input_ids": ids} | ({"attention_mask": np.ones(length, np.int64)} if masked else {})
 

@@ -1,4 +1,4 @@
-"""Decoders with a cache, as optimum writes them, and their answers in float64."""
+"""Decoders with a cache (keys and values of earlier tokens), as optimum writes them, and their answers in float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CachedDecoder:
 
     `layers`: attention with a residual each; `total`: the symbol of the mask's axis. `form`: "apart" for Concat and
     MatMul, "operator" for `Attention` of ai.onnx with a past, "folded" for keys (B * H, D, S) and values (B * H, S, D),
-    as BLOOM has them.
+    as BLOOM has them. `tables` is filled with random parameters, the same for each decoder of as many layers.
     """
 
     layers: int = 2

@@ -1,4 +1,7 @@
-"""Small transformers in torch, in the form that graph optimizers recognise, with their own eager weights."""
+"""Small transformers in torch, in the form that graph optimizers recognise, with their own eager weights.
+
+Needs torch. Parameters are random, from fixed seeds. A model with a table of positions fails beyond `POSITIONS`.
+"""
 
 from __future__ import annotations
 

@@ -16,5 +16,8 @@ def conversion_app() -> typer.Typer:
 
 
 def call(app: typer.Typer, *arguments: object) -> Result:
-    """Call a command in a terminal of 200 columns, which wraps no line that tests look for."""
+    """Call a command in a terminal of 200 columns, which wraps no line that tests look for.
+
+    An error of the command is not raised: the result holds the exit code, the output and the exception.
+    """
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})

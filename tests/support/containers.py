@@ -1,6 +1,9 @@
 """Containers for tests, on a machine with no daemon and no registry: a base image from Debian's packages, the project's
 image from the Dockerfile, and hardened runs of it. Settings of a machine (package mirrors, pip settings, certificates)
 are read from that machine and mounted during a build. An image contains none of them.
+
+Needs root and the programs in `TOOLS`: `missing_tools` states what is missing. A command that fails raises
+CommandFailed.
 """
 
 from __future__ import annotations
@@ -78,7 +81,10 @@ class Engine:
         }
 
     def run(self, *command: str, timeout_s: float = 60) -> str:
-        """Runs a command to its end. Returns what it wrote to stdout."""
+        """Runs a command to its end. Returns what it wrote to stdout.
+
+        Raises CommandFailed for another exit code than 0, and subprocess.TimeoutExpired after `timeout_s`.
+        """
         done = subprocess.run(
             command, env=self.env, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=ROOT
         )
@@ -93,7 +99,7 @@ class Engine:
 
 
 def debian_mirror() -> str:
-    """The Debian mirror that this machine's apt is set to use."""
+    """The Debian mirror that this machine's apt is set to use; else the one of Debian's own."""
     listed = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages"],
         capture_output=True,

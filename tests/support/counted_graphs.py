@@ -33,7 +33,7 @@ def tables() -> dict[str, Array]:
 
 
 def counted(form: str) -> onnx.ModelProto:
-    """`input_ids` and `attention_mask` (B, S) to `output` (B, S, W)."""
+    """`input_ids` and `attention_mask` (B, S) to `output` (B, S, W). `form`: one of `FORMS`; it is not checked."""
     node = helper.make_node
     nodes = [node("Cast", ["attention_mask"], ["mask"], to=TensorProto.INT32)]
     if form == "EmbedLayerNormalization":

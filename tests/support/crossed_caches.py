@@ -1,4 +1,7 @@
-"""Decoders with attention to an encoder and a cache, merged and apart, as optimum writes them, and in float64."""
+"""Decoders that attend to an encoder's states and keep a cache of keys and values, as optimum writes them.
+
+In one file with a branch for each kind of call (`merged`) or one file for each (`apart`); `answer` is in float64.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,11 @@ SPELLINGS = ("Softmax", "Exp", "Exp steady", "LogSoftmax")
 class Decomposed:
     """Query features (B, L, W) attend to key features (B, S, W), or to themselves; constant queries are `latent`.
 
-    `keep` (B, S): which keys count, where there is a mask.
+    `keep` (B, S): which keys count, where there is a mask. `layout`, `scale`, `mask`, `bias`, `guard` and `spelling`
+    are names from the tuples above; no name is checked. A bias that a layout cannot have is left out of graph and
+    reference. `divides`: the scale is a Div, not a Mul. `causal`: no key behind the query. `cross`: keys come from the
+    input `memory`, not from `queries`; with `latent` or `direct` they always do. `direct`: inputs are heads
+    (B, H, T, D), not features to project. `wide_softmax`: softmax in float32 between casts.
     """
 
     opset: int = 17

@@ -1,4 +1,7 @@
-"""The reference of the parity tests: Hugging Face's eager attention, on sentences of mixed lengths."""
+"""The reference of the parity tests: Hugging Face's eager attention, on sentences of mixed lengths.
+
+`references` needs torch and transformers, and a folder of the MiniLM checkpoint.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ class Folded:
     """One layer over x (B, 16, 8). The weights' axes in front of queries and keys are written as in einsum.
 
     `layout`: "b" batch, "w" windows, "h" heads; letters that stand together are one axis, "bw h" is (B * W, H).
-    `windows`: "runs" of 4 positions, "strided" (every fourth), "squares" of 2 x 2 in the grid, or "" for none.
+    `windows`: "runs" of 4 positions, "strided" (every fourth), "squares" of 2 x 2 in the grid, or "" for none;
+    another raises KeyError.
     `projected`: whether queries, keys and values are projections of x; else all are x.
     `behind`: whether a dense layer precedes it, so that every position depends on all inputs.
     """

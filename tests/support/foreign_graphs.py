@@ -17,10 +17,12 @@ WIDTH = 16
 
 @dataclass
 class Foreign:
-    """Query features (B, L, W) attend to key features (B, S, W), or to themselves where `target` is `source`.
+    """Query features (B, L, W) attend to key features (B, S, W), or to themselves unless `cross`.
 
     `mask`: "" for none, "bool" for (B, S) that keeps, "broadcast" for the same as (B, 1, 1, S) at the operator,
     "inverted" for (B, S) that leaves out, "float" for (B, S) that is added to the scores.
+    `target`, `source`, `batch`: axes in the file, each a symbol, a fixed size, or None for no name. `projected`: False
+    takes the key features themselves as keys and values.
     """
 
     target: str | int | None = "frames"

@@ -2,6 +2,9 @@
 
 Prints progress, verdicts by piece and by poison, and for each failure the seed that repeats it. Exit code 1 where a
 mixed clause is proved, the proof raises, or a truth of the grammar does not hold.
+
+The proof is the conversion's judgement, for the batch and each axis, of whether other rows or padding can change an
+answer. A piece is a part of a generated graph. A poison is a piece that lets padding or other rows change the answer.
 """
 
 from __future__ import annotations

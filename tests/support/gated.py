@@ -17,7 +17,10 @@ from attnserve_server.scheduling.queue import Entry, Request, Run
 
 @dataclass(eq=False)
 class Gate:
-    """Holds requests in `waiting`; `withdrawn` counts those that were cancelled, which stay in the list."""
+    """Holds requests in `waiting`; `withdrawn` counts those that were cancelled, which stay in the list.
+
+    `deadlines` and `received_bytes` list those of each request. `is_open`: requests are answered at once, not held.
+    """
 
     manifest: Manifest
     waiting: list[Request] = field(default_factory=list)
@@ -54,7 +57,7 @@ class Gate:
             raise
 
     def release(self, at: int = 0, error: Exception | None = None) -> None:
-        """Answer one request, or fail it with an error."""
+        """Answer the request at this place of `waiting`, or fail it with an error. IndexError if there is none."""
         request = self.waiting.pop(at)
         if error is not None:
             request.fail(error)
@@ -80,7 +83,7 @@ class Gate:
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Wait until a condition holds; fail after `timeout_s`, which only a broken run reaches."""
+    """Wait until a condition holds; raise TimeoutError after `timeout_s`, which only a broken run reaches."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - it waits for a server, which has no event for the test
             await asyncio.sleep(0.002)

@@ -1,4 +1,6 @@
-"""Decoders as onnxruntime-genai's builder writes them: `GroupQueryAttention` over a cache; and in float64."""
+"""Decoders as onnxruntime-genai's builder writes them: `GroupQueryAttention` over a cache of keys and values; and in
+float64.
+"""
 
 from __future__ import annotations
 

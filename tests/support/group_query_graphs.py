@@ -19,7 +19,9 @@ HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCABULARY = 2, 1, 16, 32, 30
 class Decoder:
     """Ids (B, T) and a mask of them to hidden states (B, T, W).
 
-    `ends`: the shape of seqlens_k, "[B]", "[B,1]", "[1,B]" or "[]"; `sent`: it is an input, which the caller sends.
+    `ends`: the shape of seqlens_k, "[B]", "[B,1]", "[1,B]" or "[]"; `sent`: it is an input, which the caller sends
+    in the place of the mask. Only the first two shapes can be sent; another raises KeyError. `window`: how many keys a
+    query attends to, its own included; 0: all before it.
     """
 
     window: int = 3

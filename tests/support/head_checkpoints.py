@@ -1,4 +1,7 @@
-"""Tiny checkpoints with a head, random weights and a tokenizer, as folders that `export` and transformers read."""
+"""Tiny checkpoints with a head, random weights and a tokenizer, as folders that `export` and transformers read.
+
+`checkpoint` and `write_tokenizer` import torch and transformers.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,14 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def checkpoint(folder: Path, family: str, head: str, **changes: Any) -> Path:
-    """Write a model of a family with a head, such as `Bert` and `ForSequenceClassification`, and its tokenizer."""
+    """Write a model of a family with a head, such as `Bert` and `ForSequenceClassification`, and its tokenizer.
+
+    Args:
+        folder: where both are written.
+        family: a key of `CONFIGS`; any other raises KeyError.
+        head: the end of a class name of transformers; AttributeError if the family has no such class.
+        changes: fields of the configuration that replace those of `CONFIGS`.
+    """
     import torch  # noqa: PLC0415 - heavy
     import transformers  # noqa: PLC0415
     from attnserve_server.conversion.sources.torch_export import quiet  # noqa: PLC0415 - as above

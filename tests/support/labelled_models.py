@@ -1,4 +1,8 @@
-"""Hand-made models whose heads give chosen scores: each token id has a row of scores in a table of the graph."""
+"""Hand-made models whose heads give chosen scores: each token id has a row of scores in a table of the graph.
+
+A head is the part of a manifest by which the server makes labels of an output's scores. The model below the head is the
+one of `tiny_bundle`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ def labelled_graph(outputs: Mapping[str, tuple[int, str]]) -> onnx.ModelProto:
 
     Args:
         outputs: width and form by name: "each" gives (B, S, width), "flat" (B, S) of width 1, "sum" the sum of a
-            sequence's rows, (B, width).
+            sequence's rows, (B, width). Another form fails ONNX's checker.
     """
     model = tiny_graph()
     graph = model.graph
@@ -66,7 +70,7 @@ def labelled_manifest(name: str, head: HeadSpec, shapes: Mapping[str, Sequence[s
 def write_labelled(
     root: Path, folder: Path, name: str, head: HeadSpec, outputs: Mapping[str, tuple[int, str]]
 ) -> Bundle:
-    """Write a bundle of the tiny model with a head."""
+    """Write a bundle of the tiny model with a head. `outputs` as in `labelled_graph`; KeyError for another form."""
     files = write_tiny_files(folder)
     onnx.save(labelled_graph(outputs), folder / "model.onnx")
     shapes = {"each": lambda width: ("seq", width), "flat": lambda _: ("seq",), "sum": lambda width: (width,)}

@@ -1,4 +1,6 @@
-"""Ids to the last position's hidden state, unmasked: padding ids change every answer."""
+"""Ids to the last position's hidden state, unmasked unless `last_token` is given a mask: padding ids change every
+answer.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ def table() -> Array:
 
 
 def last_token(*, mask: str = "") -> onnx.ModelProto:
-    """`input_ids` (B, T) to `last` (B, W). `mask`: "" for no input of that name, "heeded", or "ignored"."""
+    """`input_ids` (B, T) to `last` (B, W). `mask`: "" for no input of that name, "heeded", or "ignored".
+
+    A mask hides keys. "heeded": `last` is the sum over the kept positions. "ignored": it is the last position, even of
+    padding.
+    """
     node = helper.make_node
     nodes = [node("Gather", ["words", "input_ids"], ["embedded"])]
     attended = ["embedded"] * 3
@@ -61,7 +67,10 @@ def last_token(*, mask: str = "") -> onnx.ModelProto:
 
 
 def reference(ids: Array, mask: Array | None = None, *, pooled: bool = False) -> tuple[Array, Array]:
-    """`last` (W) and the weights (H, T, T), float64, of one sequence of ids, padding included."""
+    """`last` (W) and the weights (H, T, T), float64, of one sequence of ids, padding included.
+
+    `pooled`: the sum of a heeded mask, not the last position.
+    """
     embedded = table().astype(np.float64)[ids]
     heads = embedded.reshape(len(ids), HEADS, -1).transpose(1, 0, 2)
     scores = heads @ heads.transpose(0, 2, 1) * heads.shape[2] ** -0.5

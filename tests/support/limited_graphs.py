@@ -1,4 +1,7 @@
-"""Small graphs with limits that their files do not declare, or whose batch is not the first axis."""
+"""Small graphs with limits that their files do not declare, or whose batch is not the first axis.
+
+Beyond its limit, a graph fails in onnxruntime or gives another answer.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +104,10 @@ def few_positions_in_all(positions: int) -> onnx.ModelProto:
 
 
 def positions_from(counted: str, *, table: int = 40, padding: int = 1) -> onnx.ModelProto:
-    """Positions are counted from 2 on: over the ones of the mask, or over the ids that are not `padding`."""
+    """Positions are counted from 2 on: over the ones of the mask, or over the ids that are not `padding`.
+
+    `counted`: "ids", or anything else for the mask. `table`: the rows of positions.
+    """
     made = Writer()
     kept = "attention_mask"
     if counted == "ids":

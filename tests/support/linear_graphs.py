@@ -35,7 +35,10 @@ LOOK_ALIKES = (
 
 
 def linear_graph(spelling: str, opset: int = 17, dtype: type = np.float32) -> onnx.ModelProto:
-    """Inputs `frames` (B, T, W) and `attention_mask` (B, T); output `attended`, the site's with its heads joined."""
+    """Inputs `frames` (B, T, W) and `attention_mask` (B, T); output `attended`, the site's with its heads joined.
+
+    `spelling`: one of `SPELLINGS`, or of `LOOK_ALIKES`, which are similar and no attention. It is not checked.
+    """
     return _Spelled(spelling, opset, dtype).model()
 
 

@@ -1,4 +1,8 @@
-"""The parts of manifests that tests make by hand: provenance, check, and a certificate."""
+"""The parts of manifests that tests make by hand: provenance, check, and a certificate.
+
+A certificate states, for the batch and each axis, whether sequences may share a run: whether other rows or padding can
+change their answers.
+"""
 
 from __future__ import annotations
 

@@ -95,7 +95,11 @@ def added(scores: Array, padding: Array, *, causal: bool, bias: Array | None) ->
 
 @dataclass
 class Packed:
-    """`Attention`: (B, L, W) with packed weights."""
+    """`Attention`: (B, L, W) with packed weights.
+
+    `mask` and `bias` are the operator's mask and the bias added to its scores. `projection_bias`: False leaves out the
+    bias of the projection.
+    """
 
     batch: int = 2
     heads: int = 2
@@ -164,7 +168,10 @@ class Packed:
 
 @dataclass
 class Quantized(Packed):
-    """`QAttention`: the same in integers. `by_column`: a scale and a zero for each column of the weights."""
+    """`QAttention`: the same in integers. `by_column`: a scale and a zero for each column of the weights.
+
+    `zeros`: False leaves out the zero points.
+    """
 
     by_column: bool = False
     zeros: bool = True
@@ -206,7 +213,10 @@ class Quantized(Packed):
 
 @dataclass
 class MultiHead:
-    """`MultiHeadAttention`. `form`: "apart", "key and value packed", "all packed", or "heads first" (key and value)."""
+    """`MultiHeadAttention`. `form`: "apart", "key and value packed", "all packed", or "heads first" (key and value).
+
+    Another form raises KeyError. `mask`, `bias` and `projection_bias` are as in `Packed`.
+    """
 
     batch: int = 2
     heads: int = 2
@@ -311,7 +321,9 @@ class MultiHead:
 class GroupQuery:
     """`GroupQueryAttention` without a past.
 
-    `lengths`: keys that count in each row, in `ends_shape`; `rotary`: the number of rotated features of each head.
+    `lengths`: keys that count in each row (None: all), in `ends_shape`; `rotary`: the number of rotated features of
+    each head. `packed`: query, key and value are one input. `empty_past`: a past of no position is an input.
+    `presents`: the operator returns its keys and values too. `sink`: softmax has one more score in each head.
     """
 
     batch: int = 2

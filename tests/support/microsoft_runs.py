@@ -1,4 +1,8 @@
-"""Runs hand-made graphs of onnxruntime's operators with their taps, and compares both with the definition."""
+"""Runs hand-made graphs of onnxruntime's operators with their taps, and compares both with the definition.
+
+A tap is what conversion adds to a graph so that it returns attention weights, for the rows listed in the input `ITEMS`.
+Each function fails if the operator cannot be tapped.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +43,7 @@ class Case(Protocol):
 
 
 def run(case: Case, items: Sequence[int], fetches: Sequence[str] = (WEIGHTS,)) -> list[Array]:
+    """Return the outputs `fetches` of the case's own feeds, with the tap of the rows `items`."""
     model, sites = tapped(checked(case.model(), "case"))
     assert [site.unavailable_reason for site in sites.values()] == [""], sites
     with TemporaryDirectory() as folder:

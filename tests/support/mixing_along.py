@@ -1,4 +1,9 @@
-"""Pieces of generated graphs that read along the sequence, from its front only."""
+"""Pieces of generated graphs that read along the sequence, from its front only.
+
+A piece takes the graph in construction (`Context`) and a `Stream`: a value (B, T, width) with what is known of it. It
+adds nodes, and returns the new stream. Those of `FROM_FRONT` need no mask, and leave nothing mixed: neither padding nor
+another row changes a sequence's own positions.
+"""
 
 from __future__ import annotations
 

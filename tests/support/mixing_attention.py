@@ -1,4 +1,9 @@
-"""Attention of generated graphs: decomposed and fused, with each form of mask, and what each form really hides."""
+"""Attention of generated graphs: decomposed and fused, with each form of mask, and what each form really hides.
+
+A piece takes the graph in construction (`Context`) and a `Stream`: a value (B, T, width) with what is known of it. It
+adds nodes, and returns the new stream. A stream is mixed if padding or other rows change a sequence's own positions;
+the returned state names the fault.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +36,11 @@ not."""
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One attention: `hiding` of padded keys and `forward` frontier, empty for none. Both apply to (B, H, T, S)."""
+    """One attention: `hiding` of padded keys and `forward` frontier, empty for none. Both apply to (B, H, T, S).
+
+    `by_query`: the mask hides queries too. `wrong_softmax`: softmax over queries, not keys. `log_length`: scores are
+    multiplied by the logarithm of the padded length. `filler`: the number that hides; 0: the one that `hiding` names.
+    """
 
     hiding: str = ""
     forward: str = ""
@@ -57,7 +66,7 @@ def _also(context: Context, mask: MaskInput | None) -> str:
 
 
 def attend(context: Context, stream: Stream, keys: Stream, plan: Plan) -> Stream:
-    """Decomposed attention: (B, T, W) over (B, S, W)."""
+    """Decomposed attention: (B, T, W) over (B, S, W). AssertionError if the plan hides keys that have no mask."""
     writer, width, heads = context.writer, stream.width, 2
     size = width // heads
     scale = 0.3

@@ -1,4 +1,9 @@
-"""Further forms of attention in generated graphs: rotary, folded heads, windows, a softmax by its definition."""
+"""Further forms of attention in generated graphs: rotary, folded heads, windows, a softmax by its definition.
+
+A piece takes the graph in construction (`Context`) and a `Stream`: a value (B, T, width) with what is known of it. It
+adds nodes, and returns the new stream. The tables at the end sort them: safe ones, and those that let padding or other
+rows change a sequence's own positions. Those of tables `..._WITH_MASK` raise KeyError for a stream without a mask.
+"""
 
 from __future__ import annotations
 

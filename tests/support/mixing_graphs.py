@@ -1,7 +1,9 @@
 """ONNX graphs generated from a seed, with the known truth about what mixes a sequence with padding or with other rows.
 
 A graph is a chain of pieces over (B, T, width). Each piece knows its own effect, so the truth is built along with the
-graph. `mixing_witness` confirms it by running. The property test of the proof, and `make fuzz-batching`, use these.
+graph. A piece that lets padding or other rows change a sequence's answer is a poison. `mixing_witness` confirms the
+truth by running. The property test of the proof, and `make fuzz-batching`, use these graphs. Any integer from 0 on is a
+seed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""How generated graphs end: from a stream (B, T, width) to an output, whole, pooled, or of a derived length."""
+"""How generated graphs end: from a stream (B, T, width) to an output, whole, pooled, or of a derived length.
+
+A head takes the graph in construction (`Context`) and a stream. Those of `POISONED` let padding change the output.
+Those of `WITH_MASK` raise KeyError for a stream without a mask.
+"""
 
 from __future__ import annotations
 

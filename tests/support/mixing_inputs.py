@@ -1,4 +1,7 @@
-"""Inputs of generated graphs: ids or features, with or without a mask, and their signature."""
+"""Inputs of generated graphs: ids or features, with or without a mask, and their signature.
+
+A stream is a value (B, T, width) with what is known of it; a mask states which positions are no padding.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Compare verdicts of the proof with the truth of generated graphs, and summarise many such comparisons."""
+"""Compare verdicts of the proof with the truth of generated graphs, and summarise many such comparisons.
+
+The proof gives a verdict for the batch and each axis: whether other rows or padding can change an answer. A wrong
+verdict is returned as a fault, and so is an exception of the proof: nothing is raised.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Pieces of generated graphs that read along the sequence, and hide padded positions by a mask."""
+"""Pieces of generated graphs that read along the sequence, and hide padded positions by a mask.
+
+A piece takes the graph in construction (`Context`) and a `Stream`: a value (B, T, width) with what is known of it. It
+adds nodes, and returns the new stream. These raise KeyError for a stream without a mask, but for `convolution`,
+`numbered` and `shifted`.
+"""
 
 from __future__ import annotations
 

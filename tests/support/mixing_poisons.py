@@ -1,4 +1,9 @@
-"""Pieces of generated graphs that let padding, or other rows of the batch, into a sequence's own part."""
+"""Pieces of generated graphs that let padding into a sequence's own part.
+
+A poison takes the graph in construction (`Context`) and a `Stream`: a value (B, T, width) with what is known of it. It
+adds nodes, and returns a stream whose state names the fault. Without a mask, those of `OF_PADDING_WITH_MASK` raise
+AssertionError, and `wrongly_masked` raises KeyError unless `wrong_masks` has one for the stream.
+"""
 
 from __future__ import annotations
 

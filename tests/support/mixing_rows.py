@@ -1,4 +1,8 @@
-"""Pieces of generated graphs that let other rows of the batch into a sequence's own part."""
+"""Pieces of generated graphs that let other rows of the batch into a sequence's own part.
+
+A poison takes the graph in construction (`Context`) and a `Stream`: a value (B, T, width) with what is known of it. It
+adds nodes, and returns a stream whose state names the fault. `longest_mask` raises KeyError without a mask.
+"""
 
 from __future__ import annotations
 

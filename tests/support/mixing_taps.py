@@ -1,4 +1,7 @@
-"""Generated graphs with taps, as conversion makes them, and the truths of their weights."""
+"""Generated graphs with taps, as conversion makes them, and the truths of their weights.
+
+A tap is what conversion adds to a graph so that it returns a site's attention weights.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Hand-written small graphs whose truth is easy to get wrong, with one operator, or one spelling, each.
 
 All take `x` float32 (B, t, 8) and `attention_mask` int64 (B, t), and return `y`. `mixes` names the axes along which an
-answer changes. Nothing is claimed of other axes.
+answer changes: with padding (`t`, `s`) or with other rows (`batch`). Nothing is claimed of other axes. `TRAPS` holds
+the traps of the `mixing_traps_of_*` modules that are imported; `graph_of` raises KeyError for any other name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Traps in which padding reaches an answer."""
+"""Traps in which padding reaches an answer.
+
+Each function is a trap by its name: from a writer, `x` and the mask it writes the nodes of `y`, and it is registered
+with the axes along which padding changes `y`. It may return the shape of `y` too, where that is not (B, t, 8).
+"""
 
 from __future__ import annotations
 

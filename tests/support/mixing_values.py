@@ -1,4 +1,8 @@
-"""The values of generated graphs, whose dependence on padding and on other rows is known."""
+"""The values of generated graphs, whose dependence on padding and on other rows is known.
+
+A piece of a graph takes and returns a `Stream`. A poison is a piece that lets padding or other rows change a sequence's
+own part of the value: that part is then tainted.
+"""
 
 from __future__ import annotations
 

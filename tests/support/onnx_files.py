@@ -20,7 +20,16 @@ def encoder(
     masked: bool = True,
     attend: bool = True,
 ) -> onnx.ModelProto:
-    """Ids to hidden states, with one `Attention` over packed heads: embeddings, attention, residual."""
+    """Ids to hidden states, with one `Attention` over packed heads: embeddings, attention, residual.
+
+    Args:
+        batch: the axis in the file: a symbol, a fixed size, or None for no name.
+        length: the same for the sequence.
+        opset: of ai.onnx.
+        positions: rows of the table of positions; a longer sequence fails when it is run.
+        masked: whether there is an input `attention_mask`.
+        attend: False puts a Tanh in the place of attention.
+    """
     rng = np.random.default_rng(3)
     tables = {
         "words": rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32),

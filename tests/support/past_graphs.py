@@ -1,4 +1,8 @@
-"""A decoder with a cache in plain ONNX nodes, both of its graphs tapped, with its manifest and a float64 reference."""
+"""A decoder with a cache in plain ONNX nodes, both of its graphs tapped, with its manifest and a float64 reference.
+
+The prompt graph runs a whole sequence. The continuing graph runs new positions after a past: the keys and values of
+earlier ones.
+"""
 
 from __future__ import annotations
 

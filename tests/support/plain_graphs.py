@@ -29,6 +29,12 @@ class Plain:
     """Features (B, L, W) attend to themselves, or to memory (B, S, W), and are projected.
 
     `operator`: by ai.onnx Attention on split heads, with nothing but causal and a scale.
+
+    `scale`, `turn` and each of `masks` are names from the tuples above. `divides`: the scale is a Div, not a Mul.
+    `guard`: an operator over the weights, "not a number" for zeros in the place of NaN, or "" for none. `cross`: keys
+    come from the memory. `packed`: the output is (B, L, W) after a projection; else heads (B, H, L, D).
+    `shapes_computed`: shapes are computed in the graph and do not state the number of heads. A bias or a triangle has
+    160 positions at most.
     """
 
     opset: int = 17

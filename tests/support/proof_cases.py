@@ -1,4 +1,8 @@
-"""Tiny graphs for the proof of batching, with the expected verdicts."""
+"""Tiny graphs for the proof of batching, with the expected verdicts.
+
+The proof states, for the batch and each symbol, whether other rows or padding can change an answer: proved (they
+cannot), refuted (they can), or unknown. `Case.model` raises onnx.parser.ParseError for a wrong body.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ class Case:
         body: `(inputs) => (outputs) <initializers> { nodes }` in ONNX's text form. An initializer without content gets
             random numbers.
         batch: The verdict on the batch.
-        seq: The verdict on each symbol, or on those of a mapping.
+        seq: The verdict on each symbol, or a mapping with one for every symbol (else KeyError).
         why: A part of the reason, by axis.
         needs: The expected mask needs.
         padding: The padding of inputs, where it is not 0.

@@ -1,4 +1,8 @@
-"""Runs of a case: a sequence alone, among others and padded, and whether they confirm its verdicts."""
+"""Runs of a case: a sequence alone, among others and padded, and whether they confirm its verdicts.
+
+A case is a graph with the verdicts that the proof of batching must give: whether padding and other rows can change an
+answer. `faults_of` returns each wrong verdict as a sentence, and raises what the proof or the runtime raises.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def weights_of(dtype: type = np.int8, *, per_channel: bool = True) -> dict[str, 
 
 
 def product(form: str = FORMS[0], *, opset: int = 17, arrays: Mapping[str, Array] | None = None) -> onnx.ModelProto:
-    """x (B, T, K), rounded dynamically, times weights (K, N), plus a bias."""
+    """x (B, T, K), rounded dynamically, times weights (K, N), plus a bias. KeyError for a form outside `FORMS`."""
     quantized = node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"], name="/x/quantize")
     nodes = {
         "MatMulInteger": [
@@ -155,7 +155,10 @@ def encoder(opset: int = 17, *, width: int = 32, heads: int = 4, layers: int = 2
 
 
 def dynamically_quantized(model: onnx.ModelProto, path: Path, **options: Any) -> Path:
-    """The file that onnxruntime's `quantize_dynamic` makes of a model; it is what optimum calls too."""
+    """The file that onnxruntime's `quantize_dynamic` makes of a model; it is what optimum calls too.
+
+    `options`: further arguments of `quantize_dynamic`. The model itself is saved beside `path`.
+    """
     from onnxruntime.quantization import quantize_dynamic  # noqa: PLC0415 - heavy
 
     source = path.with_suffix(".source.onnx")

@@ -2,6 +2,8 @@
 
 Without `--quick` it does nothing. tests/conftest.py takes over the hooks. With pytest-xdist, each worker collects all
 tests. The lists of all workers are equal, and the controller prints the last that it receives.
+
+A test with a marker of `MARKERS` or a fixture of `FIXTURES` is deselected, not skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Use fewer examples of each property."""
+    """With `--quick`, use fewer examples of each property."""
     config.stash[LEFT_OUT] = Counter()
     if config.getoption("quick"):
         settings.register_profile("quick", settings.get_profile("attnserve"), max_examples=20)

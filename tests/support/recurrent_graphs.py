@@ -18,10 +18,10 @@ class LinearOperator:
     """One operator with its inputs.
 
     Args:
-        rule: the update rule.
-        domain: of the operator.
+        rule: the update rule, one of `RULES`.
+        domain: of the operator; "" is ai.onnx.
         per_feature: whether the decay has a number for each feature of a key, not one for each head.
-        shared_rate: whether all heads have one update rate.
+        shared_rate: whether all heads have one update rate, not one for each head of keys.
     """
 
     rule: str = "linear"

@@ -43,7 +43,7 @@ class Prometheus:
     url: str
 
     def get(self, path: str, **parameters: str) -> Any:
-        """Return the data of an API answer."""
+        """Return the data of an API answer. AssertionError or urllib's HTTPError if Prometheus reports an error."""
         query = urllib.parse.urlencode(parameters)
         with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=10) as reply:
             answer = json.load(reply)
@@ -63,7 +63,10 @@ class Prometheus:
 
 @contextlib.contextmanager
 def prometheus_over(http_port: int, folder: Path) -> Iterator[Prometheus]:
-    """Runs Prometheus over a server on loopback until the block ends, scraping and evaluating every second."""
+    """Runs Prometheus over a server on loopback until the block ends, scraping and evaluating every second.
+
+    Needs the program `prometheus`. Raises AssertionError with its log if it does not start.
+    """
     config = yaml.safe_load(watching.PROMETHEUS_CONFIG.read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(watching.RULES)]

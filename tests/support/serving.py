@@ -43,7 +43,10 @@ class RunningServer:
         )
 
     def settled(self, method: str, timeout_s: float = 5.0) -> bool:
-        """Return whether all calls of a method end. The server counts a call just after its caller has the answer."""
+        """Return whether all calls of a method end within `timeout_s`.
+
+        The server counts a call just after its caller has the answer.
+        """
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             started = self.metric("grpc_server_started_total", grpc_method=method)
@@ -60,7 +63,16 @@ def command(name: str) -> str:
 
 @contextlib.contextmanager
 def serve(repository: Path, folder: Path, *arguments: str) -> Iterator[RunningServer]:
-    """Runs `attnserve-server serve` on free loopback ports until the block ends, then expects a clean exit."""
+    """Runs `attnserve-server serve` on free loopback ports until the block ends, then expects a clean exit.
+
+    Args:
+        repository: the models.
+        folder: for the server's log and the file of its ports; one server at a time.
+        arguments: further flags of the command.
+
+    Raises:
+        AssertionError: with the log, if the server is not ready in 60 s, ends early, or exits with another code than 0.
+    """
     ports_file, log = folder / "ports.json", folder / "server.log"
     line = [command("attnserve-server"), "serve", "--repository", str(repository)]
     line += ["--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file), *arguments]

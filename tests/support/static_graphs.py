@@ -5,6 +5,8 @@
 `QDQ` states each operator in floats between DequantizeLinear and QuantizeLinear; `QOperator` has QLinearMatMul and
 QLinearSoftmax; `microsoft` is QDQ with onnxruntime's own quantizers. Queries, keys and values are x itself.
 Source: ONNX operators, QuantizeLinear-13: ties round to even, and results saturate.
+
+Another form than these three is built as `QDQ`.
 """
 
 from __future__ import annotations

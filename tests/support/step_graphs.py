@@ -1,4 +1,8 @@
-"""Small graphs made step by step, for tests of finders and layouts."""
+"""Small graphs made step by step, for tests of finders and layouts.
+
+A finder searches a graph for its sites: the places that compute attention. Methods that add a node or a constant return
+the name of its value.
+"""
 
 from __future__ import annotations
 

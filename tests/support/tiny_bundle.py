@@ -1,4 +1,8 @@
-"""A tiny real model with taps: its graph, tokenizer and manifest, and a repository that holds it."""
+"""A tiny real model with taps: its graph, tokenizer and manifest, and a repository that holds it.
+
+A tap is an output with a layer's attention weights, for the rows listed in a separate input. A bundle is a folder with
+a model's files and their manifest; a repository is a folder of bundles. Writing a version again raises BundleInvalid.
+"""
 
 from __future__ import annotations
 

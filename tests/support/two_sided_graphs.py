@@ -64,7 +64,10 @@ def _ids(name: str, *shape: str | int) -> onnx.ValueInfoProto:
 
 
 def encoder_decoder(vocabulary: int, target_vocabulary: int = 0, seed: int = 5) -> onnx.ModelProto:
-    """Self-attention over a source text, and a target text that attends to it. Only the source is masked."""
+    """Self-attention over a source text, and a target text that attends to it. Only the source is masked.
+
+    `target_vocabulary`: ids of the target; 0 for as many as those of the source.
+    """
     write = _Writer(seed)
     write.matrix("source.words", vocabulary, WIDTH, scale=1.0)
     write.matrix("target.words", target_vocabulary or vocabulary, WIDTH, scale=1.0)
@@ -88,7 +91,10 @@ def encoder_decoder(vocabulary: int, target_vocabulary: int = 0, seed: int = 5) 
 def words_over_patches(
     vocabulary: int, length: str | int = "seq", *, leading: int = 0, layers: int = 1, seed: int = 6
 ) -> onnx.ModelProto:
-    """Self-attention of the patches of an image, and a text that attends to them."""
+    """Self-attention of the patches of an image, and a text that attends to them.
+
+    `length`: the text's axis, a symbol or a fixed size. `leading`: positions of no patch before the patches.
+    """
     write = _Writer(seed)
     write.matrix("words", vocabulary, WIDTH, scale=1.0)
     write.node("Gather", "words input_ids", "text")
@@ -116,7 +122,10 @@ def words_over_patches(
 
 
 def weights(model: onnx.ModelProto, name: str, queries: Array, keys: Array) -> Array:
-    """Weights (H, L, S) of the site of that name, from the definition, for features (L, W) and (S, W)."""
+    """Weights (H, L, S) of the site of that name, from the definition, for features (L, W) and (S, W).
+
+    Raises KeyError if the model has no such site.
+    """
     constants = {tensor.name: numpy_helper.to_array(tensor).astype(np.float64) for tensor in model.graph.initializer}
 
     def split(features: Array, part: str) -> Array:

@@ -47,7 +47,10 @@ def alerts() -> list[dict[str, Any]]:
 
 
 def alert_data(alert: Mapping[str, Any]) -> Query:
-    """The recorded series that an alert compares, without its threshold: it has data when all is well, too."""
+    """The recorded series that an alert compares, without its threshold: it has data when all is well, too.
+
+    Raises ValueError for an alert of another form.
+    """
     form = _ALERT.fullmatch(alert["expr"])
     if form is None:
         raise ValueError(f"{alert['alert']}: {alert['expr']!r} is not one recorded series compared with one number")

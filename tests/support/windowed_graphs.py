@@ -1,4 +1,7 @@
-"""Windowed attention written out step by step, in the ways that graphs have for it, beside its definition."""
+"""Windowed attention written out step by step, in the ways that graphs have for it, beside its definition.
+
+In a window, each query attends only to the keys near it. No field is checked.
+"""
 
 from __future__ import annotations
 

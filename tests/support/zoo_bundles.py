@@ -1,4 +1,8 @@
-"""Tiny bundles of the zoo's models, exported once per test run, and the definition of their weights in NumPy."""
+"""Tiny bundles of the zoo's models, exported once per test run, and the definition of their weights in NumPy.
+
+The zoo is the project's own set of torch models, one for each kind of attention. `export_zoo` needs torch, and raises
+BuildRefused for an unknown name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Attention as one operator, standard and onnxruntime's, and the operators before it: embeddings and rotations."""
+"""Attention as one operator, standard and onnxruntime's, and the operators before it: embeddings and rotations.
+
+A case is a graph with the verdicts that the proof of batching must give: whether padding (`seq`) and other rows
+(`batch`) can change an answer. By default both are proved: they cannot.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Softmax under masks, frontiers and windows, and decomposed attention with its tap."""
+"""Softmax under masks, frontiers and windows, and decomposed attention with its tap.
+
+A case is a graph with the verdicts that the proof of batching must give: whether padding (`seq`) and other rows
+(`batch`) can change an answer. By default both are proved: they cannot.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Elementwise operators: always proved, because each element depends on its own place only."""
+"""Elementwise operators: proved where each element depends on its own place only, else refuted.
+
+A case is a graph with the verdicts that the proof of batching must give: whether padding (`seq`) and other rows
+(`batch`) can change an answer.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Operators that combine positions: sums, means, running sums, normalisations."""
+"""Operators that combine positions: sums, means, running sums, normalisations.
+
+A case is a graph with the verdicts that the proof of batching must give: whether padding (`seq`) and other rows
+(`batch`) can change an answer. By default both are proved: they cannot.
+"""
 
 from __future__ import annotations
 

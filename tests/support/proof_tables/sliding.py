@@ -1,4 +1,8 @@
-"""Windows that slide over positions, and products that sum over an axis."""
+"""Windows that slide over positions, and products that sum over an axis.
+
+A case is a graph with the verdicts that the proof of batching must give: whether padding (`seq`) and other rows
+(`batch`) can change an answer. By default both are proved: they cannot.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Unsafe graphs whose cause is a place or a length that is easily missed."""
+"""Unsafe graphs whose cause is a place or a length that is easily missed.
+
+A case is a graph with the verdicts that the proof of batching must give: whether padding (`seq`) and other rows
+(`batch`) can change an answer.
+"""
 
 from __future__ import annotations
 
