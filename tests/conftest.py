@@ -1,4 +1,8 @@
-"""Fixtures for all tests: the real model's bundle, its reference, and a real server over it."""
+"""Fixtures for all tests: the real model's bundle, its reference, and a real server over it.
+
+Without the package of MiniLM, tests of `minilm_source` and `minilm_references` are skipped, and those of
+`minilm_repository` and `minilm_server` fail, because the export does. The fixtures of the zoo need torch.
+"""
 
 from __future__ import annotations
 

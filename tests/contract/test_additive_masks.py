@@ -1,4 +1,8 @@
-"""Masks of floats that are added to scores, over a real server: -inf hides a key, and padding stays hidden."""
+"""Masks of floats that are added to scores, over a real server: -inf hides a key, and padding stays hidden.
+
+`Added` makes a graph of one or two layers with such a mask, and their weights in float64. Each case is converted once
+for the module, and served in this process. Masks that no request may send must be refused with InvalidRequest.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Sequences whose masks break a need of the certificate have the same answer in a batch as alone: they are not padded.
 
-The graph adds (1 - mask) x -1e9 to its scores. A row without an allowed key then spreads over all keys evenly, and
-padding would be among them.
+A certificate states what may share a run; a need is what it requires of a mask for that, such as one allowed key. The
+graph adds (1 - mask) x -1e9 to its scores. A row without an allowed key then spreads over all keys evenly, and padding
+would be among them.
 """
 
 from __future__ import annotations

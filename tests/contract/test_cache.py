@@ -1,4 +1,8 @@
-"""Decoders with a cache over a real server: whole sequences as text and tensors, and the cache's outputs on request."""
+"""Decoders with a cache over a real server: whole sequences as text and tensors, and the cache's outputs on request.
+
+A cache holds the keys and values of earlier tokens; a past is a cache that a request sends. The builders make decoders
+as optimum and onnxruntime-genai write them, and their answers in float64. Each is converted once for the module.
+"""
 
 from __future__ import annotations
 

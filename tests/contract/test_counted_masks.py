@@ -1,4 +1,8 @@
-"""Masks that a file reduces to a count of ones, over a real server: read whole where possible, else refused."""
+"""Masks that a file reduces to a count of ones, over a real server: read whole where possible, else refused.
+
+`counted` makes a graph of onnxruntime's `Attention` or `MultiHeadAttention` that reads the count, and `weights_of` the
+weights under the whole mask. `group_query_graphs.Decoder` needs the count itself, so only its requests are refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Windows of onnxruntime's grouped attention over a real server: maps, links, words and rollout of short sequences."""
+"""Windows of onnxruntime's grouped attention over a real server: maps, links, words and rollout of short sequences.
+
+`Decoder` makes a graph around one `GroupQueryAttention` for each layer, with a window of keys and, in float64, its
+weights. Each case is converted once for the module, and served in this process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Inputs that index tables, over a real server: indices without a row are refused, and GetModel returns the ranges."""
+"""Inputs that index tables, over a real server: indices without a row are refused, and GetModel returns the ranges.
+
+`encoder` makes a graph that looks up tables by five inputs. It is converted once for the module, without a declared
+range: conversion finds the ranges. An invalid index must be refused with InvalidRequest.
+"""
 
 from __future__ import annotations
 

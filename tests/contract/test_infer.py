@@ -1,4 +1,8 @@
-"""One request, one answer, through a real server over loopback."""
+"""One request, one answer, through a real server over loopback.
+
+Needs the fixtures of tests/contract/conftest.py: `server` and `channel` of the tiny model, and `gate`, which holds each
+request until the test releases it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Infinities as answers: a model that hides positions with them is converted, checked and served; NaN is not."""
+"""Infinities as answers: a model that hides positions with them is converted, checked and served; NaN is not.
+
+`span_head` makes a graph whose scores are -inf or +inf where a mask hides the position. It is converted once for the
+module in each precision.
+"""
 
 from __future__ import annotations
 

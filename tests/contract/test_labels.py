@@ -1,4 +1,8 @@
-"""Labels of models with a head, through a real server: scores from the definition in float64, spans in the text."""
+"""Labels of models with a head, through a real server: scores from the definition in float64, spans in the text.
+
+A head is the part of a manifest by which the server makes labels of an output's scores. `write_labelled` writes a
+bundle of the tiny model with a head whose scores are a row of `table` for each token.
+"""
 
 from __future__ import annotations
 

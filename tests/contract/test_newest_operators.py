@@ -1,4 +1,7 @@
-"""The newest attention operators over a real server: mixed lengths share a batch, and each site has its weights."""
+"""The newest attention operators over a real server: mixed lengths share a batch, and each site has its weights.
+
+The graph below has FlexAttention, Attention with counts of keys, and LinearAttention. It is converted for the test.
+"""
 
 from __future__ import annotations
 

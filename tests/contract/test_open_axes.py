@@ -1,4 +1,8 @@
-"""Axes that belong together, over a real server: images of an open size, frames beside tokens, a sum of two axes."""
+"""Axes that belong together, over a real server: images of an open size, frames beside tokens, a sum of two axes.
+
+The builders make graphs whose files leave such axes open. They are converted once for the module, where the relations
+of the axes are found.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A past through a real server over loopback: values, labels, sizes, batches and refusals, by client."""
+"""A past through a real server over loopback: values, labels, sizes, batches and refusals, by client.
+
+A past is the keys and values of earlier positions, sent with a request, as an earlier answer returned them (presents).
+Of the decoder's three bundles, `alone` may not share runs, and `broken` has the wrong graph and does not load.
+"""
 
 from __future__ import annotations
 

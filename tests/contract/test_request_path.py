@@ -1,4 +1,8 @@
-"""Count the server modules that one `Infer` enters: a reader must open each of them to follow a request."""
+"""Count the server modules that one `Infer` enters: a reader must open each of them to follow a request.
+
+Needs `settings` of tests/contract/conftest.py, whose repository has the model `tiny`. Fails if more than `MAX_MODULES`
+are entered.
+"""
 
 from __future__ import annotations
 

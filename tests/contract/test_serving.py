@@ -1,4 +1,8 @@
-"""All but inference: start, health, readiness, metrics, drain, internal errors, and signals to a real process."""
+"""All but inference: start, health, readiness, metrics, drain, internal errors, and signals to a real process.
+
+Needs the fixtures of tests/contract/conftest.py: the files and repository of the tiny model, `settings`, a started
+`server`, its `channel`, and `gate`, which holds each request until the test releases it.
+"""
 
 from __future__ import annotations
 

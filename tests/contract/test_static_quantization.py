@@ -1,4 +1,8 @@
-"""Files with constant scales, over a real server: the file's own rounding, and weights as integers represent them."""
+"""Files with constant scales, over a real server: the file's own rounding, and weights as integers represent them.
+
+`Static` makes a graph of one layer in each form of static quantizers, and its results in float64. Each case is
+converted once for the module, and served in this process.
+"""
 
 from __future__ import annotations
 

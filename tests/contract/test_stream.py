@@ -1,4 +1,8 @@
-"""Many requests on one stream: each is answered once, by its id, regardless of the others."""
+"""Many requests on one stream: each is answered once, by its id, regardless of the others.
+
+Needs the fixtures of tests/contract/conftest.py: a `server` and `channel` of the tiny model, and `gate`, which holds
+each request until the test releases it. A test whose answer does not arrive fails with TimeoutError after 10 s.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Padding and truncation of a tokenizer.json over a real server: kept where the model would see them, else left out."""
+"""Padding and truncation of a tokenizer.json over a real server: kept where the model would see them, else left out.
+
+`last_token` makes a graph whose answer is its last position's, so that padding which no mask hides shows. The cases are
+the form of its mask, and the padding and truncation in tokenizer.json. Each is converted once for the module.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`--verify-batches` on a real server counts the answers that a batch changed, and none where it changed none."""
+"""`--verify-batches` on a real server counts the answers that a batch changed, and none where it changed none.
+
+With it, the server runs a sample of sequences again alone, and compares. The control is a model that mixes the rows of
+its batch, under a manifest that denies it. Needs `tiny_files` of tests/contract/conftest.py.
+"""
 
 from __future__ import annotations
 

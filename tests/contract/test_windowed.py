@@ -1,4 +1,8 @@
-"""Windowed attention through a real server over loopback: bands, links and sizes, by wire, client and page."""
+"""Windowed attention through a real server over loopback: bands, links and sizes, by wire, client and page.
+
+In windowed attention each query attends to near keys only; its weights come as a band, a column for each key of the
+window. `Windowed` makes a graph of one layer, and its weights in float64.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """The matrix behind docs/reference/coverage.md: every architecture through every exporter, opset and precision.
 
 `make coverage` runs it and writes the page, unless only some architectures are selected.
+
+Needs torch and transformers. A cell fails its test if a site is missing or an error exceeds the tolerance; the page's
+own test is skipped where only some architectures were run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The project's image, built and run hardened on this machine, with a real model in it."""
+"""The project's image, built and run hardened on this machine, with a real model in it.
+
+Without root or the container tools, tests with these fixtures are skipped with the reason. A build or container that
+fails raises CommandFailed; one that is not healthy in 60 s raises AssertionError.
+"""
 
 from __future__ import annotations
 

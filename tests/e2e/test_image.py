@@ -1,4 +1,8 @@
-"""The image serves requests when it runs hardened and without a shell, and stops as its signals require."""
+"""The image serves requests when it runs hardened and without a shell, and stops as its signals require.
+
+Needs the fixtures of tests/e2e/conftest.py: the built `image`, and `served` or `own_served`, a container of it with
+MiniLM. They skip the tests without root or the container tools.
+"""
 
 from __future__ import annotations
 

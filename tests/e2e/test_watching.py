@@ -1,4 +1,8 @@
-"""A real Prometheus over the container under load: every query that deploy/ ships must find data in it."""
+"""A real Prometheus over the container under load: every query that deploy/ ships must find data in it.
+
+Needs `served` of tests/e2e/conftest.py, a container with MiniLM, which skips the tests without root or the container
+tools. Fails where a query finds no data in 10 s.
+"""
 
 from __future__ import annotations
 

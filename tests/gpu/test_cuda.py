@@ -1,4 +1,8 @@
-"""Answers on a GPU equal eager attention. Skipped with the reason where there is no GPU."""
+"""Answers of MiniLM on a GPU equal eager attention. Skipped with the reason where there is no GPU.
+
+Needs the package of MiniLM, torch and transformers: `minilm_repository` is exported, and `minilm_references` are the
+answers of Hugging Face's eager model.
+"""
 
 from __future__ import annotations
 
