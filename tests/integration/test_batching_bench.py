@@ -1,4 +1,8 @@
-"""A short run of `make batching`: no answer depends on its batch by default, and forced batches show that it could."""
+"""A short run of `make batching`: no answer depends on its batch by default, and forced batches show that it could.
+
+Forced batches are those of a server that joins rows without regard to the proof. Needs `bench` of this checkout; takes
+seconds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The benchmark runs, and its figures that do not depend on time are right."""
+"""The benchmark runs, and its figures that do not depend on time are right.
+
+Needs `bench` of this checkout and torch. Tests of `minilm_repository`, a bundle of MiniLM, fail without its package. A
+limit on time that is exceeded fails no test.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The examples run against a server in this process."""
+"""The examples run against a server in this process.
+
+Needs no more than the checkout: the models are the tiny text model and a graph of words over an image. An example
+without a test fails the last one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""ONNX files from any exporter, from the file to answers on the wire, against NumPy in float64."""
+"""ONNX files from any exporter, from the file to answers on the wire, against NumPy in float64.
+
+`Foreign` makes a graph of one `Attention` by its axes, masks and heads, and its answer in float64. All are converted
+once for the module, and served by one process.
+"""
 
 from __future__ import annotations
 

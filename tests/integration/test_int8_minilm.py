@@ -1,4 +1,7 @@
-"""MiniLM in int8: its answers stay close to those of float32, on sentences written for the purpose."""
+"""MiniLM in int8: its answers stay close to those of float32, on sentences written for the purpose.
+
+Needs torch, for the export. Without the package of MiniLM, the tests are skipped, or fail at its export.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""MiniLM through the whole service, against the eager attention of Hugging Face."""
+"""MiniLM through the whole service, against the eager attention of Hugging Face.
+
+Needs `minilm_references`, the answers of the eager model to sixteen sentences, and servers over the exported bundle.
+Without the package of MiniLM, the tests are skipped, or fail at its export.
+"""
 
 from __future__ import annotations
 

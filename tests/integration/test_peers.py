@@ -1,4 +1,7 @@
-"""The comparison with peers: the peer without an installation runs, and the clients read answers as they were sent."""
+"""The benchmark against other servers (peers): the peer without an installation runs, and clients read answers as sent.
+
+Needs `bench` of this checkout and `minilm_repository`: without the package of MiniLM, the test with it fails.
+"""
 
 from __future__ import annotations
 

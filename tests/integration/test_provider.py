@@ -1,4 +1,7 @@
-"""A server that must have a GPU refuses to start without one."""
+"""A server that must have a GPU refuses to start without one.
+
+Skipped where onnxruntime has the CUDA provider. Needs `minilm_repository`, a bundle of MiniLM.
+"""
 
 from __future__ import annotations
 

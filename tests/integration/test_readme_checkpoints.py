@@ -1,4 +1,7 @@
-"""The README's commands for classifiers, rerankers and embeddings run as they are written."""
+"""The README's commands for classifiers, rerankers and embeddings run as they are written.
+
+Needs torch. A command that ends with an error fails the test, and so does another number of commands.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Cross-attention of a real server: two texts, and words over the patches of an image."""
+"""Cross-attention of a real server: two texts, and words over the patches of an image.
+
+The builders of `two_sided_graphs` make both models, and `weights` their maps in float64. One server process serves
+them.
+"""
 
 from __future__ import annotations
 

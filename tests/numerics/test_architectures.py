@@ -1,4 +1,7 @@
-"""Architectures with more than one sequence: bundles against Hugging Face's own eager attention, on both sides."""
+"""Architectures with more than one sequence: bundles against Hugging Face's own eager attention, on both sides.
+
+`tiny_source` writes a tiny checkpoint of an architecture. Needs torch and transformers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Attention in single operators is found, tapped, and equal to the definition, in every form."""
+"""Attention in single operators is found, tapped, and equal to the definition, in every form.
+
+A site is a place in a graph that computes attention; it is tapped if the converted graph returns its weights.
+`Decomposed` makes a graph by its form, and the weights in float64; the names of the forms are its module's tuples.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Small torch modules from both of torch's exporters: sites are found, named, and equal to torch's weights."""
+"""Small torch modules from both of torch's exporters: sites are found, named, and equal to torch's weights.
+
+A site is a place in a graph that computes attention; it is tapped if the converted graph returns its weights. Needs
+torch.
+"""
 
 from __future__ import annotations
 

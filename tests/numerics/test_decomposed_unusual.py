@@ -1,4 +1,8 @@
-"""Attention in unusual forms is tapped, and equal to its definition in float64."""
+"""Attention in unusual forms is tapped, and equal to its definition in float64.
+
+A site is a place in a graph that computes attention; it is tapped if the converted graph returns its weights. Each form
+is a function that adds its nodes to `Steps`, and returns its output and its definition.
+"""
 
 from __future__ import annotations
 

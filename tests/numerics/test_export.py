@@ -1,4 +1,8 @@
-"""Export: bundles against Hugging Face's eager attention, and sources that are refused."""
+"""Export: bundles against Hugging Face's eager attention, and sources that are refused.
+
+Needs torch and transformers. Without the package of MiniLM, the tests of its bundle fail, and those of its folder are
+skipped.
+"""
 
 from __future__ import annotations
 

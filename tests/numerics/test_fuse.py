@@ -1,4 +1,8 @@
-"""Fused graphs give the answers of their sources, and their taps the weights of the definition."""
+"""Fused graphs give the answers of their sources, and their taps the weights of the definition.
+
+Fusing replaces the nodes of attention by one operator. `Plain` makes a source graph by its form, and the weights in
+float64. A tap is what returns a site's weights.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Checkpoints with a head: the exported scores against transformers' own eager answer, on padded batches."""
+"""Checkpoints with a head: the exported scores against transformers' own eager answer, on padded batches.
+
+A head turns hidden states into scores of labels, spans or tokens. `checkpoint` writes tiny checkpoints. Needs torch and
+transformers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""onnxruntime's `Attention`, its packed projection recomputed by a tap, against the definition and its own output."""
+"""onnxruntime's `Attention`, its packed projection recomputed by a tap, against the definition and its own output.
+
+A tap is what conversion adds to a graph so that it returns attention weights. `Packed` and `Quantized` make a graph of
+the operator, and its weights in float64; `assert_equals_definition` runs both.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""onnxruntime's `GroupQueryAttention` without a past, against the definition and its own output."""
+"""onnxruntime's `GroupQueryAttention` without a past, against the definition and its own output.
+
+A tap is what conversion adds to a graph so that it returns attention weights. `GroupQuery` makes a graph of the
+operator, and its weights in float64; `assert_equals_definition` runs both.
+"""
 
 from __future__ import annotations
 

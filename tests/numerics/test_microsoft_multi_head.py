@@ -1,4 +1,8 @@
-"""onnxruntime's `MultiHeadAttention` in all its forms, against the definition and its own output."""
+"""onnxruntime's `MultiHeadAttention` in all its forms, against the definition and its own output.
+
+A tap is what conversion adds to a graph so that it returns attention weights. `MultiHead` makes a graph of the
+operator, and its weights in float64; `assert_equals_definition` runs both.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Taps of operators that take a past: weights over past and new keys, against their definition in float64."""
+"""Taps of operators that take a past: weights over past and new keys, against their definition in float64.
+
+A past is the keys and values of earlier positions. A tap is what conversion adds to a graph so that it returns
+attention weights.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Files that onnxruntime's optimizer wrote: converted, and compared with the model's eager weights."""
+"""Files that onnxruntime's optimizer wrote: converted, and compared with the model's eager weights.
+
+The torch modules of `classic_models` return their own weights; `exported` traces them. Needs torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The weights that `LinearAttention` implies, against its definition in float64 and the operator's own output."""
+"""The weights that `LinearAttention` implies, against its definition in float64 and the operator's own output.
+
+`LinearOperator` makes a graph of the operator by its update rule, and the weights in float64.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 The reference is written from the definitions in `attention.proto` and shares no line with the code under test: it goes
 weight by weight, selects query rows where the contract requires it (late), and never uses float32.
+
+A reduction joins heads, layers or words, or keeps the strongest links. The cases are drawn by hypothesis; nothing is
+run by onnxruntime.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Files of onnxruntime's `quantize_dynamic`, prepared with one scale per row: they batch, and stay near the file."""
+"""Files of onnxruntime's `quantize_dynamic`, prepared with one scale per row: they batch, and stay near the file.
+
+Such a file has one scale for its whole batch, so a neighbour changes an answer. Conversion with `requantize` gives each
+row its own. A file that has no dynamic quantizer must be refused.
+"""
 
 from __future__ import annotations
 

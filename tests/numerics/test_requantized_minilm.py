@@ -1,4 +1,7 @@
-"""MiniLM as `quantize_dynamic` leaves it, with one scale per row: a sentence has the same embedding in any batch."""
+"""MiniLM as `quantize_dynamic` leaves it, with one scale per row: a sentence has the same embedding in any batch.
+
+Skipped without the package of MiniLM. Needs torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The scores of taps against their definition in float64: after scale, softcap and bias, before the masks."""
+"""The scores of taps against their definition in float64: after scale, softcap and bias, before the masks.
+
+A tap is what conversion adds to a graph so that it returns attention weights. Scores are what softmax makes weights of.
+"""
 
 from __future__ import annotations
 

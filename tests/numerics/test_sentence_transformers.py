@@ -1,6 +1,9 @@
 """Folders of sentence-transformers and rerankers: embeddings and scores against their definition over hidden states.
 
 The definition is that of sentence-transformers 5.7, whose own answers differ from these bundles by at most 3e-6.
+
+`checkpoint` writes a tiny checkpoint, and `with_modules` its modules. Needs torch and transformers, and not
+sentence-transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Taps against the definition of attention, written in float64, and against the operator's own output."""
+"""Taps against the definition of attention, written in float64, and against the operator's own output.
+
+A tap is what conversion adds to a graph so that it returns attention weights. `Case` makes a graph of one `Attention`
+of ai.onnx, and its weights in float64.
+"""
 
 from __future__ import annotations
 

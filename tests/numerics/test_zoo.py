@@ -1,6 +1,8 @@
 """The zoo: bundles against the definitions of their attention in float64, with and without padding.
 
 Covers every model but `sliding-window`: its weights are bands, which `test_windowed.py` compares with their definition.
+
+The zoo is the project's own set of torch models, one for each kind of attention. Needs torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""One server over the zoo: every form's weights on the wire, and the axes and tokens of each map."""
+"""One server over the zoo: every form's weights on the wire, and the axes and tokens of each map.
+
+The zoo is the project's own set of torch models, one for each kind of attention. Needs `zoo_bundles`, which exports
+them with torch.
+"""
 
 from __future__ import annotations
 
