@@ -1,5 +1,6 @@
 """A session on a GPU answers as one on the CPU does: bound to pinned memory, in threads, stopped, and from recordings.
 
+A recording is a CUDA graph of runs of one shape; smaller runs are padded to it. The model is the one of `tiny_bundle`.
 Skipped, with the reason, where there is no GPU.
 """
 

@@ -34,7 +34,10 @@ class CrossedDecoder:
             self.tables[name] = (rng.normal(size=shape) * 0.5).astype(np.float32)
 
     def merged(self, *, cached_first: bool = True) -> onnx.ModelProto:
-        """Return one file with both branches. `cached_first`: true of the input takes the branch with a cache."""
+        """Return one file with both branches. `use_cache_branch` is the input that chooses.
+
+        `cached_first`: whether its true takes the branch with a cache; else its false does.
+        """
         branches = {}
         for cached in (True, False):
             prefix = "cached_" if cached else "whole_"
@@ -56,7 +59,7 @@ class CrossedDecoder:
         return self._model([choice], inputs, outputs)
 
     def apart(self, *, cached: bool) -> onnx.ModelProto:
-        """Return one branch as a file."""
+        """Return one branch as a file. `cached`: the one that takes a cache; else the one that takes the states."""
         outputs = self._outputs(cached=cached)
         outputs = {name: shape for name, shape in outputs.items() if not cached or "encoder" not in name}
         nodes = self._nodes("", cached=cached)

@@ -1,4 +1,7 @@
-"""An encoder that looks up tables by more than its token ids: positions, categories in columns, a segment."""
+"""An encoder that looks up tables by more than its token ids: positions, categories in columns, a segment.
+
+onnxruntime refuses a run with an index beyond its table. A negative index counts from the table's end.
+"""
 
 from __future__ import annotations
 

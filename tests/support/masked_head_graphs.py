@@ -25,6 +25,8 @@ def tables() -> dict[str, Array]:
 def span_head(*, hides: bool = True) -> onnx.ModelProto:
     """`logits` (B, T) is -inf, and `distances` (B, T) is +inf, where `attention_mask` and `allowed` are not both 1.
 
+    `log_probabilities` (B, T) is the LogSoftmax of `logits`.
+
     `hides`: False leaves out `allowed`, so that a sequence without padding has no infinity.
     """
     node = helper.make_node

@@ -1,4 +1,7 @@
-"""Small graphs whose files leave open what their nodes force: channels, sizes of images, sums of axes, widths."""
+"""Small graphs whose files leave open what their nodes force: channels, sizes of images, sums of axes, widths.
+
+onnxruntime refuses a run of other sizes than the nodes allow.
+"""
 
 from __future__ import annotations
 
