@@ -1,4 +1,9 @@
-"""Fixtures for the client's tests: a fake server, and one driver for both clients."""
+"""Fixtures for the client's tests: a fake server, and one driver for both clients.
+
+A test that takes `driver` or `driver_class` runs twice: with `Client` and with `AsyncClient`. `raw_server` is a class:
+the test passes it the methods of a gRPC server, for answers that `FakeServer` never gives. All servers listen on
+loopback, on a port that the system chose.
+"""
 
 from __future__ import annotations
 
@@ -108,6 +113,7 @@ class RawServer:
 
 @pytest.fixture
 def raw_server() -> type[RawServer]:
+    """The class, for a test to call with the methods of its server."""
     return RawServer
 
 

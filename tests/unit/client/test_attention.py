@@ -1,4 +1,8 @@
-"""Attention maps: weights, links, tokens, and the checks of received maps."""
+"""Attention maps: weights, links, tokens, and the checks of received maps.
+
+A link is one weight with its query and its key. Maps come from the fake server, or are made by hand to contradict
+themselves: `results_of` then raises BadAnswer.
+"""
 
 from __future__ import annotations
 

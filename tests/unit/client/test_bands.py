@@ -1,4 +1,8 @@
-"""Windowed maps: the received band, its weights over all keys, and how it is drawn."""
+"""Windowed maps: the received band, its weights over all keys, and how it is drawn.
+
+A band lists which key each column of each query is; -1 is no key. `results_of` raises BadAnswer for a band that does
+not fit its map. One test draws a figure and needs matplotlib.
+"""
 
 from __future__ import annotations
 

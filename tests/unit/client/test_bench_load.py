@@ -1,4 +1,8 @@
-"""Closed and open loops in virtual time."""
+"""Closed and open loops of the load test, in virtual time.
+
+In a closed loop, each caller waits for its answer before its next request. An open loop sends each request when it is
+due, whether or not others are answered. `FakeTime` replaces the clock, so that no test waits.
+"""
 
 from __future__ import annotations
 

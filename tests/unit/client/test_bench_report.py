@@ -1,4 +1,8 @@
-"""The figures of a load test, and what makes it invalid."""
+"""The figures of a load test, and what makes it invalid.
+
+A load test is invalid if its client was too busy or too late to measure the server, or if no request was answered.
+Samples are made by hand; nothing is sent.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Both clients against a gRPC server: what they send, return and raise."""
+"""Both clients against a gRPC server: what they send, return and raise.
+
+The fixtures `driver` and `driver_class` run a test with each client. `server` is a fake server, and `raw_server` is one
+with methods of the test, for malformed answers.
+"""
 
 from __future__ import annotations
 

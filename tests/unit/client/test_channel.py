@@ -1,4 +1,8 @@
-"""Targets and options of channels."""
+"""Targets and options of gRPC channels.
+
+`target_of` turns one or more addresses into a name that gRPC resolves. It raises ValueError for no address, for several
+host names, and for a mixture of IPv4 and IPv6.
+"""
 
 from __future__ import annotations
 

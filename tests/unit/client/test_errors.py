@@ -1,4 +1,7 @@
-"""Errors: how statuses map to classes, and what the classes hold."""
+"""Errors: how gRPC statuses map to the client's error classes, and what the classes hold.
+
+Malformed details of a status are skipped, and a malformed status becomes BadAnswer. Nothing is sent.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The state of one stream: chunks, inconsistent messages, stalls, and timeouts."""
+"""The state of one stream: chunks, inconsistent messages, stalls, and timeouts.
+
+`Exchange` matches the messages of one StreamInfer call with its requests. It raises BadAnswer for messages that are
+inconsistent. Messages are made by hand; no server runs.
+"""
 
 from __future__ import annotations
 

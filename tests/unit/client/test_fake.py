@@ -1,4 +1,7 @@
-"""The guarantees of the fake server."""
+"""The guarantees of `FakeServer`, which answers as a server does, without a model.
+
+Answers depend on the text alone, rows of weights sum to 1, and invalid requests are refused with their field.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Features of attention: selection, decoding, tables and figures."""
+"""Features of attention: selection, decoding, tables and figures; and scores.
+
+A feature is a number computed from a row of weights, such as its entropy. Scores are the numbers whose softmax is the
+weights. The test of the figure is skipped without matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +28,13 @@ TOLERANCE = 1e-5
 
 
 def answer(server: FakeServer, **selection: Any) -> InferenceResult:
+    """Return the fake server's result for this selection of attention."""
     with Client(server.target) as client:
         return client.infer("fake", TEXT, outputs=[], attention=AttentionSelection(**selection))
 
 
 def features(server: FakeServer, **selection: Any) -> AttentionFeatures:
+    """Return the features of a selection, by default all four; fails unless their predicted size is right."""
     result = answer(server, **{"features": NAMES, **selection})
     assert result.features is not None
     assert result.attention == []

@@ -1,4 +1,4 @@
-"""Heatmaps on a terminal."""
+"""Attention maps drawn as heatmaps on a terminal: their width, their colours, and which rows they show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The page and the figure of an attention map; token texts stay inert on the page."""
+"""The page and the figure of an attention map; token texts stay inert on the page.
+
+Without matplotlib, the whole module is skipped.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Inputs of calls and their encoding as requests."""
+"""Inputs of calls and their encoding as requests.
+
+An input is a text, two texts, token ids, or arrays by name. One of another type raises TypeError; one with values that
+the model cannot take raises InvalidRequest before it is sent.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Labels in results, in the command's output and in pages; their selection in requests."""
+"""Labels in results, in the command's output and in pages; their selection in requests.
+
+Labels are the class names, each with a score, that a model's head gives. The fixture `server` is a fake server with a
+head. A selection of another type raises TypeError, and a value that does not fit InvalidRequest.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Descriptions of models, and readiness."""
+"""Descriptions of models as the client decodes them, and readiness, which is that of each model's highest version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every example of the documentation runs unchanged against the fake server."""
+"""Every Python example of the pages in `PAGES` runs unchanged against the fake server.
+
+An example fails if it raises. A page without an example fails when tests are collected.
+"""
 
 from __future__ import annotations
 

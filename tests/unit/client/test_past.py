@@ -1,4 +1,9 @@
-"""A past in the client: what is sent, what a description states, and the refusals before a call."""
+"""A past in the client: what is sent, what a description states, and the refusals before a call.
+
+A past is the keys and values of earlier positions, which a decoder with a cache takes beside new ones. `Continuation`
+joins it to an input. One without arrays raises InvalidRequest, and labels that are one text raise TypeError.
+`Past.after`, which makes the next past, raises KeyError where an array is missing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Maps over the patches of an image, arranged as in the image: as arrays, on a terminal, a page and a figure."""
+"""Maps over the patches of an image, arranged as in the image: as arrays, on a terminal, a page and a figure.
+
+`answer` makes a received map, whose sides named in `grids` are the patches of a 2 x 3 image. A grid that does not cover
+its axis raises BadAnswer. Tests of figures need matplotlib.
+"""
 
 from __future__ import annotations
 

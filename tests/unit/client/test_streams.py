@@ -1,4 +1,8 @@
-"""Streams: order, chunks, limits, errors, and cleanup."""
+"""Streams: order, chunks, limits, errors, and cleanup.
+
+The fixtures `driver` and `driver_class` run a test with each client. `server` is a fake server, and `raw_server` is one
+with methods of the test. A failing input gives an answer with its error; other errors end the stream.
+"""
 
 from __future__ import annotations
 
