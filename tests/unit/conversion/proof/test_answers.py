@@ -1,4 +1,9 @@
-"""Answers of an attack: what is cached, and how runs are bounded in memory and time."""
+"""Answers of an attack: what is cached, and how runs are bounded in memory and time.
+
+An attack runs a model on batches, and compares each row with the sequence's answer alone; a `Draft` describes one
+sequence. `Slow` and `ManualClock` replace the time of runs. A run that would end past the deadline raises OutOfTime; a
+sequence that the model refuses has the answer None.
+"""
 
 from __future__ import annotations
 

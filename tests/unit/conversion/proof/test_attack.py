@@ -1,5 +1,8 @@
-"""The attack breaks the right clause of graphs whose answers depend on padding or neighbours, and none of safe
-graphs."""
+"""The attack breaks the right clause of graphs whose answers depend on padding or neighbours, and none of safe graphs.
+
+A clause states for the batch, or for one axis, that it cannot change an answer; the attack runs batches that try to.
+`DEPENDENT` has, for each unsafe graph, the axes to be broken and options of the attack. `HARMLESS` has the safe graphs.
+"""
 
 from __future__ import annotations
 

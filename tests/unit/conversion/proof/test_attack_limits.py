@@ -1,4 +1,9 @@
-"""What an attack spends, on which clauses, and which sequences and weights it compares."""
+"""What an attack spends, on which clauses, and which sequences and weights it compares.
+
+An attack runs a graph on batches that try to change a sequence's answer, and so break a clause of its certificate.
+`attacked` returns the clauses after it, and `broken` the axes that it broke. A batch that fails to run counts as
+broken; an attack without enough time is not complete.
+"""
 
 from __future__ import annotations
 

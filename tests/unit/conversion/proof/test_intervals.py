@@ -1,4 +1,8 @@
-"""Intervals hold every result of an operator on the numbers in them, and mark infinities and NaN."""
+"""Intervals hold every result of an operator on the numbers in them, and mark infinities and NaN.
+
+The proof of batching bounds values by them. Each operator is compared with NumPy on drawn numbers; one without a
+reference here fails `test_every_operator_is_compared_with_numpy`.
+"""
 
 from __future__ import annotations
 

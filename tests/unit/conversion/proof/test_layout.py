@@ -1,4 +1,8 @@
-"""Layouts after a reshape, a transpose or a broadcast agree with NumPy on where positions of varying axes are."""
+"""Layouts after a reshape, a transpose or a broadcast agree with NumPy on where positions of varying axes are.
+
+A layout has the factors of each axis of a tensor, and marks those whose length varies, the batch or a sequence. An
+operation that would mix their positions raises NotFollowed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Noise: rounding among batch shapes, never a dependency on the batch."""
+"""Noise: rounding among batch shapes, never a dependency on the batch.
+
+`noise_of` runs a graph on copies of one sequence, and returns the difference from the sequence alone for each output; a
+larger difference than rounding explains is left out. `target_of` opens a graph for that.
+"""
 
 from __future__ import annotations
 

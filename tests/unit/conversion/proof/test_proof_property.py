@@ -1,6 +1,8 @@
 """The proof on generated graphs with known truth: it never proves a mixed clause, and proves nearly all unmixed ones.
 
-`make fuzz-batching` runs the same on thousands of graphs.
+A clause states that the batch, or padding along one axis, cannot change an answer; a graph that lets it do so mixes
+along that axis. `mixing_graph` makes a graph and its truth from a seed; failures print the seed. `make fuzz-batching`
+runs the same on thousands of graphs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Small graphs whose truth is easy to get wrong: no clause is proved along an axis that the graph mixes."""
+"""Small graphs whose truth is easy to get wrong: no clause is proved along an axis that the graph mixes.
+
+A graph mixes along an axis if padding, or other rows of the batch, change an answer. Importing the modules
+`mixing_traps_of_*` registers their graphs in `TRAPS`. Each trap is also run, to confirm that it mixes.
+"""
 
 from __future__ import annotations
 

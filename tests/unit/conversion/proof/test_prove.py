@@ -1,4 +1,9 @@
-"""The parts of a proof beside its verdicts: reasons, paths, targets, mask needs, causal sites, thresholds."""
+"""The parts of a proof beside its verdicts: reasons, paths, targets, mask needs, causal sites, thresholds.
+
+The proof interprets a graph without running it. It has a clause for the batch and for each axis: whether it can change
+an answer. `Case` holds a graph written as text, and its `proof` method proves it. What is not followed has the verdict
+unknown; nothing raises.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The tables have a case for each operator with a rule, and their runs find an unsound rule."""
+"""The tables have a case for each operator with a rule, and their runs find an unsound rule.
+
+A rule states what the proof of batching may conclude of one operator; a case is a tiny graph with its expected
+verdicts. `PLANTED` replaces rules by a wrong one. An operator that has a rule and no case fails.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Every operator with a rule: its verdicts on tiny graphs, each confirmed by runs in onnxruntime."""
+"""Every operator with a rule: its verdicts on tiny graphs, each confirmed by runs in onnxruntime.
+
+A verdict states whether padding or batch neighbours can change the graph's answer. `TABLES` has the cases by subject.
+`faults_of` returns a sentence for each verdict that is wrong, or that runs contradict.
+"""
 
 from __future__ import annotations
 

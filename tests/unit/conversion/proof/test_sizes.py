@@ -1,4 +1,8 @@
-"""Sizes agree with the integers that they represent, for all lengths."""
+"""Sizes agree with the integers that they represent, for all lengths.
+
+A `Size` is the size of an axis as a polynomial of symbols, such as 4 seq + 1. Pairs of a size and a function of lengths
+are drawn and compared. An operation without an exact result returns None, or a size with an opaque part.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Graphs whose answers depend on padding in ways that are easily missed: none is proved, and runs confirm the
-dependence."""
+"""Graphs whose answers depend on padding in ways that are easily missed: none is proved, and runs show it.
+
+Each case is a tiny graph with its expected verdicts, from `proof_tables`. The proof must not state that padding cannot
+change the answer.
+"""
 
 from __future__ import annotations
 
