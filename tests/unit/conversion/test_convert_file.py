@@ -1,4 +1,9 @@
-"""Conversion of ONNX files: the manifest of the bundle, the warnings, and the files that are refused."""
+"""Conversion of ONNX files: the manifest of the bundle, the warnings, and the files that are refused.
+
+A bundle is the folder of one converted model, and the manifest its description. `prepared` converts a graph and
+verifies the bundle; `warnings_of` returns what the conversion prints. A file that cannot be converted raises
+BuildRefused, and one that fails the check raises CheckFailed; neither leaves a bundle.
+"""
 
 from __future__ import annotations
 

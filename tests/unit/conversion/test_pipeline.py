@@ -1,4 +1,8 @@
-"""The steps of a conversion: which options add them, and that progress counts exactly the steps that run."""
+"""The steps of a conversion: which options add them, and that progress counts exactly the steps that run.
+
+`names` lists the steps for a source and options, without running them; `totals` converts a file and returns the counts
+shown. A step that fails leaves no bundle.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The types that describe a site: which attention can be tapped, and what a layout counts."""
+"""The types that describe a site: which attention can be tapped, and what a layout counts.
+
+A site is a place in a graph where attention is computed. A tap is the nodes that a conversion adds to return its
+weights; a site that can have none is `Untappable`, with a reason.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Measures of error, and the checks that compare them with a tolerance."""
+"""Measures of error, and the checks that compare them with a tolerance.
+
+A conversion measures how far a graph's answers differ from its source's. `judge` raises CheckFailed for an error above
+its tolerance, and for one that is not finite.
+"""
 
 from __future__ import annotations
 

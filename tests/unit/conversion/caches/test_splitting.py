@@ -1,4 +1,9 @@
-"""Which inputs are recognised as a cache, and the graph of whole sequences that is made without them."""
+"""Which inputs are recognised as a cache, and the graph of whole sequences that is made without them.
+
+A cache holds the keys and values of a decoder's earlier positions. `decoder_of` returns the two graphs of a decoder
+with a cache, and None for a graph without one. It raises BuildRefused for a file that takes the encoder's keys as
+inputs.
+"""
 
 from __future__ import annotations
 

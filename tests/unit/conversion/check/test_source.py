@@ -1,4 +1,8 @@
-"""Comparison of a bundle with a torch model: the finding for each way in which they can differ."""
+"""Comparison of a bundle with a torch model: the finding for each way in which they can differ.
+
+A bundle is the folder of one converted model. `Twin` replaces the torch model, so that no test needs torch. A
+difference is a finding that failed; a source or bundle that cannot be compared raises BuildRefused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Keys without a position, before or behind those of the sequence: their axis, their weights, and padding."""
+"""Keys without a position, before or behind those of the sequence: their axis, their weights, and padding.
+
+`Appended` makes a graph of attention whose layer adds such keys, as zeros or learned biases. Each test converts one,
+and reads the weights that it returns or the axes of its manifest.
+"""
 
 from __future__ import annotations
 

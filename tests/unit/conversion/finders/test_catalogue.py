@@ -1,4 +1,8 @@
-"""Every attention operator of the installed onnx and onnxruntime is found, listed or refused, each with its reason."""
+"""Every attention operator of the installed onnx and onnxruntime is found, listed or refused, each with its reason.
+
+A release of either library that adds an attention operator fails here, until one of the catalogue's tables has it.
+`refuse_without_kernel` raises BuildRefused for operators that the runtime cannot run.
+"""
 
 from __future__ import annotations
 

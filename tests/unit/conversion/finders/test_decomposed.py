@@ -1,4 +1,9 @@
-"""What counts as attention among the softmaxes of a graph, and what only looks like it."""
+"""What counts as attention among the softmaxes of a graph, and what only looks like it.
+
+`Steps` builds a graph of single operators, over inputs `x` and `y`; `find` yields the sites in it, the places where
+attention is computed. A site whose weights cannot be returned has a reason. Look-alikes, such as classifiers and gates,
+give no site.
+"""
 
 from __future__ import annotations
 

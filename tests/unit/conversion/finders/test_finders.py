@@ -1,4 +1,8 @@
-"""Site finders: what of an `Attention` operator is read, what cannot be tapped and why, and how sites are named."""
+"""Site finders: what of an `Attention` operator is read, what cannot be tapped and why, and how sites are named.
+
+A site is a place in a graph where attention is computed; a tap is the nodes added to return its weights. `Case` makes a
+graph of one operator. A site that cannot be tapped is listed with a reason; it is no error.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Sites are listed in the order of their layers, for any order of nodes in the file."""
+"""Sites are listed in the order of their layers, for any order of nodes in the file.
+
+A site is a place in a graph where attention is computed. Each builder returns a graph and its sites' names in the right
+order.
+"""
 
 from __future__ import annotations
 

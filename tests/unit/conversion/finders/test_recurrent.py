@@ -1,4 +1,8 @@
-"""Sites of `LinearAttention`: what is read, and which states leave it without weights."""
+"""Sites of `LinearAttention`: what is read, and which states leave it without weights.
+
+The operator adds keys times values to a state. If it starts from a state that may not be zeros, the site is listed
+without weights, with the reason. `with_state` makes such a graph.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ def site_of(model: onnx.ModelProto) -> FoundSite:
 
 
 def with_state(*nodes: onnx.NodeProto, constant: np.ndarray | None = None) -> onnx.ModelProto:
+    """Return a graph whose operator starts from `past`, the last of `nodes` or a constant; else the test adds it."""
     model = LinearOperator().model()
     model.graph.node[0].input[3] = "past"
     last = model.graph.node[0]

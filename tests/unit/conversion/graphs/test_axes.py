@@ -1,4 +1,8 @@
-"""An axis is followed through the nodes of a graph, forwards and backwards; the example of the module's docstring."""
+"""An axis is followed through the nodes of a graph, forwards and backwards.
+
+`GRAPH` is the example of the docstring of `graphs/axes.py`. Axes count from the end. `forward` returns None for an axis
+whose place is lost, and False for a node that does more than pass its input on.
+"""
 
 from __future__ import annotations
 

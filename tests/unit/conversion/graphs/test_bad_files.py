@@ -1,4 +1,8 @@
-"""Invalid files: each ends in one sentence and exit code 2, or in a whole bundle; never a traceback or a path."""
+"""Invalid files: each ends in one sentence and exit code 2, or in a whole bundle; never a traceback or a path.
+
+The commands are `prepare`, which converts an ONNX file to a bundle (the folder of one model), and `inspect`.
+`BAD_MODELS` and `ODD_MODELS` have a builder and words of the expected output for each file.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""MatMul, Gemm, Einsum and their integer forms in the notation of einsum."""
+"""MatMul, Gemm, Einsum and their integer forms in the notation of einsum.
+
+`Contraction.of` returns None for a node that does not contract two operands.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Operators that the runtime lacks are replaced by what it has, with the same results, or refused by name."""
+"""Operators that onnxruntime lacks are replaced by what it has, with the same results, or refused by name.
+
+They are FlexAttention and CausalConvWithState; results are compared with the definitions of both. A node whose types
+are not known raises BuildRefused.
+"""
 
 from __future__ import annotations
 

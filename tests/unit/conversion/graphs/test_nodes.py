@@ -1,4 +1,7 @@
-"""New nodes have the form of the graph's opset, shared constants, and names with the builder's prefix."""
+"""New nodes have the form of the graph's opset, shared constants, and names with the builder's prefix.
+
+`NodeBuilder` makes the nodes, and the tests run them in onnxruntime in each of `OPSETS`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Which inputs of floats are masks that are added to scores: those that have no other use, on any way."""
+"""Which inputs of floats are masks that are added to scores: those that have no other use, on any way.
+
+`Added` and `attention` make a graph with an input `mask`. `signature_of` marks a mask as additive, with the number that
+pads it; any other input of floats stays data.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Ranges of inputs that look rows up, against the runtime itself: a number is legal where the graph runs on it."""
+"""Ranges of inputs that look rows up, against the runtime itself: a number is legal where the graph runs on it.
+
+`GRAPHS` and `COLUMNS` make a graph with one input of row numbers; its table `rows` has six rows. An input that cannot
+be followed to its tables is reported and has no range.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +61,7 @@ def embedded(segment: str = "zeros", place: str = "class_ids") -> tuple[Node, ..
 
 
 def branch(name: str) -> onnx.GraphProto:
+    """Return a branch of an If that looks `class_ids` up in `rows`."""
     found = node("Gather", ["rows", "class_ids"], [name])
     return helper.make_graph([found], name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)])
 
@@ -194,6 +199,7 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
 
 
 def runs_on(session: onnxruntime.InferenceSession, array: np.ndarray) -> bool:
+    """Return whether the runtime runs the graph on this array, instead of refusing a number in it."""
     try:
         session.run(None, {session.get_inputs()[0].name: array})
     except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument:

@@ -1,4 +1,8 @@
-"""The signature that is read from a graph's inputs, and the inputs that cannot be served."""
+"""The signature that is read from a graph's inputs, and the inputs that cannot be served.
+
+A signature has each input's type, role and shape without the batch axis, and the symbols of the axes. Inputs that the
+server cannot fill raise BuildRefused, with the remedy where there is one.
+"""
 
 from __future__ import annotations
 

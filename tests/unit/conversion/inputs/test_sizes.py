@@ -1,4 +1,8 @@
-"""Fixed sizes and bounds of axes, by name."""
+"""Fixed sizes and bounds of axes, by name.
+
+`with_sizes` fixes axes of a graph, and `bounds_of` limits the length of the others. Both raise BuildRefused for an
+unknown axis; `bounds_of` also does for one that follows from others, and `with_sizes` where a size is not whole.
+"""
 
 from __future__ import annotations
 

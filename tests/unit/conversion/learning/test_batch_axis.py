@@ -1,4 +1,8 @@
-"""Graphs whose batch is one row, or the second axis, and graphs that take only some lengths."""
+"""Graphs whose batch is one row, or the second axis, and graphs that take only some lengths.
+
+Most functions find this by running a small graph, written into `tmp_path`. A graph that cannot be served for one of
+these reasons raises BuildRefused with the axis or the number.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Fixed axes of one length are distinguished by what their positions come from; patch grids come from the image."""
+"""Fixed axes of one length are distinguished by what their positions come from; patch grids come from the image.
+
+A site is a place in a graph where attention is computed. Its queries and keys are one axis if they come from one value,
+and two if they come from two. A grid states how many rows and columns of patches an image has; where none is found, an
+axis has no grid.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Corrections of declared inputs: axes that must be equal, a length that need not be fixed, masks that need a key."""
+"""Corrections of declared inputs: axes that must be equal, a length that need not be fixed, masks that need a key.
+
+Each correction is found by running a small graph, written into `tmp_path`. A graph that needs no correction, or that
+would answer otherwise, keeps its inputs; `with_free_length` returns None for it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What the axes of a site's weights are, learnt by running, and the reasons where they are not understood."""
+"""What the axes of a site's weights are, learnt by running, and the reasons where they are not understood.
+
+A layout names the factors of each axis: batch, head, query, key or window. `layout_of` and `only_site` learn it for a
+graph with one site. A site that is not understood is `Untappable`, with the reason; a graph that does not run at the
+lengths tried raises BuildRefused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which value of a mask hides a position is learnt from runs, and the server pads and fills the mask accordingly."""
+"""Which value of a mask hides a position is learnt from runs, and the server pads and fills the mask accordingly.
+
+`FORMS` has graphs in which a 1 hides a key, and graphs in which a 0 does. An input that hides no position stays data.
+"""
 
 from __future__ import annotations
 

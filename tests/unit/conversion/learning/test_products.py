@@ -1,4 +1,8 @@
-"""Weights @ value against the graph's own output, and weights in the graph's layout and out of it."""
+"""Weights @ value against the graph's own output, and weights in the graph's layout and out of it.
+
+A graph may have weights as (B * H, L, S), or window by window. Arrays and graphs are small and made by hand. The error
+is the greatest difference of the two, so that wrong weights have a large one.
+"""
 
 from __future__ import annotations
 

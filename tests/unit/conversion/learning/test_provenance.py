@@ -1,4 +1,8 @@
-"""The numbers of positions, sent through the nodes that move vectors about."""
+"""The numbers of positions, sent through the nodes that move vectors about.
+
+`Tracer` copies the nodes from an anchor, a value (B, T, C), to a later value, and gives them the numbers 1 to T for
+vectors; 0 marks what comes from elsewhere. It raises NotTraced where the later value does not come from the anchor.
+"""
 
 from __future__ import annotations
 

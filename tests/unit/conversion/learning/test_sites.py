@@ -1,4 +1,8 @@
-"""What is learnt about a graph's sites together: layouts, windows, and sites that are withdrawn with a reason."""
+"""What is learnt about a graph's sites together: layouts, windows, and sites that are withdrawn with a reason.
+
+A site is a place in a graph where attention is computed. It is withdrawn, so that it gives no weights, if its axes are
+not understood, or if weights @ value is not its own output. `learnt_of` runs a graph in a folder and returns its sites.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Axes that are solved for: what nodes force, what a table of positions gives, and what stays open."""
+"""Axes that are solved for: what nodes force, what a table of positions gives, and what stays open.
+
+A file may leave sizes of its inputs open that its nodes determine. `solved_axes` returns a corrected signature and
+proves it by a run. A graph that runs as declared is left alone, and a size that nothing determines stays open.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`--requantize per-row`: one scale and zero point per row instead of one for the whole batch."""
+"""`--requantize per-row`: one scale and zero point per row instead of one for the whole batch.
+
+`with_scale_per_row` returns the rewritten model and a report of the quantizers that stay, each with its reason. It
+raises BuildRefused if the file has no dynamic quantizer, or if all of them stay.
+"""
 
 from __future__ import annotations
 

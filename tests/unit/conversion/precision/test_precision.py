@@ -1,3 +1,9 @@
+"""Reduced precision: int8 MatMuls and float16 graphs stay close to float32, and a row does not depend on its batch.
+
+Graphs are made by hand and run in onnxruntime. `in_precision` raises BuildRefused for an unknown precision, a source
+that is reduced already, and a graph without a MatMul to round.
+"""
+
 from __future__ import annotations
 
 from pathlib import Path

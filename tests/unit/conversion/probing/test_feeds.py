@@ -1,4 +1,8 @@
-"""Sequences for probes: their lengths, what is drawn for each kind of input, padding and cropping."""
+"""Sequences for probes: their lengths, what is drawn for each kind of input, padding and cropping.
+
+A probe is a run of a graph on drawn inputs; nothing is run here. More dynamic axes than there are lengths raise
+BuildRefused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Runs of a graph for probes: which rows taps select, what is refused, and messages without paths."""
+"""Runs of a graph for probes: which rows taps select, what is refused, and messages without paths.
+
+A tap is the nodes that return attention weights, for the rows that its input lists. A graph that cannot be loaded,
+fails, or takes too long raises BuildRefused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Counts of masks: replaced by the mask where the operator takes it whole, else reported with the operator."""
+"""Counts of masks: replaced by the mask where the operator takes it whole, else reported with the operator.
+
+onnxruntime's optimizer gives attention only how many ones a mask has. `counted` and `with_count` make such graphs.
+`with_whole_masks` returns the rewritten graph and what it found; nothing raises.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Taps of quantized values read integers, so that the runtime fuses the nodes between quantizers as without taps."""
+"""Taps of quantized values read integers, so that the runtime fuses the nodes between quantizers as without taps.
+
+A tap is the nodes that are added to a graph to return its attention weights. `Static` makes attention between
+quantizers, in a named form. One test quantizes a file with onnxruntime's own tool.
+"""
 
 from __future__ import annotations
 

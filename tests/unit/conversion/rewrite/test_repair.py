@@ -1,4 +1,8 @@
-"""Operands that the runtime does not broadcast: after the repair, graphs run on a batch and give the defined values."""
+"""Operands that the runtime does not broadcast: after the repair, graphs run on a batch and give the defined values.
+
+Operands are masks of Attention, and angles and positions of rotary embeddings. `repaired` returns the graph and whether
+it changed; one that onnxruntime takes as it is stays unchanged.
+"""
 
 from __future__ import annotations
 

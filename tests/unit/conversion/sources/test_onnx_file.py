@@ -1,4 +1,7 @@
-"""ONNX files as sources: the facts that are read from a file, and the fallback to a batch of one row."""
+"""ONNX files as sources: the facts that are read from a file, and the fallback to a batch of one row.
+
+`read` returns the graph with its facts, and the warnings. A token that the tokenizer lacks raises BuildRefused.
+"""
 
 from __future__ import annotations
 

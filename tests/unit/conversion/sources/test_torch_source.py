@@ -1,4 +1,8 @@
-"""Torch sources: the order in which exporters are tried, and the options that are refused."""
+"""Torch sources: the order in which exporters are tried, and the options that are refused.
+
+An exporter, `dynamo` or `torchscript`, traces a torch model to ONNX. `Picky` is a model that only some can export; no
+test exports one. Refusals raise BuildRefused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Answers of a tapped graph against a reference: its source, or the graph itself."""
+"""Answers of a tapped graph against a reference: its source, or the graph itself.
+
+A tapped graph also returns the attention weights of its sites. `compared` compares answers with `answers()`, cut to
+each sequence's length. A source with another number of sites raises CheckFailed; other differences are returned.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The continuing graph of a decoder is served only if it answers as the prompt graph does."""
+"""The continuing graph of a decoder is served only if it answers as the prompt graph does.
+
+The prompt graph takes whole sequences; the continuing graph takes new positions and the keys and values of earlier
+ones. `tried` changes the continuing graph, and returns what is kept of it and the warnings. A difference is a warning,
+and the graph is left out.
+"""
 
 from __future__ import annotations
 

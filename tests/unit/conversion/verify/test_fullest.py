@@ -1,4 +1,7 @@
-"""The sequences on which limits are tried: as many positions count as in any request."""
+"""The sequences on which limits are tried: as many positions count as in any request.
+
+`drawn` returns the sequences of four positions for the inputs given. Nothing is run.
+"""
 
 from __future__ import annotations
 

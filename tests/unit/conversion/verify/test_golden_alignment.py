@@ -1,4 +1,8 @@
-"""Golden answers find a provider that aligns queries and keys in another way than the one that they were made on."""
+"""Golden answers find a provider that aligns queries and keys in another way than the one that they were made on.
+
+Golden answers are stored sequences and answers of a bundle. Each test converts a graph, changes its alignment as
+another provider might, and expects GoldenMismatch.
+"""
 
 from __future__ import annotations
 

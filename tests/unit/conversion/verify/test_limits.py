@@ -1,4 +1,8 @@
-"""The greatest batch and lengths that a graph runs, and graphs whose batch is on another axis or fixed."""
+"""The greatest batch and lengths that a graph runs, and graphs whose batch is on another axis or fixed.
+
+Needs torch, and fails to import without it. `prepared` converts a graph and returns the bundle and the warnings. Limits
+are lowered with a warning; a graph whose batch or lengths cannot be served raises BuildRefused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A file that differs from itself with and without the runtime's optimizers is converted with a warning."""
+"""A file that differs from itself with and without the runtime's optimizers is converted with a warning.
+
+The files have constant quantizers, whose rounding onnxruntime's optimizer changes. `warnings_of` converts a file and
+returns the warnings about that.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Windows, read from a run on the numbers of the positions."""
+"""Windows, read from a run on the numbers of the positions.
+
+The numbers show which query each row of windowed weights is, and which key each column. `studied` returns the windows
+of a graph with one site, or `Untappable` with the reason.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Which decomposed sites have the plain form, and the reason that is reported for every other one."""
+"""Which decomposed sites have the plain form, and the reason that is reported for every other one.
+
+A decomposed site is attention written as separate nodes. The plain form, softmax(Q K^T * scale + masks) V, can be
+rewritten to one operator. `Plain` makes a graph of it, and the functions before the table each change it so that it is
+no longer plain.
+"""
 
 from __future__ import annotations
 
