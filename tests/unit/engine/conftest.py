@@ -1,4 +1,9 @@
-"""Tiny ONNX models of plain operators, each with one behaviour that a test needs."""
+"""Tiny ONNX models of plain operators, each with one behaviour that a test needs; their manifest and sequences.
+
+`embedder_path`, `poisoned_path` and `slow_path` are model files. `manifest` describes the first two, and `sequence_of`
+makes a sequence of ids that selects the attention of some layers. `embed` and `weights_by_hand` give the right answers,
+from the definition.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,9 @@
+"""Collation: sequences are padded into the arrays of one run, and the run's arrays are cut back into answers.
+
+The fixtures `manifest` and `sequence_of` are those of conftest.py. Sequences that must not share a run raise
+ValueError, as does a site without the weights or scores that are selected.
+"""
+
 from __future__ import annotations
 
 from dataclasses import replace

@@ -1,4 +1,8 @@
-"""The cost model: fitted to times, never negative, and corrected by real runs."""
+"""The cost model: fitted to times, never negative, and corrected by real runs.
+
+It predicts the seconds of a run of some sequences, each padded to some tokens. `timed` makes exact times of a known
+model; nothing runs.
+"""
 
 from __future__ import annotations
 

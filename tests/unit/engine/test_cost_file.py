@@ -1,4 +1,8 @@
-"""Costs of runs are stored beside the bundle, by machine; a broken file is ignored."""
+"""Costs of runs are stored beside the bundle, by machine; a broken file is ignored.
+
+Costs are timed runs of one model; a bundle is the model's folder. `write_costs` returns False where it cannot write,
+and nothing raises.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,9 @@
+"""The executor: batches run on the threads of instances, and each sequence gets its own result or error.
+
+Models and sequences are fixtures of conftest.py; `executor_of` starts and closes an executor. A failing sequence gets
+InternalFault, and those of a terminated run RequestCancelled. A model whose warm-up fails raises RunFailed.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -28,6 +34,7 @@ Make = Callable[..., PreparedSequence]
 async def executor_of(
     path: Path, manifest: Manifest, instances: int = 1, metrics: Metrics | None = None
 ) -> AsyncIterator[Executor]:
+    """Start an executor of a model file on the CPU, and close it at the end."""
     session = RuntimeSession.load(path, provider="CPUExecutionProvider", intra_op_threads=1)
     model_metrics = (metrics or Metrics()).model(manifest.name, manifest.version)
     executor = Executor([session], manifest, model_metrics, MonotonicClock(), instances)

@@ -1,3 +1,9 @@
+"""The footprint: the bytes of a sequence's tensors in a run, by the axes along which they grow.
+
+`(0,)` is for each position of the first axis, `(0, 0)` for each pair of positions, and `()` for the sequence. The
+fixtures `manifest` and `sequence_of` are those of conftest.py. Nothing runs.
+"""
+
 from __future__ import annotations
 
 import pytest

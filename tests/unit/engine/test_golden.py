@@ -1,3 +1,9 @@
+"""Golden answers: a bundle stores sequences and their answers, which a server checks before it serves the model.
+
+A bundle is the folder of one converted model; `sealed` writes one and may swap its graph. A model that answers
+otherwise raises GoldenMismatch, and a broken file of golden answers BundleInvalid.
+"""
+
 from __future__ import annotations
 
 import shutil

@@ -1,4 +1,7 @@
-"""CUDA graphs: the recorded shape of a run, and how the run is filled up. Replaying needs a GPU: tests/gpu."""
+"""CUDA graphs: the recorded shape of a run, and how the run is filled up. Replaying needs a GPU: tests/gpu.
+
+A shape is (rows, tokens). `shape_for` returns None where no recorded shape holds a run.
+"""
 
 from __future__ import annotations
 

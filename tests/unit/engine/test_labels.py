@@ -1,4 +1,8 @@
-"""Labels of one sequence: the activations at their extremes, ties, words, and passages without a second text."""
+"""Labels of one sequence: the activations at their extremes, ties, words, and passages without a second text.
+
+Labels are made from the scores of a model's head: class names for the sequence or its tokens, or answers that are spans
+of a text. Scores are made by hand; no model runs.
+"""
 
 from __future__ import annotations
 

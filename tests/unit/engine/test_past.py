@@ -1,4 +1,8 @@
-"""Sequences with a past: they run on the continuing graph, with weights over past and new keys."""
+"""Sequences with a past: they run on the continuing graph, with weights over past and new keys.
+
+A past is the keys and values of earlier positions. The fixture `executor` runs a small decoder, whose answers
+`reference` computes in float64. A failing sequence gets InternalFault, and the others their results.
+"""
 
 from __future__ import annotations
 

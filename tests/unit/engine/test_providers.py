@@ -1,4 +1,7 @@
-"""Execution providers: the choice, its options and its device."""
+"""Execution providers of onnxruntime: the choice, its options and its device.
+
+A provider that is not offered raises ProviderUnavailable. No GPU is needed: `_Driver` replaces NVIDIA's driver.
+"""
 
 from __future__ import annotations
 

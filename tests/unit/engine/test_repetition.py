@@ -1,4 +1,8 @@
-"""A sequence of a batch, repeated alone: the kept values and their comparison."""
+"""A sequence of a batch, repeated alone: the kept values and their comparison.
+
+The shadow check repeats sequences like this. Models and sequences are fixtures of conftest.py. A repeat that fails
+gives InternalFault, and one that is terminated RequestCancelled.
+"""
 
 from __future__ import annotations
 

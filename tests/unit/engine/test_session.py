@@ -1,3 +1,9 @@
+"""The runtime session: load a model with a provider, run it, stop a run, and its options for int8.
+
+Models are fixtures of conftest.py. Loading raises LoadFailed or ProviderUnavailable, and a run RunFailed or
+RunTerminated. Tests about a missing CUDA are skipped where the runtime offers it, and one test is skipped without VNNI.
+"""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,8 @@
-"""Shapes of a run's tensors against the manifest: a difference fails the run, and the log names it."""
+"""Shapes of a run's tensors against the manifest: a difference fails the run, and the log names it.
+
+`site_with` and `shown_as` make a manifest that differs from the model of conftest.py. Each sequence of the run gets
+InternalFault, and warm-up raises UnexpectedShape.
+"""
 
 from __future__ import annotations
 

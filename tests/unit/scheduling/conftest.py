@@ -1,4 +1,9 @@
-"""Virtual time: an event loop whose clock jumps to the next timer when no task is ready, so that no test waits."""
+"""Virtual time: an event loop whose clock jumps to the next timer when no task is ready, so that no test waits.
+
+The fixture `virtually` runs a coroutine on that loop. It fails with AssertionError if all tasks wait and no timer is
+set. `bench` is a scheduler on a fake executor; `sequence` makes a sequence whose answer is its tag, and `tags_of` reads
+the tags of results.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +56,8 @@ class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[valid-type, m
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time is that of a manual clock, which it moves instead of waiting."""
+
     def __init__(self, clock: ManualClock) -> None:
         selector = _JumpingSelector()
         selector.clock = clock
@@ -79,7 +86,11 @@ def virtually(clock: ManualClock) -> Callable[[Coroutine], object]:
 
 @dataclass
 class FakeExecutor:
-    """Returns each sequence's own tag after `seconds` of virtual time; a terminated run ends at once."""
+    """Returns each sequence's own tag after `seconds` of virtual time; a terminated run ends at once.
+
+    Sequences whose tag is in `poisoned` get InternalFault. If `breaks` is true, each run raises RuntimeError instead.
+    `runs` and `terminated` have the tags of each run, and `stopped` those of terminated repeats.
+    """
 
     clock: ManualClock
     instances: int = 1
@@ -151,6 +162,7 @@ def values_of(sequence: PreparedSequence) -> dict[str, np.ndarray]:
 
 
 def tagged(tag: int, length: int = 4) -> PreparedSequence:
+    """A sequence of `length` positions, each with the id `tag`."""
     ids = np.full(length, tag, np.int64)
     return PreparedSequence({"input_ids": ids}, {"seq": length}, ("embedding",), response_bytes=8)
 

@@ -1,3 +1,8 @@
+"""Admission: whether a request may join the queue, and the retry delay if it may not.
+
+`refusal` returns None for a request that may. Demands and loads are made by hand or drawn; nothing runs or raises.
+"""
+
 from __future__ import annotations
 
 from dataclasses import replace

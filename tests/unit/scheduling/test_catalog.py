@@ -1,4 +1,8 @@
-"""The catalog finds models by name and version, and only ready ones answer."""
+"""The catalog finds models by name and version, and only ready ones answer.
+
+Manifests are made by hand, and `Gate` replaces each scheduler. An unknown model raises ModelNotFound, and one in
+another state NotServing.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ METRICS = Metrics()
 
 
 def model(name: str = "tiny", version: str = "1") -> ServedModel:
+    """A model that is not loaded yet; its scheduler is a `Gate`."""
     manifest = tiny_manifest(name, version)
     return ServedModel(name, version, METRICS.model(name, version), manifest, scheduler=Gate(manifest))
 

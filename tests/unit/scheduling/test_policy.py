@@ -1,3 +1,9 @@
+"""The batching policy: which of the waiting sequences go into the next run.
+
+`plan` is a function of candidates, time, settings and costs, all made by hand or drawn. Its properties hold for drawn
+queues; the others are examples. Nothing runs or raises.
+"""
+
 from __future__ import annotations
 
 import random

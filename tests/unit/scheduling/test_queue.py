@@ -1,4 +1,8 @@
-"""A request passes through its states in order and ends once; the queue finds the nearest sequences in length."""
+"""A request passes through its states in order and ends once; the queue finds the nearest sequences in length.
+
+Requests and runs are made by hand; no model runs. A change of state out of order raises AssertionError. The results of
+a failed request raise its error.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,9 @@
+"""The scheduler in virtual time: each request gets its own answer, or one error, exactly once.
+
+The fixtures `virtually`, `bench`, `sequence` and `tags_of` are those of conftest.py: a scheduler on a fake executor, on
+a loop that never waits. `storm` runs random callers from a seed, and planted bugs must make it fail.
+"""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,4 +1,8 @@
-"""The shadow check in virtual time: served work goes first, samples are bounded, differences are counted."""
+"""The shadow check in virtual time: served work goes first, samples are bounded, differences are counted.
+
+The shadow check repeats a share of the batched sequences alone and compares the answers. The fixtures are those of
+conftest.py; tags in `mixed` of the fake executor differ when repeated, and tags in `poisoned` fail.
+"""
 
 from __future__ import annotations
 

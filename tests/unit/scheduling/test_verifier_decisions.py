@@ -1,4 +1,8 @@
-"""The decisions of the shadow check are functions of values."""
+"""The decisions of the shadow check are functions of values.
+
+The shadow check repeats a share of the batched sequences alone, on idle instances, and compares the answers. Nothing
+runs or raises here.
+"""
 
 from __future__ import annotations
 

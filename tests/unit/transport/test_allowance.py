@@ -1,4 +1,8 @@
-"""The byte budget of a stream grants bytes in order, and loses none when a waiting task is cancelled."""
+"""The byte budget of a stream grants bytes in order, and loses none when a waiting task is cancelled.
+
+`take` waits while too many bytes are taken, and `give` returns bytes to the budget. Nothing is sent, and no time
+passes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Messages survive the way to domain values and back, without copies, and unknown numbers are refused."""
+"""Messages survive the way to domain values and back, without copies, and unknown numbers are refused.
+
+Messages are the contract's protobufs, and domain values the server's own classes. An unknown number of an enum raises
+InvalidRequest with its field.
+"""
 
 from __future__ import annotations
 

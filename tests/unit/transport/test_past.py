@@ -1,4 +1,9 @@
-"""Validation of sequences with a past: each violation with its field, value, limit and remedy."""
+"""Validation of sequences with a past: each violation with its field, value, limit and remedy.
+
+A past is the keys and values of earlier positions, sent as one tensor for each cache input. `one` returns the validated
+sequence and `violations` the fields and descriptions of InvalidRequest. An answer over the limit raises
+ResponseTooLarge.
+"""
 
 from __future__ import annotations
 

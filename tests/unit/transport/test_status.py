@@ -1,4 +1,7 @@
-"""Every error of the tree has a code and details that fit into a trailer and are safe to send."""
+"""Every error of the tree has a code and details that fit into a trailer and are safe to send.
+
+The tree is the classes of domain/errors.py. Any other exception becomes INTERNAL, and only the request id is sent.
+"""
 
 from __future__ import annotations
 

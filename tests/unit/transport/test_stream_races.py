@@ -1,4 +1,8 @@
-"""Events on a stream within one turn of the event loop, which a network cannot reproduce."""
+"""Events on a stream within one turn of the event loop, which a network cannot reproduce.
+
+`Wire` replaces the network, and the fixture `gate` the scheduler: it holds each request until the test releases it. A
+test that waits for an event that never comes fails after a time limit of `until`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Cross-attention has units on both axes: two texts, or a text and image patches, sent as text or as tensors."""
+"""Cross-attention has units on both axes: two texts, or a text and image patches, sent as text or as tensors.
+
+Units are the rows and columns of a map: tokens, words or patches. `encoder_decoder` and `over_patches` make the
+manifests, and `checked` validates one sequence. It raises InvalidRequest with the field of each violation, and
+AttentionUnavailable where an axis has no words.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +76,7 @@ def over_patches(**fields: object) -> Manifest:
 
 
 def checked(manifest: Manifest, sequence: pb.Sequence, **selection: object) -> ValidRequest:
+    """Return the valid request of one sequence, with all maps selected unless `selection` limits them."""
     limits = {"max_batch_size": 8, "max_text_bytes": 100, "max_response_bytes": 10_000}
     intake = Intake.of(manifest, TextTokenizer(tiny_tokenizer(), manifest.text.axis), **limits)
     attention = attention_pb2.AttentionSelection(**selection)

@@ -1,4 +1,8 @@
-"""Validation reports each violation that the contract names with its field, limit and value."""
+"""Validation reports each violation that the contract names with its field, limit and value.
+
+`VIOLATIONS` has a request, the model's intake, and the expected field and description of InvalidRequest. Requests that
+the model can never serve raise TextUnavailable or AttentionUnavailable, and too large answers ResponseTooLarge.
+"""
 
 from __future__ import annotations
 

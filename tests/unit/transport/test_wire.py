@@ -1,4 +1,8 @@
-"""Protobuf's wire format: bytes that are no message are refused, and tensor data is neither copied nor lost."""
+"""Protobuf's wire format: bytes that are no message are refused, and tensor data is neither copied nor lost.
+
+`receive` raises NotAMessage for such bytes, and InvalidRequest for broken UTF-8 or too much structure, with the field.
+Results are compared with protobuf's own parser.
+"""
 
 from __future__ import annotations
 
