@@ -1,4 +1,7 @@
-"""`pytest --quick` leaves out what needs torch or is slow, and lists it; without the option every test is collected."""
+"""`pytest --quick` leaves out what needs torch or is slow, and lists it; without the option every test is collected.
+
+Two tests run pytest in a subprocess, which only collects.
+"""
 
 from __future__ import annotations
 

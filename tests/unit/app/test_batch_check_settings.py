@@ -1,4 +1,8 @@
-"""The settings of the shadow check follow from those of the server."""
+"""The settings of the shadow check follow from those of the server.
+
+The shadow check repeats a share of the batched sequences alone, and compares the answers with those that were served.
+Without a share, `batch_check_settings` returns None.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The generated pages match the code."""
+"""The pages that docs/generate.py writes from the code match the code.
+
+A test fails where the script would write a page in another way; `make docs` writes the pages again.
+"""
 
 from __future__ import annotations
 

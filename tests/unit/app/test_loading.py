@@ -1,4 +1,9 @@
-"""Loading: a bundle is opened by its manifest, under the batching policy of the settings."""
+"""Loading: a bundle is opened by its manifest, under the batching policy of the settings.
+
+A bundle is the folder of one converted model. Its certificate states, clause by clause, whether padding or batch
+neighbours can change an answer. The policy states which verdicts suffice to share a run. An unproved clause causes at
+most a warning.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The parts of an answer beside its numbers: units, indices, names; and the dtypes of weights."""
+"""The parts of an answer beside its numbers: units, indices, names; and the dtypes of weights.
+
+`answer` makes the maps of one sequence from the raw weights of each site, a place in a model where attention is
+computed. Units are the rows and columns of a map: tokens or words. Selections that the units cannot satisfy raise
+InvalidRequest or AttentionUnavailable.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +61,7 @@ def uniform(heads=2, queries=6, keys=6):
 
 
 def ask(selection, sites=None, units=None, weights=None):
+    """Return the answer to a selection; by default of one site with six tokens, whose weights are uniform."""
     sites = sites or [site()]
     units = units or {"seq": UNITS}
     effective = resolve(selection, sites, "m")

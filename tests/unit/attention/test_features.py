@@ -1,4 +1,9 @@
-"""Features of rows against their formulas in plain loops over float64; scores; and the fields that both exclude."""
+"""Features of rows against their formulas in plain loops over float64; scores; and the fields that features exclude.
+
+A feature is a number computed from a row of weights, such as its entropy, that is returned in place of the row. Scores
+are the numbers whose softmax is the weights. A field that features exclude raises InvalidRequest. Scores of a named
+site that has none raise AttentionUnavailable.
+"""
 
 from __future__ import annotations
 

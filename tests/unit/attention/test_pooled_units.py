@@ -1,4 +1,8 @@
-"""Units of derived axes: texts and spans of pooled positions."""
+"""Units of derived axes: texts and spans of pooled positions.
+
+The length of a derived axis follows from another axis, as (T + offset) // stride. `halved` makes one of stride 2. Where
+the positions behind a window are not known, units have no texts.
+"""
 
 from __future__ import annotations
 

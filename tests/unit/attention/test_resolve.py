@@ -1,4 +1,8 @@
-"""Resolving a selection against a model's sites: chosen sites, defaults, and violations by field."""
+"""Resolving a selection against a model's sites: chosen sites, defaults, and violations by field.
+
+A site is a place in a model where attention is computed. `resolve` raises InvalidRequest, with a violation for each
+wrong field, and AttentionUnavailable where the model or a named site has no weights.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`attnserve-server check`: its findings, its output and its exit codes."""
+"""`attnserve-server check`: its findings, its output and its exit codes.
+
+The command checks a bundle, the folder of one converted model, on its own or against its source. The exit code is 0
+where every finding passes, 1 where one fails, and 2 where the check cannot run, as for a folder that is no bundle.
+"""
 
 from __future__ import annotations
 

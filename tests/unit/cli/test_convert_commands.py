@@ -1,4 +1,8 @@
-"""`export` and `prepare`: their reports, and their error sentences and exit codes."""
+"""`export` and `prepare`: their reports, and their error sentences and exit codes.
+
+`prepare` converts an ONNX file, and `export` a checkpoint, to a bundle: the folder of one model. Bad input exits with
+2, and an internal error with 1.
+"""
 
 from __future__ import annotations
 

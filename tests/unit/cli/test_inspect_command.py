@@ -1,4 +1,7 @@
-"""`inspect`: the description of bundles and ONNX files, as tables and as JSON."""
+"""`inspect`: the description of bundles and ONNX files, as tables and as JSON.
+
+A bundle is the folder of one converted model. Refused input, such as a bundle with a changed file, exits with 2.
+"""
 
 from __future__ import annotations
 

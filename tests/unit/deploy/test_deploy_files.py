@@ -1,4 +1,8 @@
-"""The files in deploy/ against each other and against the server's metrics and settings; no container runs here."""
+"""The files in deploy/ against each other and against the server's metrics and settings; no container runs here.
+
+They are alerts, a dashboard and compose.yaml; the Dockerfile is read too. The tests that run promtool are skipped
+without it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The files around the code: CI and hooks call existing targets, fragments have known kinds, packages are tried."""
+"""The files around the code: CI and hooks call existing targets, fragments have known kinds, packages are tried.
+
+Targets are those of the Makefile, and fragments are the files of changelog.d/. One test runs `make`, and the others
+read the files. The script deploy/try_dist.py is given distributions made by hand; it raises `Failed` for one with
+missing or stray files.
+"""
 
 from __future__ import annotations
 

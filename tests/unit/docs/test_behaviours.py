@@ -1,4 +1,4 @@
-"""The table of behaviours names its sources, tests that exist, and every script of findings/."""
+"""The table of docs/behaviours.md names its sources, tests that exist, and every script of findings/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Texts about batching: the effect of a certificate under a policy, its cause and its remedy."""
+"""Texts about batching: the effect of a certificate under a policy, its cause and its remedy.
+
+A certificate states whether padding or batch neighbours can change an answer; the policy states which verdicts suffice
+to share a run. Certificates are made by hand, and nothing runs or raises.
+"""
 
 from __future__ import annotations
 

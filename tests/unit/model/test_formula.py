@@ -1,4 +1,8 @@
-"""Formulas of lengths: what is parsed, what it evaluates to, and what is refused."""
+"""Formulas of lengths: what is parsed, what it evaluates to, and what is refused.
+
+An example is `past + 2 * seq`. `Formula.parse` raises FormulaInvalid for another text, and so does a quotient with a
+remainder when it is evaluated.
+"""
 
 from __future__ import annotations
 

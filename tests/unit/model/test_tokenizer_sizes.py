@@ -1,4 +1,8 @@
-"""Padding and truncation of a tokenizer.json, compared with the `tokenizers` library itself."""
+"""Padding and truncation of a tokenizer.json, compared with the `tokenizers` library itself.
+
+`sized` makes a tokenizer with these settings, and `read` loads it as the server does. A text that its truncation cannot
+shorten enough raises TruncationFailed where the library raises.
+"""
 
 from __future__ import annotations
 
