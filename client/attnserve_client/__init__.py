@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from attnserve_client._async.client import AsyncClient
 from attnserve_client._attention import AttentionMap
-from attnserve_client._features import AttentionFeatures, SiteFeatures
+from attnserve_client._features import AttentionFeatures
 from attnserve_client._labels import Labels, LabelSelection
 from attnserve_client._models import ModelInfo
 from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
@@ -60,7 +60,6 @@ __all__ = [
     "RetryPolicy",
     "Run",
     "ServerUnreachable",
-    "SiteFeatures",
     "StreamAnswer",
     "Token",
     "__version__",

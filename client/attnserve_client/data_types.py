@@ -1,5 +1,6 @@
 """Types of what calls take and return, for annotations. The most used ones are in `attnserve_client` itself."""
 
+from attnserve_client._features import SiteFeatures
 from attnserve_client._inputs import Continuation, Input, Inputs, Priority
 from attnserve_client._labels import Head, Label, LabeledSpan
 from attnserve_client._models import Axis, Site
@@ -23,5 +24,6 @@ __all__ = [
     "Priority",
     "RawLinks",
     "Site",
+    "SiteFeatures",
     "TensorSpec",
 ]

@@ -51,7 +51,7 @@ def answer(
             )
         ],
     )
-    (found,) = _maps_of(message, "clip")
+    (found,) = _maps_of(message, "clip", None, None)
     return found
 
 
@@ -100,7 +100,7 @@ def test_map_without_patches_has_no_panels() -> None:
 def test_grid_that_does_not_cover_its_axis_is_a_bad_answer() -> None:
     units = attention_pb2.AxisUnits(axis="patches", length=5, grid_rows=2, grid_columns=3)
     with pytest.raises(BadAnswer, match="axis 'patches' has 5 units and a grid of 0 and 2 x 3 patches"):
-        _maps_of(attention_pb2.Attention(axes=[units]), "clip")
+        _maps_of(attention_pb2.Attention(axes=[units]), "clip", None, None)
 
 
 @pytest.mark.slow

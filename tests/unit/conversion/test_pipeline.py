@@ -24,7 +24,7 @@ from limited_graphs import one_row
 from onnx_files import encoder, saved
 from rich.console import Console
 
-ALWAYS = ["assemble", "limits", "certify", "check", "describe", "warm_up", "golden", "write"]
+ALWAYS = ["assemble", "limits", "certify", "check", "describe", "warm_up", "past", "golden", "write"]
 FILE = OnnxFile(Path("model.onnx"))
 
 

@@ -26,7 +26,7 @@ DOUBLED = "g (float[b, t, 4] x) => (float y) { y = Add(x, x) }"
 def test_taps_select_every_row_or_none(tmp_path: Path) -> None:
     model, _ = tapped(infer_shapes(graph(ATTENTION, opset=23)))
     runner = runner_of(ir.to_proto(model), tmp_path)
-    assert runner.output_names == ("y", "attention.attention_0")
+    assert runner.output_names == ("y", "attention.attention_0", "attention_scores.attention_0")
     assert runner.run(X, ["attention.attention_0"])["attention.attention_0"].shape == (2, 2, 3, 3)
     assert runner.run(X, ["attention.attention_0"], tap=False)["attention.attention_0"].shape == (0, 2, 3, 3)
 
