@@ -1,6 +1,6 @@
 """Make files with other people's tools, serve them, and compare: `make foreign`, or `python -m bench.foreign`.
 
-`--short` makes a few files in this project's environment alone, and writes nothing. Other runs write
+`--short` makes a few files in this project's environment alone, as CI does, and writes nothing. Other runs write
 `docs/foreign.md`; `--only` selects environments, and keeps the tables of the others. Exit code 1 if an answer is
 wrong without an error, or a blank has no reason; 2 if `--only` matches no environment.
 """

@@ -1,4 +1,4 @@
-"""`docs/foreign.md`: the table of files that other people's tools write.
+"""`docs/foreign.md`: the tables of files that other people's tools write, one for each environment.
 
 It renders the rows of `compare`, and writes no file.
 """
