@@ -94,7 +94,7 @@ class HuggingFaceModel:
     def max_lengths(self) -> Mapping[str, int]:
         """The greatest lengths of the model, or of the tokenizer if those are less: every dynamic axis holds text."""
         lengths = self._traced.max_lengths
-        limit = self._folder.tokenizer_max_length()
+        limit = self._folder.tokenizer_max_length(embeds=self._modules is not None and self._modules.own)
         return {symbol: length if limit is None else min(length, limit) for symbol, length in lengths.items()}
 
     @property

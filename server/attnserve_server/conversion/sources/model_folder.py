@@ -35,9 +35,14 @@ class ModelFolder:
         path = self.path / TOKENIZER_FILE
         return path if path.is_file() else None
 
-    def tokenizer_max_length(self) -> int | None:
-        """Return the greatest length of the tokenizer's configuration, in tokens; None without a limit."""
-        limit, own = self._json("tokenizer_config.json").get("model_max_length"), max_length_of(self.path)
+    def tokenizer_max_length(self, *, embeds: bool = False) -> int | None:
+        """Return the greatest length of the tokenizer's configuration, in tokens; None without a limit.
+
+        Args:
+            embeds: whether the folder's own embedding is exported: the limit of sentence-transformers then holds too.
+        """
+        limit = self._json("tokenizer_config.json").get("model_max_length")
+        own = max_length_of(self.path) if embeds else None
         # transformers writes 1e30 for a tokenizer without a limit.
         limits = [int(each) for each in (limit, own) if isinstance(each, int | float) and 1 <= each < 2**31]
         return min(limits, default=None)
