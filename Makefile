@@ -115,7 +115,7 @@ batching: $(VENV)/.dev ## Serve models whose answers could depend on their batch
 foreign: $(VENV)/.dev ## Serve files of other people's tools, and write docs/foreign.md (installs the tools into .foreign)
 	@$(BIN)/python -m bench.foreign
 
-foreign-short: $(VENV)/.dev ## The same for a few tools, in this environment, in two minutes
+foreign-short: $(VENV)/.dev ## The same for a few tools, in this environment, as CI does
 	@$(BIN)/python -m bench.foreign --short
 
 fuzz-batching: $(VENV)/.dev ## Test the proof of batching on thousands of generated graphs (FUZZ_GRAPHS, FUZZ_SEED)
