@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bench import complexity_page
+from bench.runtime import TAP_PREFIXES
 
 PATTERNS = ("self", "causal", "sliding-window", "top-k", "linear", "multi-scale", "cross", "cross-modal")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -76,7 +77,7 @@ def measure(model: Path, length: int) -> tuple[float, float]:
     # An arena keeps its memory, in powers of two. That would be the arena's size, not the graph's.
     options.enable_cpu_mem_arena = False
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    outputs = [value.name for value in session.get_outputs() if not value.name.startswith("attention.")]
+    outputs = [value.name for value in session.get_outputs() if not value.name.startswith(TAP_PREFIXES)]
     session.run(outputs, _feeds(session, 16))
     feeds = _feeds(session, length)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak

@@ -19,7 +19,9 @@ import onnxruntime as ort
 
 Array = npt.NDArray[Any]
 
-ITEMS_PREFIX, WEIGHTS_PREFIX = "attention_items.", "attention."
+ITEMS_PREFIX = "attention_items."
+TAP_PREFIXES = ("attention.", "attention_scores.")
+"""Starts of the names of a tap's outputs: weights and scores."""
 
 
 def minilm_of(repository: Path) -> Path:
@@ -38,7 +40,7 @@ def untapped(model_path: Path) -> bytes:
     """Return the bundle's graph without tap inputs, tap outputs and the nodes that only they need."""
     model = onnx.load(model_path)
     graph = model.graph
-    outputs = [value for value in graph.output if not value.name.startswith(WEIGHTS_PREFIX)]
+    outputs = [value for value in graph.output if not value.name.startswith(TAP_PREFIXES)]
     needed = {value.name for value in outputs}
     kept = []
     for node in reversed(graph.node):
@@ -66,9 +68,7 @@ class BareSession:
         names = [value.name for value in self._session.get_inputs()]
         self._items = {name: np.empty(0, np.int64) for name in names if name.startswith(ITEMS_PREFIX)}
         self._types = "token_type_ids" in names
-        self._fetches = [
-            value.name for value in self._session.get_outputs() if not value.name.startswith(WEIGHTS_PREFIX)
-        ]
+        self._fetches = [value.name for value in self._session.get_outputs() if not value.name.startswith(TAP_PREFIXES)]
 
     def run(self, ids: Array) -> None:
         """Run one batch (B, T); 0 is padding."""
