@@ -81,9 +81,9 @@ def forms(client: Client) -> Figure:
     def map_of(model: str, selection: AttentionSelection = first) -> AttentionMap:
         return client.infer(model, text, attention=selection).attention[0]
 
-    windowed = map_of("sliding-window")
     image = np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)
     second = AttentionSelection(layers=[1], head_reduction="mean")
+    windowed = map_of("sliding-window", second)
     over_image = client.infer("cross-modal", (text, {"pixel_values": image}), attention=second).attention[0]
     panel = over_image.over_patches()[1]
     pooled = AttentionSelection(sites=["layers.0.attention.scales.stride_4"], head_reduction="mean")

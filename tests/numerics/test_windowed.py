@@ -207,17 +207,17 @@ def test_the_zoos_sliding_window_answers_with_its_band_and_equals_dense_attentio
 ) -> None:
     sites = zoo_bundle.manifest.sites
     band = BlockBand(block=8, before=1, after=1, global_keys=1)
-    assert [site.form for site in sites] == ["windowed", "dense"] * 2
-    assert [site.band for site in sites] == [band, None] * 2
+    assert [site.form for site in sites] == ["dense", "windowed"] * 2
+    assert [site.band for site in sites] == [None, band] * 2
     sequences = sequences_of(zoo_bundle, 1, 8, 41, 17)
     for each, weights in zip(sequences, weights_by_layer(zoo_bundle, sequences), strict=True):
         ids = each.tensors["input_ids"]
         columns = band_keys(band, len(ids), len(ids))
         for layer, (expected, everything) in enumerate(zoo_definition(ids, window=8, global_tokens=1)):
-            assert weights[2 * layer].shape == (4, len(ids), 25)
-            laid_out = lay_out(weights[2 * layer], columns, len(ids))
+            assert weights[2 * layer + 1].shape == (4, len(ids), 25)
+            laid_out = lay_out(weights[2 * layer + 1], columns, len(ids))
             np.testing.assert_allclose(laid_out, expected, rtol=0, atol=TOLERANCE)
-            np.testing.assert_allclose(weights[2 * layer + 1], everything, rtol=0, atol=TOLERANCE)
+            np.testing.assert_allclose(weights[2 * layer], everything, rtol=0, atol=TOLERANCE)
 
 
 def test_global_tokens_are_not_more_than_the_window() -> None:

@@ -62,7 +62,10 @@ def judge(report: CheckReport, row_sum_tolerance: float) -> None:
 def check_report(**measured: Any) -> CheckReport:
     """Return the report of a check. Raise CheckFailed if a difference is not finite."""
     if any(isinstance(value, float) and not math.isfinite(value) for value in measured.values()):
-        raise CheckFailed("check failed: only one of two answers holds a NaN or an infinity; no bundle was written")
+        raise CheckFailed(
+            "check failed: the answers' shapes differ, or only one of the two holds a NaN or an infinity; "
+            "no bundle was written"
+        )
     return CheckReport(**measured)
 
 

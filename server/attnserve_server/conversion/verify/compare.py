@@ -119,7 +119,7 @@ def check_against_source(
         rows: the greatest batch.
 
     Raises:
-        CheckFailed: the model returns the weights of another number of sites.
+        CheckFailed: the model returns the weights of another number of sites, or a difference is not finite.
         BuildRefused: the tapped graph does not run.
         IndexError, ValueError: as `differences`.
     """
@@ -131,7 +131,7 @@ def check_against_source(
     found = tapped.run(feeds, [*outputs, *assembled.weights.values()])
     named = [_all_lengths(assembled, own) for own in lengths]
     worst = differences(assembled.outputs, assembled.sites, found, reference(feeds), named)
-    return CheckReport(
+    return check_report(
         against=f"{architecture} in torch, eager attention",
         lengths=mixed,
         output_max_abs_error=worst.output,

@@ -118,7 +118,7 @@ def test_an_error_above_its_tolerance_fails_the_check(field: str, words: str) ->
 
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_a_difference_that_is_not_finite_fails_the_check(value: float) -> None:
-    with pytest.raises(CheckFailed, match="only one of two answers holds a NaN or an infinity"):
+    with pytest.raises(CheckFailed, match="only one of the two holds a NaN or an infinity"):
         report(output_max_abs_error=value)
 
 

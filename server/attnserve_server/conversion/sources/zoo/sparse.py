@@ -22,7 +22,7 @@ class SlidingWindowAttention(ZooAttention):
     attend to every key. Queries are split into blocks of `window`, each of which needs the keys of that block and the
     two beside it. With T tokens, time O(T * window * d_model) and memory O(H * T * window): both are linear in T.
 
-    Two sites: the band of every token except the global ones (whose rows of it are empty), and the global tokens' rows.
+    Two sites: the global tokens' rows, and the band of every other token (the global tokens' rows of it are empty).
     Both need `global_tokens`, from 1 to `window`, or ValueError is raised.
     """
 
@@ -41,12 +41,12 @@ class SlidingWindowAttention(ZooAttention):
         return torch.cat([everything, banded[:, :, self.global_tokens :]], dim=2)[:, :, :length]
 
     def weights_of(self, query: Tensor, key: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """Return the band over all keys, (B, H, T, T), and the global tokens' rows, (B, H, global_tokens, T)."""
+        """Return the global tokens' rows, (B, H, global_tokens, T), and the band over all keys, (B, H, T, T)."""
         place = torch.arange(query.shape[2])
         near = (place[:, None] - place[None, :]).abs() <= self.window
         allowed = (near | (place < self.global_tokens)[None, :]) & (place >= self.global_tokens)[:, None]
         band = softmax_weights(query, key, mask[:, None, None, :] & allowed)
-        return band, softmax_weights(self._first(query), key, mask[:, None, None, :])
+        return softmax_weights(self._first(query), key, mask[:, None, None, :]), band
 
     def _blocks(self, hidden: Tensor) -> Tensor:
         """Split (B, H, T, D) into (B, H, blocks, window, D); zeros fill the last block."""
