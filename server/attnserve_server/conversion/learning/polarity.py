@@ -5,8 +5,9 @@
 
 A value hides positions if a sequence whose last position has it is answered like the sequence without that position,
 and the other value is not. Where both are, as in a causal model, a value hides positions if the content of the first
-position does not change the answers at the others, and the other value lets it. A mask for which neither decides, or
-that no run takes, stays as it was declared.
+position does not change the answers at the others, and the other value lets it. Where a file rounds, the one value must
+change the answers several times as much as the other. A mask for which neither decides, or that no run takes, stays as
+it was declared.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import onnx
 import onnx_ir as ir
 
 from attnserve_server.conversion.base.errors import BuildRefused
-from attnserve_server.conversion.base.tolerances import Tolerances
+from attnserve_server.conversion.base.tolerances import Tolerances, max_abs
 from attnserve_server.conversion.graphs.reading import precision_of, save
 from attnserve_server.conversion.inputs.roles import is_position
 from attnserve_server.conversion.inputs.signature import Signature
@@ -34,6 +35,12 @@ _LENGTH: Final = 7
 """The length along the mask's axis. Every other dynamic axis has another one."""
 _OTHER_LENGTH: Final = 9
 _VALUES: Final = (0, 1)
+_RATIO, _EFFECT = 5.0, 0.25
+"""Where a file rounds, one value must change the answers this many times as much as the other, and by this much.
+
+A dynamic quantizer has one scale for all positions, so that a hidden one still changes the rounding of the others: by
+0.08 of the greatest answer in small models. A visible one changes them by 0.9 and more.
+"""
 
 
 def with_polarity(proto: onnx.ModelProto, signature: Signature, work: Path) -> Signature:
@@ -56,10 +63,12 @@ def with_polarity(proto: onnx.ModelProto, signature: Signature, work: Path) -> S
         return signature
     path = work / "polarity.onnx"
     save(ir.from_proto(proto), path)
-    runner, tolerance = GraphRunner(path), Tolerances.of(precision_of(proto)).neighbours
+    runner, precision = GraphRunner(path), precision_of(proto)
     known = signature
     for spec in masks:
-        trial = _Trial(runner, Sampler(known), spec, frozenset(each.name for each in masks), tolerance)
+        others = frozenset(each.name for each in masks)
+        exact = Tolerances.of(precision).neighbours if precision == "fp32" else None
+        trial = _Trial(runner, Sampler(known), spec, others, exact)
         hiding = trial.hiding()
         if hiding is not None:
             known = _with(known, spec, hiding)
@@ -105,13 +114,21 @@ def _with(signature: Signature, mask: InputSpec, hiding: int) -> Signature:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """Runs of a graph that compare the two values of one mask."""
+    """Runs of a graph that compare the two values of one mask.
+
+    Attributes:
+        runner: runs the graph.
+        sampler: draws sequences.
+        mask: the mask.
+        masks: the names of all masks.
+        tolerance: the greatest relative difference of equal answers; None: the file rounds, and none is known.
+    """
 
     runner: GraphRunner
     sampler: Sampler
     mask: InputSpec
     masks: frozenset[str]
-    tolerance: float
+    tolerance: float | None
 
     @property
     def axis(self) -> Dimension:
@@ -123,10 +140,11 @@ class _Trial:
         for others in _VALUES:
             try:
                 fixed = isinstance(self.axis, int)
-                cuts = [not fixed and self._cut(value, others) for value in _VALUES]
+                cuts = [np.inf if fixed else self._cut(value, others) for value in _VALUES]
                 found = self._decided(cuts)
                 # Marks that only set features to zero leave the keys visible; they are no mask.
-                if found is None and (all(cuts) or self.mask.role is InputRole.ATTENTION_MASK):
+                harmless = max(cuts) <= (_EFFECT if self.tolerance is None else self.tolerance)
+                if found is None and (harmless or self.mask.role is InputRole.ATTENTION_MASK):
                     found = self._decided([self._silent(value, others) for value in _VALUES])
             except BuildRefused:
                 continue
@@ -134,24 +152,32 @@ class _Trial:
                 return found
         return None
 
-    def _decided(self, hidden: list[bool]) -> int | None:
-        return hidden.index(True) if sum(hidden) == 1 else None
+    def _decided(self, changes: list[float]) -> int | None:
+        """Return the value that changes answers less, if it is clear that it hides a position and the other does not.
 
-    def _cut(self, value: int, others: int) -> bool:
-        """Whether a sequence is answered as without its last position, where the mask has this value."""
+        Args:
+            changes: for each value, the greatest relative difference of two answers that are equal if it hides.
+        """
+        least, greatest = sorted(changes)
+        if self.tolerance is None:
+            clear = greatest >= max(_EFFECT, _RATIO * least)
+        else:
+            clear = least <= self.tolerance < greatest
+        return changes.index(least) if clear else None
+
+    def _cut(self, value: int, others: int) -> float:
+        """Return how far the answers to a sequence whose last position has this value are from those without it."""
         whole, shorter = self._answers(value, others, -1), self._answers(value, others, None)
-        return all(self._close(_cropped(whole[name], shorter[name]), shorter[name]) for name in shorter)
+        return max(_relative(_cropped(whole[name], shorter[name]), shorter[name]) for name in shorter)
 
-    def _silent(self, value: int, others: int) -> bool:
-        """Whether the content of the first position, where the mask has this value, changes no other answer."""
+    def _silent(self, value: int, others: int) -> float:
+        """Return how far the first position's content changes other answers, where the mask there has this value."""
         one, other = self._answers(value, others, 0), self._answers(value, others, 0, changed=True)
         if isinstance(self.axis, int):
             shapes = {name: tuple(size - (size == self.axis) for size in array.shape) for name, array in one.items()}
         else:
             shapes = {name: array.shape for name, array in self._answers(value, others, None).items()}
-        return all(
-            self._close(_behind(one[name], shape), _behind(other[name], shape)) for name, shape in shapes.items()
-        )
+        return max(_relative(_behind(one[name], shape), _behind(other[name], shape)) for name, shape in shapes.items())
 
     def _answers(self, value: int, others: int, at: int | None, *, changed: bool = False) -> dict[str, Array]:
         """Return the outputs for a sequence whose position `at` is marked with a value, and all others with 1 - value.
@@ -184,13 +210,20 @@ class _Trial:
         feeds: Mapping[str, Array] = {name: array[None] for name, array in sequence.items()}
         return self.runner.run(feeds, self.runner.output_names, tap=False)
 
-    def _close(self, found: Array | None, expected: Array | None) -> bool:
-        if found is None or expected is None or found.shape != expected.shape:
-            return False
-        if found.dtype.kind != "f":
-            return bool((found == expected).all())
-        scale = float(np.abs(np.nan_to_num(expected, posinf=0.0, neginf=0.0)).max(initial=0.0))
-        return bool(np.allclose(found, expected, rtol=0, atol=self.tolerance * max(scale, 1e-6)))
+
+def _relative(found: Array | None, expected: Array | None) -> float:
+    """Return the greatest difference over the greatest value; infinity where shapes differ or an answer has a NaN.
+
+    Different integers differ by infinity.
+    """
+    if found is None or expected is None:
+        return np.inf
+    if expected.dtype.kind != "f":
+        return 0.0 if np.array_equal(found, expected) else np.inf
+    if np.isnan(found).any() or np.isnan(expected).any():
+        return np.inf
+    scale = float(np.abs(np.nan_to_num(expected, posinf=0.0, neginf=0.0)).max(initial=0.0))
+    return max_abs(found, expected) / max(scale, 1e-6)
 
 
 def _cropped(whole: Array, shorter: Array) -> Array | None:

@@ -36,6 +36,20 @@ FORMS = {
         masked = Where(inf, low, chosen)""",
         1,
     ),
+    "causal, scaled": (
+        "int64",
+        """m = Cast<to = 1>(marks) s = Mul(m, finite) w = Unsqueeze(s, one) chosen = Add(scores, w) size = Shape(scores)
+        lows = Expand(low, size) future = Trilu<upper = 1>(lows, next) inf = IsInf(future)
+        masked = Where(inf, low, chosen)""",
+        1,
+    ),
+    "causal, subtracted": (
+        "int64",
+        """m = Cast<to = 1>(marks) r = Sub(unit, m) s = Mul(r, finite) w = Unsqueeze(s, one) chosen = Add(scores, w)
+        size = Shape(scores) lows = Expand(low, size) future = Trilu<upper = 1>(lows, next) inf = IsInf(future)
+        masked = Where(inf, low, chosen)""",
+        0,
+    ),
 }
 """By name: type of the mask, nodes from `scores` to `masked`, and the value that hides a key."""
 
@@ -58,6 +72,7 @@ def attention(kind: str, nodes: str, *, name: str = "marks", shape: str = "B, T"
             numpy_helper.from_array((rng.normal(size=(WIDTH, WIDTH)) * 0.4).astype(np.float32), weight)
         )
     model.graph.initializer.append(numpy_helper.from_array(np.array(-np.inf, np.float32), "low"))
+    model.graph.initializer.append(numpy_helper.from_array(np.eye(WIDTH, dtype=np.uint8), "eye"))
     return onnx.shape_inference.infer_shapes(model)
 
 
@@ -79,6 +94,20 @@ def test_value_that_hides_a_position_is_learnt(form: str, tmp_path: Path) -> Non
 def test_graph_decides_what_a_named_attention_mask_hides(form: str, tmp_path: Path) -> None:
     kind, nodes, hiding = FORMS[form]
     _, mask = learnt(attention(kind, nodes, name="attention_mask"), tmp_path)
+    assert (mask.role, mask.inverted, mask.fill) == (InputRole.ATTENTION_MASK, bool(hiding), 1 - hiding)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["marks", "attention_mask"])
+def test_one_scale_for_all_positions_does_not_turn_a_mask_round(form: str, name: str, tmp_path: Path) -> None:
+    kind, nodes, hiding = FORMS[form]
+    # The last position has the greatest value: without it, the step is another, and the other answers change.
+    quantized = """
+        none = Sub(x, x) ones = Add(none, unit) places = CumSum(ones, next) far = Add(x, places)
+        steps, scale, zero = DynamicQuantizeLinear(far) whole = MatMulInteger(steps, eye, zero)
+        wide_steps = Cast<to = 1>(whole) near = Mul(wide_steps, scale) h = Sub(near, places)
+    """
+    _, mask = learnt(attention(kind, nodes, name=name, before=quantized), tmp_path)
     assert (mask.role, mask.inverted, mask.fill) == (InputRole.ATTENTION_MASK, bool(hiding), 1 - hiding)
 
 
@@ -140,6 +169,7 @@ def test_masks_of_two_sequences_are_learnt_apart(hiding: tuple[int, int], tmp_pa
            weights = Softmax(far_masked) attended = MatMul(weights, memory) y = Add(h, attended) }}
     """)
     model.graph.initializer.append(numpy_helper.from_array(np.array(-np.inf, np.float32), "low"))
+    model.graph.initializer.append(numpy_helper.from_array(np.eye(WIDTH, dtype=np.uint8), "eye"))
     signature, _ = learnt(onnx.shape_inference.infer_shapes(model), tmp_path)
     assert tuple(spec.padding for spec in signature.inputs[2:]) == hiding
     assert {spec.role for spec in signature.inputs[2:]} == {InputRole.ATTENTION_MASK}
