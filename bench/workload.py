@@ -34,7 +34,10 @@ def sequence(length: int, vocabulary_size: int, random: np.random.Generator) -> 
 
 
 def sorted_batches(items: list[Array], max_tokens: int = 384) -> list[Array]:
-    """Return batches (B, T) of similar lengths, padded with 0, each of about `max_tokens` positions."""
+    """Return batches (B, T) of similar lengths, padded with 0, each of `max_tokens` positions or one sequence.
+
+    Empty `items` raises ValueError.
+    """
     batches: list[list[Array]] = [[]]
     for ids in sorted(items, key=len):
         if batches[-1] and len(ids) * (len(batches[-1]) + 1) > max_tokens:

@@ -1,6 +1,8 @@
-"""A case as its maker wrote it: the file, its inputs, and the answers of its source.
+"""A case as its maker wrote it: an ONNX file of another tool, its inputs, and the answers of its source.
 
-`Case.read` raises OSError or KeyError for a folder that a maker did not finish.
+A maker is a script in `makers`; the source is the model that the tool converts; a site is a place in a graph that
+computes attention. `Case.read` raises OSError without `case.json`, which a maker writes last, ValueError if it is no
+JSON, and KeyError if it lacks a fact. `cases_in` leaves out folders without `case.json`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Case:
         flags: options of `prepare`.
         note: what its maker states about it.
         failed: why the tool made no file; empty if it did.
-        file: the file.
+        file: the ONNX file; the folder of the case if the tool made none.
         sequences: inputs of each sequence by name, without the batch axis.
         outputs: answers of the source to each sequence; empty: the file alone is the reference.
         weights: attention of the source for each sequence, (H, L, S) by layer; empty: not known.

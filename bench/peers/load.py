@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.message import DecodeError
 
 from bench.peers.wires import Call, HttpCaller, Wire, grpc_call
 
@@ -81,7 +82,11 @@ async def drive(
                     continue
                 latencies.append(time.perf_counter() - begun)
                 if index < len(references) and index % CHECKED == 0:
-                    wrong += not _same(wire.hidden(answer), references[index])
+                    try:
+                        wrong += not _same(wire.hidden(answer), references[index])
+                    except (ValueError, LookupError, DecodeError) as error:
+                        wrong += 1
+                        faults.append(f"an answer of another layout: {type(error).__name__}: {error}")
 
         cpu, started = time.process_time(), time.perf_counter()
         await asyncio.gather(*map(caller_loop, calls))

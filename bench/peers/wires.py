@@ -1,6 +1,7 @@
-"""The protocols of peers: requests made beforehand as bytes, and answers parsed to arrays only where checked.
+"""The protocols of peers, which are serving systems under load: requests made beforehand as bytes, answers parsed late.
 
-A refused call raises OSError or `grpc.aio.AioRpcError`; an answer that has another layout raises ValueError.
+A call raises OSError where it is refused, EOFError or ValueError where its answer is cut off, or, over gRPC,
+`grpc.aio.AioRpcError`. Parsing an answer of another layout raises ValueError, LookupError or protobuf's DecodeError.
 """
 
 from __future__ import annotations
@@ -48,7 +49,13 @@ class HttpCaller:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def __call__(self, data: bytes) -> bytes:
-        """Return the body of the answer. Raise OSError where there is none."""
+        """Return the body of the answer.
+
+        Raises:
+            OSError: The server refuses it, or answers with another status than 200.
+            EOFError: The connection ends within the answer.
+            ValueError: The connection ends before the size of a chunk.
+        """
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
         reader, writer = self._streams

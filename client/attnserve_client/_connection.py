@@ -30,6 +30,13 @@ Method: TypeAlias = "grpc.UnaryUnaryMultiCallable[RequestT, ResponseT]"
 class AsyncConnection:
     """A grpc.aio channel, opened by the first call in the event loop of that call. Event loop only.
 
+    Args:
+        target: `host:port`, any name of gRPC, or a list of `address:port`.
+        credentials: of TLS; None: the channel is not encrypted.
+        token: a bearer token, sent with every call; None: none is.
+        metadata: sent with every call too.
+        options: channel options of gRPC, which override the client's defaults.
+
     Raises:
         ValueError: `target` is empty, or a list whose members are not addresses of one IP version.
     """
@@ -104,7 +111,11 @@ class AsyncConnection:
 
 
 class AsyncStream:
-    """One open stream. `async with` gives the received messages, cancels a stalled call, and cancels it at the end."""
+    """One open stream. `async with` gives the received messages, cancels a stalled call, and cancels it at the end.
+
+    A stream is stalled when requests are in flight and the reader has waited `exchange.patience_s` seconds for any
+    answer; None: never. The block then raises DeadlineExpired. gRPC's other errors become the client's AttnserveError.
+    """
 
     def __init__(self, connection: AsyncConnection, call: Any, feed: AsyncFeed, exchange: Exchange) -> None:
         self._connection = connection
@@ -143,6 +154,13 @@ async def _cancel_if_stalled(exchange: Exchange, cancel: Callable[[], object]) -
 
 class Connection:
     """A grpc channel. Threads may share it.
+
+    Args:
+        target: `host:port`, any name of gRPC, or a list of `address:port`.
+        credentials: of TLS; None: the channel is not encrypted.
+        token: a bearer token, sent with every call; None: none is.
+        metadata: sent with every call too.
+        options: channel options of gRPC, which override the client's defaults.
 
     Raises:
         ValueError: `target` is empty, or a list whose members are not addresses of one IP version.
@@ -203,7 +221,11 @@ class Connection:
 
 
 class Stream:
-    """One open stream. `with` gives the received messages, cancels a stalled call, and cancels it at the end."""
+    """One open stream. `with` gives the received messages, cancels a stalled call, and cancels it at the end.
+
+    A stream is stalled when requests are in flight and the reader has waited `exchange.patience_s` seconds for any
+    answer; None: never. The block then raises DeadlineExpired. gRPC's other errors become the client's AttnserveError.
+    """
 
     def __init__(self, call: Any, feed: Feed, exchange: Exchange) -> None:
         self._call = call

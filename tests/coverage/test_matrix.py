@@ -1,9 +1,12 @@
 """The matrix behind docs/reference/coverage.md: every architecture through every exporter, opset and precision.
 
+Each is converted, and its attention weights and outputs are compared with the source model's. A site is a place in a
+graph that computes attention; the zoo is this project's own small models, one for each pattern of attention.
 `make coverage` runs it and writes the page, unless only some architectures are selected.
 
-Needs torch and transformers. A cell fails its test if a site is missing or an error exceeds the tolerance; the page's
-own test is skipped where only some architectures were run.
+Needs torch and transformers. A cell fails its test if its sites are not those of the model, or an error exceeds the
+tolerance; a cell in `KNOWN`, if it lacks that reason. The page's own test fails if a blank has no reason, or if a
+column that is the same on every machine differs from the stored page. It is skipped where only some were run.
 """
 
 from __future__ import annotations

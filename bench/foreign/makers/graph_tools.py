@@ -1,7 +1,9 @@
-"""Makes files by tools that rewrite a graph: simplifiers, optimizers, a converter to float16, and quantizers.
+"""Makes ONNX files by tools that rewrite a graph: simplifiers, optimizers, a converter to float16, and quantizers.
 
-`python graph_tools.py FOLDER [--short]` writes the cases. All run in this project's environment. A tool that fails
-makes a case without a file, which states the error.
+`python graph_tools.py FOLDER [--short]` writes a case for each tool and model: the file, its inputs and, for tools that
+do not round, the answers and attention weights of the model in torch. `bench.foreign` serves and compares them. All run
+in this project's environment. A tool that fails makes a case without a file, which states the error. FOLDER with such
+a case raises FileExistsError, and a tool whose package is not installed PackageNotFoundError; both end the script.
 """
 
 from __future__ import annotations

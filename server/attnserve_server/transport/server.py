@@ -31,7 +31,7 @@ class PortUnavailable(AttnserveError):
 
 
 class GrpcServer:
-    """gRPC on one port. Event loop only."""
+    """gRPC on one port: `plane` runs requests, and `health` answers grpc.health.v1. Event loop only."""
 
     def __init__(self, settings: Settings, plane: DataPlane, health: Health, metrics: Metrics, clock: Clock) -> None:
         self._settings = settings

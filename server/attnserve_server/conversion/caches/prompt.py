@@ -28,10 +28,11 @@ def without_past(model: ir.Model, pasts: Sequence[FoundPast]) -> None:
 
     Args:
         model: is changed.
-        pasts: of the graph.
+        pasts: its inputs that hold a cache, each with its uses and the output that continues it, from `find_pasts`.
 
     Raises:
-        BuildRefused: the graph has no input but its cache, or needs a size of the past that is not known.
+        BuildRefused: the graph has no input but its cache, a size of the past that it needs is not known, or axis 0 of
+            a past carries heads beside the batch, whose number is not in the graph.
     """
     graph = model.graph
     names = {past.value.name for past in pasts}

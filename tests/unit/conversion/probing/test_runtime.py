@@ -1,4 +1,4 @@
-"""Runs of a graph for probes: which rows taps select, what is refused, and messages without paths.
+"""Runs of a graph for probes: rows that taps select, refusals, messages without paths, and times of two graphs.
 
 A tap is the nodes that return attention weights, for the rows that its input lists. A graph that cannot be loaded,
 fails, or takes too long raises BuildRefused.
