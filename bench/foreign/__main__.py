@@ -44,7 +44,7 @@ def make_cases(environment: Environment, folder: Path, console: Console, *, shor
 
 def served(cases: list[Case], repository: Path, console: Console) -> list[Row]:
     """Convert all cases, serve those that convert, and compare their answers."""
-    manifests: dict[str, dict[str, Any]] = {}
+    manifests: dict[str, tuple[dict[str, Any], str]] = {}
     rows: dict[str, Row] = {}
     for number, case in enumerate(cases, start=1):
         begun = time.monotonic()
@@ -52,21 +52,24 @@ def served(cases: list[Case], repository: Path, console: Console) -> list[Row]:
         if manifest is None:
             rows[case.name] = Row(case, notes=[why])
         else:
-            manifests[case.name] = manifest
+            manifests[case.name] = manifest, why
         took = time.monotonic() - begun
-        console.print(f"{number}/{len(cases)} {case.name}: {why or 'converted'} ({took:.0f} s)", soft_wrap=True)
+        console.print(
+            f"{number}/{len(cases)} {case.name}: {why if manifest is None else 'converted'} ({took:.0f} s)",
+            soft_wrap=True,
+        )
     if manifests:
         with service.running(repository) as server:
             rows |= asyncio.run(_compare(server.target, [case for case in cases if case.name in manifests], manifests))
     return [rows[case.name] for case in cases]
 
 
-async def _compare(target: str, cases: list[Case], manifests: dict[str, dict[str, Any]]) -> dict[str, Row]:
+async def _compare(target: str, cases: list[Case], manifests: dict[str, tuple[dict[str, Any], str]]) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     async with AsyncClient(target) as client:
         for case in cases:
             try:
-                rows[case.name] = await compared(client, case, manifests[case.name])
+                rows[case.name] = await compared(client, case, *manifests[case.name])
             except AttnserveError as error:
                 rows[case.name] = Row(case, notes=[f"converted, and the server answers: {error}"], wrong=True)
     return rows

@@ -30,6 +30,7 @@ class Case:
         sites: number of sites that the model has; 0: not known.
         flags: options of `prepare`.
         note: what its maker states about it.
+        words: whether the tokenizer beside the file makes token N of the word "wN".
         failed: why the tool made no file; empty if it did.
         file: the ONNX file; the folder of the case if the tool made none.
         sequences: inputs of each sequence by name, without the batch axis.
@@ -44,6 +45,7 @@ class Case:
     sites: int
     flags: tuple[str, ...]
     note: str
+    words: bool
     failed: str
     file: Path
     sequences: tuple[dict[str, Array], ...]
@@ -62,6 +64,7 @@ class Case:
             sites=facts["sites"],
             flags=tuple(facts["flags"]),
             note=facts["note"],
+            words=facts["words"],
             failed=facts.get("failed", ""),
             file=folder / facts.get("file", ""),
             sequences=_rows(folder / "inputs.npz"),

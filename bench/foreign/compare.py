@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ import onnxruntime
 from attnserve_client import AsyncClient, AttentionSelection, InferenceResult
 
 from bench.foreign.case import Array, Case
+from bench.foreign.continued import after_a_past
 
 CONVERSION_LIMIT_S = 900.0
+NO_CACHE = "no cache"
+_NO_PAST = "sequences cannot have a past: "
 CALL_LIMIT_S = 60.0
 # float32: the order of sums differs from the source's, and onnxruntime's kernels approximate erf and tanh.
 EXACT_OUTPUTS, EXACT_WEIGHTS = 1e-4, 1e-5
@@ -38,6 +41,8 @@ class Row:
         weight_error: the greatest difference of weights from the source's, or from the file's own by the conversion.
         output_error: the greatest difference of outputs, relative to the greatest output.
         certificate: verdicts on the batch and on padding.
+        past: the greatest difference after a past: of weights, or of outputs where the file rounds; or why there is
+            none.
         notes: reasons for what is missing, and differences above their limits.
         wrong: whether a difference exceeds its limit without an error of the server.
     """
@@ -47,12 +52,16 @@ class Row:
     weight_error: float | None = None
     output_error: float | None = None
     certificate: str = ""
+    past: float | str = NO_CACHE
     notes: list[str] = field(default_factory=list)
     wrong: bool = False
 
 
 def converted(case: Case, repository: Path) -> tuple[dict[str, Any] | None, str]:
-    """Convert a case. Return its manifest, or None and the reason in one sentence."""
+    """Convert a case. Return its manifest, or None and the reason in one sentence.
+
+    With a manifest, the sentence is the reason why a decoder with a cache takes no past; empty if it does.
+    """
     command = [str(Path(sys.executable).with_name("attnserve-server")), "prepare", str(case.file), "--name", case.name]
     command += ["--repository", str(repository), "--no-try", "--attack-seconds", "3", "--json", *case.flags]
     try:
@@ -62,11 +71,22 @@ def converted(case: Case, repository: Path) -> tuple[dict[str, Any] | None, str]
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         return None, lines[-1] if lines else f"exit code {done.returncode} without a message"
-    return json.loads(done.stdout), ""
+    refused = next((line for line in done.stderr.splitlines() if _NO_PAST in line), "")
+    return json.loads(done.stdout), refused.partition(_NO_PAST)[2]
 
 
-async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any]) -> Row:
-    """Compare the answers of a served case with its source, each sequence alone and all at once."""
+async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any], no_past: str) -> Row:
+    """Compare the answers of a served case with its source: each sequence alone, all at once, as texts, after a past.
+
+    Args:
+        client: of the server.
+        case: the case.
+        manifest: of its bundle.
+        no_past: why a decoder with a cache takes no past; empty if it does, or has no cache.
+
+    Raises:
+        AttnserveError: the server does not answer.
+    """
     sites = manifest["sites"]
     available = [site for site in sites if site["weights_output"] is not None]
     row = Row(case, found=(len(available), len(sites)), certificate=_certificate(manifest))
@@ -79,23 +99,45 @@ async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any]) ->
     alone = [await client.infer(case.name, each, attention=selection, timeout=CALL_LIMIT_S) for each in inputs]
     at_once = min(len(inputs), manifest["max_batch_size"])
     streamed = client.stream(case.name, inputs, attention=selection, per_message=at_once, timeout=CALL_LIMIT_S)
-    together = [answer.result async for answer in streamed]
+    found = [*alone, *[answer.result async for answer in streamed]]
+    if manifest["text"] is not None and case.words:
+        texts = [" ".join(f"w{number}" for number in each["input_ids"]) for each in inputs]
+        found += await client.infer(case.name, texts, attention=selection, timeout=CALL_LIMIT_S)
+        row.notes.append("from texts too")
+    times = len(found) // len(inputs)
     expected = case.outputs or tuple(_by_the_file(case, each) for each in case.sequences)
-    outputs = [_output_error(found, right) for found, right in zip([*alone, *together], [*expected] * 2, strict=True)]
-    row.output_error = max(outputs)
+    row.output_error = max(_output_error(own, right) for own, right in zip(found, [*expected] * times, strict=True))
     limit = EXACT_OUTPUTS if case.outputs else ROUNDED[manifest["precision"]]
     if case.weights and available:
-        errors = [
-            _weight_error(found, right) for found, right in zip([*alone, *together], case.weights * 2, strict=True)
-        ]
-        row.weight_error = max(errors)
+        pairs = zip(found, case.weights * times, strict=True)
+        row.weight_error = max(_weight_error(own, right) for own, right in pairs)
         row.wrong = not row.weight_error <= EXACT_WEIGHTS
     elif available:
         row.weight_error = manifest["check"]["weight_max_abs_error"]
+    after = await _after_a_past(client, case, inputs, row, limit)
+    row.past = after if after is not None else no_past or NO_CACHE
     row.wrong = row.wrong or not row.output_error <= limit
     if row.wrong:
         row.notes.append("above its limit")
     return row
+
+
+async def _after_a_past(
+    client: AsyncClient, case: Case, inputs: list[dict[str, Array]], row: Row, limit: float
+) -> float | None:
+    """Return the greatest difference after a past, and mark a row above its limit; None for a model without a past."""
+    past = (await client.model(case.name)).past
+    if past is None:
+        return None
+    found, outputs, weights = await after_a_past(
+        client, case, past, inputs, lambda given: _by_the_file(case, given), CALL_LIMIT_S
+    )
+    of_outputs = max(_output_error(own, right) for own, right in zip(found, outputs, strict=True))
+    of_weights = (
+        max(_weight_error(own, right) for own, right in zip(found, weights, strict=True)) if weights[0] else 0.0
+    )
+    row.wrong |= not (of_outputs <= limit and of_weights <= EXACT_WEIGHTS)
+    return of_weights if weights[0] else of_outputs
 
 
 def _certificate(manifest: dict[str, Any]) -> str:
@@ -105,13 +147,33 @@ def _certificate(manifest: dict[str, Any]) -> str:
     return "; ".join(open_) or "proved"
 
 
-def _by_the_file(case: Case, sequence: dict[str, Array]) -> dict[str, Array]:
+def _by_the_file(case: Case, sequence: Mapping[str, Array]) -> dict[str, Array]:
     """Return the answers of the file itself, run by onnxruntime with one sequence."""
     session = _opened(case.file)
     given = _named(sequence, [value.name for value in session.get_inputs()])
+    given |= {value.name: _filled(value, given) for value in session.get_inputs() if value.name not in given}
     found = session.run(None, {name: array[None] for name, array in given.items()})
     names = [value.name for value in session.get_outputs()]
-    return {name: array[0] for name, array in zip(names, found, strict=True)}
+    # The branch with a cache of a merged file returns the encoder's keys without any row.
+    return {name: array[0] for name, array in zip(names, found, strict=True) if len(array)}
+
+
+def _filled(value: onnxruntime.NodeArg, given: Mapping[str, Array]) -> Array:
+    """Return what a caller of the file has to send for an input that a case leaves out, without the batch axis.
+
+    Raises:
+        KeyError: no value is known for this input.
+    """
+    if value.name.startswith("past"):
+        return np.zeros([0 if isinstance(size, str) else size for size in value.shape[1:]], np.float32)
+    pasts = (array.shape[-2] for name, array in given.items() if "past" in name and ".encoder." not in name)
+    past = max(pasts, default=0)
+    known = {
+        "token_type_ids": np.zeros_like(given["input_ids"]),
+        "position_ids": np.arange(past, past + len(given["input_ids"])),
+        "use_cache_branch": np.array(past > 0),
+    }
+    return known[value.name]
 
 
 def _opened(file: Path) -> onnxruntime.InferenceSession:
@@ -132,7 +194,7 @@ def _opened(file: Path) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(file, plain, providers=["CPUExecutionProvider"])
 
 
-def _named(sequence: dict[str, Array], names: Sequence[str]) -> dict[str, Array]:
+def _named(sequence: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
     """Return a sequence with the file's own names, in order, where it has none of the maker's."""
     if any(name in names for name in sequence):
         return {name: array for name, array in sequence.items() if name in names}

@@ -23,6 +23,9 @@ serves them, and sends each sequence alone and all of them together.
   conversion's own comparison with the file.
 - **output error**: the greatest difference of any output, relative to the greatest output. Where the file rounds,
   from the file itself, run by onnxruntime with one sequence.
+- **after a past**: for a decoder with a cache, the error of the second half of each sequence after the first, whose
+  keys and values come from the server: of weights against eager attention, or, where the file rounds, of outputs
+  against the file with the same past.
 - **certificate**: the verdict on batches and padding. Where not all is proved: the axis and its verdict. Sequences
   then share a batch at equal lengths only, or run alone.
 
@@ -30,7 +33,7 @@ The limits are 1e-5 for weights and 1e-4 for outputs in float32, and 2e-2 in flo
 last digits differ between machines. [Behaviours](behaviours.md) has what these tools do that is not expected.
 
 """
-COLUMNS = ("tool", "version", "model", "sites", "weight error", "output error", "certificate", "note")
+COLUMNS = ("tool", "version", "model", "sites", "weight error", "output error", "after a past", "certificate", "note")
 
 
 def cells_of(row: Row) -> tuple[str, ...]:
@@ -43,6 +46,7 @@ def cells_of(row: Row) -> tuple[str, ...]:
         "-" if row.found is None else f"{row.found[0]}/{row.found[1]}",
         _rounded(row.weight_error),
         _rounded(row.output_error),
+        row.past if isinstance(row.past, str) else _rounded(row.past),
         row.certificate or "-",
         "; ".join(note for note in (case.note, *row.notes) if note).replace("|", "/"),
     )
@@ -50,7 +54,7 @@ def cells_of(row: Row) -> tuple[str, ...]:
 
 def is_explained(row: Row) -> bool:
     """Whether every blank has its reason, and nothing is wrong without an error."""
-    return not row.wrong and ("-" not in cells_of(row)[3:7] or bool(row.notes or row.case.note))
+    return not row.wrong and ("-" not in cells_of(row)[3:8] or bool(row.notes or row.case.note))
 
 
 def rendered(made: Mapping[str, Iterable[Row]], stored: str, order: Sequence[str]) -> str:

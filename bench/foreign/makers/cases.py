@@ -45,6 +45,7 @@ class Cases:
         sites: int = 0,
         flags: Sequence[str] = (),
         note: str = "",
+        words: bool = False,
     ) -> None:
         """Write a case, or the reason why its tool could not make the file.
 
@@ -59,6 +60,7 @@ class Cases:
             sites: number of sites that the model has; 0: not known.
             flags: options of `attnserve-server prepare` that its user would give.
             note: what a reader of the table needs beside the figures.
+            words: whether the tool copies `models.word_tokenizer` beside the file, so that texts can be sent.
 
         Raises:
             FileExistsError: another case has this tool and model.
@@ -74,6 +76,7 @@ class Cases:
             "sites": sites,
             "flags": list(flags),
             "note": note,
+            "words": words,
         }
         try:
             facts["file"] = str(file(place).relative_to(place))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from cases import cases_of_command_line
-from models import SPREAD, VOCABULARY, Answer, Arrays, answers_of, quiet, texts
+from models import SPREAD, VOCABULARY, Answer, Arrays, answers_of, quiet, texts, word_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 PACKAGE = "onnxruntime-genai"
@@ -44,15 +44,8 @@ def checkpoint(name: str, folder: Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
     with quiet():
         model.save_pretrained(folder)
-        _tokenizer().save_pretrained(folder)
+        word_tokenizer().save_pretrained(folder)
     return model
-
-
-def _tokenizer() -> Any:
-    import tokenizers
-
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(VOCABULARY)}, "w0"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1", pad_token="w0")
 
 
 def answers(model: Any) -> tuple[list[Arrays], list[Arrays]]:
@@ -94,6 +87,7 @@ def main() -> None:
                     outputs=outputs if exact else (),
                     weights=weights if exact else (),
                     sites=len(weights[0]),
+                    words=True,
                 )
 
 

@@ -131,6 +131,17 @@ def quiet() -> Any:
         yield
 
 
+def word_tokenizer() -> Any:
+    """Return a tokenizer of transformers that makes token N of the word "wN", and adds none."""
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(VOCABULARY)}, "w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="w0", eos_token="w1", pad_token="w0", unk_token="w0"
+    )
+
+
 def texts(*, masked: bool = True) -> tuple[Arrays, ...]:
     """Return random ids of three lengths, with masks of ones."""
     random = np.random.default_rng(3)

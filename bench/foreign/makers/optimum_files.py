@@ -7,6 +7,7 @@ makes a case without a file, which states the error.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 from cases import Cases, cases_of_command_line
-from models import SPREAD, VOCABULARY, Answer, Arrays, answers_of, quiet, texts
+from models import SPREAD, VOCABULARY, Answer, Arrays, answers_of, quiet, texts, word_tokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,6 +40,7 @@ class Source:
         sequences: inputs of each sequence by name.
         output: name of the output that is compared.
         answer: returns output and weights of the module for a batch of one sequence.
+        words: whether it has a tokenizer.
     """
 
     name: str
@@ -46,11 +48,14 @@ class Source:
     sequences: tuple[Arrays, ...]
     output: str
     answer: Callable[[Any, Mapping[str, torch.Tensor]], Answer]
+    words: bool = False
 
     def saved(self, folder: Path) -> Path:
         """Write the checkpoint."""
         with quiet():
             self.module.save_pretrained(folder)
+            if self.words:
+                word_tokenizer().save_pretrained(folder)
         return folder
 
     def answers(self) -> tuple[list[Arrays], list[Arrays]]:
@@ -131,7 +136,7 @@ def decoders() -> list[Source]:
         ),
     }  # fmt: skip
     return [
-        Source(name, _model("AutoModelForCausalLM", config, seed), texts(), "logits", _generating)
+        Source(name, _model("AutoModelForCausalLM", config, seed), texts(), "logits", _generating, words=True)
         for seed, (name, config) in enumerate(configs.items(), start=10)
     ]
 
@@ -192,6 +197,7 @@ class Maker:
             weights=self._weights if exact else (),
             sites=len(self._weights[0]),
             note=note,
+            words=self._source.words,
         )
 
 
@@ -220,6 +226,8 @@ def quantized(place: Path, name: str) -> Path:
             save_dir=place / "int8",
             quantization_config=AutoQuantizationConfig.avx2(is_static=False, per_channel=False),
         )
+    for beside in place.glob("tokenizer*"):
+        shutil.copy(beside, place / "int8")
     return next((place / "int8").glob("*.onnx"))
 
 

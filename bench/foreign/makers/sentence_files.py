@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from cases import cases_of_command_line
-from models import SPREAD, VOCABULARY, Answer, Arrays, answers_of, quiet, texts
+from models import SPREAD, VOCABULARY, Answer, Arrays, answers_of, quiet, texts, word_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 PACKAGE = "sentence-transformers"
@@ -24,7 +24,6 @@ PACKAGE = "sentence-transformers"
 def checkpoint(folder: Path) -> Any:
     """Write a sentence-transformers folder with random weights, and return its encoder in eager attention."""
     import sentence_transformers
-    import tokenizers
 
     torch.manual_seed(80)
     config = transformers.BertConfig(
@@ -32,12 +31,9 @@ def checkpoint(folder: Path) -> Any:
         max_position_embeddings=40, **SPREAD,
     )  # fmt: skip
     encoder = transformers.BertModel(config).eval()
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(VOCABULARY)}, "w0"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w0")
     with quiet(), tempfile.TemporaryDirectory() as plain:
         encoder.save_pretrained(plain)
-        tokenizer.save_pretrained(plain)
+        word_tokenizer().save_pretrained(plain)
         inner = sentence_transformers.models.Transformer(plain)
         pooling = sentence_transformers.models.Pooling(32)
         sentence_transformers.SentenceTransformer(modules=[inner, pooling], device="cpu").save(str(folder))
@@ -93,6 +89,7 @@ def main() -> None:
                 outputs=outputs if exact else (),
                 weights=weights if exact else (),
                 sites=2,
+                words=True,
             )
 
 
