@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_client import AsyncClient, InvalidRequest
+from attnserve_client import AsyncClient, AttentionSelection, AttentionUnavailable, InvalidRequest
 from attnserve_client.data_types import Continuation
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
@@ -166,6 +166,28 @@ async def test_a_supplied_past_gives_the_end_of_the_whole_sequence(client: Async
         assert past.batched is not isinstance(CASES[name], GroupedDecoder)
         shared = await client.infer(name, [sent, sent])
         assert [each.run.batch_size for each in shared] == [2 if past.batched else 1] * 2
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_scores_after_a_past_give_the_weights_or_are_refused(client: AsyncClient, name: str) -> None:
+    model = await client.model(name)
+    assert model.past is not None
+    ids = ids_of(7)
+    begun = await client.infer(name, {"input_ids": ids[:4]}, outputs=list(model.past.presents))
+    sent = Continuation({"input_ids": ids[4:]}, past=model.past.after(begun.outputs))
+    expected = CASES[name].answer(ids)
+    for place, site in enumerate(model.sites):
+        selection = AttentionSelection(sites=[site.name], values="scores")
+        try:
+            (found,) = (await client.infer(name, sent, outputs=[], attention=selection)).attention
+        except AttentionUnavailable as refused:
+            reason = site.scores_unavailable_reason or "sequences with a past does not compute scores"
+            assert reason in str(refused)  # noqa: PT017 - whether a site is fused, and so refuses, is measured
+            continue
+        scores = found.scores.astype(np.float64)
+        exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = exponentials / exponentials.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(weights, expected.weights[place][:, 4:], rtol=0, atol=TOLERANCE)
 
 
 async def test_a_merged_decoder_of_an_encoder_continues_with_the_keys_of_its_states(client: AsyncClient) -> None:

@@ -56,13 +56,7 @@ def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str
     if not violations:
         _check_joinable(selection.layer_reduction, head_reduction, chosen, heads, violations)
     violations.raise_any()
-    missing = [site for site in chosen if site.output_of(selection.values) is None]
-    if missing:
-        reasons = {
-            site.name: site.why_no_scores if scores else site.unavailable_reason or "not tapped" for site in missing
-        }
-        of = "scores of site" if scores else "site"
-        raise AttentionUnavailable(model, "; ".join(f"{of} {name!r}: {why}" for name, why in reasons.items()))
+    require_outputs(model, chosen, selection.values)
     return EffectiveSelection(
         layers=layers,
         heads=heads,
@@ -78,6 +72,18 @@ def resolve(selection: AttentionSelection, sites: Sequence[SiteSpec], model: str
         features=selection.features,
         values=selection.values,
     )
+
+
+def require_outputs(model: str, chosen: Sequence[SiteSpec], values: AttentionValue) -> None:
+    """Raise AttentionUnavailable, with each reason, if some of the chosen sites do not return weights or scores."""
+    missing = [site for site in chosen if site.output_of(values) is None]
+    if missing:
+        scores = values is AttentionValue.SCORES
+        reasons = {
+            site.name: site.why_no_scores if scores else site.unavailable_reason or "not tapped" for site in missing
+        }
+        of = "scores of site" if scores else "site"
+        raise AttentionUnavailable(model, "; ".join(f"{of} {name!r}: {why}" for name, why in reasons.items()))
 
 
 def from_end(index: int, length: int) -> int | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PAST_FILE = "past.onnx"
 """Usual name of the continuing graph in a bundle."""
+_NO_SCORES = "its graph for sequences with a past does not compute scores that can be returned"
 
 
 class CacheSpec(Frozen):
@@ -51,6 +52,7 @@ class PastSpec(Frozen):
         batched: whether sequences of equal P share runs, under the policy that the manifest is for.
         paddable: whether sequences of equal P and different T share runs, under that policy.
         golden: golden answers of this graph; None: it has none.
+        without_scores: names of the sites whose scores the prompt graph alone returns.
     """
 
     file: FileName = PAST_FILE
@@ -64,6 +66,7 @@ class PastSpec(Frozen):
     batched: bool = False
     paddable: bool = False
     golden: GoldenSpec | None = None
+    without_scores: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -163,6 +166,8 @@ class PastSpec(Frozen):
 
     def _site(self, site: SiteSpec) -> SiteSpec:
         """A site as the continuing graph has it: keys along the new positions' axis are those of the past too."""
+        if site.name in self.without_scores:
+            site = site.model_copy(update={"scores_output": None, "scores_unavailable_reason": _NO_SCORES})
         if site.key_axis != self.follows:
             return site
         return site.model_copy(update={"key_axis": self.key_axis, "band": None, "whole_rows": False})

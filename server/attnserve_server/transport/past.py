@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from attnserve.v1 import inference_service_pb2, tensor_pb2
 
+from attnserve_server.attention.resolve import require_outputs
 from attnserve_server.domain.errors import Violations, quoted
 from attnserve_server.domain.values import Array, EffectiveSelection, LayerReduction
 from attnserve_server.model.manifest import InputSpec
@@ -108,7 +109,11 @@ def check_continued(
     continuing: Intake,
     violations: Violations,
 ) -> None:
-    """Check what sequences with a past cannot be answered with: outputs of the prompt graph alone, and rollout."""
+    """Check what sequences with a past cannot be answered with: what the prompt graph alone returns, and rollout.
+
+    Raises:
+        AttentionUnavailable: Scores are selected of a site whose scores the prompt graph alone returns.
+    """
     index = next((index for index, inputs in enumerate(found) if inputs.past), None)
     if index is None:
         return
@@ -117,6 +122,10 @@ def check_continued(
             has = ", ".join(continuing.output_sizes)
             missing = f"no output {quoted(name)} after a past, which sequences[{index}] has; there are {has}"
             violations.add(f"outputs.names[{position}]", missing)
-    if effective is not None and effective.layer_reduction is LayerReduction.ROLLOUT:
+    if effective is None:
+        return
+    manifest = continuing.manifest
+    require_outputs(manifest.name, [manifest.sites[layer] for layer in effective.layers], effective.values)
+    if effective.layer_reduction is LayerReduction.ROLLOUT:
         past = f"sequences[{index}] has {found[index].past} past positions, which are keys and no queries"
         violations.add("attention.layer_reduction", f"rollout needs equal queries and keys; {past}: take each or mean")

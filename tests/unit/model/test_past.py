@@ -45,6 +45,17 @@ def test_the_continuing_graph_has_the_axes_of_past_new_and_all_positions() -> No
     assert all(continuing.output(name).on_request for name in PRESENTS)
 
 
+def test_a_site_whose_scores_the_prompt_graph_alone_computes_refuses_them_after_a_past() -> None:
+    sites = [site.model_copy(update={"scores_output": f"attention_scores.{site.name}"}) for site in MANIFEST.sites]
+    past = PAST.model_copy(update={"without_scores": (sites[1].name,)})
+    continuing = MANIFEST.model_copy(update={"sites": tuple(sites), "past": past}).continuing
+    assert continuing is not None
+    first, second, *_ = continuing.sites
+    assert (first.scores_output, first.why_no_scores) == (sites[0].scores_output, "")
+    assert second.scores_output is None
+    assert second.why_no_scores == "its graph for sequences with a past does not compute scores that can be returned"
+
+
 def test_a_band_of_whole_rows_becomes_rows_over_all_keys() -> None:
     site = MANIFEST.sites[0].model_copy(
         update={"form": "windowed", "band": SlidingBand(before=2, after=0), "whole_rows": True}

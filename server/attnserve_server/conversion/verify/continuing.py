@@ -116,6 +116,8 @@ class _Trial:
         path = self._tapped()
         runner = GraphRunner(path)
         outputs = self._outputs(runner)
+        scored = [site for site in self.manifest.sites if site.scores_output is not None]
+        without_scores = [site for site in scored if site.scores_output not in runner.output_names]
         for past, new in _COUNTS:
             self._compare(runner, outputs, past, new)
         longest = self.manifest.axis(self.cache.new_axis).max_length
@@ -131,6 +133,7 @@ class _Trial:
             inputs=tuple(spec for spec in self.signature.inputs if spec.name not in self._presents()),
             outputs=outputs,
             certificate=None if alone else self._certificate(path, outputs, refuted),
+            without_scores=tuple(site.name for site in without_scores),
         )
         spec.check(self.manifest)
         served = self.manifest.model_copy(update={"past": spec}).continuing
@@ -273,10 +276,11 @@ class _Trial:
 
     def _compare(self, runner: GraphRunner, outputs: Sequence[OutputSpec], past: int, new: int) -> None:
         """Compare with whole sequences. Raises BuildRefused for the first difference that exceeds its tolerance."""
-        weights = [site.weights_output for site in self.manifest.sites if site.weights_output is not None]
+        taps = [(site, name) for site in self.manifest.sites for name in (site.weights_output, site.scores_output)]
+        tapped = {name: site for site, name in taps if name in runner.output_names}
         names = [spec.name for spec in outputs]
-        whole = self.prompt.run(_batch([self._whole(past + new, 0)]), [*names, *weights])
-        found = runner.run(_batch([self._sequence(past, new, 0)]), [*names, *weights])
+        whole = self.prompt.run(_batch([self._whole(past + new, 0)]), [*names, *tapped])
+        found = runner.run(_batch([self._sequence(past, new, 0)]), [*names, *tapped])
         for spec in outputs:
             old = self.manifest.output(spec.name).shape
             if self.cache.new_axis not in old:
@@ -284,8 +288,7 @@ class _Trial:
             cut = tuple(slice(past, None) if extent == self.cache.new_axis else slice(None) for extent in spec.shape)
             expected = whole[spec.name][(slice(None), *cut)]
             self._judge(f"output {spec.name!r}", found[spec.name], expected, self.tolerances.output)
-        for name in weights:
-            site = next(site for site in self.manifest.sites if site.weights_output == name)
+        for name, site in tapped.items():
             expected = whole[name][:, :, past:] if site.query_axis == self.cache.new_axis else whole[name]
             self._judge(f"the attention of {site.name}", found[name], expected, self.tolerances.weight)
 
