@@ -156,7 +156,7 @@ def in_float16(signature: Signature) -> Signature:
 def with_counted_positions(signature: Signature) -> Signature:
     """Return the signature of a decoder, whose positions the server counts from 0 where a request sends none.
 
-    Other graphs may count from another number, as RoBERTa does from 2: there, requests must send positions.
+    An encoder may count from another number, as RoBERTa does from 2: there, requests must send positions.
     """
     inputs = tuple(
         spec.model_copy(update={"role": InputRole.POSITION_IDS})

@@ -28,6 +28,7 @@ from attnserve_server.conversion.inputs.text import padding_id_of, text_of
 from attnserve_server.conversion.learning.batch_axis import takes_one_row_alone
 from attnserve_server.conversion.learning.inputs import with_free_length
 from attnserve_server.conversion.learning.polarity import with_polarity
+from attnserve_server.conversion.learning.positions import with_learnt_positions
 from attnserve_server.conversion.learning.solving import Solved, solved_axes
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.rewrite.counted_masks import CountedMasks, with_whole_masks
@@ -82,8 +83,9 @@ class OnnxFile(Source):
                 )
         proto, solved = self._solved(proto, padding_id, work, steps)
         signature = solved.signature
-        if decoder is not None:
-            signature = with_counted_positions(signature)
+        signature = (
+            with_learnt_positions(proto, signature, work) if decoder is None else with_counted_positions(signature)
+        )
         signature = with_polarity(proto, signature, work)
         signature = with_counted_masks(signature, masks.kept)
         if signature.fixed_batch:

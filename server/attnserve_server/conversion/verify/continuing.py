@@ -46,6 +46,7 @@ from attnserve_server.model.manifest import (
     InputSpec,
     Manifest,
     OutputSpec,
+    SiteSpec,
 )
 from attnserve_server.model.past import PAST_FILE, CacheSpec, PastSpec
 
@@ -116,14 +117,12 @@ class _Trial:
         path = self._tapped()
         runner = GraphRunner(path)
         outputs = self._outputs(runner)
-        scored = [site for site in self.manifest.sites if site.scores_output is not None]
-        without_scores = [site for site in scored if site.scores_output not in runner.output_names]
         for past, new in _COUNTS:
             self._compare(runner, outputs, past, new)
         longest = self.manifest.axis(self.cache.new_axis).max_length
         for past, new in ((longest - 1, 1), (1, longest - 1)):
             runner.run(_batch([self._sequence(past, new, 0)]), [outputs[0].name])
-        refuted, alone = self._rows_agree(runner, outputs), self.manifest.max_batch_size == 1
+        refuted = self._rows_agree(runner, outputs)
         spec = PastSpec(
             file=PAST_FILE,
             axis=self.cache.past_axis,
@@ -132,13 +131,16 @@ class _Trial:
             caches=tuple(self._cache_spec(name, present) for name, present in self._presents().items()),
             inputs=tuple(spec for spec in self.signature.inputs if spec.name not in self._presents()),
             outputs=outputs,
-            certificate=None if alone else self._certificate(path, outputs, refuted),
-            without_scores=tuple(site.name for site in without_scores),
+            without_scores=tuple(
+                site.name for site in self.manifest.sites if site.scores_output not in {None, *runner.output_names}
+            ),
         )
+        if self.manifest.max_batch_size > 1:
+            sites = spec.continuing(self.manifest).sites
+            spec = spec.model_copy(update={"certificate": self._certificate(path, outputs, sites, refuted)})
         spec.check(self.manifest)
-        served = self.manifest.model_copy(update={"past": spec}).continuing
-        assert served is not None
-        touch(RuntimeSession.load(path, provider=CPU, left_out=self.manifest.left_out), served)
+        session = RuntimeSession.load(path, provider=CPU, left_out=self.manifest.left_out)
+        touch(session, spec.continuing(self.manifest))
         return Continuing(path, spec, self._sequence(*_COUNTS[0], 0))
 
     def _presents(self) -> dict[str, str]:
@@ -317,15 +319,13 @@ class _Trial:
                     return f"output {name!r} of a sequence with a past depends on its batch"
         return ""
 
-    def _certificate(self, path: Path, outputs: Sequence[OutputSpec], refuted: str) -> Certificate:
+    def _certificate(
+        self, path: Path, outputs: Sequence[OutputSpec], sites: Sequence[SiteSpec], refuted: str
+    ) -> Certificate:
         """Prove that rows do not change each other's answers, at equal lengths of the past and of new positions."""
         padding = Clause(axis=self.cache.new_axis, verdict=Verdict.UNKNOWN, reason="padding after a past is not proved")
         if refuted:
             return Certificate(clauses=(Clause(axis=BATCH, verdict=Verdict.REFUTED, reason=refuted), padding))
-        sites = [
-            site.model_copy(update={"key_axis": self.total}) if site.key_axis == self.cache.new_axis else site
-            for site in self.manifest.sites
-        ]
         proof = prove(
             onnx.load(path),
             replace(self.signature, symbols=()),
@@ -339,10 +339,7 @@ class _Trial:
 
 
 def _without_zeros(spec: InputSpec, counted: Collection[str]) -> InputSpec:
-    """Return a mask of which the graph reads only the number of ones as one that must be all ones.
-
-    A zero at any place would make the graph take fewer past keys.
-    """
+    """Return a mask whose ones the graph counts as one without zeros, which would leave out past keys."""
     if spec.name not in counted:
         return spec
     return spec.model_copy(update={"index_ranges": (IndexRange(least=1, greatest=1),)})
