@@ -48,7 +48,7 @@ ENVIRONMENTS: Final = (
     Environment("project", "graph_tools.py", short=True),
     Environment("torch", "torch_modules.py"),
     Environment("optimum", "optimum_files.py", ("optimum-onnx==0.1.0", "onnxruntime==1.32.0", _TORCH)),
-    Environment("genai", "genai_files.py", ("onnxruntime-genai==0.18.0", "onnx-ir", "transformers<5", _TORCH)),
+    Environment("genai", "genai_files.py", ("onnxruntime-genai==0.18.0", "onnx-ir", "transformers==5.23.0", _TORCH)),
     Environment("sentence", "sentence_files.py", ("sentence-transformers[onnx]==5.7.0", _TORCH)),
     Environment("vision", "vision_files.py", ("timm==1.0.31", "open_clip_torch==3.3.0", "onnxscript", _TORCH)),
     Environment("tensorflow", "keras_files.py", ("tf2onnx==1.17.0", "tensorflow==2.21.0")),

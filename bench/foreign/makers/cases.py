@@ -98,7 +98,8 @@ def cases_of_command_line(doc: str | None) -> Cases:
 
 
 def _first_line(text: str) -> str:
-    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", re.sub(r"/\S*/(?=site-packages/)", "", text))
+    lines = [line for line in plain.splitlines() if line.strip()]
     return lines[0][:200] if lines else "no message"
 
 

@@ -24,6 +24,7 @@ PACKAGE = "sentence-transformers"
 def checkpoint(folder: Path) -> Any:
     """Write a sentence-transformers folder with random weights, and return its encoder in eager attention."""
     import sentence_transformers
+    from sentence_transformers.sentence_transformer import modules
 
     torch.manual_seed(80)
     config = transformers.BertConfig(
@@ -34,8 +35,8 @@ def checkpoint(folder: Path) -> Any:
     with quiet(), tempfile.TemporaryDirectory() as plain:
         encoder.save_pretrained(plain)
         word_tokenizer().save_pretrained(plain)
-        inner = sentence_transformers.models.Transformer(plain)
-        pooling = sentence_transformers.models.Pooling(32)
+        inner = modules.Transformer(plain)
+        pooling = modules.Pooling(32)
         sentence_transformers.SentenceTransformer(modules=[inner, pooling], device="cpu").save(str(folder))
     return transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
 
