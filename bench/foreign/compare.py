@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from bench.foreign.continued import after_a_past
 
 CONVERSION_LIMIT_S = 900.0
 NO_CACHE = "no cache"
+_PARTS = ("sequences", "outputs", "weights")
 _NO_PAST = "sequences cannot have a past: "
 CALL_LIMIT_S = 60.0
 # float32: the order of sums differs from the source's, and onnxruntime's kernels approximate erf and tanh.
@@ -95,7 +96,11 @@ async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any], no
         row.notes.append(f"{case.sites} sites expected")
     names = [spec["name"] for spec in manifest["inputs"]]
     inputs = [_named(each, names) for each in case.sequences]
+    case, inputs = _of_the_files_lengths(case, inputs, manifest, row)
+    if not inputs:
+        return row
     selection = AttentionSelection() if available else None
+    caches = _caches(manifest)
     alone = [await client.infer(case.name, each, attention=selection, timeout=CALL_LIMIT_S) for each in inputs]
     at_once = min(len(inputs), manifest["max_batch_size"])
     streamed = client.stream(case.name, inputs, attention=selection, per_message=at_once, timeout=CALL_LIMIT_S)
@@ -105,7 +110,7 @@ async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any], no
         found += await client.infer(case.name, texts, attention=selection, timeout=CALL_LIMIT_S)
         row.notes.append("from texts too")
     times = len(found) // len(inputs)
-    expected = case.outputs or tuple(_by_the_file(case, each) for each in case.sequences)
+    expected = case.outputs or tuple(_by_the_file(case, each, caches) for each in case.sequences)
     row.output_error = max(_output_error(own, right) for own, right in zip(found, [*expected] * times, strict=True))
     limit = EXACT_OUTPUTS if case.outputs else ROUNDED[manifest["precision"]]
     if case.weights and available:
@@ -114,7 +119,7 @@ async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any], no
         row.wrong = not row.weight_error <= EXACT_WEIGHTS
     elif available:
         row.weight_error = manifest["check"]["weight_max_abs_error"]
-    after = await _after_a_past(client, case, inputs, row, limit)
+    after = await _after_a_past(client, case, inputs, row, limit, caches)
     row.past = after if after is not None else no_past or NO_CACHE
     row.wrong = row.wrong or not row.output_error <= limit
     if row.wrong:
@@ -122,15 +127,43 @@ async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any], no
     return row
 
 
+def _of_the_files_lengths(
+    case: Case, inputs: list[dict[str, Array]], manifest: dict[str, Any], row: Row
+) -> tuple[Case, list[dict[str, Array]]]:
+    """Leave out sequences of lengths that the file does not take, since its tool fixed them, and note it."""
+    fixed = {
+        (spec["name"], place): size
+        for spec in manifest["inputs"]
+        for place, size in enumerate(spec["shape"])
+        if isinstance(size, int)
+    }
+    kept = [
+        number
+        for number, each in enumerate(inputs)
+        if all(each[name].shape[place] == size for (name, place), size in fixed.items() if name in each)
+    ]
+    if len(kept) == len(inputs):
+        return case, inputs
+    sizes = ", ".join(f"{size} along axis {place} of {name!r}" for (name, place), size in fixed.items())
+    row.notes.append(f"the file takes {sizes} alone: {len(kept)} of {len(inputs)} sequences compared")
+    parts = {name: tuple(getattr(case, name)[at] for at in kept if getattr(case, name)) for name in _PARTS}
+    return replace(case, **parts), [inputs[at] for at in kept]
+
+
 async def _after_a_past(
-    client: AsyncClient, case: Case, inputs: list[dict[str, Array]], row: Row, limit: float
+    client: AsyncClient,
+    case: Case,
+    inputs: list[dict[str, Array]],
+    row: Row,
+    limit: float,
+    caches: Mapping[str, list[int | str]],
 ) -> float | None:
     """Return the greatest difference after a past, and mark a row above its limit; None for a model without a past."""
     past = (await client.model(case.name)).past
     if past is None:
         return None
     found, outputs, weights = await after_a_past(
-        client, case, past, inputs, lambda given: _by_the_file(case, given), CALL_LIMIT_S
+        client, case, past, inputs, lambda given: _by_the_file(case, given, caches), CALL_LIMIT_S
     )
     of_outputs = max(_output_error(own, right) for own, right in zip(found, outputs, strict=True))
     of_weights = (
@@ -147,25 +180,32 @@ def _certificate(manifest: dict[str, Any]) -> str:
     return "; ".join(open_) or "proved"
 
 
-def _by_the_file(case: Case, sequence: Mapping[str, Array]) -> dict[str, Array]:
+def _caches(manifest: dict[str, Any]) -> dict[str, list[int | str]]:
+    """Return the shape of each cache input, without the batch axis."""
+    inputs = [cache["input"] for cache in (manifest["past"] or {"caches": ()})["caches"]]
+    return {spec["name"]: spec["shape"] for spec in inputs}
+
+
+def _by_the_file(case: Case, sequence: Mapping[str, Array], caches: Mapping[str, list[int | str]]) -> dict[str, Array]:
     """Return the answers of the file itself, run by onnxruntime with one sequence."""
     session = _opened(case.file)
     given = _named(sequence, [value.name for value in session.get_inputs()])
-    given |= {value.name: _filled(value, given) for value in session.get_inputs() if value.name not in given}
+    given |= {value.name: _filled(value, given, caches) for value in session.get_inputs() if value.name not in given}
     found = session.run(None, {name: array[None] for name, array in given.items()})
     names = [value.name for value in session.get_outputs()]
     # The branch with a cache of a merged file returns the encoder's keys without any row.
     return {name: array[0] for name, array in zip(names, found, strict=True) if len(array)}
 
 
-def _filled(value: onnxruntime.NodeArg, given: Mapping[str, Array]) -> Array:
+def _filled(value: onnxruntime.NodeArg, given: Mapping[str, Array], caches: Mapping[str, list[int | str]]) -> Array:
     """Return what a caller of the file has to send for an input that a case leaves out, without the batch axis.
 
     Raises:
         KeyError: no value is known for this input.
     """
     if value.name.startswith("past"):
-        return np.zeros([0 if isinstance(size, str) else size for size in value.shape[1:]], np.float32)
+        shape = caches.get(value.name, value.shape[1:])
+        return np.zeros([0 if isinstance(size, str) else size for size in shape], np.float32)
     pasts = (array.shape[-2] for name, array in given.items() if "past" in name and ".encoder." not in name)
     past = max(pasts, default=0)
     known = {

@@ -7,10 +7,13 @@ FileExistsError if two cases have one name.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -88,6 +91,14 @@ class Cases:
                 arrays = {f"{number}/{key}": array for number, row in enumerate(rows) for key, array in row.items()}
                 np.savez(place / f"{kind}.npz", **arrays)
         (place / "case.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Keep the progress of tools and warnings off the terminal."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def cases_of_command_line(doc: str | None) -> Cases:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import transformers
-from cases import cases_of_command_line
-from models import SPREAD, VOCABULARY, Answer, Arrays, answers_of, quiet, texts, word_tokenizer
+from cases import cases_of_command_line, quiet
+from models import SPREAD, VOCABULARY, Answer, Arrays, answers_of, texts, word_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 PACKAGE = "onnxruntime-genai"

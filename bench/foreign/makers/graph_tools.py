@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from cases import Cases
-from models import Tiny, bert, gpt2, quiet, vit
+from cases import Cases, quiet
+from models import Tiny, bert, gpt2, vit
 
 Rewrite = Callable[[Path, Path, Tiny], None]
 

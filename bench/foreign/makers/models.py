@@ -5,9 +5,6 @@ Needs torch and transformers. An export that fails raises the exporter's error.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from cases import quiet
 
 LENGTHS = (9, 4, 6)
 VOCABULARY = 60
@@ -121,14 +119,6 @@ class _First(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         answer: torch.Tensor = self.module(**dict(zip(self.names, inputs, strict=True)), return_dict=True)[0]
         return answer
-
-
-@contextlib.contextmanager
-def quiet() -> Any:
-    """Keep the exporters' progress and warnings off the terminal."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def word_tokenizer() -> Any:

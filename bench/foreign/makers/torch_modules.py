@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import cases_of_command_line
-from models import LENGTHS, Arrays, quiet
+from cases import cases_of_command_line, quiet
+from models import LENGTHS, Arrays
 from torch import nn
 
 WIDTH, HEADS, LAYERS, KEYS = 32, 4, 2, 7

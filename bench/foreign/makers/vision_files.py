@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import cases_of_command_line
-from models import quiet
+from cases import cases_of_command_line, quiet
 
 LAYERS, HEADS = 2, 4
 
