@@ -23,7 +23,7 @@ VOCABULARY, WIDTH, HEADS, LAYERS = 60, 32, 4, 2
 LENGTHS = (9, 4, 6)
 
 
-def encoder(*, embedded: bool, causal: bool = False) -> tuple[Any, Any]:
+def encoder(*, embedded: bool, causal: bool, activation: str) -> tuple[Any, Any]:
     """Return a Keras encoder, and a model of its weights: of ids if `embedded`, else of vectors."""
     keras.utils.set_random_seed(50)
     start = keras.Input((None,), dtype="int64", name="ids") if embedded else keras.Input((None, WIDTH), name="x")
@@ -36,7 +36,7 @@ def encoder(*, embedded: bool, causal: bool = False) -> tuple[Any, Any]:
         mixed, own = attention(hidden, hidden, return_attention_scores=True, use_causal_mask=causal)
         weights.append(own)
         hidden = keras.layers.LayerNormalization()(hidden + mixed)
-        wide = keras.layers.Dense(2 * WIDTH, activation="gelu")(hidden)
+        wide = keras.layers.Dense(2 * WIDTH, activation=activation)(hidden)
         hidden = keras.layers.LayerNormalization()(hidden + keras.layers.Dense(WIDTH)(wide))
     return keras.Model(start, hidden), keras.Model(start, [hidden, *weights])
 
@@ -80,12 +80,13 @@ def converted(model: Any, embedded: bool) -> Callable[[Path], Path]:
 def main() -> None:
     """Entry point."""
     cases = cases_of_command_line(__doc__)
-    for name, embedded, causal in (
-        ("Keras MultiHeadAttention", False, False),
-        ("Keras encoder of ids", True, False),
-        ("Keras causal MultiHeadAttention", False, True),
+    for name, embedded, causal, activation in (
+        ("Keras MultiHeadAttention", False, False, "relu"),
+        ("Keras encoder of ids", True, False, "relu"),
+        ("Keras causal MultiHeadAttention", False, True, "relu"),
+        ("Keras encoder of ids, gelu", True, False, "gelu"),
     ):
-        model, watched = encoder(embedded=embedded, causal=causal)
+        model, watched = encoder(embedded=embedded, causal=causal, activation=activation)
         sequences = rows(embedded=embedded)
         outputs, weights = answers(watched, sequences)
         cases.add(
