@@ -181,9 +181,12 @@ def _certificate(manifest: dict[str, Any]) -> str:
 
 
 def _caches(manifest: dict[str, Any]) -> dict[str, list[int | str]]:
-    """Return the shape of each cache input, without the batch axis."""
+    """Return the shape of each cache input, without the batch axis, as the output that continues it has it."""
+    presents = [spec for spec in manifest["outputs"] if spec["name"].startswith("present")]
+    names = ("past_key_values", "past")
+    continued = {name + spec["name"].removeprefix("present"): spec["shape"] for spec in presents for name in names}
     inputs = [cache["input"] for cache in (manifest["past"] or {"caches": ()})["caches"]]
-    return {spec["name"]: spec["shape"] for spec in inputs}
+    return continued | {spec["name"]: spec["shape"] for spec in inputs}
 
 
 def _by_the_file(case: Case, sequence: Mapping[str, Array], caches: Mapping[str, list[int | str]]) -> dict[str, Array]:
