@@ -65,8 +65,9 @@ def converted(case: Case, repository: Path) -> tuple[dict[str, Any] | None, str]
     """
     command = [str(Path(sys.executable).with_name("attnserve-server")), "prepare", str(case.file), "--name", case.name]
     command += ["--repository", str(repository), "--no-try", "--attack-seconds", "3", "--json", *case.flags]
-    tokenizer = case.file.with_name("tokenizer.json")
-    command += ["--tokenizer", str(tokenizer)] if case.words and tokenizer.is_file() else []
+    places = [folder / "tokenizer.json" for folder in (case.file.parent, case.file.parent.parent)]
+    tokenizer = next((place for place in places if case.words and place.is_file()), None)
+    command += [] if tokenizer is None else ["--tokenizer", str(tokenizer)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CONVERSION_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
