@@ -46,14 +46,21 @@ def target_of(target: str | Sequence[str]) -> str:
     """Return the name that gRPC resolves.
 
     Args:
-        target: `host:port`, any gRPC name such as `dns:///service:8001`, or a list of `address:port` of one IP version.
+        target: `host:port`, any gRPC name such as `dns:///service:8001`, a list of `address:port` of one IP version, or
+            a list of one name.
 
     Raises:
-        ValueError: `target` is empty, or a list whose members are not addresses of one IP version.
+        ValueError: `target` is empty or has an empty member, a member holds several addresses, or several members are
+            not all `address:port` of one IP version.
     """
-    targets = [target] if isinstance(target, str) else [each.removeprefix("ipv4:") for each in target]
+    targets = (
+        [target] if isinstance(target, str) else [each.removeprefix("ipv4:").removeprefix("ipv6:") for each in target]
+    )
     if not targets or not all(targets):
         raise ValueError(f"target {target!r} is empty or has an empty member; give `host:port`")
+    for each in () if isinstance(target, str) else targets:
+        if "," in each:
+            raise ValueError(f"target has the member {each!r}, several addresses; give each address as a member")
     if len(targets) == 1:
         return (
             targets[0]

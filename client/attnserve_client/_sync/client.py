@@ -44,7 +44,8 @@ class Client:
         options: gRPC channel options; they override this client's defaults.
 
     Raises:
-        ValueError: `target` is empty, or a list whose members are not addresses of one IP version.
+        ValueError: `target` is empty or has an empty member, a member holds several addresses, or several members are
+            not all `address:port` of one IP version.
     """
 
     def __init__(
