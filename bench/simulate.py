@@ -18,6 +18,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -163,14 +164,12 @@ def simulate(line: Line, costs: Costs, lengths: list[int], callers: int, rounds:
     order = itertools.count()
     idle = list(range(costs.instances))
     latencies: list[float] = []
-    busy = useful = computed = runs = 0.0
-    ended = 0.0
+    busy = useful = computed = runs = ended = 0.0
 
     def at(when: float, what: Callable[[float], None]) -> None:
         heapq.heappush(events, (when, next(order), what))
 
     def serve(now: float) -> None:
-        nonlocal busy, useful, computed, runs
         while idle:
             taken = line.take(now)
             if not isinstance(taken, list):
@@ -180,14 +179,15 @@ def simulate(line: Line, costs: Costs, lengths: list[int], callers: int, rounds:
             instance = idle.pop()
             longest = max(arrival.tokens for arrival in taken)
             seconds = costs.seconds(len(taken), longest)
-            busy, runs = busy + seconds, runs + 1
-            useful, computed = useful + sum(each.tokens for each in taken), computed + len(taken) * longest
-            at(now + seconds, lambda then, taken=taken, instance=instance: done(then, taken, instance))
+            at(now + seconds, partial(done, taken=taken, longest=longest, seconds=seconds, instance=instance))
 
-    def done(now: float, taken: list[Arrival], instance: int) -> None:
-        nonlocal ended
+    def done(now: float, taken: list[Arrival], longest: int, seconds: float, instance: int) -> None:
+        nonlocal ended, busy, useful, computed, runs
         idle.append(instance)
         ended = now
+        # Here and not at the start: a run that has not ended has no answers, over which these figures are divided.
+        busy, runs = busy + seconds, runs + 1
+        useful, computed = useful + sum(each.tokens for each in taken), computed + len(taken) * longest
         for arrival in taken:
             latencies.append(now - arrival.came_s)
             line.push(Arrival(arrival.caller, next(upcoming), now))
@@ -273,6 +273,8 @@ def main() -> None:
     )
     parser.add_argument("--repository", type=Path, default=Path(".demo/models"), help="where `--record` finds MiniLM")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds is {options.rounds}; give 2 or more, because latencies leave out each caller's first")
     if options.record:
         record(options.repository, options.record)
         return

@@ -10,11 +10,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench.simulate import FirstCome, simulate  # noqa: E402
+
 SERVER = "this server"
 
 
@@ -56,3 +61,17 @@ def test_large_batches_where_launches_dominate(devices: dict[str, Any]) -> None:
                 assert figures[SERVER]["256"]["rate"] > figures[other]["256"]["rate"]
         # Few callers leave little to choose from, so the policy is about as good as first come, first served.
         assert figures[SERVER]["16"]["rate"] > 0.9 * figures["first come, 16,384 tokens"]["16"]["rate"]
+
+
+def test_only_runs_that_ended_are_counted() -> None:
+    costs: Any = SimpleNamespace(instances=2, seconds=lambda _size, tokens: tokens / 8)
+    # The last answers come while the other instance still runs a long sequence.
+    figures = simulate(FirstCome(1, 0.0), costs, [8, 8, 8, 80], callers=2, rounds=2)
+    assert (figures.busy_s, figures.rows, figures.computed_over_useful) == (1.0, 1.0, 1.0)
+
+
+def test_single_round_is_refused() -> None:
+    line = [sys.executable, "-m", "bench.simulate", "--rounds", "1"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert "--rounds is 1; give 2 or more" in done.stderr
