@@ -1,10 +1,11 @@
 """The rate of a GPU, through the server and bare: `python -m bench.gpu --repository FOLDER --json FILE`.
 
-For each model of the repository, in one run: the bare session at its best batch and number of threads; the
-server under unary callers and streams, where none, a quarter or all of the requests select attention; and the seconds
-of a run over a grid of batch and length. Callers are separate processes, which send messages made beforehand. They
-request one output, the one named by `--output`, and attention where selected. Exit code 1 if a server does not start or
-a request fails; 2 if no model is chosen.
+For the highest version of each model of the repository, in one run: the bare session at its best batch and number of
+threads; the server under unary callers and streams, where none, a quarter or all of the requests select attention; and
+the seconds of a run over a grid of batch and length. Callers are separate processes, which send messages made
+beforehand. They request one output, the one named by `--output`, and attention where selected. `--client` starts such a
+process, and is for this module alone. Exit code 1 if a server does not start or a request fails, with the errors of
+the process that failed; 2 if no model is chosen. Without a GPU it measures the CPU, and prints so.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -197,14 +199,51 @@ def service_vocabulary() -> int:
     return 30_522
 
 
+def kinds_of(kind: str, processes: int) -> list[str]:
+    """Return the kind of each process: a stream each, or a share of the unary callers. None has no callers."""
+    if kind == "stream":
+        return [kind] * processes
+    each, more = divmod(int(kind), processes)
+    return [str(each + (number < more)) for number in range(processes) if each or number < more]
+
+
+def outputs_of(lines: list[list[str]], timeout_s: float) -> list[str]:
+    """Run commands at once, and return what each printed.
+
+    Raises:
+        SystemExit: One failed, or did not end in time. The message has its errors. The others are killed.
+    """
+    running: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [Path(folder, f"{number}.out") for number in range(len(lines))]
+        errors = [path.with_suffix(".err") for path in outs]
+        try:
+            for line, out, error in zip(lines, outs, errors, strict=True):
+                with out.open("wb") as stdout, error.open("wb") as stderr:
+                    running.append(subprocess.Popen(line, stdout=stdout, stderr=stderr))
+            until = time.monotonic() + timeout_s
+            while None in (codes := [one.poll() for one in running]) and not any(codes):
+                if time.monotonic() > until:
+                    sys.exit(f"a process of callers did not end within {timeout_s:g} s")
+                time.sleep(0.05)
+            for code, error in zip(codes, errors, strict=True):
+                if code:
+                    sys.exit(f"a process of callers ended with code {code}: {error.read_text(errors='replace')}")
+            return [path.read_text() for path in outs]
+        finally:
+            for one in running:
+                one.kill()
+                one.wait()
+
+
 def served(
     target: str, name: str, output: str, kind: str, share: float, *, seconds: float, processes: int
 ) -> dict[str, Any]:
     """Return sequences a second through the server, from several processes of callers."""
-    callers = kind if kind == "stream" else str(int(kind) // processes)
-    line = [sys.executable, "-m", "bench.gpu", "--client", target, name, output, callers, str(share), str(seconds)]
-    running = [subprocess.Popen([*line, str(seed)], stdout=subprocess.PIPE, text=True) for seed in range(processes)]
-    reports = [json.loads(one.communicate(timeout=seconds + 120)[0]) for one in running]
+    line = [sys.executable, "-m", "bench.gpu", "--client", target, name, output]
+    kinds = kinds_of(kind, processes)
+    lines = [[*line, each, str(share), str(seconds), str(seed)] for seed, each in enumerate(kinds)]
+    reports = [json.loads(printed) for printed in outputs_of(lines, seconds + 120)]
     waits = [wait for report in reports for wait in report["waits"]]
     result = {"sequences_per_s": sum(report["sequences"] / report["seconds"] for report in reports)}
     if waits:
@@ -246,6 +285,12 @@ def measure(bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def chosen_of(bundles: list[Bundle], names: list[str] | None) -> list[Bundle]:
+    """Return the highest version of each model that is named, or of all. `bundles` is sorted by name and version."""
+    highest = {each.manifest.name: each for each in bundles}
+    return [each for name, each in highest.items() if not names or name in names]
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -271,9 +316,9 @@ def main() -> None:
         parser.error("--repository is required: a folder of bundles")
     report: dict[str, Any] = {}
     bundles = Repository(options.repository).bundles()[0]
-    chosen = [each for each in bundles if not options.models or each.manifest.name in options.models]
+    chosen = chosen_of(bundles, options.models)
     if not chosen:
-        names = ", ".join(each.manifest.name for each in bundles) or "none"
+        names = ", ".join(each.manifest.name for each in chosen_of(bundles, None)) or "none"
         parser.error(f"no model to measure; the repository's models are: {names}")
     for bundle in chosen:
         report[bundle.manifest.name] = found = measure(bundle, options)

@@ -1,13 +1,14 @@
-"""This server in a separate process, requests for it, and callers in closed loops. Other benchmarks import it.
+"""This server in a separate process, requests to it, and callers in closed loops. Other benchmarks import it.
 
-The process exits with a message and code 1 if the server does not start. A failed call raises `grpc.aio.AioRpcError`.
+`running` and `started` raise SystemExit with a message, so code 1, in the benchmark's process if the server ends or
+writes no ports in 60 s. They kill a server that runs 30 s after SIGTERM, and raise `subprocess.TimeoutExpired`. A
+failed call in `drive` cancels the other callers, and raises an ExceptionGroup of `grpc.aio.AioRpcError`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from attnserve.v1 import attention_pb2, inference_service_pb2, inference_service
 
 Array = npt.NDArray[Any]
 START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,10 @@ class Server:
 
 @contextmanager
 def running(repository: Path, *flags: str) -> Iterator[Server]:
-    """Run `attnserve-server serve` on free loopback ports until the block ends, with defaults except for `flags`."""
+    """Run `attnserve-server serve` on free loopback ports until the block ends, with defaults except for `flags`.
+
+    The command is the one beside this Python's executable.
+    """
     command = [str(Path(sys.executable).with_name("attnserve-server"))]
     with tempfile.TemporaryDirectory() as folder, started(command, repository, Path(folder), *flags) as server:
         yield server
@@ -60,19 +65,28 @@ def started(command: list[str], repository: Path, folder: Path, *flags: str) -> 
     try:
         until = time.monotonic() + START_TIMEOUT_S
         while not (ports_file.exists() and ports_file.stat().st_size):
-            if process.poll() is not None or time.monotonic() > until:
+            if process.poll() is not None:
+                sys.exit(f"the server ended with code {process.returncode} at its start; its log is on standard error")
+            if time.monotonic() > until:
                 sys.exit(f"the server did not start within {START_TIMEOUT_S:g} s; its log is on standard error")
             time.sleep(0.05)
         ports = json.loads(ports_file.read_text())
         targets = (f"127.0.0.1:{ports[kind]}" for kind in ("grpc", "http"))
         yield Server(*targets, psutil.Process(process.pid))
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        process.terminate()
+        try:
+            process.wait(timeout=STOP_TIMEOUT_S)
+        finally:  # neither a server that ignores the signal nor Ctrl-C while waiting may leave it running
+            process.kill()
+            process.wait()
 
 
 def request(ids: Array, attention: attention_pb2.AttentionSelection | None = None) -> Any:
-    """Return a request for one sequence of ids, made beforehand so that the callers' own work stays small."""
+    """Return a request to the model `minilm` for `last_hidden_state` of one sequence of int64 ids.
+
+    It is made before the measurement, so that the callers' own work stays small.
+    """
     tensor = tensor_pb2.Tensor(
         name="input_ids", dtype=tensor_pb2.DATA_TYPE_INT64, shape=[len(ids)], data=ids.astype("<i8").tobytes()
     )
@@ -84,7 +98,11 @@ def request(ids: Array, attention: attention_pb2.AttentionSelection | None = Non
 
 
 async def drive(target: str, requests: list[Any], callers: int) -> list[Any]:
-    """Send all requests through `callers` closed loops on one channel. Answers are in the requests' order."""
+    """Send all requests through `callers` closed loops on one channel. Answers are in the requests' order.
+
+    Raises:
+        ExceptionGroup: A call failed: a group of `grpc.aio.AioRpcError`.
+    """
     options = [("grpc.max_receive_message_length", 64 << 20)]
     answers: list[Any] = [None] * len(requests)
     waiting = iter(enumerate(requests))

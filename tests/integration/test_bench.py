@@ -1,4 +1,4 @@
-"""The benchmark runs, and its figures that do not depend on time are right.
+"""The benchmark runs, and its figures that do not depend on time are right. Failed processes are reported, and all end.
 
 Needs `bench` of this checkout and torch. Tests of `minilm_repository`, a bundle of MiniLM, fail without its package. A
 limit on time that is exceeded fails no test.
@@ -10,12 +10,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from bench import service  # noqa: E402
 from bench.encoders import encoder  # noqa: E402
 from bench.finding import Finding  # noqa: E402
+from bench.gpu import chosen_of, kinds_of, outputs_of  # noqa: E402
 from bench.memory import leaking, load, resident_mb  # noqa: E402
 
 
@@ -83,3 +90,50 @@ def test_finding_holds_by_its_median_and_its_kind_of_limit() -> None:
     assert not Finding("", [3.0, 1.0, 9.0], 2.0).holds
     assert Finding("", [3.0, 1.0, 2.0], 2.0, most=False).holds
     assert not Finding("", [1.0], 2.0, most=False).holds
+
+
+def test_server_that_ends_at_once_is_reported_with_its_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    with pytest.raises(SystemExit, match="ended with code 3"), service.started(command, tmp_path, tmp_path):
+        pass
+
+
+def test_server_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "STOP_TIMEOUT_S", 0.2)
+    code = (
+        "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "path = pathlib.Path(sys.argv[sys.argv.index('--ports-file') + 1]); new = path.with_suffix('.new'); "
+        """new.write_text('{"grpc": 1, "http": 2}'); new.rename(path); time.sleep(60)"""
+    )
+    with (
+        pytest.raises(subprocess.TimeoutExpired),
+        service.started([sys.executable, "-c", code], tmp_path, tmp_path) as server,
+    ):
+        assert server.target == "127.0.0.1:1"
+    assert not psutil.pid_exists(server.process.pid)
+
+
+def test_callers_are_divided_among_processes_without_a_loss() -> None:
+    assert kinds_of("10", 4) == ["3", "3", "2", "2"]
+    assert kinds_of("2", 4) == ["1", "1"]
+    assert kinds_of("stream", 2) == ["stream", "stream"]
+
+
+def test_failed_process_of_callers_is_reported_with_its_errors() -> None:
+    assert outputs_of([[sys.executable, "-c", f"print({number})"] for number in (1, 2)], 30.0) == ["1\n", "2\n"]
+    lines = [[sys.executable, "-c", "import time; time.sleep(60)"], [sys.executable, "-c", "raise ValueError('no')"]]
+    with pytest.raises(SystemExit, match=r"code 1: (.|\n)*ValueError: no"):
+        outputs_of(lines, 30.0)
+    with pytest.raises(SystemExit, match=r"did not end within 0\.2 s"):
+        outputs_of(lines[:1], 0.2)
+
+
+def test_gpu_bench_measures_the_highest_version_of_a_model() -> None:
+    bundles: list[Any] = [
+        SimpleNamespace(manifest=SimpleNamespace(name=name, version=version))
+        for name, version in (("a", "1"), ("b", "9"), ("b", "10"))
+    ]
+    versions = [(each.manifest.name, each.manifest.version) for each in chosen_of(bundles, None)]
+    assert versions == [("a", "1"), ("b", "10")]
+    assert chosen_of(bundles, ["b"]) == bundles[2:]
+    assert chosen_of(bundles, ["c"]) == []
