@@ -1,1 +1,1 @@
-"""Benchmarks, as ratios within one run. `make bench` runs the first; docs/reference/benchmarks.md records all."""
+"""Benchmarks, as ratios within one run. `make bench` runs `bench.run`; docs/reference/benchmarks.md records all."""

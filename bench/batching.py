@@ -1,10 +1,12 @@
 """Measure whether any answer depends on its batch: `python -m bench.batching`, or `make batching`.
 
 Each model of `bench.batching_subjects` is converted and served with default flags to separate callers. Every answer is
-compared with the same sequence alone in the bare runtime. The positive control serves the same bundles with a
-certificate that claims everything is proved, on one instance that gathers all pending requests. There answers must be
-wrong, or the bench could not detect an error. Exit code 1 where a model is wrong by default, where a control that may
-share runs does not, or where the positive control finds nothing; 2 for an unknown model in `--only`.
+compared with the same sequence alone in the bare runtime. A certificate is the part of a bundle that states which
+sequences may share a run. The positive control serves the same bundles with one that claims everything is proved, on
+one instance that gathers all pending requests. There answers must be wrong, or the bench could not detect an error.
+
+Exit code 1 where a server does not start, where a model is wrong by default, where a control that may share runs does
+not, or where the positive control finds nothing; 2 for an unknown model in `--only`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Small models whose answers depend on their batch if nothing prevents it, and one that may be batched.
 
-Each represents files of users. `bench.batching` serves them; tests of cases use `Maker`. Nothing here
-checks a graph: a wrong one fails where it is loaded.
+Each represents files of users. `bench.batching` serves them, and tests make other graphs with `Maker`. Nothing
+here checks a graph: a wrong one fails where it is loaded.
 """
 
 from __future__ import annotations

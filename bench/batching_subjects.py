@@ -1,4 +1,7 @@
-"""The subjects of `bench.batching`: each model of `bench.batching_graphs`, with its random requests."""
+"""The models that `bench.batching` serves to find answers that depend on their batch, each with its random requests.
+
+Each is a graph of `bench.batching_graphs`. `Subject.requests` raises ValueError without lengths.
+"""
 
 from __future__ import annotations
 

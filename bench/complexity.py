@@ -1,8 +1,10 @@
 """Time and memory of every pattern of attention over the length: `make complexity`, or `python -m bench.complexity`.
 
-Each pattern is a model of the zoo, of one layer, exported as any model is. Each point is a separate process of one
-thread, with taps and no selected attention. A point that fails is listed with its reason, and the longer lengths of its
-pattern are left out; one that takes ten minutes ends the bench. It needs Linux, because memory is read from `/proc`.
+Each pattern is a model of the zoo, this project's small torch models, of one layer, exported as any model is. Each
+point is a separate process of one thread, over a graph with taps, the nodes that return attention weights, none of
+which is selected. A point that fails is listed with its reason, and the longer lengths of its pattern are left out; one
+that takes ten minutes raises `subprocess.TimeoutExpired`, and a failed export raises. Both end the bench. It needs
+torch, and Linux, because memory is read from `/proc`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The page, the numbers and the plot of `bench.complexity` in docs/. Measures nothing.
 
-The input is the report that `bench.complexity` makes; a missing entry raises KeyError.
+The input is the report that `bench.complexity` makes: heads, width, machine, points and slopes. A missing entry raises
+KeyError; the plot needs matplotlib.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The cost of the service itself: an identity model through `StreamInfer`, and a bare stream that echoes its bytes.
 
-`python -m bench.echo --bare PORT_FILE` is the bare server, in a separate process. `bench.floor` calls it too: its
-unary answers have as many bytes as the hidden states of a sequence. The process exits with a message and code 1 if a
-server does not start or refuses a message.
+`python -m bench.echo --bare PORT_FILE` is the bare server, in a separate process. `bench.floor` calls it too: its unary
+answers have as many bytes as the hidden states of a sequence. `bare` and `ratios` raise SystemExit with a message, so
+code 1, if a server does not start, and `ratios` if it refuses a message. A failed conversion of the model raises
+`subprocess.CalledProcessError`.
 """
 
 from __future__ import annotations

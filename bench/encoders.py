@@ -1,8 +1,9 @@
 """Random encoders of known sizes, for machines without access to checkpoints: `python -m bench.encoders large FOLDER`.
 
 The folder is one that `attnserve-server export` takes. Values do not change the cost of a run, so all layers hold the
-same ones, cut from one short draw. Such a folder, and the bundle made of it, compresses to a few megabytes.
-Exit code 2 for an unknown size; an `OSError` if the folder cannot be written.
+same ones, cut from one short draw. Such a folder, and the bundle made of it, compresses to a few megabytes. Needs torch
+and transformers. An unknown size ends the command with exit code 2, and raises KeyError in `encoder`; a folder that
+cannot be made raises OSError.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The cost of a unary call before anything is computed: `python -m bench.floor`, a bare grpc.aio server.
 
 It answers 65 kB. Reported are its processor time a call and the caller's median latency, for one caller and for 64.
-Exit code 1 if the server does not start.
+Exit code 1 if the server does not start; a failed call raises `grpc.aio.AioRpcError`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The rate of a GPU, through the server and bare: `python -m bench.gpu --repository FOLDER --json FILE`.
 
-For the highest version of each model of the repository, in one run: the bare session at its best batch and number of
-threads; the server under unary callers and streams, where none, a quarter or all of the requests select attention; and
-the seconds of a run over a grid of batch and length. Callers are separate processes, which send messages made
-beforehand. They request one output, the one named by `--output`, and attention where selected. `--client` starts such a
-process, and is for this module alone. Exit code 1 if a server does not start or a request fails, with the errors of
-the process that failed; 2 if no model is chosen. Without a GPU it measures the CPU, and prints so.
+For the highest version of each model of the repository, in one run: the bare session of onnxruntime at its best batch
+and number of threads; the server under unary callers and streams, where none, a quarter or all of the requests select
+attention; and the seconds of a run over a grid of batch and length. Callers are separate processes, which send messages
+made beforehand. They request one output, the one named by `--output`, and attention where selected. `--client` starts
+such a process, and is for this module alone. Exit code 1 if a server does not start or a request fails, with the errors
+of the process that failed; 2 if no model is chosen. Without a GPU it measures the CPU, and prints so.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Memory: one copy of the weights for any number of instances, and no growth over many requests; a control leaks.
 
-The process exits with a message and code 1 if the repository has no bundle of MiniLM, or the server does not start.
+`bench.acceptance` calls it. `copies` raises SystemExit, so code 1, if the repository has no bundle of MiniLM, and all
+functions that start a server do if it does not start. `load` raises the client's AttnserveError if the server refuses
+the first requests; later refusals are not counted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The cost of unused taps, and the size of answers on the wire: `make bench`, or `python -m bench.run`.
 
-A tap is a graph's output with the attention weights of one site.
-`acceptance` measures the server as a whole against the bare runtime. Exit code 1 if unused taps cost more than their
-limit, if the repository has no bundle of MiniLM, or if the server does not start.
+A tap is a graph's output with the attention weights of one place that computes attention. `bench.acceptance` measures
+the server as a whole against the bare runtime. Exit code 1 if unused taps cost more than their limit, if the repository
+has no bundle of MiniLM, or if the server does not start. A failed call raises an ExceptionGroup.
 """
 
 from __future__ import annotations

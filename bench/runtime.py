@@ -1,8 +1,8 @@
 """The bare runtime: MiniLM's graph in a repository, and its cost without a server, tapped and untapped.
 
-A tap is a graph's output with the attention weights of one site, which an input of batch rows turns on.
-
-`minilm_of` exits with a message if there is no such graph. onnxruntime's exceptions pass unchanged.
+A tap is a graph's output with the attention weights of one place that computes attention; an input of batch rows turns
+it on. `minilm_of` raises SystemExit with a message if there is no such graph. onnxruntime's exceptions pass unchanged,
+except in `cpu_seconds_of_two_threads`, whose threads print theirs and end.
 """
 
 from __future__ import annotations

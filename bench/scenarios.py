@@ -1,8 +1,9 @@
 """The server under load and the bare runtime, in interleaved rounds of one run. Each function returns findings.
 
-The client runs on the machine's own cores, as in the record. Its processor time is reported and, where sequences a
-second are compared, deducted. A missing bundle of MiniLM, and a server that does not start, end the process with a
-message and code 1.
+The client runs on the machine's own cores, as for the figures of docs/reference/benchmarks.md. Its processor time is
+reported and, where sequences a second are compared, deducted. A missing bundle of MiniLM, and a server that does not
+start, raise SystemExit with a message, so code 1. A server that refuses a request alone raises the client's
+AttnserveError.
 """
 
 from __future__ import annotations

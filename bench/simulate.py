@@ -3,7 +3,8 @@
 The simulation covers the queue alone, without transport: callers in a closed loop, instances that take a policy's
 batches, and runs that take their recorded time. `ServerLine` is the server's own queue and `plan`. The other policies
 follow the documentation of other servers. `--record` times runs on this machine instead, and exits with a message and
-code 1 if the repository has no bundle of MiniLM. A file of costs that cannot be read raises.
+code 1 if the repository has no bundle of MiniLM. Exit code 2 for fewer than two rounds. A file of costs raises OSError
+if it is missing, ValueError if it is no JSON, and KeyError if it lacks an entry. `--plot` needs matplotlib.
 """
 
 from __future__ import annotations

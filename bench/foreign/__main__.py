@@ -1,8 +1,9 @@
 """Make files with other people's tools, serve them, and compare: `make foreign`, or `python -m bench.foreign`.
 
-`--short` makes a few files in this project's environment alone, as CI does, and writes nothing. Other runs write
-`docs/foreign.md`; `--only` selects environments, and keeps the tables of the others. Exit code 1 if an answer is
-wrong without an error, or a blank has no reason; 2 if `--only` matches no environment.
+An environment is a virtual environment with some of these tools. `--short` makes a few files in this project's own
+alone, as CI does, and writes nothing. Other runs write `docs/foreign.md`; `--only` selects environments, and keeps the
+tables of the others. Exit code 1 if an environment cannot be installed, a script that makes files fails, a server does
+not start, an answer is wrong without an error, or an empty cell has no reason; 2 if `--only` matches no environment.
 """
 
 from __future__ import annotations

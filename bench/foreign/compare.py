@@ -1,6 +1,8 @@
-"""Converts a case by the command that a user calls, and compares what the server answers with its source.
+"""Converts a file of another tool by the command that a user calls, and compares the served answers with its source.
 
-`converted` returns why a file was refused. `compared` raises the client's errors if the server does not answer.
+A case is such a file, with its inputs and, where they are known, the answers of the model that the tool converted.
+`converted` returns why a file was refused. `compared` raises the client's errors if the server does not answer, and
+KeyError for an input of the file whose value is not known.
 """
 
 from __future__ import annotations

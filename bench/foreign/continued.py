@@ -1,8 +1,8 @@
-"""Compares answers to sequences that continue after a past, for files of decoders with a cache.
+"""Compares answers to sequences that continue after a past (keys and values of earlier positions), for decoders.
 
-Each sequence of a case is cut in two. The server's own keys and values of the first half are the past of the second,
-whose answers must be those of the whole sequence, or, where the file rounds, of the file itself with this past.
-The client's errors are raised if the server does not answer.
+A case is a file of another tool with its sequences and known answers. Each sequence is cut in two. The server's own
+keys and values of the first half are the past of the second, whose answers must be those of the whole sequence, or,
+where the file rounds, of the file itself with this past. The client's errors are raised if the server does not answer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The environments of other people's tools, each with its packages and its maker, under the ignored folder `.foreign`.
 
-`installed` returns why an environment cannot be made.
+A maker is a script that writes cases: files of these tools, with inputs and answers. `installed` returns why an
+environment cannot be made, and `made` why its maker failed; a log that cannot be written raises OSError.
 """
 
 from __future__ import annotations

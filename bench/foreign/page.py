@@ -1,6 +1,6 @@
-"""`docs/foreign.md`: the tables of files that other people's tools write, one for each environment.
+"""Render `docs/foreign.md`: tables of files that other people's tools write, one for each environment of such tools.
 
-It renders the rows of `compare`, and writes no file.
+The rows are those of `bench.foreign.compare`. It writes no file, and raises nothing itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Load every peer, the bare runtime and this server in interleaved rounds, and print a table: `python -m bench.peers`.
 
-Each round starts a peer, warms it up, loads it with callers in a closed loop, and ends it. `--only` selects peers. A
-peer that does not run is listed with the reason. Exit code 1 if the repository has no bundle of MiniLM or this server
-does not start; 2 if `--only` matches no peer.
+A peer is another serving system, over the same model. Each round starts it, warms it up, loads it with callers in a
+closed loop, and ends it. `--only` selects peers. One that does not run is listed with the reason. Exit code 1 if the
+repository has no bundle of MiniLM or this server does not start; 2 if `--only` matches no peer; 143 after SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Peers from PyPI, each in a separate virtual environment under the ignored folder `.peers`.
+"""Peers, the serving systems that the benchmark compares, from PyPI: each in a virtual environment under `.peers`.
 
-`installed` returns why a peer cannot be installed. `version` returns `unknown` where the package is not there.
+`installed` returns why a peer cannot be installed. `version` returns `unknown` where the package is not there, and
+raises OSError where its environment is not.
 """
 
 from __future__ import annotations

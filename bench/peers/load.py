@@ -1,6 +1,7 @@
-"""The load of every peer: callers in a closed loop, the same for each protocol.
+"""The load of every peer, a serving system under test: callers in a closed loop, the same for each protocol.
 
-A failed or wrong answer is counted in `Measured`, with the first error, and raises nothing.
+A failed call and a wrong answer are counted in `Measured`, with the first error, and not raised. Over HTTP, no `items`
+raise IndexError.
 """
 
 from __future__ import annotations

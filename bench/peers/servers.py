@@ -1,6 +1,7 @@
-"""Start and end the measured systems: process trees, ready at a first answer.
+"""Start and end peers, the serving systems that the benchmark compares: process trees, ready at a first answer.
 
-A system that ends or gives no answer in time raises `DidNotStart`.
+Each app reads its form, port and model from `PEER_FORM`, `PEER_PORT` and `PEER_MODEL`, which `serving` sets. A system
+that ends or gives no answer in time raises `DidNotStart`; one whose program is missing raises OSError.
 """
 
 from __future__ import annotations

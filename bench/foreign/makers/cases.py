@@ -1,7 +1,8 @@
-"""Writes the cases of a maker: a file, its inputs, and the answers of its source.
+"""Writes cases for `bench.foreign`, which serves and compares them: a file of a tool, its inputs, its source's answers.
 
-Makers run in environments of other people's tools, so this module imports NumPy alone. `Cases` raises
-FileExistsError if two cases have one name.
+The source is the model that the tool converts. The other scripts here, the makers, run in environments of other
+people's tools, so this module imports NumPy alone. `Cases` raises FileExistsError if its folder has a case of that
+name, and PackageNotFoundError if the tool is not installed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Makes files with the model builder of onnxruntime-genai: decoders whose attention is one operator with a cache.
 
-`python genai_files.py FOLDER` writes the cases, in an environment with onnxruntime-genai, torch and transformers.
-A build that fails makes a case without a file, which states the error.
+`python genai_files.py FOLDER` writes a case for each model and precision, in an environment with onnxruntime-genai,
+torch and transformers. A case is the file, its inputs and, in fp32, the logits and attention weights in torch;
+`bench.foreign` serves and compares them. A build that fails makes a case without a file, which states the error. FOLDER
+with such a case raises FileExistsError.
 """
 
 from __future__ import annotations

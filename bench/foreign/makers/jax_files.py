@@ -1,7 +1,8 @@
-"""Makes files with jax2onnx.
+"""Makes ONNX files of attention written in JAX, by jax2onnx.
 
-`python jax_files.py FOLDER` writes the cases, in an environment with jax2onnx. A conversion that fails makes a case
-without a file, which states the error.
+`python jax_files.py FOLDER` writes a case for each function, in an environment with jax2onnx: the file, its inputs, and
+the answers and attention weights in JAX. `bench.foreign` serves and compares them. A conversion that fails makes a case
+without a file, which states the error. FOLDER with such a case raises FileExistsError.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Makes files with tf2onnx from Keras models.
+"""Makes ONNX files of attention in Keras, by tf2onnx.
 
-`python keras_files.py FOLDER` writes the cases, in an environment with tensorflow and tf2onnx. A conversion that
-fails makes a case without a file, which states the error.
+`python keras_files.py FOLDER` writes a case for each model, in an environment with tensorflow and tf2onnx: the file,
+its inputs, and the answers and attention weights in Keras. `bench.foreign` serves and compares them. A conversion that
+fails makes a case without a file, which states the error. FOLDER with such a case raises FileExistsError.
 """
 
 from __future__ import annotations

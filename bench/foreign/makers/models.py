@@ -1,6 +1,6 @@
-"""Small transformers with random weights, their exports, and their answers in eager mode.
+"""Small transformers with random weights, their exports, and their answers in eager mode, for the scripts beside it.
 
-Needs torch and transformers. An export that fails raises the exporter's error.
+Needs torch and transformers, and tokenizers for `word_tokenizer`. An export that fails raises the exporter's error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Makes files with optimum-onnx: plain exports, its optimization levels, its dynamic int8, and decoders with a cache.
 
-`python optimum_files.py FOLDER` writes the cases, in an environment with optimum-onnx and torch. A tool that fails
-makes a case without a file, which states the error.
+`python optimum_files.py FOLDER` writes a case for each model and tool, in an environment with optimum-onnx and torch. A
+case is the file, its inputs and, where the tool does not round, the answers and attention weights in torch;
+`bench.foreign` serves and compares them. A tool that fails makes a case without a file, which states the error. FOLDER
+with such a case raises FileExistsError.
 """
 
 from __future__ import annotations

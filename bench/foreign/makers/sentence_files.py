@@ -1,7 +1,9 @@
 """Makes files with the ONNX backend of sentence-transformers: plain, optimized and quantized.
 
-`python sentence_files.py FOLDER` writes the cases, in an environment with sentence-transformers and
-optimum-onnx. A tool that fails makes a case without a file, which states the error.
+`python sentence_files.py FOLDER` writes a case for each kind, in an environment with sentence-transformers and
+optimum-onnx: the file, its inputs and, where the tool does not round, hidden states and attention weights in torch.
+`bench.foreign` serves and compares them. A tool that fails makes a case without a file, which states the error. FOLDER
+with such a case raises FileExistsError.
 """
 
 from __future__ import annotations

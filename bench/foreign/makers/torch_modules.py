@@ -1,7 +1,8 @@
-"""Makes files of torch's own attention modules with both of its exporters.
+"""Makes ONNX files of torch's own attention modules with both of its exporters.
 
-`python torch_modules.py FOLDER` writes the cases, in this project's environment. An exporter that fails makes a
-case without a file, which states the error.
+`python torch_modules.py FOLDER` writes a case for each module and exporter, in this project's environment: the file,
+its inputs, and the answers and attention weights in torch. `bench.foreign` serves and compares them. An exporter that
+fails makes a case without a file, which states the error. FOLDER with such a case raises FileExistsError.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Makes files of timm and open_clip models with both of torch's exporters.
+"""Makes ONNX files of timm and open_clip models with both of torch's exporters.
 
-`python vision_files.py FOLDER` writes the cases, in an environment with timm, open_clip and torch. A model or
-an exporter that fails makes a case without a file, which states the error.
+`python vision_files.py FOLDER` writes a case for each model and exporter, in an environment with timm, open_clip and
+torch: the file, its inputs, and the answers in torch. `bench.foreign` serves and compares them. An exporter that fails
+makes a case without a file, which states the error. A model that cannot be made, and FOLDER with such a case
+(FileExistsError), end the script.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""MiniLM behind BentoML, a peer of `bench.peers`, at POST /infer.
+"""MiniLM behind BentoML, at POST /infer: a peer, which is a serving system that `bench.peers` compares.
 
-JSON in; raw bytes out, or base64 where batched, for a batched method answers in JSON.
-Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
+`bentoml serve bentoml_app:MiniLM --port PORT` starts it. `PEER_MODEL` is the graph's path, and `PEER_FORM` is `dynamic`
+for its batcher. A body is JSON, `{"ids": [...]}`: int64 ids of one sequence, or a list of sequences for the batcher. An
+answer is the float32 hidden states (T, 384) as bytes, or a JSON list of them in base64, for a batched method answers in
+JSON. Without `PEER_MODEL`, the constructor of `MiniLM` raises KeyError.
 """
 
 import base64

@@ -1,7 +1,8 @@
 """A grpc.aio server by hand: MiniLM behind the unary method `/peer/Infer`, on loopback at the port in `PEER_PORT`.
 
-The graph is the file in `PEER_MODEL`. A request is int64 ids as bytes, its answer the float32 hidden states as bytes.
-Two threads share one session; there is no batching. A port that is in use raises RuntimeError.
+The graph is the file in `PEER_MODEL`. A request is int64 ids of one sequence as bytes, its answer the float32 hidden
+states (T, 384) as bytes. Two threads share one session; there is no batching. A port that is in use raises
+RuntimeError, and KeyError ends the script without `PEER_MODEL`.
 """
 
 import asyncio

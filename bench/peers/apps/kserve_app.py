@@ -1,7 +1,9 @@
-"""MiniLM behind KServe's Python server, a peer of `bench.peers`: raw contents over its gRPC, at `PEER_PORT`.
+"""MiniLM behind KServe's Python server, over gRPC: a peer, which is a serving system that `bench.peers` compares.
 
-Its batcher is a separate container, not in the package. The next port is for HTTP.
-Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
+`PEER_MODEL` is the graph's path, `PEER_PORT` the port; the next one is for HTTP. A request is a ModelInfer of the Open
+Inference Protocol whose raw contents are int64 ids of one sequence; its answer has the float32 hidden states (T, 384).
+There is no batching: its batcher is a separate container, not in the package. Without `PEER_MODEL`, KeyError ends the
+script.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
-"""MiniLM behind LitServe, a peer of `bench.peers`, at POST /predict of `PEER_PORT`.
+"""MiniLM behind LitServe, at POST /predict: a peer, which is a serving system that `bench.peers` compares.
 
-JSON in, its only input format; raw float32 hidden states out.
-Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
+`PEER_MODEL` is the graph's path, `PEER_PORT` the port, and `PEER_FORM` is `dynamic` for its batcher. A body is JSON,
+its only input format: `{"ids": [...]}`, int64 ids of one sequence. An answer is the float32 hidden states (T, 384) as
+bytes. Without `PEER_MODEL`, `setup` raises KeyError in each worker.
 """
 
 import litserve

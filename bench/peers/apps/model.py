@@ -1,7 +1,8 @@
 """The part that all apps share: MiniLM in onnxruntime sessions of one thread, at its best, and batches padded by hand.
 
-The environment has the graph's path (`PEER_MODEL`), the port (`PEER_PORT`), and `dynamic` in `PEER_FORM` for a batcher.
-`session` raises KeyError without a path, and onnxruntime's error for a file that it cannot load.
+An app is a server of a peer, a serving system that `bench.peers` compares. The environment has the graph's path
+(`PEER_MODEL`), the port (`PEER_PORT`), and `dynamic` in `PEER_FORM` for a batcher. A port that is no integer raises
+ValueError on import. `session` raises KeyError without a path, and onnxruntime's error for a file that it cannot load.
 """
 
 from __future__ import annotations

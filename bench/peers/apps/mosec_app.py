@@ -1,6 +1,8 @@
-"""MiniLM behind mosec, a peer of `bench.peers`: raw bytes over HTTP, at POST /inference of `PEER_PORT`.
+"""MiniLM behind mosec, at POST /inference: a peer, which is a serving system that `bench.peers` compares.
 
-Int64 ids in, float32 hidden states out. Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
+`PEER_MODEL` is the graph's path, `PEER_PORT` the port, and `PEER_FORM` is `dynamic` for its batcher. A body is int64
+ids of one sequence as bytes, an answer the float32 hidden states (T, 384) as bytes. Without `PEER_MODEL`, the
+constructor of `MiniLM` raises KeyError in each worker.
 """
 
 import sys

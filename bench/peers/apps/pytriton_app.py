@@ -1,7 +1,9 @@
-"""MiniLM behind Triton (PyTriton), a peer of `bench.peers`: raw contents over its gRPC, at `PEER_PORT`.
+"""MiniLM behind Triton (PyTriton), over gRPC: a peer, which is a serving system that `bench.peers` compares.
 
-Its batcher joins requests of one shape. The next two ports are for HTTP and metrics.
-Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
+`PEER_MODEL` is the graph's path, `PEER_PORT` the port; the next two are for HTTP and metrics. `PEER_FORM` is `dynamic`
+for its batcher, which joins requests of one shape. A request is a ModelInfer of the Open Inference Protocol whose raw
+contents are int64 ids of one sequence; its answer has the float32 hidden states (T, 384). Without `PEER_MODEL`,
+KeyError ends the script.
 """
 
 import numpy as np

@@ -1,7 +1,8 @@
-"""MiniLM behind Ray Serve, a peer of `bench.peers`: raw bytes over HTTP, at POST /infer of `PEER_PORT`.
+"""MiniLM behind Ray Serve, at POST /infer: a peer, which is a serving system that `bench.peers` compares.
 
-Int64 ids in, float32 hidden states out. It serves until a signal ends it.
-Without the graph's path in `PEER_MODEL`, `session` raises KeyError.
+`PEER_MODEL` is the graph's path, `PEER_PORT` the port, and `PEER_FORM` is `dynamic` for its batcher. A body is int64
+ids of one sequence as bytes, an answer the float32 hidden states (T, 384) as bytes. It serves until a signal ends it.
+Without `PEER_MODEL`, the replicas raise KeyError and none starts.
 """
 
 import signal
