@@ -2,7 +2,8 @@
 
 python client/unasync.py [--check]
 
-`--check` changes nothing, and exits with 1 if a generated file is out of date. A rule that matches nowhere is an error.
+`--check` changes nothing, and exits with 1 if a generated file is out of date. A rule that matches nowhere raises
+ValueError. Needs ruff, and raises `subprocess.CalledProcessError` where it fails.
 
 The library unasync does the same for code alone: docstrings and comments would still describe the asyncio client.
 """

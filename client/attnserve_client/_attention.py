@@ -24,9 +24,10 @@ def _plain_scores(scores: npt.NDArray[np.float32]) -> Any:
 
 
 class AttentionMap(MapData):
-    """The attention of one site, or of several joined sites, over one sequence.
+    """The attention of one site, a place in the graph that computes attention, or of several joined sites.
 
-    Letters in shapes: H heads (1 where they are joined), L queries, S keys, W columns of a band.
+    It is that of one sequence. Letters in shapes: H heads (1 where they are joined), L queries, S keys, W columns of a
+    band.
 
     Attributes:
         sites: Name of its site; with joined layers the names of all of them, in order.

@@ -38,7 +38,8 @@ class AsyncConnection:
         options: channel options of gRPC, which override the client's defaults.
 
     Raises:
-        ValueError: `target` is empty, or a list whose members are not addresses of one IP version.
+        ValueError: `target` is empty or has an empty member, a member holds several addresses, or several members are
+            not all `address:port` of one IP version.
     """
 
     def __init__(
@@ -163,7 +164,8 @@ class Connection:
         options: channel options of gRPC, which override the client's defaults.
 
     Raises:
-        ValueError: `target` is empty, or a list whose members are not addresses of one IP version.
+        ValueError: `target` is empty or has an empty member, a member holds several addresses, or several members are
+            not all `address:port` of one IP version.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""The features that results hold: for each site, head and query, a few numbers in place of a row of weights."""
+"""The features that results hold: for each site, head and query, a few numbers in place of a row of weights.
+
+A site is a place in the graph that computes attention. An unknown feature raises KeyError.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,7 @@ class AttentionFeatures:
         """Return all features as one array, float32 (sites, H, L, F).
 
         Raises:
-            ValueError: The sites differ in the number of heads or queries; each one's `values` are still there.
+            ValueError: The sites differ in the number of heads or queries, or there are none.
         """
         shapes = sorted({each.values.shape for each in self.sites})
         if len(shapes) > 1:

@@ -280,6 +280,9 @@ class Client:
 
         Makes one attempt. Returns False for a server without models, and for one that cannot be reached or does not
         answer within `timeout` seconds.
+
+        Raises:
+            AttnserveError: The attempt failed in another way, or the client is closed.
         """
         stub = self._connection.stub
         try:

@@ -32,6 +32,7 @@ class Lengths:
 
         Raises:
             ValueError: The text has another form, or its numbers are out of range.
+            OverflowError: A length is infinite.
         """
         kind, colon, rest = text.partition(":")
         made = None

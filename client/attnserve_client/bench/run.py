@@ -53,6 +53,8 @@ async def measure(target: str, workload: Workload, plan: Plan, progress: Progres
 
     Raises:
         AttnserveError: The server refuses such requests even one at a time.
+        ValueError: `target` is empty.
+        ExceptionGroup: `progress` raised.
     """
     async with connected(target, plan.connections) as stubs, contextlib.AsyncExitStack() as stack:
         await try_each_kind(stubs[0], workload, plan.timeout_s)

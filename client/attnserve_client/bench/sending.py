@@ -1,4 +1,7 @@
-"""How requests are sent: as separate calls, or on streams. Answers are measured and dropped."""
+"""How requests are sent: as separate calls, or on streams. Answers are measured and dropped.
+
+A refusal is an `Outcome`, and is raised by `try_each_kind` alone. An empty target raises ValueError.
+"""
 
 from __future__ import annotations
 

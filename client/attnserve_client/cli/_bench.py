@@ -1,4 +1,8 @@
-"""The command `bench`: read the command line, put load on the server, print the figures."""
+"""The command `bench`: read the command line, put load on the server, print the figures.
+
+`--server`, or the variable `ATTNSERVE_SERVER`, names the server. Exit code 2 for a wrong option or a file of texts that
+cannot be read, 12 for figures that describe the client rather than the server, and that of `_errors` for a failed call.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Options shared by several commands."""
+"""Options shared by several commands. The variable `ATTNSERVE_SERVER` replaces the default of `--server`.
+
+A value that an option does not take ends the command with exit code 2.
+"""
 
 from __future__ import annotations
 
