@@ -1,8 +1,8 @@
 """Try the built distributions as a user would: their content, the base install, and a server from the extra `server`.
 
-Each install is made in an empty environment in a temporary folder. The server serves the tiny model of tests/support.
-The folder DIST (default: dist) must hold one wheel and one sdist; any other number raises ValueError. Exit code 1 if a
-check fails.
+Each install is made in an empty environment in a temporary folder, with dependencies from the package index. The server
+serves the tiny model of tests/support. The folder DIST (default: dist) must hold one wheel and one sdist; any other
+number raises ValueError. Exit code 1 if a check or an install fails.
 
 python deploy/try_dist.py [DIST]
 """

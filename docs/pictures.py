@@ -1,11 +1,11 @@
 """Draw the pictures of explanation/attention.md, from responses of a server over real bundles.
 
-Exits with a message if a server does not start; a missing model raises the client's ModelNotFound.
+Exits with a message if a server does not start; a missing model raises the client's ModelNotFound. Needs MiniLM as
+`minilm`, matplotlib, and the zoo: this project's small models, one for each pattern of attention, which these commands
+export.
 
-for name in self causal cross sliding-window top-k linear multi-scale cross-modal; do
-    attnserve-server export zoo:$name --name $name --repository .demo/zoo
-done
-python docs/pictures.py --repository .demo/models --zoo .demo/zoo
+for name in self causal cross sliding-window top-k linear multi-scale cross-modal; do attnserve-server export zoo:$name
+--name $name --repository .demo/zoo done python docs/pictures.py --repository .demo/models --zoo .demo/zoo
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Check the project's prose against the word list in prose.toml, and print what to write instead.
 
 What counts as prose is in prose_text.py. Exits with 1 if a listed word is found outside the folders that are exempt,
-and with 2 if the list is invalid.
+and with 2 if an entry of the list lacks a field or has a bad pattern. A list that is no TOML raises TOMLDecodeError,
+and a Python file that cannot be parsed SyntaxError or tokenize.TokenError.
 
 python docs/prose.py [--json] [--all] [PATH ...]
 """

@@ -1,6 +1,8 @@
-"""The demo of `make demo`: serve a model, run three texts, and show where it looked. It leaves nothing running.
+"""The demo of `make demo`: serve a model, run three texts, show where it looked, and stop the server.
 
-The repository must have MiniLM as `minilm`. Exits with a message if the server does not start, or fails to stop.
+The repository must have MiniLM as `minilm`. Exits with a message if the server does not start, or ends with another
+code than 0. A server that runs 30 s after SIGTERM raises `subprocess.TimeoutExpired`, and a failed call the client's
+AttnserveError.
 """
 
 from __future__ import annotations

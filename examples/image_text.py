@@ -1,4 +1,7 @@
-"""Print the patch of an image at which each word of a text looks most, for a model of text and images."""
+"""Print the patch of an image at which each word of a text looks most, for a model of text and images.
+
+A model without attention to patches raises IndexError, and a failed call an AttnserveError.
+"""
 
 import argparse
 from pathlib import Path

@@ -1,8 +1,7 @@
 """Requests whose answers once depended on their batch: each has the answer that it has alone, or its model is refused.
 
-The server puts all pending requests that may share a run into one run.
-
-`CASES` are graphs by number of the bug report, each with a request, its neighbours and, for some, the right values.
+The server puts all pending requests that may share a run into one run. `CASES` are graphs by number of the bug report,
+each with a request, its neighbours and, for some, the right values. Needs `bench` of this checkout.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The policy, simulated over recorded costs: it forms small batches on a processor and large ones on a GPU.
 
 The policy chooses which pending sequences share a run. `bench.simulate` runs it over costs of runs recorded on each
-device; no GPU is needed.
+device; no GPU is needed. Its figures count only runs that ended.
 """
 
 from __future__ import annotations

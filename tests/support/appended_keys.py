@@ -18,7 +18,8 @@ class Appended:
     """One head over `x` (B, T, 8), of which `mask` (B, T) keeps some; the keys without a position are always kept.
 
     `zeros` and `biases`: how many keys and values of zeros, and of learned numbers, there are. `before`: True puts them
-    before the others, False behind. `sharp` multiplies the scores, after which softmax is all but one-hot.
+    before the others, False behind. `sharp` multiplies the scores, after which softmax is all but one-hot. No field is
+    checked; a wrong one fails, if at all, where the graph is made or run.
     """
 
     zeros: int = 1

@@ -1,6 +1,7 @@
 """Open small graphs and attack them: the search for a sequence whose answer padding or its batch neighbours change.
 
-The attack tests what the proof of batching left open. Here the proof is made by hand, with any verdict.
+The attack tests what the proof of batching left open. Here the proof is made by hand, with any verdict. A graph that
+the server cannot run raises BuildRefused.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Case:
     """One operator with its inputs; `mask` broadcasts to (B, H, L, S), and `counts` is `nonpad_kv_seqlen`, (B,).
 
-    `packed`: query, key and value are (B, T, H * D); else (B, H, T, D). `attributes`: those of the operator.
+    `packed`: query, key and value are (B, T, H * D); else (B, H, T, D). `attributes`: those of the operator. No field
+    is checked; a wrong one fails, if at all, where the graph is made or run.
     """
 
     batch: int = 3

@@ -1,4 +1,7 @@
-"""Files that cannot be served, each with part of the error message, and unusual files that can."""
+"""Files that cannot be served, each with part of the error message, and unusual files that can.
+
+`BAD_MODELS` and `OUTSIDE` hold patterns of the messages, `ODD_MODELS` the unusual files. Nothing here loads a file.
+"""
 
 from __future__ import annotations
 

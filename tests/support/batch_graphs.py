@@ -1,6 +1,7 @@
 """Small graphs whose answers depend on padding or on batch neighbours, and graphs whose answers do not.
 
-The numbers C1 to C53 in docstrings are those of the bug reports that `batching_cases` reproduces.
+The numbers C1 to C53 in docstrings are those of the bug reports that `batching_cases` reproduces. Nodes that ONNX
+cannot parse or check raise its errors.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class CachedDecoder:
 
     `layers`: attention with a residual each; `total`: the symbol of the mask's axis. `form`: "apart" for Concat and
     MatMul, "operator" for `Attention` of ai.onnx with a past, "folded" for keys (B * H, D, S) and values (B * H, S, D),
-    as BLOOM has them. `tables` is filled with random parameters, the same for each decoder of as many layers.
+    as BLOOM has them. `tables` is filled with random parameters, the same for each decoder of as many layers. No field
+    is checked; a wrong one fails, if at all, where the graph is made or run.
     """
 
     layers: int = 2

@@ -1,4 +1,7 @@
-"""`docs/reference/coverage.md`: how its rows are written, and which of its columns are the same on every machine."""
+"""Render `docs/reference/coverage.md` from its cells, and name the columns that are the same on every machine.
+
+A cell is one architecture through one exporter, opset and precision. It writes no file, and raises nothing itself.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Decoders that attend to an encoder's states and keep a cache of keys and values, as optimum writes them.
 
-In one file with a branch for each kind of call (`merged`) or one file for each (`apart`); `answer` is in float64.
+In one file with a branch for each kind of call (`merged`) or one file for each (`apart`); `answer` is in float64, and
+raises IndexError for an id of `VOCABULARY` or more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The reference of the parity tests: Hugging Face's eager attention, on sentences of mixed lengths.
 
-`references` needs torch and transformers, and a folder of the MiniLM checkpoint.
+`references` needs torch and transformers, and a folder of the MiniLM checkpoint. Without them it raises ImportError or
+transformers' own error.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ class Foreign:
     `mask`: "" for none, "bool" for (B, S) that keeps, "broadcast" for the same as (B, 1, 1, S) at the operator,
     "inverted" for (B, S) that leaves out, "float" for (B, S) that is added to the scores.
     `target`, `source`, `batch`: axes in the file, each a symbol, a fixed size, or None for no name. `projected`: False
-    takes the key features themselves as keys and values.
+    takes the key features themselves as keys and values. No field is checked; a wrong one fails, if at all, where the
+    graph is made or run.
     """
 
     target: str | int | None = "frames"

@@ -1,5 +1,7 @@
-"""Decoders as onnxruntime-genai's builder writes them: `GroupQueryAttention` over a cache of keys and values; and in
-float64.
+"""Decoders as onnxruntime-genai's builder writes them, and their answers in float64.
+
+Each layer is a `GroupQueryAttention` over a cache of keys and values. No field is checked; a wrong one fails, if at
+all, where the graph is made or run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The reason why tests that need a GPU cannot run on this machine."""
+"""The reason why tests that need a GPU cannot run on this machine.
+
+Importing it runs `nvidia-smi`, where there is one, and reads onnxruntime's providers where that lists a GPU.
+"""
 
 from __future__ import annotations
 

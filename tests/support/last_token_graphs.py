@@ -1,5 +1,6 @@
-"""Ids to the last position's hidden state, unmasked unless `last_token` is given a mask: padding ids change every
-answer.
+"""Graphs from ids to the last position's hidden state, by which tests see whether padding ids change an answer.
+
+They do in every graph but that of `last_token(mask="heeded")`. Another mask than those named is taken as "ignored".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The parts of manifests that tests make by hand: provenance, check, and a certificate.
 
 A certificate states, for the batch and each axis, whether sequences may share a run: whether other rows or padding can
-change their answers.
+change their answers. A clause that the server's classes refuse raises pydantic's ValidationError.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A span head: attention over ids, then a score of each position that is an infinity where the mask hides it."""
+"""A span head: attention over ids, then a score of each position that is an infinity where the mask hides it.
+
+An id of `VOCABULARY` or more raises IndexError in `scores`, and fails the graph where it is run.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Generated graphs with taps, as conversion makes them, and the truths of their weights.
 
-A tap is what conversion adds to a graph so that it returns a site's attention weights.
+A tap is what conversion adds to a graph so that it returns a site's attention weights; a site is a place that computes
+attention. A truth is what is known of a graph by its construction: whether padding or other rows change an answer.
+`tapped` returns None for a graph that conversion refuses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Write the nodes and constants of generated graphs, in the form of each opset."""
+"""Write the nodes and constants of generated graphs, in the form of each opset.
+
+Nothing is checked: a wrong node fails, if at all, where its graph is loaded.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Opens a small graph for a test: in a session, with the values that checks need as outputs.
 
-A site is a place in a graph that computes attention. `folder` is where the graph's file is written.
+A site is a place in a graph that computes attention. `folder` is where the graph's file is written. A graph that the
+runtime cannot load raises BuildRefused.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ class LinearOperator:
         domain: of the operator; "" is ai.onnx.
         per_feature: whether the decay has a number for each feature of a key, not one for each head.
         shared_rate: whether all heads have one update rate, not one for each head of keys.
+
+    No field is checked; a wrong one fails, if at all, where the graph is made or run.
     """
 
     rule: str = "linear"

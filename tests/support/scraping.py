@@ -1,4 +1,8 @@
-"""A real Prometheus over a server, with the configuration and the rules of deploy/, only faster."""
+"""A real Prometheus over a server, with the configuration and the rules of deploy/, only faster.
+
+Needs the program `prometheus`. What does not happen in time raises AssertionError, and a refused query urllib's
+HTTPError.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Small graphs made step by step, for tests of finders and layouts.
 
 A finder searches a graph for its sites: the places that compute attention. Methods that add a node or a constant return
-the name of its value.
+the name of its value. Nothing is checked: a wrong node fails, if at all, where its graph is loaded or run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Small graphs in which one sequence attends to another: an encoder-decoder of texts, and words over image patches."""
+"""Small graphs in which one sequence attends to another: an encoder-decoder of texts, and words over image patches.
+
+`weights` and `attended` are the definition in float64. They raise KeyError, and `table` ValueError, for a name that a
+graph does not have.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Prometheus rules and dashboard queries of deploy/, read from the files."""
+"""The Prometheus rules and dashboard queries of deploy/, read from the files. A file that is missing raises OSError."""
 
 from __future__ import annotations
 
