@@ -1,9 +1,11 @@
-"""Containers for tests, on a machine with no daemon and no registry: a base image from Debian's packages, the project's
-image from the Dockerfile, and hardened runs of it. Settings of a machine (package mirrors, pip settings, certificates)
-are read from that machine and mounted during a build. An image contains none of them.
+"""Containers for tests, on a machine with no daemon and no registry.
+
+A base image from Debian's packages, the project's image from the Dockerfile, and hardened runs of it. Settings of a
+machine (package mirrors, pip settings, certificates) are read from that machine and mounted during a build. An image
+contains none of them.
 
 Needs root and the programs in `TOOLS`: `missing_tools` states what is missing. A command that fails raises
-CommandFailed.
+CommandFailed, and one that takes too long `subprocess.TimeoutExpired`.
 """
 
 from __future__ import annotations
@@ -177,7 +179,7 @@ def _local_folders(settings: dict[str, str]) -> Iterable[str]:
 
 @dataclass(frozen=True)
 class Container:
-    """A container that runs detached; The caller that started it stops and removes it."""
+    """A container that runs detached; the caller that started it stops and removes it."""
 
     engine: Engine
     id: str

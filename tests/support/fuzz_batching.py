@@ -1,10 +1,12 @@
 """Thousands of generated graphs against the proof: `make fuzz-batching`; `FUZZ_GRAPHS` and `FUZZ_SEED` choose which.
 
-Prints progress, verdicts by piece and by poison, and for each failure the seed that repeats it. Exit code 1 where a
-mixed clause is proved, the proof raises, or a truth of the grammar does not hold.
+The Makefile passes them as `--graphs` and `--seed`. Prints progress, verdicts by piece and by poison, and for each
+failure the seed that repeats it. Exit code 1 where a mixed clause is proved, the proof raises, a clause is missing or
+lacks its reason, or a truth of the grammar does not hold.
 
 The proof is the conversion's judgement, for the batch and each axis, of whether other rows or padding can change an
-answer. A piece is a part of a generated graph. A poison is a piece that lets padding or other rows change the answer.
+answer; a clause is its part on one of them. A piece is a part of a generated graph. A poison is a piece that lets
+padding or other rows change the answer, so that a clause is mixed. The grammar states such truths of each graph.
 """
 
 from __future__ import annotations

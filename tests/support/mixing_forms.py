@@ -2,7 +2,8 @@
 
 A piece takes the graph in construction (`Context`) and a `Stream`: a value (B, T, width) with what is known of it. It
 adds nodes, and returns the new stream. The tables at the end sort them: safe ones, and those that let padding or other
-rows change a sequence's own positions. Those of tables `..._WITH_MASK` raise KeyError for a stream without a mask.
+rows change a sequence's own positions. For a stream without a mask, those of tables `..._WITH_MASK` raise KeyError, but
+for `rotary_switch`, whose stated fault may not show.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Inputs of generated graphs: ids or features, with or without a mask, and their signature.
 
-A stream is a value (B, T, width) with what is known of it; a mask states which positions are no padding.
+A stream is a value (B, T, width) with what is known of it; a mask states which positions are no padding. A kind of mask
+that `stream_of` does not draw raises.
 """
 
 from __future__ import annotations

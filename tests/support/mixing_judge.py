@@ -1,7 +1,8 @@
 """Compare verdicts of the proof with the truth of generated graphs, and summarise many such comparisons.
 
 The proof gives a verdict for the batch and each axis: whether other rows or padding can change an answer. A wrong
-verdict is returned as a fault, and so is an exception of the proof: nothing is raised.
+verdict is returned as a fault, and so is an exception of the proof. Only a graph that must be run and cannot be loaded
+raises, with onnxruntime's error.
 """
 
 from __future__ import annotations

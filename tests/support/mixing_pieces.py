@@ -1,7 +1,7 @@
 """Pieces of generated graphs that keep sequences apart, because they work on each position alone.
 
 A piece takes the graph in construction (`Context`) and a `Stream`: a value (B, T, width) with what is known of it. It
-adds nodes, and returns the new stream.
+adds nodes, and returns the new stream. None needs a mask, and none checks a width.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run generated graphs to find out whether padding, or other rows, change an answer: the check of the grammar's truths.
 
-A run that onnxruntime refuses for a sequence alone is left out; one that it refuses only for the padded sequence or the
-batch counts as an infinite difference.
+A graph that onnxruntime cannot load raises its error. A run that it refuses for a sequence alone is left out; one that
+it refuses only for the padded sequence or the batch counts as an infinite difference.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A decoder with a cache in plain ONNX nodes, both of its graphs tapped, with its manifest and a float64 reference.
 
 The prompt graph runs a whole sequence. The continuing graph runs new positions after a past: the keys and values of
-earlier ones.
+earlier ones. A tap is an output with a layer's attention weights, for the rows that its input lists. A position of
+`MAX_LENGTH` or more raises IndexError in `reference`.
 """
 
 from __future__ import annotations

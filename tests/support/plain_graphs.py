@@ -34,7 +34,7 @@ class Plain:
     `guard`: an operator over the weights, "not a number" for zeros in the place of NaN, or "" for none. `cross`: keys
     come from the memory. `packed`: the output is (B, L, W) after a projection; else heads (B, H, L, D).
     `shapes_computed`: shapes are computed in the graph and do not state the number of heads. A bias or a triangle has
-    160 positions at most. No name is checked.
+    160 positions at most. An unknown mask raises KeyError in `model`; other names are not checked.
     """
 
     opset: int = 17

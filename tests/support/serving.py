@@ -1,4 +1,7 @@
-"""A real server process for one test or module."""
+"""A real server process for one test or module, by the command `attnserve-server` beside the tests' interpreter.
+
+`serve` raises AssertionError with the log of a server that does not start or does not end cleanly.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +75,7 @@ def serve(repository: Path, folder: Path, *arguments: str) -> Iterator[RunningSe
 
     Raises:
         AssertionError: with the log, if the server is not ready in 60 s, ends early, or exits with another code than 0.
+        TimeoutExpired: it runs 60 s after SIGTERM. It is killed.
     """
     ports_file, log = folder / "ports.json", folder / "server.log"
     line = [command("attnserve-server"), "serve", "--repository", str(repository)]
