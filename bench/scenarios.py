@@ -2,7 +2,7 @@
 
 The client runs on the machine's own cores, as for the figures of docs/reference/benchmarks.md. Its processor time is
 reported and, where sequences a second are compared, deducted. A missing bundle of MiniLM, and a server that does not
-start, raise SystemExit with a message, so code 1. A server that refuses a request alone raises the client's
+start, raise SystemExit with a message, so code 1. A server that refuses the first request of a load raises the client's
 AttnserveError.
 """
 

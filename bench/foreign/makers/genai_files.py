@@ -2,8 +2,8 @@
 
 `python genai_files.py FOLDER` writes a case for each model and precision, in an environment with onnxruntime-genai,
 torch and transformers. A case is the file, its inputs and, in fp32, the logits and attention weights in torch;
-`bench.foreign` serves and compares them. A build that fails makes a case without a file, which states the error. FOLDER
-with such a case raises FileExistsError.
+`bench.foreign` serves and compares them. A build that fails makes a case without a file, which states the error. A case
+that FOLDER already has raises FileExistsError.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 `python graph_tools.py FOLDER [--short]` writes a case for each tool and model: the file, its inputs and, for tools that
 do not round, the answers and attention weights of the model in torch. `bench.foreign` serves and compares them. All run
-in this project's environment. A tool that fails makes a case without a file, which states the error. FOLDER with such
-a case raises FileExistsError, and a tool whose package is not installed PackageNotFoundError; both end the script.
+in this project's environment. A tool that fails makes a case without a file, which states the error. A case that FOLDER
+already has raises FileExistsError, and a tool whose package is not installed PackageNotFoundError; both end the script.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `python jax_files.py FOLDER` writes a case for each function, in an environment with jax2onnx: the file, its inputs, and
 the answers and attention weights in JAX. `bench.foreign` serves and compares them. A conversion that fails makes a case
-without a file, which states the error. FOLDER with such a case raises FileExistsError.
+without a file, which states the error. A case that FOLDER already has raises FileExistsError.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `python keras_files.py FOLDER` writes a case for each model, in an environment with tensorflow and tf2onnx: the file,
 its inputs, and the answers and attention weights in Keras. `bench.foreign` serves and compares them. A conversion that
-fails makes a case without a file, which states the error. FOLDER with such a case raises FileExistsError.
+fails makes a case without a file, which states the error. A case that FOLDER already has raises FileExistsError.
 """
 
 from __future__ import annotations

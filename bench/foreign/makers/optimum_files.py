@@ -2,8 +2,8 @@
 
 `python optimum_files.py FOLDER` writes a case for each model and tool, in an environment with optimum-onnx and torch. A
 case is the file, its inputs and, where the tool does not round, the answers and attention weights in torch;
-`bench.foreign` serves and compares them. A tool that fails makes a case without a file, which states the error. FOLDER
-with such a case raises FileExistsError.
+`bench.foreign` serves and compares them. A tool that fails makes a case without a file, which states the error. A case
+that FOLDER already has raises FileExistsError.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `python torch_modules.py FOLDER` writes a case for each module and exporter, in this project's environment: the file,
 its inputs, and the answers and attention weights in torch. `bench.foreign` serves and compares them. An exporter that
-fails makes a case without a file, which states the error. FOLDER with such a case raises FileExistsError.
+fails makes a case without a file, which states the error. A case that FOLDER already has raises FileExistsError.
 """
 
 from __future__ import annotations

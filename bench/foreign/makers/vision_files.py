@@ -2,8 +2,8 @@
 
 `python vision_files.py FOLDER` writes a case for each model and exporter, in an environment with timm, open_clip and
 torch: the file, its inputs, and the answers in torch. `bench.foreign` serves and compares them. An exporter that fails
-makes a case without a file, which states the error. A model that cannot be made, and FOLDER with such a case
-(FileExistsError), end the script.
+makes a case without a file, which states the error. A model that cannot be made ends the script, and a case that FOLDER
+already has raises FileExistsError.
 """
 
 from __future__ import annotations
