@@ -18,8 +18,8 @@ from cases import cases_of_command_line, quiet
 
 LAYERS, HEADS = 2, 4
 OPERATORS = torch.library.Library("torchvision", "DEF")
-"""torchvision from a package index is built for CUDA. Beside torch for CPUs its own operators do not load, and its import
-fails unless these two are declared. No model here runs them."""
+"""torchvision from a package index is built for CUDA. Beside torch for CPUs its own operators do not load, and its
+import fails unless these two are declared. No model here runs them."""
 for _name in ("nms", "qnms"):
     OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
