@@ -5,7 +5,7 @@ place is not known any more. An example, with heads folded into the batch; finde
 Softmax back to the MatMul that makes the scores, and forward to the MatMul with the values:
 
     MatMul      (B*H, L, S)     S is -1; it comes from the transposed keys       backward
-    Reshape     (B, H, L, S)    S is -1; the axes behind it kept their sizes        ^
+    Reshape     (B, H, L, S)    S is -1; its size is kept, none is behind it       ^
     Add mask    (B, H, L, S)    S is -1; elementwise                                |
     Softmax     (B, H, L, S)    S is -1: the axis that softmax runs over          start
     Transpose   (B, H, S, L)    S is -2; perm = 0, 1, 3, 2                          |
@@ -13,11 +13,15 @@ Softmax back to the MatMul that makes the scores, and forward to the MatMul with
     ...                                                                          forward
 
 `forward` and `backward` take one such step. They know layouts only; contraction.py knows what a MatMul sums over.
+Finders name the places in a graph that compute attention (sites). Nothing here raises.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 
 import onnx_ir as ir
 
@@ -102,17 +106,43 @@ def _transpose(node: ir.Node, axis: Axis, back: bool) -> Axis:
 
 
 def _reshape(node: ir.Node, axis: Axis, back: bool) -> Axis:  # noqa: ARG001 - it is the same both ways
-    """An axis keeps its place if it and all axes behind it keep their sizes, as far as the graph states them."""
+    """Return the same place; None where sizes show that the axis is not kept, or where they state too little.
+
+    An axis is kept where its size, and the products of the sizes in front of it and behind it, are. Two of the three
+    imply the third, because a Reshape keeps the number of elements and their order. Sizes that are not known count as
+    kept for the last two axes alone: many exporters compute shapes at run time, and conversion then measures the axes
+    of a site's weights by runs and compares weights @ value with the graph.
+    """
     if axis is None:
         return None
-    source, result = node.inputs[0], node.outputs[0]
-    for place in range(axis, 0):
-        one, other = dimension_of(source, place), dimension_of(result, place)
-        if one != other and one is not None and other is not None:
+    source, result = _sizes(node.inputs[0]), _sizes(node.outputs[0])
+    if source and result:
+        if -axis > min(len(source), len(result)):
             return None
-        if place < -2 and one is None:
+        at, to = len(source) + axis, len(result) + axis
+        pairs = ((source[:at], result[:to]), ([source[at]], [result[to]]), (source[at + 1 :], result[to + 1 :]))
+        ratios = [_ratio(one, other) for one, other in pairs]
+        if any(ratio not in {1, None} for ratio in ratios):
             return None
-    return axis
+        if sum(ratio == 1 for ratio in ratios) > 1:
+            return axis
+    known = all(dimension_of(node.inputs[0], place) is not None for place in range(axis, -2))
+    return axis if known else None
+
+
+def _sizes(value: ir.Value | None) -> list[int | str | None]:
+    """Return the size of each axis: a number, a symbol, or None; empty where the rank is not known."""
+    shape = value.shape if value is not None else None
+    return [size if isinstance(size, int) else size.value for size in shape or ()]
+
+
+def _ratio(sizes: list[int | str | None], others: list[int | str | None]) -> Fraction | None:
+    """Return the ratio of two products, numbers or symbols; None where it depends on symbols, or is not known."""
+    numbers = [math.prod(size for size in each if isinstance(size, int)) for each in (sizes, others)]
+    symbols = [Counter(size for size in each if not isinstance(size, int)) for each in (sizes, others)]
+    if symbols[0] != symbols[1] or None in symbols[0] or 0 in numbers:
+        return None
+    return Fraction(*numbers)
 
 
 def _inserted(node: ir.Node, axis: Axis, back: bool) -> Axis:

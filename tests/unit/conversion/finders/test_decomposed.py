@@ -350,7 +350,9 @@ def there_and_back(steps: Steps, weights: str, way: str) -> str:
         return steps.op("Gather", apart, steps.const(kind=np.int64, value=0), axis=0)
     if way == "keys in front":
         return steps.op("Transpose", steps.op("Transpose", weights, perm=[2, 0, 1]), perm=[1, 2, 0])
-    return steps.op("Reshape", steps.op("Reshape", weights, number(steps, 0, 1, 0, -1)), number(steps, 0, -1, 0))
+    batch, *sizes = (steps.op("Shape", weights, start=at, end=at + 1) for at in range(3))
+    apart = steps.op("Reshape", weights, steps.op("Concat", batch, number(steps, 1), *sizes, axis=0))
+    return steps.op("Reshape", apart, steps.op("Shape", weights))
 
 
 @pytest.mark.parametrize(
