@@ -1,7 +1,7 @@
 """The composition root: builds the objects of all packages, loads models, and starts, drains and stops the server.
 
 The input is the settings. It fails to start without a loadable model, without a required execution provider, or if a
-port is taken; after the start, only an internal error ends it.
+port is taken; after the start, a signal ends it, or an internal error.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class Application:
             StartFailed: there is no model, or none could be loaded.
             PortUnavailable: a port is taken.
             ProviderUnavailable: the requested execution provider is not available.
+            OSError: `ports_file` cannot be written.
         """
         bundles, faults = wanted_bundles(self.settings)
         for fault in faults:
@@ -126,6 +127,7 @@ class Application:
 
         Raises:
             AttnserveError: as `start`.
+            OSError: as `start`.
         """
         stop, force = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()

@@ -1,4 +1,8 @@
-"""Settings: each field is a setting, a flag, an `ATTNSERVE_*` variable and a row of docs/reference/configuration.md."""
+"""Settings: each field is a setting, a flag, an `ATTNSERVE_*` variable and a row of docs/reference/configuration.md.
+
+`Settings.load` takes a setting from its flag, else from its variable, else the default. It raises SettingsInvalid,
+which lists all invalid settings.
+"""
 
 from __future__ import annotations
 

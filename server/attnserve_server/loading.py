@@ -1,6 +1,7 @@
 """Loading: choose the bundles that the settings name, open one, and derive each package's values from the settings.
 
-A bundle is the folder of one converted model. A missing or broken one raises an AttnserveError that states the reason.
+A bundle is the folder of one converted model. `wanted_bundles` raises StartFailed for a missing one, and returns those
+whose manifests are broken as faults; `open_bundle` raises another AttnserveError, with the reason.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def open_bundle(bundle: Bundle, settings: Settings) -> Opened:
         settings: provider, devices and threads.
 
     Raises:
-        BundleInvalid: a file is missing or changed.
+        BundleInvalid: a file is missing or changed, or its golden answers cannot be read.
         TokenizerInvalid: the tokenizer cannot be used.
         ProviderUnavailable: the requested execution provider is not available.
         LoadFailed: the runtime could not load the model.

@@ -1,4 +1,8 @@
-"""Linear attention in common torch modules, by both exporters, against its definition in float64."""
+"""Linear attention in common torch modules, by both exporters, against its definition in float64.
+
+Linear attention implies weights: products of features of queries and keys, divided by their sums. `LinearAttention`
+writes it in three ways. Each is traced, converted and run. Needs torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Files of onnxruntime's operators, from ids and a mask to a bundle: sites, axes, and weights of padded sequences."""
+"""Files of onnxruntime's operators, from ids and a mask to a bundle: sites, axes, and weights of padded sequences.
+
+A site is a place in a graph that computes attention, and a bundle the folder of one converted model. Each test writes a
+file, converts it, and compares the weights with their definition in NumPy.
+"""
 
 from __future__ import annotations
 

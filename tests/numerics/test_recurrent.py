@@ -1,6 +1,7 @@
 """The weights that `LinearAttention` implies, against its definition in float64 and the operator's own output.
 
-`LinearOperator` makes a graph of the operator by its update rule, and the weights in float64.
+`LinearOperator` makes a graph of the operator by its update rule, and the weights in float64. `tapped` adds the nodes
+that return the weights of the selected rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The error boundary of the commands: any exception becomes one sentence on standard error and an exit code."""
+"""The error boundary of the commands: an exception becomes one sentence on standard error and an exit code.
+
+typer's own exceptions pass, and so does that of a missing module of the server itself. With the environment variable
+ATTNSERVE_TRACEBACK, internal errors pass too.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,10 @@ def error_boundary() -> Iterator[None]:
 
     Raises:
         typer.Exit: with `REFUSED` for an `AttnserveError`, a failed file operation, a missing package or exhausted
-            memory; with `INTERNAL_ERROR` for any other exception.
+            memory; with `INTERNAL_ERROR` for any other exception; with its own code if the body raised it.
+        typer.Abort: the body raised it.
+        typer.BadParameter: the body raised it.
+        ModuleNotFoundError: a module of the server itself is missing.
         Exception: any other exception as it is, if `TRACEBACK_VARIABLE` is set.
     """
     try:

@@ -3,6 +3,9 @@
 The check finds what a digest cannot: a file that was swapped and sealed again, or a provider, processor or version of
 the runtime that computes something else. In the file, arrays are named by position, such as `output.1.0` for the first
 output of the second sequence, because a graph may use any name.
+
+An answer that differs by more than the manifest allows raises GoldenMismatch, and a file that cannot be read
+BundleInvalid.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ With VNNI the conversion changes nothing and takes more than twice the time (Min
 needed is measured by one product, which works on any processor. The runtime cannot convert weights or zero points that
 several nodes share (1.32; findings/x64quantprecision_shared_weights.sh), as files with QuantizeLinear and
 DequantizeLinear have them: `int8_fallbacks`.
+
+Arguments are not checked, and nothing here raises: a wrong name or number fails, if at all, when the session is made.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Texts about batching for GetModel, reports and warnings: what a certificate permits under a policy, and why.
 
 A certificate has a verdict for the batch and each axis: whether batch neighbours or padding can change an answer. The
-rules themselves are in `certificate`.
+rules themselves are in `certificate`. A certificate without a clause for an axis of its manifest raises KeyError.
 """
 
 from __future__ import annotations

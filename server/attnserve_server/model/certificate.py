@@ -1,4 +1,8 @@
-"""The batching certificate: for the batch and each axis, whether batch neighbours or padding can change an answer."""
+"""The batching certificate: for the batch and each axis, whether batch neighbours or padding can change an answer.
+
+A clause is the verdict for the batch, or for one axis. A tap is the nodes of the graph that return attention weights. A
+value that does not fit its field raises pydantic's ValidationError, and `Certificate.clause` KeyError.
+"""
 
 from __future__ import annotations
 

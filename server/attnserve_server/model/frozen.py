@@ -1,4 +1,7 @@
-"""Building blocks of a manifest: the frozen base class, names, and element types."""
+"""Building blocks of a manifest: the frozen base class, names, and element types.
+
+A manifest describes one converted model. A value that does not fit its type raises pydantic's ValidationError.
+"""
 
 from __future__ import annotations
 

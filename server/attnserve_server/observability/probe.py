@@ -2,6 +2,9 @@
 
 A HEALTHCHECK runs it every few seconds, so it imports the standard library only. The command `attnserve-server
 healthcheck` makes the same check, but imports the libraries of the command line first.
+
+The inputs are the variables ATTNSERVE_HOST and ATTNSERVE_HTTP_PORT. It prints one line, and exits with 0 if the server
+is ready, else with 1.
 """
 
 from __future__ import annotations

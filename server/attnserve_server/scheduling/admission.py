@@ -1,4 +1,7 @@
-"""Admission: whether a request may join the queue now, and how fast the queue drains. Pure decisions on values."""
+"""Admission: whether a request may join the queue now, and how fast the queue drains. Pure decisions on values.
+
+A request that may not join gets an Overloaded error, which `refusal` returns and does not raise.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The table from the error tree to gRPC codes and google.rpc details; no other module chooses a status."""
+"""The table from the error tree to gRPC codes and google.rpc details; no other module chooses a status.
+
+Any error outside of the tree becomes INTERNAL, without its own message. `status_of` raises nothing.
+"""
 
 from __future__ import annotations
 

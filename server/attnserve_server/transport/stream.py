@@ -1,4 +1,8 @@
-"""StreamInfer: many requests at once on one stream, each answered once, as soon as its answer is ready."""
+"""StreamInfer: many requests at once on one stream, each answered once, as soon as its answer is ready.
+
+A request that fails is answered with its status, and the others go on. A message that has no valid request id, and the
+drain of the server, end the stream with an error.
+"""
 
 from __future__ import annotations
 
@@ -109,6 +113,7 @@ class Streams:
         Raises:
             NotServing: The server drains.
             InvalidRequest: A message cannot be answered, because it has no valid request id.
+            ExceptionGroup: A task of the stream failed with another error, which is internal.
         """
         if self._draining:
             raise NotServing("", "draining")

@@ -1,4 +1,8 @@
-"""Settings: their sources, and one error for all invalid ones."""
+"""Settings: their sources, and one error for all invalid ones.
+
+A setting comes from a flag of `serve`, else from its variable, such as ATTNSERVE_GRPC_PORT, else it is the default. A
+fixture removes these variables. Invalid settings raise SettingsInvalid, which lists all of them.
+"""
 
 from __future__ import annotations
 

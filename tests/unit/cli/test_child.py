@@ -1,4 +1,8 @@
-"""Commands that run models run in a child process: its exit code is passed on, and a crash is one sentence."""
+"""Commands that run models run in a child process: its exit code is passed on, and a crash is one sentence.
+
+`program` is a command line that runs Python code with `run_in_child`, and `ran` runs it with its temporary files in a
+folder that must be empty afterwards. A crash exits with 2, and SIGTERM, which is passed on, with 143.
+"""
 
 from __future__ import annotations
 

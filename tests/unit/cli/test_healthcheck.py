@@ -1,4 +1,8 @@
-"""The health check against a real HTTP server: an orchestrator reads its exit code only."""
+"""The health check against a real HTTP server: an orchestrator reads its exit code only.
+
+The fixture `probe` is the server. Its address comes from `--http-port`, or from ATTNSERVE_HOST and ATTNSERVE_HTTP_PORT.
+The exit code is 0 if the server is ready, and 1 if it answers otherwise, or does not answer.
+"""
 
 from __future__ import annotations
 

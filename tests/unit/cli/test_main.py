@@ -1,4 +1,8 @@
-"""The entry point `attnserve-server`: its commands, its version, and its sentence for each failure to start."""
+"""The entry point `attnserve-server`: its commands, its version, and its sentence for each failure to start.
+
+`run` sets `sys.argv` and returns the exit code. It is 2 for a repository without models, and for a missing library.
+Some tests start another Python process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The load test: its workload, its requests against a server, and its command."""
+"""The load test: its workload, its requests against a server, and its command.
+
+`server` and `shared_server` are fake servers, and `raw_server` is one with methods of the test; all are fixtures of
+conftest.py. Malformed lengths raise ValueError, and lengths above the model's maximum InvalidRequest. Refused requests
+are counted by reason; if all are refused, the error is raised. A load test that is not valid exits with 12.
+"""
 
 from __future__ import annotations
 

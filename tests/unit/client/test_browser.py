@@ -1,4 +1,8 @@
-"""The page of an attention map in a real browser."""
+"""The page of an attention map in a real browser.
+
+Skipped without `chromium` or `chromium-browser` on the PATH. `document` runs the browser on a page and parses what it
+dumps. A browser that fails, or takes a minute, raises CalledProcessError or TimeoutExpired.
+"""
 
 from __future__ import annotations
 

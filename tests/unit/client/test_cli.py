@@ -1,4 +1,8 @@
-"""The command `attnserve`: its output as text and JSON, and its failures."""
+"""The command `attnserve`: its output as text and JSON, and its failures.
+
+The fixture `attnserve` runs the command against a fake server, whose address it stores in ATTNSERVE_SERVER. Each kind
+of failure has an exit code, such as 2 for a wrong command line and 3 for an invalid request.
+"""
 
 from __future__ import annotations
 

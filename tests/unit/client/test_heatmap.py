@@ -1,4 +1,7 @@
-"""Attention maps drawn as heatmaps on a terminal: their width, their colours, and which rows they show."""
+"""Attention maps drawn as heatmaps on a terminal: their width, their colours, and which rows they show.
+
+Maps are made by hand, with random weights. No server runs, and nothing raises.
+"""
 
 from __future__ import annotations
 

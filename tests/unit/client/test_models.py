@@ -1,4 +1,7 @@
-"""Descriptions of models as the client decodes them, and readiness, which is that of each model's highest version."""
+"""Descriptions of models as the client decodes them, and readiness, which is that of each model's highest version.
+
+Messages are made by hand. No server runs, and nothing raises.
+"""
 
 from __future__ import annotations
 

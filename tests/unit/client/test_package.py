@@ -1,4 +1,9 @@
-"""The package: its public names, its version, and what the base install can do without any extra."""
+"""The package: its public names, its version, and what the base install can do without any extra.
+
+An extra is a set of optional libraries, such as those of `attnserve[cli]`. `run` runs a program in another process, in
+which imports of some libraries fail. A function that needs a missing one raises ImportError, and a command exits with
+2; both name the extra to install.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Retries: the policy with a fake clock, and both clients against a failing server."""
+"""Retries: the policy with a fake clock, and both clients against a failing server.
+
+Only overload and unavailability are retried. Where the attempts, the budget of retries or the time are used up, the
+last error is raised; a policy out of range raises ValueError. `driver` runs a test with each client on `server`, a fake
+server; both are fixtures of conftest.py.
+"""
 
 from __future__ import annotations
 

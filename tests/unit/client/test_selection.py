@@ -1,4 +1,8 @@
-"""Selections of attention: their encoding, and the field that an invalid one names."""
+"""Selections of attention: their encoding, and the field that an invalid one names.
+
+A selection states which attention weights a request returns, and in which form. A value that is not allowed raises
+InvalidRequest, and one of another type TypeError. Nothing is sent.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Conversion of arrays to tensor messages and back."""
+"""Conversion of arrays to tensor messages and back.
+
+An array of a type outside the contract raises InvalidRequest, and a malformed message BadAnswer. Nothing is sent.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""onnxruntime's telemetry is off, unless the operator turns it on."""
+"""onnxruntime's telemetry is off, unless the operator turns it on.
+
+The variable is ORT_DISABLE_TELEMETRY. Another process imports the module that imports onnxruntime, and prints it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The table of docs/behaviours.md names its sources, tests that exist, and every script of findings/."""
+"""The table of docs/behaviours.md names its sources, tests that exist, and every script of findings/.
+
+A row states a behaviour of a library, its source with a link, and what attnserve does. A script of findings/ shows one
+behaviour. A test fails with the rows, tests or scripts that are missing.
+"""
 
 from __future__ import annotations
 

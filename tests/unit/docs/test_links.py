@@ -1,4 +1,8 @@
-"""Links among the pages: every file and anchor exists, and every page can be reached from the README."""
+"""Links among the pages: every file and anchor exists, and every page can be reached from the README.
+
+Pages are the Markdown files of the root, docs/, deploy/ and findings/. A test fails with the links, or the names of
+files in sources, that lead nowhere.
+"""
 
 from __future__ import annotations
 

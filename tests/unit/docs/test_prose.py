@@ -1,4 +1,8 @@
-"""The prose check: it finds listed words in prose, and leaves code, quotations and exceptions alone."""
+"""The prose check: it finds listed words in prose, and leaves code, quotations and exceptions alone.
+
+The script is docs/prose.py. `FOUND` has files in which it must find a word, and `LEFT_ALONE` files in which it must
+not. An exception without a reason makes it exit with 2.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The error tree: each class has its own reason, and messages hold limit and value in full."""
+"""The error tree: each class has its own reason, and messages hold limit and value in full.
+
+`RAISED` has an error of each class. `Violations` collects the faults of a request; it raises all of them as one
+InvalidRequest.
+"""
 
 from __future__ import annotations
 

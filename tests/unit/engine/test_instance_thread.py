@@ -1,4 +1,8 @@
-"""An instance's thread runs calls in order, delivers each result or exception, and ends on `end`."""
+"""An instance's thread runs calls in order, delivers each result or exception, and ends on `end`.
+
+An instance is one of the threads that run a model. The exception of a call reaches the task that awaits it, and no
+other call.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Prompts and mask tokens: spans and words count from the caller's text, and no other special token can be spelled.
+"""Prompts and mask tokens: spans and words count from the caller's text, and the prompt's tokens count as special.
 
-A prompt is a text, such as `query: `, that a model expects before the caller's text. `TOKENIZER` is a tiny tokenizer
-made by hand; nothing raises.
+A prompt is a text, such as `query: `, that a model expects before the caller's text. The mask token is the only special
+token that a caller's text may contain, and only if `load` is given it; other special tokens become ordinary tokens.
+`TOKENIZER` is a tiny tokenizer made by hand; nothing raises.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Logs: each event is one JSON line, for every source and every text."""
+"""Logs: each event is one JSON line, for every source and every text.
+
+The fixture `written` collects the lines of level info and above. Nothing raises.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every metric is declared once, exported under its own name, and bounded in its labels."""
+"""Every metric is declared once, exported under its own name, and bounded in its labels.
+
+`SPECS` has the declarations. A metric that is used as one of another kind raises TypeError.
+"""
 
 from __future__ import annotations
 

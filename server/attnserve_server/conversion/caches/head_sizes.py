@@ -1,4 +1,8 @@
-"""State the sizes of a cache's heads where the file names them only, as in `kv_cache_dim`: `state_sizes`."""
+"""State the sizes of a cache's heads where the file names them only, as in `kv_cache_dim`: `state_sizes`.
+
+A cache is the inputs that hold the keys and values of a decoder's earlier positions. A size that no node implies keeps
+its name; nothing here raises.
+"""
 
 from __future__ import annotations
 

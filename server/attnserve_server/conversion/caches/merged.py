@@ -1,6 +1,7 @@
 """Take a merged decoder apart: one If chooses by an input between a branch with a cache and one without.
 
-`branches_of` returns a graph for each branch. Both refer to the same initializers of the source.
+`branches_of` returns a graph for each branch, and None for a graph that is not merged. Both refer to the same
+initializers of the source. A cache is the inputs that hold the keys and values of a decoder's earlier positions.
 """
 
 from __future__ import annotations

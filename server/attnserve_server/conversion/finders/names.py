@@ -1,4 +1,7 @@
-"""Name sites by the module they belong to: readable, the same in every export, unique in their model."""
+"""Name sites by the module they belong to: readable, the same in every export, unique in their model.
+
+A site is a place in a graph that computes attention; one whose module is not known is named by its position.
+"""
 
 from __future__ import annotations
 

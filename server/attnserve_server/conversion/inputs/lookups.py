@@ -1,4 +1,7 @@
-"""Find table lookups in a graph: which inputs of a node are row numbers, and how many rows their tables have."""
+"""Find table lookups in a graph: which inputs of a node are row numbers, and how many rows their tables have.
+
+A number of rows that is not known is 0. Nothing is raised for a node that is valid.
+"""
 
 from __future__ import annotations
 

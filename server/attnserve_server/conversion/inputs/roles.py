@@ -1,4 +1,7 @@
-"""Find the role of an input of whole numbers: by its name, or by the size of the table that it looks up."""
+"""Find the role of an input of whole numbers: by its name, or by the size of the table that it looks up.
+
+A role is what the server fills an input with, such as token ids. An input of unknown meaning gets none, and no error.
+"""
 
 from __future__ import annotations
 

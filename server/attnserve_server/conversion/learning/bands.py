@@ -1,5 +1,8 @@
 """Fits a band in closed form to tables that hold the key of each column of each query.
 
+A band states which key each column of attention weights is, where each query attends to few keys. `fitted` returns None
+where no band gives the tables.
+
 For example, [[-1, 0, 1], [0, 1, 2], [1, 2, -1]] is a SlidingBand of one key before and one after; -1 is no key. Pure
 functions of tables; no graph is read.
 """

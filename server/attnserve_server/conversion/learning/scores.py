@@ -1,7 +1,8 @@
 """Compares the softmax of each site's scores with its weights, and states why a site gives no scores.
 
 It runs the graph with taps, the nodes that return a site's weights and its scores (what softmax takes) as outputs. A
-site whose scores do not give its weights still gives these.
+site whose scores do not give its weights still gives these. A tap that does not run is a reason, too; a graph with more
+axes than there are lengths to try raises BuildRefused.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 The result is a standing: EQUAL where padded elements get no weight, ASSUMED where a finite mask hides them if scores
 are small enough, DIFFERENT where they get weight, UNKNOWN otherwise. Where a query needs an allowed key, a mask need is
 recorded in the context.
+
+`softmaxed` asserts that the axes of its value are known; nothing else here raises.
 """
 
 from __future__ import annotations

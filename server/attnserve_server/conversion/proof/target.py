@@ -1,7 +1,7 @@
 """The model under attack: its graph, sampler, outputs, sites and limits.
 
 An attack runs a graph on batches that are likely to change an answer. A site is one attention computation, and a tapped
-graph returns the weights of its sites.
+graph returns the weights of its sites. Nothing here runs the graph, or raises.
 """
 
 from __future__ import annotations

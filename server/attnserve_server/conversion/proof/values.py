@@ -7,7 +7,7 @@ in a batch (or padded). The other fields bound the elements, so that later nodes
 An example: masked attention of BERT with the sequence length varied. H heads, D numbers in each, S positions of which n
 are the sequence's own ("real") and the rest is padding. B is plain here.
 
-    value                        layout        real keys (lit)       padded keys (region ("pad", 0, 0))
+    value                        layout        real keys (lit)       padded keys
     attention_mask (B, S)        B, S*         1                     0
     (1 - mask) * -1e4 (B,1,1,S)  B, 1, 1, S*   0                     -1e4
     scores (B, H, S, S)          B, H, S*, S*  any number            any number
@@ -15,11 +15,14 @@ are the sequence's own ("real") and the rest is padding. B is plain here.
     Softmax                      B, H, S*, S*  from 0 to 1           0, because hidden
     MatMul with values           B, H, S*, D   equal: the sum over S* adds 0 times a finite number for each padded key
 
-`*` marks a varying axis. The fields of a value, in the order in which the example needs them:
+`*` marks a varying axis, one whose size differs between the two runs; a plain axis has the same size in both. An axis
+has one *factor*, or several where Reshape joined axes. Only varying factors are numbered, from 0, over the whole
+layout: the keys of a mask are factor 0; the queries of scores are factor 0, and their keys factor 1. The fields of a
+value, in the order in which the example needs them:
 
-- A *region* is a set of elements. `("pad", f, f)`: padded along varying factor f (factors are counted over the whole
-  layout), real along all others. `("above", q, k)`: real along both, at a later position along k than along q. A causal
-  mask hides the second kind.
+- A *region* is a set of elements. `("pad", f, f)`: padded along varying factor f, real along all others: padded keys
+  are ("pad", 0, 0) of a mask, and ("pad", 1, 1) of scores. `("above", q, k)`: real along both, at a later position
+  along k than along q. A causal mask hides the second kind.
 - An `Entry` bounds the elements of a region. `lowered` keeps "a score, minus this number" apart from the score's
   bounds, because most scores have none.
 - `lit` bounds the elements that masks leave visible. Every row has at least one of these, if requests meet the needs of
@@ -30,7 +33,9 @@ are the sequence's own ("real") and the rest is padding. B is plain here.
   may differ between the runs and still be right as shapes and indices. `Context.as_data` decides whether they are equal
   as data.
 - `columns` are the parts of an index that Concat joined along the last axis, in the form in which GatherND reads it.
-- `items` marks the rows that a tap's input lists.
+- `items` marks the rows that a tap's input lists. A tap is the nodes that return attention weights of these rows.
+
+Nothing here raises, except that `Value.axes` asserts that the axes are known.
 """
 
 from __future__ import annotations
@@ -138,9 +143,8 @@ class Value:
         below: The bound of a plain number, from 0 on, that is added to the index.
         columns: The parts of an index, one for each element of its last axis.
         raw: The name of the input of token ids that the value is, element by element. Or, for values computed from one
-            other
-            value: `top of NAME` (its k-th greatest elements), `nan of NAME` (IsNaN), `below top of NAME` (a
-                comparison).
+            other value: `top of NAME` (its k-th greatest elements), `nan of NAME` (IsNaN), `below top of NAME` (a
+            comparison).
         items: For indices of the rows that a tap selects: `rows`; `times:H`, H times these; `outer:H` and `inner:H`,
             indices in an axis of rows and H heads, with rows outermost or innermost.
         norm: The greatest Euclidean length of vectors along `norm_axis`. Infinite: not known.

@@ -1,4 +1,7 @@
-"""Progress of a conversion: a bar in a terminal, one plain line for each step elsewhere, nothing if silent."""
+"""Progress of a conversion: a bar in a terminal, one plain line for each step elsewhere, nothing if silent.
+
+`shown` returns what the progress of two steps writes. Nothing raises.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Weights that two graphs share are in one file, and the graphs answer as before."""
+"""Weights that two graphs share are in one file, and the graphs answer as before.
+
+`graph` writes a model of two MatMuls, one of them by the shared weights. `share_weights` returns the path of the data
+file; where too few weights are shared, it returns None and changes nothing.
+"""
 
 from __future__ import annotations
 

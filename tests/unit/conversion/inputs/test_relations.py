@@ -1,7 +1,8 @@
 """Axes whose names are formulas: which follow from which, and which formulas are refused.
 
-An example is the axis `past + seq`, which follows from `past` and `seq`. A formula that cannot be solved, or depends on
-the batch axis, raises BuildRefused.
+An example is the axis `past + seq`, which follows from `past` and `seq`. Free axes are those whose lengths may be
+chosen at will; the lengths of all others follow from them. A formula that cannot be solved, or depends on the batch
+axis, raises BuildRefused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Positions that a request leaves out are numbered from 0 in decoders alone, which is learnt by running the graph."""
+"""Positions that a request leaves out are numbered from 0 in decoders alone, which is learnt by running the graph.
+
+`attention` makes a graph of ids and positions, which runs in `tmp_path`. Positions that may not be numbered stay data,
+which a request must send; nothing raises.
+"""
 
 from __future__ import annotations
 

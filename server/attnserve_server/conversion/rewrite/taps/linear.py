@@ -6,7 +6,8 @@ items (n,) -+-> Gather(phi(Q)) -+-> MatMul -> (n, H, L, S) -> / sum over keys ->
 items (n,) ---> Gather(Q, K, decay, beta) -+-> LinearAttention -> (n, L, H * S) -> weights (n, H, L, S)
                           unit vectors ----+
 
-A tap is the nodes that return a site's attention weights for the rows of the batch that its input `items` selects.
+A site is a place in the graph that computes attention. A tap is the nodes that return its weights for the rows of the
+batch that its input `items` selects. A site that its finder did not refuse raises nothing here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The selected rows of masks, biases and lengths of keys, each in a shape that broadcasts to (n, H, L, S).
 
-A tap is the nodes that return a site's attention weights for the rows of the batch that its input `items` selects.
+A site is a place in the graph that computes attention. A tap is the nodes that return its weights for the rows of the
+batch that its input `items` selects. A site that its finder did not refuse raises nothing here.
 """
 
 from __future__ import annotations

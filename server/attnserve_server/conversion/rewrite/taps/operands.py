@@ -1,6 +1,7 @@
 """Compute an operand of a site as its operator does: projected, cut, biased and rotated, in the shape (n, H, T, D).
 
-A tap is the nodes that return a site's attention weights for the rows of the batch that its input `items` selects.
+A site is a place in the graph that computes attention. A tap is the nodes that return its weights for the rows of the
+batch that its input `items` selects. A site that its finder did not refuse raises nothing here.
 """
 
 from __future__ import annotations

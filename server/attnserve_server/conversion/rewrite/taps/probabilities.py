@@ -9,7 +9,8 @@ weights of the graph -> Gather(items) -> Transpose -> Reshape (n, H, rows of all
 An axis may have several factors folded into it. For an axis of (batch, 4 heads), the index of item b gathers the rows
 4 b, 4 b + 1, 4 b + 2 and 4 b + 3, with an axis for the heads.
 
-A tap is the nodes that return a site's attention weights for the rows of the batch that its input `items` selects.
+A site is a place in the graph that computes attention. A tap is the nodes that return its weights for the rows of the
+batch that its input `items` selects. A site that its finder did not refuse raises nothing here.
 """
 
 from __future__ import annotations

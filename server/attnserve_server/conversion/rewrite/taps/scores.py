@@ -7,7 +7,8 @@ items (n,) -+-> query's rows -+-> MatMul -> softcap -> + masks -> Softmax -> wei
 Scores are a second output of the same nodes. Where the masks keep or leave out keys, they are what softmax reads, so
 they add no node. Where masks are only added, one more node leaves out the hidden keys.
 
-A tap is the nodes that return a site's attention weights for the rows of the batch that its input `items` selects.
+A site is a place in the graph that computes attention. A tap is the nodes that return its weights for the rows of the
+batch that its input `items` selects. A site that its finder did not refuse raises nothing here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The nodes of one tap while it is built: its input, the nodes so far, and the output that ends it.
 
-A tap is the nodes that return a site's attention weights for the rows of the batch that its input `items` selects.
+A site is a place in the graph that computes attention. A tap is the nodes that return its weights for the rows of the
+batch that its input `items` selects. A site that its finder did not refuse raises nothing here.
 `Tap` is a `NodeBuilder`: its nodes enter the graph when `finish` places them.
 """
 

@@ -4,6 +4,8 @@ Its own attention creates chunks with strides and writes into slices, for which 
 also pads its input to a multiple of the window, which they cannot trace either. While it is traced, each layer computes
 the same weights from whole blocks instead: queries of a block of half a window, keys of that block and of the two
 beside it. Tokens with global attention are not traced: the model is called without a global mask.
+
+Exceptions of torch and transformers pass through.
 """
 
 from __future__ import annotations

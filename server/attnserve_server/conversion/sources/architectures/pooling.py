@@ -19,7 +19,8 @@ _FLOOR = 1e-9
 class Embedder:
     """Computes embeddings (B, D) from hidden states (B, L, D') and a mask (B, L), 1 for tokens and 0 for padding.
 
-    A call with a mode of pooling that is none of `sentence_transformers.MODES` raises KeyError.
+    A call with a mode of pooling that is none of `sentence_transformers.MODES` raises KeyError. An activation that
+    torch.nn does not have raises AttributeError when the object is made.
     """
 
     def __init__(self, modules: Modules) -> None:

@@ -1,4 +1,8 @@
-"""Swin: an image encoder whose patches attend within windows, which shift from layer to layer."""
+"""Swin: an image encoder whose patches attend within windows, which shift from layer to layer.
+
+Exceptions of torch and transformers pass through. An image whose grid of patches is no multiple of the window raises
+RuntimeError when weights are requested.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Text encoders and decoders, such as BERT and GPT-2: one sequence of ids to hidden states, and to a head's scores."""
+"""Text encoders and decoders, such as BERT and GPT-2: one sequence of ids to hidden states, and to a head's scores.
+
+`Text.inputs` raises BuildRefused for a model without ids or mask. Other exceptions, those of torch and transformers,
+pass through.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 With L queries and S keys, cross-attention takes time O(L * S * d_model) and memory O(L * S), beside the O(L^2) and
 O(S^2) of the self-attention on each side. Requested weights cost O(H * L * S) more.
+
+The zoo is a set of models that are generated from a seed. Tensors of other shapes than the models state fail in torch.
 """
 
 from __future__ import annotations

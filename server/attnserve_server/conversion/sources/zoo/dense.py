@@ -3,6 +3,8 @@
 Source: Vaswani et al. 2017, "Attention Is All You Need", sections 3.2.1 and 3.2.3. With T tokens, time O(T^2 * d_model)
 and memory O(T^2): a kernel that does not return its weights holds H * T^2 of them temporarily, and the mask has T^2
 bytes. Requested weights cost O(H * T^2) more. A kernel could save half of the causal form.
+
+It is for the zoo, a set of models that are generated from a seed. Tensors whose shapes do not fit fail in torch.
 """
 
 from __future__ import annotations
