@@ -1,6 +1,7 @@
 """The complexity benchmark measures real bundles; its page and plot show what was measured and what was left out.
 
-Needs `bench` of this checkout, and torch for `zoo_bundles`, tiny bundles of the project's own torch models.
+Needs `bench` of this checkout, and torch for `zoo_bundles`, tiny bundles of the project's own torch models. A bundle is
+the folder of one converted model.
 """
 
 from __future__ import annotations

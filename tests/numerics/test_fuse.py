@@ -1,7 +1,7 @@
 """Fused graphs give the answers of their sources, and their taps the weights of the definition.
 
 Fusing replaces the nodes of attention by one operator. `Plain` makes a source graph by its form, and the weights in
-float64. A tap is what returns a site's weights.
+float64. A tap is what returns a site's weights. A site is a place in a graph that computes attention.
 """
 
 from __future__ import annotations

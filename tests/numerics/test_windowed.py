@@ -1,7 +1,7 @@
 """Windowed attention: found, its columns read from the graph, and its band equal to the definition.
 
 A band has a column for each key of a query's window. `Windowed` makes a graph of one layer, and its weights in float64.
-Needs torch and transformers, for the zoo's own model and for Swin.
+The zoo is the project's own set of torch models. Needs torch and transformers, for the zoo's own model and for Swin.
 """
 
 from __future__ import annotations

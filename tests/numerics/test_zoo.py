@@ -2,7 +2,8 @@
 
 Covers every model but `sliding-window`: its weights are bands, which `test_windowed.py` compares with their definition.
 
-The zoo is the project's own set of torch models, one for each kind of attention. Needs torch.
+The zoo is the project's own set of torch models, one for each kind of attention. Needs torch. A bundle is the folder of
+one converted model.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The steps follow the order that the contract states: heads, layers, words, special tokens, rows, features or links,
 dtype. A map is the weights of one attention site, or of several joined ones, (heads, queries, keys). A selection that
-`resolve` and `check_units` have accepted does not fail here.
+`resolve` and `check_units` have accepted does not fail here. A site is a place in a model that computes attention.
 """
 
 from __future__ import annotations

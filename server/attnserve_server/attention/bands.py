@@ -1,7 +1,8 @@
 """Columns of a band: the key of each column, and conversion between a band and rows over all keys.
 
 A band is the weights of a site whose queries have few keys each: W columns for each query in place of all S keys. Only
-a `TableBand` fails: with IndexError, for a query that its table does not have.
+a `TableBand` fails: with IndexError, for a query that its table does not have. A site is a place in a model that
+computes attention.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Reductions of attention weights: join heads, layers and pieces of words, keep the strongest links, convert the dtype.
 
 The inputs are the weights of one sequence and the parts of a resolved selection, with which nothing here fails. Every
-function returns a new array or a view, and modifies no argument. The reductions of maps run in float32, the dtype
-of the taps. They sum at most a few hundred weights of at most 1, so results stay within 1e-6 of the same formulas in
-float64 (checked by tests/numerics/test_reductions.py).
+function returns a new array or a view, and modifies no argument. The reductions of maps run in float32, the dtype of
+the nodes that return weights. They sum at most a few hundred weights of at most 1, so results stay within 1e-6 of the
+same formulas in float64 (checked by tests/numerics/test_reductions.py).
 """
 
 from __future__ import annotations

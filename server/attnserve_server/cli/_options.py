@@ -1,4 +1,7 @@
-"""Options that several commands share, each with its flag, its help text and its range. No command lives here."""
+"""Options that several commands share, each with its flag, its help text and its range. No command lives here.
+
+A value out of its range ends the command with exit code 2.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`attnserve-server check`: repeat the check of a bundle, optionally against its source, and print the findings."""
+"""`attnserve-server check`: repeat the check of a bundle, optionally against its source, and print the findings.
+
+A bundle is the folder of one converted model. The exit code is 0 if every finding passed, 1 if one failed, and 2 if the
+check could not run.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Describe a bundle or an ONNX file: inputs, outputs, axes, attention sites and the batching certificate. Runs nothing.
 
 A bundle is the folder of one converted model. Its certificate states whether a batch or padding can change an answer.
-`inspect_model` raises BuildRefused or BundleInvalid for a path that holds neither.
+`inspect_model` raises BuildRefused or BundleInvalid for a path that holds neither. A site is a place in a graph that
+computes attention.
 """
 
 from __future__ import annotations

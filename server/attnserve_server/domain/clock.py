@@ -1,6 +1,7 @@
 """The clock port: where time comes from. Deadlines and durations are monotonic seconds; no clock here is a wall clock.
 
-The clocks are the functions of the standard library themselves: a request reads the time some ten times.
+The clocks are the functions of the standard library themselves: a request reads the time some ten times. Nothing here
+raises.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ the runtime that computes something else. In the file, arrays are named by posit
 output of the second sequence, because a graph may use any name.
 
 An answer that differs by more than the manifest allows raises GoldenMismatch, and a file that cannot be read
-BundleInvalid.
+BundleInvalid. A bundle is the folder of one converted model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Bands: which key each column of a windowed site's weights has. `attention.bands` computes the keys.
 
 Each query of a windowed site has few keys, so its weights have W columns in place of one for each key. An invalid band
-raises pydantic's ValidationError.
+raises pydantic's ValidationError. A site is a place in a graph that computes attention; it is windowed if its weights
+have a band.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The manifest: everything that a bundle states about its model and its attention sites, with checks that it agrees.
 
-Its other parts are in `specs`, `report` and `certificate`; other rooms import them from here. The repository reads and
-writes the file. A manifest whose parts contradict each other raises pydantic's ValidationError.
+Other parts are in `specs`, `report` and `certificate`, and are imported from here. A bundle is a converted model's
+folder, and a site a place that computes attention. Parts that contradict each other raise pydantic's ValidationError.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The past of a decoder with a cache: what the manifest states about the graph that continues after one.
 
 A bundle of such a decoder has two graphs with the same sites: the prompt graph, `model.onnx`, whose past is empty, and
-the continuing graph, which reads the keys and values of P earlier positions from its cache inputs.
+the continuing graph, which reads the keys and values of P earlier positions from its cache inputs. A bundle is the
+folder of one converted model, and a site a place in a graph that computes attention. A past whose parts do not fit
+raises pydantic's ValidationError.
 """
 
 from __future__ import annotations

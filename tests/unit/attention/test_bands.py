@@ -1,7 +1,7 @@
 """Bands: the key of each column, and the maps, links and sizes that follow from them.
 
 A band lists which key each column of a windowed site's weights is, for each query; -1 is no key. Bands and sites whose
-parts disagree raise ValueError.
+parts disagree raise ValueError. A site is a place in a graph that computes attention.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A feature is a number computed from a row of weights, such as its entropy, that is returned in place of the row. Scores
 are the numbers whose softmax is the weights. A field that features exclude raises InvalidRequest. Scores of a named
-site that has none raise AttentionUnavailable.
+site that has none raise AttentionUnavailable. A site is a place in a model that computes attention.
 """
 
 from __future__ import annotations

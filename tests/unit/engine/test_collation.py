@@ -1,7 +1,8 @@
 """Collation: sequences are padded into the arrays of one run, and the run's arrays are cut back into answers.
 
 The fixtures `manifest` and `sequence_of` are those of conftest.py. Sequences that must not share a run raise
-ValueError, as does a site without the weights or scores that are selected.
+ValueError, as does a site without the weights or scores that are selected. A site is a place in a model that computes
+attention.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The head of a manifest agrees with its outputs, and bundles without one load as before.
 
-A head states how labels are made from a model's outputs. One that does not fit raises pydantic's ValidationError.
+A head states how labels are made from a model's outputs. One that does not fit raises pydantic's ValidationError. A
+bundle is the folder of one converted model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A manifest whose parts disagree is refused with the reason; a valid one reads back as written.
 
 A manifest describes one converted model: its inputs, outputs, axes, attention sites and certificate. `manifest` makes a
-valid one with some fields changed; disagreement raises pydantic's ValidationError.
+valid one with some fields changed; disagreement raises pydantic's ValidationError. A site is a place in a model that
+computes attention.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Progress of a command: named steps, shown as a live bar in a terminal and as one line per step elsewhere."""
+"""Progress of a command: named steps, shown as a live bar in a terminal and as one line per step elsewhere.
+
+The exception of a step ends the run, and passes on.
+"""
 
 from __future__ import annotations
 

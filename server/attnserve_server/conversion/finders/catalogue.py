@@ -3,7 +3,7 @@
 `FOUND` have a finder, `UNTAPPED` are listed as sites without weights, and a file with one `WITHOUT_KERNEL` is refused
 by name, because conversions run on the CPU. `PARTS` compute no attention by themselves, although their names or
 documents mention it. The tables hold for onnx 1.23 and onnxruntime 1.32; a test compares them with the installed
-schemas.
+schemas. A site is a place in a graph that computes attention.
 """
 
 from __future__ import annotations

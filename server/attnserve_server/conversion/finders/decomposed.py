@@ -15,8 +15,8 @@ r"""Find attention in single operators: a softmax over keys, whose result is mul
 
 Classifiers, gates of mixtures of experts and pooling by one constant vector lack one of the two MatMuls. Several
 softmaxes whose results meet in one MatMul (their difference, for example) are one site, because a tap shows what
-multiplies the values. Einsum, Gemm and the integer forms count as MatMul (graphs/contraction.py). A site whose weights
-cannot be read is yielded as `Untappable(reason)`. `find` raises nothing.
+multiplies the values. Einsum, Gemm and the integer forms count as MatMul (graphs/contraction.py). A site, a place in a
+graph that computes attention, whose weights cannot be read is yielded as `Untappable(reason)`. `find` raises nothing.
 Source: Vaswani et al. 2017, eq. 1.
 """
 

@@ -12,8 +12,9 @@ r"""Find linear attention: phi(Q) (phi(K)^T V) / (phi(Q) . sum of phi(K)), writt
 Any feature map phi will do. The form is recognized by two facts: one summary of keys and values serves all queries, and
 the divisor is computed from the same queries and the sum of the same keys. The division may follow the second MatMul,
 precede it (on the queries), or be a third operand of an Einsum. A causal sum over keys before the query, and features
-without a divisor, are other forms and are not found. A site whose number of heads is not in the graph is yielded as
-`Untappable(reason)`. `find` raises nothing. Source: Katharopoulos et al. 2020, eq. 5.
+without a divisor, are other forms and are not found. A site, a place in a graph that computes attention, whose number
+of heads is not in the graph is yielded as `Untappable(reason)`. `find` raises nothing. Source: Katharopoulos et al.
+2020, eq. 5.
 """
 
 from __future__ import annotations

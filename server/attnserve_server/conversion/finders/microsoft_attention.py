@@ -6,7 +6,8 @@ whose keys are all masked is not 0: it is the softmax of scores that are all shi
 (findings/contrib_masks_are_finite.sh). Of a `mask_index` of 3 * B + 2 numbers, the kernel reads the first B. Masks of
 rank 4 run on other providers only.
 
-A node whose weights cannot be given is yielded as a site with `Untappable(reason)`. `find` raises nothing.
+A node whose weights cannot be given is yielded as a site (a place in a graph that computes attention) with
+`Untappable(reason)`. `find` raises nothing.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ than most texts, and a band of that width would be larger than the map.
 
 With a past, the last of L queries stands at the end that `seqlens_k` states, and the outputs of keys and values have
 past and new ones. A node that no tap supports (with a quantized cache or an unknown head size, or in a subgraph) is
-yielded as a site with `Untappable(reason)`. `find` raises nothing.
+yielded as a site (a place in a graph that computes attention) with `Untappable(reason)`. `find` raises nothing.
 """
 
 from __future__ import annotations

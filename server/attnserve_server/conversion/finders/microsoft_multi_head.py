@@ -2,8 +2,8 @@
 
 Measured on onnxruntime 1.32's CPU kernel: masks are added to the scores, as in its `Attention`. Key and value of rank 4
 take no bias. Where keys outnumber queries, `unidirectional` counts both from the first, and does not mask keys for the
-last query. Packed forms run on other providers only. A node whose weights cannot be given is yielded as a site with
-`Untappable(reason)`. `find` raises nothing.
+last query. Packed forms run on other providers only. A node whose weights cannot be given is yielded as a site (a place
+in a graph that computes attention) with `Untappable(reason)`. `find` raises nothing.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Source: ONNX operators, Attention-23 to Attention-25. onnxruntime's CPU kernel agrees with it on the order (scale,
 softcap, mask, softmax), on causal masks and windows (both positions count from the first, with those of a past; under
 `nonpad_kv_seqlen`, the last query stands at the last key that counts) and on fully masked rows (zeros). A node whose
-weights cannot be given is yielded as a site with `Untappable(reason)`. `find` raises nothing.
+weights cannot be given is yielded as a site (a place in a graph that computes attention) with `Untappable(reason)`.
+`find` raises nothing.
 """
 
 from __future__ import annotations

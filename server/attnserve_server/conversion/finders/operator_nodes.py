@@ -1,7 +1,8 @@
 """Read the nodes of attention operators: their inputs, heads, widths and masks.
 
 The finders of single operators use it. A tap is the nodes that return a site's weights. Where a node has not what a tap
-needs, functions raise NotTappable, whose message is the reason that users get.
+needs, functions raise NotTappable, whose message is the reason that users get. A site is a place in a graph that
+computes attention.
 """
 
 from __future__ import annotations

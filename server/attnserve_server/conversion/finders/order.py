@@ -8,6 +8,8 @@ before an earlier one of another, so that the order of nodes is no order of laye
     sites with more sites before them first
     sites that read an earlier input  of the graph first
     the others                        in the order in which the graph's outputs reach them, first operands first
+
+A site is a place in a graph that computes attention.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Its state is a sum of keys times values, so that it implies weights: what it returns for unit vectors as values. A node
 that starts from another state than zeros, whose share no key of the sequence explains, is yielded as a site with
-`Untappable(reason)`. Source: ONNX operators, LinearAttention-27; onnxruntime's operator has one more attribute.
+`Untappable(reason)`. A site is a place in a graph that computes attention. Source: ONNX operators, LinearAttention-27;
+onnxruntime's operator has one more attribute.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ which factor of a folded axis is slower. For weights (4 heads folded with the ba
     If axis 0 is (batch, head), `reordered` is `base` with its blocks of 4 in the order 1, 2, 0; if it is
     (head, batch), each block of 3 is in that order. The order that explains the numbers is taken.
 
-What is left of an axis without the batch is heads if it is the same at both lengths, and windows if it grows.
+What is left of an axis without the batch is heads if it is the same at both lengths, and windows if it grows. A site is
+a place in a graph that computes attention. One that is not understood becomes `Untappable`, with the reason.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The four runs of a graph that show the layout of its weights: other batches, other lengths, another order of rows.
 
-A layout states what each axis of a site's attention weights counts. `learning.layout` reads it from these runs.
+A layout states what each axis of a site's attention weights counts. `learning.layout` reads it from these runs. A site
+is a place in a graph that computes attention.
 """
 
 from __future__ import annotations

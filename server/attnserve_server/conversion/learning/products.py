@@ -1,4 +1,7 @@
-"""Compares weights @ value with each site's own output, in the layout that the graph has them in."""
+"""Compares weights @ value with each site's own output, in the layout that the graph has them in.
+
+A site is a place in a graph that computes attention.
+"""
 
 from __future__ import annotations
 

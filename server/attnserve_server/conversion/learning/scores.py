@@ -2,7 +2,7 @@
 
 It runs the graph with taps, the nodes that return a site's weights and its scores (what softmax takes) as outputs. A
 site whose scores do not give its weights still gives these. A tap that does not run is a reason, too; a graph with more
-axes than there are lengths to try raises BuildRefused.
+axes than there are lengths to try raises BuildRefused. A site is a place in a graph that computes attention.
 """
 
 from __future__ import annotations

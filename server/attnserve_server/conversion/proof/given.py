@@ -1,6 +1,7 @@
 """What the proof assumes of a graph's inputs: sizes by their symbols, padding values, and which values hide a position.
 
-An input that neither the signature nor a tap declares is left out, and the interpreter treats it as unknown.
+An input that neither the signature nor a tap declares is left out, and the interpreter treats it as unknown. A tap is
+the nodes that return attention weights, for the rows of the batch that its input lists.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ Assumptions:
 - The score of a real key is far above -1e30 (-6e4 in fp16), so a mask this low leaves a padded key no weight.
 - Onnxruntime's fused attention kernels give finite rows where a mask leaves no key.
 - Positions and sizes that an fp16 graph computes in fp16 stay below 2048, up to which they are exact.
+
+A tap is the nodes of the graph that return attention weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Finds the greatest lengths and the greatest batch that a graph runs, by running what requests and warm-up run.
 
 A file or a configuration may declare more than the graph can run: a table of positions ends, or a shape was traced for
-a few rows. A bundle whose declared limits do not run fails to load, or fails on its first long request.
+a few rows. A bundle whose declared limits do not run fails to load, or fails on its first long request. A bundle is the
+folder of one converted model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Linear attention in plain ONNX files: found in every spelling, and only where it is.
 
 It is phi(Q) (phi(K)^T V), divided by its sums: no node holds its weights, which are compared with the definition in
-float64. `linear_graph` makes a graph of a named spelling, or of a look-alike that must give no site.
+float64. `linear_graph` makes a graph of a named spelling, or of a look-alike that must give no site. A site is a place
+in a graph that computes attention.
 """
 
 from __future__ import annotations

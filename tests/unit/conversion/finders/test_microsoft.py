@@ -1,7 +1,8 @@
 """Site finders of onnxruntime's operators: what is read, what cannot be tapped and why, and how shapes are found.
 
 `Packed`, `MultiHead` and `GroupQuery` make a graph of one operator. A tap is the nodes that are added to return the
-weights. A site that cannot be tapped is listed with a reason; it is no error.
+weights. A site that cannot be tapped is listed with a reason; it is no error. A site is a place in a graph that
+computes attention.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Bands in closed form, fitted to tables of keys.
 
 A table has the key of each column for each query of a windowed site; -1 is no key. A band states the same for every
-length, such as two keys before each query. `fitted` returns None where no band gives the tables.
+length, such as two keys before each query. `fitted` returns None where no band gives the tables. A site is a place in a
+graph that computes attention.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A layout names the factors of each axis: batch, head, query, key or window. `layout_of` and `only_site` learn it for a
 graph with one site. A site that is not understood is `Untappable`, with the reason; a graph that does not run at the
-lengths tried raises BuildRefused.
+lengths tried raises BuildRefused. A site is a place in a graph that computes attention.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which axis of the inputs each dimension follows: the same length, a fixed one, or a form (T + offset) // stride.
 
 `probed` runs a graph at several lengths and returns the axes of its outputs and sites. A dimension that follows none of
-these is None. A graph that runs at no such lengths raises BuildRefused with the lengths tried.
+these is None. A graph that runs at no such lengths raises BuildRefused with the lengths tried. A site is a place in a
+graph that computes attention.
 """
 
 from __future__ import annotations

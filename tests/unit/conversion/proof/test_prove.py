@@ -2,7 +2,7 @@
 
 The proof interprets a graph without running it. It has a clause for the batch and for each axis: whether it can change
 an answer. `Case` holds a graph written as text, and its `proof` method proves it. What is not followed has the verdict
-unknown; nothing raises.
+unknown; nothing raises. A site is a place in a graph that computes attention.
 """
 
 from __future__ import annotations

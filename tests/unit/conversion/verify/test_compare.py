@@ -1,7 +1,8 @@
 """Answers of a tapped graph against a reference: its source, or the graph itself.
 
 A tapped graph also returns the attention weights of its sites. `compared` compares answers with `answers()`, cut to
-each sequence's length. A source with another number of sites raises CheckFailed; other differences are returned.
+each sequence's length. A source with another number of sites raises CheckFailed; other differences are returned. A site
+is a place in a graph that computes attention.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Finds where the queries and keys of a windowed site are still sequences: the nearest earlier values (B, T, C)."""
+"""Finds where the queries and keys of a windowed site are still sequences: the nearest earlier values (B, T, C).
+
+A site is a place in a graph that computes attention. It is windowed if each of its queries has a few keys. A missing
+anchor is a `NotTraced`, returned with the reason.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ value is a sequence, the numbers of channels do: each head has other channels. F
     numbers of the queries along the axis of 6    0 0 0 3 3 3    two windows of three heads:  (window, 2), (head, 3)
                                                   0 3 0 3 0 3    three heads of two windows:  (head, 3), (window, 2)
                                                   0 0 0 0 0 0    six heads
+
+A layout that no run distinguishes becomes `Untappable`, with the reason.
 """
 
 from __future__ import annotations

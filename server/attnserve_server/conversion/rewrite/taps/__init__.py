@@ -2,7 +2,8 @@
 
 Every value behind a tap's first Gather has n, the number of selected rows, as its first dimension. With n = 0 all are
 empty, and the tap costs next to nothing. The site's own operator, and the rest of the graph, stay as they are.
-`add_taps` changes a graph; `tapped` and `tapped_at` copy it first; `expose` opens the values that checks compare.
+`add_taps` changes a graph; `tapped` and `tapped_at` copy it first; `expose` opens the values that checks compare. A
+site is a place in a graph that computes attention.
 """
 
 from __future__ import annotations

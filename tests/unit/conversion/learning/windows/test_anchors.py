@@ -1,7 +1,8 @@
 """Where queries and keys are still sequences: the nearest earlier value (B, T, C), and its second axis.
 
 Windowed attention cuts a sequence into windows; the anchor is the value before that. `anchors` returns the anchors of a
-graph with one site, or the reason why it has none. A site without two known products raises NotTraced.
+graph with one site, or the reason why it has none. A site without two known products raises NotTraced. A site is a
+place in a graph that computes attention.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Windows and heads, which look alike where lengths are fixed: distinguished, with weights equal to the definition.
 
 `Folded` makes attention within windows in a named layout, such as `bw h`. Most tests add the nodes that return weights
-to a graph, and compare these with its definition. A site that no run distinguishes is unavailable.
+to a graph, and compare these with its definition. A site that no run distinguishes is unavailable. A site is a place in
+a graph that computes attention.
 """
 
 from __future__ import annotations

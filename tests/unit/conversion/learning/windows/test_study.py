@@ -1,7 +1,7 @@
 """Windows, read from a run on the numbers of the positions.
 
 The numbers show which query each row of windowed weights is, and which key each column. `studied` returns the windows
-of a graph with one site, or `Untappable` with the reason.
+of a graph with one site, or `Untappable` with the reason. A site is a place in a graph that computes attention.
 """
 
 from __future__ import annotations
