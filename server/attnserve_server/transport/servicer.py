@@ -62,7 +62,12 @@ class InferenceServicer:
         self._clock = clock
 
     async def infer(self, data: bytes, context: Context) -> bytes:
-        """Answer one request: an InferRequest and an InferResponse, serialized."""
+        """Answer one request: an InferRequest and an InferResponse, serialized.
+
+        Raises:
+            InvalidRequest: The message, or its request id, is malformed.
+            Failure: With the error of the request.
+        """
         received = receive(inference_service_pb2.InferRequest, data)
         remaining = remaining_s(context)
         deadline_s = None if remaining is None else self._clock.now() + remaining
