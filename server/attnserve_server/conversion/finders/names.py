@@ -49,7 +49,7 @@ def _scopes(node: ir.Node) -> list[str]:
     """Read the metadata of torch's dynamo exporter: the last scope is the operation, the one before it its module."""
     try:
         scopes = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that `literal_eval` raises
         return []
     if not isinstance(scopes, list) or len(scopes) < 2 or not isinstance(scopes[-2], str):
         return []

@@ -178,6 +178,7 @@ def named(name: str = "", scopes: object = None) -> ir.Node:
         (named("/encoder/layers.0/attn/softmax/Softmax"), "encoder.layers.0.attn"),
         (named("/encoder/attention/softmax_1/Softmax"), "encoder.attention"),
         (named("/Attention"), "attention_0"),
+        (named(scopes="{[]: 1}"), "attention_0"),  # not a literal: its key has no hash
         (named("n", ["", "model.h.0.attn", "sdpa"]), "model.h.0.attn"),
         (named("n", ["", "attnserve_source.encoder.layer.0.attention.self", "sdpa"]), "encoder.layer.0.attention"),
         (named("n", ["", "a b.c/d", "sdpa"]), "a_b.c_d"),
