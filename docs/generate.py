@@ -7,6 +7,7 @@ python docs/generate.py [--check]
 
 from __future__ import annotations
 
+import argparse
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -140,7 +141,7 @@ def _kind(annotation: Any) -> str:
         return "list"
     if get_origin(annotation) is dict:
         return "key=value list"
-    names = {int: "integer", float: "number", str: "text", Path: "path"}
+    names = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
     return names.get(annotation) or ", ".join(f"`{value}`" for value in get_args(annotation))
 
 
@@ -151,7 +152,9 @@ def _limits(metadata: Iterable[Any]) -> str:
 
 def main() -> int:
     """Write the pages. With `--check`, only list the pages that are out of date, and return 1 if there are any."""
-    checking = "--check" in sys.argv[1:]
+    parser = argparse.ArgumentParser(description="Write the reference pages of docs/ from the server's code.")
+    parser.add_argument("--check", action="store_true", help="list the pages that are out of date, and write nothing")
+    checking = parser.parse_args().check
     stale = []
     for name, make in PAGES.items():
         path, text = FOLDER / name, make()

@@ -1,7 +1,8 @@
 """The project's image, built and run hardened on this machine, with a real model in it.
 
-Without root or the container tools, tests with these fixtures are skipped with the reason. A build or container that
-fails raises CommandFailed; one that is not healthy in 60 s raises AssertionError.
+Without root or the container tools, tests with these fixtures are skipped with the reason. A build or a start that
+fails raises CommandFailed, and one that takes too long `subprocess.TimeoutExpired`. A container that ends, or is not
+healthy in 60 s, raises AssertionError with its logs.
 """
 
 from __future__ import annotations

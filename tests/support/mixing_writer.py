@@ -1,6 +1,6 @@
-"""Write the nodes and constants of generated graphs, in the form of each opset.
+"""Write the nodes and constants of the graphs that `mixing_graphs` makes from a seed, in the form of each opset.
 
-Nothing is checked: a wrong node fails, if at all, where its graph is loaded.
+A graph is a chain of pieces. Nothing is checked: a wrong node fails, if at all, where its graph is loaded.
 """
 
 from __future__ import annotations

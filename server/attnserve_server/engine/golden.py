@@ -11,7 +11,9 @@ BundleInvalid. A bundle is the folder of one converted model.
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,10 @@ _PAST = "past."
 """Prefix of the names of the continuing graph's arrays."""
 MAX_UNPACKED_BYTES = 64 * 2**20
 """Maximum size of the unpacked arrays. Inputs may be images that compress well."""
+_UNREADABLE = (
+    OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, tokenize.TokenError
+)  # fmt: skip
+"""What NumPy and zipfile raise for a changed archive: the header of an array is parsed as Python."""
 _MIN_SCALE = 1e-6
 """Errors of answers that are smaller than this everywhere are not scaled up: such numbers are rounding."""
 
@@ -229,7 +235,7 @@ def read_golden(bundle: Bundle) -> tuple[GoldenSequence, ...]:
         return tuple(_sequence(arrays, manifest, row, prefix) for row in range(manifest.golden.sequences))
     except KeyError as missing:
         raise fault(f"has no {missing.args[0]}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as why:
+    except _UNREADABLE as why:
         raise fault(f"cannot be read: {why}") from None
 
 
@@ -239,7 +245,10 @@ def _arrays(path: Path) -> dict[str, Array]:
     if unpacked > MAX_UNPACKED_BYTES:
         raise ValueError(f"{unpacked} bytes exceed {MAX_UNPACKED_BYTES}")
     with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+        arrays = {name: archive[name] for name in archive.files}
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise ValueError("it has a member that is no array")
+    return arrays
 
 
 def _named(sequences: Sequence[GoldenSequence], manifest: Manifest, prefix: str) -> dict[str, Array]:

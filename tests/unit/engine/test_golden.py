@@ -203,6 +203,20 @@ def test_golden_file_with_objects_is_refused(tmp_path: Path) -> None:
         opened(write_bundle(tmp_path / "others", bundle.manifest, files))
 
 
+def test_a_golden_file_with_any_changed_byte_is_read_or_reported(tmp_path: Path) -> None:
+    bundle = sealed(tmp_path / "models", tmp_path / "work")
+    file = bundle.path / GOLDEN_FILE
+    whole = file.read_bytes()
+    reported = 0
+    for place in range(0, len(whole), 5):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            read_golden(bundle)
+        except BundleInvalid:
+            reported += 1
+    assert reported > len(whole) // 20
+
+
 def test_same_model_gives_the_same_golden_file(tmp_path: Path) -> None:
     first, second = (sealed(tmp_path / name, tmp_path / f"work of {name}") for name in ("first", "second"))
     assert first.manifest.digest == second.manifest.digest
