@@ -16,7 +16,7 @@ HEAD = """<!-- Written by `make foreign`; do not edit. -->
 
 Each file here is written by a tool that is not part of attnserve, from a small model with random weights. `make
 foreign` installs each tool in a separate environment, makes the files, converts them with `attnserve-server prepare`,
-serves them, and sends each sequence alone and all of them together.
+serves them, and sends each sequence alone, all of them together and, where the tool copies a tokenizer, as texts.
 
 - **sites**: sites that give weights, of all sites of the bundle.
 - **weight error**: the greatest difference of any weight from the model's eager attention. Where the file rounds, the
