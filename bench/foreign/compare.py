@@ -99,6 +99,7 @@ async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any], no
     row.notes += [f"{site['name']}: {site['unavailable_reason']}" for site in sites if site["unavailable_reason"]]
     if case.sites and len(available) != case.sites:
         row.notes.append(f"{case.sites} sites expected")
+        row.wrong = len(sites) != case.sites  # one is neither found nor listed with a reason
     names = [spec["name"] for spec in manifest["inputs"]]
     inputs = [_named(each, names) for each in case.sequences]
     case, inputs = _of_the_files_lengths(case, inputs, manifest, row)
@@ -120,7 +121,7 @@ async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any], no
     if expected:
         pairs = zip(found, [*expected] * times, strict=True)
         row.output_error = max(_output_error(own, right) for own, right in pairs)
-        row.wrong = not row.output_error <= limit
+        row.wrong |= not row.output_error <= limit
     if case.weights and available:
         pairs = zip(found, case.weights * times, strict=True)
         row.weight_error = max(_weight_error(own, right) for own, right in pairs)
@@ -151,7 +152,11 @@ def _of_the_files_lengths(
     ]
     if len(kept) == len(inputs):
         return case, inputs
-    sizes = ", ".join(f"{size} along axis {place} of {name!r}" for (name, place), size in fixed.items())
+    sizes = ", ".join(
+        f"{size} along axis {place} of {name!r}"
+        for (name, place), size in fixed.items()
+        if any(each[name].shape[place] != size for each in inputs if name in each)
+    )
     row.notes.append(f"the file takes {sizes} alone: {len(kept)} of {len(inputs)} sequences compared")
     parts = {name: tuple(getattr(case, name)[at] for at in kept if getattr(case, name)) for name in _PARTS}
     return replace(case, **parts), [inputs[at] for at in kept]
@@ -275,9 +280,8 @@ def _relative(found: Array, expected: Array) -> float:
 
 
 def _weight_error(result: InferenceResult, expected: dict[str, Array]) -> float:
-    """Return the greatest difference, or infinity if sites are missing or maps have other shapes."""
-    maps = [each.weights for each in result.attention]
-    right = [expected[layer] for layer in sorted(expected, key=int)]
-    if len(maps) != len(right) or any(own.shape != other.shape for own, other in zip(maps, right, strict=True)):
+    """Return the greatest difference, or infinity if maps have other shapes. Sites without weights have no map."""
+    pairs = [(each.weights, expected.get(str(each.layer))) for each in result.attention]
+    if any(right is None or own.shape != right.shape for own, right in pairs):
         return float("inf")
-    return max(float(np.abs(own - other).max(initial=0.0)) for own, other in zip(maps, right, strict=True))
+    return max(float(np.abs(own - right).max(initial=0.0)) for own, right in pairs if right is not None)
