@@ -61,7 +61,8 @@ quick: $(VENV)/.quick ## Run the unit tests that need no torch, in about a minut
 
 test: $(VENV)/.dev ## Run the tests (all but coverage and e2e), with branch coverage
 	@rm -f .coverage .coverage.*
-	$(BIN)/python -m coverage run -m pytest --numprocesses auto --dist loadfile -m "not e2e and not coverage" $(PYTEST_ARGS)
+	$(BIN)/python -m coverage run -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+		-m "not e2e and not coverage" $(PYTEST_ARGS)
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --format total > /dev/null || ($(BIN)/python -m coverage report; exit 1)
 	@$(BIN)/python -m coverage report --include='$(WHOLLY_COVERED)' --fail-under 100
