@@ -112,7 +112,7 @@ async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any], no
     streamed = client.stream(case.name, inputs, attention=selection, per_message=at_once, timeout=CALL_LIMIT_S)
     found = [*alone, *[answer.result async for answer in streamed]]
     if manifest["text"] is not None and case.words:
-        texts = [" ".join(f"w{number}" for number in each["input_ids"]) for each in inputs]
+        texts = [_as_text(each) for each in inputs]
         found += await client.infer(case.name, texts, attention=selection, timeout=CALL_LIMIT_S)
         row.notes.append("from texts too")
     times = len(found) // len(inputs)
@@ -133,6 +133,13 @@ async def compared(client: AsyncClient, case: Case, manifest: dict[str, Any], no
     if row.wrong:
         row.notes.append("above its limit")
     return row
+
+
+def _as_text(sequence: dict[str, Array]) -> str | tuple[str, dict[str, Array]]:
+    """Return the words of a sequence's ids; with them, what does not follow from a text, as an encoder's states."""
+    text = " ".join(f"w{number}" for number in sequence["input_ids"])
+    rest = {name: array for name, array in sequence.items() if name.startswith("encoder_")}
+    return (text, rest) if rest else text
 
 
 def _of_the_files_lengths(

@@ -153,8 +153,10 @@ def crossing() -> list[Source]:
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, init_std=0.3,
     )  # fmt: skip
     return [
-        Source("T5 decoder", _model("AutoModelForSeq2SeqLM", t5, 20), _crossed(32), "logits", _decoding),
-        Source("BART decoder", _model("AutoModelForSeq2SeqLM", bart, 21), _crossed(32), "logits", _decoding),
+        Source("T5 decoder", _model("AutoModelForSeq2SeqLM", t5, 20), _crossed(32), "logits", _decoding, words=True),
+        Source(
+            "BART decoder", _model("AutoModelForSeq2SeqLM", bart, 21), _crossed(32), "logits", _decoding, words=True
+        ),
     ]
 
 
