@@ -34,7 +34,7 @@ CONFIGS = {
     "Llama": lambda: transformers.LlamaConfig(**_SHAPE),
     "Qwen2": lambda: transformers.Qwen2Config(**_SHAPE),
     "Qwen3": lambda: transformers.Qwen3Config(**_SHAPE, head_dim=16),
-    "Phi-3": lambda: transformers.Phi3Config(**_SHAPE),
+    "Phi-3": lambda: transformers.Phi3Config(**_SHAPE, original_max_position_embeddings=64),
     "Gemma 2": lambda: transformers.Gemma2Config(**_SHAPE, head_dim=16, sliding_window=8),
 }
 """Configurations by model."""
