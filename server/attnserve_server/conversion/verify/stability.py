@@ -40,6 +40,11 @@ def other_last_bits(proto: onnx.ModelProto) -> Iterator[GraphRunner | None]:
         yield GraphRunner(path)
 
 
+def rounds_by_constants(assembled: Assembled) -> bool:
+    """Whether constant quantizers round in the source, so that the runtime's optimizers may change its answers."""
+    return assembled.precision == "int8" and quantizes_statically(onnx.load(assembled.source.path))
+
+
 def instability(assembled: Assembled, max_lengths: Mapping[str, int]) -> str:
     """Describe how far a statically quantized file differs from itself with and without the runtime's optimizers.
 
@@ -53,14 +58,13 @@ def instability(assembled: Assembled, max_lengths: Mapping[str, int]) -> str:
     Raises:
         BuildRefused: the source does not run.
     """
-    path = assembled.source.path
-    if assembled.precision != "int8" or not quantizes_statically(onnx.load(path)):
+    if not rounds_by_constants(assembled):
         return ""
     lengths = {symbol: min(most, max(CHECK_LENGTHS)) for symbol, most in max_lengths.items()}
     feeds = assembled.sampler.rows(lengths, assembled.sampler.signature.fixed_batch or 2)
     outputs = [spec.name for spec in assembled.outputs]
     try:
-        as_written = GraphRunner(path, EVERY_OPTIMIZER).run(feeds, outputs)
+        as_written = GraphRunner(assembled.source.path, EVERY_OPTIMIZER).run(feeds, outputs)
     except BuildRefused:
         return ""  # some files run only as the runtime rewrites them
     optimized = assembled.source.run(feeds, outputs)
