@@ -1,8 +1,8 @@
 """The cost of the service itself: an identity model through `StreamInfer`, and a bare stream that echoes its bytes.
 
-`python -m bench.echo --bare PORT_FILE` is the bare server, in a separate process. `bench.floor` calls it too: its unary
-answers have as many bytes as the hidden states of a sequence. `bare` and `ratios` raise SystemExit with a message, so
-code 1, if a server does not start, and `ratios` if it refuses a message. A failed conversion of the model raises
+`python -m bench.echo --bare PORT_FILE BYTES` is the bare server, in a separate process; its unary answers have BYTES
+bytes. `bench.floor` and `bench.calls` run it too. `bare` and `ratios` raise SystemExit with a message, so code 1, if a
+server does not start, and `ratios` if it refuses a message. A failed conversion of the model raises
 `subprocess.CalledProcessError`.
 """
 
@@ -32,7 +32,8 @@ from bench import service
 WIDTH = 384
 IN_FLIGHT = 8
 """Messages in flight: enough that neither side waits for the other."""
-ANSWERED = b"a" * 65_000
+ANSWERED = 65_000
+"""Bytes of the bare server's unary answers, unless its caller states others."""
 _METHOD = "/attnserve.v1.InferenceService/StreamInfer"
 UNARY = "/attnserve.v1.InferenceService/Infer"
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
@@ -109,11 +110,11 @@ async def rate(target: str, sent: list[bytes], seconds: float) -> tuple[float, i
 
 
 @contextmanager
-def bare() -> Iterator[tuple[str, psutil.Process]]:
-    """Run the echo in a separate process until the block ends."""
+def bare(answered: int = ANSWERED) -> Iterator[tuple[str, psutil.Process]]:
+    """Run the echo in a separate process until the block ends; its unary answers have `answered` bytes."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "port")
-        process = subprocess.Popen([sys.executable, "-m", "bench.echo", "--bare", str(file)])
+        process = subprocess.Popen([sys.executable, "-m", "bench.echo", "--bare", str(file), str(answered)])
         try:
             until = time.monotonic() + service.START_TIMEOUT_S
             while not (file.exists() and file.stat().st_size):
@@ -142,13 +143,15 @@ def ratios(rounds: int, per_message: int, tokens: int, seconds: float = 1.5) -> 
     return {name: values[1:] for name, values in found.items()}
 
 
-async def _serve(file: Path) -> None:
+async def _serve(file: Path, answered: int) -> None:
+    whole = b"a" * answered
+
     async def echo(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:  # noqa: ARG001 - gRPC's shape
         async for message in requests:
             yield message
 
     async def answer(_: bytes, __: Any) -> bytes:
-        return ANSWERED
+        return whole
 
     server = grpc.aio.server(options=_OPTIONS)
     service_name, method = _METHOD[1:].split("/")
@@ -164,4 +167,4 @@ async def _serve(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(Path(sys.argv[2])))
+    asyncio.run(_serve(Path(sys.argv[2]), int(sys.argv[3])))

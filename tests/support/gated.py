@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from attnserve_server.domain.errors import AttnserveError, RequestCancelled
@@ -36,10 +37,11 @@ class Gate:
         if self.full is not None:
             raise self.full
 
-    async def submit(
+    def submit(
         self, request: Request, sequences: Sequence[PreparedSequence], priority: Priority
-    ) -> list[SequenceResult]:
+    ) -> asyncio.Future[list[SequenceResult]]:
         """Answer with zeros, once the request is released."""
+        del priority
         self.deadlines.append(request.deadline_s)
         self.received_bytes.append(request.received_bytes)
         request.admit(0.0)
@@ -47,14 +49,16 @@ class Gate:
             Entry(request, index, index, sequence, Candidate(0.0, (1,)), 0) for index, sequence in enumerate(sequences)
         ]
         self.waiting.append(request)
+        results = request.results
+        results.add_done_callback(partial(self._ended, request))
         if self.is_open:
             self.release(-1)
-        try:
-            return await request.results()
-        except (asyncio.CancelledError, RequestCancelled):
+        return results
+
+    def _ended(self, request: Request, results: asyncio.Future[list[SequenceResult]]) -> None:
+        if results.cancelled() or isinstance(results.exception(), RequestCancelled):
             request.fail(RequestCancelled())
             self.withdrawn += 1
-            raise
 
     def release(self, at: int = 0, error: Exception | None = None) -> None:
         """Answer the request at this place of `waiting`, or fail it with an error. IndexError if there is none."""

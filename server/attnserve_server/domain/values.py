@@ -205,10 +205,11 @@ class AxisUnits:
     leading: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PreparedSequence:
-    """One sequence, validated and ready for a batch.
+    """One sequence, validated and ready for a batch. Not changed once made.
 
+    It is not frozen, because to make one of each sequence would then take three times as long.
     `tensors` holds every model input without the batch axis, C-contiguous, in the model's dtype. `lengths` gives the
     length of each axis symbol (without the batch axis, and without derived axes, whose positions are counted with those
     of their source). `outputs` names the outputs that are fetched: those of the answer, and those that its labels are
@@ -234,10 +235,14 @@ class PreparedSequence:
     """Positions of its past, P; 0: it has none. The continuing graph runs it, and its values follow the manifest of
     that graph."""
 
-    @property
-    def tokens(self) -> int:
-        """Positions that hold data, summed over the axes; one if there are no axes."""
-        return sum(self.lengths.values()) or 1
+    tokens: int = field(init=False)
+    """Positions that hold data, summed over the axes; one if there are no axes."""
+    bytes: int = field(init=False)
+    """Bytes of its tensors."""
+
+    def __post_init__(self) -> None:
+        self.tokens = sum(self.lengths.values()) or 1
+        self.bytes = sum([tensor.nbytes for tensor in self.tensors.values()])
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -19,7 +18,6 @@ from attnserve_server.domain.values import Array, PreparedSequence, RunFacts, Se
 from attnserve_server.engine import warmup
 from attnserve_server.engine.collation import (
     CollatedBatch,
-    ShapeCheck,
     UnexpectedShape,
     collate,
     invalid_tensor,
@@ -30,6 +28,7 @@ from attnserve_server.engine.collation import (
     weights_of,
 )
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
+from attnserve_server.engine.graph import Counts, Graph
 from attnserve_server.engine.labels import labels_of
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import InstanceThread, RunHandle, RunTerminated, RuntimeSession
@@ -63,32 +62,6 @@ class BatchExecutor(Protocol):
     async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
         """Run one batch. Return one outcome for each sequence, in order."""
         ...
-
-
-@dataclass(slots=True, eq=False)
-class Graph:
-    """One loaded graph of a model.
-
-    Args:
-        sessions: one for each device; instance i runs on session i modulo their number.
-        manifest: of the graph.
-        shapes: its shape check.
-        cost: the cost of its runs; None before warm-up. Event loop only.
-    """
-
-    sessions: tuple[RuntimeSession, ...]
-    manifest: Manifest
-    shapes: ShapeCheck
-    cost: CostEstimate | None = None
-
-    @classmethod
-    def of(cls, sessions: Sequence[RuntimeSession], manifest: Manifest) -> Graph:
-        """Lay out one graph."""
-        return cls(tuple(sessions), manifest, ShapeCheck(manifest))
-
-    def session_of(self, instance: int) -> RuntimeSession:
-        """Return the session of an instance."""
-        return self.sessions[instance % len(self.sessions)]
 
 
 def _selects_scores(sequence: PreparedSequence) -> bool:
@@ -196,9 +169,11 @@ class Executor:
         """
         self._metrics.running.inc()
         try:
-            outcomes, timed = await self._threads[instance].run(self._timed, sequences, handle, instance)
+            counts = Counts()
+            outcomes, timed = await self._threads[instance].run(self._timed, sequences, handle, instance, counts)
         finally:
             self._metrics.running.dec()
+        counts.add_to(self._metrics)
         cost = self._graph_of(sequences[0]).cost
         if timed is not None and cost is not None:
             cost.add(timed)
@@ -252,11 +227,11 @@ class Executor:
             return InternalFault()
 
     def _timed(
-        self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int
+        self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int, counts: Counts
     ) -> tuple[list[Outcome], TimedRun | None]:
         """Instance's thread. The outcomes, and the timed run; None if it was split or reduced attention."""
         started = self._cost_clock.now()
-        outcomes = self._run_all(sequences, handle, instance)
+        outcomes = self._run_all(sequences, handle, instance, counts)
         first = outcomes[0]
         usual = isinstance(first, SequenceResult) and first.run.batch_size == len(sequences)
         if not usual or any(one.attention is not None for one in sequences):
@@ -265,10 +240,12 @@ class Executor:
         tokens = first.run.computed_tokens // len(sequences)
         return outcomes, TimedRun(len(sequences), tokens, self._cost_clock.now() - started)
 
-    def _run_all(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
+    def _run_all(
+        self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int, counts: Counts
+    ) -> list[Outcome]:
         """Instance's thread. Runs the batch, or its halves if it fails."""
         try:
-            return self._run_once(sequences, handle, instance)
+            return self._run_once(sequences, handle, instance, counts)
         except RunTerminated:
             return [RequestCancelled() for _ in sequences]
         except Exception as fault:  # noqa: BLE001 - the boundary of a run: a fault may fail one sequence only
@@ -276,8 +253,8 @@ class Executor:
                 self._log_failure(fault)
                 return [InternalFault()]
             middle = len(sequences) // 2
-            first = self._run_all(sequences[:middle], handle, instance)
-            return first + self._run_all(sequences[middle:], handle, instance)
+            first = self._run_all(sequences[:middle], handle, instance, counts)
+            return first + self._run_all(sequences[middle:], handle, instance, counts)
 
     def _log_failure(self, fault: Exception) -> None:
         """Log why a sequence failed. For an unexpected shape, the log line has the tensor and both shapes."""
@@ -290,24 +267,23 @@ class Executor:
         else:
             _log.exception("a sequence failed to run", extra={"model": self._manifest.name}, exc_info=fault)
 
-    def _run_once(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
+    def _run_once(
+        self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int, counts: Counts
+    ) -> list[Outcome]:
         graph = self._graph_of(sequences[0])
         batch = collate(sequences, graph.manifest)
         started = self._clock.now()
         session = graph.session_of(instance)
         outputs = session.run(batch.feeds, batch.fetches, handle, exact_shape=batch.unpadded)
         compute_s = self._clock.now() - started
-        self._metrics.compute_seconds.observe(compute_s)
-        self._metrics.batch_size.observe(batch.size)
-        self._metrics.count_tokens(useful=batch.useful_tokens, computed=batch.computed_tokens)
-        self._metrics.sequences.inc(batch.size)
+        facts = RunFacts(batch.size, batch.useful_tokens, batch.computed_tokens, compute_s, instance)
+        counts.runs.append(facts)
         fetched = dict(zip(batch.fetches, outputs, strict=True))
         graph.shapes.check(batch, fetched, filled_up=session.fills_up)
         # Whole arrays are checked first: single sequences are checked only if a whole array is not finite.
         finite = all(map(is_finite, outputs))
-        facts = RunFacts(batch.size, batch.useful_tokens, batch.computed_tokens, compute_s, instance)
         return [
-            self._outcome(graph.manifest, batch, fetched, row, sequence, facts, finite=finite)
+            self._outcome(graph.manifest, batch, fetched, row, sequence, facts, counts, finite=finite)
             for row, sequence in enumerate(sequences)
         ]
 
@@ -319,6 +295,7 @@ class Executor:
         row: int,
         sequence: PreparedSequence,
         facts: RunFacts,
+        counts: Counts,
         *,
         finite: bool,
     ) -> Outcome:
@@ -340,7 +317,7 @@ class Executor:
                 answer = attention.answer(weights, sequence.attention, manifest.sites, sequence.units)
                 if not may_alias(batch, sequence):
                     answer = owned(answer, fetched.values())
-                self._metrics.attention_seconds.observe(self._clock.now() - started)
+                counts.attention_s.append(self._clock.now() - started)
             kept = copied(values_of(outputs, weights, manifest, scores=scores)) if sequence.keep_values else None
             labels = None if sequence.labels is None else labels_of(outputs, sequence, manifest)
             return SequenceResult(outputs, answer, facts, labels=labels, values=kept)

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from prometheus_client import (
-    CollectorRegistry,
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from attnserve_server.observability.tally import (
     Counter,
+    CounterSeries,
+    Exported,
+    Family,
     Gauge,
-    GCCollector,
     Histogram,
-    PlatformCollector,
-    ProcessCollector,
 )
-from prometheus_client.metrics import MetricWrapperBase
 
 _STATM: Final = Path("/proc/self/statm")
 
@@ -44,7 +44,7 @@ class MetricSpec:
         why_buckets: the reason for the bounds.
     """
 
-    kind: type[MetricWrapperBase]
+    kind: type[Family[Any]]
     name: str
     help: str
     labels: tuple[str, ...] = ()
@@ -182,7 +182,7 @@ SPECS: Final[tuple[MetricSpec, ...]] = tuple(
 
 
 class ModelMetrics:
-    """One model's series with their labels resolved once, so that a run looks up no label."""
+    """One model's series with their labels resolved once, so that a run looks up no label. Event loop only."""
 
     def __init__(self, metrics: Metrics, model: str, version: str) -> None:
         self._metrics = metrics
@@ -211,7 +211,7 @@ class ModelMetrics:
         self._checked = {
             outcome: metrics.counter(BATCH_CHECKS).labels(*self._labels, outcome) for outcome in CHECK_OUTCOMES
         }
-        self._ended: dict[str, Counter] = {}
+        self._ended: dict[str, CounterSeries] = {}
 
     def count_tokens(self, useful: int, computed: int) -> None:
         """Count the positions of one run.
@@ -225,15 +225,15 @@ class ModelMetrics:
         self._padding_tokens.inc(computed - useful)
         self._padded_tokens.inc(computed)
 
-    def attention_bytes(self, form: str) -> Counter:
+    def attention_bytes(self, form: str) -> CounterSeries:
         """Return the counter of bytes of attention sent, for one form. Raise KeyError for an unknown one."""
         return self._attention_bytes[form]
 
-    def dropped(self, reason: str) -> Counter:
+    def dropped(self, reason: str) -> CounterSeries:
         """Return the counter of dropped sequences, for one reason. Raise KeyError for an unknown one."""
         return self._dropped[reason]
 
-    def checked(self, outcome: str) -> Counter:
+    def checked(self, outcome: str) -> CounterSeries:
         """Return the counter of answers selected for a repeat, for one of `CHECK_OUTCOMES`; else raise KeyError."""
         return self._checked[outcome]
 
@@ -271,16 +271,10 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
-        self._made: dict[str, Any] = {}
-        for spec in SPECS:
-            buckets = {"buckets": spec.buckets} if spec.buckets else {}
-            self._made[spec.name] = spec.kind(
-                spec.name,
-                spec.help,
-                spec.labels,
-                registry=self.registry,
-                **buckets,  # type: ignore[arg-type]
-            )
+        self._made: dict[str, Family[Any]] = {
+            spec.name: spec.kind(spec.name, spec.help, spec.labels, spec.buckets) for spec in SPECS
+        }
+        self.registry.register(Exported(tuple(self._made.values())))
 
     def model(self, model: str, version: str) -> ModelMetrics:
         """Return one model's series. Call it for loaded models only, so that the number of series is bounded."""

@@ -21,18 +21,21 @@ _SEED_TOKENS: Final = 64.0
 """Weight of the warm-up's estimate, in tokens: a few real runs outweigh it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Demand:
-    """What a request needs: sequences, their useful tokens, and bytes of their tensors and answers."""
+    """What a request needs: sequences, their useful tokens, and bytes of their tensors and answers. Not changed."""
 
     sequences: int
     tokens: int
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Load:
-    """What is ahead of a request. `running_tokens` are in runs, which are half done on average."""
+    """What is ahead of a request; not changed once made.
+
+    `running_tokens` are in runs, which are half done on average.
+    """
 
     waiting: Demand
     running_tokens: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -31,10 +32,13 @@ class Submitter(Protocol):
         """Raise what `submit` would raise now for the smallest request."""
         ...
 
-    async def submit(
+    def submit(
         self, request: Request, sequences: Sequence[PreparedSequence], priority: Priority
-    ) -> list[SequenceResult]:
-        """Return the results in order; raise the request's error. Cancelling the task withdraws the sequences."""
+    ) -> asyncio.Future[list[SequenceResult]]:
+        """Queue a request, and return the future of its results, in order, or of its error.
+
+        Cancelling the future, or the task that awaits it, withdraws the sequences.
+        """
         ...
 
 

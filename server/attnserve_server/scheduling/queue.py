@@ -12,19 +12,19 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
+from operator import attrgetter
 from types import TracebackType
 from typing import Final
 
-from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.values import PreparedSequence, SequenceResult
 from attnserve_server.engine.session import RunHandle
 from attnserve_server.scheduling.admission import Demand
 from attnserve_server.scheduling.policy import Candidate
 
-_TOLERANCE_S: Final = 1e-6
-"""A loop timer may fire a clock tick early; a deadline that is nearer than this counts as reached."""
+_arrival_key: Final = attrgetter("arrival_key")
+_length_key: Final = attrgetter("length_key")
 
 
 class State(IntEnum):
@@ -99,10 +99,14 @@ class Request:
         self.arrived_s = now
         self._waiter = asyncio.get_running_loop().create_future()
 
-    async def results(self) -> list[SequenceResult]:
-        """Wait for the results, in the order of the sequences; raise the error that the request fails with."""
-        assert self._waiter is not None
-        return await self._waiter
+    @property
+    def results(self) -> asyncio.Future[list[SequenceResult]]:
+        """The future of the results, in the order of the sequences, or of the error that the request fails with.
+
+        Cancelling it, or the task that awaits it, cancels the request.
+        """
+        assert self._waiter is not None, "the request was not admitted"
+        return self._waiter
 
     def add_result(self, index: int, result: SequenceResult) -> None:
         """Keep the result of one sequence; the last one answers the request."""
@@ -127,8 +131,7 @@ class Request:
 
     def add_done_callback(self, callback: Callable[[object], None]) -> None:
         """Call `callback` once the request has ended, after the task that awaits the results was woken."""
-        assert self._waiter is not None
-        self._waiter.add_done_callback(callback)
+        self.results.add_done_callback(callback)
 
     def release(self) -> None:
         """Drop sequences and results, so that neither a circle of references nor an error's traceback keeps them."""
@@ -169,6 +172,15 @@ class Entry:
     bytes: int
     state: State = State.ADMITTED
     run: Run | None = None
+    arrival_key: tuple[float, int] = field(init=False)
+    """Its place in the order of arrivals."""
+    length_key: tuple[tuple[int, ...], int, int] = field(init=False)
+    """Its place among all lengths, grouped by those along axes that do not pad."""
+
+    def __post_init__(self) -> None:
+        candidate, number = self.candidate, self.number
+        self.arrival_key = candidate.adjusted_arrival_s, number
+        self.length_key = candidate.rigid, candidate.tokens, number
 
     def start(self, run: Run) -> None:
         """Enter RUNNING; so does the request, with its first sequence."""
@@ -209,9 +221,13 @@ class Queue:
 
     def push(self, entry: Entry) -> None:
         """Insert a sequence."""
-        insort(self._by_arrival, entry, key=_arrival_key)
+        by_arrival = self._by_arrival
+        if by_arrival and by_arrival[-1].arrival_key > entry.arrival_key:
+            insort(by_arrival, entry, key=_arrival_key)
+        else:  # the usual order
+            by_arrival.append(entry)
         insort(self._by_length, entry, key=_length_key)
-        self._tokens += entry.sequence.tokens
+        self._tokens += entry.candidate.tokens
         self._bytes += entry.bytes
         self._continued += entry.candidate.past > 0
 
@@ -221,7 +237,7 @@ class Queue:
             at = bisect_left(entries, key(entry), key=key)
             assert entries[at] is entry
             del entries[at]
-        self._tokens -= entry.sequence.tokens
+        self._tokens -= entry.candidate.tokens
         self._bytes -= entry.bytes
         self._continued -= entry.candidate.past > 0
 
@@ -238,37 +254,3 @@ class Queue:
         if self._continued:
             near = [entry for entry in near if bool(entry.candidate.past) is bool(oldest.candidate.past)]
         return [oldest, *near]
-
-
-def _arrival_key(entry: Entry) -> tuple[float, int]:
-    return entry.candidate.adjusted_arrival_s, entry.number
-
-
-def _length_key(entry: Entry) -> tuple[tuple[int, ...], int, int]:
-    return entry.candidate.rigid, entry.candidate.tokens, entry.number
-
-
-class DeadlineTimer:
-    """Calls back once when the injected clock reaches a deadline, and not before, even if the loop's clock is ahead."""
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, clock: Clock, deadline_s: float, callback: Callable[[], None]
-    ) -> None:
-        self._loop = loop
-        self._clock = clock
-        self._deadline_s = deadline_s
-        self._callback = callback
-        self._arm()
-
-    def cancel(self) -> None:
-        """Call back no more."""
-        self._timer.cancel()
-
-    def _arm(self) -> None:
-        self._timer = self._loop.call_later(self._deadline_s - self._clock.now(), self._fire)
-
-    def _fire(self) -> None:
-        if self._deadline_s - self._clock.now() > _TOLERANCE_S:
-            self._arm()
-        else:
-            self._callback()

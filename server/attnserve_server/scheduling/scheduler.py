@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import count
+from typing import Final
 
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import (
@@ -22,17 +22,21 @@ from attnserve_server.domain.errors import (
     RequestCancelled,
 )
 from attnserve_server.domain.values import PreparedSequence, Priority, SequenceResult
-from attnserve_server.engine.cost import CostModel
 from attnserve_server.engine.executor import BatchExecutor, Outcome
 from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
-from attnserve_server.scheduling.admission import Demand, Load, Speed, refusal
-from attnserve_server.scheduling.policy import Candidate, Layout, SchedulingSettings, adjusted_arrival, plan
-from attnserve_server.scheduling.queue import DeadlineTimer, Entry, Queue, Request, Run, State
+from attnserve_server.scheduling.admission import Demand, Load, refusal
+from attnserve_server.scheduling.deadlines import Deadlines
+from attnserve_server.scheduling.idle import Company, IdleInstances
+from attnserve_server.scheduling.policy import Layout, SchedulingSettings, adjusted_arrival, plan
+from attnserve_server.scheduling.pricing import Pricing
+from attnserve_server.scheduling.queue import Entry, Queue, Request, Run, State
 from attnserve_server.scheduling.verifier import Verifier
 
 _log = logging.getLogger(__name__)
+
+_SMALLEST: Final = Demand(1, 1, 0)
 
 
 class Scheduler:
@@ -50,23 +54,24 @@ class Scheduler:
     ) -> None:
         self._executor = executor
         self._manifest = manifest
-        self._settings = settings
         self._clock = clock
         self._metrics = metrics
         self._on_fault = on_fault
         self._verifier = verifier
         self._layout = Layout(manifest)
         self._past_layout = None if manifest.continuing is None else Layout(manifest.continuing)
-        self._speed = Speed()
+        self._pricing = Pricing(executor, manifest, settings)
         self._queue = Queue()
         metrics.watch_queue(lambda: len(self._queue), lambda: self._queue.totals.bytes)
         self._running_tokens = 0
         self._busy = 0  # instances that run served work
         self._requests: set[Request] = set()  # admitted, and not ended
+        self._deadlines = Deadlines(clock, self._expire)
         self._numbers = count()
-        self._wake = asyncio.Event()
+        self._idle = IdleInstances()
+        self._company = Company(self._idle.wake)
         if verifier is not None:
-            verifier.attach(self._wake, lambda: (len(self._queue), self._busy), self.isolate)
+            verifier.attach(self._idle.wake, lambda: (len(self._queue), self._busy), self.isolate)
         self._draining = False
         self._faulted = False
         self._task: asyncio.Task[None] | None = None
@@ -78,13 +83,11 @@ class Scheduler:
 
     def isolate(self) -> None:
         """Run each sequence alone from now on; running batches are not split."""
-        self._settings = replace(self._settings, max_batch_size=1)
+        self._pricing.isolate()
 
     def start(self) -> None:
         """Start the instances' loops. Warm the executor up first: the cost of runs is taken from it."""
-        cost = self._executor.cost
-        if cost is not None:
-            self._speed = Speed(cost.token_s)
+        self._pricing.begin()
         self._task = asyncio.create_task(self._serve(), name=f"scheduler {self._manifest.name}")
         self._task.add_done_callback(self._ended)
 
@@ -93,7 +96,7 @@ class Scheduler:
         self._draining = True
         if self._verifier is not None:
             self._verifier.close()
-        self._wake.set()
+        self._idle.wake_all()
         if self._task is not None:
             await asyncio.wait({self._task})
 
@@ -101,6 +104,7 @@ class Scheduler:
         """Abort, and return when the running batches have ended."""
         self.abort()
         await self.drain()
+        self._deadlines.close()
 
     def abort(self) -> None:
         """Fail all pending requests with `NotServing`, terminate running batches, and take no more requests."""
@@ -109,63 +113,67 @@ class Scheduler:
 
     def check_room(self, deadline: float | None) -> None:
         """Raise what `submit` would raise now for the smallest request, before any work goes into a real one."""
-        self._admit(Demand(1, 1, 0), self._serving_at(deadline), deadline)
+        self._admit(_SMALLEST, self._serving_at(deadline), deadline)
 
-    async def submit(
+    def submit(
         self, request: Request, sequences: Sequence[PreparedSequence], priority: Priority = Priority.NORMAL
-    ) -> list[SequenceResult]:
-        """Run all sequences of a request and return their results in order.
+    ) -> asyncio.Future[list[SequenceResult]]:
+        """Queue all sequences of a request and return the future of their results, in order.
 
-        Cancelling the awaiting task withdraws the sequences, and so does failing the request from outside.
+        Cancelling the future, or the task that awaits it, withdraws the sequences, and so does failing the request from
+        outside. The future raises DeadlineExpired at the deadline, also while the sequences run; RequestCancelled if
+        the request was failed with it; and InternalFault if one of the sequences failed: the others were withdrawn.
 
         Args:
-            request: in state RECEIVED. Once admitted, it has ended when this returns or raises.
-            sequences: prepared for this model.
+            request: in state RECEIVED. Once admitted, it has ended when the future is done.
+            sequences: one or more, prepared for this model.
             priority: moves their place in the queue.
 
         Raises:
             NotServing: The scheduler drains, was not started, or failed.
             Overloaded: The queue is full, or the predicted wait exceeds the time to the deadline.
-            DeadlineExpired: The deadline passed; raised at that moment, also while the sequences run.
-            RequestCancelled: The request was failed with it.
-            InternalFault: One of the sequences failed; the request's others were withdrawn.
+            DeadlineExpired: The deadline has passed.
         """
         deadline = request.deadline_s
         now = self._serving_at(deadline)
-        if not sequences:
-            request.answer()
-            return []
-        held = [sum(tensor.nbytes for tensor in one.tensors.values()) for one in sequences]
-        unused = max(0, request.received_bytes - sum(held)) // len(sequences)
-        sizes = [size + unused + one.response_bytes for size, one in zip(held, sequences, strict=True)]
-        self._admit(Demand(len(sequences), sum(one.tokens for one in sequences), sum(sizes)), now, deadline)
+        count = len(sequences)
+        if count == 1:
+            sizes = [max(sequences[0].bytes, request.received_bytes) + sequences[0].response_bytes]
+        else:
+            held = [one.bytes for one in sequences]
+            unused = max(0, request.received_bytes - sum(held)) // count
+            sizes = [size + unused + one.response_bytes for size, one in zip(held, sequences, strict=True)]
+        self._admit(Demand(count, sum([one.tokens for one in sequences]), sum(sizes)), now, deadline)
         request.admit(now)
         self._requests.add(request)
         for sequence, size in zip(sequences, sizes, strict=True):
             self._enqueue(request, sequence, size, priority)
-        self._wake.set()
+        self._company.arrived(len(self._requests))
+        if not self._waits_for_company():
+            self._idle.wake()
         if self._verifier is not None:
             self._verifier.preempt()
-        loop = asyncio.get_running_loop()
-        timer = None if deadline is None else DeadlineTimer(loop, self._clock, deadline, partial(self._expire, request))
-        try:
-            return await request.results()
-        except asyncio.CancelledError:
+        if deadline is not None:
+            self._deadlines.add(request)
+        results = request.results
+        results.add_done_callback(partial(self._end, request))
+        return results
+
+    def _end(self, request: Request, results: asyncio.Future[list[SequenceResult]]) -> None:
+        """Forget a request whose results are known; withdraw its sequences if it was cancelled."""
+        if results.cancelled():
+            deadline = request.deadline_s
             expired = deadline is not None and self._clock.now() >= deadline
             self._fail(request, RequestCancelled(), "expired" if expired else "cancelled")
-            raise
-        except RequestCancelled:
-            self._withdraw(request, "cancelled")
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-            self._requests.discard(request)
-            request.release()
+        elif request.state is State.FAILED:
+            self._withdraw(request, "cancelled")  # failed from outside; nothing is left to withdraw otherwise
+        self._requests.discard(request)
+        self._deadlines.discard(request)
+        request.release()
 
     def _serving_at(self, deadline: float | None) -> float:
         """Return the time. Raises NotServing, and DeadlineExpired if the deadline has passed."""
-        if self._draining or not self.healthy:
+        if self._draining or self._faulted or self._task is None or self._task.done():
             raise NotServing(self._manifest.name, self._state())
         now = self._clock.now()
         if deadline is not None and deadline <= now:
@@ -178,20 +186,18 @@ class Scheduler:
         return "failed" if self._faulted or not self._draining else "draining"
 
     def _admit(self, demand: Demand, now: float, deadline: float | None) -> None:
-        load = Load(
-            waiting=self._queue.totals,
-            running_tokens=self._running_tokens,
-            instances=self._executor.instances,
-            seconds_per_token=self._speed.seconds_per_token,
-        )
-        refused = refusal(demand, load, None if deadline is None else deadline - now, self._settings)
+        waiting = self._queue.totals
+        if not waiting.sequences and (deadline is None or not self._running_tokens):
+            return  # nothing is ahead: the usual case
+        load = Load(waiting, self._running_tokens, self._executor.instances, self._pricing.speed.seconds_per_token)
+        refused = refusal(demand, load, None if deadline is None else deadline - now, self._pricing.settings)
         if refused is not None:
             self._metrics.refused(refused.cause)
             raise refused
 
     def _enqueue(self, request: Request, sequence: PreparedSequence, size: int, priority: Priority) -> None:
         layout = self._past_layout if sequence.past and self._past_layout is not None else self._layout
-        arrival_s = adjusted_arrival(request.arrived_s, priority, self._settings)
+        arrival_s = adjusted_arrival(request.arrived_s, priority, self._pricing.settings)
         candidate = layout.candidate(sequence, arrival_s, request.deadline_s)
         entry = Entry(request, len(request.entries), next(self._numbers), sequence, candidate, size)
         request.entries.append(entry)
@@ -205,24 +211,34 @@ class Scheduler:
     async def _work(self, instance: int) -> None:
         """Run batches on one instance; end when draining and the queue is empty."""
         while True:
-            entries = self._next_entries()
+            entries = [] if self._waits_for_company() else self._next_entries()
             if entries:
+                self._company.started()
+                if len(self._queue):
+                    self._idle.wake()  # for the rest
                 await self._run(entries, instance)
-            elif self._draining:
+            elif self._draining and not len(self._queue):
                 return
-            elif self._verifier is not None:
-                await self._verifier.idle(instance)
             else:
-                self._wake.clear()
-                await self._wake.wait()
+                woken = self._idle.enter()
+                await (woken if self._verifier is None else self._verifier.idle(instance, woken))
+                self._idle.leave(woken)
+
+    def _waits_for_company(self) -> bool:
+        """Return whether the next run is so cheap that it waits for more sequences, which are expected."""
+        waiting = self._queue.totals
+        rough_s = self._pricing.rough_s(waiting)
+        if rough_s is None or self._draining or not waiting.sequences:
+            return False
+        return self._company.waits(waiting.sequences, rough_s)
 
     def _next_entries(self) -> list[Entry]:
         """Take the next batch from the queue, and drop expired requests before they reach the runtime."""
         while len(self._queue):
-            front = self._queue.candidates(self._settings.look_ahead)
+            front = self._queue.candidates(self._pricing.settings.look_ahead)
             candidates = [entry.candidate for entry in front]
-            settings, cost = self._terms(candidates[0])
-            planned = plan(candidates, self._clock.now(), settings, cost, self._pace())
+            settings, cost = self._pricing.terms(candidates[0])
+            planned = plan(candidates, self._clock.now(), settings, cost, self._pricing.pace)
             # A request that has ended was cancelled in this turn of the loop: its task has not withdrawn it yet.
             for request in {front[at].request for at in planned.expired}:
                 if request.ended:
@@ -257,7 +273,7 @@ class Scheduler:
         if run.handle.terminated:
             self._metrics.dropped("terminated").inc(len(entries))
             return
-        self._speed.add(self._clock.now() - started, run.tokens, self._predicted_s(sequences[0], outcomes[0]))
+        self._pricing.add(self._clock.now() - started, run.tokens, sequences[0], outcomes[0])
         for entry, outcome in zip(entries, outcomes, strict=True):
             self._resolve(entry, outcome, started)
 
@@ -272,30 +288,6 @@ class Scheduler:
         outcomes = await self._executor.run(sequences, handle, instance)
         verifier.take(samples, outcomes)
         return outcomes
-
-    def _terms(self, candidate: Candidate) -> tuple[SchedulingSettings, CostModel]:
-        """Return the bounds and the cost of runs of the graph that runs a sequence."""
-        settings, cost = self._settings, self._executor.cost
-        if candidate.past and self._past_layout is not None:
-            most = min(settings.max_batch_size, self._past_layout.max_batch_size)
-            settings, cost = replace(settings, max_batch_size=most), self._executor.past_cost
-        return settings, (cost or CostModel()).with_overhead(settings.run_overhead_tokens)
-
-    def _pace(self) -> float:
-        """Return seconds on the clock for each second of the cost model, with headroom; 0 if unknown.
-
-        An overhead that is set by hand expresses what neighbours are worth, and not how long a run takes.
-        """
-        if self._settings.run_overhead_tokens is not None:
-            return 0.0
-        return self._settings.wait_headroom * self._speed.pace
-
-    def _predicted_s(self, sequence: PreparedSequence, first: Outcome) -> float:
-        """Return the cost model's seconds for the run of this sequence and outcome; 0 if unknown."""
-        cost = self._executor.past_cost if sequence.past else self._executor.cost
-        if cost is None or isinstance(first, AttnserveError):
-            return 0.0
-        return cost.seconds(first.run.batch_size, first.run.computed_tokens / first.run.batch_size)
 
     def _resolve(self, entry: Entry, outcome: Outcome, started: float) -> None:
         request = entry.request

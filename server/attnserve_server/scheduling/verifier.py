@@ -119,7 +119,7 @@ class Verifier:
         self._draw = draw
         self._on_isolated = on_isolated
         self._throttle = Throttle(settings.warn_every_s)
-        self._wake = asyncio.Event()
+        self._wake: Callable[[], None] = lambda: None
         self._load: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._isolate: Callable[[], None] = lambda: None
         self._waiting: deque[Sample] = deque()  # served, and not yet repeated
@@ -129,11 +129,13 @@ class Verifier:
         self._isolated = False
         self._closed = False
 
-    def attach(self, wake: asyncio.Event, load: Callable[[], tuple[int, int]], isolate: Callable[[], None]) -> None:
+    def attach(
+        self, wake: Callable[[], None], load: Callable[[], tuple[int, int]], isolate: Callable[[], None]
+    ) -> None:
         """Connect to one scheduler.
 
         Args:
-            wake: set when its idle instances have work.
+            wake: wakes one of its idle instances.
             load: returns the number of waiting sequences, and of instances that run served work.
             isolate: makes the scheduler run each sequence alone from now on.
         """
@@ -172,7 +174,7 @@ class Verifier:
     def _answered(self, sample: Sample, _: object) -> None:
         # The task that awaits the request was woken first, so that its answer is sent before the repeat.
         sample.answered = True
-        self._wake.set()
+        self._wake()
 
     def take(self, samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> None:
         """Take the results of a run. A sample without a result from a batch has nothing to compare, and is dropped."""
@@ -190,18 +192,14 @@ class Verifier:
         self._samples -= 1
         self._bytes -= sample.bytes
 
-    async def idle(self, instance: int) -> None:
-        """Wait for work in place of an instance without any; after `rest_s` of waiting, repeat a sample."""
-        self._wake.clear()
+    async def idle(self, instance: int, woken: asyncio.Future[None]) -> None:
+        """Wait until an instance without work is woken; after `rest_s` of waiting, repeat a sample."""
         if not self._may_repeat():
-            await self._wake.wait()
+            await woken
             return
-        try:
-            async with asyncio.timeout(self._settings.rest_s):
-                await self._wake.wait()
-        except TimeoutError:
-            if self._may_repeat():
-                await self._repeat(instance)
+        await asyncio.wait((woken,), timeout=self._settings.rest_s)
+        if not woken.done() and self._may_repeat():
+            await self._repeat(instance)
 
     def _may_repeat(self) -> bool:
         """Return whether a sample is ready, no repeat is running, and an instance may run one."""

@@ -1,21 +1,19 @@
 """The meaning of wire messages: selections, priorities and arrays to domain values, and results to responses.
 
-A value of a request that the contract does not define raises InvalidRequest. Encoding fails only for an array of a
-dtype that the contract does not have, with KeyError.
+A value of a request that the contract does not define raises InvalidRequest; encoding fails as in `tensors`.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final, TypeVar
 
-import numpy as np
 from attnserve.v1 import attention_pb2, inference_service_pb2, tensor_pb2
 
 from attnserve_server.domain.errors import Violations
 from attnserve_server.domain.values import (
-    Array,
     AttentionAnswer,
     AttentionFeature,
     AttentionMap,
@@ -29,31 +27,15 @@ from attnserve_server.domain.values import (
     Links,
     Priority,
     RowFeatures,
+    RunFacts,
     SequenceResult,
     SpecialTokens,
     WeightDtype,
 )
-from attnserve_server.model.manifest import NUMPY_DTYPES, SiteSpec
-from attnserve_server.transport.wire import Splice
+from attnserve_server.transport.tensors import as_sent, output_head, tensor_of
+from attnserve_server.transport.wire import Splice, delimiter, varint
 
 T = TypeVar("T")
-
-DTYPE_NAMES: Final[Mapping[int, str]] = {
-    tensor_pb2.DATA_TYPE_BOOL: "bool",
-    tensor_pb2.DATA_TYPE_UINT8: "uint8",
-    tensor_pb2.DATA_TYPE_INT8: "int8",
-    tensor_pb2.DATA_TYPE_INT32: "int32",
-    tensor_pb2.DATA_TYPE_INT64: "int64",
-    tensor_pb2.DATA_TYPE_FLOAT16: "float16",
-    tensor_pb2.DATA_TYPE_FLOAT32: "float32",
-    tensor_pb2.DATA_TYPE_FLOAT64: "float64",
-}
-WIRE_DTYPES: Final = {name: tensor_pb2.DataType.ValueType(number) for number, name in DTYPE_NAMES.items()}
-# The contract is little-endian on every machine; on a little-endian one these are the native dtypes.
-WIRE_NUMPY: Final = {name: dtype.newbyteorder("<") for name, dtype in NUMPY_DTYPES.items()}
-
-_NAMES: Final = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
-"""NumPy rebuilds the name of a dtype at each access."""
 
 MAX_CHOSEN: Final = 4096
 """Most entries in one list of a selection: each is checked, so that their number bounds the cost of a request."""
@@ -97,7 +79,7 @@ _FEATURES: Final[Mapping[int, AttentionFeature]] = {
     attention_pb2.ATTENTION_FEATURE_FIRST_TOKEN: AttentionFeature.FIRST_TOKEN,
     attention_pb2.ATTENTION_FEATURE_MEAN_DISTANCE: AttentionFeature.MEAN_DISTANCE,
 }
-_PRIORITIES: Final[Mapping[int, Priority]] = {
+PRIORITIES: Final[Mapping[int, Priority]] = {
     inference_service_pb2.PRIORITY_UNSPECIFIED: Priority.NORMAL,
     inference_service_pb2.PRIORITY_LOW: Priority.LOW,
     inference_service_pb2.PRIORITY_NORMAL: Priority.NORMAL,
@@ -120,8 +102,11 @@ _SPECIAL_OUT: Final = {value: number for number, value in _SPECIAL.items() if nu
 _VALUES_OUT: Final = {value: number for number, value in _VALUES.items() if number}
 _FEATURES_OUT: Final = {value: number for number, value in _FEATURES.items()}
 _WEIGHTS_OUT: Final = {value: number for number, value in _WEIGHTS.items() if number}
-_DATA: Final = tensor_pb2.Tensor.DATA_FIELD_NUMBER
 _RESPONSE: Final = inference_service_pb2.InferResponse
+_QUEUED: Final = struct.Struct("<Bd")
+"""`queue_seconds` of a Run: its tag and a double."""
+_QUEUED_TAG: Final = inference_service_pb2.Run.QUEUE_SECONDS_FIELD_NUMBER << 3 | 1
+_PREDICTED_TAG: Final = varint(_RESPONSE.PREDICTED_BYTES_FIELD_NUMBER << 3)
 _RESULT: Final = inference_service_pb2.SequenceResult
 _MAP: Final = attention_pb2.AttentionMap
 _LINKS: Final = attention_pb2.Links
@@ -169,7 +154,7 @@ def selection_of(message: attention_pb2.AttentionSelection) -> AttentionSelectio
 def priority_of(number: int) -> Priority:
     """Decode a priority. Raises InvalidRequest for a number that the contract does not define."""
     violations = Violations()
-    priority = _named(_PRIORITIES, number, "priority", violations)
+    priority = _named(PRIORITIES, number, "priority", violations)
     violations.raise_any()
     return priority
 
@@ -182,29 +167,14 @@ def _named(table: Mapping[int, T], number: int, field: str, violations: Violatio
     return table[number]
 
 
-def array_of(data: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Array:
-    """Return a read-only view of `data`. Raise ValueError if it has other bytes than `dtype` and `shape` need."""
-    if dtype == "bool":
-        return np.frombuffer(data, np.uint8).view(np.bool_).reshape(shape)
-    return np.frombuffer(data, WIRE_NUMPY[dtype]).reshape(shape)
+@lru_cache(maxsize=256)
+def effective_bytes(effective: EffectiveSelection, sites: tuple[str, ...]) -> bytes:
+    """Serialize the selection that was carried out (an AttentionSelection); sent as a request, it means the same.
 
-
-def tensor_of(array: Array, name: str = "") -> Splice:
-    """Encode an array as a wire tensor; its data is copied once, when the message around it is joined."""
-    dtype = _NAMES.get(array.dtype) or array.dtype.name
-    return Splice(_tensor_head(name, dtype, array.shape)).add(_DATA, np.ascontiguousarray(array, WIRE_NUMPY[dtype]))
-
-
-@lru_cache(maxsize=4096)
-def _tensor_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Serialize a tensor without its data; cached, because outputs of the same lengths recur."""
-    return tensor_pb2.Tensor(name=name, dtype=WIRE_DTYPES[dtype], shape=shape).SerializeToString()
-
-
-def effective_message(effective: EffectiveSelection, sites: Sequence[SiteSpec]) -> attention_pb2.AttentionSelection:
-    """Encode the selection that was carried out; sent as a request, it means the same."""
+    `sites`: the names of its layers' sites.
+    """
     return attention_pb2.AttentionSelection(
-        sites=[sites[layer].name for layer in effective.layers],
+        sites=sites,
         layers=effective.layers,
         heads=() if effective.all_heads else effective.heads[0],
         head_reduction=_HEADS_OUT[effective.head_reduction],  # type: ignore[arg-type]
@@ -217,7 +187,7 @@ def effective_message(effective: EffectiveSelection, sites: Sequence[SiteSpec]) 
         dtype=_WEIGHTS_OUT[effective.dtype],  # type: ignore[arg-type]
         features=[_FEATURES_OUT[feature] for feature in effective.features],  # type: ignore[misc]
         values=_VALUES_OUT[effective.values],  # type: ignore[arg-type]
-    )
+    ).SerializeToString()
 
 
 def result_of(result: SequenceResult, outputs: Sequence[str], labels: bytes | None = None) -> Splice:
@@ -225,25 +195,28 @@ def result_of(result: SequenceResult, outputs: Sequence[str], labels: bytes | No
 
     `labels`: its serialized labels; None: none were selected.
     """
-    run = result.run
     message = Splice()
     for name in outputs:
-        message.add(_RESULT.OUTPUTS_FIELD_NUMBER, tensor_of(result.outputs[name], name))
+        array = result.outputs[name]
+        message.append(output_head(name, array.dtype, array.shape)).append(as_sent(array))
     if result.attention is not None:
         message.add(_RESULT.ATTENTION_FIELD_NUMBER, attention_of(result.attention))
     if labels is not None:
         message.add(_RESULT.LABELS_FIELD_NUMBER, labels)
-    return message.add(
-        _RESULT.RUN_FIELD_NUMBER,
-        inference_service_pb2.Run(
-            batch_size=run.batch_size,
-            useful_tokens=run.useful_tokens,
-            computed_tokens=run.computed_tokens,
-            queue_seconds=result.queue_s,
-            compute_seconds=run.compute_s,
-            instance=run.instance,
-        ).SerializeToString(),
-    )
+    return message.append(_run_of(result.run) + _QUEUED.pack(_QUEUED_TAG, result.queue_s))
+
+
+@lru_cache(maxsize=64)
+def _run_of(run: RunFacts) -> bytes:
+    """Serialize what all sequences of a run have in common (the field `run`, without `queue_seconds`, which follow)."""
+    common = inference_service_pb2.Run(
+        batch_size=run.batch_size,
+        useful_tokens=run.useful_tokens,
+        computed_tokens=run.computed_tokens,
+        compute_seconds=run.compute_s,
+        instance=run.instance,
+    ).SerializeToString()
+    return delimiter(_RESULT.RUN_FIELD_NUMBER, len(common) + _QUEUED.size) + common
 
 
 def attention_of(answer: AttentionAnswer) -> Splice:
@@ -308,19 +281,24 @@ def receipt_of(model: str, version: str, digest: str, execution_provider: str, p
 
 
 def response_of(
-    results: Sequence[Splice],
-    request_id: str,
-    receipt: bytes,
-    effective: attention_pb2.AttentionSelection | None,
-    predicted_bytes: int,
+    results: Sequence[Splice], request_id: str, receipt: bytes, effective: bytes, predicted_bytes: int
 ) -> Splice:
-    """Encode a whole answer (an InferResponse); `receipt` is from `receipt_of`."""
-    message = Splice(
-        inference_service_pb2.InferResponse(
-            effective_attention=effective, predicted_bytes=predicted_bytes
-        ).SerializeToString()
-    )
+    """Encode a whole answer (an InferResponse).
+
+    Args:
+        results: from `result_of`.
+        request_id: of the request.
+        receipt: from `receipt_of`.
+        effective: the serialized selection that was carried out; empty: none was.
+        predicted_bytes: tensor data, as predicted.
+    """
+    message = Splice()
     for result in results:
         message.add(_RESPONSE.RESULTS_FIELD_NUMBER, result)
-    named = Splice(receipt).add(inference_service_pb2.Receipt.REQUEST_ID_FIELD_NUMBER, request_id.encode())
-    return message.add(_RESPONSE.RECEIPT_FIELD_NUMBER, named)
+    if effective:
+        message.add(_RESPONSE.EFFECTIVE_ATTENTION_FIELD_NUMBER, effective)
+    if predicted_bytes:
+        message.append(_PREDICTED_TAG + varint(predicted_bytes))
+    named = request_id.encode()
+    receipt += delimiter(inference_service_pb2.Receipt.REQUEST_ID_FIELD_NUMBER, len(named)) + named
+    return message.append(delimiter(_RESPONSE.RECEIPT_FIELD_NUMBER, len(receipt)) + receipt)

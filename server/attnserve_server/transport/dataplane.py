@@ -1,7 +1,8 @@
-"""The data plane behind unary calls and streams: a parsed request in, an answer out, in two phases. Opens no stream.
+"""The data plane behind unary calls and streams: a parsed request in, an answer out, in steps. Opens no stream.
 
-`prepare` validates a request and predicts the size of its answer; `run` submits it to the model's scheduler. A caller
-may wait between the two, until it has room for the answer.
+`prepare` validates a request and predicts the size of its answer; `start` submits it to the model's scheduler; `answer`
+encodes the results. A caller may wait before `start`, until it has room for the answer. No step is a coroutine, so that
+a call is one task, and a request of a stream none; only a large request is prepared in a thread, by `prepare_large`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from attnserve.v1 import inference_service_pb2, model_pb2
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError, ModelNotFound, RequestCancelled
-from attnserve_server.domain.values import Array, AttentionMap, Links, RowFeatures, SequenceResult
+from attnserve_server.domain.values import (
+    Array,
+    AttentionMap,
+    EffectiveSelection,
+    Links,
+    RowFeatures,
+    SequenceResult,
+)
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel, Submitter
 from attnserve_server.scheduling.queue import Request
@@ -24,6 +32,7 @@ from attnserve_server.transport import codec
 from attnserve_server.transport.description import describe
 from attnserve_server.transport.intake import Intake
 from attnserve_server.transport.labels import labels_message
+from attnserve_server.transport.quick import QuickReader
 from attnserve_server.transport.status import name_of_code
 from attnserve_server.transport.validation import ValidRequest, check_model_reference, validate
 from attnserve_server.transport.wire import Received, Splice
@@ -40,11 +49,12 @@ _STATES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepared:
-    """A request that is valid and may run. Pass it to `run` or, if it ends before, to `withdraw`.
+    """A request that is valid and may run; not changed once made.
 
-    `validate_only`: it does not run; its answer has the predicted size and no results.
+    Pass it to `start` or, if it ends before, to `withdraw`. `validate_only`: it does not run; its answer has the
+    predicted size and no results.
     """
 
     request: Request
@@ -60,6 +70,14 @@ class Prepared:
         return 0 if self.validate_only else self.valid.predicted_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """How requests to one model are read. `quick`: for usual ones; None if the model has none."""
+
+    intake: Intake
+    quick: QuickReader | None
+
+
 class DataPlane:
     """Answers requests from the catalog's models. Event loop only."""
 
@@ -67,7 +85,7 @@ class DataPlane:
         self._catalog = catalog
         self._settings = settings
         self._clock = clock
-        self._intakes: dict[ServedModel, Intake] = {}
+        self._readers: dict[ServedModel, _Reader] = {}
         # One thread: more would take cores from the runs without preparing sequences sooner than runs can use them.
         self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
 
@@ -75,12 +93,15 @@ class DataPlane:
         """End the thread that prepares large requests."""
         self._preparing.shutdown(wait=False, cancel_futures=True)
 
-    async def prepare(self, request: Request, received: Received[inference_service_pb2.InferRequest]) -> Prepared:
+    def prepare(self, request: Request, received: Received[inference_service_pb2.InferRequest]) -> Prepared | None:
         """Validate a request, and count it if that fails.
 
         Args:
             request: in state RECEIVED.
             received: its message.
+
+        Returns:
+            The request; None for a large one, which would block the event loop: pass it to `prepare_large`.
 
         Raises:
             AttnserveError: As in the status table. Overload is reported before any work, because work on requests that
@@ -92,41 +113,88 @@ class DataPlane:
             manifest, scheduler = self._serving(served)
             if not message.validate_only:
                 scheduler.check_room(request.deadline_s)
-            valid = await self._validated(received, served, manifest)
-        except (asyncio.CancelledError, Exception) as error:
-            self._count_failure(served, request, error)
+            reader = self._reader(served, manifest)
+            valid = None
+            if reader.quick is not None and received.size <= OFFLOAD_TENSOR_BYTES:
+                valid = reader.quick.read(received)
+            if valid is None:
+                if _is_large(received):
+                    return None
+                valid = _checked(received, reader.intake, served)
+        except Exception as error:
+            self.count_failure(served, request, error)
             raise
         return Prepared(request, valid, served, manifest, scheduler, message.validate_only)
 
-    async def run(self, prepared: Prepared) -> Splice:
-        """Run a prepared request and return its answer, an InferResponse; count how it ended.
+    async def prepare_large(self, request: Request, received: Received[inference_service_pb2.InferRequest]) -> Prepared:
+        """Do as `prepare` does, in a thread."""
+        message = received.message
+        served = self._find(message.model, message.version)
+        try:
+            manifest, scheduler = self._serving(served)
+            intake = self._reader(served, manifest).intake
+            loop = asyncio.get_running_loop()
+            valid = await loop.run_in_executor(self._preparing, _checked, received, intake, served)
+        except (asyncio.CancelledError, Exception) as error:
+            self.count_failure(served, request, error)
+            raise
+        return Prepared(request, valid, served, manifest, scheduler, message.validate_only)
+
+    def start(self, prepared: Prepared) -> asyncio.Future[list[SequenceResult]]:
+        """Submit a prepared request, and return the future of its results. Count it if that fails.
+
+        Pass what the future holds to `answer`, or to `count_failure` what it raises.
 
         Raises:
             AttnserveError: As in the status table; RequestCancelled if it was cancelled after `prepare`.
         """
-        request, valid, served = prepared.request, prepared.valid, prepared.served
-        results: list[SequenceResult] = []
+        request = prepared.request
         if request.ended:
             self.withdraw(prepared)
             raise RequestCancelled
+        if prepared.validate_only:
+            request.answer()
+            done: asyncio.Future[list[SequenceResult]] = asyncio.get_running_loop().create_future()
+            done.set_result([])
+            return done
         try:
-            if prepared.validate_only:
-                request.answer()
-            else:
-                results = await prepared.scheduler.submit(request, valid.sequences, valid.priority)
-            answer = _response(prepared, results)
-        except (asyncio.CancelledError, Exception) as error:
-            self._count_failure(served, request, error)
+            return prepared.scheduler.submit(request, prepared.valid.sequences, prepared.valid.priority)
+        except Exception as error:
+            self.count_failure(prepared.served, request, error)
             raise
-        served.metrics.ended("OK")
-        _count_attention(served, results)
+
+    def answer(self, prepared: Prepared, results: list[SequenceResult]) -> Splice:
+        """Encode the results of a request as its InferResponse, and count it."""
+        try:
+            answer = _response(prepared, results)
+        except Exception as error:
+            self.count_failure(prepared.served, prepared.request, error)
+            raise
+        prepared.served.metrics.ended("OK")
+        if prepared.valid.effective is not None:
+            _count_attention(prepared.served, results)
         return answer
+
+    async def run(self, prepared: Prepared) -> Splice:
+        """Start a prepared request, wait for its results, and return its answer; count how it ended.
+
+        Raises:
+            AttnserveError: As in the status table; RequestCancelled if it was cancelled after `prepare`.
+        """
+        started = self.start(prepared)
+        try:
+            results = await started
+        except (asyncio.CancelledError, Exception) as error:
+            self.count_failure(prepared.served, prepared.request, error)
+            raise
+        return self.answer(prepared, results)
 
     def withdraw(self, prepared: Prepared) -> None:
         """Count a prepared request that is cancelled, or expires, before it runs."""
-        self._count_failure(prepared.served, prepared.request, asyncio.CancelledError())
+        self.count_failure(prepared.served, prepared.request, asyncio.CancelledError())
 
-    def _count_failure(self, served: ServedModel, request: Request, error: BaseException) -> None:
+    def count_failure(self, served: ServedModel, request: Request, error: BaseException) -> None:
+        """Count a request that ended with an error, by the status that its caller gets."""
         left_s = None if request.deadline_s is None else request.deadline_s - self._clock.now()
         served.metrics.ended(name_of_code(error, left_s))
 
@@ -142,19 +210,6 @@ class DataPlane:
     def _serving(self, served: ServedModel) -> tuple[Manifest, Submitter]:
         try:
             return served.serving()
-        except AttnserveError as error:
-            served.metrics.refused(error.reason)
-            raise
-
-    async def _validated(
-        self, received: Received[inference_service_pb2.InferRequest], served: ServedModel, manifest: Manifest
-    ) -> ValidRequest:
-        intake = self._intake(served, manifest)
-        try:
-            if not _is_large(received):
-                return validate(received, intake)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._preparing, validate, received, intake)
         except AttnserveError as error:
             served.metrics.refused(error.reason)
             raise
@@ -176,7 +231,7 @@ class DataPlane:
             execution_provider=served.provider,
         )
         if served.manifest is not None:
-            intake = self._intake(served, served.manifest)
+            intake = self._reader(served, served.manifest).intake
             describe(message, served.manifest, self._settings.batching)
             message.accepts_text = served.manifest.text is not None
             message.max_batch_size = intake.max_batch_size
@@ -184,10 +239,10 @@ class DataPlane:
             message.max_response_bytes = intake.max_response_bytes
         return message
 
-    def _intake(self, served: ServedModel, manifest: Manifest) -> Intake:
-        intake = self._intakes.get(served)
+    def _reader(self, served: ServedModel, manifest: Manifest) -> _Reader:
+        reader = self._readers.get(served)
         # A model gets its tokenizer while it loads: an intake that was made before that is replaced.
-        if intake is None or intake.tokenizer is not served.tokenizer:
+        if reader is None or reader.intake.tokenizer is not served.tokenizer:
             most = served.max_request_size or manifest.max_batch_size
             intake = Intake.of(
                 manifest,
@@ -196,8 +251,19 @@ class DataPlane:
                 max_text_bytes=self._settings.max_text_bytes,
                 max_response_bytes=self._settings.max_response_bytes,
             )
-            self._intakes[served] = intake
-        return intake
+            reader = self._readers[served] = _Reader(intake, QuickReader.of(intake))
+        return reader
+
+
+def _checked(
+    received: Received[inference_service_pb2.InferRequest], intake: Intake, served: ServedModel
+) -> ValidRequest:
+    """Return the request as `validate` reads it; count it if it is refused."""
+    try:
+        return validate(received, intake)
+    except AttnserveError as error:
+        served.metrics.refused(error.reason)
+        raise
 
 
 def _is_large(received: Received[inference_service_pb2.InferRequest]) -> bool:
@@ -214,9 +280,13 @@ def _response(prepared: Prepared, results: list[SequenceResult]) -> Splice:
         [codec.result_of(result, valid.outputs, _labels(result, manifest, served)) for result in results],
         prepared.request.request_id,
         codec.receipt_of(served.name, served.version, manifest.digest, served.provider, manifest.precision),
-        None if valid.effective is None else codec.effective_message(valid.effective, manifest.sites),
+        b"" if valid.effective is None else _effective(valid.effective, manifest),
         valid.predicted_bytes,
     )
+
+
+def _effective(effective: EffectiveSelection, manifest: Manifest) -> bytes:
+    return codec.effective_bytes(effective, tuple([manifest.sites[layer].name for layer in effective.layers]))
 
 
 def _labels(result: SequenceResult, manifest: Manifest, served: ServedModel) -> bytes | None:

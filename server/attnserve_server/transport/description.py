@@ -15,6 +15,7 @@ from attnserve_server.model.certificate import Batching
 from attnserve_server.model.manifest import InputRole, InputSpec, Manifest, OutputSpec, PastSpec
 from attnserve_server.transport import codec
 from attnserve_server.transport.labels import head_message
+from attnserve_server.transport.tensors import WIRE_DTYPES
 
 _POLICIES: Final[dict[Batching, model_pb2.BatchingPolicy.ValueType]] = {
     "proved": model_pb2.BATCHING_POLICY_PROVED,
@@ -39,7 +40,7 @@ def spec_messages(
     return [
         model_pb2.TensorSpec(
             name=name,
-            dtype=codec.WIRE_DTYPES[dtype],
+            dtype=WIRE_DTYPES[dtype],
             shape=[
                 model_pb2.Dimension(symbol=extent) if isinstance(extent, str) else model_pb2.Dimension(size=extent)
                 for extent in shape

@@ -16,7 +16,6 @@ from attnserve_server.domain.values import Array, AxisUnits
 from attnserve_server.model.formula import broken_relations
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, TextSpec
 from attnserve_server.model.tokenizer import TextTokenizer, TokenizedText, TruncationFailed
-from attnserve_server.transport.codec import DTYPE_NAMES, array_of
 from attnserve_server.transport.intake import (
     CountedPositions,
     Intake,
@@ -26,13 +25,14 @@ from attnserve_server.transport.intake import (
     invalid_length,
     invalid_value,
 )
+from attnserve_server.transport.tensors import DTYPE_NAMES, array_of
 from attnserve_server.transport.wire import Received
 
 MAX_RANK: Final = 8
 MAX_ELEMENTS: Final = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Inputs:
     """One sequence's model inputs, the lengths of its axes, and the units of those that were made from text.
 

@@ -76,13 +76,17 @@ class InferenceServicer:
             check_request_id(request_id)
         else:
             request_id = f"{_PROCESS}{next(_NUMBERS):016x}"
+        request = Request(request_id, deadline_s, received.size)
+        plane = self._plane
         try:
-            with Request(request_id, deadline_s, received.size) as request:
-                prepared = await self._plane.prepare(request, received)
-                answer = await self._plane.run(prepared)
-            return answer.joined()
+            prepared = plane.prepare(request, received) or await plane.prepare_large(request, received)
+            return (await plane.run(prepared)).joined()
         except Exception as error:
+            request.fail(error)
             raise Failure(request_id, error) from error
+        except asyncio.CancelledError as error:
+            request.fail(error)
+            raise
 
     async def list_models(
         self, _: inference_service_pb2.ListModelsRequest, __: Context

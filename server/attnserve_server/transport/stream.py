@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -24,8 +26,10 @@ from attnserve_server.domain.errors import (
     NotServing,
     RequestCancelled,
 )
+from attnserve_server.domain.values import SequenceResult
 from attnserve_server.scheduling.queue import Request
-from attnserve_server.transport.dataplane import DataPlane
+from attnserve_server.transport.allowance import Allowance
+from attnserve_server.transport.dataplane import DataPlane, Prepared
 from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, remaining_s, send
 from attnserve_server.transport.status import status_of
 from attnserve_server.transport.validation import check_request_id, is_request_id
@@ -40,54 +44,16 @@ _REQUEST_ID: Final = (
 )
 
 
-class Allowance:
-    """At most `limit` bytes at a time, granted in order: bounds the answers held for a slow reader. Event loop only."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._taken = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def take(self, count: int) -> None:
-        """Wait for `count` bytes. More than the limit is granted once nothing else is taken."""
-        if not self._waiting and self._fits(count):
-            self._taken += count
-            return
-        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((count, granted))
-        try:
-            await granted
-        except asyncio.CancelledError:
-            # Granted and cancelled in the same turn of the loop: give the bytes back. Otherwise let the next ones
-            # go on, which may fit where this one did not.
-            self.give(0 if granted.cancelled() else count)
-            raise
-
-    def give(self, count: int) -> None:
-        """Give bytes back, and grant what fits to those that wait."""
-        self._taken -= count
-        while self._waiting:
-            wanted, granted = self._waiting[0]
-            if not granted.done():
-                if not self._fits(wanted):
-                    return
-                self._taken += wanted
-                granted.set_result(None)
-            self._waiting.popleft()
-
-    def _fits(self, count: int) -> bool:
-        return self._taken == 0 or self._taken + count <= self._limit
-
-
 @dataclass(slots=True, eq=False)
 class _Flight:
     """One unanswered request on a stream. Event loop only."""
 
     request: Request
     received: Received[inference_service_pb2.InferRequest]
-    task: asyncio.Task[None] | None = None
+    pending: asyncio.Future[Any] | None = None
+    """Its results, or the task that prepares it; cancelled if the stream ends before."""
     preparing: asyncio.Timeout | None = None
-    """Its deadline while it is validated and waits for its allowance."""
+    """Its deadline while a task prepares it, or waits for its allowance."""
     reserved_bytes: int = 0
 
     def cancel(self) -> None:
@@ -132,7 +98,11 @@ class Streams:
 
 
 class _Stream:
-    """One stream: a reader, a task for each request, and one writer at a time."""
+    """One stream: a reader, a writer, and the unanswered requests between them.
+
+    A request is no task, unless it is large or must wait for its allowance: the reader submits it, and its results go
+    to the writer as soon as they are known.
+    """
 
     def __init__(self, plane: DataPlane, clock: Clock, settings: Settings, context: Context) -> None:
         self._plane = plane
@@ -144,8 +114,10 @@ class _Stream:
         self._slots = asyncio.Semaphore(settings.max_stream_in_flight)
         # Answers count until they are sent: a caller that does not read makes the server hold no more than this.
         self._answers = Allowance(settings.max_stream_answer_bytes)
-        self._writing = asyncio.Lock()
         self._flights: dict[str, _Flight] = {}
+        self._outbox: deque[tuple[Iterator[bytes], _Flight | None]] = deque()
+        self._filled = asyncio.Event()
+        self._read_all = False
         self._stop = asyncio.Event()
         self._left = False
 
@@ -158,20 +130,34 @@ class _Stream:
         failure: AttnserveError | None = None
         # Sent before any write that may be cancelled: gRPC would count the headers as unsent, send them again and hang.
         await self._context.send_initial_metadata(())
-        async with asyncio.TaskGroup() as group:
-            reading = group.create_task(self._read_all(group))
-            stopping = group.create_task(self._stop.wait())
-            await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            if reading.done():
-                failure = reading.result()
-            else:
-                reading.cancel()
-                failure = NotServing("", "draining")
+        try:
+            async with asyncio.TaskGroup() as group:
+                writing = group.create_task(self._write_all())
+                reading = group.create_task(self._read(group))
+                stopping = group.create_task(self._stop.wait())
+                await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+                if reading.done():
+                    failure = reading.result()
+                else:
+                    reading.cancel()
+                    failure = NotServing("", "draining")
+                if reading.done() and failure is not None:
+                    writing.cancel()
+                    self._cancel_all()
+                self._read_all = True
+                self._filled.set()
+        finally:
+            self._cancel_all()
         if failure is not None:
             raise failure
 
-    async def _read_all(self, group: asyncio.TaskGroup) -> AttnserveError | None:
+    def _cancel_all(self) -> None:
+        for flight in self._flights.values():
+            if flight.pending is not None:
+                flight.pending.cancel()
+
+    async def _read(self, group: asyncio.TaskGroup) -> AttnserveError | None:
         """Read until the caller closes its half, and return None, or until an error ends the stream; return that."""
         while True:
             data: Any = await self._context.read()
@@ -180,9 +166,6 @@ class _Stream:
             try:
                 await self._take(data, group)
             except AttnserveError as error:
-                for flight in self._flights.values():
-                    if flight.task is not None:
-                        flight.task.cancel()
                 return error
 
     async def _take(self, data: bytes, group: asyncio.TaskGroup) -> None:
@@ -199,7 +182,7 @@ class _Stream:
             request_id = find_field(data, *_REQUEST_ID).decode(errors="replace")
             if not is_request_id(request_id):
                 raise
-            await self._refuse(request_id, _within_request(error))
+            self._refuse(request_id, _within_request(error))
             return
         message = received.message
         kind = message.WhichOneof("message")
@@ -215,20 +198,112 @@ class _Stream:
             raise InvalidRequest.of("request.request_id", "empty: on a stream every request needs an id")
         check_request_id(request_id)
         if request_id in self._flights:
-            await self._refuse(
+            self._refuse(
                 request_id, InvalidRequest.of("request_id", f"{request_id!r} is the id of an unanswered request")
             )
             return
         request = Request(request_id, self._deadline_of(message), received.size)
+        if await self._slot(request):
+            flight = self._flights[request_id] = _Flight(request, received.part(message.request))
+            self._begin(flight, group)
+
+    async def _slot(self, request: Request) -> bool:
+        """Take a slot for a request; if its deadline passes before, answer it and return False."""
+        if not self._slots.locked():
+            return await self._slots.acquire()  # at once
         began = self._clock.now()
         try:
             async with asyncio.timeout(self._time_left(request)):
-                await self._slots.acquire()
+                return await self._slots.acquire()
         except TimeoutError:
-            await self._send(request_id, DeadlineExpired(self._clock.now() - began))
+            self._post(self._encoded(request.request_id, DeadlineExpired(self._clock.now() - began)), None)
+            return False
+
+    def _begin(self, flight: _Flight, group: asyncio.TaskGroup) -> None:
+        """Submit a request; in a task if it is large, or must wait for its allowance."""
+        try:
+            prepared = self._plane.prepare(flight.request, flight.received)
+            if prepared is not None and self._answers.take_now(prepared.answer_bytes):
+                flight.reserved_bytes = prepared.answer_bytes
+                self._start(flight, prepared)
+                return
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: others on the stream go on
+            self._land(flight, error)
             return
-        flight = self._flights[request_id] = _Flight(request, received.part(message.request))
-        flight.task = group.create_task(self._fly(flight))
+        flight.pending = group.create_task(self._wait(flight, prepared))
+
+    async def _wait(self, flight: _Flight, prepared: Prepared | None) -> None:
+        """Prepare a large request, wait for its allowance, and submit it.
+
+        The scheduler keeps its deadline from then on.
+        """
+        request = flight.request
+        began = self._clock.now()
+        try:
+            async with asyncio.timeout(self._time_left(request)) as flight.preparing:
+                prepared = prepared or await self._plane.prepare_large(request, flight.received)
+                try:
+                    await self._answers.take(prepared.answer_bytes)
+                except asyncio.CancelledError:
+                    self._plane.withdraw(prepared)
+                    raise
+                flight.reserved_bytes = prepared.answer_bytes
+            flight.preparing = None
+            self._start(flight, prepared)
+        except TimeoutError:
+            self._land(flight, RequestCancelled() if request.ended else DeadlineExpired(self._clock.now() - began))
+        except Exception as error:  # noqa: BLE001 - the boundary of one request: others on the stream go on
+            self._land(flight, error)
+        finally:
+            flight.preparing = None
+
+    def _start(self, flight: _Flight, prepared: Prepared) -> None:
+        started = flight.pending = self._plane.start(prepared)
+        started.add_done_callback(partial(self._ended, flight, prepared))
+
+    def _ended(self, flight: _Flight, prepared: Prepared, results: asyncio.Future[list[SequenceResult]]) -> None:
+        """Answer a request whose results, or whose error, are known."""
+        error = asyncio.CancelledError() if results.cancelled() else results.exception()
+        if error is not None:
+            self._plane.count_failure(prepared.served, flight.request, error)
+            self._land(flight, RequestCancelled() if results.cancelled() else error)
+            return
+        try:
+            self._land(flight, self._plane.answer(prepared, results.result()))
+        except Exception as fault:  # noqa: BLE001 - the boundary of one request: others on the stream go on
+            self._land(flight, fault)
+
+    def _land(self, flight: _Flight, answer: Splice | BaseException) -> None:
+        """Give an answer to the writer; the request keeps its slot until it is sent."""
+        request = flight.request
+        if isinstance(answer, BaseException):
+            request.fail(answer)
+            if not isinstance(answer, UNLOGGED):
+                log_failure(answer, request.request_id, "StreamInfer")
+        self._post(self._encoded(request.request_id, answer), flight)
+
+    def _post(self, messages: Iterator[bytes], flight: _Flight | None) -> None:
+        self._outbox.append((messages, flight))
+        self._filled.set()
+
+    async def _write_all(self) -> None:
+        """Write answers as they come, a large one in chunks: between its chunks, others come to their turn."""
+        outbox = self._outbox
+        while outbox or self._flights or not self._read_all:
+            if not outbox:
+                self._filled.clear()
+                await self._filled.wait()
+                continue
+            messages, flight = outbox.popleft()
+            message = next(messages, None)
+            if message is not None:
+                if not self._left:
+                    self._left = not await send(self._context, message)
+                outbox.append((messages, flight))
+            elif flight is not None:
+                del self._flights[flight.request.request_id]
+                self._answers.give(flight.reserved_bytes)
+                self._slots.release()
 
     def _deadline_of(self, message: inference_service_pb2.StreamInferRequest) -> float | None:
         """Return when one request expires: after its own timeout, and no later than the stream."""
@@ -241,75 +316,24 @@ class _Stream:
         """Return the seconds until a request expires; None: it never does."""
         return None if request.deadline_s is None else max(0.0, request.deadline_s - self._clock.now())
 
-    async def _fly(self, flight: _Flight) -> None:
-        """Run and answer one request."""
-        request_id = flight.request.request_id
-        try:
-            answer = await self._answer(flight)
-            await self._send(request_id, answer)
-        finally:
-            del self._flights[request_id]
-            self._answers.give(flight.reserved_bytes)
-            self._slots.release()
-
-    async def _answer(self, flight: _Flight) -> Splice | Exception:
-        """Return the answer, or the error that the request failed with. Raises only if the stream is cancelled."""
-        request = flight.request
-        if request.ended:
-            return RequestCancelled()
-        try:
-            with request:
-                return await self._compute(flight)
-        except Exception as error:  # noqa: BLE001 - the boundary of one request: others on the stream go on
-            if not isinstance(error, UNLOGGED):
-                log_failure(error, request.request_id, "StreamInfer")
-            return error
-
-    async def _compute(self, flight: _Flight) -> Splice:
-        """Prepare the request, take its allowance and run it. The scheduler keeps its deadline from `run` on."""
-        request = flight.request
-        began = self._clock.now()
-        try:
-            async with asyncio.timeout(self._time_left(request)) as flight.preparing:
-                prepared = await self._plane.prepare(request, flight.received)
-                if not prepared.validate_only:
-                    try:
-                        await self._answers.take(prepared.answer_bytes)
-                    except asyncio.CancelledError:
-                        self._plane.withdraw(prepared)
-                        raise
-                    flight.reserved_bytes = prepared.answer_bytes
-        except TimeoutError:
-            error = RequestCancelled() if request.ended else DeadlineExpired(self._clock.now() - began)
-            raise error from None
-        finally:
-            flight.preparing = None
-        return await self._plane.run(prepared)
-
-    async def _refuse(self, request_id: str, error: AttnserveError) -> None:
+    def _refuse(self, request_id: str, error: AttnserveError) -> None:
         log_failure(error, request_id, "StreamInfer")
-        await self._send(request_id, error)
+        self._post(self._encoded(request_id, error), None)
 
-    async def _send(self, request_id: str, answer: Splice | Exception) -> None:
-        """Send an answer, a large one in chunks; chunks of other answers may come between them."""
+    def _encoded(self, request_id: str, answer: Splice | BaseException) -> Iterator[bytes]:
+        """Yield the messages of one answer."""
         envelope = inference_service_pb2.StreamInferResponse(request_id=request_id)
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             envelope.status = status_of(answer, request_id).SerializeToString()
-            await self._write(envelope.SerializeToString())
+            yield envelope.SerializeToString()
         elif answer.size <= CHUNK_BYTES:
-            await self._write(Splice(envelope.SerializeToString()).add(_RESPONSE, answer).joined())
+            yield Splice(envelope.SerializeToString()).add(_RESPONSE, answer).joined()
         else:
             whole, starts = answer.joined(), range(0, answer.size, CHUNK_BYTES)
             for index, start in enumerate(starts):
                 piece = whole[start : start + CHUNK_BYTES]
                 envelope.chunk.CopyFrom(inference_service_pb2.ResponseChunk(index=index, count=len(starts), data=piece))
-                await self._write(envelope.SerializeToString())
-
-    async def _write(self, data: bytes) -> None:
-        """Write one message; while the caller does not read this waits, and the request keeps its slot."""
-        async with self._writing:
-            if not self._left:
-                self._left = not await send(self._context, data)
+                yield envelope.SerializeToString()
 
 
 def _within_request(error: InvalidRequest) -> InvalidRequest:

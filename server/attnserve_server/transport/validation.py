@@ -39,9 +39,9 @@ MAX_REQUEST_ID: Final = 128
 _REQUEST_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ValidRequest:
-    """A request that may run."""
+    """A request that may run. Not changed once made."""
 
     sequences: tuple[PreparedSequence, ...]
     outputs: tuple[str, ...]

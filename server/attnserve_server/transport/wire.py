@@ -9,7 +9,7 @@ for bytes that are no message; `Splice` writes without copies. What the fields m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from operator import length_hint
@@ -34,6 +34,9 @@ _STRING: Final = descriptor_pb2.FieldDescriptorProto.TYPE_STRING
 _BYTES: Final = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
 _FIXED: Final = {1: 8, 5: 4}
 _VARINT, _DELIMITED = 0, 2
+_SMALL: Final = tuple(bytes((value,)) for value in range(1 << 7))
+_TAGS: Final = tuple(_SMALL[number << 3 | _DELIMITED] for number in range(16))
+"""Of length-delimited fields, by field number."""
 _TENSOR: Final = tensor_pb2.Tensor.DESCRIPTOR.full_name
 _DATA: Final = tensor_pb2.Tensor.DATA_FIELD_NUMBER
 
@@ -42,9 +45,12 @@ class NotAMessage(InvalidRequest):
     """The bytes cannot be parsed as a message of the expected type."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Received(Generic[M]):
-    """A message as it was received. Read a tensor's data with `data_of`: the field itself may not hold it."""
+    """A message as it was received, not changed once made.
+
+    Read a tensor's data with `data_of`: the field itself may not hold it.
+    """
 
     message: M
     size: int
@@ -227,17 +233,19 @@ class Splice:
 
     def add(self, number: int, content: Splice | bytes | Array) -> Splice:
         """Append a length-delimited field: a message, bytes, or the data of a C-contiguous array."""
-        pieces: Iterable[Any]
         if isinstance(content, Splice):
-            pieces, size = content.pieces, content.size
-        elif isinstance(content, bytes):
-            pieces, size = (content,), len(content)
-        else:
-            pieces, size = (content,), content.nbytes
-        head = varint(number << 3 | _DELIMITED) + varint(size)
-        self.pieces.append(head)
-        self.pieces.extend(pieces)
-        self.size += len(head) + size
+            head = delimiter(number, content.size)
+            self.pieces.append(head)
+            self.pieces += content.pieces
+            self.size += len(head) + content.size
+            return self
+        size = len(content) if isinstance(content, bytes) else content.nbytes
+        return self.append(delimiter(number, size)).append(content)
+
+    def append(self, content: bytes | Array) -> Splice:
+        """Append bytes as they are, or the data of a C-contiguous array: whole fields, or a part of one."""
+        self.pieces.append(content)
+        self.size += len(content) if isinstance(content, bytes) else content.nbytes
         return self
 
     def joined(self) -> bytes:
@@ -245,8 +253,15 @@ class Splice:
         return b"".join(self.pieces)
 
 
+def delimiter(number: int, size: int) -> bytes:
+    """Write what precedes the content of a length-delimited field: its tag and the length of its content."""
+    return (_TAGS[number] if number < len(_TAGS) else varint(number << 3 | _DELIMITED)) + varint(size)
+
+
 def varint(value: int) -> bytes:
     """Write `value` as protobuf writes tags and lengths: seven bits a byte, least significant first."""
+    if value < 1 << 14:
+        return _SMALL[value] if value < 1 << 7 else bytes((value & 0x7F | 0x80, value >> 7))
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

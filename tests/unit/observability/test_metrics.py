@@ -18,7 +18,8 @@ from attnserve_server.observability.metrics import (
     MetricSpec,
     resident_bytes,
 )
-from prometheus_client import Counter, Gauge, Histogram, generate_latest
+from attnserve_server.observability.tally import Counter, Gauge, Histogram, HistogramSeries
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 NAMES = [spec.name for spec in SPECS]
@@ -42,7 +43,7 @@ def test_declared_metrics_are_exported() -> None:
     metrics = Metrics()
     for spec in SPECS:
         series = metrics._made[spec.name].labels(*["x"] * len(spec.labels))
-        if isinstance(series, Histogram):
+        if isinstance(series, HistogramSeries):
             series.observe(1)
         else:
             series.inc()

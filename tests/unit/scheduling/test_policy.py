@@ -20,11 +20,13 @@ from attnserve_server.scheduling.policy import (
     Candidate,
     Layout,
     SchedulingSettings,
+    _alike,
+    _choose,
     _neighbours,
     adjusted_arrival,
     plan,
 )
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from past_graphs import manifest
 
@@ -134,6 +136,32 @@ def test_no_run_ends_past_a_deadline_of_its_sequences(
     padded = [max(column) for column in zip(*(candidates[at].lengths for at in members), strict=True)]
     ends = NOW + pace * cost.seconds(len(members), sum(padded))
     assert all(candidates[at].deadline_s is None or candidates[at].deadline_s >= ends - 1e-6 for at in members)  # type: ignore[operator]
+
+
+@given(
+    st.lists(st.floats(0, 99), min_size=2, max_size=40, unique=True),
+    st.integers(1, 60),
+    st.integers(0, 5000),
+    bounds,
+    costs,
+)
+def test_sequences_of_one_shape_are_planned_as_the_general_rule_plans_them(
+    arrivals: list[float], length: int, size: int, settings: SchedulingSettings, cost: CostModel
+) -> None:
+    line = [Candidate(at, (length,), footprint={(): size}) for at in sorted(arrivals)]
+    assume(settings.max_batch_size > 1)
+    general = _choose(line, NOW, settings, cost, 0.0)
+    count = _alike(line, NOW, settings, cost)
+    assert general == list(range(len(general))), "the order by value is that by age"
+
+    def score(members: int) -> float:
+        ages = [(NOW - one.adjusted_arrival_s) / (NOW - line[0].adjusted_arrival_s) for one in line[:members]]
+        row_s = cost.row_s(length)
+        value_s = sum(row_s + cost.run_s / len(line) + AGE_SHARE * min(cost.run_s, row_s) * age for age in ages)
+        return value_s / cost.seconds(members, length)
+
+    # Scores that differ by rounding alone may be chosen either way.
+    assert count == len(general) or score(count) == pytest.approx(score(len(general)), rel=1e-9)
 
 
 def test_a_sequence_near_its_deadline_joins_no_batch() -> None:

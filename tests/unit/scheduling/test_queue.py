@@ -44,7 +44,7 @@ async def test_a_request_is_answered_with_its_last_sequence() -> None:
     run_of(first)
     first.answer(RESULT)
     assert request.state is State.ANSWERED
-    assert await request.results() == [RESULT, RESULT]
+    assert await request.results == [RESULT, RESULT]
 
 
 async def test_a_request_ends_once() -> None:
@@ -52,7 +52,7 @@ async def test_a_request_ends_once() -> None:
     assert request.fail(InternalFault())
     assert not request.fail(RequestCancelled())
     with pytest.raises(InternalFault):
-        await request.results()
+        await request.results
     run_of(*request.entries)
     with pytest.raises(AssertionError, match="FAILED cannot become ANSWERED"):
         request.entries[0].answer(RESULT)
@@ -68,7 +68,8 @@ async def test_a_request_is_admitted_only_when_received(state: State) -> None:
 
 async def test_a_request_ends_when_its_waiting_task_is_cancelled() -> None:
     request = admitted()
-    waiting = asyncio.create_task(request.results())
+    results = request.results
+    waiting = asyncio.ensure_future(asyncio.wait_for(results, None))
     await asyncio.sleep(0)
     waiting.cancel()
     assert request.ended, "before the task has run again"

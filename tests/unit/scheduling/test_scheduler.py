@@ -106,7 +106,6 @@ def test_a_request_of_many_sequences_is_answered_in_its_order(virtually, bench, 
         async with bench:
             results = await bench.submit([sequence(tag, length) for tag, length in enumerate(lengths)])
             assert tags_of(results) == list(range(10))
-            assert await bench.submit([]) == []
 
     virtually(story())
 

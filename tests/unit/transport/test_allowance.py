@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 
-from attnserve_server.transport.stream import Allowance
+from attnserve_server.transport.allowance import Allowance
 from hypothesis import given
 from hypothesis import strategies as st
 

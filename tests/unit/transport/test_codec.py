@@ -16,6 +16,7 @@ from attnserve_server.domain.values import (
     AttentionAnswer,
     AttentionMap,
     AxisUnits,
+    EffectiveSelection,
     Links,
     Priority,
     RowFeatures,
@@ -24,7 +25,7 @@ from attnserve_server.domain.values import (
 )
 from attnserve_server.model.certificate import Batching, Clause, Verdict
 from attnserve_server.model.manifest import AxisSpec, OutputSpec, TextSpec
-from attnserve_server.transport import codec
+from attnserve_server.transport import codec, tensors
 from attnserve_server.transport.description import describe
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ from hypothesis.extra import numpy as npst
 from made_by_hand import SURVIVED, certificate
 from tiny_bundle import tiny_manifest
 
-DTYPES = sorted(codec.WIRE_DTYPES)
+DTYPES = sorted(tensors.WIRE_DTYPES)
 MANIFEST = tiny_manifest()
 
 
@@ -45,8 +46,8 @@ def result_message(result: SequenceResult, outputs: tuple[str, ...]) -> inferenc
 def test_an_array_survives_a_round_trip(data: st.DataObject, dtype: str) -> None:
     shape = data.draw(npst.array_shapes(min_dims=0, max_dims=4, max_side=4))
     array = data.draw(npst.arrays(np.dtype(dtype), shape))
-    wire = tensor_pb2.Tensor.FromString(codec.tensor_of(array, "x").joined())
-    back = codec.array_of(wire.data, codec.DTYPE_NAMES[wire.dtype], tuple(wire.shape))
+    wire = tensor_pb2.Tensor.FromString(tensors.tensor_of(array, "x").joined())
+    back = tensors.array_of(wire.data, tensors.DTYPE_NAMES[wire.dtype], tuple(wire.shape))
     assert back.dtype == array.dtype
     assert back.tobytes() == array.tobytes()  # bytes, so that NaN and -0.0 count too
     assert back.shape == array.shape
@@ -54,14 +55,14 @@ def test_an_array_survives_a_round_trip(data: st.DataObject, dtype: str) -> None
 
 def test_bytes_on_the_wire_are_little_endian_and_row_major() -> None:
     big = np.array([[1, 2], [3, 4]], ">i4").T
-    message = tensor_pb2.Tensor.FromString(codec.tensor_of(big).joined())
+    message = tensor_pb2.Tensor.FromString(tensors.tensor_of(big).joined())
     assert message.data == bytes([1, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_array_is_a_read_only_view_of_its_bytes(dtype: str) -> None:
     data = bytes(8 * 2)
-    array = codec.array_of(data, dtype, (len(data) // np.dtype(dtype).itemsize,))
+    array = tensors.array_of(data, dtype, (len(data) // np.dtype(dtype).itemsize,))
     assert not array.flags.writeable
     assert np.shares_memory(array, np.frombuffer(data, np.uint8))
 
@@ -134,6 +135,11 @@ def test_a_priority_is_decoded(number: int, priority: Priority) -> None:
     assert codec.priority_of(number) is priority
 
 
+def echo_of(effective: EffectiveSelection) -> attention_pb2.AttentionSelection:
+    names = tuple(MANIFEST.sites[layer].name for layer in effective.layers)
+    return attention_pb2.AttentionSelection.FromString(codec.effective_bytes(effective, names))
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -149,9 +155,9 @@ def test_a_priority_is_decoded(number: int, priority: Priority) -> None:
 )
 def test_an_echoed_selection_means_the_same(message: attention_pb2.AttentionSelection) -> None:
     effective = resolve(codec.selection_of(message), MANIFEST.sites, "tiny")
-    echo = codec.effective_message(effective, MANIFEST.sites)
+    echo = echo_of(effective)
     again = resolve(codec.selection_of(echo), MANIFEST.sites, "tiny")
-    assert codec.effective_message(again, MANIFEST.sites) == echo
+    assert echo_of(again) == echo
     assert (again.layers, again.heads, again.queries) == (effective.layers, effective.heads, effective.queries)
     assert echo.head_reduction
     assert echo.layer_reduction

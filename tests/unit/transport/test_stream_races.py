@@ -80,25 +80,23 @@ def asking(request_id: str) -> pb.StreamInferRequest:
     return pb.StreamInferRequest(request=pb.InferRequest(model="tiny", sequences=[sequence], request_id=request_id))
 
 
-async def test_a_request_cancelled_before_its_task_starts_is_answered_and_not_submitted(
-    streams: Streams, gate: Gate
-) -> None:
+async def test_a_request_cancelled_by_the_next_message_is_answered_and_withdrawn(streams: Streams, gate: Gate) -> None:
     wire = Wire(asking("a"), pb.StreamInferRequest(cancel_request_id="a"))
     await streams.stream_infer(None, wire)  # type: ignore[arg-type]
     (answer,) = wire.sent
     assert answer.request_id == "a"
     assert status_pb2.Status.FromString(answer.status).code == grpc.StatusCode.CANCELLED.value[0]
-    assert gate.deadlines == []
+    assert gate.withdrawn == 1
 
 
-async def test_a_request_cancelled_as_its_stream_ends_gets_no_answer(streams: Streams, gate: Gate) -> None:
+async def test_a_request_cancelled_as_its_stream_ends_is_withdrawn_once(streams: Streams, gate: Gate) -> None:
     wire = Wire(asking("a"), closed=False)
     serving = asyncio.create_task(streams.stream_infer(None, wire))  # type: ignore[arg-type]
     await until(lambda: bool(gate.waiting))
     wire.arrive(pb.StreamInferRequest(cancel_request_id="a"), pb.StreamInferRequest())
     with pytest.raises(InvalidRequest):
         await serving
-    assert wire.sent == []
+    assert {status_pb2.Status.FromString(answer.status).code for answer in wire.sent} <= {1}, "CANCELLED, if any"
     assert gate.withdrawn == 1
 
 
