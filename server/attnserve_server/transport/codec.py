@@ -1,6 +1,6 @@
 """The meaning of wire messages: selections, priorities and arrays to domain values, and results to responses.
 
-A value of a request that the contract does not define raises InvalidRequest; encoding fails as in `tensors`.
+A value of a request that the contract does not define raises InvalidRequest; encoding fails as in `wire`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from attnserve_server.domain.values import (
     SpecialTokens,
     WeightDtype,
 )
-from attnserve_server.transport.tensors import as_sent, output_head, tensor_of
-from attnserve_server.transport.wire import Splice, delimiter, varint
+from attnserve_server.transport.wire import Splice, as_sent, delimiter, output_head, tensor_of, varint
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from attnserve_server.model.certificate import Batching
 from attnserve_server.model.manifest import InputRole, InputSpec, Manifest, OutputSpec, PastSpec
 from attnserve_server.transport import codec
 from attnserve_server.transport.labels import head_message
-from attnserve_server.transport.tensors import WIRE_DTYPES
+from attnserve_server.transport.wire import WIRE_DTYPES
 
 _POLICIES: Final[dict[Batching, model_pb2.BatchingPolicy.ValueType]] = {
     "proved": model_pb2.BATCHING_POLICY_PROVED,

@@ -25,8 +25,7 @@ from attnserve_server.transport.intake import (
     invalid_length,
     invalid_value,
 )
-from attnserve_server.transport.tensors import DTYPE_NAMES, array_of
-from attnserve_server.transport.wire import Received
+from attnserve_server.transport.wire import DTYPE_NAMES, Received, array_of
 
 MAX_RANK: Final = 8
 MAX_ELEMENTS: Final = 2**63 - 1

@@ -17,9 +17,8 @@ from attnserve_server.domain.values import Array, PreparedSequence
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec
 from attnserve_server.transport.codec import PRIORITIES
 from attnserve_server.transport.intake import Intake, fits
-from attnserve_server.transport.tensors import WIRE_DTYPES, WIRE_NUMPY
 from attnserve_server.transport.validation import ValidRequest
-from attnserve_server.transport.wire import Received
+from attnserve_server.transport.wire import WIRE_DTYPES, WIRE_NUMPY, Received
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from attnserve_server.domain.values import (
 )
 from attnserve_server.model.certificate import Batching, Clause, Verdict
 from attnserve_server.model.manifest import AxisSpec, OutputSpec, TextSpec
-from attnserve_server.transport import codec, tensors
+from attnserve_server.transport import codec
+from attnserve_server.transport import wire as wires
 from attnserve_server.transport.description import describe
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ from hypothesis.extra import numpy as npst
 from made_by_hand import SURVIVED, certificate
 from tiny_bundle import tiny_manifest
 
-DTYPES = sorted(tensors.WIRE_DTYPES)
+DTYPES = sorted(wires.WIRE_DTYPES)
 MANIFEST = tiny_manifest()
 
 
@@ -46,8 +47,8 @@ def result_message(result: SequenceResult, outputs: tuple[str, ...]) -> inferenc
 def test_an_array_survives_a_round_trip(data: st.DataObject, dtype: str) -> None:
     shape = data.draw(npst.array_shapes(min_dims=0, max_dims=4, max_side=4))
     array = data.draw(npst.arrays(np.dtype(dtype), shape))
-    wire = tensor_pb2.Tensor.FromString(tensors.tensor_of(array, "x").joined())
-    back = tensors.array_of(wire.data, tensors.DTYPE_NAMES[wire.dtype], tuple(wire.shape))
+    wire = tensor_pb2.Tensor.FromString(wires.tensor_of(array, "x").joined())
+    back = wires.array_of(wire.data, wires.DTYPE_NAMES[wire.dtype], tuple(wire.shape))
     assert back.dtype == array.dtype
     assert back.tobytes() == array.tobytes()  # bytes, so that NaN and -0.0 count too
     assert back.shape == array.shape
@@ -55,14 +56,14 @@ def test_an_array_survives_a_round_trip(data: st.DataObject, dtype: str) -> None
 
 def test_bytes_on_the_wire_are_little_endian_and_row_major() -> None:
     big = np.array([[1, 2], [3, 4]], ">i4").T
-    message = tensor_pb2.Tensor.FromString(tensors.tensor_of(big).joined())
+    message = tensor_pb2.Tensor.FromString(wires.tensor_of(big).joined())
     assert message.data == bytes([1, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_array_is_a_read_only_view_of_its_bytes(dtype: str) -> None:
     data = bytes(8 * 2)
-    array = tensors.array_of(data, dtype, (len(data) // np.dtype(dtype).itemsize,))
+    array = wires.array_of(data, dtype, (len(data) // np.dtype(dtype).itemsize,))
     assert not array.flags.writeable
     assert np.shares_memory(array, np.frombuffer(data, np.uint8))
 
