@@ -1,7 +1,8 @@
-"""Idle instances: which one is woken, and when a cheap run waits for company. Event loop only; nothing here fails.
+"""Idle instances: which one is woken, and when a cheap run waits for batch neighbours. Event loop only; nothing fails.
 
-To start a run costs about 0.1 ms: two changes of threads, and a plan. A run that takes about as long is cheaper in
-company. Where several requests are usually in flight, such a run waits for half of them, and at most a millisecond.
+To start a run costs about 0.1 ms: two changes of threads, and a plan. A run that takes about as long is cheaper for
+several sequences at once. Where several requests are usually in flight, such a run waits for half of them, and at most a
+millisecond.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 CHEAP_S: Final = 5e-4
-"""Predicted seconds of a run below which it may wait for company: it then costs less than a few starts."""
+"""Predicted seconds of a run below which it may wait for neighbours: it then costs less than a few starts."""
 MOST_WAIT_S: Final = 1e-3
 _MEMORY: Final = 0.98
 """Weight that the usual number of requests in flight keeps after each request."""
@@ -48,7 +49,7 @@ class IdleInstances:
             self.wake()
 
 
-class Company:
+class Gathering:
     """Decides whether the next run waits for more sequences."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
@@ -63,7 +64,7 @@ class Company:
         self._usual = max(float(in_flight), _MEMORY * self._usual + (1 - _MEMORY) * in_flight)
 
     def waits(self, waiting: int, run_s: float) -> bool:
-        """Return whether a run waits for company; if so, `wake` is called within `MOST_WAIT_S`.
+        """Return whether a run waits for neighbours; if so, `wake` is called within `MOST_WAIT_S`.
 
         Args:
             waiting: sequences that it would take now, one or more.

@@ -27,7 +27,7 @@ from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
 from attnserve_server.scheduling.admission import Demand, Load, Pricing, refusal
-from attnserve_server.scheduling.idle import Company, IdleInstances
+from attnserve_server.scheduling.idle import Gathering, IdleInstances
 from attnserve_server.scheduling.policy import Layout, SchedulingSettings, adjusted_arrival, plan
 from attnserve_server.scheduling.queue import Deadlines, Entry, Queue, Request, Run, State
 from attnserve_server.scheduling.verifier import Verifier
@@ -67,7 +67,7 @@ class Scheduler:
         self._deadlines = Deadlines(clock, self._expire)
         self._numbers = count()
         self._idle = IdleInstances()
-        self._company = Company(self._idle.wake)
+        self._gathering = Gathering(self._idle.wake)
         if verifier is not None:
             verifier.attach(self._idle.wake, lambda: (len(self._queue), self._busy), self.isolate)
         self._draining = False
@@ -146,8 +146,8 @@ class Scheduler:
         self._requests.add(request)
         for sequence, size in zip(sequences, sizes, strict=True):
             self._enqueue(request, sequence, size, priority)
-        self._company.arrived(len(self._requests))
-        if not self._waits_for_company():
+        self._gathering.arrived(len(self._requests))
+        if not self._waits_for_neighbours():
             self._idle.wake()
         if self._verifier is not None:
             self._verifier.preempt()
@@ -209,9 +209,9 @@ class Scheduler:
     async def _work(self, instance: int) -> None:
         """Run batches on one instance; end when draining and the queue is empty."""
         while True:
-            entries = [] if self._waits_for_company() else self._next_entries()
+            entries = [] if self._waits_for_neighbours() else self._next_entries()
             if entries:
-                self._company.started()
+                self._gathering.started()
                 if len(self._queue):
                     self._idle.wake()  # for the rest
                 await self._run(entries, instance)
@@ -222,13 +222,13 @@ class Scheduler:
                 await (woken if self._verifier is None else self._verifier.idle(instance, woken))
                 self._idle.leave(woken)
 
-    def _waits_for_company(self) -> bool:
+    def _waits_for_neighbours(self) -> bool:
         """Return whether the next run is so cheap that it waits for more sequences, which are expected."""
         waiting = self._queue.totals
         rough_s = self._pricing.rough_s(waiting)
         if rough_s is None or self._draining or not waiting.sequences:
             return False
-        return self._company.waits(waiting.sequences, rough_s)
+        return self._gathering.waits(waiting.sequences, rough_s)
 
     def _next_entries(self) -> list[Entry]:
         """Take the next batch from the queue, and drop expired requests before they reach the runtime."""

@@ -59,7 +59,7 @@ class QuickReader:
 
     @classmethod
     def of(cls, intake: Intake) -> QuickReader | None:
-        """Return the reader of a model; None for one whose inputs depend on each other, or have rules of their own."""
+        """Return the reader of a model; None for one whose inputs depend on each other, or have special rules."""
         ruled = any(
             spec.role is InputRole.POSITION_IDS
             or spec.counted

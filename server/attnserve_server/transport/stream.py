@@ -287,7 +287,7 @@ class _Stream:
         self._filled.set()
 
     async def _write_all(self) -> None:
-        """Write answers as they come, a large one in chunks: between its chunks, others come to their turn."""
+        """Write answers as they come, a large one in chunks, with other answers between them."""
         outbox = self._outbox
         while outbox or self._flights or not self._read_all:
             if not outbox:

@@ -158,5 +158,5 @@ def test_the_quick_reader_leaves_no_usual_request_to_validate(at: int, data: st.
     ],
     ids=["positions", "a bool", "a derived axis"],
 )
-def test_models_with_rules_of_their_own_have_no_quick_reader(change: dict) -> None:
+def test_models_with_special_rules_have_no_quick_reader(change: dict) -> None:
     assert QuickReader.of(intake_of(TINY.model_copy(update=change))) is None
