@@ -20,6 +20,7 @@ from attnserve_server.domain.clock import Clock, MonotonicClock
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.engine.cost_file import read_costs, write_costs
 from attnserve_server.engine.executor import Executor
+from attnserve_server.engine.graph import Occupancy
 from attnserve_server.engine.session import ProviderUnavailable
 from attnserve_server.loading import (
     StartFailed,
@@ -82,6 +83,7 @@ class Application:
         self.http_port = 0
         self._bundles: list[Bundle] = []
         self._loaded: list[_Loaded] = []
+        self._occupancy = Occupancy()
 
     async def start(self) -> None:
         """Read the repository, open both ports, and load the models. A model answers UNAVAILABLE until it is warm.
@@ -228,7 +230,14 @@ class Application:
             model.metrics.provider(session.provider)
             instances = instances_of(opened.sessions, self.settings)
             executor = Executor(
-                opened.sessions, bundle.manifest, model.metrics, self.clock, instances, opened.past_sessions
+                opened.sessions,
+                bundle.manifest,
+                model.metrics,
+                self.clock,
+                instances,
+                opened.past_sessions,
+                opened.wide,
+                self._occupancy,
             )
             executor.start()
             key = cost_key(session, bundle.manifest, self.settings)

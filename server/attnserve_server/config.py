@@ -100,6 +100,12 @@ class Settings(BaseSettings):
     intra_op_threads: Annotated[int, Field(ge=1, le=256)] = Field(
         1, description="Threads within one run. Default: 1, as parallel runs use cores better than parallel operators."
     )
+    wide_threads: Annotated[int, Field(ge=0, le=256)] = Field(
+        0,
+        description="Threads of a run on a CPU while no other work waits or runs; 0: one per core, 1: off. The second "
+        "session that this takes shares the weights through a temporary file of their size, which is removed as soon "
+        "as it is mapped. Default: 0, as a lone request then waits about half as long.",
+    )
     max_batch_size: Annotated[int, Field(ge=0, le=4096)] = Field(
         0,
         description="Maximum number of sequences in one run and in one request; 0: the bundle's own limit, which no "

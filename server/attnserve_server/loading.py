@@ -17,8 +17,9 @@ from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.engine.cost_file import CostKey, machine
 from attnserve_server.engine.golden import read_golden, verify_golden
 from attnserve_server.engine.gpu import GraphPlan
-from attnserve_server.engine.providers import CUDA, GPU_PROVIDERS, TENSORRT, visible_gpus
-from attnserve_server.engine.session import RuntimeSession, runtime_version
+from attnserve_server.engine.providers import CPU, CUDA, GPU_PROVIDERS, TENSORRT, visible_gpus
+from attnserve_server.engine.session import LoadFailed, RuntimeSession, runtime_version
+from attnserve_server.engine.sharing import load_shared
 from attnserve_server.model.batching import cautions
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, BundleFault, Repository, verify
@@ -93,11 +94,13 @@ class Opened:
         sessions: of the graph, one for each device.
         tokenizer: None for a model that takes tensors only.
         past_sessions: of the continuing graph, one for each device; empty for a bundle without one.
+        wide: a session of the graph whose runs use all cores; None: there is none.
     """
 
     sessions: list[RuntimeSession]
     tokenizer: TextTokenizer | None
     past_sessions: list[RuntimeSession]
+    wide: RuntimeSession | None = None
 
 
 def open_bundle(bundle: Bundle, settings: Settings) -> Opened:
@@ -126,13 +129,38 @@ def open_bundle(bundle: Bundle, settings: Settings) -> Opened:
         others = list(range(1, visible_gpus()))
     if provider in GPU_PROVIDERS:
         sessions += [_session(bundle, settings, device_id, provider) for device_id in others]
-    _check_golden(bundle, sessions)
+    wide = None
+    if provider == CPU:
+        sessions, wide = _with_wide(bundle, settings, sessions)
+    _check_golden(bundle, sessions if wide is None else [*sessions, wide])
     continuing, past_sessions = bundle.continuing, list[RuntimeSession]()
     if continuing is not None:
         devices = (first, *others) if provider in GPU_PROVIDERS else (first,)
         past_sessions = [_session(continuing, settings, device_id, provider) for device_id in devices]
         _check_golden(continuing, past_sessions)
-    return Opened(sessions, tokenizer, past_sessions)
+    return Opened(sessions, tokenizer, past_sessions, wide)
+
+
+def _with_wide(
+    bundle: Bundle, settings: Settings, sessions: list[RuntimeSession]
+) -> tuple[list[RuntimeSession], RuntimeSession | None]:
+    """Return sessions that share their weights with a wide one, and that; those given and None where there is none."""
+    threads = settings.wide_threads or cores()
+    if threads <= settings.intra_op_threads:
+        return sessions, None
+    try:
+        narrow, wide = load_shared(
+            bundle.model_path,
+            left_out=bundle.manifest.left_out,
+            intra_op_threads=settings.intra_op_threads,
+            wide_threads=threads,
+        )
+    except (OSError, LoadFailed) as error:
+        why = str(error.__cause__ or error)
+        named = {"model": bundle.manifest.name, "version": bundle.manifest.version}
+        _log.warning("runs use one core: no session for all cores", **named, reason=why)
+        return sessions, None
+    return [narrow], wide
 
 
 def _check_golden(bundle: Bundle, sessions: Sequence[RuntimeSession]) -> None:

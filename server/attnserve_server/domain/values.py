@@ -296,7 +296,8 @@ class RunFacts:
     """How a sequence was run.
 
     `batch_size`: sequences of the run. `useful_tokens`: their positions that carry data. `computed_tokens`: all
-    positions of the run, padding included. `compute_s`: seconds of the run. `instance`: index of its thread.
+    positions of the run, padding included. `compute_s`: seconds of the run. `instance`: index of its thread. `wide`:
+    whether the run used all cores.
     """
 
     batch_size: int
@@ -304,6 +305,7 @@ class RunFacts:
     computed_tokens: int
     compute_s: float
     instance: int
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from attnserve_server.engine.collation import (
     weights_of,
 )
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
-from attnserve_server.engine.graph import Counts, Graph
+from attnserve_server.engine.graph import Counts, Graph, Occupancy
 from attnserve_server.engine.labels import labels_of
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import InstanceThread, RunHandle, RunTerminated, RuntimeSession
@@ -59,8 +59,10 @@ class BatchExecutor(Protocol):
         """The same for sequences with a past; None if the model takes none."""
         ...
 
-    async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
-        """Run one batch. Return one outcome for each sequence, in order."""
+    async def run(
+        self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int, *, alone: bool = False
+    ) -> list[Outcome]:
+        """Run one batch. Return one outcome for each sequence, in order. `alone`: no other work waits or runs."""
         ...
 
 
@@ -79,15 +81,19 @@ class Executor:
         clock: Clock,
         instances: int,
         past_sessions: Sequence[RuntimeSession] = (),
+        wide: RuntimeSession | None = None,
+        occupancy: Occupancy | None = None,
     ) -> None:
         """Instance i runs on session i modulo their number; one session holds the weights of one device.
 
-        `past_sessions`: those of the continuing graph, one for each device; none if the manifest has no past.
+        `past_sessions`: those of the continuing graph, one for each device; none if the manifest has no past. `wide`: a
+        session of the first graph whose runs use all cores; None: there is none. `occupancy`: shared by all models.
         """
         self._manifest = manifest
-        self._prompt = Graph.of(sessions, manifest)
+        self._prompt = Graph.of(sessions, manifest, wide)
         self._past = None if manifest.continuing is None else Graph.of(past_sessions, manifest.continuing)
         self._metrics = metrics
+        self._occupancy = occupancy or Occupancy()
         self._clock = clock
         self._instances = instances
         # Processor time on a CPU: wall time would include the work of other threads on the same cores.
@@ -144,16 +150,27 @@ class Executor:
         if not known:
             known = await self._measured(self._prompt)
         self._prompt.cost = CostEstimate(known)
+        if self._prompt.wide is not None:
+            await self._warm_up_wide(self._prompt.wide)
         if self._past is not None:
             self._past.cost = CostEstimate(await self._measured(self._past))
         return known
+
+    async def _warm_up_wide(self, session: RuntimeSession) -> None:
+        await self._threads[0].run(warmup.touch, session, self._manifest)
+        # On the clock: the thread's processor time would be that of one of the cores.
+        measure = partial(warmup.measure, more_s=0.0)
+        timed = await self._threads[0].run(measure, session, self._manifest, self._clock)
+        self._prompt.wide_cost = CostEstimate(timed)
 
     async def _measured(self, graph: Graph) -> tuple[TimedRun, ...]:
         # The fewest shapes for a past: they are timed at each start.
         measure = partial(warmup.measure, more_s=0.0) if graph is self._past else warmup.measure
         return await self._threads[0].run(measure, graph.session_of(0), graph.manifest, self._cost_clock)
 
-    async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
+    async def run(
+        self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int, *, alone: bool = False
+    ) -> list[Outcome]:
         """Run one batch on one instance.
 
         A batch that fails is split in halves until the failing sequence is found: that one gets InternalFault, the rest
@@ -163,18 +180,23 @@ class Executor:
             sequences: one or more, whose lengths agree along axes that are not padded.
             handle: stops the runs.
             instance: index of the thread, from 0.
+            alone: whether no other work waits or runs, so that the run may use all cores.
 
         Returns:
             One outcome for each sequence, in order.
         """
+        graph = self._graph_of(sequences[0])
+        wide = alone and not self._occupancy.running and graph.is_wide(sequences)
+        self._occupancy.running += 1
         self._metrics.running.inc()
         try:
-            counts = Counts()
+            counts = Counts(wide=wide)
             outcomes, timed = await self._threads[instance].run(self._timed, sequences, handle, instance, counts)
         finally:
             self._metrics.running.dec()
+            self._occupancy.running -= 1
         counts.add_to(self._metrics)
-        cost = self._graph_of(sequences[0]).cost
+        cost = graph.wide_cost if wide else graph.cost
         if timed is not None and cost is not None:
             cost.add(timed)
         return outcomes
@@ -230,7 +252,8 @@ class Executor:
         self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int, counts: Counts
     ) -> tuple[list[Outcome], TimedRun | None]:
         """Instance's thread. The outcomes, and the timed run; None if it was split or reduced attention."""
-        started = self._cost_clock.now()
+        clock = self._clock if counts.wide else self._cost_clock
+        started = clock.now()
         outcomes = self._run_all(sequences, handle, instance, counts)
         first = outcomes[0]
         usual = isinstance(first, SequenceResult) and first.run.batch_size == len(sequences)
@@ -238,7 +261,7 @@ class Executor:
             return outcomes, None
         assert isinstance(first, SequenceResult)
         tokens = first.run.computed_tokens // len(sequences)
-        return outcomes, TimedRun(len(sequences), tokens, self._cost_clock.now() - started)
+        return outcomes, TimedRun(len(sequences), tokens, clock.now() - started)
 
     def _run_all(
         self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int, counts: Counts
@@ -273,10 +296,10 @@ class Executor:
         graph = self._graph_of(sequences[0])
         batch = collate(sequences, graph.manifest)
         started = self._clock.now()
-        session = graph.session_of(instance)
+        session = (graph.wide if counts.wide else None) or graph.session_of(instance)
         outputs = session.run(batch.feeds, batch.fetches, handle, exact_shape=batch.unpadded)
         compute_s = self._clock.now() - started
-        facts = RunFacts(batch.size, batch.useful_tokens, batch.computed_tokens, compute_s, instance)
+        facts = RunFacts(batch.size, batch.useful_tokens, batch.computed_tokens, compute_s, instance, counts.wide)
         counts.runs.append(facts)
         fetched = dict(zip(batch.fetches, outputs, strict=True))
         graph.shapes.check(batch, fetched, filled_up=session.fills_up)

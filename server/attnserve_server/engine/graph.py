@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
-from attnserve_server.domain.values import RunFacts
+from attnserve_server.domain.values import PreparedSequence, RunFacts
 from attnserve_server.engine.collation import ShapeCheck
 from attnserve_server.engine.cost import CostEstimate
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
+
+_LEAST_GAIN: Final = 0.9
+"""A run on all cores must be predicted to take at most this share of a narrow one's time."""
+_RETRY: Final = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -22,17 +27,35 @@ class Graph:
         manifest: of the graph.
         shapes: its shape check.
         cost: the cost of its runs; None before warm-up. Event loop only.
+        wide: a session whose runs use all cores, for a run while no other work waits or runs; None: there is none.
+        wide_cost: the cost of its runs, on the clock.
     """
 
     sessions: tuple[RuntimeSession, ...]
     manifest: Manifest
     shapes: ShapeCheck
     cost: CostEstimate | None = None
+    wide: RuntimeSession | None = None
+    wide_cost: CostEstimate | None = None
+    _passed_over: int = 0
 
     @classmethod
-    def of(cls, sessions: Sequence[RuntimeSession], manifest: Manifest) -> Graph:
+    def of(cls, sessions: Sequence[RuntimeSession], manifest: Manifest, wide: RuntimeSession | None = None) -> Graph:
         """Lay out one graph."""
-        return cls(tuple(sessions), manifest, ShapeCheck(manifest))
+        return cls(tuple(sessions), manifest, ShapeCheck(manifest), wide=wide)
+
+    def is_wide(self, sequences: Sequence[PreparedSequence]) -> bool:
+        """Return whether a run that is alone is faster on all cores, by the measured costs. Event loop only.
+
+        One of `_RETRY` runs for which it is not uses them in any case, to correct a cost that was too high.
+        """
+        if self.wide is None or self.wide_cost is None or self.cost is None:
+            return False
+        size, tokens = len(sequences), max(one.tokens for one in sequences)
+        if self.wide_cost.model.seconds(size, tokens) < _LEAST_GAIN * self.cost.model.seconds(size, tokens):
+            return True
+        self._passed_over = (self._passed_over + 1) % _RETRY
+        return not self._passed_over
 
     def session_of(self, instance: int) -> RuntimeSession:
         """Return the session of an instance."""
@@ -40,9 +63,18 @@ class Graph:
 
 
 @dataclass(slots=True, eq=False)
+class Occupancy:
+    """How many runs of all models are in progress in this process. Event loop only."""
+
+    running: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class Counts:
     """What an instance's thread did for one batch. The event loop counts it, because metrics belong to that."""
 
+    wide: bool = False
+    """Whether its runs use all cores."""
     runs: list[RunFacts] = field(default_factory=list)
     attention_s: list[float] = field(default_factory=list)
     """Seconds to reduce the attention of each sequence that selected some."""
@@ -50,6 +82,7 @@ class Counts:
     def add_to(self, metrics: ModelMetrics) -> None:
         """Count it. Event loop only."""
         for run in self.runs:
+            metrics.wide_runs.inc(run.wide)
             metrics.compute_seconds.observe(run.compute_s)
             metrics.batch_size.observe(run.batch_size)
             metrics.count_tokens(useful=run.useful_tokens, computed=run.computed_tokens)

@@ -54,12 +54,13 @@ def runtime_version() -> str:
     return f"onnxruntime {ort.__version__}"
 
 
-def session_options(intra_op_threads: int, left_out: Sequence[str]) -> ort.SessionOptions:
+def session_options(intra_op_threads: int, left_out: Sequence[str], *, spin: bool = False) -> ort.SessionOptions:
     """Return the options of a session.
 
     Args:
         intra_op_threads: threads within one run, the calling thread included; 1 or more.
         left_out: names of the graph optimizers to disable, or `EVERY_OPTIMIZER`.
+        spin: whether the threads wait actively while a run is in progress; after it they sleep in any case.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = intra_op_threads
@@ -68,8 +69,9 @@ def session_options(intra_op_threads: int, left_out: Sequence[str]) -> ort.Sessi
     # A memory pattern is kept for each combination of input shapes, which grows without bound for dynamic shapes.
     options.enable_mem_pattern = False
     options.log_severity_level = FATAL_ONLY
-    # Idle threads sleep. Spinning would take cores from the other instances and from the event loop.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that spin when nothing runs would take cores from other instances and from the event loop.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if not multiplies_int8_exactly():
         options.add_session_config_entry(_EXACT_INT8, "1")
     if tuple(left_out) == EVERY_OPTIMIZER:

@@ -83,6 +83,12 @@ QUEUE_SECONDS: Final = MetricSpec(
 COMPUTE_SECONDS: Final = MetricSpec(
     Histogram, "attnserve_compute_seconds", "Time of one run.", MODEL, _LATENCY, _WHY_LATENCY
 )
+WIDE_RUNS: Final = MetricSpec(
+    Counter,
+    "attnserve_wide_runs_total",
+    "Runs that used all cores, because no other work waited or ran (`--wide-threads`).",
+    MODEL,
+)
 BATCH_SIZE: Final = MetricSpec(
     Histogram,
     "attnserve_batch_size",
@@ -190,6 +196,7 @@ class ModelMetrics:
         self.sequences = metrics.counter(SEQUENCES).labels(*self._labels)
         self.queue_seconds = metrics.histogram(QUEUE_SECONDS).labels(*self._labels)
         self.compute_seconds = metrics.histogram(COMPUTE_SECONDS).labels(*self._labels)
+        self.wide_runs = metrics.counter(WIDE_RUNS).labels(*self._labels)
         self.batch_size = metrics.histogram(BATCH_SIZE).labels(*self._labels)
         self._useful_tokens = metrics.counter(USEFUL_TOKENS).labels(*self._labels)
         self._computed_tokens = metrics.counter(COMPUTED_TOKENS).labels(*self._labels)

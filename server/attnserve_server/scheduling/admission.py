@@ -139,6 +139,8 @@ class Pricing:
             sequence: one of them.
             first: its outcome.
         """
+        if not isinstance(first, AttnserveError) and first.run.wide:
+            return  # the speed of one instance says nothing of a run on all cores
         cost = self._executor.past_cost if sequence.past else self._executor.cost
         predicted_s = 0.0
         if cost is not None and not isinstance(first, AttnserveError):

@@ -1,8 +1,8 @@
 """Idle instances: which one is woken, and when a cheap run waits for batch neighbours. Event loop only; nothing fails.
 
 To start a run costs about 0.1 ms: two changes of threads, and a plan. A run that takes about as long is cheaper for
-several sequences at once. Where several requests are usually in flight, such a run waits for half of them, and at most a
-millisecond.
+several sequences at once. Where several requests are usually in flight, such a run waits for half of them, and at most
+a millisecond.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Final
 CHEAP_S: Final = 5e-4
 """Predicted seconds of a run below which it may wait for neighbours: it then costs less than a few starts."""
 MOST_WAIT_S: Final = 1e-3
+_LONE: Final = 1.2
+"""Usual requests in flight below which a request counts as the only one: less than one in five comes beside another."""
 _MEMORY: Final = 0.98
 """Weight that the usual number of requests in flight keeps after each request."""
 
@@ -62,6 +64,11 @@ class Gathering:
     def arrived(self, in_flight: int) -> None:
         """Note how many requests are in flight, with a new one."""
         self._usual = max(float(in_flight), _MEMORY * self._usual + (1 - _MEMORY) * in_flight)
+
+    @property
+    def lone(self) -> bool:
+        """Whether requests come one at a time of late."""
+        return self._usual < _LONE
 
     def waits(self, waiting: int, run_s: float) -> bool:
         """Return whether a run waits for neighbours; if so, `wake` is called within `MOST_WAIT_S`.

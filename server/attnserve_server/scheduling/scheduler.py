@@ -263,9 +263,10 @@ class Scheduler:
         for entry in entries:
             entry.start(run)
             self._metrics.queue_seconds.observe(started - entry.request.arrived_s)
+        alone = not self._busy and not len(self._queue) and self._gathering.lone
         self._running_tokens += run.tokens
         self._busy += 1
-        outcomes = await self._execute(entries, sequences, run.handle, instance)
+        outcomes = await self._execute(entries, sequences, run.handle, instance, alone=alone)
         self._busy -= 1
         self._running_tokens -= run.tokens
         if run.handle.terminated:
@@ -276,14 +277,20 @@ class Scheduler:
             self._resolve(entry, outcome, started)
 
     async def _execute(
-        self, entries: list[Entry], sequences: list[PreparedSequence], handle: RunHandle, instance: int
+        self,
+        entries: list[Entry],
+        sequences: list[PreparedSequence],
+        handle: RunHandle,
+        instance: int,
+        *,
+        alone: bool,
     ) -> list[Outcome]:
         verifier = self._verifier
         if verifier is None:
-            return await self._executor.run(sequences, handle, instance)
+            return await self._executor.run(sequences, handle, instance, alone=alone)
         verifier.preempt()
         samples = verifier.draw_samples(entries, sequences)
-        outcomes = await self._executor.run(sequences, handle, instance)
+        outcomes = await self._executor.run(sequences, handle, instance, alone=alone)
         verifier.take(samples, outcomes)
         return outcomes
 

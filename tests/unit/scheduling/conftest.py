@@ -89,7 +89,8 @@ class FakeExecutor:
     """Returns each sequence's own tag after `seconds` of virtual time; a terminated run ends at once.
 
     Sequences whose tag is in `poisoned` get InternalFault. If `breaks` is true, each run raises RuntimeError instead.
-    `runs` and `terminated` have the tags of each run, and `stopped` those of terminated repeats.
+    `runs` and `terminated` have the tags of each run, `alone` whether it was stated to be alone, and `stopped` the tags
+    of terminated repeats.
     """
 
     clock: ManualClock
@@ -98,6 +99,7 @@ class FakeExecutor:
     cost: CostModel | None = None
     past_cost: CostModel | None = None
     runs: list[list[int]] = field(default_factory=list)
+    alone: list[bool] = field(default_factory=list)
     terminated: list[list[int]] = field(default_factory=list)
     busy: set[int] = field(default_factory=set)
     poisoned: set[int] = field(default_factory=set)
@@ -112,11 +114,14 @@ class FakeExecutor:
     mixed: set[int] = field(default_factory=set)
     """Tags whose answers their batch changes."""
 
-    async def run(self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int) -> list[Outcome]:
+    async def run(
+        self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int, *, alone: bool = False
+    ) -> list[Outcome]:
         assert instance not in self.busy, "one run at a time on an instance"
         self.busy.add(instance)
         tags = [tag_of(one) for one in sequences]
         self.runs.append(tags)
+        self.alone.append(alone)
         self.handed += [(id(one), one.keep_values) for one in sequences]
         if self.breaks:
             raise RuntimeError("the executor broke")

@@ -42,6 +42,23 @@ async def end_of(task: asyncio.Task) -> BaseException | None:
     return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
+def test_a_run_is_alone_while_requests_come_one_at_a_time(virtually, bench, sequence) -> None:
+    async def story() -> None:
+        async with bench:
+            for tag in range(2):
+                await bench.submit([sequence(tag)])
+            assert bench.executor.alone == [True, True]
+            await asyncio.gather(*(bench.submit([sequence(tag)]) for tag in range(9)))
+            assert not any(bench.executor.alone[3:]), "others wait, run, or came of late"
+            await bench.submit([sequence(0)])
+            assert not bench.executor.alone[-1]
+            for tag in range(200):
+                await bench.submit([sequence(tag)])
+            assert bench.executor.alone[-1]
+
+    virtually(story())
+
+
 def test_an_idle_instance_takes_a_sequence_at_once(virtually, bench, sequence, tags_of) -> None:
     async def story() -> None:
         async with bench:
