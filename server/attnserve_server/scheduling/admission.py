@@ -140,7 +140,7 @@ class Pricing:
             first: its outcome.
         """
         if not isinstance(first, AttnserveError) and first.run.wide:
-            return  # the speed of one instance says nothing of a run on all cores
+            return  # no measure of the speed of an instance
         cost = self._executor.past_cost if sequence.past else self._executor.cost
         predicted_s = 0.0
         if cost is not None and not isinstance(first, AttnserveError):
