@@ -19,6 +19,7 @@ from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.app import Application
 from attnserve_server.domain.errors import Overloaded
+from attnserve_server.transport import codec
 from attnserve_server.transport import stream as stream_module
 from gated import Gate, until
 from google.rpc import status_pb2
@@ -332,7 +333,7 @@ async def test_a_cancellation_is_read_while_every_slot_is_taken(talk: Talk, gate
 async def test_a_large_answer_is_sent_in_chunks_with_small_answers_between(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "CHUNK_BYTES", 700)
+    monkeypatch.setattr(codec, "CHUNK_BYTES", 700)
     everything = attention_pb2.AttentionSelection()
     await talk.send("large", text="the cat sat on a mat", attention=everything)
     await talk.send("small", text="a", outputs=pb.OutputSelection(names=["embedding"]))
@@ -357,7 +358,7 @@ async def test_a_large_answer_is_sent_in_chunks_with_small_answers_between(
 async def test_leaving_during_an_answer_is_not_an_internal_error(
     talk_of: Callable[..., Talk], server: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(codec, "CHUNK_BYTES", 1)
     with structlog.testing.capture_logs() as logged:
         for _ in range(5):
             talk = talk_of()

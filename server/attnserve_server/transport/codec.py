@@ -5,8 +5,9 @@ A value of a request that the contract does not define raises InvalidRequest; en
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Final, TypeVar
 
@@ -36,6 +37,8 @@ from attnserve_server.transport.wire import Splice, as_sent, delimiter, output_h
 
 T = TypeVar("T")
 
+CHUNK_BYTES: Final = 4 * 2**20 - 65_536
+"""Larger answers are sent in chunks: with its envelope, a chunk stays below gRPC's default limit of 4 MiB."""
 MAX_CHOSEN: Final = 4096
 """Most entries in one list of a selection: each is checked, so that their number bounds the cost of a request."""
 
@@ -107,6 +110,7 @@ _QUEUED: Final = struct.Struct("<Bd")
 _QUEUED_TAG: Final = inference_service_pb2.Run.QUEUE_SECONDS_FIELD_NUMBER << 3 | 1
 _PREDICTED_TAG: Final = varint(_RESPONSE.PREDICTED_BYTES_FIELD_NUMBER << 3)
 _RESULT: Final = inference_service_pb2.SequenceResult
+_STREAMED: Final = inference_service_pb2.StreamInferResponse.RESPONSE_FIELD_NUMBER
 _MAP: Final = attention_pb2.AttentionMap
 _LINKS: Final = attention_pb2.Links
 
@@ -301,3 +305,27 @@ def response_of(
     named = request_id.encode()
     receipt += delimiter(inference_service_pb2.Receipt.REQUEST_ID_FIELD_NUMBER, len(named)) + named
     return message.append(delimiter(_RESPONSE.RECEIPT_FIELD_NUMBER, len(receipt)) + receipt)
+
+
+def streamed(request_id: str, answer: Splice | bytes) -> tuple[Iterator[bytes], int]:
+    """Encode an answer on a stream: the messages (StreamInferResponse), made one by one, and their number.
+
+    Args:
+        request_id: of the request.
+        answer: its InferResponse, sent in chunks if it is large; or a serialized google.rpc.Status.
+    """
+    envelope = inference_service_pb2.StreamInferResponse(request_id=request_id)
+    if isinstance(answer, bytes):
+        envelope.status = answer
+        return iter((envelope.SerializeToString(),)), 1
+    if answer.size <= CHUNK_BYTES:
+        return iter((Splice(envelope.SerializeToString()).add(_STREAMED, answer).joined(),)), 1
+    return _chunks(envelope, answer.joined()), math.ceil(answer.size / CHUNK_BYTES)
+
+
+def _chunks(envelope: inference_service_pb2.StreamInferResponse, whole: bytes) -> Iterator[bytes]:
+    starts = range(0, len(whole), CHUNK_BYTES)
+    for index, start in enumerate(starts):
+        piece = whole[start : start + CHUNK_BYTES]
+        envelope.chunk.CopyFrom(inference_service_pb2.ResponseChunk(index=index, count=len(starts), data=piece))
+        yield envelope.SerializeToString()

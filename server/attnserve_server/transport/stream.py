@@ -29,15 +29,13 @@ from attnserve_server.domain.errors import (
 from attnserve_server.domain.values import SequenceResult
 from attnserve_server.scheduling.queue import Request
 from attnserve_server.transport.allowance import Allowance
+from attnserve_server.transport.codec import streamed
 from attnserve_server.transport.dataplane import DataPlane, Prepared
 from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, remaining_s, send
 from attnserve_server.transport.status import status_of
 from attnserve_server.transport.validation import check_request_id, is_request_id
 from attnserve_server.transport.wire import NotAMessage, Received, Splice, find_field, receive
 
-CHUNK_BYTES: Final = 4 * 2**20 - 65_536
-"""Larger answers are sent in chunks: with its envelope, a chunk stays below gRPC's default limit of 4 MiB."""
-_RESPONSE: Final = inference_service_pb2.StreamInferResponse.RESPONSE_FIELD_NUMBER
 _REQUEST_ID: Final = (
     inference_service_pb2.StreamInferRequest.REQUEST_FIELD_NUMBER,
     inference_service_pb2.InferRequest.REQUEST_ID_FIELD_NUMBER,
@@ -61,6 +59,15 @@ class _Flight:
         failed = self.request.fail(RequestCancelled())
         if failed and self.preparing is not None and not self.preparing.expired():
             self.preparing.reschedule(0)  # in the past: ends the wait now
+
+
+@dataclass(slots=True, eq=False)
+class _Outgoing:
+    """An answer that is being sent: its messages, how many are left, and its request; None for one refused unread."""
+
+    messages: Iterator[bytes]
+    left: int
+    flight: _Flight | None
 
 
 class Streams:
@@ -115,7 +122,7 @@ class _Stream:
         # Answers count until they are sent: a caller that does not read makes the server hold no more than this.
         self._answers = Allowance(settings.max_stream_answer_bytes)
         self._flights: dict[str, _Flight] = {}
-        self._outbox: deque[tuple[Iterator[bytes], _Flight | None]] = deque()
+        self._outbox: deque[_Outgoing] = deque()
         self._filled = asyncio.Event()
         self._read_all = False
         self._stop = asyncio.Event()
@@ -216,7 +223,7 @@ class _Stream:
             async with asyncio.timeout(self._time_left(request)):
                 return await self._slots.acquire()
         except TimeoutError:
-            self._post(self._encoded(request.request_id, DeadlineExpired(self._clock.now() - began)), None)
+            self._post(request.request_id, DeadlineExpired(self._clock.now() - began))
             return False
 
     def _begin(self, flight: _Flight, group: asyncio.TaskGroup) -> None:
@@ -280,10 +287,14 @@ class _Stream:
             request.fail(answer)
             if not isinstance(answer, UNLOGGED):
                 log_failure(answer, request.request_id, "StreamInfer")
-        self._post(self._encoded(request.request_id, answer), flight)
+        self._post(request.request_id, answer, flight)
 
-    def _post(self, messages: Iterator[bytes], flight: _Flight | None) -> None:
-        self._outbox.append((messages, flight))
+    def _post(self, request_id: str, answer: Splice | BaseException, flight: _Flight | None = None) -> None:
+        if isinstance(answer, BaseException):
+            messages, count = streamed(request_id, status_of(answer, request_id).SerializeToString())
+        else:
+            messages, count = streamed(request_id, answer)
+        self._outbox.append(_Outgoing(messages, count, flight))
         self._filled.set()
 
     async def _write_all(self) -> None:
@@ -294,14 +305,18 @@ class _Stream:
                 self._filled.clear()
                 await self._filled.wait()
                 continue
-            messages, flight = outbox.popleft()
-            message = next(messages, None)
-            if message is not None:
-                if not self._left:
-                    self._left = not await send(self._context, message)
-                outbox.append((messages, flight))
-            elif flight is not None:
+            going = outbox.popleft()
+            message = next(going.messages)
+            going.left -= 1
+            flight = going.flight
+            if not going.left and flight is not None:
+                # Before it is sent: the caller may use the id again as soon as it has the answer.
                 del self._flights[flight.request.request_id]
+            if not self._left:
+                self._left = not await send(self._context, message)
+            if going.left:
+                outbox.append(going)
+            elif flight is not None:
                 self._answers.give(flight.reserved_bytes)
                 self._slots.release()
 
@@ -318,22 +333,7 @@ class _Stream:
 
     def _refuse(self, request_id: str, error: AttnserveError) -> None:
         log_failure(error, request_id, "StreamInfer")
-        self._post(self._encoded(request_id, error), None)
-
-    def _encoded(self, request_id: str, answer: Splice | BaseException) -> Iterator[bytes]:
-        """Yield the messages of one answer."""
-        envelope = inference_service_pb2.StreamInferResponse(request_id=request_id)
-        if isinstance(answer, BaseException):
-            envelope.status = status_of(answer, request_id).SerializeToString()
-            yield envelope.SerializeToString()
-        elif answer.size <= CHUNK_BYTES:
-            yield Splice(envelope.SerializeToString()).add(_RESPONSE, answer).joined()
-        else:
-            whole, starts = answer.joined(), range(0, answer.size, CHUNK_BYTES)
-            for index, start in enumerate(starts):
-                piece = whole[start : start + CHUNK_BYTES]
-                envelope.chunk.CopyFrom(inference_service_pb2.ResponseChunk(index=index, count=len(starts), data=piece))
-                yield envelope.SerializeToString()
+        self._post(request_id, error)
 
 
 def _within_request(error: InvalidRequest) -> InvalidRequest:

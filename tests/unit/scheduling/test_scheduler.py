@@ -49,7 +49,7 @@ def test_a_run_is_alone_while_requests_come_one_at_a_time(virtually, bench, sequ
                 await bench.submit([sequence(tag)])
             assert bench.executor.alone == [True, True]
             await asyncio.gather(*(bench.submit([sequence(tag)]) for tag in range(9)))
-            assert not any(bench.executor.alone[3:]), "others wait, run, or came lately"
+            assert not any(bench.executor.alone[3:]), "others wait, run, or came just before"
             await bench.submit([sequence(0)])
             assert not bench.executor.alone[-1]
             for tag in range(200):

@@ -7,6 +7,7 @@ test that waits for an event that never comes fails after a time limit of `until
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -33,13 +34,15 @@ class Wire:
         self.sent: list[pb.StreamInferResponse] = []
         self.closed = closed
         self.more = asyncio.Event()
+        self.on_send: Callable[[pb.StreamInferResponse], None] = lambda answer: None
 
     def arrive(self, *messages: pb.StreamInferRequest) -> None:
         self.incoming += [message.SerializeToString() for message in messages]
         self.more.set()
 
     async def read(self) -> object:
-        if not self.incoming and not self.closed:
+        while not self.incoming and not self.closed:
+            self.more.clear()
             await self.more.wait()
         return self.incoming.pop(0) if self.incoming else grpc.aio.EOF
 
@@ -48,6 +51,8 @@ class Wire:
 
     async def write(self, data: bytes) -> None:
         self.sent.append(pb.StreamInferResponse.FromString(data))
+        self.on_send(self.sent[-1])
+        await asyncio.sleep(0)  # the caller's next message may be read before the writer goes on
 
     def time_remaining(self) -> None:
         return None
@@ -148,3 +153,16 @@ async def test_a_cancellation_after_the_results_has_no_effect(streams: Streams, 
     await serving
     (answer,) = wire.sent
     assert answer.response.results
+
+
+async def test_an_id_may_be_used_again_as_soon_as_its_answer_is_sent(streams: Streams, gate: Gate) -> None:
+    gate.open()
+    wire = Wire(asking("a"), asking("b"), closed=False)
+    wire.on_send = lambda answer: wire.arrive(asking(answer.request_id)) if len(wire.sent) <= 4 else None
+    serving = asyncio.create_task(streams.stream_infer(None, wire))  # type: ignore[arg-type]
+    await until(lambda: len(wire.sent) == 6)
+    wire.closed = True
+    wire.arrive()
+    await serving
+    assert [answer.request_id for answer in wire.sent] == ["a", "b"] * 3
+    assert all(answer.response.results for answer in wire.sent), "none was refused"
