@@ -28,6 +28,7 @@ from attnserve_server.loading import (
     cost_key,
     instances_of,
     open_bundle,
+    prepare_shapes,
     scheduling_settings,
     under_policy,
     wanted_bundles,
@@ -224,8 +225,8 @@ class Application:
         executor: Executor | None = None
         try:
             opened = await asyncio.to_thread(open_bundle, bundle, self.settings)
-            model.tokenizer = opened.tokenizer
-            session = opened.sessions[0]
+            bundle, session = opened.bundle, opened.sessions[0]
+            model.manifest, model.tokenizer = bundle.manifest, opened.tokenizer
             model.provider = session.provider
             model.metrics.provider(session.provider)
             instances = instances_of(opened.sessions, self.settings)
@@ -247,6 +248,7 @@ class Application:
                 _log.info(
                     "costs were not written: they are measured at each start", model=model.name, version=model.version
                 )
+            await prepare_shapes(executor, opened, self.settings, self.clock)
             scheduler = Scheduler(
                 executor,
                 bundle.manifest,
@@ -279,6 +281,7 @@ class Application:
             version=model.version,
             digest=bundle.manifest.digest,
             provider=session.provider,
+            precision=bundle.manifest.precision,
             devices=len(opened.sessions),
             instances=instances,
             sites=len(bundle.manifest.sites),

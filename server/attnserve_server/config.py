@@ -66,12 +66,19 @@ class Settings(BaseSettings):
     provider: str = Field(
         "auto",
         min_length=1,
-        description="onnxruntime execution provider, or `auto`: CUDA if it loads, else CPU. Default: the best one "
-        "available.",
+        description="onnxruntime execution provider, or `cpu`, `cuda`, `openvino`, `tensorrt`, or `auto`: CUDA if it "
+        "loads, else CPU. `attnserve-server recommend` measures which is fastest. Default: `auto`, which needs no "
+        "package beyond the runtime.",
     )
     require_provider: str | None = Field(
         None,
         description="Refuse to start unless this execution provider is in use. Default: none, as a CPU serves too.",
+    )
+    precision: Literal["bundle", "bf16"] = Field(
+        "bundle",
+        description="Precision of the arithmetic. `bf16`: bfloat16, with `--provider openvino` on a processor with AMX "
+        "or AVX512_BF16. Receipts state the precision that serves. Default: `bundle`, the bundle's own, because "
+        "bfloat16 changes answers.",
     )
     device_ids: Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], NoDecode] = Field(
         (), description="Visible GPUs to load each model on, by the driver's numbers. Default: all of them."
@@ -90,6 +97,23 @@ class Settings(BaseSettings):
         {},
         description="Options of the TensorRT provider in the same form: `trt_fp16_enable=1,trt_engine_cache_enable=1,"
         "trt_engine_cache_path=/cache`. Default: a timing cache only, as other options depend on the model.",
+    )
+    openvino_options: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        description="Properties of OpenVINO's CPU device in the same form, as OpenVINO documents them: "
+        "`ENABLE_HYPER_THREADING=NO`. They override the server's. Default: none; streams, threads and precision follow "
+        "the settings of these names.",
+    )
+    shape_buckets: Annotated[int, Field(ge=0, le=1024)] | None = Field(
+        None,
+        description="Maximum number of shapes, rows x tokens, that OpenVINO prepares at warm-up. Smaller runs are "
+        "padded to them where padding is proved to change no answer; 0: none. Default: up to 64 where a new shape's "
+        "first run takes twice the time of later ones, as measured at warm-up, else none.",
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="Folder where OpenVINO stores compiled graphs, with their weights, so that later starts load "
+        "faster. Default: none, as a copy of each model takes disk space.",
     )
     instances: Annotated[int, Field(ge=0, le=256)] = Field(
         0,
@@ -226,7 +250,7 @@ class Settings(BaseSettings):
     def _numbers(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("cuda_options", "tensorrt_options", mode="before")
+    @field_validator("cuda_options", "openvino_options", "tensorrt_options", mode="before")
     @classmethod
     def _pairs(cls, value: object) -> object:
         if not isinstance(value, str):
@@ -237,7 +261,9 @@ class Settings(BaseSettings):
             raise ValueError(f"{wrong[0].strip()!r} is not key=value")
         return {key.strip(): text.strip() for key, _, text in pairs}
 
-    @field_validator("ports_file", "require_provider", "run_overhead_tokens", mode="before")
+    @field_validator(
+        "ports_file", "require_provider", "run_overhead_tokens", "shape_buckets", "cache_dir", mode="before"
+    )
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_server.engine.gpu import GraphPlan
 from attnserve_server.engine.providers import CPU, CUDA, visible_gpus
 from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
+from attnserve_server.engine.shapes import ShapePlan
 from gpus import WHY_NOT
 from tiny_bundle import tiny_manifest, write_tiny_files
 
@@ -103,7 +103,7 @@ def test_a_terminated_handle_stops_a_run(gpu: RuntimeSession) -> None:
 
 
 def test_recorded_runs_give_the_answers_of_other_runs(path: Path, cpu: RuntimeSession) -> None:
-    plan = GraphPlan(((1, 8), (4, 16)), {spec.name: spec.padding for spec in MANIFEST.inputs})
+    plan = ShapePlan(((1, 8), (4, 16)), {spec.name: spec.padding for spec in MANIFEST.inputs})
     session = RuntimeSession.load(path, provider=CUDA, graphs=plan)
     shapes = [(1, 8), (1, 5), (3, 16), (2, 9), (4, 12), (8, 8), (1, 40)]
     for _ in range(3):
@@ -121,7 +121,7 @@ def test_recorded_runs_give_the_answers_of_other_runs(path: Path, cpu: RuntimeSe
 
 
 def test_run_that_must_keep_its_shape_is_not_padded_to_a_recording(path: Path, cpu: RuntimeSession) -> None:
-    plan = GraphPlan(((1, 8),), {spec.name: spec.padding for spec in MANIFEST.inputs})
+    plan = ShapePlan(((1, 8),), {spec.name: spec.padding for spec in MANIFEST.inputs})
     session = RuntimeSession.load(path, provider=CUDA, graphs=plan)
     given = feeds(1, 5)
     assert session.run(given, OUTPUTS)[0].shape[1] == 8, "recorded"

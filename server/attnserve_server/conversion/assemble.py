@@ -78,7 +78,7 @@ class Assembled:
     grids: Mapping[str, PatchGrid]
     derived_axes: Mapping[str, Following]
     tolerances: Tolerances
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Literal["fp32", "fp16", "int8", "bf16-scores"]
 
     @property
     def weights(self) -> dict[str, str]:

@@ -244,6 +244,11 @@ class PreparedSequence:
         self.tokens = sum(self.lengths.values()) or 1
         self.bytes = sum([tensor.nbytes for tensor in self.tensors.values()])
 
+    @property
+    def selects_scores(self) -> bool:
+        """Whether it selects attention, and its values are scores."""
+        return self.attention is not None and self.attention.scores
+
 
 @dataclass(frozen=True, slots=True)
 class Links:

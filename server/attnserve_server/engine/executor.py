@@ -6,8 +6,9 @@ splits a failing batch until it has found that sequence.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -29,9 +30,10 @@ from attnserve_server.engine.collation import (
 )
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
 from attnserve_server.engine.graph import Counts, Graph, Occupancy
+from attnserve_server.engine.instance_thread import InstanceThread
 from attnserve_server.engine.labels import labels_of
 from attnserve_server.engine.providers import CPU
-from attnserve_server.engine.session import InstanceThread, RunHandle, RunTerminated, RuntimeSession
+from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
 from attnserve_server.model.equality import Difference, copied, equality_of, greatest_difference, values_of
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
@@ -64,10 +66,6 @@ class BatchExecutor(Protocol):
     ) -> list[Outcome]:
         """Run one batch. Return one outcome for each sequence, in order. `alone`: no other work waits or runs."""
         ...
-
-
-def _selects_scores(sequence: PreparedSequence) -> bool:
-    return sequence.attention is not None and sequence.attention.scores
 
 
 class Executor:
@@ -163,6 +161,10 @@ class Executor:
         timed = await self._threads[0].run(measure, session, self._manifest, self._clock)
         self._prompt.wide_cost = CostEstimate(timed)
 
+    async def on_all_instances(self, function: Callable[..., None], *arguments: object) -> None:
+        """Run a function on the threads of all instances at the same time. Raise what it raises."""
+        await asyncio.gather(*(thread.run(function, *arguments) for thread in self._threads))
+
     async def _measured(self, graph: Graph) -> tuple[TimedRun, ...]:
         # The fewest shapes for a past: they are timed at each start.
         measure = partial(warmup.measure, more_s=0.0) if graph is self._past else warmup.measure
@@ -239,7 +241,7 @@ class Executor:
                 outputs_of(batch, fetched, 0, sequence, manifest),
                 weights_of(batch, fetched, 0, sequence, manifest),
                 manifest,
-                scores=_selects_scores(sequence),
+                scores=sequence.selects_scores,
             )
             return greatest_difference(served, alone, equality_of(manifest))
         except RunTerminated:
@@ -282,11 +284,9 @@ class Executor:
     def _log_failure(self, fault: Exception) -> None:
         """Log why a sequence failed. For an unexpected shape, the log line has the tensor and both shapes."""
         if isinstance(fault, UnexpectedShape):
-            named = {"tensor": fault.tensor, "declared": fault.declared, "expected": fault.expected}
-            _log.error(
-                "a tensor has another shape than the manifest declares",
-                extra={"model": self._manifest.name, **named, "found": fault.found},
-            )
+            named = {name: getattr(fault, name) for name in ("tensor", "declared", "expected", "found")}
+            what = "a tensor has another shape than the manifest declares"
+            _log.error(what, extra={"model": self._manifest.name, **named})
         else:
             _log.exception("a sequence failed to run", extra={"model": self._manifest.name}, exc_info=fault)
 
@@ -329,7 +329,7 @@ class Executor:
         try:
             outputs = outputs_of(batch, fetched, row, sequence, manifest)
             weights = weights_of(batch, fetched, row, sequence, manifest)
-            scores = _selects_scores(sequence)
+            scores = sequence.selects_scores
             invalid = None if finite else invalid_tensor(outputs, weights, manifest, scores=scores)
             if invalid is not None:
                 _log.error("NaN, or a weight that is infinite", extra={"model": manifest.name, "tensor": invalid})

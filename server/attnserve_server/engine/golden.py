@@ -25,6 +25,7 @@ from attnserve_server.domain.values import Array, PreparedSequence
 from attnserve_server.engine.collation import collate, outputs_of, past_length, weights_of
 from attnserve_server.engine.session import RunFailed, RuntimeSession
 from attnserve_server.engine.warmup import selection_of_all
+from attnserve_server.model.equality import WEIGHTS_PREFIX, Equality
 from attnserve_server.model.manifest import NUMPY_DTYPES, Manifest
 from attnserve_server.model.repository import MODEL_FILE, Bundle, BundleInvalid
 
@@ -97,24 +98,42 @@ def verify_golden(session: RuntimeSession, manifest: Manifest, golden: Sequence[
         what = "the run on the golden inputs failed: every output"
         raise GoldenMismatch(what, float("inf"), 0.0, session.provider) from fault
     sites = {site.layer: site.name for site in manifest.sites}
-    outputs: dict[str, float] = {}
-    weights: dict[str, float] = {}
+    outputs: dict[str, _Off] = {}
+    weights: dict[str, _Off] = {}
     for expected, own in zip(golden, found, strict=True):
         for name, before in expected.outputs.items():
-            what = f"output {name}"
-            outputs[what] = max(outputs.get(what, 0.0), error_of(before, own.outputs[name]))
+            error, allowed = error_of(before, own.outputs[name]), manifest.golden.output_tolerance
+            _keep_worst(outputs, f"output {name}", error, _allowed(name, before, allowed, session.precision))
         for layer, before in expected.weights.items():
-            what = f"attention of {sites[layer]}"
-            weights[what] = max(weights.get(what, 0.0), error_of(before, own.weights[layer]))
+            error, allowed = error_of(before, own.weights[layer]), manifest.golden.weight_tolerance
+            allowed = _allowed(f"{WEIGHTS_PREFIX}{sites[layer]}", before, allowed, session.precision)
+            _keep_worst(weights, f"attention of {sites[layer]}", error, allowed)
     worst = 0.0
-    tolerances = manifest.golden.output_tolerance, manifest.golden.weight_tolerance
-    for errors, allowed in zip((outputs, weights), tolerances, strict=True):
-        what = max(errors, key=errors.__getitem__, default="")
-        error = errors.get(what, 0.0)
-        if not error <= allowed:
+    for found_off in (outputs, weights):
+        what = max(found_off, key=found_off.__getitem__, default="")
+        share, error, allowed = found_off.get(what, (0.0, 0.0, 0.0))
+        if not share <= 1:
             raise GoldenMismatch(what, error, allowed, session.provider)
-        worst = max(worst, error / allowed)
+        worst = max(worst, share)
     return worst
+
+
+_Off = tuple[float, float, float]
+"""An error divided by the allowed one, the error, and the allowed one."""
+
+
+def _keep_worst(found: dict[str, _Off], what: str, error: float, allowed: float) -> None:
+    share = error / allowed if allowed else (float("inf") if error else 0.0)
+    found[what] = max(found.get(what, (0.0, 0.0, 0.0)), (share, error, allowed))
+
+
+def _allowed(name: str, before: Array, tolerance: float, precision: str) -> float:
+    """Return the allowed error, relative to the greatest number: more in a precision below that of the bundle."""
+    if not precision:
+        return tolerance
+    wide = np.abs(before.astype(np.float64))
+    scale = max(float(wide[np.isfinite(wide)].max(initial=0.0)), _MIN_SCALE)
+    return max(tolerance, Equality(precision).allowed(name, before) / scale)
 
 
 def answers(

@@ -15,7 +15,6 @@ Exceptions of the runtime pass unchanged; `session` replaces them by its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Final
 
@@ -24,6 +23,7 @@ import onnxruntime as ort
 from onnxruntime.capi import _pybind_state
 
 from attnserve_server.domain.values import Array
+from attnserve_server.engine.shapes import ShapePlan
 
 _HOST_ACCESSIBLE: Final = 5
 """OrtDevice::MemType::HOST_ACCESSIBLE, which has no name in Python (onnxruntime, include/.../ortdevice.h)."""
@@ -87,41 +87,10 @@ def _array_on(value: Any) -> Array:
     return np.asarray(_Pinned(value, dtype))
 
 
-@dataclass(frozen=True, slots=True)
-class GraphPlan:
-    """What to record.
-
-    Args:
-        shapes: (rows, tokens) of the runs.
-        padding: padding value by name of each input of shape (rows, tokens).
-    """
-
-    shapes: tuple[tuple[int, int], ...]
-    padding: Mapping[str, float]
-
-
-def shape_for(rows: int, tokens: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """Return the smallest of `shapes` that holds `rows` rows of `tokens` tokens; None if none does."""
-    holding = [shape for shape in shapes if shape[0] >= rows and shape[1] >= tokens]
-    return min(holding, key=lambda shape: (shape[0] * shape[1], shape), default=None)
-
-
-def filled_up(array: Array, shape: tuple[int, int], padding: float) -> Array:
-    """Return `array` (rows, tokens) enlarged to `shape`: tokens are padded, new rows repeat the first row.
-
-    Any model can run the first row, which rows of padding alone would not guarantee.
-    """
-    rows, tokens = array.shape
-    full = np.full(shape, padding, array.dtype)
-    full[:rows, :tokens] = array
-    full[rows:] = full[0]
-    return full
-
-
 class RecordedRuns:
     """The CUDA graphs of one session. Any thread; hold `turn` for every run, recorded or not."""
 
-    def __init__(self, session: ort.InferenceSession, device_id: int, plan: GraphPlan) -> None:
+    def __init__(self, session: ort.InferenceSession, device_id: int, plan: ShapePlan) -> None:
         self.turn = Lock()
         self._session = session
         self._device_id = device_id
@@ -132,17 +101,13 @@ class RecordedRuns:
         """Return the recorded shape for a run; None if it must run without a recording."""
         if any(array.size for name, array in feeds.items() if name not in self._plan.padding):
             return None  # a sequence selects attention
-        rows, tokens = next(array.shape for name, array in feeds.items() if name in self._plan.padding)
-        shape = shape_for(rows, tokens, self._plan.shapes)
+        shape = self._plan.shape_of(feeds)
         known = shape is None or (shape, tuple(fetches)) in self._made
         return shape if known or len(self._made) < _MAX_RECORDINGS else None
 
     def run(self, feeds: Mapping[str, Array], fetches: Sequence[str], shape: tuple[int, int]) -> list[Array]:
         """Replay a run, or record it first. The caller holds `turn`. Outputs have the rows of `shape`."""
-        full = {
-            name: filled_up(array, shape, self._plan.padding[name]) if name in self._plan.padding else array
-            for name, array in feeds.items()
-        }
+        full = self._plan.filled(feeds, shape)
         key = (shape, tuple(fetches))
         recording = self._made.get(key)
         if recording is None:

@@ -12,8 +12,11 @@ from attnserve_server.domain.errors import AttnserveError
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
 TENSORRT: Final = "TensorrtExecutionProvider"
+OPENVINO: Final = "OpenVINOExecutionProvider"
 AUTO: Final = "auto"
 GPU_PROVIDERS: Final = (CUDA, TENSORRT)
+ALIASES: Final[Mapping[str, str]] = {"cpu": CPU, "cuda": CUDA, "openvino": OPENVINO, "tensorrt": TENSORRT}
+"""Short names of the providers that the server has settings for."""
 
 _OPTIONS: Final[Mapping[str, Mapping[str, str]]] = {
     CUDA: {
@@ -32,11 +35,27 @@ class ProviderUnavailable(AttnserveError):
 
     reason = "PROVIDER_UNAVAILABLE"
 
-    def __init__(self, wanted: str, available: Sequence[str]) -> None:
+    def __init__(self, wanted: str, available: Sequence[str], why: str = "") -> None:
+        """`why`: the reason and the remedy; empty: the runtime does not offer the provider."""
         self.wanted, self.available = wanted, tuple(available)
-        super().__init__(
-            f"execution provider {wanted} is not available: the runtime offers {', '.join(self.available) or 'none'}"
-        )
+        why = why or f"the runtime offers {', '.join(self.available) or 'none'}"
+        super().__init__(f"execution provider {wanted} is not available: {why}")
+
+
+class PrecisionUnavailable(AttnserveError):
+    """The requested precision is not offered: by the provider, by the processor, or for this bundle."""
+
+    reason = "PRECISION_UNAVAILABLE"
+
+    def __init__(self, precision: str, why: str) -> None:
+        """`why`: the reason and the remedy."""
+        self.precision = precision
+        super().__init__(f"precision is {precision}, but {why}")
+
+
+def named(provider: str) -> str:
+    """Return a provider's full name: `openvino` is `OpenVINOExecutionProvider`. Other names stay as they are."""
+    return ALIASES.get(provider, provider)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,33 +1,35 @@
-"""The runtime session: load a model, run it, and stop a run; and the thread on which an instance runs.
+"""The runtime session: load a model, run it, and stop a run.
 
-Only this module, `session_options` and `gpu` import onnxruntime. Errors carry no text of the runtime, which may hold
-paths; it is the cause of the exception, for the log.
+Only this module, `session_options`, `gpu` and `openvino` import onnxruntime. Errors carry no text of the runtime, which
+may hold paths; it is the cause of the exception, for the log.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock, Thread
-from typing import Any, TypeVar
+from threading import Lock
+from typing import Any
 
 import onnxruntime as ort
 
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import Array
-from attnserve_server.engine.gpu import GraphPlan, PinnedOutputs, RecordedRuns, not_recorded
+from attnserve_server.engine import openvino
+from attnserve_server.engine.gpu import PinnedOutputs, RecordedRuns, not_recorded
 from attnserve_server.engine.providers import (
     AUTO,
     CPU,
     CUDA,
     GPU_PROVIDERS,
+    OPENVINO,
     TENSORRT,
+    PrecisionUnavailable,
     ProviderChoice,
     ProviderUnavailable,
+    named,
 )
 from attnserve_server.engine.session_options import (
     EVERY_OPTIMIZER,
@@ -38,6 +40,7 @@ from attnserve_server.engine.session_options import (
     runtime_version,
     session_options,
 )
+from attnserve_server.engine.shapes import ShapePlan
 
 __all__ = [
     "AUTO",
@@ -45,9 +48,10 @@ __all__ = [
     "CUDA",
     "EVERY_OPTIMIZER",
     "LEFT_OUT",
+    "OPENVINO",
     "TENSORRT",
-    "InstanceThread",
     "LoadFailed",
+    "PrecisionUnavailable",
     "ProviderUnavailable",
     "RunFailed",
     "RunHandle",
@@ -56,9 +60,6 @@ __all__ = [
     "runtime_version",
     "write_optimised",
 ]
-
-T = TypeVar("T")
-_Call = tuple[asyncio.Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 
 class LoadFailed(AttnserveError):
@@ -121,68 +122,36 @@ class RunHandle:
             self._options = None
 
 
-class InstanceThread:
-    """One thread that runs functions one after another, from `__init__` until `end`.
-
-    Event loop only, except for the functions that it runs. A ThreadPoolExecutor of one thread does the same at a higher
-    cost: a second future with its own lock and condition per call, twice per batch.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
-        # A daemon, because a run that never ends must not keep the process alive after shutdown.
-        self._thread = Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
-
-    def run(self, function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
-        """Queue a call and return the future of its result or exception. Cancelling the future stops nothing."""
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._calls.put((future, function, arguments))
-        return future
-
-    async def end(self) -> None:
-        """End the thread after the queued calls."""
-        self._calls.put(None)
-        await asyncio.to_thread(self._thread.join)
-
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            future, function, arguments = call
-            value: Any = None
-            fault: BaseException | None = None
-            try:
-                value = function(*arguments)
-            except BaseException as error:  # noqa: BLE001 - deliver any exception to the awaiting task
-                fault = error
-            try:
-                self._loop.call_soon_threadsafe(_resolve, future, value, fault)
-            except RuntimeError:
-                return  # the loop is closed, so no task is waiting
-            del call, future, function, arguments, value, fault  # free the batch before waiting for the next call
-
-
-def _resolve(future: asyncio.Future[Any], value: object, fault: BaseException | None) -> None:
-    if future.done():
-        return  # cancelled
-    if fault is None:
-        future.set_result(value)
-    else:
-        future.set_exception(fault)
-
-
 class RuntimeSession:
     """One loaded model: one copy of the weights. Any number of threads may run it concurrently."""
 
-    def __init__(self, session: ort.InferenceSession, device_id: int = 0, graphs: GraphPlan | None = None) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        device_id: int = 0,
+        graphs: ShapePlan | None = None,
+        *,
+        precision: str = "",
+    ) -> None:
         self._session = session
         self.provider: str = session.get_providers()[0]
+        self.precision = precision
+        """The precision that serves where it is not that of the bundle: `openvino.ROUNDED`; else empty."""
         self._bound = PinnedOutputs(session, device_id) if self.provider in GPU_PROVIDERS else None
         self._recorded = RecordedRuns(session, device_id, graphs) if graphs is not None and self._bound else None
-        self.fills_up: bool = self._recorded is not None
-        """Whether outputs may have more rows and positions than the feeds, because a recorded shape is larger."""
+        self.buckets: ShapePlan | None = None
+        """Shapes that runs are padded to. Set once, at warm-up, before the session serves."""
         self.input_names: tuple[str, ...] = tuple(node.name for node in session.get_inputs())
         self.output_names: tuple[str, ...] = tuple(node.name for node in session.get_outputs())
+
+    @property
+    def fills_up(self) -> bool:
+        """Whether outputs may have more rows and positions than the feeds, because a shape of a plan is larger."""
+        return self._recorded is not None or self.buckets is not None
+
+    def nodes_by_provider(self) -> dict[str, dict[str, int]]:
+        """Return the number of nodes of each operator by provider; empty for sessions that do not record this."""
+        return openvino.nodes_by_provider(self._session) if self.provider == OPENVINO else {}
 
     @classmethod
     def load(
@@ -193,7 +162,7 @@ class RuntimeSession:
         required_provider: str | None = None,
         device_id: int = 0,
         provider_options: Mapping[str, Mapping[str, str]] | None = None,
-        graphs: GraphPlan | None = None,
+        graphs: ShapePlan | None = None,
         left_out: Sequence[str] | None = None,
         intra_op_threads: int = 1,
     ) -> RuntimeSession:
@@ -203,26 +172,35 @@ class RuntimeSession:
 
         Args:
             model_path: the ONNX file.
-            provider: an execution provider of onnxruntime, or `auto`: CUDA if the runtime offers it and it loads, else
-                CPU.
+            provider: an execution provider of onnxruntime, one of `ALIASES`, or `auto`: CUDA if the runtime offers it
+                and it loads, else CPU.
             required_provider: raise unless this provider is in use; None: any.
             device_id: index among the visible GPUs.
-            provider_options: options by provider; they override the defaults of `engine.providers`.
+            provider_options: options by provider; they override the defaults of `engine.providers`. For OpenVINO:
+                properties of its CPU device, over those of `engine.openvino`.
             graphs: what to record as CUDA graphs; None: nothing.
             left_out: names of graph optimizers to disable on a CPU; None: `LEFT_OUT`.
             intra_op_threads: threads within one run, the calling thread included; 1 or more.
 
         Raises:
             ProviderUnavailable: a named or required provider is not offered, or did not load.
+            PrecisionUnavailable: the options require a precision that the processor lacks.
             LoadFailed: the runtime could not load the model.
         """
+        required = None if required_provider is None else named(required_provider)
         choice = ProviderChoice(
-            provider, required_provider, device_id, provider_options or {}, cuda_graphs=graphs is not None
+            named(provider), required, device_id, provider_options or {}, cuda_graphs=graphs is not None
         )
         available = ort.get_available_providers()
+        if OPENVINO in (choice.provider, choice.required) and openvino.device():
+            available.append(OPENVINO)
         first = choice.first(available)
+        on_cpu = LEFT_OUT if left_out is None else left_out
+        if first == OPENVINO:
+            properties = choice.options.get(OPENVINO, {})
+            found = _on_openvino(model_path, session_options(intra_op_threads, on_cpu), properties)
+            return cls(found, precision=openvino.precision_of(properties))
         for name in dict.fromkeys((first, *((CPU,) if choice.may_fall_back else ()))):
-            on_cpu = LEFT_OUT if left_out is None else left_out
             options = session_options(intra_op_threads, on_cpu if name == CPU else LEFT_OUT_ON_GPU)
             session = _open(model_path, options, choice.chain(name, available))
             if session is not None:
@@ -247,7 +225,7 @@ class RuntimeSession:
             feeds: an array for each input, (B, ...) as the graph declares it.
             fetches: names of the outputs to return.
             handle: stops the run from another thread.
-            exact_shape: do not pad the run to a recorded shape.
+            exact_shape: do not pad the run to a shape of a plan.
 
         Returns:
             The outputs in the order of `fetches`, each in its own memory.
@@ -265,6 +243,8 @@ class RuntimeSession:
         try:
             if self._bound is not None:
                 return self._run_bound(self._bound, feeds, fetches, options, exact_shape=exact_shape)
+            if self.buckets is not None and not exact_shape:
+                feeds = self.buckets.padded(feeds)
             outputs: list[Array] = self._session.run(list(fetches), dict(feeds), options)
         except Exception as error:
             if handle is not None and handle.terminated:
@@ -310,6 +290,16 @@ def write_optimised(model_path: Path, target: Path) -> None:
     options.optimized_model_filepath = str(target)
     try:
         ort.InferenceSession(str(model_path), sess_options=options, providers=[CPU])
+    except Exception as error:
+        raise LoadFailed from error
+
+
+def _on_openvino(path: Path, options: ort.SessionOptions, properties: Mapping[str, str]) -> ort.InferenceSession:
+    """Return a session of the OpenVINO plug-in. Raises as `RuntimeSession.load`."""
+    try:
+        return openvino.opened(path, options, properties)
+    except (ProviderUnavailable, PrecisionUnavailable):
+        raise
     except Exception as error:
         raise LoadFailed from error
 

@@ -1,10 +1,12 @@
-"""Warm-up: runs of synthetic sequences that are valid for a model, and timed runs for the cost model.
+"""Warm-up: runs of synthetic sequences that are valid for a model, timed runs for the cost model, and prepared shapes.
 
 A model that cannot run them, or returns other shapes than its manifest declares, fails to load.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -22,8 +24,9 @@ from attnserve_server.domain.values import (
     WeightDtype,
 )
 from attnserve_server.engine.collation import CollatedBatch, ShapeCheck, collate, past_length
-from attnserve_server.engine.cost import TimedRun
+from attnserve_server.engine.cost import CostModel, TimedRun
 from attnserve_server.engine.session import RuntimeSession
+from attnserve_server.engine.shapes import ShapePlan, buckets
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec, Manifest
 
 _FIRST_SHAPES: Final = ((1, 8), (4, 8), (1, 32), (4, 32), (1, 128))
@@ -36,6 +39,15 @@ _MORE_SECONDS: Final = 1.0
 """Default of `more_s`."""
 _REPEATS: Final = 3
 """Runs of each shape. The first one also allocates memory and starts threads, so the fastest one counts."""
+
+_NEW_SHAPES: Final = ((1, 11), (1, 19), (3, 21))
+"""(batch size, length) of the runs that measure what a new shape costs; no other run of the warm-up has them."""
+_DEAR: Final = 2.0
+"""Ratio of a shape's first run to later ones from which shapes are prepared. Below it, padding costs more."""
+_BUCKETS: Final = 64
+"""Number of shapes, unless the operator sets another: runs of up to 32 rows and some hundred tokens."""
+_BUCKETS_S: Final = 10.0
+"""Seconds that one run of every prepared shape may take, as predicted."""
 
 
 def touch(session: RuntimeSession, manifest: Manifest) -> None:
@@ -101,6 +113,59 @@ def _seconds(session: RuntimeSession, manifest: Manifest, sequences: list[Prepar
     seconds = clock.now() - started
     _check(session, manifest, batch, outputs)
     return seconds
+
+
+def plan_of(manifest: Manifest, shapes: Sequence[tuple[int, int]]) -> ShapePlan | None:
+    """Return a plan of these shapes; None if no shape remains, or the inputs do not share one padded axis."""
+    if {spec.shape for spec in manifest.inputs} != {(axis.symbol,) for axis in manifest.axes if axis.paddable}:
+        return None
+    # Rows that fill up a shape are batch neighbours too.
+    held = tuple(shape for shape in shapes if shape[0] <= manifest.max_batch_size)
+    return ShapePlan(held, {spec.name: spec.padding for spec in manifest.inputs}) if held else None
+
+
+def bucket_plan(manifest: Manifest, cost: CostModel, count: int | None) -> ShapePlan | None:
+    """Return the shapes to prepare; None if runs of this model must not be padded.
+
+    Args:
+        manifest: of the model, under the server's batching policy.
+        cost: of its runs.
+        count: the most shapes; None: `_BUCKETS`.
+    """
+    longest = max((axis.max_length for axis in manifest.axes if axis.free), default=0)
+    chosen = buckets(cost, manifest.max_batch_size, longest, count or _BUCKETS, _BUCKETS_S) if longest else ()
+    return plan_of(manifest, chosen)
+
+
+def new_shape_ratio(session: RuntimeSession, manifest: Manifest, clock: Clock) -> float:
+    """Return the time of a shape's first run over that of its third: the median of three shapes, on this thread.
+
+    Raises:
+        RunFailed: the model cannot run on these inputs.
+        UnexpectedShape: a returned tensor has another shape than the manifest declares.
+    """
+    ratios = []
+    for size, length in _NEW_SHAPES:
+        sequences = [synthetic(manifest, length)] * min(size, manifest.max_batch_size)
+        first, _, later = (_seconds(session, manifest, sequences, clock) for _ in range(3))
+        ratios.append(first / max(later, 1e-9))
+    return statistics.median(ratios)
+
+
+def are_dear(ratio: float) -> bool:
+    """Whether new shapes cost so much, by `new_shape_ratio`, that padding runs to prepared ones pays."""
+    return ratio >= _DEAR
+
+
+def prepare(session: RuntimeSession, manifest: Manifest, plan: ShapePlan) -> None:
+    """Run every shape of a plan once, on the calling thread.
+
+    Raises:
+        RunFailed: the model cannot run on these inputs.
+        UnexpectedShape: a returned tensor has another shape than the manifest declares.
+    """
+    for rows, tokens in plan.shapes:
+        run(session, manifest, [synthetic(manifest, tokens)] * rows)
 
 
 def selection_of_all(manifest: Manifest, values: AttentionValue = AttentionValue.WEIGHTS) -> EffectiveSelection | None:

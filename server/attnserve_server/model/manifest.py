@@ -158,7 +158,7 @@ class Manifest(Frozen):
     version: ModelVersion
     digest: Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
     files: dict[FileName, Sha256]
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Literal["fp32", "fp16", "int8", "bf16-scores"]  # the last one only as served: `equality.FLOORS`
     max_batch_size: Annotated[int, Field(ge=1)]
     axes: tuple[AxisSpec, ...]
     inputs: tuple[InputSpec, ...]

@@ -14,6 +14,7 @@ import pytest
 import structlog
 from attnserve_server import loading
 from attnserve_server.config import Settings
+from attnserve_server.engine.providers import PrecisionUnavailable
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.loading import open_bundle, under_policy
 from attnserve_server.model.certificate import BATCHING, Clause, Verdict
@@ -103,3 +104,40 @@ def test_costs_of_sequences_alone_and_of_batches_have_different_keys(tmp_path: P
 
 def test_batching_setting_accepts_every_policy() -> None:
     assert get_args(Settings.model_fields["batching"].annotation) == BATCHING
+
+
+@pytest.mark.parametrize(
+    ("provider", "stored", "why"),
+    [
+        ("auto", "fp32", r"provider is auto, .*; set --provider openvino, or --precision bundle"),
+        ("cpu", "fp32", r"provider is cpu, .*; set --provider openvino, or --precision bundle"),
+        ("openvino", "int8", "the bundle is int8, .*; set --precision bundle"),
+    ],
+)
+def test_bfloat16_is_refused_where_it_does_not_apply(provider: str, stored: str, why: str, tmp_path: Path) -> None:
+    manifest = tiny_manifest().model_copy(update={"precision": stored})
+    bundle = write_bundle(tmp_path / "models", manifest, write_tiny_files(tmp_path))
+    settings = Settings(repository=tmp_path / "models", provider=provider, precision="bf16")
+    with pytest.raises(PrecisionUnavailable, match=f"precision is bf16, but {why}"):
+        open_bundle(bundle, settings)
+
+
+def test_bundle_is_served_in_its_own_precision_by_default(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "models", tiny_manifest(), write_tiny_files(tmp_path))
+    opened = open_bundle(bundle, Settings(repository=tmp_path / "models", provider="cpu"))
+    assert opened.bundle == bundle
+    assert (opened.sessions[0].precision, opened.bundle.manifest.precision) == ("", "fp32")
+
+
+def test_manifest_states_the_precision_that_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = write_bundle(tmp_path / "models", tiny_manifest(), write_tiny_files(tmp_path))
+    load = RuntimeSession.load
+
+    def rounded(path: Path, **options: object) -> RuntimeSession:
+        session = load(path, **options)  # type: ignore[arg-type]
+        session.precision = "bf16-scores"
+        return session
+
+    monkeypatch.setattr(RuntimeSession, "load", rounded)
+    served = open_bundle(bundle, Settings(repository=tmp_path / "models", provider="cpu")).bundle.manifest
+    assert (served.precision, served.digest) == ("bf16-scores", bundle.manifest.digest)

@@ -13,7 +13,7 @@ import weakref
 
 import numpy as np
 import pytest
-from attnserve_server.engine.session import InstanceThread
+from attnserve_server.engine.instance_thread import InstanceThread
 
 
 async def test_functions_run_one_after_another_on_one_thread() -> None:
