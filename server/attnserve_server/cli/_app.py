@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from attnserve_server import __version__
-from attnserve_server.cli import check, convert, inspect, serve
+from attnserve_server.cli import check, convert, inspect, recommend, serve
 
 app = typer.Typer(name="attnserve-server", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,3 +34,4 @@ serve.register(app)
 convert.register(app)
 inspect.register(app)
 check.register(app)
+recommend.register(app)

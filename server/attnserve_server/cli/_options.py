@@ -39,6 +39,14 @@ TryMore = Annotated[
         "clearly faster.",
     ),
 ]
+Target = Annotated[
+    Literal["cpu", "openvino"],
+    typer.Option(
+        "--target",
+        help="The provider that will serve the model. Fused and plain attention, and exporters, are timed there; the "
+        "fastest with equal answers is kept.",
+    ),
+]
 BatchingOption = Annotated[
     Literal["proved", "tested", "off"],
     typer.Option(

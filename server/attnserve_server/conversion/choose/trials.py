@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from attnserve_server.conversion.assemble import Assembled
 from attnserve_server.conversion.base.errors import BuildRefused
+from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.base.tolerances import Tolerances
 from attnserve_server.conversion.choose.comparing import Baseline, compared, tappable_sites, timed, workloads
 from attnserve_server.conversion.choose.fusion import Rewritten, fused
@@ -24,6 +25,7 @@ from attnserve_server.conversion.graphs.reading import precision_of, save
 from attnserve_server.conversion.inputs.signature import Signature
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
+from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import LEFT_OUT, LoadFailed, write_optimised
 from attnserve_server.model.report import TrialReport
 
@@ -52,7 +54,13 @@ class OtherExport:
 
 
 def faster_export(
-    first: Rewritten, others: Sequence[OtherExport], sampler: Sampler, work: Path, *, fuse: bool
+    first: Rewritten,
+    others: Sequence[OtherExport],
+    sampler: Sampler,
+    work: Path,
+    *,
+    fuse: bool,
+    provider: str = CPU,
 ) -> tuple[OtherExport | None, Rewritten, tuple[TrialReport, ...]]:
     """Try other exports in order, and keep the first that gives the same answers and is faster.
 
@@ -62,6 +70,7 @@ def faster_export(
         sampler: draws sequences for the graph.
         work: a folder for temporary files.
         fuse: whether to try fused operators in each export.
+        provider: the execution provider on which they are run and timed.
 
     Returns:
         The export that is kept (None: the first), its fused graph, and the report of each trial. An export that
@@ -74,7 +83,7 @@ def faster_export(
         return None, first, ()
     path = work / "first.onnx"
     save(ir.from_proto(first.proto), path)
-    base, outputs = GraphRunner(path), [value.name for value in first.proto.graph.output]
+    base, outputs = GraphRunner(path, provider=provider), [value.name for value in first.proto.graph.output]
     tolerance = Tolerances.of(precision_of(first.proto)).output
     baseline = Baseline(base, workloads(base, sampler, outputs), outputs, tolerance)
     trials: list[TrialReport] = []
@@ -86,18 +95,54 @@ def faster_export(
             if signature != sampler.signature:
                 trials.append(TrialReport(what=other.what, reason="its inputs differ"))
                 continue
-            rewritten = fused(proto, sampler, folder, fuse=fuse)
+            rewritten = fused(proto, sampler, folder, fuse=fuse, provider=provider)
             if tappable_sites(rewritten.proto) < tappable_sites(first.proto):
                 trials.append(TrialReport(what=other.what, reason="fewer of its sites can be tapped"))
                 continue
             save(ir.from_proto(rewritten.proto), folder / "other.onnx")
-            trials.append(tried(other.what, GraphRunner(folder / "other.onnx"), baseline))
+            trials.append(tried(other.what, GraphRunner(folder / "other.onnx", provider=provider), baseline))
         except BuildRefused as fault:
             trials.append(TrialReport(what=other.what, reason=str(fault)))
             continue
         if trials[-1].kept:
             return other, rewritten, tuple(trials)
     return None, first, tuple(trials)
+
+
+def check_on_target(assembled: Assembled, provider: str, steps: Steps) -> None:
+    """Compare the tapped graph's answers on an execution provider with those on the CPU.
+
+    Args:
+        assembled: the tapped graph.
+        provider: the execution provider; nothing is compared for the CPU's.
+        steps: receives a warning where the provider leaves nodes to another one.
+
+    Raises:
+        BuildRefused: the graph does not run there, or gives other outputs or weights.
+    """
+    if provider == CPU:
+        return
+    base, other = GraphRunner(assembled.model_path), GraphRunner(assembled.model_path, provider=provider)
+    _, reason = compared(other, _tapped(assembled, base))
+    if reason:
+        raise BuildRefused(f"on {provider}, {reason}; convert without --target, and serve on the CPU provider")
+    for name, nodes in other.nodes_by_provider.items():
+        if name != provider:
+            listed = ", ".join(f"{count} {operator}" for operator, count in nodes.items())
+            steps.warn(f"{provider} leaves nodes to {name}: {listed}")
+
+
+def _tapped(assembled: Assembled, base: GraphRunner) -> Baseline:
+    """What other graphs are compared with: the tapped graph's outputs and weights."""
+    outputs = [spec.name for spec in assembled.outputs]
+    return Baseline(
+        base,
+        workloads(base, assembled.sampler, outputs),
+        outputs,
+        assembled.tolerances.output,
+        tuple(assembled.weights.values()),
+        assembled.tolerances.weight,
+    )
 
 
 def fastest(assembled: Assembled, work: Path) -> tuple[tuple[str, ...] | None, tuple[TrialReport, ...]]:
@@ -113,16 +158,7 @@ def fastest(assembled: Assembled, work: Path) -> tuple[tuple[str, ...] | None, t
     Raises:
         BuildRefused: the runtime cannot load the tapped graph.
     """
-    outputs = [spec.name for spec in assembled.outputs]
-    base = GraphRunner(assembled.model_path)
-    baseline = Baseline(
-        base,
-        workloads(base, assembled.sampler, outputs),
-        outputs,
-        assembled.tolerances.output,
-        tuple(assembled.weights.values()),
-        assembled.tolerances.weight,
-    )
+    baseline = _tapped(assembled, GraphRunner(assembled.model_path))
     trials = [tried(what, _opened(assembled.model_path, left_out), baseline) for what, left_out in _REWRITINGS.items()]
     best = min((trial for trial in trials if trial.kept), key=lambda trial: trial.time or 1.0, default=None)
     slower = "it is faster, though not the fastest"

@@ -19,33 +19,35 @@ import numpy as np
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX
 from attnserve_server.domain.values import Array
+from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import LoadFailed, RunFailed, RunHandle, RunTerminated, RuntimeSession
 
 
 class GraphRunner:
-    """A graph in one session on the CPU, with one thread. Its taps select all rows of the batch, or none."""
+    """A graph in one session, with one thread. Its taps select all rows of the batch, or none."""
 
     limit_s: ClassVar[float] = 600.0
     """The most seconds that one run may take."""
 
-    def __init__(self, path: Path, left_out: Sequence[str] | None = None) -> None:
+    def __init__(self, path: Path, left_out: Sequence[str] | None = None, provider: str = CPU) -> None:
         """Open a graph.
 
         Args:
             path: the ONNX file.
             left_out: names of the runtime's graph rewritings that are disabled; None: those that the server disables.
+            provider: the execution provider.
 
         Raises:
             BuildRefused: the runtime cannot load the graph.
+            ProviderUnavailable: the provider is not available.
         """
         self.path = path
         try:
-            self._session = RuntimeSession.load(
-                path, provider="CPUExecutionProvider", left_out=left_out, intra_op_threads=1
-            )
+            self._session = RuntimeSession.load(path, provider=provider, left_out=left_out, intra_op_threads=1)
         except LoadFailed as fault:
             raise BuildRefused(f"the runtime cannot load the model: {_runtime_message(fault, path)}") from None
         self.output_names = self._session.output_names
+        self.nodes_by_provider = self._session.nodes_by_provider()
         self._items = [name for name in self._session.input_names if name.startswith(ITEMS_PREFIX)]
 
     def run(
