@@ -120,7 +120,7 @@ class ModelInfo:
         max_batch_size: Most sequences in one request.
         max_text_bytes: Most bytes of UTF-8 in one text.
         max_response_bytes: Most bytes of tensor data in one response.
-        precision: Precision of its weights: `fp32`, `fp16` or `int8`.
+        precision: Precision that serves: `fp32`, `fp16`, `int8`, or `bf16-scores` (bfloat16 throughout).
         execution_provider: Execution provider that runs it; empty until it is loaded.
         text_axis: Axis symbol of a text's tokens; empty if it takes no text.
         text_pair_axis: Axis symbol of a second text's tokens; it differs if the second text has a separate input.

@@ -53,7 +53,7 @@ class Receipt:
         version: Its version.
         digest: `sha256:` and the hexadecimal digest of its bundle.
         execution_provider: Execution provider of onnxruntime, for example `CPUExecutionProvider`.
-        precision: Precision of the model's weights: `fp32`, `fp16` or `int8`.
+        precision: Precision that it ran in: `fp32`, `fp16`, `int8`, or `bf16-scores` (bfloat16 throughout).
     """
 
     request_id: str

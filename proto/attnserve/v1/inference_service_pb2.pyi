@@ -374,7 +374,7 @@ class Receipt(_message.Message):
     execution_provider: _builtins.str
     """The onnxruntime execution provider that ran it."""
     precision: _builtins.str
-    """Element type of the weights: `fp32`, `fp16` or `int8`."""
+    """Precision that it ran in, as in `GetModel`: `fp32`, `fp16`, `int8` or `bf16-scores`."""
     def __init__(
         self,
         *,

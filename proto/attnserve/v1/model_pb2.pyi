@@ -531,7 +531,9 @@ class Model(_message.Message):
     max_response_bytes: _builtins.int
     """Maximum bytes of tensor data in one answer. More: RESOURCE_EXHAUSTED, before anything runs."""
     precision: _builtins.str
-    """Element type of most weights: `fp32`, `fp16` or `int8`."""
+    """Precision that serves. That of the bundle, by the element type of most weights: `fp32`, `fp16` or `int8`. Or
+    `bf16-scores`, with `--precision bf16`: bfloat16, in which the provider also rounds the scores of attention.
+    """
     execution_provider: _builtins.str
     """The onnxruntime execution provider in use, for example `CPUExecutionProvider`; empty until loaded."""
     text_axis: _builtins.str

@@ -34,7 +34,8 @@ CACHE: Final = "CACHE_DIR"
 ROUNDED: Final = "bf16-scores"
 """Precision of a session in bfloat16. The plug-in rounds the scores of attention too, in the taps as in the graph, and
 has no option that exempts nodes. The runtime's assignment of nodes by name (`session.name_based_layer_assignment`) does
-not keep taps from it, because both providers are CPUs to the runtime (onnxruntime 1.32)."""
+not keep taps on the CPU provider: the rule `cpu(...)` assigns them to the plug-in, which is a CPU too, and with
+`CPUExecutionProvider(...)` the session does not load (onnxruntime 1.32, onnxruntime-ep-openvino 1.8.1)."""
 _PACKAGE: Final = "onnxruntime_ep_openvino"
 _LIBRARY: Final = "attnserve.openvino"
 """Name under which the runtime knows the plug-in's library. A name that ends in `.virtual` would offer absent NPUs."""

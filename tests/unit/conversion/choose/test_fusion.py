@@ -6,12 +6,14 @@ outcome does not depend on the machine.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.choose import comparing
 from attnserve_server.conversion.choose import fusion as room
 from attnserve_server.conversion.choose.comparing import Timing
@@ -19,11 +21,14 @@ from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.fuse.candidates import ATTENTION, MULTI_HEAD, Fused, candidates
+from attnserve_server.engine.providers import OPENVINO
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.report import FusionReport, UnfusedSite
-from commands import conversion_app
+from commands import call, conversion_app
 from onnx_files import saved
+from openvino_here import needs_openvino, why_absent
 from plain_graphs import Plain
+from rich.console import Console
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.slow
@@ -186,3 +191,37 @@ def test_prepare_and_inspect_report_the_fusion(
     assert line in done.output
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "models" / "ranker" / "1")])
     assert line in " ".join(shown.output.split())
+
+
+@needs_openvino
+@pytest.mark.parametrize("pays", [True, False])
+def test_fusion_is_chosen_on_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, pays: bool) -> None:
+    measured(monkeypatch, Timing(0.9 if pays else 1.1, pays=pays))
+    opened: list[str] = []
+    load = room.GraphRunner
+
+    def recording(path: Path, left_out: object = None, provider: str = "CPUExecutionProvider") -> GraphRunner:
+        opened.append(f"{path.name} {provider}")
+        return load(path, left_out, provider)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(room, "GraphRunner", recording)
+    file = saved(CASE.model(), tmp_path / "ranker.onnx")
+    request = PrepareRequest(file=file, name="ranker", repository=tmp_path / "models", target=OPENVINO)
+    printed = io.StringIO()
+    manifest = prepare_bundle(request, Steps(Console(file=printed, width=200))).manifest
+    assert {f"unfused.onnx {OPENVINO}", f"fused.onnx {OPENVINO}"} <= set(opened)
+    assert manifest.provenance.target == OPENVINO
+    assert manifest.check.fusion is not None
+    assert manifest.check.fusion.kept is pays
+    left = f"warning: {OPENVINO} leaves nodes to CPUExecutionProvider: 1 Attention"
+    assert (left in printed.getvalue()) is pays
+
+
+@pytest.mark.skipif(not why_absent(), reason="the plug-in serves here")
+def test_target_that_is_absent_is_refused(tmp_path: Path) -> None:
+    file = saved(CASE.model(), tmp_path / "ranker.onnx")
+    line = ("prepare", file, "--name", "ranker", "--repository", tmp_path / "models", "--target", "openvino")
+    done = call(conversion_app(), *line)
+    assert done.exit_code == 2
+    assert why_absent() in " ".join(done.stderr.split())
+    assert not (tmp_path / "models").exists()
