@@ -4,8 +4,8 @@ The plug-in is a separate package beside the stock runtime (the extra `server-op
 graph that it knows, and leaves the other nodes to the CPU provider without a message: `nodes_by_provider`.
 
 Streams: a compiled graph runs as many requests at a time as it has streams; more wait. So that one session serves all
-instances, it has a stream for each (onnxruntime-ep-openvino 1.8.1, two cores, MiniLM, 4 x 64 tokens, runs a second of
-one and of two threads: 7.7 and 9.1 with one stream, 6.5 and 14.4 with two).
+instances, it has a stream for each (onnxruntime-ep-openvino 1.8.1, two cores, MiniLM: a run of 1 x 8 tokens that begins
+during one of 16 x 200 ends 0.02 s after it with one stream, and takes 0.04 s with two).
 
 Precision: without a hint, the plug-in computes in bfloat16 where the processor can. The hint is always set, so that
 nothing is rounded that the operator did not choose. A processor without bfloat16 ignores that hint without a message,

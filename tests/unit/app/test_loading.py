@@ -14,6 +14,7 @@ import pytest
 import structlog
 from attnserve_server import loading
 from attnserve_server.config import Settings
+from attnserve_server.engine import openvino
 from attnserve_server.engine.providers import PrecisionUnavailable
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.loading import open_bundle, under_policy
@@ -141,3 +142,16 @@ def test_manifest_states_the_precision_that_serves(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(RuntimeSession, "load", rounded)
     served = open_bundle(bundle, Settings(repository=tmp_path / "models", provider="cpu")).bundle.manifest
     assert (served.precision, served.digest) == ("bf16-scores", bundle.manifest.digest)
+
+
+def test_openvino_has_a_stream_for_each_instance_with_its_threads(tmp_path: Path) -> None:
+    given = {"instances": 3, "intra_op_threads": 2, "cache_dir": tmp_path, "openvino_options": "LOG_LEVEL=LOG_NONE"}
+    options = loading._openvino_options(tiny_manifest(), Settings(provider="openvino", **given))
+    assert options == {
+        openvino.STREAMS: "3",
+        openvino.THREADS: "6",
+        openvino.CACHE: str(tmp_path),
+        "LOG_LEVEL": "LOG_NONE",
+    }
+    rounded = loading._openvino_options(tiny_manifest(), Settings(provider="openvino", precision="bf16"))
+    assert rounded[openvino.PRECISION] == "bf16"
