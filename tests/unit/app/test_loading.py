@@ -140,7 +140,8 @@ def test_manifest_states_the_precision_that_serves(tmp_path: Path, monkeypatch: 
         return session
 
     monkeypatch.setattr(RuntimeSession, "load", rounded)
-    served = open_bundle(bundle, Settings(repository=tmp_path / "models", provider="cpu")).bundle.manifest
+    settings = Settings(repository=tmp_path / "models", provider="cpu", wide_threads=1)
+    served = open_bundle(bundle, settings).bundle.manifest
     assert (served.precision, served.digest) == ("bf16-scores", bundle.manifest.digest)
 
 
