@@ -20,8 +20,8 @@ import onnxruntime as ort
 Array = npt.NDArray[Any]
 
 ITEMS_PREFIX = "attention_items."
-TAP_PREFIXES = ("attention.", "attention_scores.")
-"""Starts of the names of a tap's outputs: weights and scores."""
+TAP_PREFIXES = ("attention.", "attention_scores.", "attention_mean.")
+"""Starts of the names of a tap's outputs: weights, scores, and means over heads."""
 
 
 def minilm_of(repository: Path) -> Path:

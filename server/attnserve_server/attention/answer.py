@@ -62,7 +62,8 @@ def answer(
 
     Args:
         weights: by layer, float32 (H, L, S), all heads, cropped to the sequence's own lengths; (H, L, W) if the tap
-            writes a band. Scores, if the selection is of scores. Not modified.
+            writes a band. (1, L, S) or (1, L, W): the mean over all heads, where that is all that the selection reads.
+            Scores, if the selection is of scores. Not modified.
         effective: the resolved selection, checked against the units.
         sites: the model's sites.
         units: the units of every axis of a chosen site.
@@ -151,7 +152,8 @@ def _site_weights(
     site = sites[layer]
     queries, keys = plans[site.query_axis], plans[site.key_axis]
     rows = None if all_rows else queries.row_positions()
-    heads = np.array(effective.heads[index], dtype=np.intp)
+    # One head is that of a site with one, or the mean of all, which is its own mean.
+    heads = np.array(effective.heads[index] if len(weights[layer]) > 1 else (0,), dtype=np.intp)
     joined = join_heads(weights[layer], heads, effective.head_reduction, rows)
     if site.band is not None:
         is_band = _band_of(effective, _joined(effective, sites, layer), keys.positions) is not None

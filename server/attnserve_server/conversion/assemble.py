@@ -30,8 +30,11 @@ from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.rewrite.taps import (
     ITEMS_PREFIX,
+    MEAN_PREFIX,
     SCORES_PREFIX,
+    TAP_PREFIXES,
     WEIGHTS_PREFIX,
+    add_means,
     add_taps,
     expose,
     sites_to_tap,
@@ -135,7 +138,9 @@ def assemble(proto: onnx.ModelProto, sampler: Sampler, work: Path, steps: Steps)
         if not site.available:
             steps.warn(f"site {site.name} gives no weights: {site.unavailable_reason}")
     available = {site.name: site.weight_axes for site in sites if site.available}
-    save(tapped_at(proto, available, learnt), model_path)
+    model = tapped_at(proto, available, learnt)
+    add_means(model.graph, sites)
+    save(model, model_path)
     named = {symbol for site in sites if site.available for symbol in (site.query_axis, site.key_axis)}
     shown = {axis for spec in outputs for axis in spec.shape if isinstance(axis, str)}
     return Assembled(
@@ -193,7 +198,7 @@ def axes_of(
 
 def _refuse_reserved_names(graph: onnx.GraphProto) -> None:
     for value in (*graph.input, *graph.output):
-        if value.name.startswith((ITEMS_PREFIX, SCORES_PREFIX, WEIGHTS_PREFIX)):
+        if value.name.startswith((ITEMS_PREFIX, *TAP_PREFIXES)):
             raise BuildRefused(f"{value.name!r} is a name of taps: this graph is converted already; convert its source")
 
 
@@ -253,6 +258,7 @@ def _site(
     crossed = query_source != key_source or not of_one_sequence(site)
     layout, windows = (None, None) if learnt is None else (learnt.layout, learnt.windows)
     of_operator = site.attention.band if isinstance(site.attention, Scores) else None
+    heads = (site if layout is None else layout).heads or 1
     return SiteSpec(
         name=name,
         layer=layer,
@@ -260,7 +266,7 @@ def _site(
         form="windowed" if layout is not None and layout.windowed else site.form,
         operator=site.operator,
         # The number of heads of a site that is not understood is unknown.
-        heads=(site if layout is None else layout).heads or 1,
+        heads=heads,
         kv_heads=(site if layout is None else layout).kv_heads or 1,
         head_dim=site.head_dim or (0 if layout is None else layout.head_dim),
         query_axis=query_axis or "",
@@ -270,6 +276,7 @@ def _site(
         unavailable_reason=reason,
         scores_output=None if reason or scoreless else SCORES_PREFIX + name,
         scores_unavailable_reason=reason or scoreless,
+        mean_output=None if reason or heads == 1 else MEAN_PREFIX + name,
         band=None if reason else windows.band if windows is not None else of_operator,
         whole_rows=not reason and of_operator is not None,
     )

@@ -136,6 +136,11 @@ class EffectiveSelection:
         """Whether the answer holds links instead of whole maps."""
         return self.top_k > 0 or self.min_weight > 0
 
+    def joins_heads(self, layer: int, count: int) -> bool:
+        """Whether the weights of a selected site, of `count` heads, are read only as their mean over all heads."""
+        chosen = self.heads[self.layers.index(layer)]
+        return self.head_reduction is HeadReduction.MEAN and not self.scores and len(chosen) == count
+
 
 @dataclass(frozen=True, slots=True)
 class LabelSelection:

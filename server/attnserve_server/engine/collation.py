@@ -7,15 +7,15 @@ sequences are copied, because each view would keep the whole batch in memory unt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
 from attnserve_server.domain.errors import AttnserveError
-from attnserve_server.domain.values import Array, AttentionAnswer, PreparedSequence
-from attnserve_server.model.manifest import BATCH, LOWEST_SCORE, NUMPY_DTYPES, Dimension, InputSpec, Manifest
+from attnserve_server.domain.values import Array, AttentionAnswer, EffectiveSelection, PreparedSequence
+from attnserve_server.model.manifest import BATCH, LOWEST_SCORE, NUMPY_DTYPES, Dimension, InputSpec, Manifest, SiteSpec
 
 ITEMS: Final = "items"
 """Symbol of the first axis of a tap's weights: one entry for each batch row in the tap's `items` input."""
@@ -89,9 +89,7 @@ def collate(sequences: Sequence[PreparedSequence], manifest: Manifest) -> Collat
         if sequence.attention is not None:
             for layer in sequence.attention.layers:
                 rows.setdefault(layer, []).append(row)
-                output = manifest.sites[layer].output_of(sequence.attention.values)
-                if output is not None:
-                    fetches[output] = None
+                fetches.update(dict.fromkeys(_tap_outputs(manifest.sites[layer], sequence, sequence.attention)))
     for site in manifest.sites:
         if site.items_input is None or site.weights_output is None:
             continue
@@ -151,21 +149,39 @@ def owned(answer: AttentionAnswer, arrays: Iterable[Array]) -> AttentionAnswer:
     return replace(answer, maps=maps)
 
 
+def _tap_outputs(site: SiteSpec, sequence: PreparedSequence, selection: EffectiveSelection) -> Iterator[str]:
+    """Yield the outputs of a site's tap that a sequence reads. Its batch has no part in this choice."""
+    output, mean = site.output_of(selection.values), site.mean_of(selection)
+    if mean is not None:
+        yield mean
+    # Whole weights are compared, because a mean hides differences.
+    if output is not None and (mean is None or sequence.keep_values):
+        yield output
+
+
 def weights_of(
-    batch: CollatedBatch, fetched: Mapping[str, Array], row: int, sequence: PreparedSequence, manifest: Manifest
+    batch: CollatedBatch,
+    fetched: Mapping[str, Array],
+    row: int,
+    sequence: PreparedSequence,
+    manifest: Manifest,
+    *,
+    whole: bool = False,
 ) -> dict[int, Array]:
     """Return the weights, or the scores, that the sequence in `row` selects, cropped to its own lengths.
 
     Args:
         batch: the batch that was run.
-        fetched: the run's arrays by name; a tap's is (n, H, L, S), or (n, H, L, W) if it writes a band.
+        fetched: the run's arrays by name; a tap's is (n, H, L, S), or (n, H, L, W) for a band. A mean has no H.
         row: the sequence's row in the batch.
         sequence: the sequence.
         manifest: of the model.
+        whole: return all heads where the sequence reads their mean. It must have `keep_values`.
 
     Returns:
         Views of the run's arrays by layer, (H, L, S), or (H, L, W) for a band: its columns are relative to the query,
-        so W is the same for every length. Scores are copies, with minus infinity for hidden keys.
+        so W is the same for every length. (1, L, S) where the sequence reads the mean over all heads. Scores are
+        copies, with minus infinity for hidden keys.
 
     Raises:
         ValueError: the sequence selects a site without a tap, which a resolved selection never does.
@@ -179,8 +195,10 @@ def weights_of(
         output = site.output_of(sequence.attention.values)
         if output is None:
             raise ValueError(f"site {site.name} has no tap for {sequence.attention.values}")
-        crop = _crop((site.heads, site.query_axis, site.columns), lengths)
-        own = fetched[output][batch.rows[layer].index(row)][crop]
+        mean = None if whole else site.mean_of(sequence.attention)
+        own = fetched[mean or output][batch.rows[layer].index(row)]
+        own = own if mean is None else own[np.newaxis]
+        own = own[_crop((len(own), site.query_axis, site.columns), lengths)]
         weights[layer] = np.where(own <= LOWEST_SCORE, np.float32(-np.inf), own) if sequence.attention.scores else own
     return weights
 
@@ -232,10 +250,10 @@ class ShapeCheck:
         }
         self._taps: dict[str, int] = {}
         for site in manifest.sites:
-            for output in (site.weights_output, site.scores_output):
-                if output is not None:
-                    self._taps[output] = site.layer
-                    self._declared[output] = (ITEMS, site.heads, site.query_axis, site.columns)
+            for output in site.outputs:
+                heads = () if output == site.mean_output else (site.heads,)
+                self._taps[output] = site.layer
+                self._declared[output] = (ITEMS, *heads, site.query_axis, site.columns)
         self._places = {
             dimension: (spec.name, place)
             for spec in manifest.inputs

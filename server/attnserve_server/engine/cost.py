@@ -186,7 +186,9 @@ _Product = tuple[tuple[int, ...], Fraction]
 class Footprint:
     """Counts the bytes of tensors that one sequence adds to a run, as terms in the run's padded lengths.
 
-    It counts every output, requested or not, because the graph computes all of them.
+    It counts every output, requested or not, because the graph computes all of them. A site's weights count whole, also
+    for a sequence that reads only their mean over heads: the runtime computes them, and returns them for all rows of
+    the site if another sequence of the run reads them.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -220,6 +222,8 @@ class Footprint:
         for layer in layers:
             site = self._manifest.sites[layer]
             self._count(terms, _weights_shape(site), 4)
+            if site.mean_output is not None:
+                self._count(terms, _weights_shape(site)[1:], 4)
         scratch: Counter[tuple[int, ...]] = Counter()
         for site in (self._manifest.sites[layer] for layer in layers):
             one: Counter[tuple[int, ...]] = Counter()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -28,13 +29,14 @@ from attnserve_server.engine.collation import (
     owned,
     weights_of,
 )
+from attnserve_server.engine.comparison import compared_values
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
 from attnserve_server.engine.graph import Counts, Graph, Occupancy
 from attnserve_server.engine.instance_thread import InstanceThread
 from attnserve_server.engine.labels import labels_of
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
-from attnserve_server.model.equality import Difference, copied, equality_of, greatest_difference, values_of
+from attnserve_server.model.equality import Difference, copied, equality_of, greatest_difference
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
 
@@ -232,18 +234,13 @@ class Executor:
         """Instance's thread. It also makes the comparison, because large maps would block the event loop."""
         try:
             graph = self._graph_of(sequence)
-            manifest = graph.manifest
-            batch = collate([sequence], manifest)
+            sequence = replace(sequence, keep_values=True)
+            batch = collate([sequence], graph.manifest)
             # Without a recorded CUDA graph, which would pad the sequence and fill the batch with copies of it.
             outputs = graph.session_of(instance).run(batch.feeds, batch.fetches, handle, exact_shape=True)
             fetched = dict(zip(batch.fetches, outputs, strict=True))
-            alone = values_of(
-                outputs_of(batch, fetched, 0, sequence, manifest),
-                weights_of(batch, fetched, 0, sequence, manifest),
-                manifest,
-                scores=sequence.selects_scores,
-            )
-            return greatest_difference(served, alone, equality_of(manifest))
+            alone = compared_values(batch, fetched, 0, sequence, graph.manifest)
+            return greatest_difference(served, alone, equality_of(graph.manifest))
         except RunTerminated:
             return RequestCancelled()
         except Exception:  # noqa: BLE001 - the boundary of a repeat: no request depends on it
@@ -341,7 +338,7 @@ class Executor:
                 if not may_alias(batch, sequence):
                     answer = owned(answer, fetched.values())
                 counts.attention_s.append(self._clock.now() - started)
-            kept = copied(values_of(outputs, weights, manifest, scores=scores)) if sequence.keep_values else None
+            kept = copied(compared_values(batch, fetched, row, sequence, manifest)) if sequence.keep_values else None
             labels = None if sequence.labels is None else labels_of(outputs, sequence, manifest)
             return SequenceResult(outputs, answer, facts, labels=labels, values=kept)
         except Exception:  # noqa: BLE001 - the boundary of one sequence's result: the rest of the batch has its own

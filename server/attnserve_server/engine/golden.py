@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from attnserve_server.domain.errors import AttnserveError
-from attnserve_server.domain.values import Array, PreparedSequence
+from attnserve_server.domain.values import Array, HeadReduction, PreparedSequence
 from attnserve_server.engine.collation import collate, outputs_of, past_length, weights_of
 from attnserve_server.engine.session import RunFailed, RuntimeSession
 from attnserve_server.engine.warmup import selection_of_all
@@ -38,6 +38,10 @@ _UNREADABLE = (
     OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, tokenize.TokenError
 )  # fmt: skip
 """What NumPy and zipfile raise for a changed archive: the header of an array is parsed as Python."""
+_MEAN_TOLERANCE = 2e-3
+"""Greatest difference of a mean over heads from the mean of the weights of the same run, relative to the greatest mean.
+Both are float32 in every precision. A sum of heads differs by 1e-6; by 1e-3 if an option of the provider turns on TF32,
+which keeps 10 bits."""
 _MIN_SCALE = 1e-6
 """Errors of answers that are smaller than this everywhere are not scaled up: such numbers are rounding."""
 
@@ -141,6 +145,8 @@ def answers(
 ) -> list[GoldenSequence]:
     """Return samples of a session's answers, from one padded batch if the manifest allows that.
 
+    Means over heads have no samples: each is compared with the weights of its own run.
+
     Args:
         session: the loaded model.
         manifest: of the model, with `golden`.
@@ -149,17 +155,18 @@ def answers(
     Raises:
         ValueError: the manifest has no golden answers, or the inputs contradict it.
         RunFailed: the model cannot run on these inputs.
+        GoldenMismatch: a mean over heads is not that of its weights.
     """
     if manifest.golden is None:
         raise ValueError("the manifest has no golden answers")
     count = manifest.golden.sample
-    everything = selection_of_all(manifest)
+    everything = selection_of_all(manifest, HeadReduction.MEAN)
     names = tuple(spec.name for spec in manifest.outputs if np.issubdtype(NUMPY_DTYPES[spec.dtype], np.floating))
     prepared = []
     for inputs in sequences:
         lengths = lengths_of(inputs, manifest)
         past = past_length(lengths, manifest)
-        prepared.append(PreparedSequence(inputs, lengths, names, everything, past=past))
+        prepared.append(PreparedSequence(inputs, lengths, names, everything, past=past, keep_values=True))
     given = [axis for axis in manifest.axes if axis.free]
     together = len(prepared) <= manifest.max_batch_size and all(axis.paddable for axis in given)
     together = together and not any(manifest.breaks_masks(inputs) for inputs in sequences)
@@ -169,7 +176,8 @@ def answers(
         fetched = dict(zip(batch.fetches, session.run(batch.feeds, batch.fetches), strict=True))
         for row, sequence in enumerate(group):
             outputs = outputs_of(batch, fetched, row, sequence, manifest)
-            weights = weights_of(batch, fetched, row, sequence, manifest)
+            weights = weights_of(batch, fetched, row, sequence, manifest, whole=True)
+            _check_means(weights, weights_of(batch, fetched, row, sequence, manifest), manifest, session.provider)
             answered.append(
                 GoldenSequence(
                     sequence.tensors,
@@ -178,6 +186,17 @@ def answers(
                 )
             )
     return answered
+
+
+def _check_means(weights: Mapping[int, Array], means: Mapping[int, Array], manifest: Manifest, provider: str) -> None:
+    """Raise GoldenMismatch if a mean over heads, (1, L, S), is not that of the weights, (H, L, S)."""
+    for layer, mean in means.items():
+        site = manifest.sites[layer]
+        if site.mean_output is None:
+            continue
+        error = error_of(weights[layer].mean(axis=0, keepdims=True, dtype=np.float64), mean)
+        if not error <= _MEAN_TOLERANCE:
+            raise GoldenMismatch(f"mean over heads of {site.name}", error, _MEAN_TOLERANCE, provider)
 
 
 def sample_of(array: Array, count: int) -> Array:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -51,17 +52,18 @@ _BUCKETS_S: Final = 10.0
 
 
 def touch(session: RuntimeSession, manifest: Manifest) -> None:
-    """Run small batches with every output and with weights and scores of every site, on the calling thread.
+    """Run small batches with every output and with all outputs of every tap, on the calling thread.
 
     Raises:
         RunFailed: the model cannot run on these inputs.
         UnexpectedShape: a returned tensor has another shape than the manifest declares.
     """
-    everything = selection_of_all(manifest)
+    everything = selection_of_all(manifest, HeadReduction.MEAN)
     for size, length in ((1, 4), (2, 16)):
-        sequences = [synthetic(manifest, length, attention=everything)] * min(size, manifest.max_batch_size)
+        one = replace(synthetic(manifest, length, attention=everything), keep_values=True)
+        sequences = [one] * min(size, manifest.max_batch_size)
         run(session, manifest, sequences)
-    scores = selection_of_all(manifest, AttentionValue.SCORES)
+    scores = selection_of_all(manifest, values=AttentionValue.SCORES)
     if scores is not None:
         run(session, manifest, [synthetic(manifest, 4, attention=scores)])
 
@@ -168,15 +170,19 @@ def prepare(session: RuntimeSession, manifest: Manifest, plan: ShapePlan) -> Non
         run(session, manifest, [synthetic(manifest, tokens)] * rows)
 
 
-def selection_of_all(manifest: Manifest, values: AttentionValue = AttentionValue.WEIGHTS) -> EffectiveSelection | None:
-    """Return a selection of every head of every site that gives these values, not reduced; None if no site does."""
+def selection_of_all(
+    manifest: Manifest,
+    head_reduction: HeadReduction = HeadReduction.EACH,
+    values: AttentionValue = AttentionValue.WEIGHTS,
+) -> EffectiveSelection | None:
+    """Return a selection of every head of every site that gives these values, in whole maps; None if no site does."""
     layers = tuple(site.layer for site in manifest.sites if site.output_of(values) is not None)
     if not layers:
         return None
     return EffectiveSelection(
         layers=layers,
         heads=tuple(tuple(range(manifest.sites[layer].heads)) for layer in layers),
-        head_reduction=HeadReduction.EACH,
+        head_reduction=head_reduction,
         layer_reduction=LayerReduction.EACH,
         queries=(),
         unit=AttentionUnit.TOKEN,

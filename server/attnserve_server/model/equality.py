@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -20,6 +21,8 @@ WEIGHTS_PREFIX: Final = "attention."
 """Start of the names of weights; the site's name follows."""
 SCORES_PREFIX: Final = "attention_scores."
 """Start of the names of scores; the site's name follows."""
+MEAN_PREFIX: Final = "attention_mean."
+"""Start of the names of means over all heads; the site's name follows. They differ at most as the weights do."""
 FLOORS: Final[Mapping[str, tuple[float, float]]] = {
     "fp32": (1e-4, 1e-5),
     "fp16": (2e-2, 1e-2),
@@ -48,13 +51,15 @@ class Equality:
         """Return the greatest difference that counts as equal, in the reference's own unit.
 
         Args:
-            name: of an output, or of weights: `attention.` and the site's name.
+            name: of an output, or of weights: `attention.` and the site's name; of a mean: `attention_mean.` and that.
             reference: the values of the sequence alone, of any shape.
 
         Raises:
             KeyError: the precision is none of `FLOORS`.
         """
         output, weight = FLOORS[self.precision]
+        if name.startswith(MEAN_PREFIX):
+            name = WEIGHTS_PREFIX + name.removeprefix(MEAN_PREFIX)
         noise = self.noise.get(name, 0.0)
         if name.startswith(WEIGHTS_PREFIX):
             return max(weight, noise)
@@ -93,7 +98,12 @@ def equality_of(manifest: Manifest) -> Equality:
 
 
 def values_of(
-    outputs: Mapping[str, Array], weights: Mapping[int, Array], manifest: Manifest, *, scores: bool = False
+    outputs: Mapping[str, Array],
+    weights: Mapping[int, Array],
+    manifest: Manifest,
+    *,
+    means: Mapping[int, Array] = MappingProxyType({}),
+    scores: bool = False,
 ) -> dict[str, Array]:
     """Return one sequence's values by the names that `Equality` uses.
 
@@ -101,11 +111,13 @@ def values_of(
         outputs: cropped outputs by name.
         weights: cropped weights, or scores, by layer, (H, L, S).
         manifest: of the model.
+        means: cropped means over heads by layer, (1, L, S).
         scores: whether `weights` are scores, which have no bound and are compared as outputs are.
     """
     prefix = SCORES_PREFIX if scores else WEIGHTS_PREFIX
     named = {f"{prefix}{manifest.sites[layer].name}": values for layer, values in weights.items()}
-    return {**outputs, **named}
+    joined = {f"{MEAN_PREFIX}{manifest.sites[layer].name}": values for layer, values in means.items()}
+    return {**outputs, **named, **joined}
 
 
 def copied(values: Mapping[str, Array]) -> dict[str, Array]:

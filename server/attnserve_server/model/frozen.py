@@ -5,6 +5,7 @@ A manifest describes one converted model. A value that does not fit its type rai
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 import numpy as np
@@ -28,6 +29,16 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
     name: np.dtype(name) for name in ("bool", "uint8", "int8", "int32", "int64", "float16", "float32", "float64")
 }
 Dtype = Literal["bool", "uint8", "int8", "int32", "int64", "float16", "float32", "float64"]
+
+
+def is_model_name(name: str) -> bool:
+    """Whether `name` is a valid name of a model: one path component, never `..`."""
+    return re.fullmatch(NAME_PATTERN, name) is not None
+
+
+def is_model_version(version: str) -> bool:
+    """Whether `version` is a positive decimal integer."""
+    return re.fullmatch(VERSION_PATTERN, version) is not None
 
 
 class Frozen(BaseModel):

@@ -6,7 +6,6 @@ folder, and a site a place that computes attention. Parts that contradict each o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, StringConstraints, model_validator
 
-from attnserve_server.domain.values import AttentionValue
+from attnserve_server.domain.values import AttentionValue, EffectiveSelection
 from attnserve_server.model.bands import BandSpec
 from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.formula import parsed
@@ -22,7 +21,6 @@ from attnserve_server.model.frozen import (
     BATCH,
     NAME_PATTERN,
     NUMPY_DTYPES,
-    VERSION_PATTERN,
     Dimension,
     Dtype,
     FileName,
@@ -30,6 +28,8 @@ from attnserve_server.model.frozen import (
     ModelName,
     ModelVersion,
     Sha256,
+    is_model_name,
+    is_model_version,
 )
 from attnserve_server.model.heads import EmbeddingSpec, HeadSpec, check_head
 from attnserve_server.model.past import PastSpec
@@ -57,16 +57,6 @@ Rewriting = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]{1,64}$")]
 """The runtime's name of one of its graph optimizers."""
 
 
-def is_model_name(name: str) -> bool:
-    """Whether `name` is a valid name of a model: one path component, never `..`."""
-    return re.fullmatch(NAME_PATTERN, name) is not None
-
-
-def is_model_version(version: str) -> bool:
-    """Whether `version` is a positive decimal integer."""
-    return re.fullmatch(VERSION_PATTERN, version) is not None
-
-
 LOWEST_SCORE: Final = float(np.finfo(np.float32).min)
 """What a tap writes as the score of a hidden key. A run finishes with minus infinity in its place."""
 
@@ -76,7 +66,7 @@ class SiteSpec(Frozen):
 
     The tap reads `items_input`, int64 (n,), rows of the batch. It writes `weights_output`, float32 (n, heads, query,
     key), or (n, heads, query, columns of the band) with a `band` and without `whole_rows`. Both are None if the site
-    could not be tapped; `unavailable_reason` then has the reason.
+    has no tap, for the `unavailable_reason`.
     """
 
     name: str
@@ -98,12 +88,22 @@ class SiteSpec(Frozen):
     """Whether the tap of a banded site writes (n, heads, query, key); the band's columns are taken after the run."""
     scores_output: str | None = None
     """The tap's second output, the scores, of the shape of the weights over all keys; None: it gives none."""
-    scores_unavailable_reason: str = ""
-    """Why it gives no scores."""
+    scores_unavailable_reason: str = ""  # why it gives no scores
+    mean_output: str | None = None
+    """The weights' mean over all heads, without that axis. None: one head, or a bundle of an earlier release."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the tap's outputs."""
+        return tuple(filter(None, (self.weights_output, self.scores_output, self.mean_output)))
 
     def output_of(self, values: AttentionValue) -> str | None:
         """Return the name of the tap's output with weights or scores; None if it gives none."""
         return self.scores_output if values is AttentionValue.SCORES else self.weights_output
+
+    def mean_of(self, selection: EffectiveSelection) -> str | None:
+        """Return `mean_output` if a selection of this site reads only the mean over all heads; else None."""
+        return self.mean_output if self.mean_output and selection.joins_heads(self.layer, self.heads) else None
 
     @property
     def why_no_scores(self) -> str:
@@ -132,6 +132,8 @@ class SiteSpec(Frozen):
     def _tap_is_whole(self) -> Self:
         if (self.items_input is None) != (self.weights_output is None):
             raise ValueError(f"site {self.name}: items_input and weights_output must be given together")
+        if self.mean_output is not None and not self.available:
+            raise ValueError(f"site {self.name}: a mean_output needs a weights_output")
         if self.available == bool(self.unavailable_reason):
             raise ValueError(f"site {self.name}: it must have either a tap or an unavailable_reason")
         if self.heads % self.kv_heads:
@@ -182,14 +184,12 @@ class Manifest(Frozen):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
-        fed = [site.items_input for site in self.sites if site.items_input is not None]
-        outputs = [output for site in self.sites for output in (site.weights_output, site.scores_output)]
-        fetched = [output for output in outputs if output is not None]
+        sites = self.sites
         named = {
             "axis": [BATCH, *(axis.symbol for axis in self.axes)],
-            "site": [site.name for site in self.sites],
-            "input": [*(spec.name for spec in self.inputs), *fed],
-            "output": [*(spec.name for spec in self.outputs), *fetched],
+            "site": [site.name for site in sites],
+            "input": [*(spec.name for spec in self.inputs), *(site.items_input for site in sites if site.items_input)],
+            "output": [*(spec.name for spec in self.outputs), *(name for site in sites for name in site.outputs)],
             # An encoder-decoder has token ids and a mask along each of its axes.
             "role": [
                 f"{spec.role} along {', '.join(map(str, spec.shape))}"

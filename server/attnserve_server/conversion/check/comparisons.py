@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from attnserve_server.conversion.base.steps import Steps
-from attnserve_server.conversion.base.tolerances import row_sum_error
+from attnserve_server.conversion.base.tolerances import max_abs, row_sum_error
 from attnserve_server.conversion.check.findings import CheckRequest, Finding, clause_findings
 from attnserve_server.conversion.check.opened import Opened, opened
 from attnserve_server.conversion.check.source import compare_with_source
@@ -20,6 +20,7 @@ from attnserve_server.engine.golden import GoldenMismatch, read_golden, verify_g
 from attnserve_server.engine.session import LoadFailed, RuntimeSession
 from attnserve_server.model.batching import NO_CERTIFICATE
 from attnserve_server.model.certificate import Certificate
+from attnserve_server.model.equality import FLOORS
 from attnserve_server.model.report import QualityReport
 from attnserve_server.model.repository import Bundle, BundleInvalid, verify
 
@@ -114,7 +115,8 @@ class Check:
             self.findings.append(Finding(what="attention", passed=False, detail=detail))
             return
         feeds, _ = bundle.mixed()
-        found = bundle.runner.run(feeds, list(outputs.values()))
+        joined = {site.name: site.mean_output for site in bundle.manifest.sites if site.mean_output is not None}
+        found = bundle.runner.run(feeds, [*outputs.values(), *joined.values()])
         weights = {name: found[output] for name, output in outputs.items()}
         sums = [row_sum_error(own) for name, own in weights.items() if bundle.again.found[name].rows_sum_to_one]
         errors = bundle.again.product_errors(weights, feeds)
@@ -123,6 +125,9 @@ class Check:
             Finding.of("sums of attention rows", max(sums, default=0.0), bundle.tolerances.row_sum),
             Finding.of("weights @ value", errors[worst], bundle.tolerances.output, f"worst at {worst}"),
         ]
+        if joined:
+            means = (max_abs(found[mean], weights[name].mean(axis=1)) for name, mean in joined.items())
+            self.findings.append(Finding.of("means over heads", max(means), FLOORS["fp32"][1], "from the weights"))
 
     def compare_source(self) -> None:
         """Compare outputs and weights with those of the source; in int8, measure the quality again."""

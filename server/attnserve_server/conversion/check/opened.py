@@ -20,7 +20,7 @@ from attnserve_server.conversion.graphs.reading import read_graph
 from attnserve_server.conversion.inputs.signature import Signature, signature_of
 from attnserve_server.conversion.probing.feeds import Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
-from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, SCORES_PREFIX, WEIGHTS_PREFIX
+from attnserve_server.conversion.rewrite.taps import ITEMS_PREFIX, TAP_PREFIXES
 from attnserve_server.domain.values import Array
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.model.formula import Formula
@@ -128,7 +128,7 @@ def _untapped(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Return a bundle's graph without its taps."""
     model = ir.from_proto(proto)
     graph = model.graph
-    for values, prefixes in ((graph.outputs, (WEIGHTS_PREFIX, SCORES_PREFIX)), (graph.inputs, (ITEMS_PREFIX,))):
+    for values, prefixes in ((graph.outputs, TAP_PREFIXES), (graph.inputs, (ITEMS_PREFIX,))):
         if values is graph.inputs:
             RemoveUnusedNodesPass()(model)
         for value in [value for value in values if str(value.name).startswith(prefixes)]:

@@ -30,7 +30,7 @@ from attnserve_server.conversion.probing.feeds import Lengths, Sampler
 from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.proof import prove
 from attnserve_server.conversion.rewrite.counted_masks import with_whole_masks
-from attnserve_server.conversion.rewrite.taps import add_taps, expose
+from attnserve_server.conversion.rewrite.taps import add_means, add_taps, expose
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import Array
 from attnserve_server.engine.session import CPU, RuntimeSession
@@ -168,6 +168,7 @@ class _Trial:
         found = self._named(find_sites(model.graph))
         learnt = self._learnt({name: site for name, site in found.items() if isinstance(site.attention, Probabilities)})
         add_taps(model.graph, found, learnt)
+        add_means(model.graph, self.manifest.sites)
         path = self.work / PAST_FILE
         save(model, path)
         return path
@@ -278,8 +279,7 @@ class _Trial:
 
     def _compare(self, runner: GraphRunner, outputs: Sequence[OutputSpec], past: int, new: int) -> None:
         """Compare with whole sequences. Raises BuildRefused for the first difference that exceeds its tolerance."""
-        taps = [(site, name) for site in self.manifest.sites for name in (site.weights_output, site.scores_output)]
-        tapped = {name: site for site, name in taps if name in runner.output_names}
+        tapped = {name: site for site in self.manifest.sites for name in site.outputs if name in runner.output_names}
         names = [spec.name for spec in outputs]
         whole = self.prompt.run(_batch([self._whole(past + new, 0)]), [*names, *tapped])
         found = runner.run(_batch([self._sequence(past, new, 0)]), [*names, *tapped])
@@ -291,7 +291,7 @@ class _Trial:
             expected = whole[spec.name][(slice(None), *cut)]
             self._judge(f"output {spec.name!r}", found[spec.name], expected, self.tolerances.output)
         for name, site in tapped.items():
-            expected = whole[name][:, :, past:] if site.query_axis == self.cache.new_axis else whole[name]
+            expected = whole[name][..., past:, :] if site.query_axis == self.cache.new_axis else whole[name]
             self._judge(f"the attention of {site.name}", found[name], expected, self.tolerances.weight)
 
     def _judge(self, what: str, found: Array, expected: Array, tolerance: float) -> None:

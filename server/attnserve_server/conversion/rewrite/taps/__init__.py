@@ -2,13 +2,14 @@
 
 Every value behind a tap's first Gather has n, the number of selected rows, as its first dimension. With n = 0 all are
 empty, and the tap costs next to nothing. The site's own operator, and the rest of the graph, stay as they are.
-`add_taps` changes a graph; `tapped` and `tapped_at` copy it first; `expose` opens the values that checks compare. A
-site is a place in a graph that computes attention.
+`add_taps` changes a graph; `tapped` and `tapped_at` copy it first; `add_means` adds the means over heads to taps;
+`expose` opens the values that checks compare. A site is a place in a graph that computes attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Final
 
 import onnx
 import onnx_ir as ir
@@ -25,6 +26,7 @@ from attnserve_server.conversion.base.sites import (
 )
 from attnserve_server.conversion.finders import find_sites
 from attnserve_server.conversion.rewrite.taps.linear import weights_of_linear, weights_of_recurrent
+from attnserve_server.conversion.rewrite.taps.means import MEAN_PREFIX, add_means
 from attnserve_server.conversion.rewrite.taps.operands import with_plain_values
 from attnserve_server.conversion.rewrite.taps.probabilities import weights_of_probabilities, weights_of_windows
 from attnserve_server.conversion.rewrite.taps.scores import weights_of_scores
@@ -33,8 +35,11 @@ from attnserve_server.conversion.rewrite.taps.unsigned import sites_to_tap
 
 __all__ = [
     "ITEMS_PREFIX",
+    "MEAN_PREFIX",
     "SCORES_PREFIX",
+    "TAP_PREFIXES",
     "WEIGHTS_PREFIX",
+    "add_means",
     "add_taps",
     "expose",
     "sites_to_tap",
@@ -42,6 +47,10 @@ __all__ = [
     "tapped_at",
     "with_plain_values",
 ]
+
+
+TAP_PREFIXES: Final = (WEIGHTS_PREFIX, SCORES_PREFIX, MEAN_PREFIX)
+"""Starts of the names of a tap's outputs."""
 
 
 def add_taps(graph: ir.Graph, sites: Mapping[str, FoundSite], learnt: Mapping[str, Learnt]) -> None:
