@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+from attnserve_server.conversion.rewrite.taps import add_means
 from attnserve_server.model.manifest import (
     AxisSpec,
     CheckReport,
@@ -107,8 +109,16 @@ def tiny_graph() -> onnx.ModelProto:
     ]
     graph = helper.make_graph(nodes, "tiny", ids + taps, outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    onnx.checker.check_model(model)
-    return model
+    return _with_means(model)
+
+
+def _with_means(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph with the mean over heads beside the weights of each tap."""
+    graph = ir.from_proto(model)
+    add_means(graph.graph, tiny_manifest().sites)
+    changed = ir.to_proto(graph)
+    onnx.checker.check_model(changed)
+    return changed
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -154,6 +164,7 @@ def tiny_manifest(name: str = "tiny", version: str = "1", *, text: bool = True) 
                 key_axis="seq",
                 items_input=f"attention_items.layer{layer}",
                 weights_output=f"attention.layer{layer}",
+                mean_output=f"attention_mean.layer{layer}",
             )
             for layer in range(LAYERS)
         ),
@@ -171,6 +182,24 @@ def tiny_manifest(name: str = "tiny", version: str = "1", *, text: bool = True) 
         ),
         certificate=proved("seq"),
     )
+
+
+def without_means(manifest: Manifest) -> Manifest:
+    """Return the manifest as an earlier release wrote it: its taps return no means over heads."""
+    sites = tuple(site.model_copy(update={"mean_output": None}) for site in manifest.sites)
+    return manifest.model_copy(update={"sites": sites})
+
+
+def graph_without_means(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph as an earlier release wrote it, without the nodes and outputs of means over heads."""
+    old = onnx.ModelProto()
+    old.CopyFrom(model)
+    kept = [value for value in old.graph.output if not value.name.startswith("attention_mean.")]
+    nodes = [node for node in old.graph.node if not node.name.startswith("attention_mean.")]
+    for field, values in (("output", kept), ("node", nodes)):
+        old.graph.ClearField(field)
+        getattr(old.graph, field).extend(values)
+    return old
 
 
 def write_tiny_files(folder: Path) -> dict[str, Path]:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from attnserve_server.conversion.rewrite.taps import add_means
 from attnserve_server.domain.values import (
     AttentionUnit,
     AxisUnits,
@@ -68,8 +70,11 @@ def save(
     return path
 
 
-def encoder(path: Path, table: np.ndarray, *, sites: int = 2) -> Path:
-    """Embeds ids, masks, sums, and taps `sites` places: softmax(q k / 2 + mask), with q = k = the embedding."""
+def encoder(path: Path, table: np.ndarray, *, sites: int = 2, means: bool = False) -> Path:
+    """Embeds ids, masks, sums, and taps `sites` places: softmax(q k / 2 + mask), with q = k = the embedding.
+
+    `means`: whether the taps return the mean over heads too.
+    """
     node = helper.make_node
     nodes = [
         node("Gather", ["table", "input_ids"], ["hidden"]),
@@ -116,12 +121,23 @@ def encoder(path: Path, table: np.ndarray, *, sites: int = 2) -> Path:
         "split": np.array([0, 0, HEADS, HEAD_DIM], np.int64),
         **{f"scale{site}": np.array(0.5 * (site + 1), np.float32) for site in range(sites)},
     }
-    return save(path, nodes, inputs, outputs, constants)
+    save(path, nodes, inputs, outputs, constants)
+    if means:
+        model = ir.load(path)
+        add_means(model.graph, manifest_of(sites=sites, means=True).sites)
+        ir.save(model, path)
+    return path
 
 
 @pytest.fixture
 def embedder_path(tmp_path: Path) -> Path:
     return encoder(tmp_path / "embedder.onnx", TABLE)
+
+
+@pytest.fixture
+def joined_path(tmp_path: Path) -> Path:
+    """The same, with means over heads."""
+    return encoder(tmp_path / "joined.onnx", TABLE, means=True)
 
 
 @pytest.fixture
@@ -166,7 +182,7 @@ def embed() -> Callable[[np.ndarray], np.ndarray]:
     return lambda ids: TABLE[ids].sum(axis=0)
 
 
-def manifest_of(*, sites: int = 2, paddable: bool = True) -> Manifest:
+def manifest_of(*, sites: int = 2, paddable: bool = True, means: bool = False) -> Manifest:
     """The manifest of `encoder`."""
     return Manifest(
         name="tiny",
@@ -198,6 +214,7 @@ def manifest_of(*, sites: int = 2, paddable: bool = True) -> Manifest:
                 key_axis="seq",
                 items_input=f"attention_items.site{layer}",
                 weights_output=f"attention.site{layer}",
+                mean_output=f"attention_mean.site{layer}" if means else None,
             )
             for layer in range(sites)
         ),
@@ -211,6 +228,12 @@ def manifest_of(*, sites: int = 2, paddable: bool = True) -> Manifest:
 @pytest.fixture
 def manifest() -> Manifest:
     return manifest_of()
+
+
+@pytest.fixture
+def joined() -> Manifest:
+    """The manifest of `joined_path`."""
+    return manifest_of(means=True)
 
 
 def whole_maps(*layers: int) -> EffectiveSelection:

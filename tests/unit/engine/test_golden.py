@@ -90,6 +90,18 @@ def test_swapped_tap_is_refused_although_all_outputs_are_equal(tmp_path: Path) -
         opened(sealed(tmp_path / "models", tmp_path / "work", change=swap))
 
 
+def test_swapped_mean_over_heads_is_refused_although_all_weights_are_equal(tmp_path: Path) -> None:
+    def swap(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            if node.output[0] == "attention_mean.layer1":
+                node.input[1] = "one"  # divided by 1: the sum over heads
+
+    with pytest.raises(
+        GoldenMismatch, match=r"mean over heads of layer1 is off by 1 of its .* on CPUExecutionProvider"
+    ):
+        opened(sealed(tmp_path / "models", tmp_path / "work", change=swap))
+
+
 def test_swapped_model_loads_without_the_check(tmp_path: Path) -> None:
     """The positive control: digests alone accept it."""
     bundle = sealed(tmp_path / "models", tmp_path / "work", change=scaled("table", 2.0))

@@ -169,6 +169,16 @@ def test_tap_without_input_or_output_is_refused(missing):
         site(0, **{missing: None})
 
 
+def test_mean_over_heads_needs_a_tap_and_its_own_name():
+    assert site(0).outputs == ("attention.encoder.0",)
+    joined = site(0, mean_output="attention_mean.0")
+    assert joined.outputs == ("attention.encoder.0", "attention_mean.0")
+    refused("output names are used twice", sites=(joined, site(1, mean_output="attention_mean.0")))
+    gone = {"items_input": None, "weights_output": None, "unavailable_reason": "no dynamic axis"}
+    with pytest.raises(ValidationError, match="a mean_output needs a weights_output"):
+        site(0, **gone, mean_output="attention_mean.0")
+
+
 def test_site_has_either_a_tap_or_a_reason():
     with pytest.raises(ValidationError, match="either a tap or an unavailable_reason"):
         site(0, items_input=None, weights_output=None)
