@@ -4,6 +4,17 @@ Pinned memory: without it, the runtime copies each output to pageable memory thr
 the GPU waits for the copy. On an H200, a run of MiniLM's hidden states at 128 x 64 tokens takes 0.88 (float32) and 0.74
 (float16) of the time with it.
 
+Copies: those of outputs are queued on the run's stream, and a run ends when its stream has ended, so that no array is
+read before its copy is complete. The other ways of onnxruntime's Python API (1.31.1, 1.32) are not used:
+
+- The option `disable_synchronize_execution_providers` returns before the copies are complete, and
+  `synchronize_outputs` waits for the stream of the provider, which is not that of the run.
+- `run_with_ortvaluevector` queues copies of inputs too, but cannot be stopped
+  (findings/ortvaluevector_run_cannot_be_stopped.sh).
+
+A binding copies each input when it is bound, and waits for it. Each tap has an input of rows, which is empty where no
+sequence selects attention. Empty inputs are made on the device once, and bound without a copy.
+
 CUDA graphs: a small run spends most of its time on launching kernels one by one. Replaying a recorded graph takes a
 third to a half of that time (H200, MiniLM, 1 x 32 and 8 x 32 tokens). The price: each run is padded to a recorded
 shape, and a session that records runs one batch at a time. They reduce latency on a mostly idle device, and are off by
@@ -49,21 +60,40 @@ _NOT_RECORDED: Final = "-1"
 class PinnedOutputs:
     """Runs a session with its outputs in pinned memory. Any thread, several at a time."""
 
-    def __init__(self, session: ort.InferenceSession, device_id: int) -> None:
+    def __init__(self, session: ort.InferenceSession, device_id: int, *, device: str = "cuda") -> None:
+        """Store where inputs and outputs are. `device`: `cuda`; `cpu` runs the same code without a GPU."""
         self._session = session
-        self._device = _pybind_state.OrtDevice(_pybind_state.OrtDevice.cuda(), _HOST_ACCESSIBLE, _NVIDIA, device_id)
+        self._place = (device, device_id)
+        kinds = _pybind_state.OrtDevice
+        self._device = (
+            kinds(kinds.cuda(), _HOST_ACCESSIBLE, _NVIDIA, device_id)
+            if device == "cuda"
+            else kinds(kinds.cpu(), kinds.default_memory(), device_id)
+        )
+        # By dtype. Any thread: a value that two threads make at once is only made twice. Runs read them alone.
+        self._empty: dict[str, ort.OrtValue] = {}
 
     def run(self, feeds: Mapping[str, Array], fetches: Sequence[str], options: ort.RunOptions) -> list[Array]:
         """Return the outputs in the order of `fetches`, each in pinned memory that is freed with the array."""
         binding = self._session.io_binding()
         for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
+            if array.shape == (0,):
+                binding.bind_ortvalue_input(name, self._empty_of(array))
+            else:
+                binding.bind_cpu_input(name, array)
         for name in fetches:
             # The public binding has no parameter for the kind of memory.
             binding._iobinding.bind_output(name, self._device)  # noqa: SLF001 - the public binding has no such parameter
         self._session.run_with_iobinding(binding, options)
         binding.synchronize_outputs()
         return [_array_on(value) for value in binding.get_outputs()]
+
+    def _empty_of(self, array: Array) -> ort.OrtValue:
+        """Return the empty value of an array's dtype on the device."""
+        known = self._empty.get(array.dtype.str)
+        if known is None:
+            known = self._empty[array.dtype.str] = ort.OrtValue.ortvalue_from_numpy(array, *self._place)
+        return known
 
 
 class _Pinned:

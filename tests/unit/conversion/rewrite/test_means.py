@@ -1,7 +1,7 @@
 """The mean over heads beside each tap's weights: its numbers, for any number of rows and in every opset.
 
-A tap is the nodes of a graph that return the attention weights of one site for selected rows. Here the weights are an
-input of the graph. A graph without a site's output raises KeyError.
+A tap is the nodes of a graph that return the attention weights of one site for selected rows. Here they select rows of
+given weights. A graph without a site's output raises KeyError.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ def joined(heads: int, opset: int = 18, threads: int = 1, **fields: object) -> o
     """A graph that returns given weights, (n, heads, L, S), and their mean."""
     model = onnx.parser.parse_model(
         f"""<ir_version: 7, opset_import: ["" : {opset}]>
-        g (float[n, {heads}, L, S] given) => (float[n, {heads}, L, S] weights) {{ weights = Identity (given) }}"""
+        g (float[b, {heads}, L, S] given, int64[n] items) => (float[n, {heads}, L, S] weights)
+        {{ weights = Gather (given, items) }}"""
     )
     graph = ir.from_proto(model)
-    graph.graph.outputs[0].name = "attention.s"
+    graph.graph.inputs[1].name, graph.graph.outputs[0].name = "attention_items.s", "attention.s"
     add_means(graph.graph, [site(heads, **fields)])
     proto = ir.to_proto(graph)
     onnx.checker.check_model(proto, full_check=True)
@@ -58,7 +59,8 @@ def drawn(*shape: int) -> np.ndarray:
 
 
 def mean_by(session: ort.InferenceSession, weights: np.ndarray) -> np.ndarray:
-    (found,) = session.run(["attention_mean.s"], {"given": weights})
+    feeds = {"given": weights, "attention_items.s": np.arange(len(weights))}
+    (found,) = session.run(["attention_mean.s"], feeds)
     return np.asarray(found)
 
 

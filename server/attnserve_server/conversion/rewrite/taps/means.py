@@ -1,6 +1,6 @@
 """The mean over heads of each site's weights, one more output of a tapped graph.
 
-weights (n, H, L, S) -> (n, H, L * S) -> ones (1, H) @ -> (n, L, S) -> / H -> mean
+weights (n, H, L, S) -> (n, H, L * S) -> ones (n, 1, H) @ -> (n, L, S) -> / H -> mean
 
 A request that reads only the mean then takes 1/H of the numbers out of the runtime. The product adds the heads of each
 element by itself, in one order, whatever n is. `ReduceMean` does not: for one row onnxruntime's CPU takes another
@@ -31,13 +31,13 @@ def add_means(graph: ir.Graph, sites: Iterable[SiteSpec]) -> None:
         graph: with the taps of these sites. Changed in place.
         sites: as the manifest describes them.
     """
-    weights = {value.name: value for value in graph.outputs}
+    values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     for site in sites:
         if site.mean_output is not None:
-            _add_mean(graph, weights[site.weights_output], site.heads, site.mean_output)
+            _add_mean(graph, values[site.items_input], values[site.weights_output], site.heads, site.mean_output)
 
 
-def _add_mean(graph: ir.Graph, weights: ir.Value, heads: int, name: str) -> None:
+def _add_mean(graph: ir.Graph, items: ir.Value, weights: ir.Value, heads: int, name: str) -> None:
     """Add the nodes behind that which makes the weights. None of them copies the weights."""
     behind = weights.producer()
     assert behind is not None, "a tap computes its output"
@@ -46,7 +46,9 @@ def _add_mean(graph: ir.Graph, weights: ir.Value, heads: int, name: str) -> None
     # Reshape keeps the size of an axis with 0, at the same place; so the last of three axes is made first.
     flat = new.unsqueeze(new.op("Flatten", [weights], axis=2), 0)
     rows = new.op("Reshape", [flat, new.ints(-1, heads, 0)])
-    ones = new.stored(f"attnserve.ones.1.{heads}", np.ones((1, heads), np.float32))
+    # One row of ones for each item: onnxruntime 1.31 does not broadcast a matrix over no items.
+    row = new.stored(f"attnserve.ones.1.1.{heads}", np.ones((1, 1, heads), np.float32))
+    ones = new.op("Gather", [row, new.op("Mul", [items, new.scalar(0)])], axis=0)
     sums = new.op("MatMul", [ones, rows])
     back = new.op("Concat", [new.ints(-1), new.shape(weights, 2, 4)], axis=0)
     mean = new.op("Div", [new.op("Reshape", [sums, back]), new.number(float(heads))])
