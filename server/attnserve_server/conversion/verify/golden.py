@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from attnserve_server.engine.golden import GOLDEN_FILE, GoldenSequence, answers,
 from attnserve_server.engine.session import CPU, RunFailed, RuntimeSession
 from attnserve_server.model.bands import SlidingBand
 from attnserve_server.model.certificate import Batching
-from attnserve_server.model.manifest import GoldenSpec, Manifest
+from attnserve_server.model.manifest import GoldenSpec, InputRole, Manifest
 
 GOLDEN_LENGTHS = (5, 12, 8)
 """Mixed, so that two of the three sequences are padded. Each further axis begins one place later, so that a provider
@@ -24,6 +25,9 @@ that aligns the queries of one axis with the keys of another in another way is f
 _MOST_FOR_A_WINDOW = 256
 """The second length reaches beyond the widest window of the model, up to this."""
 MAX_GOLDEN_BYTES = 256 * 2**10
+_HIDDEN = 2
+"""Positions at the end of the last sequence that its mask hides, so that a mask is read also where sequences run alone,
+as those of many causal models do."""
 _LONG_INPUT = 4096
 """An input of more numbers than this repeats itself, so that the file stays small."""
 _PERIOD = 509
@@ -79,9 +83,12 @@ def with_golden(
         described = described.model_copy(update={"past": past})
     lengths = _lengths(manifest)
     answered: list[GoldenSequence] = []
-    for step in (1, 0):  # the axes of some models do not take every pair of lengths
+    # The axes of some models do not take every pair of lengths, or their masks not every number of ones.
+    for hide, step in product((True, False), (1, 0)):
+        drawn = _sequences(manifest, sampler, lengths, step)
+        drawn[-1] = _with_hidden_end(described.under(batching), drawn[-1]) if hide else drawn[-1]
         with contextlib.suppress(RunFailed):
-            answered = answers(session, described.under(batching), _sequences(manifest, sampler, lengths, step))
+            answered = answers(session, described.under(batching), drawn)
             break
     if not answered:
         steps.warn(f"no golden answers: the model does not run on lengths of {', '.join(map(str, lengths))}")
@@ -117,6 +124,21 @@ def _sequences(manifest: Manifest, sampler: Sampler, lengths: Sequence[int], ste
         for row in range(len(lengths))
     )
     return [{name: _repeating(array) for name, array in inputs.items()} for inputs in drawn]
+
+
+def _with_hidden_end(manifest: Manifest, inputs: dict[str, Array]) -> dict[str, Array]:
+    """Return a sequence whose masks hide its last positions; as it is, if it could then share no padded batch.
+
+    A graph that counts a mask's ones may leave anything in the positions behind them.
+    """
+    padded = manifest.max_batch_size > 1 and all(axis.paddable for axis in manifest.axes if axis.free)
+    hidden = dict(inputs)
+    for spec in manifest.inputs:
+        mask = inputs[spec.name]
+        if spec.role is InputRole.ATTENTION_MASK and not spec.counted and mask.ndim == 1 and len(mask) > _HIDDEN:
+            hidden[spec.name] = np.where(np.arange(len(mask)) < len(mask) - _HIDDEN, mask, 1 - spec.data_value)
+            hidden[spec.name] = hidden[spec.name].astype(mask.dtype)
+    return inputs if padded and manifest.breaks_masks(hidden) else hidden
 
 
 def _repeating(array: Array) -> Array:

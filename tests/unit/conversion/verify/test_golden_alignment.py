@@ -77,3 +77,31 @@ def test_another_alignment_is_refused_with_the_provider_and_the_difference(
         verify_golden(other, bundle.manifest, read_golden(bundle))
     assert why.value.metadata()["provider"] == "CPUExecutionProvider"
     assert why.value.error > 10 * why.value.allowed
+
+
+def test_causal_site_with_a_mask_is_checked_also_where_sequences_run_alone(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 23]> g (float[batch, seq, 8] x, int64[batch, seq] attention_mask)'
+        " => (float[batch, seq, 8] y) <int64[2] axes = {1, 2}> {"
+        " kept = Cast<to = 9>(attention_mask) mask = Unsqueeze(kept, axes)"
+        " y = Attention<q_num_heads = 2, kv_num_heads = 2, is_causal = 1>(x, x, x, mask) }"
+    )
+    onnx.save(model, tmp_path / "graph.onnx")
+    request = PrepareRequest(
+        name="masked", repository=tmp_path / "models", file=tmp_path / "graph.onnx", max_length=48, fuse=False,
+        batching="off", attack_seconds=0,
+    )  # fmt: skip
+    bundle = prepare_bundle(request)
+    manifest, golden = bundle.manifest.under("off"), read_golden(bundle)
+    (site,) = manifest.sites
+    assert (site.kind, site.available, manifest.max_batch_size) == ("causal", True, 1)
+    assert [sequence.inputs["attention_mask"].tolist() for sequence in golden][-1] == [1] * 6 + [0] * 2
+    assert golden[-1].weights[0].reshape(2, 8, 8)[:, 7, 6:].tolist() == [[0, 0]] * 2, "the tap reads the mask"
+    session = RuntimeSession.load(bundle.path / MODEL_FILE, provider="CPUExecutionProvider")
+    assert verify_golden(session, manifest, golden) < 1e-2
+    changed = onnx.load(bundle.path / MODEL_FILE)
+    next(node for node in changed.graph.node if node.op_type == "Attention").input[3] = ""
+    onnx.save(changed, tmp_path / "other.onnx")
+    other = RuntimeSession.load(tmp_path / "other.onnx", provider="CPUExecutionProvider")
+    with pytest.raises(GoldenMismatch, match=r"output y is off by \S+ .* on CPUExecutionProvider"):
+        verify_golden(other, manifest, golden)
