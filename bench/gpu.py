@@ -2,10 +2,15 @@
 
 For the highest version of each model of the repository, in one run: the bare session of onnxruntime at its best batch
 and number of threads; the server under unary callers and streams, where none, a quarter or all of the requests select
-attention; and the seconds of a run over a grid of batch and length. Callers are separate processes, which send messages
-made beforehand. They request one output, the one named by `--output`, and attention where selected. `--client` starts
-such a process, and is for this module alone. Exit code 1 if a server does not start or a request fails, with the errors
-of the process that failed; 2 if no model is chosen. Without a GPU it measures the CPU, and prints so.
+attention; the bytes that a run returns for the mean over heads and for every head; and the seconds of a run over a grid
+of batch and length. Callers are separate processes, which send messages made beforehand. They request one output, the
+one named by `--output`, and attention where selected. `--client` starts such a process, and is for this module alone.
+
+Without `--repository` it makes models of MiniLM's and BERT-large's sizes with random weights, each in float32 and
+float16, in the folder of `--made`, where the next run finds them. That takes minutes, and needs torch and transformers.
+
+Exit code 1 if a model cannot be made, a server does not start or a request fails, with the errors of the process that
+failed; 2 if no model is chosen. Without a GPU it measures the CPU, and prints so.
 """
 
 from __future__ import annotations
@@ -19,13 +24,15 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 from attnserve.v1 import attention_pb2, inference_service_pb2
-from attnserve_server.domain.values import PreparedSequence
+from attnserve_server.attention import resolve
+from attnserve_server.domain.values import AttentionSelection, HeadReduction, PreparedSequence
 from attnserve_server.engine.collation import collate
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import RuntimeSession, runtime_version
@@ -41,6 +48,10 @@ THREADS = (1, 2, 3, 4)
 GRID_BATCH, GRID_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128), (16, 32, 64, 128, 256, 512)
 GRID_MOST = 32_768
 METHOD = "/attnserve.v1.InferenceService/"
+WEIGHTS_ROWS, WEIGHTS_TOKENS = 32, 64
+"""The batch whose weights are returned, every row's."""
+MADE_SIZES, MADE_PRECISIONS = ("minilm", "large"), ("fp32", "fp16")
+"""Sizes of `bench.encoders`, and the precisions of each."""
 SHARES = {"none": 0.0, "a quarter": 0.25, "all": 1.0}
 Sequences = list[PreparedSequence]
 
@@ -112,6 +123,58 @@ def cost_rows(bundle: Bundle, output: str, session: RuntimeSession) -> list[tupl
                 timings.append(time.perf_counter() - began)
             rows.append((size, tokens, statistics.median(timings[3:])))
     return rows
+
+
+def returned(bundle: Bundle, output: str, session: RuntimeSession) -> dict[str, dict[str, float]]:
+    """Return the bytes and milliseconds of a run with weights of every row, as a mean over heads and of every head.
+
+    `none` is the same run without weights.
+    """
+    manifest, found = bundle.manifest, {}
+    plain = prepared(manifest, output, min(WEIGHTS_TOKENS, manifest.axes[0].max_length))
+    rows = min(WEIGHTS_ROWS, manifest.max_batch_size)
+    selections = {
+        f"{which}, {how}": AttentionSelection(layers=layers, head_reduction=reduction)
+        for which, layers in (("last layer", (-1,)), ("all layers", ()))
+        for how, reduction in (("mean over heads", HeadReduction.MEAN), ("every head", HeadReduction.EACH))
+    }
+    for name, selection in {"none": None, **selections}.items():
+        chosen = None if selection is None else resolve(selection, manifest.sites, manifest.name)
+        batch = collate([replace(plain, attention=chosen)] * rows, manifest)
+        timings = []
+        for _ in range(18):
+            began = time.perf_counter()
+            outputs = session.run(batch.feeds, batch.fetches)
+            timings.append(time.perf_counter() - began)
+        moved = sum(array.nbytes for array in outputs)
+        found[name] = {"bytes": float(moved), "ms": 1e3 * statistics.median(timings[3:])}
+    return found
+
+
+def made_in(folder: Path) -> Path:
+    """Make the models of `MADE_SIZES` in the folder, unless they are there, and return their repository.
+
+    Raises:
+        SystemExit: A command that makes one failed. It printed why.
+    """
+    repository = folder / "models"
+    for size in MADE_SIZES:
+        checkpoint = folder / size
+        if not checkpoint.exists():
+            command_of([sys.executable, "-m", "bench.encoders", size, str(checkpoint)])
+        for precision in MADE_PRECISIONS:
+            name = f"{size}-{precision}"
+            if not (repository / name).exists():
+                line = [str(Path(sys.executable).with_name("attnserve-server")), "export", str(checkpoint)]
+                line += ["--name", name, "--repository", str(repository), "--pooling", "mean", "--no-try"]
+                command_of([*line, "--max-batch-size", "128", "--precision", precision])
+    return repository
+
+
+def command_of(line: list[str]) -> None:
+    """Run a command that makes a model. Raises SystemExit if it fails."""
+    if subprocess.run(line, check=False).returncode:
+        sys.exit(f"{' '.join(line[1:4])} failed; --repository measures models that are there")
 
 
 def message(model: str, output: str, items: list[Any], *, selecting: bool, name: str) -> Any:
@@ -265,6 +328,8 @@ def measure(bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
         "mean_tokens": statistics.mean(lengths),
         "bare": bare(bundle, output, session, lengths, options.seconds / 4),
     }
+    if any(site.available for site in bundle.manifest.sites):
+        report["returned"] = returned(bundle, output, session)
     if not options.no_costs:
         report["costs"] = cost_rows(bundle, output, session)
     del session
@@ -294,7 +359,8 @@ def chosen_of(bundles: list[Bundle], names: list[str] | None) -> list[Bundle]:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repository", type=Path, help="folder of bundles (required)")
+    parser.add_argument("--repository", type=Path, help="folder of bundles; without it, models of random weights")
+    parser.add_argument("--made", type=Path, default=Path(".demo/gpu"), help="folder for models of random weights")
     parser.add_argument("--models", nargs="+", help="names of the models to measure; default: all")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--seconds", type=float, default=4.0, help="duration of each measurement")
@@ -313,7 +379,7 @@ def main() -> None:
         client(target, model, output, kind, float(share), float(seconds), int(seed))
         return
     if options.repository is None:
-        parser.error("--repository is required: a folder of bundles")
+        options.repository = made_in(options.made)
     report: dict[str, Any] = {}
     bundles = Repository(options.repository).bundles()[0]
     chosen = chosen_of(bundles, options.models)
@@ -323,6 +389,10 @@ def main() -> None:
     for bundle in chosen:
         report[bundle.manifest.name] = found = measure(bundle, options)
         print(bundle.manifest.name, "bare", found["bare"]["best"], found["bare"]["sequences_per_s"], flush=True)
+        for what, one in found.get("returned", {}).items():
+            print(
+                f"{bundle.manifest.name} weights of {what}: {one['bytes']:,.0f} bytes, {one['ms']:.2f} ms", flush=True
+            )
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="ascii")
         if found["provider"] == CPU:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_client import Client
+from attnserve_client import AttentionSelection, Client
 from eager import Reference
 from gpus import WHY_NOT
 from serving import serve
@@ -38,6 +38,17 @@ def test_cuda_answers_equal_eager_attention(
         np.testing.assert_allclose(answer.outputs["embedding"], reference.embedding, rtol=0, atol=OUTPUT_TOLERANCE)
         weights = np.stack([site.weights for site in answer.attention])
         np.testing.assert_allclose(weights, reference.weights, rtol=0, atol=WEIGHT_TOLERANCE)
+
+
+def test_cuda_mean_over_heads_equals_that_of_eager_attention(
+    minilm_repository: Path, minilm_references: list[Reference], tmp_path: Path
+) -> None:
+    asked = AttentionSelection(heads="mean")
+    with serve(minilm_repository, tmp_path) as server, Client(server.target) as client:
+        answers = client.infer("minilm", [reference.text for reference in minilm_references], attention=asked)
+    for answer, reference in zip(answers, minilm_references, strict=True):
+        means = np.stack([site.weights[0] for site in answer.attention])
+        np.testing.assert_allclose(means, reference.weights.mean(axis=1), rtol=0, atol=WEIGHT_TOLERANCE)
 
 
 def test_cuda_answer_does_not_depend_on_batch_neighbours(

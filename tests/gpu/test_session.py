@@ -66,6 +66,35 @@ def test_answers_and_weights_equal_the_cpus(cpu: RuntimeSession, gpu: RuntimeSes
     assert_alike(gpu.run(given, fetches), cpu.run(given, fetches))
 
 
+def test_means_over_heads_equal_those_of_the_weights(gpu: RuntimeSession) -> None:
+    taps = [(site.weights_output, site.mean_output) for site in MANIFEST.sites]
+    for asking in ((0,), (2, 0), (0, 1, 2, 3)):
+        given = feeds(4, 21, asking)
+        for weights, mean in taps:
+            whole, joined = gpu.run(given, [str(weights), str(mean)])
+            (alone,) = gpu.run(given, [str(mean)])
+            # Sums of two float32 weights of at most 1, without TF32.
+            np.testing.assert_allclose(joined, whole.mean(axis=1, dtype=np.float64), rtol=0, atol=1e-6)
+            np.testing.assert_array_equal(alone, joined)
+
+
+def test_runs_with_and_without_selected_rows_share_the_empty_inputs(cpu: RuntimeSession, gpu: RuntimeSession) -> None:
+    fetches = [*OUTPUTS, *(str(site.mean_output) for site in MANIFEST.sites)]
+    for asking in ((), (1,), (), (0, 2), ()):
+        given = feeds(3, 12, asking)
+        given[str(TAPS[0][0])] = np.empty(0, np.int64)
+        assert_alike(gpu.run(given, fetches), cpu.run(given, fetches))
+
+
+def test_large_outputs_are_whole_when_a_run_returns(cpu: RuntimeSession, gpu: RuntimeSession) -> None:
+    """An array that is read before its copy from the device is complete would differ at its end."""
+    fetches = [*OUTPUTS, *(name for site in MANIFEST.sites for name in site.outputs)]
+    given = feeds(64, 32, tuple(range(64)))
+    wanted = cpu.run(given, fetches)
+    for _ in range(50):
+        assert_alike(gpu.run(given, fetches), wanted)
+
+
 def test_later_runs_do_not_change_earlier_answers(gpu: RuntimeSession) -> None:
     first = gpu.run(feeds(4, 16), OUTPUTS)
     before = [array.copy() for array in first]

@@ -145,7 +145,7 @@ def answers(
 ) -> list[GoldenSequence]:
     """Return samples of a session's answers, from one padded batch if the manifest allows that.
 
-    Means over heads have no samples: each is compared with the weights of its own run.
+    Means over heads have no samples: each is compared with the weights of the same run.
 
     Args:
         session: the loaded model.

@@ -3,7 +3,7 @@
 weights (n, H, L, S) -> (n, H, L * S) -> ones (n, 1, H) @ -> (n, L, S) -> / H -> mean
 
 A request that reads only the mean then takes 1/H of the numbers out of the runtime. The product adds the heads of each
-element by itself, in one order, whatever n is. `ReduceMean` does not: for one row onnxruntime's CPU takes another
+element by itself, in one order for every n. `ReduceMean` does not: for one row onnxruntime's CPU takes another
 kernel, of other last bits and ten times the time (findings/reduce_mean_of_one_row.sh). The sum is divided last, so that
 the mean of ones is 1.
 
