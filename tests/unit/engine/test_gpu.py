@@ -1,4 +1,4 @@
-"""Bound runs, with the memory of the processor in place of a GPU's. Pinned memory, and replaying, need a GPU: tests/gpu.
+"""Bound runs, with the processor's memory in place of a GPU's. Pinned memory, and replaying, need a GPU: tests/gpu.
 
 A run whose options terminate it raises RuntimeError.
 """
