@@ -1,8 +1,9 @@
-"""Load every peer, the bare runtime and this server in interleaved rounds, and print a table: `python -m bench.peers`.
+"""Load every peer, bare runtimes and this server in interleaved rounds, and print tables: `python -m bench.peers`.
 
 A peer is another serving system, over the same model. Each round starts it, warms it up, loads it with callers in a
-closed loop, and ends it. `--only` selects peers. One that does not run is listed with the reason. Exit code 1 if the
-repository has no bundle of MiniLM or this server does not start; 2 if `--only` matches no peer; 143 after SIGTERM.
+closed loop, and ends it. `--only` selects systems; this server in float32 and bare onnxruntime always run. One that
+does not run is listed with the reason. Exit code 1 if the repository has no bundle of MiniLM or this server does not
+start; 2 if `--only` matches no system; 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import argparse
 import asyncio
 import json
 import signal
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,14 +21,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from rich.console import Console
-from rich.table import Table
 
 from bench import service
-from bench.peers.install import PEERS, installed, version
-from bench.peers.load import Measured, drive
+from bench.peers.install import BARE, PEERS, Peer, installed, version
+from bench.peers.load import Measured, Same, alike, drive, equal
+from bench.peers.runtimes import measured
 from bench.peers.servers import DidNotStart, Running, serving
+from bench.peers.tables import ATTNSERVE, Rows, against, show, summed_up
+from bench.peers.variants import BF16, INT8, SINGLE, Variant, variants
 from bench.peers.wires import WIRES
 from bench.runtime import BareSession, minilm_of, untapped
 from bench.workload import sequences, sorted_batches
@@ -39,163 +42,148 @@ REFERENCES = 256
 LIMIT_S = 120.0
 ATTEMPTS = 2
 """Attempts to start a peer: some fail once without a message, and start the next time."""
-ATTNSERVE, BARE = "attnserve", "bare runtime"
+NAMES = (*(f"{ATTNSERVE} {form}" for form in (INT8, BF16, SINGLE)), *(peer.name for peer in (*BARE, *PEERS)))
 
 
 class Comparison:
     """The runs of all rounds, by system and form."""
 
-    def __init__(self, repository: Path, requests: int, console: Console) -> None:
+    def __init__(self, repository: Path, requests: int, console: Console, folder: Path) -> None:
         self._repository = repository
         self._console = console
         self.items = sequences(requests, VOCABULARY_SIZE)
-        self._model = untapped(minilm_of(repository))
-        self._bare = BareSession(self._model)
+        model = untapped(minilm_of(repository))
+        self.model = folder / "model.onnx"
+        self.model.write_bytes(model)
+        self._bare = BareSession(model)
         self._batches = sorted_batches(self.items)
+        self._stored = folder / "batches.npz"
+        np.savez(self._stored, *self._batches)
         self._references = [self._bare.hidden(ids[None])[0] for ids in self.items[:REFERENCES]]
-        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self.rows: Rows = {}
+        self.round = 0
 
     def bare(self) -> dict[str, float]:
         """Measure two threads over batches sorted by length: the limit of the machine, right before each load."""
         self._bare.cpu_seconds_of_two_threads(self._batches[::8])
         cpu, wall = self._bare.cpu_seconds_of_two_threads(self._batches)
-        run = {"rate": len(self.items) / wall, "server_s": cpu / len(self.items)}
-        row = self._row(BARE, "sorted batches", f"onnxruntime {metadata.version('onnxruntime')}")
-        row["runs"].append({**run, "bare_rate": run["rate"], "bare_s": run["server_s"]})
-        return run
+        return {"bare_rate": len(self.items) / wall, "bare_s": cpu / len(self.items)}
 
-    def attnserve(self, form: str) -> None:
-        """Measure this server: with its defaults as `dynamic`, with batching off as `single`."""
-        flags = ("--max-batch-size", "1") if form == "single" else ()
-        row = self._row(ATTNSERVE, "defaults" if form == "dynamic" else form, metadata.version("attnserve"))
-        with service.running(self._repository, *flags) as server:
+    def attnserve(self, variant: Variant) -> None:
+        """Measure this server in one form."""
+        row = self._row(ATTNSERVE, variant.form, metadata.version("attnserve"))
+        with service.running(variant.repository or self._repository, *variant.flags) as server:
             port = int(server.target.rpartition(":")[2])
-            self._load(row, Running(port, WIRES["attnserve"], server.process))
+            self._load(row, Running(port, WIRES["attnserve"], server.process), variant.same)
 
-    def peer(self, peer: Any, form: str, model: Path) -> None:
+    def peer(self, peer: Peer, form: str) -> None:
         """Measure one peer in one form, or record why it does not run."""
         row = self._row(peer.name, form, version(peer))
         for _ in range(ATTEMPTS):
             try:
-                with serving(peer, form, model, self.items[0]) as running:
-                    return self._load(row, running)
+                with serving(peer, form, self.model, self.items[0]) as running:
+                    return self._load(row, running, equal)
             except DidNotStart as error:
                 row["why_not"] = str(error)
         return None
 
-    def write_model(self, path: Path) -> None:
-        """Write the graph that all systems serve."""
-        path.write_bytes(self._model)
+    def runtime(self, peer: Peer, precision: str) -> None:
+        """Measure a runtime without a server in a separate process, or record why it does not run."""
+        row = self._row(f"{peer.name} bare", precision, version(peer))
+        bare = self.bare()
+        try:
+            ran = measured(peer, precision, self.model, self._stored)
+        except DidNotStart as error:
+            row["why_not"] = str(error)
+            return
+        same = equal if precision == "fp32" else alike
+        wrong = 0
+        for ids, hidden in zip(self._batches, ran.answers, strict=False):
+            wrong += not same(hidden[ids != 0], self._bare.hidden(ids)[ids != 0])
+        count = len(self.items)
+        run = {"rate": count / ran.wall_s, "server_s": ran.cpu_s / count, "memory_mb": ran.memory_mb, "wrong": wrong}
+        row["runs"].append({**run, "round": self.round, **bare})
 
-    def _load(self, row: dict[str, Any], running: Running) -> None:
-        self._drive(running, self.items[: max(CALLERS, len(self.items) // 4)])
+    def _load(self, row: dict[str, Any], running: Running, same: Same) -> None:
+        self._drive(running, self.items[: max(CALLERS, len(self.items) // 4)], same)
         bare = self.bare()
         before = running.cpu_seconds()
-        measured = self._drive(running, self.items)
+        load = self._drive(running, self.items, same)
         # By the number of answers: callers stop at their time limit, and requests that were not sent cost nothing.
-        each_s = (running.cpu_seconds() - before) / max(1, measured.answered)
-        beside = {"bare_rate": bare["rate"], "bare_s": bare["server_s"]}
-        row["runs"].append({**asdict(measured), "server_s": each_s, **beside})
+        each_s = (running.cpu_seconds() - before) / max(1, load.answered)
+        beside = {"memory_mb": running.memory_mb(), "round": self.round, **bare}
+        row["runs"].append({**asdict(load), "server_s": each_s, **beside})
 
-    def _drive(self, running: Running, items: list[Any]) -> Measured:
-        return asyncio.run(drive(running.port, running.wire, items, self._references, CALLERS, LIMIT_S))
+    def _drive(self, running: Running, items: list[Any], same: Same) -> Measured:
+        return asyncio.run(drive(running.port, running.wire, items, self._references, CALLERS, LIMIT_S, same))
 
     def _row(self, name: str, form: str, version_: str) -> dict[str, Any]:
-        self._console.print(f"{name}, {form}", style="dim")
+        self._console.print(f"round {self.round + 1}: {name}, {form}", style="dim")
         return self.rows.setdefault((name, form), {"name": name, "form": form, "version": version_, "runs": []})
 
+    def absent(self, name: str, form: str, why_not: str) -> None:
+        """Record why a system does not run."""
+        self.rows[name, form] = {"name": name, "form": form, "version": "", "runs": [], "why_not": why_not}
 
-def summed_up(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a summary of each system: medians over its rounds, and over those of the bare runtime.
 
-    The bare runtime is measured right before each load. The fastest system is first.
+def loads_of(comparison: Comparison, wanted: Callable[[str], bool]) -> list[Callable[[], None]]:
+    """Return the loads of a round, of the systems that are wanted and can run. The others are recorded as absent.
+
+    mosec is beside this server, because the limits compare the two.
     """
-    summary = []
-    for row in rows.values():
-        runs = row["runs"]
-        facts = {key: row[key] for key in ("name", "form", "version")}
-        facts["why_not"] = "" if runs else row.get("why_not", "")
-        if runs:
-            facts |= {
-                "per_s": statistics.median(run["rate"] for run in runs),
-                "per_s_least": min(run["rate"] for run in runs),
-                "per_s_greatest": max(run["rate"] for run in runs),
-                "rate_over_bare": statistics.median(run["rate"] / run["bare_rate"] for run in runs),
-                "server_ms": 1e3 * statistics.median(run["server_s"] for run in runs),
-                "cpu_over_bare": statistics.median(run["server_s"] / run["bare_s"] for run in runs),
-            }
-            for key, unit in (("p50_s", 1e3), ("p99_s", 1e3), ("client_cores", 1.0)):
-                if key in runs[0]:
-                    facts[key.replace("_s", "_ms")] = unit * statistics.median(run[key] for run in runs)
-            facts["errors"] = sum(run.get("errors", 0) for run in runs)
-            facts["wrong"] = sum(run.get("wrong", 0) for run in runs)
-            facts["first_error"] = next((run["first_error"] for run in runs if run.get("first_error")), "")
-        summary.append(facts)
-    return sorted(summary, key=lambda facts: -facts.get("per_s", 0.0))
-
-
-def show(console: Console, summary: list[dict[str, Any]]) -> None:
-    """Print a table, then the peers that did not run."""
-    columns = ("sequences/s", "/ bare", "server ms", "/ bare", "p50 ms", "p99 ms", "client cores", "wrong, errors")
-    table = Table("", "form", "version", *columns)
-    for facts in summary:
-        if "per_s" in facts:
-            spread = f"{facts['per_s']:.1f} ({facts['per_s_least']:.1f} to {facts['per_s_greatest']:.1f})"
-            latency = [f"{facts[key]:.0f}" if key in facts else "" for key in ("p50_ms", "p99_ms")]
-            client = f"{facts['client_cores']:.2f}" if "client_cores" in facts else ""
-            ratios = f"{facts['rate_over_bare']:.2f}", f"{facts['server_ms']:.1f}", f"{facts['cpu_over_bare']:.2f}"
-            faults = f"{facts['wrong']}, {facts['errors']}"
-            table.add_row(facts["name"], facts["form"], facts["version"], spread, *ratios, *latency, client, faults)
-    console.print(table)
-    for facts in summary:
-        if facts["why_not"]:
-            console.print(f"{facts['name']}, {facts['form']}: {facts['why_not']}", markup=False)
-        elif facts.get("first_error"):
-            console.print(f"{facts['name']}, {facts['form']}: {facts['first_error']}", markup=False)
+    own = variants(lambda form: wanted(f"{ATTNSERVE} {form}"))
+    loads: list[Callable[[], None]] = []
+    for variant in own:
+        if variant.why_not:
+            comparison.absent(ATTNSERVE, variant.form, variant.why_not)
+        else:
+            loads.append(partial(comparison.attnserve, variant))
+    for runtime in BARE:
+        if wanted(runtime.name) or not runtime.package:
+            why = installed(runtime)
+            for precision in runtime.forms:
+                if why:
+                    comparison.absent(f"{runtime.name} bare", precision, why)
+                else:
+                    loads.append(partial(comparison.runtime, runtime, precision))
+    for peer in sorted(filter(lambda peer: wanted(peer.name), PEERS), key=lambda peer: peer.name != "mosec"):
+        why = installed(peer)
+        beside = 1 if peer.name == "mosec" else len(loads)
+        loads[beside:beside] = [] if why else [partial(comparison.peer, peer, form) for form in peer.forms]
+        for form in {"single", "dynamic"} - set(() if why else peer.forms):
+            comparison.absent(peer.name, form, why or peer.why_not)
+    return loads
 
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="example: python -m bench.peers --only 'mosec,attnserve int8,openvino' --rounds 5"
+    )
     parser.add_argument(
         "--repository", type=Path, default=Path(".demo/models"), help="folder of bundles, with MiniLM as minilm"
     )
-    parser.add_argument("--only", default="", help="parts of names of peers, with commas; default: all")
+    parser.add_argument("--only", default="", help="parts of names of systems, with commas; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="loads of each system")
     parser.add_argument("--requests", type=int, default=600, help="sequences in a round")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
     # SIGTERM leaves through the blocks that end the started processes, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    wanted = {name.strip().lower() for name in options.only.split(",") if name.strip()}
-    names = ", ".join(peer.name for peer in PEERS)
-    for name in sorted(wanted):
-        if not any(name in peer.name.lower() for peer in PEERS):
-            parser.error(f"--only has {name!r}, which is part of no peer's name; the peers are {names}")
-    peers = [peer for peer in PEERS if not wanted or any(name in peer.name.lower() for name in wanted)]
-    console = Console(stderr=True)
-    comparison = Comparison(options.repository, options.requests, console)
-    why = {peer.name: installed(peer) for peer in peers}
+    parts = {name.strip().lower() for name in options.only.split(",") if name.strip()}
+    for part in sorted(parts):
+        if not any(part in name.lower() for name in NAMES):
+            parser.error(f"--only has {part!r}, which is part of no system's name; the systems are {', '.join(NAMES)}")
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder, "model.onnx")
-        comparison.write_model(model)
-        loads: list[Callable[[], None]] = [
-            lambda: comparison.attnserve("dynamic"),
-            lambda: comparison.attnserve("single"),
-        ]
-        able = [peer for peer in peers if not why[peer.name]]
-        loads += [partial(comparison.peer, peer, form, model) for peer in able for form in peer.forms]
+        comparison = Comparison(options.repository, options.requests, Console(stderr=True), Path(folder))
+        loads = loads_of(comparison, lambda name: not parts or any(part in name.lower() for part in parts))
         for number in range(options.rounds):
-            # Each round starts at another peer, so that drift affects all equally.
+            comparison.round = number
+            # Each round starts at another system, so that drift affects all equally.
             start = number * len(loads) // options.rounds
             for load in loads[start:] + loads[:start]:
                 load()
-    for peer in peers:
-        for form in {"single", "dynamic"} - set(peer.forms if not why[peer.name] else ()):
-            comparison.rows[peer.name, form] = {"name": peer.name, "form": form, "version": "", "runs": []} | {
-                "why_not": why[peer.name] or peer.why_not
-            }
-    summary = summed_up(comparison.rows)
+    summary, findings = summed_up(comparison.rows), against(comparison.rows)
     if options.json:
         facts = {
             "cores": psutil.cpu_count(),
@@ -203,9 +191,10 @@ def main() -> None:
             "requests": options.requests,
             "rounds": options.rounds,
         }
-        print(json.dumps({**facts, "systems": summary}, indent=2))
+        ratios = [finding.facts() for finding in findings]
+        print(json.dumps({**facts, "systems": summary, "over_mosec": ratios}, indent=2))
     else:
-        show(Console(), summary)
+        show(Console(), summary, findings)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Peers, the serving systems that the benchmark compares, from PyPI: each in a virtual environment under `.peers`.
+"""Peers, the serving systems that the benchmark compares, and bare runtimes, from PyPI: each installed under `.peers`.
 
 `installed` returns why a peer cannot be installed. `version` returns `unknown` where the package is not there, and
 raises OSError where its environment is not.
@@ -31,9 +31,11 @@ class Peer:
         app: A script of `apps`.
         wire: Its protocol, a name in `wires`.
         more: Packages beside it.
-        forms: `single` runs one sequence at a time on two workers, `dynamic` is its documented batcher.
+        forms: `single` runs one sequence at a time on two workers, `dynamic` is its documented batcher. Those of
+            a bare runtime are precisions.
         why_not: Why a form is missing.
         command: The command that runs the app, where it is not Python itself.
+        reported: The package whose version is reported, where it is not `package`.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Peer:
     forms: tuple[str, ...] = ("single", "dynamic")
     why_not: str = ""
     command: tuple[str, ...] = field(default=())
+    reported: str = ""
 
     @property
     def folder(self) -> Path:
@@ -67,8 +70,13 @@ PEERS: Final = (
     Peer("Ray Serve", "ray[serve]", "ray_app.py", "http"),
     Peer("mosec", "mosec", "mosec_app.py", "mosec"),
     Peer("Triton (PyTriton)", "nvidia-pytriton", "pytriton_app.py", "v2", ("numpy<2",)),
-    Peer("grpc.aio by hand", "", "grpc_aio.py", "grpc", (), ("single",), "it has no batcher"),
+    Peer("grpc.aio by hand", "", "grpc_aio.py", "grpc", (), ("single",), "it has no batcher", reported="grpcio"),
 )
+BARE: Final = (
+    Peer("onnxruntime", "", "bare_app.py", "", forms=("fp32",), reported="onnxruntime"),
+    Peer("OpenVINO", "openvino", "bare_app.py", "", forms=("fp32", "bf16")),
+)
+"""Runtimes without a server."""
 
 
 def installed(peer: Peer) -> str:
@@ -105,7 +113,7 @@ def installed(peer: Peer) -> str:
 def version(peer: Peer) -> str:
     """Return the version of the installed package, as its own environment reports it."""
     if not peer.package:
-        return f"grpcio {metadata.version('grpcio')}"
+        return f"{peer.reported} {metadata.version(peer.reported)}"
     name = peer.package.partition("[")[0]
     line = f"import importlib.metadata as m; print(m.version({name!r}))"
     done = subprocess.run([str(peer.python), "-c", line], capture_output=True, text=True, timeout=60, check=False)

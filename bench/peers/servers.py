@@ -57,6 +57,14 @@ class Running:
                 total += times.user + times.system
         return float(total)
 
+    def memory_mb(self) -> float:
+        """Return the memory of the process and of its descendants, in MiB; pages that they share count once."""
+        total = 0.0
+        for each in (self.process, *self.process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += each.memory_full_info().pss
+        return total / 2**20
+
 
 def wire_of(peer: Peer, form: str) -> Wire:
     """Return the protocol of a form of a peer."""
