@@ -126,12 +126,12 @@ class Comparison:
         self.rows[name, form] = {"name": name, "form": form, "version": "", "runs": [], "why_not": why_not}
 
 
-def loads_of(comparison: Comparison, wanted: Callable[[str], bool]) -> list[Callable[[], None]]:
-    """Return the loads of a round, of the systems that are wanted and can run. The others are recorded as absent.
+def loads_of(comparison: Comparison, chosen: Callable[[str], bool]) -> list[Callable[[], None]]:
+    """Return the loads of a round, of the systems that are chosen and can run. The others are recorded as absent.
 
     mosec is beside this server, because the limits compare the two.
     """
-    own = variants(lambda form: wanted(f"{ATTNSERVE} {form}"))
+    own = variants(lambda form: chosen(f"{ATTNSERVE} {form}"))
     loads: list[Callable[[], None]] = []
     for variant in own:
         if variant.why_not:
@@ -139,14 +139,14 @@ def loads_of(comparison: Comparison, wanted: Callable[[str], bool]) -> list[Call
         else:
             loads.append(partial(comparison.attnserve, variant))
     for runtime in BARE:
-        if wanted(runtime.name) or not runtime.package:
+        if chosen(runtime.name) or not runtime.package:
             why = installed(runtime)
             for precision in runtime.forms:
                 if why:
                     comparison.absent(f"{runtime.name} bare", precision, why)
                 else:
                     loads.append(partial(comparison.runtime, runtime, precision))
-    for peer in sorted(filter(lambda peer: wanted(peer.name), PEERS), key=lambda peer: peer.name != "mosec"):
+    for peer in sorted(filter(lambda peer: chosen(peer.name), PEERS), key=lambda peer: peer.name != "mosec"):
         why = installed(peer)
         beside = 1 if peer.name == "mosec" else len(loads)
         loads[beside:beside] = [] if why else [partial(comparison.peer, peer, form) for form in peer.forms]

@@ -45,16 +45,16 @@ class Variant:
     why_not: str = ""
 
 
-def variants(wanted: Callable[[str], bool]) -> list[Variant]:
-    """Return float32, and the other forms whose names are wanted, with the reason where one cannot run."""
+def variants(chosen: Callable[[str], bool]) -> list[Variant]:
+    """Return float32, and the other forms whose names are chosen, with the reason where one cannot run."""
     found = [Variant("fp32")]
-    if wanted(INT8):
+    if chosen(INT8):
         folder = PLACE / "bundles" / f"int8-{metadata.version('attnserve')}"
         found.append(Variant(INT8, same=alike, repository=folder, why_not=why_no_int8(folder)))
-    if wanted(BF16):
+    if chosen(BF16):
         flags = ("--provider", "openvino", "--precision", "bf16")
         found.append(Variant(BF16, flags, alike, why_not=why_no_bf16(processor_features())))
-    if wanted(SINGLE):
+    if chosen(SINGLE):
         found.append(Variant(SINGLE, ("--max-batch-size", "1")))
     return found
 
