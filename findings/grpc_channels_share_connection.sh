@@ -3,8 +3,8 @@
 #
 # Versions: grpcio 1.85.3, Linux (four processes listen on one port by SO_REUSEPORT).
 # Source: GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, https://grpc.github.io/grpc/core/group__grpc__arg__keys.html
-# Expected by most: each channel has its own connection, so that a pool of channels spreads calls over the processes behind
-# one address, and one slow stream delays only its channel.
+# Expected by most: each channel has its own connection, so that a pool of channels spreads calls over the processes
+# behind one address, and one slow stream delays only its channel.
 # Observed: all channels use one subchannel, so one connection and one process. The option
 # grpc.use_local_subchannel_pool gives each channel its own, and all four processes answer. Any other difference in the
 # arguments does so too, such as another value of an option without a meaning.

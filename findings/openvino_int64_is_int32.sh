@@ -3,13 +3,13 @@
 #
 # Versions: openvino 2026.4.1 (CPU), onnxruntime 1.32.0 as the control, onnx 1.23.2.
 # Source: https://github.com/openvinotoolkit/openvino/issues/35823 (Add, open);
-# https://docs.openvino.ai/2024/openvino-workflow/running-inference/inference-devices-and-modes/cpu-device.html (INT32 is
-# the widest integer of the inner operations); https://onnx.ai/onnx/operators/onnx__Identity.html
-# Expected by most: a model whose inputs and outputs are declared int64, and arrive as int64, has 64 bits between them. A
-# runtime that cannot do that refuses the model or the number.
-# Observed: 2**40 comes back from Identity as 0, 2**31 as -2**31; 2**32 + 3 equals 3, and is False as a boolean where it
-# is 2**32. Gather takes row 3 for the index 2**32 + 3, which onnxruntime refuses. Hashes, ids and times in
-# microseconds come back as other numbers. What is out of range must be refused before the runtime.
+# https://docs.openvino.ai/2024/openvino-workflow/running-inference/inference-devices-and-modes/cpu-device.html (INT32
+# is the widest integer of the inner operations); https://onnx.ai/onnx/operators/onnx__Identity.html
+# Expected by most: a model whose inputs and outputs are declared int64, and arrive as int64, has 64 bits between them.
+# A runtime that cannot do that refuses the model or the number.
+# Observed: 2**40 comes back from Identity as 0, 2**31 as -2**31, and 2**32 + 3 equals 3. Gather takes row 3 for the
+# index 2**32 + 3, which onnxruntime refuses. Hashes, ids and times in microseconds come back as other numbers. What is
+# out of range must be refused before the runtime.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -2,13 +2,14 @@
 # OpenVINO's Relu and ReduceMax turn NaN into an ordinary number, so that a check of the answers for NaN finds nothing.
 #
 # Versions: openvino 2026.4.1 (CPU), onnxruntime 1.32.0 as the control, onnx 1.23.2; x86-64.
-# Source: https://github.com/openvinotoolkit/openvino/issues/35649 (open); https://onnx.ai/onnx/operators/onnx__Relu.html;
-# IEEE 754-2019, clause 9.6: maximum keeps a NaN, maximumNumber does not.
-# Expected by most: a NaN within a network, from an overflow or a damaged weight, spreads to the output, where a server or
-# a test looks for it.
-# Observed: Relu of NaN is 0, ReduceMax and ReduceMin leave it out, while Tanh, Sigmoid and ReduceSum keep it. So a model
-# with Relu answers with finite numbers where onnxruntime answers NaN, and a pooling by maximum leaves
-# out a broken token.
+# Source: https://github.com/openvinotoolkit/openvino/issues/35649 (open);
+# https://onnx.ai/onnx/operators/onnx__Relu.html; IEEE 754-2019, clause 9.6: maximum keeps a NaN, maximumNumber does
+# not.
+# Expected by most: a NaN within a network, from an overflow or a damaged weight, spreads to the output, where a server
+# or a test looks for it.
+# Observed: Relu of NaN is 0, ReduceMax and ReduceMin leave it out, while Tanh, Sigmoid and ReduceSum keep it. So a
+# model with Relu answers with finite numbers where onnxruntime answers NaN, and a pooling by maximum leaves out a
+# broken token.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

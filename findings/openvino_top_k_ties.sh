@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# OpenVINO's TopK returns the later of two equal numbers first, and leaves earlier ones out, against the operator's text.
+# OpenVINO's TopK returns the later of two equal numbers first, and leaves earlier ones out, against the operator's
+# text.
 #
 # Versions: openvino 2026.4.1 (CPU), onnxruntime 1.32.0 as the control, onnx 1.23.2.
 # Source: https://onnx.ai/onnx/operators/onnx__TopK.html: "Given two equivalent values, this operator uses the indices
 # along the axis as a tiebreaker. That is, the element with the lower index will appear first." OpenVINO's own operator
 # keeps the order where `stable` is set, which is not its default:
 # https://docs.openvino.ai/2024/documentation/openvino-ir-format/operation-sets/operation-specs/sort/top-k-11.html
-# Expected by most: the tie is broken as the operator states, and a router of experts, a beam search or a list of strongest
-# links gives the same choice on each runtime.
+# Expected by most: the tie is broken as the operator states, and a router of experts, a beam search or a list of
+# strongest links gives the same choice on each runtime.
 # Observed: the three greatest of 1, 1, 2, 1, 1, 2 are at 2, 5, 0 for onnxruntime and at 5, 2, 1 for OpenVINO. Equal
 # numbers are common: rounded scores, weights of padding, a router with untrained experts. The values are the same, so
 # that a test of values passes.
