@@ -29,9 +29,8 @@ from attnserve_server.engine.collation import (
     owned,
     weights_of,
 )
-from attnserve_server.engine.comparison import compared_values
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
-from attnserve_server.engine.graph import Counts, Graph, Occupancy
+from attnserve_server.engine.graph import Counts, Graph, Occupancy, compared_values
 from attnserve_server.engine.instance_thread import InstanceThread
 from attnserve_server.engine.labels import labels_of
 from attnserve_server.engine.providers import CPU

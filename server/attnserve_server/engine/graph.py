@@ -1,15 +1,16 @@
-"""One loaded graph of a model, and what a thread counts for the event loop. Nothing here fails."""
+"""One loaded graph of a model, what a thread counts for the event loop, and the values that a comparison reads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from attnserve_server.domain.values import PreparedSequence, RunFacts
-from attnserve_server.engine.collation import ShapeCheck
+from attnserve_server.domain.values import Array, PreparedSequence, RunFacts
+from attnserve_server.engine.collation import CollatedBatch, ShapeCheck, outputs_of, weights_of
 from attnserve_server.engine.cost import CostEstimate
 from attnserve_server.engine.session import RuntimeSession
+from attnserve_server.model.equality import values_of
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
 
@@ -89,3 +90,23 @@ class Counts:
             metrics.sequences.inc(run.batch_size)
         for seconds in self.attention_s:
             metrics.attention_seconds.observe(seconds)
+
+
+def compared_values(
+    batch: CollatedBatch, fetched: Mapping[str, Array], row: int, sequence: PreparedSequence, manifest: Manifest
+) -> dict[str, Array]:
+    """Return the values of the sequence in `row` that a comparison reads, by the names that `Equality` uses.
+
+    They are outputs, the weights of all heads, and means over heads where the sequence reads those. Views, cropped to
+    its own lengths. The sequence must have `keep_values`. Arguments as for `weights_of`.
+    """
+    selection = sequence.attention
+    read = weights_of(batch, fetched, row, sequence, manifest)
+    joined = {layer for layer in read if selection is not None and manifest.sites[layer].mean_of(selection)}
+    return values_of(
+        outputs_of(batch, fetched, row, sequence, manifest),
+        weights_of(batch, fetched, row, sequence, manifest, whole=True) if joined else read,
+        manifest,
+        means={layer: read[layer] for layer in joined},
+        scores=selection is not None and selection.scores,
+    )

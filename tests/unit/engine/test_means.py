@@ -28,9 +28,9 @@ from attnserve_server.domain.values import (
 )
 from attnserve_server.engine import warmup
 from attnserve_server.engine.collation import ShapeCheck, UnexpectedShape, collate, weights_of
-from attnserve_server.engine.comparison import compared_values
 from attnserve_server.engine.cost import Footprint
 from attnserve_server.engine.executor import Executor
+from attnserve_server.engine.graph import compared_values
 from attnserve_server.engine.session import RunHandle, RuntimeSession
 from attnserve_server.model.equality import Equality
 from attnserve_server.model.manifest import Manifest
