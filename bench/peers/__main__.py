@@ -42,7 +42,12 @@ REFERENCES = 256
 LIMIT_S = 120.0
 ATTEMPTS = 2
 """Attempts to start a peer: some fail once without a message, and start the next time."""
-NAMES = (*(f"{ATTNSERVE} {form}" for form in (INT8, BF16, SINGLE)), *(peer.name for peer in (*BARE, *PEERS)))
+FORMS = ("single", "dynamic")
+NAMES = (
+    *(f"{ATTNSERVE} {form}" for form in (INT8, BF16, SINGLE)),
+    *(runtime.name for runtime in BARE),
+    *(f"{peer.name} {form}" for peer in PEERS for form in FORMS),
+)
 
 
 class Comparison:
@@ -146,11 +151,13 @@ def loads_of(comparison: Comparison, chosen: Callable[[str], bool]) -> list[Call
                     comparison.absent(f"{runtime.name} bare", precision, why)
                 else:
                     loads.append(partial(comparison.runtime, runtime, precision))
-    for peer in sorted(filter(lambda peer: chosen(peer.name), PEERS), key=lambda peer: peer.name != "mosec"):
-        why = installed(peer)
+    for peer in sorted(PEERS, key=lambda peer: peer.name != "mosec"):
+        forms = [form for form in FORMS if chosen(f"{peer.name} {form}")]
+        why = installed(peer) if forms else ""
+        able = [form for form in forms if form in peer.forms and not why]
         beside = 1 if peer.name == "mosec" else len(loads)
-        loads[beside:beside] = [] if why else [partial(comparison.peer, peer, form) for form in peer.forms]
-        for form in {"single", "dynamic"} - set(() if why else peer.forms):
+        loads[beside:beside] = [partial(comparison.peer, peer, form) for form in able]
+        for form in set(forms) - set(able):
             comparison.absent(peer.name, form, why or peer.why_not)
     return loads
 
@@ -158,7 +165,8 @@ def loads_of(comparison: Comparison, chosen: Callable[[str], bool]) -> list[Call
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python -m bench.peers --only 'mosec,attnserve int8,openvino' --rounds 5"
+        description=__doc__,
+        epilog="example: python -m bench.peers --only 'mosec single,attnserve int8,openvino' --rounds 5",
     )
     parser.add_argument(
         "--repository", type=Path, default=Path(".demo/models"), help="folder of bundles, with MiniLM as minilm"

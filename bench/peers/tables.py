@@ -17,9 +17,9 @@ from bench.finding import Finding
 
 ATTNSERVE: Final = "attnserve"
 RIVAL: Final = ("mosec", "single")
-"""The strongest of the other servers: two workers of one thread, one sequence at a time."""
+"""The other server that takes the least processor time: two workers of one thread, one sequence at a time."""
 RATE_LIMIT, P99_LIMIT = 1.12, 1.2
-"""Least rate and greatest p99 of this server, over those of the strongest of the others."""
+"""Least rate and greatest p99 of this server, over those of that server."""
 UNBATCHED: Final = "single"
 LEGEND: Final = """\
 Figures are medians over rounds, (least to greatest). / bare: over onnxruntime without a server, measured right before.
@@ -70,7 +70,7 @@ def summed_up(rows: Rows) -> list[dict[str, Any]]:
 
 
 def against(rows: Rows) -> list[Finding]:
-    """Return rate and p99 of this server, in each precision, over those of the strongest other in the same round.
+    """Return rate and p99 of this server, in each precision, over those of mosec's two workers in the same round.
 
     Empty if the other server did not run.
     """
@@ -88,7 +88,7 @@ def against(rows: Rows) -> list[Finding]:
 
 
 def show(console: Console, summary: Sequence[dict[str, Any]], findings: Sequence[Finding]) -> None:
-    """Print a table for each measure, the ratios to the strongest other server, a legend, and what did not run."""
+    """Print a table for each measure, the ratios to mosec, a legend, and what did not run."""
     ran = [facts for facts in summary if "per_s" in facts]
     rates = _table("Rate", "sequences/s", "/ bare")
     times = _table("Latency of 64 callers", "p50 ms", "p99 ms", "client")

@@ -36,7 +36,7 @@ def openvino_runners(precision):
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         print(json.dumps({"why_not": "OpenVINO lists no BF16 among the capabilities of this processor"}))
         raise SystemExit(0)
-    # Pinned threads, its default, wait for their core while another process has it and the other core is idle.
+    # Not pinned to cores, as the threads of onnxruntime here and of the servers are not.
     options = {"NUM_STREAMS": THREADS, "INFERENCE_NUM_THREADS": THREADS, "ENABLE_CPU_PINNING": False}
     options["INFERENCE_PRECISION_HINT"] = {"fp32": "f32", "bf16": "bf16"}[precision]
     compiled = core.compile_model(MODEL, "CPU", options)
