@@ -6,6 +6,7 @@ which lists all invalid settings.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from attnserve_server.domain.errors import AttnserveError
 
 PREFIX = "ATTNSERVE_"
 MIB = 2**20
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
@@ -301,9 +303,19 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(quota: Path = _CPU_QUOTA) -> int:
+    """Return the number of cores that this process may use: those of its affinity, at most its quota, rounded up.
+
+    Args:
+        quota: the file with the quota of the control group: microseconds of processor time, or `max`, and the period
+            (Linux, Documentation/admin-guide/cgroup-v2.rst, cpu.max); without that file, there is no quota.
+    """
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        limit, period = quota.read_text(encoding="ascii").split()
+        return min(found, max(1, math.ceil(int(limit) / int(period))))
+    except (OSError, ValueError):  # no control group, or `max`
+        return found
 
 
 def _fault(fault: dict[str, Any]) -> str:

@@ -114,3 +114,25 @@ def test_action_on_a_mismatch_is_one_of_two() -> None:
     assert Settings.load({"verify_action": "isolate"}).verify_action == "isolate"
     with pytest.raises(SettingsInvalid, match=r"--verify-action .*'count' or 'isolate', got 'stop'"):
         Settings.load({"verify_action": "stop"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("100000 100000\n", 1),
+        ("50000 100000", 1),
+        ("150000 100000", 2),
+        ("900000 100000", 8),
+        ("max 100000", 8),
+        ("", 8),
+    ],
+    ids=["one core", "half a core", "one and a half", "more than there are", "no quota", "empty"],
+)
+def test_cores_are_bounded_by_the_quota_of_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    quota = tmp_path / "cpu.max"
+    assert cores(quota) == 8, "without a file there is no quota"
+    quota.write_text(text)
+    assert cores(quota) == expected
