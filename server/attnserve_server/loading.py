@@ -178,7 +178,8 @@ def _with_wide(
     except (OSError, LoadFailed) as error:
         why = str(error.__cause__ or error)
         named = {"model": bundle.manifest.name, "version": bundle.manifest.version}
-        _log.warning("runs use one core: no session for all cores", **named, reason=why)
+        remedy = "give the temporary folder twice the space of the weights, or set --wide-threads 1"
+        _log.warning("no run uses all cores: no session for that", **named, reason=why, remedy=remedy)
         return sessions, None
     return [narrow], wide
 
