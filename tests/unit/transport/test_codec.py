@@ -258,3 +258,25 @@ def test_units_of_patches_hold_their_grid() -> None:
     message = result_message(SequenceResult({}, AttentionAnswer((units,), ()), RunFacts(1, 1, 1, 0.1, 0)), ())
     (axis,) = message.attention.axes
     assert (axis.grid_rows, axis.grid_columns, axis.leading) == (2, 3, 1)
+
+
+def test_a_large_answer_is_chunks_that_join_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "CHUNK_BYTES", 10)
+    answer = codec.response_of([], "r", codec.receipt_of("tiny", "1", "sha256:0", "cpu", "fp32"), b"", 300)
+    made, count = codec.streamed("r", answer)
+    chunks = [inference_service_pb2.StreamInferResponse.FromString(message) for message in made]
+    assert [(one.request_id, one.chunk.index, one.chunk.count) for one in chunks] == [
+        ("r", index, count) for index in range(count)
+    ]
+    assert b"".join(one.chunk.data for one in chunks) == answer.joined()
+    assert inference_service_pb2.InferResponse.FromString(answer.joined()).predicted_bytes == 300
+
+
+def test_a_small_answer_and_a_status_are_one_message() -> None:
+    answer = codec.response_of([], "r", b"", b"", 0)
+    (message,), count = codec.streamed("r", answer)
+    assert count == 1
+    assert inference_service_pb2.StreamInferResponse.FromString(message).response.receipt.request_id == "r"
+    assert inference_service_pb2.StreamInferResponse.FromString(message).response.predicted_bytes == 0
+    (message,), count = codec.streamed("r", b"status")
+    assert (inference_service_pb2.StreamInferResponse.FromString(message).status, count) == (b"status", 1)
