@@ -164,10 +164,14 @@ def open_bundle(bundle: Bundle, settings: Settings) -> Opened:
 def _with_wide(
     bundle: Bundle, settings: Settings, sessions: list[RuntimeSession]
 ) -> tuple[list[RuntimeSession], RuntimeSession | None]:
-    """Return sessions that share their weights with a wide one, and that; those given and None where there is none."""
+    """Return sessions that share their weights with a wide one, and that; sessions and None where there is none.
+
+    The sessions given end before those that take their place are made, so that their memory is given back.
+    """
     threads = settings.wide_threads or cores()
     if threads <= settings.intra_op_threads:
         return sessions, None
+    sessions.clear()
     try:
         narrow, wide = load_shared(
             bundle.model_path,
@@ -180,7 +184,7 @@ def _with_wide(
         named = {"model": bundle.manifest.name, "version": bundle.manifest.version}
         remedy = "give the temporary folder twice the space of the weights, or set --wide-threads 1"
         _log.warning("no run uses all cores: no session for that", **named, reason=why, remedy=remedy)
-        return sessions, None
+        return [_session(bundle, settings, 0, CPU)], None
     return [narrow], wide
 
 

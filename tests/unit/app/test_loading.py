@@ -7,6 +7,7 @@ most a warning.
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ import pytest
 import structlog
 from attnserve_server import loading
 from attnserve_server.config import Settings
-from attnserve_server.engine import openvino
+from attnserve_server.engine import openvino, sharing
 from attnserve_server.engine.providers import PrecisionUnavailable
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.loading import open_bundle, under_policy
@@ -156,3 +157,38 @@ def test_openvino_has_a_stream_for_each_instance_with_its_threads(tmp_path: Path
     }
     rounded = loading._openvino_options(tiny_manifest(), Settings(provider="openvino", precision="bf16"))
     assert rounded[openvino.PRECISION] == "bf16"
+
+
+def test_first_session_ends_before_those_that_share_their_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = write_bundle(tmp_path / "models", tiny_manifest(), write_tiny_files(tmp_path))
+    load, share = RuntimeSession.load, loading.load_shared
+    first: list[weakref.ref[RuntimeSession]] = []
+
+    def loaded(path: Path, **options: object) -> RuntimeSession:
+        session = load(path, **options)  # type: ignore[arg-type]
+        first.append(weakref.ref(session))
+        return session
+
+    def shared(path: Path, **options: object) -> tuple[RuntimeSession, RuntimeSession]:
+        assert [one() for one in first] == [None], "its memory would come on top of theirs"
+        return share(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RuntimeSession, "load", loaded)
+    monkeypatch.setattr(loading, "load_shared", shared)
+    opened = open_bundle(bundle, Settings(repository=tmp_path / "models", wide_threads=2))
+    assert (len(opened.sessions), opened.wide is not None) == (1, True)
+
+
+def test_without_room_for_shared_weights_a_bundle_has_one_session_and_the_log_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = write_bundle(tmp_path / "models", tiny_manifest(), write_tiny_files(tmp_path))
+    monkeypatch.setattr(sharing, "_FREE_SHARE", 0.0)
+    with structlog.testing.capture_logs() as logged:
+        opened = open_bundle(bundle, Settings(repository=tmp_path / "models", wide_threads=2))
+    assert (len(opened.sessions), opened.wide) == (1, None)
+    (warning,) = [line for line in logged if line["event"] == "no run uses all cores: no session for that"]
+    assert "--wide-threads 1" in warning["remedy"]
+    assert "exceed half of the free space" in warning["reason"]
