@@ -108,5 +108,5 @@ def compared_values(
         weights_of(batch, fetched, row, sequence, manifest, whole=True) if joined else read,
         manifest,
         means={layer: read[layer] for layer in joined},
-        scores=selection is not None and selection.scores,
+        scores=sequence.selects_scores,
     )

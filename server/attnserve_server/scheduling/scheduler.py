@@ -135,12 +135,8 @@ class Scheduler:
         deadline = request.deadline_s
         now = self._serving_at(deadline)
         count = len(sequences)
-        if count == 1:
-            sizes = [max(sequences[0].bytes, request.received_bytes) + sequences[0].response_bytes]
-        else:
-            held = [one.bytes for one in sequences]
-            unused = max(0, request.received_bytes - sum(held)) // count
-            sizes = [size + unused + one.response_bytes for size, one in zip(held, sequences, strict=True)]
+        unused = max(0, request.received_bytes - sum([one.bytes for one in sequences])) // count
+        sizes = [one.bytes + unused + one.response_bytes for one in sequences]
         self._admit(Demand(count, sum([one.tokens for one in sequences]), sum(sizes)), now, deadline)
         request.admit(now)
         self._requests.add(request)
@@ -171,7 +167,7 @@ class Scheduler:
 
     def _serving_at(self, deadline: float | None) -> float:
         """Return the time. Raises NotServing, and DeadlineExpired if the deadline has passed."""
-        if self._draining or self._faulted or self._task is None or self._task.done():
+        if self._draining or not self.healthy:
             raise NotServing(self._manifest.name, self._state())
         now = self._clock.now()
         if deadline is not None and deadline <= now:
@@ -215,7 +211,7 @@ class Scheduler:
                 if len(self._queue):
                     self._idle.wake()  # for the rest
                 await self._run(entries, instance)
-            elif self._draining and not len(self._queue):
+            elif self._draining:
                 return
             else:
                 woken = self._idle.enter()
