@@ -130,7 +130,7 @@ class Settings(BaseSettings):
         0,
         description="Threads of a run on a CPU while no other work waits or runs; 0: one per core, 1: off. The second "
         "session that this takes shares the weights through a temporary file of their size, which is removed as soon "
-        "as it is mapped. Default: 0, as a lone request then waits about half as long.",
+        "as it is mapped. Default: 0, as a lone request then waits two thirds as long on two cores.",
     )
     max_batch_size: Annotated[int, Field(ge=0, le=4096)] = Field(
         0,

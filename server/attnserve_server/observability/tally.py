@@ -1,8 +1,8 @@
 """Counters, gauges and histograms for one event loop, which cost a call a few additions, and their export on a scrape.
 
-prometheus_client's own metrics take a lock for each change and compare an observation with each bucket: about 10 us of
-a call of 200. Here, a change is an addition without a lock, so that only the event loop may make it; an instance's
-thread returns what it has to count with its results. `Exported` gives prometheus_client the values for a page.
+prometheus_client's own metrics take a lock for each change, and compare an observation with each bucket. Here, a change
+is an addition without a lock, so that only the event loop may make it; an instance's thread returns what it has to
+count with its results. `Exported` gives prometheus_client the values for a page.
 
 A wrong number of labels raises ValueError.
 """

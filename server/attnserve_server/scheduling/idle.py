@@ -1,7 +1,7 @@
 """Idle instances: which one is woken, and when a cheap run waits for batch neighbours. Event loop only; nothing fails.
 
-To start a run costs about 0.1 ms: two changes of threads, and a plan. A run that takes about as long is cheaper for
-several sequences at once. Where several requests are usually in flight, such a run waits for half of them, and at most
+To start a run costs two changes of threads, and a plan. A run that takes about as long is cheaper for several
+sequences at once. Where several requests are usually in flight, such a run waits for half of them, and at most
 a millisecond.
 """
 

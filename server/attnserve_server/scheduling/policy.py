@@ -186,7 +186,7 @@ def _neighbours(candidates: Sequence[Candidate], oldest: int, among: Sequence[in
 def _alike(line: Sequence[Candidate], now: float, settings: SchedulingSettings, cost: CostModel) -> int:
     """Return how many of the line, oldest first, run together, where all have one shape, and no deadline is near.
 
-    The same as `_choose`, which costs ten times as much: there is one shape, and the order by value is that by age.
+    The same as `_choose`, without its arrays: there is one shape, and the order by value is that by age.
     """
     first = line[0]
     bytes_each = sum(math.prod(first.lengths[at] for at in axes) * size for axes, size in first.footprint.items())
