@@ -15,8 +15,6 @@ import asyncio
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,10 +24,9 @@ from typing import Any
 
 import grpc
 import numpy as np
-import onnx
 import psutil
 from attnserve.v1 import inference_service_pb2, tensor_pb2
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,18 +41,6 @@ UNARY_LIMIT = 2.0
 """The limit of a unary call over a bare one."""
 STREAM_LIMIT = 0.4
 """The limit of a sequence of a stream message over a unary call."""
-
-
-def write_bundle(folder: Path) -> None:
-    """Write the identity of (batch, 128) int64 as the bundle `null`."""
-    value = (helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", IDS]) for name in ("ids", "same"))
-    graph = helper.make_graph([helper.make_node("Identity", ["ids"], ["same"])], "null", [next(value)], [next(value)])
-    path = folder / "null.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    line = [str(Path(sys.executable).with_name("attnserve-server")), "prepare", str(path), "--name", "null"]
-    subprocess.run(
-        [*line, "--repository", str(folder)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
 
 
 def request(sequences: int, request_id: str = "") -> inference_service_pb2.InferRequest:
@@ -118,7 +103,7 @@ def measure(rounds: int, calls: int, console: Console, *flags: str) -> dict[str,
         for number in range(8)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        write_bundle(Path(folder))
+        echo.write_identity(Path(folder), "null", ("ids", "same"), TensorProto.INT64, ["batch", IDS])
         with service.running(Path(folder), *flags) as server:
             answered = len(asyncio.run(_one(server.target, asked)))
             with echo.bare(answered) as (bare, bare_process):

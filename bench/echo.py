@@ -41,21 +41,20 @@ _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_messa
 
 def write_bundle(folder: Path) -> None:
     """Write an identity of (batch, seq, 384) float32 as the bundle `echo`."""
-    shape = ["batch", "seq", WIDTH]
-    graph = helper.make_graph(
-        [helper.make_node("Identity", ["x"], ["y"])],
-        "echo",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
-    )
-    path = folder / "echo.onnx"
+    write_identity(folder, "echo", ("x", "y"), TensorProto.FLOAT, ["batch", "seq", WIDTH], "--max-length", "4096")
+
+
+def write_identity(
+    folder: Path, name: str, tensors: tuple[str, str], element: int, shape: list[str | int], *flags: str
+) -> None:
+    """Write an identity from the first tensor to the second as a bundle. `flags`: of `attnserve-server prepare`."""
+    given, returned = (helper.make_tensor_value_info(tensor, element, shape) for tensor in tensors)
+    graph = helper.make_graph([helper.make_node("Identity", [given.name], [returned.name])], name, [given], [returned])
+    path = folder / f"{name}.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    line = [str(Path(sys.executable).with_name("attnserve-server")), "prepare", str(path), "--name", "echo"]
+    line = [str(Path(sys.executable).with_name("attnserve-server")), "prepare", str(path), "--name", name, *flags]
     subprocess.run(
-        [*line, "--max-length", "4096", "--repository", str(folder)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [*line, "--repository", str(folder)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
 
 
