@@ -1,21 +1,17 @@
-"""Loading: choose the bundles that the settings name, open one, and derive each package's values from the settings.
+"""Loading: open a bundle, and derive the runtime's values from the settings.
 
-A bundle is the folder of one converted model. `wanted_bundles` raises StartFailed for a missing one, and returns those
-whose manifests are broken as faults; `open_bundle` raises another AttnserveError, with the reason.
+A bundle is the folder of one converted model. `open_bundle` raises an AttnserveError with the reason.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final
 
 from attnserve_server.config import Settings, cores
 from attnserve_server.domain.clock import Clock
-from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.engine import openvino
 from attnserve_server.engine.cost_file import CostKey, machine
 from attnserve_server.engine.executor import Executor
@@ -34,70 +30,17 @@ from attnserve_server.engine.session import LoadFailed, RuntimeSession, runtime_
 from attnserve_server.engine.shapes import ShapePlan
 from attnserve_server.engine.sharing import load_shared
 from attnserve_server.engine.warmup import are_dear, bucket_plan, new_shape_ratio, plan_of, prepare
-from attnserve_server.model.batching import cautions
 from attnserve_server.model.manifest import Manifest
-from attnserve_server.model.repository import Bundle, BundleFault, Repository, verify
+from attnserve_server.model.repository import Bundle, verify
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.observability.logs import logger
-from attnserve_server.scheduling.policy import SchedulingSettings
 from attnserve_server.scheduling.verifier import ShadowSettings
+from attnserve_server.wanted import tokenizer_of
 
 _log = logger(__name__)
 
 INSTANCES_PER_GPU: Final = 3
 """On an H200, two and three instances ran MiniLM 1.5 and 1.8 times as often as one (16 x 64 tokens, float32)."""
-
-
-class StartFailed(AttnserveError):
-    """The server cannot start."""
-
-    reason = "START_FAILED"
-
-
-def wanted_bundles(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]:
-    """Return the bundles to load, and the broken ones among them.
-
-    Args:
-        settings: `repository` and `models` select the bundles.
-
-    Raises:
-        StartFailed: the repository has no bundle, or a named one does not exist.
-    """
-    bundles, faults = Repository(settings.repository).bundles()
-    names = [(bundle.manifest.name, bundle.manifest.version) for bundle in bundles]
-    names += [(fault.name, fault.version) for fault in faults]
-    if not names:
-        raise StartFailed(_why_none(settings.repository))
-    wanted = settings.models
-    unknown = [entry for entry in wanted if not any(_matches(entry, *name) for name in names)]
-    if unknown:
-        there = ", ".join(f"{name}/{version}" for name, version in names)
-        raise StartFailed(f"no model {', '.join(unknown)} in {settings.repository}; the repository has {there}")
-
-    def is_wanted(name: str, version: str) -> bool:
-        return not wanted or any(_matches(entry, name, version) for entry in wanted)
-
-    return (
-        [bundle for bundle in bundles if is_wanted(bundle.manifest.name, bundle.manifest.version)],
-        [fault for fault in faults if is_wanted(fault.name, fault.version)],
-    )
-
-
-def under_policy(bundle: Bundle, settings: Settings) -> Bundle:
-    """Return the bundle with its manifest under the batching policy. Log what limits batching, and why."""
-    manifest = bundle.manifest
-    for caution in cautions(manifest.certificate, settings.batching, alone=manifest.max_batch_size == 1):
-        _log.warning(
-            caution.effect,
-            model=manifest.name,
-            version=manifest.version,
-            axis=caution.axis,
-            status=caution.status,
-            cause=caution.cause,
-            remedy=caution.remedy,
-            batching=settings.batching,
-        )
-    return replace(bundle, manifest=manifest.under(settings.batching))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +78,7 @@ def open_bundle(bundle: Bundle, settings: Settings) -> Opened:
         GoldenMismatch: the model does not repeat its golden answers.
     """
     verify(bundle)
-    tokenizer, text = None, bundle.manifest.text
-    if bundle.tokenizer_path is not None and text is not None:
-        written = bundle.manifest.text_as_written
-        tokenizer = TextTokenizer.load(bundle.tokenizer_path, text.axis, written, text.mask_token)
+    tokenizer = tokenizer_of(bundle)
     first, *others = settings.device_ids or (0,)
     sessions = [_session(bundle, settings, first)]
     provider = sessions[0].provider
@@ -315,34 +255,8 @@ def cost_key(session: RuntimeSession, manifest: Manifest, settings: Settings) ->
     )
 
 
-def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSettings:
-    """Return the settings of one model's scheduling."""
-    return SchedulingSettings(
-        max_batch_size=min(settings.max_batch_size or manifest.max_batch_size, manifest.max_batch_size),
-        max_batch_bytes=settings.max_batch_bytes,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_queue_size=settings.max_queue_size,
-        max_queue_bytes=settings.max_queue_bytes,
-        look_ahead=settings.look_ahead,
-        run_overhead_tokens=settings.run_overhead_tokens,
-    )
-
-
 def batch_check_settings(settings: Settings) -> ShadowSettings | None:
     """Return the settings of the shadow check; None if it is off."""
     if not settings.verify_batches:
         return None
     return ShadowSettings(share=settings.verify_batches, action=settings.verify_action)
-
-
-def _why_none(repository: Path) -> str:
-    """Why a repository has no model. The message goes to the operator only, so it may name the folder."""
-    if not repository.is_dir():
-        return f"no model in {repository}: the folder does not exist"
-    if not os.access(repository, os.R_OK | os.X_OK):
-        return f"no model in {repository}: user {os.getuid()} may not read the folder"
-    return f"no model in {repository}: make one with `attnserve-server export` or `attnserve-server prepare`"
-
-
-def _matches(entry: str, name: str, version: str) -> bool:
-    return entry in (name, f"{name}/{version}")

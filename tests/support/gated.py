@@ -12,6 +12,7 @@ from attnserve_server.domain.errors import AttnserveError, RequestCancelled
 from attnserve_server.domain.values import PreparedSequence, Priority, RunFacts, SequenceResult
 from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.manifest import Manifest
+from attnserve_server.scheduling.admission import Demand, Load
 from attnserve_server.scheduling.policy import Candidate
 from attnserve_server.scheduling.queue import Entry, Request, Run
 
@@ -29,6 +30,7 @@ class Gate:
     received_bytes: list[int] = field(default_factory=list)
     withdrawn: int = 0
     is_open: bool = False
+    seconds_per_token: float | None = None
     full: AttnserveError | None = None
     """Refuses requests before they are prepared."""
 
@@ -36,6 +38,11 @@ class Gate:
         """Raise `full`, if it is set."""
         if self.full is not None:
             raise self.full
+
+    def load(self) -> Load:
+        """Return what waits: each request as one sequence of one token and one byte."""
+        waiting = len(self.waiting)
+        return Load(Demand(waiting, waiting, waiting), 0, 1, self.seconds_per_token)
 
     def submit(
         self, request: Request, sequences: Sequence[PreparedSequence], priority: Priority
@@ -59,6 +66,7 @@ class Gate:
         if results.cancelled() or isinstance(results.exception(), RequestCancelled):
             request.fail(RequestCancelled())
             self.withdrawn += 1
+        request.release()
 
     def release(self, at: int = 0, error: Exception | None = None) -> None:
         """Answer the request at this place of `waiting`, or fail it with an error. IndexError if there is none."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from types import FrameType
 
 EXIT_REFUSED = 2
@@ -20,6 +21,8 @@ EXIT_REFUSED = 2
 RUN_FOREIGN_MODELS = {"export", "prepare", "inspect", "check"}
 """Commands that read and run files of other makers."""
 _CHILD = "from attnserve_server.cli import run_as_child; run_as_child()"
+_IMPORTED_LATE = ("onnxruntime", "grpc_health", "msgspec")
+"""Libraries of the extra `server` that commands import where they need them, or only in other processes."""
 _MEMORY_SHARE = 0.9
 """Share of the machine's memory that a child may use, so that it cannot exhaust the machine."""
 
@@ -98,10 +101,14 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
 def _run_command() -> None:
     try:
         from attnserve_server.cli._app import app  # noqa: PLC0415 - the base install lacks its libraries
-    except ModuleNotFoundError as missing:
-        if (missing.name or "").startswith("attnserve"):
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("attnserve"):
             raise
-        needs = f"attnserve-server needs {missing.name}: pip install 'attnserve[server]'"
+        missing = error.name
+    else:
+        missing = next((name for name in _IMPORTED_LATE if find_spec(name) is None), None)
+    if missing is not None:
+        needs = f"attnserve-server needs {missing}: pip install 'attnserve[server]'"
         sys.exit(_refused(f"{needs} (with a GPU: 'attnserve[server-gpu]')"))
     from attnserve_server.domain.errors import AttnserveError  # noqa: PLC0415 - as above
 

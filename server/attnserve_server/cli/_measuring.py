@@ -27,11 +27,12 @@ from attnserve_server.engine.collation import CollatedBatch, collate
 from attnserve_server.engine.golden import lengths_of, read_golden
 from attnserve_server.engine.session import RuntimeSession
 from attnserve_server.engine.warmup import synthetic
-from attnserve_server.loading import Opened, open_bundle, under_policy
+from attnserve_server.loading import Opened, open_bundle
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import BundleInvalid, Repository
 from attnserve_server.observability.logs import configure
 from attnserve_server.observability.metrics import resident_bytes
+from attnserve_server.wanted import under_policy
 
 _SENTENCES: Final = 24
 """The most sentences that are compared and timed: three batches of the comparison."""

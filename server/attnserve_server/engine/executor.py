@@ -30,9 +30,10 @@ from attnserve_server.engine.collation import (
     weights_of,
 )
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
-from attnserve_server.engine.graph import Counts, Graph, Occupancy, compared_values
+from attnserve_server.engine.graph import Counts, Graph, compared_values
 from attnserve_server.engine.instance_thread import InstanceThread
 from attnserve_server.engine.labels import labels_of
+from attnserve_server.engine.occupancy import Occupancy
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
 from attnserve_server.model.equality import Difference, copied, equality_of, greatest_difference
@@ -189,15 +190,15 @@ class Executor:
             One outcome for each sequence, in order.
         """
         graph = self._graph_of(sequences[0])
-        wide = alone and not self._occupancy.running and graph.is_wide(sequences)
-        self._occupancy.running += 1
+        wide = alone and not self._occupancy.busy and graph.is_wide(sequences)
+        self._occupancy.begin()
         self._metrics.running.inc()
         try:
             counts = Counts(wide=wide)
             outcomes, timed = await self._threads[instance].run(self._timed, sequences, handle, instance, counts)
         finally:
             self._metrics.running.dec()
-            self._occupancy.running -= 1
+            self._occupancy.end()
         counts.add_to(self._metrics)
         cost = graph.wide_cost if wide else graph.cost
         if timed is not None and cost is not None:

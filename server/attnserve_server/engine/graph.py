@@ -64,13 +64,6 @@ class Graph:
 
 
 @dataclass(slots=True, eq=False)
-class Occupancy:
-    """How many runs of all models are in progress in this process. Event loop only."""
-
-    running: int = 0
-
-
-@dataclass(slots=True, eq=False)
 class Counts:
     """What an instance's thread did for one batch. The event loop counts it, because metrics belong to that."""
 

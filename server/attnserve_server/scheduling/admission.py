@@ -6,14 +6,16 @@ A request that may not join gets an Overloaded error, which `refusal` returns an
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from attnserve_server.domain.errors import AttnserveError, Overloaded
 from attnserve_server.domain.values import PreparedSequence
 from attnserve_server.engine.cost import CostModel
-from attnserve_server.engine.executor import BatchExecutor, Outcome
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.scheduling.policy import Candidate, SchedulingSettings
+
+if TYPE_CHECKING:  # the engine imports the runtime, which a front process does without
+    from attnserve_server.engine.executor import BatchExecutor, Outcome
 
 _LEAST_RETRY_S: Final = 0.01
 _MOST_RETRY_S: Final = 30.0

@@ -18,13 +18,15 @@ from enum import IntEnum
 from heapq import heappop, heappush
 from operator import attrgetter
 from types import TracebackType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.values import PreparedSequence, SequenceResult
-from attnserve_server.engine.session import RunHandle
 from attnserve_server.scheduling.admission import Demand
 from attnserve_server.scheduling.policy import Candidate
+
+if TYPE_CHECKING:  # the engine imports the runtime, which a front process does without
+    from attnserve_server.engine.session import RunHandle
 
 _arrival_key: Final = attrgetter("arrival_key")
 _length_key: Final = attrgetter("length_key")
@@ -126,6 +128,12 @@ class Request:
         self.state = _moved(self.state, State.ANSWERED)
         if self._waiter is not None:
             self._waiter.set_result([self._results[index] for index in range(len(self._results))])
+
+    def finish(self, results: list[SequenceResult]) -> None:
+        """Enter ANSWERED with results that another process computed, unless the request has ended already."""
+        if self.state is State.ADMITTED and not self.results.done():
+            self.state = _moved(_moved(self.state, State.RUNNING), State.ANSWERED)
+            self.results.set_result(results)
 
     def fail(self, error: BaseException) -> bool:
         """Enter FAILED and raise `error` where the results are awaited; return False if it has ended already."""

@@ -109,6 +109,11 @@ class Scheduler:
         self._draining = True
         self._fail_all(lambda: NotServing(self._manifest.name, "draining"))
 
+    def load(self) -> Load:
+        """Return what waits and runs now."""
+        speed = self._pricing.speed
+        return Load(self._queue.totals, self._running_tokens, self._executor.instances, speed.seconds_per_token)
+
     def check_room(self, deadline: float | None) -> None:
         """Raise what `submit` would raise now for the smallest request, before any work goes into a real one."""
         self._admit(_SMALLEST, self._serving_at(deadline), deadline)
@@ -180,10 +185,9 @@ class Scheduler:
         return "failed" if self._faulted or not self._draining else "draining"
 
     def _admit(self, demand: Demand, now: float, deadline: float | None) -> None:
-        waiting = self._queue.totals
-        if not waiting.sequences and (deadline is None or not self._running_tokens):
+        load = self.load()
+        if not load.waiting.sequences and (deadline is None or not load.running_tokens):
             return  # nothing is ahead: the usual case
-        load = Load(waiting, self._running_tokens, self._executor.instances, self._pricing.speed.seconds_per_token)
         refused = refusal(demand, load, None if deadline is None else deadline - now, self._pricing.settings)
         if refused is not None:
             self._metrics.refused(refused.cause)

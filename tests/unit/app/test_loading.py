@@ -18,10 +18,11 @@ from attnserve_server.config import Settings
 from attnserve_server.engine import openvino, sharing
 from attnserve_server.engine.providers import PrecisionUnavailable
 from attnserve_server.engine.session import RuntimeSession
-from attnserve_server.loading import open_bundle, under_policy
+from attnserve_server.loading import open_bundle
 from attnserve_server.model.certificate import BATCHING, Clause, Verdict
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, write_bundle
+from attnserve_server.wanted import log_cautions, under_policy
 from made_by_hand import SURVIVED, certificate
 from tiny_bundle import tiny_manifest, write_tiny_files
 
@@ -47,8 +48,10 @@ def test_optimizers_that_a_bundle_disables_are_disabled_when_it_is_served(
 def rules(manifest: Manifest, folder: Path, batching: str = "proved") -> tuple[Manifest, list[dict[str, Any]]]:
     """The manifest of a bundle under a policy, and the warnings about it."""
     bundle = Bundle(folder, manifest)
+    settings = Settings(repository=folder, batching=batching)
     with structlog.testing.capture_logs() as lines:
-        made = under_policy(bundle, Settings(repository=folder, batching=batching)).manifest
+        log_cautions(manifest, settings)
+    made = under_policy(bundle, settings).manifest
     return made, [line for line in lines if line["log_level"] == "warning"]
 
 

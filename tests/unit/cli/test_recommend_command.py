@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attnserve_server.cli import recommend as command
+from attnserve_server.cli import _comparing as command
 from attnserve_server.cli._app import app
+from attnserve_server.cli._comparing import Comparison, Row, instructions, ways
 from attnserve_server.cli._measuring import Answered, Measured, Refused, Way, agreement
-from attnserve_server.cli.recommend import Comparison, Row, instructions, ways
 from attnserve_server.model.repository import write_bundle
 from openvino_here import why_absent
 from rich.console import Console
@@ -99,9 +99,7 @@ def test_table_is_readable_at_80_columns() -> None:
     rows = (row(HERE, 123.4, 10.9), row(way, 12345.6, 123.4, same=False, Attention=6))
     refused = (Refused(way, "PrecisionUnavailable", "precision is bf16, but this processor cannot"),)
     printed = io.StringIO()
-    command._show(
-        Comparison(rows, refused, {"AMX": False, "AVX512_BF16": False}, 99.0), Console(file=printed, width=80)
-    )
+    command.show(Comparison(rows, refused, {"AMX": False, "AVX512_BF16": False}, 99.0), Console(file=printed, width=80))
     lines = printed.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     (fast,) = (line for line in lines if line.startswith("2 "))

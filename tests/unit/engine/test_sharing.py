@@ -17,7 +17,8 @@ from attnserve_server.engine import sharing
 from attnserve_server.engine.collation import collate
 from attnserve_server.engine.cost import CostEstimate, TimedRun
 from attnserve_server.engine.executor import Executor
-from attnserve_server.engine.graph import Graph, Occupancy
+from attnserve_server.engine.graph import Graph
+from attnserve_server.engine.occupancy import Occupancy
 from attnserve_server.engine.session import LoadFailed, RunHandle, RuntimeSession
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import Metrics
@@ -83,13 +84,17 @@ def test_a_run_is_wide_where_that_is_predicted_to_be_faster(
 
 
 @pytest.mark.parametrize(
-    ("alone", "running", "wide"), [(True, 0, True), (False, 0, False), (True, 1, False)], ids=["alone", "not", "others"]
+    ("alone", "busy", "wide"),
+    [(True, False, True), (False, False, False), (True, True, False)],
+    ids=["alone", "not", "others"],
 )
 async def test_only_a_run_that_is_alone_uses_all_cores(
-    embedder_path: Path, manifest: Manifest, sequence_of: Make, alone: bool, running: int, wide: bool
+    embedder_path: Path, manifest: Manifest, sequence_of: Make, alone: bool, busy: bool, wide: bool
 ) -> None:
     narrow, all_cores = pair(embedder_path)
-    metrics, occupancy = Metrics(), Occupancy(running)
+    metrics, occupancy = Metrics(), Occupancy()
+    if busy:
+        occupancy.begin()
     executor = Executor(
         [narrow],
         manifest,
@@ -110,7 +115,7 @@ async def test_only_a_run_that_is_alone_uses_all_cores(
         await executor.aclose()
     assert isinstance(result, SequenceResult)
     assert result.run.wide is wide
-    assert occupancy.running == running
+    assert occupancy.busy is busy
     labels = {"model": manifest.name, "version": "1"}
     assert metrics.registry.get_sample_value("attnserve_wide_runs_total", labels) == wide
     assert replace(result.run, wide=False).batch_size == 1

@@ -1,0 +1,131 @@
+"""One bundle to a scheduler that serves: sessions, instances, warm-up, costs and the shadow check."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from attnserve_server.config import Settings
+from attnserve_server.domain.clock import Clock
+from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.engine.cost_file import read_costs, write_costs
+from attnserve_server.engine.executor import Executor
+from attnserve_server.engine.occupancy import Occupancy
+from attnserve_server.loading import (
+    Opened,
+    batch_check_settings,
+    cost_key,
+    instances_of,
+    open_bundle,
+    prepare_shapes,
+)
+from attnserve_server.model.repository import Bundle
+from attnserve_server.observability.logs import logger
+from attnserve_server.observability.metrics import ModelMetrics, resident_bytes
+from attnserve_server.scheduling.scheduler import Scheduler
+from attnserve_server.scheduling.verifier import Verifier
+from attnserve_server.wanted import scheduling_settings
+
+_log = logger(__name__)
+
+ISOLATED: Final = "an answer from a batch differed from the same sequence alone; each runs alone until the next start"
+"""State reason of a ready model that does not batch."""
+
+
+@dataclass(slots=True, eq=False)
+class Started:
+    """One loaded model, with the objects to close."""
+
+    opened: Opened
+    executor: Executor
+    scheduler: Scheduler
+
+    async def aclose(self) -> None:
+        """Cancel pending requests, and end the threads."""
+        await self.scheduler.aclose()
+        await self.executor.aclose()
+
+
+async def start_model(
+    bundle: Bundle,
+    settings: Settings,
+    clock: Clock,
+    metrics: ModelMetrics,
+    occupancy: Occupancy,
+    *,
+    on_fault: Callable[[], None],
+    on_isolated: Callable[[], None],
+) -> Started:
+    """Load one model, warm it up, and start its scheduler.
+
+    Args:
+        bundle: under the server's batching policy.
+        settings: of the server.
+        clock: of the server.
+        metrics: of the model.
+        occupancy: of the process.
+        on_fault: called if the scheduler's loop ends with an error.
+        on_isolated: called if the shadow check turns batching off.
+
+    Raises:
+        AttnserveError: with the reason why the model cannot be served.
+    """
+    began, bytes_before = clock.now(), resident_bytes()
+    opened = await asyncio.to_thread(open_bundle, bundle, settings)
+    bundle, session = opened.bundle, opened.sessions[0]
+    manifest = bundle.manifest
+    metrics.provider(session.provider)
+    instances = instances_of(opened.sessions, settings)
+    executor = Executor(
+        opened.sessions, manifest, metrics, clock, instances, opened.past_sessions, opened.wide, occupancy
+    )
+    executor.start()
+    named = {"model": manifest.name, "version": manifest.version}
+    try:
+        key = cost_key(session, manifest, settings)
+        known = read_costs(bundle, key) if settings.remember_costs else ()
+        timed = await executor.warm_up(known)
+        if settings.remember_costs and not known and not write_costs(bundle, key, timed):
+            _log.info("costs were not written: they are measured at each start", **named)
+        await prepare_shapes(executor, opened, settings, clock)
+    except BaseException:
+        await executor.aclose()
+        raise
+    checked = batch_check_settings(settings)
+    verifier = (
+        None if checked is None else Verifier(executor, manifest, checked, clock, metrics, on_isolated=on_isolated)
+    )
+    scheduler = Scheduler(
+        executor,
+        manifest,
+        scheduling_settings(settings, manifest),
+        clock,
+        metrics,
+        on_fault=on_fault,
+        verifier=verifier,
+    )
+    scheduler.start()
+    metrics.session_bytes.set(max(0, resident_bytes() - bytes_before))
+    _log.info(
+        "model ready",
+        **named,
+        digest=manifest.digest,
+        provider=session.provider,
+        devices=len(opened.sessions),
+        instances=instances,
+        sites=len(manifest.sites),
+        sites_available=sum(site.available for site in manifest.sites),
+        load_s=round(clock.now() - began, 3),
+    )
+    return Started(opened, executor, scheduler)
+
+
+def why_not_loaded(error: Exception, name: str, version: str) -> str:
+    """Log why a model failed to load, and return the reason for its state."""
+    why = str(error) if isinstance(error, AttnserveError) else "internal error while loading; see the log"
+    # The message of an AttnserveError without a cause is complete, so the log needs no traceback.
+    traced = not isinstance(error, AttnserveError) or error.__cause__ is not None
+    _log.error("model failed to load", model=name, version=version, reason=why, exc_info=error if traced else None)
+    return why
