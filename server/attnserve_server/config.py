@@ -117,6 +117,15 @@ class Settings(BaseSettings):
         description="Folder where OpenVINO stores compiled graphs, with their weights, so that later starts load "
         "faster. Default: none, as a copy of each model takes disk space.",
     )
+    isolation: Literal["process", "none"] = Field(
+        "process",
+        description="`process`: front processes, and an engine process for each model, so that calls use more "
+        "cores. `none`: all in one process, which needs less memory, but ends without answers if a run crashes. "
+        "Default: process.",
+    )
+    fronts: Annotated[int, Field(ge=0, le=64)] = Field(
+        0, description="Front processes; 0: one on two cores, at most 8. Default: 0, as runs need the other cores."
+    )
     instances: Annotated[int, Field(ge=0, le=256)] = Field(
         0,
         description="Maximum number of concurrent runs of each model; 0: one per core on a CPU, three per GPU, where "

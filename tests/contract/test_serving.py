@@ -19,13 +19,14 @@ import pytest
 from attnserve.v1 import attention_pb2, model_pb2
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
-from attnserve_server.app import EXIT_DRAINED, EXIT_FAULTED, EXIT_FORCED, Application
+from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.engine.session import ProviderUnavailable
-from attnserve_server.loading import StartFailed
+from attnserve_server.lifetime import EXIT_DRAINED, EXIT_FAULTED, EXIT_FORCED, run
 from attnserve_server.model.repository import write_bundle
 from attnserve_server.scheduling.catalog import ModelState
 from attnserve_server.transport.server import PortUnavailable
+from attnserve_server.wanted import StartFailed
 from gated import Gate, until
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
@@ -331,7 +332,7 @@ async def test_a_taken_port_is_reported(settings: Settings, field: str) -> None:
 
 
 async def running(application: Application) -> asyncio.Task[int]:
-    task = asyncio.create_task(application.run())
+    task = asyncio.create_task(run(application))
     await until(lambda: application.health.serving() or task.done())
     return task
 
@@ -392,7 +393,7 @@ async def test_a_second_signal_ends_the_server_at_once(ran: tuple[Application, a
 
 async def test_a_signal_while_loading_ends_the_start(settings: Settings) -> None:
     application = Application(settings)
-    task = asyncio.create_task(application.run())
+    task = asyncio.create_task(run(application))
     await until(lambda: application.grpc_port != 0)
     signal.raise_signal(signal.SIGINT)
     assert await task == EXIT_DRAINED
@@ -415,8 +416,9 @@ async def test_a_scheduler_that_dies_leaves_answers_of_other_models(
     application, task = ran
     model = application.catalog.get("tiny", "2")
     assert model.manifest is not None
-    gate = model.scheduler = Gate(model.manifest)
-    loop_of_a_model = next(one for one in application._loaded if one.model is not model).scheduler._task
+    served, gate = model.scheduler, Gate(model.manifest)
+    model.scheduler = gate
+    loop_of_a_model = next(one for one in application._loaded if one.scheduler is not served).scheduler._task
     assert loop_of_a_model is not None
     async with grpc.aio.insecure_channel(f"127.0.0.1:{application.grpc_port}") as channel:
         call = InferenceServiceStub(channel).Infer(asking())

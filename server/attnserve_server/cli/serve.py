@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 import uvloop
 
-from attnserve_server.app import Application
 from attnserve_server.config import Settings, flag_of, variable_of
+from attnserve_server.lifetime import run
 from attnserve_server.observability import probe
 from attnserve_server.observability.logs import configure
 
@@ -44,7 +44,13 @@ def healthcheck(
 
 async def _serve(settings: Settings) -> int:
     # gRPC binds its objects to the running loop, so the application is built inside it.
-    return await Application(settings).run()
+    if settings.isolation == "process":
+        from attnserve_server.processes.supervisor import Supervisor  # noqa: PLC0415 - without the runtime's memory
+
+        return await run(Supervisor(settings))
+    from attnserve_server.app import Application  # noqa: PLC0415 - imports the runtime
+
+    return await run(Application(settings))
 
 
 def _serve_command() -> Any:

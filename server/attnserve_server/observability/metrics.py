@@ -6,13 +6,14 @@ Labels are models, versions and small closed sets; never text from a caller, so 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
 
+from attnserve_server.observability.process_metrics import ProcessMetrics
 from attnserve_server.observability.tally import (
     Counter,
     CounterSeries,
@@ -42,6 +43,7 @@ class MetricSpec:
         labels: label names.
         buckets: upper bounds, of a histogram.
         why_buckets: the reason for the bounds.
+        is_fact: whether a supervisor states it once for all processes; else it is added up over them.
     """
 
     kind: type[Family[Any]]
@@ -50,6 +52,7 @@ class MetricSpec:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
     why_buckets: str = ""
+    is_fact: bool = False
 
 
 _LATENCY: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -173,13 +176,18 @@ SESSION_BYTES: Final = MetricSpec(
     MODEL,
 )
 EXECUTION_PROVIDER: Final = MetricSpec(
-    Gauge, "attnserve_execution_provider_info", "1 for the onnxruntime execution provider in use.", (*MODEL, "provider")
+    Gauge,
+    "attnserve_execution_provider_info",
+    "1 for the onnxruntime execution provider in use.",
+    (*MODEL, "provider"),
+    is_fact=True,
 )
 MODEL_STATE: Final = MetricSpec(
     Gauge,
     "attnserve_model_state",
     "1 for the current state of the model: loading, ready, draining or failed.",
     (*MODEL, "state"),
+    is_fact=True,
 )
 
 SPECS: Final[tuple[MetricSpec, ...]] = tuple(
@@ -271,11 +279,12 @@ class ModelMetrics:
 
 
 class Metrics:
-    """All metrics of one server in one registry, with those of the process and of the interpreter."""
+    """All metrics of one server in one registry, with those of its processes and of the interpreter."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
+        self.processes = ProcessMetrics()
+        self.registry.register(self.processes)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         self._made: dict[str, Family[Any]] = {
@@ -286,6 +295,19 @@ class Metrics:
     def model(self, model: str, version: str) -> ModelMetrics:
         """Return one model's series. Call it for loaded models only, so that the number of series is bounded."""
         return ModelMetrics(self, model, version)
+
+    def snapshot(self) -> dict[str, list[Any]]:
+        """Return the values of all series but facts, for `merge` in another process."""
+        return {spec.name: self._made[spec.name].values() for spec in SPECS if not spec.is_fact}
+
+    def merge(self, snapshots: Iterable[dict[str, list[Any]]]) -> None:
+        """Replace all series but facts by the sums of those of other processes."""
+        for spec in SPECS:
+            if not spec.is_fact:
+                self._made[spec.name].series.clear()
+        for snapshot in snapshots:
+            for name, values in snapshot.items():
+                self._made[name].add(values)
 
     def counter(self, spec: MetricSpec) -> Counter:
         """Return the counter of `spec`. Raise TypeError if it is another kind of metric."""

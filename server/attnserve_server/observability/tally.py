@@ -122,6 +122,21 @@ class Family(Generic[S]):
         """Return the family as prometheus_client exports it."""
         raise NotImplementedError
 
+    def values(self) -> list[Any]:
+        """Return each series as its labels and its numbers, for `add` in another process."""
+        return [(labels, *self._numbers(one)) for labels, one in self.series.items()]
+
+    def add(self, values: Sequence[Any]) -> None:
+        """Add the numbers of another process's series to those of the same labels."""
+        for labels, *numbers in values:
+            self._join(self.labels(*labels), *numbers)
+
+    def _numbers(self, one: S) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def _join(self, one: S, *numbers: Any) -> None:
+        raise NotImplementedError
+
 
 class Counter(Family[CounterSeries]):
     """A family of counters."""
@@ -130,6 +145,14 @@ class Counter(Family[CounterSeries]):
 
     def _new(self) -> CounterSeries:
         return CounterSeries()
+
+    def _numbers(self, one: CounterSeries) -> tuple[Any, ...]:
+        return one.value, one.created
+
+    def _join(self, one: CounterSeries, *numbers: Any) -> None:
+        value, created = numbers
+        one.value += value
+        one.created = min(one.created, created)
 
     def exported(self) -> Metric:
         """Return the family as prometheus_client exports it."""
@@ -147,6 +170,12 @@ class Gauge(Family[GaugeSeries]):
     def _new(self) -> GaugeSeries:
         return GaugeSeries()
 
+    def _numbers(self, one: GaugeSeries) -> tuple[Any, ...]:
+        return (one.value,)
+
+    def _join(self, one: GaugeSeries, *numbers: Any) -> None:
+        one.inc(numbers[0])
+
     def exported(self) -> Metric:
         """Return the family as prometheus_client exports it."""
         made = GaugeMetricFamily(self.name, self.text, labels=self.label_names)
@@ -162,6 +191,15 @@ class Histogram(Family[HistogramSeries]):
 
     def _new(self) -> HistogramSeries:
         return HistogramSeries(self.buckets)
+
+    def _numbers(self, one: HistogramSeries) -> tuple[Any, ...]:
+        return one.counts, one.total, one.created
+
+    def _join(self, one: HistogramSeries, *numbers: Any) -> None:
+        counts, total, created = numbers
+        one.counts = [mine + other for mine, other in zip(one.counts, counts, strict=True)]
+        one.total += total
+        one.created = min(one.created, created)
 
     def exported(self) -> Metric:
         """Return the family as prometheus_client exports it: cumulative counts, `+Inf` last."""

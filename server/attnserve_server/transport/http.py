@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import uvicorn
@@ -33,12 +33,19 @@ class HttpServer:
     """HTTP on one port. Event loop only."""
 
     def __init__(
-        self, settings: Settings, catalog: Catalog, health: Health, metrics: Metrics, alive: Callable[[], bool]
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        health: Health,
+        metrics: Metrics,
+        alive: Callable[[], bool],
+        collect: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """Store the parts. `collect`: updates the metrics for each scrape; None: they need no update."""
         self._settings = settings
         self._server = _QuietServer(
             uvicorn.Config(
-                routes(catalog, health, metrics, alive),
+                routes(catalog, health, metrics, alive, collect),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -72,7 +79,13 @@ class HttpServer:
                 await self._serving
 
 
-def routes(catalog: Catalog, health: Health, metrics: Metrics, alive: Callable[[], bool]) -> Starlette:
+def routes(
+    catalog: Catalog,
+    health: Health,
+    metrics: Metrics,
+    alive: Callable[[], bool],
+    collect: Callable[[], Awaitable[None]] | None = None,
+) -> Starlette:
     """Return the application with `/metrics`, `/livez` and `/readyz`.
 
     Args:
@@ -80,9 +93,12 @@ def routes(catalog: Catalog, health: Health, metrics: Metrics, alive: Callable[[
         health: whether the server as a whole answers, which is the status of `/readyz`.
         metrics: the content of `/metrics`.
         alive: returns whether the server works, which is the status of `/livez`; an orchestrator restarts it if not.
+        collect: updates `metrics` before each page; None: they need no update.
     """
 
     async def metrics_page(request: Request) -> Response:
+        if collect is not None:
+            await collect()
         encode, content_type = exposition.choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics.registry), media_type=content_type)
 

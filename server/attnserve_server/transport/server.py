@@ -33,12 +33,22 @@ class PortUnavailable(AttnserveError):
 class GrpcServer:
     """gRPC on one port: `plane` runs requests, and `health` answers grpc.health.v1. Event loop only."""
 
-    def __init__(self, settings: Settings, plane: DataPlane, health: Health, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        plane: DataPlane,
+        health: Health,
+        metrics: Metrics,
+        clock: Clock,
+        *,
+        shared_port: bool = False,
+    ) -> None:
+        """Store the parts. `shared_port`: other processes of this server listen on the port too."""
         self._settings = settings
         self._streams = Streams(plane, clock, settings)
         rpc_metrics = RpcMetrics(metrics, clock)
         servicer = InferenceServicer(plane, self._streams.stream_infer, clock)
-        self._server = grpc.aio.server(options=_options(settings))
+        self._server = grpc.aio.server(options=_options(settings, shared_port=shared_port))
         self._server.add_generic_rpc_handlers((servicer.handlers(rpc_metrics), health.handlers(rpc_metrics)))
 
     async def start(self) -> int:
@@ -64,7 +74,7 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
 
-def _options(settings: Settings) -> list[tuple[str, int]]:
+def _options(settings: Settings, *, shared_port: bool) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", settings.max_request_bytes),
         # Answers are bounded before they are computed, by `max_response_bytes`.
@@ -79,5 +89,5 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", round(settings.keepalive_min_interval_s * 1000)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.keepalive_min_interval_s * 1000)),
         # A second server on the port must fail to start instead of taking half of the connections.
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(shared_port)),
     ]

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,67 @@ def test_resident_bytes_grow_with_allocated_memory() -> None:
 
 def test_resident_bytes_are_0_if_the_system_does_not_report_them(tmp_path: Path) -> None:
     assert resident_bytes(tmp_path / "missing") == 0
+
+
+def filled(amount: float) -> Metrics:
+    """Metrics of a process that counted, observed and holds `amount` in every family."""
+    metrics = Metrics()
+    for spec in SPECS:
+        series = metrics._made[spec.name].labels(*["x"] * len(spec.labels))
+        if isinstance(series, HistogramSeries):
+            series.observe(amount, 3)
+        else:
+            series.inc(amount)
+    return metrics
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, str], float]:
+    return {
+        (sample.name, sample.labels.get("le", "")): sample.value
+        for family in text_string_to_metric_families(generate_latest(metrics.registry).decode())
+        for sample in family.samples
+        if sample.name.startswith(("attnserve_", "grpc_")) and not sample.name.endswith("_created")
+    }
+
+
+def test_merged_metrics_are_the_sums_of_all_processes_and_facts_stay() -> None:
+    merged, facts = Metrics(), {spec.name for spec in SPECS if spec.is_fact}
+    assert len(facts) == 2
+    for _ in range(2):  # a second scrape counts nothing twice
+        merged.merge(one.snapshot() for one in (filled(2), filled(5)))
+    two, five, both = samples(filled(2)), samples(filled(5)), samples(merged)
+    assert both == {key: two[key] + five[key] for key in two if key[0] not in facts}
+
+
+def test_a_merged_counter_begins_when_the_first_process_did() -> None:
+    one, other, merged = filled(1), filled(1), Metrics()
+    for metrics, created in ((one, 50.0), (other, 20.0)):
+        metrics.counter(SEQUENCES).labels("x", "x").created = created
+    merged.merge((one.snapshot(), other.snapshot()))
+    assert merged.counter(SEQUENCES).labels("x", "x").created == 20.0
+
+
+def test_each_process_has_its_series_until_it_ends() -> None:
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    metrics = Metrics()
+    assert processes(metrics) == {"server"}
+    metrics.processes.rename("supervisor")
+    metrics.processes.add("front 0", other.pid)
+    assert processes(metrics) == {"supervisor", "front 0"}
+    other.kill()
+    other.communicate()
+    assert processes(metrics) == {"supervisor"}
+
+
+def processes(metrics: Metrics) -> set[str]:
+    """The names of the processes; each has each of the usual metrics once."""
+    names = {"process_resident_memory_bytes", "process_cpu_seconds_total", "process_start_time_seconds"}
+    found = {
+        (sample.name, sample.labels["process"])
+        for family in text_string_to_metric_families(generate_latest(metrics.registry).decode())
+        for sample in family.samples
+        if sample.name in names
+    }
+    kinds = {process for _, process in found}
+    assert found == {(name, process) for name in names for process in kinds}
+    return kinds

@@ -1,0 +1,81 @@
+"""The life of a front's or an engine's process: it starts, follows the supervisor, and ends with it.
+
+The process gets one end of the link to the supervisor as its first argument, a descriptor. The first message states
+what the process is. It ends at the message to drain, or with the supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Callable
+from typing import Final, Protocol, TypeVar
+
+import msgspec
+import uvloop
+
+from attnserve_server.config import Settings
+from attnserve_server.isolation.link import Link
+from attnserve_server.observability.logs import configure
+from attnserve_server.processes.control import TO_CHILD, EngineStart, FrontStart
+
+EXIT_DRAINED: Final = 0
+EXIT_FAULTED: Final = 70
+
+Start = TypeVar("Start", FrontStart, EngineStart)
+
+
+class Process(Protocol):
+    """What runs in a process."""
+
+    def receive(self, message: msgspec.Struct) -> None:
+        """Take a message of the supervisor."""
+
+    async def run(self) -> int:
+        """Serve until the supervisor ends it. Return the exit code."""
+
+
+async def _run(descriptor: int, kind: type[Start], make: Callable[[Start, Settings, Link], Process]) -> int:
+    started: asyncio.Future[msgspec.Struct] = asyncio.get_running_loop().create_future()
+    lost = asyncio.Event()
+    process: Process | None = None
+    early: list[msgspec.Struct] = []
+
+    def receive(data: memoryview) -> None:
+        message = TO_CHILD.decode(data)
+        if process is not None:
+            process.receive(message)
+        elif started.done():
+            early.append(message)
+        else:
+            started.set_result(message)
+
+    link = await Link.open(socket.socket(fileno=descriptor), receive, lost.set)
+    start = await started
+    assert isinstance(start, kind)
+    settings = Settings.model_validate_json(start.settings)
+    configure(settings.log_level)
+    process = make(start, settings, link)
+    for message in early:
+        process.receive(message)
+    gone = asyncio.create_task(lost.wait())
+    working = asyncio.create_task(process.run())
+    await asyncio.wait((gone, working), return_when=asyncio.FIRST_COMPLETED)
+    gone.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.wait((working,))
+        return EXIT_DRAINED
+    return working.result()
+
+
+def run(kind: type[Start], make: Callable[[Start, Settings, Link], Process]) -> None:
+    """Run a process to its end, and raise SystemExit.
+
+    Args:
+        kind: of the message that starts it.
+        make: returns the process for that message, its settings and the link to the supervisor. In the event loop.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        raise SystemExit(runner.run(_run(int(sys.argv[1]), kind, make)))

@@ -1,0 +1,142 @@
+"""A front: one process that serves gRPC, and sends valid requests to the engines of their models.
+
+`python -m attnserve_server.processes.front DESCRIPTOR`, started by the supervisor. It does not import the runtime.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Final
+
+from attnserve_server.config import Settings
+from attnserve_server.domain.clock import MonotonicClock
+from attnserve_server.isolation.arena import Arena, LoadBoard
+from attnserve_server.isolation.link import Link
+from attnserve_server.isolation.remote import RemoteScheduler
+from attnserve_server.model.repository import Bundle
+from attnserve_server.observability.metrics import Metrics
+from attnserve_server.processes.child import EXIT_DRAINED, run
+from attnserve_server.processes.control import (
+    ARENA_BYTES,
+    ENCODER,
+    Changed,
+    Drain,
+    Drained,
+    FrontStart,
+    Listening,
+    ModelChannel,
+    Scrape,
+    Scraped,
+)
+from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
+from attnserve_server.transport.dataplane import DataPlane
+from attnserve_server.transport.health import OVERALL, Health
+from attnserve_server.transport.server import GrpcServer
+from attnserve_server.transport.servicer import SERVICE
+from attnserve_server.wanted import scheduling_settings, tokenizer_of, under_policy, wanted_bundles
+
+_LEAST_STOP_S: Final = 0.5
+
+
+class FrontProcess:
+    """One front. Event loop only."""
+
+    def __init__(self, start: FrontStart, settings: Settings, supervisor: Link) -> None:
+        self._start = start
+        self._settings = settings
+        self._supervisor = supervisor
+        self._clock = MonotonicClock()
+        self._metrics = Metrics()
+        self._catalog = Catalog()
+        self._health = Health()
+        self._plane = DataPlane(self._catalog, settings, self._clock)
+        self._grpc = GrpcServer(settings, self._plane, self._health, self._metrics, self._clock, shared_port=True)
+        self._schedulers: dict[tuple[str, str], RemoteScheduler] = {}
+        self._listening = False
+        self._drain = asyncio.Event()
+
+    def receive(self, message: object) -> None:
+        """Take a message of the supervisor."""
+        if isinstance(message, Changed):
+            if self._listening:  # the supervisor sends all states once it knows the port
+                self._change(message)
+        elif isinstance(message, Drain):
+            self._drain.set()
+        elif isinstance(message, Scrape):
+            self._supervisor.send(ENCODER.encode(Scraped(message.number, self._metrics.snapshot())))
+
+    async def run(self) -> int:
+        """Serve until the supervisor ends it. Return the exit code."""
+        bundles, _ = wanted_bundles(self._settings)
+        stored = {(one.manifest.name, one.manifest.version): one for one in bundles}
+        for channel in self._start.models:
+            await self._add(stored[channel.name, channel.version], channel)
+        for fault in self._start.broken:
+            model = ServedModel(fault.name, fault.version, self._metrics.model(fault.name, fault.version))
+            model.move(ModelState.FAILED, fault.reason)
+            self._catalog.add(model)
+            self._health.set(fault.name, serving=False)
+        port = await self._grpc.start()
+        self._listening = True
+        self._supervisor.send(ENCODER.encode(Listening(port)))
+        await self._drain.wait()
+        await self._drained()
+        return EXIT_DRAINED
+
+    async def _add(self, stored: Bundle, served: ModelChannel) -> None:
+        bundle = under_policy(stored, self._settings)
+        manifest, channel = bundle.manifest, served.channel
+        metrics = self._metrics.model(manifest.name, manifest.version)
+        model = ServedModel(
+            manifest.name, manifest.version, metrics, manifest, max_request_size=stored.manifest.max_batch_size
+        )
+        model.tokenizer = await asyncio.to_thread(tokenizer_of, bundle)
+        arenas = Arena(channel.requests, ARENA_BYTES), Arena(channel.answers, ARENA_BYTES)
+        settings = scheduling_settings(self._settings, manifest)
+        scheduler = RemoteScheduler(manifest.name, arenas, LoadBoard(channel.board), settings, self._clock, metrics)
+        await scheduler.open(socket.socket(fileno=channel.link))
+        model.scheduler = scheduler
+        model.move(ModelState.LOADING)
+        self._schedulers[manifest.name, manifest.version] = scheduler
+        self._catalog.add(model)
+        self._health.set(model.name, serving=False)
+
+    def _change(self, changed: Changed) -> None:
+        model = self._catalog.find(changed.name, changed.version)
+        if changed.provider:
+            model.provider = changed.provider
+        if changed.precision and model.manifest is not None:
+            model.manifest = model.manifest.model_copy(update={"precision": changed.precision})
+        model.move(ModelState(changed.state), changed.reason)
+        found = self._catalog.find(model.name)
+        self._health.set(model.name, serving=found.state is ModelState.READY)
+        ready = any(one.state is ModelState.READY for one in self._catalog.all())
+        self._health.set(SERVICE, serving=ready)
+        self._health.set(OVERALL, serving=ready)
+
+    async def _drained(self) -> None:
+        """Refuse new requests, and wait for pending ones until the grace period ends."""
+        end = self._clock.now() + self._settings.drain_grace_s
+        self._health.drain()
+        for model in self._catalog.all():
+            if model.state is ModelState.READY:
+                model.move(ModelState.DRAINING)
+        self._grpc.drain()
+        waiting = [scheduler.drained() for scheduler in self._schedulers.values()]
+        try:
+            async with asyncio.timeout(self._settings.drain_grace_s):
+                await asyncio.gather(*waiting)
+        except TimeoutError:
+            pass
+        for scheduler in self._schedulers.values():
+            scheduler.close()
+        self._health.close()
+        await self._grpc.stop(max(_LEAST_STOP_S, end - self._clock.now()))
+        self._plane.close()
+        self._supervisor.send(ENCODER.encode(Drained()))
+        self._supervisor.close()
+
+
+if __name__ == "__main__":
+    run(FrontStart, FrontProcess)
