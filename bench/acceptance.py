@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from attnserve_server.config import cores
 from rich.console import Console
 from rich.table import Table
 
-from bench import calls, echo, memory, scenarios
+from bench import calls, echo, fronts, memory, scenarios
 from bench.finding import Finding
 from bench.scenarios import Options
 
@@ -70,6 +71,14 @@ def null_model(options: Options) -> list[Finding]:
     return calls.findings(calls.measure(options.rounds, 10 * options.requests, options.console))
 
 
+def several_fronts(options: Options) -> list[Finding]:
+    """Measure how the rate grows with fronts, where there are cores for them."""
+    if cores() < fronts.LEAST_CORES:
+        options.console.print(f"fronts: skipped: {cores()} cores, and two fronts need {fronts.LEAST_CORES}")
+        return []
+    return [fronts.measure(options.rounds, 10 * options.requests)]
+
+
 SCENARIOS: dict[str, Callable[[Options], list[Finding]]] = {
     "saturated": scenarios.saturated,
     "alone": scenarios.alone,
@@ -79,6 +88,7 @@ SCENARIOS: dict[str, Callable[[Options], list[Finding]]] = {
     "memory": memory_kept,
     "echo": echoed,
     "calls": null_model,
+    "fronts": several_fronts,
 }
 
 

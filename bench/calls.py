@@ -2,7 +2,9 @@
 
 The null model is an identity of 128 int64 ids. The rounds are interleaved: unary calls to the bare server, unary calls
 to the service, and stream messages of 32 sequences to the service, each from 64 callers. The bare server answers as
-many bytes. Reported is the user and system time of the servers' processes over calls, and the ratios.
+many bytes. Reported is the user and system time of the servers' processes over calls, and the ratios; where the service
+has fronts and engines, also the time of each; and what one engine takes when six fronts feed it (`bench.feeding`), so
+how many fronts it can feed. An engine's main thread does everything but runs.
 
 Exit code 1 if a ratio exceeds its limit or a server does not start; a failed call raises `grpc.aio.AioRpcError`, and a
 failed conversion of the model `subprocess.CalledProcessError`.
@@ -24,19 +26,20 @@ from typing import Any
 
 import grpc
 import numpy as np
-import psutil
 from attnserve.v1 import inference_service_pb2, tensor_pb2
 from onnx import TensorProto
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import echo, service
+from bench import echo, feeding, service
 from bench.finding import Finding
 
 IDS = 128
 CALLERS = 64
 PER_MESSAGE = 32
+IN_FLIGHT = 4
+"""Stream messages in flight."""
 UNARY_LIMIT = 2.0
 """The limit of a unary call over a bare one."""
 STREAM_LIMIT = 0.4
@@ -51,9 +54,11 @@ def request(sequences: int, request_id: str = "") -> inference_service_pb2.Infer
     return inference_service_pb2.InferRequest(model="null", sequences=[one] * sequences, request_id=request_id)
 
 
-def cpu_s(process: psutil.Process) -> float:
-    """Return the user and system time of a process and of its living children, in seconds."""
-    return sum(sum(one.cpu_times()[:2]) for one in (process, *process.children(recursive=True)))
+NAMES = {
+    "bare": "bare", "unary": "unary", "stream": "stream", "engine": f"an engine fed by {feeding.FRONTS} fronts",
+}  # fmt: skip
+ENGINE_LIMIT = 0.3
+"""The limit of the engine's main thread, a unary call, over a bare call."""
 
 
 async def unary(target: str, asked: bytes, calls: int) -> int:
@@ -71,11 +76,14 @@ async def unary(target: str, asked: bytes, calls: int) -> int:
 
 
 async def streamed(target: str, asked: list[bytes], calls: int) -> int:
-    """Send messages through one stream, as many in flight as `asked` has, and return the number of their sequences."""
+    """Send messages through one stream, `IN_FLIGHT` at a time, and return the number of their sequences.
+
+    `asked` has many times as many, because those in flight must have different ids, and one may be overtaken.
+    """
     count = calls // PER_MESSAGE
     async with grpc.aio.insecure_channel(target) as channel:
         call = channel.stream_stream("/attnserve.v1.InferenceService/StreamInfer")()
-        room = asyncio.Semaphore(len(asked) // 2)
+        room = asyncio.Semaphore(IN_FLIGHT)
 
         async def write() -> None:
             for message in itertools.islice(itertools.cycle(asked), count):
@@ -95,31 +103,44 @@ async def streamed(target: str, asked: list[bytes], calls: int) -> int:
 
 
 def measure(rounds: int, calls: int, console: Console, *flags: str) -> dict[str, list[dict[str, float]]]:
-    """Return, by kind of call, the milliseconds of processor time a call and the calls a second, for each round."""
-    found: dict[str, list[dict[str, float]]] = {"bare": [], "unary": [], "stream": []}
+    """Return, by kind of call and for each round, ms of processor time a call by parts, and the calls a second."""
+    found: dict[str, list[dict[str, float]]] = {"bare": [], "unary": [], "stream": [], "engine": []}
     asked = request(1).SerializeToString()
     messages = [
         inference_service_pb2.StreamInferRequest(request=request(PER_MESSAGE, str(number))).SerializeToString()
-        for number in range(8)
+        for number in range(64)
     ]
     with tempfile.TemporaryDirectory() as folder:
         echo.write_identity(Path(folder), "null", ("ids", "same"), TensorProto.INT64, ["batch", IDS])
         with service.running(Path(folder), *flags) as server:
             answered = len(asyncio.run(_one(server.target, asked)))
             with echo.bare(answered) as (bare, bare_process):
-                kinds: dict[str, tuple[psutil.Process, Callable[[], Any]]] = {
-                    "bare": (bare_process, lambda: unary(bare, asked, calls)),
-                    "unary": (server.process, lambda: unary(server.target, asked, calls)),
-                    "stream": (server.process, lambda: streamed(server.target, messages, calls)),
+                kinds: dict[str, tuple[Callable[[], dict[str, float]], Callable[[], Any]]] = {
+                    "bare": (lambda: {"all": sum(bare_process.cpu_times()[:2])}, lambda: unary(bare, asked, calls)),
+                    "unary": (lambda: _times(server), lambda: unary(server.target, asked, calls)),
+                    "stream": (lambda: _times(server), lambda: streamed(server.target, messages, calls)),
                 }
                 for number in track(range(rounds + 1), description="calls", console=console, transient=True):
-                    for kind, (process, drive) in kinds.items():
-                        before, began = cpu_s(process), time.perf_counter()
+                    for kind, (times, drive) in kinds.items():
+                        before, began = times(), time.perf_counter()
                         done = asyncio.run(drive())
-                        took, used = time.perf_counter() - began, cpu_s(process) - before
+                        took, after = time.perf_counter() - began, times()
                         if number:  # the first round is the warm-up
-                            found[kind].append({"ms": 1e3 * used / done, "per_s": done / took})
+                            ms = {part: 1e3 * (seconds - before[part]) / done for part, seconds in after.items()}
+                            found[kind].append({**ms, "per_s": done / took})
+                    if number:
+                        found["engine"].append(feeding.measure(Path(folder), "null", 2 * calls))
     return found
+
+
+def _times(server: service.Server) -> dict[str, float]:
+    """Return the seconds of all processes, and of parts of a server of several."""
+    by_role = server.cpu_by_role()
+    times = {"all": sum(by_role.values())}
+    if by_role["engine"]:
+        loop = server.engine_loop_seconds()
+        times |= {"fronts": by_role["front"], "engine": by_role["engine"], "main thread of the engine": loop}
+    return times
 
 
 async def _one(target: str, asked: bytes) -> bytes:
@@ -129,17 +150,23 @@ async def _one(target: str, asked: bytes) -> bytes:
 
 
 def findings(found: dict[str, list[dict[str, float]]]) -> list[Finding]:
-    """Return the two ratios with their limits, each round by itself."""
+    """Return the ratios with their limits, each round by itself."""
 
-    def ratios(one: str, other: str) -> list[float]:
-        return [first["ms"] / second["ms"] for first, second in zip(found[one], found[other], strict=True)]
+    def ratios(one: str, other: str, part: str = "all") -> list[float]:
+        return [first[part] / second["all"] for first, second in zip(found[one], found[other], strict=True)]
 
-    return [
+    results = [
         Finding("a unary call / a bare call", ratios("unary", "bare"), UNARY_LIMIT),
         Finding(
             f"a sequence of a stream message of {PER_MESSAGE} / a unary call", ratios("stream", "unary"), STREAM_LIMIT
         ),
     ]
+    fed = Finding(
+        f"a unary call in the main thread of an engine of {feeding.FRONTS} fronts / a bare call",
+        ratios("engine", "bare", "main thread"),
+        ENGINE_LIMIT,
+    )
+    return [*results, fed]
 
 
 def main() -> None:
@@ -158,9 +185,17 @@ def main() -> None:
     else:
         table = Table("", "ms a call", "calls/s", title=f"grpcio {metadata.version('grpcio')}", title_justify="left")
         for kind, rounds in found.items():
-            ms, per_s = (statistics.median(one[figure] for one in rounds) for figure in ("ms", "per_s"))
-            table.add_row(kind, f"{ms:.3f}", f"{per_s:,.0f}")
+            medians = {figure: statistics.median(one[figure] for one in rounds) for figure in rounds[0]}
+            for part in (figure for figure in medians if figure != "per_s"):
+                rate = f"{medians['per_s']:,.0f}" if part == "all" and "per_s" in medians else ""
+                table.add_row(NAMES[kind] if part == "all" else f"  {part}", f"{medians[part]:.3f}", rate)
         Console().print(table)
+        if "fronts" in found["unary"][0]:
+            fronts, engine = (
+                statistics.median(one[part] for one in found[kind])
+                for kind, part in (("unary", "fronts"), ("engine", "all"))
+            )
+            print(f"fronts that take as much as one engine: {fronts / engine:.1f}")
         for one in results:
             print(f"{one.what}: {one.median:.2f} ({min(one.values):.2f} to {max(one.values):.2f}), limit {one.limit:g}")
     if not all(one.holds for one in results):

@@ -29,18 +29,46 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 
 
+MAIN = "main"
+ROLES = ("front", "engine")
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server process."""
+    """A running server: its main process, which may have started fronts and engines."""
 
     target: str
     http: str
     process: psutil.Process
 
+    def processes(self) -> list[tuple[str, psutil.Process]]:
+        """Return its processes with their roles: `main`, `front` or `engine`."""
+        found = [(MAIN, self.process)]
+        for child in self.process.children():
+            words = " ".join(child.cmdline())
+            found += [(role, child) for role in ROLES if f"attnserve_server.processes.{role}" in words]
+        return found
+
+    def cpu_by_role(self) -> dict[str, float]:
+        """Return the user and system time of its processes so far, by role."""
+        total = dict.fromkeys((MAIN, *ROLES), 0.0)
+        for role, process in self.processes():
+            times = process.cpu_times()
+            total[role] += times.user + times.system
+        return total
+
+    def engine_loop_seconds(self) -> float:
+        """Return the time of the engines' main threads, which do everything but runs; 0 where there is no engine."""
+        threads = [(one.pid, each) for role, one in self.processes() if role == "engine" for each in one.threads()]
+        return sum(each.user_time + each.system_time for pid, each in threads if each.id == pid)
+
     def cpu_seconds(self) -> float:
-        """Return the user and system time of the process so far."""
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
+        """Return the user and system time of all its processes so far."""
+        return sum(self.cpu_by_role().values())
+
+    def resident_mb(self) -> dict[str, float]:
+        """Return the resident memory of each process in MB, by its role and id."""
+        return {f"{role} {one.pid}": one.memory_info().rss / 1e6 for role, one in self.processes()}
 
 
 @contextmanager
