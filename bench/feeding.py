@@ -73,8 +73,10 @@ def engine(repository: Path, name: str) -> Iterator[tuple[psutil.Process, socket
         theirs.append(Channel(there, asked, answered, board))
     passed = [board, occupancy, *(fd for one in theirs for fd in (one.link, one.requests, one.answers))]
     own, end = socket.socketpair()
-    line = [sys.executable, "-P", "-m", "attnserve_server.processes.engine", str(end.fileno())]
-    process = subprocess.Popen(line, pass_fds=[end.fileno(), *passed])
+    log = os.dup(2)
+    line = [sys.executable, "-P", "-m", "attnserve_server.processes.engine", str(end.fileno()), str(log), "engine"]
+    process = subprocess.Popen(line, pass_fds=[end.fileno(), log, *passed])
+    os.close(log)
     try:
         end.close()
         start = ENCODER.encode(EngineStart(settings, name, "1", board, occupancy, 0, theirs))

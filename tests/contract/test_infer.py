@@ -219,13 +219,24 @@ async def test_overload_is_reported_before_a_request_is_prepared(stub: Inference
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, "validation only needs no room in the queue"
 
 
-@pytest.mark.parametrize(("level", "levels"), [(logging.INFO, []), (logging.DEBUG, ["debug"])])
-def test_overload_is_logged_at_debug_only(level: int, levels: list[str], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("level", "logged"), [(logging.INFO, 10), (logging.DEBUG, 50), (logging.WARNING, 0)])
+async def test_refusals_of_one_reason_are_logged_as_a_sample(
+    level: int, logged: int, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(level)
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
     with structlog.testing.capture_logs() as lines:
-        log_failure(Overloaded("queue_full", 2, 3, 0.5), "mine", "Infer")
+        for number in range(50):
+            log_failure(Overloaded("queue_full", 2, 3, 0.5), str(number), "Infer")
         log_failure(ModelNotFound("other", ""), "mine", "Infer")
-    assert [line["log_level"] for line in lines] == [*levels, "info"]
+        loop.call_later(1.1, ended.set_result, None)  # after the second of the sample
+        await ended
+    overloads = [line for line in lines if line.get("reason") == "OVERLOADED" and line["event"] == "request refused"]
+    others = [line for line in lines if line.get("reason") == "MODEL_NOT_FOUND"]
+    suppressed = [line["suppressed"] for line in lines if line["event"] == "refusals were not logged"]
+    assert (len(overloads), len(others)) == (logged, int(logged > 0))
+    assert suppressed == ([40] if logged == 10 else [])
 
 
 async def test_a_request_is_submitted_with_the_bytes_of_its_message(stub: InferenceServiceStub, gate: Gate) -> None:

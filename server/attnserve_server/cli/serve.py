@@ -16,7 +16,7 @@ import uvloop
 from attnserve_server.config import Settings, flag_of, variable_of
 from attnserve_server.lifetime import run
 from attnserve_server.observability import probe
-from attnserve_server.observability.logs import configure
+from attnserve_server.observability.logs import serving
 
 
 def register(app: typer.Typer) -> None:
@@ -59,8 +59,8 @@ def _serve_command() -> Any:
     def serve(**flags: str | None) -> None:
         """Serve every model of a repository over gRPC, with metrics and readiness over HTTP."""
         settings = Settings.load(flags)
-        configure(settings.log_level)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        process = "supervisor" if settings.isolation == "process" else ""
+        with serving(settings.log_level, process), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             raise typer.Exit(runner.run(_serve(settings)))
 
     parameters = [

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
 
+from attnserve_server.observability.logs import dropped_lines
 from attnserve_server.observability.process_metrics import ProcessMetrics
 from attnserve_server.observability.tally import (
     Counter,
@@ -189,6 +190,11 @@ MODEL_STATE: Final = MetricSpec(
     (*MODEL, "state"),
     is_fact=True,
 )
+LOG_LINES_DROPPED: Final = MetricSpec(
+    Counter,
+    "attnserve_log_lines_dropped_total",
+    "Log lines dropped because the log was not read as fast as lines came, or its disk was full.",
+)
 
 SPECS: Final[tuple[MetricSpec, ...]] = tuple(
     value for value in list(globals().values()) if isinstance(value, MetricSpec)
@@ -290,6 +296,7 @@ class Metrics:
         self._made: dict[str, Family[Any]] = {
             spec.name: spec.kind(spec.name, spec.help, spec.labels, spec.buckets) for spec in SPECS
         }
+        self.counter(LOG_LINES_DROPPED).labels().function = dropped_lines
         self.registry.register(Exported(tuple(self._made.values())))
 
     def model(self, model: str, version: str) -> ModelMetrics:
@@ -304,7 +311,7 @@ class Metrics:
         """Replace all series but facts by the sums of those of other processes."""
         for spec in SPECS:
             if not spec.is_fact:
-                self._made[spec.name].series.clear()
+                self._made[spec.name].clear()
         for snapshot in snapshots:
             for name, values in snapshot.items():
                 self._made[name].add(values)

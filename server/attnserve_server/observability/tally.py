@@ -30,11 +30,18 @@ def _now() -> float:
 class CounterSeries:
     """A number that only grows."""
 
-    __slots__ = ("created", "value")
+    __slots__ = ("created", "function", "value")
 
     def __init__(self) -> None:
         self.value = 0.0
+        self.function: Callable[[], float] | None = None
+        """Counted elsewhere, by any thread; added to the number when it is exported."""
         self.created = _now()
+
+    @property
+    def total(self) -> float:
+        """The number now."""
+        return self.value if self.function is None else self.value + self.function()
 
     def inc(self, amount: float = 1) -> None:
         """Add to the number."""
@@ -122,6 +129,10 @@ class Family(Generic[S]):
         """Return the family as prometheus_client exports it."""
         raise NotImplementedError
 
+    def clear(self) -> None:
+        """Remove all series."""
+        self.series.clear()
+
     def values(self) -> list[Any]:
         """Return each series as its labels and its numbers, for `add` in another process."""
         return [(labels, *self._numbers(one)) for labels, one in self.series.items()]
@@ -146,8 +157,14 @@ class Counter(Family[CounterSeries]):
     def _new(self) -> CounterSeries:
         return CounterSeries()
 
+    def clear(self) -> None:
+        """Remove all series; one that is counted elsewhere begins again at that count."""
+        self.series = {labels: one for labels, one in self.series.items() if one.function is not None}
+        for one in self.series.values():
+            one.value = 0.0
+
     def _numbers(self, one: CounterSeries) -> tuple[Any, ...]:
-        return one.value, one.created
+        return one.total, one.created
 
     def _join(self, one: CounterSeries, *numbers: Any) -> None:
         value, created = numbers
@@ -158,7 +175,7 @@ class Counter(Family[CounterSeries]):
         """Return the family as prometheus_client exports it."""
         made = CounterMetricFamily(self.name, self.text, labels=self.label_names)
         for values, one in list(self.series.items()):
-            made.add_metric(values, one.value, created=one.created)
+            made.add_metric(values, one.total, created=one.created)
         return made
 
 

@@ -1,7 +1,8 @@
 """The life of a front's or an engine's process: it starts, follows the supervisor, and ends with it.
 
-The process gets one end of the link to the supervisor as its first argument, a descriptor. The first message states
-what the process is. It ends at the message to drain, or with the supervisor.
+Its arguments are LINK LOG NAME. LINK and LOG are descriptors: one end of the link to the supervisor, whose first
+message states what the process is, and the pipe that takes its log, whose lines have NAME as `process`. It ends at the
+message to drain, or with the supervisor.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import uvloop
 
 from attnserve_server.config import Settings
 from attnserve_server.isolation.link import Link
-from attnserve_server.observability.logs import configure
+from attnserve_server.observability.logs import logger, serving
 from attnserve_server.processes.control import TO_CHILD, EngineStart, FrontStart
 
 EXIT_DRAINED: Final = 0
 EXIT_FAULTED: Final = 70
 
 Start = TypeVar("Start", FrontStart, EngineStart)
+
+_log = logger(__name__)
 
 
 class Process(Protocol):
@@ -36,7 +39,9 @@ class Process(Protocol):
         """Serve until the supervisor ends it. Return the exit code."""
 
 
-async def _run(descriptor: int, kind: type[Start], make: Callable[[Start, Settings, Link], Process]) -> int:
+async def _run(
+    kind: type[Start], make: Callable[[Start, Settings, Link], Process], descriptor: int, log: int, name: str
+) -> int:
     started: asyncio.Future[msgspec.Struct] = asyncio.get_running_loop().create_future()
     lost = asyncio.Event()
     process: Process | None = None
@@ -55,19 +60,23 @@ async def _run(descriptor: int, kind: type[Start], make: Callable[[Start, Settin
     start = await started
     assert isinstance(start, kind)
     settings = Settings.model_validate_json(start.settings)
-    configure(settings.log_level)
-    process = make(start, settings, link)
-    for message in early:
-        process.receive(message)
-    gone = asyncio.create_task(lost.wait())
-    working = asyncio.create_task(process.run())
-    await asyncio.wait((gone, working), return_when=asyncio.FIRST_COMPLETED)
-    gone.cancel()
-    if not working.done():
-        working.cancel()
-        await asyncio.wait((working,))
-        return EXIT_DRAINED
-    return working.result()
+    with serving(settings.log_level, name, log):
+        process = make(start, settings, link)
+        for message in early:
+            process.receive(message)
+        gone = asyncio.create_task(lost.wait())
+        working = asyncio.create_task(process.run())
+        await asyncio.wait((gone, working), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.wait((working,))
+            return EXIT_DRAINED
+        try:
+            return working.result()
+        except Exception:  # noqa: BLE001 - the boundary of the process
+            _log.critical("the process failed", exc_info=True)
+            return EXIT_FAULTED
 
 
 def run(kind: type[Start], make: Callable[[Start, Settings, Link], Process]) -> None:
@@ -78,4 +87,4 @@ def run(kind: type[Start], make: Callable[[Start, Settings, Link], Process]) -> 
         make: returns the process for that message, its settings and the link to the supervisor. In the event loop.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        raise SystemExit(runner.run(_run(int(sys.argv[1]), kind, make)))
+        raise SystemExit(runner.run(_run(kind, make, int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))

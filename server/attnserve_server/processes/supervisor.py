@@ -24,7 +24,7 @@ from attnserve_server.isolation.arena import Arena, LoadBoard
 from attnserve_server.isolation.link import Link
 from attnserve_server.lifetime import write_ports
 from attnserve_server.model.repository import Bundle, BundleFault
-from attnserve_server.observability.logs import logger
+from attnserve_server.observability.logs import logger, pipes_of
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.processes.control import (
     ARENA_BYTES,
@@ -203,10 +203,11 @@ class Supervisor:
         role = "front" if isinstance(start, FrontStart) else "engine"
         for fd in descriptors:
             os.set_inheritable(fd, True)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", f"attnserve_server.processes.{role}", str(theirs.fileno()),
-            pass_fds=(theirs.fileno(), *descriptors), start_new_session=True,
-        )  # fmt: skip
+        with pipes_of(name) as (log, native):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", f"attnserve_server.processes.{role}", str(theirs.fileno()), str(log), name,
+                pass_fds=(theirs.fileno(), log, *descriptors), stderr=native, start_new_session=True,
+            )  # fmt: skip
         theirs.close()
         holder: list[_Child] = []
         link = await Link.open(own, lambda data: self._receive(holder[0], TO_SUPERVISOR.decode(data)), lambda: None)
@@ -220,7 +221,7 @@ class Supervisor:
     async def _watch(self, child: _Child) -> None:
         code = await child.process.wait()
         if not self._ending:
-            _log.critical("a process ended", process=child.name, code=code)
+            _log.critical("a process ended", ended=child.name, code=code)
             self.health.drain()
             self.fault.set()
 

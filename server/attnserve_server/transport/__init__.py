@@ -2,5 +2,5 @@
 
 import os
 
-# gRPC's core logs plain text to standard error, where the server logs JSON; it reads this when it is first used.
+# Below errors, gRPC's core logs connections, which metrics count. It reads this when it is first used.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -23,11 +23,9 @@ from attnserve_server.domain.errors import (
     AttnserveError,
     DeadlineExpired,
     InternalFault,
-    NotServing,
-    Overloaded,
     RequestCancelled,
 )
-from attnserve_server.observability.logs import logger
+from attnserve_server.observability.logs import Sampler, logger
 from attnserve_server.observability.metrics import RPC_HANDLED, RPC_SECONDS, RPC_STARTED, Metrics
 from attnserve_server.scheduling.queue import Request
 from attnserve_server.transport.dataplane import DataPlane
@@ -36,6 +34,7 @@ from attnserve_server.transport.validation import check_request_id
 from attnserve_server.transport.wire import receive
 
 _log = logger(__name__)
+_refusals = Sampler()
 
 M = TypeVar("M", bound=message.Message)
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -205,20 +204,21 @@ def parsed(kind: type[M], call: Callable[[M, Context], Awaitable[message.Message
 def log_failure(error: BaseException, request_id: str, method: str) -> None:
     """Log a failed request: at info, or with its traceback if it is an internal error. Call it once a request.
 
-    Overload and draining are logged at debug: metrics count them, and they come by the hundred a second when the server
-    has the least time to write log lines.
+    Refusals of one reason come by the hundred a second under overload, so a sample of them is logged, with the number
+    of the others. At level debug, all of them are.
     """
-    quiet = isinstance(error, Overloaded | NotServing)
-    if quiet and not logging.getLogger().isEnabledFor(logging.DEBUG):
-        return
     if is_fault(error):
         # An InternalFault was logged with its traceback where it happened.
         trace = None if isinstance(error, InternalFault) else error
         _log.error("request failed", request_id=plain(request_id), method=method, exc_info=trace)
         return
+    root = logging.getLogger()
+    if not root.isEnabledFor(logging.INFO):
+        return
     reason = error.reason if isinstance(error, AttnserveError) else type(error).__name__
-    level = _log.debug if quiet else _log.info
-    level("request refused", request_id=plain(request_id), method=method, reason=reason, error=plain(str(error), 512))
+    if root.isEnabledFor(logging.DEBUG) or _refusals.passes(reason):
+        named = {"request_id": plain(request_id), "method": method, "reason": reason}
+        _log.info("request refused", **named, error=plain(str(error), 512))
 
 
 def _status_of(error: Exception, method: str) -> status_pb2.Status:
