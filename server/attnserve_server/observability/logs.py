@@ -1,4 +1,4 @@
-"""Logs: one JSON line for each event, on standard error, whoever writes it: the server, a library, or native code.
+"""Logs: one JSON line for each event, on standard error: of the server, of libraries, and of native code.
 
 `configure` writes lines in place, for commands. `serving` is for servers: a thread writes the lines, so that a log that
 is not read delays no answer, and text that native code writes to standard error becomes JSON lines too.

@@ -127,7 +127,7 @@ def test_a_closed_pipe_costs_lines_only() -> None:
 
 
 def test_a_full_disk_costs_lines_and_tears_at_most_one(tmp_path: Path) -> None:
-    """A limit of file size stands for the full disk: both let a write succeed in part, and then fail."""
+    """A limit of file size acts as a full disk does: both let a write succeed in part, and then fail."""
     path = tmp_path / "log"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     reports: list[int] = []
