@@ -35,7 +35,7 @@ IN_PLACE = (
 )
 """Makes a server write its log in place, as the control."""
 REFUSALS = 1600
-"""At level debug, each is a line of about 300 bytes: seven times what a pipe holds, and half as much again as the queue."""
+"""At level debug, each is a line of about 300 bytes: seven times what a pipe holds, and more than the queue does."""
 
 
 @dataclass

@@ -8,7 +8,8 @@ An engine decodes what fronts send by declared types (msgspec), so that a front,
 make it run other code. A front trusts its engine: maps of attention and errors are pickled, which few answers
 have.
 
-A message that is none of these raises msgspec.DecodeError, or ValueError for a place outside of the arena.
+A message that is none of these raises msgspec.DecodeError, or ValueError for a place outside of the arena, or that an
+array does not fill.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -47,11 +48,11 @@ Place = bytes | tuple[int, int]
 
 
 class ArrayMessage(msgspec.Struct, array_like=True, gc=False):
-    """An array: an input or an output by name."""
+    """An array: an input or an output by name. Other dtypes than those of tensors are no message."""
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: Literal["|b1", "|u1", "|i1", "<i4", "<i8", "<f2", "<f4", "<f8"]
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
     place: Place
 
 
@@ -169,7 +170,8 @@ class Outbox:
 
 
 def _array_message(name: str, array: Array, write: Callable[[Array | memoryview], Place]) -> ArrayMessage:
-    return ArrayMessage(name, array.dtype.str, array.shape, write(array))
+    # mypy cannot know that the string is one of these, which the manifest's dtypes ensure.
+    return ArrayMessage(name, array.dtype.str, array.shape, write(array))  # type: ignore[arg-type]
 
 
 def _sequence_message(one: PreparedSequence, write: Callable[[Array | memoryview], Place]) -> SequenceMessage:
@@ -223,12 +225,12 @@ class Inbox:
         self._made = count()
 
     def sequences(self, message: Ask) -> tuple[PreparedSequence, ...]:
-        """Return the sequences of a request. Raises ValueError for a place outside of the arena."""
+        """Return the sequences of a request. Raises ValueError for a place that is not that of its array."""
         number = message.number
         return tuple([self._sequence(one, number) for one in message.sequences])
 
     def results(self, message: Answer) -> list[SequenceResult]:
-        """Return the results of a request. Raises ValueError for a place outside of the arena."""
+        """Return the results of a request. Raises ValueError for a place that is not that of its array."""
         number = message.number
         return [self._result(one, number) for one in message.results]
 
@@ -258,7 +260,9 @@ class Inbox:
 
     def _array(self, message: ArrayMessage, number: int) -> Array:
         data = self._bytes(message.place, number)
-        array: Array = np.frombuffer(data, message.dtype, math.prod(message.shape))
+        array: Array = np.frombuffer(data, message.dtype)
+        if array.size != math.prod(message.shape):
+            raise ValueError(f"{array.size} values for an array of {message.shape}")
         return array if len(message.shape) == 1 else array.reshape(message.shape)
 
     def _bytes(self, place: Place, number: int) -> Any:

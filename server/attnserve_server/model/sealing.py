@@ -5,9 +5,10 @@ A tokenizer that cannot truncate texts as its file declares raises TokenizerInva
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer, models
@@ -76,6 +77,7 @@ def sealed(tokenizer: Tokenizer, special: dict[int, str]) -> Tokenizer:
         )
     }
     if not leaking:
+        _try_texts(tokenizer)
         return tokenizer
     state = json.loads(tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
@@ -88,7 +90,32 @@ def sealed(tokenizer: Tokenizer, special: dict[int, str]) -> Tokenizer:
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in leaking]
     renamed = Tokenizer.from_str(json.dumps(state))
     _set_plain(renamed)
+    _try_texts(renamed)
     return renamed
+
+
+@contextlib.contextmanager
+def failures_named() -> Iterator[None]:
+    """Turn what the library raises for a file whose parts do not fit together into TokenizerInvalid."""
+    try:
+        yield
+    except TokenizerInvalid:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise TokenizerInvalid(f"it cannot tokenize a text: {lines[0][:200]}") from error
+
+
+def _try_texts(tokenizer: Tokenizer) -> None:
+    """Tokenize a text and a pair of texts. Raise a panic of the library; at run time it would end more than a request.
+
+    Other errors are left to the texts of requests: a tokenizer may have no token for this one.
+    """
+    for texts in (("a",), ("a", "a")):
+        with contextlib.suppress(Exception):
+            tokenizer.encode(*texts)
 
 
 def sized(tokenizer: Tokenizer, padding: Mapping[str, Any] | None, truncation: Mapping[str, Any] | None) -> Tokenizer:

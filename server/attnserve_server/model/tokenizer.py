@@ -18,7 +18,7 @@ from tokenizers.normalizers import Normalizer
 
 from attnserve_server.domain.values import AxisUnits
 from attnserve_server.model.prompts import without_prompt
-from attnserve_server.model.sealing import TokenizerInvalid, sealed, sized, special_tokens, spelling
+from attnserve_server.model.sealing import TokenizerInvalid, failures_named, sealed, sized, special_tokens, spelling
 
 __all__ = ["ID_BOUND", "TextTokenizer", "TokenizedText", "TokenizerInvalid", "TruncationFailed"]
 
@@ -78,7 +78,7 @@ class TextTokenizer:
             mask_token: the only special token that a text may spell; it is then a token of the text. Empty: none.
 
         Raises:
-            TokenizerInvalid: the file cannot be read, or is not a tokenizer.
+            TokenizerInvalid: the file cannot be read, is not a tokenizer, or the library fails with it.
         """
         try:
             content = path.read_bytes()
@@ -89,7 +89,8 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_buffer(content)
         except ValueError as error:
             raise TokenizerInvalid(str(error)) from error
-        return cls(spelling(tokenizer, mask_token) if mask_token else tokenizer, axis, as_written)
+        with failures_named():
+            return cls(spelling(tokenizer, mask_token) if mask_token else tokenizer, axis, as_written)
 
     @property
     def axis(self) -> str:

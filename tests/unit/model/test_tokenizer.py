@@ -357,6 +357,32 @@ def test_truncated_file_is_refused(minilm_source, tmp_path):
         TextTokenizer.load(path, "seq")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["model"]["vocab"].pop("[UNK]"),
+        lambda state: state["post_processor"]["special_tokens"].pop("[CLS]"),
+    ],
+    ids=["without its unknown token", "without a token of its template"],
+)
+def test_file_whose_parts_do_not_fit_together_is_refused(tmp_path, change):
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "cat": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[UNK]", "[CLS]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A $B", special_tokens=[("[CLS]", 1)]
+    )
+    state = json.loads(tokenizer.to_str())
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(state))
+    assert len(TextTokenizer.load(path, "seq").encode("cat").ids) == 2
+    change(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(TokenizerInvalid, match="cannot tokenize a text") as refused:
+        TextTokenizer.load(path, "seq")
+    assert "\n" not in str(refused.value)
+
+
 def test_missing_file_is_refused_without_naming_its_path(tmp_path):
     with pytest.raises(TokenizerInvalid, match="No such file") as refused:
         TextTokenizer.load(tmp_path / "tokenizer.json", "seq")
