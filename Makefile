@@ -20,7 +20,7 @@ DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test coverage check format e2e dist changelog proto client docs bench acceptance peers complexity batching \
-	foreign foreign-short fuzz-batching image clean
+	foreign foreign-short fuzz fuzz-short fuzz-batching image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -122,6 +122,13 @@ foreign-short: $(VENV)/.dev ## The same for a few tools, in this environment, as
 fuzz-batching: $(VENV)/.dev ## Test the proof of batching on thousands of generated graphs (FUZZ_GRAPHS, FUZZ_SEED)
 	@PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz_batching.py \
 		--graphs $(or $(FUZZ_GRAPHS),3000) --seed $(or $(FUZZ_SEED),100000)
+
+fuzz-short: $(VENV)/.dev ## Read 20,000 mutated requests and 2,000 mutated models, and more, as CI does
+	@PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz_inputs.py --seed $(or $(FUZZ_SEED),1)
+
+fuzz: $(VENV)/.dev ## The same with new seeds, for FUZZ_SECONDS (600)
+	@PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz_inputs.py --seconds $(or $(FUZZ_SECONDS),600) \
+		$(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
 
 e2e: $(VENV)/.dev $(DEMO_BUNDLE) ## Build the image, run it hardened, scrape it with a real Prometheus
 	ATTNSERVE_E2E_REPOSITORY=$(abspath $(DEMO)/models) $(BIN)/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)

@@ -1,8 +1,8 @@
-"""Mutated inputs against every reader of foreign bytes: `make fuzz-short`, and `make fuzz` for as long as wanted.
+"""Mutated inputs against every reader of foreign bytes: `make fuzz-short`, and `make fuzz` for longer.
 
-The targets are requests, an engine's messages, manifests, tokenizers and ONNX files (`fuzz_targets`). For each input: only
-declared exceptions, the same answer from both readers of requests, and memory and time within bounds. Prints progress
-and, for each failure, the command that repeats it. Exit code 1 where something fails.
+The targets are requests, an engine's messages, manifests, tokenizers and ONNX files (`fuzz_targets`). For each input:
+only declared exceptions, the same answer from both readers of requests, and memory and time within bounds. Prints
+progress and, for each failure, the command that repeats it. Exit code 1 where something fails.
 
 Inputs are read by worker processes. Native code of others, which parses ONNX files and tokenizers, can end one. That is
 counted and fails no run, because the commands that read such files do so in a child process. An input follows from its
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import resource
 import secrets
@@ -28,15 +29,15 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
 COUNTS = {"requests": 20_000, "engine": 4_000, "manifests": 2_000, "tokenizers": 1_000, "models": 2_000}
 """Inputs of `make fuzz-short`."""
-CHUNK = 500
-"""Inputs of one worker, which takes two seconds to start."""
+CHUNK = 2500
+"""Inputs of one worker, which takes two seconds to start; a thousand requests take two."""
 MEMORY_BASE, MEMORY_FACTOR = 48 * 2**20, 64
 """An input may take this much resident memory, and this many times its size."""
 MOST_S = 5.0
@@ -119,10 +120,11 @@ async def work(name: str, seed: int, first: int, last: int, place: str) -> None:
 
 def run_chunk(name: str, seed: int, first: int, last: int, results: Results) -> None:
     """Run a range of inputs in a worker; after a crash, go on behind the input that caused it."""
+    quiet = {**os.environ, "RUST_BACKTRACE": "0"}  # a backtrace of a panic takes 50 MB
     while first < last:
         with tempfile.NamedTemporaryFile() as place:
             line = [sys.executable, __file__, "--work", f"{name}:{seed}:{first}:{last}:{place.name}"]
-            done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=900)
+            done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=900, env=quiet)
             at = int.from_bytes(Path(place.name).read_bytes()[:8], "little")
         for text in done.stdout.splitlines():
             found = json.loads(text)
@@ -181,8 +183,12 @@ def main() -> None:
     seed = secrets.randbelow(10**6) if seed is None else seed
     while True:
         say(f"seed {seed}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+        parts = list(chunks(counts))
         with ThreadPoolExecutor(options.workers) as pool:
-            list(pool.map(lambda part, seed=seed: run_chunk(part[0], seed, part[1], part[2], results), chunks(counts)))
+            runs = [pool.submit(run_chunk, name, seed, first, last, results) for name, first, last in parts]
+            for done, run in enumerate(as_completed(runs), 1):
+                run.result()
+                say(f"  part {done} of {len(parts)}, {time.monotonic() - begun:.0f} s")
         elapsed = time.monotonic() - begun
         say(f"{elapsed:.0f} s, {len(results.failures)} failures")
         seed += 1
@@ -197,7 +203,7 @@ def main() -> None:
 
 
 async def one(name: str, seed: int, number: int) -> None:
-    """Read one input, and print it and what came of it."""
+    """Read one input, and print it and its outcome."""
     from fuzz_targets import TARGETS  # noqa: PLC0415 - as above
 
     target = TARGETS[name]()

@@ -1,7 +1,7 @@
 """What `fuzz_inputs` mutates, and what must hold for each input: one class for each reader of foreign bytes.
 
-A target makes an input from a `random.Random`, and checks it: it raises Broken, or an exception that the reader does not
-declare. `outcome` returns a word for statistics. The project's own reader reads graphs, and the runtime never does.
+A target makes an input from a `random.Random`, and checks it: it raises Broken, or an exception that the reader does
+not declare. `outcome` returns a word for statistics. The project's own reader reads graphs, and the runtime never does.
 """
 
 from __future__ import annotations
@@ -168,13 +168,13 @@ class Requests(Target):
     def make(self, chance: random.Random) -> bytes:
         """A valid request with changed fields, changed bytes, or both; one in 64 is long enough to be scanned."""
         at = chance.randrange(len(self._seeds))
-        data, kind = self._bytes[at], chance.randrange(4)
-        if kind <= 2:
+        data, kind = self._bytes[at], chance.randrange(8)
+        if kind <= 5:
             proto = pb.InferRequest()
             proto.CopyFrom(self._seeds[at])
             change_message(chance, proto)
             data = proto.SerializeToString()
-        if kind >= 2:
+        if kind >= 5:
             data = changed_bytes(chance, data, self._bytes)
         if chance.randrange(64) == 0:
             inner = b"\x0a" + _varint(len(self._filler)) + self._filler  # TensorInput.tensors
@@ -184,21 +184,22 @@ class Requests(Target):
 
     def outcome(self, data: bytes) -> str:
         """Both readers agree, and a refusal is one status that is no internal error."""
+        streamed = b"\x0a" + _varint(len(data)) + data
+        find_field(streamed, 1, 8)
         try:
             received = receive(pb.InferRequest, data)
-            self._compare_with_protobuf(received, data)
             message = received.message
             if message.request_id:
                 check_request_id(message.request_id)
-            check_model_reference(message.model, message.version)
         except AttnserveError as error:
             return _status(error)
-        finally:
-            streamed = b"\x0a" + _varint(len(data)) + data
-            find_field(streamed, 1, 8)
-        return "+".join(
-            self._read(received, intake, quick) for intake, quick in zip(self._intakes, self._quick, strict=True)
-        )
+        self._compare_with_protobuf(received, data)
+        try:
+            check_model_reference(message.model, message.version)
+        except AttnserveError as error:
+            _status(error)  # what follows does not depend on the name
+        readers = zip(self._intakes, self._quick, strict=True)
+        return "+".join(self._read(received, intake, quick) for intake, quick in readers)
 
     def _read(self, received: Received[pb.InferRequest], intake: Intake, quick: QuickReader | None) -> str:
         fast = None if quick is None else quick.read(received)
@@ -373,13 +374,13 @@ class Models(Target):
     def make(self, chance: random.Random) -> bytes:
         """A model with changed fields, changed bytes, or both."""
         at = chance.randrange(len(self._models))
-        data, kind = self._bytes[at], chance.randrange(4)
-        if kind <= 2:
+        data, kind = self._bytes[at], chance.randrange(8)
+        if kind <= 5:
             proto = onnx.ModelProto()
             proto.CopyFrom(self._models[at])
             change_message(chance, proto)
             data = proto.SerializeToString()
-        return changed_bytes(chance, data, self._bytes) if kind >= 2 else data
+        return changed_bytes(chance, data, self._bytes) if kind >= 5 else data
 
     def outcome(self, data: bytes) -> str:
         """A file is read, or refused in one sentence without a path."""

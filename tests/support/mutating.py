@@ -68,7 +68,9 @@ def change_message(chance: random.Random, proto: message.Message) -> None:
 def _change_field(chance: random.Random, proto: message.Message) -> None:
     fields = list(proto.DESCRIPTOR.fields)
     given = [field for field, _ in proto.ListFields()]
-    field = chance.choice(given if given and chance.random() < 0.8 else fields)
+    nested = [field for field in given if field.message_type is not None]
+    chosen = nested if nested and chance.random() < 0.7 else given if given and chance.random() < 0.8 else fields
+    field = chance.choice(chosen)
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         return
     if field.is_repeated:
@@ -129,7 +131,7 @@ def changed_value(chance: random.Random, value: Any) -> Any:
 
 def _change_value(chance: random.Random, value: Any) -> Any:
     if isinstance(value, dict) and value and chance.random() < 0.9:
-        key = chance.choice(list(value))
+        key = _place(chance, value)
         match chance.randrange(8):
             case 0:
                 del value[key]
@@ -139,7 +141,7 @@ def _change_value(chance: random.Random, value: Any) -> Any:
                 value[key] = _change_value(chance, value[key])
         return value
     if isinstance(value, list) and value and chance.random() < 0.9:
-        at = chance.randrange(len(value))
+        at = _place(chance, dict(enumerate(value)))
         match chance.randrange(8):
             case 0:
                 del value[at]
@@ -162,3 +164,9 @@ def _change_value(chance: random.Random, value: Any) -> Any:
         type(None): None,
     }
     return fresh.get(kind)
+
+
+def _place(chance: random.Random, value: dict[Any, Any]) -> Any:
+    """Choose a key, mostly of a value that holds others: most of a message lies deep."""
+    nested = [key for key, part in value.items() if isinstance(part, dict | list) and part]
+    return chance.choice(nested if nested and chance.random() < 0.7 else list(value))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -17,6 +17,9 @@ from pydantic import Field, model_validator
 from attnserve_server.model.certificate import Batching, Certificate
 from attnserve_server.model.formula import Formula, parsed
 from attnserve_server.model.frozen import NUMPY_DTYPES, Dimension, Dtype, Frozen, Symbol
+
+MAX_POSITIONS: Final = 2**22
+"""Most positions of an axis: four minutes of audio at 16 kHz. Optional inputs are held filled to this length."""
 
 
 class InputRole(StrEnum):
@@ -227,6 +230,12 @@ class AxisSpec(Frozen):
     def free(self) -> bool:
         """Whether sequences choose its length."""
         return not self.fixed and self.derived is None and not self.formula
+
+    @model_validator(mode="after")
+    def _values_of_all_positions_fit(self) -> Self:
+        if (self.free or self.grid is not None) and self.max_length > MAX_POSITIONS:
+            raise ValueError(f"axis {self.symbol}: max_length {self.max_length} exceeds {MAX_POSITIONS}")
+        return self
 
     @model_validator(mode="after")
     def _formula_grows(self) -> Self:

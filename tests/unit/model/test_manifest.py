@@ -15,6 +15,7 @@ from attnserve_server.model.certificate import BATCHING, Clause, MaskNeed, Verdi
 from attnserve_server.model.manifest import (
     AxisSpec,
     CheckReport,
+    DerivedLength,
     InputRole,
     InputSpec,
     Manifest,
@@ -144,6 +145,18 @@ def test_axes_of_inputs_outputs_and_sites_must_be_declared():
 def test_site_without_a_tap_may_have_undeclared_axes():
     gone = site(0, items_input=None, weights_output=None, unavailable_reason="no dynamic axis", key_axis="")
     assert not manifest(sites=(gone,)).sites[0].available
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"fixed": True, "paddable": False, "grid": (1, 2**22 + 1)}], ids=["free", "patches"]
+)
+def test_an_axis_whose_positions_are_held_is_bounded(change):
+    with pytest.raises(ValidationError, match="axis seq: max_length 4194305 exceeds 4194304"):
+        AxisSpec(**{"symbol": "seq", "max_length": 2**22 + 1, "paddable": True, **change})
+    assert AxisSpec(symbol="seq", max_length=2**22, paddable=True)
+    assert AxisSpec(
+        symbol="x", max_length=2**30, paddable=True, derived=DerivedLength(source="seq", stride=2, offset=0)
+    )
 
 
 def test_batch_is_not_an_axis_of_a_sequence():
