@@ -225,7 +225,7 @@ def test_every_line_is_json_with_the_name_of_its_process(tiny_repository: Path, 
 
 def test_the_stack_of_a_process_that_crashes_is_logged_with_its_name(tiny_repository: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    flags = ("--isolation", "process", "--fronts", "1")
+    flags = ("--isolation", "process", "--fronts", "1", "--log-level", "error")
     with log.open("wb") as file, server(tiny_repository, tmp_path, *flags, stderr=file.fileno()) as running:
         engine = next(
             one
@@ -255,3 +255,20 @@ def test_a_server_that_crashes_writes_its_stack_unless_that_would_wait(
     if not refusals:
         assert b"Fatal Python error: Segmentation fault" in content
         assert b"asyncio/runners.py" in content
+
+
+def test_an_error_that_nothing_catches_ends_the_server_with_its_traceback(
+    tiny_repository: Path, tmp_path: Path
+) -> None:
+    broken = (
+        "from attnserve_server.app import Application\n"
+        "async def start(self): raise RuntimeError('broken inside')\n"
+        "Application.start = start\n"
+    )
+    line = [sys.executable, "-P", "-c", broken + CODE, "serve", "--repository", str(tiny_repository)]
+    done = subprocess.run(
+        [*line, "--grpc-port", "0", "--http-port", "0"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "RuntimeError: broken inside" in done.stderr

@@ -366,8 +366,12 @@ class Models(Target):
 
     def __init__(self) -> None:
         self._file = Path(tempfile.mkdtemp(prefix="attnserve-fuzz-")) / "model.onnx"
-        builders: list[Callable[[], onnx.ModelProto]] = [tiny_graph, encoder]
-        builders += [make for make, _ in (*BAD_MODELS.values(), *ODD_MODELS.values())]
+        builders: list[Callable[[], onnx.ModelProto]] = [
+            tiny_graph,
+            encoder,
+            *(make for make, _ in ODD_MODELS.values()),
+        ]
+        builders = builders * 4 + [make for make, _ in BAD_MODELS.values()]
         self._models = [model for model in (build() for build in builders) if model.ByteSize() < 200_000]
         self._bytes = [model.SerializeToString() for model in self._models]
 

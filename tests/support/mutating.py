@@ -114,7 +114,8 @@ def _scalar(chance: random.Random, field: descriptor.FieldDescriptor) -> Any:
             chance.choice(TEXTS) if field.type == kinds.TYPE_STRING else chance.randbytes(chance.choice((0, 1, 8, 24)))
         )
     if field.cpp_type == kinds.CPPTYPE_ENUM:
-        return chance.choice([*(value.number for value in field.enum_type.values), 99])
+        unknown = [] if field.enum_type.is_closed else [99]
+        return chance.choice([*(value.number for value in field.enum_type.values), *unknown])
     bits = 32 if field.cpp_type in (kinds.CPPTYPE_INT32, kinds.CPPTYPE_UINT32) else 64
     low = 0 if field.cpp_type in (kinds.CPPTYPE_UINT32, kinds.CPPTYPE_UINT64) else -(2 ** (bits - 1))
     high = 2**bits - 1 if low == 0 else 2 ** (bits - 1) - 1

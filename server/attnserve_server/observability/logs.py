@@ -266,7 +266,7 @@ def _log_native(line: bytes, process: str = "") -> None:
         return
     found = _NATIVE.fullmatch(text)
     fields: dict[str, str] = {"logger": "stderr"} | ({"process": process} if process else {})
-    level = logging.WARNING
+    level = logging.ERROR  # unknown, and the stack of a crash must pass every level
     if found is not None:
         level = _NATIVE_LEVELS[found["absl"] or found["ort"]]
         fields["source"] = found["file"] or found["place"]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
-from attnserve_server.observability.logs import configure, logger
+from attnserve_server.observability.logs import _log_native, configure, logger
 
 
 @pytest.fixture
@@ -65,3 +65,38 @@ def test_events_below_the_level_are_not_written(written: io.StringIO) -> None:
     logging.getLogger("test").debug("no")
     logging.getLogger("uvicorn.error").info("no")
     assert written.getvalue() == ""
+
+
+NATIVE = {
+    "gRPC's core": (
+        "E0000 00:00:1796000000.123456  171 chttp2_server.cc:1123] No address added",
+        {"level": "error", "source": "chttp2_server.cc:1123", "event": "No address added"},
+    ),
+    "gRPC's core at info": (
+        "I0000 00:00:1796000000.123456      17 subchannel.cc:7] connected [::1]:1] x",
+        {"level": "info", "source": "subchannel.cc:7", "event": "connected [::1]:1] x"},
+    ),
+    "onnxruntime, in colour": (
+        "\x1b[0;93m2026-11-30 00:46:11.123456789 [W:onnxruntime:, session_state.cc:1280 Verify] Some nodes\x1b[m",
+        {"level": "warning", "source": "session_state.cc:1280", "event": "Some nodes"},
+    ),
+    "unknown": ("free(): invalid pointer", {"level": "error", "event": "free(): invalid pointer"}),
+    "forged": ('{"event": "forged"}\x1b[31m %s', {"level": "error", "event": '{"event": "forged"}\x1b[31m %s'}),
+}
+
+
+@pytest.mark.parametrize("text", NATIVE)
+def test_line_of_native_code_is_json_with_what_it_states(written: io.StringIO, text: str) -> None:
+    line, expected = NATIVE[text]
+    _log_native(line.encode())
+    (found,) = lines(written)
+    assert found.pop("logger") == "stderr"
+    assert found.pop("timestamp")
+    assert found == expected
+    assert "\x1b" not in written.getvalue()
+
+
+def test_line_of_native_code_names_its_process_and_survives_broken_text(written: io.StringIO) -> None:
+    _log_native(b"\xff broken\r", "front 0")
+    (found,) = lines(written)
+    assert (found["event"], found["process"]) == ("\\xff broken", "front 0")
