@@ -166,7 +166,9 @@ def serving(level: str, process: str = "", descriptor: int | None = None) -> Ite
         while _readers:
             _readers.pop().join(END_S if queue.flush(0) else 0)
         queue.close(END_S if queue.flush(0) else 0)
-        (faulthandler.enable if had_faults else faulthandler.disable)()
+        faulthandler.disable()
+        if had_faults:
+            faulthandler.enable(2)
         threading.excepthook = hook
         logging.captureWarnings(False)
         logging.getLogger().handlers[:] = handlers
