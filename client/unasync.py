@@ -33,6 +33,7 @@ RULES = (
     ),
     (r"client for asyncio", "client for threads"),
     # Names and keywords.
+    (r"\b_async\.", "_sync."),
     (r"\basync (?=def|with|for)", ""),
     (r"\bawait ", ""),
     (r"\b__a(?=(?:enter|exit)__)", "__"),

@@ -1,4 +1,4 @@
-"""Targets, options and metadata of channels, the same for both clients."""
+"""Targets, options and metadata of channels, the same for both clients. Each address has separate channels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Final
 DEFAULT_TARGET: Final = "localhost:8001"
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 """Largest message in either direction, equal to the server's limit. Larger responses arrive in pieces on a stream."""
+MAX_CONNECTIONS: Final = 512
+"""Most connections to one address: half of the file descriptors that a process may usually open, 1,024."""
 
 _SERVICE_CONFIG: Final = {
     "loadBalancingConfig": [{"round_robin": {}}],
@@ -32,7 +34,8 @@ _DEFAULTS: Final[dict[str, int | str]] = {
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.min_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 2_000,
-    # Clients share no connections, so that the reconnect back-off of one does not delay another.
+    # Channels with equal arguments would share one connection, and with it one process of a server of several, and one
+    # reconnect back-off.
     "grpc.use_local_subchannel_pool": 1,
 }
 
@@ -42,38 +45,38 @@ def options_of(more: Mapping[str, int | str]) -> list[tuple[str, int | str]]:
     return list({**_DEFAULTS, **more}.items())
 
 
-def target_of(target: str | Sequence[str]) -> str:
-    """Return the name that gRPC resolves.
+def targets_of(target: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the name that gRPC resolves for each address.
 
     Args:
-        target: `host:port`, any gRPC name such as `dns:///service:8001`, a list of `address:port` of one IP version, or
-            a list of one name.
+        target: `host:port`, any gRPC name such as `dns:///service:8001`, or several of them: a list, or one text with
+            commas between them.
 
     Raises:
-        ValueError: `target` is empty or has an empty member, a member holds several addresses, or several members are
-            not all `address:port` of one IP version.
+        ValueError: `target` is empty or has an empty member, or a member of a list holds several addresses.
     """
-    targets = (
-        [target] if isinstance(target, str) else [each.removeprefix("ipv4:").removeprefix("ipv6:") for each in target]
-    )
-    if not targets or not all(targets):
-        raise ValueError(f"target {target!r} is empty or has an empty member; give `host:port`")
-    for each in () if isinstance(target, str) else targets:
+    given = [target] if isinstance(target, str) else list(target)
+    for each in () if isinstance(target, str) else given:
         if "," in each:
             raise ValueError(f"target has the member {each!r}, several addresses; give each address as a member")
-    if len(targets) == 1:
-        return (
-            targets[0]
-            if isinstance(target, str) or _version(targets[0]) is None
-            else f"ipv{_version(targets[0])}:{targets[0]}"
-        )
-    versions = {_version(each) for each in targets}
-    if None in versions or len(versions) > 1:
+    members = [part.strip() for each in given for part in each.split(",")]
+    if not members or not all(members):
+        raise ValueError(f"target {target!r} is empty or has an empty member; give `host:port`")
+    return tuple(_name_of(each) for each in members)
+
+
+def check_connections(connections: int) -> int:
+    """Return a number of connections to each address.
+
+    Raises:
+        ValueError: It is out of range.
+    """
+    if not 1 <= connections <= MAX_CONNECTIONS:
         raise ValueError(
-            f"target {targets!r}: several targets must be `address:port` of one IP version; "
-            "for host names, use one DNS name that resolves to all of them"
+            f"connections is {connections}; it must be from 1 to {MAX_CONNECTIONS}: "
+            "a few for each front process of the server are enough"
         )
-    return f"ipv{versions.pop()}:{','.join(targets)}"
+    return connections
 
 
 def metadata_of(token: str | None, more: Sequence[tuple[str, str | bytes]]) -> tuple[tuple[str, str | bytes], ...]:
@@ -82,11 +85,12 @@ def metadata_of(token: str | None, more: Sequence[tuple[str, str | bytes]]) -> t
     return (*authorization, *more)
 
 
-def _version(target: str) -> int | None:
-    """Return the IP version of `address:port`; None for anything else."""
-    host, _, port = target.rpartition(":")
+def _name_of(member: str) -> str:
+    """Return a member as gRPC resolves it: `ipv4:` or `ipv6:` before `address:port`, anything else as it is."""
+    bare = member.removeprefix("ipv4:").removeprefix("ipv6:")
+    host, _, port = bare.rpartition(":")
     try:
-        address = ipaddress.ip_address(host.strip("[]"))
+        version = ipaddress.ip_address(host.strip("[]")).version
     except ValueError:
-        return None
-    return address.version if port.isdecimal() else None
+        return member
+    return f"ipv{version}:{bare}" if port.isdecimal() else member

@@ -1,4 +1,4 @@
-"""Connections to a server: single attempts of calls, and open streams, with gRPC's errors mapped to the client's.
+"""The connections to a server: single attempts of calls, and open streams, with gRPC's errors mapped to the client's.
 
 The clients in `_async` and `_sync` are one source. These classes are written twice, because grpc and grpc.aio open
 channels, cancel calls and report closed channels in different ways. Each pair has the same methods.
@@ -16,30 +16,37 @@ import grpc
 import grpc.aio
 from attnserve.v1 import inference_service_pb2_grpc
 
-from attnserve_client._channel import metadata_of, options_of, target_of
+from attnserve_client._channel import check_connections, metadata_of, options_of, targets_of
 from attnserve_client._exchange import Exchange
 from attnserve_client._feeds import AsyncFeed, Feed
+from attnserve_client._lanes import Lanes, Turn
 from attnserve_client._status import closed, from_rpc_error
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
-AsyncMethod: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT]"
-Method: TypeAlias = "grpc.UnaryUnaryMultiCallable[RequestT, ResponseT]"
+AsyncStub: TypeAlias = "inference_service_pb2_grpc.InferenceServiceAsyncStub"
+Stub: TypeAlias = "inference_service_pb2_grpc.InferenceServiceStub"
+AsyncMethod: TypeAlias = "Callable[[AsyncStub], grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT]]"
+"""Returns a method of a connection's stub."""
+Method: TypeAlias = "Callable[[Stub], grpc.UnaryUnaryMultiCallable[RequestT, ResponseT]]"
 
 
-class AsyncConnection:
-    """A grpc.aio channel, opened by the first call in the event loop of that call. Event loop only.
+class AsyncConnections:
+    """The grpc.aio channels to a server, made by the first call in the event loop of that call. Event loop only.
+
+    A channel connects when its first attempt or stream begins.
 
     Args:
-        target: `host:port`, any name of gRPC, or a list of `address:port`.
+        target: `host:port`, any name of gRPC, or several of them.
         credentials: of TLS; None: the channel is not encrypted.
         token: a bearer token, sent with every call; None: none is.
         metadata: sent with every call too.
         options: channel options of gRPC, which override the client's defaults.
+        connections: connections to each address.
 
     Raises:
-        ValueError: `target` is empty or has an empty member, a member holds several addresses, or several members are
-            not all `address:port` of one IP version.
+        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses, or
+            `connections` is out of range.
     """
 
     def __init__(
@@ -49,53 +56,67 @@ class AsyncConnection:
         token: str | None,
         metadata: Sequence[tuple[str, str | bytes]],
         options: Mapping[str, int | str],
+        connections: int = 1,
     ) -> None:
-        self._target, self._options = target_of(target), options_of(options)
+        self._names, self._options = targets_of(target), options_of(options)
+        self.lanes = Lanes(len(self._names), check_connections(connections))
+        self._count = len(self._names) * connections
         self._credentials = credentials
         self._metadata = metadata_of(token, metadata)
-        self._channel: grpc.aio.Channel | None = None
-        self._stub: inference_service_pb2_grpc.InferenceServiceAsyncStub | None = None
+        self._channels: list[grpc.aio.Channel] = []
+        self._stubs: list[AsyncStub] = []
         self._closed = False
 
-    @property
-    def stub(self) -> inference_service_pb2_grpc.InferenceServiceAsyncStub:
-        """The service's methods. Raises RequestCancelled if the connection is closed."""
-        self._raise_if_closed()
-        if self._stub is None:
-            # Not in the constructor: a channel belongs to the event loop that runs when it is created.
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self._target, self._options)
-            else:
-                self._channel = grpc.aio.secure_channel(self._target, self._credentials, self._options)
-            self._stub = inference_service_pb2_grpc.InferenceServiceStub(self._channel)
-        return self._stub
-
     async def call(
-        self, method: AsyncMethod[RequestT, ResponseT], request: RequestT, timeout_s: float | None, request_id: str = ""
+        self,
+        turn: Turn,
+        method: AsyncMethod[RequestT, ResponseT],
+        request: RequestT,
+        timeout_s: float | None,
+        request_id: str = "",
     ) -> ResponseT:
-        """Send a request once, with `timeout_s` as the deadline of the server too; None for no limit.
+        """Send a request once, and end the turn. `timeout_s` is the deadline of the server too; None for no limit.
 
         Raises:
             AttnserveError: The attempt failed.
         """
-        self._raise_if_closed()
         try:
-            return await method(request, timeout=timeout_s, metadata=self._metadata)
+            return await method(self._stub(turn))(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, request_id) from error
         except asyncio.CancelledError:
             self.raise_if_ended_by_close()
             raise
+        finally:
+            self.lanes.leave(turn)
 
     def stream(self, feed: AsyncFeed, exchange: Exchange) -> AsyncStream:
         """Open a stream that sends what `feed` yields."""
-        return AsyncStream(self, self.stub.StreamInfer(feed.messages(), metadata=self._metadata), feed, exchange)
+        self._raise_if_closed()
+        turn = self.lanes.take(stream=True)
+        call = self._stub(turn).StreamInfer(feed.messages(), metadata=self._metadata)
+        return AsyncStream(self, turn, call, feed, exchange)
 
     async def close(self) -> None:
-        """Cancel all running calls and close the channel."""
+        """Cancel all running calls and close the channels."""
         self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
+
+    def _stub(self, turn: Turn) -> AsyncStub:
+        """Return the stub of a turn's lane. Raise RequestCancelled if the connections are closed."""
+        self._raise_if_closed()
+        if not self._stubs:
+            # Not in the constructor: a channel belongs to the event loop that runs when it is created.
+            for number in range(self._count):
+                name = self._names[number % len(self._names)]
+                if self._credentials is None:
+                    channel = grpc.aio.insecure_channel(name, self._options)
+                else:
+                    channel = grpc.aio.secure_channel(name, self._credentials, self._options)
+                self._channels.append(channel)
+                self._stubs.append(inference_service_pb2_grpc.InferenceServiceStub(channel))
+        return self._stubs[turn.lane.number]
 
     def raise_if_ended_by_close(self) -> None:
         """Raise RequestCancelled if the channel was closed and the current task not cancelled.
@@ -118,8 +139,11 @@ class AsyncStream:
     answer; None: never. The block then raises DeadlineExpired. gRPC's other errors become the client's AttnserveError.
     """
 
-    def __init__(self, connection: AsyncConnection, call: Any, feed: AsyncFeed, exchange: Exchange) -> None:
-        self._connection = connection
+    def __init__(
+        self, connections: AsyncConnections, turn: Turn, call: Any, feed: AsyncFeed, exchange: Exchange
+    ) -> None:
+        self._connections = connections
+        self._turn = turn
         self._call = call
         self._feed = feed
         self._exchange = exchange
@@ -135,12 +159,15 @@ class AsyncStream:
         self._watch.cancel()
         self._call.cancel()
         self._feed.close()
+        self._connections.lanes.leave(self._turn)
         if isinstance(error, grpc.RpcError):
-            raise from_rpc_error(error) from error
+            failure = from_rpc_error(error)
+            self._connections.lanes.failed(self._turn, failure)
+            raise failure from error
         if isinstance(error, asyncio.CancelledError):
             if stalled:
                 raise self._exchange.stalled() from None
-            self._connection.raise_if_ended_by_close()
+            self._connections.raise_if_ended_by_close()
 
 
 async def _cancel_if_stalled(exchange: Exchange, cancel: Callable[[], object]) -> bool:
@@ -153,19 +180,22 @@ async def _cancel_if_stalled(exchange: Exchange, cancel: Callable[[], object]) -
     return True
 
 
-class Connection:
-    """A grpc channel. Threads may share it.
+class Connections:
+    """The grpc channels to a server. Threads may share them.
+
+    A channel connects when its first attempt or stream begins.
 
     Args:
-        target: `host:port`, any name of gRPC, or a list of `address:port`.
+        target: `host:port`, any name of gRPC, or several of them.
         credentials: of TLS; None: the channel is not encrypted.
         token: a bearer token, sent with every call; None: none is.
         metadata: sent with every call too.
         options: channel options of gRPC, which override the client's defaults.
+        connections: connections to each address.
 
     Raises:
-        ValueError: `target` is empty or has an empty member, a member holds several addresses, or several members are
-            not all `address:port` of one IP version.
+        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses, or
+            `connections` is out of range.
     """
 
     def __init__(
@@ -175,47 +205,61 @@ class Connection:
         token: str | None,
         metadata: Sequence[tuple[str, str | bytes]],
         options: Mapping[str, int | str],
+        connections: int = 1,
     ) -> None:
-        name, arguments = target_of(target), options_of(options)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(name, arguments)
-        else:
-            self._channel = grpc.secure_channel(name, credentials, arguments)
-        self._stub = inference_service_pb2_grpc.InferenceServiceStub(self._channel)
+        names, arguments = targets_of(target), options_of(options)
+        self.lanes = Lanes(len(names), check_connections(connections))
+        self._channels = [
+            grpc.insecure_channel(name, arguments)
+            if credentials is None
+            else grpc.secure_channel(name, credentials, arguments)
+            for name in names * connections
+        ]
+        self._stubs = [inference_service_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
         self._metadata = metadata_of(token, metadata)
         self._closed = False
 
-    @property
-    def stub(self) -> inference_service_pb2_grpc.InferenceServiceStub:
-        """The service's methods. Raises RequestCancelled if the connection is closed."""
-        self._raise_if_closed()
-        return self._stub
-
     def call(
-        self, method: Method[RequestT, ResponseT], request: RequestT, timeout_s: float | None, request_id: str = ""
+        self,
+        turn: Turn,
+        method: Method[RequestT, ResponseT],
+        request: RequestT,
+        timeout_s: float | None,
+        request_id: str = "",
     ) -> ResponseT:
-        """Send a request once, with `timeout_s` as the deadline of the server too; None for no limit.
+        """Send a request once, and end the turn. `timeout_s` is the deadline of the server too; None for no limit.
 
         Raises:
             AttnserveError: The attempt failed.
         """
-        self._raise_if_closed()
         try:
-            return method(request, timeout=timeout_s, metadata=self._metadata)
+            return method(self._stub(turn))(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, request_id) from error
         except ValueError:
-            self._raise_if_closed()  # another thread closed the channel between the check above and the call
+            self._raise_if_closed()  # another thread closed the channel between the check and the call
             raise
+        finally:
+            self.lanes.leave(turn)
 
     def stream(self, feed: Feed, exchange: Exchange) -> Stream:
         """Open a stream that sends what `feed` yields."""
-        return Stream(self.stub.StreamInfer(feed.messages(), metadata=self._metadata), feed, exchange)
+        self._raise_if_closed()
+        turn = self.lanes.take(stream=True)
+        return Stream(
+            self.lanes, turn, self._stub(turn).StreamInfer(feed.messages(), metadata=self._metadata), feed, exchange
+        )
 
     def close(self) -> None:
-        """Cancel all running calls and close the channel."""
+        """Cancel all running calls and close the channels."""
         self._closed = True
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
+
+    def _stub(self, turn: Turn) -> Stub:
+        """Return the stub of a turn's lane. Raise RequestCancelled if the connections are closed."""
+        self._raise_if_closed()
+        return self._stubs[turn.lane.number]
 
     def _raise_if_closed(self) -> None:
         if self._closed:
@@ -229,7 +273,9 @@ class Stream:
     answer; None: never. The block then raises DeadlineExpired. gRPC's other errors become the client's AttnserveError.
     """
 
-    def __init__(self, call: Any, feed: Feed, exchange: Exchange) -> None:
+    def __init__(self, lanes: Lanes, turn: Turn, call: Any, feed: Feed, exchange: Exchange) -> None:
+        self._lanes = lanes
+        self._turn = turn
         self._call = call
         self._feed = feed
         self._exchange = exchange
@@ -250,8 +296,11 @@ class Stream:
         self._ended.set()
         self._feed.close()
         self._call.cancel()
+        self._lanes.leave(self._turn)
         if isinstance(error, grpc.RpcError):
-            raise (self._exchange.stalled() if self._stalled else from_rpc_error(error)) from error
+            failure = self._exchange.stalled() if self._stalled else from_rpc_error(error)
+            self._lanes.failed(self._turn, failure)
+            raise failure from error
 
     def _watch(self, patience_s: float) -> None:
         """Cancel the call when the stream has stalled."""

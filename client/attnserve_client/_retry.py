@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Final
 
+from attnserve_client._lanes import Lanes, Turn
 from attnserve_client._status import is_retryable
 from attnserve_client.errors import AttnserveError
 
@@ -113,30 +114,43 @@ class Retrying:
         """Return the time on this clock at which a timeout that starts now ends; None for no timeout."""
         return None if timeout_s is None else self.clock() + timeout_s
 
-    def attempts(self, deadline: float | None) -> Attempts:
+    def attempts(self, lanes: Lanes, deadline: float | None) -> Attempts:
         """Return the attempts of one call that ends at `deadline`."""
-        return Attempts(self, deadline)
+        return Attempts(self, lanes, deadline)
 
 
 @dataclass(slots=True)
 class Attempts:
-    """The attempts of one call, made by one thread or task: decides whether and when to retry."""
+    """The attempts of one call, made by one thread or task: decides where and when to make them, and how many."""
 
     retrying: Retrying
+    lanes: Lanes
     deadline: float | None
-    made: int = field(default=0)
+    tried: list[Turn] = field(default_factory=list)
+
+    @property
+    def made(self) -> int:
+        """Number of attempts so far."""
+        return len(self.tried)
+
+    def begin(self) -> Turn:
+        """Begin the next attempt, on a connection that the call has not tried where there is one."""
+        turn = self.lanes.take(self.tried)
+        self.tried.append(turn)
+        return turn
 
     def remaining_s(self) -> float | None:
         """Return the seconds left for the next attempt, at least 0; None without a deadline."""
         return None if self.deadline is None else max(0.0, self.deadline - self.retrying.clock())
 
-    def succeeded(self) -> None:
-        """Record that the call succeeded."""
+    def succeeded(self, turn: Turn) -> None:
+        """Record that an attempt, and so the call, succeeded."""
+        self.lanes.answered(turn)
         self.retrying.budget.succeeded()
 
-    def wait_after(self, error: AttnserveError) -> float | None:
+    def wait_after(self, turn: Turn, error: AttnserveError) -> float | None:
         """Record a failed attempt. Return the seconds to wait before the next one, or None if `error` is final."""
-        self.made += 1
+        self.lanes.failed(turn, error)
         if not is_retryable(error):
             return None
         allowed = self.retrying.budget.failed()

@@ -96,7 +96,7 @@ async def test_random_requests_of_the_bench_are_valid(client: AsyncClient) -> No
     model = await client.model("indices")
     workload = of_lengths(model, Lengths.parse("uniform:3,9"), RequestOptions(), seed=1, kinds=4)
     for request in workload.requests:
-        await client._connection.stub.Infer(request)
+        await client._calls.call(lambda stub: stub.Infer, request, None)
 
 
 async def test_negative_positions_count_from_the_sequences_own_end(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""The client for asyncio: one method for each call, retries within one deadline, and the loop that reads a stream."""
+"""The client for asyncio: one method for each call, and the loop that reads a stream."""
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
@@ -11,8 +10,9 @@ from typing import Self, overload
 import grpc
 from attnserve.v1 import inference_service_pb2 as wire
 
+from attnserve_client._async.calls import AsyncCalls
 from attnserve_client._channel import DEFAULT_TARGET
-from attnserve_client._connection import AsyncConnection, AsyncMethod, RequestT, ResponseT
+from attnserve_client._connection import AsyncConnections
 from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
 from attnserve_client._feeds import AsyncFeed, AsyncInputStream
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
@@ -21,7 +21,7 @@ from attnserve_client._models import ModelInfo, is_ready, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import DEFAULT_TIMEOUT_S, READY_TIMEOUT_S, Retrying, RetryPolicy
 from attnserve_client._selection import AttentionSelection
-from attnserve_client.errors import AttnserveError, DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
+from attnserve_client.errors import DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
 
 
 class AsyncClient:
@@ -35,16 +35,18 @@ class AsyncClient:
     Cancelling a task cancels its request on the server.
 
     Args:
-        target: `host:port`, any gRPC name, or a list of `address:port` over which calls are distributed.
+        target: `host:port`, any gRPC name, or a list of them, over which calls are distributed.
         credentials: TLS credentials from `grpc.ssl_channel_credentials`; None for an unencrypted connection.
         token: Bearer token, sent with every call.
         metadata: Further metadata, sent with every call.
         retry: When requests are sent again; `RetryPolicy(max_attempts=1)` turns retries off.
+        connections: Connections to each address, over which calls and streams are spread, from 1 to 512. A server of
+            several front processes (`serve --fronts`) needs several: each connection reaches one of them.
         options: gRPC channel options; they override this client's defaults.
 
     Raises:
-        ValueError: `target` is empty or has an empty member, a member holds several addresses, or several members are
-            not all `address:port` of one IP version.
+        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses, or
+            `connections` is out of range.
     """
 
     def __init__(
@@ -55,11 +57,11 @@ class AsyncClient:
         token: str | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
         retry: RetryPolicy | None = None,
+        connections: int = 1,
         options: Mapping[str, int | str] | None = None,
     ) -> None:
-        self._connection = AsyncConnection(target, credentials, token, metadata, options or {})
-        self._retrying = Retrying.of(retry or RetryPolicy())
-        self._sleep = asyncio.sleep
+        self._connections = AsyncConnections(target, credentials, token, metadata, options or {}, connections)
+        self._calls = AsyncCalls(self._connections, Retrying.of(retry or RetryPolicy()))
         # Models by name and version. Each access is one operation on the dict, so threads need no lock.
         self._described: dict[tuple[str, str], ModelInfo] = {}
 
@@ -73,7 +75,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancel all running calls and close the connections. Closing again has no effect."""
-        await self._connection.close()
+        await self._connections.close()
 
     @overload
     async def infer(  # type: ignore[overload-overlap] # a list of ids is one input, any other list is several
@@ -150,7 +152,7 @@ class AsyncClient:
             TypeError: An argument has a type that is no input, selection or list of outputs, or `labels` is False.
         """
         check_timeout(timeout)
-        deadline = self._retrying.deadline(timeout)
+        deadline = self._calls.deadline(timeout)
         items, many = split(inputs)
         description = await self._description(model, version, deadline) if takes_ids(items) else None
         request_id = request_id or uuid.uuid4().hex
@@ -167,7 +169,7 @@ class AsyncClient:
             validate_only=validate_only,
         )
         try:
-            response = await self._call(self._connection.stub.Infer, request, deadline, request_id)
+            response = await self._calls.call(lambda stub: stub.Infer, request, deadline, request_id)
         except InvalidRequest:
             self._described.pop((model, version), None)  # the description may be that of a model since replaced
             raise
@@ -229,7 +231,7 @@ class AsyncClient:
         check_timeout(timeout)
 
         async def sequence(one: Input) -> wire.Sequence:
-            deadline = self._retrying.deadline(timeout)
+            deadline = self._calls.deadline(timeout)
             return sequence_of(one, await self._description(model, version, deadline) if takes_ids([one]) else None)
 
         def message(group: list[wire.Sequence]) -> wire.InferRequest:
@@ -260,8 +262,8 @@ class AsyncClient:
             AttnserveError: The call failed, or took longer than `timeout` seconds.
         """
         check_timeout(timeout)
-        deadline = self._retrying.deadline(timeout)
-        response = await self._call(self._connection.stub.ListModels, wire.ListModelsRequest(), deadline)
+        deadline = self._calls.deadline(timeout)
+        response = await self._calls.call(lambda stub: stub.ListModels, wire.ListModelsRequest(), deadline)
         return [model_of(each) for each in response.models]
 
     async def model(self, name: str, version: str = "", *, timeout: float | None = DEFAULT_TIMEOUT_S) -> ModelInfo:
@@ -272,30 +274,30 @@ class AsyncClient:
             AttnserveError: The call failed, or took longer than `timeout` seconds.
         """
         check_timeout(timeout)
-        return await self._model(name, version, self._retrying.deadline(timeout))
+        return await self._model(name, version, self._calls.deadline(timeout))
 
     async def ready(self, model: str | None = None, *, timeout: float = READY_TIMEOUT_S) -> bool:
         """Return whether the highest version of a model is ready; without a name, whether that of every model is.
 
-        Makes one attempt. Returns False for a server without models, and for one that cannot be reached or does not
-        answer within `timeout` seconds.
+        Makes one attempt, or one for each address until one can be reached. Returns False for a server without models,
+        and for one that cannot be reached or does not answer within `timeout` seconds.
 
         Raises:
             AttnserveError: The attempt failed in another way, or the client is closed.
         """
-        stub = self._connection.stub
         try:
             if model is None:
-                listed = await self._connection.call(stub.ListModels, wire.ListModelsRequest(), timeout)
+                listed = await self._calls.once(lambda stub: stub.ListModels, wire.ListModelsRequest(), timeout)
                 return is_ready([model_of(each) for each in listed.models])
-            described = await self._connection.call(stub.GetModel, wire.GetModelRequest(model=model), timeout)
+            request = wire.GetModelRequest(model=model)
+            described = await self._calls.once(lambda stub: stub.GetModel, request, timeout)
             return model_of(described.model).ready
         except (NotServing, ModelNotFound, DeadlineExpired):
             return False
 
     async def _model(self, name: str, version: str, deadline: float | None) -> ModelInfo:
         request = wire.GetModelRequest(model=name, version=str(version))
-        response = await self._call(self._connection.stub.GetModel, request, deadline)
+        response = await self._calls.call(lambda stub: stub.GetModel, request, deadline)
         return model_of(response.model)
 
     async def _description(self, model: str, version: str, deadline: float | None) -> ModelInfo:
@@ -304,29 +306,8 @@ class AsyncClient:
             known = self._described[model, version] = await self._model(model, version, deadline)
         return known
 
-    async def _call(
-        self,
-        method: AsyncMethod[RequestT, ResponseT],
-        request: RequestT,
-        deadline: float | None,
-        request_id: str = "",
-    ) -> ResponseT:
-        """Send a request, again after each failure that allows it, until `deadline` on the retry clock."""
-        attempts = self._retrying.attempts(deadline)
-        while True:
-            try:
-                response = await self._connection.call(method, request, attempts.remaining_s(), request_id)
-            except AttnserveError as error:
-                wait_s = attempts.wait_after(error)
-                if wait_s is None:
-                    raise
-            else:
-                attempts.succeeded()
-                return response
-            await self._sleep(wait_s)
-
     async def _answers(self, feed: AsyncFeed, exchange: Exchange, ordering: Ordering) -> AsyncIterator[StreamAnswer]:
-        async with self._connection.stream(feed, exchange) as messages:
+        async with self._connections.stream(feed, exchange) as messages:
             exchange.reading()
             async for message in messages:
                 for answer in exchange.take(message):

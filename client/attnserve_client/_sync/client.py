@@ -1,9 +1,8 @@
 # Generated from _async/client.py by client/unasync.py: change that file, then run `make client`.
-"""The client for threads: one method for each call, retries within one deadline, and the loop that reads a stream."""
+"""The client for threads: one method for each call, and the loop that reads a stream."""
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -13,7 +12,7 @@ import grpc
 from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._channel import DEFAULT_TARGET
-from attnserve_client._connection import Connection, Method, RequestT, ResponseT
+from attnserve_client._connection import Connections
 from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
 from attnserve_client._feeds import Feed, InputStream
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
@@ -22,7 +21,8 @@ from attnserve_client._models import ModelInfo, is_ready, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import DEFAULT_TIMEOUT_S, READY_TIMEOUT_S, Retrying, RetryPolicy
 from attnserve_client._selection import AttentionSelection
-from attnserve_client.errors import AttnserveError, DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
+from attnserve_client._sync.calls import Calls
+from attnserve_client.errors import DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
 
 
 class Client:
@@ -36,16 +36,18 @@ class Client:
     `close` cancels the running requests of all threads.
 
     Args:
-        target: `host:port`, any gRPC name, or a list of `address:port` over which calls are distributed.
+        target: `host:port`, any gRPC name, or a list of them, over which calls are distributed.
         credentials: TLS credentials from `grpc.ssl_channel_credentials`; None for an unencrypted connection.
         token: Bearer token, sent with every call.
         metadata: Further metadata, sent with every call.
         retry: When requests are sent again; `RetryPolicy(max_attempts=1)` turns retries off.
+        connections: Connections to each address, over which calls and streams are spread, from 1 to 512. A server of
+            several front processes (`serve --fronts`) needs several: each connection reaches one of them.
         options: gRPC channel options; they override this client's defaults.
 
     Raises:
-        ValueError: `target` is empty or has an empty member, a member holds several addresses, or several members are
-            not all `address:port` of one IP version.
+        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses, or
+            `connections` is out of range.
     """
 
     def __init__(
@@ -56,11 +58,11 @@ class Client:
         token: str | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
         retry: RetryPolicy | None = None,
+        connections: int = 1,
         options: Mapping[str, int | str] | None = None,
     ) -> None:
-        self._connection = Connection(target, credentials, token, metadata, options or {})
-        self._retrying = Retrying.of(retry or RetryPolicy())
-        self._sleep = time.sleep
+        self._connections = Connections(target, credentials, token, metadata, options or {}, connections)
+        self._calls = Calls(self._connections, Retrying.of(retry or RetryPolicy()))
         # Models by name and version. Each access is one operation on the dict, so threads need no lock.
         self._described: dict[tuple[str, str], ModelInfo] = {}
 
@@ -74,7 +76,7 @@ class Client:
 
     def close(self) -> None:
         """Cancel all running calls and close the connections. Closing again has no effect."""
-        self._connection.close()
+        self._connections.close()
 
     @overload
     def infer(  # type: ignore[overload-overlap] # a list of ids is one input, any other list is several
@@ -151,7 +153,7 @@ class Client:
             TypeError: An argument has a type that is no input, selection or list of outputs, or `labels` is False.
         """
         check_timeout(timeout)
-        deadline = self._retrying.deadline(timeout)
+        deadline = self._calls.deadline(timeout)
         items, many = split(inputs)
         description = self._description(model, version, deadline) if takes_ids(items) else None
         request_id = request_id or uuid.uuid4().hex
@@ -168,7 +170,7 @@ class Client:
             validate_only=validate_only,
         )
         try:
-            response = self._call(self._connection.stub.Infer, request, deadline, request_id)
+            response = self._calls.call(lambda stub: stub.Infer, request, deadline, request_id)
         except InvalidRequest:
             self._described.pop((model, version), None)  # the description may be that of a model since replaced
             raise
@@ -230,7 +232,7 @@ class Client:
         check_timeout(timeout)
 
         def sequence(one: Input) -> wire.Sequence:
-            deadline = self._retrying.deadline(timeout)
+            deadline = self._calls.deadline(timeout)
             return sequence_of(one, self._description(model, version, deadline) if takes_ids([one]) else None)
 
         def message(group: list[wire.Sequence]) -> wire.InferRequest:
@@ -261,8 +263,8 @@ class Client:
             AttnserveError: The call failed, or took longer than `timeout` seconds.
         """
         check_timeout(timeout)
-        deadline = self._retrying.deadline(timeout)
-        response = self._call(self._connection.stub.ListModels, wire.ListModelsRequest(), deadline)
+        deadline = self._calls.deadline(timeout)
+        response = self._calls.call(lambda stub: stub.ListModels, wire.ListModelsRequest(), deadline)
         return [model_of(each) for each in response.models]
 
     def model(self, name: str, version: str = "", *, timeout: float | None = DEFAULT_TIMEOUT_S) -> ModelInfo:
@@ -273,30 +275,30 @@ class Client:
             AttnserveError: The call failed, or took longer than `timeout` seconds.
         """
         check_timeout(timeout)
-        return self._model(name, version, self._retrying.deadline(timeout))
+        return self._model(name, version, self._calls.deadline(timeout))
 
     def ready(self, model: str | None = None, *, timeout: float = READY_TIMEOUT_S) -> bool:
         """Return whether the highest version of a model is ready; without a name, whether that of every model is.
 
-        Makes one attempt. Returns False for a server without models, and for one that cannot be reached or does not
-        answer within `timeout` seconds.
+        Makes one attempt, or one for each address until one can be reached. Returns False for a server without models,
+        and for one that cannot be reached or does not answer within `timeout` seconds.
 
         Raises:
             AttnserveError: The attempt failed in another way, or the client is closed.
         """
-        stub = self._connection.stub
         try:
             if model is None:
-                listed = self._connection.call(stub.ListModels, wire.ListModelsRequest(), timeout)
+                listed = self._calls.once(lambda stub: stub.ListModels, wire.ListModelsRequest(), timeout)
                 return is_ready([model_of(each) for each in listed.models])
-            described = self._connection.call(stub.GetModel, wire.GetModelRequest(model=model), timeout)
+            request = wire.GetModelRequest(model=model)
+            described = self._calls.once(lambda stub: stub.GetModel, request, timeout)
             return model_of(described.model).ready
         except (NotServing, ModelNotFound, DeadlineExpired):
             return False
 
     def _model(self, name: str, version: str, deadline: float | None) -> ModelInfo:
         request = wire.GetModelRequest(model=name, version=str(version))
-        response = self._call(self._connection.stub.GetModel, request, deadline)
+        response = self._calls.call(lambda stub: stub.GetModel, request, deadline)
         return model_of(response.model)
 
     def _description(self, model: str, version: str, deadline: float | None) -> ModelInfo:
@@ -305,29 +307,8 @@ class Client:
             known = self._described[model, version] = self._model(model, version, deadline)
         return known
 
-    def _call(
-        self,
-        method: Method[RequestT, ResponseT],
-        request: RequestT,
-        deadline: float | None,
-        request_id: str = "",
-    ) -> ResponseT:
-        """Send a request, again after each failure that allows it, until `deadline` on the retry clock."""
-        attempts = self._retrying.attempts(deadline)
-        while True:
-            try:
-                response = self._connection.call(method, request, attempts.remaining_s(), request_id)
-            except AttnserveError as error:
-                wait_s = attempts.wait_after(error)
-                if wait_s is None:
-                    raise
-            else:
-                attempts.succeeded()
-                return response
-            self._sleep(wait_s)
-
     def _answers(self, feed: Feed, exchange: Exchange, ordering: Ordering) -> Iterator[StreamAnswer]:
-        with self._connection.stream(feed, exchange) as messages:
+        with self._connections.stream(feed, exchange) as messages:
             exchange.reading()
             for message in messages:
                 for answer in exchange.take(message):

@@ -28,7 +28,7 @@ class Plan:
         requests: Most requests of a closed loop; None for as many as fit into the time.
         warm_up_s: Seconds of the same load before the measurement.
         timeout_s: Seconds that each request may take.
-        connections: Connections to the server.
+        connections: Connections to each address of the server, used in turn.
         stream: Send requests on one stream for each connection instead of as calls.
         seed: Seed of the arrivals.
     """
@@ -53,7 +53,7 @@ async def measure(target: str, workload: Workload, plan: Plan, progress: Progres
 
     Raises:
         AttnserveError: The server refuses such requests even one at a time.
-        ValueError: `target` is empty.
+        ValueError: `target` has an empty address, or the plan's `connections` are out of range.
         ExceptionGroup: `progress` raised.
     """
     async with connected(target, plan.connections) as stubs, contextlib.AsyncExitStack() as stack:

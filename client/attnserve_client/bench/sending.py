@@ -1,6 +1,7 @@
 """How requests are sent: as separate calls, or on streams. Answers are measured and dropped.
 
-A refusal is an `Outcome`, and is raised by `try_each_kind` alone. An empty target raises ValueError.
+A refusal is an `Outcome`, and is raised by `try_each_kind` alone. A wrong target, or a number of connections out of
+range, raises ValueError.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import grpc.aio
 from attnserve.v1 import inference_service_pb2 as wire
 from attnserve.v1 import inference_service_pb2_grpc
 
-from attnserve_client._channel import options_of, target_of
+from attnserve_client._channel import check_connections, options_of, targets_of
 from attnserve_client._status import from_rpc_error, from_status_bytes
 from attnserve_client.bench.load import Outcome
 from attnserve_client.bench.workload import Workload
@@ -37,12 +38,13 @@ class Sender(Protocol):
 
 @asynccontextmanager
 async def connected(target: str, connections: int) -> AsyncIterator[list[Stub]]:
-    """Open connections and yield a stub for each; close them when the block ends."""
+    """Open `connections` to each address of the target and yield a stub for each; close them when the block ends.
+
+    Stubs to different addresses alternate.
+    """
+    names = targets_of(target) * check_connections(connections)
     async with contextlib.AsyncExitStack() as stack:
-        channels = [
-            await stack.enter_async_context(grpc.aio.insecure_channel(target_of(target), options_of({})))
-            for _ in range(connections)
-        ]
+        channels = [await stack.enter_async_context(grpc.aio.insecure_channel(name, options_of({}))) for name in names]
         yield [inference_service_pb2_grpc.InferenceServiceStub(channel) for channel in channels]
 
 

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from attnserve_client import Client, InvalidRequest
+from attnserve_client._channel import MAX_CONNECTIONS
 from attnserve_client.bench.lengths import DEFAULT, FORMS, Lengths
 from attnserve_client.bench.run import Plan, run
 from attnserve_client.bench.workload import SELECTIONS, RequestOptions, of_lengths, of_texts
@@ -28,7 +29,8 @@ EXAMPLES: Final = (
     "attnserve bench minilm\n\n"
     "attnserve bench minilm --rate 80 --duration 60 --attention-share 0.25\n\n"
     "attnserve bench minilm --texts sentences.txt --stream --sequences 8 --json\n\n"
-    "attnserve bench minilm --callers 256 --lengths uniform:4,512 --output embedding"
+    "attnserve bench minilm --callers 256 --lengths uniform:4,512 --output embedding\n\n"
+    "attnserve bench minilm --server 10.0.0.1:8001,10.0.0.2:8001 --connections 16"
 )
 
 
@@ -75,7 +77,15 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     stream: Annotated[
         bool, typer.Option("--stream", help="Send all requests on one stream for each connection.")
     ] = False,
-    connections: Annotated[int, typer.Option("--connections", min=1, help="Connections to the server.")] = 1,
+    connections: Annotated[
+        int,
+        typer.Option(
+            "--connections",
+            min=1,
+            max=MAX_CONNECTIONS,
+            help="Connections to each address, used in turn. A server with several fronts needs several.",
+        ),
+    ] = 1,
     timeout: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds that each request may take.")] = 30.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of lengths, ids and arrivals.")] = 0,
     server: Server = DEFAULT_SERVER,

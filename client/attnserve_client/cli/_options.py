@@ -10,7 +10,13 @@ from typing import Annotated, Final, Literal
 import typer
 
 Server = Annotated[
-    str, typer.Option("--server", envvar="ATTNSERVE_SERVER", metavar="HOST:PORT", help="The server's address.")
+    str,
+    typer.Option(
+        "--server",
+        envvar="ATTNSERVE_SERVER",
+        metavar="HOST:PORT[,...]",
+        help="The server's address, or those of its replicas with commas.",
+    ),
 ]
 Timeout = Annotated[
     float, typer.Option("--timeout", min=0.001, help="Seconds until the command fails, retries included.")

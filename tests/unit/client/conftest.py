@@ -26,7 +26,7 @@ class SyncDriver:
     def __init__(self, target: Any, **arguments: Any) -> None:
         self.client = Client(target, **arguments)
         self.waits: list[float] = []
-        self.client._sleep = self.waits.append
+        self.client._calls._sleep = self.waits.append
 
     async def infer(self, *arguments: Any, **options: Any) -> Any:
         return await asyncio.to_thread(self.client.infer, *arguments, **options)
@@ -65,7 +65,7 @@ class AsyncDriver:
     def __init__(self, target: Any, **arguments: Any) -> None:
         self.client = AsyncClient(target, **arguments)
         self.waits: list[float] = []
-        self.client._sleep = self._record
+        self.client._calls._sleep = self._record
 
         self.infer = self.client.infer
         self.models = self.client.models

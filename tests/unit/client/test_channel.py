@@ -1,7 +1,7 @@
 """Targets and options of gRPC channels.
 
-`target_of` turns one or more addresses into a name that gRPC resolves. It raises ValueError for no address, for several
-host names, for a member with several addresses, and for a mixture of IPv4 and IPv6.
+`targets_of` turns addresses into the name that gRPC resolves for each. It raises ValueError for no address, and for a
+member of a list with several addresses.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from attnserve_client._channel import options_of, target_of
+from attnserve_client._channel import MAX_CONNECTIONS, check_connections, options_of, targets_of
 
 
 def test_channel_options_have_defaults_that_callers_override() -> None:
@@ -24,30 +24,41 @@ def test_channel_options_have_defaults_that_callers_override() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "name"),
+    ("target", "names"),
     [
-        ("localhost:8001", "localhost:8001"),
-        ("dns:///service:8001", "dns:///service:8001"),
-        (["localhost:8001"], "localhost:8001"),
-        (["10.0.0.1:8001"], "ipv4:10.0.0.1:8001"),
-        (["ipv4:10.0.0.1:8001", "10.0.0.2:8001"], "ipv4:10.0.0.1:8001,10.0.0.2:8001"),
-        (["[::1]:1", "[::2]:2"], "ipv6:[::1]:1,[::2]:2"),
-        (["ipv6:[::1]:1"], "ipv6:[::1]:1"),
-        (["ipv6:[::1]:1", "[::2]:2"], "ipv6:[::1]:1,[::2]:2"),
-        ("ipv4:10.0.0.1:1,10.0.0.2:2", "ipv4:10.0.0.1:1,10.0.0.2:2"),
+        ("localhost:8001", ["localhost:8001"]),
+        ("dns:///service:8001", ["dns:///service:8001"]),
+        (["localhost:8001"], ["localhost:8001"]),
+        (["10.0.0.1:8001"], ["ipv4:10.0.0.1:8001"]),
+        (["ipv4:10.0.0.1:8001", "10.0.0.2:8001"], ["ipv4:10.0.0.1:8001", "ipv4:10.0.0.2:8001"]),
+        (["[::1]:1", "[::2]:2"], ["ipv6:[::1]:1", "ipv6:[::2]:2"]),
+        (["ipv6:[::1]:1"], ["ipv6:[::1]:1"]),
+        ("ipv4:10.0.0.1:1,10.0.0.2:2", ["ipv4:10.0.0.1:1", "ipv4:10.0.0.2:2"]),
+        ("replica-1:8001, 10.0.0.2:8001", ["replica-1:8001", "ipv4:10.0.0.2:8001"]),
+        (["replica-1:8001", "[::1]:8001"], ["replica-1:8001", "ipv6:[::1]:8001"]),
     ],
 )
-def test_target_resolves_to_a_grpc_name(target: Any, name: str) -> None:
-    assert target_of(target) == name
+def test_target_resolves_to_a_grpc_name_for_each_address(target: Any, names: list[str]) -> None:
+    assert list(targets_of(target)) == names
 
 
-@pytest.mark.parametrize("target", ["", [], ["a:1", "b:2"], ["10.0.0.1:1", "[::1]:1"], ["a:1", ""]])
+@pytest.mark.parametrize("target", ["", [], ["a:1", ""], "a:1,", ","])
 def test_invalid_targets_are_refused(target: Any) -> None:
     with pytest.raises(ValueError, match="target"):
-        target_of(target)
+        targets_of(target)
 
 
 @pytest.mark.parametrize("more", [[], ["10.0.0.3:3"]])
 def test_member_with_several_addresses_is_refused(more: list[str]) -> None:
     with pytest.raises(ValueError, match=r"has the member .* several addresses"):
-        target_of(["ipv4:10.0.0.1:1,10.0.0.2:2", *more])
+        targets_of(["ipv4:10.0.0.1:1,10.0.0.2:2", *more])
+
+
+@pytest.mark.parametrize("connections", [0, -1, MAX_CONNECTIONS + 1])
+def test_number_of_connections_out_of_range_is_refused_with_its_limit(driver_class: Any, connections: int) -> None:
+    with pytest.raises(ValueError, match=rf"^connections is {connections}; it must be from 1 to 512: a few for each"):
+        driver_class("localhost:8001", connections=connections)
+
+
+def test_numbers_of_connections_within_the_limits_are_taken() -> None:
+    assert [check_connections(number) for number in (1, MAX_CONNECTIONS)] == [1, MAX_CONNECTIONS]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from attnserve_client import InvalidRequest, NotServing, Overloaded, ResponseTooLarge, RetryPolicy, ServerUnreachable
+from attnserve_client._lanes import Lanes
 from attnserve_client._retry import RetryBudget, Retrying
 from attnserve_client.errors import AttnserveError, InternalFault
 from attnserve_client.testing import FakeServer
@@ -73,28 +74,28 @@ def test_policy_refuses_values_out_of_range(wrong: dict[str, Any]) -> None:
     ],
 )
 def test_only_overload_and_unavailability_are_retried(error: AttnserveError, retried: bool) -> None:
-    attempts = retrying(RetryPolicy(), Clock()).attempts(None)
-    assert (attempts.wait_after(error) is not None) is retried
+    attempts = retrying(RetryPolicy(), Clock()).attempts(Lanes(1, 1), None)
+    assert (attempts.wait_after(attempts.begin(), error) is not None) is retried
 
 
 def test_attempts_stop_at_their_maximum() -> None:
-    attempts = retrying(RetryPolicy(max_attempts=3), Clock()).attempts(None)
-    waits = [attempts.wait_after(Overloaded("full")) for _ in range(3)]
+    attempts = retrying(RetryPolicy(max_attempts=3), Clock()).attempts(Lanes(1, 1), None)
+    waits = [attempts.wait_after(attempts.begin(), Overloaded("full")) for _ in range(3)]
     assert [wait is not None for wait in waits] == [True, True, False]
 
 
 def test_wait_past_the_deadline_is_not_started() -> None:
     clock = Clock()
-    attempts = retrying(RetryPolicy(), clock).attempts(clock.now + 1.0)
-    assert attempts.wait_after(Overloaded("full", retry_delay_s=0.5)) is not None
+    attempts = retrying(RetryPolicy(), clock).attempts(Lanes(1, 1), clock.now + 1.0)
+    assert attempts.wait_after(attempts.begin(), Overloaded("full", retry_delay_s=0.5)) is not None
     clock.now += 0.6
     assert attempts.remaining_s() == pytest.approx(0.4)
-    assert attempts.wait_after(Overloaded("full", retry_delay_s=0.5)) is None
+    assert attempts.wait_after(attempts.begin(), Overloaded("full", retry_delay_s=0.5)) is None
 
 
 def test_remaining_time_is_never_negative() -> None:
     clock = Clock()
-    attempts = retrying(RetryPolicy(), clock).attempts(clock.now + 1.0)
+    attempts = retrying(RetryPolicy(), clock).attempts(Lanes(1, 1), clock.now + 1.0)
     clock.now += 5.0
     assert attempts.remaining_s() == 0.0
 
@@ -158,8 +159,8 @@ async def test_control_without_the_budget_every_call_makes_all_attempts(
 
 async def test_timeout_covers_all_attempts(driver: Any, server: FakeServer) -> None:
     clock = itertools.count(step=1.0)  # each reading of the clock is a second later
-    retries = driver.client._retrying
-    driver.client._retrying = Retrying(retries.policy, retries.budget, lambda: float(next(clock)), lambda: 0.5)
+    retries = driver.client._calls._retrying
+    driver.client._calls._retrying = Retrying(retries.policy, retries.budget, lambda: float(next(clock)), lambda: 0.5)
     server.fail_next(server.overloaded(), times=10)
     with pytest.raises(Overloaded):
         await driver.infer("fake", "a text", timeout=6.0)

@@ -26,8 +26,9 @@ def unasync() -> ModuleType:
 
 
 def copied(tmp_path: Path) -> Path:
-    """A copy of the script and of both clients."""
+    """A copy of the script, of both clients, and of the settings of ruff."""
     script = tmp_path / "unasync.py"
+    (tmp_path / "pyproject.toml").write_bytes((SCRIPT.parents[1] / "pyproject.toml").read_bytes())
     script.write_bytes(SCRIPT.read_bytes())
     for name in ("_async", "_sync"):
         source = SCRIPT.parent / "attnserve_client" / name

@@ -1,0 +1,132 @@
+"""Which connection takes an attempt or a stream, by counts and times only: nothing here sends or waits.
+
+A *peer* is one address of the target, a *lane* is one connection to it, and a *turn* is one attempt or stream on a
+lane. The lane with the fewest turns is next. A lane that failed is avoided for a while, because its failures come
+quickly: without that, the lane with the fewest turns would be the broken one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Final
+
+from attnserve_client.errors import AttnserveError, ServerUnreachable
+
+FIRST_AVOIDANCE_S: Final = 1.0
+LONGEST_AVOIDANCE_S: Final = 5.0
+"""Seconds for which a failed lane is avoided: 1, 2, 4 and then 5. After each, one attempt tries the lane."""
+
+
+@dataclass(eq=False, slots=True)
+class Peer:
+    """One address."""
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """One connection. Guarded by the lock of its `Lanes`.
+
+    Attributes:
+        number: Its place among all lanes.
+        peer: Its address.
+        turns: Attempts and streams that run on it.
+        streams: The streams among them.
+        misses: 1 and the attempts that tried it again in vain, since its last answer; 0 for a lane that works.
+        avoided_until: The time at which one attempt may try it again; on the clock of its `Lanes`, in seconds.
+    """
+
+    number: int
+    peer: Peer
+    turns: int = 0
+    streams: int = 0
+    misses: int = 0
+    avoided_until: float = 0.0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Turn:
+    """One attempt or stream on a lane; `probe`: the attempt that tries a failed lane again."""
+
+    lane: Lane
+    stream: bool
+    probe: bool
+
+
+class Lanes:
+    """The lanes of one client. Any thread may use them.
+
+    Args:
+        peers: Number of addresses.
+        connections: Lanes of each address. Lane number n is to address n modulo `peers`.
+        clock: Monotonic clock in seconds.
+    """
+
+    def __init__(self, peers: int, connections: int, clock: Callable[[], float] = time.monotonic) -> None:
+        addresses = [Peer() for _ in range(peers)]
+        self.peers = peers
+        self._lanes = [Lane(number, peer) for number, peer in enumerate(addresses * connections)]
+        self._next = 0
+        self._clock = clock
+        self._lock = Lock()
+
+    def take(self, tried: Sequence[Turn] = (), *, stream: bool = False) -> Turn:
+        """Begin a turn on the best lane.
+
+        Lanes that are not avoided come first, then those of addresses, and those lanes, that the call has not `tried`,
+        then those with the fewest streams for a stream, then those with the fewest turns. Equal lanes take turns.
+        """
+        lanes, tried_peers, tried_lanes = self._lanes, [turn.lane.peer for turn in tried], [turn.lane for turn in tried]
+        with self._lock:
+            now = self._clock()
+            best, least = lanes[0], None
+            for place in range(self._next, self._next + len(lanes)):
+                lane = lanes[place % len(lanes)]
+                # The first attempt of a call tries a failed lane again; a second one must not fail for that.
+                avoided = lane.misses > 0 and (bool(tried) or now < lane.avoided_until)
+                badness = (
+                    avoided,
+                    lane.peer in tried_peers,
+                    lane in tried_lanes,
+                    lane.streams if stream else 0,
+                    lane.turns,
+                )
+                if least is None or badness < least:
+                    best, least = lane, badness
+            self._next = (best.number + 1) % len(lanes)
+            probe = least is not None and best.misses > 0 and not least[0]
+            if probe:
+                best.avoided_until = now + _avoidance_s(best.misses)
+            best.turns += 1
+            best.streams += stream
+            return Turn(best, stream, probe)
+
+    def leave(self, turn: Turn) -> None:
+        """End a turn, however it ended."""
+        with self._lock:
+            turn.lane.turns -= 1
+            turn.lane.streams -= turn.stream
+
+    def answered(self, turn: Turn) -> None:
+        """Record that the server answered on the lane."""
+        turn.lane.misses = 0
+
+    def failed(self, turn: Turn, error: AttnserveError) -> None:
+        """Record what a failure means for the lane. If no server answered, attempts avoid the lane for a while."""
+        if isinstance(error, ServerUnreachable):
+            self._missed(turn)
+        elif error.reason:  # a server of attnserve sent it
+            self.answered(turn)
+
+    def _missed(self, turn: Turn) -> None:
+        lane = turn.lane
+        with self._lock:
+            if turn.probe or not lane.misses:  # turns that fail together are one miss
+                lane.misses += 1
+                lane.avoided_until = self._clock() + _avoidance_s(lane.misses)
+
+
+def _avoidance_s(misses: int) -> float:
+    return min(LONGEST_AVOIDANCE_S, FIRST_AVOIDANCE_S * 2.0 ** min(misses - 1, 8))

@@ -1,0 +1,69 @@
+# Generated from _async/calls.py by client/unasync.py: change that file, then run `make client`.
+"""The attempts of a call in the client for threads: on which connection, and again after which failures."""
+
+from __future__ import annotations
+
+import time
+
+from attnserve_client._connection import Connections, Method, RequestT, ResponseT
+from attnserve_client._retry import Retrying
+from attnserve_client.errors import AttnserveError, ServerUnreachable
+
+
+class Calls:
+    """Sends requests over the connections to a server, under a policy of retries."""
+
+    def __init__(self, connections: Connections, retrying: Retrying) -> None:
+        self._connections = connections
+        self._retrying = retrying
+        self._sleep = time.sleep
+
+    def deadline(self, timeout_s: float | None) -> float | None:
+        """Return the time on the retry clock at which a timeout that starts now ends; None for no timeout."""
+        return self._retrying.deadline(timeout_s)
+
+    def call(
+        self,
+        method: Method[RequestT, ResponseT],
+        request: RequestT,
+        deadline: float | None,
+        request_id: str = "",
+    ) -> ResponseT:
+        """Send a request, again after each failure that allows it, until `deadline` on the retry clock.
+
+        Raises:
+            AttnserveError: The last attempt failed.
+        """
+        attempts = self._retrying.attempts(self._connections.lanes, deadline)
+        while True:
+            turn = attempts.begin()
+            try:
+                response = self._connections.call(turn, method, request, attempts.remaining_s(), request_id)
+            except AttnserveError as error:
+                wait_s = attempts.wait_after(turn, error)
+                if wait_s is None:
+                    raise
+            else:
+                attempts.succeeded(turn)
+                return response
+            self._sleep(wait_s)
+
+    def once(self, method: Method[RequestT, ResponseT], request: RequestT, timeout_s: float) -> ResponseT:
+        """Send a request once to a server that can be reached: at most one attempt to each address.
+
+        Raises:
+            AttnserveError: The attempt failed; ServerUnreachable if no address could be reached.
+        """
+        deadline = self._retrying.deadline(timeout_s)
+        attempts = self._retrying.attempts(self._connections.lanes, deadline)
+        while True:
+            turn = attempts.begin()
+            try:
+                response = self._connections.call(turn, method, request, attempts.remaining_s())
+            except AttnserveError as error:
+                self._connections.lanes.failed(turn, error)
+                if not isinstance(error, ServerUnreachable) or attempts.made >= self._connections.lanes.peers:
+                    raise
+            else:
+                self._connections.lanes.answered(turn)
+                return response
