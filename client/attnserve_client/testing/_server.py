@@ -71,7 +71,9 @@ class FakeServer:
         self._failures: deque[AttnserveError] = deque()  # taken by the server's threads, single operations only
         self._stopping = threading.Event()
         self._arrived = threading.Condition()
-        self._server = grpc.server(futures.ThreadPoolExecutor(_THREADS))
+        # The client pings more often than gRPC's servers permit by default.
+        options = [("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000)]
+        self._server = grpc.server(futures.ThreadPoolExecutor(_THREADS), options=options)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(_Servicer(self), self._server)
         self._server.add_generic_rpc_handlers((self._health(),))
         self._port = self._server.add_insecure_port("127.0.0.1:0")

@@ -20,7 +20,7 @@ def test_channel_options_have_defaults_that_callers_override() -> None:
     assert options["grpc.max_receive_message_length"] == options["grpc.max_send_message_length"] == 64 << 20
     assert options["grpc.keepalive_permit_without_calls"] == 0
     assert options["grpc.keepalive_time_ms"] == 1, "the caller's own options win"
-    assert dict(options_of({}))["grpc.keepalive_time_ms"] == 30_000
+    assert dict(options_of({}))["grpc.keepalive_time_ms"] == 8_000
 
 
 @pytest.mark.parametrize(
