@@ -81,14 +81,26 @@ class AsyncConnections:
             AttnserveError: The attempt failed.
         """
         try:
+            return await self.send(turn, method, request, timeout_s, request_id)
+        finally:
+            self.lanes.leave(turn)
+
+    async def send(
+        self,
+        turn: Turn,
+        method: AsyncMethod[RequestT, ResponseT],
+        request: RequestT,
+        timeout_s: float | None,
+        request_id: str,
+    ) -> ResponseT:
+        """Do what `call` does, but leave the turn to the caller."""
+        try:
             return await method(self._stub(turn))(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, request_id) from error
         except asyncio.CancelledError:
             self.raise_if_ended_by_close()
             raise
-        finally:
-            self.lanes.leave(turn)
 
     def stream(self, feed: AsyncFeed, exchange: Exchange) -> AsyncStream:
         """Open a stream that sends what `feed` yields."""
@@ -241,6 +253,20 @@ class Connections:
             raise
         finally:
             self.lanes.leave(turn)
+
+    def send(
+        self, turn: Turn, method: Method[RequestT, ResponseT], request: RequestT, timeout_s: float | None
+    ) -> grpc.Future[ResponseT]:
+        """Start to do what `call` does, and leave the turn to the caller. The future raises gRPC's errors.
+
+        Raises:
+            RequestCancelled: The connections are closed.
+        """
+        try:
+            return method(self._stub(turn)).future(request, timeout=timeout_s, metadata=self._metadata)
+        except ValueError:
+            self._raise_if_closed()
+            raise
 
     def stream(self, feed: Feed, exchange: Exchange) -> Stream:
         """Open a stream that sends what `feed` yields."""

@@ -1,4 +1,4 @@
-"""Which connection takes an attempt or a stream, by counts and times only: nothing here sends or waits.
+"""Which connection takes an attempt or a stream, and what its failure means: counts and times only, no input or output.
 
 A *peer* is one address of the target, a *lane* is one connection to it, and a *turn* is one attempt or stream on a
 lane. The lane with the fewest turns is next. A lane that failed is avoided for a while, because its failures come
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Final
 
+from attnserve_client._status import is_lost_connection
 from attnserve_client.errors import AttnserveError, ServerUnreachable
 
 FIRST_AVOIDANCE_S: Final = 1.0
@@ -22,7 +23,15 @@ LONGEST_AVOIDANCE_S: Final = 5.0
 
 @dataclass(eq=False, slots=True)
 class Peer:
-    """One address."""
+    """One address. Guarded by the lock of its `Lanes`.
+
+    Attributes:
+        losses: How often its connections were lost. All turns that run at a loss are part of it.
+        proven: Whether it answered a turn that began after the last loss; True before the first one.
+    """
+
+    losses: int = 0
+    proven: bool = True
 
 
 @dataclass(eq=False, slots=True)
@@ -48,11 +57,19 @@ class Lane:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Turn:
-    """One attempt or stream on a lane; `probe`: the attempt that tries a failed lane again."""
+    """One attempt or stream on a lane.
+
+    Attributes:
+        lane: The lane.
+        stream: Whether it is a stream.
+        probe: Whether it tries a failed lane again.
+        losses: The losses of the lane's peer when it began.
+    """
 
     lane: Lane
     stream: bool
     probe: bool
+    losses: int
 
 
 class Lanes:
@@ -101,7 +118,7 @@ class Lanes:
                 best.avoided_until = now + _avoidance_s(best.misses)
             best.turns += 1
             best.streams += stream
-            return Turn(best, stream, probe)
+            return Turn(best, stream, probe, best.peer.losses)
 
     def leave(self, turn: Turn) -> None:
         """End a turn, however it ended."""
@@ -111,21 +128,41 @@ class Lanes:
 
     def answered(self, turn: Turn) -> None:
         """Record that the server answered on the lane."""
-        turn.lane.misses = 0
-
-    def failed(self, turn: Turn, error: AttnserveError) -> None:
-        """Record what a failure means for the lane. If no server answered, attempts avoid the lane for a while."""
-        if isinstance(error, ServerUnreachable):
-            self._missed(turn)
-        elif error.reason:  # a server of attnserve sent it
-            self.answered(turn)
-
-    def _missed(self, turn: Turn) -> None:
         lane = turn.lane
+        with self._lock:
+            lane.misses = 0
+            lane.peer.proven = lane.peer.proven or turn.losses == lane.peer.losses
+
+    def failed(self, turn: Turn, error: AttnserveError) -> float:
+        """Record what a failure means for the lane. Return the tokens that it takes from the budget of retries.
+
+        If no server answered, attempts avoid the lane for a while. The loss of a connection is one failure, of 1 token,
+        however many turns it ends: those that ran at the loss take nothing more.
+        """
+        if isinstance(error, ServerUnreachable):
+            return self._missed(turn, lost=is_lost_connection(error))
+        if error.reason:  # a server of attnserve sent it
+            self.answered(turn)
+        return 1.0
+
+    def stalled(self, turn: Turn) -> float:
+        """Record that a turn had no answer for too long, as `failed` does for a lost connection."""
+        return self._missed(turn, lost=True)
+
+    def _missed(self, turn: Turn, *, lost: bool) -> float:
+        lane, peer = turn.lane, turn.lane.peer
         with self._lock:
             if turn.probe or not lane.misses:  # turns that fail together are one miss
                 lane.misses += 1
                 lane.avoided_until = self._clock() + _avoidance_s(lane.misses)
+            if not lost:
+                return 1.0
+            if turn.probe or turn.losses < peer.losses:
+                return 0.0  # a probe is limited by time, a turn of an earlier loss by the turns that ran then
+            if peer.proven:
+                peer.losses += 1
+                peer.proven = False
+            return 1.0
 
 
 def _avoidance_s(misses: int) -> float:

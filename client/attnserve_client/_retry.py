@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ class RetryPolicy:
     `initial_backoff_s * multiplier ** (n - 1)` or `max_backoff_s`, whichever is less (full jitter). Each client has one
     budget. A retryable failure takes 1 token from it, a success returns `budget_return`. No request is retried while at
     most half of `budget_tokens` is left, which limits attempts per call to about 1 + `budget_return` when a server
-    keeps failing.
+    keeps failing. The loss of a connection is one failure, however many calls it ends.
 
     Source: Brooker 2015, "Exponential Backoff And Jitter"; gRPC proposal A6, "gRPC Retry Design", on throttling.
 
@@ -36,6 +37,11 @@ class RetryPolicy:
         max_backoff_s: Greatest random wait after any attempt, in seconds.
         budget_tokens: Size of the budget, which starts full.
         budget_return: Tokens that a success returns.
+        attempt_timeout_s: Seconds after which an attempt without an answer is cancelled, and the call is tried at
+            another replica; None for no limit. Where policy or budget allow no further attempt, the last one continues
+            until the call's timeout.
+        hedge_after_s: Seconds after which an attempt without an answer gets a second one beside it at another replica.
+            The first answer counts, and the other attempt is cancelled. Each takes 1 token. None for none.
 
     Raises:
         ValueError: A value is out of range.
@@ -47,6 +53,8 @@ class RetryPolicy:
     max_backoff_s: float = 5.0
     budget_tokens: float = 10.0
     budget_return: float = 0.1
+    attempt_timeout_s: float | None = None
+    hedge_after_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -56,6 +64,15 @@ class RetryPolicy:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.multiplier < 1:
             raise ValueError(f"multiplier is {self.multiplier}; it must be at least 1, which keeps waits constant")
+        for name in ("attempt_timeout_s", "hedge_after_s"):
+            given = getattr(self, name)
+            if given is not None and not 0 < given < math.inf:
+                raise ValueError(f"{name} is {given}; it must be above 0 and finite, or None, which turns it off")
+
+    @property
+    def watches(self) -> bool:
+        """Whether attempts are watched while they run."""
+        return self.attempt_timeout_s is not None or self.hedge_after_s is not None
 
     def backoff_s(self, attempt: int, retry_delay_s: float | None, jitter: float) -> float:
         """Return the wait after a failed attempt, in seconds.
@@ -89,11 +106,18 @@ class RetryBudget:
         with self._lock:
             self._tokens = min(self._policy.budget_tokens, self._tokens + self._policy.budget_return)
 
-    def failed(self) -> bool:
-        """Take the token of a failure. Return whether a retry is allowed."""
+    def failed(self, tokens: float = 1.0) -> bool:
+        """Take the tokens of a failure. Return whether a retry is allowed."""
         with self._lock:
-            self._tokens = max(0.0, self._tokens - 1.0)
+            self._tokens = max(0.0, self._tokens - tokens)
             return self._tokens > self._policy.budget_tokens / 2
+
+    def hedged(self) -> bool:
+        """Take the token of a second attempt beside one that runs. Return False, and take nothing, if none is left."""
+        with self._lock:
+            allowed = self._tokens - 1.0 >= self._policy.budget_tokens / 2
+            self._tokens -= allowed
+            return allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +151,10 @@ class Attempts:
     lanes: Lanes
     deadline: float | None
     tried: list[Turn] = field(default_factory=list)
+    _begun: dict[Turn, float] = field(default_factory=dict)
+    """The time at which each attempt that runs began, oldest first."""
+    _final: bool = False
+    """Whether no further attempt is allowed while one runs."""
 
     @property
     def made(self) -> int:
@@ -137,6 +165,7 @@ class Attempts:
         """Begin the next attempt, on a connection that the call has not tried where there is one."""
         turn = self.lanes.take(self.tried)
         self.tried.append(turn)
+        self._begun[turn] = self.retrying.clock()
         return turn
 
     def remaining_s(self) -> float | None:
@@ -150,13 +179,49 @@ class Attempts:
 
     def wait_after(self, turn: Turn, error: AttnserveError) -> float | None:
         """Record a failed attempt. Return the seconds to wait before the next one, or None if `error` is final."""
-        self.lanes.failed(turn, error)
+        self._begun.pop(turn, None)
+        tokens = self.lanes.failed(turn, error)
         if not is_retryable(error):
             return None
-        allowed = self.retrying.budget.failed()
+        allowed = self.retrying.budget.failed(tokens)
         if not allowed or self.made >= self.retrying.policy.max_attempts:
             return None
         wait_s = self.retrying.policy.backoff_s(self.made, error.retry_delay_s, self.retrying.jitter())
         remaining_s = self.remaining_s()
         # A wait past the deadline leaves no time for an attempt: raise the cause now, not DeadlineExpired later.
         return None if remaining_s is not None and wait_s >= remaining_s else wait_s
+
+    def patience_s(self) -> float | None:
+        """Return the seconds until a running attempt is overdue, at least 0; None if none will be."""
+        due_s = self._due_s()
+        return None if due_s is None else max(0.0, due_s - self.retrying.clock())
+
+    def overdue(self) -> tuple[Turn | None, bool]:
+        """Return what to do about an overdue attempt: the attempt to cancel, if any, and whether to begin another."""
+        due_s, now, policy = self._due_s(), self.retrying.clock(), self.retrying.policy
+        if due_s is None or now < due_s:
+            return None, False
+        turn, begun_s = next(iter(self._begun.items()))
+        limit_s, budget = policy.attempt_timeout_s, self.retrying.budget
+        more = self.made < policy.max_attempts
+        if limit_s is None or now < begun_s + limit_s:  # it is time for a hedge
+            self._final = not (more and budget.hedged())
+            return None, not self._final
+        beside = len(self._begun) > 1
+        if not budget.failed(self.lanes.stalled(turn)) or not (more or beside):
+            self._final = True
+            return None, False
+        del self._begun[turn]
+        return turn, not beside
+
+    def _due_s(self) -> float | None:
+        """Return the time at which the oldest running attempt is overdue; None if it never is."""
+        if self._final or not self._begun:
+            return None
+        policy, begun_s = self.retrying.policy, next(iter(self._begun.values()))
+        waits_s = [
+            wait_s
+            for wait_s in (policy.attempt_timeout_s, policy.hedge_after_s if len(self._begun) == 1 else None)
+            if wait_s is not None
+        ]
+        return begun_s + min(waits_s) if waits_s else None

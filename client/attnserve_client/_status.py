@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import grpc
@@ -39,6 +40,8 @@ BY_REASON: Final[dict[str, type[AttnserveError]]] = {
     "DEADLINE_EXPIRED": DeadlineExpired,
     "CANCELLED": RequestCancelled,
     "INTERNAL": InternalFault,
+    # The request may be what ended the engine, so it must not reach another one.
+    "ENGINE_CRASHED": InternalFault,
 }
 
 # For failures without details of attnserve: from gRPC itself, a proxy, or another service at that address. There,
@@ -54,12 +57,30 @@ BY_CODE: Final[dict[str, type[AttnserveError]]] = {
 # Replaces gRPC's messages, which vary with the place where the deadline was noticed.
 _MESSAGES: Final = {"DEADLINE_EXCEEDED": "the timeout passed before the response arrived"}
 
+# The messages of grpcio 1.76 to 1.85. A message that is not listed counts as a refusal, so retries are fewer, not more.
+_LOST: Final = re.compile(
+    r"(stream removed \()?"
+    r"(socket closed|ping timeout|keepalive|cancelling all calls|goaway|connection reset|broken pipe|recvmsg|sendmsg"
+    r"|endpoint|transport)"
+    r"|failed to connect to all addresses|connections to all backends failing|errors resolving|dns resolution failed",
+    re.IGNORECASE,
+)
+
 _RETRYABLE: Final = (NotServing, Overloaded)
 
 
 def is_retryable(error: AttnserveError) -> bool:
     """Return whether a retry of the same request may succeed. All calls of the service are idempotent."""
     return isinstance(error, _RETRYABLE)
+
+
+def is_lost_connection(error: AttnserveError) -> bool:
+    """Return whether gRPC itself made the error, because a connection broke or could not be opened.
+
+    Then all calls of the connection have it at the same time. A server, or a proxy before it, that refuses requests
+    sends UNAVAILABLE for each of them; without details, only the message distinguishes the two.
+    """
+    return isinstance(error, ServerUnreachable) and not error.reason and _LOST.match(error.message) is not None
 
 
 def from_rpc_error(error: Any, request_id: str = "") -> AttnserveError:

@@ -6,13 +6,16 @@ The tiny model has two layers of attention over ten words. The server runs in th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import grpc
 import pytest
+from attnserve_client import AsyncClient, Client
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
+from callers import Caller
 from gated import Gate
 from tiny_bundle import write_tiny_files, write_tiny_repository
 
@@ -29,6 +32,12 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def tiny_repository(tmp_path_factory: pytest.TempPathFactory, tiny_files: dict[str, Path]) -> Path:
     """The models `tiny`, versions 1 and 2, and `plain`, which takes tensors only."""
     return write_tiny_repository(tmp_path_factory.mktemp("repository"), tiny_files)
+
+
+@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
+def caller(request: pytest.FixtureRequest) -> Callable[..., Caller]:
+    """Makes a client of either kind, from a target and options."""
+    return partial(Caller, request.param)
 
 
 @pytest.fixture

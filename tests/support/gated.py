@@ -32,11 +32,13 @@ class Gate:
     is_open: bool = False
     seconds_per_token: float | None = None
     full: AttnserveError | None = None
-    """Refuses requests before they are prepared."""
+    """Refuses requests before they are prepared; `refused` counts them."""
+    refused: int = 0
 
     def check_room(self, deadline: float | None) -> None:
         """Raise `full`, if it is set."""
         if self.full is not None:
+            self.refused += 1
             raise self.full
 
     def load(self) -> Load:

@@ -65,16 +65,17 @@ def command(name: str) -> str:
 
 
 @contextlib.contextmanager
-def serve(repository: Path, folder: Path, *arguments: str) -> Iterator[RunningServer]:
+def serve(repository: Path, folder: Path, *arguments: str, exit_code: int = 0) -> Iterator[RunningServer]:
     """Runs `attnserve-server serve` on free loopback ports until the block ends, then expects a clean exit.
 
     Args:
         repository: the models.
         folder: for the server's log and the file of its ports; one server at a time.
         arguments: further flags of the command.
+        exit_code: the expected code; -9 where the test kills the server.
 
     Raises:
-        AssertionError: with the log, if the server is not ready in 60 s, ends early, or exits with another code than 0.
+        AssertionError: with the log, if the server is not ready in 60 s, ends early, or exits with another code.
         TimeoutExpired: it runs 60 s after SIGTERM. It is killed.
     """
     ports_file, log = folder / "ports.json", folder / "server.log"
@@ -91,7 +92,7 @@ def serve(repository: Path, folder: Path, *arguments: str) -> Iterator[RunningSe
         ports = json.loads(ports_file.read_text())
         yield RunningServer(process, ports["grpc"], ports["http"], log)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0, log.read_text()
+        assert process.wait(timeout=60) == exit_code, log.read_text()
     finally:
         if process.poll() is None:
             process.kill()

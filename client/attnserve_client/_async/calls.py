@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from attnserve_client._connection import AsyncConnections, AsyncMethod, RequestT, ResponseT
+from attnserve_client._race import AsyncRace
 from attnserve_client._retry import Retrying
+from attnserve_client._status import is_retryable
 from attnserve_client.errors import AttnserveError, ServerUnreachable
 
 
@@ -33,6 +35,8 @@ class AsyncCalls:
         Raises:
             AttnserveError: The last attempt failed.
         """
+        if self._retrying.policy.watches:
+            return await self._watched(method, request, deadline, request_id)
         attempts = self._retrying.attempts(self._connections.lanes, deadline)
         while True:
             turn = attempts.begin()
@@ -66,3 +70,30 @@ class AsyncCalls:
             else:
                 self._connections.lanes.answered(turn)
                 return response
+
+    async def _watched(
+        self, method: AsyncMethod[RequestT, ResponseT], request: RequestT, deadline: float | None, request_id: str
+    ) -> ResponseT:
+        """Do what `call` does under a policy that limits or hedges attempts."""
+        attempts = self._retrying.attempts(self._connections.lanes, deadline)
+        async with AsyncRace(self._connections, method, request, request_id) as race:
+            race.start(attempts.begin(), attempts.remaining_s())
+            while True:
+                ended = await race.ended(attempts.patience_s())
+                if ended is None:
+                    late, again = attempts.overdue()
+                    if late is not None:
+                        race.cancel(late)
+                    if again:
+                        race.start(attempts.begin(), attempts.remaining_s())
+                elif isinstance(ended.outcome, AttnserveError):
+                    wait_s = attempts.wait_after(ended.turn, ended.outcome)
+                    if race.running and is_retryable(ended.outcome):
+                        continue  # the other attempt may still succeed
+                    if wait_s is None:
+                        raise ended.outcome
+                    await self._sleep(wait_s)
+                    race.start(attempts.begin(), attempts.remaining_s())
+                else:
+                    attempts.succeeded(ended.turn)
+                    return ended.outcome

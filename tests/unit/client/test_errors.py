@@ -10,8 +10,8 @@ import re
 
 import pytest
 from attnserve_client import AttnserveError, InvalidRequest, errors
-from attnserve_client._status import BY_CODE, BY_REASON, from_status_bytes
-from attnserve_client.errors import BadAnswer
+from attnserve_client._status import BY_CODE, BY_REASON, from_status_bytes, is_lost_connection
+from attnserve_client.errors import BadAnswer, DeadlineExpired, NotServing, ServerUnreachable
 from attnserve_client.testing._refusals import status_of
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -83,3 +83,25 @@ def test_errors_survive_pickling() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is InvalidRequest
     assert (again.message, again.violations, again.code) == (error.message, error.violations, error.code)
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("Stream removed (Socket closed)", True),  # grpcio 1.83
+        ("Socket closed", True),  # grpcio 1.76
+        ("Stream removed (ping timeout)", True),
+        ("Cancelling all calls", True),
+        ("failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Connection refused", True),
+        ("connections to all backends failing; last error: UNKNOWN: ipv4:127.0.0.1:1: Connection refused", True),
+        ("errors resolving nowhere.invalid:1: [field:hostname lookup error:address lookup failed]", True),
+        ("no healthy upstream", False),
+        ("upstream connect error or disconnect/reset before headers. reset reason: connection termination", False),
+        ("the server said: Socket closed", False),
+        ("unavailable", False),
+    ],
+)
+def test_messages_of_a_lost_connection_differ_from_those_of_a_refusal(message: str, lost: bool) -> None:
+    assert is_lost_connection(ServerUnreachable(message, code="UNAVAILABLE")) is lost
+    assert not is_lost_connection(NotServing(message, code="UNAVAILABLE", reason="NOT_SERVING"))
+    assert not is_lost_connection(DeadlineExpired(message, code="DEADLINE_EXCEEDED"))

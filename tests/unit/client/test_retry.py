@@ -7,14 +7,26 @@ server; both are fixtures of conftest.py.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import threading
 from typing import Any
 
+import grpc
 import pytest
-from attnserve_client import InvalidRequest, NotServing, Overloaded, ResponseTooLarge, RetryPolicy, ServerUnreachable
+from attnserve.v1 import inference_service_pb2 as wire
+from attnserve_client import (
+    AsyncClient,
+    InvalidRequest,
+    NotServing,
+    Overloaded,
+    ResponseTooLarge,
+    RetryPolicy,
+    ServerUnreachable,
+)
 from attnserve_client._lanes import Lanes
 from attnserve_client._retry import RetryBudget, Retrying
-from attnserve_client.errors import AttnserveError, InternalFault
+from attnserve_client.errors import AttnserveError, InternalFault, RequestCancelled
 from attnserve_client.testing import FakeServer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,6 +73,13 @@ def test_policy_refuses_values_out_of_range(wrong: dict[str, Any]) -> None:
         RetryPolicy(**wrong)
 
 
+@pytest.mark.parametrize("name", ["attempt_timeout_s", "hedge_after_s"])
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+def test_policy_refuses_limits_that_are_no_time(name: str, wrong: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is {wrong}; it must be above 0 and finite, or None"):
+        RetryPolicy(**{name: wrong})
+
+
 @pytest.mark.parametrize(
     ("error", "retried"),
     [
@@ -70,6 +89,7 @@ def test_policy_refuses_values_out_of_range(wrong: dict[str, Any]) -> None:
         (ResponseTooLarge("too large"), False),
         (InvalidRequest("wrong"), False),
         (InternalFault("ours"), False),
+        (InternalFault("the engine ended", code="INTERNAL", reason="ENGINE_CRASHED"), False),
         (AttnserveError("message too large", code="RESOURCE_EXHAUSTED"), False),
     ],
 )
@@ -118,6 +138,263 @@ def test_budget_is_never_negative() -> None:
     assert budget.tokens == 0
 
 
+LOST = "Stream removed (Socket closed)"
+
+
+def lost() -> ServerUnreachable:
+    return ServerUnreachable(LOST, code="UNAVAILABLE")
+
+
+def test_calls_that_one_lost_connection_ends_take_one_token_together() -> None:
+    policies, lanes = retrying(RetryPolicy(budget_tokens=10), Clock()), Lanes(2, 1)
+    calls = [policies.attempts(lanes, None) for _ in range(64)]
+    turns = [call.begin() for call in calls]
+    ended = [(call, turn) for call, turn in zip(calls, turns, strict=True) if turn.lane.number == 0]
+    waits = [call.wait_after(turn, lost()) for call, turn in ended]
+    assert len(waits) == 32
+    assert None not in waits
+    assert policies.budget.tokens == 9.0
+    assert {call.begin().lane.number for call, _ in ended} == {1}, "they are made again at the other address"
+
+
+def test_connections_of_one_address_are_lost_together() -> None:
+    policies, lanes = retrying(RetryPolicy(budget_tokens=10), Clock()), Lanes(2, 8)
+    calls = [policies.attempts(lanes, None) for _ in range(64)]
+    turns = [call.begin() for call in calls]
+    peer = turns[0].lane.peer
+    for call, turn in zip(calls, turns, strict=True):
+        if turn.lane.peer is peer:
+            assert call.wait_after(turn, lost()) is not None
+    assert policies.budget.tokens == 9.0
+
+
+def test_refusals_of_a_proxy_take_a_token_each() -> None:
+    policies, lanes = retrying(RetryPolicy(budget_tokens=10), Clock()), Lanes(1, 1)
+    calls = [policies.attempts(lanes, None) for _ in range(64)]
+    waits = [call.wait_after(call.begin(), ServerUnreachable("no healthy upstream")) for call in calls]
+    assert [wait is not None for wait in waits] == [True] * 4 + [False] * 60
+
+
+def test_losses_without_an_answer_between_them_take_a_token_each() -> None:
+    policies, lanes = retrying(RetryPolicy(budget_tokens=10), Clock()), Lanes(1, 1)
+    waits = []
+    for _ in range(6):
+        call = policies.attempts(lanes, None)
+        waits.append(call.wait_after(call.begin(), lost()))
+    assert [wait is not None for wait in waits] == [True] * 4 + [False] * 2
+
+
+def test_a_second_loss_after_an_answer_is_one_failure_again() -> None:
+    policies, lanes = retrying(RetryPolicy(budget_tokens=10, budget_return=0.0), Clock()), Lanes(1, 1)
+    for number in (1, 2, 3):
+        calls = [policies.attempts(lanes, None) for _ in range(20)]
+        turns = [call.begin() for call in calls]
+        for call, turn in zip(calls, turns, strict=True):
+            call.wait_after(turn, lost())
+        assert policies.budget.tokens == 10 - number
+        answered = policies.attempts(lanes, None)
+        answered.succeeded(answered.begin())
+
+
+def test_an_attempt_that_tries_a_lost_connection_again_takes_no_token() -> None:
+    clock = Clock()
+    policies, lanes = retrying(RetryPolicy(budget_tokens=10), clock), Lanes(2, 1, clock)
+    first = policies.attempts(lanes, None)
+    first.wait_after(first.begin(), lost())
+    for _ in range(20):
+        clock.now += 6.0
+        turns = [policies.attempts(lanes, None) for _ in range(2)]
+        begun = [(call, call.begin()) for call in turns]
+        (probe,) = [(call, turn) for call, turn in begun if turn.probe]
+        assert probe[0].wait_after(probe[1], lost()) is not None
+    assert policies.budget.tokens == 9.0
+
+
+# -- limits and hedges of attempts
+
+
+def test_attempt_over_its_limit_is_cut_and_another_begun_elsewhere() -> None:
+    clock = Clock()
+    call = retrying(RetryPolicy(attempt_timeout_s=2.0), clock).attempts(Lanes(2, 1, clock), clock.now + 20)
+    first = call.begin()
+    assert call.patience_s() == pytest.approx(2.0)
+    clock.now += 1.5
+    assert call.overdue() == (None, False), "it is not due yet"
+    assert call.patience_s() == pytest.approx(0.5)
+    clock.now += 0.5
+    assert call.overdue() == (first, True)
+    assert call.begin().lane is not first.lane
+
+
+def test_attempts_that_one_stalled_server_holds_take_one_token_together() -> None:
+    clock = Clock()
+    policies, lanes = retrying(RetryPolicy(attempt_timeout_s=2.0, budget_tokens=10), clock), Lanes(2, 1, clock)
+    calls = [policies.attempts(lanes, None) for _ in range(64)]
+    turns = [call.begin() for call in calls]
+    clock.now += 3.0
+    held = [call for call, turn in zip(calls, turns, strict=True) if turn.lane.number == 0]
+    assert [call.overdue()[1] for call in held] == [True] * 32
+    assert policies.budget.tokens == 9.0
+
+
+def test_last_attempt_continues_until_the_deadline() -> None:
+    clock = Clock()
+    policy = RetryPolicy(attempt_timeout_s=1.0, max_attempts=2)
+    call = retrying(policy, clock).attempts(Lanes(2, 1, clock), clock.now + 20)
+    call.begin()
+    clock.now += 1.0
+    assert call.overdue()[1]
+    call.begin()
+    clock.now += 1.0
+    assert call.overdue() == (None, False)
+    assert call.patience_s() is None
+
+
+def test_attempts_at_a_server_that_never_answers_are_cut_only_while_the_budget_lasts() -> None:
+    clock = Clock()
+    policies, lanes = retrying(RetryPolicy(attempt_timeout_s=1.0, budget_tokens=10), clock), Lanes(1, 1, clock)
+    cut = 0
+    for _ in range(20):
+        call = policies.attempts(lanes, None)
+        call.begin()
+        clock.now += 1.0
+        cut += call.overdue()[1]
+    assert 4 <= cut <= 10, "one for each token above the half, and the attempts that try the connection again"
+
+
+def test_hedge_runs_beside_the_first_attempt_at_another_address() -> None:
+    clock = Clock()
+    policies, lanes = retrying(RetryPolicy(hedge_after_s=0.5), clock), Lanes(2, 1, clock)
+    call = policies.attempts(lanes, None)
+    first = call.begin()
+    clock.now += 0.5
+    assert call.overdue() == (None, True)
+    second = call.begin()
+    assert second.lane is not first.lane
+    assert call.patience_s() is None, "one hedge at a time"
+    assert policies.budget.tokens == 9.0
+    call.wait_after(first, Overloaded("full"))
+    assert call.patience_s() == pytest.approx(0.5), "the second attempt is alone now"
+
+
+def test_hedges_take_what_the_budget_has_above_its_half_and_then_a_tenth_of_the_calls() -> None:
+    clock = Clock()
+    policies, lanes = retrying(RetryPolicy(hedge_after_s=0.5, budget_tokens=10), clock), Lanes(2, 1, clock)
+    hedges = []
+    for _ in range(105):
+        call = policies.attempts(lanes, None)
+        turn = call.begin()
+        clock.now += 0.5
+        hedges.append(call.overdue()[1])
+        call.succeeded(turn)
+        lanes.leave(turn)
+    assert hedges[:5] == [True] * 5
+    assert sum(hedges) <= 5 + 11  # 0.1 token for each success
+
+
+def test_hedge_and_limit_cut_the_older_attempt_and_keep_the_newer() -> None:
+    clock = Clock()
+    policy = RetryPolicy(hedge_after_s=0.5, attempt_timeout_s=1.0)
+    call = retrying(policy, clock).attempts(Lanes(2, 1, clock), None)
+    first = call.begin()
+    clock.now += 0.5
+    assert call.overdue() == (None, True)
+    call.begin()
+    assert call.patience_s() == pytest.approx(0.5)
+    clock.now += 0.5
+    assert call.overdue() == (first, False)
+
+
+# -- against a server
+
+
+async def test_slow_attempt_is_cut_and_the_call_answered(driver_class: Any, raw_server: Any) -> None:
+    entered, leave = [], threading.Event()
+
+    def infer(request: Any, context: Any) -> wire.InferResponse:
+        entered.append(request.request_id)
+        if len(entered) == 1:
+            leave.wait(20)
+        return wire.InferResponse(results=[wire.SequenceResult()])
+
+    with raw_server(Infer=infer) as server:
+        driver = driver_class(server.target, retry=RetryPolicy(attempt_timeout_s=0.3))
+        await driver.infer("fake", "text", request_id="mine", timeout=10.0)
+        assert entered == ["mine", "mine"]
+        leave.set()
+        await driver.close()
+
+
+async def test_watched_call_raises_the_servers_error(driver_class: Any, server: FakeServer) -> None:
+    driver = driver_class(server.target, retry=RetryPolicy(attempt_timeout_s=5.0, hedge_after_s=5.0))
+    with pytest.raises(InvalidRequest) as caught:
+        await driver.infer("fake", "", attention=None, version="1", outputs=["none"], request_id="mine")
+    assert caught.value.request_id == "mine"
+    server.fail_next(server.overloaded())
+    await driver.infer("fake", "text")
+    assert len(driver.waits) == 1
+    await driver.close()
+    with pytest.raises(RequestCancelled):
+        await driver.infer("fake", "text")
+
+
+async def test_first_answer_of_a_hedged_call_counts_and_the_other_attempt_is_cancelled(
+    driver_class: Any, raw_server: Any
+) -> None:
+    entered, cancelled = [], threading.Event()
+
+    def infer(request: Any, context: Any) -> wire.InferResponse:
+        entered.append(request.request_id)
+        if len(entered) == 1:
+            context.add_callback(cancelled.set)
+            cancelled.wait(20)
+        return wire.InferResponse(results=[wire.SequenceResult()])
+
+    with raw_server(Infer=infer) as server:
+        driver = driver_class(server.target, retry=RetryPolicy(hedge_after_s=0.2))
+        await driver.infer("fake", "text", timeout=10.0)
+        assert len(entered) == 2
+        assert await asyncio.to_thread(cancelled.wait, 10)
+        await driver.close()
+
+
+async def test_cancelled_task_cancels_all_attempts(server: FakeServer) -> None:
+    server.latency_s = 30.0
+    async with AsyncClient(server.target, retry=RetryPolicy(hedge_after_s=0.1)) as client:
+        call = asyncio.create_task(client.infer("fake", "text"))
+        await asyncio.to_thread(server.wait_for_requests, 2)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        lanes = client._connections.lanes
+        assert lanes.take().lane.turns == 1, "the turns of both attempts have ended"
+
+
+async def test_closing_the_client_ends_a_watched_call(driver_class: Any, server: FakeServer) -> None:
+    server.latency_s = 30.0
+    driver = driver_class(server.target, retry=RetryPolicy(hedge_after_s=0.1))
+    call = asyncio.create_task(driver.infer("fake", "text"))
+    await asyncio.to_thread(server.wait_for_requests, 2)
+    await driver.close()
+    with pytest.raises(RequestCancelled):
+        await call
+
+
+async def test_crash_of_an_engine_is_raised_and_the_request_not_sent_again(driver: Any, server: FakeServer) -> None:
+    server.fail_next(InternalFault("the engine ended", code="INTERNAL", reason="ENGINE_CRASHED"))
+    with pytest.raises(InternalFault) as caught:
+        await driver.infer("fake", "text")
+    assert caught.value.reason == "ENGINE_CRASHED"
+    assert len(server.requests) == 1
+
+
+async def test_crash_of_an_engine_is_final_even_with_a_code_that_is_retried(driver: Any, server: FakeServer) -> None:
+    server.fail_next(InternalFault("the engine ended", code="UNAVAILABLE", reason="ENGINE_CRASHED", retry_delay_s=0.0))
+    with pytest.raises(InternalFault):
+        await driver.infer("fake", "text")
+    assert len(server.requests) == 1
+
+
 async def test_refused_request_is_retried_after_the_servers_delay(driver: Any, server: FakeServer) -> None:
     server.fail_next(server.overloaded(retry_delay_s=0.25))
     server.fail_next(server.not_serving("loading", retry_delay_s=0.5))
@@ -155,6 +432,25 @@ async def test_control_without_the_budget_every_call_makes_all_attempts(
     patient_driver: Any, server: FakeServer
 ) -> None:
     assert await attempts_per_call(patient_driver, server, 20) == 4.0
+
+
+async def test_storm_of_bare_refusals_receives_at_most_a_tenth_more_requests(
+    driver_class: Any, raw_server: Any
+) -> None:
+    """A proxy without a server behind it sends UNAVAILABLE without details, to callers that run together."""
+    seen = []
+
+    def infer(request: Any, context: Any) -> None:
+        seen.append(1)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "no healthy upstream")
+
+    with raw_server(Infer=infer) as server:
+        driver = driver_class([server.target] * 2, connections=2)
+        for _ in range(10):
+            outcomes = await asyncio.gather(*(driver.infer("fake", "a") for _ in range(30)), return_exceptions=True)
+            assert {type(outcome) for outcome in outcomes} == {ServerUnreachable}
+        await driver.close()
+    assert 300 <= len(seen) <= 330
 
 
 async def test_timeout_covers_all_attempts(driver: Any, server: FakeServer) -> None:
