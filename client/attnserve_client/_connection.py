@@ -65,7 +65,7 @@ class AsyncConnections:
         self._metadata = metadata_of(token, metadata)
         self._channels: list[grpc.aio.Channel] = []
         self._stubs: list[AsyncStub] = []
-        self._closed = False
+        self.closed = False
 
     async def call(
         self,
@@ -97,7 +97,7 @@ class AsyncConnections:
         try:
             return await method(self._stub(turn))(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, request_id) from error
+            raise from_rpc_error(error, request_id, by_server=not self.closed) from error
         except asyncio.CancelledError:
             self.raise_if_ended_by_close()
             raise
@@ -111,7 +111,7 @@ class AsyncConnections:
 
     async def close(self) -> None:
         """Cancel all running calls and close the channels."""
-        self._closed = True
+        self.closed = True
         for channel in self._channels:
             await channel.close()
 
@@ -140,7 +140,7 @@ class AsyncConnections:
             self._raise_if_closed()
 
     def _raise_if_closed(self) -> None:
-        if self._closed:
+        if self.closed:
             raise closed() from None
 
 
@@ -173,7 +173,7 @@ class AsyncStream:
         self._feed.close()
         self._connections.lanes.leave(self._turn)
         if isinstance(error, grpc.RpcError):
-            failure = from_rpc_error(error)
+            failure = from_rpc_error(error, by_server=not self._connections.closed)
             self._connections.lanes.failed(self._turn, failure)
             raise failure from error
         if isinstance(error, asyncio.CancelledError):
@@ -229,7 +229,7 @@ class Connections:
         ]
         self._stubs = [inference_service_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
         self._metadata = metadata_of(token, metadata)
-        self._closed = False
+        self.closed = False
 
     def call(
         self,
@@ -247,7 +247,7 @@ class Connections:
         try:
             return method(self._stub(turn))(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, request_id) from error
+            raise from_rpc_error(error, request_id, by_server=not self.closed) from error
         except ValueError:
             self._raise_if_closed()  # another thread closed the channel between the check and the call
             raise
@@ -272,13 +272,12 @@ class Connections:
         """Open a stream that sends what `feed` yields."""
         self._raise_if_closed()
         turn = self.lanes.take(stream=True)
-        return Stream(
-            self.lanes, turn, self._stub(turn).StreamInfer(feed.messages(), metadata=self._metadata), feed, exchange
-        )
+        call = self._stub(turn).StreamInfer(feed.messages(), metadata=self._metadata)
+        return Stream(self, turn, call, feed, exchange)
 
     def close(self) -> None:
         """Cancel all running calls and close the channels."""
-        self._closed = True
+        self.closed = True
         for channel in self._channels:
             channel.close()
 
@@ -288,7 +287,7 @@ class Connections:
         return self._stubs[turn.lane.number]
 
     def _raise_if_closed(self) -> None:
-        if self._closed:
+        if self.closed:
             raise closed() from None
 
 
@@ -299,8 +298,8 @@ class Stream:
     answer; None: never. The block then raises DeadlineExpired. gRPC's other errors become the client's AttnserveError.
     """
 
-    def __init__(self, lanes: Lanes, turn: Turn, call: Any, feed: Feed, exchange: Exchange) -> None:
-        self._lanes = lanes
+    def __init__(self, connections: Connections, turn: Turn, call: Any, feed: Feed, exchange: Exchange) -> None:
+        self._connections = connections
         self._turn = turn
         self._call = call
         self._feed = feed
@@ -322,10 +321,11 @@ class Stream:
         self._ended.set()
         self._feed.close()
         self._call.cancel()
-        self._lanes.leave(self._turn)
+        self._connections.lanes.leave(self._turn)
         if isinstance(error, grpc.RpcError):
-            failure = self._exchange.stalled() if self._stalled else from_rpc_error(error)
-            self._lanes.failed(self._turn, failure)
+            by_server = not self._connections.closed
+            failure = self._exchange.stalled() if self._stalled else from_rpc_error(error, by_server=by_server)
+            self._connections.lanes.failed(self._turn, failure)
             raise failure from error
 
     def _watch(self, patience_s: float) -> None:

@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Final
 
 from attnserve_client._status import is_lost_connection
-from attnserve_client.errors import AttnserveError, ServerUnreachable
+from attnserve_client.errors import AttnserveError, NotServing, ServerUnreachable
 
 FIRST_AVOIDANCE_S: Final = 1.0
 LONGEST_AVOIDANCE_S: Final = 5.0
@@ -44,6 +44,7 @@ class Lane:
         turns: Attempts and streams that run on it.
         streams: The streams among them.
         misses: 1 and the attempts that tried it again in vain, since its last answer; 0 for a lane that works.
+        failures: All that `misses` ever counted.
         avoided_until: The time at which one attempt may try it again; on the clock of its `Lanes`, in seconds.
     """
 
@@ -52,6 +53,7 @@ class Lane:
     turns: int = 0
     streams: int = 0
     misses: int = 0
+    failures: int = 0
     avoided_until: float = 0.0
 
 
@@ -64,12 +66,14 @@ class Turn:
         stream: Whether it is a stream.
         probe: Whether it tries a failed lane again.
         losses: The losses of the lane's peer when it began.
+        failures: The failures of the lane when it began.
     """
 
     lane: Lane
     stream: bool
     probe: bool
     losses: int
+    failures: int
 
 
 class Lanes:
@@ -118,7 +122,7 @@ class Lanes:
                 best.avoided_until = now + _avoidance_s(best.misses)
             best.turns += 1
             best.streams += stream
-            return Turn(best, stream, probe, best.peer.losses)
+            return Turn(best, stream, probe, best.peer.losses, best.failures)
 
     def leave(self, turn: Turn) -> None:
         """End a turn, however it ended."""
@@ -127,23 +131,31 @@ class Lanes:
             turn.lane.streams -= turn.stream
 
     def answered(self, turn: Turn) -> None:
-        """Record that the server answered on the lane."""
+        """Record that the server answered on the lane. Answers to turns from before a failure say nothing about it."""
         lane = turn.lane
         with self._lock:
-            lane.misses = 0
+            if turn.failures == lane.failures:
+                lane.misses = 0
             lane.peer.proven = lane.peer.proven or turn.losses == lane.peer.losses
 
     def failed(self, turn: Turn, error: AttnserveError) -> float:
         """Record what a failure means for the lane. Return the tokens that it takes from the budget of retries.
 
-        If no server answered, attempts avoid the lane for a while. The loss of a connection is one failure, of 1 token,
-        however many turns it ends: those that ran at the loss take nothing more.
+        If no server answered, or it drains, attempts avoid the lane for a while. The loss of a connection is one
+        failure, of 1 token, however many turns it ends: those that ran at the loss take nothing more. So is the drain
+        of a server, while another address works.
         """
         if isinstance(error, ServerUnreachable):
             return self._missed(turn, lost=is_lost_connection(error))
+        if isinstance(error, NotServing) and error.state == "draining":
+            return self._missed(turn, lost=self.others_work(turn))
         if error.reason:  # a server of attnserve sent it
             self.answered(turn)
         return 1.0
+
+    def others_work(self, turn: Turn) -> bool:
+        """Return whether another address has a lane that is not avoided."""
+        return any(lane.peer is not turn.lane.peer and not lane.misses for lane in self._lanes)
 
     def stalled(self, turn: Turn) -> float:
         """Record that a turn had no answer for too long, as `failed` does for a lost connection."""
@@ -154,6 +166,7 @@ class Lanes:
         with self._lock:
             if turn.probe or not lane.misses:  # turns that fail together are one miss
                 lane.misses += 1
+                lane.failures += 1
                 lane.avoided_until = self._clock() + _avoidance_s(lane.misses)
             if not lost:
                 return 1.0

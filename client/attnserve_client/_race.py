@@ -134,7 +134,7 @@ class Race(Generic[RequestT, ResponseT]):
         try:
             return Ended(turn, future.result())
         except grpc.RpcError as error:
-            failure = from_rpc_error(error, self._request_id)
+            failure = from_rpc_error(error, self._request_id, by_server=not self._connections.closed)
             failure.__cause__ = error
             return Ended(turn, failure)
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from attnserve_client._lanes import Lanes, Turn
 from attnserve_client._status import is_retryable
-from attnserve_client.errors import AttnserveError
+from attnserve_client.errors import AttnserveError, NotServing
 
 DEFAULT_TIMEOUT_S: Final = 30.0
 READY_TIMEOUT_S: Final = 5.0
@@ -22,11 +22,12 @@ READY_TIMEOUT_S: Final = 5.0
 class RetryPolicy:
     """How often requests are retried, and after which wait.
 
-    The wait after failed attempt n is the server's retry delay, if it gave one, plus a random time from 0 to
-    `initial_backoff_s * multiplier ** (n - 1)` or `max_backoff_s`, whichever is less (full jitter). Each client has one
-    budget. A retryable failure takes 1 token from it, a success returns `budget_return`. No request is retried while at
-    most half of `budget_tokens` is left, which limits attempts per call to about 1 + `budget_return` when a server
-    keeps failing. The loss of a connection is one failure, however many calls it ends.
+    The wait after failed attempt n is a random time from 0 to `initial_backoff_s * multiplier ** (n - 1)` or
+    `max_backoff_s`, whichever is less (full jitter). The server's retry delay, if it gave one, is added, except where
+    it does not serve and another address works. Each client has one budget. A retryable failure takes 1 token from it,
+    a success returns `budget_return`. No request is retried while at most half of `budget_tokens` is left, which
+    limits attempts per call to about 1 + `budget_return` when a server keeps failing. The loss of a connection is one
+    failure, however many calls it ends.
 
     Source: Brooker 2015, "Exponential Backoff And Jitter"; gRPC proposal A6, "gRPC Retry Design", on throttling.
 
@@ -186,7 +187,10 @@ class Attempts:
         allowed = self.retrying.budget.failed(tokens)
         if not allowed or self.made >= self.retrying.policy.max_attempts:
             return None
-        wait_s = self.retrying.policy.backoff_s(self.made, error.retry_delay_s, self.retrying.jitter())
+        # The delay is that of one server. Another one can take the call at once.
+        elsewhere = isinstance(error, NotServing) and self.lanes.others_work(turn)
+        delay_s = None if elsewhere else error.retry_delay_s
+        wait_s = self.retrying.policy.backoff_s(self.made, delay_s, self.retrying.jitter())
         remaining_s = self.remaining_s()
         # A wait past the deadline leaves no time for an attempt: raise the cause now, not DeadlineExpired later.
         return None if remaining_s is not None and wait_s >= remaining_s else wait_s

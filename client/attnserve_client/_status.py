@@ -59,7 +59,7 @@ _MESSAGES: Final = {"DEADLINE_EXCEEDED": "the timeout passed before the response
 
 # The messages of grpcio 1.76 to 1.85. A message that is not listed counts as a refusal, so retries are fewer, not more.
 _LOST: Final = re.compile(
-    r"(stream removed \()?"
+    r"the server cancelled the call|(stream removed \()?"
     r"(socket closed|ping timeout|keepalive|cancelling all calls|goaway|connection reset|broken pipe|recvmsg|sendmsg"
     r"|endpoint|transport)"
     r"|failed to connect to all addresses|connections to all backends failing|errors resolving|dns resolution failed",
@@ -83,14 +83,22 @@ def is_lost_connection(error: AttnserveError) -> bool:
     return isinstance(error, ServerUnreachable) and not error.reason and _LOST.match(error.message) is not None
 
 
-def from_rpc_error(error: Any, request_id: str = "") -> AttnserveError:
-    """Return the error for a failed call of grpc or grpc.aio."""
+def from_rpc_error(error: Any, request_id: str = "", *, by_server: bool = False) -> AttnserveError:
+    """Return the error for a failed call of grpc or grpc.aio.
+
+    Args:
+        error: gRPC's error.
+        request_id: Id of the request, unless the error holds one.
+        by_server: The client did not cancel the call, so that CANCELLED means a server that stops.
+    """
     # grpc.RpcError declares none of these methods, but the errors of both libraries have them.
     code: grpc.StatusCode = error.code()
     message: str = _MESSAGES.get(code.name) or error.details() or ""
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY:
             return from_status_bytes(value, request_id)
+    if by_server and code is grpc.StatusCode.CANCELLED:
+        return ServerUnreachable(f"the server cancelled the call: {message}", code=code.name, request_id=request_id)
     return _make(code.name, message, status_pb2.Status(), request_id)
 
 

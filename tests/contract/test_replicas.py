@@ -1,8 +1,7 @@
-"""Two replicas, one of which is killed or stopped with calls in progress: the client loses no call.
+"""Two replicas, one of which is killed, stopped or drained with calls in progress: the client loses no call.
 
 The replicas are real server processes. Both are stopped before the calls begin, so that all of them are in progress,
-half on each replica, when one is killed. Each test runs with both clients, and each has a control in which calls are
-lost or late.
+half on each replica, when one is killed. Tests run with both clients, and have a control in which calls are lost or late.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attnserve_client import DeadlineExpired, RetryPolicy, ServerUnreachable
+from attnserve_client import AsyncClient, AttnserveError, DeadlineExpired, RetryPolicy, ServerUnreachable
 from attnserve_server.app import Application
 from attnserve_server.domain.errors import NotServing
 from callers import Caller
@@ -105,6 +104,65 @@ async def test_control_calls_are_lost_if_each_lost_call_counts(
     assert {type(error) for error in lost} == {ServerUnreachable}
 
 
+async def in_a_loop(caller: Caller, until_s: float) -> list[BaseException]:
+    """The failures of one caller that sends a call after each answer, until that time."""
+    failed: list[BaseException] = []
+    while time.monotonic() < until_s:
+        try:
+            await caller.infer(timeout=20.0)
+        except AttnserveError as error:
+            failed.append(error)
+    return failed
+
+
+async def when_one_drains(make: Callable[..., Caller], repository: Path, folder: Path, **options: Any) -> list[Any]:
+    """The failures of 64 callers in loops at two replicas, one of which is ended by SIGTERM."""
+    (folder / "one").mkdir()
+    (folder / "other").mkdir()
+    with serve(repository, folder / "one") as one, serve(repository, folder / "other") as other:
+        caller = make([one.target, other.target], **options)
+        until_s = time.monotonic() + 3.0
+        loops = [asyncio.create_task(in_a_loop(caller, until_s)) for _ in range(CALLS)]
+        await caller.infer()
+        one.process.terminate()
+        failed = [failure for each in await asyncio.gather(*loops) for failure in each]
+        await caller.close()
+    return failed
+
+
+async def test_drained_replica_loses_no_call(
+    caller: Callable[..., Caller], tiny_repository: Path, tmp_path: Path
+) -> None:
+    assert await when_one_drains(caller, tiny_repository, tmp_path) == []
+
+
+async def test_control_a_drained_replica_refuses_calls(
+    caller: Callable[..., Caller], tiny_repository: Path, tmp_path: Path
+) -> None:
+    assert await when_one_drains(caller, tiny_repository, tmp_path, retry=RetryPolicy(max_attempts=1))
+
+
+async def test_replica_that_was_killed_is_used_again_after_its_restart(
+    caller: Callable[..., Caller], tiny_repository: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "other", "again"):
+        (tmp_path / name).mkdir()
+    with serve(tiny_repository, tmp_path / "other") as other:
+        with serve(tiny_repository, tmp_path / "one", exit_code=-signal.SIGKILL) as one:
+            made = caller([one.target, other.target])
+            await made.together(8)
+            one.process.kill()
+            one.process.wait()
+            assert failures(await made.together(CALLS, return_exceptions=True)) == []
+        with serve(tiny_repository, tmp_path / "again", "--grpc-port", str(one.grpc_port)) as again:
+            until_s = time.monotonic() + 20.0
+            while not again.metric("grpc_server_started_total", grpc_method="Infer"):
+                assert await in_a_loop(made, time.monotonic() + 0.1) == []
+                assert time.monotonic() < until_s
+            assert failures(await made.together(CALLS, return_exceptions=True)) == []
+        await made.close()
+
+
 async def test_stopped_replica_loses_no_call_whose_deadline_is_20_seconds(
     caller: Callable[..., Caller], lasting: list[RunningServer]
 ) -> None:
@@ -117,11 +175,9 @@ async def test_stopped_replica_loses_no_call_whose_deadline_is_20_seconds(
     await one.close()
 
 
-async def test_control_calls_of_a_stopped_replica_expire_without_the_keepalive(
-    caller: Callable[..., Caller], lasting: list[RunningServer]
-) -> None:
+async def test_control_calls_of_a_stopped_replica_expire_without_the_keepalive(lasting: list[RunningServer]) -> None:
     no_pings = {"grpc.keepalive_time_ms": 2**31 - 1, "grpc.http2.ping_timeout_ms": 60_000}
-    one = caller([replica.target for replica in lasting], options=no_pings)
+    one = Caller(AsyncClient, [replica.target for replica in lasting], options=no_pings)
     outcomes = await with_calls_on_both(one, lasting, lambda: None, timeout=16.0)
     lost = failures(outcomes)
     assert (len(lost), {type(error) for error in lost}) == (CALLS / 2, {DeadlineExpired})

@@ -126,6 +126,17 @@ def test_failures_of_attempts_that_ran_together_are_one_miss() -> None:
     assert turns[0].lane.turns == 0
 
 
+def test_late_answers_from_before_a_failure_leave_the_lane_avoided() -> None:
+    lanes = Lanes(1, 2, Clock())
+    early, lost = lanes.take(), lanes.take()
+    both = [lanes.take() for _ in range(2)]
+    assert early.lane is both[0].lane
+    miss(lanes, both[0])
+    lanes.answered(early)
+    lanes.leave(early)
+    assert set(numbers([lanes.take() for _ in range(4)])) == {lost.lane.number}
+
+
 def test_where_all_lanes_failed_calls_are_still_made() -> None:
     lanes = Lanes(2, 1, Clock())
     for _ in range(2):

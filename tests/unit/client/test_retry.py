@@ -210,6 +210,52 @@ def test_an_attempt_that_tries_a_lost_connection_again_takes_no_token() -> None:
     assert policies.budget.tokens == 9.0
 
 
+def draining() -> NotServing:
+    return NotServing(
+        "the server is draining",
+        code="UNAVAILABLE",
+        reason="NOT_SERVING",
+        metadata={"state": "draining"},
+        retry_delay_s=1.0,
+    )
+
+
+def test_refusals_of_a_draining_server_take_one_token_together_while_another_address_works() -> None:
+    policies, lanes = retrying(RetryPolicy(budget_tokens=10), Clock()), Lanes(2, 1)
+    calls = [policies.attempts(lanes, None) for _ in range(64)]
+    refused = [(call, turn) for call in calls if (turn := call.begin()).lane.number == 0]
+    waits = [call.wait_after(turn, draining()) for call, turn in refused]
+    assert waits == [0.1] * 32, "the other address need not wait for the first one's delay"
+    assert policies.budget.tokens == 9.0
+    assert lanes.take().lane.number == 1
+
+
+def test_refusals_of_a_draining_server_without_another_one_take_a_token_each() -> None:
+    policies, lanes = retrying(RetryPolicy(budget_tokens=10), Clock()), Lanes(1, 2)
+    calls = [policies.attempts(lanes, None) for _ in range(64)]
+    waits = [call.wait_after(call.begin(), draining()) for call in calls]
+    assert waits == [1.1] * 4 + [None] * 60
+
+
+async def test_call_that_the_server_cancels_is_made_again(driver_class: Any, raw_server: Any) -> None:
+    """A server of grpc.aio cancels calls without details when it stops."""
+    seen = []
+
+    def infer(request: Any, context: Any) -> wire.InferResponse:
+        seen.append(1)
+        if len(seen) == 1:
+            context.abort(grpc.StatusCode.CANCELLED, "")
+        return wire.InferResponse(results=[wire.SequenceResult()])
+
+    with raw_server(Infer=infer) as server:
+        for policy in (RetryPolicy(), RetryPolicy(attempt_timeout_s=9.0)):
+            seen.clear()
+            driver = driver_class(server.target, retry=policy)
+            await driver.infer("fake", "text")
+            assert len(seen) == 2
+            await driver.close()
+
+
 # -- limits and hedges of attempts
 
 
