@@ -26,7 +26,7 @@ _DEFAULTS: Final[dict[str, int | str]] = {
     "grpc.enable_retries": 0,
     # A peer that stops answering is noticed within 8 + 5 s, which leaves time for a retry within a deadline of 20 s.
     # The server permits pings 5 s apart. gRPC waits for the answer to a ping for ping_timeout, of 60 s by default,
-    # whatever keepalive_timeout is (findings/grpc_keepalive_timeout_ignored.sh).
+    # and ignores keepalive_timeout (findings/grpc_keepalive_timeout_ignored.sh).
     "grpc.keepalive_time_ms": 8_000,
     "grpc.keepalive_timeout_ms": 5_000,
     "grpc.http2.ping_timeout_ms": 5_000,

@@ -90,6 +90,7 @@ class Lanes:
         self.peers = peers
         self._lanes = [Lane(number, peer) for number, peer in enumerate(addresses * connections)]
         self._next = 0
+        self._failing = 0  # lanes with misses
         self._clock = clock
         self._lock = Lock()
 
@@ -99,30 +100,35 @@ class Lanes:
         Lanes that are not avoided come first, then those of addresses, and those lanes, that the call has not `tried`,
         then those with the fewest streams for a stream, then those with the fewest turns. Equal lanes take turns.
         """
-        lanes, tried_peers, tried_lanes = self._lanes, [turn.lane.peer for turn in tried], [turn.lane for turn in tried]
         with self._lock:
-            now = self._clock()
-            best, least = lanes[0], None
-            for place in range(self._next, self._next + len(lanes)):
-                lane = lanes[place % len(lanes)]
-                # The first attempt of a call tries a failed lane again; a second one must not fail for that.
-                avoided = lane.misses > 0 and (bool(tried) or now < lane.avoided_until)
-                badness = (
-                    avoided,
-                    lane.peer in tried_peers,
-                    lane in tried_lanes,
-                    lane.streams if stream else 0,
-                    lane.turns,
-                )
-                if least is None or badness < least:
-                    best, least = lane, badness
-            self._next = (best.number + 1) % len(lanes)
-            probe = least is not None and best.misses > 0 and not least[0]
-            if probe:
-                best.avoided_until = now + _avoidance_s(best.misses)
+            if self._failing or tried or stream:
+                best, probe = self._best(tried, stream=stream)
+            else:
+                turns = [lane.turns for lane in self._lanes]
+                least = min(turns)
+                start = self._next if least in turns[self._next :] else 0
+                best, probe = self._lanes[turns.index(least, start)], False
+            self._next = (best.number + 1) % len(self._lanes)
             best.turns += 1
             best.streams += stream
             return Turn(best, stream, probe, best.peer.losses, best.failures)
+
+    def _best(self, tried: Sequence[Turn], *, stream: bool) -> tuple[Lane, bool]:
+        """Return the best lane, by all criteria, and whether the turn tries a failed lane again."""
+        lanes, now = self._lanes, self._clock()
+        tried_peers, tried_lanes = [turn.lane.peer for turn in tried], [turn.lane for turn in tried]
+
+        def badness(lane: Lane) -> tuple[bool, bool, bool, int, int]:
+            # The first attempt of a call tries a failed lane again; a second one must not fail for that.
+            avoided = lane.misses > 0 and (bool(tried) or now < lane.avoided_until)
+            streams = lane.streams if stream else 0
+            return avoided, lane.peer in tried_peers, lane in tried_lanes, streams, lane.turns
+
+        best = min((*lanes[self._next :], *lanes[: self._next]), key=badness)
+        probe = best.misses > 0 and not badness(best)[0]
+        if probe:
+            best.avoided_until = now + _avoidance_s(best.misses)
+        return best, probe
 
     def leave(self, turn: Turn) -> None:
         """End a turn, however it ended."""
@@ -131,11 +137,12 @@ class Lanes:
             turn.lane.streams -= turn.stream
 
     def answered(self, turn: Turn) -> None:
-        """Record that the server answered on the lane. Answers to turns from before a failure say nothing about it."""
+        """Record that the server answered on the lane. Answers to turns that began before a failure have no effect."""
         lane = turn.lane
         with self._lock:
-            if turn.failures == lane.failures:
+            if lane.misses and turn.failures == lane.failures:
                 lane.misses = 0
+                self._failing -= 1
             lane.peer.proven = lane.peer.proven or turn.losses == lane.peer.losses
 
     def failed(self, turn: Turn, error: AttnserveError) -> float:
@@ -165,6 +172,7 @@ class Lanes:
         lane, peer = turn.lane, turn.lane.peer
         with self._lock:
             if turn.probe or not lane.misses:  # turns that fail together are one miss
+                self._failing += not lane.misses
                 lane.misses += 1
                 lane.failures += 1
                 lane.avoided_until = self._clock() + _avoidance_s(lane.misses)

@@ -97,7 +97,7 @@ def test_errors_survive_pickling() -> None:
         ("errors resolving nowhere.invalid:1: [field:hostname lookup error:address lookup failed]", True),
         ("no healthy upstream", False),
         ("upstream connect error or disconnect/reset before headers. reset reason: connection termination", False),
-        ("the server said: Socket closed", False),
+        ("refused by the proxy: Socket closed", False),
         ("unavailable", False),
     ],
 )
