@@ -21,6 +21,7 @@ from attnserve_client._exchange import Exchange
 from attnserve_client._feeds import AsyncFeed, Feed
 from attnserve_client._lanes import Lanes, Turn
 from attnserve_client._status import closed, from_rpc_error
+from attnserve_client.errors import AttnserveError
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
@@ -176,8 +177,11 @@ class AsyncStream:
             failure = from_rpc_error(error, by_server=not self._connections.closed)
             self._connections.lanes.failed(self._turn, failure)
             raise failure from error
+        if error is None or isinstance(error, AttnserveError):
+            self._connections.lanes.answered(self._turn)
         if isinstance(error, asyncio.CancelledError):
             if stalled:
+                self._connections.lanes.stalled(self._turn)
                 raise self._exchange.stalled() from None
             self._connections.raise_if_ended_by_close()
 
@@ -322,11 +326,16 @@ class Stream:
         self._feed.close()
         self._call.cancel()
         self._connections.lanes.leave(self._turn)
+        lanes = self._connections.lanes
+        if isinstance(error, grpc.RpcError) and self._stalled:
+            lanes.stalled(self._turn)
+            raise self._exchange.stalled() from error
         if isinstance(error, grpc.RpcError):
-            by_server = not self._connections.closed
-            failure = self._exchange.stalled() if self._stalled else from_rpc_error(error, by_server=by_server)
-            self._connections.lanes.failed(self._turn, failure)
+            failure = from_rpc_error(error, by_server=not self._connections.closed)
+            lanes.failed(self._turn, failure)
             raise failure from error
+        if error is None or isinstance(error, AttnserveError):
+            lanes.answered(self._turn)
 
     def _watch(self, patience_s: float) -> None:
         """Cancel the call when the stream has stalled."""

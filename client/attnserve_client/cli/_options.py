@@ -9,12 +9,25 @@ from typing import Annotated, Final, Literal
 
 import typer
 
+from attnserve_client._channel import targets_of
+
+
+def _checked(server: str) -> str:
+    """Return the value of `--server`. A value without an address ends the command with exit code 2."""
+    try:
+        targets_of(server)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return server
+
+
 Server = Annotated[
     str,
     typer.Option(
         "--server",
         envvar="ATTNSERVE_SERVER",
         metavar="HOST:PORT[,...]",
+        callback=_checked,
         help="The server's address, or those of its replicas with commas.",
     ),
 ]

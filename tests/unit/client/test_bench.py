@@ -201,6 +201,7 @@ def test_invalid_load_test_exits_with_12(attnserve: Any, monkeypatch: pytest.Mon
         (("fake", "--lengths", "abc"), 2, "are not of the form"),
         (("fake", "--texts", "/nowhere/texts"), 2, "cannot read"),
         (("fake", "--rate", "5", "--requests", "5"), 2, "an open loop (--rate) has no"),
+        (("fake", "--connections", "513"), 2, "less than or equal to 512"),
         (("nope",), 4, "nope"),
         (("fake", "--sequences", "1000000"), 3, "exceeds the model's"),
         (("fake", "--lengths", "100000"), 3, "exceeds the"),

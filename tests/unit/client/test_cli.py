@@ -220,6 +220,20 @@ def test_missing_server_is_named(attnserve: Any, server: FakeServer) -> None:
     assert server.target in result.stderr
 
 
+@pytest.mark.parametrize("addresses", ["", ",", "localhost:8001,"])
+def test_server_without_an_address_exits_with_the_reason(attnserve: Any, addresses: str) -> None:
+    result = attnserve("models", "--server", addresses)
+    assert result.exit_code == 2
+    assert "is empty or has an empty member" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_several_servers_are_given_with_commas(attnserve: Any, server: FakeServer) -> None:
+    with FakeServer() as stopped:
+        gone = stopped.target
+    result = attnserve("models", "--server", f"{gone},{server.target}")
+    assert result.exit_code == 0, result.output
+
+
 def test_slow_server_exits_with_9(attnserve: Any, server: FakeServer) -> None:
     server.latency_s = 30.0
     result = attnserve("infer", "fake", "text", "--timeout", "0.3")

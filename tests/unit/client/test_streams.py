@@ -241,3 +241,36 @@ def test_ended_stream_leaves_no_thread(raw_server: Any, end: str) -> None:
         for thread in started:
             thread.join(5)
             assert not thread.is_alive(), thread.name
+
+
+async def test_stream_that_is_answered_ends_the_avoidance_of_a_failed_connection(
+    driver_class: Any, server: FakeServer
+) -> None:
+    driver = driver_class(server.target, connections=2)
+    lanes = driver.client._connections.lanes
+    failed = lanes.take()
+    lanes.failed(failed, ServerUnreachable("Socket closed", code="UNAVAILABLE"))
+    lanes.leave(failed)
+    assert await driver.stream("fake", ["a"])
+    assert failed.lane.misses == 1, "the stream took the other connection"
+    failed.lane.avoided_until = 0.0
+    assert await driver.stream("fake", ["a"])
+    assert failed.lane.misses == 0
+    await driver.close()
+
+
+async def test_stream_that_stalls_makes_calls_avoid_its_connection(driver_class: Any, raw_server: Any) -> None:
+    leave = threading.Event()
+
+    def silent(requests: Any, context: Any) -> Any:
+        leave.wait(20)
+        yield from ()
+
+    with raw_server(StreamInfer=silent) as server:
+        driver = driver_class(server.target, connections=2)
+        with pytest.raises(DeadlineExpired):
+            await driver.stream("fake", ["a"], timeout=0.05)
+        lanes = driver.client._connections.lanes
+        assert {lanes.take().lane.number for _ in range(3)} == {1}
+        leave.set()
+        await driver.close()
