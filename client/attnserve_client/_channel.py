@@ -38,7 +38,8 @@ _DEFAULTS: Final[dict[str, int | str]] = {
     "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
     # Reconnect to a restarted server within about a second.
     "grpc.initial_reconnect_backoff_ms": 100,
-    "grpc.min_reconnect_backoff_ms": 100,
+    # gRPC's limit on the time to open a connection: two round trips, more with TLS, to a busy machine.
+    "grpc.min_reconnect_backoff_ms": 2_000,
     "grpc.max_reconnect_backoff_ms": 2_000,
     # Channels with equal arguments would share one connection, and with it one process of a server of several, and one
     # reconnect back-off.

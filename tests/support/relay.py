@@ -1,4 +1,4 @@
-"""A TCP relay between a client and a server on loopback, which counts connections and cuts them.
+"""A TCP relay between a client and a server on loopback, which lists connections and cuts them.
 
 For tests of what a client does when a connection goes away, while the server lives. Event loop only.
 """
@@ -18,8 +18,6 @@ class Relay:
         self._server_port = port
         self._stack = AsyncExitStack()
         self.port = 0
-        self.opened = 0
-        """Connections so far."""
         self.open: list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = []
         """The connections that are open, oldest first: to the client and to the server."""
 
@@ -47,7 +45,6 @@ class Relay:
             await asyncio.sleep(0.01)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.opened += 1
         there, back = await asyncio.open_connection("127.0.0.1", self._server_port)
         pair = writer, back
         self.open.append(pair)
