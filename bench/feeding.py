@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 from attnserve_server.config import Settings
 from attnserve_server.domain.values import PreparedSequence, Priority
-from attnserve_server.engine.occupancy import SharedOccupancy
+from attnserve_server.engine.instance_thread import SharedOccupancy
 from attnserve_server.isolation.arena import Arena, LoadBoard
 from attnserve_server.isolation.link import Link
 from attnserve_server.isolation.messages import TO_FRONT, Answer, Outbox

@@ -60,8 +60,8 @@ def measure(rounds: int, count: int) -> Finding:
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as callers:
         echo.write_identity(Path(folder), "null", ("ids", "same"), TensorProto.INT64, ["batch", calls.IDS])
         with (
-            service.running(Path(folder), "--fronts", "1") as one,
-            service.running(Path(folder), "--fronts", "2") as two,
+            service.running(Path(folder), "--isolation", "process", "--fronts", "1") as one,
+            service.running(Path(folder), "--isolation", "process", "--fronts", "2") as two,
         ):
             for number in range(rounds + 1):
                 for fronts, server in ((1, one), (2, two)):

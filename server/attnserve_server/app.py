@@ -12,7 +12,7 @@ from typing import Final
 from attnserve_server import __version__
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock, MonotonicClock
-from attnserve_server.engine.occupancy import Occupancy
+from attnserve_server.engine.instance_thread import Occupancy
 from attnserve_server.engine.session import ProviderUnavailable
 from attnserve_server.lifetime import write_ports
 from attnserve_server.model.repository import Bundle, BundleFault

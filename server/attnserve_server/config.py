@@ -21,6 +21,8 @@ from attnserve_server.domain.errors import AttnserveError
 PREFIX = "ATTNSERVE_"
 MIB = 2**20
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_LEAST_CORES = 4
+"""Cores from which a server is several processes unasked. On two, one process answered more: docs/adr/0008."""
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
@@ -117,11 +119,11 @@ class Settings(BaseSettings):
         description="Folder where OpenVINO stores compiled graphs, with their weights, so that later starts load "
         "faster. Default: none, as a copy of each model takes disk space.",
     )
-    isolation: Literal["process", "none"] = Field(
-        "process",
-        description="`process`: front processes, and an engine process for each model, so that calls use more "
-        "cores. `none`: all in one process, which needs less memory, but ends without answers if a run crashes. "
-        "Default: process.",
+    isolation: Literal["auto", "process", "none"] = Field(
+        "auto",
+        description="`process`: front processes, and an engine process for each model, so that calls use more cores. "
+        "`none`: all in one process, which ends without answers if a run crashes. Default: auto, `process` on four "
+        "cores or more, as a front takes more from runs than it gives on fewer.",
     )
     fronts: Annotated[int, Field(ge=0, le=64)] = Field(
         0, description="Front processes; 0: one on two cores, at most 8. Default: 0, as runs need the other cores."
@@ -284,6 +286,12 @@ class Settings(BaseSettings):
         if self.grpc_port == self.http_port != 0:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; they must differ")
         return self
+
+    @property
+    def isolated(self) -> bool:
+        """Whether the server is several processes: `isolation`, decided for this machine."""
+        can = hasattr(os, "memfd_create") and cores() >= _LEAST_CORES
+        return self.isolation == "process" or (self.isolation == "auto" and can)
 
     @classmethod
     def load(cls, flags: Mapping[str, Any]) -> Settings:

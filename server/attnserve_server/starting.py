@@ -12,7 +12,7 @@ from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.engine.cost_file import read_costs, write_costs
 from attnserve_server.engine.executor import Executor
-from attnserve_server.engine.occupancy import Occupancy
+from attnserve_server.engine.instance_thread import Occupancy
 from attnserve_server.loading import (
     Opened,
     batch_check_settings,

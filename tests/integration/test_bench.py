@@ -55,7 +55,7 @@ def test_an_engine_is_measured_with_all_of_its_requests_answered(null_repository
 
 
 def test_each_process_of_a_server_is_measured(null_repository: Path) -> None:
-    with service.running(null_repository, "--fronts", "2") as server:
+    with service.running(null_repository, "--isolation", "process", "--fronts", "2") as server:
         assert sorted(role for role, _ in server.processes()) == ["engine", "front", "front", "main"]
         by_role = server.cpu_by_role()
         assert all(seconds > 0 for seconds in by_role.values())

@@ -44,7 +44,7 @@ def healthcheck(
 
 async def _serve(settings: Settings) -> int:
     # gRPC binds its objects to the running loop, so the application is built inside it.
-    if settings.isolation == "process":
+    if settings.isolated:
         from attnserve_server.processes.supervisor import Supervisor  # noqa: PLC0415 - without the runtime's memory
 
         return await run(Supervisor(settings))
@@ -59,7 +59,7 @@ def _serve_command() -> Any:
     def serve(**flags: str | None) -> None:
         """Serve every model of a repository over gRPC, with metrics and readiness over HTTP."""
         settings = Settings.load(flags)
-        process = "supervisor" if settings.isolation == "process" else ""
+        process = "supervisor" if settings.isolated else ""
         with serving(settings.log_level, process), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             raise typer.Exit(runner.run(_serve(settings)))
 

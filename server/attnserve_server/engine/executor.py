@@ -31,9 +31,8 @@ from attnserve_server.engine.collation import (
 )
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
 from attnserve_server.engine.graph import Counts, Graph, compared_values
-from attnserve_server.engine.instance_thread import InstanceThread
+from attnserve_server.engine.instance_thread import InstanceThread, Occupancy
 from attnserve_server.engine.labels import labels_of
-from attnserve_server.engine.occupancy import Occupancy
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
 from attnserve_server.model.equality import Difference, copied, equality_of, greatest_difference

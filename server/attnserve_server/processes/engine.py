@@ -10,7 +10,7 @@ import socket
 
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import MonotonicClock
-from attnserve_server.engine.occupancy import SharedOccupancy
+from attnserve_server.engine.instance_thread import SharedOccupancy
 from attnserve_server.isolation.arena import Arena, LoadBoard
 from attnserve_server.isolation.host import Host
 from attnserve_server.isolation.link import Link

@@ -19,7 +19,7 @@ from typing import Any, Final
 from attnserve_server import __version__
 from attnserve_server.config import Settings, cores
 from attnserve_server.domain.clock import Clock, MonotonicClock
-from attnserve_server.engine.occupancy import SharedOccupancy
+from attnserve_server.engine.instance_thread import SharedOccupancy
 from attnserve_server.isolation.arena import Arena, LoadBoard
 from attnserve_server.isolation.link import Link
 from attnserve_server.lifetime import write_ports

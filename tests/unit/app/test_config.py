@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from attnserve_server import config
 from attnserve_server.cli._app import app
 from attnserve_server.config import Settings, SettingsInvalid, cores, flag_of, variable_of
 from typer.testing import CliRunner
@@ -82,6 +83,23 @@ def test_every_setting_is_a_flag_of_serve_and_serve_has_no_other() -> None:
     shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
     words = {word for line in shown.splitlines() for word in line.split() if word.startswith("--")}
     assert words == {flag_of(name) for name in Settings.model_fields} | {"--help"}
+
+
+@pytest.mark.parametrize(
+    ("isolation", "count", "several"),
+    [
+        ("auto", 3, False),
+        ("auto", 4, True),
+        ("auto", 64, True),
+        ("process", 1, True),
+        ("none", 64, False),
+    ],
+)
+def test_a_server_is_several_processes_where_they_pay(
+    monkeypatch: pytest.MonkeyPatch, isolation: str, count: int, several: bool
+) -> None:
+    monkeypatch.setattr(config, "cores", lambda: count)
+    assert Settings.load({"isolation": isolation}).isolated is several
 
 
 def test_this_process_has_a_core() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from attnserve_server.engine.occupancy import Occupancy, SharedOccupancy
+from attnserve_server.engine.instance_thread import Occupancy, SharedOccupancy
 from attnserve_server.isolation.arena import Arena
 
 

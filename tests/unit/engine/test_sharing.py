@@ -18,7 +18,7 @@ from attnserve_server.engine.collation import collate
 from attnserve_server.engine.cost import CostEstimate, TimedRun
 from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.graph import Graph
-from attnserve_server.engine.occupancy import Occupancy
+from attnserve_server.engine.instance_thread import Occupancy
 from attnserve_server.engine.session import LoadFailed, RunHandle, RuntimeSession
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import Metrics
