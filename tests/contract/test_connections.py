@@ -77,7 +77,7 @@ async def test_calls_on_a_connection_that_is_cut_are_made_again_on_the_others(
         await until(lambda: len(gate.waiting) == 16)
         relay.cut()
         await until(lambda: gate.withdrawn == 4)
-        gate.waiting[:] = [request for request in gate.waiting if not request.results.cancelled()]
+        gate.waiting[:] = [request for request in gate.waiting if not request.ended]
         await until(lambda: len(gate.waiting) == 16)
         gate.open()
         assert len(await calls) == 16
@@ -96,7 +96,7 @@ async def test_control_without_retries_the_calls_of_a_cut_connection_fail(
         await until(lambda: len(gate.waiting) == 16)
         relay.cut()
         await until(lambda: gate.withdrawn == 4)
-        gate.waiting[:] = [request for request in gate.waiting if not request.results.cancelled()]
+        gate.waiting[:] = [request for request in gate.waiting if not request.ended]
         gate.open()
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert sum(isinstance(outcome, ServerUnreachable) for outcome in outcomes) == 4
