@@ -8,6 +8,7 @@ message to drain, or with the supervisor.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -67,11 +68,11 @@ async def _run(
         gone = asyncio.create_task(lost.wait())
         working = asyncio.create_task(process.run())
         await asyncio.wait((gone, working), return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
         if not working.done():
-            working.cancel()
-            await asyncio.wait((working,))
-            return EXIT_DRAINED
+            # The supervisor has ended, so no one reads what is left. At once, because the end of the interpreter waits
+            # for gRPC's threads and for runs.
+            os._exit(EXIT_DRAINED)
+        gone.cancel()
         try:
             return working.result()
         except Exception:  # noqa: BLE001 - the boundary of the process

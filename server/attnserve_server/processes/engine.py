@@ -65,12 +65,10 @@ class EngineProcess:
             await host.attach(socket.socket(fileno=front.link), arenas)
         manifest, provider = started.opened.bundle.manifest, started.executor.provider
         self._report(ModelState.READY, "", provider, manifest.precision)
-        try:
-            await self._end.wait()
-            await started.scheduler.drain()
-        finally:  # also where the supervisor has ended
-            await started.aclose()
-            host.close()
+        await self._end.wait()
+        await started.scheduler.drain()
+        await started.aclose()
+        host.close()
         return EXIT_FAULTED if self._faulted else EXIT_DRAINED
 
     def _bundle(self) -> Bundle:
