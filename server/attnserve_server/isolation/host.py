@@ -93,9 +93,8 @@ class _Front:
         own, fronts = arenas
         self._changed, self._on_gone = changed, gone
         self._outbox = Outbox(own)
-        self._inbox = Inbox(fronts, self._release)
+        self._inbox = Inbox(fronts, self._send)
         self._running: dict[int, Results] = {}
-        self._released: list[int] = []
         self._link: Link | None = None
 
     async def open(self, end: socket.socket) -> None:
@@ -141,15 +140,6 @@ class _Front:
     def _send(self, data: bytes) -> None:
         if self._link is not None:
             self._link.send(data)
-
-    def _release(self, number: int) -> None:
-        if not self._released:
-            asyncio.get_running_loop().call_soon(self._send_released)
-        self._released.append(number)
-
-    def _send_released(self) -> None:
-        numbers, self._released = self._released, []
-        self._send(ENCODER.encode(Released(numbers)))
 
     def _lost(self) -> None:
         self._link = None

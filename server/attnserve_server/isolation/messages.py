@@ -211,15 +211,16 @@ class Inbox:
     Event loop only; the arrays may be dropped in any thread.
     """
 
-    def __init__(self, arena: Arena, release: Callable[[int], None]) -> None:
+    def __init__(self, arena: Arena, send: Callable[[bytes], None]) -> None:
         """Store the parts.
 
         Args:
             arena: of the other process.
-            release: called with the number of a message once none of its arrays in the arena is in use.
+            send: sends a message to the other process: which arrays are no longer in use, once in a turn of the loop.
         """
         self._arena = arena
-        self._release = release
+        self._send = send
+        self._released: list[int] = []
         self._loop = asyncio.get_running_loop()
         self._views: dict[int, dict[int, weakref.ref[Array]]] = {}  # by number, then by that of the view
         self._made = count()
@@ -283,7 +284,13 @@ class Inbox:
         del views[view]
         if not views:
             del self._views[number]
-            self._release(number)
+            if not self._released:
+                self._loop.call_soon(self._send_released)
+            self._released.append(number)
+
+    def _send_released(self) -> None:
+        numbers, self._released = self._released, []
+        self._send(ENCODER.encode(Released(numbers)))
 
 
 def failure(number: int, error: BaseException) -> Failed:

@@ -66,11 +66,10 @@ class RemoteScheduler:
         self._clock = clock
         self._metrics = metrics
         self._outbox = Outbox(self._arena)
-        self._inbox = Inbox(self._engines, self._release)
+        self._inbox = Inbox(self._engines, self._send)
         self._numbers = count()
         self._pending: dict[int, Request] = {}
         self._link: Link | None = None
-        self._released: list[int] = []
 
     async def open(self, end: socket.socket) -> None:
         """Connect to the engine by one end of a socket pair."""
@@ -161,15 +160,9 @@ class RemoteScheduler:
         elif isinstance(message, Failed) and request is not None:
             request.fail(error_of(message))
 
-    def _release(self, number: int) -> None:
-        if not self._released:
-            asyncio.get_running_loop().call_soon(self._send_released)
-        self._released.append(number)
-
-    def _send_released(self) -> None:
-        numbers, self._released = self._released, []
+    def _send(self, data: bytes) -> None:
         if self._link is not None:
-            self._link.send(ENCODER.encode(Released(numbers)))
+            self._link.send(data)
 
     def _lost(self) -> None:
         self._link = None

@@ -30,6 +30,7 @@ from attnserve_server.isolation.messages import (
     Failed,
     Inbox,
     Outbox,
+    Released,
     error_of,
     failure,
 )
@@ -56,7 +57,12 @@ class Ends:
         self.arena, read = (Arena(descriptor, SLOTS * SLOT_BYTES) for _ in range(2))
         os.close(descriptor)
         self.released: list[int] = []
-        self.outbox, self.inbox = Outbox(self.arena), Inbox(read, self.released.append)
+        self.outbox, self.inbox = Outbox(self.arena), Inbox(read, self.take_released)
+
+    def take_released(self, data: bytes) -> None:
+        message = TO_FRONT.decode(data)
+        assert isinstance(message, Released)
+        self.released += message.numbers
 
     def ask(self, number: int, *sequences: PreparedSequence) -> tuple[PreparedSequence, ...]:
         sent = self.outbox.ask(number, "id", 12.5, 99, Priority.HIGH.value, sequences)
