@@ -25,7 +25,7 @@ from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.http import HttpServer
 from attnserve_server.transport.server import GrpcServer
 from attnserve_server.transport.servicer import SERVICE
-from attnserve_server.wanted import StartFailed, log_cautions, under_policy, wanted_bundles
+from attnserve_server.wanted import log_cautions, ready_models, under_policy, wanted_bundles
 
 _log = logger(__name__)
 
@@ -80,12 +80,7 @@ class Application:
         )
         for bundle, model in waiting:
             await self._load(bundle, model)
-        ready = [model for model in self.catalog.all() if model.state is ModelState.READY]
-        if not ready:
-            raise StartFailed(
-                "no model could be loaded: "
-                + "; ".join(f"{model.name}/{model.version}: {model.state_reason}" for model in self.catalog.all())
-            )
+        ready = ready_models(self.catalog)
         self.health.set(SERVICE, serving=True)
         self.health.set(OVERALL, serving=True)
         if self.settings.ports_file is not None:
@@ -96,9 +91,7 @@ class Application:
         """Report NOT_SERVING, refuse new requests, and wait for pending ones until the grace period ends."""
         end = self.clock.now() + self.settings.drain_grace_s
         self.health.drain()
-        for model in self.catalog.all():
-            if model.state is ModelState.READY:
-                model.move(ModelState.DRAINING)
+        self.catalog.drain()
         _log.info("draining", grace_s=self.settings.drain_grace_s)
         self.grpc.drain()
         try:

@@ -17,6 +17,7 @@ from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle, BundleFault, Repository
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.observability.logs import logger
+from attnserve_server.scheduling.catalog import Catalog, ServedModel
 from attnserve_server.scheduling.policy import SchedulingSettings
 
 _log = logger(__name__)
@@ -55,6 +56,15 @@ def wanted_bundles(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]
         [bundle for bundle in bundles if is_wanted(bundle.manifest.name, bundle.manifest.version)],
         [fault for fault in faults if is_wanted(fault.name, fault.version)],
     )
+
+
+def ready_models(catalog: Catalog) -> list[ServedModel]:
+    """Return the models that are ready after the start. Raises StartFailed, with each reason, if there is none."""
+    ready = catalog.ready()
+    if not ready:
+        why = "; ".join(f"{model.name}/{model.version}: {model.state_reason}" for model in catalog.all())
+        raise StartFailed(f"no model could be loaded: {why}")
+    return ready
 
 
 def under_policy(bundle: Bundle, settings: Settings) -> Bundle:

@@ -293,7 +293,23 @@ class EngineMessages(Target):
         return "Ask"
 
 
-class Manifests(Target):
+class JsonFiles(Target):
+    """A file of JSON."""
+
+    def __init__(self, values: list[Any]) -> None:
+        """Store the contents of valid files."""
+        self._values = values
+        self._texts = [json.dumps(one).encode() for one in values]
+
+    def make(self, chance: random.Random) -> bytes:
+        """A file with changed values, or changed bytes."""
+        at = chance.randrange(len(self._values))
+        if chance.random() < 0.8:
+            return json.dumps(changed_value(chance, self._values[at]), default=str).encode()
+        return changed_bytes(chance, self._texts[at], self._texts)
+
+
+class Manifests(JsonFiles):
     """manifest.json of a bundle."""
 
     def __init__(self) -> None:
@@ -301,15 +317,7 @@ class Manifests(Target):
         self._file = self._root / "tiny" / "1" / "manifest.json"
         self._file.parent.mkdir(parents=True)
         models = [tiny_manifest(), tiny_manifest(text=False), _mixed_manifest()]
-        self._values = [json.loads(one.model_dump_json()) for one in models]
-        self._texts = [json.dumps(one).encode() for one in self._values]
-
-    def make(self, chance: random.Random) -> bytes:
-        """A manifest with changed values, or changed bytes."""
-        at = chance.randrange(len(self._values))
-        if chance.random() < 0.8:
-            return json.dumps(changed_value(chance, self._values[at]), default=str).encode()
-        return changed_bytes(chance, self._texts[at], self._texts)
+        super().__init__([json.loads(one.model_dump_json()) for one in models])
 
     def outcome(self, data: bytes) -> str:
         """A manifest is refused in one sentence, or can be served."""
@@ -323,7 +331,7 @@ class Manifests(Target):
         return "read"
 
 
-class Tokenizers(Target):
+class Tokenizers(JsonFiles):
     """tokenizer.json of a bundle, and a text with it."""
 
     is_native = True
@@ -333,15 +341,7 @@ class Tokenizers(Target):
         padded = tiny_tokenizer()
         padded.enable_padding(length=16, pad_id=0)
         padded.enable_truncation(12)
-        self._values = [json.loads(one.to_str()) for one in (tiny_tokenizer(), padded)]
-        self._texts = [json.dumps(one).encode() for one in self._values]
-
-    def make(self, chance: random.Random) -> bytes:
-        """A tokenizer with changed values, or changed bytes."""
-        at = chance.randrange(len(self._values))
-        if chance.random() < 0.8:
-            return json.dumps(changed_value(chance, self._values[at]), default=str).encode()
-        return changed_bytes(chance, self._texts[at], self._texts)
+        super().__init__([json.loads(one.to_str()) for one in (tiny_tokenizer(), padded)])
 
     def outcome(self, data: bytes) -> str:
         """A tokenizer is refused, or tokenizes; it may refuse a text with the declared error."""

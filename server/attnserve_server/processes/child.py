@@ -12,18 +12,16 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from typing import Final, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 import uvloop
 
 from attnserve_server.config import Settings
 from attnserve_server.isolation.link import Link
+from attnserve_server.lifetime import EXIT_DRAINED, EXIT_FAULTED
 from attnserve_server.observability.logs import logger, serving
 from attnserve_server.processes.control import TO_CHILD, EngineStart, FrontStart
-
-EXIT_DRAINED: Final = 0
-EXIT_FAULTED: Final = 70
 
 Start = TypeVar("Start", FrontStart, EngineStart)
 

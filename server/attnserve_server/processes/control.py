@@ -85,10 +85,6 @@ class Drain(msgspec.Struct, tag=True):
     """Take no more requests, answer the pending ones, and end."""
 
 
-class Drained(msgspec.Struct, tag=True):
-    """A front has answered all of its requests; it ends now."""
-
-
 class Scrape(msgspec.Struct, tag=True):
     """Requests the metrics of a process."""
 
@@ -104,4 +100,4 @@ class Scraped(msgspec.Struct, tag=True):
 
 ENCODER: Final = msgspec.msgpack.Encoder()
 TO_CHILD: Final = msgspec.msgpack.Decoder(FrontStart | EngineStart | Changed | Drain | Scrape)
-TO_SUPERVISOR: Final = msgspec.msgpack.Decoder(Changed | Listening | Drained | Scraped)
+TO_SUPERVISOR: Final = msgspec.msgpack.Decoder(Changed | Listening | Scraped)

@@ -1,6 +1,6 @@
 """An engine: one process that owns the queue, the plan, the sessions and the attention of one model.
 
-`python -m attnserve_server.processes.engine DESCRIPTOR`, started by the supervisor.
+`python -m attnserve_server.processes.engine LINK LOG NAME`, started by the supervisor.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from attnserve_server.engine.instance_thread import SharedOccupancy
 from attnserve_server.isolation.arena import Arena, LoadBoard
 from attnserve_server.isolation.host import Host
 from attnserve_server.isolation.link import Link
+from attnserve_server.lifetime import EXIT_DRAINED, EXIT_FAULTED
 from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.metrics import Metrics
-from attnserve_server.processes.child import EXIT_DRAINED, EXIT_FAULTED, run
+from attnserve_server.processes.child import run
 from attnserve_server.processes.control import (
     ARENA_BYTES,
     ENCODER,

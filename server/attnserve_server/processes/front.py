@@ -1,6 +1,6 @@
 """A front: one process that serves gRPC, and sends valid requests to the engines of their models.
 
-`python -m attnserve_server.processes.front DESCRIPTOR`, started by the supervisor. It does not import the runtime.
+`python -m attnserve_server.processes.front LINK LOG NAME`, started by the supervisor. It does not import the runtime.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.isolation.arena import Arena, LoadBoard
 from attnserve_server.isolation.link import Link
 from attnserve_server.isolation.remote import RemoteScheduler
+from attnserve_server.lifetime import EXIT_DRAINED
 from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.metrics import Metrics
-from attnserve_server.processes.child import EXIT_DRAINED, run
+from attnserve_server.processes.child import run
 from attnserve_server.processes.control import (
     ARENA_BYTES,
     ENCODER,
     Changed,
     Drain,
-    Drained,
     FrontStart,
     Listening,
     ModelChannel,
@@ -111,7 +111,7 @@ class FrontProcess:
         model.move(ModelState(changed.state), changed.reason)
         found = self._catalog.find(model.name)
         self._health.set(model.name, serving=found.state is ModelState.READY)
-        ready = any(one.state is ModelState.READY for one in self._catalog.all())
+        ready = bool(self._catalog.ready())
         self._health.set(SERVICE, serving=ready)
         self._health.set(OVERALL, serving=ready)
 
@@ -119,9 +119,7 @@ class FrontProcess:
         """Refuse new requests, and wait for pending ones until the grace period ends."""
         end = self._clock.now() + self._settings.drain_grace_s
         self._health.drain()
-        for model in self._catalog.all():
-            if model.state is ModelState.READY:
-                model.move(ModelState.DRAINING)
+        self._catalog.drain()
         self._grpc.drain()
         waiting = [scheduler.drained() for scheduler in self._schedulers.values()]
         try:
@@ -134,7 +132,6 @@ class FrontProcess:
         self._health.close()
         await self._grpc.stop(max(_LEAST_STOP_S, end - self._clock.now()))
         self._plane.close()
-        self._supervisor.send(ENCODER.encode(Drained()))
         self._supervisor.close()
 
 

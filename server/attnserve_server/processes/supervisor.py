@@ -12,7 +12,6 @@ import itertools
 import os
 import socket
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -45,7 +44,7 @@ from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.http import HttpServer
 from attnserve_server.transport.server import PortUnavailable
-from attnserve_server.wanted import StartFailed, log_cautions, under_policy, wanted_bundles
+from attnserve_server.wanted import StartFailed, log_cautions, ready_models, under_policy, wanted_bundles
 
 _log = logger(__name__)
 
@@ -88,7 +87,7 @@ class Supervisor:
         self._holder: socket.socket | None = None
         self._listening = 0
         self._settled = asyncio.Event()
-        self._scrapes: dict[int, tuple[_Child, asyncio.Future[None]]] = {}
+        self._scrapes: dict[int, asyncio.Future[None]] = {}
         self._numbers = itertools.count()
         self._ending = False
         self._watching: list[asyncio.Task[None]] = []
@@ -104,36 +103,31 @@ class Supervisor:
             raise StartFailed("isolation process needs Linux: set --isolation none")
         bundles, faults = wanted_bundles(self.settings)
         for fault in faults:
-            self._add(ServedModel(fault.name, fault.version, self.metrics.model(fault.name, fault.version)))
-            self.catalog.find(fault.name, fault.version).move(ModelState.FAILED, fault.why)
+            model = ServedModel(fault.name, fault.version, self.metrics.model(fault.name, fault.version))
+            self._add(model)
+            model.move(ModelState.FAILED, fault.why)
         for bundle in bundles:
             log_cautions(bundle.manifest, self.settings)
             manifest = under_policy(bundle, self.settings).manifest
-            self._add(
-                ServedModel(
-                    manifest.name, manifest.version, self.metrics.model(manifest.name, manifest.version), manifest
-                )
-            )
+            metrics = self.metrics.model(manifest.name, manifest.version)
+            self._add(ServedModel(manifest.name, manifest.version, metrics, manifest))
         self._holder, self.grpc_port = _held_port(self.settings)
-        http_port = self.http_port = await self.http.start()
+        self.http_port = await self.http.start()
         count = self.settings.fronts or min(MOST_FRONTS, max(1, cores() // 2))
         _log.info(
             "listening",
             version=__version__,
             host=self.settings.host,
             grpc_port=self.grpc_port,
-            http_port=http_port,
+            http_port=self.http_port,
             fronts=count,
         )
         await self._spawn(bundles, faults, count)
         await self._settled.wait()
-        ready = [model for model in self.catalog.all() if model.state is ModelState.READY]
-        if not ready:
-            why = "; ".join(f"{model.name}/{model.version}: {model.state_reason}" for model in self.catalog.all())
-            raise StartFailed(f"no model could be loaded: {why}")
+        ready = ready_models(self.catalog)
         self.health.set(OVERALL, serving=True)
         if self.settings.ports_file is not None:
-            write_ports(self.settings.ports_file, self.grpc_port, http_port)
+            write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
         _log.info("ready", models=[f"{model.name}/{model.version}" for model in ready])
 
     async def drain(self) -> None:
@@ -141,9 +135,7 @@ class Supervisor:
         end = self.clock.now() + self.settings.drain_grace_s
         self._ending = True
         self.health.drain()
-        for model in self.catalog.all():
-            if model.state is ModelState.READY:
-                model.move(ModelState.DRAINING)
+        self.catalog.drain()
         _log.info("draining", grace_s=self.settings.drain_grace_s)
         for children in (self._fronts, self._engines):
             for child in children:
@@ -237,8 +229,8 @@ class Supervisor:
         elif isinstance(message, Scraped):
             child.metrics = message.families
             waiting = self._scrapes.pop(message.number, None)
-            if waiting is not None and not waiting[1].done():
-                waiting[1].set_result(None)
+            if waiting is not None:
+                waiting.set_result(None)
 
     def _change(self, changed: Changed) -> None:
         model = self.catalog.find(changed.name, changed.version)
@@ -261,16 +253,18 @@ class Supervisor:
     async def _collect(self) -> None:
         """Update `metrics` for a scrape."""
         loop = asyncio.get_running_loop()
-        waits = []
-        for child in (*self._fronts, *self._engines):
-            number = next(self._numbers)
-            done: asyncio.Future[None] = loop.create_future()
-            self._scrapes[number] = (child, done)
+        children = (*self._fronts, *self._engines)
+        waits: dict[int, asyncio.Future[None]] = {next(self._numbers): loop.create_future() for _ in children}
+        self._scrapes |= waits
+        for number, child in zip(waits, children, strict=True):
             child.link.send(ENCODER.encode(Scrape(number)))
-            waits.append(done)
-        if waits:
-            await asyncio.wait(waits, timeout=_SCRAPE_S)
-        self.metrics.merge(child.metrics for child in (*self._fronts, *self._engines))
+        try:
+            if waits:
+                await asyncio.wait(waits.values(), timeout=_SCRAPE_S)
+        finally:
+            for number in waits:
+                self._scrapes.pop(number, None)  # of a process that did not answer
+        self.metrics.merge(child.metrics for child in children)
 
 
 def _changed(model: ServedModel) -> Changed:
@@ -285,8 +279,7 @@ def _held_port(settings: Settings) -> tuple[socket.socket, int]:
         PortUnavailable: The port is taken, or the address is not this machine's.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    address: Iterator[Any] = iter((settings.host, settings.grpc_port))
-    host, port = next(address), next(address)
+    host, port = settings.host, settings.grpc_port
     try:
         with socket.socket(family) as probe:  # fails where another server shares the port
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -119,6 +119,15 @@ class Catalog:
         """Return all models in order of name and version."""
         return [model for name in sorted(self._models) for model in sorted(self._models[name].values(), key=_version)]
 
+    def ready(self) -> list[ServedModel]:
+        """Return the models that are ready, in the same order."""
+        return [model for model in self.all() if model.state is ModelState.READY]
+
+    def drain(self) -> None:
+        """Move every model that is ready to DRAINING."""
+        for model in self.ready():
+            model.move(ModelState.DRAINING)
+
 
 def _version(model: ServedModel) -> int:
     return int(model.version)
