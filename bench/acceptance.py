@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from attnserve_server.config import cores
+from attnserve_server.domain.machine import cores
 from rich.console import Console
 from rich.table import Table
 

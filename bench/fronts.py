@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import grpc
-from attnserve_server.config import cores
+from attnserve_server.domain.machine import cores
 from onnx import TensorProto
 
 from bench import calls, echo, service

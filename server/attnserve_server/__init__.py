@@ -4,6 +4,9 @@ import os
 
 # From 1.32 on, onnxruntime sends telemetry unless this is set before it is loaded. Set the variable to 0 to allow it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# gRPC otherwise writes a line to standard error for each failed TLS handshake, so that anyone could fill the log
+# (findings/grpc_logs_each_failed_handshake.sh).
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 __version__: str
 """Version of the installed distribution; `unknown` in a source tree that is not installed."""

@@ -10,6 +10,10 @@ import asyncio
 from typing import Final
 
 from attnserve_server import __version__
+from attnserve_server.access.guard import Access
+from attnserve_server.access.keeper import Keeper
+from attnserve_server.access.limits import Buckets
+from attnserve_server.access.tokens import MAX_TOKENS
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock, MonotonicClock
 from attnserve_server.engine.instance_thread import Occupancy
@@ -43,8 +47,14 @@ class Application:
         self.catalog = Catalog()
         self.health = Health()
         self.plane = DataPlane(self.catalog, settings, self.clock)
-        self.grpc = GrpcServer(settings, self.plane, self.health, self.metrics, self.clock)
-        self.http = HttpServer(settings, self.catalog, self.health, self.metrics, lambda: not self.fault.is_set())
+        buckets = Buckets(MAX_TOKENS)
+        self.keeper = Keeper(settings, self.metrics, buckets)
+        access = self.access = Access(self.keeper.start(), self.metrics, self.clock, buckets)
+        self.grpc = GrpcServer(settings, self.plane, self.health, self.metrics, self.clock, access)
+        self.http = HttpServer(
+            settings, self.catalog, self.health, self.metrics, lambda: not self.fault.is_set(), access
+        )
+        self._watching: asyncio.Task[None] | None = None
         self.fault = asyncio.Event()
         self.grpc_port = 0
         self.http_port = 0
@@ -67,6 +77,7 @@ class Application:
         waiting = [self._add(bundle) for bundle in bundles]
         self.http_port = await self.http.start()
         self.grpc_port = await self.grpc.start()
+        self._watching = asyncio.create_task(self.keeper.watch(self.access.update), name="files")
         _log.info(
             "listening",
             version=__version__,
@@ -109,6 +120,8 @@ class Application:
         """Stop everything at once, and cancel pending requests."""
         self.health.drain()
         self.health.close()
+        if self._watching is not None:
+            self._watching.cancel()
         await self.grpc.stop(0)
         for loaded in self._loaded:
             await loaded.aclose()

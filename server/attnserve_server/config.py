@@ -6,8 +6,6 @@ which lists all invalid settings.
 
 from __future__ import annotations
 
-import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +15,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.domain.machine import is_loopback, suits_processes
 
 PREFIX = "ATTNSERVE_"
 MIB = 2**20
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-_LEAST_CORES = 4
-"""Cores from which a server is several processes unasked. On two, one process answered more: docs/adr/0008."""
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
@@ -53,19 +49,38 @@ class Settings(BaseSettings):
     host: str = Field(
         "127.0.0.1",
         min_length=1,
-        description="Address that both ports listen on. Default: loopback, because the server does not authenticate "
-        "callers.",
+        description="Address that both ports listen on. Any other than loopback needs TLS and a check of callers, or "
+        "`--insecure`. Default: loopback, which only this machine reaches.",
     )
     grpc_port: Port = Field(8001, description="gRPC port; 0 lets the system choose. Default: the same as Triton's.")
     http_port: Port = Field(
-        8002,
-        description="HTTP port of `/metrics`, `/livez`, `/readyz`; 0 lets the system choose. Default: as Triton's "
-        "metrics.",
+        8002, description="HTTP port of `/metrics`, `/livez`, `/readyz`; 0: the system chooses. Default: as Triton's."
+    )
+    tls_cert: Path | None = Field(
+        None,
+        description="PEM file of the server's certificate, then those of its issuers, for both ports. The TLS files "
+        "and `--tokens-file` are read again when they change, and on SIGHUP. Default: none, as only you can get one.",
+    )
+    tls_key: Path | None = Field(
+        None, description="PEM file of its private key, without a passphrase. Default: as `--tls-cert`."
+    )
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file of the authorities whose client certificates are required: for every gRPC call, and on "
+        "the HTTP port for all but `/livez` and `/readyz`. Default: none, as most callers have tokens.",
+    )
+    tokens_file: Path | None = Field(
+        None,
+        description="File of bearer tokens, one line each with digest, scopes and quota; `attnserve-server token` "
+        "makes them. All but health checks then need a token. Default: none, as only this machine reaches loopback.",
+    )
+    insecure: bool = Field(
+        False,
+        description="Accept an address that other machines reach without TLS, or without a check of callers. Default: "
+        "false, as anyone there could then use the models, and read tokens.",
     )
     ports_file: Path | None = Field(
-        None,
-        description="JSON file that receives both ports when the models are ready. Default: none, as ports are mostly "
-        "fixed.",
+        None, description="JSON file for both ports, once models are ready. Default: none, as ports are mostly fixed."
     )
     provider: str = Field(
         "auto",
@@ -211,8 +226,7 @@ class Settings(BaseSettings):
     )
     max_response_bytes: Annotated[int, Field(ge=1, le=2**31 - 64 * MIB)] = Field(
         48 * MIB,
-        description="Maximum bytes of tensor data in one answer. Default: leaves room for tokens within a 64 MiB "
-        "message.",
+        description="Maximum bytes of tensor data in one answer. Default: leaves room for tokens in a 64 MiB message.",
     )
     max_stream_in_flight: Annotated[int, Field(ge=1, le=65_536)] = Field(
         256,
@@ -241,8 +255,7 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",
-        description="Minimum level of logged lines. Default: `info`, which shows invalid requests but not every "
-        "answer.",
+        description="Minimum level of logged lines. Default: `info`, which shows invalid requests, not every answer.",
     )
 
     @field_validator("cuda_graphs")
@@ -253,14 +266,9 @@ class Settings(BaseSettings):
             raise ValueError(f"{wrong[0]!r} is not a shape; write rows x tokens, such as 8x64")
         return value
 
-    @field_validator("models", "cuda_graphs", mode="before")
+    @field_validator("models", "cuda_graphs", "device_ids", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-    @field_validator("device_ids", mode="before")
-    @classmethod
-    def _numbers(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("cuda_options", "openvino_options", "tensorrt_options", mode="before")
@@ -275,23 +283,36 @@ class Settings(BaseSettings):
         return {key.strip(): text.strip() for key, _, text in pairs}
 
     @field_validator(
-        "ports_file", "require_provider", "run_overhead_tokens", "shape_buckets", "cache_dir", mode="before"
+        *("ports_file", "require_provider", "run_overhead_tokens", "shape_buckets", "cache_dir"),
+        *("tls_cert", "tls_key", "tls_client_ca", "tokens_file"),
+        mode="before",
     )
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value
 
     @model_validator(mode="after")
-    def _ports_differ(self) -> Self:
+    def _agree(self) -> Self:
         if self.grpc_port == self.http_port != 0:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; they must differ")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("of --tls-cert and --tls-key only one is set; set both, or neither")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("--tls-client-ca needs TLS: set --tls-cert and --tls-key")
+        missing = [] if self.tls_cert else ["without TLS (set --tls-cert and --tls-key)"]
+        if not self.tokens_file and not self.tls_client_ca:
+            missing += ["without a check of callers (set --tokens-file or --tls-client-ca)"]
+        if missing and not self.insecure and not is_loopback(self.host):
+            raise ValueError(
+                f"--host {self.host} can be reached from other machines, {' and '.join(missing)}; "
+                "use 127.0.0.1, or accept the risk with --insecure (ATTNSERVE_INSECURE=true)"
+            )
         return self
 
     @property
     def isolated(self) -> bool:
         """Whether the server is several processes: `isolation`, decided for this machine."""
-        can = hasattr(os, "memfd_create") and cores() >= _LEAST_CORES
-        return self.isolation == "process" or (self.isolation == "auto" and can)
+        return self.isolation == "process" or (self.isolation == "auto" and suits_processes())
 
     @classmethod
     def load(cls, flags: Mapping[str, Any]) -> Settings:
@@ -318,21 +339,6 @@ def variable_of(field: str) -> str:
 def flag_of(field: str) -> str:
     """Return the command line flag of a setting."""
     return "--" + field.replace("_", "-")
-
-
-def cores(quota: Path = _CPU_QUOTA) -> int:
-    """Return the number of cores that this process may use: those of its affinity, at most its quota, rounded up.
-
-    Args:
-        quota: the file with the quota of the control group: microseconds of processor time, or `max`, and the period
-            (Linux, Documentation/admin-guide/cgroup-v2.rst, cpu.max); without that file, there is no quota.
-    """
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        limit, period = quota.read_text(encoding="ascii").split()
-        return min(found, max(1, math.ceil(int(limit) / int(period))))
-    except (OSError, ValueError):  # no control group, or `max`
-        return found
 
 
 def _fault(fault: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The life of a server in its main process: start, serve until a signal or an internal error, drain, end.
 
-The first SIGTERM or SIGINT drains, and a second one ends at once.
+The first SIGTERM or SIGINT drains, and a second one ends at once. SIGHUP has the files of TLS and tokens read again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 from typing import Final, Protocol
 
+from attnserve_server.access.keeper import Keeper
 from attnserve_server.model.repository import write_atomically
 from attnserve_server.observability.logs import logger
 
@@ -31,6 +32,8 @@ class Lifetime(Protocol):
     """0 before it listens."""
     fault: asyncio.Event
     """Set by an internal error: the server drains, and ends with `EXIT_FAULTED`."""
+    keeper: Keeper
+    """Reads the files of TLS and tokens."""
 
     async def start(self) -> None:
         """Start serving. Raises AttnserveError where that cannot be done."""
@@ -61,6 +64,7 @@ async def run(server: Lifetime) -> int:
 
     for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGHUP, server.keeper.hurry)
     starting = asyncio.create_task(server.start(), name="start")
     try:
         await _first_of(starting, stop, server.fault)
@@ -80,7 +84,7 @@ async def run(server: Lifetime) -> int:
         return EXIT_FAULTED if server.fault.is_set() else EXIT_DRAINED
     finally:
         await server.aclose()
-        for number in _SIGNALS:
+        for number in (*_SIGNALS, signal.SIGHUP):
             loop.remove_signal_handler(number)
         if server.grpc_port:
             _log.info("stopped")

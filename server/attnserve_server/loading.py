@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from attnserve_server.config import Settings, cores
+from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
+from attnserve_server.domain.machine import cores
 from attnserve_server.engine import openvino
 from attnserve_server.engine.cost_file import CostKey, machine
 from attnserve_server.engine.executor import Executor

@@ -10,6 +10,7 @@ from typing import Final
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.domain.machine import resident_bytes
 from attnserve_server.engine.cost_file import read_costs, write_costs
 from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.instance_thread import Occupancy
@@ -23,7 +24,7 @@ from attnserve_server.loading import (
 )
 from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.logs import logger
-from attnserve_server.observability.metrics import ModelMetrics, resident_bytes
+from attnserve_server.observability.metrics import ModelMetrics
 from attnserve_server.scheduling.scheduler import Scheduler
 from attnserve_server.scheduling.verifier import Verifier
 from attnserve_server.wanted import scheduling_settings

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from attnserve_server.config import cores
+from attnserve_server.domain.machine import cores
 from onnx import TensorProto
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from attnserve_server import __version__
-from attnserve_server.cli import check, convert, inspect, recommend, serve
+from attnserve_server.cli import check, convert, inspect, recommend, serve, token
 
 app = typer.Typer(name="attnserve-server", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -35,3 +35,4 @@ convert.register(app)
 inspect.register(app)
 check.register(app)
 recommend.register(app)
+token.register(app)

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from attnserve_server.cli._measuring import Measured, Refused, Way, agreement, measured_apart
-from attnserve_server.config import cores
 from attnserve_server.conversion.base.steps import Steps
+from attnserve_server.domain.machine import cores
 from attnserve_server.engine.cost_file import machine
 from attnserve_server.engine.providers import visible_gpus
 

@@ -22,6 +22,7 @@ import numpy as np
 from attnserve_server.config import Settings
 from attnserve_server.conversion.precision.comparison import Subject, answers, compared_output, cosine, groups
 from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.domain.machine import resident_bytes
 from attnserve_server.domain.values import Array, PreparedSequence
 from attnserve_server.engine.collation import CollatedBatch, collate
 from attnserve_server.engine.golden import lengths_of, read_golden
@@ -31,7 +32,6 @@ from attnserve_server.loading import Opened, open_bundle
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import BundleInvalid, Repository
 from attnserve_server.observability.logs import configure
-from attnserve_server.observability.metrics import resident_bytes
 from attnserve_server.wanted import under_policy
 
 _SENTENCES: Final = 24

@@ -32,10 +32,13 @@ def healthcheck(
     port: Annotated[
         int, typer.Option("--http-port", envvar=probe.PORT_VARIABLE, help="HTTP port of the server.")
     ] = probe.DEFAULT_PORT,
+    tls_cert: Annotated[
+        str, typer.Option(envvar=probe.TLS_VARIABLE, help="Set, as for `serve`, if the server uses TLS.")
+    ] = "",
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = probe.DEFAULT_TIMEOUT_S,
 ) -> None:
     """Check whether a running server is ready: exit code 0 if so, 1 if not."""
-    reason = probe.why_not_ready(host, port, timeout_s)
+    reason = probe.why_not_ready(host, port, timeout_s, tls=bool(tls_cert))
     if reason:
         typer.echo(f"not ready: {reason}", err=True)
         raise typer.Exit(1)
@@ -53,10 +56,19 @@ async def _serve(settings: Settings) -> int:
     return await run(Application(settings))
 
 
+def _type_of(default: object) -> Any:
+    """Return what the flag of a setting takes: nothing where it turns on what is off; else a text."""
+    return bool | None if default is False else str | None
+
+
+def _option(name: str, description: str | None) -> Any:
+    return typer.Option(flag_of(name), help=f"{description} [{variable_of(name)}]", metavar="VALUE", show_default=False)
+
+
 def _serve_command() -> Any:
     """The command, with a string flag for each setting: pydantic parses them, and reports all faults together."""
 
-    def serve(**flags: str | None) -> None:
+    def serve(**flags: str | bool | None) -> None:
         """Serve every model of a repository over gRPC, with metrics and readiness over HTTP."""
         settings = Settings.load(flags)
         process = "supervisor" if settings.isolated else ""
@@ -68,15 +80,7 @@ def _serve_command() -> Any:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[
-                str | None,
-                typer.Option(
-                    flag_of(name),
-                    help=f"{field.description} [{variable_of(name)}]",
-                    metavar="VALUE",
-                    show_default=False,
-                ),
-            ],
+            annotation=Annotated[_type_of(field.default), _option(name, field.description)],
         )
         for name, field in Settings.model_fields.items()
     ]

@@ -10,6 +10,8 @@
     +-- NotServing               retry after the delay, or elsewhere  UNAVAILABLE, with RetryInfo
     +-- DeadlineExpired          set a longer deadline                DEADLINE_EXCEEDED
     +-- RequestCancelled         none: the caller cancelled           CANCELLED
+    +-- Unauthenticated          present a valid token                UNAUTHENTICATED
+    +-- PermissionDenied         use a token with the scope           PERMISSION_DENIED
     +-- InternalFault            report the request id                INTERNAL
 
 Errors hold fields, from which `transport/status.py`, and no other module, makes gRPC statuses.
@@ -172,14 +174,19 @@ class ResponseTooLarge(AttnserveError):
 
 
 class Overloaded(AttnserveError):
-    """The queue has no room for this request now; `cause` is `queue_full`, `queue_bytes` or `predicted_wait`."""
+    """The queue has no room for this request now, or its token's quota is used up.
+
+    `cause` is `queue_full`, `queue_bytes`, `predicted_wait` or `quota`.
+    """
 
     reason = "OVERLOADED"
 
     def __init__(self, cause: str, limit: float, value: float, retry_delay_s: float) -> None:
         self.cause, self.limit, self.value, self.retry_delay_s = cause, limit, value, retry_delay_s
-        excess = f"{_number(value)} exceeds {_number(limit)}; try again in {retry_delay_s:.3f} s"
-        super().__init__(f"overloaded ({cause}): {excess}")
+        excess = f"{_number(value)} exceeds {_number(limit)}"
+        if cause == "quota":
+            excess = f"the token's {_number(limit)} sequences a second are used up"
+        super().__init__(f"overloaded ({cause}): {excess}; try again in {retry_delay_s:.3f} s")
 
     def metadata(self) -> dict[str, str]:
         """The limit's name, the limit, and the value that exceeds it."""
@@ -221,6 +228,45 @@ class RequestCancelled(AttnserveError):
 
     def __init__(self) -> None:
         super().__init__("cancelled by the caller")
+
+
+class Unauthenticated(AttnserveError):
+    """The call has no valid bearer token; `cause` is `missing`, `malformed`, `unknown` or `backed_off`.
+
+    `backed_off`: the address sent too many unknown tokens, and this one was not examined.
+    """
+
+    reason = "UNAUTHENTICATED"
+
+    def __init__(self, cause: str, retry_delay_s: float = 0.0) -> None:
+        self.cause, self.retry_delay_s = cause, retry_delay_s
+        super().__init__(
+            {
+                "missing": "no token; send the metadata, or the header, `authorization: Bearer TOKEN`",
+                "malformed": "the authorization is not `Bearer TOKEN`",
+                "unknown": "the token is unknown, expired or revoked; ask the operator for another",
+                "backed_off": "too many unknown tokens came from this address, so that this one was not examined; "
+                f"try again in {retry_delay_s:.0f} s",
+            }[cause]
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """What is wrong with the token."""
+        return {"cause": self.cause}
+
+
+class PermissionDenied(AttnserveError):
+    """The token is valid, and lacks the scope of the method or of a part of the request."""
+
+    reason = "PERMISSION_DENIED"
+
+    def __init__(self, scope: str, token: str, what: str) -> None:
+        self.scope, self.token = scope, token
+        super().__init__(f"{what} needs the scope {scope!r}, which the token {token!r} lacks; ask the operator for it")
+
+    def metadata(self) -> dict[str, str]:
+        """The missing scope, and the token's name."""
+        return {"scope": self.scope, "token": self.token}
 
 
 class InternalFault(AttnserveError):

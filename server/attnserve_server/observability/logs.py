@@ -212,27 +212,35 @@ def pipes_of(process: str) -> Iterator[tuple[int, int]]:
 
 
 class Sampler:
-    """Passes some lines of each kind in each second, and logs how many others there were. Event loop only."""
+    """Passes some lines of each kind in each period, and logs how many others there were. Event loop only."""
 
-    def __init__(self, per_s: int = REFUSALS_PER_S) -> None:
-        self._per_s = per_s
+    def __init__(self, most: int = REFUSALS_PER_S, period_s: float = 1.0, level: int = logging.INFO) -> None:
+        """Begin.
+
+        Args:
+            most: lines of a kind in a period.
+            period_s: seconds of a period, which the first line of a kind begins.
+            level: of the line that states how many others there were.
+        """
+        self._most, self._period_s, self._level = most, period_s, level
         # A loop that ends takes its timers along.
-        self._seconds: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, int]] = WeakKeyDictionary()
+        self._periods: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, int]] = WeakKeyDictionary()
 
     def passes(self, kind: str) -> bool:
         """Return whether to log one more line of a kind. Kinds are from a closed set."""
         loop = asyncio.get_running_loop()
-        counts = self._seconds.setdefault(loop, {})
+        counts = self._periods.setdefault(loop, {})
         count = counts.get(kind, 0)
         if not count:
-            loop.call_later(1.0, self._end, counts, kind)
+            loop.call_later(self._period_s, self._end, counts, kind)
         counts[kind] = count + 1
-        return count < self._per_s
+        return count < self._most
 
     def _end(self, counts: dict[str, int], kind: str) -> None:
-        suppressed = counts.pop(kind) - self._per_s
+        suppressed = counts.pop(kind) - self._most
         if suppressed > 0:
-            _log.info("refusals were not logged", reason=kind, suppressed=suppressed, logged=self._per_s)
+            named = {"reason": kind, "suppressed": suppressed, "logged": self._most}
+            _log.log(self._level, "refusals were not logged", **named)
 
 
 def _standard_error() -> int:

@@ -5,26 +5,15 @@ Labels are models, versions and small closed sets; never text from a caller, so 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
 
 from attnserve_server.observability.logs import dropped_lines
 from attnserve_server.observability.process_metrics import ProcessMetrics
-from attnserve_server.observability.tally import (
-    Counter,
-    CounterSeries,
-    Exported,
-    Family,
-    Gauge,
-    Histogram,
-)
-
-_STATM: Final = Path("/proc/self/statm")
+from attnserve_server.observability.tally import Counter, CounterSeries, Exported, Family, Gauge, Histogram
 
 MODEL: Final = ("model", "version")
 CHECK_OUTCOMES: Final = ("equal", "different", "dropped", "failed")
@@ -195,6 +184,30 @@ LOG_LINES_DROPPED: Final = MetricSpec(
     "attnserve_log_lines_dropped_total",
     "Log lines dropped because the log was not read as fast as lines came, or its disk was full.",
 )
+ACCESS_REFUSED: Final = MetricSpec(
+    Counter,
+    "attnserve_access_refused_total",
+    "Calls refused on both ports: `missing`, `malformed` or `unknown` token, `backed_off` (not examined), `scope`, "
+    "`quota`, `certificate` (HTTP without one).",
+    ("cause",),
+)
+TLS_HANDSHAKES: Final = MetricSpec(
+    Counter, "attnserve_tls_handshakes_total", "TLS handshakes that began. gRPC reports no end of one.", ("port",)
+)
+RELOADS: Final = MetricSpec(
+    Counter,
+    "attnserve_reloads_total",
+    "Reloads of `certificates` and `tokens`: `ok`, or `failed`, after which the earlier ones stay in use.",
+    ("files", "outcome"),
+)
+STALE: Final = MetricSpec(
+    Gauge, "attnserve_reload_failed", "1 while files are not usable, and those read before are in use.", ("files",)
+)
+CERTIFICATE_END: Final = MetricSpec(
+    Gauge,
+    "attnserve_certificate_not_after_timestamp_seconds",
+    "When the server's certificate expires, in seconds of the epoch.",
+)
 
 SPECS: Final[tuple[MetricSpec, ...]] = tuple(
     value for value in list(globals().values()) if isinstance(value, MetricSpec)
@@ -333,12 +346,3 @@ class Metrics:
         if not isinstance(metric, kind):
             raise TypeError(f"{spec.name} is not a {kind.__name__}")
         return metric
-
-
-def resident_bytes(statm: Path = _STATM) -> int:
-    """Return the process's resident memory in bytes; 0 if the system does not report it."""
-    try:
-        pages = int(statm.read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

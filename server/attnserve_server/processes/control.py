@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import msgspec
 
+from attnserve_server.access.guard import Material
+
 ARENA_BYTES: Final = 64 * 2**20
 """Bytes of each arena: a front's requests to one engine, and the answers to it. Pages count once they are written."""
 
@@ -43,11 +45,13 @@ class Broken(msgspec.Struct, frozen=True):
 
 
 class FrontStart(msgspec.Struct, tag=True):
-    """Starts a front. `settings`: as JSON."""
+    """Starts a front. `settings`: as JSON; `buckets`: descriptor of the quotas, which all fronts share."""
 
     settings: bytes
     models: list[ModelChannel]
     broken: list[Broken]
+    material: Material
+    buckets: int
 
 
 class EngineStart(msgspec.Struct, tag=True):
@@ -99,5 +103,5 @@ class Scraped(msgspec.Struct, tag=True):
 
 
 ENCODER: Final = msgspec.msgpack.Encoder()
-TO_CHILD: Final = msgspec.msgpack.Decoder(FrontStart | EngineStart | Changed | Drain | Scrape)
+TO_CHILD: Final = msgspec.msgpack.Decoder(FrontStart | EngineStart | Changed | Drain | Scrape | Material)
 TO_SUPERVISOR: Final = msgspec.msgpack.Decoder(Changed | Listening | Scraped)

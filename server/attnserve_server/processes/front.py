@@ -9,6 +9,9 @@ import asyncio
 import socket
 from typing import Final
 
+from attnserve_server.access.guard import Access, Material
+from attnserve_server.access.limits import Buckets
+from attnserve_server.access.tokens import MAX_TOKENS
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.isolation.arena import Arena, LoadBoard
@@ -51,7 +54,10 @@ class FrontProcess:
         self._catalog = Catalog()
         self._health = Health()
         self._plane = DataPlane(self._catalog, settings, self._clock)
-        self._grpc = GrpcServer(settings, self._plane, self._health, self._metrics, self._clock, shared_port=True)
+        self._access = Access(start.material, self._metrics, self._clock, Buckets(MAX_TOKENS, start.buckets))
+        self._grpc = GrpcServer(
+            settings, self._plane, self._health, self._metrics, self._clock, self._access, shared_port=True
+        )
         self._schedulers: dict[tuple[str, str], RemoteScheduler] = {}
         self._listening = False
         self._drain = asyncio.Event()
@@ -61,6 +67,8 @@ class FrontProcess:
         if isinstance(message, Changed):
             if self._listening:  # the supervisor sends all states once it knows the port
                 self._change(message)
+        elif isinstance(message, Material):
+            self._access.update(message)
         elif isinstance(message, Drain):
             self._drain.set()
         elif isinstance(message, Scrape):

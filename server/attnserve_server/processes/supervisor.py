@@ -16,15 +16,20 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from attnserve_server import __version__
-from attnserve_server.config import Settings, cores
+from attnserve_server.access.guard import Access, Material
+from attnserve_server.access.keeper import Keeper
+from attnserve_server.access.limits import Buckets
+from attnserve_server.access.tokens import MAX_TOKENS
+from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock, MonotonicClock
+from attnserve_server.domain.machine import cores
 from attnserve_server.engine.instance_thread import SharedOccupancy
 from attnserve_server.isolation.arena import Arena, LoadBoard
 from attnserve_server.isolation.link import Link
 from attnserve_server.lifetime import write_ports
 from attnserve_server.model.repository import Bundle, BundleFault
 from attnserve_server.observability.logs import logger, pipes_of
-from attnserve_server.observability.metrics import Metrics
+from attnserve_server.observability.metrics import LOG_LINES_DROPPED, Metrics
 from attnserve_server.processes.control import (
     ARENA_BYTES,
     ENCODER,
@@ -70,6 +75,14 @@ class Supervisor:
     """One server of several processes. Event loop only."""
 
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
+        """Read the files of TLS and tokens.
+
+        Raises:
+            AttnserveError: one of them cannot be used.
+            StartFailed: the system has no shared memory without a file.
+        """
+        if not hasattr(os, "memfd_create"):
+            raise StartFailed("isolation process needs Linux: set --isolation none")
         self.settings = settings
         self.clock = clock or MonotonicClock()
         self.metrics = Metrics()
@@ -77,9 +90,14 @@ class Supervisor:
         self.catalog = Catalog()
         self.health = Health()
         self.fault = asyncio.Event()
-        self.http = HttpServer(
-            settings, self.catalog, self.health, self.metrics, lambda: not self.fault.is_set(), self._collect
-        )
+        self._own = Metrics()  # what this process counts; `metrics` is the sum over all
+        self.metrics.counter(LOG_LINES_DROPPED).labels().function = None
+        self._descriptor = Buckets.create(MAX_TOKENS)
+        buckets = Buckets(MAX_TOKENS, self._descriptor)
+        self.keeper = Keeper(settings, self._own, buckets)
+        self.access = Access(self.keeper.start(), self._own, self.clock, buckets)
+        alive, access = lambda: not self.fault.is_set(), self.access
+        self.http = HttpServer(settings, self.catalog, self.health, self.metrics, alive, access, self._collect)
         self._fronts: list[_Child] = []
         self._engines: list[_Child] = []
         self.grpc_port = 0
@@ -96,11 +114,9 @@ class Supervisor:
         """Start all processes, and wait until every model is ready or failed.
 
         Raises:
-            StartFailed: there is no model, or none could be loaded, or the system has no shared memory without a file.
+            StartFailed: there is no model, or none could be loaded.
             PortUnavailable: a port is taken.
         """
-        if not hasattr(os, "memfd_create"):
-            raise StartFailed("isolation process needs Linux: set --isolation none")
         bundles, faults = wanted_bundles(self.settings)
         for fault in faults:
             model = ServedModel(fault.name, fault.version, self.metrics.model(fault.name, fault.version))
@@ -123,6 +139,7 @@ class Supervisor:
             fronts=count,
         )
         await self._spawn(bundles, faults, count)
+        self._watching.append(asyncio.create_task(self.keeper.watch(self._reloaded), name="files"))
         await self._settled.wait()
         ready = ready_models(self.catalog)
         self.health.set(OVERALL, serving=True)
@@ -157,6 +174,7 @@ class Supervisor:
         await self.http.stop()
         if self._holder is not None:
             self._holder.close()
+        os.close(self._descriptor)
 
     def _add(self, model: ServedModel) -> None:
         model.move(ModelState.LOADING)
@@ -166,7 +184,9 @@ class Supervisor:
     async def _spawn(self, bundles: list[Bundle], faults: list[BundleFault], count: int) -> None:
         settings = self.settings.model_copy(update={"grpc_port": self.grpc_port}).model_dump_json().encode()
         broken = [Broken(fault.name, fault.version, fault.why) for fault in faults]
-        fronts: list[FrontStart] = [FrontStart(settings, [], broken) for _ in range(count)]
+        fronts: list[FrontStart] = [
+            FrontStart(settings, [], broken, self.keeper.material, self._descriptor) for _ in range(count)
+        ]
         kept: list[list[int]] = [[] for _ in range(count)]
         engines: list[list[int]] = []
         occupancy = Arena.create_descriptor(SharedOccupancy.SIZE)
@@ -185,7 +205,7 @@ class Supervisor:
             engines.append(own)
             self._engines.append(await self._child(f"engine {name}/{version}", engine, own))
         for number, (front, fds) in enumerate(zip(fronts, kept, strict=True)):
-            self._fronts.append(await self._child(f"front {number}", front, fds))
+            self._fronts.append(await self._child(f"front {number}", front, [*fds, self._descriptor]))
         # The children have their own copies.
         for fd in {fd for fds in (*kept, *engines) for fd in fds}:
             os.close(fd)
@@ -216,6 +236,12 @@ class Supervisor:
             _log.critical("a process ended", ended=child.name, code=code)
             self.health.drain()
             self.fault.set()
+
+    def _reloaded(self, material: Material) -> None:
+        """Use the new files here and in all fronts."""
+        self.access.update(material)
+        for front in self._fronts:
+            front.link.send(ENCODER.encode(material))
 
     def _receive(self, child: _Child, message: object) -> None:
         if isinstance(message, Changed):
@@ -264,7 +290,7 @@ class Supervisor:
         finally:
             for number in waits:
                 self._scrapes.pop(number, None)  # of a process that did not answer
-        self.metrics.merge(child.metrics for child in children)
+        self.metrics.merge((self._own.snapshot(), *(child.metrics for child in children)))
 
 
 def _changed(model: ServedModel) -> Changed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -14,11 +15,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from attnserve_server.access.certificates import Certificates, NewestContext
+from attnserve_server.access.guard import Access
 from attnserve_server.config import Settings
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.catalog import Catalog
 from attnserve_server.transport.health import Health
 from attnserve_server.transport.server import PortUnavailable
+from attnserve_server.transport.who import CertifiedProtocol, guarded
 
 
 class _QuietServer(uvicorn.Server):
@@ -39,20 +43,25 @@ class HttpServer:
         health: Health,
         metrics: Metrics,
         alive: Callable[[], bool],
+        access: Access,
         collect: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Store the parts. `collect`: updates the metrics for each scrape; None: they need no update."""
         self._settings = settings
-        self._server = _QuietServer(
-            uvicorn.Config(
-                routes(catalog, health, metrics, alive, collect),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                server_header=False,
-                timeout_graceful_shutdown=1,
-            )
+        config = uvicorn.Config(
+            guarded(routes(catalog, health, metrics, alive, collect), access),
+            http=CertifiedProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=1,
         )
+        config.load()
+        if access.certificates is not None:
+            config.ssl = _newest_context(access, access.certificates)
+        self._server = _QuietServer(config)
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -77,6 +86,20 @@ class HttpServer:
         if self._serving is not None:
             with suppress(asyncio.CancelledError):
                 await self._serving
+
+
+def _newest_context(access: Access, first: Certificates) -> ssl.SSLContext:
+    """Return a context that uses the newest certificates for each new connection."""
+    used, context = first, first.context()
+
+    def newest() -> ssl.SSLContext:
+        nonlocal used, context
+        current = access.certificates
+        if current is not None and current is not used:
+            used, context = current, current.context()
+        return context
+
+    return NewestContext(newest, access.handshakes["http"].inc)
 
 
 def routes(

@@ -6,6 +6,7 @@ from typing import Final
 
 import grpc
 
+from attnserve_server.access.guard import Access
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError
@@ -14,6 +15,7 @@ from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import Health
 from attnserve_server.transport.servicer import InferenceServicer, RpcMetrics
 from attnserve_server.transport.stream import Streams
+from attnserve_server.transport.who import GuardedHandlers, server_credentials
 
 MAX_METADATA_BYTES: Final = 16 * 1024
 MAX_PENDING_RPCS: Final = 65_536
@@ -40,6 +42,7 @@ class GrpcServer:
         health: Health,
         metrics: Metrics,
         clock: Clock,
+        access: Access,
         *,
         shared_port: bool = False,
     ) -> None:
@@ -49,7 +52,11 @@ class GrpcServer:
         rpc_metrics = RpcMetrics(metrics, clock)
         servicer = InferenceServicer(plane, self._streams.stream_infer, clock)
         self._server = grpc.aio.server(options=_options(settings, shared_port=shared_port))
-        self._server.add_generic_rpc_handlers((servicer.handlers(rpc_metrics), health.handlers(rpc_metrics)))
+        handlers: tuple[grpc.GenericRpcHandler, ...] = servicer.handlers(rpc_metrics), health.handlers(rpc_metrics)
+        if access.guard is not None:
+            handlers = (GuardedHandlers(access.guard, handlers, rpc_metrics),)
+        self._server.add_generic_rpc_handlers(handlers)
+        self._access = access
 
     async def start(self) -> int:
         """Listen, and return the port.
@@ -58,8 +65,13 @@ class GrpcServer:
             PortUnavailable: The port is taken, or the address is not this machine's.
         """
         host, port = self._settings.host, self._settings.grpc_port
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        credentials = server_credentials(self._access)
         try:
-            bound = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            if credentials is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, credentials)
         except RuntimeError:
             raise PortUnavailable(host, port) from None
         await self._server.start()

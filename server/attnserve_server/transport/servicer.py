@@ -18,12 +18,15 @@ from attnserve.v1 import inference_service_pb2
 from google.protobuf import message
 from google.rpc import status_pb2
 
+from attnserve_server.access.guard import CALLER
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import (
     AttnserveError,
     DeadlineExpired,
     InternalFault,
+    PermissionDenied,
     RequestCancelled,
+    Unauthenticated,
 )
 from attnserve_server.observability.logs import Sampler, logger
 from attnserve_server.observability.metrics import RPC_HANDLED, RPC_SECONDS, RPC_STARTED, Metrics
@@ -42,8 +45,8 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 SERVICE: Final = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 FOREVER_S: Final = 10 * 365 * 24 * 3600.0
 """gRPC reports a call without a deadline as one of many years."""
-UNLOGGED: Final = (RequestCancelled, DeadlineExpired)
-"""Errors that the caller chose: they are counted, and not logged."""
+UNLOGGED: Final = (RequestCancelled, DeadlineExpired, Unauthenticated, PermissionDenied)
+"""Errors that the caller chose: they are counted, and not logged. The guard logs a sample of those of access."""
 _PROCESS: Final = uuid4().hex[:16]
 _NUMBERS: Final = count()
 """Requests without an id are named by the process and a number: a random id for each would cost a system call."""
@@ -76,8 +79,11 @@ class InferenceServicer:
         else:
             request_id = f"{_PROCESS}{next(_NUMBERS):016x}"
         request = Request(request_id, deadline_s, received.size)
-        plane = self._plane
+        plane, caller = self._plane, CALLER.get()
         try:
+            if caller is not None:
+                message = received.message
+                caller.admit(len(message.sequences), "Infer", attention=message.HasField("attention"))
             prepared = plane.prepare(request, received) or await plane.prepare_large(request, received)
             return (await plane.run(prepared)).joined()
         except Exception as error:

@@ -99,6 +99,20 @@ TABLE: Final[tuple[StatusRow, ...]] = (
     ),
     StatusRow(errors.RequestCancelled, grpc.StatusCode.CANCELLED, False, (), "None: the caller cancelled."),
     StatusRow(
+        errors.Unauthenticated,
+        grpc.StatusCode.UNAUTHENTICATED,
+        False,
+        ("cause",),
+        "Send a valid token: `cause` states what is wrong with this one. Retrying the same request fails again.",
+    ),
+    StatusRow(
+        errors.PermissionDenied,
+        grpc.StatusCode.PERMISSION_DENIED,
+        False,
+        ("scope", "token"),
+        "Use a token with the scope, or omit what needs it. Retrying the same request fails again.",
+    ),
+    StatusRow(
         errors.InternalFault,
         grpc.StatusCode.INTERNAL,
         False,

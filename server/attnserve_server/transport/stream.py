@@ -16,6 +16,7 @@ from typing import Any, Final
 import grpc
 from attnserve.v1 import inference_service_pb2
 
+from attnserve_server.access.guard import CALLER
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import (
@@ -115,6 +116,7 @@ class _Stream:
         self._plane = plane
         self._clock = clock
         self._context = context
+        self._caller = CALLER.get()
         remaining = remaining_s(context)
         self._deadline_s = None if remaining is None else clock.now() + remaining
         # Without a free slot nothing is read, and HTTP/2 flow control holds the caller back.
@@ -229,6 +231,9 @@ class _Stream:
     def _begin(self, flight: _Flight, group: asyncio.TaskGroup) -> None:
         """Submit a request; in a task if it is large, or must wait for its allowance."""
         try:
+            if self._caller is not None:
+                asked = flight.received.message
+                self._caller.admit(len(asked.sequences), "StreamInfer", attention=asked.HasField("attention"))
             prepared = self._plane.prepare(flight.request, flight.received)
             if prepared is not None and self._answers.take_now(prepared.answer_bytes):
                 flight.reserved_bytes = prepared.answer_bytes

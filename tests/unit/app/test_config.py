@@ -6,12 +6,14 @@ fixture removes these variables. Invalid settings raise SettingsInvalid, which l
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
-from attnserve_server import config
 from attnserve_server.cli._app import app
-from attnserve_server.config import Settings, SettingsInvalid, cores, flag_of, variable_of
+from attnserve_server.config import Settings, SettingsInvalid, flag_of, variable_of
+from attnserve_server.domain import machine
+from attnserve_server.domain.machine import cores, is_loopback
 from typer.testing import CliRunner
 
 
@@ -98,7 +100,7 @@ def test_every_setting_is_a_flag_of_serve_and_serve_has_no_other() -> None:
 def test_a_server_is_several_processes_where_they_pay(
     monkeypatch: pytest.MonkeyPatch, isolation: str, count: int, several: bool
 ) -> None:
-    monkeypatch.setattr(config, "cores", lambda: count)
+    monkeypatch.setattr(machine, "cores", lambda: count)
     assert Settings.load({"isolation": isolation}).isolated is several
 
 
@@ -154,3 +156,78 @@ def test_cores_are_bounded_by_the_quota_of_the_control_group(
     assert cores(quota) == 8, "without a file there is no quota"
     quota.write_text(text)
     assert cores(quota) == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("LOCALHOST", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("localhost.example.com", False),
+        ("127.0.0.1.example.com", False),
+    ],
+)
+def test_loopback_is_what_no_other_machine_reaches(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+TLS = {"tls_cert": "c", "tls_key": "k"}
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({}, "without TLS (set --tls-cert and --tls-key) and without a check of callers"),
+        (TLS, "without a check of callers (set --tokens-file or --tls-client-ca)"),
+        ({"tokens_file": "t"}, "without TLS (set --tls-cert and --tls-key); use 127.0.0.1"),
+        (TLS | {"tokens_file": "t"}, ""),
+        (TLS | {"tls_client_ca": "a"}, ""),
+        ({"insecure": "true"}, ""),
+        ({"tokens_file": "t", "insecure": True}, ""),
+    ],
+)
+def test_an_address_that_others_reach_needs_tls_and_a_check_or_insecure(given: dict[str, str], fault: str) -> None:
+    Settings.load({"host": "127.0.0.1", **given})
+    if not fault:
+        assert Settings.load({"host": "0.0.0.0", **given}).host == "0.0.0.0"
+        return
+    with pytest.raises(SettingsInvalid) as caught:
+        Settings.load({"host": "0.0.0.0", **given})
+    assert str(caught.value).startswith("--host 0.0.0.0 can be reached from other machines, ")
+    assert fault in str(caught.value)
+    assert "--insecure (ATTNSERVE_INSECURE=true)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"tls_cert": "c"}, "of --tls-cert and --tls-key only one is set; set both, or neither"),
+        ({"tls_key": "k"}, "of --tls-cert and --tls-key only one is set; set both, or neither"),
+        ({"tls_client_ca": "a"}, "--tls-client-ca needs TLS: set --tls-cert and --tls-key"),
+    ],
+)
+def test_half_of_tls_is_refused(given: dict[str, str], fault: str) -> None:
+    with pytest.raises(SettingsInvalid) as caught:
+        Settings.load(given)
+    assert caught.value.faults == (fault,)
+
+
+def test_insecure_is_a_flag_without_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+
+    async def note(settings: Settings) -> int:
+        seen.append(settings)
+        return 0
+
+    monkeypatch.setattr("attnserve_server.cli.serve._serve", note)
+    # It would be the logging of all tests.
+    monkeypatch.setattr("attnserve_server.cli.serve.serving", lambda *_: contextlib.nullcontext())
+    assert CliRunner().invoke(app, ["serve", "--insecure", "--host", "0.0.0.0"]).exit_code == 0
+    assert seen[0].insecure

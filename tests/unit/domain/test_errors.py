@@ -28,6 +28,8 @@ RAISED = [
     errors.NotServing("m", "draining"),
     errors.DeadlineExpired(0.5),
     errors.RequestCancelled(),
+    errors.Unauthenticated("backed_off", 6.0),
+    errors.PermissionDenied("attention", "nightly", "a selection of attention"),
     errors.InternalFault("r-1"),
 ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attnserve_server.domain.machine import resident_bytes
 from attnserve_server.observability.metrics import (
     BATCH_SIZE,
     QUEUE_DEPTH,
@@ -18,7 +19,6 @@ from attnserve_server.observability.metrics import (
     SPECS,
     Metrics,
     MetricSpec,
-    resident_bytes,
 )
 from attnserve_server.observability.tally import Counter, Gauge, Histogram, HistogramSeries
 from prometheus_client import generate_latest

@@ -35,6 +35,8 @@ EXAMPLES: dict[errors.AttnserveError, grpc.StatusCode] = {
     errors.NotServing("tiny", "draining", 1.5): grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExpired(0.5): grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.RequestCancelled(): grpc.StatusCode.CANCELLED,
+    errors.Unauthenticated("backed_off", 6.0): grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied("attention", "nightly", "a selection of attention"): grpc.StatusCode.PERMISSION_DENIED,
     errors.InternalFault("id"): grpc.StatusCode.INTERNAL,
 }
 

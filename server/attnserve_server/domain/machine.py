@@ -1,0 +1,54 @@
+"""What the machine gives this process, the cores and the memory, and the addresses that no other machine reaches."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+from pathlib import Path
+from typing import Final
+
+_CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
+_STATM: Final = Path("/proc/self/statm")
+_LEAST_CORES: Final = 4
+"""Cores from which a server is several processes unasked. On two, one process answered more: docs/adr/0008."""
+
+
+def cores(quota: Path = _CPU_QUOTA) -> int:
+    """Return the number of cores that this process may use: those of its affinity, at most its quota, rounded up.
+
+    Args:
+        quota: the file with the quota of the control group: microseconds of processor time, or `max`, and the period
+            (Linux, Documentation/admin-guide/cgroup-v2.rst, cpu.max); without that file, there is no quota.
+    """
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        limit, period = quota.read_text(encoding="ascii").split()
+        return min(found, max(1, math.ceil(int(limit) / int(period))))
+    except (OSError, ValueError):  # no control group, or `max`
+        return found
+
+
+def suits_processes() -> bool:
+    """Return whether a server of several processes is possible here, and has the cores to answer more than one."""
+    return hasattr(os, "memfd_create") and cores() >= _LEAST_CORES
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches a server on `host`: an address, or a name, of which `localhost` is one.
+
+    Source: RFC 6761, section 6.3: `localhost` always is the loopback address.
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def resident_bytes(statm: Path = _STATM) -> int:
+    """Return the process's resident memory in bytes; 0 if the system does not report it."""
+    try:
+        pages = int(statm.read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
