@@ -1,4 +1,4 @@
-"""The connections to a server: single attempts of calls, and open streams, with gRPC's errors mapped to the client's.
+"""The connections to a server: single attempts of calls, and opened streams, with gRPC's errors mapped to the client's.
 
 The clients in `_async` and `_sync` are one source. These classes are written twice, because grpc and grpc.aio open
 channels, cancel calls and report closed channels in different ways. Each pair has the same methods.
@@ -7,21 +7,20 @@ channels, cancel calls and report closed channels in different ways. Each pair h
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 from attnserve.v1 import inference_service_pb2_grpc
 
-from attnserve_client._channel import check_connections, metadata_of, options_of, targets_of
+from attnserve_client._channel import check_connections, options_of, targets_of
+from attnserve_client._credentials import Tls, TokenFile, credentials_of, per_call
 from attnserve_client._exchange import Exchange
 from attnserve_client._feeds import AsyncFeed, Feed
 from attnserve_client._lanes import Lanes, Turn
 from attnserve_client._status import closed, from_rpc_error
-from attnserve_client.errors import AttnserveError
+from attnserve_client._streams import AsyncStream, Stream
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
@@ -46,15 +45,16 @@ class AsyncConnections:
         connections: connections to each address.
 
     Raises:
-        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses, or
-            `connections` is out of range.
+        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses,
+            `connections` is out of range, or a file of `credentials` is not PEM.
+        OSError: A file of `credentials` cannot be read.
     """
 
     def __init__(
         self,
         target: str | Sequence[str],
-        credentials: grpc.ChannelCredentials | None,
-        token: str | None,
+        credentials: grpc.ChannelCredentials | Tls | None,
+        token: str | TokenFile | None,
         metadata: Sequence[tuple[str, str | bytes]],
         options: Mapping[str, int | str],
         connections: int = 1,
@@ -62,8 +62,8 @@ class AsyncConnections:
         self._names, self._options = targets_of(target), options_of(options)
         self.lanes = Lanes(len(self._names), check_connections(connections))
         self._count = len(self._names) * connections
-        self._credentials = credentials
-        self._metadata = metadata_of(token, metadata)
+        self._credentials = credentials_of(credentials)
+        self._metadata = per_call(token, metadata)
         self._channels: list[grpc.aio.Channel] = []
         self._stubs: list[AsyncStub] = []
         self.closed = False
@@ -96,7 +96,7 @@ class AsyncConnections:
     ) -> ResponseT:
         """Do what `call` does, but leave the turn to the caller."""
         try:
-            return await method(self._stub(turn))(request, timeout=timeout_s, metadata=self._metadata)
+            return await method(self._stub(turn))(request, timeout=timeout_s, metadata=self._metadata())
         except grpc.RpcError as error:
             raise from_rpc_error(error, request_id, by_server=not self.closed) from error
         except asyncio.CancelledError:
@@ -107,7 +107,7 @@ class AsyncConnections:
         """Open a stream that sends what `feed` yields."""
         self._raise_if_closed()
         turn = self.lanes.take(stream=True)
-        call = self._stub(turn).StreamInfer(feed.messages(), metadata=self._metadata)
+        call = self._stub(turn).StreamInfer(feed.messages(), metadata=self._metadata())
         return AsyncStream(self, turn, call, feed, exchange)
 
     async def close(self) -> None:
@@ -145,57 +145,6 @@ class AsyncConnections:
             raise closed() from None
 
 
-class AsyncStream:
-    """One open stream. `async with` gives the received messages, cancels a stalled call, and cancels it at the end.
-
-    A stream is stalled when requests are in flight and the reader has waited `exchange.patience_s` seconds for any
-    answer; None: never. The block then raises DeadlineExpired. gRPC's other errors become the client's AttnserveError.
-    """
-
-    def __init__(
-        self, connections: AsyncConnections, turn: Turn, call: Any, feed: AsyncFeed, exchange: Exchange
-    ) -> None:
-        self._connections = connections
-        self._turn = turn
-        self._call = call
-        self._feed = feed
-        self._exchange = exchange
-        self._watch = asyncio.create_task(_cancel_if_stalled(exchange, call.cancel))
-
-    async def __aenter__(self) -> Any:
-        return self._call
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        stalled = self._watch.done() and not self._watch.cancelled() and self._watch.result()
-        self._watch.cancel()
-        self._call.cancel()
-        self._feed.close()
-        self._connections.lanes.leave(self._turn)
-        if isinstance(error, grpc.RpcError):
-            failure = from_rpc_error(error, by_server=not self._connections.closed)
-            self._connections.lanes.failed(self._turn, failure)
-            raise failure from error
-        if error is None or isinstance(error, AttnserveError):
-            self._connections.lanes.answered(self._turn)
-        if isinstance(error, asyncio.CancelledError):
-            if stalled:
-                self._connections.lanes.stalled(self._turn)
-                raise self._exchange.stalled() from None
-            self._connections.raise_if_ended_by_close()
-
-
-async def _cancel_if_stalled(exchange: Exchange, cancel: Callable[[], object]) -> bool:
-    """Cancel the call when the stream has stalled. Return whether it has."""
-    if exchange.patience_s is None:
-        return False
-    while (left_s := exchange.stalled_in_s(exchange.patience_s)) > 0:  # noqa: ASYNC110 - it waits for time itself
-        await asyncio.sleep(left_s)
-    cancel()
-    return True
-
-
 class Connections:
     """The grpc channels to a server. Threads may share them.
 
@@ -210,29 +159,29 @@ class Connections:
         connections: connections to each address.
 
     Raises:
-        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses, or
-            `connections` is out of range.
+        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses,
+            `connections` is out of range, or a file of `credentials` is not PEM.
+        OSError: A file of `credentials` cannot be read.
     """
 
     def __init__(
         self,
         target: str | Sequence[str],
-        credentials: grpc.ChannelCredentials | None,
-        token: str | None,
+        credentials: grpc.ChannelCredentials | Tls | None,
+        token: str | TokenFile | None,
         metadata: Sequence[tuple[str, str | bytes]],
         options: Mapping[str, int | str],
         connections: int = 1,
     ) -> None:
         names, arguments = targets_of(target), options_of(options)
         self.lanes = Lanes(len(names), check_connections(connections))
+        secure = credentials_of(credentials)
         self._channels = [
-            grpc.insecure_channel(name, arguments)
-            if credentials is None
-            else grpc.secure_channel(name, credentials, arguments)
+            grpc.insecure_channel(name, arguments) if secure is None else grpc.secure_channel(name, secure, arguments)
             for name in names * connections
         ]
         self._stubs = [inference_service_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
-        self._metadata = metadata_of(token, metadata)
+        self._metadata = per_call(token, metadata)
         self.closed = False
 
     def call(
@@ -249,7 +198,7 @@ class Connections:
             AttnserveError: The attempt failed.
         """
         try:
-            return method(self._stub(turn))(request, timeout=timeout_s, metadata=self._metadata)
+            return method(self._stub(turn))(request, timeout=timeout_s, metadata=self._metadata())
         except grpc.RpcError as error:
             raise from_rpc_error(error, request_id, by_server=not self.closed) from error
         except ValueError:
@@ -267,7 +216,7 @@ class Connections:
             RequestCancelled: The connections are closed.
         """
         try:
-            return method(self._stub(turn)).future(request, timeout=timeout_s, metadata=self._metadata)
+            return method(self._stub(turn)).future(request, timeout=timeout_s, metadata=self._metadata())
         except ValueError:
             self._raise_if_closed()
             raise
@@ -276,7 +225,7 @@ class Connections:
         """Open a stream that sends what `feed` yields."""
         self._raise_if_closed()
         turn = self.lanes.take(stream=True)
-        call = self._stub(turn).StreamInfer(feed.messages(), metadata=self._metadata)
+        call = self._stub(turn).StreamInfer(feed.messages(), metadata=self._metadata())
         return Stream(self, turn, call, feed, exchange)
 
     def close(self) -> None:
@@ -293,54 +242,3 @@ class Connections:
     def _raise_if_closed(self) -> None:
         if self.closed:
             raise closed() from None
-
-
-class Stream:
-    """One open stream. `with` gives the received messages, cancels a stalled call, and cancels it at the end.
-
-    A stream is stalled when requests are in flight and the reader has waited `exchange.patience_s` seconds for any
-    answer; None: never. The block then raises DeadlineExpired. gRPC's other errors become the client's AttnserveError.
-    """
-
-    def __init__(self, connections: Connections, turn: Turn, call: Any, feed: Feed, exchange: Exchange) -> None:
-        self._connections = connections
-        self._turn = turn
-        self._call = call
-        self._feed = feed
-        self._exchange = exchange
-        self._ended = threading.Event()
-        self._stalled = False  # written by the watching thread before it cancels the call, read by the reader after
-        if exchange.patience_s is not None:
-            watch = threading.Thread(
-                target=self._watch, args=(exchange.patience_s,), name="attnserve-watch", daemon=True
-            )
-            watch.start()
-
-    def __enter__(self) -> Any:
-        return self._call
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._feed.close()
-        self._call.cancel()
-        self._connections.lanes.leave(self._turn)
-        lanes = self._connections.lanes
-        if isinstance(error, grpc.RpcError) and self._stalled:
-            lanes.stalled(self._turn)
-            raise self._exchange.stalled() from error
-        if isinstance(error, grpc.RpcError):
-            failure = from_rpc_error(error, by_server=not self._connections.closed)
-            lanes.failed(self._turn, failure)
-            raise failure from error
-        if error is None or isinstance(error, AttnserveError):
-            lanes.answered(self._turn)
-
-    def _watch(self, patience_s: float) -> None:
-        """Cancel the call when the stream has stalled."""
-        while (left_s := self._exchange.stalled_in_s(patience_s)) > 0:
-            if self._ended.wait(left_s):
-                return
-        self._stalled = True
-        self._call.cancel()

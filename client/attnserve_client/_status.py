@@ -20,10 +20,12 @@ from attnserve_client.errors import (
     ModelNotFound,
     NotServing,
     Overloaded,
+    PermissionDenied,
     RequestCancelled,
     ResponseTooLarge,
     ServerUnreachable,
     TextUnavailable,
+    Unauthenticated,
 )
 
 DOMAIN: Final = "attnserve"
@@ -39,6 +41,8 @@ BY_REASON: Final[dict[str, type[AttnserveError]]] = {
     "NOT_SERVING": NotServing,
     "DEADLINE_EXPIRED": DeadlineExpired,
     "CANCELLED": RequestCancelled,
+    "UNAUTHENTICATED": Unauthenticated,
+    "PERMISSION_DENIED": PermissionDenied,
     "INTERNAL": InternalFault,
     # The request may be what ended the engine, so it must not reach another one.
     "ENGINE_CRASHED": InternalFault,
@@ -51,6 +55,8 @@ BY_CODE: Final[dict[str, type[AttnserveError]]] = {
     "UNAVAILABLE": ServerUnreachable,
     "DEADLINE_EXCEEDED": DeadlineExpired,
     "CANCELLED": RequestCancelled,
+    "UNAUTHENTICATED": Unauthenticated,
+    "PERMISSION_DENIED": PermissionDenied,
     "INTERNAL": InternalFault,
 }
 

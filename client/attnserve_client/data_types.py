@@ -1,5 +1,6 @@
 """Types of what calls take and return, for annotations. The most used ones are in `attnserve_client` itself."""
 
+from attnserve_client._credentials import Tls, TokenFile
 from attnserve_client._features import SiteFeatures
 from attnserve_client._inputs import Continuation, Input, Inputs, Priority
 from attnserve_client._labels import Head, Label, LabeledSpan
@@ -26,4 +27,6 @@ __all__ = [
     "Site",
     "SiteFeatures",
     "TensorSpec",
+    "Tls",
+    "TokenFile",
 ]

@@ -11,6 +11,8 @@
     |   +-- ServerUnreachable     no server answered at all
     +-- DeadlineExpired           set a longer timeout
     +-- RequestCancelled          nothing: the call was cancelled, or the client was closed
+    +-- Unauthenticated           send a valid token: `cause`
+    +-- PermissionDenied          use a token with the `scope`, or omit what needs it
     +-- InternalFault             report the `request_id` to the operator
     +-- BadAnswer                 use a server and a client of matching versions: the response breaks the contract
 
@@ -173,6 +175,29 @@ class DeadlineExpired(AttnserveError):
 
 class RequestCancelled(AttnserveError):
     """The call was cancelled, or its client was closed."""
+
+
+class Unauthenticated(AttnserveError):
+    """The server needs a valid token. It is never retried."""
+
+    @property
+    def cause(self) -> str:
+        """What is wrong with the token: `missing`, `malformed`, `unknown` or `backed_off`; empty if not reported."""
+        return self.metadata.get("cause", "")
+
+
+class PermissionDenied(AttnserveError):
+    """The token lacks a scope that the call needs. It is never retried."""
+
+    @property
+    def scope(self) -> str:
+        """The missing scope, for example `attention`; empty if the server did not report it."""
+        return self.metadata.get("scope", "")
+
+    @property
+    def token(self) -> str:
+        """The name that the operator gave the token; empty if the server did not report it."""
+        return self.metadata.get("token", "")
 
 
 class InternalFault(AttnserveError):

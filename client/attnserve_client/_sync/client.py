@@ -13,6 +13,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._channel import DEFAULT_TARGET
 from attnserve_client._connection import Connections
+from attnserve_client._credentials import Tls, TokenFile
 from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
 from attnserve_client._feeds import Feed, InputStream
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
@@ -37,8 +38,8 @@ class Client:
 
     Args:
         target: `host:port`, any gRPC name, or a list of them, over which calls are distributed.
-        credentials: TLS credentials from `grpc.ssl_channel_credentials`; None for an unencrypted connection.
-        token: Bearer token, sent with every call.
+        credentials: `data_types.Tls`, or gRPC's own credentials; None for an unencrypted connection.
+        token: Bearer token, sent with every call, or a `data_types.TokenFile`, which is read again when it changes.
         metadata: Further metadata, sent with every call.
         retry: When requests are sent again; `RetryPolicy(max_attempts=1)` turns retries off.
         connections: Connections to each address, over which calls and streams are spread, from 1 to 512. A server of
@@ -46,16 +47,17 @@ class Client:
         options: gRPC channel options; they override this client's defaults.
 
     Raises:
-        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses, or
-            `connections` is out of range.
+        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses,
+            `connections` is out of range, or a file of `credentials` is not PEM.
+        OSError: A file of `credentials` cannot be read.
     """
 
     def __init__(
         self,
         target: str | Sequence[str] = DEFAULT_TARGET,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
-        token: str | None = None,
+        credentials: grpc.ChannelCredentials | Tls | None = None,
+        token: str | TokenFile | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
         retry: RetryPolicy | None = None,
         connections: int = 1,

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
+from attnserve_client._credentials import Tls, TokenFile
 from attnserve_client.bench.load import Record, Sample, closed_loop, open_loop, poisson
 from attnserve_client.bench.report import Effort, Report, report_of
 from attnserve_client.bench.sending import Calls, Sender, Streams, connected, try_each_kind
@@ -48,7 +50,15 @@ Progress = Callable[[str, Sample], None]
 """Called after each request with its phase, `warm-up` or `measuring`."""
 
 
-async def measure(target: str, workload: Workload, plan: Plan, progress: Progress) -> Report:
+async def measure(
+    target: str,
+    workload: Workload,
+    plan: Plan,
+    progress: Progress,
+    *,
+    credentials: Tls | None = None,
+    token: str | TokenFile | None = None,
+) -> Report:
     """Put the planned load on a server, and report what was measured after the warm-up.
 
     Raises:
@@ -56,7 +66,7 @@ async def measure(target: str, workload: Workload, plan: Plan, progress: Progres
         ValueError: `target` has an empty address, or the plan's `connections` are out of range.
         ExceptionGroup: `progress` raised.
     """
-    async with connected(target, plan.connections) as stubs, contextlib.AsyncExitStack() as stack:
+    async with connected(target, plan.connections, credentials, token) as stubs, contextlib.AsyncExitStack() as stack:
         await try_each_kind(stubs[0], workload, plan.timeout_s)
         sender: Sender
         if plan.stream:
@@ -94,6 +104,6 @@ async def _load(sender: Sender, plan: Plan, record: Record) -> None:
     await open_loop(sender.send, record, gaps=gaps, duration_s=plan.duration_s)
 
 
-def run(target: str, workload: Workload, plan: Plan, progress: Progress) -> Report:
+def run(target: str, workload: Workload, plan: Plan, progress: Progress, **shown: Any) -> Report:
     """Run `measure` in a new event loop, and raise its errors."""
-    return asyncio.run(measure(target, workload, plan, progress))
+    return asyncio.run(measure(target, workload, plan, progress, **shown))

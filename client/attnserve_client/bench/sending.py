@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import grpc
 import grpc.aio
@@ -19,6 +19,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 from attnserve.v1 import inference_service_pb2_grpc
 
 from attnserve_client._channel import check_connections, options_of, targets_of
+from attnserve_client._credentials import Metadata, Tls, TokenFile, credentials_of, per_call
 from attnserve_client._status import from_rpc_error, from_status_bytes
 from attnserve_client.bench.load import Outcome
 from attnserve_client.bench.workload import Workload
@@ -37,15 +38,34 @@ class Sender(Protocol):
 
 
 @asynccontextmanager
-async def connected(target: str, connections: int) -> AsyncIterator[list[Stub]]:
+async def connected(
+    target: str, connections: int, credentials: Tls | None = None, token: str | TokenFile | None = None
+) -> AsyncIterator[list[Stub]]:
     """Open `connections` to each address of the target and yield a stub for each; close them when the block ends.
 
-    Stubs to different addresses alternate.
+    Stubs to different addresses alternate. Each call has the token as it is then.
     """
-    names = targets_of(target) * check_connections(connections)
+    names, options = targets_of(target) * check_connections(connections), options_of({})
+    secure, metadata = credentials_of(credentials), per_call(token, ())
+
+    def opened(name: str) -> grpc.aio.Channel:
+        if secure is None:
+            return grpc.aio.insecure_channel(name, options)
+        return grpc.aio.secure_channel(name, secure, options)
+
     async with contextlib.AsyncExitStack() as stack:
-        channels = [await stack.enter_async_context(grpc.aio.insecure_channel(name, options_of({}))) for name in names]
-        yield [inference_service_pb2_grpc.InferenceServiceStub(channel) for channel in channels]
+        channels = [await stack.enter_async_context(opened(name)) for name in names]
+        stubs = [inference_service_pb2_grpc.InferenceServiceStub(channel) for channel in channels]
+        if token is not None:
+            for stub in stubs:
+                for method in ("Infer", "StreamInfer"):
+                    setattr(stub, method, _with_metadata(getattr(stub, method), metadata))
+        yield stubs
+
+
+def _with_metadata(method: Callable[..., Any], metadata: Callable[[], Metadata]) -> Callable[..., Any]:
+    """Return a method of a stub that sends the metadata of the moment with each call."""
+    return lambda *args, **kwargs: method(*args, metadata=metadata(), **kwargs)
 
 
 async def try_each_kind(stub: Stub, workload: Workload, timeout_s: float) -> None:

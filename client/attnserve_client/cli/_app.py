@@ -27,6 +27,7 @@ from attnserve_client import (
     ModelInfo,
     __version__,
 )
+from attnserve_client._credentials import Tls
 from attnserve_client._selection import Feature
 from attnserve_client.cli._bench import EXAMPLES, bench
 from attnserve_client.cli._errors import CODES_HELP, reported
@@ -34,12 +35,20 @@ from attnserve_client.cli._options import (
     DEFAULT_SERVER,
     DEFAULT_TIMEOUT_S,
     AsJson,
+    Authority,
+    BearerFile,
+    BearerToken,
+    Certificate,
     LabelUnit,
+    PrivateKey,
     Prompt,
     Server,
+    Shown,
     Timeout,
     TopLabels,
+    UseTls,
     Version,
+    shown,
 )
 from attnserve_client.cli._reading import read_arrays, read_input, read_texts
 from attnserve_client.cli._show import show_explanation, show_features, show_model, show_models, show_results
@@ -51,7 +60,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Run models on an attnserve server, and show where they looked.",
-    epilog=CODES_HELP,
+    epilog="Example, with TLS and a token: attnserve --ca ca.pem --token-file token.txt models\n\n" + CODES_HELP,
 )
 
 app.command(epilog=EXAMPLES)(bench)
@@ -65,11 +74,23 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[
+    context: typer.Context,
+    tls: UseTls = False,
+    ca: Authority = None,
+    cert: Certificate = None,
+    key: PrivateKey = None,
+    token: BearerToken = "",
+    token_file: BearerFile = None,
+    _: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Accept the options that precede a command; their callbacks act on them."""
+    """Read what all commands show the server."""
+    try:
+        files = Tls(ca, cert, key) if tls or ca or cert or key else None
+    except ValueError:
+        raise typer.BadParameter("give both --cert and --key, or neither", param_hint="--cert") from None
+    context.obj = Shown.of(files, token, token_file)
 
 
 @app.command(
@@ -78,6 +99,7 @@ def options(
     "cat texts.txt | attnserve infer minilm - --json",
 )
 def infer(  # noqa: PLR0913, PLR0917 - the options of a command
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="The model's name.")],
     text: Annotated[list[str], typer.Argument(help="Texts; `-` reads one text from each line of standard input.")],
     version: Version = "",
@@ -93,7 +115,7 @@ def infer(  # noqa: PLR0913, PLR0917 - the options of a command
     """Run texts through a model and print its outputs and labels."""
     texts = read_texts(text)
     inputs: list[Any] = [read_input(each, pair, {}) for each in texts]
-    with reported(server, as_json=as_json), Client(server) as client:
+    with reported(server, as_json=as_json), Client(server, **shown(context)) as client:
         labels = _labels(client.model(model, version), top_labels, label_unit)
         results = client.infer(
             model, inputs, version=version, outputs=output, labels=labels, prompt_name=prompt, timeout=timeout
@@ -112,6 +134,7 @@ def infer(  # noqa: PLR0913, PLR0917 - the options of a command
     'attnserve explain clip "a red dog" --tensor pixel_values=dog.npy --png map.png',
 )
 def explain(  # noqa: PLR0913, PLR0917 - the options of a command
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="The model's name.")],
     text: Annotated[str, typer.Argument(help="The text; `-` reads it from standard input.")],
     version: Version = "",
@@ -150,7 +173,7 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     (sentence,) = read_texts([text], whole=True)
     arrays = read_arrays(tensor or [])
     selection = _selection(layer, heads, unit, keep_special=keep_special)
-    with reported(server, as_json=as_json), Client(server) as client:
+    with reported(server, as_json=as_json), Client(server, **shown(context)) as client:
         one = read_input(sentence, pair, arrays)
         described = client.model(model, version)
         labels = _labels(described, top_labels, unit)
@@ -191,6 +214,7 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     "attnserve features minilm - --feature entropy --layer 0,1 --png entropy.png < contract.txt"
 )
 def features(  # noqa: PLR0913, PLR0917 - the options of a command
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="The model's name.")],
     text: Annotated[str, typer.Argument(help="The text; `-` reads it from standard input.")],
     version: Version = "",
@@ -216,7 +240,7 @@ def features(  # noqa: PLR0913, PLR0917 - the options of a command
         special_tokens="drop" if drop_special else "keep",
         features=cast("list[Feature]", feature) or get_args(Feature),
     )
-    with reported(server, as_json=as_json), Client(server) as client:
+    with reported(server, as_json=as_json), Client(server, **shown(context)) as client:
         result = client.infer(model, sentence, version=version, outputs=[], attention=selection, timeout=timeout)
     assert result.features is not None, "the client checks that features came"
     if png is not None:
@@ -232,6 +256,7 @@ def features(  # noqa: PLR0913, PLR0917 - the options of a command
 
 @app.command(epilog="Examples:\n\nattnserve models\n\nattnserve models minilm --json")
 def models(
+    context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="One model; without it, all of them.")] = None,
     version: Version = "",
     server: Server = DEFAULT_SERVER,
@@ -240,7 +265,7 @@ def models(
 ) -> None:
     """List the server's models, or describe one: inputs, outputs, axes, attention sites and limits."""
     console = Console(highlight=False)
-    with reported(server, as_json=as_json), Client(server) as client:
+    with reported(server, as_json=as_json), Client(server, **shown(context)) as client:
         if name is None:
             listed = client.models(timeout=timeout)
             if as_json:

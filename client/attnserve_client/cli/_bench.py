@@ -22,7 +22,7 @@ from attnserve_client.bench.run import Plan, run
 from attnserve_client.bench.workload import SELECTIONS, RequestOptions, of_lengths, of_texts
 from attnserve_client.cli._bench_show import Display, show_report
 from attnserve_client.cli._errors import EXIT_INVALID_RUN, reported
-from attnserve_client.cli._options import DEFAULT_SERVER, AsJson, Server, Version
+from attnserve_client.cli._options import DEFAULT_SERVER, AsJson, Server, Version, shown
 
 EXAMPLES: Final = (
     "Examples:\n\n"
@@ -35,6 +35,7 @@ EXAMPLES: Final = (
 
 
 def bench(  # noqa: PLR0913, PLR0917 - the options of a command
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="The model's name.")],
     version: Version = "",
     callers: Annotated[
@@ -111,7 +112,7 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     if rate is not None and requests is not None:
         raise typer.BadParameter("an open loop (--rate) has no --requests; set --duration", param_hint="--requests")
     options = RequestOptions(output, SELECTIONS[attention], attention_share, sequences)
-    with reported(server, as_json=as_json), Client(server) as client:
+    with reported(server, as_json=as_json), Client(server, **shown(context)) as client:
         described = client.model(model, version, timeout=timeout)
         if sequences > described.max_batch_size:
             raise InvalidRequest.of("sequences", f"{sequences} exceeds the model's maximum, {described.max_batch_size}")
@@ -121,7 +122,7 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
             else of_texts(described, _lines(texts), options)
         )
         with Display(plan, Console(stderr=True)) as display:
-            report = run(server, workload, plan, display.add)
+            report = run(server, workload, plan, display.add, **shown(context))
     if as_json:
         sent = {"lengths": str(distribution)} if texts is None else {"texts": len(workload.requests) * sequences}
         facts = {"model": described.name, "version": described.version, "digest": described.digest, **sent}

@@ -21,10 +21,12 @@ from attnserve_client.errors import (
     ModelNotFound,
     NotServing,
     Overloaded,
+    PermissionDenied,
     RequestCancelled,
     ResponseTooLarge,
     ServerUnreachable,
     TextUnavailable,
+    Unauthenticated,
 )
 
 # The first matching class decides. typer itself exits with 2 on a wrong command line.
@@ -40,6 +42,8 @@ EXIT_CODES: Final[tuple[tuple[type[AttnserveError], int], ...]] = (
     (InternalFault, 10),
     (BadAnswer, 10),
     (RequestCancelled, 11),
+    (Unauthenticated, 13),
+    (PermissionDenied, 14),
     (AttnserveError, 1),
 )
 
@@ -49,7 +53,7 @@ EXIT_INVALID_RUN: Final = 12
 CODES_HELP: Final = (
     "Exit codes: 0 success, 2 wrong command line, 3 invalid request, 4 no such model, 5 unsupported by the model, "
     "6 response too large, 7 overloaded, 8 not serving or unreachable, 9 timed out, 10 internal error of the server, "
-    "11 cancelled, 12 invalid load test, 1 anything else."
+    "11 cancelled, 12 invalid load test, 13 no valid token, 14 the token lacks a scope, 1 anything else."
 )
 
 
@@ -61,9 +65,11 @@ def exit_code_of(error: AttnserveError) -> int:
 def sentence_of(error: AttnserveError, server: str) -> str:
     """Describe a failure in one line, with field, value and limit where the error has them."""
     if isinstance(error, ServerUnreachable):
-        return f"no server answers at {server}; check the address, and that attnserve-server runs there"
+        return f"no server answers at {server}; check the address, that attnserve-server runs there, and TLS (--ca)"
     if isinstance(error, DeadlineExpired):
         return f"{server} did not answer in time; set a longer --timeout"
+    if isinstance(error, Unauthenticated):
+        return f"{error.message}; the options --token and --token-file precede the command"
     if isinstance(error, InternalFault) and error.request_id:
         return f"internal error of the server; its log has the details under request id {error.request_id}"
     if error.violations:

@@ -26,7 +26,14 @@ from attnserve_client import (
     RetryPolicy,
     ServerUnreachable,
 )
-from attnserve_client.errors import BadAnswer, InternalFault, RequestCancelled, TextUnavailable
+from attnserve_client.errors import (
+    BadAnswer,
+    InternalFault,
+    PermissionDenied,
+    RequestCancelled,
+    TextUnavailable,
+    Unauthenticated,
+)
 from attnserve_client.testing import FakeServer
 from grpc_health.v1 import health_pb2
 
@@ -177,7 +184,9 @@ async def test_attention_of_a_model_without_sites_raises_attention_unavailable(d
             InternalFault("internal error", code="INTERNAL", reason="INTERNAL", metadata={"request_id": "r"}),
             InternalFault,
         ),
-        (AttnserveError("no credentials", code="UNAUTHENTICATED"), AttnserveError),
+        (AttnserveError("data was lost", code="DATA_LOSS"), AttnserveError),
+        (AttnserveError("no credentials", code="UNAUTHENTICATED"), Unauthenticated),
+        (AttnserveError("not this", code="PERMISSION_DENIED"), PermissionDenied),
     ],
 )
 async def test_server_errors_are_raised_as_their_class(
