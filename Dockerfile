@@ -32,7 +32,8 @@ RUN /opt/pip/bin/pip --python /opt/attnserve/bin/python3 install --no-deps --for
 FROM ${BASE_IMAGE} AS runtime
 # MALLOC_*: fixed thresholds of 128 KiB make glibc return freed memory after a burst of large replies, and keep large
 # maps from fragmenting the heap. PYTHONUNBUFFERED: log lines are written before a crash loses them.
-# ATTNSERVE_HOST: loopback inside a container is unreachable; the published ports limit access.
+# ATTNSERVE_HOST: loopback inside a container is unreachable. So `serve` needs TLS and a check of callers, or
+# ATTNSERVE_INSECURE=true, which the image does not set.
 ENV ATTNSERVE_HOST=0.0.0.0 \
     ATTNSERVE_REPOSITORY=/models \
     MALLOC_MMAP_THRESHOLD_=131072 \

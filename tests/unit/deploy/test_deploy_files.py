@@ -255,3 +255,10 @@ def test_image_s_version_is_the_distribution_s() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     labelled = re.findall(r"^ARG VERSION=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert labelled == [project["version"]]
+
+
+def test_compose_accepts_what_is_insecure_openly_and_the_image_does_not() -> None:
+    assert compose()["services"]["attnserve"]["environment"]["ATTNSERVE_INSECURE"] == "true"
+    settings = re.findall(r"^ENV(?:.*\\\n)*.*", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert any("ATTNSERVE_HOST=0.0.0.0" in text for text in settings)
+    assert not any("ATTNSERVE_INSECURE" in text for text in settings)
