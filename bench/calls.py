@@ -2,9 +2,9 @@
 
 The null model is an identity of 128 int64 ids. The rounds are interleaved: unary calls to the bare server, unary calls
 to the service, and stream messages of 32 sequences to the service, each from 64 callers. The bare server answers as
-many bytes. Reported is the user and system time of the servers' processes over calls, and the ratios; where the service
-has fronts and engines, also the time of each; and what one engine takes when six fronts feed it (`bench.feeding`), so
-how many fronts it can feed. An engine's main thread does everything but runs.
+many bytes. Reported is the user and system time of the servers' processes over calls, that of the client, and the
+ratios; where the service has fronts and engines, also the time of each; and what one engine takes when six fronts feed
+it (`bench.feeding`), so how many fronts it can feed. An engine's main thread does everything but runs.
 
 Exit code 1 if a ratio exceeds its limit or a server does not start; a failed call raises `grpc.aio.AioRpcError`, and a
 failed conversion of the model `subprocess.CalledProcessError`.
@@ -122,12 +122,12 @@ def measure(rounds: int, calls: int, console: Console, *flags: str) -> dict[str,
                 }
                 for number in track(range(rounds + 1), description="calls", console=console, transient=True):
                     for kind, (times, drive) in kinds.items():
-                        before, began = times(), time.perf_counter()
+                        before, own, began = times(), time.process_time(), time.perf_counter()
                         done = asyncio.run(drive())
-                        took, after = time.perf_counter() - began, times()
+                        took, own, after = time.perf_counter() - began, time.process_time() - own, times()
                         if number:  # the first round is the warm-up
                             ms = {part: 1e3 * (seconds - before[part]) / done for part, seconds in after.items()}
-                            found[kind].append({**ms, "per_s": done / took})
+                            found[kind].append({**ms, "client": 1e3 * own / done, "per_s": done / took})
                     if number:
                         found["engine"].append(feeding.measure(Path(folder), "null", 2 * calls))
     return found

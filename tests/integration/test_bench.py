@@ -104,6 +104,19 @@ def test_floor_of_a_call_is_printed_for_few_and_many_callers() -> None:
     assert all(float(latency) > 0 and float(rate) > 0 for _, _, latency, rate in rows)
 
 
+def test_two_checkouts_are_compared_round_by_round(minilm_repository: Path) -> None:
+    """The base is this checkout, too, so that the servers answer alike."""
+    line = [sys.executable, "-m", "bench.against", str(ROOT), "--repository", str(minilm_repository)]
+    line += ["--rounds", "2", "--requests", "6", "--callers", "2", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["rounds"]) == {"base", "this"}
+    first, base = found["rounds"]["this"][0], found["rounds"]["base"][0]
+    assert found["over_base"]["this"]["p50_ms"][0] == first["p50_ms"] / base["p50_ms"]
+    assert first["p50_ms"] < 2_000 * 2 / first["per_s"]
+
+
 def test_random_encoder_has_the_size_and_layers_alike() -> None:
     model = encoder("minilm")
     first, *others = [layer.attention.self.query.weight for layer in model.encoder.layer]
