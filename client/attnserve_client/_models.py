@@ -221,17 +221,9 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
 
 
 def is_ready(models: list[ModelInfo]) -> bool:
-    """Return whether there is a model, and the highest version of each model is ready."""
-    highest: dict[str, ModelInfo] = {}
-    for model in models:
-        best = highest.get(model.name)
-        if best is None or _rank(model) > _rank(best):
-            highest[model.name] = model
-    return bool(highest) and all(model.ready for model in highest.values())
-
-
-def _rank(model: ModelInfo) -> int:
-    return int(model.version) if model.version.isdecimal() else -1
+    """Return whether there is a model, and each model has a version that is ready."""
+    names = {model.name for model in models}
+    return bool(names) and names == {model.name for model in models if model.ready}
 
 
 def _axis(message: model_pb2.Axis) -> Axis:

@@ -9,6 +9,7 @@
     +-- Overloaded                retry later, after the client's own retries: `cause`, `retry_delay_s`
     +-- NotServing                retry later, or elsewhere: `model`, `state`
     |   +-- ServerUnreachable     no server answered at all
+    +-- ModelFailed               name another version, or ask the operator: `model`, `version`, `why`
     +-- DeadlineExpired           set a longer timeout
     +-- RequestCancelled          nothing: the call was cancelled, or the client was closed
     +-- Unauthenticated           send a valid token: `cause`
@@ -121,7 +122,7 @@ class ModelNotFound(_AboutModel):
 
     @property
     def version(self) -> str:
-        """The requested version; empty for the highest."""
+        """The requested version; empty for the highest that is ready."""
         return self.metadata.get("version", "")
 
 
@@ -157,7 +158,7 @@ class Overloaded(AttnserveError):
 
 
 class NotServing(_AboutModel):
-    """The model or the server does not serve now: it is loading or draining, or it failed to load."""
+    """The model or the server does not serve now: it is loading or draining, or failed while it served."""
 
     @property
     def state(self) -> str:
@@ -167,6 +168,20 @@ class NotServing(_AboutModel):
 
 class ServerUnreachable(NotServing):
     """No server answered: the address is wrong, the server is not running, or the connection broke."""
+
+
+class ModelFailed(_AboutModel):
+    """The model could not be loaded. A retry fails again until its bundle is repaired."""
+
+    @property
+    def version(self) -> str:
+        """The model's version; empty if the server did not report it."""
+        return self.metadata.get("version", "")
+
+    @property
+    def why(self) -> str:
+        """Why it could not be loaded; empty if the server did not report it."""
+        return self.metadata.get("why", "")
 
 
 class DeadlineExpired(AttnserveError):

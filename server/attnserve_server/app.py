@@ -92,8 +92,9 @@ class Application:
         for bundle, model in waiting:
             await self._load(bundle, model)
         ready = ready_models(self.catalog)
-        self.health.set(SERVICE, serving=True)
-        self.health.set(OVERALL, serving=True)
+        serves = self.catalog.serves(self.settings.ready, started=False)
+        self.health.set(SERVICE, serving=serves)
+        self.health.set(OVERALL, serving=serves)
         if self.settings.ports_file is not None:
             write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
         _log.info("ready", models=[f"{model.name}/{model.version}" for model in ready])

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
+from attnserve_server.config_models import ModelSettings
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.machine import is_loopback, suits_processes
 
@@ -34,18 +35,11 @@ class SettingsInvalid(AttnserveError):
         super().__init__("; ".join(faults))
 
 
-class Settings(BaseSettings):
+class Settings(ModelSettings):
     """All settings. Each description ends with the reason for the default."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
 
-    repository: Path = Field(
-        Path("models"),
-        description="Folder of the bundles, `<repository>/<name>/<version>/`. Default: `models` in the working folder.",
-    )
-    models: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Models to load, as `name` or `name/version`, separated by commas. Default: every model."
-    )
     host: str = Field(
         "127.0.0.1",
         min_length=1,

@@ -28,6 +28,7 @@ from attnserve_server.scheduling.catalog import ModelState
 from attnserve_server.transport.server import PortUnavailable
 from attnserve_server.wanted import StartFailed
 from gated import Gate, until
+from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from prometheus_client.parser import text_string_to_metric_families
@@ -145,10 +146,11 @@ async def test_a_loading_model_is_unavailable_and_reports_its_state(
     server.catalog.find("tiny", "2").move(ModelState.LOADING)
     stub = InferenceServiceStub(channel)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.Infer(asking())
+        await stub.Infer(asking(version="2"))
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert caught.value.details() == "model 'tiny' is loading"
-    described = (await stub.GetModel(pb.GetModelRequest(model="tiny"))).model
+    assert (await stub.Infer(asking())).receipt.version == "1", "the highest version that is ready answers"
+    described = (await stub.GetModel(pb.GetModelRequest(model="tiny", version="2"))).model
     assert described.state == model_pb2.MODEL_STATE_LOADING
 
 
@@ -240,15 +242,16 @@ async def test_expired_and_cancelled_calls_are_counted_apart(
 # Start
 
 
+@pytest.mark.parametrize("ready", ["any", "all"])
 async def test_a_bundle_that_fails_to_load_leaves_the_others_serving(
-    settings: Settings, tiny_files: dict[str, Path], tmp_path: Path
+    settings: Settings, tiny_files: dict[str, Path], tmp_path: Path, ready: str
 ) -> None:
     write_bundle(tmp_path, tiny_manifest(), tiny_files)
     broken = write_bundle(tmp_path, tiny_manifest("broken"), tiny_files)
     (broken.path / "model.onnx").write_bytes(b"no model")
     no_manifest = write_bundle(tmp_path, tiny_manifest("halved"), tiny_files)
     (no_manifest.path / "manifest.json").write_text("{")
-    application = Application(settings.model_copy(update={"repository": tmp_path}))
+    application = Application(settings.model_copy(update={"repository": tmp_path, "ready": ready}))
     try:
         await application.start()
         states = {model.name: model.state.value for model in application.catalog.all()}
@@ -261,9 +264,16 @@ async def test_a_bundle_that_fails_to_load_leaves_the_others_serving(
             assert str(tmp_path) not in described["broken"].state_reason + described["halved"].state_reason
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Infer(asking(model="broken"))
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+            status = status_pb2.Status.FromString(dict(caught.value.trailing_metadata())["grpc-status-details-bin"])
+            assert [detail.TypeName() for detail in status.details] == ["google.rpc.ErrorInfo"], "no RetryInfo"
+            assert described["broken"].state_reason in caught.value.details()
             assert await health_of(channel, "broken") == NOT_SERVING
-            assert await health_of(channel, "") == SERVING
+            assert await health_of(channel, "") == (SERVING if ready == "any" else NOT_SERVING)
+        status, _, body = await get(application.http_port, "/readyz")
+        assert status == (200 if ready == "any" else 503)
+        reasons = {model["name"]: model["reason"] for model in json.loads(body)["models"] if model["state"] == "failed"}
+        assert reasons == {name: described[name].state_reason for name in ("broken", "halved")}
     finally:
         await application.aclose()
 
@@ -366,7 +376,7 @@ async def test_a_signal_drains_the_server_and_exits_with_0(
 
 
 async def test_new_requests_are_unavailable_while_draining(server: Application, channel: grpc.aio.Channel) -> None:
-    server.catalog.find("tiny", "2").move(ModelState.DRAINING)
+    server.catalog.drain()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await InferenceServiceStub(channel).Infer(asking())
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -135,7 +135,7 @@ class Client:
             model: Name of the model.
             inputs: A text, a pair of texts, token ids, arrays by input name without the batch axis, or a
                 `Continuation`; or a list.
-            version: Version of the model; empty for the highest.
+            version: Version of the model; empty for the highest that is ready.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
             attention: Selection of the attention to return; True for all of it, None or False for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
@@ -207,7 +207,7 @@ class Client:
             model: Name of the model.
             inputs: Any number of texts, pairs of texts, token ids, arrays by input name, or a `Continuation` each.
                 A separate thread iterates over them.
-            version: Version of the model; empty for the highest.
+            version: Version of the model; empty for the highest that is ready.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
             attention: Selection of the attention to return; True for all of it, None or False for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
@@ -270,7 +270,7 @@ class Client:
         return [model_of(each) for each in response.models]
 
     def model(self, name: str, version: str = "", *, timeout: float | None = DEFAULT_TIMEOUT_S) -> ModelInfo:
-        """Return the description of one model; of its highest version if `version` is empty.
+        """Return the description of one model; of its highest ready version if `version` is empty.
 
         Raises:
             ModelNotFound: The server has no model of that name and version.
@@ -280,7 +280,7 @@ class Client:
         return self._model(name, version, self._calls.deadline(timeout))
 
     def ready(self, model: str | None = None, *, timeout: float = READY_TIMEOUT_S) -> bool:
-        """Return whether the highest version of a model is ready; without a name, whether that of every model is.
+        """Return whether a version of a model is ready; without a name, whether one of every model is.
 
         Makes one attempt, or one for each address until one can be reached. Returns False for a server without models,
         and for one that cannot be reached or does not answer within `timeout` seconds.

@@ -18,6 +18,7 @@ from attnserve_client.errors import (
     DeadlineExpired,
     InternalFault,
     InvalidRequest,
+    ModelFailed,
     ModelNotFound,
     NotServing,
     Overloaded,
@@ -38,6 +39,7 @@ EXIT_CODES: Final[tuple[tuple[type[AttnserveError], int], ...]] = (
     (ResponseTooLarge, 6),
     (Overloaded, 7),
     (NotServing, 8),
+    (ModelFailed, 8),
     (DeadlineExpired, 9),
     (InternalFault, 10),
     (BadAnswer, 10),
@@ -52,7 +54,8 @@ EXIT_INVALID_RUN: Final = 12
 
 CODES_HELP: Final = (
     "Exit codes: 0 success, 2 wrong command line, 3 invalid request, 4 no such model, 5 unsupported by the model, "
-    "6 response too large, 7 overloaded, 8 not serving or unreachable, 9 timed out, 10 internal error of the server, "
+    "6 response too large, 7 overloaded, 8 not serving, failed or unreachable, 9 timed out, "
+    "10 internal error of the server, "
     "11 cancelled, 12 invalid load test, 13 no valid token, 14 the token lacks a scope, 1 anything else."
 )
 

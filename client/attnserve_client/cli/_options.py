@@ -40,7 +40,9 @@ Timeout = Annotated[
     float, typer.Option("--timeout", min=0.001, help="Seconds until the command fails, retries included.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; errors too, on stderr.")]
-Version = Annotated[str, typer.Option("--model-version", help="The model's version.", show_default="the highest")]
+Version = Annotated[
+    str, typer.Option("--model-version", help="The model's version.", show_default="the highest that is ready")
+]
 TopLabels = Annotated[
     int, typer.Option("--top-labels", min=0, help="How many labels of each text, word or mask. 0: the model's default.")
 ]

@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_tensor
-from attnserve_client.errors import AttnserveError, InvalidRequest, ModelNotFound, NotServing, Overloaded
+from attnserve_client.errors import AttnserveError, InvalidRequest, ModelFailed, ModelNotFound, NotServing, Overloaded
 from attnserve_client.testing._answers import Shape, attention_of, chosen_layers, outputs_of, tokenize
 from attnserve_client.testing._labels import labels_of
 from attnserve_client.testing._refusals import status_of
@@ -146,6 +146,13 @@ class FakeServer:
         if self._failures:
             raise self._failures.popleft()
         self.check_model(request.model, request.version)
+        if self.state == "failed":
+            raise ModelFailed(
+                f"model {self.model!r}, version '1', could not be loaded: its state was set",
+                code="FAILED_PRECONDITION",
+                reason="MODEL_FAILED",
+                metadata={"model": self.model, "version": "1", "why": "its state was set"},
+            )
         if self.state != "ready":
             raise self.not_serving(self.state)
         return self._respond(request)

@@ -209,7 +209,9 @@ class InferRequest(_message.Message):
     model: _builtins.str
     """The model's name. Empty: INVALID_ARGUMENT. Unknown: NOT_FOUND."""
     version: _builtins.str
-    """The model's version, a positive integer in decimal. Empty, the default: the highest."""
+    """The model's version, a positive integer in decimal. Empty, the default: the highest that is ready;
+    if none is, the highest that is not failed; else the highest.
+    """
     priority: Global___Priority.ValueType
     """Its priority. Default: NORMAL."""
     validate_only: _builtins.bool
@@ -597,7 +599,9 @@ class GetModelRequest(_message.Message):
     model: _builtins.str
     """Its name. Unknown: NOT_FOUND."""
     version: _builtins.str
-    """Its version. Empty, the default: the highest."""
+    """Its version. Empty, the default: the highest that is ready;
+    if none is, the highest that is not failed; else the highest.
+    """
     def __init__(
         self,
         *,

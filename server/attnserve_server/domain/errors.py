@@ -8,6 +8,7 @@
     +-- ResponseTooLarge         request less                         RESOURCE_EXHAUSTED
     +-- Overloaded               retry after the delay                RESOURCE_EXHAUSTED, with RetryInfo
     +-- NotServing               retry after the delay, or elsewhere  UNAVAILABLE, with RetryInfo
+    +-- ModelFailed              name another version, or repair it   FAILED_PRECONDITION
     +-- DeadlineExpired          set a longer deadline                DEADLINE_EXCEEDED
     +-- RequestCancelled         none: the caller cancelled           CANCELLED
     +-- Unauthenticated          present a valid token                UNAUTHENTICATED
@@ -194,7 +195,7 @@ class Overloaded(AttnserveError):
 
 
 class NotServing(AttnserveError):
-    """The model or the server is loading, draining or failed."""
+    """The model or the server is loading or draining, or has failed while it served."""
 
     reason = "NOT_SERVING"
 
@@ -205,6 +206,20 @@ class NotServing(AttnserveError):
     def metadata(self) -> dict[str, str]:
         """The model and its state."""
         return {"model": self.model, "state": self.state}
+
+
+class ModelFailed(AttnserveError):
+    """The model could not be loaded. A retry of the same request fails again until its bundle is repaired."""
+
+    reason = "MODEL_FAILED"
+
+    def __init__(self, model: str, version: str, why: str) -> None:
+        self.model, self.version, self.why = model, version, why
+        super().__init__(f"model {model!r}, version {version!r}, could not be loaded: {why}")
+
+    def metadata(self) -> dict[str, str]:
+        """The model, its version, and why it could not be loaded."""
+        return {"model": self.model, "version": self.version, "why": self.why}
 
 
 class DeadlineExpired(AttnserveError):

@@ -119,7 +119,7 @@ class FrontProcess:
         model.move(ModelState(changed.state), changed.reason)
         found = self._catalog.find(model.name)
         self._health.set(model.name, serving=found.state is ModelState.READY)
-        ready = bool(self._catalog.ready())
+        ready = self._catalog.serves(self._settings.ready, started=self._health.serving())
         self._health.set(SERVICE, serving=ready)
         self._health.set(OVERALL, serving=ready)
 

@@ -142,7 +142,7 @@ class Supervisor:
         self._watching.append(asyncio.create_task(self.keeper.watch(self._reloaded), name="files"))
         await self._settled.wait()
         ready = ready_models(self.catalog)
-        self.health.set(OVERALL, serving=True)
+        self.health.set(OVERALL, serving=self.catalog.serves(self.settings.ready, started=False))
         if self.settings.ports_file is not None:
             write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
         _log.info("ready", models=[f"{model.name}/{model.version}" for model in ready])

@@ -1,4 +1,4 @@
-"""The catalog: the models by name and version, the state of each, and its scheduler. `app` loads and adds them."""
+"""The catalog: the models by name and version, the state of each, and its scheduler. Others load and add them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from attnserve_server.domain.errors import ModelNotFound, NotServing
+from attnserve_server.domain.errors import ModelFailed, ModelNotFound, NotServing
 from attnserve_server.domain.values import PreparedSequence, Priority, SequenceResult
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.tokenizer import TextTokenizer
@@ -62,9 +62,12 @@ class ServedModel:
     state: ModelState = ModelState.LOADING
     state_reason: str = ""
     """Why it failed or, in READY, why each sequence runs alone."""
+    died: bool = False
+    """Whether it failed while it served, so that a retry at another replica may succeed."""
 
     def move(self, state: ModelState, reason: str = "") -> None:
         """Enter a state, and set the model's metrics accordingly."""
+        self.died = state is ModelState.FAILED and (self.died or self.state in (ModelState.READY, ModelState.DRAINING))
         self.state, self.state_reason = state, reason
         self.metrics.state(state.value)
 
@@ -72,8 +75,11 @@ class ServedModel:
         """Return the manifest and the scheduler of a model that is ready.
 
         Raises:
-            NotServing: It is loading, draining or failed.
+            NotServing: It is loading or draining, or failed while it served.
+            ModelFailed: It could not be loaded.
         """
+        if self.state is ModelState.FAILED and not self.died:
+            raise ModelFailed(self.name, self.version, self.state_reason)
         if self.state is not ModelState.READY or self.manifest is None or self.scheduler is None:
             raise NotServing(self.name, self.state.value)
         return self.manifest, self.scheduler
@@ -83,33 +89,43 @@ class Catalog:
     """All models, ready or not. Event loop only."""
 
     def __init__(self) -> None:
+        # The versions of a model, from the highest.
         self._models: dict[str, dict[str, ServedModel]] = {}
 
     def add(self, model: ServedModel) -> None:
         """Add a model. Raises ValueError if the catalog has its name and version already."""
-        versions = self._models.setdefault(model.name, {})
+        versions = self._models.get(model.name, {})
         if model.version in versions:
             raise ValueError(f"model {model.name}/{model.version} is in the catalog already")
-        versions[model.version] = model
+        self._models[model.name] = dict(sorted({**versions, model.version: model}.items(), key=_number, reverse=True))
 
     def find(self, name: str, version: str = "") -> ServedModel:
-        """Return a model in any state; without a version, the highest.
+        """Return a model in any state.
+
+        Without a version, it is the highest that is ready; if none is, the highest that may become ready; else the
+        highest.
 
         Raises:
             ModelNotFound: The catalog has none of that name, or not this version.
         """
-        versions = self._models.get(name, {})
-        found = versions.get(version) if version else max(versions.values(), key=_version, default=None)
-        if found is None:
+        versions = self._models.get(name)
+        if versions is None or (version and version not in versions):
             raise ModelNotFound(name, version)
-        return found
+        if version:
+            return versions[version]
+        for model in versions.values():
+            if model.state is ModelState.READY:
+                return model
+        pending = (model for model in versions.values() if model.state is not ModelState.FAILED)
+        return next(pending, next(iter(versions.values())))
 
     def get(self, name: str, version: str = "") -> ServedModel:
         """Return a model that is ready.
 
         Raises:
             ModelNotFound: The catalog has none of that name, or not this version.
-            NotServing: It is loading, draining or failed.
+            NotServing: It is loading or draining, or failed while it served.
+            ModelFailed: It could not be loaded.
         """
         model = self.find(name, version)
         model.serving()
@@ -117,11 +133,26 @@ class Catalog:
 
     def all(self) -> list[ServedModel]:
         """Return all models in order of name and version."""
-        return [model for name in sorted(self._models) for model in sorted(self._models[name].values(), key=_version)]
+        return [model for name in sorted(self._models) for model in reversed(self._models[name].values())]
 
     def ready(self) -> list[ServedModel]:
         """Return the models that are ready, in the same order."""
         return [model for model in self.all() if model.state is ModelState.READY]
+
+    def serves(self, ready: str, *, started: bool) -> bool:
+        """Return whether the server as a whole is ready.
+
+        Args:
+            ready: `any`: one model that is ready is enough; `all`: each name needs a version that is.
+            started: whether it was ready before. If not, `all` needs every version. Later, a new version that is
+                loading or failed changes nothing while an older one serves.
+        """
+        states = [{model.state for model in versions.values()} for versions in self._models.values()]
+        if ready == "any":
+            return any(ModelState.READY in found for found in states)
+        if started:
+            return bool(states) and all(ModelState.READY in found for found in states)
+        return bool(states) and all(found == {ModelState.READY} for found in states)
 
     def drain(self) -> None:
         """Move every model that is ready to DRAINING."""
@@ -129,5 +160,5 @@ class Catalog:
             model.move(ModelState.DRAINING)
 
 
-def _version(model: ServedModel) -> int:
-    return int(model.version)
+def _number(version: tuple[str, ServedModel]) -> int:
+    return int(version[0])

@@ -91,6 +91,14 @@ TABLE: Final[tuple[StatusRow, ...]] = (
         "Retry after the RetryInfo delay, or send the request to another replica.",
     ),
     StatusRow(
+        errors.ModelFailed,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        False,
+        ("model", "version", "why"),
+        "Name a version that is ready, as `ListModels` returns it. The operator repairs the bundle, or writes a new "
+        "version. Retrying the same request fails again until then.",
+    ),
+    StatusRow(
         errors.DeadlineExpired,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         False,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from attnserve.v1 import inference_service_pb2 as wire
-from attnserve_client import AttentionSelection, Client, InvalidRequest, NotServing, RetryPolicy
+from attnserve_client import AttentionSelection, Client, InvalidRequest, ModelFailed, NotServing, RetryPolicy
 from attnserve_client.testing import FakeServer
 
 # float32 sums of rows of a few weights.
@@ -101,6 +101,10 @@ def test_requests_fail_unless_the_state_is_ready(server: FakeServer) -> None:
         with pytest.raises(NotServing) as caught:
             client.infer("fake", "text")
         assert caught.value.state == "draining"
+        server.state = "failed"
+        with pytest.raises(ModelFailed) as failed:
+            client.infer("fake", "text")
+        assert (failed.value.version, failed.value.retry_delay_s) == ("1", None)
         server.state = "ready"
         client.infer("fake", "text")
 

@@ -22,7 +22,8 @@ def test_readiness_is_that_of_the_highest_version_of_each_model() -> None:
     ready, loading = model_pb2.MODEL_STATE_READY, model_pb2.MODEL_STATE_LOADING
     assert not is_ready([])
     assert is_ready([version("10", ready), version("9", loading)])
-    assert not is_ready([version("9", ready), version("10", loading)])
+    assert is_ready([version("9", ready), version("10", loading)])
+    assert not is_ready([version("9", loading), version("10", loading)])
     assert not is_ready([version("1", ready), version("1", loading, "other")])
     assert not is_ready([version("odd", loading)])
 

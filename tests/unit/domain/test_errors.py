@@ -26,6 +26,7 @@ RAISED = [
     errors.ResponseTooLarge(11, 10),
     Overloaded("queue_bytes", 2**30, 2**30 + 1, 0.25),
     errors.NotServing("m", "draining"),
+    errors.ModelFailed("m", "2", "its file is cut short"),
     errors.DeadlineExpired(0.5),
     errors.RequestCancelled(),
     errors.Unauthenticated("backed_off", 6.0),

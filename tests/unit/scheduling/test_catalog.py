@@ -1,13 +1,13 @@
 """The catalog finds models by name and version, and only ready ones answer.
 
-Manifests are made by hand, and `Gate` replaces each scheduler. An unknown model raises ModelNotFound, and one in
-another state NotServing.
+Manifests are made by hand, and `Gate` replaces each scheduler. An unknown model raises ModelNotFound, one that could
+not be loaded ModelFailed, and one in another state NotServing.
 """
 
 from __future__ import annotations
 
 import pytest
-from attnserve_server.domain.errors import ModelNotFound, NotServing
+from attnserve_server.domain.errors import ModelFailed, ModelNotFound, NotServing
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from gated import Gate
@@ -52,13 +52,64 @@ def test_only_a_ready_model_answers(state: ModelState) -> None:
     assert served.state_reason == "why"
 
 
-def test_a_failed_highest_version_does_not_fall_back() -> None:
-    old, new = model(version="1"), model(version="2")
-    old.move(ModelState.READY)
-    new.move(ModelState.FAILED, "broken")
-    with pytest.raises(NotServing):
-        catalog_of(old, new).get("tiny")
-    assert catalog_of(old, new).get("tiny", "1") is old
+def test_a_model_that_could_not_be_loaded_reports_why_and_no_retry() -> None:
+    served = model(version="3")
+    served.move(ModelState.FAILED, "its file is cut short")
+    with pytest.raises(ModelFailed, match="model 'tiny', version '3', could not be loaded: its file is cut short"):
+        catalog_of(served).get("tiny")
+    served.move(ModelState.LOADING)
+    served.move(ModelState.READY)
+    assert catalog_of(served).get("tiny") is served
+
+
+@pytest.mark.parametrize("state", [ModelState.LOADING, ModelState.DRAINING, ModelState.FAILED])
+def test_the_default_is_the_highest_version_that_is_ready(state: ModelState) -> None:
+    old, ready, new = (model(version=version) for version in ("9", "10", "11"))
+    for each in (old, ready):
+        each.move(ModelState.READY)
+    new.move(state, "broken")
+    catalog = catalog_of(old, new, ready)
+    assert catalog.get("tiny") is ready
+    assert catalog.find("tiny", "11") is new
+    new.move(ModelState.READY)
+    assert catalog.get("tiny") is new
+
+
+def test_without_a_ready_version_the_default_is_one_that_may_become_ready() -> None:
+    loading, broken = model(version="1"), model(version="2")
+    loading.move(ModelState.LOADING)
+    broken.move(ModelState.FAILED, "broken")
+    assert catalog_of(loading, broken).find("tiny") is loading
+    loading.move(ModelState.FAILED, "broken too")
+    assert catalog_of(loading, broken).find("tiny") is broken
+
+
+READY, FAILED, LOADING = ModelState.READY, ModelState.FAILED, ModelState.LOADING
+
+
+@pytest.mark.parametrize(
+    ("states", "any_serves", "all_serve", "all_serve_later"),
+    [
+        ({}, False, False, False),
+        ({("a", "1"): READY, ("b", "1"): READY}, True, True, True),
+        ({("a", "1"): READY, ("b", "1"): FAILED}, True, False, False),
+        ({("a", "1"): READY, ("a", "2"): FAILED}, True, False, True),
+        ({("a", "1"): READY, ("a", "2"): LOADING}, True, False, True),
+        ({("a", "1"): FAILED}, False, False, False),
+    ],
+    ids=["none", "all ready", "one name failed", "new version failed", "new version loading", "all failed"],
+)
+def test_the_server_is_ready_with_one_or_with_all_models(
+    states: dict[tuple[str, str], ModelState], any_serves: bool, all_serve: bool, all_serve_later: bool
+) -> None:
+    catalog = Catalog()
+    for (name, version), state in states.items():
+        served = model(name, version)
+        served.move(state)
+        catalog.add(served)
+    assert catalog.serves("any", started=False) is any_serves
+    assert catalog.serves("all", started=False) is all_serve
+    assert catalog.serves("all", started=True) is all_serve_later
 
 
 def test_models_are_listed_by_name_and_then_version() -> None:
