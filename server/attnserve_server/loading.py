@@ -31,8 +31,9 @@ from attnserve_server.engine.session import LoadFailed, RuntimeSession, runtime_
 from attnserve_server.engine.shapes import ShapePlan
 from attnserve_server.engine.sharing import load_shared
 from attnserve_server.engine.warmup import are_dear, bucket_plan, new_shape_ratio, plan_of, prepare
+from attnserve_server.model.holding import held
 from attnserve_server.model.manifest import Manifest
-from attnserve_server.model.repository import Bundle, verify
+from attnserve_server.model.repository import Bundle
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.observability.logs import logger
 from attnserve_server.scheduling.verifier import ShadowSettings
@@ -64,21 +65,27 @@ class Opened:
 
 
 def open_bundle(bundle: Bundle, settings: Settings) -> Opened:
-    """Verify a bundle's files, load one session per device, and check the golden answers of each. Runs in a thread.
+    """Load one session per device from a held copy of a bundle, and check the golden answers of each. Runs in a thread.
 
     Args:
         bundle: from `under_policy`.
         settings: provider, devices and threads.
 
     Raises:
-        BundleInvalid: a file is missing or changed, or its golden answers cannot be read.
+        BundleInvalid: a file is missing or changed, or cannot be copied, or its golden answers cannot be read.
         TokenizerInvalid: the tokenizer cannot be used.
         ProviderUnavailable: the requested execution provider is not available.
         PrecisionUnavailable: the requested precision is not offered: by the provider, the processor, or for the bundle.
         LoadFailed: the runtime could not load the model.
         GoldenMismatch: the model does not repeat its golden answers.
     """
-    verify(bundle)
+    with held(bundle) as copy:
+        opened = _open(copy, settings)
+        return replace(opened, bundle=replace(opened.bundle, path=bundle.path))
+
+
+def _open(bundle: Bundle, settings: Settings) -> Opened:
+    """Do what `open_bundle` does, from files that do not change."""
     tokenizer = tokenizer_of(bundle)
     first, *others = settings.device_ids or (0,)
     sessions = [_session(bundle, settings, first)]
@@ -123,7 +130,7 @@ def _with_wide(
     except (OSError, LoadFailed) as error:
         why = str(error.__cause__ or error)
         named = {"model": bundle.manifest.name, "version": bundle.manifest.version}
-        remedy = "give the temporary folder twice the space of the weights, or set --wide-threads 1"
+        remedy = "give the temporary folder three times the space of the bundle, or set --wide-threads 1"
         _log.warning("no run uses all cores: no session for that", **named, reason=why, remedy=remedy)
         return [_session(bundle, settings, 0, CPU)], None
     return [narrow], wide

@@ -13,8 +13,9 @@ from pathlib import Path
 from attnserve_server.config import Settings
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.model.batching import cautions
+from attnserve_server.model.holding import content_of
 from attnserve_server.model.manifest import Manifest
-from attnserve_server.model.repository import Bundle, BundleFault, Repository
+from attnserve_server.model.repository import TOKENIZER_FILE, Bundle, BundleFault, Repository
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.observability.logs import logger
 from attnserve_server.scheduling.catalog import Catalog, ServedModel
@@ -88,11 +89,18 @@ def log_cautions(manifest: Manifest, settings: Settings) -> None:
 
 
 def tokenizer_of(bundle: Bundle) -> TextTokenizer | None:
-    """Load the tokenizer of a bundle; None for a model that takes tensors only. Raises TokenizerInvalid."""
+    """Load the tokenizer of a bundle; None for a model that takes tensors only.
+
+    Raises:
+        BundleInvalid: its file is not the one that the manifest lists.
+        TokenizerInvalid: it cannot be used.
+    """
     text = bundle.manifest.text
     if bundle.tokenizer_path is None or text is None:
         return None
-    return TextTokenizer.load(bundle.tokenizer_path, text.axis, bundle.manifest.text_as_written, text.mask_token)
+    return TextTokenizer.load(
+        content_of(bundle, TOKENIZER_FILE), text.axis, bundle.manifest.text_as_written, text.mask_token
+    )
 
 
 def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSettings:

@@ -19,8 +19,9 @@ from attnserve_server.conversion.probing.runtime import GraphRunner
 from attnserve_server.conversion.sources import hugging_face
 from attnserve_server.conversion.sources.torch_export import quiet
 from attnserve_server.conversion.verify.compare import Reference as Answers
+from attnserve_server.model.holding import verify
 from attnserve_server.model.manifest import InputRole
-from attnserve_server.model.repository import Bundle, BundleInvalid, Repository, verify
+from attnserve_server.model.repository import Bundle, BundleInvalid, Repository
 from eager import OUTPUT_TOLERANCE, WEIGHT_TOLERANCE, Reference
 from rich.console import Console
 

@@ -23,9 +23,10 @@ from attnserve_server.conversion.graphs.reading import read_graph
 from attnserve_server.model.batching import Ruling, rulings
 from attnserve_server.model.certificate import BATCHING, AttackReport, Clause, MaskNeed, PathStep, Verdict
 from attnserve_server.model.heads import EmbeddingSpec, HeadSpec
+from attnserve_server.model.holding import verify
 from attnserve_server.model.manifest import BATCH, AxisSpec, Manifest
 from attnserve_server.model.report import FusionReport, TrialReport
-from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository, verify
+from attnserve_server.model.repository import MANIFEST_FILE, Bundle, Repository
 
 _INFERRED = "unk__"
 """Prefix of the symbols that ONNX shape inference invents."""

@@ -59,7 +59,7 @@ class BundleFault:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle whose manifest was read. Its files may be used only after `verify`.
+    """A bundle whose manifest was read. Its files may be used only as `holding.held`.
 
     Args:
         path: its folder.
@@ -165,44 +165,6 @@ class Repository:
         if (manifest.name, manifest.version) != (name, version):
             raise BundleInvalid(name, version, f"{MANIFEST_FILE} is that of {manifest.name}/{manifest.version}")
         return Bundle(path, manifest)
-
-
-def verify(bundle: Bundle) -> None:
-    """Check that every file of a bundle is present, regular and unchanged, and that there are no others.
-
-    An unlisted file is refused because the graph could read it as external data, unchecked.
-
-    Raises:
-        BundleInvalid: for the first file that is wrong.
-    """
-    manifest = bundle.manifest
-    files = manifest.files
-
-    def fault(why: str) -> BundleInvalid:
-        return BundleInvalid(manifest.name, manifest.version, why)
-
-    graphs = (MODEL_FILE,) if manifest.past is None else (MODEL_FILE, manifest.past.file)
-    absent = next((graph for graph in graphs if graph not in files), None)
-    if absent is not None:
-        raise fault(f"{absent} is not listed in {MANIFEST_FILE}")
-    try:
-        unknown = sorted({entry.name for entry in bundle.path.iterdir()} - {*files, MANIFEST_FILE})
-    except OSError as why:
-        raise fault(f"its folder cannot be read: {why.strerror}") from None
-    if unknown:
-        raise fault(f"{unknown[0]!r} is not listed in {MANIFEST_FILE}")
-    for name, expected in files.items():
-        try:
-            _regular_size(bundle.path / name)
-            found = sha256_of(bundle.path / name)
-        except ValueError as why:
-            raise fault(str(why)) from None
-        except OSError as why:
-            raise fault(f"{name}: {why.strerror}") from None
-        if found != expected:
-            raise fault(f"{name}: sha256 {found} is not the {expected} of {MANIFEST_FILE}")
-    if digest_of(files) != manifest.digest:
-        raise fault(f"digest {manifest.digest} is not that of its files, {digest_of(files)}")
 
 
 def write_bundle(root: Path, manifest: Manifest, files: Mapping[str, Path]) -> Bundle:

@@ -68,11 +68,13 @@ class TextTokenizer:
         self._pad_names = {int(padding["pad_id"]): str(padding["pad_token"])} if padding else {}
 
     @classmethod
-    def load(cls, path: Path, axis: str, as_written: Collection[str] = (), mask_token: str = "") -> TextTokenizer:
+    def load(
+        cls, source: Path | bytes, axis: str, as_written: Collection[str] = (), mask_token: str = ""
+    ) -> TextTokenizer:
         """Read a `tokenizer.json`.
 
         Args:
-            path: the file.
+            source: the file, or its content.
             axis: symbol of the axis of the tokens.
             as_written: symbols of the axes along which the file's padding and truncation apply.
             mask_token: the only special token that a text may spell; it is then a token of the text. Empty: none.
@@ -81,7 +83,7 @@ class TextTokenizer:
             TokenizerInvalid: the file cannot be read, is not a tokenizer, or the library fails with it.
         """
         try:
-            content = path.read_bytes()
+            content = source if isinstance(source, bytes) else source.read_bytes()
         except OSError as error:
             raise TokenizerInvalid(error.strerror or type(error).__name__) from error
         try:

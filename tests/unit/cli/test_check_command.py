@@ -16,7 +16,8 @@ import pytest
 from attnserve_server.cli._app import app
 from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.engine.golden import GOLDEN_FILE
-from attnserve_server.model.repository import Bundle, Repository, verify, write_bundle
+from attnserve_server.model.holding import verify
+from attnserve_server.model.repository import Bundle, Repository, write_bundle
 from click.testing import Result
 from made_by_hand import proved
 from onnx import numpy_helper

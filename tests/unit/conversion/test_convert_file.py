@@ -20,8 +20,9 @@ from attnserve_server.conversion.base.errors import BuildRefused, CheckFailed
 from attnserve_server.conversion.base.steps import Steps
 from attnserve_server.conversion.convert import PrepareRequest, prepare_bundle
 from attnserve_server.conversion.probing.runtime import GraphRunner
+from attnserve_server.model.holding import verify
 from attnserve_server.model.manifest import AxisSpec, InputRole
-from attnserve_server.model.repository import Bundle, Repository, verify
+from attnserve_server.model.repository import Bundle, Repository
 from attnserve_server.model.tokenizer import TokenizerInvalid
 from foreign_graphs import Foreign
 from onnx import helper

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from attnserve_server.engine.cost import TimedRun
 from attnserve_server.engine.cost_file import CostKey, cost_path, machine, read_costs, write_costs
-from attnserve_server.model.repository import Bundle, Repository, verify
+from attnserve_server.model.holding import verify
+from attnserve_server.model.repository import Bundle, Repository
 from tiny_bundle import write_tiny_files, write_tiny_repository
 
 RUNS = (TimedRun(1, 8, 0.001), TimedRun(4, 32, 0.02))

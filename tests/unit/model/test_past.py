@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from attnserve_server.model.bands import SlidingBand
+from attnserve_server.model.holding import verify
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.past import PastSpec
-from attnserve_server.model.repository import MODEL_FILE, BundleInvalid, Repository, verify, write_bundle
+from attnserve_server.model.repository import MODEL_FILE, BundleInvalid, Repository, write_bundle
 from made_by_hand import certificate
 from past_graphs import MAX_LENGTH, PASTS, PRESENTS, manifest, write_files
 from pydantic import ValidationError

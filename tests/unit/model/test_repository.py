@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from attnserve_server.domain.errors import ModelNotFound
 from attnserve_server.model import repository as room
+from attnserve_server.model.holding import held, verify
 from attnserve_server.model.manifest import CheckReport, InputSpec, Manifest, OutputSpec, Provenance
 from attnserve_server.model.repository import (
     MANIFEST_FILE,
@@ -24,7 +26,6 @@ from attnserve_server.model.repository import (
     BundleInvalid,
     Repository,
     digest_of,
-    verify,
     write_atomically,
     write_bundle,
 )
@@ -205,11 +206,22 @@ def climb(bundle: Bundle) -> None:
     rewrite(bundle, files={**bundle.manifest.files, "../secret": "0" * 64})
 
 
+def hardlink(bundle: Bundle) -> None:
+    os.link(bundle.model_path, bundle.path.parents[2] / "model-elsewhere")
+
+
+def pipe(bundle: Bundle) -> None:
+    bundle.model_path.unlink()
+    os.mkfifo(bundle.model_path)
+
+
 TAMPERINGS = {
     "one bit": (tamper, r"model\.onnx: sha256"),
     "truncated": (lambda bundle: os.truncate(bundle.model_path, 10), r"model\.onnx: sha256"),
     "missing": (lambda bundle: bundle.model_path.unlink(), r"model\.onnx: No such file"),
     "a link": (link, r"model\.onnx is a symbolic link"),
+    "a hard link": (hardlink, r"model\.onnx has 2 hard links, .*; copy the file, or write the bundle again"),
+    "a pipe": (pipe, r"model\.onnx is no regular file"),
     "unlisted data": (lambda bundle: (bundle.path / "weights.bin").touch(), r"'weights\.bin' is not listed"),
     "a name that climbs": (climb, r"manifest\.json: files"),
     "digest": (lambda bundle: rewrite(bundle, digest=UNSEALED), "digest"),
@@ -225,6 +237,48 @@ def test_changed_files_do_not_verify(tampering: str, root: Path, bundle: Bundle)
     with pytest.raises(BundleInvalid, match=words) as refusal:
         verify(Repository(root).bundle("ranker"))
     assert str(root) not in str(refusal.value)
+    with pytest.raises(BundleInvalid, match=words), held(Repository(root).bundle("ranker")):
+        pytest.fail("it is held")
+
+
+def test_held_files_stay_those_of_the_manifest_when_the_folder_changes(bundle: Bundle) -> None:
+    before = {name: (bundle.path / name).read_bytes() for name in bundle.manifest.files}
+    with held(bundle) as copy:
+        tamper(bundle)
+        os.truncate(bundle.path / "tokenizer.json", 3)
+        assert {name: (copy.path / name).read_bytes() for name in before} == before
+        folder = copy.path
+        assert folder.stat().st_mode & 0o077 == 0, "no other user reads or changes it"
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("during", [False, True], ids=["unchanged", "changed while it is loaded"])
+def test_without_a_temporary_folder_a_bundle_is_verified_before_and_after(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, during: bool
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(bundle.path / "nowhere"))
+    held_now = held(bundle)
+    assert held_now.__enter__() == bundle
+    if during:
+        tamper(bundle)
+        with pytest.raises(BundleInvalid, match=r"model\.onnx: sha256"):
+            held_now.__exit__(None, None, None)
+    else:
+        held_now.__exit__(None, None, None)
+
+
+def test_external_weights_need_a_temporary_folder(
+    root: Path, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = write_bundle(root, manifest(name="large"), {**sources, "weights.data": sources["model.onnx"]})
+    with held(bundle):
+        pass
+    monkeypatch.setattr(tempfile, "tempdir", str(root / "nowhere"))
+    with (
+        pytest.raises(BundleInvalid, match=r"temporary folder: No such file .*; give it \d+ bytes, or set TMPDIR"),
+        held(bundle),
+    ):
+        pytest.fail("it is held")
 
 
 def test_removed_folder_does_not_verify(root: Path, bundle: Bundle) -> None:

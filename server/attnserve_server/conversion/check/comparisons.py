@@ -21,8 +21,9 @@ from attnserve_server.engine.session import LoadFailed, RuntimeSession
 from attnserve_server.model.batching import NO_CERTIFICATE
 from attnserve_server.model.certificate import Certificate
 from attnserve_server.model.equality import FLOORS
+from attnserve_server.model.holding import verify
 from attnserve_server.model.report import QualityReport
-from attnserve_server.model.repository import Bundle, BundleInvalid, verify
+from attnserve_server.model.repository import Bundle, BundleInvalid
 
 
 class Check:

@@ -16,8 +16,9 @@ import onnx
 import pytest
 import typer
 from attnserve_server.conversion.probing.runtime import GraphRunner
+from attnserve_server.model.holding import verify
 from attnserve_server.model.manifest import TextSpec
-from attnserve_server.model.repository import Repository, verify
+from attnserve_server.model.repository import Repository
 from bad_files import BAD_MODELS, ODD_MODELS, OUTSIDE, endless, nested_deeply, outside, tanh
 from commands import call, conversion_app
 from hypothesis import HealthCheck, given, settings
