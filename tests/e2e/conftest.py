@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from containers import ROOT, CommandFailed, Container, Engine, build_base, build_image, missing_tools, run_hardened
+from credentials import Files, Tokens
 from scraping import free_port, wait_until
 
 START_TIMEOUT_S = 60.0
@@ -70,7 +71,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @contextmanager
-def running(engine: Engine, image: str, models: Path, **env: str) -> Iterator[Served]:
+def running(engine: Engine, image: str, models: Path, volumes: Sequence[str] = (), **env: str) -> Iterator[Served]:
     """Serve `models` from a hardened container until the block ends. No shell can run in the container."""
     ports = {"ATTNSERVE_GRPC_PORT": str(free_port()), "ATTNSERVE_HTTP_PORT": str(free_port())}
     container = run_hardened(
@@ -78,7 +79,7 @@ def running(engine: Engine, image: str, models: Path, **env: str) -> Iterator[Se
         image,
         env={"ATTNSERVE_HOST": "127.0.0.1", **ports, **env},
         # The shells are replaced by empty files, so any command that needs a shell fails.
-        volumes=[f"{models}:/models:ro", "/dev/null:/usr/bin/dash:ro", "/dev/null:/usr/bin/bash:ro"],
+        volumes=[f"{models}:/models:ro", "/dev/null:/usr/bin/dash:ro", "/dev/null:/usr/bin/bash:ro", *volumes],
     )
     served = Served(container, int(ports["ATTNSERVE_GRPC_PORT"]), int(ports["ATTNSERVE_HTTP_PORT"]))
     try:
@@ -93,6 +94,32 @@ def served(engine: Engine, image: str, models: Path) -> Iterator[Served]:
     """A container shared by all tests that leave it running."""
     with running(engine, image, models) as served:
         yield served
+
+
+@dataclass(frozen=True)
+class Secured:
+    """A container that serves with TLS to callers with tokens, and the files of both."""
+
+    served: Served
+    files: Files
+    tokens: Tokens
+
+
+@pytest.fixture(scope="session")
+def secured(engine: Engine, image: str, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    """A container as an operator would run it: TLS, and the tokens `caller` and `prometheus`."""
+    folder = tmp_path_factory.mktemp("secrets")
+    folder.chmod(0o755)
+    files, tokens = Files(folder), Tokens(folder / "tokens.txt")
+    tokens.add("caller", "infer,attention")
+    tokens.add("prometheus", "metrics")
+    env = {
+        "ATTNSERVE_TLS_CERT": f"/secrets/{files.cert.name}",
+        "ATTNSERVE_TLS_KEY": f"/secrets/{files.key.name}",
+        "ATTNSERVE_TOKENS_FILE": f"/secrets/{tokens.path.name}",
+    }
+    with running(engine, image, models, [f"{folder}:/secrets:ro"], **env) as served:
+        yield Secured(served, files, tokens)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A real Prometheus over the container under load: every query that deploy/ ships must find data in it.
 
-Needs `served` of tests/e2e/conftest.py, a container with MiniLM, which skips the tests without root or the container
-tools. Fails where a query finds no data in 10 s.
+Needs `secured` of tests/e2e/conftest.py, a container with MiniLM, TLS and tokens, which skips the tests without root or
+the container tools. Fails where a query finds no data in 10 s.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import watching
 from attnserve_client import AttentionSelection, AttnserveError, Client
+from attnserve_client.data_types import Tls
 from scraping import Prometheus, prometheus_over, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -51,12 +53,21 @@ def _call(client: Client, turn: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def load(served) -> Iterator[None]:
+def authority(secured, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the authority that the server's certificate comes from."""
+    path = tmp_path_factory.mktemp("authority") / "ca.pem"
+    path.write_bytes(secured.files.authority.cert_pem.bytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def load(secured, authority: Path) -> Iterator[None]:
     """Three callers that send one request after the other until the module's tests end."""
     stopping = threading.Event()
 
     def calls(offset: int) -> None:
-        with Client(served.target) as client:
+        token = secured.tokens.secrets["caller"]
+        with Client(secured.served.target, credentials=Tls(ca=authority), token=token) as client:
             turn = offset
             while not stopping.is_set():
                 with contextlib.suppress(AttnserveError):
@@ -73,9 +84,16 @@ def load(served) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def prometheus(served, load: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """Prometheus with deploy/'s configuration, after a few scrapes of the loaded server."""
-    with prometheus_over(served.http_port, tmp_path_factory.mktemp("prometheus")) as prometheus:
+def prometheus(secured, load: None, authority: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """Prometheus with deploy/'s configuration, after a few scrapes of the loaded server, which reads a new token."""
+    scrape = {
+        "scheme": "https",
+        "tls_config": {"ca_file": str(authority)},
+        "authorization": {"credentials": secured.tokens.secrets["prometheus"]},
+    }
+    folder = tmp_path_factory.mktemp("prometheus")
+    with prometheus_over(secured.served.http_port, folder, **scrape) as prometheus:
+        secured.tokens.add("another", "infer")
         seen = f"count_over_time(model:attnserve_requests:rate5m[5m]) >= {SCRAPES}"
         wait_until(
             lambda: bool(prometheus.values(seen)),

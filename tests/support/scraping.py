@@ -66,15 +66,21 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def prometheus_over(http_port: int, folder: Path) -> Iterator[Prometheus]:
+def prometheus_over(http_port: int, folder: Path, **scrape: Any) -> Iterator[Prometheus]:
     """Runs Prometheus over a server on loopback until the block ends, scraping and evaluating every second.
 
     Needs the program `prometheus`. Raises AssertionError with its log if it does not start.
+
+    Args:
+        http_port: the server's.
+        folder: for its files.
+        scrape: further settings of its scrapes, such as the scheme and credentials.
     """
     config = yaml.safe_load(watching.PROMETHEUS_CONFIG.read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(watching.RULES)]
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{http_port}"]
+    config["scrape_configs"][0] |= scrape
     written, log, port = folder / "prometheus.yml", folder / "prometheus.log", free_port()
     written.write_text(yaml.safe_dump(config))
     command = ["prometheus", f"--config.file={written}", f"--storage.tsdb.path={folder / 'data'}"]
