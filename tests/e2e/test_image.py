@@ -111,15 +111,16 @@ def test_cpu_image_refuses_to_start_where_a_gpu_is_required(engine: Engine, imag
         container.remove()
 
 
-def running_calls(served) -> int:
-    """Return the number of running unary calls, from the server's metrics."""
+def all_run(served) -> bool:
+    """Return whether all callers' calls are at the server, and sequences of some run, from the server's metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{served.http_port}/metrics", timeout=10) as reply:
         text = reply.read().decode()
-    counts = {
-        end: sum(map(float, re.findall(rf'^grpc_server_{end}_total{{[^}}]*"unary"[^}}]*}} (\S+)$', text, re.MULTILINE)))
-        for end in ("started", "handled")
-    }
-    return int(counts["started"] - counts["handled"])
+
+    def total(series: str, label: str) -> float:
+        return sum(map(float, re.findall(rf'^{series}{{[^}}]*"{label}"[^}}]*}} (\S+)$', text, re.MULTILINE)))
+
+    calls = total("grpc_server_started_total", "unary") - total("grpc_server_handled_total", "unary")
+    return calls == CALLERS and total("attnserve_running_batches", "minilm") > 0
 
 
 def end_during_calls(served, end: Callable[[], int]) -> tuple[int, Counter[str]]:
@@ -143,7 +144,7 @@ def end_during_calls(served, end: Callable[[], int]) -> tuple[int, Counter[str]]
     callers = [threading.Thread(target=call) for _ in range(CALLERS)]
     for caller in callers:
         caller.start()
-    wait_until(lambda: running_calls(served) == CALLERS, served.container.logs, 30)
+    wait_until(lambda: all_run(served), served.container.logs, 30)
     exit_code = end()
     for caller in callers:
         caller.join(timeout=60)
