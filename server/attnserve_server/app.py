@@ -7,6 +7,7 @@ port is taken; after the start, a signal ends it, or an internal error.
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Final
 
 from attnserve_server import __version__
@@ -17,6 +18,7 @@ from attnserve_server.access.tokens import MAX_TOKENS
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock, MonotonicClock
 from attnserve_server.engine.instance_thread import Occupancy
+from attnserve_server.engine.pulse import Overdue, Pulse
 from attnserve_server.engine.session import ProviderUnavailable
 from attnserve_server.lifetime import write_ports
 from attnserve_server.model.repository import Bundle, BundleFault
@@ -35,6 +37,8 @@ _log = logger(__name__)
 
 _LEAST_STOP_S: Final = 0.5
 """Minimum time for gRPC to send the last answers after a drain."""
+_WATCH_S: Final = 0.2
+"""Seconds between two looks at the runs."""
 
 
 class Application:
@@ -54,7 +58,8 @@ class Application:
         self.http = HttpServer(
             settings, self.catalog, self.health, self.metrics, lambda: not self.fault.is_set(), access
         )
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
+        self._pulses: list[tuple[ServedModel, Overdue]] = []
         self.fault = asyncio.Event()
         self.grpc_port = 0
         self.http_port = 0
@@ -77,7 +82,7 @@ class Application:
         waiting = [self._add(bundle) for bundle in bundles]
         self.http_port = await self.http.start()
         self.grpc_port = await self.grpc.start()
-        self._watching = asyncio.create_task(self.keeper.watch(self.access.update), name="files")
+        self._watching.append(asyncio.create_task(self.keeper.watch(self.access.update), name="files"))
         _log.info(
             "listening",
             version=__version__,
@@ -86,7 +91,8 @@ class Application:
             http_port=self.http_port,
         )
         _log.info(
-            "one process does everything: a crash of the runtime ends it without answers, and calls use one core",
+            "one process does everything: a crash of the runtime ends it without answers, a run that hangs is reported "
+            "and not ended, memory has no limit, and calls use one core",
             remedy="--isolation process",
         )
         for bundle, model in waiting:
@@ -95,6 +101,7 @@ class Application:
         serves = self.catalog.serves(self.settings.ready, started=False)
         self.health.set(SERVICE, serving=serves)
         self.health.set(OVERALL, serving=serves)
+        self._watching.append(asyncio.create_task(self._watch(), name="watch"))
         if self.settings.ports_file is not None:
             write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
         _log.info("ready", models=[f"{model.name}/{model.version}" for model in ready])
@@ -121,8 +128,8 @@ class Application:
         """Stop everything at once, and cancel pending requests."""
         self.health.drain()
         self.health.close()
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in self._watching:
+            task.cancel()
         await self.grpc.stop(0)
         for loaded in self._loaded:
             await loaded.aclose()
@@ -160,6 +167,7 @@ class Application:
             if model.state is ModelState.READY:
                 model.move(ModelState.READY, ISOLATED)
 
+        pulse = Pulse()
         try:
             started = await start_model(
                 bundle,
@@ -169,6 +177,7 @@ class Application:
                 self._occupancy,
                 on_fault=lambda: self._on_fault(model),
                 on_isolated=on_isolated,
+                pulse=pulse,
             )
         except ProviderUnavailable:
             raise
@@ -179,9 +188,27 @@ class Application:
         model.manifest, model.tokenizer = started.opened.bundle.manifest, started.opened.tokenizer
         model.provider = started.executor.provider
         self._loaded.append(started)
+        self._pulses.append((model, Overdue(pulse, math.inf)))
         model.scheduler = started.scheduler
         model.move(ModelState.READY)
         self.health.set(model.name, serving=self.catalog.find(model.name).state is ModelState.READY)
+
+    async def _watch(self) -> None:
+        """Report NOT_SERVING for a model while one of its runs takes too long. Nothing can end the run."""
+        hung: dict[ServedModel, str] = {}
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            for model, overdue in self._pulses:
+                why = overdue.look(self.clock.now())
+                if why == hung.get(model, "") or model.state is not ModelState.READY:
+                    continue
+                hung[model] = why
+                model.state_reason = why
+                if why:
+                    _log.critical("a run hangs", model=model.name, version=model.version, reason=why)
+                self.health.set(model.name, serving=not why)
+                for service in (SERVICE, OVERALL):
+                    self.health.set(service, serving=any(not hung.get(one) for one in self.catalog.ready()))
 
     def _on_fault(self, model: ServedModel) -> None:
         """Report NOT_SERVING and end the process after the scheduling loop of a model died. The loop has logged it."""

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from attnserve_server.config_engines import EngineSettings
 from attnserve_server.config_models import ModelSettings
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.machine import is_loopback, suits_processes
@@ -35,7 +36,7 @@ class SettingsInvalid(AttnserveError):
         super().__init__("; ".join(faults))
 
 
-class Settings(ModelSettings):
+class Settings(ModelSettings, EngineSettings):
     """All settings. Each description ends with the reason for the default."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
@@ -130,9 +131,8 @@ class Settings(ModelSettings):
     )
     isolation: Literal["auto", "process", "none"] = Field(
         "auto",
-        description="`process`: front processes, and an engine process for each model, so that calls use more cores. "
-        "`none`: all in one process, which ends without answers if a run crashes. Default: auto, `process` on four "
-        "cores or more, as a front takes more from runs than it gives on fewer.",
+        description="`process`: front processes, and an engine process for each model, which is replaced if a run "
+        "crashes. `none`: one process, which ends then. Default: auto, `process` on four cores or more.",
     )
     fronts: Annotated[int, Field(ge=0, le=64)] = Field(
         0, description="Front processes; 0: one on two cores, at most 8. Default: 0, as runs need the other cores."

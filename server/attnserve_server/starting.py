@@ -14,6 +14,8 @@ from attnserve_server.domain.machine import resident_bytes
 from attnserve_server.engine.cost_file import read_costs, write_costs
 from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.instance_thread import Occupancy
+from attnserve_server.engine.pulse import Pulse
+from attnserve_server.engine.watched import WatchedExecutor
 from attnserve_server.loading import (
     Opened,
     batch_check_settings,
@@ -58,6 +60,7 @@ async def start_model(
     *,
     on_fault: Callable[[], None],
     on_isolated: Callable[[], None],
+    pulse: Pulse,
 ) -> Started:
     """Load one model, warm it up, and start its scheduler.
 
@@ -69,6 +72,7 @@ async def start_model(
         occupancy: of the process.
         on_fault: called if the scheduler's loop ends with an error.
         on_isolated: called if the shadow check turns batching off.
+        pulse: states the runs of the model.
 
     Raises:
         AttnserveError: with the reason why the model cannot be served.
@@ -79,9 +83,10 @@ async def start_model(
     manifest = bundle.manifest
     metrics.provider(session.provider)
     instances = instances_of(opened.sessions, settings)
-    executor = Executor(
-        opened.sessions, manifest, metrics, clock, instances, opened.past_sessions, opened.wide, occupancy
-    )
+    executor = WatchedExecutor(
+        opened.sessions, manifest, metrics, clock, instances, opened.past_sessions, opened.wide, occupancy,
+        pulse=pulse, floor_s=settings.watchdog_floor_s,
+    )  # fmt: skip
     executor.start()
     named = {"model": manifest.name, "version": manifest.version}
     try:

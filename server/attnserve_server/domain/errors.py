@@ -14,6 +14,7 @@
     +-- Unauthenticated          present a valid token                UNAUTHENTICATED
     +-- PermissionDenied         use a token with the scope           PERMISSION_DENIED
     +-- InternalFault            report the request id                INTERNAL
+    +-- EngineCrashed            report the request id                INTERNAL
 
 Errors hold fields, from which `transport/status.py`, and no other module, makes gRPC statuses.
 """
@@ -296,6 +297,20 @@ class InternalFault(AttnserveError):
     def metadata(self) -> dict[str, str]:
         """The request id, which the log line has too."""
         return {"request_id": self.request_id} if self.request_id else {}
+
+
+class EngineCrashed(AttnserveError):
+    """The model's engine crashed, hung or ran out of memory with this request alone in its run: do not retry it."""
+
+    reason = "ENGINE_CRASHED"
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        super().__init__(f"the engine of model {model!r} ends when it runs this request; it was tried alone")
+
+    def metadata(self) -> dict[str, str]:
+        """The model."""
+        return {"model": self.model}
 
 
 def _number(number: float) -> str:

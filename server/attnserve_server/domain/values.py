@@ -239,6 +239,10 @@ class PreparedSequence:
     past: int = 0
     """Positions of its past, P; 0: it has none. The continuing graph runs it, and its values follow the manifest of
     that graph."""
+    origin: tuple[int, int] = (0, 0)
+    """The number of the front that sent its request, and the request's number there."""
+    fault: str = ""
+    """What `engine.failpoints` does in its run; empty: nothing."""
 
     tokens: int = field(init=False)
     """Positions that hold data, summed over the axes; one if there are no axes."""

@@ -111,3 +111,7 @@ class SharedOccupancy(Occupancy):
     def end(self) -> None:
         """Count the end of a run."""
         self._numbers[self._place] -= 1
+
+    def clear(self) -> None:
+        """Forget the runs of an engine that has ended."""
+        self._numbers[self._place] = 0

@@ -101,6 +101,10 @@ class Released(msgspec.Struct, array_like=True, tag=True, gc=False):
     numbers: list[int]
 
 
+class Resent(msgspec.Struct, array_like=True, tag=True, gc=False):
+    """The front has sent again all requests that an engine before this one has not answered."""
+
+
 class ResultMessage(msgspec.Struct, array_like=True):
     """The result of one sequence. `pickled`: its maps and labels, with the places of their arrays."""
 
@@ -127,24 +131,32 @@ class Failed(msgspec.Struct, array_like=True, tag=True):
 
 
 ENCODER: Final = msgspec.msgpack.Encoder()
-TO_ENGINE: Final = msgspec.msgpack.Decoder(Ask | Withdraw | Released)
+TO_ENGINE: Final = msgspec.msgpack.Decoder(Ask | Withdraw | Released | Resent)
 TO_FRONT: Final = msgspec.msgpack.Decoder(Answer | Failed | Released)
 
 
 class Outbox:
-    """Encodes what one process sends, and keeps the arena's memory until the receiver has released it."""
+    """Encodes what one process sends, and keeps the arena's memory until the receiver has released it.
+
+    The memory of a request is also kept until the request has ended, because it may be sent again, to another engine.
+    """
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._held: dict[int, list[tuple[int, int]]] = {}
+        self._open: set[int] = set()  # requests with memory that have not ended
+        self._unread: set[int] = set()  # those among them that the receiver does not read, or no more
 
     def ask(
         self, number: int, request_id: str, deadline_s: float | None, received_bytes: int, priority: int,
         sequences: Sequence[PreparedSequence],
     ) -> bytes:  # fmt: skip
-        """Encode a request."""
+        """Encode a request. Call `sent` once it is sent, and `ended` at its end."""
         write = partial(self._place, number)
         parts = [_sequence_message(one, write) for one in sequences]
+        if number in self._held:
+            self._open.add(number)
+            self._unread.add(number)
         return ENCODER.encode(Ask(number, request_id, deadline_s, received_bytes, priority, parts))
 
     def answer(self, number: int, results: Sequence[SequenceResult]) -> bytes:
@@ -153,11 +165,34 @@ class Outbox:
         parts = [_result_message(one, write) for one in results]
         return ENCODER.encode(Answer(number, parts))
 
+    def sent(self, number: int) -> None:
+        """Note that the receiver reads a request from now on."""
+        self._unread.discard(number)
+
     def released(self, numbers: Sequence[int]) -> None:
-        """Free what the receiver has released."""
+        """Free what the receiver has released; the memory of a request that has not ended when it ends."""
         for number in numbers:
-            for offset, size in self._held.pop(number, ()):
-                self._arena.free(offset, size)
+            if number in self._open:
+                self._unread.add(number)
+            else:
+                self._free(number)
+
+    def ended(self, number: int) -> None:
+        """Note that a request has ended. It is not sent again."""
+        self._open.discard(number)
+        if number in self._unread:
+            self._unread.discard(number)
+            self._free(number)
+
+    def replaced(self) -> None:
+        """Free the memory of all requests that have ended, because the receiver's process has. The others are kept."""
+        self._unread |= self._open
+        for number in self._held.keys() - self._open:
+            self._free(number)
+
+    def _free(self, number: int) -> None:
+        for offset, size in self._held.pop(number, ()):
+            self._arena.free(offset, size)
 
     def _place(self, number: int, data: Array | memoryview) -> Place:
         size = data.nbytes

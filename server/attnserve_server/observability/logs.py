@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, TextIO
 from weakref import WeakKeyDictionary
 
@@ -181,7 +181,7 @@ def dropped_lines() -> int:
 
 
 @contextlib.contextmanager
-def pipes_of(process: str) -> Iterator[tuple[int, int]]:
+def pipes_of(process: str, name: Callable[[], str] | None = None) -> Iterator[tuple[int, int]]:
     """Yield the descriptors that a child process writes to: its log, and its standard error. Close them at the end.
 
     Lines of the log go on as they are. Lines of standard error become JSON lines with the name of the process, those of
@@ -189,8 +189,11 @@ def pipes_of(process: str) -> Iterator[tuple[int, int]]:
 
     Args:
         process: name of the child.
+        name: returns its name at any time, for one that changes it; None: it does not.
     """
     queue = _queue
+    named = name or (lambda: process)
+    _readers[:] = [one for one in _readers if one.is_alive()]
     if queue is None:
         yield 2, 2
         return
@@ -199,10 +202,10 @@ def pipes_of(process: str) -> Iterator[tuple[int, int]]:
         if line.endswith(b"}"):
             queue.put(line + b"\n")
         else:  # its end is missing, because the process crashed
-            _log_native(line, process)
+            _log_native(line, named())
 
     log, log_reader = line_pipe(forward, f"log of {process}", max_line=MAX_BYTES, blocking=True)
-    native, native_reader = line_pipe(lambda line: _log_native(line, process), f"standard error of {process}")
+    native, native_reader = line_pipe(lambda line: _log_native(line, named()), f"standard error of {process}")
     _readers.extend((log_reader, native_reader))
     try:
         yield log, native

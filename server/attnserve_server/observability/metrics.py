@@ -6,43 +6,27 @@ Labels are models, versions and small closed sets; never text from a caller, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
 
 from attnserve_server.observability.logs import dropped_lines
 from attnserve_server.observability.process_metrics import ProcessMetrics
-from attnserve_server.observability.tally import Counter, CounterSeries, Exported, Family, Gauge, Histogram
+from attnserve_server.observability.tally import (
+    Counter,
+    CounterSeries,
+    Exported,
+    Family,
+    Gauge,
+    Histogram,
+    MetricSpec,
+)
 
 MODEL: Final = ("model", "version")
 CHECK_OUTCOMES: Final = ("equal", "different", "dropped", "failed")
 RPC: Final = ("grpc_type", "grpc_service", "grpc_method")
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
-
-
-@dataclass(frozen=True, slots=True)
-class MetricSpec:
-    """One metric.
-
-    Args:
-        kind: Counter, Gauge or Histogram.
-        name: exported name.
-        help: one sentence.
-        labels: label names.
-        buckets: upper bounds, of a histogram.
-        why_buckets: the reason for the bounds.
-        is_fact: whether a supervisor states it once for all processes; else it is added up over them.
-    """
-
-    kind: type[Family[Any]]
-    name: str
-    help: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
-    why_buckets: str = ""
-    is_fact: bool = False
 
 
 _LATENCY: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -179,6 +163,15 @@ MODEL_STATE: Final = MetricSpec(
     (*MODEL, "state"),
     is_fact=True,
 )
+ENGINE_RESTARTS: Final = MetricSpec(
+    Counter,
+    "attnserve_engine_restarts_total",
+    "Engines that were replaced: after a `crash`, a `hang`, or over the limit of `memory`.",
+    (*MODEL, "reason"),
+)
+FRONT_RESTARTS: Final = MetricSpec(
+    Counter, "attnserve_front_restarts_total", "Fronts that were replaced: after a `crash` or a `hang`.", ("reason",)
+)
 LOG_LINES_DROPPED: Final = MetricSpec(
     Counter,
     "attnserve_log_lines_dropped_total",
@@ -309,6 +302,11 @@ class Metrics:
         self._made: dict[str, Family[Any]] = {
             spec.name: spec.kind(spec.name, spec.help, spec.labels, spec.buckets) for spec in SPECS
         }
+        self._ended: dict[str, Family[Any]] = {
+            spec.name: spec.kind(spec.name, spec.help, spec.labels, spec.buckets)
+            for spec in SPECS
+            if spec.kind is not Gauge
+        }
         self.counter(LOG_LINES_DROPPED).labels().function = dropped_lines
         self.registry.register(Exported(tuple(self._made.values())))
 
@@ -320,11 +318,18 @@ class Metrics:
         """Return the values of all series but facts, for `merge` in another process."""
         return {spec.name: self._made[spec.name].values() for spec in SPECS if not spec.is_fact}
 
+    def keep(self, snapshot: dict[str, list[Any]]) -> None:
+        """Add what a process has counted that has ended to all later merges, without its gauges."""
+        for name, family in self._ended.items():
+            family.add(snapshot.get(name, ()))
+
     def merge(self, snapshots: Iterable[dict[str, list[Any]]]) -> None:
-        """Replace all series but facts by the sums of those of other processes."""
+        """Replace all series but facts by the sums of those of other processes, and of those that have ended."""
         for spec in SPECS:
             if not spec.is_fact:
                 self._made[spec.name].clear()
+        for name, family in self._ended.items():
+            self._made[name].add(family.values())
         for snapshot in snapshots:
             for name, values in snapshot.items():
                 self._made[name].add(values)

@@ -35,6 +35,11 @@ class ProcessMetrics(Collector):
         """Report another process, from now on and until it ends."""
         self._pids[name] = pid
 
+    def remove(self, name: str, pid: int) -> None:
+        """Report a process no more, unless another has its name now."""
+        if self._pids.get(name) == pid:
+            del self._pids[name]
+
     def collect(self) -> Iterator[Metric]:
         """Yield the families, for prometheus_client's registry."""
         families: dict[str, Metric] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
 from typing import Any, ClassVar, Generic, TypeVar
@@ -240,3 +241,26 @@ class Exported(Collector):
         """Yield each family with its values now."""
         for family in self._families:
             yield family.exported()
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One metric.
+
+    Args:
+        kind: Counter, Gauge or Histogram.
+        name: exported name.
+        help: one sentence.
+        labels: label names.
+        buckets: upper bounds, of a histogram.
+        why_buckets: the reason for the bounds.
+        is_fact: whether a supervisor states it once for all processes; else it is added up over them.
+    """
+
+    kind: type[Family[Any]]
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    why_buckets: str = ""
+    is_fact: bool = False

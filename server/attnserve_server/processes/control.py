@@ -1,7 +1,7 @@
-"""What the supervisor and its processes exchange: the start, states of models, metrics, and the end.
+"""What the supervisor and its processes exchange: the start, connections, states of models, metrics, and the end.
 
-Each process has one link to the supervisor. A message of another kind raises msgspec.DecodeError. Descriptors are
-inherited, so that their numbers are the same in parent and child.
+Each process has one link to the supervisor. A message of another kind raises msgspec.DecodeError. Descriptors travel
+beside it, in packages (`isolation.descriptors`): `package` is the number of one.
 """
 
 from __future__ import annotations
@@ -16,24 +16,12 @@ ARENA_BYTES: Final = 64 * 2**20
 """Bytes of each arena: a front's requests to one engine, and the answers to it. Pages count once they are written."""
 
 
-class Channel(msgspec.Struct, frozen=True):
-    """The connection of one front and one engine, as descriptors."""
-
-    link: int
-    requests: int
-    """Arena that the front writes."""
-    answers: int
-    """Arena that the engine writes."""
-    board: int
-    """The engine's load."""
-
-
-class ModelChannel(msgspec.Struct, frozen=True):
-    """A model that a front serves, and the connection to its engine."""
+class FrontModel(msgspec.Struct, frozen=True):
+    """A model that a front serves. Package: the arena for requests, and the engine's load."""
 
     name: str
     version: str
-    channel: Channel
+    package: int
 
 
 class Broken(msgspec.Struct, frozen=True):
@@ -45,27 +33,57 @@ class Broken(msgspec.Struct, frozen=True):
 
 
 class FrontStart(msgspec.Struct, tag=True):
-    """Starts a front. `settings`: as JSON; `buckets`: descriptor of the quotas, which all fronts share."""
+    """Starts a front. `settings`: as JSON. Package: its pulse, and the quotas, which all fronts share."""
 
     settings: bytes
-    models: list[ModelChannel]
+    models: list[FrontModel]
     broken: list[Broken]
     material: Material
-    buckets: int
+    package: int
 
 
 class EngineStart(msgspec.Struct, tag=True):
-    """Starts the engine of one model."""
+    """Starts the engine of one model. Package: its pulse, its load, and `SharedOccupancy` of all engines."""
 
     settings: bytes
+    process: str
+    """Its name in logs."""
     name: str
     version: str
-    board: int
-    occupancy: int
-    """Memory of `SharedOccupancy`, for all engines."""
     place: int
-    """This engine's place in it."""
-    fronts: list[Channel]
+    """This engine's place in `SharedOccupancy`."""
+    package: int
+    suspects: dict[int, list[int]] = {}
+    """Requests that were in a run when the engine before it ended, by the number of their front."""
+    isolated: bool = False
+    """Whether an engine before it turned batching off."""
+
+
+class Attach(msgspec.Struct, tag=True):
+    """An engine serves one more front. Package: the link, the arena for requests, and that for answers."""
+
+    front: int
+    package: int
+
+
+class Connect(msgspec.Struct, tag=True):
+    """A front uses another engine. Package: the link, and the arena for answers.
+
+    `suspects`: its requests that were in a run when the engine before ended.
+    """
+
+    name: str
+    version: str
+    package: int
+    suspects: list[int] = []
+
+
+class Culprit(msgspec.Struct, tag=True):
+    """A front's request that ended an engine alone in its run."""
+
+    name: str
+    version: str
+    number: int
 
 
 class Changed(msgspec.Struct, tag=True):
@@ -77,6 +95,8 @@ class Changed(msgspec.Struct, tag=True):
     reason: str = ""
     provider: str = ""
     precision: str = ""
+    expected_s: float | None = None
+    """While the engine is replaced: seconds to the next one. Requests wait for it."""
 
 
 class Listening(msgspec.Struct, tag=True):
@@ -103,5 +123,7 @@ class Scraped(msgspec.Struct, tag=True):
 
 
 ENCODER: Final = msgspec.msgpack.Encoder()
-TO_CHILD: Final = msgspec.msgpack.Decoder(FrontStart | EngineStart | Changed | Drain | Scrape | Material)
+TO_CHILD: Final = msgspec.msgpack.Decoder(
+    FrontStart | EngineStart | Attach | Connect | Culprit | Changed | Drain | Scrape | Material
+)
 TO_SUPERVISOR: Final = msgspec.msgpack.Decoder(Changed | Listening | Scraped)

@@ -1,11 +1,13 @@
 """An engine: one process that owns the queue, the plan, the sessions and the attention of one model.
 
-`python -m attnserve_server.processes.engine LINK LOG NAME`, started by the supervisor.
+`python -m attnserve_server.processes.engine LINK PACKAGES LOG NAME`, started by the supervisor. It imports the runtime
+before its first message names the model, so that one can be kept in reserve.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 
 from attnserve_server.config import Settings
@@ -13,14 +15,14 @@ from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.engine.instance_thread import SharedOccupancy
 from attnserve_server.isolation.arena import Arena, LoadBoard
 from attnserve_server.isolation.host import Host
-from attnserve_server.isolation.link import Link
 from attnserve_server.lifetime import EXIT_DRAINED, EXIT_FAULTED
 from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.metrics import Metrics
-from attnserve_server.processes.child import run
+from attnserve_server.processes.child import Parent, run
 from attnserve_server.processes.control import (
     ARENA_BYTES,
     ENCODER,
+    Attach,
     Changed,
     Drain,
     EngineStart,
@@ -35,7 +37,7 @@ from attnserve_server.wanted import under_policy, wanted_bundles
 class EngineProcess:
     """The engine of one model. Event loop only."""
 
-    def __init__(self, start: EngineStart, settings: Settings, supervisor: Link) -> None:
+    def __init__(self, start: EngineStart, settings: Settings, supervisor: Parent) -> None:
         self._start = start
         self._settings = settings
         self._supervisor = supervisor
@@ -43,13 +45,23 @@ class EngineProcess:
         self._metrics = Metrics()
         self._end = asyncio.Event()
         self._faulted = False
+        board, occupancy = supervisor.given
+        self._board, self._occupancy = LoadBoard(board), SharedOccupancy(occupancy, start.place)
+        for descriptor in supervisor.given:
+            os.close(descriptor)
+        self._host: Host | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def receive(self, message: object) -> None:
         """Take a message of the supervisor."""
-        if isinstance(message, Drain):
+        if isinstance(message, Attach):
+            task = asyncio.create_task(self._attach(message))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        elif isinstance(message, Drain):
             self._end.set()
         elif isinstance(message, Scrape):
-            self._supervisor.send(ENCODER.encode(Scraped(message.number, self._metrics.snapshot())))
+            self._supervisor.link.send(ENCODER.encode(Scraped(message.number, self._metrics.snapshot())))
 
     async def run(self) -> int:
         """Load the model, and serve the fronts until the supervisor ends it. Return the exit code."""
@@ -60,17 +72,24 @@ class EngineProcess:
             self._report(ModelState.FAILED, why_not_loaded(error, start.name, start.version))
             await self._end.wait()
             return EXIT_DRAINED
-        host = Host(started.scheduler, LoadBoard(start.board))
-        for front in start.fronts:
-            arenas = Arena(front.answers, ARENA_BYTES), Arena(front.requests, ARENA_BYTES)
-            await host.attach(socket.socket(fileno=front.link), arenas)
+        host = self._host = Host(started.scheduler, self._board, self._supervisor.pulse, start.suspects)
         manifest, provider = started.opened.bundle.manifest, started.executor.provider
-        self._report(ModelState.READY, "", provider, manifest.precision)
+        if start.isolated:
+            started.scheduler.isolate()
+        self._report(ModelState.READY, ISOLATED if start.isolated else "", provider, manifest.precision)
         await self._end.wait()
         await started.scheduler.drain()
         await started.aclose()
         host.close()
         return EXIT_FAULTED if self._faulted else EXIT_DRAINED
+
+    async def _attach(self, message: Attach) -> None:
+        link, requests, answers = await self._supervisor.packages.take(message.package)
+        arenas = Arena(answers, ARENA_BYTES), Arena(requests, ARENA_BYTES)
+        for descriptor in (requests, answers):
+            os.close(descriptor)
+        assert self._host is not None, "fronts are attached once the model is ready"
+        await self._host.attach(socket.socket(fileno=link), arenas, message.front)
 
     def _bundle(self) -> Bundle:
         name, version = self._start.name, self._start.version
@@ -82,7 +101,6 @@ class EngineProcess:
 
         def on_fault() -> None:
             self._faulted = True
-            self._report(ModelState.FAILED, "its scheduler died")
             self._end.set()
 
         def on_isolated() -> None:
@@ -93,14 +111,15 @@ class EngineProcess:
             self._settings,
             self._clock,
             metrics,
-            SharedOccupancy(self._start.occupancy, self._start.place),
+            self._occupancy,
             on_fault=on_fault,
             on_isolated=on_isolated,
+            pulse=self._supervisor.pulse,
         )
 
     def _report(self, state: ModelState, reason: str, provider: str = "", precision: str = "") -> None:
         changed = Changed(self._start.name, self._start.version, state.value, reason, provider, precision)
-        self._supervisor.send(ENCODER.encode(changed))
+        self._supervisor.link.send(ENCODER.encode(changed))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """A front: one process that serves gRPC, and sends valid requests to the engines of their models.
 
-`python -m attnserve_server.processes.front LINK LOG NAME`, started by the supervisor. It does not import the runtime.
+`python -m attnserve_server.processes.front LINK PACKAGES LOG NAME`, started by the supervisor. It does not import the
+runtime.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from typing import Final
 
@@ -15,20 +17,21 @@ from attnserve_server.access.tokens import MAX_TOKENS
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.isolation.arena import Arena, LoadBoard
-from attnserve_server.isolation.link import Link
 from attnserve_server.isolation.remote import RemoteScheduler
 from attnserve_server.lifetime import EXIT_DRAINED
 from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.metrics import Metrics
-from attnserve_server.processes.child import run
+from attnserve_server.processes.child import Parent, run
 from attnserve_server.processes.control import (
     ARENA_BYTES,
     ENCODER,
     Changed,
+    Connect,
+    Culprit,
     Drain,
+    FrontModel,
     FrontStart,
     Listening,
-    ModelChannel,
     Scrape,
     Scraped,
 )
@@ -45,7 +48,7 @@ _LEAST_STOP_S: Final = 0.5
 class FrontProcess:
     """One front. Event loop only."""
 
-    def __init__(self, start: FrontStart, settings: Settings, supervisor: Link) -> None:
+    def __init__(self, start: FrontStart, settings: Settings, supervisor: Parent) -> None:
         self._start = start
         self._settings = settings
         self._supervisor = supervisor
@@ -54,11 +57,17 @@ class FrontProcess:
         self._catalog = Catalog()
         self._health = Health()
         self._plane = DataPlane(self._catalog, settings, self._clock)
-        self._access = Access(start.material, self._metrics, self._clock, Buckets(MAX_TOKENS, start.buckets))
+        (buckets,) = supervisor.given
+        self._access = Access(start.material, self._metrics, self._clock, Buckets(MAX_TOKENS, buckets))
+        os.close(buckets)
         self._grpc = GrpcServer(
             settings, self._plane, self._health, self._metrics, self._clock, self._access, shared_port=True
         )
         self._schedulers: dict[tuple[str, str], RemoteScheduler] = {}
+        self._added: dict[tuple[str, str], asyncio.Event] = {
+            (one.name, one.version): asyncio.Event() for one in start.models
+        }
+        self._tasks: set[asyncio.Task[None]] = set()
         self._listening = False
         self._drain = asyncio.Event()
 
@@ -67,19 +76,25 @@ class FrontProcess:
         if isinstance(message, Changed):
             if self._listening:  # the supervisor sends all states once it knows the port
                 self._change(message)
+        elif isinstance(message, Connect):
+            task = asyncio.create_task(self._connect(message))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        elif isinstance(message, Culprit):
+            self._schedulers[message.name, message.version].crashed(message.number)
         elif isinstance(message, Material):
             self._access.update(message)
         elif isinstance(message, Drain):
             self._drain.set()
         elif isinstance(message, Scrape):
-            self._supervisor.send(ENCODER.encode(Scraped(message.number, self._metrics.snapshot())))
+            self._supervisor.link.send(ENCODER.encode(Scraped(message.number, self._metrics.snapshot())))
 
     async def run(self) -> int:
         """Serve until the supervisor ends it. Return the exit code."""
         bundles, _ = wanted_bundles(self._settings)
         stored = {(one.manifest.name, one.manifest.version): one for one in bundles}
-        for channel in self._start.models:
-            await self._add(stored[channel.name, channel.version], channel)
+        for model_ in self._start.models:
+            await self._add(stored[model_.name, model_.version], model_)
         for fault in self._start.broken:
             model = ServedModel(fault.name, fault.version, self._metrics.model(fault.name, fault.version))
             model.move(ModelState.FAILED, fault.reason)
@@ -87,28 +102,39 @@ class FrontProcess:
             self._health.set(fault.name, serving=False)
         port = await self._grpc.start()
         self._listening = True
-        self._supervisor.send(ENCODER.encode(Listening(port)))
+        self._supervisor.link.send(ENCODER.encode(Listening(port)))
         await self._drain.wait()
         await self._drained()
         return EXIT_DRAINED
 
-    async def _add(self, stored: Bundle, served: ModelChannel) -> None:
+    async def _add(self, stored: Bundle, served: FrontModel) -> None:
         bundle = under_policy(stored, self._settings)
-        manifest, channel = bundle.manifest, served.channel
+        manifest = bundle.manifest
         metrics = self._metrics.model(manifest.name, manifest.version)
         model = ServedModel(
             manifest.name, manifest.version, metrics, manifest, max_request_size=stored.manifest.max_batch_size
         )
         model.tokenizer = await asyncio.to_thread(tokenizer_of, bundle)
-        arenas = Arena(channel.requests, ARENA_BYTES), Arena(channel.answers, ARENA_BYTES)
+        requests, board = await self._supervisor.packages.take(served.package)
+        arena, load = Arena(requests, ARENA_BYTES), LoadBoard(board)
+        for descriptor in (requests, board):
+            os.close(descriptor)
         settings = scheduling_settings(self._settings, manifest)
-        scheduler = RemoteScheduler(manifest.name, arenas, LoadBoard(channel.board), settings, self._clock, metrics)
-        await scheduler.open(socket.socket(fileno=channel.link))
+        scheduler = RemoteScheduler(manifest.name, arena, load, settings, self._clock, metrics)
         model.scheduler = scheduler
         model.move(ModelState.LOADING)
         self._schedulers[manifest.name, manifest.version] = scheduler
         self._catalog.add(model)
         self._health.set(model.name, serving=False)
+        self._added[manifest.name, manifest.version].set()
+
+    async def _connect(self, message: Connect) -> None:
+        link, descriptor = await self._supervisor.packages.take(message.package)
+        answers = Arena(descriptor, ARENA_BYTES)
+        os.close(descriptor)
+        key = message.name, message.version
+        await self._added[key].wait()
+        await self._schedulers[key].connect(socket.socket(fileno=link), answers, message.suspects)
 
     def _change(self, changed: Changed) -> None:
         model = self._catalog.find(changed.name, changed.version)
@@ -117,6 +143,12 @@ class FrontProcess:
         if changed.precision and model.manifest is not None:
             model.manifest = model.manifest.model_copy(update={"precision": changed.precision})
         model.move(ModelState(changed.state), changed.reason)
+        model.is_replaced = changed.expected_s is not None
+        scheduler = self._schedulers.get((changed.name, changed.version))
+        if scheduler is not None and changed.expected_s is not None:
+            scheduler.expect(changed.expected_s)
+        elif scheduler is not None and model.state is ModelState.FAILED:
+            scheduler.refuse(changed.state)
         found = self._catalog.find(model.name)
         self._health.set(model.name, serving=found.state is ModelState.READY)
         ready = self._catalog.serves(self._settings.ready, started=self._health.serving())
@@ -140,7 +172,7 @@ class FrontProcess:
         self._health.close()
         await self._grpc.stop(max(_LEAST_STOP_S, end - self._clock.now()))
         self._plane.close()
-        self._supervisor.close()
+        self._supervisor.link.close()
 
 
 if __name__ == "__main__":

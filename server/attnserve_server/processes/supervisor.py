@@ -1,18 +1,16 @@
-"""The supervisor: starts fronts and engines, merges their metrics and states, and ends them in order.
+"""The supervisor: starts fronts and engines, replaces those that end or hang, merges their metrics and states.
 
 It holds the gRPC port, on which the fronts listen together, and serves HTTP. Fronts are drained first, then engines. If
-a process ends by itself, the server drains, and exits with code 70.
+a front ends before it listens, the server drains, and exits with code 70.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import socket
-import sys
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
 from typing import Any, Final
 
 from attnserve_server import __version__
@@ -24,27 +22,15 @@ from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock, MonotonicClock
 from attnserve_server.domain.machine import cores
 from attnserve_server.engine.instance_thread import SharedOccupancy
-from attnserve_server.isolation.arena import Arena, LoadBoard
-from attnserve_server.isolation.link import Link
+from attnserve_server.isolation.arena import Arena
 from attnserve_server.lifetime import write_ports
 from attnserve_server.model.repository import Bundle, BundleFault
-from attnserve_server.observability.logs import logger, pipes_of
+from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import LOG_LINES_DROPPED, Metrics
-from attnserve_server.processes.control import (
-    ARENA_BYTES,
-    ENCODER,
-    TO_SUPERVISOR,
-    Broken,
-    Changed,
-    Channel,
-    Drain,
-    EngineStart,
-    FrontStart,
-    Listening,
-    ModelChannel,
-    Scrape,
-    Scraped,
-)
+from attnserve_server.processes.children import Children, Reserve
+from attnserve_server.processes.control import Broken, Changed, Drain, FrontStart
+from attnserve_server.processes.kept_engine import KeptEngine, Surroundings
+from attnserve_server.processes.kept_front import KeptFront
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.http import HttpServer
@@ -57,18 +43,8 @@ MOST_FRONTS: Final = 8
 """The most fronts that start unasked: with more, one engine would be the limit, and memory would be wasted."""
 _END_S: Final = 2.0
 """Seconds that processes have to end after the grace period: fronts, and then engines."""
-_SCRAPE_S: Final = 1.0
-"""Seconds that a scrape waits for a process; after that, its last metrics count."""
-
-
-@dataclass(slots=True, eq=False)
-class _Child:
-    """One process."""
-
-    name: str
-    process: asyncio.subprocess.Process
-    link: Link
-    metrics: dict[str, list[Any]] = field(default_factory=dict)
+_WATCH_S: Final = 0.2
+"""Seconds between two looks at the processes."""
 
 
 class Supervisor:
@@ -98,17 +74,19 @@ class Supervisor:
         self.access = Access(self.keeper.start(), self._own, self.clock, buckets)
         alive, access = lambda: not self.fault.is_set(), self.access
         self.http = HttpServer(settings, self.catalog, self.health, self.metrics, alive, access, self._collect)
-        self._fronts: list[_Child] = []
-        self._engines: list[_Child] = []
+        self.children = Children(self.metrics)
+        self.reserve = Reserve(self.children, wanted=settings.standby)
+        self._fronts: list[KeptFront] = []
+        self._engines: dict[tuple[str, str], KeptEngine] = {}
+        self._broken: list[Broken] = []
+        self._encoded = b""
+        self._occupancy = Arena.create_descriptor(SharedOccupancy.SIZE)
         self.grpc_port = 0
         self.http_port = 0
         self._holder: socket.socket | None = None
-        self._listening = 0
         self._settled = asyncio.Event()
-        self._scrapes: dict[int, asyncio.Future[None]] = {}
-        self._numbers = itertools.count()
-        self._ending = False
-        self._watching: list[asyncio.Task[None]] = []
+        self._served = False
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start all processes, and wait until every model is ready or failed.
@@ -138,11 +116,13 @@ class Supervisor:
             http_port=self.http_port,
             fronts=count,
         )
-        await self._spawn(bundles, faults, count)
-        self._watching.append(asyncio.create_task(self.keeper.watch(self._reloaded), name="files"))
+        self._spawn(bundles, faults, count)
+        self._begin(self.keeper.watch(self._reloaded), "files")
+        self._begin(self._watch(), "watch")
         await self._settled.wait()
         ready = ready_models(self.catalog)
-        self.health.set(OVERALL, serving=self.catalog.serves(self.settings.ready, started=False))
+        self._set_overall()
+        self.reserve.fill()
         if self.settings.ports_file is not None:
             write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
         _log.info("ready", models=[f"{model.name}/{model.version}" for model in ready])
@@ -150,113 +130,116 @@ class Supervisor:
     async def drain(self) -> None:
         """Drain the fronts, then the engines. What has not ended a little after the grace period is killed."""
         end = self.clock.now() + self.settings.drain_grace_s
-        self._ending = True
         self.health.drain()
         self.catalog.drain()
         _log.info("draining", grace_s=self.settings.drain_grace_s)
-        for children in (self._fronts, self._engines):
-            for child in children:
-                child.link.send(ENCODER.encode(Drain()))
+        self.reserve.close()
+        kept: tuple[list[KeptFront] | list[KeptEngine], ...] = self._fronts, list(self._engines.values())
+        for those in kept:  # while the fronts drain, an engine that ends is still replaced
+            running = []
+            for one in those:
+                one.ending = True
+                if one.child is not None:
+                    one.child.send(Drain())
+                    running.append(one.child.ended)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, end - self.clock.now()) + _END_S):
-                    await asyncio.gather(*(child.process.wait() for child in children))
+                    await asyncio.shield(asyncio.gather(*running))
 
     async def aclose(self) -> None:
         """End all processes at once."""
-        self._ending = True
-        for child in (*self._fronts, *self._engines):
-            if child.process.returncode is None:
-                child.process.kill()
-            await child.process.wait()
-        for task in self._watching:
+        self.reserve.close()
+        for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.children.aclose()
         self.health.close()
         await self.http.stop()
         if self._holder is not None:
             self._holder.close()
-        os.close(self._descriptor)
+        for engine in self._engines.values():
+            engine.close()
+        for descriptor in (self._descriptor, self._occupancy):
+            os.close(descriptor)
 
     def _add(self, model: ServedModel) -> None:
         model.move(ModelState.LOADING)
         self.catalog.add(model)
         self.health.set(model.name, serving=False)
 
-    async def _spawn(self, bundles: list[Bundle], faults: list[BundleFault], count: int) -> None:
-        settings = self.settings.model_copy(update={"grpc_port": self.grpc_port}).model_dump_json().encode()
-        broken = [Broken(fault.name, fault.version, fault.why) for fault in faults]
-        fronts: list[FrontStart] = [
-            FrontStart(settings, [], broken, self.keeper.material, self._descriptor) for _ in range(count)
-        ]
-        kept: list[list[int]] = [[] for _ in range(count)]
-        engines: list[list[int]] = []
-        occupancy = Arena.create_descriptor(SharedOccupancy.SIZE)
+    def _spawn(self, bundles: list[Bundle], faults: list[BundleFault], count: int) -> None:
+        self._encoded = self.settings.model_copy(update={"grpc_port": self.grpc_port}).model_dump_json().encode()
+        self._broken = [Broken(fault.name, fault.version, fault.why) for fault in faults]
+        around = Surroundings(
+            self.settings, self._encoded, self.clock, self.reserve, self._occupancy, self._own,
+            self._listening, self._change,
+        )  # fmt: skip
         for place, bundle in enumerate(bundles):
             name, version = bundle.manifest.name, bundle.manifest.version
-            board = Arena.create_descriptor(LoadBoard.SIZE)
-            engine = EngineStart(settings, name, version, board, occupancy, place, [])
-            own = [board, occupancy]
-            for front, fds in zip(fronts, kept, strict=True):
-                here, there = (end.detach() for end in socket.socketpair())
-                asked, answered = (Arena.create_descriptor(ARENA_BYTES) for _ in range(2))
-                front.models.append(ModelChannel(name, version, Channel(here, asked, answered, board)))
-                engine.fronts.append(Channel(there, asked, answered, board))
-                own += [there, asked, answered]
-                fds += [here, asked, answered, board]
-            engines.append(own)
-            self._engines.append(await self._child(f"engine {name}/{version}", engine, own))
-        for number, (front, fds) in enumerate(zip(fronts, kept, strict=True)):
-            self._fronts.append(await self._child(f"front {number}", front, [*fds, self._descriptor]))
-        # The children have their own copies.
-        for fd in {fd for fds in (*kept, *engines) for fd in fds}:
-            os.close(fd)
+            engine = self._engines[name, version] = KeptEngine(around, name, version, place)
+            self._begin(engine.run(), f"engine {name}/{version}")
+        for number in range(count):
+            front = KeptFront(self, self.children, f"front {number}", self._own)
+            self._fronts.append(front)
+            self._begin(front.run(), front.name)
+        self._settle()  # where there are faults alone
 
-    async def _child(self, name: str, start: FrontStart | EngineStart, descriptors: list[int]) -> _Child:
-        own, theirs = socket.socketpair()
-        role = "front" if isinstance(start, FrontStart) else "engine"
-        for fd in descriptors:
-            os.set_inheritable(fd, True)
-        with pipes_of(name) as (log, native):
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", f"attnserve_server.processes.{role}", str(theirs.fileno()), str(log), name,
-                pass_fds=(theirs.fileno(), log, *descriptors), stderr=native, start_new_session=True,
-            )  # fmt: skip
-        theirs.close()
-        holder: list[_Child] = []
-        link = await Link.open(own, lambda data: self._receive(holder[0], TO_SUPERVISOR.decode(data)), lambda: None)
-        child = _Child(name, process, link)
-        self.metrics.processes.add(name, process.pid)
-        holder.append(child)
-        link.send(ENCODER.encode(start))
-        self._watching.append(asyncio.create_task(self._watch(child)))
-        return child
+    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._task_ended)
+        self._tasks.append(task)
 
-    async def _watch(self, child: _Child) -> None:
-        code = await child.process.wait()
-        if not self._ending:
-            _log.critical("a process ended", ended=child.name, code=code)
-            self.health.drain()
-            self.fault.set()
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            _log.critical("the supervisor failed", task=task.get_name(), exc_info=task.exception())
+            self._fail()
+
+    def _fail(self) -> None:
+        self.health.drain()
+        self.fault.set()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            now = self.clock.now()
+            for front in self._fronts:
+                front.watch(now)
+            for engine in self._engines.values():
+                engine.watch(now)
+
+    def _listening(self) -> list[KeptFront]:
+        return [front for front in self._fronts if front.is_listening]
+
+    def front_start(self, front: KeptFront) -> FrontStart:
+        """Return the message that starts a front."""
+        assert front.child is not None
+        package = front.child.first_package(self._descriptor)
+        models = [engine.front_model(front, front.child.packages.send) for engine in self._engines.values()]
+        return FrontStart(self._encoded, models, self._broken, self.keeper.material, package)
+
+    def front_listens(self, front: KeptFront) -> None:
+        """Send a front all states, and connect it to the engines."""
+        for engine in self._engines.values():
+            engine.attach(front)
+        for model in self.catalog.all():
+            if model.state is not ModelState.LOADING or model.is_replaced:
+                front.send(self._changed(model))
+        self._settle()
+
+    def front_ended(self, number: int, *, started: bool) -> None:
+        """Forget a front. `started`: whether it has listened; if not, none can be started."""
+        for engine in self._engines.values():
+            engine.detach(number)
+        if started or self._settled.is_set():
+            self._set_overall()
+        else:
+            self._fail()
 
     def _reloaded(self, material: Material) -> None:
         """Use the new files here and in all fronts."""
         self.access.update(material)
         for front in self._fronts:
-            front.link.send(ENCODER.encode(material))
-
-    def _receive(self, child: _Child, message: object) -> None:
-        if isinstance(message, Changed):
-            self._change(message)
-        elif isinstance(message, Listening):
-            self._listening += 1
-            for model in self.catalog.all():
-                if model.state is not ModelState.LOADING:
-                    child.link.send(ENCODER.encode(_changed(model)))
-            self._settle()
-        elif isinstance(message, Scraped):
-            child.metrics = message.families
-            waiting = self._scrapes.pop(message.number, None)
-            if waiting is not None:
-                waiting.set_result(None)
+            front.send(material)
 
     def _change(self, changed: Changed) -> None:
         model = self.catalog.find(changed.name, changed.version)
@@ -266,36 +249,36 @@ class Supervisor:
         if changed.precision and model.manifest is not None:
             model.manifest = model.manifest.model_copy(update={"precision": changed.precision})
         model.move(ModelState(changed.state), changed.reason)
+        model.is_replaced = changed.expected_s is not None
         self.health.set(model.name, serving=self.catalog.find(model.name).state is ModelState.READY)
-        for front in self._fronts:
-            front.link.send(ENCODER.encode(_changed(model)))
+        for front in self._listening():
+            front.send(self._changed(model))
+        self._set_overall()
         self._settle()
 
+    def _set_overall(self) -> None:
+        """Set whether the server as a whole serves: once it has started, with a model and a front that do."""
+        if self._settled.is_set():
+            serves = self.catalog.serves(self.settings.ready, started=self._served)
+            self._served = self._served or serves
+            self.health.set(OVERALL, serving=bool(serves and self._listening()))
+
     def _settle(self) -> None:
-        loading = any(model.state is ModelState.LOADING for model in self.catalog.all())
-        if not loading and self._listening and self._listening == len(self._fronts):
+        loading = any(model.state is ModelState.LOADING and not model.is_replaced for model in self.catalog.all())
+        if not loading and self._fronts and len(self._listening()) == len(self._fronts):
             self._settled.set()
+
+    def _changed(self, model: ServedModel) -> Changed:
+        precision = "" if model.manifest is None else model.manifest.precision
+        engine = self._engines.get((model.name, model.version))
+        expected_s = engine.expected_s if engine is not None and model.is_replaced else None
+        return Changed(
+            model.name, model.version, model.state.value, model.state_reason, model.provider, precision, expected_s
+        )
 
     async def _collect(self) -> None:
         """Update `metrics` for a scrape."""
-        loop = asyncio.get_running_loop()
-        children = (*self._fronts, *self._engines)
-        waits: dict[int, asyncio.Future[None]] = {next(self._numbers): loop.create_future() for _ in children}
-        self._scrapes |= waits
-        for number, child in zip(waits, children, strict=True):
-            child.link.send(ENCODER.encode(Scrape(number)))
-        try:
-            if waits:
-                await asyncio.wait(waits.values(), timeout=_SCRAPE_S)
-        finally:
-            for number in waits:
-                self._scrapes.pop(number, None)  # of a process that did not answer
-        self.metrics.merge((self._own.snapshot(), *(child.metrics for child in children)))
-
-
-def _changed(model: ServedModel) -> Changed:
-    precision = "" if model.manifest is None else model.manifest.precision
-    return Changed(model.name, model.version, model.state.value, model.state_reason, model.provider, precision)
+        await self.children.collect(self._own.snapshot())
 
 
 def _held_port(settings: Settings) -> tuple[socket.socket, int]:

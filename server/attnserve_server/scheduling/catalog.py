@@ -61,9 +61,11 @@ class ServedModel:
     provider: str = ""
     state: ModelState = ModelState.LOADING
     state_reason: str = ""
-    """Why it failed or, in READY, why each sequence runs alone."""
+    """Why it failed or loads again; in READY, why each sequence runs alone."""
     died: bool = False
     """Whether it failed while it served, so that a retry at another replica may succeed."""
+    is_replaced: bool = False
+    """Whether its engine is being replaced: requests wait for the next one."""
 
     def move(self, state: ModelState, reason: str = "") -> None:
         """Enter a state, and set the model's metrics accordingly."""
@@ -80,7 +82,8 @@ class ServedModel:
         """
         if self.state is ModelState.FAILED and not self.died:
             raise ModelFailed(self.name, self.version, self.state_reason)
-        if self.state is not ModelState.READY or self.manifest is None or self.scheduler is None:
+        serves = self.state is ModelState.READY or self.is_replaced
+        if not serves or self.manifest is None or self.scheduler is None:
             raise NotServing(self.name, self.state.value)
         return self.manifest, self.scheduler
 

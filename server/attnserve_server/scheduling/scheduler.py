@@ -23,6 +23,7 @@ from attnserve_server.domain.errors import (
 )
 from attnserve_server.domain.values import PreparedSequence, Priority, SequenceResult
 from attnserve_server.engine.executor import BatchExecutor, Outcome
+from attnserve_server.engine.failpoints import mark
 from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
@@ -144,6 +145,7 @@ class Scheduler:
         sizes = [one.bytes + unused + one.response_bytes for one in sequences]
         self._admit(Demand(count, sum([one.tokens for one in sequences]), sum(sizes)), now, deadline)
         request.admit(now)
+        mark(request.request_id, sequences)
         self._requests.add(request)
         for sequence, size in zip(sequences, sizes, strict=True):
             self._enqueue(request, sequence, size, priority)

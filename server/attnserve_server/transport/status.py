@@ -127,6 +127,13 @@ TABLE: Final[tuple[StatusRow, ...]] = (
         (),
         "Report the request id to the operator: the server's log has the details under it.",
     ),
+    StatusRow(
+        errors.EngineCrashed,
+        grpc.StatusCode.INTERNAL,
+        False,
+        ("model",),
+        "Do not retry: the request ends the engine again. Report its id, with the request, to the operator.",
+    ),
 )
 _ROWS: Final = {row.error: row for row in TABLE}
 _INTERNAL: Final = _ROWS[errors.InternalFault]

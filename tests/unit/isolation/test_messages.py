@@ -66,6 +66,7 @@ class Ends:
 
     def ask(self, number: int, *sequences: PreparedSequence) -> tuple[PreparedSequence, ...]:
         sent = self.outbox.ask(number, "id", 12.5, 99, Priority.HIGH.value, sequences)
+        self.outbox.sent(number)
         message = TO_ENGINE.decode(sent)
         assert isinstance(message, Ask)
         assert (message.request_id, message.deadline_s, message.received_bytes) == ("id", 12.5, 99)
@@ -110,7 +111,22 @@ async def test_memory_is_freed_once_no_array_of_a_message_is_in_use() -> None:
     await asyncio.sleep(0.01)
     assert ends.released == [7]
     ends.outbox.released(ends.released)
+    assert ends.arena.free_slots == SLOTS - 4, "the request may be sent again"
+    ends.outbox.ended(7)
     assert ends.arena.free_slots == SLOTS
+
+
+async def test_memory_of_a_replaced_receiver_is_freed_but_for_requests_that_go_on() -> None:
+    ends = Ends()
+    large = np.full(20_000, 1, np.uint8)
+    sequences = [ends.ask(number, PreparedSequence({"a": large}, {}, ())) for number in (1, 2)]
+    ends.outbox.ended(1)
+    assert ends.arena.free_slots == SLOTS - 4, "the receiver still reads it"
+    ends.outbox.replaced()
+    assert ends.arena.free_slots == SLOTS - 2
+    ends.outbox.ended(2)  # it was not sent to the next receiver
+    assert ends.arena.free_slots == SLOTS
+    del sequences
 
 
 async def test_arrays_without_room_in_the_arena_are_part_of_the_message() -> None:
