@@ -10,10 +10,7 @@ import json
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -26,48 +23,12 @@ from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from processes import CODE, Running, ids, started
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.echo import write_bundle  # noqa: E402
-
-CODE = "import sys; sys.argv[0] = 'attnserve-server'; from attnserve_server.cli import main; main()"
-
-
-@dataclass
-class Running:
-    """A server process with its ports."""
-
-    process: subprocess.Popen[bytes]
-    grpc_port: int
-    http_port: int
-
-    def page(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=10) as reply:
-            return reply.read().decode()
-
-    def sample(self, name: str, **labels: str) -> float:
-        wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        lines = [line for line in self.page("/metrics").splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
-        found = [line for line in lines if all(label in line for label in wanted)]
-        assert len(found) == 1, f"one series and not {found}"
-        return float(found[0].split()[-1])
-
-
-def started(repository: Path, folder: Path, *flags: str) -> Running:
-    ports = folder / "ports.json"
-    line = [sys.executable, "-P", "-c", CODE, "serve", "--repository", str(repository), "--ports-file", str(ports)]
-    line += ["--grpc-port", "0", "--http-port", "0", "--log-level", "warning", "--isolation", "process"]
-    line += [*([] if "--fronts" in flags else ["--fronts", "1"]), *flags]
-    process = subprocess.Popen(line)
-    until = time.monotonic() + 60
-    while not ports.exists():
-        assert process.poll() is None, "the server ended at its start"
-        assert time.monotonic() < until, "the server did not start"
-        time.sleep(0.05)
-    found = json.loads(ports.read_text())
-    return Running(process, found["grpc"], found["http"])
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +50,6 @@ def text(*texts: str, **fields: object) -> pb.InferRequest:
     return pb.InferRequest(
         model="tiny", sequences=[pb.Sequence(text=pb.TextInput(text=one)) for one in texts], **fields
     )
-
-
-def ids(count: int, **fields: object) -> pb.InferRequest:
-    values = np.arange(count, dtype="<i8") % 10
-    tensor = tensor_pb2.Tensor(name="input_ids", dtype=tensor_pb2.DATA_TYPE_INT64, shape=[count], data=values.tobytes())
-    return pb.InferRequest(model="plain", sequences=[pb.Sequence(tensors=pb.TensorInput(tensors=[tensor]))], **fields)
 
 
 selection = attention_pb2.AttentionSelection

@@ -12,15 +12,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
 
 from attnserve_server.observability.logs import dropped_lines
 from attnserve_server.observability.process_metrics import ProcessMetrics
-from attnserve_server.observability.tally import (
-    Counter,
-    CounterSeries,
-    Exported,
-    Family,
-    Gauge,
-    Histogram,
-    MetricSpec,
-)
+from attnserve_server.observability.tally import Counter, CounterSeries, Exported, Family, Gauge, Histogram, MetricSpec
 
 MODEL: Final = ("model", "version")
 CHECK_OUTCOMES: Final = ("equal", "different", "dropped", "failed")

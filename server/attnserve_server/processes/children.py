@@ -34,6 +34,8 @@ class Child:
         self.received: Callable[[object], None] = _drop
         self.ended: asyncio.Task[int]
         self.metrics: dict[str, list[Any]] = {}
+        self.is_started = False
+        """Whether its first message is on its way."""
         self.link: Link
         self._pulse_memory = Arena.create_descriptor(Pulse.SIZE)
         self.pulse = Pulse(self._pulse_memory)
@@ -43,7 +45,8 @@ class Child:
         self.link.send(ENCODER.encode(message))
 
     def first_package(self, *descriptors: int) -> int:
-        """Send the pulse's memory and these descriptors, once, and return the number of the package."""
+        """Send the pulse's memory and these descriptors, for its first message. Return the number of the package."""
+        self.is_started = True
         number = self.packages.send(self._pulse_memory, *descriptors)
         self._close_memory()
         return number
@@ -109,7 +112,7 @@ class Children:
     async def collect(self, own: dict[str, list[Any]]) -> None:
         """Update the sum for a scrape. `own`: what the supervisor's own process counts."""
         loop = asyncio.get_running_loop()
-        children = tuple(self._all)
+        children = [child for child in self._all if child.is_started]
         waits: dict[int, asyncio.Future[None]] = {next(self._numbers): loop.create_future() for _ in children}
         self._scrapes |= waits
         for number, child in zip(waits, children, strict=True):

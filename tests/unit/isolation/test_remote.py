@@ -348,7 +348,7 @@ async def test_the_requests_of_a_front_that_has_ended_are_withdrawn_and_others_s
     await until(lambda: both.gate.withdrawn == 1)
     with pytest.raises(NotServing):
         await lost
-    both.gate.release(1)
+    both.gate.open()
     assert len(await kept) == 1
 
 
