@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ import psutil
 from attnserve_server.config import Settings
 from attnserve_server.domain.values import PreparedSequence, Priority
 from attnserve_server.engine.instance_thread import SharedOccupancy
+from attnserve_server.engine.pulse import Pulse
 from attnserve_server.isolation.arena import Arena, LoadBoard
+from attnserve_server.isolation.descriptors import descriptor_pair
 from attnserve_server.isolation.link import Link
 from attnserve_server.isolation.messages import TO_FRONT, Answer, Outbox
-from attnserve_server.processes.control import ARENA_BYTES, ENCODER, TO_SUPERVISOR, Changed, Channel, EngineStart
+from attnserve_server.processes.control import ARENA_BYTES, ENCODER, TO_SUPERVISOR, Attach, Changed, EngineStart
 
 FRONTS = 6
 IN_FLIGHT = 11
@@ -60,37 +63,63 @@ class Fed:
         self.ask()
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """This side of an engine: its supervisor's link and packages, and of each front a link and the arena it writes."""
+
+    link: socket.socket
+    packages: socket.socket
+    fronts: list[tuple[socket.socket, int]]
+
+
+def _give(ends: Ends, number: int, *descriptors: int) -> None:
+    socket.send_fds(ends.packages, [number.to_bytes(8, "little")], list(descriptors))
+
+
+def _tell(ends: Ends, message: EngineStart | Attach) -> None:
+    encoded = ENCODER.encode(message)
+    ends.link.sendall(len(encoded).to_bytes(4, "little") + encoded)
+
+
 @contextmanager
-def engine(repository: Path, name: str) -> Iterator[tuple[psutil.Process, socket.socket, list[Channel]]]:
-    """Start the engine of a model until the block ends: its process, its supervisor's end, and the fronts' channels."""
+def engine(repository: Path, name: str) -> Iterator[tuple[psutil.Process, Ends]]:
+    """Start the engine of a model until the block ends: its process, and the ends that a supervisor and fronts have."""
     settings = Settings(repository=repository, log_level="warning").model_dump_json().encode()
-    board, occupancy = (Arena.create_descriptor(size) for size in (LoadBoard.SIZE, SharedOccupancy.SIZE))
-    fronts, theirs = [], []
-    for _ in range(FRONTS):
-        here, there = (end.detach() for end in socket.socketpair())
-        asked, answered = (Arena.create_descriptor(ARENA_BYTES) for _ in range(2))
-        fronts.append(Channel(here, asked, answered, board))
-        theirs.append(Channel(there, asked, answered, board))
-    passed = [board, occupancy, *(fd for one in theirs for fd in (one.link, one.requests, one.answers))]
-    own, end = socket.socketpair()
-    log = os.dup(2)
-    line = [sys.executable, "-P", "-m", "attnserve_server.processes.engine", str(end.fileno()), str(log), "engine"]
-    process = subprocess.Popen(line, pass_fds=[end.fileno(), log, *passed])
-    os.close(log)
-    try:
+    with ExitStack() as stack:
+        own, end = (stack.enter_context(one) for one in socket.socketpair())
+        packages, taken = (stack.enter_context(one) for one in descriptor_pair())
+        line = [sys.executable, "-P", "-m", "attnserve_server.processes.engine"]
+        line += [str(end.fileno()), str(taken.fileno()), "2", "engine"]
+        process = subprocess.Popen(line, pass_fds=[end.fileno(), taken.fileno()])
         end.close()
-        start = ENCODER.encode(EngineStart(settings, name, "1", board, occupancy, 0, theirs))
-        own.sendall(len(start).to_bytes(4, "little") + start)
-        yield psutil.Process(process.pid), own, fronts
-    finally:
-        own.close()
-        process.terminate()
-        process.wait(30)
-        for fd in {*passed, *(one.link for one in fronts)}:
-            os.close(fd)
+        taken.close()
+        ends = Ends(own, packages, [])
+        memory = [Arena.create_descriptor(one.SIZE) for one in (Pulse, LoadBoard, SharedOccupancy)]
+        _give(ends, 1, *memory)
+        _tell(ends, EngineStart(settings, "engine", name, "1", 0, 1))
+        try:
+            yield psutil.Process(process.pid), ends
+        finally:
+            own.close()
+            process.terminate()
+            process.wait(30)
+            for descriptor in (*memory, *(asked for _, asked in ends.fronts)):
+                os.close(descriptor)
 
 
-async def _feed(own: socket.socket, channels: list[Channel], process: psutil.Process, calls: int) -> dict[str, float]:
+def _attach(ends: Ends) -> None:
+    """Connect the fronts to an engine that is ready."""
+    for number in range(FRONTS):
+        here, there = socket.socketpair()
+        asked, answered = (Arena.create_descriptor(ARENA_BYTES) for _ in range(2))
+        _give(ends, 2 + number, there.fileno(), asked, answered)
+        _tell(ends, Attach(number, 2 + number))
+        there.close()
+        os.close(answered)
+        ends.fronts.append((here, asked))
+
+
+async def _feed(ends: Ends, process: psutil.Process, calls: int) -> dict[str, float]:
     ready = asyncio.Event()
 
     def told(data: memoryview) -> None:
@@ -99,15 +128,16 @@ async def _feed(own: socket.socket, channels: list[Channel], process: psutil.Pro
         assert message.state == "ready", message.reason
         ready.set()
 
-    supervisor = await Link.open(own.dup(), told, lambda: None)
+    supervisor = await Link.open(ends.link.dup(), told, lambda: None)
     async with asyncio.timeout(_START_S):
         await ready.wait()
+    _attach(ends)
     ids = np.arange(128, dtype="<i8")
     sequence = PreparedSequence({"ids": ids}, {}, ("same",), response_bytes=1024, is_whole_request=True)
     left = iter(range(2 * calls))
-    fronts = [Fed(sequence, Arena(one.requests, ARENA_BYTES), left) for one in channels]
-    for front, channel in zip(fronts, channels, strict=True):
-        front.link = await Link.open(socket.socket(fileno=os.dup(channel.link)), front.receive, lambda: None)
+    fronts = [Fed(sequence, Arena(asked, ARENA_BYTES), left) for _, asked in ends.fronts]
+    for front, (end, _) in zip(fronts, ends.fronts, strict=True):
+        front.link = await Link.open(end, front.receive, lambda: None)
         for _ in range(IN_FLIGHT):
             front.ask()
     while next(left) < calls:  # noqa: ASYNC110 - the first half is the warm-up, which nothing ends
@@ -130,5 +160,5 @@ def _times(process: psutil.Process) -> dict[str, float]:
 
 def measure(repository: Path, name: str, calls: int) -> dict[str, float]:
     """Return the milliseconds of processor time a call of the engine of a model, and of its main thread."""
-    with engine(repository, name) as (process, own, channels):
-        return asyncio.run(_feed(own, channels, process, calls))
+    with engine(repository, name) as (process, ends):
+        return asyncio.run(_feed(ends, process, calls))

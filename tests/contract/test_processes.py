@@ -10,6 +10,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def test_a_second_server_on_the_port_does_not_start(several: Running, tiny_repos
 
 
 def test_a_signal_drains_and_ends_all_processes(tiny_repository: Path, tmp_path: Path) -> None:
-    running = started(tiny_repository, tmp_path, "--fronts", "2")
+    running = started(tiny_repository, tmp_path, "--fronts", "2", "--standby", "false")
     children = psutil.Process(running.process.pid).children(recursive=True)
     assert len(children) == 2 + 3, "two fronts, and an engine for each model"
     running.process.send_signal(signal.SIGTERM)
@@ -204,14 +205,19 @@ def test_a_signal_drains_and_ends_all_processes(tiny_repository: Path, tmp_path:
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
 
-@pytest.mark.parametrize("role", ["fronts", "engines"])
-def test_the_server_ends_with_code_70_if_one_of_its_processes_does(
-    tiny_repository: Path, tmp_path: Path, role: str
-) -> None:
-    running = started(tiny_repository, tmp_path)
-    children = sorted(psutil.Process(running.process.pid).children(recursive=True), key=lambda one: one.pid)
-    (children[-1] if role == "fronts" else children[0]).kill()
-    assert running.process.wait(60) == 70
+def test_the_server_ends_with_code_70_if_its_front_cannot_start(tiny_repository: Path) -> None:
+    line = [sys.executable, "-P", "-c", CODE, "serve", "--repository", str(tiny_repository), "--isolation", "process"]
+    line += ["--grpc-port", "0", "--http-port", "0", "--fronts", "1", "--standby", "false"]
+    process = subprocess.Popen(line)
+    found = False
+    while not found:
+        assert process.poll() is None
+        for child in psutil.Process(process.pid).children():
+            if "attnserve_server.processes.front" in child.cmdline():
+                child.kill()
+                found = True
+        time.sleep(0.01)
+    assert process.wait(60) == 70
 
 
 def test_no_process_is_left_if_the_supervisor_is_killed(tiny_repository: Path, tmp_path: Path) -> None:

@@ -137,6 +137,13 @@ class FrontProcess:
         await self._schedulers[key].connect(socket.socket(fileno=link), answers, message.suspects)
 
     def _change(self, changed: Changed) -> None:
+        scheduler = self._schedulers.get((changed.name, changed.version))
+        if scheduler is not None and changed.expected_s is not None:
+            scheduler.expect(changed.expected_s)
+        elif scheduler is not None and changed.state == ModelState.FAILED:
+            scheduler.refuse(changed.state)
+        if self._drain.is_set():
+            return  # no model takes requests again
         model = self._catalog.find(changed.name, changed.version)
         if changed.provider:
             model.provider = changed.provider
@@ -144,11 +151,6 @@ class FrontProcess:
             model.manifest = model.manifest.model_copy(update={"precision": changed.precision})
         model.move(ModelState(changed.state), changed.reason)
         model.is_replaced = changed.expected_s is not None
-        scheduler = self._schedulers.get((changed.name, changed.version))
-        if scheduler is not None and changed.expected_s is not None:
-            scheduler.expect(changed.expected_s)
-        elif scheduler is not None and model.state is ModelState.FAILED:
-            scheduler.refuse(changed.state)
         found = self._catalog.find(model.name)
         self._health.set(model.name, serving=found.state is ModelState.READY)
         ready = self._catalog.serves(self._settings.ready, started=self._health.serving())

@@ -86,6 +86,7 @@ class Supervisor:
         self._holder: socket.socket | None = None
         self._settled = asyncio.Event()
         self._served = False
+        self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -130,6 +131,7 @@ class Supervisor:
     async def drain(self) -> None:
         """Drain the fronts, then the engines. What has not ended a little after the grace period is killed."""
         end = self.clock.now() + self.settings.drain_grace_s
+        self._draining = True
         self.health.drain()
         self.catalog.drain()
         _log.info("draining", grace_s=self.settings.drain_grace_s)
@@ -242,6 +244,10 @@ class Supervisor:
             front.send(material)
 
     def _change(self, changed: Changed) -> None:
+        if self._draining:  # fronts still have requests for the next engine
+            for front in self._listening():
+                front.send(changed)
+            return
         model = self.catalog.find(changed.name, changed.version)
         if changed.provider and not model.provider:
             model.provider = changed.provider

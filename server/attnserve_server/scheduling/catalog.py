@@ -158,9 +158,11 @@ class Catalog:
         return bool(states) and all(found == {ModelState.READY} for found in states)
 
     def drain(self) -> None:
-        """Move every model that is ready to DRAINING."""
-        for model in self.ready():
-            model.move(ModelState.DRAINING)
+        """Move every model that is ready, or whose engine is being replaced, to DRAINING."""
+        for model in self.all():
+            if model.state is ModelState.READY or model.is_replaced:
+                model.move(ModelState.DRAINING)
+                model.is_replaced = False
 
 
 def _number(version: tuple[str, ServedModel]) -> int:
