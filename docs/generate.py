@@ -19,6 +19,7 @@ from attnserve_server.config import Settings, flag_of, variable_of
 from attnserve_server.conversion.finders import catalogue
 from attnserve_server.domain.errors import MAX_VIOLATIONS
 from attnserve_server.observability.metrics import SPECS
+from attnserve_server.settings_engines import EngineSettings
 from attnserve_server.transport.status import DOMAIN, TABLE
 
 FOLDER = Path(__file__).parent / "reference"
@@ -28,7 +29,8 @@ NOTE = "<!-- Written by docs/generate.py: change the code that it reads, then ru
 def configuration() -> str:
     """Return the page of settings: flag, variable, type, default, meaning."""
     rows = []
-    for name, field in Settings.model_fields.items():
+    for name in sorted(Settings.model_fields, key=EngineSettings.model_fields.__contains__):
+        field = Settings.model_fields[name]
         default = field.default
         shown = "none" if default is None or default == () else f"`{default}`"
         limits = _limits(field.metadata)

@@ -21,7 +21,7 @@ class EngineSettings(BaseSettings):
     engine_memory_bytes: Annotated[int, Field(ge=0)] = Field(
         0,
         description="Maximum bytes of resident memory of one engine process, shared memory included; above it, the "
-        "engine is replaced. 0: no limit. Default: 0, as only a measurement of your models tells what is too much.",
+        "engine is replaced. 0: no limit. Default: 0, as what is too much depends on your models.",
     )
     standby: bool = Field(
         True,

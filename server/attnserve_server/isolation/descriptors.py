@@ -1,4 +1,4 @@
-"""Descriptors for a process that runs: packages of them over a Unix socket of their own, each with a number.
+"""Descriptors for a process that runs: packages of them over a separate Unix socket, each with a number.
 
 A message on another link names the number of a package, so that the two may arrive in either order. Event loop only.
 """

@@ -43,7 +43,7 @@ _log = logger(__name__)
 
 _SMALLEST = Demand(1, 1, 0)
 MOST_SENDS: Final = 8
-"""Engines that get one request: one that ends them all outside of a run is never found, and must not go on for ever."""
+"""The most engines that get one request: one that ends them outside of a run is never found as the culprit."""
 _HOPE: Final = 0.5
 """Share of the expected time to the next engine within which a deadline is hopeless: an estimate may be too long."""
 

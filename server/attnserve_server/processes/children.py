@@ -52,7 +52,7 @@ class Child:
         return number
 
     def kill(self) -> None:
-        """End the process at once, whatever it does."""
+        """End the process at once, also if it is stopped."""
         if self.process.returncode is None:
             self.process.kill()
 

@@ -56,7 +56,7 @@ class EngineStart(msgspec.Struct, tag=True):
     suspects: dict[int, list[int]] = {}
     """Requests that were in a run when the engine before it ended, by the number of their front."""
     isolated: bool = False
-    """Whether an engine before it turned batching off."""
+    """Whether the shadow check of an engine before it ended batching."""
 
 
 class Attach(msgspec.Struct, tag=True):

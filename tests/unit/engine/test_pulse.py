@@ -55,7 +55,7 @@ def looks(overdue: Overdue, pulse: Pulse, seconds: float, start: float, *, beats
     return why
 
 
-def test_a_run_over_its_limit_counts_as_hung_and_the_next_one_begins_anew() -> None:
+def test_a_run_over_its_limit_counts_as_hung_and_the_next_one_begins_at_zero() -> None:
     pulse = Pulse()
     overdue = Overdue(pulse, 5.0)
     pulse.begin(0, [(1, 1)], 2.0)

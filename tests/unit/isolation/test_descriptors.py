@@ -1,4 +1,4 @@
-"""Packages of descriptors arrive with their numbers, also if the receiver reads late or asks first; none is left."""
+"""Packages of descriptors arrive with their numbers, also if the receiver reads late or waits first; none is left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def content(descriptor: int) -> bytes:
         os.close(descriptor)
 
 
-async def test_packages_arrive_by_number_in_any_order_of_asking(tmp_path: Path) -> None:
+async def test_packages_arrive_by_number_in_any_order(tmp_path: Path) -> None:
     one, other = descriptor_pair()
     sender, receiver = DescriptorSender(one), DescriptorReceiver(other)
     files = [(tmp_path / str(number)).open("w+b", buffering=0) for number in range(3)]
