@@ -19,7 +19,7 @@ from attnserve_server.config import Settings, flag_of, variable_of
 from attnserve_server.conversion.finders import catalogue
 from attnserve_server.domain.errors import MAX_VIOLATIONS
 from attnserve_server.observability.metrics import SPECS
-from attnserve_server.settings_engines import EngineSettings
+from attnserve_server.config_engines import EngineSettings
 from attnserve_server.transport.status import DOMAIN, TABLE
 
 FOLDER = Path(__file__).parent / "reference"
