@@ -131,10 +131,8 @@ class Application:
         for task in self._watching:
             task.cancel()
         await self.grpc.stop(0)
-        for loaded in self._loaded:
-            await loaded.aclose()
+        await asyncio.gather(self.http.stop(), *(loaded.aclose() for loaded in self._loaded))
         self.plane.close()
-        await self.http.stop()
 
     def _add(self, stored: Bundle) -> tuple[Bundle, ServedModel]:
         """Add a bundle to the catalog. Return it under the server's batching policy, with its entry."""

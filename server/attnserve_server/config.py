@@ -14,16 +14,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from attnserve_server.config_bounds import MIB, Bounds, Count
 from attnserve_server.config_engines import EngineSettings
 from attnserve_server.config_models import ModelSettings
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.machine import is_loopback, suits_processes
 
 PREFIX = "ATTNSERVE_"
-MIB = 2**20
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-Count = Annotated[int, Field(ge=1)]
 
 
 class SettingsInvalid(AttnserveError):
@@ -36,8 +35,8 @@ class SettingsInvalid(AttnserveError):
         super().__init__("; ".join(faults))
 
 
-class Settings(ModelSettings, EngineSettings):
-    """All settings. Each description ends with the reason for the default."""
+class Serving(ModelSettings, EngineSettings):
+    """What is served, where, to whom, and how it runs. Each description ends with the reason for the default."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
 
@@ -200,48 +199,6 @@ class Settings(ModelSettings, EngineSettings):
         description="Store the measured costs of runs beside the bundle, by machine and provider, and reuse them. "
         "Default: true, as that saves seconds at each start; later runs correct the costs in any case.",
     )
-    max_queue_size: Count = Field(
-        4096,
-        description="Maximum number of sequences in the queue of one model. Default: seconds of work on a CPU, not "
-        "minutes.",
-    )
-    max_queue_bytes: Count = Field(
-        512 * MIB,
-        description="Maximum bytes of the sequences in the queue of one model and of their answers. Default: eight "
-        "requests of the maximum size.",
-    )
-    max_text_bytes: Count = Field(
-        65_536,
-        description="Maximum bytes of UTF-8 in one text, before tokenization. Default: twice 8192 English tokens.",
-    )
-    max_request_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = Field(
-        64 * MIB,
-        description="Maximum bytes of one gRPC message from a caller. Default: the SDK's limit in both directions.",
-    )
-    max_response_bytes: Annotated[int, Field(ge=1, le=2**31 - 64 * MIB)] = Field(
-        48 * MIB,
-        description="Maximum bytes of tensor data in one answer. Default: leaves room for tokens in a 64 MiB message.",
-    )
-    max_stream_in_flight: Annotated[int, Field(ge=1, le=65_536)] = Field(
-        256,
-        description="Maximum number of unanswered requests on one stream; at the limit the server stops reading. "
-        "Default: keeps a batch full while another runs.",
-    )
-    max_stream_answer_bytes: Count = Field(
-        128 * MIB,
-        description="Maximum bytes of tensor data in the answers of one stream that are computed or not read yet; "
-        "further requests wait. Default: a few answers of the maximum size, so that a slow reader cannot fill the "
-        "memory.",
-    )
-    keepalive_s: Annotated[float, Field(ge=1, le=7200)] = Field(
-        60.0,
-        description="Idle seconds before the server pings a connection. Default: below the 350 s of load balancers.",
-    )
-    keepalive_min_interval_s: Annotated[float, Field(ge=0, le=7200)] = Field(
-        5.0,
-        description="Minimum seconds between pings of a client; the server closes a connection with faster ones. "
-        "Default: below gRPC's own minutes, as clients behind load balancers need faster pings.",
-    )
     drain_grace_s: Annotated[float, Field(ge=0, le=3600)] = Field(
         25.0,
         description="Seconds that pending requests have after SIGTERM. Default: below the 30 s of Kubernetes before "
@@ -302,6 +259,10 @@ class Settings(ModelSettings, EngineSettings):
                 "use 127.0.0.1, or accept the risk with --insecure (ATTNSERVE_INSECURE=true)"
             )
         return self
+
+
+class Settings(Bounds, Serving):
+    """All settings."""
 
     @property
     def isolated(self) -> bool:

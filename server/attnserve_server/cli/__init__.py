@@ -32,6 +32,8 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in RUN_FOREIGN_MODELS:
         # -P: without it, modules in the working folder would be imported in place of installed ones.
         sys.exit(run_in_child([sys.executable, "-P", "-c", _CHILD, *sys.argv[1:]]))
+    if sys.argv[1:2] == ["serve"]:
+        _end_on_signals()
     _run_command()
 
 
@@ -80,6 +82,20 @@ def limit_memory() -> None:
         limit = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _MEMORY_SHARE)
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
+
+
+def _end_on_signals() -> None:
+    """Let signals end the process until the server takes them: it serves nothing yet, so it has nothing to drain.
+
+    By default, the first process of a container ignores SIGTERM, and SIGHUP ends any process.
+    """
+
+    def end(_: int, __: FrameType | None) -> None:
+        os._exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:

@@ -14,9 +14,9 @@ import typer
 import uvloop
 
 from attnserve_server.config import Settings, flag_of, variable_of
-from attnserve_server.lifetime import run
+from attnserve_server.lifetime import AFTER_GRACE_S, HardEnd, run
 from attnserve_server.observability import probe
-from attnserve_server.observability.logs import serving
+from attnserve_server.observability.logs import END_S, serving
 
 
 def register(app: typer.Typer) -> None:
@@ -45,15 +45,15 @@ def healthcheck(
     typer.echo("ready")
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings, hard: HardEnd) -> int:
     # gRPC binds its objects to the running loop, so the application is built inside it.
     if settings.isolated:
         from attnserve_server.processes.supervisor import Supervisor  # noqa: PLC0415 - without the runtime's memory
 
-        return await run(Supervisor(settings))
+        return await run(Supervisor(settings), settings.drain_grace_s, hard)
     from attnserve_server.app import Application  # noqa: PLC0415 - imports the runtime
 
-    return await run(Application(settings))
+    return await run(Application(settings), settings.drain_grace_s, hard)
 
 
 def _type_of(default: object) -> Any:
@@ -72,8 +72,14 @@ def _serve_command() -> Any:
         """Serve every model of a repository over gRPC, with metrics and readiness over HTTP."""
         settings = Settings.load(flags)
         process = "supervisor" if settings.isolated else ""
-        with serving(settings.log_level, process), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            raise typer.Exit(runner.run(_serve(settings)))
+        hard = HardEnd()
+        with serving(settings.log_level, process):
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                code = runner.run(_serve(settings, hard))
+                # Python waits for threads that load a model, or run one, and some of these cannot be stopped.
+                hard.within(AFTER_GRACE_S, code)
+            hard.within(END_S + AFTER_GRACE_S, code)  # for a log that is not read
+        raise typer.Exit(code)
 
     parameters = [
         inspect.Parameter(

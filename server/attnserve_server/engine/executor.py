@@ -31,7 +31,7 @@ from attnserve_server.engine.collation import (
 )
 from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
 from attnserve_server.engine.graph import Counts, Graph, compared_values
-from attnserve_server.engine.instance_thread import InstanceThread, Occupancy
+from attnserve_server.engine.instance_thread import InstanceThread, Occupancy, end_all
 from attnserve_server.engine.labels import labels_of
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import RunHandle, RunTerminated, RuntimeSession
@@ -126,10 +126,9 @@ class Executor:
         self._threads = [InstanceThread(f"{name}-{instance}") for instance in range(self._instances)]
 
     async def aclose(self) -> None:
-        """End the threads after the current runs. Terminate the runs first to end quickly."""
+        """End the threads after the current runs, or leave them behind. Terminate the runs first to end quickly."""
         threads, self._threads = self._threads, []
-        for thread in threads:
-            await thread.end()
+        await end_all(threads, self._manifest.name)
 
     async def warm_up(self, known: tuple[TimedRun, ...] = ()) -> tuple[TimedRun, ...]:
         """Run batches on every instance, with attention of every site, and time a few shapes on one instance.

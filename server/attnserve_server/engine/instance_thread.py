@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Final, TypeVar
+
+_log = logging.getLogger(__name__)
+
+LEAVE_S: Final = 0.3
+"""Seconds that a terminated run has to stop before its thread is left behind. A node of a large model takes less."""
 
 T = TypeVar("T")
 _Call = tuple[asyncio.Future[Any], Callable[..., Any], tuple[Any, ...]]
@@ -23,6 +30,7 @@ class InstanceThread:
     def __init__(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
         # A daemon, because a run that never ends must not keep the process alive after shutdown.
         self._thread = Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
@@ -33,12 +41,21 @@ class InstanceThread:
         self._calls.put((future, function, arguments))
         return future
 
-    async def end(self) -> None:
-        """End the thread after the queued calls."""
+    async def end(self, timeout_s: float | None = None) -> bool:
+        """End the thread after the queued calls. Return whether it ended within `timeout_s`; None: wait for it.
+
+        A call into native code cannot be stopped. Such a thread ends once the call returns, or with the process.
+        """
         self._calls.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.wait((self._ended,), timeout=timeout_s)
+        return self._ended.done()
 
     def _work(self) -> None:
+        self._run_calls()
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so no task is waiting
+            self._loop.call_soon_threadsafe(_resolve, self._ended, None, None)
+
+    def _run_calls(self) -> None:
         while (call := self._calls.get()) is not None:
             future, function, arguments = call
             value: Any = None
@@ -52,6 +69,21 @@ class InstanceThread:
             except RuntimeError:
                 return  # the loop is closed, so no task is waiting
             del call, future, function, arguments, value, fault  # free the batch before waiting for the next call
+
+
+async def end_all(threads: Sequence[InstanceThread], model: str) -> None:
+    """End threads after their calls. One whose call does not end within `LEAVE_S` is left behind, and logged.
+
+    A run stops between two nodes of its graph, so that one long kernel delays it.
+
+    Args:
+        threads: of one model.
+        model: its name, for the log.
+    """
+    ended = await asyncio.gather(*(thread.end(LEAVE_S) for thread in threads))
+    if not all(ended):
+        extra = {"model": model, "threads": len(ended) - sum(ended)}
+        _log.warning("runs that cannot be stopped were left behind", extra=extra)
 
 
 def _resolve(future: asyncio.Future[Any], value: object, fault: BaseException | None) -> None:

@@ -175,6 +175,11 @@ def serving(level: str, process: str = "", descriptor: int | None = None) -> Ite
         _queue = None
 
 
+def flush(timeout_s: float) -> bool:
+    """Wait at most `timeout_s` for the lines of `serving` to be written. Return whether they are. Any thread."""
+    return _queue is None or _queue.flush(timeout_s)
+
+
 def dropped_lines() -> int:
     """Return the number of lines that this process has dropped; 0 if it writes its logs in place."""
     return 0 if _queue is None else _queue.dropped

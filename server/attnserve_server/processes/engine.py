@@ -15,7 +15,7 @@ from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.engine.instance_thread import SharedOccupancy
 from attnserve_server.isolation.arena import Arena, LoadBoard
 from attnserve_server.isolation.host import Host
-from attnserve_server.lifetime import EXIT_DRAINED, EXIT_FAULTED
+from attnserve_server.lifetime import EXIT_DRAINED, EXIT_FAULTED, end_now
 from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.processes.child import Parent, run
@@ -67,7 +67,12 @@ class EngineProcess:
         """Load the model, and serve the fronts until the supervisor ends it. Return the exit code."""
         start = self._start
         try:
-            started = await self._load(self._bundle())
+            loading = asyncio.create_task(self._load(self._bundle()))
+            ended = asyncio.create_task(self._end.wait())
+            await asyncio.wait((loading, ended), return_when=asyncio.FIRST_COMPLETED)
+            if not loading.done():
+                end_now(EXIT_DRAINED)  # the thread that loads a model cannot be stopped
+            started = await loading
         except Exception as error:  # noqa: BLE001 - the boundary of a model's load: the others are served
             self._report(ModelState.FAILED, why_not_loaded(error, start.name, start.version))
             await self._end.wait()

@@ -41,8 +41,10 @@ _log = logger(__name__)
 
 MOST_FRONTS: Final = 8
 """The most fronts that start unasked: with more, one engine would be the limit, and memory would be wasted."""
-_END_S: Final = 2.0
-"""Seconds that processes have to end after the grace period: fronts, and then engines."""
+_FRONTS_END_S: Final = 0.7
+"""Seconds after the grace period until which fronts refuse what is left, and end."""
+_ENGINES_END_S: Final = 0.8
+"""The same for engines, which have nothing left to do then. An engine whose run cannot be stopped is killed."""
 _WATCH_S: Final = 0.2
 """Seconds between two looks at the processes."""
 
@@ -136,8 +138,11 @@ class Supervisor:
         self.catalog.drain()
         _log.info("draining", grace_s=self.settings.drain_grace_s)
         self.reserve.close()
-        kept: tuple[list[KeptFront] | list[KeptEngine], ...] = self._fronts, list(self._engines.values())
-        for those in kept:  # while the fronts drain, an engine that ends is still replaced
+        kept: tuple[tuple[list[KeptFront] | list[KeptEngine], float], ...] = (
+            (self._fronts, _FRONTS_END_S),
+            (list(self._engines.values()), _ENGINES_END_S),
+        )
+        for those, after_s in kept:  # while the fronts drain, an engine that ends is still replaced
             running = []
             for one in those:
                 one.ending = True
@@ -145,7 +150,7 @@ class Supervisor:
                     one.child.send(Drain())
                     running.append(one.child.ended)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, end - self.clock.now()) + _END_S):
+                async with asyncio.timeout(max(0.0, end + after_s - self.clock.now())):
                     await asyncio.shield(asyncio.gather(*running))
 
     async def aclose(self) -> None:

@@ -7,6 +7,7 @@ the event loop; the executor runs the batches.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from attnserve_server.domain.errors import (
 from attnserve_server.domain.values import PreparedSequence, Priority, SequenceResult
 from attnserve_server.engine.executor import BatchExecutor, Outcome
 from attnserve_server.engine.failpoints import mark
+from attnserve_server.engine.instance_thread import LEAVE_S
 from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
@@ -100,9 +102,13 @@ class Scheduler:
             await asyncio.wait({self._task})
 
     async def aclose(self) -> None:
-        """Abort, and return when the running batches have ended."""
+        """Abort, and return when the running batches have ended, or cannot be stopped within `LEAVE_S`."""
         self.abort()
-        await self.drain()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.drain(), LEAVE_S)
+        if self._task is not None and not self._task.done():
+            self._task.remove_done_callback(self._ended)
+            self._task.cancel()
         self._deadlines.close()
 
     def abort(self) -> None:
