@@ -29,6 +29,7 @@ from attnserve_server.starting import ISOLATED, Started, start_model, why_not_lo
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.http import HttpServer
+from attnserve_server.transport.receiving import ReceiveBounds
 from attnserve_server.transport.server import GrpcServer
 from attnserve_server.transport.servicer import SERVICE
 from attnserve_server.wanted import log_cautions, ready_models, under_policy, wanted_bundles
@@ -81,7 +82,8 @@ class Application:
             self._add_broken(fault)
         waiting = [self._add(bundle) for bundle in bundles]
         self.http_port = await self.http.start()
-        self.grpc_port = await self.grpc.start()
+        self.bounds = ReceiveBounds.of(self.settings, [(bundle.manifest, 0) for bundle in bundles])
+        self.grpc_port = await self.grpc.start(self.bounds)
         self._watching.append(asyncio.create_task(self.keeper.watch(self.access.update), name="files"))
         _log.info(
             "listening",

@@ -35,7 +35,8 @@ class Bounds(BaseSettings):
     )
     max_request_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = Field(
         64 * MIB,
-        description="Maximum bytes of one gRPC message from a caller. Default: the SDK's limit in both directions.",
+        description="Maximum bytes of one gRPC message from a caller; less where the largest request of the loaded "
+        "models is smaller. Default: the SDK's limit in both directions.",
     )
     max_response_bytes: Annotated[int, Field(ge=1, le=2**31 - 64 * MIB)] = Field(
         48 * MIB,
@@ -53,8 +54,9 @@ class Bounds(BaseSettings):
         "memory.",
     )
     keepalive_s: Annotated[float, Field(ge=1, le=7200)] = Field(
-        60.0,
-        description="Idle seconds before the server pings a connection. Default: below the 350 s of load balancers.",
+        15.0,
+        description="Idle seconds before the server pings a connection; a peer that does not answer within 5 s is "
+        "dead, and its calls end. Default: frees the state of a dead peer within 20 s.",
     )
     keepalive_min_interval_s: Annotated[float, Field(ge=0, le=7200)] = Field(
         5.0,
@@ -68,10 +70,9 @@ class Bounds(BaseSettings):
         "without a word does not hold memory for ever.",
     )
     max_connections: Annotated[int, Field(ge=1, le=65_536)] = Field(
-        1024,
-        description="Maximum number of connections to the gRPC port with calls in the last minute, and half as many "
-        "to the HTTP port; calls of further ones end with UNAVAILABLE. Default: the file descriptors that a "
-        "process may usually open.",
+        768,
+        description="Maximum number of connections to the gRPC port, shared by the fronts; younger ones are closed "
+        "within a second. Default: leaves room below the 1,024 file descriptors that a process may usually open.",
     )
     max_streams_per_connection: Annotated[int, Field(ge=1, le=65_536)] = Field(
         256,
@@ -85,9 +86,10 @@ class Bounds(BaseSettings):
     )
     receive_budget_bytes: Annotated[int, Field(ge=MIB)] | None = Field(
         None,
-        description="Maximum bytes of messages that are received at a time, over all connections: connections x "
-        "streams x the largest message. Where the settings allow more, fewer calls are served at a time, or the start "
-        "is refused. Default: an eighth of the memory of the machine, or of its control group.",
+        description="Maximum bytes of messages that are being received, over all connections: half for messages at "
+        "the limit, which derives from the loaded models, and half for calls whose message waits. Further calls wait, "
+        "or are refused; the server does not start where two messages do not fit. Default: a quarter of the machine's "
+        "memory, or of the limit of its control group.",
     )
     max_unread_bytes: Count = Field(
         512 * MIB,
@@ -96,5 +98,6 @@ class Bounds(BaseSettings):
     )
     unread_timeout_s: Annotated[float, Field(gt=0, le=3600)] = Field(
         20.0,
-        description="Seconds after which a call ends whose caller does not read its answer. Default: as for a dead peer.",
+        description="Seconds after which a caller that does not read an answer of over 64 KiB loses its connection; a "
+        "quarter of that where `--max-unread-bytes` is used up. Default: as for a dead peer.",
     )

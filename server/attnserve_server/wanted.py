@@ -116,6 +116,12 @@ def scheduling_settings(settings: Settings, manifest: Manifest) -> SchedulingSet
     )
 
 
+def shared_among(settings: Settings, fronts: int) -> Settings:
+    """Return the settings of one of several fronts, which share what the server may hold."""
+    most = ("max_connections", "max_unread_bytes")
+    return settings.model_copy(update={name: max(1, getattr(settings, name) // fronts) for name in most})
+
+
 def _why_none(repository: Path) -> str:
     """Why a repository has no model. The message goes to the operator only, so it may name the folder."""
     if not repository.is_dir():

@@ -307,10 +307,15 @@ async def test_a_deadline_reaches_the_scheduler_and_the_work_is_withdrawn(
     assert before < deadline < before + 0.25
 
 
-async def test_a_call_without_a_deadline_never_expires(stub: InferenceServiceStub, gate: Gate) -> None:
+async def test_a_call_without_a_deadline_has_that_of_the_server(
+    stub: InferenceServiceStub, gate: Gate, server: Application
+) -> None:
     gate.open()
+    before = server.clock.now()
     await stub.Infer(asking("a"))
-    assert gate.deadlines == [None]
+    (deadline,) = gate.deadlines
+    assert deadline is not None
+    assert 0 < deadline - before - server.settings.call_timeout_s < 1
 
 
 async def test_a_cancelled_call_withdraws_its_request(stub: InferenceServiceStub, gate: Gate) -> None:

@@ -25,6 +25,7 @@ from attnserve_server.engine.session import ProviderUnavailable
 from attnserve_server.lifetime import EXIT_DRAINED, EXIT_FAULTED, EXIT_FORCED, run
 from attnserve_server.model.repository import write_bundle
 from attnserve_server.scheduling.catalog import ModelState
+from attnserve_server.transport.receiving import ReceiveBounds
 from attnserve_server.transport.server import PortUnavailable
 from attnserve_server.wanted import StartFailed
 from gated import Gate, until
@@ -135,7 +136,7 @@ async def test_every_watcher_gets_a_drain_after_another_has_left(
 
 
 async def test_services_are_not_serving_before_warm_up(unstarted: Application) -> None:
-    port = await unstarted.grpc.start()
+    port = await unstarted.grpc.start(ReceiveBounds.of(unstarted.settings, []))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         assert await health_of(channel, "") == NOT_SERVING
 

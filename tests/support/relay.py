@@ -20,6 +20,7 @@ class Relay:
         self.port = 0
         self.open: list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = []
         """The connections that are open, oldest first: to the client and to the server."""
+        self.frozen = False
 
     @property
     def target(self) -> str:
@@ -29,6 +30,10 @@ class Relay:
         """Reset a connection in both directions, as a machine does that has lost its state."""
         for writer in self.open[place]:
             writer.transport.abort()
+
+    def freeze(self) -> None:
+        """Forward nothing from now on, and close nothing, as a network that drops every packet."""
+        self.frozen = True
 
     async def __aenter__(self) -> Self:
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -50,21 +55,22 @@ class Relay:
         self.open.append(pair)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_pass_on(reader, back))
-                group.create_task(_pass_on(there, writer))
+                group.create_task(self._pass_on(reader, back))
+                group.create_task(self._pass_on(there, writer))
         finally:
             self.open.remove(pair)
             for each in pair:
                 each.close()
 
-
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Pass bytes on until either end closes, which ends the other one too."""
-    try:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.close()
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass bytes on until either end closes, which ends the other one too."""
+        try:
+            while data := await reader.read(1 << 16):
+                if self.frozen:
+                    continue
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()

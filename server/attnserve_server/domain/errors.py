@@ -178,7 +178,8 @@ class ResponseTooLarge(AttnserveError):
 class Overloaded(AttnserveError):
     """The queue has no room for this request now, or its token's quota is used up.
 
-    `cause` is `queue_full`, `queue_bytes`, `predicted_wait` or `quota`.
+    `cause` is `queue_full`, `queue_bytes`, `predicted_wait` or `quota`; before a message is read `calls` or `streams`,
+    and for an answer that has no room `unread_bytes`.
     """
 
     reason = "OVERLOADED"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 _CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
+_MEMORY_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 _STATM: Final = Path("/proc/self/statm")
 _LEAST_CORES: Final = 4
 """Cores from which a server is several processes unasked. On two, one process answered more: docs/adr/0008."""
@@ -32,6 +33,19 @@ def cores(quota: Path = _CPU_QUOTA) -> int:
 def suits_processes() -> bool:
     """Return whether a server of several processes is possible here, and has the cores to answer more than one."""
     return hasattr(os, "memfd_create") and cores() >= _LEAST_CORES
+
+
+def memory_bytes(limit: Path = _MEMORY_LIMIT) -> int:
+    """Return the bytes of memory that this process may use: the machine's, at most its control group's limit.
+
+    Args:
+        limit: the file with the limit of the control group, bytes or `max` (Linux, cgroup-v2.rst, memory.max).
+    """
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(found, int(limit.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no control group, or `max`
+        return found
 
 
 def is_loopback(host: str) -> bool:

@@ -248,11 +248,11 @@ class RemoteScheduler:
         else:
             pending.request.fail(NotServing(self._model, "loading"))
 
-    def _end(self, number: int, request: Request, results: asyncio.Future[list[SequenceResult]]) -> None:
+    def _end(self, number: int, request: Request, _: asyncio.Future[list[SequenceResult]]) -> None:
         """Forget a request that has ended; withdraw it from the engine if that has not answered."""
         if self._forget(number) is not None and self._connection is not None:
             deadline = request.deadline_s
-            expired = results.cancelled() and deadline is not None and self._clock.now() >= deadline
+            expired = deadline is not None and self._clock.now() >= deadline
             self._connection.send(ENCODER.encode(Withdraw(number, expired)))
         self._outbox.ended(number)
         self._deadlines.discard(request)

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
 
+from attnserve_server.observability import spec as declared
 from attnserve_server.observability.logs import dropped_lines
 from attnserve_server.observability.process_metrics import ProcessMetrics
 from attnserve_server.observability.tally import Counter, CounterSeries, Exported, Family, Gauge, Histogram, MetricSpec
@@ -195,7 +196,7 @@ CERTIFICATE_END: Final = MetricSpec(
 )
 
 SPECS: Final[tuple[MetricSpec, ...]] = tuple(
-    value for value in list(globals().values()) if isinstance(value, MetricSpec)
+    value for value in [*globals().values(), *vars(declared).values()] if isinstance(value, MetricSpec)
 )
 
 

@@ -33,13 +33,14 @@ class Broken(msgspec.Struct, frozen=True):
 
 
 class FrontStart(msgspec.Struct, tag=True):
-    """Starts a front. `settings`: as JSON. Package: its pulse, and the quotas, which all fronts share."""
+    """Starts one of `fronts` fronts. `settings`: as JSON. Package: its pulse, and the quotas that all fronts share."""
 
     settings: bytes
     models: list[FrontModel]
     broken: list[Broken]
     material: Material
     package: int
+    fronts: int
 
 
 class EngineStart(msgspec.Struct, tag=True):

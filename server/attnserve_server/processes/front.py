@@ -38,9 +38,10 @@ from attnserve_server.processes.control import (
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import OVERALL, Health
+from attnserve_server.transport.receiving import ReceiveBounds
 from attnserve_server.transport.server import GrpcServer
 from attnserve_server.transport.servicer import SERVICE
-from attnserve_server.wanted import scheduling_settings, tokenizer_of, under_policy, wanted_bundles
+from attnserve_server.wanted import scheduling_settings, shared_among, tokenizer_of, under_policy, wanted_bundles
 
 _LEAST_STOP_S: Final = 0.5
 
@@ -61,7 +62,13 @@ class FrontProcess:
         self._access = Access(start.material, self._metrics, self._clock, Buckets(MAX_TOKENS, buckets))
         os.close(buckets)
         self._grpc = GrpcServer(
-            settings, self._plane, self._health, self._metrics, self._clock, self._access, shared_port=True
+            shared_among(settings, start.fronts),
+            self._plane,
+            self._health,
+            self._metrics,
+            self._clock,
+            self._access,
+            shared_port=True,
         )
         self._schedulers: dict[tuple[str, str], RemoteScheduler] = {}
         self._added: dict[tuple[str, str], asyncio.Event] = {
@@ -100,7 +107,8 @@ class FrontProcess:
             model.move(ModelState.FAILED, fault.reason)
             self._catalog.add(model)
             self._health.set(fault.name, serving=False)
-        port = await self._grpc.start()
+        manifests = [(one.manifest, 0) for one in stored.values()]
+        port = await self._grpc.start(ReceiveBounds.of(self._settings, manifests, self._start.fronts))
         self._listening = True
         self._supervisor.link.send(ENCODER.encode(Listening(port)))
         await self._drain.wait()

@@ -34,6 +34,7 @@ from attnserve_server.processes.kept_front import KeptFront
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.http import HttpServer
+from attnserve_server.transport.receiving import ReceiveBounds
 from attnserve_server.transport.server import PortUnavailable
 from attnserve_server.wanted import StartFailed, log_cautions, ready_models, under_policy, wanted_bundles
 
@@ -81,6 +82,7 @@ class Supervisor:
         self._fronts: list[KeptFront] = []
         self._engines: dict[tuple[str, str], KeptEngine] = {}
         self._broken: list[Broken] = []
+        self._count = 0  # of fronts
         self._encoded = b""
         self._occupancy = Arena.create_descriptor(SharedOccupancy.SIZE)
         self.grpc_port = 0
@@ -111,6 +113,7 @@ class Supervisor:
         self._holder, self.grpc_port = _held_port(self.settings)
         self.http_port = await self.http.start()
         count = self.settings.fronts or min(MOST_FRONTS, max(1, cores() // 2))
+        ReceiveBounds.of(self.settings, [(bundle.manifest, 0) for bundle in bundles], count)  # as each front does
         _log.info(
             "listening",
             version=__version__,
@@ -177,6 +180,7 @@ class Supervisor:
     def _spawn(self, bundles: list[Bundle], faults: list[BundleFault], count: int) -> None:
         self._encoded = self.settings.model_copy(update={"grpc_port": self.grpc_port}).model_dump_json().encode()
         self._broken = [Broken(fault.name, fault.version, fault.why) for fault in faults]
+        self._count = count
         around = Surroundings(
             self.settings, self._encoded, self.clock, self.reserve, self._occupancy, self._own,
             self._listening, self._change,
@@ -222,7 +226,7 @@ class Supervisor:
         assert front.child is not None
         package = front.child.first_package(self._descriptor)
         models = [engine.front_model(front, front.child.packages.send) for engine in self._engines.values()]
-        return FrontStart(self._encoded, models, self._broken, self.keeper.material, package)
+        return FrontStart(self._encoded, models, self._broken, self.keeper.material, package, self._count)
 
     def front_listens(self, front: KeptFront) -> None:
         """Send a front all states, and connect it to the engines."""

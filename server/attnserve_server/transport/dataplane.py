@@ -193,6 +193,11 @@ class DataPlane:
         """Count a prepared request that is cancelled, or expires, before it runs."""
         self.count_failure(prepared.served, prepared.request, asyncio.CancelledError())
 
+    def count_refusal(self, prepared: Prepared, cause: str) -> None:
+        """Count a prepared request that is refused before it runs, for a cause of overload."""
+        prepared.served.metrics.refused(cause)
+        prepared.served.metrics.ended("RESOURCE_EXHAUSTED")
+
     def count_failure(self, served: ServedModel, request: Request, error: BaseException) -> None:
         """Count a request that ended with an error, by the status that its caller gets."""
         left_s = None if request.deadline_s is None else request.deadline_s - self._clock.now()

@@ -7,6 +7,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Final
 
 import uvicorn
 from prometheus_client import exposition
@@ -23,6 +24,48 @@ from attnserve_server.scheduling.catalog import Catalog
 from attnserve_server.transport.health import Health
 from attnserve_server.transport.server import PortUnavailable
 from attnserve_server.transport.who import CertifiedProtocol, guarded
+
+HEAD_S: Final = 10.0
+"""Seconds that the head of a request may take, from the connection or the answer before it."""
+MOST_CONNECTIONS: Final = 256
+"""Connections to the HTTP port. Scrapes and probes need a handful."""
+
+
+class _BoundedProtocol(CertifiedProtocol):
+    """Ends connections beyond `MOST_CONNECTIONS`, and those that send no request within `HEAD_S`."""
+
+    _head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+        """Begin a connection, if there is room."""
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.abort()
+            return
+        self._expect_head()
+
+    def handle_events(self) -> None:
+        """Take what has arrived."""
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before and self._head is not None:
+            self._head.cancel()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        self._expect_head()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End a connection."""
+        if self._head is not None:
+            self._head.cancel()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+        self._head = self.loop.call_later(HEAD_S, self.transport.abort)
 
 
 class _QuietServer(uvicorn.Server):
@@ -50,7 +93,7 @@ class HttpServer:
         self._settings = settings
         config = uvicorn.Config(
             guarded(routes(catalog, health, metrics, alive, collect), access),
-            http=CertifiedProtocol,
+            http=_BoundedProtocol,
             ws="none",
             log_config=None,
             access_log=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 import grpc
@@ -11,16 +12,25 @@ from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.observability.metrics import Metrics
+from attnserve_server.observability.spec import CONNECTIONS_DROPPED, UNREAD_BYTES
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import Health
+from attnserve_server.transport.receiving import BoundedHandlers, ReceiveBounds
 from attnserve_server.transport.servicer import InferenceServicer, RpcMetrics
+from attnserve_server.transport.sockets import Connections
 from attnserve_server.transport.stream import Streams
+from attnserve_server.transport.unread import Unread
 from attnserve_server.transport.who import GuardedHandlers, server_credentials
 
 MAX_METADATA_BYTES: Final = 16 * 1024
 MAX_PENDING_RPCS: Final = 65_536
 """RPCs that gRPC has received and not yet passed on. At its default of 1,000 it cancels part of a burst without a
 reason (findings/grpc_server_pending_limit.sh); admission refuses with a reason and a retry delay."""
+
+HANDSHAKE_MS: Final = 10_000
+"""Time that a connection has for its handshakes, those of TLS and HTTP/2. gRPC's default is two minutes."""
+PING_TIMEOUT_MS: Final = 5_000
+"""Time for the answer to a ping. Beyond it the peer is dead, and its calls end."""
 
 
 class PortUnavailable(AttnserveError):
@@ -48,18 +58,27 @@ class GrpcServer:
     ) -> None:
         """Store the parts. `shared_port`: other processes of this server listen on the port too."""
         self._settings = settings
-        self._streams = Streams(plane, clock, settings)
-        rpc_metrics = RpcMetrics(metrics, clock)
-        servicer = InferenceServicer(plane, self._streams.stream_infer, clock)
-        self._server = grpc.aio.server(options=_options(settings, shared_port=shared_port))
-        handlers: tuple[grpc.GenericRpcHandler, ...] = servicer.handlers(rpc_metrics), health.handlers(rpc_metrics)
+        dropped = metrics.counter(CONNECTIONS_DROPPED)
+        self._connections = Connections(settings.max_connections, lambda cause: dropped.labels(cause).inc())
+        self._unread = Unread(settings.max_unread_bytes, settings.unread_timeout_s, clock, self._connections.drop)
+        metrics.gauge(UNREAD_BYTES).labels().set_function(lambda: self._unread.bytes)
+        self._streams = Streams(plane, clock, settings, self._unread)
+        self._metrics = RpcMetrics(metrics, clock)
+        self._servicer = InferenceServicer(
+            plane, self._streams.stream_infer, clock, settings.call_timeout_s, self._unread
+        )
+        self._handlers: tuple[grpc.GenericRpcHandler, ...] = (
+            self._servicer.handlers(self._metrics), health.handlers(self._metrics)
+        )  # fmt: skip
         if access.guard is not None:
-            handlers = (GuardedHandlers(access.guard, handlers, rpc_metrics),)
-        self._server.add_generic_rpc_handlers(handlers)
+            self._handlers = (GuardedHandlers(access.guard, self._handlers, self._metrics),)
         self._access = access
+        self._shared_port = shared_port
+        self._server: grpc.aio.Server | None = None
+        self._watching: asyncio.Task[None] | None = None
 
-    async def start(self) -> int:
-        """Listen, and return the port.
+    async def start(self, bounds: ReceiveBounds) -> int:
+        """Listen, and return the port. `bounds`: of the messages that callers send.
 
         Raises:
             PortUnavailable: The port is taken, or the address is not this machine's.
@@ -67,14 +86,21 @@ class GrpcServer:
         host, port = self._settings.host, self._settings.grpc_port
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         credentials = server_credentials(self._access)
+        options = _options(self._settings, bounds, shared_port=self._shared_port)
+        server = self._server = grpc.aio.server(options=options)
+        bounded = BoundedHandlers(
+            bounds, self._handlers, self._metrics, self._servicer.on_received, self._connections.drop
+        )
+        server.add_generic_rpc_handlers((bounded,))
         try:
             if credentials is None:
-                bound = self._server.add_insecure_port(address)
+                bound = server.add_insecure_port(address)
             else:
-                bound = self._server.add_secure_port(address, credentials)
+                bound = server.add_secure_port(address, credentials)
         except RuntimeError:
             raise PortUnavailable(host, port) from None
-        await self._server.start()
+        await server.start()
+        self._watching = asyncio.create_task(self._connections.watch(bound), name="connections")
         return bound
 
     def drain(self) -> None:
@@ -83,19 +109,33 @@ class GrpcServer:
 
     async def stop(self, grace_s: float) -> None:
         """Take no more RPCs, wait `grace_s` for those in progress, and cancel the rest."""
-        await self._server.stop(grace_s)
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self._watching is not None:
+            self._watching.cancel()
+        self._unread.close()
 
 
-def _options(settings: Settings, *, shared_port: bool) -> list[tuple[str, int]]:
+def _options(settings: Settings, bounds: ReceiveBounds, *, shared_port: bool) -> list[tuple[str, int]]:
+    # Without these, gRPC expands a message before any limit applies. It refuses others with UNIMPLEMENTED.
+    refuse_compression = [("grpc.compression_enabled_algorithms_bitset", 1), ("grpc.per_message_decompression", 0)]
     return [
-        ("grpc.max_receive_message_length", settings.max_request_bytes),
+        *([] if settings.accept_compression else refuse_compression),
+        ("grpc.max_receive_message_length", bounds.message),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        # With it, gRPC refuses most calls of a client that keeps to the limit (findings/grpc_stream_limit_refuses.sh).
+        ("grpc.http.overload_protection", 0),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         # Answers are bounded before they are computed, by `max_response_bytes`.
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.server.max_pending_requests", MAX_PENDING_RPCS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_RPCS),
         ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
-        ("grpc.keepalive_timeout_ms", 20_000),
+        # gRPC waits ping_timeout for the answer to a ping, and ignores keepalive_timeout
+        # (findings/grpc_keepalive_timeout_ignored.sh).
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
         # Callers may ping between calls, so that they notice a dead server before the next call.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", round(settings.keepalive_min_interval_s * 1000)),

@@ -24,6 +24,7 @@ from attnserve_server.domain.errors import (
     AttnserveError,
     DeadlineExpired,
     InternalFault,
+    Overloaded,
     PermissionDenied,
     RequestCancelled,
     Unauthenticated,
@@ -33,6 +34,7 @@ from attnserve_server.observability.metrics import RPC_HANDLED, RPC_SECONDS, RPC
 from attnserve_server.scheduling.queue import Request
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.status import code_of, is_fault, name_of_code, plain, status_of, trailers_of
+from attnserve_server.transport.unread import SMALL_BYTES, Unread, on_end
 from attnserve_server.transport.validation import check_request_id
 from attnserve_server.transport.wire import receive
 
@@ -56,12 +58,24 @@ class InferenceServicer:
     """`attnserve.v1.InferenceService`. Event loop only."""
 
     def __init__(
-        self, plane: DataPlane, stream_infer: Callable[[object, Context], Awaitable[None]], clock: Clock
+        self,
+        plane: DataPlane,
+        stream_infer: Callable[[object, Context], Awaitable[None]],
+        clock: Clock,
+        call_timeout_s: float,
+        unread: Unread,
     ) -> None:
-        """Store the parts; `stream_infer` serves one stream."""
+        """Store the parts; `stream_infer` serves one stream. `call_timeout_s`: of a call without a deadline."""
         self._plane = plane
         self._stream_infer = stream_infer
         self._clock = clock
+        self._call_timeout_s = call_timeout_s
+        self._unread = unread
+        self._received: Callable[[], None] = _nothing
+
+    def on_received(self, received: Callable[[], None]) -> None:
+        """Set what each unary call calls once it has its message."""
+        self._received = received
 
     async def infer(self, data: bytes, context: Context) -> bytes:
         """Answer one request: an InferRequest and an InferResponse, serialized.
@@ -70,9 +84,10 @@ class InferenceServicer:
             InvalidRequest: The message, or its request id, is malformed.
             Failure: With the error of the request.
         """
+        self._received()
         received = receive(inference_service_pb2.InferRequest, data)
         remaining = remaining_s(context)
-        deadline_s = None if remaining is None else self._clock.now() + remaining
+        deadline_s = self._clock.now() + (self._call_timeout_s if remaining is None else remaining)
         request_id = received.message.request_id
         if request_id:
             check_request_id(request_id)
@@ -85,7 +100,18 @@ class InferenceServicer:
                 message = received.message
                 caller.admit(len(message.sequences), "Infer", attention=message.HasField("attention"))
             prepared = plane.prepare(request, received) or await plane.prepare_large(request, received)
-            return (await plane.run(prepared)).joined()
+            if prepared.answer_bytes <= SMALL_BYTES:
+                return (await plane.run(prepared)).joined()
+            held = self._unread.hold(context.peer())
+            on_end(held)
+            try:
+                self._unread.take_or_refuse(held, prepared.answer_bytes)
+            except Overloaded:
+                plane.count_refusal(prepared, "unread_bytes")
+                raise
+            answer = (await plane.run(prepared)).joined()
+            held.sent()
+            return answer  # noqa: TRY300 - the branches below end otherwise
         except Exception as error:
             request.fail(error)
             raise Failure(request_id, error) from error
@@ -120,6 +146,10 @@ class InferenceServicer:
             metrics.measured("bidi_stream", SERVICE, "StreamInfer", self._stream_infer)
         )
         return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 class Failure(Exception):

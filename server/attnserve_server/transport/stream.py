@@ -22,7 +22,6 @@ from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import (
     AttnserveError,
     DeadlineExpired,
-    FieldViolation,
     InvalidRequest,
     NotServing,
     RequestCancelled,
@@ -34,8 +33,9 @@ from attnserve_server.transport.codec import streamed
 from attnserve_server.transport.dataplane import DataPlane, Prepared
 from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, remaining_s, send
 from attnserve_server.transport.status import status_of
+from attnserve_server.transport.unread import Held, Unread
 from attnserve_server.transport.validation import check_request_id, is_request_id
-from attnserve_server.transport.wire import NotAMessage, Received, Splice, find_field, receive
+from attnserve_server.transport.wire import NotAMessage, Received, Splice, find_field, receive, within_request
 
 _REQUEST_ID: Final = (
     inference_service_pb2.StreamInferRequest.REQUEST_FIELD_NUMBER,
@@ -74,10 +74,11 @@ class _Outgoing:
 class Streams:
     """All open streams. Event loop only."""
 
-    def __init__(self, plane: DataPlane, clock: Clock, settings: Settings) -> None:
+    def __init__(self, plane: DataPlane, clock: Clock, settings: Settings, unread: Unread) -> None:
         self._plane = plane
         self._clock = clock
         self._settings = settings
+        self._unread = unread
         self._open: set[_Stream] = set()
         self._draining = False
 
@@ -91,12 +92,14 @@ class Streams:
         """
         if self._draining:
             raise NotServing("", "draining")
-        stream = _Stream(self._plane, self._clock, self._settings, context)
+        held = self._unread.hold(context.peer())
+        stream = _Stream(self._plane, self._clock, self._settings, context, held)
         self._open.add(stream)
         try:
             await stream.serve()
         finally:
             self._open.discard(stream)
+            self._unread.release(held)
 
     def drain(self) -> None:
         """Stop reading from all streams: each answers its requests and ends with UNAVAILABLE."""
@@ -112,17 +115,19 @@ class _Stream:
     to the writer as soon as they are known.
     """
 
-    def __init__(self, plane: DataPlane, clock: Clock, settings: Settings, context: Context) -> None:
+    def __init__(self, plane: DataPlane, clock: Clock, settings: Settings, context: Context, held: Held) -> None:
         self._plane = plane
         self._clock = clock
         self._context = context
         self._caller = CALLER.get()
         remaining = remaining_s(context)
         self._deadline_s = None if remaining is None else clock.now() + remaining
+        self._timeout_s = settings.call_timeout_s
+        self._held = held
         # Without a free slot nothing is read, and HTTP/2 flow control holds the caller back.
         self._slots = asyncio.Semaphore(settings.max_stream_in_flight)
-        # Answers count until they are sent: a caller that does not read makes the server hold no more than this.
-        self._answers = Allowance(settings.max_stream_answer_bytes)
+        # Answers count until they are sent, which bounds what a caller that does not read makes the server hold.
+        self._answers = Allowance(settings.max_stream_answer_bytes, held)
         self._flights: dict[str, _Flight] = {}
         self._outbox: deque[_Outgoing] = deque()
         self._filled = asyncio.Event()
@@ -191,7 +196,7 @@ class _Stream:
             request_id = find_field(data, *_REQUEST_ID).decode(errors="replace")
             if not is_request_id(request_id):
                 raise
-            self._refuse(request_id, _within_request(error))
+            self._refuse(request_id, within_request(error))
             return
         message = received.message
         kind = message.WhichOneof("message")
@@ -318,30 +323,25 @@ class _Stream:
                 # Before it is sent: the caller may use the id again as soon as it has the answer.
                 del self._flights[flight.request.request_id]
             if not self._left:
+                self._held.sent()
                 self._left = not await send(self._context, message)
+                self._held.taken()
             if going.left:
                 outbox.append(going)
             elif flight is not None:
                 self._answers.give(flight.reserved_bytes)
                 self._slots.release()
 
-    def _deadline_of(self, message: inference_service_pb2.StreamInferRequest) -> float | None:
+    def _deadline_of(self, message: inference_service_pb2.StreamInferRequest) -> float:
         """Return when one request expires: after its own timeout, and no later than the stream."""
-        if not message.timeout_ms:
+        if self._deadline_s is not None and not message.timeout_ms:
             return self._deadline_s
-        own = self._clock.now() + message.timeout_ms / 1000
+        own = self._clock.now() + (message.timeout_ms / 1000 or self._timeout_s)
         return own if self._deadline_s is None else min(own, self._deadline_s)
 
     def _time_left(self, request: Request) -> float | None:
-        """Return the seconds until a request expires; None: it never does."""
         return None if request.deadline_s is None else max(0.0, request.deadline_s - self._clock.now())
 
     def _refuse(self, request_id: str, error: AttnserveError) -> None:
         log_failure(error, request_id, "StreamInfer")
         self._post(request_id, error)
-
-
-def _within_request(error: InvalidRequest) -> InvalidRequest:
-    """Return the error with field paths that start at the request, as those of all other violations do."""
-    violations = (FieldViolation(one.field.removeprefix("request."), one.description) for one in error.violations)
-    return InvalidRequest(*violations)

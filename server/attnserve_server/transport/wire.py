@@ -331,3 +331,9 @@ def output_head(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> byte
     head = _head(name, dtype, shape)
     size = len(head) + math.prod(shape) * dtype.itemsize
     return delimiter(inference_service_pb2.SequenceResult.OUTPUTS_FIELD_NUMBER, size) + head
+
+
+def within_request(error: InvalidRequest) -> InvalidRequest:
+    """Return the error with field paths that start at the request, as all others do."""
+    violations = (FieldViolation(one.field.removeprefix("request."), one.description) for one in error.violations)
+    return InvalidRequest(*violations)

@@ -21,6 +21,7 @@ from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.stream import Streams
+from attnserve_server.transport.unread import Unread
 from gated import Gate, until
 from google.rpc import status_pb2
 from tiny_bundle import tiny_manifest, tiny_tokenizer
@@ -33,6 +34,7 @@ class Wire:
         self.incoming = [message.SerializeToString() for message in messages]
         self.sent: list[pb.StreamInferResponse] = []
         self.closed = closed
+        self.peer = lambda: "ipv4:127.0.0.1:1"
         self.more = asyncio.Event()
         self.on_send: Callable[[pb.StreamInferResponse], None] = lambda answer: None
 
@@ -77,7 +79,8 @@ def streams(gate: Gate, metrics: Metrics) -> Streams:
     model.move(ModelState.READY)
     catalog.add(model)
     clock = MonotonicClock()
-    return Streams(DataPlane(catalog, settings, clock), clock, settings)
+    unread = Unread(2**20, 20.0, clock, lambda *_: None)
+    return Streams(DataPlane(catalog, settings, clock), clock, settings, unread)
 
 
 def asking(request_id: str) -> pb.StreamInferRequest:

@@ -1,0 +1,26 @@
+"""The metrics of bounds and refusals; all others are in `metrics`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attnserve_server.observability.tally import Counter, Gauge, Histogram, MetricSpec
+
+CONNECTIONS_DROPPED: Final = MetricSpec(
+    Counter,
+    "attnserve_connections_dropped_total",
+    "Connections that the server closed: `connections` (beyond `--max-connections`), `unread` (beyond "
+    "`--unread-timeout-s`), `unsent` (a message that does not arrive).",
+    ("cause",),
+)
+UNREAD_BYTES: Final = MetricSpec(
+    Gauge, "attnserve_unread_bytes", "Bytes of answers of over 64 KiB that are computed or not read yet."
+)
+REFUSAL_SECONDS: Final = MetricSpec(
+    Histogram,
+    "attnserve_refusal_seconds",
+    "Time from the message of a call that is refused for overload, or because a model does not serve, to its status.",
+    (),
+    (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0),
+    "a refusal costs about 0.2 ms, and 25 ms is its limit",
+)
