@@ -35,8 +35,9 @@ class Gate:
     """Refuses requests before they are prepared; `refused` counts them."""
     refused: int = 0
 
-    def check_room(self, deadline: float | None) -> None:
+    def check_room(self, deadline: float | None, caller: str = "") -> None:
         """Raise `full`, if it is set."""
+        del caller
         if self.full is not None:
             self.refused += 1
             raise self.full

@@ -91,9 +91,10 @@ class LoadFacts(NamedTuple):
     running_tokens: int
     instances: int
     seconds_per_token: float
+    callers: int = 0
 
 
-_FACTS: Final = struct.Struct("=qqqqqd")
+_FACTS: Final = struct.Struct("=qqqqqdq")
 
 
 class LoadBoard:

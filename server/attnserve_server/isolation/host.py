@@ -114,6 +114,7 @@ class Host:
                 load.running_tokens,
                 load.instances,
                 math.nan if speed is None else speed,
+                load.callers,
             )
         )
 
@@ -223,7 +224,7 @@ class _Front:
 
     def start(self, message: Ask) -> bool:
         """Submit a request. Return False if it was refused."""
-        request = Request(message.request_id, message.deadline_s, message.received_bytes)
+        request = Request(message.request_id, message.deadline_s, message.received_bytes, message.caller)
         sequences = self._inbox.sequences(message)
         for one in sequences:
             one.origin = self.number, message.number

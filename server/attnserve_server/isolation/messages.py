@@ -86,6 +86,7 @@ class Ask(msgspec.Struct, array_like=True, tag=True):
     received_bytes: int
     priority: int
     sequences: list[SequenceMessage]
+    caller: str = ""
 
 
 class Withdraw(msgspec.Struct, array_like=True, tag=True, gc=False):
@@ -149,7 +150,7 @@ class Outbox:
 
     def ask(
         self, number: int, request_id: str, deadline_s: float | None, received_bytes: int, priority: int,
-        sequences: Sequence[PreparedSequence],
+        sequences: Sequence[PreparedSequence], caller: str = "",
     ) -> bytes:  # fmt: skip
         """Encode a request. Call `sent` once it is sent, and `ended` at its end."""
         write = partial(self._place, number)
@@ -157,7 +158,7 @@ class Outbox:
         if number in self._held:
             self._open.add(number)
             self._unread.add(number)
-        return ENCODER.encode(Ask(number, request_id, deadline_s, received_bytes, priority, parts))
+        return ENCODER.encode(Ask(number, request_id, deadline_s, received_bytes, priority, parts, caller))
 
     def answer(self, number: int, results: Sequence[SequenceResult]) -> bytes:
         """Encode the results of a request."""

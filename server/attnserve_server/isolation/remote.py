@@ -36,16 +36,29 @@ from attnserve_server.isolation.messages import (
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import ModelMetrics
 from attnserve_server.scheduling.admission import Demand, Load, refusal
+from attnserve_server.scheduling.deadlines import Deadlines
 from attnserve_server.scheduling.policy import SchedulingSettings
-from attnserve_server.scheduling.queue import Deadlines, Request
+from attnserve_server.scheduling.queue import Request
 
 _log = logger(__name__)
 
 _SMALLEST = Demand(1, 1, 0)
 MOST_SENDS: Final = 8
 """The most engines that get one request: one that ends them outside of a run is never found as the culprit."""
+_NOTHING: Final = Demand(0, 0, 0)
 _HOPE: Final = 0.5
 """Share of the expected time to the next engine within which a deadline is hopeless: an estimate may be too long."""
+
+
+def _changed(held: Demand, demand: Demand, sign: int) -> Demand:
+    """Return `held` with a request added, or subtracted."""
+    return Demand(
+        held.sequences + sign * demand.sequences, held.tokens + sign * demand.tokens, held.bytes + sign * demand.bytes
+    )
+
+
+def _least(one: Demand, other: Demand) -> Demand:
+    return Demand(min(one.sequences, other.sequences), min(one.tokens, other.tokens), min(one.bytes, other.bytes))
 
 
 @dataclass(slots=True)
@@ -107,7 +120,8 @@ class RemoteScheduler:
         self._outbox = Outbox(requests)
         self._numbers = count(1)
         self._pending: dict[int, _Pending] = {}
-        self._sequences = self._tokens = self._bytes = 0  # of those
+        self._all = _NOTHING  # of those
+        self._own: dict[str, Demand] = {}  # by caller
         self._connection: _Connection | None = None
         self._deadlines = Deadlines(clock, self._expire)
         self._ready_s = 0.0  # when the next engine is expected
@@ -164,9 +178,9 @@ class RemoteScheduler:
         while self._pending:
             await asyncio.wait([one.request.results for one in self._pending.values()])
 
-    def check_room(self, deadline: float | None) -> None:
+    def check_room(self, deadline: float | None, caller: str = "") -> None:
         """Raise what `submit` would raise now for the smallest request."""
-        self._admit(_SMALLEST, self._serving_at(deadline), deadline)
+        self._admit(_SMALLEST, self._serving_at(deadline), deadline, caller)
 
     def submit(
         self, request: Request, sequences: Sequence[PreparedSequence], priority: Priority = Priority.NORMAL
@@ -181,20 +195,26 @@ class RemoteScheduler:
         now = self._serving_at(request.deadline_s)
         size = sum([one.bytes + one.response_bytes for one in sequences])
         demand = Demand(len(sequences), sum([one.tokens for one in sequences]), size)
-        self._admit(demand, now, request.deadline_s)
+        self._admit(demand, now, request.deadline_s, request.caller)
         number = next(self._numbers)
         asked = self._outbox.ask(
-            number, request.request_id, request.deadline_s, request.received_bytes, priority.value, sequences
+            number,
+            request.request_id,
+            request.deadline_s,
+            request.received_bytes,
+            priority.value,
+            sequences,
+            request.caller,
         )
         request.admit(now)
         pending = self._pending[number] = _Pending(request, asked, demand)
-        self._count(demand, 1)
+        self._count(request.caller, demand, 1)
         connection = self._connection
         if connection is not None and connection.link is not None:
             pending.sent = 1
             self._outbox.sent(number)
             connection.link.send(asked)
-        elif request.deadline_s is not None:
+        if request.deadline_s is not None:
             self._deadlines.add(request)
         results = request.results
         results.add_done_callback(partial(self._end, number, request))
@@ -208,12 +228,13 @@ class RemoteScheduler:
             raise DeadlineExpired(0.0)
         return now
 
-    def _admit(self, demand: Demand, now: float, deadline: float | None) -> None:
+    def _admit(self, demand: Demand, now: float, deadline: float | None, caller: str) -> None:
+        pending = self._own.get(caller, _NOTHING)
         if self._connection is None:
             if deadline is not None and self._is_hopeless(deadline):
                 raise self._not_serving()
             # No speed is known without an engine: only the bounds of the queue count.
-            load = Load(Demand(self._sequences, self._tokens, self._bytes), 0, 1, None)
+            load = Load(self._all, 0, 1, None, pending, len(self._own))
             deadline = None
         else:
             facts = self._board.read()
@@ -221,7 +242,8 @@ class RemoteScheduler:
                 return
             waiting = Demand(facts.sequences, facts.tokens, facts.bytes)
             seconds = None if math.isnan(facts.seconds_per_token) else facts.seconds_per_token
-            load = Load(waiting, facts.running_tokens, max(1, facts.instances), seconds)
+            own = _least(pending, waiting)  # what runs counts as well, so that the engine may admit more
+            load = Load(waiting, facts.running_tokens, max(1, facts.instances), seconds, own, facts.callers)
         refused = refusal(demand, load, None if deadline is None else deadline - now, self._settings)
         if refused is not None:
             raise self._refused(refused)
@@ -262,13 +284,16 @@ class RemoteScheduler:
         pending = self._pending.pop(number, None)
         if pending is None:
             return None
-        self._count(pending.size, -1)
+        self._count(pending.request.caller, pending.size, -1)
         return pending.request
 
-    def _count(self, size: Demand, sign: int) -> None:
-        self._sequences += sign * size.sequences
-        self._tokens += sign * size.tokens
-        self._bytes += sign * size.bytes
+    def _count(self, caller: str, demand: Demand, sign: int) -> None:
+        self._all = _changed(self._all, demand, sign)
+        own = _changed(self._own.get(caller, _NOTHING), demand, sign)
+        if own.sequences:
+            self._own[caller] = own
+        else:
+            del self._own[caller]
 
     def _receive(self, connection: _Connection, data: memoryview) -> None:
         if connection is not self._connection:

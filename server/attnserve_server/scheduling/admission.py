@@ -23,6 +23,8 @@ _UNKNOWN_RETRY_S: Final = 1.0
 """Retry delay before the first run, when the speed of the instances is unknown."""
 _MEMORY: Final = 0.95
 """Weight that earlier runs keep after each run: about the last twenty count."""
+_SHARE: Final = 8
+"""A caller that has less than one in so many of a queue's sequences, or bytes, counts as a small one."""
 _SEED_TOKENS: Final = 64.0
 """Weight of the warm-up's estimate, in tokens: a few real runs outweigh it."""
 
@@ -47,16 +49,34 @@ class Load:
     running_tokens: int
     instances: int
     seconds_per_token: float | None
-    """Seconds of one instance for a useful token; None before the first run."""
+    """Seconds of one instance for a useful token; None if unknown."""
+    own: Demand | None = None
+    """Of `waiting`, what the request's own caller has; None: all of it."""
+    callers: int = 1
+    """Callers with waiting sequences, which take turns."""
 
     def wait_s(self, tokens: float) -> float:
         """Return how long the instances take for so many useful tokens."""
         return tokens * (self.seconds_per_token or 0.0) / self.instances
 
-    @property
-    def tokens_ahead(self) -> float:
-        """Useful tokens that run before a new request does."""
-        return self.waiting.tokens + self.running_tokens / 2
+    def tokens_ahead(self, demand: Demand) -> float:
+        """Return the useful tokens that run before a new request does.
+
+        While it waits, each other caller gets at most as much as its own caller.
+        """
+        waiting = self.waiting.tokens
+        if self.own is not None:
+            own = self.own.tokens
+            others = self.callers - (own > 0)
+            waiting = own + min(waiting - own, others * (own + demand.tokens))
+        return waiting + self.running_tokens / 2
+
+    def limit(self, most: int, own: int) -> int:
+        """Return how much of a bound a caller may use that has `own` of it.
+
+        Callers that have less than an eighth find room above the bound, so that others cannot use all of it.
+        """
+        return most + most // _SHARE if self.own is not None and own * _SHARE < most else most
 
 
 class Speed:
@@ -67,6 +87,8 @@ class Speed:
         self._tokens = 0.0 if seconds_per_token is None else _SEED_TOKENS
         self._seconds = (seconds_per_token or 0.0) * self._tokens
         self._took_s = self._predicted_s = 0.0
+        self.runs = 0
+        """Runs so far."""
 
     @property
     def seconds_per_token(self) -> float | None:
@@ -83,6 +105,7 @@ class Speed:
 
     def add(self, seconds: float, tokens: int, predicted_s: float = 0.0) -> None:
         """Add one run. `predicted_s`: by the cost model; 0: there was none."""
+        self.runs += 1
         self._seconds = self._seconds * _MEMORY + seconds
         self._tokens = self._tokens * _MEMORY + tokens
         if predicted_s:
@@ -125,7 +148,21 @@ class Pricing:
         """
         if self.settings.run_overhead_tokens is not None:
             return 0.0
-        return self.settings.wait_headroom * self.speed.pace
+        speed = self.speed
+        # Before the first run, a run takes at least the processor time that the warm-up measured.
+        return self.settings.wait_headroom * speed.pace if speed.runs else float(self._executor.cost is not None)
+
+    def seconds_per_token(self, waiting: Demand) -> float | None:
+        """Return the seconds of one instance for a useful token; None if unknown.
+
+        Before the first run, as the cost model predicts it for the fullest runs of what waits.
+        """
+        cost = self._executor.cost
+        if self.speed.runs or cost is None:
+            return self.speed.seconds_per_token
+        rows = min(self.settings.max_batch_size, max(1, waiting.sequences))
+        tokens = waiting.tokens / waiting.sequences if waiting.sequences else 1.0
+        return cost.seconds(rows, tokens) / (rows * tokens)
 
     def rough_s(self, waiting: Demand) -> float | None:
         """Return about how long one run of all that waits would take, in seconds; None if unknown."""
@@ -164,21 +201,23 @@ def refusal(demand: Demand, load: Load, remaining_s: float | None, settings: Sch
     """
     waiting = load.waiting
     if waiting.sequences:
-        excess = waiting.sequences + demand.sequences - settings.max_queue_size
+        own = load.own or waiting
+        excess = waiting.sequences + demand.sequences - load.limit(settings.max_queue_size, own.sequences)
         if excess > 0:
             share = excess / waiting.sequences
             return _full("queue_full", settings.max_queue_size, waiting.sequences + demand.sequences, share, load)
-        excess = waiting.bytes + demand.bytes - settings.max_queue_bytes
+        excess = waiting.bytes + demand.bytes - load.limit(settings.max_queue_bytes, own.bytes)
         if excess > 0:
             share = excess / max(waiting.bytes, 1)
             return _full("queue_bytes", settings.max_queue_bytes, waiting.bytes + demand.bytes, share, load)
     if remaining_s is None:
         return None
     # The request's own sequences are spread over the instances, as those ahead of them are.
-    predicted_s = load.wait_s(load.tokens_ahead + demand.tokens) * settings.wait_headroom
-    if predicted_s <= remaining_s or not load.tokens_ahead:
+    ahead = load.tokens_ahead(demand)
+    predicted_s = load.wait_s(ahead + demand.tokens) * settings.wait_headroom
+    if predicted_s <= remaining_s or not ahead:
         return None
-    over_s = min((predicted_s - remaining_s) / settings.wait_headroom, load.wait_s(load.tokens_ahead))
+    over_s = min((predicted_s - remaining_s) / settings.wait_headroom, load.wait_s(ahead))
     return Overloaded("predicted_wait", remaining_s, predicted_s, _clamp(over_s))
 
 

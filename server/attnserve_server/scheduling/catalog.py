@@ -28,7 +28,7 @@ class ModelState(StrEnum):
 class Submitter(Protocol):
     """What the data plane needs of a model's scheduler."""
 
-    def check_room(self, deadline: float | None) -> None:
+    def check_room(self, deadline: float | None, caller: str = "") -> None:
         """Raise what `submit` would raise now for the smallest request."""
         ...
 

@@ -125,12 +125,17 @@ def adjusted_arrival(arrived_s: float, priority: Priority, settings: SchedulingS
 
 
 def plan(
-    candidates: Sequence[Candidate], now: float, settings: SchedulingSettings, cost: CostModel, pace: float = 0.0
+    candidates: Sequence[Candidate],
+    now: float,
+    settings: SchedulingSettings,
+    cost: CostModel,
+    pace: float = 0.0,
+    first: int | None = None,
 ) -> Plan:
     """Plan the next run.
 
-    Since the oldest always runs, a sequence runs after at most as many runs as there were sequences before it: none
-    starves. Sequences whose run would end past their deadlines are dropped, unless nothing else waits: then one of them
+    Since the first one always runs, a sequence runs after at most as many runs as there were before it: none starves.
+    Sequences whose run would end past their deadlines are dropped, unless nothing else waits: then one of them
     runs, and its time corrects an estimate that was too high.
 
     Args:
@@ -139,6 +144,7 @@ def plan(
         settings: the bounds. They never keep the oldest from running alone.
         cost: what a run costs.
         pace: seconds on the clock for each second of `cost`; 0: unknown, and deadlines count once they have passed.
+        first: index of the one whose turn it is, and which runs unless it is dropped; None: the oldest.
     """
     expired: list[int] = []
     late: list[int] = []
@@ -155,15 +161,18 @@ def plan(
     if not in_time:
         return Plan(tuple(sorted(late, key=lambda at: candidates[at].adjusted_arrival_s)[:1]), tuple(expired))
     dropped = (*expired, *late)
-    oldest = min(in_time, key=lambda at: candidates[at].adjusted_arrival_s)
+    if first is not None and first in in_time:
+        oldest = first
+    else:
+        oldest = min(in_time, key=lambda at: candidates[at].adjusted_arrival_s)
     neighbours = _neighbours(candidates, oldest, in_time, cost) if settings.max_batch_size > 1 else []
     if not neighbours:
         return Plan((oldest,), dropped)
     line = [oldest, *neighbours]
     members = [candidates[at] for at in line]
-    first = members[0]
-    if all(one.lengths == first.lengths and one.footprint == first.footprint for one in members):
-        latest_end_s = now + pace * cost.seconds(len(line), first.tokens)
+    head = members[0]
+    if all(one.lengths == head.lengths and one.footprint == head.footprint for one in members):
+        latest_end_s = now + pace * cost.seconds(len(line), head.tokens)
         if all(one.deadline_s is None or one.deadline_s >= latest_end_s for one in members):
             return Plan(tuple(line[: _alike(members, now, settings, cost)]), dropped)
     chosen = _choose(members, now, settings, cost, pace)

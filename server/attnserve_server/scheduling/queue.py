@@ -10,30 +10,24 @@ Any other change of state raises AssertionError.
 from __future__ import annotations
 
 import asyncio
-import math
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from heapq import heappop, heappush
 from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.values import PreparedSequence, SequenceResult
+from attnserve_server.engine.cost import CostModel
 from attnserve_server.scheduling.admission import Demand
 from attnserve_server.scheduling.policy import Candidate
+from attnserve_server.scheduling.turns import Turns
 
 if TYPE_CHECKING:  # the engine imports the runtime, which a front process does without
     from attnserve_server.engine.session import RunHandle
 
-_arrival_key: Final = attrgetter("arrival_key")
 _length_key: Final = attrgetter("length_key")
-TICK_S: Final = 0.02
-"""Few requests are in their last 20 ms at any time."""
-_TOLERANCE_S: Final = 1e-6
-"""A loop timer may fire a clock tick early; a deadline that is nearer than this counts as reached."""
 
 
 class State(IntEnum):
@@ -73,16 +67,23 @@ class Request:
     As a context manager it fails with the exception that leaves the block, if it has not ended.
     """
 
-    __slots__ = ("_results", "_waiter", "arrived_s", "deadline_s", "entries", "received_bytes", "request_id", "state")
+    __slots__ = (
+        *("_results", "_waiter", "arrived_s", "caller", "deadline_s", "entries", "received_bytes", "request_id"),
+        "state",
+    )
 
-    def __init__(self, request_id: str = "", deadline_s: float | None = None, received_bytes: int = 0) -> None:
+    def __init__(
+        self, request_id: str = "", deadline_s: float | None = None, received_bytes: int = 0, caller: str = ""
+    ) -> None:
         """Begin in RECEIVED.
 
         Args:
             request_id: the request's name, for logs.
             deadline_s: monotonic seconds; None: it never expires.
             received_bytes: of its message. They count as long as it waits, because its tensors keep them in memory.
+            caller: who shares turns with other callers: the name of a token, else an address.
         """
+        self.caller = caller
         self.request_id = request_id
         self.deadline_s = deadline_s
         self.received_bytes = received_bytes
@@ -217,30 +218,37 @@ class Entry:
 
 
 class Queue:
-    """Waiting sequences with running totals, in order of arrival and by length. Admission keeps it bounded."""
+    """Waiting sequences with running totals, by turns of their callers and by length. Admission keeps it bounded."""
 
     def __init__(self) -> None:
-        self._by_arrival: list[Entry] = []  # oldest first
+        self._turns = Turns()
+        self._count = 0
         self._by_length: list[Entry] = []  # shortest first, grouped by lengths along axes that do not pad
         self._tokens = 0
         self._bytes = 0
         self._continued = 0  # sequences with a past
 
     def __len__(self) -> int:
-        return len(self._by_arrival)
+        return self._count
 
     @property
     def totals(self) -> Demand:
         """The sum of all waiting sequences."""
-        return Demand(len(self._by_arrival), self._tokens, self._bytes)
+        return Demand(self._count, self._tokens, self._bytes)
+
+    @property
+    def callers(self) -> int:
+        """Callers with waiting sequences."""
+        return self._turns.callers
+
+    def waiting(self, caller: str) -> Demand:
+        """Return what waits of one caller."""
+        return self._turns.waiting(caller)
 
     def push(self, entry: Entry) -> None:
         """Insert a sequence."""
-        by_arrival = self._by_arrival
-        if by_arrival and by_arrival[-1].arrival_key > entry.arrival_key:
-            insort(by_arrival, entry, key=_arrival_key)
-        else:  # the usual order
-            by_arrival.append(entry)
+        self._turns.push(entry)
+        self._count += 1
         insort(self._by_length, entry, key=_length_key)
         self._tokens += entry.candidate.tokens
         self._bytes += entry.bytes
@@ -248,96 +256,35 @@ class Queue:
 
     def remove(self, entry: Entry) -> None:
         """Remove a sequence that is in the queue."""
-        for entries, key in ((self._by_arrival, _arrival_key), (self._by_length, _length_key)):
-            at = bisect_left(entries, key(entry), key=key)
-            assert entries[at] is entry
-            del entries[at]
+        self._turns.remove(entry)
+        self._count -= 1
+        at = bisect_left(self._by_length, _length_key(entry), key=_length_key)
+        assert self._by_length[at] is entry
+        del self._by_length[at]
         self._tokens -= entry.candidate.tokens
         self._bytes -= entry.bytes
         self._continued -= entry.candidate.past > 0
 
+    def take(self, entries: list[Entry], cost: CostModel) -> None:
+        """Remove the sequences of a run, and count what it takes to their callers."""
+        if self._turns.callers > 1:
+            common_s = cost.run_s / len(entries)
+            self._turns.charge(entries, [common_s + cost.row_s(entry.candidate.tokens) for entry in entries])
+        for entry in entries:
+            self.remove(entry)
+
     def candidates(self, count: int) -> list[Entry]:
-        """Return the oldest sequence, and of all others the `count` nearest to it in length, half on either side.
+        """Return the oldest sequence of the caller whose turn it is, and the `count` nearest to it in length.
+
+        Half of these are on either side.
 
         Sequences with a past and those without one run on different graphs: only those of the oldest's are returned.
         Raise IndexError for an empty queue.
         """
-        oldest = self._by_arrival[0]
+        oldest = self._turns.first()
         at = bisect_left(self._by_length, _length_key(oldest), key=_length_key)
         half = (count + 1) // 2
         near = [*self._by_length[max(0, at - half) : at], *self._by_length[at + 1 : at + 1 + half]]
         if self._continued:
             near = [entry for entry in near if bool(entry.candidate.past) is bool(oldest.candidate.past)]
         return [oldest, *near]
-
-
-class Deadlines:
-    """The deadlines of pending requests, with one timer of the loop for all of them.
-
-    Calls back once for each, and not before it is reached, even if the loop's clock is ahead. Most requests end long
-    before their deadlines: they wait in sets by tick, which cost an insertion and a removal. In the tick of its
-    deadline a request becomes near, and the timer is set for the nearest one.
-    """
-
-    def __init__(self, clock: Clock, expire: Callable[[Request], None]) -> None:
-        """Begin without requests.
-
-        Args:
-            clock: the deadlines are on it.
-            expire: called with a request whose deadline is reached; the request is discarded before.
-        """
-        self._clock = clock
-        self._expire = expire
-        self._sets: dict[int, set[Request]] = {}  # by tick
-        self._ticks: list[int] = []  # a heap of the keys
-        self._near: set[Request] = set()
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_s = math.inf  # the time that it is set for
-
-    def add(self, request: Request) -> None:
-        """Watch a request that has a deadline."""
-        assert request.deadline_s is not None
-        tick = int(request.deadline_s // TICK_S)
-        waiting = self._sets.get(tick)
-        if waiting is None:
-            waiting = self._sets[tick] = set()
-            heappush(self._ticks, tick)
-            if tick * TICK_S < self._timer_s:
-                self._arm(tick * TICK_S)
-        waiting.add(request)
-
-    def discard(self, request: Request) -> None:
-        """Watch a request no more. Nothing happens if it is not watched."""
-        if request.deadline_s is not None:
-            self._near.discard(request)
-            waiting = self._sets.get(int(request.deadline_s // TICK_S))
-            if waiting is not None:
-                waiting.discard(request)
-
-    def close(self) -> None:
-        """Call back no more."""
-        self._sets.clear()
-        self._ticks.clear()
-        self._near.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _arm(self, at_s: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_s = at_s
-        self._timer = asyncio.get_running_loop().call_later(at_s - self._clock.now(), self._fire)
-
-    def _fire(self) -> None:
-        now = self._clock.now() + _TOLERANCE_S
-        self._timer, self._timer_s = None, math.inf
-        while self._ticks and self._ticks[0] * TICK_S <= now:
-            self._near |= self._sets.pop(heappop(self._ticks))
-        for request in [one for one in self._near if one.deadline_s is None or one.deadline_s <= now]:
-            self._near.discard(request)
-            self._expire(request)
-        next_s = min((one.deadline_s for one in self._near if one.deadline_s is not None), default=math.inf)
-        if self._ticks:
-            next_s = min(next_s, self._ticks[0] * TICK_S)
-        if next_s < self._timer_s:
-            self._arm(next_s)

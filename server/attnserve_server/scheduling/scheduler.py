@@ -30,9 +30,10 @@ from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.observability.metrics import ModelMetrics
 from attnserve_server.scheduling.admission import Demand, Load, Pricing, refusal
+from attnserve_server.scheduling.deadlines import Deadlines
 from attnserve_server.scheduling.idle import Gathering, IdleInstances
 from attnserve_server.scheduling.policy import Layout, SchedulingSettings, adjusted_arrival, plan
-from attnserve_server.scheduling.queue import Deadlines, Entry, Queue, Request, Run, State
+from attnserve_server.scheduling.queue import Entry, Queue, Request, Run, State
 from attnserve_server.scheduling.verifier import Verifier
 
 _log = logging.getLogger(__name__)
@@ -116,14 +117,16 @@ class Scheduler:
         self._draining = True
         self._fail_all(lambda: NotServing(self._manifest.name, "draining"))
 
-    def load(self) -> Load:
-        """Return what waits and runs now."""
-        speed = self._pricing.speed
-        return Load(self._queue.totals, self._running_tokens, self._executor.instances, speed.seconds_per_token)
+    def load(self, caller: str | None = None) -> Load:
+        """Return what waits and runs now, as a request of `caller` meets it."""
+        queue, waiting = self._queue, self._queue.totals
+        own = None if caller is None else queue.waiting(caller)
+        speed = self._pricing.seconds_per_token(waiting)
+        return Load(waiting, self._running_tokens, self._executor.instances, speed, own, queue.callers)
 
-    def check_room(self, deadline: float | None) -> None:
+    def check_room(self, deadline: float | None, caller: str = "") -> None:
         """Raise what `submit` would raise now for the smallest request, before any work goes into a real one."""
-        self._admit(_SMALLEST, self._serving_at(deadline), deadline)
+        self._admit(_SMALLEST, self._serving_at(deadline), deadline, caller)
 
     def submit(
         self, request: Request, sequences: Sequence[PreparedSequence], priority: Priority = Priority.NORMAL
@@ -146,10 +149,10 @@ class Scheduler:
         """
         deadline = request.deadline_s
         now = self._serving_at(deadline)
-        count = len(sequences)
-        unused = max(0, request.received_bytes - sum([one.bytes for one in sequences])) // count
+        unused = max(0, request.received_bytes - sum([one.bytes for one in sequences])) // len(sequences)
         sizes = [one.bytes + unused + one.response_bytes for one in sequences]
-        self._admit(Demand(count, sum([one.tokens for one in sequences]), sum(sizes)), now, deadline)
+        demand = Demand(len(sequences), sum([one.tokens for one in sequences]), sum(sizes))
+        self._admit(demand, now, deadline, request.caller)
         request.admit(now)
         mark(request.request_id, sequences)
         self._requests.add(request)
@@ -192,10 +195,10 @@ class Scheduler:
             return "loading"
         return "failed" if self._faulted or not self._draining else "draining"
 
-    def _admit(self, demand: Demand, now: float, deadline: float | None) -> None:
-        load = self.load()
-        if not load.waiting.sequences and (deadline is None or not load.running_tokens):
+    def _admit(self, demand: Demand, now: float, deadline: float | None, caller: str) -> None:
+        if not len(self._queue) and (deadline is None or not self._running_tokens):
             return  # nothing is ahead: the usual case
+        load = self.load(caller)
         refused = refusal(demand, load, None if deadline is None else deadline - now, self._pricing.settings)
         if refused is not None:
             self._metrics.refused(refused.cause)
@@ -244,7 +247,7 @@ class Scheduler:
             front = self._queue.candidates(self._pricing.settings.look_ahead)
             candidates = [entry.candidate for entry in front]
             settings, cost = self._pricing.terms(candidates[0])
-            planned = plan(candidates, self._clock.now(), settings, cost, self._pricing.pace)
+            planned = plan(candidates, self._clock.now(), settings, cost, self._pricing.pace, first=0)
             # A request that has ended was cancelled in this turn of the loop: its task has not withdrawn it yet.
             for request in {front[at].request for at in planned.expired}:
                 if request.ended:
@@ -258,9 +261,8 @@ class Scheduler:
                 self._withdraw(request, "cancelled")
             if ended:
                 continue
-            for entry in entries:
-                self._queue.remove(entry)
             if entries:
+                self._queue.take(entries, cost)
                 return entries
         return []
 
@@ -342,11 +344,8 @@ class Scheduler:
         if not task.cancelled() and task.exception() is None:
             return
         self._faulted = True
-        _log.critical(
-            "the scheduler's loop died",
-            exc_info=None if task.cancelled() else task.exception(),
-            extra={"model": self._manifest.name},
-        )
+        error = None if task.cancelled() else task.exception()
+        _log.critical("the scheduler's loop died", exc_info=error, extra={"model": self._manifest.name})
         self._fail_all(InternalFault)
         if self._on_fault is not None:
             self._on_fault()

@@ -112,7 +112,7 @@ class DataPlane:
         try:
             manifest, scheduler = self._serving(served)
             if not message.validate_only:
-                scheduler.check_room(request.deadline_s)
+                scheduler.check_room(request.deadline_s, request.caller)
             reader = self._reader(served, manifest)
             valid = None
             if reader.quick is not None and received.size <= OFFLOAD_TENSOR_BYTES:

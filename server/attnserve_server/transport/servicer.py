@@ -6,7 +6,6 @@ At the boundary a failure becomes one status, at most one log line, and one coun
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from itertools import count
@@ -31,8 +30,10 @@ from attnserve_server.domain.errors import (
 )
 from attnserve_server.observability.logs import Sampler, logger
 from attnserve_server.observability.metrics import RPC_HANDLED, RPC_SECONDS, RPC_STARTED, Metrics
+from attnserve_server.observability.spec import REFUSAL_SECONDS
 from attnserve_server.scheduling.queue import Request
 from attnserve_server.transport.dataplane import DataPlane
+from attnserve_server.transport.sockets import address_of
 from attnserve_server.transport.status import code_of, is_fault, name_of_code, plain, status_of, trailers_of
 from attnserve_server.transport.unread import SMALL_BYTES, Unread, on_end
 from attnserve_server.transport.validation import check_request_id
@@ -93,8 +94,9 @@ class InferenceServicer:
             check_request_id(request_id)
         else:
             request_id = f"{_PROCESS}{next(_NUMBERS):016x}"
-        request = Request(request_id, deadline_s, received.size)
         plane, caller = self._plane, CALLER.get()
+        turns = address_of(context.peer()) if caller is None else caller.token.name
+        request = Request(request_id, deadline_s, received.size, turns)
         try:
             if caller is not None:
                 message = received.message
@@ -183,6 +185,7 @@ class RpcMetrics:
         seconds = self._metrics.histogram(RPC_SECONDS).labels(*labels)
         handled = self._metrics.counter(RPC_HANDLED)
         answered = handled.labels(*labels, "OK")
+        refusals = self._metrics.histogram(REFUSAL_SECONDS).labels()
 
         async def measured_call(request: Any, context: Context) -> Any:
             started.inc()
@@ -202,8 +205,13 @@ class RpcMetrics:
                 status = _status_of(error, method)
                 code = code_of(status).name
                 # A call that has ended on the caller's side cannot be aborted, and needs no answer.
-                with contextlib.suppress(grpc.aio.InternalError):
+                try:
                     await context.abort(code_of(status), status.message, trailers_of(status))
+                except grpc.aio.InternalError:
+                    pass
+                finally:
+                    if code in {"RESOURCE_EXHAUSTED", "UNAVAILABLE"}:
+                        refusals.observe(self._clock.now() - begun)
             finally:
                 (answered if code == "OK" else handled.labels(*labels, code)).inc()
                 seconds.observe(self._clock.now() - begun)

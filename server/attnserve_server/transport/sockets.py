@@ -13,6 +13,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Final
 from urllib.parse import unquote
 
@@ -99,6 +100,24 @@ def _accepted(port: int) -> Iterator[tuple[Peer, int, socket.socket]]:
                 except OSError:  # a socket that listens
                     continue
                 yield (_plain(host), number), os.fstat(descriptor).st_ino, found
+
+
+@lru_cache(4096)
+def address_of(peer: str) -> str:
+    """Return the address of gRPC's `ipv4:ADDRESS:PORT`; of IPv6 the first 64 bits, which one site has to itself."""
+    kind, _, rest = peer.partition(":")
+    return site_of(unquote(rest).rpartition(":")[0].strip("[]") if kind in {"ipv4", "ipv6"} else peer)
+
+
+def site_of(host: str) -> str:
+    """Return an address in its usual form, of IPv6 the first 64 bits; a text that is no address as it is."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if address.version == 4:
+        return str(address)
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
 
 
 def _peer_of(peer: str) -> Peer | None:

@@ -32,6 +32,7 @@ from attnserve_server.transport.allowance import Allowance
 from attnserve_server.transport.codec import streamed
 from attnserve_server.transport.dataplane import DataPlane, Prepared
 from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, remaining_s, send
+from attnserve_server.transport.sockets import address_of
 from attnserve_server.transport.status import status_of
 from attnserve_server.transport.unread import Held, Unread
 from attnserve_server.transport.validation import check_request_id, is_request_id
@@ -120,6 +121,7 @@ class _Stream:
         self._clock = clock
         self._context = context
         self._caller = CALLER.get()
+        self._turns = address_of(context.peer()) if self._caller is None else self._caller.token.name
         remaining = remaining_s(context)
         self._deadline_s = None if remaining is None else clock.now() + remaining
         self._timeout_s = settings.call_timeout_s
@@ -216,7 +218,7 @@ class _Stream:
                 request_id, InvalidRequest.of("request_id", f"{request_id!r} is the id of an unanswered request")
             )
             return
-        request = Request(request_id, self._deadline_of(message), received.size)
+        request = Request(request_id, self._deadline_of(message), received.size, self._turns)
         if await self._slot(request):
             flight = self._flights[request_id] = _Flight(request, received.part(message.request))
             self._begin(flight, group)

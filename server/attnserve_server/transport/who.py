@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
-from urllib.parse import unquote
 
 import grpc
 from starlette.responses import JSONResponse
@@ -22,6 +20,7 @@ from attnserve_server.access.certificates import Certificates
 from attnserve_server.access.guard import CALLER, Access, Caller, Guard
 from attnserve_server.domain.errors import PermissionDenied, Unauthenticated
 from attnserve_server.transport.servicer import SERVICE, Context, RpcMetrics
+from attnserve_server.transport.sockets import address_of, site_of
 from attnserve_server.transport.status import status_of, trailers_of
 
 FREE: Final = ""
@@ -142,13 +141,6 @@ def server_credentials(access: Access) -> grpc.ServerCredentials | None:
     )
 
 
-def address_of(peer: str) -> str:
-    """Return the address of gRPC's `ipv4:ADDRESS:PORT`; of IPv6 the first 64 bits, which one site has to itself."""
-    kind, _, rest = peer.partition(":")
-    host = unquote(rest).rpartition(":")[0].strip("[]") if kind in {"ipv4", "ipv6"} else peer
-    return _site(host)
-
-
 class CertifiedProtocol(H11Protocol):
     """uvicorn's protocol, which also states in `scope["state"]` whether the client has a checked certificate."""
 
@@ -182,7 +174,7 @@ def _refusal(scope: Scope, access: Access) -> JSONResponse | None:
     if guard is None:
         return None
     header = next((value for key, value in scope["headers"] if key == b"authorization"), b"").decode("latin-1")
-    peer = _site((scope.get("client") or ("unknown",))[0])
+    peer = site_of((scope.get("client") or ("unknown",))[0])
     named = path if wanted is not None else "unknown"
     try:
         caller = guard.caller(header, peer, named)
@@ -213,16 +205,6 @@ def _authorization(metadata: Any) -> str:
         if key == "authorization":
             return str(value)
     return ""
-
-
-def _site(host: str) -> str:
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if address.version == 4:
-        return str(address)
-    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
 
 
 def _configuration(certificates: Certificates) -> grpc.ServerCertificateConfiguration:

@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable
 
 import pytest
-from attnserve_server.scheduling.queue import TICK_S, Deadlines, Request
+from attnserve_server.scheduling.deadlines import TICK_S, Deadlines
+from attnserve_server.scheduling.queue import Request
 
 
 @pytest.mark.parametrize("seed", range(5))
