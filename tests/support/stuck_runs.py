@@ -18,13 +18,17 @@ if {process!r} in " ".join(sys.orig_argv):
     def run(self, *arguments, **options):
         while os.path.exists({trigger!r}):
             ctypes.CDLL(None).usleep({microseconds})  # without the interpreter's lock, as a kernel of the runtime
+            if {once!r}:
+                break
         return usual(self, *arguments, **options)
 
     session.RuntimeSession.run = run
 """
 
 
-def environment(folder: Path, trigger: Path, *, process: str, seconds: float = 600.0) -> dict[str, str]:
+def environment(
+    folder: Path, trigger: Path, *, process: str, seconds: float = 600.0, once: bool = False
+) -> dict[str, str]:
     """Return the environment of a server whose runs wait while `trigger` exists.
 
     Args:
@@ -32,8 +36,9 @@ def environment(folder: Path, trigger: Path, *, process: str, seconds: float = 6
         trigger: the file.
         process: text in the command line of the processes that run models.
         seconds: of one native wait, which ends before the file is looked for again.
+        once: each run waits once, and then runs.
     """
     folder.mkdir(exist_ok=True)
-    code = _CODE.format(process=process, trigger=str(trigger), microseconds=round(seconds * 1e6))
+    code = _CODE.format(process=process, trigger=str(trigger), microseconds=round(seconds * 1e6), once=once)
     (folder / "sitecustomize.py").write_text(code)
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
