@@ -15,6 +15,8 @@ from attnserve_server.engine.cost_file import read_costs, write_costs
 from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.instance_thread import Occupancy
 from attnserve_server.engine.pulse import Pulse
+from attnserve_server.engine.session import CPU
+from attnserve_server.engine.shrinking import Shrinker
 from attnserve_server.engine.watched import WatchedExecutor
 from attnserve_server.loading import (
     Opened,
@@ -44,9 +46,11 @@ class Started:
     opened: Opened
     executor: Executor
     scheduler: Scheduler
+    shrinker: Shrinker
 
     async def aclose(self) -> None:
         """Cancel pending requests, and end the threads."""
+        self.shrinker.close()
         await self.scheduler.aclose()
         await self.executor.aclose()
 
@@ -125,7 +129,10 @@ async def start_model(
         sites_available=sum(site.available for site in manifest.sites),
         load_s=round(clock.now() - began, 3),
     )
-    return Started(opened, executor, scheduler)
+    shrinker = Shrinker(executor.shrink, occupancy, clock)
+    if session.provider == CPU:
+        shrinker.start()
+    return Started(opened, executor, scheduler, shrinker)
 
 
 def why_not_loaded(error: Exception, name: str, version: str) -> str:

@@ -17,7 +17,7 @@ from attnserve_server import attention
 from attnserve_server.domain.clock import Clock, ThreadCpuClock
 from attnserve_server.domain.errors import AttnserveError, InternalFault, RequestCancelled
 from attnserve_server.domain.values import Array, PreparedSequence, RunFacts, SequenceResult
-from attnserve_server.engine import warmup
+from attnserve_server.engine import shrinking, warmup
 from attnserve_server.engine.collation import (
     CollatedBatch,
     UnexpectedShape,
@@ -164,6 +164,11 @@ class Executor:
     async def on_all_instances(self, function: Callable[..., None], *arguments: object) -> None:
         """Run a function on the threads of all instances at the same time. Raise what it raises."""
         await asyncio.gather(*(thread.run(function, *arguments) for thread in self._threads))
+
+    async def shrink(self) -> None:
+        """Give back the memory that earlier runs took and later ones may not need."""
+        if self._threads:
+            await self._threads[0].run(shrinking.shrink, tuple(filter(None, (self._prompt, self._past))))
 
     async def _measured(self, graph: Graph) -> tuple[TimedRun, ...]:
         # The fewest shapes for a past: they are timed at each start.

@@ -214,6 +214,7 @@ class RuntimeSession:
         handle: RunHandle | None = None,
         *,
         exact_shape: bool = False,
+        shrinks: bool = False,
     ) -> list[Array]:
         """Run the model once, on the calling thread.
 
@@ -226,6 +227,7 @@ class RuntimeSession:
             fetches: names of the outputs to return.
             handle: stops the run from another thread.
             exact_shape: do not pad the run to a shape of a plan.
+            shrinks: free what the arena on the CPU does not use afterwards, which takes as long as several runs.
 
         Returns:
             The outputs in the order of `fetches`, each in its own memory.
@@ -238,6 +240,8 @@ class RuntimeSession:
             return []  # the runtime returns all outputs for an empty list: findings/empty_fetch_list.sh
         options = ort.RunOptions()
         options.log_severity_level = FATAL_ONLY
+        if shrinks:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         if handle is not None:
             handle._attach(options)  # noqa: SLF001 - handle and session are two halves of one thing
         try:

@@ -316,12 +316,8 @@ class RemoteScheduler:
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
-        if connection is None:
-            return
-        connection.close()
-        for pending in self._pending.values():
-            if pending.request.deadline_s is not None:
-                self._deadlines.add(pending.request)
+        if connection is not None:
+            connection.close()
 
     def _expire(self, request: Request) -> None:
         request.fail(DeadlineExpired(self._clock.now() - request.arrived_s))
