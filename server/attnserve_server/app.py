@@ -29,6 +29,7 @@ from attnserve_server.starting import ISOLATED, Started, start_model, why_not_lo
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.http import HttpServer
+from attnserve_server.transport.peak import log_peak
 from attnserve_server.transport.receiving import ReceiveBounds
 from attnserve_server.transport.server import GrpcServer
 from attnserve_server.transport.servicer import SERVICE
@@ -97,6 +98,7 @@ class Application:
             "and not ended, memory has no limit, and calls use one core",
             remedy="--isolation process",
         )
+        log_peak(bundles, self.settings, self.bounds)
         for bundle, model in waiting:
             await self._load(bundle, model)
         ready = ready_models(self.catalog)

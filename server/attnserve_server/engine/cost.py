@@ -217,6 +217,10 @@ class Footprint:
                 self._by_layers[layers] = known
         return known
 
+    def largest(self) -> Terms:
+        """Return the terms of a sequence that selects every site."""
+        return self._with_layers([site.layer for site in self._manifest.sites if site.available])
+
     def _with_layers(self, layers: Iterable[int]) -> Terms:
         terms = Counter(self._rows)
         for layer in layers:

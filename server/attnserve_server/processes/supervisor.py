@@ -34,6 +34,7 @@ from attnserve_server.processes.kept_front import KeptFront
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.http import HttpServer
+from attnserve_server.transport.peak import log_peak
 from attnserve_server.transport.receiving import ReceiveBounds
 from attnserve_server.transport.server import PortUnavailable
 from attnserve_server.wanted import StartFailed, log_cautions, ready_models, under_policy, wanted_bundles
@@ -113,7 +114,7 @@ class Supervisor:
         self._holder, self.grpc_port = _held_port(self.settings)
         self.http_port = await self.http.start()
         count = self.settings.fronts or min(MOST_FRONTS, max(1, cores() // 2))
-        ReceiveBounds.of(self.settings, [(bundle.manifest, 0) for bundle in bundles], count)  # as each front does
+        bounds = ReceiveBounds.of(self.settings, [(bundle.manifest, 0) for bundle in bundles], count)  # of each front
         _log.info(
             "listening",
             version=__version__,
@@ -122,6 +123,7 @@ class Supervisor:
             http_port=self.http_port,
             fronts=count,
         )
+        log_peak(bundles, self.settings, bounds, count)
         self._spawn(bundles, faults, count)
         self._begin(self.keeper.watch(self._reloaded), "files")
         self._begin(self._watch(), "watch")
