@@ -15,13 +15,7 @@ from itertools import count
 from typing import Final
 
 from attnserve_server.domain.clock import Clock
-from attnserve_server.domain.errors import (
-    AttnserveError,
-    DeadlineExpired,
-    InternalFault,
-    NotServing,
-    RequestCancelled,
-)
+from attnserve_server.domain.errors import AttnserveError, DeadlineExpired, InternalFault, NotServing, RequestCancelled
 from attnserve_server.domain.values import PreparedSequence, Priority, SequenceResult
 from attnserve_server.engine.executor import BatchExecutor, Outcome
 from attnserve_server.engine.failpoints import mark
