@@ -86,8 +86,9 @@ def errors() -> str:
     )
     return page + (
         "\ngRPC itself raises some errors, without details: `UNIMPLEMENTED` for an unknown method, "
-        "`RESOURCE_EXHAUSTED` for a message over `max_request_bytes`, `DEADLINE_EXCEEDED` and `CANCELLED` where the "
-        "client's side detects them first. The health service answers `NOT_FOUND` for an unknown service name.\n"
+        "or for a compressed message, `RESOURCE_EXHAUSTED` for a message over the largest request of the models, "
+        "`DEADLINE_EXCEEDED` and `CANCELLED` where the client's side detects them first. The health service answers "
+        "`NOT_FOUND` for an unknown service name.\n"
     )
 
 

@@ -65,14 +65,14 @@ class Bounds(BaseSettings):
     )
     call_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = Field(
         60.0,
-        description="Seconds after which a call, or a request of a stream, without a deadline of its own ends with "
-        "DEADLINE_EXCEEDED. Default: more than any request takes in a queue of seconds, so that a caller who has left "
-        "without a word does not hold memory for ever.",
+        description="Seconds after which a call, or a request of a stream, without a deadline ends with "
+        "DEADLINE_EXCEEDED. Default: more than any request takes in a queue of seconds, so that a caller that is lost "
+        "does not hold memory without a limit.",
     )
     max_connections: Annotated[int, Field(ge=1, le=65_536)] = Field(
         768,
-        description="Maximum number of connections to the gRPC port, shared by the fronts; younger ones are closed "
-        "within a second. Default: leaves room below the 1,024 file descriptors that a process may usually open.",
+        description="Maximum number of connections to the gRPC port, shared by the fronts; further ones are closed "
+        "at once. Default: leaves room below the 1,024 file descriptors that a process may usually open.",
     )
     max_streams_per_connection: Annotated[int, Field(ge=1, le=65_536)] = Field(
         256,

@@ -30,7 +30,7 @@ EXIT_FAULTED: Final = 70
 """Exit code of an internal error, EX_SOFTWARE of sysexits.h: a supervisor should restart the process."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 AFTER_GRACE_S: Final = 1.0
-"""Seconds after the grace period, or after the second signal, at which the process ends, whatever runs."""
+"""Seconds after the grace period, or after the second signal, at which the process ends in any case."""
 _FLUSH_S: Final = 0.5
 """Seconds that the last lines of the log have in a hard end."""
 

@@ -115,9 +115,12 @@ async def test_the_state_of_a_dead_peer_is_freed(
 # Connections and calls
 
 
-async def test_surplus_connections_end_and_those_that_were_there_stay(settings: Settings) -> None:
+@pytest.mark.parametrize(("most", "refused"), [(8, 6), (100, 0)], ids=["bound", "control"])
+async def test_surplus_connections_end_and_those_that_were_there_stay(
+    settings: Settings, most: int, refused: int
+) -> None:
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(started(settings, max_connections=16))
+        server = await stack.enter_async_context(started(settings, max_connections=most))
 
         async def connected() -> InferenceServiceStub:
             channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=SEPARATE)
@@ -125,21 +128,29 @@ async def test_surplus_connections_end_and_those_that_were_there_stay(settings: 
             await stub.Infer(asking(), timeout=10)
             return stub
 
-        first = [await connected() for _ in range(12)]
-        server.grpc._connections.limit()  # as each second
+        first = [await connected() for _ in range(4)]
         with ExitStack() as idle:
-            sockets = [SlowCaller(server.grpc_port) for _ in range(30)]
-            for one in sockets:
-                idle.enter_context(one)
-            assert not any(one.ended() for one in sockets), "the control: the system took them"
-            await asyncio.sleep(1.3)
-            assert sum(one.ended() for one in sockets) == 30 + 12 - 16
+            sockets = [idle.enter_context(SlowCaller(server.grpc_port)) for _ in range(10)]
+            await until(lambda: sum(one.ended() for one in sockets) == refused)
             for stub in first:
                 await stub.Infer(asking(), timeout=10)
-        await asyncio.sleep(0.1)
+            if refused:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await connected()
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        await asyncio.sleep(0.5)
         await connected()
-        dropped = server.metrics.registry.get_sample_value
-        assert dropped("attnserve_connections_dropped_total", {"cause": "connections"}) == 26
+
+
+async def test_a_handshake_that_does_not_end_loses_its_connection(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_server, "HANDSHAKE_MS", 500)
+    async with started(settings) as server:
+        with socket.create_connection(("127.0.0.1", server.grpc_port)) as silent:
+            await asyncio.sleep(0.2)
+            assert not _ended(silent), "the control: it was accepted"
+            await until(lambda: _ended(silent))
 
 
 async def test_calls_of_one_connection_beyond_its_streams_wait_in_the_client(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""A server ends by its grace period, whatever runs, at once at a second signal, and while it loads.
+"""A server ends by its grace period during any run, at once at a second signal, and while it loads.
 
 The runs wait in native code, where the runtime cannot stop them either.
 """

@@ -1,4 +1,4 @@
-"""A caller that speaks just enough HTTP/2 to begin calls, send part of a message, and not read: all of it well formed.
+"""A caller with just enough HTTP/2 to begin calls, send part of a message, and not read: all of it well formed.
 
 Source: RFC 9113, sections 3.4 and 4.1; RFC 7541, section 6.2.2; gRPC's doc/PROTOCOL-HTTP2.md.
 """
@@ -40,7 +40,7 @@ class SlowCaller(AbstractContextManager["SlowCaller"]):
             ":scheme": "http",
             ":path": method,
             ":authority": "test",
-            "te": "trailers",
+            "te": "trailers",  # codespell:ignore te
             "content-type": "application/grpc",
         }
         block = b"".join(_field(name.encode(), value.encode()) for name, value in fields.items())

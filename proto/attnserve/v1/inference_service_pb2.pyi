@@ -453,7 +453,9 @@ class StreamInferRequest(_message.Message):
     effect.
     """
     timeout_ms: _builtins.int
-    """Deadline of this request, in milliseconds from its arrival. 0, the default: the deadline of the stream."""
+    """Deadline of this request, in milliseconds from its arrival. 0, the default: the deadline of the stream, or, if that
+    has none, the server's `--call-timeout-s`.
+    """
     @_builtins.property
     def request(self) -> Global___InferRequest:
         """A request. Its `request_id` is required."""

@@ -9,8 +9,8 @@ from attnserve_server.observability.tally import Counter, Gauge, Histogram, Metr
 CONNECTIONS_DROPPED: Final = MetricSpec(
     Counter,
     "attnserve_connections_dropped_total",
-    "Connections that the server closed: `connections` (beyond `--max-connections`), `unread` (beyond "
-    "`--unread-timeout-s`), `unsent` (a message that does not arrive).",
+    "Connections that the server closed, because their callers do not read (`unread`, `--unread-timeout-s`), or begin "
+    "messages that do not arrive (`unsent`).",
     ("cause",),
 )
 UNREAD_BYTES: Final = MetricSpec(

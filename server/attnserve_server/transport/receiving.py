@@ -1,7 +1,7 @@
 """What messages that are being received may take: the largest message, and how many are received at a time.
 
-gRPC reads a message as a whole before Python is asked, and only calls can be counted, not bytes. So the worst case is
-bounded by numbers: messages being received x the largest message, and calls x what HTTP/2 takes of each before it is
+gRPC reads a message as a whole before code of the server runs, and only calls can be counted, not bytes. So numbers
+bound the worst case: messages being received x the largest message, and calls x what HTTP/2 takes of each before it is
 read. Both halves of the budget are kept by this module, in front of the handlers of all services.
 
 Calls whose messages do not arrive could take all places. So once half are taken, a message has `ARRIVES_S`, after which

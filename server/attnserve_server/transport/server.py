@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Final
 
 import grpc
@@ -59,7 +58,7 @@ class GrpcServer:
         """Store the parts. `shared_port`: other processes of this server listen on the port too."""
         self._settings = settings
         dropped = metrics.counter(CONNECTIONS_DROPPED)
-        self._connections = Connections(settings.max_connections, lambda cause: dropped.labels(cause).inc())
+        self._connections = Connections(lambda cause: dropped.labels(cause).inc())
         self._unread = Unread(settings.max_unread_bytes, settings.unread_timeout_s, clock, self._connections.drop)
         metrics.gauge(UNREAD_BYTES).labels().set_function(lambda: self._unread.bytes)
         self._streams = Streams(plane, clock, settings, self._unread)
@@ -75,7 +74,6 @@ class GrpcServer:
         self._access = access
         self._shared_port = shared_port
         self._server: grpc.aio.Server | None = None
-        self._watching: asyncio.Task[None] | None = None
 
     async def start(self, bounds: ReceiveBounds) -> int:
         """Listen, and return the port. `bounds`: of the messages that callers send.
@@ -100,7 +98,7 @@ class GrpcServer:
         except RuntimeError:
             raise PortUnavailable(host, port) from None
         await server.start()
-        self._watching = asyncio.create_task(self._connections.watch(bound), name="connections")
+        self._connections.port = bound
         return bound
 
     def drain(self) -> None:
@@ -111,8 +109,6 @@ class GrpcServer:
         """Take no more RPCs, wait `grace_s` for those in progress, and cancel the rest."""
         if self._server is not None:
             await self._server.stop(grace_s)
-        if self._watching is not None:
-            self._watching.cancel()
         self._unread.close()
 
 
@@ -122,6 +118,7 @@ def _options(settings: Settings, bounds: ReceiveBounds, *, shared_port: bool) ->
     return [
         *([] if settings.accept_compression else refuse_compression),
         ("grpc.max_receive_message_length", bounds.message),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
         ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
         # With it, gRPC refuses most calls of a client that keeps to the limit (findings/grpc_stream_limit_refuses.sh).
         ("grpc.http.overload_protection", 0),

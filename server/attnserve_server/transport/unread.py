@@ -70,7 +70,7 @@ class Unread:
         self._taken = 0
         self._held: set[Held] = set()
         self._waiting: deque[Callable[[], None]] = deque()
-        self._wanted_s = -1e9  # when room was last wanted and not there
+        self._wanted_s = -1e9  # when room was last missing
         self._looking: asyncio.TimerHandle | None = None
 
     @property

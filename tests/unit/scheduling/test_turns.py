@@ -47,7 +47,7 @@ def test_a_new_caller_runs_next_however_many_sequences_of_another_wait() -> None
 
 
 @pytest.mark.parametrize("settings", [ALONE, SchedulingSettings()], ids=["alone", "batches"])
-def test_callers_that_always_wait_get_equal_time_whatever_the_lengths(settings: SchedulingSettings) -> None:
+def test_callers_that_always_wait_get_equal_time_for_all_lengths(settings: SchedulingSettings) -> None:
     queue = Queue()
     for number in range(2000):
         queue.push(entry(number, "short", 5))
