@@ -28,6 +28,9 @@ from quick import (  # noqa: F401 - hooks, which pytest finds here
 from serving import RunningServer, command, serve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Hundreds of servers start in these tests; a process for each bundle would take a second of each start. The tests of
+# loading turn it on.
+os.environ.setdefault("ATTNSERVE_TRY_LOADS", "false")
 
 # Times of examples vary on a shared machine, and more so under coverage: no deadline.
 settings.register_profile("attnserve", deadline=None, print_blob=True)

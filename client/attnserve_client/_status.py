@@ -22,11 +22,13 @@ from attnserve_client.errors import (
     NotServing,
     Overloaded,
     PermissionDenied,
+    RepositoryUnusable,
     RequestCancelled,
     ResponseTooLarge,
     ServerUnreachable,
     TextUnavailable,
     Unauthenticated,
+    Unsupported,
 )
 
 DOMAIN: Final = "attnserve"
@@ -41,6 +43,8 @@ BY_REASON: Final[dict[str, type[AttnserveError]]] = {
     "OVERLOADED": Overloaded,
     "NOT_SERVING": NotServing,
     "MODEL_FAILED": ModelFailed,
+    "REPOSITORY_UNUSABLE": RepositoryUnusable,
+    "UNSUPPORTED": Unsupported,
     "DEADLINE_EXPIRED": DeadlineExpired,
     "CANCELLED": RequestCancelled,
     "UNAUTHENTICATED": Unauthenticated,
@@ -60,6 +64,7 @@ BY_CODE: Final[dict[str, type[AttnserveError]]] = {
     "UNAUTHENTICATED": Unauthenticated,
     "PERMISSION_DENIED": PermissionDenied,
     "INTERNAL": InternalFault,
+    "UNIMPLEMENTED": Unsupported,
 }
 
 # Replaces gRPC's messages, which vary with the place where the deadline was noticed.

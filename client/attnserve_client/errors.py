@@ -10,6 +10,8 @@
     +-- NotServing                retry later, or elsewhere: `model`, `state`
     |   +-- ServerUnreachable     no server answered at all
     +-- ModelFailed               name another version, or ask the operator: `model`, `version`, `why`
+    +-- RepositoryUnusable        repair the server's repository; nothing was changed
+    +-- Unsupported               start the server so that it can do this, or use a newer one
     +-- DeadlineExpired           set a longer timeout
     +-- RequestCancelled          nothing: the call was cancelled, or the client was closed
     +-- Unauthenticated           send a valid token: `cause`
@@ -182,6 +184,14 @@ class ModelFailed(_AboutModel):
     def why(self) -> str:
         """Why it could not be loaded; empty if the server did not report it."""
         return self.metadata.get("why", "")
+
+
+class RepositoryUnusable(AttnserveError):
+    """The server's repository cannot be compared with what is loaded. Nothing was changed."""
+
+
+class Unsupported(AttnserveError):
+    """The server does not have the method, or was started so that it cannot do this."""
 
 
 class DeadlineExpired(AttnserveError):

@@ -28,3 +28,31 @@ class ModelSettings(BaseSettings):
         "serves. `all`: once every model and version serves; after that, while each model has a version that serves. "
         "Default: `any`, so that one bad bundle does not take a replica out of service.",
     )
+    try_loads: bool = Field(
+        True,
+        description="With `--isolation none`: load each bundle in a separate process first, and repeat its golden "
+        "answers there, so that one that crashes, hangs or takes too much memory fails alone. Default: true, as it "
+        "would otherwise end the server.",
+    )
+    load_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        300.0,
+        description="Seconds that a bundle may take to load in that process. Default: models of several GB load in "
+        "less, on a slow disk too.",
+    )
+    load_memory_bytes: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Memory that that process may take, in bytes, without pages of files; 0: 1 GiB and six times the "
+        "bundle's size, at most the memory of the machine or container. Default: 0, which is five times what MiniLM "
+        "takes.",
+    )
+    admin: bool = Field(
+        False,
+        description="Serve `ModelService`, by which callers with the scope `admin` load, unload and reload models. "
+        "Needs `--isolation none`. Default: false, as a server without tokens would let every caller do so.",
+    )
+    watch_repository: bool = Field(
+        False,
+        description="Look at the repository each second, load bundles that appear or change, and unload those that are "
+        "removed. SIGHUP does the same once. Needs `--isolation none`. Default: false, as a folder that disappears by "
+        "mistake would end its model.",
+    )

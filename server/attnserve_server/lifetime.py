@@ -1,8 +1,8 @@
 """The life of a server in its main process: start, serve until a signal or an internal error, drain, end.
 
-The first SIGTERM or SIGINT drains, and a second one ends at once. SIGHUP has the files of TLS and tokens read again.
-A thread ends the process where the drain does not: a run inside one long kernel cannot be stopped, and neither can the
-event loop be relied on then.
+The first SIGTERM or SIGINT drains, and a second one ends at once. SIGHUP has the files of TLS and tokens, and the
+repository, read again. A thread ends the process where the drain does not: a run inside one long kernel cannot be
+stopped, and neither can the event loop be relied on then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Final, Protocol
 
-from attnserve_server.access.keeper import Keeper
 from attnserve_server.model.repository import write_atomically
 from attnserve_server.observability.logs import flush, logger
 
@@ -42,11 +41,12 @@ class Lifetime(Protocol):
     """0 before it listens."""
     fault: asyncio.Event
     """Set by an internal error: the server drains, and ends with `EXIT_FAULTED`."""
-    keeper: Keeper
-    """Reads the files of TLS and tokens."""
 
     async def start(self) -> None:
         """Start serving. Raises AttnserveError where that cannot be done."""
+
+    def reread(self) -> None:
+        """Read all files again that may change while it runs."""
 
     async def drain(self) -> None:
         """Refuse new requests, and wait for pending ones until the grace period ends."""
@@ -120,7 +120,7 @@ async def run(server: Lifetime, grace_s: float = 0.0, hard: HardEnd | None = Non
 
     for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
-    loop.add_signal_handler(signal.SIGHUP, server.keeper.hurry)
+    loop.add_signal_handler(signal.SIGHUP, server.reread)
     starting = asyncio.create_task(server.start(), name="start")
     try:
         await _first_of(starting, stop, server.fault)

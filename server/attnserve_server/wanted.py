@@ -44,19 +44,19 @@ def wanted_bundles(settings: Settings) -> tuple[list[Bundle], list[BundleFault]]
     names += [(fault.name, fault.version) for fault in faults]
     if not names:
         raise StartFailed(_why_none(settings.repository))
-    wanted = settings.models
-    unknown = [entry for entry in wanted if not any(_matches(entry, *name) for name in names)]
+    unknown = [entry for entry in settings.models if not any(_matches(entry, *name) for name in names)]
     if unknown:
         there = ", ".join(f"{name}/{version}" for name, version in names)
         raise StartFailed(f"no model {', '.join(unknown)} in {settings.repository}; the repository has {there}")
-
-    def is_wanted(name: str, version: str) -> bool:
-        return not wanted or any(_matches(entry, name, version) for entry in wanted)
-
     return (
-        [bundle for bundle in bundles if is_wanted(bundle.manifest.name, bundle.manifest.version)],
-        [fault for fault in faults if is_wanted(fault.name, fault.version)],
+        [bundle for bundle in bundles if is_wanted(settings, bundle.manifest.name, bundle.manifest.version)],
+        [fault for fault in faults if is_wanted(settings, fault.name, fault.version)],
     )
+
+
+def is_wanted(settings: Settings, name: str, version: str) -> bool:
+    """Return whether the settings select a version."""
+    return not settings.models or any(_matches(entry, name, version) for entry in settings.models)
 
 
 def ready_models(catalog: Catalog) -> list[ServedModel]:

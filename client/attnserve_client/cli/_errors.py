@@ -23,11 +23,13 @@ from attnserve_client.errors import (
     NotServing,
     Overloaded,
     PermissionDenied,
+    RepositoryUnusable,
     RequestCancelled,
     ResponseTooLarge,
     ServerUnreachable,
     TextUnavailable,
     Unauthenticated,
+    Unsupported,
 )
 
 # The first matching class decides. typer itself exits with 2 on a wrong command line.
@@ -40,6 +42,8 @@ EXIT_CODES: Final[tuple[tuple[type[AttnserveError], int], ...]] = (
     (Overloaded, 7),
     (NotServing, 8),
     (ModelFailed, 8),
+    (RepositoryUnusable, 8),
+    (Unsupported, 5),
     (DeadlineExpired, 9),
     (InternalFault, 10),
     (BadAnswer, 10),
@@ -53,7 +57,7 @@ EXIT_INVALID_RUN: Final = 12
 """Exit code of a load test whose figures describe the client rather than the server."""
 
 CODES_HELP: Final = (
-    "Exit codes: 0 success, 2 wrong command line, 3 invalid request, 4 no such model, 5 unsupported by the model, "
+    "Exit codes: 0 success, 2 wrong command line, 3 invalid request, 4 no such model, 5 unsupported, "
     "6 response too large, 7 overloaded, 8 not serving, failed or unreachable, 9 timed out, "
     "10 internal error of the server, "
     "11 cancelled, 12 invalid load test, 13 no valid token, 14 the token lacks a scope, 1 anything else."

@@ -9,6 +9,8 @@
     +-- Overloaded               retry after the delay                RESOURCE_EXHAUSTED, with RetryInfo
     +-- NotServing               retry after the delay, or elsewhere  UNAVAILABLE, with RetryInfo
     +-- ModelFailed              name another version, or repair it   FAILED_PRECONDITION
+    +-- RepositoryUnusable       repair the repository                FAILED_PRECONDITION
+    +-- Unsupported              restart the server with other flags  UNIMPLEMENTED
     +-- DeadlineExpired          set a longer deadline                DEADLINE_EXCEEDED
     +-- RequestCancelled         none: the caller cancelled           CANCELLED
     +-- Unauthenticated          present a valid token                UNAUTHENTICATED
@@ -222,6 +224,24 @@ class ModelFailed(AttnserveError):
     def metadata(self) -> dict[str, str]:
         """The model, its version, and why it could not be loaded."""
         return {"model": self.model, "version": self.version, "why": self.why}
+
+
+class RepositoryUnusable(AttnserveError):
+    """The repository cannot be compared with what is loaded. Nothing was changed."""
+
+    reason = "REPOSITORY_UNUSABLE"
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"nothing was changed: {why}")
+
+
+class Unsupported(AttnserveError):
+    """The server was started so that it cannot do this."""
+
+    reason = "UNSUPPORTED"
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}; {remedy}")
 
 
 class DeadlineExpired(AttnserveError):

@@ -106,6 +106,13 @@ class Repository:
                     faults.append(BundleFault(name, version, fault.why))
         return found, faults
 
+    def stamps(self) -> dict[tuple[str, str], object]:
+        """Return, for each name and version, what changes when a file of its folder is written or replaced."""
+        names = [entry.name for entry in _folders(self._root) if is_model_name(entry.name)]
+        return {
+            (name, version): _stamp(self._root / name / version) for name in names for version in self._versions(name)
+        }
+
     def bundle(self, name: str, version: str = "") -> Bundle:
         """Return the bundle of this name and version; of the highest version if `version` is empty.
 
@@ -254,6 +261,18 @@ def _folders(path: Path) -> list[Path]:
         return [entry for entry in path.iterdir() if entry.is_symlink() or entry.is_dir()]
     except OSError:
         return []
+
+
+def _stamp(folder: Path) -> object:
+    """Return times, sizes and inodes of a folder's files."""
+    found = []
+    try:
+        for entry in sorted(os.scandir(folder), key=lambda one: one.name):
+            facts = entry.stat(follow_symlinks=False)
+            found.append((entry.name, facts.st_mtime_ns, facts.st_size, facts.st_ino))
+    except OSError:
+        return None
+    return tuple(found)
 
 
 def _regular_size(path: Path) -> int:

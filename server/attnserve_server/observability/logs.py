@@ -211,7 +211,7 @@ def pipes_of(process: str, name: Callable[[], str] | None = None) -> Iterator[tu
 
     log, log_reader = line_pipe(forward, f"log of {process}", max_line=MAX_BYTES, blocking=True)
     native, native_reader = line_pipe(lambda line: _log_native(line, named()), f"standard error of {process}")
-    _readers.extend((log_reader, native_reader))
+    _readers[:] = [*(reader for reader in _readers if reader.is_alive()), log_reader, native_reader]
     try:
         yield log, native
     finally:

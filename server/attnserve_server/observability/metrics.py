@@ -307,6 +307,12 @@ class Metrics:
         """Return one model's series. Call it for loaded models only, so that the number of series is bounded."""
         return ModelMetrics(self, model, version)
 
+    def forget(self, model: str, version: str) -> None:
+        """Remove one model's series, after its last request."""
+        for spec in SPECS:
+            if spec.labels[:2] == MODEL:
+                self._made[spec.name].remove(model, version)
+
     def snapshot(self) -> dict[str, list[Any]]:
         """Return the values of all series but facts, for `merge` in another process."""
         return {spec.name: self._made[spec.name].values() for spec in SPECS if not spec.is_fact}

@@ -1,4 +1,4 @@
-"""The metrics of bounds and refusals; all others are in `metrics`."""
+"""The metrics of bounds, refusals and loading; all others are in `metrics`."""
 
 from __future__ import annotations
 
@@ -23,4 +23,10 @@ REFUSAL_SECONDS: Final = MetricSpec(
     (),
     (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0),
     "a refusal costs about 0.2 ms, and 25 ms is its limit",
+)
+MODEL_LOADS: Final = MetricSpec(
+    Counter,
+    "attnserve_model_loads_total",
+    "Versions of models that were `loaded`, `replaced` by new files, or `unloaded`, or whose load `failed`.",
+    ("outcome",),
 )

@@ -134,6 +134,11 @@ class Family(Generic[S]):
         """Remove all series."""
         self.series.clear()
 
+    def remove(self, *first: str) -> None:
+        """Remove the series whose labels begin with these values."""
+        for labels in [one for one in self.series if one[: len(first)] == first]:
+            del self.series[labels]
+
     def values(self) -> list[Any]:
         """Return each series as its labels and its numbers, for `add` in another process."""
         return [(labels, *self._numbers(one)) for labels, one in self.series.items()]

@@ -36,6 +36,7 @@ from attnserve_server.processes.control import (
     Scraped,
 )
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
+from attnserve_server.transport.admin import ModelServicer
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.receiving import ReceiveBounds
@@ -69,6 +70,7 @@ class FrontProcess:
             self._clock,
             self._access,
             shared_port=True,
+            models=ModelServicer(self._plane, None) if settings.admin else None,
         )
         self._schedulers: dict[tuple[str, str], RemoteScheduler] = {}
         self._added: dict[tuple[str, str], asyncio.Event] = {

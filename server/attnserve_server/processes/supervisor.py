@@ -158,6 +158,10 @@ class Supervisor:
                 async with asyncio.timeout(max(0.0, end + after_s - self.clock.now())):
                     await asyncio.shield(asyncio.gather(*running))
 
+    def reread(self) -> None:
+        """Read the files of TLS and tokens again now: for SIGHUP."""
+        self.keeper.hurry()
+
     async def aclose(self) -> None:
         """End all processes at once."""
         self.reserve.close()

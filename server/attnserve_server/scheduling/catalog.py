@@ -66,6 +66,8 @@ class ServedModel:
     """Whether it failed while it served, so that a retry at another replica may succeed."""
     is_replaced: bool = False
     """Whether its engine is being replaced: requests wait for the next one."""
+    prepared: int = 0
+    """Requests that were read and are not submitted yet: its scheduler must not drain before they are."""
 
     def move(self, state: ModelState, reason: str = "") -> None:
         """Enter a state, and set the model's metrics accordingly."""
@@ -101,6 +103,19 @@ class Catalog:
         if model.version in versions:
             raise ValueError(f"model {model.name}/{model.version} is in the catalog already")
         self._models[model.name] = dict(sorted({**versions, model.version: model}.items(), key=_number, reverse=True))
+
+    def replace(self, model: ServedModel) -> None:
+        """Put a model in the place of the same version, or add it."""
+        self._models.get(model.name, {}).pop(model.version, None)
+        self.add(model)
+
+    def remove(self, model: ServedModel) -> None:
+        """Remove a model, if the catalog has this very one."""
+        versions = self._models.get(model.name, {})
+        if versions.get(model.version) is model:
+            del versions[model.version]
+        if not versions:
+            self._models.pop(model.name, None)
 
     def find(self, name: str, version: str = "") -> ServedModel:
         """Return a model in any state.

@@ -124,18 +124,21 @@ class DataPlane:
         except Exception as error:
             self.count_failure(served, request, error)
             raise
+        served.prepared += 1
         return Prepared(request, valid, served, manifest, scheduler, message.validate_only)
 
     async def prepare_large(self, request: Request, received: Received[inference_service_pb2.InferRequest]) -> Prepared:
         """Do as `prepare` does, in a thread."""
         message = received.message
         served = self._find(message.model, message.version)
+        served.prepared += 1
         try:
             manifest, scheduler = self._serving(served)
             intake = self._reader(served, manifest).intake
             loop = asyncio.get_running_loop()
             valid = await loop.run_in_executor(self._preparing, _checked, received, intake, served)
         except (asyncio.CancelledError, Exception) as error:
+            served.prepared -= 1
             self.count_failure(served, request, error)
             raise
         return Prepared(request, valid, served, manifest, scheduler, message.validate_only)
@@ -152,6 +155,7 @@ class DataPlane:
         if request.ended:
             self.withdraw(prepared)
             raise RequestCancelled
+        prepared.served.prepared -= 1
         if prepared.validate_only:
             request.answer()
             done: asyncio.Future[list[SequenceResult]] = asyncio.get_running_loop().create_future()
@@ -191,6 +195,7 @@ class DataPlane:
 
     def withdraw(self, prepared: Prepared) -> None:
         """Count a prepared request that is cancelled, or expires, before it runs."""
+        prepared.served.prepared -= 1
         self.count_failure(prepared.served, prepared.request, asyncio.CancelledError())
 
     def count_refusal(self, prepared: Prepared, cause: str) -> None:
@@ -202,6 +207,10 @@ class DataPlane:
         """Count a request that ended with an error, by the status that its caller gets."""
         left_s = None if request.deadline_s is None else request.deadline_s - self._clock.now()
         served.metrics.ended(name_of_code(error, left_s))
+
+    def forget(self, served: ServedModel) -> None:
+        """Free what requests to a model were read with, once the catalog does not have it."""
+        self._readers.pop(served, None)
 
     def _find(self, model: str, version: str) -> ServedModel:
         """Return the model. Raises InvalidRequest and ModelNotFound."""

@@ -41,6 +41,11 @@ class Health:
             self._serving[service] = serving
             self._notify()
 
+    def forget(self, service: str) -> None:
+        """Remove a service: it is unknown from now on."""
+        self._serving.pop(service, None)
+        self._notify()
+
     def drain(self) -> None:
         """Set every service to not serving, for good."""
         self._final = True

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Final
 
-from attnserve_server.config_bounds import MIB
 from attnserve_server.config import Settings
+from attnserve_server.config_bounds import MIB
 from attnserve_server.domain.machine import cores, memory_bytes
 from attnserve_server.engine.cost import Footprint
 from attnserve_server.model.manifest import Manifest

@@ -12,6 +12,7 @@ from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.observability.spec import CONNECTIONS_DROPPED, UNREAD_BYTES
+from attnserve_server.transport.admin import ModelServicer
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import Health
 from attnserve_server.transport.receiving import BoundedHandlers, ReceiveBounds
@@ -54,8 +55,20 @@ class GrpcServer:
         access: Access,
         *,
         shared_port: bool = False,
+        models: ModelServicer | None = None,
     ) -> None:
-        """Store the parts. `shared_port`: other processes of this server listen on the port too."""
+        """Store the parts.
+
+        Args:
+            settings: of the server.
+            plane: runs requests.
+            health: answers grpc.health.v1.
+            metrics: of the server.
+            clock: of the server.
+            access: who may call.
+            shared_port: other processes of this server listen on the port too.
+            models: answers ModelService; None: it is not served.
+        """
         self._settings = settings
         dropped = metrics.counter(CONNECTIONS_DROPPED)
         self._connections = Connections(lambda cause: dropped.labels(cause).inc())
@@ -69,6 +82,8 @@ class GrpcServer:
         self._handlers: tuple[grpc.GenericRpcHandler, ...] = (
             self._servicer.handlers(self._metrics), health.handlers(self._metrics)
         )  # fmt: skip
+        if models is not None:
+            self._handlers += (models.handlers(self._metrics),)
         if access.guard is not None:
             self._handlers = (GuardedHandlers(access.guard, self._handlers, self._metrics),)
         self._access = access

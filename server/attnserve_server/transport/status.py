@@ -99,6 +99,20 @@ TABLE: Final[tuple[StatusRow, ...]] = (
         "version. Retrying the same request fails again until then.",
     ),
     StatusRow(
+        errors.RepositoryUnusable,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        False,
+        (),
+        "The operator repairs the repository: the message states what is wrong. Nothing was changed.",
+    ),
+    StatusRow(
+        errors.Unsupported,
+        grpc.StatusCode.UNIMPLEMENTED,
+        False,
+        (),
+        "The operator starts the server with the flags that the message names.",
+    ),
+    StatusRow(
         errors.DeadlineExpired,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         False,

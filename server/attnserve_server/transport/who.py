@@ -19,6 +19,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from attnserve_server.access.certificates import Certificates
 from attnserve_server.access.guard import CALLER, Access, Caller, Guard
 from attnserve_server.domain.errors import PermissionDenied, Unauthenticated
+from attnserve_server.transport.admin import METHODS
+from attnserve_server.transport.admin import SERVICE as MODEL_SERVICE
 from attnserve_server.transport.servicer import SERVICE, Context, RpcMetrics
 from attnserve_server.transport.sockets import address_of, site_of
 from attnserve_server.transport.status import status_of, trailers_of
@@ -31,6 +33,7 @@ SCOPE_OF: Final[Mapping[str, str]] = {
     f"/{SERVICE}/StreamInfer": "infer",
     f"/{SERVICE}/ListModels": "infer",
     f"/{SERVICE}/GetModel": "infer",
+    **{f"/{MODEL_SERVICE}/{method}": "admin" for method in METHODS},
     f"/{_HEALTH}/Check": FREE,
     f"/{_HEALTH}/Watch": FREE,
 }

@@ -27,6 +27,8 @@ RAISED = [
     Overloaded("queue_bytes", 2**30, 2**30 + 1, 0.25),
     errors.NotServing("m", "draining"),
     errors.ModelFailed("m", "2", "its file is cut short"),
+    errors.RepositoryUnusable("the repository has no bundle"),
+    errors.Unsupported("this needs one process", "set --isolation none"),
     errors.DeadlineExpired(0.5),
     errors.RequestCancelled(),
     errors.Unauthenticated("backed_off", 6.0),

@@ -1,0 +1,336 @@
+"""Loads, replaces and unloads the models of a server of one process, at its start and while it runs.
+
+Each version has at most one change at a time, and versions change side by side. A bundle is tried in a separate
+process first (`trial`). A version whose files were replaced is loaded beside the one that serves; it takes its place
+when it is ready, and otherwise the earlier one stays. Methods raise what `transport.admin.Lifecycle` states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from typing import Any, Final, TypeVar
+from weakref import WeakValueDictionary
+
+from attnserve_server.config import Settings
+from attnserve_server.domain.clock import Clock
+from attnserve_server.domain.errors import AttnserveError, ModelFailed, NotServing, RepositoryUnusable
+from attnserve_server.engine.instance_thread import Occupancy
+from attnserve_server.engine.pulse import Overdue, Pulse
+from attnserve_server.engine.session import ProviderUnavailable
+from attnserve_server.model.repository import Bundle, BundleFault, BundleInvalid, Repository
+from attnserve_server.observability.logs import logger
+from attnserve_server.observability.metrics import Metrics
+from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
+from attnserve_server.starting import ISOLATED, Started, start_model, why_not_loaded
+from attnserve_server.transport.admin import Change, Outcome
+from attnserve_server.transport.health import Health
+from attnserve_server.transport.receiving import ReceiveBounds
+from attnserve_server.trial import Trials
+from attnserve_server.versions import Key, Version, Versions, key_of
+from attnserve_server.wanted import is_wanted, under_policy, wanted_bundles
+
+_log = logger(__name__)
+
+T = TypeVar("T")
+_LOOK_EVERY_S: Final = 1.0
+"""Seconds between two looks at the repository; it costs a `stat` for each file."""
+_SUBMITTED_EVERY_S: Final = 0.02
+"""Seconds between two looks for requests that are not submitted yet."""
+
+
+class LocalLifecycle:
+    """The models of this process. Event loop only."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        metrics: Metrics,
+        catalog: Catalog,
+        health: Health,
+        *,
+        forget: Callable[[ServedModel], None],
+        on_fault: Callable[[ServedModel], None],
+    ) -> None:
+        """Store the parts.
+
+        Args:
+            settings: of the server.
+            clock: of the server.
+            metrics: of the server.
+            catalog: gets the models.
+            health: gets their states.
+            forget: called with each model that the catalog has no more.
+            on_fault: called if a model's scheduler ends with an error.
+        """
+        self._settings = settings
+        self._clock = clock
+        self._metrics = metrics
+        self._catalog = catalog
+        self._forget = forget
+        self._on_fault = on_fault
+        self._repository = Repository(settings.repository)
+        self._trials = Trials(settings)
+        self._occupancy = Occupancy()
+        self._stamps: dict[Key, object] = {}
+        self._versions = Versions(settings, metrics, catalog, health)
+        self._withheld: set[Key] = set()
+        self._locks: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
+        # One model at a time loads in this process, because loading takes all cores, and costs of runs are measured.
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._has_started = False
+        self._draining = False
+        self.bounds: ReceiveBounds | None = None
+        """Of the messages that callers send, since the start."""
+
+    def started(self) -> list[Started]:
+        """Return the models that serve, with the objects to end."""
+        return self._versions.started()
+
+    def find(self) -> list[Bundle]:
+        """Add the models that the settings name to the catalog, as loading or failed; return the bundles to load.
+
+        Raises:
+            StartFailed: there is none.
+        """
+        self._stamps = self._repository.stamps()
+        bundles, faults = wanted_bundles(self._settings)
+        for fault in faults:
+            self._versions.broken(fault)
+        for bundle in bundles:
+            self._versions.put(Version(self._versions.made(bundle), bundle), ModelState.LOADING)
+        return bundles
+
+    def look(self) -> None:
+        """Look for runs that take too long. The health of their models is NOT_SERVING until they end."""
+        self._versions.look(self._clock.now())
+
+    async def start(self) -> None:
+        """Load what was found, side by side. One that fails is FAILED with the reason, and the others load.
+
+        Raises:
+            ProviderUnavailable: the requested execution provider is not available.
+        """
+        waiting = [held.stored for held in self._versions.held.values() if held.stored is not None]
+        results = await asyncio.gather(*(self._load(stored) for stored in waiting), return_exceptions=True)
+        for error in results:
+            if isinstance(error, BaseException):
+                raise error
+        self._has_started = True
+        self._versions.begin()
+
+    async def load(self, name: str, version: str = "") -> ServedModel:
+        """Return a version that is ready, loaded if it was not."""
+        self._check()
+        try:
+            stored = await asyncio.to_thread(self._repository.bundle, name, version)
+        except BundleInvalid as error:
+            self._versions.broken(BundleFault(name, error.version, error.why))
+            raise ModelFailed(name, error.version, error.why) from None
+        key = name, stored.manifest.version
+        self._withheld.discard(key)
+        change = await self._going_on(self._changed(stored))
+        if change is not None and change.outcome is Outcome.FAILED:
+            raise ModelFailed(*key, change.reason)
+        return self._catalog.find(*key)
+
+    async def unload(self, name: str, version: str) -> None:
+        """Unload a version until it is loaded by its name, or the server starts again."""
+        self._check()
+        self._catalog.find(name, version)
+        await self._going_on(self._unload((name, version), withhold=True))
+
+    async def reload(self, only: Collection[Key] | None = None) -> list[Change]:
+        """Compare the repository with what is loaded, and return what was changed. `only`: these; None: all."""
+        self._check()
+        return await self._going_on(self._reload(only))
+
+    def hurry(self) -> None:
+        """Reload in the background: for SIGHUP."""
+        if self._has_started and not self._draining:
+            self._keep(self._logged(None))
+
+    async def watch(self) -> None:
+        """Reload what appears, changes or is removed, once it has been the same twice. Ends when it is cancelled."""
+        acted, seen = dict(self._stamps), self._stamps
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            now = await asyncio.to_thread(self._repository.stamps)
+            changed = {key for key in acted.keys() | now.keys() if now.get(key) != acted.get(key)}
+            # Files that change right now are read once they have been the same twice, so that none is half written.
+            settled = {key for key in changed if now.get(key) == seen.get(key)}
+            if settled:
+                acted = {key: stamp for key, stamp in acted.items() if key not in settled}
+                acted |= {key: now[key] for key in settled & now.keys()}
+                self._keep(self._logged(settled))
+            seen = now
+
+    async def drain(self) -> None:
+        """Change nothing more, and wait for all pending requests."""
+        self._draining = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*(started.scheduler.drain() for started in self._versions.started()), *self._retiring)
+
+    def abort(self) -> None:
+        """Fail all pending requests."""
+        for started in self._versions.started():
+            started.scheduler.abort()
+
+    async def aclose(self) -> None:
+        """End everything at once."""
+        self._draining = True
+        tasks = [*self._tasks, *self._retiring]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(started.aclose() for started in self._versions.started()))
+
+    def _check(self) -> None:
+        if self._draining:
+            raise NotServing("", "draining")
+
+    async def _going_on(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for work that goes on if the caller is cancelled."""
+        return await asyncio.shield(self._keep(work))
+
+    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _logged(self, only: Collection[Key] | None) -> None:
+        """Reload, and log what cannot be done."""
+        try:
+            changes = await self._reload(only)
+        except AttnserveError as error:
+            _log.error("repository was not reloaded", reason=str(error))
+            return
+        found = [f"{change.name}/{change.version} {change.outcome.value}" for change in changes]
+        _log.info("repository was reloaded", changes=found)
+
+    async def _reload(self, only: Collection[Key] | None) -> list[Change]:
+        bundles, faults = await asyncio.to_thread(self._repository.bundles)
+        there = {key_of(bundle) for bundle in bundles} | {(fault.name, fault.version) for fault in faults}
+        if not there:
+            raise RepositoryUnusable("the repository has no bundle, or cannot be read; unload models by their names")
+        self._withheld &= there
+
+        def concerns(key: Key) -> bool:
+            wanted = key in self._versions.held or is_wanted(self._settings, *key)
+            return wanted and key not in self._withheld and (only is None or key in only)
+
+        changes: list[Change | None] = [
+            self._versions.broken(fault) for fault in faults if concerns((fault.name, fault.version))
+        ]
+        changes += await asyncio.gather(*(self._changed(bundle) for bundle in bundles if concerns(key_of(bundle))))
+        # What is new serves before what was removed ends.
+        gone = [key for key in self._versions.held if key not in there and (only is None or key in only)]
+        changes += await asyncio.gather(*(self._unload(key, withhold=False) for key in gone))
+        return sorted((change for change in changes if change is not None), key=_order)
+
+    async def _changed(self, stored: Bundle) -> Change | None:
+        """Load a bundle unless it serves. An unavailable provider is a failure of this version like any other."""
+        try:
+            return await self._load(stored)
+        except ProviderUnavailable as error:
+            return self._versions.failed(stored, str(error))
+
+    async def _load(self, stored: Bundle) -> Change | None:
+        """Load a bundle in place of what the server holds of its version; None: that serves these files already."""
+        async with self._changing(key_of(stored)):
+            before = self._versions.held.get(key_of(stored))
+            serving = before is not None and before.started is not None
+            if before is not None and serving and before.stored == stored:
+                return None
+            if before is not None and before.stored == stored and before.served.state is ModelState.LOADING:
+                model = before.served
+            else:
+                model = self._versions.made(stored)
+                if not serving:
+                    self._versions.put(Version(model, stored), ModelState.LOADING)
+            try:
+                pulse = Pulse()
+                started = await self._begin(stored, model, pulse)
+            except ProviderUnavailable:
+                raise
+            except Exception as error:  # noqa: BLE001 - the boundary of a model's load: the others are served
+                return self._versions.failed(stored, why_not_loaded(error, model.name, model.version))
+            model.manifest, model.tokenizer = started.opened.bundle.manifest, started.opened.tokenizer
+            model.provider, model.scheduler = started.executor.provider, started.scheduler
+            self._versions.put(Version(model, stored, started, Overdue(pulse, math.inf)), ModelState.READY)
+            if before is None or before.started is None:
+                return self._versions.counted(Change(*key_of(stored), Outcome.LOADED))
+            self._forget(before.served)
+            retiring = asyncio.create_task(self._retire(before.served, before.started))
+            self._retiring.add(retiring)
+            retiring.add_done_callback(self._retiring.discard)
+            return self._versions.counted(Change(*key_of(stored), Outcome.REPLACED))
+
+    async def _begin(self, stored: Bundle, model: ServedModel, pulse: Pulse) -> Started:
+        """Try a bundle, and start its model here."""
+        why = "" if self.bounds is None else self.bounds.why_too_large(stored.manifest, self._settings)
+        if why:
+            raise BundleInvalid(model.name, model.version, why)
+
+        def on_isolated() -> None:
+            if model.state is ModelState.READY:
+                model.move(ModelState.READY, ISOLATED)
+
+        bundle = under_policy(stored, self._settings)
+        if self._settings.try_loads:
+            await self._trials.run(bundle)
+        async with self._turn:
+            return await start_model(
+                bundle,
+                self._settings,
+                self._clock,
+                model.metrics,
+                self._occupancy,
+                on_fault=lambda: self._on_fault(model),
+                on_isolated=on_isolated,
+                pulse=pulse,
+            )
+
+    async def _unload(self, key: Key, *, withhold: bool) -> Change | None:
+        """Unload a version; None: the server does not hold it."""
+        async with self._changing(key):
+            held = self._versions.remove(key)
+            if held is None:
+                return None
+            if withhold:
+                self._withheld.add(key)
+            self._forget(held.served)
+            if held.started is not None:
+                await self._retire(held.served, held.started)
+            self._metrics.forget(*key)
+            _log.info("model unloaded", model=key[0], version=key[1])
+            return self._versions.counted(Change(*key, Outcome.UNLOADED))
+
+    async def _retire(self, served: ServedModel, started: Started) -> None:
+        """End a model that gets no more requests, after those that it has."""
+        try:
+            async with asyncio.timeout(self._settings.drain_grace_s):
+                while served.prepared:  # noqa: ASYNC110 - a request costs no more than adding to this number
+                    await asyncio.sleep(_SUBMITTED_EVERY_S)
+                await started.scheduler.drain()
+        except TimeoutError:
+            started.scheduler.abort()
+        finally:
+            await started.aclose()
+
+    @contextlib.asynccontextmanager
+    async def _changing(self, key: Key) -> AsyncIterator[None]:
+        """Let one change of a version run at a time."""
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            yield
+
+
+def _order(change: Change) -> tuple[str, int]:
+    return change.name, int(change.version)
