@@ -1,4 +1,4 @@
-"""Models are loaded, replaced and unloaded while the server answers, and no call fails or gets another version's answer.
+"""Models are loaded, replaced and unloaded while the server answers, and no call fails or gets a stale answer.
 
 Two sets of files of the tiny model have different answers and digests, so that each answer shows which files gave it.
 Needs the fixtures of tests/contract/conftest.py.
@@ -44,7 +44,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from serving import serve
 from tiny_bundle import tiny_manifest
-from versions import put, scaled_files, take_away
+from versions import hide, put, scaled_files, show, take_away
 
 TEXT = "the cat sat on a mat"
 
@@ -120,7 +120,7 @@ class Load:
 
 @asynccontextmanager
 async def load(target: str, callers: int = 4) -> AsyncIterator[Load]:
-    """Unary calls and a stream without a pause until the block ends. Each answer is compared with others of its files."""
+    """Unary calls and a stream until the block ends. Each answer is compared with others of the same files."""
     found, ended = Load(), asyncio.Event()
 
     async def unary(stub: InferenceServiceStub) -> None:
@@ -188,7 +188,7 @@ async def test_no_call_fails_and_none_is_stale_over_reloads_under_load(
 
 def _resources() -> tuple[int, int, int]:
     gc.collect()
-    return threading.active_count(), len(os.listdir("/proc/self/fd")), resident_bytes()
+    return threading.active_count(), sum(1 for _ in Path("/proc/self/fd").iterdir()), resident_bytes()
 
 
 async def test_control_calls_fail_if_a_replaced_model_ends_at_once(
@@ -325,7 +325,7 @@ async def test_a_new_version_becomes_the_default_once_it_is_ready(
     assert (await stub.Infer(asking())).receipt.version == "2"
 
 
-async def test_an_unloaded_version_is_gone_until_it_is_loaded_by_its_name(
+async def test_an_unloaded_version_stays_unloaded_until_it_is_loaded_by_its_name(
     server: Application, root: Path, sets: list[dict[str, Path]], stub: InferenceServiceStub, models: ModelServiceStub
 ) -> None:
     put(root, sets[1], "2")
@@ -372,8 +372,7 @@ async def test_a_server_without_models_is_not_ready_until_one_is_loaded(
 async def test_an_empty_or_missing_repository_changes_nothing(
     server: Application, root: Path, stub: InferenceServiceStub, models: ModelServiceStub
 ) -> None:
-    hidden = root.with_name("hidden")
-    root.rename(hidden)
+    hide(root)
     for place in (None, root):
         if place is not None:
             place.mkdir()
@@ -381,8 +380,7 @@ async def test_an_empty_or_missing_repository_changes_nothing(
         assert code == "FAILED_PRECONDITION"
         assert message.startswith("nothing was changed: the repository has no bundle, or cannot be read")
         assert (await stub.Infer(asking())).results
-    root.rmdir()
-    hidden.rename(root)
+    show(root)
     assert await server.lifecycle.reload() == []
 
 
@@ -532,10 +530,12 @@ def _state(server: Application, version: str) -> ModelState | None:
 
 
 async def test_a_repository_that_disappears_ends_no_model(watched: Application, root: Path) -> None:
-    root.rename(root.with_name("hidden"))
+    hide(root)
     await asyncio.sleep(0.4)
     assert watched.catalog.get("tiny", "1")
-    root.with_name("hidden").rename(root)
+    show(root)
+    await asyncio.sleep(0.2)
+    assert watched.catalog.get("tiny", "1")
 
 
 def test_sighup_reads_the_repository_again(root: Path, sets: list[dict[str, Path]], tmp_path: Path) -> None:

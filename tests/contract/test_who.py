@@ -25,10 +25,13 @@ import grpc
 import pytest
 from attnserve.v1 import attention_pb2
 from attnserve.v1 import inference_service_pb2 as pb
+from attnserve.v1 import model_service_pb2 as admin
 from attnserve_client import AsyncClient, Client, ServerUnreachable
 from attnserve_client.data_types import Tls, TokenFile
 from attnserve_client.errors import PermissionDenied, Unauthenticated
 from attnserve_server.observability import probe
+from attnserve_server.transport.admin import METHODS
+from attnserve_server.transport.admin import SERVICE as MODEL_SERVICE
 from attnserve_server.transport.servicer import SERVICE
 from attnserve_server.transport.who import SCOPE_OF
 from credentials import Files, Tokens, bearer, expired, swap
@@ -48,6 +51,7 @@ class Secured:
     server: RunningServer
     files: Files
     tokens: Tokens
+    isolation: str = ""
 
     def channel(self, client=None) -> grpc.Channel:
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
@@ -105,7 +109,9 @@ def secured(
     for name, scopes in SCOPES.items():
         tokens.add(name, scopes)
     tokens.add("expired", "infer,attention", expires="2020-01-01")
-    with started(tiny_repository, folder, files, tokens, "--isolation", request.param, "--fronts", "1") as running:
+    flags = ["--isolation", request.param, "--fronts", "1", "--admin"]
+    with started(tiny_repository, folder, files, tokens, *flags) as running:
+        running.isolation = request.param
         for name in SCOPES:  # in use, so that the tests of wrong tokens from the same address do not hold them back
             with running.channel() as channel:
                 code_of(channel, f"/{SERVICE}/ListModels", b"", bearer(tokens.secrets[name]))
@@ -155,6 +161,7 @@ def code_within(answer: bytes) -> str:
     return next(code.name for code in grpc.StatusCode if code.value[0] == number)
 
 
+tiny_9 = admin.UnloadModelRequest(model="tiny", version="9")
 plain, selected = text(), text(attention=attention_pb2.AttentionSelection())
 
 
@@ -172,6 +179,9 @@ GRPC: dict[str, tuple[str, bytes, str]] = {
     "StreamInfer with attention": (f"/{SERVICE}/StreamInfer", streamed(selected), "attention"),
     "ListModels": (f"/{SERVICE}/ListModels", b"", "infer"),
     "GetModel": (f"/{SERVICE}/GetModel", pb.GetModelRequest(model="tiny").SerializeToString(), "infer"),
+    "LoadModel": (f"/{MODEL_SERVICE}/LoadModel", admin.LoadModelRequest(model="tiny").SerializeToString(), "admin"),
+    "UnloadModel": (f"/{MODEL_SERVICE}/UnloadModel", tiny_9.SerializeToString(), "admin"),
+    "ReloadRepository": (f"/{MODEL_SERVICE}/ReloadRepository", b"", "admin"),
     "Check": ("/grpc.health.v1.Health/Check", b"", "free"),
     "Watch": ("/grpc.health.v1.Health/Watch", b"", "free"),
     "an unknown method": (f"/{SERVICE}/Nothing", b"", "none"),
@@ -209,6 +219,8 @@ WRONG = {
     "a name for its token": bearer("all"),
 }
 CREDENTIALS = [*WRONG, *SCOPES]
+ADMITTED = {"UnloadModel": "NOT_FOUND"}
+"""What a call gets that is admitted, where it is not OK."""
 
 
 def metadata_of(secured: Secured, credential: str) -> tuple[tuple[str, str], ...]:
@@ -228,7 +240,9 @@ def test_every_method_is_served_to_its_scope_alone(secured: Secured, call: str, 
     elif scope == "none":
         expected = "UNIMPLEMENTED"
     else:
-        expected = "OK" if scope in scopes else DENIED
+        expected = ADMITTED.get(call, "OK") if scope in scopes else DENIED
+        if scope == "admin" and expected != DENIED and secured.isolation == "process":
+            expected = "UNIMPLEMENTED"  # its models are fixed
     assert code_of(secured.shared, method, data, metadata_of(secured, credential)) == expected
 
 
@@ -252,11 +266,28 @@ def test_every_path_is_served_to_its_scope_alone(secured: Secured, call: str, cr
 
 def test_every_method_of_the_services_has_a_scope() -> None:
     services = [
-        pb.DESCRIPTOR.services_by_name["InferenceService"], health_pb2.DESCRIPTOR.services_by_name["Health"],
+        pb.DESCRIPTOR.services_by_name["InferenceService"],
+        admin.DESCRIPTOR.services_by_name["ModelService"],
+        health_pb2.DESCRIPTOR.services_by_name["Health"],
     ]  # fmt: skip
     methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
     # The newest health protocol has a List, which the server does not serve.
     assert methods - {"/grpc.health.v1.Health/List"} == set(SCOPE_OF)
+
+
+def test_admin_methods_do_not_exist_unless_the_server_is_started_with_them(
+    tiny_repository: Path, tmp_path: Path
+) -> None:
+    files, tokens = Files(tmp_path), Tokens(tmp_path / "tokens.txt")
+    tokens.add("all", SCOPES["all"])
+    with started(tiny_repository, tmp_path, files, tokens, "--isolation", "none") as running:
+        for method in METHODS:
+            assert (
+                code_of(running.shared, f"/{MODEL_SERVICE}/{method}", b"", bearer(tokens.secrets["all"]))
+                == "UNIMPLEMENTED"
+            )
+            assert code_of(running.shared, f"/{MODEL_SERVICE}/{method}", b"") == UNAUTHENTICATED
+        running.shared.close()
 
 
 def test_a_client_without_tls_gets_nothing(secured: Secured) -> None:
@@ -290,6 +321,7 @@ def test_metrics_have_no_series_of_calls_that_do_not_exist(secured: Secured) -> 
     assert kinds == {
         *[("Infer", "unary"), ("ListModels", "unary"), ("GetModel", "unary"), ("StreamInfer", "bidi_stream")],
         *[("Check", "unary"), ("Watch", "server_stream")],
+        *[("LoadModel", "unary"), ("UnloadModel", "unary"), ("ReloadRepository", "unary")],
     }
 
 

@@ -1,4 +1,4 @@
-"""Versions of the tiny model whose answers tell them apart, and their places in a repository.
+"""Versions of the tiny model that have different answers, and their places in a repository.
 
 A version is moved into its place by a rename, as an operator does it.
 """
@@ -40,6 +40,22 @@ def put(root: Path, files: Mapping[str, Path], version: str, name: str = NAME) -
     made.path.rename(place)
     shutil.rmtree(work)
     return Bundle(place, made.manifest)
+
+
+def hide(root: Path) -> None:
+    """Move a repository away."""
+    root.rename(_hidden(root))
+
+
+def show(root: Path) -> None:
+    """Move a repository back, in place of an empty folder."""
+    if root.exists():
+        root.rmdir()
+    _hidden(root).rename(root)
+
+
+def _hidden(root: Path) -> Path:
+    return root.with_name(f".{root.name}.hidden")
 
 
 def take_away(root: Path, version: str, name: str = NAME) -> None:
