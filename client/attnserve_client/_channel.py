@@ -52,6 +52,12 @@ def options_of(more: Mapping[str, int | str]) -> list[tuple[str, int | str]]:
     return list({**_DEFAULTS, **more}.items())
 
 
+def unchecked(options: Sequence[tuple[str, int | str]]) -> list[tuple[str, int | str]]:
+    """Return the options of a channel that sends calls to a server that is not ready, too."""
+    without = {key: value for key, value in _SERVICE_CONFIG.items() if key != "healthCheckConfig"}
+    return list({**dict(options), "grpc.service_config": json.dumps(without)}.items())
+
+
 def targets_of(target: str | Sequence[str]) -> tuple[str, ...]:
     """Return the name that gRPC resolves for each address.
 

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
-from attnserve.v1 import inference_service_pb2_grpc
 
-from attnserve_client._channel import check_connections, options_of, targets_of
+from attnserve_client._channel import check_connections, options_of, targets_of, unchecked
 from attnserve_client._credentials import Tls, TokenFile, credentials_of, per_call
 from attnserve_client._exchange import Exchange
 from attnserve_client._feeds import AsyncFeed, Feed
 from attnserve_client._lanes import Lanes, Turn
 from attnserve_client._status import closed, from_rpc_error
 from attnserve_client._streams import AsyncStream, Stream
+from attnserve_client._stubs import stub_of
+
+if TYPE_CHECKING:
+    from attnserve_client._stubs import AsyncStub, Stub
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
-AsyncStub: TypeAlias = "inference_service_pb2_grpc.InferenceServiceAsyncStub"
-Stub: TypeAlias = "inference_service_pb2_grpc.InferenceServiceStub"
 AsyncMethod: TypeAlias = "Callable[[AsyncStub], grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT]]"
 """Returns a method of a connection's stub."""
 Method: TypeAlias = "Callable[[Stub], grpc.UnaryUnaryMultiCallable[RequestT, ResponseT]]"
@@ -123,13 +125,18 @@ class AsyncConnections:
             # Not in the constructor: a channel belongs to the event loop that runs when it is created.
             for number in range(self._count):
                 name = self._names[number % len(self._names)]
-                if self._credentials is None:
-                    channel = grpc.aio.insecure_channel(name, self._options)
-                else:
-                    channel = grpc.aio.secure_channel(name, self._credentials, self._options)
-                self._channels.append(channel)
-                self._stubs.append(inference_service_pb2_grpc.InferenceServiceStub(channel))
+                self._stubs.append(
+                    stub_of(self._open(name, self._options), partial(self._open, name, unchecked(self._options)))
+                )
         return self._stubs[turn.lane.number]
+
+    def _open(self, name: str, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
+        if self._credentials is None:
+            channel = grpc.aio.insecure_channel(name, options)
+        else:
+            channel = grpc.aio.secure_channel(name, self._credentials, options)
+        self._channels.append(channel)
+        return channel
 
     def raise_if_ended_by_close(self) -> None:
         """Raise RequestCancelled if the channel was closed and the current task not cancelled.
@@ -175,12 +182,12 @@ class Connections:
     ) -> None:
         names, arguments = targets_of(target), options_of(options)
         self.lanes = Lanes(len(names), check_connections(connections))
-        secure = credentials_of(credentials)
-        self._channels = [
-            grpc.insecure_channel(name, arguments) if secure is None else grpc.secure_channel(name, secure, arguments)
+        self._credentials = credentials_of(credentials)
+        self._channels: list[grpc.Channel] = []
+        self._stubs: list[Stub] = [
+            stub_of(self._open(name, arguments), partial(self._open, name, unchecked(arguments)))
             for name in names * connections
         ]
-        self._stubs = [inference_service_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
         self._metadata = per_call(token, metadata)
         self.closed = False
 
@@ -238,6 +245,14 @@ class Connections:
         """Return the stub of a turn's lane. Raise RequestCancelled if the connections are closed."""
         self._raise_if_closed()
         return self._stubs[turn.lane.number]
+
+    def _open(self, name: str, options: Sequence[tuple[str, int | str]]) -> grpc.Channel:
+        if self._credentials is None:
+            channel = grpc.insecure_channel(name, options)
+        else:
+            channel = grpc.secure_channel(name, self._credentials, options)
+        self._channels.append(channel)
+        return channel
 
     def _raise_if_closed(self) -> None:
         if self.closed:

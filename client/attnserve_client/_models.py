@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from attnserve.v1 import attention_pb2, model_pb2
+from attnserve.v1 import attention_pb2, model_pb2, model_service_pb2
 
 from attnserve_client._labels import Head, head_of
 from attnserve_client._patches import PatchGrid
@@ -218,6 +218,37 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
         similarity=message.similarity,
         past=past_of(message.past) if message.HasField("past") else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChange:
+    """What became of one version by a reload.
+
+    Attributes:
+        name: The model's name.
+        version: Its version.
+        outcome: `loaded`, `replaced`, `unloaded`, `failed`, or `unknown`.
+        reason: Why it could not be loaded; empty for other outcomes.
+    """
+
+    name: str
+    version: str
+    outcome: str
+    reason: str = ""
+
+
+_OUTCOMES: Final = {
+    model_service_pb2.MODEL_OUTCOME_LOADED: "loaded",
+    model_service_pb2.MODEL_OUTCOME_REPLACED: "replaced",
+    model_service_pb2.MODEL_OUTCOME_UNLOADED: "unloaded",
+    model_service_pb2.MODEL_OUTCOME_FAILED: "failed",
+}
+
+
+def change_of(message: model_service_pb2.ModelChange) -> ModelChange:
+    """Return a change as the client returns it."""
+    outcome = _OUTCOMES.get(message.outcome, "unknown")
+    return ModelChange(message.model, message.version, outcome, message.reason)
 
 
 def is_ready(models: list[ModelInfo]) -> bool:

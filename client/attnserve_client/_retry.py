@@ -16,6 +16,8 @@ from attnserve_client.errors import AttnserveError, NotServing
 
 DEFAULT_TIMEOUT_S: Final = 30.0
 READY_TIMEOUT_S: Final = 5.0
+LOAD_TIMEOUT_S: Final = 600.0
+"""Twice what a server gives a bundle to load by default."""
 
 
 @dataclass(frozen=True, slots=True)

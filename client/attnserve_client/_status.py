@@ -67,8 +67,12 @@ BY_CODE: Final[dict[str, type[AttnserveError]]] = {
     "UNIMPLEMENTED": Unsupported,
 }
 
-# Replaces gRPC's messages, which vary with the place where the deadline was noticed.
-_MESSAGES: Final = {"DEADLINE_EXCEEDED": "the timeout passed before the response arrived"}
+# Replaces gRPC's messages, which vary with the place where the deadline was noticed, or name no remedy.
+_MESSAGES: Final = {
+    "DEADLINE_EXCEEDED": "the timeout passed before the response arrived",
+    "UNIMPLEMENTED": "the server does not have this method; use a server of the client's version, and start it with "
+    "--admin to change models",
+}
 
 # The messages of grpcio 1.76 to 1.85. A message that is not listed counts as a refusal, so retries are fewer, not more.
 _LOST: Final = re.compile(

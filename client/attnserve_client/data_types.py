@@ -4,7 +4,7 @@ from attnserve_client._credentials import Tls, TokenFile
 from attnserve_client._features import SiteFeatures
 from attnserve_client._inputs import Continuation, Input, Inputs, Priority
 from attnserve_client._labels import Head, Label, LabeledSpan
-from attnserve_client._models import Axis, Site
+from attnserve_client._models import Axis, ModelChange, Site
 from attnserve_client._patches import Panel, PatchGrid
 from attnserve_client._specs import Cache, IndexRange, Past, TensorSpec
 from attnserve_client._tokens import RawLinks
@@ -19,6 +19,7 @@ __all__ = [
     "Inputs",
     "Label",
     "LabeledSpan",
+    "ModelChange",
     "Panel",
     "Past",
     "PatchGrid",

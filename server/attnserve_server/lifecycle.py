@@ -1,8 +1,8 @@
 """Loads, replaces and unloads the models of a server of one process, at its start and while it runs.
 
 Each version has at most one change at a time, and versions change side by side. A bundle is tried in a separate
-process first (`trial`). A version whose files were replaced is loaded beside the one that serves; it takes its place
-when it is ready, and otherwise the earlier one stays. Methods raise what `transport.admin.Lifecycle` states.
+process first (`trial`). A version whose files were replaced is loaded beside the one that serves, takes its place when
+it is ready, and is dropped if it fails. Methods raise what `transport.admin.Lifecycle` states.
 """
 
 from __future__ import annotations

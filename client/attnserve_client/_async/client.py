@@ -10,6 +10,7 @@ from typing import Self, overload
 import grpc
 from attnserve.v1 import inference_service_pb2 as wire
 
+from attnserve_client._async.admin import AsyncAdmin
 from attnserve_client._async.calls import AsyncCalls
 from attnserve_client._channel import DEFAULT_TARGET
 from attnserve_client._connection import AsyncConnections
@@ -25,7 +26,7 @@ from attnserve_client._selection import AttentionSelection
 from attnserve_client.errors import DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
 
 
-class AsyncClient:
+class AsyncClient(AsyncAdmin):
     """A client for asyncio. It belongs to the event loop of its first call. Use `async with`, or await `close`.
 
         async with AsyncClient("localhost:8001") as client:

@@ -22,11 +22,12 @@ from attnserve_client._models import ModelInfo, is_ready, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import DEFAULT_TIMEOUT_S, READY_TIMEOUT_S, Retrying, RetryPolicy
 from attnserve_client._selection import AttentionSelection
+from attnserve_client._sync.admin import Admin
 from attnserve_client._sync.calls import Calls
 from attnserve_client.errors import DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
 
 
-class Client:
+class Client(Admin):
     """A client for threads. Any number of threads may share it. Use `with`, or call `close`.
 
         with Client("localhost:8001") as client:

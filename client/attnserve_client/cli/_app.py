@@ -29,6 +29,7 @@ from attnserve_client import (
 )
 from attnserve_client._credentials import Tls
 from attnserve_client._selection import Feature
+from attnserve_client.cli import _admin
 from attnserve_client.cli._bench import EXAMPLES, bench
 from attnserve_client.cli._errors import CODES_HELP, reported
 from attnserve_client.cli._options import (
@@ -64,6 +65,7 @@ app = typer.Typer(
 )
 
 app.command(epilog=EXAMPLES)(bench)
+_admin.register(app)
 
 
 def _print_version(wanted: bool) -> None:
