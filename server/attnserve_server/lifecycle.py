@@ -196,8 +196,14 @@ class LocalLifecycle:
             raise NotServing("", "draining")
 
     async def _going_on(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for work that goes on if the caller is cancelled."""
-        return await asyncio.shield(self._keep(work))
+        """Wait for work that goes on if the caller is cancelled. Raises NotServing if a drain ends it."""
+        task = self._keep(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled() and self._draining:
+                raise NotServing("", "draining") from None
+            raise
 
     def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
@@ -268,9 +274,7 @@ class LocalLifecycle:
             if before is None or before.started is None:
                 return self._versions.counted(Change(*key_of(stored), Outcome.LOADED))
             self._forget(before.served)
-            retiring = asyncio.create_task(self._retire(before.served, before.started))
-            self._retiring.add(retiring)
-            retiring.add_done_callback(self._retiring.discard)
+            self._ending(before.served, before.started)
             return self._versions.counted(Change(*key_of(stored), Outcome.REPLACED))
 
     async def _begin(self, stored: Bundle, model: ServedModel, pulse: Pulse) -> Started:
@@ -308,10 +312,17 @@ class LocalLifecycle:
                 self._withheld.add(key)
             self._forget(held.served)
             if held.started is not None:
-                await self._retire(held.served, held.started)
+                await asyncio.shield(self._ending(held.served, held.started))
             self._metrics.forget(*key)
             _log.info("model unloaded", model=key[0], version=key[1])
             return self._versions.counted(Change(*key, Outcome.UNLOADED))
+
+    def _ending(self, served: ServedModel, started: Started) -> asyncio.Task[None]:
+        """End a model that gets no more requests, in a task that a drain waits for."""
+        retiring = asyncio.create_task(self._retire(served, started))
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
+        return retiring
 
     async def _retire(self, served: ServedModel, started: Started) -> None:
         """End a model that gets no more requests, after those that it has."""

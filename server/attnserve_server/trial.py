@@ -226,7 +226,9 @@ def _confine(limit_bytes: int, *, reserves: bool) -> None:
         Path("/proc/self/oom_score_adj").write_text(_KILLED_FIRST, encoding="ascii")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if not reserves:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         most = limit_bytes + _SLACK_BYTES
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 

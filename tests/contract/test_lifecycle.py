@@ -425,6 +425,26 @@ async def test_only_selected_models_are_loaded_by_a_reload(
         await application.aclose()
 
 
+async def test_a_drain_answers_requests_of_a_version_that_is_unloaded_and_ends_loads(
+    server: Application, root: Path, sets: list[dict[str, Path]], models: ModelServiceStub, monkeypatch
+) -> None:
+    put(root, sets[1], "2")
+    monkeypatch.setattr(LocalLifecycle, "_begin", lambda *_: asyncio.Event().wait())
+    loading = models.LoadModel(admin.LoadModelRequest(model="tiny"))
+    request = Request("r", None, 0)
+    prepared = server.plane.prepare(request, receive(pb.InferRequest, asking("1").SerializeToString()))
+    assert prepared is not None
+    unloading = models.UnloadModel(admin.UnloadModelRequest(model="tiny", version="1"))
+    await until(lambda: len(server.lifecycle._retiring) == 1 and len(server.lifecycle._tasks) == 2)
+    draining = asyncio.create_task(server.lifecycle.drain())
+    await asyncio.sleep(0.05)
+    assert not draining.done()
+    assert pb.InferResponse.FromString((await server.plane.run(prepared)).joined()).receipt.version == "1"
+    await draining
+    for call in (loading, unloading):
+        assert await code_of(call) == ("UNAVAILABLE", "the server is draining")
+
+
 async def test_a_draining_server_changes_no_models(server: Application, models: ModelServiceStub) -> None:
     await server.lifecycle.drain()
     code, message = await code_of(models.LoadModel(admin.LoadModelRequest(model="tiny")))
