@@ -242,6 +242,11 @@ class Serving(ModelSettings, EngineSettings):
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value
 
+    @property
+    def isolated(self) -> bool:
+        """Whether the server is several processes: `isolation`, decided for this machine."""
+        return self.isolation == "process" or (self.isolation == "auto" and suits_processes())
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.grpc_port == self.http_port != 0:
@@ -265,11 +270,6 @@ class Serving(ModelSettings, EngineSettings):
 
 class Settings(Bounds, Serving):
     """All settings."""
-
-    @property
-    def isolated(self) -> bool:
-        """Whether the server is several processes: `isolation`, decided for this machine."""
-        return self.isolation == "process" or (self.isolation == "auto" and suits_processes())
 
     @classmethod
     def load(cls, flags: Mapping[str, Any]) -> Settings:

@@ -22,7 +22,8 @@ from attnserve_server.access.tokens import MAX_TOKENS, Token, parse
 from attnserve_server.config import Settings
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.observability.logs import logger
-from attnserve_server.observability.metrics import CERTIFICATE_END, RELOADS, STALE, Metrics
+from attnserve_server.observability.metrics import Metrics
+from attnserve_server.observability.spec import CERTIFICATE_END, RELOADS, STALE
 
 _log = logger(__name__)
 

@@ -180,20 +180,6 @@ ACCESS_REFUSED: Final = MetricSpec(
 TLS_HANDSHAKES: Final = MetricSpec(
     Counter, "attnserve_tls_handshakes_total", "TLS handshakes that began. gRPC reports no end of one.", ("port",)
 )
-RELOADS: Final = MetricSpec(
-    Counter,
-    "attnserve_reloads_total",
-    "Reloads of `certificates` and `tokens`: `ok`, or `failed`, after which the earlier ones stay in use.",
-    ("files", "outcome"),
-)
-STALE: Final = MetricSpec(
-    Gauge, "attnserve_reload_failed", "1 while files are not usable, and those read before are in use.", ("files",)
-)
-CERTIFICATE_END: Final = MetricSpec(
-    Gauge,
-    "attnserve_certificate_not_after_timestamp_seconds",
-    "When the server's certificate expires, in seconds of the epoch.",
-)
 
 SPECS: Final[tuple[MetricSpec, ...]] = tuple(
     value for value in [*globals().values(), *vars(declared).values()] if isinstance(value, MetricSpec)

@@ -1,4 +1,4 @@
-"""The metrics of bounds, refusals and loading; all others are in `metrics`."""
+"""The metrics of bounds, refusals, and of files that are loaded again; all others are in `metrics`."""
 
 from __future__ import annotations
 
@@ -29,4 +29,18 @@ MODEL_LOADS: Final = MetricSpec(
     "attnserve_model_loads_total",
     "Versions of models that were `loaded`, `replaced` by new files, or `unloaded`, or whose load `failed`.",
     ("outcome",),
+)
+RELOADS: Final = MetricSpec(
+    Counter,
+    "attnserve_reloads_total",
+    "Reloads of `certificates` and `tokens`: `ok`, or `failed`, after which the earlier ones stay in use.",
+    ("files", "outcome"),
+)
+STALE: Final = MetricSpec(
+    Gauge, "attnserve_reload_failed", "1 while files are not usable, and those read before are in use.", ("files",)
+)
+CERTIFICATE_END: Final = MetricSpec(
+    Gauge,
+    "attnserve_certificate_not_after_timestamp_seconds",
+    "When the server's certificate expires, in seconds of the epoch.",
 )

@@ -17,7 +17,8 @@ from attnserve_server.access.keeper import FileUnusable, Keeper
 from attnserve_server.access.limits import Buckets
 from attnserve_server.access.tokens import MAX_TOKENS, TokensInvalid
 from attnserve_server.config import Settings
-from attnserve_server.observability.metrics import CERTIFICATE_END, RELOADS, STALE, Metrics
+from attnserve_server.observability.metrics import Metrics
+from attnserve_server.observability.spec import CERTIFICATE_END, RELOADS, STALE
 from credentials import Files, Tokens, swap
 from structlog.testing import capture_logs
 
