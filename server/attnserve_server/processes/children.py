@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import socket
@@ -27,7 +28,7 @@ _SCRAPE_S: Final = 1.0
 class Child:
     """One process. `received` is called with each message but metrics; `ended` is the task that returns its code."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, packages: DescriptorSender) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, packages: DescriptorSender, memory: int) -> None:
         self.name = name
         self.process = process
         self.packages = packages
@@ -37,8 +38,8 @@ class Child:
         self.is_started = False
         """Whether its first message is on its way."""
         self.link: Link
-        self._pulse_memory = Arena.create_descriptor(Pulse.SIZE)
-        self.pulse = Pulse(self._pulse_memory)
+        self._pulse_memory = memory
+        self.pulse = Pulse(memory)
 
     def send(self, message: msgspec.Struct) -> None:
         """Send a message. It is dropped if the process has ended."""
@@ -83,19 +84,29 @@ class Children:
         self._numbers = itertools.count()
 
     async def spawn(self, role: str, name: str) -> Child:
-        """Start a process: `front` or `engine`. It waits for its first message."""
-        own, theirs = socket.socketpair()
-        packages, taken = descriptor_pair()
+        """Start a process: `front` or `engine`. It waits for its first message.
+
+        Raises:
+            OSError: the system starts no process now.
+        """
         made: list[Child] = []
-        with pipes_of(name, lambda: made[0].name if made else name) as (log, native):
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as others:
+            own, theirs = socket.socketpair()
+            packages, taken = descriptor_pair()
+            memory = Arena.create_descriptor(Pulse.SIZE)
+            for end in (theirs, taken):
+                others.callback(end.close)
+            for end in (own, packages):
+                ours.callback(end.close)
+            ours.callback(os.close, memory)
+            log, native = others.enter_context(pipes_of(name, lambda: made[0].name if made else name))
             passed = (theirs.fileno(), taken.fileno(), log)
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", f"attnserve_server.processes.{role}", *map(str, passed), name,
                 pass_fds=passed, stderr=native, start_new_session=True,
             )  # fmt: skip
-        theirs.close()
-        taken.close()
-        child = Child(name, process, DescriptorSender(packages))
+            ours.pop_all()  # it runs: they stay open
+        child = Child(name, process, DescriptorSender(packages), memory)
         made.append(child)
         child.link = await Link.open(own, lambda data: self._receive(child, data), lambda: None)
         self._all.add(child)
@@ -165,12 +176,21 @@ class Reserve:
         self._task: asyncio.Task[None] | None = None
 
     async def take(self, name: str) -> Child:
-        """Return a process for an engine: the one in reserve, or a new one."""
-        child, self._child = self._child, None
-        if child is None or child.ended.done():
+        """Return a process for an engine: the one in reserve, or a new one.
+
+        Raises:
+            OSError: the system starts no process now.
+        """
+        filled, child, self._child = self.is_filled, self._child, None
+        if child is None or not filled:
             return await self._children.spawn("engine", name)
         self._children.rename(child, name)
         return child
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether there is one."""
+        return self._child is not None and not self._child.ended.done()
 
     def fill(self) -> None:
         """Start a process in a moment, if there is none."""
@@ -185,5 +205,6 @@ class Reserve:
 
     async def _fill(self) -> None:
         await asyncio.sleep(self.DELAY_S)
-        if self._child is None or self._child.ended.done():
-            self._child = await self._children.spawn("engine", self.NAME)
+        if not self.is_filled:
+            with contextlib.suppress(OSError):  # a later start of an engine tries again
+                self._child = await self._children.spawn("engine", self.NAME)

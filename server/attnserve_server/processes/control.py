@@ -98,6 +98,8 @@ class Changed(msgspec.Struct, tag=True):
     precision: str = ""
     expected_s: float | None = None
     """While the engine is replaced: seconds to the next one. Requests wait for it."""
+    load_s: float = 0.0
+    """From an engine that is ready: how long it took to load the model, after its imports."""
 
 
 class Listening(msgspec.Struct, tag=True):

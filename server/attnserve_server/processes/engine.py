@@ -42,6 +42,7 @@ class EngineProcess:
         self._settings = settings
         self._supervisor = supervisor
         self._clock = MonotonicClock()
+        self._began_s = self._clock.now()
         self._metrics = Metrics()
         self._end = asyncio.Event()
         self._faulted = False
@@ -123,7 +124,9 @@ class EngineProcess:
         )
 
     def _report(self, state: ModelState, reason: str, provider: str = "", precision: str = "") -> None:
-        changed = Changed(self._start.name, self._start.version, state.value, reason, provider, precision)
+        load_s = self._clock.now() - self._began_s
+        names = self._start.name, self._start.version
+        changed = Changed(*names, state.value, reason, provider, precision, load_s=load_s)
         self._supervisor.link.send(ENCODER.encode(changed))
 
 

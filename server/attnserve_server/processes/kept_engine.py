@@ -81,7 +81,8 @@ class KeptEngine:
         self._suspects = Suspects()
         self._failures = 0
         self._began_s = self._looked_s = around.clock.now()
-        self._start_s = 0.0
+        self._was_cold = True
+        self._load_s = self._import_s = 0.0  # of the last start
         self._restarts = {
             cause: around.metrics.counter(ENGINE_RESTARTS).labels(name, version, cause) for cause in CAUSES
         }
@@ -93,7 +94,16 @@ class KeptEngine:
             await asyncio.sleep(wait_s)
             if self._stops():
                 return
-            child = await self._around.reserve.take(f"engine {self.name}/{self.version}")
+            self._began_s = self._around.clock.now()
+            self._was_cold = not self._around.reserve.is_filled
+            try:
+                child = await self._around.reserve.take(f"engine {self.name}/{self.version}")
+            except OSError as error:
+                if not self._served:
+                    self._fail(f"no process for its engine could be started: {error.strerror}")
+                    return
+                wait_s = self._retry(error)
+                continue
             self._begin(child)
             code = await child.ended
             self.child, self.is_ready = None, False
@@ -163,7 +173,6 @@ class KeptEngine:
     def _begin(self, child: Child) -> None:
         around = self._around
         self._end = None
-        self._began_s = around.clock.now()
         self._overdue = Overdue(child.pulse, around.settings.watchdog_floor_s)
         child.received = self._receive
         self.child = child
@@ -187,7 +196,9 @@ class KeptEngine:
             if not self.is_ready:
                 self.is_ready = self._served = True
                 self.expected_s = None
-                self._start_s = self._around.clock.now() - self._began_s
+                self._load_s = message.load_s
+                if self._was_cold:
+                    self._import_s = max(0.0, self._around.clock.now() - self._began_s - message.load_s)
                 for front in self._around.fronts():
                     self.attach(front)
                 self._around.reserve.fill()
@@ -208,7 +219,7 @@ class KeptEngine:
         culprit = self._suspects.after(child.pulse, end)
         child.pulse.close()
         wait_s = pause_s(self._failures)
-        self.expected_s = wait_s + self._start_s
+        self.expected_s = wait_s + self._load_s + (0.0 if self._around.reserve.is_filled else self._import_s)
         _log.critical(
             "an engine is replaced", model=self.name, version=self.version, reason=end.why, restart_in_s=wait_s,
             culprit_found=culprit is not None,
@@ -219,6 +230,16 @@ class KeptEngine:
         self._around.changed(
             Changed(self.name, self.version, ModelState.LOADING.value, end.why, expected_s=self.expected_s)
         )
+        return wait_s
+
+    def _retry(self, error: OSError) -> float:
+        """Report that no process could be started. Return the seconds to wait before the next try."""
+        self._failures = max(2, self._failures + 1)
+        wait_s = pause_s(self._failures)
+        _log.critical(
+            "no engine could be started", model=self.name, version=self.version, reason=error.strerror,
+            restart_in_s=wait_s,
+        )  # fmt: skip
         return wait_s
 
     def _clear(self) -> None:

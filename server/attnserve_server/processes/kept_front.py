@@ -66,7 +66,15 @@ class KeptFront:
             await asyncio.sleep(wait_s)
             if self._stops():
                 return
-            child = await self._children.spawn("front", self.name)
+            try:
+                child = await self._children.spawn("front", self.name)
+            except OSError as error:
+                if not self._began_s:
+                    raise
+                failures = max(2, failures + 1)
+                wait_s = pause_s(failures)
+                _log.critical("no front could be started", reason=error.strerror, restart_in_s=wait_s)
+                continue
             self._hung = ""
             self._overdue = Overdue(child.pulse, max(_LEAST_BEAT_S, self._host.settings.watchdog_floor_s))
             child.received = self._receive
