@@ -19,6 +19,7 @@ from attnserve_server.domain.machine import resident_bytes
 from attnserve_server.loading_failpoints import VARIABLE
 from attnserve_server.model.repository import write_bundle
 from attnserve_server.scheduling.catalog import ModelState
+from attnserve_server.transport.admin import Change, Outcome
 from attnserve_server.trial import Trials, derived_limit, machine_bytes, own_bytes
 from attnserve_server.wanted import StartFailed, wanted_bundles
 from gated import until
@@ -70,6 +71,25 @@ async def test_control_without_faults_such_bundles_serve(tried: Settings) -> Non
     try:
         await application.start()
         assert {model.state for model in application.catalog.all()} == {ModelState.READY}
+    finally:
+        await application.aclose()
+
+
+async def test_a_new_version_that_crashes_the_runtime_leaves_the_earlier_one_serving(
+    tried: Settings, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    application = Application(tried.model_copy(update={"models": ("tiny",)}))
+    try:
+        await application.start()
+        write_bundle(tried.repository, tiny_manifest(version="2"), tiny_files)
+        monkeypatch.setenv(VARIABLE, "load:tiny/2=crash")
+        (failed,) = await application.lifecycle.reload()
+        assert (failed.version, failed.outcome) == ("2", Outcome.FAILED)
+        assert failed.reason.startswith(FAULTS["crash"])
+        assert application.catalog.get("tiny").version == "1"
+        monkeypatch.delenv(VARIABLE)
+        assert await application.lifecycle.reload() == [Change("tiny", "2", Outcome.LOADED)]
+        assert application.catalog.get("tiny").version == "2"
     finally:
         await application.aclose()
 
