@@ -105,7 +105,7 @@ class KeptEngine:
                 wait_s = self._retry(error)
                 continue
             self._begin(child)
-            code = await child.ended
+            code = await asyncio.shield(child.ended)
             self.child, self.is_ready = None, False
             self._clear()
             if self._stops():

@@ -80,7 +80,7 @@ class KeptFront:
             child.received = self._receive
             self.child = child
             child.send(self._host.front_start(self))
-            code = await child.ended
+            code = await asyncio.shield(child.ended)
             started, self.child, self.is_listening = self.is_listening, None, False
             child.pulse.close()
             if self._stops():

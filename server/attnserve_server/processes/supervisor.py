@@ -7,7 +7,6 @@ a front ends before it listens, the server drains, and exits with code 70.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 from collections.abc import Coroutine
@@ -154,9 +153,8 @@ class Supervisor:
                 if one.child is not None:
                     one.child.send(Drain())
                     running.append(one.child.ended)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, end + after_s - self.clock.now())):
-                    await asyncio.shield(asyncio.gather(*running))
+            if running:
+                await asyncio.wait(running, timeout=max(0.0, end + after_s - self.clock.now()))
 
     def reread(self) -> None:
         """Read the files of TLS and tokens again now: for SIGHUP."""
