@@ -152,16 +152,16 @@ class Pricing:
         # Before the first run, a run takes at least the processor time that the warm-up measured.
         return self.settings.wait_headroom * speed.pace if speed.runs else float(self._executor.cost is not None)
 
-    def seconds_per_token(self, waiting: Demand) -> float | None:
+    def seconds_per_token(self, waiting: Demand, running_tokens: int) -> float | None:
         """Return the seconds of one instance for a useful token; None if unknown.
 
-        Before the first run, as the cost model predicts it for the fullest runs of what waits.
+        Before the first run has ended, as the cost model predicts it for the fullest runs of what waits and runs.
         """
         cost = self._executor.cost
         if self.speed.runs or cost is None:
             return self.speed.seconds_per_token
-        rows = min(self.settings.max_batch_size, max(1, waiting.sequences))
-        tokens = waiting.tokens / waiting.sequences if waiting.sequences else 1.0
+        rows = min(self.settings.max_batch_size, waiting.sequences + 1)
+        tokens = waiting.tokens / waiting.sequences if waiting.sequences else max(1.0, running_tokens)
         return cost.seconds(rows, tokens) / (rows * tokens)
 
     def rough_s(self, waiting: Demand) -> float | None:

@@ -115,7 +115,7 @@ class Scheduler:
         """Return what waits and runs now, as a request of `caller` meets it."""
         queue, waiting = self._queue, self._queue.totals
         own = None if caller is None else queue.waiting(caller)
-        speed = self._pricing.seconds_per_token(waiting)
+        speed = self._pricing.seconds_per_token(waiting, self._running_tokens)
         return Load(waiting, self._running_tokens, self._executor.instances, speed, own, queue.callers)
 
     def check_room(self, deadline: float | None, caller: str = "") -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
+from attnserve_server.domain.errors import Overloaded
 from attnserve_server.engine.cost import CostModel
-from attnserve_server.scheduling.admission import Demand, Load, refusal
+from attnserve_server.scheduling.admission import Demand, Load, Pricing, refusal
 from attnserve_server.scheduling.policy import Candidate, SchedulingSettings, plan
 from attnserve_server.scheduling.queue import Entry, Queue, Request
 from hypothesis import given
@@ -121,3 +123,33 @@ def test_a_small_caller_finds_room_in_a_queue_that_another_has_filled() -> None:
     assert refusal(demand, load(0, 400, 1), None, settings) is None
     assert refusal(demand, load(400, 0, 1), None, settings) is not None
     assert refusal(demand, load(0, 450, 1), None, settings) is not None, "an eighth above the bound is the limit"
+
+
+@pytest.mark.parametrize("predicted", [True, False], ids=["cost model", "control"])
+def test_hopeless_requests_are_refused_before_the_first_run_has_ended(
+    virtually, bench, sequence, monkeypatch: pytest.MonkeyPatch, predicted: bool
+) -> None:
+    if not predicted:
+        monkeypatch.setattr(Pricing, "seconds_per_token", lambda self, *_: self.speed.seconds_per_token)
+    bench.executor.cost = CostModel(run_s=1.0, sequence_s=0.0, token_s=1e-6, pair_s=0.0)  # each run takes a second
+    bench.settings = SchedulingSettings(max_batch_size=4)
+
+    refused: list[str] = []
+
+    async def story() -> int:
+        admitted = 0
+        async with bench as scheduler:
+            for tag in range(400):
+                request = Request(str(tag), bench.clock.now() + 3.0)
+                try:
+                    scheduler.check_room(request.deadline_s)
+                    scheduler.submit(request, [sequence(tag)]).add_done_callback(lambda done: done.exception())
+                except Overloaded as error:
+                    refused.append(str(error))
+                    continue
+                admitted += 1
+                await asyncio.sleep(0)
+        return admitted
+
+    admitted = virtually(story())
+    assert (4 <= admitted <= 16) if predicted else admitted == 400, (admitted, refused[:3])
