@@ -301,7 +301,7 @@ async def test_slow_readers_cost_a_caller_of_small_answers_nothing(settings: Set
                         one.call(INFER, large().SerializeToString())
                 codes = []
                 for _ in range(100):
-                    codes.append(await code_of(stub.Infer(asking(), timeout=2)))
+                    codes.append(await code_of(stub.Infer(asking(), timeout=5)))
                     most = max(most, server.grpc._unread.bytes)
                     await asyncio.sleep(0.01)
             assert codes.count(grpc.StatusCode.OK) == 100

@@ -96,6 +96,11 @@ class Speed:
         return self._seconds / self._tokens if self._tokens else None
 
     @property
+    def cost_s(self) -> float:
+        """As `seconds_per_token`, once there was a run."""
+        return self._seconds / self._tokens
+
+    @property
     def pace(self) -> float:
         """Seconds that runs take for each second that the cost model predicts; 0 while unknown.
 
@@ -151,6 +156,13 @@ class Pricing:
         speed = self.speed
         # Before the first run, a run takes at least the processor time that the warm-up measured.
         return self.settings.wait_headroom * speed.pace if speed.runs else float(self._executor.cost is not None)
+
+    def are_in_time(self, tokens: int, deadline: float | None, now: float) -> bool:
+        """Return whether one instance alone runs so many tokens before a deadline, by its speed so far."""
+        if deadline is None:
+            return True
+        speed = self.speed
+        return speed.runs > 0 and tokens * speed.cost_s * self.settings.wait_headroom <= deadline - now
 
     def seconds_per_token(self, waiting: Demand, running_tokens: int) -> float | None:
         """Return the seconds of one instance for a useful token; None if unknown.

@@ -190,8 +190,8 @@ class Scheduler:
         return "failed" if self._faulted or not self._draining else "draining"
 
     def _admit(self, demand: Demand, now: float, deadline: float | None, caller: str) -> None:
-        if not len(self._queue) and (deadline is None or not self._running_tokens):
-            return  # nothing is ahead: the usual case
+        if not len(self._queue) and self._pricing.are_in_time(self._running_tokens + demand.tokens, deadline, now):
+            return  # the usual case
         load = self.load(caller)
         refused = refusal(demand, load, None if deadline is None else deadline - now, self._pricing.settings)
         if refused is not None:

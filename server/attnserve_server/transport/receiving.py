@@ -135,7 +135,7 @@ class BoundedHandlers(grpc.GenericRpcHandler):
         bounds: ReceiveBounds,
         inner: Sequence[grpc.GenericRpcHandler],
         metrics: RpcMetrics,
-        received: Callable[[Callable[[], None]], None],
+        follow: Callable[[Callable[[], Any], Callable[[Any], None]], None],
         drop: Callable[[str, str], object],
     ) -> None:
         """Store the parts.
@@ -144,20 +144,23 @@ class BoundedHandlers(grpc.GenericRpcHandler):
             bounds: of this process.
             inner: the handlers.
             metrics: of their methods.
-            received: takes the function to call once a unary call has its message.
+            follow: takes two functions, which each unary call calls: once it has its message, and with what that
+                returned at its end.
             drop: ends the connection of gRPC's name of a peer, for a cause.
         """
         self._drop = drop
         self._bounds = bounds
         self._inner = inner
-        self._calls = self._streams = 0
+        self._streams = 0
+        # Calls by their tasks. One that ends before its message is there calls nothing, and is swept.
+        self._calls: set[asyncio.Task[Any]] = set()
         self._reading: set[asyncio.Task[Any]] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._refusals = {
             INFER: metrics.measured("unary", SERVICE, "Infer", _raise),
             STREAM: metrics.measured("bidi_stream", SERVICE, "StreamInfer", _raise),
         }
-        received(self._received)
+        follow(self._received, self._ended)
 
     def service(self, handler_call_details: Any) -> Any:
         """Return the handler of a call."""
@@ -167,8 +170,10 @@ class BoundedHandlers(grpc.GenericRpcHandler):
             return handler
         bounds = self._bounds
         task: Any = asyncio.current_task()
-        if self._calls >= bounds.calls:
-            return self._refused(method, "calls", bounds.calls)
+        if len(self._calls) >= bounds.calls or len(self._reading) >= bounds.messages // 2:
+            self._sweep()
+            if len(self._calls) >= bounds.calls:
+                return self._refused(method, "calls", bounds.calls)
         if method == STREAM:
             if self._streams >= bounds.streams:
                 return self._refused(method, "streams", bounds.streams)
@@ -176,11 +181,10 @@ class BoundedHandlers(grpc.GenericRpcHandler):
             task.add_done_callback(self._ended_stream)
         elif len(self._reading) < bounds.messages // 2:
             self._reading.add(task)
-            task.add_done_callback(self._ended)
         else:
             task.add_done_callback(self._ended)
             handler = grpc.stream_stream_rpc_method_handler(partial(self._read_later, handler))
-        self._calls += 1
+        self._calls.add(task)
         return handler
 
     def _refused(self, method: str, cause: str, limit: int) -> Any:
@@ -212,17 +216,24 @@ class BoundedHandlers(grpc.GenericRpcHandler):
         if data is not grpc.aio.EOF:
             await context.write(await handler.unary_unary(data, context))
 
-    def _received(self) -> None:
+    def _received(self) -> asyncio.Task[Any]:
         """Take the message of the current call as received."""
-        self._free(asyncio.current_task())
+        task: Any = asyncio.current_task()
+        self._free(task)
+        return task  # type: ignore[no-any-return] # handlers run in tasks
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._calls -= 1
+        self._calls.discard(task)
         self._free(task)
 
-    def _ended_stream(self, _: asyncio.Task[Any]) -> None:
-        self._calls -= 1
+    def _ended_stream(self, task: asyncio.Task[Any]) -> None:
+        self._calls.discard(task)
         self._streams -= 1
+
+    def _sweep(self) -> None:
+        """Forget calls that have ended before their messages were there."""
+        for task in [one for one in self._calls if one.done()]:
+            self._ended(task)
 
     def _free(self, task: Any) -> None:
         if task not in self._reading:

@@ -101,9 +101,7 @@ class GrpcServer:
         credentials = server_credentials(self._access)
         options = _options(self._settings, bounds, shared_port=self._shared_port)
         server = self._server = grpc.aio.server(options=options)
-        bounded = BoundedHandlers(
-            bounds, self._handlers, self._metrics, self._servicer.on_received, self._connections.drop
-        )
+        bounded = BoundedHandlers(bounds, self._handlers, self._metrics, self._servicer.follow, self._connections.drop)
         server.add_generic_rpc_handlers((bounded,))
         try:
             if credentials is None:

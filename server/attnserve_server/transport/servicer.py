@@ -72,11 +72,12 @@ class InferenceServicer:
         self._clock = clock
         self._call_timeout_s = call_timeout_s
         self._unread = unread
-        self._received: Callable[[], None] = _nothing
+        self._received: Callable[[], Any] = _nothing
+        self._ended: Callable[[Any], None] = _nothing
 
-    def on_received(self, received: Callable[[], None]) -> None:
-        """Set what each unary call calls once it has its message."""
-        self._received = received
+    def follow(self, received: Callable[[], Any], ended: Callable[[Any], None]) -> None:
+        """Set what each unary call calls: once it has its message, and with what that returned at its end."""
+        self._received, self._ended = received, ended
 
     async def infer(self, data: bytes, context: Context) -> bytes:
         """Answer one request: an InferRequest and an InferResponse, serialized.
@@ -85,7 +86,13 @@ class InferenceServicer:
             InvalidRequest: The message, or its request id, is malformed.
             Failure: With the error of the request.
         """
-        self._received()
+        followed = self._received()
+        try:
+            return await self._infer(data, context)
+        finally:
+            self._ended(followed)
+
+    async def _infer(self, data: bytes, context: Context) -> bytes:
         received = receive(inference_service_pb2.InferRequest, data)
         remaining = remaining_s(context)
         deadline_s = self._clock.now() + (self._call_timeout_s if remaining is None else remaining)
@@ -150,7 +157,7 @@ class InferenceServicer:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     """Do nothing."""
 
 
