@@ -61,13 +61,17 @@ class HardEnd:
     No cleanup runs: temporary files are removed as soon as they are mapped, and other files are written as a whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, armed: bool = True) -> None:
+        """Begin without a time. `armed`: false in a process that does other things too, which it then never ends."""
+        self._armed = armed
         self._changed = threading.Condition()
         self._at_s: float | None = None
         self._code = EXIT_DRAINED
 
     def within(self, seconds: float, code: int) -> None:
         """End the process after so many seconds with this exit code, in place of an earlier call's."""
+        if not self._armed:
+            return
         with self._changed:
             first = self._at_s is None
             self._at_s, self._code = time.monotonic() + seconds, code

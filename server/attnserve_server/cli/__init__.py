@@ -20,6 +20,8 @@ EXIT_REFUSED = 2
 """Exit code of a command that cannot be carried out, or whose model ended the child process."""
 RUN_FOREIGN_MODELS = {"export", "prepare", "inspect", "check"}
 """Commands that read and run files of other makers."""
+serves = False
+"""Whether this process is a server, and nothing else."""
 _CHILD = "from attnserve_server.cli import run_as_child; run_as_child()"
 _IMPORTED_LATE = ("onnxruntime", "grpc_health", "msgspec")
 """Libraries of the extra `server` that commands import where they need them, or only in other processes."""
@@ -32,7 +34,9 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in RUN_FOREIGN_MODELS:
         # -P: without it, modules in the working folder would be imported in place of installed ones.
         sys.exit(run_in_child([sys.executable, "-P", "-c", _CHILD, *sys.argv[1:]]))
+    global serves  # noqa: PLW0603 - a process has one purpose
     if sys.argv[1:2] == ["serve"]:
+        serves = True
         _end_on_signals()
     _run_command()
 

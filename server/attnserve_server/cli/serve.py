@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 import uvloop
 
+from attnserve_server import cli
 from attnserve_server.config import Settings, flag_of, variable_of
 from attnserve_server.lifetime import AFTER_GRACE_S, HardEnd, run
 from attnserve_server.observability import probe
@@ -72,7 +73,7 @@ def _serve_command() -> Any:
         """Serve every model of a repository over gRPC, with metrics and readiness over HTTP."""
         settings = Settings.load(flags)
         process = "supervisor" if settings.isolated else ""
-        hard = HardEnd()
+        hard = HardEnd(armed=cli.serves)
         with serving(settings.log_level, process):
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 code = runner.run(_serve(settings, hard))

@@ -228,7 +228,7 @@ def test_a_watched_repository_needs_one_process() -> None:
 def test_insecure_is_a_flag_without_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Settings] = []
 
-    async def note(settings: Settings, *_: object) -> int:
+    async def note(settings: Settings, _: object) -> int:
         seen.append(settings)
         return 0
 

@@ -25,6 +25,9 @@ ROOT = watching.DEPLOY.parent
 SUFFIXES = ("_bucket", "_sum", "_count")
 # Declared and read by no rule and no panel; each with its reason.
 UNUSED: dict[str, str] = {
+    "attnserve_connections_dropped_total": "callers that do not read harm themselves only",
+    "attnserve_refusal_seconds": "for tests of overload: refusals are counted by cause in a panel",
+    "attnserve_unread_bytes": "bounded, and large answers of slow readers are refused with a cause",
     "attnserve_log_lines_dropped_total": "the log states the number itself, once it is read again",
     "attnserve_padded_tokens_total": "deprecated: exported for one release, for dashboards of users",
 }
