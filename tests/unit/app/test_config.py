@@ -233,8 +233,6 @@ def test_insecure_is_a_flag_without_a_value(monkeypatch: pytest.MonkeyPatch) -> 
         return 0
 
     monkeypatch.setattr("attnserve_server.cli.serve._serve", note)
-    # It would end the process of all tests.
-    monkeypatch.setattr("attnserve_server.cli.serve.HardEnd.within", lambda *_: None)
     # It would be the logging of all tests.
     monkeypatch.setattr("attnserve_server.cli.serve.serving", lambda *_: contextlib.nullcontext())
     assert CliRunner().invoke(app, ["serve", "--insecure", "--host", "0.0.0.0"]).exit_code == 0
