@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -65,24 +66,33 @@ def command(name: str) -> str:
 
 
 @contextlib.contextmanager
-def serve(repository: Path, folder: Path, *arguments: str, exit_code: int = 0) -> Iterator[RunningServer]:
+def serve(
+    repository: Path,
+    folder: Path,
+    *arguments: str,
+    exit_code: int | None = 0,
+    program: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[RunningServer]:
     """Runs `attnserve-server serve` on free loopback ports until the block ends, then expects a clean exit.
 
     Args:
         repository: the models.
         folder: for the server's log and the file of its ports; one server at a time.
         arguments: further flags of the command.
-        exit_code: the expected code; -9 where the test kills the server.
+        exit_code: the expected code; -9 where the test kills the server; None for any.
+        program: what to run in the place of the command `attnserve-server`.
+        options: of the process, as for `subprocess.Popen`.
 
     Raises:
         AssertionError: with the log, if the server is not ready in 60 s, ends early, or exits with another code.
         TimeoutExpired: it runs 60 s after SIGTERM. It is killed.
     """
     ports_file, log = folder / "ports.json", folder / "server.log"
-    line = [command("attnserve-server"), "serve", "--repository", str(repository)]
+    line = [*(program or [command("attnserve-server")]), "serve", "--repository", str(repository)]
     line += ["--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file), *arguments]
     with log.open("wb") as stream:
-        process = subprocess.Popen(line, stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(line, **{"stdout": stream, "stderr": stream, **options})
     try:
         until = time.monotonic() + START_TIMEOUT_S
         while not (ports_file.exists() and ports_file.stat().st_size):
@@ -92,7 +102,7 @@ def serve(repository: Path, folder: Path, *arguments: str, exit_code: int = 0) -
         ports = json.loads(ports_file.read_text())
         yield RunningServer(process, ports["grpc"], ports["http"], log)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == exit_code, log.read_text()
+        assert process.wait(timeout=60) == exit_code or exit_code is None, log.read_text()
     finally:
         if process.poll() is None:
             process.kill()

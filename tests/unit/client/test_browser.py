@@ -1,74 +1,22 @@
 """The page of an attention map in a real browser.
 
-Skipped without `chromium` or `chromium-browser` on the PATH. `document` runs the browser on a page and parses what it
-dumps. A browser that fails, or takes a minute, raises CalledProcessError or TimeoutExpired.
+Skipped without `chromium` or `chromium-browser` on the PATH.
 """
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from attnserve_client import AttentionMap, Token
 from attnserve_client.data_types import PatchGrid
+from browser import CHROMIUM, HOSTILE, document
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt-get install chromium fonts-dejavu-core"),
     pytest.mark.slow,
 ]
-
-HOSTILE = (
-    "<img src=x onerror=document.title='owned'>",
-    "</script><script>document.title='owned'</script>",
-    "\"'><svg>",
-)
-
-
-class Elements(HTMLParser):
-    """Tags, title and token texts of the document that the browser dumps."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.tokens: list[str] = []
-        self.places: list[str] = []
-        self.title = ""
-        self._into = ""
-        self.feed(source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if "token" in (dict(attrs).get("class") or "").split():
-            self.tokens.append("")
-            self.places += re.findall("grid-area:[^;]*;", dict(attrs).get("style") or "")
-            self._into = "token"
-        else:
-            self._into = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._into = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._into == "token":
-            self.tokens[-1] += data
-        elif self._into == "title":
-            self.title += data
-
-
-def document(source: str, tmp_path: Path) -> Elements:
-    """The document after a browser ran the page."""
-    page = tmp_path / "page.html"
-    page.write_text(source, encoding="utf-8")
-    line = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    line += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
-    return Elements(done.stdout)
 
 
 def hostile_map() -> AttentionMap:

@@ -1,0 +1,176 @@
+"""Rows 17, 18 and 20: an engine process is killed, stops, hangs or takes too much memory. The server goes on.
+
+Faults from outside are signals. Those from inside are the server's failpoints (`engine/failpoints.py`): the id of a
+request names what its run does to the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import grpc
+import psutil
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from faults import bundles
+from faults.lab import Lab, Row, Setup, Share
+from faults.wire import Wire
+
+FAILPOINTS: Final = (("ATTNSERVE_FAILPOINTS", "1"),)
+MEMORY_BYTES: Final = 512 * 2**20
+SUPERVISED: Final = Setup(
+    models=(bundles.CANARY, bundles.TINY, bundles.HEAVY),
+    flags=("--fronts", "1", "--watchdog-floor-s", "1", "--engine-memory-bytes", str(MEMORY_BYTES)),
+    isolation="process",
+    needs=("watchdog_floor_s", "engine_memory_bytes"),
+    environment=FAILPOINTS,
+)
+NEIGHBOURS: Final = Share(0.999, None)
+"""The canary has an engine that lives. The start of another engine takes processor time from it."""
+CALLERS: Final = 12
+DEADLINE_S: Final = 20.0
+NEXT_S: Final = 1.0
+CULPRIT: Final = ("INTERNAL:ENGINE_CRASHED",)
+
+
+@asynccontextmanager
+async def _load(lab: Lab, model: str) -> AsyncIterator[None]:
+    """Run callers in loops until the block ends; all must be answered."""
+    done = asyncio.Event()
+    async with lab.caller(f"load on {model}") as wire:
+
+        async def caller() -> None:
+            texts = lab.texts(50)
+            number = 0
+            while not done.is_set():
+                await wire.infer(model, texts[number % 50], timeout_s=DEADLINE_S)
+                number += 1
+
+        callers = [asyncio.create_task(caller()) for _ in range(CALLERS)]
+        try:
+            yield
+        finally:
+            done.set()
+            await asyncio.gather(*callers)
+
+
+async def _replaced(lab: Lab, model: str, old: int, timeout_s: float = 30.0) -> None:
+    """Wait until a model has another engine process than `old`."""
+
+    def other() -> bool:
+        with contextlib.suppress(psutil.Error):
+            found = lab.server.engine(model)
+            return found is not None and found.pid != old
+        return False
+
+    lab.control(await lab.until(other, timeout_s), f"the engine of {model} was not replaced")
+
+
+async def _engine(lab: Lab, model: str) -> psutil.Process:
+    """Return the engine process of a model, once there is one."""
+    found: list[psutil.Process] = []
+
+    def there() -> bool:
+        with contextlib.suppress(psutil.Error):
+            found[:] = [one for one in (lab.server.engine(model),) if one is not None]
+        return bool(found)
+
+    await lab.until(there)
+    return found[0]
+
+
+async def _next_answer(lab: Lab, wire: Wire, model: str, begun: float) -> float:
+    """Return the seconds from `begun` to the next answer of a model."""
+    end = await wire.infer(model, "the cat", timeout_s=DEADLINE_S)
+    return end.at_s - begun
+
+
+async def killed(lab: Lab) -> None:
+    """Row 17."""
+    gaps: list[float] = []
+    async with lab.caller("next") as wire, _load(lab, bundles.HEAVY):
+        for _ in range(lab.count(15, 40)):
+            await asyncio.sleep(float(lab.random.uniform(0.05, 0.4)))
+            engine = await _engine(lab, bundles.HEAVY)
+            engine.send_signal(signal.SIGKILL)
+            begun = time.monotonic()
+            lab.injected["SIGKILL from outside"] += 1
+            gaps.append(await _next_answer(lab, wire, bundles.HEAVY, begun))
+            await _replaced(lab, bundles.HEAVY, engine.pid)
+    culprits = lab.count(5, 10)
+    async with lab.caller("culprit", *CULPRIT) as culprit, _load(lab, bundles.TINY):
+        for number in range(culprits):
+            old = (await _engine(lab, bundles.TINY)).pid
+            kind = ("kill", "abort")[number % 2]
+            end = await culprit.infer(bundles.TINY, "the dog", timeout_s=DEADLINE_S, request_id=f"fail:{kind}:{number}")
+            lab.must(b"RetryInfo" not in culprit.details, "the error of a culprit holds a RetryInfo")
+            lab.control(end.code == "INTERNAL", f"a request that kills its engine got {end.code}")
+            await _replaced(lab, bundles.TINY, old)
+            lab.injected["requests that kill their engine"] += 1
+    lab.measured |= {
+        "next_answer_s": round(max(gaps), 3),
+        "next_answer_median_s": round(sorted(gaps)[len(gaps) // 2], 3),
+    }
+    lab.must(max(gaps) <= NEXT_S, f"the next answer came after {max(gaps):.2f} s, above 1 s")
+
+
+async def stopped(lab: Lab) -> None:
+    """Row 18."""
+    states: list[str] = []
+    watching = asyncio.create_task(_health(lab, bundles.TINY, states))
+    patient = ("OK", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    async with lab.caller("usual", *patient) as usual, lab.caller("culprit", *CULPRIT, *patient[1:]) as culprit:
+        await usual.infer(bundles.TINY, "the cat")  # the first run of a shape has a longer limit
+        for number in range(lab.count(2, 10)):
+            engine = await _engine(lab, bundles.TINY)
+            engine.send_signal(signal.SIGSTOP)
+            lab.injected["SIGSTOP from outside"] += 1
+            await usual.infer(bundles.TINY, "the cat", timeout_s=DEADLINE_S)
+            await _replaced(lab, bundles.TINY, engine.pid)
+            for kind in ("stop", "hang"):
+                old = (await _engine(lab, bundles.TINY)).pid
+                sent = culprit.infer(bundles.TINY, "the cat", timeout_s=DEADLINE_S, request_id=f"fail:{kind}:{number}")
+                end = await sent
+                lab.control(end.code != "OK", f"a request that makes its engine {kind} was answered")
+                await _replaced(lab, bundles.TINY, old)
+                lab.injected[f"requests that {kind} their engine"] += 1
+        end = await usual.infer(bundles.TINY, "the cat", timeout_s=DEADLINE_S)
+        lab.must(end.code == "OK", f"after all of this, a call got {end.code}")
+    watching.cancel()
+    lab.measured["health"] = states[:6]
+    lab.must("NOT_SERVING" in states, f"the health of a model without an engine was {states}")
+
+
+async def _health(lab: Lab, model: str, found: list[str]) -> None:
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+        async with grpc.aio.insecure_channel(lab.server.target) as channel:
+            async for answer in HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=model)):
+                found.append(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+async def memory(lab: Lab) -> None:
+    """Row 20."""
+    main = lab.server.process.pid
+    async with lab.caller("culprit", *CULPRIT) as culprit, _load(lab, bundles.TINY):
+        for number in range(lab.count(2, 10)):
+            old = (await _engine(lab, bundles.TINY)).pid
+            sent = culprit.infer(bundles.TINY, "the dog", timeout_s=DEADLINE_S, request_id=f"fail:memory:{number}")
+            end = await sent
+            lab.control(end.code == "INTERNAL", f"a request whose run takes gigabytes got {end.code}")
+            await _replaced(lab, bundles.TINY, old)
+            lab.injected["runs that take memory without a limit"] += 1
+    lab.must(lab.server.process.pid == main and lab.server.lives, "the supervisor ended")
+
+
+ROWS: Final = (
+    Row(17, "SIGKILL of an engine in a run", SUPERVISED, killed, NEIGHBOURS),
+    Row(18, "an engine stops or hangs", SUPERVISED, stopped, NEIGHBOURS),
+    Row(20, "an engine takes more memory than its limit", SUPERVISED, memory, NEIGHBOURS),
+)
