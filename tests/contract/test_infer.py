@@ -7,6 +7,7 @@ request until the test releases it.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 
 import grpc
@@ -18,7 +19,9 @@ from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.app import Application
 from attnserve_server.domain.errors import InternalFault, ModelNotFound, Overloaded
+from attnserve_server.transport import servicer
 from attnserve_server.transport.servicer import log_failure
+from attnserve_server.transport.wire import Received
 from gated import Gate, until
 from google.rpc import error_details_pb2, status_pb2
 from tiny_bundle import HEADS, VOCABULARY, WIDTH
@@ -284,6 +287,36 @@ async def test_a_megabyte_of_text_is_refused_before_it_is_tokenized(stub: Infere
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Infer(asking("x" * 2**20))
     assert caught.value.details() == "sequences[0].text.text: 1048576 bytes exceed 65536"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [asking("x" * 2_000_000), asking("the cat " * 9_000), asking("", request_id="é")],
+    ids=["long text", "many tokens", "no id"],
+)
+async def test_refused_message_is_freed_at_once(stub: InferenceServiceStub, request_: pb.InferRequest) -> None:
+    assert await kept_messages(stub, request_) == 0
+
+
+async def test_control_refused_messages_are_kept_until_the_garbage_collector_runs(
+    stub: InferenceServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servicer, "free_frames", lambda error: None)
+    assert await kept_messages(stub, asking("x" * 2_000_000)) == 5
+
+
+async def kept_messages(stub: InferenceServiceStub, request: pb.InferRequest) -> int:
+    """The messages of five refused calls that are in memory afterwards, without the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Infer(request)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        return sum(isinstance(one, Received) for one in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 async def test_a_large_request_is_prepared_in_a_thread_with_the_same_answer(stub: InferenceServiceStub) -> None:

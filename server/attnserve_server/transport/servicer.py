@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from itertools import count
 from typing import Any, Final, TypeVar
@@ -211,6 +212,8 @@ class RpcMetrics:
             except Exception as error:  # noqa: BLE001 - the boundary of an RPC
                 status = _status_of(error, method)
                 code = code_of(status).name
+                request = None
+                free_frames(error)
                 # A call that has ended on the caller's side cannot be aborted, and needs no answer.
                 try:
                     await context.abort(code_of(status), status.message, trailers_of(status))
@@ -270,6 +273,16 @@ def log_failure(error: BaseException, request_id: str, method: str) -> None:
     if root.isEnabledFor(logging.DEBUG) or _refusals.passes(reason):
         named = {"request_id": plain(request_id), "method": method, "reason": reason}
         _log.info("request refused", **named, error=plain(str(error), 512))
+
+
+def free_frames(error: BaseException) -> None:
+    """Free what the frames of a failed call hold, such as its message.
+
+    gRPC keeps an aborted call in a circle of references with its tracebacks, until the garbage collector runs.
+    """
+    for one in (error, error.__cause__):
+        if one is not None:
+            traceback.clear_frames(one.__traceback__)
 
 
 def _status_of(error: Exception, method: str) -> status_pb2.Status:

@@ -32,6 +32,8 @@ N = TypeVar("N", bound=message.Message)
 
 MAX_STRUCTURE_BYTES: Final = 2**19
 """Most bytes of a message beside text and tensor data: a request of 4,096 sequences has half of that."""
+_FIELD_BYTES: Final = 6
+"""Bytes that a field counts at least, because the scan takes as long for a short one as for a long one."""
 _MAX_TENSORS: Final = 2**13
 """From this many tensors on the message holds their data: a view of each would take more memory than the data."""
 _MAX_FIELDS: Final = 10_000
@@ -164,7 +166,7 @@ class _Scan:
         for number, wire_type, content, after in _fields(self._data, begin, end):
             field = kind.fields_by_number.get(number)
             where = path if field is None else f"{path}{field.name}"
-            self._left -= content - at
+            self._left -= max(content - at, _FIELD_BYTES)
             changed: list[memoryview | bytes] = []
             if wire_type == _DELIMITED and field is not None and field.message_type is not None:
                 known = len(self._found)
@@ -213,14 +215,21 @@ def _not_utf8(
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield each field's number, wire type, and where its content begins and ends, up to the first malformed one."""
     while at < end:
-        tag, at = _read_varint(data, at, end)
+        tag = data[at]  # most numbers have one byte: reading them here halves the time of the scan
+        at += 1
+        if tag > 0x7F:
+            tag, at = _read_varint(data, at - 1, end)
         wire_type = tag & 7
         begin = at
         if wire_type == _VARINT:
             _, at = _read_varint(data, at, end)
         elif wire_type == _DELIMITED:
-            length, begin = _read_varint(data, at, end)
-            at = begin + length
+            if at < end and data[at] < 0x80:
+                begin = at + 1
+                at = begin + data[at]
+            else:
+                length, begin = _read_varint(data, at, end)
+                at = begin + length
         else:
             # Groups, which the contract does not have, begin and end with a bare tag.
             at += _FIXED.get(wire_type, 0)
