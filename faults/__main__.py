@@ -5,16 +5,15 @@
     python -m faults --full --json full.json # the counts of the table; what is absent fails
     python -m faults --list
 
-One line a row: number, result, fault, what was injected, what was measured, seconds. A row `holds`, `fails`, is `absent`
-(the server lacks what it tests) or `skipped` (this machine does). Exit code 1 if a row fails, and with `--full` if one
-is absent; 2 for an unknown row. After a failure, the calls, logs and settings stay in the folder that is printed.
+One line a row: number, result, fault, seconds, what was injected, what was measured. A row `holds`, `fails`, is
+`absent` (the server lacks what it tests) or `skipped` (this machine does). Exit code 1 if a row fails, and with
+`--full` if one is absent; 2 for an unknown row. After a failure, calls and logs stay in the folder that is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import platform
@@ -73,20 +72,21 @@ async def run(rows: Sequence[Row], plan: Plan) -> list[Outcome]:
         for problem in outcome.problems[:SHOWN]:
             say(f"     {problem}")
 
-    # Rows of one setup, in order of the first of them.
-    groups = itertools.groupby(_grouped(rows), key=lambda row: row.setup)
-    for setup, members in groups:
-        if reason := absent(setup):
+    for members in _groups(rows):
+        if reason := absent(members[0].setup):
             for row in members:
                 done(Outcome(row.number, row.fault, "absent", measured={"reason": reason}, seed=plan.seed))
             continue
-        await _run_group(list(members), plan, done)
+        await _run_group(members, plan, done)
     return sorted(outcomes, key=lambda one: one.number)
 
 
-def _grouped(rows: Sequence[Row]) -> list[Row]:
-    first = {row.setup: at for at, row in reversed(list(enumerate(rows)))}
-    return sorted(rows, key=lambda row: (first[row.setup], row.number))
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return rows that share servers: those of one setup, unless a row starts its servers itself."""
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.setup if row.setup.starts else row, []).append(row)
+    return list(groups.values())
 
 
 async def _run_group(members: list[Row], plan: Plan, done: Any) -> None:
@@ -164,7 +164,8 @@ def main() -> None:
     try:
         rows = chosen(options.rows) if options.rows else list(ROWS)
     except ValueError as error:
-        sys.exit(f"--rows: {error}")
+        say(f"--rows: {error}")
+        sys.exit(2)
     if options.list:
         for row in rows:
             say(f"{row.number:>2} {row.fault}{f' ({reason})' if (reason := absent(row.setup)) else ''}")

@@ -43,7 +43,7 @@ def unavailable() -> None:
 
 
 def batching_dies() -> None:
-    """On SIGUSR1, end the batching task of one model."""
+    """On SIGUSR1, end the batching task of `tiny`."""
     from attnserve_server.app import Application  # noqa: PLC0415
 
     start = Application.start
@@ -52,7 +52,8 @@ def batching_dies() -> None:
         await start(self)
 
         def end() -> None:
-            task = self._loaded[0].scheduler._task
+            scheduler = self.catalog.get("tiny", "").scheduler
+            task = scheduler._task  # type: ignore[union-attr]
             assert task is not None
             task.cancel()
 

@@ -153,9 +153,7 @@ async def herd(lab: Lab) -> None:
             min(answered) >= first - 0.01, f"an answer came {first - min(answered):.3f} s before the model was ready"
         )
         lab.control(codes["UNAVAILABLE"] >= count, "the callers came before the server")
-        await lab.bench.watch()
-        assert lab.bench.canary is not None
-        lab.bench.canary.go()
+        await lab.watch()
         for _ in range(3):
             await asyncio.gather(*(wire.infer(bundles.TINY, "the cat", timeout_s=20.0) for wire in wires))
     finally:

@@ -148,9 +148,9 @@ async def stalled_log(lab: Lab) -> None:
     read, write = os.pipe()
     await lab.bench.start("--log-level", "debug", stderr=write)
     os.close(write)
-    await lab.bench.watch()
-    assert lab.bench.canary is not None
-    lab.bench.canary.go()
+    full = await lab.bench.start("--log-level", "debug")
+    lab.bench.servers.remove(full)
+    await lab.watch()
     refused = lab.count(1_600, 20_000)
     async with lab.caller("refused", "INVALID_ARGUMENT") as wire:
         for _ in range(refused // 50):
@@ -161,8 +161,6 @@ async def stalled_log(lab: Lab) -> None:
     lab.control(dropped > 0, "no line was dropped: the log had room for all")
     threading.Thread(target=lambda: _drain(read), daemon=True).start()
     # A limit of file size acts as a full disk does: both let a write succeed in part, and then fail.
-    full = await lab.bench.start("--log-level", "debug")
-    lab.bench.servers.remove(full)
     limit = full.log_size() + 2_000
     resource.prlimit(full.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     async with lab.caller("on a full disk", "OK", "INVALID_ARGUMENT", server=full) as wire:
@@ -194,13 +192,12 @@ async def wall_clock(lab: Lab) -> None:
         raise Skip("needs a C compiler for a wall clock that moves")
     library, file = lab.bench.folder / "clock.so", lab.bench.folder / "offset"
     source = Path(__file__).with_name("clock.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    line = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+    await lab.blocking(lambda: subprocess.run(line, check=True))
     file.write_bytes(struct.pack("<q", 0))
     environment = {**os.environ, "LD_PRELOAD": str(library), "CLOCK_OFFSET_FILE": str(file)}
-    server = await lab.bench.start("--log-level", "info", env=environment)
-    await lab.bench.watch()
-    assert lab.bench.canary is not None
-    lab.bench.canary.go()
+    server = await lab.bench.start("--log-level", "debug", env=environment)
+    await lab.watch()
     stamps: list[float] = []
     late = ("DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED:OVERLOADED", "OK", "INVALID_ARGUMENT")
     async with lab.caller("during jumps") as wire, lab.caller("short", *late) as short:

@@ -23,7 +23,7 @@ from tiny_bundle import tiny_manifest
 from faults import bundles
 from faults.check import Serving
 from faults.lab import Lab, Row, Setup, Share
-from faults.wire import SERVICE
+from faults.wire import SERVICE, Wire
 
 RELOADING: Final = Setup(flags=("--admin",), needs=("admin",))
 LOAD_S: Final = 30.0
@@ -36,12 +36,15 @@ def _reload(lab: Lab) -> None:
     lab.server.process.send_signal(signal.SIGHUP)
 
 
-async def _states(lab: Lab) -> dict[tuple[str, str], str]:
+async def states_of(wire: Wire) -> dict[tuple[str, str], str]:
     """Return the state of each model and version."""
-    async with lab.caller("lister") as wire:
-        call = wire.channel.unary_unary(f"{SERVICE}/ListModels")
-        answer = pb.ListModelsResponse.FromString(await call(b"", timeout=10))
+    answer = pb.ListModelsResponse.FromString(await wire.channel.unary_unary(f"{SERVICE}/ListModels")(b"", timeout=10))
     return {(one.name, one.version): model_pb2.ModelState.Name(one.state) for one in answer.models}
+
+
+async def _states(lab: Lab) -> dict[tuple[str, str], str]:
+    async with lab.caller("lister") as wire:
+        return await states_of(wire)
 
 
 async def _reaches(lab: Lab, holds: Callable[[dict[tuple[str, str], str]], bool], timeout_s: float = LOAD_S) -> bool:
@@ -57,7 +60,7 @@ def _failed(states: dict[tuple[str, str], str], name: str, version: str) -> bool
     return states.get((name, version), "").endswith("FAILED")
 
 
-def _broken_bundles(root: Path, chance: Any) -> dict[str, Callable[[Path], None]]:
+def _broken_bundles(chance: Any) -> dict[str, Callable[[Path], None]]:
     """Return ways to break a bundle that was written whole, by name."""
 
     def changed(file: str, how: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -73,7 +76,7 @@ def _broken_bundles(root: Path, chance: Any) -> dict[str, Callable[[Path], None]
     return {
         "truncated graph": changed("model.onnx", lambda data: data[: len(data) // 2]),
         "mutated graph": changed("model.onnx", flipped),
-        "empty graph": changed("model.onnx", lambda data: b""),
+        "empty graph": changed("model.onnx", lambda _: b""),
         "truncated manifest": changed("manifest.json", lambda data: data[: len(data) // 2]),
         "mutated tokenizer": changed("tokenizer.json", flipped),
         "no manifest": lambda folder: (folder / "manifest.json").unlink(),
@@ -86,7 +89,7 @@ async def broken(lab: Lab) -> None:
     version = 100
     async with lab.caller("usual") as usual, lab.caller("particular", "FAILED_PRECONDITION", "NOT_FOUND") as particular:
         for _ in range(lab.count(1, 20)):
-            for what, spoil in _broken_bundles(lab.bench.repository, lab.chance).items():
+            for what, spoil in _broken_bundles(lab.chance).items():
                 version += 1
                 folder = bundles.write(lab.bench.folder / "made", bundles.TINY, version)
                 spoil(folder)

@@ -90,7 +90,7 @@ async def overload(lab: Lab) -> None:
     lab.allowed["load"] = frozenset(codes)
     wires = [lab.caller(f"load {at}", *codes, options=options) for at in range(4)]
     try:
-        peak = await _peak(lab, wires, seconds)
+        peak = await _peak(wires, seconds)
         lab.measured["peak_per_s"] = round(peak, 1)
         for factor, least in GOODPUT.items():
             ends, health = await _offered(lab, wires, peak * factor, seconds)
@@ -119,7 +119,7 @@ async def overload(lab: Lab) -> None:
     _judge_refusals(lab)
 
 
-async def _peak(lab: Lab, wires: list[Wire], seconds: float) -> float:
+async def _peak(wires: list[Wire], seconds: float) -> float:
     """Return the answers a second of callers in loops."""
     until, answered = time.monotonic() + seconds, 0
 

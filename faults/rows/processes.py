@@ -39,6 +39,8 @@ DEADLINE_S: Final = 20.0
 NEXT_S: Final = 1.0
 CULPRIT: Final = ("INTERNAL:ENGINE_CRASHED",)
 
+name_of = health_pb2.HealthCheckResponse.ServingStatus.Name
+
 
 @asynccontextmanager
 async def _load(lab: Lab, model: str) -> AsyncIterator[None]:
@@ -86,7 +88,7 @@ async def _engine(lab: Lab, model: str) -> psutil.Process:
     return found[0]
 
 
-async def _next_answer(lab: Lab, wire: Wire, model: str, begun: float) -> float:
+async def _next_answer(wire: Wire, model: str, begun: float) -> float:
     """Return the seconds from `begun` to the next answer of a model."""
     end = await wire.infer(model, "the cat", timeout_s=DEADLINE_S)
     return end.at_s - begun
@@ -102,7 +104,7 @@ async def killed(lab: Lab) -> None:
             engine.send_signal(signal.SIGKILL)
             begun = time.monotonic()
             lab.injected["SIGKILL from outside"] += 1
-            gaps.append(await _next_answer(lab, wire, bundles.HEAVY, begun))
+            gaps.append(await _next_answer(wire, bundles.HEAVY, begun))
             await _replaced(lab, bundles.HEAVY, engine.pid)
     culprits = lab.count(5, 10)
     async with lab.caller("culprit", *CULPRIT) as culprit, _load(lab, bundles.TINY):
@@ -152,7 +154,7 @@ async def _health(lab: Lab, model: str, found: list[str]) -> None:
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
         async with grpc.aio.insecure_channel(lab.server.target) as channel:
             async for answer in HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=model)):
-                found.append(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+                found.append(name_of(answer.status))  # noqa: PERF401 - the list is read while it grows
 
 
 async def memory(lab: Lab) -> None:

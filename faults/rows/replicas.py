@@ -27,12 +27,17 @@ FAILING_OVER: Final = Share(0.999, None)
 """No call may fail; those that move to the other replica take longer."""
 EXIT_FAULTED: Final = 70
 END_S: Final = 40.0
+FOUND_S: Final = 3.0
+"""Seconds in which a client finds a server that was restarted: gRPC tries again after up to two."""
+
+name_of = health_pb2.HealthCheckResponse.ServingStatus.Name
 
 
 @asynccontextmanager
-async def _load(lab: Lab, name: str) -> AsyncIterator[None]:
+async def _load(lab: Lab, *codes: str) -> AsyncIterator[None]:
     """Run callers in loops at all servers until the block ends; their deadline is 20 s."""
-    lab.allowed[name] = frozenset({"OK"})
+    name = "load"
+    lab.allowed[name] = frozenset({"OK", *codes})
     recorder, done = Recorder(name, lab.sink), asyncio.Event()
     async with AsyncClient([one.target for one in lab.bench.servers]) as client:
 
@@ -64,19 +69,18 @@ async def _health(server: Server, found: list[str]) -> None:
     with contextlib.suppress(grpc.aio.AioRpcError):
         async with grpc.aio.insecure_channel(server.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
             async for answer in HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
-                found.append(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+                found.append(name_of(answer.status))  # noqa: PERF401 - the list is read while it grows
 
 
 async def task_dies(lab: Lab) -> None:
     """Row 19."""
     broken = await lab.bench.start(failpoints=("batching-dies",))
     await lab.bench.start()
-    await lab.bench.watch()
-    assert lab.bench.canary is not None
-    lab.bench.canary.go()
+    await lab.watch()
     states: list[str] = []
     watching = asyncio.create_task(_health(broken, states))
-    async with _load(lab, "load"):
+    # Calls in the queue of the task fail with it; those of the other models, such as the canary's, do not.
+    async with _load(lab, "INTERNAL:INTERNAL"):
         await asyncio.sleep(1.0)
         begun = time.monotonic()
         broken.process.send_signal(signal.SIGUSR1)
@@ -93,7 +97,7 @@ async def task_dies(lab: Lab) -> None:
 
 async def rolling(lab: Lab) -> None:
     """Row 21."""
-    async with _load(lab, "load"):
+    async with _load(lab):
         for _ in range(lab.count(1, 5)):
             for server in list(lab.bench.servers):
                 states: list[str] = []
@@ -110,12 +114,12 @@ async def rolling(lab: Lab) -> None:
                 lab.must(states[-1:] == ["NOT_SERVING"], f"its health was {states}")
                 again = await _restarted(lab.bench, server)
                 lab.control(again.running.process.pid != server.running.process.pid, "the process is another one")
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(FOUND_S)
 
 
 async def killed(lab: Lab) -> None:
     """Row 22."""
-    async with _load(lab, "load"):
+    async with _load(lab):
         for number in range(lab.count(3, 20)):
             await asyncio.sleep(float(lab.random.uniform(0.3, 0.8)))
             server = lab.bench.servers[number % 2]
@@ -124,12 +128,19 @@ async def killed(lab: Lab) -> None:
             gone = await lab.until(lambda one=server: not one.lives)
             lab.control(gone and server.running.process.poll() == -signal.SIGKILL, "the server was not killed")
             await _restarted(lab.bench, server)
-            # A client finds the restarted server within about a second. Until then there is one replica.
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(FOUND_S)
 
 
 ROWS: Final = (
-    Row(19, "the batching task of a model ends", BROKEN, task_dies, FAILING_OVER, reconciles=False),
-    Row(21, "SIGTERM under load, and a rolling restart of two replicas", TWO, rolling, FAILING_OVER, reconciles=False),
-    Row(22, "SIGKILL of one of two replicas under load", TWO, killed, WITHIN_DEADLINE, reconciles=False),
+    Row(19, "the batching task of a model ends", BROKEN, task_dies, FAILING_OVER, reconciles=False, lasts=False),
+    Row(
+        21,
+        "SIGTERM under load, and a rolling restart of two replicas",
+        TWO,
+        rolling,
+        FAILING_OVER,
+        reconciles=False,
+        lasts=False,
+    ),
+    Row(22, "SIGKILL of one of two replicas under load", TWO, killed, WITHIN_DEADLINE, reconciles=False, lasts=False),
 )

@@ -14,7 +14,7 @@ from attnserve_client import AsyncClient, AttentionSelection
 from browser import CHROMIUM, HOSTILE, Elements, document
 
 from faults import bundles
-from faults.lab import Lab, Row
+from faults.lab import Lab, Row, Share
 from faults.rows.inputs import COMMON, of_text
 from faults.wire import SERVICE
 
@@ -139,9 +139,12 @@ async def pages(lab: Lab) -> None:
         lab.control(any("onerror" in one for one in shown), "no page shows the text")
 
 
+BROWSING: Final = Share(0.999, None)
+"""The browser takes all cores."""
+
 ROWS: Final = (
     Row(40, "a search for reflection, administration and debug pages", COMMON, ports),
     Row(41, "random names of models and methods", COMMON, names),
     Row(42, "line breaks and terminal codes in names, texts and ids", COMMON, escapes),
-    Row(43, "markup in texts of tokens", COMMON, pages),
+    Row(43, "markup in texts of tokens", COMMON, pages, BROWSING),
 )
