@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := --constraint constraints.txt
-SOURCES := proto/generate.py client server tests bench examples deploy docs
+SOURCES := proto/generate.py client server tests bench faults examples deploy docs
 
 # Modules that decide or refuse. Tests must cover every branch of them.
 WHOLLY_COVERED := */scheduling/policy.py,*/transport/status.py,*/transport/validation.py,*/transport/codec.py
@@ -20,7 +20,7 @@ DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test coverage check format e2e dist changelog proto client docs bench acceptance peers complexity batching \
-	foreign foreign-short fuzz fuzz-short fuzz-batching image clean
+	foreign foreign-short fuzz fuzz-short fuzz-batching faults faults-full soak image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -129,6 +129,15 @@ fuzz-short: $(VENV)/.dev ## Read 20,000 mutated requests and 2,000 mutated model
 fuzz: $(VENV)/.dev ## The same with new seeds, for FUZZ_SECONDS (600)
 	@PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz_inputs.py --seconds $(or $(FUZZ_SECONDS),600) \
 		$(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
+
+faults: $(VENV)/.dev ## Inject faults into real servers, and judge what their callers get (FAULTS_ARGS)
+	@PYTHONPATH=tests/support $(BIN)/python -m faults $(FAULTS_ARGS)
+
+faults-full: $(VENV)/.dev ## The same with the counts of the table; what the server lacks fails
+	@PYTHONPATH=tests/support $(BIN)/python -m faults --full $(FAULTS_ARGS)
+
+soak: $(VENV)/.dev ## Load one server for SOAK_SECONDS (1800) with all faults at once (SOAK_ARGS)
+	@PYTHONPATH=tests/support $(BIN)/python -m faults.soak --seconds $(or $(SOAK_SECONDS),1800) $(SOAK_ARGS)
 
 e2e: $(VENV)/.dev $(DEMO_BUNDLE) ## Build the image, run it hardened, scrape it with a real Prometheus
 	ATTNSERVE_E2E_REPOSITORY=$(abspath $(DEMO)/models) $(BIN)/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)

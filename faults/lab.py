@@ -38,12 +38,15 @@ BASELINE_S: Final = 2.0
 FLOOR_S: Final = 0.05
 """The limit of the canary's p99 is at least this, and how late the canary's own timers were is added to it. Server,
 canary and injector share a few cores: below this, the machine's scheduler decides."""
-LEAST_S: Final = 1.5
+LATE: Final = "the canary's p99 is"
+"""Start of the problem of a slow canary. A row without another problem runs once more: of a hundred calls, two that met
+other work of the machine decide the p99."""
+LEAST_S: Final = 2.0
 """Seconds for which the canary calls during a row at least."""
 CANARY_STATUSES: Final = frozenset({"OK", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"})
 """What the canary may get at all; how often is in `Share`."""
 PSS_MB: Final = 16.0
-"""Growth of memory that a row may leave behind, unless it has a limit of its own: pools and caches fill once."""
+"""Growth of memory that a row may leave behind, unless it states another limit: pools and caches fill once."""
 DESCRIPTORS, THREADS = 4, 8
 """The same for descriptors and threads: gRPC and asyncio keep pools, which grow when they are first used."""
 SETTLE_S: Final = 6.0
@@ -469,7 +472,7 @@ async def _judge_canary(lab: Lab, outcome: Outcome, events: list[Event]) -> None
         if p99 > limit_s and bench.servers[0].lives:
             # The machine may be slower than it was at the first measurement.
             limit_s = max(rule.factor * await bench.measured_baseline(), FLOOR_S) + late_s
-        lab.must(p99 <= limit_s, f"the canary's p99 is {p99 * 1e3:.1f} ms, above {limit_s * 1e3:.1f} ms")
+        lab.must(p99 <= limit_s, f"{LATE} {p99 * 1e3:.1f} ms, above {limit_s * 1e3:.1f} ms")
     outcome.measured["canary"] = {
         "calls": calls,
         "failed": failed,

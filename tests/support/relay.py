@@ -1,6 +1,6 @@
-"""A TCP relay between a client and a server on loopback, which lists connections, cuts them and stops passing bytes.
+"""A TCP relay between a client and a server on loopback, which lists connections and cuts them.
 
-For tests of what both sides do when a connection goes away, while the server lives. Event loop only.
+For tests of what a client does when a connection goes away, while the server lives. Event loop only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ class Relay:
         self.port = 0
         self.open: list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = []
         """The connections that are open, oldest first: to the client and to the server."""
-        self._passing = asyncio.Event()
-        self._passing.set()
+        self.frozen = False
 
     @property
     def target(self) -> str:
@@ -33,12 +32,8 @@ class Relay:
             writer.transport.abort()
 
     def freeze(self) -> None:
-        """Pass nothing on in either direction, as a network does that has lost the way: no end, and no error."""
-        self._passing.clear()
-
-    def thaw(self) -> None:
-        """Pass bytes on again, those that came in between first."""
-        self._passing.set()
+        """Forward nothing from now on, and close nothing, as a network that drops every packet."""
+        self.frozen = True
 
     async def __aenter__(self) -> Self:
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -50,7 +45,6 @@ class Relay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.aclose()
-        self.thaw()
         while self.open:
             self.cut()
             await asyncio.sleep(0.01)
@@ -72,10 +66,10 @@ class Relay:
         """Pass bytes on until either end closes, which ends the other one too."""
         try:
             while data := await reader.read(1 << 16):
-                await self._passing.wait()
+                if self.frozen:
+                    continue
                 writer.write(data)
                 await writer.drain()
-            await self._passing.wait()
         except OSError:
             pass
         finally:

@@ -1,0 +1,92 @@
+"""Write the table of the last run into docs/reliability.md, from the JSON of a run: `python -m faults.page`.
+
+    python -m faults --full --json docs/reliability.json
+    python -m faults.page            # docs/reliability.md from docs/reliability.json
+    python -m faults.page --check    # exit code 1 if the page differs
+
+Exit code 1 if the page lacks one of the two marks between which the table lies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+DOCS: Final = Path(__file__).parents[1] / "docs"
+BEGIN: Final = "<!-- Written by `python -m faults.page` from reliability.json. -->"
+END: Final = "<!-- The end of the table. -->"
+SHARED: Final = ("canary", "statuses", "pss_mb", "reason")
+
+
+def figures(facts: dict[str, Any]) -> str:
+    """Return figures as text of one cell."""
+    parts = []
+    for name, value in facts.items():
+        shown = name.replace("_", " ")
+        if isinstance(value, dict):
+            parts.append(f"{shown}: {figures(value)}")
+        elif isinstance(value, list):
+            parts.append(f"{shown} {' to '.join(f'{one:g}' if isinstance(one, float) else str(one) for one in value)}")
+        else:
+            parts.append(f"{shown} {value:g}" if isinstance(value, float) else f"{shown} {value}")
+    return ", ".join(parts).replace("|", "\\|")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the text between the marks."""
+    counts = "full" if results["full"] else "reduced"
+    held = sum(row["result"] == "holds" for row in results["rows"])
+    head = (
+        f"{held} of {len(results['rows'])} rows hold, with {counts} counts and seed {results['seed']}, in "
+        f"{results['seconds']} s on {results['cores']} cores ({results['machine']}, Python {results['python']}). The "
+        "canary's p99 stands beside that of its baseline, in ms."
+    )
+    lines = [head, "", "| row | fault | result | injected | measured | canary: failed of calls, p99 | s |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in results["rows"]:
+        measured = row["measured"]
+        canary = measured.get("canary")
+        shown = "none"
+        if canary:
+            shown = f"{canary['failed']} of {canary['calls']}, {canary['p99_ms']:g} ({canary['baseline_p99_ms']:g})"
+        own = {name: value for name, value in measured.items() if name not in SHARED}
+        if row["result"] in {"absent", "skipped"}:
+            own = {"because": measured["reason"]}
+        cells = (row["row"], row["fault"], row["result"], figures(row["injected"]), figures(own), shown, row["seconds"])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def written(page: str, results: dict[str, Any]) -> str:
+    """Return the page with the table of these results. Raises ValueError if a mark is missing."""
+    before, _, rest = page.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"the page lacks {BEGIN} or {END}")
+    return f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}"
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m faults.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=DOCS / "reliability.json")
+    parser.add_argument("--page", type=Path, default=DOCS / "reliability.md")
+    parser.add_argument("--check", action="store_true", help="write nothing, and exit with 1 if the page differs")
+    options = parser.parse_args()
+    old = options.page.read_text(encoding="utf-8")
+    try:
+        new = written(old, json.loads(options.results.read_text(encoding="utf-8")))
+    except ValueError as error:
+        sys.exit(str(error))
+    if options.check:
+        sys.exit(f"{options.page.name} is out of date: run `python -m faults.page`" if old != new else 0)
+    options.page.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
