@@ -8,7 +8,7 @@ import ssl
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from serving import RunningServer
 
 SCRAPE_TIMEOUT_S = 10.0
 MAIN = "main"
+SAME_START_S = 0.015
+"""Both sides round the start of a process to the kernel's ticks of 10 ms."""
 
 
 def eventually(holds: Callable[[], bool], timeout_s: float = 10.0, step_s: float = 0.05) -> bool:
@@ -56,7 +58,6 @@ class Server:
     running: RunningServer
     context: ssl.SSLContext | None = None
     token: str = ""
-    _names: dict[int, str] = field(default_factory=dict, init=False)
 
     @property
     def target(self) -> str:
@@ -75,17 +76,29 @@ class Server:
         return self.running.process.poll() is None
 
     def processes(self) -> dict[str, psutil.Process]:
-        """Return its processes by name: `main`, `front 0`, `engine tiny/1`."""
+        """Return its processes by the names with which they were started: `main`, `front 0`, `engine tiny/1`."""
         found = {MAIN: self.process}
         for child in self.process.children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                words = self._names.get(child.pid) or child.cmdline()[-1]
-                found[words if words not in found else f"{words} {child.pid}"] = child
+            with contextlib.suppress(psutil.Error, IndexError):
+                name = child.cmdline()[-1]
+                found[name if name not in found else f"{name} {child.pid}"] = child
         return found
 
-    def engine(self, model: str, version: str = "1") -> psutil.Process | None:
-        """Return the engine process of a model; None while there is none."""
-        return self.processes().get(f"engine {model}/{version}")
+    def engine(self, model: str) -> psutil.Process | None:
+        """Return the engine process of a model's highest version; None while there is none.
+
+        A process in reserve becomes an engine without another command line. Metrics have its name and its start.
+        """
+        prefix, starts = f"engine {model}/", {}
+        for name, labels, value in self.samples():
+            if name == "process_start_time_seconds" and labels.get("process", "").startswith(prefix):
+                starts[int(labels["process"].removeprefix(prefix))] = value
+        begun = starts[max(starts)] if starts else 0.0
+        for child in self.process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if abs(child.create_time() - begun) < SAME_START_S and child.status() != psutil.STATUS_ZOMBIE:
+                    return child
+        return None
 
     def memory(self) -> dict[str, float]:
         """Return the proportional set size of each process in MB."""

@@ -7,17 +7,16 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import onnx
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1 import model_pb2
-from attnserve_server.model.repository import MANIFEST_FILE, digest_of, sha256_of, write_bundle
-from onnx import TensorProto, helper, numpy_helper
+from attnserve_server.model.repository import MANIFEST_FILE, digest_of, sha256_of
+from onnx import TensorProto
 from tiny_bundle import tiny_manifest
 
 from faults import bundles
@@ -25,7 +24,18 @@ from faults.check import Serving
 from faults.lab import Lab, Row, Setup, Share
 from faults.wire import SERVICE, Wire
 
-RELOADING: Final = Setup(flags=("--admin",), needs=("admin",))
+CRASHING: Final = {"crashing": "crash", "hanging": "hang", "spinning": "spin"}
+FILLING: Final = {"filling": "allocate", "reserving": "reserve"}
+"""Bundles, and what the process that loads them does (`loading_failpoints.py` of the server)."""
+FAILPOINTS: Final = ",".join(f"load:{name}/1={action}" for name, action in (CRASHING | FILLING).items())
+RELOADING: Final = Setup(
+    flags=("--admin", "--load-timeout-s", "8", "--load-memory-bytes", str(2**30)),
+    isolation="none",
+    needs=("admin", "load_timeout_s", "load_memory_bytes"),
+    environment=(("ATTNSERVE_FAILPOINTS", FAILPOINTS),),
+)
+SWAPPING: Final = Setup(flags=("--admin", "--try-loads", "false"), isolation="none", needs=("admin", "try_loads"))
+"""Of many reloads: the process that tries each bundle takes a second to start."""
 LOAD_S: Final = 30.0
 NEIGHBOURS: Final = Share(0.999, None)
 """A load takes processor time from the canary, which has another model."""
@@ -52,7 +62,7 @@ async def _reaches(lab: Lab, holds: Callable[[dict[tuple[str, str], str]], bool]
     while not holds(await _states(lab)):
         if time.monotonic() > until:
             return False
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.05)
     return True
 
 
@@ -106,71 +116,36 @@ async def broken(lab: Lab) -> None:
 
 
 async def crashing(lab: Lab) -> None:
-    """Row 31. The graph itself does not end: a loop of 2^62 steps that its first run executes."""
-    async with lab.caller("usual") as usual:
-        folder = write_changed(lab, "endless", add_endless_loop)
-        _reload(lab)
-        lab.injected["models whose first run does not end"] += 1
-        await asyncio.sleep(2.0)
-        for text in lab.texts(20):
-            await usual.infer(bundles.TINY, text)
-        failed = await _reaches(lab, lambda states: _failed(states, "endless", "1"), 90.0)
-        lab.control(failed, "the model that does not end is not FAILED")
-        lab.must(lab.server.lives, "the server ended")
-        shutil.rmtree(folder.parent)
+    """Row 31."""
+    await _unloadable(lab, CRASHING)
+
+
+async def gigabytes(lab: Lab) -> None:
+    """Row 33."""
+    before = lab.server.usage().pss_mb
+    await _unloadable(lab, FILLING)
+    lab.measured["server_grew_mb"] = round(lab.server.usage().pss_mb - before, 1)
+
+
+async def _unloadable(lab: Lab, names: Mapping[str, str]) -> None:
+    """Add bundles whose load fails by a failpoint, one after the other, and require that each is FAILED meanwhile."""
+    async with lab.caller("usual") as usual, lab.caller("particular", "FAILED_PRECONDITION") as particular:
+        for name in names:
+            folder = bundles.write(lab.bench.repository, name)
+            begun = time.monotonic()
+            _reload(lab)
+            lab.injected[f"loads that {names[name]}"] += 1
+            failed = asyncio.create_task(_reaches(lab, lambda states, one=name: _failed(states, one, "1")))
+            while not failed.done():
+                await usual.infer(bundles.TINY, "the cat")
+                await asyncio.sleep(0.02)
+            lab.control(failed.result(), f"the bundle {name} is not FAILED")
+            lab.measured[f"{name}_failed_s"] = round(time.monotonic() - begun, 1)
+            if failed.result():
+                await particular.infer(name, "the cat")
+            lab.must(lab.server.lives, "the server ended")
+            shutil.rmtree(folder.parent)
     _reload(lab)
-
-
-def write_changed(lab: Lab, name: str, change: Callable[[onnx.ModelProto], None]) -> Path:
-    """Write the tiny model with a change of its graph as another model, in one step."""
-    source = lab.bench.repository / bundles.TINY / "1"
-    model = onnx.load(str(source / "model.onnx"))
-    change(model)
-    changed = lab.bench.folder / f"{name}.onnx"
-    onnx.save(model, changed)
-    files = {"model.onnx": changed, "tokenizer.json": source / "tokenizer.json"}
-    return write_bundle(lab.bench.repository, tiny_manifest(name), files).path
-
-
-def add_endless_loop(model: onnx.ModelProto) -> None:
-    """Put a loop of 2^62 steps before the embedding."""
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["going"], ["go_on"]), helper.make_node("Identity", ["value"], ["next_value"])],
-        "body",
-        [
-            helper.make_tensor_value_info("step", TensorProto.INT64, []),
-            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("value", TensorProto.FLOAT, None),
-        ],
-        [
-            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next_value", TensorProto.FLOAT, None),
-        ],
-    )
-    last = next(one for one in model.graph.node if one.output[0] == "embedding")
-    last.output[0] = "embedding_before"
-    model.graph.node.append(
-        helper.make_node("Loop", ["loop_steps", "loop_true", "embedding_before"], ["embedding"], body=body)
-    )
-    model.graph.initializer.append(numpy_helper.from_array(np.array(2**62, np.int64), "loop_steps"))
-    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "loop_true"))
-
-
-def add_gigabytes(model: onnx.ModelProto) -> None:
-    """Expand a number to 8 GiB before the embedding."""
-    last = next(one for one in model.graph.node if one.output[0] == "embedding")
-    last.output[0] = "embedding_before"
-    nodes = [
-        helper.make_node("Slice", ["embedding_before", "huge_zero", "huge_one", "huge_axis"], ["huge_cell"]),
-        helper.make_node("ReduceMax", ["huge_cell"], ["huge_number"], keepdims=0),
-        helper.make_node("Expand", ["huge_number", "huge_shape"], ["huge_many"]),
-        helper.make_node("ReduceMin", ["huge_many"], ["huge_least"], keepdims=0),
-        helper.make_node("Sub", ["huge_least", "huge_number"], ["huge_nothing"]),
-        helper.make_node("Add", ["embedding_before", "huge_nothing"], ["embedding"]),
-    ]
-    model.graph.node.extend(nodes)
-    for name, value in (("zero", [0]), ("one", [1]), ("axis", [1]), ("shape", [2**31])):
-        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), f"huge_{name}"))
 
 
 async def outside(lab: Lab) -> None:
@@ -231,25 +206,6 @@ def write_sealed(lab: Lab, name: str, change: Callable[[Path], None]) -> Path:
     return made.rename(lab.bench.repository / name / "1")
 
 
-async def gigabytes(lab: Lab) -> None:
-    """Row 33."""
-    before = lab.server.usage().pss_mb
-    async with lab.caller("usual") as usual:
-        folder = write_changed(lab, "gigabytes", add_gigabytes)
-        _reload(lab)
-        lab.injected["models that take 8 GiB in a run"] += 1
-        most = before
-        until = time.monotonic() + LOAD_S
-        while time.monotonic() < until and not _failed(await _states(lab), "gigabytes", "1"):
-            await usual.infer(bundles.TINY, "the cat")
-            most = max(most, lab.server.usage().pss_mb)
-        lab.must(_failed(await _states(lab), "gigabytes", "1"), "the model is not FAILED")
-        lab.measured["most_mb"] = round(most)
-        lab.must(lab.server.lives, "the server ended")
-        shutil.rmtree(folder.parent)
-    _reload(lab)
-
-
 async def reloads(lab: Lab) -> None:
     """Row 34."""
     count, done = lab.count(100, 1_000), asyncio.Event()
@@ -265,6 +221,8 @@ async def reloads(lab: Lab) -> None:
     servings = lab.bench.service.servings
     try:
         for version in range(1_001, 1_001 + count):
+            if version == 1_001 + count // 3:  # by now, pools of threads and their memory have their size
+                lab.before = await lab.blocking(lab.bench.usage)
             begun = time.monotonic()
             path = bundles.write(lab.bench.repository, bundles.TINY, version)
             lab.bench.references.add(path)
@@ -302,8 +260,8 @@ async def _unload(lab: Lab, version: int) -> None:
 
 ROWS: Final = (
     Row(30, "truncated, mutated and half-written bundles", RELOADING, broken, NEIGHBOURS),
-    Row(31, "a model whose first run does not end", RELOADING, crashing, NEIGHBOURS),
+    Row(31, "models that crash, hang or spin while they load", RELOADING, crashing, NEIGHBOURS),
     Row(32, "bundles whose files are links, or lie outside", RELOADING, outside, NEIGHBOURS),
-    Row(33, "a tiny model that takes gigabytes", RELOADING, gigabytes, NEIGHBOURS),
-    Row(34, "reloads under load", RELOADING, reloads, NEIGHBOURS, pss_mb=32.0),
+    Row(33, "models that take gigabytes while they load", RELOADING, gigabytes, NEIGHBOURS),
+    Row(34, "reloads under load", SWAPPING, reloads, NEIGHBOURS, pss_mb=32.0),
 )
