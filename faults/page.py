@@ -1,10 +1,8 @@
-"""Write the table of the last run into docs/reliability.md, from the JSON of a run: `python -m faults.page`.
+"""Write the last run into docs/reliability.md, as its last section, from the JSON of a run: `python -m faults.page`.
 
-    python -m faults --full --json docs/reliability.json
-    python -m faults.page            # docs/reliability.md from docs/reliability.json
-    python -m faults.page --check    # exit code 1 if the page differs
-
-Exit code 1 if the page lacks one of the two marks between which the table lies.
+python -m faults --full --json docs/reliability.json
+python -m faults.page            # docs/reliability.md from docs/reliability.json
+python -m faults.page --check    # exit code 1 if the page differs
 """
 
 from __future__ import annotations
@@ -16,8 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
-BEGIN: Final = "<!-- Written by `python -m faults.page` from reliability.json. -->"
-END: Final = "<!-- The end of the table. -->"
+HEAD: Final = """
+## The last run
+
+<!-- Written by faults/page.py from reliability.json: run the faults again, then `python -m faults.page`. -->
+
+Made by `python -m faults --json docs/reliability.json` and `python -m faults.page`:
+"""
 SHARED: Final = ("canary", "statuses", "pss_mb", "reason")
 
 
@@ -36,7 +39,7 @@ def figures(facts: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the text between the marks."""
+    """Return the section's text."""
     counts = "full" if results["full"] else "reduced"
     held = sum(row["result"] == "holds" for row in results["rows"])
     head = (
@@ -61,12 +64,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def written(page: str, results: dict[str, Any]) -> str:
-    """Return the page with the table of these results. Raises ValueError if a mark is missing."""
-    before, _, rest = page.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"the page lacks {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}"
+    """Return the page with the section of these results, which replaces an earlier one."""
+    return f"{page.partition(HEAD)[0]}{HEAD}\n{table(results)}\n"
 
 
 def main() -> None:
@@ -79,10 +78,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, and exit with 1 if the page differs")
     options = parser.parse_args()
     old = options.page.read_text(encoding="utf-8")
-    try:
-        new = written(old, json.loads(options.results.read_text(encoding="utf-8")))
-    except ValueError as error:
-        sys.exit(str(error))
+    new = written(old, json.loads(options.results.read_text(encoding="utf-8")))
     if options.check:
         sys.exit(f"{options.page.name} is out of date: run `python -m faults.page`" if old != new else 0)
     options.page.write_text(new, encoding="utf-8")

@@ -85,6 +85,7 @@ async def floods(lab: Lab) -> None:
         with socket.create_connection(("127.0.0.1", lab.server.running.grpc_port)) as connection:
             connection.sendall(PREFACE)
             found = next(data for kind, _, data in frames(connection, 5.0) if kind == SETTINGS)
+            connection.sendall(b"\0\0\0\x04\x01\0\0\0\0")  # they hold from their acknowledgement on
             stated = dict(struct.iter_unpack(">HI", found)).get(MAX_CONCURRENT_STREAMS, 0)
             for number in range(most + 8):
                 connection.sendall(headers_frame(1 + 2 * number))
