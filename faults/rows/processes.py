@@ -43,10 +43,10 @@ name_of = health_pb2.HealthCheckResponse.ServingStatus.Name
 
 
 @asynccontextmanager
-async def _load(lab: Lab, model: str) -> AsyncIterator[None]:
+async def _load(lab: Lab, model: str, name: str = "load") -> AsyncIterator[None]:
     """Run callers in loops until the block ends; all must be answered."""
     done = asyncio.Event()
-    async with lab.caller(f"load on {model}") as wire:
+    async with lab.caller(f"{name} on {model}") as wire:
 
         async def caller() -> None:
             texts = lab.texts(50)
@@ -114,7 +114,7 @@ async def killed(lab: Lab) -> None:
     """Row 17."""
     gaps = await _kills(lab, bundles.TINY, lab.count(15, 40))
     cold = await _kills(lab, bundles.HEAVY, lab.count(3, 6))
-    async with lab.caller("culprit", *CULPRIT) as culprit, _load(lab, bundles.TINY):
+    async with lab.caller("culprit", *CULPRIT) as culprit, _load(lab, bundles.TINY, "neighbours"):
         for number in range(lab.count(2, 4)):
             old = (await _engine(lab, bundles.TINY)).pid
             kind = ("kill", "abort")[number % 2]
