@@ -16,10 +16,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from annotated_types import Ge, Le, MinLen
 from attnserve_server.config import Settings, flag_of, variable_of
+from attnserve_server.config_engines import EngineSettings
 from attnserve_server.conversion.finders import catalogue
 from attnserve_server.domain.errors import MAX_VIOLATIONS
 from attnserve_server.observability.metrics import SPECS
-from attnserve_server.config_engines import EngineSettings
 from attnserve_server.transport.status import DOMAIN, TABLE
 
 FOLDER = Path(__file__).parent / "reference"
