@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from attnserve_server.domain.machine import resident_bytes
 from attnserve_server.observability.metrics import (
     BATCH_SIZE,
     QUEUE_DEPTH,
+    QUEUE_SECONDS,
+    RUNNING,
     SEQUENCES,
     SPECS,
     Metrics,
@@ -130,6 +133,32 @@ def test_a_merged_counter_begins_when_the_first_process_did() -> None:
         metrics.counter(SEQUENCES).labels("x", "x").created = created
     merged.merge((one.snapshot(), other.snapshot()))
     assert merged.counter(SEQUENCES).labels("x", "x").created == 20.0
+
+
+def test_what_an_ended_process_counted_stays_and_its_gauges_do_not() -> None:
+    ended, running, merged = Metrics(), Metrics(), Metrics()
+    ended.model("plain", "1").running.set(7)
+    labels = "plain", "1"
+    for metrics, count in ((ended, 4), (running, 5)):
+        model = metrics.model(*labels)
+        model.sequences.inc(count)
+        model.queue_seconds.observe(0.1, count)
+    merged.keep(ended.snapshot())
+    for _ in range(2):
+        merged.merge([running.snapshot()])
+        assert merged.counter(SEQUENCES).labels(*labels).value == 9
+        assert sum(merged.histogram(QUEUE_SECONDS).labels(*labels).counts) == 9
+        assert merged.gauge(RUNNING).labels(*labels).value == 0, "the ended process has no runs"
+
+
+def test_a_process_is_removed_unless_another_has_its_name() -> None:
+    metrics = Metrics()
+    metrics.processes.rename("supervisor")
+    metrics.processes.add("front 0", os.getpid())
+    metrics.processes.remove("front 0", os.getpid() + 1)
+    assert processes(metrics) == {"supervisor", "front 0"}
+    metrics.processes.remove("front 0", os.getpid())
+    assert processes(metrics) == {"supervisor"}
 
 
 def test_each_process_has_its_series_until_it_ends() -> None:

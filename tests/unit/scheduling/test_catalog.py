@@ -131,3 +131,17 @@ def test_a_model_state_is_set_in_the_metrics() -> None:
         return METRICS.registry.get_sample_value("attnserve_model_state", labels)
 
     assert [value(state.value) for state in ModelState] == [0, 0, 1, 0]
+
+
+def test_a_model_whose_engine_is_replaced_takes_requests_until_it_drains() -> None:
+    one = model()
+    catalog = catalog_of(one)
+    one.move(ModelState.LOADING)
+    with pytest.raises(NotServing):
+        one.serving()
+    one.is_replaced = True
+    assert one.serving()[1] is one.scheduler
+    assert catalog.ready() == [], "health must not report it"
+    catalog.drain()
+    with pytest.raises(NotServing, match="draining"):
+        one.serving()
