@@ -53,7 +53,8 @@ def load(
     if as_json:
         _print_json(asdict(model))
     else:
-        _console().print(f"{clean(model.name)} {clean(model.version)} is {model.state}, digest {clean(model.digest)}")
+        line = f"{clean(model.name)} {clean(model.version)} is {model.state}, digest {clean(model.digest)}"
+        _console().print(line, soft_wrap=True)
 
 
 def unload(
