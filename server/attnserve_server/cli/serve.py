@@ -15,7 +15,7 @@ import uvloop
 
 from attnserve_server import cli
 from attnserve_server.config import Settings, flag_of, variable_of
-from attnserve_server.lifetime import AFTER_GRACE_S, HardEnd, run
+from attnserve_server.lifetime import TEARDOWN_S, HardEnd, run
 from attnserve_server.observability import probe
 from attnserve_server.observability.logs import END_S, serving
 
@@ -78,8 +78,9 @@ def _serve_command() -> Any:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 code = runner.run(_serve(settings, hard))
                 # Python waits for threads that load a model, or run one, and some of these cannot be stopped.
-                hard.within(AFTER_GRACE_S, code)
-            hard.within(END_S + AFTER_GRACE_S, code)  # for a log that is not read
+                hard.within(TEARDOWN_S, code)
+            hard.within(END_S + TEARDOWN_S, code)  # for a log that is not read
+        hard.within(TEARDOWN_S, code)
         raise typer.Exit(code)
 
     parameters = [
