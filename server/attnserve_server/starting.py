@@ -49,10 +49,13 @@ class Started:
     shrinker: Shrinker
 
     async def aclose(self) -> None:
-        """Cancel pending requests, and end the threads."""
+        """Cancel pending requests, end the threads, and free the memory of the sessions."""
         self.shrinker.close()
         await self.scheduler.aclose()
         await self.executor.aclose()
+        opened = self.opened
+        for session in filter(None, (*opened.sessions, *opened.past_sessions, opened.wide)):
+            session.close()
 
 
 async def start_model(

@@ -149,6 +149,11 @@ class RuntimeSession:
         """Whether outputs may have more rows and positions than the feeds, because a shape of a plan is larger."""
         return self._recorded is not None or self.buckets is not None
 
+    def close(self) -> None:
+        """Free the runtime's session and its weights at once, and not when Python looks for cycles. Run it no more."""
+        vars(self).pop("_session", None)  # a run in progress keeps it until it ends
+        self._bound = self._recorded = None
+
     def nodes_by_provider(self) -> dict[str, dict[str, int]]:
         """Return the number of nodes of each operator by provider; empty for sessions that do not record this."""
         return openvino.nodes_by_provider(self._session) if self.provider == OPENVINO else {}
