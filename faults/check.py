@@ -97,11 +97,13 @@ class Rules:
     Args:
         allowed: the statuses of each caller, `CODE` or `CODE:REASON`; of other callers, `others`.
         private: texts that no message may hold, such as the path of the repository.
+        late_s: seconds after its deadline until which a call may end.
     """
 
     allowed: Mapping[str, frozenset[str]] = field(default_factory=dict)
     others: frozenset[str] = frozenset({"OK"})
     private: tuple[str, ...] = ()
+    late_s: float = LATE_S
 
     def permits(self, caller: str, end: End) -> bool:
         """Return whether this caller may get this status."""
@@ -197,7 +199,7 @@ class Checker:
     def _in_time(self, begin: Begin, end: End) -> None:
         if end.at_s < begin.at_s:
             self._add("early end", end.call, f"it ended {begin.at_s - end.at_s:.3f} s before it began")
-        if begin.deadline_s is not None and end.at_s > begin.deadline_s + LATE_S:
+        if begin.deadline_s is not None and end.at_s > begin.deadline_s + self.rules.late_s:
             self._add("late end", end.call, f"it ended {end.at_s - begin.deadline_s:.3f} s after its deadline")
 
     def _status(self, begin: Begin, end: End) -> None:

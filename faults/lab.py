@@ -28,7 +28,7 @@ from serving import RunningServer, serve
 
 from faults import bundles
 from faults.canary import Canary, Options
-from faults.check import Checker, Rules, Service, Serving, percentile
+from faults.check import LATE_S, Checker, Rules, Service, Serving, percentile
 from faults.history import Begin, Event, Last
 from faults.system import Server, Usage, eventually, folder_of
 from faults.wire import Wire
@@ -38,6 +38,8 @@ BASELINE_S: Final = 2.0
 FLOOR_S: Final = 0.05
 """The limit of the canary's p99 is at least this, and how late the canary's own timers were is added to it. Server,
 canary and injector share a few cores: below this, the machine's scheduler decides."""
+BUSY_LATE_S: Final = 1.0
+"""Seconds after its deadline until which a call may end in a reduced run, on a machine that others share."""
 LATE: Final = "the canary's p99 is"
 """Start of the problem of a slow canary. A row without another problem runs once more: of a hundred calls, two that met
 other work of the machine decide the p99."""
@@ -350,6 +352,13 @@ class Lab:
         if not holds:
             self.problems.append(what)
 
+    def quick(self, holds: bool, what: str) -> None:
+        """Record a failure of speed unless this holds; a reduced run, on a machine that others share, only states it."""
+        if self.bench.plan.full:
+            self.must(holds, what)
+        elif not holds:
+            self.measured["slow"] = "; ".join(filter(None, (self.measured.get("slow"), what)))
+
     def control(self, holds: bool, what: str) -> None:
         """Record a failure unless this shows that the fault took place."""
         self.must(holds, f"control: {what}")
@@ -394,7 +403,7 @@ async def run_row(row: Row, bench: Bench) -> Outcome:
     outcome = Outcome(row.number, row.fault, "holds", seed=bench.plan.seed)
     allowed: dict[str, frozenset[str]] = {bundles.CANARY: CANARY_STATUSES}
     private = (str(bench.plan.folder), str(ROOT), sys.prefix)
-    checker = Checker(bench.service, Rules(allowed, private=private))
+    checker = Checker(bench.service, Rules(allowed, private=private, late_s=LATE_S if bench.plan.full else BUSY_LATE_S))
     lab = Lab(row, bench, checker, bench.plan.seed, allowed=allowed)
     try:
         if row.canary is not None and bench.servers:
@@ -472,7 +481,7 @@ async def _judge_canary(lab: Lab, outcome: Outcome, events: list[Event]) -> None
         if p99 > limit_s and bench.servers[0].lives:
             # The machine may be slower than it was at the first measurement.
             limit_s = max(rule.factor * await bench.measured_baseline(), FLOOR_S) + late_s
-        lab.must(p99 <= limit_s, f"{LATE} {p99 * 1e3:.1f} ms, above {limit_s * 1e3:.1f} ms")
+        lab.quick(p99 <= limit_s, f"{LATE} {p99 * 1e3:.1f} ms, above {limit_s * 1e3:.1f} ms")
     outcome.measured["canary"] = {
         "calls": calls,
         "failed": failed,

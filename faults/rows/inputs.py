@@ -220,7 +220,7 @@ async def long_text(lab: Lab) -> None:
             await refused(lab, wire, of_text(bundles.TINY, text), "text", "1 MiB of one character")
         spent = (lab.server.cpu_s() - before) / count
         lab.measured |= {"cpu_ms": round(spent * 1e3, 2), "ms": round((time.monotonic() - begun) / count * 1e3, 2)}
-        lab.must(spent <= 0.05, f"{spent * 1e3:.1f} ms of processor time a text, above 50 ms (the canary's included)")
+        lab.quick(spent <= 0.05, f"{spent * 1e3:.1f} ms of processor time a text, above 50 ms (the canary's included)")
         lab.control((await wire.send(of_text(bundles.TINY, "a" * 60))).code == "OK", "a short text is answered")
 
 

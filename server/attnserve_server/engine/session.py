@@ -150,7 +150,7 @@ class RuntimeSession:
         return self._recorded is not None or self.buckets is not None
 
     def close(self) -> None:
-        """Free the runtime's session and its weights at once, and not when Python looks for cycles. Run it no more."""
+        """Free the runtime's session and its weights now, before Python collects cycles. It cannot run after that."""
         vars(self).pop("_session", None)  # a run in progress keeps it until it ends
         self._bound = self._recorded = None
 
