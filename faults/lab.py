@@ -353,7 +353,7 @@ class Lab:
             self.problems.append(what)
 
     def quick(self, holds: bool, what: str) -> None:
-        """Record a failure of speed unless this holds; a reduced run, on a machine that others share, only states it."""
+        """Record a failure of speed unless this holds. A reduced run only states it: others share its machine."""
         if self.bench.plan.full:
             self.must(holds, what)
         elif not holds:

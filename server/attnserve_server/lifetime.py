@@ -31,7 +31,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 AFTER_GRACE_S: Final = 1.0
 """Seconds after the grace period, or after the second signal, at which the process ends in any case."""
 TEARDOWN_S: Final = 0.3
-"""Seconds that the interpreter has for its own end, after all is closed."""
+"""Seconds that the interpreter has to end by itself, after all is closed."""
 _FLUSH_S: Final = 0.5
 """Seconds that the last lines of the log have in a hard end."""
 

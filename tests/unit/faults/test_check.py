@@ -211,7 +211,7 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[History, random.Random], None]]] = {
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=25)
+@settings(max_examples=8)
 def test_corruption_is_found(name: str, seed: int) -> None:
     kind, corrupt = CORRUPTIONS[name]
     history = right_history(random.Random(seed), 3, 12)
