@@ -249,7 +249,8 @@ async def test_the_limit_of_a_message_is_that_of_the_models(settings: Settings) 
     largest = largest_request(manifest, settings)
     assert largest < receiving.LEAST_MESSAGE
     wide = settings.model_copy(update={"max_text_bytes": 2**20})
-    assert largest_request(manifest, wide) == manifest.max_batch_size * 2**20 + 2**19
+    two_texts_and_tensors = 2 * 2**20 + 2 * 32 * 8
+    assert largest_request(manifest, wide) == manifest.max_batch_size * two_texts_and_tensors + 2**19
     bounds = ReceiveBounds.of(wide, [(manifest, 0)])
     assert bounds.message == min(wide.max_request_bytes, largest_request(manifest, wide))
     assert bounds.why_too_large(manifest, wide) == ""
@@ -307,6 +308,7 @@ async def test_slow_readers_cost_a_caller_of_small_answers_nothing(settings: Set
             assert codes.count(grpc.StatusCode.OK) == 100
             assert 2**19 < most <= 2**20, "the control: the slow readers held what they may"
             await until(lambda: server.grpc._unread.bytes == 0)
+        await until(lambda: not any(model.prepared for model in server.catalog.all()))
 
 
 # HTTP

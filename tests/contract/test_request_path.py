@@ -19,7 +19,7 @@ from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 
-MAX_MODULES = 33
+MAX_MODULES = 40
 PACKAGE = "attnserve_server."
 REQUEST = pb.InferRequest(
     model="tiny",

@@ -200,6 +200,7 @@ class DataPlane:
 
     def count_refusal(self, prepared: Prepared, cause: str) -> None:
         """Count a prepared request that is refused before it runs, for a cause of overload."""
+        prepared.served.prepared -= 1
         prepared.served.metrics.refused(cause)
         prepared.served.metrics.ended("RESOURCE_EXHAUSTED")
 

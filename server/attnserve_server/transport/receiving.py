@@ -71,9 +71,10 @@ def largest_request(manifest: Manifest, settings: Settings, max_request_size: in
         specs = [*manifest.continuing.inputs]
         longest |= {axis.symbol: axis.max_length for axis in manifest.continuing.axes}
     tensors = sum(size(spec.shape) * NUMPY_DTYPES[spec.dtype].itemsize for spec in specs)
-    text = 0 if manifest.text is None else settings.max_text_bytes
+    # A sequence may have two texts, and tensors beside them.
+    texts = 0 if manifest.text is None else 2 * settings.max_text_bytes
     most = max_request_size or manifest.max_batch_size
-    return min(settings.max_batch_size or most, most) * max(tensors, text) + MAX_STRUCTURE_BYTES
+    return min(settings.max_batch_size or most, most) * (tensors + texts) + MAX_STRUCTURE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
