@@ -98,7 +98,7 @@ class ServerLine:
         """Add a sequence."""
         number = next(self._numbers)
         sequence: Any = SimpleNamespace(tokens=arrival.tokens)
-        request: Any = None
+        request: Any = SimpleNamespace(caller="")
         self._arrivals[number] = arrival
         self._queue.push(Entry(request, 0, number, sequence, Candidate(arrival.came_s, (arrival.tokens,)), 0))
 

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import gc
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -63,6 +64,7 @@ class Canary:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "faults.canary", json.dumps(asdict(self.options)),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip
         await self._paused()
 

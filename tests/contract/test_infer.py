@@ -314,7 +314,7 @@ async def kept_messages(stub: InferenceServiceStub, request: pb.InferRequest) ->
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Infer(request)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        return sum(isinstance(one, Received) for one in gc.get_objects())
+        return sum(type(one) is Received for one in gc.get_objects())
     finally:
         gc.enable()
 

@@ -186,7 +186,8 @@ async def test_a_run_that_hangs_or_takes_too_much_memory_is_found(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await bad
     assert reason_of(caught.value) == ("ENGINE_CRASHED", False)
-    assert restarts(running, reason) - before == 2
+    # One, if it was alone in its run from the start.
+    assert restarts(running, reason) - before in (1, 2)
 
 
 async def test_a_stopped_engine_is_replaced_and_health_reports_it(running: Running, stub: InferenceServiceStub) -> None:

@@ -31,6 +31,7 @@ RAISED = [
     errors.Unsupported("this needs one process", "set --isolation none"),
     errors.DeadlineExpired(0.5),
     errors.RequestCancelled(),
+    errors.EngineCrashed("m"),
     errors.Unauthenticated("backed_off", 6.0),
     errors.PermissionDenied("attention", "nightly", "a selection of attention"),
     errors.InternalFault("r-1"),
