@@ -60,7 +60,7 @@ def test_rows_are_listed_and_unknown_ones_refused() -> None:
 
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    async with Bench(Setup(failpoints=("leak", "unavailable")), Plan(1, False, "none", tmp_path)) as made:
+    async with Bench(Setup(failpoints=("leak", "unavailable")), Plan(1, True, "none", tmp_path)) as made:
         yield made
 
 
