@@ -156,6 +156,7 @@ MODEL_STATE: Final = MetricSpec(
     (*MODEL, "state"),
     is_fact=True,
 )
+RESTART_REASONS: Final = ("crash", "hang", "memory")
 ENGINE_RESTARTS: Final = MetricSpec(
     Counter,
     "attnserve_engine_restarts_total",
