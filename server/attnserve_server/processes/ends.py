@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from attnserve_server.engine.pulse import Origin, Pulse
+from attnserve_server.observability.metrics import RESTART_REASONS
 
-CAUSES: Final = ("crash", "hang", "memory")
+CAUSES: Final = RESTART_REASONS
 
 
 def pause_s(failures: int) -> float:
