@@ -11,7 +11,13 @@ from attnserve_server.config import Settings
 from attnserve_server.engine.pulse import Overdue
 from attnserve_server.model.repository import Bundle, BundleFault
 from attnserve_server.observability.logs import logger
-from attnserve_server.observability.metrics import ENGINE_RESTARTS, FRONT_RESTARTS, RESTART_REASONS, Metrics
+from attnserve_server.observability.metrics import (
+    ENGINE_REASONS,
+    ENGINE_RESTARTS,
+    FRONT_REASONS,
+    FRONT_RESTARTS,
+    Metrics,
+)
 from attnserve_server.observability.spec import MODEL_LOADS
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.starting import Started
@@ -51,7 +57,7 @@ class Versions:
         self._health = health
         self._serves = False
         self._begun = False
-        for reason in RESTART_REASONS[:2]:
+        for reason in FRONT_REASONS:
             metrics.counter(FRONT_RESTARTS).labels(reason)
         self._outcomes = {outcome: metrics.counter(MODEL_LOADS).labels(outcome.value) for outcome in Outcome}
         self.held: dict[Key, Version] = {}
@@ -78,7 +84,7 @@ class Versions:
         log_cautions(stored.manifest, self._settings)
         manifest = under_policy(stored, self._settings).manifest
         metrics = self._metrics.model(manifest.name, manifest.version)
-        for reason in RESTART_REASONS:  # rules and dashboards read these, which stay 0 here
+        for reason in ENGINE_REASONS:  # rules and dashboards read these, which stay 0 here
             self._metrics.counter(ENGINE_RESTARTS).labels(manifest.name, manifest.version, reason)
         most = stored.manifest.max_batch_size
         return ServedModel(manifest.name, manifest.version, metrics, manifest, max_request_size=most)

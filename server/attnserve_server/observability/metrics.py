@@ -156,7 +156,8 @@ MODEL_STATE: Final = MetricSpec(
     (*MODEL, "state"),
     is_fact=True,
 )
-RESTART_REASONS: Final = ("crash", "hang", "memory")
+FRONT_REASONS: Final = ("crash", "hang")
+ENGINE_REASONS: Final = (*FRONT_REASONS, "memory")
 ENGINE_RESTARTS: Final = MetricSpec(
     Counter,
     "attnserve_engine_restarts_total",

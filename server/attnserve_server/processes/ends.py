@@ -6,12 +6,8 @@ import signal
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
 
 from attnserve_server.engine.pulse import Origin, Pulse
-from attnserve_server.observability.metrics import RESTART_REASONS
-
-CAUSES: Final = RESTART_REASONS
 
 
 def pause_s(failures: int) -> float:
@@ -24,7 +20,7 @@ def pause_s(failures: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a process ended. `cause`: one of `CAUSES`."""
+    """How a process ended. `cause`: one of `ENGINE_REASONS`."""
 
     cause: str
     why: str

@@ -21,10 +21,10 @@ from attnserve_server.engine.instance_thread import SharedOccupancy
 from attnserve_server.engine.pulse import Overdue
 from attnserve_server.isolation.arena import Arena, LoadBoard, LoadFacts
 from attnserve_server.observability.logs import logger
-from attnserve_server.observability.metrics import ENGINE_RESTARTS, Metrics
+from attnserve_server.observability.metrics import ENGINE_REASONS, ENGINE_RESTARTS, Metrics
 from attnserve_server.processes.children import Child, Reserve
 from attnserve_server.processes.control import ARENA_BYTES, Attach, Changed, Connect, Culprit, EngineStart, FrontModel
-from attnserve_server.processes.ends import CAUSES, End, Suspects, pause_s
+from attnserve_server.processes.ends import End, Suspects, pause_s
 from attnserve_server.processes.kept_front import KeptFront
 from attnserve_server.scheduling.catalog import ModelState
 
@@ -84,7 +84,7 @@ class KeptEngine:
         self._was_cold = True
         self._load_s = self._import_s = 0.0  # of the last start
         self._restarts = {
-            cause: around.metrics.counter(ENGINE_RESTARTS).labels(name, version, cause) for cause in CAUSES
+            cause: around.metrics.counter(ENGINE_RESTARTS).labels(name, version, cause) for cause in ENGINE_REASONS
         }
 
     async def run(self) -> None:

@@ -12,7 +12,7 @@ from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
 from attnserve_server.engine.pulse import Overdue
 from attnserve_server.observability.logs import logger
-from attnserve_server.observability.metrics import FRONT_RESTARTS, Metrics
+from attnserve_server.observability.metrics import FRONT_REASONS, FRONT_RESTARTS, Metrics
 from attnserve_server.processes.children import Child, Children
 from attnserve_server.processes.control import FrontStart, Listening
 from attnserve_server.processes.ends import End, pause_s
@@ -57,7 +57,7 @@ class KeptFront:
         self._children = children
         self._hung = ""
         self._began_s = 0.0
-        self._restarts = {cause: metrics.counter(FRONT_RESTARTS).labels(cause) for cause in ("crash", "hang")}
+        self._restarts = {cause: metrics.counter(FRONT_RESTARTS).labels(cause) for cause in FRONT_REASONS}
 
     async def run(self) -> None:
         """Keep a front running until the server ends."""
