@@ -56,7 +56,7 @@ $(DEMO_BUNDLE): | $(VENV)/.run
 demo: $(VENV)/.run $(DEMO_BUNDLE) ## Set everything up, serve a real model, and show its attention
 	@$(BIN)/python examples/demo.py --repository $(DEMO)/models --output $(DEMO)
 
-quick: $(VENV)/.quick ## Run the unit tests that need no torch, in about a minute and a half
+quick: $(VENV)/.quick ## Run the unit tests that need no torch, in about two minutes
 	$(BIN)/python -m pytest --quick --numprocesses auto tests/unit $(PYTEST_ARGS)
 
 test: $(VENV)/.dev ## Run the tests (all but coverage and e2e), with branch coverage
