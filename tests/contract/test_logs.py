@@ -27,8 +27,8 @@ import psutil
 import pytest
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
+from processes import CODE, children
 
-CODE = "import sys; sys.argv[0] = 'attnserve-server'; from attnserve_server.cli import main; main()"
 IN_PLACE = (
     "import contextlib; from attnserve_server.cli import serve; from attnserve_server.observability import logs; "
     "serve.serving = lambda level, process: contextlib.nullcontext(logs.configure(level)); "
@@ -84,8 +84,11 @@ def server(
         found = json.loads(ports.read_text())
         yield Server(process, found["grpc"], found["http"])
     finally:
-        for one in (*psutil.Process(process.pid).children(recursive=True), process) if process.poll() is None else ():
-            one.kill()
+        if process.poll() is None:
+            for one, _ in children(process.pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            process.kill()
         process.wait(10)
 
 
@@ -227,11 +230,7 @@ def test_the_stack_of_a_process_that_crashes_is_logged_with_its_name(tiny_reposi
     log = tmp_path / "log"
     flags = ("--isolation", "process", "--fronts", "1", "--log-level", "error")
     with log.open("wb") as file, server(tiny_repository, tmp_path, *flags, stderr=file.fileno()) as running:
-        engine = next(
-            one
-            for one in psutil.Process(running.process.pid).children(recursive=True)
-            if one.cmdline()[-1] == "engine plain/1"
-        )
+        engine = next(one for one, words in children(running.process.pid) if words[-1:] == ["engine plain/1"])
         engine.send_signal(signal.SIGSEGV)
         until_s = time.monotonic() + 60
         while "an engine is replaced" not in log.read_text():

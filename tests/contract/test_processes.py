@@ -24,7 +24,7 @@ from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from processes import CODE, Running, ids, started
+from processes import CODE, Running, alive, children, ids, started
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -198,11 +198,11 @@ def test_a_second_server_on_the_port_does_not_start(several: Running, tiny_repos
 
 def test_a_signal_drains_and_ends_all_processes(tiny_repository: Path, tmp_path: Path) -> None:
     running = started(tiny_repository, tmp_path, "--fronts", "2", "--standby", "false")
-    children = psutil.Process(running.process.pid).children(recursive=True)
-    assert len(children) == 2 + 3, "two fronts, and an engine for each model"
+    found = [one for one, _ in children(running.process.pid)]
+    assert len(found) == 2 + 3, "two fronts, and an engine for each model"
     running.process.send_signal(signal.SIGTERM)
     assert running.process.wait(30) == 0
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert not any(alive(child) for child in found)
 
 
 def test_the_server_ends_with_code_70_if_its_front_cannot_start(tiny_repository: Path) -> None:
@@ -212,8 +212,8 @@ def test_the_server_ends_with_code_70_if_its_front_cannot_start(tiny_repository:
     found = False
     while not found:
         assert process.poll() is None
-        for child in psutil.Process(process.pid).children():
-            if "attnserve_server.processes.front" in child.cmdline():
+        for child, words in children(process.pid):
+            if "attnserve_server.processes.front" in words:
                 child.kill()
                 found = True
         time.sleep(0.01)
@@ -222,8 +222,8 @@ def test_the_server_ends_with_code_70_if_its_front_cannot_start(tiny_repository:
 
 def test_no_process_is_left_if_the_supervisor_is_killed(tiny_repository: Path, tmp_path: Path) -> None:
     running = started(tiny_repository, tmp_path)
-    children = psutil.Process(running.process.pid).children(recursive=True)
+    found = [one for one, _ in children(running.process.pid)]
     running.process.kill()
     running.process.wait(10)
-    gone, left = psutil.wait_procs(children, timeout=20)
-    assert (len(gone), left) == (len(children), [])
+    gone, left = psutil.wait_procs(found, timeout=20)
+    assert (len(gone), left) == (len(found), [])

@@ -29,7 +29,7 @@ from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.engine.failpoints import VARIABLE
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from processes import CODE, Running, ids, started
+from processes import CODE, Running, children, ids, started
 
 pytestmark = pytest.mark.slow
 
@@ -42,11 +42,8 @@ _numbers = itertools.count()
 
 def engine_of(running: Running, role: str = "engine") -> psutil.Process:
     """The process that runs the model, which is older than the one in reserve; or the only front."""
-    children = psutil.Process(running.process.pid).children()
-    return min(
-        (one for one in children if f"attnserve_server.processes.{role}" in one.cmdline()),
-        key=lambda one: one.create_time(),
-    )
+    found = [one for one, line in children(running.process.pid) if f"attnserve_server.processes.{role}" in line]
+    return min(found, key=lambda one: one.create_time())
 
 
 def restarts(running: Running, reason: str) -> float:
@@ -253,8 +250,8 @@ def test_an_engine_that_crashes_while_it_loads_fails_its_model_alone(tiny_reposi
     try:
         until_s, killed = time.monotonic() + 60, False
         while not ports.exists():
-            for child in psutil.Process(process.pid).children():
-                if not killed and "engine plain/1" in child.cmdline():
+            for child, words in children(process.pid):
+                if not killed and "engine plain/1" in words:
                     child.kill()
                     killed = True
             assert time.monotonic() < until_s

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1 import tensor_pb2
 
@@ -55,6 +57,20 @@ def started(repository: Path, folder: Path, *flags: str, variables: Mapping[str,
         time.sleep(0.05)
     found = json.loads(ports.read_text())
     return Running(process, found["grpc"], found["http"])
+
+
+def children(pid: int) -> Iterator[tuple[psutil.Process, list[str]]]:
+    """The processes that `pid` has started, with their command lines, but for those that have ended meanwhile."""
+    for one in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended, and perhaps not waited for yet
+            yield one, one.cmdline()
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process has not ended. One that has ended, and was not waited for, is not alive."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def ids(count: int, **fields: object) -> pb.InferRequest:
