@@ -16,8 +16,9 @@ from attnserve_server.access.limits import Buckets
 from attnserve_server.access.tokens import MAX_TOKENS
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock, MonotonicClock
-from attnserve_server.lifecycle import LocalLifecycle
+from attnserve_server.lifecycle import Lifecycle
 from attnserve_server.lifetime import write_ports
+from attnserve_server.local_models import LocalModels
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
@@ -51,15 +52,8 @@ class Application:
         buckets = Buckets(MAX_TOKENS)
         self.keeper = Keeper(settings, self.metrics, buckets)
         access = self.access = Access(self.keeper.start(), self.metrics, self.clock, buckets)
-        self.lifecycle = LocalLifecycle(
-            settings,
-            self.clock,
-            self.metrics,
-            self.catalog,
-            self.health,
-            forget=self.plane.forget,
-            on_fault=self._on_fault,
-        )
+        self.models = LocalModels(settings, self.clock, forget=self.plane.forget, on_fault=self._on_fault)
+        self.lifecycle = Lifecycle(settings, self.metrics, self.catalog, self.health, self.models)
         models = ModelServicer(self.plane, self.lifecycle) if settings.admin else None
         self.grpc = GrpcServer(settings, self.plane, self.health, self.metrics, self.clock, access, models=models)
         self.http = HttpServer(
@@ -116,11 +110,11 @@ class Application:
         self.grpc.drain()
         try:
             async with asyncio.timeout(self.settings.drain_grace_s):
-                await self.lifecycle.drain()
+                await asyncio.gather(self.models.drain(), self.lifecycle.drain())
         except TimeoutError:
             _log.warning("grace period is over", grace_s=self.settings.drain_grace_s)
             # Pending requests fail with NotServing and a retry delay. gRPC would only cancel the calls.
-            self.lifecycle.abort()
+            self.models.abort()
         self.health.close()
         await self.grpc.stop(max(_LEAST_STOP_S, end - self.clock.now()))
 
@@ -137,13 +131,14 @@ class Application:
             task.cancel()
         await self.grpc.stop(0)
         await asyncio.gather(self.http.stop(), self.lifecycle.aclose())
+        await self.models.aclose()
         self.plane.close()
 
     async def _watch(self) -> None:
         """Report NOT_SERVING for a model while one of its runs takes too long. Nothing can end the run."""
         while True:
             await asyncio.sleep(_WATCH_S)
-            self.lifecycle.look()
+            self.lifecycle.look(self.clock.now())
 
     def _on_fault(self, model: ServedModel) -> None:
         """Report NOT_SERVING and end the process after the scheduling loop of a model died. The loop has logged it."""

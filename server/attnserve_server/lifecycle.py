@@ -1,96 +1,110 @@
-"""Loads, replaces and unloads the models of a server of one process, at its start and while it runs.
+"""Loads, replaces and unloads the models of a server, at its start and while it runs.
 
-Each version has at most one change at a time, and versions change side by side. A bundle is tried in a separate
-process first (`trial`). A version whose files were replaced is loaded beside the one that serves, takes its place when
-it is ready, and is dropped if it fails. Methods raise what `transport.admin.Lifecycle` states.
+Each version has at most one change at a time, and versions change side by side. A `Host` runs the models: this process
+(`local_models`), or engines (`processes.engines`). A version whose files were replaced is loaded beside the one that
+serves, takes its place when it is ready, and is dropped if it fails. Methods raise what `transport.admin.Lifecycle`
+states.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from attnserve_server.config import Settings
-from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError, ModelFailed, NotServing, RepositoryUnusable
-from attnserve_server.engine.instance_thread import Occupancy
-from attnserve_server.engine.pulse import Overdue, Pulse
-from attnserve_server.engine.session import ProviderUnavailable
+from attnserve_server.engine.providers import ProviderUnavailable
 from attnserve_server.model.repository import Bundle, BundleFault, BundleInvalid, Repository
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
-from attnserve_server.starting import ISOLATED, Started, start_model, why_not_loaded
 from attnserve_server.transport.admin import Change, Outcome
 from attnserve_server.transport.health import Health
 from attnserve_server.transport.receiving import ReceiveBounds
-from attnserve_server.trial import Trials
-from attnserve_server.versions import Key, Version, Versions, key_of
-from attnserve_server.wanted import is_wanted, under_policy, wanted_bundles
+from attnserve_server.versions import Key, Running, Version, Versions, key_of
+from attnserve_server.wanted import is_wanted, wanted_bundles, why_not_loaded
 
 _log = logger(__name__)
 
 T = TypeVar("T")
 _LOOK_EVERY_S: Final = 1.0
 """Seconds between two looks at the repository; it costs a `stat` for each file."""
-_SUBMITTED_EVERY_S: Final = 0.02
-"""Seconds between two looks for requests that are not submitted yet."""
 
 
-class LocalLifecycle:
-    """The models of this process. Event loop only."""
+class Host(Protocol):
+    """Where models run. Event loop only."""
+
+    async def begin(self, stored: Bundle, model: ServedModel) -> Running:
+        """Try a bundle, and start its model. The catalog may have another one of its version, which serves on.
+
+        Raises:
+            Exception: it cannot be served; nothing is left of it.
+        """
+        ...
+
+    def shown(self, model: ServedModel) -> None:
+        """Take note that a model of the catalog has entered a state."""
+        ...
+
+    def forget(self, model: ServedModel) -> None:
+        """Take note that the catalog does not have a model any more."""
+        ...
+
+    async def settle(self) -> None:
+        """Return once all calls that begin from now on are answered by the states that were shown."""
+        ...
+
+    def left(self, name: str, version: str) -> None:
+        """Take note that nothing is held of a version, and nothing runs of it."""
+        ...
+
+
+class Lifecycle:
+    """The models of a server. Event loop only."""
 
     def __init__(
         self,
         settings: Settings,
-        clock: Clock,
         metrics: Metrics,
         catalog: Catalog,
         health: Health,
+        host: Host,
         *,
-        forget: Callable[[ServedModel], None],
-        on_fault: Callable[[ServedModel], None],
+        counted: Metrics | None = None,
+        reachable: Callable[[], bool] = lambda: True,
     ) -> None:
         """Store the parts.
 
         Args:
             settings: of the server.
-            clock: of the server.
             metrics: of the server.
             catalog: gets the models.
             health: gets their states.
-            forget: called with each model that the catalog has no more.
-            on_fault: called if a model's scheduler ends with an error.
+            host: runs them.
+            counted: counts changes; None: `metrics`.
+            reachable: whether callers reach the server at all.
         """
         self._settings = settings
-        self._clock = clock
         self._metrics = metrics
         self._catalog = catalog
-        self._forget = forget
-        self._on_fault = on_fault
+        self._host = host
         self._repository = Repository(settings.repository)
-        self._trials = Trials(settings)
-        self._occupancy = Occupancy()
         self._stamps: dict[Key, object] = {}
-        self._versions = Versions(settings, metrics, catalog, health)
+        self._versions = Versions(
+            settings, metrics, catalog, health,
+            shown=host.shown, forget=host.forget, counted=counted or metrics, reachable=reachable,
+        )  # fmt: skip
         self._withheld: set[Key] = set()
         self._locks: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
-        # One model at a time loads in this process, because loading takes all cores, and costs of runs are measured.
-        self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._retiring: set[asyncio.Task[None]] = set()
         self._has_started = False
         self._draining = False
         self.bounds: ReceiveBounds | None = None
         """Of the messages that callers send, since the start."""
-
-    def started(self) -> list[Started]:
-        """Return the models that serve, with the objects to end."""
-        return self._versions.started()
 
     def find(self) -> list[Bundle]:
         """Add the models that the settings name to the catalog, as loading or failed; return the bundles to load.
@@ -106,9 +120,9 @@ class LocalLifecycle:
             self._versions.put(Version(self._versions.made(bundle), bundle), ModelState.LOADING)
         return bundles
 
-    def look(self) -> None:
+    def look(self, now: float) -> None:
         """Look for runs that take too long. The health of their models is NOT_SERVING until they end."""
-        self._versions.look(self._clock.now())
+        self._versions.look(now)
 
     async def start(self) -> None:
         """Load what was found, side by side. One that fails is FAILED with the reason, and the others load.
@@ -170,26 +184,42 @@ class LocalLifecycle:
                 self._keep(self._logged(settled))
             seen = now
 
-    async def drain(self) -> None:
-        """Change nothing more, and wait for all pending requests."""
+    def died(self, model: ServedModel, why: str) -> None:
+        """Take note that what ran a model has ended for good. A reload loads the version again."""
+        held = self._versions.held.get((model.name, model.version))
+        if held is not None and held.served is model and held.running is not None:
+            running, held.running = held.running, None
+            self._versions.put(held, ModelState.FAILED, why)
+            self._ending(running)
+
+    def changed(self, model: ServedModel) -> None:
+        """Show the state that a model has entered by itself, if the catalog has this very one."""
+        if self._versions.holds(model):
+            self._host.shown(model)
+            self._versions.report(model.name)
+
+    def report(self) -> None:
+        """Report the health of the server as a whole: callers reach it again, or not any more."""
+        self._versions.report()
+
+    def stop(self) -> None:
+        """Change nothing more."""
         self._draining = True
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*(started.scheduler.drain() for started in self._versions.started()), *self._retiring)
 
-    def abort(self) -> None:
-        """Fail all pending requests."""
-        for started in self._versions.started():
-            started.scheduler.abort()
+    async def drain(self) -> None:
+        """Change nothing more, and wait for the versions that have been replaced or unloaded."""
+        self.stop()
+        await asyncio.gather(*self._retiring)
 
     async def aclose(self) -> None:
-        """End everything at once."""
-        self._draining = True
+        """Change nothing more, and end at once what a version still does that has been replaced or unloaded."""
+        self.stop()
         tasks = [*self._tasks, *self._retiring]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(started.aclose() for started in self._versions.started()))
 
     def _check(self) -> None:
         if self._draining:
@@ -252,7 +282,7 @@ class LocalLifecycle:
         """Load a bundle in place of what the server holds of its version; None: that serves these files already."""
         async with self._changing(key_of(stored)):
             before = self._versions.held.get(key_of(stored))
-            serving = before is not None and before.started is not None
+            serving = before is not None and before.running is not None
             if before is not None and serving and before.stored == stored:
                 return None
             if before is not None and before.stored == stored and before.served.state is ModelState.LOADING:
@@ -262,45 +292,18 @@ class LocalLifecycle:
                 if not serving:
                     self._versions.put(Version(model, stored), ModelState.LOADING)
             try:
-                pulse = Pulse()
-                started = await self._begin(stored, model, pulse)
+                self._check_size(stored)
+                running = await self._host.begin(stored, model)
             except ProviderUnavailable:
                 raise
             except Exception as error:  # noqa: BLE001 - the boundary of a model's load: the others are served
                 return self._versions.failed(stored, why_not_loaded(error, model.name, model.version))
-            model.manifest, model.tokenizer = started.opened.bundle.manifest, started.opened.tokenizer
-            model.provider, model.scheduler = started.executor.provider, started.scheduler
-            self._versions.put(Version(model, stored, started, Overdue(pulse, math.inf)), ModelState.READY)
-            if before is None or before.started is None:
+            replaced = self._versions.put(Version(model, stored, running), ModelState.READY)
+            await self._host.settle()
+            if replaced is None:
                 return self._versions.counted(Change(*key_of(stored), Outcome.LOADED))
-            self._forget(before.served)
-            self._ending(before.served, before.started)
+            self._ending(replaced)
             return self._versions.counted(Change(*key_of(stored), Outcome.REPLACED))
-
-    async def _begin(self, stored: Bundle, model: ServedModel, pulse: Pulse) -> Started:
-        """Try a bundle, and start its model here."""
-        why = "" if self.bounds is None else self.bounds.why_too_large(stored.manifest, self._settings)
-        if why:
-            raise BundleInvalid(model.name, model.version, why)
-
-        def on_isolated() -> None:
-            if model.state is ModelState.READY:
-                model.move(ModelState.READY, ISOLATED)
-
-        bundle = under_policy(stored, self._settings)
-        if self._settings.try_loads:
-            await self._trials.run(bundle)
-        async with self._turn:
-            return await start_model(
-                bundle,
-                self._settings,
-                self._clock,
-                model.metrics,
-                self._occupancy,
-                on_fault=lambda: self._on_fault(model),
-                on_isolated=on_isolated,
-                pulse=pulse,
-            )
 
     async def _unload(self, key: Key, *, withhold: bool) -> Change | None:
         """Unload a version; None: the server does not hold it."""
@@ -310,31 +313,26 @@ class LocalLifecycle:
                 return None
             if withhold:
                 self._withheld.add(key)
-            self._forget(held.served)
-            if held.started is not None:
-                await asyncio.shield(self._ending(held.served, held.started))
+            await self._host.settle()
+            if held.running is not None:
+                await asyncio.shield(self._ending(held.running))
             self._metrics.forget(*key)
+            self._host.left(*key)
             _log.info("model unloaded", model=key[0], version=key[1])
             return self._versions.counted(Change(*key, Outcome.UNLOADED))
 
-    def _ending(self, served: ServedModel, started: Started) -> asyncio.Task[None]:
-        """End a model that gets no more requests, in a task that a drain waits for."""
-        retiring = asyncio.create_task(self._retire(served, started))
+    def _check_size(self, stored: Bundle) -> None:
+        """Raise BundleInvalid if a request of a model may be larger than what the server accepts since its start."""
+        why = "" if self.bounds is None else self.bounds.why_too_large(stored.manifest, self._settings)
+        if why:
+            raise BundleInvalid(*key_of(stored), why)
+
+    def _ending(self, running: Running) -> asyncio.Task[None]:
+        """End what gets no more requests, in a task that a drain waits for."""
+        retiring = asyncio.create_task(running.retire())
         self._retiring.add(retiring)
         retiring.add_done_callback(self._retiring.discard)
         return retiring
-
-    async def _retire(self, served: ServedModel, started: Started) -> None:
-        """End a model that gets no more requests, after those that it has."""
-        try:
-            async with asyncio.timeout(self._settings.drain_grace_s):
-                while served.prepared:  # noqa: ASYNC110 - a request costs no more than adding to this number
-                    await asyncio.sleep(_SUBMITTED_EVERY_S)
-                await started.scheduler.drain()
-        except TimeoutError:
-            started.scheduler.abort()
-        finally:
-            await started.aclose()
 
     @contextlib.asynccontextmanager
     async def _changing(self, key: Key) -> AsyncIterator[None]:

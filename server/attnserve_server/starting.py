@@ -9,7 +9,6 @@ from typing import Final
 
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
-from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.machine import resident_bytes
 from attnserve_server.engine.cost_file import read_costs, write_costs
 from attnserve_server.engine.executor import Executor
@@ -136,12 +135,3 @@ async def start_model(
     if session.provider == CPU:
         shrinker.start()
     return Started(opened, executor, scheduler, shrinker)
-
-
-def why_not_loaded(error: Exception, name: str, version: str) -> str:
-    """Log why a model failed to load, and return the reason for its state."""
-    why = str(error) if isinstance(error, AttnserveError) else "internal error while loading; see the log"
-    # The message of an AttnserveError without a cause is complete, so the log needs no traceback.
-    traced = not isinstance(error, AttnserveError) or error.__cause__ is not None
-    _log.error("model failed to load", model=name, version=version, reason=why, exc_info=error if traced else None)
-    return why

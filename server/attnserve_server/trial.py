@@ -22,7 +22,6 @@ from attnserve_server.config import Settings
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.machine import cores
 from attnserve_server.engine.providers import CPU, OPENVINO, ProviderUnavailable, named
-from attnserve_server.loading import open_bundle
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.logs import logger, pipes_of, serving
@@ -192,6 +191,7 @@ def _why(answer: bytes, code: int, *, passed: bool) -> str:
 def _main() -> None:
     """Try the bundle that standard input names, and write why it failed, as JSON; empty: it did not."""
     from attnserve_server import loading_failpoints  # noqa: PLC0415 - in this process only
+    from attnserve_server.loading import open_bundle  # noqa: PLC0415 - the runtime, in this process only
 
     answer = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer

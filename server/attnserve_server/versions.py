@@ -1,14 +1,15 @@
-"""The versions of models that a server of one process holds, and their states in catalog, health and metrics.
+"""The versions of models that a server holds, and their states in catalog, health and metrics.
 
 It loads nothing: `lifecycle` does. A name and version that is not held raises KeyError.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from attnserve_server.config import Settings
-from attnserve_server.engine.pulse import Overdue
 from attnserve_server.model.repository import Bundle, BundleFault
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import (
@@ -20,7 +21,6 @@ from attnserve_server.observability.metrics import (
 )
 from attnserve_server.observability.spec import MODEL_LOADS
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
-from attnserve_server.starting import Started
 from attnserve_server.transport.admin import Change, Outcome
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.servicer import SERVICE
@@ -32,50 +32,90 @@ Key = tuple[str, str]
 """Name and version."""
 
 
+class Running(Protocol):
+    """What runs a version that serves."""
+
+    def why_hung(self, now: float) -> str:
+        """Return why one of its runs counts as hung, if nothing ends such a run; empty: none does."""
+        ...
+
+    async def retire(self) -> None:
+        """End it after its last request, at most the grace period later. It gets no new ones."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Version:
     """What the server holds of one version.
 
-    `stored`: its bundle as it was found; None: its manifest is broken. `started`: None unless it serves. `hangs`: why
+    `stored`: its bundle as it was found; None: its manifest is broken. `running`: None unless it serves. `hangs`: why
     one of its runs counts as hung; empty: none does.
     """
 
     served: ServedModel
     stored: Bundle | None = None
-    started: Started | None = None
-    overdue: Overdue | None = None
+    running: Running | None = None
     hangs: str = ""
 
 
 class Versions:
     """What the server holds. Event loop only."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, catalog: Catalog, health: Health) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        catalog: Catalog,
+        health: Health,
+        *,
+        shown: Callable[[ServedModel], None],
+        forget: Callable[[ServedModel], None],
+        counted: Metrics,
+        reachable: Callable[[], bool],
+    ) -> None:
+        """Begin without models.
+
+        Args:
+            settings: of the server.
+            metrics: for the facts of models.
+            catalog: gets the models.
+            health: gets their states.
+            shown: called when a model of the catalog has entered a state.
+            forget: called with each model that the catalog has no more.
+            counted: counts changes; `metrics`, unless that is the sum over several processes.
+            reachable: whether callers reach the server at all.
+        """
         self._settings = settings
         self._metrics = metrics
+        self._counted = counted
         self._catalog = catalog
         self._health = health
+        self._shown = shown
+        self._forget = forget
+        self._reachable = reachable
         self._serves = False
         self._begun = False
         for reason in FRONT_REASONS:
-            metrics.counter(FRONT_RESTARTS).labels(reason)
-        self._outcomes = {outcome: metrics.counter(MODEL_LOADS).labels(outcome.value) for outcome in Outcome}
+            counted.counter(FRONT_RESTARTS).labels(reason)
+        self._outcomes = {outcome: counted.counter(MODEL_LOADS).labels(outcome.value) for outcome in Outcome}
         self.held: dict[Key, Version] = {}
-
-    def started(self) -> list[Started]:
-        """Return the models that serve, with the objects to end."""
-        return [held.started for held in self.held.values() if held.started is not None]
 
     def begin(self) -> None:
         """Report the health of the server from now on: all models have been loaded or have failed."""
         self._begun = True
         self.report()
 
+    def holds(self, model: ServedModel) -> bool:
+        """Return whether this very model is held of its version."""
+        held = self.held.get((model.name, model.version))
+        return held is not None and held.served is model
+
     def remove(self, key: Key) -> Version | None:
         """Remove a version, which gets no more requests, and return what was held of it; None: nothing was."""
         held = self.held.pop(key, None)
         if held is not None:
             self._catalog.remove(held.served)
+            self._forget(held.served)
             self.report(key[0])
         return held
 
@@ -85,7 +125,7 @@ class Versions:
         manifest = under_policy(stored, self._settings).manifest
         metrics = self._metrics.model(manifest.name, manifest.version)
         for reason in ENGINE_REASONS:  # rules and dashboards read these, which stay 0 here
-            self._metrics.counter(ENGINE_RESTARTS).labels(manifest.name, manifest.version, reason)
+            self._counted.counter(ENGINE_RESTARTS).labels(manifest.name, manifest.version, reason)
         most = stored.manifest.max_batch_size
         return ServedModel(manifest.name, manifest.version, metrics, manifest, max_request_size=most)
 
@@ -93,7 +133,7 @@ class Versions:
         """Take note of a version whose manifest is broken."""
         _log.warning("bundle is broken", model=fault.name, version=fault.version, reason=fault.why)
         held = self.held.get((fault.name, fault.version))
-        if held is not None and held.started is not None:
+        if held is not None and held.running is not None:
             return self._kept(held, fault.why)
         model = ServedModel(fault.name, fault.version, self._metrics.model(fault.name, fault.version))
         self.put(Version(model), ModelState.FAILED, fault.why)
@@ -102,7 +142,7 @@ class Versions:
     def failed(self, stored: Bundle, why: str) -> Change:
         """Take note of a bundle that could not be loaded."""
         held = self.held[key_of(stored)]
-        if held.started is not None:
+        if held.running is not None:
             return self._kept(held, why)
         self.put(held, ModelState.FAILED, why)
         return self.counted(Change(*key_of(stored), Outcome.FAILED, why))
@@ -112,19 +152,30 @@ class Versions:
         reason = f"{why}; the files loaded before serve on"
         if held.served.state is ModelState.READY:
             held.served.move(ModelState.READY, reason)
+            self._shown(held.served)
         return self.counted(Change(held.served.name, held.served.version, Outcome.FAILED, reason))
 
-    def put(self, held: Version, state: ModelState, reason: str = "") -> None:
-        """Hold this in the place of the same version, and enter its state."""
-        self.held[held.served.name, held.served.version] = held
+    def put(self, held: Version, state: ModelState, reason: str = "") -> Running | None:
+        """Hold this in the place of the same version, and enter its state.
+
+        Returns:
+            What ran the earlier model of this version, which gets no new requests; None: there is none.
+        """
+        key = held.served.name, held.served.version
+        before, self.held[key] = self.held.get(key), held
         held.served.move(state, reason)
         self._catalog.replace(held.served)
+        self._shown(held.served)
         self.report(held.served.name)
+        if before is None or before.served is held.served:
+            return None
+        self._forget(before.served)
+        return before.running
 
     def look(self, now: float) -> None:
         """Look for runs that take too long, and report the health of their models."""
         for held in self.held.values():
-            why = "" if held.overdue is None else held.overdue.look(now)
+            why = "" if held.running is None else held.running.why_hung(now)
             if why == held.hangs or held.served.state is not ModelState.READY:
                 continue
             held.hangs = held.served.state_reason = why
@@ -144,8 +195,9 @@ class Versions:
             self._serves = self._catalog.serves(self._settings.ready, started=self._serves)
             ready = [one for one in self.held.values() if one.served.state is ModelState.READY]
             enough = all if self._settings.ready == "all" else any
+            serves = self._serves and enough(not one.hangs for one in ready) and self._reachable()
             for service in (SERVICE, OVERALL):
-                self._health.set(service, serving=self._serves and enough(not one.hangs for one in ready))
+                self._health.set(service, serving=serves)
 
     def counted(self, change: Change) -> Change:
         """Count a change, and return it."""

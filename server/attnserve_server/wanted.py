@@ -122,6 +122,15 @@ def shared_among(settings: Settings, fronts: int) -> Settings:
     return settings.model_copy(update={name: max(1, getattr(settings, name) // fronts) for name in most})
 
 
+def why_not_loaded(error: Exception, name: str, version: str) -> str:
+    """Log why a model failed to load, and return the reason for its state."""
+    why = str(error) if isinstance(error, AttnserveError) else "internal error while loading; see the log"
+    # The message of an AttnserveError without a cause is complete, so the log needs no traceback.
+    traced = not isinstance(error, AttnserveError) or error.__cause__ is not None
+    _log.error("model failed to load", model=name, version=version, reason=why, exc_info=error if traced else None)
+    return why
+
+
 def _why_none(repository: Path) -> str:
     """Why a repository has no model. The message goes to the operator only, so it may name the folder."""
     if not repository.is_dir():

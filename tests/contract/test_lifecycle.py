@@ -36,7 +36,7 @@ from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.domain.errors import ModelNotFound, NotServing
 from attnserve_server.domain.machine import resident_bytes
-from attnserve_server.lifecycle import LocalLifecycle
+from attnserve_server.local_models import LocalModel, LocalModels
 from attnserve_server.model.repository import write_bundle
 from attnserve_server.scheduling.catalog import ModelState
 from attnserve_server.scheduling.queue import Request
@@ -200,10 +200,10 @@ def _resources() -> tuple[int, int, int]:
 async def test_control_calls_fail_if_a_replaced_model_ends_at_once(
     server: Application, root: Path, sets: list[dict[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def at_once(_: LocalLifecycle, __: object, started) -> None:
-        await started.aclose()
+    async def at_once(_: LocalModels, running: LocalModel, __: object) -> None:
+        await running.started.aclose()
 
-    monkeypatch.setattr(LocalLifecycle, "_retire", at_once)
+    monkeypatch.setattr(LocalModels, "retire", at_once)
     async with load(f"127.0.0.1:{server.grpc_port}", callers=16) as found:
         number = 0
         while not found.failures and number < 20:
@@ -309,14 +309,14 @@ async def test_a_new_version_becomes_the_default_once_it_is_ready(
 ) -> None:
     put(root, sets[1], "2")
     held, go = asyncio.Event(), asyncio.Event()
-    begin = LocalLifecycle._begin
+    begin = LocalModels.begin
 
     async def slowly(*given: object) -> object:
         held.set()
         await go.wait()
         return await begin(*given)
 
-    monkeypatch.setattr(LocalLifecycle, "_begin", slowly)
+    monkeypatch.setattr(LocalModels, "begin", slowly)
     reloading = asyncio.create_task(server.lifecycle.reload())
     await held.wait()
     assert (await stub.Infer(asking())).receipt.version == "1"
@@ -395,14 +395,14 @@ async def test_a_change_goes_on_if_its_caller_leaves(
 ) -> None:
     put(root, sets[1], "2")
     held, go = asyncio.Event(), asyncio.Event()
-    begin = LocalLifecycle._begin
+    begin = LocalModels.begin
 
     async def slowly(*given: object) -> object:
         held.set()
         await go.wait()
         return await begin(*given)
 
-    monkeypatch.setattr(LocalLifecycle, "_begin", slowly)
+    monkeypatch.setattr(LocalModels, "begin", slowly)
     call = models.LoadModel(admin.LoadModelRequest(model="tiny", version="2"))
     await held.wait()
     call.cancel()
@@ -429,7 +429,7 @@ async def test_a_drain_answers_requests_of_a_version_that_is_unloaded_and_ends_l
     server: Application, root: Path, sets: list[dict[str, Path]], models: ModelServiceStub, monkeypatch
 ) -> None:
     put(root, sets[1], "2")
-    monkeypatch.setattr(LocalLifecycle, "_begin", lambda *_: asyncio.Event().wait())
+    monkeypatch.setattr(LocalModels, "begin", lambda *_: asyncio.Event().wait())
     loading = models.LoadModel(admin.LoadModelRequest(model="tiny"))
     request = Request("r", None, 0)
     prepared = server.plane.prepare(request, receive(pb.InferRequest, asking("1").SerializeToString()))

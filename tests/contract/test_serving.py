@@ -414,7 +414,7 @@ async def test_a_scheduler_that_dies_ends_the_server_and_its_health(
     ran: tuple[Application, asyncio.Task[int]],
 ) -> None:
     application, task = ran
-    loop_of_a_model = application.lifecycle.started()[0].scheduler._task
+    loop_of_a_model = application.models.started()[0].scheduler._task
     assert loop_of_a_model is not None
     loop_of_a_model.cancel()
     assert await task == EXIT_FAULTED
@@ -429,9 +429,7 @@ async def test_a_scheduler_that_dies_leaves_answers_of_other_models(
     assert model.manifest is not None
     served, gate = model.scheduler, Gate(model.manifest)
     model.scheduler = gate
-    loop_of_a_model = next(
-        one for one in application.lifecycle.started() if one.scheduler is not served
-    ).scheduler._task
+    loop_of_a_model = next(one for one in application.models.started() if one.scheduler is not served).scheduler._task
     assert loop_of_a_model is not None
     async with grpc.aio.insecure_channel(f"127.0.0.1:{application.grpc_port}") as channel:
         call = InferenceServiceStub(channel).Infer(asking())
@@ -462,8 +460,8 @@ class Stuck:
 async def test_a_drain_ends_with_its_grace(settings: Settings) -> None:
     application = Application(settings.model_copy(update={"drain_grace_s": 0.1}))
     await application.start()
-    scheduler = application.lifecycle.started()[0].scheduler
-    stuck = application.lifecycle.started()[0].scheduler = Stuck()  # type: ignore[assignment]
+    scheduler = application.models.started()[0].scheduler
+    stuck = application.models.started()[0].scheduler = Stuck()  # type: ignore[assignment]
     async with asyncio.timeout(5):
         await application.drain()
     assert stuck.aborted

@@ -221,7 +221,7 @@ async def test_isolate_makes_the_next_answers_right_and_is_reported(repository: 
 async def test_by_default_no_sample_is_kept(repository: Path) -> None:
     with structlog.testing.capture_logs():
         async with serving(repository, models=("mixing",)) as (server, stub):
-            (loaded,) = server.lifecycle.started()
+            (loaded,) = server.models.started()
             assert loaded.scheduler._verifier is None
             await stub.Infer(asking("mixing", QUIET, LOUD, QUIET))
             await stub.Infer(asking("mixing", QUIET))

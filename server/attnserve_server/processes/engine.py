@@ -30,8 +30,8 @@ from attnserve_server.processes.control import (
     Scraped,
 )
 from attnserve_server.scheduling.catalog import ModelState
-from attnserve_server.starting import ISOLATED, Started, start_model, why_not_loaded
-from attnserve_server.wanted import under_policy, wanted_bundles
+from attnserve_server.starting import ISOLATED, Started, start_model
+from attnserve_server.wanted import under_policy, wanted_bundles, why_not_loaded
 
 
 class EngineProcess:
