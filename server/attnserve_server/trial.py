@@ -22,16 +22,13 @@ from attnserve_server.config import Settings
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.machine import cores
 from attnserve_server.engine.providers import CPU, OPENVINO, ProviderUnavailable, named
+from attnserve_server.load_limits import MemoryLimit, derived_limit, own_bytes
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.logs import logger, pipes_of, serving
 
 _log = logger(__name__)
 
-LEAST_BYTES: Final = 2**30
-"""Memory of a trial beside that for the files: the interpreter with the runtime takes 80 MB, runs take the rest."""
-PER_FILE_BYTE: Final = 6
-"""Copies of weights while they load: the file, the tensors, those in another precision, those packed for kernels."""
 _LOOK_EVERY_S: Final = 0.02
 """A process writes some 100 MB to fresh memory in that time."""
 _SLACK_BYTES: Final = 256 * 2**20
@@ -81,21 +78,21 @@ class Trials:
 
     async def _try(self, bundle: Bundle) -> None:
         settings, manifest = self._settings, bundle.manifest
-        limit_bytes = settings.load_memory_bytes or derived_limit(bundle.path)
+        limit_bytes = settings.load_memory_bytes or derived_limit(bundle.files_bytes())
         task = {
             "settings": settings.model_dump_json(),
             "path": str(bundle.path),
+            "descriptors": dict(bundle.descriptors),
             "manifest": manifest.model_dump_json(),
             "limit_bytes": limit_bytes,
         }
         with pipes_of(f"trial {manifest.name}/{manifest.version}") as (log, native):
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "attnserve_server.trial", str(log),
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=native, pass_fds=(log,),
-                start_new_session=True,
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=native,
+                pass_fds=(log, *bundle.descriptors.values()), start_new_session=True,
             )  # fmt: skip
-        memory = _Memory(process, limit_bytes)
-        watching = asyncio.create_task(memory.watch())
+        watching = asyncio.create_task(_watch(process, limit_bytes))
         try:
             async with asyncio.timeout(settings.load_timeout_s):
                 answer, _ = await process.communicate(json.dumps(task).encode())
@@ -108,7 +105,8 @@ class Trials:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-        why = _why(answer, process.returncode or 0, passed=memory.passed)
+        passed = watching.done() and not watching.cancelled() and watching.result()
+        why = _why(answer, process.returncode or 0, passed=passed)
         if why == _OVER:
             remedy = "repair the bundle, or set --load-memory-bytes"
             raise TrialFailed(f"loading took more than {limit_bytes} bytes of memory; {remedy}")
@@ -121,58 +119,16 @@ def _may_use_gpu(settings: Settings) -> bool:
     return named(settings.provider) not in {CPU, OPENVINO} and Path("/dev/nvidiactl").exists()
 
 
-class _Memory:
-    """Ends a process whose memory passes a limit."""
-
-    def __init__(self, process: asyncio.subprocess.Process, limit_bytes: int) -> None:
-        self._process = process
-        self._limit_bytes = limit_bytes
-        self.passed = False
-
-    async def watch(self) -> None:
-        """Look until the limit is passed. Ends when it is cancelled."""
-        status = Path(f"/proc/{self._process.pid}/status")
-        while self._process.returncode is None:
-            if own_bytes(status) > self._limit_bytes:
-                self.passed = True
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()
-                return
-            await asyncio.sleep(_LOOK_EVERY_S)
-
-
-def derived_limit(folder: Path) -> int:
-    """Return the memory that the trial of a bundle may take, in bytes, by the size of its files and the machine's."""
-    try:
-        size = sum(file.stat().st_size for file in folder.iterdir())
-    except OSError:
-        size = 0  # the trial reports it
-    wanted = LEAST_BYTES + PER_FILE_BYTE * size
-    most = machine_bytes()
-    return min(wanted, most) if most else wanted
-
-
-def machine_bytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
-    """Return the memory of this machine, at most the limit of the control group; 0 if the system does not report it."""
-    try:
-        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
-    with contextlib.suppress(OSError, ValueError):  # no control group, or `max`
-        most = min(most, int(limit.read_text(encoding="ascii")))
-    return most
-
-
-def own_bytes(status: Path) -> int:
-    """Return what a process has written to memory, without pages of files, which the system can take back; else 0.
-
-    Source: proc_pid_status(5), RssAnon and RssShmem.
-    """
-    try:
-        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+async def _watch(process: asyncio.subprocess.Process, limit_bytes: int) -> bool:
+    """End a process whose memory passes a limit, and return whether that was so."""
+    limit, clock = MemoryLimit(process.pid, limit_bytes, own_bytes, _LOOK_EVERY_S), asyncio.get_running_loop().time
+    while process.returncode is None:
+        if limit.look(clock()):
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            return True
+        await asyncio.sleep(limit.every_s)
+    return False
 
 
 _OVER: Final = "memory"
@@ -203,7 +159,7 @@ def _main() -> None:
     with serving(_LOG_LEVEL, name, int(sys.argv[1])):
         try:
             loading_failpoints.at_load(manifest.name, manifest.version)
-            open_bundle(Bundle(Path(task["path"]), manifest), settings)
+            open_bundle(Bundle(Path(task["path"]), manifest, descriptors=task["descriptors"]), settings)
             why = ""
         except ProviderUnavailable:
             why = ""  # of the server, which refuses to start

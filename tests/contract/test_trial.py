@@ -20,7 +20,7 @@ from attnserve_server.loading_failpoints import VARIABLE
 from attnserve_server.model.repository import write_bundle
 from attnserve_server.scheduling.catalog import ModelState
 from attnserve_server.transport.admin import Change, Outcome
-from attnserve_server.trial import Trials, derived_limit, machine_bytes, own_bytes
+from attnserve_server.trial import Trials
 from attnserve_server.wanted import StartFailed, wanted_bundles
 from gated import until
 from tiny_bundle import tiny_manifest
@@ -129,32 +129,6 @@ async def test_a_cancelled_trial_frees_its_place(tried: Settings, monkeypatch: p
             await running
     async with asyncio.timeout(30):
         await trials.run(bundles["tiny"])
-
-
-def test_the_limit_of_memory_follows_the_files_and_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "weights").write_bytes(bytes(1000))
-    monkeypatch.setattr(trial, "machine_bytes", lambda: 2**40)
-    assert derived_limit(tmp_path) == 2**30 + 6 * 1000
-    monkeypatch.setattr(trial, "machine_bytes", lambda: 5000)
-    assert derived_limit(tmp_path) == 5000
-
-
-def test_the_memory_of_a_container_counts(tmp_path: Path) -> None:
-    limit = tmp_path / "memory.max"
-    limit.write_text("max\n")
-    whole = machine_bytes(limit)
-    assert whole == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit.write_text("1048576\n")
-    assert machine_bytes(limit) == 2**20
-    assert machine_bytes(tmp_path / "nothing") == whole
-
-
-def test_own_memory_is_that_which_was_written() -> None:
-    status = Path("/proc/self/status")
-    before = own_bytes(status)
-    kept = b"x" * 2**26
-    assert 0.9 * len(kept) < own_bytes(status) - before < 1.2 * len(kept)
-    assert own_bytes(Path("/proc/0/status")) == 0
 
 
 def _state(application: Application, name: str) -> ModelState:

@@ -268,7 +268,7 @@ def read_golden(bundle: Bundle) -> tuple[GoldenSequence, ...]:
     if GOLDEN_FILE not in manifest.files:
         raise fault("is not listed in the manifest, which has golden answers")
     try:
-        arrays = _arrays(bundle.path / GOLDEN_FILE)
+        arrays = _arrays(bundle.file(GOLDEN_FILE))
         prefix = "" if bundle.graph == MODEL_FILE else _PAST
         return tuple(_sequence(arrays, manifest, row, prefix) for row in range(manifest.golden.sequences))
     except KeyError as missing:

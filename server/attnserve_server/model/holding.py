@@ -4,6 +4,8 @@ The runtime maps external weights from their file for as long as a session lives
 `held` copies the files while it hashes the copy, and the runtime reads the copy. It is removed once everything is
 loaded; what the runtime has mapped stays in memory once, for all sessions that map it. A bundle that is not as its
 manifest states raises BundleInvalid.
+
+`KeptFiles` keeps the files of a bundle open, so that another process can load it later, whatever took its place.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from io import FileIO
@@ -46,6 +48,37 @@ def verify(bundle: Bundle) -> None:
         _read(bundle, name, len)
 
 
+class KeptFiles:
+    """The files of a bundle, kept open. A rename or a removal leaves them as they are.
+
+    What is written into them in place does not reach an answer: whatever loads them compares their digests.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Open all files. Raises BundleInvalid if one is missing, is not regular, or has other hard links."""
+        _check_list(bundle)
+        descriptors: dict[str, int] = {}
+        try:
+            for name in bundle.manifest.files:
+                with _opened(bundle, name) as file:
+                    descriptors[name] = os.dup(file.fileno())
+        except BaseException:
+            _close(descriptors)
+            raise
+        self.bundle = replace(bundle, descriptors=descriptors)
+        """The bundle, read from these files."""
+
+    def close(self) -> None:
+        """Close all files, once."""
+        descriptors, self.bundle = self.bundle.descriptors, replace(self.bundle, descriptors={})
+        _close(descriptors)
+
+
+def _close(descriptors: Mapping[str, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+
+
 @contextmanager
 def held(bundle: Bundle) -> Iterator[Bundle]:
     """Yield the bundle with a private copy of its files, which exists until the block ends.
@@ -66,11 +99,11 @@ def held(bundle: Bundle) -> Iterator[Bundle]:
         with folder:
             failed = _copy(bundle, Path(folder.name))
             if failed is None:
-                yield replace(bundle, path=Path(folder.name))
+                yield replace(bundle, path=Path(folder.name), descriptors={})
                 return
             refused = failed
     if _has_other_data(bundle):
-        bytes_needed = sum(_size(bundle.path / name) for name in bundle.manifest.files)
+        bytes_needed = bundle.files_bytes()
         raise _fault(
             bundle,
             f"its files cannot be copied to the temporary folder: {refused.strerror}; give it {bytes_needed} bytes, or "
@@ -91,6 +124,8 @@ def content_of(bundle: Bundle, name: str) -> bytes:
 def _check_list(bundle: Bundle) -> None:
     """Check what the manifest lists against the folder. Raises BundleInvalid."""
     manifest, files = bundle.manifest, bundle.manifest.files
+    if bundle.descriptors:
+        return  # it was checked when they were opened
     graphs = (MODEL_FILE,) if manifest.past is None else (MODEL_FILE, manifest.past.file)
     absent = next((graph for graph in graphs if graph not in files), None)
     if absent is not None:
@@ -123,17 +158,20 @@ def _read(bundle: Bundle, name: str, write: Callable[[bytes], object]) -> None:
         BundleInvalid: the file is missing, is not regular, or is not the one that was listed.
         OSError: of `write`.
     """
-    expected, found = bundle.manifest.files[name], hashlib.sha256()
+    expected, found, at = bundle.manifest.files[name], hashlib.sha256(), 0
     with _opened(bundle, name) as file:
-        while chunk := _chunk(bundle, name, file):
+        while chunk := _chunk(bundle, name, file, at):
             found.update(chunk)
             write(chunk)
+            at += len(chunk)
     if found.hexdigest() != expected:
         raise _fault(bundle, f"{name}: sha256 {found.hexdigest()} is not the {expected} of {MANIFEST_FILE}")
 
 
 def _opened(bundle: Bundle, name: str) -> FileIO:
     """Open a file of the bundle. Raises BundleInvalid if it is not regular, or has other hard links."""
+    if name in bundle.descriptors:
+        return FileIO(os.dup(bundle.descriptors[name]))
     path = bundle.path / name
     try:
         # Neither follow a link, nor wait for the writer of a pipe.
@@ -150,9 +188,9 @@ def _opened(bundle: Bundle, name: str) -> FileIO:
     raise _fault(bundle, f"{others}; copy the file, or write the bundle again")
 
 
-def _chunk(bundle: Bundle, name: str, file: FileIO) -> bytes:
+def _chunk(bundle: Bundle, name: str, file: FileIO, at: int) -> bytes:
     try:
-        return file.read(_CHUNK)
+        return os.pread(file.fileno(), _CHUNK, at)  # other processes that have this descriptor share its position
     except OSError as why:
         raise _fault(bundle, f"{name}: {why.strerror}") from None
 
@@ -162,13 +200,6 @@ def _has_other_data(bundle: Bundle) -> bool:
     manifest = bundle.manifest
     graphs = {MODEL_FILE} if manifest.past is None else {MODEL_FILE, manifest.past.file}
     return not set(manifest.files) <= {*graphs, TOKENIZER_FILE, _GOLDEN}
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 def _fault(bundle: Bundle, why: str) -> BundleInvalid:

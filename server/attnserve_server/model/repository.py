@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -65,22 +65,36 @@ class Bundle:
         path: its folder.
         manifest: of its graph `graph`.
         graph: name of the file of that graph.
+        descriptors: of its files, opened before, by their names; empty: they are read in its folder.
     """
 
     path: Path
     manifest: Manifest
     graph: str = MODEL_FILE
+    descriptors: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of its files, for this process."""
+        return Path(f"/proc/self/fd/{self.descriptors[name]}") if name in self.descriptors else self.path / name
+
+    def files_bytes(self) -> int:
+        """Return the bytes of its files; those that cannot be read count nothing."""
+        found = 0
+        for name in self.manifest.files:
+            with contextlib.suppress(OSError):
+                found += self.file(name).stat().st_size
+        return found
 
     @property
     def model_path(self) -> Path:
         """Path of the graph."""
-        return self.path / self.graph
+        return self.file(self.graph)
 
     @property
     def continuing(self) -> Bundle | None:
         """The bundle with its continuing graph, which runs sequences with a past; None if it has none."""
         past, manifest = self.manifest.past, self.manifest.continuing
-        return None if past is None or manifest is None else Bundle(self.path, manifest, past.file)
+        return None if past is None or manifest is None else replace(self, manifest=manifest, graph=past.file)
 
     @property
     def tokenizer_path(self) -> Path | None:
