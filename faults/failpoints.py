@@ -20,9 +20,9 @@ def leak() -> None:
     kept: list[bytes] = []
     receive = servicer.receive
 
-    def receive_and_keep(kind: Any, data: bytes) -> Any:
+    def receive_and_keep(kind: Any, data: bytes, *limit: float) -> Any:
         kept.append(len(kept).to_bytes(64, "big") * 1024)
-        return receive(kind, data)
+        return receive(kind, data, *limit)
 
     servicer.receive = receive_and_keep
 

@@ -65,6 +65,11 @@ class InvalidRequest(AttnserveError):
         """Make the error for one invalid field."""
         return cls(FieldViolation(field, description))
 
+    def relative_to(self, path: str) -> InvalidRequest:
+        """Return the error with field paths that begin after `path`."""
+        inner = (FieldViolation(one.field.removeprefix(path), one.description) for one in self.violations)
+        return InvalidRequest(*inner)
+
 
 class Violations:
     """Collects what is wrong with one request, so that one answer reports all of it; at most `MAX_VIOLATIONS`.

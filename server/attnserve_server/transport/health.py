@@ -11,8 +11,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2
 
-from attnserve_server.transport.servicer import Context, RpcMetrics, parsed, send
-from attnserve_server.transport.wire import receive
+from attnserve_server.transport.servicer import Context, RpcMetrics, parsed, receive_aside, send
 
 SERVICE: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 OVERALL: Final = ""
@@ -74,7 +73,7 @@ class Health:
 
     async def watch(self, data: bytes, context: Context) -> None:
         """Send the state of one service now and at each change."""
-        request = receive(health_pb2.HealthCheckRequest, data).message
+        request = (await receive_aside(health_pb2.HealthCheckRequest, data)).message
         sent = None
         while not self._closed:
             changed = self._changed

@@ -31,12 +31,12 @@ from attnserve_server.scheduling.queue import Request
 from attnserve_server.transport.allowance import Allowance
 from attnserve_server.transport.codec import streamed
 from attnserve_server.transport.dataplane import DataPlane, Prepared
-from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, remaining_s, send
+from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, receive_aside, remaining_s, send
 from attnserve_server.transport.sockets import address_of
 from attnserve_server.transport.status import status_of
 from attnserve_server.transport.unread import Held, Unread
 from attnserve_server.transport.validation import check_request_id, is_request_id
-from attnserve_server.transport.wire import NotAMessage, Received, Splice, find_field, receive, within_request
+from attnserve_server.transport.wire import NotAMessage, Received, Splice, find_field
 
 _REQUEST_ID: Final = (
     inference_service_pb2.StreamInferRequest.REQUEST_FIELD_NUMBER,
@@ -191,14 +191,14 @@ class _Stream:
             InvalidRequest: The message has no request id to answer it by, so the stream ends.
         """
         try:
-            received = receive(inference_service_pb2.StreamInferRequest, data)
+            received = await receive_aside(inference_service_pb2.StreamInferRequest, data)
         except NotAMessage:
             raise
         except InvalidRequest as error:
             request_id = find_field(data, *_REQUEST_ID).decode(errors="replace")
             if not is_request_id(request_id):
                 raise
-            self._refuse(request_id, within_request(error))
+            self._refuse(request_id, error.relative_to("request."))
             return
         message = received.message
         kind = message.WhichOneof("message")

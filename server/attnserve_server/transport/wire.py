@@ -67,6 +67,10 @@ _NAMES: Final = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 """NumPy rebuilds the name of a dtype at each access."""
 
 
+class ManyFields(Exception):
+    """The scan of a message would take long."""
+
+
 class NotAMessage(InvalidRequest):
     """The bytes cannot be parsed as a message of the expected type."""
 
@@ -94,7 +98,7 @@ class Received(Generic[M]):
         return Received(inner, self.size, self._views)
 
 
-def receive(kind: type[M], data: bytes) -> Received[M]:
+def receive(kind: type[M], data: bytes, most: float = math.inf) -> Received[M]:
     """Parse a message; tensor data of a long one is not copied.
 
     A message of at most `MAX_STRUCTURE_BYTES` is parsed whole, because copying its data twice takes less time than
@@ -104,8 +108,9 @@ def receive(kind: type[M], data: bytes) -> Received[M]:
         NotAMessage: `data` is no message of this kind.
         InvalidRequest: With each string that is not UTF-8, or the field that exceeds `MAX_STRUCTURE_BYTES`. Also if
             only a part of the message was searched for such strings, because it has more than `_MAX_FIELDS` fields.
+        ManyFields: The scan meets more than `most`.
     """
-    short, views = (data, []) if len(data) <= MAX_STRUCTURE_BYTES else _Scan(data).without_data(kind.DESCRIPTOR)
+    short, views = (data, []) if len(data) <= MAX_STRUCTURE_BYTES else _Scan(data, most).without_data(kind.DESCRIPTOR)
     try:
         return Received(kind.FromString(short), len(data), views)
     except message.DecodeError:
@@ -138,8 +143,8 @@ class _TooMuchStructure(Exception):
 class _Scan:
     """One pass over a message: bounds its structure and takes tensor data out of it."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
+    def __init__(self, data: bytes, most: float) -> None:
+        self._data, self._fields_left = data, most
         self._view = memoryview(data)
         self._left = MAX_STRUCTURE_BYTES
         self._found: list[memoryview] = []
@@ -167,6 +172,9 @@ class _Scan:
             field = kind.fields_by_number.get(number)
             where = path if field is None else f"{path}{field.name}"
             self._left -= max(content - at, _FIELD_BYTES)
+            self._fields_left -= 1
+            if self._fields_left < 0:
+                raise ManyFields
             changed: list[memoryview | bytes] = []
             if wire_type == _DELIMITED and field is not None and field.message_type is not None:
                 known = len(self._found)
@@ -340,9 +348,3 @@ def output_head(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> byte
     head = _head(name, dtype, shape)
     size = len(head) + math.prod(shape) * dtype.itemsize
     return delimiter(inference_service_pb2.SequenceResult.OUTPUTS_FIELD_NUMBER, size) + head
-
-
-def within_request(error: InvalidRequest) -> InvalidRequest:
-    """Return the error with field paths that start at the request, as all others do."""
-    violations = (FieldViolation(one.field.removeprefix("request."), one.description) for one in error.violations)
-    return InvalidRequest(*violations)

@@ -156,7 +156,7 @@ def test_too_much_structure_is_refused_and_its_field_named(name: str) -> None:
     "field", [b"\x1a\x00", b"\x78\x00", b"\x0a\x01a"], ids=["empty sequence", "unknown", "one letter"]
 )
 def test_scan_of_short_fields_ends_early(field: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs in Python, on the event loop: each field takes a microsecond from all callers."""
+    """It runs in Python: each field takes a microsecond."""
     read = 0
 
     def counted(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
