@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -36,6 +36,9 @@ class Serving:
 
     Loads and unloads take time, so that each end has two times: before a load is requested the version cannot serve,
     and after the load is confirmed it must.
+
+    While a server starts, or replaces a version's engine, the version may serve and need not. So a lower version
+    answers until the highest is ready again. `pauses` are these times, from their begin to the confirmation.
     """
 
     model: str
@@ -44,6 +47,16 @@ class Serving:
     surely_s: float = -math.inf
     until_s: float = math.inf
     gone_s: float = math.inf
+    pauses: tuple[tuple[float, float], ...] = ()
+
+    def may(self, begin_s: float, end_s: float) -> bool:
+        """Return whether it may serve in a part of this time."""
+        return self.since_s <= end_s and begin_s <= self.gone_s
+
+    def must(self, begin_s: float, end_s: float) -> bool:
+        """Return whether it serves in all of this time."""
+        paused = any(begin <= end_s and begin_s <= end for begin, end in self.pauses)
+        return self.surely_s <= begin_s and end_s <= self.until_s and not paused
 
 
 Reference = Callable[[str, str, str], Answer]
@@ -61,11 +74,28 @@ class Service:
     def allowed(self, model: str, version: str, begin_s: float, end_s: float) -> set[str]:
         """Return the versions that may answer a call. `version`: the requested one; empty: the highest that serves."""
         own = [one for one in self.servings if one.model == model]
-        found = {one.version for one in own if one.since_s <= end_s and begin_s <= one.gone_s}
+        found = {one.version for one in own if one.may(begin_s, end_s)}
         if version:
             return found & {version}
-        surely = [int(one.version) for one in own if one.surely_s <= begin_s and end_s <= one.until_s]
+        surely = [int(one.version) for one in own if one.must(begin_s, end_s)]
         return {one for one in found if int(one) >= max(surely, default=0)}
+
+    def pause(self, model: str, now: float) -> None:
+        """Record that the highest version of a model need not serve from now on."""
+        place = self._highest(model)
+        one = self.servings[place]
+        self.servings[place] = replace(one, pauses=(*one.pauses, (now, math.inf)))
+
+    def resume(self, model: str, now: float) -> None:
+        """Record that it was confirmed to serve again."""
+        place = self._highest(model)
+        one = self.servings[place]
+        (begun, _), closed = one.pauses[-1], one.pauses[:-1]
+        self.servings[place] = replace(one, pauses=(*closed, (begun, now)))
+
+    def _highest(self, model: str) -> int:
+        own = [place for place, one in enumerate(self.servings) if one.model == model]
+        return max(own, key=lambda place: int(self.servings[place].version))
 
     def wrong(self, model: str, version: str, key: str, answer: Answer) -> str:
         """Return what is wrong with one sequence's answer; empty: nothing."""

@@ -47,7 +47,7 @@ LEAST_S: Final = 2.0
 """Seconds for which the canary calls during a row at least."""
 CANARY_STATUSES: Final = frozenset({"OK", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"})
 """What the canary may get at all; how often is in `Share`."""
-PSS_MB: Final = 16.0
+MEMORY_MB: Final = 16.0
 """Growth of memory that a row may leave behind, unless it states another limit: pools and caches fill once."""
 DESCRIPTORS, THREADS = 4, 8
 """The same for descriptors and threads: gRPC and asyncio keep pools, which grow when they are first used."""
@@ -116,7 +116,7 @@ class Row:
         setup: the servers.
         run: injects the fault, and measures.
         canary: what the canary must get; None: there is none, because the row has no server that lives.
-        pss_mb: growth of memory that it may leave behind.
+        memory_mb: growth of memory that it may leave behind.
         reconciles: whether the server's counters of inference cover the row's calls, and nothing else does.
         lasts: whether all servers live on, so that what they hold can be compared with before.
     """
@@ -126,7 +126,7 @@ class Row:
     setup: Setup
     run: Callable[[Lab], Awaitable[None]]
     canary: Share | None = field(default_factory=Share)
-    pss_mb: float = PSS_MB
+    memory_mb: float = MEMORY_MB
     reconciles: bool = True
     lasts: bool = True
 
@@ -522,14 +522,18 @@ def _returned(lab: Lab, outcome: Outcome) -> None:
         gc.collect()  # some versions of gRPC close a connection when a client's last call is freed
         found[:] = [lab.bench.usage()]
         grown = found[0].descriptors - before.descriptors, found[0].threads - before.threads
-        return grown[0] <= DESCRIPTORS and grown[1] <= THREADS and found[0].pss_mb - before.pss_mb <= lab.row.pss_mb
+        return (
+            grown[0] <= DESCRIPTORS
+            and grown[1] <= THREADS
+            and found[0].memory_mb - before.memory_mb <= lab.row.memory_mb
+        )
 
     eventually(returned, SETTLE_S, 0.25)
     after = found[0]
-    grown = after.pss_mb - before.pss_mb
-    outcome.measured["pss_mb"] = [round(before.pss_mb, 1), round(after.pss_mb, 1)]
+    grown = after.memory_mb - before.memory_mb
+    outcome.measured["memory_mb"] = [round(before.memory_mb, 1), round(after.memory_mb, 1)]
     if lab.row.lasts:
-        lab.must(grown <= lab.row.pss_mb, f"memory grew by {grown:.1f} MB, above {lab.row.pss_mb:g} MB")
+        lab.must(grown <= lab.row.memory_mb, f"memory grew by {grown:.1f} MB, above {lab.row.memory_mb:g} MB")
         lab.must(
             after.descriptors - before.descriptors <= DESCRIPTORS,
             f"descriptors grew from {before.descriptors} to {after.descriptors}",

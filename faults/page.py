@@ -21,7 +21,7 @@ HEAD: Final = """
 
 Made by `python -m faults --json docs/reliability.json` and `python -m faults.page`:
 """
-SHARED: Final = ("canary", "statuses", "pss_mb", "reason")
+SHARED: Final = ("canary", "statuses", "memory_mb", "reason")
 
 
 def figures(facts: dict[str, Any]) -> str:

@@ -42,8 +42,7 @@ from faults import bundles
 from faults.check import Checker, Problem, Rules, Serving
 from faults.history import Event
 from faults.lab import CANARY_STATUSES, Bench, Plan, Setup, absent
-from faults.rows.models import states_of
-from faults.wire import SERVICE, Wire
+from faults.wire import SERVICE, Wire, states_of
 
 STEP_S: Final = 30.0
 WARM_UP_S: Final = 30.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import numpy as np
-from attnserve.v1 import attention_pb2
+from attnserve.v1 import attention_pb2, model_pb2
 from attnserve.v1 import inference_service_pb2 as pb
 from google.rpc import error_details_pb2, status_pb2
 
@@ -71,6 +71,12 @@ def fields_of(details: bytes) -> list[str]:
         if detail.Is(bad.DESCRIPTOR):
             detail.Unpack(bad)
     return [one.field for one in bad.field_violations]
+
+
+async def states_of(wire: Wire) -> dict[tuple[str, str], str]:
+    """Return the state of each model and version."""
+    answer = pb.ListModelsResponse.FromString(await wire.channel.unary_unary(f"{SERVICE}/ListModels")(b"", timeout=10))
+    return {(one.name, one.version): model_pb2.ModelState.Name(one.state) for one in answer.models}
 
 
 class Wire:

@@ -245,10 +245,10 @@ async def growth(lab: Lab) -> None:
     async def grown(server: Server, name: str, requests: int) -> float:
         async with lab.caller(name, server=server) as wire:
             await load(wire, 1_000)  # until buffers and caches have their size
-            before = server.usage().pss_mb
+            before = server.usage().memory_mb
             await load(wire, requests)
             await asyncio.sleep(0.5)
-            return server.usage().pss_mb - before
+            return server.usage().memory_mb - before
 
     found = await grown(lab.server, "random", count)
     leaking = await lab.bench.start("--isolation", "none", failpoints=("leak",))

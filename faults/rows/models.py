@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import onnx
-from attnserve.v1 import inference_service_pb2 as pb
-from attnserve.v1 import model_pb2
 from attnserve_server.model.repository import MANIFEST_FILE, digest_of, sha256_of
 from onnx import TensorProto
 from tiny_bundle import tiny_manifest
@@ -22,7 +20,7 @@ from tiny_bundle import tiny_manifest
 from faults import bundles
 from faults.check import Serving
 from faults.lab import Lab, Row, Setup, Share
-from faults.wire import SERVICE, Wire
+from faults.wire import states_of
 
 CRASHING: Final = {"crashing": "crash", "hanging": "hang", "spinning": "spin"}
 FILLING: Final = {"filling": "allocate", "reserving": "reserve"}
@@ -44,12 +42,6 @@ NEIGHBOURS: Final = Share(0.999, None)
 def _reload(lab: Lab) -> None:
     """Let the server read its repository again."""
     lab.server.process.send_signal(signal.SIGHUP)
-
-
-async def states_of(wire: Wire) -> dict[tuple[str, str], str]:
-    """Return the state of each model and version."""
-    answer = pb.ListModelsResponse.FromString(await wire.channel.unary_unary(f"{SERVICE}/ListModels")(b"", timeout=10))
-    return {(one.name, one.version): model_pb2.ModelState.Name(one.state) for one in answer.models}
 
 
 async def _states(lab: Lab) -> dict[tuple[str, str], str]:
@@ -122,9 +114,9 @@ async def crashing(lab: Lab) -> None:
 
 async def gigabytes(lab: Lab) -> None:
     """Row 33."""
-    before = lab.server.usage().pss_mb
+    before = lab.server.usage().memory_mb
     await _unloadable(lab, FILLING)
-    lab.measured["server_grew_mb"] = round(lab.server.usage().pss_mb - before, 1)
+    lab.measured["server_grew_mb"] = round(lab.server.usage().memory_mb - before, 1)
 
 
 async def _unloadable(lab: Lab, names: Mapping[str, str]) -> None:
@@ -263,5 +255,5 @@ ROWS: Final = (
     Row(31, "models that crash, hang or spin while they load", RELOADING, crashing, NEIGHBOURS),
     Row(32, "bundles whose files are links, or lie outside", RELOADING, outside, NEIGHBOURS),
     Row(33, "models that take gigabytes while they load", RELOADING, gigabytes, NEIGHBOURS),
-    Row(34, "reloads under load", SWAPPING, reloads, NEIGHBOURS, pss_mb=32.0),
+    Row(34, "reloads under load", SWAPPING, reloads, NEIGHBOURS, memory_mb=32.0),
 )

@@ -20,8 +20,9 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from faults import bundles
+from faults.history import End
 from faults.lab import Lab, Row, Setup, Share
-from faults.wire import Wire
+from faults.wire import Wire, states_of
 
 FAILPOINTS: Final = (("ATTNSERVE_FAILPOINTS", "1"),)
 MEMORY_BYTES: Final = 512 * 2**20
@@ -37,6 +38,8 @@ NEIGHBOURS: Final = Share(0.999, None)
 CALLERS: Final = 12
 DEADLINE_S: Final = 20.0
 NEXT_S: Final = 1.0
+VERSION: Final = {bundles.TINY: "2", bundles.HEAVY: "1"}
+"""The highest version of each model."""
 CULPRIT: Final = ("INTERNAL:ENGINE_CRASHED",)
 
 name_of = health_pb2.HealthCheckResponse.ServingStatus.Name
@@ -63,16 +66,32 @@ async def _load(lab: Lab, model: str, name: str = "load") -> AsyncIterator[None]
             await asyncio.gather(*callers)
 
 
-async def _replaced(lab: Lab, model: str, old: int, timeout_s: float = 30.0) -> None:
-    """Wait until a model has another engine process than `old`."""
+@asynccontextmanager
+async def _replaced(lab: Lab, model: str, timeout_s: float = 30.0) -> AsyncIterator[psutil.Process]:
+    """Yield the engine of a model's highest version, which the block ends, and wait until another one is ready.
+
+    In between, a lower version may answer.
+    """
+    old = await _engine(lab, model)
+    lab.bench.service.pause(model, time.monotonic())
+    yield old
 
     def other() -> bool:
         with contextlib.suppress(psutil.Error):
             found = lab.server.engine(model)
-            return found is not None and found.pid != old
+            return found is not None and found.pid != old.pid
         return False
 
-    lab.control(await lab.until(other, timeout_s), f"the engine of {model} was not replaced")
+    replaced = await lab.until(other, timeout_s)
+    lab.control(replaced, f"the engine of {model} was not replaced")
+    until = time.monotonic() + timeout_s
+    async with lab.caller("lister") as wire:
+        while replaced:
+            if (await states_of(wire))[model, VERSION[model]].endswith("READY"):
+                lab.bench.service.resume(model, time.monotonic())
+                return
+            lab.must(replaced := time.monotonic() < until, f"the new engine of {model} is not ready")
+            await asyncio.sleep(0.05)
 
 
 async def _engine(lab: Lab, model: str) -> psutil.Process:
@@ -89,71 +108,70 @@ async def _engine(lab: Lab, model: str) -> psutil.Process:
     return found[0]
 
 
-async def _next_answer(wire: Wire, model: str, begun: float) -> float:
-    """Return the seconds from `begun` to the next answer of a model."""
-    end = await wire.infer(model, "the cat", timeout_s=DEADLINE_S)
-    return end.at_s - begun
-
-
 async def _kills(lab: Lab, model: str, count: int) -> list[float]:
-    """Kill the engine of a model at random times under load. Return the seconds to each next answer."""
+    """Kill the engine of a model at random times under load. Return the seconds to the next answer of its version."""
     gaps: list[float] = []
     async with lab.caller(f"next on {model}") as wire, _load(lab, model):
         for _ in range(count):
             await asyncio.sleep(float(lab.random.uniform(0.05, 0.4)))
-            engine = await _engine(lab, model)
-            engine.send_signal(signal.SIGKILL)
-            begun = time.monotonic()
-            lab.injected[f"SIGKILL of {model}"] += 1
-            gaps.append(await _next_answer(wire, model, begun))
-            await _replaced(lab, model, engine.pid)
+            async with _replaced(lab, model) as engine:
+                engine.send_signal(signal.SIGKILL)
+                begun = time.monotonic()
+                lab.injected[f"SIGKILL of {model}"] += 1
+                end = await wire.infer(model, "the cat", version=VERSION[model], timeout_s=DEADLINE_S)
+                gaps.append(end.at_s - begun)
     return gaps
 
 
 async def killed(lab: Lab) -> None:
     """Row 17."""
     gaps = await _kills(lab, bundles.TINY, lab.count(15, 40))
-    cold = await _kills(lab, bundles.HEAVY, lab.count(3, 6))
+    slow = await _kills(lab, bundles.HEAVY, lab.count(3, 6))
     async with lab.caller("culprit", *CULPRIT) as culprit, _load(lab, bundles.TINY, "neighbours"):
         for number in range(lab.count(2, 4)):
-            old = (await _engine(lab, bundles.TINY)).pid
             kind = ("kill", "abort")[number % 2]
-            end = await culprit.infer(bundles.TINY, "the dog", timeout_s=DEADLINE_S, request_id=f"fail:{kind}:{number}")
+            async with _replaced(lab, bundles.TINY):
+                end = await _fault(culprit, kind, number)
             lab.must(b"RetryInfo" not in culprit.details, "the error of a culprit holds a RetryInfo")
             lab.control(end.code == "INTERNAL", f"a request that kills its engine got {end.code}")
-            await _replaced(lab, bundles.TINY, old)
             lab.injected["requests that kill their engine"] += 1
     lab.measured |= {
         "next_answer_s": round(max(gaps), 3),
         "next_answer_median_s": round(sorted(gaps)[len(gaps) // 2], 3),
-        "next_answer_of_a_slow_model_s": round(max(cold), 3),
+        "next_answer_of_a_slow_model_s": round(max(slow), 3),
     }
     lab.quick(max(gaps) <= NEXT_S, f"the next answer of a tiny model came after {max(gaps):.2f} s, above 1 s")
+
+
+async def _fault(culprit: Wire, kind: str, number: int) -> End:
+    """Send the highest version of `tiny` a request that makes its engine fail."""
+    identity = f"fail:{kind}:{number}"
+    version = VERSION[bundles.TINY]
+    return await culprit.infer(bundles.TINY, "the dog", version=version, timeout_s=DEADLINE_S, request_id=identity)
 
 
 async def stopped(lab: Lab) -> None:
     """Row 18."""
     states: list[str] = []
-    watching = asyncio.create_task(_health(lab, bundles.TINY, states))
+    watching = asyncio.create_task(_health(lab, bundles.HEAVY, states))
     patient = ("OK", "UNAVAILABLE", "DEADLINE_EXCEEDED")
     async with lab.caller("usual", *patient) as usual, lab.caller("culprit", *CULPRIT, *patient[1:]) as culprit:
         for number in range(lab.count(2, 10)):
-            await usual.infer(bundles.TINY, "the cat")
-            engine = await _engine(lab, bundles.TINY)
-            engine.send_signal(signal.SIGSTOP)
-            lab.injected["SIGSTOP from outside"] += 1
-            await usual.infer(bundles.TINY, "the cat", timeout_s=DEADLINE_S)
-            await _replaced(lab, bundles.TINY, engine.pid)
+            await usual.infer(bundles.HEAVY, "the cat")
+            async with _replaced(lab, bundles.HEAVY) as engine:  # its only version
+                engine.send_signal(signal.SIGSTOP)
+                lab.injected["SIGSTOP from outside"] += 1
+                await usual.infer(bundles.HEAVY, "the cat", timeout_s=DEADLINE_S)
             for kind in ("stop", "hang"):
-                await usual.infer(bundles.TINY, "the cat")  # the first run of a shape in an engine has a longer limit
-                old = (await _engine(lab, bundles.TINY)).pid
-                sent = culprit.infer(bundles.TINY, "the cat", timeout_s=DEADLINE_S, request_id=f"fail:{kind}:{number}")
-                end = await sent
+                # The first run of a shape in an engine has a longer limit.
+                await usual.infer(bundles.TINY, "the dog", version=VERSION[bundles.TINY])
+                async with _replaced(lab, bundles.TINY):
+                    end = await _fault(culprit, kind, number)
                 lab.control(end.code != "OK", f"a request that makes its engine {kind} was answered")
-                await _replaced(lab, bundles.TINY, old)
                 lab.injected[f"requests that {kind} their engine"] += 1
-        end = await usual.infer(bundles.TINY, "the cat", timeout_s=DEADLINE_S)
-        lab.must(end.code == "OK", f"after all of this, a call got {end.code}")
+        for model in (bundles.HEAVY, bundles.TINY):
+            end = await usual.infer(model, "the cat", timeout_s=DEADLINE_S)
+            lab.must(end.code == "OK", f"after all of this, a call got {end.code}")
     watching.cancel()
     lab.measured["health"] = states[:6]
     lab.must("NOT_SERVING" in states, f"the health of a model without an engine was {states}")
@@ -171,11 +189,9 @@ async def memory(lab: Lab) -> None:
     main = lab.server.process.pid
     async with lab.caller("culprit", *CULPRIT) as culprit, _load(lab, bundles.TINY):
         for number in range(lab.count(2, 10)):
-            old = (await _engine(lab, bundles.TINY)).pid
-            sent = culprit.infer(bundles.TINY, "the dog", timeout_s=DEADLINE_S, request_id=f"fail:memory:{number}")
-            end = await sent
+            async with _replaced(lab, bundles.TINY):
+                end = await _fault(culprit, "memory", number)
             lab.control(end.code == "INTERNAL", f"a request whose run takes gigabytes got {end.code}")
-            await _replaced(lab, bundles.TINY, old)
             lab.injected["runs that take memory without a limit"] += 1
     lab.must(lab.server.process.pid == main and lab.server.lives, "the supervisor ended")
 

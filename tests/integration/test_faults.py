@@ -93,7 +93,7 @@ async def test_oracle_finds_what_a_server_does_wrong(bench: Bench) -> None:
     loose = Share(0.999, None)  # this machine may be busy: only one control is about time
     found = {}
     for run in (quiet, leaking, stopping, refusing, uncounted, failing_control):
-        row = Row(0, run.__name__, bench.setup, run, loose if run is not stopping else Share(0.999, 0.0), pss_mb=8.0)
+        row = Row(0, run.__name__, bench.setup, run, loose if run is not stopping else Share(0.999, 0.0), memory_mb=8.0)
         found[run.__name__] = (await run_row(row, bench)).problems
     assert found["quiet"] == []
     assert any("memory grew" in one for one in found["leaking"])

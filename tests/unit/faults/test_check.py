@@ -260,6 +260,44 @@ def test_stale_answer_of_an_old_version_is_found() -> None:
     assert found == [[], ["version"], ["answer"]]
 
 
+def test_lower_version_may_answer_only_while_the_highest_is_replaced() -> None:
+    service = Service(reference, [Serving(MODEL, "1"), Serving(MODEL, "2"), Serving("other", "1")])
+    service.pause(MODEL, 3.0)
+    assert service.allowed(MODEL, "", 4.0, 5.0) == {"1", "2"}, "not confirmed yet"
+    service.resume(MODEL, 6.0)
+    service.pause(MODEL, 9.0)
+    service.resume(MODEL, 9.5)
+    assert service.allowed(MODEL, "", 1.0, 2.9) == {"2"}
+    assert service.allowed(MODEL, "", 2.0, 3.1) == {"1", "2"}
+    assert service.allowed(MODEL, "", 5.9, 8.0) == {"1", "2"}
+    assert service.allowed(MODEL, "", 6.1, 8.0) == {"2"}
+    assert service.allowed(MODEL, "", 8.0, 20.0) == {"1", "2"}
+    assert service.allowed(MODEL, "", 9.6, 20.0) == {"2"}
+    assert service.allowed(MODEL, "2", 4.0, 5.0) == {"2"}
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=40)
+def test_stale_answer_after_a_replacement_is_found(seed: int) -> None:
+    chance = random.Random(seed)
+    service = Service(reference, [Serving(MODEL, "1"), Serving(MODEL, "2")])
+    times = sorted(chance.uniform(0, 10) for _ in range(6))
+    for begun, ready in zip(times[::2], times[1::2], strict=True):
+        service.pause(MODEL, begun)
+        service.resume(MODEL, ready)
+
+    def problems(begin_s: float, end_s: float) -> list[str]:
+        answer = reference(MODEL, "1", "x")
+        call = [Begin("a#1", begin_s, MODEL, "", ("x",)), End("a#1", end_s, "OK", version="1", answers=(answer,))]
+        return [one.kind for one in check(call, service)]
+
+    begin_s = chance.uniform(0, 11)
+    end_s = begin_s + chance.uniform(0, 1)
+    overlaps = any(begin_s <= ready and begun <= end_s for begun, ready in zip(times[::2], times[1::2], strict=True))
+    assert problems(begin_s, end_s) == ([] if overlaps else ["version"])
+    assert problems(times[-1] + 0.001, times[-1] + 1.0) == ["version"]
+
+
 def test_history_survives_its_journey_through_a_file(tmp_path: Path) -> None:
     history = right_history(random.Random(3), 3, 20)
     with Journal(tmp_path / "history.jsonl") as journal:
