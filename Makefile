@@ -20,7 +20,7 @@ DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test coverage check format e2e dist changelog proto client docs bench acceptance peers complexity batching \
-	foreign foreign-short fuzz fuzz-short fuzz-batching faults faults-full soak image clean
+	foreign foreign-short clients fuzz fuzz-short fuzz-batching faults faults-full soak image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -118,6 +118,9 @@ foreign: $(VENV)/.dev ## Serve files of other people's tools, and write docs/for
 
 foreign-short: $(VENV)/.dev ## The same for a few tools, in this environment, as CI does
 	@$(BIN)/python -m bench.foreign --short
+
+clients: $(VENV)/.dev ## Run other people's clients against real servers (installs them into .clients; CLIENTS chooses)
+	@$(BIN)/python tests/clients/run.py $(CLIENTS)
 
 fuzz-batching: $(VENV)/.dev ## Test the proof of batching on thousands of generated graphs (FUZZ_GRAPHS, FUZZ_SEED)
 	@PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz_batching.py \
