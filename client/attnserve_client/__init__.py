@@ -20,7 +20,8 @@ from attnserve_client._attention import AttentionMap
 from attnserve_client._features import AttentionFeatures
 from attnserve_client._labels import Labels, LabelSelection
 from attnserve_client._models import ModelInfo
-from attnserve_client._results import InferenceResult, Receipt, Run, StreamAnswer
+from attnserve_client._receipts import Receipt, Run, Timings
+from attnserve_client._results import InferenceResult, StreamAnswer
 from attnserve_client._retry import RetryPolicy
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._sync.client import Client
@@ -61,6 +62,7 @@ __all__ = [
     "Run",
     "ServerUnreachable",
     "StreamAnswer",
+    "Timings",
     "Token",
     "__version__",
 ]

@@ -15,53 +15,12 @@ from attnserve_client._features import AttentionFeatures, SiteFeatures
 from attnserve_client._labels import Labels, labels_of
 from attnserve_client._models import FORMS, KINDS
 from attnserve_client._patches import PatchGrid
+from attnserve_client._receipts import Receipt, Run, receipt_of, run_of
 from attnserve_client._selection import AttentionSelection, AttentionValue
 from attnserve_client._status import bad_answer
 from attnserve_client._tensors import to_array
 from attnserve_client._tokens import RawLinks, Token
 from attnserve_client.errors import AttnserveError, BadAnswer
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """How one sequence was run; all zeros if the model did not run.
-
-    Attributes:
-        batch_size: Sequences in the run, this one included.
-        useful_tokens: Positions of all these sequences that carry data.
-        computed_tokens: All positions of the run, padding included.
-        queue_s: Time from arrival to the start of the run, in seconds.
-        compute_s: Time of the run, in seconds.
-        instance: Number of the instance that ran it, from 0.
-    """
-
-    batch_size: int = 0
-    useful_tokens: int = 0
-    computed_tokens: int = 0
-    queue_s: float = 0.0
-    compute_s: float = 0.0
-    instance: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """The model and server that produced an answer.
-
-    Attributes:
-        request_id: Id of the request.
-        model: Name of the model.
-        version: Its version.
-        digest: `sha256:` and the hexadecimal digest of its bundle.
-        execution_provider: Execution provider of onnxruntime, for example `CPUExecutionProvider`.
-        precision: Precision that it ran in: `fp32`, `fp16`, `int8`, or `bf16-scores` (bfloat16 throughout).
-    """
-
-    request_id: str
-    model: str
-    version: str
-    digest: str
-    execution_provider: str
-    precision: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,14 +95,7 @@ def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bo
     Raises:
         BadAnswer: The response breaks the contract.
     """
-    receipt = Receipt(
-        request_id=message.receipt.request_id,
-        model=message.receipt.model,
-        version=message.receipt.version,
-        digest=message.receipt.digest,
-        execution_provider=message.receipt.execution_provider,
-        precision=message.receipt.precision,
-    )
+    receipt = receipt_of(message.receipt)
     has_attention = message.HasField("effective_attention")
     effective = AttentionSelection.from_wire(message.effective_attention) if has_attention else None
     names = () if effective is None else tuple(effective.features)
@@ -155,7 +107,7 @@ def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bo
             InferenceResult(
                 outputs={tensor.name: to_array(tensor) for tensor in item.outputs},
                 attention=[] if names else _maps_of(item.attention, receipt.model, _labels_of(item), effective),
-                run=_run_of(item.run),
+                run=run_of(item.run),
                 receipt=receipt,
                 effective_attention=effective,
                 predicted_bytes=message.predicted_bytes,
@@ -167,17 +119,6 @@ def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bo
     except BadAnswer as error:
         error.request_id = receipt.request_id
         raise
-
-
-def _run_of(message: wire.Run) -> Run:
-    return Run(
-        batch_size=message.batch_size,
-        useful_tokens=message.useful_tokens,
-        computed_tokens=message.computed_tokens,
-        queue_s=message.queue_seconds,
-        compute_s=message.compute_seconds,
-        instance=message.instance,
-    )
 
 
 def _labels_of(message: wire.SequenceResult) -> Labels | None:

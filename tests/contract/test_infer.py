@@ -154,6 +154,21 @@ async def test_the_receipt_names_model_version_and_provider(stub: InferenceServi
     assert mine.results[0].run.computed_tokens >= mine.results[0].run.useful_tokens
 
 
+async def test_the_receipt_has_the_timings_of_the_request(stub: InferenceServiceStub) -> None:
+    attention = attention_pb2.AttentionSelection()
+    plain, weighed, dry = await asyncio.gather(
+        stub.Infer(asking("a")), stub.Infer(asking(*TEXTS, attention=attention)),
+        stub.Infer(asking("a", validate_only=True)),
+    )  # fmt: skip
+    assert not dry.receipt.HasField("timings")
+    for answer in (plain, weighed):
+        timings, runs = answer.receipt.timings, [result.run for result in answer.results]
+        assert timings.queue_seconds == max(run.queue_seconds for run in runs) > 0
+        assert timings.compute_seconds == max(run.compute_seconds for run in runs) > 0
+        assert timings.encode_seconds > 0
+    assert plain.receipt.timings.attention_seconds == 0 < weighed.receipt.timings.attention_seconds
+
+
 async def test_models_are_listed_by_name_and_version(stub: InferenceServiceStub) -> None:
     models = (await stub.ListModels(pb.ListModelsRequest())).models
     assert [(model.name, model.version) for model in models] == [("plain", "1"), ("tiny", "1"), ("tiny", "2")]

@@ -81,8 +81,12 @@ async def test_answers_are_those_of_one_process(
     finally:
         await application.aclose()
     found = await stub.Infer(request_)
+    assert found.receipt.HasField("timings") is not request_.validate_only
+    timings = [answer.receipt.timings for answer in (found, expected)]
+    assert {one.attention_seconds > 0 for one in timings} == {request_.HasField("attention")}
     for answer in (found, expected):
         answer.receipt.request_id = ""
+        answer.receipt.ClearField("timings")
         for result in answer.results:
             result.run.Clear()
     assert found == expected

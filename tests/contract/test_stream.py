@@ -70,6 +70,16 @@ def failure(answer: pb.StreamInferResponse) -> tuple[str, int, str]:
     return answer.request_id, status.code, status.message
 
 
+async def test_each_answer_of_a_stream_has_its_timings(talk: Talk) -> None:
+    await talk.send("plain")
+    plain = await talk.read()
+    await talk.send("weighed", attention=attention_pb2.AttentionSelection())
+    weighed = await talk.read()
+    timings = [one.response.receipt.timings for one in (plain, weighed)]
+    assert all(one.queue_seconds > 0 and one.compute_seconds > 0 and one.encode_seconds > 0 for one in timings)
+    assert timings[0].attention_seconds == 0 < timings[1].attention_seconds
+
+
 async def test_every_request_is_answered_once_by_its_id(talk: Talk) -> None:
     names = [f"r{number}" for number in range(50)]
 

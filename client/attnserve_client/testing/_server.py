@@ -195,6 +195,7 @@ class FakeServer:
                 digest=self.shape.describe(self.model, self.state).digest,
                 execution_provider="FakeExecutionProvider",
                 precision="fp32",
+                timings=None if request.validate_only else wire.Timings(compute_seconds=0.001),
             ),
             effective_attention=None if selection is None else self._effective(selection),
         )

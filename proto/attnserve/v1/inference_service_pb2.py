@@ -28,15 +28,15 @@ from attnserve.v1 import model_pb2 as attnserve_dot_v1_dot_model__pb2
 from attnserve.v1 import tensor_pb2 as attnserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$attnserve/v1/inference_service.proto\x12\x0c\x61ttnserve.v1\x1a\x1c\x61ttnserve/v1/attention.proto\x1a\x19\x61ttnserve/v1/labels.proto\x1a\x18\x61ttnserve/v1/model.proto\x1a\x19\x61ttnserve/v1/tensor.proto\"S\n\tTextInput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttext_pair\x18\x02 \x01(\t\x12%\n\x07tensors\x18\x03 \x03(\x0b\x32\x14.attnserve.v1.Tensor\"4\n\x0bTensorInput\x12%\n\x07tensors\x18\x01 \x03(\x0b\x32\x14.attnserve.v1.Tensor\"\x7f\n\x08Sequence\x12\'\n\x04text\x18\x01 \x01(\x0b\x32\x17.attnserve.v1.TextInputH\x00\x12,\n\x07tensors\x18\x02 \x01(\x0b\x32\x19.attnserve.v1.TensorInputH\x00\x12\x13\n\x0bpast_tokens\x18\x03 \x03(\tB\x07\n\x05input\" \n\x0fOutputSelection\x12\r\n\x05names\x18\x01 \x03(\t\"\xeb\x02\n\x0cInferRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\tsequences\x18\x03 \x03(\x0b\x32\x16.attnserve.v1.Sequence\x12.\n\x07outputs\x18\x04 \x01(\x0b\x32\x1d.attnserve.v1.OutputSelection\x12\x33\n\tattention\x18\x05 \x01(\x0b\x32 .attnserve.v1.AttentionSelection\x12(\n\x08priority\x18\x06 \x01(\x0e\x32\x16.attnserve.v1.Priority\x12\x15\n\rvalidate_only\x18\x07 \x01(\x08\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x18\n\x0bprompt_name\x18\t \x01(\tH\x00\x88\x01\x01\x12,\n\x06labels\x18\n \x01(\x0b\x32\x1c.attnserve.v1.LabelSelectionB\x0e\n\x0c_prompt_name\"\x8b\x01\n\x03Run\x12\x12\n\nbatch_size\x18\x01 \x01(\r\x12\x15\n\ruseful_tokens\x18\x02 \x01(\x04\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\x04\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x05 \x01(\x01\x12\x10\n\x08instance\x18\x06 \x01(\r\"\xa9\x01\n\x0eSequenceResult\x12%\n\x07outputs\x18\x01 \x03(\x0b\x32\x14.attnserve.v1.Tensor\x12*\n\tattention\x18\x02 \x01(\x0b\x32\x17.attnserve.v1.Attention\x12\x1e\n\x03run\x18\x03 \x01(\x0b\x32\x11.attnserve.v1.Run\x12$\n\x06labels\x18\x04 \x01(\x0b\x32\x14.attnserve.v1.Labels\"|\n\x07Receipt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x1a\n\x12\x65xecution_provider\x18\x05 \x01(\t\x12\x11\n\tprecision\x18\x06 \x01(\t\"\xbe\x01\n\rInferResponse\x12-\n\x07results\x18\x01 \x03(\x0b\x32\x1c.attnserve.v1.SequenceResult\x12&\n\x07receipt\x18\x02 \x01(\x0b\x32\x15.attnserve.v1.Receipt\x12=\n\x13\x65\x66\x66\x65\x63tive_attention\x18\x03 \x01(\x0b\x32 .attnserve.v1.AttentionSelection\x12\x17\n\x0fpredicted_bytes\x18\x04 \x01(\x04\"\x7f\n\x12StreamInferRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1a.attnserve.v1.InferRequestH\x00\x12\x1b\n\x11\x63\x61ncel_request_id\x18\x02 \x01(\tH\x00\x12\x12\n\ntimeout_ms\x18\x03 \x01(\rB\t\n\x07message\";\n\rResponseChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xa5\x01\n\x13StreamInferResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.attnserve.v1.InferResponseH\x00\x12,\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x1b.attnserve.v1.ResponseChunkH\x00\x12\x10\n\x06status\x18\x04 \x01(\x0cH\x00\x42\t\n\x07message\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.attnserve.v1.Model\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.attnserve.v1.Model*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03\x32\xc8\x02\n\x10InferenceService\x12@\n\x05Infer\x12\x1a.attnserve.v1.InferRequest\x1a\x1b.attnserve.v1.InferResponse\x12V\n\x0bStreamInfer\x12 .attnserve.v1.StreamInferRequest\x1a!.attnserve.v1.StreamInferResponse(\x01\x30\x01\x12O\n\nListModels\x12\x1f.attnserve.v1.ListModelsRequest\x1a .attnserve.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.attnserve.v1.GetModelRequest\x1a\x1e.attnserve.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$attnserve/v1/inference_service.proto\x12\x0c\x61ttnserve.v1\x1a\x1c\x61ttnserve/v1/attention.proto\x1a\x19\x61ttnserve/v1/labels.proto\x1a\x18\x61ttnserve/v1/model.proto\x1a\x19\x61ttnserve/v1/tensor.proto\"S\n\tTextInput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttext_pair\x18\x02 \x01(\t\x12%\n\x07tensors\x18\x03 \x03(\x0b\x32\x14.attnserve.v1.Tensor\"4\n\x0bTensorInput\x12%\n\x07tensors\x18\x01 \x03(\x0b\x32\x14.attnserve.v1.Tensor\"\x7f\n\x08Sequence\x12\'\n\x04text\x18\x01 \x01(\x0b\x32\x17.attnserve.v1.TextInputH\x00\x12,\n\x07tensors\x18\x02 \x01(\x0b\x32\x19.attnserve.v1.TensorInputH\x00\x12\x13\n\x0bpast_tokens\x18\x03 \x03(\tB\x07\n\x05input\" \n\x0fOutputSelection\x12\r\n\x05names\x18\x01 \x03(\t\"\xeb\x02\n\x0cInferRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\tsequences\x18\x03 \x03(\x0b\x32\x16.attnserve.v1.Sequence\x12.\n\x07outputs\x18\x04 \x01(\x0b\x32\x1d.attnserve.v1.OutputSelection\x12\x33\n\tattention\x18\x05 \x01(\x0b\x32 .attnserve.v1.AttentionSelection\x12(\n\x08priority\x18\x06 \x01(\x0e\x32\x16.attnserve.v1.Priority\x12\x15\n\rvalidate_only\x18\x07 \x01(\x08\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x18\n\x0bprompt_name\x18\t \x01(\tH\x00\x88\x01\x01\x12,\n\x06labels\x18\n \x01(\x0b\x32\x1c.attnserve.v1.LabelSelectionB\x0e\n\x0c_prompt_name\"\x8b\x01\n\x03Run\x12\x12\n\nbatch_size\x18\x01 \x01(\r\x12\x15\n\ruseful_tokens\x18\x02 \x01(\x04\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\x04\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x05 \x01(\x01\x12\x10\n\x08instance\x18\x06 \x01(\r\"\xa9\x01\n\x0eSequenceResult\x12%\n\x07outputs\x18\x01 \x03(\x0b\x32\x14.attnserve.v1.Tensor\x12*\n\tattention\x18\x02 \x01(\x0b\x32\x17.attnserve.v1.Attention\x12\x1e\n\x03run\x18\x03 \x01(\x0b\x32\x11.attnserve.v1.Run\x12$\n\x06labels\x18\x04 \x01(\x0b\x32\x14.attnserve.v1.Labels\"l\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x02 \x01(\x01\x12\x19\n\x11\x61ttention_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x65ncode_seconds\x18\x04 \x01(\x01\"\xa4\x01\n\x07Receipt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x1a\n\x12\x65xecution_provider\x18\x05 \x01(\t\x12\x11\n\tprecision\x18\x06 \x01(\t\x12&\n\x07timings\x18\x07 \x01(\x0b\x32\x15.attnserve.v1.Timings\"\xbe\x01\n\rInferResponse\x12-\n\x07results\x18\x01 \x03(\x0b\x32\x1c.attnserve.v1.SequenceResult\x12&\n\x07receipt\x18\x02 \x01(\x0b\x32\x15.attnserve.v1.Receipt\x12=\n\x13\x65\x66\x66\x65\x63tive_attention\x18\x03 \x01(\x0b\x32 .attnserve.v1.AttentionSelection\x12\x17\n\x0fpredicted_bytes\x18\x04 \x01(\x04\"\x7f\n\x12StreamInferRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1a.attnserve.v1.InferRequestH\x00\x12\x1b\n\x11\x63\x61ncel_request_id\x18\x02 \x01(\tH\x00\x12\x12\n\ntimeout_ms\x18\x03 \x01(\rB\t\n\x07message\";\n\rResponseChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xa5\x01\n\x13StreamInferResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.attnserve.v1.InferResponseH\x00\x12,\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x1b.attnserve.v1.ResponseChunkH\x00\x12\x10\n\x06status\x18\x04 \x01(\x0cH\x00\x42\t\n\x07message\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.attnserve.v1.Model\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.attnserve.v1.Model*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03\x32\xc8\x02\n\x10InferenceService\x12@\n\x05Infer\x12\x1a.attnserve.v1.InferRequest\x1a\x1b.attnserve.v1.InferResponse\x12V\n\x0bStreamInfer\x12 .attnserve.v1.StreamInferRequest\x1a!.attnserve.v1.StreamInferResponse(\x01\x30\x01\x12O\n\nListModels\x12\x1f.attnserve.v1.ListModelsRequest\x1a .attnserve.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.attnserve.v1.GetModelRequest\x1a\x1e.attnserve.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attnserve.v1.inference_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIORITY']._serialized_start=2010
-  _globals['_PRIORITY']._serialized_end=2104
+  _globals['_PRIORITY']._serialized_start=2161
+  _globals['_PRIORITY']._serialized_end=2255
   _globals['_TEXTINPUT']._serialized_start=164
   _globals['_TEXTINPUT']._serialized_end=247
   _globals['_TENSORINPUT']._serialized_start=249
@@ -51,24 +51,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUN']._serialized_end=972
   _globals['_SEQUENCERESULT']._serialized_start=975
   _globals['_SEQUENCERESULT']._serialized_end=1144
-  _globals['_RECEIPT']._serialized_start=1146
-  _globals['_RECEIPT']._serialized_end=1270
-  _globals['_INFERRESPONSE']._serialized_start=1273
-  _globals['_INFERRESPONSE']._serialized_end=1463
-  _globals['_STREAMINFERREQUEST']._serialized_start=1465
-  _globals['_STREAMINFERREQUEST']._serialized_end=1592
-  _globals['_RESPONSECHUNK']._serialized_start=1594
-  _globals['_RESPONSECHUNK']._serialized_end=1653
-  _globals['_STREAMINFERRESPONSE']._serialized_start=1656
-  _globals['_STREAMINFERRESPONSE']._serialized_end=1821
-  _globals['_LISTMODELSREQUEST']._serialized_start=1823
-  _globals['_LISTMODELSREQUEST']._serialized_end=1842
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1844
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1901
-  _globals['_GETMODELREQUEST']._serialized_start=1903
-  _globals['_GETMODELREQUEST']._serialized_end=1952
-  _globals['_GETMODELRESPONSE']._serialized_start=1954
-  _globals['_GETMODELRESPONSE']._serialized_end=2008
-  _globals['_INFERENCESERVICE']._serialized_start=2107
-  _globals['_INFERENCESERVICE']._serialized_end=2435
+  _globals['_TIMINGS']._serialized_start=1146
+  _globals['_TIMINGS']._serialized_end=1254
+  _globals['_RECEIPT']._serialized_start=1257
+  _globals['_RECEIPT']._serialized_end=1421
+  _globals['_INFERRESPONSE']._serialized_start=1424
+  _globals['_INFERRESPONSE']._serialized_end=1614
+  _globals['_STREAMINFERREQUEST']._serialized_start=1616
+  _globals['_STREAMINFERREQUEST']._serialized_end=1743
+  _globals['_RESPONSECHUNK']._serialized_start=1745
+  _globals['_RESPONSECHUNK']._serialized_end=1804
+  _globals['_STREAMINFERRESPONSE']._serialized_start=1807
+  _globals['_STREAMINFERRESPONSE']._serialized_end=1972
+  _globals['_LISTMODELSREQUEST']._serialized_start=1974
+  _globals['_LISTMODELSREQUEST']._serialized_end=1993
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1995
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2052
+  _globals['_GETMODELREQUEST']._serialized_start=2054
+  _globals['_GETMODELREQUEST']._serialized_end=2103
+  _globals['_GETMODELRESPONSE']._serialized_start=2105
+  _globals['_GETMODELRESPONSE']._serialized_end=2159
+  _globals['_INFERENCESERVICE']._serialized_start=2258
+  _globals['_INFERENCESERVICE']._serialized_end=2586
 # @@protoc_insertion_point(module_scope)

@@ -354,6 +354,40 @@ class SequenceResult(_message.Message):
 Global___SequenceResult: _TypeAlias = SequenceResult  # noqa: Y015
 
 @_typing.final
+class Timings(_message.Message):
+    """Where the time of a request went. Time in the network, and the copy that sends the answer, are in none of these."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    ATTENTION_SECONDS_FIELD_NUMBER: _builtins.int
+    ENCODE_SECONDS_FIELD_NUMBER: _builtins.int
+    queue_seconds: _builtins.float
+    """Time from the request's arrival in the queue to the start of a run, in seconds: the longest of its sequences."""
+    compute_seconds: _builtins.float
+    """Time of a run in seconds, without the reduction of attention: the longest of its sequences' runs."""
+    attention_seconds: _builtins.float
+    """Time to reduce attention to the selection, in seconds: of all its sequences together. 0 without attention."""
+    encode_seconds: _builtins.float
+    """Time to encode the results, in seconds."""
+    def __init__(
+        self,
+        *,
+        queue_seconds: _builtins.float = ...,
+        compute_seconds: _builtins.float = ...,
+        attention_seconds: _builtins.float = ...,
+        encode_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_seconds", b"attention_seconds", "compute_seconds", b"compute_seconds", "encode_seconds", b"encode_seconds", "queue_seconds", b"queue_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Timings: _TypeAlias = Timings  # noqa: Y015
+
+@_typing.final
 class Receipt(_message.Message):
     """Identifies the request, and the model that answered it."""
 
@@ -365,6 +399,7 @@ class Receipt(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     EXECUTION_PROVIDER_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id: the caller's, or the one that the server generated."""
     model: _builtins.str
@@ -377,6 +412,10 @@ class Receipt(_message.Message):
     """The onnxruntime execution provider that ran it."""
     precision: _builtins.str
     """Precision that it ran in, as in `GetModel`: `fp32`, `fp16`, `int8` or `bf16-scores`."""
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """Where its time went. Not set with `validate_only`."""
+
     def __init__(
         self,
         *,
@@ -386,10 +425,11 @@ class Receipt(_message.Message):
         digest: _builtins.str = ...,
         execution_provider: _builtins.str = ...,
         precision: _builtins.str = ...,
+        timings: Global___Timings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "execution_provider", b"execution_provider", "model", b"model", "precision", b"precision", "request_id", b"request_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "execution_provider", b"execution_provider", "model", b"model", "precision", b"precision", "request_id", b"request_id", "timings", b"timings", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -332,5 +332,7 @@ class SequenceResult:
     queue_s: float = 0.0
     """Seconds from its arrival to the start of its run."""
     labels: Labels | None = None
+    attention_s: float = 0.0
+    """Seconds that the reduction of its attention took."""
     values: Mapping[str, Array] | None = None
     """With `keep_values`: outputs and, as `attention.<site>`, weights, cropped and not reduced."""

@@ -334,16 +334,16 @@ class Executor:
             if invalid is not None:
                 _log.error("NaN, or a weight that is infinite", extra={"model": manifest.name, "tensor": invalid})
                 return InternalFault()
-            answer = None
+            answer, attention_s = None, 0.0
             if sequence.attention is not None:
                 started = self._clock.now()
                 answer = attention.answer(weights, sequence.attention, manifest.sites, sequence.units)
                 if not may_alias(batch, sequence):
                     answer = owned(answer, fetched.values())
-                counts.attention_s.append(self._clock.now() - started)
+                counts.attention_s.append(attention_s := self._clock.now() - started)
             kept = copied(compared_values(batch, fetched, row, sequence, manifest)) if sequence.keep_values else None
             labels = None if sequence.labels is None else labels_of(outputs, sequence, manifest)
-            return SequenceResult(outputs, answer, facts, labels=labels, values=kept)
+            return SequenceResult(outputs, answer, facts, 0.0, labels, attention_s, kept)
         except Exception:  # noqa: BLE001 - the boundary of one sequence's result: the rest of the batch has its own
             _log.exception("an answer could not be made", extra={"model": manifest.name})
             return InternalFault()

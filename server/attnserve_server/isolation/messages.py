@@ -112,6 +112,7 @@ class ResultMessage(msgspec.Struct, array_like=True):
     outputs: list[ArrayMessage]
     queue_s: float
     run: tuple[int, int, int, float, int, bool]
+    attention_s: float
     pickled: tuple[bytes, list[Place]] | None
 
 
@@ -237,6 +238,7 @@ def _result_message(one: SequenceResult, write: Callable[[Array | memoryview], P
         [_array_message(name, output, write) for name, output in one.outputs.items()],
         one.queue_s,
         (run.batch_size, run.useful_tokens, run.computed_tokens, run.compute_s, run.instance, run.wide),
+        one.attention_s,
         pickled,
     )
 
@@ -293,7 +295,7 @@ class Inbox:
             buffers = [self._bytes(place, number) for place in places]
             attention, labels = pickle.loads(content, buffers=buffers)  # noqa: S301 - a front trusts its engine
         outputs = {array.name: self._array(array, number) for array in one.outputs}
-        return SequenceResult(outputs, attention, RunFacts(*one.run), one.queue_s, labels)
+        return SequenceResult(outputs, attention, RunFacts(*one.run), one.queue_s, labels, one.attention_s)
 
     def _array(self, message: ArrayMessage, number: int) -> Array:
         data = self._bytes(message.place, number)

@@ -305,7 +305,8 @@ class Scheduler:
             self._fail(request, outcome, "failed")
         elif not request.ended:
             waited_s = started - request.arrived_s
-            entry.answer(SequenceResult(outcome.outputs, outcome.attention, outcome.run, waited_s, outcome.labels))
+            found, labels = outcome.attention, outcome.labels
+            entry.answer(SequenceResult(outcome.outputs, found, outcome.run, waited_s, labels, outcome.attention_s))
 
     def _expire(self, request: Request) -> None:
         now = self._clock.now()

@@ -284,7 +284,12 @@ def receipt_of(model: str, version: str, digest: str, execution_provider: str, p
 
 
 def response_of(
-    results: Sequence[Splice], request_id: str, receipt: bytes, effective: bytes, predicted_bytes: int
+    results: Sequence[Splice],
+    request_id: str,
+    receipt: bytes,
+    effective: bytes,
+    predicted_bytes: int,
+    timings: bytes = b"",
 ) -> Splice:
     """Encode a whole answer (an InferResponse).
 
@@ -294,6 +299,7 @@ def response_of(
         receipt: from `receipt_of`.
         effective: the serialized selection that was carried out; empty: none was.
         predicted_bytes: tensor data, as predicted.
+        timings: from `Timings.field`; empty: the request did not run.
     """
     message = Splice()
     for result in results:
@@ -303,7 +309,7 @@ def response_of(
     if predicted_bytes:
         message.append(_PREDICTED_TAG + varint(predicted_bytes))
     named = request_id.encode()
-    receipt += delimiter(inference_service_pb2.Receipt.REQUEST_ID_FIELD_NUMBER, len(named)) + named
+    receipt += delimiter(inference_service_pb2.Receipt.REQUEST_ID_FIELD_NUMBER, len(named)) + named + timings
     return message.append(delimiter(_RESPONSE.RECEIPT_FIELD_NUMBER, len(receipt)) + receipt)
 
 

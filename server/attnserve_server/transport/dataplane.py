@@ -34,6 +34,7 @@ from attnserve_server.transport.intake import Intake
 from attnserve_server.transport.labels import labels_message
 from attnserve_server.transport.quick import QuickReader
 from attnserve_server.transport.status import name_of_code
+from attnserve_server.transport.timings import timings_of
 from attnserve_server.transport.validation import ValidRequest, check_model_reference, validate
 from attnserve_server.transport.wire import Received, Splice
 
@@ -170,7 +171,7 @@ class DataPlane:
     def answer(self, prepared: Prepared, results: list[SequenceResult]) -> Splice:
         """Encode the results of a request as its InferResponse, and count it."""
         try:
-            answer = _response(prepared, results)
+            answer = _response(prepared, results, self._clock)
         except Exception as error:
             self.count_failure(prepared.served, prepared.request, error)
             raise
@@ -289,14 +290,17 @@ def _is_large(received: Received[inference_service_pb2.InferRequest]) -> bool:
     return received.size > OFFLOAD_TENSOR_BYTES or any(texts)
 
 
-def _response(prepared: Prepared, results: list[SequenceResult]) -> Splice:
+def _response(prepared: Prepared, results: list[SequenceResult], clock: Clock) -> Splice:
     served, manifest, valid = prepared.served, prepared.manifest, prepared.valid
+    begun = clock.now()
+    encoded = [codec.result_of(result, valid.outputs, _labels(result, manifest, served)) for result in results]
     return codec.response_of(
-        [codec.result_of(result, valid.outputs, _labels(result, manifest, served)) for result in results],
+        encoded,
         prepared.request.request_id,
         codec.receipt_of(served.name, served.version, manifest.digest, served.provider, manifest.precision),
         b"" if valid.effective is None else _effective(valid.effective, manifest),
         valid.predicted_bytes,
+        timings_of(results, clock.now() - begun).field() if results else b"",
     )
 
 

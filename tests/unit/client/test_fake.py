@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from attnserve.v1 import inference_service_pb2 as wire
-from attnserve_client import AttentionSelection, Client, InvalidRequest, NotServing, RetryPolicy
+from attnserve_client import AttentionSelection, Client, InvalidRequest, NotServing, RetryPolicy, Timings
 from attnserve_client.errors import ModelFailed
 from attnserve_client.testing import FakeServer
 
@@ -23,6 +23,13 @@ def test_answers_depend_on_the_text_alone() -> None:
         np.testing.assert_array_equal(left.attention[0].weights, right.attention[0].weights)
         different = first.infer("fake", "another text")
     assert not np.array_equal(left.outputs["embedding"], different.outputs["embedding"])
+
+
+def test_receipts_have_timings_of_requests_that_ran() -> None:
+    with FakeServer() as server, Client(server.target) as client:
+        ran, dry = client.infer("fake", "a"), client.infer("fake", "a", validate_only=True)
+    assert ran.receipt.timings == Timings(compute_s=0.001)
+    assert dry.receipt.timings == Timings()
 
 
 @pytest.mark.parametrize("heads", ["each", "mean"])

@@ -91,9 +91,10 @@ async def test_arrays_arrive_bit_by_bit(array: Array) -> None:
     assert (sequence.lengths, sequence.outputs, sequence.response_bytes) == ({"seq": 3}, ("y",), 8)
     assert (sequence.past, sequence.attention, sequence.unpadded, sequence.is_whole_request) == (2, None, False, False)
     facts = RunFacts(4, 10, 12, 0.5, 1, wide=True)
-    (result,) = ends.answer(2, SequenceResult({"y": array}, None, facts, 0.25))
+    (result,) = ends.answer(2, SequenceResult({"y": array}, None, facts, 0.25, attention_s=0.125))
     assert equal(result.outputs["y"], array)
-    assert (result.run, result.queue_s, result.attention, result.labels) == (facts, 0.25, None, None)
+    assert (result.run, result.queue_s, result.attention_s) == (facts, 0.25, 0.125)
+    assert (result.attention, result.labels) == (None, None)
 
 
 async def test_memory_is_freed_once_no_array_of_a_message_is_in_use() -> None:
