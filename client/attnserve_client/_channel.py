@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-DEFAULT_TARGET: Final = "localhost:8001"
+DEFAULT_PORT: Final = 8001
+DEFAULT_TARGET: Final = f"localhost:{DEFAULT_PORT}"
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 """Largest message in either direction, equal to the server's limit. Larger responses arrive in pieces on a stream."""
 MAX_CONNECTIONS: Final = 512
@@ -18,6 +19,10 @@ _SERVICE_CONFIG: Final = {
     # A draining server reports it here first, so that round_robin avoids it before it refuses a request.
     "healthCheckConfig": {"serviceName": ""},
 }
+
+_RESOLVED: Final = ("dns", "ipv4", "ipv6")
+"""Schemes of gRPC whose names have a port."""
+_OTHER_SCHEMES: Final = ("unix", "unix-abstract", "vsock", "xds", "google-c2p")
 
 _DEFAULTS: Final[dict[str, int | str]] = {
     "grpc.service_config": json.dumps(_SERVICE_CONFIG),
@@ -63,10 +68,11 @@ def targets_of(target: str | Sequence[str]) -> tuple[str, ...]:
 
     Args:
         target: `host:port`, any gRPC name such as `dns:///service:8001`, or several of them: a list, or one text with
-            commas between them.
+            commas between them. Without a port, 8001.
 
     Raises:
-        ValueError: `target` is empty or has an empty member, or a member of a list holds several addresses.
+        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses, or a member
+            is a URL or no address.
     """
     given = [target] if isinstance(target, str) else list(target)
     for each in () if isinstance(target, str) else given:
@@ -99,11 +105,45 @@ def metadata_of(token: str | None, more: Sequence[tuple[str, str | bytes]]) -> t
 
 
 def _name_of(member: str) -> str:
-    """Return a member as gRPC resolves it: `ipv4:` or `ipv6:` before `address:port`, anything else as it is."""
-    bare = member.removeprefix("ipv4:").removeprefix("ipv6:")
-    host, _, port = bare.rpartition(":")
-    try:
-        version = ipaddress.ip_address(host.strip("[]")).version
-    except ValueError:
+    """Return a member as gRPC resolves it, with a port: `ipv4:` or `ipv6:` before an address of numbers.
+
+    Raises:
+        ValueError: The member is a URL, or no address.
+    """
+    scheme, colon, rest = member.partition(":")
+    if colon and scheme in _OTHER_SCHEMES:
         return member
-    return f"ipv{version}:{bare}" if port.isdecimal() else member
+    if not (colon and scheme in _RESOLVED):
+        if rest.startswith("//"):
+            encrypted = ", and pass credentials=Tls() for an encrypted connection" if scheme.endswith("s") else ""
+            host = rest[2:].partition("/")[0].partition(":")[0] or "localhost"
+            raise ValueError(
+                f"target {member!r} is a URL; give `host:port`, such as '{host}:{DEFAULT_PORT}'{encrypted}"
+            )
+        scheme, rest = "", member
+    authority, slash, name = rest.rpartition("/")
+    host, port = _host_and_port(member, name)
+    if scheme == "dns" or not (scheme or _version(host)):
+        return f"{scheme}{':' if scheme else ''}{authority}{slash}{host}:{port}"
+    return f"{scheme or f'ipv{_version(host)}'}:{host}:{port}"
+
+
+def _host_and_port(member: str, name: str) -> tuple[str, str]:
+    """Split a name; without a port, the default one. IPv6 addresses get brackets."""
+    bare = name.strip("[]")
+    if _version(bare) == 6 and (bare == name or name == f"[{bare}]"):
+        return f"[{bare}]", str(DEFAULT_PORT)
+    host, colon, port = name.rpartition(":")
+    if not colon:
+        host, port = name, str(DEFAULT_PORT)
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise ValueError(f"target {member!r} is no address; give `host:port` with a port from 1 to 65535")
+    return host, port
+
+
+def _version(host: str) -> int:
+    """Return 4 or 6 for an IP address, and 0 for any other name."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).version
+    except ValueError:
+        return 0

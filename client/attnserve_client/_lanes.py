@@ -88,6 +88,8 @@ class Lanes:
     def __init__(self, peers: int, connections: int, clock: Callable[[], float] = time.monotonic) -> None:
         addresses = [Peer() for _ in range(peers)]
         self.peers = peers
+        self.reached = False
+        """Whether a server ever answered."""
         self._lanes = [Lane(number, peer) for number, peer in enumerate(addresses * connections)]
         self._next = 0
         self._failing = 0  # lanes with misses
@@ -138,7 +140,7 @@ class Lanes:
 
     def answered(self, turn: Turn) -> None:
         """Record that the server answered on the lane. Answers to turns that began before a failure have no effect."""
-        lane = turn.lane
+        lane, self.reached = turn.lane, True
         with self._lock:
             if lane.misses and turn.failures == lane.failures:
                 lane.misses = 0

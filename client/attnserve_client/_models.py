@@ -251,10 +251,16 @@ def change_of(message: model_service_pb2.ModelChange) -> ModelChange:
     return ModelChange(message.model, message.version, outcome, message.reason)
 
 
-def is_ready(models: list[ModelInfo]) -> bool:
-    """Return whether there is a model, and each model has a version that is ready."""
-    names = {model.name for model in models}
-    return bool(names) and names == {model.name for model in models if model.ready}
+def why_not_ready(models: list[ModelInfo]) -> str:
+    """Return an empty text if there is a model, and each model has a version that is ready; otherwise what lacks."""
+    waiting = {model.name: model for model in models}
+    for model in models:
+        if model.ready:
+            waiting.pop(model.name, None)
+    found = (f"model {each.name!r} is {each.state}" for each in waiting.values())
+    reasons = ", ".join(found) or ("" if models else "the server has no models")
+    why = next((each.state_reason for each in waiting.values() if each.state_reason), "")
+    return f"{reasons}: {why}" if why else reasons
 
 
 def _axis(message: model_pb2.Axis) -> Axis:

@@ -11,13 +11,15 @@ from threading import Lock
 from typing import Final
 
 from attnserve_client._lanes import Lanes, Turn
-from attnserve_client._status import is_retryable
+from attnserve_client._status import is_retryable, may_start
 from attnserve_client.errors import AttnserveError, NotServing
 
 DEFAULT_TIMEOUT_S: Final = 30.0
 READY_TIMEOUT_S: Final = 5.0
 LOAD_TIMEOUT_S: Final = 600.0
 """Twice what a server gives a bundle to load by default."""
+_LONGEST_START_WAIT_S: Final = 1.0
+"""Greatest random wait between two attempts to reach a server that has not answered yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,9 @@ class RetryPolicy:
             until the call's timeout.
         hedge_after_s: Seconds after which an attempt without an answer gets a second one beside it at another replica.
             The first answer counts, and the other attempt is cancelled. Each takes 1 token. None for none.
+        wait_for_ready: Whether calls wait, up to their timeout, for a server that cannot be reached yet: until one has
+            answered this client for the first time. These attempts count neither in `max_attempts` nor in the budget.
+            After that, and with `max_attempts` 1, a server that cannot be reached is a failure like any other.
 
     Raises:
         ValueError: A value is out of range.
@@ -58,6 +63,7 @@ class RetryPolicy:
     budget_return: float = 0.1
     attempt_timeout_s: float | None = None
     hedge_after_s: float | None = None
+    wait_for_ready: bool = True
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -76,6 +82,11 @@ class RetryPolicy:
     def watches(self) -> bool:
         """Whether attempts are watched while they run."""
         return self.attempt_timeout_s is not None or self.hedge_after_s is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether calls wait for a server that has never answered."""
+        return self.wait_for_ready and self.max_attempts > 1
 
     def backoff_s(self, attempt: int, retry_delay_s: float | None, jitter: float) -> float:
         """Return the wait after a failed attempt, in seconds.
@@ -156,13 +167,15 @@ class Attempts:
     tried: list[Turn] = field(default_factory=list)
     _begun: dict[Turn, float] = field(default_factory=dict)
     """The time at which each attempt that runs began, oldest first."""
+    waited: int = 0
+    """Number of attempts that waited for a server to start."""
     _final: bool = False
     """Whether no further attempt is allowed while one runs."""
 
     @property
     def made(self) -> int:
-        """Number of attempts so far."""
-        return len(self.tried)
+        """Number of attempts so far, without those that waited for a server to start."""
+        return len(self.tried) - self.waited
 
     def begin(self) -> Turn:
         """Begin the next attempt, on a connection that the call has not tried where there is one."""
@@ -186,15 +199,21 @@ class Attempts:
         tokens = self.lanes.failed(turn, error)
         if not is_retryable(error):
             return None
+        if self.retrying.policy.waits and not self.lanes.reached and may_start(error):
+            self.waited += 1
+            ceiling_s = min(_LONGEST_START_WAIT_S, self.retrying.policy.backoff_s(self.waited, None, 1.0))
+            return self._within_deadline(self.retrying.jitter() * ceiling_s)
         allowed = self.retrying.budget.failed(tokens)
         if not allowed or self.made >= self.retrying.policy.max_attempts:
             return None
         # The delay is that of one server. Another one can take the call at once.
         elsewhere = isinstance(error, NotServing) and self.lanes.others_work(turn)
         delay_s = None if elsewhere else error.retry_delay_s
-        wait_s = self.retrying.policy.backoff_s(self.made, delay_s, self.retrying.jitter())
+        return self._within_deadline(self.retrying.policy.backoff_s(self.made, delay_s, self.retrying.jitter()))
+
+    def _within_deadline(self, wait_s: float) -> float | None:
+        """Return a wait, or None where it leaves no time for an attempt: the cause is raised, not DeadlineExpired."""
         remaining_s = self.remaining_s()
-        # A wait past the deadline leaves no time for an attempt: raise the cause now, not DeadlineExpired later.
         return None if remaining_s is not None and wait_s >= remaining_s else wait_s
 
     def patience_s(self) -> float | None:

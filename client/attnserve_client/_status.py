@@ -83,6 +83,13 @@ _LOST: Final = re.compile(
     re.IGNORECASE,
 )
 
+_NEVER_OPENED: Final = re.compile(
+    r"failed to connect to all addresses|connections to all backends failing|errors resolving|dns resolution failed",
+    re.IGNORECASE,
+)
+_WRONG_ADDRESS: Final = re.compile("handshake failed|misformatted", re.IGNORECASE)
+"""In the message of a connection that also fails once the server has started."""
+
 _RETRYABLE: Final = (NotServing, Overloaded)
 
 
@@ -98,6 +105,12 @@ def is_lost_connection(error: AttnserveError) -> bool:
     sends UNAVAILABLE for each of them; without details, only the message distinguishes the two.
     """
     return isinstance(error, ServerUnreachable) and not error.reason and _LOST.match(error.message) is not None
+
+
+def may_start(error: AttnserveError) -> bool:
+    """Return whether no server could be reached, but the same address may reach one that still has to start."""
+    never_opened = is_lost_connection(error) and _NEVER_OPENED.match(error.message) is not None
+    return never_opened and _WRONG_ADDRESS.search(error.message) is None
 
 
 def from_rpc_error(error: Any, request_id: str = "", *, by_server: bool = False) -> AttnserveError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from attnserve.v1 import inference_service_pb2
+
 from attnserve_client._connection import AsyncConnections, AsyncMethod, RequestT, ResponseT
 from attnserve_client._race import AsyncRace
 from attnserve_client._retry import Retrying
@@ -22,6 +24,32 @@ class AsyncCalls:
     def deadline(self, timeout_s: float | None) -> float | None:
         """Return the time on the retry clock at which a timeout that starts now ends; None for no timeout."""
         return self._retrying.deadline(timeout_s)
+
+    def left_s(self, deadline: float | None) -> float | None:
+        """Return the seconds until a deadline of `deadline`, at least 0; None without one."""
+        return None if deadline is None else max(0.0, deadline - self._retrying.clock())
+
+    async def pause(self, wait_s: float) -> None:
+        """Wait between two calls, in seconds."""
+        await self._sleep(wait_s)
+
+    async def reach(self, timeout_s: float | None) -> None:
+        """Wait until a server can be reached, unless one has answered before, or the policy does not wait.
+
+        A stream needs it, because it is opened once. Any answer will do, so failures of other kinds are not raised.
+
+        Raises:
+            ServerUnreachable: No server answered within `timeout_s` seconds.
+        """
+        if self._connections.lanes.reached or not self._retrying.policy.waits:
+            return
+        deadline = self.deadline(timeout_s)
+        try:
+            await self.call(lambda stub: stub.ListModels, inference_service_pb2.ListModelsRequest(), deadline)
+        except ServerUnreachable:
+            raise
+        except AttnserveError:
+            return  # the stream meets the same failure, and reports it
 
     async def call(
         self,

@@ -12,6 +12,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._async.admin import AsyncAdmin
 from attnserve_client._async.calls import AsyncCalls
+from attnserve_client._async.waiting import AsyncWaiting
 from attnserve_client._channel import DEFAULT_TARGET
 from attnserve_client._connection import AsyncConnections
 from attnserve_client._credentials import Tls, TokenFile
@@ -19,14 +20,14 @@ from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
 from attnserve_client._feeds import AsyncFeed, AsyncInputStream
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
 from attnserve_client._labels import LabelSelection
-from attnserve_client._models import ModelInfo, is_ready, model_of
+from attnserve_client._models import ModelInfo, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
-from attnserve_client._retry import DEFAULT_TIMEOUT_S, READY_TIMEOUT_S, Retrying, RetryPolicy
+from attnserve_client._retry import DEFAULT_TIMEOUT_S, Retrying, RetryPolicy
 from attnserve_client._selection import AttentionSelection
-from attnserve_client.errors import DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
+from attnserve_client.errors import InvalidRequest
 
 
-class AsyncClient(AsyncAdmin):
+class AsyncClient(AsyncAdmin, AsyncWaiting):
     """A client for asyncio. It belongs to the event loop of its first call. Use `async with`, or await `close`.
 
         async with AsyncClient("localhost:8001") as client:
@@ -37,7 +38,7 @@ class AsyncClient(AsyncAdmin):
     Cancelling a task cancels its request on the server.
 
     Args:
-        target: `host:port`, any gRPC name, or a list of them, over which calls are distributed.
+        target: `host:port`, any gRPC name, or a list of them, over which calls are distributed. Without a port, 8001.
         credentials: `data_types.Tls`, or gRPC's own credentials; None for an unencrypted connection.
         token: Bearer token, sent with every call, or a `data_types.TokenFile`, which is read again when it changes.
         metadata: Further metadata, sent with every call.
@@ -47,7 +48,7 @@ class AsyncClient(AsyncAdmin):
         options: gRPC channel options; they override this client's defaults.
 
     Raises:
-        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses,
+        ValueError: `target` is empty, has an empty member or a URL, a member of a list holds several addresses,
             `connections` is out of range, or a file of `credentials` is not PEM.
         OSError: A file of `credentials` cannot be read.
     """
@@ -256,6 +257,7 @@ class AsyncClient(AsyncAdmin):
             AsyncFeed(inputs, sequence, message, exchange, Flow(max_in_flight, per_message)),
             exchange,
             Ordering(ordered=ordered),
+            timeout,
         )
 
     async def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> list[ModelInfo]:
@@ -279,25 +281,6 @@ class AsyncClient(AsyncAdmin):
         check_timeout(timeout)
         return await self._model(name, version, self._calls.deadline(timeout))
 
-    async def ready(self, model: str | None = None, *, timeout: float = READY_TIMEOUT_S) -> bool:
-        """Return whether a version of a model is ready; without a name, whether one of every model is.
-
-        Makes one attempt, or one for each address until one can be reached. Returns False for a server without models,
-        and for one that cannot be reached or does not answer within `timeout` seconds.
-
-        Raises:
-            AttnserveError: The attempt failed in another way, or the client is closed.
-        """
-        try:
-            if model is None:
-                listed = await self._calls.once(lambda stub: stub.ListModels, wire.ListModelsRequest(), timeout)
-                return is_ready([model_of(each) for each in listed.models])
-            request = wire.GetModelRequest(model=model)
-            described = await self._calls.once(lambda stub: stub.GetModel, request, timeout)
-            return model_of(described.model).ready
-        except (NotServing, ModelNotFound, DeadlineExpired):
-            return False
-
     async def _model(self, name: str, version: str, deadline: float | None) -> ModelInfo:
         request = wire.GetModelRequest(model=name, version=str(version))
         response = await self._calls.call(lambda stub: stub.GetModel, request, deadline)
@@ -309,7 +292,10 @@ class AsyncClient(AsyncAdmin):
             known = self._described[model, version] = await self._model(model, version, deadline)
         return known
 
-    async def _answers(self, feed: AsyncFeed, exchange: Exchange, ordering: Ordering) -> AsyncIterator[StreamAnswer]:
+    async def _answers(
+        self, feed: AsyncFeed, exchange: Exchange, ordering: Ordering, timeout: float | None
+    ) -> AsyncIterator[StreamAnswer]:
+        await self._calls.reach(timeout)
         async with self._connections.stream(feed, exchange) as messages:
             exchange.reading()
             async for message in messages:

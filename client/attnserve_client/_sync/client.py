@@ -18,16 +18,17 @@ from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
 from attnserve_client._feeds import Feed, InputStream
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
 from attnserve_client._labels import LabelSelection
-from attnserve_client._models import ModelInfo, is_ready, model_of
+from attnserve_client._models import ModelInfo, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
-from attnserve_client._retry import DEFAULT_TIMEOUT_S, READY_TIMEOUT_S, Retrying, RetryPolicy
+from attnserve_client._retry import DEFAULT_TIMEOUT_S, Retrying, RetryPolicy
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._sync.admin import Admin
 from attnserve_client._sync.calls import Calls
-from attnserve_client.errors import DeadlineExpired, InvalidRequest, ModelNotFound, NotServing
+from attnserve_client._sync.waiting import Waiting
+from attnserve_client.errors import InvalidRequest
 
 
-class Client(Admin):
+class Client(Admin, Waiting):
     """A client for threads. Any number of threads may share it. Use `with`, or call `close`.
 
         with Client("localhost:8001") as client:
@@ -38,7 +39,7 @@ class Client(Admin):
     `close` cancels the running requests of all threads.
 
     Args:
-        target: `host:port`, any gRPC name, or a list of them, over which calls are distributed.
+        target: `host:port`, any gRPC name, or a list of them, over which calls are distributed. Without a port, 8001.
         credentials: `data_types.Tls`, or gRPC's own credentials; None for an unencrypted connection.
         token: Bearer token, sent with every call, or a `data_types.TokenFile`, which is read again when it changes.
         metadata: Further metadata, sent with every call.
@@ -48,7 +49,7 @@ class Client(Admin):
         options: gRPC channel options; they override this client's defaults.
 
     Raises:
-        ValueError: `target` is empty or has an empty member, a member of a list holds several addresses,
+        ValueError: `target` is empty, has an empty member or a URL, a member of a list holds several addresses,
             `connections` is out of range, or a file of `credentials` is not PEM.
         OSError: A file of `credentials` cannot be read.
     """
@@ -257,6 +258,7 @@ class Client(Admin):
             Feed(inputs, sequence, message, exchange, Flow(max_in_flight, per_message)),
             exchange,
             Ordering(ordered=ordered),
+            timeout,
         )
 
     def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> list[ModelInfo]:
@@ -280,25 +282,6 @@ class Client(Admin):
         check_timeout(timeout)
         return self._model(name, version, self._calls.deadline(timeout))
 
-    def ready(self, model: str | None = None, *, timeout: float = READY_TIMEOUT_S) -> bool:
-        """Return whether a version of a model is ready; without a name, whether one of every model is.
-
-        Makes one attempt, or one for each address until one can be reached. Returns False for a server without models,
-        and for one that cannot be reached or does not answer within `timeout` seconds.
-
-        Raises:
-            AttnserveError: The attempt failed in another way, or the client is closed.
-        """
-        try:
-            if model is None:
-                listed = self._calls.once(lambda stub: stub.ListModels, wire.ListModelsRequest(), timeout)
-                return is_ready([model_of(each) for each in listed.models])
-            request = wire.GetModelRequest(model=model)
-            described = self._calls.once(lambda stub: stub.GetModel, request, timeout)
-            return model_of(described.model).ready
-        except (NotServing, ModelNotFound, DeadlineExpired):
-            return False
-
     def _model(self, name: str, version: str, deadline: float | None) -> ModelInfo:
         request = wire.GetModelRequest(model=name, version=str(version))
         response = self._calls.call(lambda stub: stub.GetModel, request, deadline)
@@ -310,7 +293,10 @@ class Client(Admin):
             known = self._described[model, version] = self._model(model, version, deadline)
         return known
 
-    def _answers(self, feed: Feed, exchange: Exchange, ordering: Ordering) -> Iterator[StreamAnswer]:
+    def _answers(
+        self, feed: Feed, exchange: Exchange, ordering: Ordering, timeout: float | None
+    ) -> Iterator[StreamAnswer]:
+        self._calls.reach(timeout)
         with self._connections.stream(feed, exchange) as messages:
             exchange.reading()
             for message in messages:

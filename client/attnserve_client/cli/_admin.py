@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attnserve_client import Client
 from attnserve_client._models import ModelChange
 from attnserve_client._retry import LOAD_TIMEOUT_S
 from attnserve_client.cli._errors import reported
-from attnserve_client.cli._options import DEFAULT_SERVER, AsJson, Server, shown
+from attnserve_client.cli._options import DEFAULT_SERVER, AsJson, Server, connect
 from attnserve_client.cli._text import clean
 
 EXIT_FAILED: Final = 8
@@ -48,7 +47,7 @@ def load(
     as_json: AsJson = False,
 ) -> None:
     """Load a version from the server's repository, and wait until it is ready."""
-    with reported(server, as_json=as_json), Client(server, **shown(context)) as client:
+    with reported(server, as_json=as_json), connect(server, context) as client:
         model = client.load_model(name, version, timeout=timeout)
     if as_json:
         _print_json(asdict(model))
@@ -66,7 +65,7 @@ def unload(
     as_json: AsJson = False,
 ) -> None:
     """Unload a version after its pending requests. It stays unloaded until `load` names it."""
-    with reported(server, as_json=as_json), Client(server, **shown(context)) as client:
+    with reported(server, as_json=as_json), connect(server, context) as client:
         client.unload_model(name, version, timeout=timeout)
     if as_json:
         _print_json({"name": name, "version": version, "outcome": "unloaded"})
@@ -81,7 +80,7 @@ def reload(
     as_json: AsJson = False,
 ) -> None:
     """Load what is new, changed or failed before in the server's repository, and unload what was removed."""
-    with reported(server, as_json=as_json), Client(server, **shown(context)) as client:
+    with reported(server, as_json=as_json), connect(server, context) as client:
         changes = client.reload_repository(timeout=timeout)
     if as_json:
         _print_json([asdict(change) for change in changes])

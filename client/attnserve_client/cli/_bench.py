@@ -15,14 +15,14 @@ from typing import Annotated, Final, Literal
 import typer
 from rich.console import Console
 
-from attnserve_client import Client, InvalidRequest
+from attnserve_client import InvalidRequest
 from attnserve_client._channel import MAX_CONNECTIONS
 from attnserve_client.bench.lengths import DEFAULT, FORMS, Lengths
 from attnserve_client.bench.run import Plan, run
 from attnserve_client.bench.workload import SELECTIONS, RequestOptions, of_lengths, of_texts
 from attnserve_client.cli._bench_show import Display, show_report
 from attnserve_client.cli._errors import EXIT_INVALID_RUN, reported
-from attnserve_client.cli._options import DEFAULT_SERVER, AsJson, Server, Version, shown
+from attnserve_client.cli._options import DEFAULT_SERVER, AsJson, Server, Version, connect, shown
 
 EXAMPLES: Final = (
     "Examples:\n\n"
@@ -112,7 +112,7 @@ def bench(  # noqa: PLR0913, PLR0917 - the options of a command
     if rate is not None and requests is not None:
         raise typer.BadParameter("an open loop (--rate) has no --requests; set --duration", param_hint="--requests")
     options = RequestOptions(output, SELECTIONS[attention], attention_share, sequences)
-    with reported(server, as_json=as_json), Client(server, **shown(context)) as client:
+    with reported(server, as_json=as_json), connect(server, context) as client:
         described = client.model(model, version, timeout=timeout)
         if sequences > described.max_batch_size:
             raise InvalidRequest.of("sequences", f"{sequences} exceeds the model's maximum, {described.max_batch_size}")

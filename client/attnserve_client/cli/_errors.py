@@ -10,6 +10,7 @@ from typing import Final
 
 import typer
 
+from attnserve_client._async.waiting import NOT_READY
 from attnserve_client.cli._text import clean
 from attnserve_client.errors import (
     AttentionUnavailable,
@@ -73,7 +74,7 @@ def sentence_of(error: AttnserveError, server: str) -> str:
     """Describe a failure in one line, with field, value and limit where the error has them."""
     if isinstance(error, ServerUnreachable):
         return f"no server answers at {server}; check the address, that attnserve-server runs there, and TLS (--ca)"
-    if isinstance(error, DeadlineExpired):
+    if isinstance(error, DeadlineExpired) and error.reason != NOT_READY:
         return f"{server} did not answer in time; set a longer --timeout"
     if isinstance(error, Unauthenticated):
         return f"{error.message}; the options --token and --token-file precede the command"

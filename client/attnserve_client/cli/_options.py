@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
+from attnserve_client import Client, RetryPolicy
 from attnserve_client._channel import targets_of
 from attnserve_client._credentials import Tls, TokenFile
 
@@ -103,6 +104,14 @@ class Shown:
             return cls(tls, TokenFile(token_file) if token_file else token or None)
         except (OSError, ValueError) as error:
             raise typer.BadParameter(str(error)) from None
+
+
+def connect(server: str, context: typer.Context) -> Client:
+    """Return a client that shows the server what the options say, and does not wait for one that is not there.
+
+    A person who mistyped an address wants to know it at once; `attnserve models --wait` waits.
+    """
+    return Client(server, **shown(context), retry=RetryPolicy(wait_for_ready=False))
 
 
 def shown(context: typer.Context) -> dict[str, Any]:

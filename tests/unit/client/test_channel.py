@@ -36,6 +36,11 @@ def test_channel_options_have_defaults_that_callers_override() -> None:
         ("ipv4:10.0.0.1:1,10.0.0.2:2", ["ipv4:10.0.0.1:1", "ipv4:10.0.0.2:2"]),
         ("replica-1:8001, 10.0.0.2:8001", ["replica-1:8001", "ipv4:10.0.0.2:8001"]),
         (["replica-1:8001", "[::1]:8001"], ["replica-1:8001", "ipv6:[::1]:8001"]),
+        ("localhost", ["localhost:8001"]),
+        ("10.0.0.1, ::1,[::1]", ["ipv4:10.0.0.1:8001", "ipv6:[::1]:8001", "ipv6:[::1]:8001"]),
+        ("dns:///service", ["dns:///service:8001"]),
+        ("dns:service,ipv4:10.0.0.1,ipv6:[::1]", ["dns:service:8001", "ipv4:10.0.0.1:8001", "ipv6:[::1]:8001"]),
+        (["unix:/run/attnserve.sock", "xds:///service"], ["unix:/run/attnserve.sock", "xds:///service"]),
     ],
 )
 def test_target_resolves_to_a_grpc_name_for_each_address(target: Any, names: list[str]) -> None:
@@ -45,6 +50,25 @@ def test_target_resolves_to_a_grpc_name_for_each_address(target: Any, names: lis
 @pytest.mark.parametrize("target", ["", [], ["a:1", ""], "a:1,", ","])
 def test_invalid_targets_are_refused(target: Any) -> None:
     with pytest.raises(ValueError, match="target"):
+        targets_of(target)
+
+
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("http://server:8000/v2", "give `host:port`, such as 'server:8001'$"),
+        ("grpc://10.0.0.1", "such as '10.0.0.1:8001'$"),
+        ("https://server", r"such as 'server:8001', and pass credentials=Tls\(\) for an encrypted connection$"),
+    ],
+)
+def test_url_is_refused_with_the_address_to_give(driver_class: Any, url: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=rf"^target '{url}' is a URL; .*{remedy}"):
+        driver_class([url])
+
+
+@pytest.mark.parametrize("target", ["server:", "server:port", ":8001", "server:0", "server:65536", "server:8001/"])
+def test_target_without_a_valid_host_and_port_is_refused(target: str) -> None:
+    with pytest.raises(ValueError, match=r"is no address; give `host:port` with a port from 1 to 65535$"):
         targets_of(target)
 
 

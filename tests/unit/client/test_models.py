@@ -9,7 +9,7 @@ import io
 
 from attnserve.v1 import model_pb2
 from attnserve_client import ModelInfo
-from attnserve_client._models import is_ready, model_of
+from attnserve_client._models import model_of, why_not_ready
 from attnserve_client.cli._show import show_model
 from attnserve_client.data_types import PatchGrid
 from rich.console import Console
@@ -20,12 +20,14 @@ def test_readiness_is_that_of_the_highest_version_of_each_model() -> None:
         return model_of(model_pb2.Model(name=name, version=number, state=state))
 
     ready, loading = model_pb2.MODEL_STATE_READY, model_pb2.MODEL_STATE_LOADING
-    assert not is_ready([])
-    assert is_ready([version("10", ready), version("9", loading)])
-    assert is_ready([version("9", ready), version("10", loading)])
-    assert not is_ready([version("9", loading), version("10", loading)])
-    assert not is_ready([version("1", ready), version("1", loading, "other")])
-    assert not is_ready([version("odd", loading)])
+    assert why_not_ready([]) == "the server has no models"
+    assert not why_not_ready([version("10", ready), version("9", loading)])
+    assert not why_not_ready([version("9", ready), version("10", loading)])
+    assert why_not_ready([version("9", loading), version("10", loading)]) == "model 'm' is loading"
+    assert why_not_ready([version("1", ready), version("1", loading, "other")]) == "model 'other' is loading"
+    assert why_not_ready([version("odd", loading)]) == "model 'm' is loading"
+    failed = model_pb2.Model(name="m", state=model_pb2.MODEL_STATE_FAILED, state_reason="no manifest")
+    assert why_not_ready([model_of(failed)]) == "model 'm' is failed: no manifest"
 
 
 def test_model_description_has_grids_vocabularies_and_text_axes() -> None:

@@ -23,6 +23,7 @@ from attnserve_client import (
     DeadlineExpired,
     InvalidRequest,
     ModelNotFound,
+    RetryPolicy,
     ServerUnreachable,
 )
 from attnserve_client.testing import FakeServer
@@ -267,7 +268,7 @@ async def test_stream_that_stalls_makes_calls_avoid_its_connection(driver_class:
         yield from ()
 
     with raw_server(StreamInfer=silent) as server:
-        driver = driver_class(server.target, connections=2)
+        driver = driver_class(server.target, connections=2, retry=RetryPolicy(wait_for_ready=False))
         with pytest.raises(DeadlineExpired):
             await driver.stream("fake", ["a"], timeout=0.05)
         lanes = driver.client._connections.lanes

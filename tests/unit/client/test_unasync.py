@@ -89,4 +89,6 @@ def test_both_clients_have_the_same_methods() -> None:
     def public(client: type) -> set[str]:
         return {name for name in vars(client) if not name.startswith("_")}
 
-    assert public(Client) == public(AsyncClient) == {"close", "infer", "model", "models", "ready", "stream"}
+    assert public(Client) == public(AsyncClient) == {"close", "infer", "model", "models", "stream"}
+    assert public(Client.__mro__[1]) == public(AsyncClient.__mro__[1]), "what operators do"
+    assert public(Client.__mro__[2]) == public(AsyncClient.__mro__[2]) == {"ready", "wait_ready"}

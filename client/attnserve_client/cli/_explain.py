@@ -1,0 +1,114 @@
+"""The command `explain`: read the command line, request attention, and show where the model looks.
+
+`--server`, or the variable `ATTNSERVE_SERVER`, names the server. A failed call ends the command with one sentence and an
+exit code of `_errors`. A wrong option, and a file that cannot be read or written, end it with exit code 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import typer
+from rich.console import Console
+
+from attnserve_client.cli._errors import reported
+from attnserve_client.cli._options import (
+    DEFAULT_SERVER,
+    DEFAULT_TIMEOUT_S,
+    AsJson,
+    Prompt,
+    Server,
+    Timeout,
+    TopLabels,
+    Version,
+    connect,
+)
+from attnserve_client.cli._reading import read_arrays, read_input, read_texts
+from attnserve_client.cli._selecting import labels_for, selection
+from attnserve_client.cli._show import show_explanation
+from attnserve_client.cli._writing import print_json, write, write_png
+
+EXAMPLES: Final = (
+    "Examples:\n\n"
+    'attnserve explain minilm "The buyer assumes all liabilities."\n\n'
+    "attnserve explain minilm - --layer 3 --head 5 --html map.html < contract.txt\n\n"
+    'attnserve explain translator "a red dog" --pair "ein roter Hund" --png map.png\n\n'
+    'attnserve explain clip "a red dog" --tensor pixel_values=dog.npy --png map.png'
+)
+
+
+def explain(  # noqa: PLR0913, PLR0917 - the options of a command
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    text: Annotated[str, typer.Argument(help="The text; `-` reads it from standard input.")],
+    version: Version = "",
+    pair: Annotated[
+        str, typer.Option("--pair", help="A second text, for models that take pairs: a passage, or a decoder's text.")
+    ] = "",
+    tensor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor", metavar="NAME=FILE.npy", help="An input that is not text, such as pixels; may be repeated."
+        ),
+    ] = None,
+    layer: Annotated[
+        str, typer.Option("--layer", help="A layer, -1 for the last; or `mean` or `rollout` over all of them.")
+    ] = "-1",
+    heads: Annotated[
+        str, typer.Option("--heads", "--head", help="`mean`, `max`, `each`, one head, or several with commas.")
+    ] = "mean",
+    unit: Annotated[Literal["word", "token"], typer.Option("--unit", help="What a row represents.")] = "word",
+    top: Annotated[int, typer.Option("--top", min=0, help="How many of the strongest links to list.")] = 10,
+    all_links: Annotated[
+        bool, typer.Option("--all-links", help="Also list links of punctuation, and of a unit to itself.")
+    ] = False,
+    keep_special: Annotated[bool, typer.Option("--keep-special", help="Keep tokens such as [CLS] and [SEP].")] = False,
+    prompt: Prompt = None,
+    top_labels: TopLabels = 0,
+    html: Annotated[Path | None, typer.Option("--html", help="Write an interactive page to this file.")] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Write a picture to this file (needs the extra `plot`).")
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a model looks, and its labels: a heatmap and the strongest links, by default of the last layer."""
+    (sentence,) = read_texts([text], whole=True)
+    arrays = read_arrays(tensor or [])
+    chosen = selection(layer, heads, unit, keep_special=keep_special)
+    with reported(server, as_json=as_json), connect(server, context) as client:
+        one = read_input(sentence, pair, arrays)
+        described = client.model(model, version)
+        labels = labels_for(described, top_labels, unit)
+        result = client.infer(
+            model,
+            one,
+            version=version,
+            outputs=["embedding"] if described.similarity else [],
+            attention=chosen,
+            labels=labels,
+            prompt_name=prompt,
+            timeout=timeout,
+        )
+    attention = result.attention[0]
+    if html is not None:
+        write(html, attention.to_html().encode())
+    if png is not None:
+        write_png(png, attention)
+    links = attention.links(
+        top=top, exclude_special=not keep_special, include_self=all_links, exclude_punctuation=not all_links
+    )
+    if as_json:
+        found = [{"query": each.query, "key": each.key, "weight": each.weight, "head": each.head} for each in links]
+        embedding = {name: array.tolist() for name, array in result.outputs.items()}
+        answer = {"receipt": asdict(result.receipt), "links": found, "attention": attention.to_dict()}
+        print_json({**answer, **embedding})
+    else:
+        console = Console(highlight=False)
+        show_explanation(console, f"{sentence}\n{pair}" if pair else sentence, result, links)
+        for written in (html, png):
+            if written is not None:
+                console.print(f"wrote {written}", markup=False, style="dim")
