@@ -48,6 +48,11 @@ LOADED: Final = Setup(
 GOODPUT: Final = {2.0: 0.95, 5.0: 0.9, 10.0: 0.8}
 REFUSAL_S, HEALTH_S, RECOVERY_S = 0.025, 0.1, 1.0
 MOST_MB: Final = 3.0
+MOST_POOLS_MB: Final = 48.0
+"""Growth of memory when many answers are not read for the first time: Python's and the runtime's pools keep their
+greatest size."""
+GIVEN_BACK_S: Final = 2.5
+"""Seconds in which a server at rest gives memory back (`engine/resting.py`)."""
 DEAD_PEER_S: Final = 15.0
 FREED_S: Final = 20.0
 """Seconds in which the server frees a dead peer: its keepalive, of two seconds here, and gRPC's wait for the answer."""
@@ -255,8 +260,21 @@ async def dropped(lab: Lab) -> None:
 
 async def unread(lab: Lab) -> None:
     """Row 24."""
-    streams, each = lab.count(20, 40), 8  # 40 MiB and more, of which the server holds 8
-    before = lab.server.usage().memory_mb
+    streams = lab.count(16, 40)  # 32 MiB and more, of which the server holds 8
+    await _unread(lab, streams)  # until pools of memory have their size
+    settled = await lab.until(lambda: lab.server.usage().descriptors <= lab.before.descriptors + 2, 5.0)
+    lab.must(settled, "connections of streams that ended stay open")
+    await asyncio.sleep(GIVEN_BACK_S)
+    first = lab.before
+    lab.before = await lab.blocking(lab.bench.usage)
+    lab.measured["pools_mb"] = round(lab.before.memory_mb - first.memory_mb, 1)
+    lab.must(lab.measured["pools_mb"] <= MOST_POOLS_MB, f"a first time, memory grew by {lab.measured['pools_mb']} MB")
+    await _unread(lab, streams)
+
+
+async def _unread(lab: Lab, streams: int) -> None:
+    """Open streams whose answers are not read, until the server has ended them."""
+    each, before = 8, lab.server.usage().memory_mb
     small = [
         ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_535), ("grpc.use_local_subchannel_pool", 1),
         ("grpc.max_receive_message_length", 64 << 20),

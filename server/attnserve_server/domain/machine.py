@@ -1,7 +1,8 @@
-"""What the machine gives this process, the cores and the memory, and the addresses that no other machine reaches."""
+"""What the machine gives this process, cores and memory, what it takes back, and addresses that only it reaches."""
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import math
 import os
@@ -61,8 +62,26 @@ def is_loopback(host: str) -> bool:
 
 def resident_bytes(statm: Path = _STATM) -> int:
     """Return the process's resident memory in bytes; 0 if the system does not report it."""
+    return sum(_resident(statm))
+
+
+def anonymous_bytes(statm: Path = _STATM) -> int:
+    """Return the part of the resident memory that is of no file and not shared; 0 if the system does not report it."""
+    return _resident(statm)[0]
+
+
+def _resident(statm: Path) -> tuple[int, int]:
+    """Return the resident bytes of no file, and the others. Source: Linux, filesystems/proc.rst, statm."""
     try:
-        pages = int(statm.read_text(encoding="ascii").split()[1])
+        _, resident, shared, *_ = map(int, statm.read_text(encoding="ascii").split())
     except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        return 0, 0
+    page = os.sysconf("SC_PAGE_SIZE")
+    return (resident - shared) * page, shared * page
+
+
+def return_freed_memory() -> None:
+    """Return memory that the C library's allocator keeps to the system, where that can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -8,7 +8,6 @@ The folder is removed at once; the mapping keeps the data until the sessions end
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Final
 
 import onnxruntime as ort
 
+from attnserve_server.domain.machine import return_freed_memory
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.session import LoadFailed, RuntimeSession
 from attnserve_server.engine.session_options import EVERY_OPTIMIZER, LEFT_OUT, int8_fallbacks, session_options
@@ -56,15 +56,8 @@ def load_shared(
             wide = _opened(folder / _GRAPH, wide_threads, spin=True)
         except Exception as error:
             raise LoadFailed from error
-    _return_freed_memory()
+    return_freed_memory()
     return narrow, wide
-
-
-def _return_freed_memory() -> None:
-    """Give memory that the first session freed back to the system, where the C library can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _write(model_path: Path, target: Path, left_out: Sequence[str]) -> None:

@@ -9,14 +9,12 @@ for each run. Only the CPU's arenas are shrunk.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from attnserve_server.domain.clock import Clock
-from attnserve_server.domain.machine import resident_bytes
+from attnserve_server.domain.machine import resident_bytes, return_freed_memory
 from attnserve_server.engine import warmup
 from attnserve_server.engine.collation import collate
 from attnserve_server.engine.graph import Graph
@@ -37,8 +35,7 @@ def shrink(graphs: Sequence[Graph]) -> None:
         batch = collate([warmup.synthetic(graph.manifest, 1)], graph.manifest)
         for session in filter(None, (*graph.sessions, graph.wide)):
             session.run(batch.feeds, batch.fetches, shrinks=True, exact_shape=True)
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
 
 
 class Shrinker:

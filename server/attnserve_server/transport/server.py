@@ -10,6 +10,7 @@ from attnserve_server.access.guard import Access
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import Clock
 from attnserve_server.domain.errors import AttnserveError
+from attnserve_server.engine.resting import Trimmer
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.observability.spec import CONNECTIONS_DROPPED, UNREAD_BYTES
 from attnserve_server.transport.admin import ModelServicer
@@ -89,6 +90,7 @@ class GrpcServer:
         self._access = access
         self._shared_port = shared_port
         self._server: grpc.aio.Server | None = None
+        self._trimmer = Trimmer(clock)
 
     async def start(self, bounds: ReceiveBounds) -> int:
         """Listen, and return the port. `bounds`: of the messages that callers send.
@@ -111,6 +113,7 @@ class GrpcServer:
         except RuntimeError:
             raise PortUnavailable(host, port) from None
         await server.start()
+        self._trimmer.start()
         self._connections.port = bound
         return bound
 
@@ -120,6 +123,7 @@ class GrpcServer:
 
     async def stop(self, grace_s: float) -> None:
         """Take no more RPCs, wait `grace_s` for those in progress, and cancel the rest."""
+        self._trimmer.close()
         if self._server is not None:
             await self._server.stop(grace_s)
         self._unread.close()
