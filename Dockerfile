@@ -52,7 +52,7 @@ LABEL org.opencontainers.image.title="attnserve" \
 WORKDIR /models
 # A number, so that an orchestrator can verify that it is not root.
 USER 65532:65532
-EXPOSE 8001 8002
+EXPOSE 8000 8001 8002
 STOPSIGNAL SIGTERM
 # Loading and warm-up may take a minute before an unready response counts as a failure. The probe imports the standard
 # library alone: `attnserve-server healthcheck` does the same for ten times the CPU time.

@@ -86,7 +86,18 @@ def running(repository: Path, *flags: str) -> Iterator[Server]:
 def started(command: list[str], repository: Path, folder: Path, *flags: str) -> Iterator[Server]:
     """Run another command that takes the server's flags, until the block ends. `folder` is for files of the run."""
     ports_file = folder / "ports.json"
-    line = [*command, "serve", "--repository", str(repository), "--grpc-port", "0", "--http-port", "0"]
+    line = [
+        *command,
+        "serve",
+        "--repository",
+        str(repository),
+        "--grpc-port",
+        "0",
+        "--http-port",
+        "0",
+        "--rest-port",
+        "0",
+    ]
     process = subprocess.Popen(
         [*line, "--ports-file", str(ports_file), "--log-level", "warning", *flags], stdout=subprocess.DEVNULL
     )

@@ -129,7 +129,18 @@ def check_server(wheel: Path, version: str, folder: Path, repository: Path) -> N
 @contextmanager
 def serving(environment: Environment, repository: Path, ports: Path) -> Iterator[str]:
     """Serve `repository` on a free loopback port and yield the target; then check that SIGTERM ends it with 0."""
-    options = ["--repository", str(repository), "--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports)]
+    options = [
+        "--repository",
+        str(repository),
+        "--grpc-port",
+        "0",
+        "--http-port",
+        "0",
+        "--rest-port",
+        "0",
+        "--ports-file",
+        str(ports),
+    ]
     with environment.start("attnserve-server", "serve", *options) as server:
         try:
             until = time.monotonic() + START_TIMEOUT_S

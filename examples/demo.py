@@ -53,7 +53,7 @@ def running_server(repository: Path) -> Iterator[tuple[int, int]]:
     with tempfile.TemporaryDirectory() as folder:
         ports_file, log = Path(folder, "ports.json"), Path(folder, "server.log")
         command = [str(Path(sys.executable).with_name("attnserve-server")), "serve", "--repository", str(repository)]
-        command += ["--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file)]
+        command += ["--grpc-port", "0", "--http-port", "0", "--rest-port", "0", "--ports-file", str(ports_file)]
         with log.open("wb") as stream:
             server = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
         try:

@@ -31,6 +31,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Hundreds of servers start in these tests; a process for each bundle would take a second of each start. The tests of
 # loading turn it on.
 os.environ.setdefault("ATTNSERVE_TRY_LOADS", "false")
+# Several servers run at a time: each takes a free port for REST, as the tests choose it for the others.
+os.environ.setdefault("ATTNSERVE_REST_PORT", "0")
 
 # Times of examples vary on a shared machine, and more so under coverage: no deadline.
 settings.register_profile("attnserve", deadline=None, print_blob=True)

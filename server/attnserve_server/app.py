@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from starlette.applications import Starlette
+
 from attnserve_server import __version__
 from attnserve_server.access.guard import Access
 from attnserve_server.access.keeper import Keeper
@@ -25,10 +27,13 @@ from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.admin import ModelServicer
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import Health
-from attnserve_server.transport.http import HttpServer
+from attnserve_server.transport.http import HttpServer, Pages, routes
 from attnserve_server.transport.peak import log_peak
 from attnserve_server.transport.receiving import ReceiveBounds
+from attnserve_server.transport.rest.exchange import Rest
+from attnserve_server.transport.rest.server import RestServer
 from attnserve_server.transport.server import GrpcServer
+from attnserve_server.transport.who import guarded
 from attnserve_server.wanted import ready_models
 
 _log = logger(__name__)
@@ -56,16 +61,19 @@ class Application:
         self.lifecycle = Lifecycle(settings, self.metrics, self.catalog, self.health, self.models)
         models = ModelServicer(self.plane, self.lifecycle) if settings.admin else None
         self.grpc = GrpcServer(settings, self.plane, self.health, self.metrics, self.clock, access, models=models)
-        self.http = HttpServer(
-            settings, self.catalog, self.health, self.metrics, lambda: not self.fault.is_set(), access
-        )
+        pages = Pages(self.catalog, self.health, self.metrics, lambda: not self.fault.is_set())
+        self._pages = routes(pages.page)
+        self.http = HttpServer(guarded(Starlette(routes=self._pages), access), access)
+        shared = Rest(self.plane, self.catalog, settings, self.clock, self.metrics, self.grpc.unread)
+        self.rest = RestServer(shared, access)
         self._watching: list[asyncio.Task[None]] = []
         self.fault = asyncio.Event()
         self.grpc_port = 0
         self.http_port = 0
+        self.rest_port = 0
 
     async def start(self) -> None:
-        """Read the repository, open both ports, and load the models. A model answers UNAVAILABLE until it is warm.
+        """Read the repository, open all ports, and load the models. A model answers UNAVAILABLE until it is warm.
 
         Raises:
             StartFailed: there is no model, or none could be loaded.
@@ -74,10 +82,14 @@ class Application:
             OSError: `ports_file` cannot be written.
         """
         bundles = self.lifecycle.find()
-        self.http_port = await self.http.start()
+        merged = self.settings.merges_ports
+        if not merged:
+            self.http_port = await self.http.start(self.settings.host, self.settings.http_port)
         self.bounds = ReceiveBounds.of(self.settings, [(bundle.manifest, 0) for bundle in bundles])
         self.lifecycle.bounds = self.bounds
         self.grpc_port = await self.grpc.start(self.bounds)
+        self.rest_port = await self.rest.start(self.bounds, self._pages if merged else ())
+        self.http_port = self.http_port or self.rest_port
         self._watching.append(asyncio.create_task(self.keeper.watch(self.access.update), name="files"))
         _log.info(
             "listening",
@@ -85,6 +97,7 @@ class Application:
             host=self.settings.host,
             grpc_port=self.grpc_port,
             http_port=self.http_port,
+            rest_port=self.rest_port,
         )
         _log.info(
             "one process does everything: a crash of the runtime ends it without answers, a run that hangs is reported "
@@ -98,7 +111,7 @@ class Application:
         if self.settings.watch_repository:
             self._watching.append(asyncio.create_task(self.lifecycle.watch(), name="repository"))
         if self.settings.ports_file is not None:
-            write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
+            write_ports(self.settings.ports_file, self.grpc_port, self.http_port, self.rest_port)
         _log.info("ready", models=[f"{model.name}/{model.version}" for model in ready])
 
     async def drain(self) -> None:
@@ -116,7 +129,8 @@ class Application:
             # Pending requests fail with NotServing and a retry delay. gRPC would only cancel the calls.
             self.models.abort()
         self.health.close()
-        await self.grpc.stop(max(_LEAST_STOP_S, end - self.clock.now()))
+        left_s = max(_LEAST_STOP_S, end - self.clock.now())
+        await asyncio.gather(self.grpc.stop(left_s), self.rest.stop(left_s))
 
     def reread(self) -> None:
         """Read the files of TLS and tokens, and the repository again now: for SIGHUP."""
@@ -130,7 +144,7 @@ class Application:
         for task in self._watching:
             task.cancel()
         await self.grpc.stop(0)
-        await asyncio.gather(self.http.stop(), self.lifecycle.aclose())
+        await asyncio.gather(self.http.stop(), self.rest.stop(0), self.lifecycle.aclose())
         await self.models.aclose()
         self.plane.close()
 

@@ -43,16 +43,31 @@ class Serving(ModelSettings, EngineSettings):
     host: str = Field(
         "127.0.0.1",
         min_length=1,
-        description="Address that both ports listen on. Any other than loopback needs TLS and a check of callers, or "
+        description="Address that all ports listen on. Any other than loopback needs TLS and a check of callers, or "
         "`--insecure`. Default: loopback, which only this machine reaches.",
     )
     grpc_port: Port = Field(8001, description="gRPC port; 0 lets the system choose. Default: the same as Triton's.")
+    rest_port: Port = Field(
+        8000,
+        description="Port of REST: inference, OpenAI embeddings and rerank as JSON; 0: the system chooses. The number "
+        "of `--http-port` merges both. Default: as Triton's, where its clients expect it.",
+    )
     http_port: Port = Field(
         8002, description="HTTP port of `/metrics`, `/livez`, `/readyz`; 0: the system chooses. Default: as Triton's."
     )
+    cors_origin: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins, as `https://app.example`, whose pages may call REST from a browser. Default: none, so "
+        "that no foreign page can use a server that only this machine reaches.",
+    )
+    openai_token_ids: bool = Field(
+        False,
+        description="Accept token ids in `/v1/embeddings`. Default: false, as clients send ids of another tokenizer, "
+        "whose embeddings would be wrong without an error.",
+    )
     tls_cert: Path | None = Field(
         None,
-        description="PEM file of the server's certificate, then those of its issuers, for both ports. The TLS files "
+        description="PEM file of the server's certificate, then those of its issuers, for all ports. The TLS files "
         "and `--tokens-file` are read again when they change, and on SIGHUP. Default: none, as only you can get one.",
     )
     tls_key: Path | None = Field(
@@ -61,7 +76,7 @@ class Serving(ModelSettings, EngineSettings):
     tls_client_ca: Path | None = Field(
         None,
         description="PEM file of the authorities whose client certificates are required: for every gRPC call, and on "
-        "the HTTP port for all but `/livez` and `/readyz`. Default: none, as most callers have tokens.",
+        "the other ports for all but health checks. Default: none, as most callers have tokens.",
     )
     tokens_file: Path | None = Field(
         None,
@@ -74,7 +89,7 @@ class Serving(ModelSettings, EngineSettings):
         "false, as anyone there could then use the models, and read tokens.",
     )
     ports_file: Path | None = Field(
-        None, description="JSON file for both ports, once models are ready. Default: none, as ports are mostly fixed."
+        None, description="JSON file for all ports, once models are ready. Default: none, as ports are mostly fixed."
     )
     provider: str = Field(
         "auto",
@@ -217,10 +232,18 @@ class Serving(ModelSettings, EngineSettings):
             raise ValueError(f"{wrong[0]!r} is not a shape; write rows x tokens, such as 8x64")
         return value
 
-    @field_validator("models", "cuda_graphs", "device_ids", mode="before")
+    @field_validator("models", "cuda_graphs", "device_ids", "cors_origin", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [one for one in value if re.fullmatch(r"https?://[a-zA-Z0-9.\[\]:-]+", one) is None]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not an origin; write scheme and host, such as https://app.example")
+        return value
 
     @field_validator("cuda_options", "openvino_options", "tensorrt_options", mode="before")
     @classmethod
@@ -243,14 +266,20 @@ class Serving(ModelSettings, EngineSettings):
         return None if value == "" else value
 
     @property
+    def merges_ports(self) -> bool:
+        """Whether REST and `/metrics` share a port."""
+        return self.rest_port == self.http_port != 0
+
+    @property
     def isolated(self) -> bool:
         """Whether the server is several processes: `isolation`, decided for this machine."""
         return self.isolation == "process" or (self.isolation == "auto" and suits_processes())
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.grpc_port == self.http_port != 0:
-            raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; they must differ")
+        for name in ("http_port", "rest_port"):
+            if self.grpc_port == getattr(self, name) != 0:
+                raise ValueError(f"grpc_port and {name} are both {self.grpc_port}; they must differ")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("of --tls-cert and --tls-key only one is set; set both, or neither")
         if self.tls_client_ca and not self.tls_cert:

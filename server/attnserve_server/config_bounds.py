@@ -35,8 +35,8 @@ class Bounds(BaseSettings):
     )
     max_request_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = Field(
         64 * MIB,
-        description="Maximum bytes of one gRPC message from a caller; less where the largest request of the loaded "
-        "models is smaller. Default: the SDK's limit in both directions.",
+        description="Maximum bytes of one gRPC message, or body of HTTP, from a caller; less where the "
+        "largest request of the loaded models is smaller. Default: the SDK's limit in both directions.",
     )
     max_response_bytes: Annotated[int, Field(ge=1, le=2**31 - 64 * MIB)] = Field(
         48 * MIB,
@@ -71,8 +71,9 @@ class Bounds(BaseSettings):
     )
     max_connections: Annotated[int, Field(ge=1, le=65_536)] = Field(
         768,
-        description="Maximum number of connections to the gRPC port, shared by the fronts; further ones are closed "
-        "at once. Default: leaves room below the 1,024 file descriptors that a process may usually open.",
+        description="Maximum number of connections to the gRPC port, shared by the fronts, and a quarter as many to "
+        "the REST port; further ones are closed at once. Default: leaves room below the 1,024 file descriptors that a "
+        "process may usually open.",
     )
     max_streams_per_connection: Annotated[int, Field(ge=1, le=65_536)] = Field(
         256,
@@ -87,9 +88,9 @@ class Bounds(BaseSettings):
     receive_budget_bytes: Annotated[int, Field(ge=MIB)] | None = Field(
         None,
         description="Maximum bytes of messages that are being received, over all connections: half for messages at "
-        "the limit, which derives from the loaded models, and half for calls whose message waits. Further calls wait, "
-        "or are refused; the server does not start where two messages do not fit. Default: a quarter of the machine's "
-        "memory, or of the limit of its control group.",
+        "the limit, which derives from the loaded models, and half for calls whose message waits, and for bodies of "
+        "HTTP. Further calls wait, or are refused; the server does not start where two messages do not fit. Default: a "
+        "quarter of the machine's memory, or of the limit of its control group.",
     )
     max_unread_bytes: Count = Field(
         512 * MIB,

@@ -154,10 +154,12 @@ async def run(server: Lifetime, grace_s: float = 0.0, hard: HardEnd | None = Non
             _log.info("stopped")
 
 
-def write_ports(path: Path, grpc_port: int, http_port: int) -> None:
+def write_ports(path: Path, grpc_port: int, http_port: int, rest_port: int) -> None:
     """Write the ports as JSON. The file is complete as soon as it exists, because programs poll for it."""
     with write_atomically(path) as partial:
-        partial.write_text(json.dumps({"grpc": grpc_port, "http": http_port}) + "\n", encoding="ascii")
+        partial.write_text(
+            json.dumps({"grpc": grpc_port, "http": http_port, "rest": rest_port}) + "\n", encoding="ascii"
+        )
 
 
 async def _first_of(task: asyncio.Task[None] | None, *events: asyncio.Event) -> None:

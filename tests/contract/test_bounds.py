@@ -285,10 +285,10 @@ async def test_a_caller_that_does_not_read_loses_its_connection(
             asked = large()
             asked.request_id = "a"
             stream.call(receiving.STREAM, pb.StreamInferRequest(request=asked).SerializeToString())
-            await until(lambda: server.grpc._unread.bytes > 4 * 65_536)
+            await until(lambda: server.grpc.unread.bytes > 4 * 65_536)
             await asyncio.sleep(1.5)
             assert (unary.ended(), stream.ended()) == (dropped, dropped)
-            assert (server.grpc._unread.bytes == 0) is dropped
+            assert (server.grpc.unread.bytes == 0) is dropped
 
 
 async def test_slow_readers_cost_a_caller_of_small_answers_nothing(settings: Settings) -> None:
@@ -303,11 +303,11 @@ async def test_slow_readers_cost_a_caller_of_small_answers_nothing(settings: Set
                 codes = []
                 for _ in range(100):
                     codes.append(await code_of(stub.Infer(asking(), timeout=5)))
-                    most = max(most, server.grpc._unread.bytes)
+                    most = max(most, server.grpc.unread.bytes)
                     await asyncio.sleep(0.01)
             assert codes.count(grpc.StatusCode.OK) == 100
             assert 2**19 < most <= 2**20, "the control: the slow readers held what they may"
-            await until(lambda: server.grpc._unread.bytes == 0)
+            await until(lambda: server.grpc.unread.bytes == 0)
         await until(lambda: not any(model.prepared for model in server.catalog.all()))
 
 

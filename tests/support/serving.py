@@ -30,6 +30,7 @@ class RunningServer:
     grpc_port: int
     http_port: int
     log: Path
+    rest_port: int = 0
 
     @property
     def target(self) -> str:
@@ -90,7 +91,7 @@ def serve(
     """
     ports_file, log = folder / "ports.json", folder / "server.log"
     line = [*(program or [command("attnserve-server")]), "serve", "--repository", str(repository)]
-    line += ["--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file), *arguments]
+    line += ["--grpc-port", "0", "--http-port", "0", "--rest-port", "0", "--ports-file", str(ports_file), *arguments]
     with log.open("wb") as stream:
         process = subprocess.Popen(line, **{"stdout": stream, "stderr": stream, **options})
     try:
@@ -100,7 +101,7 @@ def serve(
             assert time.monotonic() < until, log.read_text()
             time.sleep(0.02)
         ports = json.loads(ports_file.read_text())
-        yield RunningServer(process, ports["grpc"], ports["http"], log)
+        yield RunningServer(process, ports["grpc"], ports["http"], log, ports["rest"])
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == exit_code or exit_code is None, log.read_text()
     finally:

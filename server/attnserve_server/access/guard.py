@@ -164,7 +164,7 @@ class Access:
         self.certificates = material.certificates
         self.guard = None if material.tokens is None else Guard(material.tokens, metrics, clock, buckets)
         self._uncertified = metrics.counter(ACCESS_REFUSED).labels("certificate")
-        self.handshakes = {port: metrics.counter(TLS_HANDSHAKES).labels(port) for port in ("grpc", "http")}
+        self.handshakes = {port: metrics.counter(TLS_HANDSHAKES).labels(port) for port in ("grpc", "http", "rest")}
 
     @property
     def needs_certificate(self) -> bool:

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 MAX_VIOLATIONS: Final = 16
 """Most violations that are reported for one request: the list travels in a gRPC trailer, whose size is bounded."""
@@ -61,7 +61,7 @@ class InvalidRequest(AttnserveError):
         super().__init__("; ".join(f"{violation.field}: {violation.description}" for violation in violations))
 
     @classmethod
-    def of(cls, field: str, description: str) -> InvalidRequest:
+    def of(cls, field: str, description: str) -> Self:
         """Make the error for one invalid field."""
         return cls(FieldViolation(field, description))
 
@@ -185,8 +185,8 @@ class ResponseTooLarge(AttnserveError):
 class Overloaded(AttnserveError):
     """The queue has no room for this request now, or its token's quota is used up.
 
-    `cause` is `queue_full`, `queue_bytes`, `predicted_wait` or `quota`; before a message is read `calls` or `streams`,
-    and for an answer that has no room `unread_bytes`.
+    `cause` is `queue_full`, `queue_bytes`, `predicted_wait` or `quota`; before a message is read `calls`, `streams` or
+    `bodies`, and for an answer that has no room `unread_bytes`.
     """
 
     reason = "OVERLOADED"

@@ -24,6 +24,20 @@ REFUSAL_SECONDS: Final = MetricSpec(
     (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0),
     "a refusal costs about 0.2 ms, and 25 ms is its limit",
 )
+HTTP_REQUESTS: Final = MetricSpec(
+    Counter,
+    "attnserve_http_requests_total",
+    "Requests to REST, by path and HTTP status; 499: the client left before its answer.",
+    ("path", "status"),
+)
+HTTP_SECONDS: Final = MetricSpec(
+    Histogram,
+    "attnserve_http_seconds",
+    "Time from the head of a request to REST until its answer is sent.",
+    ("path",),
+    (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+    "as those of RPCs",
+)
 MODEL_LOADS: Final = MetricSpec(
     Counter,
     "attnserve_model_loads_total",

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from attnserve_server.access.guard import Material
+from attnserve_server.transport.http import Page
 
 ARENA_BYTES: Final = 64 * 2**20
 """Bytes of each arena: a front's requests to one engine, and the answers to it. Pages count once they are written."""
@@ -108,6 +109,21 @@ class Listening(msgspec.Struct, tag=True):
     port: int
 
 
+class PageRequest(msgspec.Struct, tag=True):
+    """A front requests a page of the HTTP port, where REST has the same one. `path`, `accept`: as `Pages.page`."""
+
+    number: int
+    path: str
+    accept: str
+
+
+class PageAnswer(msgspec.Struct, tag=True):
+    """The page of a `PageRequest`."""
+
+    number: int
+    page: Page
+
+
 class Drain(msgspec.Struct, tag=True):
     """Take no more requests, answer the pending ones, and end."""
 
@@ -127,6 +143,6 @@ class Scraped(msgspec.Struct, tag=True):
 
 ENCODER: Final = msgspec.msgpack.Encoder()
 TO_CHILD: Final = msgspec.msgpack.Decoder(
-    FrontStart | EngineStart | Attach | Connect | Culprit | Changed | Drain | Scrape | Material
+    FrontStart | EngineStart | Attach | Connect | Culprit | Changed | Drain | Scrape | PageAnswer | Material
 )
-TO_SUPERVISOR: Final = msgspec.msgpack.Decoder(Changed | Listening | Scraped)
+TO_SUPERVISOR: Final = msgspec.msgpack.Decoder(Changed | Listening | Scraped | PageRequest)

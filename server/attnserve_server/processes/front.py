@@ -1,4 +1,4 @@
-"""A front: one process that serves gRPC, and sends valid requests to the engines of their models.
+"""A front: one process that serves gRPC and REST, and sends valid requests to the engines of their models.
 
 `python -m attnserve_server.processes.front LINK PACKAGES LOG NAME`, started by the supervisor. It does not import the
 runtime.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from itertools import count
 from typing import Final
 
 from attnserve_server.access.guard import Access, Material
@@ -32,6 +33,8 @@ from attnserve_server.processes.control import (
     FrontModel,
     FrontStart,
     Listening,
+    PageAnswer,
+    PageRequest,
     Scrape,
     Scraped,
 )
@@ -39,12 +42,16 @@ from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.admin import ModelServicer
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import OVERALL, Health
+from attnserve_server.transport.http import Page, routes
 from attnserve_server.transport.receiving import ReceiveBounds
+from attnserve_server.transport.rest.exchange import Rest
+from attnserve_server.transport.rest.server import RestServer
 from attnserve_server.transport.server import GrpcServer
 from attnserve_server.transport.servicer import SERVICE
 from attnserve_server.wanted import scheduling_settings, shared_among, tokenizer_of, under_policy, wanted_bundles
 
 _LEAST_STOP_S: Final = 0.5
+_numbers = count(1)
 
 
 class FrontProcess:
@@ -72,6 +79,10 @@ class FrontProcess:
             shared_port=True,
             models=ModelServicer(self._plane, None) if settings.admin else None,
         )
+        shared = Rest(self._plane, self._catalog, settings, self._clock, self._metrics, self._grpc.unread)
+        shared.settings = shared_among(settings, start.fronts)
+        self._rest = RestServer(shared, self._access, shared_port=True)
+        self._pages: dict[int, asyncio.Future[Page]] = {}
         self._schedulers: dict[tuple[str, str], RemoteScheduler] = {}
         self._added: dict[tuple[str, str], asyncio.Event] = {
             (one.name, one.version): asyncio.Event() for one in start.models
@@ -93,6 +104,10 @@ class FrontProcess:
             self._schedulers[message.name, message.version].crashed(message.number)
         elif isinstance(message, Material):
             self._access.update(message)
+        elif isinstance(message, PageAnswer):
+            waiting = self._pages.pop(message.number)
+            if not waiting.done():
+                waiting.set_result(message.page)
         elif isinstance(message, Drain):
             self._drain.set()
         elif isinstance(message, Scrape):
@@ -110,7 +125,9 @@ class FrontProcess:
             self._catalog.add(model)
             self._health.set(fault.name, serving=False)
         manifests = [(one.manifest, 0) for one in stored.values()]
-        port = await self._grpc.start(ReceiveBounds.of(self._settings, manifests, self._start.fronts))
+        bounds = ReceiveBounds.of(self._settings, manifests, self._start.fronts)
+        port = await self._grpc.start(bounds)
+        await self._rest.start(bounds, routes(self._page) if self._settings.merges_ports else ())
         self._listening = True
         self._supervisor.link.send(ENCODER.encode(Listening(port)))
         await self._drain.wait()
@@ -145,6 +162,14 @@ class FrontProcess:
         key = message.name, message.version
         await self._added[key].wait()
         await self._schedulers[key].connect(socket.socket(fileno=link), answers, message.suspects)
+
+    async def _page(self, path: str, accept: str) -> Page:
+        """Return a page of the supervisor, which merges what all processes count."""
+        number = next(_numbers)
+        waiting: asyncio.Future[Page] = asyncio.get_running_loop().create_future()
+        self._pages[number] = waiting
+        self._supervisor.link.send(ENCODER.encode(PageRequest(number, path, accept)))
+        return await waiting
 
     def _change(self, changed: Changed) -> None:
         scheduler = self._schedulers.get((changed.name, changed.version))
@@ -182,7 +207,8 @@ class FrontProcess:
         for scheduler in self._schedulers.values():
             scheduler.close()
         self._health.close()
-        await self._grpc.stop(max(_LEAST_STOP_S, end - self._clock.now()))
+        left_s = max(_LEAST_STOP_S, end - self._clock.now())
+        await asyncio.gather(self._grpc.stop(left_s), self._rest.stop(left_s))
         self._plane.close()
         self._supervisor.link.close()
 

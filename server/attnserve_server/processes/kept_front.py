@@ -14,7 +14,7 @@ from attnserve_server.engine.pulse import Overdue
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import FRONT_REASONS, FRONT_RESTARTS, Metrics
 from attnserve_server.processes.children import Child, Children
-from attnserve_server.processes.control import FrontStart, Listening
+from attnserve_server.processes.control import FrontStart, Listening, PageRequest
 from attnserve_server.processes.ends import End, pause_s
 
 _log = logger(__name__)
@@ -37,6 +37,9 @@ class FrontHost(Protocol):
 
     def front_listens(self, front: KeptFront) -> None:
         """Connect a front to the engines."""
+
+    def page_requested(self, front: KeptFront, request: PageRequest) -> None:
+        """Send a front a page of the HTTP port."""
 
     def front_ended(self, number: int, *, started: bool) -> None:
         """Forget a front. `started`: whether it has listened; if not, none can be started."""
@@ -109,6 +112,9 @@ class KeptFront:
             self.child.send(message)
 
     def _receive(self, message: object) -> None:
+        if isinstance(message, PageRequest):
+            self._host.page_requested(self, message)
+            return
         assert isinstance(message, Listening)
         self.is_listening = True
         self._began_s = self._host.clock.now()

@@ -1,7 +1,7 @@
 """The supervisor: starts fronts and engines, replaces those that end or hang, merges their metrics and states.
 
-It holds the gRPC port, on which the fronts listen together, and serves HTTP. Fronts are drained first, then engines. If
-a front ends before it listens, the server drains, and exits with code 70.
+It holds the ports of gRPC and REST, on which the fronts listen together, and serves HTTP. Fronts are drained
+first, then engines. If a front ends before it listens, the server drains, and exits with code 70.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import socket
 from collections.abc import Coroutine
 from typing import Any, Final
+
+from starlette.applications import Starlette
 
 from attnserve_server import __version__
 from attnserve_server.access.guard import Access, Material
@@ -27,15 +29,16 @@ from attnserve_server.model.repository import Bundle, BundleFault
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import LOG_LINES_DROPPED, Metrics
 from attnserve_server.processes.children import Children, Reserve
-from attnserve_server.processes.control import Broken, Changed, Drain, FrontStart
+from attnserve_server.processes.control import Broken, Changed, Drain, FrontStart, PageAnswer, PageRequest
 from attnserve_server.processes.kept_engine import KeptEngine, Surroundings
 from attnserve_server.processes.kept_front import KeptFront
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.health import OVERALL, Health
-from attnserve_server.transport.http import HttpServer
+from attnserve_server.transport.http import HttpServer, Pages, routes
 from attnserve_server.transport.peak import log_peak
 from attnserve_server.transport.receiving import ReceiveBounds
 from attnserve_server.transport.server import PortUnavailable
+from attnserve_server.transport.who import guarded
 from attnserve_server.wanted import StartFailed, log_cautions, ready_models, under_policy, wanted_bundles
 
 _log = logger(__name__)
@@ -75,8 +78,8 @@ class Supervisor:
         buckets = Buckets(MAX_TOKENS, self._descriptor)
         self.keeper = Keeper(settings, self._own, buckets)
         self.access = Access(self.keeper.start(), self._own, self.clock, buckets)
-        alive, access = lambda: not self.fault.is_set(), self.access
-        self.http = HttpServer(settings, self.catalog, self.health, self.metrics, alive, access, self._collect)
+        self._pages = Pages(self.catalog, self.health, self.metrics, lambda: not self.fault.is_set(), self._collect)
+        self.http = HttpServer(guarded(Starlette(routes=routes(self._pages.page)), self.access), self.access)
         self.children = Children(self.metrics)
         self.reserve = Reserve(self.children, wanted=settings.standby)
         self._fronts: list[KeptFront] = []
@@ -87,11 +90,13 @@ class Supervisor:
         self._occupancy = Arena.create_descriptor(SharedOccupancy.SIZE)
         self.grpc_port = 0
         self.http_port = 0
-        self._holder: socket.socket | None = None
+        self.rest_port = 0
+        self._holders: list[socket.socket] = []
         self._settled = asyncio.Event()
         self._served = False
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._answering: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Start all processes, and wait until every model is ready or failed.
@@ -110,8 +115,11 @@ class Supervisor:
             manifest = under_policy(bundle, self.settings).manifest
             metrics = self.metrics.model(manifest.name, manifest.version)
             self._add(ServedModel(manifest.name, manifest.version, metrics, manifest))
-        self._holder, self.grpc_port = _held_port(self.settings)
-        self.http_port = await self.http.start()
+        self.grpc_port = self._hold_port(self.settings.grpc_port)
+        self.rest_port = self._hold_port(self.settings.rest_port)
+        self.http_port = self.rest_port
+        if not self.settings.merges_ports:
+            self.http_port = await self.http.start(self.settings.host, self.settings.http_port)
         count = self.settings.fronts or min(MOST_FRONTS, max(1, cores() // 2))
         bounds = ReceiveBounds.of(self.settings, [(bundle.manifest, 0) for bundle in bundles], count)  # of each front
         _log.info(
@@ -120,6 +128,7 @@ class Supervisor:
             host=self.settings.host,
             grpc_port=self.grpc_port,
             http_port=self.http_port,
+            rest_port=self.rest_port,
             fronts=count,
         )
         log_peak(bundles, self.settings, bounds, count)
@@ -131,7 +140,7 @@ class Supervisor:
         self._set_overall()
         self.reserve.fill()
         if self.settings.ports_file is not None:
-            write_ports(self.settings.ports_file, self.grpc_port, self.http_port)
+            write_ports(self.settings.ports_file, self.grpc_port, self.http_port, self.rest_port)
         _log.info("ready", models=[f"{model.name}/{model.version}" for model in ready])
 
     async def drain(self) -> None:
@@ -169,8 +178,8 @@ class Supervisor:
         await self.children.aclose()
         self.health.close()
         await self.http.stop()
-        if self._holder is not None:
-            self._holder.close()
+        for holder in self._holders:
+            holder.close()
         for engine in self._engines.values():
             engine.close()
         for descriptor in (self._descriptor, self._occupancy):
@@ -181,8 +190,15 @@ class Supervisor:
         self.catalog.add(model)
         self.health.set(model.name, serving=False)
 
+    def _hold_port(self, wanted: int) -> int:
+        holder, port = _held_port(self.settings.host, wanted)
+        self._holders.append(holder)
+        return port
+
     def _spawn(self, bundles: list[Bundle], faults: list[BundleFault], count: int) -> None:
-        self._encoded = self.settings.model_copy(update={"grpc_port": self.grpc_port}).model_dump_json().encode()
+        http_port = self.rest_port if self.settings.merges_ports else self.settings.http_port
+        ports = {"grpc_port": self.grpc_port, "rest_port": self.rest_port, "http_port": http_port}
+        self._encoded = self.settings.model_copy(update=ports).model_dump_json().encode()
         self._broken = [Broken(fault.name, fault.version, fault.why) for fault in faults]
         self._count = count
         around = Surroundings(
@@ -231,6 +247,15 @@ class Supervisor:
         package = front.child.first_package(self._descriptor)
         models = [engine.front_model(front, front.child.packages.send) for engine in self._engines.values()]
         return FrontStart(self._encoded, models, self._broken, self.keeper.material, package, self._count)
+
+    def page_requested(self, front: KeptFront, request: PageRequest) -> None:
+        """Send a front a page of the HTTP port."""
+        task = asyncio.create_task(self._send_page(front, request))
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _send_page(self, front: KeptFront, request: PageRequest) -> None:
+        front.send(PageAnswer(request.number, await self._pages.page(request.path, request.accept)))
 
     def front_listens(self, front: KeptFront) -> None:
         """Send a front all states, and connect it to the engines."""
@@ -300,22 +325,21 @@ class Supervisor:
         await self.children.collect(self._own.snapshot())
 
 
-def _held_port(settings: Settings) -> tuple[socket.socket, int]:
-    """Return a socket that holds the port for the fronts, and the port.
+def _held_port(host: str, wanted: int) -> tuple[socket.socket, int]:
+    """Return a socket that holds a port for the fronts, and the port.
 
     Raises:
         PortUnavailable: The port is taken, or the address is not this machine's.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    host, port = settings.host, settings.grpc_port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as probe:  # fails where another server shares the port
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+            probe.bind((host, wanted))
             port = probe.getsockname()[1]
         holder = socket.socket(family)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         holder.bind((host, port))
     except OSError:
-        raise PortUnavailable(settings.host, settings.grpc_port) from None
+        raise PortUnavailable(host, wanted) from None
     return holder, port

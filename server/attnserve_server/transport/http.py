@@ -1,48 +1,57 @@
-"""HTTP beside gRPC, on the same event loop: metrics for Prometheus, and liveness and readiness for an orchestrator."""
+"""HTTP beside gRPC, on the same event loop: a bounded server on one port, and the routes of metrics and health."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final
+from typing import Final, Literal
 
+import msgspec
 import uvicorn
 from prometheus_client import exposition
-from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from attnserve_server.access.certificates import Certificates, NewestContext
 from attnserve_server.access.guard import Access
-from attnserve_server.config import Settings
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.catalog import Catalog
 from attnserve_server.transport.health import Health
-from attnserve_server.transport.server import PortUnavailable
-from attnserve_server.transport.who import CertifiedProtocol, guarded
+from attnserve_server.transport.server import MAX_METADATA_BYTES, PortUnavailable
+from attnserve_server.transport.who import CertifiedProtocol
 
 HEAD_S: Final = 10.0
 """Seconds that the head of a request may take, from the connection or the answer before it."""
-MOST_CONNECTIONS: Final = 256
+MOST_CONNECTIONS: Final = 64
 """Connections to the HTTP port. Scrapes and probes need a handful."""
+REST_IDLE_S: Final = 75.0
+"""Seconds that a connection to REST may wait for its next request: longer than the 60 s of most load balancers, which
+would otherwise send requests into connections that are being closed."""
 
 
 class _BoundedProtocol(CertifiedProtocol):
-    """Ends connections beyond `MOST_CONNECTIONS`, and those that send no request within `HEAD_S`."""
+    """Ends connections beyond a limit, and those that send no request in time."""
 
+    most: int | None = None
+    """The limit; None: `MOST_CONNECTIONS`."""
+    idle_s: float | None = None
+    """Seconds that a connection may wait for its next request; None: as for the first one, `HEAD_S`."""
     _head: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         """Begin a connection, if there is room."""
         super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
+        if len(self.connections) > (self.most or MOST_CONNECTIONS):
             transport.abort()
             return
-        self._expect_head()
+        self.app_state = {**self.app_state, "abort": transport.abort}
+        self._expect_head(HEAD_S)
 
     def handle_events(self) -> None:
         """Take what has arrived."""
@@ -53,7 +62,7 @@ class _BoundedProtocol(CertifiedProtocol):
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
-        self._expect_head()
+        self._expect_head(self.idle_s or HEAD_S)
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -62,10 +71,10 @@ class _BoundedProtocol(CertifiedProtocol):
             self._head.cancel()
         super().connection_lost(exc)
 
-    def _expect_head(self) -> None:
+    def _expect_head(self, within_s: float) -> None:
         if self._head is not None:
             self._head.cancel()
-        self._head = self.loop.call_later(HEAD_S, self.transport.abort)
+        self._head = self.loop.call_later(within_s, self.transport.abort)
 
 
 class _QuietServer(uvicorn.Server):
@@ -80,58 +89,61 @@ class HttpServer:
     """HTTP on one port. Event loop only."""
 
     def __init__(
-        self,
-        settings: Settings,
-        catalog: Catalog,
-        health: Health,
-        metrics: Metrics,
-        alive: Callable[[], bool],
-        access: Access,
-        collect: Callable[[], Awaitable[None]] | None = None,
+        self, app: ASGIApp, access: Access, *, name: Literal["http", "rest"] = "http", connections: int | None = None
     ) -> None:
-        """Store the parts. `collect`: updates the metrics for each scrape; None: they need no update."""
-        self._settings = settings
+        """Store the parts.
+
+        Args:
+            app: what serves requests, behind the check of callers.
+            access: its certificates; None: no TLS.
+            name: of the port, for metrics.
+            connections: the most at a time; None: `MOST_CONNECTIONS`.
+        """
+        idle_s = REST_IDLE_S if name == "rest" else None
         config = uvicorn.Config(
-            guarded(routes(catalog, health, metrics, alive, collect), access),
-            http=_BoundedProtocol,
+            app,
+            http=type("Protocol", (_BoundedProtocol,), {"most": connections, "idle_s": idle_s}),
             ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",
             server_header=False,
+            h11_max_incomplete_event_size=MAX_METADATA_BYTES,
+            timeout_keep_alive=round(idle_s or HEAD_S),
             timeout_graceful_shutdown=1,
         )
         config.load()
         if access.certificates is not None:
-            config.ssl = _newest_context(access, access.certificates)
+            config.ssl = _newest_context(access, access.certificates, name)
+        self._config = config
         self._server = _QuietServer(config)
         self._serving: asyncio.Task[None] | None = None
 
-    async def start(self) -> int:
-        """Listen, and return the port.
+    async def start(self, host: str, port: int, *, shared: bool = False) -> int:
+        """Listen, and return the port. `shared`: other processes of this server listen on it too.
 
         Raises:
             PortUnavailable: The port is taken, or the address is not this machine's.
         """
-        host, port = self._settings.host, self._settings.http_port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            listener = socket.create_server((host, port), family=family, backlog=128)
+            listener = socket.create_server((host, port), family=family, backlog=128, reuse_port=shared)
         except OSError:
             raise PortUnavailable(host, port) from None
         bound: int = listener.getsockname()[1]
         self._serving = asyncio.create_task(self._server.serve([listener]), name="http")
         return bound
 
-    async def stop(self) -> None:
-        """End, after at most a second for answers in progress."""
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """End, after at most `grace_s` for answers in progress."""
+        self._config.timeout_graceful_shutdown = max(1, math.ceil(grace_s))
         self._server.should_exit = True
         if self._serving is not None:
             with suppress(asyncio.CancelledError):
                 await self._serving
 
 
-def _newest_context(access: Access, first: Certificates) -> ssl.SSLContext:
+def _newest_context(access: Access, first: Certificates, name: str) -> ssl.SSLContext:
     """Return a context that uses the newest certificates for each new connection."""
     used, context = first, first.context()
 
@@ -142,44 +154,73 @@ def _newest_context(access: Access, first: Certificates) -> ssl.SSLContext:
             used, context = current, current.context()
         return context
 
-    return NewestContext(newest, access.handshakes["http"].inc)
+    return NewestContext(newest, access.handshakes[name].inc)
 
 
-def routes(
-    catalog: Catalog,
-    health: Health,
-    metrics: Metrics,
-    alive: Callable[[], bool],
-    collect: Callable[[], Awaitable[None]] | None = None,
-) -> Starlette:
-    """Return the application with `/metrics`, `/livez` and `/readyz`.
+class Page(msgspec.Struct, frozen=True):
+    """An answer of the HTTP port."""
 
-    Args:
-        catalog: its models' states are in the body of `/readyz`.
-        health: whether the server as a whole answers, which is the status of `/readyz`.
-        metrics: the content of `/metrics`.
-        alive: returns whether the server works, which is the status of `/livez`; an orchestrator restarts it if not.
-        collect: updates `metrics` before each page; None: they need no update.
-    """
+    status: int
+    media_type: str
+    body: bytes
 
-    async def metrics_page(request: Request) -> Response:
-        if collect is not None:
-            await collect()
-        encode, content_type = exposition.choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(metrics.registry), media_type=content_type)
 
-    async def livez(_: Request) -> Response:
-        living = alive()
-        return JSONResponse({"status": "alive" if living else "faulted"}, 200 if living else 503)
+class Pages:
+    """`/metrics`, `/livez` and `/readyz`. Event loop only."""
 
-    async def readyz(_: Request) -> Response:
-        ready = health.serving()
+    def __init__(
+        self,
+        catalog: Catalog,
+        health: Health,
+        metrics: Metrics,
+        alive: Callable[[], bool],
+        collect: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Store the parts.
+
+        Args:
+            catalog: its models' states are in the body of `/readyz`.
+            health: whether the server as a whole answers, which is the status of `/readyz`.
+            metrics: the content of `/metrics`.
+            alive: returns whether the server works, the status of `/livez`; an orchestrator restarts it if not.
+            collect: updates `metrics` before each page; None: they need no update.
+        """
+        self._catalog, self._health, self._metrics = catalog, health, metrics
+        self._alive, self._collect = alive, collect
+
+    async def page(self, path: str, accept: str) -> Page:
+        """Return the page of a path of `PATHS`. `accept`: the header of that name, for `/metrics`."""
+        if path == "/livez":
+            living = self._alive()
+            return _json(200 if living else 503, {"status": "alive" if living else "faulted"})
+        if path == "/readyz":
+            return self._readiness()
+        if self._collect is not None:
+            await self._collect()
+        encode, content_type = exposition.choose_encoder(accept)
+        return Page(200, content_type, encode(self._metrics.registry))
+
+    def _readiness(self) -> Page:
+        ready = self._health.serving()
         models = [
             {"name": model.name, "version": model.version, "state": model.state.value, "reason": model.state_reason}
-            for model in catalog.all()
+            for model in self._catalog.all()
         ]
-        return JSONResponse({"status": "ready" if ready else "not ready", "models": models}, 200 if ready else 503)
+        return _json(200 if ready else 503, {"status": "ready" if ready else "not ready", "models": models})
 
-    return Starlette(
-        routes=[Route("/metrics", metrics_page), Route("/livez", livez), Route("/readyz", readyz)],
-    )
+
+PATHS: Final = ("/metrics", "/livez", "/readyz")
+
+
+def _json(status: int, content: object) -> Page:
+    return Page(status, "application/json", msgspec.json.encode(content))
+
+
+def routes(page: Callable[[str, str], Awaitable[Page]]) -> list[Route]:
+    """Return the routes of `PATHS`. `page`: returns the page of a path for an `accept` header."""
+
+    async def answer(request: Request) -> Response:
+        found = await page(request.url.path, request.headers.get("accept", ""))
+        return Response(found.body, found.status, media_type=found.media_type)
+
+    return [Route(path, answer) for path in PATHS]

@@ -70,7 +70,7 @@ def peak_of(bundles: Sequence[Bundle], settings: Settings, bounds: ReceiveBounds
     instances = settings.instances or cores()
     weights = sum(2 * one.stat().st_size for bundle in bundles for one in bundle.path.rglob("*") if one.is_file())
     runs = sum(instances * run_bytes(bundle.manifest, settings) for bundle in bundles)
-    received = max(1, fronts) * (bounds.messages * bounds.message + bounds.calls * 65_536)
+    received = max(1, fronts) * (bounds.messages * bounds.message + bounds.calls * 65_536 + bounds.bodies)
     processes = ENGINE_BYTES
     if fronts:
         engines = len(bundles)

@@ -35,6 +35,8 @@ WINDOW_BYTES: Final = 65_536
 ARRIVES_S: Final = 20.0
 """Seconds that a message may take to arrive once half of the places are taken."""
 _SHARE: Final = 4
+_BODIES_SHARE: Final = 2
+"""Bodies of HTTP requests get this part of what calls get, whose number is large in any case."""
 _RETRY_S: Final = 0.5
 INFER: Final = f"/{SERVICE}/Infer"
 STREAM: Final = f"/{SERVICE}/StreamInfer"
@@ -82,13 +84,21 @@ class ReceiveBounds:
     """The bounds of one process that serves gRPC.
 
     `message`: bytes of the largest message; `messages`: received at a time; `streams`: open at a time; `calls`: of all
-    methods that run a model.
+    methods that run a model. `bodies`: bytes of memory for bodies of HTTP requests at a time.
     """
 
     message: int
     messages: int
     streams: int
     calls: int
+    bodies: int = MIB
+    most: int = 2**31 - 1
+    """`max_request_bytes`."""
+
+    @property
+    def body(self) -> int:
+        """Bytes of the longest body: twice a message, because base64 and most numbers take more room in JSON."""
+        return min(self.most, 2 * self.message)
 
     @classmethod
     def of(cls, settings: Settings, manifests: Iterable[tuple[Manifest, int]], processes: int = 1) -> ReceiveBounds:
@@ -110,8 +120,9 @@ class ReceiveBounds:
         messages = half // message
         if messages < 2:
             raise ReceiveBudgetTooSmall(budget, message * processes, model)
-        calls = half // WINDOW_BYTES
-        return cls(message, messages, max(1, messages * 3 // 4), calls)
+        bodies = half // _BODIES_SHARE
+        calls = (half - bodies) // WINDOW_BYTES
+        return cls(message, messages, max(1, messages * 3 // 4), calls, bodies, settings.max_request_bytes)
 
     def why_too_large(self, manifest: Manifest, settings: Settings, max_request_size: int = 0) -> str:
         """Return why a model that is loaded later cannot be served with these bounds; empty if it can."""

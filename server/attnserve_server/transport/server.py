@@ -73,12 +73,12 @@ class GrpcServer:
         self._settings = settings
         dropped = metrics.counter(CONNECTIONS_DROPPED)
         self._connections = Connections(lambda cause: dropped.labels(cause).inc())
-        self._unread = Unread(settings.max_unread_bytes, settings.unread_timeout_s, clock, self._connections.drop)
-        metrics.gauge(UNREAD_BYTES).labels().set_function(lambda: self._unread.bytes)
-        self._streams = Streams(plane, clock, settings, self._unread)
+        self.unread = Unread(settings.max_unread_bytes, settings.unread_timeout_s, clock, self._connections.drop)
+        metrics.gauge(UNREAD_BYTES).labels().set_function(lambda: self.unread.bytes)
+        self._streams = Streams(plane, clock, settings, self.unread)
         self._metrics = RpcMetrics(metrics, clock)
         self._servicer = InferenceServicer(
-            plane, self._streams.stream_infer, clock, settings.call_timeout_s, self._unread
+            plane, self._streams.stream_infer, clock, settings.call_timeout_s, self.unread
         )
         self._handlers: tuple[grpc.GenericRpcHandler, ...] = (
             self._servicer.handlers(self._metrics), health.handlers(self._metrics)
@@ -126,7 +126,7 @@ class GrpcServer:
         self._trimmer.close()
         if self._server is not None:
             await self._server.stop(grace_s)
-        self._unread.close()
+        self.unread.close()
 
 
 def _options(settings: Settings, bounds: ReceiveBounds, *, shared_port: bool) -> list[tuple[str, int]]:

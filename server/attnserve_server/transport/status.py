@@ -1,4 +1,4 @@
-"""The table from the error tree to gRPC codes and google.rpc details; no other module chooses a status.
+"""The table from the error tree to gRPC codes, google.rpc details and HTTP; no other module chooses a status.
 
 Any error outside of the tree becomes INTERNAL, without its own message. `status_of` raises nothing.
 """
@@ -151,6 +151,19 @@ TABLE: Final[tuple[StatusRow, ...]] = (
 )
 _ROWS: Final = {row.error: row for row in TABLE}
 _INTERNAL: Final = _ROWS[errors.InternalFault]
+_HTTP: Final = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.FAILED_PRECONDITION: 400,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.CANCELLED: 499,
+    grpc.StatusCode.INTERNAL: 500,
+    grpc.StatusCode.UNIMPLEMENTED: 501,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
 
 
 def row_of(error: BaseException) -> StatusRow:
@@ -161,6 +174,15 @@ def row_of(error: BaseException) -> StatusRow:
 def is_fault(error: BaseException) -> bool:
     """Return whether `error` is an internal error, which is logged with its traceback and reported as INTERNAL."""
     return row_of(error) is _INTERNAL
+
+
+def http_status_of(error: BaseException) -> int:
+    """Return the HTTP status of `error`. Source: the mapping of google.rpc.Code.
+
+    An answer that would be too large is 413, because after 429 clients retry.
+    """
+    row = row_of(error)
+    return 413 if row.error is errors.ResponseTooLarge else _HTTP[row.code]
 
 
 def name_of_code(error: BaseException, left_s: float | None) -> str:

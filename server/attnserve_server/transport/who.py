@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
 import grpc
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -21,9 +22,11 @@ from attnserve_server.access.guard import CALLER, Access, Caller, Guard
 from attnserve_server.domain.errors import PermissionDenied, Unauthenticated
 from attnserve_server.transport.admin import METHODS
 from attnserve_server.transport.admin import SERVICE as MODEL_SERVICE
+from attnserve_server.transport.rest.errors import CertificateRequired, PathNotFound, response_of
 from attnserve_server.transport.servicer import SERVICE, Context, RpcMetrics
 from attnserve_server.transport.sockets import address_of, site_of
 from attnserve_server.transport.status import status_of, trailers_of
+from attnserve_server.transport.validation import is_request_id
 
 FREE: Final = ""
 """The scope of what needs no token: health checks, because monitors seldom hold one."""
@@ -37,7 +40,23 @@ SCOPE_OF: Final[Mapping[str, str]] = {
     f"/{_HEALTH}/Check": FREE,
     f"/{_HEALTH}/Watch": FREE,
 }
-SCOPE_OF_PATH: Final[Mapping[str, str]] = {"/livez": FREE, "/readyz": FREE, "/metrics": "metrics"}
+SCOPE_OF_PATH: Final[Mapping[str, str]] = {
+    "/livez": FREE,
+    "/readyz": FREE,
+    "/metrics": "metrics",
+    "/openapi.json": "infer",
+    "/openapi": "infer",
+    "/v1/models": "infer",
+    "/v1/models/{name}:infer": "infer",
+    "/v1/models/{name}": "infer",
+    "/v1/models/{name}/versions/{version}:infer": "infer",
+    "/v1/models/{name}/versions/{version}": "infer",
+    "/v1/embeddings": "infer",
+    "/rerank": "infer",
+    "/v1/rerank": "infer",
+    "/v2/rerank": "infer",
+}
+"""Of HTTP paths, in the order in which they are compared. A part in braces is anything but a slash."""
 
 
 class _Details(NamedTuple):
@@ -165,38 +184,49 @@ def guarded(app: ASGIApp, access: Access) -> ASGIApp:
     return checked
 
 
-def _refusal(scope: Scope, access: Access) -> JSONResponse | None:
+def path_of(requested: str) -> str | None:
+    """Return the path of `SCOPE_OF_PATH` that a requested one has the form of; None if there is none."""
+    if requested in SCOPE_OF_PATH:
+        return requested
+    return next((path for path, form in _FORMS if form.fullmatch(requested)), None)
+
+
+_FORMS: Final = [
+    (path, re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)))) for path in SCOPE_OF_PATH if "{" in path
+]
+
+
+def _refusal(scope: Scope, access: Access) -> Response | None:
     path = scope["path"]
-    wanted = SCOPE_OF_PATH.get(path)
+    known = path_of(path)
+    wanted = None if known is None else SCOPE_OF_PATH[known]
     guard = access.guard
     if wanted == FREE:
         return None
+    request_id = _header(scope, b"x-request-id")
+    request_id = request_id if is_request_id(request_id) else ""
     if access.needs_certificate and not scope["state"].get("certified"):
         access.refused_without_certificate()
-        return _problem(403, "CERTIFICATE_REQUIRED", "this path needs a client certificate of --tls-client-ca")
+        return response_of(CertificateRequired(), request_id, path)
     if guard is None:
         return None
-    header = next((value for key, value in scope["headers"] if key == b"authorization"), b"").decode("latin-1")
     peer = site_of((scope.get("client") or ("unknown",))[0])
-    named = path if wanted is not None else "unknown"
+    named = known or "unknown"
     try:
-        caller = guard.caller(header, peer, named)
-        if wanted is not None and wanted not in caller.scopes:
+        caller = guard.caller(_header(scope, b"authorization"), peer, named)
+        if wanted is None:
+            return response_of(PathNotFound.of("path", "there is no such path"), request_id, path)
+        if wanted not in caller.scopes:
             caller.deny(wanted, named, named)
-    except Unauthenticated as error:
-        headers = {"www-authenticate": "Bearer"}
-        if error.retry_delay_s:
-            headers["retry-after"] = str(int(error.retry_delay_s) + 1)
-        return _problem(401, error.reason, str(error), headers)
-    except PermissionDenied as error:
-        return _problem(403, error.reason, str(error))
-    return None  # an unknown path is not found
+    except (Unauthenticated, PermissionDenied) as error:
+        return response_of(error, request_id, path)
+    CALLER.set(caller)  # of this request's own task
+    return None
 
 
-def _problem(status: int, reason: str, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Return a refusal as problem details. Source: RFC 9457."""
-    content = {"type": "about:blank", "status": status, "reason": reason, "detail": detail}
-    return JSONResponse(content, status, headers, media_type="application/problem+json")
+def _header(scope: Scope, name: bytes) -> str:
+    found: bytes = next((value for key, value in scope["headers"] if key == name), b"")
+    return found.decode("latin-1")
 
 
 async def _raise(error: Exception, _: Context) -> None:

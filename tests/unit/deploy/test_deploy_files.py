@@ -26,6 +26,8 @@ SUFFIXES = ("_bucket", "_sum", "_count")
 # Declared and read by no rule and no panel; each with its reason.
 UNUSED: dict[str, str] = {
     "attnserve_connections_dropped_total": "callers that do not read harm themselves only",
+    "attnserve_http_requests_total": "requests are counted by model and code, over all protocols",
+    "attnserve_http_seconds": "queue and compute times are over all protocols",
     "attnserve_refusal_seconds": "for tests of overload: refusals are counted by cause in a panel",
     "attnserve_unread_bytes": "bounded, and large answers of slow readers are refused with a cause",
     "attnserve_log_lines_dropped_total": "the log states the number itself, once it is read again",

@@ -1,0 +1,97 @@
+"""The REST server: its application, with every endpoint, and its port."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
+
+from attnserve_server.access.guard import Access
+from attnserve_server.transport.http import HttpServer
+from attnserve_server.transport.receiving import ReceiveBounds
+from attnserve_server.transport.rest.bodies import Bodies
+from attnserve_server.transport.rest.errors import REQUEST_ID, MethodNotAllowed, PathNotFound, response_of
+from attnserve_server.transport.rest.exchange import Endpoint, Rest, Served
+from attnserve_server.transport.who import guarded
+
+
+def endpoints() -> tuple[Endpoint, ...]:
+    """Return all endpoints, in the order in which paths are compared."""
+    return ()
+
+
+def application(rest: Rest, access: Access, further: Sequence[BaseRoute] = ()) -> ASGIApp:
+    """Return the application.
+
+    Args:
+        rest: what the endpoints need.
+        access: who may call.
+        further: other routes of the same port.
+    """
+    routes = [Route(one.path, Served(one, rest), methods=[one.method]) for one in endpoints()]
+    app = Starlette(routes=[*further, *routes], exception_handlers={HTTPException: _unrouted})
+    app.router.redirect_slashes = False
+    checked = guarded(app, access)
+    if not rest.settings.cors_origin:
+        return checked
+    # Outside of the guard: a browser sends no token before it knows that it may.
+    return CORSMiddleware(
+        checked,
+        allow_origins=rest.settings.cors_origin,
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type", REQUEST_ID],
+        expose_headers=[REQUEST_ID, "retry-after"],
+    )
+
+
+async def _unrouted(request: HttpRequest, error: Exception) -> Response:
+    """Answer a request that no route takes, in the form of its path."""
+    path = request.url.path
+    request_id = request.headers.get(REQUEST_ID, "")
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        refusal = response_of(MethodNotAllowed.of("method", f"{path} has no {request.method}"), request_id, path)
+        refusal.headers.update(error.headers or {})
+        return refusal
+    return response_of(PathNotFound.of("path", f"there is no {path}; /openapi.json lists all"), request_id, path)
+
+
+class RestServer:
+    """REST on one port. Event loop only."""
+
+    def __init__(self, rest: Rest, access: Access, *, shared_port: bool = False) -> None:
+        """Store the parts. `shared_port`: other processes of this server listen on the port too."""
+        self._rest = rest
+        self._access = access
+        self._shared_port = shared_port
+        self._http: HttpServer | None = None
+
+    async def start(self, bounds: ReceiveBounds, further: Sequence[BaseRoute] = ()) -> int:
+        """Listen, and return the port.
+
+        Args:
+            bounds: of what callers send.
+            further: other routes of the same port.
+
+        Raises:
+            PortUnavailable: The port is taken, or the address is not this machine's.
+        """
+        settings = self._rest.settings
+        self._rest.bodies = Bodies(bounds.body, bounds.bodies, self._rest.clock)
+        self._http = HttpServer(
+            application(self._rest, self._access, further),
+            self._access,
+            name="rest",
+            connections=max(1, settings.max_connections // 4),
+        )
+        return await self._http.start(settings.host, settings.rest_port, shared=self._shared_port)
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more requests, wait `grace_s` for those in progress, and cancel the rest."""
+        if self._http is not None:
+            await self._http.stop(grace_s)
