@@ -131,7 +131,7 @@ def _name_of(member: str) -> str:
 def _host_and_port(member: str, name: str) -> tuple[str, str]:
     """Split a name; without a port, the default one. IPv6 addresses get brackets."""
     bare = name.strip("[]")
-    if _version(bare) == 6 and (bare == name or name == f"[{bare}]"):
+    if _version(bare) == 6 and name in {bare, f"[{bare}]"}:
         return f"[{bare}]", str(DEFAULT_PORT)
     host, colon, port = name.rpartition(":")
     if not colon:

@@ -18,7 +18,7 @@ _LONGEST_PAUSE_S = 1.0
 
 
 class Waiting:
-    """The methods of a client that tell whether models are ready."""
+    """The methods of a client that check whether models are ready."""
 
     _calls: Calls
 

@@ -1,4 +1,4 @@
-"""The commands `infer` and `models`, and what all commands share: read the command line, call the client, print results.
+"""The commands `infer` and `models`, and what all commands share: read the command line, call, print.
 
 `--server`, or the variable `ATTNSERVE_SERVER`, names the server. A failed call ends a command with one sentence and an
 exit code of `_errors`. A wrong option, and a file that cannot be read or written, end it with exit code 2.
@@ -132,7 +132,7 @@ def models(
     version: Version = "",
     wait: Annotated[
         float,
-        typer.Option("--wait", min=0, help="Wait up to so many seconds until it is ready, or a server's all are."),
+        typer.Option("--wait", min=0, help="Wait up to so many seconds until it, or every model, is ready."),
     ] = 0.0,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = DEFAULT_TIMEOUT_S,

@@ -1,7 +1,7 @@
 """The command `features`: read the command line, request features of rows, and show them by layer and head.
 
-`--server`, or the variable `ATTNSERVE_SERVER`, names the server. A failed call ends the command with one sentence and an
-exit code of `_errors`. A wrong option, and a file that cannot be read or written, end it with exit code 2.
+`--server`, or the variable `ATTNSERVE_SERVER`, names the server. A failed call ends the command with one sentence and
+an exit code of `_errors`. A wrong option, and a file that cannot be read or written, end it with exit code 2.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class Shown:
 def connect(server: str, context: typer.Context) -> Client:
     """Return a client that shows the server what the options say, and does not wait for one that is not there.
 
-    A person who mistyped an address wants to know it at once; `attnserve models --wait` waits.
+    A mistyped address is reported at once; `attnserve models --wait` waits.
     """
     return Client(server, **shown(context), retry=RetryPolicy(wait_for_ready=False))
 
