@@ -268,3 +268,9 @@ def batch_check_settings(settings: Settings) -> ShadowSettings | None:
     if not settings.verify_batches:
         return None
     return ShadowSettings(share=settings.verify_batches, action=settings.verify_action)
+
+
+def wide_cost_key(key: CostKey, settings: Settings) -> CostKey:
+    """Return the key of the timed runs on all cores, from that of the others."""
+    threads = settings.wide_threads or cores()
+    return key.model_copy(update={"provider": f"{key.provider} wide", "intra_op_threads": threads})

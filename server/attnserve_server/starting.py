@@ -24,6 +24,7 @@ from attnserve_server.loading import (
     instances_of,
     open_bundle,
     prepare_shapes,
+    wide_cost_key,
 )
 from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.logs import logger
@@ -97,10 +98,11 @@ async def start_model(
     named = {"model": manifest.name, "version": manifest.version}
     try:
         key = cost_key(session, manifest, settings)
-        known = read_costs(bundle, key) if settings.remember_costs else ()
-        timed = await executor.warm_up(known)
-        if settings.remember_costs and not known and not write_costs(bundle, key, timed):
-            _log.info("costs were not written: they are measured at each start", **named)
+        keys = key, wide_cost_key(key, settings)
+        known = [read_costs(bundle, one) if settings.remember_costs else () for one in keys]
+        for one, before, timed in zip(keys, known, await executor.warm_up(*known), strict=True):
+            if settings.remember_costs and timed and not before and not write_costs(bundle, one, timed):
+                _log.info("costs were not written: they are measured at each start", **named)
         await prepare_shapes(executor, opened, settings, clock)
     except BaseException:
         await executor.aclose()

@@ -95,6 +95,9 @@ class TimedRun:
     seconds: float
 
 
+Timed = tuple[TimedRun, ...]
+
+
 class CostEstimate:
     """Fits the cost model to warm-up runs and recent runs, by least squares of the relative errors.
 

@@ -29,7 +29,7 @@ from attnserve_server.engine.collation import (
     owned,
     weights_of,
 )
-from attnserve_server.engine.cost import CostEstimate, CostModel, TimedRun
+from attnserve_server.engine.cost import CostEstimate, CostModel, Timed, TimedRun
 from attnserve_server.engine.graph import Counts, Graph, compared_values
 from attnserve_server.engine.instance_thread import InstanceThread, Occupancy, end_all
 from attnserve_server.engine.labels import labels_of
@@ -130,14 +130,11 @@ class Executor:
         threads, self._threads = self._threads, []
         await end_all(threads, self._manifest.name)
 
-    async def warm_up(self, known: tuple[TimedRun, ...] = ()) -> tuple[TimedRun, ...]:
+    async def warm_up(self, known: Timed = (), known_wide: Timed = ()) -> tuple[Timed, Timed]:
         """Run batches on every instance, with attention of every site, and time a few shapes on one instance.
 
-        Args:
-            known: timed runs of an earlier start on this machine; if given, nothing is timed.
-
-        Returns:
-            The timed runs, on which the cost model starts.
+        `known` and `known_wide` are timed runs of an earlier start on this machine, which are not timed again. Return
+        the timed runs, on which the cost models start: those of an instance, and those on all cores.
 
         Raises:
             RunFailed: the model cannot run on valid inputs.
@@ -145,21 +142,21 @@ class Executor:
         for graph in filter(None, (self._prompt, self._past)):
             for instance, thread in enumerate(self._threads):
                 await thread.run(warmup.touch, graph.session_of(instance), graph.manifest)
-        if not known:
-            known = await self._measured(self._prompt)
+        known = known or await self._measured(self._prompt)
         self._prompt.cost = CostEstimate(known)
         if self._prompt.wide is not None:
-            await self._warm_up_wide(self._prompt.wide)
+            known_wide = await self._warm_up_wide(self._prompt.wide, known_wide)
         if self._past is not None:
             self._past.cost = CostEstimate(await self._measured(self._past))
-        return known
+        return known, known_wide
 
-    async def _warm_up_wide(self, session: RuntimeSession) -> None:
+    async def _warm_up_wide(self, session: RuntimeSession, known: Timed) -> Timed:
         await self._threads[0].run(warmup.touch, session, self._manifest)
         # On the clock: the thread's processor time would be that of one of the cores.
         measure = partial(warmup.measure, more_s=0.0)
-        timed = await self._threads[0].run(measure, session, self._manifest, self._clock)
-        self._prompt.wide_cost = CostEstimate(timed)
+        known = known or await self._threads[0].run(measure, session, self._manifest, self._clock)
+        self._prompt.wide_cost = CostEstimate(known)
+        return known
 
     async def on_all_instances(self, function: Callable[..., None], *arguments: object) -> None:
         """Run a function on the threads of all instances at the same time. Raise what it raises."""
@@ -170,7 +167,7 @@ class Executor:
         if self._threads:
             await self._threads[0].run(shrinking.shrink, tuple(filter(None, (self._prompt, self._past))))
 
-    async def _measured(self, graph: Graph) -> tuple[TimedRun, ...]:
+    async def _measured(self, graph: Graph) -> Timed:
         # The fewest shapes for a past: they are timed at each start.
         measure = partial(warmup.measure, more_s=0.0) if graph is self._past else warmup.measure
         return await self._threads[0].run(measure, graph.session_of(0), graph.manifest, self._cost_clock)

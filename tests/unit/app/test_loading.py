@@ -107,6 +107,14 @@ def test_costs_of_sequences_alone_and_of_batches_have_different_keys(tmp_path: P
     assert len(keys) == 2
 
 
+def test_costs_on_all_cores_have_a_key_of_their_own(tmp_path: Path) -> None:
+    session = RuntimeSession.load(write_tiny_files(tmp_path)["model.onnx"], provider="CPUExecutionProvider")
+    settings = [Settings(repository=tmp_path, intra_op_threads=2, wide_threads=threads) for threads in (2, 3)]
+    keys = [loading.cost_key(session, tiny_manifest(), one) for one in settings]
+    assert keys[0] == keys[1]
+    assert len({keys[0], *(loading.wide_cost_key(keys[0], one) for one in settings)}) == 3
+
+
 def test_batching_setting_accepts_every_policy() -> None:
     assert get_args(Settings.model_fields["batching"].annotation) == BATCHING
 

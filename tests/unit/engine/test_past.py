@@ -152,7 +152,7 @@ async def test_the_shadow_check_repeats_a_sequence_with_a_past_alone(executor: E
 
 async def test_warm_up_runs_both_graphs_and_times_them_apart(executor: Executor) -> None:
     assert executor.past_cost is None
-    timed = await executor.warm_up()
+    timed, _ = await executor.warm_up()
     assert max(run.tokens for run in timed) == MAX_LENGTH
     assert executor.cost is not None
     assert executor.past_cost is not None

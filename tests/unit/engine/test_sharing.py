@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.domain.values import PreparedSequence, SequenceResult
-from attnserve_server.engine import sharing
+from attnserve_server.engine import sharing, warmup
 from attnserve_server.engine.collation import collate
 from attnserve_server.engine.cost import CostEstimate, TimedRun
 from attnserve_server.engine.executor import Executor
@@ -119,3 +119,26 @@ async def test_only_a_run_that_is_alone_uses_all_cores(
     labels = {"model": manifest.name, "version": "1"}
     assert metrics.registry.get_sample_value("attnserve_wide_runs_total", labels) == wide
     assert replace(result.run, wide=False).batch_size == 1
+
+
+async def test_known_costs_are_not_measured_again(
+    embedder_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a crash, callers wait for the next engine, whose start would take longer by that."""
+    narrow, all_cores = pair(embedder_path)
+    executor = Executor([narrow], manifest, Metrics().model(manifest.name, "1"), MonotonicClock(), 1, wide=all_cores)
+    executor.start()
+    measured: list[RuntimeSession] = []
+
+    def measure(session: RuntimeSession, *arguments: object, **options: object) -> tuple[TimedRun, ...]:
+        measured.append(session)
+        return (TimedRun(1, 8, 0.001),)
+
+    monkeypatch.setattr(warmup, "measure", measure)
+    try:
+        timed = await executor.warm_up()
+        assert measured == [narrow, all_cores]
+        assert await executor.warm_up(*timed) == timed
+        assert measured == [narrow, all_cores]
+    finally:
+        await executor.aclose()
