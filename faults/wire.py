@@ -97,6 +97,8 @@ class Wire:
         self.metadata = metadata
         self.details = b""
         """The details of the last error."""
+        self.queues_s: list[float] = []
+        """Seconds that each answered sequence had waited, by its receipt."""
         merged = list({**dict(OPTIONS), **dict(options)}.items())
         if credentials is None:
             self.channel = grpc.aio.insecure_channel(target, merged)
@@ -163,6 +165,7 @@ class Wire:
         if not parse:
             return self.recorder.end(call, "OK")
         response = pb.InferResponse.FromString(answer)
+        self.queues_s += [one.run.queue_seconds for one in response.results]
         return self.recorder.end(call, "OK", version=response.receipt.version, answers=answers_of(response))
 
 

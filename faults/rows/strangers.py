@@ -18,7 +18,7 @@ from faults.lab import Lab, Row, Setup, Share, context_of, credentials_of
 from faults.wire import request_of
 
 CERTIFICATES: Final = Setup(secured="certificates")
-TOKENS: Final = Setup(secured="tokens")
+TOKENS: Final = Setup(secured="tokens", flags=("--admin",))
 MOST_LOG_LINES: Final = 40
 UNKNOWN: Final = "attn_" + "A" * 43
 
@@ -146,7 +146,7 @@ async def denied(lab: Lab) -> None:
     tokens = lab.bench.tokens
     scopes = {"infer": "infer", "attention": "infer,attention", "metrics": "metrics", "admin": "admin"}
     secrets = {name: tokens.secrets.get(name) or tokens.add(name, given) for name, given in scopes.items()}
-    data = request_of(bundles.TINY, ["the cat"]).SerializeToString()
+    infer = request_of(bundles.TINY, ["the cat"]).SerializeToString()
     methods = {
         **SCOPE_OF, "/attnserve.v1.InferenceService/Nothing": None, "/attnserve.v1.ModelService/Nothing": None,
         "/inference.GRPCInferenceService/Nothing": None, "/grpc.channelz.v1.Channelz/GetServers": None,
@@ -161,6 +161,7 @@ async def denied(lab: Lab) -> None:
     for method, scope in methods.items():
         if method.endswith(("Watch", "StreamInfer", "Info")) and scope is not None:
             continue  # streams: tests/contract/test_who.py has them
+        data = b"" if scope == "admin" else infer  # an empty message changes no model
         for name in (*scopes, ""):
             codes = _expected(scope, scopes.get(name, ""))
             async with lab.caller(f"{name or 'no token'} on {method}", *codes, metadata=()) as wire:

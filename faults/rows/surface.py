@@ -24,6 +24,8 @@ HIDDEN: Final = (
     "/grpc.channelz.v1.Channelz/GetServers",
     "/grpc.admin.v1.Admin/Get",
     "/inference.GRPCInferenceService/RepositoryModelLoad",
+    "/attnserve.v1.ModelService/LoadModel",
+    "/attnserve.v1.ModelService/ReloadRepository",
 )
 PAGES: Final = ("/", "/debug", "/debug/pprof", "/docs", "/openapi.json", "/admin", "/explore", "/env", "/healthz")
 EVIL: Final = ("a\r\nforged: 1", 'x\n{"event": "forged"}', "\x1b[31mred", "\u2028line", "\x00nul", "a\tb", "é" * 40)
