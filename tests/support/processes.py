@@ -47,7 +47,8 @@ def started(repository: Path, folder: Path, *flags: str, variables: Mapping[str,
     """Start a server with free ports. Its variables are those of this process, and `variables`."""
     ports = folder / "ports.json"
     line = [sys.executable, "-P", "-c", CODE, "serve", "--repository", str(repository), "--ports-file", str(ports)]
-    line += ["--grpc-port", "0", "--http-port", "0", "--rest-port", "0", "--log-level", "warning", "--isolation", "process"]
+    line += ["--grpc-port", "0", "--http-port", "0", "--rest-port", "0"]
+    line += ["--log-level", "warning", "--isolation", "process"]
     line += [*([] if "--fronts" in flags else ["--fronts", "1"]), *flags]
     process = subprocess.Popen(line, env={**os.environ, **(variables or {})})
     until = time.monotonic() + 60
