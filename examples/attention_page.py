@@ -16,7 +16,7 @@ def main(server: str, model: str, text: str, output: Path) -> None:
     with Client(server) as client:
         (attention,) = client.infer(model, text, outputs=[], attention=LAST_LAYER).attention
     output.write_text(attention.to_html(), encoding="utf-8")
-    for link in attention.links(top=5, include_self=False, exclude_punctuation=True):
+    for link in attention.links(top=5):
         print(f"{link.query} looks at {link.key}: {link.weight:.2f}")
     print(f"wrote {output}")
 

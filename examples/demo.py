@@ -83,8 +83,9 @@ def show(console: Console, name: str, text: str, client: Client, output: Path) -
     console.print(f"embedding: {result.outputs['embedding'].shape[0]} dimensions, norm {norm:.4f}")
     console.print("strongest links between words (last layer, mean over heads):")
     table = Table("query", "looks at", "weight")
-    for link in attention.links(top=8, include_self=False, exclude_punctuation=True):
-        table.add_row(link.query, link.key, f"{link.weight:.3f}")
+    names = attention.names(text)  # with positions where a word repeats
+    for link in attention.links(top=8):
+        table.add_row(names[link.query_token], names[link.key_token], f"{link.weight:.3f}")
     console.print(table)
     html, png = output / f"{name}.html", output / f"{name}.png"
     html.write_text(attention.to_html(), encoding="utf-8")

@@ -61,9 +61,9 @@ class AsyncConnections:
         options: Mapping[str, int | str],
         connections: int = 1,
     ) -> None:
-        self._names, self._options = targets_of(target), options_of(options)
-        self.lanes = Lanes(len(self._names), check_connections(connections))
-        self._count = len(self._names) * connections
+        self.names, self._options = targets_of(target), options_of(options)
+        self.lanes = Lanes(len(self.names), check_connections(connections))
+        self._count = len(self.names) * connections
         self._credentials = credentials_of(credentials)
         self._metadata = per_call(token, metadata)
         self._channels: list[grpc.aio.Channel] = []
@@ -124,7 +124,7 @@ class AsyncConnections:
         if not self._stubs:
             # Not in the constructor: a channel belongs to the event loop that runs when it is created.
             for number in range(self._count):
-                name = self._names[number % len(self._names)]
+                name = self.names[number % len(self.names)]
                 self._stubs.append(
                     stub_of(self._open(name, self._options), partial(self._open, name, unchecked(self._options)))
                 )
@@ -180,13 +180,13 @@ class Connections:
         options: Mapping[str, int | str],
         connections: int = 1,
     ) -> None:
-        names, arguments = targets_of(target), options_of(options)
-        self.lanes = Lanes(len(names), check_connections(connections))
+        self.names, arguments = targets_of(target), options_of(options)
+        self.lanes = Lanes(len(self.names), check_connections(connections))
         self._credentials = credentials_of(credentials)
         self._channels: list[grpc.Channel] = []
         self._stubs: list[Stub] = [
             stub_of(self._open(name, arguments), partial(self._open, name, unchecked(arguments)))
-            for name in names * connections
+            for name in self.names * connections
         ]
         self._metadata = per_call(token, metadata)
         self.closed = False

@@ -83,8 +83,10 @@ def _inert(data: dict[str, Any]) -> str:
 
 def _fallback(attention: MapData) -> str:
     """Return the strongest links as a table, for browsers that run no scripts."""
+    names = attention.names()
     rows = "".join(
-        f"<tr><td>{html.escape(link.query)}</td><td>{html.escape(link.key)}</td><td>{link.weight:.3f}</td></tr>"
+        f"<tr><td>{html.escape(names[link.query_token])}</td><td>{html.escape(names[link.key_token])}</td>"
+        f"<td>{link.weight:.3f}</td></tr>"
         for link in attention.links(top=_NOSCRIPT_LINKS)
     )
     return f"<table><tr><th>token</th><th>looks at</th><th>weight</th></tr>{rows}</table>"

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from attnserve.v1 import inference_service_pb2 as wire
 
-from attnserve_client._labels import LabelSelection
+from attnserve_client._labels import LabelChoice
 from attnserve_client._labels import selection_of as label_selection_of
 from attnserve_client._models import ModelInfo
-from attnserve_client._selection import AttentionSelection, selection_of
+from attnserve_client._selection import AttentionChoice, selection_of
 from attnserve_client._tensors import to_tensor
 from attnserve_client.errors import InvalidRequest
 
@@ -133,11 +133,11 @@ def request_of(  # noqa: PLR0913 - the fields of the message
     version: str,
     sequences: Iterable[wire.Sequence],
     outputs: Sequence[str] | None,
-    attention: AttentionSelection | bool | None,
+    attention: AttentionChoice,
     priority: str,
     request_id: str,
     validate_only: bool,
-    labels: LabelSelection | bool | None = None,
+    labels: LabelChoice = None,
     prompt_name: str | None = None,
 ) -> wire.InferRequest:
     """Return the message for a call.

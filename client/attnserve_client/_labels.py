@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 from attnserve.v1 import attention_pb2, labels_pb2
 
+from attnserve_client._selection import check_fields
 from attnserve_client.errors import InvalidRequest
 
 HEAD_KINDS: Final[dict[int, str]] = {
@@ -189,21 +190,29 @@ class Head:
     mask_token: str = ""
 
 
-def selection_of(labels: LabelSelection | bool | None) -> labels_pb2.LabelSelection | None:
+LabelChoice: TypeAlias = LabelSelection | Mapping[str, Any] | bool | None
+"""What a call takes as its selection of labels."""
+
+
+def selection_of(labels: LabelChoice) -> labels_pb2.LabelSelection | None:
     """Return the message for a selection; True selects the defaults, None leaves the choice to the server.
 
     Raises:
         TypeError: `labels` is False, or has another type.
-        InvalidRequest: A value does not fit its field.
+        InvalidRequest: A field is unknown, or a value does not fit its field.
     """
     if labels is None:
         return None
     if labels is True:
         return labels_pb2.LabelSelection()
+    if isinstance(labels, Mapping):
+        check_fields("labels", labels, LabelSelection)
+        labels = LabelSelection(**labels)
     if isinstance(labels, LabelSelection):
         return labels.to_wire()
     kind = type(labels).__name__
-    raise TypeError(f"labels must be a LabelSelection, True or None, not {kind}; name the outputs to get no labels")
+    problem = f"labels must be a LabelSelection, a dict of its fields, True or None, not {kind}"
+    raise TypeError(f"{problem}; name the outputs to get no labels")
 
 
 def labels_of(message: labels_pb2.Labels) -> Labels:

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from attnserve_client._labels import Labels
 from attnserve_client._patches import Panel, PatchGrid
-from attnserve_client._tokens import Array, Link, RawLinks, Token, as_float32
+from attnserve_client._tokens import Array, Link, RawLinks, Token, as_float32, names_of
 
 
-@dataclass(frozen=True, eq=False)  # no slots: cached_property stores the decoded weights in __dict__
+@dataclass(frozen=True, eq=False, repr=False)  # no slots: cached_property stores the decoded weights in __dict__
 class MapData:
     """Fields and weights of an `AttentionMap`, whose docstring describes the fields.
 
@@ -38,6 +38,16 @@ class MapData:
     model: str = ""
     labels: Labels | None = field(default=None, repr=False)
     values: Literal["weights", "scores"] = field(default="weights", repr=False)
+
+    def __repr__(self) -> str:
+        """Return model, place, kind and shape on one line, without tokens and weights."""
+        model = f"{self.model}, " if self.model else ""
+        return f"{type(self).__name__}({model}{self.title}, {self.kind}, {self.form}, {self.values} {self.shape_text})"
+
+    @property
+    def shape_text(self) -> str:
+        """The shape (H, L, S) as text."""
+        return f"({self._head_count}, {len(self.query_tokens)}, {len(self.key_tokens)})"
 
     @property
     def tokens(self) -> tuple[Token, ...]:
@@ -126,14 +136,23 @@ class MapData:
         outside[rows, self.band_keys[rows, columns]] = False
         return outside
 
+    def names(self, *texts: str) -> dict[Token, str]:
+        """Return the text of each unit, with its position where the text repeats: `append (4)`.
+
+        Args:
+            texts: The input text, or both texts of a pair. Positions in a text of several lines are line and column,
+                from 1: `append, line 2, column 5`. Otherwise they are `Token.index`.
+        """
+        return names_of((self.query_tokens, self.key_tokens), texts)
+
     def links(
         self,
         top: int | None = 10,
         *,
         exclude_special: bool = True,
         head: int | None = None,
-        include_self: bool = True,
-        exclude_punctuation: bool = False,
+        include_self: bool = False,
+        exclude_punctuation: bool = True,
     ) -> list[Link]:
         """Return the strongest links, by descending weight; equal weights in the order of head, query and key.
 
@@ -141,7 +160,7 @@ class MapData:
             top: Most links to return; None for all with a weight above 0.
             exclude_special: Omit links from and to special tokens.
             head: Number of one head in `heads`; None for all heads.
-            include_self: Keep links from a unit to itself.
+            include_self: Keep links from a unit to itself, in maps whose rows and columns are the same units.
             exclude_punctuation: Omit links from and to units without a letter or digit.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,13 @@ from attnserve_client._patches import PatchGrid
 from attnserve_client._receipts import Receipt, Run, receipt_of, run_of
 from attnserve_client._selection import AttentionSelection, AttentionValue
 from attnserve_client._status import bad_answer
+from attnserve_client._summary import Maps, summary_of
 from attnserve_client._tensors import to_array
 from attnserve_client._tokens import RawLinks, Token
 from attnserve_client.errors import AttnserveError, BadAnswer
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class InferenceResult:
     """The result for one sequence.
 
@@ -48,6 +50,15 @@ class InferenceResult:
     predicted_bytes: int
     labels: Labels | None = None
     features: AttentionFeatures | None = None
+
+    def __repr__(self) -> str:
+        """Return model, outputs with their shapes, maps and digest on one line."""
+        return summary_of(self)
+
+    def _repr_html_(self) -> str:
+        """Return the summary and the first map, for notebooks."""
+        first = self.attention[0]._repr_html_() if self.attention else None
+        return f"<p><code>{html.escape(repr(self))}</code></p>{first or ''}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +117,7 @@ def results_of(message: wire.InferResponse, sequences: int, *, validate_only: bo
         return [
             InferenceResult(
                 outputs={tensor.name: to_array(tensor) for tensor in item.outputs},
-                attention=[] if names else _maps_of(item.attention, receipt.model, _labels_of(item), effective),
+                attention=Maps() if names else _maps_of(item.attention, receipt.model, _labels_of(item), effective),
                 run=run_of(item.run),
                 receipt=receipt,
                 effective_attention=effective,
@@ -131,7 +142,7 @@ def _maps_of(
     axes = {units.axis: _tokens_of(units) for units in message.axes}
     grids = {units.axis: _grid_of(units) for units in message.axes if units.grid_rows}
     values: AttentionValue = "weights" if effective is None else effective.values or "weights"
-    return [_map_of(each, axes, grids, model, labels, values) for each in message.maps]
+    return Maps(_map_of(each, axes, grids, model, labels, values) for each in message.maps)
 
 
 def _grid_of(units: attention_pb2.AxisUnits) -> PatchGrid:

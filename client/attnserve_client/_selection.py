@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, TypeVar, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args
 
 from attnserve.v1 import attention_pb2 as wire
 from attnserve.v1 import tensor_pb2
@@ -63,6 +63,8 @@ class AttentionSelection:
     The server applies the fields in this order: sites, heads, layers, words, special tokens, queries, features or
     links, dtype.
 
+    A name or a number alone is a list of one: `layers=-1`.
+
     Attributes:
         sites: Names of sites, as listed in `ModelInfo.sites`; empty for all.
         layers: Positions of sites in the model's list; negative ones count from the end.
@@ -84,14 +86,15 @@ class AttentionSelection:
 
     Raises:
         InvalidRequest: `heads` is an unknown reduction, or another one than `head_reduction`.
+        TypeError: A list of names or numbers is neither a list nor one of them.
     """
 
-    sites: Sequence[str] = ()
-    layers: Sequence[int] = ()
-    heads: Sequence[int] | HeadReduction = ()
+    sites: Sequence[str] | str = ()
+    layers: Sequence[int] | int = ()
+    heads: Sequence[int] | HeadReduction | int = ()
     head_reduction: HeadReduction | None = None
     layer_reduction: LayerReduction | None = None
-    queries: Sequence[int] = ()
+    queries: Sequence[int] | int = ()
     unit: Unit | None = None
     special_tokens: SpecialTokens | None = None
     top_k: int = 0
@@ -101,11 +104,8 @@ class AttentionSelection:
     values: AttentionValue | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sites", "features"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, (getattr(self, name),))
         for name in ("sites", "layers", "queries", "features"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, _several(name, getattr(self, name)))
         if isinstance(self.heads, str):
             _choice("heads", self.heads, _HEADS)
             if self.head_reduction not in (None, self.heads):
@@ -113,7 +113,7 @@ class AttentionSelection:
                 raise InvalidRequest.of("attention.head_reduction", problem)
             object.__setattr__(self, "head_reduction", self.heads)
             object.__setattr__(self, "heads", ())
-        object.__setattr__(self, "heads", tuple(self.heads))
+        object.__setattr__(self, "heads", _several("heads", self.heads))
 
     def to_wire(self) -> wire.AttentionSelection:
         """Return the message for this selection.
@@ -123,9 +123,9 @@ class AttentionSelection:
             TypeError: A layer, head, query or `top_k` is no integer, a site is no string, or `min_weight` is no number.
         """
         message = wire.AttentionSelection(sites=self.sites)
-        message.layers.extend(_integers("layers", self.layers))
-        message.heads.extend(_integers("heads", () if isinstance(self.heads, str) else self.heads))
-        message.queries.extend(_integers("queries", self.queries))
+        message.layers.extend(_integers("layers", _several("layers", self.layers)))
+        message.heads.extend(_integers("heads", () if isinstance(self.heads, str) else _several("heads", self.heads)))
+        message.queries.extend(_integers("queries", _several("queries", self.queries)))
         if self.head_reduction is not None:
             message.head_reduction = _choice("head_reduction", self.head_reduction, _HEADS)
         if self.layer_reduction is not None:
@@ -167,26 +167,58 @@ class AttentionSelection:
         )
 
 
+AttentionChoice: TypeAlias = AttentionSelection | Mapping[str, Any] | bool | None
+"""What a call takes as its selection of attention: a selection, a dict of its fields, True for all, or none."""
+
+
 def features_of(message: wire.AttentionSelection) -> tuple[Feature, ...]:
     """Return the names of the features that a message selects, without those that this client does not know."""
     found = (_named(code, _FEATURES, get_args(Feature)) for code in message.features)
     return tuple(name for name in found if name is not None)
 
 
-def selection_of(attention: AttentionSelection | bool | None) -> wire.AttentionSelection | None:
+def selection_of(attention: AttentionChoice) -> wire.AttentionSelection | None:
     """Return the message for a selection; True selects all attention, False and None select none.
 
     Raises:
         TypeError: `attention`, or a value in it, has another type.
-        InvalidRequest: A choice of the selection is unknown, or an integer does not fit its field.
+        InvalidRequest: A field or a choice of the selection is unknown, or an integer does not fit its field.
     """
     if attention is None or attention is False:
         return None
     if attention is True:
         return wire.AttentionSelection()
+    if isinstance(attention, Mapping):
+        check_fields("attention", attention, AttentionSelection)
+        attention = AttentionSelection(**attention)
     if isinstance(attention, AttentionSelection):
         return attention.to_wire()
-    raise TypeError(f"attention must be an AttentionSelection, a bool or None, not {type(attention).__name__}")
+    kind = type(attention).__name__
+    raise TypeError(f"attention must be an AttentionSelection, a dict of its fields, a bool or None, not {kind}")
+
+
+def check_fields(argument: str, given: Mapping[str, Any], kind: type) -> None:
+    """Check the names in a dict given as a selection.
+
+    Raises:
+        InvalidRequest: `kind` has no such field.
+    """
+    known = [each.name for each in fields(kind)]
+    for name in given:
+        if name not in known:
+            raise InvalidRequest.of(f"{argument}.{name}", f"a selection has no such field: use {', '.join(known)}")
+
+
+def _several(field: str, given: Any) -> tuple[Any, ...]:
+    """Return a tuple of names or numbers, of which one may stand alone."""
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, Iterable):
+        return tuple(given)
+    try:
+        return (operator.index(given),)
+    except TypeError:
+        raise TypeError(f"attention.{field} is {given!r}; it must be a list, or one of its members") from None
 
 
 def _integers(field: str, values: Sequence[int], least: int = -(2**31), most: int = 2**31 - 1) -> list[int]:

@@ -5,6 +5,8 @@ They are made from responses that `_results` has checked, so nothing here fails.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +78,32 @@ def as_float32(weights: Array) -> npt.NDArray[np.float32]:
     if weights.dtype == np.uint8:
         return np.divide(weights, np.float32(255), dtype=np.float32)
     return weights.astype(np.float32, copy=False).view()
+
+
+def names_of(axes: Sequence[Sequence[Token]], texts: Sequence[str] = ()) -> dict[Token, str]:
+    """Return the text of each unit, with its position where the text repeats on its axis.
+
+    Args:
+        axes: The units of each axis.
+        texts: The input text, or both texts of a pair, for line and column.
+    """
+    names: dict[Token, str] = {}
+    for tokens in axes:
+        counts = Counter(token.text for token in tokens)
+        for token in tokens:
+            if counts[token.text] > 1:
+                names[token] = token.text + _position(token, texts)
+            else:
+                names.setdefault(token, token.text)
+    return names
+
+
+def _position(token: Token, texts: Sequence[str]) -> str:
+    text = texts[token.segment] if token.segment < len(texts) else ""
+    if "\n" not in text or token.end <= token.start:
+        return f" ({token.index})"
+    before = text[: token.start]
+    return f", line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
 
 
 def plain_token(token: Token) -> dict[str, Any]:

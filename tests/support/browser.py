@@ -22,19 +22,25 @@ HOSTILE = (
 
 
 class Elements(HTMLParser):
-    """Tags, title and token texts of the document that the browser dumps."""
+    """Tags, title, token texts, listed links and the cue of a cut map, in the document that the browser dumps."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.tokens: list[str] = []
         self.places: list[str] = []
+        self.items: list[str] = []
+        self.cue = False
         self.title = ""
         self._into = ""
         self.feed(source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        if tag == "li":
+            self.items.append("")
+        if dict(attrs).get("id") == "cue":
+            self.cue = "hidden" not in dict(attrs)
         if "token" in (dict(attrs).get("class") or "").split():
             self.tokens.append("")
             self.places += re.findall("grid-area:[^;]*;", dict(attrs).get("style") or "")
@@ -46,17 +52,19 @@ class Elements(HTMLParser):
         self._into = ""
 
     def handle_data(self, data: str) -> None:
+        if self.items and data.strip() and self.tags[-1] == "span":
+            self.items[-1] += data + " "
         if self._into == "token":
             self.tokens[-1] += data
         elif self._into == "title":
             self.title += data
 
 
-def document(source: str, tmp_path: Path) -> Elements:
-    """The document after a browser ran the page."""
+def document(source: str, tmp_path: Path, width: int = 1200) -> Elements:
+    """The document after a browser ran the page in a window of this width."""
     page = tmp_path / "page.html"
     page.write_text(source, encoding="utf-8")
     line = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    line += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    line += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", page.as_uri()]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
     return Elements(done.stdout)

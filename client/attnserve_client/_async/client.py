@@ -19,11 +19,11 @@ from attnserve_client._credentials import Tls, TokenFile
 from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
 from attnserve_client._feeds import AsyncFeed, AsyncInputStream
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
-from attnserve_client._labels import LabelSelection
+from attnserve_client._labels import LabelChoice
 from attnserve_client._models import ModelInfo, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import DEFAULT_TIMEOUT_S, Retrying, RetryPolicy
-from attnserve_client._selection import AttentionSelection
+from attnserve_client._selection import AttentionChoice
 from attnserve_client.errors import InvalidRequest
 
 
@@ -69,6 +69,10 @@ class AsyncClient(AsyncAdmin, AsyncWaiting):
         # Models by name and version. Each access is one operation on the dict, so threads need no lock.
         self._described: dict[tuple[str, str], ModelInfo] = {}
 
+    def __repr__(self) -> str:
+        """Return class and addresses, never the token."""
+        return f"{type(self).__name__}({', '.join(self._connections.names)!r})"
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -89,8 +93,8 @@ class AsyncClient(AsyncAdmin, AsyncWaiting):
         *,
         version: str = ...,
         outputs: Sequence[str] | None = ...,
-        attention: AttentionSelection | bool | None = ...,
-        labels: LabelSelection | bool | None = ...,
+        attention: AttentionChoice = ...,
+        labels: LabelChoice = ...,
         prompt_name: str | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
@@ -106,8 +110,8 @@ class AsyncClient(AsyncAdmin, AsyncWaiting):
         *,
         version: str = ...,
         outputs: Sequence[str] | None = ...,
-        attention: AttentionSelection | bool | None = ...,
-        labels: LabelSelection | bool | None = ...,
+        attention: AttentionChoice = ...,
+        labels: LabelChoice = ...,
         prompt_name: str | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
@@ -122,8 +126,8 @@ class AsyncClient(AsyncAdmin, AsyncWaiting):
         *,
         version: str = "",
         outputs: Sequence[str] | None = None,
-        attention: AttentionSelection | bool | None = None,
-        labels: LabelSelection | bool | None = None,
+        attention: AttentionChoice = None,
+        labels: LabelChoice = None,
         prompt_name: str | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
@@ -138,7 +142,8 @@ class AsyncClient(AsyncAdmin, AsyncWaiting):
                 `Continuation`; or a list.
             version: Version of the model; empty for the highest that is ready.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
-            attention: Selection of the attention to return; True for all of it, None or False for none.
+            attention: Selection of the attention to return, or a dict of its fields; True for all of it, None or
+                False for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
                 model has a head and `outputs` is None, otherwise for none.
             prompt_name: Name of the prompt to put before texts, as in `ModelInfo.prompts`; None for the model's default
@@ -187,8 +192,8 @@ class AsyncClient(AsyncAdmin, AsyncWaiting):
         *,
         version: str = "",
         outputs: Sequence[str] | None = None,
-        attention: AttentionSelection | bool | None = None,
-        labels: LabelSelection | bool | None = None,
+        attention: AttentionChoice = None,
+        labels: LabelChoice = None,
         prompt_name: str | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
@@ -210,7 +215,8 @@ class AsyncClient(AsyncAdmin, AsyncWaiting):
                 An async iterable, or an iterable that does not block the event loop.
             version: Version of the model; empty for the highest that is ready.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
-            attention: Selection of the attention to return; True for all of it, None or False for none.
+            attention: Selection of the attention to return, or a dict of its fields; True for all of it, None or
+                False for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
                 model has a head and `outputs` is None, otherwise for none.
             prompt_name: Name of the prompt to put before texts, as in `ModelInfo.prompts`; None for the model's default

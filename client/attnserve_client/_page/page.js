@@ -38,6 +38,18 @@
     return element;
   };
   const byId = (id) => document.getElementById(id);
+  // The text of a unit, and its number where the text repeats on its axis: as `AttentionMap.names`.
+  const namesOf = (tokens) => {
+    const counts = new Map();
+    for (const token of tokens) counts.set(token.text, (counts.get(token.text) || 0) + 1);
+    return tokens.map((token) => (counts.get(token.text) > 1 ? `${token.text} (${token.index})` : token.text));
+  };
+  const queryNames = namesOf(queries);
+  const keyNames = namesOf(keys);
+  // Links of punctuation, and of a unit to itself, are left out of the lists: as in `AttentionMap.links`.
+  const isPunctuation = (token) => !/[\p{L}\p{N}]/u.test(token.text);
+  const isListed = (row, column) =>
+    !isPunctuation(queries[row]) && !isPunctuation(keys[column]) && !(same && queries[row].index === keys[column].index);
 
   // The current choices and highlights.
   const state = { head: -1, backwards: false, special: false, at: null, pinned: null, cell: null };
@@ -191,19 +203,26 @@
       return;
     }
     const others = state.backwards ? rows : columns;
-    const tokens = state.backwards ? queries : keys;
     const weigh = (other) => (state.backwards ? value(other, from) : value(from, other));
-    const best = [...others].sort((one, other) => weigh(other) - weigh(one)).slice(0, 6).filter((other) => weigh(other) > 0);
-    host.append(make("b", "", state.at.token.text), state.backwards ? " is looked at by " : " looks at ");
+    const names = state.backwards ? queryNames : keyNames;
+    const listed = (other) => (state.backwards ? isListed(other, from) : isListed(from, other));
+    const best = [...others]
+      .filter((other) => weigh(other) > 0 && (listed(other) || isPunctuation(state.at.token)))
+      .sort((one, other) => weigh(other) - weigh(one))
+      .slice(0, 6);
+    host.append(make("b", "", (state.backwards ? keyNames : queryNames)[from]), state.backwards ? " is looked at by " : " looks at ");
     best.forEach((other, place) => {
-      host.append(place ? ", " : "", make("b", "", tokens[other].text), ` ${percent(weigh(other))}`);
+      host.append(place ? ", " : "", make("b", "", names[other]), ` ${percent(weigh(other))}`);
     });
     if (!best.length) host.append("nothing that is shown");
   }
 
   // ---- the heatmap
+  // The labels have canvases of their own, which stay in view while the map scrolls below them.
   const canvas = byId("heatmap");
   const pen = canvas.getContext("2d");
+  const [rowCanvas, columnCanvas] = [byId("row-labels"), byId("column-labels")];
+  const [rowPen, columnPen] = [rowCanvas.getContext("2d"), columnCanvas.getContext("2d")];
   const FONT = "12px system-ui, sans-serif";
   const layout = { cell: 10, left: 0, top: 0 };
   const fit = (text, width) => {
@@ -215,23 +234,19 @@
   function drawHeatmap() {
     pen.font = FONT;
     const labelled = (length) => length <= 160;
-    const widest = (tokens, places) =>
-      labelled(places.length) ? Math.min(120, Math.max(...places.map((place) => pen.measureText(tokens[place].text).width))) : 0;
-    layout.left = Math.ceil(widest(queries, rows)) + 10;
-    layout.top = Math.ceil(widest(keys, columns) * 0.87) + 16;
-    const room = canvas.parentElement.clientWidth - layout.left - 30;
+    const widest = (names, places) =>
+      labelled(places.length) ? Math.min(120, Math.max(...places.map((place) => pen.measureText(names[place]).width))) : 0;
+    layout.left = Math.ceil(widest(queryNames, rows)) + 10;
+    layout.top = Math.ceil(widest(keyNames, columns) * 0.87) + 16;
+    const room = byId("scroll").clientWidth - layout.left - 30;
     layout.cell = Math.max(labelled(columns.length) ? 13 : 4, Math.min(38, Math.floor(room / columns.length)));
-    const lean = Math.ceil(widest(keys, columns) * 0.5);
-    const width = layout.left + columns.length * layout.cell + lean + 4;
-    const height = layout.top + rows.length * layout.cell + 4;
-    const ratio = Math.min(window.devicePixelRatio || 1, 8192 / Math.max(width, height));
-    canvas.width = Math.round(width * ratio);
-    canvas.height = Math.round(height * ratio);
-    canvas.style.width = `${width}px`;
-    canvas.style.height = `${height}px`;
-    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    pen.clearRect(0, 0, width, height);
-    const { cell, left, top } = layout;
+    const lean = Math.ceil(widest(keyNames, columns) * 0.5);
+    const width = columns.length * layout.cell + lean + 4;
+    const height = rows.length * layout.cell + 4;
+    resize(pen, width, height);
+    resize(rowPen, layout.left, height);
+    resize(columnPen, width, layout.top);
+    const { cell } = layout;
     const gap = cell > 11 ? 1 : 0;
     const ink = variable("--ink");
     const soft = variable("--soft");
@@ -239,55 +254,78 @@
       columns.forEach((column, x) => {
         if (isOutside(row, column)) {
           pen.fillStyle = soft;
-          pen.fillRect(left + (x + 0.5) * cell - 1, top + (y + 0.5) * cell - 1, 1, 1);
+          pen.fillRect((x + 0.5) * cell - 1, (y + 0.5) * cell - 1, 1, 1);
           return;
         }
         const rgb = colour(Math.pow(value(row, column) / greatest, 0.6));
         pen.fillStyle = css(rgb);
-        pen.fillRect(left + x * cell, top + y * cell, cell - gap, cell - gap);
+        pen.fillRect(x * cell, y * cell, cell - gap, cell - gap);
         if (cell >= 34) {
           pen.fillStyle = inkOn(rgb);
           pen.font = "11px system-ui, sans-serif";
           pen.textAlign = "center";
           pen.textBaseline = "middle";
-          pen.fillText(String(Math.round(100 * value(row, column))), left + (x + 0.5) * cell, top + (y + 0.5) * cell);
+          pen.fillText(String(Math.round(100 * value(row, column))), (x + 0.5) * cell, (y + 0.5) * cell);
         }
       }),
     );
     pen.font = FONT;
-    pen.textBaseline = "middle";
-    const here = (token, isRow) => state.cell && state.cell[isRow ? "row" : "column"] === token;
-    if (labelled(rows.length)) {
-      pen.textAlign = "right";
-      rows.forEach((row, y) => {
-        pen.fillStyle = here(row, true) ? ink : queries[row].special ? soft : ink;
-        pen.fillText(fit(queries[row].text, 120), left - 7, top + (y + 0.5) * cell);
-      });
-    }
-    if (labelled(columns.length)) {
-      pen.textAlign = "left";
-      columns.forEach((column, x) => {
-        pen.save();
-        pen.translate(left + (x + 0.5) * cell, top - 6);
-        pen.rotate(-Math.PI / 3);
-        pen.fillStyle = keys[column].special ? soft : ink;
-        pen.fillText(fit(keys[column].text, 120), 0, 0);
-        pen.restore();
-      });
-    }
+    if (labelled(rows.length)) drawRowLabels(cell, layout.left, ink, soft);
+    if (labelled(columns.length)) drawColumnLabels(cell, layout.top, ink, soft);
     if (state.cell) {
       const y = rows.indexOf(state.cell.row);
       const x = columns.indexOf(state.cell.column);
       pen.strokeStyle = variable("--accent");
       pen.lineWidth = 1;
-      pen.strokeRect(left - 0.5, top + y * cell - 0.5, columns.length * cell, cell);
-      pen.strokeRect(left + x * cell - 0.5, top - 0.5, cell, rows.length * cell);
+      pen.strokeRect(0.5, y * cell + 0.5, columns.length * cell - 1, cell - 1);
+      pen.strokeRect(x * cell + 0.5, 0.5, cell - 1, rows.length * cell - 1);
     }
+    cue();
   }
+  function resize(brush, width, height) {
+    const ratio = Math.min(window.devicePixelRatio || 1, 8192 / Math.max(width, height));
+    brush.canvas.width = Math.round(width * ratio);
+    brush.canvas.height = Math.round(height * ratio);
+    brush.canvas.style.width = `${width}px`;
+    brush.canvas.style.height = `${height}px`;
+    brush.setTransform(ratio, 0, 0, ratio, 0, 0);
+    brush.clearRect(0, 0, width, height);
+  }
+  function drawRowLabels(cell, left, ink, soft) {
+    rowPen.font = FONT;
+    rowPen.textBaseline = "middle";
+    rowPen.textAlign = "right";
+    rows.forEach((row, y) => {
+      rowPen.fillStyle = queries[row].special && !(state.cell && state.cell.row === row) ? soft : ink;
+      rowPen.fillText(fit(queryNames[row], 120), left - 7, (y + 0.5) * cell);
+    });
+  }
+  function drawColumnLabels(cell, top, ink, soft) {
+    columnPen.font = FONT;
+    columnPen.textBaseline = "middle";
+    columns.forEach((column, x) => {
+      columnPen.save();
+      columnPen.translate((x + 0.5) * cell, top - 6);
+      columnPen.rotate(-Math.PI / 3);
+      columnPen.fillStyle = keys[column].special ? soft : ink;
+      columnPen.fillText(fit(keyNames[column], 120), 0, 0);
+      columnPen.restore();
+    });
+  }
+  // Whether the map continues behind an edge: a shadow there, and a line of text below.
+  function cue() {
+    const host = byId("scroll");
+    const right = host.scrollWidth - host.clientWidth - host.scrollLeft > 1;
+    const below = host.scrollHeight - host.clientHeight - host.scrollTop > 1;
+    byId("frame").classList.toggle("more-right", right);
+    byId("frame").classList.toggle("more-below", below);
+    byId("cue").hidden = host.scrollWidth - host.clientWidth <= 1 && host.scrollHeight - host.clientHeight <= 1;
+  }
+  byId("scroll").addEventListener("scroll", cue, { passive: true });
   function cellUnder(event) {
     const box = canvas.getBoundingClientRect();
-    const x = Math.floor((event.clientX - box.left - layout.left) / layout.cell);
-    const y = Math.floor((event.clientY - box.top - layout.top) / layout.cell);
+    const x = Math.floor((event.clientX - box.left) / layout.cell);
+    const y = Math.floor((event.clientY - box.top) / layout.cell);
     return x >= 0 && y >= 0 && x < columns.length && y < rows.length ? { row: rows[y], column: columns[x] } : null;
   }
   const tip = byId("tip");
@@ -296,7 +334,7 @@
     tip.hidden = cell === null;
     if (cell) {
       const shown = isOutside(cell.row, cell.column) ? "outside the window" : value(cell.row, cell.column).toFixed(4);
-      tip.textContent = `${queries[cell.row].text} → ${keys[cell.column].text}: ${shown}`;
+      tip.textContent = `${queryNames[cell.row]} → ${keyNames[cell.column]}: ${shown}`;
       tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - 240)}px`;
       tip.style.top = `${event.clientY + 16}px`;
     }
@@ -324,7 +362,7 @@
   // ---- the strongest links
   function drawLinks() {
     const found = [];
-    for (const row of rows) for (const column of columns) if (value(row, column) > 0) found.push([value(row, column), row, column]);
+    for (const row of rows) for (const column of columns) if (value(row, column) > 0 && isListed(row, column)) found.push([value(row, column), row, column]);
     found.sort((one, other) => other[0] - one[0]);
     const list = byId("links");
     list.replaceChildren();
@@ -332,7 +370,7 @@
       const entry = make("button", "link");
       entry.type = "button";
       const ends = make("span", "ends");
-      ends.append(make("span", "", queries[row].text), make("span", "arrow", "→"), make("span", "", keys[column].text));
+      ends.append(make("span", "", queryNames[row]), make("span", "arrow", "→"), make("span", "", keyNames[column]));
       const bar = make("span", "bar");
       const fill = make("span", "fill");
       fill.style.width = `${(100 * share) / found[0][0]}%`;

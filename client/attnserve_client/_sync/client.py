@@ -17,11 +17,11 @@ from attnserve_client._credentials import Tls, TokenFile
 from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
 from attnserve_client._feeds import Feed, InputStream
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
-from attnserve_client._labels import LabelSelection
+from attnserve_client._labels import LabelChoice
 from attnserve_client._models import ModelInfo, model_of
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import DEFAULT_TIMEOUT_S, Retrying, RetryPolicy
-from attnserve_client._selection import AttentionSelection
+from attnserve_client._selection import AttentionChoice
 from attnserve_client._sync.admin import Admin
 from attnserve_client._sync.calls import Calls
 from attnserve_client._sync.waiting import Waiting
@@ -70,6 +70,10 @@ class Client(Admin, Waiting):
         # Models by name and version. Each access is one operation on the dict, so threads need no lock.
         self._described: dict[tuple[str, str], ModelInfo] = {}
 
+    def __repr__(self) -> str:
+        """Return class and addresses, never the token."""
+        return f"{type(self).__name__}({', '.join(self._connections.names)!r})"
+
     def __enter__(self) -> Self:
         return self
 
@@ -90,8 +94,8 @@ class Client(Admin, Waiting):
         *,
         version: str = ...,
         outputs: Sequence[str] | None = ...,
-        attention: AttentionSelection | bool | None = ...,
-        labels: LabelSelection | bool | None = ...,
+        attention: AttentionChoice = ...,
+        labels: LabelChoice = ...,
         prompt_name: str | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
@@ -107,8 +111,8 @@ class Client(Admin, Waiting):
         *,
         version: str = ...,
         outputs: Sequence[str] | None = ...,
-        attention: AttentionSelection | bool | None = ...,
-        labels: LabelSelection | bool | None = ...,
+        attention: AttentionChoice = ...,
+        labels: LabelChoice = ...,
         prompt_name: str | None = ...,
         priority: Priority = ...,
         timeout: float | None = ...,
@@ -123,8 +127,8 @@ class Client(Admin, Waiting):
         *,
         version: str = "",
         outputs: Sequence[str] | None = None,
-        attention: AttentionSelection | bool | None = None,
-        labels: LabelSelection | bool | None = None,
+        attention: AttentionChoice = None,
+        labels: LabelChoice = None,
         prompt_name: str | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
@@ -139,7 +143,8 @@ class Client(Admin, Waiting):
                 `Continuation`; or a list.
             version: Version of the model; empty for the highest that is ready.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
-            attention: Selection of the attention to return; True for all of it, None or False for none.
+            attention: Selection of the attention to return, or a dict of its fields; True for all of it, None or
+                False for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
                 model has a head and `outputs` is None, otherwise for none.
             prompt_name: Name of the prompt to put before texts, as in `ModelInfo.prompts`; None for the model's default
@@ -188,8 +193,8 @@ class Client(Admin, Waiting):
         *,
         version: str = "",
         outputs: Sequence[str] | None = None,
-        attention: AttentionSelection | bool | None = None,
-        labels: LabelSelection | bool | None = None,
+        attention: AttentionChoice = None,
+        labels: LabelChoice = None,
         prompt_name: str | None = None,
         priority: Priority = "normal",
         timeout: float | None = DEFAULT_TIMEOUT_S,
@@ -211,7 +216,8 @@ class Client(Admin, Waiting):
                 A separate thread iterates over them.
             version: Version of the model; empty for the highest that is ready.
             outputs: Names of the outputs to return; None for all but those with `on_request`, an empty list for none.
-            attention: Selection of the attention to return; True for all of it, None or False for none.
+            attention: Selection of the attention to return, or a dict of its fields; True for all of it, None or
+                False for none.
             labels: Selection of the labels of the model's head; True for the head's defaults. None for labels if the
                 model has a head and `outputs` is None, otherwise for none.
             prompt_name: Name of the prompt to put before texts, as in `ModelInfo.prompts`; None for the model's default

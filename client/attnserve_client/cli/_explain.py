@@ -108,7 +108,7 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
         print_json({**answer, **embedding})
     else:
         console = Console(highlight=False)
-        show_explanation(console, f"{sentence}\n{pair}" if pair else sentence, result, links)
+        show_explanation(console, [sentence, pair] if pair else [sentence], result, links)
         for written in (html, png):
             if written is not None:
                 console.print(f"wrote {written}", markup=False, style="dim")

@@ -107,7 +107,7 @@ class Shown:
 
 
 def connect(server: str, context: typer.Context) -> Client:
-    """Return a client that shows the server what the options say, and does not wait for one that is not there.
+    """Return a client with the credentials of the options, which does not wait for a server that is not there.
 
     A mistyped address is reported at once; `attnserve models --wait` waits.
     """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attnserve_client import AttentionFeatures, InferenceResult, Labels, Link, ModelInfo
+from attnserve_client import AttentionFeatures, InferenceResult, Labels, Link, ModelInfo, Token
 from attnserve_client.cli._heatmap import heatmap, shade
 from attnserve_client.cli._text import clean
 from attnserve_client.data_types import TensorSpec
@@ -65,10 +67,15 @@ def show_labels(console: Console, labels: Labels) -> None:
     console.print(table if len(labels) else Text("  no labels", style="dim"))
 
 
-def show_explanation(console: Console, text: str, result: InferenceResult, links: list[Link]) -> None:
-    """Print outputs, labels, heatmap and strongest links of one text. Raise ValueError for a map of scores."""
+def show_explanation(console: Console, texts: Sequence[str], result: InferenceResult, links: list[Link]) -> None:
+    """Print outputs, labels, heatmap and strongest links of one text, or of a pair.
+
+    Raises:
+        ValueError: The map holds scores.
+    """
     attention = result.attention[0]
-    console.print(Text(clean(text), style="italic"))
+    for text in texts:
+        console.print(Text("\n".join(map(clean, text.splitlines())), style="italic"))
     console.print(Text(f"{clean(attention.model)}, {clean(attention.title)}", style="dim"))
     if not attention.is_joined and len(attention.heads) > 1:
         console.print(Text("The heatmap is the mean of these heads; each link names its own.", style="dim"))
@@ -76,7 +83,7 @@ def show_explanation(console: Console, text: str, result: InferenceResult, links
     for line in heatmap(attention, attention.head_weights(), console):
         console.print(line, soft_wrap=attention.query_axis == attention.key_axis)
     if links:
-        console.print(_links_table(links))
+        console.print(_links_table(links, attention.names(*texts)))
 
 
 def show_features(console: Console, text: str, features: AttentionFeatures) -> None:
@@ -98,7 +105,7 @@ def show_features(console: Console, text: str, features: AttentionFeatures) -> N
         console.print(table)
 
 
-def _links_table(links: list[Link]) -> Table:
+def _links_table(links: list[Link], names: dict[Token, str]) -> Table:
     table = Table(title="strongest links", title_justify="left", box=None, pad_edge=False)
     with_heads = any(link.head is not None for link in links)
     for name in ("query", "looks at", *(("head",) if with_heads else ()), "weight", ""):
@@ -106,7 +113,7 @@ def _links_table(links: list[Link]) -> Table:
     for link in links:
         bar = "━" * max(1, round(_BAR_CELLS * link.weight / links[0].weight))
         head = (str(link.head),) if with_heads else ()
-        texts = (Text(clean(link.query)), Text(clean(link.key)))
+        texts = (Text(clean(names[link.query_token])), Text(clean(names[link.key_token])))
         table.add_row(*texts, *head, f"{link.weight:.3f}", Text(bar, style="magenta"))
     return table
 

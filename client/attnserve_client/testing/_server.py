@@ -252,7 +252,7 @@ class FakeServer:
         return AttentionSelection(
             sites=[f"layer.{layer}" for layer in layers],
             layers=layers,
-            heads=[head % self.shape.heads for head in selection.heads if isinstance(head, int)],
+            heads=[head % self.shape.heads for head in selection.to_wire().heads],
             head_reduction=selection.head_reduction or ("mean" if rollout else "each"),
             layer_reduction=selection.layer_reduction or "each",
             queries=selection.queries,

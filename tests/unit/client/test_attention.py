@@ -109,15 +109,15 @@ def test_links_are_sorted_and_omit_special_tokens(shared_server: FakeServer) -> 
     assert first.weight == found.weights[first.head, first.query_token.index, first.key_token.index]
     assert (first.query, first.key) == (first.query_token.text, first.key_token.text)
     inner = found.weights[:, 1:-1, 1:-1]
-    assert first.weight == inner.max()
+    assert first.weight == inner[:, ~np.eye(inner.shape[1], dtype=bool)].max()
 
 
 def test_links_filter_by_head_special_tokens_and_self(shared_server: FakeServer) -> None:
     found = map_from(shared_server)
-    everything = found.links(top=None, exclude_special=False, head=2)
+    everything = found.links(top=None, exclude_special=False, head=2, include_self=True)
     assert len(everything) == found.weights.shape[1] ** 2
     assert {link.head for link in everything} == {2}
-    others = found.links(top=None, exclude_special=False, include_self=False)
+    others = found.links(top=None, exclude_special=False)
     assert all(link.query_token != link.key_token for link in others)
     assert found.links(top=0) == []
 
@@ -125,8 +125,8 @@ def test_links_filter_by_head_special_tokens_and_self(shared_server: FakeServer)
 def test_links_of_punctuation_can_be_excluded(shared_server: FakeServer) -> None:
     with Client(shared_server.target) as client:
         found = client.infer("fake", "Stop, now!", attention=True).attention[0]
-    assert {",", "!"} <= {link.key for link in found.links(top=None)}
-    words = found.links(top=None, exclude_punctuation=True)
+    assert {",", "!"} <= {link.key for link in found.links(top=None, exclude_punctuation=False)}
+    words = found.links(top=None)
     assert words
     assert {text for link in words for text in (link.query, link.key)} == {"Stop", "now"}
 

@@ -28,9 +28,37 @@ def hostile_map() -> AttentionMap:
 def test_page_draws_the_map_and_hostile_tokens_stay_text(tmp_path: Path) -> None:
     page = document(hostile_map().to_html(), tmp_path)
     assert page.tokens == list(HOSTILE), "the script must run under the content policy"
-    assert page.tags.count("li") == 9
+    assert page.tags.count("li") == 6, "3 x 3 links without those from a token to itself"
     assert not {"img", "svg"} & set(page.tags)
     assert page.title == "Attention, layer 0 (s), 2 heads"
+
+
+def sentence_map(text: str) -> AttentionMap:
+    """A map in which every word, punctuation included, looks mostly at itself."""
+    words = text.split()
+    tokens = tuple(Token(index, word, 2 * index, 2 * index + 1) for index, word in enumerate(words))
+    weights = (np.eye(len(words)) + 0.1).astype(np.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return AttentionMap(("s",), 0, "self", "dense", (0,), "seq", "seq", tokens, tokens, weights[None])
+
+
+def test_page_table_and_sdk_list_the_same_links_with_positions_of_repeated_words(tmp_path: Path) -> None:
+    shown = sentence_map("if done : append ( done )")
+    names = shown.names()
+    expected = [(names[link.query_token], names[link.key_token]) for link in shown.links(top=None)]
+    page = document(shown.to_html(), tmp_path)
+    listed = [tuple(item.rsplit(" ", 2)[0].split(" → ")) for item in page.items]
+    assert sorted(listed) == sorted(expected), "equal weights in any order"
+    assert ("done (1)", "done (5)") in listed
+    rows = [f"<td>{query}</td><td>{key}</td>" for query, key in expected]
+    assert all(row in shown.to_html() for row in rows), "the table without scripts"
+    assert shown.to_html().count("<tr><td>") == len(expected)
+
+
+@pytest.mark.parametrize(("words", "width", "cut"), [(40, 500, True), (12, 1400, False), (4, 500, False)])
+def test_page_marks_a_map_that_does_not_fit(tmp_path: Path, words: int, width: int, cut: bool) -> None:
+    shown = sentence_map(" ".join(f"word{place}" for place in range(words)))
+    assert document(shown.to_html(), tmp_path, width).cue is cut
 
 
 def test_page_places_patches_as_in_the_image(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ Maps are made by hand, with random weights. No server runs, and nothing raises.
 
 from __future__ import annotations
 
+import re
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import pytest
 from attnserve_client import AttentionMap, Token
-from attnserve_client.cli._heatmap import heatmap
+from attnserve_client.cli._heatmap import Ink, heatmap
 from rich.console import Console
 
 
@@ -45,7 +47,52 @@ def test_long_heatmap_shows_its_strongest_rows_and_counts_them() -> None:
 
 def test_heatmap_uses_colours_of_the_terminal() -> None:
     shown = lines(square(5), color_system="truecolor", force_terminal=True, no_color=False)
-    assert any("\x1b[48;2;" in line for line in shown)
+    assert any("48;2;" in line for line in shown)
+
+
+LUMINANCE = (0.2126, 0.7152, 0.0722)
+
+
+@pytest.mark.parametrize("colours", ["truecolor", "256"])
+@pytest.mark.parametrize("dark", [False, True])
+def test_greater_weights_are_ever_darker_and_on_dark_terminals_ever_lighter(colours: Any, dark: bool) -> None:
+    ink = Ink(colours, dark)
+    shown = [ink.background(place).get_truecolor() for place in np.linspace(0, 1, 9)]
+    luminance = [sum(part * share for part, share in zip(each, LUMINANCE, strict=True)) for each in shown]
+    steps = np.diff(luminance) * (1 if dark else -1)
+    assert (steps > 2).all(), luminance
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_true_colours_are_those_of_the_page(dark: bool) -> None:
+    script = files("attnserve_client").joinpath("_page", "page.js").read_text(encoding="utf-8")
+    line = re.search(rf"{'dark' if dark else 'light'}: \[(.*)\]", script)
+    assert line is not None
+    stops = re.findall("#([0-9a-f]{6})", line.group(1))
+    shown = [Ink("truecolor", dark).background(place).get_truecolor().hex for place in np.linspace(0, 1, len(stops))]
+    assert shown == [f"#{stop}" for stop in stops]
+
+
+@pytest.mark.parametrize(
+    ("variable", "dark"), [("15;0", True), ("15;default;0", True), ("0;15", False), ("", False), ("7", False)]
+)
+def test_terminal_that_names_a_dark_background_gets_the_dark_colours(
+    monkeypatch: pytest.MonkeyPatch, variable: str, dark: bool
+) -> None:
+    monkeypatch.setenv("COLORFGBG", variable)
+    assert Ink.of(Console(color_system="256", force_terminal=True)) == Ink("256", dark)
+
+
+@pytest.mark.parametrize("colours", ["standard", None])
+def test_terminal_of_few_colours_gets_characters(colours: Any) -> None:
+    assert Ink.of(Console(color_system=colours, force_terminal=True)).colours is None
+
+
+def test_small_heatmap_has_percentages() -> None:
+    found = square(3)
+    shown = lines(found, color_system=None)
+    rows = [line.split()[2:] for line in shown if line.startswith(("0 word", "1 word", "2 word"))]
+    assert rows == [[f"{100 * weight:.0f}" for weight in row] for row in found.weights[0]]
 
 
 def test_keys_of_another_axis_have_a_legend() -> None:

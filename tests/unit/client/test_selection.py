@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+import numpy as np
 import pytest
-from attnserve_client import AttentionSelection, InvalidRequest
+from attnserve_client import AttentionSelection, InvalidRequest, LabelSelection
+from attnserve_client._labels import selection_of as labels_selection_of
 from attnserve_client._selection import HeadReduction, LayerReduction, SpecialTokens, Unit, WeightDtype, selection_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,9 +89,33 @@ def test_unknown_choice_of_a_newer_server_is_none() -> None:
     assert AttentionSelection.from_wire(message) == AttentionSelection(layers=[1])
 
 
+@pytest.mark.parametrize("field", ["layers", "heads", "queries"])
+def test_one_number_is_a_list_of_one(field: str) -> None:
+    for one in (-1, np.int64(-1)):
+        message = AttentionSelection(**{field: one}).to_wire()
+        assert list(getattr(message, field)) == [-1]
+    with pytest.raises(TypeError, match=rf"^attention.{field} is 1.5; it must be a list, or one of its members$"):
+        AttentionSelection(**{field: 1.5})  # type: ignore[arg-type] # that is the test
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    assert AttentionSelection(sites="encoder.0", features="entropy").sites == ("encoder.0",)
+
+
+def test_a_dict_of_fields_is_a_selection() -> None:
+    given = {"layers": -1, "heads": "mean", "top_k": 3}
+    assert selection_of(given) == selection_of(AttentionSelection(layers=[-1], heads="mean", top_k=3))
+    assert labels_selection_of({"top_k": 3}) == labels_selection_of(LabelSelection(top_k=3))
+    with pytest.raises(InvalidRequest, match="selection has no such field: use sites, layers") as caught:
+        selection_of({"layer": -1})
+    assert [each.field for each in caught.value.violations] == ["attention.layer"]
+    with pytest.raises(InvalidRequest, match="selection has no such field: use top_k"):
+        labels_selection_of({"top": 3})
+
+
 def test_attention_is_a_selection_or_a_bool() -> None:
     assert selection_of(None) is None
     assert selection_of(False) is None
     assert selection_of(True) is not None
-    with pytest.raises(TypeError, match="AttentionSelection, a bool or None"):
+    with pytest.raises(TypeError, match="AttentionSelection, a dict of its fields, a bool or None"):
         selection_of("all")  # type: ignore[arg-type]
