@@ -14,7 +14,8 @@ import yaml
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS_CONFIG = DEPLOY / "prometheus/prometheus.yml"
 RULES = DEPLOY / "prometheus/rules/attnserve.rules.yml"
-RULE_TESTS = DEPLOY / "prometheus/rules/attnserve.test.yml"
+RULE_TESTS = (DEPLOY / "prometheus/rules/attnserve.test.yml", DEPLOY / "prometheus/rules/attnserve.days.test.yml")
+RUNBOOK = DEPLOY.parent / "docs/runbook.md"
 DASHBOARD = DEPLOY / "grafana/attnserve.json"
 
 # The only form of an alert: a recorded series, compared with a number.

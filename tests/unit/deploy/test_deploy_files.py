@@ -82,9 +82,24 @@ def test_alert_compares_one_recorded_series_and_has_summary_threshold_and_runboo
     assert watching.alert_data(alert).expr in recorded
     assert alert["labels"]["severity"] in {"page", "ticket"}
     assert {"summary", "description", "threshold", "runbook"} <= alert["annotations"].keys()
-    anchor = f"deploy/README.md#{alert['alert'].lower()}"
-    assert anchor in alert["annotations"]["runbook"]
-    assert f"### {alert['alert']}\n" in (watching.DEPLOY / "README.md").read_text()
+    assert f"docs/runbook.md#{alert['alert'].lower()}" in alert["annotations"]["runbook"]
+
+
+def entries() -> dict[str, str]:
+    """The text of the runbook by its headings."""
+    parts = re.split(r"^## (.*)$", watching.RUNBOOK.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_runbook_has_one_entry_for_each_alert_in_the_order_of_the_rules() -> None:
+    assert [name for name in entries() if name.startswith("Attnserve")] == [one["alert"] for one in watching.alerts()]
+
+
+@pytest.mark.parametrize("alert", watching.alerts(), ids=lambda alert: str(alert["alert"]))
+def test_entry_states_severity_and_what_to_do_at_night(alert: dict) -> None:
+    text = entries()[alert["alert"]].strip()
+    assert text.startswith(f"*{alert['labels']['severity']}*")
+    assert "**At night:**" in text
 
 
 def test_alert_of_another_form_is_an_error() -> None:
@@ -93,7 +108,7 @@ def test_alert_of_another_form_is_an_error() -> None:
 
 
 def test_every_alert_has_a_unit_test_that_fires_it() -> None:
-    text = watching.RULE_TESTS.read_text()
+    text = "".join(path.read_text() for path in watching.RULE_TESTS)
     assert [alert["alert"] for alert in watching.alerts() if alert["alert"] not in text] == []
 
 
@@ -145,7 +160,7 @@ def test_every_panel_query_looks_at_the_chosen_job_only() -> None:
     [
         ("check", "config", str(watching.PROMETHEUS_CONFIG)),
         ("check", "rules", str(watching.RULES)),
-        ("test", "rules", str(watching.RULE_TESTS)),
+        *(("test", "rules", str(path)) for path in watching.RULE_TESTS),
     ],
     ids=" ".join,
 )
