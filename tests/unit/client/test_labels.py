@@ -89,7 +89,7 @@ def test_a_value_that_does_not_fit_is_refused_before_it_is_sent(selection: Label
 
 @pytest.mark.parametrize("labels", [False, "all", 3])
 def test_a_selection_of_another_type_is_a_type_error(labels: object) -> None:
-    with pytest.raises(TypeError, match="labels must be a LabelSelection, True or None"):
+    with pytest.raises(TypeError, match="labels must be a LabelSelection, a dict of its fields, True or None"):
         selection_of(labels)  # type: ignore[arg-type]
 
 
