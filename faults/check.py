@@ -81,21 +81,19 @@ class Service:
         return {one for one in found if int(one) >= max(surely, default=0)}
 
     def pause(self, model: str, now: float) -> None:
-        """Record that the highest version of a model need not serve from now on."""
-        place = self._highest(model)
-        one = self.servings[place]
-        self.servings[place] = replace(one, pauses=(*one.pauses, (now, math.inf)))
+        """Record that no version of a model need serve from now on."""
+        self._change(model, lambda one: replace(one, pauses=(*one.pauses, (now, math.inf))))
 
     def resume(self, model: str, now: float) -> None:
-        """Record that it was confirmed to serve again."""
-        place = self._highest(model)
-        one = self.servings[place]
-        (begun, _), closed = one.pauses[-1], one.pauses[:-1]
-        self.servings[place] = replace(one, pauses=(*closed, (begun, now)))
+        """Record that its versions were confirmed to serve again."""
 
-    def _highest(self, model: str) -> int:
-        own = [place for place, one in enumerate(self.servings) if one.model == model]
-        return max(own, key=lambda place: int(self.servings[place].version))
+        def ended(one: Serving) -> Serving:
+            return replace(one, pauses=tuple((begun, min(end, now)) for begun, end in one.pauses))
+
+        self._change(model, ended)
+
+    def _change(self, model: str, change: Callable[[Serving], Serving]) -> None:
+        self.servings[:] = [change(one) if one.model == model else one for one in self.servings]
 
     def wrong(self, model: str, version: str, key: str, answer: Answer) -> str:
         """Return what is wrong with one sequence's answer; empty: nothing."""

@@ -42,6 +42,7 @@ from faults import bundles
 from faults.check import Checker, Problem, Rules, Serving
 from faults.history import Event
 from faults.lab import CANARY_STATUSES, Bench, Plan, Setup, absent
+from faults.system import eventually
 from faults.wire import SERVICE, Wire, states_of
 
 STEP_S: Final = 30.0
@@ -167,10 +168,33 @@ class Soak:
         server = self.bench.servers[0]
         while await self.pause(5, 20):
             with contextlib.suppress(psutil.Error):
-                engine = await asyncio.to_thread(server.engine, self.chance.choice((bundles.TINY, bundles.HEAVY)))
-                if engine is not None:
-                    engine.send_signal(signal.SIGKILL)
-                    self.done["engines killed"] += 1
+                model = self.chance.choice((bundles.TINY, bundles.HEAVY))
+                engine = await asyncio.to_thread(server.engine, model)
+                if engine is None:
+                    continue
+                service = self.bench.service
+                service.pause(model, time.monotonic())  # lower versions may answer until the next engine is ready
+                engine.send_signal(signal.SIGKILL)
+                self.done["engines killed"] += 1
+                if await self._is_replaced(model, engine.pid):
+                    service.resume(model, time.monotonic())
+                else:
+                    self.checker.problems.append(Problem("kill", "", f"{model} has no other engine after 30 s"))
+
+    async def _is_replaced(self, model: str, old: int) -> bool:
+        """Return whether another engine of a model is ready within 30 s."""
+        server = self.bench.servers[0]
+
+        def other() -> bool:
+            with contextlib.suppress(psutil.Error):
+                found = server.engine(model)
+                return found is not None and found.pid != old
+            return False
+
+        replaced = await asyncio.to_thread(eventually, other, 30.0)
+        return replaced and await self._reaches(
+            lambda states: not any(name == model and state.endswith("LOADING") for (name, _), state in states.items())
+        )
 
     async def reloads(self) -> None:
         """Load the next version of a model, and unload the one before."""
