@@ -30,6 +30,8 @@ from faults.sdk import infer
 RATE: Final = 50.0
 """Calls a second."""
 TIMEOUT_S: Final = 5.0
+BUSY_TIMEOUT_S: Final = 20.0
+"""The same in a reduced run, whose machine may do other work."""
 KINDS: Final = 16
 STOP_S: Final = 30.0
 

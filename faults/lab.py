@@ -27,7 +27,7 @@ from credentials import Files, Tokens, bearer
 from serving import RunningServer, serve
 
 from faults import bundles
-from faults.canary import Canary, Options
+from faults.canary import BUSY_TIMEOUT_S, TIMEOUT_S, Canary, Options
 from faults.check import LATE_S, Checker, Rules, Service, Serving, percentile
 from faults.history import Begin, Event, Last
 from faults.system import Server, Usage, eventually, folder_of
@@ -260,7 +260,10 @@ class Bench:
         if self.canary is not None or self.setup.secured == "certificates":
             return
         options = Options(
-            tuple(one.target for one in self.servers), str(self.folder / "canary.jsonl"), seed=self.plan.seed
+            tuple(one.target for one in self.servers),
+            str(self.folder / "canary.jsonl"),
+            timeout_s=TIMEOUT_S if self.plan.full else BUSY_TIMEOUT_S,
+            seed=self.plan.seed,
         )
         if self.tokens is not None and self.files is not None:
             ca = self.folder / "ca.pem"

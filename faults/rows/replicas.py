@@ -12,6 +12,7 @@ from typing import Final
 
 import grpc
 from attnserve_client import AsyncClient
+from attnserve_server.config import Settings
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
@@ -26,7 +27,8 @@ CALLERS: Final = 16
 FAILING_OVER: Final = Share(0.999, None)
 """No call may fail; those that move to the other replica take longer."""
 EXIT_FAULTED: Final = 70
-END_S: Final = 40.0
+END_S: Final = float(Settings.model_fields["drain_grace_s"].default) + 2.0
+"""The grace period, the second after which the process ends in any case, and one to notice it."""
 FOUND_S: Final = 3.0
 """Seconds in which a client finds a server that was restarted: gRPC tries again after up to two."""
 
