@@ -40,6 +40,7 @@ FLOOR_S: Final = 0.05
 canary and injector share a few cores: below this, the machine's scheduler decides."""
 BUSY_LATE_S: Final = 1.0
 """Seconds after its deadline until which a call may end in a reduced run, on a machine that others share."""
+TICK_S: Final = 0.05
 LATE: Final = "the canary's p99 is"
 """Start of the problem of a slow canary. A row without another problem runs once more: of a hundred calls, two that met
 other work of the machine decide the p99."""
@@ -318,6 +319,8 @@ class Lab:
     """What the servers held then."""
     after: list[tuple[dict[str, float], float]] = field(default_factory=list)
     """What the servers had counted at the end."""
+    late_s: float = 0.0
+    """How late timers of this process were at most."""
     uncounted: tuple[Counter[str], float] = field(default_factory=lambda: (Counter(), 0.0))
     """What they counted of the canary's first calls, in a row that starts it."""
 
@@ -422,6 +425,8 @@ async def run_row(row: Row, bench: Bench) -> Outcome:
     except Exception as error:  # noqa: BLE001 - a row that breaks has failed, and the others run
         lab.problems.append(f"the row itself failed: {type(error).__name__}: {error}")
     outcome.injected, outcome.measured = dict(lab.injected), {**lab.measured, **outcome.measured}
+    if not bench.plan.full:
+        checker.excuse(lab.late_s)
     outcome.problems = [*lab.problems, *(str(one) for one in checker.finish())]
     if extra := sum(checker.count.values()) - len(checker.problems):
         outcome.problems.append(f"and {extra} more")
@@ -442,9 +447,11 @@ async def _watched(lab: Lab, outcome: Outcome) -> AsyncIterator[None]:
     lab.begun = time.monotonic()
     if bench.canary is not None:
         bench.canary.go()
+    timing = asyncio.create_task(_timed(lab))
     try:
         yield
     finally:
+        timing.cancel()
         if bench.canary is not None:
             await asyncio.sleep(max(0.0, lab.begun + LEAST_S - time.monotonic()))
             events = await bench.canary.pause()
@@ -462,6 +469,14 @@ async def _watched(lab: Lab, outcome: Outcome) -> AsyncIterator[None]:
         await asyncio.to_thread(_returned, lab, outcome)
 
 
+async def _timed(lab: Lab) -> None:
+    """Measure how late the timers of this process are."""
+    while True:
+        due = time.monotonic() + TICK_S
+        await asyncio.sleep(TICK_S)
+        lab.late_s = max(lab.late_s, time.monotonic() - due)
+
+
 async def _judge_canary(lab: Lab, outcome: Outcome, events: list[Event]) -> None:
     """Check the canary's calls, and require that enough of them were answered in time."""
     rule, bench = lab.row.canary, lab.bench
@@ -471,6 +486,7 @@ async def _judge_canary(lab: Lab, outcome: Outcome, events: list[Event]) -> None
     for event in events:
         bench.last(event)
     lab.checker.take(*events)
+    lab.late_s = max(lab.late_s, late_s)
     if rule is None:
         return
     codes = lab.checker.codes.get(bundles.CANARY, Counter[str]())

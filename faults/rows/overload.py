@@ -86,8 +86,10 @@ async def too_big(lab: Lab) -> None:
                 await asyncio.gather(*(compressed.send(expanding, timeout_s=30.0) for _ in range(4)))
 
         await send(1, 2, 1)  # connections, and buffers of their first calls
-        before = lab.server.usage().memory_mb
-        counts = lab.count(4, 40), lab.count(20, 200), lab.count(2, 10)
+        await asyncio.sleep(GIVEN_BACK_S)
+        lab.before = await lab.blocking(lab.bench.usage)
+        before = lab.before.memory_mb
+        counts = lab.count(4, 40), lab.count(20, 200), lab.count(1, 10)
         await send(*counts)
         names = ("messages of 32 MiB", "metadata of 20 kB", "bursts of 4 messages that expand to 63 MiB")
         lab.injected.update(dict(zip(names, counts, strict=True)))

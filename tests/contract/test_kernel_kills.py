@@ -22,7 +22,7 @@ LIMIT_BYTES = 768 * 2**20
 
 @pytest.fixture(scope="module")
 def running(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server whose engines have no limit of their own."""
+    """A server whose engines have no separate limit."""
     flags = ["--models", "plain", "--engine-memory-bytes", "0"]
     one = started(tiny_repository, tmp_path_factory.mktemp("killed"), *flags, variables={VARIABLE: "1"})
     yield one

@@ -107,7 +107,7 @@ def test_costs_of_sequences_alone_and_of_batches_have_different_keys(tmp_path: P
     assert len(keys) == 2
 
 
-def test_costs_on_all_cores_have_a_key_of_their_own(tmp_path: Path) -> None:
+def test_costs_on_all_cores_have_a_separate_key(tmp_path: Path) -> None:
     session = RuntimeSession.load(write_tiny_files(tmp_path)["model.onnx"], provider="CPUExecutionProvider")
     settings = [Settings(repository=tmp_path, intra_op_threads=2, wide_threads=threads) for threads in (2, 3)]
     keys = [loading.cost_key(session, tiny_manifest(), one) for one in settings]

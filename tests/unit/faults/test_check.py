@@ -310,6 +310,18 @@ def test_history_survives_its_journey_through_a_file(tmp_path: Path) -> None:
     assert check(read, history.service, RULES) != []
 
 
+def test_late_end_is_excused_by_the_timers_of_its_caller_alone() -> None:
+    events: list[Event] = []
+    for number, late_s in enumerate((0.2, 0.5, 3.0), start=1):
+        events += [Begin(f"a#{number}", 0.0, deadline_s=1.0), End(f"a#{number}", 1.0 + late_s, "DEADLINE_EXCEEDED")]
+    checker = Checker(Service(reference), RULES)
+    checker.take(*events)
+    assert [one.call for one in checker.finish()] == ["a#2", "a#3"]
+    checker.excuse(0.3)
+    assert [one.call for one in checker.finish()] == ["a#3"]
+    assert checker.count["late end"] == 1
+
+
 def test_recorder_names_calls_in_order_and_adds_their_deadline() -> None:
     events: list[Event] = []
     recorder = Recorder("one", events.append, clock=lambda: 5.0)
