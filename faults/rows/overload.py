@@ -103,7 +103,9 @@ async def too_big(lab: Lab) -> None:
 
 async def overload(lab: Lab) -> None:
     """Row 14."""
-    codes = ("OK", "RESOURCE_EXHAUSTED:OVERLOADED")
+    codes: tuple[str, ...] = ("OK", "RESOURCE_EXHAUSTED:OVERLOADED")
+    if not lab.bench.plan.full:  # a machine that others share may be slower than it was when a call was admitted
+        codes += ("DEADLINE_EXCEEDED:DEADLINE_EXPIRED",)
     seconds = lab.count(4, 20)
     options = [("grpc.max_concurrent_streams", 10_000)]
     lab.allowed["load"] = frozenset(codes)
@@ -128,6 +130,9 @@ async def overload(lab: Lab) -> None:
                 "health_p99_ms": round(percentile(health, 0.99) * 1e3, 1),
                 "recovered_s": round(recovered, 2),
             }
+            expired = sum(end.code == "DEADLINE_EXCEEDED" for end, _ in ends)
+            lab.quick(not expired, f"at {factor:g} x: {expired} calls were admitted, and expired")
+            lab.must(expired <= 0.05 * len(ends), f"at {factor:g} x: {expired} of {len(ends)} calls expired")
             lab.quick(good >= least, f"at {factor:g} x: goodput is {good:.2f} of the peak, below {least}")
             lab.quick(percentile(health, 0.99) <= HEALTH_S, f"at {factor:g} x: health answered late")
             lab.quick(recovered <= RECOVERY_S, f"at {factor:g} x: recovered after {recovered:.2f} s")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import json
 import tempfile
 import urllib.error
@@ -28,6 +30,7 @@ HIDDEN: Final = (
     "/attnserve.v1.ModelService/ReloadRepository",
 )
 PAGES: Final = ("/", "/debug", "/debug/pprof", "/docs", "/openapi.json", "/admin", "/explore", "/env", "/healthz")
+REST_PAGES: Final = ("/debug", "/debug/pprof", "/admin", "/env", "/metrics", "/livez/../metrics")
 EVIL: Final = ("a\r\nforged: 1", 'x\n{"event": "forged"}', "\x1b[31mred", "\u2028line", "\x00nul", "a\tb", "é" * 40)
 
 
@@ -39,7 +42,8 @@ async def ports(lab: Lab) -> None:
         for one in process.net_connections("tcp")
         if one.status == psutil.CONN_LISTEN
     }
-    known = {lab.server.running.grpc_port, lab.server.running.http_port}
+    running = lab.server.running
+    known = {running.grpc_port, running.http_port, running.rest_port}
     lab.must(listening == known, f"the server listens on {len(listening)} ports, and states {len(known)}")
     async with lab.caller("curious", "UNIMPLEMENTED") as wire:
         for method in HIDDEN:
@@ -53,9 +57,20 @@ async def ports(lab: Lab) -> None:
         else:
             lab.must(False, f"{page} is served")
         lab.injected["pages"] += 1
+    for page in REST_PAGES:
+        status = await lab.blocking(_status, running.rest_port, page)
+        lab.must(status == 404, f"{page} on the REST port: {status}")
+        lab.injected["pages"] += 1
     async with lab.caller("usual") as wire:
         end = await wire.infer(bundles.TINY, "the cat")
         lab.control(end.code == "OK", f"{SERVICE} is not found in the same way")
+
+
+def _status(port: int, path: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        return connection.getresponse().status
 
 
 async def names(lab: Lab) -> None:
