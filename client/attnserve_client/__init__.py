@@ -20,7 +20,7 @@ from attnserve_client._attention import AttentionMap
 from attnserve_client._features import AttentionFeatures
 from attnserve_client._labels import Labels, LabelSelection
 from attnserve_client._models import ModelInfo
-from attnserve_client._receipts import Receipt, Run, Timings
+from attnserve_client._receipts import Receipt, Run
 from attnserve_client._results import InferenceResult, StreamAnswer
 from attnserve_client._retry import RetryPolicy
 from attnserve_client._selection import AttentionSelection
@@ -62,7 +62,6 @@ __all__ = [
     "Run",
     "ServerUnreachable",
     "StreamAnswer",
-    "Timings",
     "Token",
     "__version__",
 ]

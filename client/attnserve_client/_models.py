@@ -24,7 +24,7 @@ FORMS: Final[dict[int, str]] = {
     attention_pb2.ATTENTION_FORM_WINDOWED: "windowed",
     attention_pb2.ATTENTION_FORM_LINEAR: "linear",
 }
-_STATES: Final[dict[int, str]] = {
+STATES: Final[dict[int, str]] = {
     model_pb2.MODEL_STATE_LOADING: "loading",
     model_pb2.MODEL_STATE_READY: "ready",
     model_pb2.MODEL_STATE_DRAINING: "draining",
@@ -193,7 +193,7 @@ def model_of(message: model_pb2.Model) -> ModelInfo:
         name=message.name,
         version=message.version,
         digest=message.digest,
-        state=_STATES.get(message.state, "unknown"),
+        state=STATES.get(message.state, "unknown"),
         state_reason=message.state_reason,
         inputs=tuple(spec_of(each) for each in message.inputs),
         outputs=tuple(spec_of(each) for each in message.outputs),

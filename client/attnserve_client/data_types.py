@@ -2,10 +2,12 @@
 
 from attnserve_client._credentials import Tls, TokenFile
 from attnserve_client._features import SiteFeatures
+from attnserve_client._gateways import ModelLoad, TokenizerFile
 from attnserve_client._inputs import Continuation, Input, Inputs, Priority
 from attnserve_client._labels import Head, Label, LabeledSpan
 from attnserve_client._models import Axis, ModelChange, Site
 from attnserve_client._patches import Panel, PatchGrid
+from attnserve_client._receipts import Timings
 from attnserve_client._specs import Cache, IndexRange, Past, TensorSpec
 from attnserve_client._tokens import RawLinks
 
@@ -20,6 +22,7 @@ __all__ = [
     "Label",
     "LabeledSpan",
     "ModelChange",
+    "ModelLoad",
     "Panel",
     "Past",
     "PatchGrid",
@@ -28,6 +31,8 @@ __all__ = [
     "Site",
     "SiteFeatures",
     "TensorSpec",
+    "Timings",
     "Tls",
     "TokenFile",
+    "TokenizerFile",
 ]

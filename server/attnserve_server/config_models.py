@@ -50,6 +50,12 @@ class ModelSettings(BaseSettings):
         description="Serve `ModelService`, by which callers with the scope `admin` load, unload and reload models. "
         "Needs `--isolation none`. Default: false, as a server without tokens would let every caller do so.",
     )
+    reflection: bool = Field(
+        False,
+        description="Serve gRPC reflection, by which tools such as grpcurl learn the methods, and channelz, which "
+        "lists the connections of the process that answers; with tokens, to callers with the scope `admin`. Default: "
+        "false, as connections show who calls.",
+    )
     watch_repository: bool = Field(
         False,
         description="Look at the repository each second, load bundles that appear or change, and unload those that are "

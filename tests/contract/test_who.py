@@ -32,6 +32,7 @@ from attnserve_client.errors import PermissionDenied, Unauthenticated
 from attnserve_server.observability import probe
 from attnserve_server.transport.admin import METHODS
 from attnserve_server.transport.admin import SERVICE as MODEL_SERVICE
+from attnserve_server.transport.reflection import CHANNELZ_METHODS
 from attnserve_server.transport.servicer import SERVICE
 from attnserve_server.transport.who import SCOPE_OF
 from credentials import Files, Tokens, bearer, expired, swap
@@ -109,7 +110,7 @@ def secured(
     for name, scopes in SCOPES.items():
         tokens.add(name, scopes)
     tokens.add("expired", "infer,attention", expires="2020-01-01")
-    flags = ["--isolation", request.param, "--fronts", "1", "--admin"]
+    flags = ["--isolation", request.param, "--fronts", "1", "--admin", "--reflection"]
     with started(tiny_repository, folder, files, tokens, *flags) as running:
         running.isolation = request.param
         for name in SCOPES:  # in use, so that the tests of wrong tokens from the same address do not hold them back
@@ -143,7 +144,10 @@ def text(**fields: object) -> pb.InferRequest:
 def code_of(channel: grpc.Channel, method: str, data: bytes, metadata=()) -> str:
     """The code with which a call of raw bytes ends; on a stream, of the request."""
     try:
-        if method.endswith(("StreamInfer", "ServerReflectionInfo")):
+        if method.endswith("ServerReflectionInfo"):
+            next(channel.stream_stream(method)(iter([data]), timeout=10, metadata=metadata))
+            return "OK"
+        if method.endswith("StreamInfer"):
             answer = next(channel.stream_stream(method)(iter([data]), timeout=10, metadata=metadata))
             return code_within(answer)
         if method.endswith("Watch"):
@@ -179,6 +183,8 @@ GRPC: dict[str, tuple[str, bytes, str]] = {
     "StreamInfer with attention": (f"/{SERVICE}/StreamInfer", streamed(selected), "attention"),
     "ListModels": (f"/{SERVICE}/ListModels", b"", "infer"),
     "GetModel": (f"/{SERVICE}/GetModel", pb.GetModelRequest(model="tiny").SerializeToString(), "infer"),
+    "GetLoad": (f"/{SERVICE}/GetLoad", b"", "infer"),
+    "GetTokenizer": (f"/{SERVICE}/GetTokenizer", pb.GetTokenizerRequest(model="tiny").SerializeToString(), "infer"),
     "LoadModel": (f"/{MODEL_SERVICE}/LoadModel", admin.LoadModelRequest(model="tiny").SerializeToString(), "admin"),
     "UnloadModel": (f"/{MODEL_SERVICE}/UnloadModel", tiny_9.SerializeToString(), "admin"),
     "ReloadRepository": (f"/{MODEL_SERVICE}/ReloadRepository", b"", "admin"),
@@ -187,8 +193,9 @@ GRPC: dict[str, tuple[str, bytes, str]] = {
     "an unknown method": (f"/{SERVICE}/Nothing", b"", "none"),
     "an unknown service": ("/inference.ModelService/LoadModel", b"", "none"),
     "a repository method": ("/inference.GRPCInferenceService/RepositoryModelLoad", b"", "none"),
-    "reflection": ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", b"", "none"),
-    "channelz": ("/grpc.channelz.v1.Channelz/GetServers", b"", "none"),
+    "reflection": ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", b"", "admin"),
+    "older reflection": ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", b"", "admin"),
+    "channelz": ("/grpc.channelz.v1.Channelz/GetServers", b"", "admin"),
     "a path without a slash": (f"{SERVICE}.Infer", plain.SerializeToString(), "none"),
     "a path of a method alone": ("/Infer", plain.SerializeToString(), "none"),
     "a path with another case": (f"/{SERVICE}/infer", plain.SerializeToString(), "none"),
@@ -241,7 +248,7 @@ def test_every_method_is_served_to_its_scope_alone(secured: Secured, call: str, 
         expected = "UNIMPLEMENTED"
     else:
         expected = ADMITTED.get(call, "OK") if scope in scopes else DENIED
-        if scope == "admin" and expected != DENIED and secured.isolation == "process":
+        if method.startswith(f"/{MODEL_SERVICE}") and expected != DENIED and secured.isolation == "process":
             expected = "UNIMPLEMENTED"  # its models are fixed
     assert code_of(secured.shared, method, data, metadata_of(secured, credential)) == expected
 
@@ -264,6 +271,9 @@ def test_every_path_is_served_to_its_scope_alone(secured: Secured, call: str, cr
         assert status == (200 if scope in scopes else 403)
 
 
+REFLECTING = ("/grpc.reflection.", "/grpc.channelz.")
+
+
 def test_every_method_of_the_services_has_a_scope() -> None:
     services = [
         pb.DESCRIPTOR.services_by_name["InferenceService"],
@@ -272,7 +282,8 @@ def test_every_method_of_the_services_has_a_scope() -> None:
     ]  # fmt: skip
     methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
     # The newest health protocol has a List, which the server does not serve.
-    assert methods - {"/grpc.health.v1.Health/List"} == set(SCOPE_OF)
+    known = methods - {"/grpc.health.v1.Health/List"}
+    assert known == {method for method in SCOPE_OF if not method.startswith(REFLECTING)}
 
 
 def test_admin_methods_do_not_exist_unless_the_server_is_started_with_them(
@@ -320,7 +331,9 @@ def test_metrics_have_no_series_of_calls_that_do_not_exist(secured: Secured) -> 
     }
     assert kinds == {
         *[("Infer", "unary"), ("ListModels", "unary"), ("GetModel", "unary"), ("StreamInfer", "bidi_stream")],
-        *[("Check", "unary"), ("Watch", "server_stream")],
+        *[("GetLoad", "unary"), ("GetTokenizer", "unary"), ("Check", "unary"), ("Watch", "server_stream")],
+        ("ServerReflectionInfo", "bidi_stream"),
+        *[(method, "unary") for method in CHANNELZ_METHODS],
         *[("LoadModel", "unary"), ("UnloadModel", "unary"), ("ReloadRepository", "unary")],
     }
 

@@ -12,6 +12,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._async.admin import AsyncAdmin
 from attnserve_client._async.calls import AsyncCalls
+from attnserve_client._async.gateways import AsyncGateways
 from attnserve_client._async.waiting import AsyncWaiting
 from attnserve_client._channel import DEFAULT_TARGET
 from attnserve_client._connection import AsyncConnections
@@ -27,7 +28,7 @@ from attnserve_client._selection import AttentionChoice
 from attnserve_client.errors import InvalidRequest
 
 
-class AsyncClient(AsyncAdmin, AsyncWaiting):
+class AsyncClient(AsyncAdmin, AsyncGateways, AsyncWaiting):
     """A client for asyncio. It belongs to the event loop of its first call. Use `async with`, or await `close`.
 
         async with AsyncClient("localhost:8001") as client:

@@ -18,6 +18,7 @@ from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_tensor
 from attnserve_client.errors import AttnserveError, InvalidRequest, ModelFailed, ModelNotFound, NotServing, Overloaded
 from attnserve_client.testing._answers import Shape, attention_of, chosen_layers, outputs_of, tokenize
+from attnserve_client.testing._gateways import GatewayMethods, load_of
 from attnserve_client.testing._labels import labels_of
 from attnserve_client.testing._refusals import status_of
 
@@ -64,6 +65,8 @@ class FakeServer:
         """State of the model: `ready`, `loading`, `draining` or `failed`. Requests fail unless it is `ready`."""
         self.requests: list[wire.InferRequest] = []
         """All inference requests in order of arrival, failed ones included."""
+        self.load = load_of(model)
+        """The load that `GetLoad` answers with. May be set at any time."""
         self.metadata: list[dict[str, Any]] = []
         """The metadata of all calls in order of arrival."""
         self.shape = Shape(dimensions, layers, heads, max_length, window, tuple(labels))
@@ -266,11 +269,14 @@ class FakeServer:
         ).to_wire()
 
 
-class _Servicer(inference_service_pb2_grpc.InferenceServiceServicer):
+class _Servicer(GatewayMethods):
     """The gRPC service: passes requests to the fake server, and sends its errors as statuses."""
 
     def __init__(self, server: FakeServer) -> None:
         self._server = server
+
+    def load(self) -> wire.ModelLoad:
+        return self._server.load
 
     def Infer(self, request: wire.InferRequest, context: Any) -> wire.InferResponse:  # noqa: N802 - the contract's name
         self._note(context)

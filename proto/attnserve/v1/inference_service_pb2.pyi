@@ -681,3 +681,238 @@ class GetModelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
+
+@_typing.final
+class GetLoadRequest(_message.Message):
+    """Request of the load of models."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model. Empty, the default: all models. Unknown: NOT_FOUND."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLoadRequest: _TypeAlias = GetLoadRequest  # noqa: Y015
+
+@_typing.final
+class ModelLoad(_message.Message):
+    """What waits and runs of one model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    WAITING_SEQUENCES_FIELD_NUMBER: _builtins.int
+    WAITING_TOKENS_FIELD_NUMBER: _builtins.int
+    WAITING_BYTES_FIELD_NUMBER: _builtins.int
+    RUNNING_TOKENS_FIELD_NUMBER: _builtins.int
+    INSTANCES_FIELD_NUMBER: _builtins.int
+    PREDICTED_WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    MAX_WAITING_SEQUENCES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name."""
+    version: _builtins.str
+    """Its version."""
+    state: _model_pb2.ModelState.ValueType
+    """Whether it serves requests. If it does not, all numbers below are 0."""
+    waiting_sequences: _builtins.int
+    """Sequences that wait for a run."""
+    waiting_tokens: _builtins.int
+    """Positions of these that carry data."""
+    waiting_bytes: _builtins.int
+    """Bytes of these and of their answers."""
+    running_tokens: _builtins.int
+    """Positions that carry data in the runs in progress."""
+    instances: _builtins.int
+    """Most runs at the same time."""
+    predicted_wait_seconds: _builtins.float
+    """Predicted time in the queue of a request that arrives now, behind all others, in seconds, by the speed of recent
+    runs. Not set while no speed is known.
+    """
+    max_waiting_sequences: _builtins.int
+    """Most sequences that may wait (`--max-queue-size`): a request beyond them is refused with RESOURCE_EXHAUSTED."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        state: _model_pb2.ModelState.ValueType = ...,
+        waiting_sequences: _builtins.int = ...,
+        waiting_tokens: _builtins.int = ...,
+        waiting_bytes: _builtins.int = ...,
+        running_tokens: _builtins.int = ...,
+        instances: _builtins.int = ...,
+        predicted_wait_seconds: _builtins.float | None = ...,
+        max_waiting_sequences: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_wait_seconds", b"_predicted_wait_seconds", "predicted_wait_seconds", b"predicted_wait_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_wait_seconds", b"_predicted_wait_seconds", "instances", b"instances", "max_waiting_sequences", b"max_waiting_sequences", "model", b"model", "predicted_wait_seconds", b"predicted_wait_seconds", "running_tokens", b"running_tokens", "state", b"state", "version", b"version", "waiting_bytes", b"waiting_bytes", "waiting_sequences", b"waiting_sequences", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__predicted_wait_seconds: _TypeAlias = _typing.Literal["predicted_wait_seconds"]  # noqa: Y015
+    _WhichOneofArgType__predicted_wait_seconds: _TypeAlias = _typing.Literal["_predicted_wait_seconds", b"_predicted_wait_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_wait_seconds) -> _WhichOneofReturnType__predicted_wait_seconds | None: ...
+
+Global___ModelLoad: _TypeAlias = ModelLoad  # noqa: Y015
+
+@_typing.final
+class GetLoadResponse(_message.Message):
+    """The load of models."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelLoad]:
+        """One for each version of the requested model, or of all models, sorted by name and version."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___ModelLoad] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLoadResponse: _TypeAlias = GetLoadResponse  # noqa: Y015
+
+@_typing.final
+class GetTokenizerRequest(_message.Message):
+    """Request of a piece of a tokenizer file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model. Unknown: NOT_FOUND."""
+    version: _builtins.str
+    """Its version. Empty, the default: the highest that is ready;
+    if none is, the highest that is not failed; else the highest.
+    """
+    offset: _builtins.int
+    """Byte of the file that the piece begins with, from 0. From its end on, the piece is empty."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "offset", b"offset", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTokenizerRequest: _TypeAlias = GetTokenizerRequest  # noqa: Y015
+
+@_typing.final
+class GetTokenizerResponse(_message.Message):
+    """A piece of a tokenizer file: repeat the request with the end of each piece as `offset` until `total_bytes` are there,
+    and compare the sha256 of the whole with `digest`. If `digest` differs between pieces, the model was replaced: begin
+    again.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name."""
+    version: _builtins.str
+    """The version whose tokenizer it is."""
+    digest: _builtins.str
+    """`sha256:` and the hexadecimal digest of the whole file."""
+    total_bytes: _builtins.int
+    """Bytes of the whole file."""
+    offset: _builtins.int
+    """Byte of the file that `data` begins with."""
+    data: _builtins.bytes
+    """The piece, of less than 4 MiB, gRPC's default limit: the content of a `tokenizer.json` of the library tokenizers."""
+    @_builtins.property
+    def settings(self) -> Global___TokenizerSettings:
+        """What the server sets beside the file."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        total_bytes: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        settings: Global___TokenizerSettings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "digest", b"digest", "model", b"model", "offset", b"offset", "settings", b"settings", "total_bytes", b"total_bytes", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTokenizerResponse: _TypeAlias = GetTokenizerResponse  # noqa: Y015
+
+@_typing.final
+class TokenizerSettings(_message.Message):
+    """How the server uses a tokenizer file. It always adds the special tokens that the file adds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    PADS_AND_TRUNCATES_FIELD_NUMBER: _builtins.int
+    MASK_TOKEN_FIELD_NUMBER: _builtins.int
+    PAIR_IS_SEPARATE_FIELD_NUMBER: _builtins.int
+    PAIR_MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    PAIR_START_ID_FIELD_NUMBER: _builtins.int
+    max_tokens: _builtins.int
+    """Most tokens of a text, special tokens included. More: INVALID_ARGUMENT."""
+    pads_and_truncates: _builtins.bool
+    """Whether the padding and truncation of the file apply to the text. If not, the server does neither."""
+    mask_token: _builtins.str
+    """The only special token that a text may spell. Empty: none. Other special tokens in a text are plain text."""
+    pair_is_separate: _builtins.bool
+    """Whether a second text is tokenized apart from the first, along another axis."""
+    pair_max_tokens: _builtins.int
+    """Most tokens of such a second text; 0 without one."""
+    pair_start_id: _builtins.int
+    """Id of the token before such a second text. Not set: there is none."""
+    def __init__(
+        self,
+        *,
+        max_tokens: _builtins.int = ...,
+        pads_and_truncates: _builtins.bool = ...,
+        mask_token: _builtins.str = ...,
+        pair_is_separate: _builtins.bool = ...,
+        pair_max_tokens: _builtins.int = ...,
+        pair_start_id: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pair_start_id", b"_pair_start_id", "pair_start_id", b"pair_start_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pair_start_id", b"_pair_start_id", "mask_token", b"mask_token", "max_tokens", b"max_tokens", "pads_and_truncates", b"pads_and_truncates", "pair_is_separate", b"pair_is_separate", "pair_max_tokens", b"pair_max_tokens", "pair_start_id", b"pair_start_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pair_start_id: _TypeAlias = _typing.Literal["pair_start_id"]  # noqa: Y015
+    _WhichOneofArgType__pair_start_id: _TypeAlias = _typing.Literal["_pair_start_id", b"_pair_start_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pair_start_id) -> _WhichOneofReturnType__pair_start_id | None: ...
+
+Global___TokenizerSettings: _TypeAlias = TokenizerSettings  # noqa: Y015

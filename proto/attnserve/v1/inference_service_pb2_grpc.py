@@ -55,6 +55,16 @@ class InferenceServiceStub(object):
                 request_serializer=attnserve_dot_v1_dot_inference__service__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=attnserve_dot_v1_dot_inference__service__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/attnserve.v1.InferenceService/GetLoad',
+                request_serializer=attnserve_dot_v1_dot_inference__service__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=attnserve_dot_v1_dot_inference__service__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
+        self.GetTokenizer = channel.unary_unary(
+                '/attnserve.v1.InferenceService/GetTokenizer',
+                request_serializer=attnserve_dot_v1_dot_inference__service__pb2.GetTokenizerRequest.SerializeToString,
+                response_deserializer=attnserve_dot_v1_dot_inference__service__pb2.GetTokenizerResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
@@ -92,6 +102,22 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLoad(self, request, context):
+        """Returns what waits and runs now, by model, for gateways that choose a server. With several front processes, each
+        answers for the whole server.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTokenizer(self, request, context):
+        """Returns a piece of the tokenizer file of a model, with what the server sets beside the file, for gateways that count
+        or make tokens themselves. FAILED_PRECONDITION if the model has no tokenizer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +140,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=attnserve_dot_v1_dot_inference__service__pb2.GetModelRequest.FromString,
                     response_serializer=attnserve_dot_v1_dot_inference__service__pb2.GetModelResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=attnserve_dot_v1_dot_inference__service__pb2.GetLoadRequest.FromString,
+                    response_serializer=attnserve_dot_v1_dot_inference__service__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'GetTokenizer': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTokenizer,
+                    request_deserializer=attnserve_dot_v1_dot_inference__service__pb2.GetTokenizerRequest.FromString,
+                    response_serializer=attnserve_dot_v1_dot_inference__service__pb2.GetTokenizerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +261,60 @@ class InferenceService(object):
             '/attnserve.v1.InferenceService/GetModel',
             attnserve_dot_v1_dot_inference__service__pb2.GetModelRequest.SerializeToString,
             attnserve_dot_v1_dot_inference__service__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attnserve.v1.InferenceService/GetLoad',
+            attnserve_dot_v1_dot_inference__service__pb2.GetLoadRequest.SerializeToString,
+            attnserve_dot_v1_dot_inference__service__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attnserve.v1.InferenceService/GetTokenizer',
+            attnserve_dot_v1_dot_inference__service__pb2.GetTokenizerRequest.SerializeToString,
+            attnserve_dot_v1_dot_inference__service__pb2.GetTokenizerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,14 @@ class InferenceServiceStub:
     """Lists the server's models, sorted by name and version."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GetModelRequest, _inference_service_pb2.GetModelResponse]
     """Describes one model. NOT_FOUND if there is none of that name and version."""
+    GetLoad: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GetLoadRequest, _inference_service_pb2.GetLoadResponse]
+    """Returns what waits and runs now, by model, for gateways that choose a server. With several front processes, each
+    answers for the whole server.
+    """
+    GetTokenizer: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GetTokenizerRequest, _inference_service_pb2.GetTokenizerResponse]
+    """Returns a piece of the tokenizer file of a model, with what the server sets beside the file, for gateways that count
+    or make tokens themselves. FAILED_PRECONDITION if the model has no tokenizer.
+    """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -69,6 +77,14 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Lists the server's models, sorted by name and version."""
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GetModelRequest, _inference_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes one model. NOT_FOUND if there is none of that name and version."""
+    GetLoad: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GetLoadRequest, _inference_service_pb2.GetLoadResponse]  # type: ignore[assignment]
+    """Returns what waits and runs now, by model, for gateways that choose a server. With several front processes, each
+    answers for the whole server.
+    """
+    GetTokenizer: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GetTokenizerRequest, _inference_service_pb2.GetTokenizerResponse]  # type: ignore[assignment]
+    """Returns a piece of the tokenizer file of a model, with what the server sets beside the file, for gateways that count
+    or make tokens themselves. FAILED_PRECONDITION if the model has no tokenizer.
+    """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs models, and describes them."""
@@ -109,5 +125,25 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.GetModelResponse, _abc.Awaitable[_inference_service_pb2.GetModelResponse]]:
         """Describes one model. NOT_FOUND if there is none of that name and version."""
+
+    @_abc_1.abstractmethod
+    def GetLoad(
+        self,
+        request: _inference_service_pb2.GetLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_service_pb2.GetLoadResponse, _abc.Awaitable[_inference_service_pb2.GetLoadResponse]]:
+        """Returns what waits and runs now, by model, for gateways that choose a server. With several front processes, each
+        answers for the whole server.
+        """
+
+    @_abc_1.abstractmethod
+    def GetTokenizer(
+        self,
+        request: _inference_service_pb2.GetTokenizerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_service_pb2.GetTokenizerResponse, _abc.Awaitable[_inference_service_pb2.GetTokenizerResponse]]:
+        """Returns a piece of the tokenizer file of a model, with what the server sets beside the file, for gateways that count
+        or make tokens themselves. FAILED_PRECONDITION if the model has no tokenizer.
+        """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -182,6 +182,19 @@ class RemoteScheduler:
         """Raise what `submit` would raise now for the smallest request."""
         self._admit(_SMALLEST, self._serving_at(deadline), deadline, caller)
 
+    def load(self, caller: str | None = None) -> Load:
+        """Return what waits and runs, as a request of `caller` meets it: in the engine, or here if there is none."""
+        own = None if caller is None else self._own.get(caller, _NOTHING)
+        if self._connection is None:
+            # No speed is known without an engine: only the bounds of the queue count.
+            return Load(self._all, 0, 1, None, own, len(self._own))
+        facts = self._board.read()
+        waiting = Demand(facts.sequences, facts.tokens, facts.bytes)
+        seconds = None if math.isnan(facts.seconds_per_token) else facts.seconds_per_token
+        if own is not None:
+            own = _least(own, waiting)  # what runs counts as well, so that the engine may admit more
+        return Load(waiting, facts.running_tokens, max(1, facts.instances), seconds, own, facts.callers)
+
     def submit(
         self, request: Request, sequences: Sequence[PreparedSequence], priority: Priority = Priority.NORMAL
     ) -> asyncio.Future[list[SequenceResult]]:
@@ -229,21 +242,15 @@ class RemoteScheduler:
         return now
 
     def _admit(self, demand: Demand, now: float, deadline: float | None, caller: str) -> None:
-        pending = self._own.get(caller, _NOTHING)
         if self._connection is None:
             if deadline is not None and self._is_hopeless(deadline):
                 raise self._not_serving()
-            # No speed is known without an engine: only the bounds of the queue count.
-            load = Load(self._all, 0, 1, None, pending, len(self._own))
             deadline = None
         else:
             facts = self._board.read()
             if not facts.sequences and (deadline is None or not facts.running_tokens):
-                return
-            waiting = Demand(facts.sequences, facts.tokens, facts.bytes)
-            seconds = None if math.isnan(facts.seconds_per_token) else facts.seconds_per_token
-            own = _least(pending, waiting)  # what runs counts as well, so that the engine may admit more
-            load = Load(waiting, facts.running_tokens, max(1, facts.instances), seconds, own, facts.callers)
+                return  # the usual case
+        load = self.load(caller)
         refused = refusal(demand, load, None if deadline is None else deadline - now, self._settings)
         if refused is not None:
             raise self._refused(refused)

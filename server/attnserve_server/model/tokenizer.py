@@ -54,8 +54,8 @@ class TextTokenizer:
     loading: any number of threads may use it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, axis: str, as_written: Collection[str] = ()) -> None:
-        self._axis = axis
+    def __init__(self, tokenizer: Tokenizer, axis: str, as_written: Collection[str] = (), file: bytes = b"") -> None:
+        self._axis, self.file = axis, file
         self._special = special_tokens(tokenizer)
         self._special_ids = frozenset(self._special)
         padding, truncation = tokenizer.padding, tokenizer.truncation
@@ -92,7 +92,7 @@ class TextTokenizer:
         except ValueError as error:
             raise TokenizerInvalid(str(error)) from error
         with failures_named():
-            return cls(spelling(tokenizer, mask_token) if mask_token else tokenizer, axis, as_written)
+            return cls(spelling(tokenizer, mask_token) if mask_token else tokenizer, axis, as_written, content)
 
     @property
     def axis(self) -> str:

@@ -13,6 +13,7 @@ from attnserve_server.domain.values import PreparedSequence, Priority, SequenceR
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.observability.metrics import ModelMetrics
+from attnserve_server.scheduling.admission import Load
 from attnserve_server.scheduling.queue import Request
 
 
@@ -27,6 +28,10 @@ class ModelState(StrEnum):
 
 class Submitter(Protocol):
     """What the data plane needs of a model's scheduler."""
+
+    def load(self) -> Load:
+        """Return what waits and runs now, as a request at the end of the whole queue meets it."""
+        ...
 
     def check_room(self, deadline: float | None, caller: str = "") -> None:
         """Raise what `submit` would raise now for the smallest request."""

@@ -42,7 +42,7 @@ OFFLOAD_TEXT_BYTES: Final = 4096
 """Longer texts are tokenized in a thread: on the event loop they would block it for over 2 ms."""
 OFFLOAD_TENSOR_BYTES: Final = 8 * 2**20
 """Larger tensors are checked in a thread, for the same reason."""
-_STATES: Final = {
+STATES: Final = {
     ModelState.LOADING: model_pb2.MODEL_STATE_LOADING,
     ModelState.READY: model_pb2.MODEL_STATE_READY,
     ModelState.DRAINING: model_pb2.MODEL_STATE_DRAINING,
@@ -109,7 +109,7 @@ class DataPlane:
                 must be retried is taken from the others.
         """
         message = received.message
-        served = self._find(message.model, message.version)
+        served = self.find(message.model, message.version)
         try:
             manifest, scheduler = self._serving(served)
             if not message.validate_only:
@@ -131,7 +131,7 @@ class DataPlane:
     async def prepare_large(self, request: Request, received: Received[inference_service_pb2.InferRequest]) -> Prepared:
         """Do as `prepare` does, in a thread."""
         message = received.message
-        served = self._find(message.model, message.version)
+        served = self.find(message.model, message.version)
         served.prepared += 1
         try:
             manifest, scheduler = self._serving(served)
@@ -214,7 +214,7 @@ class DataPlane:
         """Free what requests to a model were read with, once the catalog does not have it."""
         self._readers.pop(served, None)
 
-    def _find(self, model: str, version: str) -> ServedModel:
+    def find(self, model: str, version: str = "") -> ServedModel:
         """Return the model. Raises InvalidRequest and ModelNotFound."""
         try:
             return self._catalog.find(model, version)
@@ -236,13 +236,19 @@ class DataPlane:
 
     def model(self, name: str, version: str) -> model_pb2.Model:
         """Return one model. Raises InvalidRequest and ModelNotFound."""
-        return self._describe(self._find(name, version))
+        return self._describe(self.find(name, version))
+
+    def versions(self, name: str) -> list[ServedModel]:
+        """Return all versions of a model, or of all if `name` is empty. Raises InvalidRequest and ModelNotFound."""
+        if name:
+            self.find(name)
+        return [served for served in self._catalog.all() if name in ("", served.name)]
 
     def _describe(self, served: ServedModel) -> model_pb2.Model:
         message = model_pb2.Model(
             name=served.name,
             version=served.version,
-            state=_STATES[served.state],
+            state=STATES[served.state],
             state_reason=served.state_reason,
             execution_provider=served.provider,
         )

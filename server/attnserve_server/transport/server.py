@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import grpc
 
@@ -16,7 +17,9 @@ from attnserve_server.observability.spec import CONNECTIONS_DROPPED, UNREAD_BYTE
 from attnserve_server.transport.admin import ModelServicer
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import Health
+from attnserve_server.transport.identity import IdentifiedHandlers
 from attnserve_server.transport.receiving import BoundedHandlers, ReceiveBounds
+from attnserve_server.transport.reflection import reflecting
 from attnserve_server.transport.servicer import InferenceServicer, RpcMetrics
 from attnserve_server.transport.sockets import Connections
 from attnserve_server.transport.stream import Streams
@@ -78,13 +81,16 @@ class GrpcServer:
         self._streams = Streams(plane, clock, settings, self.unread)
         self._metrics = RpcMetrics(metrics, clock)
         self._servicer = InferenceServicer(
-            plane, self._streams.stream_infer, clock, settings.call_timeout_s, self.unread
+            plane, self._streams.stream_infer, clock, settings.call_timeout_s, self.unread, settings.max_queue_size
         )
         self._handlers: tuple[grpc.GenericRpcHandler, ...] = (
             self._servicer.handlers(self._metrics), health.handlers(self._metrics)
         )  # fmt: skip
         if models is not None:
             self._handlers += (models.handlers(self._metrics),)
+        if settings.reflection:
+            named: Sequence[Any] = self._handlers  # each is of one service
+            self._handlers += reflecting([one.service_name() for one in named], self._metrics)
         if access.guard is not None:
             self._handlers = (GuardedHandlers(access.guard, self._handlers, self._metrics),)
         self._access = access
@@ -104,7 +110,7 @@ class GrpcServer:
         options = _options(self._settings, bounds, shared_port=self._shared_port)
         server = self._server = grpc.aio.server(options=options)
         bounded = BoundedHandlers(bounds, self._handlers, self._metrics, self._servicer.follow, self._connections.drop)
-        server.add_generic_rpc_handlers((bounded,))
+        server.add_generic_rpc_handlers((IdentifiedHandlers(bounded),))
         try:
             if credentials is None:
                 bound = server.add_insecure_port(address)
@@ -156,4 +162,5 @@ def _options(settings: Settings, bounds: ReceiveBounds, *, shared_port: bool) ->
         ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.keepalive_min_interval_s * 1000)),
         # A second server on the port must fail to start instead of taking half of the connections.
         ("grpc.so_reuseport", int(shared_port)),
+        ("grpc.enable_channelz", int(settings.reflection)),
     ]

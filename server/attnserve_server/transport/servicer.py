@@ -6,6 +6,7 @@ At the boundary a failure becomes one status, at most one log line, and one coun
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -33,7 +34,9 @@ from attnserve_server.domain.errors import (
 from attnserve_server.observability.logs import Sampler, logger
 from attnserve_server.observability.metrics import RPC_HANDLED, RPC_SECONDS, RPC_STARTED, Metrics
 from attnserve_server.observability.spec import REFUSAL_SECONDS
+from attnserve_server.observability.trace_context import CALL, CallContext, request_id_of_call
 from attnserve_server.scheduling.queue import Request
+from attnserve_server.transport import gateways
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.sockets import address_of
 from attnserve_server.transport.status import code_of, is_fault, name_of_code, plain, status_of, trailers_of
@@ -72,8 +75,10 @@ class InferenceServicer:
         clock: Clock,
         call_timeout_s: float,
         unread: Unread,
+        max_queue_size: int = 0,
     ) -> None:
         """Store the parts; `stream_infer` serves one stream. `call_timeout_s`: of a call without a deadline."""
+        self._max_queue_size = max_queue_size
         self._plane = plane
         self._stream_infer = stream_infer
         self._clock = clock
@@ -107,7 +112,7 @@ class InferenceServicer:
         if request_id:
             check_request_id(request_id)
         else:
-            request_id = f"{_PROCESS}{next(_NUMBERS):016x}"
+            request_id = request_id_of_call() or f"{_PROCESS}{next(_NUMBERS):016x}"
         plane, caller = self._plane, CALLER.get()
         turns = address_of(context.peer()) if caller is None else caller.token.name
         request = Request(request_id, deadline_s, received.size, turns)
@@ -147,12 +152,26 @@ class InferenceServicer:
         """Return one model."""
         return inference_service_pb2.GetModelResponse(model=self._plane.model(request.model, request.version))
 
+    async def get_load(
+        self, request: inference_service_pb2.GetLoadRequest, _: Context
+    ) -> inference_service_pb2.GetLoadResponse:
+        """Return the load of one model or of all."""
+        return gateways.loads(self._plane, request, self._max_queue_size)
+
+    async def get_tokenizer(
+        self, request: inference_service_pb2.GetTokenizerRequest, _: Context
+    ) -> inference_service_pb2.GetTokenizerResponse:
+        """Return a piece of a tokenizer file."""
+        return gateways.tokenizer_piece(self._plane, request)
+
     def handlers(self, metrics: RpcMetrics) -> grpc.GenericRpcHandler:
         """Return the service's methods as gRPC handlers on bytes."""
         unary: Mapping[str, Any] = {
             "Infer": self.infer,
             "ListModels": parsed(inference_service_pb2.ListModelsRequest, self.list_models),
             "GetModel": parsed(inference_service_pb2.GetModelRequest, self.get_model),
+            "GetLoad": parsed(inference_service_pb2.GetLoadRequest, self.get_load),
+            "GetTokenizer": parsed(inference_service_pb2.GetTokenizerRequest, self.get_tokenizer),
         }
         methods: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(metrics.measured("unary", SERVICE, name, call))
@@ -200,12 +219,16 @@ class RpcMetrics:
         handled = self._metrics.counter(RPC_HANDLED)
         answered = handled.labels(*labels, "OK")
         refusals = self._metrics.histogram(REFUSAL_SECONDS).labels()
+        streams = kind == "bidi_stream"
 
         async def measured_call(request: Any, context: Context) -> Any:
             started.inc()
             begun = self._clock.now()
             code = "CANCELLED"
             try:
+                sent = CALL.get()
+                if sent is not None or streams:
+                    await _open(context, sent)
                 answer = await call(request, context)
                 code = "OK"
                 return answer  # noqa: TRY300 - the branches below end otherwise
@@ -240,6 +263,16 @@ def remaining_s(context: Context) -> float | None:
     # The declared type omits None, which some versions return.
     remaining: float | None = context.time_remaining()
     return None if remaining is None or remaining > FOREVER_S else max(0.0, remaining)
+
+
+async def _open(context: Context, sent: CallContext | None) -> None:
+    """Return to the caller what came with the call.
+
+    A stream always sends it, before any write that may be cancelled: gRPC would count the headers as unsent, send them
+    again and hang.
+    """
+    with contextlib.suppress(grpc.aio.InternalError):  # the call has ended on the caller's side
+        await context.send_initial_metadata(() if sent is None else sent.metadata)
 
 
 async def send(context: Context, data: bytes) -> bool:
@@ -300,7 +333,9 @@ def free_frames(error: BaseException) -> None:
 
 
 def _status_of(error: Exception, method: str) -> status_pb2.Status:
-    request_id, cause = (error.request_id, error.error) if isinstance(error, Failure) else (uuid4().hex, error)
+    request_id, cause = (
+        (error.request_id, error.error) if isinstance(error, Failure) else (request_id_of_call() or uuid4().hex, error)
+    )
     if not isinstance(cause, UNLOGGED):
         log_failure(cause, request_id, method)
     return status_of(cause, request_id)

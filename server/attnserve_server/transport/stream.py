@@ -144,8 +144,6 @@ class _Stream:
     async def serve(self) -> None:
         """Read, run and answer requests. Raises the error that ends the stream, after cancelling all requests."""
         failure: AttnserveError | None = None
-        # Sent before any write that may be cancelled: gRPC would count the headers as unsent, send them again and hang.
-        await self._context.send_initial_metadata(())
         try:
             async with asyncio.TaskGroup() as group:
                 writing = group.create_task(self._write_all())

@@ -22,6 +22,7 @@ from attnserve_server.access.guard import CALLER, Access, Caller, Guard
 from attnserve_server.domain.errors import PermissionDenied, Unauthenticated
 from attnserve_server.transport.admin import METHODS
 from attnserve_server.transport.admin import SERVICE as MODEL_SERVICE
+from attnserve_server.transport.reflection import CHANNELZ, CHANNELZ_METHODS, REFLECTION
 from attnserve_server.transport.rest.errors import CertificateRequired, PathNotFound, response_of
 from attnserve_server.transport.servicer import SERVICE, Context, RpcMetrics
 from attnserve_server.transport.sockets import address_of, site_of
@@ -36,7 +37,11 @@ SCOPE_OF: Final[Mapping[str, str]] = {
     f"/{SERVICE}/StreamInfer": "infer",
     f"/{SERVICE}/ListModels": "infer",
     f"/{SERVICE}/GetModel": "infer",
+    f"/{SERVICE}/GetLoad": "infer",
+    f"/{SERVICE}/GetTokenizer": "infer",
     **{f"/{MODEL_SERVICE}/{method}": "admin" for method in METHODS},
+    **{f"/{service}/ServerReflectionInfo": "admin" for service in REFLECTION},
+    **{f"/{CHANNELZ}/{method}": "admin" for method in CHANNELZ_METHODS},
     f"/{_HEALTH}/Check": FREE,
     f"/{_HEALTH}/Watch": FREE,
 }

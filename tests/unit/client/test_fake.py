@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from attnserve.v1 import inference_service_pb2 as wire
-from attnserve_client import AttentionSelection, Client, InvalidRequest, NotServing, RetryPolicy, Timings
+from attnserve_client import AttentionSelection, Client, InvalidRequest, NotServing, RetryPolicy
+from attnserve_client.data_types import Timings
 from attnserve_client.errors import ModelFailed
 from attnserve_client.testing import FakeServer
 
