@@ -244,6 +244,12 @@ class DataPlane:
             self.find(name)
         return [served for served in self._catalog.all() if name in ("", served.name)]
 
+    def reading(self, name: str, version: str) -> tuple[Manifest, Intake]:
+        """Return what a model that serves accepts. Raises InvalidRequest, ModelNotFound, NotServing and ModelFailed."""
+        served = self._find(name, version)
+        manifest, _ = self._serving(served)
+        return manifest, self._reader(served, manifest).intake
+
     def _describe(self, served: ServedModel) -> model_pb2.Model:
         message = model_pb2.Model(
             name=served.name,

@@ -226,7 +226,7 @@ def test_dockerfile_runs_as_a_number_without_shell_forms_at_run_time() -> None:
         assert all(line.startswith("[") for line in re.findall(rf"^{instruction} (.*)$", text, re.MULTILINE))
     [checked] = re.findall(r"^HEALTHCHECK [^[]*CMD (\[.*\])$", text, re.MULTILINE)
     assert json.loads(checked) == ["python", "-m", probe.__name__]
-    ports = {str(Settings.model_fields[field].default) for field in ("grpc_port", "http_port")}
+    ports = {str(Settings.model_fields[field].default) for field in ("grpc_port", "http_port", "rest_port")}
     assert set(re.search(r"^EXPOSE (.*)$", text, re.MULTILINE)[1].split()) == ports  # type: ignore[index]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,7 +16,9 @@ from starlette.types import ASGIApp
 from attnserve_server.access.guard import Access
 from attnserve_server.transport.http import HttpServer
 from attnserve_server.transport.receiving import ReceiveBounds
+from attnserve_server.transport.rest import native, openai, rerank
 from attnserve_server.transport.rest.bodies import Bodies
+from attnserve_server.transport.rest.document import document_handler, page_handler
 from attnserve_server.transport.rest.errors import REQUEST_ID, MethodNotAllowed, PathNotFound, response_of
 from attnserve_server.transport.rest.exchange import Endpoint, Rest, Served
 from attnserve_server.transport.who import guarded
@@ -23,7 +26,57 @@ from attnserve_server.transport.who import guarded
 
 def endpoints() -> tuple[Endpoint, ...]:
     """Return all endpoints, in the order in which paths are compared."""
-    return ()
+    infer: dict[str, Any] = {
+        "accepts": native.InferBody,
+        "returns": native.InferResponse,
+        "media_types": (native.EVENTS,),
+        "example": {
+            "sequences": ["The buyer agrees to assume all liabilities."],
+            "outputs": ["embedding"],
+            "attention": {"layers": [-1], "head_reduction": "mean", "unit": "word", "special_tokens": "drop"},
+        },
+    }
+    ranked = {"query": "Who pays?", "documents": ["The buyer pays.", "It rains."], "top_n": 1}
+    versioned = "/v1/models/{name}/versions/{version}"
+    served = (
+        Endpoint("POST", "/v1/models/{name}:infer", native.infer, "Run sequences, newest version.", **infer),
+        Endpoint("POST", versioned + ":infer", native.infer, "Run sequences, one version.", **infer),
+        Endpoint("GET", "/v1/models", native.list_models, "List the models.", returns=native.ModelList),
+        Endpoint("GET", "/v1/models/{name}", native.describe_model, "Describe a model.", returns=native.ModelDetails),
+        Endpoint("GET", versioned, native.describe_model, "Describe one version.", returns=native.ModelDetails),
+        Endpoint(
+            "POST",
+            "/v1/embeddings",
+            openai.embeddings,
+            "Compute embeddings of texts, as OpenAI's API does.",
+            accepts=openai.EmbeddingsBody,
+            returns=openai.Embeddings,
+            example={"model": "minilm", "input": ["The buyer pays.", "It rains."]},
+        ),
+        Endpoint(
+            "POST",
+            "/rerank",
+            rerank.rerank,
+            "Rank texts by their relevance to a query: `texts` as TEI, `documents` as Cohere.",
+            accepts=rerank.RerankBody,
+            returns=list[rerank.Rank] | rerank.Relevances,
+            example={"query": "Who pays?", "texts": ["The buyer pays.", "It rains."]},
+        ),
+        *(
+            Endpoint(
+                "POST",
+                path,
+                rerank.cohere_rerank,
+                "Rank documents by their relevance to a query, as Cohere's API does.",
+                accepts=rerank.CohereBody,
+                returns=rerank.Relevances,
+                example=ranked,
+            )
+            for path in ("/v1/rerank", "/v2/rerank")
+        ),
+    )
+    document = Endpoint("GET", "/openapi.json", document_handler(served), "The OpenAPI document.")
+    return (*served, document, Endpoint("GET", "/openapi", page_handler(served), "The document as a page."))
 
 
 def application(rest: Rest, access: Access, further: Sequence[BaseRoute] = ()) -> ASGIApp:
