@@ -20,7 +20,7 @@ DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test coverage check format e2e dist changelog proto client docs bench acceptance peers complexity batching \
-	foreign foreign-short clients fuzz fuzz-short fuzz-batching faults faults-full soak image clean
+	foreign foreign-short clients schemas fuzz fuzz-short fuzz-batching faults faults-full soak image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -141,6 +141,10 @@ faults-full: $(VENV)/.dev ## The same with the counts of the table; what the ser
 
 soak: $(VENV)/.dev ## Load one server for SOAK_SECONDS (1800) with all faults at once (SOAK_ARGS)
 	@PYTHONPATH=tests/support $(BIN)/python -m faults.soak --seconds $(or $(SOAK_SECONDS),1800) $(SOAK_ARGS)
+
+schemas: ## Install the schemas of the Prometheus operator and KEDA into .schemas, for the tests of the chart (needs npm)
+	@mkdir -p .schemas && cp deploy/schemas/package.json deploy/schemas/.npmrc deploy/schemas/check.mjs .schemas/
+	npm install --silent --no-audit --no-fund --prefix .schemas
 
 e2e: $(VENV)/.dev $(DEMO_BUNDLE) ## Build the image, run it hardened, scrape it with a real Prometheus
 	ATTNSERVE_E2E_REPOSITORY=$(abspath $(DEMO)/models) $(BIN)/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)

@@ -1,4 +1,4 @@
-"""Write four pages of reference/ from the code they describe.
+"""Write four pages of reference/ from the code they describe, and two files of the Helm chart.
 
 `--check` writes nothing, and exits with 1 if a page is out of date.
 
@@ -8,6 +8,7 @@ python docs/generate.py [--check]
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -22,7 +23,14 @@ from attnserve_server.domain.errors import MAX_VIOLATIONS
 from attnserve_server.observability.metrics import SPECS
 from attnserve_server.transport.status import DOMAIN, TABLE
 
-FOLDER = Path(__file__).parent / "reference"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs/reference"
+CHART = ROOT / "deploy/helm/attnserve"
+SET_BY_CHART = (
+    *("host", "grpc_port", "http_port", "repository", "ports_file", "tls_cert", "tls_key", "tls_client_ca"),
+    *("tokens_file", "insecure", "drain_grace_s", "cache_dir", "require_provider"),
+)
+"""Settings that the chart derives from other values."""
 NOTE = "<!-- Written by docs/generate.py: change the code that it reads, then run `make docs`. -->"
 
 
@@ -115,11 +123,40 @@ def operators() -> str:
     )
 
 
-PAGES: dict[str, Callable[[], str]] = {
-    "configuration.md": configuration,
-    "metrics.md": metrics,
-    "errors.md": errors,
-    "operators.md": operators,
+def chart_schema() -> str:
+    """Return the schema of the chart's values, with the server's settings as they are now.
+
+    All but `properties.settings.properties` is written by hand, in the file itself.
+    """
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    known = Settings.model_json_schema()["properties"]
+    schema["properties"]["settings"]["properties"] = {
+        name: _chart_value(known[name]) for name in Settings.model_fields if name not in SET_BY_CHART
+    }
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def chart_rules() -> str:
+    """Return the rules of Prometheus, because a chart cannot read files outside its folder."""
+    return (ROOT / "deploy/prometheus/rules/attnserve.rules.yml").read_text(encoding="utf-8")
+
+
+def _chart_value(known: dict[str, Any]) -> dict[str, Any]:
+    """A setting in the chart: lists and options are text, as in a variable, and one without a value is left out."""
+    [kind] = [part for part in known.get("anyOf", [known]) if part.get("type") != "null"]
+    if kind["type"] in ("array", "object"):
+        kind = {"type": "string"}
+    limits = {key: value for key, value in kind.items() if key not in ("default", "title", "description", "format")}
+    return {**limits, "description": known["description"]}
+
+
+PAGES: dict[Path, Callable[[], str]] = {
+    FOLDER / "configuration.md": configuration,
+    FOLDER / "metrics.md": metrics,
+    FOLDER / "errors.md": errors,
+    FOLDER / "operators.md": operators,
+    CHART / "values.schema.json": chart_schema,
+    CHART / "files/attnserve.rules.yml": chart_rules,
 }
 
 
@@ -159,11 +196,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="list the pages that are out of date, and write nothing")
     checking = parser.parse_args().check
     stale = []
-    for name, make in PAGES.items():
-        path, text = FOLDER / name, make()
+    for path, make in PAGES.items():
+        text = make()
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
-        stale.append(name)
+        stale.append(path.relative_to(ROOT).as_posix())
         if not checking:
             path.write_text(text, encoding="utf-8")
     if checking and stale:

@@ -5,6 +5,7 @@ A test fails where the script would write a page in another way; `make docs` wri
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +21,17 @@ def test_generated_pages_are_up_to_date() -> None:
 
 
 def test_check_fails_for_a_changed_page(tmp_path: Path) -> None:
-    script = tmp_path / "generate.py"
-    (tmp_path / "reference").mkdir()
+    script = tmp_path / "docs" / "generate.py"
+    (tmp_path / "docs" / "reference").mkdir(parents=True)
+    for folder in ("helm/attnserve", "prometheus/rules"):
+        shutil.copytree(DOCS.parent / "deploy" / folder, tmp_path / "deploy" / folder)
     script.write_text((DOCS / "generate.py").read_text())
     line = [sys.executable, str(script)]
     subprocess.run(line, check=True, timeout=60)
     assert subprocess.run([*line, "--check"], check=False, timeout=60).returncode == 0
-    (tmp_path / "reference" / "errors.md").write_text("old")
+    (tmp_path / "docs" / "reference" / "errors.md").write_text("old")
     done = subprocess.run([*line, "--check"], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stderr) == (1, "out of date: errors.md; run `make docs`\n")
+    assert (done.returncode, done.stderr) == (1, "out of date: docs/reference/errors.md; run `make docs`\n")
 
 
 def test_types_of_settings_are_words() -> None:
