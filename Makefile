@@ -19,8 +19,8 @@ DEMO := .demo
 DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test coverage check format e2e dist changelog proto client docs bench acceptance peers complexity batching \
-	foreign foreign-short clients schemas fuzz fuzz-short fuzz-batching faults faults-full soak image clean
+.PHONY: help demo serve quick test coverage check format e2e dist changelog proto client docs bench acceptance peers complexity \
+	batching foreign foreign-short clients schemas fuzz fuzz-short fuzz-batching faults faults-full soak image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -51,10 +51,14 @@ $(VENV)/.quick: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(DEMO_BUNDLE): | $(VENV)/.run
 	$(BIN)/attnserve-server export $(MODEL_SOURCE) --name minilm --version 1 --repository $(DEMO)/models \
-		--pooling mean --expect-sha256 $(MODEL_SHA256)
+		--expect-sha256 $(MODEL_SHA256)
 
 demo: $(VENV)/.run $(DEMO_BUNDLE) ## Set everything up, serve a real model, and show its attention
 	@$(BIN)/python examples/demo.py --repository $(DEMO)/models --output $(DEMO)
+
+serve: $(VENV)/.run $(DEMO_BUNDLE) ## Serve the demo's model on localhost:8001 until Ctrl-C (SERVE_ARGS)
+	@echo "attnserve explain minilm \"The buyer assumes all liabilities.\" shows its attention, after . $(VENV)/bin/activate"
+	@$(BIN)/attnserve-server serve --repository $(DEMO)/models $(SERVE_ARGS)
 
 quick: $(VENV)/.quick ## Run the unit tests that need no torch, in about two minutes
 	$(BIN)/python -m pytest --quick --numprocesses auto tests/unit $(PYTEST_ARGS)

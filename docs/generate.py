@@ -17,6 +17,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from annotated_types import Ge, Le, MinLen
 from attnserve_server.config import Settings, flag_of, variable_of
+from attnserve_server.config_bounds import size_text
 from attnserve_server.config_engines import EngineSettings
 from attnserve_server.conversion.finders import catalogue
 from attnserve_server.domain.errors import MAX_VIOLATIONS
@@ -40,14 +41,16 @@ def configuration() -> str:
     for name in sorted(Settings.model_fields, key=EngineSettings.model_fields.__contains__):
         field = Settings.model_fields[name]
         default = field.default
-        shown = "none" if default is None or default == () else f"`{default}`"
+        sized = isinstance(default, int) and name.endswith("_bytes")
+        shown = "none" if default is None or default == () else f"`{size_text(default) if sized else default}`"
         limits = _limits(field.metadata)
         kind = _kind(field.annotation) + (f", {limits}" if limits else "")
         rows.append((f"`{flag_of(name)}`", f"`{variable_of(name)}`", kind, shown, field.description or ""))
     return _page(
         "Configuration",
         "Every setting of `attnserve-server serve`. A flag overrides its variable, and a variable the default. "
-        "The server reports all invalid settings together, and does not start with any. Sizes are in bytes. Names that "
+        "The server reports all invalid settings together, and does not start with any. Sizes are in bytes, or have a "
+        "unit: `64MiB`. A variable with the prefix `ATTNSERVE_` that is no setting is an error. Names that "
         "end in `_s` are in seconds.",
         ("Flag", "Variable", "Type", "Default", "Effect, and the reason for the default"),
         rows,

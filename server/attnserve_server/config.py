@@ -6,21 +6,28 @@ which lists all invalid settings.
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from attnserve_server.config_bounds import MIB, Bounds, Count
+from attnserve_server.config_bounds import MIB, Bounds, Count, size_of
 from attnserve_server.config_engines import EngineSettings
 from attnserve_server.config_models import ModelSettings
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.machine import is_loopback, suits_processes
 
 PREFIX = "ATTNSERVE_"
+_OTHERS = tuple(
+    PREFIX + name
+    for name in ("FAILPOINTS", "TRACEBACK", "SERVER", "TLS", "CA", "CERT", "KEY", "TOKEN", "TOKEN_FILE", "MODELS_DIR")
+)
+"""Variables that are no settings: for tests, for tracebacks, of the client, and of the compose file."""
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -300,6 +307,12 @@ class Serving(ModelSettings, EngineSettings):
 class Settings(Bounds, Serving):
     """All settings."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _sizes(cls, value: object, info: ValidationInfo) -> object:
+        of_bytes = isinstance(value, str) and str(info.field_name).endswith("_bytes")
+        return size_of(str(value)) if of_bytes else value
+
     @classmethod
     def load(cls, flags: Mapping[str, Any]) -> Settings:
         """Make settings from flags, then variables, then defaults.
@@ -308,13 +321,37 @@ class Settings(Bounds, Serving):
             flags: values of the command line by field; None: not given.
 
         Raises:
-            SettingsInvalid: with every invalid setting.
+            SettingsInvalid: with every invalid setting, and every `ATTNSERVE_*` variable that is none.
         """
         given = {name: value for name, value in flags.items() if value is not None}
+        faults = unknown_variables(os.environ)
         try:
-            return cls(**given)
+            settings = cls(**given)
         except ValidationError as error:
-            raise SettingsInvalid([_fault(dict(fault)) for fault in error.errors(include_url=False)]) from None
+            faults = [_fault(dict(fault)) for fault in error.errors(include_url=False)] + faults
+            raise SettingsInvalid(faults) from None
+        if faults:
+            raise SettingsInvalid(faults)
+        return settings
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return a fault for each `ATTNSERVE_*` variable that neither the server nor the client reads.
+
+    Kubernetes sets variables for each service. Those of a service named `attnserve`, or `attnserve-...`, are
+    not checked: they share the prefix of its `*_SERVICE_HOST`.
+    """
+    services = {name.removesuffix("_SERVICE_HOST") for name in environment if name.endswith("_SERVICE_HOST")}
+    known = [variable_of(field) for field in Settings.model_fields]
+    faults = []
+    for name in sorted(environment):
+        of_service = any(name.startswith((f"{each}_SERVICE_", f"{each}_PORT")) for each in services)
+        if not name.startswith(PREFIX) or name in known or name in _OTHERS or of_service:
+            continue
+        close = difflib.get_close_matches(name.removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in known], 1)
+        remedy = f"did you mean {PREFIX}{close[0]}?" if close else "`attnserve-server serve --help` lists them"
+        faults.append(f"{name}: there is no such setting; {remedy}")
+    return faults
 
 
 def variable_of(field: str) -> str:

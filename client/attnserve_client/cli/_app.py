@@ -50,7 +50,6 @@ from attnserve_client.cli._writing import print_json
 app = typer.Typer(
     name="attnserve",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Run models on an attnserve server, and show where they looked.",

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from attnserve_client import AttentionFeatures, InferenceResult, Labels, Link, ModelInfo, Token
 from attnserve_client.cli._heatmap import heatmap, shade
-from attnserve_client.cli._text import clean
+from attnserve_client.cli._text import clean, size_text
 from attnserve_client.data_types import TensorSpec
 
 _SHOWN_VALUES = 5
@@ -165,10 +165,8 @@ def show_model(console: Console, model: ModelInfo) -> None:
         console.print(Text(f"  site   {site.layer}: {clean(site.name)} ({facts}{why})"))
     if model.text_pair_axis != model.text_axis:
         console.print(Text(f"  texts  along {clean(model.text_axis)} and, of a pair, {clean(model.text_pair_axis)}"))
-    limits = (
-        f"{model.max_batch_size} sequences, {model.max_text_bytes} bytes of text, {model.max_response_bytes} bytes out"
-    )
-    console.print(Text(f"  limits {limits}"))
+    text, answer = size_text(model.max_text_bytes), size_text(model.max_response_bytes)
+    console.print(Text(f"  limits {model.max_batch_size} sequences, {text} of text, {answer} out"))
     console.print(
         Text(f"  runs   {model.precision} on {model.execution_provider or 'nothing yet'}, {model.digest}", style="dim")
     )

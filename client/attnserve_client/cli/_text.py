@@ -18,3 +18,13 @@ def fitted(text: str, width: int) -> str:
     if cell_len(shown) > width:
         shown = set_cell_size(shown, width - 1) + "…"
     return set_cell_size(shown, width)
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes in KiB, MiB or GiB, with at most one decimal: `48 MiB`."""
+    size, unit = float(count), "bytes"
+    for name in ("KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, name
+    return f"{size:.1f}".removesuffix(".0") + f" {unit}"

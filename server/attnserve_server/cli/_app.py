@@ -12,7 +12,7 @@ import typer
 from attnserve_server import __version__
 from attnserve_server.cli import check, convert, inspect, recommend, serve, token
 
-app = typer.Typer(name="attnserve-server", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="attnserve-server", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 import uvloop
+from pydantic.fields import FieldInfo
 
 from attnserve_server import cli
 from attnserve_server.config import Settings, flag_of, variable_of
+from attnserve_server.config_bounds import size_text
 from attnserve_server.lifetime import TEARDOWN_S, HardEnd, run
 from attnserve_server.observability import probe
 from attnserve_server.observability.logs import END_S, serving
 
+EXAMPLES: Final = (
+    "Each flag is also a variable; a flag overrides it. Sizes take KiB, MiB and GiB.\n\n"
+    "Examples:\n\n"
+    "attnserve-server serve --repository models\n\n"
+    "attnserve-server serve --models minilm --max-queue-bytes 256MiB --isolation process\n\n"
+    "attnserve-server serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --tokens-file tokens.txt\n\n"
+    "ATTNSERVE_REPOSITORY=/models ATTNSERVE_INSTANCES=4 attnserve-server serve"
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command(name="serve")(_serve_command())
+    app.command(name="serve", epilog=EXAMPLES)(_serve_command())
     app.command()(healthcheck)
 
 
@@ -62,8 +73,13 @@ def _type_of(default: object) -> Any:
     return bool | None if default is False else str | None
 
 
-def _option(name: str, description: str | None) -> Any:
-    return typer.Option(flag_of(name), help=f"{description} [{variable_of(name)}]", metavar="VALUE", show_default=False)
+def _option(name: str, field: FieldInfo) -> Any:
+    """Return the flag of a setting, whose help has its variable and its default."""
+    default = "none" if field.default in (None, (), {}, "") else str(field.default)
+    if name.endswith("_bytes") and isinstance(field.default, int) and field.default:
+        default = size_text(field.default)
+    text = f"{field.description} [{variable_of(name)}, default {default}]"
+    return typer.Option(flag_of(name), help=text, metavar="VALUE", show_default=False)
 
 
 def _serve_command() -> Any:
@@ -88,7 +104,7 @@ def _serve_command() -> Any:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[_type_of(field.default), _option(name, field.description)],
+            annotation=Annotated[_type_of(field.default), _option(name, field)],
         )
         for name, field in Settings.model_fields.items()
     ]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from attnserve_server.cli._app import app
 from attnserve_server.config import Settings, SettingsInvalid, flag_of, variable_of
+from attnserve_server.config_bounds import size_text
 from attnserve_server.domain import machine
 from attnserve_server.domain.machine import cores, is_loopback
 from typer.testing import CliRunner
@@ -71,7 +72,42 @@ def test_variables_of_kubernetes_services_are_ignored(monkeypatch: pytest.Monkey
     # Kubernetes sets these for a Service named attnserve.
     monkeypatch.setenv("ATTNSERVE_PORT", "tcp://10.0.0.1:8001")
     monkeypatch.setenv("ATTNSERVE_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("ATTNSERVE_PORT_8001_TCP_ADDR", "10.0.0.1")
+    # And these for one named attnserve-models.
+    monkeypatch.setenv("ATTNSERVE_MODELS_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("ATTNSERVE_MODELS_PORT", "tcp://10.0.0.1:8001")
     assert Settings.load({}).grpc_port == 8001
+
+
+def test_variable_that_is_no_setting_is_refused_with_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNSERVE_MODLES", "minilm")
+    monkeypatch.setenv("ATTNSERVE_QQQQ", "1")
+    monkeypatch.setenv("ATTNSERVE_TOKEN", "of the client")
+    with pytest.raises(SettingsInvalid) as caught:
+        Settings.load({"grpc_port": "x"})
+    assert caught.value.faults[1:] == (
+        "ATTNSERVE_MODLES: there is no such setting; did you mean ATTNSERVE_MODELS?",
+        "ATTNSERVE_QQQQ: there is no such setting; `attnserve-server serve --help` lists them",
+    )
+    assert "--grpc-port" in caught.value.faults[0]
+
+
+@pytest.mark.parametrize(("given", "expected"), [("256MiB", 2**28), ("0.5 GiB", 2**29), ("64kib", 2**16), ("7", 7)])
+def test_sizes_have_units(monkeypatch: pytest.MonkeyPatch, given: str, expected: int) -> None:
+    assert Settings.load({"max_queue_bytes": given}).max_queue_bytes == expected
+    monkeypatch.setenv("ATTNSERVE_MAX_QUEUE_BYTES", given)
+    assert Settings.load({}).max_queue_bytes == expected
+
+
+@pytest.mark.parametrize("given", ["3MB", "MiB", "manyMiB", "nanMiB"])
+def test_size_of_another_form_is_refused(given: str) -> None:
+    with pytest.raises(SettingsInvalid, match=r"^--max-queue-bytes \(ATTNSERVE_MAX_QUEUE_BYTES\)"):
+        Settings.load({"max_queue_bytes": given})
+
+
+@pytest.mark.parametrize(("count", "text"), [(2**26, "64 MiB"), (2**31, "2 GiB"), (1025, "1025"), (0, "0")])
+def test_defaults_are_shown_with_units(count: int, text: str) -> None:
+    assert size_text(count) == text
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)

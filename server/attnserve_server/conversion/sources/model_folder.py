@@ -7,6 +7,7 @@ than expected. Other files may be missing.
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,22 @@ def model_folder(source: str, expect_sha256: str = "") -> ModelFolder:
     return ModelFolder(path, name, sha256)
 
 
+def _how_to_get(source: str) -> str:
+    """Return how to get the folder of a model that was given by its name on the Hugging Face hub."""
+    if len(Path(source).parts) > 2 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        return "give the folder of a Hugging Face model, package:NAME or zoo:NAME"
+    folder = source.rpartition("/")[2]
+    return (
+        "export reads no network: for a model of the Hugging Face hub, run `pip install huggingface_hub` and "
+        f"`hf download {source} --local-dir {folder}`, then export that folder"
+    )
+
+
 def _locate(source: str) -> tuple[Path, str]:
     if not source.startswith(PACKAGE_PREFIX):
         path = Path(source)
         if not path.is_dir():
-            raise BuildRefused(f"{path.name or source} is not a folder")
+            raise BuildRefused(f"{path.name or source} is not a folder; {_how_to_get(source)}")
         return path, path.resolve().name
     package = source.removeprefix(PACKAGE_PREFIX)
     found = importlib.util.find_spec(package) if package.isidentifier() else None
