@@ -15,7 +15,7 @@ def labels_for(model: ModelInfo, top: int, unit: Literal["word", "token"]) -> La
 
 
 def selection(layer: str, heads: str, unit: Literal["word", "token"], *, keep_special: bool) -> AttentionSelection:
-    """Return the selection of one map.
+    """Return the selection of a map for each layer, or of one for `mean` and `rollout`.
 
     Raises:
         BadParameter: A layer or a head is no number and no choice.
@@ -25,12 +25,7 @@ def selection(layer: str, heads: str, unit: Literal["word", "token"], *, keep_sp
     if layer in ("mean", "rollout"):
         joined = cast("Literal['mean', 'rollout']", layer)
         return AttentionSelection(heads=chosen, layer_reduction=joined, unit=unit, special_tokens=special)
-    layers = numbers(layer, "--layer")
-    if len(layers) != 1:
-        raise typer.BadParameter(
-            f"{layer!r} has {len(layers)} layers; give one layer, `mean` or `rollout`", param_hint="--layer"
-        )
-    return AttentionSelection(layers=layers, heads=chosen, unit=unit, special_tokens=special)
+    return AttentionSelection(layers=numbers(layer, "--layers"), heads=chosen, unit=unit, special_tokens=special)
 
 
 def numbers(text: str, option: str) -> list[int]:

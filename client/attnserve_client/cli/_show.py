@@ -67,23 +67,23 @@ def show_labels(console: Console, labels: Labels) -> None:
     console.print(table if len(labels) else Text("  no labels", style="dim"))
 
 
-def show_explanation(console: Console, texts: Sequence[str], result: InferenceResult, links: list[Link]) -> None:
-    """Print outputs, labels, heatmap and strongest links of one text, or of a pair.
+def show_explanation(console: Console, texts: Sequence[str], result: InferenceResult, links: list[list[Link]]) -> None:
+    """Print outputs and labels of one text, or of a pair, and heatmap and strongest links of each map.
 
     Raises:
-        ValueError: The map holds scores.
+        ValueError: A map holds scores, or `links` has not one list for each map.
     """
-    attention = result.attention[0]
     for text in texts:
         console.print(Text("\n".join(map(clean, text.splitlines())), style="italic"))
-    console.print(Text(f"{clean(attention.model)}, {clean(attention.title)}", style="dim"))
-    if not attention.is_joined and len(attention.heads) > 1:
-        console.print(Text("The heatmap is the mean of these heads; each link names its own.", style="dim"))
     _show_answer(console, result)
-    for line in heatmap(attention, attention.head_weights(), console):
-        console.print(line, soft_wrap=attention.query_axis == attention.key_axis)
-    if links:
-        console.print(_links_table(links, attention.names(*texts)))
+    for attention, found in zip(result.attention, links, strict=True):
+        console.print(Text(f"{clean(attention.model)}, {clean(attention.title)}", style="dim"))
+        if not attention.is_joined and len(attention.heads) > 1:
+            console.print(Text("The heatmap is the mean of these heads; each link names its own.", style="dim"))
+        for line in heatmap(attention, attention.head_weights(), console):
+            console.print(line, soft_wrap=attention.query_axis == attention.key_axis)
+        if found:
+            console.print(_links_table(found, attention.names(*texts)))
 
 
 def show_features(console: Console, text: str, features: AttentionFeatures) -> None:

@@ -7,14 +7,16 @@ of failure has an exit code, such as 2 for a wrong command line and 3 for an inv
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from attnserve_client import AttnserveError, Client, Overloaded, ResponseTooLarge, __version__
+from attnserve_client import AttentionMap, AttnserveError, Client, Overloaded, ResponseTooLarge, Token, __version__
 from attnserve_client import cli as cli_package
 from attnserve_client.cli._app import _json_data, app
+from attnserve_client.cli._compare import Change, compare
 from attnserve_client.cli._errors import EXIT_CODES, exit_code_of, sentence_of
 from attnserve_client.cli._text import clean, fitted
 from attnserve_client.errors import InternalFault, RequestCancelled
@@ -103,6 +105,47 @@ def test_explain_sends_its_options(attnserve: Any, server: FakeServer) -> None:
     assert "strongest links" not in pair.stdout
 
 
+def test_explain_draws_a_map_for_each_layer_within_eighty_columns(attnserve: Any) -> None:
+    result = attnserve("explain", "fake", TEXT, "--layers", "0,-1")
+    assert result.exit_code == 0, result.output
+    assert "layer 0 (layer.0)" in result.stdout
+    assert "layer 1 (layer.1)" in result.stdout
+    assert max(map(len, result.stdout.splitlines()[1:])) <= 80
+    found = json.loads(attnserve("explain", "fake", TEXT, "--layers", "0,1", "--json").stdout)
+    assert [each["attention"]["layer"] for each in found["maps"]] == [0, 1]
+    assert found["attention"] == found["maps"][0]["attention"]
+
+
+def test_explain_rollout_is_the_layer_of_that_name(attnserve: Any) -> None:
+    assert attnserve("explain", "fake", "a b", "--rollout").stdout == (
+        attnserve("explain", "fake", "a b", "--layers", "rollout").stdout
+    )
+
+
+def test_explain_compares_two_models(attnserve: Any, server: FakeServer) -> None:
+    result = attnserve("explain", "fake", TEXT, "--compare", "fake/1")
+    assert "rows differ by 0.000 on average" in result.stdout
+    assert [request.version for request in server.requests] == ["", "1"]
+    found = json.loads(attnserve("explain", "fake", TEXT, "--compare", "fake", "--json").stdout)
+    assert found["compare"]["attention"] == found["attention"]
+    assert found["compare"]["changes"] == [{"distance": 0.0, "changes": []}]
+    assert attnserve("explain", "fake", TEXT, "--compare", "other").exit_code == 4
+
+
+def test_comparison_is_the_total_variation_distance_of_rows_and_their_greatest_changes() -> None:
+    tokens = (Token(0, "a", 0, 1), Token(1, "b", 2, 3))
+    first, second = (
+        AttentionMap(("s",), 0, "self", "dense", (0,), "seq", "seq", tokens, tokens, np.array([rows], dtype=np.float32))
+        for rows in ([[0.75, 0.25], [0.5, 0.5]], [[0.25, 0.75], [0.5, 0.5]])
+    )
+    found = compare(first, second, 1)
+    assert found is not None
+    assert found.distance == 0.25, "half of |0.75 - 0.25| + |0.25 - 0.75| in one of two rows"
+    assert found.changes == (Change("a", "a", 0.75, 0.25),)
+    other = replace(second, query_tokens=(Token(0, "ab", 0, 3),))
+    assert compare(first, other, 1) is None, "other units"
+
+
 def test_explain_prints_json(attnserve: Any) -> None:
     result = attnserve("explain", "fake", "-", "--json", "--top", "3", stdin="The buyer\nagrees\n")
     answer = json.loads(result.stdout)
@@ -179,7 +222,7 @@ def test_picture_without_matplotlib_prints_what_to_install(
     assert "attnserve[plot]" in result.stderr
 
 
-@pytest.mark.parametrize("line", [("--layer", "last"), ("--layer", "1,2"), ("--heads", "middle"), ("--unit", "line")])
+@pytest.mark.parametrize("line", [("--layer", "last"), ("--layers", "1,x"), ("--heads", "middle"), ("--unit", "line")])
 def test_invalid_options_exit_with_2(attnserve: Any, line: tuple[str, str]) -> None:
     result = attnserve("explain", "fake", "text", *line)
     assert result.exit_code == 2
