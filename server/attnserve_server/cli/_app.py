@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from attnserve_server import __version__
-from attnserve_server.cli import check, convert, inspect, recommend, serve, token
+from attnserve_server.cli import check, convert, inspect, plan, recommend, serve, token
 
 app = typer.Typer(name="attnserve-server", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -35,4 +35,5 @@ convert.register(app)
 inspect.register(app)
 check.register(app)
 recommend.register(app)
+plan.register(app)
 token.register(app)
