@@ -126,7 +126,8 @@ async def _kills(lab: Lab, model: str, count: int, *, warm: bool) -> list[float]
     `warm`: wait for a process in reserve before each.
     """
     gaps: list[float] = []
-    async with lab.caller(f"next on {model}") as wire, _load(lab, model):
+    name = "with standby" if warm else "without standby"
+    async with lab.caller(f"next {name} on {model}") as wire, _load(lab, model, f"load {name}"):
         for _ in range(count):
             await asyncio.sleep(float(lab.random.uniform(0.05, 0.4)))
             if warm:
