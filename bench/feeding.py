@@ -27,7 +27,8 @@ from attnserve_server.isolation.arena import Arena, LoadBoard
 from attnserve_server.isolation.descriptors import descriptor_pair
 from attnserve_server.isolation.link import Link
 from attnserve_server.isolation.messages import TO_FRONT, Answer, Outbox
-from attnserve_server.processes.control import ARENA_BYTES, ENCODER, TO_SUPERVISOR, Attach, Changed, EngineStart
+from attnserve_server.model.repository import Repository
+from attnserve_server.processes.control import ARENA_BYTES, ENCODER, TO_SUPERVISOR, Attach, EngineStart, Loaded
 
 FRONTS = 6
 IN_FLIGHT = 11
@@ -96,7 +97,9 @@ def engine(repository: Path, name: str) -> Iterator[tuple[psutil.Process, Ends]]
         ends = Ends(own, packages, [])
         memory = [Arena.create_descriptor(one.SIZE) for one in (Pulse, LoadBoard, SharedOccupancy)]
         _give(ends, 1, *memory)
-        _tell(ends, EngineStart(settings, "engine", name, "1", 0, 1))
+        bundle = Repository(repository).bundle(name, "1")
+        manifest = bundle.manifest.model_dump_json().encode()
+        _tell(ends, EngineStart(settings, "engine", 0, 1, str(bundle.path), manifest))
         try:
             yield psutil.Process(process.pid), ends
         finally:
@@ -124,7 +127,7 @@ async def _feed(ends: Ends, process: psutil.Process, calls: int) -> dict[str, fl
 
     def told(data: memoryview) -> None:
         message = TO_SUPERVISOR.decode(data)
-        assert isinstance(message, Changed), message
+        assert isinstance(message, Loaded), message
         assert message.state == "ready", message.reason
         ready.set()
 

@@ -44,7 +44,6 @@ BY_REASON: Final[dict[str, type[AttnserveError]]] = {
     "NOT_SERVING": NotServing,
     "MODEL_FAILED": ModelFailed,
     "REPOSITORY_UNUSABLE": RepositoryUnusable,
-    "UNSUPPORTED": Unsupported,
     "DEADLINE_EXPIRED": DeadlineExpired,
     "CANCELLED": RequestCancelled,
     "UNAUTHENTICATED": Unauthenticated,

@@ -191,7 +191,7 @@ class RepositoryUnusable(AttnserveError):
 
 
 class Unsupported(AttnserveError):
-    """The server does not have the method, or was started so that it cannot do this."""
+    """The server does not have the method, or was started without it."""
 
 
 class DeadlineExpired(AttnserveError):

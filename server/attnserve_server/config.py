@@ -291,8 +291,6 @@ class Serving(ModelSettings, EngineSettings):
             raise ValueError("of --tls-cert and --tls-key only one is set; set both, or neither")
         if self.tls_client_ca and not self.tls_cert:
             raise ValueError("--tls-client-ca needs TLS: set --tls-cert and --tls-key")
-        if self.watch_repository and self.isolated:
-            raise ValueError("--watch-repository needs one process: set --isolation none, or leave it out")
         missing = [] if self.tls_cert else ["without TLS (set --tls-cert and --tls-key)"]
         if not self.tokens_file and not self.tls_client_ca:
             missing += ["without a check of callers (set --tokens-file or --tls-client-ca)"]

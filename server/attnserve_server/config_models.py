@@ -30,9 +30,10 @@ class ModelSettings(BaseSettings):
     )
     try_loads: bool = Field(
         True,
-        description="With `--isolation none`: load each bundle in a separate process first, and repeat its golden "
-        "answers there, so that one that crashes, hangs or takes too much memory fails alone. Default: true, as it "
-        "would otherwise end the server.",
+        description="Load each bundle in a separate process first, and repeat its golden answers there, so that one "
+        "that crashes, hangs or takes too much memory fails alone. With `--isolation process`, for bundles that are "
+        "loaded after the start: before it is over, an engine is such a process itself. Default: true, as with one "
+        "process a bad bundle would otherwise end the server.",
     )
     load_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = Field(
         300.0,
@@ -48,7 +49,7 @@ class ModelSettings(BaseSettings):
     admin: bool = Field(
         False,
         description="Serve `ModelService`, by which callers with the scope `admin` load, unload and reload models. "
-        "Needs `--isolation none`. Default: false, as a server without tokens would let every caller do so.",
+        "Default: false, as a server without tokens would let every caller do so.",
     )
     reflection: bool = Field(
         False,
@@ -59,6 +60,6 @@ class ModelSettings(BaseSettings):
     watch_repository: bool = Field(
         False,
         description="Look at the repository each second, load bundles that appear or change, and unload those that are "
-        "removed. SIGHUP does the same once. Needs `--isolation none`. Default: false, as a folder that disappears by "
-        "mistake would end its model.",
+        "removed. SIGHUP does the same once. Default: false, as a folder that disappears by mistake would end its "
+        "model.",
     )

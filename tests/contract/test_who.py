@@ -248,8 +248,6 @@ def test_every_method_is_served_to_its_scope_alone(secured: Secured, call: str, 
         expected = "UNIMPLEMENTED"
     else:
         expected = ADMITTED.get(call, "OK") if scope in scopes else DENIED
-        if method.startswith(f"/{MODEL_SERVICE}") and expected != DENIED and secured.isolation == "process":
-            expected = "UNIMPLEMENTED"  # its models are fixed
     assert code_of(secured.shared, method, data, metadata_of(secured, credential)) == expected
 
 

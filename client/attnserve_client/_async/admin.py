@@ -33,7 +33,7 @@ class AsyncAdmin:
         Raises:
             ModelNotFound: The repository has none of that name, or not this version.
             ModelFailed: It cannot be loaded; `why` states the reason.
-            Unsupported: The server was started without `--admin`, or with several processes.
+            Unsupported: The server was started without `--admin`.
             AttnserveError: The call failed in another way.
         """
         check_timeout(timeout)
@@ -53,7 +53,7 @@ class AsyncAdmin:
 
         Raises:
             ModelNotFound: The server does not hold this version.
-            Unsupported: The server was started without `--admin`, or with several processes.
+            Unsupported: The server was started without `--admin`.
             AttnserveError: The call failed in another way.
         """
         check_timeout(timeout)
@@ -71,7 +71,7 @@ class AsyncAdmin:
 
         Raises:
             RepositoryUnusable: The repository has no bundle, or cannot be read. Nothing was changed.
-            Unsupported: The server was started without `--admin`, or with several processes.
+            Unsupported: The server was started without `--admin`.
             AttnserveError: The call failed in another way.
         """
         check_timeout(timeout)

@@ -124,7 +124,7 @@ class SharedOccupancy(Occupancy):
 
     SIZE: Final = mmap.PAGESIZE
     MOST: Final = SIZE // 8
-    """The most engines; those beyond share numbers."""
+    """The most places: engines beyond share the last one."""
 
     def __init__(self, descriptor: int, place: int) -> None:
         """Map the memory of a descriptor of `SIZE` bytes. `place`: of this engine, from 0."""
@@ -147,3 +147,21 @@ class SharedOccupancy(Occupancy):
     def clear(self) -> None:
         """Forget the runs of an engine that has ended."""
         self._numbers[self._place] = 0
+
+
+class Places:
+    """Gives each engine a place in `SharedOccupancy`, the lowest that is free. Beyond the last, all share that one."""
+
+    def __init__(self, most: int = SharedOccupancy.MOST) -> None:
+        self._taken: set[int] = set()
+        self._most = most
+
+    def take(self) -> int:
+        """Return a place for an engine."""
+        place = next((one for one in range(self._most - 1) if one not in self._taken), self._most - 1)
+        self._taken.add(place)
+        return place
+
+    def free(self, place: int) -> None:
+        """Give a place back."""
+        self._taken.discard(place)

@@ -116,3 +116,7 @@ class LoadBoard:
     def read(self) -> LoadFacts:
         """Return the load as it was last published; zeros before."""
         return LoadFacts(*_FACTS.unpack_from(self._memory))
+
+    def close(self) -> None:
+        """Unmap the memory."""
+        self._memory.close()

@@ -15,7 +15,7 @@ from itertools import count
 from typing import Final
 
 _NUMBER: Final = struct.Struct("<Q")
-MOST: Final = 8
+MOST: Final = 64
 """The most descriptors of one package."""
 
 

@@ -117,6 +117,7 @@ class RemoteScheduler:
         self._settings = settings
         self._clock = clock
         self._metrics = metrics
+        self._requests = requests
         self._outbox = Outbox(requests)
         self._numbers = count(1)
         self._pending: dict[int, _Pending] = {}
@@ -128,7 +129,7 @@ class RemoteScheduler:
         self._refuses = ""
 
     async def connect(self, end: socket.socket, answers: Arena, suspects: Iterable[int] = ()) -> None:
-        """Use an engine from now on, and send it all requests that have no answer.
+        """Use an engine from now on, and send it all requests that have no answer. Not after `close`.
 
         Args:
             end: of the socket pair of the engine.
@@ -172,6 +173,13 @@ class RemoteScheduler:
         self._disconnect()
         self.refuse("failed")
         self._deadlines.close()
+
+    async def aclose(self) -> None:
+        """Close it, and unmap its memory. It takes no request after that."""
+        self.close()
+        await self.drained()
+        self._requests.close()
+        self._board.close()
 
     async def drained(self) -> None:
         """Return when no request is pending."""

@@ -5,7 +5,7 @@ The runtime maps external weights from their file for as long as a session lives
 loaded; what the runtime has mapped stays in memory once, for all sessions that map it. A bundle that is not as its
 manifest states raises BundleInvalid.
 
-`KeptFiles` keeps the files of a bundle open, so that another process can load it later, whatever took its place.
+`KeptFiles` keeps the files of a bundle open, so that another process can load it later, after others took its place.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def verify(bundle: Bundle) -> None:
 class KeptFiles:
     """The files of a bundle, kept open. A rename or a removal leaves them as they are.
 
-    What is written into them in place does not reach an answer: whatever loads them compares their digests.
+    What is written into them in place does not reach an answer: loading them compares their digests.
     """
 
     def __init__(self, bundle: Bundle) -> None:

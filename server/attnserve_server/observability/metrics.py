@@ -296,10 +296,12 @@ class Metrics:
         return ModelMetrics(self, model, version)
 
     def forget(self, model: str, version: str) -> None:
-        """Remove one model's series, after its last request."""
+        """Remove one model's series, after its last request, also from what ended processes have counted."""
         for spec in SPECS:
             if spec.labels[:2] == MODEL:
-                self._made[spec.name].remove(model, version)
+                for families in (self._made, self._ended):
+                    if spec.name in families:
+                        families[spec.name].remove(model, version)
 
     def snapshot(self) -> dict[str, list[Any]]:
         """Return the values of all series but facts, for `merge` in another process."""

@@ -8,7 +8,7 @@ import itertools
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import msgspec
@@ -122,11 +122,16 @@ class Children:
 
     async def collect(self, own: dict[str, list[Any]]) -> None:
         """Update the sum for a scrape. `own`: what the supervisor's own process counts."""
+        await self.refresh([child for child in self._all if child.is_started])
+        self._metrics.merge((own, *(child.metrics for child in self._all)))
+
+    async def refresh(self, children: Iterable[Child]) -> None:
+        """Get the newest metrics of processes. Those of one that does not answer stay as they are."""
         loop = asyncio.get_running_loop()
-        children = [child for child in self._all if child.is_started]
-        waits: dict[int, asyncio.Future[None]] = {next(self._numbers): loop.create_future() for _ in children}
-        self._scrapes |= waits
-        for number, child in zip(waits, children, strict=True):
+        waits: dict[int, asyncio.Future[None]] = {}
+        for child in children:
+            number = next(self._numbers)
+            waits[number] = self._scrapes[number] = loop.create_future()
             child.send(Scrape(number))
         try:
             if waits:
@@ -134,7 +139,6 @@ class Children:
         finally:
             for number in waits:
                 self._scrapes.pop(number, None)  # of a process that did not answer
-        self._metrics.merge((own, *(child.metrics for child in self._all)))
 
     async def aclose(self) -> None:
         """End all processes at once."""

@@ -1,4 +1,4 @@
-"""What the supervisor and its processes exchange: the start, connections, states of models, metrics, and the end.
+"""What the supervisor and its processes exchange: the start, connections, models, their states, metrics, and the end.
 
 Each process has one link to the supervisor. A message of another kind raises msgspec.DecodeError. Descriptors travel
 beside it, in packages (`isolation.descriptors`): `package` is the number of one.
@@ -6,42 +6,63 @@ beside it, in packages (`isolation.descriptors`): `package` is the number of one
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
 from attnserve_server.access.guard import Material
+from attnserve_server.isolation.messages import Failed
 from attnserve_server.transport.http import Page
 
 ARENA_BYTES: Final = 64 * 2**20
 """Bytes of each arena: a front's requests to one engine, and the answers to it. Pages count once they are written."""
 
 
-class FrontModel(msgspec.Struct, frozen=True):
-    """A model that a front serves. Package: the arena for requests, and the engine's load."""
-
-    name: str
-    version: str
-    package: int
-
-
-class Broken(msgspec.Struct, frozen=True):
-    """A model whose bundle cannot be read."""
-
-    name: str
-    version: str
-    reason: str
-
-
 class FrontStart(msgspec.Struct, tag=True):
-    """Starts one of `fronts` fronts. `settings`: as JSON. Package: its pulse, and the quotas that all fronts share."""
+    """Starts one of `fronts` fronts, which listens at the first `Sync`. `settings`: as JSON.
+
+    `bounds`: the fields of `ReceiveBounds`. Package: its pulse, and the quotas that all fronts share.
+    """
 
     settings: bytes
-    models: list[FrontModel]
-    broken: list[Broken]
     material: Material
     package: int
     fronts: int
+    bounds: tuple[int, ...]
+
+
+class Add(msgspec.Struct, tag=True):
+    """A front has one more model, which its first `Changed` shows in the place of the same version.
+
+    `serial` names it from then on. `manifest`: as stored, as JSON; empty: it is broken.
+    """
+
+    serial: int
+    name: str
+    version: str
+    manifest: bytes = b""
+
+
+class Equip(msgspec.Struct, tag=True):
+    """An engine is started for a model. Package: the arena for requests, the engine's load, and its tokenizer if any.
+
+    A front that cannot use it answers `Refused`.
+    """
+
+    serial: int
+    package: int
+
+
+class Removed(msgspec.Struct, tag=True):
+    """A model takes no more requests. The front answers `Retired` once it has none left."""
+
+    serial: int
+
+
+class Sync(msgspec.Struct, tag=True):
+    """A front answers `Synced`, with the same number, once it has done all that it was sent before."""
+
+    number: int
 
 
 class EngineStart(msgspec.Struct, tag=True):
@@ -50,11 +71,17 @@ class EngineStart(msgspec.Struct, tag=True):
     settings: bytes
     process: str
     """Its name in logs."""
-    name: str
-    version: str
     place: int
     """This engine's place in `SharedOccupancy`."""
     package: int
+    path: str
+    """The folder of its bundle."""
+    manifest: bytes
+    """Of that, as stored, as JSON."""
+    files: list[list[str]] = []
+    """Names of the bundle's files, whose descriptors are in one package for each list: `packages`. None: it reads them
+    in the folder."""
+    packages: list[int] = []
     suspects: dict[int, list[int]] = {}
     """Requests that were in a run when the engine before it ended, by the number of their front."""
     isolated: bool = False
@@ -69,13 +96,12 @@ class Attach(msgspec.Struct, tag=True):
 
 
 class Connect(msgspec.Struct, tag=True):
-    """A front uses another engine. Package: the link, and the arena for answers.
+    """A front uses another engine for a model. Package: the link, and the arena for answers.
 
     `suspects`: its requests that were in a run when the engine before ended.
     """
 
-    name: str
-    version: str
+    serial: int
     package: int
     suspects: list[int] = []
 
@@ -83,24 +109,70 @@ class Connect(msgspec.Struct, tag=True):
 class Culprit(msgspec.Struct, tag=True):
     """A front's request that ended an engine alone in its run."""
 
-    name: str
-    version: str
+    serial: int
     number: int
 
 
 class Changed(msgspec.Struct, tag=True):
-    """A model has another state. From an engine to the supervisor, and from there to all fronts."""
+    """A model of a front has another state."""
 
-    name: str
-    version: str
+    serial: int
     state: str
     reason: str = ""
     provider: str = ""
     precision: str = ""
     expected_s: float | None = None
     """While the engine is replaced: seconds to the next one. Requests wait for it."""
+
+
+class Loaded(msgspec.Struct, tag=True):
+    """An engine is ready, or its model has failed. `load_s`: how long it took to load, after the imports."""
+
+    state: str
+    reason: str = ""
+    provider: str = ""
+    precision: str = ""
     load_s: float = 0.0
-    """From an engine that is ready: how long it took to load the model, after its imports."""
+
+
+class Refused(msgspec.Struct, tag=True):
+    """A front cannot serve a model, and why."""
+
+    serial: int
+    why: str
+
+
+class Retired(msgspec.Struct, tag=True):
+    """A front has no request of a model left that was removed."""
+
+    serial: int
+
+
+class Synced(msgspec.Struct, tag=True):
+    """A front has done what it was sent before the `Sync` of this number."""
+
+    number: int
+
+
+class ChangeModels(msgspec.Struct, tag=True):
+    """A caller of a front changes the models: load or unload one, or reload the repository."""
+
+    number: int
+    what: Literal["load", "unload", "reload"]
+    name: str = ""
+    version: str = ""
+
+
+class Done(msgspec.Struct, tag=True):
+    """What became of `ChangeModels` of this number: the version that was loaded, the changes of a reload, or an error.
+
+    Each change: name, version, outcome, reason. `error`: as between engines and fronts.
+    """
+
+    number: int
+    version: str = ""
+    changes: list[tuple[str, str, str, str]] = []
+    error: Failed | None = None
 
 
 class Listening(msgspec.Struct, tag=True):
@@ -143,6 +215,22 @@ class Scraped(msgspec.Struct, tag=True):
 
 ENCODER: Final = msgspec.msgpack.Encoder()
 TO_CHILD: Final = msgspec.msgpack.Decoder(
-    FrontStart | EngineStart | Attach | Connect | Culprit | Changed | Drain | Scrape | PageAnswer | Material
+    FrontStart
+    | EngineStart
+    | Attach
+    | Add
+    | Equip
+    | Connect
+    | Culprit
+    | Changed
+    | Removed
+    | Sync
+    | Done
+    | Drain
+    | Scrape
+    | PageAnswer
+    | Material
 )
-TO_SUPERVISOR: Final = msgspec.msgpack.Decoder(Changed | Listening | Scraped | PageRequest)
+TO_SUPERVISOR: Final = msgspec.msgpack.Decoder(
+    Loaded | Listening | Scraped | Refused | Retired | Synced | ChangeModels | PageRequest
+)

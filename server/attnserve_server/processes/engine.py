@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from pathlib import Path
 
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import MonotonicClock
@@ -16,6 +17,7 @@ from attnserve_server.engine.instance_thread import SharedOccupancy
 from attnserve_server.isolation.arena import Arena, LoadBoard
 from attnserve_server.isolation.host import Host
 from attnserve_server.lifetime import EXIT_DRAINED, EXIT_FAULTED, end_now
+from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.processes.child import Parent, run
@@ -23,15 +25,15 @@ from attnserve_server.processes.control import (
     ARENA_BYTES,
     ENCODER,
     Attach,
-    Changed,
     Drain,
     EngineStart,
+    Loaded,
     Scrape,
     Scraped,
 )
 from attnserve_server.scheduling.catalog import ModelState
 from attnserve_server.starting import ISOLATED, Started, start_model
-from attnserve_server.wanted import under_policy, wanted_bundles, why_not_loaded
+from attnserve_server.wanted import under_policy, why_not_loaded
 
 
 class EngineProcess:
@@ -39,6 +41,7 @@ class EngineProcess:
 
     def __init__(self, start: EngineStart, settings: Settings, supervisor: Parent) -> None:
         self._start = start
+        self._manifest = Manifest.model_validate_json(start.manifest)
         self._settings = settings
         self._supervisor = supervisor
         self._clock = MonotonicClock()
@@ -68,14 +71,14 @@ class EngineProcess:
         """Load the model, and serve the fronts until the supervisor ends it. Return the exit code."""
         start = self._start
         try:
-            loading = asyncio.create_task(self._load(self._bundle()))
+            loading = asyncio.create_task(self._load())
             ended = asyncio.create_task(self._end.wait())
             await asyncio.wait((loading, ended), return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
                 end_now(EXIT_DRAINED)  # the thread that loads a model cannot be stopped
             started = await loading
         except Exception as error:  # noqa: BLE001 - the boundary of a model's load: the others are served
-            self._report(ModelState.FAILED, why_not_loaded(error, start.name, start.version))
+            self._report(ModelState.FAILED, why_not_loaded(error, self._manifest.name, self._manifest.version))
             await self._end.wait()
             return EXIT_DRAINED
         host = self._host = Host(started.scheduler, self._board, self._supervisor.pulse, start.suspects)
@@ -97,13 +100,9 @@ class EngineProcess:
         assert self._host is not None, "fronts are attached once the model is ready"
         await self._host.attach(socket.socket(fileno=link), arenas, message.front)
 
-    def _bundle(self) -> Bundle:
-        name, version = self._start.name, self._start.version
-        bundles, _ = wanted_bundles(self._settings.model_copy(update={"models": (f"{name}/{version}",)}))
-        return under_policy(bundles[0], self._settings)
-
-    async def _load(self, bundle: Bundle) -> Started:
-        metrics = self._metrics.model(self._start.name, self._start.version)
+    async def _load(self) -> Started:
+        start = self._start
+        metrics = self._metrics.model(self._manifest.name, self._manifest.version)
 
         def on_fault() -> None:
             self._faulted = True
@@ -112,22 +111,29 @@ class EngineProcess:
         def on_isolated() -> None:
             self._report(ModelState.READY, ISOLATED)
 
-        return await start_model(
-            bundle,
-            self._settings,
-            self._clock,
-            metrics,
-            self._occupancy,
-            on_fault=on_fault,
-            on_isolated=on_isolated,
-            pulse=self._supervisor.pulse,
-        )
+        files: dict[str, int] = {}
+        try:
+            for names, package in zip(start.files, start.packages, strict=True):
+                files |= zip(names, await self._supervisor.packages.take(package), strict=True)
+            bundle = Bundle(Path(start.path), self._manifest, descriptors=files)
+            return await start_model(
+                under_policy(bundle, self._settings),
+                self._settings,
+                self._clock,
+                metrics,
+                self._occupancy,
+                on_fault=on_fault,
+                on_isolated=on_isolated,
+                pulse=self._supervisor.pulse,
+            )
+        finally:
+            for descriptor in files.values():
+                os.close(descriptor)
 
     def _report(self, state: ModelState, reason: str, provider: str = "", precision: str = "") -> None:
         load_s = self._clock.now() - self._began_s
-        names = self._start.name, self._start.version
-        changed = Changed(*names, state.value, reason, provider, precision, load_s=load_s)
-        self._supervisor.link.send(ENCODER.encode(changed))
+        loaded = Loaded(state.value, reason, provider, precision, load_s)
+        self._supervisor.link.send(ENCODER.encode(loaded))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from attnserve_server.engine.pulse import Overdue
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import FRONT_REASONS, FRONT_RESTARTS, Metrics
 from attnserve_server.processes.children import Child, Children
-from attnserve_server.processes.control import FrontStart, Listening, PageRequest
+from attnserve_server.processes.control import FrontStart, Listening
 from attnserve_server.processes.ends import End, pause_s
 
 _log = logger(__name__)
@@ -35,11 +35,14 @@ class FrontHost(Protocol):
     def front_start(self, front: KeptFront) -> FrontStart:
         """Return the message that starts a front."""
 
-    def front_listens(self, front: KeptFront) -> None:
-        """Connect a front to the engines."""
+    def front_started(self, front: KeptFront) -> None:
+        """Send a front, which has its first message, all models."""
 
-    def page_requested(self, front: KeptFront, request: PageRequest) -> None:
-        """Send a front a page of the HTTP port."""
+    def front_listens(self) -> None:
+        """Take note that one more front takes connections."""
+
+    def front_sent(self, front: KeptFront, message: object) -> None:
+        """Take another message of a front."""
 
     def front_ended(self, number: int, *, started: bool) -> None:
         """Forget a front. `started`: whether it has listened; if not, none can be started."""
@@ -83,6 +86,7 @@ class KeptFront:
             child.received = self._receive
             self.child = child
             child.send(self._host.front_start(self))
+            self._host.front_started(self)
             code = await asyncio.shield(child.ended)
             started, self.child, self.is_listening = self.is_listening, None, False
             child.pulse.close()
@@ -95,6 +99,11 @@ class KeptFront:
             self._restarts[end.cause].inc()
             failures = 0 if started and self._host.clock.now() - self._began_s > _SETTLED_S else failures + 1
             wait_s = pause_s(failures)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether it runs and has its first message: it does what it is sent, in order, before or after it listens."""
+        return self.child is not None and self.child.is_started
 
     def _stops(self) -> bool:
         return self.ending
@@ -112,10 +121,9 @@ class KeptFront:
             self.child.send(message)
 
     def _receive(self, message: object) -> None:
-        if isinstance(message, PageRequest):
-            self._host.page_requested(self, message)
-            return
-        assert isinstance(message, Listening)
-        self.is_listening = True
-        self._began_s = self._host.clock.now()
-        self._host.front_listens(self)
+        if isinstance(message, Listening):
+            self.is_listening = True
+            self._began_s = self._host.clock.now()
+            self._host.front_listens()
+        else:
+            self._host.front_sent(self, message)

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 import grpc
 from attnserve.v1 import model_service_pb2
 
-from attnserve_server.domain.errors import InvalidRequest, Unsupported
+from attnserve_server.domain.errors import InvalidRequest
 from attnserve_server.scheduling.catalog import ServedModel
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.servicer import Context, RpcMetrics, parsed
@@ -73,9 +73,9 @@ class Lifecycle(Protocol):
 
 
 class ModelServicer:
-    """`attnserve.v1.ModelService`. `lifecycle`: None where models cannot be changed. Event loop only."""
+    """`attnserve.v1.ModelService`. Event loop only."""
 
-    def __init__(self, plane: DataPlane, lifecycle: Lifecycle | None) -> None:
+    def __init__(self, plane: DataPlane, lifecycle: Lifecycle) -> None:
         self._plane = plane
         self._lifecycle = lifecycle
 
@@ -84,7 +84,7 @@ class ModelServicer:
     ) -> model_service_pb2.LoadModelResponse:
         """Load a version, and describe it."""
         check_model_reference(request.model, request.version)
-        served = await self._changing().load(request.model, request.version)
+        served = await self._lifecycle.load(request.model, request.version)
         return model_service_pb2.LoadModelResponse(model=self._plane.model(served.name, served.version))
 
     async def unload_model(
@@ -94,7 +94,7 @@ class ModelServicer:
         check_model_reference(request.model, request.version)
         if not request.version:
             raise InvalidRequest.of("version", "empty; name the version to unload, as `ListModels` returns it")
-        await self._changing().unload(request.model, request.version)
+        await self._lifecycle.unload(request.model, request.version)
         return model_service_pb2.UnloadModelResponse()
 
     async def reload_repository(
@@ -106,7 +106,7 @@ class ModelServicer:
                 model_service_pb2.ModelChange(
                     model=change.name, version=change.version, outcome=_OUTCOMES[change.outcome], reason=change.reason
                 )
-                for change in await self._changing().reload()
+                for change in await self._lifecycle.reload()
             ]
         )
 
@@ -122,14 +122,6 @@ class ModelServicer:
             for name, call in calls.items()
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
-
-    def _changing(self) -> Lifecycle:
-        if self._lifecycle is None:
-            raise Unsupported(
-                "the models of a server of several processes are fixed while it runs",
-                "start it with --isolation none, or restart it to have the repository read again",
-            )
-        return self._lifecycle
 
 
 _OUTCOMES: Final = {

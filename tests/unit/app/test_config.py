@@ -255,12 +255,6 @@ def test_half_of_tls_is_refused(given: dict[str, str], fault: str) -> None:
     assert caught.value.faults == (fault,)
 
 
-def test_a_watched_repository_needs_one_process() -> None:
-    assert Settings.load({"watch_repository": True, "isolation": "none"}).watch_repository
-    with pytest.raises(SettingsInvalid, match="--watch-repository needs one process: set --isolation none"):
-        Settings.load({"watch_repository": True, "isolation": "process"})
-
-
 def test_insecure_is_a_flag_without_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Settings] = []
 

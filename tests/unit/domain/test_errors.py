@@ -28,7 +28,6 @@ RAISED = [
     errors.NotServing("m", "draining"),
     errors.ModelFailed("m", "2", "its file is cut short"),
     errors.RepositoryUnusable("the repository has no bundle"),
-    errors.Unsupported("this needs one process", "set --isolation none"),
     errors.DeadlineExpired(0.5),
     errors.RequestCancelled(),
     errors.EngineCrashed("m"),
