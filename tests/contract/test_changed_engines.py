@@ -347,20 +347,22 @@ async def test_an_engine_that_ends_while_it_loads_leaves_the_earlier_one_serving
     running = serve("--standby", "false")
     async with connected(running) as channels:
         before = await channels.digests()
-        resources = held(running)
         (first,) = processes(running, "engine")
         put(root, sets[1], "1")
-        reloading = asyncio.create_task(channels.reload())
-        await until(lambda: len(processes(running, "engine")) == 2)
-        processes(running, "engine")[1].kill()
-        assert await reloading == [("1", FAILED)]
-        assert await channels.digests() == before
-        assert processes(running, "engine") == [first]
+        resources = []
+        for _ in range(3):  # the first time, the supervisor starts threads that it keeps
+            reloading = asyncio.create_task(channels.reload())
+            await until(lambda: len(processes(running, "engine")) == 2)
+            processes(running, "engine")[1].kill()
+            assert await reloading == [("1", FAILED)]
+            assert await channels.digests() == before
+            assert processes(running, "engine") == [first]
+            resources.append(held(running))
         assert state(running) == {"1": "ready"}
         (reason,) = [one["reason"] for one in json.loads(running.page("/readyz"))["models"]]
         assert reason == "engine crashed: signal 9 while it loaded; the files loaded before serve on"
-        after = held(running)
-        assert all(now <= then + 1 for kind in after for now, then in zip(after[kind], resources[kind], strict=True))
+        for kind, now in resources[-1].items():
+            assert all(a <= b + 1 for a, b in zip(now, resources[0][kind], strict=True)), f"{kind}: {resources}"
         assert await channels.reload() == [("1", REPLACED)]
         assert await channels.digests() != before
 

@@ -34,13 +34,15 @@ class FrontStart(msgspec.Struct, tag=True):
 class Add(msgspec.Struct, tag=True):
     """A front has one more model, which its first `Changed` shows in the place of the same version.
 
-    `serial` names it from then on. `manifest`: as stored, as JSON; empty: it is broken.
+    `serial` names it from then on. `manifest`: under the server's batching policy, as JSON; empty: it is broken.
+    `max_request_size`: as in `ServedModel`.
     """
 
     serial: int
     name: str
     version: str
     manifest: bytes = b""
+    max_request_size: int = 0
 
 
 class Equip(msgspec.Struct, tag=True):

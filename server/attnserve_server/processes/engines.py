@@ -108,7 +108,7 @@ class Engines:
         Raises:
             AttnserveError: it cannot be served; nothing is left of it.
         """
-        kept = self._known(model, stored)
+        kept = self._known(model)
         try:
             files = kept.files = await asyncio.to_thread(KeptFiles, stored)
             settings = self._around.settings
@@ -207,13 +207,12 @@ class Engines:
         """Expect nothing more of any front: the server ends, and they have ended."""
         self._acks.close()
 
-    def _known(self, model: ServedModel, stored: Bundle | None = None) -> Kept:
-        """Return what is kept of a model; all fronts get it the first time. `stored`: as it was found."""
+    def _known(self, model: ServedModel) -> Kept:
+        """Return what is kept of a model; all fronts get it the first time."""
         kept = self._kept.get(model)
         if kept is None:
-            kept = self._kept[model] = Kept(next(self._serials), model)
-            if model.manifest is not None:
-                kept.manifest = (model.manifest if stored is None else stored.manifest).model_dump_json().encode()
+            manifest = b"" if model.manifest is None else model.manifest.model_dump_json().encode()
+            kept = self._kept[model] = Kept(next(self._serials), model, manifest)
             for front in self._around.fronts():
                 front.send(_added(kept))
         return kept
@@ -305,7 +304,7 @@ class RunningEngine:
 
 
 def _added(kept: Kept) -> Add:
-    return Add(kept.serial, kept.model.name, kept.model.version, kept.manifest)
+    return Add(kept.serial, kept.model.name, kept.model.version, kept.manifest, kept.model.max_request_size)
 
 
 def _state(kept: Kept) -> Changed:

@@ -42,7 +42,7 @@ from attnserve_server.processes.control import (
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.health import OVERALL, Health
 from attnserve_server.transport.servicer import SERVICE
-from attnserve_server.wanted import scheduling_settings, tokenizer_of, under_policy
+from attnserve_server.wanted import scheduling_settings, tokenizer_of
 
 _log = logger(__name__)
 
@@ -154,12 +154,9 @@ class FrontModels:
         if not message.manifest:
             self._entries[message.serial] = _Entry(ServedModel(message.name, message.version, metrics), None)
             return
-        stored = Manifest.model_validate_json(message.manifest)
-        bundle = under_policy(Bundle(Path(), stored), self._settings)
-        model = ServedModel(
-            message.name, message.version, metrics, bundle.manifest, max_request_size=stored.max_batch_size
-        )
-        self._entries[message.serial] = _Entry(model, bundle)
+        manifest = Manifest.model_validate_json(message.manifest)
+        model = ServedModel(message.name, message.version, metrics, manifest, message.max_request_size)
+        self._entries[message.serial] = _Entry(model, Bundle(Path(), manifest))
 
     async def _equip(self, message: Equip) -> None:
         """Give a model its scheduler and tokenizer. Where that fails, the supervisor is answered why."""
