@@ -14,6 +14,9 @@ from pathlib import Path
 from grpc_tools import protoc
 
 ROOT = Path(__file__).parent
+PRIVATE = "attnserve/oip"
+"""Folder of protos of a public protocol. Other packages ship protos with the same names of messages, which would
+collide with these in the pool that all generated code shares. So these have a separate pool: `DESCRIPTOR.pool`."""
 STUB_SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 
@@ -33,6 +36,12 @@ def generate(destination: Path) -> None:
     ]
     if protoc.main(arguments) != 0:
         sys.exit("protoc failed")
+    for path in (destination / PRIVATE).glob("*_pb2.py"):
+        text = path.read_text(encoding="utf-8")
+        text = text.replace(".Default().AddSerializedFile", ".DescriptorPool().AddSerializedFile")
+        path.write_text(text, encoding="utf-8")
+    for path in (destination / PRIVATE).glob("*_pb2_grpc.py*"):
+        path.unlink()  # its clients are other packages
 
 
 def stubs(folder: Path) -> dict[Path, bytes]:

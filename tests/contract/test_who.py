@@ -23,6 +23,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from attnserve.oip import open_inference_pb2 as oip
 from attnserve.v1 import attention_pb2
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1 import model_service_pb2 as admin
@@ -32,6 +33,7 @@ from attnserve_client.errors import PermissionDenied, Unauthenticated
 from attnserve_server.observability import probe
 from attnserve_server.transport.admin import METHODS
 from attnserve_server.transport.admin import SERVICE as MODEL_SERVICE
+from attnserve_server.transport.oip.servicer import SERVICE as OIP
 from attnserve_server.transport.reflection import CHANNELZ_METHODS
 from attnserve_server.transport.servicer import SERVICE
 from attnserve_server.transport.who import SCOPE_OF
@@ -149,6 +151,9 @@ def code_of(channel: grpc.Channel, method: str, data: bytes, metadata=()) -> str
             return "OK"
         if method.endswith("StreamInfer"):
             answer = next(channel.stream_stream(method)(iter([data]), timeout=10, metadata=metadata))
+            if method.startswith(f"/{OIP}/"):
+                failed = oip.ModelStreamInferResponse.FromString(answer)
+                return failed.infer_response.parameters["code"].string_param if failed.error_message else "OK"
             return code_within(answer)
         if method.endswith("Watch"):
             next(channel.unary_stream(method)(data, timeout=10, metadata=metadata))
@@ -165,6 +170,12 @@ def code_within(answer: bytes) -> str:
     return next(code.name for code in grpc.StatusCode if code.value[0] == number)
 
 
+named_tiny = {"model_name": "tiny"}
+oip_text = oip.ModelInferRequest.InferInputTensor(
+    name="text", datatype="BYTES", shape=[1], contents=oip.InferTensorContents(bytes_contents=[b"the cat"])
+)
+oip_plain = oip.ModelInferRequest(model_name="tiny", inputs=[oip_text])
+oip_selected = oip.ModelInferRequest(model_name="tiny", inputs=[oip_text], outputs=[{"name": "attention:0"}])
 tiny_9 = admin.UnloadModelRequest(model="tiny", version="9")
 plain, selected = text(), text(attention=attention_pb2.AttentionSelection())
 
@@ -192,7 +203,28 @@ GRPC: dict[str, tuple[str, bytes, str]] = {
     "Watch": ("/grpc.health.v1.Health/Watch", b"", "free"),
     "an unknown method": (f"/{SERVICE}/Nothing", b"", "none"),
     "an unknown service": ("/inference.ModelService/LoadModel", b"", "none"),
-    "a repository method": ("/inference.GRPCInferenceService/RepositoryModelLoad", b"", "none"),
+    "ServerLive": (f"/{OIP}/ServerLive", b"", "free"),
+    "ServerReady": (f"/{OIP}/ServerReady", b"", "free"),
+    "ServerMetadata": (f"/{OIP}/ServerMetadata", b"", "infer"),
+    "ModelReady": (f"/{OIP}/ModelReady", oip.ModelReadyRequest(name="tiny").SerializeToString(), "infer"),
+    "ModelMetadata": (f"/{OIP}/ModelMetadata", oip.ModelMetadataRequest(name="tiny").SerializeToString(), "infer"),
+    "ModelConfig": (f"/{OIP}/ModelConfig", oip.ModelConfigRequest(name="tiny").SerializeToString(), "infer"),
+    "ModelStatistics": (f"/{OIP}/ModelStatistics", b"", "infer"),
+    "RepositoryIndex": (f"/{OIP}/RepositoryIndex", b"", "infer"),
+    "ModelInfer": (f"/{OIP}/ModelInfer", oip_plain.SerializeToString(), "infer"),
+    "ModelInfer with attention": (f"/{OIP}/ModelInfer", oip_selected.SerializeToString(), "attention"),
+    "ModelStreamInfer": (f"/{OIP}/ModelStreamInfer", oip_plain.SerializeToString(), "infer"),
+    "ModelStreamInfer with attention": (f"/{OIP}/ModelStreamInfer", oip_selected.SerializeToString(), "attention"),
+    "RepositoryModelLoad": (
+        f"/{OIP}/RepositoryModelLoad",
+        oip.RepositoryModelLoadRequest(**named_tiny).SerializeToString(),
+        "admin",
+    ),
+    "RepositoryModelUnload": (
+        f"/{OIP}/RepositoryModelUnload",
+        oip.RepositoryModelUnloadRequest(model_name="none").SerializeToString(),
+        "admin",
+    ),
     "reflection": ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", b"", "admin"),
     "older reflection": ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", b"", "admin"),
     "channelz": ("/grpc.channelz.v1.Channelz/GetServers", b"", "admin"),
@@ -226,7 +258,7 @@ WRONG = {
     "a name for its token": bearer("all"),
 }
 CREDENTIALS = [*WRONG, *SCOPES]
-ADMITTED = {"UnloadModel": "NOT_FOUND"}
+ADMITTED = {"UnloadModel": "NOT_FOUND", "RepositoryModelUnload": "NOT_FOUND"}
 """What a call gets that is admitted, where it is not OK."""
 
 
@@ -276,6 +308,7 @@ def test_every_method_of_the_services_has_a_scope() -> None:
     services = [
         pb.DESCRIPTOR.services_by_name["InferenceService"],
         admin.DESCRIPTOR.services_by_name["ModelService"],
+        oip.DESCRIPTOR.services_by_name["GRPCInferenceService"],
         health_pb2.DESCRIPTOR.services_by_name["Health"],
     ]  # fmt: skip
     methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
@@ -290,6 +323,9 @@ def test_admin_methods_do_not_exist_unless_the_server_is_started_with_them(
     files, tokens = Files(tmp_path), Tokens(tmp_path / "tokens.txt")
     tokens.add("all", SCOPES["all"])
     with started(tiny_repository, tmp_path, files, tokens, "--isolation", "none") as running:
+        for method in ("RepositoryModelLoad", "RepositoryModelUnload"):
+            assert code_of(running.shared, f"/{OIP}/{method}", b"", bearer(tokens.secrets["all"])) == "UNIMPLEMENTED"
+            assert code_of(running.shared, f"/{OIP}/{method}", b"") == UNAUTHENTICATED
         for method in METHODS:
             assert (
                 code_of(running.shared, f"/{MODEL_SERVICE}/{method}", b"", bearer(tokens.secrets["all"]))

@@ -1,4 +1,4 @@
-"""The clock port: where time comes from. Deadlines and durations are monotonic seconds; no clock here is a wall clock.
+"""The clock port: where time comes from. Deadlines and durations are monotonic seconds; only `wall_s` is wall time.
 
 The clocks are the functions of the standard library themselves: a request reads the time some ten times. Nothing here
 raises.
@@ -7,6 +7,7 @@ raises.
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import Protocol
 
 
@@ -28,3 +29,8 @@ class ThreadCpuClock:
     """The processor time of the calling thread, which other threads and processes do not add to."""
 
     now = staticmethod(time.thread_time)
+
+
+def wall_s() -> float:
+    """Return seconds of the Unix epoch, for protocols that state when something happened; never for durations."""
+    return datetime.now(UTC).timestamp()  # noqa: TID251 - of a protocol

@@ -10,6 +10,7 @@
     +-- NotServing               retry after the delay, or elsewhere  UNAVAILABLE, with RetryInfo
     +-- ModelFailed              name another version, or repair it   FAILED_PRECONDITION
     +-- RepositoryUnusable       repair the repository                FAILED_PRECONDITION
+    +-- Unsupported              restart the server with other flags  UNIMPLEMENTED
     +-- DeadlineExpired          set a longer deadline                DEADLINE_EXCEEDED
     +-- RequestCancelled         none: the caller cancelled           CANCELLED
     +-- Unauthenticated          present a valid token                UNAUTHENTICATED
@@ -237,6 +238,15 @@ class RepositoryUnusable(AttnserveError):
 
     def __init__(self, why: str) -> None:
         super().__init__(f"nothing was changed: {why}")
+
+
+class Unsupported(AttnserveError):
+    """The server was started so that it cannot do this."""
+
+    reason = "UNSUPPORTED"
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}; {remedy}")
 
 
 class DeadlineExpired(AttnserveError):

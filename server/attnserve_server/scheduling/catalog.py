@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -48,6 +48,36 @@ class Submitter(Protocol):
 
 
 @dataclass(slots=True, eq=False)
+class Statistics:
+    """Counts and times of the requests that this process answered. Event loop only."""
+
+    requests: int = 0
+    failed: int = 0
+    sequences: int = 0
+    runs: float = 0.0
+    """Each sequence counts with its share of the run, so that a run that requests share counts once."""
+    seconds: float = 0.0
+    """From the arrival of each request to its answer."""
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    """Times of each sequence, added up."""
+    last_s: float | None = None
+    """When the last request was answered, in monotonic seconds; None: none was."""
+
+    def add(self, results: Sequence[SequenceResult], arrived_s: float, now: float) -> None:
+        """Count one request that arrived and was answered at these monotonic seconds."""
+        self.requests += 1
+        self.seconds += now - arrived_s
+        self.last_s = now
+        for result in results:
+            run = result.run
+            self.sequences += 1
+            self.runs += 1 / run.batch_size
+            self.queue_s += result.queue_s
+            self.compute_s += run.compute_s
+
+
+@dataclass(slots=True, eq=False)
 class ServedModel:
     """One model and its scheduler. Event loop only.
 
@@ -71,6 +101,7 @@ class ServedModel:
     """Whether it failed while it served, so that a retry at another replica may succeed."""
     is_replaced: bool = False
     """Whether its engine is being replaced: requests wait for the next one."""
+    statistics: Statistics = field(default_factory=Statistics)
     prepared: int = 0
     """Requests that were read and are not submitted yet: its scheduler must not drain before they are."""
 

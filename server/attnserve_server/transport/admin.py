@@ -77,14 +77,14 @@ class ModelServicer:
 
     def __init__(self, plane: DataPlane, lifecycle: Lifecycle) -> None:
         self._plane = plane
-        self._lifecycle = lifecycle
+        self.lifecycle = lifecycle
 
     async def load_model(
         self, request: model_service_pb2.LoadModelRequest, _: Context
     ) -> model_service_pb2.LoadModelResponse:
         """Load a version, and describe it."""
         check_model_reference(request.model, request.version)
-        served = await self._lifecycle.load(request.model, request.version)
+        served = await self.lifecycle.load(request.model, request.version)
         return model_service_pb2.LoadModelResponse(model=self._plane.model(served.name, served.version))
 
     async def unload_model(
@@ -94,7 +94,7 @@ class ModelServicer:
         check_model_reference(request.model, request.version)
         if not request.version:
             raise InvalidRequest.of("version", "empty; name the version to unload, as `ListModels` returns it")
-        await self._lifecycle.unload(request.model, request.version)
+        await self.lifecycle.unload(request.model, request.version)
         return model_service_pb2.UnloadModelResponse()
 
     async def reload_repository(
@@ -106,7 +106,7 @@ class ModelServicer:
                 model_service_pb2.ModelChange(
                     model=change.name, version=change.version, outcome=_OUTCOMES[change.outcome], reason=change.reason
                 )
-                for change in await self._lifecycle.reload()
+                for change in await self.lifecycle.reload()
             ]
         )
 

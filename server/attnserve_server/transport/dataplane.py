@@ -8,9 +8,9 @@ a call is one task, and a request of a stream none; only a large request is prep
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from attnserve.v1 import inference_service_pb2, model_pb2
 
@@ -20,7 +20,6 @@ from attnserve_server.domain.errors import AttnserveError, ModelNotFound, Reques
 from attnserve_server.domain.values import (
     Array,
     AttentionMap,
-    EffectiveSelection,
     Links,
     RowFeatures,
     SequenceResult,
@@ -28,15 +27,17 @@ from attnserve_server.domain.values import (
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel, Submitter
 from attnserve_server.scheduling.queue import Request
-from attnserve_server.transport import codec
 from attnserve_server.transport.description import describe
 from attnserve_server.transport.intake import Intake
-from attnserve_server.transport.labels import labels_message
+from attnserve_server.transport.prepared import Opened, Prepared, Reader, response_of
 from attnserve_server.transport.quick import QuickReader
 from attnserve_server.transport.status import name_of_code
-from attnserve_server.transport.timings import timings_of
 from attnserve_server.transport.validation import ValidRequest, check_model_reference, validate
 from attnserve_server.transport.wire import Received, Splice
+
+T = TypeVar("T")
+Encoder = Callable[[Prepared, list[SequenceResult], Clock], T]
+"""Encodes the results of a request; the clock times that."""
 
 OFFLOAD_TEXT_BYTES: Final = 4096
 """Longer texts are tokenized in a thread: on the event loop they would block it for over 2 ms."""
@@ -50,35 +51,6 @@ STATES: Final = {
 }
 
 
-@dataclass(slots=True)
-class Prepared:
-    """A request that is valid and may run; not changed once made.
-
-    Pass it to `start` or, if it ends before, to `withdraw`. `validate_only`: it does not run; its answer has the
-    predicted size and no results.
-    """
-
-    request: Request
-    valid: ValidRequest
-    served: ServedModel
-    manifest: Manifest
-    scheduler: Submitter
-    validate_only: bool
-
-    @property
-    def answer_bytes(self) -> int:
-        """Tensor data that the answer will hold; with `min_weight` at most this."""
-        return 0 if self.validate_only else self.valid.predicted_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """How requests to one model are read. `quick`: for usual ones; None if the model has none."""
-
-    intake: Intake
-    quick: QuickReader | None
-
-
 class DataPlane:
     """Answers requests from the catalog's models. Event loop only."""
 
@@ -86,7 +58,7 @@ class DataPlane:
         self._catalog = catalog
         self._settings = settings
         self._clock = clock
-        self._readers: dict[ServedModel, _Reader] = {}
+        self._readers: dict[ServedModel, Reader] = {}
         # One thread: more would take cores from the runs without preparing sequences sooner than runs can use them.
         self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
 
@@ -109,12 +81,35 @@ class DataPlane:
                 must be retried is taken from the others.
         """
         message = received.message
-        served = self.find(message.model, message.version)
+        opened = self.open(request, message.model, message.version, runs=not message.validate_only)
+        return self.read(opened, received)
+
+    def open(self, request: Request, model: str, version: str, *, runs: bool = True) -> Opened:
+        """Find the model of a request, before its inputs are read. Count the request if that fails.
+
+        Args:
+            request: in state RECEIVED.
+            model: the model's name.
+            version: its version; empty: the default one.
+            runs: whether the request needs room in the queue.
+
+        Raises:
+            AttnserveError: As `prepare`.
+        """
+        served = self.find(model, version)
         try:
             manifest, scheduler = self._serving(served)
-            if not message.validate_only:
+            if runs:
                 scheduler.check_room(request.deadline_s, request.caller)
-            reader = self._reader(served, manifest)
+            return Opened(request, served, manifest, scheduler, self._reader(served, manifest))
+        except Exception as error:
+            self.count_failure(served, request, error)
+            raise
+
+    def read(self, opened: Opened, received: Received[inference_service_pb2.InferRequest]) -> Prepared | None:
+        """Validate an opened request, as `prepare`."""
+        served, request, reader = opened.served, opened.request, opened.reader
+        try:
             valid = None
             if reader.quick is not None and received.size <= OFFLOAD_TENSOR_BYTES:
                 valid = reader.quick.read(received)
@@ -126,7 +121,13 @@ class DataPlane:
             self.count_failure(served, request, error)
             raise
         served.prepared += 1
-        return Prepared(request, valid, served, manifest, scheduler, message.validate_only)
+        return Prepared(request, valid, served, opened.manifest, opened.scheduler, received.message.validate_only)
+
+    def refuse(self, opened: Opened, error: BaseException) -> None:
+        """Count an opened request whose inputs cannot be read."""
+        if isinstance(error, AttnserveError):
+            opened.served.metrics.refused(error.reason)
+        self.count_failure(opened.served, opened.request, error)
 
     async def prepare_large(self, request: Request, received: Received[inference_service_pb2.InferRequest]) -> Prepared:
         """Do as `prepare` does, in a thread."""
@@ -168,19 +169,26 @@ class DataPlane:
             self.count_failure(prepared.served, request, error)
             raise
 
-    def answer(self, prepared: Prepared, results: list[SequenceResult]) -> Splice:
-        """Encode the results of a request as its InferResponse, and count it."""
+    def answer(self, prepared: Prepared, results: list[SequenceResult], encode: Encoder[T]) -> T:
+        """Encode the results of a request, and count it. For the native form, `encode` is `prepared.response_of`."""
+        request, served = prepared.request, prepared.served
         try:
-            answer = _response(prepared, results, self._clock)
+            answer = encode(prepared, results, self._clock)
         except Exception as error:
-            self.count_failure(prepared.served, prepared.request, error)
+            self.count_failure(served, request, error)
             raise
-        prepared.served.metrics.ended("OK")
+        served.metrics.ended("OK")
+        if results:
+            served.statistics.add(results, request.arrived_s, self._clock.now())
         if prepared.valid.effective is not None:
-            _count_attention(prepared.served, results)
+            _count_attention(served, results)
         return answer
 
-    async def run(self, prepared: Prepared) -> Splice:
+    def run(self, prepared: Prepared) -> Coroutine[Any, Any, Splice]:
+        """Do as `run_as` does, and return the answer as its InferResponse."""
+        return self.run_as(prepared, response_of)
+
+    async def run_as(self, prepared: Prepared, encode: Encoder[T]) -> T:
         """Start a prepared request, wait for its results, and return its answer; count how it ended.
 
         Raises:
@@ -192,7 +200,7 @@ class DataPlane:
         except (asyncio.CancelledError, Exception) as error:
             self.count_failure(prepared.served, prepared.request, error)
             raise
-        return self.answer(prepared, results)
+        return self.answer(prepared, results, encode)
 
     def withdraw(self, prepared: Prepared) -> None:
         """Count a prepared request that is cancelled, or expires, before it runs."""
@@ -209,6 +217,7 @@ class DataPlane:
         """Count a request that ended with an error, by the status that its caller gets."""
         left_s = None if request.deadline_s is None else request.deadline_s - self._clock.now()
         served.metrics.ended(name_of_code(error, left_s))
+        served.statistics.failed += 1
 
     def forget(self, served: ServedModel) -> None:
         """Free what requests to a model were read with, once the catalog does not have it."""
@@ -246,9 +255,23 @@ class DataPlane:
 
     def reading(self, name: str, version: str) -> tuple[Manifest, Intake]:
         """Return what a model that serves accepts. Raises InvalidRequest, ModelNotFound, NotServing and ModelFailed."""
-        served = self._find(name, version)
+        served = self.find(name, version)
         manifest, _ = self._serving(served)
         return manifest, self._reader(served, manifest).intake
+
+    def all(self) -> list[ServedModel]:
+        """Return all models in order of name and version."""
+        return self._catalog.all()
+
+    def described(self, name: str, version: str) -> tuple[ServedModel, Reader | None]:
+        """Return one model, and how its requests are read; None for one that is no bundle.
+
+        Raises:
+            InvalidRequest: No model can have this name or version.
+            ModelNotFound: There is none.
+        """
+        served = self.find(name, version)
+        return served, None if served.manifest is None else self._reader(served, served.manifest)
 
     def _describe(self, served: ServedModel) -> model_pb2.Model:
         message = model_pb2.Model(
@@ -267,7 +290,7 @@ class DataPlane:
             message.max_response_bytes = intake.max_response_bytes
         return message
 
-    def _reader(self, served: ServedModel, manifest: Manifest) -> _Reader:
+    def _reader(self, served: ServedModel, manifest: Manifest) -> Reader:
         reader = self._readers.get(served)
         # A model gets its tokenizer while it loads: an intake that was made before that is replaced.
         if reader is None or reader.intake.tokenizer is not served.tokenizer:
@@ -279,7 +302,7 @@ class DataPlane:
                 max_text_bytes=self._settings.max_text_bytes,
                 max_response_bytes=self._settings.max_response_bytes,
             )
-            reader = self._readers[served] = _Reader(intake, QuickReader.of(intake))
+            reader = self._readers[served] = Reader(intake, QuickReader.of(intake))
         return reader
 
 
@@ -300,39 +323,6 @@ def _is_large(received: Received[inference_service_pb2.InferRequest]) -> bool:
         return False
     texts = (sequence.WhichOneof("input") == "text" for sequence in received.message.sequences)
     return received.size > OFFLOAD_TENSOR_BYTES or any(texts)
-
-
-def _response(prepared: Prepared, results: list[SequenceResult], clock: Clock) -> Splice:
-    served, manifest, valid = prepared.served, prepared.manifest, prepared.valid
-    begun = clock.now()
-    encoded = [codec.result_of(result, valid.outputs, _labels(result, manifest, served)) for result in results]
-    return codec.response_of(
-        encoded,
-        prepared.request.request_id,
-        codec.receipt_of(served.name, served.version, manifest.digest, served.provider, manifest.precision),
-        b"" if valid.effective is None else _effective(valid.effective, manifest),
-        valid.predicted_bytes,
-        timings_of(results, clock.now() - begun).field() if results else b"",
-    )
-
-
-def _effective(effective: EffectiveSelection, manifest: Manifest) -> bytes:
-    return codec.effective_bytes(effective, tuple([manifest.sites[layer].name for layer in effective.layers]))
-
-
-def _labels(result: SequenceResult, manifest: Manifest, served: ServedModel) -> bytes | None:
-    """Return the serialized labels of one sequence; None if none were selected."""
-    if result.labels is None or manifest.head is None:
-        return None
-    tokenizer = served.tokenizer
-    name_of = tokenizer.token_text if tokenizer is not None else _unnamed
-    return labels_message(result.labels, manifest.head, name_of).SerializeToString()
-
-
-def _unnamed(number: int) -> str:
-    """Return an empty text: without a tokenizer, tokens have no names."""
-    del number
-    return ""
 
 
 def _count_attention(served: ServedModel, results: list[SequenceResult]) -> None:

@@ -25,6 +25,9 @@ from attnserve_server.config_bounds import MIB
 from attnserve_server.domain.errors import AttnserveError, Overloaded
 from attnserve_server.domain.machine import memory_bytes
 from attnserve_server.model.manifest import NUMPY_DTYPES, Dimension, Manifest
+from attnserve_server.transport.oip.servicer import INFER as OIP_INFER
+from attnserve_server.transport.oip.servicer import SERVICE as OIP_SERVICE
+from attnserve_server.transport.oip.servicer import STREAM as OIP_STREAM
 from attnserve_server.transport.servicer import SERVICE, Context, RpcMetrics
 from attnserve_server.transport.wire import MAX_STRUCTURE_BYTES
 
@@ -38,8 +41,12 @@ _SHARE: Final = 4
 _BODIES_SHARE: Final = 2
 """Bodies of HTTP requests get this part of what calls get, whose number is large in any case."""
 _RETRY_S: Final = 0.5
+Follow = Callable[[Callable[[], Any], Callable[[Any], None]], None]
 INFER: Final = f"/{SERVICE}/Infer"
 STREAM: Final = f"/{SERVICE}/StreamInfer"
+UNARY: Final = ((SERVICE, "Infer"), (OIP_SERVICE, OIP_INFER))
+STREAMS: Final = ((SERVICE, "StreamInfer"), (OIP_SERVICE, OIP_STREAM))
+"""Service and name of the methods that run models."""
 
 
 class ReceiveBudgetTooSmall(AttnserveError):
@@ -147,7 +154,7 @@ class BoundedHandlers(grpc.GenericRpcHandler):
         bounds: ReceiveBounds,
         inner: Sequence[grpc.GenericRpcHandler],
         metrics: RpcMetrics,
-        follow: Callable[[Callable[[], Any], Callable[[Any], None]], None],
+        follow: Sequence[Follow],
         drop: Callable[[str, str], object],
     ) -> None:
         """Store the parts.
@@ -156,8 +163,8 @@ class BoundedHandlers(grpc.GenericRpcHandler):
             bounds: of this process.
             inner: the handlers.
             metrics: of their methods.
-            follow: takes two functions, which each unary call calls: once it has its message, and with what that
-                returned at its end.
+            follow: of each service; takes two functions, which each unary call calls: once it has its message, and with
+                what that returned at its end.
             drop: ends the connection of gRPC's name of a peer, for a cause.
         """
         self._drop = drop
@@ -168,11 +175,15 @@ class BoundedHandlers(grpc.GenericRpcHandler):
         self._calls: set[asyncio.Task[Any]] = set()
         self._reading: set[asyncio.Task[Any]] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
+        kinds = (("unary", UNARY), ("bidi_stream", STREAMS))
         self._refusals = {
-            INFER: metrics.measured("unary", SERVICE, "Infer", _raise),
-            STREAM: metrics.measured("bidi_stream", SERVICE, "StreamInfer", _raise),
+            f"/{service}/{name}": metrics.measured(kind, service, name, _raise)
+            for kind, methods in kinds
+            for service, name in methods
         }
-        follow(self._received, self._ended)
+        self._streaming = {f"/{service}/{name}" for service, name in STREAMS}
+        for one in follow:
+            one(self._received, self._ended)
 
     def service(self, handler_call_details: Any) -> Any:
         """Return the handler of a call."""
@@ -186,7 +197,7 @@ class BoundedHandlers(grpc.GenericRpcHandler):
             self._sweep()
             if len(self._calls) >= bounds.calls:
                 return self._refused(method, "calls", bounds.calls)
-        if method == STREAM:
+        if method in self._streaming:
             if self._streams >= bounds.streams:
                 return self._refused(method, "streams", bounds.streams)
             self._streams += 1

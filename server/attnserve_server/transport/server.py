@@ -18,6 +18,8 @@ from attnserve_server.transport.admin import ModelServicer
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import Health
 from attnserve_server.transport.identity import IdentifiedHandlers
+from attnserve_server.transport.oip.servicer import OipServicer
+from attnserve_server.transport.oip.stream import OipStreams
 from attnserve_server.transport.receiving import BoundedHandlers, ReceiveBounds
 from attnserve_server.transport.reflection import reflecting
 from attnserve_server.transport.servicer import InferenceServicer, RpcMetrics
@@ -83,9 +85,13 @@ class GrpcServer:
         self._servicer = InferenceServicer(
             plane, self._streams.stream_infer, clock, settings.call_timeout_s, self.unread, settings.max_queue_size
         )
+        self._oip_streams = OipStreams(plane, clock, settings, self.unread)
+        self._oip = OipServicer(
+            *(plane, health, self._oip_streams.stream_infer, clock, settings.call_timeout_s, self.unread, models)
+        )
         self._handlers: tuple[grpc.GenericRpcHandler, ...] = (
-            self._servicer.handlers(self._metrics), health.handlers(self._metrics)
-        )  # fmt: skip
+            *(one.handlers(self._metrics) for one in (self._servicer, self._oip, health)),
+        )
         if models is not None:
             self._handlers += (models.handlers(self._metrics),)
         if settings.reflection:
@@ -109,7 +115,8 @@ class GrpcServer:
         credentials = server_credentials(self._access)
         options = _options(self._settings, bounds, shared_port=self._shared_port)
         server = self._server = grpc.aio.server(options=options)
-        bounded = BoundedHandlers(bounds, self._handlers, self._metrics, self._servicer.follow, self._connections.drop)
+        follow = (self._servicer.follow, self._oip.follow)
+        bounded = BoundedHandlers(bounds, self._handlers, self._metrics, follow, self._connections.drop)
         server.add_generic_rpc_handlers((IdentifiedHandlers(bounded),))
         try:
             if credentials is None:
@@ -126,6 +133,7 @@ class GrpcServer:
     def drain(self) -> None:
         """End every stream once its requests have been answered."""
         self._streams.drain()
+        self._oip_streams.drain()
 
     async def stop(self, grace_s: float) -> None:
         """Take no more RPCs, wait `grace_s` for those in progress, and cancel the rest."""

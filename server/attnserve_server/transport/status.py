@@ -106,6 +106,13 @@ TABLE: Final[tuple[StatusRow, ...]] = (
         "The operator repairs the repository: the message states what is wrong. Nothing was changed.",
     ),
     StatusRow(
+        errors.Unsupported,
+        grpc.StatusCode.UNIMPLEMENTED,
+        False,
+        (),
+        "The operator starts the server with the flags that the message names.",
+    ),
+    StatusRow(
         errors.DeadlineExpired,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         False,

@@ -30,7 +30,8 @@ from attnserve_server.domain.values import SequenceResult
 from attnserve_server.scheduling.queue import Request
 from attnserve_server.transport.allowance import Allowance
 from attnserve_server.transport.codec import streamed
-from attnserve_server.transport.dataplane import DataPlane, Prepared
+from attnserve_server.transport.dataplane import DataPlane
+from attnserve_server.transport.prepared import Prepared, response_of
 from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, receive_aside, remaining_s, send
 from attnserve_server.transport.sockets import address_of
 from attnserve_server.transport.status import status_of
@@ -286,7 +287,7 @@ class _Stream:
             self._land(flight, RequestCancelled() if results.cancelled() else error)
             return
         try:
-            self._land(flight, self._plane.answer(prepared, results.result()))
+            self._land(flight, self._plane.answer(prepared, results.result(), response_of))
         except Exception as fault:  # noqa: BLE001 - the boundary of one request: others on the stream go on
             self._land(flight, fault)
 

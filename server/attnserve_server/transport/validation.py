@@ -11,7 +11,13 @@ import numpy as np
 from attnserve.v1 import inference_service_pb2
 
 from attnserve_server.attention import check_units, continued_units, pooled_units, predicted_bytes, resolve
-from attnserve_server.domain.errors import AttentionUnavailable, InvalidRequest, ResponseTooLarge, Violations, quoted
+from attnserve_server.domain.errors import (
+    AttentionUnavailable,
+    InvalidRequest,
+    ResponseTooLarge,
+    Violations,
+    quoted,
+)
 from attnserve_server.domain.values import (
     AttentionUnit,
     AxisUnits,

@@ -22,6 +22,8 @@ from attnserve_server.access.guard import CALLER, Access, Caller, Guard
 from attnserve_server.domain.errors import PermissionDenied, Unauthenticated
 from attnserve_server.transport.admin import METHODS
 from attnserve_server.transport.admin import SERVICE as MODEL_SERVICE
+from attnserve_server.transport.oip.servicer import METHODS as OIP_METHODS
+from attnserve_server.transport.oip.servicer import SERVICE as OIP_SERVICE
 from attnserve_server.transport.reflection import CHANNELZ, CHANNELZ_METHODS, REFLECTION
 from attnserve_server.transport.rest.errors import CertificateRequired, PathNotFound, response_of
 from attnserve_server.transport.servicer import SERVICE, Context, RpcMetrics
@@ -42,6 +44,9 @@ SCOPE_OF: Final[Mapping[str, str]] = {
     **{f"/{MODEL_SERVICE}/{method}": "admin" for method in METHODS},
     **{f"/{service}/ServerReflectionInfo": "admin" for service in REFLECTION},
     **{f"/{CHANNELZ}/{method}": "admin" for method in CHANNELZ_METHODS},
+    **{f"/{OIP_SERVICE}/{method}": "infer" for method in OIP_METHODS},
+    **dict.fromkeys((f"/{OIP_SERVICE}/ServerLive", f"/{OIP_SERVICE}/ServerReady"), FREE),
+    **dict.fromkeys((f"/{OIP_SERVICE}/RepositoryModelLoad", f"/{OIP_SERVICE}/RepositoryModelUnload"), "admin"),
     f"/{_HEALTH}/Check": FREE,
     f"/{_HEALTH}/Watch": FREE,
 }

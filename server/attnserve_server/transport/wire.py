@@ -20,6 +20,7 @@ from operator import length_hint
 from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
+from attnserve.oip import open_inference_pb2
 from attnserve.v1 import inference_service_pb2, tensor_pb2
 from google.protobuf import descriptor_pb2, message
 
@@ -45,8 +46,12 @@ _VARINT, _DELIMITED = 0, 2
 _SMALL: Final = tuple(bytes((value,)) for value in range(1 << 7))
 _TAGS: Final = tuple(_SMALL[number << 3 | _DELIMITED] for number in range(16))
 """Of length-delimited fields, by field number."""
-_TENSOR: Final = tensor_pb2.Tensor.DESCRIPTOR.full_name
-_DATA: Final = tensor_pb2.Tensor.DATA_FIELD_NUMBER
+_RAW: Final = open_inference_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
+DATA_FIELDS: Final = {
+    (tensor_pb2.Tensor.DESCRIPTOR.full_name, tensor_pb2.Tensor.DATA_FIELD_NUMBER),
+    (open_inference_pb2.ModelInferRequest.DESCRIPTOR.full_name, _RAW),
+}
+"""Message and number of each field of tensor data, which is not copied."""
 
 
 DTYPE_NAMES: Final[Mapping[int, str]] = {
@@ -90,7 +95,10 @@ class Received(Generic[M]):
 
     def data_of(self, tensor: tensor_pb2.Tensor) -> bytes | memoryview:
         """Return the data of one of the message's tensors, at any address."""
-        data = tensor.data
+        return self.content(tensor.data)
+
+    def content(self, data: bytes) -> bytes | memoryview:
+        """Return the content of a field of `DATA_FIELDS`, at any address; `data`: what the message holds."""
         return self._views[int.from_bytes(data, "little")] if self._views and data else data
 
     def part(self, inner: N) -> Received[N]:
@@ -180,7 +188,7 @@ class _Scan:
                 known = len(self._found)
                 inner = self._message(content, after, field.message_type, f"{where}.")
                 changed = inner if len(self._found) > known else []
-            elif wire_type == _DELIMITED and number == _DATA and kind.full_name == _TENSOR:
+            elif wire_type == _DELIMITED and (kind.full_name, number) in DATA_FIELDS:
                 if len(self._found) < _MAX_TENSORS:
                     changed = [len(self._found).to_bytes(4, "little")]
                     self._found.append(self._view[content:after])

@@ -28,6 +28,7 @@ RAISED = [
     errors.NotServing("m", "draining"),
     errors.ModelFailed("m", "2", "its file is cut short"),
     errors.RepositoryUnusable("the repository has no bundle"),
+    errors.Unsupported("models are not loaded by callers", "start it with --admin"),
     errors.DeadlineExpired(0.5),
     errors.RequestCancelled(),
     errors.EngineCrashed("m"),

@@ -35,6 +35,7 @@ EXAMPLES: dict[errors.AttnserveError, grpc.StatusCode] = {
     errors.NotServing("tiny", "draining", 1.5): grpc.StatusCode.UNAVAILABLE,
     errors.ModelFailed("tiny", "2", "its file is cut short"): grpc.StatusCode.FAILED_PRECONDITION,
     errors.RepositoryUnusable("the repository has no bundle"): grpc.StatusCode.FAILED_PRECONDITION,
+    errors.Unsupported("models are not loaded by callers", "start it with --admin"): grpc.StatusCode.UNIMPLEMENTED,
     errors.DeadlineExpired(0.5): grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.RequestCancelled(): grpc.StatusCode.CANCELLED,
     errors.Unauthenticated("backed_off", 6.0): grpc.StatusCode.UNAUTHENTICATED,

@@ -27,7 +27,8 @@ from attnserve_server.observability.metrics import Metrics
 from attnserve_server.observability.spec import HTTP_REQUESTS, HTTP_SECONDS, REFUSAL_SECONDS
 from attnserve_server.scheduling.catalog import Catalog
 from attnserve_server.scheduling.queue import Request
-from attnserve_server.transport.dataplane import DataPlane, Prepared
+from attnserve_server.transport.dataplane import DataPlane
+from attnserve_server.transport.prepared import Prepared
 from attnserve_server.transport.rest.bodies import EXPANSION, Bodies, check_json, parsed
 from attnserve_server.transport.rest.errors import REQUEST_ID, response_of, status_of
 from attnserve_server.transport.servicer import UNLOGGED, free_frames, log_failure

@@ -21,7 +21,7 @@ from attnserve_server.domain.errors import InvalidRequest
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, Manifest
 from attnserve_server.scheduling.catalog import Catalog
-from attnserve_server.transport.dataplane import Prepared
+from attnserve_server.transport.prepared import Prepared
 from attnserve_server.transport.rest.contract import checked
 from attnserve_server.transport.rest.exchange import Exchange
 from attnserve_server.transport.rest.native import json_of
