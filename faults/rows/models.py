@@ -27,7 +27,7 @@ FILLING: Final = {"filling": "allocate", "reserving": "reserve"}
 """Bundles, and what the process that loads them does (`loading_failpoints.py` of the server)."""
 FAILPOINTS: Final = ",".join(f"load:{name}/1={action}" for name, action in (CRASHING | FILLING).items())
 RELOADING: Final = Setup(
-    flags=("--admin", "--load-timeout-s", "8", "--load-memory-bytes", str(2**30)),
+    flags=("--admin", "--load-timeout-s", "12", "--load-memory-bytes", str(2**30)),
     isolation="none",
     needs=("admin", "load_timeout_s", "load_memory_bytes"),
     environment=(("ATTNSERVE_FAILPOINTS", FAILPOINTS),),
