@@ -1,10 +1,10 @@
 """Runs other people's clients, unmodified, against real servers: `make clients`.
 
-A client is a script, `NAME.py`, and its pins for pip, `NAME.txt`. Each has a separate environment in `.clients/NAME`,
-because clients exclude each other's releases. It is made once, and again when the pins change. The script gets
-`--grpc PORT --http PORT --isolation none|process`, and the ports of other protocols in the same way. It exits with 0 if
-all that it checks holds. A client that fails, or takes longer than `TIME_LIMIT_S`, is printed with its output, and the
-exit code is 1.
+A client is a script, `NAME.py`, and its pins for pip, `NAME.txt`; NAME is not that of its package, which the script
+would hide. Each has a separate environment in `.clients/NAME`, because clients exclude each other's releases. It is
+made once, and again when the pins change. The script gets `--grpc PORT --http PORT --isolation none|process`, and the
+ports of other protocols in the same way. It exits with 0 if all that it checks holds. A client that fails, or takes
+longer than `TIME_LIMIT_S`, is printed with its output, and the exit code is 1.
 """
 
 from __future__ import annotations

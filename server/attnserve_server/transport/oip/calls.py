@@ -55,7 +55,7 @@ class Call:
 
 
 async def prepare(
-    plane: DataPlane, request: Request, caller: Caller | None, wanted: Wanted, model: str, version: str, method: str
+    plane: DataPlane, request: Request, caller: Caller | None, content: Wanted, model: str, version: str, method: str
 ) -> Call:
     """Check a request against quotas and its model, and return it ready to run.
 
@@ -63,7 +63,7 @@ async def prepare(
         plane: runs it.
         request: in state RECEIVED.
         caller: who sent it; None where no token is needed.
-        wanted: its inputs, outputs and parameters.
+        content: its inputs, outputs and parameters.
         model: the model's name.
         version: its version; empty: the default one.
         method: for the log.
@@ -72,18 +72,18 @@ async def prepare(
         AttnserveError: As in the status table; with the fields of the protocol, not those of the native contract.
     """
     if caller is not None:
-        caller.admit(wanted.rows, method, attention=wanted.attention)
+        caller.admit(content.rows, method, attention=content.attention)
     opened = plane.open(request, model, version)
     layout = Layout.of(opened.reader)
     try:
-        found = read(wanted, layout, opened.reader.intake, model, version)
+        found = read(content, layout, opened.reader.intake, model, version)
     except AttnserveError as error:
         plane.refuse(opened, error)
         raise
     try:
         prepared = plane.read(opened, found.received) or await plane.prepare_large(request, found.received)
     except InvalidRequest as error:
-        raise in_protocol(error, wanted, layout) from None
+        raise in_protocol(error, content, layout) from None
     size = answer_bytes(found, layout, prepared)
     if size > opened.reader.intake.max_response_bytes:
         plane.count_refusal(prepared, ResponseTooLarge.reason)
