@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from attnserve_client import _html
+from attnserve_client import _frames, _html
 from attnserve_client._map_data import MapData
 from attnserve_client._tokens import plain_token
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
     from matplotlib.figure import Figure
 
 
@@ -97,6 +99,26 @@ class AttentionMap(MapData):
         from attnserve_client._plot import figure  # noqa: PLC0415 - matplotlib is an extra
 
         return figure(self, head)
+
+    def to_pandas(self, head: int | None = None) -> pd.DataFrame:
+        """Return the weights of one head as a table: queries down, keys across, named by their texts.
+
+        Args:
+            head: Number of the head in `heads`; None for the mean over this map's heads.
+
+        Raises:
+            ImportError: pandas is not installed; it is the extra `pandas`.
+            ValueError: This map has no such head, or holds scores.
+        """
+        return _frames.frame(self, head)
+
+    def to_xarray(self) -> xr.DataArray:
+        """Return the weights, or scores, with the dimensions `head`, `query` and `key`, and the texts of the units.
+
+        Raises:
+            ImportError: xarray is not installed; it is the extra `xarray`.
+        """
+        return _frames.data_array(self)
 
     def _repr_html_(self) -> str | None:
         """Return the page in an iframe, so that its styles and scripts and those of a notebook stay apart.

@@ -3,6 +3,7 @@
 from attnserve_client._credentials import Tls, TokenFile
 from attnserve_client._features import SiteFeatures
 from attnserve_client._gateways import ModelLoad, TokenizerFile
+from attnserve_client._helpers import Ranked
 from attnserve_client._inputs import Continuation, Input, Inputs, Priority
 from attnserve_client._labels import Head, Label, LabeledSpan
 from attnserve_client._models import Axis, ModelChange, Site
@@ -27,6 +28,7 @@ __all__ = [
     "Past",
     "PatchGrid",
     "Priority",
+    "Ranked",
     "RawLinks",
     "Site",
     "SiteFeatures",

@@ -13,6 +13,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 from attnserve_client._async.admin import AsyncAdmin
 from attnserve_client._async.calls import AsyncCalls
 from attnserve_client._async.gateways import AsyncGateways
+from attnserve_client._async.helpers import AsyncHelpers
 from attnserve_client._async.waiting import AsyncWaiting
 from attnserve_client._channel import DEFAULT_TARGET
 from attnserve_client._connection import AsyncConnections
@@ -21,14 +22,14 @@ from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
 from attnserve_client._feeds import AsyncFeed, AsyncInputStream
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
 from attnserve_client._labels import LabelChoice
-from attnserve_client._models import ModelInfo, model_of
+from attnserve_client._models import ModelInfo
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import DEFAULT_TIMEOUT_S, Retrying, RetryPolicy
 from attnserve_client._selection import AttentionChoice
 from attnserve_client.errors import InvalidRequest
 
 
-class AsyncClient(AsyncAdmin, AsyncGateways, AsyncWaiting):
+class AsyncClient(AsyncHelpers, AsyncAdmin, AsyncGateways, AsyncWaiting):
     """A client for asyncio. It belongs to the event loop of its first call. Use `async with`, or await `close`.
 
         async with AsyncClient("localhost:8001") as client:
@@ -266,38 +267,6 @@ class AsyncClient(AsyncAdmin, AsyncGateways, AsyncWaiting):
             Ordering(ordered=ordered),
             timeout,
         )
-
-    async def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> list[ModelInfo]:
-        """Return all models of the server, by name and version.
-
-        Raises:
-            AttnserveError: The call failed, or took longer than `timeout` seconds.
-        """
-        check_timeout(timeout)
-        deadline = self._calls.deadline(timeout)
-        response = await self._calls.call(lambda stub: stub.ListModels, wire.ListModelsRequest(), deadline)
-        return [model_of(each) for each in response.models]
-
-    async def model(self, name: str, version: str = "", *, timeout: float | None = DEFAULT_TIMEOUT_S) -> ModelInfo:
-        """Return the description of one model; of its highest ready version if `version` is empty.
-
-        Raises:
-            ModelNotFound: The server has no model of that name and version.
-            AttnserveError: The call failed, or took longer than `timeout` seconds.
-        """
-        check_timeout(timeout)
-        return await self._model(name, version, self._calls.deadline(timeout))
-
-    async def _model(self, name: str, version: str, deadline: float | None) -> ModelInfo:
-        request = wire.GetModelRequest(model=name, version=str(version))
-        response = await self._calls.call(lambda stub: stub.GetModel, request, deadline)
-        return model_of(response.model)
-
-    async def _description(self, model: str, version: str, deadline: float | None) -> ModelInfo:
-        known = self._described.get((model, version))
-        if known is None:
-            known = self._described[model, version] = await self._model(model, version, deadline)
-        return known
 
     async def _answers(
         self, feed: AsyncFeed, exchange: Exchange, ordering: Ordering, timeout: float | None

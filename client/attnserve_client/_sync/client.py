@@ -18,18 +18,19 @@ from attnserve_client._exchange import MAX_IN_FLIGHT, Exchange, Flow, Ordering
 from attnserve_client._feeds import Feed, InputStream
 from attnserve_client._inputs import Input, Inputs, Priority, check_timeout, request_of, sequence_of, split, takes_ids
 from attnserve_client._labels import LabelChoice
-from attnserve_client._models import ModelInfo, model_of
+from attnserve_client._models import ModelInfo
 from attnserve_client._results import InferenceResult, StreamAnswer, results_of
 from attnserve_client._retry import DEFAULT_TIMEOUT_S, Retrying, RetryPolicy
 from attnserve_client._selection import AttentionChoice
 from attnserve_client._sync.admin import Admin
 from attnserve_client._sync.calls import Calls
 from attnserve_client._sync.gateways import Gateways
+from attnserve_client._sync.helpers import Helpers
 from attnserve_client._sync.waiting import Waiting
 from attnserve_client.errors import InvalidRequest
 
 
-class Client(Admin, Gateways, Waiting):
+class Client(Helpers, Admin, Gateways, Waiting):
     """A client for threads. Any number of threads may share it. Use `with`, or call `close`.
 
         with Client("localhost:8001") as client:
@@ -267,38 +268,6 @@ class Client(Admin, Gateways, Waiting):
             Ordering(ordered=ordered),
             timeout,
         )
-
-    def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_S) -> list[ModelInfo]:
-        """Return all models of the server, by name and version.
-
-        Raises:
-            AttnserveError: The call failed, or took longer than `timeout` seconds.
-        """
-        check_timeout(timeout)
-        deadline = self._calls.deadline(timeout)
-        response = self._calls.call(lambda stub: stub.ListModels, wire.ListModelsRequest(), deadline)
-        return [model_of(each) for each in response.models]
-
-    def model(self, name: str, version: str = "", *, timeout: float | None = DEFAULT_TIMEOUT_S) -> ModelInfo:
-        """Return the description of one model; of its highest ready version if `version` is empty.
-
-        Raises:
-            ModelNotFound: The server has no model of that name and version.
-            AttnserveError: The call failed, or took longer than `timeout` seconds.
-        """
-        check_timeout(timeout)
-        return self._model(name, version, self._calls.deadline(timeout))
-
-    def _model(self, name: str, version: str, deadline: float | None) -> ModelInfo:
-        request = wire.GetModelRequest(model=name, version=str(version))
-        response = self._calls.call(lambda stub: stub.GetModel, request, deadline)
-        return model_of(response.model)
-
-    def _description(self, model: str, version: str, deadline: float | None) -> ModelInfo:
-        known = self._described.get((model, version))
-        if known is None:
-            known = self._described[model, version] = self._model(model, version, deadline)
-        return known
 
     def _answers(
         self, feed: Feed, exchange: Exchange, ordering: Ordering, timeout: float | None
