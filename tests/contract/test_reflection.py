@@ -1,4 +1,4 @@
-"""With `--reflection`: a client without files learns every service, calls it, and sees the connections.
+"""With `--reflection`: a client without files learns every service, calls it, and lists the connections.
 
 Needs the fixtures of tests/contract/conftest.py. The client is written here, from what reflection answers alone.
 """

@@ -103,7 +103,7 @@ class Helpers(Models):
     def _chosen(
         self, model: str, version: str, timeout: float | None, does: str, fits: Any
     ) -> tuple[float | None, ModelInfo]:
-        """Return the deadline of a call and the model that it asks: the named one, or the only one that fits."""
+        """Return the deadline of a call and its model: the named one, or the only one that fits."""
         check_timeout(timeout)
         deadline = self._calls.deadline(timeout)
         if model:

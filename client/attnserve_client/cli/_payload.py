@@ -42,7 +42,7 @@ def payload(  # noqa: PLR0913, PLR0917 - the options of a command
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
-    """Write the body of one `Infer` call to a file. The server is asked for the model's inputs and limits only."""
+    """Write the body of one `Infer` call to a file. It reads the model's inputs and limits only."""
     options = RequestOptions(output, SELECTIONS["mean"], float(attention), sequences)
     with reported(server, as_json=False), Client(server, **shown(context)) as client:
         described = client.model(model, version, timeout=timeout)
