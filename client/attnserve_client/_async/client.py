@@ -12,6 +12,7 @@ from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._async.admin import AsyncAdmin
 from attnserve_client._async.calls import AsyncCalls
+from attnserve_client._async.faithful import AsyncFaithful
 from attnserve_client._async.gateways import AsyncGateways
 from attnserve_client._async.helpers import AsyncHelpers
 from attnserve_client._async.waiting import AsyncWaiting
@@ -29,7 +30,7 @@ from attnserve_client._selection import AttentionChoice
 from attnserve_client.errors import InvalidRequest
 
 
-class AsyncClient(AsyncHelpers, AsyncAdmin, AsyncGateways, AsyncWaiting):
+class AsyncClient(AsyncHelpers, AsyncAdmin, AsyncGateways, AsyncWaiting, AsyncFaithful):
     """A client for asyncio. It belongs to the event loop of its first call. Use `async with`, or await `close`.
 
         async with AsyncClient("localhost:8001") as client:

@@ -24,13 +24,14 @@ from attnserve_client._retry import DEFAULT_TIMEOUT_S, Retrying, RetryPolicy
 from attnserve_client._selection import AttentionChoice
 from attnserve_client._sync.admin import Admin
 from attnserve_client._sync.calls import Calls
+from attnserve_client._sync.faithful import Faithful
 from attnserve_client._sync.gateways import Gateways
 from attnserve_client._sync.helpers import Helpers
 from attnserve_client._sync.waiting import Waiting
 from attnserve_client.errors import InvalidRequest
 
 
-class Client(Helpers, Admin, Gateways, Waiting):
+class Client(Helpers, Admin, Gateways, Waiting, Faithful):
     """A client for threads. Any number of threads may share it. Use `with`, or call `close`.
 
         with Client("localhost:8001") as client:

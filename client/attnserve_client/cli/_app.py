@@ -20,7 +20,7 @@ from attnserve_client import (
     __version__,
 )
 from attnserve_client._credentials import Tls
-from attnserve_client.cli import _admin, _explain, _features, _gateways, _payload, _top
+from attnserve_client.cli import _admin, _explain, _faithful, _features, _gateways, _payload, _top
 from attnserve_client.cli._bench import EXAMPLES, bench
 from attnserve_client.cli._errors import CODES_HELP, reported
 from attnserve_client.cli._options import (
@@ -59,6 +59,7 @@ app = typer.Typer(
 app.command(epilog=EXAMPLES)(bench)
 app.command(epilog=_explain.EXAMPLES)(_explain.explain)
 app.command(epilog=_features.EXAMPLES)(_features.features)
+app.command(epilog=_faithful.EXAMPLES)(_faithful.faithfulness)
 app.command(epilog=_top.EXAMPLES)(_top.top)
 for commands in (_admin, _gateways, _payload):
     commands.register(app)

@@ -92,5 +92,5 @@ def test_both_clients_have_the_same_methods() -> None:
     assert public(Client) == public(AsyncClient)
     assert public(Client) == {
         *("close", "embed", "infer", "loads", "load_model", "model", "models", "ready", "reload_repository", "rerank"),
-        *("stream", "tokenizer", "unload_model", "wait_ready"),
+        *("stream", "tokenizer", "unload_model", "wait_ready", "faithfulness"),
     }
