@@ -41,7 +41,8 @@ class Interval:
 class Faithfulness:
     """How the output of one text changes without words, chosen by attention and at random.
 
-    All changes are drops of one number: the score of the label that the whole text gets or, without labels, the cosine of an output with that of the whole text.
+    All changes are drops of one number: the score of the label that the whole text gets or, without labels,
+    the cosine of an output with that of the whole text.
 
     Attributes:
         measure: That number: `label NAME` or `cosine of OUTPUT`.
