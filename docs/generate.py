@@ -22,7 +22,7 @@ from attnserve_server.config_engines import EngineSettings
 from attnserve_server.conversion.finders import catalogue
 from attnserve_server.domain.errors import MAX_VIOLATIONS
 from attnserve_server.observability.metrics import SPECS
-from attnserve_server.transport.status import DOMAIN, TABLE
+from attnserve_server.transport.status import DOMAIN, TABLE, http_status_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs/reference"
@@ -84,7 +84,10 @@ def errors() -> str:
         details += ["RetryInfo"] if row.retry else []
         details += ["BadRequest"] if row.code.name == "INVALID_ARGUMENT" else []
         metadata = ", ".join(f"`{key}`" for key in (*row.metadata, "request_id"))
-        rows.append((f"`{row.code.name}`", f"`{row.error.reason}`", ", ".join(details), metadata, first, row.remedy))
+        http = http_status_of(row.error.__new__(row.error))
+        rows.append(
+            (f"`{row.code.name}`", str(http), f"`{row.error.reason}`", ", ".join(details), metadata, first, row.remedy)
+        )
     page = _page(
         "Errors",
         "Every error of the server. Each carries a `google.rpc.Status` in the trailer `grpc-status-details-bin` (on a "
@@ -92,7 +95,7 @@ def errors() -> str:
         f"below. A `BadRequest` names up to {MAX_VIOLATIONS} fields by their path in the request, each with its limit "
         "and the value received. "
         "No message holds a path of the server, a traceback or an unprintable character, and no failure is UNKNOWN.",
-        ("Code", "Reason", "Details", "Metadata", "What happened", "What to do"),
+        ("Code", "HTTP", "Reason", "Details", "Metadata", "What happened", "What to do"),
         rows,
     )
     return page + (
