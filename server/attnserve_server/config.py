@@ -19,6 +19,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from attnserve_server.config_bounds import MIB, Bounds, Count, size_of
 from attnserve_server.config_engines import EngineSettings
 from attnserve_server.config_models import ModelSettings
+from attnserve_server.config_reach import ReachSettings
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.machine import is_loopback, suits_processes
 
@@ -28,8 +29,6 @@ _OTHERS = tuple(
     for name in ("FAILPOINTS", "TRACEBACK", "SERVER", "TLS", "CA", "CERT", "KEY", "TOKEN", "TOKEN_FILE", "MODELS_DIR")
 )
 """Variables that are no settings: for tests, for tracebacks, of the client, and of the compose file."""
-
-Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class SettingsInvalid(AttnserveError):
@@ -42,62 +41,11 @@ class SettingsInvalid(AttnserveError):
         super().__init__("; ".join(faults))
 
 
-class Serving(ModelSettings, EngineSettings):
+class Serving(ModelSettings, ReachSettings, EngineSettings):
     """What is served, where, to whom, and how it runs. Each description ends with the reason for the default."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
 
-    host: str = Field(
-        "127.0.0.1",
-        min_length=1,
-        description="Address that all ports listen on. Any other than loopback needs TLS and a check of callers, or "
-        "`--insecure`. Default: loopback, which only this machine reaches.",
-    )
-    grpc_port: Port = Field(8001, description="gRPC port; 0 lets the system choose. Default: the same as Triton's.")
-    rest_port: Port = Field(
-        8000,
-        description="Port of REST: inference, OpenAI embeddings and rerank as JSON; 0: the system chooses. The number "
-        "of `--http-port` merges both. Default: as Triton's, where its clients expect it.",
-    )
-    http_port: Port = Field(
-        8002, description="HTTP port of `/metrics`, `/livez`, `/readyz`; 0: the system chooses. Default: as Triton's."
-    )
-    cors_origin: Annotated[tuple[str, ...], NoDecode] = Field(
-        (),
-        description="Origins, as `https://app.example`, whose pages may call REST from a browser. Default: none, so "
-        "that no foreign page can use a server that only this machine reaches.",
-    )
-    openai_token_ids: bool = Field(
-        False,
-        description="Accept token ids in `/v1/embeddings`. Default: false, as clients send ids of another tokenizer, "
-        "whose embeddings would be wrong without an error.",
-    )
-    tls_cert: Path | None = Field(
-        None,
-        description="PEM file of the server's certificate, then those of its issuers, for all ports. The TLS files "
-        "and `--tokens-file` are read again when they change, and on SIGHUP. Default: none, as only you can get one.",
-    )
-    tls_key: Path | None = Field(
-        None, description="PEM file of its private key, without a passphrase. Default: as `--tls-cert`."
-    )
-    tls_client_ca: Path | None = Field(
-        None,
-        description="PEM file of the authorities whose client certificates are required: for every gRPC call, and on "
-        "the other ports for all but health checks. Default: none, as most callers have tokens.",
-    )
-    tokens_file: Path | None = Field(
-        None,
-        description="File of bearer tokens, one line each with digest, scopes and quota; `attnserve-server token` "
-        "makes them. All but health checks then need a token. Default: none, as only this machine reaches loopback.",
-    )
-    insecure: bool = Field(
-        False,
-        description="Accept an address that other machines reach without TLS, or without a check of callers. Default: "
-        "false, as anyone there could then use the models, and read tokens.",
-    )
-    ports_file: Path | None = Field(
-        None, description="JSON file for all ports, once models are ready. Default: none, as ports are mostly fixed."
-    )
     provider: str = Field(
         "auto",
         min_length=1,
@@ -244,14 +192,6 @@ class Serving(ModelSettings, EngineSettings):
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("cors_origin")
-    @classmethod
-    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        wrong = [one for one in value if re.fullmatch(r"https?://[a-zA-Z0-9.\[\]:-]+", one) is None]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} is not an origin; write scheme and host, such as https://app.example")
-        return value
-
     @field_validator("cuda_options", "openvino_options", "tensorrt_options", mode="before")
     @classmethod
     def _pairs(cls, value: object) -> object:
@@ -271,11 +211,6 @@ class Serving(ModelSettings, EngineSettings):
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value
-
-    @property
-    def merges_ports(self) -> bool:
-        """Whether REST and `/metrics` share a port."""
-        return self.rest_port == self.http_port != 0
 
     @property
     def isolated(self) -> bool:

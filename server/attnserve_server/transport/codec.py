@@ -33,7 +33,8 @@ from attnserve_server.domain.values import (
     SpecialTokens,
     WeightDtype,
 )
-from attnserve_server.transport.wire import Splice, as_sent, delimiter, output_head, tensor_of, varint
+from attnserve_server.transport.fields import delimiter, varint
+from attnserve_server.transport.wire import Splice, as_sent, output_head, tensor_of
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from attnserve.v1 import inference_service_pb2
 
 from attnserve_server.domain.values import SequenceResult
-from attnserve_server.transport.wire import delimiter
+from attnserve_server.transport.fields import delimiter
 
 _NUMBERS: Final = struct.Struct("<BdBdBdBd")
 """A tag and a double for each of the four fields."""

@@ -27,6 +27,7 @@ from google.protobuf import descriptor_pb2, message
 from attnserve_server.domain.errors import FieldViolation, InvalidRequest, Violations
 from attnserve_server.domain.values import Array
 from attnserve_server.model.manifest import NUMPY_DTYPES
+from attnserve_server.transport.fields import DELIMITED, delimiter, fields, varint
 
 M = TypeVar("M", bound=message.Message)
 N = TypeVar("N", bound=message.Message)
@@ -41,11 +42,6 @@ _MAX_FIELDS: Final = 10_000
 """Fields of a message that are searched for one field, or for one that is not UTF-8: the search runs in Python."""
 _STRING: Final = descriptor_pb2.FieldDescriptorProto.TYPE_STRING
 _BYTES: Final = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
-_FIXED: Final = {1: 8, 5: 4}
-_VARINT, _DELIMITED = 0, 2
-_SMALL: Final = tuple(bytes((value,)) for value in range(1 << 7))
-_TAGS: Final = tuple(_SMALL[number << 3 | _DELIMITED] for number in range(16))
-"""Of length-delimited fields, by field number."""
 _RAW: Final = open_inference_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 DATA_FIELDS: Final = {
     (tensor_pb2.Tensor.DESCRIPTOR.full_name, tensor_pb2.Tensor.DATA_FIELD_NUMBER),
@@ -137,8 +133,8 @@ def find_field(data: bytes, *path: int) -> bytes:
     """Return the content of the field at `path`, numbers from the outside in, without parsing; empty if not there."""
     for number in path:
         found = b""
-        for field, wire_type, begin, end in islice(_fields(data, 0, len(data)), _MAX_FIELDS):
-            if field == number and wire_type == _DELIMITED:
+        for field, wire_type, begin, end in islice(fields(data, 0, len(data)), _MAX_FIELDS):
+            if field == number and wire_type == DELIMITED:
                 found = data[begin:end]
         data = found
     return data
@@ -176,7 +172,7 @@ class _Scan:
         """Return the pieces that replace data[begin:end], a message of the descriptor `kind`."""
         pieces: list[memoryview | bytes] = []
         at = kept = begin  # scanned, and copied to the pieces, up to here
-        for number, wire_type, content, after in _fields(self._data, begin, end):
+        for number, wire_type, content, after in fields(self._data, begin, end):
             field = kind.fields_by_number.get(number)
             where = path if field is None else f"{path}{field.name}"
             self._left -= max(content - at, _FIELD_BYTES)
@@ -184,20 +180,20 @@ class _Scan:
             if self._fields_left < 0:
                 raise ManyFields
             changed: list[memoryview | bytes] = []
-            if wire_type == _DELIMITED and field is not None and field.message_type is not None:
+            if wire_type == DELIMITED and field is not None and field.message_type is not None:
                 known = len(self._found)
                 inner = self._message(content, after, field.message_type, f"{where}.")
                 changed = inner if len(self._found) > known else []
-            elif wire_type == _DELIMITED and (kind.full_name, number) in DATA_FIELDS:
+            elif wire_type == DELIMITED and (kind.full_name, number) in DATA_FIELDS:
                 if len(self._found) < _MAX_TENSORS:
                     changed = [len(self._found).to_bytes(4, "little")]
                     self._found.append(self._view[content:after])
-            elif wire_type != _DELIMITED or field is None or field.type not in (_STRING, _BYTES):
+            elif wire_type != DELIMITED or field is None or field.type not in (_STRING, _BYTES):
                 self._left -= after - content
             if self._left < 0:
                 raise _TooMuchStructure(where.removesuffix(".") or kind.name)
             if changed:
-                head = varint(number << 3 | _DELIMITED) + varint(sum(map(len, changed)))
+                head = varint(number << 3 | DELIMITED) + varint(sum(map(len, changed)))
                 pieces += (self._view[kept:at], head, *changed)
                 kept = after
             at = after
@@ -213,9 +209,9 @@ def _not_utf8(
     Each field takes one item of `budget`; the search ends when that is used up.
     """
     seen: Counter[int] = Counter()
-    for (number, wire_type, content, after), _ in zip(_fields(data, begin, end), budget, strict=False):
+    for (number, wire_type, content, after), _ in zip(fields(data, begin, end), budget, strict=False):
         field = kind.fields_by_number.get(number)
-        if field is None or wire_type != _DELIMITED:
+        if field is None or wire_type != DELIMITED:
             continue
         where = f"{path}{field.name}[{seen[number]}]" if field.is_repeated else f"{path}{field.name}"
         seen[number] += 1
@@ -226,47 +222,6 @@ def _not_utf8(
                 data[content:after].decode()
             except UnicodeDecodeError as error:
                 yield FieldViolation(where, f"not UTF-8: byte {error.start} is 0x{data[content + error.start]:02x}")
-
-
-def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield each field's number, wire type, and where its content begins and ends, up to the first malformed one."""
-    while at < end:
-        tag = data[at]  # most numbers have one byte: reading them here halves the time of the scan
-        at += 1
-        if tag > 0x7F:
-            tag, at = _read_varint(data, at - 1, end)
-        wire_type = tag & 7
-        begin = at
-        if wire_type == _VARINT:
-            _, at = _read_varint(data, at, end)
-        elif wire_type == _DELIMITED:
-            if at < end and data[at] < 0x80:
-                begin = at + 1
-                at = begin + data[at]
-            else:
-                length, begin = _read_varint(data, at, end)
-                at = begin + length
-        else:
-            # Groups, which the contract does not have, begin and end with a bare tag.
-            at += _FIXED.get(wire_type, 0)
-        if at > end:
-            return
-        yield tag >> 3, wire_type, begin, at
-
-
-def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """Return the number at `at` and the position behind it, which is behind `end` if the number is cut off."""
-    value = shift = 0
-    while at < end:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            break
-    return value, end + 1
 
 
 class Splice:
@@ -300,23 +255,6 @@ class Splice:
     def joined(self) -> bytes:
         """Return the message's bytes."""
         return b"".join(self.pieces)
-
-
-def delimiter(number: int, size: int) -> bytes:
-    """Write what precedes the content of a length-delimited field: its tag and the length of its content."""
-    return (_TAGS[number] if number < len(_TAGS) else varint(number << 3 | _DELIMITED)) + varint(size)
-
-
-def varint(value: int) -> bytes:
-    """Write `value` as protobuf writes tags and lengths: seven bits a byte, least significant first."""
-    if value < 1 << 14:
-        return _SMALL[value] if value < 1 << 7 else bytes((value & 0x7F | 0x80, value >> 7))
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def array_of(data: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Array:

@@ -49,7 +49,7 @@ async def test_message_of_many_fields_is_read_in_a_thread(threads: list[str]) ->
 
 
 async def test_event_loop_scans_few_fields_of_any_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop, read, fields = threading.current_thread(), 0, wire._fields
+    loop, read, fields = threading.current_thread(), 0, wire.fields
 
     def counted(*arguments: Any) -> Any:
         nonlocal read
@@ -57,7 +57,7 @@ async def test_event_loop_scans_few_fields_of_any_message(monkeypatch: pytest.Mo
             read += threading.current_thread() is loop
             yield found
 
-    monkeypatch.setattr(wire, "_fields", counted)
+    monkeypatch.setattr(wire, "fields", counted)
     data = pb.StreamInferRequest(request=MANY).SerializeToString()
     assert len((await receive_aside(pb.StreamInferRequest, data)).message.request.sequences) == 4096
     assert QUICK_FIELDS <= read <= QUICK_FIELDS + 1

@@ -165,8 +165,8 @@ def test_scan_of_short_fields_ends_early(field: bytes, monkeypatch: pytest.Monke
             read += 1
             yield found
 
-    fields = wire._fields
-    monkeypatch.setattr(wire, "_fields", counted)
+    fields = wire.fields
+    monkeypatch.setattr(wire, "fields", counted)
     with pytest.raises(InvalidRequest, match="are no text or tensor data"):
         receive(pb.InferRequest, field * MAX_STRUCTURE_BYTES)
     assert MAX_STRUCTURE_BYTES // 16 < read <= MAX_STRUCTURE_BYTES // 6 + 1

@@ -11,6 +11,7 @@ import numpy as np
 from attnserve.oip import open_inference_pb2 as oip
 
 from attnserve_server.domain.errors import Violations, quoted
+from attnserve_server.transport.fields import varint
 from attnserve_server.transport.oip.answer import Output
 from attnserve_server.transport.oip.layout import BYTES
 from attnserve_server.transport.oip.wanted import (
@@ -22,7 +23,7 @@ from attnserve_server.transport.oip.wanted import (
     read_parameters,
     refuse_parameters,
 )
-from attnserve_server.transport.wire import Received, Splice, as_sent, varint
+from attnserve_server.transport.wire import Received, Splice, as_sent
 
 MAX_INPUTS: Final = 1024
 _FIELDS: Final[Mapping[str, tuple[str, str]]] = {
