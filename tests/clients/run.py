@@ -120,7 +120,7 @@ def servers(folder: Path) -> Iterator[dict[str, dict[str, int]]]:
 
 def ports_of(place: Path) -> list[str]:
     """Return the flags that let a server choose its ports and write them to a file."""
-    return ["--grpc-port", "0", "--http-port", "0", "--ports-file", f"{place}.json"]
+    return ["--grpc-port", "0", "--http-port", "0", "--rest-port", "0", "--ports-file", f"{place}.json"]
 
 
 def ports_when_ready(process: subprocess.Popen[bytes], place: Path) -> dict[str, int]:
