@@ -26,7 +26,20 @@ from attnserve_server.domain.machine import is_loopback, suits_processes
 PREFIX = "ATTNSERVE_"
 _OTHERS = tuple(
     PREFIX + name
-    for name in ("FAILPOINTS", "TRACEBACK", "SERVER", "TLS", "CA", "CERT", "KEY", "TOKEN", "TOKEN_FILE", "MODELS_DIR")
+    for name in (
+        "FAILPOINTS",
+        "TRACEBACK",
+        "E2E_REPOSITORY",
+        "E2E_CACHE",
+        "SERVER",
+        "TLS",
+        "CA",
+        "CERT",
+        "KEY",
+        "TOKEN",
+        "TOKEN_FILE",
+        "MODELS_DIR",
+    )
 )
 """Variables that are no settings: for tests, for tracebacks, of the client, and of the compose file."""
 
