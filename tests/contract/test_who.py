@@ -35,8 +35,9 @@ from attnserve_server.transport.admin import METHODS
 from attnserve_server.transport.admin import SERVICE as MODEL_SERVICE
 from attnserve_server.transport.oip.servicer import SERVICE as OIP
 from attnserve_server.transport.reflection import CHANNELZ_METHODS
+from attnserve_server.transport.rest.server import endpoints
 from attnserve_server.transport.servicer import SERVICE
-from attnserve_server.transport.who import SCOPE_OF
+from attnserve_server.transport.who import SCOPE_OF, path_of
 from credentials import Files, Tokens, bearer, expired, swap
 from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2
@@ -72,6 +73,18 @@ class Secured:
         context = self.files.context(client)
         connection = http.client.HTTPSConnection("localhost", self.server.http_port, context=context, timeout=10)
         connection.request("GET", path, headers={"authorization": authorization} if authorization else {})
+        answer = connection.getresponse()
+        found = answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read().decode()
+        connection.close()
+        return found
+
+    def rest(self, method: str, path: str, body: object, authorization: str = "") -> tuple[int, dict[str, str], str]:
+        """Answer of the REST port to JSON: status, headers and body."""
+        context = self.files.context(None)
+        connection = http.client.HTTPSConnection("localhost", self.server.rest_port, context=context, timeout=20)
+        sent = {"authorization": authorization} if authorization else {}
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, sent | ({"content-type": "application/json"} if data else {}))
         answer = connection.getresponse()
         found = answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read().decode()
         connection.close()
@@ -247,6 +260,29 @@ HTTP: dict[str, tuple[str, str]] = {
     "/livez/../metrics": ("/livez/../metrics", "none"),
     "a method of the other port": (f"/{SERVICE}/Infer", "none"),
 }
+RANKED = {"model": "tiny", "query": "the cat", "documents": ["the dog"]}
+"""`tiny` is no cross-encoder, so that an admitted call gets 400."""
+TEXT = {"sequences": ["the cat"]}
+SELECTED = {**TEXT, "attention": {"layers": [-1]}}
+REST: dict[str, tuple[str, str, object, str]] = {
+    "models": ("GET", "/v1/models", None, "infer"),
+    "a model": ("GET", "/v1/models/tiny", None, "infer"),
+    "a version": ("GET", "/v1/models/tiny/versions/1", None, "infer"),
+    "infer": ("POST", "/v1/models/tiny:infer", TEXT, "infer"),
+    "infer with attention": ("POST", "/v1/models/tiny:infer", SELECTED, "attention"),
+    "infer of a version": ("POST", "/v1/models/tiny/versions/1:infer", TEXT, "infer"),
+    "infer of a version with attention": ("POST", "/v1/models/tiny/versions/1:infer", SELECTED, "attention"),
+    "embeddings": ("POST", "/v1/embeddings", {"model": "tiny", "input": ["the cat"]}, "infer"),
+    "rerank": ("POST", "/rerank", RANKED, "infer"),
+    "rerank of version 1": ("POST", "/v1/rerank", RANKED, "infer"),
+    "rerank of version 2": ("POST", "/v2/rerank", RANKED, "infer"),
+    "the document": ("GET", "/openapi.json", None, "infer"),
+    "its page": ("GET", "/openapi", None, "infer"),
+    "an unknown path": ("GET", "/v1/nothing", None, "none"),
+    "a path with a slash": ("GET", "/v1/models/", None, "none"),
+    "a path with two slashes": ("POST", "//v1/embeddings", {"model": "tiny", "input": "cat"}, "none"),
+    "a path of the other port": ("GET", "/v1/../metrics", None, "none"),
+}
 WRONG = {
     "no token": (),
     "an empty authorization": (("authorization", ""),),
@@ -299,6 +335,31 @@ def test_every_path_is_served_to_its_scope_alone(secured: Secured, call: str, cr
         assert status in {404, 307}, "307 leads to the path without its last slash, which is checked again"
     else:
         assert status == (200 if scope in scopes else 403)
+
+
+@pytest.mark.parametrize("call", REST)
+@pytest.mark.parametrize("credential", CREDENTIALS)
+def test_every_path_of_rest_is_served_to_its_scope_alone(secured: Secured, call: str, credential: str) -> None:
+    method, path, body, scope = REST[call]
+    scopes = SCOPES.get(credential, "").split(",")
+    given = dict(metadata_of(secured, credential)).get("authorization", "")
+    status, headers, text_ = secured.rest(method, path, body, given)
+    if credential in WRONG:
+        assert (status, headers["www-authenticate"]) == (401, "Bearer")
+        assert UNAUTHENTICATED in text_
+    elif scope == "none":
+        assert status == 404
+    elif scope in scopes:
+        assert status == (400 if body is RANKED else 200), text_
+    else:
+        assert status == 403
+        assert "the cat" not in text_
+
+
+def test_every_endpoint_of_rest_has_a_row() -> None:
+    named = {(method, path_of(path)) for method, path, _, scope in REST.values() if scope != "none"}
+    served = {(one.method, one.path) for one in endpoints()} | {("GET", "/openapi.json"), ("GET", "/openapi")}
+    assert named == served
 
 
 REFLECTING = ("/grpc.reflection.", "/grpc.channelz.")
