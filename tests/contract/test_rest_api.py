@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import math
+import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
 from html.parser import HTMLParser
@@ -342,3 +343,19 @@ async def test_the_document_has_every_endpoint_and_its_page_loads_nothing(server
     loaded.feed(page.body.decode())
     assert loaded.found == []
     assert "/v1/embeddings" in page.body.decode()
+
+
+@pytest.mark.slow
+async def test_every_front_serves_the_pages_of_a_merged_port(tiny_repository: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    flags = ["--isolation", "process", "--fronts", "2", "--rest-port", str(port), "--http-port", str(port)]
+    with serve(tiny_repository, tmp_path, *flags) as running:
+        assert (running.rest_port, running.http_port) == (port, port)
+        answers = [await infer(running, {"sequences": ["the cat"]}) for _ in range(16)]  # a connection each
+        assert {answer.status for answer in answers} == {200}
+        ready = await asyncio.gather(*(call(port, "GET", "/readyz") for _ in range(16)))
+        assert {answer.json["status"] for answer in ready} == {"ready"}
+        for _ in range(4):  # the sum over both fronts, whichever answers
+            counted = await asyncio.to_thread(running.metric, "attnserve_requests_total", model="tiny", code="OK")
+            assert counted == 16
