@@ -67,6 +67,8 @@ class FakeServer:
         """All inference requests in order of arrival, failed ones included."""
         self.load = load_of(model)
         """The load that `GetLoad` answers with. May be set at any time."""
+        self.tokenizer_file = b""
+        """The file that `GetTokenizer` answers with, of less than 4 MiB. May be set at any time; empty: it refuses."""
         self.metadata: list[dict[str, Any]] = []
         """The metadata of all calls in order of arrival."""
         self.shape = Shape(dimensions, layers, heads, max_length, window, tuple(labels))
@@ -273,10 +275,7 @@ class _Servicer(GatewayMethods):
     """The gRPC service: passes requests to the fake server, and sends its errors as statuses."""
 
     def __init__(self, server: FakeServer) -> None:
-        self._server = server
-
-    def load(self) -> wire.ModelLoad:
-        return self._server.load
+        self._server = self._fake = server
 
     def Infer(self, request: wire.InferRequest, context: Any) -> wire.InferResponse:  # noqa: N802 - the contract's name
         self._note(context)

@@ -10,7 +10,7 @@ import pytest
 from attnserve.v1 import inference_service_pb2 as wire
 from attnserve_client import AttentionSelection, Client, InvalidRequest, NotServing, RetryPolicy
 from attnserve_client.data_types import Timings
-from attnserve_client.errors import ModelFailed
+from attnserve_client.errors import ModelFailed, Unsupported
 from attnserve_client.testing import FakeServer
 
 # float32 sums of rows of a few weights.
@@ -121,3 +121,12 @@ def test_requests_fail_unless_the_state_is_ready(server: FakeServer) -> None:
 def test_wait_for_requests_times_out(server: FakeServer) -> None:
     with pytest.raises(TimeoutError, match="0 of 1 requests"):
         server.wait_for_requests(1, timeout_s=0.01)
+
+
+def test_tokenizer_is_the_file_that_was_set() -> None:
+    with FakeServer() as server, Client(server.target) as client:
+        with pytest.raises(Unsupported):
+            client.tokenizer(server.model)
+        server.tokenizer_file = b'{"version": "1.0"}'
+        found = client.tokenizer(server.model)
+    assert (found.content, found.model, found.max_tokens) == (server.tokenizer_file, server.model, 256)

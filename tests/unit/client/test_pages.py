@@ -35,8 +35,10 @@ def examples() -> Iterator[object]:
 
 
 @pytest.mark.parametrize("example", list(examples()))
-def test_example_runs(example: str) -> None:
+def test_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     with FakeServer(model="minilm", dimensions=384, layers=6, heads=12) as server:
+        server.tokenizer_file = b'{"version": "1.0"}'
         program = example.replace("localhost:8001", server.target)
         names = {"__name__": "example", "text": PATIENT}  # the text that docs/explanation/attention.md quotes in words
         exec(compile(program, "example", "exec"), names)
