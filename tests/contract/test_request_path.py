@@ -6,6 +6,7 @@ are entered.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 
-MAX_MODULES = 40
+MAX_MODULES = 42
 PACKAGE = "attnserve_server."
 REQUEST = pb.InferRequest(
     model="tiny",
@@ -60,6 +61,7 @@ async def test_infer_with_attention_enters_few_modules(recorder: Recorder, setti
             await infer(REQUEST)  # fills caches, which every later request finds filled
             for watching in server._watching:  # looks at files and runs are part of no call
                 watching.cancel()
+            await asyncio.gather(*server._watching, return_exceptions=True)
             recorder.modules = modules = set[str]()
             answer = await infer(REQUEST)
             recorder.modules = None

@@ -118,6 +118,7 @@ class HttpServer:
         self._config = config
         self._server = _QuietServer(config)
         self._serving: asyncio.Task[None] | None = None
+        self._listener: socket.socket | None = None
 
     async def start(self, host: str, port: int, *, shared: bool = False) -> int:
         """Listen, and return the port. `shared`: other processes of this server listen on it too.
@@ -127,7 +128,7 @@ class HttpServer:
         """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            listener = socket.create_server((host, port), family=family, backlog=128, reuse_port=shared)
+            listener = self._listener = socket.create_server((host, port), family=family, backlog=128, reuse_port=shared)
         except OSError:
             raise PortUnavailable(host, port) from None
         bound: int = listener.getsockname()[1]
@@ -141,6 +142,10 @@ class HttpServer:
         if self._serving is not None:
             with suppress(asyncio.CancelledError):
                 await self._serving
+        for one in getattr(self._server, "servers", ()):  # uvicorn leaves them open if it is ended while it starts
+            one.close()
+        if self._listener is not None:
+            self._listener.close()
 
 
 def _newest_context(access: Access, first: Certificates, name: str) -> ssl.SSLContext:
