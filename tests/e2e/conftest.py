@@ -73,7 +73,8 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @contextmanager
 def running(engine: Engine, image: str, models: Path, volumes: Sequence[str] = (), **env: str) -> Iterator[Served]:
     """Serve `models` from a hardened container until the block ends. No shell can run in the container."""
-    ports = {"ATTNSERVE_GRPC_PORT": str(free_port()), "ATTNSERVE_HTTP_PORT": str(free_port())}
+    names = ("GRPC", "HTTP", "REST")
+    ports = {f"ATTNSERVE_{name}_PORT": str(free_port()) for name in names}
     container = run_hardened(
         engine,
         image,

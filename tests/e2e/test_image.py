@@ -100,7 +100,7 @@ def test_invalid_settings_are_all_named_and_exit_with_2(engine: Engine, image: s
 
 def test_cpu_image_refuses_to_start_where_a_gpu_is_required(engine: Engine, image: str, models: Path) -> None:
     required = {"ATTNSERVE_REQUIRE_PROVIDER": "CUDAExecutionProvider", "ATTNSERVE_HOST": "127.0.0.1"}
-    required |= {"ATTNSERVE_GRPC_PORT": "0", "ATTNSERVE_HTTP_PORT": "0"}
+    required |= {f"ATTNSERVE_{name}_PORT": "0" for name in ("GRPC", "HTTP", "REST")}
     container = run_hardened(engine, image, env=required, volumes=[f"{models}:/models:ro"])
     try:
         wait_until(lambda: not container.running(), container.logs, 60)
