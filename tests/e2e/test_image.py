@@ -132,9 +132,9 @@ def end_during_calls(served, end: Callable[[], int]) -> tuple[int, Counter[str]]
         with Client(served.target, retry=RetryPolicy(max_attempts=1)) as client:
             try:
                 answers = client.infer(
-                    "minilm", ["word " * 300] * 12, attention=AttentionSelection(layers=[-1], heads="mean")
+                    "minilm", ["word " * 250] * 16, attention=AttentionSelection(layers=[-1], heads="mean")
                 )
-                ended["answered"] += len(answers) == 12
+                ended["answered"] += len(answers) == 16
             except NotServing as error:
                 # The server refuses a request that is not queued yet. In any other state, the connection broke.
                 ended["refused" if error.state == "draining" else "lost"] += 1
