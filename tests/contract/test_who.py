@@ -33,6 +33,7 @@ from attnserve_client.errors import PermissionDenied, Unauthenticated
 from attnserve_server.observability import probe
 from attnserve_server.transport.admin import METHODS
 from attnserve_server.transport.admin import SERVICE as MODEL_SERVICE
+from attnserve_server.transport.oip.servicer import METHODS as OIP_METHODS
 from attnserve_server.transport.oip.servicer import SERVICE as OIP
 from attnserve_server.transport.reflection import CHANNELZ_METHODS
 from attnserve_server.transport.rest.server import endpoints
@@ -430,6 +431,7 @@ def test_metrics_have_no_series_of_calls_that_do_not_exist(secured: Secured) -> 
         ("ServerReflectionInfo", "bidi_stream"),
         *[(method, "unary") for method in CHANNELZ_METHODS],
         *[("LoadModel", "unary"), ("UnloadModel", "unary"), ("ReloadRepository", "unary")],
+        *[(method, "bidi_stream" if method == "ModelStreamInfer" else "unary") for method in OIP_METHODS],
     }
 
 
