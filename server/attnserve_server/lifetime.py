@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from attnserve_server.model.repository import write_atomically
-from attnserve_server.observability.logs import flush, logger
+from attnserve_server.observability.logs import flush, last_words, logger
 
 _log = logger(__name__)
 
@@ -86,7 +86,7 @@ class HardEnd:
             while self._at_s is not None and (left_s := self._at_s - time.monotonic()) > 0:
                 self._changed.wait(left_s)
             code = self._code
-        _log.warning("the process ends with work unfinished", code=code)
+        last_words("the process ends with work unfinished", code=code)
         end_now(code)
 
 

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 
 import pytest
+from attnserve_server.conversion.graphs import reading
 from attnserve_server.isolation import messages
 from attnserve_server.model import sealing
 from attnserve_server.transport import quick
@@ -97,5 +98,5 @@ def test_a_reader_of_models_that_lets_errors_through_is_found(monkeypatch: pytes
         raise KeyError(name)
 
     target = Models()
-    monkeypatch.setattr("attnserve_server.conversion.graphs.reading.refuse_unknown_versions", careless)
+    monkeypatch.setattr(reading, "refuse_unknown_versions", careless)
     assert "raised KeyError" in found(target, 30)

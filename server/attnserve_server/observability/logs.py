@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import json
 import logging
 import os
 import re
@@ -269,6 +270,17 @@ def _unblocked(descriptor: int) -> int:
 
 def _report_dropped(count: int) -> None:
     _log.warning("log lines were dropped", dropped=count, remedy="read the log faster, or raise --log-level")
+
+
+def last_words(event: str, **fields: object) -> None:
+    """Log a warning of a process that ends: in place, as JSON, if its log has ended already."""
+    if logging.getLogger().handlers:
+        _log.warning(event, **fields)
+        return
+    words: dict[str, Any] = {**fields, "event": event, "level": "warning"}
+    line = json.dumps(structlog.processors.TimeStamper(fmt="iso", utc=True)(None, "warning", words))
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode() + b"\n")
 
 
 def _log_thread(failed: threading.ExceptHookArgs) -> None:

@@ -128,7 +128,9 @@ class HttpServer:
         """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            listener = self._listener = socket.create_server((host, port), family=family, backlog=128, reuse_port=shared)
+            listener = self._listener = socket.create_server(
+                (host, port), family=family, backlog=128, reuse_port=shared
+            )
         except OSError:
             raise PortUnavailable(host, port) from None
         bound: int = listener.getsockname()[1]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import grpc
+from attnserve.oip import open_inference_pb2
 
 from attnserve_server.access.guard import Access
 from attnserve_server.config import Settings
@@ -96,7 +97,9 @@ class GrpcServer:
             self._handlers += (models.handlers(self._metrics),)
         if settings.reflection:
             named: Sequence[Any] = self._handlers  # each is of one service
-            self._handlers += reflecting([one.service_name() for one in named], self._metrics)
+            self._handlers += reflecting(
+                [one.service_name() for one in named], self._metrics, [open_inference_pb2.DESCRIPTOR.pool]
+            )
         if access.guard is not None:
             self._handlers = (GuardedHandlers(access.guard, self._handlers, self._metrics),)
         self._access = access

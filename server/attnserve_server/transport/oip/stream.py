@@ -89,7 +89,6 @@ class _Stream:
 
     async def serve(self) -> None:
         """Read, run and answer requests."""
-        await self._context.send_initial_metadata(())
         async with asyncio.TaskGroup() as group:
             writing = group.create_task(self._write_all())
             reading = group.create_task(self._read(group))
