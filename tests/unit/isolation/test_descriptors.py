@@ -59,7 +59,7 @@ async def test_more_packages_than_the_socket_holds_wait_for_the_receiver() -> No
     os.close(memory)
     sender.close()
     await asyncio.sleep(0.01)
-    assert open_count() == before
+    assert open_count() <= before, "fewer, if garbage of an earlier test was collected meanwhile"
 
 
 async def test_packages_for_a_receiver_that_has_ended_are_dropped() -> None:
