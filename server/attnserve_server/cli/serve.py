@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from attnserve_server import cli
 from attnserve_server.config import Settings, flag_of, variable_of
 from attnserve_server.config_bounds import size_text
-from attnserve_server.lifetime import TEARDOWN_S, HardEnd, run
+from attnserve_server.lifetime import AFTER_GRACE_S, TEARDOWN_S, HardEnd, run
 from attnserve_server.observability import probe
 from attnserve_server.observability.logs import END_S, serving
 
@@ -96,7 +96,7 @@ def _serve_command() -> Any:
                 # Python waits for threads that load a model, or run one, and some of these cannot be stopped.
                 hard.within(TEARDOWN_S, code)
             hard.within(END_S + TEARDOWN_S, code)  # for a log that is not read
-        hard.within(TEARDOWN_S, code)
+        hard.within(AFTER_GRACE_S, code)  # nothing is left but the interpreter
         raise typer.Exit(code)
 
     parameters = [
