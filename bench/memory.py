@@ -92,9 +92,9 @@ def leaking(repository: Path) -> Iterator[service.Server]:
     code = (
         "import sys, attnserve_server.transport.servicer as servicer\n"
         "kept, receive = [], servicer.receive\n"
-        "def receive_and_keep(kind, data):\n"
+        "def receive_and_keep(kind, data, *more):\n"
         "    kept.append(bytes(data) * 40)\n"
-        "    return receive(kind, data)\n"
+        "    return receive(kind, data, *more)\n"
         "servicer.receive = receive_and_keep\n"
         "from attnserve_server.cli import main\n"
         "sys.argv[0] = 'attnserve-server'\n"
