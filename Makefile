@@ -60,7 +60,7 @@ serve: $(VENV)/.run $(DEMO_BUNDLE) ## Serve the demo's model on localhost:8001 u
 	@echo "attnserve explain minilm \"The buyer assumes all liabilities.\" shows its attention, after . $(VENV)/bin/activate"
 	@$(BIN)/attnserve-server serve --repository $(DEMO)/models $(SERVE_ARGS)
 
-quick: $(VENV)/.quick ## Run the unit tests that need no torch, in about two minutes
+quick: $(VENV)/.quick ## Run the unit tests that need no torch, in two to five minutes
 	$(BIN)/python -m pytest --quick --numprocesses auto tests/unit $(PYTEST_ARGS)
 
 test: $(VENV)/.dev ## Run the tests (all but coverage and e2e), with branch coverage
