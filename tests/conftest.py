@@ -6,12 +6,14 @@ Without the package of MiniLM, tests of `minilm_source` and `minilm_references` 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import structlog
 from attnserve_server.model.repository import Bundle
 from eager import Reference, references
 from hypothesis import settings
@@ -38,6 +40,21 @@ settings.register_profile("attnserve", deadline=None, print_blob=True)
 settings.load_profile("attnserve")
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Restore the log's levels and handlers: commands and `configure` set them for the whole process.
+
+    A level that stays would hide the warnings that later tests of this process expect.
+    """
+    root = logging.getLogger()
+    before, handlers, disabled = root.level, root.handlers[:], root.manager.disable
+    yield
+    root.setLevel(before)
+    root.handlers[:] = handlers
+    logging.disable(disabled)
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

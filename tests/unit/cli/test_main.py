@@ -6,26 +6,14 @@ Some tests start another Python process.
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import attnserve_server
 import pytest
 from attnserve_server import cli
-
-
-@pytest.fixture(autouse=True)
-def root_logger() -> Iterator[None]:
-    """Restore the root logger: `serve` binds it to the standard error of one test, which is closed afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:

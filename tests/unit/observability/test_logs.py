@@ -8,22 +8,16 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
-import structlog
 from attnserve_server.observability.logs import _log_native, configure, logger
 
 
 @pytest.fixture
-def written() -> Iterator[io.StringIO]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+def written() -> io.StringIO:
     stream = io.StringIO()
     configure("info", stream)
-    yield stream
-    root.handlers[:], root.level = handlers, level
-    structlog.reset_defaults()
+    return stream
 
 
 def lines(written: io.StringIO) -> list[dict[str, object]]:
