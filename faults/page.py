@@ -2,6 +2,7 @@
 
 python -m faults --full --json docs/reliability.json
 python -m faults.page            # docs/reliability.md from docs/reliability.json
+python -m faults.page --results docs/reliability.json again.json  # rows of a later run replace those of an earlier one
 python -m faults.page --check    # exit code 1 if the page differs
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,6 +65,20 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one result of several runs: the last of each row, and the seconds of these.
+
+    Raises:
+        ValueError: the runs differ in counts, seed or machine.
+    """
+    for name in ("full", "seed", "cores", "machine", "python"):
+        if len(found := {run[name] for run in runs}) > 1:
+            raise ValueError(f"the runs differ in {name}: {', '.join(map(str, sorted(found)))}")
+    rows = {row["row"]: row for run in runs for row in run["rows"]}
+    seconds = round(sum(row["seconds"] for row in rows.values()))
+    return {**runs[0], "rows": [rows[number] for number in sorted(rows)], "seconds": seconds}
+
+
 def written(page: str, results: dict[str, Any]) -> str:
     """Return the page with the section of these results, which replaces an earlier one."""
     return f"{page.partition(HEAD)[0]}{HEAD}\n{table(results)}\n"
@@ -73,12 +89,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m faults.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=DOCS / "reliability.json")
+    parser.add_argument("--results", type=Path, nargs="+", default=[DOCS / "reliability.json"], metavar="FILE")
     parser.add_argument("--page", type=Path, default=DOCS / "reliability.md")
     parser.add_argument("--check", action="store_true", help="write nothing, and exit with 1 if the page differs")
     options = parser.parse_args()
     old = options.page.read_text(encoding="utf-8")
-    new = written(old, json.loads(options.results.read_text(encoding="utf-8")))
+    new = written(old, merged([json.loads(one.read_text(encoding="utf-8")) for one in options.results]))
     if options.check:
         sys.exit(f"{options.page.name} is out of date: run `python -m faults.page`" if old != new else 0)
     options.page.write_text(new, encoding="utf-8")

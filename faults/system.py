@@ -7,6 +7,7 @@ import json
 import ssl
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,15 +154,18 @@ class Server:
         return sum(value for named, given, value in self.samples() if named == name and labels.items() <= given.items())
 
     def calls(self) -> tuple[dict[str, float], float]:
-        """Return the inference calls that it ended, by code, and the number of those that it started."""
-        codes: dict[str, float] = {}
+        """Return the inference calls that it ended, by code, and the number of those that it started.
+
+        Calls of other methods are part of both if they failed: callers record the errors of those, too.
+        """
+        codes: defaultdict[str, float] = defaultdict(float)
         started = 0.0
         for name, labels, value in self.samples():
-            if labels.get("grpc_method") not in {"Infer", "StreamInfer"}:
-                continue
-            if name == "grpc_server_handled_total":
-                codes[labels["grpc_code"]] = codes.get(labels["grpc_code"], 0.0) + value
-            elif name == "grpc_server_started_total":
+            inference = labels.get("grpc_method") in {"Infer", "StreamInfer"}
+            if name == "grpc_server_handled_total" and (inference or labels["grpc_code"] != "OK"):
+                codes[labels["grpc_code"]] += value
+                started += 0.0 if inference else value
+            elif name == "grpc_server_started_total" and inference:
                 started += value
         return codes, started
 

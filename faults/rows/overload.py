@@ -7,7 +7,6 @@ import gzip
 import socket
 import struct
 import time
-import urllib.request
 from collections import Counter
 from contextlib import ExitStack
 from typing import Any, Final
@@ -22,10 +21,10 @@ from relay import Relay
 
 from faults import bundles, sdk
 from faults.check import percentile
+from faults.health import checked
 from faults.history import End, Recorder
 from faults.lab import WITHIN_DEADLINE, Lab, Row, Setup, Share, Skip
 from faults.rows.inputs import of_text
-from faults.system import Server
 from faults.wire import SERVICE, Wire
 
 KEEPALIVE_S: Final = 2.0
@@ -41,7 +40,7 @@ BOUNDED: Final = Setup(
 )  # fmt: skip
 LOADED: Final = Setup(
     models=(bundles.CANARY, bundles.HEAVY),
-    flags=("--instances", "1", "--max-batch-size", "2", "--max-queue-size", "64"),
+    flags=("--instances", "1", "--wide-threads", "1", "--max-batch-size", "2", "--max-queue-size", "64"),
     needs=("max_connections",),
 )
 """Of a model that answers about a hundred requests a second, so that a client can send ten times as many."""
@@ -167,7 +166,6 @@ async def _offered(
 ) -> tuple[list[tuple[End, float]], list[float]]:
     """Send a Poisson process of calls. Return how each ended with its seconds, and the seconds of health checks."""
     ends: list[tuple[End, float]] = []
-    health: list[float] = []
     begun = due = time.monotonic()
     gaps = poisson(rate, lab.random)
 
@@ -176,26 +174,14 @@ async def _offered(
         end = await wires[number % len(wires)].infer(bundles.HEAVY, "the cat sat", timeout_s=5.0)
         ends.append((end, time.monotonic() - sent))
 
-    async def checks() -> None:
-        while time.monotonic() < begun + seconds:
-            sent = time.monotonic()
-            await lab.blocking(_livez, lab.server)
-            health.append(time.monotonic() - sent)
-            await asyncio.sleep(0.05)
-
     async with asyncio.TaskGroup() as group:
-        group.create_task(checks())
+        health = group.create_task(checked(lab.server.running.http_port, seconds))
         number = 0
         while (due := due + next(gaps)) < begun + seconds:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             group.create_task(one(number))
             number += 1
-    return ends, health
-
-
-def _livez(server: Server) -> None:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.running.http_port}/livez", timeout=10) as reply:
-        reply.read()
+    return ends, health.result()
 
 
 async def _refusals_have_delays(lab: Lab, wires: list[Wire]) -> None:

@@ -127,6 +127,12 @@ async def _standby(lab: Lab) -> bool:
     return await lab.until(rests, _deadline_s(lab))
 
 
+async def _settle(lab: Lab) -> None:
+    """Take the figures of the start again, once the process in reserve that the row before used up is replaced."""
+    lab.control(await _standby(lab), "no process in reserve is ready")
+    lab.before = await lab.blocking(lab.bench.usage)
+
+
 async def _kills(lab: Lab, model: str, count: int, *, warm: bool) -> list[float]:
     """Kill the engine of a model at random times under load. Return the seconds to the next answer of its version.
 
@@ -150,6 +156,7 @@ async def _kills(lab: Lab, model: str, count: int, *, warm: bool) -> list[float]
 
 async def killed(lab: Lab) -> None:
     """Row 17."""
+    await _settle(lab)
     cold = await _kills(lab, bundles.TINY, lab.count(10, 20), warm=False)
     gaps = await _kills(lab, bundles.TINY, lab.count(6, 20), warm=True)
     slow = await _kills(lab, bundles.HEAVY, lab.count(2, 6), warm=False)
@@ -182,6 +189,7 @@ async def _fault(lab: Lab, culprit: Wire, kind: str, number: int) -> End:
 
 async def stopped(lab: Lab) -> None:
     """Row 18."""
+    await _settle(lab)
     states: list[str] = []
     watching = asyncio.create_task(_health(lab, bundles.HEAVY, states))
     patient = ("OK", "UNAVAILABLE", "DEADLINE_EXCEEDED")
@@ -216,6 +224,7 @@ async def _health(lab: Lab, model: str, found: list[str]) -> None:
 
 async def memory(lab: Lab) -> None:
     """Row 20."""
+    await _settle(lab)
     main = lab.server.process.pid
     async with lab.caller("culprit", *CULPRIT) as culprit, _load(lab, bundles.TINY):
         for number in range(lab.count(2, 10)):

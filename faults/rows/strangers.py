@@ -18,7 +18,7 @@ from faults.lab import Lab, Row, Setup, Share, context_of, credentials_of
 from faults.wire import request_of
 
 CERTIFICATES: Final = Setup(secured="certificates")
-TOKENS: Final = Setup(secured="tokens", flags=("--admin",))
+TOKENS: Final = Setup(secured="tokens", flags=("--admin", "--reflection"))
 MOST_LOG_LINES: Final = 40
 UNKNOWN: Final = "attn_" + "A" * 43
 
@@ -149,12 +149,10 @@ async def denied(lab: Lab) -> None:
     infer = request_of(bundles.TINY, ["the cat"]).SerializeToString()
     methods = {
         **SCOPE_OF, "/attnserve.v1.InferenceService/Nothing": None, "/attnserve.v1.ModelService/Nothing": None,
-        "/inference.GRPCInferenceService/Nothing": None, "/grpc.channelz.v1.Channelz/GetServers": None,
-        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": None, "attnserve.v1.InferenceService.Infer": None,
-        "/Infer": None, "//attnserve.v1.InferenceService/Infer": None, "/metrics": None,
+        "/inference.GRPCInferenceService/Nothing": None, "/grpc.channelz.v1.Channelz/Nothing": None,
+        "/grpc.admin.v1.Admin/Nothing": None, "attnserve.v1.InferenceService.Infer": None, "/Infer": None,
+        "//attnserve.v1.InferenceService/Infer": None, "/metrics": None,
     }  # fmt: skip
-    for path in ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", "/grpc.channelz.v1.Channelz/GetServers"):
-        methods[path] = SCOPE_OF.get(path)
     held = await lab.until(lambda: _is_known(lab, secrets["metrics"]), 15.0)
     lab.must(held, "the file of tokens is not read again")
     answered = 0

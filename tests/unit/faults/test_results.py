@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from faults.lab import Setup, absent
-from faults.page import written
+from faults.page import merged, written
 from faults.rows import ROWS
 from faults.soak import judged, svg
 
@@ -30,6 +32,15 @@ def test_page_ends_with_the_last_run() -> None:
     assert "| 1 | a | holds | things 4 | growth mb 1.25 | 1 of 90, 7.5 (4) | 2.5 |" in page
     assert page.endswith("| 2 | b | absent |  | because no --x | none | 0 |\n")
     assert written(page, RESULTS) == page
+
+
+def test_rows_of_a_later_run_replace_those_of_an_earlier_one() -> None:
+    later = {**RESULTS, "seconds": 9, "rows": [{**RESULTS["rows"][1], "result": "holds", "seconds": 9}]}
+    both = merged([RESULTS, later])
+    assert [(row["row"], row["result"]) for row in both["rows"]] == [(1, "holds"), (2, "holds")]
+    assert both["seconds"] == 12, "those of the rows that are shown, rounded"
+    with pytest.raises(ValueError, match="differ in full: False, True"):
+        merged([RESULTS, {**later, "full": False}])
 
 
 def test_every_row_of_the_table_has_its_number_once() -> None:
