@@ -158,8 +158,8 @@ class Checker:
         """Errors that the server made, by code."""
         self.latencies_s: dict[str, list[float]] = {}
         """Seconds of the calls with an OK answer, by caller; one that is never emptied grows."""
-        self.late_s: dict[str, float] = {}
-        """Seconds after their deadlines at which calls ended, of those that ended too late."""
+        self.late: dict[str, tuple[float, float]] = {}
+        """Of the calls that ended too late: when, and how many seconds after their deadlines."""
         self.left = 0
         """Calls that ended on the caller's side, or may have."""
         self._open: dict[str, Begin] = {}
@@ -186,12 +186,16 @@ class Checker:
         self._open.clear()
         return self.problems
 
-    def excuse(self, late_s: float) -> None:
-        """Drop problems of calls that ended at most this later than allowed: their caller's own timers were so late."""
-        excused = {call for call, seconds in self.late_s.items() if seconds <= self.rules.late_s + late_s}
+    def excuse(self, late_s: Callable[[float], float]) -> None:
+        """Drop problems of calls that ended at most this later than allowed: their caller's own timers were so late.
+
+        Args:
+            late_s: returns how late timers were, in seconds, about the time of an end.
+        """
+        excused = {call for call, (at, late) in self.late.items() if late <= self.rules.late_s + late_s(at)}
         self.problems = [one for one in self.problems if one.kind != "late end" or one.call not in excused]
         self.count["late end"] -= len(excused)
-        self.late_s = {call: seconds for call, seconds in self.late_s.items() if call not in excused}
+        self.late = {call: found for call, found in self.late.items() if call not in excused}
 
     def reconcile(self, server: Mapping[str, float], started: float, *, attempts: int = 0) -> None:
         """Compare the statuses of a server with those of its callers, once no call is open.
@@ -237,7 +241,7 @@ class Checker:
         if end.at_s < begin.at_s:
             self._add("early end", end.call, f"it ended {begin.at_s - end.at_s:.3f} s before it began")
         if begin.deadline_s is not None and end.at_s > begin.deadline_s + self.rules.late_s:
-            self.late_s[end.call] = end.at_s - begin.deadline_s
+            self.late[end.call] = end.at_s, end.at_s - begin.deadline_s
             self._add("late end", end.call, f"it ended {end.at_s - begin.deadline_s:.3f} s after its deadline")
 
     def _status(self, begin: Begin, end: End) -> None:

@@ -25,7 +25,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +51,8 @@ FIRST_S: Final = 60.0
 """Seconds after the warm-up whose memory is the reference."""
 GROWTH_MB: Final = 32.0
 CALLERS: Final = 8
+TICK_S: Final = 0.05
+NEAR_S: Final = 1.0
 BURST: Final = 1.5
 """Load of a burst, as a multiple of the rate that the callers in loops reach."""
 STATUSES: Final = frozenset(
@@ -78,6 +80,8 @@ class Soak:
     """Seconds since the begin, and the MB of each process."""
     done: Counter[str] = field(default_factory=Counter)
     answered: int = 0
+    ticks: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=round(60 / TICK_S)))
+    """When timers of the last minute were due, and the seconds by which they were late."""
 
     def __post_init__(self) -> None:
         """Draw from the seed."""
@@ -97,6 +101,17 @@ class Soak:
         self.answered = sum(codes["OK"] for codes in self.checker.codes.values())
         for seconds in self.checker.latencies_s.values():
             seconds.clear()
+
+    async def timed(self) -> None:
+        """Measure how late the timers of this process are, for `late_s`."""
+        while not self.over.is_set():
+            due = time.monotonic() + TICK_S
+            await asyncio.sleep(TICK_S)
+            self.ticks.append((due, time.monotonic() - due))
+
+    def late_s(self, at_s: float) -> float:
+        """Return how late the timers of this process were at most within `NEAR_S` of a time, among the latest."""
+        return max((late for due, late in self.ticks if due - NEAR_S <= at_s <= due + late + NEAR_S), default=0.0)
 
     def caller(self, name: str) -> Wire:
         """Return a recorded caller."""
@@ -236,6 +251,7 @@ class Soak:
         printed = 0.0
         while True:
             self.memory.append((self.now, await asyncio.to_thread(self.bench.servers[0].memory)))
+            self.checker.excuse(self.late_s)
             if self.now - printed >= STEP_S or self.over.is_set():
                 printed = self.now
                 for event in await canary.pause():
@@ -270,6 +286,7 @@ class Soak:
                 if name in self.ingredients:
                     group.create_task(ingredient())  # type: ignore[arg-type]
             group.create_task(self.measure())
+            group.create_task(self.timed())
             await asyncio.sleep(self.seconds)
             self.over.set()
 
@@ -343,6 +360,7 @@ async def soak(plan: Plan, seconds: float, ingredients: frozenset[str]) -> dict[
         bench.canary.go()
         await run.run()
         checker.finish()
+        checker.excuse(run.late_s)
         codes, started = await asyncio.to_thread(bench.servers[0].settled_calls)
         since = {code: value - counted[0].get(code, 0.0) for code, value in codes.items()}
         # Streams are not among the recorded calls, and calls of the canary may take several attempts.
