@@ -88,7 +88,7 @@ async def start_model(
     opened = await asyncio.to_thread(open_bundle, bundle, settings)
     bundle, session = opened.bundle, opened.sessions[0]
     manifest = bundle.manifest
-    metrics.provider(session.provider)
+    metrics.provider(session.provider, manifest.precision)
     instances = instances_of(opened.sessions, settings)
     executor = WatchedExecutor(
         opened.sessions, manifest, metrics, clock, instances, opened.past_sessions, opened.wide, occupancy,

@@ -203,7 +203,7 @@ async def test_counters_equal_the_requests_sent(server: Application, channel: gr
     )
     assert total(found, "attnserve_attention_bytes_total", form="dense") == sent
     assert total(found, "attnserve_model_state", model="tiny", version="1", state="ready") == 1
-    assert total(found, "attnserve_execution_provider_info", provider="CPUExecutionProvider") == 3
+    assert total(found, "attnserve_execution_provider_info", provider="CPUExecutionProvider", precision="fp32") == 3
     assert total(found, "attnserve_session_memory_bytes") >= 0
 
 

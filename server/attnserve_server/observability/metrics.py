@@ -145,8 +145,8 @@ SESSION_BYTES: Final = MetricSpec(
 EXECUTION_PROVIDER: Final = MetricSpec(
     Gauge,
     "attnserve_execution_provider_info",
-    "1 for the onnxruntime execution provider in use.",
-    (*MODEL, "provider"),
+    "1 for the onnxruntime execution provider and the precision in use.",
+    (*MODEL, "provider", "precision"),
     is_fact=True,
 )
 MODEL_STATE: Final = MetricSpec(
@@ -261,9 +261,9 @@ class ModelMetrics:
         """Count a request that was refused before any work."""
         self._metrics.counter(REFUSED).labels(*self._labels, reason).inc()
 
-    def provider(self, provider: str) -> None:
-        """Set the execution provider in use."""
-        self._metrics.gauge(EXECUTION_PROVIDER).labels(*self._labels, provider).set(1)
+    def provider(self, provider: str, precision: str) -> None:
+        """Set the execution provider and the precision in use."""
+        self._metrics.gauge(EXECUTION_PROVIDER).labels(*self._labels, provider, precision).set(1)
 
     def state(self, state: str) -> None:
         """Set the state of the model."""

@@ -237,9 +237,9 @@ class Engines:
             raise EngineFailed(why)
         model = kept.model
         model.provider = engine.provider
-        model.metrics.provider(model.provider)
         if engine.precision and model.manifest is not None:
             model.manifest = model.manifest.model_copy(update={"precision": engine.precision})
+        model.metrics.provider(model.provider, engine.precision)
 
     def _equip(self, kept: Kept, engine: KeptEngine, front: KeptFront) -> None:
         front.send(Equip(kept.serial, engine.equip(front, kept.tokenizer)))
