@@ -80,6 +80,8 @@ class Soak:
     """Seconds since the begin, and the MB of each process."""
     done: Counter[str] = field(default_factory=Counter)
     answered: int = 0
+    told: int = 0
+    """Problems of which some were printed."""
     ticks: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=round(60 / TICK_S)))
     """When timers of the last minute were due, and the seconds by which they were late."""
 
@@ -168,7 +170,8 @@ class Soak:
                 for _ in range(8):
                     request.sequences.add().text.text = "cat " * 30
                 call: Any = channel.stream_stream(f"{SERVICE}/StreamInfer")(timeout=30)
-                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                # A write waits as soon as the server reads no more from a caller that does not read.
+                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
                     for number in range(32):
                         request.request_id = str(number)
                         await asyncio.wait_for(
@@ -257,6 +260,9 @@ class Soak:
                 for event in await canary.pause():
                     self.sink(event)
                 print(self.line(), flush=True)
+                for problem in self.checker.problems[self.told : self.told + 3]:
+                    print(f"         {problem}", flush=True)
+                self.told = len(self.checker.problems)
                 if self.over.is_set():
                     return
                 canary.go()
@@ -268,8 +274,8 @@ class Soak:
         for each in self.checker.codes.values():
             codes.update(each)
         total = sum(self.memory[-1][1].values())
-        wrong = sum(self.checker.count.values())
-        return f"{self.now:6.0f} s | {dict(codes)} | problems {wrong} | PSS {total:.1f} MB | {dict(self.done)}"
+        wrong = {kind: count for kind, count in self.checker.count.items() if count}
+        return f"{self.now:6.0f} s | {dict(codes)} | problems {wrong or 0} | PSS {total:.1f} MB | {dict(self.done)}"
 
     async def run(self) -> None:
         """Run all ingredients for the time."""

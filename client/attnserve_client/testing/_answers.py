@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,9 +15,9 @@ from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_array
-from attnserve_client.errors import AttentionUnavailable, InvalidRequest
+from attnserve_client.errors import InvalidRequest
 from attnserve_client.testing._labels import head_of
-from attnserve_client.testing._weights import band_keys, check_values, fill, fill_features
+from attnserve_client.testing._weights import band_keys, fill, fill_features
 
 AXIS: Final = "seq"
 PIECE: Final = 6
@@ -50,6 +51,11 @@ class Shape:
         """The form of every site."""
         windowed = self.window is not None
         return attention_pb2.ATTENTION_FORM_WINDOWED if windowed else attention_pb2.ATTENTION_FORM_DENSE
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites."""
+        return [f"layer.{layer}" for layer in range(self.layers)]
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -124,19 +130,19 @@ class Unit:
         return self.word < 0
 
 
-def tokenize(sequence: wire.Sequence) -> list[Unit]:
+def tokenize(sequence: wire.Sequence, path: str) -> list[Unit]:
     """Return the tokens of a sequence: pieces of words between [CLS] and [SEP], or the given ids.
 
     Raises:
-        InvalidRequest: The sequence has no text and no `input_ids`, or is empty.
+        InvalidRequest: The sequence's tensors are not one of `input_ids`; `path` is that of the sequence.
     """
     if sequence.WhichOneof("input") == "tensors":
         tensors = {tensor.name: to_array(tensor) for tensor in sequence.tensors.tensors}
         if set(tensors) != {"input_ids"} or tensors["input_ids"].ndim != 1 or not tensors["input_ids"].size:
-            raise InvalidRequest.of("tensors", "the fake model takes one tensor `input_ids` of rank 1, not empty")
+            raise InvalidRequest.of(
+                f"{path}.tensors.tensors", "the fake model takes one tensor `input_ids` of rank 1, not empty"
+            )
         return [Unit(str(token), word) for word, token in enumerate(tensors["input_ids"].tolist())]
-    if not sequence.text.text:
-        raise InvalidRequest.of("text", "length 0 is below 1")
     units, word = [Unit("[CLS]")], 0
     for segment, text in enumerate((sequence.text.text, sequence.text.text_pair)):
         for match in re.finditer(r"\w+|[^\w\s]", text):
@@ -163,16 +169,19 @@ def outputs_of(units: list[Unit], shape: Shape) -> dict[str, Array]:
     return outputs
 
 
-def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape, model: str) -> attention_pb2.Attention:
+def attention_of(
+    units: list[Unit], selection: AttentionSelection, shape: Shape, check: Callable[[int], None]
+) -> attention_pb2.Attention:
     """Return the selected attention, reduced in the contract's order.
 
-    Raises:
-        InvalidRequest: A site, layer, head or query is out of range, or features meet a field that excludes them.
-        AttentionUnavailable: The model has no sites.
+    Args:
+        units: The sequence's tokens.
+        selection: A valid one, but for its queries.
+        shape: The model's.
+        check: Called with the number of tokens or words, which bounds the queries.
     """
-    check_values(selection)
-    layers = chosen_layers(selection, shape, model)
-    heads = _indices("heads", selection.heads, shape.heads) or list(range(shape.heads))
+    layers = chosen_layers(selection, shape)
+    heads = [head % shape.heads for head in selection.heads or range(shape.heads)]
     rollout = selection.layer_reduction == "rollout"
     scores = selection.values == "scores"
     numbers = _scores if scores else _weights
@@ -189,7 +198,8 @@ def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape,
         units = _words(units)
     special = np.array([unit.special for unit in units])
     keys = list(range(len(units)))
-    queries = _indices("queries", selection.queries, len(units)) or keys
+    check(len(units))
+    queries = [query % len(units) for query in selection.queries or keys]
     if selection.special_tokens == "drop":
         keys = [index for index in keys if not special[index]]
         queries = queries if selection.queries else keys
@@ -222,36 +232,11 @@ def attention_of(units: list[Unit], selection: AttentionSelection, shape: Shape,
     return answer
 
 
-def chosen_layers(selection: AttentionSelection, shape: Shape, model: str) -> list[int]:
-    """Return the positions of the selected sites, ascending.
-
-    Raises:
-        InvalidRequest: The model has no such site or layer.
-        AttentionUnavailable: The model has no sites.
-    """
-    if not shape.layers:
-        raise AttentionUnavailable(
-            f"model {model!r}: it has no attention sites",
-            code="FAILED_PRECONDITION",
-            reason="ATTENTION_UNAVAILABLE",
-            metadata={"model": model},
-        )
-    names = [f"layer.{layer}" for layer in range(shape.layers)]
-    for position, name in enumerate(selection.sites):
-        if name not in names:
-            raise InvalidRequest.of(f"attention.sites[{position}]", f"{name!r} is not one of {', '.join(names)}")
-    chosen = {names.index(name) for name in selection.sites}
-    chosen |= set(_indices("layers", selection.layers, shape.layers))
+def chosen_layers(selection: AttentionSelection, shape: Shape) -> list[int]:
+    """Return the positions of the selected sites, ascending."""
+    chosen = {shape.sites.index(name) for name in selection.sites}
+    chosen |= {layer % shape.layers for layer in selection.layers}
     return sorted(chosen) or list(range(shape.layers))
-
-
-def _indices(field: str, values: Any, length: int) -> list[int]:
-    found = []
-    for position, value in enumerate(values):
-        if not -length <= value < length:
-            raise InvalidRequest.of(f"attention.{field}[{position}]", f"{value} is out of range for {length}")
-        found.append(value % length)
-    return found
 
 
 def _vector(text: str, width: int) -> Array:

@@ -21,7 +21,8 @@ def status_of(error: AttnserveError, request_id: str) -> status_pb2.Status:
     """
     details: list[Any] = []
     if error.reason:
-        details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=dict(error.metadata)))
+        facts = {**error.metadata, **({"request_id": request_id} if request_id else {})}
+        details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=facts))
     if error.violations:
         fields = [
             error_details_pb2.BadRequest.FieldViolation(field=each.field, description=each.description)

@@ -18,6 +18,7 @@ from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_tensor
 from attnserve_client.errors import AttnserveError, InvalidRequest, ModelFailed, ModelNotFound, NotServing, Overloaded
 from attnserve_client.testing._answers import Shape, attention_of, chosen_layers, outputs_of, tokenize
+from attnserve_client.testing._checks import check_queries, check_reference, check_request
 from attnserve_client.testing._gateways import GatewayMethods, load_of
 from attnserve_client.testing._labels import labels_of
 from attnserve_client.testing._refusals import status_of
@@ -150,6 +151,7 @@ class FakeServer:
             self._stopping.wait(self.latency_s)
         if self._failures:
             raise self._failures.popleft()
+        check_reference(request)
         self.check_model(request.model, request.version)
         if self.state == "failed":
             raise ModelFailed(
@@ -161,6 +163,10 @@ class FakeServer:
         if self.state != "ready":
             raise self.not_serving(self.state)
         return self._respond(request)
+
+    def next_id(self) -> str:
+        """Return an id for a request that has none, as a server gives it one."""
+        return f"fake-{len(self.requests)}"
 
     def check_model(self, model: str, version: str) -> None:
         """Check the name and version of a requested model.
@@ -177,24 +183,14 @@ class FakeServer:
             )
 
     def _respond(self, request: wire.InferRequest) -> wire.InferResponse:
-        if not request.sequences:
-            raise InvalidRequest.of("sequences", "0 sequences are below 1")
-        known = self.shape.outputs
-        names = list(request.outputs.names) if request.HasField("outputs") else list(known)
-        for position, name in enumerate(names):
-            if name not in known:
-                raise InvalidRequest.of(f"outputs.names[{position}]", f"{name!r} is not one of {', '.join(known)}")
-        if request.HasField("labels") and not self.shape.labels:
-            problem = f"model {self.model!r} has no head that gives labels: leave labels unset"
-            raise InvalidRequest.of("labels", problem)
-        if request.prompt_name:
-            raise InvalidRequest.of("prompt_name", f"no prompt {request.prompt_name!r}; the model has none")
+        check_request(request, self.shape)
+        names = list(request.outputs.names) if request.HasField("outputs") else list(self.shape.outputs)
         labelled = request.HasField("labels") or not request.HasField("outputs")
         labels = request.labels if self.shape.labels and labelled else None
         selection = AttentionSelection.from_wire(request.attention) if request.HasField("attention") else None
         response = wire.InferResponse(
             receipt=wire.Receipt(
-                request_id=request.request_id or f"fake-{len(self.requests)}",
+                request_id=request.request_id or self.next_id(),
                 model=self.model,
                 version="1",
                 digest=self.shape.describe(self.model, self.state).digest,
@@ -205,9 +201,7 @@ class FakeServer:
             effective_attention=None if selection is None else self._effective(selection),
         )
         for position, sequence in enumerate(request.sequences):
-            response.results.append(
-                self._result(f"sequences[{position}]", sequence, names, selection, labels, len(request.sequences))
-            )
+            response.results.append(self._result(position, sequence, names, selection, labels, len(request.sequences)))
         response.predicted_bytes = sum(_tensor_bytes(each) for each in response.results)
         if request.validate_only:
             del response.results[:]
@@ -215,26 +209,25 @@ class FakeServer:
 
     def _result(
         self,
-        field: str,
+        position: int,
         sequence: wire.Sequence,
         names: list[str],
         selection: AttentionSelection | None,
         labels: labels_pb2.LabelSelection | None,
         batch: int,
     ) -> wire.SequenceResult:
-        if sequence.past_tokens:
-            without = f"{len(sequence.past_tokens)} labels for a sequence without a past: leave them out"
-            raise InvalidRequest.of(f"{field}.past_tokens", without)
-        if sequence.text.tensors:
-            unknown = f"no input {sequence.text.tensors[0].name!r}; the model takes input_ids"
-            raise InvalidRequest.of(f"{field}.text.tensors[0].name", unknown)
-        units = tokenize(sequence)
-        if len(units) > self.shape.max_length:
-            raise InvalidRequest.of(field, f"length {len(units)} exceeds {self.shape.max_length}")
+        units = tokenize(sequence, f"sequences[{position}]")
+        if len(units) > (most := self.shape.max_length):
+            raise InvalidRequest.of(f"sequences[{position}].text.text", f"{len(units)} tokens exceed {most}")
+
+        def check(length: int) -> None:
+            if selection is not None:
+                check_queries(selection.queries, length, selection.unit or "token", position)
+
         arrays = outputs_of(units, self.shape)
         return wire.SequenceResult(
             outputs=[to_tensor(name, arrays[name]) for name in names],
-            attention=None if selection is None else attention_of(units, selection, self.shape, self.model),
+            attention=None if selection is None else attention_of(units, selection, self.shape, check),
             labels=None if labels is None else labels_of(arrays["logits"], labels, self.shape.labels),
             run=wire.Run(batch_size=batch, useful_tokens=len(units), computed_tokens=len(units), compute_seconds=0.001),
         )
@@ -252,7 +245,7 @@ class FakeServer:
         return grpc.method_handlers_generic_handler("grpc.health.v1.Health", handlers)
 
     def _effective(self, selection: AttentionSelection) -> attention_pb2.AttentionSelection:
-        layers = chosen_layers(selection, self.shape, self.model)
+        layers = chosen_layers(selection, self.shape)
         rollout = selection.layer_reduction == "rollout"
         return AttentionSelection(
             sites=[f"layer.{layer}" for layer in layers],
@@ -282,7 +275,7 @@ class _Servicer(GatewayMethods):
         try:
             return self._server.answer(request)
         except AttnserveError as error:
-            _abort(context, error, request.request_id)
+            _abort(context, error, request.request_id or self._server.next_id())
 
     def StreamInfer(  # noqa: N802 - the contract's name
         self, request_iterator: Iterator[wire.StreamInferRequest], context: Any
@@ -295,7 +288,7 @@ class _Servicer(GatewayMethods):
             try:
                 response = self._server.answer(message.request)
             except AttnserveError as error:
-                status = status_of(error, request_id).SerializeToString()
+                status = status_of(error, request_id or self._server.next_id()).SerializeToString()
                 yield wire.StreamInferResponse(request_id=request_id, status=status)
             else:
                 yield from self._pieces(request_id, response)
@@ -315,7 +308,7 @@ class _Servicer(GatewayMethods):
         try:
             self._server.check_model(request.model, request.version)
         except AttnserveError as error:
-            _abort(context, error, "")
+            _abort(context, error, self._server.next_id())
         return wire.GetModelResponse(model=self._server.shape.describe(self._server.model, self._server.state))
 
     def _pieces(self, request_id: str, response: wire.InferResponse) -> Iterator[wire.StreamInferResponse]:

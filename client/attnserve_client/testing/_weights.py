@@ -10,7 +10,6 @@ from attnserve.v1 import attention_pb2
 
 from attnserve_client._selection import AttentionSelection
 from attnserve_client._tensors import to_tensor
-from attnserve_client.errors import InvalidRequest
 
 Array = npt.NDArray[Any]
 
@@ -53,30 +52,6 @@ def fill(
     target.links.weights.CopyFrom(to_tensor("", _encoded(np.array(kept, dtype=np.float32), selection.dtype)))
     left_out = np.array(residual, dtype=np.float32).reshape(weights.shape[:2])
     target.links.residual.CopyFrom(to_tensor("", left_out))
-
-
-def check_values(selection: AttentionSelection) -> None:
-    """Refuse a selection of features or scores with a field that excludes them, as the server does.
-
-    Raises:
-        InvalidRequest: A feature is repeated, or another field has no meaning for features or for scores.
-    """
-    needed: dict[str, tuple[Any, ...]] = {"top_k": (0,), "min_weight": (0,)}
-    if selection.features:
-        needed |= {"head_reduction": (None, "each"), "layer_reduction": (None, "each"), "dtype": (None, "float32")}
-        needed |= {"values": (None, "weights")}
-    elif selection.values == "scores":
-        needed |= {"layer_reduction": (None, "each", "mean"), "unit": (None, "token")}
-        needed |= {"dtype": (None, "float32", "float16")}
-    else:
-        return
-    for position, name in enumerate(selection.features):
-        if name in selection.features[:position]:
-            raise InvalidRequest.of(f"attention.features[{position}]", f"{name} is named again")
-    for field, allowed in needed.items():
-        if getattr(selection, field) not in allowed:
-            problem = f"{getattr(selection, field)} cannot be selected together with features or scores; leave it unset"
-            raise InvalidRequest.of(f"attention.{field}", problem)
 
 
 def fill_features(

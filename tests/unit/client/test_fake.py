@@ -59,10 +59,10 @@ def test_rows_sum_to_one_after_every_reduction(
     ("request_", "field"),
     [
         (wire.InferRequest(model="fake"), "sequences"),
-        (wire.InferRequest(model="fake", sequences=[wire.Sequence()]), "text"),
+        (wire.InferRequest(model="fake", sequences=[wire.Sequence()]), "sequences[0]"),
         (
             wire.InferRequest(model="fake", sequences=[wire.Sequence(tensors=wire.TensorInput())]),
-            "tensors",
+            "sequences[0].tensors.tensors",
         ),
         (
             wire.InferRequest(
@@ -74,7 +74,7 @@ def test_rows_sum_to_one_after_every_reduction(
         ),
         (
             wire.InferRequest(model="fake", sequences=[wire.Sequence(text=wire.TextInput(text="a " * 300))]),
-            "sequences[0]",
+            "sequences[0].text.text",
         ),
     ],
     ids=["nothing", "no text", "no tensors", "output", "long"],
