@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 from typing import Annotated, Any, Final, Literal
 
@@ -19,7 +21,9 @@ from attnserve_server.model.manifest import NUMPY_DTYPES, InputSpec
 from attnserve_server.transport.wire import WIRE_DTYPES, WIRE_NUMPY
 
 _INFINITE: Final = {"Infinity": np.inf, "-Infinity": -np.inf}
+_Float = float | Literal["Infinity", "-Infinity"]
 _MAX_AXES: Final = 8
+_LISTS: Final = re.compile(rb"[\s\[]*")
 Dtype = Literal["bool", "uint8", "int8", "int32", "int64", "float16", "float32", "float64"]
 _DATA_SCHEMA: Final = {
     "oneOf": [{"type": "array", "items": {}}, {"type": "string", "contentEncoding": "base64"}, {"type": "number"}]
@@ -55,14 +59,14 @@ def tensor_of(sent: TensorIn, specs: Sequence[InputSpec], field: str) -> tensor_
         InvalidRequest: Its data are no array, or have numbers that the dtype does not.
     """
     dtype: str = sent.dtype or next((spec.dtype for spec in specs if spec.name == sent.name), "float32")
-    value = msgspec.json.decode(sent.data)
     shape = sent.shape
-    if isinstance(value, str):
+    given = bytes(sent.data)
+    if given.startswith(b'"'):
         if shape is None:
             raise InvalidRequest.of(f"{field}.shape", "missing: data in base64 need a shape")
-        data = _decoded(value, field)
+        data = _decoded(msgspec.json.decode(given), field)
     else:
-        array = _array(value, dtype, field)
+        array = array_of(given, NUMPY_DTYPES[dtype], f"{field}.data")
         if shape is None:
             shape = list(array.shape)
         elif prod(shape) != array.size or min(shape, default=0) < 0:
@@ -81,36 +85,67 @@ def _decoded(text: str, field: str) -> bytes:
         raise InvalidRequest.of(f"{field}.data", "the string is not base64") from None
 
 
-def _array(value: Any, dtype: str, field: str) -> Array:
-    """Return nested lists as an array of a dtype, whose numbers are the same."""
-    wanted = NUMPY_DTYPES[dtype]
-    if wanted.kind == "f":
+def array_of(data: bytes, dtype: np.dtype[Any], field: str) -> Array:
+    """Return nested lists of JSON, or one number, as an array.
+
+    Args:
+        data: valid JSON, which begins without a space.
+        dtype: of the array, whose numbers are the same: those of floats are rounded.
+        field: its place in the request.
+
+    Raises:
+        InvalidRequest: They are no lists of equal lengths, or have values that the dtype does not.
+    """
+    value = elements_of(data, {"f": _Float, "b": bool, "i": int, "u": int}[dtype.kind], field)
+    if dtype.kind == "f" and b'"' in data:
         value = _with_infinities(value)
     try:
-        found = np.asarray(value) if _depth(value) <= _MAX_AXES else np.asarray(None)
-    except (ValueError, OverflowError):  # lists of different lengths
-        found = np.asarray(None)
+        found = np.asarray(value)
+    except ValueError:
+        raise InvalidRequest.of(field, "lists of different lengths") from None
     if found.size == 0:
-        return found.astype(wanted)
-    if found.dtype.kind not in {"f": "fiu", "b": "b", "i": "iu", "u": "iu"}[wanted.kind]:
-        raise InvalidRequest.of(f"{field}.data", f"no nested lists of {dtype}, all of equal lengths")
-    with np.errstate(over="ignore"):
-        converted: Array = found.astype(wanted)
-    if wanted.kind in "iu" and not np.array_equal(converted, found):
-        raise InvalidRequest.of(f"{field}.data", f"a number is out of the range of {dtype}")
-    return converted
+        return found.astype(dtype)
+    # Integers that no dtype has become floats or objects.
+    if found.dtype.kind in {"f": "fiu", "b": "b", "i": "iu", "u": "iu"}[dtype.kind]:
+        with np.errstate(over="ignore"):
+            converted: Array = found.astype(dtype)
+        if np.all(np.isinf(converted) == np.isinf(found) if dtype.kind == "f" else converted == found):
+            return converted
+    raise InvalidRequest.of(field, f"a number is out of the range of {dtype.name}")
 
 
-def _depth(value: Any) -> int:
-    depth = 0
-    while isinstance(value, list):
-        depth, value = depth + 1, value[0] if value else None
-    return depth
+def elements_of(data: bytes, kind: Any, field: str) -> Any:
+    """Read nested lists whose elements are of one kind, or one element.
+
+    Args:
+        data: valid JSON, which begins without a space.
+        kind: type of the elements, for msgspec: NumPy would make a list of texts as wide as the longest of them.
+        field: its place in the request.
+
+    Raises:
+        InvalidRequest: An element is of another kind, or the lists are nested too deeply.
+    """
+    try:
+        return _decoder(kind, rank_of(data)).decode(data)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).rpartition(" - at `$")
+        raise InvalidRequest.of(f"{field}{where.rstrip('`')}", what or str(error)) from None
+
+
+def rank_of(data: bytes) -> int:
+    """Return how deeply lists of JSON are nested, at most one more than a tensor may have axes."""
+    opened = _LISTS.match(data)
+    return 0 if opened is None else min(opened[0].count(b"["), _MAX_AXES + 1)
+
+
+@cache
+def _decoder(kind: Any, rank: int) -> msgspec.json.Decoder[Any]:
+    for _ in range(min(rank, _MAX_AXES)):
+        kind = list[kind]
+    return msgspec.json.Decoder(kind)
 
 
 def _with_infinities(value: Any) -> Any:
     if isinstance(value, list):
-        if value and isinstance(value[0], float | int):
-            return [_INFINITE.get(one, one) if isinstance(one, str) else one for one in value]
         return [_with_infinities(one) for one in value]
-    return _INFINITE.get(value, value) if isinstance(value, str) else value
+    return _INFINITE[value] if isinstance(value, str) else value
