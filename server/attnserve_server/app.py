@@ -64,7 +64,9 @@ class Application:
         pages = Pages(self.catalog, self.health, self.metrics, lambda: not self.fault.is_set())
         self._pages = routes(pages.page)
         self.http = HttpServer(guarded(Starlette(routes=self._pages), access), access)
-        shared = Rest(self.plane, self.catalog, settings, self.clock, self.metrics, self.grpc.unread)
+        shared = Rest(
+            *(self.plane, self.catalog, settings, self.clock, self.metrics, self.grpc.unread, self.health, models)
+        )
         self.rest = RestServer(shared, access)
         self._watching: list[asyncio.Task[None]] = []
         self.fault = asyncio.Event()

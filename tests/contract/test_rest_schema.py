@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 from serving import RunningServer, serve
 
 EXAMPLES = 20
-OPERATIONS = 9
+OPERATIONS = 26
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,10 @@ RANKED = {"model": "tiny", "query": "the cat", "documents": ["the dog"]}
 """`tiny` is no cross-encoder, so that an admitted call gets 400."""
 TEXT = {"sequences": ["the cat"]}
 SELECTED = {**TEXT, "attention": {"layers": [-1]}}
+OIP_TEXT = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["the cat"]}]}
+OIP_SELECTED = {**OIP_TEXT, "outputs": [{"name": "attention:0"}]}
+UNLOADED: dict[str, object] = {"parameters": {"unload_dependents": False}}
+"""Of a model that is not there, so that an admitted call gets 404."""
 REST: dict[str, tuple[str, str, object, str]] = {
     "models": ("GET", "/v1/models", None, "infer"),
     "a model": ("GET", "/v1/models/tiny", None, "infer"),
@@ -277,6 +281,24 @@ REST: dict[str, tuple[str, str, object, str]] = {
     "rerank": ("POST", "/rerank", RANKED, "infer"),
     "rerank of version 1": ("POST", "/v1/rerank", RANKED, "infer"),
     "rerank of version 2": ("POST", "/v2/rerank", RANKED, "infer"),
+    "OIP, live": ("GET", "/v2/health/live", None, "free"),
+    "OIP, ready": ("GET", "/v2/health/ready", None, "free"),
+    "OIP, the server": ("GET", "/v2", None, "infer"),
+    "OIP, all statistics": ("GET", "/v2/models/stats", None, "infer"),
+    "OIP, the index": ("POST", "/v2/repository/index", {}, "infer"),
+    "OIP, load": ("POST", "/v2/repository/models/tiny/load", {}, "admin"),
+    "OIP, unload": ("POST", "/v2/repository/models/none/unload", UNLOADED, "admin"),
+    **{
+        f"OIP, {subject or 'metadata'} of tiny{version}": ("GET", f"/v2/models/tiny{version}{subject}", None, "infer")
+        for version in ("", "/versions/1")
+        for subject in ("", "/ready", "/config", "/stats")
+    },
+    "OIP, infer": ("POST", "/v2/models/tiny/infer", OIP_TEXT, "infer"),
+    "OIP, infer with attention": ("POST", "/v2/models/tiny/infer", OIP_SELECTED, "attention"),
+    "OIP, infer of a version": ("POST", "/v2/models/tiny/versions/1/infer", OIP_TEXT, "infer"),
+    "OIP, infer of a version with attention": ("POST", "/v2/models/tiny/versions/1/infer", OIP_SELECTED, "attention"),
+    "OIP, a path with a slash": ("GET", "/v2/", None, "none"),
+    "OIP, shared memory": ("GET", "/v2/systemsharedmemory/status", None, "none"),
     "the document": ("GET", "/openapi.json", None, "infer"),
     "its page": ("GET", "/openapi", None, "infer"),
     "an unknown path": ("GET", "/v1/nothing", None, "none"),
@@ -345,13 +367,15 @@ def test_every_path_of_rest_is_served_to_its_scope_alone(secured: Secured, call:
     scopes = SCOPES.get(credential, "").split(",")
     given = dict(metadata_of(secured, credential)).get("authorization", "")
     status, headers, text_ = secured.rest(method, path, body, given)
-    if credential in WRONG:
+    if scope == "free":
+        assert status == 200
+    elif credential in WRONG:
         assert (status, headers["www-authenticate"]) == (401, "Bearer")
         assert UNAUTHENTICATED in text_
     elif scope == "none":
         assert status == 404
     elif scope in scopes:
-        assert status == (400 if body is RANKED else 200), text_
+        assert status == (400 if body is RANKED else 404 if body is UNLOADED else 200), text_
     else:
         assert status == 403
         assert "the cat" not in text_
@@ -589,11 +613,12 @@ def test_rotation_under_load_fails_no_call_and_new_connections_get_the_new_certi
         assert running.metric("attnserve_certificate_not_after_timestamp_seconds") > time.time()  # noqa: TID251
         assert running.metric("attnserve_tls_handshakes_total", port="grpc") > 2
         assert running.metric("attnserve_tls_handshakes_total", port="http") > 2
+        assert running.metric("attnserve_tls_handshakes_total", port="rest") > 2
 
 
 def ports(running: Secured) -> tuple[int, ...]:
     # Several connections, because each front has its own.
-    return (running.server.http_port, *[running.server.grpc_port] * 8)
+    return (running.server.http_port, *[running.server.grpc_port] * 8, *[running.server.rest_port] * 8)
 
 
 def chain_with_other_key(files: Files) -> bytes:

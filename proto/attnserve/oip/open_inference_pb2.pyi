@@ -768,7 +768,9 @@ class ModelInferResponse(_message.Message):
     """The request's id."""
     @_builtins.property
     def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]:
-        """On streams `triton_final_response`, if the request enabled it, and with an error `request_id`, `code` and `reason`."""
+        """`queue_ns`, `compute_ns`, `attention_ns` and `encode_ns`: nanoseconds that the request spent. On streams
+        `triton_final_response`, if the request enabled it, and with an error `request_id`, `code` and `reason`.
+        """
 
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInferResponse.InferOutputTensor]:

@@ -75,6 +75,7 @@ class FrontProcess:
             send=self._send,
         )
         self._lifecycle = RemoteLifecycle(self._catalog, self._send)
+        models = ModelServicer(self._plane, self._lifecycle) if settings.admin else None
         self._grpc = GrpcServer(
             shared_among(settings, start.fronts),
             self._plane,
@@ -83,9 +84,12 @@ class FrontProcess:
             self._clock,
             self._access,
             shared_port=True,
-            models=ModelServicer(self._plane, self._lifecycle) if settings.admin else None,
+            models=models,
         )
-        shared = Rest(self._plane, self._catalog, settings, self._clock, self._metrics, self._grpc.unread)
+        shared = Rest(
+            *(self._plane, self._catalog, settings, self._clock, self._metrics),
+            *(self._grpc.unread, self._health, models),
+        )
         shared.settings = shared_among(settings, start.fronts)
         self._rest = RestServer(shared, self._access, shared_port=True)
         self._pages: dict[int, asyncio.Future[Page]] = {}

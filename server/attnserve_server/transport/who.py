@@ -65,6 +65,18 @@ SCOPE_OF_PATH: Final[Mapping[str, str]] = {
     "/rerank": "infer",
     "/v1/rerank": "infer",
     "/v2/rerank": "infer",
+    "/v2": "infer",
+    "/v2/health/live": FREE,
+    "/v2/health/ready": FREE,
+    "/v2/models/stats": "infer",
+    "/v2/repository/index": "infer",
+    "/v2/repository/models/{name}/load": "admin",
+    "/v2/repository/models/{name}/unload": "admin",
+    **{
+        f"/v2/models/{{name}}{version}{subject}": "infer"
+        for version in ("", "/versions/{version}")
+        for subject in ("/infer", "", "/ready", "/config", "/stats")
+    },
 }
 """Of HTTP paths, in the order in which they are compared. A part in braces is anything but a slash."""
 

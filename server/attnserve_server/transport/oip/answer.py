@@ -27,11 +27,6 @@ class Output:
     shape: Sequence[int]
     parts: Sequence[Array]
 
-    @property
-    def array(self) -> Array:
-        """The whole output."""
-        return np.stack(self.parts) if len(self.parts) > 1 else np.reshape(self.parts[0], tuple(self.shape))
-
 
 def outputs_of(read: Read, layout: Layout, prepared: Prepared, results: Sequence[SequenceResult]) -> list[Output]:
     """Return the outputs of a request, in its order."""

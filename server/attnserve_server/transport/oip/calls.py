@@ -20,10 +20,16 @@ from attnserve_server.transport.oip.request import Read, read
 from attnserve_server.transport.oip.rows import in_protocol
 from attnserve_server.transport.oip.wanted import Wanted
 from attnserve_server.transport.prepared import Prepared
+from attnserve_server.transport.timings import Timings, timings_of
 
 T = TypeVar("T")
-Encode = Callable[[str, str, list[Output]], T]
-"""Writes an answer, from the name and version of the model and the outputs."""
+Clocked = Callable[[], Timings]
+"""Returns where the time of a request went; called once its outputs are written, which it counts as encoding."""
+TIMINGS: Final = ("queue_ns", "compute_ns", "attention_ns", "encode_ns")
+"""Parameters of an answer, in the order of `Timings`. They are integers, because clients of earlier releases of the
+protocol have no parameters that are fractions."""
+Encode = Callable[[str, str, list[Output], Clocked], T]
+"""Writes an answer, from the name and version of the model, the outputs and the timings."""
 _PROCESS: Final = uuid4().hex[:16]
 _NUMBERS: Final = count()
 
@@ -47,9 +53,10 @@ class Call:
         """Run it, and return its answer. Raises AttnserveError as in the status table."""
 
         def write(prepared: Prepared, results: list[SequenceResult], clock: Clock) -> T:
-            del clock
+            begun = clock.now()
             served = prepared.served
-            return encode(served.name, served.version, outputs_of(self.read, self.layout, prepared, results))
+            outputs = outputs_of(self.read, self.layout, prepared, results)
+            return encode(served.name, served.version, outputs, lambda: timings_of(results, clock.now() - begun))
 
         return await self.plane.run_as(self.prepared, write)
 

@@ -17,7 +17,7 @@ from attnserve_server.transport.validation import check_model_reference
 PLATFORM: Final = "onnx_attnserve"
 BACKEND: Final = "onnxruntime"
 EXTENSIONS: Final = (
-    *("model_configuration", "model_repository", "model_repository(unload_dependents)"),
+    *("binary_tensor_data", "model_configuration", "model_repository", "model_repository(unload_dependents)"),
     *("parameters", "statistics"),
 )
 _STATES: Final = {

@@ -26,6 +26,8 @@ DATATYPES: Final[Mapping[str, str]] = {
 BYTES: Final = "BYTES"
 BF16: Final = "BF16"
 KNOWN: Final = (*DATATYPES.values(), "UINT16", "UINT32", "UINT64", "INT16", BF16, BYTES)
+BYTES_ONLY: Final = ("FP16", BF16)
+"""Datatypes without typed contents and without a form in JSON."""
 ROLLOUT: Final = "attention:rollout"
 ATTENTION: Final = "attention:"
 TOP_K: Final = "#top_k"

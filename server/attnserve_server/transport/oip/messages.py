@@ -11,8 +11,9 @@ import numpy as np
 from attnserve.oip import open_inference_pb2 as oip
 
 from attnserve_server.domain.errors import Violations, quoted
-from attnserve_server.transport.fields import varint
+from attnserve_server.transport.fields import DELIMITED, varint
 from attnserve_server.transport.oip.answer import Output
+from attnserve_server.transport.oip.calls import TIMINGS, Clocked
 from attnserve_server.transport.oip.layout import BYTES
 from attnserve_server.transport.oip.wanted import (
     MAX_OUTPUTS,
@@ -130,7 +131,9 @@ def strings(data: bytes | memoryview, path: str, violations: Violations) -> list
     return found
 
 
-def encoded(model: str, version: str, request_id: str, outputs: Sequence[Output], *, final: bool = False) -> Splice:
+def encoded(
+    model: str, version: str, request_id: str, outputs: Sequence[Output], timings: Clocked, *, final: bool = False
+) -> Splice:
     """Encode an answer (a ModelInferResponse). `final`: whether it states that it is the only one on its stream."""
     message = Splice(_named(model, version))
     if request_id:
@@ -143,7 +146,7 @@ def encoded(model: str, version: str, request_id: str, outputs: Sequence[Output]
         message.append(_raw_head(sum([part.nbytes for part in output.parts])))
         for part in output.parts:
             message.append(as_sent(part))
-    return message
+    return message.append(b"".join(map(_timing, _TIMINGS, timings())))
 
 
 @lru_cache(maxsize=256)
@@ -159,6 +162,26 @@ def _output_head(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
 
 def _raw_head(size: int) -> bytes:
     return _RAW + varint(size)
+
+
+def _timing(head: bytes, seconds: float) -> bytes:
+    """Return a time as a parameter of an answer, in nanoseconds."""
+    value = _INT64 + varint(max(round(seconds * 1e9), 0))
+    entry = head + varint(len(value)) + value
+    return _PARAMETERS + varint(len(entry)) + entry
+
+
+def _named_entry(name: str) -> bytes:
+    """Return an entry of the map of parameters up to the length of its value."""
+    key = name.encode()
+    return _KEY + varint(len(key)) + key + _VALUE
+
+
+_KEY, _VALUE = (varint(number << 3 | DELIMITED) for number in (1, 2))
+"""The fields of an entry of a map (protobuf.dev, "Maps")."""
+_INT64: Final = varint(oip.InferParameter.INT64_PARAM_FIELD_NUMBER << 3)
+_PARAMETERS: Final = varint(_RESPONSE.PARAMETERS_FIELD_NUMBER << 3 | DELIMITED)
+_TIMINGS: Final = tuple(map(_named_entry, TIMINGS))
 
 
 def _final() -> bytes:

@@ -15,9 +15,19 @@ from attnserve.v1 import attention_pb2, inference_service_pb2
 from attnserve_server.domain.errors import Violations, quoted
 from attnserve_server.transport.inputs import MAX_RANK
 from attnserve_server.transport.intake import Intake
-from attnserve_server.transport.oip.layout import ATTENTION, BF16, BYTES, KNOWN, Layout, Virtual, item_bytes
+from attnserve_server.transport.oip.layout import (
+    ATTENTION,
+    BF16,
+    BYTES,
+    BYTES_ONLY,
+    DATATYPES,
+    KNOWN,
+    Layout,
+    Virtual,
+    item_bytes,
+)
 from attnserve_server.transport.oip.rows import Rows, cuts_of, lengths_of
-from attnserve_server.transport.oip.wanted import MAX_OUTPUTS, Given, Wanted
+from attnserve_server.transport.oip.wanted import ALL_BINARY, BINARY, MAX_OUTPUTS, Given, Wanted
 from attnserve_server.transport.wire import Received
 
 
@@ -52,6 +62,7 @@ def read(wanted: Wanted, layout: Layout, intake: Intake, model: str, version: st
         message.prompt_name = wanted.parameters.prompt
     found = Read(Received(message, wanted.size), layout.all_outputs, top_k=wanted.parameters.top_k)
     _read_outputs(wanted, layout, found, violations)
+    _check_forms(wanted, layout, found.names, violations)
     rows = _count_rows(wanted.inputs, intake, violations)
     for at, given in enumerate(wanted.inputs):
         _check(given, layout, f"inputs[{at}]", violations)
@@ -92,6 +103,17 @@ def _read_outputs(wanted: Wanted, layout: Layout, found: Read, violations: Viola
         _select(message.attention, virtual, wanted.parameters.top_k, violations)
     elif wanted.parameters.top_k:
         violations.add("parameters['top_k']", "no requested output has links")
+
+
+def _check_forms(wanted: Wanted, layout: Layout, names: Sequence[str], violations: Violations) -> None:
+    """Check that no output is to be answered as JSON that has no form there."""
+    for at, name in enumerate(names):
+        spec = layout.outputs.get(name)
+        if spec is not None and DATATYPES[spec.dtype] in BYTES_ONLY and not wanted.is_binary(name):
+            place, remedy = (f"outputs[{at}]", BINARY) if wanted.outputs else ("outputs", ALL_BINARY)
+            violations.add(
+                place, f"{name!r} is {DATATYPES[spec.dtype]}, which is not sent as JSON: set {remedy} to true"
+            )
 
 
 def _select(

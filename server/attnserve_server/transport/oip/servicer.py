@@ -11,17 +11,17 @@ from attnserve.oip import open_inference_pb2 as oip
 
 from attnserve_server.access.guard import CALLER
 from attnserve_server.domain.clock import Clock
-from attnserve_server.domain.errors import InvalidRequest, Overloaded, Unsupported, quoted
+from attnserve_server.domain.errors import InvalidRequest, Overloaded, quoted
 from attnserve_server.scheduling.queue import Request
-from attnserve_server.transport.admin import Lifecycle, ModelServicer
+from attnserve_server.transport.admin import ModelServicer
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import Health
-from attnserve_server.transport.oip import calls, describe
+from attnserve_server.transport.oip import calls, describe, repository
 from attnserve_server.transport.oip.messages import encoded, wanted_of
 from attnserve_server.transport.servicer import Context, Failure, RpcMetrics, parsed, remaining_s
 from attnserve_server.transport.sockets import address_of
 from attnserve_server.transport.unread import SMALL_BYTES, Unread, on_end
-from attnserve_server.transport.validation import check_model_reference, check_request_id
+from attnserve_server.transport.validation import check_request_id
 from attnserve_server.transport.wire import receive
 
 SERVICE: Final = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -100,8 +100,8 @@ class OipServicer:
                     self._plane.count_refusal(call.prepared, "unread_bytes")
                     raise
 
-            def encode(model: str, version: str, outputs: list[Any]) -> bytes:
-                return encoded(model, version, own_id, outputs).joined()
+            def encode(model: str, version: str, outputs: list[Any], timings: calls.Clocked) -> bytes:
+                return encoded(model, version, own_id, outputs, timings).joined()
 
             answer = await call.run(encode)
             if held is not None:
@@ -150,21 +150,14 @@ class OipServicer:
 
     async def load(self, request: oip.RepositoryModelLoadRequest, _: Context) -> oip.RepositoryModelLoadResponse:
         """Load the highest version of a model."""
-        lifecycle = self._changing()
         _check_repository(request.repository_name)
-        _check_parameters(request.parameters, ())
-        check_model_reference(request.model_name, "")
-        await lifecycle.load(request.model_name)
+        await repository.load(self._models, request.model_name, request.parameters)
         return oip.RepositoryModelLoadResponse()
 
     async def unload(self, request: oip.RepositoryModelUnloadRequest, _: Context) -> oip.RepositoryModelUnloadResponse:
         """Unload all versions of a model."""
-        lifecycle = self._changing()
         _check_repository(request.repository_name)
-        _check_parameters(request.parameters, ("unload_dependents",))
-        check_model_reference(request.model_name, "")
-        for version in describe.versions(self._plane, request.model_name):
-            await lifecycle.unload(request.model_name, version)
+        await repository.unload(self._models, self._plane, request.model_name, request.parameters)
         return oip.RepositoryModelUnloadResponse()
 
     def handlers(self, metrics: RpcMetrics) -> grpc.GenericRpcHandler:
@@ -191,11 +184,6 @@ class OipServicer:
         )
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
-    def _changing(self) -> Lifecycle:
-        if self._models is None:
-            raise Unsupported("models are not loaded and unloaded by callers of this server", "start it with --admin")
-        return self._models.lifecycle
-
 
 def _nothing(*_: object) -> None:
     """Do nothing."""
@@ -204,9 +192,3 @@ def _nothing(*_: object) -> None:
 def _check_repository(name: str) -> None:
     if name:
         raise InvalidRequest.of("repository_name", f"{quoted(name)}; the server has one repository: leave it empty")
-
-
-def _check_parameters(given: Any, known: tuple[str, ...]) -> None:
-    for name in given:
-        if name not in known:
-            raise InvalidRequest.of(f"parameters[{quoted(name)}]", "not supported: leave it out")

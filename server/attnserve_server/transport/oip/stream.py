@@ -131,8 +131,8 @@ class _Stream:
             call = await calls.prepare(self._plane, request, self._caller, wanted, name, version, STREAM)
             taken = await self._reserve(call, request)
 
-            def encode(model: str, version: str, outputs: list[Any]) -> bytes:
-                return streamed(encoded(model, version, own_id, outputs, final=wanted.parameters.final))
+            def encode(model: str, version: str, outputs: list[Any], timings: calls.Clocked) -> bytes:
+                return streamed(encoded(model, version, own_id, outputs, timings, final=wanted.parameters.final))
 
             return await call.run(encode), taken
         except asyncio.CancelledError as error:

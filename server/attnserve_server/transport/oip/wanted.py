@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from attnserve.v1 import inference_service_pb2
@@ -16,13 +16,14 @@ _RESERVED: Final[Mapping[str, str]] = {
     **dict.fromkeys(("sequence_id", "sequence_start", "sequence_end"), "no model here keeps state between requests"),
     **dict.fromkeys(
         ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"),
-        "send the bytes in raw_input_contents",
+        "send the bytes in the request",
     ),
     "classification": "no output is reduced to classes here",
 }
 """Parameters that the protocol defines and that are not supported, with the reason or the remedy."""
-_OF_BINARY_DATA: Final = ("binary_data_size", "binary_data", "binary_data_output")
-"""Parameters by which REST requests place bytes. kserve's client sends them over gRPC too, where they mean nothing."""
+SIZE, BINARY, ALL_BINARY = _OF_BINARY_DATA = ("binary_data_size", "binary_data", "binary_data_output")
+"""Parameters by which REST requests place bytes: of an input, an output and a request. kserve's client sends them
+over gRPC too, where they have no effect."""
 _SUPPORTED: Final = "priority, timeout, prompt_name, top_k"
 MAX_TOP_K: Final = 4096
 MAX_OUTPUTS: Final = 4096
@@ -67,6 +68,13 @@ class Wanted:
     parameters: Parameters
     size: int
     """Bytes on the wire."""
+    all_binary: bool = True
+    """Whether outputs are answered as bytes, unless `binary` differs for one; else as JSON, which REST alone has."""
+    binary: Mapping[str, bool] = field(default_factory=dict)
+
+    def is_binary(self, output: str) -> bool:
+        """Return whether an output is answered as bytes."""
+        return self.binary.get(output, self.all_binary)
 
     @property
     def rows(self) -> int:
@@ -117,7 +125,7 @@ def _number(value: object, field: str, least: int, most: int, violations: Violat
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        violations.add(field, f"{quoted(str(value))} is no integer; send one as int64_param")
+        violations.add(field, f"{quoted(str(value))} is no integer; send a number without a fraction")
         return 0
     if not least <= value <= most:
         violations.add(field, f"{value} is not from {least} to {most}")

@@ -69,12 +69,13 @@ class HeldBody:
         self._bodies = bodies
         self._taken = 0
 
-    async def receive(self, request: Request, expansion: int = 1) -> bytes:
+    async def receive(self, request: Request, expansion: int = 1, further: int = 0) -> bytes:
         """Return the body of a request.
 
         Args:
             request: whose body was not read.
             expansion: bytes of memory for each byte, until the request ends.
+            further: bytes of memory beside those.
 
         Raises:
             UnsupportedMediaType: It is compressed.
@@ -91,9 +92,9 @@ class HeldBody:
         size = int(declared) if declared.isdecimal() and len(declared) < 19 else limit
         if size > limit:
             raise _too_large(size, limit)
-        self._take(size * expansion)
+        self._take(size * expansion + further)
         body = await self._read(request, limit)
-        self._take(len(body) * expansion)
+        self._take(len(body) * expansion + further)
         return body
 
     def release(self) -> None:

@@ -47,20 +47,30 @@ class Tensor(msgspec.Struct):
 
 
 @cache
-def struct_of(kind: Any) -> type[msgspec.Struct]:
-    """Return the type of a message, whose fields may all be left out. `kind`: its descriptor."""
+def struct_of(kind: Any, *, whole: bool = False) -> type[msgspec.Struct]:
+    """Return the type of a message, whose fields may all be left out.
+
+    Args:
+        kind: its descriptor.
+        whole: as `whole_of` writes it: a field may be left out only if it has no default, and enums keep their names.
+    """
     if kind.full_name == _TENSOR:
         return Tensor
-    fields = [(field.name, _type_of(field) | UnsetType, UNSET) for field in kind.fields]
+    fields: list[Any] = [
+        (field.name, _type_of(field, whole=True))
+        if whole and not field.has_presence
+        else (field.name, _type_of(field, whole=whole) | UnsetType, UNSET)
+        for field in kind.fields
+    ]
     return msgspec.defstruct(kind.name, fields, kw_only=True, forbid_unknown_fields=True, module=__name__)
 
 
-def _type_of(field: Any) -> Any:
+def _type_of(field: Any, *, whole: bool) -> Any:
     one: Any
     if field.cpp_type == _MESSAGE:
-        one = struct_of(field.message_type)
+        one = struct_of(field.message_type, whole=whole)
     elif field.cpp_type == _ENUM:
-        one = Literal[tuple(sorted(_names(field.enum_type)))]
+        one = Literal[tuple(sorted(field.enum_type.values_by_name if whole else _names(field.enum_type)))]
     elif field.cpp_type == _STRING:
         one = str
     elif field.cpp_type in _CPP:
@@ -76,6 +86,11 @@ def _type_of(field: Any) -> Any:
 def _names(kind: Any) -> dict[str, int]:
     prefix = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.name).upper() + "_"
     return {value.name.removeprefix(prefix).lower(): value.number for value in kind.values if value.number}
+
+
+@cache
+def _own_names(kind: Any) -> dict[int, str]:
+    return {value.number: value.name for value in kind.values}
 
 
 @cache
@@ -127,6 +142,22 @@ def plain_of(sent: message.Message, encoding: Encoding) -> dict[str, Any]:
             one = _names_out(field.enum_type).__getitem__
         elif field.cpp_type in {_FLOAT, _DOUBLE}:
             one = number_of
+        found[field.name] = [one(item) for item in value] if field.is_repeated else one(value)
+    return found
+
+
+def whole_of(sent: message.Message) -> dict[str, Any]:
+    """Return a message as JSON's values, with the fields that have their defaults, and enums by their own names."""
+    found: dict[str, Any] = {}
+    for field in sent.DESCRIPTOR.fields:
+        if field.has_presence and not sent.HasField(field.name):
+            continue
+        value = getattr(sent, field.name)
+        one: Callable[[Any], Any] = _same
+        if field.cpp_type == _MESSAGE:
+            one = whole_of
+        elif field.cpp_type == _ENUM:
+            one = _own_names(field.enum_type).__getitem__
         found[field.name] = [one(item) for item in value] if field.is_repeated else one(value)
     return found
 

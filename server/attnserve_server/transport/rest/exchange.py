@@ -27,7 +27,9 @@ from attnserve_server.observability.metrics import Metrics
 from attnserve_server.observability.spec import HTTP_REQUESTS, HTTP_SECONDS, REFUSAL_SECONDS
 from attnserve_server.scheduling.catalog import Catalog
 from attnserve_server.scheduling.queue import Request
+from attnserve_server.transport.admin import ModelServicer
 from attnserve_server.transport.dataplane import DataPlane
+from attnserve_server.transport.health import Health
 from attnserve_server.transport.prepared import Prepared
 from attnserve_server.transport.rest.bodies import EXPANSION, Bodies, check_json, parsed
 from attnserve_server.transport.rest.errors import REQUEST_ID, response_of, status_of
@@ -57,6 +59,9 @@ class Rest:
     clock: Clock
     metrics: Metrics
     unread: Unread
+    health: Health
+    models: ModelServicer | None
+    """Whose lifecycle loads and unloads; None without `--admin`."""
     bodies: Bodies = field(init=False)
     """Set by the server, once it knows its bounds."""
 
@@ -98,13 +103,14 @@ class Exchange:
     path: str
     """The path of its endpoint, for metrics, logs and messages."""
     request_id: str
+    """A handler may set it to the id that the body has."""
     _ended: list[Callable[[], None]] = field(default_factory=list)
 
-    async def body(self, expansion: int = 1) -> bytes:
+    async def body(self, expansion: int = 1, further: int = 0) -> bytes:
         """Receive the body, as `HeldBody.receive`."""
         held = self.rest.bodies.hold()
         self._ended.append(held.release)
-        return await held.receive(self.request, expansion)
+        return await held.receive(self.request, expansion, further)
 
     async def json(self, kind: type[T]) -> T:
         """Receive the body as JSON of a type.
@@ -149,22 +155,38 @@ class Exchange:
         Raises:
             AttnserveError: As in the status table.
         """
-        plane, caller = self.rest.plane, CALLER.get()
+        plane = self.rest.plane
+
+        async def work(request: Request) -> bytes:
+            prepared = plane.prepare(request, received) or await plane.prepare_large(request, received)
+            if note is not None:
+                note(prepared)
+            self.hold(prepared, prepared.answer_bytes * expansion)
+            return (await plane.run(prepared)).joined()
+
+        answer = await self.run(received.size, deadline_s, work)
+        return inference_service_pb2.InferResponse.FromString(answer)
+
+    async def run(self, size: int, deadline_s: float, work: Callable[[Request], Awaitable[T]]) -> T:
+        """Run the work of one request, and cancel it once the request expires.
+
+        Args:
+            size: bytes of the request.
+            deadline_s: when it expires, from `deadline_s`.
+            work: takes the request on the data plane, in state RECEIVED.
+
+        Raises:
+            DeadlineExpired: The request expired.
+            AttnserveError: What `work` raises.
+        """
+        caller = CALLER.get()
         turns = self._site() if caller is None else caller.token.name
-        request = Request(self.request_id, deadline_s, received.size, turns)
+        request = Request(self.request_id, deadline_s, size, turns)
         began = self.rest.clock.now()
         try:
             # The scheduler keeps the deadline too. This holds it where a run or a thread takes longer, as gRPC does.
             async with asyncio.timeout(deadline_s - began):
-                prepared = plane.prepare(request, received) or await plane.prepare_large(request, received)
-                if note is not None:
-                    note(prepared)
-                try:
-                    self._hold(prepared.answer_bytes * expansion)
-                except Overloaded:
-                    plane.count_refusal(prepared, "unread_bytes")
-                    raise
-                answer = (await plane.run(prepared)).joined()
+                return await work(request)
         except TimeoutError:
             late = DeadlineExpired(self.rest.clock.now() - began)
             request.fail(late)
@@ -172,13 +194,16 @@ class Exchange:
         except (asyncio.CancelledError, Exception) as error:
             request.fail(error)
             raise
-        return inference_service_pb2.InferResponse.FromString(answer)
 
-    def _hold(self, count: int) -> None:
-        """Reserve bytes of the answer until it is sent. Raises Overloaded."""
+    def hold(self, prepared: Prepared, count: int) -> None:
+        """Reserve bytes of a request's answer until it is sent. Raises Overloaded, and counts the refusal."""
         held = self.rest.unread.hold("")  # its caller is ended by `_Reply`
         self._ended.append(lambda: self.rest.unread.release(held))
-        self.rest.unread.take_or_refuse(held, count)
+        try:
+            self.rest.unread.take_or_refuse(held, count)
+        except Overloaded:
+            self.rest.plane.count_refusal(prepared, "unread_bytes")
+            raise
 
     def _site(self) -> str:
         client = self.request.client
@@ -246,8 +271,9 @@ class Served:
                     response = _misnamed(sent, request_id, scope["path"])
                 else:
                     response = await self._endpoint.handle(exchange)
-                response.headers[REQUEST_ID] = request_id
+                response.headers[REQUEST_ID] = request_id = exchange.request_id
             except Exception as error:  # noqa: BLE001 - the boundary of a request
+                request_id = exchange.request_id
                 if not isinstance(error, UNLOGGED):
                     log_failure(error, request_id, self._endpoint.path)
                 response = response_of(error, request_id, scope["path"])

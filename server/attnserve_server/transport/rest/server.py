@@ -16,11 +16,12 @@ from starlette.types import ASGIApp
 from attnserve_server.access.guard import Access
 from attnserve_server.transport.http import HttpServer
 from attnserve_server.transport.receiving import ReceiveBounds
-from attnserve_server.transport.rest import native, openai, rerank
+from attnserve_server.transport.rest import native, oip, openai, rerank
 from attnserve_server.transport.rest.bodies import Bodies
 from attnserve_server.transport.rest.document import document_handler, page_handler
 from attnserve_server.transport.rest.errors import REQUEST_ID, MethodNotAllowed, PathNotFound, response_of
 from attnserve_server.transport.rest.exchange import Endpoint, Rest, Served
+from attnserve_server.transport.rest.oip_bodies import JSON_BYTES
 from attnserve_server.transport.who import guarded
 
 
@@ -36,7 +37,6 @@ def endpoints() -> tuple[Endpoint, ...]:
             "attention": {"layers": [-1], "head_reduction": "mean", "unit": "word", "special_tokens": "drop"},
         },
     }
-    ranked = {"query": "Who pays?", "documents": ["The buyer pays.", "It rains."], "top_n": 1}
     versioned = "/v1/models/{name}/versions/{version}"
     served = (
         Endpoint("POST", "/v1/models/{name}:infer", native.infer, "Run sequences, newest version.", **infer),
@@ -70,10 +70,11 @@ def endpoints() -> tuple[Endpoint, ...]:
                 "Rank documents by their relevance to a query, as Cohere's API does.",
                 accepts=rerank.CohereBody,
                 returns=rerank.Relevances,
-                example=ranked,
+                example={"query": "Who pays?", "documents": ["The buyer pays.", "It rains."], "top_n": 1},
             )
             for path in ("/v1/rerank", "/v2/rerank")
         ),
+        *oip.endpoints(),
     )
     document = Endpoint("GET", "/openapi.json", document_handler(served), "The OpenAPI document.")
     return (*served, document, Endpoint("GET", "/openapi", page_handler(served), "The document as a page."))
@@ -98,15 +99,14 @@ def application(rest: Rest, access: Access, further: Sequence[BaseRoute] = ()) -
         checked,
         allow_origins=rest.settings.cors_origin,
         allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type", REQUEST_ID],
-        expose_headers=[REQUEST_ID, "retry-after"],
+        allow_headers=["authorization", "content-type", REQUEST_ID, JSON_BYTES],
+        expose_headers=[REQUEST_ID, "retry-after", JSON_BYTES],
     )
 
 
 async def _unrouted(request: HttpRequest, error: Exception) -> Response:
     """Answer a request that no route takes, in the form of its path."""
-    path = request.url.path
-    request_id = request.headers.get(REQUEST_ID, "")
+    path, request_id = request.url.path, request.headers.get(REQUEST_ID, "")
     if isinstance(error, HTTPException) and error.status_code == 405:
         refusal = response_of(MethodNotAllowed.of("method", f"{path} has no {request.method}"), request_id, path)
         refusal.headers.update(error.headers or {})
