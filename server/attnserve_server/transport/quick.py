@@ -6,19 +6,22 @@ valid here is read again there, where every violation is described; so this modu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from attnserve.v1 import inference_service_pb2, tensor_pb2
 
-from attnserve_server.domain.values import Array, PreparedSequence
+from attnserve_server.domain.values import Array, PreparedSequence, Priority
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, InputSpec
 from attnserve_server.transport.codec import PRIORITIES
 from attnserve_server.transport.intake import Intake, fits
 from attnserve_server.transport.validation import ValidRequest
 from attnserve_server.transport.wire import WIRE_DTYPES, WIRE_NUMPY, Received
+
+Given = tuple[str, int, tuple[int, ...], bytes | memoryview]
+"""A tensor of a batch: its name, its dtype on the wire, its shape with the batch first, and its data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,40 @@ class QuickReader:
             read.append(one)
         return None if total > intake.max_response_bytes else ValidRequest(tuple(read), outputs, None, priority, total)
 
+    def rows(self, given: Sequence[Given], names: Sequence[str] = ()) -> ValidRequest | None:
+        """Return a batch of plainly valid rows of equal lengths, as `read` would return one sequence for each.
+
+        Args:
+            given: one or more tensors.
+            names: of the outputs; empty: all.
+        """
+        intake, count = self._intake, given[0][2][0]
+        outputs = self._chosen(names) if names else intake.outputs
+        if not outputs or not 1 <= count <= intake.max_batch_size:
+            return None
+        lengths = dict(intake.fixed_lengths)
+        whole: dict[str, Array] = {}
+        for name, wire, shape, data in given:
+            known = self._inputs.get(name)
+            if known is None or name in whole or wire != known.wire or shape[0] != count:
+                return None
+            array = _array(shape[1:], known, data, intake, lengths, count)
+            if array is None:
+                return None
+            whole[name] = array
+        read: list[PreparedSequence] = []
+        total = 0
+        for row in range(count):
+            tensors = whole if count == 1 else {name: array[row] for name, array in whole.items()}
+            one = self._prepared(tensors, lengths if count == 1 else dict(lengths), outputs, alone=count == 1)
+            if one is None:
+                return None
+            total += one.response_bytes
+            read.append(one)
+        if total > intake.max_response_bytes:
+            return None
+        return ValidRequest(tuple(read), outputs, None, Priority.NORMAL, total)
+
     def _chosen(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return the outputs of these names; nothing if one is unknown or repeated."""
         chosen = tuple(names)
@@ -115,16 +152,22 @@ class QuickReader:
             known = self._inputs.get(name)
             if known is None or name in tensors or message.dtype != known.wire:
                 return None
-            array = _array(message, known, received.data_of(message), intake, lengths)
+            array = _array(message.shape, known, received.data_of(message), intake, lengths)
             if array is None:
                 return None
             tensors[name] = array
+        return self._prepared(tensors, lengths, outputs, alone=alone)
+
+    def _prepared(
+        self, tensors: dict[str, Array], lengths: dict[str, int], outputs: tuple[str, ...], *, alone: bool
+    ) -> PreparedSequence | None:
+        """Return a sequence of valid tensors, with those that may be left out; None if another one is missing."""
         for name, constant, axis in self._optional:
             if name not in tensors and axis in lengths:
                 tensors[name] = constant[: lengths[axis]]
         if len(tensors) < len(self._inputs):
             return None
-        size = sum([intake.output_sizes[name].bytes(lengths) for name in outputs])
+        size = sum([self._intake.output_sizes[name].bytes(lengths) for name in outputs])
         unpadded = not all(check.passes(tensors[name]) for name, check in self._masks)
         return PreparedSequence(
             tensors, lengths, outputs, response_bytes=size, is_whole_request=alone, unpadded=unpadded
@@ -132,14 +175,17 @@ class QuickReader:
 
 
 def _array(
-    message: tensor_pb2.Tensor, known: _Input, data: bytes | memoryview, intake: Intake, lengths: dict[str, int]
-) -> Array | None:
-    """Return a read-only view of a tensor's data, which may be unaligned; None if it is not plainly valid."""
-    shape = tuple(message.shape)
+    shape: Sequence[int], known: _Input, data: bytes | memoryview, intake: Intake, lengths: dict[str, int],
+    rows: int = 1,
+) -> Array | None:  # fmt: skip
+    """Return a read-only view of a tensor's data, which may be unaligned; None if it is not plainly valid.
+
+    `rows`: that many tensors of this shape, one after another; more than one become the first axis of the view.
+    """
     extents = known.extents
     if len(shape) != len(extents):
         return None
-    size = known.dtype.itemsize
+    size = known.dtype.itemsize * rows
     for length, extent in zip(shape, extents, strict=True):
         if not fits(length, extent, intake.max_lengths, lengths):
             return None
@@ -152,4 +198,5 @@ def _array(
             return None
     elif known.limit is not None and array.view(known.unsigned).max() >= known.limit:
         return None
-    return array if len(shape) == 1 else array.reshape(shape)
+    whole = (rows, *shape) if rows > 1 else tuple(shape)
+    return array if len(whole) == 1 else array.reshape(whole)

@@ -13,10 +13,11 @@ from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.model.manifest import AxisSpec, DerivedLength, InputRole, InputSpec, Manifest
 from attnserve_server.transport.intake import Intake
 from attnserve_server.transport.quick import QuickReader
-from attnserve_server.transport.validation import ValidRequest, validate
+from attnserve_server.transport.validation import validate
 from attnserve_server.transport.wire import Received
 from hypothesis import event, given
 from hypothesis import strategies as st
+from read_alike import same
 from tiny_bundle import VOCABULARY, tiny_manifest
 
 TINY = tiny_manifest()
@@ -92,24 +93,6 @@ def requests(draw: st.DrawFn, manifest: Manifest) -> pb.InferRequest:
         case 2:
             request.labels.CopyFrom(labels_pb2.LabelSelection())
     return request
-
-
-def same(one: ValidRequest, other: ValidRequest) -> bool:
-    """Whether two requests were read alike, tensors included."""
-    for first, second in zip(one.sequences, other.sequences, strict=True):
-        assert first.tensors.keys() == second.tensors.keys()
-        for name, tensor in first.tensors.items():
-            assert tensor.dtype == second.tensors[name].dtype
-            np.testing.assert_array_equal(tensor, second.tensors[name])
-        for field in ("lengths", "outputs", "attention", "labels", "units", "response_bytes", "is_whole_request",
-                      "unpadded", "past", "tokens", "bytes"):  # fmt: skip
-            assert getattr(first, field) == getattr(second, field), field
-    return (one.outputs, one.effective, one.priority, one.predicted_bytes) == (
-        other.outputs,
-        other.effective,
-        other.priority,
-        other.predicted_bytes,
-    )
 
 
 @pytest.mark.parametrize("at", range(2), ids=["tiny", "mixed"])

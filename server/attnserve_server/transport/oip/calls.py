@@ -16,10 +16,12 @@ from attnserve_server.scheduling.queue import Request
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.oip.answer import Output, answer_bytes, outputs_of
 from attnserve_server.transport.oip.layout import Layout
+from attnserve_server.transport.oip.messages import wanted_of
 from attnserve_server.transport.oip.request import Read, read
 from attnserve_server.transport.oip.rows import in_protocol
+from attnserve_server.transport.oip.usual import Usual
 from attnserve_server.transport.oip.wanted import Wanted
-from attnserve_server.transport.prepared import Prepared
+from attnserve_server.transport.prepared import Opened, Prepared
 from attnserve_server.transport.timings import Timings, timings_of
 
 T = TypeVar("T")
@@ -62,7 +64,13 @@ class Call:
 
 
 async def prepare(
-    plane: DataPlane, request: Request, caller: Caller | None, content: Wanted, model: str, version: str, method: str
+    plane: DataPlane,
+    request: Request,
+    caller: Caller | None,
+    content: Wanted | Usual,
+    model: str,
+    version: str,
+    method: str,
 ) -> Call:
     """Check a request against quotas and its model, and return it ready to run.
 
@@ -82,6 +90,11 @@ async def prepare(
         caller.admit(content.rows, method, attention=content.attention)
     opened = plane.open(request, model, version)
     layout = Layout.of(opened.reader)
+    if isinstance(content, Usual):
+        usual = content.prepared(opened, layout)
+        if usual is not None:
+            return _call(plane, opened, *usual)
+        content = wanted_of(content.received)
     try:
         found = read(content, layout, opened.reader.intake, model, version)
     except AttnserveError as error:
@@ -91,8 +104,14 @@ async def prepare(
         prepared = plane.read(opened, found.received) or await plane.prepare_large(request, found.received)
     except InvalidRequest as error:
         raise in_protocol(error, content, layout) from None
+    return _call(plane, opened, found, prepared)
+
+
+def _call(plane: DataPlane, opened: Opened, found: Read, prepared: Prepared) -> Call:
+    """Return a request that may run. Raises ResponseTooLarge."""
+    layout, most = Layout.of(opened.reader), opened.reader.intake.max_response_bytes
     size = answer_bytes(found, layout, prepared)
-    if size > opened.reader.intake.max_response_bytes:
+    if size > most:
         plane.count_refusal(prepared, ResponseTooLarge.reason)
-        raise ResponseTooLarge(size, opened.reader.intake.max_response_bytes)
+        raise ResponseTooLarge(size, most)
     return Call(plane, prepared, found, layout, size)

@@ -82,6 +82,8 @@ class Layout:
     virtual: Mapping[str, Virtual]
     has_head: bool
     max_batch_size: int
+    answered: tuple[str, ...]
+    """The outputs of an answer to a request that names none: `all_outputs`, and lengths where these vary."""
 
     @classmethod
     def of(cls, reader: Reader) -> Layout:
@@ -113,16 +115,19 @@ class Layout:
         texts = {}
         if manifest.text is not None and intake.tokenizer is not None:
             texts = {_unused(field, intake.inputs): field for field in ("text", "text_pair")}
+        lengths = _lengths(manifest, outputs)
+        varies = any(isinstance(one, str) for name in intake.outputs for one in outputs[name].shape)
         return cls(
             manifest=manifest,
             inputs=inputs,
             texts=texts,
             outputs=outputs,
             all_outputs=intake.outputs,
-            lengths=_lengths(manifest, outputs),
+            lengths=lengths,
             virtual=_virtual(manifest, outputs),
             has_head=manifest.head is not None,
             max_batch_size=intake.max_batch_size,
+            answered=(*intake.outputs, *(lengths if varies else ())),
         )
 
     def tensors_in(self) -> list[Tensor]:

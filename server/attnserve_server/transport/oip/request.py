@@ -82,8 +82,7 @@ def _read_outputs(wanted: Wanted, layout: Layout, found: Read, violations: Viola
             violations.add("parameters['top_k']", f"no output has links; request {ATTENTION}<layer>:query and the like")
         if layout.has_head:  # no labels, which the answer has no place for
             message.outputs.names.extend(layout.all_outputs)
-        varies = any(isinstance(one, str) for name in layout.all_outputs for one in layout.outputs[name].shape)
-        found.names = (*layout.all_outputs, *(layout.lengths if varies else ()))
+        found.names = layout.answered
         return
     found.names = names = tuple(wanted.outputs)
     virtual: dict[str, Virtual] = {}

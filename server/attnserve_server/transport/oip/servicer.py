@@ -18,6 +18,7 @@ from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import Health
 from attnserve_server.transport.oip import calls, describe, repository
 from attnserve_server.transport.oip.messages import encoded, wanted_of
+from attnserve_server.transport.oip.usual import usual_of
 from attnserve_server.transport.servicer import Context, Failure, RpcMetrics, parsed, remaining_s
 from attnserve_server.transport.sockets import address_of
 from attnserve_server.transport.unread import SMALL_BYTES, Unread, on_end
@@ -85,7 +86,7 @@ class OipServicer:
         turns = address_of(context.peer()) if caller is None else caller.token.name
         request = Request(request_id, deadline_s, received.size, turns)
         try:
-            wanted = wanted_of(received)
+            wanted = usual_of(received) or wanted_of(received)
             if wanted.parameters.timeout_s is not None:
                 request.deadline_s = min(deadline_s, now + wanted.parameters.timeout_s)
             name, version = message.model_name, message.model_version

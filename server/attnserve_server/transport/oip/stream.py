@@ -23,6 +23,7 @@ from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.oip import calls
 from attnserve_server.transport.oip.messages import encoded, failed, streamed, wanted_of
 from attnserve_server.transport.oip.servicer import STREAM
+from attnserve_server.transport.oip.usual import usual_of
 from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, remaining_s, send
 from attnserve_server.transport.sockets import address_of
 from attnserve_server.transport.status import code_of, status_of
@@ -123,7 +124,7 @@ class _Stream:
             if own_id:
                 check_request_id(own_id)
             request.request_id = own_id or calls.new_id()
-            wanted = wanted_of(received)
+            wanted = usual_of(received) or wanted_of(received)
             if wanted.parameters.timeout_s is not None:
                 limit = self._clock.now() + wanted.parameters.timeout_s
                 request.deadline_s = limit if request.deadline_s is None else min(limit, request.deadline_s)
