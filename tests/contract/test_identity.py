@@ -13,8 +13,10 @@ import pytest
 import structlog
 from attnserve.v1 import inference_service_pb2 as pb
 from attnserve.v1.inference_service_pb2_grpc import InferenceServiceStub
+from attnserve_server.app import Application
 from attnserve_server.transport.servicer import SERVICE
 from google.rpc import error_details_pb2, status_pb2
+from http_calls import call
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SENT = (("x-request-id", "mine"), ("traceparent", f"00-{TRACE}-00f067aa0ba902b7-01"), ("tracestate", "a=1"))
@@ -89,3 +91,33 @@ async def test_calls_do_not_share_them(channel: grpc.aio.Channel) -> None:
     )
     assert [one.receipt.request_id for one in answers[:20]] == [f"r{number}" for number in range(20)]
     assert len(answers[20].receipt.request_id) == 32
+
+
+PATHS = ["/v1/models", "/openapi.json", "/v1/models/none", "/none", "/rerank"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_every_path_of_rest_returns_them(server: Application, path: str) -> None:
+    answer = await call(server.rest_port, "GET", path, None, dict(SENT))
+    assert {key: answer.headers[key] for key, _ in SENT} == dict(SENT)
+    bare = await call(server.rest_port, "GET", path)
+    assert not bare.headers.keys() & {"traceparent", "tracestate"}
+
+
+async def test_a_refusal_over_rest_logs_them(server: Application, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
+        answer = await call(server.rest_port, "POST", "/v1/models/none:infer", {"sequences": ["a"]}, dict(SENT))
+        assert answer.status == 404
+        await call(server.rest_port, "POST", "/v1/models/none:infer", {"sequences": ["a"]})
+    first, other = [one for one in lines if one["event"] == "request refused"]
+    assert (first["request_id"], first["trace_id"]) == ("mine", TRACE)
+    assert other["request_id"] != "mine"
+    assert "trace_id" not in other
+
+
+async def test_headers_that_are_not_valid_are_ignored(server: Application) -> None:
+    sent = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7", "tracestate": "a=1"}
+    answer = await call(server.rest_port, "GET", "/v1/models", None, sent)
+    assert answer.status == 200
+    assert not answer.headers.keys() & sent.keys()

@@ -14,7 +14,9 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from attnserve_server.access.guard import Access
+from attnserve_server.observability.trace_context import KEYS
 from attnserve_server.transport.http import HttpServer
+from attnserve_server.transport.identity import identified
 from attnserve_server.transport.receiving import ReceiveBounds
 from attnserve_server.transport.rest import native, oip, openai, rerank
 from attnserve_server.transport.rest.bodies import Bodies
@@ -91,7 +93,7 @@ def application(rest: Rest, access: Access, further: Sequence[BaseRoute] = ()) -
     routes = [Route(one.path, Served(one, rest), methods=[one.method]) for one in endpoints()]
     app = Starlette(routes=[*further, *routes], exception_handlers={HTTPException: _unrouted})
     app.router.redirect_slashes = False
-    checked = guarded(app, access)
+    checked = identified(guarded(app, access))
     if not rest.settings.cors_origin:
         return checked
     # Outside of the guard: a browser sends no token before it knows that it may.
@@ -99,8 +101,8 @@ def application(rest: Rest, access: Access, further: Sequence[BaseRoute] = ()) -
         checked,
         allow_origins=rest.settings.cors_origin,
         allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type", REQUEST_ID, JSON_BYTES],
-        expose_headers=[REQUEST_ID, "retry-after", JSON_BYTES],
+        allow_headers=["authorization", "content-type", JSON_BYTES, *sorted(KEYS)],
+        expose_headers=["retry-after", JSON_BYTES, *sorted(KEYS)],
     )
 
 
