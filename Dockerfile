@@ -16,14 +16,14 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir -p client/attnserve_client proto/attnserve server/attnserve_server
 
 FROM build AS build-gpu
-RUN /opt/pip/bin/pip --python /opt/attnserve/bin/python3 install ".[server-gpu]" "onnxruntime-gpu[cuda,cudnn]"
+RUN /opt/pip/bin/pip --python /opt/attnserve/bin/python3 install ".[otel,server-gpu]" "onnxruntime-gpu[cuda,cudnn]"
 COPY client/attnserve_client client/attnserve_client
 COPY proto/attnserve proto/attnserve
 COPY server/attnserve_server server/attnserve_server
 RUN /opt/pip/bin/pip --python /opt/attnserve/bin/python3 install --no-deps --force-reinstall .
 
 FROM build AS build-cpu
-RUN /opt/pip/bin/pip --python /opt/attnserve/bin/python3 install ".[server]"
+RUN /opt/pip/bin/pip --python /opt/attnserve/bin/python3 install ".[otel,server]"
 COPY client/attnserve_client client/attnserve_client
 COPY proto/attnserve proto/attnserve
 COPY server/attnserve_server server/attnserve_server

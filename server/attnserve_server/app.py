@@ -23,9 +23,9 @@ from attnserve_server.lifetime import write_ports
 from attnserve_server.local_models import LocalModels
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import Metrics
+from attnserve_server.observability.trace_context import FLUSH_S, tracing_of
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.admin import ModelServicer
-from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import Health
 from attnserve_server.transport.http import HttpServer, Pages, routes
 from attnserve_server.transport.peak import log_peak
@@ -33,6 +33,7 @@ from attnserve_server.transport.receiving import ReceiveBounds
 from attnserve_server.transport.rest.exchange import Rest
 from attnserve_server.transport.rest.server import RestServer
 from attnserve_server.transport.server import GrpcServer
+from attnserve_server.transport.traced import plane_of
 from attnserve_server.transport.who import guarded
 from attnserve_server.wanted import ready_models
 
@@ -53,7 +54,8 @@ class Application:
         self.metrics = Metrics()
         self.catalog = Catalog()
         self.health = Health()
-        self.plane = DataPlane(self.catalog, settings, self.clock)
+        self.tracing = tracing_of(settings, self.metrics, self.clock)
+        self.plane = plane_of(self.catalog, settings, self.clock, self.tracing)
         buckets = Buckets(MAX_TOKENS)
         self.keeper = Keeper(settings, self.metrics, buckets)
         access = self.access = Access(self.keeper.start(), self.metrics, self.clock, buckets)
@@ -133,6 +135,8 @@ class Application:
         self.health.close()
         left_s = max(_LEAST_STOP_S, end - self.clock.now())
         await asyncio.gather(self.grpc.stop(left_s), self.rest.stop(left_s))
+        if self.tracing is not None:
+            await self.tracing.aclose(min(FLUSH_S, max(_LEAST_STOP_S, end - self.clock.now())))
 
     def reread(self) -> None:
         """Read the files of TLS and tokens, and the repository again now: for SIGHUP."""
@@ -149,6 +153,8 @@ class Application:
         await asyncio.gather(self.http.stop(), self.rest.stop(0), self.lifecycle.aclose())
         await self.models.aclose()
         self.plane.close()
+        if self.tracing is not None:
+            await self.tracing.aclose(_LEAST_STOP_S)
 
     async def _watch(self) -> None:
         """Report NOT_SERVING for a model while one of its runs takes too long. Nothing can end the run."""

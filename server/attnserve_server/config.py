@@ -19,7 +19,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from attnserve_server.config_bounds import MIB, Bounds, Count, size_of
 from attnserve_server.config_engines import EngineSettings
 from attnserve_server.config_models import ModelSettings
-from attnserve_server.config_reach import ReachSettings
+from attnserve_server.config_reach import ReachSettings, why_no_spans
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.machine import is_loopback, suits_processes
 
@@ -191,6 +191,21 @@ class Serving(ModelSettings, ReachSettings, EngineSettings):
         "info",
         description="Minimum level of logged lines. Default: `info`, which shows invalid requests, not every answer.",
     )
+
+    tracing: bool = Field(
+        False,
+        description="Send spans of requests and batches to an OpenTelemetry collector, by OTLP over gRPC, and put "
+        "trace ids on latency histograms. The variables `OTEL_*` state where, and which share; needs the extra `otel`. "
+        "Default: false, as only you know the collector.",
+    )
+
+    @field_validator("tracing")
+    @classmethod
+    def _exports(cls, value: bool) -> bool:
+        wrong = why_no_spans(os.environ) if value else ""
+        if wrong:
+            raise ValueError(wrong)
+        return value
 
     @field_validator("cuda_graphs")
     @classmethod

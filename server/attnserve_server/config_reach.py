@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from importlib import util
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,25 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def why_no_spans(environment: Mapping[str, str]) -> str:
+    """Return why spans cannot be exported, with the remedy; empty if they can be. `environment`: variables."""
+    try:
+        found = util.find_spec("opentelemetry.exporter.otlp.proto.grpc") and util.find_spec("opentelemetry.sdk")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        return "the packages of OpenTelemetry are not installed: pip install 'attnserve[otel]'"
+    if (exporter := environment.get("OTEL_TRACES_EXPORTER", "").strip()) not in {"", "otlp", "none"}:
+        return f"the variable OTEL_TRACES_EXPORTER is {exporter!r}; only otlp is supported: set that, or unset it"
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        if protocol := environment.get(name, "").strip():
+            remedy = "unset it, and use the collector's port for gRPC, usually 4317"
+            return (
+                "" if protocol == "grpc" else f"the variable {name} is {protocol!r}; only grpc is supported: {remedy}"
+            )
+    return ""
 
 
 class ReachSettings(BaseSettings):

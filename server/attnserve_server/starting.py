@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from attnserve_server.config import Settings
@@ -30,6 +31,7 @@ from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import ModelMetrics
 from attnserve_server.scheduling.scheduler import Scheduler
+from attnserve_server.scheduling.traced import TracedScheduler
 from attnserve_server.scheduling.verifier import Verifier
 from attnserve_server.wanted import scheduling_settings
 
@@ -111,7 +113,9 @@ async def start_model(
     verifier = (
         None if checked is None else Verifier(executor, manifest, checked, clock, metrics, on_isolated=on_isolated)
     )
-    scheduler = Scheduler(
+    tracing = metrics.tracing
+    scheduler_of = Scheduler if tracing is None else partial(TracedScheduler, tracing=tracing)
+    scheduler = scheduler_of(
         executor,
         manifest,
         scheduling_settings(settings, manifest),

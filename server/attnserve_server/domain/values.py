@@ -311,7 +311,7 @@ class RunFacts:
 
     `batch_size`: sequences of the run. `useful_tokens`: their positions that carry data. `computed_tokens`: all
     positions of the run, padding included. `compute_s`: seconds of the run. `instance`: index of its thread. `wide`:
-    whether the run used all cores.
+    whether the run used all cores. `began_s`: its start, in monotonic seconds; only known in the process that ran it.
     """
 
     batch_size: int
@@ -320,6 +320,7 @@ class RunFacts:
     compute_s: float
     instance: int
     wide: bool = False
+    began_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,5 +335,7 @@ class SequenceResult:
     labels: Labels | None = None
     attention_s: float = 0.0
     """Seconds that the reduction of its attention took."""
+    attention_began_s: float = 0.0
+    """When that began, as `RunFacts.began_s`."""
     values: Mapping[str, Array] | None = None
     """With `keep_values`: outputs and, as `attention.<site>`, weights, cropped and not reduced."""

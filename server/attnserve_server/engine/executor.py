@@ -296,7 +296,8 @@ class Executor:
         session = (graph.wide if counts.wide else None) or graph.session_of(instance)
         outputs = session.run(batch.feeds, batch.fetches, handle, exact_shape=batch.unpadded)
         compute_s = self._clock.now() - started
-        facts = RunFacts(batch.size, batch.useful_tokens, batch.computed_tokens, compute_s, instance, counts.wide)
+        tokens = batch.useful_tokens, batch.computed_tokens
+        facts = RunFacts(batch.size, *tokens, compute_s, instance, counts.wide, started)
         counts.runs.append(facts)
         fetched = dict(zip(batch.fetches, outputs, strict=True))
         graph.shapes.check(batch, fetched, filled_up=session.fills_up)
@@ -331,7 +332,7 @@ class Executor:
             if invalid is not None:
                 _log.error("NaN, or a weight that is infinite", extra={"model": manifest.name, "tensor": invalid})
                 return InternalFault()
-            answer, attention_s = None, 0.0
+            answer, attention_s, started = None, 0.0, 0.0
             if sequence.attention is not None:
                 started = self._clock.now()
                 answer = attention.answer(weights, sequence.attention, manifest.sites, sequence.units)
@@ -340,7 +341,7 @@ class Executor:
                 counts.attention_s.append(attention_s := self._clock.now() - started)
             kept = copied(compared_values(batch, fetched, row, sequence, manifest)) if sequence.keep_values else None
             labels = None if sequence.labels is None else labels_of(outputs, sequence, manifest)
-            return SequenceResult(outputs, answer, facts, 0.0, labels, attention_s, kept)
+            return SequenceResult(outputs, answer, facts, 0.0, labels, attention_s, started, kept)
         except Exception:  # noqa: BLE001 - the boundary of one sequence's result: the rest of the batch has its own
             _log.exception("an answer could not be made", extra={"model": manifest.name})
             return InternalFault()

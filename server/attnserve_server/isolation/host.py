@@ -13,7 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from attnserve_server.domain.errors import AttnserveError
 from attnserve_server.domain.values import Priority, SequenceResult
@@ -34,6 +34,9 @@ from attnserve_server.isolation.messages import (
 from attnserve_server.scheduling.queue import Request
 from attnserve_server.scheduling.scheduler import Scheduler
 
+if TYPE_CHECKING:
+    from attnserve_server.observability.tracing import Tracing
+
 Results = asyncio.Future[list[SequenceResult]]
 
 _RESEND_S: Final = 5.0
@@ -49,6 +52,7 @@ class Host:
         board: LoadBoard,
         pulse: Pulse | None = None,
         suspects: Mapping[int, Iterable[int]] | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """Begin without fronts.
 
@@ -57,7 +61,9 @@ class Host:
             board: for its load.
             pulse: of the process; states while suspects run.
             suspects: numbers of requests, by that of their front. A front that has nothing of them sends `Resent`.
+            tracing: takes the spans of requests whose front traces them; None: they have none here.
         """
+        self.tracing = tracing
         self._scheduler = scheduler
         self._board = board
         self._fronts: set[_Front] = set()
@@ -225,6 +231,8 @@ class _Front:
     def start(self, message: Ask) -> bool:
         """Submit a request. Return False if it was refused."""
         request = Request(message.request_id, message.deadline_s, message.received_bytes, message.caller)
+        if message.trace is not None and self._host.tracing is not None:
+            request.trace = self._host.tracing.remote(*message.trace)
         sequences = self._inbox.sequences(message)
         for one in sequences:
             one.origin = self.number, message.number

@@ -45,6 +45,8 @@ INLINE_BYTES: Final = 4096
 
 Place = bytes | tuple[int, int]
 """The bytes of an array, or their offset and size in the sender's arena."""
+TraceParent = Annotated[str, msgspec.Meta(pattern=r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")]
+TraceState = Annotated[str, msgspec.Meta(max_length=512)]
 
 
 class ArrayMessage(msgspec.Struct, array_like=True, gc=False):
@@ -87,6 +89,7 @@ class Ask(msgspec.Struct, array_like=True, tag=True):
     priority: int
     sequences: list[SequenceMessage]
     caller: str = ""
+    trace: tuple[TraceParent, TraceState] | None = None
 
 
 class Withdraw(msgspec.Struct, array_like=True, tag=True, gc=False):
@@ -151,7 +154,7 @@ class Outbox:
 
     def ask(
         self, number: int, request_id: str, deadline_s: float | None, received_bytes: int, priority: int,
-        sequences: Sequence[PreparedSequence], caller: str = "",
+        sequences: Sequence[PreparedSequence], caller: str = "", trace: tuple[str, str] | None = None,
     ) -> bytes:  # fmt: skip
         """Encode a request. Call `sent` once it is sent, and `ended` at its end."""
         write = partial(self._place, number)
@@ -159,7 +162,7 @@ class Outbox:
         if number in self._held:
             self._open.add(number)
             self._unread.add(number)
-        return ENCODER.encode(Ask(number, request_id, deadline_s, received_bytes, priority, parts, caller))
+        return ENCODER.encode(Ask(number, request_id, deadline_s, received_bytes, priority, parts, caller, trace))
 
     def answer(self, number: int, results: Sequence[SequenceResult]) -> bytes:
         """Encode the results of a request."""

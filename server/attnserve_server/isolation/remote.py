@@ -226,6 +226,7 @@ class RemoteScheduler:
             priority.value,
             sequences,
             request.caller,
+            None if request.trace is None else request.trace.sent,
         )
         request.admit(now)
         pending = self._pending[number] = _Pending(request, asked, demand)

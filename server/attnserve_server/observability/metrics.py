@@ -6,7 +6,7 @@ Labels are models, versions and small closed sets; never text from a caller, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
 
@@ -14,6 +14,9 @@ from attnserve_server.observability import spec as declared
 from attnserve_server.observability.logs import dropped_lines
 from attnserve_server.observability.process_metrics import ProcessMetrics
 from attnserve_server.observability.tally import Counter, CounterSeries, Exported, Family, Gauge, Histogram, MetricSpec
+
+if TYPE_CHECKING:
+    from attnserve_server.observability.tracing import Tracing
 
 MODEL: Final = ("model", "version")
 CHECK_OUTCOMES: Final = ("equal", "different", "dropped", "failed")
@@ -194,6 +197,7 @@ class ModelMetrics:
     def __init__(self, metrics: Metrics, model: str, version: str) -> None:
         self._metrics = metrics
         self._labels = (model, version)
+        self.tracing = metrics.tracing
         self.sequences = metrics.counter(SEQUENCES).labels(*self._labels)
         self.queue_seconds = metrics.histogram(QUEUE_SECONDS).labels(*self._labels)
         self.compute_seconds = metrics.histogram(COMPUTE_SECONDS).labels(*self._labels)
@@ -277,6 +281,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.processes = ProcessMetrics()
+        self.tracing: Tracing | None = None  # takes spans, with `--tracing`; set before models
         self.registry.register(self.processes)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)

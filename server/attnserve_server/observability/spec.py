@@ -58,3 +58,9 @@ CERTIFICATE_END: Final = MetricSpec(
     "attnserve_certificate_not_after_timestamp_seconds",
     "When the server's certificate expires, in seconds of the epoch.",
 )
+SPANS: Final = MetricSpec(
+    Counter,
+    "attnserve_spans_total",
+    "Spans of `--tracing` that were `exported`, or lost: `queue_full`, as the collector is too slow, or `failed`.",
+    ("outcome",),
+)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 S = TypeVar("S")
@@ -81,20 +82,26 @@ class GaugeSeries:
 
 
 class HistogramSeries:
-    """Observations, counted by bucket, and their sum."""
+    """Observations, counted by bucket, and their sum. `exemplars`: the newest of each bucket that has one."""
 
-    __slots__ = ("bounds", "counts", "created", "total")
+    __slots__ = ("bounds", "counts", "created", "exemplars", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
         self.counts = [0] * (len(self.bounds) + 1)
         self.total = 0.0
         self.created = _now()
+        self.exemplars: dict[int, tuple[str, float, float]] = {}
+        """By bucket: the id of a trace, the value, and when it was observed, in seconds of the epoch."""
 
     def observe(self, value: float, times: int = 1) -> None:
         """Add an observation, or the same one several times."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
+
+    def exemplify(self, value: float, trace_id: str) -> None:
+        """Name the trace of an observation, in addition to `observe`."""
+        self.exemplars[bisect_left(self.bounds, value)] = trace_id, value, _now()
 
 
 class Family(Generic[S]):
@@ -216,20 +223,28 @@ class Histogram(Family[HistogramSeries]):
         return HistogramSeries(self.buckets)
 
     def _numbers(self, one: HistogramSeries) -> tuple[Any, ...]:
-        return one.counts, one.total, one.created
+        return one.counts, one.total, one.created, list(one.exemplars.items())
 
     def _join(self, one: HistogramSeries, *numbers: Any) -> None:
-        counts, total, created = numbers
+        counts, total, created, exemplars = numbers
         one.counts = [mine + other for mine, other in zip(one.counts, counts, strict=True)]
         one.total += total
         one.created = min(one.created, created)
+        for bucket, found in exemplars:
+            if bucket not in one.exemplars or one.exemplars[bucket][2] < found[2]:
+                one.exemplars[bucket] = tuple(found)
 
     def exported(self) -> Metric:
-        """Return the family as prometheus_client exports it: cumulative counts, `+Inf` last."""
+        """Return the family as prometheus_client exports it: cumulative counts, `+Inf` last.
+
+        Exemplars are on pages of the OpenMetrics format only.
+        """
         made = HistogramMetricFamily(self.name, self.text, labels=self.label_names)
         names = [*map(floatToGoString, self.buckets), "+Inf"]
         for values, one in list(self.series.items()):
-            cumulative = list(zip(names, accumulate(one.counts), strict=True))
+            cumulative: list[Any] = list(zip(names, accumulate(one.counts), strict=True))
+            for bucket, (trace_id, value, at) in one.exemplars.items():
+                cumulative[bucket] += (Exemplar({"trace_id": trace_id}, value, at),)
             made.add_metric(values, cumulative, one.total)
             labels = dict(zip(self.label_names, values, strict=True))
             made.add_sample(f"{self.name}_created", labels, one.created)

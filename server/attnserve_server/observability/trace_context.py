@@ -6,16 +6,26 @@ as the specification demands of `traceparent`: a proxy in between must not make 
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from attnserve_server.config import Settings
+from attnserve_server.domain.clock import Clock
+from attnserve_server.observability.metrics import Metrics
+
+if TYPE_CHECKING:
+    from attnserve_server.observability.tracing import Tracing
+
 MAX_TRACESTATE: Final = 512
 """Characters of the longest `tracestate` that is passed on. Source: W3C Trace Context, 3.3.1.5."""
+FLUSH_S: Final = 2.0
+"""Seconds that the spans of a process have at its end, within its grace period."""
 KEYS: Final = frozenset({"x-request-id", "traceparent", "tracestate"})
 _REQUEST_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
 _TRACEPARENT: Final = re.compile(
@@ -89,3 +99,30 @@ def enter(context: CallContext) -> None:
     CALL.set(context)
     fields = {"request_id": context.request_id, "trace_id": context.trace_id}
     structlog.contextvars.bind_contextvars(**{key: value for key, value in fields.items() if value})
+
+
+def tracing_of(settings: Settings, metrics: Metrics, clock: Clock) -> Tracing | None:
+    """Return what makes and exports the spans of this process, also as `metrics.tracing`; None without `--tracing`.
+
+    Call it before models are loaded. Raises TracingUnavailable.
+    """
+    if not settings.tracing or not is_exported(os.environ):
+        return None
+    from attnserve_server.observability.tracing import Tracing  # noqa: PLC0415 - needs the extra `otel`
+
+    metrics.tracing = Tracing(metrics, clock)
+    return metrics.tracing
+
+
+def check_tracing(settings: Settings) -> None:
+    """Raise TracingUnavailable if `tracing_of` will in another process of this server."""
+    if settings.tracing and is_exported(os.environ):
+        from attnserve_server.observability import tracing  # noqa: PLC0415 - as above
+
+        tracing.check()
+
+
+def is_exported(environment: Mapping[str, str]) -> bool:
+    """Return whether spans are exported, by the standard variables that turn that off for all programs."""
+    disabled = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    return not disabled and environment.get("OTEL_TRACES_EXPORTER", "").strip() != "none"

@@ -20,6 +20,7 @@ from attnserve_server.lifetime import EXIT_DRAINED, EXIT_FAULTED, end_now
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle
 from attnserve_server.observability.metrics import Metrics
+from attnserve_server.observability.trace_context import FLUSH_S, tracing_of
 from attnserve_server.processes.child import Parent, run
 from attnserve_server.processes.control import (
     ARENA_BYTES,
@@ -47,6 +48,7 @@ class EngineProcess:
         self._clock = MonotonicClock()
         self._began_s = self._clock.now()
         self._metrics = Metrics()
+        self._tracing = tracing_of(settings, self._metrics, self._clock)
         self._end = asyncio.Event()
         self._faulted = False
         board, occupancy = supervisor.given
@@ -81,7 +83,8 @@ class EngineProcess:
             self._report(ModelState.FAILED, why_not_loaded(error, self._manifest.name, self._manifest.version))
             await self._end.wait()
             return EXIT_DRAINED
-        host = self._host = Host(started.scheduler, self._board, self._supervisor.pulse, start.suspects)
+        pulse, tracing = self._supervisor.pulse, self._tracing
+        host = self._host = Host(started.scheduler, self._board, pulse, start.suspects, tracing)
         manifest, provider = started.opened.bundle.manifest, started.executor.provider
         if start.isolated:
             started.scheduler.isolate()
@@ -90,6 +93,8 @@ class EngineProcess:
         await started.scheduler.drain()
         await started.aclose()
         host.close()
+        if tracing is not None:
+            await tracing.aclose(min(FLUSH_S, self._settings.drain_grace_s))
         return EXIT_FAULTED if self._faulted else EXIT_DRAINED
 
     async def _attach(self, message: Attach) -> None:

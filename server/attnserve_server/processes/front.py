@@ -20,6 +20,7 @@ from attnserve_server.config import Settings
 from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.lifetime import EXIT_DRAINED
 from attnserve_server.observability.metrics import Metrics
+from attnserve_server.observability.trace_context import FLUSH_S, tracing_of
 from attnserve_server.processes.changing import RemoteLifecycle
 from attnserve_server.processes.child import Parent, run
 from attnserve_server.processes.control import (
@@ -36,16 +37,17 @@ from attnserve_server.processes.control import (
 from attnserve_server.processes.front_models import FrontModels, Message
 from attnserve_server.scheduling.catalog import Catalog
 from attnserve_server.transport.admin import ModelServicer
-from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import Health
 from attnserve_server.transport.http import Page, routes
 from attnserve_server.transport.receiving import ReceiveBounds
 from attnserve_server.transport.rest.exchange import Rest
 from attnserve_server.transport.rest.server import RestServer
 from attnserve_server.transport.server import GrpcServer
+from attnserve_server.transport.traced import plane_of
 from attnserve_server.wanted import shared_among
 
 _LEAST_STOP_S: Final = 0.5
+_LEAST_FLUSH_S: Final = 0.1
 _numbers = count(1)
 
 
@@ -60,7 +62,8 @@ class FrontProcess:
         self._metrics = Metrics()
         self._catalog = Catalog()
         self._health = Health()
-        self._plane = DataPlane(self._catalog, settings, self._clock)
+        self._tracing = tracing_of(settings, self._metrics, self._clock)
+        self._plane = plane_of(self._catalog, settings, self._clock, self._tracing)
         (buckets,) = supervisor.given
         self._access = Access(start.material, self._metrics, self._clock, Buckets(MAX_TOKENS, buckets))
         os.close(buckets)
@@ -152,6 +155,8 @@ class FrontProcess:
         left_s = max(_LEAST_STOP_S, end - self._clock.now())
         await asyncio.gather(self._grpc.stop(left_s), self._rest.stop(left_s))
         self._plane.close()
+        if self._tracing is not None:
+            await self._tracing.aclose(min(FLUSH_S, max(_LEAST_FLUSH_S, end - self._clock.now())))
 
     def _send(self, message: msgspec.Struct) -> None:
         self._supervisor.link.send(ENCODER.encode(message))

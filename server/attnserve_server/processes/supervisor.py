@@ -29,6 +29,7 @@ from attnserve_server.lifecycle import Lifecycle
 from attnserve_server.lifetime import write_ports
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import LOG_LINES_DROPPED, Metrics
+from attnserve_server.observability.trace_context import check_tracing
 from attnserve_server.processes.changing import change
 from attnserve_server.processes.children import Children, Reserve
 from attnserve_server.processes.control import ChangeModels, Drain, FrontStart, PageAnswer, PageRequest
@@ -63,11 +64,12 @@ class Supervisor:
         """Read the files of TLS and tokens.
 
         Raises:
-            AttnserveError: one of them cannot be used.
+            AttnserveError: one of them cannot be used, or spans cannot be exported.
             StartFailed: the system has no shared memory without a file.
         """
         if not hasattr(os, "memfd_create"):
             raise StartFailed("isolation process needs Linux: set --isolation none")
+        check_tracing(settings)
         self.settings = settings
         self.clock = clock or MonotonicClock()
         self.metrics = Metrics()

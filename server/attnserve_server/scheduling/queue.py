@@ -24,8 +24,9 @@ from attnserve_server.scheduling.admission import Demand
 from attnserve_server.scheduling.policy import Candidate
 from attnserve_server.scheduling.turns import Turns
 
-if TYPE_CHECKING:  # the engine imports the runtime, which a front process does without
+if TYPE_CHECKING:  # the engine imports the runtime, which a front process does without; traces need an extra
     from attnserve_server.engine.session import RunHandle
+    from attnserve_server.observability.tracing import Trace
 
 _length_key: Final = attrgetter("length_key")
 
@@ -69,7 +70,7 @@ class Request:
 
     __slots__ = (
         *("_results", "_waiter", "arrived_s", "caller", "deadline_s", "entries", "received_bytes", "request_id"),
-        "state",
+        *("state", "trace"),
     )
 
     def __init__(
@@ -90,6 +91,8 @@ class Request:
         self.state = State.RECEIVED
         self.arrived_s = 0.0
         """When it was admitted, in monotonic seconds."""
+        self.trace: Trace | None = None
+        """Where its spans go; None: it has none."""
         self.entries: list[Entry] = []
         self._results: dict[int, SequenceResult] = {}
         self._waiter: asyncio.Future[list[SequenceResult]] | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attnserve.v1 import inference_service_pb2, model_pb2
 
@@ -35,6 +35,9 @@ from attnserve_server.transport.status import name_of_code
 from attnserve_server.transport.validation import ValidRequest, check_model_reference, validate
 from attnserve_server.transport.wire import Received, Splice
 
+if TYPE_CHECKING:
+    from attnserve_server.observability.tracing import Tracing
+
 T = TypeVar("T")
 Encoder = Callable[[Prepared, list[SequenceResult], Clock], T]
 """Encodes the results of a request; the clock times that."""
@@ -53,6 +56,9 @@ STATES: Final = {
 
 class DataPlane:
     """Answers requests from the catalog's models. Event loop only."""
+
+    tracing: Tracing | None = None
+    """Takes spans, in `traced`; here: none."""
 
     def __init__(self, catalog: Catalog, settings: Settings, clock: Clock) -> None:
         self._catalog = catalog

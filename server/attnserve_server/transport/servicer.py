@@ -236,7 +236,7 @@ class RpcMetrics:
                 code = name_of_code(error, remaining_s(context))
                 raise
             except grpc.aio.AbortError:
-                code = _aborted_with(context)
+                code = aborted_with(context)
                 raise
             except Exception as error:  # noqa: BLE001 - the boundary of an RPC
                 status = _status_of(error, method)
@@ -341,7 +341,8 @@ def _status_of(error: Exception, method: str) -> status_pb2.Status:
     return status_of(cause, request_id)
 
 
-def _aborted_with(context: Context) -> str:
+def aborted_with(context: Context) -> str:
+    """Return the code that a call was aborted with."""
     # After an abort, gRPC holds the code as a number, unlike its declared type.
     number: Any = context.code()
     return next(code.name for code in grpc.StatusCode if number in (code, code.value[0]))

@@ -7,6 +7,7 @@ fixture removes these variables. Invalid settings raise SettingsInvalid, which l
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -267,3 +268,26 @@ def test_insecure_is_a_flag_without_a_value(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("attnserve_server.cli.serve.serving", lambda *_: contextlib.nullcontext())
     assert CliRunner().invoke(app, ["serve", "--insecure", "--host", "0.0.0.0"]).exit_code == 0
     assert seen[0].insecure
+
+
+def test_tracing_without_its_packages_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SettingsInvalid, match=r"--tracing .*: .*pip install 'attnserve\[otel\]'"):
+        Settings.load({"tracing": True})
+    assert not Settings.load({}).tracing
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_TRACES_EXPORTER", "zipkin"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
+        ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json"),
+    ],
+)
+def test_tracing_by_another_exporter_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsInvalid, match=f"{name} is '{value}'"):
+        Settings.load({"tracing": True})
+    monkeypatch.setenv(name, "otlp" if name == "OTEL_TRACES_EXPORTER" else "grpc")
+    assert Settings.load({"tracing": True}).tracing

@@ -31,6 +31,7 @@ UNUSED: dict[str, str] = {
     "attnserve_refusal_seconds": "for tests of overload: refusals are counted by cause in a panel",
     "attnserve_unread_bytes": "bounded, and large answers of slow readers are refused with a cause",
     "attnserve_log_lines_dropped_total": "the log states the number itself, once it is read again",
+    "attnserve_spans_total": "lost spans harm no request, and the log states why exports fail",
     "attnserve_padded_tokens_total": "deprecated: exported for one release, for dashboards of users",
 }
 
@@ -234,10 +235,10 @@ def test_image_carries_one_runtime_only() -> None:
     stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
     installs = {stage.split(" AS ")[1].split()[0]: stage for stage in stages if " install " in stage}
     assert installs.keys() == {"build-cpu", "build-gpu"}
-    assert ".[server]" in installs["build-cpu"]
+    assert ".[otel,server]" in installs["build-cpu"]
     assert "gpu" not in installs["build-cpu"].partition("\n")[2]
-    assert ".[server-gpu]" in installs["build-gpu"]
-    assert ".[server]" not in installs["build-gpu"]
+    assert ".[otel,server-gpu]" in installs["build-gpu"]
+    assert ",server]" not in installs["build-gpu"]
 
 
 def test_probe_uses_the_variables_and_defaults_of_the_settings() -> None:

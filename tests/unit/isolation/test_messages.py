@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 
+import msgspec
 import numpy as np
 import pytest
 from attnserve_server.domain import errors
@@ -170,3 +171,26 @@ def test_an_error_that_is_none_of_the_domain_is_an_internal_fault() -> None:
 def test_every_error_of_the_domain_is_found_by_its_name() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AttnserveError)]
     assert all(getattr(errors, kind.__name__) is kind for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("trace", "valid"),
+    [
+        (None, True),
+        ((f"00-{'a' * 32}-{'1' * 16}-01", ""), True),
+        ((f"00-{'a' * 32}-{'1' * 16}-01", "b=" + "c" * 510), True),
+        ((f"00-{'a' * 32}-{'1' * 16}-01", "b=" + "c" * 511), False),
+        ((f"00-{'A' * 32}-{'1' * 16}-01", ""), False),
+        ((f"00-{'a' * 32}-{'1' * 16}-01\n", ""), False),
+        (("", ""), False),
+    ],
+)
+async def test_a_trace_context_arrives_only_in_its_form(trace: tuple[str, str] | None, *, valid: bool) -> None:
+    sent = Ends().outbox.ask(1, "id", None, 1, 0, [PreparedSequence({}, {}, ())], "", trace)
+    if not valid:
+        with pytest.raises(msgspec.ValidationError):
+            TO_ENGINE.decode(sent)
+        return
+    message = TO_ENGINE.decode(sent)
+    assert isinstance(message, Ask)
+    assert message.trace == trace

@@ -69,3 +69,33 @@ def test_a_gauge_is_read_from_its_function() -> None:
 def test_a_wrong_number_of_labels_raises_value_error() -> None:
     with pytest.raises(ValueError, match="calls_total has the labels kind; got 2 values"):
         tally.Counter("calls_total", "Calls.", ("kind",)).labels("a", "b")
+
+
+def test_an_exemplar_is_on_pages_of_the_openmetrics_format_only() -> None:
+    waits = tally.Histogram("wait_seconds", "Waits.", ("kind",), BOUNDS)
+    registry = CollectorRegistry()
+    registry.register(tally.Exported((waits,)))
+    for value in (0.25, 0.75, 9.0):
+        waits.labels("a").observe(value)
+    waits.labels("a").exemplify(0.75, "ab12")
+    waits.labels("a").exemplify(9.0, "cd34")
+    page = openmetrics(registry).decode()
+    assert re.search(r'le="1.0"} 2.0 # {trace_id="ab12"} 0.75 \d+', page)
+    assert re.search(r'le="\+Inf"} 3.0 # {trace_id="cd34"} 9.0 \d+', page)
+    assert page.count("trace_id") == 2
+    assert "trace_id" not in generate_latest(registry).decode()
+
+
+def test_of_the_exemplars_of_several_processes_the_newest_counts() -> None:
+    one, other, joined = (tally.Histogram("wait_seconds", "Waits.", (), BOUNDS) for _ in range(3))
+    for family, trace in ((one, "old"), (other, "new")):
+        family.labels().observe(0.75)
+        family.labels().exemplify(0.75, trace)
+    other.labels().exemplify(0.25, "alone")
+    at = other.labels().exemplars[1][2] + 1
+    other.labels().exemplars[1] = "new", 0.75, at
+    joined.add(other.values())
+    joined.add(one.values())
+    assert joined.labels().exemplars[1] == ("new", 0.75, at)
+    assert joined.labels().exemplars[0][0] == "alone"
+    assert joined.labels().counts == [0, 2, 0, 0]

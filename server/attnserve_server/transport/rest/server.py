@@ -24,6 +24,7 @@ from attnserve_server.transport.rest.document import document_handler, page_hand
 from attnserve_server.transport.rest.errors import REQUEST_ID, MethodNotAllowed, PathNotFound, response_of
 from attnserve_server.transport.rest.exchange import Endpoint, Rest, Served
 from attnserve_server.transport.rest.oip_bodies import JSON_BYTES
+from attnserve_server.transport.traced import endpoint_of
 from attnserve_server.transport.who import guarded
 
 
@@ -90,7 +91,14 @@ def application(rest: Rest, access: Access, further: Sequence[BaseRoute] = ()) -
         access: who may call.
         further: other routes of the same port.
     """
-    routes = [Route(one.path, Served(one, rest), methods=[one.method]) for one in endpoints()]
+    routes = [
+        Route(
+            one.path,
+            endpoint_of(Served(one, rest), one.method, one.path, rest.metrics, rest.clock, rest.plane),
+            methods=[one.method],
+        )
+        for one in endpoints()
+    ]
     app = Starlette(routes=[*further, *routes], exception_handlers={HTTPException: _unrouted})
     app.router.redirect_slashes = False
     checked = identified(guarded(app, access))
