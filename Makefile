@@ -19,7 +19,7 @@ DEMO := .demo
 DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve quick test coverage check format e2e dist changelog proto client docs bench acceptance peers complexity \
+.PHONY: help demo serve quick test coverage browser check format e2e dist changelog proto client docs bench acceptance peers complexity \
 	batching foreign foreign-short clients schemas fuzz fuzz-short fuzz-batching faults faults-full soak image clean
 
 help: ## List the targets
@@ -63,16 +63,20 @@ serve: $(VENV)/.run $(DEMO_BUNDLE) ## Serve the demo's model on localhost:8001 u
 quick: $(VENV)/.quick ## Run the unit tests that need no torch, in two to five minutes
 	$(BIN)/python -m pytest --quick --numprocesses auto tests/unit $(PYTEST_ARGS)
 
-test: $(VENV)/.dev ## Run the tests (all but coverage and e2e), with branch coverage
+test: $(VENV)/.dev ## Run the tests (all but coverage, e2e and browser), with branch coverage
 	@rm -f .coverage .coverage.*
 	$(BIN)/python -m coverage run -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-		-m "not e2e and not coverage" $(PYTEST_ARGS)
+		-m "not e2e and not coverage and not browser" $(PYTEST_ARGS)
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --format total > /dev/null || ($(BIN)/python -m coverage report; exit 1)
 	@$(BIN)/python -m coverage report --include='$(WHOLLY_COVERED)' --fail-under 100
 
 coverage: $(VENV)/.dev ## Convert every architecture with every exporter, and write docs/reference/coverage.md
 	$(BIN)/python -m pytest --verbose -m coverage tests/coverage $(PYTEST_ARGS)
+
+browser: $(VENV)/.dev $(DEMO_BUNDLE) ## Test the explorer in Chromium (ATTNSERVE_PICTURES=1 writes docs/pictures)
+	@$(PIP) install --quiet $(CONSTRAINTS) --editable '.[browser]'
+	ATTNSERVE_BROWSER_REPOSITORY=$(abspath $(DEMO)/models) timeout 360 $(BIN)/python -m pytest -m browser tests/browser $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, contract, generated files, prose, spelling
 	$(BIN)/ruff format --check $(SOURCES)
@@ -83,6 +87,7 @@ check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, con
 	$(BIN)/buf format --diff --exit-code
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python proto/generate.py --check
 	$(BIN)/python client/unasync.py --check
+	$(BIN)/python client/offline.py --check
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python docs/prose.py
 	$(BIN)/codespell $(SOURCES) deploy findings .github changelog.d *.md *.toml Makefile Dockerfile buf.yaml
@@ -96,8 +101,9 @@ format: $(VENV)/.dev ## Format everything
 proto: $(VENV)/.dev ## Generate the stubs from the contract
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python proto/generate.py
 
-client: $(VENV)/.dev ## Generate the client for threads from the client for asyncio
+client: $(VENV)/.dev ## Generate the client for threads, and the script of the offline page
 	$(BIN)/python client/unasync.py
+	$(BIN)/python client/offline.py
 
 docs: $(VENV)/.dev ## Generate the reference pages of docs/
 	$(BIN)/python docs/generate.py

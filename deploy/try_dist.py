@@ -31,6 +31,10 @@ NEEDED = (
     "attnserve/v1/inference_service.proto",
     "attnserve_client/py.typed",
     "attnserve_server/py.typed",
+    "attnserve_server/explorer/explore.html",
+    "attnserve_server/explorer/explore.js",
+    "attnserve_server/explorer/shared.css",
+    "attnserve_client/_page/page.js",
 )
 """Files of the wheel that nothing imports when the tests run from the source tree."""
 PACKAGES = {"attnserve", "attnserve_client", "attnserve_server"}

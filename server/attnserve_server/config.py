@@ -31,6 +31,8 @@ _OTHERS = tuple(
         "TRACEBACK",
         "E2E_REPOSITORY",
         "E2E_CACHE",
+        "BROWSER_REPOSITORY",
+        "PICTURES",
         "SERVER",
         "TLS",
         "CA",
@@ -233,7 +235,7 @@ class Serving(ModelSettings, ReachSettings, EngineSettings):
 
     @field_validator(
         *("ports_file", "require_provider", "run_overhead_tokens", "shape_buckets", "cache_dir"),
-        *("tls_cert", "tls_key", "tls_client_ca", "tokens_file"),
+        *("explorer", "tls_cert", "tls_key", "tls_client_ca", "tokens_file"),
         mode="before",
     )
     @classmethod

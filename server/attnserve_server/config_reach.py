@@ -11,6 +11,8 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode
 
+from attnserve_server.domain.machine import is_loopback
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -56,6 +58,11 @@ class ReachSettings(BaseSettings):
         description="Origins, as `https://app.example`, whose pages may call REST from a browser. Default: none, so "
         "that no foreign page can use a server that only this machine reaches.",
     )
+    explorer: bool | None = Field(
+        None,
+        description="Serve the page `/explore` on the REST port, which shows in a browser where a model looks. "
+        "Default: where `--host` is loopback, because only its own user can open it there.",
+    )
     openai_token_ids: bool = Field(
         False,
         description="Accept token ids in `/v1/embeddings`. Default: false, as clients send ids of another tokenizer, "
@@ -95,6 +102,11 @@ class ReachSettings(BaseSettings):
         if wrong:
             raise ValueError(f"{wrong[0]!r} is not an origin; write scheme and host, such as https://app.example")
         return value
+
+    @property
+    def explores(self) -> bool:
+        """Whether the explorer is served: `explorer`, decided for this address."""
+        return is_loopback(self.host) if self.explorer is None else self.explorer
 
     @property
     def merges_ports(self) -> bool:

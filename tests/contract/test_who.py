@@ -30,12 +30,14 @@ from attnserve.v1 import model_service_pb2 as admin
 from attnserve_client import AsyncClient, Client, ServerUnreachable
 from attnserve_client.data_types import Tls, TokenFile
 from attnserve_client.errors import PermissionDenied, Unauthenticated
+from attnserve_server.config import Settings
 from attnserve_server.observability import probe
 from attnserve_server.transport.admin import METHODS
 from attnserve_server.transport.admin import SERVICE as MODEL_SERVICE
 from attnserve_server.transport.oip.servicer import METHODS as OIP_METHODS
 from attnserve_server.transport.oip.servicer import SERVICE as OIP
 from attnserve_server.transport.reflection import CHANNELZ_METHODS
+from attnserve_server.transport.rest.explorer import explorer_endpoints
 from attnserve_server.transport.rest.server import endpoints
 from attnserve_server.transport.servicer import SERVICE
 from attnserve_server.transport.who import SCOPE_OF, path_of
@@ -256,7 +258,7 @@ HTTP: dict[str, tuple[str, str]] = {
     "/metrics/": ("/metrics/", "none"),
     "//metrics": ("//metrics", "none"),
     "/METRICS": ("/METRICS", "none"),
-    "/": ("/", "none"),
+    "/v1": ("/v1", "none"),
     "/docs": ("/docs", "none"),
     "/livez/../metrics": ("/livez/../metrics", "none"),
     "a method of the other port": (f"/{SERVICE}/Infer", "none"),
@@ -301,6 +303,10 @@ REST: dict[str, tuple[str, str, object, str]] = {
     "OIP, shared memory": ("GET", "/v2/systemsharedmemory/status", None, "none"),
     "the document": ("GET", "/openapi.json", None, "infer"),
     "its page": ("GET", "/openapi", None, "infer"),
+    "the explorer": ("GET", "/explore", None, "free"),
+    "a file of the explorer": ("GET", "/explore/explore.js", None, "free"),
+    "the way to the explorer": ("GET", "/", None, "free"),
+    "a folder of the explorer": ("GET", "/explore/a/b", None, "none"),
     "an unknown path": ("GET", "/v1/nothing", None, "none"),
     "a path with a slash": ("GET", "/v1/models/", None, "none"),
     "a path with two slashes": ("POST", "//v1/embeddings", {"model": "tiny", "input": "cat"}, "none"),
@@ -368,7 +374,7 @@ def test_every_path_of_rest_is_served_to_its_scope_alone(secured: Secured, call:
     given = dict(metadata_of(secured, credential)).get("authorization", "")
     status, headers, text_ = secured.rest(method, path, body, given)
     if scope == "free":
-        assert status == 200
+        assert status == (307 if path == "/" else 200)
     elif credential in WRONG:
         assert (status, headers["www-authenticate"]) == (401, "Bearer")
         assert UNAUTHENTICATED in text_
@@ -383,7 +389,7 @@ def test_every_path_of_rest_is_served_to_its_scope_alone(secured: Secured, call:
 
 def test_every_endpoint_of_rest_has_a_row() -> None:
     named = {(method, path_of(path)) for method, path, _, scope in REST.values() if scope != "none"}
-    served = {(one.method, one.path) for one in endpoints()} | {("GET", "/openapi.json"), ("GET", "/openapi")}
+    served = {(one.method, one.path) for one in (*endpoints(), *explorer_endpoints(Settings()))}
     assert named == served
 
 

@@ -39,7 +39,7 @@ class Elements(HTMLParser):
         self.tags.append(tag)
         if tag == "li":
             self.items.append("")
-        if dict(attrs).get("id") == "cue":
+        if "cue" in (dict(attrs).get("class") or "").split():
             self.cue = "hidden" not in dict(attrs)
         if "token" in (dict(attrs).get("class") or "").split():
             self.tokens.append("")

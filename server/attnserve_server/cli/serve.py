@@ -68,9 +68,14 @@ async def _serve(settings: Settings, hard: HardEnd) -> int:
     return await run(Application(settings), settings.drain_grace_s, hard)
 
 
-def _type_of(default: object) -> Any:
-    """Return what the flag of a setting takes: nothing where it turns on what is off; else a text."""
-    return bool | None if default is False else str | None
+def _is_switch(field: FieldInfo) -> bool:
+    """Return whether a setting is decided by the server unless its flag turns it on or off."""
+    return field.annotation == bool | None
+
+
+def _type_of(field: FieldInfo) -> Any:
+    """Return what the flag of a setting takes: nothing where it turns something on, or off; else a text."""
+    return bool | None if field.default is False or _is_switch(field) else str | None
 
 
 def _option(name: str, field: FieldInfo) -> Any:
@@ -79,7 +84,8 @@ def _option(name: str, field: FieldInfo) -> Any:
     if name.endswith("_bytes") and isinstance(field.default, int) and field.default:
         default = size_text(field.default)
     text = f"{field.description} [{variable_of(name)}, default {default}]"
-    return typer.Option(flag_of(name), help=text, metavar="VALUE", show_default=False)
+    flag = f"{flag_of(name)}/--no-{flag_of(name)[2:]}" if _is_switch(field) else flag_of(name)
+    return typer.Option(flag, help=text, metavar="VALUE", show_default=False)
 
 
 def _serve_command() -> Any:
@@ -104,7 +110,7 @@ def _serve_command() -> Any:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[_type_of(field.default), _option(name, field)],
+            annotation=Annotated[_type_of(field), _option(name, field)],
         )
         for name, field in Settings.model_fields.items()
     ]

@@ -32,7 +32,8 @@ from attnserve_server.transport.status import status_of, trailers_of
 from attnserve_server.transport.validation import is_request_id
 
 FREE: Final = ""
-"""The scope of what needs no token: health checks, because monitors seldom hold one."""
+"""The scope of what needs no token: health checks, because monitors seldom hold one, and the explorer's files, which
+hold no data."""
 _HEALTH: Final = "grpc.health.v1.Health"
 SCOPE_OF: Final[Mapping[str, str]] = {
     f"/{SERVICE}/Infer": "infer",
@@ -56,6 +57,9 @@ SCOPE_OF_PATH: Final[Mapping[str, str]] = {
     "/metrics": "metrics",
     "/openapi.json": "infer",
     "/openapi": "infer",
+    "/": FREE,
+    "/explore": FREE,
+    "/explore/{file}": FREE,
     "/v1/models": "infer",
     "/v1/models/{name}:infer": "infer",
     "/v1/models/{name}": "infer",

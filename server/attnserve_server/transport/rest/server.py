@@ -23,6 +23,7 @@ from attnserve_server.transport.rest.bodies import Bodies
 from attnserve_server.transport.rest.document import document_handler, page_handler
 from attnserve_server.transport.rest.errors import REQUEST_ID, MethodNotAllowed, PathNotFound, response_of
 from attnserve_server.transport.rest.exchange import Endpoint, Rest, Served
+from attnserve_server.transport.rest.explorer import explorer_endpoints
 from attnserve_server.transport.rest.oip_bodies import JSON_BYTES
 from attnserve_server.transport.traced import endpoint_of
 from attnserve_server.transport.who import guarded
@@ -91,13 +92,14 @@ def application(rest: Rest, access: Access, further: Sequence[BaseRoute] = ()) -
         access: who may call.
         further: other routes of the same port.
     """
+    served = (*endpoints(), *explorer_endpoints(rest.settings))
     routes = [
         Route(
             one.path,
             endpoint_of(Served(one, rest), one.method, one.path, rest.metrics, rest.clock, rest.plane),
             methods=[one.method],
         )
-        for one in endpoints()
+        for one in served
     ]
     app = Starlette(routes=[*further, *routes], exception_handlers={HTTPException: _unrouted})
     app.router.redirect_slashes = False
@@ -129,8 +131,7 @@ class RestServer:
 
     def __init__(self, rest: Rest, access: Access, *, shared_port: bool = False) -> None:
         """Store the parts. `shared_port`: other processes of this server listen on the port too."""
-        self._rest = rest
-        self._access = access
+        self._rest, self._access = rest, access
         self._shared_port = shared_port
         self._http: HttpServer | None = None
 

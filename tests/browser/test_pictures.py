@@ -1,0 +1,79 @@
+"""Take the pictures of the explorer for the README and the documentation.
+
+With ATTNSERVE_PICTURES=1 they are written to docs/pictures. Their bytes differ between machines with other fonts, so
+that no test compares them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from explored import Open
+from serving import RunningServer
+
+pytestmark = pytest.mark.browser
+
+FOLDER = Path(__file__).parents[2] / "docs/pictures"
+CONTRACT = (
+    "The buyer agrees to assume all liabilities, except those specifically excluded in Schedule B, which includes "
+    "environmental damages from the 1995 incident."
+)
+MOST_BYTES = 200_000
+
+
+def save(page: object, name: str, tmp_path: Path, **options: object) -> None:
+    """Take a picture, into docs/pictures if the variable is set."""
+    folder = FOLDER if os.environ.get("ATTNSERVE_PICTURES") else tmp_path
+    path = folder / name
+    page.screenshot(path=path, **options)  # type: ignore[attr-defined]
+    assert 1_000 < path.stat().st_size < MOST_BYTES
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_picture_of_the_whole_page(minilm: RunningServer, opener: Open, tmp_path: Path, scheme: str) -> None:
+    opened = opener(minilm, viewport={"width": 1100, "height": 1300}, color_scheme=scheme)
+    opened.run(CONTRACT)
+    opened.page.click(".token >> text=excluded")
+    opened.page.evaluate("document.activeElement.blur()")
+    save(opened.page, f"explorer-{scheme}.png", tmp_path)
+
+
+def test_picture_of_all_heads(minilm: RunningServer, opener: Open, tmp_path: Path) -> None:
+    opened = opener(minilm, viewport={"width": 1100, "height": 860})
+    opened.run(CONTRACT)
+    opened.page.click("#depth > summary")
+    opened.page.wait_for_selector(".thumb")
+    opened.page.click(".thumb >> nth=27")
+    opened.settled()
+    opened.page.mouse.move(2, 2)
+    save(opened.page.locator("#depth"), "explorer-heads.png", tmp_path)
+
+
+def test_picture_of_two_texts(minilm: RunningServer, opener: Open, tmp_path: Path) -> None:
+    opened = opener(minilm, "#other=text", viewport={"width": 1100, "height": 860})
+    opened.page.fill("#second", CONTRACT.replace("buyer", "seller"))
+    opened.run(CONTRACT)
+    opened.page.hover(".token >> text=excluded")
+    box = opened.page.locator("#boards").bounding_box()
+    clip = {**box, "height": min(box["height"], 620)}
+    save(opened.page, "explorer-two-texts.png", tmp_path, full_page=True, clip=clip)
+
+
+def test_picture_of_words_left_out(minilm: RunningServer, opener: Open, tmp_path: Path) -> None:
+    opened = opener(minilm, viewport={"width": 1100, "height": 860})
+    opened.run(CONTRACT)
+    opened.page.click(".token >> text=excluded")
+    opened.page.click("text=Leave out each word")
+    opened.page.wait_for_selector("#leave table")
+    save(opened.page.locator("#leave"), "explorer-left-out.png", tmp_path)
+
+
+def test_picture_on_a_phone(minilm: RunningServer, opener: Open, tmp_path: Path) -> None:
+    opened = opener(minilm, viewport={"width": 360, "height": 740}, device_scale_factor=2, has_touch=True)
+    opened.run("Patient takes metformin for diabetes and reports occasional dizziness.")
+    opened.page.tap(".token >> text=dizziness")
+    opened.page.locator("#boards").scroll_into_view_if_needed()
+    opened.page.evaluate("document.querySelector('#answer').scrollIntoView()")
+    save(opened.page, "explorer-phone.png", tmp_path)
