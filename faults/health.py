@@ -1,4 +1,4 @@
-"""Checks of a server's health from a process of its own: `python -m faults.health PORT SECONDS`.
+"""Checks of a server's health from another process: `python -m faults.health PORT SECONDS`.
 
 A row that sends thousands of calls keeps its interpreter busy, and would measure that. The seconds of each check are
 printed as one JSON list.

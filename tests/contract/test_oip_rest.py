@@ -25,7 +25,7 @@ from attnserve_server.domain.errors import Overloaded
 from attnserve_server.model.manifest import OutputSpec
 from attnserve_server.model.repository import write_bundle
 from attnserve_server.observability.spec import HTTP_REQUESTS
-from attnserve_server.transport.oip.calls import TIMINGS
+from attnserve_server.transport.oip.layout import TIMINGS
 from attnserve_server.transport.oip.servicer import SERVICE
 from attnserve_server.transport.rest.oip_bodies import JSON_BYTES
 from gated import Gate, until

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SERVER = ROOT / "server" / "attnserve_server"
 CLIENT = ROOT / "client" / "attnserve_client"
 PROOF = SERVER / "conversion" / "proof"
-MAX_MODULES = 311
+MAX_MODULES = 320
 """Of the server, outside the proof. More means that a reader follows one subject through too many files."""
 MAX_LINES = 350
 MEDIAN_LINES = range(100, 151)

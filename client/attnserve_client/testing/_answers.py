@@ -180,8 +180,8 @@ def attention_of(
         shape: The model's.
         check: Called with the number of tokens or words, which bounds the queries.
     """
-    layers = chosen_layers(selection, shape)
-    heads = [head % shape.heads for head in selection.heads or range(shape.heads)]
+    layers, sent = chosen_layers(selection, shape), selection.to_wire()
+    heads = [head % shape.heads for head in sent.heads or range(shape.heads)]
     rollout = selection.layer_reduction == "rollout"
     scores = selection.values == "scores"
     numbers = _scores if scores else _weights
@@ -199,7 +199,7 @@ def attention_of(
     special = np.array([unit.special for unit in units])
     keys = list(range(len(units)))
     check(len(units))
-    queries = [query % len(units) for query in selection.queries or keys]
+    queries = [query % len(units) for query in sent.queries or keys]
     if selection.special_tokens == "drop":
         keys = [index for index in keys if not special[index]]
         queries = queries if selection.queries else keys
@@ -234,8 +234,8 @@ def attention_of(
 
 def chosen_layers(selection: AttentionSelection, shape: Shape) -> list[int]:
     """Return the positions of the selected sites, ascending."""
-    chosen = {shape.sites.index(name) for name in selection.sites}
-    chosen |= {layer % shape.layers for layer in selection.layers}
+    sent = selection.to_wire()
+    chosen = {shape.sites.index(name) for name in sent.sites} | {layer % shape.layers for layer in sent.layers}
     return sorted(chosen) or list(range(shape.layers))
 
 

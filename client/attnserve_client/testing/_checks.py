@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
-from attnserve.v1 import attention_pb2
+from attnserve.v1 import attention_pb2, tensor_pb2
 from attnserve.v1 import inference_service_pb2 as wire
 
 from attnserve_client._selection import AttentionSelection
@@ -19,9 +19,15 @@ from attnserve_client.testing._answers import AXIS, Shape
 MAX_BATCH: Final = 64
 MAX_REQUEST_ID: Final = 128
 MAX_NAMES: Final = 8
-_CONTRACT: Final = attention_pb2.AttentionSelection.DESCRIPTOR.fields_by_name
-_WEIGHTS: Final = (0, 2, 6, 7)
-"""The data types that weights may have, and none."""
+_CHOICES: Final = {
+    "head_reduction": attention_pb2.HeadReduction.values(),
+    "layer_reduction": attention_pb2.LayerReduction.values(),
+    "unit": attention_pb2.AttentionUnit.values(),
+    "special_tokens": attention_pb2.SpecialTokens.values(),
+    "dtype": [0, tensor_pb2.DATA_TYPE_UINT8, tensor_pb2.DATA_TYPE_FLOAT16, tensor_pb2.DATA_TYPE_FLOAT32],
+    "values": attention_pb2.AttentionValue.values(),
+}
+_FEATURES: Final = [number for number in attention_pb2.AttentionFeature.values() if number]
 
 
 class Violations:
@@ -136,12 +142,10 @@ def _check_sequence(found: Violations, path: str, sequence: wire.Sequence) -> No
 
 def _check_selection(all_found: Violations, sent: attention_pb2.AttentionSelection, shape: Shape, model: str) -> None:
     found = Violations()
-    for name in ("head_reduction", "layer_reduction", "unit", "special_tokens", "dtype", "values"):
-        known = _WEIGHTS if name == "dtype" else [one.number for one in _CONTRACT[name].enum_type.values]
+    for name, known in _CHOICES.items():
         _one_of(found, f"attention.{name}", getattr(sent, name), known)
-    features = [one.number for one in _CONTRACT["features"].enum_type.values if one.number]
     for position, number in enumerate(sent.features):
-        _one_of(found, f"attention.features[{position}]", number, features)
+        _one_of(found, f"attention.features[{position}]", number, _FEATURES)
     if not found:
         if not shape.layers:
             raise AttentionUnavailable(

@@ -222,7 +222,7 @@ class FakeServer:
 
         def check(length: int) -> None:
             if selection is not None:
-                check_queries(selection.queries, length, selection.unit or "token", position)
+                check_queries(selection.to_wire().queries, length, selection.unit or "token", position)
 
         arrays = outputs_of(units, self.shape)
         return wire.SequenceResult(

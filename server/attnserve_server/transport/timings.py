@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from attnserve.v1 import inference_service_pb2
@@ -55,3 +55,7 @@ def timings_of(results: Sequence[SequenceResult], encode_s: float) -> Timings:
         sum([one.attention_s for one in results]),
         encode_s,
     )
+
+
+Clocked = Callable[[], Timings]
+"""Returns where the time of a request went; called once its outputs are written, which it counts as encoding."""

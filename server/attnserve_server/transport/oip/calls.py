@@ -22,14 +22,9 @@ from attnserve_server.transport.oip.rows import in_protocol
 from attnserve_server.transport.oip.usual import Usual
 from attnserve_server.transport.oip.wanted import Wanted
 from attnserve_server.transport.prepared import Opened, Prepared
-from attnserve_server.transport.timings import Timings, timings_of
+from attnserve_server.transport.timings import Clocked, timings_of
 
 T = TypeVar("T")
-Clocked = Callable[[], Timings]
-"""Returns where the time of a request went; called once its outputs are written, which it counts as encoding."""
-TIMINGS: Final = ("queue_ns", "compute_ns", "attention_ns", "encode_ns")
-"""Parameters of an answer, in the order of `Timings`. They are integers, because clients of earlier releases of the
-protocol have no parameters that are fractions."""
 Encode = Callable[[str, str, list[Output], Clocked], T]
 """Writes an answer, from the name and version of the model, the outputs and the timings."""
 _PROCESS: Final = uuid4().hex[:16]

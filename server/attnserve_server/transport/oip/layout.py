@@ -34,6 +34,9 @@ TOP_K: Final = "#top_k"
 """The dimension of links; no axis has this symbol."""
 LINKS: Final = ("query", "key", "weight")
 """What outputs with `top_k` hold of each of the greatest weights."""
+TIMINGS: Final = ("queue_ns", "compute_ns", "attention_ns", "encode_ns")
+"""Parameters of an answer, in the order of `Timings`. They are integers, because clients of earlier releases of the
+protocol have no parameters that are fractions."""
 
 
 @dataclass(frozen=True, slots=True)

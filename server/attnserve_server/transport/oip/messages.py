@@ -13,8 +13,7 @@ from attnserve.oip import open_inference_pb2 as oip
 from attnserve_server.domain.errors import Violations, quoted
 from attnserve_server.transport.fields import DELIMITED, varint
 from attnserve_server.transport.oip.answer import Output
-from attnserve_server.transport.oip.calls import TIMINGS, Clocked
-from attnserve_server.transport.oip.layout import BYTES
+from attnserve_server.transport.oip.layout import BYTES, TIMINGS
 from attnserve_server.transport.oip.wanted import (
     MAX_OUTPUTS,
     NONE,
@@ -24,6 +23,7 @@ from attnserve_server.transport.oip.wanted import (
     read_parameters,
     refuse_parameters,
 )
+from attnserve_server.transport.timings import Clocked
 from attnserve_server.transport.wire import Received, Splice, as_sent
 
 MAX_INPUTS: Final = 1024

@@ -21,6 +21,7 @@ from attnserve_server.transport.oip.messages import encoded, wanted_of
 from attnserve_server.transport.oip.usual import usual_of
 from attnserve_server.transport.servicer import Context, Failure, RpcMetrics, parsed, remaining_s
 from attnserve_server.transport.sockets import address_of
+from attnserve_server.transport.timings import Clocked
 from attnserve_server.transport.unread import SMALL_BYTES, Unread, on_end
 from attnserve_server.transport.validation import check_request_id
 from attnserve_server.transport.wire import receive
@@ -101,7 +102,7 @@ class OipServicer:
                     self._plane.count_refusal(call.prepared, "unread_bytes")
                     raise
 
-            def encode(model: str, version: str, outputs: list[Any], timings: calls.Clocked) -> bytes:
+            def encode(model: str, version: str, outputs: list[Any], timings: Clocked) -> bytes:
                 return encoded(model, version, own_id, outputs, timings).joined()
 
             answer = await call.run(encode)

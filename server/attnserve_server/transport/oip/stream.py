@@ -27,6 +27,7 @@ from attnserve_server.transport.oip.usual import usual_of
 from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, remaining_s, send
 from attnserve_server.transport.sockets import address_of
 from attnserve_server.transport.status import code_of, status_of
+from attnserve_server.transport.timings import Clocked
 from attnserve_server.transport.unread import Held, Unread
 from attnserve_server.transport.validation import check_request_id, is_request_id
 from attnserve_server.transport.wire import find_field, receive
@@ -132,7 +133,7 @@ class _Stream:
             call = await calls.prepare(self._plane, request, self._caller, wanted, name, version, STREAM)
             taken = await self._reserve(call, request)
 
-            def encode(model: str, version: str, outputs: list[Any], timings: calls.Clocked) -> bytes:
+            def encode(model: str, version: str, outputs: list[Any], timings: Clocked) -> bytes:
                 return streamed(encoded(model, version, own_id, outputs, timings, final=wanted.parameters.final))
 
             return await call.run(encode), taken

@@ -19,6 +19,7 @@ from attnserve_server.domain.errors import NotServing
 from attnserve_server.scheduling.queue import Request
 from attnserve_server.transport.oip import calls, describe, repository
 from attnserve_server.transport.oip.answer import Output
+from attnserve_server.transport.oip.layout import TIMINGS
 from attnserve_server.transport.oip.wanted import SIZE
 from attnserve_server.transport.rest.bodies import EXPANSION, check_json, parsed
 from attnserve_server.transport.rest.contract import checked, struct_of, values_of, whole_of
@@ -38,6 +39,7 @@ from attnserve_server.transport.rest.oip_types import (
     ModelReady,
     Ready,
 )
+from attnserve_server.transport.timings import Clocked
 from attnserve_server.transport.validation import check_request_id
 from attnserve_server.transport.wire import as_sent
 
@@ -129,7 +131,7 @@ async def infer(exchange: Exchange) -> Response:
     timeout_s = wanted.parameters.timeout_s
     due = exchange.deadline_s(None if timeout_s is None else min(timeout_s, MAX_TIMEOUT_S))
 
-    def encode(model: str, version: str, outputs: list[Output], timings: calls.Clocked) -> Response:
+    def encode(model: str, version: str, outputs: list[Output], timings: Clocked) -> Response:
         return _written(sent, model, version, outputs, timings)
 
     async def work(request: Request) -> Response:
@@ -142,7 +144,7 @@ async def infer(exchange: Exchange) -> Response:
     return await exchange.while_connected(exchange.run(wanted.size, due, work))
 
 
-def _written(sent: Sent, model: str, version: str, outputs: Sequence[Output], timings: calls.Clocked) -> Response:
+def _written(sent: Sent, model: str, version: str, outputs: Sequence[Output], timings: Clocked) -> Response:
     """Return the answer to a request. `timings`: called once its outputs are written."""
     listed: list[InferOutput] = []
     after: list[Any] = []
@@ -155,7 +157,7 @@ def _written(sent: Sent, model: str, version: str, outputs: Sequence[Output], ti
         else:
             entry.data = [value for part in output.parts for value in values_of(part)]
     encoded: Any = msgspec.Raw(msgspec.json.encode(listed))
-    spent = {name: max(round(seconds * 1e9), 0) for name, seconds in zip(calls.TIMINGS, timings(), strict=True)}
+    spent = {name: max(round(seconds * 1e9), 0) for name, seconds in zip(TIMINGS, timings(), strict=True)}
     answer = InferAnswer(model, version, encoded, sent.id or UNSET, spent)
     head = msgspec.json.encode(answer)
     if not after:
