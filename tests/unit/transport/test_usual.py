@@ -79,7 +79,7 @@ def requests(draw: st.DrawFn, reader: Reader) -> oip.ModelInferRequest:
         sent = request.inputs.add(name=name, datatype=DATATYPES[dtype] if not rarely() else "BYTES", shape=shape)
         data = np.array(values, dtype)
         if rarely():
-            sent.contents.int64_contents.extend(int(one) for one in np.nan_to_num(data).ravel())
+            sent.contents.int64_contents.extend(int(one) for one in np.nan_to_num(data, posinf=1.0).ravel())
         if not rarely():
             request.raw_input_contents.append(data.tobytes())
         if rarely():
