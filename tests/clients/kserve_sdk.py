@@ -1,4 +1,4 @@
-"""KServe's SDK, unmodified: its gRPC client."""
+"""KServe's SDK, unmodified: its clients for gRPC and REST."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import asyncio
 import sys
 
 import grpc
+import httpx
 import numpy as np
 
 PORTS = argparse.ArgumentParser(description=__doc__)
 PORTS.add_argument("--grpc", required=True)
+PORTS.add_argument("--rest", required=True)
 ARGUMENTS, _ = PORTS.parse_known_args()
 del sys.argv[1:]  # kserve reads them while it is imported, and refuses what it does not know
 
-from kserve import InferenceGRPCClient, InferInput, InferRequest  # noqa: E402
+from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRequest, RESTConfig  # noqa: E402
 from kserve.protocol.infer_type import RequestedOutput  # noqa: E402
 
 IDS = np.array([[2, 4, 5, 3], [2, 6, 3, 0]], np.int64)
@@ -59,10 +61,41 @@ async def check(url: str) -> None:
         assert code is grpc.StatusCode.NOT_FOUND, code
 
 
+async def check_rest(url: str) -> None:
+    """Check the methods of the client for REST."""
+    client = InferenceRESTClient(RESTConfig(protocol="v2"))
+    assert await client.is_server_live(url)
+    assert await client.is_server_ready(url)
+    assert await client.is_model_ready(url, "tiny")
+    answers = []
+    for binary in (True, False):
+        parameters = {"binary_data_output": binary}
+        request = InferRequest("tiny", tensors(binary=binary), request_id="a", parameters=parameters)
+        answer = await client.infer(url, request, model_name="tiny")
+        found = {one.name: one.as_numpy() for one in answer.outputs}
+        assert answer.id == "a"
+        assert found["lengths"].tolist() == [4, 3]
+        answers.append(found["embedding"].tobytes())
+    assert answers[0] == answers[1]
+    text = InferInput(name="text", shape=[2], datatype="BYTES", data=["the cat", "the cat sat"])
+    outputs = [RequestedOutput("attention:0"), RequestedOutput("lengths")]
+    answer = await client.infer(url, InferRequest("tiny", [text], request_outputs=outputs), model_name="tiny")
+    assert answer.outputs[1].as_numpy().tolist() == [4, 5]
+    status = 0
+    try:
+        await client.infer(url, InferRequest("none", tensors(binary=True)), model_name="none")
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        assert "no model 'none'" in str(error), error
+    assert status == 404, status
+    await client.close()
+
+
 def main() -> None:
     """Entry point."""
     asyncio.run(check(f"127.0.0.1:{ARGUMENTS.grpc}"))
-    print("kserve: gRPC with bytes, lists and texts")
+    asyncio.run(check_rest(f"http://127.0.0.1:{ARGUMENTS.rest}"))
+    print("kserve: gRPC and REST with bytes, lists and texts")
 
 
 if __name__ == "__main__":

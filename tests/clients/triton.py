@@ -1,10 +1,13 @@
-"""tritonclient, unmodified: gRPC from threads, with asyncio and on a stream."""
+"""tritonclient, unmodified: gRPC from threads, with asyncio and on a stream; and HTTP, by `triton_http.py`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import queue
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as triton
@@ -41,7 +44,7 @@ def refused(call, *words: str) -> None:
     assert all(word in message for word in words), f"not refused with {words}: {message}"
 
 
-def check_models(client: triton.InferenceServerClient, isolation: str) -> None:
+def check_models(client: triton.InferenceServerClient) -> None:
     """Check what describes and changes models."""
     assert client.is_server_live()
     assert client.is_server_ready()
@@ -53,13 +56,10 @@ def check_models(client: triton.InferenceServerClient, isolation: str) -> None:
     assert (config.name, config.max_batch_size) == ("tiny", 8)
     assert {one.name for one in client.get_model_repository_index().models} >= {"tiny", "plain"}
     refused(lambda: client.get_model_metadata("none"), "NOT_FOUND", "no model 'none'")
-    if isolation == "none":
-        client.unload_model("plain")
-        refused(lambda: client.is_model_ready("plain") or client.get_model_metadata("plain"), "NOT_FOUND")
-        client.load_model("plain")
-        assert client.is_model_ready("plain")
-    else:
-        refused(lambda: client.load_model("plain"), "UNIMPLEMENTED", "--isolation none")
+    client.unload_model("plain")
+    refused(lambda: client.is_model_ready("plain") or client.get_model_metadata("plain"), "NOT_FOUND")
+    client.load_model("plain")
+    assert client.is_model_ready("plain")
 
 
 def check_threads(client: triton.InferenceServerClient) -> None:
@@ -129,15 +129,16 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grpc", required=True)
-    parser.add_argument("--isolation", required=True)
     arguments, _ = parser.parse_known_args()
     url = f"127.0.0.1:{arguments.grpc}"
     with triton.InferenceServerClient(url) as client:
-        check_models(client, arguments.isolation)
+        check_models(client)
         check_threads(client)
         check_stream(client)
     asyncio.run(check_asyncio(url))
-    print("tritonclient: gRPC from threads, with asyncio, on a stream")
+    print("tritonclient: gRPC from threads, with asyncio, on a stream", flush=True)
+    # In its own process, because its event loop is that of gevent.
+    subprocess.run([sys.executable, Path(__file__).with_name("triton_http.py"), *sys.argv[1:]], check=True)
 
 
 if __name__ == "__main__":
