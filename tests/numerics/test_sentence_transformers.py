@@ -74,6 +74,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     prompts = {"query": PROMPT, "plain": ""}
     config = {"prompts": prompts, "default_prompt_name": "query", "similarity_fn_name": "cosine"}
     write(everything, "config_sentence_transformers.json", config)
+    described = json.loads((everything / "config.json").read_text())
+    write(everything, "config.json", {**described, "matryoshka_dimensions": [OUT, 4]})
     reranker = checkpoint(work / "reranker", "Bert", "ForSequenceClassification", num_labels=1)
     write(reranker, "config_sentence_transformers.json", {"activation_fn": "torch.nn.modules.linear.Identity"})
     return {"all": everything, "reranker": reranker}
@@ -87,6 +89,8 @@ def client(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
             ExportRequest(source=str(source), name=name, repository=repository, exporter="torchscript", fuse=False)
         )
         assert check_bundle(CheckRequest(path=repository / name / "1", against=str(source))).passed
+    embedding = json.loads((repository / "all" / "1" / "manifest.json").read_text())["embedding"]
+    assert (embedding["normalized"], embedding["sizes"]) == (True, [4]), "the full length is no part"
     with serve(repository, tmp_path_factory.mktemp("server")) as server, Client(server.target) as opened:
         yield opened
 

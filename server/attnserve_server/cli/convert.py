@@ -89,6 +89,16 @@ def export(  # noqa: PLR0913 - the options of a command
             "language), whose scores the server turns into labels, and the embedding of sentence-transformers.",
         ),
     ] = True,
+    embedding_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--embedding-size",
+            min=1,
+            metavar="N",
+            help="The first N values of the embedding are one too (Matryoshka models); repeat it for more. Without it: "
+            "`matryoshka_dimensions` of config.json. Clients of /v1/embeddings choose one as `dimensions`.",
+        ),
+    ] = None,
     max_batch_size: MaxBatchSize = 32,
     expect_sha256: Annotated[
         str, typer.Option("--expect-sha256", help="Refuse unless model.safetensors has this sha256.", metavar="HEX")
@@ -142,6 +152,7 @@ def export(  # noqa: PLR0913 - the options of a command
             target=named(target),
             batching=batching,
             attack_seconds=attack_seconds,
+            embedding_sizes=tuple(embedding_size or ()),
         )
         _report(export_bundle(request, Steps(Console(stderr=True))), batching, as_json=as_json)
 

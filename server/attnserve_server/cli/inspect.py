@@ -128,7 +128,8 @@ def _task(description: ModelDescription) -> Iterator[str]:
         named = f": {', '.join(head.labels)}" if head.labels else ""
         yield f"head: {head.kind}, {head.activation} of {', '.join(head.outputs)}{named}"
     if description.embedding is not None:
-        yield f"embedding: {description.embedding.pooling}"
+        sizes = "".join(f", or the first {size} values" for size in description.embedding.sizes)
+        yield f"embedding: {description.embedding.pooling}{sizes}"
     for name, text in description.prompts.items():
         yield f"prompt {name}: {text!r}"
 

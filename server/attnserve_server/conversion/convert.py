@@ -29,6 +29,7 @@ class ExportRequest(Options):
         exporter: `auto`, `dynamo` or `torchscript`.
         opset: of the exported graph; 0: the exporter's default.
         zoo_options: size and seed of a model of the zoo.
+        embedding_sizes: numbers of first values of the embedding that are embeddings too; empty: as its files state.
     """
 
     source: str
@@ -39,6 +40,7 @@ class ExportRequest(Options):
     exporter: str = AUTO
     opset: int = 0
     zoo_options: ZooOptions = field(default_factory=ZooOptions)
+    embedding_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,7 @@ def export_bundle(request: ExportRequest, steps: Steps | None = None) -> Bundle:
         exporter=request.exporter,
         opset=request.opset,
         zoo_options=request.zoo_options,
+        embedding_sizes=request.embedding_sizes,
     )
     return convert(source, request, steps)
 

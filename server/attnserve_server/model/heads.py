@@ -6,7 +6,7 @@ A manifest states it, and refuses one whose outputs do not have the shapes of it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ from attnserve_server.model.specs import OutputSpec
 HeadKind = Literal["sequence_labels", "token_labels", "spans", "masked_tokens"]
 Activation = Literal["softmax", "sigmoid", "identity"]
 
+EMBEDDINGS: Final = ("embedding", "sentence_embedding")
+"""Names of outputs that are embeddings."""
 DEFAULT_TOP_K: dict[HeadKind, int] = {"sequence_labels": 5, "token_labels": 1, "spans": 1, "masked_tokens": 5}
 """Labels for each sequence, token or masked position, and answers for each sequence, if a request names no number."""
 
@@ -65,11 +67,47 @@ class EmbeddingSpec(Frozen):
         pooling: a description, such as `mean, normalized`.
         own: whether the files of a sentence-transformers folder state it, instead of an option of the conversion.
         similarity: the function that compares embeddings, such as `cosine`; empty if the source states none.
+        normalized: whether its length is 1.
+        sizes: numbers of its first values that are embeddings too, because the model was trained for them. Source:
+            Kusupati et al. 2022, Matryoshka Representation Learning.
     """
 
     pooling: str
     own: bool = False
     similarity: str = ""
+    normalized: bool = False
+    sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
+
+
+def embedding_of(outputs: Sequence[OutputSpec]) -> OutputSpec | None:
+    """Return the output that is an embedding: of one axis of fixed length, with one of the names in `EMBEDDINGS`."""
+    return next(
+        (one for one in outputs if one.name in EMBEDDINGS and len(one.shape) == 1 and isinstance(one.shape[0], int)),
+        None,
+    )
+
+
+def check_task(head: HeadSpec | None, embedding: EmbeddingSpec | None, outputs: Sequence[OutputSpec]) -> None:
+    """Check a head, as `check_head`, and the sizes of an embedding.
+
+    Args:
+        head: the head; None without one.
+        embedding: how the embedding is made; None without one.
+        outputs: of the manifest.
+
+    Raises:
+        ValueError: They do not fit the outputs.
+    """
+    if head is not None:
+        check_head(head, outputs)
+    if embedding is not None and embedding.sizes:
+        spec = embedding_of(outputs)
+        if spec is None:
+            raise ValueError("embedding: sizes without an output of that name")
+        (width,) = spec.shape
+        wrong = [size for size in embedding.sizes if not isinstance(width, int) or size >= width]
+        if wrong:
+            raise ValueError(f"embedding: size {wrong[0]} is not below {width}, the length of output {spec.name!r}")
 
 
 def check_head(head: HeadSpec, outputs: Sequence[OutputSpec]) -> None:

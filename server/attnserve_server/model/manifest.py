@@ -31,7 +31,7 @@ from attnserve_server.model.frozen import (
     is_model_name,
     is_model_version,
 )
-from attnserve_server.model.heads import EmbeddingSpec, HeadSpec, check_head
+from attnserve_server.model.heads import EmbeddingSpec, HeadSpec, check_task
 from attnserve_server.model.past import PastSpec
 from attnserve_server.model.report import CheckReport, GoldenSpec, Provenance
 from attnserve_server.model.specs import (
@@ -247,8 +247,7 @@ class Manifest(Frozen):
 
     @model_validator(mode="after")
     def _head_has_outputs(self) -> Self:
-        if self.head is not None:
-            check_head(self.head, self.outputs)
+        check_task(self.head, self.embedding, self.outputs)
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from attnserve_server.model.heads import HeadSpec
+from attnserve_server.model.heads import EmbeddingSpec, HeadSpec
 from attnserve_server.model.manifest import Manifest, OutputSpec
 from pydantic import ValidationError
 from tiny_bundle import tiny_manifest
@@ -78,3 +78,15 @@ def test_a_default_prompt_must_be_one_of_the_prompts() -> None:
     text = {**tiny["text"], "prompts": {"query": "q: "}, "default_prompt": "passage"}
     with pytest.raises(ValidationError, match="default_prompt 'passage' is none of the prompts"):
         Manifest.model_validate({**tiny, "text": text})
+
+
+def test_sizes_of_an_embedding_are_below_its_length() -> None:
+    tiny = tiny_manifest().model_dump(mode="json")
+    kept = Manifest.model_validate({**tiny, "embedding": {"pooling": "mean", "sizes": [2, 4]}}).embedding
+    assert kept == EmbeddingSpec(pooling="mean", sizes=(2, 4))
+    for size, problem in ((8, "size 8 is not below 8, the length of output 'embedding'"), (0, "greater than or equal")):
+        with pytest.raises(ValidationError, match=problem):
+            Manifest.model_validate({**tiny, "embedding": {"pooling": "mean", "sizes": [size]}})
+    hidden = {**tiny, "outputs": tiny["outputs"][:1], "embedding": {"pooling": "mean", "sizes": [2]}}
+    with pytest.raises(ValidationError, match="sizes without an output"):
+        Manifest.model_validate(hidden)

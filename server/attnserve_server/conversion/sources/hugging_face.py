@@ -26,6 +26,7 @@ from attnserve_server.conversion.sources.sentence_transformers import (
     activation_of,
     modules_of,
     prompts_of,
+    sizes_of,
 )
 from attnserve_server.conversion.sources.source import Task
 from attnserve_server.conversion.sources.torch_export import Traceable, quiet, trace
@@ -112,6 +113,14 @@ class HuggingFaceModel:
         """Patch grids by the length of their axis."""
         return self._traced.grids
 
+    def _embedding(self, similarity: str = "", sizes: tuple[int, ...] = ()) -> EmbeddingSpec | None:
+        made = self._modules
+        if made is None:
+            return None
+        return EmbeddingSpec(
+            pooling=str(made), own=made.own, similarity=similarity, normalized=made.normalized, sizes=sizes
+        )
+
     def _task(self) -> Task:
         """Return its head, embedding and prompts, as its files state them.
 
@@ -125,7 +134,7 @@ class HuggingFaceModel:
             head = spec_of(self._head, self._traced.source.config, mask_id, activation_of(self._folder.path))
             return Task(
                 head=head,
-                embedding=None if self._modules is None else EmbeddingSpec(pooling=str(self._modules)),
+                embedding=self._embedding(),
                 on_request=frozenset({HIDDEN, *(self._head.outputs if masked else ())}),
                 mask_token="" if mask_id is None else mask_token,
                 type_ids=type_ids,
@@ -133,10 +142,10 @@ class HuggingFaceModel:
         if self._modules is None:
             return Task(type_ids=type_ids)
         if not self._modules.own:
-            return Task(embedding=EmbeddingSpec(pooling=str(self._modules)), type_ids=type_ids)
+            return Task(embedding=self._embedding(), type_ids=type_ids)
         prompts = prompts_of(self._folder.path)
         return Task(
-            embedding=EmbeddingSpec(pooling=str(self._modules), own=True, similarity=prompts.similarity),
+            embedding=self._embedding(prompts.similarity, sizes_of(self._folder.path)),
             on_request=frozenset({HIDDEN}),
             prompts=prompts.texts,
             default_prompt=prompts.default,

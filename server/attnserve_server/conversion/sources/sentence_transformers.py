@@ -57,6 +57,11 @@ class Modules:
     steps: tuple[Dense | None, ...] = ()
     own: bool = False
 
+    @property
+    def normalized(self) -> bool:
+        """Whether the embedding has the length 1."""
+        return bool(self.steps) and self.steps[-1] is None
+
     def __str__(self) -> str:
         """Return a description such as `mean, normalized`."""
         named = ["normalized" if step is None else f"dense {len(step.weight)}" for step in self.steps]
@@ -117,6 +122,12 @@ def prompts_of(folder: Path) -> Prompts:
     if any(texts.values()) and not _pools_prompts(folder):
         raise _unsupported("the pooling leaves out the tokens of prompts (include_prompt is false)")
     return Prompts(texts, default, str(described.get("similarity_fn_name") or "cosine"))
+
+
+def sizes_of(folder: Path) -> tuple[int, ...]:
+    """Return the numbers of first values that are embeddings too (Matryoshka), as the configuration lists them."""
+    listed = read_json(folder / "config.json", {}).get("matryoshka_dimensions") or ()
+    return tuple(sorted({int(size) for size in listed}))
 
 
 def max_length_of(folder: Path) -> int | None:

@@ -6,7 +6,8 @@ conversion of an ONNX file does not wait for it. A model that cannot be loaded o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,15 @@ from attnserve_server.conversion.choose.trials import OtherExport
 from attnserve_server.conversion.graphs.reading import checked
 from attnserve_server.conversion.inputs.signature import SEQUENCE, Signature, signature_of
 from attnserve_server.conversion.probing.feeds import Sampler
-from attnserve_server.conversion.sources.source import ZOO_PREFIX, Source, SourceGraph, TorchModel, ZooOptions
+from attnserve_server.conversion.sources.source import (
+    ZOO_PREFIX,
+    Source,
+    SourceGraph,
+    Task,
+    TorchModel,
+    ZooOptions,
+)
+from attnserve_server.model.heads import EMBEDDINGS
 from attnserve_server.model.tokenizer import TextTokenizer
 
 AUTO = "auto"
@@ -44,6 +53,7 @@ class TorchSource(Source):
         exporter: `auto`, `dynamo` or `torchscript`.
         opset: 0 for the exporter's default.
         zoo_options: size and seed of a model of the zoo.
+        embedding_sizes: numbers of first values of the embedding that are embeddings too; empty: as its files state.
 
     Raises:
         BuildRefused: an option is unknown, or two options contradict each other.
@@ -57,6 +67,7 @@ class TorchSource(Source):
     exporter: str = AUTO
     opset: int = 0
     zoo_options: ZooOptions = field(default_factory=ZooOptions)
+    embedding_sizes: tuple[int, ...] = ()
 
     title = "exporting the model to ONNX"
 
@@ -102,7 +113,7 @@ class TorchSource(Source):
             tokenizer=model.tokenizer_path,
             pair_start=model.pair_start,
             grids=model.grids,
-            task=model.task,
+            task=_sized(model.task, self.embedding_sizes, proto.graph),
             model=model,
             others=tuple(self._others(model, exporter)),
         )
@@ -165,6 +176,33 @@ def load_model(
     return hugging_face_model(
         name, pooling, normalize=normalize, expect_sha256=expect_sha256, keep_head=head, steps=steps
     )
+
+
+def _sized(task: Task, sizes: tuple[int, ...], graph: onnx.GraphProto) -> Task:
+    """Return a task with the sizes to which its embedding may be cut.
+
+    Args:
+        task: has those that the files of the model state, of which the full length is none.
+        sizes: those that were requested instead; empty: none were.
+        graph: has the output of the embedding.
+
+    Raises:
+        BuildRefused: The model has no embedding, or a requested size is not below its length.
+    """
+    embedding = task.embedding
+    if embedding is None:
+        if sizes:
+            raise BuildRefused("--embedding-size cuts an embedding, and the model has none: add --pooling mean")
+        return task
+    found = next((one.type.tensor_type.shape.dim for one in graph.output if one.name in EMBEDDINGS), ())
+    width = (found[-1].dim_value if found else 0) or sys.maxsize
+    for size in sizes:
+        if not 0 < size < width:
+            raise BuildRefused(
+                f"--embedding-size {size} is not from 1 to {width - 1}: the embedding has {width} values"
+            )
+    kept = tuple(sorted({size for size in sizes or embedding.sizes if size < width}))
+    return replace(task, embedding=embedding.model_copy(update={"sizes": kept}))
 
 
 def export_graph(model: TorchModel, exporter: str, opset: int, steps: Steps) -> tuple[onnx.ModelProto, str, int]:

@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from attnserve_server.domain.errors import InvalidRequest
 from attnserve_server.domain.values import Array
+from attnserve_server.model import heads
 from attnserve_server.model.manifest import NUMPY_DTYPES, InputRole, Manifest
 from attnserve_server.scheduling.catalog import Catalog
 from attnserve_server.transport.prepared import Prepared
@@ -31,8 +32,6 @@ T = TypeVar("T")
 
 MAX_INPUTS: Final = 2048
 """Source: OpenAI's API reference."""
-EMBEDDINGS: Final = ("embedding", "sentence_embedding")
-"""Names of outputs that are embeddings, of one axis of fixed length."""
 _Ids = list[Annotated[int, Meta(ge=0, le=2**31 - 1)]]
 
 
@@ -78,10 +77,8 @@ class Embeddings(msgspec.Struct):
 
 def embedding_of(manifest: Manifest) -> str:
     """Return the name of a model's embedding output; empty if it has none."""
-    for spec in manifest.outputs:
-        if spec.name in EMBEDDINGS and len(spec.shape) == 1 and isinstance(spec.shape[0], int):
-            return spec.name
-    return ""
+    spec = heads.embedding_of(manifest.outputs)
+    return "" if spec is None else spec.name
 
 
 def models_with(catalog: Catalog, has: Any) -> str:
@@ -99,11 +96,8 @@ async def embeddings(exchange: Exchange) -> Response:
     if not output:
         others = models_with(exchange.rest.catalog, embedding_of)
         raise InvalidRequest.of("model", f"{model!r} has no embedding output; models that have one: {others}")
-    width = manifest.output(output).shape[0]
-    if sent.dimensions not in {None, width}:
-        raise InvalidRequest.of(
-            "dimensions", f"{sent.dimensions} is not {width}, the only size of {model!r}: leave dimensions out"
-        )
+    size = _size(sent.dimensions, manifest, output)
+    normalized = manifest.embedding is not None and manifest.embedding.normalized
     sequences = _sequences(sent.input, manifest, allowed=exchange.rest.settings.openai_token_ids)
     due = exchange.deadline_s(sent.timeout)
     exchange.admit(len(sequences))
@@ -120,7 +114,9 @@ async def embeddings(exchange: Exchange) -> Response:
         parts.append(message)
     answers, tokens = await infer_all(exchange, parts, due)
     arrays = [found.outputs[0] for answer in answers for found in answer.results]
-    data = [Embedding(at, _shown(one, sent.encoding_format)) for at, one in enumerate(arrays)]
+    data = [
+        Embedding(at, _shown(one, sent.encoding_format, size, normalized=normalized)) for at, one in enumerate(arrays)
+    ]
     return json_of(Embeddings(data, model, Usage(tokens, tokens)))
 
 
@@ -197,11 +193,28 @@ def array_in(tensor: tensor_pb2.Tensor) -> Array:
     return array_of(tensor.data, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
-def _shown(tensor: tensor_pb2.Tensor, encoding: str) -> list[float] | str:
-    if tensor.dtype == tensor_pb2.DATA_TYPE_FLOAT32:
-        data = tensor.data
-    else:
-        data = array_in(tensor).astype(WIRE_NUMPY["float32"]).tobytes()
+def _size(dimensions: int | None, manifest: Manifest, output: str) -> int:
+    """Return the length of the embeddings of an answer. Raises InvalidRequest unless the model has that."""
+    width = manifest.output(output).shape[0]
+    assert isinstance(width, int), "an embedding has a fixed length"
+    sizes = () if manifest.embedding is None else manifest.embedding.sizes
+    if dimensions is not None and dimensions not in {width, *sizes}:
+        if not sizes:
+            only = f"is not {width}, the only size of {manifest.name!r}: leave dimensions out"
+        else:
+            only = f"is none of {', '.join(map(str, (*sizes, width)))}, the sizes of {manifest.name!r}"
+        raise InvalidRequest.of("dimensions", f"{dimensions} {only}")
+    return width if dimensions is None else dimensions
+
+
+def _shown(tensor: tensor_pb2.Tensor, encoding: str, size: int, *, normalized: bool) -> list[float] | str:
+    """Return an embedding, cut to its first `size` values, and scaled to length 1 again if the whole one has that."""
+    array = array_in(tensor)
+    data = tensor.data
+    if size < array.size or tensor.dtype != tensor_pb2.DATA_TYPE_FLOAT32:
+        cut = array[:size].astype(np.float64)
+        length = float(np.linalg.norm(cut)) if normalized and size < array.size else 1.0
+        data = (cut / (length or 1.0)).astype(WIRE_NUMPY["float32"]).tobytes()
     if encoding == "base64":
         return base64.b64encode(data).decode()
     numbers: list[float] = np.frombuffer(data, NUMPY_DTYPES["float32"].newbyteorder("<")).tolist()

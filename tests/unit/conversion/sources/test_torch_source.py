@@ -14,8 +14,9 @@ import onnx
 import pytest
 from attnserve_server.conversion.base.errors import BuildRefused
 from attnserve_server.conversion.base.steps import Steps
-from attnserve_server.conversion.sources.source import TorchModel
-from attnserve_server.conversion.sources.torch_source import AUTO, TorchSource, export_graph, load_model
+from attnserve_server.conversion.sources.source import Task, TorchModel
+from attnserve_server.conversion.sources.torch_source import AUTO, TorchSource, _sized, export_graph, load_model
+from attnserve_server.model.heads import EmbeddingSpec
 from rich.console import Console
 
 
@@ -88,3 +89,17 @@ def test_contradictory_options_are_refused_before_the_model_is_loaded(options: d
 def test_only_auto_leaves_other_exporters_to_try() -> None:
     assert TorchSource("model").exporters == ("dynamo", "torchscript")
     assert TorchSource("model", exporter="dynamo").exporters == ("dynamo",)
+
+
+def test_an_embedding_gets_the_sizes_of_its_files_or_of_the_options() -> None:
+    value = onnx.helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, ["batch", 12])
+    graph = onnx.helper.make_graph([], "graph", [], [value])
+    stated = Task(embedding=EmbeddingSpec(pooling="mean", sizes=(4, 12)))
+    for requested, expected in (((), (4,)), ((8, 2, 8), (2, 8))):
+        embedding = _sized(stated, requested, graph).embedding
+        assert embedding is not None
+        assert embedding.sizes == expected, "the full length is no part"
+    with pytest.raises(BuildRefused, match="--embedding-size 12 is not from 1 to 11: the embedding has 12 values"):
+        _sized(stated, (12,), graph)
+    with pytest.raises(BuildRefused, match="add --pooling mean"):
+        _sized(Task(), (4,), graph)
