@@ -474,6 +474,17 @@ async def test_metadata_lists_texts_lengths_and_attention(rpc: Rpc) -> None:
     assert outputs["attention:0:key"] == ("INT64", [-1, -1])
 
 
+@pytest.mark.parametrize("method", ["ModelMetadata", "ModelConfig"])
+async def test_a_description_without_virtual_outputs_is_what_tools_can_request_together(rpc: Rpc, method: str) -> None:
+    reply = {"ModelMetadata": oip.ModelMetadataResponse, "ModelConfig": oip.ModelConfigResponse}[method]
+    call = rpc.channel.unary_unary(f"/{SERVICE}/{method}", response_deserializer=reply.FromString)
+    sent = oip.ModelMetadataRequest(name="tiny").SerializeToString()
+    found = await call(sent, metadata=(("attnserve-outputs", "model"),))
+    names = [one.name for one in (found.outputs if method == "ModelMetadata" else found.config.output)]
+    assert names == ["hidden", "embedding", "lengths"]
+    assert list(arrays(await rpc.infer(tensor_request(*names)))) == names
+
+
 async def test_every_output_of_the_metadata_can_be_requested(rpc: Rpc) -> None:
     found = await rpc("ModelMetadata", oip.ModelMetadataRequest(name="tiny"), oip.ModelMetadataResponse)
     for output in found.outputs:

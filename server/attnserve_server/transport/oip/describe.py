@@ -39,8 +39,11 @@ def is_ready(served: ServedModel) -> bool:
     return served.state is ModelState.READY
 
 
-def metadata(plane: DataPlane, name: str, version: str) -> oip.ModelMetadataResponse:
-    """Describe a model's inputs and outputs. Raises AttnserveError as in the status table."""
+def metadata(plane: DataPlane, name: str, version: str, *, virtual: bool = True) -> oip.ModelMetadataResponse:
+    """Describe a model's inputs and outputs. Raises AttnserveError as in the status table.
+
+    `virtual`: whether outputs of attention are among them.
+    """
     served, layout = _layout(plane, name, version)
     tensors = oip.ModelMetadataResponse.TensorMetadata
     return oip.ModelMetadataResponse(
@@ -53,13 +56,13 @@ def metadata(plane: DataPlane, name: str, version: str) -> oip.ModelMetadataResp
         ],
         outputs=[
             tensors(name=one.name, datatype=one.datatype, shape=[-1, *layout.fixed(one.dims)])
-            for one in layout.tensors_out()
+            for one in layout.tensors_out(virtual=virtual)
         ],
     )
 
 
-def config(plane: DataPlane, name: str, version: str) -> oip.ModelConfig:
-    """Describe a model in the form of Triton's configuration. Raises AttnserveError as in the status table."""
+def config(plane: DataPlane, name: str, version: str, *, virtual: bool = True) -> oip.ModelConfig:
+    """Describe a model in the form of Triton's configuration, as `metadata`."""
     served, layout = _layout(plane, name, version)
     return oip.ModelConfig(
         name=served.name,
@@ -78,7 +81,7 @@ def config(plane: DataPlane, name: str, version: str) -> oip.ModelConfig:
         ],
         output=[
             oip.ModelOutput(name=one.name, data_type=_type(one.datatype), dims=layout.fixed(one.dims) or [1])
-            for one in layout.tensors_out()
+            for one in layout.tensors_out(virtual=virtual)
         ],
         instance_group=[oip.ModelInstanceGroup(name=served.name, kind=oip.ModelInstanceGroup.KIND_AUTO)],
         dynamic_batching=oip.ModelDynamicBatching(priority_levels=2, default_priority_level=2),

@@ -138,16 +138,16 @@ class Layout:
         found = [Tensor(name, one.datatype, one.spec.shape, one.spec.optional) for name, one in self.inputs.items()]
         return found + [Tensor(name, BYTES, (1,), optional=True) for name in self.texts]
 
-    def tensors_out(self) -> list[Tensor]:
-        """Return the outputs: the model's, lengths, and the virtual ones."""
+    def tensors_out(self, *, virtual: bool = True) -> list[Tensor]:
+        """Return the outputs: the model's, lengths, and, unless `virtual` is false, those of attention."""
         found = [Tensor(one.name, DATATYPES[one.dtype], one.shape) for one in self.outputs.values()]
         found += [Tensor(name, "INT64", ()) for name in self.lengths]
-        for name, virtual in self.virtual.items():
-            if virtual.link:
-                found.append(Tensor(name, "FP32" if virtual.link == "weight" else "INT64", (TOP_K,)))
+        for name, one in self.virtual.items() if virtual else ():
+            if one.link:
+                found.append(Tensor(name, "FP32" if one.link == "weight" else "INT64", (TOP_K,)))
             else:
-                site = self.manifest.sites[max(virtual.layer, 0)]
-                heads = () if virtual.layer < 0 else (site.heads,)
+                site = self.manifest.sites[max(one.layer, 0)]
+                heads = () if one.layer < 0 else (site.heads,)
                 found.append(Tensor(name, "FP32", (*heads, site.query_axis, site.key_axis)))
         return found
 

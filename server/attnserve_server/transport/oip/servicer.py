@@ -31,6 +31,9 @@ INFER: Final = "ModelInfer"
 STREAM: Final = "ModelStreamInfer"
 METHODS: Final = tuple(method.name for method in oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods)
 
+OWN_OUTPUTS: Final = ("attnserve-outputs", "model")
+"""Metadata of a call that describes a model without virtual outputs: for tools that request all outputs at once."""
+
 
 class OipServicer:
     """The protocol over gRPC. `models`: whose lifecycle loads and unloads; None without `--admin`. Event loop only."""
@@ -133,13 +136,14 @@ class OipServicer:
         """Name the server and its extensions."""
         return describe.server()
 
-    async def model_metadata(self, request: oip.ModelMetadataRequest, _: Context) -> oip.ModelMetadataResponse:
+    async def model_metadata(self, request: oip.ModelMetadataRequest, context: Context) -> oip.ModelMetadataResponse:
         """Describe one model's inputs and outputs."""
-        return describe.metadata(self._plane, request.name, request.version)
+        return describe.metadata(self._plane, request.name, request.version, virtual=_lists_virtual(context))
 
-    async def model_config(self, request: oip.ModelConfigRequest, _: Context) -> oip.ModelConfigResponse:
+    async def model_config(self, request: oip.ModelConfigRequest, context: Context) -> oip.ModelConfigResponse:
         """Describe one model in the form of Triton's configuration."""
-        return oip.ModelConfigResponse(config=describe.config(self._plane, request.name, request.version))
+        found = describe.config(self._plane, request.name, request.version, virtual=_lists_virtual(context))
+        return oip.ModelConfigResponse(config=found)
 
     async def model_statistics(self, request: oip.ModelStatisticsRequest, _: Context) -> oip.ModelStatisticsResponse:
         """Return counts and times of requests."""
@@ -185,6 +189,10 @@ class OipServicer:
             metrics.measured("bidi_stream", SERVICE, STREAM, self._stream_infer)
         )
         return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+
+def _lists_virtual(context: Context) -> bool:
+    return OWN_OUTPUTS not in (context.invocation_metadata() or ())
 
 
 def _nothing(*_: object) -> None:
