@@ -52,7 +52,7 @@ def test_picture_of_all_heads(minilm: RunningServer, opener: Open, tmp_path: Pat
 
 
 def test_picture_of_two_texts(minilm: RunningServer, opener: Open, tmp_path: Path) -> None:
-    opened = opener(minilm, "#other=text", viewport={"width": 1100, "height": 860})
+    opened = opener(minilm, "#other=text", viewport={"width": 1100, "height": 1500})
     opened.page.fill("#second", CONTRACT.replace("buyer", "seller"))
     opened.run(CONTRACT)
     opened.page.hover(".token >> text=excluded")

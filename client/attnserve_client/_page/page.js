@@ -663,10 +663,12 @@ class Words {
       const plain = places.some((each) => !each.token.special);
       elements.forEach((element, place) => {
         const { token, row, column } = places[place];
-        element.hidden = token.special && !state.special && plain;
+        const hidden = token.special && !state.special && plain;
+        if (element.hidden !== hidden) element.hidden = hidden;
         element.classList.toggle("mute", (state.backwards ? column : row) < 0);
         element.classList.toggle("at", at !== null && at.token === token);
-        element.setAttribute("aria-pressed", String(state.pinned !== null && state.pinned.token === token));
+        const pressed = String(state.pinned !== null && state.pinned.token === token);
+        if (element.getAttribute("aria-pressed") !== pressed) element.setAttribute("aria-pressed", pressed);
         paintOne(element, shares[position][place], most, view.signed);
       });
     });

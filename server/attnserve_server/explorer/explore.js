@@ -31,7 +31,8 @@ class Page extends Form {
   /** Draw what is there in another way, without a call. */
   redraw(change) {
     this.remember(change);
-    for (const board of this.boards) board.set(change);
+    // A threshold of weights says nothing about differences.
+    for (const board of this.boards) board.set(board.view.signed ? { ...change, least: 0, top: 0 } : change);
   }
 
   /** The state, with what ran in place of what was left open. */
@@ -108,7 +109,7 @@ class Page extends Form {
     byId("result").replaceChildren(
       ...parts.map((part) => {
         const host = make("div");
-        showAnswer(host, part.model, part.result);
+        showAnswer(host, part.model, part.result, !second);
         if (second) host.prepend(make("h3", "", this.titleOf(part, part === second)));
         return host;
       }),

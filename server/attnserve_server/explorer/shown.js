@@ -5,15 +5,15 @@ import { isolated, make, percent } from "./dom.js";
 
 const MOST_SPANS = 40;
 
-/** Fill an element with the answer of one sequence. @param {HTMLElement} host @param {any} model @param {any} result */
-function showAnswer(host, model, result) {
+/** Fill an element with the answer of one sequence. @param {HTMLElement} host @param {any} model @param {any} result @param {boolean} alone */
+function showAnswer(host, model, result, alone) {
   host.replaceChildren();
   const labels = result.labels;
   if (labels && labels.labels) host.append(bars(labels.labels.map((each) => [each.text || String(each.index || 0), each.score || 0])));
   else if (labels && labels.spans) host.append(spans(labels));
   else if (labels) host.append(make("p", "soft", "No label reaches the least score."));
   const embedding = embeddingOf(result);
-  if (embedding) host.append(about(embedding));
+  if (embedding) host.append(about(embedding, alone));
   if (!labels && !embedding) host.append(make("p", "soft", outputsOf(model)));
 }
 
@@ -47,9 +47,10 @@ function spans(labels) {
   return entries.length ? bars(entries) : make("p", "soft", "No part of the text has a label.");
 }
 
-function about(embedding) {
+function about(embedding, alone) {
   const length = Math.sqrt(embedding.reduce((sum, each) => sum + each * each, 0));
-  return make("p", "", `An embedding of ${embedding.length} numbers, of length ${length.toFixed(3)}. Compare it with a second text to see how near both are.`);
+  const advice = alone ? " Compare it with a second text to see how near both are." : "";
+  return make("p", "", `An embedding of ${embedding.length} numbers, of length ${length.toFixed(3)}.${advice}`);
 }
 
 /** Return one sentence on how two answers of one model, or of two, relate. */
