@@ -234,6 +234,9 @@ def test_second_text_is_shown_beside_the_first_with_the_difference(minilm: Runni
     shared = opened.page.locator(".board >> nth=2").locator(".token").all_text_contents()
     assert "buyer" not in shared
     assert "seller" in shared
+    opened.page.locator(".board >> nth=0").locator(".token >> text=plant").hover()
+    pointed = opened.page.locator(".token.at").all_text_contents()
+    assert pointed == ["plant"] * 3, "all boards point at the same word"
     with Client(minilm.target) as client:
         choice = AttentionSelection(layers=-1, heads="mean", unit="word", special_tokens="drop")
         texts = [SENTENCE, SENTENCE.replace("buyer", "lender")]

@@ -213,7 +213,7 @@ class Heatmap {
     const left = labelled ? Math.ceil(widest(view.queryNames, rows)) + 10 : 10;
     const slant = labelled ? Math.ceil(widest(view.keyNames, columns) * 0.5) : 0;
     const room = this.scroll.clientWidth - left - Math.max(30, slant + 6);
-    const fitting = Math.max(columns.length <= LABELLED ? 13 : 4, Math.min(38, Math.floor(room / columns.length)));
+    const fitting = Math.max(columns.length <= LABELLED ? LEAST_LABELLED : 4, Math.min(38, Math.floor(room / columns.length)));
     const most = Math.max(2, Math.floor(MOST_PIXELS / Math.max(rows.length, columns.length)));
     const cell = Math.min(most, Math.max(2, Math.round(fitting * this.zoom)));
     const named = labelled && cell >= LEAST_LABELLED;
@@ -624,6 +624,12 @@ class Words {
     return null;
   }
 
+  /** Return the place of the same occurrence of a token's text; null if there is none. @param {any} token @param {Words} words of the token */
+  alike(token, words) {
+    const all = (each) => each.sentences.flatMap(({ places }) => places).filter((at) => at.token.text === token.text);
+    return all(this)[all(words).filter((at) => at.token.index < token.index).length] || null;
+  }
+
   /** Mark the words that have `wanted` in them, and return how many there are. @param {string} wanted */
   find(wanted) {
     const needle = wanted.trim().toLocaleLowerCase();
@@ -712,17 +718,28 @@ function gapOf(before, token, letters) {
   return token.start > before.end ? text.slice(before.end, token.start).join("") : false;
 }
 
+/** Colours of a word: what lies between two of them cannot be told apart, and a word that keeps its own is not painted. */
+const STEPS = 40;
+/** The colour that each element has, as a step of its scheme. */
+const painted = new WeakMap();
+
 function paintOne(element, share, most, both) {
-  if (share === null || !most) {
-    element.style.backgroundColor = element.style.color = element.style.boxShadow = element.title = "";
+  const known = share !== null && most > 0;
+  const title = known ? signed(share, both) : "";
+  if (element.title !== title) element.title = title;
+  const step = known ? Math.round((STEPS * Math.max(-most, Math.min(share, most))) / most) : null;
+  const look = `${step} ${both} ${night.matches}`;
+  if (painted.get(element) === look) return;
+  painted.set(element, look);
+  if (step === null) {
+    element.style.backgroundColor = element.style.color = element.style.boxShadow = "";
     return;
   }
-  const part = Math.min(Math.abs(share) / most, 1);
-  const rgb = both ? difference((share / most) * 0.9) : colour(part ** 0.75 * 0.85);
+  const part = Math.abs(step) / STEPS;
+  const rgb = both ? difference((step / STEPS) * 0.9) : colour(part ** 0.75 * 0.85);
   element.style.backgroundColor = css(rgb);
   element.style.color = inkOn(rgb);
   element.style.boxShadow = part > 0.15 ? `0 ${Math.ceil(4 * part)}px 0 var(--soft)` : "";
-  element.title = signed(share, both);
 }
 
 /** Place a patch as in the image, leading units in the row above. */
@@ -749,12 +766,13 @@ function panel(title, ...content) {
 class Board {
   /**
    * @param {HTMLElement} host
-   * @param {{words?: string, onPin?: (at: any) => void}} [options]
-   * `words`: the title above the words; `onPin`: called when a word is pinned, or none
+   * @param {{words?: string, onPin?: (at: any) => void, onPoint?: (at: any) => void}} [options]
+   * `words`: the title above the words; `onPin`: called when a word is pinned, or none; `onPoint`: when one is pointed at
    */
   constructor(host, options = {}) {
     this.view = null;
     this.onPin = options.onPin || (() => {});
+    this.onPoint = options.onPoint || (() => {});
     /** `at`: the word that is pointed at; `pinned`: the one that stays; `cell`: the cell that is pointed at. */
     this.state = { head: -1, backwards: false, special: false, least: 0, top: 0, at: null, pinned: null, cell: null };
     const title = options.words || "Where it looks";
@@ -801,6 +819,13 @@ class Board {
 
   point(at) {
     this.state.at = at;
+    this.words.paint();
+    this.onPoint(at);
+  }
+
+  /** Point at the word that another board points at, if this one has it. */
+  follow(at, other) {
+    this.state.at = (at && this.words.alike(at.token, other.words)) || this.state.pinned;
     this.words.paint();
   }
 

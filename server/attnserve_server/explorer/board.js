@@ -18,12 +18,13 @@ function panel(title, ...content) {
 class Board {
   /**
    * @param {HTMLElement} host
-   * @param {{words?: string, onPin?: (at: any) => void}} [options]
-   * `words`: the title above the words; `onPin`: called when a word is pinned, or none
+   * @param {{words?: string, onPin?: (at: any) => void, onPoint?: (at: any) => void}} [options]
+   * `words`: the title above the words; `onPin`: called when a word is pinned, or none; `onPoint`: when one is pointed at
    */
   constructor(host, options = {}) {
     this.view = null;
     this.onPin = options.onPin || (() => {});
+    this.onPoint = options.onPoint || (() => {});
     /** `at`: the word that is pointed at; `pinned`: the one that stays; `cell`: the cell that is pointed at. */
     this.state = { head: -1, backwards: false, special: false, least: 0, top: 0, at: null, pinned: null, cell: null };
     const title = options.words || "Where it looks";
@@ -70,6 +71,13 @@ class Board {
 
   point(at) {
     this.state.at = at;
+    this.words.paint();
+    this.onPoint(at);
+  }
+
+  /** Point at the word that another board points at, if this one has it. */
+  follow(at, other) {
+    this.state.at = (at && this.words.alike(at.token, other.words)) || this.state.pinned;
     this.words.paint();
   }
 

@@ -153,7 +153,8 @@ class Page extends Form {
     this.boards = hosts.map((host, at) => {
       const words = at >= views.length ? "Where they differ" : second ? `Where it looks: ${this.titleOf(views[at], at > 0)}` : "Where it looks";
       if (at >= views.length) host.classList.add("wide");
-      return new Board(host, { words, onPin: (pinned) => at === 0 && this.pinned(pinned) });
+      const onPoint = (pointed) => this.boards.forEach((board, place) => place !== at && board.view && board.follow(pointed, this.boards[at]));
+      return new Board(host, { words, onPoint, onPin: (pinned) => at === 0 && this.pinned(pinned) });
     });
   }
 

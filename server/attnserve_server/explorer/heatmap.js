@@ -81,7 +81,7 @@ class Heatmap {
     const left = labelled ? Math.ceil(widest(view.queryNames, rows)) + 10 : 10;
     const slant = labelled ? Math.ceil(widest(view.keyNames, columns) * 0.5) : 0;
     const room = this.scroll.clientWidth - left - Math.max(30, slant + 6);
-    const fitting = Math.max(columns.length <= LABELLED ? 13 : 4, Math.min(38, Math.floor(room / columns.length)));
+    const fitting = Math.max(columns.length <= LABELLED ? LEAST_LABELLED : 4, Math.min(38, Math.floor(room / columns.length)));
     const most = Math.max(2, Math.floor(MOST_PIXELS / Math.max(rows.length, columns.length)));
     const cell = Math.min(most, Math.max(2, Math.round(fitting * this.zoom)));
     const named = labelled && cell >= LEAST_LABELLED;

@@ -1,6 +1,6 @@
 // The text as words: pointing at one colours the others by its weights, and a line underneath states them.
 
-import { colour, css, difference, inkOn } from "./colours.js";
+import { colour, css, difference, inkOn, night } from "./colours.js";
 import { isolated, make, percent } from "./dom.js";
 import { isPunctuation } from "./view.js";
 
@@ -92,6 +92,12 @@ class Words {
     return null;
   }
 
+  /** Return the place of the same occurrence of a token's text; null if there is none. @param {any} token @param {Words} words of the token */
+  alike(token, words) {
+    const all = (each) => each.sentences.flatMap(({ places }) => places).filter((at) => at.token.text === token.text);
+    return all(this)[all(words).filter((at) => at.token.index < token.index).length] || null;
+  }
+
   /** Mark the words that have `wanted` in them, and return how many there are. @param {string} wanted */
   find(wanted) {
     const needle = wanted.trim().toLocaleLowerCase();
@@ -180,17 +186,28 @@ function gapOf(before, token, letters) {
   return token.start > before.end ? text.slice(before.end, token.start).join("") : false;
 }
 
+/** Colours of a word: what lies between two of them cannot be told apart, and a word that keeps its own is not painted. */
+const STEPS = 40;
+/** The colour that each element has, as a step of its scheme. */
+const painted = new WeakMap();
+
 function paintOne(element, share, most, both) {
-  if (share === null || !most) {
-    element.style.backgroundColor = element.style.color = element.style.boxShadow = element.title = "";
+  const known = share !== null && most > 0;
+  const title = known ? signed(share, both) : "";
+  if (element.title !== title) element.title = title;
+  const step = known ? Math.round((STEPS * Math.max(-most, Math.min(share, most))) / most) : null;
+  const look = `${step} ${both} ${night.matches}`;
+  if (painted.get(element) === look) return;
+  painted.set(element, look);
+  if (step === null) {
+    element.style.backgroundColor = element.style.color = element.style.boxShadow = "";
     return;
   }
-  const part = Math.min(Math.abs(share) / most, 1);
-  const rgb = both ? difference((share / most) * 0.9) : colour(part ** 0.75 * 0.85);
+  const part = Math.abs(step) / STEPS;
+  const rgb = both ? difference((step / STEPS) * 0.9) : colour(part ** 0.75 * 0.85);
   element.style.backgroundColor = css(rgb);
   element.style.color = inkOn(rgb);
   element.style.boxShadow = part > 0.15 ? `0 ${Math.ceil(4 * part)}px 0 var(--soft)` : "";
-  element.title = signed(share, both);
 }
 
 /** Place a patch as in the image, leading units in the row above. */
