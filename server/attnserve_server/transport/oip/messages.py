@@ -11,7 +11,7 @@ import numpy as np
 from attnserve.oip import open_inference_pb2 as oip
 
 from attnserve_server.domain.errors import Violations, quoted
-from attnserve_server.transport.fields import DELIMITED, varint
+from attnserve_server.transport.fields import varint
 from attnserve_server.transport.oip.answer import Output
 from attnserve_server.transport.oip.layout import BYTES, TIMINGS
 from attnserve_server.transport.oip.wanted import (
@@ -23,7 +23,7 @@ from attnserve_server.transport.oip.wanted import (
     read_parameters,
     refuse_parameters,
 )
-from attnserve_server.transport.timings import Clocked
+from attnserve_server.transport.timings import Clocked, Timings
 from attnserve_server.transport.wire import Received, Splice, as_sent
 
 MAX_INPUTS: Final = 1024
@@ -146,7 +146,7 @@ def encoded(
         message.append(_raw_head(sum([part.nbytes for part in output.parts])))
         for part in output.parts:
             message.append(as_sent(part))
-    return message.append(b"".join(map(_timing, _TIMINGS, timings())))
+    return message.append(_timings(timings()))
 
 
 @lru_cache(maxsize=256)
@@ -164,24 +164,17 @@ def _raw_head(size: int) -> bytes:
     return _RAW + varint(size)
 
 
-def _timing(head: bytes, seconds: float) -> bytes:
-    """Return a time as a parameter of an answer, in nanoseconds."""
-    value = _INT64 + varint(max(round(seconds * 1e9), 0))
-    entry = head + varint(len(value)) + value
-    return _PARAMETERS + varint(len(entry)) + entry
+def _timings(timings: Timings) -> bytes:
+    """Return the times of a request as parameters of its answer, in nanoseconds. Event loop only."""
+    for parameter, seconds in zip(_SPENT, timings, strict=True):
+        parameter.int64_param = min(int(seconds * 1e9), _MOST_NS)
+    return _TIMED.SerializeToString()
 
 
-def _named_entry(name: str) -> bytes:
-    """Return an entry of the map of parameters up to the length of its value."""
-    key = name.encode()
-    return _KEY + varint(len(key)) + key + _VALUE
-
-
-_KEY, _VALUE = (varint(number << 3 | DELIMITED) for number in (1, 2))
-"""The fields of an entry of a map (protobuf.dev, "Maps")."""
-_INT64: Final = varint(oip.InferParameter.INT64_PARAM_FIELD_NUMBER << 3)
-_PARAMETERS: Final = varint(_RESPONSE.PARAMETERS_FIELD_NUMBER << 3 | DELIMITED)
-_TIMINGS: Final = tuple(map(_named_entry, TIMINGS))
+_MOST_NS: Final = 2**63 - 1
+_TIMED: Final = _RESPONSE()
+_SPENT: Final = tuple([_TIMED.parameters[name] for name in TIMINGS])
+"""Parameters of `_TIMED`, set for each answer: to make a message takes several times as long."""
 
 
 def _final() -> bytes:
