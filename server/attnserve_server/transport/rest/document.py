@@ -107,7 +107,9 @@ def document_of(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
             "title": "attnserve",
             "version": __version__,
             "description": "Attention models over HTTP: inference with a selection of attention, embeddings as "
-            "OpenAI's, and reranking as TEI's and Cohere's. Each answer has the header `x-request-id`.",
+            "OpenAI's, reranking as TEI's and Cohere's, and the Open Inference Protocol, whose bodies may have bytes "
+            "of tensors after the JSON: the header `inference-header-content-length` has its length then. Each "
+            "answer has the header `x-request-id`.",
         },
         "paths": paths,
         "components": {
