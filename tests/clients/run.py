@@ -65,7 +65,11 @@ def environment_of(client: str) -> str:
         return ""
     begun = time.monotonic()
     say(f"{client}: installing into .clients/{client}")
-    venv.create(place, with_pip=True, clear=True)
+    packages = any(line.strip() and not line.startswith("#") for line in pins.splitlines())
+    venv.create(place, with_pip=packages, clear=True)
+    if not packages:
+        stamp.write_text(pins, encoding="utf-8")
+        return ""
     pip = [place / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
     done = subprocess.run(
         [*pip, "--requirement", HERE / f"{client}.txt"], capture_output=True, text=True, check=False, env=clean()
