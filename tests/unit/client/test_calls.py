@@ -162,7 +162,7 @@ async def test_invalid_request_lists_its_violations(driver: Any, server: FakeSer
     assert error.reason == "INVALID_REQUEST"
     assert error.request_id == "mine"
     assert [(each.field, each.description) for each in error.violations] == [
-        ("attention.layers[0]", "9 is out of range for 2")
+        ("attention.layers[0]", "layer 9 is out of range; the model has 2 sites: -2 to 1")
     ]
     assert error.retry_delay_s is None
 

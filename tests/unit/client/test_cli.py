@@ -245,7 +245,8 @@ def test_models_are_listed_and_described(attnserve: Any) -> None:
 def test_error_is_one_line_with_field_value_and_limit(attnserve: Any) -> None:
     result = attnserve("explain", "fake", "text", "--layer", "9")
     assert result.exit_code == 3
-    assert result.stderr == "attnserve: attention.layers[0]: 9 is out of range for 2\n"
+    what = "layer 9 is out of range; the model has 2 sites: -2 to 1"
+    assert result.stderr == f"attnserve: attention.layers[0]: {what}\n"
     assert result.stdout == ""
 
 

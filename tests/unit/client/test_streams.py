@@ -55,7 +55,7 @@ async def test_failed_input_leaves_the_others_answered(driver: Any) -> None:
     assert last.result.outputs["embedding"].shape == (16,)
     assert isinstance(bad.error, InvalidRequest)
     assert bad.error.request_id == bad.request_id
-    assert bad.error.violations[0].field == "text"
+    assert bad.error.violations[0].field == "sequences[0].text.text"
     with pytest.raises(InvalidRequest):
         _ = bad.result
 
