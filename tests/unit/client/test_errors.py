@@ -44,7 +44,7 @@ def test_each_reason_round_trips_with_all_its_details(reason: str) -> None:
         "UNAVAILABLE",
         "mine",
     )
-    assert dict(received.metadata) == dict(sent.metadata)
+    assert dict(received.metadata) == {**sent.metadata, "request_id": "mine"}
     assert received.violations == sent.violations
     assert received.retry_delay_s == 1.5
 
