@@ -76,7 +76,7 @@ coverage: $(VENV)/.dev ## Convert every architecture with every exporter, and wr
 
 browser: $(VENV)/.dev $(DEMO_BUNDLE) ## Test the explorer in Chromium (ATTNSERVE_PICTURES=1 writes docs/pictures)
 	@$(PIP) install --quiet $(CONSTRAINTS) --editable '.[browser]'
-	ATTNSERVE_BROWSER_REPOSITORY=$(abspath $(DEMO)/models) timeout 360 $(BIN)/python -m pytest -m browser tests/browser $(PYTEST_ARGS)
+	ATTNSERVE_BROWSER_REPOSITORY=$(abspath $(DEMO)/models) timeout 540 $(BIN)/python -m pytest -m browser tests/browser $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, contract, generated files, prose, spelling
 	$(BIN)/ruff format --check $(SOURCES)
