@@ -51,6 +51,11 @@ def with_tensor(request: wire.InferRequest) -> None:
     request.sequences[0].text.tensors.add(name="nope", dtype=3, shape=[1], data=bytes(8))
 
 
+def with_both(request: wire.InferRequest) -> None:
+    with_past(request)
+    with_tensor(request)
+
+
 EACH, ROLLOUT = attention_pb2.HEAD_REDUCTION_EACH, attention_pb2.LAYER_REDUCTION_ROLLOUT
 SCORES, WORD = attention_pb2.ATTENTION_VALUE_SCORES, attention_pb2.ATTENTION_UNIT_WORD
 FAULTY = {
@@ -67,6 +72,7 @@ FAULTY = {
     "a prompt": of_texts(prompt_name="p"),
     "labels of a past": of_texts(change=with_past),
     "an unknown tensor": of_texts(change=with_tensor),
+    "labels of a past and an unknown tensor": of_texts(change=with_both),
     "a long id": of_texts(request_id="a" * 300),
     "an id of two lines": of_texts(request_id="a\nb"),
     "a priority": of_texts(priority=9),  # type: ignore[arg-type]
