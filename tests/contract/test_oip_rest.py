@@ -549,3 +549,13 @@ async def test_no_body_is_answered_with_an_internal_error(server: Application) -
             assert not LEAKS.search(answer.json["error"].replace("/openapi.json", "")), answer.body
         codes[answer.status] += 1
     assert {200, 400, 404} <= codes.keys(), codes
+
+
+@pytest.mark.parametrize(("path", "field"), [("/v2/models/tiny", "outputs"), ("/v2/models/tiny/config", "output")])
+async def test_a_description_without_virtual_outputs_is_what_tools_can_request_together(
+    server: Application, path: str, field: str
+) -> None:
+    answer = await call(server.rest_port, "GET", path, None, {"attnserve-outputs": "model"})
+    assert [one["name"] for one in answer.json[field]] == ["hidden", "embedding", "lengths"]
+    whole = await get(server, path)
+    assert "attention:rollout" in [one["name"] for one in whole.json[field]], "the header is what leaves them out"

@@ -16,6 +16,8 @@ from attnserve_server.transport.validation import check_model_reference
 
 PLATFORM: Final = "onnx_attnserve"
 BACKEND: Final = "onnxruntime"
+OWN_OUTPUTS: Final = ("attnserve-outputs", "model")
+"""Metadata or header of a call that describes a model without virtual outputs: tools request all outputs at once."""
 EXTENSIONS: Final = (
     *("binary_tensor_data", "model_configuration", "model_repository", "model_repository(unload_dependents)"),
     *("parameters", "statistics"),

@@ -31,9 +31,6 @@ INFER: Final = "ModelInfer"
 STREAM: Final = "ModelStreamInfer"
 METHODS: Final = tuple(method.name for method in oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods)
 
-OWN_OUTPUTS: Final = ("attnserve-outputs", "model")
-"""Metadata of a call that describes a model without virtual outputs: for tools that request all outputs at once."""
-
 
 class OipServicer:
     """The protocol over gRPC. `models`: whose lifecycle loads and unloads; None without `--admin`. Event loop only."""
@@ -192,7 +189,7 @@ class OipServicer:
 
 
 def _lists_virtual(context: Context) -> bool:
-    return OWN_OUTPUTS not in (context.invocation_metadata() or ())
+    return describe.OWN_OUTPUTS not in (context.invocation_metadata() or ())
 
 
 def _nothing(*_: object) -> None:

@@ -75,14 +75,23 @@ async def model_ready(exchange: Exchange) -> Response:
     return json_of(ModelReady(served.name, ready=True))
 
 
+def _lists_virtual(exchange: Exchange) -> bool:
+    name, value = describe.OWN_OUTPUTS
+    return exchange.request.headers.get(name) != value
+
+
 async def metadata(exchange: Exchange) -> Response:
     """Describe the inputs and outputs of a model."""
-    return json_of(whole_of(describe.metadata(exchange.rest.plane, *_reference(exchange))))
+    return json_of(
+        whole_of(describe.metadata(exchange.rest.plane, *_reference(exchange), virtual=_lists_virtual(exchange)))
+    )
 
 
 async def config(exchange: Exchange) -> Response:
     """Describe a model in the form of Triton's configuration."""
-    return json_of(whole_of(describe.config(exchange.rest.plane, *_reference(exchange))))
+    return json_of(
+        whole_of(describe.config(exchange.rest.plane, *_reference(exchange), virtual=_lists_virtual(exchange)))
+    )
 
 
 async def stats(exchange: Exchange) -> Response:
