@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 from attnserve.v1 import attention_pb2, inference_service_pb2, tensor_pb2
 
-from attnserve_server.domain.errors import FieldViolation, InvalidRequest, Violations
+from attnserve_server.domain.errors import Violations
 from attnserve_server.domain.values import (
     AttentionAnswer,
     AttentionFeature,
@@ -312,12 +312,6 @@ def response_of(
     named = request_id.encode()
     receipt += delimiter(inference_service_pb2.Receipt.REQUEST_ID_FIELD_NUMBER, len(named)) + named + timings
     return message.append(delimiter(_RESPONSE.RECEIPT_FIELD_NUMBER, len(receipt)) + receipt)
-
-
-def within_request(error: InvalidRequest) -> InvalidRequest:
-    """Return the error of a message of a stream with field paths that start at the request, as all others do."""
-    wrong = error.violations
-    return InvalidRequest(*(FieldViolation(one.field.removeprefix("request."), one.description) for one in wrong))
 
 
 def streamed(request_id: str, answer: Splice | bytes) -> tuple[Iterator[bytes], int]:
