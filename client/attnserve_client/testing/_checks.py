@@ -34,33 +34,32 @@ class Violations:
     """Collects what is wrong with one request, so that one answer reports all of it."""
 
     def __init__(self) -> None:
-        self._found: dict[str, list[str]] = {}
+        self._found: list[FieldViolation] = []
 
     def add(self, field: str, description: str) -> None:
         """Add one."""
-        self._found.setdefault(field, []).append(description)
+        self._found.append(FieldViolation(field, description))
 
     def add_once(self, field: str, description: str) -> None:
         """Add one, unless the field has one already."""
-        self._found.setdefault(field, [description])
+        if all(known.field != field for known in self._found):
+            self.add(field, description)
 
     def extend(self, other: Violations) -> None:
         """Add those of another."""
-        for field, each in other._found.items():
-            self._found.setdefault(field, []).extend(each)
+        self._found += other._found
 
     def __bool__(self) -> bool:
         return bool(self._found)
 
     def raise_any(self) -> None:
         """Raise InvalidRequest with all of them, if there are any."""
-        found = tuple(FieldViolation(field, one) for field, each in self._found.items() for one in each)
-        if found:
+        if self._found:
             raise InvalidRequest(
-                "; ".join(f"{one.field}: {one.description}" for one in found),
+                "; ".join(f"{one.field}: {one.description}" for one in self._found),
                 code="INVALID_ARGUMENT",
                 reason="INVALID_REQUEST",
-                violations=found,
+                violations=tuple(self._found),
             )
 
 
@@ -201,14 +200,14 @@ def _check_features(found: Violations, selection: AttentionSelection) -> None:
     for position, name in enumerate(selection.features):
         if name in selection.features[:position]:
             found.add(f"attention.features[{position}]", f"{name} is named again")
-    chosen = {"top_k": bool(selection.top_k), "min_weight": bool(selection.min_weight)}
+    top_k, min_weight = bool(selection.top_k), bool(selection.min_weight)
     if selection.features:
         whole = "features are of whole rows"
         excluded = {
             "head_reduction": (selection.head_reduction not in (None, "each"), "features are of each head"),
             "layer_reduction": (selection.layer_reduction not in (None, "each"), "features are of each site"),
-            "top_k": (chosen["top_k"], whole),
-            "min_weight": (chosen["min_weight"], whole),
+            "top_k": (top_k, whole),
+            "min_weight": (min_weight, whole),
             "dtype": (selection.dtype not in (None, "float32"), "features are float32"),
         }
         for name, (is_set, why) in excluded.items():
@@ -220,8 +219,8 @@ def _check_features(found: Violations, selection: AttentionSelection) -> None:
         excluded = {
             "layer_reduction": (selection.layer_reduction == "rollout", "rollout multiplies weights"),
             "unit": (selection.unit == "word", "scores of the pieces of a word have no sum"),
-            "top_k": (chosen["top_k"], links),
-            "min_weight": (chosen["min_weight"], links),
+            "top_k": (top_k, links),
+            "min_weight": (min_weight, links),
             "dtype": (selection.dtype == "uint8", "uint8 is for numbers from 0 to 1"),
             "features": (bool(selection.features), "features are of weights"),
         }
