@@ -14,7 +14,9 @@ import grpc
 import pytest
 from attnserve.v1 import attention_pb2, inference_service_pb2_grpc, labels_pb2
 from attnserve.v1 import inference_service_pb2 as wire
-from attnserve_client.testing import FakeServer
+from attnserve_client.testing import FakeServer, _checks
+from attnserve_server.attention.resolve import MAX_NAMES_SHOWN
+from attnserve_server.transport.validation import MAX_REQUEST_ID
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from serving import serve
@@ -83,6 +85,9 @@ FAULTY = {
     "a layer from the end": selected(layers=[-9]),
     "a head": selected(heads=[5]),
     "a head again": selected(heads=[1, -1]),
+    "a long site beyond ASCII": selected(sites=["é" + "s" * 70]),
+    "an output beyond ASCII": of_texts(outputs=wire.OutputSelection(names=["é"])),
+    "a prompt beyond ASCII": of_texts(prompt_name="é" + "p" * 70),
     "sites": selected(sites=["nope", "none"]),
     "a query": selected(queries=[0, 40]),
     "a query again": selected(queries=[1, 1]),
@@ -162,3 +167,7 @@ def test_fake_server_refuses_as_a_server_does(stubs: tuple[Any, Any], name: str)
 def test_fake_server_answers_what_a_server_answers(stubs: tuple[Any, Any]) -> None:
     for stub in stubs:
         assert stub.Infer(selected(layers=[-1], heads=[0], queries=[-1], top_k=2), timeout=30).results
+
+
+def test_limits_without_a_request_are_those_of_the_server() -> None:
+    assert (_checks.MAX_NAMES, _checks.MAX_REQUEST_ID) == (MAX_NAMES_SHOWN, MAX_REQUEST_ID)

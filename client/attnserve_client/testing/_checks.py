@@ -18,7 +18,8 @@ from attnserve_client.testing._answers import AXIS, Shape
 
 MAX_BATCH: Final = 64
 MAX_REQUEST_ID: Final = 128
-MAX_NAMES: Final = 8
+MAX_NAMES: Final = 20
+MAX_QUOTED: Final = 64
 _CHOICES: Final = {
     "head_reduction": attention_pb2.HeadReduction.values(),
     "layer_reduction": attention_pb2.LayerReduction.values(),
@@ -28,6 +29,11 @@ _CHOICES: Final = {
     "values": attention_pb2.AttentionValue.values(),
 }
 _FEATURES: Final = [number for number in attention_pb2.AttentionFeature.values() if number]
+
+
+def quoted(text: str) -> str:
+    """Quote a caller's text for a message: escaped to ASCII, cut to 64 characters."""
+    return ascii(text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "...")
 
 
 class Violations:
@@ -68,7 +74,7 @@ def check_reference(request: wire.InferRequest) -> None:
     found = Violations()
     if request.request_id:
         size = len(request.request_id)
-        shown = ascii(request.request_id if size <= 64 else request.request_id[:64] + "...")
+        shown = quoted(request.request_id)
         if size > MAX_REQUEST_ID:
             found.add("request_id", f"{size} characters exceed {MAX_REQUEST_ID}: {shown}")
         elif not (request.request_id.isascii() and request.request_id.isprintable()):
@@ -97,13 +103,13 @@ def check_request(request: wire.InferRequest, shape: Shape) -> None:
     for position, name in enumerate(request.outputs.names):
         if name not in shape.outputs:
             known = ", ".join(shape.outputs)
-            found.add(f"outputs.names[{position}]", f"no output {name!r}; the model has {known}")
+            found.add(f"outputs.names[{position}]", f"no output {quoted(name)}; the model has {known}")
     if request.HasField("labels") and not shape.labels:
         found.add("labels", f"model {request.model!r} has no head that gives labels: leave labels unset")
     if not 1 <= (count := len(request.sequences)) <= MAX_BATCH:
         found.add("sequences", f"{count} sequences {f'exceed {MAX_BATCH}' if count else 'are less than 1'}")
     elif request.prompt_name:
-        found.add("prompt_name", f"no prompt {request.prompt_name!r}; the model has none")
+        found.add("prompt_name", f"no prompt {quoted(request.prompt_name)}; the model has none")
     for position, sequence in enumerate(request.sequences):
         _check_sequence(found, f"sequences[{position}]", sequence)
     found.raise_any()
@@ -135,7 +141,7 @@ def _check_sequence(found: Violations, path: str, sequence: wire.Sequence) -> No
     elif kind == "text" and not sequence.text.text:
         found.add(f"{path}.text.text", "empty: at least 1 character is needed")
     elif kind == "text" and sequence.text.tensors:
-        unknown = f"no input {sequence.text.tensors[0].name!r}; the model takes input_ids"
+        unknown = f"no input {quoted(sequence.text.tensors[0].name)}; the model takes input_ids"
         found.add(f"{path}.text.tensors[0].name", unknown)
 
 
@@ -164,7 +170,7 @@ def _check_places(found: Violations, sent: attention_pb2.AttentionSelection, sha
     hint = f"; the model's sites are {', '.join(shape.sites[:MAX_NAMES])}{', ...' if count > MAX_NAMES else ''}"
     for position, name in enumerate(sent.sites):
         if name not in shape.sites:
-            found.add(f"attention.sites[{position}]", f"no site {name!r}{hint}")
+            found.add(f"attention.sites[{position}]", f"no site {quoted(name)}{hint}")
             hint = ""
     for position, layer in enumerate(sent.layers):
         if not -count <= layer < count:
