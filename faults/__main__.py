@@ -196,6 +196,9 @@ def main() -> None:
         options.json.write_text(json.dumps(facts, indent=2, default=float) + "\n")
     failed = counts["fails"] or (plan.full and counts["absent"])
     if failed:
+        for one in outcomes:
+            if one.problems:
+                say(f"row {one.number} failed: {'; '.join(one.problems[:SHOWN])}")
         say(f"the calls and logs of rows that failed are in {folder}")
         sys.exit(1)
     if options.folder is None:
