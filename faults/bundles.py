@@ -23,11 +23,11 @@ from tiny_bundle import LAYERS, VOCABULARY, WORDS, tiny_graph, tiny_manifest, ti
 
 from faults.history import Answer
 
-CANARY, TINY, HEAVY, NAN, FAILING, ECHO = "canary", "tiny", "heavy", "nan", "failing", "echo"
+CANARY, TINY, HEAVY, SLOW, NAN, FAILING, ECHO = "canary", "tiny", "heavy", "slow", "nan", "failing", "echo"
 POISON = "dog dog"
 """What makes `nan` answer NaN, and the run of `failing` fail. Warm-up repeats no word."""
-HEAVY_STEPS, HEAVY_WIDTH = 24, 320
-"""Products of a run of `heavy`, and their size: 1.6 GFLOP, some ten milliseconds on one core, for any batch."""
+STEPS, WIDTH = {HEAVY: 24, SLOW: 96}, 320
+"""Products of a run by model, and their size: 1.6 GFLOP, some ten milliseconds on one core, for any batch, and 6.3."""
 MOST_ROWS = 16
 ECHO_WIDTH = 4
 MAP = "map "
@@ -55,8 +55,8 @@ def _graph(change: str, version: int) -> onnx.ModelProto:
     table.CopyFrom(numpy_helper.from_array(values.astype(np.float32), "table"))
     if change == FAILING:
         _add_failure(model)
-    if change == HEAVY:
-        _add_work(model)
+    if change in STEPS:
+        _add_work(model, STEPS[change])
     onnx.checker.check_model(model)
     return model
 
@@ -89,10 +89,10 @@ def _add_failure(model: onnx.ModelProto) -> None:
     _before_first(model, nodes, {f"failing_{name}": values for name, values in weights.items()})
 
 
-def _add_work(model: onnx.ModelProto) -> None:
+def _add_work(model: onnx.ModelProto, steps: int) -> None:
     """Multiply a matrix that depends on the input by a rotation, again and again; none of it changes the answer."""
     random = np.random.default_rng(11)
-    rotation, _ = np.linalg.qr(random.standard_normal((HEAVY_WIDTH, HEAVY_WIDTH)))
+    rotation, _ = np.linalg.qr(random.standard_normal((WIDTH, WIDTH)))
     nodes = [
         helper.make_node("Cast", ["attention_mask"], ["heavy_cast"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMax", ["heavy_cast"], ["heavy_one"], keepdims=0),
@@ -100,10 +100,10 @@ def _add_work(model: onnx.ModelProto) -> None:
     ]
     nodes += [
         helper.make_node("MatMul", [f"heavy_step{step}", "heavy_rotation"], [f"heavy_step{step + 1}"])
-        for step in range(HEAVY_STEPS)
+        for step in range(steps)
     ]
     nodes += [
-        helper.make_node("ReduceMax", [f"heavy_step{HEAVY_STEPS}"], ["heavy_greatest"], keepdims=0),
+        helper.make_node("ReduceMax", [f"heavy_step{steps}"], ["heavy_greatest"], keepdims=0),
         helper.make_node("Mul", ["heavy_greatest", "heavy_nothing"], ["heavy_added"]),
     ]
     weights = {"heavy_rotation": rotation.astype(np.float32), "heavy_nothing": np.array(0, np.float32)}

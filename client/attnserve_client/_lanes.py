@@ -17,8 +17,9 @@ from attnserve_client._status import is_lost_connection
 from attnserve_client.errors import AttnserveError, NotServing, ServerUnreachable
 
 FIRST_AVOIDANCE_S: Final = 1.0
-LONGEST_AVOIDANCE_S: Final = 5.0
-"""Seconds for which a failed lane is avoided: 1, 2, 4 and then 5. After each, one attempt tries the lane."""
+LONGEST_AVOIDANCE_S: Final = 2.0
+"""Seconds for which a failed lane is avoided: 1, and then 2, as long as gRPC waits before it connects again. After
+each, one attempt tries the lane."""
 
 
 @dataclass(eq=False, slots=True)
@@ -152,12 +153,12 @@ class Lanes:
 
         If no server answered, or it drains, attempts avoid the lane for a while. The loss of a connection is one
         failure, of 1 token, however many turns it ends: those that ran at the loss take nothing more. So is the drain
-        of a server, while another address works.
+        of a server, also where no other address is known to work: one that was restarted may, and has yet to prove it.
         """
         if isinstance(error, ServerUnreachable):
             return self._missed(turn, lost=is_lost_connection(error))
         if isinstance(error, NotServing) and error.state == "draining":
-            return self._missed(turn, lost=self.others_work(turn))
+            return self._missed(turn, lost=True)
         if error.reason:  # a server of attnserve sent it
             self.answered(turn)
         return 1.0

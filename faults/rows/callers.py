@@ -20,6 +20,8 @@ QUEUED: Final = Setup(models=(bundles.CANARY, bundles.TINY, bundles.HEAVY), flag
 """Of rows that need a queue: one run at a time of a model whose runs take some ten milliseconds."""
 REFUSING: Final = Setup(failpoints=("unavailable",), isolation="none")
 HERD: Final = Setup(models=(bundles.CANARY, bundles.TINY, bundles.HEAVY), starts=False)
+PAUSE_S: Final = 0.05
+"""Mean pause of each caller of row 15 between two calls: together, they make at most 320 a second."""
 LATE_S: Final = 0.025
 """A wait beyond every deadline of row 13, and a bound of a bucket of the server's histogram."""
 COLD: Final = frozenset({"OK", "UNAVAILABLE", "RESOURCE_EXHAUSTED:OVERLOADED"})
@@ -107,8 +109,9 @@ async def storm(lab: Lab) -> None:
             async def caller() -> None:
                 for text in left:
                     await sdk.infer(client, recorder, bundles.TINY, text, 20.0)
+                    await asyncio.sleep(float(lab.random.exponential(PAUSE_S)))
 
-            # Few at a time: the row counts attempts, and row 14 has the load.
+            # The row counts attempts, and row 14 has the load.
             await asyncio.gather(*(caller() for _ in range(16)))
         after = lab.server.metric("grpc_server_handled_total", grpc_method="Infer", grpc_code="UNAVAILABLE")
         lab.injected["refused attempts"] += int(after - before)

@@ -82,12 +82,12 @@ def test_a_lane_that_failed_is_avoided_although_it_has_the_fewest_turns() -> Non
     assert set(numbers([lanes.take() for _ in range(5)])) == {1}
 
 
-def test_one_attempt_after_1_2_4_and_then_5_seconds_tries_a_failed_lane_again() -> None:
+def test_one_attempt_after_1_second_and_then_every_2_tries_a_failed_lane_again() -> None:
     clock = Clock()
     lanes = Lanes(1, 2, clock)
     miss(lanes, lanes.take())
     lanes.take()  # on lane 1, so that lane 0 has the fewest turns
-    for wait_s in (1.0, 2.0, 4.0, 5.0, 5.0):
+    for wait_s in (1.0, 2.0, 2.0, 2.0):
         clock.now += wait_s - 0.1
         early = lanes.take()
         clock.now += 0.2
@@ -159,6 +159,18 @@ def test_only_a_lane_without_an_answer_is_avoided(error: AttnserveError, avoided
     lanes.failed(turn, error)
     lanes.leave(turn)
     assert (0 not in numbers([lanes.take() for _ in range(4)])) is avoided
+
+
+def test_the_drain_of_a_server_takes_one_token_although_no_other_address_is_known_to_work() -> None:
+    lanes = Lanes(2, 1, Clock())
+    turns = [lanes.take() for _ in range(16)]
+    miss(lanes, next(turn for turn in turns if turn.lane.number == 1))  # restarted, and not tried since
+    draining = NotServing("draining", code="UNAVAILABLE", reason="NOT_SERVING", metadata={"state": "draining"})
+    refused = [turn for turn in turns if turn.lane.number == 0]
+    assert sum(lanes.failed(turn, draining) for turn in refused) == 1.0
+    assert lanes.take(refused[:1]).lane.number == 1
+    late = lanes.take([turns[1], refused[0]])
+    assert sum(lanes.failed(one, draining) for one in (late, late)) == 2.0  # begun after the drain: limited as others
 
 
 def test_threads_that_take_and_leave_lose_no_count() -> None:
