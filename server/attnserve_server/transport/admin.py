@@ -13,7 +13,8 @@ from attnserve.v1 import model_service_pb2
 from attnserve_server.domain.errors import InvalidRequest
 from attnserve_server.scheduling.catalog import ServedModel
 from attnserve_server.transport.dataplane import DataPlane
-from attnserve_server.transport.servicer import Context, RpcMetrics, parsed
+from attnserve_server.transport.rpc import Context
+from attnserve_server.transport.servicer import RpcMetrics, parsed
 from attnserve_server.transport.validation import check_model_reference
 
 SERVICE: Final = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name

@@ -11,7 +11,8 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2
 
-from attnserve_server.transport.servicer import Context, RpcMetrics, parsed, receive_aside, send
+from attnserve_server.transport.rpc import Context
+from attnserve_server.transport.servicer import RpcMetrics, parsed, receive_aside, send
 
 SERVICE: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 OVERALL: Final = ""

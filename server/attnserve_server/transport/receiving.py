@@ -28,7 +28,8 @@ from attnserve_server.model.manifest import NUMPY_DTYPES, Dimension, Manifest
 from attnserve_server.transport.oip.servicer import INFER as OIP_INFER
 from attnserve_server.transport.oip.servicer import SERVICE as OIP_SERVICE
 from attnserve_server.transport.oip.servicer import STREAM as OIP_STREAM
-from attnserve_server.transport.servicer import SERVICE, Context, RpcMetrics
+from attnserve_server.transport.rpc import Context
+from attnserve_server.transport.servicer import SERVICE, RpcMetrics
 from attnserve_server.transport.wire import MAX_STRUCTURE_BYTES
 
 LEAST_MESSAGE: Final = 2 * MIB

@@ -15,7 +15,8 @@ from google.protobuf import descriptor_pool, message
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from attnserve_server.transport.servicer import Context, RpcMetrics, send
+from attnserve_server.transport.rpc import Context
+from attnserve_server.transport.servicer import RpcMetrics, send
 from attnserve_server.transport.wire import receive
 
 REFLECTION: Final = ("grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection")

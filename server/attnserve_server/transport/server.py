@@ -20,12 +20,13 @@ from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.health import Health
 from attnserve_server.transport.identity import IdentifiedHandlers
 from attnserve_server.transport.oip.servicer import OipServicer
-from attnserve_server.transport.oip.stream import OipStreams
+from attnserve_server.transport.oip.stream import OipStream
 from attnserve_server.transport.receiving import BoundedHandlers, ReceiveBounds
 from attnserve_server.transport.reflection import reflecting
+from attnserve_server.transport.rpc import Streams
 from attnserve_server.transport.servicer import InferenceServicer
 from attnserve_server.transport.sockets import Connections
-from attnserve_server.transport.stream import Streams
+from attnserve_server.transport.stream import InferStream
 from attnserve_server.transport.traced import rpcs_of
 from attnserve_server.transport.unread import Unread
 from attnserve_server.transport.who import GuardedHandlers, server_credentials
@@ -82,12 +83,12 @@ class GrpcServer:
         self._connections = Connections(lambda cause: dropped.labels(cause).inc())
         self.unread = Unread(settings.max_unread_bytes, settings.unread_timeout_s, clock, self._connections.drop)
         metrics.gauge(UNREAD_BYTES).labels().set_function(lambda: self.unread.bytes)
-        self._streams = Streams(plane, clock, settings, self.unread)
+        self._streams = Streams(InferStream, plane, clock, settings, self.unread)
         self._metrics = rpcs_of(metrics, clock, plane)
         self._servicer = InferenceServicer(
             plane, self._streams.stream_infer, clock, settings.call_timeout_s, self.unread, settings.max_queue_size
         )
-        self._oip_streams = OipStreams(plane, clock, settings, self.unread)
+        self._oip_streams = Streams(OipStream, plane, clock, settings, self.unread)
         self._oip = OipServicer(
             *(plane, health, self._oip_streams.stream_infer, clock, settings.call_timeout_s, self.unread, models)
         )

@@ -26,7 +26,6 @@ from attnserve_server.domain.errors import (
     AttnserveError,
     DeadlineExpired,
     InternalFault,
-    Overloaded,
     PermissionDenied,
     RequestCancelled,
     Unauthenticated,
@@ -38,9 +37,9 @@ from attnserve_server.observability.trace_context import CALL, CallContext, requ
 from attnserve_server.scheduling.queue import Request
 from attnserve_server.transport import gateways
 from attnserve_server.transport.dataplane import DataPlane
-from attnserve_server.transport.sockets import address_of
+from attnserve_server.transport.rpc import Context, UnaryCalls, remaining_s, turns_of
 from attnserve_server.transport.status import code_of, is_fault, name_of_code, plain, status_of, trailers_of
-from attnserve_server.transport.unread import SMALL_BYTES, Unread, on_end
+from attnserve_server.transport.unread import Unread
 from attnserve_server.transport.validation import check_request_id
 from attnserve_server.transport.wire import ManyFields, Received, receive
 
@@ -48,11 +47,7 @@ _log = logger(__name__)
 _refusals = Sampler()
 
 M = TypeVar("M", bound=message.Message)
-Context = grpc.aio.ServicerContext[bytes, bytes]
-
 SERVICE: Final = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
-FOREVER_S: Final = 10 * 365 * 24 * 3600.0
-"""gRPC reports a call without a deadline as one of many years."""
 UNLOGGED: Final = (RequestCancelled, DeadlineExpired, Unauthenticated, PermissionDenied)
 """Errors that the caller chose: they are counted, and not logged. The guard logs a sample of those of access."""
 QUICK_FIELDS: Final = 4_096
@@ -65,7 +60,7 @@ _NUMBERS: Final = count()
 """Requests without an id are named by the process and a number: a random id for each would cost a system call."""
 
 
-class InferenceServicer:
+class InferenceServicer(UnaryCalls):
     """`attnserve.v1.InferenceService`. Event loop only."""
 
     def __init__(
@@ -78,31 +73,9 @@ class InferenceServicer:
         max_queue_size: int = 0,
     ) -> None:
         """Store the parts; `stream_infer` serves one stream. `call_timeout_s`: of a call without a deadline."""
-        self._max_queue_size = max_queue_size
-        self._plane = plane
+        super().__init__(plane, clock, call_timeout_s, unread)
         self._stream_infer = stream_infer
-        self._clock = clock
-        self._call_timeout_s = call_timeout_s
-        self._unread = unread
-        self._received: Callable[[], Any] = _nothing
-        self._ended: Callable[[Any], None] = _nothing
-
-    def follow(self, received: Callable[[], Any], ended: Callable[[Any], None]) -> None:
-        """Set what each unary call calls: once it has its message, and with what that returned at its end."""
-        self._received, self._ended = received, ended
-
-    async def infer(self, data: bytes, context: Context) -> bytes:
-        """Answer one request: an InferRequest and an InferResponse, serialized.
-
-        Raises:
-            InvalidRequest: The message, or its request id, is malformed.
-            Failure: With the error of the request.
-        """
-        followed = self._received()
-        try:
-            return await self._infer(data, context)
-        finally:
-            self._ended(followed)
+        self._max_queue_size = max_queue_size
 
     async def _infer(self, data: bytes, context: Context) -> bytes:
         received = await receive_aside(inference_service_pb2.InferRequest, data)
@@ -114,24 +87,16 @@ class InferenceServicer:
         else:
             request_id = request_id_of_call() or f"{_PROCESS}{next(_NUMBERS):016x}"
         plane, caller = self._plane, CALLER.get()
-        turns = address_of(context.peer()) if caller is None else caller.token.name
-        request = Request(request_id, deadline_s, received.size, turns)
+        request = Request(request_id, deadline_s, received.size, turns_of(context, caller))
         try:
             if caller is not None:
                 message = received.message
                 caller.admit(len(message.sequences), "Infer", attention=message.HasField("attention"))
             prepared = plane.prepare(request, received) or await plane.prepare_large(request, received)
-            if prepared.answer_bytes <= SMALL_BYTES:
-                return (await plane.run(prepared)).joined()
-            held = self._unread.hold(context.peer())
-            on_end(held)
-            try:
-                self._unread.take_or_refuse(held, prepared.answer_bytes)
-            except Overloaded:
-                plane.count_refusal(prepared, "unread_bytes")
-                raise
+            held = self._hold(context, prepared, prepared.answer_bytes)
             answer = (await plane.run(prepared)).joined()
-            held.sent()
+            if held is not None:
+                held.sent()
             return answer  # noqa: TRY300 - the branches below end otherwise
         except Exception as error:
             request.fail(error)
@@ -181,10 +146,6 @@ class InferenceServicer:
             metrics.measured("bidi_stream", SERVICE, "StreamInfer", self._stream_infer)
         )
         return grpc.method_handlers_generic_handler(SERVICE, methods)
-
-
-def _nothing(*_: object) -> None:
-    """Do nothing."""
 
 
 class Failure(Exception):
@@ -256,13 +217,6 @@ class RpcMetrics:
                 seconds.observe(self._clock.now() - begun)
 
         return measured_call
-
-
-def remaining_s(context: Context) -> float | None:
-    """Return the seconds to the call's deadline; None if it has none."""
-    # The declared type omits None, which some versions return.
-    remaining: float | None = context.time_remaining()
-    return None if remaining is None or remaining > FOREVER_S else max(0.0, remaining)
 
 
 async def _open(context: Context, sent: CallContext | None) -> None:

@@ -32,10 +32,10 @@ from attnserve_server.transport.allowance import Allowance
 from attnserve_server.transport.codec import streamed
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.prepared import Prepared, response_of
-from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, receive_aside, remaining_s, send
-from attnserve_server.transport.sockets import address_of
+from attnserve_server.transport.rpc import Context, remaining_s, turns_of
+from attnserve_server.transport.servicer import UNLOGGED, log_failure, receive_aside, send
 from attnserve_server.transport.status import status_of
-from attnserve_server.transport.unread import Held, Unread
+from attnserve_server.transport.unread import Held
 from attnserve_server.transport.validation import check_request_id, is_request_id
 from attnserve_server.transport.wire import NotAMessage, Received, Splice, find_field
 
@@ -73,44 +73,7 @@ class _Outgoing:
     flight: _Flight | None
 
 
-class Streams:
-    """All open streams. Event loop only."""
-
-    def __init__(self, plane: DataPlane, clock: Clock, settings: Settings, unread: Unread) -> None:
-        self._plane = plane
-        self._clock = clock
-        self._settings = settings
-        self._unread = unread
-        self._open: set[_Stream] = set()
-        self._draining = False
-
-    async def stream_infer(self, _: object, context: Context) -> None:
-        """Serve one stream until the caller closes its half and has its answers, or the server drains.
-
-        Raises:
-            NotServing: The server drains.
-            InvalidRequest: A message cannot be answered, because it has no valid request id.
-            ExceptionGroup: A task of the stream failed with another error, which is internal.
-        """
-        if self._draining:
-            raise NotServing("", "draining")
-        held = self._unread.hold(context.peer())
-        stream = _Stream(self._plane, self._clock, self._settings, context, held)
-        self._open.add(stream)
-        try:
-            await stream.serve()
-        finally:
-            self._open.discard(stream)
-            self._unread.release(held)
-
-    def drain(self) -> None:
-        """Stop reading from all streams: each answers its requests and ends with UNAVAILABLE."""
-        self._draining = True
-        for stream in self._open:
-            stream.stop_reading()
-
-
-class _Stream:
+class InferStream:
     """One stream: a reader, a writer, and the unanswered requests between them.
 
     A request is no task, unless it is large or must wait for its allowance: the reader submits it, and its results go
@@ -122,7 +85,7 @@ class _Stream:
         self._clock = clock
         self._context = context
         self._caller = CALLER.get()
-        self._turns = address_of(context.peer()) if self._caller is None else self._caller.token.name
+        self._turns = turns_of(context, self._caller)
         remaining = remaining_s(context)
         self._deadline_s = None if remaining is None else clock.now() + remaining
         self._timeout_s = settings.call_timeout_s

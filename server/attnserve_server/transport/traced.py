@@ -21,7 +21,8 @@ from attnserve_server.observability.spec import HTTP_SECONDS
 from attnserve_server.observability.trace_context import CALL
 from attnserve_server.scheduling.catalog import Catalog
 from attnserve_server.transport.dataplane import DataPlane
-from attnserve_server.transport.servicer import Context, Failure, RpcMetrics, aborted_with, remaining_s
+from attnserve_server.transport.rpc import Context, remaining_s
+from attnserve_server.transport.servicer import Failure, RpcMetrics, aborted_with
 from attnserve_server.transport.status import name_of_code
 from attnserve_server.transport.traced_plane import SERVER_FAULTS, TRACE, TracedPlane
 

@@ -26,7 +26,8 @@ from attnserve_server.transport.oip.servicer import METHODS as OIP_METHODS
 from attnserve_server.transport.oip.servicer import SERVICE as OIP_SERVICE
 from attnserve_server.transport.reflection import CHANNELZ, CHANNELZ_METHODS, REFLECTION
 from attnserve_server.transport.rest.errors import CertificateRequired, PathNotFound, response_of
-from attnserve_server.transport.servicer import SERVICE, Context, RpcMetrics
+from attnserve_server.transport.rpc import Context
+from attnserve_server.transport.servicer import SERVICE, RpcMetrics
 from attnserve_server.transport.sockets import address_of, site_of
 from attnserve_server.transport.status import status_of, trailers_of
 from attnserve_server.transport.validation import is_request_id

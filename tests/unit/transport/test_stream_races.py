@@ -20,7 +20,8 @@ from attnserve_server.model.tokenizer import TextTokenizer
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.scheduling.catalog import Catalog, ModelState, ServedModel
 from attnserve_server.transport.dataplane import DataPlane
-from attnserve_server.transport.stream import Streams
+from attnserve_server.transport.rpc import Streams
+from attnserve_server.transport.stream import InferStream
 from attnserve_server.transport.unread import Unread
 from gated import Gate, until
 from google.rpc import status_pb2
@@ -80,7 +81,7 @@ def streams(gate: Gate, metrics: Metrics) -> Streams:
     catalog.add(model)
     clock = MonotonicClock()
     unread = Unread(2**20, 20.0, clock, lambda *_: None)
-    return Streams(DataPlane(catalog, settings, clock), clock, settings, unread)
+    return Streams(InferStream, DataPlane(catalog, settings, clock), clock, settings, unread)
 
 
 def asking(request_id: str) -> pb.StreamInferRequest:

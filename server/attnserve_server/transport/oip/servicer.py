@@ -11,7 +11,7 @@ from attnserve.oip import open_inference_pb2 as oip
 
 from attnserve_server.access.guard import CALLER
 from attnserve_server.domain.clock import Clock
-from attnserve_server.domain.errors import InvalidRequest, Overloaded, quoted
+from attnserve_server.domain.errors import InvalidRequest, quoted
 from attnserve_server.scheduling.queue import Request
 from attnserve_server.transport.admin import ModelServicer
 from attnserve_server.transport.dataplane import DataPlane
@@ -19,10 +19,10 @@ from attnserve_server.transport.health import Health
 from attnserve_server.transport.oip import calls, describe, repository
 from attnserve_server.transport.oip.messages import encoded, wanted_of
 from attnserve_server.transport.oip.usual import usual_of
-from attnserve_server.transport.servicer import Context, Failure, RpcMetrics, parsed, remaining_s
-from attnserve_server.transport.sockets import address_of
+from attnserve_server.transport.rpc import Context, UnaryCalls, remaining_s, turns_of
+from attnserve_server.transport.servicer import Failure, RpcMetrics, parsed
 from attnserve_server.transport.timings import Clocked
-from attnserve_server.transport.unread import SMALL_BYTES, Unread, on_end
+from attnserve_server.transport.unread import Unread
 from attnserve_server.transport.validation import check_request_id
 from attnserve_server.transport.wire import receive
 
@@ -32,7 +32,7 @@ STREAM: Final = "ModelStreamInfer"
 METHODS: Final = tuple(method.name for method in oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods)
 
 
-class OipServicer:
+class OipServicer(UnaryCalls):
     """The protocol over gRPC. `models`: whose lifecycle loads and unloads; None without `--admin`. Event loop only."""
 
     def __init__(
@@ -46,32 +46,10 @@ class OipServicer:
         models: ModelServicer | None,
     ) -> None:
         """Store the parts; `stream_infer` serves one stream. `call_timeout_s`: of a call without a deadline."""
-        self._plane = plane
+        super().__init__(plane, clock, call_timeout_s, unread)
         self._health = health
         self._stream_infer = stream_infer
-        self._clock = clock
-        self._call_timeout_s = call_timeout_s
-        self._unread = unread
         self._models = models
-        self._received: Callable[[], Any] = _nothing
-        self._ended: Callable[[Any], None] = _nothing
-
-    def follow(self, received: Callable[[], Any], ended: Callable[[Any], None]) -> None:
-        """Set what each unary call calls, as `InferenceServicer.follow`."""
-        self._received, self._ended = received, ended
-
-    async def infer(self, data: bytes, context: Context) -> bytes:
-        """Answer one request: a ModelInferRequest and a ModelInferResponse, serialized.
-
-        Raises:
-            InvalidRequest: The message, its parameters, or its id, are malformed.
-            Failure: With the error of the request.
-        """
-        followed = self._received()
-        try:
-            return await self._infer(data, context)
-        finally:
-            self._ended(followed)
 
     async def _infer(self, data: bytes, context: Context) -> bytes:
         received = receive(oip.ModelInferRequest, data)
@@ -84,23 +62,14 @@ class OipServicer:
         now = self._clock.now()
         deadline_s = now + (self._call_timeout_s if remaining is None else remaining)
         caller = CALLER.get()
-        turns = address_of(context.peer()) if caller is None else caller.token.name
-        request = Request(request_id, deadline_s, received.size, turns)
+        request = Request(request_id, deadline_s, received.size, turns_of(context, caller))
         try:
             wanted = usual_of(received) or wanted_of(received)
             if wanted.parameters.timeout_s is not None:
                 request.deadline_s = min(deadline_s, now + wanted.parameters.timeout_s)
             name, version = message.model_name, message.model_version
             call = await calls.prepare(self._plane, request, caller, wanted, name, version, INFER)
-            held = None
-            if call.bytes > SMALL_BYTES:
-                held = self._unread.hold(context.peer())
-                on_end(held)
-                try:
-                    self._unread.take_or_refuse(held, call.bytes)
-                except Overloaded:
-                    self._plane.count_refusal(call.prepared, "unread_bytes")
-                    raise
+            held = self._hold(context, call.prepared, call.bytes)
 
             def encode(model: str, version: str, outputs: list[Any], timings: Clocked) -> bytes:
                 return encoded(model, version, own_id, outputs, timings).joined()
@@ -190,10 +159,6 @@ class OipServicer:
 
 def _lists_virtual(context: Context) -> bool:
     return describe.OWN_OUTPUTS not in (context.invocation_metadata() or ())
-
-
-def _nothing(*_: object) -> None:
-    """Do nothing."""
 
 
 def _check_repository(name: str) -> None:

@@ -24,60 +24,25 @@ from attnserve_server.transport.oip import calls
 from attnserve_server.transport.oip.messages import encoded, failed, streamed, wanted_of
 from attnserve_server.transport.oip.servicer import STREAM
 from attnserve_server.transport.oip.usual import usual_of
-from attnserve_server.transport.servicer import UNLOGGED, Context, log_failure, remaining_s, send
-from attnserve_server.transport.sockets import address_of
+from attnserve_server.transport.rpc import Context, remaining_s, turns_of
+from attnserve_server.transport.servicer import UNLOGGED, log_failure, send
 from attnserve_server.transport.status import code_of, status_of
 from attnserve_server.transport.timings import Clocked
-from attnserve_server.transport.unread import Held, Unread
+from attnserve_server.transport.unread import Held
 from attnserve_server.transport.validation import check_request_id, is_request_id
 from attnserve_server.transport.wire import find_field, receive
 
 
-class OipStreams:
-    """All open streams. Event loop only."""
-
-    def __init__(self, plane: DataPlane, clock: Clock, settings: Settings, unread: Unread) -> None:
-        self._plane = plane
-        self._clock = clock
-        self._settings = settings
-        self._unread = unread
-        self._open: set[_Stream] = set()
-        self._draining = False
-
-    async def stream_infer(self, _: object, context: Context) -> None:
-        """Serve one stream until the caller closes its half and has its answers, or the server drains.
-
-        Raises:
-            NotServing: The server drains.
-        """
-        if self._draining:
-            raise NotServing("", "draining")
-        held = self._unread.hold(context.peer())
-        stream = _Stream(self._plane, self._clock, self._settings, context, held)
-        self._open.add(stream)
-        try:
-            await stream.serve()
-        finally:
-            self._open.discard(stream)
-            self._unread.release(held)
-
-    def drain(self) -> None:
-        """Stop reading from all streams: each answers its requests and ends with UNAVAILABLE."""
-        self._draining = True
-        for stream in self._open:
-            stream.stop.set()
-
-
-class _Stream:
+class OipStream:
     """One stream: a reader, a task for each request, and a writer that awaits them in order."""
 
     def __init__(self, plane: DataPlane, clock: Clock, settings: Settings, context: Context, held: Held) -> None:
-        self.stop = asyncio.Event()
+        self._stop = asyncio.Event()
         self._plane = plane
         self._clock = clock
         self._context = context
         self._caller = CALLER.get()
-        self._turns = address_of(context.peer()) if self._caller is None else self._caller.token.name
+        self._turns = turns_of(context, self._caller)
         remaining = remaining_s(context)
         self._deadline_s = None if remaining is None else clock.now() + remaining
         self._timeout_s = settings.call_timeout_s
@@ -89,12 +54,16 @@ class _Stream:
         self._filled = asyncio.Event()
         self._read_all = False
 
+    def stop_reading(self) -> None:
+        """End the stream once its requests have been answered."""
+        self._stop.set()
+
     async def serve(self) -> None:
-        """Read, run and answer requests."""
+        """Read, run and answer requests. Raises NotServing if the server drains."""
         async with asyncio.TaskGroup() as group:
             writing = group.create_task(self._write_all())
             reading = group.create_task(self._read(group))
-            stopping = group.create_task(self.stop.wait())
+            stopping = group.create_task(self._stop.wait())
             await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)
             stopped = not reading.done()
             reading.cancel()
